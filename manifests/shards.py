@@ -1,0 +1,290 @@
+"""Input shards: from what a user points at to rows, whoever wrote the tars.
+
+A shard of ours has a Parquet beside it that lists every row, failures included; then those are the rows, in that order,
+and the tar supplies the images. A foreign tar's rows are its samples, with uids made on the fly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from ..errors import ArtifactMismatch, BadInput
+from .artifact import Artifact
+from .manifest import ShardRecord
+from .samples import Sample, read_samples
+from .status import Status
+from .tar import Member
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(slots=True)
+class Row:
+    """One input row. ``image`` is set exactly where ``status`` is ok; ``error`` may carry a note even then."""
+
+    index: int
+    key: str
+    uid: str | None
+    status: Status
+    error: str | None = None
+    image: bytes | None = field(default=None, repr=False)
+    format: str = ""
+    text: str | None = None
+    meta: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class InputShard:
+    """A tar to read. ``record`` is its manifest line where it belongs to an artifact of ours."""
+
+    name: str
+    url: str
+    record: ShardRecord | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes see it, too."""
+        return not self.url.startswith("memory:")
+
+    def open(self) -> BinaryIO:
+        fs, path = url_to_fs(self.url)
+        return fs.open(path, "rb")  # type: ignore[no-any-return]
+
+    def check_unchanged(self, made: ShardRecord) -> None:
+        """Raise ArtifactMismatch if this is not the tar that ``made`` was made from: by size, or by our own manifest."""
+        if self.record is not None:
+            same = self.record.files[f"{self.name}.tar"]["sha256"] == made.input["digest"]
+        else:
+            fs, path = url_to_fs(self.url)
+            same = fs.size(path) == made.input["bytes"]
+        if not same:
+            text = f"{self.url}: the shard changed since it was captioned; use another --out, or --fresh to start over"
+            raise ArtifactMismatch(text)
+
+
+def uid_of(image: bytes) -> str:
+    """The identity of an image across datasets: the first 32 hex digits of the sha256 of its bytes."""
+    return hashlib.sha256(image).hexdigest()[:32]
+
+
+def expand(pattern: str) -> list[InputShard]:
+    """The shards ``pattern`` names: an artifact or folder, a glob, ``{000..099}.tar``, one tar; any fsspec URL.
+
+    Raises BadInput where a named shard is missing, nothing matches, or two shards would share a name.
+    """
+    fs, path = _filesystem(pattern)
+    if any(c in pattern for c in "{*?["):
+        urls = [url for part in _braces(pattern) for url in _glob(part)]
+    elif fs.isdir(path):
+        if Artifact.exists(pattern):
+            return _artifact_shards(Artifact.open(pattern))
+        urls = _glob(f"{pattern.rstrip('/')}/*.tar")
+    elif fs.exists(path):
+        urls = [pattern]
+    else:
+        raise BadInput(f"{pattern}: no such file or folder; --shards takes a folder, a glob or {{00000..00099}}.tar")
+    if not urls:
+        raise BadInput(f"{pattern}: no .tar in it; `capipe ingest` makes shards of other things")
+    shards = [_shard(url) for url in urls]
+    _refuse_namesakes(shards)
+    return shards
+
+
+def input_artifact(pattern: str) -> Artifact | None:
+    """The artifact that ``pattern`` is, if it is one of ours as a whole."""
+    return Artifact.open(pattern) if Artifact.exists(pattern) else None
+
+
+def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        return url_to_fs(url)  # type: ignore[no-any-return]
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"{url}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
+
+
+def _artifact_shards(artifact: Artifact) -> list[InputShard]:
+    records = artifact.committed()
+    missing = next((r.shard for r in records.values() if f"{r.shard}.tar" not in r.files), None)
+    if missing is not None:
+        text = f"{artifact.url}: an artifact of stage {artifact.stage!r} without tars; point --shards at its images"
+        raise BadInput(text)
+    if not records:
+        raise BadInput(f"{artifact.url}: no shard is committed there yet; run its stage to the end first")
+    return [InputShard(name, f"{artifact.url}/{name}.tar", record) for name, record in records.items()]
+
+
+def _shard(url: str) -> InputShard:
+    """A single tar; with its manifest line if it lies in an artifact of ours."""
+    folder, _, file = url.rpartition("/")
+    name = file.removesuffix(".tar")
+    if folder and Artifact.exists(folder):
+        record = Artifact.open(folder).committed().get(name)
+        if record is None:
+            raise BadInput(f"{url}: this shard was never committed; run the stage that writes it again")
+        return InputShard(name, url, record)
+    return InputShard(name, url)
+
+
+def _braces(pattern: str) -> list[str]:
+    """``a{01..03}.tar`` and ``{a,b}.tar`` written out, zero padding kept."""
+    match = _RANGE.search(pattern)
+    if match:
+        first, last = match.group(1), match.group(2)
+        if int(first) > int(last):
+            raise BadInput(f"{pattern}: the range runs backwards; write {{{last}..{first}}}")
+        parts = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    else:
+        match = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+        if not match:
+            return [pattern]
+        parts = match.group(1).split(",")
+    return [out for part in parts for out in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
+
+
+def _glob(url: str) -> list[str]:
+    """URLs that ``url`` matches, sorted. A name without wildcards must exist: a gap in a range is no small matter."""
+    fs, path = _filesystem(url)
+    if not any(c in url for c in "*?["):
+        if not fs.exists(path):
+            raise BadInput(f"{url}: no such shard; narrow the pattern to those that exist, or restore it")
+        return [url]
+    found = sorted(str(p) for p in fs.glob(path))
+    return [fs.unstrip_protocol(p) if "://" in url else p for p in found]
+
+
+def _refuse_namesakes(shards: list[InputShard]) -> None:
+    by_name: dict[str, str] = {}
+    for shard in shards:
+        if shard.name in by_name:
+            raise BadInput(f"{shard.url} and {by_name[shard.name]} share a name; caption them in separate runs")
+        by_name[shard.name] = shard.url
+
+
+class _SizedDigest:
+    """sha256 that also counts."""
+
+    def __init__(self) -> None:
+        self._sha, self.size = hashlib.sha256(), 0
+
+    def update(self, data: bytes, /) -> None:
+        self._sha.update(data)
+        self.size += len(data)
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
+
+
+class RowReader:
+    """Iterates a shard's rows once; afterwards :attr:`info` is what the output's manifest says of its input."""
+
+    def __init__(self, shard: InputShard) -> None:
+        self.shard = shard
+        self._digest = _SizedDigest()
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """``digest``: sha256 of the tar, known when the iteration is over."""
+        return {"url": self.shard.url, "digest": self._digest.hexdigest(), "bytes": self._digest.size}
+
+    def __iter__(self) -> Iterator[Row]:
+        with self.shard.open() as stream:
+            samples = read_samples(stream, digest=self._digest)
+            if self.shard.record is None:
+                for index, sample in enumerate(samples):
+                    yield to_row(index, sample)
+            else:
+                yield from _listed_rows(self.shard, samples)
+                self._check_digest()
+
+    def _check_digest(self) -> None:
+        record = self.shard.record
+        if record is None:
+            return
+        expected = record.files[f"{self.shard.name}.tar"]["sha256"]
+        if self._digest.hexdigest() != expected:
+            text = f"{self.shard.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
+            raise ArtifactMismatch(text)
+
+
+def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
+    """Rows as the Parquet lists them, with images from the tar, which holds the ok ones in the same order."""
+    index = 0
+    for batch in _parquet(shard):
+        for listed in batch:
+            row = Row(index, listed["key"], listed["uid"], Status(listed["status"]), listed["error"])
+            if row.status is Status.OK:
+                sample = next(samples, None)
+                if sample is None or sample.key != row.key:
+                    found = "nothing" if sample is None else f"{sample.key!r}"
+                    text = f"{shard.url}: row {row.key!r} expected, {found} found; the tar does not fit its Parquet"
+                    raise ArtifactMismatch(f"{text}, restore both (`capipe verify` lists what is damaged)")
+                row = to_row(index, sample)
+                if row.uid != listed["uid"]:
+                    raise ArtifactMismatch(f"{shard.url}: the image of {row.key!r} is not the one that was ingested")
+                row.text, row.error = listed["text"], listed["error"]
+            yield row
+            index += 1
+    if next(samples, None) is not None:
+        raise ArtifactMismatch(f"{shard.url}: has samples that its Parquet does not list; restore both")
+
+
+def _parquet(shard: InputShard) -> Iterator[list[dict[str, Any]]]:
+    fs, path = url_to_fs(shard.url.removesuffix(".tar") + ".parquet")
+    with fs.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        for batch in parquet.iter_batches(1000, columns=["key", "uid", "status", "error", "text"]):
+            yield batch.to_pylist()
+
+
+def to_row(index: int, sample: Sample) -> Row:
+    """A tar's sample as a row: uid computed, text and metadata decoded, their faults noted without losing the image."""
+    image = sample.image()
+    data = image.data if image is not None else None
+    if sample.status is not Status.OK or image is None or data is None:
+        uid = uid_of(data) if data is not None else None
+        return Row(index, sample.key, uid, sample.status, sample.error)
+    notes: list[str] = []
+    text = decode_text(_data(sample.members.get("txt")), notes)
+    meta = decode_meta(_data(sample.members.get("json")), notes)
+    extension = next(ext for ext, member in sample.members.items() if member is image)
+    note = "; ".join(notes) or None
+    return Row(index, sample.key, uid_of(data), Status.OK, note, data, extension, text, meta)
+
+
+def _data(member: Member | None) -> bytes | None:
+    return None if member is None else member.data
+
+
+def decode_text(data: bytes | None, notes: list[str]) -> str | None:
+    """The original caption; bytes that are not UTF-8 are replaced, and ``notes`` says so."""
+    if data is None:
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        notes.append(f"txt is not UTF-8 (byte {error.start}): replaced")
+        return data.decode(errors="replace")
+
+
+def decode_meta(data: bytes | None, notes: list[str]) -> dict[str, Any] | None:
+    """The metadata object, or None with a note where it is no JSON object."""
+    if data is None:
+        return None
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        notes.append("json is unreadable: left out")
+        return None
+    if not isinstance(value, dict):
+        notes.append(f"json is a {type(value).__name__}, not an object: left out")
+        return None
+    return value

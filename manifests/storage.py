@@ -1,0 +1,129 @@
+"""One folder on any fsspec filesystem, with the few operations an artifact needs and how durable each one is.
+
+Locally a file appears by rename after fsync. Object stores have no rename and need none: an upload becomes visible
+whole. Scratch files, the journal and the lock are always on a local disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from ..errors import BadInput
+
+PRIVATE = "_capipe"
+
+
+class Folder:
+    """A folder given by path or fsspec URL. Names are relative to it, with ``/``."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.fs, self.path = cast(tuple[fsspec.AbstractFileSystem, str], url_to_fs(url.rstrip("/") or url))
+        except (ValueError, ImportError) as error:
+            raise BadInput(f"{url}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
+        self.url = url.rstrip("/") or url
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.is_shared = self.is_local or "memory" not in _protocols(self.fs)  # visible to other processes
+
+    def full(self, name: str) -> str:
+        return f"{self.path}/{name}" if name else self.path
+
+    def exists(self, name: str = "") -> bool:
+        return bool(self.fs.exists(self.full(name)))
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files and folders directly in ``folder`` (sorted, without its path); empty if it is missing."""
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self.full(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        here = self.full(folder).rstrip("/")
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != here)
+
+    def open(self, name: str) -> BinaryIO:
+        return cast(BinaryIO, self.fs.open(self.full(name), "rb"))
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def size(self, name: str) -> int:
+        return int(self.fs.size(self.full(name)))
+
+    def make(self) -> None:
+        """Create the folder where the filesystem has folders."""
+        self.fs.makedirs(self.path, exist_ok=True)
+        if self.is_local:
+            self.local("").mkdir(parents=True, exist_ok=True)
+
+    def local(self, name: str) -> Path:
+        """The local path of ``name``; only meaningful where :attr:`is_local`."""
+        return Path(self.full(name))
+
+    def private(self, name: str) -> Path:
+        """A local path for scratch, journal and lock: in a local artifact, else in the user's cache."""
+        if self.is_local:
+            return self.local(f"{PRIVATE}/{name}")
+        cache = Path(os.environ.get("CAPIPE_CACHE", Path.home() / ".cache" / "capipe"))
+        return cache / hashlib.sha256(self.url.encode()).hexdigest()[:32] / name
+
+    def publish(self, scratch: Path, name: str) -> None:
+        """Make a finished, fsynced scratch file visible under its final name; replaces an older one atomically."""
+        if self.is_local:
+            target = self.local(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch.replace(target)
+            sync_folder(target.parent)
+        else:
+            self.fs.put_file(str(scratch), self.full(name))
+            scratch.unlink()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file in one visible step."""
+        scratch = self.private(f"tmp/{name.replace('/', '+')}")
+        write_synced(scratch, data)
+        self.publish(scratch, name)
+
+    def remove(self, name: str) -> None:
+        if self.exists(name):
+            self.fs.rm(self.full(name), recursive=True)
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write and fsync a local file; nothing is left behind when that fails (a full disk)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside ``path`` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clear(path: Path) -> None:
+    """Remove a local folder and all in it, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,252 @@
+"""Tar files, read without trust and written reproducibly.
+
+:func:`scan` goes forward through a tar of any provenance and never raises on its content: every member comes out, those
+that cannot be used with the problem named, and damage costs the damaged stretch alone. :class:`TarWriter` writes the
+same bytes for the same members on any day and any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+BLOCK = 512
+MAX_HEADER_DATA = 1 << 20  # of an extended header (long name, pax records); real ones have a few hundred bytes
+MAX_MEMBER_BYTES = 512 << 20
+MAX_NAME = 1024
+
+_ZERO_BLOCK = bytes(BLOCK)
+_SKIP_CHUNK = 1 << 20
+_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a fifo"}
+
+
+class Digest(Protocol):
+    """What ``hashlib`` objects offer and we use."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One entry of a tar: ``size`` bytes of data at ``offset``. ``problem`` says why it must not be used, if so.
+
+    ``damaged`` separates broken bytes (truncation, header nonsense) from sound entries we do not take (links, names).
+    """
+
+    name: str
+    offset: int
+    size: int
+    problem: str | None = None
+    damaged: bool = False
+    data: bytes | None = None  # filled by scan(read_data=True) for members without a problem
+
+
+class _Forward:
+    """A stream read strictly forward, hashed on the way where asked; knows where it is and, mostly, where it ends."""
+
+    def __init__(self, stream: BinaryIO, digest: Digest | None) -> None:
+        self.stream, self.digest, self.position = stream, digest, 0
+        self.seekable = stream.seekable()
+        self.total: int | None = None
+        if self.seekable:
+            start = stream.tell()
+            self.total = stream.seek(0, 2) - start
+            stream.seek(start)
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        while 0 < len(data) < size:  # raw and remote streams may return less than asked before their end
+            more = self.stream.read(size - len(data))
+            if not more:
+                break
+            data += more
+        self.position += len(data)
+        if self.digest is not None:
+            self.digest.update(data)
+        return data
+
+    def skip(self, size: int) -> int:
+        """Bytes really skipped: fewer than ``size`` where the stream ends."""
+        if self.digest is None and self.seekable and self.total is not None:
+            size = min(size, self.total - self.position)
+            self.stream.seek(size, 1)
+            self.position += size
+            return size
+        left = size
+        while left and (data := self.read(min(left, _SKIP_CHUNK))):
+            left -= len(data)
+        return size - left
+
+
+def scan(stream: BinaryIO, *, read_data: bool = False, digest: Digest | None = None) -> Iterator[Member]:
+    """Every entry of the tar in ``stream``, in order; directories are passed over.
+
+    With ``read_data`` each sound member carries its bytes. ``digest`` is fed every byte of the file, to its very end.
+    Beyond a bad header the scan goes on at the next block that is a valid one; the whole stretch is one problem.
+    """
+    source = _Forward(stream, digest)
+    ended = False  # whether the end-of-archive mark was the last thing seen
+    cut_short = False  # whether the last member claimed more bytes than there are
+    overrides: dict[str, str] = {}
+    while header := source.read(BLOCK):
+        at = source.position - len(header)
+        if header == _ZERO_BLOCK:
+            ended = True  # read on: concatenated tars continue after the mark
+            continue
+        info = _parse(header)
+        if info is None:
+            info, skipped = _resync(source)
+            if info is None and cut_short:
+                break  # the rest of the member that was just reported as cut short
+            text = f"no valid tar header in {len(header) + skipped} bytes at byte {at}"
+            yield Member("", at, len(header) + skipped, text, damaged=True)
+            if info is None:
+                break
+        cut_short = False
+        ended = False
+        if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            problem = _read_override(source, info, overrides)
+            if problem is not None:
+                yield problem
+            continue
+        if info.isdir() or info.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+            source.skip(_padded(max(info.size, 0)))
+            continue
+        member = _take(source, info, overrides, read_data)
+        cut_short = member.damaged
+        yield member
+        overrides = {}
+    else:
+        if not ended and not cut_short:
+            text = f"the tar ends at byte {source.position} without its end mark: members may be missing"
+            yield Member("", source.position, 0, text, damaged=True)
+    if digest is not None:
+        while source.read(_SKIP_CHUNK):
+            pass
+
+
+def _parse(header: bytes) -> tarfile.TarInfo | None:
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    return info if info.size >= 0 else None
+
+
+def _resync(source: _Forward) -> tuple[tarfile.TarInfo | None, int]:
+    """Look block by block for the next valid header; also the bytes passed over. None at the end of the stream."""
+    skipped = 0
+    while block := source.read(BLOCK):
+        if block[257:262] == b"ustar" or len(block) < BLOCK:  # cheap test first: nonsense may be gigabytes
+            info = _parse(block)
+            if info is not None:
+                return info, skipped
+        skipped += len(block)
+    return None, skipped
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _read_override(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str]) -> Member | None:
+    """Read a long-name or pax header into ``overrides``; a problem member where it is nonsense."""
+    at = source.position
+    if info.size > MAX_HEADER_DATA:
+        return Member("", at, 0, f"extended header of {info.size} bytes at byte {at}", damaged=True)
+    data = source.read(_padded(info.size))[: info.size]
+    if len(data) < info.size:
+        return Member("", at, 0, f"the tar ends inside an extended header at byte {at}", damaged=True)
+    if info.type == tarfile.GNUTYPE_LONGNAME:
+        overrides["path"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        return None
+    while data:
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data) or len(length) > 7:
+            return Member("", at, 0, f"malformed pax header at byte {at}", damaged=True)
+        record, data = data[len(length) + 1 : int(length)], data[int(length) :]
+        name, _, value = record.rstrip(b"\n").partition(b"=")
+        if name in (b"path", b"size"):
+            overrides[name.decode()] = value.decode("utf-8", "surrogateescape")
+    return None
+
+
+def _take(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str], read_data: bool) -> Member:
+    """The member whose header was just read; leaves the source at the next header."""
+    name, size = overrides.get("path", info.name), info.size
+    if "size" in overrides:
+        size = int(overrides["size"]) if overrides["size"].isdigit() and len(overrides["size"]) < 16 else -1
+    offset = source.position
+    shown = printable(name)
+    if not info.isreg():
+        kind = _KINDS.get(info.type, f"of tar type {printable(info.type.decode('latin-1'))!r}")
+        source.skip(_padded(max(size, 0)) if info.type not in _KINDS else 0)
+        return Member(shown, offset, 0, f"member {shown!r} is {kind}, not a file")
+    if size < 0 or (source.total is not None and size > source.total - offset):
+        # Not skipped: if the size is a lie, the members behind it are found again by the search for a header.
+        left = "" if source.total is None else f", {source.total - offset} are left"
+        return Member(shown, offset, 0, f"member {shown!r} claims {size} bytes{left}: the tar ends early", damaged=True)
+    problem = unsafe_name(name)
+    if problem is None and size > MAX_MEMBER_BYTES:
+        problem = f"member {shown!r} has {size} bytes, over the limit of {MAX_MEMBER_BYTES}"
+    if problem is not None or not read_data:
+        if source.skip(_padded(size)) < size:
+            return Member(shown, offset, size, f"the tar ends inside member {shown!r}", damaged=True)
+        return Member(shown if problem else name, offset, size, problem)
+    data = source.read(_padded(size))
+    if len(data) < size:
+        return Member(shown, offset, size, f"the tar ends inside member {shown!r}", damaged=True)
+    return Member(name, offset, size, data=data[:size])
+
+
+def unsafe_name(name: str) -> str | None:
+    """Why a member's name is not to be trusted, or None. Nothing is ever extracted; readers of our output might."""
+    shown = printable(name[:MAX_NAME])
+    if not name or name in (".", "./"):
+        return "a member has an empty name"
+    if len(name) > MAX_NAME:
+        return f"member name of {len(name)} characters"
+    if name.startswith(("/", "\\")) or name[1:3] in (":/", ":\\"):
+        return f"member name {shown!r} is absolute"
+    if ".." in name.replace("\\", "/").split("/"):
+        return f"member name {shown!r} climbs out of its folder"
+    if shown != name:
+        return f"member name {shown!r} has bytes that are not printable UTF-8"
+    return None
+
+
+def printable(text: str) -> str:
+    """``text`` with everything that is not printable UTF-8 escaped: fit for a log, a Parquet cell or a terminal."""
+    return "".join(c if c.isprintable() and not "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
+
+
+class TarWriter:
+    """Writes members one after the other with fixed metadata, so equal input gives equal bytes; hashes as it goes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._digest, self.size = stream, hashlib.sha256(), 0
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a file; returns the byte offset of its header (what an index of the tar stores)."""
+        at = self.size
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = len(data), 0o644, 0
+        self._write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+        self._write(data)
+        self._write(bytes(_padded(len(data)) - len(data)))
+        return at
+
+    def finish(self) -> str:
+        """Write the end mark; returns the file's sha256 in hex. The stream stays open: syncing it is the caller's."""
+        self._write(bytes(2 * BLOCK))
+        return self._digest.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._digest.update(data)
+        self.size += len(data)

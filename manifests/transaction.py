@@ -1,0 +1,187 @@
+"""One shard, one transaction: everything is written and synced under scratch names, then renamed, then declared.
+
+Where a crash strikes: before the renames nothing of the shard is visible; between them, or before the manifest line,
+files without a line lie about, which do not exist for any reader and are replaced when the shard is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import RunFailed
+from . import manifest
+from .manifest import ShardRecord
+from .status import Status
+from .storage import Folder, write_synced
+from .tar import TarWriter
+
+ROW_GROUP = 1000
+
+
+class ShardTransaction:
+    """Context manager: ``write`` rows in input order, ``commit`` once; leaving without a commit removes every trace."""
+
+    def __init__(self, folder: Folder, fingerprint: str, shard: str, schema: pa.Schema, tar: bool) -> None:
+        self.shard, self._folder, self._fingerprint, self._schema = shard, folder, fingerprint, schema
+        self._scratch: Path = folder.private("tmp")
+        self._counts: Counter[str] = Counter()
+        self._keys: set[str] = set()
+        self._rows: list[Mapping[str, Any]] = []
+        self._started = time.time()
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, dict[str, Any]] = {}
+        self._tar_file: BinaryIO | None = self._path("tar").open("wb") if tar else None
+        self._tar = TarWriter(self._tar_file) if self._tar_file else None
+        self._parquet_file = _HashedFile(self._path("parquet"))
+        self._parquet = pq.ParquetWriter(self._parquet_file, schema, compression="zstd")
+
+    def _path(self, extension: str) -> Path:
+        return self._scratch / f"{self.shard}.{extension}"
+
+    def write(self, row: Mapping[str, Any], members: Mapping[str, bytes] | None = None) -> None:
+        """Add a row; ``members`` (extension to bytes) puts its sample into the tar under ``<key>.<extension>``."""
+        key = row["key"]
+        if key in self._keys:
+            raise ValueError(f"shard {self.shard}: two rows have the key {key!r}")
+        self._keys.add(key)
+        self._counts[Status(row["status"])] += 1
+        self._rows.append(row)
+        if len(self._rows) >= ROW_GROUP:
+            self._flush()
+        for extension, data in (members or {}).items():
+            if self._tar is None:
+                raise ValueError(f"shard {self.shard}: members given, but this stage writes no tar")
+            self._tar.add(f"{key}.{extension}", data)
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._parquet.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows.clear()
+
+    def commit(
+        self,
+        *,
+        rows_in: int,
+        input_info: Mapping[str, Any],
+        started: float | None = None,
+        stats: Mapping[str, Any] | None = None,
+    ) -> ShardRecord:
+        """Publish the shard. ``rows_in`` rows must have been written: the conservation of rows is asserted here.
+
+        ``input_info`` needs a ``digest``; ``started`` (epoch seconds) backdates the clock; ``stats`` join the manifest.
+        """
+        if sum(self._counts.values()) != rows_in:
+            text = f"shard {self.shard}: {rows_in} rows in, {sum(self._counts.values())} rows out"
+            raise RunFailed(f"{text}; this is a bug in capipe, and nothing was committed")
+        self._started = started or self._started
+        self._finish_files()
+        for name in self._files:
+            self._folder.publish(self._scratch / name, name)
+        record = ShardRecord(
+            shard=self.shard,
+            rows=dict(sorted(self._counts.items())),
+            files=self._files,
+            input=dict(input_info),
+            fingerprint=self._fingerprint,
+            seconds=round(time.time() - self._started, 3),
+            stats=dict(stats or {}),
+        )
+        manifest.append(self._folder, record)
+        return record
+
+    def _finish_files(self) -> None:
+        if self._tar is not None and self._tar_file is not None:
+            digest = self._tar.finish()
+            _sync(self._tar_file)
+            self._files[f"{self.shard}.tar"] = {"bytes": self._tar.size, "sha256": digest}
+        self._flush()
+        self._parquet.close()
+        self._files[f"{self.shard}.parquet"] = self._parquet_file.finish()
+        stats = json.dumps(self._img2dataset_stats(), indent=1).encode()
+        name = f"{self.shard}_stats.json"
+        write_synced(self._scratch / name, stats)
+        self._files[name] = {"bytes": len(stats), "sha256": hashlib.sha256(stats).hexdigest()}
+
+    def _img2dataset_stats(self) -> dict[str, Any]:
+        """The figures img2dataset's own tools read beside a shard, under its names."""
+        count, good, now = sum(self._counts.values()), self._counts[Status.OK], time.time()
+        status_dict = {("success" if status == Status.OK else str(status)): n for status, n in self._counts.items()}
+        return {
+            "count": count,
+            "successes": good,
+            "failed_to_download": self._counts[Status.CORRUPT],
+            "failed_to_resize": count - good - self._counts[Status.CORRUPT],
+            "duration": now - self._started,
+            "start_time": self._started,
+            "end_time": now,
+            "status_dict": dict(sorted(status_dict.items())),
+        }
+
+    def __enter__(self) -> ShardTransaction:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Close what is open and remove scratch files that were not published."""
+        if self._tar_file is not None:
+            self._tar_file.close()
+        if self._parquet.is_open:
+            try:
+                self._parquet.close()
+            except OSError:
+                if error is None:  # on a full disk closing fails again; the first error is the one to see
+                    raise
+        self._parquet_file.abandon()
+        for name in (f"{self.shard}.tar", f"{self.shard}.parquet", f"{self.shard}_stats.json"):
+            (self._scratch / name).unlink(missing_ok=True)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+class _HashedFile:
+    """A write-only file that hashes what passes; pyarrow writes Parquet strictly forward."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = cast(BinaryIO, path.open("wb"))
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._digest.update(view)
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """Ignored: pyarrow closes its sink, but the file is still to be synced."""
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def finish(self) -> dict[str, Any]:
+        _sync(self._file)
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def abandon(self) -> None:
+        self._file.close()

@@ -1,0 +1,180 @@
+"""Verification: every promise of an artifact, checked against its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import CapipeError
+from .artifact import Artifact
+from .manifest import ShardRecord
+from .samples import read_samples
+from .schema import ANNOTATE, INGEST, check
+from .shards import uid_of
+from .status import Status
+
+_SCHEMAS = {"ingest": INGEST, "annotate": ANNOTATE}
+_CHUNK = 1 << 20
+
+
+@dataclass
+class Report:
+    """What was read and every fault found, one line each; no faults means the artifact keeps its promises."""
+
+    shards: int = 0
+    bytes: int = 0
+    rows: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify(url: str) -> Report:
+    """Re-read an artifact: checksums, sizes, schemas, counts, keys, tars against Parquets, rows against its input."""
+    artifact = Artifact.open(url)
+    report = Report()
+    keys = _KeySet()
+    source = _source(artifact, report)
+    for record in artifact.committed().values():
+        report.shards += 1
+        report.rows.update(record.rows)
+        faults = list(_files(artifact, record, report))
+        if not faults:
+            faults = list(_content(artifact, record, keys))
+            faults += _conservation(artifact, record, source)
+        report.faults += [f"{artifact.url}/{fault}" for fault in faults]
+    _leftovers(artifact, report)
+    return report
+
+
+class _KeySet:
+    """Keys seen so far, 8 bytes each: artifacts have more keys than memory has room for strings."""
+
+    def __init__(self) -> None:
+        self._marks: set[int] = set()
+
+    def add(self, key: str) -> bool:
+        """Whether ``key`` is new."""
+        mark = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+        before = len(self._marks)
+        self._marks.add(mark)
+        return len(self._marks) > before
+
+
+def _files(artifact: Artifact, record: ShardRecord, report: Report) -> Iterator[str]:
+    for name, expected in record.files.items():
+        digest, size = hashlib.sha256(), 0
+        try:
+            with artifact.folder.open(name) as file:
+                while data := file.read(_CHUNK):
+                    digest.update(data)
+                    size += len(data)
+        except FileNotFoundError:
+            yield f"{name}: missing, though its shard is committed"
+            continue
+        except OSError as error:
+            yield f"{name}: cannot be read ({error})"
+            continue
+        report.bytes += size
+        if size != expected["bytes"]:
+            yield f"{name}: {size} bytes, {expected['bytes']} were committed"
+        elif digest.hexdigest() != expected["sha256"]:
+            yield f"{name}: its sha256 is not the one that was committed"
+
+
+def _content(artifact: Artifact, record: ShardRecord, keys: _KeySet) -> Iterator[str]:
+    name = f"{record.shard}.parquet"
+    with artifact.folder.open(name) as file:
+        parquet = pq.ParquetFile(file)
+        schema = _SCHEMAS.get(artifact.stage)
+        if schema is not None:
+            try:
+                check(parquet.schema_arrow, schema, name)
+            except CapipeError as error:
+                yield str(error)
+                return
+        table = parquet.read(columns=["key", "uid", "status"])
+    rows = table.to_pylist()
+    counts = Counter(row["status"] for row in rows)
+    if counts != Counter(record.rows):
+        yield f"{name}: rows by status {dict(counts)}, the manifest says {dict(record.rows)}"
+    repeated = [row["key"] for row in rows if not keys.add(row["key"])]
+    if repeated:
+        yield f"{name}: key {repeated[0]!r} is not unique in the artifact ({len(repeated)} such)"
+    stats = json.loads(artifact.folder.read_bytes(f"{record.shard}_stats.json"))
+    if stats["count"] != len(rows) or stats["successes"] != counts[Status.OK]:
+        yield f"{record.shard}_stats.json: its counts are not those of the Parquet"
+    if f"{record.shard}.tar" in record.files:
+        yield from _tar(artifact, record, [row for row in rows if row["status"] == Status.OK])
+
+
+def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The tar holds exactly the ok rows, in order, all with the same members, each image being its uid's."""
+    name, shapes = f"{record.shard}.tar", set()
+    with artifact.folder.open(name) as stream:
+        for sample, row in itertools.zip_longest(read_samples(stream), rows):
+            if sample is None or row is None or sample.key != row["key"]:
+                found, wanted = sample and sample.key, row and row["key"]
+                yield f"{name}: holds {found!r} where the Parquet has {wanted!r}"
+                return
+            image = sample.image()
+            if image is None or image.data is None or uid_of(image.data) != row["uid"]:
+                yield f"{name}: the image of {sample.key!r} is not that of its uid ({sample.error or 'other bytes'})"
+            shapes.add(frozenset(ext for ext, member in sample.members.items() if member is not image))
+    if len(shapes) > 1:
+        yield f"{name}: samples differ in their members {sorted(sorted(s) for s in shapes)}"
+
+
+def _source(artifact: Artifact, report: Report) -> Artifact | None:
+    """The artifact this one was made from, if it was one of ours and still is where it was."""
+    pattern = artifact.config["run"].get("shards")
+    if artifact.config["semantic"].get("input") is None or pattern is None:
+        return None
+    try:
+        source = Artifact.open(pattern)
+    except CapipeError:
+        report.notes.append(f"its input {pattern} is not there: rows were not compared with it")
+        return None
+    if source.fingerprint != artifact.config["semantic"]["input"]:
+        report.notes.append(f"its input {pattern} is another one by now: rows were not compared with it")
+        return None
+    return source
+
+
+def _conservation(artifact: Artifact, record: ShardRecord, source: Artifact | None) -> Iterator[str]:
+    if source is None:
+        return
+    columns = ["key", "uid"]
+    try:
+        with (
+            source.folder.open(f"{record.shard}.parquet") as theirs,
+            artifact.folder.open(f"{record.shard}.parquet") as ours,
+        ):
+            equal = pq.read_table(theirs, columns=columns).equals(pq.read_table(ours, columns=columns))
+    except (OSError, pa.ArrowException) as error:
+        yield f"{record.shard}.parquet: cannot be compared with its input {source.url} ({error})"
+        return
+    if not equal:
+        yield f"{record.shard}.parquet: keys and uids are not those of its input {source.url}, row by row"
+
+
+def _leftovers(artifact: Artifact, report: Report) -> None:
+    scratch = artifact.folder.private("tmp")
+    for path in sorted(scratch.glob("*")) if scratch.is_dir() else []:
+        report.faults.append(f"{path}: a temporary file was left behind; run the same command again to clear it")
+    known = {name for record in artifact.committed().values() for name in record.files}
+    for name in artifact.folder.names():
+        if name.endswith((".tar", ".parquet", "_stats.json")) and name not in known:
+            report.notes.append(f"{artifact.url}/{name}: of a shard that is not committed; the next run replaces it")
+    journals = artifact.folder.private("journal")
+    if journals.is_dir() and any(journals.iterdir()):
+        report.notes.append(f"{artifact.url}: unfinished shards have journals; run the same command to finish them")
+    for shard, reason in artifact.quarantined().items():
+        report.notes.append(f"{artifact.url}: shard {shard} is quarantined ({reason})")

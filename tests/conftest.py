@@ -1,0 +1,47 @@
+"""Small data made on the spot. Nothing here reaches a network beyond loopback."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def photo(seed: int, size: tuple[int, int] = (96, 64), fmt: str = "JPEG") -> bytes:
+    """A smooth random picture, encoded."""
+    noise = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(out, fmt)
+    return out.getvalue()
+
+
+def tar_bytes(members: Mapping[str, bytes] | list[tuple[str, bytes]]) -> bytes:
+    """A tar as Python's own tarfile writes it."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+@pytest.fixture
+def make_tar(tmp_path: Path) -> Callable[..., Path]:
+    """Write a tar under ``tmp_path`` and return its path."""
+
+    def make(members: Mapping[str, bytes] | list[tuple[str, bytes]], name: str = "in/00000.tar") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tar_bytes(members))
+        return path
+
+    return make

@@ -1,0 +1,80 @@
+"""Artifacts on filesystems that are no local disk: in memory, and on an S3 server on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from capipe.errors import BadInput
+from capipe.manifests.artifact import Artifact
+from capipe.manifests.schema import INGEST
+from capipe.manifests.shards import RowReader, expand, uid_of
+from capipe.manifests.storage import Folder
+from capipe.manifests.verify import verify
+
+from ..conftest import photo
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """A bucket on a real S3 server (moto's) on loopback; boto reads its address from the environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "s3", "file"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("CAPIPE_CACHE", str(tmp_path / "cache"))
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    return f"memory://{tmp_path.name}" if request.param == "memory" else f"file://{tmp_path}/data"
+
+
+def test_write_read_resume_verify(root: str) -> None:
+    url = f"{root}/shards"
+    for round_number in range(2):
+        artifact = Artifact.create(url, "ingest", {"a": 1}, {"shards_total": 2})
+        name = f"0000{round_number}"
+        assert len(artifact.committed()) == round_number
+        with artifact.begin(name, INGEST, tar=True) as shard:
+            image = photo(round_number)
+            shard.write({"key": name, "uid": uid_of(image), "status": "ok", "error": None}, {"jpg": image})
+            shard.commit(rows_in=1, input_info={"digest": "d"})
+        artifact.close()
+    report = verify(url)
+    assert (report.faults, report.shards) == ([], 2)
+    rows = [row for shard in expand(url) for row in RowReader(shard)]
+    assert [row.image for row in rows] == [photo(0), photo(1)]
+    assert sorted(n for n in Folder(url).names() if n != "_capipe") == sorted(
+        f"0000{i}{end}" for i in range(2) for end in (".tar", ".parquet", "_stats.json")
+    )
+    for pattern in (f"{url}/*.tar", f"{url}/{{00000..00001}}.tar"):
+        assert [(shard.name, shard.record) for shard in expand(pattern)] == list(artifact.committed().items())
+
+
+def test_a_journal_of_a_remote_artifact_is_kept_locally(root: str) -> None:
+    artifact = Artifact.create(f"{root}/journaled", "test", {}, {})
+    journal = artifact.journal("00000")
+    journal.append(0, {"key": "k"})
+    journal.close()
+    artifact.close()
+    assert Artifact.create(f"{root}/journaled", "test", {}, {}).journal("00000").rows == {0: {"key": "k"}}
+
+
+def test_an_unknown_protocol_is_one_line() -> None:
+    with pytest.raises(BadInput, match="nosuch://"):
+        Folder("nosuch://bucket/x")
