@@ -1,0 +1,52 @@
+# `make demo` and `make test` each do the whole set-up first. Needs python3.11 or newer, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEERS := .venv-peers
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test test-fast lint peers doctor clean
+
+setup: $(READY)
+
+# A CPU machine gets torch's CPU build first, so that nothing pulls gigabytes of CUDA; a CUDA machine gets vLLM's choice.
+$(READY): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+		$(BIN)/pip install --quiet -e '.[vllm,dev]'; \
+	else \
+		$(BIN)/pip install --quiet torch==2.13.0 && $(BIN)/pip install --quiet -e '.[cpu,dev]'; \
+	fi
+	$(BIN)/python -m capipe.models.torchvision_shim
+	touch $@
+
+demo: setup
+	$(BIN)/capipe demo --out demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+
+PACKAGES := errors.py manifests models stages pipeline bench
+
+# What we measure against; its dependencies clash with ours, so it lives apart.
+peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: Makefile
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet img2dataset
+	touch $@
+
+doctor: setup
+	$(BIN)/capipe doctor
+
+clean:
+	rm -rf $(VENV) $(PEERS) demo build *.egg-info

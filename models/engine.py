@@ -1,0 +1,143 @@
+"""The engine contract: one model, many concurrent callers; batching is the engine's own business.
+
+Stages, the quiz reader and rewards are written against :class:`Engine` alone. Three implementations exist: ``vllm``
+(in process), ``transformers`` (own micro-batcher) and ``http`` (any OpenAI-compatible server).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+FinishReason = Literal["stop", "length"]
+
+
+class RequestError(Exception):
+    """One request failed; the engine lives on and the others are untouched. The message is the row's reason."""
+
+
+class EngineDead(Exception):  # noqa: N818 (a state of the engine, not a fault of a request)
+    """The engine itself is gone: every request in flight is void and a new engine is needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw a completion. ``temperature=0`` is greedy.
+
+    Draws are a pure function of ``(seed, position)``: the same request gives the same text whatever shares its batch.
+    Raises ValueError for numbers that no engine can sample with.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """One image on its way to a model.
+
+    ``pixels``: uint8 ``(height, width, 3)`` RGB, upright, already on the model's pixel grid (in-process engines).
+    ``encoded``/``media_type``: the original file bytes, which is what an HTTP engine sends on.
+    ``uid``: content hash, lets engines cache and share by identity instead of hashing pixels again.
+    """
+
+    uid: str
+    pixels: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
+    encoded: bytes | None = field(default=None, repr=False)
+    media_type: str = "image/jpeg"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A single-turn chat: optional system text, optional image (placed before the text), the user's text.
+
+    ``answer_prefix`` is put at the start of the assistant's turn, for models that are to continue it.
+    """
+
+    text: str
+    image: ImageInput | None = None
+    system: str | None = None
+    answer_prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    prompt: Prompt
+    sampling: Sampling = Sampling()
+    logprobs: bool = False  # fill Completion.logprobs: log-probability of each sampled token under the untempered model
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """``token_ids`` and ``logprobs`` run in parallel and include the end-of-turn token where the model wrote it.
+
+    HTTP servers do not return token ids: there ``token_ids`` is empty and ``n_tokens`` is the server's own count.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    n_tokens: int
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceRequest:
+    """Score which of ``choices`` (each one token, e.g. ``"A"``) comes first in the assistant's turn. No sampling."""
+
+    prompt: Prompt
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceScores:
+    """Log-probabilities, parallel to the request's choices. ``None`` where a server did not report that choice."""
+
+    logprobs: tuple[float | None, ...]
+
+    @property
+    def best(self) -> int | None:
+        """Index of the likeliest reported choice; None when nothing was reported."""
+        scored = [(value, -index) for index, value in enumerate(self.logprobs) if value is not None]
+        return -max(scored)[1] if scored else None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGrid:
+    """The sizes a model really looks at: multiples of ``factor`` pixels, within an area of min to max pixels."""
+
+    factor: int
+    min_pixels: int
+    max_pixels: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """``generate`` and ``choose`` raise :class:`RequestError` or :class:`EngineDead`, nothing else.
+
+    ``concurrency``: requests the engine works on at once; callers keep at least twice as many queued.
+    ``grid``: where pixels must lie, or None when the engine wants the encoded bytes instead.
+    """
+
+    concurrency: int
+    grid: ImageGrid | None
+
+    async def generate(self, request: GenerationRequest) -> Completion: ...
+
+    async def choose(self, request: ChoiceRequest) -> ChoiceScores: ...
+
+    async def aclose(self) -> None: ...

