@@ -99,8 +99,9 @@ class Artifact:
             artifact._erase()
         if folder.exists(CONFIG):
             artifact.config = artifact._resumed(config)
+            artifact._drop_journals()
         else:
-            folder.write(CONFIG, json.dumps(config, indent=1, ensure_ascii=False).encode())
+            artifact._write(config)
         return artifact
 
     def _resumed(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +110,25 @@ class Artifact:
             changed = "; ".join(differences(old["semantic"], config["semantic"])) or "schema_version"
             text = f"{self.url}: made by another configuration ({changed}); use another --out, or --fresh to start over"
             raise ArtifactMismatch(text)
-        return dict(old)
+        resumed = {**old, "run": {**old["run"], **config["run"]}}  # there may be more shards to do by now
+        if resumed != old:
+            self._write(resumed)
+        return resumed
+
+    def _write(self, config: dict[str, Any]) -> None:
+        self.folder.write(CONFIG, json.dumps(config, indent=1, ensure_ascii=False).encode())
+
+    def note(self, **facts: Any) -> None:
+        """Add facts about the run to ``config.json``; they are not in the fingerprint."""
+        self.config["run"] = {**self.config["run"], **facts}
+        self._write(self.config)
+
+    def _drop_journals(self) -> None:
+        """Remove journals of committed shards: a crash came between the commit and their deletion."""
+        folder = self.folder.private("journal")
+        for path in folder.glob("*.jsonl") if folder.is_dir() else []:
+            if path.stem in self.committed():
+                path.unlink()
 
     def _acquire(self) -> None:
         """One writer per artifact and machine. The lock dies with its process, so nothing stale is ever left."""

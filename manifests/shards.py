@@ -60,7 +60,7 @@ class InputShard:
         return fs.open(path, "rb")  # type: ignore[no-any-return]
 
     def check_unchanged(self, made: ShardRecord) -> None:
-        """Raise ArtifactMismatch if this is not the tar that ``made`` was made from: by size, or by our own manifest."""
+        """Raise ArtifactMismatch if this is not the tar that ``made`` came from: by size, or by our manifest."""
         if self.record is not None:
             same = self.record.files[f"{self.name}.tar"]["sha256"] == made.input["digest"]
         else:

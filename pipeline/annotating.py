@@ -17,6 +17,7 @@ from ..manifests.status import Status
 from ..models.decode import DecodePool
 from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
 from ..models.formats import ImageProblem
+from ..models.http_engine import served_model
 from ..models.images import ImageLimits
 from ..models.loading import EngineConfig, image_grid, load_engine, model_identity, resolve_model
 from ..stages.annotate import AnnotateConfig, Annotator, chosen_caption, passed_on
@@ -39,6 +40,8 @@ class AnnotateStage:
 
     def semantic(self) -> dict[str, Any]:
         """What the fingerprint covers. Greedy or sampled, every engine gives the same captions; so it is not in it."""
+        if self.engine.is_http:
+            served_model(self.engine.kind)  # raises where no server answers, before anything is written
         identity = model_identity(self.engine.model, self.engine.kind)
         grid = None if self.engine.is_http else self._grid()
         return {

@@ -23,6 +23,7 @@ from rich.table import Table
 from .. import __version__
 from ..errors import BadInput, CapipeError
 from .interrupts import interrupts
+from .worker import disk_text
 
 app = typer.Typer(
     name="capipe",
@@ -50,6 +51,9 @@ def main() -> None:
     except CapipeError as error:
         print(f"capipe: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:  # a full disk, a folder that is not ours: nothing a traceback would explain
+        print(f"capipe: {disk_text(error)}", file=sys.stderr)
+        raise SystemExit(Exit.FAILED) from None
     except KeyboardInterrupt:
         print("capipe: stopped; what was finished is kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(Exit.INTERRUPTED) from None

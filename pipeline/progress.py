@@ -39,6 +39,7 @@ class Progress:
     tokens: int = 0
     requests: int = 0
     notes: list[str] = field(default_factory=list)
+    _last: float | None = None  # when something was last finished
     _committed_rows: int = 0
     _committed_shards: int = 0
     _stations: Counter[str] = field(default_factory=Counter)
@@ -53,7 +54,10 @@ class Progress:
             self.tokens += event.tokens
             self.requests += event.requests
             self._stations[_station(event)] += 1
+            if event.rows:
+                self._last = time.monotonic()
         elif isinstance(event, ShardDone):
+            self._last = time.monotonic()
             self.shards_done += 1
             self._committed_shards += 1
             self._committed_rows += event.record.count
@@ -100,10 +104,12 @@ class Progress:
         )
 
     def finished_line(self) -> str:
-        """The last line of a run."""
+        """The last line of a run; its clock stopped at the last commit."""
+        seconds = max((self._last or 0.0) - (self.ready or self.started), 1e-9)
         return (
-            f"{self.stage}: {self.finished_rows} images in {_clock(self.seconds)} ({self.rate():.1f} images/s, "
-            f"{self.requests} engine requests, {self.tokens} tokens), {self.recalled} taken from journals"
+            f"{self.stage}: {self.finished_rows} images in {seconds:.1f} s "
+            f"({self.finished_rows / seconds:.1f} images/s, {self.requests} engine requests, {self.tokens} tokens), "
+            f"{self.recalled} taken from journals"
         )
 
     def panel(self) -> Group:

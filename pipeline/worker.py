@@ -244,7 +244,7 @@ class Worker:
         if self.failure is None:
             self.failure = error
             if isinstance(error, OSError):
-                self.failure = RunFailed(_disk_text(self.artifact.url, error))
+                self.failure = RunFailed(disk_text(error, self.artifact.url))
             self.failed.set()
 
     async def _pulse(self) -> None:
@@ -263,14 +263,12 @@ def _take(rows: Iterator[Row], count: int) -> list[Row]:
     return list(itertools.islice(rows, count))
 
 
-def _is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _disk_text(url: str, error: OSError) -> str:
-    if _is_full(error):
-        return f"{url}: no space left on its disk; free some and run the same command: it goes on where it was"
-    return f"{url}: cannot be written ({error}); mend that and run the same command: it goes on where it was"
+def disk_text(error: OSError, where: str | None = None) -> str:
+    """One line about a disk that cannot be written (or read), with the mend."""
+    where = where or error.filename or "the disk"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}: no space left; free some and run the same command: it goes on where it was"
+    return f"{where}: {error.strerror or error}; mend that and run the same command: it goes on where it was"
 
 
 async def work(stage: Stage, artifact: Artifact, channel: Channel) -> None:

@@ -70,9 +70,9 @@ class Annotator:
             request = GenerationRequest(Prompt(prompt.text, image, self.config.system), sampling)
             try:
                 completion = await self.engine.generate(request)
-            except RequestError as error:
-                completion, verdict = None, Verdict(Status.ENGINE_ERROR, f"{error} (after {attempt} attempts)")
-                continue
+            except RequestError as error:  # the engine has tried what it could; `--retry` is for later
+                completion, verdict = None, Verdict(Status.ENGINE_ERROR, str(error))
+                break
             verdict = examine(completion.text, completion.finish_reason, self.config.health)
             if verdict.status is Status.OK:
                 break

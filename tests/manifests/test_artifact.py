@@ -173,6 +173,16 @@ def test_the_journal_of_another_configuration_is_not_used(tmp_path: Path) -> Non
     assert Journal(path, "g").rows == {}
 
 
+def test_a_journal_that_outlived_its_commit_is_dropped(tmp_path: Path) -> None:
+    artifact = make(tmp_path / "out")
+    commit(artifact, "00000")
+    for shard in ("00000", "00001"):
+        artifact.journal(shard).close()
+    artifact.close()
+    artifact = make(tmp_path / "out")
+    assert [p.name for p in artifact.folder.private("journal").iterdir()] == ["00001.jsonl"]
+
+
 def test_reopening_keeps_the_good_rows_at_every_moment(tmp_path: Path) -> None:
     artifact = make(tmp_path / "out")
     commit(artifact, "00000")

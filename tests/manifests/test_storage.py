@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from capipe.errors import BadInput
@@ -16,24 +14,6 @@ from capipe.manifests.storage import Folder
 from capipe.manifests.verify import verify
 
 from ..conftest import photo
-
-
-@pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """A bucket on a real S3 server (moto's) on loopback; boto reads its address from the environment."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-        yield "s3://bucket"
-    server.stop()
 
 
 @pytest.fixture(params=["memory", "s3", "file"])

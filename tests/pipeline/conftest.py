@@ -1,0 +1,100 @@
+"""A caption server on loopback that misbehaves on request, and the command line as users run it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+COMMAND = [sys.executable, "-m", "capipe.pipeline"]
+
+
+class CaptionServer:
+    """Speaks just enough of the OpenAI protocol. ``fails(n, image)`` decides the n-th request's fate by a status code.
+
+    0 means: never answer. ``requests`` counts them all.
+    """
+
+    def __init__(self) -> None:
+        self.fails: Callable[[int, bytes], int] = lambda number, image: 200
+        self.requests = 0
+        self.released = threading.Event()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.answer(200, {"data": [{"id": "m", "owned_by": "vllm"}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                image = base64.b64decode(body["messages"][-1]["content"][0]["image_url"]["url"].partition(",")[2])
+                with server.lock:
+                    server.requests += 1
+                    code = server.fails(server.requests, image)
+                if code == 0:
+                    server.released.wait()
+                    return
+                text = f"caption of {hashlib.sha256(image).hexdigest()[:8]} at seed {body['seed']}"
+                choice = {"message": {"content": text}, "finish_reason": "stop"}
+                self.answer(code, {"choices": [choice], "usage": {"completion_tokens": 5}})
+
+            def answer(self, code: int, body: dict[str, Any]) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.lock = threading.Lock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[CaptionServer]:
+    made = CaptionServer()
+    yield made
+    made.close()
+
+
+def capipe(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and check its exit code."""
+    command = [*COMMAND, *map(str, arguments)]
+    environ = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    """All rows of an artifact in order."""
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """What a refused command said: a single line for a person."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("capipe: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]

@@ -1,0 +1,107 @@
+"""Shards are read by the tools that pretraining teams use, and hold the very bytes that went in."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import datasets
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from capipe.manifests.artifact import Artifact
+from capipe.manifests.schema import ANNOTATE, INGEST
+from capipe.manifests.verify import verify
+
+from ..conftest import photo
+from .conftest import CaptionServer, capipe, table
+
+
+@pytest.fixture
+def packed(tmp_path: Path, server: CaptionServer) -> Path:
+    """A folder of 20 photos through ingest and annotate --pack: ``tmp_path/shards`` and the returned captions."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i:02}.jpg").write_bytes(photo(i))
+        (folder / f"{i:02}.txt").write_text(f"photo {i}")
+    (folder / "07.jpg").write_bytes(photo(7)[:300])
+    capipe("ingest", folder, "--out", tmp_path / "shards", "--shard-size", 8)
+    out = tmp_path / "captions"
+    options = ("--model", "m", "--engine", server.url, "--prompt", "dense", "--pack")
+    capipe("annotate", "--shards", tmp_path / "shards", "--out", out, *options)
+    return out
+
+
+def originals() -> list[bytes]:
+    return [photo(i) for i in range(20) if i != 7]
+
+
+def test_webdataset(packed: Path) -> None:
+    for folder in (packed.parent / "shards", packed):
+        urls = str(folder / "{00000..00002}.tar")
+        samples = list(wds.WebDataset(urls, shardshuffle=False))
+        assert [sample["jpg"] for sample in samples] == originals()
+        decoded = list(wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", "txt", "json"))
+        assert all(isinstance(image, Image.Image) and text and meta["uid"] for image, text, meta in decoded)
+
+
+def test_hugging_face(packed: Path, tmp_path: Path) -> None:
+    for folder in (packed.parent / "shards", packed):
+        tars = sorted(map(str, folder.glob("*.tar")))
+        loaded = datasets.load_dataset("webdataset", data_files=tars, split="train", cache_dir=str(tmp_path / "cache"))
+        raw = loaded.cast_column("jpg", datasets.Image(decode=False))
+        assert [row["jpg"]["bytes"] for row in raw] == originals()
+        assert loaded[0]["jpg"].size == (96, 64)
+
+
+def test_pyarrow_reads_every_row_with_the_declared_columns(packed: Path) -> None:
+    for folder, schema in ((packed.parent / "shards", INGEST), (packed, ANNOTATE)):
+        whole = pq.ParquetDataset(sorted(map(str, folder.glob("*.parquet")))).read()
+        assert whole.schema.remove_metadata() == schema and whole.num_rows == 20
+    rows = table(packed)
+    assert rows[7]["status"] == "corrupt" and rows[7]["error"]
+    assert [row["uid"] for row in rows if row["status"] == "ok"] == [
+        hashlib.sha256(data).hexdigest()[:32] for data in originals()
+    ]
+    assert all("caption of" in row["captions"][0]["text"] for row in rows if row["status"] == "ok")
+
+
+def test_annotate_from_and_to_an_object_store(
+    s3: str, tmp_path: Path, server: CaptionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPIPE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.jpg").write_bytes(photo(i))
+    root = f"{s3}/{tmp_path.name}"
+    capipe("ingest", folder, "--out", f"{root}/shards", "--shard-size", 3)
+    options = ("--model", "m", "--engine", server.url)
+    for _ in range(2):
+        capipe("annotate", "--shards", f"{root}/shards", "--out", f"{root}/captions", *options)
+    assert server.requests == 6
+    assert verify(f"{root}/captions").faults == [] and len(Artifact.open(f"{root}/captions").committed()) == 2
+    assert not any(path.is_file() and path.name != "lock" for path in (tmp_path / "cache").rglob("*"))
+
+
+def test_annotate_into_memory(packed: Path, server: CaptionServer) -> None:
+    from capipe.models.images import ImageLimits
+    from capipe.models.loading import EngineConfig
+    from capipe.pipeline import annotating
+    from capipe.stages.annotate import AnnotateConfig
+    from capipe.stages.prompts import parse_prompt
+
+    engine = EngineConfig(server.url, "m")
+    stage = annotating.AnnotateStage(AnnotateConfig(prompts=(parse_prompt("short"),)), engine, ImageLimits(), "m", 1)
+    plan = annotating.plan(stage, str(packed.parent / "shards"), "memory://captions-in-memory")
+    outcome = annotating.execute(plan, lambda event: None, [])
+    plan.artifact.close()
+    assert outcome.quarantined == {}
+    with fsspec.open("memory://captions-in-memory/00000.parquet", "rb") as file:
+        assert pq.read_table(io.BytesIO(file.read())).num_rows == 8
+    assert verify("memory://captions-in-memory").faults == []
