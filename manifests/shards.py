@@ -94,7 +94,7 @@ def expand(pattern: str) -> list[InputShard]:
         raise BadInput(f"{pattern}: no such file or folder; --shards takes a folder, a glob or {{00000..00099}}.tar")
     if not urls:
         raise BadInput(f"{pattern}: no .tar in it; `capipe ingest` makes shards of other things")
-    shards = [_shard(url) for url in urls]
+    shards = _shards(urls)
     _refuse_namesakes(shards)
     return shards
 
@@ -122,16 +122,20 @@ def _artifact_shards(artifact: Artifact) -> list[InputShard]:
     return [InputShard(name, f"{artifact.url}/{name}.tar", record) for name, record in records.items()]
 
 
-def _shard(url: str) -> InputShard:
-    """A single tar; with its manifest line if it lies in an artifact of ours."""
-    folder, _, file = url.rpartition("/")
-    name = file.removesuffix(".tar")
-    if folder and Artifact.exists(folder):
-        record = Artifact.open(folder).committed().get(name)
-        if record is None:
+def _shards(urls: list[str]) -> list[InputShard]:
+    """Single tars; those that lie in an artifact of ours with their manifest lines."""
+    records: dict[str, dict[str, ShardRecord] | None] = {}  # by folder: looked at once each
+    shards = []
+    for url in urls:
+        folder, _, file = url.rpartition("/")
+        name = file.removesuffix(".tar")
+        if folder not in records:
+            records[folder] = Artifact.open(folder).committed() if folder and Artifact.exists(folder) else None
+        committed = records[folder]
+        if committed is not None and name not in committed:
             raise BadInput(f"{url}: this shard was never committed; run the stage that writes it again")
-        return InputShard(name, url, record)
-    return InputShard(name, url)
+        shards.append(InputShard(name, url, committed[name] if committed is not None else None))
+    return shards
 
 
 def _braces(pattern: str) -> list[str]:

@@ -51,14 +51,13 @@ class ImageInput:
     """One image on its way to a model.
 
     ``pixels``: uint8 ``(height, width, 3)`` RGB, upright, already on the model's pixel grid (in-process engines).
-    ``encoded``/``media_type``: the original file bytes, which is what an HTTP engine sends on.
+    ``encoded``: the original file's bytes, which is what an HTTP engine sends on.
     ``uid``: content hash, lets engines cache and share by identity instead of hashing pixels again.
     """
 
     uid: str
     pixels: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
     encoded: bytes | None = field(default=None, repr=False)
-    media_type: str = "image/jpeg"
 
 
 @dataclass(frozen=True, slots=True)

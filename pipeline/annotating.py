@@ -25,6 +25,9 @@ from .events import Event
 from .inline import run_inline
 from .runner import LocalRunner, Outcome
 
+#: A server resizes by itself and gets the file; it is decoded here, very small, to find out whether it is sound.
+CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)
+
 
 @dataclass(frozen=True)
 class AnnotateStage:
@@ -44,11 +47,12 @@ class AnnotateStage:
             served_model(self.engine.kind)  # raises where no server answers, before anything is written
         identity = model_identity(self.engine.model, self.engine.kind)
         grid = None if self.engine.is_http else self._grid()
+        pixels = (self.engine.min_pixels, self.engine.max_pixels) if grid is None else (grid.min_pixels, grid.max_pixels)
         return {
             "model": identity.digest or identity.name,
             "dtype": self.engine.dtype,
             "annotate": self.config.model_dump(mode="json"),
-            "grid": None if grid is None else [grid.factor, grid.min_pixels, grid.max_pixels],
+            "pixels": pixels,
             "limits": [self.limits.max_image_pixels, self.limits.min_side, self.limits.max_aspect],
             "pack": self.pack,
         }
@@ -63,7 +67,7 @@ class AnnotateStage:
         engine = await load_engine(self.engine)
         if self.trace is not None:
             engine = TracedEngine(engine, self.trace)
-        pool = DecodePool(self.decode_workers, engine.grid or ImageGrid(28, 28 * 28, 28 * 28), self.limits)
+        pool = DecodePool(self.decode_workers, engine.grid or CHECK_GRID, self.limits)
         return AnnotateProcessor(self, engine, pool)
 
 
@@ -89,8 +93,7 @@ class AnnotateProcessor:
         if isinstance(pixels, ImageProblem):
             return {**passed_on(row), "status": str(pixels.status), "error": pixels.reason}
         if self._engine.grid is None:
-            media_type = f"image/{row.format}".replace("jpg", "jpeg")
-            return await self._annotator.annotate(row, ImageInput(row.uid, encoded=row.image, media_type=media_type))
+            return await self._annotator.annotate(row, ImageInput(row.uid, encoded=row.image))
         return await self._annotator.annotate(row, ImageInput(row.uid, pixels=pixels))
 
     def passed_on(self, row: Row) -> dict[str, Any]:

@@ -21,9 +21,11 @@ from ..conftest import photo
 from .conftest import CaptionServer, capipe, table
 
 
-@pytest.fixture
-def packed(tmp_path: Path, server: CaptionServer) -> Path:
-    """A folder of 20 photos through ingest and annotate --pack: ``tmp_path/shards`` and the returned captions."""
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 20 photos through ingest and annotate --pack: the captions, with ``shards`` beside them."""
+    tmp_path = tmp_path_factory.mktemp("packed")
+    server = CaptionServer()
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(20):
@@ -34,6 +36,7 @@ def packed(tmp_path: Path, server: CaptionServer) -> Path:
     out = tmp_path / "captions"
     options = ("--model", "m", "--engine", server.url, "--prompt", "dense", "--pack")
     capipe("annotate", "--shards", tmp_path / "shards", "--out", out, *options)
+    server.close()
     return out
 
 

@@ -1,0 +1,193 @@
+"""Image decoding in a pool of processes, so that the engine's process spends none of its time (nor its GIL) on it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import BadInput, RunFailed
+from ..manifests.status import Status
+from .engine import ImageGrid
+from .formats import ImageProblem
+from .images import ImageLimits, Pixels, decode_rgb, grid_size
+from .processes import Worker, WorkerDiedError
+
+Decoded = Pixels | ImageProblem
+Batch = Sequence[bytes]
+Answer = tuple[list[Decoded], float]  # one per image, and the seconds they took
+
+SECONDS_PER_IMAGE = 60.0  # a decoder that takes longer than this is stuck
+_BATCH_IMAGES = 16  # small images share a message: at 112 pixels a message costs a good part of a decode
+_BATCH_BYTES = 256 << 10
+
+
+def decode_batch(images: Batch, *, decode: Callable[[bytes], Decoded]) -> Answer:
+    """Runs in the worker. Whatever goes wrong with an image becomes that image's problem."""
+    started = time.perf_counter()
+    results: list[Decoded] = []
+    for data in images:
+        try:
+            results.append(decode(data))
+        except Exception as error:  # a decoder's bug, or memory: the row says so, the others go on
+            results.append(ImageProblem(Status.CORRUPT, f"cannot be decoded: {type(error).__name__}: {error}"))
+    return results, time.perf_counter() - started
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    data: bytes
+    future: asyncio.Future[Decoded]
+
+
+class DecodePool:
+    """Decodes to ``grid`` in ``workers`` processes. At most ``in_flight`` images wait or are worked on at once.
+
+    An image that kills its decoder fails alone: that process is replaced, and images that shared its message are tried
+    again one by one. Use from one event loop; ``busy_seconds`` ÷ (workers × wall time) is how busy decoding is.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        grid: ImageGrid,
+        limits: ImageLimits,
+        *,
+        dct_scaling: bool = True,
+        in_flight: int | None = None,
+    ) -> None:
+        try:
+            grid_size(grid.factor, grid.factor, grid)
+        except ValueError as error:
+            raise BadInput(f"the model's pixel limits cannot be met: {error}") from None
+        decode = functools.partial(decode_rgb, grid=grid, limits=limits, dct_scaling=dct_scaling)
+        self._function = functools.partial(decode_batch, decode=decode)
+        self.workers = workers
+        self.busy_seconds = 0.0
+        self._slots = asyncio.Semaphore(in_flight or 2 * _BATCH_IMAGES * workers)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._lanes = [_Lane(self, Worker(self._function)) for _ in range(workers)]
+
+    async def decode(self, data: bytes) -> Decoded:
+        """Pixels ``(height, width, 3)`` on the grid, or why there are none. Raises RunFailed where no worker starts."""
+        async with self._slots:
+            if self._closed:
+                raise RunFailed("the decoding pool is closed")
+            future: asyncio.Future[Decoded] = asyncio.get_running_loop().create_future()
+            self._jobs.put(_Job(data, future))
+            return await future
+
+    def close(self) -> None:
+        """Stop the processes at once; what still waits fails with RunFailed."""
+        self._closed = True
+        for lane in self._lanes:
+            lane.kill()
+        for _ in self._lanes:
+            self._jobs.put(None)
+        for lane in self._lanes:
+            lane.thread.join()
+        while not self._jobs.empty():
+            if (job := self._jobs.get()) is not None:
+                _settle([job], RunFailed("the decoding pool is closed"))
+
+    def _take(self) -> list[_Job] | None:
+        """Jobs for one message: never more than a fair share, so that no lane idles beside a long message."""
+        job = self._jobs.get()
+        if job is None:
+            return None
+        jobs, size = [job], len(job.data)
+        share = min(_BATCH_IMAGES, 1 + self._jobs.qsize() // (2 * self.workers))
+        while len(jobs) < share and size < _BATCH_BYTES:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is None:
+                self._jobs.put(None)  # the sign to stop is for everyone; these jobs come first
+                break
+            jobs.append(job)
+            size += len(job.data)
+        return jobs
+
+    def _count(self, seconds: float) -> None:
+        with self._lock:
+            self.busy_seconds += seconds
+
+
+class _Lane:
+    """One thread and its process: takes jobs, hands them over, settles their futures."""
+
+    def __init__(self, pool: DecodePool, worker: Worker[Batch, Answer]) -> None:
+        self._pool, self._worker = pool, worker
+        self.thread = threading.Thread(target=self._run, name="capipe-decode", daemon=True)
+        self.thread.start()
+
+    def kill(self) -> None:
+        self._worker.kill()
+
+    def _run(self) -> None:
+        broken = self._await_start()
+        while (jobs := self._pool._take()) is not None:
+            if self._pool._closed:
+                broken = broken or RunFailed("the decoding pool is closed")
+            if broken is None:
+                try:
+                    self._decode(jobs)
+                    continue
+                except RunFailed as error:
+                    broken = error
+            _settle(jobs, broken)
+        self._worker.close()
+
+    def _await_start(self) -> RunFailed | None:
+        try:
+            self._worker.wait_ready()
+        except Exception as error:  # a failed import can be anything; it fails the run, not an image
+            return RunFailed(f"an image decoding process did not start: {error}")
+        return None
+
+    def _decode(self, jobs: list[_Job]) -> None:
+        try:
+            self._worker.send([job.data for job in jobs])
+            results, seconds = self._worker.recv(timeout=SECONDS_PER_IMAGE * len(jobs))
+        except WorkerDiedError as death:
+            self._replace()
+            if len(jobs) == 1:
+                _settle(jobs, [ImageProblem(Status.CORRUPT, f"the decoder crashed on this image: {death}")])
+                return
+            for job in jobs:
+                self._decode([job])
+            return
+        self._pool._count(seconds)
+        _settle(jobs, results)
+
+    def _replace(self) -> None:
+        if self._pool._closed:
+            raise RunFailed("the decoding pool is closed")
+        self._worker.kill()
+        self._worker = Worker(self._pool._function)
+        if (broken := self._await_start()) is not None:
+            raise broken
+
+
+def _settle(jobs: Sequence[_Job], outcome: Sequence[Decoded] | Exception) -> None:
+    """Hand results (or one error to all) to the futures, in their own loop and with one wake-up of it."""
+
+    def deliver() -> None:
+        for index, job in enumerate(jobs):
+            if job.future.done():  # its caller was cancelled
+                continue
+            if isinstance(outcome, Exception):
+                job.future.set_exception(outcome)
+            else:
+                job.future.set_result(outcome[index])
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        jobs[0].future.get_loop().call_soon_threadsafe(deliver)

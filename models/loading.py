@@ -1,0 +1,249 @@
+"""From what a user names (a bundled model, a folder, a hub id, a server's URL) to a running engine and its identity.
+
+Heavy imports happen inside the functions, so that a command's ``--help`` needs none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, RunFailed
+from .engine import Engine, ImageGrid
+from .tiny import resolve as resolve_bundled
+
+KINDS = ("auto", "vllm", "transformers")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# What makes a model the model it is; pictures, readmes and licences beside it do not count.
+IDENTIFYING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+CHUNK_BYTES = 1 << 22
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Which engine, which model, within what limits. Raises BadInput for values that cannot be meant.
+
+    ``kind``: ``auto``, ``vllm``, ``transformers`` or a server's URL; with a URL, ``model=""`` takes what it serves.
+    ``concurrency``, ``max_model_len``: the engine's and the model's own where None. ``timeout_s``: one HTTP attempt.
+    ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``).
+    """
+
+    kind: str = "auto"
+    model: str = ""
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    concurrency: int | None = None
+    device: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS and not self.is_http:
+            raise BadInput(f"--engine {self.kind!r} is none of {', '.join(KINDS)} and no http:// or https:// URL")
+        if not self.model and not self.is_http:
+            raise BadInput("no model is named; give --model a bundled one (tiny/captioner), a folder or a hub id")
+        if self.dtype not in DTYPES:
+            raise BadInput(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.kind == "vllm" and self.device != "auto":
+            raise BadInput(f"device {self.device!r} is for --engine transformers; vLLM heeds CUDA_VISIBLE_DEVICES")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise BadInput(f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}")
+        for name in ("max_model_len", "min_pixels", "max_pixels", "concurrency", "tensor_parallel_size", "timeout_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise BadInput(f"{name} must be above 0, not {value}")
+
+    @property
+    def is_http(self) -> bool:
+        return self.kind.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """``digest``: sha256 of the folder's content, a hub snapshot's commit, or None for what a server hides."""
+
+    name: str
+    digest: str | None
+
+
+async def load_engine(config: EngineConfig) -> Engine:
+    """Start the engine; returns when it can take requests. vLLM's start holds the event loop up for some seconds."""
+    if config.is_http:
+        return await _load_http(config)
+    path = resolve_model(config.model)
+    grid = image_grid(path, config.min_pixels, config.max_pixels)
+    if config.kind == "vllm" or (config.kind == "auto" and config.device == "auto" and vllm_runs()):
+        return _load_vllm(config, path, grid)
+    return _load_transformers(config, path, grid)
+
+
+async def _load_http(config: EngineConfig) -> Engine:
+    from .http_engine import DEFAULT_CONCURRENCY, HTTPOptions, connect_http_engine
+
+    return await connect_http_engine(
+        HTTPOptions(
+            url=config.kind,
+            model=config.model,
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+            concurrency=config.concurrency or DEFAULT_CONCURRENCY,
+            timeout_s=config.timeout_s,
+        )
+    )
+
+
+def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engine:
+    from .vllm_engine import VLLMOptions, start_vllm_engine
+
+    options = VLLMOptions(
+        path=str(path),
+        grid=grid,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        concurrency=config.concurrency,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        tensor_parallel_size=config.tensor_parallel_size,
+    )
+    try:
+        return start_vllm_engine(options)
+    except Exception as error:  # anything from a missing library to a card without room
+        reason = f"{type(error).__name__}: {error}"
+        raise RunFailed(f"vLLM could not start on {path} ({reason}); --engine transformers does without it") from error
+
+
+def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engine:
+    from .transformers_engine import load_transformers_engine
+
+    try:
+        return load_transformers_engine(
+            str(path),
+            grid=grid,
+            dtype=config.dtype,
+            device=config.device,
+            max_model_len=config.max_model_len,
+            concurrency=config.concurrency,
+        )
+    except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
+        raise BadInput(f"{path} does not load as a model: {error}") from error
+
+
+def vllm_runs() -> bool:
+    """Whether vLLM is installed and finds a platform it was built for. The reason is logged where it is installed."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    from .vllm_engine import prepare_environment
+
+    prepare_environment()
+    try:
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: F401 (its import is what fails beside a wrong torch)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        logger.warning("vLLM is installed but does not import (%s: %s)", type(error).__name__, error)
+        return False
+    return not current_platform.is_unspecified()
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a bundled model, a folder or a hub id (downloaded where allowed). Raises BadInput."""
+    try:
+        path = Path(resolve_bundled(name)).expanduser()
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadInput(f"{name}: the folder has no config.json; name the one of a Hugging Face model")
+        return path.resolve()
+    if path.exists() or not HUB_ID.fullmatch(name):
+        raise BadInput(f"{name}: no such model folder; give a folder, a Hugging Face id or a bundled tiny/ model")
+    return _hub_snapshot(name)
+
+
+def _hub_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.pth", "*.gguf", "*.onnx", "original/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"{name}: neither a folder here nor a model to be had from the hub ({reason})") from error
+
+
+def image_grid(model_path: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageGrid | None:
+    """The model's pixel grid from its processor's configuration; None for a model that reads text only.
+
+    The caller's limits win over the processor's. Raises BadInput where no image could lie within them.
+    """
+    if "vision_config" not in _read_json(model_path / "config.json"):
+        return None
+    processor = _image_processor_config(model_path)
+    size = processor.get("size") or {}
+    lowest = processor.get("min_pixels") or size.get("shortest_edge")
+    highest = processor.get("max_pixels") or size.get("longest_edge")
+    patch = processor.get("patch_size")
+    if not (lowest and highest and patch):
+        raise BadInput(f"{model_path}: its image processor has no patch_size or pixel limits, as Qwen-VL's have")
+    factor = int(patch) * int(processor.get("merge_size", 2))
+    highest = max_pixels or int(highest)
+    if min_pixels is not None and min_pixels > highest:
+        raise BadInput(f"min_pixels {min_pixels} is above max_pixels {highest}")
+    if highest < factor * factor:
+        raise BadInput(f"max_pixels {highest} is less than one cell of the model's grid, {factor} x {factor}")
+    return ImageGrid(factor, min(min_pixels or int(lowest), highest), highest)
+
+
+def _image_processor_config(model_path: Path) -> dict[str, Any]:
+    """Of the two places it may be written in, the newer wins, as in transformers."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (model_path / name).is_file():
+            written = _read_json(model_path / name)
+            config = written.get("image_processor", written)
+            if "patch_size" in config:
+                return dict(config)
+    raise BadInput(f"{model_path}: a vision model without a preprocessor_config.json; add the original's")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is no JSON object")
+    return content
+
+
+def model_identity(model: str, kind: str = "auto") -> ModelIdentity:
+    """What goes into fingerprints. Asks a server for its model where ``kind`` is a URL and no model is named."""
+    if kind.startswith(("http://", "https://")):
+        from .http_engine import served_model
+
+        return ModelIdentity(model or served_model(kind), None)
+    path = resolve_model(model)
+    if path.parent.name == "snapshots":  # the hub's cache: the folder is named after the commit
+        return ModelIdentity(model, path.name)
+    return ModelIdentity(model, folder_digest(path))
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over names and contents of the files that make the model, in hex; the folder's own name has no part."""
+    digest = hashlib.sha256()
+    for path in sorted(each for each in folder.rglob("*") if each.is_file() and each.suffix in IDENTIFYING):
+        content = hashlib.sha256()
+        with path.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                content.update(chunk)
+        digest.update(f"{path.relative_to(folder).as_posix()} {content.hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""From a :class:`~.engine.Prompt` to token ids, the same ones in every in-process engine."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .engine import ImageInput, Prompt, RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CACHED_PROMPTS = 1024  # captioning repeats a handful of prompts for millions of images; quiz prompts never repeat
+
+
+class PromptEncoder:
+    """Renders chats with the tokenizer's own template and remembers the ids of recent ones. Not thread-safe.
+
+    ``image_token_id``: the placeholder that an image stands for in the ids, None for a model without eyes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._image_token_id = image_token_id
+        self._recent: OrderedDict[tuple[str | None, str, str, bool], tuple[int, ...]] = OrderedDict()
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's ids up to where the model goes on; an image is a single placeholder, not expanded yet.
+
+        Raises RequestError for an image given to a text-only model and for text that itself holds the placeholder.
+        """
+        key = (prompt.system, prompt.text, prompt.answer_prefix, prompt.image is not None)
+        if (known := self._recent.get(key)) is not None:
+            self._recent.move_to_end(key)
+            return known
+        if prompt.image is not None and self._image_token_id is None:
+            raise RequestError("the prompt has an image, but the model reads text only")
+        text = self._tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
+        ids = tuple(self._tokenizer.encode(str(text) + prompt.answer_prefix, add_special_tokens=False, verbose=False))
+        # A caption or a question that spells the placeholder would claim image features that are not there.
+        if self._image_token_id is not None and ids.count(self._image_token_id) != (prompt.image is not None):
+            raise RequestError("the prompt's text contains the model's image placeholder")
+        self._recent[key] = ids
+        if len(self._recent) > CACHED_PROMPTS:
+            self._recent.popitem(last=False)
+        return ids
+
+    def choice_ids(self, choices: tuple[str, ...]) -> list[int]:
+        """The one token of each choice. Raises RequestError where a choice is not exactly one token."""
+        ids = [self._tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
+        split = [choice for choice, tokens in zip(choices, ids, strict=True) if len(tokens) != 1]
+        if split:
+            raise RequestError(f"not a single token in this model's vocabulary: {', '.join(map(repr, split))}")
+        return [tokens[0] for tokens in ids]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of a completion, special tokens left out and spaces exactly as the model wrote them."""
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+
+def messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """The chat in the form that templates take; the image, where there is one, comes before the text."""
+    chat: list[dict[str, Any]] = []
+    if prompt.system is not None:
+        chat.append({"role": "system", "content": prompt.system})
+    content: Any = prompt.text
+    if prompt.image is not None:
+        content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
+    chat.append({"role": "user", "content": content})
+    return chat
+
+
+def rgb_pixels(image: ImageInput) -> npt.NDArray[np.uint8]:
+    """The image's pixels, ``(height, width, 3)``. Raises RequestError where they are missing or of another form."""
+    pixels = image.pixels
+    if pixels is None:
+        raise RequestError(f"image {image.uid} has no pixels; an in-process engine reads pixels, not encoded bytes")
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise RequestError(f"image {image.uid} is {pixels.dtype} {pixels.shape}, not uint8 (height, width, 3)")
+    return pixels

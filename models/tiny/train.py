@@ -1,0 +1,206 @@
+"""The captioner's training loop: first the vision tower with :class:`CellReader`, then both towers on captions.
+
+What made three million parameters learn within the hour on two cores: truth per cell for the tower before any caption,
+Muon, scenes that grow, each picture encoded once for its texts, logits for answer tokens only, and little padding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+from .data import PROMPTS, Batch, batches
+from .export import GRID_THW, IMAGE_TOKENS, build_config, build_processor
+from .optim import Muon
+from .prompts import messages
+from .tokenizer import IMAGE, PAD, VISION_START
+from .vision import CellReader, image_tokens, reading_loss
+
+LONGEST = 192  # tokens of a prompt and its answer
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train (``steps`` at most, ``minutes`` of wall time where given) and how fast."""
+
+    seed: int = 0
+    steps: int = 1_000_000
+    minutes: float | None = None
+    reading_steps: int = 600  # of the tower alone
+    lr: float = 2.5e-3
+    adam_lr: float = 1.5e-3
+    warmup: int = 50
+    decay: float = 0.5  # the last part of training, in which the rates fall to zero
+    reading_weight: float = 0.3  # of the cells' loss once captions are learnt
+    workers: int = 1
+
+    def progress(self, step: int, seconds: float) -> float:
+        """0 at the start, 1 when training is over."""
+        by_time = seconds / 60 / self.minutes if self.minutes else 0.0
+        return max(by_time, step / self.steps)
+
+    def rate(self, step: int, seconds: float) -> float:
+        """What the learning rates are multiplied with: warm-up, plateau, linear fall."""
+        return min(1.0, (step + 1) / self.warmup, max(0.0, 1 - self.progress(step, seconds)) / self.decay)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with its checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """A captioner in training: model, cell reader, optimizers and the prompts as the processor renders them."""
+
+    def __init__(self, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan, self.tokenizer = plan, tokenizer
+        self.model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
+        self.reader = CellReader()
+        self.optimizers = build_optimizers(self.model, self.reader, plan)
+        self.progress = Progress()
+        processor = build_processor(tokenizer)
+        self.prompts = [prompt_ids(processor, prompt) for prompt in PROMPTS]
+        self.image_at = self.prompts[0].index(tokenizer.convert_tokens_to_ids(VISION_START)) + 1
+        self.positions = positions(self.model, self.prompts[0])
+
+    def run(self, log: Log) -> Iterator[Progress]:
+        """Train, yielding after every step (so that the caller may look, save or stop)."""
+        plan, start = self.plan, time.monotonic() - self.progress.seconds
+        for batch in batches(self.tokenizer, plan.seed, self.progress.step, plan.steps, plan.workers):
+            rate = plan.rate(self.progress.step, self.progress.seconds)
+            report = self.step(batch, rate)
+            self.progress = Progress(self.progress.step + 1, time.monotonic() - start)
+            if self.progress.step % 50 == 0 or self.progress.step <= 3:
+                figures = " ".join(f"{name} {value:.4f}" for name, value in report.items())
+                log(f"step {self.progress.step} {self.progress.seconds:.0f}s rate {rate:.3f} {figures}")
+            yield self.progress
+            if plan.progress(self.progress.step, self.progress.seconds) >= 1:
+                return
+
+    def step(self, batch: Batch, rate: float) -> dict[str, float]:
+        """One update of all weights; returns the losses and accuracies by name."""
+        tokens = image_tokens(self.model.model.visual, batch.pixels)
+        loss, read = reading_loss(self.reader(tokens), batch.truth)
+        names = ("what", "color", "size", "word", "background")
+        report = {"reading": loss.item(), **dict(zip(names, read, strict=True))}
+        if self.progress.step >= self.plan.reading_steps:
+            captions = caption_losses(self, tokens, batch)
+            loss = self.plan.reading_weight * loss + captions.loss
+            report |= {"loss": captions.loss.item(), "accuracy": captions.accuracy}
+        loss.backward()
+        parameters = [*self.model.parameters(), *self.reader.parameters()]
+        report["norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["top_lr"] * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        return report
+
+    def save(self, file: Path) -> None:
+        """Everything a resumed run needs, in one file that appears whole."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "plan": asdict(self.plan),
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "reader": self.reader.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        torch.save(state, temporary := file.with_suffix(".partial"))
+        temporary.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Go on from :meth:`save`. Raises ValueError where the checkpoint's seed is another."""
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+        if state["plan"]["seed"] != self.plan.seed:
+            raise ValueError(f"{file} was trained with seed {state['plan']['seed']}, not {self.plan.seed}")
+        self.model.load_state_dict(state["model"])
+        self.reader.load_state_dict(state["reader"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.progress = Progress(**state["progress"])
+
+
+@dataclass(frozen=True)
+class CaptionLoss:
+    """The mean cross entropy over a batch's answer tokens (a scalar with gradients) and the share guessed right."""
+
+    loss: Tensor
+    accuracy: float
+
+
+def build_optimizers(
+    model: Qwen2_5_VLForConditionalGeneration, reader: CellReader, plan: Plan
+) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices inside both towers; AdamW on embeddings, norms, biases, the patch filter and the reader."""
+    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    chosen = {id(p) for p in inside}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(inside, lr=plan.lr, weight_decay=0.05),
+        torch.optim.AdamW([*rest, *reader.parameters()], lr=plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["top_lr"] = group["lr"]
+    return optimizers
+
+
+def prompt_ids(processor: Qwen2_5_VLProcessor, prompt: str) -> list[int]:
+    """The token ids an engine feeds for an image of ``IMAGE_TOKENS`` and ``prompt``: template, placeholders filled."""
+    text = processor.apply_chat_template(messages(prompt), add_generation_prompt=True)
+    filled = text.replace(IMAGE, IMAGE * IMAGE_TOKENS)
+    ids: list[int] = processor.tokenizer(filled).input_ids
+    return ids
+
+
+def positions(model: Qwen2_5_VLForConditionalGeneration, prompt: list[int]) -> Tensor:
+    """M-RoPE positions (3, 1, LONGEST); the same for all prompts, since each has its image at the same place."""
+    ids = torch.tensor([prompt + [0] * (LONGEST - len(prompt))])
+    kinds = (ids == model.config.image_token_id).int()
+    where: Tensor = model.model.get_rope_index(ids, kinds, image_grid_thw=torch.tensor([GRID_THW]))[0]
+    return where
+
+
+def caption_losses(trainer: Trainer, tokens: Tensor, batch: Batch) -> CaptionLoss:
+    """The loss of all texts, in two groups by length (padding is wasted work). ``tokens``: of the batch's pictures."""
+    lengths = [len(trainer.prompts[p]) + len(a) for p, a in zip(batch.prompts, batch.answers, strict=True)]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    halves = [order[: len(order) // 2], order[len(order) // 2 :]]
+    logits, targets = zip(*(answer_logits(trainer, tokens, batch, half) for half in halves), strict=True)
+    guesses, truth = torch.cat(logits), torch.cat(targets)
+    return CaptionLoss(functional.cross_entropy(guesses, truth), (guesses.argmax(-1) == truth).float().mean().item())
+
+
+def answer_logits(trainer: Trainer, tokens: Tensor, batch: Batch, texts: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits (answer tokens, vocabulary) and the token ids they should have predicted, over ``texts`` of the batch."""
+    model = trainer.model.model.language_model
+    rows = [trainer.prompts[batch.prompts[text]] + batch.answers[text] for text in texts]
+    width = max(map(len, rows))
+    pad = trainer.tokenizer.convert_tokens_to_ids(PAD)
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    embedded = model.embed_tokens(ids)
+    owners = torch.tensor([batch.owners[text] for text in texts])
+    image = slice(trainer.image_at, trainer.image_at + IMAGE_TOKENS)
+    embedded = torch.cat((embedded[:, : image.start], tokens[owners], embedded[:, image.stop :]), dim=1)
+    where = trainer.positions[:, :, :width].expand(3, len(rows), width)
+    hidden = model(inputs_embeds=embedded, position_ids=where, use_cache=False).last_hidden_state
+    starts = torch.tensor([len(trainer.prompts[batch.prompts[text]]) for text in texts])[:, None]
+    ends = torch.tensor([len(row) for row in rows])[:, None]
+    column = torch.arange(width)
+    asked = (column >= starts) & (column < ends)
+    return trainer.model.lm_head(hidden[:, :-1][asked[:, 1:]]), ids[asked]

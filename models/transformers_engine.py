@@ -1,0 +1,250 @@
+"""The engine that runs anywhere torch does: waiting requests are batched, and batches run on one worker thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .batched_lm import BatchedLM, Drawn, PreparedPrompt, Row
+from .engine import (
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    EngineDead,
+    GenerationRequest,
+    ImageGrid,
+    RequestError,
+)
+from .prompting import PromptEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Request = GenerationRequest | ChoiceRequest
+Answer = Completion | ChoiceScores
+PromptKey = tuple[str | None, str, str, str | None]
+
+DEFAULT_CONCURRENCY = {"cpu": 32, "cuda": 64}
+
+
+@dataclass(frozen=True)
+class _Job:
+    request: Request
+    future: asyncio.Future[Any]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    request: Request
+    key: PromptKey
+    prompt: PreparedPrompt
+    choice_ids: list[int]
+
+
+class TransformersEngine:
+    """Implements :class:`~.engine.Engine`. Requests that wait together share a batch and, where equal, a prompt."""
+
+    def __init__(self, lm: BatchedLM, grid: ImageGrid | None, concurrency: int) -> None:
+        self.lm = lm
+        self.grid = grid
+        self.concurrency = concurrency
+        self._waiting: asyncio.Queue[_Job] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="capipe-transformers")
+        self._batcher: asyncio.Task[None] | None = None
+        self._dead: str | None = None
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        answer: Completion = await self._submit(request)
+        return answer
+
+    async def choose(self, request: ChoiceRequest) -> ChoiceScores:
+        answer: ChoiceScores = await self._submit(request)
+        return answer
+
+    async def aclose(self) -> None:
+        """Let the running batch end, fail what waits, free the thread."""
+        self._die("the engine was closed")
+        if self._batcher is not None:
+            self._batcher.cancel()
+            await asyncio.gather(self._batcher, return_exceptions=True)
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def generate_reference(self, request: GenerationRequest) -> Completion:
+        """The slow twin of :meth:`generate`, for tests: transformers' own loop, one request, nothing shared."""
+
+        def run() -> Completion:
+            drawn = self.lm.generate_reference(self.lm.prepare(request.prompt), request.sampling)
+            return self._completion(drawn, request.logprobs)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+    async def _submit(self, request: Request) -> Any:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+        if self._batcher is None:
+            self._batcher = asyncio.create_task(self._batch_forever())
+        job = _Job(request, asyncio.get_running_loop().create_future())
+        self._waiting.put_nowait(job)
+        return await job.future
+
+    async def _batch_forever(self) -> None:
+        jobs: list[_Job] = []
+        try:
+            while True:
+                jobs = [await self._waiting.get()]
+                await asyncio.sleep(0)  # callers that were started together get to queue before the batch closes
+                while len(jobs) < self.concurrency and not self._waiting.empty():
+                    jobs.append(self._waiting.get_nowait())
+                jobs = [job for job in jobs if not job.future.done()]  # a caller may have gone away
+                outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._outcomes, jobs)
+                for job, outcome in zip(jobs, outcomes, strict=True):
+                    _settle(job, outcome)
+        except BaseException as error:
+            # Cancelled by aclose, or a fault of this loop itself: nobody may be left waiting.
+            self._die(self._dead or f"{type(error).__name__}: {error}")
+            for job in jobs:
+                _settle(job, EngineDead(self._dead))
+            raise
+
+    def _die(self, reason: str) -> None:
+        self._dead = self._dead or reason
+        while not self._waiting.empty():
+            _settle(self._waiting.get_nowait(), EngineDead(self._dead))
+
+    def _outcomes(self, jobs: Sequence[_Job]) -> list[Answer | Exception]:
+        """One outcome per job, in order. Runs on the worker thread."""
+        prompts: dict[PromptKey, PreparedPrompt | RequestError] = {}
+        prepared = [self._prepare(job.request, prompts) for job in jobs]
+        answers = iter(self._answers([each for each in prepared if isinstance(each, _Ready)]))
+        return [next(answers) if isinstance(each, _Ready) else each for each in prepared]
+
+    def _prepare(self, request: Request, prompts: dict[PromptKey, PreparedPrompt | RequestError]) -> _Ready | Exception:
+        """``prompts`` remembers those of the batch, so that an image is preprocessed once for all its requests."""
+        key = _key(request)
+        if key not in prompts:
+            try:
+                prompts[key] = self.lm.prepare(request.prompt)
+            except RequestError as error:
+                prompts[key] = error
+            except Exception as error:  # a processor's refusal of this image or text is this request's error alone
+                prompts[key] = RequestError(f"{type(error).__name__}: {error}")
+        prompt = prompts[key]
+        if isinstance(prompt, RequestError):
+            return prompt
+        try:
+            choices = self.lm.encoder.choice_ids(request.choices) if isinstance(request, ChoiceRequest) else []
+        except RequestError as error:
+            return error
+        return _Ready(request, key, prompt, choices)
+
+    def _answers(self, ready: Sequence[_Ready]) -> list[Answer | Exception]:
+        """Answer a batch; where the model fails on it, its halves, down to the request that is to blame."""
+        if not ready:
+            return []
+        if self._dead is not None:
+            return [EngineDead(self._dead)] * len(ready)
+        try:
+            return [*self._compute(ready)]
+        except torch.AcceleratorError as error:  # a faulted device answers nothing any more in this process
+            self._dead = f"{type(error).__name__}: {error}"
+            return [EngineDead(self._dead)] * len(ready)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        # Outside of the handler: the traceback held the batch's tensors, whose room the halves may need.
+        if len(ready) == 1:
+            return [RequestError(reason)]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(ready) // 2
+        return self._answers(ready[:middle]) + self._answers(ready[middle:])
+
+    def _compute(self, ready: Sequence[_Ready]) -> list[Answer]:
+        distinct = {each.key: each.prompt for each in ready}
+        index_of = {key: index for index, key in enumerate(distinct)}
+        prefix = self.lm.prefill(list(distinct.values()))
+        answers: dict[int, Answer] = {}
+        rows: dict[int, Row] = {}
+        for at, each in enumerate(ready):
+            if isinstance(each.request, GenerationRequest):
+                rows[at] = Row(index_of[each.key], each.request.sampling, each.request.logprobs)
+            else:
+                scores = prefix.logits[index_of[each.key]].log_softmax(dim=-1)[each.choice_ids]
+                answers[at] = ChoiceScores(tuple(scores.tolist()))
+        if rows:
+            for (at, row), drawn in zip(rows.items(), self.lm.decode(prefix, list(rows.values())), strict=True):
+                answers[at] = self._completion(drawn, row.logprobs)
+        return [answers[at] for at in range(len(ready))]
+
+    def _completion(self, drawn: Drawn, logprobs: bool) -> Completion:
+        return Completion(
+            text=self.lm.encoder.decode(drawn.token_ids),
+            token_ids=tuple(drawn.token_ids),
+            finish_reason="stop" if drawn.stopped else "length",
+            n_tokens=len(drawn.token_ids),
+            logprobs=tuple(drawn.logprobs) if logprobs else None,
+        )
+
+
+def _settle(job: _Job, outcome: Answer | Exception) -> None:
+    if job.future.done():
+        return
+    if isinstance(outcome, Exception):
+        job.future.set_exception(outcome)
+    else:
+        job.future.set_result(outcome)
+
+
+def _key(request: Request) -> PromptKey:
+    prompt = request.prompt
+    return prompt.system, prompt.text, prompt.answer_prefix, None if prompt.image is None else prompt.image.uid
+
+
+def load_transformers_engine(
+    path: str,
+    *,
+    grid: ImageGrid | None,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_model_len: int | None = None,
+    concurrency: int | None = None,
+) -> TransformersEngine:
+    """Load a model folder (or cached hub id). ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU."""
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
+
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    kind = (torch.bfloat16 if where.type == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    config = AutoConfig.from_pretrained(path)
+    auto = AutoModelForCausalLM if grid is None else AutoModelForImageTextToText
+    model: PreTrainedModel = auto.from_pretrained(path, dtype=kind).to(where).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    images = None
+    if grid is not None:
+        size = {"shortest_edge": grid.min_pixels, "longest_edge": grid.max_pixels}
+        images = AutoImageProcessor.from_pretrained(path, size=size)
+    room = config.get_text_config().max_position_embeddings
+    lm = BatchedLM(
+        model,
+        images,
+        PromptEncoder(tokenizer, None if grid is None else config.image_token_id),
+        _end_ids(model, tokenizer.eos_token_id),
+        min(room, max_model_len or room),
+    )
+    return TransformersEngine(lm, grid, concurrency or DEFAULT_CONCURRENCY.get(where.type, 32))
+
+
+def _end_ids(model: PreTrainedModel, tokenizer_end: int | None) -> frozenset[int]:
+    """Whatever ends a turn: the tokenizer's own token and those of the generation config, as in vLLM."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [*listed, tokenizer_end] if token is not None)

@@ -1,0 +1,237 @@
+"""vLLM, in process: this side renders prompts and images, child processes of ours hold the scheduler and the model."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .engine import (
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    EngineDead,
+    GenerationRequest,
+    ImageGrid,
+    Prompt,
+    RequestError,
+)
+from .prompting import PromptEncoder, rgb_pixels
+
+if TYPE_CHECKING:
+    from psutil import Process  # type: ignore[import-untyped]
+    from vllm import CompletionOutput, RequestOutput, SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+GIB = 1 << 30
+CPU_CACHE_BYTES = GIB  # vLLM's own default is a large share of the machine's memory
+CPU_BLOCK_TOKENS = 32  # its default on a CPU, 128, is longer than a small image's prompt, which then never is shared
+CLOSING_SECONDS = 20.0
+# vLLM reads these when it is imported; whoever set them by hand keeps what they set.
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+@dataclass(frozen=True)
+class VLLMOptions:
+    """``concurrency``: sequences in the running batch. ``gpu_memory_utilization``: a share of the card, 0 to 1."""
+
+    path: str
+    grid: ImageGrid | None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    concurrency: int | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+
+
+class VLLMEngine:
+    """Implements :class:`~.engine.Engine` on vLLM's AsyncLLM; made by :func:`start_vllm_engine`."""
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        encoder: PromptEncoder,
+        grid: ImageGrid | None,
+        concurrency: int,
+        processes: list[Process],
+    ) -> None:
+        self.grid = grid
+        self.concurrency = concurrency
+        self._llm: AsyncLLM | None = llm  # None once it is closed
+        self._processes = processes
+        self._encoder = encoder
+        self._numbers = itertools.count()
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        from vllm import SamplingParams
+
+        from .vllm_sampling import extra_args
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=request.sampling.max_tokens,
+            logprobs=0 if request.logprobs else None,  # the drawn token's own and no others
+            extra_args=extra_args(request.sampling),
+        )
+        output = await self._run(request.prompt, params)
+        ids = list(output.token_ids)
+        logprobs: tuple[float, ...] | None = None
+        if request.logprobs:
+            assert output.logprobs is not None
+            logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
+        text = self._encoder.decode(ids)
+        return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs)
+
+    async def choose(self, request: ChoiceRequest) -> ChoiceScores:
+        from vllm import SamplingParams
+
+        ids = self._encoder.choice_ids(request.choices)
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=ids)
+        output = await self._run(request.prompt, params)
+        assert output.logprobs is not None
+        return ChoiceScores(tuple(output.logprobs[0][token].logprob for token in ids))
+
+    async def aclose(self) -> None:
+        """Stop vLLM and every process it started, by force after some seconds."""
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        # Nobody may be left waiting: neither those in flight nor those whose image was just being prepared.
+        llm.output_processor.propagate_error(EngineDeadError())
+        await asyncio.to_thread(llm.shutdown)
+        llm.output_processor.propagate_error(EngineDeadError())
+        await asyncio.to_thread(_see_off, self._processes)
+        del llm
+        gc.collect()  # it lies in cycles, and its destructor complains when it first runs at the interpreter's end
+
+    async def _run(self, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
+        """Send one request and wait for its end. Raises RequestError or EngineDead, nothing else."""
+        llm = self._llm
+        if llm is None:
+            raise EngineDead("the engine was closed")
+        from vllm.exceptions import VLLMClientError
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        params.output_kind = RequestOutputKind.FINAL_ONLY  # or each token would wake this process
+        params.detokenize = False  # done once, at the end
+        try:
+            (rendered,) = await llm.renderer.render_cmpl_async([self._vllm_prompt(prompt)])
+            stream = llm.generate(rendered, params, str(next(self._numbers)))
+            outputs: list[RequestOutput] = [output async for output in stream]
+        except (RequestError, VLLMClientError) as error:
+            raise error if isinstance(error, RequestError) else RequestError(str(error)) from error
+        except EngineDeadError as error:
+            raise EngineDead("vLLM's engine process is gone") from error
+        except Exception as error:  # the processor's refusal of an image, or a fault that took the engine along
+            reason = f"{type(error).__name__}: {error.__cause__ or error}"
+            gone = llm.errored or self._llm is None
+            raise (EngineDead(reason) if gone else RequestError(reason)) from error
+        completion = outputs[-1].outputs[0] if outputs else None
+        if completion is None or completion.finish_reason not in ("stop", "length"):
+            raise RequestError(f"vLLM ended the request early: {completion and completion.finish_reason}")
+        return completion
+
+    def _vllm_prompt(self, prompt: Prompt) -> Any:
+        from vllm import TokensPrompt
+
+        ids = list(self._encoder.encode(prompt))
+        if prompt.image is None:
+            return TokensPrompt(prompt_token_ids=ids)
+        # The content hash stands for the pixels, which vLLM then need not hash: one engine has one pixel grid, so the
+        # same bytes always come as the same pixels.
+        return TokensPrompt(
+            prompt_token_ids=ids,
+            multi_modal_data={"image": rgb_pixels(prompt.image)},
+            multi_modal_uuids={"image": [prompt.image.uid]},
+        )
+
+
+def prepare_environment() -> None:
+    """Quiet vLLM and keep its reports at home. To be called before anything imports it."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
+    """Start vLLM's processes and wait until the model is loaded (7 s to minutes). Call it where an event loop runs."""
+    prepare_environment()
+    from vllm.platforms import current_platform
+
+    from .vllm_sampling import processor_path
+
+    on_cpu = current_platform.is_cpu()
+    concurrency = options.concurrency or (64 if on_cpu else 256)
+    config = _engine_args(options, on_cpu, concurrency).create_engine_config()
+    config.model_config.logits_processors = [processor_path(config.use_v2_model_runner)]
+    return _launch(options, config, concurrency)
+
+
+def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int) -> VLLMEngine:
+    # A function of its own: where an optional library of vLLM's does not import, vLLM keeps that error, with it the
+    # frames it passed, :func:`start_vllm_engine`'s among them, and an engine held there would never be collected.
+    from transformers import AutoTokenizer
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    others = _vllm_processes()
+    llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    # Noted while all live: an orphan of a killed engine process is no descendant of ours any more.
+    processes = [each for each in _vllm_processes() if each not in others]
+    image_token = getattr(config.model_config.hf_config, "image_token_id", None) if options.grid is not None else None
+    encoder = PromptEncoder(AutoTokenizer.from_pretrained(options.path), image_token)
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes)
+
+
+def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:
+    from vllm import AsyncEngineArgs
+
+    arguments: dict[str, Any] = {
+        "model": options.path,
+        "dtype": ("float32" if on_cpu else "bfloat16") if options.dtype == "auto" else options.dtype,
+        "max_num_seqs": concurrency,
+        "max_model_len": options.max_model_len,
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "enable_prefix_caching": True,  # the prompts of one image, and a caption's questions, share their beginning
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if on_cpu:
+        arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": CPU_BLOCK_TOKENS}
+    else:
+        arguments |= {"gpu_memory_utilization": options.gpu_memory_utilization}
+    if options.grid is not None:
+        size = {"shortest_edge": options.grid.min_pixels, "longest_edge": options.grid.max_pixels}
+        arguments |= {
+            "limit_mm_per_prompt": {"image": 1, "video": 0},
+            "mm_processor_kwargs": {"size": size},
+            "mm_processor_cache_gb": 0,  # an image is seen once; its several prompts share it through the prefix
+        }
+    return AsyncEngineArgs(**arguments)
+
+
+def _vllm_processes() -> list[Process]:
+    """The live descendants of this process that vLLM named after itself (Python's resource tracker is not of them)."""
+    import psutil
+
+    return [each for each in psutil.Process().children(recursive=True) if each.name().startswith("VLLM")]
+
+
+def _see_off(processes: list[Process]) -> None:
+    """Wait for them to be gone, killing what lingers, and collect their exit codes so that no zombie stays."""
+    import psutil
+
+    _, lingering = psutil.wait_procs(processes, timeout=CLOSING_SECONDS)
+    for process in lingering:
+        process.kill()
+    psutil.wait_procs(lingering, timeout=CLOSING_SECONDS)

@@ -1,0 +1,103 @@
+"""`capipe ingest`, put together: sources cut into tasks, tasks over the pool, shards reported as they are committed."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import BadInput, CapipeError, RunFailed
+from ..manifests.artifact import CONFIG, Artifact
+from ..manifests.manifest import ShardRecord
+from ..stages.ingest import STAGE, IngestConfig, IngestTask, ingest_shard, pending, plan
+from ..stages.items import ItemRef
+from ..stages.sources import open_sources
+from .events import Event, Pulse, ShardDone, ShardFailed
+from .pool import Done, Failed, run_pool
+from .runner import Outcome
+from .worker import disk_text
+
+_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class IngestPlan:
+    """An ingest before its first item is read: the locked output and the sources, opened."""
+
+    config: IngestConfig
+    artifact: Artifact
+    items: Iterator[ItemRef]
+    workers: int
+
+
+def plan_ingest(
+    sources: Sequence[str], out: str, config: IngestConfig, *, workers: int | None = None, fresh: bool = False
+) -> IngestPlan:
+    """Check the sources and lock the output. Raises CapipeError; then nothing was written."""
+    _refuse_inside(sources, out)
+    items = open_sources(sources, config.path_column)
+    artifact = Artifact.create(out, STAGE, config.model_dump(mode="json"), {"sources": list(sources)}, fresh=fresh)
+    try:
+        artifact.release_quarantine()
+    except CapipeError:
+        artifact.close()
+        raise
+    shared = artifact.folder.is_shared and not any(source.startswith("memory:") for source in sources)
+    count = workers if workers is not None else len(os.sched_getaffinity(0))
+    return IngestPlan(config, artifact, items, count if shared else 0)
+
+
+def _refuse_inside(sources: Sequence[str], out: str) -> None:
+    """Shards written into a folder that is being read would be read as items in turn."""
+    for source in sources:
+        if "://" not in source and "://" not in out and Path(out).resolve().is_relative_to(Path(source).resolve()):
+            raise BadInput(f"{out}: lies inside the source {source}; choose a folder outside it")
+
+
+def execute_ingest(made: IngestPlan, report: Callable[[Event], None], stop: threading.Event) -> Outcome:
+    """Ingest what is not committed yet; returns when all shards are committed or quarantined, or ``stop`` is set."""
+    outcome = Outcome()
+    function = functools.partial(_write_shard, config=made.config, artifact=made.artifact.attach())
+    todo = pending(_counted(made), made.artifact)
+    for result in run_pool(todo, function, made.workers, stop):
+        event = _event(made.artifact, result, outcome)
+        if isinstance(event, ShardDone):
+            report(Pulse(rows=event.record.rows))
+        report(event)
+    outcome.interrupted = stop.is_set()
+    return outcome
+
+
+def _write_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> ShardRecord:
+    """Items keep their own faults to themselves: an OSError here is the output's. A full disk ends the run, for neither
+    a retry nor another shard would mend it; the rest (an object store's bad minute) is tried again."""
+    try:
+        return ingest_shard(task, config, artifact)
+    except OSError as error:
+        if error.errno in _HOPELESS:
+            raise RunFailed(disk_text(error, artifact.url)) from error
+        raise
+
+
+def _event(artifact: Artifact, result: Done[IngestTask, ShardRecord] | Failed[IngestTask], outcome: Outcome) -> Event:
+    if isinstance(result, Done):
+        return ShardDone(result.result)
+    shard, reason = result.task.shard, result.error
+    artifact.quarantine(shard, reason)
+    outcome.quarantined[shard] = reason
+    return ShardFailed(shard, reason)
+
+
+def _counted(made: IngestPlan) -> Iterator[IngestTask]:
+    """All tasks; once the sources are read to their end, the artifact learns how many shards there are to be."""
+    shards = items = 0
+    for task in plan(made.items, made.config):
+        shards, items = shards + 1, items + len(task.refs)
+        yield task
+    made.artifact.config["run"] |= {"shards_total": shards, "items": items}
+    made.artifact.folder.write(CONFIG, json.dumps(made.artifact.config, indent=1, ensure_ascii=False).encode())

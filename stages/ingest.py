@@ -1,0 +1,156 @@
+"""Ingest: items of any source become image shards. One task is one output shard, done by one process from start to end.
+
+Every item becomes exactly one row. Sound images are copied untouched into the tar beside their text and metadata; what
+is not sound stays in the Parquet with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import ArtifactMismatch
+from ..manifests.artifact import Artifact
+from ..manifests.manifest import ShardRecord
+from ..manifests.schema import INGEST
+from ..manifests.status import Status
+from ..models.formats import ImageProblem
+from ..models.images import MAX_GRID_ASPECT, ImageInfo, ImageLimits, check
+from .items import Handles, Item, ItemRef
+from .tables import jsonable
+
+STAGE = "ingest"
+
+
+class IngestConfig(BaseModel):
+    """What decides the rows of an ingest; all of it is in the fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shard_size: int = Field(10_000, ge=1, le=1_000_000, description="items per shard, usable or not")
+    min_side: int = Field(16, ge=1, description="images whose shorter side has fewer pixels are too_small")
+    max_image_pixels: int = Field(100_000_000, ge=1, description="images with more pixels are too_large, undecoded")
+    max_aspect: float = Field(MAX_GRID_ASPECT, ge=1, description="longest side over shortest; beyond it unsupported")
+    path_column: str | None = Field(None, description="column of paths in tables, where it has none of the usual names")
+
+    @property
+    def limits(self) -> ImageLimits:
+        return ImageLimits(self.max_image_pixels, self.min_side, self.max_aspect)
+
+
+@dataclass(frozen=True, slots=True)
+class IngestTask:
+    """One output shard: its items in order. ``digest``: sha256 over their identities, which resuming compares."""
+
+    index: int
+    refs: tuple[ItemRef, ...]
+    digest: str
+
+    @property
+    def shard(self) -> str:
+        return f"{self.index:05d}"
+
+
+def plan(refs: Iterable[ItemRef], config: IngestConfig) -> Iterator[IngestTask]:
+    """Cut the items into tasks, lazily: shard i has items i*shard_size up to (i+1)*shard_size."""
+    stream, index = iter(refs), 0
+    while chunk := tuple(islice(stream, config.shard_size)):
+        digest = hashlib.sha256()
+        for ref in chunk:
+            digest.update(ref.identity().encode() + b"\n")
+        yield IngestTask(index, chunk, digest.hexdigest())
+        index += 1
+
+
+def pending(tasks: Iterable[IngestTask], artifact: Artifact) -> Iterator[IngestTask]:
+    """The tasks that are not committed yet.
+
+    Raises ArtifactMismatch where a committed shard was made from other items than the source now has in its place.
+    """
+    committed = artifact.committed()
+    for task in tasks:
+        record = committed.pop(task.shard, None)
+        if record is None:
+            yield task
+        elif record.input["digest"] != task.digest:
+            raise _changed(artifact, task.shard, "has other items now")
+    if committed:
+        raise _changed(artifact, min(committed), "has fewer items now")
+
+
+def _changed(artifact: Artifact, shard: str, what: str) -> ArtifactMismatch:
+    text = f"{artifact.url}: the source {what} than when shard {shard} was ingested"
+    return ArtifactMismatch(f"{text}; use another --out, or --fresh to start over")
+
+
+def ingest_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> ShardRecord:
+    """Write and commit one shard. Runs in a worker process, which reads the images itself."""
+    digits = len(str(config.shard_size - 1))
+    with Handles() as handles, artifact.begin(task.shard, INGEST, tar=True) as shard:
+        for number, ref in enumerate(task.refs):
+            key = f"{task.index:05d}{number:0{digits}d}"  # img2dataset's keys
+            shard.write(*ingest_item(ref, key, config.limits, handles))
+        return shard.commit(rows_in=len(task.refs), input_info={"digest": task.digest, "items": len(task.refs)})
+
+
+def ingest_item(
+    ref: ItemRef, key: str, limits: ImageLimits, handles: Handles
+) -> tuple[dict[str, Any], dict[str, bytes] | None]:
+    """One item as ``(row, tar members)``; no members unless the row is ok. Never raises on what the item holds."""
+    try:
+        item = ref.load(handles)
+        verdict = item.problem or check(item.data or b"", limits)
+        sha256 = hashlib.sha256(item.data).hexdigest() if item.data else None
+        members = _members(item, verdict, sha256) if isinstance(verdict, ImageInfo) and sha256 else None
+        return _row(item, key, verdict, sha256), members
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+    except Exception as error:  # one item must not cost its shard: whatever it did becomes its reason
+        reason = f"unexpected {type(error).__name__}: {error}"
+    return _row(Item(ref.source), key, ImageProblem(Status.CORRUPT, reason), None), None
+
+
+def _row(item: Item, key: str, verdict: ImageInfo | ImageProblem, sha256: str | None) -> dict[str, Any]:
+    row = {
+        "key": key,
+        "uid": sha256[:32] if sha256 else None,
+        "sha256": sha256,
+        "text": clean(item.text),
+        "url": clean(item.url),
+        "source": item.source,
+    }
+    if isinstance(verdict, ImageProblem):
+        return {**row, "status": verdict.status, "error": clean("; ".join([verdict.reason, *item.notes]))}
+    found = {"phash": verdict.phash, "width": verdict.width, "height": verdict.height, "format": verdict.format}
+    return {**row, **found, "status": Status.OK, "error": clean("; ".join(item.notes)) or None}
+
+
+def _members(item: Item, info: ImageInfo, sha256: str) -> dict[str, bytes]:
+    """Every sample has the same three members, or the webdataset reader of `datasets` would refuse the shard."""
+    ours = {"uid": sha256[:32], "width": info.width, "height": info.height, "source": item.source}
+    meta = json.dumps(_merge_meta(item, ours), ensure_ascii=False)
+    text = item.text or ""
+    sidecars = {"txt": text.encode("utf-8", "replace"), "json": meta.encode("utf-8", "replace")}
+    return {info.format: item.data or b"", **sidecars}
+
+
+def _merge_meta(item: Item, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """The item's own metadata with ``ours`` added; other values that it had under our names move to ``original_*``."""
+    try:
+        meta: dict[str, Any] = jsonable(item.meta)
+    except RecursionError:
+        item.notes.append("json is nested too deeply: left out")
+        meta = {}
+    moved = {f"original_{name}": meta[name] for name in ours if name in meta and meta[name] != ours[name]}
+    return {**moved, **meta, **ours}
+
+
+def clean(text: str | None) -> str | None:
+    """Text that UTF-8 can hold: JSON may bring half of a surrogate pair."""
+    return None if text is None else text.encode("utf-8", "replace").decode()

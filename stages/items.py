@@ -1,0 +1,281 @@
+"""Items: what one row of an ingest comes from, first as a light reference, then as bytes.
+
+A reference says where an item lies and carries no image, so ten thousand of them travel to a worker in one message. Its
+``identity`` is what resuming compares: it changes when the item does, not when the whole source moves to another place.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+
+import fsspec
+
+from ..manifests.shards import decode_meta, decode_text
+from ..manifests.status import Status
+from ..manifests.tar import MAX_MEMBER_BYTES, printable
+from ..models.formats import HEAD_BYTES, ImageProblem, sniff
+
+if TYPE_CHECKING:
+    from .hf import Split
+
+TEXT_COLUMNS = ("text", "caption", "txt")
+META_TEXT_KEYS = ("caption", "text")  # where a metadata object may hold the caption, if there is no text beside it
+
+
+@dataclass(slots=True)
+class Item:
+    """One item read: the image's bytes, or the ``problem`` that left none. ``notes`` are faults that cost no image."""
+
+    source: str
+    data: bytes | None = field(default=None, repr=False)
+    text: str | None = None
+    url: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    problem: ImageProblem | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def take_sidecars(self, text: bytes | None, meta: bytes | None) -> None:
+        """Fill text, url and metadata from a ``.txt`` and a ``.json``."""
+        self.text = decode_text(text, self.notes)
+        self.meta = decode_meta(meta, self.notes) or {}
+        self.text = self.text if self.text is not None else _first_text(self.meta, META_TEXT_KEYS)
+        self.url = self.url or _first_text(self.meta, ("url",))
+
+
+def _first_text(values: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((values[name] for name in names if isinstance(values.get(name), str)), None)
+
+
+class Handles:
+    """What a worker keeps open from item to item: the tar and the dataset it is in. A context manager."""
+
+    def __init__(self) -> None:
+        self._tar: tuple[str, BinaryIO] | None = None
+        self._dataset: tuple[tuple[str, str], Split] | None = None
+
+    def tar(self, url: str) -> BinaryIO:
+        if self._tar is None or self._tar[0] != url:
+            self._close_tar()
+            self._tar = url, open_binary(url)
+        return self._tar[1]
+
+    def dataset(self, location: str, split: str) -> Split:
+        if self._dataset is None or self._dataset[0] != (location, split):
+            from .hf import Split  # imports the `datasets` package, which takes seconds
+
+            self._dataset = (location, split), Split(location, split)
+        return self._dataset[1]
+
+    def _close_tar(self) -> None:
+        if self._tar is not None:
+            self._tar[1].close()
+            self._tar = None
+
+    def __enter__(self) -> Handles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_tar()
+
+
+class ItemRef(Protocol):
+    """Where an item lies. ``load`` may raise OSError, which becomes the row's reason."""
+
+    @property
+    def source(self) -> str: ...
+
+    def identity(self) -> str: ...
+
+    def load(self, handles: Handles) -> Item: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemRef:
+    """An item known to be unusable before it is read: a damaged stretch of a tar, a folder that cannot be listed."""
+
+    name: str
+    status: Status
+    reason: str
+
+    @property
+    def source(self) -> str:
+        return printable(self.name)
+
+    def identity(self) -> str:
+        return json.dumps(["problem", self.source.rpartition("/")[2], self.status])
+
+    def load(self, handles: Handles) -> Item:
+        return Item(self.source, problem=ImageProblem(self.status, self.reason))
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """A file ``name`` under ``root``; ``text`` and ``meta`` are the sizes of its sidecars, where it has them."""
+
+    root: str
+    name: str
+    size: int
+    text: int | None = None
+    meta: int | None = None
+
+    @property
+    def source(self) -> str:
+        return printable(join(self.root, self.name))
+
+    def identity(self) -> str:
+        return json.dumps(["file", self.name, self.size, self.text, self.meta])
+
+    def load(self, handles: Handles) -> Item:
+        item = Item(self.source)
+        stem = join(self.root, stem_of(self.name))
+        text = _read_sidecar(stem + ".txt", item.notes) if self.text is not None else None
+        meta = _read_sidecar(stem + ".json", item.notes) if self.meta is not None else None
+        item.take_sidecars(text, meta)
+        item.data, item.problem = read_file(join(self.root, self.name))
+        return item
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A tar member: ``size`` bytes at ``offset``."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TarRef:
+    """An image in a tar with the members that belong to it. ``ignored``: extensions of members that are not kept."""
+
+    url: str
+    image: Extent
+    text: Extent | None = None
+    meta: Extent | None = None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        return printable(f"{self.url}/{self.image.name}")
+
+    def identity(self) -> str:
+        places = [(e.name, e.offset, e.size) if e else None for e in (self.image, self.text, self.meta)]
+        return json.dumps(["tar", self.url.rpartition("/")[2], places])
+
+    def load(self, handles: Handles) -> Item:
+        stream = handles.tar(self.url)
+        item = Item(self.source)
+        item.take_sidecars(_read_extent(stream, self.text), _read_extent(stream, self.meta))
+        if self.ignored:
+            item.notes.append(f"members not kept: {', '.join(self.ignored)}")
+        item.data = _read_extent(stream, self.image)
+        return item
+
+
+@dataclass(frozen=True, slots=True)
+class TableRef:
+    """A row of a table; ``path`` is relative to ``root`` unless absolute, ``meta`` the other columns as JSON."""
+
+    table: str
+    row: int
+    root: str
+    path: str
+    text: str | None
+    url: str | None
+    meta: str
+
+    @property
+    def source(self) -> str:
+        return printable(self.location)
+
+    @property
+    def location(self) -> str:
+        return self.path if "://" in self.path else join(self.root, self.path)
+
+    def identity(self) -> str:
+        return json.dumps(["table", self.row, self.path, self.text, self.url, self.meta])
+
+    def load(self, handles: Handles) -> Item:
+        data, problem = read_file(self.location)
+        return Item(self.source, data, self.text, self.url, json.loads(self.meta), problem)
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetRef:
+    """A row of a Hugging Face dataset; ``version`` is the fingerprint `datasets` keeps of the split."""
+
+    location: str
+    split: str
+    index: int
+    version: str
+
+    @property
+    def source(self) -> str:
+        return f"{self.location}:{self.split}[{self.index}]"
+
+    def identity(self) -> str:
+        return json.dumps(["dataset", self.split, self.index, self.version])
+
+    def load(self, handles: Handles) -> Item:
+        return handles.dataset(self.location, self.split).read(self.index, self.source)
+
+
+def join(root: str, name: str) -> str:
+    """``name`` in the folder ``root``, both paths or URLs; an absolute name stays as it is."""
+    return name if not root or name.startswith("/") else f"{root.rstrip('/')}/{name}"
+
+
+def stem_of(name: str) -> str:
+    """``a/b.c.jpg`` to ``a/b.c``: what a file shares with its sidecars."""
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.rpartition('.')[0] or file}"
+
+
+def open_binary(path: str) -> BinaryIO:
+    """Open a path or URL for reading; local files without fsspec's detour."""
+    if "://" not in path:
+        return cast(BinaryIO, open(path, "rb"))  # noqa: PTH123
+    return cast(BinaryIO, fsspec.open(path, "rb").open())
+
+
+def read_file(path: str) -> tuple[bytes | None, ImageProblem | None]:
+    """A file's bytes, or why not: unreadable, or far beyond any image's size (then only its head is looked at)."""
+    try:
+        with open_binary(path) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            if size <= MAX_MEMBER_BYTES:
+                return file.read(), None
+            kind = sniff(file.read(HEAD_BYTES))
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it, an unknown protocol
+        return None, ImageProblem(Status.CORRUPT, f"cannot be read: {_reason(error)}")
+    if isinstance(kind, ImageProblem):
+        return None, kind
+    return None, ImageProblem(Status.TOO_LARGE, f"file of {size} bytes, over the limit of {MAX_MEMBER_BYTES}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _read_sidecar(path: str, notes: list[str]) -> bytes | None:
+    data, problem = read_file(path)
+    if problem is not None:
+        notes.append(f"{path.rpartition('.')[2]} {problem.reason}")
+    return data
+
+
+def _read_extent(stream: BinaryIO, extent: Extent | None) -> bytes | None:
+    if extent is None:
+        return None
+    stream.seek(extent.offset)
+    data = stream.read(extent.size)
+    if len(data) < extent.size:
+        raise OSError(f"the tar has only {len(data)} of {extent.size} bytes of {extent.name}: did it change?")
+    return data

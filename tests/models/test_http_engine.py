@@ -1,0 +1,288 @@
+"""The HTTP engine against a server that misbehaves on demand, over real sockets on 127.0.0.1."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from capipe.errors import BadInput
+from capipe.models.engine import (
+    ChoiceRequest,
+    Engine,
+    EngineDead,
+    GenerationRequest,
+    ImageInput,
+    Prompt,
+    RequestError,
+    Sampling,
+)
+from capipe.models.http_engine import HTTPOptions, base_url, connect_http_engine, served_model
+
+from ..conftest import photo
+
+Answer = tuple[int, dict[str, str], Any]
+ASK = GenerationRequest(Prompt("Describe."), Sampling(max_tokens=7, seed=3))
+
+
+def completion(text: str, finish_reason: str = "stop", logprobs: Any = None) -> Answer:
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason, "logprobs": logprobs}
+    return 200, {}, {"choices": [choice], "usage": {"completion_tokens": 4}}
+
+
+class Double:
+    """A chat server whose answer to the n-th completion is ``answers(n, body)``; it keeps what it was sent."""
+
+    def __init__(self, answers: Callable[[int, dict[str, Any]], Answer | None], owner: str = "vllm") -> None:
+        self.answers, self.owner = answers, owner
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.open = threading.Event()  # set when the server closes: lets handlers that never answer go
+
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        double = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.reply(200, {}, {"data": [{"id": "captioner", "owned_by": double.owner}, {"id": "other"}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                double.times.append(time.monotonic())
+                double.headers.append({name.lower(): value for name, value in self.headers.items()})
+                double.bodies.append(body)
+                answer = double.answers(len(double.bodies) - 1, body)
+                if answer is None:
+                    double.open.wait(30)
+                    self.close_connection = True
+                else:
+                    self.reply(*answer)
+
+            def reply(self, status: int, headers: dict[str, str], content: Any) -> None:
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                for name, value in {**headers, "content-length": str(len(data))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Silent."""
+
+        return Handler
+
+
+@contextmanager
+def serving(double: Double) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), double.handler())
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        double.open.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def options(url: str, **changes: Any) -> HTTPOptions:
+    return replace(HTTPOptions(url, timeout_s=5.0, attempts=3, backoff_s=0.01), **changes)
+
+
+async def ask(double: Double, request: GenerationRequest = ASK, **changes: Any) -> Any:
+    """One request to the double: its completion, or what it raised."""
+    with serving(double) as url:
+        engine = await connect_http_engine(options(url, **changes))
+        try:
+            return await engine.generate(request)
+        except (RequestError, EngineDead) as error:
+            return error
+        finally:
+            await engine.aclose()
+
+
+async def test_a_request_says_all_that_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPIPE_API_KEY", "secret")
+    double = Double(lambda n, body: completion(" a dog.", "length"))
+    encoded = photo(1)
+    prompt = Prompt("Describe.", ImageInput("u", encoded=encoded), system="Be brief.", answer_prefix="I see")
+    request = GenerationRequest(prompt, Sampling(0.7, 0.9, 7, 3))
+    answer = await ask(double, request, max_pixels=50_000)
+    assert (answer.text, answer.finish_reason, answer.n_tokens, answer.token_ids) == (" a dog.", "length", 4, ())
+    body = double.bodies[0]
+    sent = base64.b64decode(
+        body["messages"][1]["content"][0]["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+    )
+    assert sent == encoded
+    assert [each["role"] for each in body["messages"]] == ["system", "user", "assistant"]
+    assert body["messages"][1]["content"][1] == {"type": "text", "text": "Describe."}
+    assert body["messages"][2]["content"] == "I see"
+    assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
+    assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"], body["seed"]) == (
+        "captioner",
+        0.7,
+        0.9,
+        7,
+        3,
+    )
+    assert body["mm_processor_kwargs"] == {"max_pixels": 50_000}
+    assert (body["repetition_penalty"], body["top_k"]) == (1.0, -1)
+    assert double.headers[0]["authorization"] == "Bearer secret"
+
+
+async def test_a_plain_openai_server_gets_no_foreign_fields() -> None:
+    double = Double(lambda n, body: completion("x"), owner="somebody")
+    await ask(double)
+    assert double.bodies[0].keys() == {
+        "model", "messages", "max_tokens", "temperature", "top_p", "seed", "logprobs",
+    }  # fmt: skip
+    refused = await ask(double, GenerationRequest(Prompt("Describe.", answer_prefix="I")))
+    assert "neither vLLM nor SGLang" in str(refused)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+async def test_a_passing_fault_is_tried_again(status: int) -> None:
+    double = Double(lambda n, body: completion("at last") if n == 2 else (status, {}, {"error": {"message": "busy"}}))
+    answer = await ask(double)
+    assert (answer.text, len(double.bodies)) == ("at last", 3)
+
+
+async def test_attempts_are_bounded_and_the_reason_is_the_servers() -> None:
+    double = Double(lambda n, body: (500, {}, {"error": {"message": "on fire"}}))
+    error = await ask(double)
+    assert isinstance(error, RequestError)
+    assert (str(error), len(double.bodies)) == ("gave up after 3 attempts: HTTP 500: on fire", 3)
+
+
+async def test_a_refusal_is_final_at_once() -> None:
+    double = Double(lambda n, body: (400, {}, {"message": "prompt too long"}))
+    error = await ask(double)
+    assert isinstance(error, RequestError)
+    assert (str(error), len(double.bodies)) == ("HTTP 400: prompt too long", 1)
+
+
+async def test_retry_after_is_honoured() -> None:
+    double = Double(lambda n, body: completion("x") if n else (429, {"Retry-After": "0.6"}, {}))
+    await ask(double)
+    assert double.times[1] - double.times[0] >= 0.6
+
+
+async def test_a_server_that_never_answers_costs_timeout_times_attempts() -> None:
+    started = time.monotonic()
+    error = await ask(Double(lambda n, body: None), timeout_s=0.2)
+    assert isinstance(error, RequestError)
+    assert "ReadTimeout" in str(error)
+    assert 0.6 <= time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, {}, b"<html>"),
+        (200, {}, []),
+        (200, {}, {"choices": []}),
+        (200, {}, {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}),
+        completion("x", "content_filter"),
+    ],
+)
+async def test_an_answer_that_is_none_is_an_error(answer: Answer) -> None:
+    assert isinstance(await ask(Double(lambda n, body: answer)), RequestError)
+
+
+async def test_only_files_that_servers_read_are_sent() -> None:
+    double = Double(lambda n, body: completion("x"))
+    for image in (ImageInput("u", encoded=b"GIF89a..."), ImageInput("u")):
+        assert isinstance(await ask(double, GenerationRequest(Prompt("Describe.", image))), RequestError)
+    assert double.bodies == []
+    for fmt in ("JPEG", "PNG", "WEBP"):
+        encoded = photo(2, fmt=fmt)
+        await ask(double, GenerationRequest(Prompt("Describe.", ImageInput("u", encoded=encoded))))
+        url = double.bodies[-1]["messages"][0]["content"][0]["image_url"]["url"]
+        assert url.startswith(f"data:image/{fmt.lower()};base64,")
+
+
+async def test_log_probabilities_and_choices() -> None:
+    top = [{"token": "B", "logprob": -0.25}, {"token": "A", "logprob": -1.5}, {"token": "x", "logprob": -3.0}]
+    steps = {"content": [{"token": "B", "logprob": -0.25, "top_logprobs": top}]}
+    double = Double(lambda n, body: completion("B", "length", steps))
+    with serving(double) as url:
+        engine = await connect_http_engine(options(url))
+        scores = await engine.choose(ChoiceRequest(Prompt("Which?"), ("A", "B", "C")))
+        drawn = await engine.generate(GenerationRequest(Prompt("Which?"), logprobs=True))
+        await engine.aclose()
+    assert (scores.logprobs, scores.best) == ((-1.5, -0.25, None), 1)
+    assert (double.bodies[0]["max_tokens"], double.bodies[0]["top_logprobs"]) == (1, 20)
+    assert drawn.logprobs == (-0.25,)
+
+
+async def test_a_server_without_log_probabilities_is_an_error() -> None:
+    with serving(Double(lambda n, body: completion("B"))) as url:
+        engine = await connect_http_engine(options(url))
+        with pytest.raises(RequestError, match="no log-probabilities"):
+            await engine.choose(ChoiceRequest(Prompt("Which?"), ("A", "B")))
+        await engine.aclose()
+
+
+async def test_a_server_that_is_gone_ends_the_engine() -> None:
+    status, _, content = completion("x")
+    with serving(Double(lambda n, body: (status, {"connection": "close"}, content))) as url:
+        engine = await connect_http_engine(options(url, gone_after=4))
+        assert isinstance(engine, Engine)
+        await engine.generate(ASK)
+    for _ in range(4):
+        with pytest.raises(RequestError, match="ConnectError"):
+            await engine.generate(ASK)
+    with pytest.raises(EngineDead, match="4 requests in a row"):
+        await engine.generate(ASK)
+    await engine.aclose()
+
+
+async def test_no_more_requests_are_open_than_the_concurrency() -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def slow(n: int, body: dict[str, Any]) -> Answer:
+        nonlocal running, most
+        with lock:
+            running, most = running + 1, max(most, running + 1)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        return completion("x")
+
+    with serving(Double(slow)) as url:
+        engine = await connect_http_engine(options(url, concurrency=3, timeout_s=0.3))
+        answers = await asyncio.gather(*(engine.generate(ASK) for _ in range(24)))  # longer in line than the timeout
+        await engine.aclose()
+    assert (len(answers), most) == (24, 3)
+
+
+async def test_the_model_is_asked_for_and_checked(unused_tcp_port: int) -> None:
+    with serving(Double(lambda n, body: completion("x"))) as url:
+        engine = await connect_http_engine(options(f"{url}/v1/"))
+        assert (engine.model, served_model(url)) == ("captioner", "captioner")
+        await engine.aclose()
+        with pytest.raises(BadInput, match="does not serve 'huge'; it serves captioner, other"):
+            await connect_http_engine(options(url, model="huge"))
+    nobody = f"http://127.0.0.1:{unused_tcp_port}"
+    with pytest.raises(BadInput, match="no server answers"):
+        await connect_http_engine(options(nobody))
+    with pytest.raises(BadInput, match="no server answers"):
+        served_model(nobody)
+
+
+def test_the_base_url_is_taken_with_and_without_v1() -> None:
+    assert {base_url(f"http://h:1{end}") for end in ("", "/", "/v1", "/v1/")} == {"http://h:1/v1/"}

@@ -1,0 +1,119 @@
+"""The processors' bookkeeping against vLLM's own batch: adds, removals, moves, swaps, preemption."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+from capipe.models.engine import Sampling
+from capipe.models.sampling import apply
+from capipe.models.vllm_sampling import FirstRunnerGumbel, SecondRunnerGumbel, extra_args
+
+CPU = torch.device("cpu")
+VOCAB = 50
+
+
+def params(sampling: Sampling) -> SamplingParams:
+    return SamplingParams(temperature=0.0, extra_args=extra_args(sampling))
+
+
+def expected(logits: torch.Tensor, rows: list[tuple[Sampling, int]]) -> torch.Tensor:
+    """What a batch of (sampling, tokens drawn so far) must come out as, each row computed alone."""
+    outcome = []
+    for row, (sampling, drawn) in zip(logits, rows, strict=True):
+        seed, position = torch.tensor([sampling.seed]), torch.tensor([drawn])
+        top_p = torch.tensor([sampling.top_p]) if sampling.top_p < 1 else None
+        outcome.append(apply(row[None], seed, position, torch.tensor([sampling.temperature]), top_p))
+    return torch.cat(outcome)
+
+
+def first_runner() -> FirstRunnerGumbel:
+    nothing: Any = None
+    return FirstRunnerGumbel(nothing, CPU, False)
+
+
+def test_greedy_requests_carry_nothing_and_cost_nothing() -> None:
+    assert extra_args(Sampling()) is None
+    processor = first_runner()
+    processor.update_state(BatchUpdate(1, [], [(0, params(Sampling()), [1], [])], []))
+    logits = torch.randn(1, VOCAB)
+    assert processor.apply(logits) is logits
+    assert not processor.is_argmax_invariant()
+
+
+def test_first_runner_follows_a_random_history_of_the_batch() -> None:
+    rng, processor = random.Random(4), first_runner()
+    batch: list[tuple[Sampling, list[int]]] = []
+    for step in range(300):
+        removed, added, moved = [], [], []
+        # As vLLM does it: finished rows leave holes, new requests fill them or the end, the last rows fill the rest.
+        holes = sorted(index for index in range(len(batch)) if rng.random() < 0.15)
+        size = len(batch)
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            temperature = rng.choice([0.0, 0.6, 1.0])
+            request = (Sampling(temperature, rng.choice([1.0, 0.7]), 9, rng.randrange(1 << 40)), [7] * rng.randrange(3))
+            index = holes.pop(0) if holes else size
+            size = max(size, index + 1)
+            batch[index : index + 1] = [request]
+            added.append((index, params(request[0]), [1], request[1]))
+        while holes:
+            hole = holes.pop()
+            removed.append(hole)
+            last = size - 1
+            if hole != last:
+                moved.append((last, hole, MoveDirectionality.UNIDIRECTIONAL))
+                batch[hole] = batch[last]
+            batch.pop()
+            size -= 1
+        if size > 1 and rng.random() < 0.3:
+            one, other = rng.sample(range(size), 2)
+            moved.append((one, other, MoveDirectionality.SWAP))
+            batch[one], batch[other] = batch[other], batch[one]
+        changed = bool(removed or added or moved)
+        processor.update_state(BatchUpdate(size, removed, added, moved) if changed else None)
+        if batch:
+            logits = torch.randn(size, VOCAB, generator=torch.Generator().manual_seed(step))
+            wanted = expected(logits, [(sampling, len(drawn)) for sampling, drawn in batch])
+            assert torch.equal(processor.apply(logits.clone()), wanted), step
+        for _, drawn in batch:
+            drawn.append(step)
+
+
+def test_second_runner_reads_slots_and_positions() -> None:
+    slots = [Sampling(1.0, 1.0, 9, 3), Sampling(), Sampling(0.5, 0.8, 9, 4)]
+    prompt_lengths, drawn = [5, 6, 7], [0, 2, 11]
+    states: Any = SimpleNamespace(
+        device=CPU, max_num_reqs=4, prompt_len=SimpleNamespace(gpu=torch.tensor([*prompt_lengths, 0]))
+    )
+    nothing: Any = None
+    processor = SecondRunnerGumbel(nothing, states)
+    modifies = [processor.add_request(slot, params(sampling)) for slot, sampling in enumerate(slots)]
+    assert modifies == [True, False, True]
+    processor.apply_staged_writes()
+    order = [2, 0, 1]
+    logits = torch.randn(3, VOCAB)
+
+    def context(rows: list[int]) -> Any:
+        return SimpleNamespace(
+            expanded_idx_mapping=torch.tensor(rows, dtype=torch.int32),
+            idx_mapping_np=np.array(rows),
+            pos=torch.tensor([prompt_lengths[slot] + drawn[slot] - 1 for slot in rows]),
+        )
+
+    wanted = expected(logits, [(slots[slot], drawn[slot]) for slot in order])
+    assert torch.equal(processor.apply(logits, context(order)), wanted)
+    assert processor.apply(logits[:1], context([1])) is not None
+    assert torch.equal(processor.apply(logits[:1], context([1])), logits[:1])
+    processor.add_request(2, params(Sampling()))  # the slot is used again, by a greedy request
+    processor.apply_staged_writes()
+    assert torch.equal(processor.apply(logits[:1], context([2])), logits[:1])

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from capipe.models.tiny import BUNDLED, resolve
+
+
+@pytest.mark.parametrize("model", BUNDLED)
+def test_bundled_names_become_folders(model: str) -> None:
+    folder = Path(resolve(f"tiny/{model}"))
+    assert folder.is_absolute() and (folder / "config.json").is_file()
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-3B-Instruct", "/models/tiny/captioner", "./tiny", "tiny"])
+def test_other_names_are_returned_unchanged(name: str) -> None:
+    assert resolve(name) == name
+
+
+@pytest.mark.parametrize("name", ["tiny/", "tiny/captoiner", "tiny/captioner/x"])
+def test_unknown_tiny_names_tell_the_known_ones(name: str) -> None:
+    with pytest.raises(ValueError, match="tiny/captioner") as caught:
+        resolve(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, capipe.models.tiny as t; t.resolve('tiny/captioner'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,78 @@
+"""The commands around annotate: demo, ingest, verify, status, doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ..conftest import photo
+from .conftest import capipe, one_line, table
+
+
+def test_ingest_accounts_for_every_file(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    source.mkdir()
+    files = {
+        "a.jpg": photo(0),
+        "a.txt": b"alt",
+        "b.png": photo(1, fmt="PNG"),
+        "c.jpg": photo(2)[:400],
+        "d.jpg": b"<html></html>",
+        "e.jpg": b"",
+        "notes.md": b"# notes",
+        "f.webp": photo(3, fmt="WEBP"),
+    }
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+    capipe("ingest", source, "--out", tmp_path / "out", "--shard-size", 3)
+    rows = table(tmp_path / "out")
+    assert {Path(row["source"]).name: row["status"] for row in rows} == {
+        "a.jpg": "ok",
+        "b.png": "ok",
+        "c.jpg": "corrupt",
+        "d.jpg": "unsupported",
+        "e.jpg": "corrupt",
+        "f.webp": "ok",
+        "notes.md": "unsupported",
+    }
+    assert [row["key"] for row in rows] == ["000000", "000001", "000002", "000010", "000011", "000012", "000020"]
+    again = capipe("ingest", source, "--out", tmp_path / "out", "--shard-size", 3)
+    assert "3/3 shards" in again.stdout
+    refused = capipe("ingest", source, "--out", tmp_path / "out", "--shard-size", 4, code=2)
+    assert "shard_size: 3 -> 4" in one_line(refused)
+
+
+def test_status_and_verify(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.jpg").write_bytes(photo(0))
+    capipe("ingest", tmp_path / "src", "--out", tmp_path / "out")
+    state = json.loads(capipe("status", tmp_path / "out", "--json").stdout)
+    assert (state["stage"], state["shards"], state["rows"], state["complete"]) == ("ingest", 1, {"ok": 1}, True)
+    assert "clean" in capipe("verify", tmp_path / "out").stdout
+    (tmp_path / "out/00000.tar").write_bytes(b"x")
+    assert "00000.tar: 1 bytes" in capipe("verify", tmp_path / "out", code=1).stdout
+    assert "not an artifact" in one_line(capipe("verify", tmp_path / "src", code=2))
+    assert "not an artifact" in one_line(capipe("status", tmp_path / "nowhere", code=2))
+
+
+def test_doctor_finds_the_engines() -> None:
+    output = capipe("doctor").stdout
+    for name in ("torch", "engine transformers", "engine vllm", "tiny/captioner", "cores"):
+        assert name in output
+    assert "MISSING" not in output
+
+
+@pytest.mark.slow
+def test_demo_ends_with_captions_report_and_shards(tmp_path: Path) -> None:
+    done = capipe("demo", "--out", tmp_path / "demo", "--images", 12, "--engine", "transformers")
+    lines = done.stdout.strip().splitlines()
+    assert lines[-1] == f"shards: {tmp_path}/demo/captions" and lines[-2] == f"report: {tmp_path}/demo/report.md"
+    assert sum(line.startswith("  corpus/") for line in lines[-5:]) == 3
+    assert {row["status"] for row in table(tmp_path / "demo/captions")} == {"ok"}
+    capipe("demo", "--out", tmp_path / "demo", "--images", 12, "--engine", "transformers")  # its own folder, again
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine").touch()
+    capipe("demo", "--out", tmp_path / "other", code=2)
+    assert (tmp_path / "other/mine").exists()
