@@ -35,7 +35,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(PACKAGES)
 
-PACKAGES := errors.py manifests models stages pipeline bench
+PACKAGES := errors.py manifests models stages pipeline
 
 # What we measure against; its dependencies clash with ours, so it lives apart.
 peers: $(PEERS)/.ready

@@ -47,7 +47,9 @@ class AnnotateStage:
             served_model(self.engine.kind)  # raises where no server answers, before anything is written
         identity = model_identity(self.engine.model, self.engine.kind)
         grid = None if self.engine.is_http else self._grid()
-        pixels = (self.engine.min_pixels, self.engine.max_pixels) if grid is None else (grid.min_pixels, grid.max_pixels)
+        pixels = (
+            (self.engine.min_pixels, self.engine.max_pixels) if grid is None else (grid.min_pixels, grid.max_pixels)
+        )
         return {
             "model": identity.digest or identity.name,
             "dtype": self.engine.dtype,
