@@ -14,7 +14,7 @@ class BadInput(CapipeError):
 
 
 class ArtifactMismatch(CapipeError):
-    """An output folder that holds the work of another configuration, or whose files contradict its manifest (exit 2)."""
+    """An output folder of another configuration, or one whose files contradict its manifest (exit 2)."""
 
 
 class RunFailed(CapipeError):
