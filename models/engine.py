@@ -20,7 +20,7 @@ class RequestError(Exception):
     """One request failed; the engine lives on and the others are untouched. The message is the row's reason."""
 
 
-class EngineDead(Exception):  # noqa: N818 (a state of the engine, not a fault of a request)
+class EngineDead(Exception):
     """The engine itself is gone: every request in flight is void and a new engine is needed."""
 
 

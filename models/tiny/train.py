@@ -1,7 +1,7 @@
 """The captioner's training loop: first the vision tower with :class:`CellReader`, then both towers on captions.
 
-What made three million parameters learn within the hour on two cores: truth per cell for the tower before any caption,
-Muon, scenes that grow, each picture encoded once for its texts, logits for answer tokens only, and little padding.
+Meant to learn within the hour on two cores: truth per cell for the tower before any caption, Muon, scenes that grow,
+each picture encoded once for its texts, logits for answer tokens only, and little padding. None was measured alone.
 """
 
 from __future__ import annotations
