@@ -133,17 +133,24 @@ class ShardTransaction:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Close what is open and remove scratch files that were not published."""
+        try:
+            for close in (self._close_tar, self._close_parquet, self._parquet_file.abandon):
+                try:
+                    close()
+                except OSError:
+                    if error is None:  # on a full disk closing fails again; the first error is the one to see
+                        raise
+        finally:
+            for name in (f"{self.shard}.tar", f"{self.shard}.parquet", f"{self.shard}_stats.json"):
+                (self._scratch / name).unlink(missing_ok=True)
+
+    def _close_tar(self) -> None:
         if self._tar_file is not None:
             self._tar_file.close()
+
+    def _close_parquet(self) -> None:
         if self._parquet.is_open:
-            try:
-                self._parquet.close()
-            except OSError:
-                if error is None:  # on a full disk closing fails again; the first error is the one to see
-                    raise
-        self._parquet_file.abandon()
-        for name in (f"{self.shard}.tar", f"{self.shard}.parquet", f"{self.shard}_stats.json"):
-            (self._scratch / name).unlink(missing_ok=True)
+            self._parquet.close()
 
 
 def _sync(file: BinaryIO) -> None:

@@ -136,12 +136,16 @@ class VLLMEngine:
             raise EngineDead("vLLM's engine process is gone") from error
         except Exception as error:  # the processor's refusal of an image, or a fault that took the engine along
             reason = f"{type(error).__name__}: {error.__cause__ or error}"
-            gone = llm.errored or self._llm is None
-            raise (EngineDead(reason) if gone else RequestError(reason)) from error
+            raise self._failure(llm, reason) from error
         completion = outputs[-1].outputs[0] if outputs else None
         if completion is None or completion.finish_reason not in ("stop", "length"):
-            raise RequestError(f"vLLM ended the request early: {completion and completion.finish_reason}")
+            reason = "nothing" if completion is None else completion.finish_reason
+            raise self._failure(llm, f"vLLM ended the request early: {reason}")
         return completion
+
+    def _failure(self, llm: AsyncLLM, reason: str) -> RequestError | EngineDead:
+        """Whose fault it is that a request failed: an engine that dies or is closed aborts what it was working on."""
+        return EngineDead(reason) if llm.errored or self._llm is None else RequestError(reason)
 
     def _vllm_prompt(self, prompt: Prompt) -> Any:
         from vllm import TokensPrompt

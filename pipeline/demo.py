@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,17 @@ def _capipe(*arguments: Any) -> None:
         raise RunFailed(f"capipe {words[0]} ended with exit code {code}; its own message is above")
 
 
-def _show(shards: Path, captions: Path, count: int) -> list[Shown]:
+def _show(shards: Path, captions: Path, count: int) -> Iterator[Shown]:
     """The first pictures of the corpus with their captions."""
-    first = expand(str(shards))[0]
-    rows = Artifact.open(str(captions)).read_rows(first.name)
-    shown = []
-    for source, row in zip(RowReader(first), rows[:count], strict=False):
+    artifact = Artifact.open(str(captions))
+    pairs = (
+        pair
+        for shard in expand(str(shards))
+        for pair in zip(RowReader(shard), artifact.read_rows(shard.name), strict=True)
+    )
+    for number, (source, row) in enumerate(islice(pairs, count)):
         texts = {caption["name"]: caption["text"] for caption in row["captions"]}
-        file = f"corpus/{source.index:06d}.jpg"
-        shown.append(Shown(file, source.text or "", texts.get("plain", ""), texts.get("dense", "")))
-    return shown
+        yield Shown(f"corpus/{number:06d}.jpg", source.text or "", texts.get("plain", ""), texts.get("dense", ""))
 
 
 def _report(images: int, found: State, shown: list[Shown]) -> str:
