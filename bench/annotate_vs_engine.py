@@ -4,7 +4,7 @@ One side is the whole command path: a worker process that reads tars, decodes in
 and commits. The other is the same engine in one process, fed the same images decoded beforehand, the same requests and
 as many at a time. Both are timed from the moment the engine is ready to the last result (a commit on our side).
 
-    python bench/annotate_vs_engine.py [--images 1600] [--shards 8] [--rounds 3]
+    python bench/annotate_vs_engine.py [--images 3200] [--shards 16] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def in_process(shards: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=1600)
-    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--images", type=int, default=3200)
+    parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bare", type=Path)
     options = parser.parse_args()

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .affinity import bound_cores, move_off, move_to
 from .engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -63,11 +64,13 @@ class VLLMEngine:
         grid: ImageGrid | None,
         concurrency: int,
         processes: list[Process],
+        cores: set[int],
     ) -> None:
         self.grid = grid
         self.concurrency = concurrency
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
+        self._cores = cores  # where this process might run before
         self._encoder = encoder
         self._numbers = itertools.count()
 
@@ -112,6 +115,7 @@ class VLLMEngine:
         await asyncio.to_thread(llm.shutdown)
         llm.output_processor.propagate_error(EngineDeadError())
         await asyncio.to_thread(_see_off, self._processes)
+        move_to(self._cores, [os.getpid()])
         del llm
         gc.collect()  # it lies in cycles, and its destructor complains when it first runs at the interpreter's end
 
@@ -176,7 +180,7 @@ def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
     from .vllm_sampling import processor_path
 
     on_cpu = current_platform.is_cpu()
-    concurrency = options.concurrency or (64 if on_cpu else 256)
+    concurrency = options.concurrency or (128 if on_cpu else 256)
     config = _engine_args(options, on_cpu, concurrency).create_engine_config()
     config.model_config.logits_processors = [processor_path(config.use_v2_model_runner)]
     return _launch(options, config, concurrency)
@@ -194,7 +198,10 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int) -> VLLME
     processes = [each for each in _vllm_processes() if each not in others]
     image_token = getattr(config.model_config.hf_config, "image_token_id", None) if options.grid is not None else None
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(options.path), image_token)
-    return VLLMEngine(llm, encoder, options.grid, concurrency, processes)
+    pids = [process.pid for process in processes]
+    cores = os.sched_getaffinity(0)
+    move_off(bound_cores(pids), [os.getpid(), *pids])
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores)
 
 
 def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:

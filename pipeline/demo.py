@@ -48,7 +48,7 @@ def run_demo(out: Path, images: int, engine: str, say: Callable[[str], None]) ->
     _capipe("verify", shards)
     _capipe("verify", captions)
     report = out / "report.md"
-    report.write_text(_report(images, state(str(captions)), _show(shards, captions, 3)), encoding="utf-8")
+    report.write_text(_report(images, state(str(captions)), list(_show(shards, captions, 3))), encoding="utf-8")
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
@@ -74,10 +75,13 @@ async def reference() -> AsyncIterator[TransformersEngine]:
 async def vllm_engine(pictures: list[ImageInput]) -> AsyncIterator[Engine]:
     """One for all tests, as it takes its time to start; that closing it is clean is checked when it goes."""
     pytest.importorskip("vllm")
+    cores = os.sched_getaffinity(0)
     engine = await load_engine(EngineConfig("vllm", MODEL, max_model_len=ROOM, concurrency=32))
     assert isinstance(engine, VLLMEngine)
     processes = list(engine._processes)
     assert processes
+    taken = set[int]().union(*(each.cpu_affinity() for each in processes if each.name() == "VLLM::Worker"))
+    assert len(cores) == 1 or (taken and not taken & os.sched_getaffinity(0))
     yield engine
     tasks = [asyncio.create_task(engine.generate(each)) for each in many(pictures)]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -85,5 +89,6 @@ async def vllm_engine(pictures: list[ImageInput]) -> AsyncIterator[Engine]:
     outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
     assert {type(each) for each in outcomes} == {EngineDead, Completion}
     assert not any(each.is_running() for each in processes)
+    assert os.sched_getaffinity(0) == cores
     with pytest.raises(EngineDead):
         await engine.generate(many(pictures)[0])
