@@ -4,7 +4,7 @@ The whole command, with the bundled captioner on vLLM, over 10 and over 300 shar
 count from the engine being ready to the last commit; memory is the peak, sampled, of all processes together (resident,
 shared pages counted once).
 
-    python bench/scaling.py [--small 10] [--large 300] [--images 20] [--rounds 3]
+    python bench/scaling.py [--small 10] [--large 300] [--images 100] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--small", type=int, default=10)
     parser.add_argument("--large", type=int, default=300)
-    parser.add_argument("--images", type=int, default=20, help="per shard")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=100, help="per shard")
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     memory: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:

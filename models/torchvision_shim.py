@@ -4,7 +4,8 @@ torchvision: its Python side registers fake kernels for the operators ``nms`` an
 library would have defined; without that library the import stops with "operator torchvision::nms does not exist".
 Defining the two schemas first is enough for the transforms that processors use (the operators stay unusable).
 torchaudio and torchcodec: nothing here needs them, but transformers imports them when it finds them, and fails; they
-are hidden. Both have to happen in every process, vLLM's children included, so they hang on a ``.pth`` file.
+are hidden. So is triton beside a CPU-only torch, for which it compiles nothing: every process of vLLM's would say so.
+All this has to happen in every process, vLLM's children included, so it hangs on a ``.pth`` file.
 
 ``python -m capipe.models.torchvision_shim`` tries the imports and installs the hook only where one fails; the set-up
 runs it. This file is copied as it is, so it must not import anything of capipe.
@@ -13,7 +14,6 @@ runs it. This file is copied as it is, so it must not import anything of capipe.
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -53,6 +53,11 @@ def activate(schemas: bool, hidden: Sequence[str]) -> None:
 def import_error(name: str) -> str | None:
     """The error of importing ``name`` in a fresh interpreter; None where it imports, or is absent or hidden."""
     code = f"import importlib.util as u\nif u.find_spec({name!r}): import {name}"
+    return complaint(code)
+
+
+def complaint(code: str) -> str | None:
+    """The last line of what a fresh interpreter says when it fails on ``code``; None where it does not fail."""
     probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return None if probe.returncode == 0 else (probe.stderr.strip().splitlines() or ["unknown error"])[-1]
 
@@ -74,13 +79,15 @@ def main() -> int:
         print(f"capipe: torchvision does not import, and not for the reason we can mend: {vision}", file=sys.stderr)
         return 1
     broken = {name: error for name in UNUSED if (error := import_error(name)) is not None}
+    if complaint("import torch, importlib.util as u; assert u.find_spec('triton') and not torch.version.cuda") is None:
+        broken["triton"] = "it has no CPU backend"
     if vision is None and not broken:
         return 0
     pth = install(vision is not None, list(broken))
     if vision is not None:
         print(f"capipe: torchvision did not import beside this torch ({vision}); installed a hook, {pth}")
     for name, error in broken.items():
-        print(f"capipe: {name} does not import beside this torch and is not needed ({error}); hidden by {pth}")
+        print(f"capipe: {name} does not work beside this torch and is not needed ({error}); hidden by {pth}")
     still = import_error("torchvision")
     if still is not None:
         print(f"capipe: torchvision still does not import: {still}", file=sys.stderr)

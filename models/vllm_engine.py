@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import os
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +171,7 @@ def prepare_environment() -> None:
     """Quiet vLLM and keep its reports at home. To be called before anything imports it."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # it asks torch for each of its names
 
 
 def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:

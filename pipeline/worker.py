@@ -26,7 +26,7 @@ from ..models.engine import EngineDead
 from .events import Event, Pulse, Ready, ShardDone, ShardFailed
 
 READ_AHEAD = 16  # rows read from a tar in one go
-OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up
+OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up (more where small)
 PULSE_SECONDS = 0.5
 
 
@@ -94,6 +94,11 @@ class ShardRun:
             self.journal.append(index, row)
 
     @property
+    def held(self) -> int:
+        """Rows in the pipeline or waiting for the commit."""
+        return len(self.rows) + max(self.pending, 0)
+
+    @property
     def over(self) -> bool:
         """All read and nothing in the pipeline: to be committed, or given up."""
         return self.total is not None and self.pending == 0
@@ -120,7 +125,7 @@ class Worker:
     def __init__(self, processor: Processor, artifact: Artifact, channel: Channel) -> None:
         self.processor, self.artifact, self.channel = processor, artifact, channel
         self.window = asyncio.Semaphore(processor.window)
-        self.open_shards = asyncio.Semaphore(OPEN_SHARDS)
+        self.concluded = asyncio.Event()
         self.commit_lock = asyncio.Lock()
         self.tasks: set[asyncio.Task[None]] = set()
         self.runs: set[ShardRun] = set()
@@ -152,7 +157,7 @@ class Worker:
 
     async def _feed(self) -> None:
         while not self.channel.stopping.is_set():
-            await self.open_shards.acquire()
+            await self._room_for_a_shard()
             shard = await self.channel.next_shard()
             if shard is None:
                 return
@@ -164,6 +169,12 @@ class Worker:
             self.runs.add(run)
             await self._feed_rows(run)
             self._settle(run)
+
+    async def _room_for_a_shard(self) -> None:
+        """Wait until few enough shards are open; small ones may be many, as long as the engine could use their rows."""
+        while len(self.runs) >= OPEN_SHARDS and sum(run.held for run in self.runs) >= 2 * self.processor.window:
+            self.concluded.clear()
+            await self.concluded.wait()
 
     async def _feed_rows(self, run: ShardRun) -> None:
         """Start a task for every row that still needs one; on a stop leave the shard unfinished."""
@@ -238,7 +249,7 @@ class Worker:
             run.journal.close()
             self.runs.discard(run)
             self.committing -= 1
-            self.open_shards.release()
+            self.concluded.set()
 
     def _fail(self, error: BaseException) -> None:
         if self.failure is None:
