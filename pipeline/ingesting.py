@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BadInput, CapipeError, RunFailed
-from ..manifests.artifact import CONFIG, Artifact
+from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..stages.ingest import STAGE, IngestConfig, IngestTask, ingest_shard, pending, plan
 from ..stages.items import ItemRef
@@ -99,5 +98,4 @@ def _counted(made: IngestPlan) -> Iterator[IngestTask]:
     for task in plan(made.items, made.config):
         shards, items = shards + 1, items + len(task.refs)
         yield task
-    made.artifact.config["run"] |= {"shards_total": shards, "items": items}
-    made.artifact.folder.write(CONFIG, json.dumps(made.artifact.config, indent=1, ensure_ascii=False).encode())
+    made.artifact.note(shards_total=shards, items=items)
