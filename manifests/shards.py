@@ -7,7 +7,6 @@ and the tar supplies the images. A foreign tar's rows are its samples, with uids
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from ..errors import ArtifactMismatch, BadInput
 from .artifact import Artifact
 from .manifest import ShardRecord
 from .samples import Sample, read_samples
+from .sidecars import decode_meta, decode_text
 from .status import Status
 from .tar import Member
 
@@ -266,29 +266,3 @@ def to_row(index: int, sample: Sample) -> Row:
 
 def _data(member: Member | None) -> bytes | None:
     return None if member is None else member.data
-
-
-def decode_text(data: bytes | None, notes: list[str]) -> str | None:
-    """The original caption; bytes that are not UTF-8 are replaced, and ``notes`` says so."""
-    if data is None:
-        return None
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        notes.append(f"txt is not UTF-8 (byte {error.start}): replaced")
-        return data.decode(errors="replace")
-
-
-def decode_meta(data: bytes | None, notes: list[str]) -> dict[str, Any] | None:
-    """The metadata object, or None with a note where it is no JSON object."""
-    if data is None:
-        return None
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        notes.append("json is unreadable: left out")
-        return None
-    if not isinstance(value, dict):
-        notes.append(f"json is a {type(value).__name__}, not an object: left out")
-        return None
-    return value

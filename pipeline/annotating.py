@@ -13,6 +13,7 @@ from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
 from ..manifests.schema import ANNOTATE
 from ..manifests.shards import InputShard, Row, expand, input_artifact
+from ..manifests.sidecars import encode_meta
 from ..manifests.status import Status
 from ..models.decode import DecodePool
 from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
@@ -105,11 +106,11 @@ class AnnotateProcessor:
         """The sample of a packed tar: image bytes as they came, the chosen caption, all captions as JSON."""
         if row["status"] != Status.OK or source.image is None:
             return None
-        extra = {**(source.meta or {}), "uid": row["uid"], "text": row["text"], "captions": row["captions"]}
+        ours = {name: row[name] for name in ("uid", "text", "captions")}
         return {
             source.format: source.image,
             "txt": chosen_caption(row).encode(),
-            "json": json.dumps(extra, ensure_ascii=False, sort_keys=True).encode(),
+            "json": encode_meta(source.meta or {}, ours),
         }
 
     def gauges(self) -> dict[str, int]:

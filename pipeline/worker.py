@@ -240,11 +240,11 @@ class Worker:
                 self.channel.send(ShardDone(record))
             else:
                 self.channel.send(ShardFailed(run.shard.name, run.failure))
-        except (OSError, CapipeError) as error:
-            if isinstance(error, (OSError, RunFailed)):
-                self._fail(error)
-            else:
-                self.channel.send(ShardFailed(run.shard.name, str(error)))
+        except (OSError, RunFailed) as error:
+            self._fail(error)
+        except Exception as error:  # of this shard alone: the others go on
+            reason = str(error) if isinstance(error, CapipeError) else f"{type(error).__name__}: {error}"
+            self.channel.send(ShardFailed(run.shard.name, reason))
         finally:
             run.journal.close()
             self.runs.discard(run)

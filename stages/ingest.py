@@ -7,8 +7,7 @@ is not sound stays in the Parquet with its reason.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,11 +18,11 @@ from ..errors import ArtifactMismatch
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.schema import INGEST
+from ..manifests.sidecars import encode_meta
 from ..manifests.status import Status
 from ..models.formats import ImageProblem
 from ..models.images import MAX_GRID_ASPECT, ImageInfo, ImageLimits, check
 from .items import Handles, Item, ItemRef
-from .tables import jsonable
 
 STAGE = "ingest"
 
@@ -134,21 +133,13 @@ def _row(item: Item, key: str, verdict: ImageInfo | ImageProblem, sha256: str | 
 def _members(item: Item, info: ImageInfo, sha256: str) -> dict[str, bytes]:
     """Every sample has the same three members, or the webdataset reader of `datasets` would refuse the shard."""
     ours = {"uid": sha256[:32], "width": info.width, "height": info.height, "source": item.source}
-    meta = json.dumps(_merge_meta(item, ours), ensure_ascii=False)
-    text = item.text or ""
-    sidecars = {"txt": text.encode("utf-8", "replace"), "json": meta.encode("utf-8", "replace")}
-    return {info.format: item.data or b"", **sidecars}
-
-
-def _merge_meta(item: Item, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """The item's own metadata with ``ours`` added; other values that it had under our names move to ``original_*``."""
     try:
-        meta: dict[str, Any] = jsonable(item.meta)
+        meta = encode_meta(item.meta, ours)
     except RecursionError:
         item.notes.append("json is nested too deeply: left out")
-        meta = {}
-    moved = {f"original_{name}": meta[name] for name in ours if name in meta and meta[name] != ours[name]}
-    return {**moved, **meta, **ours}
+        meta = encode_meta({}, ours)
+    text = item.text or ""
+    return {info.format: item.data or b"", "txt": text.encode("utf-8", "replace"), "json": meta}
 
 
 def clean(text: str | None) -> str | None:

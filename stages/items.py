@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 import fsspec
 
-from ..manifests.shards import decode_meta, decode_text
+from ..manifests.sidecars import decode_meta, decode_text
 from ..manifests.status import Status
 from ..manifests.tar import MAX_MEMBER_BYTES, printable
 from ..models.formats import HEAD_BYTES, ImageProblem, sniff

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import BadInput
+from ..manifests.sidecars import jsonable
 from ..manifests.status import Status
 from .items import TEXT_COLUMNS, ItemRef, ProblemRef, TableRef, open_binary
 
@@ -70,19 +70,6 @@ def _ref(table: str, number: int, row: Mapping[str, Any] | str, column: str, roo
     return TableRef(
         table, number, root, path, row[text] if text else None, url if isinstance(url, str) else None, encoded
     )
-
-
-def jsonable(value: Any) -> Any:
-    """``value`` with everything JSON has no word for replaced: NaN by null, bytes left out, dates as ISO text."""
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items() if not isinstance(item, bytes)}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value if not isinstance(item, bytes)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def _parquet(table: str) -> tuple[list[str], Rows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -161,6 +162,19 @@ def test_pack_copies_the_images_and_adds_the_captions(shards: Path, tmp_path: Pa
         assert names[:3] == ["000010000.jpg", "000010000.txt", "000010000.json"] and len(names) == 15
         assert tar.extractfile("000010000.jpg").read() == photo(10)  # type: ignore[union-attr]
         assert tar.extractfile("000010000.txt").read().startswith(b"caption of")  # type: ignore[union-attr]
+
+
+def test_pack_keeps_the_metadata_of_the_source(make_tar: MakeTar, tmp_path: Path, server: CaptionServer) -> None:
+    theirs = rb'{"uid": "mine", "half": "\ud800", "score": NaN, "width": 96}'
+    make_tar({"a.jpg": photo(0), "a.json": theirs, "b.jpg": photo(1), "b.json": b"[" * 9000}, "in/00000.tar")
+    annotate(tmp_path / "in", tmp_path / "out", server, "--pack")
+    rows = table(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["ok", "ok"] and "json is unreadable" in rows[1]["error"]
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:
+        meta = json.loads(tar.extractfile("a.json").read())  # type: ignore[union-attr]
+    assert (meta["original_uid"], meta["uid"]) == ("mine", rows[0]["uid"])
+    assert (meta["half"], meta["score"], meta["width"]) == ("?", None, 96)
+    assert meta["captions"] == rows[0]["captions"]
 
 
 def test_damaged_tars_are_rows(make_tar: MakeTar, tmp_path: Path, server: CaptionServer) -> None:

@@ -15,7 +15,9 @@ from PIL import Image
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, INGEST
+from capipe.manifests.shards import Row
 from capipe.manifests.verify import verify
+from capipe.pipeline.runner import Outcome
 
 from ..conftest import photo
 from .conftest import CaptionServer, capipe, table
@@ -92,19 +94,44 @@ def test_annotate_from_and_to_an_object_store(
     assert not any(path.is_file() and path.name != "lock" for path in (tmp_path / "cache").rglob("*"))
 
 
-def test_annotate_into_memory(packed: Path, server: CaptionServer) -> None:
+def into_memory(packed: Path, server: CaptionServer, out: str) -> Outcome:
+    """Annotate the shards inside this process, packed."""
     from capipe.models.images import ImageLimits
     from capipe.models.loading import EngineConfig
     from capipe.pipeline import annotating
     from capipe.stages.annotate import AnnotateConfig
     from capipe.stages.prompts import parse_prompt
 
-    engine = EngineConfig(server.url, "m")
-    stage = annotating.AnnotateStage(AnnotateConfig(prompts=(parse_prompt("short"),)), engine, ImageLimits(), "m", 1)
-    plan = annotating.plan(stage, str(packed.parent / "shards"), "memory://captions-in-memory")
-    outcome = annotating.execute(plan, lambda event: None, [])
-    plan.artifact.close()
-    assert outcome.quarantined == {}
+    config = AnnotateConfig(prompts=(parse_prompt("short"),))
+    stage = annotating.AnnotateStage(config, EngineConfig(server.url, "m"), ImageLimits(), "m", 1, pack=True)
+    plan = annotating.plan(stage, str(packed.parent / "shards"), out)
+    try:
+        return annotating.execute(plan, lambda event: None, [])
+    finally:
+        plan.artifact.close()
+
+
+def test_annotate_into_memory(packed: Path, server: CaptionServer) -> None:
+    assert into_memory(packed, server, "memory://captions-in-memory").quarantined == {}
     with fsspec.open("memory://captions-in-memory/00000.parquet", "rb") as file:
         assert pq.read_table(io.BytesIO(file.read())).num_rows == 8
     assert verify("memory://captions-in-memory").faults == []
+
+
+def test_a_shard_that_cannot_be_written_does_not_hold_up_the_others(
+    packed: Path, server: CaptionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from capipe.pipeline.annotating import AnnotateProcessor
+
+    real = AnnotateProcessor.members
+
+    def failing(self: AnnotateProcessor, source: Row, row: dict[str, object]) -> dict[str, bytes] | None:
+        if source.key.startswith("00001"):
+            raise ValueError("cosmic rays")
+        return real(self, source, row)
+
+    monkeypatch.setattr(AnnotateProcessor, "members", failing)
+    outcome = into_memory(packed, server, "memory://captions-of-most")
+    assert outcome.quarantined == {"00001": "ValueError: cosmic rays"}
+    assert sorted(Artifact.open("memory://captions-of-most").committed()) == ["00000", "00002"]
+    assert server.requests == len(originals())  # its rows were kept in the journal for the second and third try
