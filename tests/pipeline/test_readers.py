@@ -119,9 +119,11 @@ def test_annotate_into_memory(packed: Path, server: CaptionServer) -> None:
 
 
 def test_a_shard_that_cannot_be_written_does_not_hold_up_the_others(
-    packed: Path, server: CaptionServer, monkeypatch: pytest.MonkeyPatch
+    packed: Path, server: CaptionServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from capipe.pipeline.annotating import AnnotateProcessor
+
+    monkeypatch.setenv("CAPIPE_CACHE", str(tmp_path))  # where its journal stays
 
     real = AnnotateProcessor.members
 
