@@ -27,7 +27,8 @@ from .worker import disk_text
 
 app = typer.Typer(
     name="capipe",
-    help=(__doc__ or "").split("\n\n", 1)[1],
+    help="Caption datasets for pretraining vision-language models: image shards in, verified captions out.\n\n"
+    + (__doc__ or "").split("\n\n", 1)[1],
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -24,6 +24,13 @@ def photo(seed: int, size: tuple[int, int] = (96, 64), fmt: str = "JPEG") -> byt
     return out.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Scratch and journals of remote artifacts: of each test's own, not in the home of whoever runs it."""
+    monkeypatch.setenv("CAPIPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def tar_bytes(members: Mapping[str, bytes] | list[tuple[str, bytes]]) -> bytes:
     """A tar as Python's own tarfile writes it."""
     out = io.BytesIO()

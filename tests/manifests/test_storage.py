@@ -17,8 +17,7 @@ from ..conftest import photo
 
 
 @pytest.fixture(params=["memory", "s3", "file"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("CAPIPE_CACHE", str(tmp_path / "cache"))
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
     return f"memory://{tmp_path.name}" if request.param == "memory" else f"file://{tmp_path}/data"

@@ -76,10 +76,7 @@ def test_pyarrow_reads_every_row_with_the_declared_columns(packed: Path) -> None
     assert all("caption of" in row["captions"][0]["text"] for row in rows if row["status"] == "ok")
 
 
-def test_annotate_from_and_to_an_object_store(
-    s3: str, tmp_path: Path, server: CaptionServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CAPIPE_CACHE", str(tmp_path / "cache"))
+def test_annotate_from_and_to_an_object_store(s3: str, tmp_path: Path, server: CaptionServer, cache: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(6):
@@ -91,7 +88,7 @@ def test_annotate_from_and_to_an_object_store(
         capipe("annotate", "--shards", f"{root}/shards", "--out", f"{root}/captions", *options)
     assert server.requests == 6
     assert verify(f"{root}/captions").faults == [] and len(Artifact.open(f"{root}/captions").committed()) == 2
-    assert not any(path.is_file() and path.name != "lock" for path in (tmp_path / "cache").rglob("*"))
+    assert not any(path.is_file() and path.name != "lock" for path in cache.rglob("*"))
 
 
 def into_memory(packed: Path, server: CaptionServer, out: str) -> Outcome:
@@ -119,11 +116,9 @@ def test_annotate_into_memory(packed: Path, server: CaptionServer) -> None:
 
 
 def test_a_shard_that_cannot_be_written_does_not_hold_up_the_others(
-    packed: Path, server: CaptionServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: Path, server: CaptionServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from capipe.pipeline.annotating import AnnotateProcessor
-
-    monkeypatch.setenv("CAPIPE_CACHE", str(tmp_path))  # where its journal stays
 
     real = AnnotateProcessor.members
 
