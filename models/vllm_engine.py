@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-torch._library",  # which misses triton where we hid it
+    "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",  # it asks torch for each of its names
 }
 
 
@@ -171,7 +173,7 @@ def prepare_environment() -> None:
     """Quiet vLLM and keep its reports at home. To be called before anything imports it."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # it asks torch for each of its names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # here; children read the variable
 
 
 def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:

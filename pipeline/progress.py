@@ -96,21 +96,19 @@ class Progress:
     def line(self) -> str:
         """One line for logs: shards, rows by status, rates, ETA, bottleneck."""
         statuses = " ".join(f"{status}={count}" for status, count in sorted(self.rows.items()))
-        eta = self.eta()
+        speed = f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s, " if self.tokens else ""
         return (
             f"{self.stage}: shards {self.shards_done}/{self.shards_total or '?'}, rows {statuses or 0}, "
-            f"{self.rate():.1f} images/s, {self.tokens / max(self.seconds, 1e-9):.0f} tokens/s, "
-            f"ETA {_clock(eta)}, bottleneck {self.bottleneck()}"
+            f"{self.rate():.1f} images/s, {speed}ETA {_clock(self.eta())}, bottleneck {self.bottleneck()}"
         )
 
     def finished_line(self) -> str:
         """The last line of a run; its clock stopped at the last commit."""
         seconds = max((self._last or 0.0) - (self.ready or self.started), 1e-9)
-        return (
-            f"{self.stage}: {self.finished_rows} images in {seconds:.1f} s "
-            f"({self.finished_rows / seconds:.1f} images/s, {self.requests} engine requests, {self.tokens} tokens), "
-            f"{self.recalled} taken from journals"
-        )
+        asked = f", {self.requests} engine requests, {self.tokens} tokens" if self.requests else ""
+        recalled = f", {self.recalled} taken from journals" if self.recalled else ""
+        rate = self.finished_rows / seconds
+        return f"{self.stage}: {self.finished_rows} images in {seconds:.1f} s ({rate:.1f} images/s{asked}){recalled}"
 
     def panel(self) -> Group:
         """The live display."""
