@@ -221,8 +221,8 @@ def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if on_cpu:
-        arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": CPU_BLOCK_TOKENS}
+    if on_cpu:  # compiling, which is no faster once it runs, would cost ten to twenty seconds at every start
+        arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": CPU_BLOCK_TOKENS, "enforce_eager": True}
     else:
         arguments |= {"gpu_memory_utilization": options.gpu_memory_utilization}
     if options.grid is not None:
