@@ -108,8 +108,10 @@ class ShardRun:
         assert self.total is not None
         with self.artifact.begin(self.shard.name, processor.schema, tar=processor.writes_tar) as shard:
             if processor.writes_tar:
-                for source in RowReader(self.shard):  # the images are read again: keeping them would cost memory
-                    row = self.rows[source.index]
+                for source in self._sources():  # the images are read again: keeping them would cost memory
+                    row = self.rows.get(source.index)
+                    if row is None or row["uid"] != source.uid:
+                        raise CapipeError(f"{self.shard.url}: the shard changed while it was captioned")
                     shard.write(row, processor.members(source, row))
             else:
                 for index in range(self.total):
@@ -117,6 +119,13 @@ class ShardRun:
             record = shard.commit(rows_in=self.total, input_info=self.reader.info, started=self.started)
         self.journal.delete()
         return record
+
+    def _sources(self) -> Iterator[Row]:
+        """The input's rows once more; that it cannot be read is this shard's fault, not the output disk's."""
+        try:
+            yield from RowReader(self.shard)
+        except OSError as error:
+            raise CapipeError(f"{self.shard.url}: {error}") from error
 
 
 class Worker:

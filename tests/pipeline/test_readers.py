@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -15,7 +18,7 @@ from PIL import Image
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, INGEST
-from capipe.manifests.shards import Row
+from capipe.manifests.shards import Row, RowReader
 from capipe.manifests.verify import verify
 from capipe.pipeline.runner import Outcome
 
@@ -132,3 +135,28 @@ def test_a_shard_that_cannot_be_written_does_not_hold_up_the_others(
     assert outcome.quarantined == {"00001": "ValueError: cosmic rays"}
     assert sorted(Artifact.open("memory://captions-of-most").committed()) == ["00000", "00002"]
     assert server.requests == len(originals())  # its rows were kept in the journal for the second and third try
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"), [(OSError(5, "Input/output error"), "Input/output error"), (None, "changed while")]
+)
+def test_a_source_that_fails_at_the_commit_is_its_own_shards_fault(
+    packed: Path, server: CaptionServer, monkeypatch: pytest.MonkeyPatch, trouble: OSError | None, reason: str
+) -> None:
+    """The images are read a second time for a packed tar: by then the disk may be broken, or the shard another one."""
+    opened: Counter[str] = Counter()
+
+    class Reader(RowReader):
+        def __iter__(self) -> Iterator[Row]:
+            opened[self.shard.name] += 1
+            again = opened[self.shard.name] % 2 == 0 and self.shard.name == "00001"
+            for row in super().__iter__():
+                if again and trouble is not None:
+                    raise trouble
+                yield replace(row, uid="another") if again else row
+
+    monkeypatch.setattr("capipe.pipeline.worker.RowReader", Reader)
+    out = f"memory://captions-{reason[:5]}"
+    outcome = into_memory(packed, server, out)
+    assert list(outcome.quarantined) == ["00001"] and reason in outcome.quarantined["00001"]
+    assert sorted(Artifact.open(out).committed()) == ["00000", "00002"]
