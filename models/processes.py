@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import pickle
 import signal
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 _BOOT = (
-    "import pickle, sys; sys.path[:] = pickle.loads(bytes.fromhex(sys.argv[2]));"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]);"
     "from capipe.models.processes import serve; serve(int(sys.argv[1]))"
 )
 # One thread each: there are as many workers as cores already.
@@ -87,7 +88,7 @@ class Worker(Generic[Task, Result]):
     def __init__(self, function: Callable[[Task], Result]) -> None:
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
-        command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), pickle.dumps(sys.path).hex()]
+        command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)]
         with theirs, _interrupts_blocked():
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, **_ENVIRONMENT}
