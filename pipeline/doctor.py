@@ -90,7 +90,7 @@ def _models() -> Iterator[Finding]:
     if weights.is_file():
         yield Finding("tiny/captioner", f"{weights.stat().st_size / 1e6:.1f} MB")
     else:
-        yield Finding("tiny/captioner", "absent", "python -m capipe.models.tiny.build captioner --seed 0")
+        yield Finding("tiny/captioner", "absent", "python -m capipe.models.tiny.build captioner --minutes 58")
 
 
 def _version(package: str) -> str | None:
