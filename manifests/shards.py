@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import fsspec
@@ -24,6 +24,7 @@ from .sidecars import decode_meta, decode_text
 from .status import Status
 from .tar import Member
 
+_START_OVER = "use another --out, or --fresh to start over"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -40,6 +41,16 @@ class Row:
     format: str = ""
     text: str | None = None
     meta: dict[str, Any] | None = None
+    beside: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)  # companions' rows by their name
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A sidecar's Parquet of one shard, to be read along with it: same rows, same order."""
+
+    name: str
+    url: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class InputShard:
     name: str
     url: str
     record: ShardRecord | None = None
+    companions: tuple[Companion, ...] = ()
 
     @property
     def is_shared(self) -> bool:
@@ -67,8 +79,13 @@ class InputShard:
             fs, path = url_to_fs(self.url)
             same = fs.size(path) == made.input["bytes"]
         if not same:
-            text = f"{self.url}: the shard changed since it was captioned; use another --out, or --fresh to start over"
-            raise ArtifactMismatch(text)
+            raise ArtifactMismatch(f"{self.url}: the shard changed since this output was made; {_START_OVER}")
+
+    def check_companions(self, made: ShardRecord) -> None:
+        """Raise ArtifactMismatch if a sidecar beside it is another one than ``made`` was made of."""
+        for companion in self.companions:
+            if made.input.get("companions", {}).get(companion.name) != companion.sha256:
+                raise ArtifactMismatch(f"{companion.url}: changed since this output was made; {_START_OVER}")
 
 
 def uid_of(image: bytes) -> str:
@@ -102,6 +119,27 @@ def expand(pattern: str) -> list[InputShard]:
 def input_artifact(pattern: str) -> Artifact | None:
     """The artifact that ``pattern`` is, if it is one of ours as a whole."""
     return Artifact.open(pattern) if Artifact.exists(pattern) else None
+
+
+def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[InputShard]:
+    """The shards with artifacts' rows beside theirs, by the name each is to have in :attr:`Row.beside`.
+
+    Raises BadInput where an artifact lacks a shard, or was made of none of them.
+    """
+    joined = []
+    committed = {name: artifact.committed() for name, artifact in artifacts.items()}
+    for shard in shards:
+        companions = []
+        for name, artifact in artifacts.items():
+            record = committed[name].get(shard.name)
+            if record is None:
+                raise BadInput(
+                    f"{artifact.url}: has no shard {shard.name} for {shard.url}; finish its run, or narrow --shards"
+                )
+            file = f"{shard.name}.parquet"
+            companions.append(Companion(name, f"{artifact.url}/{file}", str(record.files[file]["sha256"])))
+        joined.append(replace(shard, companions=tuple(companions)))
+    return joined
 
 
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -196,10 +234,18 @@ class RowReader:
 
     @property
     def info(self) -> dict[str, Any]:
-        """``digest``: sha256 of the tar, known when the iteration is over."""
-        return {"url": self.shard.url, "digest": self._digest.hexdigest(), "bytes": self._digest.size}
+        """``digest``: sha256 of the tar, known when the iteration is over; ``companions``: those of what lay beside."""
+        info = {"url": self.shard.url, "digest": self._digest.hexdigest(), "bytes": self._digest.size}
+        beside = {companion.name: companion.sha256 for companion in self.shard.companions}
+        return {**info, "companions": beside} if beside else info
 
     def __iter__(self) -> Iterator[Row]:
+        rows = self._rows()
+        for companion in self.shard.companions:
+            rows = _with_companion(rows, companion)
+        yield from rows
+
+    def _rows(self) -> Iterator[Row]:
         with self.shard.open() as stream:
             samples = read_samples(stream, digest=self._digest)
             if self.shard.record is None:
@@ -222,7 +268,8 @@ class RowReader:
 def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
     """Rows as the Parquet lists them, with images from the tar, which holds the ok ones in the same order."""
     index = 0
-    for batch in _parquet(shard):
+    columns = ["key", "uid", "status", "error", "text"]
+    for batch in _parquet(shard.url.removesuffix(".tar") + ".parquet", columns):
         for listed in batch:
             row = Row(index, listed["key"], listed["uid"], Status(listed["status"]), listed["error"])
             if row.status is Status.OK:
@@ -241,11 +288,26 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
         raise ArtifactMismatch(f"{shard.url}: has samples that its Parquet does not list; restore both")
 
 
-def _parquet(shard: InputShard) -> Iterator[list[dict[str, Any]]]:
-    fs, path = url_to_fs(shard.url.removesuffix(".tar") + ".parquet")
+def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
+    """The rows with their companion's beside them. Raises ArtifactMismatch where the two are not of the same images."""
+    beside = (row for batch in _parquet(companion.url, None) for row in batch)
+    for row in rows:
+        other = next(beside, None)
+        if other is None or (other["key"], other["uid"]) != (row.key, row.uid):
+            found = "nothing" if other is None else f"{other['key']!r}"
+            text = f"{companion.url}: row {row.key!r} expected, {found} found; it was not made of these shards"
+            raise ArtifactMismatch(f"{text}: give --shards those it was made of")
+        row.beside[companion.name] = other
+        yield row
+    if next(beside, None) is not None:
+        raise ArtifactMismatch(f"{companion.url}: has more rows than its shard; give --shards those it was made of")
+
+
+def _parquet(url: str, columns: list[str] | None) -> Iterator[list[dict[str, Any]]]:
+    fs, path = url_to_fs(url)
     with fs.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
-        for batch in parquet.iter_batches(1000, columns=["key", "uid", "status", "error", "text"]):
+        for batch in parquet.iter_batches(1000, columns=columns):
             yield batch.to_pylist()
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from capipe.errors import ArtifactMismatch, BadInput
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.schema import INGEST
-from capipe.manifests.shards import InputShard, Row, RowReader, expand, uid_of
+from capipe.manifests.manifest import ShardRecord
+from capipe.manifests.schema import BASE, INGEST
+from capipe.manifests.shards import Companion, InputShard, Row, RowReader, expand, join, uid_of
 from capipe.manifests.status import Status
 
 from ..conftest import photo, tar_bytes
@@ -166,3 +169,101 @@ def test_an_artifact_whose_tar_does_not_fit_its_parquet_is_refused(tmp_path: Pat
         tar.write_bytes(damaged)
         with pytest.raises(ArtifactMismatch, match=r"00000\.tar"):
             list(RowReader(expand(str(tmp_path / "shards"))[0]))
+
+
+NOTED = pa.schema([*BASE, pa.field("note", pa.string())])
+IMAGES = [(f"{i}", uid_of(photo(i))) for i in range(3)]  # the rows of `ingested`
+
+
+def noted(out: Path, rows: Sequence[tuple[str, str]] = IMAGES, shard: str = "00000") -> Artifact:
+    """A sidecar that has a note for each of ``rows`` (key, uid)."""
+    artifact = Artifact.create(str(out), "note", {"out": out.name}, {})
+    with artifact.begin(shard, NOTED) as transaction:
+        for key, uid in rows:
+            transaction.write({"key": key, "uid": uid, "status": "ok", "error": None, "note": f"{out.name} {key}"})
+        transaction.commit(rows_in=len(rows), input_info={"digest": "d"})
+    artifact.close()
+    return artifact
+
+
+def joined(tmp_path: Path, artifacts: Mapping[str, Artifact]) -> InputShard:
+    if not (tmp_path / "shards").exists():
+        ingested(tmp_path / "shards")
+    (shard,) = join(expand(str(tmp_path / "shards")), artifacts)
+    return shard
+
+
+def test_joined_rows_have_those_of_every_sidecar_beside_them(tmp_path: Path) -> None:
+    one, other = noted(tmp_path / "one"), noted(tmp_path / "other")
+    reader = RowReader(joined(tmp_path, {"first": one, "second": other}))
+    rows = list(reader)
+    assert [row.beside["first"]["note"] for row in rows] == ["one 0", "one 1", "one 2"]
+    assert [row.beside["second"]["note"] for row in rows] == ["other 0", "other 1", "other 2"]
+    assert all(set(row.beside) == {"first", "second"} for row in rows)
+    assert [str(row.status) for row in rows] == ["ok", "corrupt", "ok"] and rows[0].image == photo(0)
+    digests = {
+        name: hashlib.sha256((tmp_path / folder / "00000.parquet").read_bytes()).hexdigest()
+        for name, folder in (("first", "one"), ("second", "other"))
+    }
+    assert reader.info["companions"] == digests
+    whole = hashlib.sha256((tmp_path / "shards/00000.tar").read_bytes()).hexdigest()
+    assert reader.info["digest"] == whole
+
+
+def test_a_foreign_tar_can_be_joined_by_its_name(tmp_path: Path, make_tar: MakeTar) -> None:
+    path = make_tar({f"{i}.jpg": photo(i) for i in range(3)})
+    (shard,) = join(expand(str(path)), {"notes": noted(tmp_path / "notes")})
+    assert [row.beside["notes"]["note"] for row in RowReader(shard)] == ["notes 0", "notes 1", "notes 2"]
+
+
+def test_without_sidecars_nothing_changes(tmp_path: Path) -> None:
+    shard = joined(tmp_path, {})
+    assert [shard] == expand(str(tmp_path / "shards"))
+    reader = RowReader(shard)
+    assert [row.beside for row in reader] == [{}, {}, {}]
+    assert set(reader.info) == {"url", "digest", "bytes"}
+    shard.check_companions(made_of({"digest": "d"}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([IMAGES[0], IMAGES[2], IMAGES[1]], "row '1' expected, '2' found"),
+        ([IMAGES[0], ("1", IMAGES[2][1]), IMAGES[2]], "row '1' expected, '1' found"),
+        (IMAGES[:2], "row '2' expected, nothing found"),
+        ([], "row '0' expected, nothing found"),
+        ([*IMAGES, ("3", uid_of(photo(3)))], "has more rows than its shard"),
+    ],
+    ids=["another order", "another image", "too few", "none", "too many"],
+)
+def test_a_sidecar_of_other_images_is_refused(tmp_path: Path, rows: list[tuple[str, str]], reason: str) -> None:
+    shard = joined(tmp_path, {"right": noted(tmp_path / "right"), "notes": noted(tmp_path / "notes", rows)})
+    with pytest.raises(ArtifactMismatch) as caught:
+        list(RowReader(shard))
+    line = str(caught.value)
+    assert line.startswith(f"{tmp_path}/notes/00000.parquet: ") and reason in line
+    assert "give --shards those it was made of" in line and "\n" not in line
+
+
+def test_a_sidecar_without_the_shard_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"has no shard 00000 .*finish its run, or narrow --shards") as caught:
+        joined(tmp_path, {"notes": noted(tmp_path / "notes", shard="00001")})
+    assert str(caught.value).startswith(f"{tmp_path}/notes: ") and "\n" not in str(caught.value)
+
+
+def made_of(info: Mapping[str, object]) -> ShardRecord:
+    return ShardRecord("00000", {"ok": 3}, {}, info, "f", 0.0)
+
+
+def test_another_sidecar_than_the_output_was_made_of_is_noticed(tmp_path: Path) -> None:
+    shard = joined(tmp_path, {"notes": noted(tmp_path / "notes")})
+    reader = RowReader(shard)
+    list(reader)
+    made = made_of(reader.info)
+    shard.check_companions(made)
+    (companion,) = shard.companions
+    changed = InputShard(shard.name, shard.url, shard.record, (Companion("notes", companion.url, "0" * 64),))
+    renewed = joined(tmp_path, {"notes": noted(tmp_path / "renewed")})
+    for other, output in ((changed, made), (renewed, made), (shard, made_of({"digest": "d"}))):
+        with pytest.raises(ArtifactMismatch, match=r"00000\.parquet: changed since this output was made; use another"):
+            other.check_companions(output)
