@@ -45,6 +45,82 @@ CAPTION = pa.struct(
 
 ANNOTATE = pa.schema([*BASE, pa.field("text", pa.string()), pa.field("captions", pa.list_(CAPTION))])
 
+QUESTION_FIELDS = [
+    pa.field("id", pa.string()),  # of its content; null where nothing could be read
+    pa.field("kind", pa.string()),
+    pa.field("question", pa.string()),
+    pa.field("options", pa.list_(pa.string())),
+    pa.field("answer", pa.int32()),  # index into options; null where no option is the answer
+    pa.field("status", pa.string()),  # a QuestionStatus
+    pa.field("error", pa.string()),
+]
+QUESTION = pa.struct(QUESTION_FIELDS)
+
+QUESTIONS = pa.schema(
+    [
+        *BASE,
+        pa.field("questions", pa.list_(QUESTION)),
+        pa.field("raw", pa.list_(pa.string())),  # what was written (or imported), word for word, attempt by attempt
+        pa.field("writer", pa.string()),  # the model, or the file it was imported from
+        pa.field("prompt_id", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("n_tokens", pa.int32()),
+        pa.field("attempts", pa.int32()),
+    ]
+)
+
+#: An answer is the index of the chosen option, the number of options for "Cannot tell", null where it was not scored.
+ANSWERS = pa.list_(pa.int32())
+SCREENED_QUESTION = pa.struct(
+    [
+        *QUESTION_FIELDS,
+        pa.field("with_image", ANSWERS),  # one per presentation
+        pa.field("without_image", ANSWERS),
+        pa.field("image_accuracy", pa.float32()),  # share of presentations answered right, null if unscored
+        pa.field("text_accuracy", pa.float32()),
+    ]
+)
+SCREEN = pa.schema([*BASE, pa.field("questions", pa.list_(SCREENED_QUESTION)), pa.field("screener", pa.string())])
+
+GRADED_QUESTION = pa.struct(
+    [
+        pa.field("id", pa.string()),
+        pa.field("kind", pa.string()),
+        pa.field("options", pa.int32()),  # how many there are, without "Cannot tell"
+        pa.field("answer", pa.int32()),  # index of the right one
+    ]
+)
+GRADED_CAPTION = pa.struct(
+    [
+        pa.field("name", pa.string()),  # an annotate caption's name, or blind, empty, generic, oracle
+        pa.field("text", pa.string()),  # null for blind
+        pa.field("n_tokens", pa.int32()),
+        pa.field("status", pa.string()),
+        pa.field(
+            "answers",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("id", pa.string()),  # the question's
+                        pa.field("chosen", ANSWERS),  # one per presentation
+                        pa.field("right", pa.int32()),  # presentations answered right
+                        pa.field("abstained", pa.int32()),
+                        pa.field("scored", pa.int32()),  # presentations that could be scored
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+GRADE = pa.schema(
+    [
+        *BASE,
+        pa.field("questions", pa.list_(GRADED_QUESTION)),
+        pa.field("captions", pa.list_(GRADED_CAPTION)),
+        pa.field("scene", pa.string()),  # the truth as JSON where the image carries one
+    ]
+)
+
 
 def check(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
     """Raise :class:`ArtifactMismatch` unless ``actual`` has every expected column with the expected type."""

@@ -27,3 +27,16 @@ class Status(StrEnum):
     def resolved(self) -> bool:
         """Whether the row's fate is final. An engine error says nothing about the row: it is to be tried again."""
         return self is not Status.ENGINE_ERROR
+
+
+class QuestionStatus(StrEnum):
+    """What became of one question of a row. ``ok`` after writing: well formed; after screening: kept."""
+
+    OK = "ok"
+    MALFORMED = "malformed"  # no question could be read there
+    BAD_OPTIONS = "bad_options"  # too few or too many, empty, alike, or speaking of other options ("both A and B")
+    BAD_ANSWER = "bad_answer"  # none of the options, or several
+    DUPLICATE = "duplicate"  # asked before about the same image
+    LEAKED = "leaked"  # answered without the image
+    UNSUPPORTED = "unsupported"  # not answered as it should be with the image
+    UNSCORED = "unscored"  # the engine failed on it: to be tried again
