@@ -1,4 +1,4 @@
-"""A transformers model that answers many prompts at once: each distinct prompt is computed once for all its samples.
+"""A transformers model that answers many prompts at once: what prompts share is computed once for all their samples.
 
 Works for causal language models and for the Qwen-VL family (Qwen2-VL, 2.5, 3), whose rotary positions have three axes
 (time, height, width). Positions are always computed here and passed: without them these models fall back to plain
@@ -8,6 +8,7 @@ ones in silence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .engine import ImageInput, Prompt, RequestError, Sampling
+from .prefix_tree import Level, Segment, plan, unshared
 from .prompting import PromptEncoder, rgb_pixels
 from .sampling import apply, fold_seed
 
@@ -47,9 +49,10 @@ class PreparedPrompt:
 
 @dataclass
 class Prefix:
-    """Computed prompts, left-padded to a common length. Decoding uses the cache up.
+    """Computed prompts, padded to a common length, also in between. Decoding uses the cache up.
 
     ``logits``: float32 ``(prompts, vocab)`` after the last token; ``mask``: ``(prompts, length)``, 0 on padding.
+    ``lengths``: tokens without padding.
     """
 
     logits: Tensor
@@ -78,7 +81,10 @@ class Drawn:
 
 
 class BatchedLM:
-    """The model-facing half of the transformers engine: synchronous, for one thread at a time."""
+    """The model-facing half of the transformers engine: synchronous, for one thread at a time.
+
+    ``share_prefixes=False`` computes every prompt whole: the slow twin, for tests and benchmarks.
+    """
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class BatchedLM:
         encoder: PromptEncoder,
         end_ids: frozenset[int],
         max_model_len: int,
+        share_prefixes: bool = True,
     ) -> None:
         self._model = model
         self._image_processor = image_processor
@@ -96,63 +103,111 @@ class BatchedLM:
         # Duck-typed, as the classes of the family have no common base.
         self._base: Any = model.base_model
         self._has_axes = hasattr(self._base, "get_rope_index")
+        # Padding between tokens would count in a sliding window, and a recurrent layer would read it.
+        kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+        self._shareable = all(kind == "full_attention" for kind in kinds)
+        self.share_prefixes = share_prefixes
 
-    def prepare(self, prompt: Prompt) -> PreparedPrompt:
-        """Everything about one prompt that needs no model. Raises RequestError, also for one that is too long."""
+    def prepare(self, prompt: Prompt, images: dict[str, PreparedImage] | None = None) -> PreparedPrompt:
+        """Everything about one prompt that needs no model. Raises RequestError, also for one that is too long.
+
+        ``images`` remembers by uid what was prepared for other prompts of the batch.
+        """
         ids = torch.tensor(self.encoder.encode(prompt))
-        image = None if prompt.image is None else self._prepare_image(prompt.image)
+        image = None if prompt.image is None else self._prepare_image(prompt.image, {} if images is None else images)
         if image is not None:
             merged = int(image.grid.prod()) // self._base.config.vision_config.spatial_merge_size**2
-            is_image = ids == self._model.config.image_token_id
-            ids = ids.repeat_interleave(torch.where(is_image, merged, 1))
+            ids = ids.repeat_interleave(torch.where(self._is_image(ids), merged, 1))
         if len(ids) >= self._max_model_len:
             raise RequestError(f"the prompt's {len(ids)} tokens leave no room to answer in {self._max_model_len}")
         positions = self._positions(ids, image)
         return PreparedPrompt(ids, positions, int(positions.max()) + 1, image)
 
-    def _prepare_image(self, image: ImageInput) -> PreparedImage:
-        assert self._image_processor is not None  # the encoder refuses images to models without one
-        made = self._image_processor(images=[rgb_pixels(image)], return_tensors="pt")
-        return PreparedImage(image.uid, made["pixel_values"], made["image_grid_thw"])
+    def _prepare_image(self, image: ImageInput, images: dict[str, PreparedImage]) -> PreparedImage:
+        if image.uid not in images:
+            assert self._image_processor is not None  # the encoder refuses images to models without one
+            made = self._image_processor(images=[rgb_pixels(image)], return_tensors="pt")
+            images[image.uid] = PreparedImage(image.uid, made["pixel_values"], made["image_grid_thw"])
+        return images[image.uid]
 
     def _positions(self, ids: Tensor, image: PreparedImage | None) -> Tensor:
         if not self._has_axes:
             return torch.arange(len(ids))[None]
-        kinds = (ids == self._model.config.image_token_id).int()
+        kinds = self._is_image(ids).int()
         grid = None if image is None else image.grid
         positions: Tensor = self._base.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)[0]
         return positions[:, 0]
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[PreparedPrompt]) -> Prefix:
-        """Compute each prompt once, in one padded batch; each distinct image goes through the vision tower once."""
-        length, device = max(len(prompt.ids) for prompt in prompts), self._model.device
-        axes = prompts[0].positions.shape[0]
-        ids = torch.zeros(len(prompts), length, dtype=torch.long)
-        mask = torch.zeros(len(prompts), length, dtype=torch.long)
-        positions = torch.zeros(axes, len(prompts), length, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            at = length - len(prompt.ids)
-            ids[row, at:], mask[row, at:], positions[:, row, at:] = prompt.ids, 1, prompt.positions
+        """Compute the prompts, one padded batch per level of their plan; each distinct image is looked at once."""
+        device = self._model.device
+        seen = self._look(prompts)
         cache = DynamicCache(config=self._model.config.get_text_config())
-        mask = mask.to(device)
-        logits = self._forward(ids.to(device), mask, positions.to(device), cache, **self._vision(prompts))
+        mask = torch.zeros(1, 0, dtype=torch.long, device=device)
+        logits = mask
+        for level in self._plan(prompts):
+            # A segment with nothing before it takes over any row, and hides it.
+            parents = torch.tensor([each.parent or 0 for each in level], device=device)
+            follows = torch.tensor([each.start > 0 for each in level], device=device)
+            if mask.shape[1]:
+                cache.batch_select_indices(parents)
+            ids, own, positions = _padded(prompts, level)
+            mask = torch.cat([mask[parents] * follows[:, None], own.to(device)], dim=1)
+            vision = self._vision(prompts, level, seen)
+            logits = self._forward(ids.to(device), mask, positions.to(device), cache, **vision)
         next_positions = torch.tensor([prompt.next_position for prompt in prompts], device=device)
         return Prefix(logits, cache, mask, next_positions, [len(prompt.ids) for prompt in prompts])
 
-    def _vision(self, prompts: Sequence[PreparedPrompt]) -> dict[str, Any]:
-        images = [prompt.image for prompt in prompts if prompt.image is not None]
+    def _plan(self, prompts: Sequence[PreparedPrompt]) -> list[Level]:
+        if not (self.share_prefixes and self._shareable) or len(prompts) == 1:
+            return unshared([len(prompt.ids) for prompt in prompts])
+        numbers: dict[str, int] = {}
+        return plan([self._identity(prompt, numbers) for prompt in prompts])
+
+    def _identity(self, prompt: PreparedPrompt, numbers: dict[str, int]) -> list[int]:
+        """The prompt's ids with a number of the image's own in its place: where these agree, so do the positions."""
+        if prompt.image is None:
+            return prompt.ids.tolist()
+        number = numbers.setdefault(prompt.image.uid, -1 - len(numbers))
+        return torch.where(self._is_image(prompt.ids), number, prompt.ids).tolist()
+
+    def _is_image(self, ids: Tensor) -> Tensor:
+        found: Tensor = ids == self._model.config.image_token_id
+        return found
+
+    def _look(self, prompts: Sequence[PreparedPrompt]) -> tuple[Any, dict[str, int]]:
+        """What the vision tower makes of the distinct images, and the place of each in it by its uid."""
+        images = {prompt.image.uid: prompt.image for prompt in prompts if prompt.image is not None}
         if not images:
-            return {}
-        distinct = {image.uid: image for image in images}
-        patches = torch.cat([image.patches for image in distinct.values()]).to(self._model.device)
-        grids = torch.cat([image.grid for image in distinct.values()]).to(self._model.device)
+            return None, {}
+        patches = torch.cat([image.patches for image in images.values()]).to(self._model.device)
+        grids = torch.cat([image.grid for image in images.values()]).to(self._model.device)
         seen = self._base.get_image_features(patches, grids, return_dict=True)
-        order = [list(distinct).index(image.uid) for image in images]
-        seen.pooler_output = tuple(seen.pooler_output[index] for index in order)
+        return seen, {uid: place for place, uid in enumerate(images)}
+
+    def _vision(
+        self, prompts: Sequence[PreparedPrompt], level: Level, looked: tuple[Any, dict[str, int]]
+    ) -> dict[str, Any]:
+        """The features of the image tokens within a level, row by row; a cut may lie inside of an image."""
+        seen, places = looked
+        parts: list[tuple[int, slice]] = []
+        for each in level:
+            prompt = prompts[each.of]
+            if prompt.image is not None:
+                is_image = self._is_image(prompt.ids[: each.end])
+                start, end = int(is_image[: each.start].sum()), int(is_image.sum())
+                if end > start:
+                    parts.append((places[prompt.image.uid], slice(start, end)))
+        if not parts:
+            return {}
+        of_level = copy(seen)
+        of_level.pooler_output = tuple(seen.pooler_output[place][rows] for place, rows in parts)
         if getattr(seen, "deepstack_features", None) is not None:  # Qwen3-VL feeds several layers of the tower
-            seen.deepstack_features = [tuple(layer[index] for index in order) for layer in seen.deepstack_features]
-        return {"mm_encoder_outputs": {"image": seen}}
+            of_level.deepstack_features = [
+                tuple(layer[place][rows] for place, rows in parts) for layer in seen.deepstack_features
+            ]
+        return {"mm_encoder_outputs": {"image": of_level}}
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, **vision: Any) -> Tensor:
         out = self._model(
@@ -211,7 +266,7 @@ class BatchedLM:
         if prompt.image is not None:
             inputs["pixel_values"] = prompt.image.patches.to(device)
             inputs["image_grid_thw"] = prompt.image.grid.to(device)
-            inputs["mm_token_type_ids"] = (ids == self._model.config.image_token_id).int()
+            inputs["mm_token_type_ids"] = self._is_image(ids).int()
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(sampling.max_tokens, self._max_model_len - len(prompt.ids)),
@@ -226,6 +281,19 @@ class BatchedLM:
         tokens = out.sequences[0, len(prompt.ids) :]
         scores = _scores(torch.cat(out.logits).float(), tokens)
         return Drawn(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
+
+
+def _padded(prompts: Sequence[PreparedPrompt], level: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
+    """A level's ids ``(rows, width)``, mask of the same shape and positions ``(axes, rows, width)``, left-padded."""
+    width = max(each.end - each.start for each in level)
+    ids = torch.zeros(len(level), width, dtype=torch.long)
+    mask = torch.zeros(len(level), width, dtype=torch.long)
+    positions = torch.zeros(prompts[0].positions.shape[0], len(level), width, dtype=torch.long)
+    for row, each in enumerate(level):
+        prompt, at = prompts[each.of], width - (each.end - each.start)
+        ids[row, at:], mask[row, at:] = prompt.ids[each.start : each.end], 1
+        positions[:, row, at:] = prompt.positions[:, each.start : each.end]
+    return ids, mask, positions
 
 
 class _Picker:

@@ -75,9 +75,16 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
+    """``logprobs``: fill Completion.logprobs, the log-probability of each sampled token under the untempered model.
+
+    ``json_schema``: as JSON text; an engine that ``guides`` lets the model write nothing but JSON of this schema, in
+    its order of properties, and takes log-probabilities among the tokens that it allows. Others ignore it.
+    """
+
     prompt: Prompt
     sampling: Sampling = Sampling()
-    logprobs: bool = False  # fill Completion.logprobs: log-probability of each sampled token under the untempered model
+    logprobs: bool = False
+    json_schema: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +137,12 @@ class Engine(Protocol):
 
     ``concurrency``: requests the engine works on at once; callers keep at least twice as many queued.
     ``grid``: where pixels must lie, or None when the engine wants the encoded bytes instead.
+    ``guides``: whether it heeds ``GenerationRequest.json_schema``; what was cut off at its length is not valid even so.
     """
 
     concurrency: int
     grid: ImageGrid | None
+    guides: bool
 
     async def generate(self, request: GenerationRequest) -> Completion: ...
 

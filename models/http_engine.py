@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
 import random
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class HTTPOptions:
 class HTTPEngine:
     """Implements :class:`~.engine.Engine`; made by :func:`connect_http_engine`."""
 
+    guides = True  # or the server refuses the request, which is then its error
+
     def __init__(self, options: HTTPOptions, client: httpx.AsyncClient, model: str, extended: bool) -> None:
         self.grid: ImageGrid | None = None  # the server resizes; it gets the encoded bytes
         self.concurrency = options.concurrency
@@ -72,6 +75,8 @@ class HTTPEngine:
         sampling = request.sampling
         body = self._body(request.prompt, sampling.max_tokens, sampling.temperature)
         body |= {"top_p": sampling.top_p, "seed": sampling.seed, "logprobs": request.logprobs}
+        if request.json_schema is not None:
+            body["response_format"] = _response_format(request.json_schema)
         answer = await self._post(body)
         choice = _first_choice(answer)
         reason, text = choice.get("finish_reason"), choice.get("message", {}).get("content")
@@ -186,6 +191,15 @@ def base_url(url: str) -> str:
     """``http://host:8000`` and ``http://host:8000/v1/`` both as ``http://host:8000/v1/``."""
     trimmed = url.rstrip("/")
     return f"{trimmed}/" if trimmed.endswith("/v1") else f"{trimmed}/v1/"
+
+
+def _response_format(json_schema: str) -> dict[str, Any]:
+    """OpenAI's form of a schema to keep to. Raises RequestError for text that is not JSON."""
+    try:
+        schema = json.loads(json_schema)
+    except ValueError as error:
+        raise RequestError(f"the JSON schema is not JSON: {error}") from error
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
 def data_url(image: ImageInput) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .batched_lm import BatchedLM, Drawn, PreparedPrompt, Row
+from .batched_lm import BatchedLM, Drawn, PreparedImage, PreparedPrompt, Row
 from .engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -30,12 +30,22 @@ Answer = Completion | ChoiceScores
 PromptKey = tuple[str | None, str, str, str | None]
 
 DEFAULT_CONCURRENCY = {"cpu": 32, "cuda": 64}
+CHOICE_ROOM = 0.5  # of a generation's place in a batch: a choice is over after the prompt, and shares most of that
 
 
 @dataclass(frozen=True)
 class _Job:
     request: Request
     future: asyncio.Future[Any]
+
+
+@dataclass
+class _Known:
+    """What was prepared for a batch so far: each image once for all its prompts, each prompt once for all requests."""
+
+    prompts: dict[PromptKey, PreparedPrompt | RequestError] = field(default_factory=dict)
+    images: dict[str, PreparedImage] = field(default_factory=dict)
+    choices: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ class _Ready:
 
 
 class TransformersEngine:
-    """Implements :class:`~.engine.Engine`. Requests that wait together share a batch and, where equal, a prompt."""
+    """Implements :class:`~.engine.Engine`. Requests that wait together share a batch and the prompts' beginnings."""
+
+    guides = False
 
     def __init__(self, lm: BatchedLM, grid: ImageGrid | None, concurrency: int) -> None:
         self.lm = lm
@@ -98,8 +110,10 @@ class TransformersEngine:
             while True:
                 jobs = [await self._waiting.get()]
                 await asyncio.sleep(0)  # callers that were started together get to queue before the batch closes
-                while len(jobs) < self.concurrency and not self._waiting.empty():
+                room = self.concurrency - _room(jobs[0])
+                while room > 0 and not self._waiting.empty():
                     jobs.append(self._waiting.get_nowait())
+                    room -= _room(jobs[-1])
                 jobs = [job for job in jobs if not job.future.done()]  # a caller may have gone away
                 outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._outcomes, jobs)
                 for job, outcome in zip(jobs, outcomes, strict=True):
@@ -118,29 +132,30 @@ class TransformersEngine:
 
     def _outcomes(self, jobs: Sequence[_Job]) -> list[Answer | Exception]:
         """One outcome per job, in order. Runs on the worker thread."""
-        prompts: dict[PromptKey, PreparedPrompt | RequestError] = {}
-        prepared = [self._prepare(job.request, prompts) for job in jobs]
+        known = _Known()
+        prepared = [self._prepare(job.request, known) for job in jobs]
         answers = iter(self._answers([each for each in prepared if isinstance(each, _Ready)]))
         return [next(answers) if isinstance(each, _Ready) else each for each in prepared]
 
-    def _prepare(self, request: Request, prompts: dict[PromptKey, PreparedPrompt | RequestError]) -> _Ready | Exception:
-        """``prompts`` remembers those of the batch, so that an image is preprocessed once for all its requests."""
+    def _prepare(self, request: Request, known: _Known) -> _Ready | Exception:
         key = _key(request)
-        if key not in prompts:
+        if key not in known.prompts:
             try:
-                prompts[key] = self.lm.prepare(request.prompt)
+                known.prompts[key] = self.lm.prepare(request.prompt, known.images)
             except RequestError as error:
-                prompts[key] = error
+                known.prompts[key] = error
             except Exception as error:  # a processor's refusal of this image or text is this request's error alone
-                prompts[key] = RequestError(f"{type(error).__name__}: {error}")
-        prompt = prompts[key]
+                known.prompts[key] = RequestError(f"{type(error).__name__}: {error}")
+        prompt = known.prompts[key]
         if isinstance(prompt, RequestError):
             return prompt
+        choices = request.choices if isinstance(request, ChoiceRequest) else ()
         try:
-            choices = self.lm.encoder.choice_ids(request.choices) if isinstance(request, ChoiceRequest) else []
+            if choices not in known.choices:
+                known.choices[choices] = self.lm.encoder.choice_ids(choices)
         except RequestError as error:
             return error
-        return _Ready(request, key, prompt, choices)
+        return _Ready(request, key, prompt, known.choices[choices])
 
     def _answers(self, ready: Sequence[_Ready]) -> list[Answer | Exception]:
         """Answer a batch; where the model fails on it, its halves, down to the request that is to blame."""
@@ -190,6 +205,10 @@ class TransformersEngine:
         )
 
 
+def _room(job: _Job) -> float:
+    return CHOICE_ROOM if isinstance(job.request, ChoiceRequest) else 1.0
+
+
 def _settle(job: _Job, outcome: Answer | Exception) -> None:
     if job.future.done():
         return
@@ -212,8 +231,12 @@ def load_transformers_engine(
     device: str = "auto",
     max_model_len: int | None = None,
     concurrency: int | None = None,
+    share_prefixes: bool = True,
 ) -> TransformersEngine:
-    """Load a model folder (or cached hub id). ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU."""
+    """Load a model folder (or cached hub id). ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU.
+
+    ``share_prefixes=False`` computes every distinct prompt whole, which is slower and nothing else.
+    """
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
@@ -239,6 +262,7 @@ def load_transformers_engine(
         PromptEncoder(tokenizer, None if grid is None else config.image_token_id),
         _end_ids(model, tokenizer.eos_token_id),
         min(room, max_model_len or room),
+        share_prefixes,
     )
     return TransformersEngine(lm, grid, concurrency or DEFAULT_CONCURRENCY.get(where.type, 32))
 

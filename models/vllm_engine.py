@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 import os
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .affinity import bound_cores, move_off, move_to
@@ -33,6 +35,11 @@ GIB = 1 << 30
 CPU_CACHE_BYTES = GIB  # vLLM's own default is a large share of the machine's memory
 CPU_BLOCK_TOKENS = 32  # its default on a CPU, 128, is longer than a small image's prompt, which then never is shared
 CLOSING_SECONDS = 20.0
+# Of vLLM's libraries for grammars, the one whose whitespace can be set with the schema. vLLM's own choices are white
+# space without end, which a model may fall for, or none at all, which forbids what json.dumps writes. The separators
+# are regular expressions: one space or none after ":" and ",", and no other white space between values.
+GUIDANCE_BACKEND = "guidance"
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # vLLM reads these when it is imported; whoever set them by hand keeps what they set.
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -60,6 +67,8 @@ class VLLMOptions:
 class VLLMEngine:
     """Implements :class:`~.engine.Engine` on vLLM's AsyncLLM; made by :func:`start_vllm_engine`."""
 
+    guides = True
+
     def __init__(
         self,
         llm: AsyncLLM,
@@ -79,14 +88,19 @@ class VLLMEngine:
 
     async def generate(self, request: GenerationRequest) -> Completion:
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         from .vllm_sampling import extra_args
 
+        schema = request.json_schema
+        # The grammar's mask comes before our noise, and what it forbids is -inf, which no noise lifts.
+        guide = None if schema is None else StructuredOutputsParams(json=_with_form(schema))
         params = SamplingParams(
             temperature=0.0,
             max_tokens=request.sampling.max_tokens,
             logprobs=0 if request.logprobs else None,  # the drawn token's own and no others
             extra_args=extra_args(request.sampling),
+            structured_outputs=guide,
         )
         output = await self._run(request.prompt, params)
         ids = list(output.token_ids)
@@ -169,6 +183,18 @@ class VLLMEngine:
         )
 
 
+@lru_cache(maxsize=16)
+def _with_form(schema: str) -> str:
+    """The schema with the form of the JSON added. Raises RequestError for text that is no JSON object."""
+    try:
+        parsed = json.loads(schema)
+    except ValueError as error:
+        raise RequestError(f"the JSON schema is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise RequestError(f"the JSON schema is {type(parsed).__name__}, not an object")
+    return json.dumps(parsed | {"x-guidance": JSON_FORM})
+
+
 def prepare_environment() -> None:
     """Quiet vLLM and keep its reports at home. To be called before anything imports it."""
     for name, value in ENVIRONMENT.items():
@@ -218,6 +244,7 @@ def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:
         "max_model_len": options.max_model_len,
         "tensor_parallel_size": options.tensor_parallel_size,
         "enable_prefix_caching": True,  # the prompts of one image, and a caption's questions, share their beginning
+        "structured_outputs_config": {"backend": GUIDANCE_BACKEND},
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }

@@ -154,6 +154,21 @@ async def test_a_plain_openai_server_gets_no_foreign_fields() -> None:
     assert "neither vLLM nor SGLang" in str(refused)
 
 
+async def test_a_schema_goes_in_openais_form() -> None:
+    double = Double(lambda n, body: completion('{"a": 1}'), owner="somebody")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    answer = await ask(double, GenerationRequest(Prompt("Count."), json_schema=json.dumps(schema)))
+    assert answer.text == '{"a": 1}'
+    assert double.bodies[0]["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": schema, "strict": True},
+    }
+    refused = await ask(double, GenerationRequest(Prompt("Count."), json_schema="{"))
+    assert isinstance(refused, RequestError)
+    assert "not JSON" in str(refused)
+    assert len(double.bodies) == 1
+
+
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 async def test_a_passing_fault_is_tried_again(status: int) -> None:
     double = Double(lambda n, body: completion("at last") if n == 2 else (status, {}, {"error": {"message": "busy"}}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -83,5 +84,10 @@ async def test_a_real_server_writes_the_same(server: str, vllm_engine: Engine, p
     assert (scores.logprobs[1], scores.best) == (None, 0)
     with pytest.raises(RequestError, match="HTTP 400"):
         await engine.generate(GenerationRequest(Prompt("word " * 2 * ROOM)))
+    schema = '{"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}'
+    guided = GenerationRequest(prompts[0], Sampling(max_tokens=100), json_schema=schema)
+    assert json.loads((await engine.generate(guided)).text)["color"] in ("red", "blue")
+    with pytest.raises(RequestError, match="HTTP 400"):
+        await engine.generate(GenerationRequest(prompts[0], json_schema='{"type": "bogus"}'))
     assert model_identity("", server).name == "captioner"
     await engine.aclose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from typing import Any
@@ -18,11 +19,12 @@ from capipe.models.engine import (
     GenerationRequest,
     ImageInput,
     Prompt,
+    RequestError,
     Sampling,
 )
 from capipe.models.loading import EngineConfig, load_engine
 from capipe.models.transformers_engine import TransformersEngine
-from capipe.models.vllm_engine import VLLMEngine
+from capipe.models.vllm_engine import VLLMEngine, _with_form
 
 from .conftest import DETAILED, MODEL, PLAIN, ROOM, many
 from .test_transformers_engine import bad_requests_fail_alone
@@ -94,6 +96,80 @@ async def test_expanded_prompts_equal_the_processors(vllm_engine: Engine, pictur
 
 async def test_bad_requests_fail_alone(vllm_engine: Engine, pictures: list[ImageInput]) -> None:
     await bad_requests_fail_alone(vllm_engine, pictures[0])
+
+
+COLOR = json.dumps(
+    {
+        "type": "object",
+        "properties": {"color": {"enum": ["red", "blue"]}},
+        "required": ["color"],
+        "additionalProperties": False,
+    }
+)
+
+
+async def test_a_schema_is_kept_to(vllm_engine: Engine, pictures: list[ImageInput]) -> None:
+    """The captioner never saw JSON, so nothing but the mask can make it write any; noise must not lift the mask."""
+    assert vllm_engine.guides
+    samplings = [Sampling(), *(Sampling(1.0, [1.0, 0.9][seed % 2], 60, seed) for seed in range(12))]
+    prompts = [Prompt(PLAIN, each) for each in pictures[:2]]
+    free = [GenerationRequest(prompt, sampling) for prompt in prompts for sampling in samplings]
+    guided = [GenerationRequest(each.prompt, each.sampling, json_schema=COLOR) for each in free]
+    answers = await captions(vllm_engine, [each for pair in zip(free, guided, strict=True) for each in pair])
+    for answer in answers[1::2]:
+        assert answer.finish_reason == "stop"
+        parsed = json.loads(answer.text)
+        assert parsed in ({"color": "red"}, {"color": "blue"})
+        assert answer.text.replace('":"', '": "') == json.dumps(parsed)
+    assert len({answer.text for answer in answers[1::2]}) > 1  # it is still a draw
+    for answer in answers[::2]:
+        with pytest.raises(ValueError):
+            json.loads(answer.text)
+    again = await captions(vllm_engine, guided)
+    assert [each.text for each in again] == [each.text for each in answers[1::2]]
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted"),
+    [
+        ('{"color": "red", "n": ["a", "b"]}', True),
+        ('{"color":"red","n":["a","b"]}', True),
+        ('{"color": "red", "n": []}', True),
+        ('{"color":  "red", "n": []}', False),
+        ('{"color": "red", "n": [] }', False),
+        ('{"color": "red",\n"n": []}', False),
+        (' {"color": "red", "n": []}', False),
+    ],
+)
+def test_guided_json_has_a_space_or_none(text: str, accepted: bool) -> None:
+    import llguidance
+    import llguidance.hf
+    from transformers import AutoTokenizer
+
+    from capipe.models.loading import resolve_model
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL))
+    schema = json.loads(COLOR)
+    schema["properties"]["n"] = {"type": "array", "items": {"type": "string"}}
+    schema["required"].append("n")
+    # With vLLM's own default for white space, which the schema must win against.
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(
+        _with_form(json.dumps(schema)), defaults={"whitespace_flexible": True}
+    )
+    matcher = llguidance.LLMatcher(llguidance.hf.from_tokenizer(tokenizer), grammar)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert (matcher.validate_tokens(ids) == len(ids)) == accepted
+
+
+async def test_a_bad_schema_fails_its_request_alone(vllm_engine: Engine, pictures: list[ImageInput]) -> None:
+    bad = ["", "{", "[]", '{"type": "bogus"}', '{"$ref": "#/nowhere"}', '{"type": "string", "pattern": "("}']
+    prompt, sampling = Prompt(PLAIN, pictures[0]), Sampling(max_tokens=20)
+    good = GenerationRequest(prompt, sampling, json_schema=COLOR)
+    alone = await vllm_engine.generate(good)
+    requests = [*(GenerationRequest(prompt, sampling, json_schema=schema) for schema in bad), good]
+    *errors, after = await asyncio.gather(*map(vllm_engine.generate, requests), return_exceptions=True)
+    assert [type(each) for each in errors] == [RequestError] * len(bad), errors
+    assert after == alone
 
 
 async def test_a_killed_engine_process_fails_all_in_flight(pictures: list[ImageInput]) -> None:

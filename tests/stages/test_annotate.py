@@ -30,6 +30,7 @@ class Scripted:
 
     concurrency = 4
     grid: ImageGrid | None = ImageGrid(28, 784, 12544)
+    guides = False
 
     def __init__(self, answer: Callable[[GenerationRequest], Answer]) -> None:
         self.answer, self.requests = answer, list[GenerationRequest]()
