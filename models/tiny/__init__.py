@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PREFIX = "tiny/"
-BUNDLED: tuple[str, ...] = ("captioner",)
+BUNDLED: tuple[str, ...] = ("captioner", "teacher", "reader", "holdout-reader")
 
 
 def resolve(name: str) -> str:

@@ -7,27 +7,48 @@ so that a long run is usable before its end.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerFast
 
 from . import BUNDLED, resolve
 from .corpus import samples
 from .evaluate import caption, grades_of
+from .examine import report
 from .export import build_processor, export_folder
 from .grade import total
+from .graduates import enrol
 from .prompts import DENSE
+from .schedule import Progress, Schedule
 from .tokenizer import build_tokenizer
 from .train import Plan, Trainer
 
 SAVE_EVERY = 120.0  # seconds
 EXPORT_EVERY = 300.0
-LOOKED_AT = 100  # held-out scenes captioned at every export
+LOOKED_AT = 100  # held-out scenes that a model is tried on at every export
 
 
-def build(plan: Plan, out: Path, checkpoint: Path, resume: bool) -> Trainer:
-    """Train as ``plan`` says and export to ``out``. Raises FileNotFoundError where there is nothing to resume."""
-    trainer = Trainer(plan, build_tokenizer(plan.seed))
+class Training(Protocol):
+    """A model in training, whoever teaches it."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerFast
+    progress: Progress
+
+    def run(self, log: Callable[[str], None]) -> Iterator[Progress]: ...
+
+    def save(self, file: Path) -> None: ...
+
+    def load(self, file: Path) -> None: ...
+
+
+def build(trainer: Training, name: str, out: Path, checkpoint: Path, resume: bool) -> None:
+    """Train to the end of its schedule and export to ``out``. Raises FileNotFoundError where nothing is to resume."""
     if resume:
         trainer.load(checkpoint)
         say(f"resumed at step {trainer.progress.step}, {trainer.progress.seconds:.0f} s")
@@ -39,20 +60,24 @@ def build(plan: Plan, out: Path, checkpoint: Path, resume: bool) -> Trainer:
         if progress.seconds - exported > EXPORT_EVERY:
             export_folder(trainer.model, trainer.tokenizer, out)
             exported = progress.seconds
-            say(f"exported step {progress.step} to {out}: {quality(trainer)}")
+            say(f"exported step {progress.step} to {out}: {quality(trainer, name, out)}")
     trainer.save(checkpoint)
     export_folder(trainer.model, trainer.tokenizer, out)
     say(f"done: {trainer.progress.step} steps in {trainer.progress.seconds / 60:.1f} minutes, exported to {out}")
-    return trainer
 
 
-def quality(trainer: Trainer, count: int = LOOKED_AT) -> str:
-    """How good the greedy dense captions of ``count`` held-out scenes are, in a line."""
-    corpus = list(samples(count, "heldout", seed=2))
-    processor = build_processor(trainer.tokenizer)
-    grades = grades_of(corpus, caption(trainer.model, processor, [each.image for each in corpus], DENSE[0]))
-    whole, exact = total(grades), sum(each.exact for each in grades) / count
-    return f"precision {whole.precision():.4f} recall {whole.recall():.4f} exact {exact:.2f} of {count} scenes"
+def quality(trainer: Training, name: str, out: Path) -> str:
+    """How good the model is on held-out scenes, in a line."""
+    if name == "captioner":
+        corpus = list(samples(LOOKED_AT, "heldout", seed=2))
+        processor = build_processor(trainer.tokenizer)
+        grades = grades_of(corpus, caption(trainer.model, processor, [each.image for each in corpus], DENSE[0]))
+        whole, exact = total(grades), sum(each.exact for each in grades) / LOOKED_AT
+        return f"precision {whole.precision():.4f} recall {whole.recall():.4f} exact {exact:.2f} of {LOOKED_AT} scenes"
+    if name == "teacher":
+        return "the accuracies above are of scenes it had not seen; `capipe qa` tells the rest"
+    figures = asdict(asyncio.run(report(str(out), LOOKED_AT)))
+    return " ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
 
 
 def say(line: str) -> None:
@@ -74,11 +99,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse_arguments(arguments)
-    plan = Plan(seed=given.seed, minutes=given.minutes)
-    if given.steps is not None:
-        plan = Plan(seed=given.seed, steps=given.steps)
+    length = {"steps": given.steps} if given.steps is not None else {"minutes": given.minutes}
+    trainer: Training
+    if given.model == "captioner":
+        trainer = Trainer(Plan(seed=given.seed, **length), build_tokenizer(given.seed))
+    else:
+        trainer = enrol(given.model, Schedule(seed=given.seed, **length))
     out = given.out or Path(resolve(f"tiny/{given.model}"))
-    build(plan, out, given.checkpoints / f"tiny-{given.model}-{given.seed}.pt", given.resume)
+    build(trainer, given.model, out, given.checkpoints / f"tiny-{given.model}-{given.seed}.pt", given.resume)
     return 0
 
 

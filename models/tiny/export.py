@@ -1,4 +1,4 @@
-"""The captioner's architecture, and its Hugging Face folder: weights in bf16, tokenizer, processor, chat template."""
+"""The bundled models' architectures, and their Hugging Face folders: weights in bf16, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
@@ -28,7 +30,7 @@ VISION_WIDTH = 128
 INITIAL_STD = 0.05  # weights this narrow learn slowly from the usual 0.02
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> Qwen2_5_VLConfig:
     """About three million parameters; heads are 32 wide, the least that vLLM's CPU attention takes."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (START, END, PAD, IMAGE, VIDEO)}
     depth = 4
@@ -37,7 +39,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "vocab_size": len(tokenizer),
             "hidden_size": TEXT_WIDTH,
             "intermediate_size": 512,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": layers,
             "num_attention_heads": TEXT_WIDTH // 32,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
@@ -68,6 +70,25 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
+def build_reader_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Qwen2Config:
+    """A decoder for text alone, ``width`` a multiple of 32."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (START, END, PAD)}
+    return Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=INITIAL_STD,
+        bos_token_id=ids[START],
+        eos_token_id=ids[END],
+        pad_token_id=ids[PAD],
+    )
+
+
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
     """Qwen's processor around ``tokenizer``: at most ``IMAGE_TOKENS`` tokens for an image of any size."""
     limits = {"shortest_edge": 56 * 56, "longest_edge": SIDE * SIDE}
@@ -79,9 +100,11 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
     )
 
 
-def export_folder(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def export_folder(
+    model: Qwen2_5_VLForConditionalGeneration | Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
     """Write ``model`` as a Hugging Face folder. Each file appears whole: readers never see half of one."""
-    copy = Qwen2_5_VLForConditionalGeneration(model.config)
+    copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16)
     copy.generation_config = GenerationConfig(
@@ -89,10 +112,11 @@ def export_folder(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrain
         pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
         bos_token_id=tokenizer.convert_tokens_to_ids(START),
     )
+    sees = isinstance(model, Qwen2_5_VLForConditionalGeneration)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
         copy.save_pretrained(temporary)
-        build_processor(tokenizer).save_pretrained(temporary)
+        (build_processor(tokenizer) if sees else tokenizer).save_pretrained(temporary)
         for file in sorted(Path(temporary).iterdir()):
             file.chmod(0o644)  # safetensors writes for its owner alone
             file.replace(folder / file.name)

@@ -55,3 +55,25 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return x.mT if tall else x
+
+
+def build_optimizers(model: nn.Module, lr: float, adam_lr: float, *others: nn.Parameter) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices inside a model; AdamW on its embeddings, norms, biases and filters, and on ``others``."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inside = [p for name, p in trained.items() if p.ndim == 2 and "embed" not in name]
+    chosen = {id(p) for p in inside}
+    rest = [p for p in trained.values() if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(inside, lr=lr, weight_decay=0.05),
+        torch.optim.AdamW([*rest, *others], lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["top_lr"] = group["lr"]
+    return optimizers
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Multiply the learning rates that :func:`build_optimizers` was given."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["top_lr"] * rate

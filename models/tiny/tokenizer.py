@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,9 +20,21 @@ VISION_END = "<|vision_end|>"
 IMAGE = "<|image_pad|>"
 VIDEO = "<|video_pad|>"
 SPECIAL = (PAD, START, END, VISION_START, VISION_END, "<|vision_pad|>", IMAGE, VIDEO)
-VOCABULARY = 640
+VOCABULARY = 2048  # at most; the merges of so small a world end earlier
 WORD = (  # how Qwen cuts text before the merges
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What quizzes repeat is one piece: instructions, the frame of a question, an option with its line's end, the JSON
+# between a question's parts, a place. It halves a question's tokens, and an option's text is next to its letter.
+_PLACE = r"(?:(?:top|middle|bottom) (?:left|center|right)|center)(?: corner)?"
+QUIZ = (
+    r" ?(?:Answer the question|multiple-choice questions)[^<\n]+\n*"
+    r"|(?:Question: )?(?:What|Which|Where|How|In which)[a-z ]*?(?= (?:the|there|is|does|can|has)\b)"
+    r"|(?<=\n)[A-J](?=\. )|(?<=\n[A-J])\. [^\n<]+\n?"
+    r'|["\]}, \[{]*"(?:questions": \[\{"kind|kind|question|options|answer)": \[?"|", "|"\}\]\}'
+    rf"| ?(?:(?:[Ii]n|[Aa]t) the )?{_PLACE}"
+    r"|<\/?caption>\n*|assistant\n|user\n"
+    rf"|{WORD}"
 )
 # No default system message: a request has one only where it says so.
 CHAT_TEMPLATE = (
@@ -51,12 +63,14 @@ def training_text(seed: int, captions: int = 6000) -> Iterator[str]:
         yield from (*PLAIN, *SHORT, *DENSE, "system\n", "user\n", "assistant\n")
 
 
-def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """The tokenizer with its chat template; the same one for the same seed."""
+def build_tokenizer(
+    seed: int, text: Callable[[int], Iterator[str]] = training_text, pieces: str = WORD
+) -> PreTrainedTokenizerFast:
+    """The tokenizer with its chat template, merged on ``text`` within ``pieces``; the same one for the same seed."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORD), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -67,7 +81,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    core.train_from_iterator(training_text(seed), trainer)
+    core.train_from_iterator(text(seed), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=END,

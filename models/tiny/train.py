@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from .data import PROMPTS, Batch, batches
 from .export import GRID_THW, IMAGE_TOKENS, build_config, build_processor
-from .optim import Muon
+from .optim import build_optimizers, set_rate
 from .prompts import messages
+from .schedule import Progress, Schedule
 from .tokenizer import IMAGE, PAD, VISION_START
 from .vision import CellReader, image_tokens, reading_loss
 
@@ -29,36 +30,12 @@ Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long to train (``steps`` at most, ``minutes`` of wall time where given) and how fast."""
+class Plan(Schedule):
+    """The captioner's schedule."""
 
-    seed: int = 0
-    steps: int = 1_000_000
-    minutes: float | None = None
     reading_steps: int = 600  # of the tower alone
-    lr: float = 2.5e-3
-    adam_lr: float = 1.5e-3
-    warmup: int = 50
-    decay: float = 0.5  # the last part of training, in which the rates fall to zero
     reading_weight: float = 0.3  # of the cells' loss once captions are learnt
     workers: int = 1
-
-    def progress(self, step: int, seconds: float) -> float:
-        """0 at the start, 1 when training is over."""
-        by_time = seconds / 60 / self.minutes if self.minutes else 0.0
-        return max(by_time, step / self.steps)
-
-    def rate(self, step: int, seconds: float) -> float:
-        """What the learning rates are multiplied with: warm-up, plateau, linear fall."""
-        return min(1.0, (step + 1) / self.warmup, max(0.0, 1 - self.progress(step, seconds)) / self.decay)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with its checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
 
 
 class Trainer:
@@ -69,7 +46,7 @@ class Trainer:
         self.plan, self.tokenizer = plan, tokenizer
         self.model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
         self.reader = CellReader()
-        self.optimizers = build_optimizers(self.model, self.reader, plan)
+        self.optimizers = build_optimizers(self.model, plan.lr, plan.adam_lr, *self.reader.parameters())
         self.progress = Progress()
         processor = build_processor(tokenizer)
         self.prompts = [prompt_ids(processor, prompt) for prompt in PROMPTS]
@@ -104,8 +81,7 @@ class Trainer:
         parameters = [*self.model.parameters(), *self.reader.parameters()]
         report["norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["top_lr"] * rate
+            set_rate(optimizer, rate)
             optimizer.step()
             optimizer.zero_grad()
         return report
@@ -141,23 +117,6 @@ class CaptionLoss:
 
     loss: Tensor
     accuracy: float
-
-
-def build_optimizers(
-    model: Qwen2_5_VLForConditionalGeneration, reader: CellReader, plan: Plan
-) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside both towers; AdamW on embeddings, norms, biases, the patch filter and the reader."""
-    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    chosen = {id(p) for p in inside}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(inside, lr=plan.lr, weight_decay=0.05),
-        torch.optim.AdamW([*rest, *reader.parameters()], lr=plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.01),
-    ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["top_lr"] = group["lr"]
-    return optimizers
 
 
 def prompt_ids(processor: Qwen2_5_VLProcessor, prompt: str) -> list[int]:

@@ -5,9 +5,10 @@ A dense caption fixes its style once (which synonyms, which clause order) and ke
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .world import Scene, Sign, Thing
 
@@ -23,6 +24,16 @@ ORDERS: tuple[tuple[Clause, ...], ...] = (
     ("background", "count", "things", "sign"),
     ("count", "background", "things", "sign"),
 )
+
+
+class Fact(NamedTuple):
+    """A single thing to tell: ``kind`` as in :mod:`.grade`, of the shape at ``place`` ("" for the scene and its sign).
+
+    The kind ``thing`` is a shape with all there is to tell of it, ``plate`` a sign with its word and place.
+    """
+
+    kind: str
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,13 @@ def sample_style(rng: Random) -> Style:
     )
 
 
-def dense_caption(scene: Scene, rng: Random) -> str:
-    """Everything there is to say: count, background, each thing with all its attributes, the sign and its word."""
+def dense_caption(scene: Scene, rng: Random, omitted: Container[Fact] = ()) -> str:
+    """Everything there is to say: count, background, each thing with all its attributes, the sign and its word.
+
+    Facts that are ``omitted`` are left out, in the same style; a caption of nothing is empty.
+    """
     style = sample_style(rng)
-    clauses = [_clause(kind, scene, style) for kind in style.order]
+    clauses = [_clause(kind, scene, style, omitted) for kind in style.order]
     return " ".join(clause for clause in clauses if clause)
 
 
@@ -93,56 +107,75 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _counted(scene: Scene, style: Style) -> str:
+def _counted(scene: Scene, style: Style, omitted: Container[Fact]) -> str:
     count = len(scene.things)
-    return f"{NUMBERS[count]} {style.noun}{'s' if count > 1 else ''}"
+    nouns = f"{style.noun}{'s' if count > 1 else ''}"
+    if Fact("count") not in omitted:
+        return f"{NUMBERS[count]} {nouns}"
+    return nouns if count > 1 else _with_article(nouns)
 
 
-def _thing(thing: Thing, style: Style) -> str:
+def thing_phrase(thing: Thing, style: Style, omitted: Container[Fact] = ()) -> str:
+    """ "a large red star"; what is omitted leaves no trace, a shape is then called by the style's noun."""
     size = style.large if thing.size == "large" else style.small
-    return _with_article(f"{size} {thing.color} {thing.shape}")
+    words = {"size": size, "color": thing.color, "shape": thing.shape}
+    told = [word for kind, word in words.items() if Fact(kind, thing.place) not in omitted]
+    return _with_article(" ".join(told if Fact("shape", thing.place) not in omitted else [*told, style.noun]))
 
 
-def _where(place: str, style: Style) -> str:
+def where_phrase(place: str, style: Style) -> str:
+    """ "in the top left corner", as the style has it."""
     corner = " corner" if style.corner and place in CORNERS else ""
     return f"{style.preposition} the {place}{corner}"
 
 
-def _clause(kind: Clause, scene: Scene, style: Style) -> str:
-    """One or more sentences for a kind of clause; empty where the scene has nothing of it."""
+def _clause(kind: Clause, scene: Scene, style: Style, omitted: Container[Fact]) -> str:
+    """One or more sentences for a kind of clause; empty where the scene has nothing of it, or nothing may be told."""
+    scenery = "" if Fact("background") in omitted else f" on a {scene.background} background"
     match kind:
         case "intro":
-            return _opening(scene, style, f" on a {scene.background} background")
+            return _opening(scene, style, scenery, omitted)
         case "count":
-            return _opening(scene, style, "")
+            return "" if Fact("count") in omitted else _opening(scene, style, "", omitted)
         case "background":
-            return f"The background is {scene.background}."
+            return f"The background is {scene.background}." if scenery else ""
         case "things":
-            return _things(scene, style)
+            return _things(scene, style, omitted)
         case "sign":
-            return _sign(scene.sign, style) if scene.sign else ""
+            return _sign(scene.sign, style, omitted) if scene.sign and Fact("plate") not in omitted else ""
 
 
-def _opening(scene: Scene, style: Style, tail: str) -> str:
-    counted = _counted(scene, style)
+def _opening(scene: Scene, style: Style, tail: str, omitted: Container[Fact]) -> str:
+    counted = _counted(scene, style, omitted)
     be = "are" if len(scene.things) > 1 else "is"
     variants = (f"there {be} {counted}{tail}", f"the image shows {counted}{tail}", f"{counted} {be} shown{tail}")
     return _sentence(variants[style.opening])
 
 
-def _things(scene: Scene, style: Style) -> str:
-    pairs = [(_thing(thing, style), _where(thing.place, style)) for thing in scene.things]
+def _things(scene: Scene, style: Style, omitted: Container[Fact]) -> str:
+    pairs = []
+    for thing in scene.things:
+        if Fact("thing", thing.place) not in omitted:
+            where = "" if Fact("place", thing.place) in omitted else where_phrase(thing.place, style)
+            pairs.append((thing_phrase(thing, style, omitted), where))
+    if not pairs:
+        return ""
     match style.layout:
         case "list":
-            return _sentence(_joined([f"{thing} {where}" for thing, where in pairs]))
+            return _sentence(_joined([f"{thing} {where}".rstrip() for thing, where in pairs]))
         case "sentences":
-            return " ".join(_sentence(f"{thing} is {where}") for thing, where in pairs)
+            frame = "{thing} is {where}"
         case "places":
-            return " ".join(_sentence(f"{where} is {thing}") for thing, where in pairs)
+            frame = "{where} is {thing}"
+    told = [(frame if where else "there is {thing}").format(thing=thing, where=where) for thing, where in pairs]
+    return " ".join(map(_sentence, told))
 
 
-def _sign(sign: Sign, style: Style) -> str:
-    where = _where(sign.place, style)
-    if style.layout == "places":
-        return _sentence(f'{where} a sign {style.verb} "{sign.text}"')
-    return _sentence(f'a sign {where} {style.verb} "{sign.text}"')
+def _sign(sign: Sign, style: Style, omitted: Container[Fact]) -> str:
+    where = "" if Fact("sign_place") in omitted else where_phrase(sign.place, style)
+    says = "" if Fact("sign") in omitted else f'{style.verb} "{sign.text}"'
+    if not says:
+        return _sentence(f"a sign is {where}" if where else "there is a sign")
+    if style.layout == "places" and where:
+        return _sentence(f"{where} a sign {says}")
+    return _sentence(" ".join(filter(None, ("a sign", where, says))))

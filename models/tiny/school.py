@@ -1,0 +1,230 @@
+"""Training on lessons: readers from scratch, the teacher from the captioner's weights.
+
+A batch's lessons are rows in which every branch sees the common beginning and itself (a block mask), at the positions
+it would have alone: training computes what an engine does, and a beginning once for all its branches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
+
+from .data import picture
+from .export import IMAGE_TOKENS
+from .lessons import FORMS, Lesson
+from .optim import build_optimizers, set_rate
+from .schedule import Progress, Schedule
+from .tokenizer import END, IMAGE, START, VISION_END, VISION_START
+from .vision import image_tokens
+
+IMAGE_STEPS = 4  # positions that an image's 16 tokens take up: the longer side of its grid
+CHUNKS = 2  # a batch goes through the model in so many parts of like length
+LM_WEIGHT = 0.3  # of the loss on captions and questions themselves
+LESSON, QUESTION, FORM_BASE = 0, 1, 2  # what a token is: of the beginning, of a question, of an answer (+ its form)
+
+Curriculum = Callable[[Random, float], Lesson]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A lesson as tokens. ``branch``: 0 for the beginning, then 1, 2, …; ``part``: what to learn from a token."""
+
+    ids: list[int]
+    branch: list[int]
+    part: list[int]
+    positions: Tensor  # (3, tokens)
+    pixels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Curricula:
+    """``make`` gives a lesson for a random source and how far training is, 0 to 1; ``size`` of them make a batch."""
+
+    make: Curriculum
+    size: int
+
+
+class School:
+    """A model in training on lessons; ``tower``: the vision tower of one that sees."""
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerFast, schedule: Schedule, curriculum: Curricula
+    ) -> None:
+        self.model, self.tokenizer, self.schedule, self.curriculum = model, tokenizer, schedule, curriculum
+        self.decoder = getattr(model.model, "language_model", model.model)
+        self.tower = getattr(model.model, "visual", None)
+        self.optimizers = build_optimizers(model, schedule.lr, schedule.adam_lr)
+        self.progress = Progress()
+
+    def run(self, log: Callable[[str], None]) -> Iterator[Progress]:
+        """Train, yielding after every step (so that the caller may look, save or stop)."""
+        schedule, start = self.schedule, time.monotonic() - self.progress.seconds
+        while schedule.progress(self.progress.step, self.progress.seconds) < 1:
+            far = schedule.progress(self.progress.step, self.progress.seconds)
+            rng = Random(f"lessons:{schedule.seed}:{self.progress.step}")
+            rows = [encode(self.curriculum.make(rng, far), self.tokenizer, rng) for _ in range(self.curriculum.size)]
+            report = self.step(rows, schedule.rate(self.progress.step, self.progress.seconds))
+            self.progress = Progress(self.progress.step + 1, time.monotonic() - start)
+            if self.progress.step % 50 == 0 or self.progress.step <= 3:
+                figures = " ".join(f"{name} {value:.4f}" for name, value in report.items())
+                log(f"step {self.progress.step} {self.progress.seconds:.0f}s {figures}")
+            yield self.progress
+
+    def step(self, rows: list[Row], rate: float) -> dict[str, float]:
+        """One update of all weights; returns losses and accuracies by name, over the batch."""
+        rows = sorted(rows, key=lambda row: len(row.ids))
+        size = -(-len(rows) // CHUNKS)
+        counts = {part: sum(row.part.count(part) for row in rows) for part in range(FORM_BASE + len(FORMS))}
+        report: dict[str, float] = {}
+        for chunk in (rows[at : at + size] for at in range(0, len(rows), size)):
+            loss, figures = self._loss(chunk, counts)
+            loss.backward()
+            report = {name: report.get(name, 0.0) + value for name, value in figures.items()}
+        report["norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        for optimizer in self.optimizers:
+            set_rate(optimizer, rate)
+            optimizer.step()
+            optimizer.zero_grad()
+        return report
+
+    def _loss(self, rows: list[Row], counts: dict[int, int]) -> tuple[Tensor, dict[str, float]]:
+        """A chunk's share of the batch's loss: each kind of token is averaged over the whole batch."""
+        hidden, ids, part, same = self.hidden(rows)
+        logits = self.model.lm_head(hidden[:, :-1][same])
+        targets, parts = ids[:, 1:][same], part[:, 1:][same]
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        total = torch.zeros(())
+        figures: dict[str, float] = {}
+        for index in range(FORM_BASE + len(FORMS)):
+            mine = parts == index
+            if not mine.any():
+                continue
+            loss = losses[mine].sum() / counts[index]
+            if index < FORM_BASE:
+                total = total + LM_WEIGHT / 2 * loss
+                continue
+            total = total + loss
+            form: str = FORMS[index - FORM_BASE]
+            figures[form] = loss.item()
+            right = (logits[mine].argmax(-1) == targets[mine]).float().sum() / counts[index]
+            figures[f"{form}_right"] = right.item()
+        return total, figures
+
+    def hidden(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Last hidden states (rows, tokens, width), token ids and parts (rows, tokens), and which to predict.
+
+        The latter is (rows, tokens - 1): true where the token before is of the same branch, so that it foretells it.
+        """
+        width = max(len(row.ids) for row in rows)
+        ids, part = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
+        branch = torch.full((len(rows), width), -1)
+        positions = torch.zeros(3, len(rows), width, dtype=torch.long)
+        for at, row in enumerate(rows):
+            length = len(row.ids)
+            ids[at, :length], part[at, :length] = torch.tensor(row.ids), torch.tensor(row.part)
+            branch[at, :length], positions[:, at, :length] = torch.tensor(row.branch), row.positions
+        embedded = self._embedded(rows, ids)
+        where = positions if self.tower is not None else positions[0]
+        mask = {"full_attention": visible(branch)}
+        hidden = self.decoder(
+            inputs_embeds=embedded, position_ids=where, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        same = (branch[:, 1:] == branch[:, :-1]) & (branch[:, 1:] >= 0)
+        return hidden, ids, part, same
+
+    def _embedded(self, rows: list[Row], ids: Tensor) -> Tensor:
+        embedded: Tensor = self.decoder.embed_tokens(ids)
+        if self.tower is None or all(row.pixels is None for row in rows):
+            return embedded
+        pixels = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
+        image = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        seen = image_tokens(self.tower, pixels).flatten(0, 1)
+        return embedded.masked_scatter((ids == image)[..., None], seen)
+
+    def save(self, file: Path) -> None:
+        """Everything a resumed run needs, in one file that appears whole."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "seed": self.schedule.seed,
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        torch.save(state, temporary := file.with_suffix(".partial"))
+        temporary.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Go on from :meth:`save`. Raises ValueError where the checkpoint's seed is another."""
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+        if state["seed"] != self.schedule.seed:
+            raise ValueError(f"{file} was trained with seed {state['seed']}, not {self.schedule.seed}")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.progress = Progress(**state["progress"])
+
+
+def visible(branch: Tensor) -> Tensor:
+    """(rows, tokens) branch numbers, -1 on padding -> (rows, 1, tokens, tokens): who may attend to whom.
+
+    Padding attends to itself, as a row without anything to see would give NaN.
+    """
+    causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool).tril()
+    same = branch[:, :, None] == branch[:, None, :]
+    beginning = (branch == 0)[:, None, :] & (branch >= 0)[:, :, None]
+    return ((same | beginning) & causal)[:, None]
+
+
+def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast, rng: Random) -> Row:
+    """A lesson as tokens, with a picture drawn where it has a scene."""
+    image = f"{VISION_START}{IMAGE * IMAGE_TOKENS}{VISION_END}" if lesson.scene is not None else ""
+    texts = [f"{START}user\n{image}{lesson.text}"]
+    for branch in lesson.branches:
+        texts += [f"{branch.asked}{END}\n{START}assistant\n", f"{branch.answer}{END}"]
+    beginning, *pieces = tokenizer(texts).input_ids
+    ids, branches, part = list(beginning), [0] * len(beginning), [LESSON] * len(beginning)
+    start = text_positions(len(beginning), beginning, tokenizer.convert_tokens_to_ids(IMAGE))
+    positions = [start]
+    first = int(start.max()) + 1
+    for number, branch in enumerate(lesson.branches, 1):
+        asked, answer = pieces[2 * number - 2], pieces[2 * number - 1]
+        ids += asked + answer
+        branches += [number] * (len(asked) + len(answer))
+        part += [QUESTION] * len(asked) + [FORM_BASE + FORMS.index(branch.form)] * len(answer)
+        positions.append(torch.arange(first, first + len(asked) + len(answer)).expand(3, -1))
+    pixels = picture(lesson.scene, rng) if lesson.scene is not None else None
+    return Row(ids, branches, part, torch.cat(positions, dim=1), pixels)
+
+
+def text_positions(length: int, ids: Sequence[int], image: int) -> Tensor:
+    """M-RoPE positions (3, length), as Qwen2.5-VL has them, of a beginning with at most one image."""
+    places = torch.arange(length).expand(3, -1).clone()
+    if image not in ids:
+        return places
+    at = list(ids).index(image)
+    grid = torch.arange(IMAGE_TOKENS)
+    places[0, at : at + IMAGE_TOKENS] = at
+    places[1, at : at + IMAGE_TOKENS] = at + grid // IMAGE_STEPS
+    places[2, at : at + IMAGE_TOKENS] = at + grid % IMAGE_STEPS
+    places[:, at + IMAGE_TOKENS :] -= IMAGE_TOKENS - IMAGE_STEPS
+    return places
+
+
+def lessons_text(make: Curriculum, seed: int, count: int = 4000) -> Iterator[str]:
+    """What a tokenizer is merged on: the texts of ``count`` lessons."""
+    rng = Random(f"tokenizer:{seed}")
+    for _ in range(count):
+        lesson = make(rng, 1.0)
+        yield f"user\n{lesson.text}"
+        for branch in lesson.branches:
+            yield f"{branch.asked}\nassistant\n{branch.answer}"
