@@ -27,7 +27,7 @@ def refs(table: str, path_column: str | None) -> Iterator[ItemRef]:
     """Every row of a table. Raises BadInput at once where it cannot be opened or has no column of paths."""
     extension = table.rpartition(".")[2].lower()
     try:
-        columns, rows = {"parquet": _parquet, "jsonl": _jsonl, "ndjson": _jsonl}.get(extension, _csv)(table)
+        columns, rows = {"parquet": _parquet, "jsonl": _jsonl, "ndjson": _jsonl}.get(extension, csv_rows)(table)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise BadInput(f"{table}: cannot be read as {extension} ({error})") from None
     column = _path_column(table, columns, path_column)
@@ -84,7 +84,8 @@ def _parquet(table: str) -> tuple[list[str], Rows]:
     return list(schema.names), (row for batch in file.iter_batches(_BATCH) for row in batch.to_pylist())
 
 
-def _csv(table: str) -> tuple[list[str], Rows]:
+def csv_rows(table: str) -> tuple[list[str], Rows]:
+    """The columns of a CSV (or, by its extension, TSV) file, and its rows, faulty ones as their reasons."""
     stream = io.TextIOWrapper(open_binary(table), encoding="utf-8-sig", errors="replace", newline="")
     reader = csv.reader(stream, delimiter="\t" if table.endswith("tsv") else ",")
     columns = next(reader, [])
@@ -107,13 +108,14 @@ def _jsonl(table: str) -> tuple[list[str], Rows]:
         with open_binary(table) as file:
             for line in file:
                 if line.strip():
-                    yield _json_row(line)
+                    yield json_row(line)
 
     first = next((row for row in rows() if not isinstance(row, str)), {})
     return list(first), rows()
 
 
-def _json_row(line: bytes) -> Mapping[str, Any] | str:
+def json_row(line: bytes) -> Mapping[str, Any] | str:
+    """A line of JSONL as a row, or what is wrong with it."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
