@@ -35,7 +35,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(PACKAGES)
 
-PACKAGES := errors.py manifests models stages pipeline
+PACKAGES := errors.py manifests models stages trainer pipeline
 
 # What we measure against; its dependencies clash with ours, so it lives apart.
 peers: $(PEERS)/.ready

@@ -1,0 +1,101 @@
+"""What the captions of one system look like as text: length, distinct words, repetition, sameness."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from ..stages.health import HealthConfig, find_loop
+
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_LOOP_REPEATS = HealthConfig().loop_repeats
+_GRAM = 4
+
+
+@dataclass(frozen=True)
+class TextStatistics:
+    """Figures over all captions of a system; shares are between 0 and 1, None where nothing could be counted."""
+
+    captions: int
+    words: float | None  # mean length
+    tokens: float | None  # mean length in tokens of the captioner, over captions for which it is known
+    vocabulary: int  # distinct words
+    distinct_1: float | None  # share of distinct words among all words (Li et al. 2016)
+    distinct_2: float | None  # the same of pairs of neighbouring words
+    loops: float | None  # share of captions in which a phrase loops
+    rep_4: float | None  # mean share of repeated 4-grams in a caption, of those with four words (Welleck et al. 2020)
+    identical: float | None  # share of captions that are, word for word, also another image's
+
+
+@dataclass
+class TextTally:
+    """Takes captions one by one; keeps counts, distinct words and pairs, and digests, not the captions."""
+
+    captions: int = 0
+    words: int = 0
+    pairs: int = 0
+    loops: int = 0
+    tokens: list[int] = field(default_factory=list)
+    repeated: list[float] = field(default_factory=list)
+    vocabulary: set[str] = field(default_factory=set)
+    distinct_pairs: set[tuple[str, str]] = field(default_factory=set)
+    copies: Counter[bytes] = field(default_factory=Counter)
+    image_of: dict[bytes, int | None] = field(default_factory=dict)  # None: of several images
+
+    def add(self, text: str, n_tokens: int | None, image: int) -> None:
+        """Count one caption of image number ``image``."""
+        words = words_of(text)
+        pairs = list(pairwise(words))
+        self.captions += 1
+        self.words += len(words)
+        self.pairs += len(pairs)
+        self.vocabulary.update(words)
+        self.distinct_pairs.update(pairs)
+        self.loops += loops(text)
+        if n_tokens is not None:
+            self.tokens.append(n_tokens)
+        if len(words) >= _GRAM:
+            self.repeated.append(repeated_share(words))
+        digest = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
+        self.copies[digest] += 1
+        if self.image_of.setdefault(digest, image) != image:
+            self.image_of[digest] = None
+
+    def statistics(self) -> TextStatistics:
+        """The figures over what was added."""
+        identical = sum(count for digest, count in self.copies.items() if self.image_of[digest] is None)
+        return TextStatistics(
+            captions=self.captions,
+            words=_ratio(self.words, self.captions),
+            tokens=_ratio(sum(self.tokens), len(self.tokens)),
+            vocabulary=len(self.vocabulary),
+            distinct_1=_ratio(len(self.vocabulary), self.words),
+            distinct_2=_ratio(len(self.distinct_pairs), self.pairs),
+            loops=_ratio(self.loops, self.captions),
+            rep_4=_ratio(sum(self.repeated), len(self.repeated)),
+            identical=_ratio(identical, self.captions),
+        )
+
+
+def words_of(text: str) -> list[str]:
+    """Words without case and punctuation; "it's" and "T-shirt" are one word each."""
+    return _WORD.findall(text.casefold())
+
+
+def repeated_share(words: list[str], size: int = _GRAM) -> float:
+    """The share of the ``size``-grams that occurred before; 0 where there is none."""
+    grams = list(zip(*(words[start:] for start in range(size)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def loops(text: str) -> bool:
+    """Whether a phrase loops, by the health gate's default threshold."""
+    # Any loop repeats a 4-gram; most captions repeat none, and searching them for loops would take most of the time.
+    return repeated_share(text.split()) > 0 and find_loop(text, _LOOP_REPEATS) is not None
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
