@@ -1,0 +1,235 @@
+"""What stages that ask an engine have in common: engine and decoders loaded, counted, planned and run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import BadInput, CapipeError
+from ..manifests.artifact import Artifact
+from ..manifests.shards import InputShard, Row, expand, input_artifact, join
+from ..manifests.status import Status
+from ..models.decode import DecodePool
+from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
+from ..models.formats import ImageProblem
+from ..models.http_engine import served_model
+from ..models.images import ImageLimits
+from ..models.loading import EngineConfig, image_grid, load_engine, model_identity, resolve_model
+from .events import Event
+from .inline import run_inline
+from .runner import LocalRunner, Outcome
+from .worker import Stage
+
+#: A server resizes by itself and gets the file; it is decoded here, very small, to find out whether it is sound.
+CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """Which engine a stage asks, and how images come to it; picklable. ``decode_workers`` 0: it reads text alone."""
+
+    engine: EngineConfig
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    decode_workers: int = 0
+    trace: Path | None = None  # a file that gets one line per request
+
+    def semantic(self) -> dict[str, Any]:
+        """What fingerprints cover. Greedy or sampled, every engine gives the same answers; so it is not among it."""
+        if self.engine.is_http:
+            served_model(self.engine.kind)  # raises where no server answers, before anything is written
+        identity = model_identity(self.engine.model, self.engine.kind)
+        facts: dict[str, Any] = {"model": identity.digest or identity.name, "dtype": self.engine.dtype}
+        if not self.decode_workers:
+            return facts
+        grid = None if self.engine.is_http else self._grid()
+        asked = (self.engine.min_pixels, self.engine.max_pixels)
+        limits = [self.limits.max_image_pixels, self.limits.min_side, self.limits.max_aspect]
+        return {**facts, "pixels": asked if grid is None else (grid.min_pixels, grid.max_pixels), "limits": limits}
+
+    def _grid(self) -> ImageGrid:
+        grid = image_grid(resolve_model(self.engine.model), self.engine.min_pixels, self.engine.max_pixels)
+        if grid is None:
+            raise BadInput(f"{self.engine.model}: reads text only; name a vision-language model")
+        return grid
+
+    async def load(self) -> LoadedEngine:
+        engine = await load_engine(self.engine)
+        if self.trace is not None:
+            engine = TracedEngine(engine, self.trace)
+        pool = DecodePool(self.decode_workers, engine.grid or CHECK_GRID, self.limits) if self.decode_workers else None
+        return LoadedEngine(engine, pool)
+
+
+class LoadedEngine:
+    """An engine that counts what goes through it, with the decoders before it."""
+
+    def __init__(self, engine: Engine, pool: DecodePool | None) -> None:
+        self.engine = CountingEngine(engine)
+        self._pool, self._decoding = pool, 0
+
+    async def image(self, row: Row) -> ImageInput | ImageProblem:
+        """A row's image in the form its engine wants, or what is wrong with it."""
+        assert row.image is not None and row.uid is not None and self._pool is not None
+        self._decoding += 1
+        try:
+            pixels = await self._pool.decode(row.image)
+        finally:
+            self._decoding -= 1
+        if isinstance(pixels, ImageProblem):
+            return pixels
+        if self.engine.grid is None:
+            return ImageInput(row.uid, encoded=row.image)
+        return ImageInput(row.uid, pixels=pixels)
+
+    def gauges(self) -> dict[str, int]:
+        tokens, self.engine.tokens = self.engine.tokens, 0
+        requests, self.engine.requests = self.engine.requests, 0
+        return {
+            "tokens": tokens,
+            "requests": requests,
+            "decoding": self._decoding,
+            "in_engine": self.engine.busy,
+            "concurrency": self.engine.concurrency,
+        }
+
+    async def aclose(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+        await self.engine.aclose()
+
+
+class CountingEngine:
+    """An engine with counters for the progress display."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._inner = engine
+        self.concurrency, self.grid, self.guides = engine.concurrency, engine.grid, engine.guides
+        self.busy = self.tokens = self.requests = 0
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        self.busy += 1
+        self.requests += 1
+        try:
+            completion = await self._inner.generate(request)
+        finally:
+            self.busy -= 1
+        self.tokens += completion.n_tokens
+        return completion
+
+    async def choose(self, request: ChoiceRequest) -> ChoiceScores:
+        self.busy += 1
+        self.requests += 1
+        try:
+            return await self._inner.choose(request)
+        finally:
+            self.busy -= 1
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class TracedEngine(CountingEngine):
+    """Writes a line per generation to a file before it goes to the engine: uid, seed, temperature, prompt."""
+
+    def __init__(self, engine: Engine, path: Path) -> None:
+        super().__init__(engine)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        image, sampling = request.prompt.image, request.sampling
+        entry = [image.uid if image else None, sampling.seed, sampling.temperature, request.prompt.text]
+        os.write(self._handle, json.dumps(entry).encode() + b"\n")
+        return await self._inner.generate(request)
+
+    async def aclose(self) -> None:
+        os.close(self._handle)
+        await super().aclose()
+
+
+class EngineStage(Stage, Protocol):
+    """A stage as a command describes it. ``name``: its artifact's stage; ``setup`` None: it needs no engine."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def setup(self) -> EngineSetup | None: ...
+
+    def semantic(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before its first row: the locked output and the shards still to do."""
+
+    stage: EngineStage
+    artifact: Artifact
+    shards: list[InputShard]  # all of the input
+    todo: list[InputShard]
+
+
+def plan(
+    stage: EngineStage,
+    pattern: str,
+    out: str,
+    *,
+    beside: Mapping[str, Artifact] | None = None,
+    fresh: bool = False,
+    retry: bool = False,
+) -> Plan:
+    """Check everything that can be checked before a model is loaded, lock the output, and find what is left to do.
+
+    ``beside``: artifacts whose rows the stage wants with each row, by name. ``retry`` reopens committed shards with
+    unresolved rows. Raises CapipeError; then nothing was written.
+    """
+    beside = beside or {}
+    shards = join(expand(pattern), beside)
+    source = input_artifact(pattern)
+    semantic = {**stage.semantic(), "input": source.fingerprint if source else None}
+    semantic |= {name: artifact.fingerprint for name, artifact in beside.items()}
+    run = {
+        "shards": pattern,
+        "shards_total": len(shards),
+        **({"model": stage.setup.engine.model, "engine": stage.setup.engine.kind} if stage.setup else {}),
+        "input_manifest": source.manifest_digest() if source else None,
+        **{name: artifact.url for name, artifact in beside.items()},
+    }
+    artifact = Artifact.create(out, stage.name, semantic, run, fresh=fresh)
+    try:
+        return Plan(stage, artifact, shards, _todo(artifact, shards, retry))
+    except CapipeError:
+        artifact.close()
+        raise
+
+
+def _todo(artifact: Artifact, shards: list[InputShard], retry: bool) -> list[InputShard]:
+    committed = artifact.committed()
+    artifact.release_quarantine()
+    for shard in shards:
+        record = committed.get(shard.name)
+        if record is None:
+            continue
+        shard.check_unchanged(record)
+        if retry and record.unresolved:
+            artifact.reopen(record, resolved_rows(artifact, record.shard))
+            del committed[shard.name]  # its sidecars may have changed: what they had left open may be there by now
+        else:
+            shard.check_companions(record)
+    return [shard for shard in shards if shard.name not in committed]
+
+
+def resolved_rows(artifact: Artifact, shard: str) -> dict[int, dict[str, Any]]:
+    """The rows of a committed shard whose fate is final, by index."""
+    rows = artifact.read_rows(shard)
+    return {index: row for index, row in enumerate(rows) if Status(row["status"]).resolved}
+
+
+def execute(made: Plan, report: Callable[[Event], None], gpus: Sequence[str]) -> Outcome:
+    """Do the plan's shards; returns when all are committed or quarantined, or on Ctrl-C."""
+    if made.stage.setup is not None and made.artifact.folder.is_shared and all(shard.is_shared for shard in made.todo):
+        return LocalRunner(made.stage, made.artifact, report, gpus).run(made.todo)
+    return run_inline(made.stage, made.artifact, report, made.todo)

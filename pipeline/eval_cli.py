@@ -1,0 +1,175 @@
+"""`capipe eval`: captions, graded by a reader, in figures; and `capipe compare`, two such runs against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..errors import BadInput
+from . import options as o
+from .outcome import Exit, run_plan
+
+if TYPE_CHECKING:
+    from ..trainer.figures import Comparison, Report
+
+CAPTIONED, GRADED = "captions", "graded"  # the artifacts in --out; the report lies beside them
+
+
+def evaluate(
+    shards: o.Shards,
+    questions: Annotated[str, typer.Option(help="Folder of `capipe qa`, or an artifact of questions.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for captions, grades and the report.")],
+    reader: Annotated[str, typer.Option(help="Who answers from captions: tiny/holdout-reader, a folder or an id.")],
+    model: Annotated[str | None, typer.Option(help="Captioner to evaluate; or give --captions.")] = None,
+    captions: Annotated[str | None, typer.Option(help="Artifact of captions made before.")] = None,
+    engine: o.EngineName = "auto",
+    reader_engine: Annotated[str | None, typer.Option(help="The reader's; the captioner's kind by default.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="As for annotate; may be repeated.")] = None,
+    samples: Annotated[int, typer.Option(help="Captions per prompt and image (k).")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the captioner; 0 is greedy.")] = 1.0,
+    top_p: o.TopP = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest caption in tokens.")] = 1024,
+    seed: o.Seed = 0,
+    presentations: Annotated[int | None, typer.Option(help="Orders of options per question; all by default.")] = None,
+    generic: Annotated[str | None, typer.Option(help="A caption that fits any image, to be graded as a floor.")] = None,
+    controls: Annotated[bool, typer.Option(help="Grade blind, empty, generic and oracle captions, too.")] = True,
+    max_pixels: o.MaxPixels = None,
+    min_pixels: o.MinPixels = None,
+    dtype: o.Dtype = "auto",
+    max_model_len: o.MaxModelLen = None,
+    concurrency: o.Concurrency = None,
+    gpus: o.Gpus = None,
+    gpu_memory: o.GpuMemory = 0.9,
+    decode_workers: o.DecodeWorkers = None,
+    timeout: o.Timeout = 300.0,
+    retry: o.Retry = False,
+    fresh: o.Fresh = False,
+) -> None:
+    """Measure a captioner by how well a reader answers quiz questions from its captions alone."""
+    from ..manifests.artifact import Artifact
+    from ..stages import grade, screen
+    from ..stages.annotate import AnnotateConfig
+    from ..stages.prompts import parse_prompt
+    from .annotating import AnnotateStage
+    from .engine_stages import plan
+    from .grading import GradeStage
+    from .reporting import report_on, write_report
+
+    if (model is None) == (captions is None):
+        raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
+    asked = question_artifact(questions)
+    config = o.validated(
+        grade.GradeConfig,
+        presentations=presentations,
+        controls=controls,
+        **({} if generic is None else {"generic": generic}),
+    )
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "concurrency": concurrency,
+        "gpu_memory_utilization": gpu_memory,
+        "timeout_s": timeout,
+    }
+    prompts = tuple(parse_prompt(option) for option in prompt or ["plain"])
+    refuse_controls([each.name for each in prompts])
+    runs: dict[str, Any] = {"fresh": fresh, "retry": retry}
+    codes = [Exit.OK]
+    if model is not None:
+        pixels: dict[str, Any] = {"decode_workers": decode_workers, "min_pixels": min_pixels, "max_pixels": max_pixels}
+        devices = o.devices_for(engine, gpus)
+        asks = o.validated(
+            AnnotateConfig,
+            prompts=prompts,
+            samples=samples,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            max_attempts=1,  # what the captioner writes is what is measured
+        )
+        setup = o.engine_setup(model, engine, devices, sees=True, **common, **pixels)
+        captions = str(out / CAPTIONED)
+        codes.append(run_plan(plan(AnnotateStage(asks, setup, model), shards, captions, **runs), devices))
+        if codes[-1] is Exit.INTERRUPTED:
+            raise typer.Exit(codes[-1])
+    assert captions is not None
+    devices = o.devices_for(reader_engine or engine, gpus)
+    setup = o.engine_setup(reader, reader_engine or engine, devices, sees=False, **common)
+    beside = {screen.QUESTIONS: asked, grade.CAPTIONS: captions_artifact(captions)}
+    graded = str(out / GRADED)
+    codes.append(run_plan(plan(GradeStage(config, setup), shards, graded, beside=beside, **runs), devices))
+    if codes[-1] is Exit.INTERRUPTED:
+        raise typer.Exit(codes[-1])
+    done = Artifact.open(graded)
+    if not done.committed():  # what kept every shard from being graded has been said
+        raise typer.Exit(max(codes))
+    report = report_on(done)
+    write_report(report, out)
+    show(report)
+    print(f"report: {out / 'report.md'}")
+    raise typer.Exit(max(codes))
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a `capipe eval`.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another one, on the same questions with the same reader.")],
+    first_system: Annotated[
+        str | None, typer.Option(help="Prompt (or control) of the first; its first prompt.")
+    ] = None,
+    second_system: Annotated[str | None, typer.Option(help="The same of the second.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for comparison.md and comparison.json.")] = None,
+) -> None:
+    """Hold two evaluations against each other: the difference in quiz accuracy, by a paired bootstrap over images."""
+    from ..trainer.comparison import compare as compared
+    from .reporting import run_of, write_report
+
+    comparison = compared(run_of(first / GRADED, first_system), run_of(second / GRADED, second_system))
+    show(comparison)
+    if out is not None:
+        write_report(comparison, out, "comparison")
+        print(f"comparison: {out / 'comparison.md'}")
+
+
+def show(value: Report | Comparison) -> None:
+    """The tables on stdout."""
+    from ..trainer.report import terminal
+
+    console = Console(soft_wrap=False)
+    for table in terminal(value):
+        console.print(table)
+
+
+def refuse_controls(names: list[str]) -> None:
+    """Raise BadInput for captions that could not be told from the controls beside them."""
+    from ..stages.grade import CONTROLS
+
+    taken = next((name for name in names if name in CONTROLS), None)
+    if taken is not None:
+        raise BadInput(f"captions named {taken!r}: that is a control's name; write --prompt another-name=text")
+
+
+def question_artifact(url: str) -> Any:
+    """The questions to ask: those that were screened, where the folder is one of `capipe qa`. Raises BadInput."""
+    from ..manifests.artifact import Artifact
+    from .quiz_cli import SCREENED, WRITTEN
+
+    found = next((each for each in (url, f"{url}/{SCREENED}", f"{url}/{WRITTEN}") if Artifact.exists(each)), None)
+    artifact = Artifact.open(found) if found is not None else None
+    if artifact is None or artifact.stage not in ("questions", "screen"):
+        raise BadInput(f"{url}: no questions of `capipe qa` there; name its --out folder")
+    return artifact
+
+
+def captions_artifact(url: str) -> Any:
+    """Captions made before. Raises BadInput where the artifact is of another stage."""
+    from ..manifests.artifact import Artifact
+
+    artifact = Artifact.open(url)
+    if artifact.stage != "annotate":
+        raise BadInput(f"{url}: an artifact of stage {artifact.stage!r}; --captions takes one of `capipe annotate`")
+    refuse_controls([prompt["name"] for prompt in artifact.config["semantic"]["annotate"]["prompts"]])
+    return artifact

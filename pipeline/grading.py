@@ -1,0 +1,65 @@
+"""The grading stage of `capipe eval`, described and loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..manifests.schema import GRADE
+from ..manifests.shards import Row
+from ..models.reader import QuizReader, ReaderConfig
+from ..stages import grade
+from ..stages.grade import GradeConfig, Grader
+from .engine_stages import EngineSetup, LoadedEngine
+
+ROWS = 4  # rows a reader works on beyond those that fill its engine
+
+
+@dataclass(frozen=True)
+class GradeStage:
+    """Everything a worker needs to grade captions; picklable."""
+
+    config: GradeConfig
+    setup: EngineSetup
+    name: str = "grade"
+
+    def semantic(self) -> dict[str, Any]:
+        return {
+            **self.setup.semantic(),
+            "grade": self.config.model_dump(mode="json"),
+            "reader": self.reader.model_dump(),
+        }
+
+    @property
+    def reader(self) -> ReaderConfig:
+        return ReaderConfig(presentations=self.config.presentations)
+
+    async def load(self) -> GradeProcessor:
+        return GradeProcessor(self, await self.setup.load())
+
+
+class GradeProcessor:
+    """The loaded stage; it needs no image."""
+
+    schema = GRADE
+    writes_tar = False
+
+    def __init__(self, stage: GradeStage, loaded: LoadedEngine) -> None:
+        self.window = ROWS + 2 * loaded.engine.concurrency // 25  # a caption has some 25 requests at a time
+        self._loaded = loaded
+        self._grader = Grader(QuizReader(loaded.engine, stage.reader), stage.config)
+
+    async def process(self, row: Row) -> dict[str, Any]:
+        return await self._grader.grade(row)
+
+    def passed_on(self, row: Row) -> dict[str, Any]:
+        return grade.passed_on(row)
+
+    def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
+        return None
+
+    def gauges(self) -> dict[str, int]:
+        return self._loaded.gauges()
+
+    async def aclose(self) -> None:
+        await self._loaded.aclose()

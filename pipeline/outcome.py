@@ -1,0 +1,68 @@
+"""How a command ends: its exit code, and what it says of the artifact it worked on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from enum import IntEnum
+
+from rich.console import Console
+
+from .engine_stages import Plan, execute
+from .progress import Progress
+from .status import State, state
+
+
+class Exit(IntEnum):
+    """See the text of :mod:`.cli`, which is also what `capipe --help` shows."""
+
+    OK = 0
+    UNRESOLVED = 1
+    BAD_INPUT = 2
+    FAILED = 3
+    INTERRUPTED = 130
+
+
+def run_plan(made: Plan, devices: Sequence[str]) -> Exit:
+    """Do a plan under its progress display, give its output back, say what came of it."""
+    try:
+        progress = progress_of(made)
+        with progress.shown(Console(stderr=True)) as report:
+            outcome = execute(made, report, devices)
+    finally:
+        made.artifact.close()
+    return conclude(made.artifact.url, outcome.interrupted, progress.finished_line())
+
+
+def progress_of(made: Plan) -> Progress:
+    """The progress display for a plan: totals known from the input's manifest, and what earlier runs did."""
+    records = [shard.record for shard in made.shards]
+    known = [record.count for record in records if record is not None]
+    total = sum(known) if len(known) == len(records) else None
+    before = sum(record.count for record in made.artifact.committed().values())
+    done = len(made.shards) - len(made.todo)
+    return Progress(made.stage.name, len(made.shards), done, total, before)
+
+
+def conclude(out: str, interrupted: bool, line: str) -> Exit:
+    """Print a run's last lines and choose its exit code."""
+    found = state(out)
+    print(line, file=sys.stderr)
+    print_state(out, found)
+    if interrupted and not found.complete:
+        print("stopped; run the same command to go on", file=sys.stderr)
+        return Exit.INTERRUPTED
+    if found.unresolved:
+        print(f"{found.unresolved} rows ended in engine_error; add --retry to do them again", file=sys.stderr)
+    return Exit.OK if found.complete else Exit.UNRESOLVED
+
+
+def print_state(url: str, found: State) -> None:
+    """An artifact's state on stdout."""
+    total = "?" if found.shards_total is None else found.shards_total
+    rows = ", ".join(f"{count} {status}" for status, count in sorted(found.rows.items())) or "none"
+    print(f"{url}: {found.stage}, {found.shards}/{total} shards committed, rows: {rows}")
+    if found.journaled:
+        print(f"  {found.journaled} more rows are finished in shards that are not committed yet")
+    for shard, reason in found.quarantined.items():
+        print(f"  shard {shard} quarantined: {reason}")

@@ -1,0 +1,158 @@
+"""`capipe qa`: questions written or imported, then screened."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import BadInput
+from . import options as o
+from .engine_stages import Plan
+from .outcome import Exit, run_plan
+
+WRITTEN, SCREENED = "written", "screened"  # the two artifacts in --out
+
+
+def qa(
+    shards: o.Shards,
+    out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for two artifacts: written and screened.")],
+    model: Annotated[str | None, typer.Option(help="Who writes: tiny/teacher, a folder, or a Hugging Face id.")] = None,
+    import_: Annotated[
+        str | None, typer.Option("--import", help="Take questions from this set (JSON, JSONL, Parquet, CSV) instead.")
+    ] = None,
+    distractors: Annotated[
+        int, typer.Option(help="--import: wrong options for open-ended questions, from the set's other answers.")
+    ] = 0,
+    engine: o.EngineName = "auto",
+    screen_model: Annotated[str | None, typer.Option(help="Who screens; who writes by default.")] = None,
+    screen_engine: Annotated[str | None, typer.Option(help="Its engine; the writer's kind by default.")] = None,
+    per_image: Annotated[int, typer.Option(help="Questions asked for per image.")] = 5,
+    fewest: Annotated[int, typer.Option(help="Ask again while an image has fewer usable ones.")] = 1,
+    max_attempts: Annotated[int, typer.Option(help="Requests per image, the first included.")] = 3,
+    temperature: Annotated[float, typer.Option(help="Of the writer; 0 is greedy.")] = 0.7,
+    top_p: o.TopP = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer of the writer in tokens.")] = 2048,
+    seed: o.Seed = 0,
+    guided: Annotated[
+        bool | None, typer.Option(help="Hold the writer to the JSON schema; by default where the engine can.")
+    ] = None,
+    screen: Annotated[
+        str, typer.Option(help="strict (right in all orders with the image, in none without), caprl, or none.")
+    ] = "strict",
+    with_image: Annotated[
+        str | None, typer.Option(help="Bound on accuracy with the image, e.g. '>=1' or '>0.75'.")
+    ] = None,
+    without_image: Annotated[
+        str | None, typer.Option(help="Bound on accuracy without it, e.g. '<=0' or '<0.25'.")
+    ] = None,
+    presentations: Annotated[int | None, typer.Option(help="Orders of options per question; all by default.")] = None,
+    max_pixels: o.MaxPixels = None,
+    min_pixels: o.MinPixels = None,
+    dtype: o.Dtype = "auto",
+    max_model_len: o.MaxModelLen = None,
+    concurrency: o.Concurrency = None,
+    gpus: o.Gpus = None,
+    gpu_memory: o.GpuMemory = 0.9,
+    decode_workers: o.DecodeWorkers = None,
+    timeout: o.Timeout = 300.0,
+    retry: o.Retry = False,
+    fresh: o.Fresh = False,
+) -> None:
+    """Write quiz questions about every image, or import them, and keep those that need the image and no more."""
+    from ..manifests.artifact import Artifact
+    from ..stages.questions import QuestionsConfig
+    from ..stages.screen import QUESTIONS
+    from .engine_stages import plan
+    from .quizzing import QuestionsStage, ScreenStage, engine_guides
+
+    common: dict[str, Any] = {
+        "decode_workers": decode_workers,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "concurrency": concurrency,
+        "gpu_memory_utilization": gpu_memory,
+        "timeout_s": timeout,
+    }
+    devices = o.devices_for(engine, gpus)
+    config = screen_config(screen, with_image, without_image, presentations)  # before anything is written
+    screener = screen_model or model
+    if (model is None) == (import_ is None):
+        raise BadInput("give either --model, who is to write the questions, or --import, a set to take them from")
+    if config is not None and screener is None:
+        raise BadInput(
+            "--screen-model: imported questions are screened by a model that sees; name one, or --screen none"
+        )
+    runs: dict[str, Any] = {"fresh": fresh, "retry": retry}
+    written = f"{out.rstrip('/')}/{WRITTEN}"
+    if import_ is not None:
+        code = import_questions(import_, distractors, seed, shards, written, runs)
+    else:
+        assert model is not None
+        setup = o.engine_setup(model, engine, devices, sees=True, **common)
+        asked = o.validated(
+            QuestionsConfig,
+            per_image=per_image,
+            fewest=fewest,
+            max_attempts=max_attempts,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+        held = engine_guides(setup.engine) if guided is None else guided
+        code = run_plan(plan(QuestionsStage(asked, setup, model, held), shards, written, **runs), devices)
+    if config is None or code not in (Exit.OK, Exit.UNRESOLVED):
+        raise typer.Exit(code)
+    assert screener is not None
+    devices = o.devices_for(screen_engine or engine, gpus)
+    setup = o.engine_setup(screener, screen_engine or engine, devices, sees=True, **common)
+    beside = {QUESTIONS: Artifact.open(written)}
+    screened = f"{out.rstrip('/')}/{SCREENED}"
+    made = plan(ScreenStage(config, setup, screener), shards, screened, beside=beside, **runs)
+    raise typer.Exit(max(code, run_plan(made, devices)))
+
+
+def import_questions(path: str, distractors: int, seed: int, shards: str, out: str, runs: dict[str, Any]) -> Exit:
+    """Import a set into an artifact; records that no image of the shards gets are listed beside it."""
+    from ..manifests.shards import expand
+    from ..manifests.storage import PRIVATE
+    from .engine_stages import plan
+    from .quizzing import ImportStage, unmatched_lines
+
+    if not 0 <= distractors <= 5:
+        raise BadInput(f"--distractors {distractors}: 0 to leave open-ended questions alone, or up to 5 wrong options")
+    stage = ImportStage(path, tuple(expand(shards)), distractors, seed)
+    strangers = stage.unmatched()  # reads the whole set: what is wrong with it is found before anything is written
+    made: Plan = plan(stage, shards, out, **runs)
+    made.artifact.folder.write(f"{PRIVATE}/unmatched.jsonl", unmatched_lines(strangers))
+    if strangers:
+        first = strangers[0]
+        text = f"capipe: {first.where}: {first.reason} ({first.image!r}); {len(strangers)} such records are listed in "
+        print(f"{text}{out}/{PRIVATE}/unmatched.jsonl, give --shards that hold their images", file=sys.stderr)
+    return run_plan(made, [])
+
+
+def screen_config(name: str, with_image: str | None, without_image: str | None, presentations: int | None) -> Any:
+    """The screen that the options describe; None for none. Raises BadInput."""
+    from ..stages.screen import PRESETS
+
+    if name == "none":
+        return None
+    if name not in PRESETS:
+        raise BadInput(f"--screen {name!r}: there are {', '.join(PRESETS)} and none")
+    config = PRESETS[name]
+    if with_image is not None:
+        bound, inclusive = o.parse_bound("--with-image", with_image, ">")
+        config = config.model_copy(update={"image_min": bound, "image_inclusive": inclusive})
+    if without_image is not None:
+        bound, inclusive = o.parse_bound("--without-image", without_image, "<")
+        config = config.model_copy(update={"text_max": bound, "text_inclusive": inclusive})
+    if presentations is not None:
+        if presentations < 1:
+            raise BadInput(f"--presentations {presentations}: at least 1")
+        config = config.model_copy(update={"reader": config.reader.model_copy(update={"presentations": presentations})})
+    return config
