@@ -7,6 +7,7 @@ and the tar supplies the images. A foreign tar's rows are its samples, with uids
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -124,7 +125,7 @@ def input_artifact(pattern: str) -> Artifact | None:
 def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[InputShard]:
     """The shards with artifacts' rows beside theirs, by the name each is to have in :attr:`Row.beside`.
 
-    Raises BadInput where an artifact lacks a shard, or was made of none of them.
+    Raises BadInput where an artifact lacks a shard; that its rows are of the same images is seen when they are read.
     """
     joined = []
     committed = {name: artifact.committed() for name, artifact in artifacts.items()}
@@ -290,7 +291,7 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
 
 def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
     """The rows with their companion's beside them. Raises ArtifactMismatch where the two are not of the same images."""
-    beside = (row for batch in _parquet(companion.url, None) for row in batch)
+    beside = _companion_rows(companion)
     for row in rows:
         other = next(beside, None)
         if other is None or (other["key"], other["uid"]) != (row.key, row.uid):
@@ -303,7 +304,21 @@ def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
         raise ArtifactMismatch(f"{companion.url}: has more rows than its shard; give --shards those it was made of")
 
 
-def _parquet(url: str, columns: list[str] | None) -> Iterator[list[dict[str, Any]]]:
+def _companion_rows(companion: Companion) -> Iterator[dict[str, Any]]:
+    fs, path = url_to_fs(companion.url)
+    try:
+        data = fs.cat_file(path)
+    except OSError as error:
+        text = f"{companion.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
+        raise ArtifactMismatch(text) from None
+    if hashlib.sha256(data).hexdigest() != companion.sha256:
+        text = f"{companion.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
+        raise ArtifactMismatch(text)
+    for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(1000):
+        yield from batch.to_pylist()
+
+
+def _parquet(url: str, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
     fs, path = url_to_fs(url)
     with fs.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)

@@ -84,7 +84,7 @@ class HTTPEngine:
             raise RequestError(f"the server ended the answer with {reason!r} and {type(text).__name__} content")
         logprobs = tuple(float(step["logprob"]) for step in _steps(choice)) if request.logprobs else None
         n_tokens = int((answer.get("usage") or {}).get("completion_tokens", 0))
-        return Completion(text, (), reason, n_tokens, logprobs)
+        return Completion(_written(text), (), reason, n_tokens, logprobs)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         body = self._body(request.prompt, max_tokens=1, temperature=0.0)
@@ -194,7 +194,11 @@ def base_url(url: str) -> str:
 
 
 def _response_format(json_schema: str) -> dict[str, Any]:
-    """OpenAI's form of a schema to keep to. Raises RequestError for text that is not JSON."""
+    """OpenAI's form of a schema to keep to. Raises RequestError for text that is not JSON.
+
+    What white space is allowed is the server's own setting (vLLM: ``--structured-outputs-config``); the protocol has
+    no word for it, and a weak model may fill its answer with it.
+    """
     try:
         schema = json.loads(json_schema)
     except ValueError as error:
@@ -252,6 +256,11 @@ def _json_object(response: httpx.Response) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise RequestError(f"the server's answer is no JSON object: {response.text[:200]!r}")
     return answer
+
+
+def _written(text: str) -> str:
+    """What a server says the model wrote, without half surrogate pairs: JSON may bring them and UTF-8 has none."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:

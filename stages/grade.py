@@ -77,7 +77,8 @@ class Grader:
         if unscored:
             reason = f"{len(unscored)} answers were not scored: {unscored[0]}"
             return {**out, "status": str(Status.ENGINE_ERROR), "error": reason}
-        return {**out, "status": str(Status.OK)}
+        graded = any(each["answers"] for each in out["captions"])
+        return {**out, "status": str(Status.OK)} if graded else out
 
     async def _readings(self, subject: Subject, questions: list[Question]) -> list[Reading]:
         if subject.status == Status.ENGINE_ERROR:  # there is no caption, and none is not an empty one

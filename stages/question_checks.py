@@ -38,8 +38,8 @@ _SYNONYMS = {
 # "A) red", "B. blue", "- (C) green", "d：黄"; not "A.M.", which is no label but an abbreviation.
 _LABELLED = re.compile(r"[-*•]?\s*\(?(?P<label>[A-Ja-j])\s*(?P<end>[)）]|[.．:：、](?!\w\.))\s*(?P<rest>.*)", re.DOTALL)
 _LETTER = re.compile(
-    r"[\s*(\[]*(?:(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?[\s:*(]*)?(?P<letter>[A-J])[\s*.):\]]*",
-    re.IGNORECASE,
+    r"[\s*(\[]*(?i:(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?[\s:*(]*)?"
+    r"(?P<letter>[A-Ja-j])[\s*.):\]]*"  # not by ignoring case, which takes a dotted capital I for an i
 )
 
 _WHY = r"(?: (?:this|that|it|(?:this|the) question))?(?: (?:based on|from|given|with|without|by) .{0,80})?"

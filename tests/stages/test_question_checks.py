@@ -294,3 +294,8 @@ def test_nothing_raises_and_everything_fits_the_schema() -> None:
     statuses = {entry["status"] for entry in entries}
     assert statuses == {"ok", "malformed", "bad_options", "bad_answer"}
     assert pa.array(entries, QUESTION).validate(full=True) is None
+
+
+def test_a_letter_that_only_folds_to_one_of_ours_is_no_letter() -> None:
+    entry = checked(RawQuestion("What?", ["red", "blue"], "\u0130"), set())
+    assert entry["status"] == "bad_answer"
