@@ -46,9 +46,10 @@ class ReaderConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Reading:
-    """What became of one question: the choice of each presentation, None where it could not be scored.
+    """What became of one question: the choice of each presentation, None where there is none.
 
-    A choice is an option's index; ``len(question.options)`` is to abstain. ``errors``: reasons of the Nones.
+    A choice is an option's index; ``len(question.options)`` is to abstain. ``errors``: of requests that failed, to be
+    made again; a None without one is a reader's answer that names no option, which would not change.
     """
 
     question: Question
@@ -109,12 +110,12 @@ class QuizReader:
         readings = []
         for question, its_orders in zip(questions, orders, strict=True):
             mine = [next(answers) for _ in its_orders]
-            chosen = tuple(answer if isinstance(answer, int) else None for answer in mine)
+            chosen = tuple(None if isinstance(answer, str) else answer for answer in mine)
             readings.append(Reading(question, chosen, tuple(answer for answer in mine if isinstance(answer, str))))
         return readings
 
-    async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> int | str:
-        """The choice of one presentation, or the reason why there is none."""
+    async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> int | str | None:
+        """The choice of one presentation, None where the reader made none, or why its request failed."""
         try:
             if self.config.mode == "choose":
                 request = ChoiceRequest(prompt, tuple(LETTERS[: len(order)]))
@@ -125,7 +126,7 @@ class QuizReader:
                 place = parse_letter((await self.engine.generate(GenerationRequest(prompt, sampling))).text, len(order))
         except RequestError as error:
             return str(error)
-        return "the reader answered with none of the letters" if place is None else order[place]
+        return None if place is None else order[place]
 
 
 def best_place(scores: ChoiceScores, least_mass: float) -> int | None:

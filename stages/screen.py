@@ -83,14 +83,20 @@ class Screener:
 def judge(with_image: Reading, without: Reading, config: ScreenConfig) -> tuple[QuestionStatus, str | None]:
     """A question's status after both arms, with the reason where it does not stay."""
     errors = with_image.errors + without.errors
-    if errors or with_image.accuracy is None or without.accuracy is None:
-        return QuestionStatus.UNSCORED, errors[0] if errors else "there was nothing to score"
-    if not _above(with_image.accuracy, config.image_min, config.image_inclusive):
-        reason = f"right in {with_image.right} of {with_image.scored} presentations with the image"
+    if errors:
+        return QuestionStatus.UNSCORED, errors[0]
+    if not _above(share_right(with_image), config.image_min, config.image_inclusive):
+        reason = f"right in {with_image.right} of {len(with_image.chosen)} presentations with the image"
         return QuestionStatus.UNSUPPORTED, reason
-    if not _above(-without.accuracy, -config.text_max, config.text_inclusive):
-        return QuestionStatus.LEAKED, f"right in {without.right} of {without.scored} presentations without the image"
+    if not _above(-share_right(without), -config.text_max, config.text_inclusive):
+        reason = f"right in {without.right} of {len(without.chosen)} presentations without the image"
+        return QuestionStatus.LEAKED, reason
     return QuestionStatus.OK, None
+
+
+def share_right(reading: Reading) -> float:
+    """Right answers over all presentations: in either arm, an answer that names no option is not the right one."""
+    return reading.right / len(reading.chosen)
 
 
 def _above(value: float, bound: float, inclusive: bool) -> bool:
@@ -102,8 +108,8 @@ def _outcomes(with_image: Reading, without: Reading) -> dict[str, Any]:
     return {
         "with_image": list(with_image.chosen),
         "without_image": list(without.chosen),
-        "image_accuracy": with_image.accuracy,
-        "text_accuracy": without.accuracy,
+        "image_accuracy": None if with_image.errors else share_right(with_image),
+        "text_accuracy": None if without.errors else share_right(without),
     }
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from . import resolve
 from .export import build_config, build_reader_config
-from .lessons import Lesson, guessing, looking, reading, writing
+from .lessons import Lesson, finding, guessing, looking, reading, seeing, telling, writing
 from .schedule import Schedule
 from .school import Curricula, Curriculum, School, lessons_text
-from .tokenizer import QUIZ, build_tokenizer
+from .tokenizer import QUIZ, SPECIAL, build_tokenizer
 from .world import MOST_THINGS
 
 TEACHER_LAYERS = 5  # one more than the captioner: an answer has to be matched with an option and its letter found
@@ -37,20 +37,41 @@ def most_things(far: float) -> int:
 
 
 def reads(rng: Random, far: float) -> Lesson:
-    return reading(rng, most_things(far), in_words=0.5 if far < 0.15 else 0.2)
+    """Whole captions first, then any; all through, some are whole."""
+    return finding(rng, most_things(far)) if far < 0.4 or rng.random() < 0.3 else reading(rng)
 
 
 def teaches(rng: Random, far: float) -> Lesson:
-    """Half of the lessons answer about a picture, more at first; the others answer without one, or write questions."""
-    most, draw = most_things(far), rng.random()
-    looks, guesses = (0.75, 0.15) if far < 0.25 else (0.55, 0.2)
+    """Half of the lessons ask about a picture; others have none, want questions, or a caption, lest it be forgotten."""
+    most, draw, early = most_things(far), rng.random(), far < 0.4
+    looks, guesses, tells = (0.7, 0.1, 0.1) if early else (0.55, 0.15, 0.05)
     if draw < looks:
-        return looking(rng, most, in_words=0.4 if far < 0.15 else 0.15)
-    return guessing(rng) if draw < looks + guesses else writing(rng, most)
+        return seeing(rng, most) if early or rng.random() < 0.3 else looking(rng, most)
+    if draw < looks + guesses:
+        return guessing(rng)
+    return telling(rng, most) if draw < looks + guesses + tells else writing(rng, most)
 
 
 def new_reader(width: int, layers: int) -> Callable[[PreTrainedTokenizerFast], Qwen2ForCausalLM]:
-    return lambda tokenizer: Qwen2ForCausalLM(build_reader_config(tokenizer, width, layers))
+    def build(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+        model = Qwen2ForCausalLM(build_reader_config(tokenizer, width, layers))
+        compose(model, tokenizer)
+        return model
+
+    return build
+
+
+def compose(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let each phrase that is a token begin as the mean of its words, so that ". red" is known for " red" at once."""
+    words = tokenizer.backend_tokenizer.model
+    weight = model.get_input_embeddings().weight
+    cut = tokenizer.backend_tokenizer.pre_tokenizer
+    with torch.no_grad():
+        for phrase, index in tokenizer.get_added_vocab().items():
+            pieces = [piece for piece, _ in cut.pre_tokenize_str(phrase) if any(map(str.isalpha, piece.strip("ĠĊ")))]
+            parts = [token.id for piece in pieces for token in words.tokenize(piece)]
+            if parts and phrase not in SPECIAL:
+                weight[index] = weight[parts].mean(0) * len(parts) ** 0.5
 
 
 def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
@@ -70,6 +91,7 @@ def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLFo
     model.load_state_dict(mine)
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(new)  # tied: the head's weights, too
+        compose(model, tokenizer)
         for layer in model.model.language_model.layers[captioner.config.text_config.num_hidden_layers :]:
             layer.self_attn.o_proj.weight.zero_()  # a new layer changes nothing at first
             layer.mlp.down_proj.weight.zero_()

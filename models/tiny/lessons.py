@@ -13,8 +13,10 @@ from typing import Literal
 
 from ..quiz import ABSTAIN, LETTERS, Question, caption_prompt, image_prompt, put, writing_prompt
 from .grade import Facts
+from .prompts import DENSE
 from .quiz import COUNTS, KINDS, Asked, facts_of, leaking, possible, quiz, sample_asked, solve
-from .retelling import told
+from .retelling import retold, told
+from .wording import dense_caption
 from .world import COLORS, MOST_THINGS, Scene, sample_of
 
 Form = Literal["letter", "words", "text"]
@@ -55,7 +57,15 @@ class Lesson:
 # --- readers ---------------------------------------------------------------------------------------------------------
 
 
-def reading(rng: Random, most: int = MOST_THINGS, questions: int = 6, in_words: float = 0.25) -> Lesson:
+def finding(rng: Random, most: int = MOST_THINGS, questions: int = 8) -> Lesson:
+    """A caption that tells everything, and questions about it: what reading begins with."""
+    scene = sample_of("train", rng, most, 0.5)
+    caption = rng.choice((dense_caption, retold))(scene, rng)
+    branches = tuple(_read_branch(scene, facts_of(scene), rng, 0.4) for _ in range(questions))
+    return Lesson(caption_prompt(caption), branches)
+
+
+def reading(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> Lesson:
     """A caption and questions about its scene, to be answered from it alone; some captions are another scene's."""
     scene = sample_of("train", rng, most, 0.5)
     draw = rng.random()
@@ -92,7 +102,20 @@ def lettered(question: Question, answer: str | None, rng: Random) -> Branch:
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def looking(rng: Random, most: int = MOST_THINGS, questions: int = 6, in_words: float = 0.15) -> Lesson:
+def seeing(rng: Random, most: int = MOST_THINGS, questions: int = 8) -> Lesson:
+    """A picture and questions about it alone, half of them to be answered in words: what looking begins with."""
+    scene = sample_of("train", rng, most, 0.5)
+    branches = tuple(_read_branch(scene, facts_of(scene), rng, 0.5) for _ in range(questions))
+    return Lesson(image_prompt(), branches, scene)
+
+
+def telling(rng: Random, most: int = MOST_THINGS) -> Lesson:
+    """A picture and the request for a dense caption."""
+    scene = sample_of("train", rng, most, 0.5)
+    return Lesson("", (Branch(rng.choice(DENSE), dense_caption(scene, rng), "text"),), scene)
+
+
+def looking(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> Lesson:
     """A picture and questions: most about it, some that tell their answer, some about another scene."""
     scene = sample_of("train", rng, most, 0.5)
     return Lesson(image_prompt(), tuple(_look_branch(scene, rng, in_words) for _ in range(questions)), scene)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from random import Random
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .prompts import DENSE, PLAIN, SHORT
@@ -25,16 +25,14 @@ WORD = (  # how Qwen cuts text before the merges
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # What quizzes repeat is one piece: instructions, the frame of a question, an option with its line's end, the JSON
-# between a question's parts, a place. It halves a question's tokens, and an option's text is next to its letter.
-_PLACE = r"(?:(?:top|middle|bottom) (?:left|center|right)|center)(?: corner)?"
+# between a question's parts. It halves a question's tokens, and an option's text is next to its letter.
 QUIZ = (
     r" ?(?:Answer the question|multiple-choice questions)[^<\n]+\n*"
     r"|(?:Question: )?(?:What|Which|Where|How|In which)[a-z ]*?(?= (?:the|there|is|does|can|has)\b)"
     r"|(?<=\n)[A-J](?=\. )|(?<=\n[A-J])\. [^\n<]+\n?"
     r'|["\]}, \[{]*"(?:questions": \[\{"kind|kind|question|options|answer)": \[?"|", "|"\}\]\}'
-    rf"| ?(?:(?:[Ii]n|[Aa]t) the )?{_PLACE}"
     r"|<\/?caption>\n*|assistant\n|user\n"
-    rf"|{WORD}"
+    r"|" + WORD
 )
 # No default system message: a request has one only where it says so.
 CHAT_TEMPLATE = (
@@ -66,14 +64,13 @@ def training_text(seed: int, captions: int = 6000) -> Iterator[str]:
 def build_tokenizer(
     seed: int, text: Callable[[int], Iterator[str]] = training_text, pieces: str = WORD
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer with its chat template, merged on ``text`` within ``pieces``; the same one for the same seed."""
+    """The tokenizer with its chat template, merged on ``text`` within ``pieces``; the same one for the same seed.
+
+    A piece that Qwen would cut becomes a token of its own, to be found before all cutting: transformers gives models of
+    Qwen's types Qwen's way of cutting, whatever their files say.
+    """
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    core.pre_tokenizer = _cutting(pieces)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -82,6 +79,10 @@ def build_tokenizer(
         show_progress=False,
     )
     core.train_from_iterator(text(seed), trainer)
+    if pieces != WORD:
+        phrases = _phrases(core, text(seed))
+        core.pre_tokenizer = _cutting(WORD)
+        core.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=END,
@@ -91,3 +92,19 @@ def build_tokenizer(
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+
+
+def _cutting(pieces: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _phrases(core: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """The tokens of ``texts`` that Qwen would cut, longest first."""
+    words = _cutting(WORD)
+    seen = {text[start:end] for text in texts for start, end in core.encode(text).offsets}
+    return sorted((token for token in seen if len(words.pre_tokenize_str(token)) > 1), key=lambda t: (-len(t), t))

@@ -194,10 +194,15 @@ async def test_answers_that_were_not_scored_leave_the_row_unresolved_and_lose_no
     assert list(summary(out)) == ["plain#0", "plain#1", *CONTROLS]
     assert summary(out)["plain#0"] == [(4, 0, 4), (0, 2, 2)] and summary(out)["plain#1"][1] == (3, 0, 3)
     assert out["captions"][0]["answers"][1]["chosen"] == [None, 2, 2]
-    nonsense = await grader(lambda request: [float("nan")] * len(request.choices)).grade(row())
-    assert nonsense["status"] == "engine_error" and "35 answers" in nonsense["error"]
     with pytest.raises(EngineDead):
         await grader(lambda request: EngineDead("gone")).grade(row())
+
+
+async def test_nonsense_is_left_unscored_and_not_asked_again() -> None:
+    out = await grader(lambda request: [float("nan")] * len(request.choices)).grade(row())
+    assert out["status"] == "ok"
+    answers = [answer for caption in out["captions"] for answer in caption["answers"]]
+    assert answers and all(answer["scored"] == answer["right"] == 0 for answer in answers)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_bound_counts_or_does_not_as_configured(inclusive: bool, kept: str) ->
 
 
 def test_a_question_with_anything_unscored_is_neither_kept_nor_refused() -> None:
-    whole, broken, nothing = reading(4), Reading(COLOR, (1, 1, 1, None), ("too long",)), Reading(COLOR, ())
+    whole, broken, nothing = reading(4), Reading(COLOR, (1, 1, 1, None), ("long",)), Reading(COLOR, (None,), ("long",))
     for image, text in ((broken, reading(0)), (whole, broken), (nothing, reading(0)), (whole, nothing)):
         status, reason = judge(image, text, ScreenConfig())
         assert status == "unscored" and reason
@@ -136,10 +136,19 @@ async def test_a_failure_leaves_an_unresolved_row_with_every_question_and_its_st
     assert (sign["without_image"], sign["text_accuracy"]) == ([None] * 4, None)
 
 
-async def test_nonsense_scores_are_unscored_too() -> None:
+async def test_nonsense_is_not_the_right_answer_and_final() -> None:
     out = await screener(lambda request: [float("nan")] * 4).screen(row(), IMAGE)
-    assert out["status"] == "engine_error"
-    assert [each["status"] for each in out["questions"]].count("unscored") == 3
+    assert out["status"] == "filtered" and Status(out["status"]).resolved
+    unsupported = [each for each in out["questions"] if each["status"] == "unsupported"]
+    assert len(unsupported) == 3 and all(each["with_image"] == [None] * 4 for each in unsupported)
+    assert all(each["image_accuracy"] == each["text_accuracy"] == 0 for each in unsupported)
+
+
+def test_three_right_and_one_nonsense_is_three_of_four() -> None:
+    hazy = Reading(COLOR, (1, 1, 1, None))
+    assert judge(hazy, reading(0), ScreenConfig())[0] == "unsupported"
+    assert judge(hazy, reading(0), ScreenConfig(image_min=0.75))[0] == "ok"
+    assert judge(reading(4), Reading(COLOR, (None,) * 4), ScreenConfig())[0] == "ok"
 
 
 async def test_a_dead_engine_is_no_outcome() -> None:
