@@ -8,18 +8,31 @@ from __future__ import annotations
 from pathlib import Path
 
 PREFIX = "tiny/"
-BUNDLED: tuple[str, ...] = ("captioner", "teacher", "reader", "holdout-reader")
+NAMES: tuple[str, ...] = ("captioner", "teacher", "reader", "holdout-reader")
+
+
+def folder_of(model: str) -> Path:
+    """Where the weights of one of :data:`NAMES` lie, or are to."""
+    return Path(__file__).resolve().parent / model
+
+
+def is_bundled(model: str) -> bool:
+    """Whether the weights of one of :data:`NAMES` are there."""
+    return (folder_of(model) / "config.json").is_file()
 
 
 def resolve(name: str) -> str:
     """The absolute folder of a bundled model (``tiny/captioner``); any name outside ``tiny/`` is returned unchanged.
 
-    Raises ValueError, naming the known ones, for a ``tiny/`` name that is not bundled.
+    Raises ValueError for a ``tiny/`` name that is unknown, naming the known ones, or whose weights are not there.
     """
     if not name.startswith(PREFIX):
         return name
     model = name.removeprefix(PREFIX)
-    if model not in BUNDLED:
-        known = ", ".join(PREFIX + each for each in BUNDLED)
+    if model not in NAMES:
+        known = ", ".join(PREFIX + each for each in NAMES)
         raise ValueError(f"no bundled model is called {name!r}; the known ones are: {known}")
-    return str(Path(__file__).resolve().parent / model)
+    if not is_bundled(model):
+        mend = f"train it: python -m capipe.models.tiny.build {model} --minutes 60"
+        raise ValueError(f"{name}: its weights are not here; {mend}")
+    return str(folder_of(model))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from . import BUNDLED, resolve
+from . import NAMES, folder_of
 from .corpus import samples
 from .evaluate import caption, grades_of
 from .examine import report
@@ -86,7 +86,7 @@ def say(line: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=BUNDLED)
+    parser.add_argument("model", choices=NAMES)
     parser.add_argument("--seed", type=int, default=0)
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="train for so long; learning rates follow the clock")
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer = Trainer(Plan(seed=given.seed, **length), build_tokenizer(given.seed))
     else:
         trainer = enrol(given.model, Schedule(seed=given.seed, **length))
-    out = given.out or Path(resolve(f"tiny/{given.model}"))
+    out = given.out or folder_of(given.model)
     build(trainer, given.model, out, given.checkpoints / f"tiny-{given.model}-{given.seed}.pt", given.resume)
     return 0
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from capipe.models.tiny import BUNDLED, resolve
+from capipe.models.tiny import NAMES, is_bundled, resolve
 
 
-@pytest.mark.parametrize("model", BUNDLED)
+@pytest.mark.parametrize("model", filter(is_bundled, NAMES))
 def test_bundled_names_become_folders(model: str) -> None:
     folder = Path(resolve(f"tiny/{model}"))
     assert folder.is_absolute() and (folder / "config.json").is_file()
@@ -19,6 +19,12 @@ def test_bundled_names_become_folders(model: str) -> None:
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-3B-Instruct", "/models/tiny/captioner", "./tiny", "tiny"])
 def test_other_names_are_returned_unchanged(name: str) -> None:
     assert resolve(name) == name
+
+
+def test_missing_weights_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("capipe.models.tiny.folder_of", lambda model: tmp_path / model)
+    with pytest.raises(ValueError, match=r"capipe\.models\.tiny\.build reader"):
+        resolve("tiny/reader")
 
 
 @pytest.mark.parametrize("name", ["tiny/", "tiny/captoiner", "tiny/captioner/x"])
