@@ -70,13 +70,13 @@ def build_config(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> Qwen2_5
     )
 
 
-def build_reader_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Qwen2Config:
-    """A decoder for text alone, ``width`` a multiple of 32."""
+def build_reader_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, inner: int) -> Qwen2Config:
+    """A decoder for text alone, ``width`` a multiple of 32; ``inner``: width of its MLPs."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (START, END, PAD)}
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=3 * width,
+        intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
         num_key_value_heads=width // 32,

@@ -52,9 +52,9 @@ def teaches(rng: Random, far: float) -> Lesson:
     return telling(rng, most) if draw < looks + guesses + tells else writing(rng, most)
 
 
-def new_reader(width: int, layers: int) -> Callable[[PreTrainedTokenizerFast], Qwen2ForCausalLM]:
+def new_reader(width: int, layers: int, inner: int) -> Callable[[PreTrainedTokenizerFast], Qwen2ForCausalLM]:
     def build(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-        model = Qwen2ForCausalLM(build_reader_config(tokenizer, width, layers))
+        model = Qwen2ForCausalLM(build_reader_config(tokenizer, width, layers, inner))
         compose(model, tokenizer)
         return model
 
@@ -100,9 +100,9 @@ def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLFo
 
 
 GRADUATES = {
-    "reader": Graduate(Curricula(reads, 24), new_reader(128, 5), 3e-3, 1.5e-3),
-    "holdout-reader": Graduate(Curricula(reads, 24), new_reader(160, 5), 3e-3, 1.5e-3),
-    "teacher": Graduate(Curricula(teaches, 24), captioner_turned_teacher, 2.5e-3, 1.5e-3),
+    "reader": Graduate(Curricula(reads, 24), new_reader(128, 5, 384), 3e-3, 1.5e-3),
+    "holdout-reader": Graduate(Curricula(reads, 24), new_reader(128, 6, 256), 3e-3, 4e-3),
+    "teacher": Graduate(Curricula(teaches, 24), captioner_turned_teacher, 2.5e-3, 3e-3),
 }
 
 

@@ -49,7 +49,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def new_reader(tokenizer: PreTrainedTokenizerFast, seed: int = 3, schedule: Schedule = SCHEDULE) -> School:
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(build_reader_config(tokenizer, width=32, layers=2))
+    model = Qwen2ForCausalLM(build_reader_config(tokenizer, width=32, layers=2, inner=96))
     return School(model, tokenizer, schedule, Curricula(short_reading, 3))
 
 
