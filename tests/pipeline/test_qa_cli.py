@@ -12,6 +12,7 @@ import pytest
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.verify import verify
+from capipe.models.tiny import is_bundled
 from capipe.models.tiny.corpus import Sample, write_corpus
 from capipe.models.tiny.quiz import quiz, sample_asked
 
@@ -19,6 +20,7 @@ from ..conftest import photo
 from .conftest import CaptionServer, capipe, one_line, table
 
 TEACHER = ("--model", "tiny/teacher", "--engine", "transformers")
+needs_teacher = pytest.mark.skipif(not is_bundled("teacher"), reason="tiny/teacher is not trained yet")
 SCREEN = ("--screen-model", "tiny/teacher", "--engine", "transformers")
 
 
@@ -48,6 +50,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
+@needs_teacher
 def test_questions_are_written_and_screened(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
     shards, _ = corpus
     out = tmp_path / "qa"
@@ -68,6 +71,7 @@ def test_questions_are_written_and_screened(corpus: tuple[Path, list[Sample]], t
         assert verify(str(out / name)).faults == []
 
 
+@needs_teacher
 def test_a_second_run_does_nothing_and_another_configuration_is_refused(
     corpus: tuple[Path, list[Sample]], tmp_path: Path
 ) -> None:
@@ -149,6 +153,7 @@ def test_open_ended_questions_become_multiple_choice_on_request(
     assert [entry["options"][entry["answer"]] for entry in entries] == [line["answer"] for line in lines]
 
 
+@needs_teacher
 def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
     shards, samples = corpus
     rng, lines = Random(3), []
@@ -184,7 +189,7 @@ def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[Sample]], tm
         (("--model", "tiny/teacher", "--without-image", "<2"), "--without-image"),
         (("--model", "tiny/teacher", "--per-image", "0"), "--per-image"),
         (("--model", "tiny/teacher", "--presentations", "0"), "--presentations"),
-        (("--model", "tiny/reader", "--engine", "transformers"), "reads text only"),
+        pytest.param(("--model", "tiny/reader", "--engine", "transformers"), "reads text only", marks=needs_teacher),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(

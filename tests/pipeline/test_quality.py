@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from capipe.models.tiny import is_bundled
 from capipe.models.tiny.corpus import write_corpus
 
 from .conftest import capipe
 from .quality import graded_trial, planted_trial, written_trial
+
+pytestmark = pytest.mark.skipif(not is_bundled("teacher"), reason="tiny/teacher is not trained yet")
 
 
 @pytest.mark.slow
