@@ -151,7 +151,7 @@ class BatchedLM:
             parents = torch.tensor([each.parent or 0 for each in level], device=device)
             follows = torch.tensor([each.start > 0 for each in level], device=device)
             if mask.shape[1]:
-                cache.batch_select_indices(parents)
+                _take_rows(cache, parents)
             ids, own, positions = _padded(prompts, level)
             mask = torch.cat([mask[parents] * follows[:, None], own.to(device)], dim=1)
             vision = self._vision(prompts, level, seen)
@@ -281,6 +281,13 @@ class BatchedLM:
         tokens = out.sequences[0, len(prompt.ids) :]
         scores = _scores(torch.cat(out.logits).float(), tokens)
         return Drawn(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
+
+
+def _take_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """``cache.batch_select_indices`` three times as fast, for layers of full attention."""
+    layer: Any
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
 
 
 def _padded(prompts: Sequence[PreparedPrompt], level: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
