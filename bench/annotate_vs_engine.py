@@ -30,7 +30,8 @@ from capipe.models.engine import Engine, GenerationRequest, ImageInput, Prompt, 
 from capipe.models.images import ImageLimits
 from capipe.models.loading import EngineConfig, load_engine
 from capipe.models.vllm_engine import VLLMEngine
-from capipe.pipeline import annotating
+from capipe.pipeline.annotating import AnnotateProcessor, AnnotateStage
+from capipe.pipeline.engine_stages import EngineSetup, LoadedEngine, plan
 from capipe.pipeline.inline import DirectChannel
 from capipe.pipeline.worker import Worker
 from capipe.stages.annotate import AnnotateConfig
@@ -51,18 +52,18 @@ class Bench:
     async def through_capipe(self, out: Path) -> float:
         """Images per second of all that a worker does."""
         config = AnnotateConfig(prompts=(parse_prompt(PROMPT),), max_tokens=MAX_TOKENS, max_attempts=1)
-        stage = annotating.AnnotateStage(config, ENGINE, ImageLimits(), MODEL, decode_workers=1)
-        plan = annotating.plan(stage, str(self.shards), str(out))
+        stage = AnnotateStage(config, EngineSetup(ENGINE, decode_workers=1), MODEL)
+        made = plan(stage, str(self.shards), str(out))
         assert self.engine.grid is not None
-        pool = DecodePool(stage.decode_workers, self.engine.grid, stage.limits)
+        pool = DecodePool(stage.setup.decode_workers, self.engine.grid, stage.setup.limits)
         await pool.decode(b"")  # its process is up, as it would be long since
-        processor = annotating.AnnotateProcessor(stage, self.engine, pool)
+        processor = AnnotateProcessor(stage, LoadedEngine(self.engine, pool))
         started = time.perf_counter()
-        await Worker(processor, plan.artifact, DirectChannel(plan.todo, plan.artifact, lambda event: None)).run()
+        await Worker(processor, made.artifact, DirectChannel(made.todo, made.artifact, lambda event: None)).run()
         seconds = time.perf_counter() - started
         pool.close()
-        rows = sum(record.rows["ok"] for record in plan.artifact.committed().values())
-        plan.artifact.close()
+        rows = sum(record.rows["ok"] for record in made.artifact.committed().values())
+        made.artifact.close()
         assert rows == len(self.requests), f"{rows} of {len(self.requests)} rows"
         return rows / seconds
 

@@ -96,19 +96,19 @@ def test_annotate_from_and_to_an_object_store(s3: str, tmp_path: Path, server: C
 
 def into_memory(packed: Path, server: CaptionServer, out: str) -> Outcome:
     """Annotate the shards inside this process, packed."""
-    from capipe.models.images import ImageLimits
     from capipe.models.loading import EngineConfig
-    from capipe.pipeline import annotating
+    from capipe.pipeline.annotating import AnnotateStage
+    from capipe.pipeline.engine_stages import EngineSetup, execute, plan
     from capipe.stages.annotate import AnnotateConfig
     from capipe.stages.prompts import parse_prompt
 
     config = AnnotateConfig(prompts=(parse_prompt("short"),))
-    stage = annotating.AnnotateStage(config, EngineConfig(server.url, "m"), ImageLimits(), "m", 1, pack=True)
-    plan = annotating.plan(stage, str(packed.parent / "shards"), out)
+    setup = EngineSetup(EngineConfig(server.url, "m"), decode_workers=1)
+    made = plan(AnnotateStage(config, setup, "m", pack=True), str(packed.parent / "shards"), out)
     try:
-        return annotating.execute(plan, lambda event: None, [])
+        return execute(made, lambda event: None, [])
     finally:
-        plan.artifact.close()
+        made.artifact.close()
 
 
 def test_annotate_into_memory(packed: Path, server: CaptionServer) -> None:
