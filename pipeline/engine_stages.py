@@ -150,6 +150,25 @@ class TracedEngine(CountingEngine):
         await super().aclose()
 
 
+class SidecarProcessor:
+    """What processors share that write no tars: their engine, and the rows they keep alive."""
+
+    writes_tar = False
+
+    def __init__(self, loaded: LoadedEngine, window: int) -> None:
+        self.window = window
+        self._loaded = loaded
+
+    def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
+        return None
+
+    def gauges(self) -> dict[str, int]:
+        return self._loaded.gauges()
+
+    async def aclose(self) -> None:
+        await self._loaded.aclose()
+
+
 class EngineStage(Stage, Protocol):
     """A stage as a command describes it. ``name``: its artifact's stage; ``setup`` None: it needs no engine."""
 

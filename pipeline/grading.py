@@ -10,7 +10,7 @@ from ..manifests.shards import Row
 from ..models.reader import QuizReader, ReaderConfig
 from ..stages import grade
 from ..stages.grade import GradeConfig, Grader
-from .engine_stages import EngineSetup, LoadedEngine
+from .engine_stages import EngineSetup, LoadedEngine, SidecarProcessor
 
 ROWS = 4  # rows a reader works on beyond those that fill its engine
 
@@ -38,15 +38,13 @@ class GradeStage:
         return GradeProcessor(self, await self.setup.load())
 
 
-class GradeProcessor:
+class GradeProcessor(SidecarProcessor):
     """The loaded stage; it needs no image."""
 
     schema = GRADE
-    writes_tar = False
 
     def __init__(self, stage: GradeStage, loaded: LoadedEngine) -> None:
-        self.window = ROWS + 2 * loaded.engine.concurrency // 25  # a caption has some 25 requests at a time
-        self._loaded = loaded
+        super().__init__(loaded, ROWS + 2 * loaded.engine.concurrency // 25)  # a caption has some 25 requests at a time
         self._grader = Grader(QuizReader(loaded.engine, stage.reader), stage.config)
 
     async def process(self, row: Row) -> dict[str, Any]:
@@ -54,12 +52,3 @@ class GradeProcessor:
 
     def passed_on(self, row: Row) -> dict[str, Any]:
         return grade.passed_on(row)
-
-    def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
-        return None
-
-    def gauges(self) -> dict[str, int]:
-        return self._loaded.gauges()
-
-    async def aclose(self) -> None:
-        await self._loaded.aclose()

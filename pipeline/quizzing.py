@@ -25,7 +25,7 @@ from ..stages.question_index import Found, ImageNames, QuestionIndex, Unmatched
 from ..stages.question_sets import read_question_set
 from ..stages.questions import QuestionsConfig, QuestionWriter
 from ..stages.screen import ScreenConfig, Screener
-from .engine_stages import EngineSetup, LoadedEngine
+from .engine_stages import EngineSetup, LoadedEngine, SidecarProcessor
 
 REQUESTS_PER_ROW = 25  # of a row that is screened: five questions in five orders at a time
 
@@ -49,26 +49,7 @@ class QuestionsStage:
         return QuestionsProcessor(self, await self.setup.load())
 
 
-class _EngineProcessor:
-    """What the processors here share: an engine with decoders, and no tars to write."""
-
-    writes_tar = False
-
-    def __init__(self, loaded: LoadedEngine, window: int) -> None:
-        self.window = window
-        self._loaded = loaded
-
-    def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
-        return None
-
-    def gauges(self) -> dict[str, int]:
-        return self._loaded.gauges()
-
-    async def aclose(self) -> None:
-        await self._loaded.aclose()
-
-
-class QuestionsProcessor(_EngineProcessor):
+class QuestionsProcessor(SidecarProcessor):
     """The loaded stage."""
 
     schema = QUESTIONS
@@ -103,7 +84,7 @@ class ScreenStage:
         return ScreenProcessor(self, await self.setup.load())
 
 
-class ScreenProcessor(_EngineProcessor):
+class ScreenProcessor(SidecarProcessor):
     """The loaded stage. A row that has no question to screen is not decoded."""
 
     schema = SCREEN
