@@ -100,9 +100,9 @@ def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLFo
 
 
 GRADUATES = {
-    "reader": Graduate(Curricula(reads, 24), new_reader(128, 5, 384), 3e-3, 1.5e-3),
-    "holdout-reader": Graduate(Curricula(reads, 24), new_reader(128, 6, 256), 3e-3, 4e-3),
-    "teacher": Graduate(Curricula(teaches, 24), captioner_turned_teacher, 2.5e-3, 3e-3),
+    "reader": Graduate(Curricula(reads, 24), new_reader(128, 5, 384), 1e-3, 1e-3),
+    "holdout-reader": Graduate(Curricula(reads, 24), new_reader(128, 6, 256), 1e-3, 1e-3),
+    "teacher": Graduate(Curricula(teaches, 24), captioner_turned_teacher, 1e-3, 1e-3),
 }
 
 
