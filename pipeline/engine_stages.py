@@ -27,6 +27,8 @@ from .worker import Stage
 #: A server resizes by itself and gets the file; it is decoded here, very small, to find out whether it is sound.
 CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)
 
+REQUESTS_PER_ROW = 25  # of a row with a quiz: five questions in five orders at a time
+
 
 @dataclass(frozen=True)
 class EngineSetup:

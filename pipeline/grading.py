@@ -10,7 +10,7 @@ from ..manifests.shards import Row
 from ..models.reader import QuizReader, ReaderConfig
 from ..stages import grade
 from ..stages.grade import GradeConfig, Grader
-from .engine_stages import EngineSetup, LoadedEngine, SidecarProcessor
+from .engine_stages import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
 
 ROWS = 4  # rows a reader works on beyond those that fill its engine
 
@@ -44,7 +44,7 @@ class GradeProcessor(SidecarProcessor):
     schema = GRADE
 
     def __init__(self, stage: GradeStage, loaded: LoadedEngine) -> None:
-        super().__init__(loaded, ROWS + 2 * loaded.engine.concurrency // 25)  # a caption has some 25 requests at a time
+        super().__init__(loaded, ROWS + 2 * loaded.engine.concurrency // REQUESTS_PER_ROW)
         self._grader = Grader(QuizReader(loaded.engine, stage.reader), stage.config)
 
     async def process(self, row: Row) -> dict[str, Any]:

@@ -25,9 +25,7 @@ from ..stages.question_index import Found, ImageNames, QuestionIndex, Unmatched
 from ..stages.question_sets import read_question_set
 from ..stages.questions import QuestionsConfig, QuestionWriter
 from ..stages.screen import ScreenConfig, Screener
-from .engine_stages import EngineSetup, LoadedEngine, SidecarProcessor
-
-REQUESTS_PER_ROW = 25  # of a row that is screened: five questions in five orders at a time
+from .engine_stages import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
 
 
 @dataclass(frozen=True)
