@@ -14,11 +14,12 @@ from . import resolve
 from .export import build_config, build_reader_config
 from .lessons import Lesson, finding, guessing, looking, reading, seeing, telling, writing
 from .schedule import Schedule
-from .school import Curricula, Curriculum, School, lessons_text
+from .school import Curricula, School, lessons_text
 from .tokenizer import QUIZ, SPECIAL, build_tokenizer
 from .world import MOST_THINGS
 
 TEACHER_LAYERS = 5  # one more than the captioner: an answer has to be matched with an option and its letter found
+LEVELS = MOST_THINGS + 1  # scenes of one thing to five, then captions and questions of all sorts
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,15 @@ class Graduate:
     adam_lr: float
 
 
-def most_things(far: float) -> int:
-    """Scenes grow from one thing to five within the first quarter of the training."""
-    return min(MOST_THINGS, 1 + int(far * 20))
+def reads(rng: Random, level: int) -> Lesson:
+    """Whole captions of as many things as the level, up to five; beyond, any captions, some of them whole."""
+    whole = level <= MOST_THINGS or rng.random() < 0.3
+    return finding(rng, min(level, MOST_THINGS)) if whole else reading(rng)
 
 
-def reads(rng: Random, far: float) -> Lesson:
-    """Whole captions first, then any; all through, some are whole."""
-    return finding(rng, most_things(far)) if far < 0.4 or rng.random() < 0.3 else reading(rng)
-
-
-def teaches(rng: Random, far: float) -> Lesson:
+def teaches(rng: Random, level: int) -> Lesson:
     """Half of the lessons ask about a picture; others have none, want questions, or a caption, lest it be forgotten."""
-    most, draw, early = most_things(far), rng.random(), far < 0.4
+    most, draw, early = min(level, MOST_THINGS), rng.random(), level <= MOST_THINGS
     looks, guesses, tells = (0.7, 0.1, 0.1) if early else (0.55, 0.15, 0.05)
     if draw < looks:
         return seeing(rng, most) if early or rng.random() < 0.3 else looking(rng, most)
@@ -100,9 +97,9 @@ def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLFo
 
 
 GRADUATES = {
-    "reader": Graduate(Curricula(reads, 24), new_reader(128, 5, 384), 1e-3, 1e-3),
-    "holdout-reader": Graduate(Curricula(reads, 24), new_reader(128, 6, 256), 1e-3, 1e-3),
-    "teacher": Graduate(Curricula(teaches, 24), captioner_turned_teacher, 1e-3, 1e-3),
+    "reader": Graduate(Curricula(reads, 24, LEVELS), new_reader(128, 5, 384), 1e-3, 1e-3),
+    "holdout-reader": Graduate(Curricula(reads, 24, LEVELS), new_reader(128, 6, 256), 1e-3, 1e-3),
+    "teacher": Graduate(Curricula(teaches, 24, LEVELS), captioner_turned_teacher, 1e-3, 1e-3),
 }
 
 
@@ -110,7 +107,6 @@ def enrol(name: str, schedule: Schedule) -> School:
     """The school of one of :data:`GRADUATES` at its first step; the rates are its own."""
     graduate = GRADUATES[name]
     torch.manual_seed(schedule.seed)
-    make: Curriculum = graduate.curriculum.make
-    tokenizer = build_tokenizer(schedule.seed, lambda seed: lessons_text(make, seed), QUIZ)
+    tokenizer = build_tokenizer(schedule.seed, lambda seed: lessons_text(graduate.curriculum, seed), QUIZ)
     planned = Schedule(schedule.seed, schedule.steps, schedule.minutes, graduate.lr, graduate.adam_lr)
     return School(graduate.build(tokenizer), tokenizer, planned, graduate.curriculum)

@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MEMORY = 0.95  # of the running share of right answers, per step
+PASSED = 0.93  # of the answers with a letter right: the next level begins
+LATEST = 0.6  # of the training: from here on it is the last level, whatever was learnt
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; saved with its checkpoint. ``right``: of the answers on this ``level``, a running share."""
+
+    step: int = 0
+    seconds: float = 0.0
+    level: int = 1
+    right: float = 0.0
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -26,10 +40,11 @@ class Schedule:
         """What the learning rates are multiplied with: warm-up, plateau, linear fall."""
         return min(1.0, (step + 1) / self.warmup, max(0.0, 1 - self.progress(step, seconds)) / self.decay)
 
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with its checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
+    def advance(self, before: Progress, seconds: float, right: float, levels: int) -> Progress:
+        """The progress after a step with ``right`` of its answers right; enough of them lead to the next level."""
+        step, level = before.step + 1, before.level
+        running = MEMORY * before.right + (1 - MEMORY) * right
+        late = self.progress(step, seconds) > LATEST
+        if level < levels and (late or running > PASSED):
+            return Progress(step, seconds, levels if late else level + 1)
+        return Progress(step, seconds, level, running)

@@ -32,7 +32,7 @@ CHUNKS = 2  # a batch goes through the model in so many parts of like length
 LM_WEIGHT = 0.3  # of the loss on captions and questions themselves
 LESSON, QUESTION, FORM_BASE = 0, 1, 2  # what a token is: of the beginning, of a question, of an answer (+ its form)
 
-Curriculum = Callable[[Random, float], Lesson]
+Curriculum = Callable[[Random, int], Lesson]
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Curricula:
-    """``make`` gives a lesson for a random source and how far training is, 0 to 1; ``size`` of them make a batch."""
+    """``make`` gives a lesson for a random source and a level, 1 to ``levels``; ``size`` of them make a batch."""
 
     make: Curriculum
     size: int
+    levels: int
 
 
 class School:
@@ -70,14 +71,15 @@ class School:
         """Train, yielding after every step (so that the caller may look, save or stop)."""
         schedule, start = self.schedule, time.monotonic() - self.progress.seconds
         while schedule.progress(self.progress.step, self.progress.seconds) < 1:
-            far = schedule.progress(self.progress.step, self.progress.seconds)
+            level = self.progress.level
             rng = Random(f"lessons:{schedule.seed}:{self.progress.step}")
-            rows = [encode(self.curriculum.make(rng, far), self.tokenizer, rng) for _ in range(self.curriculum.size)]
+            rows = [encode(self.curriculum.make(rng, level), self.tokenizer, rng) for _ in range(self.curriculum.size)]
             report = self.step(rows, schedule.rate(self.progress.step, self.progress.seconds))
-            self.progress = Progress(self.progress.step + 1, time.monotonic() - start)
+            right, seconds = report.get("letter_right", 0.0), time.monotonic() - start
+            self.progress = schedule.advance(self.progress, seconds, right, self.curriculum.levels)
             if self.progress.step % 50 == 0 or self.progress.step <= 3:
                 figures = " ".join(f"{name} {value:.4f}" for name, value in report.items())
-                log(f"step {self.progress.step} {self.progress.seconds:.0f}s {figures}")
+                log(f"step {self.progress.step} {self.progress.seconds:.0f}s level {level} {figures}")
             yield self.progress
 
     def step(self, rows: list[Row], rate: float) -> dict[str, float]:
@@ -220,11 +222,11 @@ def text_positions(length: int, ids: Sequence[int], image: int) -> Tensor:
     return places
 
 
-def lessons_text(make: Curriculum, seed: int, count: int = 4000) -> Iterator[str]:
-    """What a tokenizer is merged on: the texts of ``count`` lessons."""
+def lessons_text(curriculum: Curricula, seed: int, count: int = 4000) -> Iterator[str]:
+    """What a tokenizer is merged on: the texts of ``count`` lessons of the last level."""
     rng = Random(f"tokenizer:{seed}")
     for _ in range(count):
-        lesson = make(rng, 1.0)
+        lesson = curriculum.make(rng, curriculum.levels)
         yield f"user\n{lesson.text}"
         for branch in lesson.branches:
             yield f"{branch.asked}\nassistant\n{branch.answer}"

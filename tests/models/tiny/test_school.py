@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from capipe.models.tiny.export import GRID_THW, build_config, build_processor, build_reader_config
 from capipe.models.tiny.lessons import FORMS, Lesson, guessing, looking, reading, writing
-from capipe.models.tiny.schedule import Schedule
+from capipe.models.tiny.schedule import Progress, Schedule
 from capipe.models.tiny.school import (
     FORM_BASE,
     LESSON,
@@ -33,24 +33,24 @@ from capipe.models.tiny.tokenizer import IMAGE, QUIZ, START, build_tokenizer
 SCHEDULE = Schedule(seed=3, steps=4, warmup=2)
 
 
-def mixed(rng: Random, far: float) -> Lesson:
+def mixed(rng: Random, level: int) -> Lesson:
     """One lesson of any sort."""
     return rng.choice((reading, looking, guessing, writing))(rng)
 
 
-def short_reading(rng: Random, far: float) -> Lesson:
+def short_reading(rng: Random, level: int) -> Lesson:
     return reading(rng, most=2, questions=3)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer(0, lambda seed: lessons_text(mixed, seed, count=50), QUIZ)
+    return build_tokenizer(0, lambda seed: lessons_text(Curricula(mixed, 3, levels=1), seed, count=50), QUIZ)
 
 
 def new_reader(tokenizer: PreTrainedTokenizerFast, seed: int = 3, schedule: Schedule = SCHEDULE) -> School:
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(build_reader_config(tokenizer, width=32, layers=2, inner=96))
-    return School(model, tokenizer, schedule, Curricula(short_reading, 3))
+    return School(model, tokenizer, schedule, Curricula(short_reading, 3, levels=1))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def teacher(tokenizer: PreTrainedTokenizerFast) -> School:
     config = build_config(tokenizer)
     config.text_config.num_hidden_layers = 2
     config.text_config.layer_types = config.text_config.layer_types[:2]
-    return School(Qwen2_5_VLForConditionalGeneration(config), tokenizer, SCHEDULE, Curricula(mixed, 3))
+    return School(Qwen2_5_VLForConditionalGeneration(config), tokenizer, SCHEDULE, Curricula(mixed, 3, levels=1))
 
 
 def conversation(lesson: Lesson, branch: int) -> list[dict[str, Any]]:
@@ -202,6 +202,22 @@ def test_a_rate_of_zero_changes_nothing(tokenizer: PreTrainedTokenizerFast) -> N
     before = {name: weight.clone() for name, weight in school.model.state_dict().items()}
     school.step([encode(short_reading(Random(0), 1.0), tokenizer, Random(0))], 0.0)
     assert all(torch.equal(weight, before[name]) for name, weight in school.model.state_dict().items())
+
+
+def test_levels_follow_what_is_answered_right() -> None:
+    schedule, state = Schedule(steps=1000), Progress()
+    for _ in range(300):
+        state = schedule.advance(state, 0.0, 0.9, 3)
+    assert (state.step, state.level) == (300, 1)  # not good enough
+    reached = []
+    for _ in range(300):
+        before, state = state, schedule.advance(state, 0.0, 1.0, 3)
+        if state.level > before.level:
+            reached.append(state.step)
+            assert state.right == 0.0  # what was right on one level says nothing about the next
+    assert state.level == 3 and reached == [307, 359]
+    assert schedule.advance(Progress(599, level=1), 0.0, 0.0, 3).level == 1
+    assert schedule.advance(Progress(600, level=1), 0.0, 0.0, 3).level == 3  # the last part is of all sorts
 
 
 def test_a_resumed_run_ends_in_the_same_weights(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
