@@ -22,6 +22,7 @@ from .world import COLORS, MOST_THINGS, Scene, sample_of
 Form = Literal["letter", "words", "text"]
 FORMS: tuple[Form, ...] = ("letter", "words", "text")
 WORDS_ONLY = "Answer in words."
+BOUND = ("color", "place", "shape", "size")  # kinds that take finding one thing among others: most of the learning
 KNOWLEDGE = (  # answered by who never saw a picture
     ("How many sides does a triangle have?", "three", COUNTS),
     ("How many corners does a square have?", "four", COUNTS),
@@ -58,11 +59,18 @@ class Lesson:
 
 
 def finding(rng: Random, most: int = MOST_THINGS, questions: int = 8) -> Lesson:
-    """A caption that tells everything, and questions about it: what reading begins with."""
-    scene = sample_of("train", rng, most, 0.5)
+    """A caption that tells everything, and questions about it, most of a thing's attributes: what reading begins with.
+
+    Of two scenes the fuller one is taken.
+    """
+    scene = max((sample_of("train", rng, most, 0.5) for _ in range(2)), key=lambda each: len(each.things))
     caption = rng.choice((dense_caption, retold))(scene, rng)
-    branches = tuple(_read_branch(scene, facts_of(scene), rng, 0.4) for _ in range(questions))
-    return Lesson(caption_prompt(caption), branches)
+    facts, told = facts_of(scene), []
+    while len(told) < questions:
+        asked = sample_asked(scene, rng)
+        if asked.kind in BOUND or rng.random() < 0.3:
+            told.append(_read_branch(scene, facts, rng, 0.4, asked))
+    return Lesson(caption_prompt(caption), tuple(told))
 
 
 def reading(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> Lesson:
@@ -79,8 +87,8 @@ def reading(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: 
     return Lesson(caption_prompt(caption), branches)
 
 
-def _read_branch(scene: Scene, facts: Facts, rng: Random, in_words: float) -> Branch:
-    asked = sample_asked(scene, rng)
+def _read_branch(scene: Scene, facts: Facts, rng: Random, in_words: float, asked: Asked | None = None) -> Branch:
+    asked = asked or sample_asked(scene, rng)
     question = quiz(scene, asked, rng)
     answer = solve(asked, facts)
     if rng.random() < in_words:

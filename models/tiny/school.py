@@ -28,7 +28,7 @@ from .tokenizer import END, IMAGE, START, VISION_END, VISION_START
 from .vision import image_tokens
 
 IMAGE_STEPS = 4  # positions that an image's 16 tokens take up: the longer side of its grid
-CHUNKS = 2  # a batch goes through the model in so many parts of like length
+CHUNKS = 4  # a batch goes through the model in so many parts of like length
 LM_WEIGHT = 0.3  # of the loss on captions and questions themselves
 LESSON, QUESTION, FORM_BASE = 0, 1, 2  # what a token is: of the beginning, of a question, of an answer (+ its form)
 
