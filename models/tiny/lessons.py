@@ -16,12 +16,13 @@ from .grade import Facts
 from .prompts import DENSE
 from .quiz import COUNTS, KINDS, Asked, facts_of, leaking, possible, quiz, sample_asked, solve
 from .retelling import retold, told
-from .wording import dense_caption
+from .wording import PLAIN, dense_caption
 from .world import COLORS, MOST_THINGS, Scene, sample_of
 
 Form = Literal["letter", "words", "text"]
 FORMS: tuple[Form, ...] = ("letter", "words", "text")
 WORDS_ONLY = "Answer in words."
+LIST = "List all things."
 BOUND = ("color", "place", "shape", "size")  # kinds that take finding one thing among others: most of the learning
 KNOWLEDGE = (  # answered by who never saw a picture
     ("How many sides does a triangle have?", "three", COUNTS),
@@ -58,19 +59,39 @@ class Lesson:
 # --- readers ---------------------------------------------------------------------------------------------------------
 
 
-def finding(rng: Random, most: int = MOST_THINGS, questions: int = 8) -> Lesson:
+def finding(
+    rng: Random,
+    most: int = MOST_THINGS,
+    plainly: bool = False,
+    in_words: float = 0.5,
+    questions: int = 10,
+    lists: int = 0,
+) -> Lesson:
     """A caption that tells everything, and questions about it, most of a thing's attributes: what reading begins with.
 
-    Of two scenes the fuller one is taken.
+    There are at least two things, so that one has to be found; ``plainly``: all captions are worded alike; ``lists``:
+    how often all things are to be listed, too.
     """
-    scene = max((sample_of("train", rng, most, 0.5) for _ in range(2)), key=lambda each: len(each.things))
-    caption = rng.choice((dense_caption, retold))(scene, rng)
-    facts, told = facts_of(scene), []
-    while len(told) < questions:
+    while len((scene := sample_of("train", rng, most, 0.5)).things) < 2:
+        pass
+    caption = dense_caption(scene, rng, style=PLAIN) if plainly else rng.choice((dense_caption, retold))(scene, rng)
+    facts = facts_of(scene)
+    branches = [Branch(LIST, listed(scene, rng), "text") for _ in range(lists)]
+    while len(branches) < questions + lists:
         asked = sample_asked(scene, rng)
-        if asked.kind in BOUND or rng.random() < 0.3:
-            told.append(_read_branch(scene, facts, rng, 0.4, asked))
-    return Lesson(caption_prompt(caption), tuple(told))
+        if asked.kind in BOUND or rng.random() < 0.2:
+            branches.append(_read_branch(scene, facts, rng, in_words, asked))
+    return Lesson(caption_prompt(caption), tuple(branches))
+
+
+def listed(scene: Scene, rng: Random) -> str:
+    """All things, each with its attributes, in any order: "star red small top left, circle ...".
+
+    What comes after a thing's first attribute has to be found by that one: ten answers in the room of two questions.
+    """
+    things = rng.sample(scene.things, len(scene.things))
+    told = ([thing.shape, thing.color, thing.size, thing.place] for thing in things)
+    return " " + ", ".join(" ".join(rng.sample(attributes, len(attributes))) for attributes in told)
 
 
 def reading(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> Lesson:

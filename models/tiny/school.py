@@ -7,11 +7,12 @@ it would have alone: training computes what an engine does, and a beginning once
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +56,13 @@ class Curricula:
     levels: int
 
 
+class Counts(NamedTuple):
+    """Tokens by part: ``all``, and those that are ``told``, without the ends of answers, which say nothing of them."""
+
+    all: Counter[int]
+    told: Counter[int]
+
+
 class School:
     """A model in training on lessons; ``tower``: the vision tower of one that sees."""
 
@@ -64,6 +72,7 @@ class School:
         self.model, self.tokenizer, self.schedule, self.curriculum = model, tokenizer, schedule, curriculum
         self.decoder = getattr(model.model, "language_model", model.model)
         self.tower = getattr(model.model, "visual", None)
+        self.end: int = tokenizer.convert_tokens_to_ids(END)
         self.optimizers = build_optimizers(model, schedule.lr, schedule.adam_lr)
         self.progress = Progress()
 
@@ -75,7 +84,7 @@ class School:
             rng = Random(f"lessons:{schedule.seed}:{self.progress.step}")
             rows = [encode(self.curriculum.make(rng, level), self.tokenizer, rng) for _ in range(self.curriculum.size)]
             report = self.step(rows, schedule.rate(self.progress.step, self.progress.seconds))
-            right, seconds = report.get("letter_right", 0.0), time.monotonic() - start
+            right, seconds = report.get("letter_right", report.get("words_right", 0.0)), time.monotonic() - start
             self.progress = schedule.advance(self.progress, seconds, right, self.curriculum.levels)
             if self.progress.step % 50 == 0 or self.progress.step <= 3:
                 figures = " ".join(f"{name} {value:.4f}" for name, value in report.items())
@@ -86,7 +95,7 @@ class School:
         """One update of all weights; returns losses and accuracies by name, over the batch."""
         rows = sorted(rows, key=lambda row: len(row.ids))
         size = -(-len(rows) // CHUNKS)
-        counts = {part: sum(row.part.count(part) for row in rows) for part in range(FORM_BASE + len(FORMS))}
+        counts = self.count(rows)
         report: dict[str, float] = {}
         for chunk in (rows[at : at + size] for at in range(0, len(rows), size)):
             loss, figures = self._loss(chunk, counts)
@@ -99,7 +108,12 @@ class School:
             optimizer.zero_grad()
         return report
 
-    def _loss(self, rows: list[Row], counts: dict[int, int]) -> tuple[Tensor, dict[str, float]]:
+    def count(self, rows: list[Row]) -> Counts:
+        """The tokens of a batch by what they are."""
+        pairs = [pair for row in rows for pair in zip(row.part, row.ids, strict=True)]
+        return Counts(Counter(part for part, _ in pairs), Counter(part for part, token in pairs if token != self.end))
+
+    def _loss(self, rows: list[Row], counts: Counts) -> tuple[Tensor, dict[str, float]]:
         """A chunk's share of the batch's loss: each kind of token is averaged over the whole batch."""
         hidden, ids, part, same = self.hidden(rows)
         logits = self.model.lm_head(hidden[:, :-1][same])
@@ -111,14 +125,15 @@ class School:
             mine = parts == index
             if not mine.any():
                 continue
-            loss = losses[mine].sum() / counts[index]
+            loss = losses[mine].sum() / counts.all[index]
             if index < FORM_BASE:
                 total = total + LM_WEIGHT / 2 * loss
                 continue
             total = total + loss
             form: str = FORMS[index - FORM_BASE]
             figures[form] = loss.item()
-            right = (logits[mine].argmax(-1) == targets[mine]).float().sum() / counts[index]
+            said = mine & (targets != self.end)
+            right = (logits[said].argmax(-1) == targets[said]).float().sum() / counts.told[index]
             figures[f"{form}_right"] = right.item()
         return total, figures
 

@@ -51,6 +51,9 @@ class Style:
     verb: str
 
 
+PLAIN = Style("large", "small", "shape", "in", False, "list", ORDERS[0], 1, "reads")  # for who begins to read
+
+
 def sample_style(rng: Random) -> Style:
     """Common habits are drawn more often than rare ones, so that one way of saying it is the likeliest."""
     return Style(
@@ -66,12 +69,12 @@ def sample_style(rng: Random) -> Style:
     )
 
 
-def dense_caption(scene: Scene, rng: Random, omitted: Container[Fact] = ()) -> str:
+def dense_caption(scene: Scene, rng: Random, omitted: Container[Fact] = (), style: Style | None = None) -> str:
     """Everything there is to say: count, background, each thing with all its attributes, the sign and its word.
 
-    Facts that are ``omitted`` are left out, in the same style; a caption of nothing is empty.
+    Facts that are ``omitted`` are left out, in the same style, a random one by default; a caption of nothing is empty.
     """
-    style = sample_style(rng)
+    style = style or sample_style(rng)
     clauses = [_clause(kind, scene, style, omitted) for kind in style.order]
     return " ".join(clause for clause in clauses if clause)
 

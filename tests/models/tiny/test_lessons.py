@@ -12,12 +12,15 @@ import pytest
 
 from capipe.models.quiz import ABSTAIN, KINDS, LETTERS, Question, caption_prompt, image_prompt, writing_prompt
 from capipe.models.tiny import lessons
-from capipe.models.tiny.grade import Facts
+from capipe.models.tiny.grade import Facts, parse
+from capipe.models.tiny.graduates import READER_LEVELS, reads
 from capipe.models.tiny.lessons import (
     KNOWLEDGE,
+    LIST,
     WORDS_ONLY,
     Branch,
     Lesson,
+    finding,
     guessing,
     lettered,
     looking,
@@ -215,3 +218,31 @@ def test_questions_are_of_other_kinds_as_long_as_there_are_such() -> None:
 def test_lessons_are_the_same_for_the_same_seed() -> None:
     for make in (reading, looking, guessing, writing):
         assert make(Random(7)) == make(Random(7)) != make(Random(8))
+
+
+def test_whoever_begins_to_read_lists_and_finds_things_in_captions_that_tell_all() -> None:
+    rng = Random(6)
+    for _ in range(40):
+        lesson = finding(rng, most=3, plainly=True, in_words=0.5, questions=4, lists=2)
+        caption = lesson.text.split("<caption>\n")[1].split("\n</caption>")[0]
+        facts = parse(caption)
+        assert 2 <= len(facts.things) <= 3 and all(t.color and t.size and t.place for t in facts.things)
+        assert [branch.asked for branch in lesson.branches[:2]] == [LIST, LIST] and len(lesson.branches) == 6
+        for branch in lesson.branches[:2]:
+            listed = [sorted(entry.split()) for entry in branch.answer.split(", ")]
+            assert branch.form == "text" and branch.answer.startswith(" ")
+            things = [sorted(f"{t.shape} {t.color} {t.size} {t.place}".split()) for t in facts.things]
+            assert sorted(listed) == sorted(things)
+        for branch in lesson.branches[2:]:
+            assert branch.form in ("words", "letter") and branch.answer not in (ABSTAIN, "")
+
+
+def test_the_levels_of_a_reader_lead_from_lists_to_captions_that_leave_things_out() -> None:
+    def forms(level: int) -> Counter[str]:
+        return Counter(branch.form for n in range(30) for branch in reads(Random(n), level).branches)
+
+    first, second, third, last = (forms(level) for level in range(1, READER_LEVELS + 1))
+    assert set(first) == {"text", "words"} and set(second) == set(third) == {"text", "words", "letter"}
+    assert set(last) == {"words", "letter"} and last["letter"] > 3 * last["words"]
+    answers = [branch.answer for n in range(30) for branch in reads(Random(n), READER_LEVELS).branches]
+    assert ABSTAIN in answers

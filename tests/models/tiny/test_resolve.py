@@ -9,7 +9,7 @@ import pytest
 from capipe.models.tiny import NAMES, is_bundled, resolve
 
 
-@pytest.mark.parametrize("model", filter(is_bundled, NAMES))
+@pytest.mark.parametrize("model", [name for name in NAMES if is_bundled(name)])
 def test_bundled_names_become_folders(model: str) -> None:
     folder = Path(resolve(f"tiny/{model}"))
     assert folder.is_absolute() and (folder / "config.json").is_file()
