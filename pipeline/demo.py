@@ -1,4 +1,4 @@
-"""`capipe demo`: the chain so far, on rendered pictures and the bundled captioner, by the commands a user types."""
+"""`capipe demo`: the chain so far, on rendered pictures and the bundled models, by the commands a user types."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from typing import Any
 from ..errors import BadInput, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.shards import RowReader, expand
+from ..manifests.status import QuestionStatus
 from ..models.tiny.corpus import write_corpus
 from .status import State, state
 
+QUICK = "transformers"  # for the small quiz steps: it is up at once
 MARK = ".capipe-demo"  # in folders this command made, which alone it clears
 SEED = 20
 
@@ -32,24 +34,41 @@ class Shown:
 
 
 def run_demo(out: Path, images: int, engine: str, say: Callable[[str], None]) -> Path:
-    """Render, ingest, annotate, verify; returns the report's path. Raises CapipeError where a step fails."""
+    """Render, ingest, annotate, write and screen questions, verify; returns the report's path.
+
+    Raises CapipeError where a step fails.
+    """
     _clear(out)
     corpus, shards, captions = out / "corpus", out / "shards", out / "captions"
-    say(f"1/4 render {images} held-out scenes into {corpus}")
+    questions = out / "questions"
+    say(f"1/5 render {images} held-out scenes into {corpus}")
     write_corpus(corpus, images, "heldout", SEED)
-    say(f"2/4 ingest them into {shards}")
+    say(f"2/5 ingest them into {shards}")
     _capipe("ingest", corpus, "--out", shards, "--shard-size", max(1, images // 5))
-    say(f"3/4 annotate them: two prompts an image, engine {engine}")
+    say(f"3/5 annotate them: two prompts an image, engine {engine}")
     _capipe(
         *("annotate", "--shards", shards, "--out", captions, "--model", "tiny/captioner", "--engine", engine),
         *("--prompt", "plain", "--prompt", "dense", "--max-tokens", 256, "--pack"),
     )
-    say("4/4 verify both")
-    _capipe("verify", shards)
-    _capipe("verify", captions)
+    few, quick = ("--shards", shards / "00000.tar"), ("--engine", QUICK if engine == "auto" else engine)
+    say("4/5 write and screen quiz questions about the first shard's pictures")
+    _capipe("qa", *few, "--out", questions, "--model", "tiny/teacher", *quick)
+    say("5/5 verify")
+    for artifact in (shards, captions, questions / "written", questions / "screened"):
+        _capipe("verify", artifact)
     report = out / "report.md"
-    report.write_text(_report(images, state(str(captions)), list(_show(shards, captions, 3))), encoding="utf-8")
+    text = _report(images, state(str(captions)), list(_show(shards, captions, 3)), _quiz(questions))
+    report.write_text(text, encoding="utf-8")
     return report
+
+
+def _quiz(questions: Path) -> str:
+    """What the quiz step gave, in a line."""
+    artifact = Artifact.open(str(questions / "screened"))
+    entries = [e for shard in artifact.committed() for row in artifact.read_rows(shard) for e in row["questions"]]
+    kept = [entry for entry in entries if entry["status"] == QuestionStatus.OK]
+    shown = [f"{entry['question']} ({', '.join(entry['options'])})" for entry in kept[:2]]
+    return f"{len(kept)} of {len(entries)} questions kept, e.g. {' '.join(shown)}"
 
 
 def _clear(out: Path) -> None:
@@ -84,7 +103,7 @@ def _show(shards: Path, captions: Path, count: int) -> Iterator[Shown]:
         yield Shown(f"corpus/{number:06d}.jpg", source.text or "", texts.get("plain", ""), texts.get("dense", ""))
 
 
-def _report(images: int, found: State, shown: list[Shown]) -> str:
+def _report(images: int, found: State, shown: list[Shown], quiz: str) -> str:
     rows = "\n".join(f"| {status} | {count} |" for status, count in sorted(found.rows.items()))
     parts = [
         "# capipe demo",
@@ -92,6 +111,7 @@ def _report(images: int, found: State, shown: list[Shown]) -> str:
         f"| status | rows |\n|---|---|\n{rows}",
         f"`captions/` has {found.shards} shards, {found.bytes:,} bytes: tars with images and captions, and Parquet.",
     ]
+    parts.append(quiz)
     for sample in shown:
         parts.append(
             f"![]({sample.file})\n\n- alt text: {sample.original}\n- plain: {sample.short}\n- dense: {sample.dense}"
@@ -100,7 +120,8 @@ def _report(images: int, found: State, shown: list[Shown]) -> str:
 
 
 def lines(report: Path) -> list[str]:
-    """What the demo ends with: three captions, and where everything is."""
+    """What the demo ends with: three captions, the quiz in a line, and where everything is."""
     out = report.parent
     texts = [f"  {s.file}: {s.dense}" for s in _show(out / "shards", out / "captions", 3)]
-    return ["three captions:", *texts, f"report: {report}", f"shards: {out / 'captions'}"]
+    quiz = _quiz(out / "questions")
+    return ["three captions:", *texts, quiz, f"report: {report}", f"shards: {out / 'captions'}"]

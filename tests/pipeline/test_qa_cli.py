@@ -20,7 +20,6 @@ from ..conftest import photo
 from .conftest import CaptionServer, capipe, one_line, table
 
 TEACHER = ("--model", "tiny/teacher", "--engine", "transformers")
-needs_teacher = pytest.mark.skipif(not is_bundled("teacher"), reason="tiny/teacher is not trained yet")
 SCREEN = ("--screen-model", "tiny/teacher", "--engine", "transformers")
 
 
@@ -50,7 +49,6 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-@needs_teacher
 def test_questions_are_written_and_screened(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
     shards, _ = corpus
     out = tmp_path / "qa"
@@ -71,7 +69,6 @@ def test_questions_are_written_and_screened(corpus: tuple[Path, list[Sample]], t
         assert verify(str(out / name)).faults == []
 
 
-@needs_teacher
 def test_a_second_run_does_nothing_and_another_configuration_is_refused(
     corpus: tuple[Path, list[Sample]], tmp_path: Path
 ) -> None:
@@ -153,7 +150,6 @@ def test_open_ended_questions_become_multiple_choice_on_request(
     assert [entry["options"][entry["answer"]] for entry in entries] == [line["answer"] for line in lines]
 
 
-@needs_teacher
 def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
     shards, samples = corpus
     rng, lines = Random(3), []
@@ -189,7 +185,11 @@ def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[Sample]], tm
         (("--model", "tiny/teacher", "--without-image", "<2"), "--without-image"),
         (("--model", "tiny/teacher", "--per-image", "0"), "--per-image"),
         (("--model", "tiny/teacher", "--presentations", "0"), "--presentations"),
-        pytest.param(("--model", "tiny/reader", "--engine", "transformers"), "reads text only", marks=needs_teacher),
+        pytest.param(
+            ("--model", "tiny/reader", "--engine", "transformers"),
+            "reads text only",
+            marks=pytest.mark.skipif(not is_bundled("reader"), reason="tiny/reader is not trained yet"),
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(

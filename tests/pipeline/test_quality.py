@@ -7,26 +7,47 @@ from pathlib import Path
 import pytest
 
 from capipe.models.tiny import is_bundled
-from capipe.models.tiny.corpus import write_corpus
+from capipe.models.tiny.corpus import Sample, write_corpus
 
 from .conftest import capipe
-from .quality import graded_trial, planted_trial, written_trial
+from .quality import Written, graded_trial, planted_trial, written_trial
 
-pytestmark = pytest.mark.skipif(not is_bundled("teacher"), reason="tiny/teacher is not trained yet")
+ENGINE = ("--engine", "transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quality")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> list[Sample]:
+    """Sixty held-out scenes, ingested."""
+    samples = write_corpus(folder / "corpus", 60, "heldout", 32)
+    capipe("ingest", folder / "corpus", "--out", folder / "shards", "--shard-size", 100)
+    return samples
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path, corpus: list[Sample]) -> Written:
+    """What the teacher wrote about them."""
+    options = ("--model", "tiny/teacher", "--per-image", 3, *ENGINE)
+    return written_trial(folder / "shards", corpus, folder / "qa", *options)
 
 
 @pytest.mark.slow
-def test_quizzes_are_right_the_screen_sees_and_captions_lie_between_floor_and_ceiling(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus", 60, "heldout", 32)
-    shards = tmp_path / "shards"
-    capipe("ingest", tmp_path / "corpus", "--out", shards, "--shard-size", 100)
-    engine = ("--engine", "transformers")
-    written = written_trial(shards, corpus, tmp_path / "qa", "--model", "tiny/teacher", "--per-image", 3, *engine)
+def test_quizzes_are_right_and_the_screen_sees(folder: Path, corpus: list[Sample], written: Written) -> None:
     assert written.gold >= 0.88 and written.kept >= 80
-    planted = planted_trial(shards, corpus, tmp_path / "planted", 40, "--screen-model", "tiny/teacher", *engine)
+    screen = ("--screen-model", "tiny/teacher", *ENGINE)
+    planted = planted_trial(folder / "shards", corpus, folder / "planted", 40, *screen)
     assert planted.leaked_rejected >= 0.92 and planted.wrong_rejected >= 0.92 and planted.good_kept >= 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_bundled("holdout-reader"), reason="tiny/holdout-reader is not trained yet")
+def test_captions_lie_between_floor_and_ceiling(folder: Path, written: Written) -> None:
     plain = ("--model", "tiny/captioner", "--reader", "tiny/holdout-reader", "--samples", 2, "--max-tokens", 200)
-    graded = graded_trial(shards, tmp_path / "qa", tmp_path / "eval", *plain, *engine)
+    graded = graded_trial(folder / "shards", folder / "qa", folder / "eval", *plain, *ENGINE)
     floor = max(graded.accuracy[name] for name in ("blind", "empty", "generic"))
     assert floor <= 0.06 and graded.accuracy["oracle"] >= 0.92
     assert floor + 0.05 < graded.accuracy["plain"] < graded.accuracy["oracle"] - 0.3
