@@ -42,7 +42,7 @@ def reads(rng: Random, level: int) -> Lesson:
     if level == 2:
         return finding(rng, 5, plainly=rng.random() < 0.5, in_words=0.6, questions=6, lists=3)
     if level == 3:
-        return finding(rng, in_words=0.3, questions=8, lists=1)
+        return finding(rng, in_words=0.15, questions=6, letters=3)
     return finding(rng, in_words=0.15) if rng.random() < 0.3 else reading(rng)
 
 

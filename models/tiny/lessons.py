@@ -23,6 +23,7 @@ Form = Literal["letter", "words", "text"]
 FORMS: tuple[Form, ...] = ("letter", "words", "text")
 WORDS_ONLY = "Answer in words."
 LIST = "List all things."
+SPELL = "Say the letters."
 BOUND = ("color", "place", "shape", "size")  # kinds that take finding one thing among others: most of the learning
 KNOWLEDGE = (  # answered by who never saw a picture
     ("How many sides does a triangle have?", "three", COUNTS),
@@ -66,18 +67,20 @@ def finding(
     in_words: float = 0.5,
     questions: int = 10,
     lists: int = 0,
+    letters: int = 0,
 ) -> Lesson:
     """A caption that tells everything, and questions about it, most of a thing's attributes: what reading begins with.
 
     There are at least two things, so that one has to be found; ``plainly``: all captions are worded alike; ``lists``:
-    how often all things are to be listed, too.
+    how often all things are to be listed, too; ``letters``: how often the letters of all options are to be told.
     """
     while len((scene := sample_of("train", rng, most, 0.5)).things) < 2:
         pass
     caption = dense_caption(scene, rng, style=PLAIN) if plainly else rng.choice((dense_caption, retold))(scene, rng)
     facts = facts_of(scene)
     branches = [Branch(LIST, listed(scene, rng), "text") for _ in range(lists)]
-    while len(branches) < questions + lists:
+    branches += [_spelled(quiz(scene, sample_asked(scene, rng), rng), rng) for _ in range(letters)]
+    while len(branches) < questions + lists + letters:
         asked = sample_asked(scene, rng)
         if asked.kind in BOUND or rng.random() < 0.2:
             branches.append(_read_branch(scene, facts, rng, in_words, asked))
@@ -92,6 +95,15 @@ def listed(scene: Scene, rng: Random) -> str:
     things = rng.sample(scene.things, len(scene.things))
     told = ([thing.shape, thing.color, thing.size, thing.place] for thing in things)
     return " " + ", ".join(" ".join(rng.sample(attributes, len(attributes))) for attributes in told)
+
+
+def _spelled(question: Question, rng: Random) -> Branch:
+    """The letters of all options of a question, in any order: "star B, circle A, ..."."""
+    choices = (*question.options, ABSTAIN)
+    order = rng.sample(range(len(choices)), len(choices))
+    letters = {choice: letter for letter, choice in zip(LETTERS, order, strict=False)}
+    told = [f"{choices[choice]} {letters[choice]}" for choice in rng.sample(range(len(choices)), len(choices))]
+    return Branch(put(question, order) + SPELL, " " + ", ".join(told), "text")
 
 
 def reading(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> Lesson:

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -17,6 +18,7 @@ from capipe.models.tiny.graduates import READER_LEVELS, reads
 from capipe.models.tiny.lessons import (
     KNOWLEDGE,
     LIST,
+    SPELL,
     WORDS_ONLY,
     Branch,
     Lesson,
@@ -235,6 +237,15 @@ def test_whoever_begins_to_read_lists_and_finds_things_in_captions_that_tell_all
             assert sorted(listed) == sorted(things)
         for branch in lesson.branches[2:]:
             assert branch.form in ("words", "letter") and branch.answer not in (ABSTAIN, "")
+
+
+def test_whoever_learns_letters_says_those_of_all_options() -> None:
+    rng = Random(8)
+    for _ in range(30):
+        branch = finding(rng, questions=0, letters=1).branches[0]
+        _, by_letter = choices(replace(branch, asked=branch.asked.removesuffix(SPELL)))
+        told = dict(reversed(entry.rsplit(" ", 1)) for entry in branch.answer.strip().split(", "))
+        assert branch.form == "text" and told == by_letter
 
 
 def test_the_levels_of_a_reader_lead_from_lists_to_captions_that_leave_things_out() -> None:
