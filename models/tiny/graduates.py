@@ -42,7 +42,7 @@ def reads(rng: Random, level: int) -> Lesson:
     if level == 2:
         return finding(rng, 5, plainly=rng.random() < 0.5, in_words=0.6, questions=6, lists=3)
     if level == 3:
-        return finding(rng, in_words=0.15, questions=6, letters=3)
+        return finding(rng, in_words=0.4, questions=8, letters=1)
     return finding(rng, in_words=0.15) if rng.random() < 0.3 else reading(rng)
 
 
@@ -105,8 +105,8 @@ def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLFo
 
 
 GRADUATES = {
-    "reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 5, 384), 1e-3, 1e-3),
-    "holdout-reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 6, 256), 1e-3, 1e-3),
+    "reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 7, 384), 1e-3, 1e-3),
+    "holdout-reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 8, 256), 1e-3, 1e-3),
     "teacher": Graduate(Curricula(teaches, 24, TEACHER_LEVELS), captioner_turned_teacher, 1e-3, 1e-3),
 }
 

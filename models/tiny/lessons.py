@@ -125,7 +125,10 @@ def _read_branch(scene: Scene, facts: Facts, rng: Random, in_words: float, asked
     question = quiz(scene, asked, rng)
     answer = solve(asked, facts)
     if rng.random() < in_words:
-        return Branch(f"Question: {question.text}\n{WORDS_ONLY}", answer or ABSTAIN, "words")
+        # With the options in sight in half of the cases: what a letter is chosen by has to be known there, too.
+        order = rng.sample(range(len(question.options) + 1), len(question.options) + 1)
+        text = put(question, order) if rng.random() < 0.5 else f"Question: {question.text}\n"
+        return Branch(text + WORDS_ONLY, answer or ABSTAIN, "words")
     if answer is not None and answer not in question.options and rng.random() < 0.7:
         # The caption is of another scene: what it tells is to be among the options, too.
         question = replace(question, options=(answer, *question.options[1:]))

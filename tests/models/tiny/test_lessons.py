@@ -66,8 +66,8 @@ def choices(branch: Branch) -> tuple[str, dict[str, str]]:
 def given(branch: Branch) -> tuple[str, str, set[str] | None]:
     """The question, the answer in words, and what there was to choose from (None: anything)."""
     if branch.form == "words":
-        question, line = branch.asked.removeprefix("Question: ").split("\n")
-        assert line == WORDS_ONLY
+        question, *shown, line = branch.asked.removeprefix("Question: ").split("\n")
+        assert line == WORDS_ONLY and all(re.match(r"[A-J]\. ", option) for option in shown)
         return question, branch.answer, None
     assert branch.form == "letter" and branch.answer in LETTERS
     question, by_letter = choices(branch)
