@@ -35,7 +35,7 @@ class Graduate:
 def reads(rng: Random, level: int) -> Lesson:
     """Lists and words about plain captions; letters, too; all wordings; then any caption, some of them whole.
 
-    Binding a thing's attributes to each other takes half a million answers to learn; lists give most of them a second.
+    Binding a thing's attributes to each other takes half a million answers to learn; lists hold the most of them.
     """
     if level == 1:
         return finding(rng, 4, plainly=True, in_words=1.0, questions=3, lists=5)
