@@ -19,7 +19,7 @@ from .tokenizer import QUIZ, SPECIAL, build_tokenizer
 from .world import MOST_THINGS
 
 TEACHER_LAYERS = 5  # one more than the captioner: an answer has to be matched with an option and its letter found
-READER_LEVELS, TEACHER_LEVELS = 4, MOST_THINGS + 1
+READER_LEVELS, TEACHER_LEVELS = MOST_THINGS + 3, MOST_THINGS + 1
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,23 @@ class Graduate:
     build: Callable[[PreTrainedTokenizerFast], Any]
     lr: float
     adam_lr: float
+    guided: int | None = None  # layers, see School
 
 
 def reads(rng: Random, level: int) -> Lesson:
-    """Lists and words about plain captions; letters, too; all wordings; then any caption, some of them whole.
+    """Lists and words about many things, then letters about one thing, two, and so on; last any caption.
 
-    Binding a thing's attributes to each other takes half a million answers to learn; lists hold the most of them.
+    Binding a thing's attributes to each other takes half a million answers to learn; lists hold the most of them. The
+    step from an answer to its letter is learnt where the answer is easy to find, or not at all.
     """
     if level == 1:
         return finding(rng, 4, plainly=True, in_words=1.0, questions=3, lists=5)
     if level == 2:
         return finding(rng, 5, plainly=rng.random() < 0.5, in_words=0.6, questions=6, lists=3)
-    if level == 3:
-        return finding(rng, in_words=0.4, questions=8, letters=1)
+    if level < READER_LEVELS:
+        if rng.random() < 0.3:
+            return finding(rng, in_words=1.0)
+        return finding(rng, level - 2, in_words=0.1, letters=1)
     return finding(rng, in_words=0.15) if rng.random() < 0.3 else reading(rng)
 
 
@@ -105,8 +109,8 @@ def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLFo
 
 
 GRADUATES = {
-    "reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 7, 384), 1e-3, 1e-3),
-    "holdout-reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 8, 256), 1e-3, 1e-3),
+    "reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 7, 384), 1e-3, 1e-3, 5),
+    "holdout-reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 8, 256), 1e-3, 1e-3, 6),
     "teacher": Graduate(Curricula(teaches, 24, TEACHER_LEVELS), captioner_turned_teacher, 1e-3, 1e-3),
 }
 
@@ -117,4 +121,4 @@ def enrol(name: str, schedule: Schedule) -> School:
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer(schedule.seed, lambda seed: lessons_text(graduate.curriculum, seed), QUIZ)
     planned = Schedule(schedule.seed, schedule.steps, schedule.minutes, graduate.lr, graduate.adam_lr)
-    return School(graduate.build(tokenizer), tokenizer, planned, graduate.curriculum)
+    return School(graduate.build(tokenizer), tokenizer, planned, graduate.curriculum, graduate.guided)

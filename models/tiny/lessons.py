@@ -41,11 +41,12 @@ KNOWLEDGE = (  # answered by who never saw a picture
 
 @dataclass(frozen=True)
 class Branch:
-    """``asked`` continues the user's turn, ``answer`` is the assistant's."""
+    """``asked`` continues the user's turn, ``answer`` is the assistant's; ``means``: in words, where it is a letter."""
 
     asked: str
     answer: str
     form: Form = "letter"
+    means: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,11 @@ def finding(
 ) -> Lesson:
     """A caption that tells everything, and questions about it, most of a thing's attributes: what reading begins with.
 
-    There are at least two things, so that one has to be found; ``plainly``: all captions are worded alike; ``lists``:
-    how often all things are to be listed, too; ``letters``: how often the letters of all options are to be told.
+    Where there may be two things there are, so that one has to be found; ``plainly``: all captions are worded alike;
+    ``lists``: how often all things are to be listed, too; ``letters``: how often the letters of all options are to be
+    told.
     """
-    while len((scene := sample_of("train", rng, most, 0.5)).things) < 2:
+    while len((scene := sample_of("train", rng, most, 0.5)).things) < min(most, 2):
         pass
     caption = dense_caption(scene, rng, style=PLAIN) if plainly else rng.choice((dense_caption, retold))(scene, rng)
     facts = facts_of(scene)
@@ -140,7 +142,8 @@ def lettered(question: Question, answer: str | None, rng: Random) -> Branch:
     choices = len(question.options) + 1
     order = rng.sample(range(choices), choices)
     choice = question.options.index(answer) if answer in question.options else choices - 1
-    return Branch(put(question, order), LETTERS[order.index(choice)])
+    means = (*question.options, ABSTAIN)[choice]
+    return Branch(put(question, order), LETTERS[order.index(choice)], means=means)
 
 
 # --- the teacher -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -31,18 +32,24 @@ from .vision import image_tokens
 IMAGE_STEPS = 4  # positions that an image's 16 tokens take up: the longer side of its grid
 CHUNKS = 4  # a batch goes through the model in so many parts of like length
 LM_WEIGHT = 0.3  # of the loss on captions and questions themselves
+GUIDE_WEIGHT = 0.5  # of the loss on what a middle layer knows
 LESSON, QUESTION, FORM_BASE = 0, 1, 2  # what a token is: of the beginning, of a question, of an answer (+ its form)
+LETTER = FORM_BASE + FORMS.index("letter")
 
 Curriculum = Callable[[Random, int], Lesson]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A lesson as tokens. ``branch``: 0 for the beginning, then 1, 2, …; ``part``: what to learn from a token."""
+    """A lesson as tokens. ``branch``: 0 for the beginning, then 1, 2, …; ``part``: what to learn from a token.
+
+    ``means``: of a letter, the token that begins what it stands for; -1 of all others.
+    """
 
     ids: list[int]
     branch: list[int]
     part: list[int]
+    means: list[int]
     positions: Tensor  # (3, tokens)
     pixels: np.ndarray | None
 
@@ -64,11 +71,21 @@ class Counts(NamedTuple):
 
 
 class School:
-    """A model in training on lessons; ``tower``: the vision tower of one that sees."""
+    """A model in training on lessons; ``tower``: the vision tower of one that sees.
+
+    ``guided``: how many layers are to know the answer in words before the others find its letter (deep supervision,
+    arXiv 1409.5185). Without it the layers that find the answer leave none to find the letter.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerFast, schedule: Schedule, curriculum: Curricula
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        schedule: Schedule,
+        curriculum: Curricula,
+        guided: int | None = None,
     ) -> None:
+        self.guided = guided
         self.model, self.tokenizer, self.schedule, self.curriculum = model, tokenizer, schedule, curriculum
         self.decoder = getattr(model.model, "language_model", model.model)
         self.tower = getattr(model.model, "visual", None)
@@ -115,7 +132,9 @@ class School:
 
     def _loss(self, rows: list[Row], counts: Counts) -> tuple[Tensor, dict[str, float]]:
         """A chunk's share of the batch's loss: each kind of token is averaged over the whole batch."""
-        hidden, ids, part, same = self.hidden(rows)
+        middle: list[Tensor] = []
+        with self._watched(middle):
+            hidden, ids, part, same = self.hidden(rows)
         logits = self.model.lm_head(hidden[:, :-1][same])
         targets, parts = ids[:, 1:][same], part[:, 1:][same]
         losses = functional.cross_entropy(logits, targets, reduction="none")
@@ -135,7 +154,39 @@ class School:
             said = mine & (targets != self.end)
             right = (logits[said].argmax(-1) == targets[said]).float().sum() / counts.told[index]
             figures[f"{form}_right"] = right.item()
+        if middle:
+            loss = self._guide(middle[0], rows) / max(1, counts.told[LETTER])
+            figures["guide"] = loss.item()
+            total = total + GUIDE_WEIGHT * loss
         return total, figures
+
+    @contextmanager
+    def _watched(self, middle: list[Tensor]) -> Iterator[None]:
+        """Put what comes out of the last guided layer into ``middle``."""
+        if self.guided is None:
+            yield
+            return
+        handle = self.decoder.layers[self.guided - 1].register_forward_hook(
+            lambda module, inputs, output: middle.append(output)
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _guide(self, middle: Tensor, rows: list[Row]) -> Tensor:
+        """The summed loss of answers in words, read off ``middle`` (rows, tokens, width) where letters are foretold."""
+        said = [
+            (row, column - 1, token)
+            for row, each in enumerate(rows)
+            for column, token in enumerate(each.means)
+            if token >= 0
+        ]
+        if not said:
+            return torch.zeros(())
+        at, before, tokens = torch.tensor(said).unbind(1)
+        logits = self.model.lm_head(self.decoder.norm(middle[at, before]))
+        return functional.cross_entropy(logits, tokens, reduction="sum")
 
     def hidden(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Last hidden states (rows, tokens, width), token ids and parts (rows, tokens), and which to predict.
@@ -210,6 +261,7 @@ def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast, rng: Random) -> R
         texts += [f"{branch.asked}{END}\n{START}assistant\n", f"{branch.answer}{END}"]
     beginning, *pieces = tokenizer(texts).input_ids
     ids, branches, part = list(beginning), [0] * len(beginning), [LESSON] * len(beginning)
+    means = [-1] * len(beginning)
     start = text_positions(len(beginning), beginning, tokenizer.convert_tokens_to_ids(IMAGE))
     positions = [start]
     first = int(start.max()) + 1
@@ -218,9 +270,11 @@ def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast, rng: Random) -> R
         ids += asked + answer
         branches += [number] * (len(asked) + len(answer))
         part += [QUESTION] * len(asked) + [FORM_BASE + FORMS.index(branch.form)] * len(answer)
+        first_word = tokenizer(branch.means).input_ids[0] if branch.means else -1
+        means += [-1] * len(asked) + [first_word] + [-1] * (len(answer) - 1)
         positions.append(torch.arange(first, first + len(asked) + len(answer)).expand(3, -1))
     pixels = picture(lesson.scene, rng) if lesson.scene is not None else None
-    return Row(ids, branches, part, torch.cat(positions, dim=1), pixels)
+    return Row(ids, branches, part, means, torch.cat(positions, dim=1), pixels)
 
 
 def text_positions(length: int, ids: Sequence[int], image: int) -> Tensor:

@@ -33,7 +33,7 @@ from capipe.models.tiny.lessons import (
 )
 from capipe.models.tiny.quiz import PUBLIC_KIND, Asked, facts_of, possible, solve, understand
 from capipe.models.tiny.retelling import told
-from capipe.models.tiny.world import Scene, scenes, split_of
+from capipe.models.tiny.world import MOST_THINGS, Scene, scenes, split_of
 
 KNOWN = {text: right for text, right, _ in KNOWLEDGE}
 Told = list[tuple[str, Facts]]
@@ -252,8 +252,33 @@ def test_the_levels_of_a_reader_lead_from_lists_to_captions_that_leave_things_ou
     def forms(level: int) -> Counter[str]:
         return Counter(branch.form for n in range(30) for branch in reads(Random(n), level).branches)
 
-    first, second, third, last = (forms(level) for level in range(1, READER_LEVELS + 1))
-    assert set(first) == {"text", "words"} and set(second) == set(third) == {"text", "words", "letter"}
+    first, second, *letters, last = (forms(level) for level in range(1, READER_LEVELS + 1))
+    assert set(first) == {"text", "words"} and set(second) == {"text", "words", "letter"}
+    assert len(letters) == MOST_THINGS and all(set(each) == {"text", "words", "letter"} for each in letters)
     assert set(last) == {"words", "letter"} and last["letter"] > 3 * last["words"]
     answers = [branch.answer for n in range(30) for branch in reads(Random(n), READER_LEVELS).branches]
     assert ABSTAIN in answers
+
+
+def test_letters_are_first_learnt_about_one_thing() -> None:
+    """Of the level's lessons with letters; those in words alone keep what was learnt about many."""
+
+    def things(level: int) -> Counter[int]:
+        drawn = (reads(Random(n), level) for n in range(60))
+        return Counter(
+            len(parse(lesson.text.split("<caption>")[1]).things)
+            for lesson in drawn
+            if any(branch.form == "letter" for branch in lesson.branches)
+        )
+
+    assert set(things(3)) == {1} and set(things(4)) == {2} and max(things(READER_LEVELS - 1)) == MOST_THINGS
+
+
+def test_a_letter_is_given_with_what_it_means() -> None:
+    for number in range(40):
+        for branch in reading(Random(number)).branches:
+            if branch.form != "letter":
+                assert branch.means == ""
+                continue
+            letters, by_letter = choices(branch)
+            assert by_letter[branch.answer] == branch.means and branch.answer in letters

@@ -47,10 +47,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer(0, lambda seed: lessons_text(Curricula(mixed, 3, levels=1), seed, count=50), QUIZ)
 
 
-def new_reader(tokenizer: PreTrainedTokenizerFast, seed: int = 3, schedule: Schedule = SCHEDULE) -> School:
+def new_reader(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 3, schedule: Schedule = SCHEDULE, guided: int | None = None
+) -> School:
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(build_reader_config(tokenizer, width=32, layers=2, inner=96))
-    return School(model, tokenizer, schedule, Curricula(short_reading, 3, levels=1))
+    return School(model, tokenizer, schedule, Curricula(short_reading, 3, levels=1), guided)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,8 @@ def test_a_row_is_what_the_chat_template_makes_of_each_branch(tokenizer: PreTrai
             answer = len(tokenizer(branch.answer).input_ids) + 1
             learned = FORM_BASE + FORMS.index(branch.form)
             beginning, question = row.branch.count(0), len(mine) - row.branch.count(0) - answer
+            meant = [tokenizer.decode([row.means[place]]) for place in mine if row.means[place] >= 0]
+            assert len(meant) == (branch.form == "letter") and all(branch.means.startswith(word) for word in meant)
             assert parts == [LESSON] * beginning + [QUESTION] * question + [learned] * answer
 
 
@@ -196,6 +200,27 @@ def test_steps_lower_the_loss(tokenizer: PreTrainedTokenizerFast) -> None:
     assert reports[-1]["letter"] < 0.6 * reports[0]["letter"]
     assert reports[-1]["letter_right"] > reports[0]["letter_right"]
     assert all(0 <= report["letter_right"] <= 1 and report["norm"] > 0 for report in reports)
+
+
+def test_a_middle_layer_is_held_to_the_answer_in_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    school = new_reader(tokenizer, guided=1)
+    rows = [encode(short_reading(Random(seed), 1), tokenizer, Random(0)) for seed in range(4)]
+    _, figures = school._loss(rows, school.count(rows))
+    losses = []
+    for row in rows:
+        for branch in (1, 2, 3):
+            places = alone(row, branch)
+            ids = torch.tensor([[row.ids[place] for place in places]])
+            middle = school.model(ids, output_hidden_states=True).hidden_states[1]  # behind the first layer
+            logprobs = school.model.lm_head(school.model.model.norm(middle))[0].log_softmax(-1)
+            losses += [
+                -logprobs[at - 1, row.means[place]].item() for at, place in enumerate(places) if row.means[place] >= 0
+            ]
+    letters = [row for row in rows for part in row.part if part == FORM_BASE]
+    assert losses and len(losses) == len(letters) / 2  # the letter and the end of the turn
+    assert figures["guide"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    reports = [school.step(list(rows), 1.0) for _ in range(12)]
+    assert reports[-1]["guide"] < 0.9 * reports[0]["guide"]
 
 
 def test_a_rate_of_zero_changes_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
