@@ -134,7 +134,7 @@ def demo(
     images: Annotated[int, typer.Option(min=3, help="Rendered pictures.")] = 400,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
 ) -> None:
-    """Render pictures, ingest and caption them, write a quiz about some, verify all of it, and say where it is."""
+    """Render pictures, ingest and caption them, write a quiz, evaluate, verify all of it, and say where it is."""
     from .demo import lines, run_demo
 
     report = run_demo(out, images, engine, lambda text: print(f"\n== {text}", flush=True))

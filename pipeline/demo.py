@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ..manifests.artifact import Artifact
 from ..manifests.shards import RowReader, expand
 from ..manifests.status import QuestionStatus
 from ..models.tiny.corpus import write_corpus
+from ..trainer.figures import Report
 from .status import State, state
 
 QUICK = "transformers"  # for the small quiz steps: it is up at once
@@ -34,41 +36,52 @@ class Shown:
 
 
 def run_demo(out: Path, images: int, engine: str, say: Callable[[str], None]) -> Path:
-    """Render, ingest, annotate, write and screen questions, verify; returns the report's path.
+    """Render, ingest, annotate, write and screen questions, evaluate, verify; returns the report's path.
 
     Raises CapipeError where a step fails.
     """
     _clear(out)
     corpus, shards, captions = out / "corpus", out / "shards", out / "captions"
-    questions = out / "questions"
-    say(f"1/5 render {images} held-out scenes into {corpus}")
+    questions, evaluation = out / "questions", out / "eval"
+    say(f"1/6 render {images} held-out scenes into {corpus}")
     write_corpus(corpus, images, "heldout", SEED)
-    say(f"2/5 ingest them into {shards}")
+    say(f"2/6 ingest them into {shards}")
     _capipe("ingest", corpus, "--out", shards, "--shard-size", max(1, images // 5))
-    say(f"3/5 annotate them: two prompts an image, engine {engine}")
+    say(f"3/6 annotate them: two prompts an image, engine {engine}")
     _capipe(
         *("annotate", "--shards", shards, "--out", captions, "--model", "tiny/captioner", "--engine", engine),
         *("--prompt", "plain", "--prompt", "dense", "--max-tokens", 256, "--pack"),
     )
     few, quick = ("--shards", shards / "00000.tar"), ("--engine", QUICK if engine == "auto" else engine)
-    say("4/5 write and screen quiz questions about the first shard's pictures")
+    say("4/6 write and screen quiz questions about the first shard's pictures")
     _capipe("qa", *few, "--out", questions, "--model", "tiny/teacher", *quick)
-    say("5/5 verify")
-    for artifact in (shards, captions, questions / "written", questions / "screened"):
+    say("5/6 evaluate the captioner: how well does a reader answer them from its captions alone?")
+    _capipe(
+        *("eval", *few, "--questions", questions, "--out", evaluation, "--model", "tiny/captioner", *quick),
+        *("--reader", "tiny/holdout-reader", "--prompt", "plain", "--prompt", "dense", "--samples", 2),
+        *("--max-tokens", 256),
+    )
+    say("6/6 verify")
+    for artifact in (shards, captions, questions / "written", questions / "screened", evaluation / "graded"):
         _capipe("verify", artifact)
     report = out / "report.md"
-    text = _report(images, state(str(captions)), list(_show(shards, captions, 3)), _quiz(questions))
+    text = _report(images, state(str(captions)), list(_show(shards, captions, 3)), _quiz(questions, evaluation))
     report.write_text(text, encoding="utf-8")
     return report
 
 
-def _quiz(questions: Path) -> str:
-    """What the quiz step gave, in a line."""
+def _quiz(questions: Path, evaluation: Path) -> list[str]:
+    """What the quiz steps gave, in lines."""
     artifact = Artifact.open(str(questions / "screened"))
     entries = [e for shard in artifact.committed() for row in artifact.read_rows(shard) for e in row["questions"]]
     kept = [entry for entry in entries if entry["status"] == QuestionStatus.OK]
+    report = Report.from_dict(json.loads((evaluation / "report.json").read_text(encoding="utf-8")))
+    accuracies = [f"{s.name} {s.quiz.accuracy.value:.2f}" for s in report.systems if s.quiz.accuracy is not None]
     shown = [f"{entry['question']} ({', '.join(entry['options'])})" for entry in kept[:2]]
-    return f"{len(kept)} of {len(entries)} questions kept, e.g. {' '.join(shown)}"
+    return [
+        f"{len(kept)} of {len(entries)} questions kept, e.g. {' '.join(shown)}",
+        f"quiz accuracy: {', '.join(accuracies)}",
+    ]
 
 
 def _clear(out: Path) -> None:
@@ -103,7 +116,7 @@ def _show(shards: Path, captions: Path, count: int) -> Iterator[Shown]:
         yield Shown(f"corpus/{number:06d}.jpg", source.text or "", texts.get("plain", ""), texts.get("dense", ""))
 
 
-def _report(images: int, found: State, shown: list[Shown], quiz: str) -> str:
+def _report(images: int, found: State, shown: list[Shown], quiz: list[str]) -> str:
     rows = "\n".join(f"| {status} | {count} |" for status, count in sorted(found.rows.items()))
     parts = [
         "# capipe demo",
@@ -111,7 +124,7 @@ def _report(images: int, found: State, shown: list[Shown], quiz: str) -> str:
         f"| status | rows |\n|---|---|\n{rows}",
         f"`captions/` has {found.shards} shards, {found.bytes:,} bytes: tars with images and captions, and Parquet.",
     ]
-    parts.append(quiz)
+    parts += [*quiz, "All figures of the quiz: [eval/report.md](eval/report.md)"]
     for sample in shown:
         parts.append(
             f"![]({sample.file})\n\n- alt text: {sample.original}\n- plain: {sample.short}\n- dense: {sample.dense}"
@@ -120,8 +133,8 @@ def _report(images: int, found: State, shown: list[Shown], quiz: str) -> str:
 
 
 def lines(report: Path) -> list[str]:
-    """What the demo ends with: three captions, the quiz in a line, and where everything is."""
+    """What the demo ends with: three captions, the quiz in two lines, and where everything is."""
     out = report.parent
     texts = [f"  {s.file}: {s.dense}" for s in _show(out / "shards", out / "captions", 3)]
-    quiz = _quiz(out / "questions")
-    return ["three captions:", *texts, quiz, f"report: {report}", f"shards: {out / 'captions'}"]
+    quiz = _quiz(out / "questions", out / "eval")
+    return ["three captions:", *texts, *quiz, f"report: {report}", f"shards: {out / 'captions'}"]

@@ -70,9 +70,11 @@ def test_demo_ends_with_captions_report_and_shards(tmp_path: Path) -> None:
     done = capipe("demo", "--out", tmp_path / "demo", "--images", 12, "--engine", "transformers")
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == f"shards: {tmp_path}/demo/captions" and lines[-2] == f"report: {tmp_path}/demo/report.md"
-    assert all(line.startswith("  corpus/") for line in lines[-6:-3])
-    kept = re.match(r"(\d+) of (\d+) questions kept, e\.g\. ", lines[-3])
+    assert all(line.startswith("  corpus/") for line in lines[-7:-4])
+    kept = re.match(r"(\d+) of (\d+) questions kept, e\.g\. ", lines[-4])
     assert kept is not None and 0 < int(kept[1]) <= int(kept[2])
+    accuracies = dict(re.findall(r"(\w+) (\d\.\d\d)", lines[-3].removeprefix("quiz accuracy: ")))
+    assert float(accuracies["oracle"]) > float(accuracies["plain"]) and float(accuracies["empty"]) < 0.2
     assert {row["status"] for row in table(tmp_path / "demo/captions")} == {"ok"}
     capipe("demo", "--out", tmp_path / "demo", "--images", 12, "--engine", "transformers")  # its own folder, again
     (tmp_path / "other").mkdir()

@@ -11,7 +11,6 @@ import pytest
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.verify import verify
-from capipe.models.tiny import is_bundled
 from capipe.models.tiny.corpus import write_corpus
 from capipe.models.tiny.quiz import quiz, sample_asked
 
@@ -19,8 +18,6 @@ from .conftest import capipe, one_line, table
 
 ENGINE = ("--engine", "transformers")
 READER = ("--reader", "tiny/holdout-reader", *ENGINE)
-
-pytestmark = pytest.mark.skipif(not is_bundled("holdout-reader"), reason="tiny/holdout-reader is not trained yet")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.verify import verify
-from capipe.models.tiny import is_bundled
 from capipe.models.tiny.corpus import Sample, write_corpus
 from capipe.models.tiny.quiz import quiz, sample_asked
 
@@ -185,11 +184,7 @@ def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[Sample]], tm
         (("--model", "tiny/teacher", "--without-image", "<2"), "--without-image"),
         (("--model", "tiny/teacher", "--per-image", "0"), "--per-image"),
         (("--model", "tiny/teacher", "--presentations", "0"), "--presentations"),
-        pytest.param(
-            ("--model", "tiny/reader", "--engine", "transformers"),
-            "reads text only",
-            marks=pytest.mark.skipif(not is_bundled("reader"), reason="tiny/reader is not trained yet"),
-        ),
+        (("--model", "tiny/reader", "--engine", "transformers"), "reads text only"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from capipe.models.tiny import is_bundled
 from capipe.models.tiny.corpus import Sample, write_corpus
 
 from .conftest import capipe
@@ -44,7 +43,6 @@ def test_quizzes_are_right_and_the_screen_sees(folder: Path, corpus: list[Sample
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not is_bundled("holdout-reader"), reason="tiny/holdout-reader is not trained yet")
 def test_captions_lie_between_floor_and_ceiling(folder: Path, written: Written) -> None:
     plain = ("--model", "tiny/captioner", "--reader", "tiny/holdout-reader", "--samples", 2, "--max-tokens", 200)
     graded = graded_trial(folder / "shards", folder / "qa", folder / "eval", *plain, *ENGINE)

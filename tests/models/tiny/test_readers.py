@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from capipe.models.tiny import is_bundled
 from capipe.models.tiny.examine import report
-
-pytestmark = pytest.mark.skipif(not is_bundled("holdout-reader"), reason="tiny/holdout-reader is not trained yet")
 
 
 @pytest.mark.slow

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from capipe.models.tiny import NAMES, is_bundled, resolve
+from capipe.models.tiny import NAMES, resolve
 
 
-@pytest.mark.parametrize("model", [name for name in NAMES if is_bundled(name)])
+@pytest.mark.parametrize("model", NAMES)
 def test_bundled_names_become_folders(model: str) -> None:
     folder = Path(resolve(f"tiny/{model}"))
     assert folder.is_absolute() and (folder / "config.json").is_file()
