@@ -128,7 +128,7 @@ def graded_trial(shards: Path, questions: Path, out: Path, *options: Any) -> Gra
     report = json.loads((out / "report.json").read_text())
     systems = {system["name"]: system["quiz"] for system in report["systems"]}
     accuracy = {name: round(quiz["accuracy"]["value"], 4) for name, quiz in systems.items()}
-    best = {name: round(quiz["best_of_k"]["value"], 4) for name, quiz in systems.items()}
+    best = {name: round(quiz["best"]["value"], 4) for name, quiz in systems.items()}
     return Graded(report["questions"], accuracy, best)
 
 
