@@ -43,6 +43,7 @@ class Row:
     text: str | None = None
     meta: dict[str, Any] | None = None
     beside: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)  # companions' rows by their name
+    offset: int = -1  # of the image's bytes in its tar
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,8 @@ def to_row(index: int, sample: Sample) -> Row:
     meta = decode_meta(_data(sample.members.get("json")), notes)
     extension = next(ext for ext, member in sample.members.items() if member is image)
     note = "; ".join(notes) or None
-    return Row(index, sample.key, uid_of(data), Status.OK, note, data, extension, text, meta)
+    uid = uid_of(data)
+    return Row(index, sample.key, uid, Status.OK, note, data, extension, text, meta, offset=image.offset)
 
 
 def _data(member: Member | None) -> bytes | None:

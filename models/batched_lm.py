@@ -7,14 +7,21 @@ ones in silence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+)
 
 from .engine import ImageInput, Prompt, RequestError, Sampling
 from .prefix_tree import Level, Segment, plan, unshared
@@ -99,7 +106,7 @@ class BatchedLM:
         self._image_processor = image_processor
         self.encoder = encoder
         self._end_ids = end_ids
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         # Duck-typed, as the classes of the family have no common base.
         self._base: Any = model.base_model
         self._has_axes = hasattr(self._base, "get_rope_index")
@@ -107,6 +114,7 @@ class BatchedLM:
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
         self._shareable = all(kind == "full_attention" for kind in kinds)
         self.share_prefixes = share_prefixes
+        self._barred = torch.tensor(vision_ids(model.config), dtype=torch.long, device=model.device)
 
     def prepare(self, prompt: Prompt, images: dict[str, PreparedImage] | None = None) -> PreparedPrompt:
         """Everything about one prompt that needs no model. Raises RequestError, also for one that is too long.
@@ -118,8 +126,8 @@ class BatchedLM:
         if image is not None:
             merged = int(image.grid.prod()) // self._base.config.vision_config.spatial_merge_size**2
             ids = ids.repeat_interleave(torch.where(self._is_image(ids), merged, 1))
-        if len(ids) >= self._max_model_len:
-            raise RequestError(f"the prompt's {len(ids)} tokens leave no room to answer in {self._max_model_len}")
+        if len(ids) >= self.max_model_len:
+            raise RequestError(f"the prompt's {len(ids)} tokens leave no room to answer in {self.max_model_len}")
         positions = self._positions(ids, image)
         return PreparedPrompt(ids, positions, int(positions.max()) + 1, image)
 
@@ -223,14 +231,16 @@ class BatchedLM:
         return logits
 
     @torch.inference_mode()
-    def decode(self, prefix: Prefix, rows: Sequence[Row]) -> list[Drawn]:
-        """Draw every row to its end; rows leave the batch as they finish."""
+    def decode(
+        self, prefix: Prefix, rows: Sequence[Row], ended: Callable[[int, Drawn], None] = lambda row, drawn: None
+    ) -> list[Drawn]:
+        """Draw every row to its end; rows leave the batch as they finish, and ``ended`` is told of each at once."""
         drawn = [Drawn() for _ in rows]
-        limits = [min(row.sampling.max_tokens, self._max_model_len - prefix.lengths[row.prompt]) for row in rows]
+        limits = [min(row.sampling.max_tokens, self.max_model_len - prefix.lengths[row.prompt]) for row in rows]
         alive = list(range(len(rows)))
         picker = _Picker([row.sampling for row in rows], self._model.device)
         at = torch.tensor([row.prompt for row in rows], device=self._model.device)
-        logits, mask, positions = prefix.logits[at], prefix.mask[at], prefix.next_positions[at]
+        logits, mask, positions = self._bar(prefix.logits[at]), prefix.mask[at], prefix.next_positions[at]
         prefix.cache.batch_select_indices(at)
         while True:
             tokens = picker.pick(logits, alive, len(drawn[alive[0]].token_ids))
@@ -240,11 +250,12 @@ class BatchedLM:
                 drawn[row].stopped = token in self._end_ids
                 if scores is not None:
                     drawn[row].logprobs.append(scores[index])
-            going = [
-                index
-                for index, row in enumerate(alive)
-                if not drawn[row].stopped and len(drawn[row].token_ids) < limits[row]
-            ]
+            going = []
+            for index, row in enumerate(alive):
+                if drawn[row].stopped or len(drawn[row].token_ids) >= limits[row]:
+                    ended(row, drawn[row])
+                else:
+                    going.append(index)
             if not going:
                 return drawn
             if len(going) < len(alive):
@@ -254,8 +265,14 @@ class BatchedLM:
                 alive = [alive[index] for index in going]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             axes = 3 if self._has_axes else 1
-            logits = self._forward(tokens[:, None], mask, positions.expand(axes, -1)[..., None], prefix.cache)
+            logits = self._bar(
+                self._forward(tokens[:, None], mask, positions.expand(axes, -1)[..., None], prefix.cache)
+            )
             positions = positions + 1
+
+    def _bar(self, logits: Tensor) -> Tensor:
+        """``logits`` (rows, vocab) without what stands for pixels, which no text has; changed in place."""
+        return logits.index_fill_(1, self._barred, -math.inf)
 
     @torch.inference_mode()
     def generate_reference(self, prompt: PreparedPrompt, sampling: Sampling) -> Drawn:
@@ -269,18 +286,25 @@ class BatchedLM:
             inputs["mm_token_type_ids"] = self._is_image(ids).int()
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=min(sampling.max_tokens, self._max_model_len - len(prompt.ids)),
+            max_new_tokens=min(sampling.max_tokens, self.max_model_len - len(prompt.ids)),
             eos_token_id=sorted(self._end_ids),
             pad_token_id=min(self._end_ids),
             output_logits=True,
             return_dict_in_generate=True,
         )
-        noise = LogitsProcessorList([_ReferenceNoise(len(prompt.ids), sampling)])
+        barred = [SuppressTokensLogitsProcessor(self._barred.tolist(), device)] if len(self._barred) else []
+        noise = LogitsProcessorList([*barred, _ReferenceNoise(len(prompt.ids), sampling)])
         model: Any = self._model
         out = model.generate(**inputs, generation_config=config, logits_processor=noise)
         tokens = out.sequences[0, len(prompt.ids) :]
-        scores = _scores(torch.cat(out.logits).float(), tokens)
+        scores = _scores(self._bar(torch.cat(out.logits).float()), tokens)
         return Drawn(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
+
+
+def vision_ids(config: Any) -> list[int]:
+    """The tokens that stand for pixels or frame them, of a model that has any: never to be generated."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
 
 
 def _take_rows(cache: DynamicCache, rows: Tensor) -> None:

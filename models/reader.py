@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from .engine import ChoiceRequest, ChoiceScores, Engine, GenerationRequest, Imag
 from .quiz import ABSTAIN, LETTERS, Question, caption_prompt, image_prompt, parse_letter, put, rotations, shuffles
 
 Order = tuple[int, ...]
+Answer = int | str | None  # a choice, why its request failed, or None where the reader named no option
 
 
 class ReaderConfig(BaseModel):
@@ -95,18 +97,31 @@ class QuizReader:
             return rotations(choices, count)
         return shuffles(choices, count or 4, f"{self.config.seed}/{question.id}")
 
-    async def _ask(self, beginning: str, image: ImageInput | None, questions: Sequence[Question]) -> list[Reading]:
-        orders = [self.orders(question) for question in questions]
-        asked = [
-            self._answer(Prompt(beginning + put(question, order, self.config.abstain), image), question, order, number)
-            for question, its_orders in zip(questions, orders, strict=True)
-            for number, order in enumerate(its_orders)
-        ]
-        outcomes = await asyncio.gather(*asked, return_exceptions=True)  # at once: engines see what they can share
+    async def answer(self, caption: str | None, asked: Sequence[tuple[Question, Order]]) -> list[Answer]:
+        """Answers from ``caption`` alone (None: blind) to questions, each in the one order that is given with it."""
+        return await self._answers(caption_prompt(caption, self.config.abstain), None, asked)
+
+    async def _answers(
+        self, beginning: str, image: ImageInput | None, asked: Sequence[tuple[Question, Order]]
+    ) -> list[Answer]:
+        numbers: Counter[str] = Counter()
+        waiting = []
+        for question, order in asked:
+            prompt = Prompt(beginning + put(question, order, self.config.abstain), image)
+            waiting.append(self._answer(prompt, question, order, numbers[question.id]))
+            numbers[question.id] += 1
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)  # at once: engines see what they can share
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-        answers = iter([outcome for outcome in outcomes if not isinstance(outcome, BaseException)])
+        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+
+    async def _ask(self, beginning: str, image: ImageInput | None, questions: Sequence[Question]) -> list[Reading]:
+        orders = [self.orders(question) for question in questions]
+        asked = [
+            (question, order) for question, its_orders in zip(questions, orders, strict=True) for order in its_orders
+        ]
+        answers = iter(await self._answers(beginning, image, asked))
         readings = []
         for question, its_orders in zip(questions, orders, strict=True):
             mine = [next(answers) for _ in its_orders]
@@ -114,7 +129,7 @@ class QuizReader:
             readings.append(Reading(question, chosen, tuple(answer for answer in mine if isinstance(answer, str))))
         return readings
 
-    async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> int | str | None:
+    async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> Answer:
         """The choice of one presentation, None where the reader made none, or why its request failed."""
         try:
             if self.config.mode == "choose":

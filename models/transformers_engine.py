@@ -50,7 +50,7 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Ready:
-    request: Request
+    job: _Job
     key: PromptKey
     prompt: PreparedPrompt
     choice_ids: list[int]
@@ -69,6 +69,7 @@ class TransformersEngine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="capipe-transformers")
         self._batcher: asyncio.Task[None] | None = None
         self._dead: str | None = None
+        self._loop: asyncio.AbstractEventLoop
 
     async def generate(self, request: GenerationRequest) -> Completion:
         answer: Completion = await self._submit(request)
@@ -98,6 +99,7 @@ class TransformersEngine:
     async def _submit(self, request: Request) -> Any:
         if self._dead is not None:
             raise EngineDead(self._dead)
+        self._loop = asyncio.get_running_loop()
         if self._batcher is None:
             self._batcher = asyncio.create_task(self._batch_forever())
         job = _Job(request, asyncio.get_running_loop().create_future())
@@ -133,11 +135,12 @@ class TransformersEngine:
     def _outcomes(self, jobs: Sequence[_Job]) -> list[Answer | Exception]:
         """One outcome per job, in order. Runs on the worker thread."""
         known = _Known()
-        prepared = [self._prepare(job.request, known) for job in jobs]
+        prepared = [self._prepare(job, known) for job in jobs]
         answers = iter(self._answers([each for each in prepared if isinstance(each, _Ready)]))
         return [next(answers) if isinstance(each, _Ready) else each for each in prepared]
 
-    def _prepare(self, request: Request, known: _Known) -> _Ready | Exception:
+    def _prepare(self, job: _Job, known: _Known) -> _Ready | Exception:
+        request = job.request
         key = _key(request)
         if key not in known.prompts:
             try:
@@ -155,7 +158,7 @@ class TransformersEngine:
                 known.choices[choices] = self.lm.encoder.choice_ids(choices)
         except RequestError as error:
             return error
-        return _Ready(request, key, prompt, known.choices[choices])
+        return _Ready(job, key, prompt, known.choices[choices])
 
     def _answers(self, ready: Sequence[_Ready]) -> list[Answer | Exception]:
         """Answer a batch; where the model fails on it, its halves, down to the request that is to blame."""
@@ -185,14 +188,22 @@ class TransformersEngine:
         answers: dict[int, Answer] = {}
         rows: dict[int, Row] = {}
         for at, each in enumerate(ready):
-            if isinstance(each.request, GenerationRequest):
-                rows[at] = Row(index_of[each.key], each.request.sampling, each.request.logprobs)
+            request = each.job.request
+            if isinstance(request, GenerationRequest):
+                rows[at] = Row(index_of[each.key], request.sampling, request.logprobs)
             else:
                 scores = prefix.logits[index_of[each.key]].log_softmax(dim=-1)[each.choice_ids]
                 answers[at] = ChoiceScores(tuple(scores.tolist()))
+        places = list(rows)
+
+        def ended(row: int, drawn: Drawn) -> None:
+            at = places[row]
+            answers[at] = self._completion(drawn, rows[at].logprobs)
+            # Who waits for this one need not wait for the rest of the batch.
+            self._loop.call_soon_threadsafe(_settle, ready[at].job, answers[at])
+
         if rows:
-            for (at, row), drawn in zip(rows.items(), self.lm.decode(prefix, list(rows.values())), strict=True):
-                answers[at] = self._completion(drawn, row.logprobs)
+            self.lm.decode(prefix, list(rows.values()), ended)
         return [answers[at] for at in range(len(ready))]
 
     def _completion(self, drawn: Drawn, logprobs: bool) -> Completion:
@@ -237,34 +248,46 @@ def load_transformers_engine(
 
     ``share_prefixes=False`` computes every distinct prompt whole, which is slower and nothing else.
     """
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-    )
+    model = load_model(path, sees=grid is not None, dtype=dtype, device=device)
+    lm = batched_lm(model, path, grid, max_model_len, share_prefixes)
+    return TransformersEngine(lm, grid, concurrency or DEFAULT_CONCURRENCY.get(model.device.type, 32))
+
+
+def load_model(path: str, *, sees: bool, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """The weights of a folder on their device, in evaluation mode."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = (torch.bfloat16 if where.type == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    config = AutoConfig.from_pretrained(path)
-    auto = AutoModelForCausalLM if grid is None else AutoModelForImageTextToText
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_pretrained(path, dtype=kind).to(where).eval()
+    return model
+
+
+def batched_lm(
+    model: PreTrainedModel,
+    path: str,
+    grid: ImageGrid | None,
+    max_model_len: int | None = None,
+    share_prefixes: bool = True,
+) -> BatchedLM:
+    """The model with the tokenizer and the image processor of its folder."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(path)
     images = None
     if grid is not None:
         size = {"shortest_edge": grid.min_pixels, "longest_edge": grid.max_pixels}
         images = AutoImageProcessor.from_pretrained(path, size=size)
-    room = config.get_text_config().max_position_embeddings
-    lm = BatchedLM(
+    room = model.config.get_text_config().max_position_embeddings
+    return BatchedLM(
         model,
         images,
-        PromptEncoder(tokenizer, None if grid is None else config.image_token_id),
+        PromptEncoder(tokenizer, None if grid is None else model.config.image_token_id),
         _end_ids(model, tokenizer.eos_token_id),
         min(room, max_model_len or room),
         share_prefixes,
     )
-    return TransformersEngine(lm, grid, concurrency or DEFAULT_CONCURRENCY.get(where.type, 32))
 
 
 def _end_ids(model: PreTrainedModel, tokenizer_end: int | None) -> frozenset[int]:

@@ -1,14 +1,18 @@
-"""Folders of rendered pictures as a crawl would leave them: image, alt text, and the truth as metadata."""
+"""Folders of rendered pictures as a crawl would leave them: image, alt text, and the truth as metadata.
+
+``python -m capipe.models.tiny.corpus FOLDER --images 400 --split train --seed 31``
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 from PIL import Image
 
@@ -66,3 +70,18 @@ def write_corpus(
         truth = json.dumps({"scene": sample.scene.to_dict()}, sort_keys=True)
         (folder / f"{sample.key}.json").write_text(truth, encoding="utf-8")
     return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Render pictures with alt texts and their truth into a folder.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--split", choices=get_args(Split), default="train")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    write_corpus(given.folder, given.images, given.split, given.seed)
+    print(f"{given.images} pictures in {given.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +79,26 @@ async def test_each_distinct_prompt_and_image_is_computed_once(
     requests = [GenerationRequest(each, Sampling(1.0, 1.0, 3, seed)) for each in prompts for seed in range(4)]
     await asyncio.gather(*map(reference.generate, requests))
     assert (prefilled, seen) == ([4], [2])
+
+
+async def test_whoever_ends_first_is_answered_first(
+    reference: TransformersEngine, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward may begin while the rest of the batch still draws: here the rest waits for the first answer."""
+    answered, forward, waited = threading.Event(), BatchedLM._forward, []
+
+    def held(lm: BatchedLM, ids: torch.Tensor, *rest: Any, **vision: Any) -> torch.Tensor:
+        if tuple(ids.shape) == (1, 1):
+            waited.append(answered.wait(timeout=60))
+        return forward(lm, ids, *rest, **vision)
+
+    monkeypatch.setattr(BatchedLM, "_forward", held)
+    prompt = Prompt(PLAIN, pictures[0])
+    rest = asyncio.create_task(reference.generate(GenerationRequest(prompt, Sampling(max_tokens=4))))
+    first = await reference.generate(GenerationRequest(prompt, Sampling(max_tokens=2)))
+    answered.set()
+    assert first.n_tokens == 2 and (await rest).n_tokens == 4
+    assert waited and all(waited)
 
 
 async def test_the_end_of_turn_token_is_reported(reference: TransformersEngine, pictures: list[ImageInput]) -> None:
