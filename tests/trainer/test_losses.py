@@ -1,0 +1,109 @@
+"""Each loss against its closed form, written out by hand for a few tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from capipe.trainer.losses import (
+    LOSSES,
+    Clip,
+    LossName,
+    Tokens,
+    Totals,
+    kl_tokens,
+    token_weights,
+    value_losses,
+)
+
+OLD = torch.tensor([-1.0, -2.0, -0.5, -1.5, -3.0])
+LOGP = torch.tensor([-0.5, -2.1, -0.5, -2.5, -2.9])  # ratios e^0.5, e^-0.1, 1, e^-1, e^0.1
+ROW = torch.tensor([0, 0, 0, 1, 1])
+LENGTHS = torch.tensor([3, 2])
+ADVANTAGES = torch.tensor([1.0, 1.0, 1.0, -2.0, -2.0])
+CLIP = Clip(0.2, 0.28, cap=1.5)
+TOTALS = Totals(rows=2, tokens=5, limit=10)
+
+
+def tokens(logp: Tensor = LOGP) -> Tokens:
+    return Tokens(logp, OLD, ADVANTAGES, ROW, 2)
+
+
+def total(name: LossName, logp: Tensor = LOGP) -> Tensor:
+    loss = LOSSES[name]
+    return (loss.of_token(tokens(logp), CLIP) * token_weights(ROW, LENGTHS, loss.aggregation, TOTALS)).sum()
+
+
+# The first token's ratio is above the clip, so 1.28 A counts; the fourth's is below and A negative, so 0.8 A counts.
+CLIPPED = [-1.28, -math.exp(-0.1), -1.0, 1.6, 2 * math.exp(0.1)]
+FIRST, SECOND = math.exp((0.5 - 0.1 + 0) / 3), math.exp((-1 + 0.1) / 2)
+EXPECTED: dict[LossName, float] = {
+    "grpo": (sum(CLIPPED[:3]) / 3 + sum(CLIPPED[3:]) / 2) / 2,
+    "dr_grpo": sum(CLIPPED) / 20,
+    "dapo": sum(CLIPPED) / 5,
+    "ppo": sum(CLIPPED) / 5,
+    "gspo": (-FIRST + 2 * max(SECOND, 0.8)) / 2,
+    "cispo": (1.5 * 0.5 + math.exp(-0.1) * 2.1 + 0.5 - 2 * math.exp(-1) * 2.5 - 2 * math.exp(0.1) * 2.9) / 5,
+    "a2c": (0.5 + 2.1 + 0.5 - 2 * 2.5 - 2 * 2.9) / 5,
+}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_each_loss_is_its_closed_form(name: LossName) -> None:
+    assert total(name).item() == pytest.approx(EXPECTED[name], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_on_policy_every_loss_has_the_policy_gradient(name: LossName) -> None:
+    """Where the sampling policy is the policy itself, all of them follow -A times the gradient of log p."""
+    logp = OLD.clone().requires_grad_()
+    total(name, logp).backward()
+    weights = token_weights(ROW, LENGTHS, LOSSES[name].aggregation, TOTALS)
+    assert logp.grad is not None
+    assert torch.allclose(logp.grad, -ADVANTAGES * weights, atol=1e-6)
+
+
+def test_a_clipped_token_has_no_gradient_but_cispo_keeps_it() -> None:
+    for name, silent in (("dapo", True), ("cispo", False)):
+        logp = LOGP.clone().requires_grad_()
+        total(name, logp).backward()  # type: ignore[arg-type]
+        assert logp.grad is not None
+        assert (logp.grad[0].item() == 0) is silent and (logp.grad[3].item() == 0) is silent
+        assert logp.grad[1].item() != 0
+
+
+def test_the_sequence_ratio_moves_with_each_of_its_tokens() -> None:
+    logp = OLD.clone().requires_grad_()
+    loss = LOSSES["gspo"].of_token(Tokens(logp, OLD, ADVANTAGES, ROW, 2), CLIP)
+    loss[0].backward()  # one token's value
+    assert logp.grad is not None and logp.grad[:3].tolist() == pytest.approx([-1 / 3] * 3)
+    assert logp.grad[3:].tolist() == [0, 0]
+
+
+def test_weights_add_up_and_micro_batches_are_sums() -> None:
+    for how in ("sequence", "token"):
+        assert token_weights(ROW, LENGTHS, how, TOTALS).sum().item() == pytest.approx(1)  # type: ignore[arg-type]
+    assert token_weights(ROW, LENGTHS, "constant", TOTALS).sum().item() == pytest.approx(5 / 20)
+    first = token_weights(torch.zeros(3, dtype=torch.long), LENGTHS[:1], "sequence", TOTALS)
+    assert first.tolist() == token_weights(ROW, LENGTHS, "sequence", TOTALS)[:3].tolist()
+
+
+def test_divergence_estimates() -> None:
+    """Under the policy's own distribution k1 and k3 average to the divergence itself, k3 is never negative."""
+    p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    exact = (p * (p / q).log()).sum()
+    for estimator in ("k1", "k3"):
+        assert (p * kl_tokens(p.log(), q.log(), estimator)).sum() == pytest.approx(exact.item())  # type: ignore[arg-type]
+    assert kl_tokens(p.log(), q.log(), "k2").tolist() == pytest.approx(((p / q).log() ** 2 / 2).tolist())
+    assert (kl_tokens(p.log(), q.log(), "k3") >= 0).all() and kl_tokens(p.log(), q.log(), "k1").min() < 0
+    assert kl_tokens(p.log(), p.log(), "k3").abs().max() == 0
+
+
+def test_value_loss_takes_the_larger_error_where_it_is_held() -> None:
+    values, old, returns = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0]), torch.tensor([2.0, 3.0])
+    assert value_losses(values, old, returns, None).tolist() == [0.0, 2.0]
+    assert value_losses(values, old, returns, 0.2).tolist() == pytest.approx([0.32, 2.0])  # held at 1.2

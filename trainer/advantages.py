@@ -1,0 +1,91 @@
+"""From rewards to advantages: baselines within a group, or a value head's. Pure functions.
+
+Rewards of a group are (completions,); NaN marks one that could not be scored. It has no part in any baseline, and its
+advantage is 0: it neither rewards nor punishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["group_std", "group_mean", "leave_one_out"]
+EPSILON = 1e-4  # below a standard deviation, as TRL and OpenRLHF have it
+TIED = 1e-6  # rewards that differ by less do so by rounding
+
+
+def advantages(rewards: Tensor, baseline: Baseline) -> Tensor:
+    """Advantages of a group's completions, (completions,).
+
+    ``group_std``: (r - mean) / std, the unbiased one (GRPO, arXiv 2402.03300 §4.1.2); ``group_mean``: r - mean (Dr.
+    GRPO, arXiv 2503.20783); ``leave_one_out``: r - mean of the others (RLOO, arXiv 2402.14740 eq. 7). A group with
+    fewer than two scored completions, or with all scores equal, says nothing: zeros.
+    """
+    scored = ~rewards.isnan()
+    count = int(scored.sum())
+    if tied(rewards):
+        return torch.zeros_like(rewards)
+    centred = torch.where(scored, rewards - rewards[scored].mean(), 0.0)
+    if baseline == "leave_one_out":
+        return centred * (count / (count - 1))
+    if baseline == "group_std":
+        return centred / (rewards[scored].std() + EPSILON)
+    return centred
+
+
+def tied(rewards: Tensor) -> bool:
+    """Whether a group's scores are all the same, or fewer than two: there is nothing to learn from it."""
+    known = rewards[~rewards.isnan()]
+    return len(known) < 2 or float(known.max() - known.min()) < TIED
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a reward enters the sum: times ``weight``, after being normalised within its group where ``normalise``."""
+
+    weight: float = 1.0
+    normalise: bool = False
+
+
+def combine(components: Mapping[str, Tensor], parts: Mapping[str, Part]) -> Tensor:
+    """A group's rewards from those of its components, each (completions,) and NaN where unscored; the sum is NaN there.
+
+    A component is normalised before summing (arXiv 2605.07394) so that none drowns the others by its mere spread.
+    """
+    total: Tensor | None = None
+    for name, values in components.items():
+        part = parts[name]
+        term = part.weight * (normalised(values) if part.normalise else values)
+        total = term if total is None else total + term
+    if total is None:
+        raise ValueError("there is no reward to combine")
+    return total
+
+
+def normalised(values: Tensor) -> Tensor:
+    """Mean 0, standard deviation 1 over the scored ones, zeros where these are all equal; NaN stays. (completions,)."""
+    result = advantages(values, "group_std")
+    return torch.where(values.isnan(), values, result)
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of padded rows, each (rows, longest) (arXiv 1506.02438 eq. 16); 0 beyond a row's length.
+
+    ``rewards``, ``values``: (rows, longest), what the token at a place earned, and what was to be expected before it;
+    ``lengths``: (rows,). A completion's end is the end of all rewards. ``lam`` 1: returns are the discounted sums.
+    """
+    inside = torch.arange(rewards.shape[1], device=rewards.device) < lengths[:, None]
+    rewards, values = rewards * inside, values * inside
+    following = torch.cat([values[:, 1:], values.new_zeros(len(values), 1)], dim=1)
+    errors = rewards + gamma * following - values
+    result = torch.zeros_like(values)
+    carried = torch.zeros_like(values[:, 0])
+    for place in reversed(range(values.shape[1])):
+        carried = errors[:, place] + gamma * lam * carried
+        result[:, place] = carried
+    result = result * inside
+    return result, (result + values) * inside

@@ -1,0 +1,139 @@
+"""Policy losses over flat streams of completion tokens. Pure functions: tensors in, tensors out.
+
+A batch's completions lie one after another in one dimension; nothing is padded. Each loss gives a value per token, and
+:func:`token_weights` says what each token counts for, so that micro-batches may simply be summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["sequence", "token", "constant"]
+KLEstimator = Literal["k1", "k2", "k3"]
+LossName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "ppo", "a2c"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Completion tokens of some rows, all (tokens,).
+
+    ``logp``: log-probability under the policy, with its gradient; ``old``: under the policy that sampled them;
+    ``advantages``: per token; ``row``: which completion a token is of, 0 to ``rows`` - 1.
+    """
+
+    logp: Tensor
+    old: Tensor
+    advantages: Tensor
+    row: Tensor
+    rows: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Ratios are kept from ``1 - low`` to ``1 + high``; ``cap`` is the largest weight of a token in CISPO."""
+
+    low: float = 0.2
+    high: float = 0.2
+    cap: float = 5.0
+
+
+def clipped(tokens: Tokens, clip: Clip) -> Tensor:
+    """Per token, -min(r A, clip(r) A) with r its own probability ratio (PPO, arXiv 1707.06347 eq. 7). (tokens,)."""
+    return _pessimistic((tokens.logp - tokens.old).exp(), tokens.advantages, clip)
+
+
+def sequence_clipped(tokens: Tokens, clip: Clip) -> Tensor:
+    """As :func:`clipped`, with one ratio per completion: the geometric mean of its tokens' (arXiv 2507.18071 eq. 7).
+
+    (tokens,); all tokens of a completion have the same value.
+    """
+    lengths = tokens.row.bincount(minlength=tokens.rows).clamp(min=1)
+    difference = tokens.logp - tokens.old
+    means = torch.zeros(tokens.rows, dtype=difference.dtype, device=difference.device)
+    means = means.index_add(0, tokens.row, difference) / lengths
+    return _pessimistic(means.exp()[tokens.row], tokens.advantages, clip)
+
+
+def cispo(tokens: Tokens, clip: Clip) -> Tensor:
+    """-min(r, cap) A log p, no gradient through the weight, so no token is mute (arXiv 2506.13585 eq. 4). (tokens,)."""
+    weight = (tokens.logp - tokens.old).exp().clamp(max=clip.cap).detach()
+    return -weight * tokens.advantages * tokens.logp
+
+
+def policy_gradient(tokens: Tokens, clip: Clip) -> Tensor:
+    """-A log p, the actor's part of A2C (arXiv 1602.01783); for tokens sampled from the policy itself. (tokens,)."""
+    return -tokens.advantages * tokens.logp
+
+
+def _pessimistic(ratio: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip.low, 1 + clip.high) * advantages)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What a name stands for: the value of a token, and how tokens are averaged."""
+
+    of_token: Callable[[Tokens, Clip], Tensor]
+    aggregation: Aggregation
+
+
+LOSSES: dict[LossName, PolicyLoss] = {
+    "grpo": PolicyLoss(clipped, "sequence"),  # arXiv 2402.03300 eq. 3
+    "dr_grpo": PolicyLoss(clipped, "constant"),  # arXiv 2503.20783: no advantage to the short or the long
+    "dapo": PolicyLoss(clipped, "token"),  # arXiv 2503.14476 eq. 8, with clip.high above clip.low
+    "gspo": PolicyLoss(sequence_clipped, "sequence"),
+    "cispo": PolicyLoss(cispo, "token"),
+    "ppo": PolicyLoss(clipped, "token"),
+    "a2c": PolicyLoss(policy_gradient, "token"),
+}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What averages are over, of a whole update and all processes: completions, their tokens, the length limit."""
+
+    rows: int
+    tokens: int
+    limit: int
+
+
+def token_weights(row: Tensor, lengths: Tensor, how: Aggregation, totals: Totals) -> Tensor:
+    """What each token counts for, (tokens,); ``row`` as in :class:`Tokens`, ``lengths`` (rows,) of whole completions.
+
+    ``sequence``: the mean over completions of the mean over their tokens; ``token``: over all tokens; ``constant``: the
+    sum over tokens by completions times the length limit.
+    """
+    if how == "sequence":
+        return 1.0 / (totals.rows * lengths.clamp(min=1).float()[row])
+    count = totals.tokens if how == "token" else totals.rows * totals.limit
+    return torch.full(row.shape, 1.0 / max(count, 1), device=row.device)
+
+
+def kl_tokens(logp: Tensor, ref: Tensor, estimator: KLEstimator) -> Tensor:
+    """Estimates of KL(policy || reference) from each sampled token, (tokens,) (Schulman 2020, "Approximating KL").
+
+    k1 = log p - log q is unbiased, k2 = k1² / 2 has little variance, k3 = q/p - 1 - log q/p is both and never negative.
+    """
+    difference = logp - ref
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference.square() / 2
+    return torch.expm1(-difference) + difference
+
+
+def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """Half the squared error of the value head, per token; all (tokens,).
+
+    With ``clip`` the larger of the errors with and without holding the change since sampling within it.
+    """
+    errors = (values - returns).square()
+    if clip is not None:
+        held = old_values + (values - old_values).clamp(-clip, clip)
+        errors = torch.maximum(errors, (held - returns).square())
+    return errors / 2
