@@ -1,0 +1,35 @@
+"""What is trained on: images with questions, by reference; an order that depends on the step alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from capipe.trainer.tasks import Schedule, Task
+
+from ..conftest import tar_bytes
+
+
+def test_an_epoch_has_every_task_once_and_each_is_another_order() -> None:
+    schedule = Schedule(count=10, batch=4, seed=1)
+    drawn = [index for step in range(5) for index in schedule.indices(step)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
+    assert schedule.indices(3) == Schedule(10, 4, 1).indices(3) != Schedule(10, 4, 2).indices(3)
+    assert Counter(Schedule(3, 7, 0).indices(0)).most_common(1)[0][1] == 3  # a batch larger than the data
+
+
+def test_a_task_reads_its_image_and_notices_another_one(tmp_path: Path) -> None:
+    from capipe.errors import ArtifactMismatch
+    from capipe.manifests.shards import RowReader, expand
+
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes({"one.jpg": b"first image", "one.txt": b"t", "two.jpg": b"second"}))
+    (shard,) = expand(str(path))
+    rows = list(RowReader(shard))
+    tasks = [Task(row.uid or "", row.key, shard.url, row.offset, len(row.image or b""), ()) for row in rows]
+    assert [task.read() for task in tasks] == [b"first image", b"second"]
+    path.write_bytes(tar_bytes({"one.jpg": b"other image", "two.jpg": b"second"}))
+    with pytest.raises(ArtifactMismatch, match=r"one.*has changed"):
+        tasks[0].read()

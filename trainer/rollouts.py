@@ -1,0 +1,89 @@
+"""Rollouts: several captions of each image from the current policy, each scored the moment it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import RunFailed
+from ..models.batched_lm import PreparedPrompt
+from ..models.decode import DecodePool
+from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
+from ..models.formats import ImageProblem
+from .groups import Group
+from .rewards import Judge, Scored
+from .tasks import Task
+
+Prepare = Callable[[Prompt], PreparedPrompt]  # the ids, positions and patches that the policy reads
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How captions are drawn: always from the policy's whole distribution, as cut ones would bias the gradient.
+
+    ``seed``: the run's; draws depend on it, the step, the image and the number of the caption alone.
+    """
+
+    prompt: str
+    group: int
+    max_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+
+    def sampling(self, draw: str) -> Sampling:
+        seed = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "big") >> 1
+        return Sampling(self.temperature, 1.0, self.max_tokens, seed)
+
+
+class Rollouts:
+    """Samples groups from an engine that has the policy's weights. Holds the decoders."""
+
+    def __init__(self, engine: Engine, prepare: Prepare, pool: DecodePool, drawing: Drawing) -> None:
+        self.engine, self.drawing = engine, drawing
+        self._prepare, self._pool = prepare, pool
+
+    async def collect(self, tasks: Sequence[Task], step: int, judge: Judge) -> list[Group]:
+        """One group per task, in order, with rewards; a caption that could not be sampled is left out of its group.
+
+        All images are decoded before the first caption is asked for, so that the engine's batches, and with them the
+        last bits of what is sampled, do not depend on who decoded first. Raises EngineDead, and RunFailed where an
+        image that was fine when listed cannot be decoded any more.
+        """
+        prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self.image, tasks))]
+        groups = (self._group(task, prompt, step, judge) for task, prompt in zip(tasks, prompts, strict=True))
+        return await asyncio.gather(*groups)
+
+    async def image(self, task: Task) -> ImageInput:
+        """The task's image on the model's grid."""
+        pixels = await self._pool.decode(await asyncio.to_thread(task.read))
+        if isinstance(pixels, ImageProblem):
+            raise RunFailed(f"{task.url}: {task.key!r} cannot be decoded: {pixels.reason}; leave it out by `capipe qa`")
+        return ImageInput(task.uid, pixels=pixels)
+
+    async def greedy(self, tasks: Sequence[Task]) -> list[Completion]:
+        """The likeliest caption of each task, for validation. Raises RequestError."""
+
+        sampling = Sampling(max_tokens=self.drawing.max_tokens)
+        prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self.image, tasks))]
+        return await asyncio.gather(*(self.engine.generate(GenerationRequest(each, sampling)) for each in prompts))
+
+    async def _group(self, task: Task, prompt: Prompt, step: int, judge: Judge) -> Group:
+        draws = [f"{self.drawing.seed}/{step}/{task.uid}/{number}" for number in range(self.drawing.group)]
+        outcomes = await asyncio.gather(*(self._caption(prompt, task, draw, judge) for draw in draws))
+        kept = [outcome for outcome in outcomes if outcome is not None]
+        group = Group(task.uid, task.key, self._prepare(prompt), [caption for caption, _ in kept])
+        if kept:
+            group.rewards = judge.results([scored for _, scored in kept])
+        return group
+
+    async def _caption(
+        self, prompt: Prompt, task: Task, draw: str, judge: Judge
+    ) -> tuple[Completion, dict[str, Scored]] | None:
+        request = GenerationRequest(prompt, self.drawing.sampling(draw), logprobs=True)
+        try:
+            caption = await self.engine.generate(request)
+        except RequestError:
+            return None
+        return caption, await judge.score(task, caption, draw)

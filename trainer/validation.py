@@ -1,0 +1,63 @@
+"""How good captions are, by who was never a reward: a hold-out reader, and the truth where it is known."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ..models.engine import Completion
+from ..models.reader import QuizReader, Reading
+from ..models.tiny.grade import grade
+from .tasks import Task
+from .text_statistics import loops
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Figures of one caption per image.
+
+    ``accuracy``: share of scored presentations answered right; ``hallucinated``: stated attributes that are not in the
+    scene, per caption, ``recalled``: the share of the scene's that is told, both None without scenes; ``tokens``: mean
+    length; ``truncated``, ``repeating``: shares.
+    """
+
+    accuracy: float | None
+    hallucinated: float | None
+    recalled: float | None
+    tokens: float
+    truncated: float
+    repeating: float
+    images: int
+
+    def figures(self) -> dict[str, float]:
+        """What is a number, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+async def validate(tasks: Sequence[Task], captions: Sequence[Completion], reader: QuizReader) -> Validation:
+    """Grade one caption per task. Raises EngineDead alone."""
+    readings = await asyncio.gather(
+        *(reader.read(caption.text, task.questions) for task, caption in zip(tasks, captions, strict=True))
+    )
+    known = [(task.scene, caption) for task, caption in zip(tasks, captions, strict=True) if task.scene is not None]
+    grades = [grade(scene, caption.text) for scene, caption in known]
+    expected = sum(each.expected.total() for each in grades)
+    count = len(captions)
+    return Validation(
+        accuracy=accuracy([reading for each in readings for reading in each]),
+        hallucinated=sum(each.stated.total() - each.correct.total() for each in grades) / len(grades)
+        if grades
+        else None,
+        recalled=sum(each.recalled.total() for each in grades) / expected if expected else None,
+        tokens=sum(each.n_tokens for each in captions) / count,
+        truncated=sum(each.finish_reason == "length" for each in captions) / count,
+        repeating=sum(loops(each.text) for each in captions) / count,
+        images=count,
+    )
+
+
+def accuracy(readings: Sequence[Reading]) -> float | None:
+    """Right over scored presentations of all questions; None without any."""
+    scored = sum(reading.scored for reading in readings)
+    return sum(reading.right for reading in readings) / scored if scored else None
