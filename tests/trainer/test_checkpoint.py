@@ -1,0 +1,60 @@
+"""Checkpoints appear whole or not at all, and belong to one recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from capipe.errors import ArtifactMismatch, BadInput
+from capipe.trainer.checkpoint import FACTS, Facts, checkpoints, newest, optimizer_state, save
+
+
+def write(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    state = {"exp_avg": torch.arange(3.0), "step": torch.tensor(4)}
+    made = save(tmp_path, Facts(7, "mark", {"alarms": {"kl": 1}}), write, state)
+    assert made.name == "step-000007" and (made / "model.safetensors").read_bytes() == b"weights"
+    found = newest(tmp_path, "mark")
+    assert found is not None and found[0] == made and found[1] == Facts(7, "mark", {"alarms": {"kl": 1}})
+    back = optimizer_state(made)
+    assert list(back) == list(state) and all(torch.equal(back[name], state[name]) for name in state)
+    assert newest(tmp_path / "elsewhere", "mark") is None
+
+
+def test_one_that_a_kill_left_half_written_is_not_read_and_goes(tmp_path: Path) -> None:
+    save(tmp_path, Facts(1, "mark", {}), write, {})
+    half = tmp_path / "step-000002.partial"
+    write(half)
+
+    def dies(folder: Path) -> None:
+        write(folder)
+        raise KeyboardInterrupt
+
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000001"]
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, Facts(3, "mark", {}), dies, {})
+    found = newest(tmp_path, "mark")
+    assert found is not None and found[1].step == 1
+    save(tmp_path, Facts(3, "mark", {}), write, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003"]
+
+
+def test_the_newest_few_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 11):
+        save(tmp_path, Facts(step, "mark", {}), write, {}, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000011"]
+
+
+def test_another_recipe_does_not_go_on_from_it(tmp_path: Path) -> None:
+    made = save(tmp_path, Facts(1, "mark", {}), write, {})
+    with pytest.raises(ArtifactMismatch, match=r"another recipe.*--fresh"):
+        newest(tmp_path, "other")
+    (made / FACTS).write_text("{")
+    with pytest.raises(BadInput, match=r"trainer\.json: cannot be read"):
+        newest(tmp_path, "mark")

@@ -1,0 +1,75 @@
+"""What a run writes down, and that a resumed one does not say things twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from capipe.models.engine import Completion
+from capipe.trainer.groups import Group, RewardResult
+from capipe.trainer.log import CAPTIONS, RunLog, read_steps
+from capipe.trainer.loop import raised
+from capipe.trainer.recipe import AlarmConfig
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.written: list[tuple[int, dict[str, float]]] = []
+        self.closed = False
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self.written.append((step, dict(figures)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_figures_and_captions_are_lines(tmp_path: Path) -> None:
+    sink = Kept()
+    log = RunLog(tmp_path, 0, [sink])
+    log.step(0, {"reward": 0.5, "skipped": None, "tokens": 3})
+    group = Group("u", "k", None, [Completion("a star", (1, 2), "stop", 2)], [RewardResult(0.5, {"quiz": 0.5})])  # type: ignore[arg-type]
+    group.advantages = torch.tensor([1.5])
+    log.captions(0, [group])
+    log.close()
+    assert read_steps(tmp_path) == [{"step": 0, "reward": 0.5, "skipped": None, "tokens": 3}]
+    assert sink.written == [(0, {"reward": 0.5, "tokens": 3.0})] and sink.closed
+    entry = json.loads((tmp_path / CAPTIONS).read_text())
+    assert (entry["caption"], entry["score"], entry["components"], entry["advantage"]) == (
+        "a star",
+        0.5,
+        {"quiz": 0.5},
+        1.5,
+    )
+
+
+def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    first = RunLog(tmp_path, 0)
+    for step in range(4):
+        first.step(step, {"reward": step})
+    with (tmp_path / "steps.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # a kill in the middle of a line
+    assert len(read_steps(tmp_path)) == 4
+    again = RunLog(tmp_path, 2)
+    again.step(2, {"reward": 9})
+    assert [(each["step"], each["reward"]) for each in read_steps(tmp_path)] == [(0, 0), (1, 1), (2, 9)]
+
+
+def figures(**changed: float) -> dict[str, float]:
+    return {"kl": 0.0, "tokens_per_caption": 10.0, "truncated": 0.0, "repeating": 0.0, "unscored_share": 0.0, **changed}
+
+
+def test_an_alarm_ends_a_run_that_diverges_for_some_steps_in_a_row() -> None:
+    config, counts = AlarmConfig(truncated=0.5, patience=2, kl=5.0), dict[str, int]()
+    assert raised(figures(truncated=0.6), config, counts) is None
+    assert raised(figures(), config, counts) is None  # it has come back
+    assert raised(figures(truncated=0.6), config, counts) is None
+    said = raised(figures(truncated=0.7), config, counts)
+    assert said == "0.70 of the captions are cut at their limit (alarms.truncated: 0.5), 2 steps in a row"
+    for name, value, words in (("kl", 0.6, "nats"), ("repeating", 0.9, "loop"), ("unscored_share", 0.9, "no score")):
+        counts = {}
+        raised(figures(**{name: value}), config, counts)
+        assert words in (raised(figures(**{name: value}), config, counts) or "")

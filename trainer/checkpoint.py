@@ -1,0 +1,109 @@
+"""Checkpoints: a Hugging Face folder that any engine loads, and beside the weights what a resumed run needs.
+
+A checkpoint is a folder ``step-000050`` that appears whole: it is written under another name, synced and renamed. What
+a kill left half-written has that other name, is never read, and is removed by the next save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ArtifactMismatch, BadInput
+
+STATE, FACTS = "trainer.pt", "trainer.json"
+PARTIAL = ".partial"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says of itself: steps done, the run's fingerprint, running figures that later steps need."""
+
+    step: int
+    fingerprint: str
+    figures: dict[str, Any]
+
+
+def save(
+    run: Path, facts: Facts, write_model: Callable[[Path], None], optimizer: Mapping[str, Any], keep: int = 3
+) -> Path:
+    """Write ``run/step-…``: ``write_model`` puts the model's files into a folder, ``optimizer`` is that one's state.
+
+    Keeps the newest ``keep``.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    for left in run.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(left)
+    final = folder_of(run, facts.step)
+    partial = final.with_name(final.name + PARTIAL)
+    write_model(partial)
+    torch.save({"optimizer": optimizer}, partial / STATE)
+    (partial / FACTS).write_text(
+        json.dumps({"step": facts.step, "fingerprint": facts.fingerprint, "figures": facts.figures}, sort_keys=True)
+    )
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    if final.exists():  # made by a run that was killed after the rename and before it went on
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(run)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / f"step-{step:06d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole ones, oldest first."""
+    found = [path for path in run.glob("step-*") if _NAME.fullmatch(path.name) and (path / FACTS).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest(run: Path, fingerprint: str) -> tuple[Path, Facts] | None:
+    """The checkpoint to go on from. Raises ArtifactMismatch where it was made by another recipe or other questions."""
+    found = checkpoints(run)
+    if not found:
+        return None
+    facts = read_facts(found[-1])
+    if facts.fingerprint != fingerprint:
+        raise ArtifactMismatch(
+            f"{found[-1]}: made by another recipe, model or question set; use another --out, or --fresh to start over"
+        )
+    return found[-1], facts
+
+
+def read_facts(checkpoint: Path) -> Facts:
+    """Raises BadInput where the file is not one of ours."""
+    try:
+        return Facts(**json.loads((checkpoint / FACTS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(
+            f"{checkpoint / FACTS}: cannot be read ({error}); remove the folder to go on from the one before"
+        ) from None
+
+
+def optimizer_state(checkpoint: Path) -> dict[str, Any]:
+    """The optimiser's state of a checkpoint (read as plain tensors, nothing in it is executed)."""
+    state: dict[str, Any] = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
+    return dict(state["optimizer"])
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

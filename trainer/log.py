@@ -1,0 +1,110 @@
+"""What a run writes down: figures per step, captions with their rewards, TensorBoard where it is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from .groups import Group
+
+STEPS, CAPTIONS = "steps.jsonl", "captions.jsonl"
+
+
+class Sink(Protocol):
+    def write(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Scalars by step. Raises ImportError where tensorboard is not installed."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class RunLog:
+    """JSON lines in ``folder``. A resumed run cuts off what was logged after the step it goes on from.
+
+    Of several processes each writes down its own captions, and the first one the figures.
+    """
+
+    def __init__(self, folder: Path, start: int, sinks: Sequence[Sink] = (), rank: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._first = rank == 0
+        captions = CAPTIONS if self._first else f"captions-{rank}.jsonl"
+        self._files = {STEPS: folder / STEPS, CAPTIONS: folder / captions}
+        for file in self._files.values() if self._first else [folder / captions]:
+            _cut(file, start)
+        self._sinks = sinks
+
+    def step(self, step: int, figures: Mapping[str, float | int | str | None]) -> None:
+        """The figures of a step, by name; numbers go to the sinks, too. They are all processes', so one writes them."""
+        if not self._first:
+            return
+        self._append(STEPS, [{"step": step, **figures}])
+        numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
+        for sink in self._sinks:
+            sink.write(step, numbers)
+
+    def captions(self, step: int, groups: Sequence[Group]) -> None:
+        """Every caption of a step with what it earned and why."""
+        self._append(CAPTIONS, [entry for group in groups for entry in _entries(step, group)])
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def _append(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        with self._files[name].open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+def _entries(step: int, group: Group) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "uid": group.uid,
+            "key": group.key,
+            "caption": caption.text,
+            "tokens": caption.n_tokens,
+            "finish_reason": caption.finish_reason,
+            "score": reward.score,
+            "components": reward.components,
+            "details": reward.details,
+            "advantage": advantage,
+        }
+        for caption, reward, advantage in zip(group.completions, group.rewards, group.advantages.tolist(), strict=True)
+    ]
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The figures of all steps so far; a line that a kill left unfinished is not among them."""
+    return _read(folder / STEPS)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _cut(file: Path, start: int) -> None:
+    """Keep the entries of steps before ``start``."""
+    if file.exists():
+        kept = [entry for entry in _read(file) if entry["step"] < start]
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept), encoding="utf-8")
+        partial.replace(file)

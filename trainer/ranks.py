@@ -1,0 +1,106 @@
+"""The processes that train together (`torchrun`): sums over them, and gradients that equal a single process's.
+
+A step's loss is a sum over the completions of all processes, weighed by totals over all of them. So gradients are
+summed, never averaged, and it does not matter how many completions each process has, or in how many micro-batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PATIENCE = timedelta(minutes=30)  # one process may wait for another's rollouts
+BUCKET = 1 << 25  # weights whose gradients travel together: 128 MB of float32
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """``rank`` of ``count`` processes; ``sharded``: weights are split over them (FSDP2), gradients summed by that."""
+
+    rank: int = 0
+    count: int = 1
+    sharded: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is multiplied with, so that its gradients sum up: FSDP2 divides by the number of processes."""
+        return float(self.count) if self.sharded else 1.0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on a copy."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def most(self, value: int) -> int:
+        """The largest ``value`` of all processes."""
+        return int(self._reduced(torch.tensor(value), dist.ReduceOp.MAX))
+
+    def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.count == 1:
+            return values
+        on_device = values.to(_device(), copy=True)
+        dist.all_reduce(on_device, how)
+        return on_device.to(values.device)
+
+    def share(self, items: list[int]) -> list[int]:
+        """This process's part of a step's items; parts differ by one at most."""
+        return items[self.rank :: self.count]
+
+    def sum_gradients(self, weights: Iterable[nn.Parameter]) -> None:
+        """Sum gradients over all processes in place, in large buckets; a weight without one counts as zero."""
+        if self.count == 1 or self.sharded:
+            return
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for weight in weights:
+            if not weight.requires_grad:
+                continue
+            if bucket and (size + weight.numel() > BUCKET or weight.dtype != bucket[0].dtype):
+                _sum_bucket(bucket)
+                bucket, size = [], 0
+            bucket.append(weight)
+            size += weight.numel()
+        if bucket:
+            _sum_bucket(bucket)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def _sum_bucket(bucket: list[nn.Parameter]) -> None:
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in bucket]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for weight, part in zip(bucket, flat.split([weight.numel() for weight in bucket]), strict=True):
+        weight.grad = part.view_as(weight)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def join(sharded: bool) -> Ranks:
+    """The processes that `torchrun` started, or this one alone. Ranks of one machine take its GPUs in order."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return ALONE
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    return Ranks(dist.get_rank(), count, sharded)
