@@ -1,0 +1,26 @@
+"""`capipe train`: reinforcement learning of a captioner, by a recipe."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has some.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and logs.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    fresh: o.Fresh = False,
+) -> None:
+    """Train a captioner so that what it writes answers questions about the image."""
+    from ..trainer.recipe import load_recipe
+    from .training import run_training
+
+    loaded = load_recipe(recipe, overrides or [])
+    last = asyncio.run(run_training(loaded, out, fresh=fresh, say=lambda line: print(line, flush=True)))
+    print(f"checkpoint: {last}")

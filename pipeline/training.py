@@ -1,0 +1,216 @@
+"""From a recipe to a run that is about to do its first, or its next, step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactMismatch, BadInput
+from ..manifests.fingerprint import differences, fingerprint
+from ..models.batched_lm import PreparedPrompt
+from ..models.engine import Prompt, RequestError
+from ..models.loading import model_identity
+from ..models.reader import QuizReader, ReaderConfig
+from ..trainer.assembly import PolicyParts, build_judge, build_optimizer, build_policy, load_reader
+from ..trainer.checkpoint import Facts, newest, optimizer_state
+from ..trainer.critic import CriticConfig
+from ..trainer.log import RunLog, Sink, TensorBoard
+from ..trainer.loop import Run, train
+from ..trainer.losses import Clip
+from ..trainer.preflight import floors, refuse_templates
+from ..trainer.quiz_reward import QuizReward
+from ..trainer.ranks import join
+from ..trainer.recipe import Recipe
+from ..trainer.rollouts import Drawing, Rollouts
+from ..trainer.sharding import restore_optimizer
+from ..trainer.tasks import TaskList, load_tasks
+from ..trainer.update import UpdateConfig, Updater
+from .eval_cli import question_artifact
+
+RUN = "run.json"  # what a run was started with
+MARK = "step-"  # how everything is called that a run makes beside it, logs apart
+Say = Callable[[str], None]
+
+
+async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> Path:
+    """Train to the recipe's end, from the newest checkpoint in ``out`` where there is one; returns the last one."""
+    ranks = join(recipe.parallel == "sharded")
+    if recipe.rollout.images < ranks.count:
+        raise BadInput(
+            f"{ranks.count} processes for {recipe.rollout.images} images a step: start fewer, or raise rollout.images"
+        )
+    if not ranks.first:
+        say = _quiet
+    training, held_out = load_data(recipe)
+    semantic = {
+        **recipe.semantic(),
+        "model": model_identity(recipe.model, "").digest,
+        "questions": training.fingerprint,
+    }
+    mark, found = fingerprint(semantic), _look(out, semantic, fresh)
+    parts = build_policy(recipe, found[0] if found else None, ranks)
+    say(parts.learning)
+    judge = await build_judge(recipe.rewards)
+    grader: QuizReader | None = None
+    try:
+        if recipe.validation is not None:
+            reader = await load_reader(recipe.validation.reader, recipe.validation.engine)
+            grader = QuizReader(reader, ReaderConfig())
+        ranks.wait()  # all have looked before one writes
+        if ranks.first:
+            _claim(out, semantic, fresh)
+        ranks.wait()
+        start = found[1].step if found else 0
+        run = _assemble(recipe, out, mark, training, held_out, parts, judge, grader, start, say)
+        if found:
+            restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(found[0]))
+            run.step, run.alarms = found[1].step, dict(found[1].figures.get("alarms", {}))
+            say(f"going on from {found[0]}")
+        await _preflight(run)
+        try:
+            return await train(run)
+        finally:
+            run.log.close()
+    finally:
+        parts.pool.close()
+        await parts.engine.aclose()
+        await judge.aclose()
+        if grader is not None:
+            await grader.engine.aclose()
+
+
+def _quiet(line: str) -> None:
+    """What is said once is said by the first process."""
+
+
+def load_data(recipe: Recipe) -> tuple[TaskList, TaskList | None]:
+    """What is trained on and what is validated on. Raises BadInput where an image is in both."""
+    training = load_tasks(recipe.data.shards, question_artifact(recipe.data.questions).url, recipe.data.fingerprint)
+    if recipe.validation is None:
+        return training, None
+    held_out = load_tasks(recipe.validation.shards, question_artifact(recipe.validation.questions).url)
+    known = {task.uid for task in training.tasks}
+    shared = next((task.key for task in held_out.tasks if task.uid in known), None)
+    if shared is not None:
+        raise BadInput(f"{recipe.validation.shards}: {shared!r} is trained on, too; validate on other images")
+    return training, held_out
+
+
+def _look(out: Path, semantic: dict[str, Any], fresh: bool) -> tuple[Path, Facts] | None:
+    """The checkpoint in ``out`` to go on from, None to begin. Changes nothing.
+
+    Raises ArtifactMismatch where another recipe has been at work there, BadInput where it is no training run's folder.
+    """
+    file = out / RUN
+    if not file.exists():
+        if out.exists() and any(out.iterdir()):
+            raise BadInput(f"{out}: the folder holds something that is no training run; choose another --out")
+        return None
+    if fresh:
+        return None
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if before != semantic:
+        named = "; ".join(differences(before, semantic)[:3])
+        raise ArtifactMismatch(f"{out}: another run is there ({named}); use another --out, or --fresh to start over")
+    return newest(out, fingerprint(semantic))
+
+
+def _claim(out: Path, semantic: dict[str, Any], fresh: bool) -> None:
+    """Make ``out`` this run's folder, emptied of an earlier run's checkpoints where ``fresh``."""
+    out.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        for path in out.glob(f"{MARK}*"):
+            shutil.rmtree(path)
+    file = out / RUN
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(semantic, indent=1, sort_keys=True), encoding="utf-8")
+    partial.replace(file)
+
+
+def _assemble(
+    recipe: Recipe,
+    out: Path,
+    mark: str,
+    training: TaskList,
+    held_out: TaskList | None,
+    parts: PolicyParts,
+    judge: Any,
+    grader: QuizReader | None,
+    start: int,
+    say: Say,
+) -> Run:
+    rollout, algorithm = recipe.rollout, recipe.algorithm
+    drawing = Drawing(recipe.prompt, rollout.group, rollout.max_tokens, rollout.temperature, recipe.seed)
+    config = UpdateConfig(
+        loss=algorithm.loss,
+        baseline=algorithm.baseline,
+        critic=CriticConfig(**algorithm.critic.model_dump()) if algorithm.critic else None,
+        epochs=algorithm.epochs,
+        minibatches=algorithm.minibatches,
+        clip=Clip(algorithm.clip_low, algorithm.clip_high, algorithm.cap),
+        kl=algorithm.kl,
+        estimator=algorithm.estimator,
+        entropy=algorithm.entropy,
+        limit=rollout.max_tokens,
+        budget=recipe.budget,
+        max_norm=recipe.optimizer.max_norm,
+        mask_truncated=algorithm.mask_truncated,
+    )
+    optimizer = build_optimizer(parts.policy, recipe.optimizer)
+    updater = Updater(parts.policy, optimizer, config, parts.reference, parts.ranks)
+    validated = held_out.tasks[: recipe.validation.images] if held_out and recipe.validation else ()
+    sinks = _sinks(out) if parts.ranks.first else []
+    log = RunLog(out, start, sinks, parts.ranks.rank)
+    say(f"{len(training.tasks)} images with questions, {training.without} without; {len(validated)} to validate on")
+    return Run(
+        recipe=recipe,
+        out=out,
+        fingerprint=mark,
+        tasks=training.tasks[: recipe.data.images],
+        held_out=validated,
+        parts=parts,
+        rollouts=Rollouts(parts.engine, _prepare(parts, rollout.max_tokens), parts.pool, drawing),
+        judge=judge,
+        grader=grader,
+        updater=updater,
+        log=log,
+        say=say,
+    )
+
+
+def _prepare(parts: PolicyParts, max_tokens: int) -> Callable[[Prompt], PreparedPrompt]:
+    """Prompts for the policy; one that leaves no room for a whole caption is refused, since neither must be cut."""
+    room = parts.preparing.max_model_len
+
+    def prepare(prompt: Prompt) -> PreparedPrompt:
+        try:
+            prepared = parts.preparing.prepare(prompt)
+        except RequestError as error:
+            raise BadInput(f"{error}; shorten the recipe's prompt") from None
+        if len(prepared.ids) + max_tokens > room:
+            raise BadInput(
+                f"rollout.max_tokens: {max_tokens} tokens after a prompt of {len(prepared.ids)} are more than the "
+                f"{room} that the model takes; lower it"
+            )
+        return prepared
+
+    return prepare
+
+
+def _sinks(out: Path) -> list[Sink]:
+    try:
+        return [TensorBoard(out / "tensorboard")]
+    except ImportError:
+        return []
+
+
+async def _preflight(run: Run) -> None:
+    reward = run.judge.rewards.get("quiz")
+    if not run.recipe.preflight or not isinstance(reward, QuizReward) or run.step:
+        return
+    found = await floors(reward, run.tasks)
+    run.say(f"preflight: generic {found.generic:.3f}, empty {found.empty:.3f}, blind {found.blind:.3f}")
+    refuse_templates(found)

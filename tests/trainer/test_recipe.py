@@ -1,0 +1,85 @@
+"""Recipes: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from capipe.errors import BadInput
+from capipe.trainer.assembly import rate
+from capipe.trainer.recipe import OptimizerConfig, Recipe, load_recipe
+
+TEXT = """
+model: tiny/captioner
+data: {shards: a, questions: b}
+rewards:
+  - {kind: quiz, reader: tiny/reader}
+  - {kind: length, weight: 0.1}
+steps: 3
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
+    made = load_recipe(recipe, ["rollout.group=4", "rewards.1.weight=0.5", "optimizer.lr=1e-4", "steps=7"])
+    assert (made.rollout.group, made.rewards[1].weight, made.optimizer.lr, made.steps) == (4, 0.5, 1e-4, 7)
+    assert load_recipe(recipe).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rollout.gruop=4", r"rollout\.gruop: Extra inputs.*no such key"),
+        ("rollout.group=1", r"rollout\.group: .*greater than or equal to 2 \(got 1\)"),
+        ("rewards.0.kind=beauty", "rewards.0"),
+        ("rewards.5.weight=1", "entries 0 to 1"),
+        ("nonsense", "section.key=value"),
+        ("steps.more=1", "steps is a value"),
+        ("algorithm.loss=magic", "algorithm.loss"),
+        ("rewards.1.kind=quiz", "rewards"),
+        ("trained.llm=false", "no part of the model is trained"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(recipe: Path, override: str, said: str) -> None:
+    with pytest.raises(BadInput, match=said) as refused:
+        load_recipe(recipe, [override])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no recipe there"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(BadInput, match="not YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(BadInput, match="a mapping"):
+        load_recipe(tmp_path / "list.yaml")
+
+
+def test_the_judge_of_the_run_is_not_the_reward(recipe: Path) -> None:
+    recipe.write_text(TEXT + "validation: {shards: c, questions: d, reader: tiny/reader}\n")
+    with pytest.raises(BadInput, match="never a reward"):
+        load_recipe(recipe)
+
+
+def test_speed_is_no_part_of_what_a_run_is(recipe: Path) -> None:
+    made = load_recipe(recipe)
+    assert load_recipe(recipe, ["budget=5", "gradient_checkpointing=true"]).semantic() == made.semantic()
+    assert load_recipe(recipe, ["seed=5"]).semantic() != made.semantic()
+    assert isinstance(made, Recipe)
+
+
+def test_learning_rates() -> None:
+    config = OptimizerConfig(lr=1.0, warmup=4, schedule="linear")
+    assert [rate(config, step, 8) for step in range(9)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25, 0])
+    cosine = OptimizerConfig(lr=2.0, warmup=0, schedule="cosine")
+    assert [rate(cosine, step, 2) for step in range(3)] == pytest.approx([2, 1, 0])
+    assert rate(OptimizerConfig(lr=3.0, warmup=0), 99, 100) == 3

@@ -1,0 +1,199 @@
+"""From a recipe to the parts of a run: the policy, its engine, rewards, tasks, optimiser."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from ..models.batched_lm import BatchedLM, vision_ids
+from ..models.decode import DecodePool
+from ..models.engine import Engine
+from ..models.images import ImageLimits
+from ..models.loading import EngineConfig, image_grid, load_engine, resolve_model
+from ..models.reader import QuizReader
+from ..models.transformers_engine import TransformersEngine, batched_lm, load_model
+from .advantages import Part
+from .critic import ValueHead
+from .decoder import DecoderPolicy
+from .groups import Batch
+from .quiz_reward import QuizReward, QuizRewardConfig, reader_config
+from .ranks import ALONE, Ranks
+from .recipe import OptimizerConfig, Recipe, RewardConfig, TrainedConfig
+from .rewards import Judge, Reward
+from .sharding import copy_weights, shard, whole
+from .text_rewards import BoilerplateConfig, BoilerplateReward, LengthConfig, LengthReward, RepetitionReward
+
+VALUE_HEAD = "value_head.safetensors"
+
+
+@dataclass
+class PolicyParts:
+    """The model in training with all that reads from it. ``preparing`` is not the engine's, which its thread uses.
+
+    ``sampled``: the model that captions are drawn from: the policy's own, or where its weights are split over processes
+    a whole copy, which is brought up to date by :meth:`sync`.
+    """
+
+    policy: DecoderPolicy
+    sampled: Any
+    engine: TransformersEngine
+    preparing: BatchedLM
+    pool: DecodePool
+    reference: Callable[[Any], Tensor] | None
+    folder: Path
+    ranks: Ranks
+    learning: str  # which parts do, in words
+
+    def sync(self) -> None:
+        """Let captions be drawn from the weights as they are now. All processes have to call it."""
+        if self.sampled is not self.policy.model:
+            copy_weights(self.policy, self.sampled)
+
+
+def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALONE) -> PolicyParts:
+    """Load ``recipe.model``, or ``weights``, a checkpoint of it, and freeze what is not to learn.
+
+    Raises BadInput for models that are no decoder VLM, and for prompts longer than the model takes.
+    """
+    start = resolve_model(recipe.model)
+    folder = weights or start
+    grid = image_grid(folder)
+    if grid is None:
+        raise BadInput(f"{recipe.model}: reads text only; training captions takes a vision-language model")
+    model: Any = load_model(str(folder), sees=True, dtype="float32", device=recipe.device)
+    if not hasattr(model, "model") or not hasattr(model.model, "visual"):
+        raise BadInput(f"{recipe.model}: {type(model).__name__} is no decoder VLM that the trainer knows (Qwen-VL)")
+    banned = vision_ids(model.config)
+    reference = None
+    if recipe.algorithm.kl:
+        frozen = (
+            copy.deepcopy(model)
+            if weights is None
+            else load_model(str(start), sees=True, dtype="float32", device=recipe.device)
+        )
+        reference = _scorer(DecoderPolicy(frozen.requires_grad_(False), banned, recipe.rollout.temperature))
+    learning = freeze(model, recipe.trained)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = DecoderPolicy(model, banned, recipe.rollout.temperature, value_head(recipe, model, weights))
+    sampled = copy.deepcopy(model).requires_grad_(False) if ranks.sharded else model
+    if ranks.sharded:
+        shard(policy)
+    lm, preparing = (batched_lm(sampled, str(folder), grid) for _ in range(2))
+    engine = TransformersEngine(lm, grid, recipe.rollout.group * 16)
+    pool = DecodePool(recipe.rollout.decoders, grid, ImageLimits())
+    return PolicyParts(policy, sampled, engine, preparing, pool, reference, folder, ranks, learning)
+
+
+def value_head(recipe: Recipe, model: Any, weights: Path | None) -> ValueHead | None:
+    """The head of a critic, new or a checkpoint's; None where the recipe has no critic."""
+    critic = recipe.algorithm.critic
+    if critic is None:
+        return None
+    head = ValueHead(model.config.get_text_config().hidden_size, critic.detach).to(model.device)
+    if weights is not None:
+        head.load_state_dict(load_file(weights / VALUE_HEAD, device=str(model.device)))
+    return head
+
+
+def _scorer(policy: DecoderPolicy) -> Callable[[Any], Tensor]:
+    @torch.no_grad()
+    def score(batch: Batch) -> Tensor:
+        logp: Tensor = policy(batch).logp
+        return logp
+
+    return score
+
+
+def freeze(model: Any, trained: TrainedConfig) -> str:
+    """Freeze all but the chosen parts; returns how many weights of each learn, in words."""
+    told = []
+    for name, weights in parts_of(model).items():
+        learns = getattr(trained, name)
+        for weight in weights:
+            weight.requires_grad_(learns)
+        count = sum(weight.numel() for weight in weights)
+        told.append(f"{name} {'learns' if learns else 'frozen'} ({count:,} weights)")
+    return ", ".join(told)
+
+
+def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
+    """The weights of a Qwen-VL by part; the projector is what merges patches into tokens (deepstack's, too)."""
+    visual = model.model.visual
+    mergers = [module for name, module in visual.named_children() if "merger" in name]
+    projector = {id(weight): weight for module in mergers for weight in module.parameters()}
+    vision = [weight for weight in visual.parameters() if id(weight) not in projector]
+    seen = {id(weight) for weight in visual.parameters()}
+    llm = [weight for weight in model.parameters() if id(weight) not in seen]
+    return {"vision": vision, "projector": list(projector.values()), "llm": llm}
+
+
+def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over what learns; matrices decay, vectors do not."""
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+
+
+def rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of ``step``, counted from 0."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    left = 1 - min(1.0, max(0, step - config.warmup) / max(1, steps - config.warmup))
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.schedule]
+    return config.lr * warm * shape
+
+
+async def build_judge(configs: Sequence[RewardConfig]) -> Judge:
+    """The rewards of a recipe, engines started."""
+    rewards: dict[str, Reward] = {}
+    for config in configs:
+        rewards[config.kind] = await _reward(config)
+    return Judge(rewards, {config.kind: Part(config.weight, config.normalise) for config in configs})
+
+
+async def _reward(config: RewardConfig) -> Reward:
+    if isinstance(config, QuizRewardConfig):
+        engine = await load_reader(config.reader, config.engine)
+        return QuizReward(QuizReader(engine, reader_config()), config)
+    if isinstance(config, LengthConfig):
+        return LengthReward(config)
+    return BoilerplateReward(config) if isinstance(config, BoilerplateConfig) else RepetitionReward()
+
+
+async def load_reader(model: str, engine: str) -> Engine:
+    """An engine for a model that reads text."""
+    return await load_engine(EngineConfig(engine, model))
+
+
+def value_weights(parts: PolicyParts) -> dict[str, Tensor]:
+    """The whole value head, empty without one; all processes have to ask for it."""
+    head = parts.policy.value_head
+    return {} if head is None else {name: whole(weight) for name, weight in head.state_dict().items()}
+
+
+def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) -> None:
+    """The policy as a Hugging Face folder: weights in safetensors, tokenizer and processor as it came.
+
+    ``values``: of the value head, which lies beside them.
+    """
+    from transformers import AutoProcessor
+
+    config = parts.sampled.config.get_text_config()
+    implementation = config._attn_implementation
+    parts.sampled.save_pretrained(folder)
+    config._attn_implementation = implementation
+    AutoProcessor.from_pretrained(str(parts.folder)).save_pretrained(folder)
+    if values:
+        save_file(values, folder / VALUE_HEAD)

@@ -1,0 +1,188 @@
+"""The training loop: draw captions, score them, update, write it down. Everything it needs is built elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RunFailed
+from ..models.reader import QuizReader
+from .assembly import PolicyParts, rate, value_weights, write_policy
+from .checkpoint import Facts, folder_of, save
+from .groups import Group
+from .log import RunLog
+from .ranks import Ranks
+from .recipe import AlarmConfig, Recipe
+from .rewards import Judge
+from .rollouts import Rollouts
+from .sharding import optimizer_state
+from .tasks import Schedule, Task
+from .text_statistics import loops
+from .update import Updater, UpdateReport
+from .validation import Validation, validate
+
+
+@dataclass
+class Run:
+    """A run with all its parts, about to do ``step``."""
+
+    recipe: Recipe
+    out: Path
+    fingerprint: str
+    tasks: Sequence[Task]
+    held_out: Sequence[Task]
+    parts: PolicyParts
+    rollouts: Rollouts
+    judge: Judge
+    grader: QuizReader | None
+    updater: Updater
+    log: RunLog
+    say: Callable[[str], None]
+    step: int = 0
+    alarms: dict[str, int] = field(default_factory=dict)  # how many steps in a row each was raised
+
+
+async def train(run: Run) -> Path:
+    """Do the steps that are left; returns the last checkpoint. Raises RunFailed on an alarm, after a checkpoint."""
+    recipe, ranks = run.recipe, run.parts.ranks
+    schedule = Schedule(len(run.tasks), recipe.rollout.images, recipe.seed)
+    last = run.out
+    if run.step == 0:
+        await _validate(run)
+    while run.step < recipe.steps:
+        clock = Clock()
+        with clock.phase("rollout"):
+            chosen = [run.tasks[index] for index in ranks.share(schedule.indices(run.step))]
+            groups = await run.rollouts.collect(chosen, run.step, run.judge)
+        with clock.phase("update"):
+            for group in run.updater.optimizer.param_groups:
+                group["lr"] = rate(recipe.optimizer, run.step, recipe.steps)
+            report = run.updater.update(groups)
+            run.parts.sync()
+        figures = step_figures(groups, report, list(run.judge.rewards), ranks)
+        run.log.captions(run.step, groups)
+        run.step += 1
+        if recipe.validation is not None and (run.step % recipe.validation.every == 0 or run.step == recipe.steps):
+            with clock.phase("validation"):
+                await _validate(run)
+        run.log.step(run.step - 1, {**figures, **clock.seconds})
+        run.say(line(run.step, recipe.steps, figures, clock))
+        alarm = raised(figures, recipe.alarms, run.alarms)
+        if run.step % recipe.save_every == 0 or run.step == recipe.steps or alarm:
+            last = checkpoint(run)
+        if alarm:
+            raise RunFailed(f"step {run.step}: {alarm}; {last} is as far as it came, and --out has the captions")
+    return last
+
+
+def checkpoint(run: Run) -> Path:
+    """Write one; all processes take part, as none may have all of the weights."""
+    facts = Facts(run.step, run.fingerprint, {"alarms": run.alarms})
+    state = optimizer_state(run.parts.policy, run.updater.optimizer)
+    head = value_weights(run.parts)
+    if run.parts.ranks.first:
+        save(run.out, facts, lambda folder: write_policy(run.parts, folder, head), state)
+    run.parts.ranks.wait()
+    return folder_of(run.out, run.step)
+
+
+async def _validate(run: Run) -> Validation | None:
+    if run.grader is None or not run.held_out or not run.parts.ranks.first:
+        return None
+    captions = await run.rollouts.greedy(run.held_out)
+    found = await validate(run.held_out, captions, run.grader)
+    # Of the last step that was done, or of none: what a resumed run has done already it does not do again.
+    run.log.step(run.step - 1, {f"validation/{name}": value for name, value in found.figures().items()})
+    told = " ".join(f"{name} {value:.3f}" for name, value in found.figures().items())
+    run.say(f"validation after {run.step} steps: {told}")
+    return found
+
+
+def step_figures(groups: Sequence[Group], report: UpdateReport, rewards: Sequence[str], ranks: Ranks) -> dict[str, Any]:
+    """Means over a step's captions of all processes, and the update's own figures. ``rewards``: their names."""
+    summed = ranks.sum(tally(groups, rewards)).tolist()
+    captions, tokens, truncated, repeating, scores, scored, *parts = summed
+    of_part = zip(rewards, parts[::2], parts[1::2], strict=True)
+    return {
+        "reward": scores / scored if scored else None,
+        **{f"reward/{name}": total / known for name, total, known in of_part if known},
+        "tokens_per_caption": tokens / max(1, captions),
+        "truncated": truncated / max(1, captions),
+        "repeating": repeating / max(1, captions),
+        "unscored_share": 1 - scored / captions if captions else 1.0,
+        "captions": int(captions),
+        **asdict(report),
+    }
+
+
+def tally(groups: Sequence[Group], rewards: Sequence[str]) -> Tensor:
+    """What processes add up, float64: captions, tokens, cut ones, looping ones, scores, scored; then of each reward
+    the sum of its values and how many there are."""
+    captions = [caption for group in groups for caption in group.completions]
+    results = [reward for group in groups for reward in group.rewards]
+    scores = [each.score for each in results if each.score is not None]
+    sums: list[float] = [
+        len(captions),
+        sum(each.n_tokens for each in captions),
+        sum(each.finish_reason == "length" for each in captions),
+        sum(loops(each.text) for each in captions),
+        sum(scores),
+        len(scores),
+    ]
+    for name in rewards:
+        values = [value for each in results if (value := each.components.get(name)) is not None]
+        sums += [sum(values), len(values)]
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def raised(figures: dict[str, Any], config: AlarmConfig, counts: dict[str, int]) -> str | None:
+    """The alarm that has been raised ``patience`` steps in a row, in words; ``counts`` is kept up to date."""
+    per_caption = figures["kl"] * figures["tokens_per_caption"]
+    checks = {
+        "truncated": (figures["truncated"], config.truncated, "of the captions are cut at their limit"),
+        "repeating": (figures["repeating"], config.repeating, "of the captions loop"),
+        "kl": (per_caption, config.kl, "nats per caption away from the start"),
+        "unscored": (figures["unscored_share"], config.unscored, "of the captions have no score"),
+    }
+    for name, (value, limit, words) in checks.items():
+        counts[name] = counts.get(name, 0) + 1 if value > limit else 0
+        if counts[name] >= config.patience:
+            return f"{value:.2f} {words} (alarms.{name}: {limit}), {counts[name]} steps in a row"
+    return None
+
+
+def line(step: int, steps: int, figures: dict[str, Any], clock: Clock) -> str:
+    """A step in a line for the terminal."""
+    reward = "none" if figures["reward"] is None else f"{figures['reward']:.3f}"
+    skipped = f" skipped: {figures['skipped']}" if figures["skipped"] else ""
+    return (
+        f"step {step}/{steps} reward {reward} tokens {figures['tokens_per_caption']:.0f} "
+        f"entropy {figures['entropy']:.2f} norm {figures['norm']:.2f} tied {figures['tied']}/{figures['captions']} "
+        f"{clock.total():.1f} s{skipped}"
+    )
+
+
+class Clock:
+    """Seconds by phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"seconds/{name}"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+
+    def total(self) -> float:
+        return sum(self.seconds.values())

@@ -1,0 +1,206 @@
+"""A training run in writing: every setting, typed, documented and refused where nobody reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import BadInput
+from ..models.tiny.prompts import DENSE
+from .advantages import Baseline
+from .losses import KLEstimator, LossName
+from .quiz_reward import QuizRewardConfig
+from .text_rewards import BoilerplateConfig, LengthConfig, RepetitionConfig
+
+RewardConfig = Annotated[
+    QuizRewardConfig | LengthConfig | RepetitionConfig | BoilerplateConfig, Field(discriminator="kind")
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Images and the questions about them."""
+
+    shards: str = Field(description="folder, glob or URL of image shards")
+    questions: str = Field(description="artifact of questions, or the folder of a `capipe qa`")
+    fingerprint: str | None = Field(None, description="the questions' fingerprint, where it must be this one")
+    images: int | None = Field(None, ge=1, description="use the first so many images; all by default")
+
+
+class RolloutConfig(Section):
+    """How captions are drawn."""
+
+    images: int = Field(16, ge=1, description="images per step, over all processes")
+    group: int = Field(8, ge=2, description="captions per image")
+    max_tokens: int = Field(256, ge=1, description="longest caption")
+    temperature: float = Field(1.0, gt=0)
+    decoders: int = Field(1, ge=1, description="image decoding processes")
+
+
+class AlgorithmConfig(Section):
+    """Advantages and loss (docs/architecture.md, trainer)."""
+
+    loss: LossName = "grpo"
+    baseline: Baseline = Field("group_std", description="what a caption's reward is compared with, without a critic")
+    critic: CriticSection | None = None
+    epochs: int = Field(1, ge=1, description="times that an update goes over a step's captions")
+    minibatches: int = Field(1, ge=1, description="optimiser steps that each time is cut into")
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.2, ge=0)
+    cap: float = Field(5.0, gt=0, description="cispo: largest weight of a token")
+    kl: float = Field(
+        0.0, ge=0, description="weight of the divergence from the model trained from; 0 loads no reference"
+    )
+    estimator: KLEstimator = "k3"
+    entropy: float = Field(0.0, description="weight of an entropy bonus")
+    mask_truncated: bool = Field(False, description="captions cut at the limit neither reward nor punish")
+
+
+class CriticSection(Section):
+    """A value head on the policy's last hidden states gives the advantages (PPO, A2C), instead of the group."""
+
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE; 1: returns minus values")
+    weight: float = Field(0.5, gt=0, description="of the value loss")
+    clip: float | None = Field(None, gt=0, description="how far a value may move in an update")
+    whiten: bool = Field(True, description="give a step's advantages mean 0 and standard deviation 1")
+    detach: bool = Field(False, description="the value loss changes the head alone, not the policy under it")
+
+
+class TrainedConfig(Section):
+    """Which parts learn. CapRL's paper does not say; the default is the language model alone."""
+
+    vision: bool = False
+    projector: bool = False
+    llm: bool = True
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-6, gt=0)
+    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+
+
+class ValidationConfig(Section):
+    """Greedy captions of held-out images, graded by a reader that is not the reward's."""
+
+    shards: str
+    questions: str
+    reader: str = "tiny/holdout-reader"
+    engine: str = "auto"
+    every: int = Field(25, ge=1, description="steps")
+    images: int = Field(64, ge=1, description="the first so many")
+
+
+class AlarmConfig(Section):
+    """Where a run is stopped: shares of a step's captions, and the divergence from the start."""
+
+    truncated: float = Field(0.6, gt=0, le=1, description="captions cut at their limit")
+    repeating: float = Field(0.5, gt=0, le=1, description="captions that loop")
+    kl: float = Field(50.0, gt=0, description="mean per caption, where a reference is loaded")
+    unscored: float = Field(0.5, gt=0, le=1, description="captions without a score")
+    patience: int = Field(3, ge=1, description="steps in a row before an alarm ends the run")
+
+
+class Recipe(Section):
+    """Everything that decides what a run does."""
+
+    model: str = Field(description="where training starts: a bundled model, a folder or a hub id")
+    prompt: str = Field(DENSE[0], min_length=1)
+    data: DataConfig
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    trained: TrainedConfig = TrainedConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    validation: ValidationConfig | None = None
+    alarms: AlarmConfig = AlarmConfig()
+    steps: int = Field(100, ge=1)
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    budget: int = Field(16384, ge=1, description="packed tokens in one forward pass")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    gradient_checkpointing: bool = False
+    parallel: Literal["replicated", "sharded"] = Field(
+        "replicated", description="under torchrun: weights whole in every process (DDP), or split over them (FSDP2)"
+    )
+    preflight: bool = Field(True, description="refuse to train where a caption that fits any image is rewarded")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _sound(self) -> Recipe:
+        kinds = [reward.kind for reward in self.rewards]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"a kind of reward is listed twice: {', '.join(kinds)}")
+        if not (self.trained.vision or self.trained.projector or self.trained.llm):
+            raise ValueError("no part of the model is trained")
+        if self.algorithm.loss in ("ppo", "a2c") and self.algorithm.critic is None:
+            raise ValueError(f"{self.algorithm.loss} takes its advantages from a value head: add `critic: {{}}`")
+        if self.algorithm.loss == "a2c" and self.algorithm.epochs * self.algorithm.minibatches > 1:
+            raise ValueError("a2c makes one step of captions that the policy itself drew: epochs and minibatches are 1")
+        quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
+        if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader:
+            raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
+        return self
+
+    def semantic(self) -> dict[str, Any]:
+        """What decides the weights: all but where and how fast they are computed."""
+        fast = {"budget", "device", "gradient_checkpointing", "parallel", "save_every"}
+        return self.model_dump(mode="json", exclude=fast)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``section.key=value`` overrides. Raises BadInput with the key and the reason."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: no recipe there ({error.strerror}); recipes/ has some to start from") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise BadInput(f"{path}: a recipe is a mapping of keys, this is {type(loaded).__name__}")
+    for override in overrides:
+        _set(loaded, override)
+    try:
+        return Recipe.model_validate(loaded)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the recipe"
+        raise BadInput(f"{path}: {key}: {first['msg']}{_known(first)}") from None
+
+
+def _set(recipe: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise BadInput(f"--set {override!r}: write section.key=value")
+    *sections, last = key.split(".")
+    at: Any = recipe
+    for section in sections:
+        if isinstance(at, list):
+            at = _entry(at, section, override)
+            continue
+        at = at.setdefault(section, {})
+        if not isinstance(at, dict | list):
+            raise BadInput(f"--set {override!r}: {section} is a value, not a section")
+    if not isinstance(at, dict):
+        raise BadInput(f"--set {override!r}: name a key after the list's entry, e.g. rewards.0.weight")
+    at[last] = yaml.safe_load(text)
+
+
+def _entry(entries: list[Any], section: str, override: str) -> Any:
+    if not section.isdigit() or int(section) >= len(entries):
+        raise BadInput(f"--set {override!r}: the list has entries 0 to {len(entries) - 1}")
+    return entries[int(section)]
+
+
+def _known(error: Any) -> str:
+    return "; no such key" if error["type"] == "extra_forbidden" else f" (got {error['input']!r})"
