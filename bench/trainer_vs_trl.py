@@ -1,0 +1,203 @@
+"""A training step of ours and of TRL's GRPOTrainer: the same random model, images, group, lengths and optimiser.
+
+Both sides draw captions of a fixed length with the transformers engine each has, score them by the same function and
+make one on-policy step of AdamW; a step is timed from drawing to the weights' change. Rounds take turns in one process.
+
+    pip install trl==1.16.0 accelerate && python bench/trainer_vs_trl.py [--rounds 3] [--steps 6]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _common import alternate, quotient, report, version
+
+from capipe.models.batched_lm import BatchedLM, vision_ids
+from capipe.models.engine import Completion, GenerationRequest, ImageGrid, ImageInput, Prompt, Sampling
+from capipe.models.transformers_engine import TransformersEngine, batched_lm, load_model
+from capipe.trainer.decoder import DecoderPolicy
+from capipe.trainer.groups import Group, RewardResult
+from capipe.trainer.update import UpdateConfig, Updater
+
+MODEL = "tiny/captioner"  # its architecture and tokenizer; the weights are drawn anew
+TEXT = "describe the image in detail."
+GROUP, IMAGES, LR = 8, 4, 1e-4
+SETTINGS = {"16:64": (112, 64), "144:64": (336, 64), "144:128": (336, 128)}  # image tokens : caption tokens
+
+
+def random_model(folder: Path) -> None:
+    """A Qwen2.5-VL of 1.8 million parameters with the bundled captioner's tokenizer and processor."""
+    from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    from capipe.models.tiny import resolve
+
+    source = resolve(MODEL)
+    config: Any = AutoConfig.from_pretrained(source)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 128, 256, 4
+    text.num_attention_heads, text.num_key_value_heads, text.layer_types = 4, 2, ["full_attention"] * 4
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 4, 128, 256, 4
+    vision.out_hidden_size, vision.window_size, vision.fullatt_block_indexes = 128, 56, [1, 3]
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    processor: Any = AutoProcessor.from_pretrained(source)
+    processor.save_pretrained(folder)
+
+
+def pictures(pixels: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 255, (pixels, pixels, 3), dtype=np.uint8) for _ in range(IMAGES)]
+
+
+def distinct(tokens: list[int] | tuple[int, ...]) -> float:
+    """The reward of both sides: cheap, and different for every caption."""
+    return len(set(tokens)) / len(tokens)
+
+
+class Ours:
+    """Engine, fast path and updater, as `capipe train` puts them together."""
+
+    def __init__(self, folder: Path, pixels: int, length: int) -> None:
+        model = load_model(str(folder), sees=True, dtype="float32", device="cpu")
+        grid = ImageGrid(28, 56 * 56, pixels * pixels)
+        self.policy = DecoderPolicy(model, vision_ids(model.config))
+        lm, self.preparing = (endless(batched_lm(model, str(folder), grid)) for _ in range(2))
+        self.engine = TransformersEngine(lm, grid, GROUP * IMAGES)
+        self.images = [ImageInput(f"{number}", pixels=each) for number, each in enumerate(pictures(pixels))]
+        learning = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(learning, lr=LR)
+        self.updater = Updater(self.policy, optimizer, UpdateConfig(loss="dapo", limit=length))
+        self.length, self.number = length, 0
+
+    def steps(self, count: int) -> float:
+        """Median seconds of a step, after one that is not counted."""
+        return asyncio.run(self._steps(count))
+
+    async def _steps(self, count: int) -> float:
+        taken = []
+        for _ in range(count):
+            started = time.perf_counter()
+            groups = await asyncio.gather(*(self._group(image) for image in self.images))
+            found = self.updater.update(groups)
+            taken.append(time.perf_counter() - started)
+            assert found.skipped is None and found.tokens == GROUP * IMAGES * self.length
+        await self.engine.aclose()
+        return statistics.median(taken[1:])
+
+    async def _group(self, image: ImageInput) -> Group:
+        self.number += 1
+        prompt = Prompt(TEXT, image)
+        requests = [
+            GenerationRequest(prompt, Sampling(1.0, 1.0, self.length, self.number * GROUP + each), logprobs=True)
+            for each in range(GROUP)
+        ]
+        drawn: list[Completion] = await asyncio.gather(*map(self.engine.generate, requests))
+        rewards = [RewardResult(distinct(each.token_ids)) for each in drawn]
+        return Group(image.uid, image.uid, self.preparing.prepare(prompt), drawn, rewards)
+
+
+def endless(lm: BatchedLM) -> BatchedLM:
+    """Nothing ends a caption but its length."""
+    lm._end_ids = frozenset()
+    return lm
+
+
+def trl_steps(folder: Path, pixels: int, length: int, count: int) -> float:
+    """The same of TRL's trainer; what it sets up before the first step is not counted."""
+    from datasets import Dataset
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    processor: Any = AutoProcessor.from_pretrained(folder, padding_side="left")
+    processor.tokenizer.padding_side = "left"
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": pixels * pixels}
+    rows = {
+        "prompt": [[{"role": "user", "content": TEXT}]] * IMAGES,
+        "image": [Image.fromarray(each) for each in pictures(pixels)],
+    }
+
+    def reward(completion_ids: list[list[int]], **rest: Any) -> list[float]:
+        return [distinct(each) for each in completion_ids]
+
+    taken: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *arguments: Any, **rest: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *arguments: Any, **rest: Any) -> None:
+            taken.append(time.perf_counter() - self.started)
+
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            output_dir=out, use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", per_device_train_batch_size=GROUP * IMAGES, num_generations=GROUP,
+            max_completion_length=length, num_iterations=1, beta=0.0, temperature=1.0, loss_type="dapo",
+            learning_rate=LR, lr_scheduler_type="constant", max_steps=count, logging_steps=10**6, disable_tqdm=True,
+            dataloader_num_workers=0, remove_unused_columns=False, use_vllm=False, seed=0,
+            generation_kwargs={"min_new_tokens": length, "suppress_tokens": barred(folder)},
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
+            reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(rows), processing_class=processor,
+            callbacks=[Clock()],
+        )  # fmt: skip
+        trainer.train()
+    return statistics.median(taken[1:])
+
+
+def barred(folder: Path) -> list[int]:
+    """Without this TRL's policy draws image tokens, and its next pass fails."""
+    from transformers import AutoConfig
+
+    return vision_ids(AutoConfig.from_pretrained(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    figures: dict[str, list[float]] = {}
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_model(folder)
+        for setting, (pixels, length) in SETTINGS.items():
+            sides = {
+                f"{setting} trl": lambda _, p=pixels, n=length: trl_steps(folder, p, n, given.steps),
+                f"{setting} capipe": lambda _, p=pixels, n=length: Ours(folder, p, n).steps(given.steps),
+            }
+            found = alternate(sides, given.rounds)
+            figures |= found
+            ratios[setting] = quotient(found[f"{setting} trl"], found[f"{setting} capipe"])
+    report(
+        "trainer_vs_trl",
+        figures,
+        ratio=ratios["144:64"],
+        ratios=ratios,
+        unit="s/step",
+        group=GROUP,
+        images=IMAGES,
+        versions={name: version(name) for name in ("transformers", "trl", "torch")},
+    )
+
+
+if __name__ == "__main__":
+    main()
