@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,28 +61,31 @@ class Targets:
     scored: Tensor
 
 
-def token_rewards(group: Group) -> tuple[Tensor, Tensor]:
+def token_rewards(group: Group, scores: Tensor) -> tuple[Tensor, Tensor]:
     """What each token of a group's completions earned, and whether its completion was scored, both (tokens,).
 
+    ``scores``: (completions,), NaN for one that is to have no part.
     Rewards of single tokens stand where they occur; the rest of a completion's score is its last token's.
     """
     earned, scored = [], []
-    for completion, reward in zip(group.completions, group.rewards, strict=True):
+    for completion, reward, score in zip(group.completions, group.rewards, scores.tolist(), strict=True):
         row = torch.zeros(completion.n_tokens)
-        if reward.per_token:
-            row += torch.tensor(reward.per_token)
-        if reward.score is not None:
-            row[-1] += reward.score - float(row.sum())
-        else:
-            row.zero_()
+        known = not math.isnan(score)
+        if known:
+            if reward.per_token:
+                row += torch.tensor(reward.per_token)
+            row[-1] += score - float(row.sum())
         earned.append(row)
-        scored.append(torch.full_like(row, float(reward.score is not None)))
+        scored.append(torch.full_like(row, float(known)))
     return torch.cat(earned), torch.cat(scored)
 
 
-def targets_of(group: Group, old: Tensor, values: Tensor, config: CriticConfig) -> Targets:
-    """GAE over a group's completions; ``old``, ``values``: (tokens,), detached."""
-    earned, scored = (each.to(values) for each in token_rewards(group))
+def targets_of(group: Group, scores: Tensor, old: Tensor, values: Tensor, config: CriticConfig) -> Targets:
+    """GAE over a group's completions; ``old``, ``values``: (tokens,), detached; ``scores`` as in :func:`token_rewards`.
+
+    An unscored completion has advantages of 0.
+    """
+    earned, scored = (each.to(values) for each in token_rewards(group, scores))
     lengths = torch.tensor([each.n_tokens for each in group.completions], device=values.device)
     rewards, expected = (
         pad_sequence(list(each.split(lengths.tolist())), batch_first=True) for each in (earned, values)

@@ -18,7 +18,6 @@ from .losses import (
     Clip,
     KLEstimator,
     LossName,
-    PolicyLoss,
     Tokens,
     Totals,
     kl_tokens,
@@ -73,20 +72,22 @@ class UpdateReport:
 def assign_advantages(groups: Sequence[Group], config: UpdateConfig) -> None:
     """Set each group's advantages from its rewards; an unscored completion, or a cut one where masked, gets 0."""
     for group in groups:
-        if config.mask_truncated:
-            for completion, reward in zip(group.completions, group.rewards, strict=True):
-                if completion.finish_reason == "length":
-                    reward.score = None
-        group.advantages = advantages(_scores_of(group), config.baseline).float()
+        group.advantages = advantages(scores_of(group, config), config.baseline).float()
 
 
-def is_tied(group: Group) -> bool:
+def is_tied(group: Group, config: UpdateConfig) -> bool:
     """Whether the group has nothing to teach: no two scores that differ."""
-    return tied(_scores_of(group))
+    return tied(scores_of(group, config))
 
 
-def _scores_of(group: Group) -> Tensor:
-    values = [float("nan") if each.score is None else each.score for each in group.rewards]
+def scores_of(group: Group, config: UpdateConfig) -> Tensor:
+    """Scores (completions,), float64; NaN where there is none, and for cut captions where these are masked."""
+    values = [
+        float("nan")
+        if reward.score is None or (config.mask_truncated and completion.finish_reason == "length")
+        else reward.score
+        for completion, reward in zip(group.completions, group.rewards, strict=True)
+    ]
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -165,7 +166,7 @@ class Updater:
         if self._stale:
             logp = sampled_logps(group).to(logp)
         if self.config.critic is not None:
-            return targets_of(group, logp, values, self.config.critic)
+            return targets_of(group, scores_of(group, self.config), logp, values, self.config.critic)
         lengths = torch.tensor([each.n_tokens for each in group.completions])
         per_token = group.advantages.repeat_interleave(lengths).to(logp)
         return Targets(logp, values, per_token, values, torch.ones_like(values))
@@ -183,7 +184,7 @@ class Updater:
         counts = [
             sum(len(group.completions) for group in usable),
             sum(group.tokens() for group in usable),
-            sum(is_tied(group) for group in groups),
+            sum(is_tied(group, config) for group in groups),
             sum(each.score is None for group in groups for each in group.rewards),
             len(chosen),
         ]
@@ -240,7 +241,7 @@ class Updater:
             value_error = errors.detach().sum()
         if config.entropy:
             values = values - config.entropy * scores.entropy
-        total = (values * self._weights(batch, loss, totals)).sum()
+        total = (values * token_weights(batch.row, batch.lengths, loss.aggregation, totals)).sum()
         (total * counted * self._ranks.loss_scale).backward()
         ratio = (scores.logp.detach() - targets.old).exp()
         ratios[0], ratios[1] = min(ratios[0], float(ratio.min())), max(ratios[1], float(ratio.max()))
@@ -261,9 +262,6 @@ class Updater:
             found = [self._targets[id(group)] for group in part]
         names = ("old", "values", "advantages", "returns", "scored")
         return Targets(*(torch.cat([getattr(each, name) for each in found]) for name in names))
-
-    def _weights(self, batch: Batch, loss: PolicyLoss, totals: Totals) -> Tensor:
-        return token_weights(batch.row, batch.lengths, loss.aggregation, totals)
 
     def _norm(self) -> float:
         weights = [weight for weight in self.policy.parameters() if weight.grad is not None]

@@ -13,7 +13,7 @@ from capipe.trainer.critic import CriticConfig, ValueHead, token_rewards
 from capipe.trainer.decoder import DecoderPolicy
 from capipe.trainer.groups import Group, RewardResult, pack
 from capipe.trainer.losses import LOSSES, LossName
-from capipe.trainer.update import UpdateConfig, Updater, UpdateReport
+from capipe.trainer.update import UpdateConfig, Updater, UpdateReport, scores_of
 
 from .policies import IMAGE, groups, random_model
 
@@ -184,7 +184,7 @@ def test_an_unscored_caption_teaches_the_value_head_nothing() -> None:
 def test_rewards_of_tokens_stand_where_they_occur() -> None:
     made = scored(make()[0], [[1.0, 0.5, None]])[0]
     made.rewards[0].per_token = [0, 0, -0.5, 0, 0, 0, 0]
-    earned, known = token_rewards(made)
+    earned, known = token_rewards(made, scores_of(made, UpdateConfig()))
     assert earned.tolist() == [0, 0, -0.5, 0, 0, 0, 1.5, 0, 0, 0.5, 0]
     assert known.tolist() == [1] * 10 + [0]
 
