@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from capipe.models.batched_lm import BatchedLM, PreparedPrompt, Row
+from capipe.models.batched_lm import BatchedLM, PreparedPrompt, Row, vision_ids
 from capipe.models.engine import (
     ChoiceRequest,
     Completion,
@@ -99,6 +99,27 @@ async def test_whoever_ends_first_is_answered_first(
     answered.set()
     assert first.n_tokens == 2 and (await rest).n_tokens == 4
     assert waited and all(waited)
+
+
+async def test_what_stands_for_pixels_is_never_drawn(
+    reference: TransformersEngine, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand tokens of a model that wants nothing else: drawn, they would ask for pixels that are not there."""
+    barred, forward = vision_ids(reference.lm._model.config), BatchedLM._forward
+    assert reference.lm._model.config.image_token_id in barred
+
+    def eager(lm: BatchedLM, *arguments: Any, **vision: Any) -> torch.Tensor:
+        logits = forward(lm, *arguments, **vision)
+        logits[:, barred] = logits.max() + 50
+        return logits
+
+    monkeypatch.setattr(BatchedLM, "_forward", eager)
+    request = [GenerationRequest(Prompt(PLAIN, pictures[0]), Sampling(1.0, 1.0, 40, seed), True) for seed in range(120)]
+    drawn = await asyncio.gather(*map(reference.generate, request))
+    tokens = [token for each in drawn for token in each.token_ids]
+    assert len(tokens) >= 1000 and not set(tokens) & set(barred)
+    greedy = await reference.generate(GenerationRequest(Prompt(PLAIN, pictures[0]), Sampling(max_tokens=20)))
+    assert not set(greedy.token_ids) & set(barred)
 
 
 async def test_the_end_of_turn_token_is_reported(reference: TransformersEngine, pictures: list[ImageInput]) -> None:
