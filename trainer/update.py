@@ -9,6 +9,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+from ..errors import RunFailed
 from .advantages import Baseline, advantages, tied
 from .critic import CriticConfig, Targets, moments, targets_of, whitened
 from .decoder import DecoderPolicy, Scores
@@ -122,6 +123,7 @@ class Updater:
         self._reference, self._ranks = reference, ranks
         self._targets: dict[int, Targets] = {}  # by id of the group
         self._stale = False
+        self._spare: Group | None = None  # the cheapest to compute of an update's groups
 
     def update(self, groups: Sequence[Group], sampled_by_other: bool = False) -> UpdateReport:
         """All optimiser steps on scored ``groups``; the report is the last step's.
@@ -131,6 +133,7 @@ class Updater:
         config = self.config
         assign_advantages(groups, config)
         self._targets, self._stale = {}, sampled_by_other
+        self._spare = min((group for group in groups if group.completions), key=Group.tokens, default=None)
         several = config.epochs * config.minibatches > 1
         if several or (config.critic is not None and config.critic.whiten):
             self._remember(groups)
@@ -150,7 +153,7 @@ class Updater:
     @torch.no_grad()
     def _remember(self, groups: Sequence[Group]) -> None:
         """What the policy thinks of the captions before it changes."""
-        for part in micro_batches([group for group in groups if group.completions], self.config.budget):
+        for part, _ in self._parts([group for group in groups if group.completions]):
             batch = pack(part, self.policy.device)
             scores = self.policy(batch)
             values = torch.zeros_like(scores.logp) if scores.values is None else scores.values
@@ -194,7 +197,7 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(5, dtype=torch.float64)  # loss, entropy, KL, value loss, scored tokens
         ratios = [1.0, 1.0]
-        for part, counted in self._parts(chosen, usable):
+        for part, counted in self._parts(chosen):
             sums += counted * self._backward(part, totals, ratios, counted)
         self._ranks.sum_gradients(self.policy.parameters())
         sums = self._ranks.sum(sums)
@@ -211,16 +214,18 @@ class Updater:
         loss, entropy, kl, value_loss = (sums[:4] / torch.tensor([1.0, seen, seen, seen], dtype=torch.float64)).tolist()
         return UpdateReport(loss, norm, entropy, kl, value_loss, ratios[0], ratios[1], tokens, ties, unscored, skipped)
 
-    def _parts(self, chosen: list[Group], usable: list[Group]) -> list[tuple[list[Group], float]]:
+    def _parts(self, chosen: list[Group]) -> list[tuple[list[Group], float]]:
         """Micro-batches, and what each counts.
 
         Processes that share sharded weights must compute equally often: who has less to do repeats something for 0.
         """
-        parts = [(part, 1.0) for part in micro_batches(chosen, self.config.budget)] if chosen else []
+        parts = [(part, 1.0) for part in micro_batches(chosen, self.config.budget)]
         if not self._ranks.sharded:
             return parts
-        spare = min(usable, key=Group.tokens)
-        return parts + [([spare], 0.0)] * (self._ranks.most(len(parts)) - len(parts))
+        missing = self._ranks.most(len(parts)) - len(parts)
+        if missing and self._spare is None:
+            raise RunFailed("none of this process's captions could be sampled, and split weights need some of each")
+        return parts + [([self._spare], 0.0)] * missing if self._spare else parts
 
     def _backward(self, part: list[Group], totals: Totals, ratios: list[float], counted: float) -> Tensor:
         config, loss = self.config, LOSSES[self.config.loss]

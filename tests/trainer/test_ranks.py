@@ -90,7 +90,7 @@ def flat(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sharded"), [("grpo", False), ("grpo", True), ("ppo", False)])
+@pytest.mark.parametrize(("name", "sharded"), [("grpo", False), ("grpo", True), ("ppo", False), ("ppo", True)])
 def test_two_processes_equal_one(tmp_path: Path, name: str, sharded: bool) -> None:
     policy, optimizer, report = train(CONFIGS[name], ALONE)
     alone, state = weights(policy), optimizer_state(policy, optimizer)
