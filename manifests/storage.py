@@ -82,7 +82,7 @@ class Folder:
             target = self.local(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch.replace(target)
-            sync_folder(target.parent)
+            sync(target.parent)
         else:
             self.fs.put_file(str(scratch), self.full(name))
             scratch.unlink()
@@ -115,8 +115,8 @@ def write_synced(path: Path, data: bytes) -> None:
         raise
 
 
-def sync_folder(path: Path) -> None:
-    """Make renames inside ``path`` survive a power cut."""
+def sync(path: Path) -> None:
+    """Make what a file holds, or the renames inside a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,7 +7,6 @@ a kill left half-written has that other name, is never read, and is removed by t
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactMismatch, BadInput
+from ..manifests.storage import sync
 
 STATE, FACTS = "trainer.pt", "trainer.json"
 PARTIAL = ".partial"
@@ -52,11 +52,11 @@ def save(
     )
     for file in partial.rglob("*"):
         if file.is_file():
-            _sync(file)
+            sync(file)
     if final.exists():  # made by a run that was killed after the rename and before it went on
         shutil.rmtree(final)
     partial.rename(final)
-    _sync(run)
+    sync(run)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -99,11 +99,3 @@ def optimizer_state(checkpoint: Path) -> dict[str, Any]:
     """The optimiser's state of a checkpoint (read as plain tensors, nothing in it is executed)."""
     state: dict[str, Any] = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
     return dict(state["optimizer"])
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
