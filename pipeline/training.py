@@ -75,7 +75,7 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         finally:
             run.log.close()
     finally:
-        parts.pool.close()
+        parts.pictures.close()
         await parts.engine.aclose()
         await judge.aclose()
         if grader is not None:
@@ -172,7 +172,7 @@ def _assemble(
         tasks=training.tasks[: recipe.data.images],
         held_out=validated,
         parts=parts,
-        rollouts=Rollouts(parts.engine, _prepare(parts, rollout.max_tokens), parts.pool, drawing),
+        rollouts=Rollouts(parts.engine, _prepare(parts, rollout.max_tokens), parts.pictures, drawing),
         judge=judge,
         grader=grader,
         updater=updater,

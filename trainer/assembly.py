@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..models.batched_lm import BatchedLM, vision_ids
-from ..models.decode import DecodePool
 from ..models.engine import Engine
-from ..models.images import ImageLimits
 from ..models.loading import EngineConfig, image_grid, load_engine, resolve_model
 from ..models.reader import QuizReader
 from ..models.transformers_engine import TransformersEngine, batched_lm, load_model
@@ -25,6 +23,8 @@ from .advantages import Part
 from .critic import ValueHead
 from .decoder import DecoderPolicy
 from .groups import Batch
+from .judge_reward import JudgeReward, JudgeRewardConfig
+from .pictures import Pictures
 from .quiz_reward import QuizReward, QuizRewardConfig, reader_config
 from .ranks import ALONE, Ranks
 from .recipe import OptimizerConfig, Recipe, RewardConfig, TrainedConfig
@@ -47,7 +47,7 @@ class PolicyParts:
     sampled: Any
     engine: TransformersEngine
     preparing: BatchedLM
-    pool: DecodePool
+    pictures: Pictures
     reference: Callable[[Any], Tensor] | None
     folder: Path
     ranks: Ranks
@@ -90,8 +90,8 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
         shard(policy)
     lm, preparing = (batched_lm(sampled, str(folder), grid) for _ in range(2))
     engine = TransformersEngine(lm, grid, recipe.rollout.group * 16)
-    pool = DecodePool(recipe.rollout.decoders, grid, ImageLimits())
-    return PolicyParts(policy, sampled, engine, preparing, pool, reference, folder, ranks, learning)
+    pictures = Pictures(grid, recipe.rollout.decoders)
+    return PolicyParts(policy, sampled, engine, preparing, pictures, reference, folder, ranks, learning)
 
 
 def value_head(recipe: Recipe, model: Any, weights: Path | None) -> ValueHead | None:
@@ -167,6 +167,8 @@ async def _reward(config: RewardConfig) -> Reward:
     if isinstance(config, QuizRewardConfig):
         engine = await load_reader(config.reader, config.engine)
         return QuizReward(QuizReader(engine, reader_config()), config)
+    if isinstance(config, JudgeRewardConfig):
+        return JudgeReward(await load_engine(EngineConfig(config.engine, config.model)), config)
     if isinstance(config, LengthConfig):
         return LengthReward(config)
     return BoilerplateReward(config) if isinstance(config, BoilerplateConfig) else RepetitionReward()

@@ -12,12 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import BadInput
 from ..models.tiny.prompts import DENSE
 from .advantages import Baseline
+from .judge_reward import JudgeRewardConfig
 from .losses import KLEstimator, LossName
 from .quiz_reward import QuizRewardConfig
 from .text_rewards import BoilerplateConfig, LengthConfig, RepetitionConfig
 
 RewardConfig = Annotated[
-    QuizRewardConfig | LengthConfig | RepetitionConfig | BoilerplateConfig, Field(discriminator="kind")
+    QuizRewardConfig | JudgeRewardConfig | LengthConfig | RepetitionConfig | BoilerplateConfig,
+    Field(discriminator="kind"),
 ]
 
 

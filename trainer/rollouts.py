@@ -7,12 +7,10 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..errors import RunFailed
 from ..models.batched_lm import PreparedPrompt
-from ..models.decode import DecodePool
-from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
-from ..models.formats import ImageProblem
+from ..models.engine import Completion, Engine, GenerationRequest, Prompt, RequestError, Sampling
 from .groups import Group
+from .pictures import Pictures
 from .rewards import Judge, Scored
 from .tasks import Task
 
@@ -38,11 +36,11 @@ class Drawing:
 
 
 class Rollouts:
-    """Samples groups from an engine that has the policy's weights. Holds the decoders."""
+    """Samples groups from an engine that has the policy's weights."""
 
-    def __init__(self, engine: Engine, prepare: Prepare, pool: DecodePool, drawing: Drawing) -> None:
+    def __init__(self, engine: Engine, prepare: Prepare, pictures: Pictures, drawing: Drawing) -> None:
         self.engine, self.drawing = engine, drawing
-        self._prepare, self._pool = prepare, pool
+        self._prepare, self._pictures = prepare, pictures
 
     async def collect(self, tasks: Sequence[Task], step: int, judge: Judge) -> list[Group]:
         """One group per task, in order, with rewards; a caption that could not be sampled is left out of its group.
@@ -51,22 +49,15 @@ class Rollouts:
         last bits of what is sampled, do not depend on who decoded first. Raises EngineDead, and RunFailed where an
         image that was fine when listed cannot be decoded any more.
         """
-        prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self.image, tasks))]
+        prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self._pictures.of, tasks))]
         groups = (self._group(task, prompt, step, judge) for task, prompt in zip(tasks, prompts, strict=True))
         return await asyncio.gather(*groups)
-
-    async def image(self, task: Task) -> ImageInput:
-        """The task's image on the model's grid."""
-        pixels = await self._pool.decode(await asyncio.to_thread(task.read))
-        if isinstance(pixels, ImageProblem):
-            raise RunFailed(f"{task.url}: {task.key!r} cannot be decoded: {pixels.reason}; leave it out by `capipe qa`")
-        return ImageInput(task.uid, pixels=pixels)
 
     async def greedy(self, tasks: Sequence[Task]) -> list[Completion]:
         """The likeliest caption of each task, for validation. Raises RequestError."""
 
         sampling = Sampling(max_tokens=self.drawing.max_tokens)
-        prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self.image, tasks))]
+        prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self._pictures.of, tasks))]
         return await asyncio.gather(*(self.engine.generate(GenerationRequest(each, sampling)) for each in prompts))
 
     async def _group(self, task: Task, prompt: Prompt, step: int, judge: Judge) -> Group:
