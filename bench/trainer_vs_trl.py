@@ -3,7 +3,10 @@
 Both sides draw captions of a fixed length with the transformers engine each has, score them by the same function and
 make one on-policy step of AdamW; a step is timed from drawing to the weights' change. Rounds take turns in one process.
 
-    pip install trl==1.16.0 accelerate && python bench/trainer_vs_trl.py [--rounds 3] [--steps 6]
+Beside it, where a step of ours goes (``rollout``, ``update``), and the update's floor: :class:`Floor`, one turn after
+each update of ours. ``update_floor_share`` is floor by update: the share of our update that no trainer could save.
+
+    pip install --no-deps trl==1.16.0 accelerate && python bench/trainer_vs_trl.py [--rounds 3] [--steps 6]
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,7 @@ from capipe.trainer.update import UpdateConfig, Updater
 MODEL = "tiny/captioner"  # its architecture and tokenizer; the weights are drawn anew
 TEXT = "describe the image in detail."
 GROUP, IMAGES, LR = 8, 4, 1e-4
+PARTS = ("rollout", "update", "floor")
 SETTINGS = {"16:64": (112, 64), "144:64": (336, 64), "144:128": (336, 128)}  # image tokens : caption tokens
 
 
@@ -82,22 +87,27 @@ class Ours:
         learning = [weight for weight in self.policy.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=LR)
         self.updater = Updater(self.policy, optimizer, UpdateConfig(loss="dapo", limit=length))
+        self.floor = Floor(folder)
         self.length, self.number = length, 0
 
-    def steps(self, count: int) -> float:
-        """Median seconds of a step, after one that is not counted."""
-        return asyncio.run(self._steps(count))
+    def steps(self, count: int) -> dict[str, float]:
+        """Median seconds of a step, of its parts and of the floor, after one step that is not counted."""
+        taken = asyncio.run(self._steps(count))
+        return {name: statistics.median(each[name] for each in taken[1:]) for name in ("step", *PARTS)}
 
-    async def _steps(self, count: int) -> float:
+    async def _steps(self, count: int) -> list[dict[str, float]]:
         taken = []
         for _ in range(count):
             started = time.perf_counter()
             groups = await asyncio.gather(*(self._group(image) for image in self.images))
+            drawn = time.perf_counter()
             found = self.updater.update(groups)
-            taken.append(time.perf_counter() - started)
+            done = time.perf_counter()
             assert found.skipped is None and found.tokens == GROUP * IMAGES * self.length
+            parts = {"step": done - started, "rollout": drawn - started, "update": done - drawn}
+            taken.append({**parts, "floor": self.floor.seconds(groups)})
         await self.engine.aclose()
-        return statistics.median(taken[1:])
+        return taken
 
     async def _group(self, image: ImageInput) -> Group:
         self.number += 1
@@ -109,6 +119,54 @@ class Ours:
         drawn: list[Completion] = await asyncio.gather(*map(self.engine.generate, requests))
         rewards = [RewardResult(distinct(each.token_ids)) for each in drawn]
         return Group(image.uid, image.uid, self.preparing.prepare(prompt), drawn, rewards)
+
+
+class Floor:
+    """The work that an update cannot do without, by transformers' own model with plain SDPA, one batch of each.
+
+    Forward and backward: each image through the tower once, each prompt through the decoder once, each caption's tokens
+    as if no prompt came before them, the head and the softmax over what foretells a caption's token; then AdamW.
+    Nothing is packed or padded, no caption attends to its prompt, no entropy, ratio or norm is computed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.model: Any = load_model(str(folder), sees=True, dtype="float32", device="cpu").train()
+        assert self.model.config.get_text_config()._attn_implementation == "sdpa"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR)
+
+    def seconds(self, groups: Sequence[Group]) -> float:
+        """One update on captions of equal length, whose advantages are set."""
+        prompts = [group.prompt for group in groups]
+        images = [prompt.image for prompt in prompts if prompt.image is not None]
+        ids = torch.stack([prompt.ids for prompt in prompts])
+        positions = torch.stack([prompt.positions for prompt in prompts], dim=1)
+        patches, grids = (torch.cat(each) for each in ([i.patches for i in images], [i.grid for i in images]))
+        captions = torch.tensor([each.token_ids for group in groups for each in group.completions])
+        read = captions[:, :-1]  # the last token foretells nothing
+        begins = torch.tensor([prompt.next_position for prompt in prompts]).repeat_interleave(GROUP)
+        places = (begins[:, None] + torch.arange(read.shape[1])).expand(len(positions), -1, -1)
+        advantages = torch.cat([group.advantages for group in groups])[:, None]
+
+        started = time.perf_counter()
+        base = self.model.model
+        seen = {"image": base.get_image_features(patches, grids, return_dict=True)}
+        before = base(input_ids=ids, position_ids=positions, mm_encoder_outputs=seen, use_cache=False)
+        after = base.language_model(input_ids=read, position_ids=places, use_cache=False)
+        first = before.last_hidden_state[:, -1:].repeat_interleave(GROUP, dim=0)
+        logits = self.model.lm_head(torch.cat([first, after.last_hidden_state], dim=1))
+        logps = logits.log_softmax(dim=-1).gather(2, captions[..., None])[..., 0]
+        (-advantages * logps).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - started
+
+
+def capipe_steps(folder: Path, pixels: int, length: int, count: int, parts: dict[str, list[float]]) -> float:
+    """Median seconds of a step of ours; what it is made of is added to ``parts``."""
+    found = Ours(folder, pixels, length).steps(count)
+    for name in PARTS:
+        parts[name].append(found[name])
+    return found["step"]
 
 
 def endless(lm: BatchedLM) -> BatchedLM:
@@ -176,22 +234,27 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     figures: dict[str, list[float]] = {}
     ratios: dict[str, float] = {}
+    shares: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_model(folder)
         for setting, (pixels, length) in SETTINGS.items():
+            parts: dict[str, list[float]] = {name: [] for name in PARTS}
+            run = (folder, pixels, length, given.steps)
             sides = {
-                f"{setting} trl": lambda _, p=pixels, n=length: trl_steps(folder, p, n, given.steps),
-                f"{setting} capipe": lambda _, p=pixels, n=length: Ours(folder, p, n).steps(given.steps),
+                f"{setting} trl": lambda _, run=run: trl_steps(*run),
+                f"{setting} capipe": lambda _, run=run, parts=parts: capipe_steps(*run, parts),
             }
             found = alternate(sides, given.rounds)
-            figures |= found
+            figures |= found | {f"{setting} {name}": values for name, values in parts.items()}
+            shares[setting] = quotient(parts["floor"], parts["update"])
             ratios[setting] = quotient(found[f"{setting} trl"], found[f"{setting} capipe"])
     report(
         "trainer_vs_trl",
         figures,
         ratio=ratios["144:64"],
         ratios=ratios,
+        update_floor_share=shares,
         unit="s/step",
         group=GROUP,
         images=IMAGES,

@@ -118,6 +118,8 @@ def kl_tokens(logp: Tensor, ref: Tensor, estimator: KLEstimator) -> Tensor:
     """Estimates of KL(policy || reference) from each sampled token, (tokens,) (Schulman 2020, "Approximating KL").
 
     k1 = log p - log q is unbiased, k2 = k1² / 2 has little variance, k3 = q/p - 1 - log q/p is both and never negative.
+    That is of their values. As a loss, with no ratio before it (arXiv 2402.03300 eq. 4), k2 has on average the gradient
+    of KL(policy || reference), k3 that of KL(reference || policy), and k1 none: it is for looking at.
     """
     difference = logp - ref
     if estimator == "k1":

@@ -60,7 +60,9 @@ class AlgorithmConfig(Section):
     kl: float = Field(
         0.0, ge=0, description="weight of the divergence from the model trained from; 0 loads no reference"
     )
-    estimator: KLEstimator = "k3"
+    estimator: KLEstimator = Field(
+        "k3", description="k2 pulls as KL(policy, start) does, k3 as KL(start, policy); k1 on average not at all"
+    )
     entropy: float = Field(0.0, description="weight of an entropy bonus")
     mask_truncated: bool = Field(False, description="captions cut at the limit neither reward nor punish")
 

@@ -1,0 +1,208 @@
+"""Losses and advantages against TRL's own code: its trainer, built as a user builds it, given our tensors.
+
+All of it is TRL's own but the log-probabilities that its loss takes, and the rewards: these are given.
+Without TRL, test_losses.py and test_advantages.py have the closed forms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from capipe.trainer.advantages import Baseline, advantages
+from capipe.trainer.losses import LOSSES, Clip, LossName, Tokens, Totals, kl_tokens, token_weights
+
+MEND = "to compare with TRL: pip install --no-deps trl==1.16.0 accelerate"
+pytest.importorskip("accelerate", reason=MEND)
+pytest.importorskip("trl", minversion="1.16", reason=MEND)
+pytestmark = [
+    pytest.mark.slow,  # TRL takes ten seconds to import
+    pytest.mark.filterwarnings("ignore:TRL currently supports vLLM versions"),
+]
+
+ROWS, LONGEST, LIMIT, BETA = 8, 13, 16, 0.07
+CLIP = Clip(0.2, 0.28, cap=1.25)
+# Ours by TRL's options. GSPO is GRPO's mean over completions with one ratio for each. CISPO's cap is ``epsilon_high``
+# itself, as in arXiv 2510.13786, where arXiv 2506.13585 writes 1 + epsilon (and sets no lower bound either). Averages
+# over tokens are over those of all micro-batches (``num_items_in_batch``), Dr. GRPO's over ``max_completion_length``.
+OPTIONS: dict[LossName, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo", "epsilon_high": CLIP.high},
+    "dr_grpo": {"loss_type": "dr_grpo", "epsilon_high": CLIP.high},
+    "dapo": {"loss_type": "dapo", "epsilon_high": CLIP.high},
+    "gspo": {"loss_type": "grpo", "epsilon_high": CLIP.high, "importance_sampling_level": "sequence"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": CLIP.cap},
+}
+Make = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Completions as TRL has them: (rows, longest), float64; ``mask`` is 1 on a completion's tokens."""
+
+    logp: Tensor
+    old: Tensor
+    ref: Tensor
+    advantages: Tensor
+    mask: Tensor
+
+
+@pytest.fixture(scope="module")
+def batch() -> Padded:
+    """Eight completions of one to thirteen tokens; the policy has moved far since they were sampled."""
+    noise = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=noise, dtype=torch.float64)
+
+    lengths = torch.tensor([1, 13, 7, 4, 9, 2, 13, 5])
+    mask = (torch.arange(LONGEST) < lengths[:, None]).long()
+    old = -normal(ROWS, LONGEST).abs() - 0.1
+    moved = torch.tensor([0.5, -0.6, 0.4, -0.4, 0.02, -0.02, 0.6, -0.5], dtype=torch.float64)  # by completion
+    logp = old + moved[:, None] + 0.3 * normal(ROWS, LONGEST)
+    weights = torch.tensor([1.2, -0.9, -0.3, 0.0, 0.7, -1.4, 1.1, 0.4], dtype=torch.float64)
+    return Padded(logp, old, logp + 0.2 * normal(ROWS, LONGEST), weights, mask)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Makes a trainer of TRL's, by default GRPO's, of a random language model; options are those of its config."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from capipe.models.tiny import resolve
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny/captioner"))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
+    Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)).save_pretrained(folder)
+
+    def trainer(kind: str = "GRPO", rewards: Any = lambda completions, **rest: [0.0] * ROWS, **options: Any) -> Any:
+        import trl
+        from datasets import Dataset
+
+        config = getattr(trl, f"{kind}Config")(
+            output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", num_generations=4,
+            max_completion_length=LIMIT, **options,
+        )  # fmt: skip
+        prompts = Dataset.from_dict({"prompt": ["describe the image"]})
+        return getattr(trl, f"{kind}Trainer")(
+            model=str(folder), reward_funcs=rewards, args=config, train_dataset=prompts, processing_class=tokenizer
+        )
+
+    return trainer
+
+
+def theirs(trainer: Any, batch: Padded, parts: int, on_policy: bool) -> tuple[float, Tensor]:
+    """TRL's loss, summed over micro-batches as its loop sums their gradients, and the gradient at ``batch.logp``."""
+    logp = batch.logp.clone().requires_grad_()
+    trainer.current_gradient_accumulation_steps = parts  # as the loop sets it
+    trainer.model.train()
+    total = 0.0
+    for rows in torch.arange(ROWS).chunk(parts):
+        trainer._get_per_token_logps_and_entropies = lambda *_, rows=rows, **__: (
+            logp[rows],
+            torch.zeros(len(rows), LONGEST),
+            None,
+        )
+        ids = torch.ones(len(rows), 1, dtype=torch.long)
+        given = {
+            "prompt_ids": ids,
+            "prompt_mask": ids,
+            "completion_ids": torch.ones_like(batch.mask[rows]),
+            "completion_mask": batch.mask[rows],
+            "advantages": batch.advantages[rows],
+            "old_per_token_logps": None if on_policy else batch.old[rows],
+            "ref_per_token_logps": batch.ref[rows],
+            "num_items_in_batch": batch.mask.sum(),  # of all micro-batches
+        }
+        loss = trainer.compute_loss(trainer.model, given)
+        loss.backward()
+        total += loss.item()
+    assert logp.grad is not None
+    return total, logp.grad
+
+
+def ours(name: LossName, batch: Padded, beta: float, parts: int, on_policy: bool) -> tuple[float, Tensor]:
+    """The same of ours, put together as the updater does it: flat tokens, totals of the whole batch."""
+    logp = batch.logp.clone().requires_grad_()
+    totals = Totals(ROWS, int(batch.mask.sum()), LIMIT)
+    total = 0.0
+    for rows in torch.arange(ROWS).chunk(parts):
+        inside, lengths = batch.mask[rows].bool(), batch.mask[rows].sum(1)
+        now = logp[rows][inside]
+        old = now.detach() if on_policy else batch.old[rows][inside]
+        row = torch.arange(len(rows)).repeat_interleave(lengths)
+        tokens = Tokens(now, old, batch.advantages[rows][row], row, len(rows))
+        values = LOSSES[name].of_token(tokens, CLIP) + beta * kl_tokens(now, batch.ref[rows][inside], "k3")
+        loss = (values * token_weights(row, lengths, LOSSES[name].aggregation, totals)).sum()
+        loss.backward()
+        total += loss.item()
+    assert logp.grad is not None
+    return total, logp.grad
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("beta", [0.0, BETA])
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_value_and_gradient_are_those_of_trl(
+    make: Make, batch: Padded, name: LossName, beta: float, parts: int, on_policy: bool
+) -> None:
+    trainer = make(
+        beta=beta,
+        use_bias_correction_kl=False,  # the divergence as arXiv 2402.03300 eq. 4 has it, without TRL's ratio before it
+        epsilon=CLIP.low,
+        per_device_train_batch_size=ROWS // parts,
+        gradient_accumulation_steps=parts,
+        **OPTIONS[name],
+    )
+    value, gradient = ours(name, batch, beta, parts, on_policy)
+    expected, slope = theirs(trainer, batch, parts, on_policy)
+    assert value == pytest.approx(expected, rel=1e-6)
+    # Weights of tokens are float32, 6e-8 apart; everything else float64.
+    torch.testing.assert_close(gradient, slope, rtol=1e-6, atol=1e-12)
+    assert gradient[batch.mask.bool()].any() and not gradient[~batch.mask.bool()].any()
+
+
+def test_the_batch_is_held_on_both_sides(batch: Padded) -> None:
+    """Or the comparison would say nothing of clipping: by token, by completion, and at CISPO's cap."""
+    difference = (batch.logp - batch.old) * batch.mask
+    means = (difference.sum(1) / batch.mask.sum(1)).exp()[:, None].expand_as(difference)
+    for ratio in (difference.exp(), means):
+        above = (ratio > 1 + CLIP.high) & (batch.mask > 0)
+        below = (ratio < 1 - CLIP.low) & (batch.mask > 0)
+        for side in (above, below):  # on each side some are cut and some, for the other sign of A, are not
+            assert (side & (batch.advantages > 0)[:, None]).any() and (side & (batch.advantages < 0)[:, None]).any()
+    assert (difference.exp() > CLIP.cap).any()
+
+
+KINDS: dict[Baseline, tuple[str, dict[str, Any]]] = {
+    "group_std": ("GRPO", {"scale_rewards": "group"}),
+    "group_mean": ("GRPO", {"scale_rewards": "none"}),
+    "leave_one_out": ("RLOO", {"normalize_advantages": False}),
+}
+REWARDS = {
+    "scored": [1.0, 2.0, 6.0, 0.25, 0.5, 0.125, 0.75, -1.0],
+    "some not": [None, 2.0, 6.0, 0.25, None, None, 0.75, -1.0],
+    "tied": [0.5, 0.5, 0.5, 0.5, None, 1.0, 1.0, 1.0],
+    "one alone": [None, None, 3.0, None, 1.0, 2.0, 3.0, 4.0],
+}
+
+
+@pytest.mark.parametrize("case", list(REWARDS))
+@pytest.mark.parametrize("baseline", list(KINDS))
+def test_advantages_are_those_of_trl(make: Make, baseline: Baseline, case: str) -> None:
+    """TRL samples eight completions, two groups of four, and scores them; None where there is no reward."""
+    kind, options = KINDS[baseline]
+    rewards = REWARDS[case]
+    trainer = make(kind, lambda completions, **rest: rewards, per_device_train_batch_size=ROWS, **options)
+    found = trainer._generate_and_score_completions([{"prompt": "describe the image"}] * ROWS)["advantages"]
+    scores = torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
+    expected = torch.cat([advantages(group, baseline) for group in scores.split(4)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)  # TRL's are float32
