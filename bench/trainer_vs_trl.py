@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _common import alternate, quotient, report, version
 
-from capipe.models.batched_lm import BatchedLM, vision_ids
+from capipe.models.batched_lm import BatchedLM
 from capipe.models.engine import Completion, GenerationRequest, ImageGrid, ImageInput, Prompt, Sampling
+from capipe.models.sampling import vision_ids
 from capipe.models.transformers_engine import TransformersEngine, batched_lm, load_model
 from capipe.trainer.decoder import DecoderPolicy
 from capipe.trainer.groups import Group, RewardResult

@@ -26,7 +26,7 @@ from transformers import (
 from .engine import ImageInput, Prompt, RequestError, Sampling
 from .prefix_tree import Level, Segment, plan, unshared
 from .prompting import PromptEncoder, rgb_pixels
-from .sampling import apply, fold_seed
+from .sampling import apply, fold_seed, vision_ids
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
@@ -299,12 +299,6 @@ class BatchedLM:
         tokens = out.sequences[0, len(prompt.ids) :]
         scores = _scores(self._bar(torch.cat(out.logits).float()), tokens)
         return Drawn(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
-
-
-def vision_ids(config: Any) -> list[int]:
-    """The tokens that stand for pixels or frame them, of a model that has any: never to be generated."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
 
 
 def _take_rows(cache: DynamicCache, rows: Tensor) -> None:

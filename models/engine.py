@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length"]
+PromptKey = tuple[str | None, str, str, str | None]
 
 
 class RequestError(Exception):
@@ -71,6 +72,11 @@ class Prompt:
     image: ImageInput | None = None
     system: str | None = None
     answer_prefix: str = ""
+
+    @property
+    def key(self) -> PromptKey:
+        """What tells prompts apart; an image counts by its content hash."""
+        return self.system, self.text, self.answer_prefix, None if self.image is None else self.image.uid
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import os
 import random
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from time import time
 from typing import Any
 
@@ -30,6 +31,7 @@ from .engine import (
     Prompt,
     RequestError,
 )
+from .vllm_sync import EXTENSION, RELOAD
 
 API_KEY_VARIABLE = "CAPIPE_API_KEY"
 DEFAULT_CONCURRENCY = 64
@@ -43,7 +45,8 @@ EXTENDED_SERVERS = ("vllm", "sglang")  # as they name themselves in /v1/models: 
 class HTTPOptions:
     """``model=""``: the server's first one. ``timeout_s``: for one attempt. ``attempts``: how often to try in all.
 
-    ``gone_after``: so many requests in a row that could not even connect mean that the server is gone.
+    ``gone_after``: so many requests in a row that could not even connect mean that the server is gone. ``token_ids``:
+    ask for the ids of what was written, which vLLM alone tells; ``barred``: ids that are never to be drawn.
     """
 
     url: str
@@ -55,6 +58,8 @@ class HTTPOptions:
     attempts: int = 5
     backoff_s: float = 0.5
     gone_after: int = 20
+    token_ids: bool = False
+    barred: tuple[int, ...] = ()
 
 
 class HTTPEngine:
@@ -84,7 +89,8 @@ class HTTPEngine:
             raise RequestError(f"the server ended the answer with {reason!r} and {type(text).__name__} content")
         logprobs = tuple(float(step["logprob"]) for step in _steps(choice)) if request.logprobs else None
         n_tokens = int((answer.get("usage") or {}).get("completion_tokens", 0))
-        return Completion(_written(text), (), reason, n_tokens, logprobs)
+        ids = _token_ids(choice, n_tokens) if self._options.token_ids else ()
+        return Completion(_written(text), ids, reason, n_tokens, logprobs)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         body = self._body(request.prompt, max_tokens=1, temperature=0.0)
@@ -93,6 +99,35 @@ class HTTPEngine:
         reported = steps[0].get("top_logprobs", []) if steps else []
         scores = {each["token"]: float(each["logprob"]) for each in reported}
         return ChoiceScores(tuple(scores.get(choice) for choice in request.choices))
+
+    async def reload(self, folder: Path) -> None:
+        """Let the server read new weights from a folder that it sees, too, and forget what the old ones computed.
+
+        For a vLLM server in development mode with :class:`.vllm_sync.WeightSync` in its workers, while it has nothing
+        to do. Raises EngineDead.
+        """
+        await self._command("collective_rpc", {"method": RELOAD, "args": [str(folder)]})
+        emptied = await self._command("reset_prefix_cache")
+        await self._command("reset_mm_cache")
+        await self._command("reset_encoder_cache")
+        if b"true" not in emptied.content:
+            raise EngineDead(f"{self._options.url}: its prefix cache is in use and could not be emptied")
+
+    async def _command(self, name: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """One of the server's own commands, which lie beside the protocol's root."""
+        url = base_url(self._options.url).removesuffix("v1/") + name
+        try:
+            response = await self._client.post(url, json=body)
+        except httpx.TransportError as error:
+            raise EngineDead(f"{url}: {type(error).__name__}: {error}") from error
+        if response.status_code == httpx.codes.NOT_FOUND:
+            raise EngineDead(
+                f"{url}: no such command; start the server with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls "
+                f"{EXTENSION}"
+            )
+        if not response.is_success:
+            raise EngineDead(f"{url}: HTTP {response.status_code}: {_server_message(response)}")
+        return response
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -124,6 +159,10 @@ class HTTPEngine:
         if self._extended:
             # Or the server would apply what the model's generation_config.json recommends, as no other engine does.
             fields |= {"top_k": -1, "repetition_penalty": 1.0}
+        if options.token_ids:
+            fields["return_token_ids"] = True
+        if options.barred:
+            fields["logit_bias"] = {str(token): -100.0 for token in options.barred}
         return fields
 
     async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -276,6 +315,13 @@ def _steps(choice: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(steps, list):
         raise RequestError("the server reports no log-probabilities")
     return steps
+
+
+def _token_ids(choice: dict[str, Any], count: int) -> tuple[int, ...]:
+    ids = choice.get("token_ids")
+    if not isinstance(ids, list) or len(ids) != count:
+        raise RequestError("the server does not tell the ids of its tokens; training draws from a vLLM server")
+    return tuple(ids)
 
 
 def _server_message(response: httpx.Response) -> str:

@@ -8,6 +8,7 @@ no request needs a generator of its own (a ``torch.Generator`` per request makes
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ def fold_seed(seed: int) -> int:
     """Any integer as a signed 64-bit one (modulo 2**64), which is what tensors and vLLM's messages can carry."""
     folded = seed & (1 << 64) - 1
     return folded - (1 << 64) if folded >= 1 << 63 else folded
+
+
+def vision_ids(config: Any) -> list[int]:
+    """The tokens that stand for pixels or frame them, of a model that has any: never to be generated."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, device: torch.device | str) -> Tensor:

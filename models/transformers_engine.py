@@ -18,6 +18,7 @@ from .engine import (
     EngineDead,
     GenerationRequest,
     ImageGrid,
+    PromptKey,
     RequestError,
 )
 from .prompting import PromptEncoder
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Request = GenerationRequest | ChoiceRequest
 Answer = Completion | ChoiceScores
-PromptKey = tuple[str | None, str, str, str | None]
 
 DEFAULT_CONCURRENCY = {"cpu": 32, "cuda": 64}
 CHOICE_ROOM = 0.5  # of a generation's place in a batch: a choice is over after the prompt, and shares most of that
@@ -141,7 +141,7 @@ class TransformersEngine:
 
     def _prepare(self, job: _Job, known: _Known) -> _Ready | Exception:
         request = job.request
-        key = _key(request)
+        key = request.prompt.key
         if key not in known.prompts:
             try:
                 known.prompts[key] = self.lm.prepare(request.prompt, known.images)
@@ -227,11 +227,6 @@ def _settle(job: _Job, outcome: Answer | Exception) -> None:
         job.future.set_exception(outcome)
     else:
         job.future.set_result(outcome)
-
-
-def _key(request: Request) -> PromptKey:
-    prompt = request.prompt
-    return prompt.system, prompt.text, prompt.answer_prefix, None if prompt.image is None else prompt.image.uid
 
 
 def load_transformers_engine(

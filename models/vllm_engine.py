@@ -10,6 +10,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .affinity import bound_cores, move_off, move_to
@@ -21,9 +22,11 @@ from .engine import (
     GenerationRequest,
     ImageGrid,
     Prompt,
+    PromptKey,
     RequestError,
 )
 from .prompting import PromptEncoder, rgb_pixels
+from .vllm_sync import EXTENSION, RELOAD
 
 if TYPE_CHECKING:
     from psutil import Process  # type: ignore[import-untyped]
@@ -53,7 +56,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class VLLMOptions:
-    """``concurrency``: sequences in the running batch. ``gpu_memory_utilization``: a share of the card, 0 to 1."""
+    """``concurrency``: sequences in the running batch. ``gpu_memory_utilization``: a share of the card, 0 to 1.
+
+    ``trained``: the model is in training, in this process: it is to get new weights, may sleep on a GPU, and keeps no
+    core to itself.
+    """
 
     path: str
     grid: ImageGrid | None
@@ -62,6 +69,7 @@ class VLLMOptions:
     concurrency: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    trained: bool = False
 
 
 class VLLMEngine:
@@ -77,14 +85,17 @@ class VLLMEngine:
         concurrency: int,
         processes: list[Process],
         cores: set[int],
+        on_cpu: bool,
     ) -> None:
         self.grid = grid
         self.concurrency = concurrency
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
+        self._on_cpu = on_cpu
         self._cores = cores  # where this process might run before
         self._encoder = encoder
         self._numbers = itertools.count()
+        self._rendering: dict[PromptKey, asyncio.Task[Any]] = {}
 
     async def generate(self, request: GenerationRequest) -> Completion:
         from vllm import SamplingParams
@@ -120,6 +131,38 @@ class VLLMEngine:
         assert output.logprobs is not None
         return ChoiceScores(tuple(output.logprobs[0][token].logprob for token in ids))
 
+    async def reload(self, folder: Path) -> None:
+        """Read new weights of the same model from a Hugging Face folder, and forget what the old ones computed.
+
+        For an engine that was started as ``trained``, while it has nothing to do. Raises EngineDead. That the new
+        weights are in place is for the caller to see: vLLM has been seen to say so and to answer with others.
+        """
+        llm = self._alive()
+        try:
+            await llm.collective_rpc(RELOAD, args=(str(folder),))
+            emptied = await llm.reset_prefix_cache()
+            await llm.reset_mm_cache()
+            await llm.reset_encoder_cache()
+        except Exception as error:
+            raise EngineDead(f"vLLM took no new weights from {folder}: {type(error).__name__}: {error}") from error
+        if not emptied:
+            raise EngineDead("vLLM's prefix cache is in use and could not be emptied for new weights")
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory to others: weights go to main memory, the cache is dropped. Nothing on a CPU."""
+        if not self._on_cpu:
+            await self._alive().sleep(level=1)
+
+    async def wake(self) -> None:
+        """Take the memory back; the next request may come. Nothing where it is awake."""
+        if not self._on_cpu and await self._alive().is_sleeping():
+            await self._alive().wake_up()
+
+    def _alive(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineDead("the engine was closed")
+        return self._llm
+
     async def aclose(self) -> None:
         """Stop vLLM and every process it started, by force after some seconds."""
         llm, self._llm = self._llm, None
@@ -129,6 +172,9 @@ class VLLMEngine:
 
         # Nobody may be left waiting: neither those in flight nor those whose image was just being prepared.
         llm.output_processor.propagate_error(EngineDeadError())
+        if (listener := llm.output_handler) is not None:  # or it reports the end of what it listens to as a death
+            listener.cancel()
+            await asyncio.gather(listener, return_exceptions=True)
         await asyncio.to_thread(llm.shutdown)
         llm.output_processor.propagate_error(EngineDeadError())
         await asyncio.to_thread(_see_off, self._processes)
@@ -138,9 +184,7 @@ class VLLMEngine:
 
     async def _run(self, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
         """Send one request and wait for its end. Raises RequestError or EngineDead, nothing else."""
-        llm = self._llm
-        if llm is None:
-            raise EngineDead("the engine was closed")
+        llm = self._alive()
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -148,7 +192,7 @@ class VLLMEngine:
         params.output_kind = RequestOutputKind.FINAL_ONLY  # or each token would wake this process
         params.detokenize = False  # done once, at the end
         try:
-            (rendered,) = await llm.renderer.render_cmpl_async([self._vllm_prompt(prompt)])
+            rendered = await self._rendered(llm, prompt)
             stream = llm.generate(rendered, params, str(next(self._numbers)))
             outputs: list[RequestOutput] = [output async for output in stream]
         except (RequestError, VLLMClientError) as error:
@@ -163,6 +207,18 @@ class VLLMEngine:
             reason = "nothing" if completion is None else completion.finish_reason
             raise self._failure(llm, f"vLLM ended the request early: {reason}")
         return completion
+
+    async def _rendered(self, llm: AsyncLLM, prompt: Prompt) -> Any:
+        """The prompt as vLLM takes it; who asks at the same time for the same one (a group's captions) shares it.
+
+        That is vLLM's ``n`` of a request, but each caption is answered when it ends and not with the last.
+        """
+        if (task := self._rendering.get(prompt.key)) is None:
+            task = asyncio.create_task(llm.renderer.render_cmpl_async([self._vllm_prompt(prompt)]))
+            self._rendering[prompt.key] = task
+            task.add_done_callback(lambda _: self._rendering.pop(prompt.key, None))
+        (rendered,) = await asyncio.shield(task)
+        return rendered
 
     def _failure(self, llm: AsyncLLM, reason: str) -> RequestError | EngineDead:
         """Whose fault it is that a request failed: an engine that dies or is closed aborts what it was working on."""
@@ -230,8 +286,10 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int) -> VLLME
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(options.path), image_token)
     pids = [process.pid for process in processes]
     cores = os.sched_getaffinity(0)
-    move_off(bound_cores(pids), [os.getpid(), *pids])
-    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores)
+    if not options.trained:  # training takes turns with it, and wants all cores in its own
+        move_off(bound_cores(pids), [os.getpid(), *pids])
+    on_cpu = config.device_config.device_type == "cpu"
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu)
 
 
 def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:
@@ -248,6 +306,8 @@ def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    if options.trained:
+        arguments |= {"worker_extension_cls": EXTENSION, "enable_sleep_mode": not on_cpu}
     if on_cpu:  # compiling, which is no faster once it runs, would cost ten to twenty seconds at every start
         arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": CPU_BLOCK_TOKENS, "enforce_eager": True}
     else:

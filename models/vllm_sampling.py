@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunnerProcessor
 
 from .engine import Sampling
-from .sampling import apply, fold_seed
+from .sampling import apply, fold_seed, vision_ids
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -45,6 +45,11 @@ def _parameters(params: SamplingParams) -> tuple[int, float, float] | None:
     return None if carried is None else (int(carried[0]), float(carried[1]), float(carried[2]))
 
 
+def _barred(vllm_config: VllmConfig, device: torch.device) -> Tensor:
+    """What is never to be drawn: an image token in a caption would claim pixels that are not there."""
+    return torch.tensor(vision_ids(vllm_config.model_config.hf_config), dtype=torch.long, device=device)
+
+
 @dataclass(frozen=True)
 class _Drawing:
     """A sampling request in the batch. ``drawn`` is vLLM's own running list of its output tokens."""
@@ -60,6 +65,7 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._device = device
+        self._barred = _barred(vllm_config, device)
         self._drawing: dict[int, _Drawing] = {}
         self._stale = False
         self._rows = self._seeds = self._temperatures = torch.empty(0)
@@ -78,7 +84,8 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
             self._rebuild()
         # Counted at each step and not kept: a preempted request comes back with what it had drawn.
         positions = torch.tensor([len(each.drawn) for each in self._drawing.values()], device=self._device)
-        drawn = apply(logits[self._rows], self._seeds, positions, self._temperatures, self._top_ps)
+        chosen = logits[self._rows].index_fill(1, self._barred, -torch.inf)
+        drawn = apply(chosen, self._seeds, positions, self._temperatures, self._top_ps)
         logits[self._rows] = drawn.to(logits.dtype)
         return logits
 
@@ -102,6 +109,7 @@ class SecondRunnerGumbel(SecondRunnerProcessor):
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         self._states = req_states
+        self._barred = _barred(vllm_config, req_states.device)
         slots = req_states.max_num_reqs
         self._seeds = np.zeros(slots, dtype=np.int64)
         self._temperatures = np.zeros(slots, dtype=np.float32)
@@ -132,4 +140,5 @@ class SecondRunnerGumbel(SecondRunnerProcessor):
         # A row's input sits at ``pos``, so what is drawn now is the sequence's token at ``pos + 1``.
         positions = ctx.pos.long() + 1 - self._states.prompt_len.gpu[slots]
         cut = bool((self._top_ps[ctx.idx_mapping_np] < 1).any())
+        logits = logits.index_fill(1, self._barred, -torch.inf)
         return apply(logits, seeds[slots], positions, temperatures[slots], top_ps[slots] if cut else None)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from ..errors import ArtifactMismatch, BadInput
 from ..manifests.fingerprint import differences, fingerprint
 from ..models.batched_lm import PreparedPrompt
@@ -25,6 +27,7 @@ from ..trainer.quiz_reward import QuizReward
 from ..trainer.ranks import join
 from ..trainer.recipe import Recipe
 from ..trainer.rollouts import Drawing, Rollouts
+from ..trainer.sampler import Sampler, build_sampler
 from ..trainer.sharding import restore_optimizer
 from ..trainer.tasks import TaskList, load_tasks
 from ..trainer.update import UpdateConfig, Updater
@@ -37,6 +40,7 @@ Say = Callable[[str], None]
 
 async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> Path:
     """Train to the recipe's end, from the newest checkpoint in ``out`` where there is one; returns the last one."""
+    disable_progress_bar()  # or each checkpoint, and each set of weights on its way to vLLM, draws one
     ranks = join(recipe.parallel == "sharded")
     if recipe.rollout.images < ranks.count:
         raise BadInput(
@@ -55,6 +59,7 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     say(parts.learning)
     judge = await build_judge(recipe.rewards)
     grader: QuizReader | None = None
+    sampler: Sampler | None = None
     try:
         if recipe.validation is not None:
             reader = await load_reader(recipe.validation.reader, recipe.validation.engine)
@@ -64,7 +69,9 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
             _claim(out, semantic, fresh)
         ranks.wait()
         start = found[1].step if found else 0
-        run = _assemble(recipe, out, mark, training, held_out, parts, judge, grader, start, say)
+        shown = Prompt(recipe.prompt, await parts.pictures.of(training.tasks[0]))
+        sampler = await build_sampler(recipe, parts, out, shown)
+        run = _assemble(recipe, out, mark, training, held_out, parts, sampler, judge, grader, start, say)
         if found:
             restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(found[0]))
             run.step, run.alarms = found[1].step, dict(found[1].figures.get("alarms", {}))
@@ -76,7 +83,8 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
             run.log.close()
     finally:
         parts.pictures.close()
-        await parts.engine.aclose()
+        if sampler is not None:
+            await sampler.aclose()
         await judge.aclose()
         if grader is not None:
             await grader.engine.aclose()
@@ -137,6 +145,7 @@ def _assemble(
     training: TaskList,
     held_out: TaskList | None,
     parts: PolicyParts,
+    sampler: Sampler,
     judge: Any,
     grader: QuizReader | None,
     start: int,
@@ -172,7 +181,8 @@ def _assemble(
         tasks=training.tasks[: recipe.data.images],
         held_out=validated,
         parts=parts,
-        rollouts=Rollouts(parts.engine, _prepare(parts, rollout.max_tokens), parts.pictures, drawing),
+        sampler=sampler,
+        rollouts=Rollouts(sampler.engine, _prepare(parts, rollout.max_tokens), parts.pictures, drawing),
         judge=judge,
         grader=grader,
         updater=updater,

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..models.batched_lm import BatchedLM, vision_ids
-from ..models.engine import Engine
+from ..models.batched_lm import BatchedLM
+from ..models.engine import Engine, ImageGrid
 from ..models.loading import EngineConfig, image_grid, load_engine, resolve_model
 from ..models.reader import QuizReader
-from ..models.transformers_engine import TransformersEngine, batched_lm, load_model
+from ..models.sampling import vision_ids
+from ..models.transformers_engine import batched_lm, load_model
 from .advantages import Part
 from .critic import ValueHead
 from .decoder import DecoderPolicy
@@ -29,7 +30,7 @@ from .quiz_reward import QuizReward, QuizRewardConfig, reader_config
 from .ranks import ALONE, Ranks
 from .recipe import OptimizerConfig, Recipe, RewardConfig, TrainedConfig
 from .rewards import Judge, Reward
-from .sharding import copy_weights, shard, whole
+from .sharding import shard, whole
 from .text_rewards import BoilerplateConfig, BoilerplateReward, LengthConfig, LengthReward, RepetitionReward
 
 VALUE_HEAD = "value_head.safetensors"
@@ -39,24 +40,19 @@ VALUE_HEAD = "value_head.safetensors"
 class PolicyParts:
     """The model in training with all that reads from it. ``preparing`` is not the engine's, which its thread uses.
 
-    ``sampled``: the model that captions are drawn from: the policy's own, or where its weights are split over processes
-    a whole copy, which is brought up to date by :meth:`sync`.
+    ``sampled``: the whole model that captions are drawn from: the policy's own, or a copy where that is split over
+    processes or learns while captions are drawn. ``folder``: what it was loaded from.
     """
 
     policy: DecoderPolicy
     sampled: Any
-    engine: TransformersEngine
+    grid: ImageGrid
     preparing: BatchedLM
     pictures: Pictures
     reference: Callable[[Any], Tensor] | None
     folder: Path
     ranks: Ranks
     learning: str  # which parts do, in words
-
-    def sync(self) -> None:
-        """Let captions be drawn from the weights as they are now. All processes have to call it."""
-        if self.sampled is not self.policy.model:
-            copy_weights(self.policy, self.sampled)
 
 
 def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALONE) -> PolicyParts:
@@ -85,13 +81,13 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = DecoderPolicy(model, banned, recipe.rollout.temperature, value_head(recipe, model, weights))
-    sampled = copy.deepcopy(model).requires_grad_(False) if ranks.sharded else model
+    apart = ranks.sharded or (recipe.rollout.overlap and recipe.rollout.engine == "transformers")
+    sampled = copy.deepcopy(model).requires_grad_(False) if apart else model
     if ranks.sharded:
         shard(policy)
-    lm, preparing = (batched_lm(sampled, str(folder), grid) for _ in range(2))
-    engine = TransformersEngine(lm, grid, recipe.rollout.group * 16)
-    pictures = Pictures(grid, recipe.rollout.decoders)
-    return PolicyParts(policy, sampled, engine, preparing, pictures, reference, folder, ranks, learning)
+    preparing = batched_lm(sampled, str(folder), grid)
+    pictures = Pictures(grid, recipe.rollout.decoders, lossless="://" in recipe.rollout.engine)
+    return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, ranks, learning)
 
 
 def value_head(recipe: Recipe, model: Any, weights: Path | None) -> ValueHead | None:
@@ -185,6 +181,14 @@ def value_weights(parts: PolicyParts) -> dict[str, Tensor]:
     return {} if head is None else {name: whole(weight) for name, weight in head.state_dict().items()}
 
 
+def write_model(parts: PolicyParts, folder: Path) -> None:
+    """The weights and their configuration alone."""
+    config = parts.sampled.config.get_text_config()
+    implementation = config._attn_implementation
+    parts.sampled.save_pretrained(folder)
+    config._attn_implementation = implementation
+
+
 def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) -> None:
     """The policy as a Hugging Face folder: weights in safetensors, tokenizer and processor as it came.
 
@@ -192,10 +196,7 @@ def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) ->
     """
     from transformers import AutoProcessor
 
-    config = parts.sampled.config.get_text_config()
-    implementation = config._attn_implementation
-    parts.sampled.save_pretrained(folder)
-    config._attn_implementation = implementation
+    write_model(parts, folder)
     AutoProcessor.from_pretrained(str(parts.folder)).save_pretrained(folder)
     if values:
         save_file(values, folder / VALUE_HEAD)

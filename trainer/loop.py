@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from .ranks import Ranks
 from .recipe import AlarmConfig, Recipe
 from .rewards import Judge
 from .rollouts import Rollouts
+from .sampler import Sampler
 from .sharding import optimizer_state
 from .tasks import Schedule, Task
 from .text_statistics import loops
@@ -39,6 +41,7 @@ class Run:
     tasks: Sequence[Task]
     held_out: Sequence[Task]
     parts: PolicyParts
+    sampler: Sampler
     rollouts: Rollouts
     judge: Judge
     grader: QuizReader | None
@@ -47,26 +50,22 @@ class Run:
     say: Callable[[str], None]
     step: int = 0
     alarms: dict[str, int] = field(default_factory=dict)  # how many steps in a row each was raised
+    ahead: list[Group] | None = None  # the next step's captions, where they were drawn during the one before
 
 
 async def train(run: Run) -> Path:
     """Do the steps that are left; returns the last checkpoint. Raises RunFailed on an alarm, after a checkpoint."""
     recipe, ranks = run.recipe, run.parts.ranks
-    schedule = Schedule(len(run.tasks), recipe.rollout.images, recipe.seed)
     last = run.out
     if run.step == 0:
         await _validate(run)
     while run.step < recipe.steps:
         clock = Clock()
-        with clock.phase("rollout"):
-            chosen = [run.tasks[index] for index in ranks.share(schedule.indices(run.step))]
-            groups = await run.rollouts.collect(chosen, run.step, run.judge)
-        with clock.phase("update"):
-            for group in run.updater.optimizer.param_groups:
-                group["lr"] = rate(recipe.optimizer, run.step, recipe.steps)
-            report = run.updater.update(groups)
-            run.parts.sync()
+        groups, report = await _advance(run, clock)
+        with clock.phase("sync"):
+            probe = await run.sampler.sync(run.step + 1)
         figures = step_figures(groups, report, list(run.judge.rewards), ranks)
+        figures |= {} if probe is None else {"probe": probe}
         run.log.captions(run.step, groups)
         run.step += 1
         if recipe.validation is not None and (run.step % recipe.validation.every == 0 or run.step == recipe.steps):
@@ -80,6 +79,47 @@ async def train(run: Run) -> Path:
         if alarm:
             raise RunFailed(f"step {run.step}: {alarm}; {last} is as far as it came, and --out has the captions")
     return last
+
+
+async def _advance(run: Run, clock: Clock) -> tuple[list[Group], UpdateReport]:
+    """A step's captions and the update by them; with ``rollout.overlap`` the next step's are drawn meanwhile.
+
+    None are drawn ahead over a checkpoint, so that a run resumed there goes on as if it had not stopped.
+    """
+    recipe, drawn_before = run.recipe, run.ahead is not None
+    with clock.phase("rollout"):
+        groups = run.ahead or await _draw(run, run.step)
+        await run.sampler.rest()
+    for group in run.updater.optimizer.param_groups:
+        group["lr"] = rate(recipe.optimizer, run.step, recipe.steps)
+    following = run.step + 1
+    run.ahead = None
+    with clock.phase("update"):
+        if not recipe.rollout.overlap or following % recipe.save_every == 0 or following == recipe.steps:
+            return groups, run.updater.update(groups, drawn_before)
+        drawing = asyncio.create_task(_draw(run, following))
+        try:
+            report = await asyncio.to_thread(_update_beside, run, groups, drawn_before)
+        except BaseException:
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)
+            raise
+        run.ahead = await drawing
+        return groups, report
+
+
+async def _draw(run: Run, step: int) -> list[Group]:
+    """This process's share of a step's captions, scored."""
+    schedule = Schedule(len(run.tasks), run.recipe.rollout.images, run.recipe.seed)
+    chosen = [run.tasks[index] for index in run.parts.ranks.share(schedule.indices(step))]
+    return await run.rollouts.collect(chosen, step, run.judge)
+
+
+def _update_beside(run: Run, groups: list[Group], drawn_before: bool) -> UpdateReport:
+    device = run.parts.policy.device
+    if device.type == "cuda":  # which is the current one is told each thread anew
+        torch.cuda.set_device(device)
+    return run.updater.update(groups, drawn_before)
 
 
 def checkpoint(run: Run) -> Path:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from ..errors import RunFailed
 from ..models.decode import DecodePool
@@ -16,9 +21,13 @@ KEPT = 256  # images; more than a step has on one process
 
 
 class Pictures:
-    """Images on ``grid``; without one as the bytes they came as, for servers. Holds ``processes`` that decode."""
+    """Images on ``grid``; without one as the bytes they came as, for servers. Holds ``processes`` that decode.
 
-    def __init__(self, grid: ImageGrid | None, processes: int = 1) -> None:
+    ``lossless``: the bytes are a PNG of the pixels, so that a server sees what a policy here learns from.
+    """
+
+    def __init__(self, grid: ImageGrid | None, processes: int = 1, lossless: bool = False) -> None:
+        self._lossless = lossless
         self._pool = None if grid is None else DecodePool(processes, grid, ImageLimits())
         self._recent: OrderedDict[str, asyncio.Task[ImageInput]] = OrderedDict()
 
@@ -36,8 +45,16 @@ class Pictures:
         pixels = None if self._pool is None else await self._pool.decode(data)
         if isinstance(pixels, ImageProblem):
             raise RunFailed(f"{task.url}: {task.key!r} cannot be decoded: {pixels.reason}; leave it out by `capipe qa`")
+        if pixels is not None and self._lossless:
+            data = await asyncio.to_thread(_png, pixels)
         return ImageInput(task.uid, pixels=pixels, encoded=data)
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=1)
+    return out.getvalue()

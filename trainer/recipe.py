@@ -44,6 +44,30 @@ class RolloutConfig(Section):
     max_tokens: int = Field(256, ge=1, description="longest caption")
     temperature: float = Field(1.0, gt=0)
     decoders: int = Field(1, ge=1, description="image decoding processes")
+    engine: str = Field(
+        "transformers",
+        pattern=r"^(transformers|vllm|https?://\S+(,\s*https?://\S+)*)$",
+        description="who draws captions: transformers, vllm, or URLs of vLLM servers, separated by commas",
+    )
+    overlap: bool = Field(
+        False, description="draw the next step's captions while the policy learns from this one's, a step behind"
+    )
+    gpu_memory: float = Field(0.4, gt=0, le=1, description="vllm: its share of the GPU, which the policy needs, too")
+    sleep: bool = Field(False, description="vllm: it gives its GPU memory back while the policy learns")
+    sync_folder: str | None = Field(
+        None, description="vllm and servers: where they read new weights; in --out by default"
+    )
+    probe: float | None = Field(
+        None, gt=0, description="how far a synced engine's log-probabilities may be off; 0.001 on CPUs, 0.1 on GPUs"
+    )
+
+    @model_validator(mode="after")
+    def _drawn_soundly(self) -> RolloutConfig:
+        if self.overlap and self.temperature != 1:
+            raise ValueError("overlap takes the log-probabilities of sampling, which engines tell for temperature 1")
+        if self.sleep and (self.engine != "vllm" or self.overlap):
+            raise ValueError("sleep is for engine vllm, and an engine cannot sleep that is to overlap")
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -158,8 +182,9 @@ class Recipe(Section):
 
     def semantic(self) -> dict[str, Any]:
         """What decides the weights: all but where and how fast they are computed."""
-        fast = {"budget", "device", "gradient_checkpointing", "parallel", "save_every"}
-        return self.model_dump(mode="json", exclude=fast)
+        fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every"}
+        rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
+        return self.model_dump(mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout})
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

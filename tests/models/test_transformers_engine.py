@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from capipe.models.batched_lm import BatchedLM, PreparedPrompt, vision_ids
+from capipe.models.batched_lm import BatchedLM, PreparedPrompt
 from capipe.models.engine import (
     ChoiceRequest,
     Completion,
@@ -24,6 +24,7 @@ from capipe.models.engine import (
     Sampling,
 )
 from capipe.models.loading import EngineConfig, load_engine
+from capipe.models.sampling import vision_ids
 from capipe.models.transformers_engine import TransformersEngine
 
 from .conftest import DETAILED, MODEL, PLAIN

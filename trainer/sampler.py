@@ -1,0 +1,146 @@
+"""Who draws captions, and how the policy's weights get there.
+
+The transformers engine computes with the policy's own modules, or with a copy of them. vLLM, in this process or behind
+a URL, reads each step's weights from a folder; after that a probe must show that it answers with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from ..errors import BadInput
+from ..models.engine import Engine, Prompt
+from ..models.http_engine import HTTPEngine, HTTPOptions, connect_http_engine
+from ..models.loading import vllm_runs
+from ..models.sampling import vision_ids
+from ..models.several import Several
+from ..models.transformers_engine import TransformersEngine, batched_lm
+from ..models.vllm_engine import VLLMEngine, VLLMOptions, start_vllm_engine
+from .assembly import PolicyParts, write_model
+from .decoder import DecoderPolicy
+from .probe import Probe
+from .ranks import Ranks
+from .recipe import Recipe, RolloutConfig
+from .sharding import copy_weights
+
+SYNC_FOLDER = "sampling"  # in a run's --out
+TEXT_ROOM = 512  # tokens of a prompt beside its image
+PROBE_EXACT, PROBE_BF16 = 1e-3, 0.1  # nats; where all was well 1e-4 was seen in float32
+
+
+@runtime_checkable
+class Reloadable(Engine, Protocol):
+    """An engine that reads new weights from a folder. Raises EngineDead."""
+
+    async def reload(self, folder: Path) -> None: ...
+
+
+@dataclass
+class Sampler:
+    """``copy``: brings the modules that the engine computes with up to date, where they are not the policy's own.
+
+    ``write``: puts the weights into ``folder``, for engines that read them there. ``probe``: None where the engine and
+    the policy share their modules, so that there is nothing to doubt. ``sleeps``: the engine gives its memory back
+    while the policy learns.
+    """
+
+    engine: Engine
+    ranks: Ranks
+    copy: Callable[[], None] | None = None
+    write: Callable[[Path], None] | None = None
+    folder: Path | None = None
+    probe: Probe | None = None
+    sleeps: bool = False
+    shared: bool = False  # one engine for all processes, which the first one brings up to date
+
+    async def sync(self, step: int) -> float | None:
+        """Let captions be drawn from the weights as they are now; returns the probe's difference, where there is one.
+
+        All processes have to call it, while nothing is being drawn. Raises RunFailed and EngineDead.
+        """
+        if self.copy is not None:
+            self.copy()
+        if self.write is not None and self.folder is not None:
+            if self.ranks.first:
+                await asyncio.to_thread(self.write, self.folder)
+            self.ranks.wait()
+            await self._reload(self.folder)
+            self.ranks.wait()
+        return await self.check(step)
+
+    async def _reload(self, folder: Path) -> None:
+        if self.sleeps and isinstance(self.engine, VLLMEngine):
+            await self.engine.wake()
+        if isinstance(self.engine, Reloadable) and (self.ranks.first or not self.shared):
+            await self.engine.reload(folder)
+
+    async def check(self, step: int) -> float | None:
+        """The probe alone."""
+        return None if self.probe is None else await self.probe.check(self.engine, step)
+
+    async def rest(self) -> None:
+        """The captions of a step are drawn; the memory may be used for learning."""
+        if self.sleeps and isinstance(self.engine, VLLMEngine):
+            await self.engine.sleep()
+
+    async def aclose(self) -> None:
+        await self.engine.aclose()
+
+
+async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Prompt) -> Sampler:
+    """Start whoever draws captions by ``recipe.rollout``; ``shown``: what a probe is put to.
+
+    Raises BadInput where vLLM is not installed or no server answers, RunFailed where the engine has other weights.
+    """
+    rollout, model = recipe.rollout, parts.sampled
+    separate = model is not parts.policy.model
+    copy = partial(copy_weights, parts.policy, model) if separate else None
+    if rollout.engine == "transformers":
+        lm = batched_lm(model, str(parts.folder), parts.grid)
+        return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.ranks, copy)
+    engine: Engine = _vllm(rollout, parts) if rollout.engine == "vllm" else await _connected(rollout, parts)
+    folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER
+    probing = DecoderPolicy(model)  # untempered, nothing barred: as vLLM tells log-probabilities
+    exact = next(model.parameters()).device.type == "cpu"
+    tolerance = rollout.probe or (PROBE_EXACT if exact else PROBE_BF16)
+    probe = Probe(shown, parts.preparing.prepare(shown), probing, tolerance)
+    write = partial(write_model, parts)
+    sampler = Sampler(engine, parts.ranks, copy, write, folder, probe, rollout.sleep, rollout.engine != "vllm")
+    try:
+        if sampler.shared:  # a server may have any weights of this architecture: those that an earlier run gave it
+            await sampler.sync(0)
+        else:
+            await sampler.check(0)
+    except BaseException:
+        await engine.aclose()
+        raise
+    return sampler
+
+
+def _vllm(rollout: RolloutConfig, parts: PolicyParts) -> Engine:
+    if not vllm_runs():
+        raise BadInput("rollout.engine vllm: vLLM is not installed here; use transformers, or install capipe[vllm]")
+    seen = parts.grid.max_pixels // parts.grid.factor**2
+    return start_vllm_engine(
+        VLLMOptions(
+            str(parts.folder),
+            parts.grid,
+            max_model_len=min(parts.preparing.max_model_len, seen + TEXT_ROOM + rollout.max_tokens),
+            gpu_memory_utilization=rollout.gpu_memory,
+            trained=True,
+        )
+    )
+
+
+async def _connected(rollout: RolloutConfig, parts: PolicyParts) -> Engine:
+    barred = tuple(vision_ids(parts.sampled.config))
+    engines: list[HTTPEngine] = []
+    for url in rollout.engine.split(","):
+        options = HTTPOptions(url.strip(), token_ids=True, barred=barred)
+        engines.append(await connect_http_engine(options))
+    return engines[0] if len(engines) == 1 else Several(engines)
