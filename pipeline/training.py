@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from ..errors import ArtifactMismatch, BadInput
+from ..errors import ArtifactMismatch, BadInput, RunFailed
 from ..manifests.fingerprint import differences, fingerprint
 from ..models.batched_lm import PreparedPrompt
-from ..models.engine import Prompt, RequestError
+from ..models.engine import EngineDead, Prompt, RequestError
 from ..models.loading import model_identity
 from ..models.reader import QuizReader, ReaderConfig
 from ..trainer.assembly import PolicyParts, build_judge, build_optimizer, build_policy, load_reader
@@ -81,6 +81,8 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
             return await train(run)
         finally:
             run.log.close()
+    except EngineDead as error:
+        raise RunFailed(f"{error}; started again, the run goes on from its newest checkpoint") from error
     finally:
         parts.pictures.close()
         if sampler is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,7 @@ class Double:
         self.answers, self.owner = answers, owner
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.times: list[float] = []
         self.open = threading.Event()  # set when the server closes: lets handlers that never answer go
 
@@ -59,7 +61,8 @@ class Double:
                 self.reply(200, {}, {"data": [{"id": "captioner", "owned_by": double.owner}, {"id": "other"}]})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])) or "{}")
+                double.paths.append(self.path)
                 double.times.append(time.monotonic())
                 double.headers.append({name.lower(): value for name, value in self.headers.items()})
                 double.bodies.append(body)
@@ -301,3 +304,46 @@ async def test_the_model_is_asked_for_and_checked(unused_tcp_port: int) -> None:
 
 def test_the_base_url_is_taken_with_and_without_v1() -> None:
     assert {base_url(f"http://h:1{end}") for end in ("", "/", "/v1", "/v1/")} == {"http://h:1/v1/"}
+
+
+async def reload(double: Double) -> None:
+    with serving(double) as url:
+        engine = await connect_http_engine(options(url))
+        try:
+            await engine.reload(Path("/shared/weights"))
+        finally:
+            await engine.aclose()
+
+
+async def test_new_weights_are_read_and_all_caches_emptied() -> None:
+    double = Double(lambda n, body: (200, {}, {"success": True}))
+    await reload(double)
+    assert double.paths == ["/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
+    assert double.bodies[0] == {"method": "capipe_reload", "args": ["/shared/weights"]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((404, {}, {"detail": "Not Found"}), "VLLM_SERVER_DEV_MODE=1 .*vllm_sync.WeightSync"),
+        ((500, {}, {"error": {"message": "no such folder"}}), "HTTP 500: no such folder"),
+        ((200, {}, {"success": False}), "prefix cache is in use"),
+    ],
+)
+async def test_a_server_without_new_weights_is_no_engine_any_more(answer: Answer, says: str) -> None:
+    with pytest.raises(EngineDead, match=says):
+        await reload(Double(lambda n, body: answer))
+
+
+async def test_training_gets_ids_and_bars_what_stands_for_pixels() -> None:
+    _, _, content = completion(" a dog.")
+    content["choices"][0] |= {"token_ids": [3, 4, 5, 6], "logprobs": {"content": [{"logprob": -0.5}] * 4}}
+    double = Double(lambda n, body: (200, {}, content))
+    request = GenerationRequest(Prompt("Describe."), Sampling(1.0), logprobs=True)
+    found = await ask(double, request, token_ids=True, barred=(7, 9))
+    assert found.token_ids == (3, 4, 5, 6) and found.logprobs == (-0.5,) * 4
+    assert double.bodies[0]["return_token_ids"] is True
+    assert double.bodies[0]["logit_bias"] == {"7": -100.0, "9": -100.0}
+    del content["choices"][0]["token_ids"]
+    refused = await ask(Double(lambda n, body: (200, {}, content)), request, token_ids=True)
+    assert isinstance(refused, RequestError) and "ids of its tokens" in str(refused)

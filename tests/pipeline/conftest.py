@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 COMMAND = [sys.executable, "-m", "capipe.pipeline"]
 
@@ -98,3 +99,38 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in done.stderr.splitlines() if line.startswith("capipe: ")]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     return lines[0]
+
+
+@pytest.fixture(scope="session")
+def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards and questions to train on and to validate on."""
+    from .training import quizzed
+
+    folder = tmp_path_factory.mktemp("train")
+    quizzed(folder / "train", 8, "train", 3)
+    quizzed(folder / "held", 4, "heldout", 4)
+    return folder
+
+
+@pytest.fixture
+def recipe(training_data: Path, tmp_path: Path) -> Path:
+    """Four steps of the bundled captioner, validated."""
+    settings = {
+        "model": "tiny/captioner",
+        "prompt": "Describe the image.",
+        "data": {"shards": str(training_data / "train/shards"), "questions": str(training_data / "train/qa")},
+        "rewards": [{"kind": "quiz", "engine": "transformers"}, {"kind": "repetition", "weight": 0.1}],
+        "rollout": {"images": 3, "group": 3, "max_tokens": 60},
+        "optimizer": {"lr": 1e-5, "warmup": 1},
+        "validation": {
+            "shards": str(training_data / "held/shards"),
+            "questions": str(training_data / "held/qa"),
+            "engine": "transformers",
+            "every": 2,
+        },
+        "steps": 4,
+        "save_every": 2,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path

@@ -8,81 +8,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 from capipe.errors import BadInput
 from capipe.models.tiny import resolve
-from capipe.models.tiny.corpus import write_corpus
-from capipe.models.tiny.quiz import quiz, sample_asked
-from capipe.models.tiny.world import Split
 from capipe.pipeline.training import run_training
 from capipe.trainer.recipe import load_recipe
 
 from .conftest import capipe, one_line, table
+from .training import steps, weights
 
 pytestmark = pytest.mark.slow
 
 
-def quizzed(folder: Path, count: int, split: Split, seed: int) -> None:
-    """Shards of ``count`` scenes in ``folder``, and three true questions about each."""
-    rng, lines = Random(seed), []
-    for sample in write_corpus(folder / "corpus", count, split, seed):
-        for _ in range(3):
-            question = quiz(sample.scene, sample_asked(sample.scene, rng), rng)
-            record = {"image": f"{sample.key}.jpg", "question": question.text, "options": question.options}
-            lines.append(json.dumps({**record, "answer": question.options[question.answer], "kind": question.kind}))
-    (folder / "set.jsonl").write_text("\n".join(lines))
-    capipe("ingest", folder / "corpus", "--out", folder / "shards")
-    quizzes = ("--import", folder / "set.jsonl", "--screen", "none")
-    capipe("qa", "--shards", folder / "shards", "--out", folder / "qa", *quizzes)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("train")
-    quizzed(folder / "train", 8, "train", 3)
-    quizzed(folder / "held", 4, "heldout", 4)
-    return folder
-
-
-@pytest.fixture
-def recipe(data: Path, tmp_path: Path) -> Path:
-    settings = {
-        "model": "tiny/captioner",
-        "prompt": "Describe the image.",
-        "data": {"shards": str(data / "train/shards"), "questions": str(data / "train/qa")},
-        "rewards": [{"kind": "quiz", "engine": "transformers"}, {"kind": "repetition", "weight": 0.1}],
-        "rollout": {"images": 3, "group": 3, "max_tokens": 60},
-        "optimizer": {"lr": 1e-5, "warmup": 1},
-        "validation": {
-            "shards": str(data / "held/shards"),
-            "questions": str(data / "held/qa"),
-            "engine": "transformers",
-            "every": 2,
-        },
-        "steps": 4,
-        "save_every": 2,
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-def weights(checkpoint: Path) -> bytes:
-    return (checkpoint / "model.safetensors").read_bytes()
-
-
-def steps(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in lines]
-
-
-def test_a_run_trains_and_its_checkpoint_captions(recipe: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_trains_and_its_checkpoint_captions(recipe: Path, training_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = capipe("train", recipe, "--out", out)
     assert done.stdout.strip().splitlines()[-1] == f"checkpoint: {out / 'step-000004'}"
@@ -93,7 +34,7 @@ def test_a_run_trains_and_its_checkpoint_captions(recipe: Path, data: Path, tmp_
     assert all(entry["details"]["quiz"]["asked"] for entry in logged)
     assert all(abs(line["ratio_max"] - 1) < 1e-6 for line in steps(out) if "loss" in line)
     assert weights(out / "step-000004") != weights(out / "step-000002")
-    shards = data / "held/shards"
+    shards = training_data / "held/shards"
     annotated = ("--engine", "transformers", "--max-tokens", 40, "--prompt", "plain")
     capipe("annotate", "--shards", shards, "--out", tmp_path / "new", "--model", out / "step-000004", *annotated)
     assert {row["status"] for row in table(tmp_path / "new")} <= {"ok", "filtered"}
@@ -148,8 +89,12 @@ def test_what_cannot_be_meant_is_refused(recipe: Path, tmp_path: Path, change: s
     assert not list((tmp_path / "run").glob("step-*"))
 
 
-def test_held_out_images_are_not_trained_on(recipe: Path, data: Path, tmp_path: Path) -> None:
-    same = ("--set", f"validation.shards={data / 'train/shards'}", "--set", f"validation.questions={data / 'train/qa'}")
+def test_held_out_images_are_not_trained_on(recipe: Path, training_data: Path, tmp_path: Path) -> None:
+    same = [
+        word
+        for key, name in (("shards", "shards"), ("questions", "qa"))
+        for word in ("--set", f"validation.{key}={training_data / 'train' / name}")
+    ]
     assert "trained on, too" in one_line(capipe("train", recipe, "--out", tmp_path / "run", *same, code=2))
 
 
@@ -184,7 +129,9 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path, parallel: str)
     assert [len(file.read_text().splitlines()) for file in captions] == [12, 12]
 
 
-async def test_more_processes_than_images_are_refused(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+async def test_more_processes_than_images_are_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from capipe.trainer.ranks import Ranks
 
     monkeypatch.setattr("capipe.pipeline.training.join", lambda sharded: Ranks(0, 4, sharded))

@@ -1,0 +1,37 @@
+"""Images with questions for `capipe train`, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from capipe.models.tiny.corpus import write_corpus
+from capipe.models.tiny.quiz import quiz, sample_asked
+from capipe.models.tiny.world import Split
+
+from .conftest import capipe
+
+
+def quizzed(folder: Path, count: int, split: Split, seed: int) -> None:
+    """Shards of ``count`` scenes in ``folder``, and three true questions about each."""
+    rng, lines = Random(seed), []
+    for sample in write_corpus(folder / "corpus", count, split, seed):
+        for _ in range(3):
+            question = quiz(sample.scene, sample_asked(sample.scene, rng), rng)
+            record = {"image": f"{sample.key}.jpg", "question": question.text, "options": question.options}
+            lines.append(json.dumps({**record, "answer": question.options[question.answer], "kind": question.kind}))
+    (folder / "set.jsonl").write_text("\n".join(lines))
+    capipe("ingest", folder / "corpus", "--out", folder / "shards")
+    quizzes = ("--import", folder / "set.jsonl", "--screen", "none")
+    capipe("qa", "--shards", folder / "shards", "--out", folder / "qa", *quizzes)
+
+
+def weights(checkpoint: Path) -> bytes:
+    return (checkpoint / "model.safetensors").read_bytes()
+
+
+def steps(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in lines]
