@@ -43,8 +43,12 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("nonsense", "section.key=value"),
         ("steps.more=1", "steps is a value"),
         ("algorithm.loss=magic", "algorithm.loss"),
-        ("rewards.1.kind=quiz", "rewards"),
+        ("rewards.1.kind=quiz", "a kind of reward is listed twice: quiz, quiz$"),
         ("trained.llm=false", "no part of the model is trained"),
+        ("trained={lora: {}, vision: true}", "trained.lora is an adapter .* learns alone"),
+        ("trained={lora: {}, llm: false}", "trained.lora is an adapter .* learns alone"),
+        ("trained.lora.rank=0", r"trained\.lora\.rank"),
+        ("dtype=float16", "dtype: "),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(recipe: Path, override: str, said: str) -> None:
@@ -68,6 +72,11 @@ def test_the_judge_of_the_run_is_not_the_reward(recipe: Path) -> None:
     recipe.write_text(TEXT + "validation: {shards: c, questions: d, reader: tiny/reader}\n")
     with pytest.raises(BadInput, match="never a reward"):
         load_recipe(recipe)
+
+
+def test_an_adapter_is_not_split(recipe: Path) -> None:
+    with pytest.raises(BadInput, match=r"trained\.lora: an adapter is too small .* set parallel: replicated$"):
+        load_recipe(recipe, ["trained.lora={}", "parallel=sharded"])
 
 
 def test_speed_is_no_part_of_what_a_run_is(recipe: Path) -> None:
