@@ -167,6 +167,7 @@ class Recipe(Section):
         "replicated", description="under torchrun: weights whole in every process (DDP), or split over them (FSDP2)"
     )
     preflight: bool = Field(True, description="refuse to train where a caption that fits any image is rewarded")
+    wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that figures go to as well")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -197,7 +198,7 @@ class Recipe(Section):
 
     def semantic(self) -> dict[str, Any]:
         """What decides the weights: all but where and how fast they are computed."""
-        fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every"}
+        fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         return self.model_dump(mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout})
 
