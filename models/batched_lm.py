@@ -114,7 +114,13 @@ class BatchedLM:
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
         self._shareable = all(kind == "full_attention" for kind in kinds)
         self.share_prefixes = share_prefixes
+        # By autocast, for a model in training whose weights are float32; its head computes in float32 as the trainer's.
+        self.computes_in: torch.dtype | None = None
         self._barred = torch.tensor(vision_ids(model.config), dtype=torch.long, device=model.device)
+
+    def precision(self) -> torch.autocast:
+        """What a batch is computed under; casts of weights are kept for all of its tokens."""
+        return torch.autocast(self._model.device.type, self.computes_in, enabled=self.computes_in is not None)
 
     def prepare(self, prompt: Prompt, images: dict[str, PreparedImage] | None = None) -> PreparedPrompt:
         """Everything about one prompt that needs no model. Raises RequestError, also for one that is too long.
@@ -218,16 +224,21 @@ class BatchedLM:
         return {"mm_encoder_outputs": {"image": of_level}}
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, **vision: Any) -> Tensor:
-        out = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions if self._has_axes else positions[0],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions if self._has_axes else positions[0],
+            "past_key_values": cache,
+            "use_cache": True,
             **vision,
-        )
-        logits: Tensor = out.logits[:, -1].float()
+        }
+        logits: Tensor
+        if self.computes_in is None:
+            logits = self._model(**inputs, logits_to_keep=1).logits[:, -1].float()
+            return logits
+        hidden = self._base(**inputs).last_hidden_state[:, -1].float()
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 logits would be the largest error of all
+            logits = self._model.get_output_embeddings()(hidden)
         return logits
 
     @torch.inference_mode()

@@ -167,7 +167,8 @@ class TransformersEngine:
         if self._dead is not None:
             return [EngineDead(self._dead)] * len(ready)
         try:
-            return [*self._compute(ready)]
+            with self.lm.precision():
+                return [*self._compute(ready)]
         except torch.AcceleratorError as error:  # a faulted device answers nothing any more in this process
             self._dead = f"{type(error).__name__}: {error}"
             return [EngineDead(self._dead)] * len(ready)

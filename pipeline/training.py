@@ -19,7 +19,7 @@ from ..models.reader import QuizReader, ReaderConfig
 from ..trainer.assembly import PolicyParts, build_judge, build_optimizer, build_policy, load_reader
 from ..trainer.checkpoint import Facts, newest, optimizer_state
 from ..trainer.critic import CriticConfig
-from ..trainer.log import RunLog, Sink, TensorBoard
+from ..trainer.log import RunLog, Sink, TensorBoard, WandB
 from ..trainer.loop import Run, train
 from ..trainer.losses import Clip
 from ..trainer.preflight import floors, refuse_templates
@@ -173,7 +173,7 @@ def _assemble(
     optimizer = build_optimizer(parts.policy, recipe.optimizer)
     updater = Updater(parts.policy, optimizer, config, parts.reference, parts.ranks)
     validated = held_out.tasks[: recipe.validation.images] if held_out and recipe.validation else ()
-    sinks = _sinks(out) if parts.ranks.first else []
+    sinks = _sinks(recipe, out) if parts.ranks.first else []
     log = RunLog(out, start, sinks, parts.ranks.rank)
     say(f"{len(training.tasks)} images with questions, {training.without} without; {len(validated)} to validate on")
     return Run(
@@ -212,11 +212,11 @@ def _prepare(parts: PolicyParts, max_tokens: int) -> Callable[[Prompt], Prepared
     return prepare
 
 
-def _sinks(out: Path) -> list[Sink]:
-    try:
-        return [TensorBoard(out / "tensorboard")]
-    except ImportError:
-        return []
+def _sinks(recipe: Recipe, out: Path) -> list[Sink]:
+    sinks: list[Sink] = [TensorBoard(out / "tensorboard")]
+    if recipe.wandb is not None:
+        sinks.append(WandB(recipe.wandb, out.resolve().name, out, recipe.model_dump(mode="json")))
+    return sinks
 
 
 async def _preflight(run: Run) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,17 @@ from ..models.loading import EngineConfig, image_grid, load_engine, resolve_mode
 from ..models.reader import QuizReader
 from ..models.sampling import vision_ids
 from ..models.transformers_engine import batched_lm, load_model
+from .adapter import (
+    FOLDER,
+    LoRAConfig,
+    adapter_off,
+    has_adapter,
+    insert_adapter,
+    load_adapter,
+    merged_weights,
+    need_peft,
+    save_adapter,
+)
 from .advantages import Part
 from .critic import ValueHead
 from .decoder import DecoderPolicy
@@ -65,22 +78,32 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     grid = image_grid(folder)
     if grid is None:
         raise BadInput(f"{recipe.model}: reads text only; training captions takes a vision-language model")
-    model: Any = load_model(str(folder), sees=True, dtype="float32", device=recipe.device)
+    lora = recipe.trained.lora
+    if lora is not None:
+        need_peft()
+    of_model = folder if lora is None else start  # whose weights an adapter leaves as they are
+    model: Any = load_model(str(of_model), sees=True, dtype="float32", device=recipe.device)
     if not hasattr(model, "model") or not hasattr(model.model, "visual"):
         raise BadInput(f"{recipe.model}: {type(model).__name__} is no decoder VLM that the trainer knows (Qwen-VL)")
+    dtype = computed_in(recipe.dtype, model.device)
     banned = vision_ids(model.config)
+    policy_of = partial(DecoderPolicy, banned=banned, temperature=recipe.rollout.temperature, dtype=dtype)
     reference = None
-    if recipe.algorithm.kl:
+    if recipe.algorithm.kl and lora is None:
         frozen = (
             copy.deepcopy(model)
             if weights is None
             else load_model(str(start), sees=True, dtype="float32", device=recipe.device)
         )
-        reference = _scorer(DecoderPolicy(frozen.requires_grad_(False), banned, recipe.rollout.temperature))
+        reference = _scorer(policy_of(frozen.requires_grad_(False)))
     learning = freeze(model, recipe.trained)
+    if lora is not None:
+        learning += f", {adapt(model, recipe, lora, weights)}"
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = DecoderPolicy(model, banned, recipe.rollout.temperature, value_head(recipe, model, weights))
+    policy = policy_of(model, value_head=value_head(recipe, model, weights))
+    if recipe.algorithm.kl and lora is not None:
+        reference = _scorer(policy, without_adapter=True)
     apart = ranks.sharded or (recipe.rollout.overlap and recipe.rollout.engine == "transformers")
     sampled = copy.deepcopy(model).requires_grad_(False) if apart else model
     if ranks.sharded:
@@ -101,20 +124,38 @@ def value_head(recipe: Recipe, model: Any, weights: Path | None) -> ValueHead | 
     return head
 
 
-def _scorer(policy: DecoderPolicy) -> Callable[[Any], Tensor]:
+def adapt(model: Any, recipe: Recipe, lora: LoRAConfig, weights: Path | None) -> str:
+    """Put an adapter into ``model``, new or a checkpoint's; returns what it is, in words."""
+    count = insert_adapter(model, lora, recipe.model, recipe.seed)
+    if weights is not None:
+        load_adapter(model, weights / FOLDER)
+    return f"adapter of rank {lora.rank} learns ({count:,} weights)"
+
+
+def computed_in(dtype: str, device: torch.device) -> torch.dtype | None:
+    """What matrices are multiplied in, None for the weights' own float32; ``dtype`` is a recipe's."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def _scorer(policy: DecoderPolicy, without_adapter: bool = False) -> Callable[[Any], Tensor]:
+    """The log-probabilities of a policy, or of the one that its adapter was put on."""
+
     @torch.no_grad()
     def score(batch: Batch) -> Tensor:
-        logp: Tensor = policy(batch).logp
+        with adapter_off(policy) if without_adapter else nullcontext():
+            logp: Tensor = policy(batch).logp
         return logp
 
     return score
 
 
 def freeze(model: Any, trained: TrainedConfig) -> str:
-    """Freeze all but the chosen parts; returns how many weights of each learn, in words."""
+    """Freeze all but the chosen parts, or all where an adapter is to learn; returns what became of each, in words."""
     told = []
     for name, weights in parts_of(model).items():
-        learns = getattr(trained, name)
+        learns = getattr(trained, name) and trained.lora is None
         for weight in weights:
             weight.requires_grad_(learns)
         count = sum(weight.numel() for weight in weights)
@@ -182,21 +223,27 @@ def value_weights(parts: PolicyParts) -> dict[str, Tensor]:
 
 
 def write_model(parts: PolicyParts, folder: Path) -> None:
-    """The weights and their configuration alone."""
-    config = parts.sampled.config.get_text_config()
+    """The weights, an adapter merged into them, and their configuration alone."""
+    model = parts.sampled
+    config = model.config.get_text_config()
     implementation = config._attn_implementation
-    parts.sampled.save_pretrained(folder)
+    # The sums of weights and adapter go to main memory, as a GPU may have no room for a second set.
+    merged = dict(merged_weights(model, "cpu")) if has_adapter(model) else None
+    model.save_pretrained(folder, state_dict=merged)
     config._attn_implementation = implementation
 
 
 def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) -> None:
     """The policy as a Hugging Face folder: weights in safetensors, tokenizer and processor as it came.
 
+    An adapter is merged into the weights, which any engine loads, and lies beside them for who goes on training it.
     ``values``: of the value head, which lies beside them.
     """
     from transformers import AutoProcessor
 
     write_model(parts, folder)
+    if has_adapter(parts.sampled):
+        save_adapter(parts.sampled, folder / FOLDER)
     AutoProcessor.from_pretrained(str(parts.folder)).save_pretrained(folder)
     if values:
         save_file(values, folder / VALUE_HEAD)

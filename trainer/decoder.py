@@ -37,6 +37,7 @@ class DecoderPolicy(nn.Module):
 
     ``banned``: ids with no probability, the same ones that sampling leaves out: those that stand for pixels.
     ``value_head``: what it expects of its own captions, for losses with a critic.
+    ``dtype``: what the body computes in by autocast, None for the weights' own; logits and all after them are float32.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class DecoderPolicy(nn.Module):
         banned: Sequence[int] = (),
         temperature: float = 1.0,
         value_head: ValueHead | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.dtype = dtype
         self.value_head = value_head
         self.temperature = temperature
         self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
@@ -60,16 +63,17 @@ class DecoderPolicy(nn.Module):
 
     def forward(self, batch: Batch) -> Scores:
         """Score all completion tokens of ``batch``."""
-        base = self.base
-        seen = self.look(batch.prompts)
-        vision = {} if seen is None else {"mm_encoder_outputs": {"image": seen}}
-        out = base(
-            input_ids=batch.ids,
-            position_ids=batch.positions,
-            use_cache=False,
-            tree=batch.tree,
-            **vision,
-        )
+        # Each weight is used once: kept casts would only hold a second set of weights until the pass is over.
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+            seen = self.look(batch.prompts)
+            vision = {} if seen is None else {"mm_encoder_outputs": {"image": seen}}
+            out = self.base(
+                input_ids=batch.ids,
+                position_ids=batch.positions,
+                use_cache=False,
+                tree=batch.tree,
+                **vision,
+            )
         hidden = out.last_hidden_state.flatten(0, 1)[batch.predicts]
         head = self.model.lm_head.weight
         logp, entropy = token_scores(

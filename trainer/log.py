@@ -1,4 +1,4 @@
-"""What a run writes down: figures per step, captions with their rewards, TensorBoard where it is there."""
+"""What a run writes down: figures per step, captions with their rewards; TensorBoard, and Weights & Biases if asked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..errors import BadInput
 from .groups import Group
 
 STEPS, CAPTIONS = "steps.jsonl", "captions.jsonl"
@@ -19,10 +20,13 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Scalars by step. Raises ImportError where tensorboard is not installed."""
+    """Scalars by step. Raises BadInput where tensorboard is not installed."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise BadInput(f"tensorboard does not import ({error}); pip install tensorboard") from None
 
         self._writer: Any = SummaryWriter(str(folder))
 
@@ -32,6 +36,35 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WandB:
+    """Figures by step to a project of Weights & Biases, or with WANDB_MODE=offline to ``folder`` alone.
+
+    Raises BadInput where wandb is not installed, or nobody is logged in.
+    """
+
+    def __init__(self, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise BadInput(
+                f"wandb: the package does not import ({error}); pip install 'capipe[log]', or leave `wandb` out"
+            ) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run: Any = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
+        except wandb.Error as error:
+            told = " ".join(str(error).split())
+            raise BadInput(f"wandb: {told}; to log without a server set WANDB_MODE=offline") from None
+        # Not wandb's own count of steps, which only grows: validation before the first step has -1.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **figures})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class RunLog:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ from .tasks import Schedule, Task
 from .text_statistics import loops
 from .update import Updater, UpdateReport
 from .validation import Validation, validate
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Let what an adapter's dropout leaves out depend on the step alone, so that a resumed run leaves out the same."""
+    torch.manual_seed(Random(f"dropout:{seed}:{step}:{rank}").getrandbits(63))
 
 
 @dataclass
@@ -92,6 +98,7 @@ async def _advance(run: Run, clock: Clock) -> tuple[list[Group], UpdateReport]:
         await run.sampler.rest()
     for group in run.updater.optimizer.param_groups:
         group["lr"] = rate(recipe.optimizer, run.step, recipe.steps)
+    seed_dropout(recipe.seed, run.step, run.parts.ranks.rank)
     following = run.step + 1
     run.ahead = None
     with clock.phase("update"):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import BadInput
 from ..models.tiny.prompts import DENSE
+from .adapter import LoRAConfig
 from .advantages import Baseline
 from .judge_reward import JudgeRewardConfig
 from .losses import KLEstimator, LossName
@@ -107,7 +108,8 @@ class TrainedConfig(Section):
 
     vision: bool = False
     projector: bool = False
-    llm: bool = True
+    llm: bool = Field(True, description="all of its weights, or with `lora` the adapter in their place")
+    lora: LoRAConfig | None = None
 
 
 class OptimizerConfig(Section):
@@ -156,12 +158,16 @@ class Recipe(Section):
     steps: int = Field(100, ge=1)
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
     budget: int = Field(16384, ge=1, description="packed tokens in one forward pass")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of computation, weights are float32; auto: bfloat16 (autocast) on CUDA, float32 on a CPU"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     gradient_checkpointing: bool = False
     parallel: Literal["replicated", "sharded"] = Field(
         "replicated", description="under torchrun: weights whole in every process (DDP), or split over them (FSDP2)"
     )
     preflight: bool = Field(True, description="refuse to train where a caption that fits any image is rewarded")
+    wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that figures go to as well")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -169,8 +175,9 @@ class Recipe(Section):
         kinds = [reward.kind for reward in self.rewards]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"a kind of reward is listed twice: {', '.join(kinds)}")
-        if not (self.trained.vision or self.trained.projector or self.trained.llm):
+        if not (self.trained.vision or self.trained.projector or self.trained.llm or self.trained.lora):
             raise ValueError("no part of the model is trained")
+        self._sound_adapter()
         if self.algorithm.loss in ("ppo", "a2c") and self.algorithm.critic is None:
             raise ValueError(f"{self.algorithm.loss} takes its advantages from a value head: add `critic: {{}}`")
         if self.algorithm.loss == "a2c" and self.algorithm.epochs * self.algorithm.minibatches > 1:
@@ -180,9 +187,18 @@ class Recipe(Section):
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
 
+    def _sound_adapter(self) -> None:
+        trained = self.trained
+        if trained.lora is None:
+            return
+        if trained.vision or trained.projector or not trained.llm:
+            raise ValueError("trained.lora is an adapter of the language model and learns alone: leave the rest out")
+        if self.parallel == "sharded":
+            raise ValueError("trained.lora: an adapter is too small to be split; set parallel: replicated")
+
     def semantic(self) -> dict[str, Any]:
         """What decides the weights: all but where and how fast they are computed."""
-        fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every"}
+        fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         return self.model_dump(mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout})
 
@@ -204,7 +220,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the recipe"
-        raise BadInput(f"{path}: {key}: {first['msg']}{_known(first)}") from None
+        raise BadInput(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}{_known(first)}") from None
 
 
 def _set(recipe: dict[str, Any], override: str) -> None:
@@ -232,4 +248,6 @@ def _entry(entries: list[Any], section: str, override: str) -> Any:
 
 
 def _known(error: Any) -> str:
+    if error["type"] == "value_error":  # ours, of keys that do not go together, and says which
+        return ""
     return "; no such key" if error["type"] == "extra_forbidden" else f" (got {error['input']!r})"

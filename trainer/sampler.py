@@ -102,6 +102,7 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     copy = partial(copy_weights, parts.policy, model) if separate else None
     if rollout.engine == "transformers":
         lm = batched_lm(model, str(parts.folder), parts.grid)
+        lm.computes_in = parts.policy.dtype
         return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.ranks, copy)
     engine: Engine = _vllm(rollout, parts) if rollout.engine == "vllm" else await _connected(rollout, parts)
     folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import torch
@@ -55,7 +55,11 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """Figures of an update, over all processes. ``skipped``: why a step changed nothing, where one did not."""
+    """Figures of an update, over all processes. ``skipped``: why a step changed nothing, where one did not.
+
+    ``mismatch``: mean of |log-probability when drawn - the policy's|, before it changed, over the tokens computed; None
+    where none was kept, or captions are drawn at another temperature than 1, which what was kept leaves out.
+    """
 
     loss: float
     norm: float
@@ -68,6 +72,7 @@ class UpdateReport:
     tied: int
     unscored: int
     skipped: str | None = None
+    mismatch: float | None = None
 
 
 def assign_advantages(groups: Sequence[Group], config: UpdateConfig) -> None:
@@ -98,6 +103,14 @@ def sampled_logps(group: Group) -> Tensor:
     if any(row is None for row in rows):
         raise ValueError(f"{group.key}: captions of older weights need the log-probabilities they were drawn with")
     return torch.tensor([value for row in rows if row is not None for value in row])
+
+
+def mismatch(part: Sequence[Group], logp: Tensor) -> Tensor:
+    """Sum and count, float64 (2,), of how far packed ``logp`` (tokens,) is from that of drawing, where it was kept."""
+    drawn = [each.logprobs or (float("nan"),) * each.n_tokens for group in part for each in group.completions]
+    gaps = (torch.tensor([value for row in drawn for value in row], dtype=torch.float64) - logp.double().cpu()).abs()
+    known = gaps[~gaps.isnan()]
+    return torch.stack([known.sum(), torch.tensor(float(len(known)), dtype=torch.float64)])
 
 
 class Updater:
@@ -137,7 +150,7 @@ class Updater:
         several = config.epochs * config.minibatches > 1
         if several or (config.critic is not None and config.critic.whiten):
             self._remember(groups)
-        report = None
+        report = gap = None
         self.policy.train()  # gradient checkpointing and an adapter's dropout are on in training alone
         try:
             for epoch in range(config.epochs):
@@ -145,10 +158,11 @@ class Updater:
                 for part in range(config.minibatches):
                     chosen = [groups[index] for index in order[part :: config.minibatches]] if several else groups
                     report = self.step(chosen)
+                    gap = report.mismatch if epoch == part == 0 else gap
         finally:
             self.policy.eval()
         assert report is not None
-        return report
+        return replace(report, mismatch=gap)
 
     @torch.no_grad()
     def _remember(self, groups: Sequence[Group]) -> None:
@@ -195,7 +209,8 @@ class Updater:
         rows, tokens, ties, unscored, teaching = (int(count) for count in summed)
         totals = Totals(rows, tokens, config.limit)
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(5, dtype=torch.float64)  # loss, entropy, KL, value loss, scored tokens
+        # Loss, entropy, KL, value loss, scored tokens; then the mismatch, and of how many tokens it is known.
+        sums = torch.zeros(7, dtype=torch.float64)
         ratios = [1.0, 1.0]
         for part, counted in self._parts(chosen):
             sums += counted * self._backward(part, totals, ratios, counted)
@@ -212,7 +227,8 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         seen = max(1.0, float(sums[4]))
         loss, entropy, kl, value_loss = (sums[:4] / torch.tensor([1.0, seen, seen, seen], dtype=torch.float64)).tolist()
-        return UpdateReport(loss, norm, entropy, kl, value_loss, ratios[0], ratios[1], tokens, ties, unscored, skipped)
+        figures = (loss, norm, entropy, kl, value_loss, ratios[0], ratios[1], tokens, ties, unscored, skipped)
+        return UpdateReport(*figures, float(sums[5] / sums[6]) if sums[6] else None)
 
     def _parts(self, chosen: list[Group]) -> list[tuple[list[Group], float]]:
         """Micro-batches, and what each counts.
@@ -252,7 +268,8 @@ class Updater:
         ratios[0], ratios[1] = min(ratios[0], float(ratio.min())), max(ratios[1], float(ratio.max()))
         count = torch.tensor(float(len(ratio)))
         figures = [total.detach(), scores.entropy.detach().sum(), divergence, value_error, count]
-        return torch.stack([each.double().cpu() for each in figures])
+        gap = mismatch(part, scores.logp.detach()) if self.policy.temperature == 1 else torch.zeros(2)
+        return torch.cat([torch.stack([each.double().cpu() for each in figures]), gap])
 
     def _known(self, part: list[Group], scores: Scores) -> Targets:
         """The part's targets, from before the first step where that was asked for, else from this very pass."""

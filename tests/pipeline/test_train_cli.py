@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from .conftest import capipe, one_line, table
 from .training import steps, weights
 
 pytestmark = pytest.mark.slow
+needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
 
 
 def test_a_run_trains_and_its_checkpoint_captions(recipe: Path, training_data: Path, tmp_path: Path) -> None:
@@ -42,9 +44,15 @@ def test_a_run_trains_and_its_checkpoint_captions(recipe: Path, training_data: P
     assert len((out / "captions.jsonl").read_text().splitlines()) == 36
 
 
-async def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe: Path, tmp_path: Path) -> None:
+ADAPTER = ("trained.lora={rank: 4, dropout: 0.1}", "algorithm.kl=0.05", "optimizer.lr=1e-3", "dtype=bfloat16")
+
+
+@pytest.mark.parametrize("sets", [(), pytest.param(ADAPTER, marks=needs_peft)])
+async def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
+    recipe: Path, tmp_path: Path, sets: tuple[str, ...]
+) -> None:
     """N + N steps are 2 N steps, to the last bit of weights, figures and captions."""
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, sets)
     whole = await run_training(loaded, tmp_path / "whole", fresh=False, say=lambda line: None)
 
     def stops(line: str) -> None:
@@ -80,6 +88,7 @@ def test_critics_learn_by_the_same_loop(recipe: Path, tmp_path: Path) -> None:
         ("data.fingerprint=0123456789ab", "its fingerprint is"),
         ("validation.reader=tiny/reader", "never a reward"),
         ("model=tiny/reader", "reads text only"),
+        pytest.param("trained.lora={targets: [qkv]}", "the language model has no qkv; it has", marks=needs_peft),
         ("rollout.max_tokens=5000", "than the 2048 that the model takes"),
         ("data.shards=nowhere", "nowhere"),
     ],
@@ -108,9 +117,18 @@ def test_another_recipe_leaves_a_run_alone(recipe: Path, tmp_path: Path) -> None
     assert weights(out / "step-000002") != before
 
 
-@pytest.mark.parametrize("parallel", ["replicated", "sharded"])
-def test_two_processes_train_as_one(recipe: Path, tmp_path: Path, parallel: str) -> None:
-    flags = ("--set", "steps=2", "--set", "rollout.images=4")
+@pytest.mark.parametrize(
+    ("parallel", "change"),
+    [
+        ("replicated", "seed=0"),
+        ("sharded", "seed=0"),
+        ("sharded", "dtype=bfloat16"),
+        pytest.param("replicated", "trained.lora={rank: 4}", marks=needs_peft),
+    ],
+)
+def test_two_processes_train_as_one(recipe: Path, tmp_path: Path, parallel: str, change: str) -> None:
+    rate = "1e-3" if "lora" in change else "1e-5"
+    flags = ("--set", "steps=2", "--set", "rollout.images=4", "--set", change, "--set", f"optimizer.lr={rate}")
     capipe("train", recipe, "--out", tmp_path / "one", *flags)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "capipe.pipeline", "train", recipe, "--out", tmp_path / "two", *flags]

@@ -127,3 +127,24 @@ def test_an_empty_completion_cannot_be_packed() -> None:
     made = groups(policy, "qwen2.5")[:1]
     with pytest.raises(ValueError, match="without completions"):
         pack([Group("a", "a", made[0].prompt, [])])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(family: str) -> None:
+    policy = DecoderPolicy(random_model(family), BANNED).train()
+    batch = pack(groups(policy, family))
+    computed: list[int] = []
+    for layer in policy.base.language_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: computed.append(1))
+    found = []
+    for times in (1, 2):
+        logp = policy(batch).logp
+        logp.sum().backward()
+        found.append((logp.detach(), gradients(policy)))
+        assert len(computed) == times * len(policy.base.language_model.layers)
+        computed.clear()
+        policy.zero_grad()
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    (logp, gradient), (logp_again, gradient_again) = found
+    assert torch.equal(logp, logp_again)
+    assert (gradient - gradient_again).norm() / gradient.norm() < 1e-12

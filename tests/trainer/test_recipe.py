@@ -10,6 +10,7 @@ from capipe.errors import BadInput
 from capipe.trainer.assembly import rate
 from capipe.trainer.recipe import OptimizerConfig, Recipe, load_recipe
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 TEXT = """
 model: tiny/captioner
 data: {shards: a, questions: b}
@@ -43,8 +44,12 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("nonsense", "section.key=value"),
         ("steps.more=1", "steps is a value"),
         ("algorithm.loss=magic", "algorithm.loss"),
-        ("rewards.1.kind=quiz", "rewards"),
+        ("rewards.1.kind=quiz", "a kind of reward is listed twice: quiz, quiz$"),
         ("trained.llm=false", "no part of the model is trained"),
+        ("trained={lora: {}, vision: true}", "trained.lora is an adapter .* learns alone"),
+        ("trained={lora: {}, llm: false}", "trained.lora is an adapter .* learns alone"),
+        ("trained.lora.rank=0", r"trained\.lora\.rank"),
+        ("dtype=float16", "dtype: "),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(recipe: Path, override: str, said: str) -> None:
@@ -70,11 +75,31 @@ def test_the_judge_of_the_run_is_not_the_reward(recipe: Path) -> None:
         load_recipe(recipe)
 
 
+def test_an_adapter_is_not_split(recipe: Path) -> None:
+    with pytest.raises(BadInput, match=r"trained\.lora: an adapter is too small .* set parallel: replicated$"):
+        load_recipe(recipe, ["trained.lora={}", "parallel=sharded"])
+
+
 def test_speed_is_no_part_of_what_a_run_is(recipe: Path) -> None:
     made = load_recipe(recipe)
     assert load_recipe(recipe, ["budget=5", "gradient_checkpointing=true"]).semantic() == made.semantic()
+    assert load_recipe(recipe, ["wandb=captions"]).semantic() == made.semantic()
     assert load_recipe(recipe, ["seed=5"]).semantic() != made.semantic()
     assert isinstance(made, Recipe)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_that_comes_along_loads(path: Path) -> None:
+    assert load_recipe(path).steps > 0
+
+
+def test_the_recipes_of_caprl_differ_where_its_paper_and_its_script_do() -> None:
+    paper, released = (load_recipe(RECIPES / f"caprl-{name}.yaml") for name in ("paper", "released"))
+    assert (paper.algorithm.baseline, released.algorithm.baseline) == ("group_std", "leave_one_out")
+    assert paper.algorithm.kl > 0 == released.algorithm.kl
+    for recipe in (paper, released):
+        assert (recipe.rollout.images, recipe.rollout.group, recipe.rollout.max_tokens) == (128, 8, 4096)
+        assert (recipe.optimizer.lr, recipe.optimizer.warmup) == (1e-6, 20)
 
 
 def test_learning_rates() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from capipe.errors import BadInput
 from capipe.models.engine import Completion
 from capipe.trainer.groups import Group, RewardResult
-from capipe.trainer.log import CAPTIONS, RunLog, read_steps
+from capipe.trainer.log import CAPTIONS, RunLog, TensorBoard, WandB, read_steps
 from capipe.trainer.loop import raised
 from capipe.trainer.recipe import AlarmConfig
 
@@ -56,6 +60,47 @@ def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(tmp_path: Path) -
     again = RunLog(tmp_path, 2)
     again.step(2, {"reward": 9})
     assert [(each["step"], each["reward"]) for each in read_steps(tmp_path)] == [(0, 0), (1, 1), (2, 9)]
+
+
+def test_tensorboard_reads_the_figures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = RunLog(tmp_path, 0, [TensorBoard(tmp_path / "tensorboard")])
+    log.step(0, {"reward": 0.25, "skipped": None})
+    log.step(1, {"reward": 0.5, "mismatch": 0.1})
+    log.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(read.Tags()["scalars"]) == ["mismatch", "reward"]
+    assert [(each.step, each.value) for each in read.Scalars("reward")] == [(0, 0.25), (1, 0.5)]
+
+
+def test_wandb_keeps_figures_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb: Any = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    sink = WandB("captions", "run", tmp_path, {"steps": 2, "model": "tiny/captioner"})
+    assert wandb.run.config["model"] == "tiny/captioner" and wandb.run.project == "captions"
+    sink.write(-1, {"validation/accuracy": 0.25})
+    sink.write(0, {"reward": 0.5})
+    assert sink._run.summary["reward"] == 0.5 and sink._run.summary["validation/accuracy"] == 0.25
+    sink.close()
+    written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(written) == 1 and written[0].stat().st_size > 0 and wandb.run is None
+
+
+@pytest.mark.parametrize(("module", "mend"), [("wandb", r"capipe\[log\]"), ("tensorboard", "pip install tensorboard")])
+def test_a_log_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, mend: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BadInput, match=mend):
+        if module == "wandb":
+            WandB("captions", "run", tmp_path, {})
+        else:
+            TensorBoard(tmp_path)
 
 
 def figures(**changed: float) -> dict[str, float]:

@@ -217,3 +217,35 @@ def test_captions_of_older_weights_are_weighed_by_how_they_were_drawn() -> None:
         ]
     report = updater.update(made, sampled_by_other=True)
     assert report.ratio_min == pytest.approx(math.exp(-0.1), rel=1e-5)
+
+
+# --- how far the sampler is from the policy ---------------------------------------------------------------------------
+
+
+def drawn_apart(policy: DecoderPolicy, gap: float) -> list[Group]:
+    """Groups whose captions another sampler drew, ``gap`` away from the policy; of the first, one kept nothing."""
+    made = scored(policy, SCORES[:2])
+    for group in made:
+        rows = policy(pack([group])).logp.detach().split([each.n_tokens for each in group.completions])
+        signs = [1 if number % 2 else -1 for number in range(len(rows))]
+        group.completions = [
+            Completion(each.text, each.token_ids, "stop", each.n_tokens, tuple((row + sign * gap).tolist()))
+            for each, row, sign in zip(group.completions, rows, signs, strict=True)
+        ]
+    first = made[0].completions[0]
+    made[0].completions[0] = Completion(first.text, first.token_ids, "stop", first.n_tokens)
+    return made
+
+
+@pytest.mark.parametrize("config", [UpdateConfig(budget=1), UpdateConfig(epochs=2)])
+def test_the_distance_from_the_sampler_is_of_the_policy_before_it_changed(config: UpdateConfig) -> None:
+    policy, updater = make(config)
+    report = updater.update(drawn_apart(policy, 0.25))
+    assert report.skipped is None and report.mismatch == pytest.approx(0.25, rel=1e-4)
+
+
+def test_where_nothing_was_kept_or_kept_at_another_temperature_the_distance_is_unknown() -> None:
+    policy, updater = make()
+    assert updater.update(scored(policy, SCORES)).mismatch is None
+    policy.temperature = 0.7
+    assert updater.update(drawn_apart(policy, 0.25)).mismatch is None
