@@ -297,6 +297,7 @@ def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
         other = next(beside, None)
         if other is None or (other["key"], other["uid"]) != (row.key, row.uid):
             found = "nothing" if other is None else f"{other['key']!r}"
+            found += " of another image" if other is not None and other["key"] == row.key else ""
             text = f"{companion.url}: row {row.key!r} expected, {found} found; it was not made of these shards"
             raise ArtifactMismatch(f"{text}: give --shards those it was made of")
         row.beside[companion.name] = other

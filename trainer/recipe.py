@@ -182,6 +182,8 @@ class Recipe(Section):
             raise ValueError(f"{self.algorithm.loss} takes its advantages from a value head: add `critic: {{}}`")
         if self.algorithm.loss == "a2c" and self.algorithm.epochs * self.algorithm.minibatches > 1:
             raise ValueError("a2c makes one step of captions that the policy itself drew: epochs and minibatches are 1")
+        if self.algorithm.kl and self.algorithm.estimator == "k1":
+            raise ValueError("estimator k1 has no gradient on average, so kl would do nothing: take k2 or k3")
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
         if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader:
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
@@ -199,6 +201,8 @@ class Recipe(Section):
     def semantic(self) -> dict[str, Any]:
         """What decides the weights: all but where and how fast they are computed."""
         fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
+        if self.rollout.overlap:
+            fast -= {"save_every"}  # nothing is drawn ahead over a checkpoint
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         return self.model_dump(mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout})
 

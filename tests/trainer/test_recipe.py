@@ -50,6 +50,7 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("trained={lora: {}, llm: false}", "trained.lora is an adapter .* learns alone"),
         ("trained.lora.rank=0", r"trained\.lora\.rank"),
         ("dtype=float16", "dtype: "),
+        ("algorithm={kl: 0.1, estimator: k1}", "k1 has no gradient on average"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(recipe: Path, override: str, said: str) -> None:
