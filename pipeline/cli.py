@@ -134,11 +134,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to fill.")] = Path("demo"),
     images: Annotated[int, typer.Option(min=3, help="Rendered pictures.")] = 400,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
+    train_steps: Annotated[int, typer.Option(min=0, help="Steps of training; 0 trains nothing.")] = 12,
 ) -> None:
-    """Render pictures, ingest and caption them, write a quiz, evaluate, verify all of it, and say where it is."""
-    from .demo import lines, run_demo
+    """Render pictures, ingest and caption them, write a quiz, evaluate, train, verify all of it, and say what came."""
+    from .demo import run_demo
+    from .demo_report import lines
 
-    report = run_demo(out, images, engine, lambda text: print(f"\n== {text}", flush=True))
+    report = run_demo(out, images, engine, train_steps, lambda text: print(f"\n== {text}", flush=True))
     print("\n" + "\n".join(lines(report)))
 
 

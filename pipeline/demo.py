@@ -2,86 +2,133 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, RunFailed
-from ..manifests.artifact import Artifact
-from ..manifests.shards import RowReader, expand
-from ..manifests.status import QuestionStatus
 from ..models.tiny.corpus import write_corpus
-from ..trainer.figures import Report
-from .status import State, state
+from ..trainer.checkpoint import folder_of
+from .demo_report import Places, write_report
 
-QUICK = "transformers"  # for the small quiz steps: it is up at once
+QUICK = "transformers"  # for the small steps: it is up at once
 MARK = ".capipe-demo"  # in folders this command made, which alone it clears
 SEED = 20
+SCENES = 100  # to train on, at most
+# The recipe's schedule is of 40 steps; these few keep their rate to the end.
+FEW_STEPS = ("optimizer.schedule=constant", "optimizer.lr=2e-4", "optimizer.warmup=3")
+READER = "tiny/holdout-reader"  # never a reward
+Part = tuple[str, Callable[[], None]]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A picture of the demo with what was said about it."""
+class Demo:
+    """What was asked for, and each part of the chain."""
 
-    file: str
-    original: str
-    short: str
-    dense: str
+    at: Places
+    images: int
+    engine: str
+    train_steps: int
+
+    @property
+    def quick(self) -> tuple[str, str]:
+        """The engine of the small steps."""
+        return "--engine", QUICK if self.engine == "auto" else self.engine
+
+    @property
+    def few(self) -> tuple[str, Path]:
+        """The first shard, which the quiz is about."""
+        return "--shards", self.at.shards / "00000.tar"
+
+    def parts(self) -> list[Part]:
+        """The chain in order, each part with what is said before it."""
+        at, steps = self.at, self.train_steps
+        scenes = min(SCENES, self.images)
+        training: list[Part] = [
+            (f"render {scenes} other scenes to train on, ingest them, write and screen questions", self.train_data),
+            (f"train: {steps} steps in which captions earn what a reader can answer from them", self.train),
+            ("evaluate the trained captioner: the held-out pictures, a reader that it was not trained by", self.after),
+        ]
+        return [
+            (f"render {self.images} held-out scenes into {at.corpus}", self.render),
+            (f"ingest them into {at.shards}", self.ingest),
+            (f"annotate them: two prompts an image, engine {self.engine}", self.annotate),
+            ("write and screen quiz questions about the first shard's pictures", self.ask),
+            ("evaluate the captioner: how well does a reader answer them from its captions alone?", self.before),
+            *(training if steps else []),
+            ("verify", self.verify),
+        ]
+
+    def render(self) -> None:
+        write_corpus(self.at.corpus, self.images, "heldout", SEED)
+
+    def ingest(self) -> None:
+        _capipe("ingest", self.at.corpus, "--out", self.at.shards, "--shard-size", max(1, self.images // 5))
+
+    def annotate(self) -> None:
+        _capipe(
+            *("annotate", "--shards", self.at.shards, "--out", self.at.captions, "--model", "tiny/captioner"),
+            *("--engine", self.engine, "--prompt", "plain", "--prompt", "dense", "--max-tokens", 256, "--pack"),
+        )
+
+    def ask(self) -> None:
+        _capipe("qa", *self.few, "--out", self.at.questions, "--model", "tiny/teacher", *self.quick)
+
+    def before(self) -> None:
+        self._evaluate(self.at.evaluation, "tiny/captioner", "--prompt", "dense")
+
+    def train_data(self) -> None:
+        corpus, shards, questions = self.at.train_corpus, self.at.train_shards, self.at.train_questions
+        write_corpus(corpus, min(SCENES, self.images), "train", SEED + 1)
+        _capipe("ingest", corpus, "--out", shards)
+        _capipe("qa", "--shards", shards, "--out", questions, "--model", "tiny/teacher", *self.quick)
+
+    def train(self) -> None:
+        settings = (
+            f"data.shards={self.at.train_shards}",
+            f"data.questions={self.at.train_questions}",
+            "validation=null",  # the part after this one is
+            f"steps={self.train_steps}",
+            f"save_every={self.train_steps}",
+            *FEW_STEPS,
+        )
+        _capipe("train", "tiny", "--out", self.at.run, *(word for each in settings for word in ("--set", each)))
+
+    def after(self) -> None:
+        self._evaluate(self.at.trained_evaluation, folder_of(self.at.run, self.train_steps), "--no-controls")
+
+    def verify(self) -> None:
+        at = self.at
+        artifacts = [at.shards, at.captions, at.questions / "written", at.questions / "screened"]
+        artifacts.append(at.evaluation / "graded")
+        if self.train_steps:
+            artifacts += [at.train_shards, at.train_questions / "screened", at.trained_evaluation / "graded"]
+        for artifact in artifacts:
+            _capipe("verify", artifact)
+
+    def _evaluate(self, out: Path, model: str | Path, *more: str) -> None:
+        _capipe(
+            *("eval", *self.few, "--questions", self.at.questions, "--out", out, "--model", model, *self.quick),
+            *("--reader", READER, "--prompt", "plain", "--samples", 2, "--max-tokens", 256, *more),
+        )
 
 
-def run_demo(out: Path, images: int, engine: str, say: Callable[[str], None]) -> Path:
-    """Render, ingest, annotate, write and screen questions, evaluate, verify; returns the report's path.
+def run_demo(out: Path, images: int, engine: str, train_steps: int, say: Callable[[str], None]) -> Path:
+    """Render, ingest, annotate, write and screen questions, evaluate, train, verify; returns the report's path.
 
-    Raises CapipeError where a step fails.
+    Without ``train_steps`` nothing is trained. Raises CapipeError where a step fails.
     """
     _clear(out)
-    corpus, shards, captions = out / "corpus", out / "shards", out / "captions"
-    questions, evaluation = out / "questions", out / "eval"
-    say(f"1/6 render {images} held-out scenes into {corpus}")
-    write_corpus(corpus, images, "heldout", SEED)
-    say(f"2/6 ingest them into {shards}")
-    _capipe("ingest", corpus, "--out", shards, "--shard-size", max(1, images // 5))
-    say(f"3/6 annotate them: two prompts an image, engine {engine}")
-    _capipe(
-        *("annotate", "--shards", shards, "--out", captions, "--model", "tiny/captioner", "--engine", engine),
-        *("--prompt", "plain", "--prompt", "dense", "--max-tokens", 256, "--pack"),
-    )
-    few, quick = ("--shards", shards / "00000.tar"), ("--engine", QUICK if engine == "auto" else engine)
-    say("4/6 write and screen quiz questions about the first shard's pictures")
-    _capipe("qa", *few, "--out", questions, "--model", "tiny/teacher", *quick)
-    say("5/6 evaluate the captioner: how well does a reader answer them from its captions alone?")
-    _capipe(
-        *("eval", *few, "--questions", questions, "--out", evaluation, "--model", "tiny/captioner", *quick),
-        *("--reader", "tiny/holdout-reader", "--prompt", "plain", "--prompt", "dense", "--samples", 2),
-        *("--max-tokens", 256),
-    )
-    say("6/6 verify")
-    for artifact in (shards, captions, questions / "written", questions / "screened", evaluation / "graded"):
-        _capipe("verify", artifact)
-    report = out / "report.md"
-    text = _report(images, state(str(captions)), list(_show(shards, captions, 3)), _quiz(questions, evaluation))
-    report.write_text(text, encoding="utf-8")
-    return report
-
-
-def _quiz(questions: Path, evaluation: Path) -> list[str]:
-    """What the quiz steps gave, in lines."""
-    artifact = Artifact.open(str(questions / "screened"))
-    entries = [e for shard in artifact.committed() for row in artifact.read_rows(shard) for e in row["questions"]]
-    kept = [entry for entry in entries if entry["status"] == QuestionStatus.OK]
-    report = Report.from_dict(json.loads((evaluation / "report.json").read_text(encoding="utf-8")))
-    accuracies = [f"{s.name} {s.quiz.accuracy.value:.2f}" for s in report.systems if s.quiz.accuracy is not None]
-    shown = [f"{entry['question']} ({', '.join(entry['options'])})" for entry in kept[:2]]
-    return [
-        f"{len(kept)} of {len(entries)} questions kept, e.g. {' '.join(shown)}",
-        f"quiz accuracy: {', '.join(accuracies)}",
-    ]
+    demo = Demo(Places(out), images, engine, train_steps)
+    parts = demo.parts()
+    for number, (title, part) in enumerate(parts, start=1):
+        say(f"{number}/{len(parts)} {title}")
+        part()
+    return write_report(demo.at, images)
 
 
 def _clear(out: Path) -> None:
@@ -101,40 +148,3 @@ def _capipe(*arguments: Any) -> None:
     code = subprocess.run([sys.executable, "-m", "capipe.pipeline", *words]).returncode
     if code:
         raise RunFailed(f"capipe {words[0]} ended with exit code {code}; its own message is above")
-
-
-def _show(shards: Path, captions: Path, count: int) -> Iterator[Shown]:
-    """The first pictures of the corpus with their captions."""
-    artifact = Artifact.open(str(captions))
-    pairs = (
-        pair
-        for shard in expand(str(shards))
-        for pair in zip(RowReader(shard), artifact.read_rows(shard.name), strict=True)
-    )
-    for number, (source, row) in enumerate(islice(pairs, count)):
-        texts = {caption["name"]: caption["text"] for caption in row["captions"]}
-        yield Shown(f"corpus/{number:06d}.jpg", source.text or "", texts.get("plain", ""), texts.get("dense", ""))
-
-
-def _report(images: int, found: State, shown: list[Shown], quiz: list[str]) -> str:
-    rows = "\n".join(f"| {status} | {count} |" for status, count in sorted(found.rows.items()))
-    parts = [
-        "# capipe demo",
-        f"{images} rendered scenes were ingested, captioned by `tiny/captioner` and verified.",
-        f"| status | rows |\n|---|---|\n{rows}",
-        f"`captions/` has {found.shards} shards, {found.bytes:,} bytes: tars with images and captions, and Parquet.",
-    ]
-    parts += [*quiz, "All figures of the quiz: [eval/report.md](eval/report.md)"]
-    for sample in shown:
-        parts.append(
-            f"![]({sample.file})\n\n- alt text: {sample.original}\n- plain: {sample.short}\n- dense: {sample.dense}"
-        )
-    return "\n\n".join(parts) + "\n"
-
-
-def lines(report: Path) -> list[str]:
-    """What the demo ends with: three captions, the quiz in two lines, and where everything is."""
-    out = report.parent
-    texts = [f"  {s.file}: {s.dense}" for s in _show(out / "shards", out / "captions", 3)]
-    quiz = _quiz(out / "questions", out / "eval")
-    return ["three captions:", *texts, *quiz, f"report: {report}", f"shards: {out / 'captions'}"]

@@ -12,7 +12,7 @@ from . import options as o
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has some.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a bundled recipe: tiny.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and logs.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     fresh: o.Fresh = False,

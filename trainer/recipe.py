@@ -18,6 +18,7 @@ from .losses import KLEstimator, LossName
 from .quiz_reward import QuizRewardConfig
 from .text_rewards import BoilerplateConfig, LengthConfig, RepetitionConfig
 
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RewardConfig = Annotated[
     QuizRewardConfig | JudgeRewardConfig | LengthConfig | RepetitionConfig | BoilerplateConfig,
     Field(discriminator="kind"),
@@ -207,12 +208,24 @@ class Recipe(Section):
         return self.model_dump(mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout})
 
 
+def find_recipe(given: Path) -> Path:
+    """The YAML file meant: itself, or the bundled recipe of that name (``tiny``) where there is no such file."""
+    bundled = RECIPES / f"{given}.yaml"
+    return bundled if given.name == str(given) and bundled.is_file() and not given.is_file() else given
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with ``section.key=value`` overrides. Raises BadInput with the key and the reason."""
+    """The recipe in a YAML file, or a bundled one by its name, with ``section.key=value`` overrides.
+
+    Raises BadInput with the key and the reason.
+    """
+    path = find_recipe(path)
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"{path}: no recipe there ({error.strerror}); recipes/ has some to start from") from None
+        raise BadInput(
+            f"{path}: no recipe there ({error.strerror}); give a YAML file or a bundled one: {_bundled()}"
+        ) from None
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
@@ -225,6 +238,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the recipe"
         raise BadInput(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}{_known(first)}") from None
+
+
+def _bundled() -> str:
+    return ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
 
 def _set(recipe: dict[str, Any], override: str) -> None:

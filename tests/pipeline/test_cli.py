@@ -67,16 +67,22 @@ def test_doctor_finds_the_engines() -> None:
 
 @pytest.mark.slow
 def test_demo_ends_with_captions_report_and_shards(tmp_path: Path) -> None:
-    done = capipe("demo", "--out", tmp_path / "demo", "--images", 12, "--engine", "transformers")
-    lines = done.stdout.strip().splitlines()
+    small = ("--out", tmp_path / "demo", "--images", 12, "--engine", "transformers", "--train-steps")
+    lines = capipe("demo", *small, 1).stdout.strip().splitlines()
     assert lines[-1] == f"shards: {tmp_path}/demo/captions" and lines[-2] == f"report: {tmp_path}/demo/report.md"
-    assert all(line.startswith("  corpus/") for line in lines[-7:-4])
-    kept = re.match(r"(\d+) of (\d+) questions kept, e\.g\. ", lines[-4])
+    gained = re.fullmatch(r"training: quiz accuracy (\S+) -> (\S+) in 1 steps \(oracle captions (\S+)\)", lines[-3])
+    assert lines[-5].startswith("  corpus/000000.jpg before: ") and lines[-4].startswith("  corpus/000000.jpg after: ")
+    assert all(line.startswith("  corpus/") for line in lines[-10:-7])
+    kept = re.match(r"(\d+) of (\d+) questions kept, e\.g\. ", lines[-7])
     assert kept is not None and 0 < int(kept[1]) <= int(kept[2])
-    accuracies = dict(re.findall(r"(\w+) (\d\.\d\d)", lines[-3].removeprefix("quiz accuracy: ")))
+    accuracies = dict(re.findall(r"(\w+) (\d\.\d\d)", lines[-6].removeprefix("quiz accuracy: ")))
+    assert gained is not None and (gained[1], gained[3]) == (accuracies["plain"], accuracies["oracle"])
+    report = (tmp_path / "demo/report.md").read_text()
+    assert f"| after | {gained[2]}" in report and lines[-4].partition("after: ")[2] in report
     assert float(accuracies["oracle"]) > float(accuracies["plain"]) and float(accuracies["empty"]) < 0.2
     assert {row["status"] for row in table(tmp_path / "demo/captions")} == {"ok"}
-    capipe("demo", "--out", tmp_path / "demo", "--images", 12, "--engine", "transformers")  # its own folder, again
+    again = capipe("demo", *small, 0).stdout  # its own folder, again
+    assert "training:" not in again and not (tmp_path / "demo/training").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine").touch()
     capipe("demo", "--out", tmp_path / "other", code=2)

@@ -70,6 +70,16 @@ def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
         load_recipe(tmp_path / "list.yaml")
 
 
+def test_a_bundled_recipe_has_a_name_which_a_file_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = load_recipe(Path("tiny"), ["steps=3"])
+    assert (made.model, made.steps) == ("tiny/captioner", 3)
+    (tmp_path / "tiny").write_text(TEXT)
+    assert load_recipe(Path("tiny")) == load_recipe(tmp_path / "tiny") != made
+    with pytest.raises(BadInput, match=r"a bundled one: .*tiny"):
+        load_recipe(Path("sub/tiny"))
+
+
 def test_the_judge_of_the_run_is_not_the_reward(recipe: Path) -> None:
     recipe.write_text(TEXT + "validation: {shards: c, questions: d, reader: tiny/reader}\n")
     with pytest.raises(BadInput, match="never a reward"):

@@ -1,0 +1,206 @@
+"""What `capipe demo` made, read back from its folder: for its report and its last lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from ..manifests.artifact import Artifact
+from ..manifests.shards import RowReader, expand
+from ..manifests.status import QuestionStatus
+from ..trainer.figures import Report
+from ..trainer.log import read_steps
+from .status import State, state
+
+PROMPT = "plain"  # what the captioner is trained under
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything lies below ``out``."""
+
+    out: Path
+
+    @property
+    def corpus(self) -> Path:
+        return self.out / "corpus"
+
+    @property
+    def shards(self) -> Path:
+        return self.out / "shards"
+
+    @property
+    def captions(self) -> Path:
+        return self.out / "captions"
+
+    @property
+    def questions(self) -> Path:
+        return self.out / "questions"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.out / "eval"
+
+    @property
+    def train_corpus(self) -> Path:
+        return self.out / "training" / "corpus"
+
+    @property
+    def train_shards(self) -> Path:
+        return self.out / "training" / "shards"
+
+    @property
+    def train_questions(self) -> Path:
+        return self.out / "training" / "questions"
+
+    @property
+    def run(self) -> Path:
+        return self.out / "training" / "run"
+
+    @property
+    def trained_evaluation(self) -> Path:
+        return self.out / "eval-trained"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture of the demo with what was said about it."""
+
+    file: str
+    original: str
+    short: str
+    dense: str
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What training did: quiz accuracies of held-out pictures, and the first one's caption before and after."""
+
+    steps: int
+    before: float
+    after: float
+    oracle: float
+    file: str
+    told_before: str
+    told_after: str
+
+    def line(self) -> str:
+        return (
+            f"training: quiz accuracy {self.before:.2f} -> {self.after:.2f} in {self.steps} steps "
+            f"(oracle captions {self.oracle:.2f})"
+        )
+
+
+def write_report(at: Places, images: int) -> Path:
+    """``report.md``; returns its path."""
+    report = at.out / "report.md"
+    text = _page(images, state(str(at.captions)), list(_show(at, 3)), _quiz(at), _gain(at))
+    report.write_text(text, encoding="utf-8")
+    return report
+
+
+def lines(report: Path) -> list[str]:
+    """What the demo ends with: three captions, the quiz in two lines, what training gained, where everything is."""
+    at = Places(report.parent)
+    gain = _gain(at)
+    trained = [] if gain is None else _before_and_after(gain)
+    texts = [f"  {s.file}: {s.dense}" for s in _show(at, 3)]
+    return ["three captions:", *texts, *_quiz(at), *trained, f"report: {report}", f"shards: {at.captions}"]
+
+
+def _before_and_after(gain: Gain) -> list[str]:
+    return [f"  {gain.file} before: {gain.told_before}", f"  {gain.file} after: {gain.told_after}", gain.line()]
+
+
+def _quiz(at: Places) -> list[str]:
+    """What the quiz steps gave, in lines."""
+    artifact = Artifact.open(str(at.questions / "screened"))
+    entries = [e for shard in artifact.committed() for row in artifact.read_rows(shard) for e in row["questions"]]
+    kept = [entry for entry in entries if entry["status"] == QuestionStatus.OK]
+    accuracies = [f"{name} {accuracy:.2f}" for name, accuracy in _accuracies(at.evaluation).items()]
+    shown = [f"{entry['question']} ({', '.join(entry['options'])})" for entry in kept[:2]]
+    return [
+        f"{len(kept)} of {len(entries)} questions kept, e.g. {' '.join(shown)}",
+        f"quiz accuracy: {', '.join(accuracies)}",
+    ]
+
+
+def _accuracies(evaluation: Path) -> dict[str, float]:
+    """Quiz accuracy by system of a `capipe eval`."""
+    report = Report.from_dict(json.loads((evaluation / "report.json").read_text(encoding="utf-8")))
+    return {each.name: each.quiz.accuracy.value for each in report.systems if each.quiz.accuracy.value is not None}
+
+
+def _gain(at: Places) -> Gain | None:
+    """What training did, None where nothing was trained or nothing could be measured."""
+    if not at.trained_evaluation.exists():
+        return None
+    before, after = _accuracies(at.evaluation), _accuracies(at.trained_evaluation)
+    return Gain(
+        steps=len(read_steps(at.run)),
+        before=before[PROMPT],
+        after=after[PROMPT],
+        oracle=before["oracle"],
+        file=_file(0),
+        told_before=_told(at.evaluation),
+        told_after=_told(at.trained_evaluation),
+    )
+
+
+def _told(evaluation: Path) -> str:
+    """The first caption of the first picture in a `capipe eval`, by the prompt that is trained."""
+    artifact = Artifact.open(str(evaluation / "captions"))
+    row = next(row for shard in artifact.committed() for row in artifact.read_rows(shard))
+    return next((each["text"] for each in row["captions"] if each["name"] == PROMPT), "")
+
+
+def _show(at: Places, count: int) -> Iterator[Shown]:
+    """The first pictures of the corpus with their captions."""
+    artifact = Artifact.open(str(at.captions))
+    pairs = (
+        pair
+        for shard in expand(str(at.shards))
+        for pair in zip(RowReader(shard), artifact.read_rows(shard.name), strict=True)
+    )
+    for number, (source, row) in enumerate(islice(pairs, count)):
+        texts = {caption["name"]: caption["text"] for caption in row["captions"]}
+        yield Shown(_file(number), source.text or "", texts.get("plain", ""), texts.get("dense", ""))
+
+
+def _file(number: int) -> str:
+    """A picture's file, relative to the report; the corpus was ingested in this order."""
+    return f"corpus/{number:06d}.jpg"
+
+
+def _page(images: int, found: State, shown: list[Shown], quiz: list[str], gain: Gain | None) -> str:
+    rows = "\n".join(f"| {status} | {count} |" for status, count in sorted(found.rows.items()))
+    parts = [
+        "# capipe demo",
+        f"{images} rendered scenes were ingested, captioned by `tiny/captioner` and verified.",
+        f"| status | rows |\n|---|---|\n{rows}",
+        f"`captions/` has {found.shards} shards, {found.bytes:,} bytes: tars with images and captions, and Parquet.",
+    ]
+    parts += [*quiz, "All figures of the quiz: [eval/report.md](eval/report.md)"]
+    for sample in shown:
+        parts.append(
+            f"![]({sample.file})\n\n- alt text: {sample.original}\n- plain: {sample.short}\n- dense: {sample.dense}"
+        )
+    return "\n\n".join(parts + ([] if gain is None else _training(gain))) + "\n"
+
+
+def _training(gain: Gain) -> list[str]:
+    """The report's section on training, by paragraphs."""
+    return [
+        "## Training",
+        f"`capipe train tiny` trained the captioner for {gain.steps} steps on other scenes: its captions, asked for by "
+        "the plain prompt, earned the share of questions that `tiny/reader` answered from them. Below, "
+        "`tiny/holdout-reader`, by which nothing was trained, answers the questions about the first shard's pictures.",
+        "| captions | quiz accuracy |\n|---|---|\n"
+        f"| before | {gain.before:.3f} |\n| after | {gain.after:.3f} |\n| oracle | {gain.oracle:.3f} |",
+        "All figures after training: [eval-trained/report.md](eval-trained/report.md). The first picture's caption, "
+        "drawn at temperature 1:",
+        f"![]({gain.file})\n\n- before: {gain.told_before}\n- after: {gain.told_after}",
+    ]
