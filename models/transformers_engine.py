@@ -21,7 +21,9 @@ from .engine import (
     PromptKey,
     RequestError,
 )
+from .patch_embedding import multiply_patches
 from .prompting import PromptEncoder
+from .window_attention import batch_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -257,6 +259,10 @@ def load_model(path: str, *, sees: bool, dtype: str = "auto", device: str = "aut
     kind = (torch.bfloat16 if where.type == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_pretrained(path, dtype=kind).to(where).eval()
+    if sees:
+        visual = getattr(model.base_model, "visual", None)
+        multiply_patches(visual)
+        batch_windows(visual)
     return model
 
 

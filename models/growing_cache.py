@@ -1,0 +1,68 @@
+"""A cache of keys and values with room for the tokens to come: drawing one does not copy all that came before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+LEAST_ROOM = 64  # tokens; a quarter of what is there already, where that is more
+
+
+class GrowingLayer(DynamicLayer):
+    """Implements transformers' cache layer. ``keys``, ``values``: (rows, heads, tokens, width), views of the room."""
+
+    def __init__(self, *arguments: Any, **rest: Any) -> None:
+        super().__init__(*arguments, **rest)
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **rest: Any) -> tuple[Tensor, Tensor]:
+        used, new = self.get_seq_length(), key_states.shape[-2]
+        if used == 0:  # a prompt; its rows are taken over before the first token is drawn
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        if self._room is None or self._room[0].shape[-2] < used + new:
+            size = used + max(new, LEAST_ROOM, used // 4)
+            self._room = _enlarged(self.keys, size), _enlarged(self.values, size)
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, used : used + new] = states
+        self.keys, self.values = (room[:, :, : used + new] for room in self._room)
+        return self.keys, self.values
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, (rows,) of indices, in this order; one may come several times."""
+        used = self.get_seq_length()
+        if self._room is None:
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            return
+        keys, values = (room.index_select(0, rows) for room in self._room)
+        self._room = keys, values
+        self.keys, self.values = keys[:, :, :used], values[:, :, :used]
+
+
+def _enlarged(states: Tensor, size: int) -> Tensor:
+    rows, heads, used, width = states.shape
+    room = torch.empty(rows, heads, size, width, dtype=states.dtype, device=states.device)
+    room[:, :, :used] = states
+    return room
+
+
+def new_cache(config: Any, growing: bool) -> DynamicCache:
+    """An empty cache for a text model's ``config``; ``growing`` where all of its layers attend to everything."""
+    cache = DynamicCache(config=config)
+    if growing:
+        cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep these rows of a cache."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.select(rows)
+        else:
+            layer.batch_select_indices(rows)
