@@ -12,6 +12,7 @@ from ..manifests.artifact import Artifact
 from ..manifests.shards import RowReader, expand
 from ..manifests.status import QuestionStatus
 from ..trainer.figures import Report
+from ..trainer.grades import system_of
 from ..trainer.log import read_steps
 from .status import State, state
 
@@ -139,6 +140,8 @@ def _gain(at: Places) -> Gain | None:
     if not at.trained_evaluation.exists():
         return None
     before, after = _accuracies(at.evaluation), _accuracies(at.trained_evaluation)
+    if PROMPT not in before or PROMPT not in after or "oracle" not in before:
+        return None
     return Gain(
         steps=len(read_steps(at.run)),
         before=before[PROMPT],
@@ -154,7 +157,7 @@ def _told(evaluation: Path) -> str:
     """The first caption of the first picture in a `capipe eval`, by the prompt that is trained."""
     artifact = Artifact.open(str(evaluation / "captions"))
     row = next(row for shard in artifact.committed() for row in artifact.read_rows(shard))
-    return next((each["text"] for each in row["captions"] if each["name"] == PROMPT), "")
+    return next(each["text"] for each in row["captions"] if system_of(each["name"]) == PROMPT) or ""
 
 
 def _show(at: Places, count: int) -> Iterator[Shown]:

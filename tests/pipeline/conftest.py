@@ -80,11 +80,13 @@ def server() -> Iterator[CaptionServer]:
     made.close()
 
 
-def capipe(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+def capipe(
+    *arguments: object, code: int = 0, limit_s: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and check its exit code."""
     command = [*COMMAND, *map(str, arguments)]
     environ = {**os.environ, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environ)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

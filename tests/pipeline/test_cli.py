@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+
+from capipe.pipeline.demo_report import lines as ending
 
 from ..conftest import photo
 from .conftest import capipe, one_line, table
@@ -68,21 +71,25 @@ def test_doctor_finds_the_engines() -> None:
 @pytest.mark.slow
 def test_demo_ends_with_captions_report_and_shards(tmp_path: Path) -> None:
     small = ("--out", tmp_path / "demo", "--images", 12, "--engine", "transformers", "--train-steps")
-    lines = capipe("demo", *small, 1).stdout.strip().splitlines()
+    lines = capipe("demo", *small, 1, limit_s=600).stdout.strip().splitlines()
     assert lines[-1] == f"shards: {tmp_path}/demo/captions" and lines[-2] == f"report: {tmp_path}/demo/report.md"
     gained = re.fullmatch(r"training: quiz accuracy (\S+) -> (\S+) in 1 steps \(oracle captions (\S+)\)", lines[-3])
-    assert lines[-5].startswith("  corpus/000000.jpg before: ") and lines[-4].startswith("  corpus/000000.jpg after: ")
+    told = [re.fullmatch(r"  corpus/000000\.jpg (before|after): (.+)", line) for line in lines[-5:-3]]
+    assert [each and each[1] for each in told] == ["before", "after"]
     assert all(line.startswith("  corpus/") for line in lines[-10:-7])
     kept = re.match(r"(\d+) of (\d+) questions kept, e\.g\. ", lines[-7])
     assert kept is not None and 0 < int(kept[1]) <= int(kept[2])
     accuracies = dict(re.findall(r"(\w+) (\d\.\d\d)", lines[-6].removeprefix("quiz accuracy: ")))
     assert gained is not None and (gained[1], gained[3]) == (accuracies["plain"], accuracies["oracle"])
     report = (tmp_path / "demo/report.md").read_text()
-    assert f"| after | {gained[2]}" in report and lines[-4].partition("after: ")[2] in report
+    assert f"| after | {gained[2]}" in report and all(each and f"- {each[1]}: {each[2]}\n" in report for each in told)
     assert float(accuracies["oracle"]) > float(accuracies["plain"]) and float(accuracies["empty"]) < 0.2
     assert {row["status"] for row in table(tmp_path / "demo/captions")} == {"ok"}
-    again = capipe("demo", *small, 0).stdout  # its own folder, again
-    assert "training:" not in again and not (tmp_path / "demo/training").exists()
+    shutil.rmtree(tmp_path / "demo/eval-trained")  # as if nothing had been trained
+    assert not [line for line in ending(tmp_path / "demo/report.md") if "training" in line]
+    again = capipe("demo", *small, 0, "--engine", "none", code=3)  # its own folder, again: cleared, and up to annotate
+    assert "== 1/6 render" in again.stdout and "== 3/6 annotate" in again.stdout
+    assert not (tmp_path / "demo/training").exists() and (tmp_path / "demo/shards").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine").touch()
     capipe("demo", "--out", tmp_path / "other", code=2)
