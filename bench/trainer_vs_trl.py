@@ -123,7 +123,7 @@ class Ours:
 
 
 class Floor:
-    """The work that an update cannot do without, by transformers' own model with plain SDPA, one batch of each.
+    """The work that an update cannot do without, by a plain model (with our fast tower), one batch of each.
 
     Forward and backward: each image through the tower once, each prompt through the decoder once, each caption's tokens
     as if no prompt came before them, the head and the softmax over what foretells a caption's token; then AdamW.
@@ -132,7 +132,6 @@ class Floor:
 
     def __init__(self, folder: Path) -> None:
         self.model: Any = load_model(str(folder), sees=True, dtype="float32", device="cpu").train()
-        assert self.model.config.get_text_config()._attn_implementation == "sdpa"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR)
 
     def seconds(self, groups: Sequence[Group]) -> float:

@@ -27,10 +27,13 @@ from .engine import ImageInput, Prompt, RequestError, Sampling
 from .growing_cache import new_cache, select_rows
 from .prefix_tree import Level, Segment, plan, unshared
 from .prompting import PromptEncoder, rgb_pixels
-from .sampling import apply, fold_seed, vision_ids
+from .sampling import apply, fold_seed, gumbel_noise, vision_ids, with_noise
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
+
+
+NOISE_VALUES, MOST_AHEAD = 1 << 18, 16  # noise made at once, in values and in tokens; a small model's is overhead
 
 
 @dataclass(frozen=True)
@@ -327,7 +330,7 @@ def _padded(prompts: Sequence[PreparedPrompt], level: Sequence[Segment]) -> tupl
 
 
 class _Picker:
-    """The next token of each row: the argmax, after noise where a row samples."""
+    """The next token of each row: the argmax, after noise where a row samples. Rows may leave, and never come."""
 
     def __init__(self, samplings: list[Sampling], device: torch.device) -> None:
         self._greedy = all(each.temperature == 0 for each in samplings)
@@ -335,15 +338,36 @@ class _Picker:
         self._seeds = torch.tensor([fold_seed(each.seed) for each in samplings], device=device)
         self._temperatures = torch.tensor([each.temperature for each in samplings], device=device)
         self._top_ps = torch.tensor([each.top_p for each in samplings], device=device)
+        self._rows: list[int] = []
+        self._first = 0
+        self._noise = torch.zeros(0)  # (tokens ahead, rows, vocab), of the tokens from the first on
+        self._at = torch.zeros(0, dtype=torch.long)
 
     def pick(self, logits: Tensor, rows: list[int], position: int) -> Tensor:
         """Tokens ``(rows,)`` from ``logits`` ``(rows, vocab)``; all rows have drawn ``position`` tokens so far."""
         if self._greedy:
             return logits.argmax(dim=-1)
-        at = torch.tensor(rows, device=logits.device)
-        positions = torch.full_like(at, position)
-        top_ps = self._top_ps[at] if self._cut else None
-        return apply(logits, self._seeds[at], positions, self._temperatures[at], top_ps).argmax(dim=-1)
+        if not self._first <= position < self._first + len(self._noise):
+            self._look_ahead(rows, position, logits.shape[-1])
+        elif rows != self._rows:
+            self._keep(rows)
+        noise = self._noise[position - self._first]
+        top_ps = self._top_ps[self._at] if self._cut else None
+        return with_noise(logits, noise, self._temperatures[self._at], top_ps).argmax(dim=-1)
+
+    def _look_ahead(self, rows: list[int], position: int, vocab_size: int) -> None:
+        """The noise of the next tokens of ``rows`` at once: it depends on nothing that is drawn."""
+        ahead = min(max(1, NOISE_VALUES // (len(rows) * vocab_size)), MOST_AHEAD)
+        self._rows, self._first = list(rows), position
+        self._at = torch.tensor(rows, device=self._seeds.device)
+        places = torch.arange(position, position + ahead, device=self._seeds.device).repeat_interleave(len(rows))
+        noise = gumbel_noise(self._seeds[self._at].repeat(ahead), places, vocab_size, self._seeds.device)
+        self._noise = noise.unflatten(0, (ahead, len(rows)))
+
+    def _keep(self, rows: list[int]) -> None:
+        places = {row: place for place, row in enumerate(self._rows)}
+        kept = torch.tensor([places[row] for row in rows], device=self._at.device)
+        self._rows, self._at, self._noise = list(rows), self._at[kept], self._noise[:, kept]
 
 
 class _ReferenceNoise(LogitsProcessor):

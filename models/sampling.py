@@ -63,12 +63,17 @@ def apply(logits: Tensor, seeds: Tensor, positions: Tensor, temperatures: Tensor
     ``seeds``, ``positions``: int64 ``(rows,)``; ``temperatures``, ``top_ps``: float32 ``(rows,)``, temperature first.
     ``top_ps=None`` says that every row has full support, which saves sorting. Nothing here waits for the device.
     """
+    noise = gumbel_noise(seeds, positions, logits.shape[-1], logits.device)
+    return with_noise(logits, noise, temperatures, top_ps)
+
+
+def with_noise(logits: Tensor, noise: Tensor, temperatures: Tensor, top_ps: Tensor | None) -> Tensor:
+    """As :func:`apply`, with the noise ``(rows, vocab)`` that was made before."""
     logits = logits.float()
     greedy = (temperatures <= 0)[:, None]
     scaled = logits / torch.where(greedy, 1.0, temperatures[:, None])
     if top_ps is not None:
         scaled = _keep_nucleus(scaled, top_ps)
-    noise = gumbel_noise(seeds, positions, logits.shape[-1], logits.device)
     return torch.where(greedy, logits, scaled + noise)
 
 

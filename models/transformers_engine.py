@@ -21,6 +21,7 @@ from .engine import (
     PromptKey,
     RequestError,
 )
+from .folded_attention import fold_heads
 from .patch_embedding import multiply_patches
 from .prompting import PromptEncoder
 from .window_attention import batch_windows
@@ -259,6 +260,7 @@ def load_model(path: str, *, sees: bool, dtype: str = "auto", device: str = "aut
     kind = (torch.bfloat16 if where.type == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_pretrained(path, dtype=kind).to(where).eval()
+    fold_heads(model)
     if sees:
         visual = getattr(model.base_model, "visual", None)
         multiply_patches(visual)

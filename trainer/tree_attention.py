@@ -2,7 +2,8 @@
 
 A row is ``[prompt | completion 1 | completion 2 | ...]``, so that everything but attention (nine tenths of the work of
 a large model) is done once for the prompt, with gradients, in one ordinary forward pass: gradient checkpointing, DDP
-and FSDP see nothing unusual. Registered with transformers under :data:`NAME`; without a tree it is SDPA.
+and FSDP see nothing unusual. Registered with transformers under :data:`NAME`; without a tree (an engine that draws from
+the model in training) it is :func:`..models.folded_attention.folded_attention`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from ..models.folded_attention import folded_attention
 
 NAME = "capipe_tree"
 
@@ -70,10 +72,7 @@ def tree_attention(
     Returns (rows, columns, heads, head width), as transformers wants it, and no weights.
     """
     if tree is None:
-        result: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return result
+        return folded_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
