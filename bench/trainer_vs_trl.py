@@ -230,7 +230,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1, help="both sides'; more are no faster at this size")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     warnings.filterwarnings("ignore")
     figures: dict[str, list[float]] = {}
     ratios: dict[str, float] = {}
@@ -258,6 +260,7 @@ def main() -> None:
         unit="s/step",
         group=GROUP,
         images=IMAGES,
+        threads=given.threads,
         versions={name: version(name) for name in ("transformers", "trl", "torch")},
     )
 
