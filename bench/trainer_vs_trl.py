@@ -6,7 +6,7 @@ make one on-policy step of AdamW; a step is timed from drawing to the weights' c
 Beside it, where a step of ours goes (``rollout``, ``update``), and the update's floor: :class:`Floor`, one turn after
 each update of ours. ``update_floor_share`` is floor by update: the share of our update that no trainer could save.
 
-    pip install --no-deps trl==1.16.0 accelerate && python bench/trainer_vs_trl.py [--rounds 3] [--steps 6]
+    python bench/trainer_vs_trl.py [--rounds 3] [--steps 6]
 """
 
 from __future__ import annotations
