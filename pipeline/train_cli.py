@@ -22,5 +22,4 @@ def train(
     from .training import run_training
 
     loaded = load_recipe(recipe, overrides or [])
-    last = asyncio.run(run_training(loaded, out, fresh=fresh, say=lambda line: print(line, flush=True)))
-    print(f"checkpoint: {last}")
+    asyncio.run(run_training(loaded, out, fresh=fresh, say=lambda line: print(line, flush=True)))

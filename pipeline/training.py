@@ -78,7 +78,9 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
             say(f"going on from {found[0]}")
         await _preflight(run)
         try:
-            return await train(run)
+            last = await train(run)
+            say(f"checkpoint: {last}")
+            return last
         finally:
             run.log.close()
     except EngineDead as error:

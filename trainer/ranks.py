@@ -7,7 +7,8 @@ summed, never averaged, and it does not matter how many completions each process
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,6 +17,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 PATIENCE = timedelta(minutes=30)  # one process may wait for another's rollouts
+# What it tells the processes it starts, and they whatever they start.
+TORCHRUN = {
+    *(
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "ROLE_RANK",
+        "ROLE_NAME",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_WORLD_SIZE",
+    ),
+    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+}
 BUCKET = 1 << 25  # weights whose gradients travel together: 128 MB of float32
 
 
@@ -92,6 +107,27 @@ def _sum_bucket(bucket: list[nn.Parameter]) -> None:
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+@contextmanager
+def alone_on(device: torch.device) -> Iterator[None]:
+    """What is started meanwhile has ``device`` for its only GPU and knows nothing of `torchrun`.
+
+    vLLM would take the first GPU in every process, and wait for a rendezvous that is not its own.
+    """
+    before = dict(os.environ)
+    for name in before:
+        if name in TORCHRUN or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
+    if device.type == "cuda":
+        visible = before.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        index = device.index or 0
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if index < len(visible) and visible[index] else str(index)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def join(sharded: bool) -> Ranks:

@@ -24,7 +24,7 @@ from ..models.vllm_engine import VLLMEngine, VLLMOptions, start_vllm_engine
 from .assembly import PolicyParts, write_model
 from .decoder import DecoderPolicy
 from .probe import Probe
-from .ranks import Ranks
+from .ranks import Ranks, alone_on
 from .recipe import Recipe, RolloutConfig
 from .sharding import copy_weights
 
@@ -127,15 +127,15 @@ def _vllm(rollout: RolloutConfig, parts: PolicyParts) -> Engine:
     if not vllm_runs():
         raise BadInput("rollout.engine vllm: vLLM is not installed here; use transformers, or install capipe[vllm]")
     seen = parts.grid.max_pixels // parts.grid.factor**2
-    return start_vllm_engine(
-        VLLMOptions(
-            str(parts.folder),
-            parts.grid,
-            max_model_len=min(parts.preparing.max_model_len, seen + TEXT_ROOM + rollout.max_tokens),
-            gpu_memory_utilization=rollout.gpu_memory,
-            trained=True,
-        )
+    options = VLLMOptions(
+        str(parts.folder),
+        parts.grid,
+        max_model_len=min(parts.preparing.max_model_len, seen + TEXT_ROOM + rollout.max_tokens),
+        gpu_memory_utilization=rollout.gpu_memory,
+        trained=True,
     )
+    with alone_on(parts.policy.device):
+        return start_vllm_engine(options)
 
 
 async def _connected(rollout: RolloutConfig, parts: PolicyParts) -> Engine:

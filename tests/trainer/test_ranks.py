@@ -15,7 +15,7 @@ import torch.distributed as dist
 from capipe.trainer.critic import CriticConfig, ValueHead
 from capipe.trainer.decoder import DecoderPolicy
 from capipe.trainer.groups import Group, RewardResult
-from capipe.trainer.ranks import ALONE, Ranks, join
+from capipe.trainer.ranks import ALONE, Ranks, alone_on, join
 from capipe.trainer.sharding import copy_weights, optimizer_state, restore_optimizer, shard, whole
 from capipe.trainer.update import UpdateConfig, Updater, UpdateReport
 
@@ -115,6 +115,22 @@ def test_shares_cover_a_step() -> None:
     shares = [Ranks(rank, 3).share(list(range(8))) for rank in range(3)]
     assert sorted(index for share in shares for index in share) == list(range(8))
     assert max(map(len, shares)) - min(map(len, shares)) == 1
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("4,6", "6"), ("", "1")])
+def test_what_is_started_alone_has_one_gpu_and_no_peers(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    before = dict(os.environ)
+    with alone_on(torch.device("cuda", 1)):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+        assert not {"RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"} & set(os.environ)
+    assert dict(os.environ) == before
 
 
 if __name__ == "__main__":
