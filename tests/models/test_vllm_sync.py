@@ -147,6 +147,18 @@ async def test_what_stands_for_pixels_is_never_drawn(engine: Any, pictures: list
     assert len(tokens) > 1000 and len(set(tokens)) > 400 and not set(tokens) & set(barred)
 
 
+async def test_vllm_reads_the_ids_that_we_prepare(engine: Any, pictures: list[ImageInput]) -> None:
+    from vllm import SamplingParams
+
+    lm = reader_of(changed(0)).lm
+    for number, image in enumerate((pictures[0], None)):
+        prompt = Prompt(PLAIN, image)
+        rendered = await engine._rendered(engine._llm, prompt)
+        stream = engine._llm.generate(rendered, SamplingParams(max_tokens=1), f"ids-{number}")
+        outputs = [output async for output in stream]
+        assert outputs[-1].prompt_token_ids == lm.prepare(prompt).ids.tolist()
+
+
 async def test_weights_that_are_not_there_end_the_engine(engine: Any, tmp_path: Path) -> None:
     with pytest.raises(EngineDead, match="took no new weights"):
         await engine.reload(tmp_path / "nothing")

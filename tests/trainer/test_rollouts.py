@@ -1,0 +1,93 @@
+"""What is asked of the engine that draws captions, and when they are scored."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from capipe.models.batched_lm import PreparedPrompt
+from capipe.models.engine import Completion, GenerationRequest, Prompt, RequestError
+from capipe.trainer.advantages import Part
+from capipe.trainer.pictures import Pictures
+from capipe.trainer.rewards import Judge, Scored
+from capipe.trainer.rollouts import Drawing, Rollouts
+from capipe.trainer.tasks import Task
+
+from ..scripted import Scripted
+from .test_judge_reward import jpeg, tasks
+
+DRAWING = Drawing("Describe.", 3, 20, 0.9, seed=5)
+
+
+def prepared(prompt: Prompt) -> PreparedPrompt:
+    return PreparedPrompt(torch.arange(4), torch.arange(4)[None], 4, None)
+
+
+class Lengths:
+    """Scores by length, and remembers what it was asked and when."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+        self.asked.append(draw)
+        return Scored(float(caption.n_tokens))
+
+    async def aclose(self) -> None: ...
+
+
+def writes(request: GenerationRequest) -> Completion | RequestError:
+    return Completion("a b", (1, 2), "stop", 2, (-0.1, -0.2))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[Task]:
+    return tasks(tmp_path / "a.tar", one=jpeg("red"), two=jpeg("blue"))
+
+
+async def collect(two: list[Task], step: int, engine: Any, reward: Lengths) -> Any:
+    rollouts = Rollouts(engine, prepared, Pictures(None), DRAWING)
+    return await rollouts.collect(two, step, Judge({"length": reward}, {"length": Part()}))
+
+
+async def test_draws_have_full_support_and_a_seed_each(two: list[Task]) -> None:
+    engine, again, later = Scripted(generate=writes), Scripted(generate=writes), Scripted(generate=writes)
+    for step, each in ((0, engine), (0, again), (1, later)):
+        await collect(two, step, each, Lengths())
+    assert all((r.sampling.top_p, r.sampling.temperature, r.logprobs) == (1.0, 0.9, True) for r in engine.generations)
+    seeds, same, others = ([r.sampling.seed for r in each.generations] for each in (engine, again, later))
+    assert len(set(seeds)) == 6 and seeds == same and not set(seeds) & set(others)
+
+
+async def test_a_caption_is_scored_when_it_ends(two: list[Task]) -> None:
+    reward = Lengths()
+    scored_before_the_last: list[int] = []
+
+    class Slow(Scripted):
+        async def generate(self, request: GenerationRequest) -> Completion:
+            self.generations.append(request)
+            if len(self.generations) == 6:  # the last one waits until all others have been scored
+                while len(reward.asked) < 5:
+                    await asyncio.sleep(0)
+                scored_before_the_last.append(len(reward.asked))
+            return Completion("a", (1,), "stop", 1, (-0.1,))
+
+    await asyncio.wait_for(collect(two, 0, Slow(), reward), 20)
+    assert scored_before_the_last == [5] and len(reward.asked) == 6
+
+
+async def test_a_caption_that_fails_is_left_out_of_its_group(two: list[Task]) -> None:
+    count = 0
+
+    def fails(request: GenerationRequest) -> Completion | RequestError:
+        nonlocal count
+        count += 1
+        return RequestError("too long") if count == 2 else Completion("a", (1,) * count, "stop", count, (0.0,) * count)
+
+    first, second = await collect(two, 0, Scripted(generate=fails), Lengths())
+    assert [len(group.completions) for group in (first, second)] == [2, 3]
+    assert [reward.score for reward in first.rewards] == [1.0, 3.0] and (first.key, second.key) == ("one", "two")
