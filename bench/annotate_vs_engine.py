@@ -25,7 +25,7 @@ from _common import report, version
 from _corpus import rendered_shards
 
 from capipe.manifests.shards import RowReader, expand
-from capipe.models.decode import DecodePool
+from capipe.models.decode import DecodePool, grid_decoder
 from capipe.models.engine import Engine, GenerationRequest, ImageInput, Prompt, Sampling
 from capipe.models.images import ImageLimits
 from capipe.models.loading import EngineConfig, load_engine
@@ -55,7 +55,7 @@ class Bench:
         stage = AnnotateStage(config, EngineSetup(ENGINE, decode_workers=1), MODEL)
         made = plan(stage, str(self.shards), str(out))
         assert self.engine.grid is not None
-        pool = DecodePool(stage.setup.decode_workers, self.engine.grid, stage.setup.limits)
+        pool = DecodePool(stage.setup.decode_workers, grid_decoder(self.engine.grid, stage.setup.limits))
         await pool.decode(b"")  # its process is up, as it would be long since
         processor = AnnotateProcessor(stage, LoadedEngine(self.engine, pool))
         started = time.perf_counter()
@@ -87,7 +87,7 @@ class Bench:
 async def decoded(engine: Engine, shards: Path) -> list[GenerationRequest]:
     """Every picture of the shards as the request that the stage makes of it."""
     assert engine.grid is not None
-    pool, requests = DecodePool(1, engine.grid, ImageLimits()), []
+    pool, requests = DecodePool(1, grid_decoder(engine.grid, ImageLimits())), []
     for shard in expand(str(shards)):
         for row in RowReader(shard):
             pixels = await pool.decode(row.image or b"")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from ..errors import BadInput, RunFailed
 from ..manifests.status import Status
@@ -18,19 +19,20 @@ from .formats import ImageProblem
 from .images import ImageLimits, Pixels, decode_rgb, grid_size
 from .processes import Worker, WorkerDiedError
 
-Decoded = Pixels | ImageProblem
+Result = TypeVar("Result")
 Batch = Sequence[bytes]
-Answer = tuple[list[Decoded], float]  # one per image, and the seconds they took
 
 SECONDS_PER_IMAGE = 60.0  # a decoder that takes longer than this is stuck
 _BATCH_IMAGES = 16  # small images share a message: at 112 pixels a message costs a good part of a decode
 _BATCH_BYTES = 256 << 10
 
 
-def decode_batch(images: Batch, *, decode: Callable[[bytes], Decoded]) -> Answer:
-    """Runs in the worker. Whatever goes wrong with an image becomes that image's problem."""
+def decode_batch(
+    images: Batch, *, decode: Callable[[bytes], Result | ImageProblem]
+) -> tuple[list[Result | ImageProblem], float]:
+    """Runs in the worker; one result per image, and the seconds they took. An image's fault becomes its problem."""
     started = time.perf_counter()
-    results: list[Decoded] = []
+    results: list[Result | ImageProblem] = []
     for data in images:
         try:
             results.append(decode(data))
@@ -39,48 +41,50 @@ def decode_batch(images: Batch, *, decode: Callable[[bytes], Decoded]) -> Answer
     return results, time.perf_counter() - started
 
 
+def grid_decoder(
+    grid: ImageGrid, limits: ImageLimits, *, dct_scaling: bool = True
+) -> Callable[[bytes], Pixels | ImageProblem]:
+    """Decoding to a vision-language model's pixel grid, for a pool. Raises BadInput where no size fits the grid."""
+    try:
+        grid_size(grid.factor, grid.factor, grid)
+    except ValueError as error:
+        raise BadInput(f"the model's pixel limits cannot be met: {error}") from None
+    return functools.partial(decode_rgb, grid=grid, limits=limits, dct_scaling=dct_scaling)
+
+
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(Generic[Result]):
     data: bytes
-    future: asyncio.Future[Decoded]
+    future: asyncio.Future[Result | ImageProblem]
 
 
-class DecodePool:
-    """Decodes to ``grid`` in ``workers`` processes. At most ``in_flight`` images wait or are worked on at once.
+class DecodePool(Generic[Result]):
+    """Runs ``decode`` on images in ``workers`` processes. At most ``in_flight`` images wait or are worked on at once.
+
+    ``decode`` must be importable there: a module's function, or a partial of one with picklable arguments.
 
     An image that kills its decoder fails alone: that process is replaced, and images that shared its message are tried
     again one by one. Use from one event loop; ``busy_seconds`` ÷ (workers × wall time) is how busy decoding is.
     """
 
     def __init__(
-        self,
-        workers: int,
-        grid: ImageGrid,
-        limits: ImageLimits,
-        *,
-        dct_scaling: bool = True,
-        in_flight: int | None = None,
+        self, workers: int, decode: Callable[[bytes], Result | ImageProblem], *, in_flight: int | None = None
     ) -> None:
-        try:
-            grid_size(grid.factor, grid.factor, grid)
-        except ValueError as error:
-            raise BadInput(f"the model's pixel limits cannot be met: {error}") from None
-        decode = functools.partial(decode_rgb, grid=grid, limits=limits, dct_scaling=dct_scaling)
         self._function = functools.partial(decode_batch, decode=decode)
         self.workers = workers
         self.busy_seconds = 0.0
         self._slots = asyncio.Semaphore(in_flight or 2 * _BATCH_IMAGES * workers)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job[Result] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
-        self._lanes = [_Lane(self, Worker(self._function)) for _ in range(workers)]
+        self._lanes = [_Lane(self) for _ in range(workers)]
 
-    async def decode(self, data: bytes) -> Decoded:
-        """Pixels ``(height, width, 3)`` on the grid, or why there are none. Raises RunFailed where no worker starts."""
+    async def decode(self, data: bytes) -> Result | ImageProblem:
+        """What ``decode`` makes of the image, or why nothing. Raises RunFailed where no worker starts."""
         async with self._slots:
             if self._closed:
                 raise RunFailed("the decoding pool is closed")
-            future: asyncio.Future[Decoded] = asyncio.get_running_loop().create_future()
+            future: asyncio.Future[Result | ImageProblem] = asyncio.get_running_loop().create_future()
             self._jobs.put(_Job(data, future))
             return await future
 
@@ -97,7 +101,7 @@ class DecodePool:
             if (job := self._jobs.get()) is not None:
                 _settle([job], RunFailed("the decoding pool is closed"))
 
-    def _take(self) -> list[_Job] | None:
+    def _take(self) -> list[_Job[Result]] | None:
         """Jobs for one message: never more than a fair share, so that no lane idles beside a long message."""
         job = self._jobs.get()
         if job is None:
@@ -121,11 +125,11 @@ class DecodePool:
             self.busy_seconds += seconds
 
 
-class _Lane:
+class _Lane(Generic[Result]):
     """One thread and its process: takes jobs, hands them over, settles their futures."""
 
-    def __init__(self, pool: DecodePool, worker: Worker[Batch, Answer]) -> None:
-        self._pool, self._worker = pool, worker
+    def __init__(self, pool: DecodePool[Result]) -> None:
+        self._pool, self._worker = pool, Worker(pool._function)
         self.thread = threading.Thread(target=self._run, name="capipe-decode", daemon=True)
         self.thread.start()
 
@@ -153,7 +157,7 @@ class _Lane:
             return RunFailed(f"an image decoding process did not start: {error}")
         return None
 
-    def _decode(self, jobs: list[_Job]) -> None:
+    def _decode(self, jobs: list[_Job[Result]]) -> None:
         try:
             self._worker.send([job.data for job in jobs])
             results, seconds = self._worker.recv(timeout=SECONDS_PER_IMAGE * len(jobs))
@@ -177,7 +181,7 @@ class _Lane:
             raise broken
 
 
-def _settle(jobs: Sequence[_Job], outcome: Sequence[Decoded] | Exception) -> None:
+def _settle(jobs: Sequence[_Job[Result]], outcome: Sequence[Result | ImageProblem] | Exception) -> None:
     """Hand results (or one error to all) to the futures, in their own loop and with one wake-up of it."""
 
     def deliver() -> None:

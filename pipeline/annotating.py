@@ -12,6 +12,7 @@ from ..manifests.status import Status
 from ..models.formats import ImageProblem
 from ..stages.annotate import AnnotateConfig, Annotator, chosen_caption, passed_on
 from .engine_stages import EngineSetup, LoadedEngine
+from .worker import RowByRow
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class AnnotateStage:
         return AnnotateProcessor(self, await self.setup.load())
 
 
-class AnnotateProcessor:
+class AnnotateProcessor(RowByRow):
     """The loaded stage: decode in the pool, caption through the engine."""
 
     schema = ANNOTATE
@@ -42,7 +43,7 @@ class AnnotateProcessor:
         self._loaded = loaded
         self._annotator = Annotator(loaded.engine, stage.model_name, stage.config)
 
-    async def process(self, row: Row) -> dict[str, Any]:
+    async def process_row(self, row: Row) -> dict[str, Any]:
         image = await self._loaded.image(row)
         if isinstance(image, ImageProblem):
             return {**passed_on(row), "status": str(image.status), "error": image.reason}

@@ -13,16 +13,16 @@ from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard, Row, expand, input_artifact, join
 from ..manifests.status import Status
-from ..models.decode import DecodePool
+from ..models.decode import DecodePool, grid_decoder
 from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
 from ..models.formats import ImageProblem
 from ..models.http_engine import served_model
-from ..models.images import ImageLimits
+from ..models.images import ImageLimits, Pixels
 from ..models.loading import EngineConfig, image_grid, load_engine, model_identity, resolve_model
 from .events import Event
 from .inline import run_inline
 from .runner import LocalRunner, Outcome
-from .worker import Stage
+from .worker import RowByRow, Stage
 
 #: A server resizes by itself and gets the file; it is decoded here, very small, to find out whether it is sound.
 CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)
@@ -58,18 +58,21 @@ class EngineSetup:
             raise BadInput(f"{self.engine.model}: reads text only; name a vision-language model")
         return grid
 
+    def provenance(self) -> dict[str, Any]:
+        return {"model": self.engine.model, "engine": self.engine.kind}
+
     async def load(self) -> LoadedEngine:
         engine = await load_engine(self.engine)
         if self.trace is not None:
             engine = TracedEngine(engine, self.trace)
-        pool = DecodePool(self.decode_workers, engine.grid or CHECK_GRID, self.limits) if self.decode_workers else None
-        return LoadedEngine(engine, pool)
+        decode = grid_decoder(engine.grid or CHECK_GRID, self.limits)
+        return LoadedEngine(engine, DecodePool(self.decode_workers, decode) if self.decode_workers else None)
 
 
 class LoadedEngine:
     """An engine that counts what goes through it, with the decoders before it."""
 
-    def __init__(self, engine: Engine, pool: DecodePool | None) -> None:
+    def __init__(self, engine: Engine, pool: DecodePool[Pixels] | None) -> None:
         self.engine = CountingEngine(engine)
         self._pool, self._decoding = pool, 0
 
@@ -152,7 +155,7 @@ class TracedEngine(CountingEngine):
         await super().aclose()
 
 
-class SidecarProcessor:
+class SidecarProcessor(RowByRow):
     """What processors share that write no tars: their engine, and the rows they keep alive."""
 
     writes_tar = False
@@ -171,14 +174,20 @@ class SidecarProcessor:
         await self._loaded.aclose()
 
 
+class Setup(Protocol):
+    """The models a stage needs. ``provenance``: what of them an artifact records beside its fingerprint."""
+
+    def provenance(self) -> dict[str, Any]: ...
+
+
 class EngineStage(Stage, Protocol):
-    """A stage as a command describes it. ``name``: its artifact's stage; ``setup`` None: it needs no engine."""
+    """A stage as a command describes it. ``name``: its artifact's stage; ``setup`` None: it needs no model."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def setup(self) -> EngineSetup | None: ...
+    def setup(self) -> Setup | None: ...
 
     def semantic(self) -> dict[str, Any]: ...
 
@@ -215,7 +224,7 @@ def plan(
     run = {
         "shards": pattern,
         "shards_total": len(shards),
-        **({"model": stage.setup.engine.model, "engine": stage.setup.engine.kind} if stage.setup else {}),
+        **(stage.setup.provenance() if stage.setup else {}),
         "input_manifest": source.manifest_digest() if source else None,
         **{name: artifact.url for name, artifact in beside.items()},
     }

@@ -47,7 +47,7 @@ class GradeProcessor(SidecarProcessor):
         super().__init__(loaded, ROWS + 2 * loaded.engine.concurrency // REQUESTS_PER_ROW)
         self._grader = Grader(QuizReader(loaded.engine, stage.reader), stage.config)
 
-    async def process(self, row: Row) -> dict[str, Any]:
+    async def process_row(self, row: Row) -> dict[str, Any]:
         return await self._grader.grade(row)
 
     def passed_on(self, row: Row) -> dict[str, Any]:

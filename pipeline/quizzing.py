@@ -26,6 +26,7 @@ from ..stages.question_sets import read_question_set
 from ..stages.questions import QuestionsConfig, QuestionWriter
 from ..stages.screen import ScreenConfig, Screener
 from .engine_stages import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
+from .worker import RowByRow
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class QuestionsProcessor(SidecarProcessor):
         super().__init__(loaded, 2 * loaded.engine.concurrency + 4 * stage.setup.decode_workers)
         self._writer = QuestionWriter(loaded.engine, stage.model_name, stage.config, stage.guided)
 
-    async def process(self, row: Row) -> dict[str, Any]:
+    async def process_row(self, row: Row) -> dict[str, Any]:
         image = await self._loaded.image(row)
         if isinstance(image, ImageProblem):
             return {**questions.passed_on(row), "status": str(image.status), "error": image.reason}
@@ -93,7 +94,7 @@ class ScreenProcessor(SidecarProcessor):
         reader = QuizReader(loaded.engine, stage.config.reader)
         self._screener = Screener(reader, stage.model_name, stage.config)
 
-    async def process(self, row: Row) -> dict[str, Any]:
+    async def process_row(self, row: Row) -> dict[str, Any]:
         if row.beside[screen.QUESTIONS]["status"] != Status.OK:
             return screen.passed_on(row)
         image = await self._loaded.image(row)
@@ -147,7 +148,7 @@ class ImportStage:
         return ImportProcessor(self)
 
 
-class ImportProcessor:
+class ImportProcessor(RowByRow):
     """The loaded stage: look-ups alone."""
 
     schema = QUESTIONS
@@ -157,7 +158,7 @@ class ImportProcessor:
     def __init__(self, stage: ImportStage) -> None:
         self._stage = stage
 
-    async def process(self, row: Row) -> dict[str, Any]:
+    async def process_row(self, row: Row) -> dict[str, Any]:
         out = questions.passed_on(row)
         names = self._stage.names[row.key]
         found = self._stage.index.lookup(row.uid, row.key, names.source)

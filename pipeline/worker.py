@@ -12,7 +12,7 @@ import errno
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -25,23 +25,26 @@ from ..manifests.status import Status
 from ..models.engine import EngineDead
 from .events import Event, Pulse, Ready, ShardDone, ShardFailed
 
-READ_AHEAD = 16  # rows read from a tar in one go
+READ_AHEAD = 16  # rows read from a tar in one go, where a stage takes them one by one
 OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up (more where small)
 PULSE_SECONDS = 0.5
 
 
 class Processor(Protocol):
-    """A stage, loaded: what turns one readable row into its output row.
+    """A stage, loaded: what turns readable rows into their output rows.
 
-    ``window``: rows to keep alive so that the engine never waits. ``process`` raises EngineDead when all is over; any
-    other exception becomes that row's ``engine_error``. ``members`` supplies a tar where ``writes_tar``.
+    ``window``: rows to keep alive so that the engine never waits. ``chunk``: rows that are processed together, counted
+    from a shard's start, so that what shares a batch is the same whenever a run was stopped; 1 where rows do not matter
+    to each other. ``process`` raises EngineDead when all is over; any other exception becomes the rows'
+    ``engine_error``. ``members`` supplies a tar where ``writes_tar``.
     """
 
     schema: pa.Schema
     window: int
+    chunk: int
     writes_tar: bool
 
-    async def process(self, row: Row) -> dict[str, Any]: ...
+    async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]: ...
 
     def passed_on(self, row: Row) -> dict[str, Any]: ...
 
@@ -50,6 +53,18 @@ class Processor(Protocol):
     def gauges(self) -> dict[str, int]: ...
 
     async def aclose(self) -> None: ...
+
+
+class RowByRow:
+    """For processors whose rows do not matter to each other: they give ``process_row``."""
+
+    chunk = 1
+
+    async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [await self.process_row(row) for row in rows]
+
+    async def process_row(self, row: Row) -> dict[str, Any]:
+        raise NotImplementedError
 
 
 class Stage(Protocol):
@@ -80,12 +95,13 @@ class ShardRun:
         self.failure: str | None = None
         self.pending = 0  # rows in the pipeline
 
-    def recall(self, row: Row) -> bool:
-        """Take the row's result from the journal, if an earlier run left one for this very row."""
-        known = self.journal.rows.pop(row.index, None)
-        if known is None or known["key"] != row.key or known["uid"] != row.uid:
-            return False
-        self.rows[row.index] = known
+    def recall(self, rows: Sequence[Row]) -> bool:
+        """Take the rows' results from the journal, if an earlier run left them for all of these very rows."""
+        known = [self.journal.rows.pop(row.index, None) for row in rows]
+        for row, result in zip(rows, known, strict=True):
+            if result is None or result["key"] != row.key or result["uid"] != row.uid:
+                return False
+        self.rows |= {row.index: result for row, result in zip(rows, known, strict=True) if result is not None}
         return True
 
     def finish(self, index: int, row: dict[str, Any]) -> None:
@@ -186,51 +202,67 @@ class Worker:
             await self.concluded.wait()
 
     async def _feed_rows(self, run: ShardRun) -> None:
-        """Start a task for every row that still needs one; on a stop leave the shard unfinished."""
+        """Start a task for every chunk that still needs one; on a stop leave the shard unfinished."""
         rows, count = iter(run.reader), 0
+        chunk = self.processor.chunk
+        ahead = chunk if chunk > 1 else READ_AHEAD
         try:
-            while batch := await asyncio.to_thread(_take, rows, READ_AHEAD):
-                for row in batch:
-                    if run.recall(row):
-                        self.recalled += 1
-                        self.counts[run.rows[row.index]["status"]] += 1
-                    elif row.status is not Status.OK:
-                        run.rows[row.index] = self.processor.passed_on(row)
-                        self.counts[row.status] += 1
-                    else:
-                        await self.window.acquire()
-                        if self.channel.stopping.is_set():
-                            self.window.release()
-                            return
-                        run.pending += 1
-                        self._start(self._process(run, row))
-                    count += 1
+            while batch := await asyncio.to_thread(_take, rows, ahead):
+                for start in range(0, len(batch), chunk):
+                    if not await self._feed_chunk(run, batch[start : start + chunk]):
+                        return
+                count += len(batch)
             run.total = count
         except (OSError, CapipeError, pa.ArrowException) as error:
             run.failure = str(error) if isinstance(error, CapipeError) else f"{run.shard.url}: {error}"
             run.total = count
+
+    async def _feed_chunk(self, run: ShardRun, rows: Sequence[Row]) -> bool:
+        """Recall the rows' results, or start their task as soon as the window has room. False: a stop was asked for."""
+        asked = [row for row in rows if row.status is Status.OK]
+        for row in rows:
+            if row.status is not Status.OK:
+                run.rows[row.index] = self.processor.passed_on(row)
+                self.counts[row.status] += 1
+        if not asked:
+            return True
+        if run.recall(asked):
+            self.recalled += len(asked)
+            self.counts.update(run.rows[row.index]["status"] for row in asked)
+            return True
+        for taken in range(len(asked)):
+            await self.window.acquire()
+            if self.channel.stopping.is_set():
+                for _ in range(taken + 1):
+                    self.window.release()
+                return False
+        run.pending += len(asked)
+        self._start(self._process(run, asked))
+        return True
 
     def _start(self, coroutine: Any) -> None:
         task = asyncio.create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _process(self, run: ShardRun, row: Row) -> None:
+    async def _process(self, run: ShardRun, rows: Sequence[Row]) -> None:
         try:
             try:
-                result = await self.processor.process(row)
+                results = await self.processor.process(rows)
             except EngineDead:
                 raise
             except Exception as error:  # whatever it is, it is recorded, and the other rows go on
-                text = f"{type(error).__name__}: {error}"
-                result = {**self.processor.passed_on(row), "status": str(Status.ENGINE_ERROR), "error": text}
-            run.finish(row.index, result)
-            self.counts[result["status"]] += 1
+                failed = {"status": str(Status.ENGINE_ERROR), "error": f"{type(error).__name__}: {error}"}
+                results = [{**self.processor.passed_on(row), **failed} for row in rows]
+            for row, result in zip(rows, results, strict=True):
+                run.finish(row.index, result)
+                self.counts[result["status"]] += 1
         except (EngineDead, OSError) as error:
             self._fail(error)
         finally:
-            run.pending -= 1
-            self.window.release()
+            run.pending -= len(rows)
+            for _ in rows:
+                self.window.release()
         self._settle(run)
 
     def _settle(self, run: ShardRun) -> None:

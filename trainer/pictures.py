@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import RunFailed
-from ..models.decode import DecodePool
+from ..models.decode import DecodePool, grid_decoder
 from ..models.engine import ImageGrid, ImageInput
 from ..models.formats import ImageProblem
 from ..models.images import ImageLimits
@@ -28,7 +28,7 @@ class Pictures:
 
     def __init__(self, grid: ImageGrid | None, processes: int = 1, lossless: bool = False) -> None:
         self._lossless = lossless
-        self._pool = None if grid is None else DecodePool(processes, grid, ImageLimits())
+        self._pool = None if grid is None else DecodePool(processes, grid_decoder(grid, ImageLimits()))
         self._recent: OrderedDict[str, asyncio.Task[ImageInput]] = OrderedDict()
 
     async def of(self, task: Task) -> ImageInput:

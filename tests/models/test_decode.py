@@ -17,7 +17,7 @@ import pytest
 from capipe.errors import BadInput, RunFailed
 from capipe.manifests.status import Status
 from capipe.models import decode as decode_module
-from capipe.models.decode import DecodePool
+from capipe.models.decode import DecodePool, grid_decoder
 from capipe.models.engine import ImageGrid
 from capipe.models.formats import ImageProblem
 from capipe.models.images import ImageLimits, decode_rgb
@@ -47,7 +47,7 @@ CRASHY = """
 
 @pytest.fixture
 async def pool() -> AsyncIterator[DecodePool]:
-    made = DecodePool(2, GRID, LIMITS)
+    made = DecodePool(2, grid_decoder(GRID, LIMITS))
     yield made
     made.close()
 
@@ -82,7 +82,7 @@ async def test_pixels_and_problems_are_those_of_a_direct_call(pool: DecodePool) 
 
 async def test_large_arrays_come_through_whole() -> None:
     grid = ImageGrid(4, 16, 10**7)
-    pool = DecodePool(1, grid, LIMITS)
+    pool = DecodePool(1, grid_decoder(grid, LIMITS))
     try:
         result = await pool.decode(photo(3, (2000, 1500)))
         expected = decode_rgb(photo(3, (2000, 1500)), grid, LIMITS)
@@ -95,7 +95,7 @@ async def test_large_arrays_come_through_whole() -> None:
 @pytest.mark.usefixtures("crashy")
 @pytest.mark.parametrize(("killer", "how"), [(b"segfault", "SIGSEGV"), (b"exit", "code 7")])
 async def test_an_image_that_kills_its_decoder_fails_alone(killer: bytes, how: str) -> None:
-    pool = DecodePool(1, GRID, LIMITS)
+    pool = DecodePool(1, grid_decoder(GRID, LIMITS))
     try:
         jobs = [killer if number % 10 == 5 else bytes([number]) for number in range(60)]
         results = await asyncio.gather(*(pool.decode(data) for data in jobs))
@@ -112,7 +112,7 @@ async def test_an_image_that_kills_its_decoder_fails_alone(killer: bytes, how: s
 @pytest.mark.usefixtures("crashy")
 async def test_a_decoder_that_raises_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_module, "SECONDS_PER_IMAGE", 0.5)
-    pool = DecodePool(1, GRID, LIMITS)
+    pool = DecodePool(1, grid_decoder(GRID, LIMITS))
     try:
         raised = await pool.decode(b"raise")
         assert raised == ImageProblem(Status.CORRUPT, "cannot be decoded: MemoryError: too much")
@@ -125,7 +125,7 @@ async def test_a_decoder_that_raises_or_hangs(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("crashy")
 async def test_images_in_flight_are_bounded() -> None:
-    pool = DecodePool(1, GRID, LIMITS, in_flight=3)
+    pool = DecodePool(1, grid_decoder(GRID, LIMITS), in_flight=3)
     try:
         waiting = [asyncio.create_task(pool.decode(b"hang")) for _ in range(10)]
         await asyncio.sleep(0.5)
@@ -139,7 +139,7 @@ async def test_images_in_flight_are_bounded() -> None:
 
 @pytest.mark.usefixtures("crashy")
 async def test_close_is_prompt_and_fails_what_waits() -> None:
-    pool = DecodePool(2, GRID, LIMITS)
+    pool = DecodePool(2, grid_decoder(GRID, LIMITS))
     waiting = [asyncio.create_task(pool.decode(b"hang")) for _ in range(8)]
     await asyncio.sleep(0.5)
     started = time.monotonic()
@@ -153,7 +153,7 @@ async def test_close_is_prompt_and_fails_what_waits() -> None:
 
 async def test_a_worker_that_cannot_start_blames_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    pool = DecodePool(1, GRID, LIMITS)
+    pool = DecodePool(1, grid_decoder(GRID, LIMITS))
     try:
         with pytest.raises(RunFailed, match="did not start"):
             await pool.decode(photo(1))
@@ -163,7 +163,7 @@ async def test_a_worker_that_cannot_start_blames_no_image(monkeypatch: pytest.Mo
 
 def test_impossible_pixel_limits_are_refused() -> None:
     with pytest.raises(BadInput, match="widen the model's pixel limits"):
-        DecodePool(1, ImageGrid(28, 12_500, 12_500), LIMITS)
+        grid_decoder(ImageGrid(28, 12_500, 12_500), LIMITS)
 
 
 def test_workers_import_no_torch_and_end_with_their_parent(tmp_path: Path) -> None:
