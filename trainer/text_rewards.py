@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..models.engine import Completion
+from ..stages.words import repeated_share, words_of
 from .rewards import Scored
 from .tasks import Task
-from .text_statistics import repeated_share, words_of
 
 
 class LengthConfig(BaseModel):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ..stages.health import HealthConfig, find_loop
+from ..stages.words import GRAM, repeated_share, words_of
 
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _LOOP_REPEATS = HealthConfig().loop_repeats
-_GRAM = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class TextTally:
         self.loops += loops(text)
         if n_tokens is not None:
             self.tokens.append(n_tokens)
-        if len(words) >= _GRAM:
+        if len(words) >= GRAM:
             self.repeated.append(repeated_share(words))
         digest = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
         self.copies[digest] += 1
@@ -78,17 +76,6 @@ class TextTally:
             rep_4=_ratio(sum(self.repeated), len(self.repeated)),
             identical=_ratio(identical, self.captions),
         )
-
-
-def words_of(text: str) -> list[str]:
-    """Words without case and punctuation; "it's" and "T-shirt" are one word each."""
-    return _WORD.findall(text.casefold())
-
-
-def repeated_share(words: list[str], size: int = _GRAM) -> float:
-    """The share of the ``size``-grams that occurred before; 0 where there is none."""
-    grams = list(zip(*(words[start:] for start in range(size)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def loops(text: str) -> bool:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from capipe.stages.health import find_loop
+from capipe.stages.words import repeated_share, words_of
 from capipe.trainer import measures
 from capipe.trainer.measures import NOTHING, Array, Ratios, estimate, resampled_ratios, two_sided_p
-from capipe.trainer.text_statistics import TextTally, loops, repeated_share, words_of
+from capipe.trainer.text_statistics import TextTally, loops
 
 FIGURE = ("plain", "accuracy", "")
 
