@@ -91,6 +91,20 @@ def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
     return ImageInfo(header.format, width, height, phash(_upright(grey, orientation)))
 
 
+def decode_upright(data: bytes, limits: ImageLimits) -> Image.Image | ImageProblem:
+    """The whole image at its full size: upright, RGB, transparency over white."""
+    header = _accept(data, limits)
+    if isinstance(header, ImageProblem):
+        return header
+    try:
+        image = _OPENERS[header.format](io.BytesIO(data))
+        orientation = _orientation(image)
+        image.load()
+        return _upright(_to_rgb(image), orientation)
+    except _DECODE_ERRORS as error:
+        return _undecodable(error)
+
+
 def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling: bool = True) -> Pixels | ImageProblem:
     """Upright RGB pixels ``(height, width, 3)`` on the model's grid: its own processor has nothing left to resize.
 

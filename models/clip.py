@@ -1,0 +1,159 @@
+"""CLIP scores by open_clip: the cosine of an image's and a text's features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import BadInput
+from .images import Pixels
+from .scorers import Pair, by_length, device_and_type, normalised
+from .tiny import PREFIX
+from .tiny import resolve as resolve_bundled
+from .views import View
+
+CONFIG = "open_clip_config.json"
+
+
+class ClipScorer:
+    """Any open_clip model. ``score`` is the cosine in [-1, 1], neither clipped nor scaled (Radford et al., 2021)."""
+
+    name = "clip"
+
+    def __init__(self, model: Any, tokenizer: Any, view: View, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._model, self._tokenizer = model.eval(), tokenizer
+        self.view, self._mean, self._std = view, mean, std
+        weight = next(model.parameters())
+        self._device, self._dtype = weight.device, weight.dtype
+        self._see = torch.compile(model.encode_image) if self._device.type == "cuda" else model.encode_image
+        self._trims = _ends_early(model) and _trimming_changes_nothing(model, tokenizer)
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
+        """Unit vectors (n, width), float32."""
+        batch = normalised(pixels, self._mean, self._std, self._device, self._dtype)
+        return functional.normalize(self._see(batch).float(), dim=-1)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (n, width), float32, of as many tokens as the model reads."""
+        ids = self._tokenizer(list(texts)).to(self._device)
+        lengths = (ids.argmax(-1) + 1).tolist() if self._trims else [ids.shape[1]] * len(ids)
+        out = torch.empty(len(ids), 0, device=self._device)
+        for batch in by_length(lengths):
+            where = torch.tensor(batch, device=self._device)
+            length = lengths[batch[0]]
+            encode = encode_trimmed if self._trims else _encode_whole
+            features = functional.normalize(encode(self._model, ids[where, :length]).float(), dim=-1)
+            if not out.shape[1]:
+                out = features.new_empty(len(ids), features.shape[1])
+            out[where] = features
+        return out
+
+    @torch.inference_mode()
+    def score(self, images: Tensor, pairs: Sequence[Pair]) -> list[float]:
+        """The cosine of each pair; a text that is asked of several images is encoded once."""
+        texts = {text: number for number, text in enumerate(dict.fromkeys(pair.text for pair in pairs))}
+        told = self.encode_texts(list(texts))
+        shown = images[torch.tensor([pair.image for pair in pairs], device=images.device)]
+        said = told[torch.tensor([texts[pair.text] for pair in pairs], device=images.device)]
+        cosines: list[float] = (shown * said).sum(-1).tolist()
+        return cosines
+
+
+def encode_trimmed(model: Any, ids: Tensor) -> Tensor:
+    """Text features (n, width) of ids (n, length) that end before the model's context does.
+
+    What ``model.encode_text`` gives for them padded: attention is causal, so what follows a text's end changes nothing.
+    """
+    length = ids.shape[1]
+    x = model.token_embedding(ids) + model.positional_embedding[:length]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    features: Tensor = x[torch.arange(len(ids), device=ids.device), ids.argmax(-1)] @ model.text_projection
+    return features
+
+
+def _encode_whole(model: Any, ids: Tensor) -> Tensor:
+    features: Tensor = model.encode_text(ids)
+    return features
+
+
+def _ends_early(model: Any) -> bool:
+    """Whether it is a CLIP as OpenAI built it: a causal text tower whose answer is at the end token."""
+    from open_clip import CLIP
+
+    return (
+        type(model) is CLIP
+        and model.text_pool_type == "argmax"
+        and model.attn_mask is not None
+        and isinstance(model.text_projection, torch.nn.Parameter)
+    )
+
+
+@torch.inference_mode()
+def _trimming_changes_nothing(model: Any, tokenizer: Any) -> bool:
+    """Tried on a text, since open_clip's configs can change a tower in many ways."""
+    ids = tokenizer(["a photo of two dogs"]).to(next(model.parameters()).device)
+    length = int(ids.argmax()) + 1
+    whole, trimmed = model.encode_text(ids).float(), encode_trimmed(model, ids[:, :length]).float()
+    return bool(functional.cosine_similarity(whole, trimmed).item() > 1 - 1e-4)
+
+
+def load_clip(name: str, dtype: str = "auto", device: str = "auto") -> ClipScorer:
+    """``tiny/clip``, a folder with an ``open_clip_config.json``, ``ARCHITECTURE:PRETRAINED`` of open_clip, or a hub id.
+
+    Raises BadInput where there is none such, or it does not load.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    where, number_type = device_and_type(device, dtype)
+    place = clip_folder(name)
+    found, _, pretrained = (f"local-dir:{place}", "", "") if isinstance(place, Path) else place.partition("|")
+    try:
+        # Weights are read by safetensors or torch's weights-only loader: nothing in them is executed.
+        model = open_clip.create_model(found, pretrained=pretrained or None, device=where, weights_only=True).to(
+            number_type
+        )
+        tokenizer = open_clip.get_tokenizer(found)
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{name}: open_clip cannot load it ({reason})") from error
+    shown = PreprocessCfg(**model.visual.preprocess_cfg)
+    size = (shown.size, shown.size) if isinstance(shown.size, int) else tuple(shown.size)
+    view = View(
+        size[0], size[1], _resize(shown.resize_mode), _interpolation(shown.interpolation), int(shown.fill_color)
+    )
+    return ClipScorer(model, tokenizer, view, shown.mean, shown.std)
+
+
+def clip_folder(name: str) -> Path | str:
+    """Where the model lies, or what open_clip calls it (``architecture|pretrained`` or ``hf-hub:...``). BadInput."""
+    import open_clip
+
+    try:
+        path = Path(resolve_bundled(name)).expanduser()
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise BadInput(f"{name}: the folder has no {CONFIG}; name the one of an open_clip model")
+        return path.resolve()
+    architecture, _, pretrained = name.partition(":")
+    if architecture in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        if pretrained not in tags:
+            raise BadInput(f"{name}: name its weights, too, e.g. {architecture}:{tags[0] if tags else 'FOLDER'}")
+        return f"{architecture}|{pretrained}"
+    if name.startswith(PREFIX) or name.count("/") != 1 or path.exists():
+        raise BadInput(f"{name}: no folder, no open_clip ARCHITECTURE:PRETRAINED, no hub id and no bundled tiny/ model")
+    return f"hf-hub:{name}"
+
+
+_resize: Callable[[str], Any] = str
+_interpolation: Callable[[str], Any] = str

@@ -1,0 +1,112 @@
+"""Image-text matching by BLIP and BLIP-2 (transformers): the probability that a text is of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from .images import Pixels
+from .loading import resolve_model
+from .scorers import Pair, by_length, device_and_type, normalised
+from .views import View
+
+LONGEST = 512  # tokens of a text at most; the models' position tables end there
+
+
+class ItmScorer:
+    """``score`` is softmax(itm_head)[match] (Li et al., BLIP-2, 2023, section 3.2). Images are encoded once, then texts
+    attend to them."""
+
+    name = "itm"
+
+    def __init__(self, model: Any, tokenizer: Any, view: View, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._model, self._tokenizer = model.eval(), tokenizer
+        self.view, self._mean, self._std = view, mean, std
+        weight = next(model.vision_model.parameters())
+        self._device, self._dtype = weight.device, weight.dtype
+        self._see = torch.compile(model.vision_model) if self._device.type == "cuda" else model.vision_model
+        text = model.config.qformer_config if model.config.model_type == "blip-2" else model.config.text_config
+        self._longest = min(LONGEST, text.max_position_embeddings)
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
+        """The vision tower's states (n, patches + 1, width)."""
+        batch = normalised(pixels, self._mean, self._std, self._device, self._dtype)
+        states: Tensor = self._see(pixel_values=batch).last_hidden_state
+        return states
+
+    @torch.inference_mode()
+    def score(self, images: Tensor, pairs: Sequence[Pair]) -> list[float]:
+        """The probability of a match for each pair."""
+        logits = self.logits(images, pairs)
+        chances: list[float] = logits.softmax(-1)[:, 1].tolist()
+        return chances
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        """The matching head's two logits (no match, match) for each pair: (pairs, 2) float32."""
+        cut = {"truncation": True, "max_length": self._longest}
+        ids: list[list[int]] = self._tokenizer([pair.text for pair in pairs], **cut).input_ids
+        out = torch.empty(len(pairs), 2, device=self._device)
+        for batch in by_length([len(each) + images.shape[1] // 4 for each in ids]):  # queries cost, too
+            told = self._tokenizer.pad({"input_ids": [ids[each] for each in batch]}, return_tensors="pt")
+            shown = images[torch.tensor([pairs[each].image for each in batch], device=images.device)]
+            asked = (told.input_ids.to(self._device), told.attention_mask.to(self._device), shown)
+            out[torch.tensor(batch, device=self._device)] = self._match(*asked).float()
+        return out
+
+    def _match(self, ids: Tensor, mask: Tensor, states: Tensor) -> Tensor:
+        everything = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+        model = self._model
+        if model.config.model_type == "blip":
+            told = model.text_encoder(
+                input_ids=ids,
+                attention_mask=mask,
+                encoder_hidden_states=states,
+                encoder_attention_mask=everything,
+                return_dict=True,
+            )
+            logits: Tensor = model.itm_head(told.last_hidden_state[:, 0])
+            return logits
+        queries = model.query_tokens.expand(len(ids), -1, -1)
+        count = queries.shape[1]
+        told = model.qformer(
+            query_embeds=model.embeddings(input_ids=ids, query_embeds=queries),
+            query_length=count,
+            attention_mask=torch.cat((mask.new_ones(len(ids), count), mask), dim=1),
+            encoder_hidden_states=states,
+            encoder_attention_mask=everything,
+        )
+        logits = model.itm_head(told.last_hidden_state[:, :count].to(model.itm_head.weight.dtype)).mean(dim=1)
+        return logits
+
+
+def load_itm(name: str, dtype: str = "auto", device: str = "auto") -> ItmScorer:
+    """``tiny/itm``, a folder or a hub id of a BLIP or BLIP-2 retrieval model. Raises BadInput where it is none."""
+    from transformers import AutoConfig, AutoProcessor, Blip2ForImageTextRetrieval, BlipForImageTextRetrieval
+
+    where, number_type = device_and_type(device, dtype)
+    path: Path = resolve_model(name)
+    kinds = {"blip": BlipForImageTextRetrieval, "blip-2": Blip2ForImageTextRetrieval}
+    try:
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind not in kinds:
+            raise BadInput(f"{name}: a model of type {kind!r}; image-text matching needs one of {', '.join(kinds)}")
+        model, report = kinds[kind].from_pretrained(path, dtype=number_type, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{name}: does not load as an image-text matching model ({reason})") from error
+    if any("itm_head" in key for key in report["missing_keys"]):
+        raise BadInput(f"{name}: has no trained matching head (itm_head); name an image-text retrieval checkpoint")
+    images = processor.image_processor
+    size, crop = images.size, getattr(images, "do_center_crop", False)
+    if crop or "height" not in size:
+        raise BadInput(f"{name}: its pictures are not resized to one height and width; that is not supported")
+    view = View(size["height"], size["width"], "squash")
+    return ItmScorer(model.to(where), processor.tokenizer, view, images.image_mean, images.image_std)

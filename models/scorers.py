@@ -1,0 +1,153 @@
+"""Image-text scorers: what CLIP and matching models have in common, and captions scored by sentence.
+
+A scorer works on batches whose composition its caller decides: sums in another order differ in their last bits, so who
+wants the same scores again must ask in the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from .images import Pixels
+from .sentences import split_sentences
+from .views import View
+
+TOKENS_PER_BATCH = 4096  # of texts that go through a tower together; enough to keep a core's caches and a GPU busy
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text asked of the ``image``-th image of a batch."""
+
+    image: int
+    text: str
+
+
+class Scorer(Protocol):
+    """``name``: prefix of its columns; ``view``: the pixels it wants of an image."""
+
+    name: str
+    view: View
+
+    def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
+        """What the image tower makes of n images of ``view``, each once: (n, ...)."""
+        ...
+
+    def score(self, images: Tensor, pairs: Sequence[Pair]) -> list[float]:
+        """How well each text fits its image, higher is better; texts are cut to what the model reads."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """A scorer as options name it. ``kind``: clip or itm; ``model``: bundled, a folder or a name of its library."""
+
+    kind: str
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+def load_scorer(config: ScorerConfig) -> Scorer:
+    """The model, ready. Raises BadInput for one that is not there or of another kind."""
+    if config.kind == "clip":
+        from .clip import load_clip
+
+        return load_clip(config.model, config.dtype, config.device)
+    if config.kind == "itm":
+        from .itm import load_itm
+
+        return load_itm(config.model, config.dtype, config.device)
+    raise BadInput(f"scorer {config.kind!r} is neither clip nor itm")
+
+
+def scorer_identity(config: ScorerConfig) -> dict[str, Any]:
+    """What fingerprints cover: the weights' digest (or the library's name of them) and the number type."""
+    from .clip import clip_folder
+    from .loading import folder_digest, model_identity
+
+    if config.kind == "clip":
+        folder = clip_folder(config.model)
+        model = folder_digest(folder) if isinstance(folder, Path) else folder
+    else:
+        identity = model_identity(config.model)
+        model = identity.digest or identity.name
+    return {"model": model, "dtype": config.dtype}
+
+
+def device_and_type(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """``auto`` is the first GPU in bfloat16 where there is one, else the CPU in float32. Raises BadInput."""
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "auto":
+        return where, torch.bfloat16 if where.type == "cuda" else torch.float32
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in types:
+        raise BadInput(f"dtype {dtype!r} is none of auto, {', '.join(types)}")
+    return where, types[dtype]
+
+
+def normalised(
+    pixels: Sequence[Pixels], mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """n images (height, width, 3) uint8 -> (n, 3, height, width), moved as bytes and normalised on the device."""
+    batch = torch.from_numpy(np.stack(pixels)).to(device)
+    levels = batch.permute(0, 3, 1, 2).to(torch.float32) / 255
+    shift, scale = (torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std))
+    return ((levels - shift) / scale).to(dtype).contiguous()
+
+
+def by_length(lengths: Sequence[int], budget: int = TOKENS_PER_BATCH) -> list[list[int]]:
+    """Indices in batches of alike lengths, each at most ``budget`` tokens when padded (or one text)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and (len(batches[-1]) + 1) * longest <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """``score`` of as much of the caption as the model reads; mean and least over its sentences; which one that is."""
+
+    score: float
+    mean: float
+    least: float
+    lowest: int
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.score, self.mean, self.least)))
+
+
+def score_captions(scorer: Scorer, pixels: Sequence[Pixels], captions: Sequence[tuple[int, str]]) -> list[CaptionScore]:
+    """Scores of ``(image, caption)`` pairs; every image is encoded once and every distinct pair scored once.
+
+    A caption must have at least one sentence: empty ones are the caller's to sort out.
+    """
+    features = scorer.encode_images(pixels)
+    wanted = [[Pair(image, text), *(Pair(image, part) for part in split_sentences(text))] for image, text in captions]
+    distinct = {pair: number for number, pair in enumerate(dict.fromkeys(pair for pairs in wanted for pair in pairs))}
+    scores = scorer.score(features, list(distinct))
+    return [_summary([scores[distinct[pair]] for pair in pairs]) for pairs in wanted]
+
+
+def _summary(scores: Sequence[float]) -> CaptionScore:
+    """Of the whole caption's score, first, and its sentences'."""
+    parts: npt.NDArray[np.float64] = np.asarray(scores[1:], dtype=np.float64)
+    return CaptionScore(scores[0], float(parts.mean()), float(parts.min()), int(parts.argmin()))
