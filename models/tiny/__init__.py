@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 PREFIX = "tiny/"
-NAMES: tuple[str, ...] = ("captioner", "teacher", "reader", "holdout-reader")
+NAMES: tuple[str, ...] = ("captioner", "teacher", "reader", "holdout-reader", "clip", "eval-clip", "itm")
+CONFIGS = ("config.json", "open_clip_config.json")  # of transformers, of open_clip
 
 
 def folder_of(model: str) -> Path:
@@ -18,7 +19,7 @@ def folder_of(model: str) -> Path:
 
 def is_bundled(model: str) -> bool:
     """Whether the weights of one of :data:`NAMES` are there."""
-    return (folder_of(model) / "config.json").is_file()
+    return any((folder_of(model) / config).is_file() for config in CONFIGS)
 
 
 def resolve(name: str) -> str:

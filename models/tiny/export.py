@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -114,10 +116,17 @@ def export_folder(
         bos_token_id=tokenizer.convert_tokens_to_ids(START),
     )
     sees = isinstance(model, Qwen2_5_VLForConditionalGeneration)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
+    with written(folder) as temporary:
         copy.save_pretrained(temporary)
         (build_processor(tokenizer) if sees else tokenizer).save_pretrained(temporary)
+
+
+@contextlib.contextmanager
+def written(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files appear in ``folder``, each of them whole, when all are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
+        yield Path(temporary)
         for file in sorted(Path(temporary).iterdir()):
             file.chmod(0o644)  # safetensors writes for its owner alone
             file.replace(folder / file.name)

@@ -65,13 +65,13 @@ class CellReader(nn.Module):
     All cells share one classifier, so that a colour looks the same to the language model wherever it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = IMAGE_TOKENS, width: int = TEXT_WIDTH) -> None:
         super().__init__()
-        self.places = nn.Parameter(torch.randn(IMAGE_TOKENS, TEXT_WIDTH) * 0.3)
-        self.queries = nn.Parameter(torch.randn(len(PLACES), TEXT_WIDTH))
-        self.attention = nn.MultiheadAttention(TEXT_WIDTH, 6, batch_first=True)
-        self.cell = nn.Linear(TEXT_WIDTH, sum(self.widths()))
-        self.background = nn.Linear(TEXT_WIDTH, len(BACKGROUNDS))
+        self.places = nn.Parameter(torch.randn(tokens, width) * 0.3)
+        self.queries = nn.Parameter(torch.randn(len(PLACES), width))
+        self.attention = nn.MultiheadAttention(width, width // 32, batch_first=True)
+        self.cell = nn.Linear(width, sum(self.widths()))
+        self.background = nn.Linear(width, len(BACKGROUNDS))
 
     @staticmethod
     def widths() -> list[int]:
@@ -79,7 +79,7 @@ class CellReader(nn.Module):
         return [len(WHAT), len(COLORS), len(SIZES), len(WORDS)]
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
-        """(images, IMAGE_TOKENS, TEXT_WIDTH) -> logits (images, 9, answers) for each question, then (images, 4)."""
+        """(images, tokens, width) -> logits (images, 9, answers) for each question, then (images, 4)."""
         queries = self.queries.expand(len(tokens), -1, -1)
         read, _ = self.attention(queries, tokens + self.places, tokens, need_weights=False)
         return [*self.cell(read).split(self.widths(), dim=-1), self.background(tokens.mean(1))]

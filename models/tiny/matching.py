@@ -1,0 +1,309 @@
+"""Training of the bundled CLIPs and of the image-text matching model, on true texts and their false twins.
+
+As for the captioner, the vision tower first learns what the nine cells hold. Then texts follow: sentences before whole
+captions, which hold many facts at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip import CLIP
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from transformers import BertTokenizer, Blip2ForImageTextRetrieval
+
+from .data import SIGN_SHARE, Truth, picture, truth_of
+from .export import SIDE
+from .optim import build_optimizers, set_rate
+from .pairs import addition, sentence_pair, true_and_false, with_sentence
+from .schedule import Progress, Schedule
+from .train import Log
+from .two_towers import (
+    CONTEXT,
+    PATCHES,
+    QUERIES,
+    WIDTH,
+    build_bert_tokenizer,
+    build_clip,
+    build_itm,
+    export_clip,
+    export_itm,
+)
+from .vision import MEAN, STD, CellReader, reading_loss
+from .world import MOST_THINGS, sample_of
+
+CAPTION_SHARE = 3  # the matching model reads the captions of one image in so many
+ADDED_SHARE = 0.25  # of the false texts: a sentence about a thing that is not there
+
+
+@dataclass(frozen=True)
+class MatchingPlan(Schedule):
+    """``images`` a step, each with a caption and ``sentences`` true sentences, and as many false texts."""
+
+    images: int = 32
+    sentences: int = 2
+    reading_steps: int = 500  # of the vision tower alone
+    captions_from: float = 0.3  # of the training; before, texts are sentences
+    reading_weight: float = 0.3
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pictures (n, SIDE, SIDE, 3) uint8 with token ids: captions (n, length) and sentences (n * s, length).
+
+    ``false_*`` are the same texts with something wrong in each.
+    """
+
+    pixels: Tensor
+    truth: Truth
+    captions: Tensor
+    false_captions: Tensor
+    sentences: Tensor
+    false_sentences: Tensor
+
+
+class PairBatches(Dataset[PairBatch]):
+    """``self[step]`` is the batch of that step, pure in (seed, step)."""
+
+    def __init__(self, tokenizer: BertTokenizer, plan: MatchingPlan) -> None:
+        self.tokenizer, self.plan = tokenizer, plan
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, step: int) -> PairBatch:
+        rng = Random(f"pairs:{self.plan.seed}:{step}")
+        most = min(MOST_THINGS, 2 + step // 150)
+        scenes = [sample_of("train", rng, most, SIGN_SHARE) for _ in range(self.plan.images)]
+        captions, sentences = [], []
+        for scene in scenes:
+            text, false = true_and_false(scene, rng)
+            added = rng.random() < ADDED_SHARE
+            captions.append((text, with_sentence(text, addition(scene, rng), rng)[0] if added else false))
+            for _ in range(self.plan.sentences):
+                text, false = sentence_pair(scene, rng)
+                added = rng.random() < ADDED_SHARE
+                sentences.append((text, addition(scene, rng) if added else false))
+        ids = [self._ids([pair[side] for pair in pairs]) for pairs in (captions, sentences) for side in (0, 1)]
+        pixels = np.stack([picture(scene, rng) for scene in scenes])
+        return PairBatch(torch.from_numpy(pixels), truth_of(scenes), *ids)
+
+    def _ids(self, texts: list[str]) -> Tensor:
+        ids: Tensor = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt"
+        ).input_ids
+        return ids
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """(n, SIDE, SIDE, 3) uint8 -> (n, 3, SIDE, SIDE) float as the models' own transforms give it."""
+    return ((pixels.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
+
+
+def encode_trimmed(model: CLIP, ids: Tensor) -> Tensor:
+    """Text features (n, EMBED) of ids (n, length): what ``model.encode_text`` gives for them padded to its context.
+
+    Attention is causal, so what follows a text's end changes nothing.
+    """
+    length = ids.shape[1]
+    x = model.token_embedding(ids) + model.positional_embedding[:length]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    features: Tensor = x[torch.arange(len(ids)), ids.argmax(-1)] @ model.text_projection
+    return features
+
+
+class MatchingTrainer:
+    """A model in training: what the CLIPs and the matching model share. Subclasses give the losses."""
+
+    model: Any
+
+    def __init__(self, plan: MatchingPlan, tokenizer: BertTokenizer, patch: int) -> None:
+        self.plan, self.tokenizer = plan, tokenizer
+        self.reader = CellReader((SIDE // patch) ** 2, WIDTH)
+        self.optimizers = build_optimizers(self.model, plan.lr, plan.adam_lr, *self.reader.parameters())
+        self.progress = Progress()
+
+    def run(self, log: Log) -> Iterator[Progress]:
+        """Train, yielding after every step (so that the caller may look, save or stop)."""
+        plan, start = self.plan, time.monotonic() - self.progress.seconds
+        loader = DataLoader(
+            PairBatches(self.tokenizer, plan),
+            batch_size=None,
+            sampler=range(self.progress.step, plan.steps),
+            num_workers=1,
+            prefetch_factor=8,
+        )
+        for batch in loader:
+            rate = plan.rate(self.progress.step, self.progress.seconds)
+            report = self.step(batch, rate)
+            self.progress = Progress(self.progress.step + 1, time.monotonic() - start)
+            if self.progress.step % 50 == 0 or self.progress.step <= 3:
+                figures = " ".join(f"{name} {value:.4f}" for name, value in report.items())
+                log(f"step {self.progress.step} {self.progress.seconds:.0f}s rate {rate:.3f} {figures}")
+            yield self.progress
+            if plan.progress(self.progress.step, self.progress.seconds) >= 1:
+                return
+
+    def step(self, batch: PairBatch, rate: float) -> dict[str, float]:
+        """One update of all weights; returns losses and accuracies by name."""
+        pooled, tokens = self.see(normalised(batch.pixels))
+        loss, read = reading_loss(self.reader(tokens), batch.truth)
+        report = {"reading": loss.item(), "cells": sum(read[:4]) / 4}
+        if self.progress.step >= self.plan.reading_steps:
+            whole = self.plan.progress(self.progress.step, self.progress.seconds) >= self.plan.captions_from
+            told, figures = self.losses(pooled, tokens, batch, whole)
+            loss = self.plan.reading_weight * loss + told
+            report |= figures
+        loss.backward()
+        report["norm"] = nn.utils.clip_grad_norm_([*self.model.parameters(), *self.reader.parameters()], 1.0).item()
+        for optimizer in self.optimizers:
+            set_rate(optimizer, rate)
+            optimizer.step()
+            optimizer.zero_grad()
+        return report
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (n, 3, SIDE, SIDE): the vision tower's output, and its patches' tokens (n, patches, WIDTH)."""
+        raise NotImplementedError
+
+    def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
+        """The loss over texts; ``whole``: captions too."""
+        raise NotImplementedError
+
+    def export(self, folder: Path) -> None:
+        """Write the model's folder."""
+        raise NotImplementedError
+
+    def save(self, file: Path) -> None:
+        """Everything a resumed run needs, in one file that appears whole."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "seed": self.plan.seed,
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "reader": self.reader.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        torch.save(state, temporary := file.with_suffix(".partial"))
+        temporary.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Go on from :meth:`save`. Raises ValueError where the checkpoint's seed is another."""
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+        if state["seed"] != self.plan.seed:
+            raise ValueError(f"{file} was trained with seed {state['seed']}, not {self.plan.seed}")
+        self.model.load_state_dict(state["model"])
+        self.reader.load_state_dict(state["reader"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.progress = Progress(**state["progress"])
+
+
+class ClipTrainer(MatchingTrainer):
+    """Contrastive: each caption with its image among all of the batch, each false text as one more wrong answer."""
+
+    model: CLIP
+
+    def __init__(self, name: str, plan: MatchingPlan) -> None:
+        torch.manual_seed(plan.seed)
+        tokenizer = build_bert_tokenizer(plan.seed)
+        self.name, self.model = name, build_clip(name, tokenizer)
+        self.model.visual.output_tokens = True
+        super().__init__(plan, tokenizer, PATCHES[name])
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        pooled, tokens = self.model.visual(pixels)
+        return functional.normalize(pooled, dim=-1), tokens
+
+    def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
+        n, s = len(pooled), self.plan.sentences
+        groups = [batch.sentences, batch.false_sentences]
+        if whole:
+            groups += [batch.captions, batch.false_captions]
+        told = [functional.normalize(encode_trimmed(self.model, ids), dim=-1) for ids in groups]
+        scale = self.model.logit_scale.exp().clamp(max=100)
+        owners = torch.arange(n).repeat_interleave(s)
+        right, wrong = ((pooled[owners] * each).sum(-1) for each in told[:2])
+        loss = functional.softplus(scale * (wrong - right)).mean()
+        figures = {"sentences": (right > wrong).float().mean().item(), "scale": scale.item()}
+        among = scale * told[0] @ pooled.T  # other images may fit a sentence as well, hence the small weight
+        loss = loss + 0.3 * functional.cross_entropy(among, owners)
+        if whole:
+            logits = scale * pooled @ torch.cat(told[2:]).T
+            here = torch.arange(n)
+            loss = loss + functional.cross_entropy(logits, here) + functional.cross_entropy(logits[:, :n].T, here)
+            twins = logits.diagonal() > logits[:, n:].diagonal()
+            figures |= {
+                "captions": twins.float().mean().item(),
+                "recall": (logits.argmax(-1) == here).float().mean().item(),
+            }
+        figures["loss"] = loss.item()
+        return loss, figures
+
+    def export(self, folder: Path) -> None:
+        export_clip(self.name, self.model, self.tokenizer, folder)
+
+
+class ItmTrainer(MatchingTrainer):
+    """Matching as a question of yes or no about each pair of an image and a text."""
+
+    model: Blip2ForImageTextRetrieval
+
+    def __init__(self, plan: MatchingPlan) -> None:
+        torch.manual_seed(plan.seed)
+        tokenizer = build_bert_tokenizer(plan.seed)
+        self.model = build_itm(tokenizer)
+        super().__init__(plan, tokenizer, 14)
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        return states, states[:, 1:]
+
+    def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
+        n, s = len(pooled), self.plan.sentences
+        owners = torch.arange(n).repeat_interleave(s)
+        yes, no = self._logits(pooled, batch.sentences, owners), self._logits(pooled, batch.false_sentences, owners)
+        loss = functional.softplus(-yes).mean() + functional.softplus(no).mean()
+        figures = {"sentences": (yes > no).float().mean().item()}
+        if whole:
+            some = n // CAPTION_SHARE  # captions are long and cost the most
+            here = torch.arange(some)
+            right, false, others = (
+                self._logits(pooled, ids[:some], here)
+                for ids in (batch.captions, batch.false_captions, batch.captions.roll(1, 0))
+            )
+            loss = loss + functional.softplus(-right).mean()
+            loss = loss + 0.7 * functional.softplus(false).mean() + 0.3 * functional.softplus(others).mean()
+            figures |= {
+                "captions": (right > false).float().mean().item(),
+                "others": (right > others).float().mean().item(),
+            }
+        figures["loss"] = loss.item()
+        return loss, figures
+
+    def _logits(self, states: Tensor, ids: Tensor, owners: Tensor) -> Tensor:
+        """The log odds (texts,) that each text fits the image it is asked of."""
+        queries = self.model.query_tokens.expand(len(ids), -1, -1)
+        mask = torch.cat((torch.ones(len(ids), QUERIES, dtype=torch.long), (ids != 0).long()), dim=1)
+        embedded = self.model.embeddings(input_ids=ids, query_embeds=queries)
+        out = self.model.qformer(
+            query_embeds=embedded,
+            query_length=QUERIES,
+            attention_mask=mask,
+            encoder_hidden_states=states[owners],
+            encoder_attention_mask=torch.ones(len(ids), states.shape[1], dtype=torch.long),
+        ).last_hidden_state
+        logits: Tensor = self.model.itm_head(out[:, :QUERIES]).mean(1)
+        return logits[:, 1] - logits[:, 0]
+
+    def export(self, folder: Path) -> None:
+        export_itm(self.model, self.tokenizer, folder)
