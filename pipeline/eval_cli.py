@@ -35,6 +35,10 @@ def evaluate(
     seed: o.Seed = 0,
     presentations: Annotated[int | None, typer.Option(help="Orders of options per question; all by default.")] = None,
     generic: Annotated[str | None, typer.Option(help="A caption that fits any image, to be graded as a floor.")] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="CLIP for recall at 1, 5 and 10; one that was neither reward nor filter: tiny/eval-clip."),
+    ] = None,
     controls: Annotated[bool, typer.Option(help="Grade blind, empty, generic and oracle captions, too.")] = True,
     max_pixels: o.MaxPixels = None,
     min_pixels: o.MinPixels = None,
@@ -50,6 +54,7 @@ def evaluate(
 ) -> None:
     """Measure a captioner by how well a reader answers quiz questions from its captions alone."""
     from ..manifests.artifact import Artifact
+    from ..models.clip import clip_folder
     from ..stages import grade, screen
     from ..stages.annotate import AnnotateConfig
     from ..stages.prompts import parse_prompt
@@ -61,6 +66,8 @@ def evaluate(
     if (model is None) == (captions is None):
         raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
     asked = question_artifact(questions)
+    if clip is not None:
+        clip_folder(clip)  # raises where there is none such, before anything is captioned
     config = o.validated(
         grade.GradeConfig,
         presentations=presentations,
@@ -107,7 +114,7 @@ def evaluate(
     done = Artifact.open(graded)
     if not done.committed():  # what kept every shard from being graded has been said
         raise typer.Exit(max(codes))
-    report = report_on(done)
+    report = report_on(done, clip)
     write_report(report, out)
     show(report)
     print(f"report: {out / 'report.md'}")

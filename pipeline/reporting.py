@@ -7,15 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from ..manifests.artifact import Artifact
+from ..manifests.shards import RowReader, expand
+from ..models.clip import ClipScorer, load_clip
+from ..models.scorers import ScorerConfig, scorer_identity
 from ..trainer.comparison import Run
 from ..trainer.evaluation import evaluate
 from ..trainer.figures import Comparison, Report
 from ..trainer.report import to_json, to_markdown
+from ..trainer.retrieval import gallery_of, ranks_of
 
 
-def report_on(graded: Artifact) -> Report:
-    """The figures of a graded artifact. Raises BadInput where there is nothing to measure."""
-    return evaluate(rows_of(graded), settings(graded), where=graded.url)
+def report_on(graded: Artifact, clip: str | None = None) -> Report:
+    """The figures of a graded artifact, with recall at k by the CLIP that is named. Raises BadInput without any."""
+    if clip is None:
+        return evaluate(rows_of(graded), settings(graded), where=graded.url)
+    ranks, gallery = _ranks(graded, load_clip(clip))
+    identity = scorer_identity(ScorerConfig("clip", clip))
+    facts = {**settings(graded), "retrieval": f"{clip}@{str(identity['model'])[:12]}"}
+    return evaluate(rows_of(graded), facts, ranks=ranks, gallery=gallery, where=graded.url)
+
+
+def _ranks(graded: Artifact, clip: ClipScorer) -> tuple[dict[tuple[str, str], int], int]:
+    """Ranks by image and caption, and the gallery's size: the images whose captions were graded."""
+    captions = {
+        (row["uid"], caption["text"] or ""): None
+        for row in rows_of(graded)
+        for caption in row["captions"]
+        if row["uid"] is not None and caption["text"] is not None
+    }
+    shards = expand(graded.config["run"]["shards"])
+    images = (row for shard in shards for row in RowReader(shard))
+    gallery = gallery_of(images, {image for image, _ in captions}, clip)
+    return ranks_of(gallery, captions, clip), len(gallery.names)
 
 
 def run_of(folder: Path, system: str | None) -> Run:

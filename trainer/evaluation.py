@@ -12,7 +12,7 @@ from ..models.quiz import KINDS
 from ..models.tiny.grade import grade, parse
 from ..models.tiny.world import Scene
 from ..stages.grade import CONTROLS
-from .figures import Example, ExampleAnswer, Place, Quiz, Report, System, Truth, json_ready
+from .figures import Example, ExampleAnswer, Place, Quiz, Report, Retrieval, System, Truth, json_ready
 from .grades import (
     GradedCaption,
     GradedImage,
@@ -22,7 +22,7 @@ from .grades import (
     read_row,
     scored_answers,
 )
-from .measures import NOTHING, RESAMPLES, Estimate, Figure, Ratios
+from .measures import NOTHING, RECALL_AT, RESAMPLES, Estimate, Figure, Ratios, found_at
 from .text_statistics import TextTally
 
 EXAMPLES = 3  # images of which the report shows captions
@@ -33,16 +33,19 @@ def evaluate(
     rows: Iterable[Mapping[str, Any]],
     settings: Mapping[str, Any],
     *,
+    ranks: Mapping[tuple[str, str], int] | None = None,
+    gallery: int = 0,
     where: str = "the graded rows",
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Report:
     """The report on rows of the GRADE schema, read once.
 
-    ``settings``: JSON-ready facts for the reader of the report (model, reader, fingerprints); ``where``: the rows' name
-    in errors. Raises BadInput where there is no row, no question, or no answer with a score.
+    ``settings``: JSON-ready facts for the reader of the report (model, reader, fingerprints); ``ranks``: by uid and
+    caption, from :mod:`.retrieval`, in a ``gallery`` of so many images; ``where``: the rows' name in errors. Raises
+    BadInput where there is no row, no question, or no answer with a score.
     """
-    tally = _Tally()
+    tally = _Tally(ranks=ranks or {})
     for row in rows:
         tally.add(row, where)
     tally.check(where)
@@ -57,7 +60,7 @@ def evaluate(
         settings=json_ready(settings),
         resamples=resamples,
         seed=seed,
-        systems=tuple(tally.systems[name].system(name, figures) for name in ordered(tally.systems)),
+        systems=tuple(tally.systems[name].system(name, figures, gallery) for name in ordered(tally.systems)),
         examples=tuple(tally.examples),
     )
 
@@ -81,12 +84,13 @@ class _SystemTally:
     captions: int = 0
     unscored: int = 0
     graded: int = 0  # captions held against a scene
+    ranked: int = 0  # captions that searched a gallery
     excluded: Counter[str] = field(default_factory=Counter)
     right: Counter[int] = field(default_factory=Counter)  # presentations, by the place of the right option
     scored: Counter[int] = field(default_factory=Counter)
     text: TextTally = field(default_factory=TextTally)
 
-    def system(self, name: str, figures: Mapping[Figure, Estimate]) -> System:
+    def system(self, name: str, figures: Mapping[Figure, Estimate], gallery: int) -> System:
         """The figures of this system, ``name``."""
 
         def figure(measure: str) -> Estimate:
@@ -104,13 +108,16 @@ class _SystemTally:
         measures = ("precision", "recall", "hallucinated", "chair_i", "chair_s")
         truth = Truth(self.graded, *(figure(measure) for measure in measures)) if self.graded else None
         text = self.text.statistics() if name != "blind" else None
-        return System(name, self.samples, self.captions, dict(self.excluded), quiz, truth, text)
+        found = {k: figure(f"recall@{k}") for k in RECALL_AT}
+        retrieval = Retrieval(gallery, self.ranked, found) if self.ranked else None
+        return System(name, self.samples, self.captions, dict(self.excluded), quiz, truth, text, retrieval)
 
 
 @dataclass
 class _Tally:
     """All that is counted while the rows go by."""
 
+    ranks: Mapping[tuple[str, str], int] = field(default_factory=dict)
     rows: int = 0
     questions: int = 0
     unscored: int = 0
@@ -156,6 +163,10 @@ class _Tally:
         tally.unscored += len(unscored)
         for caption in captions:
             tally.text.add(caption.text, caption.n_tokens, image)
+            if (rank := self.ranks.get((graded.image, caption.text))) is not None:
+                tally.ranked += 1
+                for k, hit in found_at(rank).items():
+                    self.ratios.add((name, f"recall@{k}", ""), image, hit)
             if graded.scene is not None and name not in _UNTRUE:
                 tally.graded += 1
                 self._add_truth(name, caption.text, graded.scene, image)

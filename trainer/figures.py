@@ -89,11 +89,21 @@ class Truth:
 
 
 @dataclass(frozen=True)
+class Retrieval:
+    """How often captions find their own image among those of the ``gallery``: recall at k, by k."""
+
+    gallery: int
+    captions: int
+    recall: dict[int, Estimate]
+
+
+@dataclass(frozen=True)
 class System:
     """The figures of one prompt's captions, or of one control.
 
     ``samples``: the most captions that an image has. ``excluded``: captions that are in no figure, by status.
-    ``truth`` is None where no scene is known or there is no caption to hold against it, ``text`` is None for blind.
+    ``truth`` is None where no scene is known or there is no caption to hold against it, ``text`` is None for blind,
+    ``retrieval`` where no CLIP was asked.
     """
 
     name: str
@@ -103,6 +113,7 @@ class System:
     quiz: Quiz
     truth: Truth | None
     text: TextStatistics | None
+    retrieval: Retrieval | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ Figure = tuple[str, str, str]  # system, measure, question kind ("" for all kind
 
 LEVEL = 0.95
 RESAMPLES = 1000
+RECALL_AT = (1, 5, 10)
 _BLOCK = 4_000_000  # weights held at a time, so that memory does not grow with images times resamples
 
 
@@ -31,6 +32,11 @@ class Estimate:
 
 
 NOTHING = Estimate(None, None, None, 0)
+
+
+def found_at(rank: int) -> dict[int, bool]:
+    """Whether what was found at ``rank`` (1 is the best) is among the first k, for each k of :data:`RECALL_AT`."""
+    return {k: rank <= k for k in RECALL_AT}
 
 
 class Ratios:

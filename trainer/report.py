@@ -44,7 +44,13 @@ def terminal(value: Report | Comparison) -> list[Table]:
         return [_rich(_difference_grid(value))]
     return [
         _rich(grid)
-        for grid in (_quiz_grid(value), _truth_grid(value), _text_grid(value), _kinds_grid(value))
+        for grid in (
+            _quiz_grid(value),
+            _truth_grid(value),
+            _retrieval_grid(value),
+            _text_grid(value),
+            _kinds_grid(value),
+        )
         if grid.rows
     ]
 
@@ -65,6 +71,7 @@ def _report_page(report: Report) -> Iterator[str]:
     for grid in (
         _quiz_grid(report),
         _truth_grid(report),
+        _retrieval_grid(report),
         _text_grid(report),
         _kinds_grid(report),
         _places_grid(report),
@@ -153,6 +160,15 @@ def _truth_grid(report: Report) -> Grid:
         "there; chair_i: their share of those mentioned; chair_s: share of captions with any."
     )
     return Grid("Truth", header, tuple(rows), note)
+
+
+def _retrieval_grid(report: Report) -> Grid:
+    found = [(system.name, system.retrieval) for system in report.systems if system.retrieval is not None]
+    rows = [(name, *map(_percent, each.recall.values()), str(each.captions)) for name, each in found]
+    header = ("system", *(f"recall@{k} %" for k in found[0][1].recall), "captions") if found else ()
+    gallery = found[0][1].gallery if found else 0
+    note = f"Captions that find their own image among the first k of {gallery}, by cosine; ties count against them."
+    return Grid("Retrieval", header, tuple(rows), note)
 
 
 def _text_grid(report: Report) -> Grid:
