@@ -14,19 +14,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerFast
-
+from ..scorers import ScorerConfig, load_scorer
 from . import NAMES, folder_of
 from .corpus import samples
+from .detect import detections, subjects
 from .evaluate import caption, grades_of
 from .examine import report
-from .export import build_processor, export_folder
+from .export import build_processor
 from .grade import total
 from .graduates import enrol
+from .matching import ClipTrainer, ItmTrainer, MatchingPlan, MatchingTrainer
 from .prompts import DENSE
 from .schedule import Progress, Schedule
 from .tokenizer import build_tokenizer
 from .train import Plan, Trainer
+from .two_towers import PATCHES
 
 SAVE_EVERY = 120.0  # seconds
 EXPORT_EVERY = 300.0
@@ -36,11 +38,11 @@ LOOKED_AT = 100  # held-out scenes that a model is tried on at every export
 class Training(Protocol):
     """A model in training, whoever teaches it."""
 
-    model: Any
-    tokenizer: PreTrainedTokenizerFast
     progress: Progress
 
     def run(self, log: Callable[[str], None]) -> Iterator[Progress]: ...
+
+    def export(self, folder: Path) -> None: ...
 
     def save(self, file: Path) -> None: ...
 
@@ -58,26 +60,41 @@ def build(trainer: Training, name: str, out: Path, checkpoint: Path, resume: boo
             trainer.save(checkpoint)
             saved = progress.seconds
         if progress.seconds - exported > EXPORT_EVERY:
-            export_folder(trainer.model, trainer.tokenizer, out)
+            trainer.export(out)
             exported = progress.seconds
             say(f"exported step {progress.step} to {out}: {quality(trainer, name, out)}")
     trainer.save(checkpoint)
-    export_folder(trainer.model, trainer.tokenizer, out)
+    trainer.export(out)
     say(f"done: {trainer.progress.step} steps in {trainer.progress.seconds / 60:.1f} minutes, exported to {out}")
 
 
 def quality(trainer: Training, name: str, out: Path) -> str:
     """How good the model is on held-out scenes, in a line."""
-    if name == "captioner":
+    if isinstance(trainer, Trainer):
         corpus = list(samples(LOOKED_AT, "heldout", seed=2))
         processor = build_processor(trainer.tokenizer)
         grades = grades_of(corpus, caption(trainer.model, processor, [each.image for each in corpus], DENSE[0]))
         whole, exact = total(grades), sum(each.exact for each in grades) / LOOKED_AT
         return f"precision {whole.precision():.4f} recall {whole.recall():.4f} exact {exact:.2f} of {LOOKED_AT} scenes"
+    if isinstance(trainer, MatchingTrainer):
+        scorer = load_scorer(ScorerConfig("itm" if name == "itm" else "clip", str(out)))
+        found = detections(scorer, subjects(LOOKED_AT, seed=2))
+        return " ".join(f"{kind} {each.auc['score']:.3f}" for kind, each in found.items()) + " (ROC AUC)"
     if name == "teacher":
         return "the accuracies above are of scenes it had not seen; `capipe qa` tells the rest"
     figures = asdict(asyncio.run(report(str(out), LOOKED_AT)))
     return " ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
+
+
+def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
+    """The training of a bundled model at its first step; ``length``: ``minutes`` or ``steps``."""
+    if name == "captioner":
+        return Trainer(Plan(seed=seed, **length), build_tokenizer(seed))
+    if name == "itm":
+        return ItmTrainer(MatchingPlan(seed=seed, **length))
+    if name in PATCHES:
+        return ClipTrainer(name, MatchingPlan(seed=seed, **length))
+    return enrol(name, Schedule(seed=seed, **length))
 
 
 def say(line: str) -> None:
@@ -100,11 +117,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parse_arguments(arguments)
     length = {"steps": given.steps} if given.steps is not None else {"minutes": given.minutes}
-    trainer: Training
-    if given.model == "captioner":
-        trainer = Trainer(Plan(seed=given.seed, **length), build_tokenizer(given.seed))
-    else:
-        trainer = enrol(given.model, Schedule(seed=given.seed, **length))
+    trainer = training_of(given.model, given.seed, length)
     out = given.out or folder_of(given.model)
     build(trainer, given.model, out, given.checkpoints / f"tiny-{given.model}-{given.seed}.pt", given.resume)
     return 0

@@ -1,7 +1,8 @@
 """Training of the bundled CLIPs and of the image-text matching model, on true texts and their false twins.
 
-As for the captioner, the vision tower first learns what the nine cells hold. Then texts follow: sentences before whole
-captions, which hold many facts at once.
+As for the captioner, the vision tower first learns what the nine cells hold, and so do the vectors that texts are held
+against: without that, twenty minutes taught them colours and backgrounds and neither places nor shapes. Then texts
+follow: sentences before whole captions, which hold many facts at once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .schedule import Progress, Schedule
 from .train import Log
 from .two_towers import (
     CONTEXT,
+    EMBED,
     PATCHES,
     QUERIES,
     WIDTH,
@@ -38,9 +40,10 @@ from .two_towers import (
     export_clip,
     export_itm,
 )
-from .vision import MEAN, STD, CellReader, reading_loss
-from .world import MOST_THINGS, sample_of
+from .vision import MEAN, STD, CellReader, SlotReader, reading_loss
+from .world import MOST_THINGS, PLACES, sample_of
 
+SLOT = 64  # a CLIP's vector is unfolded into so many numbers for each cell
 CAPTION_SHARE = 3  # the matching model reads the captions of one image in so many
 ADDED_SHARE = 0.25  # of the false texts: a sentence about a thing that is not there
 
@@ -126,10 +129,10 @@ class MatchingTrainer:
 
     model: Any
 
-    def __init__(self, plan: MatchingPlan, tokenizer: BertTokenizer, patch: int) -> None:
+    def __init__(self, plan: MatchingPlan, tokenizer: BertTokenizer, patch: int, slot: int, *more: nn.Module) -> None:
         self.plan, self.tokenizer = plan, tokenizer
-        self.reader = CellReader((SIDE // patch) ** 2, WIDTH)
-        self.optimizers = build_optimizers(self.model, plan.lr, plan.adam_lr, *self.reader.parameters())
+        self.readers = nn.ModuleList([CellReader((SIDE // patch) ** 2, WIDTH), SlotReader(slot), *more])
+        self.optimizers = build_optimizers(self.model, plan.lr, plan.adam_lr, *self.readers.parameters())
         self.progress = Progress()
 
     def run(self, log: Log) -> Iterator[Progress]:
@@ -156,15 +159,18 @@ class MatchingTrainer:
     def step(self, batch: PairBatch, rate: float) -> dict[str, float]:
         """One update of all weights; returns losses and accuracies by name."""
         pooled, tokens = self.see(normalised(batch.pixels))
-        loss, read = reading_loss(self.reader(tokens), batch.truth)
-        report = {"reading": loss.item(), "cells": sum(read[:4]) / 4}
+        tower, whole_image, *_ = self.readers
+        loss, read = reading_loss(tower(tokens), batch.truth)
+        slot_loss, kept = reading_loss(whole_image(self.slots(pooled)), batch.truth)
+        report = {"reading": loss.item(), "cells": sum(read[:4]) / 4, "kept": sum(kept[:4]) / 4}
+        loss = loss + slot_loss
         if self.progress.step >= self.plan.reading_steps:
             whole = self.plan.progress(self.progress.step, self.progress.seconds) >= self.plan.captions_from
             told, figures = self.losses(pooled, tokens, batch, whole)
             loss = self.plan.reading_weight * loss + told
             report |= figures
         loss.backward()
-        report["norm"] = nn.utils.clip_grad_norm_([*self.model.parameters(), *self.reader.parameters()], 1.0).item()
+        report["norm"] = nn.utils.clip_grad_norm_([*self.model.parameters(), *self.readers.parameters()], 1.0).item()
         for optimizer in self.optimizers:
             set_rate(optimizer, rate)
             optimizer.step()
@@ -173,6 +179,10 @@ class MatchingTrainer:
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Of (n, 3, SIDE, SIDE): the vision tower's output, and its patches' tokens (n, patches, WIDTH)."""
+        raise NotImplementedError
+
+    def slots(self, pooled: Tensor) -> Tensor:
+        """What the model keeps of each of the nine cells, (n, 9, slot width): texts are compared with this."""
         raise NotImplementedError
 
     def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
@@ -190,7 +200,7 @@ class MatchingTrainer:
             "seed": self.plan.seed,
             "progress": asdict(self.progress),
             "model": self.model.state_dict(),
-            "reader": self.reader.state_dict(),
+            "readers": self.readers.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         torch.save(state, temporary := file.with_suffix(".partial"))
@@ -202,7 +212,7 @@ class MatchingTrainer:
         if state["seed"] != self.plan.seed:
             raise ValueError(f"{file} was trained with seed {state['seed']}, not {self.plan.seed}")
         self.model.load_state_dict(state["model"])
-        self.reader.load_state_dict(state["reader"])
+        self.readers.load_state_dict(state["readers"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
@@ -218,11 +228,15 @@ class ClipTrainer(MatchingTrainer):
         tokenizer = build_bert_tokenizer(plan.seed)
         self.name, self.model = name, build_clip(name, tokenizer)
         self.model.visual.output_tokens = True
-        super().__init__(plan, tokenizer, PATCHES[name])
+        super().__init__(plan, tokenizer, PATCHES[name], SLOT, nn.Linear(EMBED, len(PLACES) * SLOT))
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         pooled, tokens = self.model.visual(pixels)
         return functional.normalize(pooled, dim=-1), tokens
+
+    def slots(self, pooled: Tensor) -> Tensor:
+        unfolded: Tensor = self.readers[2](pooled * EMBED**0.5)
+        return unfolded.view(-1, len(PLACES), SLOT)
 
     def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
         n, s = len(pooled), self.plan.sentences
@@ -262,11 +276,16 @@ class ItmTrainer(MatchingTrainer):
         torch.manual_seed(plan.seed)
         tokenizer = build_bert_tokenizer(plan.seed)
         self.model = build_itm(tokenizer)
-        super().__init__(plan, tokenizer, 14)
+        super().__init__(plan, tokenizer, 14, WIDTH)
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         states = self.model.vision_model(pixel_values=pixels).last_hidden_state
         return states, states[:, 1:]
+
+    def slots(self, pooled: Tensor) -> Tensor:
+        queries = self.model.query_tokens.expand(len(pooled), -1, -1)
+        out: Tensor = self.model.qformer(query_embeds=queries, encoder_hidden_states=pooled).last_hidden_state
+        return out[:, : len(PLACES)]
 
     def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
         n, s = len(pooled), self.plan.sentences

@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from .data import picture
-from .export import IMAGE_TOKENS
+from .export import IMAGE_TOKENS, export_folder
 from .lessons import FORMS, Lesson
 from .optim import build_optimizers, set_rate
 from .schedule import Progress, Schedule
@@ -218,6 +218,10 @@ class School:
         image = self.tokenizer.convert_tokens_to_ids(IMAGE)
         seen = image_tokens(self.tower, pixels).flatten(0, 1)
         return embedded.masked_scatter((ids == image)[..., None], seen)
+
+    def export(self, folder: Path) -> None:
+        """Write the model's folder."""
+        export_folder(self.model, self.tokenizer, folder)
 
     def save(self, file: Path) -> None:
         """Everything a resumed run needs, in one file that appears whole."""

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from .data import PROMPTS, Batch, batches
-from .export import GRID_THW, IMAGE_TOKENS, build_config, build_processor
+from .export import GRID_THW, IMAGE_TOKENS, build_config, build_processor, export_folder
 from .optim import build_optimizers, set_rate
 from .prompts import messages
 from .schedule import Progress, Schedule
@@ -85,6 +85,10 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         return report
+
+    def export(self, folder: Path) -> None:
+        """Write the model's folder."""
+        export_folder(self.model, self.tokenizer, folder)
 
     def save(self, file: Path) -> None:
         """Everything a resumed run needs, in one file that appears whole."""

@@ -35,7 +35,7 @@ from .world import SHAPES, sample_of
 PATCHES = {"clip": 14, "eval-clip": 16}
 WIDTH, TEXT_LAYERS, VISION_LAYERS, EMBED = 128, 4, 4, 256
 CONTEXT = 77
-QUERIES = 8
+QUERIES = 12
 PAD, UNK, CLS, MASK, SEP = "[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]"
 
 

@@ -85,6 +85,22 @@ class CellReader(nn.Module):
         return [*self.cell(read).split(self.widths(), dim=-1), self.background(tokens.mean(1))]
 
 
+class SlotReader(nn.Module):
+    """Reads each cell's content from a vector of its own, (images, 9, width): nine slots, or slices of one vector.
+
+    Like :class:`CellReader` it shows a model what to keep of each cell, and is not exported.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cell = nn.Linear(width, sum(CellReader.widths()))
+        self.background = nn.Linear(width, len(BACKGROUNDS))
+
+    def forward(self, slots: Tensor) -> list[Tensor]:
+        """Logits (images, 9, answers) for each question, then (images, 4)."""
+        return [*self.cell(slots).split(CellReader.widths(), dim=-1), self.background(slots.mean(1))]
+
+
 def reading_loss(logits: list[Tensor], truth: Truth) -> tuple[Tensor, list[float]]:
     """The summed cross entropy of :class:`CellReader` and its accuracy per question, as the fields of ``truth``."""
     targets = [truth.what, truth.color, truth.size, truth.word, truth.background]
