@@ -22,8 +22,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertTokenizer, Blip2ForImageTextRetrieval
 
+from ..clip import encode_trimmed
 from .data import SIGN_SHARE, Truth, picture, truth_of
-from .export import SIDE
 from .optim import build_optimizers, set_rate
 from .pairs import addition, sentence_pair, true_and_false, with_sentence
 from .schedule import Progress, Schedule
@@ -31,7 +31,6 @@ from .train import Log
 from .two_towers import (
     CONTEXT,
     EMBED,
-    PATCHES,
     QUERIES,
     WIDTH,
     build_bert_tokenizer,
@@ -112,26 +111,14 @@ def normalised(pixels: Tensor) -> Tensor:
     return ((pixels.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
 
 
-def encode_trimmed(model: CLIP, ids: Tensor) -> Tensor:
-    """Text features (n, EMBED) of ids (n, length): what ``model.encode_text`` gives for them padded to its context.
-
-    Attention is causal, so what follows a text's end changes nothing.
-    """
-    length = ids.shape[1]
-    x = model.token_embedding(ids) + model.positional_embedding[:length]
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-    features: Tensor = x[torch.arange(len(ids)), ids.argmax(-1)] @ model.text_projection
-    return features
-
-
 class MatchingTrainer:
     """A model in training: what the CLIPs and the matching model share. Subclasses give the losses."""
 
     model: Any
 
-    def __init__(self, plan: MatchingPlan, tokenizer: BertTokenizer, patch: int, slot: int, *more: nn.Module) -> None:
+    def __init__(self, plan: MatchingPlan, tokenizer: BertTokenizer, slot: int, *more: nn.Module) -> None:
         self.plan, self.tokenizer = plan, tokenizer
-        self.readers = nn.ModuleList([CellReader((SIDE // patch) ** 2, WIDTH), SlotReader(slot), *more])
+        self.readers = nn.ModuleList([CellReader(WIDTH, tokens=0), SlotReader(slot), *more])
         self.optimizers = build_optimizers(self.model, plan.lr, plan.adam_lr, *self.readers.parameters())
         self.progress = Progress()
 
@@ -228,7 +215,7 @@ class ClipTrainer(MatchingTrainer):
         tokenizer = build_bert_tokenizer(plan.seed)
         self.name, self.model = name, build_clip(name, tokenizer)
         self.model.visual.output_tokens = True
-        super().__init__(plan, tokenizer, PATCHES[name], SLOT, nn.Linear(EMBED, len(PLACES) * SLOT))
+        super().__init__(plan, tokenizer, SLOT, nn.Linear(EMBED, len(PLACES) * SLOT))
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         pooled, tokens = self.model.visual(pixels)
@@ -276,7 +263,7 @@ class ItmTrainer(MatchingTrainer):
         torch.manual_seed(plan.seed)
         tokenizer = build_bert_tokenizer(plan.seed)
         self.model = build_itm(tokenizer)
-        super().__init__(plan, tokenizer, 14, WIDTH)
+        super().__init__(plan, tokenizer, WIDTH)
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         states = self.model.vision_model(pixel_values=pixels).last_hidden_state

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from open_clip import CLIP
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
-from tokenizers.models import WordPiece
+from tokenizers import normalizers, pre_tokenizers
 from torch import nn
 from transformers import (
     BertTokenizer,
@@ -40,18 +39,16 @@ PAD, UNK, CLS, MASK, SEP = "[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]"
 
 
 def build_bert_tokenizer(seed: int, captions: int = 4000) -> BertTokenizer:
-    """WordPiece on captions of the rendered world, lower-cased; any ASCII text encodes, letter by letter if need be.
+    """The words of the rendered world's captions, lower-cased; any other ASCII text encodes letter by letter.
 
-    ``[SEP]`` has the highest id: open_clip finds the end of a text by it.
+    ``[SEP]`` has the highest id: open_clip finds the end of a text by it. The words are listed and not learnt: a
+    trained WordPiece breaks its ties differently each time, and a resumed training would read other ids.
     """
-    core = Tokenizer(WordPiece(unk_token=UNK))
-    core.normalizer = normalizers.BertNormalizer(lowercase=True)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    alphabet = [chr(code) for code in range(33, 127)]
-    trainer = trainers.WordPieceTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator(_texts(seed, captions), trainer)
-    pieces = {*core.get_vocab(), *(f"##{letter}" for letter in alphabet)}
-    vocabulary = [PAD, UNK, CLS, MASK, *sorted(pieces), SEP]
+    normal, cut = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = {word for text in _texts(seed, captions) for word, _ in cut.pre_tokenize_str(normal.normalize_str(text))}
+    letters = {chr(code) for code in range(33, 127)}
+    pieces = sorted(words | letters | {f"##{letter}" for letter in letters})
+    vocabulary = [PAD, UNK, CLS, MASK, *pieces, SEP]
     return BertTokenizer(vocab={piece: index for index, piece in enumerate(vocabulary)}, model_max_length=512)
 
 
@@ -105,6 +102,7 @@ def build_itm(tokenizer: BertTokenizer) -> Blip2ForImageTextRetrieval:
             "image_size": SIDE,
             "patch_size": 14,
             "attention_dropout": 0.0,
+            "initializer_range": 0.05,
         },
         qformer_config={
             "vocab_size": len(tokenizer),
@@ -124,6 +122,7 @@ def build_itm(tokenizer: BertTokenizer) -> Blip2ForImageTextRetrieval:
         image_text_hidden_size=EMBED,
     )
     model = Blip2ForImageTextRetrieval(config)
+    nn.init.normal_(model.vision_model.embeddings.position_embedding, std=0.3)
     nn.init.normal_(model.query_tokens, std=0.5)
     nn.init.normal_(model.embeddings.word_embeddings.weight, std=0.5)
     return model

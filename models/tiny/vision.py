@@ -65,9 +65,10 @@ class CellReader(nn.Module):
     All cells share one classifier, so that a colour looks the same to the language model wherever it is.
     """
 
-    def __init__(self, tokens: int = IMAGE_TOKENS, width: int = TEXT_WIDTH) -> None:
+    def __init__(self, width: int = TEXT_WIDTH, tokens: int = IMAGE_TOKENS) -> None:
+        """``tokens`` 0: the tower itself has to tell where a token is from, which others than a decoder will need."""
         super().__init__()
-        self.places = nn.Parameter(torch.randn(tokens, width) * 0.3)
+        self.places = nn.Parameter(torch.randn(tokens, width) * 0.3) if tokens else 0.0
         self.queries = nn.Parameter(torch.randn(len(PLACES), width))
         self.attention = nn.MultiheadAttention(width, width // 32, batch_first=True)
         self.cell = nn.Linear(width, sum(self.widths()))
