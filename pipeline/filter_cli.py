@@ -5,18 +5,20 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
-from ..stages.select import SelectConfig
 from . import options as o
 from .interrupts import interrupts
 from .outcome import Exit, conclude
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..stages.select import SelectConfig
 
 
 def filter_(
@@ -41,6 +43,8 @@ def filter_(
     fresh: Annotated[bool, typer.Option("--fresh", help="Write the final shards anew; scores stay.")] = False,
 ) -> None:
     """Keep what the scores believe: final shards, with a row for every input row, and a report with pictures."""
+    from ..stages.select import SelectConfig
+
     if by is not None and top is None:
         raise BadInput(f"--by {by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
     ranked = {} if by is None else {"by": by}
