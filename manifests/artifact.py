@@ -95,13 +95,17 @@ class Artifact:
         folder.make()
         artifact = cls(folder, config)
         artifact._acquire()
-        if fresh:
-            artifact._erase()
-        if folder.exists(CONFIG):
-            artifact.config = artifact._resumed(config)
-            artifact._drop_journals()
-        else:
-            artifact._write(config)
+        try:
+            if fresh:
+                artifact._erase()
+            if folder.exists(CONFIG):
+                artifact.config = artifact._resumed(config)
+                artifact._drop_journals()
+            else:
+                artifact._write(config)
+        except BaseException:
+            artifact.close()
+            raise
         return artifact
 
     def _resumed(self, config: dict[str, Any]) -> dict[str, Any]:

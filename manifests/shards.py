@@ -54,6 +54,19 @@ class Companion:
     url: str
     sha256: str
 
+    def read(self) -> bytes:
+        """The file. Raises ArtifactMismatch where it is not the one that was committed."""
+        fs, path = url_to_fs(self.url)
+        try:
+            data: bytes = fs.cat_file(path)
+        except OSError as error:
+            text = f"{self.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
+            raise ArtifactMismatch(text) from None
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            text = f"{self.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
+            raise ArtifactMismatch(text)
+        return data
+
 
 @dataclass(frozen=True)
 class InputShard:
@@ -307,16 +320,7 @@ def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
 
 
 def _companion_rows(companion: Companion) -> Iterator[dict[str, Any]]:
-    fs, path = url_to_fs(companion.url)
-    try:
-        data = fs.cat_file(path)
-    except OSError as error:
-        text = f"{companion.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
-        raise ArtifactMismatch(text) from None
-    if hashlib.sha256(data).hexdigest() != companion.sha256:
-        text = f"{companion.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
-        raise ArtifactMismatch(text)
-    for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(1000):
+    for batch in pq.ParquetFile(io.BytesIO(companion.read())).iter_batches(1000):
         yield from batch.to_pylist()
 
 

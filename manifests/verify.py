@@ -17,11 +17,11 @@ from ..errors import CapipeError
 from .artifact import Artifact
 from .manifest import ShardRecord
 from .samples import read_samples
-from .schema import ANNOTATE, INGEST, check
+from .schema import ANNOTATE, INGEST, SCORE, SELECT, check
 from .shards import uid_of
 from .status import Status
 
-_SCHEMAS = {"ingest": INGEST, "annotate": ANNOTATE}
+_SCHEMAS = {"ingest": INGEST, "annotate": ANNOTATE, "score": SCORE, "select": SELECT}
 _CHUNK = 1 << 20
 
 
@@ -91,15 +91,16 @@ def _files(artifact: Artifact, record: ShardRecord, report: Report) -> Iterator[
 
 
 def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report: Report) -> None:
-    """Keys that ingest gave are unique in the artifact. Tars of other tools may use a key again in another tar."""
+    """Keys that ingest gave are unique in the artifact. Tars of other tools may use a key again in another tar, which
+    final shards, whose rows are compared with those of their input below, may have passed on through several stages."""
     with artifact.folder.open(f"{record.shard}.parquet") as file:
         column = pq.read_table(file, columns=["key"]).column("key").to_pylist()
     repeated = [key for key in column if not keys.add(key)]
     if not repeated:
         return
     text = f"{record.shard}.parquet: key {repeated[0]!r} is not unique in the artifact ({len(repeated)} such)"
-    foreign = artifact.config["semantic"].get("input", "") is None and len(set(column)) == len(column)
-    if foreign:
+    passed_on = artifact.config["semantic"].get("input", "") is None or artifact.stage == "select"
+    if passed_on and len(set(column)) == len(column):
         report.notes.append(f"{artifact.url}/{text}: its tars came from elsewhere; join by shard and key, or by uid")
     else:
         report.faults.append(f"{artifact.url}/{text}")
@@ -164,18 +165,24 @@ def _source(artifact: Artifact, report: Report) -> Artifact | None:
 def _conservation(artifact: Artifact, record: ShardRecord, source: Artifact | None) -> Iterator[str]:
     if source is None:
         return
-    columns = ["key", "uid"]
+    name = f"{record.shard}.parquet"
+    final = "shards" in record.input  # of several input shards, whose keys may have got a prefix
+    sources = [entry["name"] for entry in record.input["shards"]] if final else [record.shard]
     try:
-        with (
-            source.folder.open(f"{record.shard}.parquet") as theirs,
-            artifact.folder.open(f"{record.shard}.parquet") as ours,
-        ):
-            equal = pq.read_table(theirs, columns=columns).equals(pq.read_table(ours, columns=columns))
+        ours = _identity(artifact, name, "source_key" if final else "key")
+        theirs = pa.concat_tables(_identity(source, f"{shard}.parquet", "key") for shard in sources)
     except (OSError, pa.ArrowException) as error:
-        yield f"{record.shard}.parquet: cannot be compared with its input {source.url} ({error})"
+        yield f"{name}: cannot be compared with its input {source.url} ({error})"
         return
-    if not equal:
-        yield f"{record.shard}.parquet: keys and uids are not those of its input {source.url}, row by row"
+    if not ours.equals(theirs):
+        yield f"{name}: keys and uids are not those of its input {source.url}, row by row"
+
+
+def _identity(artifact: Artifact, name: str, key: str) -> pa.Table:
+    """Keys and uids of a shard's rows."""
+    with artifact.folder.open(name) as file:
+        table = pq.read_table(file, columns=[key, "uid"])
+    return pa.table({"key": table.column(key), "uid": table.column("uid")})
 
 
 def _leftovers(artifact: Artifact, report: Report) -> None:

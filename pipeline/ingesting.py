@@ -7,8 +7,10 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from ..errors import BadInput, CapipeError, RunFailed
 from ..manifests.artifact import Artifact
@@ -22,6 +24,8 @@ from .runner import Outcome
 from .worker import disk_text
 
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+Task = TypeVar("Task", bound="Sharded")
 
 
 @dataclass(frozen=True)
@@ -64,32 +68,51 @@ def execute_ingest(made: IngestPlan, report: Callable[[Event], None], stop: thre
     function = functools.partial(_write_shard, config=made.config, artifact=made.artifact.attach())
     todo = pending(_counted(made), made.artifact)
     for result in run_pool(todo, function, made.workers, stop):
-        event = _event(made.artifact, result, outcome)
-        if isinstance(event, ShardDone):
-            report(Pulse(rows=event.record.rows))
-        report(event)
+        settle(made.artifact, result, outcome, report)
     outcome.interrupted = stop.is_set()
     return outcome
 
 
 def _write_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> ShardRecord:
-    """Items keep their own faults to themselves: an OSError here is the output's. A full disk ends the run, for neither
-    a retry nor another shard would mend it; the rest (an object store's bad minute) is tried again."""
-    try:
+    """Items keep their own faults to themselves: an OSError here is the output's."""
+    with writing(artifact):
         return ingest_shard(task, config, artifact)
+
+
+@contextmanager
+def writing(artifact: Artifact) -> Iterator[None]:
+    """While a shard is written: a full disk ends the run, for neither a retry nor another shard would mend it; the rest
+    (an object store's bad minute) is tried again."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _HOPELESS:
             raise RunFailed(disk_text(error, artifact.url)) from error
         raise
 
 
-def _event(artifact: Artifact, result: Done[IngestTask, ShardRecord] | Failed[IngestTask], outcome: Outcome) -> Event:
+class Sharded(Protocol):
+    """A task that writes one shard."""
+
+    @property
+    def shard(self) -> str: ...
+
+
+def settle(
+    artifact: Artifact,
+    result: Done[Task, ShardRecord] | Failed[Task],
+    outcome: Outcome,
+    report: Callable[[Event], None],
+) -> None:
+    """Report a shard's end; one that failed for good is quarantined."""
     if isinstance(result, Done):
-        return ShardDone(result.result)
+        report(Pulse(rows=result.result.rows))
+        report(ShardDone(result.result))
+        return
     shard, reason = result.task.shard, result.error
     artifact.quarantine(shard, reason)
     outcome.quarantined[shard] = reason
-    return ShardFailed(shard, reason)
+    report(ShardFailed(shard, reason))
 
 
 def _counted(made: IngestPlan) -> Iterator[IngestTask]:

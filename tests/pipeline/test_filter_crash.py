@@ -1,0 +1,97 @@
+"""`kill -9` of a selection: resumed, it ends in the same bytes, whatever it was doing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from capipe.manifests.verify import verify
+
+from ..stages.scored import foreign_shards, write_scores
+from .conftest import COMMAND
+
+# The n-th time that something becomes visible (a file's rename, a manifest line) is where the process dies.
+_DIES = """
+import os, signal, sys
+from capipe.manifests import manifest, storage
+left = int(sys.argv.pop(1))
+def dying(function):
+    def called(*arguments):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return called
+storage.Folder.publish = dying(storage.Folder.publish)
+manifest.append = dying(manifest.append)
+from capipe.pipeline.cli import main
+main()
+"""
+
+
+def contents(out: Path) -> dict[str, str]:
+    """Digests of all that a selection makes, but for the figures of time."""
+    made = [*out.glob("*.tar"), *out.glob("*.parquet"), out / "_capipe/uids.npy", out / "_capipe/report.html"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in made}
+
+
+def leftovers(out: Path) -> set[str]:
+    known = {"config.json", "manifest.jsonl", "lock", "uids.npy", "report.html"}
+    return {path.name for path in (out / "_capipe").rglob("*") if path.is_file()} - known
+
+
+def options(folder: Path, out: str, *more: object) -> list[str]:
+    asked = ["filter", "--shards", folder / "theirs", "--scores", folder / "scores", "--top", 0.6, "--shard-size", 12]
+    return [str(part) for part in [*asked, "--out", folder / out, *more]]
+
+
+@pytest.mark.slow
+def test_killed_at_every_step(tmp_path: Path) -> None:
+    write_scores(foreign_shards(tmp_path / "theirs", [15] * 3), tmp_path / "scores")
+    subprocess.run([*COMMAND, *options(tmp_path, "alone", "--workers", 0)], check=True, capture_output=True)
+    kills = 0
+    for steps in cycle(range(1, 7)):  # a shard is four steps: in six, one at least is done and one under way
+        command = [sys.executable, "-c", _DIES, str(steps), *options(tmp_path, "killed", "--workers", 0)]
+        done = subprocess.run(command, capture_output=True)
+        if done.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+        assert not (tmp_path / "killed/shards/_capipe/uids.npy").exists()  # it comes last
+    assert done.returncode == 0, done.stderr
+    assert kills >= 10
+    assert contents(tmp_path / "killed/shards") == contents(tmp_path / "alone/shards")
+    assert verify(str(tmp_path / "killed/shards")).faults == [] and not leftovers(tmp_path / "killed/shards")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """With two processes copying."""
+    write_scores(foreign_shards(tmp_path / "theirs", [100] * 12), tmp_path / "scores")
+    more = ["--workers", 2]
+    started = time.monotonic()
+    subprocess.run([*COMMAND, *options(tmp_path, "alone", *more)], check=True, capture_output=True)
+    alone, rng, kills = time.monotonic() - started, random.Random(0), 0
+    while True:
+        process = subprocess.Popen(
+            [*COMMAND, *options(tmp_path, "killed", *more)], start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        try:
+            assert process.wait(rng.uniform(0.3, 1.0) * alone if kills < 6 else None) == 0
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 3, "the run was over too soon to be killed; make it longer"
+    assert contents(tmp_path / "killed/shards") == contents(tmp_path / "alone/shards")
+    assert verify(str(tmp_path / "killed/shards")).faults == [] and not leftovers(tmp_path / "killed/shards")
