@@ -80,9 +80,11 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *options: object) -> str:
     return said.getvalue()
 
 
-def test_scores_that_are_not_there(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_are_not_there(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not an artifact" in refusal(monkeypatch, "--shards", shards, "--scores", shards)
-    assert "--scores: name" in refusal(monkeypatch, "--shards", shards)
+    assert "name what is to score" in refusal(monkeypatch, "--shards", shards)
+    both = ("--scores", tmp_path / "scores", "--clip", "tiny/clip")
+    assert "scored already" in refusal(monkeypatch, "--shards", shards, *both)
 
 
 def test_no_model_is_near(shards: Path, tmp_path: Path) -> None:
