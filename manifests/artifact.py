@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
 from . import manifest
+from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, fingerprint
 from .journal import Journal
 from .manifest import ShardRecord
 from .storage import PRIVATE, Folder, clear
+from .tar import unsafe_name
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
@@ -143,14 +145,25 @@ class Artifact:
         clear(self.folder.private("tmp"))  # only a crash leaves something there
 
     def _erase(self) -> None:
-        """Remove what earlier runs wrote here: files the manifest names, and the private folder but for the lock."""
+        """Remove what earlier runs wrote here: files that the manifest or the configuration's ``extras`` names, and the
+        private folder but for the lock."""
         for record in manifest.read(self.folder).values():
             for name in record.files:
                 self.folder.remove(name)
+        for name in self._extras():
+            self.folder.remove(name)
         for name in self.folder.names(PRIVATE):
             if name != "lock":
                 self.folder.remove(f"{PRIVATE}/{name}")
         clear(self.folder.private("journal"))
+
+    def _extras(self) -> list[str]:
+        """What an earlier run wrote that belongs to no shard; nothing where its configuration is gone or unreadable."""
+        try:
+            extras: list[str] = json.loads(self.folder.read_bytes(CONFIG))["run"].get("extras", [])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+        return [name for name in extras if unsafe_name(name) is None]
 
     def close(self) -> None:
         """Give the lock back and tidy up; safe to call twice."""
@@ -178,6 +191,10 @@ class Artifact:
     def begin(self, shard: str, schema: pa.Schema, *, tar: bool = False) -> ShardTransaction:
         """Start writing a shard; nothing is visible before its commit."""
         return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar)
+
+    def begin_files(self, shard: str) -> FileTransaction:
+        """Start a shard of files that are made one by one (an export's); nothing is visible before its commit."""
+        return FileTransaction(self.folder, self.fingerprint, shard)
 
     def journal(self, shard: str) -> Journal:
         return Journal(self.folder.private(f"journal/{shard}.jsonl"), self.fingerprint)

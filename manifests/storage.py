@@ -87,6 +87,20 @@ class Folder:
             self.fs.put_file(str(scratch), self.full(name))
             scratch.unlink()
 
+    def publish_tree(self, scratch: Path, name: str) -> None:
+        """Make a finished scratch folder visible under its final name, in the place of what a crash left there."""
+        if self.is_local:
+            os.sync()  # one for all: an fsync for each of ten thousand small files would take minutes on a disk
+            target = self.local(name)
+            clear(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch.replace(target)
+            sync(target.parent)
+        else:
+            self.remove(name)
+            self.fs.put(f"{scratch}/", f"{self.full(name)}/", recursive=True)
+            clear(scratch)
+
     def write(self, name: str, data: bytes) -> None:
         """Write a small file in one visible step."""
         scratch = self.private(f"tmp/{name.replace('/', '+')}")
