@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import ArtifactMismatch, BadInput
+from ..errors import ArtifactMismatch, BadInput, CapipeError
 from . import manifest
 from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, fingerprint
@@ -97,14 +97,22 @@ class Artifact:
         folder.make()
         artifact = cls(folder, config)
         artifact._acquire()
-        if fresh:
-            artifact._erase()
-        if folder.exists(CONFIG):
-            artifact.config = artifact._resumed(config)
-            artifact._drop_journals()
-        else:
-            artifact._write(config)
+        try:
+            artifact._settle(config, fresh)
+        except CapipeError:
+            artifact.close()
+            raise
         return artifact
+
+    def _settle(self, config: dict[str, Any], fresh: bool) -> None:
+        """Begin the artifact, or go on with the one that is there; the lock is held."""
+        if fresh:
+            self._erase()
+        if self.folder.exists(CONFIG):
+            self.config = self._resumed(config)
+            self._drop_journals()
+        else:
+            self._write(config)
 
     def _resumed(self, config: dict[str, Any]) -> dict[str, Any]:
         old = Artifact.open(self.url).config

@@ -41,8 +41,7 @@ def export(
 ) -> None:
     """Write finished shards in the files that trainers read, with a dataset card; image bytes stay what they are."""
     from ..stages.dataset_card import CardWords
-    from .export_files import write_files
-    from .exporting import execute_export, notes, plan_export
+    from .exporting import execute_export, finish, plan_export
     from .progress import Progress
 
     words = CardWords(title or out.rstrip("/").rpartition("/")[2], _license(license), _languages(language or []))
@@ -56,10 +55,8 @@ def export(
     try:
         with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
             outcome = execute_export(made, report, stop)
-        if len(made.artifact.committed()) == len(made.shards):
-            said = list(notes(made.artifact, made.config))
-            write_files(made.artifact, made.source, words, format, said)
-            print("\n".join(said), file=sys.stderr, end="\n" if said else "")
+        for note in finish(made, words) or []:
+            print(note, file=sys.stderr)
     finally:
         made.artifact.close()
     raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))

@@ -28,7 +28,7 @@ SIZES = "sizes.json"
 #: What an export of each format writes beside its shards' files; `--fresh` removes it, too.
 EXTRAS: dict[str, list[str]] = {
     "webdataset": [CARD, SIZES, energon.META],
-    "parquet": [CARD],
+    "parquet": [CARD, "data"],
     "llava": [CARD, CONVERSATIONS, IMAGES],
 }
 

@@ -22,7 +22,7 @@ from ..manifests.status import Status
 from ..stages.dataset_card import CardWords
 from ..stages.export import STAGE, ExportConfig, export_shard, image_extensions, listing, made_of
 from .events import Event, Pulse, ShardDone, ShardFailed
-from .export_files import EXTRAS
+from .export_files import EXTRAS, write_files
 from .pool import Done, run_pool
 from .runner import Outcome
 from .worker import disk_text
@@ -218,7 +218,16 @@ def _write_shard(
         raise
 
 
-def notes(artifact: Artifact, config: ExportConfig) -> Iterator[str]:
+def finish(made: ExportPlan, words: CardWords) -> list[str] | None:
+    """Once every shard is there, write the files over all of them; returns what readers should know, else None."""
+    if len(made.artifact.committed()) < len(made.shards):
+        return None
+    said = list(_notes(made.artifact, made.config))
+    write_files(made.artifact, made.source, words, made.config.format, said)
+    return said
+
+
+def _notes(artifact: Artifact, config: ExportConfig) -> Iterator[str]:
     """What a reader of the export should know, a sentence each; they are in the card, too."""
     sums: Counter[str] = Counter()
     for record in artifact.committed().values():

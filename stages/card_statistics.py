@@ -29,7 +29,7 @@ class Tally:
     total: float = 0.0
 
     def add(self, value: float) -> None:
-        self.bins[math.floor(value / self.width + 1e-6)] += 1  # 0.29 is stored as 0.28999999
+        self.bins[math.floor(value / self.width + 1e-4)] += 1  # 0.39 is 0.38999999 as a 32-bit float
         self.total += value
 
     @property

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, SELECT
 from capipe.models.tiny.corpus import Format, samples
+from capipe.pipeline.exporting import execute_export, finish, plan_export
+from capipe.stages.dataset_card import CardWords
 
 SELECTION = {"keep": "re_clip_score > 0.28", "scores": "0" * 64}
 
@@ -97,6 +98,14 @@ def kept(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in rows_of(folder) if row["status"] == "ok"}
 
 
-def listed(table: pa.Table) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+def export(
+    source: Path, out: Path, format: str = "webdataset", *, license: str = "cc-by-4.0", **options: Any
+) -> list[str] | None:
+    """Run an export to its end in this process; returns its notes."""
+    words = CardWords("Rendered scenes", license)
+    made = plan_export(str(source), str(out), format, words, **{"workers": 0, **options})
+    try:
+        execute_export(made, lambda event: None, threading.Event())
+        return finish(made, words)
+    finally:
+        made.artifact.close()
