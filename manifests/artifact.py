@@ -14,7 +14,6 @@ from importlib import metadata
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput, CapipeError
 from . import manifest
@@ -22,7 +21,7 @@ from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, fingerprint
 from .journal import Journal
 from .manifest import ShardRecord
-from .storage import PRIVATE, Folder, clear
+from .storage import PRIVATE, Folder, clear, read_parquet
 from .tar import unsafe_name
 from .transaction import ShardTransaction
 
@@ -220,8 +219,7 @@ class Artifact:
 
     def read_rows(self, shard: str) -> list[dict[str, Any]]:
         """All rows of a committed shard, in order."""
-        with self.folder.open(f"{shard}.parquet") as file:
-            rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+        rows: list[dict[str, Any]] = read_parquet(self.folder, f"{shard}.parquet").to_pylist()
         return rows
 
     def manifest_digest(self) -> str:

@@ -20,6 +20,7 @@ from .samples import read_samples
 from .schema import ANNOTATE, INGEST, check
 from .shards import uid_of
 from .status import Status
+from .storage import read_parquet
 
 _SCHEMAS = {"ingest": INGEST, "annotate": ANNOTATE}
 _CHUNK = 1 << 20
@@ -103,8 +104,7 @@ def _finals(artifact: Artifact, report: Report) -> Iterator[str]:
 
 def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report: Report) -> None:
     """Keys that ingest gave are unique in the artifact. Tars of other tools may use a key again in another tar."""
-    with artifact.folder.open(f"{record.shard}.parquet") as file:
-        column = pq.read_table(file, columns=["key"]).column("key").to_pylist()
+    column = read_parquet(artifact.folder, f"{record.shard}.parquet", ["key"]).column("key").to_pylist()
     repeated = [key for key in column if not keys.add(key)]
     if not repeated:
         return
@@ -127,7 +127,7 @@ def _content(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
             except CapipeError as error:
                 yield str(error)
                 return
-        table = parquet.read(columns=["key", "uid", "status"])
+        table = parquet.read(columns=["key", "uid", "status"], use_threads=False)
     rows = table.to_pylist()
     counts = Counter(row["status"] for row in rows)
     if counts != Counter(record.rows):
@@ -194,11 +194,8 @@ def _conservation(artifact: Artifact, record: ShardRecord, source: Artifact | No
         return
     columns = ["key", "uid"]
     try:
-        with (
-            source.folder.open(f"{record.shard}.parquet") as theirs,
-            artifact.folder.open(f"{record.shard}.parquet") as ours,
-        ):
-            equal = pq.read_table(theirs, columns=columns).equals(pq.read_table(ours, columns=columns))
+        theirs, ours = (read_parquet(a.folder, f"{record.shard}.parquet", columns) for a in (source, artifact))
+        equal = theirs.equals(ours)
     except (OSError, pa.ArrowException) as error:
         yield f"{record.shard}.parquet: cannot be compared with its input {source.url} ({error})"
         return

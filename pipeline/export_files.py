@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..manifests.artifact import Artifact
 from ..manifests.file_transaction import FileTransaction
 from ..manifests.manifest import ShardRecord
+from ..manifests.storage import read_parquet
 from ..stages import energon
 from ..stages.card_statistics import Statistics
 from ..stages.dataset_card import CardWords, Contents, render
@@ -96,10 +96,8 @@ def _write_webdataset(artifact: Artifact, records: Sequence[ShardRecord], files:
 def _indexed(artifact: Artifact, record: ShardRecord) -> energon.IndexedTar:
     name, folder = f"{record.shard}.tar", artifact.folder
     starts = array("Q", folder.read_bytes(f"{name}.idx"))
-    with folder.open(listing(record.shard)) as file:
-        rows = pq.read_table(file, columns=["key", "status"])
-    with folder.open(f"{PARTS}/{record.shard}.parquet") as file:
-        parts = pq.read_table(file)
+    rows = read_parquet(folder, listing(record.shard), ["key", "status"])
+    parts = read_parquet(folder, f"{PARTS}/{record.shard}.parquet")
     keys = rows.filter(pc.equal(rows["status"], "ok")).column("key").to_pylist()
     return energon.IndexedTar(name, str(record.files[name]["sha256"]), keys, starts, parts)
 

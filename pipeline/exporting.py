@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput, CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.status import Status
+from ..manifests.storage import read_parquet
 from ..stages.dataset_card import CardWords
 from ..stages.export import STAGE, ExportConfig, export_shard, image_extensions, listing, made_of
 from .events import Event, Pulse, ShardDone, ShardFailed
@@ -111,8 +111,7 @@ def _complete(source: Artifact) -> list[ShardRecord]:
 
 
 def _ok_keys(source: Artifact, record: ShardRecord) -> list[str]:
-    with source.folder.open(listing(record.shard)) as file:
-        rows = pq.read_table(file, columns=["key", "status"])
+    rows = read_parquet(source.folder, listing(record.shard), ["key", "status"])
     keys: list[str] = rows.filter(pc.equal(rows["status"], "ok")).column("key").to_pylist()
     return keys
 

@@ -89,7 +89,7 @@ class Statistics:
         texts = [name for name in _TEXTS if name in parquet.schema_arrow.names]
         for name in scores:
             self.scores.setdefault(name, Column.of(0.01))
-        for batch in parquet.iter_batches(1000, columns=["key", "uid", "status", *texts, *scores]):
+        for batch in parquet.iter_batches(1000, columns=["key", "uid", "status", *texts, *scores], use_threads=False):
             for row in batch.to_pylist():
                 self._add_row(row, scores)
 

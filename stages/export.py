@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -93,7 +93,7 @@ def copy(source: Artifact, record: ShardRecord, name: str, out: FileTransaction)
 
 def ok_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a listing that have a sample in the tar, in order."""
-    for batch in pq.ParquetFile(path).iter_batches(1000):
+    for batch in pq.ParquetFile(path).iter_batches(1000, use_threads=False):
         yield from (row for row in batch.to_pylist() if row["status"] == Status.OK)
 
 
@@ -145,8 +145,8 @@ def image_extensions(source: Artifact, record: ShardRecord) -> set[str]:
     with source.folder.open(listing(record.shard)) as file:
         parquet = pq.ParquetFile(file)
         if "format" in parquet.schema_arrow.names:
-            table = parquet.read(columns=["status", "format"])
-            return set(table.filter(pa.compute.equal(table["status"], "ok")).column("format").unique().to_pylist())
+            table = parquet.read(columns=["status", "format"], use_threads=False)
+            return set(table.filter(pc.equal(table["status"], "ok")).column("format").unique().to_pylist())
     with source.folder.open(f"{record.shard}.tar") as stream:
         names = {member.name.rpartition("/")[2].partition(".")[2].lower() for member in scan(stream)}
     return names - {"txt", "json"}

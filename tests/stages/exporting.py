@@ -99,7 +99,7 @@ def kept(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def export(
-    source: Path, out: Path, format: str = "webdataset", *, license: str = "cc-by-4.0", **options: Any
+    source: Path, out: Path | str, format: str = "webdataset", *, license: str = "cc-by-4.0", **options: Any
 ) -> list[str] | None:
     """Run an export to its end in this process; returns its notes."""
     words = CardWords("Rendered scenes", license)
