@@ -18,7 +18,7 @@ from ..manifests.storage import read_parquet
 from ..stages import energon
 from ..stages.card_statistics import Statistics
 from ..stages.dataset_card import CardWords, Contents, render
-from ..stages.export import PARTS, listing
+from ..stages.export_source import PARTS, listing
 from ..stages.llava import CONVERSATIONS, IMAGES, as_list, part_file
 from ..stages.provenance import chain
 

@@ -18,9 +18,10 @@ from ..errors import ArtifactMismatch, BadInput, CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.status import Status
-from ..manifests.storage import read_parquet
+from ..manifests.storage import Folder, read_parquet
 from ..stages.dataset_card import CardWords
-from ..stages.export import STAGE, ExportConfig, export_shard, image_extensions, listing, made_of
+from ..stages.export import STAGE, ExportConfig, export_shard
+from ..stages.export_source import image_extensions, listing, made_of
 from .events import Event, Pulse, ShardDone, ShardFailed
 from .export_files import EXTRAS, write_files
 from .pool import Done, run_pool
@@ -62,6 +63,8 @@ def plan_export(
     if format not in _FORMATS:
         raise BadInput(f"--format {format}: unknown; one of {', '.join(_FORMATS)}")
     source = Artifact.open(url)
+    if Folder(out).path == source.folder.path:
+        raise BadInput(f"{out}: is what to export; choose another folder for --out")  # --fresh would remove the source
     shards = _complete(source)
     if format != "parquet":
         _refuse_repeated_keys(source, shards, format)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..manifests.status import Status
-from .export import caption_of
+from .export_source import caption_of
 
 EXAMPLES = 3
 _BARS = 12  # rows of a histogram

@@ -11,7 +11,7 @@ from ..manifests.artifact import Artifact
 from ..manifests.file_transaction import FileTransaction
 from ..manifests.manifest import ShardRecord
 from ..manifests.status import Status
-from .export import listing, pairs
+from .export_source import listing, pairs
 
 #: Row groups are what the Hub's viewer reads at once: it takes a few hundred MB at most, and shows a hundred rows.
 GROUP_ROWS = 100

@@ -14,7 +14,7 @@ from ..manifests.manifest import ShardRecord
 from ..manifests.status import Status
 from ..manifests.tar import TarWriter
 from .energon import TarIndex, index_tar
-from .export import PARTS, copy, listing, ok_rows, pairs
+from .export_source import PARTS, copy, listing, ok_rows, pairs
 
 
 def write_tar(

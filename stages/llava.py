@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from ..manifests.artifact import Artifact
 from ..manifests.file_transaction import FileTransaction
 from ..manifests.manifest import ShardRecord
-from .export import PARTS, Pair, pairs
+from .export_source import PARTS, Pair, pairs
 
 CONVERSATIONS = "llava.json"
 IMAGES = "images"
