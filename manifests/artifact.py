@@ -14,14 +14,15 @@ from importlib import metadata
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
 from . import manifest
+from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, fingerprint
 from .journal import Journal
 from .manifest import ShardRecord
-from .storage import PRIVATE, Folder, clear
+from .storage import PRIVATE, Folder, clear, read_parquet
+from .tar import unsafe_name
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
@@ -96,17 +97,21 @@ class Artifact:
         artifact = cls(folder, config)
         artifact._acquire()
         try:
-            if fresh:
-                artifact._erase()
-            if folder.exists(CONFIG):
-                artifact.config = artifact._resumed(config)
-                artifact._drop_journals()
-            else:
-                artifact._write(config)
+            artifact._settle(config, fresh)
         except BaseException:
             artifact.close()
             raise
         return artifact
+
+    def _settle(self, config: dict[str, Any], fresh: bool) -> None:
+        """Begin the artifact, or go on with the one that is there; the lock is held."""
+        if fresh:
+            self._erase()
+        if self.folder.exists(CONFIG):
+            self.config = self._resumed(config)
+            self._drop_journals()
+        else:
+            self._write(config)
 
     def _resumed(self, config: dict[str, Any]) -> dict[str, Any]:
         old = Artifact.open(self.url).config
@@ -147,14 +152,25 @@ class Artifact:
         clear(self.folder.private("tmp"))  # only a crash leaves something there
 
     def _erase(self) -> None:
-        """Remove what earlier runs wrote here: files the manifest names, and the private folder but for the lock."""
+        """Remove what earlier runs wrote here: files that the manifest or the configuration's ``extras`` names, and the
+        private folder but for the lock."""
         for record in manifest.read(self.folder).values():
             for name in record.files:
                 self.folder.remove(name)
+        for name in self._extras():
+            self.folder.remove(name)
         for name in self.folder.names(PRIVATE):
             if name != "lock":
                 self.folder.remove(f"{PRIVATE}/{name}")
         clear(self.folder.private("journal"))
+
+    def _extras(self) -> list[str]:
+        """What an earlier run wrote that belongs to no shard; nothing where its configuration is gone or unreadable."""
+        try:
+            extras: list[str] = json.loads(self.folder.read_bytes(CONFIG))["run"].get("extras", [])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+        return [name for name in extras if unsafe_name(name) is None]
 
     def close(self) -> None:
         """Give the lock back and tidy up; safe to call twice."""
@@ -183,6 +199,10 @@ class Artifact:
         """Start writing a shard; nothing is visible before its commit."""
         return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar)
 
+    def begin_files(self, shard: str) -> FileTransaction:
+        """Start a shard of files that are made one by one (an export's); nothing is visible before its commit."""
+        return FileTransaction(self.folder, self.fingerprint, shard)
+
     def journal(self, shard: str) -> Journal:
         return Journal(self.folder.private(f"journal/{shard}.jsonl"), self.fingerprint)
 
@@ -199,8 +219,7 @@ class Artifact:
 
     def read_rows(self, shard: str) -> list[dict[str, Any]]:
         """All rows of a committed shard, in order."""
-        with self.folder.open(f"{shard}.parquet") as file:
-            rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+        rows: list[dict[str, Any]] = read_parquet(self.folder, f"{shard}.parquet").to_pylist()
         return rows
 
     def manifest_digest(self) -> str:

@@ -43,7 +43,7 @@ class ShardTransaction:
         self._files: dict[str, dict[str, Any]] = {}
         self._tar_file: BinaryIO | None = self._path("tar").open("wb") if tar else None
         self._tar = TarWriter(self._tar_file) if self._tar_file else None
-        self._parquet_file = _HashedFile(self._path("parquet"))
+        self._parquet_file = HashedFile(self._path("parquet"))
         self._parquet = pq.ParquetWriter(self._parquet_file, schema, compression="zstd")
 
     def _path(self, extension: str) -> Path:
@@ -159,8 +159,8 @@ def _sync(file: BinaryIO) -> None:
     file.close()
 
 
-class _HashedFile:
-    """A write-only file that hashes what passes; pyarrow writes Parquet strictly forward."""
+class HashedFile:
+    """A write-only local file that hashes what passes; pyarrow writes Parquet strictly forward."""
 
     def __init__(self, path: Path) -> None:
         self._file = cast(BinaryIO, path.open("wb"))

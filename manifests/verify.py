@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from .samples import read_samples
 from .schema import ANNOTATE, INGEST, SCORE, SELECT, check
 from .shards import uid_of
 from .status import Status
+from .storage import read_parquet
 
 _SCHEMAS = {"ingest": INGEST, "annotate": ANNOTATE, "score": SCORE, "select": SELECT}
 _CHUNK = 1 << 20
@@ -45,12 +46,13 @@ def verify(url: str) -> Report:
     for record in artifact.committed().values():
         report.shards += 1
         report.rows.update(record.rows)
-        faults = list(_files(artifact, record, report))
+        faults = list(_files(artifact, record.files, report))
         if not faults:
             faults = list(_content(artifact, record))
             _unique_keys(artifact, record, keys, report)
             faults += _conservation(artifact, record, source)
         report.faults += [f"{artifact.url}/{fault}" for fault in faults]
+    report.faults += [f"{artifact.url}/{fault}" for fault in _finals(artifact, report)]
     _leftovers(artifact, report)
     return report
 
@@ -69,8 +71,8 @@ class _KeySet:
         return len(self._marks) > before
 
 
-def _files(artifact: Artifact, record: ShardRecord, report: Report) -> Iterator[str]:
-    for name, expected in record.files.items():
+def _files(artifact: Artifact, files: Mapping[str, Mapping[str, Any]], report: Report) -> Iterator[str]:
+    for name, expected in files.items():
         digest, size = hashlib.sha256(), 0
         try:
             with artifact.folder.open(name) as file:
@@ -90,11 +92,20 @@ def _files(artifact: Artifact, record: ShardRecord, report: Report) -> Iterator[
             yield f"{name}: its sha256 is not the one that was committed"
 
 
+def _finals(artifact: Artifact, report: Report) -> Iterator[str]:
+    """The files over all shards of an export."""
+    if "extras" not in artifact.config["run"]:
+        return
+    finals = artifact.config["run"].get("finals")
+    if finals is None:
+        report.notes.append(f"{artifact.url}: its card and indexes are not written yet; run the same command again")
+    yield from _files(artifact, finals or {}, report)
+
+
 def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report: Report) -> None:
     """Keys that ingest gave are unique in the artifact. Tars of other tools may use a key again in another tar, which
     final shards, whose rows are compared with those of their input below, may have passed on through several stages."""
-    with artifact.folder.open(f"{record.shard}.parquet") as file:
-        column = pq.read_table(file, columns=["key"]).column("key").to_pylist()
+    column = read_parquet(artifact.folder, f"{record.shard}.parquet", ["key"]).column("key").to_pylist()
     repeated = [key for key in column if not keys.add(key)]
     if not repeated:
         return
@@ -117,7 +128,7 @@ def _content(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
             except CapipeError as error:
                 yield str(error)
                 return
-        table = parquet.read(columns=["key", "uid", "status"])
+        table = parquet.read(columns=["key", "uid", "status"], use_threads=False)
     rows = table.to_pylist()
     counts = Counter(row["status"] for row in rows)
     if counts != Counter(record.rows):
@@ -127,6 +138,9 @@ def _content(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
         yield f"{record.shard}_stats.json: its counts are not those of the Parquet"
     if f"{record.shard}.tar" in record.files:
         yield from _tar(artifact, record, [row for row in rows if row["status"] == Status.OK])
+    loose = f"_capipe/parts/{record.shard}.jsonl"
+    if loose in record.files:
+        yield from _loose_images(artifact, loose, {row["key"]: row["uid"] for row in rows})
 
 
 def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -144,6 +158,20 @@ def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) ->
             shapes.add(frozenset(ext for ext, member in sample.members.items() if member is not image))
     if len(shapes) > 1:
         yield f"{name}: samples differ in their members {sorted(sorted(s) for s in shapes)}"
+
+
+def _loose_images(artifact: Artifact, part: str, uids: Mapping[str, str]) -> Iterator[str]:
+    """Every image that a list of conversations names is there, and is its uid's."""
+    with artifact.folder.open(part) as lines:
+        for line in lines:
+            entry = json.loads(line)
+            try:
+                sound = uid_of(artifact.folder.read_bytes(entry["image"])) == uids.get(entry["id"])
+            except OSError as error:
+                yield f"{entry['image']}: cannot be read ({error})"
+                continue
+            if not sound:
+                yield f"{entry['image']}: not the image of its uid"
 
 
 def _source(artifact: Artifact, report: Report) -> Artifact | None:
@@ -180,8 +208,7 @@ def _conservation(artifact: Artifact, record: ShardRecord, source: Artifact | No
 
 def _identity(artifact: Artifact, name: str, key: str) -> pa.Table:
     """Keys and uids of a shard's rows."""
-    with artifact.folder.open(name) as file:
-        table = pq.read_table(file, columns=[key, "uid"])
+    table = read_parquet(artifact.folder, name, [key, "uid"])
     return pa.table({"key": table.column(key), "uid": table.column("uid")})
 
 

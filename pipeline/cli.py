@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..errors import CapipeError
-from . import caption_cli, eval_cli, filter_cli, quiz_cli, train_cli
+from . import caption_cli, eval_cli, export_cli, filter_cli, quiz_cli, train_cli
 from .interrupts import interrupts
 from .options import Fresh, Out, validated
 from .outcome import Exit, conclude, print_state
@@ -95,6 +95,7 @@ app.command()(quiz_cli.qa)
 app.command()(train_cli.train)
 app.command()(caption_cli.annotate)
 app.command("filter")(filter_cli.filter_)
+app.command()(export_cli.export)
 app.command("eval")(eval_cli.evaluate)
 app.command()(eval_cli.compare)
 

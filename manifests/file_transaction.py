@@ -1,0 +1,120 @@
+"""One shard of whole files, one transaction: made under scratch names, then renamed, then declared.
+
+For stages whose product is files as they are (an export), where :class:`~.transaction.ShardTransaction` is for rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from ..errors import ArtifactMismatch
+from . import manifest
+from .manifest import ShardRecord
+from .storage import Folder, clear, sync
+from .transaction import HashedFile
+
+_CHUNK = 1 << 20
+
+
+class FileTransaction:
+    """Context manager: make files, ``commit`` once; leaving without a commit removes every trace."""
+
+    def __init__(self, folder: Folder, fingerprint: str, shard: str) -> None:
+        self.shard, self._folder, self._fingerprint = shard, folder, fingerprint
+        self._scratch = folder.private(f"tmp/{shard}.files")
+        self._files: dict[str, dict[str, Any]] = {}
+        self._trees: list[str] = []
+        self._started = time.time()
+        clear(self._scratch)
+        self._scratch.mkdir(parents=True)
+
+    def path(self, name: str) -> Path:
+        """Where ``name`` lies until the commit."""
+        path = self._scratch / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[HashedFile]:
+        """A file to write from its start to its end; it belongs to the shard when the body is through."""
+        file = HashedFile(self.path(name))
+        try:
+            yield file
+            self._files[name] = file.finish()
+        finally:
+            file.abandon()
+
+    def copy(self, source: BinaryIO, name: str, sha256: str, where: str) -> None:
+        """A byte-for-byte copy. Raises ArtifactMismatch, naming ``where``, if the bytes are not those of ``sha256``."""
+        with self.writing(name) as file:
+            while data := source.read(_CHUNK):
+                file.write(data)
+        _compare(str(self._files[name]["sha256"]), sha256, where)
+
+    def link(self, source: Path, name: str, sha256: str) -> None:
+        """The same file under a second name, on one file system; its bytes are compared as in :meth:`copy`."""
+        path = self.path(name)
+        path.unlink(missing_ok=True)
+        os.link(source, path)
+        self.adopt(name)
+        _compare(str(self._files[name]["sha256"]), sha256, str(source))
+
+    def adopt(self, name: str) -> None:
+        """Take a file that something else made at :meth:`path`."""
+        path, digest = self.path(name), hashlib.sha256()
+        with path.open("rb") as file:
+            while data := file.read(_CHUNK):
+                digest.update(data)
+        sync(path)
+        self._files[name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+    def tree(self, name: str) -> Path:
+        """A folder to fill with loose files, published as a whole. The manifest does not list what is in it."""
+        self._trees.append(name)
+        path = self.path(name)
+        path.mkdir()
+        return path
+
+    def publish(self) -> dict[str, dict[str, Any]]:
+        """Give everything its final name, in the order it was made; returns size and sha256 of each file."""
+        for name in self._trees:
+            self._folder.publish_tree(self._scratch / name, name)
+        for name in self._files:
+            self._folder.publish(self._scratch / name, name)
+        return self._files
+
+    def commit(
+        self, *, rows: Mapping[str, int], input_info: Mapping[str, Any], stats: Mapping[str, Any] | None = None
+    ) -> ShardRecord:
+        """Publish the shard. ``rows``: its rows by status; ``input_info`` needs a ``digest``."""
+        self.publish()
+        record = ShardRecord(
+            shard=self.shard,
+            rows=dict(sorted(rows.items())),
+            files=self._files,
+            input=dict(input_info),
+            fingerprint=self._fingerprint,
+            seconds=round(time.time() - self._started, 3),
+            stats=dict(stats or {}),
+        )
+        manifest.append(self._folder, record)
+        return record
+
+    def __enter__(self) -> FileTransaction:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        clear(self._scratch)
+
+
+def _compare(found: str, expected: str, where: str) -> None:
+    if found != expected:
+        text = f"{where}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
+        raise ArtifactMismatch(text)

@@ -1,0 +1,268 @@
+"""The dataset card: a README.md whose YAML header the Hugging Face Hub and `datasets` read, and a person the rest.
+
+Captions, prompts and names come from anywhere; they are escaped, so none of them can change what the page is.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from .card_statistics import Column, Statistics, Tally, bars, histogram
+from .provenance import Step, public
+
+_SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
+_SIZES += ["10B<n<100B", "100B<n<1T"]
+_DATA_FILES = {"webdataset": "*.tar", "parquet": "data/*.parquet", "llava": "llava.json"}
+_LANGUAGE_SHARE = 0.01  # a language that fewer captions have is more likely the detector's mistake
+_LONGEST_EXAMPLE = 400  # characters
+_SPECIAL = re.compile(r"([\\`*_\[\]|~$])")  # inside a line; `plain` text never begins one
+
+_LOADING = {
+    "webdataset": """\
+```python
+import glob, datasets, webdataset
+
+datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub; streaming=True for large ones
+tars = sorted(glob.glob("path/*.tar"))
+webdataset.WebDataset(tars, shardshuffle=len(tars)).decode("pil").to_tuple("{images}", "txt")
+```
+
+OpenCLIP finds the number of samples in `sizes.json`; Megatron-Energon reads the folder as it is (`.nv-meta/`).""",
+    "parquet": """\
+```python
+import datasets
+
+datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub
+datasets.load_dataset("parquet", data_files="path/data/*.parquet", split="train")
+```""",
+    "llava": """\
+`--data_path llava.json --image_folder .` in LLaVA's training scripts; with `datasets`, the conversations alone:
+
+```python
+import datasets
+
+datasets.load_dataset("path/of/this/folder", split="train")
+```""",
+}
+
+
+@dataclass(frozen=True)
+class CardWords:
+    """What its author says of a dataset. Not in any fingerprint: changing it rewrites the card alone."""
+
+    title: str
+    license: str
+    languages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What lies beside the card. ``shards``: how many hold pairs, made of tars of so many ``bytes``; ``images``: counts
+    by extension in tars; ``notes``: sentences to know before use."""
+
+    format: str
+    shards: int
+    bytes: int
+    images: Mapping[str, int]
+    notes: Sequence[str] = ()
+
+
+def render(words: CardWords, contents: Contents, statistics: Statistics, steps: Sequence[Step]) -> str:
+    """The whole README.md. Raises ValueError where its header is not one that the Hub's own library reads."""
+    header = card_data(words, contents, statistics)
+    parts = [
+        f"# {plain(words.title)}",
+        _summary(contents, statistics),
+        "## Loading\n\n" + _loading(contents),
+        "## Rows\n\n" + _rows(contents, statistics),
+        "## Captions\n\n" + _captions(statistics),
+        *(["## Scores\n\n" + _scores(statistics)] if any(_counted(c) for c in statistics.scores.values()) else []),
+        "## Provenance\n\n" + _provenance(steps),
+        "## Licence\n\n" + _licence(words),
+    ]
+    card = DatasetCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    if card.data.to_dict() != header.to_dict():
+        raise ValueError("the card's header reads back as another one")
+    return str(card.content)
+
+
+def card_data(words: CardWords, contents: Contents, statistics: Statistics) -> DatasetCardData:
+    """The YAML header: what the Hub sorts by, and what makes ``load_dataset(folder)`` find the data."""
+    files = [{"split": "train", "path": _DATA_FILES[contents.format]}]
+    common = statistics.languages.total() * _LANGUAGE_SHARE
+    found = [code for code, n in statistics.languages.most_common() if n >= common and re.fullmatch("[a-z]{2,3}", code)]
+    return DatasetCardData(
+        license=words.license,
+        language=list(words.languages) or found or None,
+        pretty_name=words.title,
+        task_categories=["image-to-text", "image-text-to-text"],
+        size_categories=[size_category(statistics.pairs)],
+        tags=["image-captioning", "capipe"],
+        configs=[{"config_name": "default", "data_files": files}],
+        dataset_info=_tar_features(contents) if contents.format == "webdataset" else None,
+    )
+
+
+def _tar_features(contents: Contents) -> dict[str, Any]:
+    """What is in a sample, spelt out: `datasets` would guess it from the first five, and fail on the first row later on
+    whose JSON has text where those had null."""
+    names = [(extension, "image") for extension in contents.images]
+    names += [("txt", "string"), ("json", "json"), ("__key__", "string"), ("__url__", "string")]
+    return {"config_name": "default", "features": [{"name": name, "dtype": dtype} for name, dtype in names]}
+
+
+def size_category(count: int) -> str:
+    """The Hub's word for so many samples."""
+    for power, name in enumerate(_SIZES, 3):
+        if count < 10**power:
+            return name
+    return "n>1T"
+
+
+def plain(text: str) -> str:
+    """``text`` as it is, wherever it stands in Markdown: one line, no markup, no HTML."""
+    flat = " ".join(text.split())
+    return _SPECIAL.sub(r"\\\1", html.escape(flat, quote=False))
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A code block that nothing inside it can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; figures are to the right of their column."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _summary(contents: Contents, statistics: Statistics) -> str:
+    unit, name = (1e9, "GB") if contents.bytes >= 1e9 else (1e6, "MB")
+    text = f"{statistics.pairs:,} pairs of image and caption in {contents.shards:,} shards"
+    text += f" ({contents.bytes / unit:,.2f} {name} as tars), made with capipe."
+    text += " Image bytes are those that were collected, never re-encoded."
+    return "\n\n".join([text, *map(plain, contents.notes)])
+
+
+def _loading(contents: Contents) -> str:
+    return _LOADING[contents.format].replace("{images}", ";".join(contents.images))
+
+
+def _rows(contents: Contents, statistics: Statistics) -> str:
+    total = statistics.statuses.total()
+    rows = [(f"`{status}`", f"{n:,}", f"{n / total:.1%}") for status, n in statistics.statuses.most_common()]
+    text = (
+        "Only `ok` rows are pairs. Every row that went in, with its scores and the reason if it was left out, is in the"
+    )
+    text += " `*.parquet` files beside this card (`pyarrow.parquet.read_table`)."
+    return f"{text}\n\n" + table(["status", "rows", "share"], rows)
+
+
+def _captions(statistics: Statistics) -> str:
+    words = statistics.words
+    parts = []
+    if words.count:
+        q = [f"{words.quantile(share):.0f}" for share in (0.05, 0.5, 0.95, 1.0)]
+        parts.append(
+            table(["words", "mean", "5 %", "median", "95 %", "longest"], [["caption", f"{words.mean:.1f}", *q]])
+        )
+        parts.append(_bars("words", Column(words, Tally(words.width)), _words))
+    if statistics.without_caption:
+        parts.append(f"{statistics.without_caption:,} pairs have an empty caption.")
+    if statistics.languages:
+        found = statistics.languages.most_common(10)
+        parts.append(table(["language", "captions"], [(f"`{plain(code)}`", f"{n:,}") for code, n in found]))
+    examples = [(plain(key), plain(_cut(caption))) for key, caption in statistics.examples]
+    if examples:
+        parts.append("| key | caption |\n| --- | --- |\n" + "\n".join(f"| {key} | {text} |" for key, text in examples))
+    return "\n\n".join(parts)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_EXAMPLE else text[:_LONGEST_EXAMPLE] + " …"
+
+
+def _counted(column: Column) -> int:
+    return column.kept.count + column.others.count
+
+
+def _scores(statistics: Statistics) -> str:
+    found = {name: column for name, column in statistics.scores.items() if _counted(column)}
+    rows = []
+    for name, column in found.items():
+        tally = column.kept
+        figures = (
+            [f"{tally.mean:.3f}", *(f"{tally.quantile(s):.2f}" for s in (0.05, 0.5, 0.95))]
+            if tally.count
+            else ["-"] * 4
+        )
+        rows.append([f"`{name}`", f"{tally.count:,}", *figures, f"{column.others.count:,}"])
+    head = ["kept pairs", "scored", "mean", "5 %", "median", "95 %", "others scored"]
+    shown = [
+        _bars(f"`{n}`", c, "{:.2f} to {:.2f}".format) for n, c in found.items() if n.endswith("_score") or n == "unsafe"
+    ]
+    return "\n\n".join([table(head, rows), *shown])
+
+
+def _words(low: float, high: float) -> str:
+    return f"{low:.0f}" if high - low == 1 else f"{low:.0f} to {high - 1:.0f}"
+
+
+def _bars(name: str, column: Column, span: Callable[[float, float], str]) -> str:
+    """A histogram as a table; what was left out has a column of its own where there is any."""
+    rows = histogram(column)
+    drawn = bars([kept for _, _, kept, _ in rows])
+    others = any(other for *_, other in rows)
+    lines = []
+    for (low, high, kept, other), bar in zip(rows, drawn, strict=True):
+        lines.append([span(low, high), f"{kept:,}", *([f"{other:,}"] if others else []), bar])
+    head = [name, "kept", *(["others"] if others else []), "kept pairs"]
+    text = table(head, lines).split("\n")
+    text[1] = text[1].removesuffix("---: |") + "--- |"  # bars grow to the right
+    return "\n".join(text)
+
+
+def _provenance(steps: Sequence[Step]) -> str:
+    text = "From first to last. A fingerprint is a hash of everything that decides a stage's result."
+    return "\n\n".join([text, *(part for number, step in enumerate(steps, 1) for part in _step(number, step))])
+
+
+def _step(number: int, step: Step) -> Iterator[str]:
+    yield f"### {number}. {plain(step.stage)}: {plain(step.name)}"
+    if step.config is None:
+        known = f" Its fingerprint was `{step.fingerprint}`." if step.fingerprint else ""
+        yield f"{plain(step.note or '')}{known}"
+        return
+    run, semantic = step.config["run"], step.config["semantic"]
+    facts = [("model", run.get("model")), ("engine", run.get("engine")), ("made", step.config.get("created"))]
+    lines = [f"- {name}: {plain(str(public(value)))}" for name, value in facts if value]
+    packages = ", ".join(f"{name} {version}" for name, version in step.config.get("packages", {}).items())
+    yield "\n".join([f"- fingerprint: `{step.fingerprint}`", *lines, f"- packages: {plain(packages)}"])
+    for prompt in _prompts(semantic):
+        yield f"Prompt {plain(str(prompt.get('name', '')))}:\n\n" + fenced(str(prompt["text"]), "text")
+    yield fenced(json.dumps(public(semantic), indent=1, ensure_ascii=False), "json")
+
+
+def _prompts(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Every prompt in a configuration, however deep: an object with a text in a list called prompts."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if name == "prompts" and isinstance(item, list):
+                yield from (p for p in item if isinstance(p, Mapping) and "text" in p)
+            else:
+                yield from _prompts(item)
+
+
+def _licence(words: CardWords) -> str:
+    if words.license == "other":
+        return "Not stated by whoever made this export (`other`). Images are their owners'; ask before you publish."
+    return f"`{words.license}`, as stated by whoever made this export."

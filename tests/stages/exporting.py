@@ -1,0 +1,111 @@
+"""Final shards as selection leaves them, made of rendered scenes: the input of exports."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from capipe.manifests.artifact import Artifact
+from capipe.manifests.schema import ANNOTATE, SELECT
+from capipe.models.tiny.corpus import Format, samples
+from capipe.pipeline.exporting import execute_export, finish, plan_export
+from capipe.stages.dataset_card import CardWords
+
+SELECTION = {"keep": "re_clip_score > 0.28", "scores": "0" * 64}
+
+
+def final_shards(
+    folder: Path,
+    *,
+    shards: int = 2,
+    rows: int = 12,
+    formats: Sequence[Format] = ("jpg",),
+    caption: Callable[[int, str], str] = lambda index, text: text,
+    key: Callable[[int, int], str] = lambda shard, index: f"{shard:05d}{index:04d}",
+    empty: Sequence[int] = (),
+    total: int | None = None,
+) -> Path:
+    """An artifact of stage select: in every shard one row in six is filtered and one is corrupt, the others are ok.
+
+    ``formats`` take turns image by image; all rows of the shards in ``empty`` are filtered; ``total``: shards the run
+    says there are to be.
+    """
+    run = {"shards_total": shards if total is None else total, "model": "/home/somebody/models/clip"}
+    artifact = Artifact.create(str(folder), "select", SELECTION, run)
+    pictures = [samples(shards * rows, "heldout", 5, fmt) for fmt in formats]
+    for number in range(shards):
+        with artifact.begin(f"{number:05d}", SELECT, tar=True) as shard:
+            for index in range(rows):
+                choice = [next(picture) for picture in pictures][index % len(formats)]
+                fmt = formats[index % len(formats)]
+                row, members = _row(key(number, index), index, choice.image, caption(index, choice.caption), fmt)
+                if number in empty:
+                    row["status"], members = "filtered", None
+                shard.write(row, members)
+            shard.commit(rows_in=rows, input_info={"digest": f"{number}"})
+    artifact.close()
+    return folder
+
+
+def _row(key: str, index: int, image: bytes, text: str, fmt: str) -> tuple[dict[str, Any], dict[str, bytes] | None]:
+    uid = hashlib.sha256(image).hexdigest()[:32]
+    status = {4: "filtered", 5: "corrupt"}.get(index % 6, "ok")
+    row = {
+        "key": key,
+        "uid": uid if status != "corrupt" else None,
+        "status": status,
+        "error": None if status == "ok" else f"{status} for a reason",
+        "re_caption": text,
+        "org_caption": "alt text",
+        "re_length": len(text.split()),
+        "re_language": "en",
+        "re_clip_score": 0.3 + index / 100 if status == "ok" else 0.2,
+        "org_clip_score": None if index % 2 else 0.25,
+        "caption": text if status == "ok" else None,
+    }
+    meta = json.dumps({"uid": uid, "org_clip_score": row["org_clip_score"], "note": None if index < 6 else "text"})
+    return row, {fmt: image, "txt": text.encode(), "json": meta.encode()} if status == "ok" else None
+
+
+def captioned(folder: Path, count: int = 4) -> Path:
+    """What ``annotate --pack`` writes on tars of another tool: captions in a list, keys with folders and long names."""
+    artifact = Artifact.create(str(folder), "annotate", {"input": None}, {"shards": "crawl/*.tar", "shards_total": 1})
+    with artifact.begin("crawl", ANNOTATE, tar=True) as shard:
+        for index, sample in enumerate(islice(samples(count, "heldout", 6, "png"), count)):
+            key = f"folder/{index}" + ("x" * 150 if index == 1 else "ü" * (index == 2))
+            uid = hashlib.sha256(sample.image).hexdigest()[:32]
+            written = {"name": "short", "text": sample.caption, "status": "ok"}
+            row = {"key": key, "uid": uid, "status": "ok", "error": None, "text": "alt", "captions": [written]}
+            shard.write(row, {"png": sample.image, "txt": sample.caption.encode(), "json": b"{}"})
+        shard.commit(rows_in=count, input_info={"digest": "d"})
+    artifact.close()
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """All rows of an artifact, in order."""
+    artifact = Artifact.open(str(folder))
+    return [row for shard in artifact.committed() for row in artifact.read_rows(shard)]
+
+
+def kept(folder: Path) -> dict[str, dict[str, Any]]:
+    """The ok rows by key."""
+    return {row["key"]: row for row in rows_of(folder) if row["status"] == "ok"}
+
+
+def export(
+    source: Path, out: Path | str, format: str = "webdataset", *, license: str = "cc-by-4.0", **options: Any
+) -> list[str] | None:
+    """Run an export to its end in this process; returns its notes."""
+    words = CardWords("Rendered scenes", license)
+    made = plan_export(str(source), str(out), format, words, **{"workers": 0, **options})
+    try:
+        execute_export(made, lambda event: None, threading.Event())
+        return finish(made, words)
+    finally:
+        made.artifact.close()
