@@ -30,6 +30,35 @@ INGEST = pa.schema(
     ]
 )
 
+#: What dedup remembers of an image between its two passes.
+HASHES = pa.schema(
+    [
+        *BASE,
+        pa.field("sha256", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("phash", pa.uint64()),  # of the picture
+        pa.field("inner", pa.uint64()),  # of the picture without its margins: a copy's phash if that was cropped
+        pa.field("signature", pa.binary(1536)),  # the picture in 32x32 cells; see stages/perceptual_hash.py
+        pa.field("look", pa.uint64()),  # digest of the signature
+        pa.field("source", pa.string()),  # of a reference image: where it lies
+    ]
+)
+
+DEDUP = pa.schema(
+    [
+        *BASE,
+        pa.field("sha256", pa.string()),
+        pa.field("phash", pa.string()),  # 16 hex
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("group", pa.string()),  # uid of the group's keeper, a row's own where it is alone
+        pa.field("copies", pa.int32()),  # rows with these very bytes, this one included
+        pa.field("duplicate_of", pa.string()),  # key of the row that is kept for it
+        pa.field("matched", pa.string()),  # the reference image that it, or one of its group, repeats
+    ]
+)
+
 CAPTION = pa.struct(
     [
         pa.field("name", pa.string()),  # the prompt's name, with `#k` for the k-th of several samples

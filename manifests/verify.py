@@ -17,11 +17,11 @@ from ..errors import CapipeError
 from .artifact import Artifact
 from .manifest import ShardRecord
 from .samples import read_samples
-from .schema import ANNOTATE, INGEST, check
+from .schema import ANNOTATE, DEDUP, HASHES, INGEST, check
 from .shards import uid_of
 from .status import Status
 
-_SCHEMAS = {"ingest": INGEST, "annotate": ANNOTATE}
+_SCHEMAS = {"ingest": INGEST, "annotate": ANNOTATE, "hash": HASHES, "dedup": DEDUP}
 _CHUNK = 1 << 20
 
 

@@ -21,7 +21,7 @@ from .pool import Done, Failed, run_pool
 from .runner import Outcome
 from .worker import disk_text
 
-_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _write_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> 
     try:
         return ingest_shard(task, config, artifact)
     except OSError as error:
-        if error.errno in _HOPELESS:
+        if error.errno in HOPELESS:
             raise RunFailed(disk_text(error, artifact.url)) from error
         raise
 
