@@ -24,7 +24,7 @@ def dedup(
         list[str] | None,
         typer.Option(help="Reference set whose images must not be in the shards: anything ingest takes; repeatable."),
     ] = None,
-    radius: Annotated[int, typer.Option(help="Bits of 64 in which the hashes of two copies may differ.")] = 6,
+    radius: Annotated[int, typer.Option(help="Bits of 64 in which the hashes of two copies may differ.")] = 7,
     placeholder: Annotated[int, typer.Option(help="The same bytes in more rows than this are a placeholder.")] = 100,
     workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
     fresh: o.Fresh = False,

@@ -38,7 +38,7 @@ class DedupConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    radius: int = Field(6, ge=0, le=15, description="bits of 64 in which the hashes of two copies may differ")
+    radius: int = Field(7, ge=0, le=15, description="bits of 64 in which the hashes of two copies may differ")
     placeholder: int = Field(100, ge=1, description="the same bytes in more rows than this are a placeholder")
 
 

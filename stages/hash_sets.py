@@ -51,7 +51,8 @@ class HashSet:
         lowest: dict[int, tuple[str, str]] = {}
         for shard in self.shards:
             files = self.files_of(shard)
-            chosen = np.flatnonzero((files >= 0) & wanted[files])
+            chosen = np.flatnonzero(files >= 0)
+            chosen = chosen[wanted[files[chosen]]]
             if not len(chosen):
                 continue
             with self.artifact.folder.open(f"{shard}.parquet") as file:

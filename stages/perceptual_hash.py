@@ -23,11 +23,11 @@ Floats = npt.NDArray[np.float32]
 
 FINE, COARSE = 32, 16
 SIGNATURE_BYTES = FINE**2 + 2 * COARSE**2
-DECODED_SIDE = 64  # pixels that suffice for all of it
+DECODED_SIDE = 128  # pixels: from fewer, a picture and its smaller copy give different cells
 INNER_MARGIN = 0.02  # of each side: the second hash is that of a copy which lost so much
 MARGINS = (0.0, 0.01, 0.02, 0.03, 0.04)  # crops of each side that the signatures are compared under
 
-MAX_FINE = 26.0  # luma levels of 255: mean of the 16 worst of 1024 cells, pictures not cropped
+MAX_FINE = 24.0  # luma levels of 255: mean of the 16 worst of 1024 cells, pictures not cropped
 MAX_CHROMA = 20.0  # mean of the 4 worst of 256 cells, pictures not cropped
 MAX_CROPPED = 32.0  # mean of the 4 worst of 256 cells in luma and chroma, one picture cropped
 _CLIPPED = 235.0  # cells this bright may have been cut off at 255, and say nothing of a change in brightness
@@ -68,7 +68,7 @@ def same_picture(a: Signatures, b: Signatures) -> npt.NDArray[np.bool_]:
     """
     (luma_a, chroma_a), (luma_b, chroma_b) = _planes(a), _planes(b)
     whole_a, whole_b = _coarse(luma_a, chroma_a, 0.0), _coarse(luma_b, chroma_b, 0.0)
-    error, worst = _difference(whole_a, whole_b)
+    error, _ = _difference(whole_a, whole_b)
     fine, chroma = _fine_difference(luma_a, luma_b, chroma_a, chroma_b)
     same = (fine <= MAX_FINE) & (chroma <= MAX_CHROMA)
     for margin in MARGINS[1:]:
