@@ -21,8 +21,8 @@ from .near_hashes import Indices
 from .perceptual_hash import SIGNATURE_BYTES, Signatures, same_picture
 
 _NUMBERS = ["uid", "phash", "inner", "look", "width", "height"]
-_BATCH = 1000  # rows whose signatures are in memory: 1.5 MB
-_PAIRS = 1024  # compared in one go: some 100 MB
+_BATCH = 1000  # rows whose signatures are in memory: 6 MB
+_PAIRS = 512  # compared in one go: some 100 MB
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What an image looks like, in three sizes: two 64-bit hashes to find candidates by, and a signature to confirm them.
 
 A pHash is blind to colour and to what is small: scenes that differ in one object have the same one. So a pair that it
-proposes counts only if the signatures agree: the picture's luma in 32x32 cells and its chroma in 16x16, compared under
+proposes counts only if the signatures agree: the picture's luma in 64x64 cells and its chroma in 32x32, compared under
 one change of brightness and under the crops of :data:`MARGINS`. The thresholds are measured on rendered scenes and
 smooth pictures with known copies (``tests/stages/test_dedup.py`` states what they give by kind).
 """
@@ -21,15 +21,16 @@ U64 = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint8]  # (n, SIGNATURE_BYTES)
 Floats = npt.NDArray[np.float32]
 
-FINE, COARSE = 32, 16
-SIGNATURE_BYTES = FINE**2 + 2 * COARSE**2
+LUMA, CHROMA = 64, 32  # cells a side that are kept: the more, the better a crop between them is estimated
+FINE, COARSE = 32, 16  # cells a side that are compared
+SIGNATURE_BYTES = LUMA**2 + 2 * CHROMA**2
 DECODED_SIDE = 128  # pixels: from fewer, a picture and its smaller copy give different cells
 INNER_MARGIN = 0.02  # of each side: the second hash is that of a copy which lost so much
-MARGINS = (0.0, 0.01, 0.02, 0.03, 0.04)  # crops of each side that the signatures are compared under
+MARGINS = (0.0, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04)  # crops of each side that the signatures are compared under
 
 MAX_FINE = 24.0  # luma levels of 255: mean of the 16 worst of 1024 cells, pictures not cropped
 MAX_CHROMA = 20.0  # mean of the 4 worst of 256 cells, pictures not cropped
-MAX_CROPPED = 32.0  # mean of the 4 worst of 256 cells in luma and chroma, one picture cropped
+MAX_CROPPED = 22.0  # mean of the 4 worst of 256 cells in luma and chroma, one picture cropped
 _CLIPPED = 235.0  # cells this bright may have been cut off at 255, and say nothing of a change in brightness
 _GAIN = 4 / 3  # the largest change in brightness, up or down
 
@@ -55,8 +56,8 @@ def looks(image: Image.Image) -> Looks:
     dx, dy = width * INNER_MARGIN, height * INNER_MARGIN
     inner = grey.resize((FINE, FINE), Image.Resampling.LANCZOS, box=(dx, dy, width - dx, height - dy))
     luma, blue, red = image.convert("YCbCr").split()
-    cells = [luma.resize((FINE, FINE), Image.Resampling.BOX)]
-    cells += [band.resize((COARSE, COARSE), Image.Resampling.BOX) for band in (blue, red)]
+    cells = [luma.resize((LUMA, LUMA), Image.Resampling.BOX)]
+    cells += [band.resize((CHROMA, CHROMA), Image.Resampling.BOX) for band in (blue, red)]
     return Looks(int(phash(grey), 16), int(phash(inner), 16), b"".join(each.tobytes() for each in cells))
 
 
@@ -69,7 +70,7 @@ def same_picture(a: Signatures, b: Signatures) -> npt.NDArray[np.bool_]:
     (luma_a, chroma_a), (luma_b, chroma_b) = _planes(a), _planes(b)
     whole_a, whole_b = _coarse(luma_a, chroma_a, 0.0), _coarse(luma_b, chroma_b, 0.0)
     error, _ = _difference(whole_a, whole_b)
-    fine, chroma = _fine_difference(luma_a, luma_b, chroma_a, chroma_b)
+    fine, chroma = _fine_difference(_halved(luma_a), _halved(luma_b), _halved(chroma_a), _halved(chroma_b))
     same = (fine <= MAX_FINE) & (chroma <= MAX_CHROMA)
     for margin in MARGINS[1:]:
         for one, other in (
@@ -84,15 +85,22 @@ def same_picture(a: Signatures, b: Signatures) -> npt.NDArray[np.bool_]:
 
 
 def _planes(signatures: Signatures) -> tuple[Floats, Floats]:
-    """Luma ``(n, 32, 32)`` and chroma ``(n, 2, 16, 16)``, the latter around zero."""
+    """Luma ``(n, 64, 64)`` and chroma ``(n, 2, 32, 32)``, the latter around zero."""
     values = signatures.astype(np.float32)
-    luma, chroma = values[:, : FINE**2], values[:, FINE**2 :]
-    return luma.reshape(-1, FINE, FINE), chroma.reshape(-1, 2, COARSE, COARSE) - np.float32(128)
+    luma, chroma = values[:, : LUMA**2], values[:, LUMA**2 :]
+    return luma.reshape(-1, LUMA, LUMA), chroma.reshape(-1, 2, CHROMA, CHROMA) - np.float32(128)
+
+
+def _halved(plane: Floats) -> Floats:
+    """Means of 2x2 cells."""
+    *lead, rows, columns = plane.shape
+    means: Floats = plane.reshape(*lead, rows // 2, 2, columns // 2, 2).mean(axis=(-3, -1))
+    return means
 
 
 def _coarse(luma: Floats, chroma: Floats, margin: float) -> Floats:
     """All three planes of the picture without ``margin`` at each side, ``(n, 3, 16, 16)``."""
-    fine, coarse = _overlap(FINE, margin), _overlap(COARSE, margin)
+    fine, coarse = _overlap(LUMA, margin), _overlap(CHROMA, margin)
     small: Floats = np.concatenate([(fine @ luma @ fine.T)[:, None], coarse @ chroma @ coarse.T], axis=1)
     return small
 
