@@ -26,7 +26,16 @@ FINE, COARSE = 32, 16  # cells a side that are compared
 SIGNATURE_BYTES = LUMA**2 + 2 * CHROMA**2
 DECODED_SIDE = 128  # pixels: from fewer, a picture and its smaller copy give different cells
 INNER_MARGIN = 0.02  # of each side: the second hash is that of a copy which lost so much
-MARGINS = (0.0, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04)  # crops of each side that the signatures are compared under
+MARGINS = (
+    0.0,
+    0.01,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.035,
+    0.04,
+)  # crops of each side that the signatures are compared under
 
 MAX_FINE = 24.0  # luma levels of 255: mean of the 16 worst of 1024 cells, pictures not cropped
 MAX_CHROMA = 20.0  # mean of the 4 worst of 256 cells, pictures not cropped

@@ -1,0 +1,119 @@
+"""What does the grouping pass of `capipe dedup` cost at 100,000 and 1,000,000 images, and so at 5 M and 1 B?
+
+Measured are the search for near hashes (two a image), the groups and their keepers, each size in a process of its own;
+a tenth of the images have a copy three bits away. Beside it: how many candidate pairs a second are confirmed by their
+signatures, and how many images a second the first pass looks at with one process.
+
+Extrapolated: the search compares each hash with those that share a band of 16 bits (or all but one bit of it), so its
+time grows with the square of the number of images, its memory with the number. Hashes of real images are not spread
+evenly as these are; flat and bright ones crowd into few bands, so take the extrapolated seconds as a lower bound.
+At a billion images the figures say what to do: run the pass per part of a set, or over longer bands on many cores.
+
+    python bench/dedup.py [--sizes 100000 1000000] [--rounds 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _common import alternate, report, version
+
+from capipe.models.images import ImageLimits, Thumbnail, thumbnail
+from capipe.models.tiny.corpus import samples
+from capipe.stages.dedup import DedupConfig
+from capipe.stages.groups import Contents, candidates, connected, keepers, lookalikes
+from capipe.stages.perceptual_hash import DECODED_SIDE, SIGNATURE_BYTES, looks, same_picture
+
+
+def grouped(count: int) -> dict[str, float]:
+    """Seconds and peak MiB of grouping ``count`` images in this process, and what was found."""
+    rng = np.random.default_rng(0)
+    phash, inner = (rng.integers(0, 1 << 64, count, dtype=np.uint64) for _ in range(2))
+    planted = count // 10
+    phash[-planted:] = phash[:planted] ^ np.uint64(0x0001_0000_8000_0100)
+    uids = np.sort(rng.integers(0, 256, (count, 16), dtype=np.uint8).view("S16").ravel())
+    contents = Contents(uids, rng.integers(1, 10**7, count), phash, inner, phash)
+    started = time.perf_counter()
+    first = np.unique(lookalikes(contents))
+    i, j = candidates(contents.take(first), DedupConfig().radius)
+    kept = keepers(contents, connected(count, first[i], first[j]))
+    seconds = time.perf_counter() - started
+    repeats = int((kept != np.arange(count)).sum())
+    if repeats < planted:
+        sys.exit(f"of {planted} planted copies only {repeats} were found")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": seconds, "peak_mib": peak, "pairs": len(i), "repeats": repeats}
+
+
+def confirmed_per_second(pairs: int = 4096) -> float:
+    """Candidate pairs a second that signatures decide on."""
+    signatures = np.random.default_rng(0).integers(0, 256, (512, SIGNATURE_BYTES), dtype=np.uint8)
+    started = time.perf_counter()
+    for _ in range(pairs // 512):
+        same_picture(signatures, signatures)
+    return pairs / (time.perf_counter() - started)
+
+
+def looked_at_per_second(count: int = 200, size: int = 512) -> float:
+    """Images of ``size`` pixels a side that one process hashes in a second."""
+    images = [sample.image for sample in samples(count, "heldout", 3, size=size)]
+    started = time.perf_counter()
+    for data in images:
+        small = thumbnail(data, ImageLimits(), DECODED_SIDE)
+        assert isinstance(small, Thumbnail)
+        looks(small.image)
+    return count / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--one", type=int, help="group so many in this process and print the figures as JSON")
+    options = parser.parse_args()
+    if options.one is not None:
+        print(json.dumps(grouped(options.one)))
+        return
+    memory: dict[int, float] = {}
+
+    def seconds(size: int) -> float:
+        command = [sys.executable, __file__, "--one", str(size)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        memory[size] = found["peak_mib"]
+        return float(found["seconds"])
+
+    figures = alternate({str(size): lambda _, size=size: seconds(size) for size in options.sizes}, options.rounds)
+    largest = max(options.sizes)
+    took = min(figures[str(largest)])
+    extrapolated = {
+        name: {
+            "hours": round(took * (count / largest) ** 2 / 3600, 2),
+            "gib": round(memory[largest] * count / largest / 1024, 1),
+        }
+        for name, count in (("5M", 5_000_000), ("1B", 1_000_000_000))
+    }
+    report(
+        "dedup",
+        figures,
+        {"numpy": version("numpy")},
+        unit="s",
+        peak_mib={str(size): round(peak) for size, peak in memory.items()},
+        extrapolated=extrapolated,
+        signature_bytes=SIGNATURE_BYTES,
+        pairs_confirmed_per_second=round(confirmed_per_second()),
+        images_hashed_per_second=round(looked_at_per_second()),
+    )
+
+
+if __name__ == "__main__":
+    main()
