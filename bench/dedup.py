@@ -7,7 +7,9 @@ signatures, and how many images a second the first pass looks at with one proces
 Extrapolated: the search compares each hash with those that share a band of 16 bits (or all but one bit of it), so its
 time grows with the square of the number of images, its memory with the number. Hashes of real images are not spread
 evenly as these are; flat and bright ones crowd into few bands, so take the extrapolated seconds as a lower bound.
-At a billion images the figures say what to do: run the pass per part of a set, or over longer bands on many cores.
+On the 2-core machine of docs/benchmarks.md, one thread: 1.2 s and 0.13 GiB for 100,000 images, 63 s and 0.4 GiB for a
+million; so half an hour and 2 GiB for 5 million. A billion in one piece would take 17,000 hours and 400 GiB: there,
+run it per part of a set (200 parts of 5 million: 90 hours on one core, copies across parts unseen).
 
     python bench/dedup.py [--sizes 100000 1000000] [--rounds 1]
 """
@@ -95,13 +97,10 @@ def main() -> None:
     figures = alternate({str(size): lambda _, size=size: seconds(size) for size in options.sizes}, options.rounds)
     largest = max(options.sizes)
     took = min(figures[str(largest)])
-    extrapolated = {
-        name: {
-            "hours": round(took * (count / largest) ** 2 / 3600, 2),
-            "gib": round(memory[largest] * count / largest / 1024, 1),
-        }
-        for name, count in (("5M", 5_000_000), ("1B", 1_000_000_000))
-    }
+    extrapolated = {}
+    for name, count in (("5M", 5_000_000), ("1B", 1_000_000_000)):
+        hours, gib = took * (count / largest) ** 2 / 3600, memory[largest] * count / largest / 1024
+        extrapolated[name] = {"hours": round(hours, 2), "gib": round(gib, 1)}
     report(
         "dedup",
         figures,
