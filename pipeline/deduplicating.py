@@ -61,7 +61,7 @@ def plan_dedup(
         if next(open_sources([source]), None) is None:
             raise BadInput(f"{source}: holds no image to compare with; name a folder, tars or a table that does")
     count = workers if workers is not None else len(os.sched_getaffinity(0))
-    shared = all(shard.is_shared for shard in found) and not out.startswith("memory:")
+    shared = all(shard.is_shared for shard in found) and not any(url.startswith("memory:") for url in (out, *against))
     return DedupPlan(config, shards, found, tuple(against), out.rstrip("/"), count if shared else 0, fresh)
 
 
