@@ -151,6 +151,49 @@ GRADE = pa.schema(
 )
 
 
+def _scored(prefix: str) -> list[pa.Field]:
+    """What is known of one caption of an image. Scores of long captions are by sentence beside the first window's."""
+    scores = [
+        field
+        for scorer in ("clip", "itm")
+        for field in (
+            pa.field(f"{prefix}_{scorer}_score", pa.float32()),  # of as much of the caption as the model reads
+            pa.field(f"{prefix}_{scorer}_score_mean", pa.float32()),  # over its sentences
+            pa.field(f"{prefix}_{scorer}_score_min", pa.float32()),
+            pa.field(f"{prefix}_{scorer}_lowest", pa.int32()),  # index of the sentence with that score
+        )
+    ]
+    return [
+        pa.field(f"{prefix}_caption", pa.string()),
+        pa.field(f"{prefix}_length", pa.int32()),  # words
+        pa.field(f"{prefix}_sentences", pa.int32()),
+        pa.field(f"{prefix}_repetition", pa.float32()),  # share of its four-word sequences that it said before
+        pa.field(f"{prefix}_language", pa.string()),  # ISO 639-1
+        *scores,
+    ]
+
+
+#: ``re_`` is the new caption, ``org_`` the one that came with the image; null where there is none or no such scorer.
+SCORE = pa.schema(
+    [
+        *BASE,
+        *_scored("re"),
+        *_scored("org"),
+        pa.field("unsafe", pa.float32()),  # the safety detector's highest score over its unsafe classes
+        pa.field("unsafe_labels", pa.list_(pa.string())),
+    ]
+)
+#: Final shards: a row for every row of the scores. Only the ``ok`` ones have a sample in the tar.
+SELECT = pa.schema(
+    [
+        *SCORE,
+        pa.field("caption", pa.string()),  # what the tar's txt holds: re_caption or org_caption
+        pa.field("source_shard", pa.string()),
+        pa.field("source_key", pa.string()),
+    ]
+)
+
+
 def check(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
     """Raise :class:`ArtifactMismatch` unless ``actual`` has every expected column with the expected type."""
     for field in expected:

@@ -48,7 +48,7 @@ def folded_attention(
 def fold_heads(model: Any) -> None:
     """Let ``model``, a text decoder or one that sees, draw its tokens so, where it would by SDPA."""
     config = model.config.get_text_config()
-    if config._attn_implementation == "sdpa":
+    if getattr(model, "_supports_attention_backend", False) and config._attn_implementation == "sdpa":
         config._attn_implementation = NAME
 
 

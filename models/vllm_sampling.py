@@ -140,5 +140,6 @@ class SecondRunnerGumbel(SecondRunnerProcessor):
         # A row's input sits at ``pos``, so what is drawn now is the sequence's token at ``pos + 1``.
         positions = ctx.pos.long() + 1 - self._states.prompt_len.gpu[slots]
         cut = bool((self._top_ps[ctx.idx_mapping_np] < 1).any())
-        logits = logits.index_fill(1, self._barred, -torch.inf)
+        barred = logits.index_fill(1, self._barred, -torch.inf)
+        logits = torch.where(temperatures[slots][:, None] > 0, barred, logits)  # a greedy row is vLLM's own business
         return apply(logits, seeds[slots], positions, temperatures[slots], top_ps[slots] if cut else None)

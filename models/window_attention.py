@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "capipe_flash_windows"
 
@@ -24,15 +25,20 @@ def window_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cu_seq_lens_q: Tensor,
+    cu_seq_lens_q: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``query``, ``key``, ``value``: (1, heads, patches, width); ``cu_seq_lens_q``: where windows begin, and the end.
 
-    Returns (1, patches, heads, width), as transformers wants it, and no weights.
+    Without windows it is SDPA. Returns (1, patches, heads, width), as transformers wants it, and no weights.
     """
+    if cu_seq_lens_q is None:
+        whole: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return whole
     lengths = cu_seq_lens_q.diff().tolist()
     if len(set(lengths)) == 1:  # they lie one after another: nothing has to move
         return _attend(query, key, value, lengths[0], scaling, dropout)[None], None

@@ -20,7 +20,8 @@ from capipe.models.sampling import apply
 from capipe.models.vllm_sampling import FirstRunnerGumbel, SecondRunnerGumbel, extra_args
 
 CPU = torch.device("cpu")
-VOCAB = 50
+VOCAB, IMAGE = 50, 20
+CONFIG: Any = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(image_token_id=IMAGE)))
 
 
 def params(sampling: Sampling) -> SamplingParams:
@@ -28,18 +29,25 @@ def params(sampling: Sampling) -> SamplingParams:
 
 
 def expected(logits: torch.Tensor, rows: list[tuple[Sampling, int]]) -> torch.Tensor:
-    """What a batch of (sampling, tokens drawn so far) must come out as, each row computed alone."""
+    """What a batch of (sampling, tokens drawn so far) must come out as, each row computed alone.
+
+    Rows that sample have no chance of the image's token; greedy ones are vLLM's own business.
+    """
     outcome = []
     for row, (sampling, drawn) in zip(logits, rows, strict=True):
         seed, position = torch.tensor([sampling.seed]), torch.tensor([drawn])
         top_p = torch.tensor([sampling.top_p]) if sampling.top_p < 1 else None
-        outcome.append(apply(row[None], seed, position, torch.tensor([sampling.temperature]), top_p))
+        barred = torch.tensor([] if sampling.temperature == 0 else [IMAGE], dtype=torch.long)
+        outcome.append(
+            apply(
+                row[None].index_fill(1, barred, -torch.inf), seed, position, torch.tensor([sampling.temperature]), top_p
+            )
+        )
     return torch.cat(outcome)
 
 
 def first_runner() -> FirstRunnerGumbel:
-    nothing: Any = None
-    return FirstRunnerGumbel(nothing, CPU, False)
+    return FirstRunnerGumbel(CONFIG, CPU, False)
 
 
 def test_greedy_requests_carry_nothing_and_cost_nothing() -> None:
@@ -95,8 +103,7 @@ def test_second_runner_reads_slots_and_positions() -> None:
     states: Any = SimpleNamespace(
         device=CPU, max_num_reqs=4, prompt_len=SimpleNamespace(gpu=torch.tensor([*prompt_lengths, 0]))
     )
-    nothing: Any = None
-    processor = SecondRunnerGumbel(nothing, states)
+    processor = SecondRunnerGumbel(CONFIG, states)
     modifies = [processor.add_request(slot, params(sampling)) for slot, sampling in enumerate(slots)]
     assert modifies == [True, False, True]
     processor.apply_staged_writes()
