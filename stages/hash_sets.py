@@ -18,11 +18,12 @@ from ..manifests.artifact import Artifact
 from ..manifests.schema import HASHES, check
 from .groups import Contents
 from .near_hashes import Indices
-from .perceptual_hash import SIGNATURE_BYTES, Signatures, same_picture
+from .perceptual_hash import SIGNATURE_BYTES, Signatures
+from .same_picture import same_picture
 
 _NUMBERS = ["uid", "phash", "inner", "look", "width", "height"]
 _BATCH = 1000  # rows whose signatures are in memory: 6 MB
-_PAIRS = 512  # compared in one go: some 100 MB
+_PAIRS = 4096  # whose signatures are in memory at once: 50 MB
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,11 @@ def jpeg(image: Image.Image, quality: int = 90) -> bytes:
 
 
 def originals(scenes_: int, photos: int, size: int, seed: int) -> Iterator[tuple[bytes, dict[str, bytes]]]:
-    """Pictures, each with others that differ from it in one thing; smooth ones have none."""
-    for number, scene in enumerate(scenes("heldout", scenes_, seed)):
+    """Pictures, each with others that differ from it in one thing; smooth ones have none.
+
+    No scene comes twice: two drawings of one scene may differ by less than a copy does.
+    """
+    for number, scene in enumerate(list(dict.fromkeys(scenes("heldout", 2 * scenes_, seed)))[:scenes_]):
         others = _near(scene, Random(f"{seed}:{number}"))
         yield _drawn(scene, number, size), {kind: _drawn(other, number, size) for kind, other in others.items()}
     for number in range(photos):

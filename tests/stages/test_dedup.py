@@ -18,7 +18,8 @@ from capipe.stages.dedup import DedupConfig, find_marks, hash_shard, mark_shard
 from capipe.stages.groups import Contents, connected, keepers, lookalikes
 from capipe.stages.hash_sets import read_hash_set
 from capipe.stages.near_hashes import near_pairs
-from capipe.stages.perceptual_hash import DECODED_SIDE, Looks, looks, same_picture
+from capipe.stages.perceptual_hash import DECODED_SIDE, Looks, looks
+from capipe.stages.same_picture import same_picture
 
 from ..conftest import photo
 from .copies import COPIES, NEAR, copies, originals
@@ -55,11 +56,12 @@ def marked(shards: Path, out: Path, **config: Any) -> Rows:
 
 
 @pytest.mark.slow
-def test_copies_are_found_and_what_is_only_near_is_not(tmp_path: Path) -> None:
-    """Recall by kind of copy; precision over all pictures; and the kind of near scene it cannot tell apart."""
+@pytest.mark.parametrize("size", [256, 112])
+def test_copies_are_found_and_what_is_only_near_is_not(size: int, tmp_path: Path) -> None:
+    """Recall by kind of copy; precision over these copies and the near scenes, each differing in one thing."""
     images: dict[str, bytes] = {}
     truth: dict[str, tuple[int, str]] = {}  # of every picture the original it is of, or its own, and its kind
-    for number, (original, near) in enumerate(originals(scenes_=100, photos=100, size=256, seed=5)):
+    for number, (original, near) in enumerate(originals(scenes_=100, photos=50 * (size == 256), size=size, seed=21)):
         pictures = {"original": original, **copies(original), **near}
         for kind, data in pictures.items():
             key = f"{number:03}-{len(truth):05}"
@@ -74,16 +76,12 @@ def test_copies_are_found_and_what_is_only_near_is_not(tmp_path: Path) -> None:
         strangers += group[key] in {other for n, other in home.items() if n != number}
     recall = {kind: with_original[kind] / total[kind] for kind in COPIES}
     merged = {kind: with_original[kind] / total[kind] for kind in NEAR}
-    right, wrong = (
-        sum(with_original[kind] for kind in COPIES),
-        strangers + sum(with_original[kind] for kind in NEAR if kind != "one thing reshaped"),
-    )
+    right, wrong = sum(with_original[kind] for kind in COPIES), strangers + sum(with_original[kind] for kind in NEAR)
     print(f"recall {recall}; near scenes merged {merged}; other scenes merged {strangers}; pairs {right}+{wrong}")
     assert recall["exact"] == 1.0
     assert all(share >= 0.95 for share in recall.values()), recall
     assert right / (right + wrong) >= 0.99
-    assert merged["one thing recoloured"] <= 0.03 and merged["one thing removed"] <= 0.02
-    assert merged["one thing reshaped"] <= 0.35  # a small shape of another outline: under what the signature resolves
+    assert all(share <= 0.02 for share in merged.values()), merged
     assert len(set(home.values())) == len(home)
 
 
