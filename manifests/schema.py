@@ -59,6 +59,28 @@ DEDUP = pa.schema(
     ]
 )
 
+#: Of embeddings: the column that `capipe dedup --embeddings` compares.
+EMBEDDING_COLUMN = "image_embedding"
+
+
+def embedding(width: int) -> pa.Schema:
+    """Rows one to one with the shards'; null where an image has no embedding. ``width``: numbers of a vector."""
+    return pa.schema([*BASE, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), width))])
+
+
+def embedding_width(actual: pa.Schema, where: str) -> int:
+    """The width of the embeddings in a file. Raises ArtifactMismatch where it has none of the kind."""
+    position = actual.get_field_index(EMBEDDING_COLUMN)
+    kind = actual.field(position).type if position >= 0 else None
+    if not pa.types.is_fixed_size_list(kind) or kind.list_size < 1:
+        found = "missing" if kind is None else f"{kind}, not a fixed_size_list<float16>"
+        raise ArtifactMismatch(
+            f"{where}: column {EMBEDDING_COLUMN!r} is {found}; give --embeddings an artifact that has it"
+        )
+    check(actual, embedding(kind.list_size), where)
+    return int(kind.list_size)
+
+
 CAPTION = pa.struct(
     [
         pa.field("name", pa.string()),  # the prompt's name, with `#k` for the k-th of several samples

@@ -18,10 +18,13 @@ from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.shards import InputShard, expand, input_artifact
 from ..stages import dedup
+from ..stages.cosine import require_faiss
 from ..stages.dedup import DedupConfig
+from ..stages.embeddings import check_embeddings, near_embeddings
 from ..stages.hash_sets import HashSet, read_hash_set
 from ..stages.ingest import IngestTask, pending
 from ..stages.ingest import plan as cut
+from ..stages.near_hashes import Indices
 from ..stages.sources import open_sources
 from .events import Event, Pulse, ShardDone, ShardFailed
 from .ingesting import HOPELESS
@@ -41,6 +44,7 @@ class DedupPlan:
     pattern: str
     shards: list[InputShard]
     against: tuple[str, ...]
+    embeddings: Artifact | None
     out: str
     workers: int
     fresh: bool
@@ -52,17 +56,23 @@ def plan_dedup(
     config: DedupConfig,
     *,
     against: Sequence[str] = (),
+    embeddings: str | None = None,
     workers: int | None = None,
     fresh: bool = False,
 ) -> DedupPlan:
-    """Check shards and reference sets. Raises BadInput; nothing is written here."""
+    """Check shards, reference sets and embeddings. Raises BadInput; nothing is written here."""
     found = expand(shards)
+    beside = None
+    if embeddings is not None:
+        require_faiss()
+        beside = Artifact.open(embeddings)
+        check_embeddings(beside, [shard.name for shard in found])
     for source in against:
         if next(open_sources([source]), None) is None:
             raise BadInput(f"{source}: holds no image to compare with; name a folder, tars or a table that does")
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     shared = all(shard.is_shared for shard in found) and not any(url.startswith("memory:") for url in (out, *against))
-    return DedupPlan(config, shards, found, tuple(against), out.rstrip("/"), count if shared else 0, fresh)
+    return DedupPlan(config, shards, found, tuple(against), beside, out.rstrip("/"), count if shared else 0, fresh)
 
 
 def hash_images(made: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, Outcome]:
@@ -116,14 +126,17 @@ def mark(
         "hashes": dedup.digest_of(hashes, names),
         "against": dedup.digest_of(against, references) if against is not None else None,
     }
+    if made.embeddings is not None:
+        semantic["embeddings"] = dedup.digest_of(made.embeddings, names)
     run = {"shards": made.pattern, "shards_total": len(names), "sources": list(made.against)}
     artifact = Artifact.create(f"{made.out}/{MARKED}", dedup.STAGE, semantic, run, fresh=made.fresh)
     try:
         done, records = artifact.committed(), hashes.committed()
         if all(name in done for name in names):
             return artifact, Outcome()
-        reference_set: HashSet | None = read_hash_set(against, references) if against is not None else None
-        marks = dedup.find_marks(read_hash_set(hashes, names), reference_set, made.config)
+        reference_set = read_hash_set(against, references) if against is not None else None
+        hashed = read_hash_set(hashes, names)
+        marks = dedup.find_marks(hashed, reference_set, made.config, _embedded(made, hashed, artifact))
         for name in names:
             if name not in done and not stop.is_set():
                 record = dedup.mark_shard(name, records[name], marks, artifact)
@@ -133,6 +146,15 @@ def mark(
         artifact.close()
         raise
     return artifact, Outcome(interrupted=stop.is_set())
+
+
+def _embedded(made: DedupPlan, hashed: HashSet, artifact: Artifact) -> tuple[Indices, Indices] | None:
+    """Pairs of files that are copies by their embeddings; the artifact notes how many files have none."""
+    if made.embeddings is None or made.config.cosine is None:
+        return None
+    left, right, skipped = near_embeddings(made.embeddings, hashed, made.config.cosine)
+    artifact.note(embeddings=made.embeddings.url, embeddings_skipped=skipped)
+    return left, right
 
 
 def _opened(

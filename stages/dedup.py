@@ -40,6 +40,7 @@ class DedupConfig(BaseModel):
 
     radius: int = Field(7, ge=0, le=15, description="bits of 64 in which the hashes of two copies may differ")
     placeholder: int = Field(100, ge=1, description="the same bytes in more rows than this are a placeholder")
+    cosine: float | None = Field(None, ge=0.5, le=1, description="embeddings this near each other are of copies, too")
 
 
 # --- first pass: one shard's images -----------------------------------------------------------------------------------
@@ -110,10 +111,21 @@ class Marks:
     placeholders: Mapping[int, int] = field(default_factory=dict)
 
 
-def find_marks(hashed: HashSet, references: HashSet | None, config: DedupConfig) -> Marks:
-    """Group the images. No order of the shards changes a group or its keeper."""
+def find_marks(
+    hashed: HashSet,
+    references: HashSet | None,
+    config: DedupConfig,
+    embedded: tuple[Indices, Indices] | None = None,
+) -> Marks:
+    """Group the images. No order of the shards changes a group or its keeper.
+
+    ``embedded``: pairs of files that are copies by their embeddings.
+    """
     contents = hashed.contents
-    groups = connected(len(contents), *_copies(hashed, config.radius))
+    left, right = _copies(hashed, config.radius)
+    if embedded is not None:
+        left, right = np.concatenate([left, embedded[0]]), np.concatenate([right, embedded[1]])
+    groups = connected(len(contents), left, right)
     keeper = keepers(contents, groups)
     matched = _matches(hashed, references, config.radius, keeper) if references is not None else {}
     frequent = np.flatnonzero(hashed.counts > config.placeholder)
