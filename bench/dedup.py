@@ -11,12 +11,13 @@ On the 2-core machine of docs/benchmarks.md, one thread: 1.2 s and 0.13 GiB for 
 million; so half an hour and 2 GiB for 5 million. A billion in one piece would take 17,000 hours and 400 GiB: there,
 run it per part of a set (200 parts of 5 million: 90 hours on one core, copies across parts unseen).
 
-    python bench/dedup.py [--sizes 100000 1000000] [--rounds 1]
+    python bench/dedup.py [--sizes 100000 1000000] [--rounds 1] [--embeddings 100000 400000]
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import resource
 import subprocess
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -32,9 +34,11 @@ from _common import alternate, report, version
 
 from capipe.models.images import ImageLimits, Thumbnail, thumbnail
 from capipe.models.tiny.corpus import samples
+from capipe.stages.cosine import near_vectors
 from capipe.stages.dedup import DedupConfig
 from capipe.stages.groups import Contents, candidates, connected, keepers, lookalikes
-from capipe.stages.perceptual_hash import DECODED_SIDE, SIGNATURE_BYTES, looks, same_picture
+from capipe.stages.perceptual_hash import DECODED_SIDE, SIGNATURE_BYTES, looks
+from capipe.stages.same_picture import same_picture
 
 
 def grouped(count: int) -> dict[str, float]:
@@ -57,13 +61,34 @@ def grouped(count: int) -> dict[str, float]:
     return {"seconds": seconds, "peak_mib": peak, "pairs": len(i), "repeats": repeats}
 
 
-def confirmed_per_second(pairs: int = 4096) -> float:
-    """Candidate pairs a second that signatures decide on."""
-    signatures = np.random.default_rng(0).integers(0, 256, (512, SIGNATURE_BYTES), dtype=np.uint8)
+def confirmed_per_second(count: int = 256) -> float:
+    """Candidate pairs a second that signatures decide on, all of them of the dear kind: laid on each other first."""
+    pictures = [Image.open(io.BytesIO(sample.image)) for sample in samples(count, "heldout", 3, size=256)]
+    cropped = [picture.crop((5, 5, 251, 251)) for picture in pictures]
+    left, right = (
+        np.stack([np.frombuffer(looks(each).signature, dtype=np.uint8) for each in side])
+        for side in (pictures, cropped)
+    )
     started = time.perf_counter()
-    for _ in range(pairs // 512):
-        same_picture(signatures, signatures)
-    return pairs / (time.perf_counter() - started)
+    found = same_picture(left, right).mean()
+    seconds = time.perf_counter() - started
+    if found < 0.9:
+        sys.exit(f"of the cropped copies only {found:.2f} were found")
+    return count / seconds
+
+
+def embedded(count: int, width: int = 512) -> dict[str, float]:
+    """Seconds of finding near embeddings among ``count`` (a tenth near another), and the share of those found."""
+    rng = np.random.default_rng(0)
+    planted = count // 10
+    vectors = rng.standard_normal((count, width), dtype=np.float32).astype(np.float16)
+    vectors[-planted:] = vectors[:planted] + 0.2 * rng.standard_normal((planted, width), dtype=np.float32)
+    started = time.perf_counter()
+    left, right = (np.concatenate(each) for each in zip(*near_vectors(vectors, 0.96), strict=True))
+    seconds = time.perf_counter() - started
+    groups = connected(count, left, right)
+    found = float((groups[-planted:] == groups[:planted]).mean())
+    return {"vectors": count, "seconds": round(seconds, 1), "found": round(found, 4)}
 
 
 def looked_at_per_second(count: int = 200, size: int = 512) -> float:
@@ -82,6 +107,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--one", type=int, help="group so many in this process and print the figures as JSON")
+    parser.add_argument("--embeddings", type=int, nargs="*", default=[], help="so many vectors of 512; needs faiss")
     options = parser.parse_args()
     if options.one is not None:
         print(json.dumps(grouped(options.one)))
@@ -111,6 +137,7 @@ def main() -> None:
         signature_bytes=SIGNATURE_BYTES,
         pairs_confirmed_per_second=round(confirmed_per_second()),
         images_hashed_per_second=round(looked_at_per_second()),
+        embeddings=[embedded(count) for count in options.embeddings],
     )
 
 

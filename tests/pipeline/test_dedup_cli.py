@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from capipe.manifests.artifact import Artifact
+
 from ..conftest import photo, tar_bytes
 from ..stages.copies import copies
-from .conftest import COMMAND, capipe, one_line, table
+from ..stages.embedded import embed
+from .conftest import capipe, one_line, table
+from .dedup_crash import crash_trial
 
 
 def shards_of(folder: Path, per_shard: list[list[bytes]]) -> Path:
@@ -33,13 +32,6 @@ def shards(tmp_path: Path) -> Path:
     return shards_of(tmp_path / "in", [[one, two, three], [four, *half]])
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files of an artifact that say nothing of when they were written, and its configuration's fingerprint."""
-    found = {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
-    config = json.loads((folder / "_capipe/config.json").read_text())
-    return {**found, "fingerprint": config["fingerprint"].encode()}
-
-
 def test_marks_and_a_second_run_that_does_nothing(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     capipe("dedup", "--shards", shards, "--out", out)
@@ -51,7 +43,9 @@ def test_marks_and_a_second_run_that_does_nothing(shards: Path, tmp_path: Path) 
     again = capipe("dedup", "--shards", shards, "--out", out)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert "dedup: 0 images" in again.stderr and "8 images" not in again.stderr
-    assert "clean" in capipe("verify", out / "marked").stdout and "clean" in capipe("verify", out / "hashes").stdout
+    for artifact in ("hashes", "marked"):
+        assert "clean" in capipe("verify", out / artifact).stdout
+        assert "2/2 shards committed" in capipe("status", out / artifact).stdout
 
 
 def test_another_radius_hashes_nothing_again(shards: Path, tmp_path: Path) -> None:
@@ -78,6 +72,8 @@ def test_what_a_reference_set_holds_is_contaminated(shards: Path, tmp_path: Path
     assert rows["000010002"]["matched"] == rows["000000001"]["matched"]  # a cropped copy of that
     assert sum(row["status"] == "contaminated" for row in rows.values()) == 3
     assert rows["000000000"]["status"] == "ok" and rows["000000000"]["matched"] is None
+    assert "clean" in capipe("verify", out / "against").stdout
+    assert "1/1 shards committed" in capipe("status", out / "against").stdout
 
 
 @pytest.mark.parametrize(
@@ -110,36 +106,78 @@ def test_a_changed_shard_is_noticed(shards: Path, tmp_path: Path) -> None:
     assert [row["key"] for row in table(out / "marked")][3:] == ["x"]
 
 
+def test_embeddings_group_what_hashes_do_not(shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="the extra 'dedup' is not installed")
+    capipe("dedup", "--shards", shards, "--out", tmp_path / "plain")
+    hashes = Artifact.open(str(tmp_path / "plain/hashes"))
+    axes = {
+        row["key"]: [float(n == index) for n in range(8)] for index, row in enumerate(table(tmp_path / "plain/hashes"))
+    }
+    near = {**axes, "000010000": axes["000000002"], "000010002": [float("nan")] * 8}  # the fourth picture as the third
+    embed(tmp_path / "near", hashes, near, 8)
+    embed(tmp_path / "far", hashes, axes, 8)
+    out = tmp_path / "out"
+    options = ["dedup", "--shards", shards, "--out", out, "--embeddings"]
+    said = capipe(*options, tmp_path / "near")
+    rows = {row["key"]: row for row in table(out / "marked")}
+    assert rows["000000002"]["group"] == rows["000010000"]["group"]
+    assert {rows[key]["status"] for key in ("000000002", "000010000")} == {"ok", "duplicate"}
+    assert "1 images have no usable embedding" in said.stderr
+    assert "cosine: null -> 0.9" in one_line(
+        capipe(
+            "dedup",
+            "--shards",
+            shards,
+            "--out",
+            tmp_path / "plain",
+            "--embeddings",
+            tmp_path / "near",
+            "--cosine",
+            0.9,
+            code=2,
+        )
+    )
+    assert "embeddings: " in one_line(capipe(*options, tmp_path / "far", code=2))
+    capipe(*options, tmp_path / "far", "--fresh")
+    assert {row["key"]: row["group"] for row in table(out / "marked")}["000010000"] != rows["000000002"]["group"]
+    strange = embed(tmp_path / "strange", hashes, axes, 8, uid=lambda uid: uid[::-1] if uid else None)
+    refused = one_line(capipe(*options, strange.url, "--fresh", code=2))
+    assert str(tmp_path / "strange") in refused and "embeddings of other images" in refused
+
+
+def test_embeddings_that_are_none_are_refused(shards: Path, tmp_path: Path) -> None:
+    options = ["dedup", "--shards", shards, "--out", tmp_path / "out"]
+    assert "--embeddings" in one_line(capipe(*options, "--cosine", 0.9, code=2))
+    pytest.importorskip("faiss", reason="the extra 'dedup' is not installed")
+    assert "not an artifact" in one_line(capipe(*options, "--embeddings", tmp_path, code=2))
+    assert "--cosine" in one_line(capipe(*options, "--embeddings", tmp_path, "--cosine", 0.2, code=2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_faiss_embeddings_are_refused_with_the_mend(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/faiss.py").write_text("raise ImportError('No module named faiss')")
+    path = os.pathsep.join([str(tmp_path / "hidden"), os.environ.get("PYTHONPATH", "")])
+    options = ["--shards", shards, "--out", tmp_path / "out", "--embeddings", tmp_path]
+    assert "pip install 'capipe[dedup]'" in one_line(capipe("dedup", *options, code=2, PYTHONPATH=path))
+
+
+def test_a_reference_folder_that_does_not_exist(shards: Path, tmp_path: Path) -> None:
+    refused = capipe("dedup", "--shards", shards, "--out", tmp_path / "out", "--against", tmp_path / "gone", code=2)
+    assert str(tmp_path / "gone") in one_line(refused) and not (tmp_path / "out").exists()
+
+
+def test_marks_of_another_input_are_refused(shards: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "shards"
+    capipe("dedup", "--shards", shards, "--out", out)
+    capipe("ingest", shards, "--out", other, "--shard-size", 4)
+    refused = one_line(capipe("dedup", "--shards", other, "--out", out, code=2))
+    assert "made by another configuration (input: null -> " in refused and "--fresh" in refused
+
+
 @pytest.mark.slow
-def test_killed_in_either_pass_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    pictures = [photo(seed, (96, 64)) for seed in range(100)]
-    shards = shards_of(tmp_path / "in", [[pictures[(7 * s + k) % 100] for k in range(6)] for s in range(40)])
-    reference = tmp_path / "bench"
-    reference.mkdir()
-    (reference / "a.jpg").write_bytes(copies(photo(5, (96, 64)))["jpeg q60"])
-    options = ["dedup", "--shards", shards, "--against", reference, "--workers", 1, "--out"]
-    capipe(*options, tmp_path / "alone")
-    moments = [("hashes", 1), ("hashes", 17), ("against", 0), ("marked", 1), ("marked", 12), ("marked", 25)]
-    killed = [kill(options, tmp_path / "killed", artifact, lines) for artifact, lines in moments]
-    assert killed.count(True) >= 4, "the runs were over too soon to be killed"
-    capipe(*options, tmp_path / "killed")
-    for artifact in ("hashes", "against", "marked"):
-        assert contents(tmp_path / "killed" / artifact) == contents(tmp_path / "alone" / artifact)
-    assert "clean" in capipe("verify", tmp_path / "killed/marked").stdout
-    statuses = {row["status"] for row in table(tmp_path / "alone/marked")}
-    assert statuses == {"ok", "duplicate", "contaminated"}
-
-
-def kill(options: list[Any], out: Path, artifact: str, lines: int) -> bool:
-    """Start a run, kill it and its workers once ``artifact`` has more than so many shards; False if it had ended."""
-    manifest = out / artifact / "_capipe/manifest.jsonl"
-    command = [*COMMAND, *map(str, options), str(out)]
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet)
-    while process.poll() is None and not (manifest.exists() and manifest.read_bytes().count(b"\n") > lines):
-        time.sleep(0.002)
-    if process.poll() is not None:
-        return False
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return True
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    trial = crash_trial(tmp_path, kills=4, shards=30, images=8, seed=3)
+    assert trial.kills >= 3, "the runs were over too soon to be killed"
+    assert trial.equal and trial.faults == [] and trial.leftovers == []
+    assert set(trial.statuses) == {"ok", "duplicate", "contaminated"}
