@@ -71,14 +71,14 @@ def embedding(width: int) -> pa.Schema:
 def embedding_width(actual: pa.Schema, where: str) -> int:
     """The width of the embeddings in a file. Raises ArtifactMismatch where it has none of the kind."""
     position = actual.get_field_index(EMBEDDING_COLUMN)
-    kind = actual.field(position).type if position >= 0 else None
-    if not pa.types.is_fixed_size_list(kind) or kind.list_size < 1:
-        found = "missing" if kind is None else f"{kind}, not a fixed_size_list<float16>"
-        raise ArtifactMismatch(
-            f"{where}: column {EMBEDDING_COLUMN!r} is {found}; give --embeddings an artifact that has it"
-        )
-    check(actual, embedding(kind.list_size), where)
-    return int(kind.list_size)
+    found = "missing"
+    if position >= 0:
+        kind = actual.field(position).type
+        if pa.types.is_fixed_size_list(kind) and kind.list_size >= 1:
+            check(actual, embedding(kind.list_size), where)
+            return int(kind.list_size)
+        found = f"{kind}, not a fixed_size_list<float16>"
+    raise ArtifactMismatch(f"{where}: column {EMBEDDING_COLUMN!r} is {found}; --embeddings takes an artifact with it")
 
 
 CAPTION = pa.struct(
