@@ -22,13 +22,11 @@ NAMES += ("immunohistochemistry", "moon", "page", "retina", "rocket", "text")
 def photographs() -> Iterator[Image.Image]:
     """Whole pictures, and the quarters of those that have 256 pixels a side to each."""
     data = pytest.importorskip("skimage.data", reason="scikit-image, which ships photographs, is not installed")
-    arrays = [getattr(data, name)() for name in NAMES]
-    if find_spec("sklearn") is not None:
-        from sklearn.datasets import load_sample_images
-
-        arrays += load_sample_images().images
-    for array in arrays:
-        image = Image.fromarray(np.asarray(array)).convert("RGB")
+    images = [Image.fromarray(np.asarray(getattr(data, name)())) for name in NAMES]
+    other = find_spec("sklearn")
+    if other is not None and other.origin is not None:
+        images += [Image.open(path) for path in sorted((Path(other.origin).parent / "datasets/images").glob("*.jpg"))]
+    for image in (each.convert("RGB") for each in images):
         yield image
         width, height = image.width // 2, image.height // 2
         if min(width, height) >= 256:
