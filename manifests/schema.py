@@ -30,6 +30,57 @@ INGEST = pa.schema(
     ]
 )
 
+#: What dedup remembers of an image between its two passes.
+HASHES = pa.schema(
+    [
+        *BASE,
+        pa.field("sha256", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("phash", pa.uint64()),  # of the picture
+        pa.field("inner", pa.uint64()),  # of the picture without its margins: a copy's phash if that was cropped
+        pa.field("signature", pa.binary(6144)),  # the picture in 64x64 cells; see stages/perceptual_hash.py
+        pa.field("look", pa.uint64()),  # digest of the signature
+        pa.field("source", pa.string()),  # of a reference image: where it lies
+    ]
+)
+
+DEDUP = pa.schema(
+    [
+        *BASE,
+        pa.field("sha256", pa.string()),
+        pa.field("phash", pa.string()),  # 16 hex
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("group", pa.string()),  # uid of the group's keeper, a row's own where it is alone
+        pa.field("copies", pa.int32()),  # rows with these very bytes, this one included
+        pa.field("duplicate_of", pa.string()),  # key of the row that is kept for it
+        pa.field("matched", pa.string()),  # the reference image that it, or one of its group, repeats
+    ]
+)
+
+#: Of embeddings: the column that `capipe dedup --embeddings` compares.
+EMBEDDING_COLUMN = "image_embedding"
+
+
+def embedding(width: int) -> pa.Schema:
+    """Rows one to one with the shards'; null where an image has no embedding. ``width``: numbers of a vector."""
+    return pa.schema([*BASE, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), width))])
+
+
+def embedding_width(actual: pa.Schema, where: str) -> int:
+    """The width of the embeddings in a file. Raises ArtifactMismatch where it has none of the kind."""
+    position = actual.get_field_index(EMBEDDING_COLUMN)
+    found = "missing"
+    if position >= 0:
+        kind = actual.field(position).type
+        if pa.types.is_fixed_size_list(kind) and kind.list_size >= 1:
+            check(actual, embedding(kind.list_size), where)
+            return int(kind.list_size)
+        found = f"{kind}, not a fixed_size_list<float16>"
+    raise ArtifactMismatch(f"{where}: column {EMBEDDING_COLUMN!r} is {found}; --embeddings takes an artifact with it")
+
+
 CAPTION = pa.struct(
     [
         pa.field("name", pa.string()),  # the prompt's name, with `#k` for the k-th of several samples

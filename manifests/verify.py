@@ -17,12 +17,19 @@ from ..errors import CapipeError
 from .artifact import Artifact
 from .manifest import ShardRecord
 from .samples import read_samples
-from .schema import ANNOTATE, INGEST, SCORE, SELECT, check
+from .schema import ANNOTATE, DEDUP, HASHES, INGEST, SCORE, SELECT, check
 from .shards import uid_of
 from .status import Status
 from .storage import read_parquet
 
-_SCHEMAS = {"ingest": INGEST, "annotate": ANNOTATE, "score": SCORE, "select": SELECT}
+_SCHEMAS = {
+    "ingest": INGEST,
+    "annotate": ANNOTATE,
+    "hash": HASHES,
+    "dedup": DEDUP,
+    "score": SCORE,
+    "select": SELECT,
+}
 _CHUNK = 1 << 20
 
 

@@ -72,6 +72,15 @@ class ImageInfo:
     phash: str
 
 
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """A picture decoded small. ``image`` is RGB; ``width`` and ``height`` are those of the whole picture, upright."""
+
+    image: Image.Image
+    width: int
+    height: int
+
+
 def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
     """Decode all of ``data`` (every entropy-coded byte, so truncation shows), scaled down as far as hashing allows."""
     header = _accept(data, limits)
@@ -92,17 +101,28 @@ def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
 
 
 def decode_upright(data: bytes, limits: ImageLimits) -> Image.Image | ImageProblem:
-    """The whole image at its full size: upright, RGB, transparency over white."""
+    """The whole picture at its full size: upright, RGB, transparency over white."""
+    whole = thumbnail(data, limits, None)
+    return whole if isinstance(whole, ImageProblem) else whole.image
+
+
+def thumbnail(data: bytes, limits: ImageLimits, side: int | None) -> Thumbnail | ImageProblem:
+    """The whole picture, upright and in RGB, as small as decoding makes it without a side under ``side`` pixels."""
     header = _accept(data, limits)
     if isinstance(header, ImageProblem):
         return header
     try:
         image = _OPENERS[header.format](io.BytesIO(data))
-        orientation = _orientation(image)
+        if side is not None:
+            image.draft("RGB", (side, side))
         image.load()
-        return _upright(_to_rgb(image), orientation)
+        orientation = _orientation(image)
+        rgb = _to_rgb(image)
     except _DECODE_ERRORS as error:
         return _undecodable(error)
+    turned = orientation >= 5
+    size = (header.height, header.width) if turned else (header.width, header.height)
+    return Thumbnail(_upright(rgb, orientation), *size)
 
 
 def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling: bool = True) -> Pixels | ImageProblem:

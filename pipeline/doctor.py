@@ -75,9 +75,11 @@ def _libraries() -> Iterator[Finding]:
     for name in ("pyarrow", "webdataset", "datasets", "open_clip_torch", "pillow", "fsspec", "pydantic", "typer"):
         version = _version(name)
         yield Finding(name, version or "absent", None if version else f"pip install {name}")
-    for module, package in (("s3fs", "capipe[s3]"), ("gcsfs", "gcsfs")):
+    there = "to read and write there"
+    optional = ("s3fs", "capipe[s3]", there), ("gcsfs", "gcsfs", there), ("faiss", "capipe[dedup]", "for embeddings")
+    for module, package, purpose in optional:
         if find_spec(module) is None:
-            yield Finding(module, "absent", f"pip install '{package}' to read and write there", required=False)
+            yield Finding(module, "absent", f"pip install '{package}' {purpose}", required=False)
         else:
             yield Finding(module, _version(module) or "found")
 

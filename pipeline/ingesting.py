@@ -23,7 +23,7 @@ from .pool import Done, Failed, run_pool
 from .runner import Outcome
 from .worker import disk_text
 
-_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Task = TypeVar("Task", bound="Sharded")
 
@@ -86,7 +86,7 @@ def writing(artifact: Artifact) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _HOPELESS:
+        if error.errno in HOPELESS:
             raise RunFailed(disk_text(error, artifact.url)) from error
         raise
 

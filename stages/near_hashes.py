@@ -1,0 +1,79 @@
+"""All pairs of 64-bit hashes within a Hamming radius, exactly, in bounded memory (multi-index hashing, pigeonhole).
+
+A hash is four bands of 16 bits. Two hashes that differ in at most ``radius`` bits differ in at most ``radius // 4`` of
+them in one band at least; so for each band and each way of turning so many bits, the partners of a hash are those that
+a table of that band lists. Under a radius of 4 no bit is turned and a partner shares a whole band.
+After Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index Hashing" (CVPR 2012).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+Indices = npt.NDArray[np.int64]
+
+BANDS, BITS = 4, 16
+PAIRS_AT_ONCE = 1 << 21  # compared in one go: some 100 MB
+
+
+def near_pairs(left: U64, right: U64, radius: int) -> Iterator[tuple[Indices, Indices]]:
+    """Blocks of ``(i, j)`` with ``left[i]`` and ``right[j]`` at most ``radius`` bits apart; every such pair once."""
+    for band in range(BANDS):
+        table = _Table(right, band)
+        order = np.argsort(_band(left, band), kind="stable")  # neighbours look their partners up in the same place
+        keys = _band(left[order], band)
+        for mask in _masks(radius // BANDS):
+            for i, j in table.partners(keys ^ mask):
+                i = order[i]
+                apart = left[i] ^ right[j]
+                near = np.bitwise_count(apart) <= radius
+                i, j = i[near], j[near]
+                first = _first_found(apart[near], band, radius // BANDS)
+                if first.any():
+                    yield i[first], j[first]
+
+
+def _band(hashes: U64, band: int) -> Indices:
+    return ((hashes >> np.uint64(BITS * band)) & np.uint64((1 << BITS) - 1)).astype(np.int64)
+
+
+def _masks(bits: int) -> list[int]:
+    """All 16-bit words with at most ``bits`` bits set."""
+    return [sum(1 << b for b in chosen) for n in range(bits + 1) for chosen in combinations(range(BITS), n)]
+
+
+def _first_found(apart: U64, band: int, bits: int) -> npt.NDArray[np.bool_]:
+    """Which pairs no earlier band has found. Within a band a pair is found under one mask only."""
+    new = np.ones(len(apart), dtype=bool)
+    for earlier in range(band):
+        new &= np.bitwise_count(_band(apart, earlier)) > bits
+    return new
+
+
+class _Table:
+    """Positions in ``hashes`` by the value of one band."""
+
+    def __init__(self, hashes: U64, band: int) -> None:
+        keys = _band(hashes, band)
+        self._order = np.argsort(keys, kind="stable")
+        self._starts = np.zeros((1 << BITS) + 1, dtype=np.int64)
+        np.cumsum(np.bincount(keys, minlength=1 << BITS), out=self._starts[1:])
+
+    def partners(self, keys: Indices) -> Iterator[tuple[Indices, Indices]]:
+        """Blocks of (position in ``keys``, position in the hashes) for all hashes with that key."""
+        counts = self._starts[keys + 1] - self._starts[keys]
+        ends = np.cumsum(counts)
+        first = 0
+        while first < len(keys):
+            done = ends[first - 1] if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, done + PAIRS_AT_ONCE, side="right")))
+            block = counts[first:last]
+            i = np.repeat(np.arange(first, last), block)
+            within = np.arange(len(i)) - np.repeat(ends[first:last] - block - done, block)
+            yield i, self._order[self._starts[keys[i]] + within]
+            first = last
