@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -32,6 +33,11 @@ class ClipScorer:
         self._device, self._dtype = weight.device, weight.dtype
         self._see = torch.compile(model.encode_image) if self._device.type == "cuda" else model.encode_image
         self._trims = _ends_early(model) and _trimming_changes_nothing(model, tokenizer)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a feature vector."""
+        return self.encode_images([np.zeros((self.view.height, self.view.width, 3), dtype=np.uint8)]).shape[1]
 
     @torch.inference_mode()
     def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..errors import CapipeError
-from . import caption_cli, dedup_cli, eval_cli, export_cli, filter_cli, quiz_cli, train_cli
+from . import caption_cli, dedup_cli, embed_cli, eval_cli, export_cli, filter_cli, quiz_cli, train_cli
 from .interrupts import interrupts
 from .options import Fresh, Out, validated
 from .outcome import Exit, conclude, print_state
@@ -91,6 +91,7 @@ def ingest(
     raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))
 
 
+app.command()(embed_cli.embed)
 app.command()(dedup_cli.dedup)
 app.command()(quiz_cli.qa)
 app.command()(train_cli.train)

@@ -1,4 +1,4 @@
-"""`capipe demo`: the chain so far, on rendered pictures and the bundled models, by the commands a user types."""
+"""`capipe demo`: the chain, on rendered pictures and the bundled models, by the commands a user types."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ SCENES = 100  # to train on, at most
 # The recipe's schedule is of 40 steps; these few keep their rate to the end.
 FEW_STEPS = ("optimizer.schedule=constant", "optimizer.lr=2e-4", "optimizer.warmup=3")
 READER = "tiny/holdout-reader"  # never a reward
+KEEP = "itm_score_min > 0.5"
 Part = tuple[str, Callable[[], None]]
 
 
@@ -60,6 +61,9 @@ class Demo:
             ("write and screen quiz questions about the first shard's pictures", self.ask),
             ("evaluate the captioner: how well does a reader answer them from its captions alone?", self.before),
             *(training if steps else []),
+            ("mark pictures that repeat others", self.dedup),
+            ("filter: keep captions of which CLIP and a matching model believe every sentence", self.filter),
+            (f"export what is kept to {at.final}, with a card and indexes", self.export),
             ("verify", self.verify),
         ]
 
@@ -101,10 +105,23 @@ class Demo:
     def after(self) -> None:
         self._evaluate(self.at.trained_evaluation, folder_of(self.at.run, self.train_steps), "--no-controls")
 
+    def dedup(self) -> None:
+        _capipe("dedup", "--shards", self.at.shards, "--out", self.at.marks)
+
+    def filter(self) -> None:
+        _capipe(
+            *("filter", "--shards", self.at.shards, "--captions", self.at.captions, "--out", self.at.filtered),
+            *("--marks", self.at.marks / "marked", "--clip", "tiny/clip", "--itm", "tiny/itm", "--keep", KEEP),
+        )
+
+    def export(self) -> None:
+        final = ("--format", "webdataset", "--title", "Rendered scenes", "--license", "apache-2.0")
+        _capipe("export", self.at.filtered / "shards", *final, "--out", self.at.final)
+
     def verify(self) -> None:
         at = self.at
         artifacts = [at.shards, at.captions, at.questions / "written", at.questions / "screened"]
-        artifacts.append(at.evaluation / "graded")
+        artifacts += [at.evaluation / "graded", at.filtered / "scores", at.filtered / "shards", at.final]
         if self.train_steps:
             artifacts += [at.train_shards, at.train_questions / "screened", at.trained_evaluation / "graded"]
         for artifact in artifacts:
@@ -118,7 +135,7 @@ class Demo:
 
 
 def run_demo(out: Path, images: int, engine: str, train_steps: int, say: Callable[[str], None]) -> Path:
-    """Render, ingest, annotate, write and screen questions, evaluate, train, verify; returns the report's path.
+    """Render, ingest, annotate, ask, evaluate, train, mark repeats, filter, export, verify; returns the report's path.
 
     Without ``train_steps`` nothing is trained. Raises CapipeError where a step fails.
     """

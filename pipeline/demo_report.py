@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..manifests.artifact import Artifact
 from ..manifests.shards import RowReader, expand
-from ..manifests.status import QuestionStatus
+from ..manifests.status import QuestionStatus, Status
 from ..trainer.figures import Report
 from ..trainer.grades import system_of
 from ..trainer.log import read_steps
@@ -62,6 +62,18 @@ class Places:
         return self.out / "training" / "run"
 
     @property
+    def marks(self) -> Path:
+        return self.out / "marks"
+
+    @property
+    def filtered(self) -> Path:
+        return self.out / "filtered"
+
+    @property
+    def final(self) -> Path:
+        return self.out / "final"
+
+    @property
     def trained_evaluation(self) -> Path:
         return self.out / "eval-trained"
 
@@ -98,7 +110,7 @@ class Gain:
 def write_report(at: Places, images: int) -> Path:
     """``report.md``; returns its path."""
     report = at.out / "report.md"
-    text = _page(images, state(str(at.captions)), list(_show(at, 3)), _quiz(at), _gain(at))
+    text = _page(images, state(str(at.captions)), list(_show(at, 3)), _quiz(at), _gain(at), _kept(at))
     report.write_text(text, encoding="utf-8")
     return report
 
@@ -109,7 +121,15 @@ def lines(report: Path) -> list[str]:
     gain = _gain(at)
     trained = [] if gain is None else _before_and_after(gain)
     texts = [f"  {s.file}: {s.dense}" for s in _show(at, 3)]
-    return ["three captions:", *texts, *_quiz(at), *trained, f"report: {report}", f"shards: {at.captions}"]
+    kept = [_kept(at), f"report: {report}", f"card: {at.final / 'README.md'}", f"shards: {at.final}"]
+    return ["three captions:", *texts, *_quiz(at), *trained, *kept]
+
+
+def _kept(at: Places) -> str:
+    """What filtering left, and why the rest is gone."""
+    rows = state(str(at.filtered / "shards")).rows
+    gone = ", ".join(f"{count} {status}" for status, count in sorted(rows.items()) if status != Status.OK)
+    return f"filter: {rows.get(Status.OK, 0)} of {sum(rows.values())} rows kept ({gone or 'none'} removed)"
 
 
 def _before_and_after(gain: Gain) -> list[str]:
@@ -178,7 +198,7 @@ def _file(number: int) -> str:
     return f"corpus/{number:06d}.jpg"
 
 
-def _page(images: int, found: State, shown: list[Shown], quiz: list[str], gain: Gain | None) -> str:
+def _page(images: int, found: State, shown: list[Shown], quiz: list[str], gain: Gain | None, filtered: str) -> str:
     rows = "\n".join(f"| {status} | {count} |" for status, count in sorted(found.rows.items()))
     parts = [
         "# capipe demo",
@@ -191,7 +211,10 @@ def _page(images: int, found: State, shown: list[Shown], quiz: list[str], gain: 
         parts.append(
             f"![]({sample.file})\n\n- alt text: {sample.original}\n- plain: {sample.short}\n- dense: {sample.dense}"
         )
-    return "\n\n".join(parts + ([] if gain is None else _training(gain))) + "\n"
+    parts += [] if gain is None else _training(gain)
+    parts += ["## Filtering", f"{filtered}. Histograms and samples: `filtered/shards/_capipe/report.html`."]
+    parts += ["The exported shards are `final/`, their card is [final/README.md](final/README.md)."]
+    return "\n\n".join(parts) + "\n"
 
 
 def _training(gain: Gain) -> list[str]:

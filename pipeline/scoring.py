@@ -1,4 +1,4 @@
-"""The scoring stage of `capipe filter`, described and loaded."""
+"""The scoring stage of `capipe filter`, and that of `capipe embed`, described and loaded."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..manifests.schema import SCORE
+import pyarrow as pa
+
+from ..manifests.schema import EMBEDDING_COLUMN, SCORE, embedding
 from ..manifests.shards import Row
+from ..models.clip import load_clip
 from ..models.decode import DecodePool
 from ..models.formats import ImageProblem
 from ..models.images import ImageLimits, Pixels
 from ..models.scorers import ScorerConfig, load_scorer, scorer_identity
-from ..models.views import decode_views
+from ..models.views import View, decode_views
 from ..stages.score import CHUNK, CaptionScorer, SafetyDetector, SeenRow, captions_of, passed_on, unscored
 
 Views = tuple[Pixels, ...]
@@ -55,45 +58,51 @@ class ScoreStage:
         return ScoreProcessor(self.setup)
 
 
-class ScoreProcessor:
-    """The loaded stage: images decoded in processes, scored chunk by chunk in a thread of its own."""
+class ViewProcessor:
+    """What processors share whose models look at pictures: chunks of rows, decoding processes, a computing thread."""
 
-    schema = SCORE
+    schema: pa.Schema
     window = 4 * CHUNK
     chunk = CHUNK
     writes_tar = False
 
-    def __init__(self, setup: ScoreSetup) -> None:
-        safety: SafetyDetector | None = None
-        if setup.safety:
-            from ..models.safety import NudeNetDetector
-
-            safety = NudeNetDetector()
-        self._scorer = CaptionScorer(tuple(load_scorer(each) for each in setup.scorers), safety)
-        decode = functools.partial(decode_views, views=self._scorer.views, limits=setup.limits)
-        self._pool: DecodePool[Views] = DecodePool(setup.decode_workers, decode, in_flight=2 * CHUNK)
+    def __init__(self, views: tuple[View, ...], decode_workers: int, limits: ImageLimits) -> None:
+        decode = functools.partial(decode_views, views=views, limits=limits)
+        self._pool: DecodePool[Views] = DecodePool(decode_workers, decode, in_flight=2 * CHUNK)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="capipe-score")
-        self._decoding = self._scoring = 0
+        self._decoding = self._computing = 0
 
     async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        out = {row.index: given for row in rows if (given := unscored(row)) is not None}
+        out = {row.index: given for row in rows if (given := self.unasked(row)) is not None}
         asked = [row for row in rows if row.index not in out]
-        distinct = {row.uid: row for row in asked}
-        decoded = await asyncio.gather(*(self._decode(row) for row in distinct.values()))
-        seen = {uid: views for uid, views in zip(distinct, decoded, strict=True) if not isinstance(views, ImageProblem)}
-        problems = {uid: views for uid, views in zip(distinct, decoded, strict=True) if isinstance(views, ImageProblem)}
-        out |= {row.index: _unseen(row, problems[row.uid]) for row in asked if row.uid in problems}
+        distinct = {row.uid: row for row in asked}  # an image that several rows show is decoded once
+        decoded = dict(zip(distinct, await asyncio.gather(*map(self._decode, distinct.values())), strict=True))
+        seen = {uid: views for uid, views in decoded.items() if not isinstance(views, ImageProblem)}
         numbers = {uid: number for number, uid in enumerate(seen)}
-        subjects = [SeenRow(row, captions_of(row), numbers[row.uid]) for row in asked if row.uid in numbers]
+        for row in asked:
+            if isinstance(problem := decoded[row.uid], ImageProblem):
+                out[row.index] = {**self.passed_on(row), "status": str(problem.status), "error": problem.reason}
+        subjects = [(row, numbers[row.uid]) for row in asked if row.uid in numbers]
         if subjects:
-            self._scoring += len(subjects)
+            self._computing += len(subjects)
             try:
-                loop = asyncio.get_running_loop()
-                scored = await loop.run_in_executor(self._thread, self._scorer.score, subjects, list(seen.values()))
+                call = functools.partial(self.compute, subjects, list(seen.values()))
+                computed = await asyncio.get_running_loop().run_in_executor(self._thread, call)
             finally:
-                self._scoring -= len(subjects)
-            out |= {subject.row.index: row for subject, row in zip(subjects, scored, strict=True)}
+                self._computing -= len(subjects)
+            out |= {row.index: result for (row, _), result in zip(subjects, computed, strict=True)}
         return [out[row.index] for row in rows]
+
+    def unasked(self, row: Row) -> dict[str, Any] | None:
+        """The output row of one that no model need look at; None for others."""
+        raise NotImplementedError
+
+    def compute(self, subjects: Sequence[tuple[Row, int]], images: Sequence[Views]) -> list[dict[str, Any]]:
+        """The output rows of rows with their images' indexes; runs in the thread."""
+        raise NotImplementedError
+
+    def passed_on(self, row: Row) -> dict[str, Any]:
+        raise NotImplementedError
 
     async def _decode(self, row: Row) -> Views | ImageProblem:
         assert row.image is not None
@@ -103,19 +112,70 @@ class ScoreProcessor:
         finally:
             self._decoding -= 1
 
-    def passed_on(self, row: Row) -> dict[str, Any]:
-        return passed_on(row)
-
     def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
         return None
 
     def gauges(self) -> dict[str, int]:
-        return {"decoding": self._decoding, "in_engine": self._scoring, "concurrency": CHUNK}
+        return {"decoding": self._decoding, "in_engine": self._computing, "concurrency": CHUNK}
 
     async def aclose(self) -> None:
         self._pool.close()
         self._thread.shutdown()
 
 
-def _unseen(row: Row, problem: ImageProblem) -> dict[str, Any]:
-    return {**passed_on(row), "status": str(problem.status), "error": problem.reason}
+class ScoreProcessor(ViewProcessor):
+    """The loaded stage."""
+
+    schema = SCORE
+
+    def __init__(self, setup: ScoreSetup) -> None:
+        safety: SafetyDetector | None = None
+        if setup.safety:
+            from ..models.safety import NudeNetDetector
+
+            safety = NudeNetDetector()
+        self._scorer = CaptionScorer(tuple(load_scorer(each) for each in setup.scorers), safety)
+        super().__init__(self._scorer.views, setup.decode_workers, setup.limits)
+
+    def unasked(self, row: Row) -> dict[str, Any] | None:
+        return unscored(row)
+
+    def compute(self, subjects: Sequence[tuple[Row, int]], images: Sequence[Views]) -> list[dict[str, Any]]:
+        return self._scorer.score([SeenRow(row, captions_of(row), number) for row, number in subjects], images)
+
+    def passed_on(self, row: Row) -> dict[str, Any]:
+        return passed_on(row)
+
+
+@dataclass(frozen=True)
+class EmbedStage:
+    """Image embeddings by a CLIP, for `capipe dedup --embeddings`; picklable."""
+
+    setup: ScoreSetup
+    name: str = "embed"
+
+    def semantic(self) -> dict[str, Any]:
+        return self.setup.semantic()
+
+    async def load(self) -> EmbedProcessor:
+        return EmbedProcessor(self.setup)
+
+
+class EmbedProcessor(ViewProcessor):
+    """The loaded stage: unit vectors of the image tower in half precision."""
+
+    def __init__(self, setup: ScoreSetup) -> None:
+        (config,) = setup.scorers
+        self._clip = load_clip(config.model, config.dtype, config.device)
+        self.schema = embedding(self._clip.width)
+        super().__init__((self._clip.view,), setup.decode_workers, setup.limits)
+
+    def unasked(self, row: Row) -> dict[str, Any] | None:
+        return None
+
+    def compute(self, subjects: Sequence[tuple[Row, int]], images: Sequence[Views]) -> list[dict[str, Any]]:
+        vectors = self._clip.encode_images([pixels for (pixels,) in images]).half().tolist()
+        return [{**self.passed_on(row), EMBEDDING_COLUMN: vectors[number]} for row, number in subjects]
+
+    def passed_on(self, row: Row) -> dict[str, Any]:
+        return {"key": row.key, "uid": row.uid, "status": str(row.status), "error": row.error}
