@@ -129,7 +129,7 @@ def test_without_captions_the_tars_own_texts_are_scored(shards: Path, tmp_path: 
 def test_captions_of_other_images_are_refused(shards: Path, captions: Path, tmp_path: Path) -> None:
     others = write_shards(tmp_path / "others", list(samples(24, "heldout", seed=32)), 12)
     done = capipe("filter", "--shards", others, "--captions", captions, "--out", tmp_path / "out", *MODELS, code=1)
-    assert "other images" in done.stdout + done.stderr
+    assert "of another image found" in done.stdout + done.stderr
     assert not list((tmp_path / "out").glob("scores/*.parquet")) and not (tmp_path / "out/shards").exists()
 
 
