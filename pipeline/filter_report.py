@@ -11,11 +11,10 @@ import html
 import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
@@ -57,7 +56,7 @@ class Sample:
 
 def write_filter_report(artifact: Artifact, rule: Rule, shards: Sequence[InputShard]) -> str:
     """Write the report of a complete selection from ``shards``; returns where it is."""
-    rows = {status: _sampled(artifact, status) for status in (Status.OK, Status.FILTERED)}
+    rows = {status: sorted(_sampled(artifact, status), key=_uid) for status in (Status.OK, Status.FILTERED)}
     thumbnails = _thumbnails(shards, [row for each in rows.values() for row in each])
     sides = {status: [Sample(row, thumbnails.get(_place(row))) for row in each] for status, each in rows.items()}
     artifact.folder.write(REPORT, _page(artifact, rule, sides).encode())
@@ -80,14 +79,21 @@ def _sampled(artifact: Artifact, status: Status) -> list[dict[str, Any]]:
                 same = pc.and_(pc.equal(uids, uid), pc.equal(table.column("status").combine_chunks(), str(status)))
                 found[uid] = (shard, pc.index(same, True).as_py())
         found = dict(sorted(found.items())[:SAMPLES])
-    return [_row(artifact, shard, index) for shard, index in found.values()]
+    return [row for shard in artifact.committed() for row in _rows(artifact, shard, found.values())]
 
 
-def _row(artifact: Artifact, shard: str, index: int) -> dict[str, Any]:
+def _rows(artifact: Artifact, shard: str, wanted: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
+    """The rows wanted of a shard."""
+    indices = [index for other, index in wanted if other == shard]
+    if not indices:
+        return []
     with artifact.folder.open(f"{shard}.parquet") as file:
-        table: pa.Table = pq.read_table(file)
-    row: dict[str, Any] = table.slice(index, 1).to_pylist()[0]
-    return row
+        rows: list[dict[str, Any]] = pq.read_table(file).take(indices).to_pylist()
+    return rows
+
+
+def _uid(row: Mapping[str, Any]) -> str:
+    return str(row["uid"])
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str]:
