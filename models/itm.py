@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .loading import resolve_model
 from .scorers import Pair, by_length, device_and_type, normalised
 from .views import View
 
+BILINEAR = 2  # as Pillow counts the ways to resize, and transformers with it
 LONGEST = 512  # tokens of a text at most; the models' position tables end there
 
 
@@ -108,5 +109,6 @@ def load_itm(name: str, dtype: str = "auto", device: str = "auto") -> ItmScorer:
     size, crop = images.size, getattr(images, "do_center_crop", False)
     if crop or "height" not in size:
         raise BadInput(f"{name}: its pictures are not resized to one height and width; that is not supported")
-    view = View(size["height"], size["width"], "squash")
+    interpolation: Literal["bicubic", "bilinear"] = "bilinear" if int(images.resample) == BILINEAR else "bicubic"
+    view = View(size["height"], size["width"], "squash", interpolation, by="torchvision")
     return ItmScorer(model.to(where), processor.tokenizer, view, images.image_mean, images.image_std)
