@@ -27,6 +27,7 @@ from ..manifests.storage import PRIVATE
 from ..models.engine import ImageGrid
 from ..models.formats import ImageProblem
 from ..models.images import ImageLimits, decode_rgb
+from ..models.sentences import split_sentences
 from ..stages.expression import shown_value
 from ..stages.select import Rule
 from .histograms import SERIES, draw, histograms
@@ -227,8 +228,8 @@ def _caption(row: Mapping[str, Any], prefix: str) -> str:
 
 
 def _sentence(caption: str, index: int, count: int | None) -> str:
-    """A sentence of a caption by its index; only its number where cutting here does not give ``count`` sentences."""
-    sentences = [each for each in re.split(r"(?<=[.!?])\s+|\n+", caption.strip()) if each.strip()]
+    """A sentence of a caption by its index; only its number where ``count`` says that it was cut otherwise."""
+    sentences = split_sentences(caption)
     if len(sentences) != count or not 0 <= index < len(sentences):
         return f"sentence {index + 1} of {count if count is not None else 'an unknown number'}"
     return f"“{sentences[index][:_LONGEST]}”"
