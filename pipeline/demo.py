@@ -21,7 +21,7 @@ SEED = 20
 SCENES = 100  # to train on, at most
 # The recipe's schedule is of 40 steps; these few keep their rate to the end.
 FEW_STEPS = ("optimizer.schedule=constant", "optimizer.lr=2e-4", "optimizer.warmup=3")
-READER = "tiny/holdout-reader"  # never a reward
+READER, GALLERY_CLIP = "tiny/holdout-reader", "tiny/eval-clip"  # never a reward, never a filter
 KEEP = "itm_score_min > 0.5"
 Part = tuple[str, Callable[[], None]]
 
@@ -130,7 +130,19 @@ class Demo:
     def _evaluate(self, out: Path, model: str | Path, *more: str) -> None:
         _capipe(
             *("eval", *self.few, "--questions", self.at.questions, "--out", out, "--model", model, *self.quick),
-            *("--reader", READER, "--prompt", "plain", "--samples", 2, "--max-tokens", 256, *more),
+            *(
+                "--reader",
+                READER,
+                "--clip",
+                GALLERY_CLIP,
+                "--prompt",
+                "plain",
+                "--samples",
+                2,
+                "--max-tokens",
+                256,
+                *more,
+            ),
         )
 
 
