@@ -122,11 +122,18 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 def read_parquet(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A whole Parquet file, or some of its columns.
 
-    Not ``pyarrow.parquet.read_table``: that reads ahead in threads that call back into Python, and one of them that is
-    not done when the interpreter ends aborts the process (seen in one of five commands that ended right after it).
+    See :func:`parquet_file`.
     """
-    with folder.open(name) as file:
-        return pq.ParquetFile(file).read(columns=columns, use_threads=False)
+    return parquet_file(folder, name).read(columns=columns, use_threads=False)
+
+
+def parquet_file(folder: Folder, name: str) -> pq.ParquetFile:
+    """A Parquet file of ours, held in memory; to be read with ``use_threads=False``.
+
+    ``pyarrow.parquet.read_table`` on an open file reads ahead in threads that call back into Python. One that is not
+    done when the interpreter ends aborts the process (seen in one of five commands that ended right after it).
+    """
+    return pq.ParquetFile(pa.BufferReader(folder.read_bytes(name)))
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from ..manifests.artifact import Artifact
 from ..manifests.file_transaction import FileTransaction
 from ..manifests.manifest import ShardRecord
-from ..manifests.storage import read_parquet
+from ..manifests.storage import parquet_file, read_parquet
 from ..stages import energon
 from ..stages.card_statistics import Statistics
 from ..stages.dataset_card import CardWords, Contents, render
@@ -62,8 +62,7 @@ def _card(
 ) -> str:
     statistics = Statistics()
     for record in records:
-        with artifact.folder.open(listing(record.shard)) as file:
-            statistics.add(file)
+        statistics.add(parquet_file(artifact.folder, listing(record.shard)))
     size = sum(int(record.input["bytes"]) for record in records)
     shards = sum(bool(record.stats["samples"]) for record in records)
     contents = Contents(format, shards, size, _images(records), notes)

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,9 +82,8 @@ class Statistics:
     def pairs(self) -> int:
         return self.statuses[Status.OK]
 
-    def add(self, listing: BinaryIO) -> None:
+    def add(self, parquet: pq.ParquetFile) -> None:
         """Count one shard's listing."""
-        parquet = pq.ParquetFile(listing)
         scores = [f.name for f in parquet.schema_arrow if pa.types.is_floating(f.type)]
         texts = [name for name in _TEXTS if name in parquet.schema_arrow.names]
         for name in scores:

@@ -18,6 +18,7 @@ from ..manifests.manifest import ShardRecord
 from ..manifests.samples import Sample, read_samples
 from ..manifests.sidecars import decode_text
 from ..manifests.status import Status
+from ..manifests.storage import parquet_file
 from ..manifests.tar import scan
 from .annotate import chosen_caption
 
@@ -104,11 +105,10 @@ def image_extensions(source: Artifact, record: ShardRecord) -> set[str]:
     """How the image members of one shard are called: from its listing where that says, else from the tar's headers."""
     if not record.rows.get(Status.OK):
         return set()
-    with source.folder.open(listing(record.shard)) as file:
-        parquet = pq.ParquetFile(file)
-        if "format" in parquet.schema_arrow.names:
-            table = parquet.read(columns=["status", "format"], use_threads=False)
-            return set(table.filter(pc.equal(table["status"], "ok")).column("format").unique().to_pylist())
+    parquet = parquet_file(source.folder, listing(record.shard))
+    if "format" in parquet.schema_arrow.names:
+        table = parquet.read(columns=["status", "format"], use_threads=False)
+        return set(table.filter(pc.equal(table["status"], "ok")).column("format").unique().to_pylist())
     with source.folder.open(f"{record.shard}.tar") as stream:
         names = {member.name.rpartition("/")[2].partition(".")[2].lower() for member in scan(stream)}
     return names - {"txt", "json"}
