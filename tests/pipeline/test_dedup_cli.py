@@ -139,7 +139,8 @@ def test_embeddings_group_what_hashes_do_not(shards: Path, tmp_path: Path) -> No
     )
     assert "embeddings: " in one_line(capipe(*options, tmp_path / "far", code=2))
     capipe(*options, tmp_path / "far", "--fresh")
-    assert {row["key"]: row["group"] for row in table(out / "marked")}["000010000"] != rows["000000002"]["group"]
+    rows = {row["key"]: row for row in table(out / "marked")}
+    assert rows["000000002"]["group"] != rows["000010000"]["group"]
     strange = embed(tmp_path / "strange", hashes, axes, 8, uid=lambda uid: uid[::-1] if uid else None)
     refused = one_line(capipe(*options, strange.url, "--fresh", code=2))
     assert str(tmp_path / "strange") in refused and "embeddings of other images" in refused
