@@ -19,8 +19,8 @@ from capipe.manifests.verify import verify
 from ..stages.scored import foreign_shards, write_scores
 from .conftest import COMMAND
 
-# The n-th time that something becomes visible (a file's rename, a manifest line) is where a process dies. Each is a fork
-# of one that has imported everything and done nothing yet. Prints how often it died, and how it ended.
+# The n-th time that something becomes visible (a file's rename, a manifest line) is where a process dies. Each is a
+# fork of one that has imported everything and done nothing yet. Prints how often it died, and how it ended.
 _DIES = """
 import itertools, os, signal
 from pathlib import Path
