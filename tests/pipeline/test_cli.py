@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -68,18 +69,27 @@ def test_doctor_finds_the_engines() -> None:
     assert "MISSING" not in output
 
 
+def wds_names(folder: Path) -> list[str]:
+    """The captions in a folder's tars."""
+    return [name for tar in folder.glob("*.tar") for name in tarfile.open(tar).getnames() if name.endswith(".txt")]
+
+
 @pytest.mark.slow
 def test_demo_ends_with_captions_report_and_shards(tmp_path: Path) -> None:
     small = ("--out", tmp_path / "demo", "--images", 12, "--engine", "transformers", "--train-steps")
     lines = capipe("demo", *small, 1, limit_s=600).stdout.strip().splitlines()
-    assert lines[-1] == f"shards: {tmp_path}/demo/captions" and lines[-2] == f"report: {tmp_path}/demo/report.md"
-    gained = re.fullmatch(r"training: quiz accuracy (\S+) -> (\S+) in 1 steps \(oracle captions (\S+)\)", lines[-3])
-    told = [re.fullmatch(r"  corpus/000000\.jpg (before|after): (.+)", line) for line in lines[-5:-3]]
+    at = tmp_path / "demo"
+    assert lines[-3:] == [f"report: {at}/report.md", f"card: {at}/final/README.md", f"shards: {at}/final"]
+    left = re.match(r"filter: (\d+) of 12 rows kept \(", lines[-4])
+    assert left is not None and int(left[1]) == len(wds_names(at / "final")) > 0
+    assert (at / "final/README.md").is_file() and (at / "filtered/shards/_capipe/report.html").is_file()
+    gained = re.fullmatch(r"training: quiz accuracy (\S+) -> (\S+) in 1 steps \(oracle captions (\S+)\)", lines[-5])
+    told = [re.fullmatch(r"  corpus/000000\.jpg (before|after): (.+)", line) for line in lines[-7:-5]]
     assert [each and each[1] for each in told] == ["before", "after"]
-    assert all(line.startswith("  corpus/") for line in lines[-10:-7])
-    kept = re.match(r"(\d+) of (\d+) questions kept, e\.g\. ", lines[-7])
+    assert all(line.startswith("  corpus/") for line in lines[-12:-9])
+    kept = re.match(r"(\d+) of (\d+) questions kept, e\.g\. ", lines[-9])
     assert kept is not None and 0 < int(kept[1]) <= int(kept[2])
-    accuracies = dict(re.findall(r"(\w+) (\d\.\d\d)", lines[-6].removeprefix("quiz accuracy: ")))
+    accuracies = dict(re.findall(r"(\w+) (\d\.\d\d)", lines[-8].removeprefix("quiz accuracy: ")))
     assert gained is not None and (gained[1], gained[3]) == (accuracies["plain"], accuracies["oracle"])
     report = (tmp_path / "demo/report.md").read_text()
     assert f"| after | {gained[2]}" in report and all(each and f"- {each[1]}: {each[2]}\n" in report for each in told)
@@ -88,7 +98,7 @@ def test_demo_ends_with_captions_report_and_shards(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "demo/eval-trained")  # as if nothing had been trained
     assert not [line for line in ending(tmp_path / "demo/report.md") if "training" in line]
     again = capipe("demo", *small, 0, "--engine", "none", code=3)  # its own folder, again: cleared, and up to annotate
-    assert "== 1/6 render" in again.stdout and "== 3/6 annotate" in again.stdout
+    assert "== 1/9 render" in again.stdout and "== 3/9 annotate" in again.stdout
     assert not (tmp_path / "demo/training").exists() and (tmp_path / "demo/shards").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine").touch()
