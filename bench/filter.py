@@ -10,7 +10,7 @@ Three sides give the CLIP and ITM scores of every image's new and original capti
 
 Rounds take turns; the figures are images per second, the ratios medians over the rounds.
 
-    python bench/filter.py [--images 512] [--shards 4] [--rounds 5]
+    python bench/filter.py [--images 1024] [--shards 4] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def measure(folder: Path, shards: int, images: int, rounds: int) -> dict[str, li
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..errors import BadInput
 from .images import Pixels
-from .scorers import Pair, by_length, device_and_type, normalised
+from .scorers import Pair, by_length, device_and_type, distinct_texts, normalised, padded
 from .tiny import PREFIX
 from .tiny import resolve as resolve_bundled
 from .views import View
@@ -45,10 +45,18 @@ class ClipScorer:
         batch = normalised(pixels, self._mean, self._std, self._device, self._dtype)
         return functional.normalize(self._see(batch).float(), dim=-1)
 
-    @torch.inference_mode()
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (n, context) as open_clip's tokenizer gives them."""
+        return token_ids(self._tokenizer, texts)
+
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (n, width), float32, of as many tokens as the model reads."""
-        ids = self._tokenizer(list(texts)).to(self._device)
+        return self.encode_tokens(self.tokenize(texts))
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Unit vectors (n, width), float32, of texts that were tokenized."""
+        ids = tokens.to(self._device)
         lengths = (ids.argmax(-1) + 1).tolist() if self._trims else [ids.shape[1]] * len(ids)
         out = torch.empty(len(ids), 0, device=self._device)
         for batch in by_length(lengths):
@@ -62,14 +70,28 @@ class ClipScorer:
         return out
 
     @torch.inference_mode()
-    def score(self, images: Tensor, pairs: Sequence[Pair]) -> list[float]:
+    def score(self, images: Tensor, pairs: Sequence[Pair], tokens: Tensor | None = None) -> list[float]:
         """The cosine of each pair; a text that is asked of several images is encoded once."""
-        texts = {text: number for number, text in enumerate(dict.fromkeys(pair.text for pair in pairs))}
-        told = self.encode_texts(list(texts))
+        texts = distinct_texts(pairs)
+        told = self.encode_tokens(self.tokenize(list(texts)) if tokens is None else tokens)
         shown = images[torch.tensor([pair.image for pair in pairs], device=images.device)]
         said = told[torch.tensor([texts[pair.text] for pair in pairs], device=images.device)]
         cosines: list[float] = (shown * said).sum(-1).tolist()
         return cosines
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """What open_clip's ``tokenizer`` makes of ``texts``, (n, context), sooner where it is one of transformers'."""
+    from open_clip.tokenizer import HFTokenizer
+
+    usual = type(tokenizer) is HFTokenizer and not tokenizer.tokenizer_mode and not tokenizer.strip_sep_token
+    if not usual or tokenizer.tokenizer.padding_side != "right":
+        ids: Tensor = tokenizer(list(texts))
+        return ids
+    inner, length = tokenizer.tokenizer, tokenizer.context_length
+    found = inner([tokenizer.clean_fn(text) for text in texts], max_length=length, truncation=True).input_ids
+    ids, _ = padded(found, inner.pad_token_id)
+    return functional.pad(ids, (0, length - ids.shape[1]), value=inner.pad_token_id)
 
 
 def encode_trimmed(model: Any, ids: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .images import Pixels
 from .loading import resolve_model
-from .scorers import Pair, by_length, device_and_type, normalised
+from .scorers import Pair, by_length, device_and_type, distinct_texts, normalised, padded
 from .views import View
 
 BILINEAR = 2  # as Pillow counts the ways to resize, and transformers with it
@@ -41,23 +41,29 @@ class ItmScorer:
         states: Tensor = self._see(pixel_values=batch).last_hidden_state
         return states
 
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut to what the model reads."""
+        ids: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=self._longest).input_ids
+        return ids
+
     @torch.inference_mode()
-    def score(self, images: Tensor, pairs: Sequence[Pair]) -> list[float]:
+    def score(self, images: Tensor, pairs: Sequence[Pair], tokens: list[list[int]] | None = None) -> list[float]:
         """The probability of a match for each pair."""
-        logits = self.logits(images, pairs)
+        logits = self.logits(images, pairs, tokens)
         chances: list[float] = logits.softmax(-1)[:, 1].tolist()
         return chances
 
     @torch.inference_mode()
-    def logits(self, images: Tensor, pairs: Sequence[Pair]) -> Tensor:
+    def logits(self, images: Tensor, pairs: Sequence[Pair], tokens: list[list[int]] | None = None) -> Tensor:
         """The matching head's two logits (no match, match) for each pair: (pairs, 2) float32."""
-        cut = {"truncation": True, "max_length": self._longest}
-        ids: list[list[int]] = self._tokenizer([pair.text for pair in pairs], **cut).input_ids
+        texts = distinct_texts(pairs)
+        told_of = self.tokenize(list(texts)) if tokens is None else tokens
+        ids = [told_of[texts[pair.text]] for pair in pairs]
         out = torch.empty(len(pairs), 2, device=self._device)
         for batch in by_length([len(each) + images.shape[1] // 4 for each in ids]):  # queries cost, too
-            told = self._tokenizer.pad({"input_ids": [ids[each] for each in batch]}, return_tensors="pt")
+            told, mask = padded([ids[each] for each in batch], self._tokenizer.pad_token_id)
             shown = images[torch.tensor([pairs[each].image for each in batch], device=images.device)]
-            asked = (told.input_ids.to(self._device), told.attention_mask.to(self._device), shown)
+            asked = (told.to(self._device), mask.to(self._device), shown)
             out[torch.tensor(batch, device=self._device)] = self._match(*asked).float()
         return out
 

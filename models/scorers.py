@@ -33,6 +33,11 @@ class Pair:
     text: str
 
 
+def distinct_texts(pairs: Sequence[Pair]) -> dict[str, int]:
+    """The texts of ``pairs``, each once, numbered in the order of their first."""
+    return {text: number for number, text in enumerate(dict.fromkeys(pair.text for pair in pairs))}
+
+
 class Scorer(Protocol):
     """``name``: prefix of its columns; ``view``: the pixels it wants of an image."""
 
@@ -43,8 +48,15 @@ class Scorer(Protocol):
         """What the image tower makes of n images of ``view``, each once: (n, ...)."""
         ...
 
-    def score(self, images: Tensor, pairs: Sequence[Pair]) -> list[float]:
-        """How well each text fits its image, higher is better; texts are cut to what the model reads."""
+    def tokenize(self, texts: Sequence[str]) -> Any:
+        """What the model reads of texts. No model takes part: another thread can do it while one computes."""
+        ...
+
+    def score(self, images: Tensor, pairs: Sequence[Pair], tokens: Any = None) -> list[float]:
+        """How well each text fits its image, higher is better; texts are cut to what the model reads.
+
+        ``tokens``: what ``tokenize`` gave for ``distinct_texts(pairs)``, where that was done before.
+        """
         ...
 
 
@@ -118,6 +130,19 @@ def by_length(lengths: Sequence[int], budget: int = TOKENS_PER_BATCH) -> list[li
     return batches
 
 
+def padded(ids: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Token ids of n texts as (n, longest) int64, ``fill`` behind the shorter ones, and the mask of what is not fill.
+
+    transformers' own padding makes tensors of nested lists number by number: a tenth of the time of a small model.
+    """
+    lengths = np.array([len(each) for each in ids])
+    out = np.full((len(ids), int(lengths.max())), fill, dtype=np.int64)
+    for row, each in zip(out, ids, strict=True):
+        row[: len(each)] = each
+    mask = np.arange(out.shape[1]) < lengths[:, None]
+    return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
+
+
 # --- captions ---------------------------------------------------------------------------------------------------------
 
 
@@ -135,16 +160,32 @@ class CaptionScore:
         return all(map(math.isfinite, (self.score, self.mean, self.least)))
 
 
-def score_captions(scorer: Scorer, pixels: Sequence[Pixels], captions: Sequence[tuple[int, str]]) -> list[CaptionScore]:
-    """Scores of ``(image, caption)`` pairs; every image is encoded once and every distinct pair scored once.
+@dataclass(frozen=True)
+class AskedCaptions:
+    """What captions come to: distinct ``pairs``, and of each caption the numbers of its own and of its sentences'."""
 
-    A caption must have at least one sentence: empty ones are the caller's to sort out.
-    """
-    features = scorer.encode_images(pixels)
+    pairs: list[Pair]
+    parts: list[list[int]]
+
+
+def ask_captions(captions: Sequence[tuple[int, str]]) -> AskedCaptions:
+    """Of ``(image, caption)``; a caption must have at least one sentence: empty ones are the caller's to sort out."""
     wanted = [[Pair(image, text), *(Pair(image, part) for part in split_sentences(text))] for image, text in captions]
-    distinct = {pair: number for number, pair in enumerate(dict.fromkeys(pair for pairs in wanted for pair in pairs))}
-    scores = scorer.score(features, list(distinct))
-    return [_summary([scores[distinct[pair]] for pair in pairs]) for pairs in wanted]
+    numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pair for pairs in wanted for pair in pairs))}
+    return AskedCaptions(list(numbers), [[numbers[pair] for pair in pairs] for pairs in wanted])
+
+
+def score_asked(
+    scorer: Scorer, pixels: Sequence[Pixels], asked: AskedCaptions, tokens: Any = None
+) -> list[CaptionScore]:
+    """Scores of the captions that were asked; every image is encoded once and every distinct pair scored once."""
+    scores = scorer.score(scorer.encode_images(pixels), asked.pairs, tokens)
+    return [_summary([scores[number] for number in numbers]) for numbers in asked.parts]
+
+
+def score_captions(scorer: Scorer, pixels: Sequence[Pixels], captions: Sequence[tuple[int, str]]) -> list[CaptionScore]:
+    """Scores of ``(image, caption)`` pairs, all steps in one."""
+    return score_asked(scorer, pixels, ask_captions(captions))
 
 
 def _summary(scores: Sequence[float]) -> CaptionScore:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ..manifests.shards import Row
 from ..manifests.status import Status
 from ..models.images import Pixels
-from ..models.scorers import CaptionScore, Scorer, score_captions
+from ..models.scorers import AskedCaptions, CaptionScore, Scorer, ask_captions, distinct_texts, score_asked
 from ..models.sentences import split_sentences
 from ..models.views import View
 from .annotate import chosen_caption
@@ -42,6 +42,17 @@ class SeenRow:
 
 
 @dataclass(frozen=True)
+class PreparedRows:
+    """Rows that only models have yet to look at: their images, output rows, captions by row and prefix, and tokens."""
+
+    images: list[int]
+    described: list[dict[str, Any]]
+    asked: list[tuple[int, str]]
+    captions: AskedCaptions
+    tokens: list[Any]
+
+
+@dataclass(frozen=True)
 class CaptionScorer:
     """Scores chunks of rows with all scorers. An image's views are those of the scorers, then the detector's."""
 
@@ -54,19 +65,27 @@ class CaptionScorer:
         seen = tuple(scorer.view for scorer in self.scorers)
         return seen if self.safety is None else (*seen, self.safety.view)
 
-    def score(self, rows: Sequence[SeenRow], images: Sequence[tuple[Pixels, ...]]) -> list[dict[str, Any]]:
-        """The output rows. A score that is no number makes its row an ``engine_error``, to be tried again."""
+    def prepare(self, rows: Sequence[SeenRow]) -> PreparedRows:
+        """All that needs no model: words counted, sentences split, texts tokenized for every scorer."""
         asked = [(number, prefix) for number, seen in enumerate(rows) for prefix in seen.captions]
-        pairs = [(rows[number].image, rows[number].captions[prefix]) for number, prefix in asked]
-        out = [{**described(seen.row, seen.captions), "status": str(Status.OK)} for seen in rows]
+        captions = ask_captions([(rows[number].image, rows[number].captions[prefix]) for number, prefix in asked])
+        texts = list(distinct_texts(captions.pairs))
+        described_rows = [{**described(seen.row, seen.captions), "status": str(Status.OK)} for seen in rows]
+        tokens = [scorer.tokenize(texts) for scorer in self.scorers]
+        return PreparedRows([seen.image for seen in rows], described_rows, asked, captions, tokens)
+
+    def score(self, rows: PreparedRows, images: Sequence[tuple[Pixels, ...]]) -> list[dict[str, Any]]:
+        """The output rows. A score that is no number makes its row an ``engine_error``, to be tried again."""
+        out = rows.described
         for position, scorer in enumerate(self.scorers):
-            scores = score_captions(scorer, [views[position] for views in images], pairs)
-            for (number, prefix), score in zip(asked, scores, strict=True):
+            pixels = [views[position] for views in images]
+            scores = score_asked(scorer, pixels, rows.captions, rows.tokens[position])
+            for (number, prefix), score in zip(rows.asked, scores, strict=True):
                 _enter(out[number], scorer.name, prefix, score)
         if self.safety is not None:
             found = self.safety.detect([views[-1] for views in images])
-            for seen, row in zip(rows, out, strict=True):
-                labels = found[seen.image]
+            for image, row in zip(rows.images, out, strict=True):
+                labels = found[image]
                 row |= {"unsafe": max(labels.values(), default=0.0), "unsafe_labels": sorted(labels)}
         return out
 

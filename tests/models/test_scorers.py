@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from capipe.errors import BadInput
-from capipe.models.clip import ClipScorer, load_clip
+from capipe.models.clip import ClipScorer, load_clip, token_ids
 from capipe.models.formats import ImageProblem
 from capipe.models.images import ImageLimits, Pixels
 from capipe.models.itm import ItmScorer, load_itm
@@ -158,6 +158,16 @@ def test_clip_models_with_any_text_tower_are_scored(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model.encode_text(tokens, normalize=True)
     assert torch.allclose(scorer.encode_texts(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("texts", [("a dog",), ("", "a &amp; b", "two  red\nsquares \u2019"), ("word " * 200, "short")])
+def test_token_ids_are_the_tokenizers_own(texts: tuple[str, ...]) -> None:
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder_of('clip')}")
+    assert torch.equal(token_ids(tokenizer, texts), tokenizer(list(texts)))
+    simple = open_clip.SimpleTokenizer()
+    assert torch.equal(token_ids(simple, texts), simple(list(texts)))
 
 
 @pytest.mark.parametrize("kind", ["clip", "itm"])

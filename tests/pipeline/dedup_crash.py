@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,8 @@ from typing import Any
 from capipe.manifests.tar import TarWriter
 from capipe.manifests.verify import verify
 from capipe.models.tiny.corpus import samples
+
+from .killing import committed, run_killed
 
 _COMMAND = [sys.executable, "-m", "capipe.pipeline"]
 _ARTIFACTS = ("hashes", "against", "marked")
@@ -43,17 +42,12 @@ class Trial:
 
 def crash_trial(folder: Path, *, kills: int, shards: int, images: int, seed: int) -> Trial:
     """Raises CalledProcessError where a run that nobody kills ends badly."""
-    rng = random.Random(seed)
     reference = _written(folder, shards, images, seed)
     options = ["dedup", "--shards", folder / "in", "--against", reference, "--workers", 1]
     alone, killed = folder / "alone", folder / "killed"
     _run(*options, "--out", alone)
-    total = _committed(alone)
-    targets = sorted(rng.randrange(total) for _ in range(kills))  # a kill before anything was written is one, too
-    moments = [
-        moment for target in targets if (moment := _killed([*options, "--out", killed], killed, target, rng)) >= 0
-    ]
-    _run(*options, "--out", killed)
+    total = committed(alone)
+    moments = run_killed([*_COMMAND, *options, "--out", killed], killed, total, kills, seed)
     report = verify(str(killed / "marked"))
     return Trial(
         kills=len(moments),
@@ -82,31 +76,9 @@ def _written(folder: Path, shards: int, images: int, seed: int) -> Path:
     return folder / "reference"
 
 
-def _killed(command: list[Any], out: Path, target: int, rng: random.Random) -> int:
-    """Start; kill the process group within half a second of the ``target``-th shard. How many shards there were then;
-    -1 if the run was over."""
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen([*_COMMAND, *map(str, command)], start_new_session=True, stdout=quiet, stderr=quiet)
-    while process.poll() is None and _committed(out) < target:
-        time.sleep(0.002)
-    deadline = time.monotonic() + rng.uniform(0, 0.5)
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    if process.poll() is not None:
-        return -1
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return _committed(out)
-
-
 def _run(*arguments: Any) -> None:
     quiet = subprocess.DEVNULL
     subprocess.run([*_COMMAND, *map(str, arguments)], check=True, stderr=quiet, stdout=quiet)
-
-
-def _committed(out: Path) -> int:
-    lines = [out / name / "_capipe/manifest.jsonl" for name in _ARTIFACTS]
-    return sum(path.read_bytes().count(b"\n") for path in lines if path.exists())
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from capipe.pipeline.cli import main
 
 from ..stages.exporting import captioned, export, final_shards
 from .conftest import COMMAND, capipe, one_line
+from .killing import run_killed
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -37,25 +35,10 @@ def contents(folder: Path) -> dict[str, str]:
 def test_killed_and_resumed_it_gives_the_same_bytes(tmp_path: Path, format: str) -> None:
     final_shards(tmp_path / "final", shards=12, rows=12, formats=("jpg", "png"))
     command = ["export", "final", "--format", format, "--workers", "2", "--title", "Scenes", "--out"]
-    started = time.monotonic()
     subprocess.run([*COMMAND, *command, "alone"], cwd=tmp_path, check=True, capture_output=True)
-    seconds, rng, kills = time.monotonic() - started, random.Random(3), 0
-    for _ in range(3):
-        process = subprocess.Popen(
-            [*COMMAND, *command, "killed"],
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            process.wait(seconds * rng.uniform(0.5, 1.0))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
+    killed = tmp_path / "killed"
+    assert run_killed([*COMMAND, *command, "killed"], killed, 12, kills=3, seed=3, within=0.05, cwd=tmp_path)
     done = subprocess.run([*COMMAND, *command, "killed"], cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert kills, "nothing was killed: the export was too quick"
     assert "12/12 shards committed" in done.stdout
     assert contents(tmp_path / "killed") == contents(tmp_path / "alone")
     assert verify(str(tmp_path / "killed")).faults == []

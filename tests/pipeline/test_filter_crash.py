@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +14,7 @@ from capipe.manifests.verify import verify
 
 from ..stages.scored import foreign_shards, write_scores
 from .conftest import COMMAND
+from .killing import committed, run_killed
 
 # The n-th time that something becomes visible (a rename, a manifest line) is where a process dies. Each is a fork
 # of one that has imported everything and done nothing yet. Prints how often it died, and how it ended.
@@ -83,21 +80,10 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """With two processes copying."""
     write_scores(foreign_shards(tmp_path / "theirs", [100] * 12), tmp_path / "scores")
-    more = ["--workers", 2]
-    started = time.monotonic()
-    subprocess.run([*COMMAND, *options(tmp_path, "alone", *more)], check=True, capture_output=True)
-    alone, rng, kills = time.monotonic() - started, random.Random(0), 0
-    while True:
-        process = subprocess.Popen(
-            [*COMMAND, *options(tmp_path, "killed", *more)], start_new_session=True, stderr=subprocess.DEVNULL
-        )
-        try:
-            assert process.wait(rng.uniform(0.3, 1.0) * alone if kills < 6 else None) == 0
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills >= 3, "the run was over too soon to be killed; make it longer"
+    command = [*COMMAND, *options(tmp_path, "alone", "--workers", 2)]
+    subprocess.run(command, check=True, capture_output=True)
+    command[-3] = str(tmp_path / "killed")
+    killed = tmp_path / "killed"
+    assert len(run_killed(command, killed, committed(tmp_path / "alone"), kills=6, seed=0, within=0.1)) >= 3
     assert contents(tmp_path / "killed/shards") == contents(tmp_path / "alone/shards")
     assert verify(str(tmp_path / "killed/shards")).faults == [] and not leftovers(tmp_path / "killed/shards")

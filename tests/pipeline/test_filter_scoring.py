@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import random
-import signal
 import subprocess
-import time
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
@@ -25,6 +20,7 @@ from capipe.models.tiny.wording import dense_caption
 from capipe.pipeline import runner
 
 from .conftest import COMMAND, capipe, one_line, table
+from .killing import committed, run_killed
 
 MODELS = ("--clip", "tiny/clip", "--itm", "tiny/itm")
 
@@ -154,31 +150,13 @@ def contents(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in made}
 
 
-def killed_runs(command: list[Any], alone: float, most: int, seed: int) -> int:
-    """Run ``command`` again and again, killing it and all its processes at a random moment, until it ends by itself."""
-    rng = random.Random(seed)
-    kills = 0
-    while True:
-        process = subprocess.Popen(
-            command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        try:
-            assert process.wait(rng.uniform(0.3, 1.0) * alone if kills < most else None) == 0
-            return kills
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-
-
 @pytest.mark.slow
 def test_killed_while_scoring_and_resumed_the_final_shards_are_the_same_bytes(tmp_path: Path) -> None:
-    kills = trial(tmp_path, images=400, most=3)
-    assert kills >= 1, "the run was over too soon to be killed; make it longer"
+    assert len(trial(tmp_path, images=400, kills=3)) >= 2
 
 
-def trial(folder: Path, images: int, most: int) -> int:
-    """Score and select in one go, and again with ``most`` kills or less; returns how many. Both must be the same."""
+def trial(folder: Path, images: int, kills: int) -> list[int]:
+    """Score and select in one go, and again with ``kills``; returns their moments. Both must be the same."""
     shown = list(samples(images, "heldout", seed=33))
     shards = write_shards(folder / "shards", shown, images // 4)
     texts: list[str | None] = [
@@ -188,10 +166,10 @@ def trial(folder: Path, images: int, most: int) -> int:
     captions = write_captions(shards, folder / "captions", texts)
     options = ["filter", "--shards", shards, "--captions", captions, *MODELS, "--top", 0.5, "--shard-size", images // 5]
     command = [*COMMAND, *map(str, options)]
-    started = time.monotonic()
     subprocess.run([*command, "--out", str(folder / "alone")], check=True, capture_output=True)
-    kills = killed_runs([*command, "--out", str(folder / "killed")], time.monotonic() - started, most, seed=1)
+    killed, total = folder / "killed", committed(folder / "alone")
+    moments = run_killed([*command, "--out", killed], killed, total, kills, seed=1, within=2)
     assert contents(folder / "killed") == contents(folder / "alone")
     for part in ("scores", "shards"):
         assert verify(str(folder / "killed" / part)).faults == []
-    return kills
+    return moments

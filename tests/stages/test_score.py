@@ -32,7 +32,11 @@ class LengthScorer:
         self.encoded += len(pixels)
         return torch.tensor([float(each[0, 0, 0]) for each in pixels])
 
-    def score(self, images: Tensor, pairs: Sequence[Pair]) -> list[float]:
+    def tokenize(self, texts: Sequence[str]) -> list[str]:
+        return list(texts)
+
+    def score(self, images: Tensor, pairs: Sequence[Pair], tokens: Any = None) -> list[float]:
+        assert tokens == list(dict.fromkeys(pair.text for pair in pairs))
         self.asked += len(pairs)
         return [
             math.nan if self.bad and self.bad in each.text else len(each.text) + float(images[each.image])
@@ -53,7 +57,8 @@ def image(level: int) -> tuple[Pixels, ...]:
 
 def scored(rows: Sequence[Row], scorer: LengthScorer | None = None) -> list[dict[str, Any]]:
     seen = [SeenRow(each, captions_of(each), number) for number, each in enumerate(rows)]
-    return CaptionScorer((scorer or LengthScorer(),)).score(seen, [image(number) for number in range(len(rows))])
+    captions = CaptionScorer((scorer or LengthScorer(),))
+    return captions.score(captions.prepare(seen), [image(number) for number in range(len(rows))])
 
 
 def test_both_captions_are_scored_whole_and_by_sentence() -> None:
@@ -71,7 +76,8 @@ def test_an_image_is_encoded_once_for_all_its_captions() -> None:
     scorer = LengthScorer()
     rows = [row(0, "A dog.", "A large dog."), row(1, "A dog.", "A large dog.")]
     seen = [SeenRow(each, captions_of(each), 0) for each in rows]  # two rows of one image
-    CaptionScorer((scorer,)).score(seen, [image(0)])
+    captions = CaptionScorer((scorer,))
+    captions.score(captions.prepare(seen), [image(0)])
     assert (scorer.encoded, scorer.asked) == (1, 2)  # a one-sentence caption is its only sentence
 
 
