@@ -1,5 +1,7 @@
 # `make demo` and `make test` each do the whole set-up first. Needs python3.11 or newer, pip and make.
+# JOBS: test files run at the same time; a file's tests share engines, so they stay together.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
@@ -25,10 +27,10 @@ demo: setup
 	$(BIN)/capipe demo --out demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff check .
