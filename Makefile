@@ -27,10 +27,10 @@ demo: setup
 	$(BIN)/capipe demo --out demo
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 25
 
 test-fast: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff check .

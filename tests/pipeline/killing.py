@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _QUIET = subprocess.DEVNULL
+_MANIFEST = "_capipe/manifest.jsonl"
 
 
 def committed(out: Path) -> int:
-    """Shards committed under ``out``, over all its artifacts."""
-    return sum(path.read_bytes().count(b"\n") for path in out.rglob("_capipe/manifest.jsonl"))
+    """Shards committed in ``out``, which is an artifact or a folder of some."""
+    # No recursive search: folders come and go in there, and it fails where one goes while it is looked into.
+    found = [out / _MANIFEST, *out.glob(f"*/{_MANIFEST}")]
+    return sum(path.read_bytes().count(b"\n") for path in found if path.exists())
 
 
 def run_killed(
