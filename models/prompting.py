@@ -56,6 +56,11 @@ class PromptEncoder:
             raise RequestError(f"not a single token in this model's vocabulary: {', '.join(map(repr, split))}")
         return [tokens[0] for tokens in ids]
 
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a plain text, as if the model had written it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
     def decode(self, token_ids: list[int]) -> str:
         """The text of a completion, special tokens left out and spaces exactly as the model wrote them."""
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

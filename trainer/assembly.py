@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,6 @@ from ..errors import BadInput
 from ..models.batched_lm import BatchedLM
 from ..models.engine import Engine, ImageGrid
 from ..models.loading import EngineConfig, image_grid, load_engine, resolve_model
-from ..models.reader import QuizReader
 from ..models.sampling import vision_ids
 from ..models.transformers_engine import batched_lm, load_model
 from .adapter import (
@@ -33,18 +32,13 @@ from .adapter import (
     need_peft,
     save_adapter,
 )
-from .advantages import Part
 from .critic import ValueHead
 from .decoder import DecoderPolicy
 from .groups import Batch
-from .judge_reward import JudgeReward, JudgeRewardConfig
 from .pictures import Pictures
-from .quiz_reward import QuizReward, QuizRewardConfig, reader_config
 from .ranks import ALONE, Ranks
-from .recipe import OptimizerConfig, Recipe, RewardConfig, TrainedConfig
-from .rewards import Judge, Reward
+from .recipe import OptimizerConfig, Recipe, TrainedConfig
 from .sharding import shard, whole
-from .text_rewards import BoilerplateConfig, BoilerplateReward, LengthConfig, LengthReward, RepetitionReward
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -190,25 +184,6 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
     left = 1 - min(1.0, max(0, step - config.warmup) / max(1, steps - config.warmup))
     shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.schedule]
     return config.lr * warm * shape
-
-
-async def build_judge(configs: Sequence[RewardConfig]) -> Judge:
-    """The rewards of a recipe, engines started."""
-    rewards: dict[str, Reward] = {}
-    for config in configs:
-        rewards[config.kind] = await _reward(config)
-    return Judge(rewards, {config.kind: Part(config.weight, config.normalise) for config in configs})
-
-
-async def _reward(config: RewardConfig) -> Reward:
-    if isinstance(config, QuizRewardConfig):
-        engine = await load_reader(config.reader, config.engine)
-        return QuizReward(QuizReader(engine, reader_config()), config)
-    if isinstance(config, JudgeRewardConfig):
-        return JudgeReward(await load_engine(EngineConfig(config.engine, config.model)), config)
-    if isinstance(config, LengthConfig):
-        return LengthReward(config)
-    return BoilerplateReward(config) if isinstance(config, BoilerplateConfig) else RepetitionReward()
 
 
 async def load_reader(model: str, engine: str) -> Engine:

@@ -13,14 +13,29 @@ from ..errors import BadInput
 from ..models.tiny.prompts import DENSE
 from .adapter import LoRAConfig
 from .advantages import Baseline
+from .image_text_rewards import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
 from .judge_reward import JudgeRewardConfig
 from .losses import KLEstimator, LossName
+from .naturalness_reward import NaturalnessConfig
+from .penalties import PhrasesConfig, RepeatsConfig
 from .quiz_reward import QuizRewardConfig
+from .reconstruction_reward import ReconstructionConfig
 from .text_rewards import BoilerplateConfig, LengthConfig, RepetitionConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RewardConfig = Annotated[
-    QuizRewardConfig | JudgeRewardConfig | LengthConfig | RepetitionConfig | BoilerplateConfig,
+    QuizRewardConfig
+    | JudgeRewardConfig
+    | ClipRewardConfig
+    | BlipRewardConfig
+    | ItmRewardConfig
+    | NaturalnessConfig
+    | ReconstructionConfig
+    | PhrasesConfig
+    | RepeatsConfig
+    | LengthConfig
+    | RepetitionConfig
+    | BoilerplateConfig,
     Field(discriminator="kind"),
 ]
 
@@ -30,11 +45,15 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Images and the questions about them."""
+    """Images, and for a quiz the questions about them."""
 
     shards: str = Field(description="folder, glob or URL of image shards")
-    questions: str = Field(description="artifact of questions, or the folder of a `capipe qa`")
-    fingerprint: str | None = Field(None, description="the questions' fingerprint, where it must be this one")
+    questions: str | None = Field(
+        None, description="artifact of questions, or the folder of a `capipe qa`; without a quiz none are needed"
+    )
+    fingerprint: str | None = Field(
+        None, description="of the questions, or without them of the images, where it must be this one"
+    )
     images: int | None = Field(None, ge=1, description="use the first so many images; all by default")
 
 
@@ -167,7 +186,10 @@ class Recipe(Section):
     parallel: Literal["replicated", "sharded"] = Field(
         "replicated", description="under torchrun: weights whole in every process (DDP), or split over them (FSDP2)"
     )
-    preflight: bool = Field(True, description="refuse to train where a caption that fits any image is rewarded")
+    preflight: bool = Field(
+        True,
+        description="refuse to train where a quiz rewards a caption of any image, tell what other rewards make of it",
+    )
     wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that figures go to as well")
     seed: int = 0
 
@@ -186,6 +208,8 @@ class Recipe(Section):
         if self.algorithm.kl and self.algorithm.estimator == "k1":
             raise ValueError("estimator k1 has no gradient on average, so kl would do nothing: take k2 or k3")
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
+        if quiz is not None and self.data.questions is None:
+            raise ValueError("a quiz asks questions: add data.questions, the folder of a `capipe qa`")
         if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader:
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
