@@ -63,7 +63,7 @@ def load_painter(
     try:
         folder = pipeline_folder(name)
         kind = _pipeline_class(folder, name)
-        pipeline = kind.from_pretrained(folder, torch_dtype=number_type, use_safetensors=True, local_files_only=True)
+        pipeline = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except (
         OSError,
         ValueError,
@@ -79,7 +79,7 @@ def load_painter(
         raise BadInput(f"{name}: {type(pipeline).__name__} draws no pictures from a prompt; name a text-to-image one")
     if size is not None and "height" not in takes:
         raise BadInput(f"{name}: draws pictures of one size only; leave `size` out")
-    return Painter(pipeline.to(where), steps, guidance, size, batch)
+    return Painter(pipeline.to(where, number_type), steps, guidance, size, batch)
 
 
 def need_diffusers() -> None:

@@ -58,12 +58,12 @@ def _agreeing(first: str, second: str) -> int:
 def charged(caption: Completion, places: Iterable[int]) -> tuple[float, ...]:
     """One number per token of the caption: minus how often its place is among ``places``."""
     times = Counter(places)
-    return tuple(-float(times[place]) for place in range(len(caption.token_ids)))
+    return tuple(0.0 - times[place] for place in range(len(caption.token_ids)))
 
 
 def _penalty(caption: Completion, places: Sequence[int], details: Mapping[str, object]) -> Scored:
     """Engines that tell no token ids (some servers) leave the penalty to the caption as a whole."""
-    return Scored(-float(len(places)), details, charged(caption, places))
+    return Scored(0.0 - len(places), details, charged(caption, places))
 
 
 def _compiles(pattern: str) -> str:
