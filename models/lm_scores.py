@@ -21,7 +21,7 @@ class TextScorer:
 
     def __init__(self, model: Any, tokenizer: Any, start: int, longest: int) -> None:
         self._model, self._tokenizer, self._start, self.longest = model.eval(), tokenizer, start, longest
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens, cut to the ``longest`` that the model reads."""
@@ -35,7 +35,7 @@ class TextScorer:
         ids = [[self._start, *each] for each in self.tokenize(texts)]
         out: list[list[float]] = [[] for _ in ids]
         for batch in by_length([len(each) for each in ids], TOKENS_PER_BATCH):
-            told, mask = (each.to(self._device) for each in padded([ids[each] for each in batch], self._start))
+            told, mask = (each.to(self.device) for each in padded([ids[each] for each in batch], self._start))
             logits = self._model(input_ids=told, attention_mask=mask).logits
             found = token_logps(logits[:, :-1], told[:, 1:]).cpu()
             for at, row in zip(batch, found, strict=True):

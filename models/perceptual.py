@@ -49,9 +49,9 @@ class PerceptualNet:
     def __init__(self, features: nn.Module, config: VGGConfig, similarity: Similarity = "cosine") -> None:
         self._features, self._similarity = features.eval(), similarity
         weight = next(features.parameters())
-        self._device, self._dtype, self._size = weight.device, weight.dtype, config.image_size
+        self.device, self._dtype, self._size = weight.device, weight.dtype, config.image_size
         self._mean, self._std = (
-            torch.tensor(each, device=self._device).view(1, 3, 1, 1) for each in (config.image_mean, config.image_std)
+            torch.tensor(each, device=self.device).view(1, 3, 1, 1) for each in (config.image_mean, config.image_std)
         )
 
     def view(self, crop: bool = True) -> View:
@@ -61,7 +61,7 @@ class PerceptualNet:
     @torch.inference_mode()
     def vectors(self, pictures: Tensor) -> Tensor:
         """Unit vectors (n, width), float32, of float pictures (n, 3, height, width) from 0 to 1; resized as needed."""
-        levels = pictures.to(self._device, torch.float32)
+        levels = pictures.to(self.device, torch.float32)
         if levels.shape[-2:] != (self._size, self._size):
             levels = resize(levels, [self._size, self._size], antialias=True)
         found = self._features(((levels - self._mean) / self._std).to(self._dtype)).float()

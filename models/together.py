@@ -16,6 +16,15 @@ Told = TypeVar("Told")
 MOST = 256  # calls in a batch; a model cuts it further where its memory asks for that
 
 
+def most_on(device: torch.device) -> int:
+    """How many calls a model on ``device`` is to compute at once.
+
+    On a CPU one: which calls wait together is chance, and sums in another order differ in their last bits; so a run
+    gives the same weights again. On a GPU, where it would not anyway, batches are worth more.
+    """
+    return 1 if device.type == "cpu" else MOST
+
+
 class Together(Generic[Asked, Told]):
     """``compute`` answers a batch of calls, in order. Where it fails on one, only the calls that are to blame fail.
 

@@ -20,9 +20,9 @@ from ..models.engine import Completion
 from ..models.images import Pixels
 from ..models.itm import ItmScorer, load_itm
 from ..models.recent import Recent
-from ..models.scorers import Pair, Scorer
+from ..models.scorers import Pair, Scorer, device_and_type
 from ..models.sentences import split_sentences
-from ..models.together import Together
+from ..models.together import MOST, Together, most_on
 from .rewards import Scored
 from .tasks import Task
 from .view_cache import KEPT, ViewCache
@@ -80,13 +80,13 @@ class _Asked:
 
 
 class ImageTextReward:
-    """``values``: the score of each pair of an encoded image and a text."""
+    """``values``: the score of each pair of an encoded image and a text; ``most``: captions scored at once."""
 
-    def __init__(self, scorer: Scorer, values: Values, by: str = "whole") -> None:
+    def __init__(self, scorer: Scorer, values: Values, by: str = "whole", most: int = MOST) -> None:
         self._scorer, self._values, self._by = scorer, values, by
         self._views = ViewCache(scorer.view)
         self._encoded: Recent[str, Tensor] = Recent(KEPT)
-        self._model: Together[_Asked, list[float]] = Together(self._scores)
+        self._model: Together[_Asked, list[float]] = Together(self._scores, most)
 
     async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
         texts = [caption.text] if self._by == "whole" else split_sentences(caption.text) or [caption.text]
@@ -124,11 +124,12 @@ class ImageTextReward:
 def build_image_text_reward(config: ImageTextConfig) -> ImageTextReward:
     """The reward with its model loaded. Raises BadInput where the model is none, or of another kind."""
     named = (config.model, config.dtype, config.device)
+    most = most_on(device_and_type(config.device, config.dtype)[0])
     if isinstance(config, ItmRewardConfig):
         itm = load_itm(*named)
-        return ImageTextReward(itm, itm_values(itm, config.logit), config.by)
+        return ImageTextReward(itm, itm_values(itm, config.logit), config.by, most)
     scorer: Scorer = load_clip(*named) if isinstance(config, ClipRewardConfig) else load_blip(*named)
-    return ImageTextReward(scorer, scorer.score, config.by)
+    return ImageTextReward(scorer, scorer.score, config.by, most)
 
 
 def itm_values(scorer: ItmScorer, logit: str) -> Values:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..models.engine import Completion
 from ..models.lm_scores import TextScorer, load_text_scorer
-from ..models.together import Together
+from ..models.together import Together, most_on
 from .rewards import Scored
 from .tasks import Task
 
@@ -33,7 +33,7 @@ class NaturalnessReward:
     """
 
     def __init__(self, scorer: TextScorer) -> None:
-        self._model: Together[str, list[float]] = Together(scorer.logps)
+        self._model: Together[str, list[float]] = Together(scorer.logps, most_on(scorer.device))
 
     async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
         logps = await self._model.ask(caption.text.strip())

@@ -229,7 +229,10 @@ class Recipe(Section):
         if self.rollout.overlap:
             fast -= {"save_every"}  # nothing is drawn ahead over a checkpoint
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
-        return self.model_dump(mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout})
+        rewards = {"__all__": {"batch", "cache", "device"}}
+        return self.model_dump(
+            mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards}
+        )
 
 
 def find_recipe(given: Path) -> Path:

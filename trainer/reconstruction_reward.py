@@ -27,13 +27,13 @@ from ..models.images import Pixels
 from ..models.loading import folder_digest, resolve_model
 from ..models.perceptual import PerceptualNet, load_perceptual
 from ..models.recent import Recent
-from ..models.together import Together
+from ..models.together import Together, most_on
 from .rewards import Scored
 from .tasks import Task
 from .view_cache import KEPT, ViewCache
 
 CAPTIONS_KEPT = 1024
-MOST = 32  # captions drawn before those who wait for them are told
+MOST = 32  # captions drawn at most before those who wait for them are told
 
 
 class ReconstructionConfig(BaseModel):
@@ -89,7 +89,7 @@ class ReconstructionReward:
         self._views = ViewCache(net.view(config.crop))
         self._drawn: Recent[str, Tensor] = Recent(CAPTIONS_KEPT)
         self._originals: Recent[str, Tensor] = Recent(KEPT)
-        self._model: Together[_Asked, list[float]] = Together(self._similarities, MOST)
+        self._model: Together[_Asked, list[float]] = Together(self._similarities, min(MOST, most_on(net.device)))
 
     async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
         text = caption.text.strip()

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from capipe.models.engine import EngineDead
 from capipe.models.recent import Recent
-from capipe.models.together import Together
+from capipe.models.together import MOST, Together, most_on
 
 
 class Squares:
@@ -61,3 +62,7 @@ def test_the_oldest_goes_first() -> None:
     assert (recent.get("a"), recent.get("b"), recent.get("c")) == (1, None, 3)
     recent.drop("a")
     assert recent.get("a") is None
+
+
+def test_on_a_cpu_a_batch_is_one_call() -> None:
+    assert most_on(torch.device("cpu")) == 1 and most_on(torch.device("cuda")) == MOST

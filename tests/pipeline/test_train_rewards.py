@@ -48,6 +48,9 @@ def test_clip_teaches_without_questions(alone: Path, tmp_path: Path) -> None:
     assert "images" in json.loads((out / "run.json").read_text())
     capipe("train", alone, "--out", out)  # all done: nothing is done again, the preflight no more than a step
     assert steps(out) == logged
+    capipe("train", alone, "--out", tmp_path / "again")  # nor does it matter which captions ended at the same time
+    assert steps(tmp_path / "again") == logged
+    assert weights(tmp_path / "again/step-000003") == weights(out / "step-000003")
     quiz = ("--set", "rewards=[{kind: quiz}]")
     assert "a quiz asks questions" in one_line(capipe("train", alone, "--out", tmp_path / "other", *quiz, code=2))
     reader = ("--set", "rewards.0.model=tiny/reader")

@@ -66,10 +66,11 @@ async def test_a_reward_is_the_scorers_value_alone_and_together(
     kind: str, tmp_path: Path, images: list[bytes], shown: list[Task]
 ) -> None:
     made = config(kind, tmp_path / "blip")
-    reward = build_image_text_reward(made)
+    reward = build_image_text_reward(made)  # one by one on a CPU
+    batched = ImageTextReward(reward._scorer, reward._values)
     try:
         asked = [(task, text) for task in shown for text in TEXTS]
-        together = await values(reward, asked)
+        together = await values(batched, asked)
         assert len(together) == len(asked) and len(set(together)) > 6
         for each, value in zip(asked[::3], together[::3], strict=True):
             assert await values(reward, [each]) == pytest.approx([value], abs=1e-4)
@@ -81,6 +82,7 @@ async def test_a_reward_is_the_scorers_value_alone_and_together(
         assert together == pytest.approx(own, abs=1e-4)
     finally:
         await reward.aclose()
+        await batched.aclose()
 
 
 async def test_matching_tells_a_logit_a_difference_or_a_probability(shown: list[Task]) -> None:

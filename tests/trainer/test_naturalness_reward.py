@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from capipe.models.engine import Completion
 from capipe.models.lm_scores import load_text_scorer
@@ -43,6 +44,8 @@ async def test_an_empty_caption_and_one_without_a_number_are_unscored(tmp_path: 
     await reward.aclose()
 
     class Broken:
+        device = torch.device("cpu")
+
         def logps(self, texts: Sequence[str]) -> list[list[float]]:
             return [[-1.0, float("nan")] for _ in texts]
 

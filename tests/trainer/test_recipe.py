@@ -54,8 +54,8 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("data.questions=null", "a quiz asks questions: add data.questions"),
         ("rewards=[{kind: phrases, phrases: [], patterns: []}]", r"rewards\.0\.phrases: phrases and patterns are both"),
         (
-            "rewards.1={kind: phrases, patterns: ['(']}",
-            r"rewards\.1\.phrases\.patterns\.0: '\(' is no regular expression",
+            "rewards=[{kind: phrases, patterns: ['(']}]",
+            r"rewards\.0\.phrases\.patterns\.0: '\(' is no regular expression",
         ),
         ("rewards=[{kind: clip}]", r"rewards\.0\.clip\.model: Field required"),
         ("rewards=[{kind: reconstruction, model: a, features: b, samples: 0}]", r"rewards\.0\.reconstruction\.samples"),
@@ -109,6 +109,12 @@ def test_speed_is_no_part_of_what_a_run_is(recipe: Path) -> None:
     assert load_recipe(recipe, ["budget=5", "gradient_checkpointing=true"]).semantic() == made.semantic()
     assert load_recipe(recipe, ["wandb=captions"]).semantic() == made.semantic()
     assert load_recipe(recipe, ["seed=5"]).semantic() != made.semantic()
+    drawn = "rewards=[{kind: reconstruction, model: a, features: b%s}]"
+    first, fast, other = (
+        load_recipe(recipe, ["data.questions=null", drawn % more]).semantic()
+        for more in ("", ", batch: 2, cache: c, device: cpu", ", samples: 4")
+    )
+    assert first == fast != other
     assert isinstance(made, Recipe)
 
 

@@ -26,6 +26,7 @@ from capipe.models.views import decode_views
 from capipe.trainer.reconstruction_reward import (
     ReconstructionConfig,
     ReconstructionReward,
+    _Asked,
     build_reconstruction_reward,
     mean_and_error,
     seed_of,
@@ -81,6 +82,11 @@ async def test_it_is_the_mean_similarity_of_seeded_pictures(reward: Reconstructi
     asked = [(task, text) for task in shown for text in captions]
     found = await asyncio.gather(*(reward.score(task, caption(text), "d") for task, text in asked))
     net, painter = reward._net, reward._painter
+    other = ReconstructionReward(painter, net, reward._config)
+    batch = [_Asked(task.uid, await reward._views.of(task), text) for task, text in asked]
+    for similarities, scored in zip(other._similarities(batch), found, strict=True):  # as on a GPU
+        assert similarities == pytest.approx(scored.details["similarities"], abs=1e-4)
+    await other.aclose()
     for (task, text), scored in zip(asked, found, strict=True):
         views = decode_views(task.read(), views=(net.view(),), limits=ImageLimits())
         assert isinstance(views, tuple)
