@@ -12,8 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..errors import ArtifactMismatch, BadInput, RunFailed
 from ..manifests.fingerprint import differences, fingerprint
-from ..models.batched_lm import PreparedPrompt
 from ..models.engine import EngineDead, Prompt, RequestError
+from ..models.family import PreparedPrompt
 from ..models.loading import model_identity
 from ..models.reader import QuizReader, ReaderConfig
 from ..trainer.assembly import PolicyParts, build_judge, build_optimizer, build_policy, load_reader

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.batched_lm import PreparedImage, PreparedPrompt
+from ..models.family import PreparedImage, PreparedPrompt
 from .critic import ValueHead
 from .groups import Batch
 from .token_scores import token_scores
