@@ -72,7 +72,9 @@ def vision_model(model: Any) -> Any:
 
 
 def language_model(model: Any) -> Any:
-    """What writes a captioner's text, with its head."""
+    """What writes a model's text, with its head: a part of captioners, of chat models the whole."""
+    if not is_captioner(model):
+        return model
     if is_blip2(model):
         return model.language_model
     return model.text_decoder if is_blip(model) else model.decoder

@@ -160,7 +160,7 @@ def _assemble(
     config = UpdateConfig(
         loss=algorithm.loss,
         baseline=algorithm.baseline,
-        critic=CriticConfig(**algorithm.critic.model_dump()) if algorithm.critic else None,
+        critic=CriticConfig(**algorithm.critic.model_dump(exclude={"hidden"})) if algorithm.critic else None,
         epochs=algorithm.epochs,
         minibatches=algorithm.minibatches,
         clip=Clip(algorithm.clip_low, algorithm.clip_high, algorithm.cap),
@@ -203,7 +203,7 @@ def _prepare(parts: PolicyParts, max_tokens: int) -> Callable[[Prompt], Prepared
         try:
             prepared = parts.preparing.prepare(prompt)
         except RequestError as error:
-            raise BadInput(f"{error}; shorten the recipe's prompt") from None
+            raise BadInput(f"{error}; change the recipe's prompt") from None
         if len(prepared.ids) + max_tokens > room:
             raise BadInput(
                 f"rollout.max_tokens: {max_tokens} tokens after a prompt of {len(prepared.ids)} are more than the "

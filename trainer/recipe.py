@@ -101,6 +101,9 @@ class CriticSection(Section):
     weight: float = Field(0.5, gt=0, description="of the value loss")
     clip: float | None = Field(None, gt=0, description="how far a value may move in an update")
     whiten: bool = Field(True, description="give a step's advantages mean 0 and standard deviation 1")
+    hidden: int | None = Field(
+        None, ge=1, description="a head of two layers, the first so wide after a LayerNorm; a linear one by default"
+    )
     detach: bool = Field(False, description="the value loss changes the head alone, not the policy under it")
 
 
@@ -147,7 +150,7 @@ class Recipe(Section):
     """Everything that decides what a run does."""
 
     model: str = Field(description="where training starts: a bundled model, a folder or a hub id")
-    prompt: str = Field(DENSE[0], min_length=1)
+    prompt: str = Field(DENSE[0], description="empty for models that read none, or nothing but the image")
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()
