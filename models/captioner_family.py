@@ -52,6 +52,8 @@ def check_parts(model: Any, side: int) -> None:
     known = {"blip-2": "opt", "vision-encoder-decoder": "gpt2"}.get(model.config.model_type, decoder)
     if decoder != known:
         raise BadInput(f"{type(model).__name__} with a {decoder} decoder is not known here; take one with {known}")
+    if is_blip2(model) and model.config.image_token_id is None:
+        raise BadInput(f"{model.name_or_path}: its config.json has no image_token_index; add the original's newest one")
     size = image_size(model)
     if size != side:
         raise BadInput(

@@ -32,7 +32,7 @@ class EncoderDecoderPolicy(CaptionerPolicy):
 
     def hidden(self, batch: Batch) -> Tensor:
         out = self.base(
-            input_ids=batch.ids,
+            inputs_embeds=self.base.get_input_embeddings()(batch.ids),  # of ids, GPT-2 would warn of padding
             position_ids=batch.positions[0],
             encoder_hidden_states=self.look(batch.prompts),
             use_cache=False,

@@ -181,7 +181,13 @@ async def test_folders_that_do_not_go_together_are_refused(tmp_path: Path) -> No
     settings.write_text(written.replace('"height": 32', '"height": 64').replace('"width": 32', '"width": 64'))
     with pytest.raises(BadInput, match=r"looks at 32 x 32 pixels.*makes 64 x 64"):
         await load_engine(EngineConfig("transformers", str(folder), device="cpu"))
+    settings.write_text(written)
     config = folder / "config.json"
+    found = config.read_text()
+    config.write_text(found.replace('"image_token_index": 3', '"image_token_index": null'))
+    with pytest.raises(BadInput, match="has no image_token_index"):
+        await load_engine(EngineConfig("transformers", str(folder), device="cpu"))
+    config.write_text(found)
     config.write_text(config.read_text().replace("Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"))
     with pytest.raises(BadInput, match=r"Blip2ForImageTextRetrieval writes no captions"):
         image_grid(folder)
