@@ -139,11 +139,11 @@ def barred_ids(model: PreTrainedModel) -> list[int]:
 
 def start_id(model: Any) -> int:
     """The token that a captioner's text begins with. Raises BadInput where its configuration names none."""
-    text = language_model(model).config
+    text, generation, whole = language_model(model).config, model.generation_config, model.config
     starts = [text.bos_token_id]
-    if not hasattr(model.config, "text_config"):
-        generation = model.generation_config
-        starts = [generation.decoder_start_token_id, model.config.decoder_start_token_id, generation.bos_token_id]
+    if not hasattr(whole, "text_config"):
+        said = [(config, name) for name in ("decoder_start_token_id", "bos_token_id") for config in (generation, whole)]
+        starts = [getattr(config, name, None) for config, name in said]
     found = next((token for token in starts if token is not None), None)
     if found is None:
         raise BadInput(

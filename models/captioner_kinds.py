@@ -44,22 +44,27 @@ def one_size(model_path: Path, min_pixels: int | None, max_pixels: int | None) -
 
     Raises BadInput where it names none, one that is no square, or the caller wants another.
     """
-    file = model_path / "preprocessor_config.json"
-    if not file.is_file():
-        file = model_path / "processor_config.json"
-    if not file.is_file():
-        raise BadInput(f"{model_path}: a vision model without a preprocessor_config.json; add the original's")
-    written = read_json(file)
-    processor = written.get("image_processor", written)
-    side = _side(processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size"))
+    file, processor = _image_processor(model_path)
+    side = _side(processor.get("crop_size") if processor.get("do_center_crop") else processor["size"])
     if side is None:
-        raise BadInput(f"{file}: 'size' is {processor.get('size')!r}; write a square one, height and width in pixels")
+        raise BadInput(f"{file}: 'size' is {processor['size']!r}; write a square one, height and width in pixels")
     for name, given in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if given is not None:
             raise BadInput(
                 f"{name} {given}: {model_path} looks at {side} x {side} pixels and nothing else; leave it out"
             )
     return ImageGrid(side, side * side, side * side)
+
+
+def _image_processor(model_path: Path) -> tuple[Path, dict[str, Any]]:
+    """Of the two files it may be written in, the newer wins, as in transformers."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (model_path / name).is_file():
+            written = read_json(model_path / name)
+            processor = written.get("image_processor", written)
+            if processor.get("size"):
+                return model_path / name, processor
+    raise BadInput(f"{model_path}: a vision model without a preprocessor_config.json; add the original's")
 
 
 def _side(size: Any) -> int | None:
