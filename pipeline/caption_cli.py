@@ -50,17 +50,6 @@ def annotate(
     from .annotating import AnnotateStage, chosen_prompts
     from .engine_stages import plan
 
-    config = o.validated(
-        AnnotateConfig,
-        prompts=chosen_prompts(prompt, model, engine, system),
-        samples=samples,
-        system=system,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        seed=seed,
-        max_attempts=max_attempts,
-    )
     devices = o.devices_for(engine, gpus)
     setup = o.engine_setup(
         model,
@@ -76,6 +65,17 @@ def annotate(
         concurrency=concurrency,
         gpu_memory_utilization=gpu_memory,
         timeout_s=timeout,
+    )
+    config = o.validated(
+        AnnotateConfig,
+        prompts=chosen_prompts(prompt, model, engine, system),
+        samples=samples,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        max_attempts=max_attempts,
     )
     made = plan(AnnotateStage(config, setup, model, pack), shards, out, fresh=fresh, retry=retry)
     raise typer.Exit(run_plan(made, devices))
