@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 PREFIX = "tiny/"
-NAMES: tuple[str, ...] = ("captioner", "teacher", "reader", "holdout-reader", "clip", "eval-clip", "itm")
+NAMES: tuple[str, ...] = (
+    "captioner", "teacher", "reader", "holdout-reader", "clip", "eval-clip", "itm", "vit-gpt2", "blip2", "opt",
+)  # fmt: skip
 CONFIGS = ("config.json", "open_clip_config.json")  # of transformers, of open_clip
 
 

@@ -24,6 +24,8 @@ from .export import build_processor
 from .grade import total
 from .graduates import enrol
 from .matching import ClipTrainer, ItmTrainer, MatchingPlan, MatchingTrainer
+from .plain_evaluate import PlainCaptioner, plain_report
+from .plain_school import PLAIN, PlainPlan, PlainTrainer
 from .prompts import DENSE
 from .schedule import Progress, Schedule
 from .tokenizer import build_tokenizer
@@ -80,6 +82,11 @@ def quality(trainer: Training, name: str, out: Path) -> str:
         scorer = load_scorer(ScorerConfig("itm" if name == "itm" else "clip", str(out)))
         found = detections(scorer, subjects(LOOKED_AT, seed=2))
         return " ".join(f"{kind} {each.auc['score']:.3f}" for kind, each in found.items()) + " (ROC AUC)"
+    if isinstance(trainer, PlainTrainer):
+        if not trainer.sees:
+            return "the loss above is of captions it had not read"
+        sampled = plain_report(PlainCaptioner(str(out)), LOOKED_AT, seed=2, sample=True)
+        return " ".join(f"{key} {value:.3f}" for key, value in asdict(sampled).items() if isinstance(value, float))
     if name == "teacher":
         return "the accuracies above are of scenes it had not seen; `capipe qa` tells the rest"
     figures = asdict(asyncio.run(report(str(out), LOOKED_AT)))
@@ -92,6 +99,9 @@ def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
         return Trainer(Plan(seed=seed, **length), build_tokenizer(seed))
     if name == "itm":
         return ItmTrainer(MatchingPlan(seed=seed, **length))
+    if name in PLAIN:
+        made: PlainTrainer = PLAIN[name](PlainPlan(seed=seed, **length))
+        return made
     if name in PATCHES:
         return ClipTrainer(name, MatchingPlan(seed=seed, **length))
     return enrol(name, Schedule(seed=seed, **length))
