@@ -10,8 +10,9 @@ from pathlib import Path
 PREFIX = "tiny/"
 NAMES: tuple[str, ...] = (
     "captioner", "teacher", "reader", "holdout-reader", "clip", "eval-clip", "itm", "vit-gpt2", "blip2", "opt",
+    "vgg", "diffusion", "blip",
 )  # fmt: skip
-CONFIGS = ("config.json", "open_clip_config.json")  # of transformers, of open_clip
+CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")  # of transformers, of open_clip, of diffusers
 
 
 def folder_of(model: str) -> Path:

@@ -16,11 +16,13 @@ from typing import Any, Protocol
 
 from ..scorers import ScorerConfig, load_scorer
 from . import NAMES, folder_of
+from .contrastive import BlipTrainer, recalls
 from .corpus import samples
 from .detect import detections, subjects
 from .evaluate import caption, grades_of
 from .examine import report
 from .export import build_processor
+from .features import FeaturesPlan, FeaturesTrainer, accuracies, load_classifier
 from .grade import total
 from .graduates import enrol
 from .matching import ClipTrainer, ItmTrainer, MatchingPlan, MatchingTrainer
@@ -78,6 +80,8 @@ def quality(trainer: Training, name: str, out: Path) -> str:
         grades = grades_of(corpus, caption(trainer.model, processor, [each.image for each in corpus], DENSE[0]))
         whole, exact = total(grades), sum(each.exact for each in grades) / LOOKED_AT
         return f"precision {whole.precision():.4f} recall {whole.recall():.4f} exact {exact:.2f} of {LOOKED_AT} scenes"
+    if isinstance(trainer, BlipTrainer):
+        return shares(recalls(str(out), LOOKED_AT, seed=2))
     if isinstance(trainer, MatchingTrainer):
         scorer = load_scorer(ScorerConfig("itm" if name == "itm" else "clip", str(out)))
         found = detections(scorer, subjects(LOOKED_AT, seed=2))
@@ -86,10 +90,20 @@ def quality(trainer: Training, name: str, out: Path) -> str:
         if not trainer.sees:
             return "the loss above is of captions it had not read"
         sampled = plain_report(PlainCaptioner(str(out)), LOOKED_AT, seed=2, sample=True)
-        return " ".join(f"{key} {value:.3f}" for key, value in asdict(sampled).items() if isinstance(value, float))
+        return shares(asdict(sampled))
+    if isinstance(trainer, FeaturesTrainer):
+        return shares(accuracies(load_classifier(str(out)), LOOKED_AT, seed=2))
+    if name == "diffusion":
+        from .drawing import drawing_report
+
+        return shares(drawing_report(str(out), LOOKED_AT, seed=2))
     if name == "teacher":
         return "the accuracies above are of scenes it had not seen; `capipe qa` tells the rest"
-    figures = asdict(asyncio.run(report(str(out), LOOKED_AT)))
+    return shares(asdict(asyncio.run(report(str(out), LOOKED_AT))))
+
+
+def shares(figures: dict[str, Any]) -> str:
+    """The numbers among a report's figures, in a line."""
     return " ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
 
 
@@ -99,6 +113,14 @@ def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
         return Trainer(Plan(seed=seed, **length), build_tokenizer(seed))
     if name == "itm":
         return ItmTrainer(MatchingPlan(seed=seed, **length))
+    if name == "vgg":
+        return FeaturesTrainer(FeaturesPlan(seed=seed, **length))
+    if name == "blip":
+        return BlipTrainer(MatchingPlan(seed=seed, **length))
+    if name == "diffusion":
+        from .drawing import DrawingPlan, DrawingTrainer  # imports diffusers, which is not installed everywhere
+
+        return DrawingTrainer(DrawingPlan(seed=seed, **length))
     if name in PLAIN:
         made: PlainTrainer = PLAIN[name](PlainPlan(seed=seed, **length))
         return made

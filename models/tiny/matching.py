@@ -173,6 +173,15 @@ class ClipTrainer(MatchingTrainer):
         pooled, tokens = self.model.visual(pixels)
         return functional.normalize(pooled, dim=-1), tokens
 
+    def encode(self, ids: Tensor) -> Tensor:
+        """Token ids (texts, length) -> unit vectors (texts, EMBED)."""
+        return functional.normalize(encode_trimmed(self.model, ids), dim=-1)
+
+    def scale(self) -> Tensor:
+        """What cosines are multiplied with."""
+        scale: Tensor = self.model.logit_scale
+        return scale.exp().clamp(max=100)
+
     def slots(self, pooled: Tensor) -> Tensor:
         unfolded: Tensor = self.readers[2](pooled * EMBED**0.5)
         return unfolded.view(-1, len(PLACES), SLOT)
@@ -182,8 +191,8 @@ class ClipTrainer(MatchingTrainer):
         groups = [batch.sentences, batch.false_sentences]
         if whole:
             groups += [batch.captions, batch.false_captions]
-        told = [functional.normalize(encode_trimmed(self.model, ids), dim=-1) for ids in groups]
-        scale = self.model.logit_scale.exp().clamp(max=100)
+        told = [self.encode(ids) for ids in groups]
+        scale = self.scale()
         owners = torch.arange(n).repeat_interleave(s)
         right, wrong = ((pooled[owners] * each).sum(-1) for each in told[:2])
         loss = functional.softplus(scale * (wrong - right)).mean()
