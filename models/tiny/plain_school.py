@@ -71,7 +71,7 @@ class PlainBatches(Dataset[PlainBatch]):
         owners = [owner for owner in range(self.plan.images) for _ in range(self.plan.texts)]
         tellings = (plain_caption,) if self.sees else (plain_caption, short_caption, dense_caption)
         texts = [rng.choice(tellings)(scenes[owner], rng) for owner in owners]
-        pixels = np.stack([picture(scene, rng) for scene in scenes] if self.sees else [])
+        pixels = np.stack([picture(scene, rng) for scene in scenes]) if self.sees else np.zeros(0, np.uint8)
         ids = self.tokenizer(texts, add_special_tokens=False).input_ids
         special = special_ids(self.tokenizer)
         ids = [[special["bos_token_id"], *each, special["eos_token_id"]] for each in ids]
