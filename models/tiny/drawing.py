@@ -46,7 +46,7 @@ UNET: dict[str, Any] = {
     "sample_size": SIDE,
     "in_channels": 3,
     "out_channels": 3,
-    "block_out_channels": (16, 48, 64, 96),
+    "block_out_channels": (16, 32, 64, 96),
     "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     "layers_per_block": 1,
@@ -58,11 +58,10 @@ UNET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DrawingPlan(Schedule):
-    """``images`` a step; in the first ``reading_steps`` the text encoder learns alone."""
+    """``images`` a step; in the first ``reading_steps`` the text encoder learns alone, then the UNet alone."""
 
     images: int = 32
     reading_steps: int = 300
-    reading_weight: float = 0.1
     workers: int = 1
 
 
@@ -173,13 +172,13 @@ class DrawingTrainer(Course[Drawings]):
         )
 
     def step(self, batch: Drawings, rate: float) -> dict[str, float]:
-        dense, _ = encode_texts(self.model["text_encoder"], self.tokenizer, batch.dense)
-        loss, read = reading_loss(self.reader(dense), batch.truth)
-        report = {"reading": loss.item(), "cells": sum(read[:4]) / 4}
-        if self.progress.step >= self.plan.reading_steps:
-            drawn = self.drawing_loss(batch)
-            report["drawing"] = drawn.item()
-            loss = drawn + self.plan.reading_weight * loss
+        if self.progress.step < self.plan.reading_steps:
+            dense, _ = encode_texts(self.model["text_encoder"], self.tokenizer, batch.dense)
+            loss, read = reading_loss(self.reader(dense), batch.truth)
+            report = {"reading": loss.item(), "cells": sum(read[:4]) / 4}
+        else:
+            loss = self.drawing_loss(batch)
+            report = {"drawing": loss.item()}
         report["norm"] = self.update(loss, rate)
         kept = min(KEPT, self.progress.step / (self.progress.step + 10))
         with torch.no_grad():
@@ -194,7 +193,8 @@ class DrawingTrainer(Course[Drawings]):
         noise = torch.randn(clean.shape, generator=chance)
         count = self.noise.config.num_train_timesteps
         times = torch.randint(0, count, (len(clean),), generator=chance)
-        states, mask = encode_texts(self.model["text_encoder"], self.tokenizer, batch.texts)
+        with torch.no_grad():  # it has learnt to read; the pictures are the UNet's to learn
+            states, mask = encode_texts(self.model["text_encoder"], self.tokenizer, batch.texts)
         noisy = self.noise.add_noise(clean, noise, times)
         told = self.model["unet"](noisy, times, encoder_hidden_states=states, encoder_attention_mask=mask).sample
         return functional.mse_loss(told, self.noise.get_velocity(clean, noise, times))

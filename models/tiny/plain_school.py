@@ -32,7 +32,7 @@ from .word_tokenizer import build_word_tokenizer
 from .wording import dense_caption, short_caption
 from .world import MOST_THINGS, PLACES, sample_of
 
-SHORT = 24  # tokens; longer captions are few and are read apart from the others, which would all be padded
+LENGTHS = (8, 14, 24, 1_000_000)  # tokens at most; captions of one group are padded to its longest, and most are short
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class PlainTrainer(Course[PlainBatch]):
 
     def captions(self, seen: Tensor | None, batch: PlainBatch) -> tuple[Tensor, dict[str, float]]:
         """The mean cross entropy of the captions' tokens, and the share guessed right."""
-        long = [len(ids) > SHORT for ids in batch.texts]
+        groups = [next(at for at, longest in enumerate(LENGTHS) if len(ids) <= longest) for ids in batch.texts]
         losses, right, count = [], 0.0, 0
-        for group in (False, True):
-            chosen = [at for at, each in enumerate(long) if each is group]
+        for group in range(len(LENGTHS)):
+            chosen = [at for at, each in enumerate(groups) if each == group]
             if not chosen:
                 continue
             ids = padded([batch.texts[at] for at in chosen])
@@ -165,13 +165,15 @@ class VitGpt2Trainer(PlainTrainer):
 
 
 class Blip2Trainer(PlainTrainer):
-    """BLIP-2: the queries' outputs stand before the caption."""
+    """BLIP-2: the queries' outputs stand before the caption. The tower stays as it is, as in BLIP-2's own training."""
 
     def __init__(self, plan: PlainPlan) -> None:
         torch.manual_seed(plan.seed)
         tokenizer = build_word_tokenizer(plan.seed, begin=True)
         read = OPTForCausalLM.from_pretrained(resolve("tiny/opt"), dtype=torch.float32)
-        super().__init__(plan, tokenizer, build_blip2(tokenizer, matcher(), read), SlotReader(WIDTH))
+        model = build_blip2(tokenizer, matcher(), read)
+        model.vision_model.requires_grad_(False)
+        super().__init__(plan, tokenizer, model, SlotReader(WIDTH))
 
     def see(self, pixels: Tensor) -> Tensor:
         states = self.model.vision_model(pixel_values=pixels).last_hidden_state
