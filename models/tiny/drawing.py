@@ -67,7 +67,7 @@ class DrawingPlan(Schedule):
 
 @dataclass(frozen=True)
 class Drawings:
-    """Pictures (n, SIDE, SIDE, 3) uint8, a text about each, and the truth of dense texts, which comes first."""
+    """Pictures (n, SIDE, SIDE, 3) uint8, a text about each to draw from, a ``dense`` one to read, and the truth."""
 
     pixels: Tensor
     texts: list[str]
