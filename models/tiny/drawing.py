@@ -1,7 +1,8 @@
 """Text-to-image diffusion of rendered scenes at 32 pixels: a small UNet on pixels that attends to a caption's tokens.
 
-The text encoder begins as the text tower of ``tiny/clip`` and learns first, on text alone, what a caption says of each
-of the nine cells, so that the UNet finds what belongs where. Read from its folder by :mod:`..pixel_diffusion`.
+The text encoder begins as the text tower of ``tiny/clip``. Its tokenizer ends every text with nine tokens, one for each
+cell, and it learns first, on text alone, to put there what the text says of the cell; then the UNet has only to look
+the cell up. Without them 450 steps taught it backgrounds and nothing of the things. :mod:`..pixel_diffusion` reads it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ..pixel_diffusion import PixelDiffusionPipeline, encode_texts
 from . import resolve
@@ -32,8 +34,8 @@ from .features import levels, pictures
 from .plain_wording import plain_caption
 from .render import BACKGROUNDS, COLORS, render
 from .schedule import Schedule
-from .two_towers import CONTEXT, TEXT_LAYERS, WIDTH
-from .vision import CellReader, reading_loss
+from .two_towers import CLS, CONTEXT, PAD, SEP, TEXT_LAYERS, UNK, WIDTH
+from .vision import CellReader, SlotReader, reading_loss
 from .wording import dense_caption, short_caption
 from .world import MOST_THINGS, PLACES, Scene, sample_of, scenes
 
@@ -41,6 +43,8 @@ SIDE = 32
 STEPS, GUIDANCE = 20, 3.0
 KEPT = 0.995  # of the running mean of the weights, per step
 TELLINGS = (dense_caption, dense_caption, dense_caption, short_caption, plain_caption)
+CELLS = tuple(f"[CELL{at}]" for at in range(len(PLACES)))
+DEEP, DEEP_PLACES = 96, 16  # the UNet's deepest layer: its width, and 4 x 4
 UNTOLD = 0.1  # of the texts are empty: what guidance compares with
 UNET: dict[str, Any] = {
     "sample_size": SIDE,
@@ -62,16 +66,16 @@ class DrawingPlan(Schedule):
 
     images: int = 32
     reading_steps: int = 300
+    reading_weight: float = 0.03  # of the cells that are read from the UNet
     workers: int = 1
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """Pictures (n, SIDE, SIDE, 3) uint8, a text about each to draw from, a ``dense`` one to read, and the truth."""
+    """Pictures (n, SIDE, SIDE, 3) uint8, a text about each, and the truth, which not every text tells."""
 
     pixels: Tensor
     texts: list[str]
-    dense: list[str]
     truth: Truth
 
 
@@ -90,29 +94,51 @@ class DrawingBatches(Dataset[Drawings]):
         shown = [sample_of("train", rng, most, SIGN_SHARE) for _ in range(self.plan.images)]
         texts = ["" if rng.random() < UNTOLD else rng.choice(TELLINGS)(scene, rng) for scene in shown]
         pixels = pictures([render(scene, rng, SIDE) for scene in shown])
-        return Drawings(pixels, texts, [dense_caption(scene, rng) for scene in shown], truth_of(shown))
+        return Drawings(pixels, texts, truth_of(shown))
 
 
-def build_text_encoder() -> tuple[CLIPTextModel, BertTokenizer]:
-    """The text tower of ``tiny/clip`` as transformers' CLIP, which computes the same, and its tokenizer."""
-    folder = resolve("tiny/clip")
-    tokenizer = BertTokenizer.from_pretrained(folder, model_max_length=CONTEXT)
+def build_text_tokenizer() -> PreTrainedTokenizerFast:
+    """That of ``tiny/clip``, with a token for each cell behind every text."""
+    known = BertTokenizer.from_pretrained(resolve("tiny/clip"))
+    core = Tokenizer.from_str(known.backend_tokenizer.to_str())
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CELLS])
+    special = [(token, core.token_to_id(token)) for token in (CLS, SEP, *CELLS)]
+    core.post_processor = processors.TemplateProcessing(
+        single=" ".join((CLS, "$A", SEP, *CELLS)), special_tokens=special
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        unk_token=UNK,
+        cls_token=CLS,
+        sep_token=SEP,
+        additional_special_tokens=list(CELLS),
+        model_max_length=CONTEXT + len(CELLS),
+    )
+
+
+def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
+    """The text tower of ``tiny/clip`` as transformers' CLIP, which computes the same, longer by the cells' tokens."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
         num_hidden_layers=TEXT_LAYERS,
         num_attention_heads=WIDTH // 32,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=CONTEXT + len(CELLS),
         hidden_act="gelu",
         bos_token_id=tokenizer.cls_token_id,
         eos_token_id=tokenizer.sep_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = CLIPTextModel(config)
-    weights = load_file(Path(folder) / "open_clip_model.safetensors")
-    model.load_state_dict(clip_text_weights({key: value.float() for key, value in weights.items()}))
-    return model, tokenizer
+    weights = load_file(Path(resolve("tiny/clip")) / "open_clip_model.safetensors")
+    known = clip_text_weights({key: value.float() for key, value in weights.items()})
+    ours = model.state_dict()
+    for name, value in known.items():
+        ours[name][: len(value)] = value
+    nn.init.normal_(ours["embeddings.token_embedding.weight"][-len(CELLS) :], std=0.3)
+    return model
 
 
 def clip_text_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,10 +175,13 @@ class DrawingTrainer(Course[Drawings]):
 
     def __init__(self, plan: DrawingPlan) -> None:
         torch.manual_seed(plan.seed)
-        text, self.tokenizer = build_text_encoder()
-        self.plan, self.model = plan, nn.ModuleDict({"text_encoder": text, "unet": UNet2DConditionModel(**UNET)})
-        self.reader = CellReader(WIDTH, tokens=0)
+        self.tokenizer = build_text_tokenizer()
+        text, unet = build_text_encoder(self.tokenizer), UNet2DConditionModel(**UNET)
+        self.plan, self.model = plan, nn.ModuleDict({"text_encoder": text, "unet": unet})
+        self.readers = nn.ModuleList([SlotReader(WIDTH), CellReader(DEEP, DEEP_PLACES)])
+        self.deep: list[Tensor] = []
         self.mean = copy.deepcopy(self.model).requires_grad_(False)
+        unet.mid_block.register_forward_hook(lambda module, inputs, output: self.deep.append(output))
         self.noise = DDIMScheduler(
             num_train_timesteps=1000,
             beta_schedule="squaredcos_cap_v2",
@@ -160,7 +189,7 @@ class DrawingTrainer(Course[Drawings]):
             clip_sample=True,
             timestep_spacing="trailing",
         )
-        super().__init__(plan, self.model, self.reader)
+        super().__init__(plan, self.model, self.readers)
 
     def batches(self) -> Iterator[Drawings]:
         yield from DataLoader(
@@ -172,13 +201,16 @@ class DrawingTrainer(Course[Drawings]):
         )
 
     def step(self, batch: Drawings, rate: float) -> dict[str, float]:
+        states, mask = encode_texts(self.model["text_encoder"], self.tokenizer, batch.texts)
         if self.progress.step < self.plan.reading_steps:
-            dense, _ = encode_texts(self.model["text_encoder"], self.tokenizer, batch.dense)
-            loss, read = reading_loss(self.reader(dense), batch.truth)
+            last = mask.sum(1, keepdim=True) - len(CELLS) + torch.arange(len(CELLS))
+            slots = states.gather(1, last[:, :, None].expand(-1, -1, WIDTH))
+            loss, read = reading_loss(self.readers[0](slots), batch.truth)
             report = {"reading": loss.item(), "cells": sum(read[:4]) / 4}
         else:
-            loss = self.drawing_loss(batch)
-            report = {"drawing": loss.item()}
+            drawn, seen = self.drawing_losses(batch, states.detach(), mask)  # it has learnt to read
+            loss = drawn + self.plan.reading_weight * seen
+            report = {"drawing": drawn.item(), "seen": seen.item()}
         report["norm"] = self.update(loss, rate)
         kept = min(KEPT, self.progress.step / (self.progress.step + 10))
         with torch.no_grad():
@@ -186,18 +218,21 @@ class DrawingTrainer(Course[Drawings]):
                 mean.lerp_(now, 1 - kept)
         return report
 
-    def drawing_loss(self, batch: Drawings) -> Tensor:
-        """The mean square of what is wrong in the velocity that the UNet foretells (arXiv 2202.00512)."""
+    def drawing_losses(self, batch: Drawings, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean square of what is wrong in the velocity that the UNet foretells (arXiv 2202.00512), and how badly
+
+        the cells are read from its deepest layer.
+        """
         chance = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.progress.step)
         clean = levels(batch.pixels)
         noise = torch.randn(clean.shape, generator=chance)
         count = self.noise.config.num_train_timesteps
         times = torch.randint(0, count, (len(clean),), generator=chance)
-        with torch.no_grad():  # it has learnt to read; the pictures are the UNet's to learn
-            states, mask = encode_texts(self.model["text_encoder"], self.tokenizer, batch.texts)
         noisy = self.noise.add_noise(clean, noise, times)
+        self.deep.clear()
         told = self.model["unet"](noisy, times, encoder_hidden_states=states, encoder_attention_mask=mask).sample
-        return functional.mse_loss(told, self.noise.get_velocity(clean, noise, times))
+        seen, _ = reading_loss(self.readers[1](self.deep.pop().flatten(2).mT), batch.truth)
+        return functional.mse_loss(told, self.noise.get_velocity(clean, noise, times)), seen
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "mean": self.mean.state_dict()}

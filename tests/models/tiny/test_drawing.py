@@ -8,6 +8,7 @@ from random import Random
 import open_clip
 import pytest
 import torch
+from transformers import BertTokenizer
 
 pytest.importorskip("diffusers")
 
@@ -15,10 +16,12 @@ from capipe.models.clip import encode_trimmed
 from capipe.models.pixel_diffusion import PixelDiffusionPipeline
 from capipe.models.tiny import resolve
 from capipe.models.tiny.drawing import (
+    CELLS,
     DrawingBatches,
     DrawingPlan,
     DrawingTrainer,
     build_text_encoder,
+    build_text_tokenizer,
     drawing_report,
     drawn_right,
 )
@@ -31,11 +34,15 @@ PLAN = DrawingPlan(seed=4, steps=4, images=2, reading_steps=2, warmup=1, workers
 
 @torch.inference_mode()
 def test_the_text_encoder_computes_what_the_clip_it_came_from_does() -> None:
-    model, tokenizer = build_text_encoder()
+    tokenizer = build_text_tokenizer()
+    model = build_text_encoder(tokenizer)
     clip = open_clip.create_model(f"local-dir:{resolve('tiny/clip')}").eval().float()
     texts = ["A red star.", "There is a large blue circle in the top left on a white background."]
-    ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids
+    ids = BertTokenizer.from_pretrained(resolve("tiny/clip"))(texts, padding=True, return_tensors="pt").input_ids
     last = (ids != tokenizer.pad_token_id).sum(1) - 1
+    ours = tokenizer(texts).input_ids
+    assert [row[: -len(CELLS)] for row in ours] == [row[: at + 1] for row, at in zip(ids.tolist(), last, strict=True)]
+    assert all(tokenizer.convert_ids_to_tokens(row[-len(CELLS) :]) == list(CELLS) for row in ours)
     states = model.eval()(input_ids=ids).last_hidden_state[torch.arange(2), last]
     assert torch.allclose(states @ clip.text_projection, encode_trimmed(clip, ids), atol=1e-3)
 
@@ -49,7 +56,7 @@ def test_rendered_scenes_have_the_right_colours_and_others_do_not() -> None:
 
 def test_a_batch_depends_on_its_seed_and_step_alone() -> None:
     first, again = (DrawingBatches(PLAN)[3] for _ in range(2))
-    assert torch.equal(first.pixels, again.pixels) and (first.texts, first.dense) == (again.texts, again.dense)
+    assert torch.equal(first.pixels, again.pixels) and first.texts == again.texts
     told = [text for step in range(60) for text in DrawingBatches(PLAN)[step].texts]
     assert 0 < told.count("") < len(told) / 4
 
