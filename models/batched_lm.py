@@ -1,61 +1,39 @@
 """A transformers model that answers many prompts at once: what prompts share is computed once for all their samples.
 
-Works for causal language models and for the Qwen-VL family (Qwen2-VL, 2.5, 3), whose rotary positions have three axes
-(time, height, width). Positions are always computed here and passed: without them these models fall back to plain
-ones in silence.
+What differs between models is their :class:`~.family.Family`'s business. Positions are always computed before and
+passed: without them models fall back to plain ones in silence.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
 )
 
+from .captioner_family import barred_ids, family_of
 from .engine import ImageInput, Prompt, RequestError, Sampling
-from .growing_cache import new_cache, select_rows
+from .family import PreparedImage, PreparedPrompt
+from .growing_cache import select_rows
 from .prefix_tree import Level, Segment, plan, unshared
-from .prompting import PromptEncoder, rgb_pixels
-from .sampling import apply, fold_seed, gumbel_noise, vision_ids, with_noise
+from .prompting import PromptEncoder
+from .sampling import apply, fold_seed, gumbel_noise, with_noise
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
 
 NOISE_VALUES, MOST_AHEAD = 1 << 18, 16  # noise made at once, in values and in tokens; a small model's is overhead
-
-
-@dataclass(frozen=True)
-class PreparedImage:
-    """``patches``: ``(patches, patch values)``; ``grid``: ``(1, 3)`` its time, height and width in patches."""
-
-    uid: str
-    patches: Tensor
-    grid: Tensor
-
-
-@dataclass(frozen=True)
-class PreparedPrompt:
-    """``ids``: ``(length,)`` with the image placeholder repeated; ``positions``: ``(axes, length)``.
-
-    ``next_position``: where the first generated token stands, on every axis.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    next_position: int
-    image: PreparedImage | None
 
 
 @dataclass
@@ -67,7 +45,7 @@ class Prefix:
     """
 
     logits: Tensor
-    cache: DynamicCache
+    cache: Cache
     mask: Tensor
     next_positions: Tensor
     lengths: list[int]
@@ -107,20 +85,14 @@ class BatchedLM:
         share_prefixes: bool = True,
     ) -> None:
         self._model = model
-        self._image_processor = image_processor
+        self.family = family_of(model, image_processor)
         self.encoder = encoder
         self._end_ids = end_ids
         self.max_model_len = max_model_len
-        # Duck-typed, as the classes of the family have no common base.
-        self._base: Any = model.base_model
-        self._has_axes = hasattr(self._base, "get_rope_index")
-        # Padding between tokens would count in a sliding window, and a recurrent layer would read it.
-        kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-        self._shareable = all(kind == "full_attention" for kind in kinds)
         self.share_prefixes = share_prefixes
         # By autocast, for a model in training whose weights are float32; its head computes in float32 as the trainer's.
         self.computes_in: torch.dtype | None = None
-        self._barred = torch.tensor(vision_ids(model.config), dtype=torch.long, device=model.device)
+        self._barred = torch.tensor(barred_ids(model), dtype=torch.long, device=model.device)
 
     def precision(self) -> torch.autocast:
         """What a batch is computed under; casts of weights are kept for all of its tokens."""
@@ -134,34 +106,23 @@ class BatchedLM:
         ids = torch.tensor(self.encoder.encode(prompt))
         image = None if prompt.image is None else self._prepare_image(prompt.image, {} if images is None else images)
         if image is not None:
-            merged = int(image.grid.prod()) // self._base.config.vision_config.spatial_merge_size**2
-            ids = ids.repeat_interleave(torch.where(self._is_image(ids), merged, 1))
+            ids = self.family.expand(ids, image)
         if len(ids) >= self.max_model_len:
             raise RequestError(f"the prompt's {len(ids)} tokens leave no room to answer in {self.max_model_len}")
-        positions = self._positions(ids, image)
+        positions = self.family.positions(ids, image)
         return PreparedPrompt(ids, positions, int(positions.max()) + 1, image)
 
     def _prepare_image(self, image: ImageInput, images: dict[str, PreparedImage]) -> PreparedImage:
         if image.uid not in images:
-            assert self._image_processor is not None  # the encoder refuses images to models without one
-            made = self._image_processor(images=[rgb_pixels(image)], return_tensors="pt")
-            images[image.uid] = PreparedImage(image.uid, made["pixel_values"], made["image_grid_thw"])
+            images[image.uid] = self.family.prepare_image(image)
         return images[image.uid]
-
-    def _positions(self, ids: Tensor, image: PreparedImage | None) -> Tensor:
-        if not self._has_axes:
-            return torch.arange(len(ids))[None]
-        kinds = self._is_image(ids).int()
-        grid = None if image is None else image.grid
-        positions: Tensor = self._base.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grid)[0]
-        return positions[:, 0]
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[PreparedPrompt]) -> Prefix:
         """Compute the prompts, one padded batch per level of their plan; each distinct image is looked at once."""
         device = self._model.device
-        seen = self._look(prompts)
-        cache = new_cache(self._model.config.get_text_config(), self._shareable)
+        seen, places = self._look(prompts)
+        cache = self.family.new_cache()
         mask = torch.zeros(1, 0, dtype=torch.long, device=device)
         logits = mask
         for level in self._plan(prompts):
@@ -172,13 +133,13 @@ class BatchedLM:
                 select_rows(cache, parents)
             ids, own, positions = _padded(prompts, level)
             mask = torch.cat([mask[parents] * follows[:, None], own.to(device)], dim=1)
-            vision = self._vision(prompts, level, seen)
-            logits = self._forward(ids.to(device), mask, positions.to(device), cache, **vision)
+            vision = self.family.vision(prompts, level, seen, places)
+            logits = self._forward(ids.to(device), mask, positions.to(device), cache, vision=vision)
         next_positions = torch.tensor([prompt.next_position for prompt in prompts], device=device)
         return Prefix(logits, cache, mask, next_positions, [len(prompt.ids) for prompt in prompts])
 
     def _plan(self, prompts: Sequence[PreparedPrompt]) -> list[Level]:
-        if not (self.share_prefixes and self._shareable) or len(prompts) == 1:
+        if not (self.share_prefixes and self.family.shares) or len(prompts) == 1:
             return unshared([len(prompt.ids) for prompt in prompts])
         numbers: dict[str, int] = {}
         return plan([self._identity(prompt, numbers) for prompt in prompts])
@@ -188,61 +149,29 @@ class BatchedLM:
         if prompt.image is None:
             return prompt.ids.tolist()
         number = numbers.setdefault(prompt.image.uid, -1 - len(numbers))
-        return torch.where(self._is_image(prompt.ids), number, prompt.ids).tolist()
-
-    def _is_image(self, ids: Tensor) -> Tensor:
-        found: Tensor = ids == self._model.config.image_token_id
-        return found
+        return torch.where(self.family.is_image(prompt.ids), number, prompt.ids).tolist()
 
     def _look(self, prompts: Sequence[PreparedPrompt]) -> tuple[Any, dict[str, int]]:
         """What the vision tower makes of the distinct images, and the place of each in it by its uid."""
         images = {prompt.image.uid: prompt.image for prompt in prompts if prompt.image is not None}
-        if not images:
-            return None, {}
-        patches = torch.cat([image.patches for image in images.values()]).to(self._model.device)
-        grids = torch.cat([image.grid for image in images.values()]).to(self._model.device)
-        seen = self._base.get_image_features(patches, grids, return_dict=True)
+        seen = self.family.look(list(images.values())) if images else None
         return seen, {uid: place for place, uid in enumerate(images)}
 
-    def _vision(
-        self, prompts: Sequence[PreparedPrompt], level: Level, looked: tuple[Any, dict[str, int]]
-    ) -> dict[str, Any]:
-        """The features of the image tokens within a level, row by row; a cut may lie inside of an image."""
-        seen, places = looked
-        parts: list[tuple[int, slice]] = []
-        for each in level:
-            prompt = prompts[each.of]
-            if prompt.image is not None:
-                is_image = self._is_image(prompt.ids[: each.end])
-                start, end = int(is_image[: each.start].sum()), int(is_image.sum())
-                if end > start:
-                    parts.append((places[prompt.image.uid], slice(start, end)))
-        if not parts:
-            return {}
-        of_level = copy(seen)
-        of_level.pooler_output = tuple(seen.pooler_output[place][rows] for place, rows in parts)
-        if getattr(seen, "deepstack_features", None) is not None:  # Qwen3-VL feeds several layers of the tower
-            of_level.deepstack_features = [
-                tuple(layer[place][rows] for place, rows in parts) for layer in seen.deepstack_features
-            ]
-        return {"mm_encoder_outputs": {"image": of_level}}
-
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, **vision: Any) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, vision: Any = None) -> Tensor:
+        family = self.family
         inputs = {
-            "input_ids": ids,
+            **family.inputs(ids, positions, cache, vision),
             "attention_mask": mask,
-            "position_ids": positions if self._has_axes else positions[0],
             "past_key_values": cache,
             "use_cache": True,
-            **vision,
         }
         logits: Tensor
         if self.computes_in is None:
-            logits = self._model(**inputs, logits_to_keep=1).logits[:, -1].float()
+            logits = family.lm(**inputs, logits_to_keep=1).logits[:, -1].float()
             return logits
-        hidden = self._base(**inputs).last_hidden_state[:, -1].float()
+        hidden = family.body(**inputs).last_hidden_state[:, -1].float()
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 logits would be the largest error of all
-            logits = self._model.get_output_embeddings()(hidden)
+            logits = family.head(hidden)
         return logits
 
     @torch.inference_mode()
@@ -279,26 +208,17 @@ class BatchedLM:
                 tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
                 alive = [alive[index] for index in going]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            axes = 3 if self._has_axes else 1
-            logits = self._bar(
-                self._forward(tokens[:, None], mask, positions.expand(axes, -1)[..., None], prefix.cache)
-            )
+            places = positions.expand(self.family.axes, -1)[..., None]
+            logits = self._bar(self._forward(tokens[:, None], mask, places, prefix.cache))
             positions = positions + 1
 
     def _bar(self, logits: Tensor) -> Tensor:
-        """``logits`` (rows, vocab) without what stands for pixels, which no text has; changed in place."""
+        """``logits`` (rows, vocab) without what is never drawn, such as ids that stand for pixels; changed in place."""
         return logits.index_fill_(1, self._barred, -math.inf)
 
     @torch.inference_mode()
     def generate_reference(self, prompt: PreparedPrompt, sampling: Sampling) -> Drawn:
         """The slow twin of prefill and decode: ``generate`` of transformers, one prompt, nothing shared or padded."""
-        device = self._model.device
-        ids = prompt.ids[None].to(device)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if prompt.image is not None:
-            inputs["pixel_values"] = prompt.image.patches.to(device)
-            inputs["image_grid_thw"] = prompt.image.grid.to(device)
-            inputs["mm_token_type_ids"] = self._is_image(ids).int()
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(sampling.max_tokens, self.max_model_len - len(prompt.ids)),
@@ -307,10 +227,9 @@ class BatchedLM:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        barred = [SuppressTokensLogitsProcessor(self._barred.tolist(), device)] if len(self._barred) else []
+        barred = [SuppressTokensLogitsProcessor(self._barred.tolist(), self._model.device)] if len(self._barred) else []
         noise = LogitsProcessorList([*barred, _ReferenceNoise(len(prompt.ids), sampling)])
-        model: Any = self._model
-        out = model.generate(**inputs, generation_config=config, logits_processor=noise)
+        out = self.family.generate(prompt, config, noise)
         tokens = out.sequences[0, len(prompt.ids) :]
         scores = _scores(self._bar(torch.cat(out.logits).float()), tokens)
         return Drawn(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)

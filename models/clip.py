@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..errors import BadInput
 from .images import Pixels
-from .scorers import Pair, by_length, device_and_type, distinct_texts, normalised, padded
+from .scorers import Pair, by_length, cosines, device_and_type, distinct_texts, normalised, padded
 from .tiny import PREFIX
 from .tiny import resolve as resolve_bundled
 from .views import View
@@ -74,10 +74,7 @@ class ClipScorer:
         """The cosine of each pair; a text that is asked of several images is encoded once."""
         texts = distinct_texts(pairs)
         told = self.encode_tokens(self.tokenize(list(texts)) if tokens is None else tokens)
-        shown = images[torch.tensor([pair.image for pair in pairs], device=images.device)]
-        said = told[torch.tensor([texts[pair.text] for pair in pairs], device=images.device)]
-        cosines: list[float] = (shown * said).sum(-1).tolist()
-        return cosines
+        return cosines(images, told, pairs)
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:

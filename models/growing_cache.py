@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 LEAST_ROOM = 64  # tokens; a quarter of what is there already, where that is more
@@ -59,8 +59,23 @@ def new_cache(config: Any, growing: bool) -> DynamicCache:
     return cache
 
 
-def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+class CrossCache(EncoderDecoderCache):
+    """Of a decoder that attends to an encoder: what it made of the encoder's states is kept, computed once.
+
+    ``seen``: (1, states, width), from which later tokens learn nothing but how many states there are.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(new_cache(config, growing=True), new_cache(config, growing=True))
+        self.seen: Tensor | None = None
+
+
+def select_rows(cache: Cache, rows: Tensor) -> None:
     """Keep these rows of a cache."""
+    if isinstance(cache, EncoderDecoderCache):
+        select_rows(cache.self_attention_cache, rows)
+        select_rows(cache.cross_attention_cache, rows)
+        return
     for layer in cache.layers:
         if isinstance(layer, GrowingLayer):
             layer.select(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,28 +94,54 @@ class ItmScorer:
         return logits
 
 
-def load_itm(name: str, dtype: str = "auto", device: str = "auto") -> ItmScorer:
-    """``tiny/itm``, a folder or a hub id of a BLIP or BLIP-2 retrieval model. Raises BadInput where it is none."""
+@dataclass(frozen=True)
+class RetrievalModel:
+    """A BLIP or BLIP-2 retrieval model, its tokenizer and how its pictures are made.
+
+    ``missing``: weights that the checkpoint lacks, which are random.
+    """
+
+    model: Any
+    tokenizer: Any
+    view: View
+    mean: Sequence[float]
+    std: Sequence[float]
+    missing: frozenset[str]
+
+
+def load_retrieval(
+    name: str, dtype: str = "auto", device: str = "auto", kinds: Sequence[str] = ("blip", "blip-2")
+) -> RetrievalModel:
+    """``tiny/itm``, a folder or a hub id, of one of ``kinds``. Raises BadInput where it is none."""
     from transformers import AutoConfig, AutoProcessor, Blip2ForImageTextRetrieval, BlipForImageTextRetrieval
 
     where, number_type = device_and_type(device, dtype)
     path: Path = resolve_model(name)
-    kinds = {"blip": BlipForImageTextRetrieval, "blip-2": Blip2ForImageTextRetrieval}
+    known = {"blip": BlipForImageTextRetrieval, "blip-2": Blip2ForImageTextRetrieval}
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in kinds:
             raise BadInput(f"{name}: a model of type {kind!r}; image-text matching needs one of {', '.join(kinds)}")
-        model, report = kinds[kind].from_pretrained(path, dtype=number_type, output_loading_info=True)
+        model, report = known[kind].from_pretrained(path, dtype=number_type, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{name}: does not load as an image-text matching model ({reason})") from error
-    if any("itm_head" in key for key in report["missing_keys"]):
-        raise BadInput(f"{name}: has no trained matching head (itm_head); name an image-text retrieval checkpoint")
     images = processor.image_processor
     size, crop = images.size, getattr(images, "do_center_crop", False)
     if crop or "height" not in size:
         raise BadInput(f"{name}: its pictures are not resized to one height and width; that is not supported")
     interpolation: Literal["bicubic", "bilinear"] = "bilinear" if int(images.resample) == BILINEAR else "bicubic"
     view = View(size["height"], size["width"], "squash", interpolation, by="torchvision")
-    return ItmScorer(model.to(where), processor.tokenizer, view, images.image_mean, images.image_std)
+    missing = frozenset(report["missing_keys"])
+    return RetrievalModel(
+        model.to(where).eval(), processor.tokenizer, view, images.image_mean, images.image_std, missing
+    )
+
+
+def load_itm(name: str, dtype: str = "auto", device: str = "auto") -> ItmScorer:
+    """``tiny/itm``, a folder or a hub id of a BLIP or BLIP-2 retrieval model. Raises BadInput where it is none."""
+    found = load_retrieval(name, dtype, device)
+    if any("itm_head" in key for key in found.missing):
+        raise BadInput(f"{name}: has no trained matching head (itm_head); name an image-text retrieval checkpoint")
+    return ItmScorer(found.model, found.tokenizer, found.view, found.mean, found.std)

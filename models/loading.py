@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, RunFailed
+from .captioner_kinds import kind_of, one_size, read_json
 from .engine import Engine, ImageGrid
 from .tiny import resolve as resolve_bundled
 
@@ -84,7 +84,10 @@ async def load_engine(config: EngineConfig) -> Engine:
         return await _load_http(config)
     path = resolve_model(config.model)
     grid = image_grid(path, config.min_pixels, config.max_pixels)
-    if config.kind == "vllm" or (config.kind == "auto" and config.device == "auto" and vllm_runs()):
+    kind = kind_of(path)
+    if kind is not None and config.kind == "vllm":
+        raise BadInput(f"{config.model}: {kind.architecture} runs by --engine transformers alone, not by vllm")
+    if config.kind == "vllm" or (kind is None and config.kind == "auto" and config.device == "auto" and vllm_runs()):
         return _load_vllm(config, path, grid)
     return _load_transformers(config, path, grid)
 
@@ -186,7 +189,9 @@ def image_grid(model_path: Path, min_pixels: int | None = None, max_pixels: int 
 
     The caller's limits win over the processor's. Raises BadInput where no image could lie within them.
     """
-    if "vision_config" not in _read_json(model_path / "config.json"):
+    if kind_of(model_path) is not None:
+        return one_size(model_path, min_pixels, max_pixels)
+    if "vision_config" not in read_json(model_path / "config.json"):
         return None
     processor = _image_processor_config(model_path)
     size = processor.get("size") or {}
@@ -208,21 +213,11 @@ def _image_processor_config(model_path: Path) -> dict[str, Any]:
     """Of the two places it may be written in, the newer wins, as in transformers."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (model_path / name).is_file():
-            written = _read_json(model_path / name)
+            written = read_json(model_path / name)
             config = written.get("image_processor", written)
             if "patch_size" in config:
                 return dict(config)
     raise BadInput(f"{model_path}: a vision model without a preprocessor_config.json; add the original's")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} is no JSON object")
-    return content
 
 
 def model_identity(model: str, kind: str = "auto") -> ModelIdentity:

@@ -36,16 +36,23 @@ class PromptEncoder:
         if (known := self._recent.get(key)) is not None:
             self._recent.move_to_end(key)
             return known
-        if prompt.image is not None and self._image_token_id is None:
-            raise RequestError("the prompt has an image, but the model reads text only")
-        text = self._tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
-        ids = tuple(self._tokenizer.encode(str(text) + prompt.answer_prefix, add_special_tokens=False, verbose=False))
+        ids = tuple(self._encoded(prompt))
         # A caption or a question that spells the placeholder would claim image features that are not there.
         if self._image_token_id is not None and ids.count(self._image_token_id) != (prompt.image is not None):
             raise RequestError("the prompt's text contains the model's image placeholder")
         self._recent[key] = ids
         if len(self._recent) > CACHED_PROMPTS:
             self._recent.popitem(last=False)
+        return ids
+
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        if prompt.image is not None and self._image_token_id is None:
+            raise RequestError("the prompt has an image, but the model reads text only")
+        text = self._tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
+        return self._tokens(str(text) + prompt.answer_prefix)
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
     def choice_ids(self, choices: tuple[str, ...]) -> list[int]:
@@ -56,10 +63,40 @@ class PromptEncoder:
             raise RequestError(f"not a single token in this model's vocabulary: {', '.join(map(repr, split))}")
         return [tokens[0] for tokens in ids]
 
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a plain text, as if the model had written it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
     def decode(self, token_ids: list[int]) -> str:
         """The text of a completion, special tokens left out and spaces exactly as the model wrote them."""
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
+
+
+class CaptionerEncoder(PromptEncoder):
+    """For captioners that are no chat models: ``start``, and the words that a caption is to go on from.
+
+    ``image_token_id``: the placeholder before them, None where no id stands for the image. ``prompted``: whether the
+    model can be given words.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_token_id: int | None, start: int, prompted: bool
+    ) -> None:
+        super().__init__(tokenizer, image_token_id)
+        self._before = [start] if image_token_id is None else [image_token_id, start]
+        self._prompted = prompted
+
+    def _encoded(self, prompt: Prompt) -> list[int]:
+        text = prompt.text + prompt.answer_prefix
+        if prompt.image is None:
+            raise RequestError("the prompt has no image, and the model does nothing but describe one")
+        if prompt.system is not None:
+            raise RequestError("the model reads no system message; leave it out")
+        if text and not self._prompted:
+            raise RequestError("the model reads no prompt; leave the text empty")
+        return [*self._before, *self._tokens(text)]
 
 
 def messages(prompt: Prompt) -> list[dict[str, Any]]:

@@ -130,6 +130,16 @@ def by_length(lengths: Sequence[int], budget: int = TOKENS_PER_BATCH) -> list[li
     return batches
 
 
+@torch.inference_mode()
+def cosines(images: Tensor, texts: Tensor, pairs: Sequence[Pair]) -> list[float]:
+    """Of each pair, from unit vectors (images, width) and (texts, width), these in the order of ``distinct_texts``."""
+    numbers = distinct_texts(pairs)
+    shown = images[torch.tensor([pair.image for pair in pairs], device=images.device)]
+    said = texts[torch.tensor([numbers[pair.text] for pair in pairs], device=images.device)]
+    found: list[float] = (shown * said).sum(-1).tolist()
+    return found
+
+
 def padded(ids: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
     """Token ids of n texts as (n, longest) int64, ``fill`` behind the shorter ones, and the mask of what is not fill.
 

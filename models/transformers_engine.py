@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .batched_lm import BatchedLM, Drawn, PreparedImage, PreparedPrompt, Row
+from .batched_lm import BatchedLM, Drawn, Row
+from .captioner_family import check_parts, end_ids, is_captioner, start_id
+from .captioner_kinds import KINDS, kind_of
 from .engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -21,9 +24,10 @@ from .engine import (
     PromptKey,
     RequestError,
 )
+from .family import PreparedImage, PreparedPrompt
 from .folded_attention import fold_heads
 from .patch_embedding import multiply_patches
-from .prompting import PromptEncoder
+from .prompting import CaptionerEncoder, PromptEncoder
 from .window_attention import batch_windows
 
 if TYPE_CHECKING:
@@ -254,12 +258,14 @@ def load_transformers_engine(
 
 def load_model(path: str, *, sees: bool, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
     """The weights of a folder on their device, in evaluation mode."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
 
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = (torch.bfloat16 if where.type == "cuda" else torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_pretrained(path, dtype=kind).to(where).eval()
+    captioner = kind_of(Path(path))
+    auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    loader: Any = auto if captioner is None else getattr(transformers, captioner.architecture)
+    model: PreTrainedModel = loader.from_pretrained(path, dtype=kind).to(where).eval()
     fold_heads(model)
     if sees:
         visual = getattr(model.base_model, "visual", None)
@@ -275,27 +281,29 @@ def batched_lm(
     max_model_len: int | None = None,
     share_prefixes: bool = True,
 ) -> BatchedLM:
-    """The model with the tokenizer and the image processor of its folder."""
+    """The model with the tokenizer and the image processor of its folder.
+
+    Raises BadInput for captioners with parts that do not go together.
+    """
     from transformers import AutoImageProcessor, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    images = None
-    if grid is not None:
+    images = encoder = None
+    if grid is not None and is_captioner(model):
+        check_parts(model, grid.factor)
+        images = AutoImageProcessor.from_pretrained(path, do_resize=False, do_center_crop=False)
+        placeholder = getattr(model.config, "image_token_id", None)
+        prompted = KINDS[model.config.model_type].prompted
+        encoder = CaptionerEncoder(tokenizer, placeholder, start_id(model), prompted)
+    elif grid is not None:
         size = {"shortest_edge": grid.min_pixels, "longest_edge": grid.max_pixels}
         images = AutoImageProcessor.from_pretrained(path, size=size)
     room = model.config.get_text_config().max_position_embeddings
     return BatchedLM(
         model,
         images,
-        PromptEncoder(tokenizer, None if grid is None else model.config.image_token_id),
-        _end_ids(model, tokenizer.eos_token_id),
+        encoder or PromptEncoder(tokenizer, None if grid is None else model.config.image_token_id),
+        end_ids(model, tokenizer.eos_token_id),
         min(room, max_model_len or room),
         share_prefixes,
     )
-
-
-def _end_ids(model: PreTrainedModel, tokenizer_end: int | None) -> frozenset[int]:
-    """Whatever ends a turn: the tokenizer's own token and those of the generation config, as in vLLM."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in [*listed, tokenizer_end] if token is not None)

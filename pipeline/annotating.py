@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,29 @@ from ..manifests.schema import ANNOTATE
 from ..manifests.shards import Row
 from ..manifests.sidecars import encode_meta
 from ..manifests.status import Status
+from ..models.captioner_kinds import check_prompt, kind_of
 from ..models.formats import ImageProblem
+from ..models.loading import resolve_model
 from ..stages.annotate import AnnotateConfig, Annotator, chosen_caption, passed_on
+from ..stages.prompts import NamedPrompt, parse_prompt
 from .engine_stages import EngineSetup, LoadedEngine
 from .worker import RowByRow
+
+
+def chosen_prompts(
+    options: Sequence[str] | None, model: str | None, engine: str, system: str | None = None
+) -> tuple[NamedPrompt, ...]:
+    """The prompts of ``--prompt``; by default the plain one, or none for captioners that are no chat models.
+
+    Raises BadInput for one that the model cannot be asked with; what a server's model takes is not known here.
+    """
+    if model is None or "://" in engine:
+        return tuple(parse_prompt(option) for option in options or ["plain"])
+    path = resolve_model(model)
+    prompts = tuple(parse_prompt(option) for option in options or ["plain" if kind_of(path) is None else "none"])
+    for prompt in prompts:
+        check_prompt(model, path, prompt.text, system)
+    return prompts
 
 
 @dataclass(frozen=True)

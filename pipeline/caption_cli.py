@@ -17,7 +17,10 @@ def annotate(
     model: Annotated[str, typer.Option(help="tiny/captioner, a folder, or a Hugging Face id.")],
     engine: o.EngineName = "auto",
     prompt: Annotated[
-        list[str] | None, typer.Option(help="plain, short, dense, caprl, name=text or name=@file; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="plain, short, dense, caprl, none (the image alone), name=text or name=@file; may be repeated."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Captions per prompt and image.")] = 1,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -44,21 +47,9 @@ def annotate(
 ) -> None:
     """Caption every image of the shards; one row out for every row in, whatever became of it."""
     from ..stages.annotate import AnnotateConfig
-    from ..stages.prompts import parse_prompt
-    from .annotating import AnnotateStage
+    from .annotating import AnnotateStage, chosen_prompts
     from .engine_stages import plan
 
-    config = o.validated(
-        AnnotateConfig,
-        prompts=tuple(parse_prompt(option) for option in prompt or ["plain"]),
-        samples=samples,
-        system=system,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        seed=seed,
-        max_attempts=max_attempts,
-    )
     devices = o.devices_for(engine, gpus)
     setup = o.engine_setup(
         model,
@@ -74,6 +65,17 @@ def annotate(
         concurrency=concurrency,
         gpu_memory_utilization=gpu_memory,
         timeout_s=timeout,
+    )
+    config = o.validated(
+        AnnotateConfig,
+        prompts=chosen_prompts(prompt, model, engine, system),
+        samples=samples,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        max_attempts=max_attempts,
     )
     made = plan(AnnotateStage(config, setup, model, pack), shards, out, fresh=fresh, retry=retry)
     raise typer.Exit(run_plan(made, devices))

@@ -57,8 +57,7 @@ def evaluate(
     from ..models.clip import clip_folder
     from ..stages import grade, screen
     from ..stages.annotate import AnnotateConfig
-    from ..stages.prompts import parse_prompt
-    from .annotating import AnnotateStage
+    from .annotating import AnnotateStage, chosen_prompts
     from .engine_stages import plan
     from .grading import GradeStage
     from .reporting import report_on, write_report
@@ -81,7 +80,7 @@ def evaluate(
         "gpu_memory_utilization": gpu_memory,
         "timeout_s": timeout,
     }
-    prompts = tuple(parse_prompt(option) for option in prompt or ["plain"])
+    prompts = chosen_prompts(prompt, model, engine)
     refuse_controls([each.name for each in prompts])
     runs: dict[str, Any] = {"fresh": fresh, "retry": retry}
     codes = [Exit.OK]

@@ -12,17 +12,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..errors import ArtifactMismatch, BadInput, RunFailed
 from ..manifests.fingerprint import differences, fingerprint
-from ..models.batched_lm import PreparedPrompt
 from ..models.engine import EngineDead, Prompt, RequestError
+from ..models.family import PreparedPrompt
 from ..models.loading import model_identity
 from ..models.reader import QuizReader, ReaderConfig
-from ..trainer.assembly import PolicyParts, build_judge, build_optimizer, build_policy, load_reader
+from ..trainer.assembly import PolicyParts, build_optimizer, build_policy, load_reader
 from ..trainer.checkpoint import Facts, newest, optimizer_state
 from ..trainer.critic import CriticConfig
+from ..trainer.judges import build_judge
 from ..trainer.log import RunLog, Sink, TensorBoard, WandB
 from ..trainer.loop import Run, train
 from ..trainer.losses import Clip
-from ..trainer.preflight import floors, refuse_templates
+from ..trainer.preflight import controls, floors, refuse_templates
 from ..trainer.quiz_reward import QuizReward
 from ..trainer.ranks import join
 from ..trainer.recipe import Recipe
@@ -52,12 +53,12 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     semantic = {
         **recipe.semantic(),
         "model": model_identity(recipe.model, "").digest,
-        "questions": training.fingerprint,
+        ("images" if recipe.data.questions is None else "questions"): training.fingerprint,
     }
     mark, found = fingerprint(semantic), _look(out, semantic, fresh)
     parts = build_policy(recipe, found[0] if found else None, ranks)
     say(parts.learning)
-    judge = await build_judge(recipe.rewards)
+    judge = await build_judge(recipe.rewards, parts.preparing.encoder.decode)
     grader: QuizReader | None = None
     sampler: Sampler | None = None
     try:
@@ -100,7 +101,8 @@ def _quiet(line: str) -> None:
 
 def load_data(recipe: Recipe) -> tuple[TaskList, TaskList | None]:
     """What is trained on and what is validated on. Raises BadInput where an image is in both."""
-    training = load_tasks(recipe.data.shards, question_artifact(recipe.data.questions).url, recipe.data.fingerprint)
+    asked = None if recipe.data.questions is None else question_artifact(recipe.data.questions).url
+    training = load_tasks(recipe.data.shards, asked, recipe.data.fingerprint)
     if recipe.validation is None:
         return training, None
     held_out = load_tasks(recipe.validation.shards, question_artifact(recipe.validation.questions).url)
@@ -160,7 +162,7 @@ def _assemble(
     config = UpdateConfig(
         loss=algorithm.loss,
         baseline=algorithm.baseline,
-        critic=CriticConfig(**algorithm.critic.model_dump()) if algorithm.critic else None,
+        critic=CriticConfig(**algorithm.critic.model_dump(exclude={"hidden"})) if algorithm.critic else None,
         epochs=algorithm.epochs,
         minibatches=algorithm.minibatches,
         clip=Clip(algorithm.clip_low, algorithm.clip_high, algorithm.cap),
@@ -177,7 +179,8 @@ def _assemble(
     validated = held_out.tasks[: recipe.validation.images] if held_out and recipe.validation else ()
     sinks = _sinks(recipe, out) if parts.ranks.first else []
     log = RunLog(out, start, sinks, parts.ranks.rank)
-    say(f"{len(training.tasks)} images with questions, {training.without} without; {len(validated)} to validate on")
+    found = ("images", "left out") if recipe.data.questions is None else ("images with questions", "without")
+    say(f"{len(training.tasks)} {found[0]}, {training.without} {found[1]}; {len(validated)} to validate on")
     return Run(
         recipe=recipe,
         out=out,
@@ -203,7 +206,7 @@ def _prepare(parts: PolicyParts, max_tokens: int) -> Callable[[Prompt], Prepared
         try:
             prepared = parts.preparing.prepare(prompt)
         except RequestError as error:
-            raise BadInput(f"{error}; shorten the recipe's prompt") from None
+            raise BadInput(f"{error}; change the recipe's prompt") from None
         if len(prepared.ids) + max_tokens > room:
             raise BadInput(
                 f"rollout.max_tokens: {max_tokens} tokens after a prompt of {len(prepared.ids)} are more than the "
@@ -222,9 +225,15 @@ def _sinks(recipe: Recipe, out: Path) -> list[Sink]:
 
 
 async def _preflight(run: Run) -> None:
-    reward = run.judge.rewards.get("quiz")
-    if not run.recipe.preflight or not isinstance(reward, QuizReward) or run.step:
+    if not run.recipe.preflight or run.step:
         return
-    found = await floors(reward, run.tasks)
-    run.say(f"preflight: generic {found.generic:.3f}, empty {found.empty:.3f}, blind {found.blind:.3f}")
-    refuse_templates(found)
+    reward = run.judge.rewards.get("quiz")
+    if isinstance(reward, QuizReward):
+        found = await floors(reward, run.tasks)
+        run.say(f"preflight: generic {found.generic:.3f}, empty {found.empty:.3f}, blind {found.blind:.3f}")
+        refuse_templates(found)
+    if len(run.judge.rewards) > isinstance(reward, QuizReward):
+        control = await controls(run.judge, run.tasks, run.parts.preparing.encoder.text_ids)
+        for told in control.lines():
+            run.say(told)
+        run.generic = control.generic

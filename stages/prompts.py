@@ -14,6 +14,7 @@ NAMED = {
     "short": "Describe the image in one short sentence.",
     "dense": "Describe the image in detail.",
     "caprl": "Please describe this image in detail.",  # the prompt CapRL trains and evaluates with
+    "none": "",  # the image alone, for captioners that are no chat models
 }
 
 

@@ -74,16 +74,20 @@ def need_peft() -> None:
 
 
 def _known_targets(model: Any, targets: Sequence[str]) -> None:
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.model.language_model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    within = [name.partition("language_model.") for name, module in model.named_modules() if _adaptable(name, module)]
+    linear = {inside.rpartition(".")[2] for _, found, inside in within if found}
+    if not linear:
+        raise BadInput(f"trained.lora: nothing of {type(model).__name__} takes an adapter; train its weights instead")
     missing = [target for target in targets if target not in linear]
     if missing:
         raise BadInput(
             f"trained.lora.targets: the language model has no {', '.join(missing)}; it has {', '.join(sorted(linear))}"
         )
+
+
+def _adaptable(name: str, module: nn.Module) -> bool:
+    """The head is not: log-probabilities are computed from its matrix alone."""
+    return isinstance(module, nn.Linear) and not name.endswith("lm_head")
 
 
 def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:

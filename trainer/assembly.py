@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..models.batched_lm import BatchedLM
+from ..models.captioner_family import barred_ids, is_blip2, is_captioner, language_model
+from ..models.captioner_kinds import check_prompt
 from ..models.engine import Engine, ImageGrid
 from ..models.loading import EngineConfig, image_grid, load_engine, resolve_model
-from ..models.reader import QuizReader
-from ..models.sampling import vision_ids
 from ..models.transformers_engine import batched_lm, load_model
 from .adapter import (
     FOLDER,
@@ -33,20 +35,26 @@ from .adapter import (
     need_peft,
     save_adapter,
 )
-from .advantages import Part
+from .blip2 import Blip2Policy
+from .captioner import parts_of as captioner_parts
 from .critic import ValueHead
 from .decoder import DecoderPolicy
+from .encoder_decoder import EncoderDecoderPolicy
 from .groups import Batch
-from .judge_reward import JudgeReward, JudgeRewardConfig
 from .pictures import Pictures
-from .quiz_reward import QuizReward, QuizRewardConfig, reader_config
 from .ranks import ALONE, Ranks
-from .recipe import OptimizerConfig, Recipe, RewardConfig, TrainedConfig
-from .rewards import Judge, Reward
+from .recipe import OptimizerConfig, Recipe, TrainedConfig
 from .sharding import shard, whole
-from .text_rewards import BoilerplateConfig, BoilerplateReward, LengthConfig, LengthReward, RepetitionReward
 
 VALUE_HEAD = "value_head.safetensors"
+READERS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*processor_config.json",
+)
 
 
 @dataclass
@@ -71,23 +79,22 @@ class PolicyParts:
 def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALONE) -> PolicyParts:
     """Load ``recipe.model``, or ``weights``, a checkpoint of it, and freeze what is not to learn.
 
-    Raises BadInput for models that are no decoder VLM, and for prompts longer than the model takes.
+    Raises BadInput for models and prompts that the trainer cannot do with.
     """
     start = resolve_model(recipe.model)
     folder = weights or start
     grid = image_grid(folder)
     if grid is None:
         raise BadInput(f"{recipe.model}: reads text only; training captions takes a vision-language model")
+    check_prompt(recipe.model, start, recipe.prompt)
     lora = recipe.trained.lora
     if lora is not None:
         need_peft()
     of_model = folder if lora is None else start  # whose weights an adapter leaves as they are
     model: Any = load_model(str(of_model), sees=True, dtype="float32", device=recipe.device)
-    if not hasattr(model, "model") or not hasattr(model.model, "visual"):
-        raise BadInput(f"{recipe.model}: {type(model).__name__} is no decoder VLM that the trainer knows (Qwen-VL)")
     dtype = computed_in(recipe.dtype, model.device)
-    banned = vision_ids(model.config)
-    policy_of = partial(DecoderPolicy, banned=banned, temperature=recipe.rollout.temperature, dtype=dtype)
+    banned, kind = barred_ids(model), policy_class(model, recipe)
+    policy_of = partial(kind, banned=banned, temperature=recipe.rollout.temperature, dtype=dtype)
     reference = None
     if recipe.algorithm.kl and lora is None:
         frozen = (
@@ -113,12 +120,31 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, ranks, learning)
 
 
+def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
+    """What scores captions of a model. Raises BadInput for models, and settings with them, that nothing here can do."""
+    if is_captioner(model):
+        if recipe.parallel == "sharded":
+            raise BadInput(f"parallel: {type(model).__name__} cannot be split over processes; set it to replicated")
+        if recipe.rollout.engine != "transformers":
+            raise BadInput(f"rollout.engine: captions of {type(model).__name__} are drawn by transformers alone")
+        return Blip2Policy if is_blip2(model) else EncoderDecoderPolicy
+    if not hasattr(model, "model") or not hasattr(model.model, "visual"):
+        raise BadInput(
+            f"{recipe.model}: {type(model).__name__} is no captioner that the trainer knows "
+            "(Qwen-VL, BLIP, BLIP-2 with OPT, ViT-GPT2)"
+        )
+    return DecoderPolicy
+
+
 def value_head(recipe: Recipe, model: Any, weights: Path | None) -> ValueHead | None:
     """The head of a critic, new or a checkpoint's; None where the recipe has no critic."""
     critic = recipe.algorithm.critic
     if critic is None:
         return None
-    head = ValueHead(model.config.get_text_config().hidden_size, critic.detach).to(model.device)
+    width = language_model(model).get_output_embeddings().weight.shape[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # all processes begin alike
+        head = ValueHead(width, critic.detach, critic.hidden).to(model.device)
     if weights is not None:
         head.load_state_dict(load_file(weights / VALUE_HEAD, device=str(model.device)))
     return head
@@ -160,11 +186,15 @@ def freeze(model: Any, trained: TrainedConfig) -> str:
             weight.requires_grad_(learns)
         count = sum(weight.numel() for weight in weights)
         told.append(f"{name} {'learns' if learns else 'frozen'} ({count:,} weights)")
+    if trained.lora is None and not any(weight.requires_grad for weight in model.parameters()):
+        raise BadInput(f"trained: of {type(model).__name__} nothing learns ({', '.join(told)}); choose another part")
     return ", ".join(told)
 
 
 def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
-    """The weights of a Qwen-VL by part; the projector is what merges patches into tokens (deepstack's, too)."""
+    """The weights by part; a Qwen-VL's projector is what merges patches into tokens (deepstack's, too)."""
+    if is_captioner(model):
+        return captioner_parts(model)
     visual = model.model.visual
     mergers = [module for name, module in visual.named_children() if "merger" in name]
     projector = {id(weight): weight for module in mergers for weight in module.parameters()}
@@ -192,25 +222,6 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * warm * shape
 
 
-async def build_judge(configs: Sequence[RewardConfig]) -> Judge:
-    """The rewards of a recipe, engines started."""
-    rewards: dict[str, Reward] = {}
-    for config in configs:
-        rewards[config.kind] = await _reward(config)
-    return Judge(rewards, {config.kind: Part(config.weight, config.normalise) for config in configs})
-
-
-async def _reward(config: RewardConfig) -> Reward:
-    if isinstance(config, QuizRewardConfig):
-        engine = await load_reader(config.reader, config.engine)
-        return QuizReward(QuizReader(engine, reader_config()), config)
-    if isinstance(config, JudgeRewardConfig):
-        return JudgeReward(await load_engine(EngineConfig(config.engine, config.model)), config)
-    if isinstance(config, LengthConfig):
-        return LengthReward(config)
-    return BoilerplateReward(config) if isinstance(config, BoilerplateConfig) else RepetitionReward()
-
-
 async def load_reader(model: str, engine: str) -> Engine:
     """An engine for a model that reads text."""
     return await load_engine(EngineConfig(engine, model))
@@ -225,7 +236,7 @@ def value_weights(parts: PolicyParts) -> dict[str, Tensor]:
 def write_model(parts: PolicyParts, folder: Path) -> None:
     """The weights, an adapter merged into them, and their configuration alone."""
     model = parts.sampled
-    config = model.config.get_text_config()
+    config = language_model(model).config.get_text_config()
     implementation = config._attn_implementation
     # The sums of weights and adapter go to main memory, as a GPU may have no room for a second set.
     merged = dict(merged_weights(model, "cpu")) if has_adapter(model) else None
@@ -244,6 +255,16 @@ def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) ->
     write_model(parts, folder)
     if has_adapter(parts.sampled):
         save_adapter(parts.sampled, folder / FOLDER)
-    AutoProcessor.from_pretrained(str(parts.folder)).save_pretrained(folder)
+    if is_captioner(parts.sampled):  # for some of which there is no processor
+        copy_readers(parts.folder, folder)
+    else:
+        AutoProcessor.from_pretrained(str(parts.folder)).save_pretrained(folder)
     if values:
         save_file(values, folder / VALUE_HEAD)
+
+
+def copy_readers(start: Path, folder: Path) -> None:
+    """Give ``folder`` the files by which a tokenizer and an image processor are loaded from ``start``."""
+    for file in sorted(start.iterdir()):
+        if any(fnmatch(file.name, pattern) for pattern in READERS):
+            shutil.copyfile(file, folder / file.name)

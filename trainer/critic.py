@@ -30,20 +30,28 @@ class CriticConfig:
 
 
 class ValueHead(nn.Module):
-    """The expected sum of rewards still to come, from the policy's last hidden state before a token. Begins as 0."""
+    """The expected sum of rewards still to come, from the policy's last hidden state before a token. Begins as 0.
 
-    def __init__(self, width: int, detach: bool = False) -> None:
+    Linear, or where ``hidden`` is given two layers of which the first is so wide.
+    """
+
+    def __init__(self, width: int, detach: bool = False, hidden: int | None = None) -> None:
         super().__init__()
         self.detach = detach
-        self.linear = nn.Linear(width, 1)
+        self.first = nn.Identity() if hidden is None else _first_layer(width, hidden)
+        self.linear = nn.Linear(hidden or width, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(tokens, width) -> float32 (tokens,)."""
         seen = hidden.detach() if self.detach else hidden
-        values: Tensor = self.linear(seen.to(self.linear.weight.dtype))[:, 0].float()
+        values: Tensor = self.linear(self.first(seen.to(self.linear.weight.dtype)))[:, 0].float()
         return values
+
+
+def _first_layer(width: int, hidden: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU())
 
 
 @dataclass

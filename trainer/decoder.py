@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.batched_lm import PreparedImage, PreparedPrompt
+from ..models.family import PreparedImage, PreparedPrompt
 from .critic import ValueHead
 from .groups import Batch
 from .token_scores import token_scores
@@ -54,8 +54,12 @@ class DecoderPolicy(nn.Module):
         self.value_head = value_head
         self.temperature = temperature
         self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
-        model.config.get_text_config()._attn_implementation = NAME
+        self.attend(NAME)
         model.config.use_cache = False
+
+    def attend(self, implementation: str) -> None:
+        """Let the text decoder attend by this one of transformers' implementations."""
+        self.model.config.get_text_config()._attn_implementation = implementation
 
     @property
     def device(self) -> torch.device:
@@ -65,21 +69,31 @@ class DecoderPolicy(nn.Module):
         """Score all completion tokens of ``batch``."""
         # Each weight is used once: kept casts would only hold a second set of weights until the pass is over.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-            seen = self.look(batch.prompts)
-            vision = {} if seen is None else {"mm_encoder_outputs": {"image": seen}}
-            out = self.base(
-                input_ids=batch.ids,
-                position_ids=batch.positions,
-                use_cache=False,
-                tree=batch.tree,
-                **vision,
-            )
-        hidden = out.last_hidden_state.flatten(0, 1)[batch.predicts]
-        head = self.model.lm_head.weight
+            hidden = self.hidden(batch).flatten(0, 1)[batch.predicts]
+        states, head, bias = self.before_head(hidden)
+        banned = self.get_buffer("banned")
         logp, entropy = token_scores(
-            hidden, head, batch.targets, temperature=self.temperature, banned=self.get_buffer("banned")
+            states, head, batch.targets, temperature=self.temperature, banned=banned, bias=bias
         )
         return Scores(logp, entropy, None if self.value_head is None else self.value_head(hidden))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden states (groups, columns, width)."""
+        seen = self.look(batch.prompts)
+        vision = {} if seen is None else {"mm_encoder_outputs": {"image": seen}}
+        out = self.base(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            tree=batch.tree,
+            **vision,
+        )
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def before_head(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``hidden`` (tokens, width) as the head's matrix takes it, that matrix (vocabulary, width), and its bias."""
+        return hidden, self.model.lm_head.weight, None
 
     def look(self, prompts: Sequence[PreparedPrompt]) -> Any:
         """What the tower makes of the prompts' images, each distinct one once; None without images."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..models.batched_lm import PreparedPrompt
 from ..models.engine import Completion
+from ..models.family import PreparedPrompt
 from .tree_attention import Tree, make_tree
 
 

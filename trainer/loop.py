@@ -20,6 +20,7 @@ from .assembly import PolicyParts, rate, value_weights, write_policy
 from .checkpoint import Facts, folder_of, save
 from .groups import Group
 from .log import RunLog
+from .preflight import template_warnings
 from .ranks import Ranks
 from .recipe import AlarmConfig, Recipe
 from .rewards import Judge
@@ -56,6 +57,7 @@ class Run:
     say: Callable[[str], None]
     step: int = 0
     alarms: dict[str, int] = field(default_factory=dict)  # how many steps in a row each was raised
+    generic: dict[str, float] = field(default_factory=dict)  # by reward, what a caption of any image was found to earn
     ahead: list[Group] | None = None  # the next step's captions, where they were drawn during the one before
 
 
@@ -70,7 +72,7 @@ async def train(run: Run) -> Path:
         groups, report = await _advance(run, clock)
         with clock.phase("sync"):
             probe = await run.sampler.sync(run.step + 1)
-        figures = step_figures(groups, report, list(run.judge.rewards), ranks)
+        figures = step_figures(groups, report, run.judge.figures, ranks)
         figures |= {} if probe is None else {"probe": probe}
         run.log.captions(run.step, groups)
         run.step += 1
@@ -79,6 +81,9 @@ async def train(run: Run) -> Path:
                 await _validate(run)
         run.log.step(run.step - 1, {**figures, **clock.seconds})
         run.say(line(run.step, recipe.steps, figures, clock))
+        if run.step == 1:
+            for warning in template_warnings(run.generic, figures):
+                run.say(warning)
         alarm = raised(figures, recipe.alarms, run.alarms)
         if run.step % recipe.save_every == 0 or run.step == recipe.steps or alarm:
             last = checkpoint(run)
@@ -153,7 +158,7 @@ async def _validate(run: Run) -> Validation | None:
 
 
 def step_figures(groups: Sequence[Group], report: UpdateReport, rewards: Sequence[str], ranks: Ranks) -> dict[str, Any]:
-    """Means over a step's captions of all processes, and the update's own figures. ``rewards``: their names."""
+    """Means over a step's captions of all processes, and the update's own figures. ``rewards``: components' names."""
     summed = ranks.sum(tally(groups, rewards)).tolist()
     captions, tokens, truncated, repeating, scores, scored, *parts = summed
     of_part = zip(rewards, parts[::2], parts[1::2], strict=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import RunFailed
-from ..models.batched_lm import PreparedPrompt
 from ..models.engine import Completion, Engine, GenerationRequest, Prompt, Sampling
+from ..models.family import PreparedPrompt
 from .decoder import DecoderPolicy
 from .groups import Group, pack
 

@@ -13,14 +13,29 @@ from ..errors import BadInput
 from ..models.tiny.prompts import DENSE
 from .adapter import LoRAConfig
 from .advantages import Baseline
+from .image_text_rewards import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
 from .judge_reward import JudgeRewardConfig
 from .losses import KLEstimator, LossName
+from .naturalness_reward import NaturalnessConfig
+from .penalties import PhrasesConfig, RepeatsConfig
 from .quiz_reward import QuizRewardConfig
+from .reconstruction_reward import ReconstructionConfig
 from .text_rewards import BoilerplateConfig, LengthConfig, RepetitionConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RewardConfig = Annotated[
-    QuizRewardConfig | JudgeRewardConfig | LengthConfig | RepetitionConfig | BoilerplateConfig,
+    QuizRewardConfig
+    | JudgeRewardConfig
+    | ClipRewardConfig
+    | BlipRewardConfig
+    | ItmRewardConfig
+    | NaturalnessConfig
+    | ReconstructionConfig
+    | PhrasesConfig
+    | RepeatsConfig
+    | LengthConfig
+    | RepetitionConfig
+    | BoilerplateConfig,
     Field(discriminator="kind"),
 ]
 
@@ -30,11 +45,15 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Images and the questions about them."""
+    """Images, and for a quiz the questions about them."""
 
     shards: str = Field(description="folder, glob or URL of image shards")
-    questions: str = Field(description="artifact of questions, or the folder of a `capipe qa`")
-    fingerprint: str | None = Field(None, description="the questions' fingerprint, where it must be this one")
+    questions: str | None = Field(
+        None, description="artifact of questions, or the folder of a `capipe qa`; without a quiz none are needed"
+    )
+    fingerprint: str | None = Field(
+        None, description="of the questions, or without them of the images, where it must be this one"
+    )
     images: int | None = Field(None, ge=1, description="use the first so many images; all by default")
 
 
@@ -101,6 +120,9 @@ class CriticSection(Section):
     weight: float = Field(0.5, gt=0, description="of the value loss")
     clip: float | None = Field(None, gt=0, description="how far a value may move in an update")
     whiten: bool = Field(True, description="give a step's advantages mean 0 and standard deviation 1")
+    hidden: int | None = Field(
+        None, ge=1, description="a head of two layers, the first so wide after a LayerNorm; a linear one by default"
+    )
     detach: bool = Field(False, description="the value loss changes the head alone, not the policy under it")
 
 
@@ -147,7 +169,7 @@ class Recipe(Section):
     """Everything that decides what a run does."""
 
     model: str = Field(description="where training starts: a bundled model, a folder or a hub id")
-    prompt: str = Field(DENSE[0], min_length=1)
+    prompt: str = Field(DENSE[0], description="empty for models that read none, or nothing but the image")
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()
@@ -167,7 +189,10 @@ class Recipe(Section):
     parallel: Literal["replicated", "sharded"] = Field(
         "replicated", description="under torchrun: weights whole in every process (DDP), or split over them (FSDP2)"
     )
-    preflight: bool = Field(True, description="refuse to train where a caption that fits any image is rewarded")
+    preflight: bool = Field(
+        True,
+        description="refuse to train where a quiz rewards a caption of any image, tell what other rewards make of it",
+    )
     wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that figures go to as well")
     seed: int = 0
 
@@ -186,6 +211,8 @@ class Recipe(Section):
         if self.algorithm.kl and self.algorithm.estimator == "k1":
             raise ValueError("estimator k1 has no gradient on average, so kl would do nothing: take k2 or k3")
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
+        if quiz is not None and self.data.questions is None:
+            raise ValueError("a quiz asks questions: add data.questions, the folder of a `capipe qa`")
         if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader:
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
@@ -205,7 +232,10 @@ class Recipe(Section):
         if self.rollout.overlap:
             fast -= {"save_every"}  # nothing is drawn ahead over a checkpoint
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
-        return self.model_dump(mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout})
+        rewards = {"__all__": {"batch", "cache", "device"}}
+        return self.model_dump(
+            mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards}
+        )
 
 
 def find_recipe(given: Path) -> Path:

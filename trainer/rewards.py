@@ -34,7 +34,8 @@ class Scored:
 class Reward(Protocol):
     """``draw`` names the caption uniquely (run's seed, step, image, number): the source of whatever is drawn at random.
 
-    May raise anything: the caption then counts as unscored. EngineDead ends the run.
+    May raise anything: the caption then counts as unscored. EngineDead ends the run. ``figures``, where a reward has
+    them: names of numbers in its ``details`` whose means over a step are logged, too.
     """
 
     async def score(self, task: Task, caption: Completion, draw: str) -> Scored: ...
@@ -47,6 +48,13 @@ class Judge:
 
     def __init__(self, rewards: Mapping[str, Reward], parts: Mapping[str, Part]) -> None:
         self.rewards, self.parts = dict(rewards), dict(parts)
+        told = {name: getattr(reward, "figures", ()) for name, reward in rewards.items()}
+        self._more = {f"{name}_{figure}": (name, figure) for name, figures in told.items() for figure in figures}
+
+    @property
+    def figures(self) -> list[str]:
+        """What results have components of: each reward by name, and what more a reward tells (``NAME_FIGURE``)."""
+        return [*self.rewards, *self._more]
 
     async def score(self, task: Task, caption: Completion, draw: str) -> dict[str, Scored]:
         """All rewards of one caption, by name; raises EngineDead alone."""
@@ -70,12 +78,15 @@ class Judge:
         return [
             RewardResult(
                 score=None if total != total else total,
-                components={name: scored.value for name, scored in caption.items()},
+                components={name: scored.value for name, scored in caption.items()} | self._told(caption),
                 per_token=self._per_token(caption),
                 details={name: dict(scored.details) for name, scored in caption.items() if scored.details},
             )
             for total, caption in zip(totals, captions, strict=True)
         ]
+
+    def _told(self, caption: Mapping[str, Scored]) -> dict[str, float | None]:
+        return {told: caption[name].details.get(figure) for told, (name, figure) in self._more.items()}
 
     def _per_token(self, caption: Mapping[str, Scored]) -> list[float]:
         rows = [(self.parts[name].weight, scored.per_token) for name, scored in caption.items() if scored.per_token]

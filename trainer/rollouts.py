@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..models.batched_lm import PreparedPrompt
 from ..models.engine import Completion, Engine, GenerationRequest, Prompt, RequestError, Sampling
+from ..models.family import PreparedPrompt
 from .groups import Group
 from .pictures import Pictures
 from .rewards import Judge, Scored

@@ -1,4 +1,4 @@
-"""What is trained on: images with their questions, by reference, in an order that is a pure function of the step."""
+"""What is trained on: images, for a quiz with questions, by reference, in an order that the step alone decides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fsspec.core import url_to_fs
 
 from ..errors import ArtifactMismatch, BadInput
 from ..manifests.artifact import Artifact
-from ..manifests.shards import RowReader, expand, input_artifact, join, uid_of
+from ..manifests.fingerprint import fingerprint
+from ..manifests.shards import InputShard, Row, RowReader, expand, input_artifact, join, uid_of
 from ..manifests.status import Status
 from ..models.quiz import Question
 from ..models.tiny.world import Scene
@@ -21,7 +22,7 @@ from ..stages.screen import QUESTIONS
 
 @dataclass(frozen=True)
 class Task:
-    """An image and its questions. The bytes stay in their tar: ``size`` of them at ``offset`` of ``url``."""
+    """An image and its questions, if any. The bytes stay in their tar: ``size`` of them at ``offset`` of ``url``."""
 
     uid: str
     key: str
@@ -42,19 +43,25 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskList:
-    """``fingerprint``: of the questions, for checkpoints; ``without``: images that have no question to ask."""
+    """``fingerprint``: of the questions, or without them of the images, for checkpoints; ``without``: images left out,
+
+    which have no question to ask or are none.
+    """
 
     tasks: tuple[Task, ...]
     fingerprint: str
     without: int
 
 
-def load_tasks(shards: str, questions: str, expected: str | None = None) -> TaskList:
-    """Images of ``shards`` with what may be asked about them. ``expected``: the fingerprint the questions must have.
+def load_tasks(shards: str, questions: str | None, expected: str | None = None) -> TaskList:
+    """Images of ``shards`` with what may be asked about them; all that are images where no ``questions`` are named.
 
-    Raises BadInput where there is nothing to ask or the questions are others than expected, ArtifactMismatch where they
-    are not about these images.
+    ``expected``: the fingerprint that the questions, or the images without them, must have. Raises BadInput where there
+    is nothing to train on or the fingerprint is another one, ArtifactMismatch where questions are not about these
+    images.
     """
+    if questions is None:
+        return _images_alone(shards, expected)
     artifact = Artifact.open(questions)
     if expected is not None and artifact.fingerprint != expected:
         raise BadInput(
@@ -73,14 +80,35 @@ def load_tasks(shards: str, questions: str, expected: str | None = None) -> Task
     for shard in join(expand(shards), {QUESTIONS: artifact}):
         for row in RowReader(shard):
             asked = kept_questions(row.beside[QUESTIONS])
-            if row.status is not Status.OK or row.image is None or row.uid is None or not asked:
-                without += 1
-                continue
-            where = (shard.url, row.offset, len(row.image))
-            tasks.append(Task(row.uid, row.key, *where, tuple(asked), scene_of(row)))
+            task = _task(shard, row, tuple(asked)) if asked else None
+            tasks += [] if task is None else [task]
+            without += task is None
     if not tasks:
         raise BadInput(f"{questions}: none of the {without} images has a question to ask; screen with other thresholds")
     return TaskList(tuple(tasks), artifact.fingerprint, without)
+
+
+def _images_alone(shards: str, expected: str | None) -> TaskList:
+    """The images of shards, with nothing to ask; foreign tars have no fingerprint, so their images' uids make one."""
+    found = [_task(shard, row, ()) for shard in expand(shards) for row in RowReader(shard)]
+    tasks = tuple(task for task in found if task is not None)
+    if not tasks:
+        raise BadInput(f"{shards}: none of its {len(found)} rows is an image to train on")
+    source = input_artifact(shards)
+    mark = source.fingerprint if source is not None else fingerprint({"images": [task.uid for task in tasks]})
+    if expected is not None and mark != expected:
+        raise BadInput(
+            f"{shards}: the images' fingerprint is {mark}, not {expected}; give the shards that were meant, or mend "
+            "`data.fingerprint`"
+        )
+    return TaskList(tasks, mark, len(found) - len(tasks))
+
+
+def _task(shard: InputShard, row: Row, questions: tuple[Question, ...]) -> Task | None:
+    """The row's image by reference, None where it is none."""
+    if row.status is not Status.OK or row.image is None or row.uid is None:
+        return None
+    return Task(row.uid, row.key, shard.url, row.offset, len(row.image), questions, scene_of(row))
 
 
 @dataclass(frozen=True)

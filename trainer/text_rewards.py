@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..models.engine import Completion
 from ..stages.words import repeated_share, words_of
+from .penalties import find_all, phrase_pattern
 from .rewards import Scored
 from .tasks import Task
 
@@ -70,7 +71,17 @@ class BoilerplateConfig(BaseModel):
 
     kind: Literal["boilerplate"] = "boilerplate"
     phrases: tuple[str, ...] = Field(
-        ("here is a", "here's a", "sure,", "in summary", "overall,", "sufficient to answer", "this caption"),
+        (
+            "here is a",
+            "here is an",
+            "here's a",
+            "here's an",
+            "sure,",
+            "in summary",
+            "overall,",
+            "sufficient to answer",
+            "this caption",
+        ),
         description="phrases without which a caption says as much; case does not matter",
     )
     weight: float = 0.1
@@ -81,13 +92,10 @@ class BoilerplateReward:
     """Minus the number of listed phrases in the caption, found as whole words."""
 
     def __init__(self, config: BoilerplateConfig) -> None:
-        self._patterns = {
-            phrase: re.compile(rf"(?<!\w){re.escape(phrase)}", re.IGNORECASE) for phrase in config.phrases
-        }
+        self._patterns = {phrase: phrase_pattern(phrase) for phrase in config.phrases}
 
     async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
-        found = {phrase: len(pattern.findall(caption.text)) for phrase, pattern in self._patterns.items()}
-        present = {phrase: count for phrase, count in found.items() if count}
-        return Scored(-float(sum(present.values())), {"phrases": present} if present else {})
+        present = Counter(name for name, _ in find_all(self._patterns, caption.text))
+        return Scored(-float(present.total()), {"phrases": dict(present)} if present else {})
 
     async def aclose(self) -> None: ...

@@ -23,20 +23,23 @@ def token_scores(
     *,
     temperature: float = 1.0,
     banned: Tensor | None = None,
+    bias: Tensor | None = None,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, both float32 (tokens,), with gradients.
 
     ``hidden``: (tokens, width), before the head; ``weight``: (vocabulary, width), the head's; ``targets``: (tokens,);
-    ``banned``: ids that can never be drawn and so have no probability.
+    ``banned``: ids that can never be drawn and so have no probability; ``bias``: (vocabulary,), the head's.
     """
     size = max(1, chunk_logits // len(weight))
     if len(hidden) <= size:
-        return _scores(hidden, weight, targets, temperature, banned)
+        return _scores(hidden, weight, targets, temperature, banned, bias)
     parts = [
         cast(
             tuple[Tensor, Tensor],
-            checkpoint(_scores, rows, weight, ids, temperature, banned, use_reentrant=False, preserve_rng_state=False),
+            checkpoint(
+                _scores, rows, weight, ids, temperature, banned, bias, use_reentrant=False, preserve_rng_state=False
+            ),
         )
         for rows, ids in zip(hidden.split(size), targets.split(size), strict=True)
     ]
@@ -44,9 +47,14 @@ def token_scores(
 
 
 def _scores(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, banned: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    banned: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    logits = functional.linear(hidden, weight).float() / temperature
+    logits = functional.linear(hidden, weight, bias).float() / temperature
     if banned is not None and len(banned):
         logits = logits.index_fill(1, banned, float("-inf"))
     logps = logits.log_softmax(dim=-1)

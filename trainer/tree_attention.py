@@ -51,6 +51,19 @@ def make_tree(inside: Tensor, branches: int, length: int) -> Tree:
     return Tree(prefix, branches, length, prefix_mask, torch.cat([before, own], dim=-1).flatten(0, 1)[:, None])
 
 
+def dense_mask(tree: Tree) -> Tensor:
+    """Bool (rows, 1, columns, columns): the same for attention that takes one mask over whole rows."""
+    rows, p, n = len(tree.prefix_mask), tree.prefix, tree.length
+    columns = p + tree.branches * n
+    mask = tree.prefix_mask.new_zeros(rows, 1, columns, columns)
+    mask[:, :, :p, :p] = tree.prefix_mask
+    of_branches = tree.branch_mask.unflatten(0, (rows, tree.branches))
+    for branch in range(tree.branches):
+        own = slice(p + branch * n, p + (branch + 1) * n)
+        mask[:, :, own, :p], mask[:, :, own, own] = of_branches[:, branch].split([p, n], dim=-1)
+    return mask
+
+
 def _causal(size: int, like: Tensor) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 PREFIX = "tiny/"
-NAMES: tuple[str, ...] = ("captioner", "teacher", "reader", "holdout-reader", "clip", "eval-clip", "itm")
-CONFIGS = ("config.json", "open_clip_config.json")  # of transformers, of open_clip
+NAMES: tuple[str, ...] = (
+    "captioner", "teacher", "reader", "holdout-reader", "clip", "eval-clip", "itm", "vit-gpt2", "blip2", "opt",
+    "vgg", "diffusion", "blip",
+)  # fmt: skip
+CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")  # of transformers, of open_clip, of diffusers
 
 
 def folder_of(model: str) -> Path:

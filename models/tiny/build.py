@@ -16,14 +16,18 @@ from typing import Any, Protocol
 
 from ..scorers import ScorerConfig, load_scorer
 from . import NAMES, folder_of
+from .contrastive import BlipTrainer, recalls
 from .corpus import samples
 from .detect import detections, subjects
 from .evaluate import caption, grades_of
 from .examine import report
 from .export import build_processor
+from .features import FeaturesPlan, FeaturesTrainer, accuracies, load_classifier
 from .grade import total
 from .graduates import enrol
 from .matching import ClipTrainer, ItmTrainer, MatchingPlan, MatchingTrainer
+from .plain_evaluate import PlainCaptioner, plain_report
+from .plain_school import PLAIN, PlainPlan, PlainTrainer
 from .prompts import DENSE
 from .schedule import Progress, Schedule
 from .tokenizer import build_tokenizer
@@ -76,13 +80,30 @@ def quality(trainer: Training, name: str, out: Path) -> str:
         grades = grades_of(corpus, caption(trainer.model, processor, [each.image for each in corpus], DENSE[0]))
         whole, exact = total(grades), sum(each.exact for each in grades) / LOOKED_AT
         return f"precision {whole.precision():.4f} recall {whole.recall():.4f} exact {exact:.2f} of {LOOKED_AT} scenes"
+    if isinstance(trainer, BlipTrainer):
+        return shares(recalls(str(out), LOOKED_AT, seed=2))
     if isinstance(trainer, MatchingTrainer):
         scorer = load_scorer(ScorerConfig("itm" if name == "itm" else "clip", str(out)))
         found = detections(scorer, subjects(LOOKED_AT, seed=2))
         return " ".join(f"{kind} {each.auc['score']:.3f}" for kind, each in found.items()) + " (ROC AUC)"
+    if isinstance(trainer, PlainTrainer):
+        if not trainer.sees:
+            return "the loss above is of captions it had not read"
+        sampled = plain_report(PlainCaptioner(str(out)), LOOKED_AT, seed=2, sample=True)
+        return shares(asdict(sampled))
+    if isinstance(trainer, FeaturesTrainer):
+        return shares(accuracies(load_classifier(str(out)), LOOKED_AT, seed=2))
+    if name == "diffusion":
+        from .drawing import drawing_report
+
+        return shares(drawing_report(str(out), LOOKED_AT, seed=2))
     if name == "teacher":
         return "the accuracies above are of scenes it had not seen; `capipe qa` tells the rest"
-    figures = asdict(asyncio.run(report(str(out), LOOKED_AT)))
+    return shares(asdict(asyncio.run(report(str(out), LOOKED_AT))))
+
+
+def shares(figures: dict[str, Any]) -> str:
+    """The numbers among a report's figures, in a line."""
     return " ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
 
 
@@ -92,6 +113,17 @@ def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
         return Trainer(Plan(seed=seed, **length), build_tokenizer(seed))
     if name == "itm":
         return ItmTrainer(MatchingPlan(seed=seed, **length))
+    if name == "vgg":
+        return FeaturesTrainer(FeaturesPlan(seed=seed, **length))
+    if name == "blip":
+        return BlipTrainer(MatchingPlan(seed=seed, **length))
+    if name == "diffusion":
+        from .drawing import DrawingPlan, DrawingTrainer  # imports diffusers, which is not installed everywhere
+
+        return DrawingTrainer(DrawingPlan(seed=seed, **length))
+    if name in PLAIN:
+        made: PlainTrainer = PLAIN[name](PlainPlan(seed=seed, **length))
+        return made
     if name in PATCHES:
         return ClipTrainer(name, MatchingPlan(seed=seed, **length))
     return enrol(name, Schedule(seed=seed, **length))

@@ -127,6 +127,8 @@ def written(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
         yield Path(temporary)
-        for file in sorted(Path(temporary).iterdir()):
+        for file in sorted(each for each in Path(temporary).rglob("*") if each.is_file()):
             file.chmod(0o644)  # safetensors writes for its owner alone
-            file.replace(folder / file.name)
+            target = folder / file.relative_to(temporary)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)

@@ -7,9 +7,8 @@ follow: sentences before whole captions, which hold many facts at once.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,11 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BertTokenizer, Blip2ForImageTextRetrieval
 
 from ..clip import encode_trimmed
+from .course import Course
 from .data import SIGN_SHARE, Truth, picture, truth_of
-from .optim import build_optimizers, set_rate
 from .pairs import addition, sentence_pair, true_and_false, with_sentence
-from .schedule import Progress, Schedule
-from .train import Log
+from .schedule import Schedule
 from .two_towers import (
     CONTEXT,
     EMBED,
@@ -111,7 +109,7 @@ def normalised(pixels: Tensor) -> Tensor:
     return ((pixels.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
 
 
-class MatchingTrainer:
+class MatchingTrainer(Course[PairBatch]):
     """A model in training: what the CLIPs and the matching model share. Subclasses give the losses."""
 
     model: Any
@@ -119,29 +117,16 @@ class MatchingTrainer:
     def __init__(self, plan: MatchingPlan, tokenizer: BertTokenizer, slot: int, *more: nn.Module) -> None:
         self.plan, self.tokenizer = plan, tokenizer
         self.readers = nn.ModuleList([CellReader(WIDTH, tokens=0), SlotReader(slot), *more])
-        self.optimizers = build_optimizers(self.model, plan.lr, plan.adam_lr, *self.readers.parameters())
-        self.progress = Progress()
+        super().__init__(plan, self.model, self.readers)
 
-    def run(self, log: Log) -> Iterator[Progress]:
-        """Train, yielding after every step (so that the caller may look, save or stop)."""
-        plan, start = self.plan, time.monotonic() - self.progress.seconds
-        loader = DataLoader(
-            PairBatches(self.tokenizer, plan),
+    def batches(self) -> Iterator[PairBatch]:
+        yield from DataLoader(
+            PairBatches(self.tokenizer, self.plan),
             batch_size=None,
-            sampler=range(self.progress.step, plan.steps),
+            sampler=range(self.progress.step, self.plan.steps),
             num_workers=1,
             prefetch_factor=8,
         )
-        for batch in loader:
-            rate = plan.rate(self.progress.step, self.progress.seconds)
-            report = self.step(batch, rate)
-            self.progress = Progress(self.progress.step + 1, time.monotonic() - start)
-            if self.progress.step % 50 == 0 or self.progress.step <= 3:
-                figures = " ".join(f"{name} {value:.4f}" for name, value in report.items())
-                log(f"step {self.progress.step} {self.progress.seconds:.0f}s rate {rate:.3f} {figures}")
-            yield self.progress
-            if plan.progress(self.progress.step, self.progress.seconds) >= 1:
-                return
 
     def step(self, batch: PairBatch, rate: float) -> dict[str, float]:
         """One update of all weights; returns losses and accuracies by name."""
@@ -156,12 +141,7 @@ class MatchingTrainer:
             told, figures = self.losses(pooled, tokens, batch, whole)
             loss = self.plan.reading_weight * loss + told
             report |= figures
-        loss.backward()
-        report["norm"] = nn.utils.clip_grad_norm_([*self.model.parameters(), *self.readers.parameters()], 1.0).item()
-        for optimizer in self.optimizers:
-            set_rate(optimizer, rate)
-            optimizer.step()
-            optimizer.zero_grad()
+        report["norm"] = self.update(loss, rate)
         return report
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,34 +155,6 @@ class MatchingTrainer:
     def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
         """The loss over texts; ``whole``: captions too."""
         raise NotImplementedError
-
-    def export(self, folder: Path) -> None:
-        """Write the model's folder."""
-        raise NotImplementedError
-
-    def save(self, file: Path) -> None:
-        """Everything a resumed run needs, in one file that appears whole."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "seed": self.plan.seed,
-            "progress": asdict(self.progress),
-            "model": self.model.state_dict(),
-            "readers": self.readers.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        torch.save(state, temporary := file.with_suffix(".partial"))
-        temporary.replace(file)
-
-    def load(self, file: Path) -> None:
-        """Go on from :meth:`save`. Raises ValueError where the checkpoint's seed is another."""
-        state: dict[str, Any] = torch.load(file, weights_only=True)
-        if state["seed"] != self.plan.seed:
-            raise ValueError(f"{file} was trained with seed {state['seed']}, not {self.plan.seed}")
-        self.model.load_state_dict(state["model"])
-        self.readers.load_state_dict(state["readers"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
 
 
 class ClipTrainer(MatchingTrainer):
@@ -221,6 +173,15 @@ class ClipTrainer(MatchingTrainer):
         pooled, tokens = self.model.visual(pixels)
         return functional.normalize(pooled, dim=-1), tokens
 
+    def encode(self, ids: Tensor) -> Tensor:
+        """Token ids (texts, length) -> unit vectors (texts, EMBED)."""
+        return functional.normalize(encode_trimmed(self.model, ids), dim=-1)
+
+    def scale(self) -> Tensor:
+        """What cosines are multiplied with."""
+        scale: Tensor = self.model.logit_scale
+        return scale.exp().clamp(max=100)
+
     def slots(self, pooled: Tensor) -> Tensor:
         unfolded: Tensor = self.readers[2](pooled * EMBED**0.5)
         return unfolded.view(-1, len(PLACES), SLOT)
@@ -230,8 +191,8 @@ class ClipTrainer(MatchingTrainer):
         groups = [batch.sentences, batch.false_sentences]
         if whole:
             groups += [batch.captions, batch.false_captions]
-        told = [functional.normalize(encode_trimmed(self.model, ids), dim=-1) for ids in groups]
-        scale = self.model.logit_scale.exp().clamp(max=100)
+        told = [self.encode(ids) for ids in groups]
+        scale = self.scale()
         owners = torch.arange(n).repeat_interleave(s)
         right, wrong = ((pooled[owners] * each).sum(-1) for each in told[:2])
         loss = functional.softplus(scale * (wrong - right)).mean()

@@ -60,7 +60,8 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 def build_optimizers(model: nn.Module, lr: float, adam_lr: float, *others: nn.Parameter) -> list[torch.optim.Optimizer]:
     """Muon on the matrices inside a model; AdamW on its embeddings, norms, biases and filters, and on ``others``."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    inside = [p for name, p in trained.items() if p.ndim == 2 and "embed" not in name]
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    inside = [p for name, p in trained.items() if p.ndim == 2 and "embed" not in name and id(p) not in tables]
     chosen = {id(p) for p in inside}
     rest = [p for p in trained.values() if id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [

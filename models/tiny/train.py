@@ -6,27 +6,24 @@ each picture encoded once for its texts, logits for answer tokens only, and litt
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from .course import Course
 from .data import PROMPTS, Batch, batches
 from .export import GRID_THW, IMAGE_TOKENS, build_config, build_processor, export_folder
-from .optim import build_optimizers, set_rate
 from .prompts import messages
-from .schedule import Progress, Schedule
+from .schedule import Schedule
 from .tokenizer import IMAGE, PAD, VISION_START
 from .vision import CellReader, image_tokens, reading_loss
 
 LONGEST = 192  # tokens of a prompt and its answer
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Plan(Schedule):
     workers: int = 1
 
 
-class Trainer:
+class Trainer(Course[Batch]):
     """A captioner in training: model, cell reader, optimizers and the prompts as the processor renders them."""
 
     def __init__(self, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -46,26 +43,14 @@ class Trainer:
         self.plan, self.tokenizer = plan, tokenizer
         self.model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
         self.reader = CellReader()
-        self.optimizers = build_optimizers(self.model, plan.lr, plan.adam_lr, *self.reader.parameters())
-        self.progress = Progress()
+        super().__init__(plan, self.model, self.reader)
         processor = build_processor(tokenizer)
         self.prompts = [prompt_ids(processor, prompt) for prompt in PROMPTS]
         self.image_at = self.prompts[0].index(tokenizer.convert_tokens_to_ids(VISION_START)) + 1
         self.positions = positions(self.model, self.prompts[0])
 
-    def run(self, log: Log) -> Iterator[Progress]:
-        """Train, yielding after every step (so that the caller may look, save or stop)."""
-        plan, start = self.plan, time.monotonic() - self.progress.seconds
-        for batch in batches(self.tokenizer, plan.seed, self.progress.step, plan.steps, plan.workers):
-            rate = plan.rate(self.progress.step, self.progress.seconds)
-            report = self.step(batch, rate)
-            self.progress = Progress(self.progress.step + 1, time.monotonic() - start)
-            if self.progress.step % 50 == 0 or self.progress.step <= 3:
-                figures = " ".join(f"{name} {value:.4f}" for name, value in report.items())
-                log(f"step {self.progress.step} {self.progress.seconds:.0f}s rate {rate:.3f} {figures}")
-            yield self.progress
-            if plan.progress(self.progress.step, self.progress.seconds) >= 1:
-                return
+    def batches(self) -> Iterator[Batch]:
+        return batches(self.tokenizer, self.plan.seed, self.progress.step, self.plan.steps, self.plan.workers)
 
     def step(self, batch: Batch, rate: float) -> dict[str, float]:
         """One update of all weights; returns the losses and accuracies by name."""
@@ -77,42 +62,12 @@ class Trainer:
             captions = caption_losses(self, tokens, batch)
             loss = self.plan.reading_weight * loss + captions.loss
             report |= {"loss": captions.loss.item(), "accuracy": captions.accuracy}
-        loss.backward()
-        parameters = [*self.model.parameters(), *self.reader.parameters()]
-        report["norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        for optimizer in self.optimizers:
-            set_rate(optimizer, rate)
-            optimizer.step()
-            optimizer.zero_grad()
+        report["norm"] = self.update(loss, rate)
         return report
 
     def export(self, folder: Path) -> None:
         """Write the model's folder."""
         export_folder(self.model, self.tokenizer, folder)
-
-    def save(self, file: Path) -> None:
-        """Everything a resumed run needs, in one file that appears whole."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "plan": asdict(self.plan),
-            "progress": asdict(self.progress),
-            "model": self.model.state_dict(),
-            "reader": self.reader.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        torch.save(state, temporary := file.with_suffix(".partial"))
-        temporary.replace(file)
-
-    def load(self, file: Path) -> None:
-        """Go on from :meth:`save`. Raises ValueError where the checkpoint's seed is another."""
-        state: dict[str, Any] = torch.load(file, weights_only=True)
-        if state["plan"]["seed"] != self.plan.seed:
-            raise ValueError(f"{file} was trained with seed {state['plan']['seed']}, not {self.plan.seed}")
-        self.model.load_state_dict(state["model"])
-        self.reader.load_state_dict(state["reader"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from capipe.errors import BadInput
+from capipe.models.blip import load_blip
 from capipe.models.clip import ClipScorer, load_clip, token_ids
 from capipe.models.formats import ImageProblem
 from capipe.models.images import ImageLimits, Pixels
@@ -23,6 +24,8 @@ from capipe.models.tiny import folder_of
 from capipe.models.tiny.corpus import samples
 from capipe.models.tiny.wording import dense_caption
 from capipe.models.views import decode_views
+
+from ..small_models import blip_retrieval
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "camera")
 TEXTS = (
@@ -98,30 +101,17 @@ def test_itm_scores_are_transformers_own_for_single_pairs(itm: ItmScorer) -> Non
 
 
 @torch.inference_mode()
-def test_blip_retrieval_models_are_scored_as_transformers_does(tmp_path: Path) -> None:
-    from transformers import AutoProcessor, BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
+@pytest.mark.parametrize("heads", ["matching", "contrastive"])
+def test_blip_retrieval_models_are_scored_as_transformers_does(tmp_path: Path, heads: str) -> None:
+    from transformers import AutoProcessor, BlipForImageTextRetrieval
 
-    torch.manual_seed(0)
-    tokenizer = AutoProcessor.from_pretrained(folder_of("itm")).tokenizer
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BlipConfig(
-        text_config={
-            **small, "vocab_size": len(tokenizer), "encoder_hidden_size": 32, "max_position_embeddings": 64,
-            "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3,
-        },
-        vision_config={**small, "image_size": 64, "patch_size": 16},
-        image_text_hidden_size=32,
-    )  # fmt: skip
-    model = BlipForImageTextRetrieval(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(tmp_path)
-    processor = BlipProcessor(BlipImageProcessor(size={"height": 64, "width": 64}), tokenizer)
-    processor.save_pretrained(tmp_path)
-    scorer = load_itm(str(tmp_path))
+    folder = str(blip_retrieval(tmp_path))
+    model, processor = BlipForImageTextRetrieval.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    scorer: Scorer = load_itm(folder) if heads == "matching" else load_blip(folder)
     images = [sample.image for sample in samples(3, "heldout", seed=6)]
     pairs = [Pair(image, text) for image in range(3) for text in TEXTS]
     ours = scorer.score(scorer.encode_images(views(images, scorer)), pairs)
+    assert max(ours) - min(ours) > 0.01
     for pair, score in zip(pairs, ours, strict=True):
         asked = processor(
             images=Image.open(io.BytesIO(images[pair.image])),
@@ -130,7 +120,22 @@ def test_blip_retrieval_models_are_scored_as_transformers_does(tmp_path: Path) -
             truncation=True,
             max_length=64,
         )
-        assert score == pytest.approx(model(**asked).itm_score.softmax(-1)[0, 1].item(), abs=1e-4)
+        theirs = model(**asked, use_itm_head=heads == "matching").itm_score
+        value = theirs.softmax(-1)[0, 1] if heads == "matching" else theirs[0, 0]
+        assert score == pytest.approx(value.item(), abs=1e-4)
+
+
+def test_a_blip_without_contrastive_heads_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = blip_retrieval(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    bare = {name: value for name, value in weights.items() if not name.startswith("text_proj")}
+    save_file(bare, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match="has no trained text_proj; name an image-text retrieval checkpoint"):
+        load_blip(str(folder))
+    with pytest.raises(BadInput, match=r"a model of type 'blip-2'; .* one of blip$"):
+        load_blip("tiny/itm")
 
 
 def test_clip_models_with_any_text_tower_are_scored(tmp_path: Path) -> None:

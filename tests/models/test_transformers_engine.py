@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from capipe.models.batched_lm import BatchedLM, PreparedPrompt
+from capipe.models.batched_lm import BatchedLM
 from capipe.models.engine import (
     ChoiceRequest,
     Completion,
@@ -23,6 +23,7 @@ from capipe.models.engine import (
     RequestError,
     Sampling,
 )
+from capipe.models.family import PreparedPrompt
 from capipe.models.loading import EngineConfig, load_engine
 from capipe.models.sampling import vision_ids
 from capipe.models.transformers_engine import TransformersEngine
@@ -61,7 +62,7 @@ async def test_each_distinct_prompt_and_image_is_computed_once(
 ) -> None:
     prefilled: list[int] = []
     seen: list[int] = []
-    prefill, look = reference.lm.prefill, reference.lm._base.get_image_features
+    prefill, look = reference.lm.prefill, reference.lm.family.body.get_image_features
 
     def counted_prefill(prompts: Sequence[PreparedPrompt]) -> Any:
         prefilled.append(len(prompts))
@@ -72,7 +73,7 @@ async def test_each_distinct_prompt_and_image_is_computed_once(
         return look(patches, grids, **kwargs)
 
     monkeypatch.setattr(reference.lm, "prefill", counted_prefill)
-    monkeypatch.setattr(reference.lm._base, "get_image_features", counted_look)
+    monkeypatch.setattr(reference.lm.family.body, "get_image_features", counted_look)
     prompts = [Prompt(text, image) for image in pictures[:2] for text in (PLAIN, DETAILED)]
     requests = [GenerationRequest(each, Sampling(1.0, 1.0, 3, seed)) for each in prompts for seed in range(4)]
     await asyncio.gather(*map(reference.generate, requests))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from capipe.models.batched_lm import BatchedLM, PreparedPrompt, Row
+from capipe.models.batched_lm import BatchedLM, Row
 from capipe.models.engine import (
     ChoiceRequest,
     GenerationRequest,
@@ -17,6 +17,7 @@ from capipe.models.engine import (
     Prompt,
     Sampling,
 )
+from capipe.models.family import PreparedPrompt
 from capipe.models.loading import resolve_model
 from capipe.models.prefix_tree import Segment
 from capipe.models.prompting import PromptEncoder
@@ -168,13 +169,13 @@ async def test_an_image_is_preprocessed_once_for_its_prompts(
     reference: TransformersEngine, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    process = reference.lm._image_processor
+    process = reference.lm.family.image_processor
 
     def counted(**kwargs: Any) -> Any:
         made.append(kwargs["images"])
         return process(**kwargs)  # type: ignore[misc]
 
-    monkeypatch.setattr(reference.lm, "_image_processor", counted)
+    monkeypatch.setattr(reference.lm.family, "image_processor", counted)
     prompts = [*quiz(image_prompt(), pictures[0])[:6], *quiz(image_prompt(), pictures[1])[:6]]
     await asyncio.gather(*(reference.choose(ChoiceRequest(prompt, ("A", "B"))) for prompt in prompts))
     assert len(made) == 2

@@ -13,8 +13,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from capipe.models.batched_lm import PreparedImage, PreparedPrompt
 from capipe.models.engine import Completion
+from capipe.models.family import PreparedImage, PreparedPrompt
 from capipe.trainer.decoder import DecoderPolicy
 from capipe.trainer.groups import Group
 

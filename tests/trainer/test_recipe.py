@@ -51,12 +51,25 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("trained.lora.rank=0", r"trained\.lora\.rank"),
         ("dtype=float16", "dtype: "),
         ("algorithm={kl: 0.1, estimator: k1}", "k1 has no gradient on average"),
+        ("data.questions=null", "a quiz asks questions: add data.questions"),
+        ("rewards=[{kind: phrases, phrases: [], patterns: []}]", r"rewards\.0\.phrases: phrases and patterns are both"),
+        (
+            "rewards=[{kind: phrases, patterns: ['(']}]",
+            r"rewards\.0\.phrases\.patterns\.0: '\(' is no regular expression",
+        ),
+        ("rewards=[{kind: clip}]", r"rewards\.0\.clip\.model: Field required"),
+        ("rewards=[{kind: reconstruction, model: a, features: b, samples: 0}]", r"rewards\.0\.reconstruction\.samples"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(recipe: Path, override: str, said: str) -> None:
     with pytest.raises(BadInput, match=said) as refused:
         load_recipe(recipe, [override])
     assert "\n" not in str(refused.value)
+
+
+def test_without_a_quiz_no_questions_are_needed(recipe: Path) -> None:
+    made = load_recipe(recipe, ["data.questions=null", "rewards=[{kind: itm, model: tiny/itm}]"])
+    assert made.data.questions is None and made.rewards[0].kind == "itm"
 
 
 def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
@@ -96,6 +109,12 @@ def test_speed_is_no_part_of_what_a_run_is(recipe: Path) -> None:
     assert load_recipe(recipe, ["budget=5", "gradient_checkpointing=true"]).semantic() == made.semantic()
     assert load_recipe(recipe, ["wandb=captions"]).semantic() == made.semantic()
     assert load_recipe(recipe, ["seed=5"]).semantic() != made.semantic()
+    drawn = "rewards=[{kind: reconstruction, model: a, features: b%s}]"
+    first, fast, other = (
+        load_recipe(recipe, ["data.questions=null", drawn % more]).semantic()
+        for more in ("", ", batch: 2, cache: c, device: cpu", ", samples: 4")
+    )
+    assert first == fast != other
     assert isinstance(made, Recipe)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from capipe.models.batched_lm import PreparedPrompt
 from capipe.models.engine import Completion, GenerationRequest, Prompt, RequestError
+from capipe.models.family import PreparedPrompt
 from capipe.trainer.advantages import Part
 from capipe.trainer.pictures import Pictures
 from capipe.trainer.rewards import Judge, Scored

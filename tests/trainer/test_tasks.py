@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from capipe.trainer.tasks import Schedule, Task
+from capipe.errors import BadInput
+from capipe.trainer.tasks import Schedule, Task, load_tasks
 
 from ..conftest import tar_bytes
 
@@ -33,3 +34,24 @@ def test_a_task_reads_its_image_and_notices_another_one(tmp_path: Path) -> None:
     path.write_bytes(tar_bytes({"one.jpg": b"other image", "two.jpg": b"second"}))
     with pytest.raises(ArtifactMismatch, match=r"one.*has changed"):
         tasks[0].read()
+
+
+def test_images_alone_are_tasks_without_questions(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(
+        tar_bytes({"one.jpg": b"first image", "one.txt": b"t", "none.txt": b"no image", "two.jpg": b"second"})
+    )
+    found = load_tasks(str(path), None)
+    assert [(task.key, task.questions, task.read()) for task in found.tasks] == [
+        ("one", (), b"first image"),
+        ("two", (), b"second"),
+    ]
+    assert found.without == 1
+    assert load_tasks(str(path), None, found.fingerprint) == found
+    with pytest.raises(BadInput, match=r"a\.tar: the images' fingerprint is .*, not 0123; .*mend `data\.fingerprint`"):
+        load_tasks(str(path), None, "0123")
+    path.write_bytes(tar_bytes({"one.jpg": b"first image", "two.jpg": b"another"}))
+    assert load_tasks(str(path), None).fingerprint != found.fingerprint
+    path.write_bytes(tar_bytes({"one.txt": b"t"}))
+    with pytest.raises(BadInput, match=r"a\.tar: none of its 1 rows is an image"):
+        load_tasks(str(path), None)

@@ -9,8 +9,10 @@ import torch
 
 from capipe.models.clip import encode_trimmed
 from capipe.models.scorers import ScorerConfig, load_scorer
+from capipe.models.tiny.contrastive import BlipTrainer, build_blip, recalls
 from capipe.models.tiny.detect import area_under_roc
 from capipe.models.tiny.matching import ClipTrainer, ItmTrainer, MatchingPlan, MatchingTrainer, PairBatches
+from capipe.models.tiny.plain_school import matcher
 from capipe.models.tiny.two_towers import CONTEXT, build_bert_tokenizer
 
 PLAN = MatchingPlan(seed=4, steps=6, images=4, reading_steps=2, captions_from=0.5, warmup=1)
@@ -77,3 +79,32 @@ def test_the_area_under_the_curve_is_the_share_of_pairs_in_order() -> None:
     pairs = [(a > b) + 0.5 * (a == b) for a in true for b in false]
     assert area_under_roc(true, false) == pytest.approx(sum(pairs) / len(pairs))
     assert area_under_roc([1, 2], [0, 0]) == 1.0
+
+
+def test_blip_begins_with_what_the_matching_model_knows() -> None:
+    tokenizer = build_bert_tokenizer(0)
+    seen = matcher().eval()
+    blip = build_blip(tokenizer, seen).eval()
+    ids = tokenizer(["A red star."], return_tensors="pt").input_ids
+    with torch.inference_mode():
+        told = seen.qformer(query_embeds=seen.embeddings(input_ids=ids), query_length=0).last_hidden_state
+        assert torch.allclose(blip.text_encoder(input_ids=ids).last_hidden_state, told, atol=1e-5)
+        pixels = torch.randn(1, 3, 112, 112)
+        assert torch.allclose(blip.vision_model(pixels)[0], seen.vision_model(pixels)[0], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_blip_resumes_where_it_was_and_exports_what_transformers_loads(tmp_path: Path) -> None:
+    whole, stopped, resumed = (BlipTrainer(PLAN) for _ in range(3))
+    list(whole.run(lambda line: None))
+    for progress in stopped.run(lambda line: None):
+        if progress.step == 3:
+            break
+    stopped.save(tmp_path / "checkpoint.pt")
+    resumed.load(tmp_path / "checkpoint.pt")
+    list(resumed.run(lambda line: None))
+    assert resumed.progress.step == whole.progress.step == PLAN.steps
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    whole.export(tmp_path / "model")
+    assert set(recalls(str(tmp_path / "model"), 4)) == {"recall@1", "recall@5", "recall@10"}

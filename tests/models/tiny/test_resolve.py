@@ -13,7 +13,7 @@ from capipe.models.tiny import CONFIGS, NAMES, resolve
 def test_bundled_names_become_folders(model: str) -> None:
     folder = Path(resolve(f"tiny/{model}"))
     assert folder.is_absolute() and any((folder / config).is_file() for config in CONFIGS)
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 10e6
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-3B-Instruct", "/models/tiny/captioner", "./tiny", "tiny"])

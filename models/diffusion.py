@@ -1,0 +1,126 @@
+"""Pictures from text by a diffusers pipeline: a folder or a hub id, weights in safetensors alone, nobody's code run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from .loading import HUB_ID
+from .scorers import device_and_type
+from .tiny import resolve as resolve_bundled
+
+INDEX = "model_index.json"
+OWN = "PixelDiffusionPipeline"
+
+
+class Painter:
+    """Draws pictures, each from a text and a seed of its own: the same ones, but for float rounding, in any batch.
+
+    ``size``: height and width in pixels, the pipeline's own where None.
+    """
+
+    def __init__(self, pipeline: Any, steps: int, guidance: float, size: int | None = None, batch: int = 8) -> None:
+        self._pipeline, self._batch = pipeline, batch
+        self._settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+        if size is not None:
+            self._settings |= {"height": size, "width": size}
+        pipeline.set_progress_bar_config(disable=True)
+
+    @torch.inference_mode()
+    def paint(self, wanted: Sequence[tuple[str, int]]) -> Tensor:
+        """Pictures (n, 3, height, width), float32 from 0 to 1 on the CPU, of (text, seed) pairs."""
+        pictures = []
+        for start in range(0, len(wanted), self._batch):
+            texts, seeds = zip(*wanted[start : start + self._batch], strict=True)
+            drawn = [torch.Generator().manual_seed(seed) for seed in seeds]  # of the CPU: the same noise on any device
+            found = self._pipeline(prompt=list(texts), generator=drawn, output_type="pt", **self._settings)
+            pictures.append(found.images.float().cpu())
+        return torch.cat(pictures)
+
+
+def load_painter(
+    name: str,
+    *,
+    steps: int,
+    guidance: float,
+    size: int | None = None,
+    batch: int = 8,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Painter:
+    """``tiny/diffusion``, a folder with a ``model_index.json``, or a hub id. Raises BadInput where none loads."""
+    need_diffusers()
+    from diffusers import DiffusionPipeline
+
+    where, number_type = device_and_type(device, dtype)
+    try:
+        folder = pipeline_folder(name)
+        kind = _pipeline_class(folder, name)
+        pipeline = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # as diffusers reports what is amiss
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise BadInput(f"{name}: does not load as a diffusion pipeline ({reason})") from error
+    assert isinstance(pipeline, DiffusionPipeline)
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "prompt" not in takes or "guidance_scale" not in takes:
+        raise BadInput(f"{name}: {type(pipeline).__name__} draws no pictures from a prompt; name a text-to-image one")
+    if size is not None and "height" not in takes:
+        raise BadInput(f"{name}: draws pictures of one size only; leave `size` out")
+    return Painter(pipeline.to(where, number_type), steps, guidance, size, batch)
+
+
+def need_diffusers() -> None:
+    """Raises BadInput where diffusers is not installed."""
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise BadInput(
+            f"reconstruction: diffusers does not import ({error}); pip install 'capipe[diffusion]', or leave it out"
+        ) from None
+
+
+def pipeline_folder(name: str) -> Path:
+    """Where the pipeline lies, fetched from the hub where that is allowed. Raises BadInput."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        path = Path(resolve_bundled(name)).expanduser()
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    if path.is_dir():
+        if not (path / INDEX).is_file():
+            raise BadInput(f"{name}: the folder has no {INDEX}; name the one of a diffusers pipeline")
+        return path.resolve()
+    if path.exists() or not HUB_ID.fullmatch(name):
+        raise BadInput(f"{name}: no such folder; give one of a diffusers pipeline, a hub id or a bundled tiny/ model")
+    return Path(DiffusionPipeline.download(name, use_safetensors=True))
+
+
+def _pipeline_class(folder: Path, name: str) -> Any:
+    """The class that the folder names, one of diffusers' or our own. Raises BadInput for others, and for code."""
+    import diffusers
+
+    named = json.loads((folder / INDEX).read_text()).get("_class_name")
+    if any(folder.rglob("*.py")) or not isinstance(named, str):
+        raise BadInput(f"{name}: brings code of its own, which is not run; name a pipeline of diffusers' own classes")
+    if named == OWN:
+        from .pixel_diffusion import PixelDiffusionPipeline
+
+        return PixelDiffusionPipeline
+    found = getattr(diffusers, named, None)
+    if found is None or not issubclass(found, diffusers.DiffusionPipeline):
+        raise BadInput(f"{name}: diffusers {diffusers.__version__} has no pipeline {named}")
+    return found

@@ -1,0 +1,60 @@
+"""From a recipe's list of rewards to a judge with its models loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..models.loading import EngineConfig, load_engine
+from ..models.reader import QuizReader
+from .advantages import Part
+from .assembly import load_reader
+from .image_text_rewards import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig, build_image_text_reward
+from .judge_reward import JudgeReward, JudgeRewardConfig
+from .naturalness_reward import NaturalnessConfig, build_naturalness_reward
+from .penalties import Decode, PhrasesConfig, PhrasesReward, RepeatsConfig, RepeatsReward
+from .quiz_reward import QuizReward, QuizRewardConfig, reader_config
+from .recipe import RewardConfig
+from .reconstruction_reward import ReconstructionConfig, build_reconstruction_reward
+from .rewards import Judge, Reward
+from .text_rewards import BoilerplateConfig, BoilerplateReward, LengthConfig, LengthReward, RepetitionReward
+
+
+async def build_judge(configs: Sequence[RewardConfig], decode: Decode) -> Judge:
+    """The rewards of a recipe, engines started. ``decode``: a completion's ids to text by the policy's tokenizer.
+
+    Raises BadInput for a model that is not there or of a wrong kind; what was started by then is closed.
+    """
+    rewards: dict[str, Reward] = {}
+    try:
+        for config in configs:
+            rewards[config.kind] = await _reward(config, decode)
+    except BaseException:
+        for reward in rewards.values():
+            await reward.aclose()
+        raise
+    return Judge(rewards, {config.kind: Part(config.weight, config.normalise) for config in configs})
+
+
+async def _reward(config: RewardConfig, decode: Decode) -> Reward:
+    match config:
+        case QuizRewardConfig():
+            engine = await load_reader(config.reader, config.engine)
+            return QuizReward(QuizReader(engine, reader_config()), config)
+        case JudgeRewardConfig():
+            return JudgeReward(await load_engine(EngineConfig(config.engine, config.model)), config)
+        case ClipRewardConfig() | BlipRewardConfig() | ItmRewardConfig():
+            return build_image_text_reward(config)
+        case NaturalnessConfig():
+            return build_naturalness_reward(config)
+        case ReconstructionConfig():
+            return build_reconstruction_reward(config)
+        case PhrasesConfig():
+            return PhrasesReward(config, decode)
+        case RepeatsConfig():
+            return RepeatsReward(config, decode)
+        case LengthConfig():
+            return LengthReward(config)
+        case BoilerplateConfig():
+            return BoilerplateReward(config)
+        case _:
+            return RepetitionReward()
