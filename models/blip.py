@@ -46,6 +46,10 @@ class BlipScorer:
         ids: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=longest).input_ids
         return ids
 
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (n, width), float32."""
+        return self.encode_tokens(self.tokenize(texts))
+
     @torch.inference_mode()
     def encode_tokens(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Unit vectors (n, width), float32, of texts that were tokenized."""

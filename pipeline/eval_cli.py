@@ -39,6 +39,10 @@ def evaluate(
         str | None,
         typer.Option(help="CLIP for recall at 1, 5 and 10; one that was neither reward nor filter: tiny/eval-clip."),
     ] = None,
+    cosine: Annotated[
+        str | None, typer.Option(help="CLIP or BLIP for the mean cosine of captions and images; may be the reward's.")
+    ] = None,
+    language_model: Annotated[str | None, typer.Option(help="Model for the captions' perplexity: tiny/opt.")] = None,
     controls: Annotated[bool, typer.Option(help="Grade blind, empty, generic and oracle captions, too.")] = True,
     max_pixels: o.MaxPixels = None,
     min_pixels: o.MinPixels = None,
@@ -55,18 +59,23 @@ def evaluate(
     """Measure a captioner by how well a reader answers quiz questions from its captions alone."""
     from ..manifests.artifact import Artifact
     from ..models.clip import clip_folder
+    from ..models.lm_scores import load_text_scorer
     from ..stages import grade, screen
     from ..stages.annotate import AnnotateConfig
     from .annotating import AnnotateStage, chosen_prompts
     from .engine_stages import plan
     from .grading import GradeStage
-    from .reporting import report_on, write_report
+    from .reporting import Judges, load_cosine, report_on, write_report
 
     if (model is None) == (captions is None):
         raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
     asked = question_artifact(questions)
     if clip is not None:
         clip_folder(clip)  # raises where there is none such, before anything is captioned
+    if cosine is not None:
+        load_cosine(cosine)
+    if language_model is not None:
+        load_text_scorer(language_model)
     config = o.validated(
         grade.GradeConfig,
         presentations=presentations,
@@ -113,7 +122,7 @@ def evaluate(
     done = Artifact.open(graded)
     if not done.committed():  # what kept every shard from being graded has been said
         raise typer.Exit(max(codes))
-    report = report_on(done, clip)
+    report = report_on(done, Judges(clip, cosine, language_model))
     write_report(report, out)
     show(report)
     print(f"report: {out / 'report.md'}")

@@ -3,42 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.shards import RowReader, expand
-from ..models.clip import ClipScorer, load_clip
+from ..models.blip import BlipScorer
+from ..models.clip import ClipScorer, clip_folder, load_clip
+from ..models.lm_scores import load_text_scorer
 from ..models.scorers import ScorerConfig, scorer_identity
 from ..trainer.comparison import Run
 from ..trainer.evaluation import evaluate
 from ..trainer.figures import Comparison, Report
 from ..trainer.report import to_json, to_markdown
-from ..trainer.retrieval import gallery_of, ranks_of
+from ..trainer.retrieval import Gallery, cosines_of, gallery_of, ranks_of
 
 
-def report_on(graded: Artifact, clip: str | None = None) -> Report:
-    """The figures of a graded artifact, with recall at k by the CLIP that is named. Raises BadInput without any."""
-    if clip is None:
-        return evaluate(rows_of(graded), settings(graded), where=graded.url)
-    ranks, gallery = _ranks(graded, load_clip(clip))
-    identity = scorer_identity(ScorerConfig("clip", clip))
-    facts = {**settings(graded), "retrieval": f"{clip}@{str(identity['model'])[:12]}"}
-    return evaluate(rows_of(graded), facts, ranks=ranks, gallery=gallery, where=graded.url)
+@dataclass(frozen=True)
+class Judges:
+    """Models that an evaluation asks about captions, by name. ``cosine``: a CLIP or a BLIP, maybe the reward's own."""
+
+    clip: str | None = None
+    cosine: str | None = None
+    language_model: str | None = None
 
 
-def _ranks(graded: Artifact, clip: ClipScorer) -> tuple[dict[tuple[str, str], int], int]:
-    """Ranks by image and caption, and the gallery's size: the images whose captions were graded."""
-    captions = {
+def load_cosine(name: str) -> ClipScorer | BlipScorer:
+    """A BLIP with contrastive heads, or any open_clip model. Raises BadInput where it is neither."""
+    from ..models.blip import load_blip
+
+    try:
+        clip_folder(name)
+    except BadInput:
+        return load_blip(name)
+    return load_clip(name)
+
+
+def report_on(graded: Artifact, judges: Judges = Judges()) -> Report:
+    """The figures of a graded artifact, with those of the models that are named. Raises BadInput without any row."""
+    facts, more = settings(graded), dict[str, Any]()
+    if judges.clip is not None:
+        clip = load_clip(judges.clip)
+        gallery, captions = _gallery(graded, clip)
+        more |= {"ranks": ranks_of(gallery, captions, clip), "gallery": len(gallery.names)}
+        identity = scorer_identity(ScorerConfig("clip", judges.clip))
+        facts["retrieval"] = f"{judges.clip}@{str(identity['model'])[:12]}"
+    if judges.cosine is not None:
+        scorer = load_cosine(judges.cosine)
+        more["cosines"] = cosines_of(*_gallery(graded, scorer), scorer)
+        facts["cosine"] = judges.cosine
+    if judges.language_model is not None:
+        texts = sorted({text for _, text in _captions(graded)})
+        more["logps"] = dict(zip(texts, load_text_scorer(judges.language_model).logps(texts), strict=True))
+        facts["language model"] = judges.language_model
+    return evaluate(rows_of(graded), facts, where=graded.url, **more)
+
+
+def _captions(graded: Artifact) -> dict[tuple[str, str], None]:
+    """Distinct captions with the uid of their image."""
+    return {
         (row["uid"], caption["text"] or ""): None
         for row in rows_of(graded)
         for caption in row["captions"]
         if row["uid"] is not None and caption["text"] is not None
     }
+
+
+def _gallery(graded: Artifact, scorer: ClipScorer | BlipScorer) -> tuple[Gallery, dict[tuple[str, str], None]]:
+    """The images whose captions were graded, and these captions."""
+    captions = _captions(graded)
     shards = expand(graded.config["run"]["shards"])
     images = (row for shard in shards for row in RowReader(shard))
-    gallery = gallery_of(images, {image for image, _ in captions}, clip)
-    return ranks_of(gallery, captions, clip), len(gallery.names)
+    return gallery_of(images, {image for image, _ in captions}, scorer), captions
 
 
 def run_of(folder: Path, system: str | None) -> Run:

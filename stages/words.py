@@ -9,6 +9,11 @@ from typing import TypeVar
 Item = TypeVar("Item")
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 GRAM = 4
+_COLORS = (
+    "beige black blue brown crimson cyan gold golden gray green grey indigo ivory lavender lilac magenta maroon mauve "
+    "navy olive orange pink purple red rose scarlet silver tan teal turquoise violet white yellow"
+)
+COLORS = frozenset(_COLORS.split())
 
 
 def words_of(text: str) -> list[str]:

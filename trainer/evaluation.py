@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..models.quiz import KINDS
 from ..models.tiny.grade import grade, parse
 from ..models.tiny.world import Scene
 from ..stages.grade import CONTROLS
-from .figures import Example, ExampleAnswer, Place, Quiz, Report, Retrieval, System, Truth, json_ready
+from .figures import Example, ExampleAnswer, Judged, Place, Quiz, Report, Retrieval, System, Truth, json_ready
 from .grades import (
     GradedCaption,
     GradedImage,
@@ -35,6 +35,8 @@ def evaluate(
     *,
     ranks: Mapping[tuple[str, str], int] | None = None,
     gallery: int = 0,
+    cosines: Mapping[tuple[str, str], float] | None = None,
+    logps: Mapping[str, Sequence[float]] | None = None,
     where: str = "the graded rows",
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -42,10 +44,11 @@ def evaluate(
     """The report on rows of the GRADE schema, read once.
 
     ``settings``: JSON-ready facts for the reader of the report (model, reader, fingerprints); ``ranks``: by uid and
-    caption, from :mod:`.retrieval`, in a ``gallery`` of so many images; ``where``: the rows' name in errors. Raises
-    BadInput where there is no row, no question, or no answer with a score.
+    caption, from :mod:`.retrieval`, in a ``gallery`` of so many images; ``cosines``: the same way, of a caption's and
+    its image's features; ``logps``: of each caption's tokens under a language model, by its text; ``where``: the rows'
+    name in errors. Raises BadInput where there is no row, no question, or no answer with a score.
     """
-    tally = _Tally(ranks=ranks or {})
+    tally = _Tally(ranks=ranks or {}, cosines=cosines or {}, logps=logps or {})
     for row in rows:
         tally.add(row, where)
     tally.check(where)
@@ -110,7 +113,9 @@ class _SystemTally:
         text = self.text.statistics() if name != "blind" else None
         found = {k: figure(f"recall@{k}") for k in RECALL_AT}
         retrieval = Retrieval(gallery, self.ranked, found) if self.ranked else None
-        return System(name, self.samples, self.captions, dict(self.excluded), quiz, truth, text, retrieval)
+        said = Judged(figure("cosine"), figure("logp"))
+        judged = None if said == Judged(NOTHING, NOTHING) else said
+        return System(name, self.samples, self.captions, dict(self.excluded), quiz, truth, text, retrieval, judged)
 
 
 @dataclass
@@ -118,6 +123,8 @@ class _Tally:
     """All that is counted while the rows go by."""
 
     ranks: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    cosines: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    logps: Mapping[str, Sequence[float]] = field(default_factory=dict)
     rows: int = 0
     questions: int = 0
     unscored: int = 0
@@ -167,6 +174,10 @@ class _Tally:
                 tally.ranked += 1
                 for k, hit in found_at(rank).items():
                     self.ratios.add((name, f"recall@{k}", ""), image, hit)
+            if (cosine := self.cosines.get((graded.image, caption.text))) is not None:
+                self.ratios.add((name, "cosine", ""), image, cosine)
+            if (logp := self.logps.get(caption.text)) and name != "blind":
+                self.ratios.add((name, "logp", ""), image, sum(logp), len(logp))
             if graded.scene is not None and name not in _UNTRUE:
                 tally.graded += 1
                 self._add_truth(name, caption.text, graded.scene, image)

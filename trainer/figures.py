@@ -98,12 +98,24 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What other models say of a system's captions; each may have no figure, where no such model was asked.
+
+    ``cosine``: of a caption's and its image's features, as Luo, Song and Ma measure; the model may be the reward's own.
+    ``logp``: mean natural log-probability of a token under a language model; its perplexity is exp(-logp).
+    """
+
+    cosine: Estimate
+    logp: Estimate
+
+
+@dataclass(frozen=True)
 class System:
     """The figures of one prompt's captions, or of one control.
 
     ``samples``: the most captions that an image has. ``excluded``: captions that are in no figure, by status.
     ``truth`` is None where no scene is known or there is no caption to hold against it, ``text`` is None for blind,
-    ``retrieval`` where no CLIP was asked.
+    ``retrieval`` and ``judged`` where no model was asked.
     """
 
     name: str
@@ -114,6 +126,7 @@ class System:
     truth: Truth | None
     text: TextStatistics | None
     retrieval: Retrieval | None = None
+    judged: Judged | None = None
 
 
 @dataclass(frozen=True)

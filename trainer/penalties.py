@@ -105,12 +105,17 @@ class PhrasesConfig(BaseModel):
         return self
 
 
+def patterns_of(config: PhrasesConfig) -> dict[str, re.Pattern[str]]:
+    """What finds each of the listed phrases and patterns, by how it is written in ``config``."""
+    found = {phrase: phrase_pattern(phrase) for phrase in config.phrases}
+    return found | {pattern: re.compile(pattern, re.IGNORECASE) for pattern in config.patterns}
+
+
 class PhrasesReward:
     """Minus the number of listed phrases in the caption, each charged to the token that ends it."""
 
     def __init__(self, config: PhrasesConfig, decode: Decode) -> None:
-        self._patterns = {phrase: phrase_pattern(phrase) for phrase in config.phrases}
-        self._patterns |= {pattern: re.compile(pattern, re.IGNORECASE) for pattern in config.patterns}
+        self._patterns = patterns_of(config)
         self._decode = decode
 
     async def score(self, task: Task, caption: Completion, draw: str) -> Scored:

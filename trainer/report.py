@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def terminal(value: Report | Comparison) -> list[Table]:
             _quiz_grid(value),
             _truth_grid(value),
             _retrieval_grid(value),
+            _judged_grid(value),
             _text_grid(value),
             _kinds_grid(value),
         )
@@ -72,6 +74,7 @@ def _report_page(report: Report) -> Iterator[str]:
         _quiz_grid(report),
         _truth_grid(report),
         _retrieval_grid(report),
+        _judged_grid(report),
         _text_grid(report),
         _kinds_grid(report),
         _places_grid(report),
@@ -171,6 +174,24 @@ def _retrieval_grid(report: Report) -> Grid:
     return Grid("Retrieval", header, tuple(rows), note)
 
 
+def _judged_grid(report: Report) -> Grid:
+    rows = [
+        (
+            system.name,
+            _interval(each.cosine, 3),
+            NONE if each.logp.value is None else f"{math.exp(-each.logp.value):.2f}",
+            _interval(each.logp, 3),
+        )
+        for system in report.systems
+        if (each := system.judged) is not None
+    ]
+    note = (
+        "Cosine: of a caption's features and its image's, mean over captions. Perplexity: exp of minus the mean "
+        "log-probability of a caption's tokens under the language model. Settings name the models."
+    )
+    return Grid("Other models", ("system", "cosine", "perplexity", "log-probability"), tuple(rows), note)
+
+
 def _text_grid(report: Report) -> Grid:
     rows = [
         (
@@ -183,6 +204,8 @@ def _text_grid(report: Report) -> Grid:
             _number(text.rep_4, 3),
             _share(text.loops),
             _share(text.identical),
+            _number(text.colors, 2),
+            _share(text.phrases),
         )
         for system in report.systems
         if (text := system.text) is not None
@@ -197,10 +220,13 @@ def _text_grid(report: Report) -> Grid:
         "rep-4",
         "loops %",
         "identical %",
+        "colours",
+        "phrases %",
     )
     note = (
         "Distinct-n: distinct words and pairs of words among all. Rep-4: repeated 4-grams within a caption. "
-        "Loops: captions in which a phrase loops. Identical: captions that are also another image's."
+        "Loops: captions in which a phrase loops. Identical: captions that are also another image's. "
+        "Colours: distinct colour words in a caption. Phrases: captions with 'an image of' and the like, or a year."
     )
     return Grid("Text", header, tuple(rows), note)
 
@@ -306,6 +332,12 @@ def _percent(estimate: Estimate, interval: bool = True, sign: str = "") -> str:
     if estimate.low is None or estimate.high is None:
         return f"{value} ({NONE})"
     return f"{value} ({100 * estimate.low:{sign}.1f}, {100 * estimate.high:{sign}.1f})"
+
+
+def _interval(estimate: Estimate, digits: int) -> str:
+    if estimate.low is None or estimate.high is None:
+        return _number(estimate.value, digits)
+    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}, {estimate.high:.{digits}f})"
 
 
 def _share(value: float | None) -> str:

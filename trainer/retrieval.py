@@ -1,4 +1,7 @@
-"""Recall at k: how often a caption finds its own image in a gallery, by a CLIP that was neither reward nor filter."""
+"""Recall at k: how often a caption finds its own image in a gallery, by a CLIP that was neither reward nor filter.
+
+And the cosine of captions with their own images, by whichever model.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..manifests.shards import Row
+from ..models.blip import BlipScorer
 from ..models.clip import ClipScorer
 from ..models.formats import ImageProblem
 from ..models.images import ImageLimits, Pixels
@@ -17,6 +21,9 @@ from ..models.views import decode_views
 
 BATCH = 64
 TEXTS = 1024  # captions compared with the gallery at a time
+
+
+Scorer = ClipScorer | BlipScorer
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Gallery:
     features: Tensor
 
 
-def gallery_of(rows: Iterable[Row], wanted: set[str], clip: ClipScorer) -> Gallery:
+def gallery_of(rows: Iterable[Row], wanted: set[str], clip: Scorer) -> Gallery:
     """The images of ``rows`` whose uid is ``wanted`` and that can be decoded, each once."""
     names: list[str] = []
     parts: list[Tensor] = []
@@ -37,7 +44,7 @@ def gallery_of(rows: Iterable[Row], wanted: set[str], clip: ClipScorer) -> Galle
     return Gallery(names, torch.cat(parts) if parts else torch.empty(0, 0))
 
 
-def _decoded(rows: Iterable[Row], wanted: set[str], clip: ClipScorer) -> Iterator[tuple[str, Pixels]]:
+def _decoded(rows: Iterable[Row], wanted: set[str], clip: Scorer) -> Iterator[tuple[str, Pixels]]:
     left = set(wanted)
     for row in rows:
         if row.uid in left and row.image is not None:
@@ -52,20 +59,35 @@ def _in_batches(images: Iterator[tuple[str, Pixels]]) -> Iterator[list[tuple[str
         yield batch
 
 
-def ranks_of(gallery: Gallery, captions: Iterable[tuple[str, str]], clip: ClipScorer) -> dict[tuple[str, str], int]:
+def ranks_of(gallery: Gallery, captions: Iterable[tuple[str, str]], clip: Scorer) -> dict[tuple[str, str], int]:
     """By image and caption, the place of the image (1 is the best) when the gallery is sorted by cosine to the caption.
 
     Ties count against it: a caption that fits everything equally finds nothing. Captions of images that are not in the
     gallery have no rank.
     """
-    where = {name: number for number, name in enumerate(gallery.names)}
-    asked = [(image, text) for image, text in dict.fromkeys(captions) if image in where]
     found: dict[tuple[str, str], int] = {}
-    for batch in (asked[start : start + TEXTS] for start in range(0, len(asked), TEXTS)):
-        said = clip.encode_texts([text for _, text in batch])
-        own = torch.tensor([where[image] for image, _ in batch], device=said.device)
+    for batch, said, own in _asked(gallery, captions, clip):
         found |= zip(batch, ranks(said @ gallery.features.T, own), strict=True)
     return found
+
+
+def cosines_of(gallery: Gallery, captions: Iterable[tuple[str, str]], scorer: Scorer) -> dict[tuple[str, str], float]:
+    """By image and caption, the cosine of the two, in [-1, 1]; none for images that are not in the gallery."""
+    found: dict[tuple[str, str], float] = {}
+    for batch, said, own in _asked(gallery, captions, scorer):
+        found |= zip(batch, (said * gallery.features[own]).sum(-1).tolist(), strict=True)
+    return found
+
+
+def _asked(
+    gallery: Gallery, captions: Iterable[tuple[str, str]], scorer: Scorer
+) -> Iterator[tuple[list[tuple[str, str]], Tensor, Tensor]]:
+    """Distinct captions of the gallery's images in batches: their vectors (n, width), their images' places (n,)."""
+    where = {name: number for number, name in enumerate(gallery.names)}
+    asked = [(image, text) for image, text in dict.fromkeys(captions) if image in where]
+    for batch in (asked[start : start + TEXTS] for start in range(0, len(asked), TEXTS)):
+        said = scorer.encode_texts([text for _, text in batch])
+        yield batch, said, torch.tensor([where[image] for image, _ in batch], device=said.device)
 
 
 def ranks(similarity: Tensor, own: Tensor) -> list[int]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ..stages.health import HealthConfig, find_loop
-from ..stages.words import GRAM, repeated_share, words_of
+from ..stages.words import COLORS, GRAM, repeated_share, words_of
+from .penalties import PhrasesConfig, find_all, patterns_of
 
+_PHRASES = patterns_of(PhrasesConfig())
 _LOOP_REPEATS = HealthConfig().loop_repeats
 
 
@@ -26,6 +28,8 @@ class TextStatistics:
     loops: float | None  # share of captions in which a phrase loops
     rep_4: float | None  # mean share of repeated 4-grams in a caption, of those with four words (Welleck et al. 2020)
     identical: float | None  # share of captions that are, word for word, also another image's
+    colors: float | None = None  # mean number of distinct colour words in a caption (VLRM counts these)
+    phrases: float | None = None  # share of captions with boilerplate as the `phrases` reward finds it by default
 
 
 @dataclass
@@ -36,6 +40,8 @@ class TextTally:
     words: int = 0
     pairs: int = 0
     loops: int = 0
+    colors: int = 0
+    phrases: int = 0
     tokens: list[int] = field(default_factory=list)
     repeated: list[float] = field(default_factory=list)
     vocabulary: set[str] = field(default_factory=set)
@@ -53,6 +59,8 @@ class TextTally:
         self.vocabulary.update(words)
         self.distinct_pairs.update(pairs)
         self.loops += loops(text)
+        self.colors += len(COLORS.intersection(words))
+        self.phrases += bool(find_all(_PHRASES, text))
         if n_tokens is not None:
             self.tokens.append(n_tokens)
         if len(words) >= GRAM:
@@ -75,6 +83,8 @@ class TextTally:
             loops=_ratio(self.loops, self.captions),
             rep_4=_ratio(sum(self.repeated), len(self.repeated)),
             identical=_ratio(identical, self.captions),
+            colors=_ratio(self.colors, self.captions),
+            phrases=_ratio(self.phrases, self.captions),
         )
 
 

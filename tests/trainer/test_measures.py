@@ -97,6 +97,14 @@ def test_text_figures_by_hand() -> None:
     assert found.identical == 2 / 3 and found.loops == 0
 
 
+def test_colours_are_counted_once_a_caption_and_boilerplate_by_the_caption() -> None:
+    tally = TextTally()
+    tally.add("An image of a red star, a red circle and a blue square, taken in 1999.", None, image=0)
+    tally.add("An imageof something", None, image=1)
+    found = tally.statistics()
+    assert (found.colors, found.phrases) == (1.0, 0.5)
+
+
 def test_a_caption_repeated_for_its_own_image_is_not_another_images() -> None:
     tally = TextTally()
     for image in (0, 0, 1):

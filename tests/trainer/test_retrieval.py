@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
 import numpy as np
+import pytest
 import torch
 
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
 from capipe.models.clip import load_clip
+from capipe.models.images import ImageLimits
+from capipe.models.scorers import Pair
 from capipe.models.tiny.corpus import samples
 from capipe.models.tiny.wording import dense_caption
 from capipe.models.tiny.world import Scene, Thing
+from capipe.models.views import decode_views
 from capipe.trainer.evaluation import evaluate
 from capipe.trainer.figures import Report
 from capipe.trainer.measures import found_at
 from capipe.trainer.report import to_markdown
-from capipe.trainer.retrieval import gallery_of, ranks, ranks_of
+from capipe.trainer.retrieval import cosines_of, gallery_of, ranks, ranks_of
 
 from .grading import caption, question, row
 
@@ -51,6 +56,10 @@ def test_a_clip_finds_scenes_by_dense_captions_and_not_by_empty_ones() -> None:
     found = ranks_of(gallery, [*dense, (dense[0][0], ""), ("nobody", "A dog.")], clip)
     assert sum(found[pair] <= 10 for pair in dense) > 45
     assert ("nobody", "A dog.") not in found and (dense[0][0], "") in found
+    cosines = cosines_of(gallery, [*dense, ("nobody", "A dog.")], clip)
+    features = clip.encode_images([decode_views(shown[3].image, views=(clip.view,), limits=ImageLimits())[0]])
+    assert cosines[dense[3]] == pytest.approx(clip.score(features, [Pair(0, dense[3][1])])[0], abs=1e-5)
+    assert cosines.keys() == set(dense)
 
 
 def test_the_report_has_recall_by_system_and_comes_back_from_json() -> None:
@@ -73,3 +82,16 @@ def test_the_report_has_recall_by_system_and_comes_back_from_json() -> None:
     assert Report.from_dict(report.to_dict()) == report
     assert "recall@10 %" in to_markdown(report)
     assert "Retrieval" not in to_markdown(evaluate(graded, {}, resamples=20))
+
+
+def test_the_report_has_cosines_and_perplexity_of_those_captions_that_were_judged() -> None:
+    graded = [row(key, [question("q")], [caption("plain", f"caption {key}", {"q": [0]})]) for key in ("a", "b")]
+    cosines = {(graded[0]["uid"], "caption a"): 0.25, (graded[1]["uid"], "caption b"): 0.75}
+    logps = {"caption a": [-1.0, -3.0], "caption b": [-2.0]}
+    report = evaluate(graded, {}, cosines=cosines, logps=logps, resamples=20)
+    judged = report.systems[0].judged
+    assert judged is not None and judged.cosine.value == 0.5 and judged.logp.value == -2.0
+    assert judged.logp.n == 3  # a mean over tokens, not over captions
+    assert Report.from_dict(report.to_dict()) == report
+    assert f"{math.exp(2):.2f}" in to_markdown(report) and "Other models" in to_markdown(report)
+    assert evaluate(graded, {}, resamples=20).systems[0].judged is None
