@@ -116,7 +116,7 @@ def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
     if name == "vgg":
         return FeaturesTrainer(FeaturesPlan(seed=seed, **length))
     if name == "blip":
-        return BlipTrainer(MatchingPlan(seed=seed, **length))
+        return BlipTrainer(MatchingPlan(seed=seed, reading_steps=0, **length))
     if name == "diffusion":
         from .drawing import DrawingPlan, DrawingTrainer  # imports diffusers, which is not installed everywhere
 
