@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..scorers import ScorerConfig, load_scorer
-from . import NAMES, folder_of
+from . import NAMES, UNTRAINED, folder_of
 from .contrastive import BlipTrainer, recalls
 from .corpus import samples
 from .detect import detections, subjects
@@ -135,7 +135,7 @@ def say(line: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=NAMES)
+    parser.add_argument("model", choices=(*NAMES, *UNTRAINED))
     parser.add_argument("--seed", type=int, default=0)
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="train for so long; learning rates follow the clock")
