@@ -10,8 +10,9 @@ from pathlib import Path
 PREFIX = "tiny/"
 NAMES: tuple[str, ...] = (
     "captioner", "teacher", "reader", "holdout-reader", "clip", "eval-clip", "itm", "vit-gpt2", "blip2", "opt",
-    "vgg", "diffusion", "blip",
+    "vgg",
 )  # fmt: skip
+UNTRAINED = ("diffusion", "blip")  # can be trained; their weights are not bundled
 CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")  # of transformers, of open_clip, of diffusers
 
 
@@ -33,7 +34,7 @@ def resolve(name: str) -> str:
     if not name.startswith(PREFIX):
         return name
     model = name.removeprefix(PREFIX)
-    if model not in NAMES:
+    if model not in (*NAMES, *UNTRAINED):
         known = ", ".join(PREFIX + each for each in NAMES)
         raise ValueError(f"no bundled model is called {name!r}; the known ones are: {known}")
     if not is_bundled(model):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..scorers import ScorerConfig, load_scorer
-from . import NAMES, folder_of
+from . import NAMES, UNTRAINED, folder_of
 from .contrastive import BlipTrainer, recalls
 from .corpus import samples
 from .detect import detections, subjects
@@ -116,7 +116,7 @@ def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
     if name == "vgg":
         return FeaturesTrainer(FeaturesPlan(seed=seed, **length))
     if name == "blip":
-        return BlipTrainer(MatchingPlan(seed=seed, **length))
+        return BlipTrainer(MatchingPlan(seed=seed, reading_steps=0, **length))
     if name == "diffusion":
         from .drawing import DrawingPlan, DrawingTrainer  # imports diffusers, which is not installed everywhere
 
@@ -135,7 +135,7 @@ def say(line: str) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=NAMES)
+    parser.add_argument("model", choices=(*NAMES, *UNTRAINED))
     parser.add_argument("--seed", type=int, default=0)
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="train for so long; learning rates follow the clock")

@@ -116,13 +116,20 @@ class BlipTrainer(ClipTrainer):
         return scale.exp().clamp(max=100)
 
     def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
-        loss, figures = super().losses(pooled, tokens, batch, whole)
+        """Captions and sentences by turns: the leader knows both, and both at once would cost twice the time."""
+        of_captions = self.progress.step % 2 == 0
+        texts = batch.captions if of_captions else batch.sentences
+        told = self.encode(texts)
+        if of_captions:
+            loss, figures = self.of_captions(pooled, told, self.encode(batch.false_captions))
+        else:
+            loss, figures = self.of_sentences(pooled, told, self.encode(batch.false_sentences))
         with torch.no_grad():
             image = functional.normalize(self.leader.visual(normalised(batch.pixels)), dim=-1)
-            texts = batch.captions if whole else batch.sentences
             text = functional.normalize(encode_trimmed(self.leader, texts), dim=-1)
-        near = (1 - (pooled * image).sum(-1)).mean(), (1 - (self.encode(texts) * text).sum(-1)).mean()
-        return loss + LED * (near[0] + near[1]), figures | {"image_off": near[0].item(), "text_off": near[1].item()}
+        image_off, text_off = 1 - (pooled * image).sum(-1).mean(), 1 - (told * text).sum(-1).mean()
+        figures |= {"loss": loss.item(), "image_off": image_off.item(), "text_off": text_off.item()}
+        return loss + LED * (image_off + text_off), figures
 
     def export(self, folder: Path) -> None:
         copy = BlipForImageTextRetrieval(self.model.config)

@@ -65,7 +65,7 @@ class DrawingPlan(Schedule):
     """``images`` a step; in the first ``reading_steps`` the text encoder learns alone, then the UNet alone."""
 
     images: int = 32
-    reading_steps: int = 300
+    reading_steps: int = 500
     reading_weight: float = 0.03  # of the cells that are read from the UNet
     workers: int = 1
 
@@ -92,7 +92,10 @@ class DrawingBatches(Dataset[Drawings]):
         rng = Random(f"drawing:{self.plan.seed}:{step}")
         most = min(MOST_THINGS, 2 + step // 100)
         shown = [sample_of("train", rng, most, SIGN_SHARE) for _ in range(self.plan.images)]
-        texts = ["" if rng.random() < UNTOLD else rng.choice(TELLINGS)(scene, rng) for scene in shown]
+        if step < self.plan.reading_steps:  # what tells all is what to learn to read from
+            texts = [dense_caption(scene, rng) for scene in shown]
+        else:
+            texts = ["" if rng.random() < UNTOLD else rng.choice(TELLINGS)(scene, rng) for scene in shown]
         pixels = pictures([render(scene, rng, SIDE) for scene in shown])
         return Drawings(pixels, texts, truth_of(shown))
 
@@ -178,7 +181,7 @@ class DrawingTrainer(Course[Drawings]):
         self.tokenizer = build_text_tokenizer()
         text, unet = build_text_encoder(self.tokenizer), UNet2DConditionModel(**UNET)
         self.plan, self.model = plan, nn.ModuleDict({"text_encoder": text, "unet": unet})
-        self.readers = nn.ModuleList([SlotReader(WIDTH), CellReader(DEEP, DEEP_PLACES)])
+        self.readers = nn.ModuleList([SlotReader(WIDTH), CellReader(DEEP, DEEP_PLACES), CellReader(WIDTH, tokens=0)])
         self.deep: list[Tensor] = []
         self.mean = copy.deepcopy(self.model).requires_grad_(False)
         unet.mid_block.register_forward_hook(lambda module, inputs, output: self.deep.append(output))
@@ -206,7 +209,9 @@ class DrawingTrainer(Course[Drawings]):
             last = mask.sum(1, keepdim=True) - len(CELLS) + torch.arange(len(CELLS))
             slots = states.gather(1, last[:, :, None].expand(-1, -1, WIDTH))
             loss, read = reading_loss(self.readers[0](slots), batch.truth)
-            report = {"reading": loss.item(), "cells": sum(read[:4]) / 4}
+            found, _ = reading_loss(self.readers[2](states), batch.truth)  # words first: cells take it from them
+            report = {"reading": loss.item(), "cells": sum(read[:4]) / 4, "words": found.item()}
+            loss = loss + found
         else:
             drawn, seen = self.drawing_losses(batch, states.detach(), mask)  # it has learnt to read
             loss = drawn + self.plan.reading_weight * seen

@@ -187,28 +187,32 @@ class ClipTrainer(MatchingTrainer):
         return unfolded.view(-1, len(PLACES), SLOT)
 
     def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
-        n, s = len(pooled), self.plan.sentences
-        groups = [batch.sentences, batch.false_sentences]
+        loss, figures = self.of_sentences(pooled, self.encode(batch.sentences), self.encode(batch.false_sentences))
         if whole:
-            groups += [batch.captions, batch.false_captions]
-        told = [self.encode(ids) for ids in groups]
+            more, told = self.of_captions(pooled, self.encode(batch.captions), self.encode(batch.false_captions))
+            loss, figures = loss + more, figures | told
+        return loss, figures | {"loss": loss.item()}
+
+    def of_sentences(self, pooled: Tensor, told: Tensor, false: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Of vectors of images (n, EMBED) and of the sentences about each, one image's after the other's."""
         scale = self.scale()
-        owners = torch.arange(n).repeat_interleave(s)
-        right, wrong = ((pooled[owners] * each).sum(-1) for each in told[:2])
+        owners = torch.arange(len(pooled)).repeat_interleave(len(told) // len(pooled))
+        right, wrong = ((pooled[owners] * each).sum(-1) for each in (told, false))
         loss = functional.softplus(scale * (wrong - right)).mean()
-        figures = {"sentences": (right > wrong).float().mean().item(), "scale": scale.item()}
-        among = scale * told[0] @ pooled.T  # other images may fit a sentence as well, hence the small weight
+        among = scale * told @ pooled.T  # other images may fit a sentence as well, hence the small weight
         loss = loss + 0.3 * functional.cross_entropy(among, owners)
-        if whole:
-            logits = scale * pooled @ torch.cat(told[2:]).T
-            here = torch.arange(n)
-            loss = loss + functional.cross_entropy(logits, here) + functional.cross_entropy(logits[:, :n].T, here)
-            twins = logits.diagonal() > logits[:, n:].diagonal()
-            figures |= {
-                "captions": twins.float().mean().item(),
-                "recall": (logits.argmax(-1) == here).float().mean().item(),
-            }
-        figures["loss"] = loss.item()
+        return loss, {"sentences": (right > wrong).float().mean().item(), "scale": scale.item()}
+
+    def of_captions(self, pooled: Tensor, told: Tensor, false: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Of vectors of images and of a caption about each, (n, EMBED)."""
+        n, here = len(pooled), torch.arange(len(pooled))
+        logits = self.scale() * pooled @ torch.cat((told, false)).T
+        loss = functional.cross_entropy(logits, here) + functional.cross_entropy(logits[:, :n].T, here)
+        twins = logits.diagonal() > logits[:, n:].diagonal()
+        figures = {
+            "captions": twins.float().mean().item(),
+            "recall": (logits.argmax(-1) == here).float().mean().item(),
+        }
         return loss, figures
 
     def export(self, folder: Path) -> None:
