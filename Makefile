@@ -1,4 +1,5 @@
 # `make demo` and `make test` each do the whole set-up first. Needs python3.11 or newer, pip and make.
+# TEST_OPTIONS: more of pytest's, e.g. --slow-minutes 14: slow tests begin no later than that.
 # JOBS: test files run at the same time; a file's tests share engines, so they stay together.
 PYTHON ?= python3
 JOBS ?= 2
@@ -27,7 +28,7 @@ demo: setup
 	$(BIN)/capipe demo --out demo
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 25
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 25 $(TEST_OPTIONS)
 
 test-fast: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow'

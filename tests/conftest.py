@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,21 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for commands, too: tiny models are no faster with two, and often slower
+
+
+_STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For CI, which has so many minutes: what is left out is told in the summary."""
+    parser.addoption("--slow-minutes", type=float, help="start no slow test later than so many minutes into the run")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the engine is started that the test would need
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--slow-minutes")
+    if limit is not None and item.get_closest_marker("slow") and time.monotonic() - _STARTED > 60 * limit:
+        pytest.skip(f"the {limit:g} minutes for slow tests are over")
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 64), fmt: str = "JPEG") -> bytes:
