@@ -100,7 +100,7 @@ class Demo:
             f"save_every={self.train_steps}",
             *FEW_STEPS,
         )
-        _capipe("train", "tiny", "--out", self.at.run, *(word for each in settings for word in ("--set", each)))
+        _capipe("train", "tiny-caprl", "--out", self.at.run, *(word for each in settings for word in ("--set", each)))
 
     def after(self) -> None:
         self._evaluate(self.at.trained_evaluation, folder_of(self.at.run, self.train_steps), "--no-controls")

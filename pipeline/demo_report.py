@@ -221,8 +221,8 @@ def _training(gain: Gain) -> list[str]:
     """The report's section on training, by paragraphs."""
     return [
         "## Training",
-        f"`capipe train tiny` trained the captioner for {gain.steps} steps on other scenes: its captions, asked for by "
-        "the plain prompt, earned the share of questions that `tiny/reader` answered from them. Below, "
+        f"`capipe train tiny-caprl` trained the captioner for {gain.steps} steps on other scenes: its captions, asked "
+        "for by the plain prompt, earned the share of questions that `tiny/reader` answered from them. Below, "
         "`tiny/holdout-reader`, by which nothing was trained, answers the questions about the first shard's pictures.",
         "| captions | quiz accuracy |\n|---|---|\n"
         f"| before | {gain.before:.3f} |\n| after | {gain.after:.3f} |\n| oracle | {gain.oracle:.3f} |",

@@ -85,10 +85,10 @@ def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
 
 def test_a_bundled_recipe_has_a_name_which_a_file_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = load_recipe(Path("tiny"), ["steps=3"])
+    made = load_recipe(Path("tiny-caprl"), ["steps=3"])
     assert (made.model, made.steps) == ("tiny/captioner", 3)
-    (tmp_path / "tiny").write_text(TEXT)
-    assert load_recipe(Path("tiny")) == load_recipe(tmp_path / "tiny") != made
+    (tmp_path / "tiny-caprl").write_text(TEXT)
+    assert load_recipe(Path("tiny-caprl")) == load_recipe(tmp_path / "tiny-caprl") != made
     with pytest.raises(BadInput, match=r"a bundled one: .*tiny"):
         load_recipe(Path("sub/tiny"))
 
