@@ -1,6 +1,6 @@
 """CapRL's ablations at the bundled models' scale: what each reward makes of the same captioner in the same steps.
 
-Each row is a `capipe train recipes/tiny.yaml` with the overrides below, then a `capipe eval` of its last checkpoint on
+Each row is a `capipe train tiny-caprl` with the overrides below, then a `capipe eval` of its last checkpoint on
 held-out scenes at temperature 1 under the hold-out reader. What is finished in --out is not done again.
 
     python bench/ablations.py --data data/tiny --out runs/ablations
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
+from _runs import captioner, evaluate, train
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-caprl.yaml"
 READER = "{kind: quiz, reader: tiny/reader, engine: transformers, presentations: sampled, questions: %d}"
 REPETITION = "{kind: repetition, weight: 0.5}"
 NO_ALARMS = ("alarms.truncated=1", "alarms.repeating=1")  # a control is to run into the wall
@@ -39,34 +39,12 @@ def rows(data: Path) -> dict[str, tuple[str, ...]]:
     }
 
 
-def capipe(log: Path, *words: str) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        subprocess.run([sys.executable, "-m", "capipe.pipeline", *words], check=True, stdout=file, stderr=file)
-
-
-def evaluate(data: Path, model: str, out: Path) -> None:
-    if not (out / "report.json").exists():
-        capipe(
-            out.with_suffix(".log"),
-            *("eval", "--shards", f"{data}/held-shards", "--questions", f"{data}/held-quiz", "--out", str(out)),
-            *("--model", model, "--reader", "tiny/holdout-reader", "--prompt", "plain", "--samples", "2"),
-            *(
-                "--max-tokens",
-                "160",
-                "--temperature",
-                "1",
-                "--engine",
-                "transformers",
-                "--reader-engine",
-                "transformers",
-            ),
-        )
+EVALUATED = ("--prompt", "plain", "--samples", "2", "--max-tokens", "160", "--temperature", "1")
 
 
 def found(out: Path) -> dict[str, float]:
     """The figures of the trained captioner in an evaluation's report."""
-    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    system = next(each for each in report["systems"] if each["name"] == "plain")
+    system = captioner(out)
     truth = system["truth"]
     return {
         "quiz accuracy": system["quiz"]["accuracy"]["value"],
@@ -86,16 +64,13 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     table: dict[str, dict[str, float]] = {}
-    evaluate(given.data, "tiny/captioner", given.out / "base-eval")
+    held = f"{given.data}/held"
+    evaluate(held, "tiny/captioner", given.out / "base-eval", *EVALUATED)
     table["base captioner"] = found(given.out / "base-eval")
     for name, overrides in rows(given.data).items():
         run = given.out / name.replace(", ", "-").replace(" ", "-")
-        last = run / f"step-{given.steps:06d}"
-        if not last.exists():
-            sets = (f"steps={given.steps}", *places(given.data), *overrides)
-            options = [word for each in sets for word in ("--set", each)]
-            capipe(run.with_suffix(".log"), "train", str(RECIPE), "--out", str(run), *options)
-        evaluate(given.data, str(last), given.out / f"{run.name}-eval")
+        last = train(str(RECIPE), run, given.steps, (*places(given.data), *overrides))
+        evaluate(held, str(last), given.out / f"{run.name}-eval", *EVALUATED)
         table[name] = found(given.out / f"{run.name}-eval")
         print(json.dumps({name: table[name]}), file=sys.stderr, flush=True)
     print(json.dumps({"bench": "ablations", "steps": given.steps, "rows": table}))

@@ -1,0 +1,54 @@
+"""Training runs and evaluations as users start them, for tables: each in a folder, nothing finished is done again."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COST = "cost.json"  # processor seconds of the command that finished a run
+
+
+def capipe(log: Path, *words: str) -> float:
+    """Run a command to its end, its output into ``log``; returns the processor seconds of all its processes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with log.open("a", encoding="utf-8") as file:
+        subprocess.run([sys.executable, "-m", "capipe.pipeline", *words], check=True, stdout=file, stderr=file)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def train(recipe: str, out: Path, steps: int | None = None, sets: Sequence[str] = ()) -> Path:
+    """The last checkpoint of a ``capipe train`` of ``recipe`` with overrides; ``steps``: instead of the recipe's."""
+    if not (out / COST).exists():
+        wanted = [*([] if steps is None else [f"steps={steps}"]), *sets]
+        options = [word for each in wanted for word in ("--set", each)]
+        spent = capipe(out.with_suffix(".log"), "train", recipe, "--out", str(out), *options)
+        (out / COST).write_text(json.dumps({"processor_seconds": spent}), encoding="utf-8")
+    return max(path for path in out.glob("step-*") if path.is_dir())
+
+
+def cost(out: Path) -> dict[str, float]:
+    """What a run of :func:`train` took: steps, and processor seconds from start to end."""
+    steps = len((out / "steps.jsonl").read_text(encoding="utf-8").splitlines())
+    spent = json.loads((out / COST).read_text(encoding="utf-8"))["processor_seconds"]
+    return {"steps": steps, "processor seconds": round(spent)}
+
+
+def evaluate(part: str, model: str, out: Path, *options: str) -> None:
+    """A ``capipe eval`` of ``model`` on images PART-shards by questions PART-quiz, under the hold-out reader."""
+    if not (out / "report.json").exists():
+        engines = ("--engine", "transformers", "--reader-engine", "transformers")
+        held = ("--shards", f"{part}-shards", "--questions", f"{part}-quiz", "--reader", "tiny/holdout-reader")
+        capipe(out.with_suffix(".log"), "eval", *held, "--out", str(out), "--model", model, *engines, *options)
+
+
+def captioner(out: Path) -> dict[str, Any]:
+    """What an evaluation's report says of the captioner's first prompt."""
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = report["systems"][0]
+    return found

@@ -1,0 +1,164 @@
+"""The three published systems, and the quiz's captioner trained on CLIP, at the bundled models' scale, in one measure.
+
+Each row is a `capipe train` of a bundled recipe, maybe with overrides, and a `capipe eval` of its last checkpoint:
+greedy captions of held-out scenes, the hold-out reader, a CLIP that was no reward. What is finished in --out is not
+done again. `recipes/tiny-caprl.yaml` tells how the data is made, with 200 held-out scenes here; --data also wants
+train-1, train-8 and train-128, the first so many images of train, with shards and quiz, for `--tables retrieval`.
+
+    python bench/systems.py --data data/tiny --out runs/systems --tables systems vlrm retrieval
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _runs import captioner, cost, evaluate, train
+
+JUDGED = ("--clip", "tiny/eval-clip", "--cosine", "tiny/clip", "--language-model", "tiny/opt", "--no-controls")
+GREEDY = ("--samples", "1", "--temperature", "0", "--max-tokens", "160")
+NO_ALARMS = ("alarms.truncated=1", "alarms.repeating=1", "alarms.kl=1000")  # a control is to run into the wall
+ON_CLIP = (
+    "rewards=[{kind: clip, model: tiny/clip, weight: 10}, {kind: repetition, weight: 0.5}]",
+    "validation=null",
+    "data.questions=null",
+    *NO_ALARMS,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """``recipe``: None where the ``model`` is evaluated as it is bundled."""
+
+    model: str
+    recipe: str | None = None
+    sets: tuple[str, ...] = ()
+    on: tuple[str, ...] = ("held",)  # the parts it is evaluated on
+
+
+SYSTEMS = {
+    "tiny/captioner": Row("tiny/captioner"),
+    "quiz": Row("tiny/captioner", "tiny-caprl"),
+    "quiz's captioner on CLIP": Row("tiny/captioner", "tiny-caprl", ON_CLIP),
+    "tiny/blip2": Row("tiny/blip2"),
+    "VLRM": Row("tiny/blip2", "tiny-vlrm"),
+    "VLRM-RS": Row("tiny/blip2", "tiny-vlrm-rs"),
+    "tiny/vit-gpt2": Row("tiny/vit-gpt2"),
+    "retrieval PPO": Row("tiny/vit-gpt2", "tiny-retrieval-ppo"),
+    "diffusion PPO": Row("tiny/vit-gpt2", "tiny-diffusion-ppo"),
+}
+IMAGES = (1, 8, 128)
+RETRIEVAL = {
+    "tiny/vit-gpt2": Row("tiny/vit-gpt2", on=("held", *(f"train-{count}" for count in IMAGES))),
+    **{
+        f"{count} images": Row(
+            "tiny/vit-gpt2", "tiny-retrieval-ppo", (f"data.images={count}", *NO_ALARMS), ("held", f"train-{count}")
+        )
+        for count in IMAGES
+    },
+}
+
+
+def without(recipe: Path) -> dict[str, Row]:
+    """VLRM with one term left out at a time."""
+    import yaml
+
+    loaded: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    rows = {"tiny/blip2": SYSTEMS["tiny/blip2"], "VLRM": SYSTEMS["VLRM"]}
+    for at, reward in enumerate(loaded["rewards"]):
+        left = json.dumps([each for number, each in enumerate(loaded["rewards"]) if number != at])
+        rows[f"without {reward['kind']}"] = Row("tiny/blip2", "tiny-vlrm", (f"rewards={left}", *NO_ALARMS))
+    return {**rows, "without KL": Row("tiny/blip2", "tiny-vlrm", ("algorithm.kl=0", *NO_ALARMS))}
+
+
+def found(out: Path) -> dict[str, Any]:
+    """The figures of an evaluation."""
+    system = captioner(out)
+    truth, text, retrieval, judged = (system[part] for part in ("truth", "text", "retrieval", "judged"))
+    return {
+        "quiz accuracy": system["quiz"]["accuracy"]["value"],
+        **{f"recall@{at}": each["value"] for at, each in retrieval["recall"].items()},
+        "cosine": judged["cosine"]["value"],
+        "made up per caption": truth["hallucinated"]["value"],
+        "precision": truth["precision"]["value"],
+        "recall": truth["recall"]["value"],
+        "words": text["words"],
+        "colours": text["colors"],
+        "phrases": text["phrases"],
+        "repeated 4-grams": text["rep_4"],
+        "perplexity": math.exp(-judged["logp"]["value"]),
+    }
+
+
+def logged(run: Path) -> dict[str, float]:
+    """The first and last fifth of a run's rewards, and its largest divergence, from its log."""
+    steps = [json.loads(line) for line in (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [each for each in steps if "reward" in each]
+    part = max(1, len(entries) // 5)
+    first, last = entries[:part], entries[-part:]
+    names = [name for name in entries[0] if name.startswith("reward") and isinstance(entries[0][name], float)]
+    told = {
+        f"{name} {when}": sum(each[name] for each in some) / part
+        for name in names
+        for when, some in (("first", first), ("last", last))
+        if all(each.get(name) is not None for each in some)
+    }
+    kl = [each["kl"] for each in entries if each.get("kl") is not None]
+    return {**told, **({"kl last": kl[-1], "kl most": max(kl)} if kl else {})}
+
+
+def measure(name: str, row: Row, table: str, data: Path, out: Path) -> dict[str, Any]:
+    """Train and evaluate one row, by parts of the data where it is evaluated on several."""
+    folder = out / name.replace("/", "-").replace("'", "").replace(" ", "-").lower()
+    model, figures = row.model, dict[str, Any]()
+    if row.recipe is not None:
+        model = str(train(row.recipe, folder, sets=(*places(row, data), *row.sets)))
+        figures |= {**cost(folder), "log": logged(folder)}
+    prompt = ("--prompt", "plain" if row.model == "tiny/captioner" else "none")
+    for part in row.on:
+        evaluated = out / f"{folder.name}-on-{part}"
+        evaluate(str(data / part), model, evaluated, *prompt, *GREEDY, *JUDGED)
+        figures |= found(evaluated) if len(row.on) == 1 else {part: found(evaluated)}
+    print(json.dumps({table: {name: figures}}), file=sys.stderr, flush=True)
+    return figures
+
+
+def places(row: Row, data: Path) -> tuple[str, ...]:
+    """Overrides that name the data."""
+    quiz = row.recipe == "tiny-caprl" and "data.questions=null" not in row.sets
+    questions = (
+        f"data.questions={data}/train-quiz",
+        f"validation.shards={data}/held-shards",
+        f"validation.questions={data}/held-quiz",
+    )
+    return (f"data.shards={data}/train-shards", *(questions if quiz else ()))
+
+
+def main() -> None:
+    recipes = Path(__file__).parent.parent / "recipes"
+    tables = {"systems": SYSTEMS, "vlrm": without(recipes / "tiny-vlrm.yaml"), "retrieval": RETRIEVAL}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, default=Path("data/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("runs/systems"))
+    parser.add_argument("--tables", nargs="+", choices=tables, default=list(tables))
+    parser.add_argument("--rows", nargs="+", help="only these rows")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = {
+        table: {
+            name: measure(name, row, table, given.data, given.out)
+            for name, row in tables[table].items()
+            if given.rows is None or name in given.rows
+        }
+        for table in given.tables
+    }
+    print(json.dumps({"bench": "systems", "tables": results}))
+
+
+if __name__ == "__main__":
+    main()
