@@ -123,8 +123,8 @@ async def _advance(run: Run, clock: Clock) -> tuple[list[Group], UpdateReport]:
 async def _draw(run: Run, step: int) -> list[Group]:
     """This process's share of a step's captions, scored."""
     schedule = Schedule(len(run.tasks), run.recipe.rollout.images, run.recipe.seed)
-    chosen = [run.tasks[index] for index in run.parts.ranks.share(schedule.indices(step))]
-    return await run.rollouts.collect(chosen, step, run.judge)
+    mine = run.parts.ranks.share(schedule.turns(step))
+    return await run.rollouts.collect([(run.tasks[index], turn) for index, turn in mine], step, run.judge)
 
 
 def _update_beside(run: Run, groups: list[Group], drawn_before: bool) -> UpdateReport:

@@ -11,10 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Item = TypeVar("Item")
 
 PATIENCE = timedelta(minutes=30)  # one process may wait for another's rollouts
 # What it tells the processes it starts, and they whatever they start.
@@ -67,7 +70,7 @@ class Ranks:
         dist.all_reduce(on_device, how)
         return on_device.to(values.device)
 
-    def share(self, items: list[int]) -> list[int]:
+    def share(self, items: list[Item]) -> list[Item]:
         """This process's part of a step's items; parts differ by one at most."""
         return items[self.rank :: self.count]
 

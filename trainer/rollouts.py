@@ -21,7 +21,7 @@ Prepare = Callable[[Prompt], PreparedPrompt]  # the ids, positions and patches t
 class Drawing:
     """How captions are drawn: always from the policy's whole distribution, as cut ones would bias the gradient.
 
-    ``seed``: the run's; draws depend on it, the step, the image and the number of the caption alone.
+    ``seed``: the run's; draws depend on it, the step, the image and the number of its caption in the step alone.
     """
 
     prompt: str
@@ -42,15 +42,19 @@ class Rollouts:
         self.engine, self.drawing = engine, drawing
         self._prepare, self._pictures = prepare, pictures
 
-    async def collect(self, tasks: Sequence[Task], step: int, judge: Judge) -> list[Group]:
+    async def collect(self, turns: Sequence[tuple[Task, int]], step: int, judge: Judge) -> list[Group]:
         """One group per task, in order, with rewards; a caption that could not be sampled is left out of its group.
 
+        ``turns``: tasks, each with how often the step has had it before, since its captions are to be others then.
         All images are decoded before the first caption is asked for, so that the engine's batches, and with them the
         last bits of what is sampled, do not depend on who decoded first. Raises EngineDead, and RunFailed where an
         image that was fine when listed cannot be decoded any more.
         """
-        prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self._pictures.of, tasks))]
-        groups = (self._group(task, prompt, step, judge) for task, prompt in zip(tasks, prompts, strict=True))
+        images = await asyncio.gather(*(self._pictures.of(task) for task, _ in turns))
+        prompts = [Prompt(self.drawing.prompt, image) for image in images]
+        groups = (
+            self._group(task, turn, prompt, step, judge) for (task, turn), prompt in zip(turns, prompts, strict=True)
+        )
         return await asyncio.gather(*groups)
 
     async def greedy(self, tasks: Sequence[Task]) -> list[Completion]:
@@ -60,8 +64,9 @@ class Rollouts:
         prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self._pictures.of, tasks))]
         return await asyncio.gather(*(self.engine.generate(GenerationRequest(each, sampling)) for each in prompts))
 
-    async def _group(self, task: Task, prompt: Prompt, step: int, judge: Judge) -> Group:
-        draws = [f"{self.drawing.seed}/{step}/{task.uid}/{number}" for number in range(self.drawing.group)]
+    async def _group(self, task: Task, turn: int, prompt: Prompt, step: int, judge: Judge) -> Group:
+        size = self.drawing.group
+        draws = [f"{self.drawing.seed}/{step}/{task.uid}/{number}" for number in range(turn * size, (turn + 1) * size)]
         outcomes = await asyncio.gather(*(self._caption(prompt, task, draw, judge) for draw in draws))
         kept = [outcome for outcome in outcomes if outcome is not None]
         group = Group(task.uid, task.key, self._prepare(prompt), [caption for caption, _ in kept])

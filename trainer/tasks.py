@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -126,6 +127,15 @@ class Schedule:
             _permutation(self.count, self.seed, at // self.count)[at % self.count]
             for at in range(first, first + self.batch)
         ]
+
+    def turns(self, step: int) -> list[tuple[int, int]]:
+        """:meth:`indices`, each with how often the step has it before: not 0 where a batch is larger than the data."""
+        seen: Counter[int] = Counter()
+        found = []
+        for index in self.indices(step):
+            found.append((index, seen[index]))
+            seen[index] += 1
+        return found
 
 
 @lru_cache(maxsize=4)

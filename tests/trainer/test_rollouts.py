@@ -51,7 +51,7 @@ def two(tmp_path: Path) -> list[Task]:
 
 async def collect(two: list[Task], step: int, engine: Any, reward: Lengths) -> Any:
     rollouts = Rollouts(engine, prepared, Pictures(None), DRAWING)
-    return await rollouts.collect(two, step, Judge({"length": reward}, {"length": Part()}))
+    return await rollouts.collect([(task, 0) for task in two], step, Judge({"length": reward}, {"length": Part()}))
 
 
 async def test_draws_have_full_support_and_a_seed_each(two: list[Task]) -> None:
@@ -61,6 +61,14 @@ async def test_draws_have_full_support_and_a_seed_each(two: list[Task]) -> None:
     assert all((r.sampling.top_p, r.sampling.temperature, r.logprobs) == (1.0, 0.9, True) for r in engine.generations)
     seeds, same, others = ([r.sampling.seed for r in each.generations] for each in (engine, again, later))
     assert len(set(seeds)) == 6 and seeds == same and not set(seeds) & set(others)
+
+
+async def test_an_image_that_a_step_has_twice_gets_other_captions_the_second_time(two: list[Task]) -> None:
+    engine = Scripted(generate=writes)
+    rollouts = Rollouts(engine, prepared, Pictures(None), DRAWING)
+    turns = [(two[0], 0), (two[0], 1), (two[1], 0)]
+    await rollouts.collect(turns, 0, Judge({"length": Lengths()}, {"length": Part()}))
+    assert len({request.sampling.seed for request in engine.generations}) == 3 * DRAWING.group
 
 
 async def test_a_caption_is_scored_when_it_ends(two: list[Task]) -> None:

@@ -19,6 +19,9 @@ def test_an_epoch_has_every_task_once_and_each_is_another_order() -> None:
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
     assert schedule.indices(3) == Schedule(10, 4, 1).indices(3) != Schedule(10, 4, 2).indices(3)
     assert Counter(Schedule(3, 7, 0).indices(0)).most_common(1)[0][1] == 3  # a batch larger than the data
+    turns = Schedule(3, 7, 0).turns(0)
+    assert [index for index, _ in turns] == Schedule(3, 7, 0).indices(0)
+    assert len(set(turns)) == 7 and max(turn for _, turn in turns) == 2
 
 
 def test_a_task_reads_its_image_and_notices_another_one(tmp_path: Path) -> None:
