@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from capipe.models.tiny import is_bundled
 from capipe.pipeline.training import run_training
 from capipe.trainer.recipe import load_recipe
 
 from ..small_models import blip_retrieval, diffusion, opt, vgg_net
-from .conftest import capipe, one_line
+from .conftest import capipe, one_line, table
 from .training import steps, weights
 
 pytestmark = pytest.mark.slow
@@ -81,3 +82,24 @@ async def test_all_rewards_of_both_papers_at_once(alone: Path, tmp_path: Path) -
     for entry in map(json.loads, (tmp_path / "run/captions.jsonl").read_text().splitlines()):
         total = sum(float(str(reward.get("weight", 1.0))) * entry["components"][reward["kind"]] for reward in rewards)
         assert entry["score"] == pytest.approx(total)
+
+
+@pytest.mark.parametrize("name", ["tiny-vlrm", "tiny-vlrm-rs", "tiny-retrieval-ppo", "tiny-diffusion-ppo"])
+def test_the_other_systems_train_at_the_bundled_models_scale(name: str, training_data: Path, tmp_path: Path) -> None:
+    """Two small steps of each recipe as it is bundled; the checkpoint captions."""
+    if name == "tiny-diffusion-ppo" and not (find_spec("diffusers") and is_bundled("diffusion")):
+        pytest.skip("diffusers or the weights of tiny/diffusion are not here")
+    shards = training_data / "train/shards"
+    sets = (f"data.shards={shards}", "data.images=3", "rollout.images=2", "rollout.group=2", "steps=2", "save_every=2")
+    out = tmp_path / "run"
+    capipe("train", name, "--out", out, *(word for each in sets for word in ("--set", each)))
+    logged, kinds = steps(out), [reward.kind for reward in load_recipe(Path(name)).rewards]
+    assert len(logged) == 2
+    for line in logged:
+        assert {f"reward/{kind}" for kind in kinds} <= set(line) and line["unscored"] == 0
+        assert line["kl"] >= 0 and line["value_loss"] > 0
+    assert logged[0]["kl"] < 1e-6 < logged[1]["kl"]  # held to the model that it was
+    assert (out / "step-000002/value_head.safetensors").exists()
+    model = ("--model", out / "step-000002", "--engine", "transformers", "--max-tokens", 40)
+    capipe("annotate", "--shards", shards, "--out", tmp_path / "captions", *model)
+    assert {row["status"] for row in table(tmp_path / "captions")} <= {"ok", "filtered"}
