@@ -180,12 +180,14 @@ def _assemble(
     sinks = _sinks(recipe, out) if parts.ranks.first else []
     log = RunLog(out, start, sinks, parts.ranks.rank)
     found = ("images", "left out") if recipe.data.questions is None else ("images with questions", "without")
-    say(f"{len(training.tasks)} {found[0]}, {training.without} {found[1]}; {len(validated)} to validate on")
+    tasks = training.tasks[: recipe.data.images]
+    cut = f" (the first {len(tasks)} are used)" if len(tasks) < len(training.tasks) else ""
+    say(f"{len(training.tasks)} {found[0]}{cut}, {training.without} {found[1]}; {len(validated)} to validate on")
     return Run(
         recipe=recipe,
         out=out,
         fingerprint=mark,
-        tasks=training.tasks[: recipe.data.images],
+        tasks=tasks,
         held_out=validated,
         parts=parts,
         sampler=sampler,
