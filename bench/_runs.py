@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from capipe.trainer.log import read_steps
+
 COST = "cost.json"  # processor seconds of the command that finished a run
 
 
@@ -34,9 +36,13 @@ def train(recipe: str, out: Path, steps: int | None = None, sets: Sequence[str] 
 
 def cost(out: Path) -> dict[str, float]:
     """What a run of :func:`train` took: steps, and processor seconds from start to end."""
-    steps = len((out / "steps.jsonl").read_text(encoding="utf-8").splitlines())
     spent = json.loads((out / COST).read_text(encoding="utf-8"))["processor_seconds"]
-    return {"steps": steps, "processor seconds": round(spent)}
+    return {"steps": len(updates(out)), "processor seconds": round(spent)}
+
+
+def updates(run: Path) -> list[dict[str, Any]]:
+    """What a run's log says of its steps, validations left out."""
+    return [dict(entry) for entry in read_steps(run) if "reward" in entry]
 
 
 def evaluate(part: str, model: str, out: Path, *options: str) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _runs import captioner, cost, evaluate, train
+from _runs import captioner, cost, evaluate, train, updates
 
 JUDGED = ("--clip", "tiny/eval-clip", "--cosine", "tiny/clip", "--language-model", "tiny/opt", "--no-controls")
 GREEDY = ("--samples", "1", "--temperature", "0", "--max-tokens", "160")
@@ -98,8 +98,7 @@ def found(out: Path) -> dict[str, Any]:
 
 def logged(run: Path) -> dict[str, float]:
     """The first and last fifth of a run's rewards, and its largest divergence, from its log."""
-    steps = [json.loads(line) for line in (run / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
-    entries = [each for each in steps if "reward" in each]
+    entries = updates(run)
     part = max(1, len(entries) // 5)
     first, last = entries[:part], entries[-part:]
     names = [name for name in entries[0] if name.startswith("reward") and isinstance(entries[0][name], float)]
