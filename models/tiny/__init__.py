@@ -10,9 +10,9 @@ from pathlib import Path
 PREFIX = "tiny/"
 NAMES: tuple[str, ...] = (
     "captioner", "teacher", "reader", "holdout-reader", "clip", "eval-clip", "itm", "vit-gpt2", "blip2", "opt",
-    "vgg",
+    "vgg", "diffusion",
 )  # fmt: skip
-UNTRAINED = ("diffusion", "blip")  # can be trained; their weights are not bundled
+UNTRAINED = ("blip",)  # can be trained; their weights are not bundled
 CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")  # of transformers, of open_clip, of diffusers
 
 

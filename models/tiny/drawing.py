@@ -41,7 +41,7 @@ from .wording import dense_caption, short_caption
 from .world import MOST_THINGS, PLACES, Scene, sample_of, scenes
 
 SIDE = 32
-STEPS, GUIDANCE = 20, 3.0
+STEPS, GUIDANCE = 20, 2.0
 KEPT = 0.995  # of the running mean of the weights, per step
 TELLINGS = (dense_caption, dense_caption, dense_caption, short_caption, plain_caption)
 CELLS = tuple(f"[CELL{at}]" for at in range(len(PLACES)))
