@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +17,8 @@ from rich.table import Table
 
 from .. import __version__
 from ..errors import CapipeError
-from . import caption_cli, dedup_cli, embed_cli, eval_cli, export_cli, filter_cli, quiz_cli, train_cli
-from .interrupts import interrupts
-from .options import Fresh, Out, validated
-from .outcome import Exit, conclude, print_state
+from . import caption_cli, dedup_cli, embed_cli, eval_cli, export_cli, filter_cli, ingest_cli, quiz_cli, train_cli
+from .outcome import Exit, print_state
 from .worker import disk_text
 
 app = typer.Typer(
@@ -50,47 +46,8 @@ def main() -> None:
         raise SystemExit(Exit.INTERRUPTED) from None
 
 
-@app.command()
-def ingest(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders of images, tars, Parquet/CSV/JSONL of paths, saved datasets, or hf://name[:split]."
-        ),
-    ],
-    out: Out,
-    shard_size: Annotated[int, typer.Option(help="Items per shard, usable or not.")] = 10_000,
-    min_side: Annotated[int, typer.Option(help="Images with a shorter side of fewer pixels are too_small.")] = 16,
-    max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8,
-    max_aspect: Annotated[float, typer.Option(help="Longest over shortest side; beyond it, unsupported.")] = 200.0,
-    path_column: Annotated[str | None, typer.Option(help="Column of paths in tables, if it has no usual name.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
-    fresh: Fresh = False,
-) -> None:
-    """Turn images from anywhere into checked, hashed shards; every file, member and table row becomes a row."""
-    from ..stages.ingest import IngestConfig
-    from .ingesting import execute_ingest, plan_ingest
-    from .progress import Progress
-
-    config = validated(
-        IngestConfig,
-        shard_size=shard_size,
-        min_side=min_side,
-        max_image_pixels=max_image_pixels,
-        max_aspect=max_aspect,
-        path_column=path_column,
-    )
-    plan = plan_ingest(sources, out, config, workers=workers, fresh=fresh)
-    stop = threading.Event()
-    progress = Progress("ingest", None, len(plan.artifact.committed()), ready=time.monotonic())
-    try:
-        with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
-            outcome = execute_ingest(plan, report, stop)
-    finally:
-        plan.artifact.close()
-    raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))
-
-
+app.command()(ingest_cli.render)
+app.command()(ingest_cli.ingest)
 app.command()(embed_cli.embed)
 app.command()(dedup_cli.dedup)
 app.command()(quiz_cli.qa)
