@@ -15,10 +15,11 @@ from .chain_options import Option, options_of
 #: Options that change how fast rows come, or what is told meanwhile, and never the rows. ``engine`` counts as little as
 #: in fingerprints: see :func:`.chain_identity.meaning`.
 SPEED = frozenset(
-    "workers concurrency gpus gpu-memory decode-workers timeout trace max-model-len runner ray-address link".split()
+    ("workers", "concurrency", "gpus", "gpu-memory", "decode-workers", "timeout", "trace", "max-model-len", "link")
+    + ("runner", "ray-address")
 )
 ENGINES = frozenset(("engine", "screen-engine", "reader-engine"))
-MODELS = frozenset("model screen-model reader clip itm cosine language-model".split())
+MODELS = frozenset(["model", "screen-model", "reader", "clip", "itm", "cosine", "language-model"])
 
 ANYTHING = ("pictures", "shards", "final")  # what ingest takes
 CHECKPOINT = "model"

@@ -33,7 +33,7 @@ def bundled(kind: Kind) -> str:
 
 
 def read_recipe(given: Path, overrides: Sequence[str], kind: Kind) -> dict[str, Any]:
-    """The mapping in a recipe's file with its overrides. Raises BadInput, also where it is a recipe of the other kind."""
+    """The mapping in a recipe's file with its overrides. Raises BadInput, also for a recipe of the other kind."""
     path = find_recipe(given)
     try:
         loaded = read_mapping(path)
@@ -52,7 +52,7 @@ def read_recipe(given: Path, overrides: Sequence[str], kind: Kind) -> dict[str, 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises OSError where there is none, BadInput where it is something else."""
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError as error:
