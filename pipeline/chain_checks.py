@@ -78,7 +78,13 @@ def _models(stage: Stage) -> Iterator[tuple[str, str, Callable[[str], None]]]:
         return
     config = stage.config
     served = "://" in str(config.get("engine", ""))
-    for key, look in (("model", _model), ("screen-model", _model), ("reader", _model), ("itm", _model), ("clip", _clip)):
+    for key, look in (
+        ("model", _model),
+        ("screen-model", _model),
+        ("reader", _model),
+        ("itm", _model),
+        ("clip", _clip),
+    ):
         if isinstance(config.get(key), str) and not (served and key != "clip" and key != "itm"):
             yield key, config[key], look
     for key in ("cosine", "language-model"):

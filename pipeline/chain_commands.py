@@ -14,10 +14,9 @@ from .chain_options import Option, options_of
 
 #: Options that change how fast rows come, or what is told meanwhile, and never the rows. ``engine`` counts as little as
 #: in fingerprints: see :func:`.chain_identity.meaning`.
-SPEED = frozenset(
-    ("workers", "concurrency", "gpus", "gpu-memory", "decode-workers", "timeout", "trace", "max-model-len", "link")
-    + ("runner", "ray-address")
-)
+SPEED = frozenset(("workers", "concurrency", "gpus", "gpu-memory", "decode-workers", "timeout", "trace", "link")) | {
+    *("max-model-len", "runner", "ray-address"),
+}
 ENGINES = frozenset(("engine", "screen-engine", "reader-engine"))
 MODELS = frozenset(["model", "screen-model", "reader", "clip", "itm", "cosine", "language-model"])
 

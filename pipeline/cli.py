@@ -7,6 +7,7 @@ found faults; 2 something given cannot be used; 3 the run could not go on; 130 s
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +17,20 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..errors import CapipeError
-from . import caption_cli, dedup_cli, embed_cli, eval_cli, export_cli, filter_cli, ingest_cli, quiz_cli, train_cli
-from .outcome import Exit, print_state
+from ..errors import CapipeError, Problems
+from . import (
+    caption_cli,
+    dedup_cli,
+    embed_cli,
+    eval_cli,
+    export_cli,
+    filter_cli,
+    ingest_cli,
+    quiz_cli,
+    run_cli,
+    train_cli,
+)
+from .outcome import LAST_WORDS, Exit, print_state
 from .worker import disk_text
 
 app = typer.Typer(
@@ -35,11 +47,15 @@ def main() -> None:
     """Entry point: errors meant for people become one line on stderr and their exit code."""
     try:
         app()
+    except Problems as error:
+        for line in error.lines:
+            _end_with(line)
+        raise SystemExit(error.exit_code) from None
     except CapipeError as error:
-        print(f"capipe: {error}", file=sys.stderr)
+        _end_with(str(error))
         raise SystemExit(error.exit_code) from None
     except OSError as error:  # a full disk, a folder that is not ours: nothing a traceback would explain
-        print(f"capipe: {disk_text(error)}", file=sys.stderr)
+        _end_with(disk_text(error))
         raise SystemExit(Exit.FAILED) from None
     except KeyboardInterrupt:
         print("capipe: stopped; what was finished is kept, run the same command to go on", file=sys.stderr)
@@ -57,6 +73,14 @@ app.command("filter")(filter_cli.filter_)
 app.command()(export_cli.export)
 app.command("eval")(eval_cli.evaluate)
 app.command()(eval_cli.compare)
+app.command()(run_cli.run)
+
+
+def _end_with(line: str) -> None:
+    """Say why a command ends, also to the chain that runs it."""
+    print(f"capipe: {line}", file=sys.stderr)
+    if file := os.environ.get(LAST_WORDS):
+        Path(file).write_text(line, encoding="utf-8")
 
 
 @app.command()

@@ -44,7 +44,9 @@ def export(
     from .exporting import execute_export, finish, plan_export
     from .progress import Progress
 
-    words = CardWords(title or out.rstrip("/").rpartition("/")[2], checked_license(license), checked_languages(language or []))
+    words = CardWords(
+        title or out.rstrip("/").rpartition("/")[2], checked_license(license), checked_languages(language or [])
+    )
     made = plan_export(
         artifact, out, format, words, image_extension=image_extension, link=link, workers=workers, fresh=fresh
     )
