@@ -16,6 +16,7 @@ from .chain_plan import Planned, artifact_folders, committed_rows
 from .chain_recipe import Chain, Source, Stage
 from .chain_state import ChainState
 
+MACHINE = "machine"  # the unit of what was measured here, where the recipe names no other
 _SHARD = 10_000  # ingest's default
 
 
@@ -35,6 +36,8 @@ class Cost:
 
     def line(self, rows: int) -> str:
         told = f"{rows:,} / {self.rate:,.4g} a second = {shown(self.hours)}"
+        if self.unit == MACHINE:
+            return f"{told}; {self.source}"
         many = "s" if self.devices > 1 else ""
         return f"{told} on {self.devices} {self.unit}{many}, {self.device_hours:,.1f} {self.unit}-hours; {self.source}"
 
@@ -115,7 +118,7 @@ def _counted(source: Source) -> int | None:
 
 
 def _cost(stage: Stage, rows: int | None, measured: Mapping[str, float] | None) -> Cost | None:
-    devices, unit = (stage.rate.devices, stage.rate.unit) if stage.rate else (1, "machine")
+    devices, unit = (stage.rate.devices, stage.rate.unit) if stage.rate else (1, MACHINE)
     if rows is None:
         return None
     if measured and measured.get("rows") and measured.get("seconds"):

@@ -84,7 +84,9 @@ def options_of(command: Callable[..., Any]) -> Mapping[str, Option]:
 
 def _option(parameter: inspect.Parameter, kind: Any, info: OptionInfo | ArgumentInfo) -> Option:
     positional = isinstance(info, ArgumentInfo)
-    written = [name for name in (info.param_decls or ()) if name.startswith("--")]
+    # In an Annotated, typer has the first name where a default would be.
+    named = (info.default, *(info.param_decls or ()))
+    written = [name for name in named if isinstance(name, str) and name.startswith("--")]
     name = written[0].removeprefix("--") if written else parameter.name
     if not positional:
         name = name.replace("_", "-")

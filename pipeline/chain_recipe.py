@@ -14,16 +14,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BadInput, Problems
-from ..trainer.checkpoint import folder_of
-from ..trainer.recipe import Recipe, load_recipe
 from ..trainer.recipe_file import find_recipe, read_recipe
 from .chain_commands import ANYTHING, CHECKPOINT, COMMANDS, Command
 from .chain_options import SET, assignments
+
+if TYPE_CHECKING:
+    from ..trainer.recipe import Recipe  # which imports torch: only chains that train need it
 
 _SELECTED = ("shards", *ANYTHING)  # kinds of which the first so many shards can be taken
 
@@ -94,6 +95,8 @@ class Stage:
         if kind not in self.command.products:
             return None
         if kind == CHECKPOINT:
+            from ..trainer.checkpoint import folder_of
+
             return str(folder_of(Path(self.out), self.recipe.steps)) if self.recipe else self.out
         sub = self.command.products[kind]
         return f"{self.out}/{sub}" if sub else self.out
@@ -213,6 +216,8 @@ class _Reader:
 
     def _recipe(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, tuple[Source, ...]]) -> Recipe | None:
         """A train stage's recipe with its overrides; data that is yet to be made stands in it by its stage's name."""
+        from ..trainer.recipe import load_recipe
+
         named = {TRAINS_ON[role]: sources[0].stage or sources[0].path for role, sources in inputs.items()}
         sets = [*(config.get(SET) or []), *(f"{key}={json.dumps(place)}" for key, place in named.items())]
         try:

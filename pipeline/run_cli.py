@@ -101,15 +101,17 @@ def _line(number: int, total: int, planned: Planned, found: Estimate) -> str:
 
 def _sums(planned: Mapping[str, Planned], found: Mapping[str, Estimate]) -> list[str]:
     """What is left to do, and what that costs as far as it is known."""
+    from .chain_estimate import MACHINE, shown
+
     left = [name for name, each in planned.items() if not each.settled]
     if not left:
         return ["nothing to do"]
     costs = [cost for name in left if (cost := found[name].cost) is not None]
     lines = [f"to do: {len(left)} of {len(planned)} stages"]
     if costs:
-        units = dict.fromkeys(cost.unit for cost in costs)
-        sums = [f"{sum(c.device_hours for c in costs if c.unit == unit):,.1f} {unit}-hours" for unit in units]
-        lines.append(f"cost, one stage after the other: {sum(c.hours for c in costs):,.2f} hours; {', '.join(sums)}")
+        units = dict.fromkeys(cost.unit for cost in costs if cost.unit != MACHINE)
+        sums = [f", {sum(c.device_hours for c in costs if c.unit == unit):,.1f} {unit}-hours" for unit in units]
+        lines.append(f"cost, one stage after the other: {shown(sum(c.hours for c in costs))}{''.join(sums)}")
     unknown = [name for name in left if found[name].cost is None]
     if unknown:
         lines.append(f"cost unknown of: {', '.join(unknown)}; a rate: in the recipe, or one run, tells it")
