@@ -75,6 +75,8 @@ def _models(stage: Stage) -> Iterator[tuple[str, str, Callable[[str], None]]]:
             for key, name in reward.model_dump().items():
                 if key in ("reader", "model", "features") and isinstance(name, str):
                     yield "recipe", name, _clip if reward.kind == "clip" else _anything
+        if stage.recipe.validation is not None:
+            yield "recipe", stage.recipe.validation.reader, _model
         return
     config = stage.config
     served = "://" in str(config.get("engine", ""))
@@ -88,7 +90,7 @@ def _models(stage: Stage) -> Iterator[tuple[str, str, Callable[[str], None]]]:
         if isinstance(config.get(key), str) and not (served and key != "clip" and key != "itm"):
             yield key, config[key], look
     for key in ("cosine", "language-model"):
-        if config.get(key) is not None:
+        if isinstance(config.get(key), str):  # dedup's cosine is a number
             yield key, config[key], _anything
 
 

@@ -46,7 +46,7 @@ def meaning(stage: Stage) -> dict[str, Any]:
 
 
 def _meant(key: str, value: Any) -> Any:
-    if key in MODELS:
+    if key in MODELS and isinstance(value, str):  # dedup's cosine is a number
         return model_meaning(value)
     if key == "prompt":
         return [asdict(parse_prompt(each)) for each in value]

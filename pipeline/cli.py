@@ -121,12 +121,14 @@ def demo(
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
     train_steps: Annotated[int, typer.Option(min=0, help="Steps of training; 0 trains nothing.")] = 12,
 ) -> None:
-    """Render pictures, ingest and caption them, write a quiz, evaluate, train, verify all of it, and say what came."""
+    """Run the chain of `recipes/tiny.yaml`: render, caption, ask, train, filter, export; verify, and say what came."""
     from .demo import run_demo
     from .demo_report import lines
 
-    report = run_demo(out, images, engine, train_steps, lambda text: print(f"\n== {text}", flush=True))
-    print("\n" + "\n".join(lines(report)))
+    code, report = run_demo(out, images, engine, train_steps, lambda text: print(text, flush=True))
+    if code == Exit.OK:
+        print("\n" + "\n".join(lines(report)))
+    raise typer.Exit(code)
 
 
 @app.command()
