@@ -79,15 +79,13 @@ def _models(stage: Stage) -> Iterator[tuple[str, str, Callable[[str], None]]]:
             yield "recipe", stage.recipe.validation.reader, _model
         return
     config = stage.config
-    served = "://" in str(config.get("engine", ""))
-    for key, look in (
-        ("model", _model),
-        ("screen-model", _model),
-        ("reader", _model),
-        ("itm", _model),
-        ("clip", _clip),
-    ):
-        if isinstance(config.get(key), str) and not (served and key != "clip" and key != "itm"):
+    asked_of = {"model": "engine", "screen-model": "screen-engine", "reader": "reader-engine"}
+    for key, engine in asked_of.items():
+        kind = config.get(engine) or config.get("engine") or ""
+        if config.get(key) is not None and "://" not in kind:  # a server has its own
+            yield key, config[key], _model
+    for key, look in (("itm", _model), ("clip", _clip)):
+        if config.get(key) is not None:
             yield key, config[key], look
     for key in ("cosine", "language-model"):
         if isinstance(config.get(key), str):  # dedup's cosine is a number

@@ -6,7 +6,9 @@ tells of; where its own digest changed it starts over, and with it all that hang
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -170,6 +172,25 @@ def arguments(chain: Chain, stage: Stage, folder: Path) -> list[str]:
     ordered = sorted(options.values(), key=lambda option: not option.positional)
     words = [word for option in ordered for word in option.words(given.get(option.name))]
     return [stage.command.name, *words, "--out", str(folder / stage.out)]
+
+
+def shown_command(stage: Stage, words: Sequence[str]) -> str:
+    """A command line as a user would type it."""
+    program = ["capipe"]
+    if stage.processes is not None:
+        program = ["torchrun", *_torchrun(stage.processes)]
+    return shlex.join([*program, *words])
+
+
+def started_command(stage: Stage, words: Sequence[str]) -> list[str]:
+    """The same for this very Python."""
+    if stage.processes is not None:
+        return [sys.executable, "-m", "torch.distributed.run", *_torchrun(stage.processes), *words]
+    return [sys.executable, "-m", "capipe.pipeline", *words]
+
+
+def _torchrun(processes: int) -> list[str]:
+    return ["--standalone", "--nproc-per-node", str(processes), "-m", "capipe.pipeline"]
 
 
 def _place(chain: Chain, stage: Stage, role: str, source: Source, folder: Path) -> str:

@@ -63,6 +63,15 @@ class _Entry(_Section):
     out: str | None = None
     expects: int | None = Field(None, ge=1)
     rate: Rate | None = None
+    processes: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _only_training_is_split(self) -> _Entry:
+        if self.processes is not None and self.stage != "train":
+            raise ValueError(
+                "processes: torchrun starts so many of a train stage; the others have options of their own"
+            )
+        return self
 
 
 class _File(_Section):
@@ -71,7 +80,8 @@ class _File(_Section):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage with everything resolved. ``expects``: rows that will go in; ``recipe``: what a train stage trains by."""
+    """A stage with everything resolved. ``expects``: rows that will go in; ``recipe``: what a train stage trains by;
+    ``processes``: of torchrun, which trains in so many."""
 
     name: str
     command: Command
@@ -81,6 +91,7 @@ class Stage:
     expects: int | None = None
     rate: Rate | None = None
     recipe: Recipe | None = field(default=None, repr=False)
+    processes: int | None = None
 
     @property
     def needs(self) -> list[str]:
@@ -166,7 +177,8 @@ class _Reader:
         )
         if recipe is not None:
             inputs = {**_own_data(recipe, inputs), **inputs}
-        return Stage(name, command, inputs, config, entry.out or name, entry.expects, entry.rate, recipe)
+        own = (entry.expects, entry.rate, recipe, entry.processes)
+        return Stage(name, command, inputs, config, entry.out or name, *own)
 
     def _sources(self, name: str, role: str, given: Any) -> tuple[Source, ...]:
         many = given if isinstance(given, list) else [given]

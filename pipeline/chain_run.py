@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +33,8 @@ from .chain_plan import (
     named_inputs,
     outside,
     places,
+    shown_command,
+    started_command,
     trustworthy,
     written,
 )
@@ -152,11 +153,15 @@ class _Run:
         words = [*known.arguments]
         if going_on and known_option(stage, "retry"):
             words.append("--retry")
-        self.say(f"$ capipe {shlex.join(words)}")
+        self.say(f"$ {shown_command(stage, words)}")
         started = time.monotonic()
-        code, last_words = self._command(words)
+        code, last_words = self._command(started_command(stage, words))
         if known.seconds is not None:
             known.seconds = round(known.seconds + time.monotonic() - started, 1)
+        if (
+            code != Exit.OK and self.stopping
+        ):  # however it has put that: torchrun and a killed command have codes of their own
+            code = Exit.INTERRUPTED
         known.state = DONE if code == Exit.OK else STOPPED if code == Exit.INTERRUPTED else FAILED
         if known.state == DONE:
             known.product = product(self.folder, places(stage))
@@ -207,15 +212,15 @@ class _Run:
         if rows and known.seconds:
             known.measured = {"rows": rows, "seconds": known.seconds}
 
-    def _command(self, words: Sequence[str]) -> tuple[int, str]:
-        """Run a command of ours in a session of its own; returns its exit code and the line it ended with.
+    def _command(self, command: Sequence[str]) -> tuple[int, str]:
+        """Run a command in a session of its own; returns its exit code and the line it ended with.
 
         A Ctrl-C in the terminal reaches us alone that way, and is passed on, once for each.
         """
         with tempfile.TemporaryDirectory() as scratch:
             last = Path(scratch) / "said"
             process = subprocess.Popen(
-                [sys.executable, "-m", "capipe.pipeline", *words],
+                command,
                 env={**os.environ, LAST_WORDS: str(last)},
                 start_new_session=True,
                 pass_fds=(self.lock,),

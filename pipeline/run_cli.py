@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,14 +71,14 @@ def run_checked(chain: Chain, out: Path) -> int:
 def show_plan(chain: Chain, out: Path, state: ChainState | None, absent: list[str], say: Callable[[str], None]) -> None:
     """The plan in lines: each stage with what is to be done, its rows, its cost and its command line; then the sums."""
     from .chain_estimate import estimate
-    from .chain_plan import arguments, look, outside
+    from .chain_plan import arguments, look, outside, shown_command
 
     planned = look(chain, out, state, outside(chain))
     found = estimate(chain, planned, out, state)
     say(f"chain {chain.name} ({chain.file}): {len(chain.stages)} stages into {out}")
     for number, stage in enumerate(chain.stages, start=1):
         say(_line(number, len(chain.stages), planned[stage.name], found[stage.name]))
-        say(f"    $ capipe {shlex.join(arguments(chain, stage, out))}")
+        say(f"    $ {shown_command(stage, arguments(chain, stage, out))}")
     for line in _sums(planned, found):
         say(line)
     for line in absent:
