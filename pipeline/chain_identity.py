@@ -117,8 +117,11 @@ def identity(url: str) -> str:
 
 
 def contents(artifact: Artifact) -> str:
-    """Of what an artifact holds: what was committed, but not how long it took."""
-    records = [[r.shard, dict(r.rows), {n: dict(f) for n, f in r.files.items()}] for r in artifact.committed().values()]
+    """Of what an artifact holds: what was committed, but not when and how fast, which is in the ``_stats.json``."""
+    records = [
+        [r.shard, dict(r.rows), {name: dict(f) for name, f in r.files.items() if not name.endswith("_stats.json")}]
+        for r in artifact.committed().values()
+    ]
     return digest([artifact.fingerprint, records])
 
 

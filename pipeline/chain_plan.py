@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import BadInput, CapipeError
+from ..errors import ArtifactMismatch, BadInput, CapipeError
 from ..manifests.artifact import Artifact
 from .chain_commands import artifacts_of
 from .chain_identity import changed_keys, digest, identity, meaning, product
@@ -83,7 +83,11 @@ def examine(
         return Planned(stage, mark, parts, "changed", _why(stage, known, mark))
     if known.state != DONE:
         return Planned(stage, mark, parts, "goes on", f"it was {known.state}")
-    now = product(folder, places(stage))
+    try:
+        now = product(folder, places(stage))
+    except ArtifactMismatch as error:
+        text = f"{error}; in a chain: remove {folder / stage.out} to have stage {stage.name} done again"
+        raise ArtifactMismatch(text) from None
     if now is None:
         return Planned(stage, mark, parts, "to do", "its output is gone")
     return Planned(stage, mark, parts, "done" if now == known.product else "edited", product=now)
