@@ -19,7 +19,7 @@ from .chain_commands import artifacts_of
 from .chain_identity import changed_keys, digest, identity, meaning, product
 from .chain_options import SET
 from .chain_recipe import TRAINS_ON, Chain, Source, Stage, kind_between
-from .chain_state import DONE, ChainState, StageState
+from .chain_state import ChainState, StageState
 
 Verdict = Literal["done", "to do", "goes on", "changed", "edited"]
 
@@ -81,7 +81,7 @@ def examine(
         return Planned(stage, mark, parts, "to do")
     if known.begun != parts:
         return Planned(stage, mark, parts, "changed", _why(stage, known, mark))
-    if known.state != DONE:
+    if known.product is None:
         return Planned(stage, mark, parts, "goes on", f"it was {known.state}")
     try:
         now = product(folder, places(stage))

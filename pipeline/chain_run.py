@@ -93,6 +93,7 @@ class _Run:
                 planned[stage.name] = found
                 title = f"{number}/{total} {stage.name} ({stage.command.name})"
                 if found.settled:
+                    self._describe(stage, found)
                     self.say(f"== {title}: done before")
                     continue
                 if self.stopping:
@@ -142,7 +143,9 @@ class _Run:
         known.arguments = arguments(self.chain, stage, self.folder)
         if found.settled or found.verdict == "goes on":
             known.config, known.digest = written(stage), found.digest
-        if not found.settled and known.state in (DONE, RUNNING):
+        if found.settled:
+            known.state = DONE
+        elif known.state == DONE:
             known.state = WAITING
 
     def _stage(self, stage: Stage, found: Planned, known: StageState) -> int:
