@@ -104,6 +104,7 @@ class _Run:
                 if known.state != DONE:
                     return code
                 planned[stage.name] = replace(found, verdict="done", product=known.product)
+        save_chain(self.folder, self.state)  # some may have turned out to be done
         return Exit.OK
 
     def _stop(self) -> None:

@@ -28,7 +28,7 @@ class StageState:
     capipe artifacts, the main one last. ``digest``: of command, configuration and its inputs' digests. ``seconds``: it
     has run so far, None where that is not known (a kill).
     Only `capipe run` needs the rest. ``begun``: digests by part of what its folder was begun with. ``product``: what
-    its output was when it was done, None until then. ``measured``: rows and seconds of its last run from beginning to end.
+    its output was when it was done, None until then. ``measured``: rows and seconds of its last whole run.
     """
 
     name: str
