@@ -5,7 +5,9 @@
       captions: {stage: annotate, inputs: {shards: photos}, config: {model: tiny/captioner, prompt: [plain, dense]}}
 
 An input is the name of another stage, ``{stage: photos, first: 3}`` for its first three shards, or ``{path: ...}`` for
-data from outside. Keys of ``config`` are the command's long options.
+data from outside, relative to where `capipe run` is started. Keys of ``config`` are the command's long options. A stage
+may also have ``out`` (its folder in the chain's; its name by default), ``expects`` (rows that will go in, where nothing
+counts them), ``rate`` (:class:`Rate`) and, to train by torchrun, ``processes``.
 """
 
 from __future__ import annotations

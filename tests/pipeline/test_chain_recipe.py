@@ -13,6 +13,7 @@ from capipe.errors import BadInput, Problems
 from capipe.pipeline.chain_checks import check_chain
 from capipe.pipeline.chain_plan import arguments
 from capipe.pipeline.chain_recipe import load_chain_recipe
+from capipe.pipeline.run_cli import show_plan
 from capipe.trainer.recipe import load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
 
@@ -120,6 +121,7 @@ def test_a_sound_chain_is_resolved_by_role(tmp_path: Path) -> None:
         ("stages.marks.out=shards/marks", r"marks\.out: 'shards/marks' is where stage shards writes, too"),
         ("stages.marks.out=../marks", r"marks\.out: '\.\./marks' is no place for it"),
         ("stages.marks.rate={per_device: 0, source: a}", r"marks\.rate\.per_device: .* greater than 0"),
+        ("stages.marks.processes=2", r"stages\.marks: processes: torchrun starts so many of a train stage"),
         ("stages={}", r"stages: Dictionary should have at least 1 item"),
     ],
 )
@@ -178,6 +180,22 @@ def test_every_chain_that_comes_along_can_be_planned(name: str, tmp_path: Path) 
     plan = capipe("run", name, "--out", tmp_path / "x", "--dry-run").stdout
     assert "to do: " in plan and plan.count("not there yet: ") == len(found.absent)
     assert not (tmp_path / "x").exists()
+
+
+def test_the_figures_in_the_comments_of_caprl_5m_are_those_of_its_plan() -> None:
+    comments = "".join(line for line in (RECIPES / "caprl-5m.yaml").read_text().splitlines() if line.startswith("#"))
+    told: list[str] = []
+    show_plan(load_chain_recipe(Path("caprl-5m")), Path("nowhere"), None, [], told.append)
+    plan = "\n".join(told)
+    assert "$ torchrun --standalone --nproc-per-node 8 -m capipe.pipeline train caprl-released" in plan
+    total = re.search(r"59\.6 h, .*, (\d+\.\d) GPU-hours", plan)
+    assert total is not None and total[1] == "473.9" and f"  {total[1]}#" in comments
+    for rows, rate, gpu_hours in [
+        ("4,000,000", "896", "9.9"),
+        ("230,400", "2.133", "270.0"),
+        ("3,000,000", "96", "69.4"),
+    ]:
+        assert re.search(rf"{rows} / {rate} a second = .* on \d GPUs, {gpu_hours} GPU-hours", plan)
 
 
 def test_training_recipes_of_chains_are_the_bundled_ones() -> None:
