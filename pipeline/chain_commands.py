@@ -12,13 +12,19 @@ from typing import Any
 from . import caption_cli, dedup_cli, embed_cli, eval_cli, export_cli, filter_cli, ingest_cli, quiz_cli, train_cli
 from .chain_options import Option, options_of
 
-#: Options that change how fast rows come, or what is told meanwhile, and never the rows. ``engine`` counts as little as
-#: in fingerprints: see :func:`.chain_identity.meaning`.
-SPEED = frozenset(("workers", "concurrency", "gpus", "gpu-memory", "decode-workers", "timeout", "trace", "link")) | {
-    *("max-model-len", "runner", "ray-address"),
-}
-ENGINES = frozenset(("engine", "screen-engine", "reader-engine"))
-MODELS = frozenset(["model", "screen-model", "reader", "clip", "itm", "cosine", "language-model"])
+
+def _keys(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+#: Options that change how fast rows come, where, or what is told meanwhile, and never the rows. Engines are apart: see
+#: :func:`.chain_identity.meaning`.
+SPEED = _keys(
+    "workers concurrency gpus gpu-memory decode-workers timeout trace max-model-len link "
+    "runner ray-address ray-workers share"
+)
+ENGINES = _keys("engine screen-engine reader-engine")
+MODELS = _keys("model screen-model reader clip itm cosine language-model")
 
 ANYTHING = ("pictures", "shards", "final")  # what ingest takes
 CHECKPOINT = "model"
@@ -61,10 +67,6 @@ class Command:
     @property
     def options(self) -> Mapping[str, Option]:
         return options_of(self.function)
-
-
-def _keys(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 _TABLE = (
