@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CapipeError(Exception):
     """Something the user can mend; the CLI prints the message as one line and exits with :attr:`exit_code`."""
@@ -11,6 +13,14 @@ class CapipeError(Exception):
 
 class BadInput(CapipeError):
     """A path, option, configuration or file that cannot be used as it is (exit 2)."""
+
+
+class Problems(BadInput):
+    """Several things that cannot be used as they are, found together; ``lines`` has one for each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = list(lines)
 
 
 class ArtifactMismatch(CapipeError):

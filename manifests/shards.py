@@ -115,7 +115,7 @@ def expand(pattern: str) -> list[InputShard]:
     """
     fs, path = _filesystem(pattern)
     if any(c in pattern for c in "{*?["):
-        urls = [url for part in _braces(pattern) for url in _glob(part)]
+        urls = [url for part in braced(pattern) for url in _glob(part)]
     elif fs.isdir(path):
         if Artifact.exists(pattern):
             return _artifact_shards(Artifact.open(pattern))
@@ -191,7 +191,7 @@ def _shards(urls: list[str]) -> list[InputShard]:
     return shards
 
 
-def _braces(pattern: str) -> list[str]:
+def braced(pattern: str) -> list[str]:
     """``a{01..03}.tar`` and ``{a,b}.tar`` written out, zero padding kept."""
     match = _RANGE.search(pattern)
     if match:
@@ -204,7 +204,7 @@ def _braces(pattern: str) -> list[str]:
         if not match:
             return [pattern]
         parts = match.group(1).split(",")
-    return [out for part in parts for out in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
+    return [out for part in parts for out in braced(pattern[: match.start()] + part + pattern[match.end() :])]
 
 
 def _glob(url: str) -> list[str]:

@@ -7,9 +7,8 @@ found faults; 2 something given cannot be used; 3 the run could not go on; 130 s
 from __future__ import annotations
 
 import json
+import os
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +17,20 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..errors import CapipeError
-from . import caption_cli, dedup_cli, embed_cli, eval_cli, export_cli, filter_cli, quiz_cli, train_cli
-from .interrupts import interrupts
-from .options import Fresh, Out, validated
-from .outcome import Exit, conclude, print_state
+from ..errors import CapipeError, Problems
+from . import (
+    caption_cli,
+    dedup_cli,
+    embed_cli,
+    eval_cli,
+    export_cli,
+    filter_cli,
+    ingest_cli,
+    quiz_cli,
+    run_cli,
+    train_cli,
+)
+from .outcome import LAST_WORDS, Exit, print_state
 from .worker import disk_text
 
 app = typer.Typer(
@@ -39,58 +47,23 @@ def main() -> None:
     """Entry point: errors meant for people become one line on stderr and their exit code."""
     try:
         app()
+    except Problems as error:
+        for line in error.lines:
+            _end_with(line)
+        raise SystemExit(error.exit_code) from None
     except CapipeError as error:
-        print(f"capipe: {error}", file=sys.stderr)
+        _end_with(str(error))
         raise SystemExit(error.exit_code) from None
     except OSError as error:  # a full disk, a folder that is not ours: nothing a traceback would explain
-        print(f"capipe: {disk_text(error)}", file=sys.stderr)
+        _end_with(disk_text(error))
         raise SystemExit(Exit.FAILED) from None
     except KeyboardInterrupt:
         print("capipe: stopped; what was finished is kept, run the same command to go on", file=sys.stderr)
         raise SystemExit(Exit.INTERRUPTED) from None
 
 
-@app.command()
-def ingest(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders of images, tars, Parquet/CSV/JSONL of paths, saved datasets, or hf://name[:split]."
-        ),
-    ],
-    out: Out,
-    shard_size: Annotated[int, typer.Option(help="Items per shard, usable or not.")] = 10_000,
-    min_side: Annotated[int, typer.Option(help="Images with a shorter side of fewer pixels are too_small.")] = 16,
-    max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8,
-    max_aspect: Annotated[float, typer.Option(help="Longest over shortest side; beyond it, unsupported.")] = 200.0,
-    path_column: Annotated[str | None, typer.Option(help="Column of paths in tables, if it has no usual name.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
-    fresh: Fresh = False,
-) -> None:
-    """Turn images from anywhere into checked, hashed shards; every file, member and table row becomes a row."""
-    from ..stages.ingest import IngestConfig
-    from .ingesting import execute_ingest, plan_ingest
-    from .progress import Progress
-
-    config = validated(
-        IngestConfig,
-        shard_size=shard_size,
-        min_side=min_side,
-        max_image_pixels=max_image_pixels,
-        max_aspect=max_aspect,
-        path_column=path_column,
-    )
-    plan = plan_ingest(sources, out, config, workers=workers, fresh=fresh)
-    stop = threading.Event()
-    progress = Progress("ingest", None, len(plan.artifact.committed()), ready=time.monotonic())
-    try:
-        with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
-            outcome = execute_ingest(plan, report, stop)
-    finally:
-        plan.artifact.close()
-    raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))
-
-
+app.command()(ingest_cli.render)
+app.command()(ingest_cli.ingest)
 app.command()(embed_cli.embed)
 app.command()(dedup_cli.dedup)
 app.command()(quiz_cli.qa)
@@ -100,6 +73,14 @@ app.command("filter")(filter_cli.filter_)
 app.command()(export_cli.export)
 app.command("eval")(eval_cli.evaluate)
 app.command()(eval_cli.compare)
+app.command()(run_cli.run)
+
+
+def _end_with(line: str) -> None:
+    """Say why a command ends, also to the chain that runs it."""
+    print(f"capipe: {line}", file=sys.stderr)
+    if file := os.environ.get(LAST_WORDS):
+        Path(file).write_text(line, encoding="utf-8")
 
 
 @app.command()
@@ -140,12 +121,14 @@ def demo(
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
     train_steps: Annotated[int, typer.Option(min=0, help="Steps of training; 0 trains nothing.")] = 12,
 ) -> None:
-    """Render pictures, ingest and caption them, write a quiz, evaluate, train, verify all of it, and say what came."""
+    """Run the chain of `recipes/tiny.yaml`: render, caption, ask, train, filter, export; verify, and say what came."""
     from .demo import run_demo
     from .demo_report import lines
 
-    report = run_demo(out, images, engine, train_steps, lambda text: print(f"\n== {text}", flush=True))
-    print("\n" + "\n".join(lines(report)))
+    code, report = run_demo(out, images, engine, train_steps, lambda text: print(text, flush=True))
+    if code == Exit.OK:
+        print("\n" + "\n".join(lines(report)))
+    raise typer.Exit(code)
 
 
 @app.command()

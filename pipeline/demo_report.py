@@ -14,68 +14,10 @@ from ..manifests.status import QuestionStatus, Status
 from ..trainer.figures import Report
 from ..trainer.grades import system_of
 from ..trainer.log import read_steps
+from .chain_state import load_chain
 from .status import State, state
 
 PROMPT = "plain"  # what the captioner is trained under
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where everything lies below ``out``."""
-
-    out: Path
-
-    @property
-    def corpus(self) -> Path:
-        return self.out / "corpus"
-
-    @property
-    def shards(self) -> Path:
-        return self.out / "shards"
-
-    @property
-    def captions(self) -> Path:
-        return self.out / "captions"
-
-    @property
-    def questions(self) -> Path:
-        return self.out / "questions"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.out / "eval"
-
-    @property
-    def train_corpus(self) -> Path:
-        return self.out / "training" / "corpus"
-
-    @property
-    def train_shards(self) -> Path:
-        return self.out / "training" / "shards"
-
-    @property
-    def train_questions(self) -> Path:
-        return self.out / "training" / "questions"
-
-    @property
-    def run(self) -> Path:
-        return self.out / "training" / "run"
-
-    @property
-    def marks(self) -> Path:
-        return self.out / "marks"
-
-    @property
-    def filtered(self) -> Path:
-        return self.out / "filtered"
-
-    @property
-    def final(self) -> Path:
-        return self.out / "final"
-
-    @property
-    def trained_evaluation(self) -> Path:
-        return self.out / "eval-trained"
 
 
 @dataclass(frozen=True)
@@ -107,27 +49,29 @@ class Gain:
         )
 
 
-def write_report(at: Places, images: int) -> Path:
-    """``report.md``; returns its path."""
-    report = at.out / "report.md"
-    text = _page(images, state(str(at.captions)), list(_show(at, 3)), _quiz(at), _gain(at), _kept(at))
-    report.write_text(text, encoding="utf-8")
+def write_report(folder: Path) -> Path:
+    """``report.md`` of the demo's chain in ``folder``; returns its path."""
+    report = folder / "report.md"
+    shown = list(_show(folder, 3))
+    report.write_text(
+        _page(state(str(folder / "captions")), shown, _quiz(folder), _gain(folder), _kept(folder)), "utf-8"
+    )
     return report
 
 
 def lines(report: Path) -> list[str]:
     """What the demo ends with: three captions, the quiz in two lines, what training gained, where everything is."""
-    at = Places(report.parent)
-    gain = _gain(at)
+    folder = report.parent
+    gain, final = _gain(folder), folder / "final"
     trained = [] if gain is None else _before_and_after(gain)
-    texts = [f"  {s.file}: {s.dense}" for s in _show(at, 3)]
-    kept = [_kept(at), f"report: {report}", f"card: {at.final / 'README.md'}", f"shards: {at.final}"]
-    return ["three captions:", *texts, *_quiz(at), *trained, *kept]
+    texts = [f"  {s.file}: {s.dense}" for s in _show(folder, 3)]
+    kept = [_kept(folder), f"report: {report}", f"card: {final / 'README.md'}", f"shards: {final}"]
+    return ["three captions:", *texts, *_quiz(folder), *trained, *kept]
 
 
-def _kept(at: Places) -> str:
+def _kept(folder: Path) -> str:
     """What filtering left, and why the rest is gone."""
-    rows = state(str(at.filtered / "shards")).rows
+    rows = state(str(folder / "filtered/shards")).rows
     gone = ", ".join(f"{count} {status}" for status, count in sorted(rows.items()) if status != Status.OK)
     return f"filter: {rows.get(Status.OK, 0)} of {sum(rows.values())} rows kept ({gone or 'none'} removed)"
 
@@ -136,12 +80,12 @@ def _before_and_after(gain: Gain) -> list[str]:
     return [f"  {gain.file} before: {gain.told_before}", f"  {gain.file} after: {gain.told_after}", gain.line()]
 
 
-def _quiz(at: Places) -> list[str]:
+def _quiz(folder: Path) -> list[str]:
     """What the quiz steps gave, in lines."""
-    artifact = Artifact.open(str(at.questions / "screened"))
+    artifact = Artifact.open(str(folder / "questions/screened"))
     entries = [e for shard in artifact.committed() for row in artifact.read_rows(shard) for e in row["questions"]]
     kept = [entry for entry in entries if entry["status"] == QuestionStatus.OK]
-    accuracies = [f"{name} {accuracy:.2f}" for name, accuracy in _accuracies(at.evaluation).items()]
+    accuracies = [f"{name} {accuracy:.2f}" for name, accuracy in _accuracies(folder / "eval").items()]
     shown = [f"{entry['question']} ({', '.join(entry['options'])})" for entry in kept[:2]]
     return [
         f"{len(kept)} of {len(entries)} questions kept, e.g. {' '.join(shown)}",
@@ -155,21 +99,22 @@ def _accuracies(evaluation: Path) -> dict[str, float]:
     return {each.name: each.quiz.accuracy.value for each in report.systems if each.quiz.accuracy.value is not None}
 
 
-def _gain(at: Places) -> Gain | None:
+def _gain(folder: Path) -> Gain | None:
     """What training did, None where nothing was trained or nothing could be measured."""
-    if not at.trained_evaluation.exists():
+    chain = load_chain(folder)
+    if chain is None or chain.stage("train") is None:
         return None
-    before, after = _accuracies(at.evaluation), _accuracies(at.trained_evaluation)
+    before, after = _accuracies(folder / "eval"), _accuracies(folder / "eval-trained")
     if PROMPT not in before or PROMPT not in after or "oracle" not in before:
         return None
     return Gain(
-        steps=len(read_steps(at.run)),
+        steps=len(read_steps(folder / "train")),
         before=before[PROMPT],
         after=after[PROMPT],
         oracle=before["oracle"],
         file=_file(0),
-        told_before=_told(at.evaluation),
-        told_after=_told(at.trained_evaluation),
+        told_before=_told(folder / "eval"),
+        told_after=_told(folder / "eval-trained"),
     )
 
 
@@ -180,12 +125,12 @@ def _told(evaluation: Path) -> str:
     return next(each["text"] for each in row["captions"] if system_of(each["name"]) == PROMPT) or ""
 
 
-def _show(at: Places, count: int) -> Iterator[Shown]:
+def _show(folder: Path, count: int) -> Iterator[Shown]:
     """The first pictures of the corpus with their captions."""
-    artifact = Artifact.open(str(at.captions))
+    artifact = Artifact.open(str(folder / "captions"))
     pairs = (
         pair
-        for shard in expand(str(at.shards))
+        for shard in expand(str(folder / "shards"))
         for pair in zip(RowReader(shard), artifact.read_rows(shard.name), strict=True)
     )
     for number, (source, row) in enumerate(islice(pairs, count)):
@@ -195,14 +140,14 @@ def _show(at: Places, count: int) -> Iterator[Shown]:
 
 def _file(number: int) -> str:
     """A picture's file, relative to the report; the corpus was ingested in this order."""
-    return f"corpus/{number:06d}.jpg"
+    return f"pictures/{number:06d}.jpg"
 
 
-def _page(images: int, found: State, shown: list[Shown], quiz: list[str], gain: Gain | None, filtered: str) -> str:
+def _page(found: State, shown: list[Shown], quiz: list[str], gain: Gain | None, filtered: str) -> str:
     rows = "\n".join(f"| {status} | {count} |" for status, count in sorted(found.rows.items()))
     parts = [
         "# capipe demo",
-        f"{images} rendered scenes were ingested, captioned by `tiny/captioner` and verified.",
+        f"{sum(found.rows.values())} rendered scenes were ingested, captioned by `tiny/captioner` and verified.",
         f"| status | rows |\n|---|---|\n{rows}",
         f"`captions/` has {found.shards} shards, {found.bytes:,} bytes: tars with images and captions, and Parquet.",
     ]

@@ -44,7 +44,9 @@ def export(
     from .exporting import execute_export, finish, plan_export
     from .progress import Progress
 
-    words = CardWords(title or out.rstrip("/").rpartition("/")[2], _license(license), _languages(language or []))
+    words = CardWords(
+        title or out.rstrip("/").rpartition("/")[2], checked_license(license), checked_languages(language or [])
+    )
     made = plan_export(
         artifact, out, format, words, image_extension=image_extension, link=link, workers=workers, fresh=fresh
     )
@@ -62,13 +64,13 @@ def export(
     raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))
 
 
-def _license(name: str) -> str:
+def checked_license(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
         raise BadInput(f"--license {name!r}: write the Hub's identifier in small letters, such as cc-by-4.0, or other")
     return name
 
 
-def _languages(codes: list[str]) -> tuple[str, ...]:
+def checked_languages(codes: list[str]) -> tuple[str, ...]:
     for code in codes:
         if not re.fullmatch(r"[a-z]{2,3}", code):
             raise BadInput(f"--language {code!r}: write a code of two or three small letters, such as en")

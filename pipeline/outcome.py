@@ -12,6 +12,8 @@ from .engine_stages import Plan, execute
 from .progress import Progress
 from .status import State, state
 
+LAST_WORDS = "CAPIPE_LAST_WORDS"  # names a file to which a command in a chain repeats the line it ends with
+
 
 class Exit(IntEnum):
     """See the text of :mod:`.cli`, which is also what `capipe --help` shows."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BadInput
@@ -19,10 +18,10 @@ from .losses import KLEstimator, LossName
 from .naturalness_reward import NaturalnessConfig
 from .penalties import PhrasesConfig, RepeatsConfig
 from .quiz_reward import QuizRewardConfig
+from .recipe_file import find_recipe, read_recipe
 from .reconstruction_reward import ReconstructionConfig
 from .text_rewards import BoilerplateConfig, LengthConfig, RepetitionConfig
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RewardConfig = Annotated[
     QuizRewardConfig
     | JudgeRewardConfig
@@ -238,64 +237,19 @@ class Recipe(Section):
         )
 
 
-def find_recipe(given: Path) -> Path:
-    """The YAML file meant: itself, or the bundled recipe of that name (``tiny``) where there is no such file."""
-    bundled = RECIPES / f"{given}.yaml"
-    return bundled if given.name == str(given) and bundled.is_file() and not given.is_file() else given
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, or a bundled one by its name, with ``section.key=value`` overrides.
 
     Raises BadInput with the key and the reason.
     """
-    path = find_recipe(path)
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(
-            f"{path}: no recipe there ({error.strerror}); give a YAML file or a bundled one: {_bundled()}"
-        ) from None
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise BadInput(f"{path}: a recipe is a mapping of keys, this is {type(loaded).__name__}")
-    for override in overrides:
-        _set(loaded, override)
+    loaded = read_recipe(path, overrides, "training")
     try:
         return Recipe.model_validate(loaded)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the recipe"
-        raise BadInput(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}{_known(first)}") from None
-
-
-def _bundled() -> str:
-    return ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-
-
-def _set(recipe: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not key:
-        raise BadInput(f"--set {override!r}: write section.key=value")
-    *sections, last = key.split(".")
-    at: Any = recipe
-    for section in sections:
-        if isinstance(at, list):
-            at = _entry(at, section, override)
-            continue
-        at = at.setdefault(section, {})
-        if not isinstance(at, dict | list):
-            raise BadInput(f"--set {override!r}: {section} is a value, not a section")
-    if not isinstance(at, dict):
-        raise BadInput(f"--set {override!r}: name a key after the list's entry, e.g. rewards.0.weight")
-    at[last] = yaml.safe_load(text)
-
-
-def _entry(entries: list[Any], section: str, override: str) -> Any:
-    if not section.isdigit() or int(section) >= len(entries):
-        raise BadInput(f"--set {override!r}: the list has entries 0 to {len(entries) - 1}")
-    return entries[int(section)]
+        reason = f"{first['msg'].removeprefix('Value error, ')}{_known(first)}"
+        raise BadInput(f"{find_recipe(path)}: {key}: {reason}") from None
 
 
 def _known(error: Any) -> str:

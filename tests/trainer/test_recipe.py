@@ -9,8 +9,8 @@ import pytest
 from capipe.errors import BadInput
 from capipe.trainer.assembly import rate
 from capipe.trainer.recipe import OptimizerConfig, Recipe, load_recipe
+from capipe.trainer.recipe_file import RECIPES, bundled
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 TEXT = """
 model: tiny/captioner
 data: {shards: a, questions: b}
@@ -118,9 +118,17 @@ def test_speed_is_no_part_of_what_a_run_is(recipe: Path) -> None:
     assert isinstance(made, Recipe)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_that_comes_along_loads(path: Path) -> None:
-    assert load_recipe(path).steps > 0
+@pytest.mark.parametrize("name", bundled("training").split(", "))
+def test_every_recipe_that_comes_along_loads(name: str) -> None:
+    assert load_recipe(Path(name)).steps > 0
+
+
+def test_the_recipe_of_a_chain_is_none_of_a_training(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"tiny\.yaml: this is the recipe of a chain; run it by: capipe run tiny$"):
+        load_recipe(Path("tiny"))
+    (tmp_path / "twice.yaml").write_text("steps: 3\nsteps: 4\n")
+    with pytest.raises(BadInput, match="'steps' is written twice"):
+        load_recipe(tmp_path / "twice.yaml")
 
 
 def test_the_recipes_of_caprl_differ_where_its_paper_and_its_script_do() -> None:

@@ -1,0 +1,78 @@
+"""`capipe ingest`, and `capipe render`, which makes pictures to ingest."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.console import Console
+
+from ..errors import BadInput
+from ..models.tiny.world import Split
+from .interrupts import interrupts
+from .options import Fresh, Out, validated
+from .outcome import conclude
+
+
+def render(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures, their alt texts and their truth.")],
+    images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 400,
+    split: Annotated[str, typer.Option(help="Whose scenes: train or heldout; no scene is in both.")] = "train",
+    seed: Annotated[int, typer.Option(help="Source of every draw.")] = 0,
+) -> None:
+    """Render pictures of the bundled models' world, as a crawl would leave them: to try everything on."""
+    from ..models.tiny.corpus import write_corpus
+
+    write_corpus(out, images, known_split(split), seed)
+    print(f"{images} pictures in {out}")
+
+
+def known_split(name: str) -> Split:
+    """Raises BadInput where there is no such one."""
+    for split in get_args(Split):
+        if name == split:
+            return split  # type: ignore[no-any-return]
+    raise BadInput(f"--split {name!r}: there are {' and '.join(get_args(Split))}")
+
+
+def ingest(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of images, tars, Parquet/CSV/JSONL of paths, saved datasets, or hf://name[:split]."
+        ),
+    ],
+    out: Out,
+    shard_size: Annotated[int, typer.Option(help="Items per shard, usable or not.")] = 10_000,
+    min_side: Annotated[int, typer.Option(help="Images with a shorter side of fewer pixels are too_small.")] = 16,
+    max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8,
+    max_aspect: Annotated[float, typer.Option(help="Longest over shortest side; beyond it, unsupported.")] = 200.0,
+    path_column: Annotated[str | None, typer.Option(help="Column of paths in tables, if it has no usual name.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
+    fresh: Fresh = False,
+) -> None:
+    """Turn images from anywhere into checked, hashed shards; every file, member and table row becomes a row."""
+    from ..stages.ingest import IngestConfig
+    from .ingesting import execute_ingest, plan_ingest
+    from .progress import Progress
+
+    config = validated(
+        IngestConfig,
+        shard_size=shard_size,
+        min_side=min_side,
+        max_image_pixels=max_image_pixels,
+        max_aspect=max_aspect,
+        path_column=path_column,
+    )
+    plan = plan_ingest(sources, out, config, workers=workers, fresh=fresh)
+    stop = threading.Event()
+    progress = Progress("ingest", None, len(plan.artifact.committed()), ready=time.monotonic())
+    try:
+        with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
+            outcome = execute_ingest(plan, report, stop)
+    finally:
+        plan.artifact.close()
+    raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))
