@@ -6,7 +6,6 @@ found faults; 2 something given cannot be used; 3 the run could not go on; 130 s
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -19,10 +18,10 @@ from rich.table import Table
 
 from .. import __version__
 from ..errors import CapipeError
-from . import caption_cli, dedup_cli, embed_cli, eval_cli, export_cli, filter_cli, quiz_cli, train_cli
+from . import caption_cli, dedup_cli, embed_cli, eval_cli, export_cli, filter_cli, look_cli, quiz_cli, train_cli
 from .interrupts import interrupts
 from .options import Fresh, Out, validated
-from .outcome import Exit, conclude, print_state
+from .outcome import Exit, conclude
 from .worker import disk_text
 
 app = typer.Typer(
@@ -100,6 +99,9 @@ app.command("filter")(filter_cli.filter_)
 app.command()(export_cli.export)
 app.command("eval")(eval_cli.evaluate)
 app.command()(eval_cli.compare)
+app.command()(look_cli.status)
+app.command()(look_cli.report)
+app.command()(look_cli.view)
 
 
 @app.command()
@@ -116,21 +118,6 @@ def verify(artifact: Annotated[str, typer.Argument(help="Folder or URL of an art
     verdict = f"{len(report.faults)} faults" if report.faults else "clean"
     print(f"{artifact}: {verdict}; {report.shards} shards, {report.bytes:,} bytes, {rows}")
     raise typer.Exit(Exit.UNRESOLVED if report.faults else Exit.OK)
-
-
-@app.command()
-def status(
-    artifact: Annotated[str, typer.Argument(help="Folder or URL of an artifact.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Show where a run stands: shards, rows by status, what is unfinished or quarantined."""
-    from .status import state
-
-    found = state(artifact)
-    if as_json:
-        print(json.dumps(found.as_json(), indent=1))
-        return
-    print_state(artifact, found)
 
 
 @app.command()
