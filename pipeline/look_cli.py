@@ -52,7 +52,9 @@ def report(
 def view(
     folder: Annotated[Path, typer.Argument(help="A folder with artifacts, at any depth.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8642,
-    host: Annotated[str, typer.Option(help="Address to listen at; other than loopback a token is needed.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; other than loopback a token is needed.")
+    ] = "127.0.0.1",
     token: Annotated[str | None, typer.Option(help="Token to ask for; a random one where one is needed.")] = None,
 ) -> None:
     """Look through artifacts in a browser: pictures, captions, scores; search, filters, thresholds, comparisons."""

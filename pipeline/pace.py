@@ -64,7 +64,9 @@ def _moments(artifact: Artifact, records: Sequence[ShardRecord], journaled: int)
     known = sorted(known)[-WINDOW:]
     if journaled:
         folder = artifact.folder.private("journal")
-        times = [time for path in folder.glob("*.jsonl") if (time := _modified(artifact, f"_capipe/journal/{path.name}"))]
+        times = [
+            time for path in folder.glob("*.jsonl") if (time := _modified(artifact, f"_capipe/journal/{path.name}"))
+        ]
         start = _modified(artifact, "_capipe/config.json")
         if not known and start is not None:
             known = [(start, 0)]
