@@ -57,7 +57,7 @@ class Found:
 
 
 def find(root: Path) -> Found:
-    """Look through ``root`` without following links. Raises BadInput where it is no folder, or holds nothing of ours."""
+    """Look through ``root`` without following links. Raises BadInput where nothing of ours is there."""
     if not root.is_dir():
         raise BadInput(f"{root}: no such folder; give one with artifacts of capipe in it")
     found = Found(root)

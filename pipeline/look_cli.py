@@ -20,7 +20,7 @@ def status(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --live.")] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show where runs stand, from any machine that sees their files: shards, rows by status, speed, what is unfinished."""
+    """Show where runs stand, from any machine that sees their files: shards, rows by status, speed, what is left."""
     from .status_view import follow, lines, overview
 
     if live and as_json:

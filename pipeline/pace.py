@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from ..errors import CapipeError
-from ..manifests.artifact import Artifact
+from ..manifests.artifact import CONFIG, Artifact
 from ..manifests.manifest import LINES, ShardRecord
 
 WINDOW = 64  # commits that are looked at
@@ -67,7 +68,7 @@ def _moments(artifact: Artifact, records: Sequence[ShardRecord], journaled: int)
         times = [
             time for path in folder.glob("*.jsonl") if (time := _modified(artifact, f"_capipe/journal/{path.name}"))
         ]
-        start = _modified(artifact, "_capipe/config.json")
+        start = _modified(artifact, CONFIG)
         if not known and start is not None:
             known = [(start, 0)]
         known += [(max(times), journaled)] if times else []
@@ -83,7 +84,7 @@ def _modified(artifact: Artifact, name: str) -> float | None:
 
 def _rate(moments: list[tuple[float, int]]) -> float | None:
     """Rows per second since the last long pause; the first commit only starts the clock."""
-    gaps = [after[0] - before[0] for before, after in zip(moments, moments[1:], strict=False)]
+    gaps = [after[0] - before[0] for before, after in pairwise(moments)]
     if not gaps:
         return None
     pause = max(_PAUSE, _RARE * median(gaps))

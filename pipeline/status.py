@@ -1,4 +1,4 @@
-"""`capipe status`: where a run stands, read from its files alone (so from any process, on any machine that sees them)."""
+"""`capipe status`: where a run stands, read from its files alone, so on any machine that sees them."""
 
 from __future__ import annotations
 

@@ -38,13 +38,15 @@ class Overview:
         """Nothing is to be waited for. A chain knows best: a stage that has not begun has no folder yet."""
         if self.chain is not None:
             return all(stage.state in (DONE, FAILED, STOPPED) for stage in self.chain.stages)
-        parts = (*self.artifacts.values(), *self.runs.values())
-        return all(each.complete for each in parts)
+        return all(each.complete for each in self._parts())
+
+    def _parts(self) -> list[State | RunState]:
+        return [*self.artifacts.values(), *self.runs.values()]
 
     def as_json(self) -> dict[str, Any]:
         """One artifact's or run's own figures, or all of them by name."""
         if self.alone:
-            return next(each.as_json() for each in (*self.artifacts.values(), *self.runs.values()))
+            return next(each.as_json() for each in self._parts())
         stages = None if self.chain is None else [_stage_json(each) for each in self.chain.stages]
         return {
             "chain": None if self.chain is None else {"recipe": self.chain.recipe, "stages": stages},
@@ -90,9 +92,10 @@ def _alone(found: Found) -> bool:
 def lines(view: Overview) -> Iterator[tuple[str, str]]:
     """The overview, line by line, each with a rich style."""
     if view.alone:
-        for name, each in (*view.artifacts.items(), *view.runs.items()):
-            shown = view.url if name == HERE else name
-            yield from artifact_lines(shown, each) if isinstance(each, State) else run_lines(shown, each)
+        for artifact in view.artifacts.values():
+            yield from artifact_lines(view.url, artifact)
+        for run in view.runs.values():
+            yield from run_lines(view.url, run)
         return
     rest = {*view.artifacts, *view.runs}
     if view.chain is not None:
@@ -164,7 +167,7 @@ def _idle(seconds: float | None) -> str:
 def follow(look: Callable[[], Overview], every: float, console: Console) -> Overview:
     """Show it anew until all is done: in place on a terminal, else whenever a line changes. Returns the last look.
 
-    What is unreadable for a moment is shown as the reason; Ctrl-C ends it (KeyboardInterrupt).
+    Ctrl-C ends it (KeyboardInterrupt).
     """
     shown: list[str] = []
     with Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else _Plain() as live:

@@ -40,21 +40,27 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     found = find(folder)
     joins, pictures = Joins(found.artifacts), Pictures()
     facts = gather(found)
-    page = _environment().get_template("page.html.j2").render(
-        facts=facts,
-        style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
-        version=__version__,
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        charts=[
-            (each, [line_chart(title, lines, "step") for title, lines in each.charts.items()])
-            for each in facts.trainings
-        ],
-        quiz=interval_chart("Questions answered right", quiz_bars(facts.evaluations)) if facts.evaluations else None,
-        gain=_gain(facts),
-        histograms=[(each, list(map(histogram_chart, each.histograms))) for each in facts.scores],
-        gallery=gallery(joins, pictures),
-        losses=losses(joins, pictures),
-        packages=_common([each.packages for each in facts.origins]),
+    page = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            facts=facts,
+            style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+            version=__version__,
+            written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            charts=[
+                (each, [line_chart(title, lines, "step") for title, lines in each.charts.items()])
+                for each in facts.trainings
+            ],
+            quiz=interval_chart("Questions answered right", quiz_bars(facts.evaluations))
+            if facts.evaluations
+            else None,
+            gain=_gain(facts),
+            histograms=[(each, list(map(histogram_chart, each.histograms))) for each in facts.scores],
+            gallery=gallery(joins, pictures),
+            losses=losses(joins, pictures),
+            packages=_common([each.packages for each in facts.origins]),
+        )
     )
     scratch = target.with_name(f".{target.name}.partial")
     write_synced(scratch, page.encode())

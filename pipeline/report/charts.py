@@ -60,7 +60,7 @@ def interval_chart(title: str, bars: Sequence[Bar]) -> Markup:
     """Shares as dots with their intervals, one below the other, on a scale from 0 to 100 %."""
     left, step = 210, 26
     height = _TOP + step * len(bars) + _BOTTOM
-    xs = _Scale(0.0, 1.0, left, _WIDTH - 56, (0.0, 0.25, 0.5, 0.75, 1.0))
+    xs = _Scale(0.0, 1.0, left, _WIDTH - 70, (0.0, 0.25, 0.5, 0.75, 1.0))
     body = Markup("")
     for tick in xs.ticks:
         x = f"{xs.at(tick):.1f}"
@@ -142,7 +142,7 @@ def _scale(values: Sequence[float], start: float, end: float) -> _Scale:
     """A scale that holds all values and ends at round numbers."""
     low, high = min(values), max(values)
     if low == high:
-        low, high = low - abs(low) / 2 - (low == 0), high + abs(high) / 2 + (high == 0)
+        low, high = low - abs(low) / 2, high + abs(high) / 2 + (high == 0)
     rough = (high - low) / 4
     size = 10 ** math.floor(math.log10(rough))
     step = next(size * each for each in (1, 2, 2.5, 5, 10) if size * each >= rough)
@@ -169,8 +169,10 @@ def _label(x: float, y: float, text: str, anchor: str) -> Markup:
 def _figure(title: str, told: str, body: Markup, names: Sequence[str], height: int = _HEIGHT) -> Markup:
     """The chart under its title, with a legend where it has several series."""
     keys = Markup("").join(
-        Markup('<span class="key"><svg viewBox="0 0 24 8" aria-hidden="true"><line class="line s{}" x1="0" x2="24" y1="4"'
-               ' y2="4"/></svg>{}</span>').format(number % 5, name)
+        Markup(
+            '<span class="key"><svg viewBox="0 0 24 8" aria-hidden="true"><line class="line s{}" x1="0" x2="24" y1="4" '
+            'y2="4"/></svg>{}</span>'
+        ).format(number % 5, name)
         for number, name in enumerate(names)
     )
     return Markup(

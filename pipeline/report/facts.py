@@ -64,7 +64,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quiz accuracies of one evaluation. ``after``: the training run whose checkpoint wrote the captions, if one did."""
+    """Quiz accuracies of one evaluation. ``after``: the training run whose checkpoint wrote the captions, if any."""
 
     name: str
     captioner: str
@@ -156,7 +156,7 @@ def models_of(artifact: Artifact) -> tuple[str, ...]:
     """The models at work, as they were asked for."""
     run = artifact.config["run"]
     named = [run.get("model"), *(run.get("models") or {}).values()]
-    return tuple(dict.fromkeys(last_part(each) if "/step-" in each else each for each in named if isinstance(each, str)))
+    return tuple(dict.fromkeys(str(public(each)) for each in named if isinstance(each, str)))
 
 
 def _origin(name: str, artifact: Artifact) -> Origin:
@@ -207,7 +207,8 @@ def _training(name: str, run: Path) -> Training:
     }
     checked = [(entry["step"] + 1, validation_of(entry)) for entry in entries if validation_of(entry)]
     for key in sorted({key for _, figures in checked for key in figures}):
-        charts[f"Validation: {key}"] = [Line(key, [(step, figures[key]) for step, figures in checked if key in figures])]
+        points = [(float(step), figures[key]) for step, figures in checked if key in figures]
+        charts[f"Validation: {key}"] = [Line(key, points)]
     kept = {title: [line for line in lines if line.points] for title, lines in charts.items()}
     try:
         settings = json.dumps(public(json.loads((run / "run.json").read_bytes())), indent=1, ensure_ascii=False)

@@ -20,7 +20,6 @@ from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.status import QuestionStatus, Status
 from ...manifests.storage import parquet_file
-from ...stages.expression import shown_value
 from ..joins import Joins, Place
 from ..pictures import Pictures, small_jpeg
 from .facts import sampled
@@ -153,7 +152,8 @@ def _shown(
         elif stage == "annotate":
             shown.said += _captions(each.artifact, row)
         elif stage == "score":
-            shown.scores += [(key, shown_value(v)) for key, v in row.items() if _SCORES.fullmatch(key) and v is not None]
+            scores = ((key, value) for key, value in row.items() if _SCORES.fullmatch(key) and value is not None)
+            shown.scores += [(key, f"{value:.3f}") for key, value in scores]
         elif stage in ("screen", "questions"):
             for asked in row["questions"] or []:
                 known = questions.get(asked["id"])
