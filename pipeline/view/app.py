@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +22,10 @@ from .table import Table, Unknown, Unreadable
 STATIC = Path(__file__).parent / "static"
 _FILES = {"": ("index.html", "text/html"), "app.js": ("app.js", "text/javascript")}
 _FILES |= {name: (name, "text/javascript") for name in ("state.js", "dom.js", "rows.js", "threshold.js", "compare.js", "detail.js")}
-_FILES |= {"style.css": ("style.css", "text/css")}
+_FILES |= {"style.css": ("style.css", "text/css"), "icon.svg": ("icon.svg", "image/svg+xml")}
+_TEXTS = 3  # that a row should show, if need be of artifacts beside it
 _LISTED = 6  # texts and numbers that a row shows unless the page asks for others
-_NUMBERS = ("clip_score", "itm_score", "clip_score_min", "itm_score_min", "right_")
+_NUMBERS = tuple(map(re.compile, ("re_.*_score", "re_.*_score_min", "org_.*_score", "(.*_)?right_.*")))
 _MOST_COLUMNS = 24
 
 Id = Annotated[str, Query(alias="a", max_length=40)]
@@ -123,13 +125,19 @@ def answer(value: Any, code: int = 200) -> Response:
 
 def default_columns(table: Table) -> list[str]:
     """What a row shows unless asked otherwise: its captions, its own first, and the scores that matter most."""
-    prose = [name for name, column in table.columns.items() if column.flat.prose and name != "questions_text"]
-    numbers = [name for name, column in table.columns.items() if _is_score(name) and _kind(column.flat.type) == "number"]
-    return [*prose[:_LISTED], *numbers[:_LISTED]]
+    prose, numbers = [], []
+    for name, column in table.columns.items():
+        if column.flat.prose and not name.endswith("questions_text"):
+            if column.artifact == table.name or len(prose) < _TEXTS:
+                prose.append(name)
+        elif _rank(name) < len(_NUMBERS) and not name.endswith("_mean"):
+            numbers.append(name)
+    return [*prose[:_LISTED], *sorted(numbers, key=_rank)[:_LISTED]]
 
 
-def _is_score(name: str) -> bool:
-    return any(part in name for part in _NUMBERS) and not name.endswith("_mean")
+def _rank(name: str) -> int:
+    """How much a column of numbers tells of a caption: the less the more; beyond all of them, nothing."""
+    return next((rank for rank, part in enumerate(_NUMBERS) if part.fullmatch(name)), len(_NUMBERS))
 
 
 def _kind(type_: Any) -> str:

@@ -104,6 +104,8 @@ class Table:
                     found.setdefault(flat.name, Column(flat.name, artifact, flat))
                 elif not self._repeated(artifact, flat.name):
                     name = flat.name
+                    if name in found and self.joins.artifacts[artifact].stage == "ingest":
+                        continue  # what came with the images was handed on
                     if name in found or name == "status":
                         name = f"{identifier(artifact)}_{name}"
                     found.setdefault(name, Column(name, artifact, flat))
