@@ -21,7 +21,10 @@ from .table import Table, Unknown, Unreadable
 
 STATIC = Path(__file__).parent / "static"
 _FILES = {"": ("index.html", "text/html"), "app.js": ("app.js", "text/javascript")}
-_FILES |= {name: (name, "text/javascript") for name in ("state.js", "dom.js", "rows.js", "threshold.js", "compare.js", "detail.js")}
+_FILES |= {
+    name: (name, "text/javascript")
+    for name in ("state.js", "dom.js", "rows.js", "threshold.js", "compare.js", "detail.js")
+}
 _FILES |= {"style.css": ("style.css", "text/css"), "icon.svg": ("icon.svg", "image/svg+xml")}
 _TEXTS = 3  # that a row should show, if need be of artifacts beside it
 _LISTED = 6  # texts and numbers that a row shows unless the page asks for others
@@ -102,7 +105,9 @@ def create_app(library: Library) -> FastAPI:
         return answer(found)
 
     @app.get("/api/image")
-    def image(a: Id, shard: Shard, row: Number, size: Annotated[str, Query(pattern="small|full")] = "small") -> Response:
+    def image(
+        a: Id, shard: Shard, row: Number, size: Annotated[str, Query(pattern="small|full")] = "small"
+    ) -> Response:
         data, kind = library.image(a, shard, row, size == "small")
         return Response(data, media_type=kind, headers={"cache-control": "private, max-age=3600"})
 
@@ -180,5 +185,10 @@ def _rows(table: Table, places: Sequence[tuple[str, int]], columns: Sequence[str
             read = [{"key": "?", "status": "unreadable"} for _ in wanted]
         for row, values in zip(wanted, read, strict=True):
             own = {name: values.get(name) for name in ("key", "uid", "status", "error")}
-            found[shard, row] = {"shard": shard, "row": row, **own, "values": {name: values.get(name) for name in columns}}
+            found[shard, row] = {
+                "shard": shard,
+                "row": row,
+                **own,
+                "values": {name: values.get(name) for name in columns},
+            }
     return [found[place] for place in places]

@@ -43,7 +43,9 @@ def flat_columns(parquet: pq.ParquetFile) -> list[Flat]:
         if field.name in _LEFT_OUT:
             continue
         if _is_number(field.type) or pa.types.is_string(field.type):
-            found.append(Flat(field.name, field.type, (field.name,), partial(_plain, field.name), _is_prose(field.name)))
+            found.append(
+                Flat(field.name, field.type, (field.name,), partial(_plain, field.name), _is_prose(field.name))
+            )
         elif pa.types.is_list(field.type):
             found += _of_list(parquet, field, [path for path in paths if path.split(".")[0] == field.name])
     return found

@@ -122,7 +122,9 @@ class Finder:
         if back:
             shown.reverse()
             # ``before`` is exclusive: a page back from the first row that is shown.
-            return Page(shown, (shown[0] if shown and not stopped else beyond) if beyond else None, start, stopped, faults)
+            return Page(
+                shown, (shown[0] if shown and not stopped else beyond) if beyond else None, start, stopped, faults
+            )
         return Page(shown, start if start and start != _first(table) else None, beyond, stopped, faults)
 
     def count(self, table: Table, query: Query, budget: float = BUDGET) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _SHORTEST = 16  # characters of a token
 
 
 def serve(folder: Path, host: str, port: int, token: str | None) -> None:
-    """Serve until Ctrl-C. Raises BadInput where the folder has no artifact, the port is taken or the host is not ours."""
+    """Serve until Ctrl-C. Raises BadInput where the folder has no artifact, or the address cannot be listened at."""
     try:
         import uvicorn
 

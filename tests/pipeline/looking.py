@@ -1,4 +1,4 @@
-"""A chain's folder as the stages write it, in a moment: real shards, captions, questions, answers and scores of no model."""
+"""A chain's folder as the stages write it, in a moment: shards, captions, questions, answers, scores, of no model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def words(index: int, count: int = 6) -> str:
 
 
 def write_images(out: Path, sizes: list[int], *, text: Text = words, only: int | None = None) -> Artifact:
-    """Ingested shards; the last row of each is corrupt. ``only``: commit no more shards than that, as a run under way."""
+    """Ingested shards; the last row of each is corrupt. ``only``: commit no more than so many, as a run under way."""
     artifact = Artifact.create(str(out), "ingest", {"sizes": sizes}, {"sources": ["x"], "shards_total": len(sizes)})
     number = 0
     for shard, size in enumerate(sizes):
@@ -38,7 +38,7 @@ def write_images(out: Path, sizes: list[int], *, text: Text = words, only: int |
             for row in range(size):
                 key, broken = f"{number:07d}", row == size - 1
                 data = photo(number, (48, 32))
-                values = {name: None for name in INGEST.names} | {"key": key, "uid": uid_of(data), "status": "ok"}
+                values = dict.fromkeys(INGEST.names) | {"key": key, "uid": uid_of(data), "status": "ok"}
                 values |= {"text": text(number), "format": "jpg", "width": 48, "height": 32, "source": f"{key}.jpg"}
                 if broken:
                     values |= {"status": "corrupt", "error": "truncated", "uid": None, "format": None}
@@ -84,7 +84,9 @@ def caption(name: str, text: str, model: str = "m") -> dict[str, Any]:
 def write_quiz(shards: Path, folder: Path, right: Callable[[int], int], controls: bool = True) -> Artifact:
     """Screened questions, and answers graded from captions: of two presentations ``right`` of an index are."""
     source = Artifact.open(str(shards))
-    screened = Artifact.create(str(folder / "screened"), "screen", {"input": source.fingerprint}, {"shards": str(shards)})
+    screened = Artifact.create(
+        str(folder / "screened"), "screen", {"input": source.fingerprint}, {"shards": str(shards)}
+    )
     semantic = {
         "input": source.fingerprint,
         "questions": screened.fingerprint,

@@ -152,7 +152,9 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 def test_a_run_is_watched_while_it_is_written(folder: Path) -> None:
     """Every state between two writes of a commit can be read."""
-    artifact = Artifact.create(str(folder / "new"), "annotate", {}, {"shards": str(folder / "shards"), "shards_total": 1})
+    artifact = Artifact.create(
+        str(folder / "new"), "annotate", {}, {"shards": str(folder / "shards"), "shards_total": 1}
+    )
     assert "new: annotate, 0/1 shards committed, rows: none" in told(overview(str(folder)))
     with artifact.begin("00000", ANNOTATE) as made:
         made.write({"key": "a", "uid": None, "status": "ok", "error": None, "text": None, "captions": []})
