@@ -130,7 +130,8 @@ def answer(value: Any, code: int = 200) -> Response:
 
 def default_columns(table: Table) -> list[str]:
     """What a row shows unless asked otherwise: its captions, its own first, and the scores that matter most."""
-    prose, numbers = [], []
+    prose: list[str] = []
+    numbers: list[str] = []
     for name, column in table.columns.items():
         if column.flat.prose and not name.endswith("questions_text"):
             if column.artifact == table.name or len(prose) < _TEXTS:

@@ -62,7 +62,7 @@ def _is_prose(name: str) -> bool:
 
 
 def _is_number(type_: pa.DataType) -> bool:
-    return pa.types.is_integer(type_) or pa.types.is_floating(type_)
+    return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
 
 
 def _plain(name: str, table: pa.Table) -> pa.Array:

@@ -23,7 +23,7 @@ export async function showRows(facts, body, card = rowCard, columns = undefined,
   }
   if (back) {
     const first = rows[0];
-    set(first && page.before ? { shard: first.shard, row: String(first.row) } : { shard: "", row: "" });
+    set(first && page.before ? { shard: first.shard, row: String(first.row) } : { shard: "", row: "" }, true);
     if (!page.before) return showRows(facts, body, card, columns);
   }
   before = state.shard ? [state.shard, state.row || 0] : null;
