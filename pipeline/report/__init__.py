@@ -22,8 +22,8 @@ from ..joins import Joins
 from ..pictures import Pictures
 from ..progress import clock
 from .charts import Bar, histogram_chart, interval_chart, line_chart, status_bar
+from .examples import gallery, losses
 from .facts import Evaluation, Facts, gather
-from .gallery import gallery, losses
 
 REPORT = "report.html"
 _HERE = Path(__file__).parent

@@ -110,6 +110,13 @@ class Facts:
     commands: list[tuple[str, str, str]] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
 
+    def first(self, *stages: str) -> Link | None:
+        """The first artifact of these stages."""
+        return next((link for link in self.links if link.stage in stages), None)
+
+    def last(self, *stages: str) -> Link | None:
+        return next((link for link in reversed(self.links) if link.stage in stages), None)
+
 
 def gather(found: Found) -> Facts:
     """Everything but the pictures."""

@@ -82,7 +82,7 @@ def caption(name: str, text: str, model: str = "m") -> dict[str, Any]:
 
 
 def write_quiz(shards: Path, folder: Path, right: Callable[[int], int], controls: bool = True) -> Artifact:
-    """Screened questions, and answers graded from captions: of two presentations ``right`` of an index are."""
+    """Screened questions, and answers graded from captions: of four presentations ``right`` of an index are."""
     source = Artifact.open(str(shards))
     screened = Artifact.create(
         str(folder / "screened"), "screen", {"input": source.fingerprint}, {"shards": str(shards)}
@@ -123,7 +123,8 @@ def _question(number: int) -> dict[str, Any]:
 
 
 def _graded(name: str, number: int, right: int) -> dict[str, Any]:
-    answer = {"id": f"q{number}", "chosen": [1, 0], "right": right, "abstained": 0, "scored": 2}
+    chosen = [1] * right + [0] * (4 - right)
+    answer = {"id": f"q{number}", "chosen": chosen, "right": right, "abstained": 0, "scored": 4}
     text = None if name == "blind" else words(number)
     return {"name": name, "text": text, "n_tokens": 5, "status": "ok", "answers": [answer]}
 
@@ -148,8 +149,8 @@ def write_chain(folder: Path, sizes: list[int], text: Text = words) -> Path:
     write_images(shards, sizes, text=text)
     write_captions(shards, folder / "captions", text)
     write_captions(shards, folder / "other", lambda index: text(index).replace("red", "crimson"), "other")
-    write_quiz(shards, folder / "eval", lambda index: index % 2)
-    write_quiz(shards, folder / "eval-trained", lambda index: 2 - (index % 4 == 0), controls=False)
+    write_quiz(shards, folder / "eval", lambda index: 2 * (index % 2))
+    write_quiz(shards, folder / "eval-trained", lambda index: 4 - 2 * (index % 4 == 0), controls=False)
     write_run(folder / "run", 10, 7)
 
     def values(index: int, row: Any) -> dict[str, Any]:

@@ -35,7 +35,9 @@ SIZES = [40, 30]
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The chain that the environment names (for pictures of it), else one made here with hostile captions."""
     given = os.environ.get("SHOWN")
-    return Path(given) if given else write_chain(tmp_path_factory.mktemp("shown"), SIZES, lambda i: f"{words(i)} {EVIL}")
+    return (
+        Path(given) if given else write_chain(tmp_path_factory.mktemp("shown"), SIZES, lambda i: f"{words(i)} {EVIL}")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,7 @@ def test_rows_search_and_filter(viewer: Any, chain: Path) -> None:
     assert 0 < found < whole == total
     viewer.keyboard.press("Escape")
     viewer.fill("#search", "")
+    until(viewer, f"document.querySelector('#count').textContent === '{total} rows'")
     viewer.fill("#filter", "clip_scor > 0.3")
     until(viewer, "document.querySelector('#filter-error').textContent.includes('did you mean')")
     viewer.fill("#filter", "clip_score > 0.3")
@@ -229,6 +232,9 @@ def test_the_report_opens_without_an_error(page: Any, chain: Path, tmp_path: Pat
     assert page.evaluate("document.activeElement.className") == "skip"
     page.locator("summary").first.click()
     if scheme == "light":
+        page.set_viewport_size({"width": 1180, "height": 1560})
+        page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
+        page.evaluate("document.querySelector('#training').scrollIntoView()")
         keep(page, "report.png")
     wide = page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert wide

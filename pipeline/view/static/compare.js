@@ -4,7 +4,8 @@ import { make } from "./dom.js";
 import { frame, showRows } from "./rows.js";
 import { set, state } from "./state.js";
 
-const LONGEST = 400; // words of a text that are aligned; longer ones are compared as bags
+const LONGEST = 800; // pieces of a text that are aligned; longer ones are compared as bags
+const PIECES = /(\s+|[.,;:!?"“”()]+)/; // what stands between words
 
 export async function showCompare(facts, body, back) {
   const names = facts.columns.filter((each) => each.prose && each.name !== "questions_text");
@@ -41,7 +42,7 @@ function again(changes) {
 
 function card(row) {
   const texts = [row.values[state.left], row.values[state.right]];
-  const [left, right] = marked(...texts.map((text) => (text ?? "").split(/(\s+)/)));
+  const [left, right] = marked(...texts.map((text) => (text ?? "").split(PIECES)));
   const side = (name, words, text) => make("section", {}, make("h3", {}, `${name} · ${text ? text.trim().split(/\s+/).length : 0} words`), make("p", {}, ...(text === null || text === undefined ? ["–"] : words)));
   return frame(row, make("div", { class: "sides" }, side(state.left, left, texts[0]), side(state.right, right, texts[1])));
 }
