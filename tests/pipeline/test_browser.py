@@ -35,9 +35,9 @@ SIZES = [40, 30]
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The chain that the environment names (for pictures of it), else one made here with hostile captions."""
     given = os.environ.get("SHOWN")
-    return (
-        Path(given) if given else write_chain(tmp_path_factory.mktemp("shown"), SIZES, lambda i: f"{words(i)} {EVIL}")
-    )
+    if given:
+        return Path(given)
+    return write_chain(tmp_path_factory.mktemp("shown"), SIZES, lambda index: f"{words(index)} {EVIL}")
 
 
 @pytest.fixture(scope="module")

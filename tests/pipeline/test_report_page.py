@@ -1,4 +1,4 @@
-"""`capipe report`: one file that needs nothing, whatever is in the data, whatever is missing, while things are written."""
+"""`capipe report`: one file that needs nothing, whatever is in the data, missing, damaged or being written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from capipe.pipeline.reporting import write_report as write_evaluation
 from .conftest import capipe, one_line, table
 from .looking import words, write_captions, write_chain, write_images, write_run
 
-EVIL = '</style></title><script>alert(1)</script><img src=x onerror="alert(2)"><a href="javascript:x">{{ 7*7 }}</a>\x1b[31m\u202e'
+EVIL = '</style></title><script>alert(1)</script><img src=x onerror="alert(2)"><a href="javascript:x">{{ 7*7 }}</a>'
+EVIL += "\x1b[31m\u202e"
 VOID = {"meta", "img", "br", "rect", "line", "circle", "path", "polyline"}
 OPTIONAL = {"html", "body", "head", "li", "dt", "dd", "p", "tr", "td", "th", "tbody", "thead"}
 
