@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import CapipeError
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from ...errors import BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...stages.provenance import last_part, public
 from ...stages.select import Rule, SelectConfig
+from ...trainer.measures import Estimate
 from ..finding import EVALUATION, Found
 from ..histograms import Histogram, histograms
 from ..status import RunState, State, read_figures, run_state, state_of, validation_of
@@ -229,10 +232,34 @@ def _line(entries: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
     return Line(name, [(step, float(value)) for step, value in values if isinstance(value, int | float)])
 
 
-def _evaluation(name: str, folder: Path, runs: Sequence[str]) -> Evaluation:
-    from ...trainer.figures import Report  # imports torch
+@dataclass(frozen=True)
+class _Quiz:
+    accuracy: Estimate
 
-    read = Report.from_dict(json.loads((folder / EVALUATION).read_text(encoding="utf-8")))
+
+@dataclass(frozen=True)
+class _System:
+    name: str
+    quiz: _Quiz
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is shown of trainer/figures.py's Report, which would bring torch along: seconds for a few numbers."""
+
+    images: int
+    questions: int
+    settings: dict[str, JsonValue]
+    systems: tuple[_System, ...]
+
+
+def _evaluation(name: str, folder: Path, runs: Sequence[str]) -> Evaluation:
+    try:
+        read = TypeAdapter(_Report).validate_json((folder / EVALUATION).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BadInput(f"{EVALUATION}: {place}: {first['msg']}; `capipe eval` writes it anew") from None
     captioner = str(read.settings.get("captioner", "")).rpartition("@")[0]
     after = next((run for run in runs if f"/{run}/step-" in f"/{captioner}"), None)
     bars = []

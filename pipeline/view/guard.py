@@ -99,7 +99,8 @@ class Guard:
         pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if scope["path"] == "/" and any(name == "token" and self._is_token(value) for name, value in pairs):
             rest = urlencode([pair for pair in pairs if pair[0] != "token"])
-            cookie = f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Strict"
+            # Lax, not Strict: an address that somebody sends is followed from another site, and there is only reading.
+            cookie = f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Lax"
             target = f"/?{rest}" if rest else "/"
             await _answer(send, 303, "", (b"location", target.encode()), (b"set-cookie", cookie.encode()))
             return

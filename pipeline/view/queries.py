@@ -152,8 +152,7 @@ class Finder:
         check(table, query)
         if column not in table.columns or kind_of(table.columns[column].flat.type) != "number":
             raise BadInput(f"{column[:80]!r} is no column of numbers")
-        stamp = "/".join(table.stamp(shard) for shard in table.shards)
-        key = (f"{table.name}:{hash(stamp)}", column, query)
+        key = (table.whole_stamp, column, query)
         known = self._spreads.get(key)
         if known is not None:
             return known, table.rows, True

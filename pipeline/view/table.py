@@ -68,6 +68,7 @@ class Table:
             shard: {each.artifact: each for each in reversed(joins.beside(Place(name, shard)))} for shard in self.shards
         }
         self._fitting: dict[tuple[Place, Place], bool] = {}
+        self._stamps: dict[str, str] = {}
 
     @property
     def rows(self) -> int:
@@ -82,9 +83,15 @@ class Table:
     def stamp(self, shard: str) -> str:
         """Changes whenever what a shard shows does: its own rows, or those of an artifact beside it."""
         self.number(shard)
-        places = [Place(self.name, shard), *self._beside[shard].values()]
-        digests = [f"{each.artifact}={self._digest(each)}" for each in places]
-        return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:24]
+        if shard not in self._stamps:
+            places = [Place(self.name, shard), *self._beside[shard].values()]
+            self._stamps[shard] = _hashed([f"{each.artifact}={self._digest(each)}" for each in places])
+        return self._stamps[shard]
+
+    @cached_property
+    def whole_stamp(self) -> str:
+        """Changes whenever any shard's stamp does."""
+        return _hashed([self.name, *map(self.stamp, self.shards)])
 
     def _digest(self, place: Place) -> str:
         return str(self.joins.record(place).files[f"{place.shard}.parquet"]["sha256"])
@@ -265,6 +272,10 @@ def _whole(column: Any) -> pa.Array:
     if not isinstance(column, pa.ChunkedArray):
         return column
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
+
+
+def _hashed(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
 def _quoted(text: str) -> str:

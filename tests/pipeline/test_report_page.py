@@ -142,7 +142,7 @@ def test_pictures_are_small_and_each_thing_has_a_name(chain: Path) -> None:
 def test_captions_questions_and_answers_stand_beside_their_picture(chain: Path) -> None:
     text = read(chain).text
     shown = re.findall(r"What is number (\d+)\?", text)
-    assert len(shown) == 12
+    assert len(shown) == 11  # the sound rows of the first shard
     for number in map(int, shown[:4]):
         assert words(number) in text
         assert f"eval: plain {2 * (number % 2)}/4" in text
