@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+
 from ...errors import BadInput
 from .guard import LOOPBACK, App, Guard
 from .library import Library
@@ -26,6 +28,7 @@ def serve(folder: Path, host: str, port: int, token: str | None) -> None:
     except ImportError as error:
         raise BadInput(f"capipe view needs {error.name}; pip install 'capipe[view]'") from None
     library = Library(folder)
+    pa.table({"rows": [0]}).take([0])  # pyarrow imports pandas at the first one: here, not in the first visitor's page
     token = chosen_token(host, token)
     listening = listen(host, port)
     bound = int(listening.getsockname()[1])
