@@ -6,7 +6,6 @@ found faults; 2 something given cannot be used; 3 the run could not go on; 130 s
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -26,11 +25,12 @@ from . import (
     export_cli,
     filter_cli,
     ingest_cli,
+    look_cli,
     quiz_cli,
     run_cli,
     train_cli,
 )
-from .outcome import LAST_WORDS, Exit, print_state
+from .outcome import LAST_WORDS, Exit
 from .worker import disk_text
 
 app = typer.Typer(
@@ -74,6 +74,9 @@ app.command()(export_cli.export)
 app.command("eval")(eval_cli.evaluate)
 app.command()(eval_cli.compare)
 app.command()(run_cli.run)
+app.command()(look_cli.status)
+app.command()(look_cli.report)
+app.command()(look_cli.view)
 
 
 def _end_with(line: str) -> None:
@@ -97,21 +100,6 @@ def verify(artifact: Annotated[str, typer.Argument(help="Folder or URL of an art
     verdict = f"{len(report.faults)} faults" if report.faults else "clean"
     print(f"{artifact}: {verdict}; {report.shards} shards, {report.bytes:,} bytes, {rows}")
     raise typer.Exit(Exit.UNRESOLVED if report.faults else Exit.OK)
-
-
-@app.command()
-def status(
-    artifact: Annotated[str, typer.Argument(help="Folder or URL of an artifact.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Show where a run stands: shards, rows by status, what is unfinished or quarantined."""
-    from .status import state
-
-    found = state(artifact)
-    if as_json:
-        print(json.dumps(found.as_json(), indent=1))
-        return
-    print_state(artifact, found)
 
 
 @app.command()

@@ -6,14 +6,12 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
-from matplotlib.figure import Figure
 
 from ..manifests.artifact import Artifact
 from ..manifests.schema import SELECT
+from ..manifests.storage import parquet_file
 from ..stages.select import scores_of
 
 BINS = 60
@@ -41,12 +39,18 @@ class Histogram:
     bounds: tuple[tuple[str, float], ...]
 
 
-def histograms(artifact: Artifact, names: Sequence[str], bounds: Sequence[tuple[str, float]]) -> list[Histogram]:
+def histograms(
+    artifact: Artifact,
+    names: Sequence[str],
+    bounds: Sequence[tuple[str, float]],
+    shards: Sequence[str] | None = None,
+) -> list[Histogram]:
     """Of each named score that any row has. ``names`` without prefix; ``bounds`` by whole column names.
 
-    Two passes over these columns, a shard at a time: one for the range, one for the counts.
+    Two passes over these columns, a shard at a time: one for the range, one for the counts. ``shards``: only these.
     """
-    ranges = _ranges(artifact, [column for name in names for column in _columns(name).values()])
+    shards = list(artifact.committed()) if shards is None else shards
+    ranges = _ranges(artifact, shards, [column for name in names for column in _columns(name).values()])
     found = []
     for name in names:
         columns = {key: column for key, column in _columns(name).items() if column in ranges}
@@ -54,7 +58,7 @@ def histograms(artifact: Artifact, names: Sequence[str], bounds: Sequence[tuple[
             edges = _edges([ranges[column] for column in columns.values()])
             held = tuple((key, bound) for key, column in columns.items() for named, bound in bounds if named == column)
             found.append(Histogram(name, edges, {key: np.zeros(BINS, np.int64) for key in columns}, held))
-    for column, values in _values(artifact, list(ranges)):
+    for column, values in _values(artifact, shards, list(ranges)):
         for each in found:
             for key, counts in each.counts.items():
                 if _columns(each.name)[key] == column:
@@ -68,22 +72,25 @@ def _columns(name: str) -> dict[str, str]:
     return found or {"": name}
 
 
-def _ranges(artifact: Artifact, columns: list[str]) -> dict[str, tuple[float, float]]:
+def _ranges(artifact: Artifact, shards: Sequence[str], columns: list[str]) -> dict[str, tuple[float, float]]:
     """Least and greatest value of each column that has any."""
     ranges: dict[str, tuple[float, float]] = {}
-    for column, values in _values(artifact, columns):
+    for column, values in _values(artifact, shards, columns):
         if len(values):
             low, high = ranges.get(column, (np.inf, -np.inf))
             ranges[column] = min(low, float(values.min())), max(high, float(values.max()))
     return ranges
 
 
-def _values(artifact: Artifact, columns: list[str]) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+def _values(
+    artifact: Artifact, shards: Sequence[str], columns: list[str]
+) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
     """The finite values of columns, shard by shard."""
-    for shard in artifact.committed():
-        with artifact.folder.open(f"{shard}.parquet") as file:
-            table = pq.read_table(file, columns=columns)
-        for column in columns:
+    for shard in shards:
+        parquet = parquet_file(artifact.folder, f"{shard}.parquet")
+        known = [column for column in columns if column in parquet.schema_arrow.names]
+        table = parquet.read(columns=known, use_threads=False)
+        for column in known:
             values = scores_of(table, column).astype(np.float64)
             yield column, values[np.isfinite(values)]
 
@@ -96,6 +103,9 @@ def _edges(ranges: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
 
 def draw(histogram: Histogram) -> bytes:
     """An SVG file. The same histogram gives the same bytes, with the same matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.add_subplot()

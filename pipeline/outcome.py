@@ -11,6 +11,7 @@ from rich.console import Console
 from .engine_stages import Plan, execute
 from .progress import Progress
 from .status import State, state
+from .status_view import artifact_lines
 
 LAST_WORDS = "CAPIPE_LAST_WORDS"  # names a file to which a command in a chain repeats the line it ends with
 
@@ -61,10 +62,5 @@ def conclude(out: str, interrupted: bool, line: str) -> Exit:
 
 def print_state(url: str, found: State) -> None:
     """An artifact's state on stdout."""
-    total = "?" if found.shards_total is None else found.shards_total
-    rows = ", ".join(f"{count} {status}" for status, count in sorted(found.rows.items())) or "none"
-    print(f"{url}: {found.stage}, {found.shards}/{total} shards committed, rows: {rows}")
-    if found.journaled:
-        print(f"  {found.journaled} more rows are finished in shards that are not committed yet")
-    for shard, reason in found.quarantined.items():
-        print(f"  shard {shard} quarantined: {reason}")
+    for line, _ in artifact_lines(url, found):
+        print(line)

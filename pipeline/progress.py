@@ -99,7 +99,7 @@ class Progress:
         speed = f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s, " if self.tokens else ""
         return (
             f"{self.stage}: shards {self.shards_done}/{self.shards_total or '?'}, rows {statuses or 0}, "
-            f"{self.rate():.1f} images/s, {speed}ETA {_clock(self.eta())}, bottleneck {self.bottleneck()}"
+            f"{self.rate():.1f} images/s, {speed}ETA {clock(self.eta())}, bottleneck {self.bottleneck()}"
         )
 
     def finished_line(self) -> str:
@@ -117,7 +117,7 @@ class Progress:
             Text(self.stage, style="bold"),
             ProgressBar(total=self.shards_total, completed=self.shards_done, width=40),
             f"{self.shards_done}/{self.shards_total or '?'} shards",
-            f"ETA {_clock(self.eta())}",
+            f"ETA {clock(self.eta())}",
         )
         return Group(table, Text(self.line().partition(", ")[2], style="dim"), *(Text(n) for n in self.notes[-3:]))
 
@@ -156,7 +156,8 @@ def _station(pulse: Pulse) -> str:
     return "decode" if pulse.decoding > pulse.in_engine else "read"
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
+    """Seconds as m:ss or h:mm:ss; a question mark for None."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -33,7 +33,7 @@ def chain(artifact: Artifact) -> list[Step]:
 
 def _walk(artifact: Artifact, steps: list[Step], seen: set[str]) -> None:
     seen.add(artifact.fingerprint)
-    for role, url, wanted in _inputs(artifact.config):
+    for role, url, wanted in inputs(artifact.config):
         if wanted in seen:
             continue
         found = _find(url, wanted, artifact.url)
@@ -45,7 +45,7 @@ def _walk(artifact: Artifact, steps: list[Step], seen: set[str]) -> None:
     steps.append(Step(last_part(artifact.url), artifact.stage, artifact.fingerprint, artifact.config))
 
 
-def _inputs(config: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+def inputs(config: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
     """What a configuration says it was made of: role, url, fingerprint (None for tars that are no artifact of ours).
 
     A run notes the url under a role, and the fingerprint under the same name, but for ``shards``: those are ``input``.

@@ -1,0 +1,272 @@
+"""What a report says, gathered from a folder: figures from manifests and logs, examples from a few shards.
+
+However large an artifact is, only its manifest is read whole; of its Parquets at most :data:`SHARDS`, evenly spread.
+What cannot be read is left out, and said so in ``damaged``.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from ...errors import BadInput, CapipeError
+from ...manifests.artifact import Artifact
+from ...stages.provenance import last_part, public
+from ...stages.select import Rule, SelectConfig
+from ...trainer.measures import Estimate
+from ..finding import EVALUATION, Found
+from ..histograms import Histogram, histograms
+from ..status import RunState, State, read_figures, run_state, state_of, validation_of
+from .charts import Bar, Line
+
+SHARDS = 32  # read of an artifact for histograms
+_SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_min")] + ["length", "unsafe"]
+_CONTROLS = ("blind", "empty", "generic", "oracle")
+_TITLES = {
+    "ingest": "images checked and hashed",
+    "hash": "images hashed, to find repeats",
+    "dedup": "repeats marked",
+    "questions": "quiz questions written",
+    "screen": "questions screened",
+    "annotate": "captions written",
+    "grade": "questions answered from captions alone",
+    "score": "captions scored against their images",
+    "select": "rows selected for the final shards",
+    "export": "final shards",
+    "embed": "images embedded",
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """An artifact in the chain: where it stands, what it was made of, and by which models."""
+
+    name: str
+    stage: str
+    title: str
+    state: State
+    parents: dict[str, str]
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run: where it stands, its curves by chart, and what it was asked to do."""
+
+    name: str
+    state: RunState
+    charts: dict[str, list[Line]]
+    settings: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quiz accuracies of one evaluation. ``after``: the training run whose checkpoint wrote the captions, if any."""
+
+    name: str
+    captioner: str
+    reader: str
+    images: int
+    questions: int
+    after: str | None
+    bars: list[Bar]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Histograms of an artifact's scores, made of ``seen`` of its ``shards``."""
+
+    name: str
+    histograms: list[Histogram]
+    seen: int
+    shards: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an artifact comes from, without the paths of the machine that made it."""
+
+    name: str
+    stage: str
+    fingerprint: str
+    created: str
+    packages: dict[str, str]
+    settings: str
+
+
+@dataclass
+class Facts:
+    """All of it. ``commands``: of a chain, by stage."""
+
+    title: str
+    links: list[Link] = field(default_factory=list)
+    trainings: list[Training] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    scores: list[Scores] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    commands: list[tuple[str, str, str]] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+    def first(self, *stages: str) -> Link | None:
+        """The first artifact of these stages."""
+        return next((link for link in self.links if link.stage in stages), None)
+
+    def last(self, *stages: str) -> Link | None:
+        return next((link for link in reversed(self.links) if link.stage in stages), None)
+
+
+def gather(found: Found) -> Facts:
+    """Everything but the pictures."""
+    recipe = found.chain.recipe if found.chain else None
+    facts = Facts(recipe or last_part(str(found.root.resolve())), damaged=dict(found.damaged))
+    for name, artifact in found.artifacts.items():
+        try:
+            facts.links.append(_link(found, name, artifact))
+            facts.origins.append(_origin(name, artifact))
+        except (CapipeError, OSError, ValueError) as error:
+            facts.damaged[name] = str(error)
+            continue
+        if artifact.stage in ("score", "select"):
+            try:
+                facts.scores.append(_scores(name, artifact))
+            except (CapipeError, OSError, ValueError, KeyError) as error:
+                facts.damaged[f"{name} (scores)"] = str(error)
+    facts.scores = _informative(facts.scores)
+    facts.trainings = [_training(name, run) for name, run in found.runs.items()]
+    for name, folder in found.evaluations.items():
+        try:
+            facts.evaluations.append(_evaluation(name, folder, list(found.runs)))
+        except (CapipeError, OSError, ValueError) as error:
+            facts.damaged[name] = str(error)
+    facts.evaluations.sort(key=lambda each: each.after is not None)
+    for stage in found.chain.stages if found.chain else ():
+        facts.commands.append((stage.name, stage.state, shlex.join(map(str, public(list(stage.arguments))))))
+    return facts
+
+
+def sampled(shards: Sequence[str], count: int) -> list[str]:
+    """At most ``count`` of them, evenly spread, the first among them."""
+    if len(shards) <= count:
+        return list(shards)
+    return [shards[number * len(shards) // count] for number in range(count)]
+
+
+def _link(found: Found, name: str, artifact: Artifact) -> Link:
+    title = _TITLES.get(artifact.stage, artifact.stage)
+    return Link(name, artifact.stage, title, state_of(artifact), found.parents(name), models_of(artifact))
+
+
+def models_of(artifact: Artifact) -> tuple[str, ...]:
+    """The models at work, as they were asked for."""
+    run = artifact.config["run"]
+    named = [run.get("model"), *(run.get("models") or {}).values()]
+    return tuple(dict.fromkeys(str(public(each)) for each in named if isinstance(each, str)))
+
+
+def _origin(name: str, artifact: Artifact) -> Origin:
+    config = artifact.config
+    settings = {key: value for key, value in config["semantic"].items() if key != "stage"}
+    shown = json.dumps({"run": public(config["run"]), "settings": public(settings)}, indent=1, ensure_ascii=False)
+    packages = {str(key): str(value) for key, value in config.get("packages", {}).items()}
+    return Origin(name, artifact.stage, artifact.fingerprint, str(config.get("created", "")), packages, shown)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def rule_of(artifact: Artifact) -> Rule | None:
+    """The rule of a selection, None of anything else or where it cannot be understood any more."""
+    semantic = artifact.config["semantic"]
+    if artifact.stage != "select":
+        return None
+    try:
+        return Rule.of(SelectConfig(**semantic["select"]), semantic["text"], semantic.get("threshold"))
+    except (CapipeError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _scores(name: str, artifact: Artifact) -> Scores:
+    shards = list(artifact.committed())
+    seen = sampled(shards, SHARDS)
+    rule = rule_of(artifact)
+    return Scores(name, histograms(artifact, _SCORES, rule.bounds() if rule else [], seen), len(seen), len(shards))
+
+
+def _informative(scores: list[Scores]) -> list[Scores]:
+    """Those of selections, which know the thresholds; bare scores only where nothing was selected yet."""
+    selected = [each for each in scores if any(histogram.bounds for histogram in each.histograms)]
+    return [each for each in selected or scores if each.histograms]
+
+
+# --- training and evaluation -----------------------------------------------------------------------------------------
+
+
+def _training(name: str, run: Path) -> Training:
+    entries = read_figures(run)
+    rewards = sorted({key for each in entries for key in each if key.startswith("reward/") and not key.endswith("_se")})
+    charts = {
+        "Reward": [_line(entries, "reward", "weighted sum")] + [_line(entries, key, key[7:]) for key in rewards],
+        "Tokens a caption": [_line(entries, "tokens_per_caption", "tokens")],
+        "Shares of captions": [_line(entries, "truncated", "cut"), _line(entries, "repeating", "looping")],
+    }
+    checked = [(entry["step"] + 1, validation_of(entry)) for entry in entries if validation_of(entry)]
+    for key in sorted({key for _, figures in checked for key in figures}):
+        points = [(float(step), figures[key]) for step, figures in checked if key in figures]
+        charts[f"Validation: {key}"] = [Line(key, points)]
+    kept = {title: [line for line in lines if line.points] for title, lines in charts.items()}
+    try:
+        settings = json.dumps(public(json.loads((run / "run.json").read_bytes())), indent=1, ensure_ascii=False)
+    except (OSError, ValueError):
+        settings = ""
+    return Training(name, run_state(run), {title: lines for title, lines in kept.items() if lines}, settings)
+
+
+def _line(entries: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
+    values = ((entry["step"] + 1, entry.get(key)) for entry in entries)
+    return Line(name, [(step, float(value)) for step, value in values if isinstance(value, int | float)])
+
+
+@dataclass(frozen=True)
+class _Quiz:
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class _System:
+    name: str
+    quiz: _Quiz
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is shown of trainer/figures.py's Report, which would bring torch along: seconds for a few numbers."""
+
+    images: int
+    questions: int
+    settings: dict[str, JsonValue]
+    systems: tuple[_System, ...]
+
+
+def _evaluation(name: str, folder: Path, runs: Sequence[str]) -> Evaluation:
+    try:
+        read = TypeAdapter(_Report).validate_json((folder / EVALUATION).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BadInput(f"{EVALUATION}: {place}: {first['msg']}; `capipe eval` writes it anew") from None
+    captioner = str(read.settings.get("captioner", "")).rpartition("@")[0]
+    after = next((run for run in runs if f"/{run}/step-" in f"/{captioner}"), None)
+    bars = []
+    for system in read.systems:
+        quiz = system.quiz.accuracy
+        if quiz.value is not None:
+            bars.append(Bar(system.name, quiz.value, quiz.low, quiz.high, int(system.name not in _CONTROLS)))
+    reader = str(read.settings.get("reader", "")).partition("@")[0]
+    shown = last_part(captioner) if "/step-" in captioner else captioner
+    return Evaluation(name, shown, public(reader), read.images, read.questions, after, bars)

@@ -1,0 +1,160 @@
+"""Parquet columns as flat ones that can be shown, searched, filtered and compared: a text or a number for every row.
+
+A list of captions becomes a text for each caption's name (``caption_dense``) with its status and length; graded
+captions, also the share of answers that were right; questions, how many there are and what they ask.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+_LEARNT = 64  # rows that captions' names are learnt from
+_SHOWN_TEXTS = ("text", "caption", "re_caption", "org_caption")
+_LEFT_OUT = ("raw", "scene", "signature")  # words of machines, and what is no text
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A flat column. ``leaves``: the Parquet columns it is made of; ``make``: of a table of them, one value a row.
+
+    ``prose``: what a person reads: searched, and compared with other captions.
+    """
+
+    name: str
+    type: pa.DataType
+    leaves: tuple[str, ...]
+    make: Callable[[pa.Table], pa.Array]
+    prose: bool = False
+
+
+def flat_columns(parquet: pq.ParquetFile) -> list[Flat]:
+    """The flat columns of a file. Looks at its first rows, for the names of captions."""
+    paths = [parquet.schema.column(index).path for index in range(len(parquet.schema.names))]
+    found: list[Flat] = []
+    for field in parquet.schema_arrow:
+        if field.name in _LEFT_OUT:
+            continue
+        if _is_number(field.type) or pa.types.is_string(field.type):
+            found.append(
+                Flat(field.name, field.type, (field.name,), partial(_plain, field.name), _is_prose(field.name))
+            )
+        elif pa.types.is_list(field.type):
+            found += _of_list(parquet, field, [path for path in paths if path.split(".")[0] == field.name])
+    return found
+
+
+def identifier(text: str) -> str:
+    """``text`` as a name that filter expressions know."""
+    name = re.sub(r"[^A-Za-z0-9_]+", "_", text).strip("_")
+    return name if name and not name[0].isdigit() else f"_{name}"
+
+
+def _is_prose(name: str) -> bool:
+    return name in _SHOWN_TEXTS
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(type_) or pa.types.is_floating(type_))
+
+
+def _plain(name: str, table: pa.Table) -> pa.Array:
+    return table.column(name).combine_chunks()
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+
+
+def _of_list(parquet: pq.ParquetFile, field: pa.Field, paths: list[str]) -> Iterator[Flat]:
+    inside = field.type.value_type
+    if pa.types.is_string(inside):
+        yield Flat(field.name, pa.string(), tuple(paths), partial(_joined, field.name, None))
+    elif pa.types.is_struct(inside) and field.name == "captions" and inside.get_field_index("name") >= 0:
+        yield from _captions(parquet, inside, paths)
+    elif pa.types.is_struct(inside) and field.name == "questions":
+        leaves = {path.rsplit(".", 1)[1]: path for path in paths if path.count(".") == paths[0].count(".")}
+        yield Flat("questions", pa.int32(), (leaves["id"],), partial(_count, field.name, None))
+        if "status" in leaves:
+            yield Flat("questions_ok", pa.int32(), (leaves["status"],), partial(_count, field.name, "ok"))
+        if "question" in leaves:
+            made = partial(_joined, field.name, "question")
+            yield Flat("questions_text", pa.string(), (leaves["question"],), made, prose=True)
+
+
+def _captions(parquet: pq.ParquetFile, inside: pa.StructType, paths: list[str]) -> Iterator[Flat]:
+    leaves = {path.rsplit(".", 1)[1]: path for path in paths if "answers" not in path}
+    answers = tuple(path for path in paths if path.endswith((".right", ".scored")))
+    batch = next(iter(parquet.iter_batches(_LEARNT, columns=[leaves["name"]], use_threads=False)), None)
+    lists = [] if batch is None else batch.column(0).to_pylist()
+    names = dict.fromkeys(each["name"] for each_row in lists for each in each_row or [] if each["name"])
+    for name in names:
+        word = identifier(name)
+        for field, title in (("text", "caption"), ("status", "status"), ("n_tokens", "tokens")):
+            if field in leaves:
+                made, type_ = partial(_of_caption, name, field), inside.field(field).type
+                needed = (leaves["name"], leaves[field])
+                yield Flat(f"{title}_{word}", type_, needed, made, prose=field == "text")
+        if answers:
+            yield Flat(f"right_{word}", pa.float64(), (leaves["name"], *answers), partial(_share_right, name))
+
+
+def _list(table: pa.Table, name: str) -> tuple[pa.ListArray, np.ndarray]:
+    """A list column as one array, and where each row's values begin, with the end of the last."""
+    column = table.column(name).combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    return column, np.asarray(column.offsets)
+
+
+def _places(lists: pa.ListArray, offsets: np.ndarray, name: str) -> pa.Array:
+    """For every row the place of its caption of that name among all values, null where it has none."""
+    named = pc.equal(pc.struct_field(lists.values, "name"), name)
+    mask = np.asarray(pc.fill_null(named, False))[offsets[0] : offsets[-1]]
+    places = np.flatnonzero(mask) + offsets[0]
+    rows = np.searchsorted(offsets, places, side="right") - 1
+    found = np.full(len(lists), -1, np.int64)
+    found[rows[::-1]] = places[::-1]  # the first of that name, should there be two
+    return pa.array(found, mask=found < 0)
+
+
+def _of_caption(name: str, field: str, table: pa.Table) -> pa.Array:
+    lists, offsets = _list(table, "captions")
+    return pc.struct_field(lists.values, field).take(_places(lists, offsets, name))
+
+
+def _share_right(name: str, table: pa.Table) -> pa.Array:
+    """Of the presentations that were scored, the share answered right from the caption of that name."""
+    lists, offsets = _list(table, "captions")
+    places = _places(lists, offsets, name)
+    answers = pc.struct_field(lists.values, "answers")
+    ends = np.asarray(answers.offsets)
+    sums = {}
+    for field in ("right", "scored"):
+        values = np.asarray(pc.fill_null(pc.struct_field(answers.values, field), 0), np.int64)
+        total = np.concatenate([[0], np.cumsum(values)])
+        sums[field] = total[ends[1:]] - total[ends[:-1]]
+    share = np.divide(sums["right"], sums["scored"], out=np.full(len(ends) - 1, np.nan), where=sums["scored"] > 0)
+    return pa.array(share, from_pandas=True).take(places)
+
+
+def _count(name: str, status: str | None, table: pa.Table) -> pa.Array:
+    lists, offsets = _list(table, name)
+    if status is None:
+        return pa.array(np.diff(offsets).astype(np.int32))
+    same = np.asarray(pc.fill_null(pc.equal(pc.struct_field(lists.values, "status"), status), False))
+    total = np.concatenate([[0], np.cumsum(same)])
+    return pa.array((total[offsets[1:]] - total[offsets[:-1]]).astype(np.int32))
+
+
+def _joined(name: str, field: str | None, table: pa.Table) -> pa.Array:
+    lists, offsets = _list(table, name)
+    texts = lists.values if field is None else pc.struct_field(lists.values, field)
+    plain = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pc.fill_null(texts, ""))
+    return pc.binary_join(plain, "; ")

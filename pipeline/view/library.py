@@ -1,0 +1,144 @@
+"""The artifacts below one folder, by ids; looked at again when their manifests change, so that a refresh shows more."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ...errors import BadInput
+from ...manifests.artifact import CONFIG
+from ...manifests.manifest import LINES
+from ...models.formats import HEAD_BYTES, sniff
+from ..finding import Found, find
+from ..joins import Joins, Place
+from ..pictures import Cache, Pictures, small_jpeg
+from ..report.facts import models_of
+from .table import Arrays, Table, Unknown
+
+_LOOK = 1.0  # seconds that manifests are taken to be as they were
+_WALK = 10.0  # seconds after which the folders are looked through again
+_THUMBNAIL = 256  # pixels
+_TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+
+
+class Library:
+    """All that the viewer shows. Safe to share between threads."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises BadInput where ``root`` has no artifact."""
+        self.root = root
+        self._lock = threading.Lock()
+        self._pictures = Pictures()
+        self._small: Cache[tuple[str, str], bytes] = Cache(64 << 20, len)
+        self._arrays: Arrays = Cache(512 << 20, lambda array: int(array.nbytes))
+        self._tables: dict[str, Table] = {}
+        self._found, self._joins, self._stamps = self._walk()
+        self._walked = self._looked = time.monotonic()
+        if not self._found.artifacts:
+            raise BadInput(f"{root}: no artifact that could be read in it; `capipe status` says what is there")
+
+    def _walk(self) -> tuple[Found, Joins, dict[str, object]]:
+        found = find(self.root)
+        stamps = {name: self._stamp(name) for name in found.artifacts}  # first: what comes after it is seen next time
+        return found, Joins(found.artifacts), stamps
+
+    def _stamp(self, name: str) -> object:
+        stamps = []
+        for file in (LINES, CONFIG):
+            try:
+                stat = (self.root / name / file).stat()
+                stamps.append((stat.st_mtime_ns, stat.st_size))
+            except OSError:
+                stamps.append((0, 0))
+        return tuple(stamps)
+
+    def refresh(self) -> None:
+        """Take notice of what was committed since."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._looked < _LOOK:
+                return
+            changed = any(self._stamp(name) != stamp for name, stamp in self._stamps.items())
+            if changed or now - self._walked > _WALK:
+                try:
+                    self._found, self._joins, self._stamps = self._walk()
+                except BadInput:  # the folder is being moved, or emptied: what was seen last still stands
+                    pass
+                else:
+                    self._tables = {}
+                self._walked = now
+            self._looked = time.monotonic()
+
+    # --- what is there -----------------------------------------------------------------------------------------------
+
+    def catalog(self) -> dict[str, Any]:
+        """All artifacts with their counts, in the order in which they were made of each other."""
+        self.refresh()
+        joins, found = self._joins, self._found
+        entries = []
+        for name, records in joins.records.items():
+            artifact = joins.artifacts[name]
+            rows: dict[str, int] = {}
+            for record in records.values():
+                for status, count in record.rows.items():
+                    rows[status] = rows.get(status, 0) + count
+            entries.append(
+                {
+                    "id": id_of(name),
+                    "name": name,
+                    "stage": artifact.stage,
+                    "models": list(models_of(artifact)),
+                    "rows": dict(sorted(rows.items())),
+                    "shards": len(records),
+                    "shards_total": artifact.config["run"].get("shards_total"),
+                }
+            )
+        damaged = {**found.damaged, **joins.damaged}
+        return {"folder": self.root.resolve().name, "artifacts": entries, "damaged": damaged}
+
+    def table(self, artifact_id: str) -> Table:
+        """An artifact by its id. Raises Unknown: an id is looked up in the list of artifacts and never made a path."""
+        self.refresh()
+        with self._lock:
+            known = self._tables.get(artifact_id)
+            if known is not None:
+                return known
+            joins = self._joins
+        name = next((name for name in joins.records if id_of(name) == artifact_id), None)
+        if name is None:
+            raise Unknown("no such artifact; the list on the left has those that are there")
+        table = Table(joins, name, self._arrays)
+        with self._lock:
+            if joins is self._joins:
+                self._tables[artifact_id] = table
+        return table
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def image(self, artifact_id: str, shard: str, row: int, small: bool) -> tuple[bytes, str]:
+        """A row's image and its media type: a small JPEG, or the bytes as they were collected. Raises Unknown."""
+        table = self.table(artifact_id)
+        named = table.row_name(shard, row)
+        stamp = f"{table.stamp(shard)}/{row}"
+        if small and (known := self._small.get((artifact_id, stamp))) is not None:
+            return known, "image/jpeg"
+        data = self._pictures.of(table.joins, Place(table.name, shard), named)
+        if data is None:
+            raise Unknown("there is no picture of this row")
+        kind = sniff(data[:HEAD_BYTES])
+        if not small and isinstance(kind, str) and kind in _TYPES:
+            return data, _TYPES[kind]
+        shown = small_jpeg(data, _THUMBNAIL if small else 2048)
+        if shown is None:
+            raise Unknown("the picture of this row cannot be decoded")
+        if small:
+            self._small.put((artifact_id, stamp), shown)
+        return shown, "image/jpeg"
+
+
+def id_of(name: str) -> str:
+    """An artifact's id: the same each time, so that an address can be kept."""
+    return hashlib.sha256(name.encode()).hexdigest()[:12]

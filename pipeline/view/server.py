@@ -1,0 +1,87 @@
+"""`capipe view`: the viewer on a port of this machine."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import secrets
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from ...errors import BadInput
+from .guard import LOOPBACK, App, Guard
+from .library import Library
+
+_SHORTEST = 16  # characters of a token
+
+
+def serve(folder: Path, host: str, port: int, token: str | None) -> None:
+    """Serve until Ctrl-C. Raises BadInput where the folder has no artifact, or the address cannot be listened at."""
+    try:
+        import uvicorn
+
+        from .app import create_app
+    except ImportError as error:
+        raise BadInput(f"capipe view needs {error.name}; pip install 'capipe[view]'") from None
+    library = Library(folder)
+    pa.table({"rows": [0]}).take([0])  # pyarrow imports pandas at the first one: here, not in the first visitor's page
+    token = chosen_token(host, token)
+    listening = listen(host, port)
+    bound = int(listening.getsockname()[1])
+    app = guarded(create_app(library), host, bound, token)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+    print(f"{folder}: {address(host, bound, token)}", flush=True)
+    print("Ctrl-C ends it. Nothing is written.", file=sys.stderr, flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def chosen_token(host: str, token: str | None) -> str | None:
+    """The token to ask for: the one given, a random one beyond loopback, else none. Raises BadInput for a short one."""
+    if token is None:
+        return None if is_loopback(host) else secrets.token_urlsafe(24)
+    if len(token) < _SHORTEST or not token.isascii() or not all(c.isalnum() or c in "-_.~" for c in token):
+        raise BadInput(f"--token: give at least {_SHORTEST} letters, digits or any of -_.~, or leave it out")
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address. Raises BadInput in one line where that cannot be."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        raise BadInput(f"--host {host}: no address of that name; use 127.0.0.1, or one of this machine's") from None
+    listening = socket.socket(family, kind)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(where)
+        listening.listen(64)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise BadInput(f"--port {port}: in use already; give another, or 0 for a free one") from None
+        raise BadInput(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from None
+    return listening
+
+
+def guarded(app: App, host: str, port: int, token: str | None) -> Guard:
+    """The app behind its guard, for an address that it listens at."""
+    hosts: Sequence[str] = (*LOOPBACK, host) if is_loopback(host) else (*LOOPBACK, host, socket.gethostname())
+    return Guard(app, hosts, token, any_address=not is_loopback(host), cookie=f"capipe-{port}")
+
+
+def address(host: str, port: int, token: str | None) -> str:
+    """What to open."""
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}/" + (f"?token={token}" if token else "")

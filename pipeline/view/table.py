@@ -1,0 +1,283 @@
+"""One artifact as a table: its own columns, and beside them those of every artifact that tells of the same images.
+
+Nothing is read before it is asked for, and then only the columns that are needed, a shard at a time; what was read
+last is kept up to a budget. A table is a snapshot of what was committed when it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ...errors import BadInput, CapipeError
+from ...manifests.sidecars import jsonable
+from ...stages.expression import Expression, parse
+from ..joins import Joins, Place
+from ..pictures import Cache
+from .columns import Flat, flat_columns, identifier
+
+Rows = npt.NDArray[np.int32]
+Arrays = Cache[tuple[str, str], pa.Array]
+# Columns that say nothing new beside another artifact's, of every stage and by stage.
+_SAME = re.compile("key|uid|error")
+_REPEATED = {
+    "annotate": re.compile("text"),
+    "hash": re.compile(".*"),
+    "dedup": re.compile("sha256|phash|width|height"),
+    "grade": re.compile("questions|(caption|status|tokens)_.*"),
+    "select": re.compile(".*"),
+    "export": re.compile(".*"),
+}
+_REASON = 300  # characters of what is wrong with a filter
+_UNREADABLE = (OSError, ValueError, KeyError, CapipeError)
+
+
+class Unknown(BadInput):
+    """Something asked for that is not there (404)."""
+
+
+class Unreadable(BadInput):
+    """A committed shard whose Parquet cannot be read."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column under the name that filters know it by. ``artifact``: whose it is."""
+
+    name: str
+    artifact: str
+    flat: Flat
+
+
+class Table:
+    def __init__(self, joins: Joins, name: str, arrays: Arrays) -> None:
+        self.joins, self.name, self._arrays = joins, name, arrays
+        self.shards = list(joins.records[name])
+        self.counts = {shard: record.count for shard, record in joins.records[name].items()}
+        self._index = {shard: number for number, shard in enumerate(self.shards)}
+        self._beside = {
+            shard: {each.artifact: each for each in reversed(joins.beside(Place(name, shard)))} for shard in self.shards
+        }
+        self._fitting: dict[tuple[Place, Place], bool] = {}
+        self._stamps: dict[str, str] = {}
+
+    @property
+    def rows(self) -> int:
+        return sum(self.counts.values())
+
+    def number(self, shard: str) -> int:
+        """The place of a shard in the table. Raises Unknown."""
+        if shard not in self._index:
+            raise Unknown(f"no shard {shard[:80]!r} is committed here")
+        return self._index[shard]
+
+    def stamp(self, shard: str) -> str:
+        """Changes whenever what a shard shows does: its own rows, or those of an artifact beside it."""
+        self.number(shard)
+        if shard not in self._stamps:
+            places = [Place(self.name, shard), *self._beside[shard].values()]
+            self._stamps[shard] = _hashed([f"{each.artifact}={self._digest(each)}" for each in places])
+        return self._stamps[shard]
+
+    @cached_property
+    def whole_stamp(self) -> str:
+        """Changes whenever any shard's stamp does."""
+        return _hashed([self.name, *map(self.stamp, self.shards)])
+
+    def _digest(self, place: Place) -> str:
+        return str(self.joins.record(place).files[f"{place.shard}.parquet"]["sha256"])
+
+    # --- columns -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """Its own columns first, then others', the older artifacts' before the newer ones'.
+
+        Where a name is taken, the artifact's stands before it: so what is written later renames nothing.
+        """
+        found: dict[str, Column] = {}
+        for artifact, places in self._sources().items():
+            for flat in self._flats(places):
+                if artifact == self.name:
+                    found.setdefault(flat.name, Column(flat.name, artifact, flat))
+                elif not self._repeated(artifact, flat.name):
+                    name = flat.name
+                    if name in found and self.joins.artifacts[artifact].stage == "ingest":
+                        continue  # what came with the images was handed on
+                    if name in found or name == "status":
+                        name = f"{identifier(artifact)}_{name}"
+                    found.setdefault(name, Column(name, artifact, flat))
+        return found
+
+    def _repeated(self, artifact: str, name: str) -> bool:
+        stage = _REPEATED.get(self.joins.artifacts[artifact].stage)
+        return bool(_SAME.fullmatch(name) or (stage is not None and stage.fullmatch(name)))
+
+    def _sources(self) -> dict[str, list[Place]]:
+        """The artifacts that have rows here, this one first, with a few of their shards."""
+        found: dict[str, list[Place]] = {self.name: [Place(self.name, shard) for shard in self.shards[:3]]}
+        for shard in self.shards:
+            for artifact, place in self._beside[shard].items():
+                if len(places := found.setdefault(artifact, [])) < 3:
+                    places.append(place)
+        order = {name: number for number, name in enumerate(self.joins.records)}
+        return dict(sorted(found.items(), key=lambda each: (each[0] != self.name, order[each[0]])))
+
+    def _flats(self, places: Sequence[Place]) -> list[Flat]:
+        for place in places:
+            try:
+                with self._parquet(place) as parquet:
+                    return flat_columns(parquet)
+            except _UNREADABLE:
+                continue
+        return []
+
+    def _parquet(self, place: Place) -> pq.ParquetFile:
+        folder = self.joins.artifacts[place.artifact].folder
+        name = f"{place.shard}.parquet"
+        if folder.is_local:  # only the columns that are asked for leave the disk
+            return pq.ParquetFile(str(folder.local(name)))
+        return pq.ParquetFile(pa.BufferReader(folder.read_bytes(name)))
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        return {name: column.flat.type for name, column in self.columns.items()}
+
+    def expression(self, text: str) -> Expression:
+        """A filter over these columns. Raises BadInput in one line; scores may go without their ``re_``."""
+        shared = {name.removeprefix("re_"): name for name in self.columns if name.startswith("re_")}
+        aliases = {short: name for short, name in shared.items() if short not in self.columns}
+        try:
+            return parse(text, self.types, aliases)
+        except BadInput as error:
+            # What comes before the reason repeats the text, which stands in the field that is being typed into.
+            reason = str(error).partition(f"{_quoted(text)}: ")[2] or str(error)
+            raise BadInput(reason if len(reason) <= _REASON else reason[: _REASON - 1] + "…") from None
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, shard: str, names: Sequence[str]) -> pa.Table:
+        """Columns of a shard. Raises Unreadable where its own cannot be read; what is beside it is null then."""
+        self.number(shard)
+        by_artifact: dict[str, list[Column]] = {}
+        for name in dict.fromkeys(names):
+            if name not in self.columns:
+                raise Unknown(f"no column {name[:80]!r}")
+            by_artifact.setdefault(self.columns[name].artifact, []).append(self.columns[name])
+        read: dict[str, pa.Array] = {}
+        for artifact, columns in by_artifact.items():
+            read |= self._own(shard, columns) if artifact == self.name else self._others(shard, artifact, columns)
+        return pa.table({name: read[name] for name in dict.fromkeys(names)})
+
+    def _own(self, shard: str, columns: list[Column]) -> dict[str, pa.Array]:
+        try:
+            return self._made(Place(self.name, shard), columns)
+        except _UNREADABLE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise Unreadable(f"{shard}.parquet cannot be read ({reason}); `capipe verify` says what is wrong") from None
+
+    def _others(self, shard: str, artifact: str, columns: list[Column]) -> dict[str, pa.Array]:
+        place = self._beside[shard].get(artifact)
+        try:
+            if place is not None and self._fits(Place(self.name, shard), place):
+                return self._made(place, columns)
+        except _UNREADABLE:
+            pass
+        return {column.name: pa.nulls(self.counts[shard], column.flat.type) for column in columns}
+
+    def _fits(self, own: Place, other: Place) -> bool:
+        """Whether the rows beside are of the same images, one by one."""
+        known = self._fitting.get((own, other))
+        if known is None:
+            ours, theirs = (self._plain(place, "uid") for place in (own, other))
+            known = self._fitting[own, other] = bool(ours.equals(theirs))
+        return known
+
+    def _plain(self, place: Place, name: str) -> pa.Array:
+        key = (self._digest(place), name)
+        array = self._arrays.get(key)
+        if array is None:
+            with self._parquet(place) as parquet:
+                array = _whole(parquet.read(columns=[name], use_threads=False).column(0))
+            self._arrays.put(key, array)
+        return array
+
+    def _made(self, place: Place, columns: list[Column]) -> dict[str, pa.Array]:
+        """Columns of one file, from the cache or in one go."""
+        digest = self._digest(place)
+        found = {each.name: self._arrays.get((digest, each.flat.name)) for each in columns}
+        missing = [each for each in columns if found[each.name] is None]
+        if missing:
+            with self._parquet(place) as parquet:
+                leaves = list(dict.fromkeys(leaf for each in missing for leaf in each.flat.leaves))
+                table = parquet.read(columns=leaves, use_threads=False)
+            for each in missing:
+                array = _whole(each.flat.make(table))
+                if len(array) != self.joins.record(place).count:
+                    raise BadInput(f"{len(array)} rows, {self.joins.record(place).count} in the manifest")
+                found[each.name] = array
+                self._arrays.put((digest, each.flat.name), array)
+        return found
+
+    # --- single rows -------------------------------------------------------------------------------------------------
+
+    def row_name(self, shard: str, row: int) -> dict[str, Any]:
+        """``key`` of a row, and of final shards where it was before. Raises Unknown."""
+        self.number(shard)
+        if not 0 <= row < self.counts[shard]:
+            raise Unknown(f"shard {shard} has {self.counts[shard]} rows")
+        names = [name for name in ("key", "source_shard", "source_key") if self._is_own(name)]
+        read = self.read(shard, names)
+        return {name: read[name][row].as_py() for name in names}
+
+    def _is_own(self, name: str) -> bool:
+        return name in self.columns and self.columns[name].artifact == self.name
+
+    def whole(self, shard: str, row: int) -> dict[str, dict[str, Any]]:
+        """All that is known of a row, by artifact, its own first; without bytes."""
+        own = Place(self.name, shard)
+        self.row_name(shard, row)
+        found = {self.name: self._row(own, row)}
+        for artifact, place in self._beside[shard].items():
+            try:
+                if self._fits(own, place):
+                    found[artifact] = self._row(place, row)
+            except _UNREADABLE:
+                continue
+        return found
+
+    def _row(self, place: Place, row: int) -> dict[str, Any]:
+        """One row, of whose file only its row group is read."""
+        with self._parquet(place) as parquet:
+            for group in range(parquet.metadata.num_row_groups):
+                count = parquet.metadata.row_group(group).num_rows
+                if row < count:
+                    read = parquet.read_row_group(group, use_threads=False).slice(row, 1).to_pylist()[0]
+                    values: dict[str, Any] = jsonable(read)  # which leaves bytes out
+                    return values
+                row -= count
+        raise Unknown("the shard has fewer rows than its manifest says")
+
+
+def _whole(column: Any) -> pa.Array:
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
+
+
+def _hashed(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _quoted(text: str) -> str:
+    """A filter's text as its errors repeat it."""
+    return repr(text if len(text) <= 200 else text[:199] + "…")
