@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from enum import IntEnum
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.console import Console
 from .engine_stages import Plan, execute
 from .progress import Progress
 from .status import State, state
+from .workplace import Workplace
 
 
 class Exit(IntEnum):
@@ -23,12 +23,12 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-def run_plan(made: Plan, devices: Sequence[str]) -> Exit:
+def run_plan(made: Plan, workplace: Workplace) -> Exit:
     """Do a plan under its progress display, give its output back, say what came of it."""
     try:
         progress = progress_of(made)
         with progress.shown(Console(stderr=True)) as report:
-            outcome = execute(made, report, devices)
+            outcome = execute(made, report, workplace)
     finally:
         made.artifact.close()
     return conclude(made.artifact.url, outcome.interrupted, progress.finished_line())
