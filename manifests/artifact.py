@@ -186,9 +186,13 @@ class Artifact:
             text = f"{self.url}: another capipe process is writing here{who}; wait for it, or stop it"
             raise BadInput(text)
         if alone and not others:
-            for name in ("tmp", CLAIMS, OWNERS):  # only a crash leaves something there
-                clear(self.folder.private(name))
+            self._clear()
         return alone and not others
+
+    def _clear(self) -> None:
+        """Remove what dead runs left; nobody else is here."""
+        for name in ("tmp", CLAIMS, OWNERS):
+            clear(self.folder.private(name))
 
     def _locked(self, how: int) -> bool:
         try:
@@ -226,8 +230,10 @@ class Artifact:
             self.claims.close()
             self.claims = None
         with guard(self.folder) if self.shared else nullcontext():
-            if not self.shared or self._locked(fcntl.LOCK_EX):  # else others work on
-                for name in ("tmp", "journal", CLAIMS, OWNERS):
+            alone = not self.shared or self._locked(fcntl.LOCK_EX)
+            if alone and not living(self.folder):  # else others work on
+                self._clear()
+                for name in ("tmp", "journal"):
                     folder = self.folder.private(name)
                     if folder.is_dir() and not any(folder.iterdir()):
                         folder.rmdir()
