@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,8 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
-from .conftest import COMMAND, capipe, one_line
-from .sharing import CAPTIONS, lines, rendered, same_shards, wait_until
+from capipe.manifests.artifact import Artifact
+from capipe.pipeline import ray_worker
+from capipe.pipeline.ray_worker import Home, RayWorker
+
+from .conftest import COMMAND, CaptionServer, capipe, one_line, table
+from .sharing import CAPTIONS, IMAGES, lines, rendered, same_shards, wait_until
 
 STORE = 80 * 2**20
 SLOWLY = [*CAPTIONS, "--prompt", "dense", "--max-tokens", "160", "--concurrency", "4"]  # there is a middle to it
@@ -86,15 +91,17 @@ def start(cluster: Any, *parts: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def with_a_loss(cluster: Any, command: list[object], out: Path, lose: Callable[[], None]) -> str:
-    """Run a command on the cluster, have something lost after the second commit, and let it end."""
+def with_a_loss(
+    cluster: Any, command: list[object], out: Path, lose: Callable[[], None], watched: Path | None = None
+) -> None:
+    """Run a command on the cluster, have something lost after the first commit, and let it end."""
     process = start(cluster, *command, "--out", out)
-    wait_until(lambda: process.poll() is not None or len(lines(out)) >= 2)
+    wait_until(lambda: process.poll() is not None or len(lines(watched or out)) >= 1)
     assert process.poll() is None, process.communicate()[1]
     lose()
     stderr = process.communicate(timeout=280)[1]
     assert process.returncode == 0, stderr
-    return stderr
+    assert "a worker of the cluster was lost" in stderr and "another worker goes on" in stderr
 
 
 @pytest.mark.slow
@@ -103,8 +110,7 @@ def test_a_machine_is_lost(cluster: Any, shards: Path, alone: Path, tmp_path: Pa
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
 
     command: list[object] = ["annotate", "--shards", shards, *SLOWLY]
-    stderr = with_a_loss(cluster, command, tmp_path / "out", lose)
-    assert "a worker of the cluster was lost" in stderr and "another worker goes on" in stderr
+    with_a_loss(cluster, command, tmp_path / "out", lose)
     same_shards(tmp_path / "out", alone)
 
 
@@ -115,6 +121,69 @@ def test_a_worker_is_killed(cluster: Any, shards: Path, alone: Path, tmp_path: P
         next(each for each in mine if each.name().startswith("ray::RayWorker")).kill()
 
     command: list[object] = ["annotate", "--shards", shards, *SLOWLY]
-    stderr = with_a_loss(cluster, command, tmp_path / "out", lose)
-    assert "a worker of the cluster was lost" in stderr
+    with_a_loss(cluster, command, tmp_path / "out", lose)
     same_shards(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+def test_every_stage_survives_a_lost_machine(cluster: Any, shards: Path, alone: Path, tmp_path: Path) -> None:
+    """Scores and quiz of the same captions, each with another machine lost, against the local runner's."""
+
+    def lose() -> None:
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+    scoring: list[object] = ["filter", "--shards", shards, "--captions", alone, "--clip", "tiny/clip", "--top", 0.5]
+    capipe(*scoring, "--out", shards.parent / "filtered")
+    with_a_loss(cluster, scoring, tmp_path / "filtered", lose, tmp_path / "filtered/scores")
+    for part in ("scores", "shards"):
+        same_shards(tmp_path / "filtered" / part, shards.parent / "filtered" / part)
+    quiz: list[object] = ["qa", "--shards", shards, "--model", "tiny/teacher", "--engine", "transformers"]
+    quiz += ["--decode-workers", 1, "--per-image", 2, "--temperature", 0, "--presentations", 2]
+    capipe(*quiz, "--out", shards.parent / "quiz")
+    with_a_loss(cluster, quiz, tmp_path / "quiz", lose, tmp_path / "quiz/screened")
+    for part in ("written", "screened"):
+        same_shards(tmp_path / "quiz" / part, shards.parent / "quiz" / part)
+
+
+@pytest.mark.slow
+def test_ctrl_c_drains_and_a_local_run_ends_it(
+    cluster: Any, shards: Path, tmp_path: Path, server: CaptionServer
+) -> None:
+    out = tmp_path / "out"
+    command = ["annotate", "--shards", shards, "--out", out, "--model", "m", "--engine", server.url]
+    command += ["--concurrency", 1, "--decode-workers", 1]
+    process = start(cluster, *command)
+    wait_until(lambda: server.requests >= 10)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "run the same command to go on" in stderr, stderr
+    capipe(*command)
+    assert [row["status"] for row in table(out)] == ["ok"] * IMAGES
+    assert server.requests <= IMAGES + 6  # three workers: what each had in the engine, and no more
+
+
+@pytest.mark.slow
+def test_without_a_cluster_one_is_started_on_loopback(shards: Path, alone: Path, tmp_path: Path) -> None:
+    command = words("annotate", "--shards", shards, "--out", tmp_path / "out", *SLOWLY, "--runner", "ray")
+    environ = {**os.environ, "RAY_TMPDIR": str(tmp_path)}  # where no other cluster has left a note
+    process = subprocess.Popen([*command, "--ray-workers", "2"], stderr=subprocess.PIPE, text=True, env=environ)
+    wait_until(lambda: process.poll() is not None or len(lines(tmp_path / "out")) >= 1)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    sockets = [each for member in family for each in member.net_connections("inet") if each.status == "LISTEN"]
+    assert sockets and {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1"}
+    stderr = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, stderr
+    same_shards(tmp_path / "out", alone)
+
+
+async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_worker, "SEE_SECONDS", 1)
+    artifact = Artifact.create(str(tmp_path / "out"), "test", {}, {})
+    artifact.close()
+    assert await RayWorker(Home.here())._problem(artifact) is None
+    (tmp_path / "out/_capipe/config.json").unlink()  # as where the folder is another disk's
+    failure = await RayWorker(Home.here())._problem(artifact)
+    assert failure is not None and failure.final and failure.exit_code == 2
+    assert "does not see what was begun there; give --out a folder that all machines" in failure.reason
+    other = await RayWorker(Home("0.0.0", str(tmp_path), {}))._problem(artifact)
+    assert other is not None and "and 0.0.0 was started; install that there, too" in other.reason
