@@ -177,6 +177,8 @@ class Claims:
             folder.private(OWNERS).mkdir(parents=True, exist_ok=True)
             self._sign()
             threading.Thread(target=self._beat, daemon=True).start()
+        else:
+            folder.remove(f"{PRIVATE}/{CLAIMS}")  # of a run that is over: whoever still works for it commits nothing
 
     @property
     def _card(self) -> Path:

@@ -111,6 +111,18 @@ class Desk:
         """A shard that was handed out is committed."""
         self._back(shard)
 
+    def abandoned(self, shard: str, reason: str) -> ShardRecord | None:
+        """The worker that had it is gone; its record, where it could still commit, else it counts as failed."""
+        claims = self._artifact.claims
+        if claims is not None:
+            claims.release(shard)  # from here on nothing of it can be committed, should that worker not be dead
+        record = self._artifact.committed().get(shard)
+        if record is None:
+            self.failed(shard, reason)
+        else:
+            self.done(shard)
+        return record
+
     def lost(self, shard: str) -> None:
         """Another process has it by now: our own was thought dead."""
         self._elsewhere[shard] = self._back(shard)

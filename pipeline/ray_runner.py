@@ -42,6 +42,7 @@ def cluster(place: Ray) -> Iterator[Size]:
     if place.address is None:  # before Ray is imported: such a cluster listens on loopback alone, and reports to nobody
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: behind all else that runs here
     import ray
 
     mine = not ray.is_initialized()

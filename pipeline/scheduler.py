@@ -161,7 +161,8 @@ class Scheduler:
             raise RunFailed(f"{reason}; {MAX_BARREN_DEATHS} workers in a row ended before finishing a row")
         self._report(WorkerFailed(reason, 0, final=False))
         for shard in member.shards:
-            self._desk.failed(shard, reason)
+            if (record := self._desk.abandoned(shard, reason)) is not None:
+                self._report(ShardDone(record))
         if not self._desk.empty:
             self._hire(member.place)
 

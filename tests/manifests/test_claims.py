@@ -263,3 +263,17 @@ def test_a_journal_changes_hands_while_its_first_writer_goes_on(tmp_path: Path) 
     slow.close()
     assert sorted(Journal(path, "f").rows) == [0, 2]
     assert [each.name for each in tmp_path.iterdir()] == ["j.jsonl"]
+
+
+def test_on_an_object_store_claims_fence_a_runs_own_workers(s3: str) -> None:
+    artifact = Artifact.create(f"{s3}/fenced", "test", SEMANTIC, {"shards_total": 1})
+    claims = artifact.fence()
+    lost = claims.take("00000")
+    claims.release("00000")  # its worker was thought dead
+    again = claims.take("00000")
+    with pytest.raises(ClaimLost):
+        commit(artifact, "00000", lost)
+    assert artifact.committed() == {}
+    commit(artifact, "00000", again)
+    artifact.close()
+    assert verify(f"{s3}/fenced").faults == [] and artifact.folder.names("_capipe/claims") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import INGEST
 from capipe.manifests.shards import InputShard
-from capipe.pipeline import desk
+from capipe.pipeline import desk, inline
 from capipe.pipeline.desk import Outcome
 from capipe.pipeline.events import (
     Assignment,
@@ -27,6 +28,7 @@ from capipe.pipeline.events import (
     Want,
     WorkerFailed,
 )
+from capipe.pipeline.inline import DirectChannel
 from capipe.pipeline.scheduler import Order, Scheduler
 
 Answer = Callable[[Assignment], list[Event | None]]
@@ -121,6 +123,19 @@ def test_a_dead_workers_shard_goes_to_its_successor(artifact: Artifact) -> None:
     ]
 
 
+def test_a_shard_that_was_committed_before_its_worker_died_is_done(artifact: Artifact) -> None:
+    def commits_and_dies(assignment: Assignment) -> list[Event | None]:
+        with artifact.begin(assignment.shard.name, INGEST) as shard:
+            shard.commit(rows_in=0, input_info={"digest": "d"})
+        return [None]
+
+    crew = ScriptedCrew(1, lambda: ScriptedHand(commits_and_dies), good)
+    outcome, events = run(crew, artifact, 2)
+    assert outcome == Outcome() and done(events) == ["00000", "00001"]
+    given = [order.shard.name for hand in crew.hired for order in hand.orders if isinstance(order, Assignment)]
+    assert given == ["00000", "00001"]
+
+
 def test_a_poison_shard_is_quarantined_whether_it_fails_or_kills(artifact: Artifact) -> None:
     def poisoned(assignment: Assignment) -> list[Event | None]:
         if assignment.shard.name == "00001":
@@ -201,4 +216,25 @@ def test_a_shard_that_was_taken_from_us_is_left_to_others(tmp_path: Path, monkey
 
     outcome, events = run(ScriptedCrew(1, lambda: ScriptedHand(answer)), ours, 1)
     assert outcome == Outcome() and done(events) == ["00000"] and len({*tries}) == 2
+    ours.close()
+
+
+async def test_a_worker_in_this_process_waits_for_others_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(inline, "POLL_SECONDS", 0.01)
+    ours = Artifact.create(str(tmp_path / "out"), "test", {}, {}, share=True)
+    theirs = Artifact.create(str(tmp_path / "out"), "test", {}, {}, share=True)
+    assert theirs.claims is not None and theirs.claims.take("00000") is not None
+    channel = DirectChannel(shards(2), ours, lambda event: None)
+    first = await channel.next_shard()
+    assert first is not None and first.shard.name == "00001"
+    channel.send(ShardDone(record("00001")))
+    waiting = asyncio.create_task(channel.next_shard())
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    theirs.close()
+    second = await waiting
+    assert second is not None and second.shard.name == "00000" and second.claim is not None
+    channel.send(ShardDone(record("00000")))
+    assert await channel.next_shard() is None and channel.desk.empty
     ours.close()
