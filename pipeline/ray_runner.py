@@ -54,7 +54,7 @@ def cluster(place: Ray) -> Iterator[Size]:
             more["object_store_memory"] = STORE_BYTES
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise BadInput(f"--ray-address {place.address or 'local'}: Ray does not answer ({reason})") from None
     try:

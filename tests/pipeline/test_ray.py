@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,15 +167,18 @@ def test_ctrl_c_drains_and_a_local_run_ends_it(
 @pytest.mark.slow
 def test_without_a_cluster_one_is_started_on_loopback(shards: Path, alone: Path, tmp_path: Path) -> None:
     command = words("annotate", "--shards", shards, "--out", tmp_path / "out", *SLOWLY, "--runner", "ray")
-    environ = {**os.environ, "RAY_TMPDIR": str(tmp_path)}  # where no other cluster has left a note
+    folder = tempfile.mkdtemp()  # where no other cluster has left a note; a short path, since sockets lie in it
+    environ = {**os.environ, "RAY_TMPDIR": folder}
     process = subprocess.Popen([*command, "--ray-workers", "2"], stderr=subprocess.PIPE, text=True, env=environ)
     wait_until(lambda: process.poll() is not None or len(lines(tmp_path / "out")) >= 1)
+    assert process.poll() is None, process.communicate()[1]
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     sockets = [each for member in family for each in member.net_connections("inet") if each.status == "LISTEN"]
     assert sockets and {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1"}
     stderr = process.communicate(timeout=280)[1]
     assert process.returncode == 0, stderr
     same_shards(tmp_path / "out", alone)
+    shutil.rmtree(folder)
 
 
 async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
