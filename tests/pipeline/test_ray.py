@@ -93,6 +93,10 @@ def start(cluster: Any, *parts: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
+def lose_a_machine(cluster: Any) -> None:
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+
 def with_a_loss(
     cluster: Any, command: list[object], out: Path, lose: Callable[[], None], watched: Path | None = None
 ) -> None:
@@ -108,11 +112,8 @@ def with_a_loss(
 
 @pytest.mark.slow
 def test_a_machine_is_lost(cluster: Any, shards: Path, alone: Path, tmp_path: Path) -> None:
-    def lose() -> None:
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-
     command: list[object] = ["annotate", "--shards", shards, *SLOWLY]
-    with_a_loss(cluster, command, tmp_path / "out", lose)
+    with_a_loss(cluster, command, tmp_path / "out", lambda: lose_a_machine(cluster))
     same_shards(tmp_path / "out", alone)
 
 
@@ -128,23 +129,22 @@ def test_a_worker_is_killed(cluster: Any, shards: Path, alone: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_every_stage_survives_a_lost_machine(cluster: Any, shards: Path, alone: Path, tmp_path: Path) -> None:
-    """Scores and quiz of the same captions, each with another machine lost, against the local runner's."""
-
-    def lose() -> None:
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-
-    scoring: list[object] = ["filter", "--shards", shards, "--captions", alone, "--clip", "tiny/clip", "--top", 0.5]
-    capipe(*scoring, "--out", shards.parent / "filtered")
-    with_a_loss(cluster, scoring, tmp_path / "filtered", lose, tmp_path / "filtered/scores")
+def test_a_machine_is_lost_while_scoring(cluster: Any, shards: Path, alone: Path, tmp_path: Path) -> None:
+    command: list[object] = ["filter", "--shards", shards, "--captions", alone, "--clip", "tiny/clip", "--top", 0.5]
+    capipe(*command, "--out", tmp_path / "alone")
+    with_a_loss(cluster, command, tmp_path / "out", lambda: lose_a_machine(cluster), tmp_path / "out/scores")
     for part in ("scores", "shards"):
-        same_shards(tmp_path / "filtered" / part, shards.parent / "filtered" / part)
-    quiz: list[object] = ["qa", "--shards", shards, "--model", "tiny/teacher", "--engine", "transformers"]
-    quiz += ["--decode-workers", 1, "--per-image", 2, "--temperature", 0, "--presentations", 2]
-    capipe(*quiz, "--out", shards.parent / "quiz")
-    with_a_loss(cluster, quiz, tmp_path / "quiz", lose, tmp_path / "quiz/screened")
+        same_shards(tmp_path / "out" / part, tmp_path / "alone" / part)
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_while_writing_a_quiz(cluster: Any, shards: Path, tmp_path: Path) -> None:
+    command: list[object] = ["qa", "--shards", f"{shards}/{{00000..00003}}.tar", "--model", "tiny/teacher"]
+    command += ["--engine", "transformers", "--decode-workers", 1, "--per-image", 2, "--presentations", 1]
+    capipe(*command, "--out", tmp_path / "alone")
+    with_a_loss(cluster, command, tmp_path / "out", lambda: lose_a_machine(cluster), tmp_path / "out/written")
     for part in ("written", "screened"):
-        same_shards(tmp_path / "quiz" / part, shards.parent / "quiz" / part)
+        same_shards(tmp_path / "out" / part, tmp_path / "alone" / part)
 
 
 @pytest.mark.slow
