@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from ..errors import ArtifactMismatch, BadInput
 from . import manifest
+from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, fingerprint
 from .journal import Journal
@@ -36,6 +38,8 @@ class Artifact:
 
     folder: Folder
     config: dict[str, Any]
+    claims: Claims | None = None  # whose shards are whose, where several workers could have the same
+    shared: bool = False
     _lock: int = -1
 
     @property
@@ -71,12 +75,21 @@ class Artifact:
 
     @classmethod
     def create(
-        cls, url: str, stage: str, semantic: Mapping[str, Any], run: Mapping[str, Any], *, fresh: bool = False
+        cls,
+        url: str,
+        stage: str,
+        semantic: Mapping[str, Any],
+        run: Mapping[str, Any],
+        *,
+        fresh: bool = False,
+        share: bool = False,
     ) -> Artifact:
         """Open ``url`` for writing under a lock: a new artifact, or an existing one of the same fingerprint.
 
         ``semantic`` is what the fingerprint covers; ``run`` is kept for the record (paths, workers, engine).
-        Raises ArtifactMismatch, naming the keys, where the folder was made by another configuration.
+        ``share``: together with other processes that say so, too; :attr:`claims` keep their shards apart.
+        Raises ArtifactMismatch, naming the keys, where the folder was made by another configuration, and BadInput
+        where another process is writing, or would share a folder that cannot be locked.
         """
         folder = Folder(url)
         semantic = json.loads(canonical({"stage": stage, **semantic}))
@@ -93,25 +106,39 @@ class Artifact:
             if strangers:
                 text = f"{url}: the folder holds other files ({strangers[0]}, …) and no artifact; choose an empty one"
                 raise BadInput(text)
+        if share and not folder.is_local:
+            text = f"{url}: --share needs a file system that has locks; give --out such a folder, or let one run do all"
+            raise BadInput(f"{text} (on many machines: --runner ray)")
         folder.make()
-        artifact = cls(folder, config)
-        artifact._acquire()
-        try:
-            artifact._settle(config, fresh)
-        except BaseException:
-            artifact.close()
-            raise
+        artifact = cls(folder, config, shared=share)
+        with guard(folder) if share else nullcontext():
+            alone = artifact._acquire()
+            try:
+                artifact._settle(config, fresh, alone)
+            except BaseException:
+                os.close(artifact._lock)
+                raise
+            if share:
+                artifact.fence()
         return artifact
 
-    def _settle(self, config: dict[str, Any], fresh: bool) -> None:
-        """Begin the artifact, or go on with the one that is there; the lock is held."""
+    def _settle(self, config: dict[str, Any], fresh: bool, alone: bool) -> None:
+        """Begin the artifact, or go on with the one that is there; the lock is held. ``alone``: nobody shares it."""
         if fresh:
             self._erase()
-        if self.folder.exists(CONFIG):
-            self.config = self._resumed(config)
-            self._drop_journals()
-        else:
+        if not self.folder.exists(CONFIG):
             self._write(config)
+            return
+        self.config = self._resumed(config)
+        if alone:
+            self._drop_journals()
+            if self.shared:  # later others may have added to it
+                self.release_quarantine()
+
+    def fence(self) -> Claims:
+        """Have shards claimed: by each worker for itself, so that a lost one's commit is refused when it comes back."""
+        self.claims = self.claims or Claims(self.folder)
+        return self.claims
 
     def _resumed(self, config: dict[str, Any]) -> dict[str, Any]:
         old = Artifact.open(self.url).config
@@ -135,32 +162,55 @@ class Artifact:
     def _drop_journals(self) -> None:
         """Remove journals of committed shards: a crash came between the commit and their deletion."""
         folder = self.folder.private("journal")
-        for path in folder.glob("*.jsonl") if folder.is_dir() else []:
-            if path.stem in self.committed():
+        committed = self.committed() if folder.is_dir() else {}
+        for path in folder.glob("*.jsonl"):
+            if path.stem in committed:
                 path.unlink()
+        for path in folder.glob("*.new"):  # begun, and never put in its place
+            path.unlink()
 
-    def _acquire(self) -> None:
-        """One writer per artifact and machine. The lock dies with its process, so nothing stale is ever left."""
+    def _acquire(self) -> bool:
+        """Lock the artifact: against all others, or, shared, against those that would have it for themselves.
+
+        Returns whether nobody else is there; then what dead runs left is cleared. The lock dies with its process, so
+        nothing stale is ever left. Where locks do not reach other machines, their runs are still known by their beat.
+        """
         path = self.folder.private("lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        alone = self._locked(fcntl.LOCK_EX)
+        others = living(self.folder)
+        if (not self._locked(fcntl.LOCK_SH)) if self.shared else (not alone or others):
             os.close(self._lock)
-            raise BadInput(f"{self.url}: another capipe process is writing here; wait for it, or stop it") from None
-        clear(self.folder.private("tmp"))  # only a crash leaves something there
+            who = f" ({', '.join(map(str, others))}; runs share a folder where all have --share)" if others else ""
+            text = f"{self.url}: another capipe process is writing here{who}; wait for it, or stop it"
+            raise BadInput(text)
+        if alone and not others:
+            self._clear()
+        return alone and not others
+
+    def _clear(self) -> None:
+        """Remove what dead runs left; nobody else is here."""
+        for name in ("tmp", CLAIMS, OWNERS):
+            clear(self.folder.private(name))
+
+    def _locked(self, how: int) -> bool:
+        try:
+            fcntl.flock(self._lock, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def _erase(self) -> None:
         """Remove what earlier runs wrote here: files that the manifest or the configuration's ``extras`` names, and the
-        private folder but for the lock."""
+        private folder but for the locks."""
         for record in manifest.read(self.folder).values():
             for name in record.files:
                 self.folder.remove(name)
         for name in self._extras():
             self.folder.remove(name)
         for name in self.folder.names(PRIVATE):
-            if name != "lock":
+            if name not in ("lock", "guard"):
                 self.folder.remove(f"{PRIVATE}/{name}")
         clear(self.folder.private("journal"))
 
@@ -174,11 +224,19 @@ class Artifact:
 
     def close(self) -> None:
         """Give the lock back and tidy up; safe to call twice."""
-        if self._lock >= 0:
-            for name in ("tmp", "journal"):
-                folder = self.folder.private(name)
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+        if self._lock < 0:
+            return
+        if self.claims is not None:
+            self.claims.close()
+            self.claims = None
+        with guard(self.folder) if self.shared else nullcontext():
+            alone = not self.shared or self._locked(fcntl.LOCK_EX)
+            if alone and not living(self.folder):  # else others work on
+                self._clear()
+                for name in ("tmp", "journal"):
+                    folder = self.folder.private(name)
+                    if folder.is_dir() and not any(folder.iterdir()):
+                        folder.rmdir()
             os.close(self._lock)
             self._lock = -1
 
@@ -195,9 +253,9 @@ class Artifact:
                 raise ArtifactMismatch(text)
         return records
 
-    def begin(self, shard: str, schema: pa.Schema, *, tar: bool = False) -> ShardTransaction:
-        """Start writing a shard; nothing is visible before its commit."""
-        return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar)
+    def begin(self, shard: str, schema: pa.Schema, *, tar: bool = False, claim: str | None = None) -> ShardTransaction:
+        """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim."""
+        return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar, claim)
 
     def begin_files(self, shard: str) -> FileTransaction:
         """Start a shard of files that are made one by one (an export's); nothing is visible before its commit."""
@@ -239,6 +297,9 @@ class Artifact:
             entry = json.loads(self.folder.read_bytes(f"{QUARANTINE}/{name}"))
             found[str(entry["shard"])] = str(entry["error"])
         return found
+
+    def is_quarantined(self, shard: str) -> bool:
+        return self.folder.exists(f"{QUARANTINE}/{shard}.json")
 
     def release_quarantine(self) -> None:
         self.folder.remove(QUARANTINE)

@@ -3,6 +3,9 @@
 One line a row, ``crc32 json``, appended as rows finish and deleted at commit. A line that a crash cut short fails its
 checksum and is dropped; so is any that somebody edited. Appends reach the operating system at once (a killed process
 loses nothing) and the disk once a second (a power cut loses a second).
+
+Who opens a journal that is there goes on in a copy of it, put in its place: an earlier writer, thought dead and only
+slow, then appends to a file without a name, and the two do not write over each other.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 import zlib
 from pathlib import Path
 from typing import Any
@@ -27,20 +31,25 @@ class Journal:
         self.path, self.fingerprint = path, fingerprint
         self.rows: dict[int, dict[str, Any]] = {}
         self._synced = time.monotonic()
-        sound = self._read()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.ftruncate(self._handle, sound)  # a torn tail would make the next line unreadable, too
-        os.lseek(self._handle, 0, os.SEEK_END)
-        if sound == 0:
-            self._write({"fingerprint": fingerprint})
-
-    def _read(self) -> int:
-        """Fill ``rows``; returns the length of the sound prefix in bytes."""
+        data = path.read_bytes() if path.exists() else b""
+        sound = self._read(data)
+        new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
+        self._handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            return 0
+            if sound == 0:
+                self._write({"fingerprint": fingerprint})
+            else:  # without a torn tail, which would make the next line unreadable, too
+                self._write_all(memoryview(data)[:sound])
+                os.fdatasync(self._handle)
+            new.replace(path)
+        except OSError:  # a full disk: what was there stays
+            self.close()
+            new.unlink(missing_ok=True)
+            raise
+
+    def _read(self, data: bytes) -> int:
+        """Fill ``rows``; returns the length of the sound prefix in bytes."""
         sound = 0
         for line in data.splitlines(keepends=True):
             checksum, _, body = line.rstrip(b"\n").partition(b" ")
@@ -63,7 +72,9 @@ class Journal:
 
     def _write(self, entry: dict[str, Any]) -> None:
         body = canonical(entry).encode()
-        data = memoryview(_checksum(body) + b" " + body + b"\n")
+        self._write_all(memoryview(_checksum(body) + b" " + body + b"\n"))
+
+    def _write_all(self, data: memoryview) -> None:
         while data:  # a nearly full disk writes part of it, then raises ENOSPC
             data = data[os.write(self._handle, data) :]
 

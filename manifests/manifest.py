@@ -77,6 +77,24 @@ def _lines(folder: Folder) -> list[tuple[str, bytes]]:
     return [(f"{LINES}:{number}", line) for number, line in enumerate(lines, 1) if line]
 
 
+class Tail:
+    """What was committed since the last look, by whomever; for local folders, whose manifest only grows."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder, self._seen = folder, 0
+
+    def news(self) -> list[ShardRecord]:
+        path = self._folder.local(LINES)
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            file.seek(self._seen)
+            lines = file.read()
+        whole = lines[: lines.rfind(b"\n") + 1]
+        self._seen += len(whole)
+        return [ShardRecord(**json.loads(line)) for line in whole.splitlines()]
+
+
 def append(folder: Folder, record: ShardRecord) -> None:
     """Commit: from the moment this returns the shard exists."""
     line = canonical({k: v for k, v in asdict(record).items() if v or k != "retracted"}).encode()

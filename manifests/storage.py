@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -106,7 +107,7 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file in one visible step."""
-        scratch = self.private(f"tmp/{name.replace('/', '+')}")
+        scratch = self.private(f"tmp/{name.replace('/', '+')}.{uuid.uuid4().hex[:8]}")  # others may write it, too
         write_synced(scratch, data)
         self.publish(scratch, name)
 

@@ -1,7 +1,9 @@
 """One shard, one transaction: everything is written and synced under scratch names, then renamed, then declared.
 
-Where a crash strikes: before the renames nothing of the shard is visible; between them, or before the manifest line,
-files without a line lie about, which do not exist for any reader and are replaced when the shard is done again.
+Where several workers could have the same shard, all from the renames to the declaration is done under a lock, after a
+look at whose the shard is (:mod:`.claims`). Where a crash strikes: before the renames nothing of the shard is visible;
+between them, or before the manifest line, files without a line lie about, which do not exist for any reader and are
+replaced when the shard is done again.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import pyarrow.parquet as pq
 
 from ..errors import RunFailed
 from . import manifest
+from .claims import holding, scratch_of
 from .manifest import ShardRecord
 from .status import Status
-from .storage import Folder, write_synced
+from .storage import Folder, clear, write_synced
 from .tar import TarWriter
 
 ROW_GROUP = 1000
@@ -32,9 +35,11 @@ ROW_GROUP = 1000
 class ShardTransaction:
     """Context manager: ``write`` rows in input order, ``commit`` once; leaving without a commit removes every trace."""
 
-    def __init__(self, folder: Folder, fingerprint: str, shard: str, schema: pa.Schema, tar: bool) -> None:
+    def __init__(
+        self, folder: Folder, fingerprint: str, shard: str, schema: pa.Schema, tar: bool, claim: str | None = None
+    ) -> None:
         self.shard, self._folder, self._fingerprint, self._schema = shard, folder, fingerprint, schema
-        self._scratch: Path = folder.private("tmp")
+        self._claim, self._scratch = claim, scratch_of(folder, claim)
         self._counts: Counter[str] = Counter()
         self._keys: set[str] = set()
         self._rows: list[Mapping[str, Any]] = []
@@ -80,12 +85,17 @@ class ShardTransaction:
         """Publish the shard. ``rows_in`` rows must have been written: the conservation of rows is asserted here.
 
         ``input_info`` needs a ``digest``; ``started`` (epoch seconds) backdates the clock; ``stats`` join the manifest.
+        Raises ClaimLost, and publishes nothing, where the shard is another worker's by now.
         """
         if sum(self._counts.values()) != rows_in:
             text = f"shard {self.shard}: {rows_in} rows in, {sum(self._counts.values())} rows out"
             raise RunFailed(f"{text}; this is a bug in capipe, and nothing was committed")
         self._started = started or self._started
         self._finish_files()
+        with holding(self._folder, self.shard, self._claim):
+            return self._publish(input_info, stats)
+
+    def _publish(self, input_info: Mapping[str, Any], stats: Mapping[str, Any] | None) -> ShardRecord:
         for name in self._files:
             self._folder.publish(self._scratch / name, name)
         record = ShardRecord(
@@ -143,6 +153,8 @@ class ShardTransaction:
         finally:
             for name in (f"{self.shard}.tar", f"{self.shard}.parquet", f"{self.shard}_stats.json"):
                 (self._scratch / name).unlink(missing_ok=True)
+            if self._claim is not None:
+                clear(self._scratch)
 
     def _close_tar(self) -> None:
         if self._tar_file is not None:

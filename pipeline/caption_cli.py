@@ -43,6 +43,10 @@ def annotate(
     ] = False,
     retry: o.Retry = False,
     trace: Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.")] = None,
+    runner: o.Runner = "local",
+    ray_address: o.RayAddress = None,
+    ray_workers: o.RayWorkers = None,
+    share: o.Share = False,
     fresh: o.Fresh = False,
 ) -> None:
     """Caption every image of the shards; one row out for every row in, whatever became of it."""
@@ -50,11 +54,11 @@ def annotate(
     from .annotating import AnnotateStage, chosen_prompts
     from .engine_stages import plan
 
-    devices = o.devices_for(engine, gpus)
+    place = o.workplace(engine, gpus, runner, ray_address, ray_workers)
     setup = o.engine_setup(
         model,
         engine,
-        devices,
+        place,
         sees=True,
         trace=trace,
         decode_workers=decode_workers,
@@ -77,5 +81,5 @@ def annotate(
         seed=seed,
         max_attempts=max_attempts,
     )
-    made = plan(AnnotateStage(config, setup, model, pack), shards, out, fresh=fresh, retry=retry)
-    raise typer.Exit(run_plan(made, devices))
+    made = plan(AnnotateStage(config, setup, model, pack), shards, out, fresh=fresh, retry=retry, share=share)
+    raise typer.Exit(run_plan(made, place))

@@ -26,10 +26,10 @@ from ..stages.ingest import IngestTask, pending
 from ..stages.ingest import plan as cut
 from ..stages.near_hashes import Indices
 from ..stages.sources import open_sources
+from .desk import Outcome
 from .events import Event, Pulse, ShardDone, ShardFailed
 from .ingesting import HOPELESS
 from .pool import Done, run_pool
-from .runner import Outcome
 from .worker import disk_text
 
 HASHES, AGAINST, MARKED = "hashes", "against", "marked"

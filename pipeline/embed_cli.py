@@ -18,6 +18,10 @@ def embed(
     gpus: o.Gpus = None,
     decode_workers: o.DecodeWorkers = None,
     retry: o.Retry = False,
+    runner: o.Runner = "local",
+    ray_address: o.RayAddress = None,
+    ray_workers: o.RayWorkers = None,
+    share: o.Share = False,
     fresh: o.Fresh = False,
 ) -> None:
     """Image embeddings by a CLIP, one row for every row in: for `capipe dedup --embeddings`, and whoever needs them."""
@@ -25,7 +29,8 @@ def embed(
     from .engine_stages import plan
     from .scoring import EmbedStage, ScoreSetup
 
-    devices = o.devices_for("", gpus)
-    workers = decode_workers or o.default_decode_workers(len(devices))
+    place = o.workplace("", gpus, runner, ray_address, ray_workers)
+    workers = decode_workers or o.default_decode_workers(len(place.gpus))
     setup = ScoreSetup((ScorerConfig("clip", clip, dtype),), workers)
-    raise typer.Exit(run_plan(plan(EmbedStage(setup), shards, out, fresh=fresh, retry=retry), devices))
+    made = plan(EmbedStage(setup), shards, out, fresh=fresh, retry=retry, share=share)
+    raise typer.Exit(run_plan(made, place))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,11 @@ from ..models.formats import ImageProblem
 from ..models.http_engine import served_model
 from ..models.images import ImageLimits, Pixels
 from ..models.loading import EngineConfig, image_grid, load_engine, model_identity, resolve_model
+from .desk import Outcome
 from .events import Event
 from .inline import run_inline
-from .runner import LocalRunner, Outcome
 from .worker import RowByRow, Stage
+from .workplace import Workplace
 
 #: A server resizes by itself and gets the file; it is decoded here, very small, to find out whether it is sound.
 CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)
@@ -210,12 +211,17 @@ def plan(
     beside: Mapping[str, Artifact] | None = None,
     fresh: bool = False,
     retry: bool = False,
+    share: bool = False,
 ) -> Plan:
     """Check everything that can be checked before a model is loaded, lock the output, and find what is left to do.
 
     ``beside``: artifacts whose rows the stage wants with each row, by name. ``retry`` reopens committed shards with
-    unresolved rows. Raises CapipeError; then nothing was written.
+    unresolved rows; ``share`` lets other processes work on the same output. Raises CapipeError; then nothing was
+    written.
     """
+    if share and (fresh or retry):
+        word = "--fresh" if fresh else "--retry"
+        raise BadInput(f"{word}: takes committed shards back, which others may be adding to; run it without --share")
     beside = beside or {}
     shards = join(expand(pattern), beside)
     source = input_artifact(pattern)
@@ -228,7 +234,7 @@ def plan(
         "input_manifest": source.manifest_digest() if source else None,
         **{name: artifact.url for name, artifact in beside.items()},
     }
-    artifact = Artifact.create(out, stage.name, semantic, run, fresh=fresh)
+    artifact = Artifact.create(out, stage.name, semantic, run, fresh=fresh, share=share)
     try:
         return Plan(stage, artifact, shards, _todo(artifact, shards, retry))
     except CapipeError:
@@ -238,7 +244,8 @@ def plan(
 
 def _todo(artifact: Artifact, shards: list[InputShard], retry: bool) -> list[InputShard]:
     committed = artifact.committed()
-    artifact.release_quarantine()
+    if not artifact.shared:
+        artifact.release_quarantine()
     for shard in shards:
         record = committed.get(shard.name)
         if record is None:
@@ -258,8 +265,8 @@ def resolved_rows(artifact: Artifact, shard: str) -> dict[int, dict[str, Any]]:
     return {index: row for index, row in enumerate(rows) if Status(row["status"]).resolved}
 
 
-def execute(made: Plan, report: Callable[[Event], None], gpus: Sequence[str]) -> Outcome:
+def execute(made: Plan, report: Callable[[Event], None], workplace: Workplace) -> Outcome:
     """Do the plan's shards; returns when all are committed or quarantined, or on Ctrl-C."""
-    if made.stage.setup is not None and made.artifact.folder.is_shared and all(shard.is_shared for shard in made.todo):
-        return LocalRunner(made.stage, made.artifact, report, gpus).run(made.todo)
-    return run_inline(made.stage, made.artifact, report, made.todo)
+    if made.stage.setup is None:
+        return run_inline(made.stage, made.artifact, report, made.todo)
+    return workplace.run(made.stage, made.artifact, report, made.todo)

@@ -54,6 +54,10 @@ def evaluate(
     decode_workers: o.DecodeWorkers = None,
     timeout: o.Timeout = 300.0,
     retry: o.Retry = False,
+    runner: o.Runner = "local",
+    ray_address: o.RayAddress = None,
+    ray_workers: o.RayWorkers = None,
+    share: o.Share = False,
     fresh: o.Fresh = False,
 ) -> None:
     """Measure a captioner by how well a reader answers quiz questions from its captions alone."""
@@ -91,11 +95,11 @@ def evaluate(
     }
     prompts = chosen_prompts(prompt, model, engine)
     refuse_controls([each.name for each in prompts])
-    runs: dict[str, Any] = {"fresh": fresh, "retry": retry}
+    runs: dict[str, Any] = {"fresh": fresh, "retry": retry, "share": share}
     codes = [Exit.OK]
     if model is not None:
         pixels: dict[str, Any] = {"decode_workers": decode_workers, "min_pixels": min_pixels, "max_pixels": max_pixels}
-        devices = o.devices_for(engine, gpus)
+        place = o.workplace(engine, gpus, runner, ray_address, ray_workers)
         asks = o.validated(
             AnnotateConfig,
             prompts=prompts,
@@ -106,17 +110,17 @@ def evaluate(
             seed=seed,
             max_attempts=1,  # what the captioner writes is what is measured
         )
-        setup = o.engine_setup(model, engine, devices, sees=True, **common, **pixels)
+        setup = o.engine_setup(model, engine, place, sees=True, **common, **pixels)
         captions = str(out / CAPTIONED)
-        codes.append(run_plan(plan(AnnotateStage(asks, setup, model), shards, captions, **runs), devices))
+        codes.append(run_plan(plan(AnnotateStage(asks, setup, model), shards, captions, **runs), place))
         if codes[-1] is Exit.INTERRUPTED:
             raise typer.Exit(codes[-1])
     assert captions is not None
-    devices = o.devices_for(reader_engine or engine, gpus)
-    setup = o.engine_setup(reader, reader_engine or engine, devices, sees=False, **common)
+    place = o.workplace(reader_engine or engine, gpus, runner, ray_address, ray_workers)
+    setup = o.engine_setup(reader, reader_engine or engine, place, sees=False, **common)
     beside = {screen.QUESTIONS: asked, grade.CAPTIONS: captions_artifact(captions)}
     graded = str(out / GRADED)
-    codes.append(run_plan(plan(GradeStage(config, setup), shards, graded, beside=beside, **runs), devices))
+    codes.append(run_plan(plan(GradeStage(config, setup), shards, graded, beside=beside, **runs), place))
     if codes[-1] is Exit.INTERRUPTED:
         raise typer.Exit(codes[-1])
     done = Artifact.open(graded)

@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..manifests.manifest import ShardRecord
+from ..manifests.shards import InputShard
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A shard to do. ``claim``: the token that its commit must still find, where several workers could have it."""
+
+    shard: InputShard
+    claim: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,27 @@ class ShardFailed:
 
 
 @dataclass(frozen=True)
+class ShardLost:
+    """Not committed, because it is another worker's by now."""
+
+    shard: str
+
+
+@dataclass(frozen=True)
+class DoneElsewhere:
+    """Another process that shares the folder committed a shard of ours. (Runners say this, not workers.)"""
+
+    record: ShardRecord
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a person should know. (Runners say this, not workers.)"""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class WorkerFailed:
     """The worker ends. ``final``: another one would fare no better (a model that does not exist, a full disk)."""
 
@@ -58,4 +88,4 @@ class WorkerFailed:
     final: bool
 
 
-Event = Ready | Want | Pulse | ShardDone | ShardFailed | WorkerFailed
+Event = Ready | Want | Pulse | ShardDone | ShardFailed | ShardLost | WorkerFailed | DoneElsewhere | Note

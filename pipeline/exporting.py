@@ -22,10 +22,10 @@ from ..manifests.storage import Folder, read_parquet
 from ..stages.dataset_card import CardWords
 from ..stages.export import STAGE, ExportConfig, export_shard
 from ..stages.export_source import image_extensions, listing, made_of
+from .desk import Outcome
 from .events import Event, Pulse, ShardDone, ShardFailed
 from .export_files import EXTRAS, write_files
 from .pool import Done, run_pool
-from .runner import Outcome
 from .worker import disk_text
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # what OpenCLIP looks for

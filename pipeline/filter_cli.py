@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +17,7 @@ from . import options as o
 from .interrupts import interrupts
 from .outcome import Exit, conclude, run_plan
 from .progress import Progress
+from .workplace import Workplace
 
 if TYPE_CHECKING:
     from ..stages.select import SelectConfig
@@ -58,6 +59,10 @@ def filter_(
     gpus: o.Gpus = None,
     decode_workers: o.DecodeWorkers = None,
     retry: o.Retry = False,
+    runner: o.Runner = "local",
+    ray_address: o.RayAddress = None,
+    ray_workers: o.RayWorkers = None,
+    share: o.Share = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Write the final shards anew; scores stay.")] = False,
 ) -> None:
     """Keep what the scores believe: final shards, with a row for every input row, and a report with pictures."""
@@ -71,11 +76,14 @@ def filter_(
     models = {kind: model for kind, model in (("clip", clip), ("itm", itm)) if model is not None}
     scored = Exit.OK
     if scores is None:
-        devices = o.devices_for("", gpus)
-        setup = score_setup(models, safety, dtype, decode_workers, devices)
+        place = o.workplace("", gpus, runner, ray_address, ray_workers)
+        setup = score_setup(models, safety, dtype, decode_workers, place)
         scores = f"{out.rstrip('/')}/scores"
-        scored = score_step(setup, shards, scores, captions, devices, retry)
+        scored = score_step(setup, shards, scores, captions, place, retry, share)
         if scored is not Exit.OK:  # what is missing would be missing in the final shards
+            raise typer.Exit(scored)
+        if share:  # selecting is one process's, and takes seconds
+            print(f"scored; to select: the same command without --share, or with --scores {scores}", file=sys.stderr)
             raise typer.Exit(scored)
     elif models or captions is not None or safety:
         raise BadInput("--scores: these are scored already; leave out --captions, --clip, --itm and --safety")
@@ -84,7 +92,7 @@ def filter_(
 
 
 def score_setup(
-    models: Mapping[str, str], safety: bool, dtype: str, decode_workers: int | None, devices: Sequence[str]
+    models: Mapping[str, str], safety: bool, dtype: str, decode_workers: int | None, place: Workplace
 ) -> ScoreSetup:
     """The scorers as options name them, by kind. Raises BadInput where there is none."""
     from ..models.scorers import ScorerConfig
@@ -93,11 +101,17 @@ def score_setup(
     if not models:
         raise BadInput("name what is to score: --clip and --itm (tiny/clip, tiny/itm), or --scores of an earlier run")
     scorers = tuple(ScorerConfig(kind, model, dtype) for kind, model in models.items())
-    return ScoreSetup(scorers, decode_workers or o.default_decode_workers(len(devices)), safety)
+    return ScoreSetup(scorers, decode_workers or o.default_decode_workers(len(place.gpus)), safety)
 
 
 def score_step(
-    setup: ScoreSetup, shards: str, out: str, captions: str | None, devices: Sequence[str], retry: bool
+    setup: ScoreSetup,
+    shards: str,
+    out: str,
+    captions: str | None,
+    place: Workplace,
+    retry: bool,
+    share: bool = False,
 ) -> Exit:
     """Score what ``shards`` (and the annotate artifact ``captions``) hold into the artifact ``out``.
 
@@ -113,7 +127,7 @@ def score_step(
         if beside[CAPTIONS].stage != "annotate":
             stage = beside[CAPTIONS].stage
             raise BadInput(f"{captions}: an artifact of stage {stage!r}; --captions takes one of `capipe annotate`")
-    return run_plan(plan(ScoreStage(setup), shards, out, beside=beside, retry=retry), devices)
+    return run_plan(plan(ScoreStage(setup), shards, out, beside=beside, retry=retry, share=share), place)
 
 
 def select_step(

@@ -18,9 +18,9 @@ from ..manifests.manifest import ShardRecord
 from ..stages.ingest import STAGE, IngestConfig, IngestTask, ingest_shard, pending, plan
 from ..stages.items import ItemRef
 from ..stages.sources import open_sources
+from .desk import Outcome
 from .events import Event, Pulse, ShardDone, ShardFailed
 from .pool import Done, Failed, run_pool
-from .runner import Outcome
 from .worker import disk_text
 
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

@@ -1,17 +1,17 @@
-"""The same worker inside this process: for filesystems that other processes cannot see."""
+"""The same worker inside this process: for stages without a model, and filesystems that other processes cannot see."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from ..errors import RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard
 from ..models.engine import EngineDead
-from .events import Event, ShardFailed
-from .runner import MAX_FAILURES, Outcome
+from .desk import Desk, Outcome
+from .events import Assignment, Event, ShardDone, ShardFailed, ShardLost
+from .scheduler import POLL_SECONDS
 from .worker import Stage, work
 
 
@@ -20,27 +20,21 @@ class DirectChannel:
 
     def __init__(self, shards: Sequence[InputShard], artifact: Artifact, report: Callable[[Event], None]) -> None:
         self.stopping = asyncio.Event()
-        self.outcome = Outcome()
-        self._queue = deque(shards)
-        self._by_name = {shard.name: shard for shard in shards}
-        self._failures: Counter[str] = Counter()
-        self._artifact, self._report = artifact, report
+        self.desk = Desk(artifact, report, shards)
+        self._report = report
 
-    @property
-    def waiting(self) -> bool:
-        return bool(self._queue)
-
-    async def next_shard(self) -> InputShard | None:
-        return self._queue.popleft() if self._queue else None
+    async def next_shard(self) -> Assignment | None:
+        while (assignment := self.desk.next()) is None and not self.desk.empty:
+            await asyncio.sleep(POLL_SECONDS)  # others, who share the folder, have the rest: one of them may die
+        return assignment
 
     def send(self, event: Event) -> None:
         if isinstance(event, ShardFailed):
-            self._failures[event.shard] += 1
-            if self._failures[event.shard] < MAX_FAILURES:
-                self._queue.append(self._by_name[event.shard])
-            else:
-                self._artifact.quarantine(event.shard, event.reason)
-                self.outcome.quarantined[event.shard] = event.reason
+            self.desk.failed(event.shard, event.reason)
+        elif isinstance(event, ShardLost):
+            self.desk.lost(event.shard)
+        elif isinstance(event, ShardDone):
+            self.desk.done(event.record.shard)
         self._report(event)
 
 
@@ -51,9 +45,9 @@ def run_inline(
 
     async def run() -> Outcome:
         channel = DirectChannel(shards, artifact, report)
-        while channel.waiting:  # a shard that failed last comes back after the worker saw an empty queue
+        while not channel.desk.empty:  # a shard that failed last comes back after the worker saw an empty desk
             await work(stage, artifact, channel)
-        return channel.outcome
+        return channel.desk.outcome
 
     if not shards:
         return Outcome()

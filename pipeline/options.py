@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
 
 from ..errors import BadInput
 from .engine_stages import EngineSetup
+from .workplace import Workplace, ray_place
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -30,6 +31,12 @@ Concurrency = Annotated[int | None, typer.Option(help="Requests in the engine at
 Gpus = Annotated[str | None, typer.Option(help="GPUs to use, e.g. 0,1; all by default; none for CPU.")]
 GpuMemory = Annotated[float, typer.Option(help="Share of GPU memory for vLLM.")]
 DecodeWorkers = Annotated[int | None, typer.Option(help="Image decoding processes per engine.")]
+Runner = Annotated[Literal["local", "ray"], typer.Option(help="Processes of this machine, or actors of a Ray cluster.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="HOST:PORT of a Ray head, auto, or local; what is running, else local, by default.")
+]
+RayWorkers = Annotated[int | None, typer.Option(help="Ray actors; one per GPU by default, or per machine without any.")]
+Share = Annotated[bool, typer.Option("--share", help="Let other processes with --share work on the same --out.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait for a server's answer.")]
 
 
@@ -62,9 +69,18 @@ def default_decode_workers(gpus: int) -> int:
     return max(1, min(16, cores // max(1, gpus) - 1))
 
 
-def devices_for(engine: str, gpus: str | None) -> list[str]:
-    """The GPUs that an engine runs on; a server has its own."""
-    return [] if "://" in engine else visible_gpus(gpus)
+def workplace(
+    engine: str, gpus: str | None, runner: str = "local", address: str | None = None, workers: int | None = None
+) -> Workplace:
+    """Where an engine's workers are to be; a server has GPUs of its own. Raises BadInput."""
+    if runner == "local":
+        if address is not None or workers is not None:
+            option = "--ray-address" if address is not None else "--ray-workers"
+            raise BadInput(f"{option}: only means something with --runner ray")
+        return Workplace(() if "://" in engine else tuple(visible_gpus(gpus)))
+    if gpus not in (None, "none"):
+        raise BadInput(f"--gpus {gpus}: a Ray cluster hands out its GPUs itself; give --ray-workers N to use fewer")
+    return Workplace(ray=ray_place(address, workers, gpu="://" not in engine and gpus is None))
 
 
 def parse_bound(option: str, text: str, sign: str) -> tuple[float, bool]:
@@ -76,11 +92,11 @@ def parse_bound(option: str, text: str, sign: str) -> tuple[float, bool]:
 
 
 def engine_setup(
-    model: str, engine: str, devices: list[str], *, sees: bool, trace: Path | None = None, **options: Any
+    model: str, engine: str, place: Workplace, *, sees: bool, trace: Path | None = None, **options: Any
 ) -> EngineSetup:
     """An engine's description from options; ``sees``: images go to it. None stands for an option's own default."""
     from ..models.loading import EngineConfig
 
-    decode_workers = options.pop("decode_workers", None) or default_decode_workers(len(devices))
+    decode_workers = options.pop("decode_workers", None) or default_decode_workers(len(place.gpus))
     config = EngineConfig(kind=engine, model=model, **options)
     return EngineSetup(config, decode_workers=decode_workers if sees else 0, trace=trace)

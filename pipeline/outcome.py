@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from enum import IntEnum
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from .engine_stages import Plan, execute
 from .progress import Progress
 from .status import State, state
 from .status_view import artifact_lines
+from .workplace import Workplace
 
 LAST_WORDS = "CAPIPE_LAST_WORDS"  # names a file to which a command in a chain repeats the line it ends with
 
@@ -26,12 +26,12 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-def run_plan(made: Plan, devices: Sequence[str]) -> Exit:
+def run_plan(made: Plan, workplace: Workplace) -> Exit:
     """Do a plan under its progress display, give its output back, say what came of it."""
     try:
         progress = progress_of(made)
         with progress.shown(Console(stderr=True)) as report:
-            outcome = execute(made, report, devices)
+            outcome = execute(made, report, workplace)
     finally:
         made.artifact.close()
     return conclude(made.artifact.url, outcome.interrupted, progress.finished_line())

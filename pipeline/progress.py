@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .events import Event, Pulse, Ready, ShardDone, ShardFailed, WorkerFailed
+from .events import DoneElsewhere, Event, Note, Pulse, Ready, ShardDone, ShardFailed, ShardLost, WorkerFailed
 
 LOG_SECONDS = 10.0  # between lines where the output is no terminal
 
@@ -31,7 +31,7 @@ class Progress:
     shards_total: int | None  # None where a source is still being read
     shards_done: int = 0
     rows_total: int | None = None
-    rows_before: int = 0  # committed by earlier runs
+    rows_before: int = 0  # committed by earlier runs, or by others that share the folder
     started: float = field(default_factory=time.monotonic)
     ready: float | None = None  # when the first worker had its model
     rows: Counter[str] = field(default_factory=Counter)
@@ -61,6 +61,13 @@ class Progress:
             self.shards_done += 1
             self._committed_shards += 1
             self._committed_rows += event.record.count
+        elif isinstance(event, DoneElsewhere):
+            self.shards_done += 1
+            self.rows_before += event.record.count
+        elif isinstance(event, Note):
+            self.notes.append(event.text)
+        elif isinstance(event, ShardLost):
+            self.notes.append(f"shard {event.shard} was taken over by another process; nothing of ours was committed")
         elif isinstance(event, ShardFailed):
             self.notes.append(f"shard {event.shard} failed: {event.reason}")
         elif isinstance(event, WorkerFailed):

@@ -11,6 +11,7 @@ from ..errors import BadInput
 from . import options as o
 from .engine_stages import Plan
 from .outcome import Exit, run_plan
+from .workplace import Workplace
 
 WRITTEN, SCREENED = "written", "screened"  # the two artifacts in --out
 
@@ -58,6 +59,10 @@ def qa(
     decode_workers: o.DecodeWorkers = None,
     timeout: o.Timeout = 300.0,
     retry: o.Retry = False,
+    runner: o.Runner = "local",
+    ray_address: o.RayAddress = None,
+    ray_workers: o.RayWorkers = None,
+    share: o.Share = False,
     fresh: o.Fresh = False,
 ) -> None:
     """Write quiz questions about every image, or import them, and keep those that need the image and no more."""
@@ -77,7 +82,7 @@ def qa(
         "gpu_memory_utilization": gpu_memory,
         "timeout_s": timeout,
     }
-    devices = o.devices_for(engine, gpus)
+    place = o.workplace(engine, gpus, runner, ray_address, ray_workers)
     config = screen_config(screen, with_image, without_image, presentations)  # before anything is written
     screener = screen_model or model
     if (model is None) == (import_ is None):
@@ -86,13 +91,13 @@ def qa(
         raise BadInput(
             "--screen-model: imported questions are screened by a model that sees; name one, or --screen none"
         )
-    runs: dict[str, Any] = {"fresh": fresh, "retry": retry}
+    runs: dict[str, Any] = {"fresh": fresh, "retry": retry, "share": share}
     written = f"{out.rstrip('/')}/{WRITTEN}"
     if import_ is not None:
         code = import_questions(import_, distractors, seed, shards, written, runs)
     else:
         assert model is not None
-        setup = o.engine_setup(model, engine, devices, sees=True, **common)
+        setup = o.engine_setup(model, engine, place, sees=True, **common)
         asked = o.validated(
             QuestionsConfig,
             per_image=per_image,
@@ -104,16 +109,16 @@ def qa(
             seed=seed,
         )
         held = engine_guides(setup.engine) if guided is None else guided
-        code = run_plan(plan(QuestionsStage(asked, setup, model, held), shards, written, **runs), devices)
+        code = run_plan(plan(QuestionsStage(asked, setup, model, held), shards, written, **runs), place)
     if config is None or code not in (Exit.OK, Exit.UNRESOLVED):
         raise typer.Exit(code)
     assert screener is not None
-    devices = o.devices_for(screen_engine or engine, gpus)
-    setup = o.engine_setup(screener, screen_engine or engine, devices, sees=True, **common)
+    place = o.workplace(screen_engine or engine, gpus, runner, ray_address, ray_workers)
+    setup = o.engine_setup(screener, screen_engine or engine, place, sees=True, **common)
     beside = {QUESTIONS: Artifact.open(written)}
     screened = f"{out.rstrip('/')}/{SCREENED}"
     made = plan(ScreenStage(config, setup, screener), shards, screened, beside=beside, **runs)
-    raise typer.Exit(max(code, run_plan(made, devices)))
+    raise typer.Exit(max(code, run_plan(made, place)))
 
 
 def import_questions(path: str, distractors: int, seed: int, shards: str, out: str, runs: dict[str, Any]) -> Exit:
@@ -133,7 +138,7 @@ def import_questions(path: str, distractors: int, seed: int, shards: str, out: s
         first = strangers[0]
         text = f"capipe: {first.where}: {first.reason} ({first.image!r}); {len(strangers)} such records are listed in "
         print(f"{text}{out}/{PRIVATE}/unmatched.jsonl, give --shards that hold their images", file=sys.stderr)
-    return run_plan(made, [])
+    return run_plan(made, Workplace())
 
 
 def screen_config(name: str, with_image: str | None, without_image: str | None, presentations: int | None) -> Any:

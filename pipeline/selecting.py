@@ -30,10 +30,10 @@ from ..manifests.status import Status
 from ..manifests.storage import PRIVATE
 from ..manifests.transaction import ShardTransaction
 from ..stages.select import STAGE, Rule, SelectConfig, final_keys, final_row, group, members, uid_list, verdict
+from .desk import Outcome
 from .events import Event
 from .ingesting import settle, writing
 from .pool import run_pool
-from .runner import Outcome
 from .survey import MARKS, SCORES, Survey, digest_of, ok_uids, read_columns, survey
 
 UIDS = f"{PRIVATE}/uids.npy"

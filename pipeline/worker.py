@@ -2,7 +2,7 @@
 
 A feeder reads shards in order and lets at most ``window`` rows be alive; each row is a task that decodes, asks the
 engine and journals its result; a shard whose rows are all there is committed while the next ones are in the engine.
-Runners (local processes, later a cluster) differ only in the :class:`Channel` they hand to :func:`work`.
+Runners (local processes, a cluster) differ only in the :class:`Channel` they hand to :func:`work`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import pyarrow as pa
 
 from ..errors import CapipeError, RunFailed
 from ..manifests.artifact import Artifact
+from ..manifests.claims import ClaimLost
 from ..manifests.manifest import ShardRecord
-from ..manifests.shards import InputShard, Row, RowReader
+from ..manifests.shards import Row, RowReader
 from ..manifests.status import Status
 from ..models.engine import EngineDead
-from .events import Event, Pulse, Ready, ShardDone, ShardFailed
+from .events import Assignment, Event, Pulse, Ready, ShardDone, ShardFailed, ShardLost
 
 READ_AHEAD = 16  # rows read from a tar in one go, where a stage takes them one by one
 OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up (more where small)
@@ -78,7 +79,7 @@ class Channel(Protocol):
 
     stopping: asyncio.Event
 
-    async def next_shard(self) -> InputShard | None: ...
+    async def next_shard(self) -> Assignment | None: ...
 
     def send(self, event: Event) -> None: ...
 
@@ -86,10 +87,11 @@ class Channel(Protocol):
 class ShardRun:
     """A shard in work: its reader, its journal and the rows finished so far."""
 
-    def __init__(self, artifact: Artifact, shard: InputShard) -> None:
-        self.artifact, self.shard, self.started = artifact, shard, time.time()
-        self.reader = RowReader(shard)
-        self.journal = artifact.journal(shard.name)
+    def __init__(self, artifact: Artifact, assignment: Assignment) -> None:
+        self.artifact, self.started = artifact, time.time()
+        self.shard, self.claim = assignment.shard, assignment.claim
+        self.reader = RowReader(self.shard)
+        self.journal = artifact.journal(self.shard.name)
         self.rows: dict[int, dict[str, Any]] = {}
         self.total: int | None = None  # known when the shard has been read to its end
         self.failure: str | None = None
@@ -122,7 +124,8 @@ class ShardRun:
     def commit(self, processor: Processor) -> ShardRecord:
         """Write and publish the shard (blocking: runs in a thread)."""
         assert self.total is not None
-        with self.artifact.begin(self.shard.name, processor.schema, tar=processor.writes_tar) as shard:
+        name, tar = self.shard.name, processor.writes_tar
+        with self.artifact.begin(name, processor.schema, tar=tar, claim=self.claim) as shard:
             if processor.writes_tar:
                 for source in self._sources():  # the images are read again: keeping them would cost memory
                     row = self.rows.get(source.index)
@@ -183,11 +186,11 @@ class Worker:
     async def _feed(self) -> None:
         while not self.channel.stopping.is_set():
             await self._room_for_a_shard()
-            shard = await self.channel.next_shard()
-            if shard is None:
+            assignment = await self.channel.next_shard()
+            if assignment is None:
                 return
             try:
-                run = ShardRun(self.artifact, shard)
+                run = ShardRun(self.artifact, assignment)
             except OSError as error:  # the journal cannot be written: no shard's could
                 self._fail(error)
                 return
@@ -281,6 +284,8 @@ class Worker:
                 self.channel.send(ShardDone(record))
             else:
                 self.channel.send(ShardFailed(run.shard.name, run.failure))
+        except ClaimLost:
+            self.channel.send(ShardLost(run.shard.name))
         except (OSError, RunFailed) as error:
             self._fail(error)
         except Exception as error:  # of this shard alone: the others go on

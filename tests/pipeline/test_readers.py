@@ -20,7 +20,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, INGEST
 from capipe.manifests.shards import Row, RowReader
 from capipe.manifests.verify import verify
-from capipe.pipeline.runner import Outcome
+from capipe.pipeline.desk import Outcome
 
 from ..conftest import photo
 from .conftest import CaptionServer, capipe, table
@@ -99,6 +99,7 @@ def into_memory(packed: Path, server: CaptionServer, out: str) -> Outcome:
     from capipe.models.loading import EngineConfig
     from capipe.pipeline.annotating import AnnotateStage
     from capipe.pipeline.engine_stages import EngineSetup, execute, plan
+    from capipe.pipeline.workplace import Workplace
     from capipe.stages.annotate import AnnotateConfig
     from capipe.stages.prompts import parse_prompt
 
@@ -106,7 +107,7 @@ def into_memory(packed: Path, server: CaptionServer, out: str) -> Outcome:
     setup = EngineSetup(EngineConfig(server.url, "m"), decode_workers=1)
     made = plan(AnnotateStage(config, setup, "m", pack=True), str(packed.parent / "shards"), out)
     try:
-        return execute(made, lambda event: None, [])
+        return execute(made, lambda event: None, Workplace())
     finally:
         made.artifact.close()
 

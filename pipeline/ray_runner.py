@@ -1,0 +1,166 @@
+"""The Ray runner: the same worker as an actor with a GPU of its own, on as many machines as the cluster has.
+
+Shards travel as references and events as small lists; images go from storage to the worker that needs them, and never
+through Ray's object store. A machine that is lost takes its actors along; the scheduler hires others and hands their
+shards out again. Should the machine only have been slow, its claims are another's by then, and it can commit nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BadInput
+from ..manifests.artifact import Artifact
+from .events import Event, Note, WorkerFailed
+from .ray_worker import Home, RayWorker
+from .scheduler import Order
+from .worker import Stage
+from .workplace import Ray
+
+STORE_BYTES = 80 * 2**20  # for a cluster started here: nothing large goes through its object store
+PATIENCE_SECONDS = 20.0  # without any worker on a machine, before that is said
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many workers a cluster is to have, and how many GPUs each (1 or none)."""
+
+    workers: int
+    gpus: int
+
+
+@contextmanager
+def cluster(place: Ray) -> Iterator[Size]:
+    """Be connected to a cluster, started here where ``place`` names none. Raises BadInput where that fails."""
+    import logging
+
+    if place.address is None:  # before Ray is imported: such a cluster listens on loopback alone, and reports to nobody
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: behind all else that runs here
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        more: dict[str, Any] = {"address": place.address}
+        if place.address is None:
+            cores = max(place.workers or 1, len(os.sched_getaffinity(0)))
+            more = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+            more["object_store_memory"] = STORE_BYTES
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"--ray-address {place.address or 'local'}: Ray does not answer ({reason})") from None
+    try:
+        yield _size(place)
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _size(place: Ray) -> Size:
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    gpus = round(sum(machine.get("GPU", 0) for machine in machines)) if place.gpu else 0
+    return Size(place.workers or gpus or max(1, len(machines)), min(1, gpus))
+
+
+class RayHand:
+    """An actor and the call that its next events will answer."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor, self.started = actor, False
+        self.death: str | None = None
+        self.coming = actor.hello.remote()
+
+    def tell(self, order: Order) -> None:
+        self.actor.tell.remote(order)
+
+    def end(self) -> str | None:
+        self.kill()
+        return self.death
+
+    def kill(self) -> None:
+        import ray
+
+        ray.kill(self.actor)
+
+
+class RayCrew:
+    """Actors on a cluster, one per place; Ray chooses their machines, as far apart as it can."""
+
+    def __init__(self, stage: Stage, artifact: Artifact, size: Size, report: Callable[[Event], None]) -> None:
+        import ray
+
+        self._stage, self._artifact, self._report = stage, artifact.attach(), report
+        self.size = size.workers
+        self._class = ray.remote(num_cpus=1, num_gpus=size.gpus, max_restarts=0, scheduling_strategy="SPREAD")(
+            RayWorker
+        )
+        self._hands: list[RayHand] = []
+        self._lonely = time.monotonic()
+
+    def hire(self, place: int) -> RayHand:
+        actor: Any = self._class.remote(Home.here())
+        self._hands.append(RayHand(actor))
+        actor.work.remote(self._stage, self._artifact)
+        return self._hands[-1]
+
+    def listen(self, seconds: float) -> Iterator[tuple[RayHand, Event | None]]:
+        import ray
+
+        if not self._hands:
+            return
+        by_call = {hand.coming: hand for hand in self._hands}
+        ready, _ = ray.wait(list(by_call), num_returns=len(by_call), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(list(by_call), num_returns=1, timeout=seconds)
+        for call in ready:
+            yield from self._said(by_call[call])
+        self._say_when_alone()
+
+    def _said(self, hand: RayHand) -> Iterator[tuple[RayHand, Event | None]]:
+        import ray
+
+        try:
+            events = ray.get(hand.coming)
+        except ray.exceptions.RayError as error:
+            self._hands.remove(hand)
+            hand.death = _death(error)
+            if "No module named 'capipe'" in str(error):
+                reason = "capipe is not installed on all machines of the cluster: install the same version there"
+                yield hand, WorkerFailed(reason, 2, final=True)
+            yield hand, None
+            return
+        hand.started = True
+        if events and events[-1] is None:
+            self._hands.remove(hand)
+        else:
+            hand.coming = hand.actor.events.remote()
+        for event in events:
+            yield hand, event
+
+    def _say_when_alone(self) -> None:
+        """A cluster without room makes a run wait, which a person should know."""
+        if any(hand.started for hand in self._hands):
+            self._lonely = time.monotonic()
+        elif self._hands and time.monotonic() - self._lonely > PATIENCE_SECONDS:
+            self._lonely = float("inf")
+            self._report(Note("waiting for the cluster to have room for a worker (`ray status` says what is taken)"))
+
+    def close(self) -> None:
+        """Actors end with the connection, if not before."""
+
+
+def _death(error: Exception) -> str:
+    """One line of Ray's many about a lost actor."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = next((line for line in lines if "died" in line or "node" in line.lower()), lines[0] if lines else "")
+    return f"a worker of the cluster was lost ({kept[:160] or type(error).__name__})"
