@@ -1,4 +1,4 @@
-"""What mkdocs is told beyond mkdocs.yml: where the front page is, where the package is, what a link out of docs/ becomes."""
+"""What mkdocs is told beyond mkdocs.yml: the front page, the package, and what becomes of a link out of docs/."""
 
 from __future__ import annotations
 
