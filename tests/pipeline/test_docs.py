@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import typer
 
+from capipe.manifests import schema
+from capipe.manifests.status import QuestionStatus, Status
 from capipe.pipeline.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +79,18 @@ def test_tables_of_recipe_keys_are_those_of_the_models(monkeypatch: pytest.Monke
     assert recipe_tables.rewritten(page) == page, "run: python docs/recipe_tables.py"
     assert {name for _, name, _ in recipe_tables.BLOCK.findall(page)} == set(recipe_tables.tables())
     sys.modules.pop("recipe_tables")
+
+
+def test_consumers_find_every_column_and_status() -> None:
+    text = (ROOT / "docs/consumers.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", text))
+    tables = (schema.INGEST, schema.DEDUP, schema.ANNOTATE, schema.QUESTIONS, schema.SCREEN, schema.SELECT)
+    columns = {name for table in tables for name in table.names if not name.startswith("org_")}
+    written_out = {name for name in columns if not re.search(r"_score_(mean|min|lowest)$", name)}
+    assert written_out - named == set()
+    for struct in (schema.CAPTION, schema.SCREENED_QUESTION):
+        assert {field.name for field in struct} - named == set()
+    assert {str(each) for each in (*Status, *QuestionStatus)} - named == set()
 
 
 def test_every_command_is_in_the_readme() -> None:
