@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast lint peers doctor clean
+.PHONY: setup demo test test-fast lint docs peers doctor clean
 
 setup: $(READY)
 
@@ -17,9 +17,9 @@ $(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
-		$(BIN)/pip install --quiet -e '.[vllm,dev]'; \
+		$(BIN)/pip install --quiet -e '.[vllm,dev,docs]'; \
 	else \
-		$(BIN)/pip install --quiet torch==2.13.0 && $(BIN)/pip install --quiet -e '.[cpu,dev]'; \
+		$(BIN)/pip install --quiet torch==2.13.0 && $(BIN)/pip install --quiet -e '.[cpu,dev,docs]'; \
 	fi
 	$(BIN)/python -m capipe.models.torchvision_shim
 	touch $@
@@ -39,6 +39,10 @@ lint: setup
 	$(BIN)/mypy $(PACKAGES)
 
 PACKAGES := errors.py manifests models stages trainer pipeline
+
+# The site of docs/, in build/site; a link that leads nowhere ends it.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What we measure against; its dependencies clash with ours, so it lives apart.
 peers: $(PEERS)/.ready

@@ -1,0 +1,125 @@
+"""The tables of docs/recipes.md, made from the models that read recipes: key, default, meaning.
+
+    python docs/recipe_tables.py    # rewrites them in place
+
+They stand in the page, between a pair of comments each, so that they can be read without building the site; a test
+(tests/pipeline/test_docs.py) compares them with what this makes.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from capipe.trainer.recipe import Recipe, RewardConfig
+
+PAGE = Path(__file__).resolve().parent / "recipes.md"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+HEAD = "| key | default | |\n|---|---|---|\n"
+
+
+def tables() -> dict[str, str]:
+    """Every table by its name: ``recipe``, and one for each kind of reward."""
+    found = {"recipe": _table(_rows(Recipe, ""))}
+    for kind in get_args(get_args(RewardConfig)[0]):
+        found[kind.model_fields["kind"].default] = _table(_rows(kind, ""))
+    return found
+
+
+def rewritten(page: str) -> str:
+    """The page with each table as it is to be. Raises KeyError for a table that nothing makes."""
+    made = tables()
+    return BLOCK.sub(lambda block: f"{block[1]}\n{made[block[2]]}\n{block[3]}", page)
+
+
+def _table(rows: Iterator[str]) -> str:
+    return HEAD + "".join(f"{row}\n" for row in rows)
+
+
+def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """A row a key, sections written out: theirs after them, with the section's name before a dot."""
+    for name, field in model.model_fields.items():
+        if name == "kind" and prefix == "":
+            continue  # of a reward: the table's own name
+        inner, optional = _section(field.annotation)
+        if inner is None:
+            yield f"| `{prefix}{name}` | {_default(field)} | {_meaning(field)} |"
+            continue
+        told = _first_paragraph(inner)
+        default = "none" if optional else ("required" if field.is_required() else "as below")
+        yield f"| **`{prefix}{name}`** | {default} | {told} |"
+        yield from _rows(inner, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a key holds, if it holds one, and whether it may be left out for good."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        inner = [each for each in get_args(annotation) if each is not type(None)]
+        return (inner[0], True) if len(inner) == 1 and _is_model(inner[0]) else (None, False)
+    return (annotation, False) if _is_model(annotation) else (None, False)
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is PydanticUndefined and field.default_factory is not None:
+        value = field.default_factory()  # type: ignore[call-arg]
+    return "none" if value is None else f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        if len(value) > 4:
+            return f"[{len(value)} entries]"
+        return f"[{', '.join(_plain(each) for each in value)}]"
+    return "''" if value == "" else _cell(str(value))
+
+
+def _meaning(field: FieldInfo) -> str:
+    """Its description, what may be chosen, and its bounds."""
+    parts = [_cell(field.description)] if field.description else []
+    choices = _choices(field.annotation)
+    if len(choices) > 1:
+        parts.append(", ".join(f"`{choice}`" for choice in choices))
+    bounds = [
+        f"{sign} {getattr(rule, name):g}"
+        for rule in field.metadata
+        for name, sign in SIGNS.items()
+        if getattr(rule, name, None) is not None
+    ]
+    if bounds:
+        parts.append(", ".join(bounds))
+    return "; ".join(parts)
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for each in get_args(annotation) for choice in _choices(each)]
+
+
+def _first_paragraph(model: type[BaseModel]) -> str:
+    return _cell(" ".join((model.__doc__ or "").split("\n\n")[0].split()))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("``", "`")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
