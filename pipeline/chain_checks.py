@@ -14,7 +14,7 @@ from ..models.loading import HUB_ID, EngineConfig, resolve_model
 from ..models.tiny import PREFIX
 from ..stages.prompts import parse_prompt
 from . import options as o
-from .chain_identity import identity
+from .chain_identity import is_there
 from .chain_recipe import Chain, Source, Stage
 
 
@@ -57,10 +57,8 @@ def _checks(chain: Chain, stage: Stage) -> Iterator[tuple[str, Callable[[], None
 
 def _data(source: Source) -> None:
     assert source.path is not None
-    try:
-        identity(source.path)
-    except BadInput as error:
-        raise _Absent(str(error)) from None
+    if not is_there(source.path):
+        raise _Absent(f"{source.path}: nothing is there; put the data there, or name where it is")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -112,8 +112,13 @@ def identity(url: str) -> str:
         return contents(Artifact.open(url))
     listed = list(_files(url))
     if not listed:
-        raise BadInput(f"{url}: not there")
+        raise BadInput(f"{url}: nothing is there")
     return digest(listed)
+
+
+def is_there(url: str) -> bool:
+    """Whether there is anything at all; the hub is not asked."""
+    return url.startswith("hf://") or next(_files(url), None) is not None
 
 
 def contents(artifact: Artifact) -> str:

@@ -93,7 +93,7 @@ def test_a_sound_chain_is_resolved_by_role(tmp_path: Path) -> None:
         ("stages.captions.inputs.shards=shrads", r"captions\.inputs\.shards: no stage is called 'shrads'; there are"),
         ("stages.captions.inputs.shards=marks", r"shards: stage marks \(dedup\) makes marks; this takes what ingest"),
         ("stages.captions.inputs.shards=better", r"shards: stage better writes captions without tars; set its pack"),
-        ("stages.captions.inputs.shards={path: /nowhere}", r"captions\.inputs\.shards: /nowhere: not there"),
+        ("stages.captions.inputs.shards={path: /nowhere}", r"captions\.inputs\.shards: /nowhere: nothing is there"),
         ("stages.captions.inputs.shards={file: x}", r"captions\.inputs\.shards"),
         ("stages.captions.inputs.pictures=pictures", r"inputs\.pictures: annotate has no such input; its inputs: sh"),
         ("stages.captions.inputs.shards=[shards, shards]", r"captions\.inputs\.shards: takes one, not 2"),
@@ -116,7 +116,10 @@ def test_a_sound_chain_is_resolved_by_role(tmp_path: Path) -> None:
         ("stages.train.config.set.rollout.gruop=4", r"train\.config\.recipe: .*rollout\.gruop: .* no such key"),
         ("stages.train.config.set.rewards=[]", r"train\.config\.recipe: .*rewards"),
         ("stages.train.config.set.model=tiny/none", r"train\.config\.recipe: no bundled model"),
-        ("stages.train.config.set.validation={shards: /no, questions: /no}", r"inputs\.validation-shards: /no: not th"),
+        (
+            "stages.train.config.set.validation={shards: /no, questions: /no}",
+            r"inputs\.validation-shards: /no: nothing is",
+        ),
         ("stages.marks.out=shards", r"marks\.out: 'shards' is where stage shards writes, too"),
         ("stages.marks.out=shards/marks", r"marks\.out: 'shards/marks' is where stage shards writes, too"),
         ("stages.marks.out=../marks", r"marks\.out: '\.\./marks' is no place for it"),
@@ -212,7 +215,7 @@ def test_a_refused_chain_writes_nothing(tmp_path: Path) -> None:
     outside = json.dumps({"path": str(tmp_path / "gone")})
     path = written(tmp_path, PLAIN)
     sets = ("--set", f"stages.shards.inputs.sources={outside}")
-    assert "gone: not there" in one_line(capipe("run", path, "--out", tmp_path / "out", *sets, code=2))
+    assert "gone: nothing is there" in one_line(capipe("run", path, "--out", tmp_path / "out", *sets, code=2))
     planned = capipe("run", path, "--out", tmp_path / "out", *sets, "--dry-run").stdout
     assert "not there yet: " in planned and "2/4 shards: ingest, to do; rows unknown" in planned
     assert not (tmp_path / "out").exists()
