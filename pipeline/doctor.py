@@ -76,7 +76,15 @@ def _libraries() -> Iterator[Finding]:
         version = _version(name)
         yield Finding(name, version or "absent", None if version else f"pip install {name}")
     there = "to read and write there"
-    optional = ("s3fs", "capipe[s3]", there), ("gcsfs", "gcsfs", there), ("faiss", "capipe[dedup]", "for embeddings")
+    optional = (
+        ("s3fs", "capipe[s3]", there),
+        ("gcsfs", "gcsfs", there),
+        ("faiss", "capipe[dedup]", "for embeddings"),
+        ("diffusers", "capipe[diffusion]", "for the reconstruction reward"),
+        ("peft", "capipe[lora]", "to train adapters"),
+        ("ray", "capipe[ray]", "to run stages on a cluster"),
+        ("fastapi", "capipe[view]", "to look at artifacts in a browser"),
+    )
     for module, package, purpose in optional:
         if find_spec(module) is None:
             yield Finding(module, "absent", f"pip install '{package}' {purpose}", required=False)

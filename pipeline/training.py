@@ -162,7 +162,7 @@ def _assemble(
     config = UpdateConfig(
         loss=algorithm.loss,
         baseline=algorithm.baseline,
-        critic=CriticConfig(**algorithm.critic.model_dump(exclude={"hidden"})) if algorithm.critic else None,
+        critic=CriticConfig(**algorithm.critic.model_dump(exclude={"hidden", "rate"})) if algorithm.critic else None,
         epochs=algorithm.epochs,
         minibatches=algorithm.minibatches,
         clip=Clip(algorithm.clip_low, algorithm.clip_high, algorithm.cap),
@@ -174,7 +174,7 @@ def _assemble(
         max_norm=recipe.optimizer.max_norm,
         mask_truncated=algorithm.mask_truncated,
     )
-    optimizer = build_optimizer(parts.policy, recipe.optimizer)
+    optimizer = build_optimizer(parts.policy, recipe.optimizer, algorithm.critic.rate if algorithm.critic else 1.0)
     updater = Updater(parts.policy, optimizer, config, parts.reference, parts.ranks)
     validated = held_out.tasks[: recipe.validation.images] if held_out and recipe.validation else ()
     sinks = _sinks(recipe, out) if parts.ranks.first else []

@@ -204,14 +204,21 @@ def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
     return {"vision": vision, "projector": list(projector.values()), "llm": llm}
 
 
-def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over what learns; matrices decay, vectors do not."""
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+def build_optimizer(policy: DecoderPolicy, config: OptimizerConfig, head_rate: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW over what learns; matrices decay, vectors do not. ``scale`` of a group: how many times :func:`rate` it has,
+
+    ``head_rate`` in the value head's.
+    """
+    head = {id(weight) for weight in (policy.value_head.parameters() if policy.value_head else ())}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for weight in policy.parameters():
+        if weight.requires_grad:
+            decay = config.weight_decay if weight.ndim >= 2 else 0.0
+            groups.setdefault((decay, head_rate if id(weight) in head else 1.0), []).append(weight)
+    described = [
+        {"params": weights, "weight_decay": decay, "scale": scale} for (decay, scale), weights in groups.items()
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas)
 
 
 def rate(config: OptimizerConfig, step: int, steps: int) -> float:

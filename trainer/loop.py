@@ -102,7 +102,7 @@ async def _advance(run: Run, clock: Clock) -> tuple[list[Group], UpdateReport]:
         groups = run.ahead or await _draw(run, run.step)
         await run.sampler.rest()
     for group in run.updater.optimizer.param_groups:
-        group["lr"] = rate(recipe.optimizer, run.step, recipe.steps)
+        group["lr"] = group["scale"] * rate(recipe.optimizer, run.step, recipe.steps)
     seed_dropout(recipe.seed, run.step, run.parts.ranks.rank)
     following = run.step + 1
     run.ahead = None

@@ -117,6 +117,9 @@ class CriticSection(Section):
     gamma: float = Field(1.0, gt=0, le=1)
     lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE; 1: returns minus values")
     weight: float = Field(0.5, gt=0, description="of the value loss")
+    rate: float = Field(
+        1.0, gt=0, description="times the optimizer's learning rate, for the head: it starts from nothing, at 0"
+    )
     clip: float | None = Field(None, gt=0, description="how far a value may move in an update")
     whiten: bool = Field(True, description="give a step's advantages mean 0 and standard deviation 1")
     hidden: int | None = Field(

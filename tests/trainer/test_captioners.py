@@ -19,12 +19,12 @@ from capipe.models.family import PreparedImage, PreparedPrompt
 from capipe.models.loading import image_grid
 from capipe.models.transformers_engine import TransformersEngine, batched_lm, load_model
 from capipe.trainer import blip2, encoder_decoder
-from capipe.trainer.assembly import build_policy, parts_of, value_weights, write_policy
+from capipe.trainer.assembly import build_optimizer, build_policy, parts_of, value_weights, write_policy
 from capipe.trainer.captioner import CaptionerPolicy
 from capipe.trainer.critic import CriticConfig, ValueHead
 from capipe.trainer.groups import Group, RewardResult, pack
 from capipe.trainer.losses import LossName
-from capipe.trainer.recipe import Recipe
+from capipe.trainer.recipe import OptimizerConfig, Recipe
 from capipe.trainer.update import UpdateConfig, Updater
 
 from ..models.captioners import HIDDEN, IMAGE, KINDS, SIDE, START, VOCABULARY, random_captioner, write_captioner
@@ -179,6 +179,18 @@ def test_a_step_with_a_value_head_makes_better_captions_likelier(kind: str, loss
     assert errors[0].skipped is None and errors[0].ratio_min == pytest.approx(1, abs=1e-5)
     assert errors[-1].value_loss < errors[0].value_loss
     assert all(map(torch.equal, tower, parts_of(policy.model)["vision"]))
+
+
+def test_a_value_head_may_learn_faster_than_the_policy() -> None:
+    policy = policy_of(KINDS[0], value_head=ValueHead(HIDDEN, hidden=8).double())
+    built = build_optimizer(policy, OptimizerConfig(lr=1e-3, weight_decay=0.1), head_rate=50.0)
+    told = {id(weight): group for group in built.param_groups for weight in group["params"]}
+    assert len(told) == len([weight for weight in policy.parameters() if weight.requires_grad])
+    assert policy.value_head is not None
+    for weight in policy.parameters():
+        mine = any(weight is each for each in policy.value_head.parameters())
+        assert told[id(weight)]["scale"] == (50.0 if mine else 1.0)
+        assert told[id(weight)]["weight_decay"] == (0.1 if weight.ndim >= 2 else 0.0)
 
 
 def test_a_value_head_of_two_layers_begins_as_nothing_and_is_no_line() -> None:
