@@ -47,7 +47,10 @@ def test_a_run_trains_and_its_checkpoint_captions(recipe: Path, training_data: P
 ADAPTER = ("trained.lora={rank: 4, dropout: 0.1}", "algorithm.kl=0.05", "optimizer.lr=1e-3", "dtype=bfloat16")
 
 
-@pytest.mark.parametrize("sets", [(), pytest.param(ADAPTER, marks=needs_peft)])
+CRITIC = ("algorithm.loss=ppo", "algorithm.critic={rate: 20}", "algorithm.kl=0.05")
+
+
+@pytest.mark.parametrize("sets", [(), CRITIC, pytest.param(ADAPTER, marks=needs_peft)])
 async def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     recipe: Path, tmp_path: Path, sets: tuple[str, ...]
 ) -> None:
