@@ -116,6 +116,7 @@ def test_rows_search_and_filter(viewer: Any, chain: Path) -> None:
     found, whole = map(int, re.findall(r"\d+", viewer.locator("#count").inner_text())[:2])
     assert 0 < found < whole == total
     viewer.keyboard.press("Escape")
+    assert viewer.input_value("#search") and viewer.evaluate("document.activeElement === document.body")
     viewer.fill("#search", "")
     until(viewer, f"document.querySelector('#count').textContent === '{total} rows'")
     viewer.fill("#filter", "clip_scor > 0.3")
