@@ -164,6 +164,7 @@ def test_a_threshold_is_moved_with_the_slider(viewer: Any, chain: Path) -> None:
     viewer.wait_for_selector("#slider")
     viewer.select_option("#column", "re_clip_score")
     until(viewer, "document.querySelector('#keep').textContent.includes('re_clip_score')")
+    until(viewer, "!document.querySelector('#main').hasAttribute('aria-busy')")
     slider = viewer.locator("#slider")
     box = slider.bounding_box()
     viewer.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] / 2)
