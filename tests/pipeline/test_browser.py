@@ -116,6 +116,7 @@ def test_rows_search_and_filter(viewer: Any, chain: Path) -> None:
     found, whole = map(int, re.findall(r"\d+", viewer.locator("#count").inner_text())[:2])
     assert 0 < found < whole == total
     viewer.keyboard.press("Escape")
+    assert viewer.input_value("#search") and viewer.evaluate("document.activeElement === document.body")
     viewer.fill("#search", "")
     until(viewer, f"document.querySelector('#count').textContent === '{total} rows'")
     viewer.fill("#filter", "clip_scor > 0.3")
@@ -163,6 +164,7 @@ def test_a_threshold_is_moved_with_the_slider(viewer: Any, chain: Path) -> None:
     viewer.wait_for_selector("#slider")
     viewer.select_option("#column", "re_clip_score")
     until(viewer, "document.querySelector('#keep').textContent.includes('re_clip_score')")
+    until(viewer, "!document.querySelector('#main').hasAttribute('aria-busy')")
     slider = viewer.locator("#slider")
     box = slider.bounding_box()
     viewer.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] / 2)

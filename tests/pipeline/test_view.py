@@ -1,14 +1,10 @@
-"""The viewer's answers: rows, search, filters, thresholds, images; who is answered, and what is never opened."""
+"""The viewer's answers: rows, search, filters, thresholds, images; artifacts that are written or damaged meanwhile."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capipe.errors import BadInput
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.shards import RowReader, expand
 
@@ -25,14 +20,14 @@ fastapi = pytest.importorskip("fastapi", reason="the viewer needs capipe[view]")
 from fastapi.testclient import TestClient  # noqa: E402
 
 from capipe.pipeline.view import library as library_module  # noqa: E402
-from capipe.pipeline.view.app import STATIC, create_app  # noqa: E402
+from capipe.pipeline.view.app import STATIC  # noqa: E402
 from capipe.pipeline.view.library import Library, id_of  # noqa: E402
 from capipe.pipeline.view.queries import Finder, Query  # noqa: E402
-from capipe.pipeline.view.server import chosen_token, guarded, is_loopback, listen  # noqa: E402
 
 from ..stages.scored import clip  # noqa: E402
-from .conftest import capipe, one_line, table  # noqa: E402
+from .conftest import table  # noqa: E402
 from .looking import words, write_captions, write_chain, write_images  # noqa: E402
+from .viewing import all_rows, client_of, get  # noqa: E402
 
 EVIL = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> {} \u202e'
 SIZES = [8, 8, 5]
@@ -44,35 +39,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chain(tmp_path_factory.mktemp("view"), SIZES, lambda index: f"{words(index)} {EVIL}")
 
 
-def client_of(folder: Path, token: str | None = None, host: str = "127.0.0.1") -> TestClient:
-    app = guarded(create_app(Library(folder)), host, 8642, token)
-    return TestClient(app, base_url=f"http://{host}:8642", follow_redirects=False)
-
-
 @pytest.fixture(scope="module")
 def client(chain: Path) -> Iterator[TestClient]:
     with client_of(chain) as made:
         yield made
-
-
-def get(client: TestClient, path: str, code: int = 200, **parameters: Any) -> dict[str, Any]:
-    response = client.get(f"/api/{path}", params=parameters)
-    assert response.status_code == code, response.text
-    assert response.headers["cache-control"] == "no-store"
-    found: dict[str, Any] = response.json()
-    return found
-
-
-def all_rows(client: TestClient, limit: int = 4, **parameters: Any) -> list[dict[str, Any]]:
-    """Every row, page after page."""
-    found: list[dict[str, Any]] = []
-    at: dict[str, Any] = {}
-    while True:
-        page = get(client, "rows", limit=limit, **parameters, **at)
-        found += page["rows"]
-        if page["after"] is None:
-            return found
-        at = {"shard": page["after"][0], "row": page["after"][1]}
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
@@ -229,113 +199,6 @@ def test_captions_come_as_data_never_as_a_page(client: TestClient, chain: Path) 
     scripts = "".join(path.read_text() for path in STATIC.glob("*.js"))
     for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "srcdoc"):
         assert sink not in scripts
-
-
-# --- who is answered -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/..%2f..%2fetc%2fpasswd",
-        "/%2e%2e/%2e%2e/etc/passwd",
-        "/../../etc/passwd",
-        "/static/app.js",
-        "/app.js%00.css",
-        "/api/rows?a=../../etc",
-        "/api/rows?a=%2e%2e%2f",
-        "/api/rows?a={a}&shard=../../../etc/passwd",
-        "/api/row?a={a}&shard=..%2f..%2f_capipe%2fconfig&row=0",
-        "/api/image?a={a}&shard=..%2F..%2F00000&row=0",
-        "/api/image?a=shards&shard=00000&row=0",
-        "/docs",
-        "/openapi.json",
-    ],
-)
-def test_no_path_leads_out_of_the_list(client: TestClient, path: str) -> None:
-    response = client.get(path.format(a=id_of("captions")))
-    assert response.status_code == 404
-    assert "root:" not in response.text and "fingerprint" not in response.text
-
-
-def test_only_reading_is_answered(client: TestClient) -> None:
-    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
-        assert client.request(method, "/api/catalog").status_code == 405
-
-
-def test_other_names_and_other_sites_are_refused(client: TestClient) -> None:
-    for host in ("evil.example", "127.0.0.1.evil.example:8642", "", "a b", "10.0.0.7:8642"):
-        assert client.get("/api/catalog", headers={"host": host}).status_code == 421, host
-    for host in ("localhost", "127.0.0.1:9999", "[::1]:8642", "LOCALHOST:8642"):
-        assert client.get("/api/catalog", headers={"host": host}).status_code == 200, host
-    asked = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
-    assert client.get("/api/image", headers=asked).status_code == 403
-
-
-def test_a_token_lets_in_by_address_once_by_cookie_and_by_header(chain: Path) -> None:
-    token = "a-token-of-some-length"
-    with client_of(chain, token, "192.0.2.7") as client:
-        for wrong in ({}, {"token": ""}, {"token": "a-token-of-some-lengtH"}, {"token": token + "x"}):
-            assert client.get("/", params=wrong).status_code == 401
-        assert client.get("/api/catalog", params={"token": token}).status_code == 401
-        assert client.get("/api/catalog", headers={"authorization": "Bearer nonsense é".encode()}).status_code == 401
-        assert client.get("/api/catalog", headers={"authorization": f"Bearer {token}"}).status_code == 200
-        first = client.get("/", params={"token": token, "tab": "compare", "filter": "a > 1"})
-        assert first.status_code == 303 and first.headers["location"] == "/?tab=compare&filter=a+%3E+1"
-        cookie = first.headers["set-cookie"]
-        assert "HttpOnly" in cookie and "SameSite=Lax" in cookie and token not in first.headers["location"]
-        assert client.get("/").status_code == 200
-        assert client.get("/api/catalog").status_code == 200
-        assert client.get("/api/catalog", headers={"host": "evil.example"}).status_code == 421
-
-
-def test_beyond_loopback_a_token_is_made_up() -> None:
-    assert chosen_token("127.0.0.1", None) is None and chosen_token("::1", None) is None
-    made = {chosen_token("0.0.0.0", None) for _ in range(3)}
-    assert len(made) == 3 and all(token and len(token) >= 32 for token in made)
-    assert not is_loopback("0.0.0.0") and not is_loopback("example.org") and is_loopback("localhost")
-    with pytest.raises(BadInput, match="--token"):
-        chosen_token("127.0.0.1", "short")
-
-
-def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
-    write_images(tmp_path / "shards", [2])
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert f"--port {port}: in use already" in one_line(capipe("view", tmp_path, "--port", port, code=2))
-    with pytest.raises(BadInput, match="no address of that name"):
-        listen("no.such.host.invalid", 0)
-
-
-def test_a_folder_without_artifacts_is_one_line(tmp_path: Path) -> None:
-    assert "no artifact" in one_line(capipe("view", tmp_path, "--port", 0, code=2))
-    assert "no such folder" in one_line(capipe("view", tmp_path / "gone", "--port", 0, code=2))
-
-
-def test_the_command_serves_until_it_is_stopped(chain: Path) -> None:
-    command = [sys.executable, "-m", "capipe.pipeline", "view", str(chain), "--port", "0", "--host", "0.0.0.0"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert running.stdout is not None
-        line = running.stdout.readline()
-        address, token = line.strip().rpartition(": ")[2].split("?token=")
-        port = address.rstrip("/").rpartition(":")[2]
-        import httpx
-
-        for _ in range(50):
-            try:
-                refused = httpx.get(f"http://127.0.0.1:{port}/api/catalog")
-                break
-            except httpx.ConnectError:
-                time.sleep(0.1)
-        assert refused.status_code == 401
-        told = httpx.get(f"http://127.0.0.1:{port}/api/catalog", headers={"authorization": f"Bearer {token}"})
-        assert len(told.json()["artifacts"]) > 5
-    finally:
-        running.terminate()
-        running.wait(20)
 
 
 # --- artifacts that change, or are damaged ---------------------------------------------------------------------------

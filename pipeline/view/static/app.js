@@ -134,7 +134,10 @@ function listen() {
 function pressed(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const field = event.target.closest?.("input, select, textarea");
-  if (event.key === "Escape" && field) return field.blur();
+  if (event.key === "Escape" && field) {
+    event.preventDefault(); // or a browser empties a search field, and tells nobody
+    return field.blur();
+  }
   if (field || document.querySelector("dialog[open]")) return;
   const actions = {
     j: () => move(1),
