@@ -320,7 +320,7 @@ def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
 
 
 def _companion_rows(companion: Companion) -> Iterator[dict[str, Any]]:
-    for batch in pq.ParquetFile(io.BytesIO(companion.read())).iter_batches(1000):
+    for batch in pq.ParquetFile(io.BytesIO(companion.read())).iter_batches(1000, use_threads=False):
         yield from batch.to_pylist()
 
 
@@ -328,7 +328,7 @@ def _parquet(url: str, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
     fs, path = url_to_fs(url)
     with fs.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
-        for batch in parquet.iter_batches(1000, columns=columns):
+        for batch in parquet.iter_batches(1000, columns=columns, use_threads=False):
             yield batch.to_pylist()
 
 

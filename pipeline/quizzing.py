@@ -199,7 +199,7 @@ def image_names(shard: InputShard) -> Iterator[ImageNames]:
     with fs.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
         wanted = [name for name in ("key", "source", "uid") if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(10_000, columns=wanted):
+        for batch in parquet.iter_batches(10_000, columns=wanted, use_threads=False):
             yield from (ImageNames(row["key"], row.get("source"), row["uid"]) for row in batch.to_pylist())
 
 

@@ -25,6 +25,7 @@ from ..manifests.fingerprint import canonical
 from ..manifests.schema import BASE, SCORE, check
 from ..manifests.shards import Companion, InputShard
 from ..manifests.status import Status
+from ..manifests.storage import read_parquet
 from ..stages.expression import kind_of, shown_value
 from ..stages.select import Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
 
@@ -124,7 +125,7 @@ def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) ->
         with fs.open(path, "rb") as file:
             parquet = pq.ParquetFile(file)
             check(parquet.schema_arrow, schema, companion.url)
-            return parquet.read(columns=list(dict.fromkeys(columns)))
+            return parquet.read(columns=list(dict.fromkeys(columns)), use_threads=False)
     except (OSError, pa.ArrowException) as error:
         text = f"{companion.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
         raise ArtifactMismatch(text) from None
@@ -192,6 +193,5 @@ def _range(parts: list[pa.ChunkedArray]) -> str:
 def ok_uids(artifact: Artifact) -> Iterator[str]:
     """The uids of a committed artifact's kept rows, in order."""
     for shard in artifact.committed():
-        with artifact.folder.open(f"{shard}.parquet") as file:
-            table = pq.read_table(file, columns=["uid", "status"])
+        table = read_parquet(artifact.folder, f"{shard}.parquet", ["uid", "status"])
         yield from table.filter(pc.equal(table.column("status"), str(Status.OK))).column("uid").to_pylist()

@@ -66,9 +66,10 @@ def _shard_vectors(artifact: Artifact, hashed: HashSet, shard: str) -> Iterator[
     """Files and their vectors, row by row."""
     files, at, where = hashed.files_of(shard), 0, f"{artifact.url}/{shard}.parquet"
     with hashed.artifact.folder.open(f"{shard}.parquet") as file:
-        rows = pq.read_table(file, columns=["key", "uid"])
+        rows = pq.ParquetFile(file).read(columns=["key", "uid"], use_threads=False)
     with artifact.folder.open(f"{shard}.parquet") as file:
-        for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=["key", "uid", EMBEDDING_COLUMN]):
+        wanted = ["key", "uid", EMBEDDING_COLUMN]
+        for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=wanted, use_threads=False):
             _check_rows(where, batch, rows.slice(at, len(batch)))
             sound, numbers = _sound(batch.column(EMBEDDING_COLUMN))
             part = files[at : at + len(batch)][sound]

@@ -57,7 +57,8 @@ class HashSet:
             if not len(chosen):
                 continue
             with self.artifact.folder.open(f"{shard}.parquet") as file:
-                names = pq.read_table(file, columns=[column])[column].take(pa.array(chosen)).to_pylist()
+                table = pq.ParquetFile(file).read(columns=[column], use_threads=False)
+            names = table[column].take(pa.array(chosen)).to_pylist()
             for index, name in zip(files[chosen].tolist(), names, strict=True):
                 lowest[index] = min(lowest.get(index, (name, shard)), (name, shard))
         return lowest
@@ -111,7 +112,7 @@ def confirmed(left: HashSet, i: Indices, right: HashSet, j: Indices) -> npt.NDAr
 def hash_rows(artifact: Artifact, shard: str, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Some columns of a shard's rows, in order."""
     with artifact.folder.open(f"{shard}.parquet") as file:
-        for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=columns):
+        for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=columns, use_threads=False):
             yield from batch.to_pylist()
 
 
@@ -131,7 +132,7 @@ def _numbers(artifact: Artifact, shard: str) -> tuple[Any, ...]:
 
 def _signature_batches(artifact: Artifact, shard: str) -> Iterator[Signatures]:
     with artifact.folder.open(f"{shard}.parquet") as file:
-        for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=["signature"]):
+        for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=["signature"], use_threads=False):
             column = batch.column(0)
             data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
             end = (column.offset + len(column)) * SIGNATURE_BYTES

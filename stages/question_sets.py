@@ -136,7 +136,7 @@ def _numbered(file: str, rows: Rows) -> Located:
 
 def _parquet(file: str) -> Rows:
     with open_binary(file) as stream:
-        for batch in pq.ParquetFile(stream).iter_batches(_BATCH):
+        for batch in pq.ParquetFile(stream).iter_batches(_BATCH, use_threads=False):
             yield from batch.to_pylist()
 
 

@@ -81,7 +81,9 @@ def _parquet(table: str) -> tuple[list[str], Rows]:
             folder = table.rpartition("/")[0] or "."
             text = f"{table}: column {name!r} holds images, not paths; load the folder as a dataset: hf://{folder}"
             raise BadInput(text)
-    return list(schema.names), (row for batch in file.iter_batches(_BATCH) for row in batch.to_pylist())
+    return list(schema.names), (
+        row for batch in file.iter_batches(_BATCH, use_threads=False) for row in batch.to_pylist()
+    )
 
 
 def csv_rows(table: str) -> tuple[list[str], Rows]:

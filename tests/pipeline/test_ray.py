@@ -174,7 +174,7 @@ def test_without_a_cluster_one_is_started_on_loopback(shards: Path, alone: Path,
     assert process.poll() is None, process.communicate()[1]
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     sockets = [each for member in family for each in member.net_connections("inet") if each.status == "LISTEN"]
-    assert sockets and {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1"}
+    assert sockets and {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     stderr = process.communicate(timeout=280)[1]
     assert process.returncode == 0, stderr
     same_shards(tmp_path / "out", alone)
