@@ -9,8 +9,8 @@ from ..errors import Problems, RunFailed
 from ..manifests.verify import verify
 from ..trainer.recipe_file import RECIPES
 from .chain_state import load_chain
-from .demo_report import write_report
 from .outcome import Exit
+from .report import write_report
 from .run_cli import checked, run_checked
 
 RECIPE = RECIPES / "tiny.yaml"

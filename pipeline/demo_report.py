@@ -1,4 +1,4 @@
-"""What `capipe demo` made, read back from its folder: for its report and its last lines."""
+"""What `capipe demo` made, read back from its folder for its last lines."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from itertools import islice
 from pathlib import Path
 
 from ..manifests.artifact import Artifact
-from ..manifests.shards import RowReader, expand
+from ..manifests.shards import expand
 from ..manifests.status import QuestionStatus, Status
 from ..trainer.figures import Report
 from ..trainer.grades import system_of
 from ..trainer.log import read_steps
 from .chain_state import load_chain
-from .status import State, state
+from .status import state
 
 PROMPT = "plain"  # what the captioner is trained under
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture of the demo with what was said about it."""
+    """A picture of the demo and what was said about it."""
 
     file: str
-    original: str
-    short: str
     dense: str
 
 
@@ -47,16 +45,6 @@ class Gain:
             f"training: quiz accuracy {self.before:.2f} -> {self.after:.2f} in {self.steps} steps "
             f"(oracle captions {self.oracle:.2f})"
         )
-
-
-def write_report(folder: Path) -> Path:
-    """``report.md`` of the demo's chain in ``folder``; returns its path."""
-    report = folder / "report.md"
-    shown = list(_show(folder, 3))
-    report.write_text(
-        _page(state(str(folder / "captions")), shown, _quiz(folder), _gain(folder), _kept(folder)), "utf-8"
-    )
-    return report
 
 
 def lines(report: Path) -> list[str]:
@@ -128,50 +116,12 @@ def _told(evaluation: Path) -> str:
 def _show(folder: Path, count: int) -> Iterator[Shown]:
     """The first pictures of the corpus with their captions."""
     artifact = Artifact.open(str(folder / "captions"))
-    pairs = (
-        pair
-        for shard in expand(str(folder / "shards"))
-        for pair in zip(RowReader(shard), artifact.read_rows(shard.name), strict=True)
-    )
-    for number, (source, row) in enumerate(islice(pairs, count)):
+    rows = (row for shard in expand(str(folder / "shards")) for row in artifact.read_rows(shard.name))
+    for number, row in enumerate(islice(rows, count)):
         texts = {caption["name"]: caption["text"] for caption in row["captions"]}
-        yield Shown(_file(number), source.text or "", texts.get("plain", ""), texts.get("dense", ""))
+        yield Shown(_file(number), texts.get("dense", ""))
 
 
 def _file(number: int) -> str:
-    """A picture's file, relative to the report; the corpus was ingested in this order."""
+    """A picture's file in the demo's folder; they were ingested in this order."""
     return f"pictures/{number:06d}.jpg"
-
-
-def _page(found: State, shown: list[Shown], quiz: list[str], gain: Gain | None, filtered: str) -> str:
-    rows = "\n".join(f"| {status} | {count} |" for status, count in sorted(found.rows.items()))
-    parts = [
-        "# capipe demo",
-        f"{sum(found.rows.values())} rendered scenes were ingested, captioned by `tiny/captioner` and verified.",
-        f"| status | rows |\n|---|---|\n{rows}",
-        f"`captions/` has {found.shards} shards, {found.bytes:,} bytes: tars with images and captions, and Parquet.",
-    ]
-    parts += [*quiz, "All figures of the quiz: [eval/report.md](eval/report.md)"]
-    for sample in shown:
-        parts.append(
-            f"![]({sample.file})\n\n- alt text: {sample.original}\n- plain: {sample.short}\n- dense: {sample.dense}"
-        )
-    parts += [] if gain is None else _training(gain)
-    parts += ["## Filtering", f"{filtered}. Histograms and samples: `filtered/shards/_capipe/report.html`."]
-    parts += ["The exported shards are `final/`, their card is [final/README.md](final/README.md)."]
-    return "\n\n".join(parts) + "\n"
-
-
-def _training(gain: Gain) -> list[str]:
-    """The report's section on training, by paragraphs."""
-    return [
-        "## Training",
-        f"`capipe train tiny-caprl` trained the captioner for {gain.steps} steps on other scenes: its captions, asked "
-        "for by the plain prompt, earned the share of questions that `tiny/reader` answered from them. Below, "
-        "`tiny/holdout-reader`, by which nothing was trained, answers the questions about the first shard's pictures.",
-        "| captions | quiz accuracy |\n|---|---|\n"
-        f"| before | {gain.before:.3f} |\n| after | {gain.after:.3f} |\n| oracle | {gain.oracle:.3f} |",
-        "All figures after training: [eval-trained/report.md](eval-trained/report.md). The first picture's caption, "
-        "drawn at temperature 1:",
-        f"![]({gain.file})\n\n- before: {gain.told_before}\n- after: {gain.told_after}",
-    ]

@@ -162,7 +162,9 @@ def test_processes_share_shards_and_the_manifest(tmp_path: Path) -> None:
     for name in names[::3]:
         abroad(tmp_path, age=2 * LEASE_SECONDS, shard=name)  # left by a dead job
     tail = Tail(first.folder)
-    with ProcessPoolExecutor(3, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        3, get_context("fork")
+    ) as pool:  # spawned ones would import this file by its folder's name
         parts = list(pool.map(take_and_commit, [str(tmp_path)] * 3, [names, names[::-1], names[10:] + names[:10]]))
     assert sorted(name for part in parts for name in part) == names  # each once
     assert sorted(record.shard for record in tail.news()) == names and tail.news() == []
