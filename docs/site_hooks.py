@@ -18,9 +18,10 @@ LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)\)")
 ROLE = re.compile(r":(?:mod|meth|attr|class|func|data):<code>[~.]*")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
+def on_startup(**_: object) -> None:
     """Lay the package out as griffe looks for it: a folder of its name. The repository's root is that package, whatever
     it is called, and holds a virtual environment that nobody wants read: so a folder of links, to what pyproject lists.
+    At start-up: mkdocstrings looks whether the folder is there before hooks are told of the configuration.
     """
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     wanted = {name.split(".")[1] for name in packages if "." in name} | {path.name for path in ROOT.glob("*.py")}
@@ -29,7 +30,6 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         link.unlink()
     for name in wanted:
         (PACKAGE / name).symlink_to(ROOT / name)
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
