@@ -137,14 +137,35 @@ def test_a_machine_is_lost_while_scoring(cluster: Any, shards: Path, alone: Path
         same_shards(tmp_path / "out" / part, tmp_path / "alone" / part)
 
 
+def asking(shards: Path) -> list[object]:
+    """A quiz about the first half of the pictures."""
+    about = ["qa", "--shards", f"{shards}/{{00000..00003}}.tar", "--model", "tiny/teacher", "--engine", "transformers"]
+    return [*about, "--decode-workers", 1, "--per-image", 2, "--presentations", 1]
+
+
+@pytest.fixture(scope="module")
+def quiz(shards: Path) -> Path:
+    """What the local runner asks."""
+    asked = shards.parent / "quiz"
+    capipe(*asking(shards), "--out", asked)
+    return asked
+
+
 @pytest.mark.slow
-def test_a_machine_is_lost_while_writing_a_quiz(cluster: Any, shards: Path, tmp_path: Path) -> None:
-    command: list[object] = ["qa", "--shards", f"{shards}/{{00000..00003}}.tar", "--model", "tiny/teacher"]
-    command += ["--engine", "transformers", "--decode-workers", 1, "--per-image", 2, "--presentations", 1]
-    capipe(*command, "--out", tmp_path / "alone")
-    with_a_loss(cluster, command, tmp_path / "out", lambda: lose_a_machine(cluster), tmp_path / "out/written")
+def test_a_machine_is_lost_while_writing_a_quiz(cluster: Any, shards: Path, quiz: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with_a_loss(cluster, asking(shards), out, lambda: lose_a_machine(cluster), out / "written")
     for part in ("written", "screened"):
-        same_shards(tmp_path / "out" / part, tmp_path / "alone" / part)
+        same_shards(out / part, quiz / part)
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_while_grading(cluster: Any, shards: Path, alone: Path, quiz: Path, tmp_path: Path) -> None:
+    command: list[object] = ["eval", "--shards", f"{shards}/{{00000..00003}}.tar", "--questions", quiz]
+    command += ["--captions", alone, "--reader", "tiny/holdout-reader", "--engine", "transformers"]
+    capipe(*command, "--out", tmp_path / "alone")
+    with_a_loss(cluster, command, tmp_path / "out", lambda: lose_a_machine(cluster), tmp_path / "out/graded")
+    same_shards(tmp_path / "out/graded", tmp_path / "alone/graded")
 
 
 @pytest.mark.slow
