@@ -98,13 +98,14 @@ def _parts(folder: Path, name: str) -> dict[str, Any]:
             continue
         library, named = entry
         home = {"diffusers": diffusers, "transformers": transformers}.get(library)
-        kind = getattr(home or getattr(diffusers.pipelines, library, None), named, None)
+        kind: Any = getattr(home or getattr(diffusers.pipelines, library, None), named, None)
         if not isinstance(kind, type) or not issubclass(kind, (diffusers.ModelMixin, transformers.PreTrainedModel)):
             continue  # a scheduler, a tokenizer
         called = f"{name}: {part}"
         if issubclass(kind, transformers.PreTrainedModel):
-            load = {"dtype": torch.float32, "called": called, "use_safetensors": True}
-            found[part], report = load_reported(kind, folder / part, **load)
+            found[part], report = load_reported(
+                kind, folder / part, dtype=torch.float32, called=called, use_safetensors=True
+            )
         else:
             found[part], report = kind.from_pretrained(
                 folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True

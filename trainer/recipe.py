@@ -238,7 +238,7 @@ class Recipe(Section):
             fast -= {"save_every"}  # nothing is drawn ahead over a checkpoint
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
-        left_out = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
+        left_out: Any = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
         return self.model_dump(mode="json", exclude=left_out)
 
 
