@@ -22,23 +22,23 @@ UNUSED = {"vision-encoder-decoder": (r"encoder\.pooler\.",)}
 logger = logging.getLogger(__name__)
 
 
-def load_weights(loader: Any, path: str | Path, *, dtype: torch.dtype, called: str, unused: Sequence[str] = ()) -> Any:
+def load_weights(loader: Any, path: str | Path, *, dtype: torch.dtype, called: str) -> Any:
     """The model of a folder, on the CPU, with all of its weights: ``loader`` is one of transformers' classes.
 
-    ``called``: the model as the user named it; ``unused``: patterns (``re``) of weights that the caller does without.
-    Weights of no part of the model are told. Raises BadInput where weights are missing or of other shapes, by name, or
-    cannot be read; OSError and ValueError as transformers does for files that are missing or of no known model.
+    ``called``: the model as the user named it. Weights of no part of the model are told. Raises BadInput where weights
+    are missing or of other shapes, by name, or cannot be read; OSError and ValueError as transformers does for files
+    that are missing or of no known model.
     """
     model, report = load_reported(loader, path, dtype=dtype, called=called)
-    refuse_random(report, called, type(model).__name__, (*unused, *UNUSED.get(model.config.model_type, ())))
+    refuse_random(report, called, type(model).__name__, UNUSED.get(model.config.model_type, ()))
     return model
 
 
 def check_weights(path: Path, called: str) -> None:
     """Raise BadInput where a folder lacks weights of its model, for engines of other libraries; nothing is loaded.
 
-    transformers lays the files' names over the model's, on a device that holds no numbers. Of what it knows no
-    architecture of, and of what is quantised, only the index is held against the files.
+    transformers lays the files' names over the model's, on a device that holds no numbers. Of what is quantised, and
+    of what transformers itself cannot load, only the index is held against the files; the rest is the engine's to say.
     """
     import transformers
 
@@ -51,15 +51,19 @@ def check_weights(path: Path, called: str) -> None:
     loader = getattr(transformers, str(named), None)
     if loader is None or not hasattr(loader, "from_pretrained") or "quantization_config" in config:
         return
-    with _without_bar():
-        model, report = load_reported(loader, path, dtype=torch.bfloat16, called=called, device_map={"": "meta"})
+    try:
+        with _without_bar():
+            model, report = load_reported(loader, path, dtype=torch.bfloat16, called=called, device_map={"": "meta"})
+    except (OSError, ValueError, ImportError):
+        return
     refuse_random(report, called, type(model).__name__, UNUSED.get(model.config.model_type, ()))
 
 
 def refuse_random(report: Any, called: str, kind: str, unused: Sequence[str] = ()) -> None:
     """Raise BadInput where transformers' ``report`` of loading a ``kind`` says that some weights are random.
 
-    What the files hold beside the model's own is told in a line.
+    ``unused``: patterns (``re``) of weights that nothing computes with. What the files hold beside the model's own is
+    told in a line.
     """
     pattern = re.compile("|".join(unused)) if unused else None
     missing = [key for key in report["missing_keys"] if pattern is None or not pattern.match(key)]

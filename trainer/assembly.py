@@ -47,7 +47,7 @@ from .ranks import ALONE, Ranks
 from .recipe import OptimizerConfig, Recipe, TrainedConfig
 from .sharding import shard, whole
 
-VALUE_HEAD = "value_head.safetensors"
+VALUE_HEAD = "critic/value_head.safetensors"  # beside the weights vLLM would take it for one of them
 READERS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -157,7 +157,9 @@ def value_head(recipe: Recipe, model: Any, weights: Path | None) -> ValueHead | 
         torch.manual_seed(recipe.seed)  # all processes begin alike
         head = ValueHead(width, critic.detach, critic.hidden).to(model.device)
     if weights is not None:
-        head.load_state_dict(load_file(weights / VALUE_HEAD, device=str(model.device)))
+        file = weights / VALUE_HEAD
+        file = file if file.exists() else weights / file.name  # where it lay before
+        head.load_state_dict(load_file(file, device=str(model.device)))
     return head
 
 
@@ -278,6 +280,7 @@ def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) ->
     else:
         AutoProcessor.from_pretrained(str(parts.folder), trust_remote_code=False).save_pretrained(folder)
     if values:
+        (folder / VALUE_HEAD).parent.mkdir()
         save_file(values, folder / VALUE_HEAD)
 
 

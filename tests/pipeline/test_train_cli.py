@@ -78,7 +78,7 @@ def test_critics_learn_by_the_same_loop(recipe: Path, tmp_path: Path) -> None:
     sets = ("algorithm.loss=ppo", "algorithm.critic={lam: 1.0}", "algorithm.epochs=2", "algorithm.kl=0.05", "steps=2")
     flags = [part for each in sets for part in ("--set", each)]
     capipe("train", recipe, "--out", tmp_path / "run", *flags)
-    assert (tmp_path / "run/step-000002/value_head.safetensors").exists()
+    assert (tmp_path / "run/step-000002/critic/value_head.safetensors").exists()
     last = [line for line in steps(tmp_path / "run") if "loss" in line][-1]
     assert last["value_loss"] > 0 and last["kl"] > 0
 

@@ -99,7 +99,7 @@ def test_the_other_systems_train_at_the_bundled_models_scale(name: str, training
         assert {f"reward/{kind}" for kind in kinds} <= set(line) and line["unscored"] == 0
         assert line["kl"] >= 0 and line["value_loss"] > 0
     assert logged[0]["kl"] < 1e-6 < logged[1]["kl"]  # held to the model that it was
-    assert (out / "step-000002/value_head.safetensors").exists()
+    assert (out / "step-000002/critic/value_head.safetensors").exists()
     model = ("--model", out / "step-000002", "--engine", "transformers", "--max-tokens", 40)
     capipe("annotate", "--shards", shards, "--out", tmp_path / "captions", *model)
     assert {row["status"] for row in table(tmp_path / "captions")} <= {"ok", "filtered"}
