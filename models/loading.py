@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 from ..errors import BadInput, RunFailed
 from .captioner_kinds import kind_of, one_size, read_json
 from .engine import Engine, ImageGrid
+from .hub import hub_name, snapshot
 from .tiny import resolve as resolve_bundled
 
 KINDS = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What makes a model the model it is; pictures, readmes and licences beside it do not count.
 IDENTIFYING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 CHUNK_BYTES = 1 << 22
@@ -108,8 +107,10 @@ async def _load_http(config: EngineConfig) -> Engine:
 
 
 def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engine:
+    from .pretrained import check_weights
     from .vllm_engine import VLLMOptions, start_vllm_engine
 
+    check_weights(path, config.model)  # vLLM itself does not see that a part of a packed one is missing
     options = VLLMOptions(
         path=str(path),
         grid=grid,
@@ -132,6 +133,7 @@ def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None)
     try:
         return load_transformers_engine(
             str(path),
+            called=config.model,
             grid=grid,
             dtype=config.dtype,
             device=config.device,
@@ -159,7 +161,10 @@ def vllm_runs() -> bool:
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a bundled model, a folder or a hub id (downloaded where allowed). Raises BadInput."""
+    """The folder of a bundled model, a folder or a hub id, ``org/name`` or ``org/name@revision``, which is downloaded.
+
+    Raises BadInput.
+    """
     try:
         path = Path(resolve_bundled(name)).expanduser()
     except ValueError as error:
@@ -168,20 +173,10 @@ def resolve_model(name: str) -> Path:
         if not (path / "config.json").is_file():
             raise BadInput(f"{name}: the folder has no config.json; name the one of a Hugging Face model")
         return path.resolve()
-    if path.exists() or not HUB_ID.fullmatch(name):
+    named = hub_name(name)
+    if path.exists() or named is None:
         raise BadInput(f"{name}: no such model folder; give a folder, a Hugging Face id or a bundled tiny/ model")
-    return _hub_snapshot(name)
-
-
-def _hub_snapshot(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, ignore_patterns=["*.pth", "*.gguf", "*.onnx", "original/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"{name}: neither a folder here nor a model to be had from the hub ({reason})") from error
+    return snapshot(named)
 
 
 def image_grid(model_path: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageGrid | None:
@@ -226,10 +221,12 @@ def model_identity(model: str, kind: str = "auto") -> ModelIdentity:
         from .http_engine import served_model
 
         return ModelIdentity(model or served_model(kind), None)
-    path = resolve_model(model)
-    if path.parent.name == "snapshots":  # the hub's cache: the folder is named after the commit
-        return ModelIdentity(model, path.name)
-    return ModelIdentity(model, folder_digest(path))
+    return ModelIdentity(model, content_digest(resolve_model(model)))
+
+
+def content_digest(folder: Path) -> str:
+    """The commit of a folder in the hub's cache, which is named after it; else :func:`folder_digest`."""
+    return folder.name if folder.parent.name == "snapshots" else folder_digest(folder)
 
 
 def folder_digest(folder: Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import BadInput
 from .batched_lm import BatchedLM, Drawn, Row
 from .captioner_family import check_parts, end_ids, is_captioner, start_id
 from .captioner_kinds import KINDS, kind_of
@@ -26,7 +27,9 @@ from .engine import (
 )
 from .family import PreparedImage, PreparedPrompt
 from .folded_attention import fold_heads
+from .growing_cache import new_cache, stateful_layers
 from .patch_embedding import multiply_patches
+from .pretrained import load_weights
 from .prompting import CaptionerEncoder, PromptEncoder
 from .window_attention import batch_windows
 
@@ -241,23 +244,26 @@ def load_transformers_engine(
     path: str,
     *,
     grid: ImageGrid | None,
+    called: str = "",
     dtype: str = "auto",
     device: str = "auto",
     max_model_len: int | None = None,
     concurrency: int | None = None,
     share_prefixes: bool = True,
 ) -> TransformersEngine:
-    """Load a model folder (or cached hub id). ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU.
+    """Load a model folder, ``called`` so by the user. ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU.
 
     ``share_prefixes=False`` computes every distinct prompt whole, which is slower and nothing else.
     """
-    model = load_model(path, sees=grid is not None, dtype=dtype, device=device)
+    model = load_model(path, sees=grid is not None, called=called, dtype=dtype, device=device)
     lm = batched_lm(model, path, grid, max_model_len, share_prefixes)
     return TransformersEngine(lm, grid, concurrency or DEFAULT_CONCURRENCY.get(model.device.type, 32))
 
 
-def load_model(path: str, *, sees: bool, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """The weights of a folder on their device, in evaluation mode."""
+def load_model(
+    path: str, *, sees: bool, called: str = "", dtype: str = "auto", device: str = "auto"
+) -> PreTrainedModel:
+    """The weights of a folder on their device, in evaluation mode. Raises BadInput where some are missing."""
     import transformers
 
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -265,13 +271,24 @@ def load_model(path: str, *, sees: bool, dtype: str = "auto", device: str = "aut
     captioner = kind_of(Path(path))
     auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     loader: Any = auto if captioner is None else getattr(transformers, captioner.architecture)
-    model: PreTrainedModel = loader.from_pretrained(path, dtype=kind).to(where).eval()
+    model: PreTrainedModel = load_weights(loader, path, dtype=kind, called=called or path).to(where).eval()
     fold_heads(model)
     if sees:
         visual = getattr(model.base_model, "visual", None)
         multiply_patches(visual)
         batch_windows(visual)
     return model
+
+
+def _refuse_states(model: PreTrainedModel, path: str) -> None:
+    """Raise BadInput for a model whose layers keep a running state, of which a batch's rows cannot be picked."""
+    config = model.config.get_text_config()
+    if stateful_layers(new_cache(config, growing=False)):
+        kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+        raise BadInput(
+            f"{path}: {type(model).__name__} has layers that keep a running state ({', '.join(kinds) or 'recurrent'}), "
+            "which the transformers engine cannot draw with; take --engine vllm, or the URL of a server"
+        )
 
 
 def batched_lm(
@@ -287,17 +304,21 @@ def batched_lm(
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     images = encoder = None
     if grid is not None and is_captioner(model):
         check_parts(model, grid.factor)
-        images = AutoImageProcessor.from_pretrained(path, do_resize=False, do_center_crop=False)
+        images = AutoImageProcessor.from_pretrained(
+            path, do_resize=False, do_center_crop=False, trust_remote_code=False
+        )
         placeholder = getattr(model.config, "image_token_id", None)
         prompted = KINDS[model.config.model_type].prompted
         encoder = CaptionerEncoder(tokenizer, placeholder, start_id(model), prompted)
     elif grid is not None:
         size = {"shortest_edge": grid.min_pixels, "longest_edge": grid.max_pixels}
-        images = AutoImageProcessor.from_pretrained(path, size=size)
+        images = AutoImageProcessor.from_pretrained(path, size=size, trust_remote_code=False)
+    if not is_captioner(model):
+        _refuse_states(model, path)
     room = model.config.get_text_config().max_position_embeddings
     return BatchedLM(
         model,

@@ -283,7 +283,7 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int) -> VLLME
     # Noted while all live: an orphan of a killed engine process is no descendant of ours any more.
     processes = [each for each in _vllm_processes() if each not in others]
     image_token = getattr(config.model_config.hf_config, "image_token_id", None) if options.grid is not None else None
-    encoder = PromptEncoder(AutoTokenizer.from_pretrained(options.path), image_token)
+    encoder = PromptEncoder(AutoTokenizer.from_pretrained(options.path, trust_remote_code=False), image_token)
     pids = [process.pid for process in processes]
     cores = os.sched_getaffinity(0)
     if not options.trained:  # training takes turns with it, and wants all cores in its own

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import BadInput
 from ..models.captioner_kinds import check_prompt, kind_of
-from ..models.loading import HUB_ID, EngineConfig, resolve_model
+from ..models.hub import HUB_ID, hub_name, is_cached
+from ..models.loading import EngineConfig, resolve_model
 from ..models.tiny import PREFIX
 from ..stages.prompts import parse_prompt
 from . import options as o
@@ -99,9 +100,9 @@ def _model(name: str) -> None:
 
 
 def _clip(name: str) -> None:
-    from ..models.clip import clip_folder
+    from ..models.clip_source import clip_place
 
-    clip_folder(name)
+    clip_place(name)
     if _is_hub_id(name):
         _hub(name)
 
@@ -132,16 +133,14 @@ def _is_hub_id(name: str) -> bool:
 
 def _hub(name: str) -> None:
     """Where the hub may be asked, it is when the stage runs; else the model has to be here already."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         return
-    try:
-        snapshot_download(name, local_files_only=True)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+    named = hub_name(name)
+    if named is None or not is_cached(named):
         reason = "neither a folder nor in the hub's cache, and HF_HUB_OFFLINE keeps it from being fetched"
-        raise _Absent(f"{name}: {reason}; download it, or unset that") from None
+        raise _Absent(f"{name}: {reason}; download it, or unset that")
 
 
 # --- values, by command -----------------------------------------------------------------------------------------------

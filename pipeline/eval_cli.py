@@ -62,7 +62,7 @@ def evaluate(
 ) -> None:
     """Measure a captioner by how well a reader answers quiz questions from its captions alone."""
     from ..manifests.artifact import Artifact
-    from ..models.clip import clip_folder
+    from ..models.clip_source import clip_place
     from ..models.lm_scores import load_text_scorer
     from ..stages import grade, screen
     from ..stages.annotate import AnnotateConfig
@@ -75,7 +75,7 @@ def evaluate(
         raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
     asked = question_artifact(questions)
     if clip is not None:
-        clip_folder(clip)  # raises where there is none such, before anything is captioned
+        clip_place(clip)  # raises where there is none such, before anything is captioned
     if cosine is not None:
         load_cosine(cosine)
     if language_model is not None:

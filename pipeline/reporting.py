@@ -11,7 +11,9 @@ from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.shards import RowReader, expand
 from ..models.blip import BlipScorer
-from ..models.clip import ClipScorer, clip_folder, load_clip
+from ..models.clip import ClipScorer, load_clip
+from ..models.clip_source import clip_place
+from ..models.hub import HubName, snapshot
 from ..models.lm_scores import load_text_scorer
 from ..models.scorers import ScorerConfig, scorer_identity
 from ..trainer.comparison import Run
@@ -35,7 +37,8 @@ def load_cosine(name: str) -> ClipScorer | BlipScorer:
     from ..models.blip import load_blip
 
     try:
-        clip_folder(name)
+        if isinstance(place := clip_place(name), HubName):
+            snapshot(place, "open_clip")
     except BadInput:
         return load_blip(name)
     return load_clip(name)
@@ -48,17 +51,22 @@ def report_on(graded: Artifact, judges: Judges = Judges()) -> Report:
         clip = load_clip(judges.clip)
         gallery, captions = _gallery(graded, clip)
         more |= {"ranks": ranks_of(gallery, captions, clip), "gallery": len(gallery.names)}
-        identity = scorer_identity(ScorerConfig("clip", judges.clip))
-        facts["retrieval"] = f"{judges.clip}@{str(identity['model'])[:12]}"
+        facts["retrieval"] = _told("clip", judges.clip)
     if judges.cosine is not None:
         scorer = load_cosine(judges.cosine)
         more["cosines"] = cosines_of(*_gallery(graded, scorer), scorer)
-        facts["cosine"] = judges.cosine
+        facts["cosine"] = _told("clip" if isinstance(scorer, ClipScorer) else "blip", judges.cosine)
     if judges.language_model is not None:
         texts = sorted({text for _, text in _captions(graded)})
         more["logps"] = dict(zip(texts, load_text_scorer(judges.language_model).logps(texts), strict=True))
         facts["language model"] = judges.language_model
     return evaluate(rows_of(graded), facts, where=graded.url, **more)
+
+
+def _told(kind: str, model: str) -> str:
+    """A scorer's name with what makes it the scorer it is, so that reports by another one are told apart."""
+    identity = scorer_identity(ScorerConfig(kind, model))
+    return f"{model}@{str(identity['model'])[:12]}, {identity['activation']}"
 
 
 def _captions(graded: Artifact) -> dict[tuple[str, str], None]:

@@ -16,13 +16,16 @@ from ..models.engine import EngineDead, Prompt, RequestError
 from ..models.family import PreparedPrompt
 from ..models.loading import model_identity
 from ..models.reader import QuizReader, ReaderConfig
-from ..trainer.assembly import PolicyParts, build_optimizer, build_policy, load_reader
+from ..models.scorers import ScorerConfig, scorer_identity
+from ..trainer.assembly import PolicyParts, build_optimizer, build_policy, load_reader, whole_policy
 from ..trainer.checkpoint import Facts, newest, optimizer_state
 from ..trainer.critic import CriticConfig
+from ..trainer.image_text_rewards import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
 from ..trainer.judges import build_judge
 from ..trainer.log import RunLog, Sink, TensorBoard, WandB
 from ..trainer.loop import Run, train
 from ..trainer.losses import Clip
+from ..trainer.packing_check import check_packing
 from ..trainer.preflight import controls, floors, refuse_templates
 from ..trainer.quiz_reward import QuizReward
 from ..trainer.ranks import join
@@ -53,6 +56,7 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     semantic = {
         **recipe.semantic(),
         "model": model_identity(recipe.model, "").digest,
+        **_scorers(recipe),
         ("images" if recipe.data.questions is None else "questions"): training.fingerprint,
     }
     mark, found = fingerprint(semantic), _look(out, semantic, fresh)
@@ -72,11 +76,14 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         start = found[1].step if found else 0
         shown = Prompt(recipe.prompt, await parts.pictures.of(training.tasks[0]))
         sampler = await build_sampler(recipe, parts, out, shown)
+        packing = check_packing(whole_policy(parts), _prepare(parts, recipe.rollout.max_tokens)(shown), recipe.model)
         run = _assemble(recipe, out, mark, training, held_out, parts, sampler, judge, grader, start, say)
         if found:
             restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(found[0]))
             run.step, run.alarms = found[1].step, dict(found[1].figures.get("alarms", {}))
             say(f"going on from {found[0]}")
+        if recipe.preflight:
+            say(packing.line())
         await _preflight(run)
         try:
             last = await train(run)
@@ -93,6 +100,17 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         await judge.aclose()
         if grader is not None:
             await grader.engine.aclose()
+
+
+def _scorers(recipe: Recipe) -> dict[str, Any]:
+    """What decides the scores of rewards that look at images, by their kind; empty without any."""
+    scored = (ClipRewardConfig, BlipRewardConfig, ItmRewardConfig)
+    found = {
+        reward.kind: scorer_identity(ScorerConfig(reward.kind, reward.model, reward.dtype))
+        for reward in recipe.rewards
+        if isinstance(reward, scored)
+    }
+    return {"scorers": found} if found else {}
 
 
 def _quiet(line: str) -> None:

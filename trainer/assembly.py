@@ -41,6 +41,7 @@ from .critic import ValueHead
 from .decoder import DecoderPolicy
 from .encoder_decoder import EncoderDecoderPolicy
 from .groups import Batch
+from .packing_check import refuse_unknown_layers
 from .pictures import Pictures
 from .ranks import ALONE, Ranks
 from .recipe import OptimizerConfig, Recipe, TrainedConfig
@@ -91,7 +92,7 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     if lora is not None:
         need_peft()
     of_model = folder if lora is None else start  # whose weights an adapter leaves as they are
-    model: Any = load_model(str(of_model), sees=True, dtype="float32", device=recipe.device)
+    model: Any = load_model(str(of_model), sees=True, called=recipe.model, dtype="float32", device=recipe.device)
     dtype = computed_in(recipe.dtype, model.device)
     banned, kind = barred_ids(model), policy_class(model, recipe)
     policy_of = partial(kind, banned=banned, temperature=recipe.rollout.temperature, dtype=dtype)
@@ -120,8 +121,18 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, ranks, learning)
 
 
+def whole_policy(parts: PolicyParts) -> DecoderPolicy:
+    """The policy, or where its weights are split over processes one of the whole copy, for a single process to ask."""
+    policy = parts.policy
+    if not parts.ranks.sharded:
+        return policy
+    banned = policy.get_buffer("banned").tolist()
+    return type(policy)(parts.sampled, banned=banned, temperature=policy.temperature, dtype=policy.dtype)
+
+
 def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
     """What scores captions of a model. Raises BadInput for models, and settings with them, that nothing here can do."""
+    refuse_unknown_layers(model, recipe.model)
     if is_captioner(model):
         if recipe.parallel == "sharded":
             raise BadInput(f"parallel: {type(model).__name__} cannot be split over processes; set it to replicated")
@@ -265,7 +276,7 @@ def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) ->
     if is_captioner(parts.sampled):  # for some of which there is no processor
         copy_readers(parts.folder, folder)
     else:
-        AutoProcessor.from_pretrained(str(parts.folder)).save_pretrained(folder)
+        AutoProcessor.from_pretrained(str(parts.folder), trust_remote_code=False).save_pretrained(folder)
     if values:
         save_file(values, folder / VALUE_HEAD)
 

@@ -164,6 +164,9 @@ class AlarmConfig(Section):
     repeating: float = Field(0.5, gt=0, le=1, description="captions that loop")
     kl: float = Field(50.0, gt=0, description="mean per caption, where a reference is loaded")
     unscored: float = Field(0.5, gt=0, le=1, description="captions without a score")
+    mismatch: float = Field(
+        0.3, gt=0, description="mean distance per token, in nats, of the policy from who drew the captions"
+    )
     patience: int = Field(3, ge=1, description="steps in a row before an alarm ends the run")
 
 
@@ -235,9 +238,8 @@ class Recipe(Section):
             fast -= {"save_every"}  # nothing is drawn ahead over a checkpoint
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
-        return self.model_dump(
-            mode="json", exclude={**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards}
-        )
+        left_out = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
