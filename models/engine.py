@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length"]
-PromptKey = tuple[str | None, str, str, str | None]
+PromptKey = tuple[str | None, str, str | None, str, str | None]
 
 
 class RequestError(Exception):
@@ -65,18 +65,21 @@ class ImageInput:
 class Prompt:
     """A single-turn chat: optional system text, optional image (placed before the text), the user's text.
 
-    ``answer_prefix`` is put at the start of the assistant's turn, for models that are to continue it.
+    ``answer_prefix`` is put at the start of the assistant's turn, for models that are to continue it; ``thought``, of a
+    model that thinks, before it, between the model's own tags.
     """
 
     text: str
     image: ImageInput | None = None
     system: str | None = None
     answer_prefix: str = ""
+    thought: str | None = None
 
     @property
     def key(self) -> PromptKey:
         """What tells prompts apart; an image counts by its content hash."""
-        return self.system, self.text, self.answer_prefix, None if self.image is None else self.image.uid
+        image = None if self.image is None else self.image.uid
+        return self.system, self.text, self.thought, self.answer_prefix, image
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,18 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Thought:
+    """What a model wrote between its tags before the answer. ``closed``: it came to its end, and not to the limit."""
+
+    text: str
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """``token_ids`` and ``logprobs`` run in parallel and include the end-of-turn token where the model wrote it.
 
+    ``thought``: what the model thought first, which is no part of ``text``; its tokens are among the others.
     HTTP servers do not return token ids: there ``token_ids`` is empty and ``n_tokens`` is the server's own count.
     """
 
@@ -105,6 +117,7 @@ class Completion:
     finish_reason: FinishReason
     n_tokens: int
     logprobs: tuple[float, ...] | None = None
+    thought: Thought | None = None
 
 
 @dataclass(frozen=True, slots=True)

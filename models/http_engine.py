@@ -11,7 +11,8 @@ import base64
 import json
 import os
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from time import time
@@ -30,7 +31,10 @@ from .engine import (
     ImageInput,
     Prompt,
     RequestError,
+    Sampling,
+    Thought,
 )
+from .thinking import CLOSING, OPENING, Tags, split_thought
 from .vllm_sync import EXTENSION, RELOAD
 
 API_KEY_VARIABLE = "CAPIPE_API_KEY"
@@ -38,6 +42,7 @@ DEFAULT_CONCURRENCY = 64
 CONNECT_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 60.0  # between two attempts, whatever a server's Retry-After asks for
 REPORTED_CHOICES = 20  # the most alternatives that OpenAI's protocol reports for a token
+THOUGHT_PROBE, PROBE_TOKENS = Prompt("Is one and one two? Answer with yes or no."), 512
 EXTENDED_SERVERS = ("vllm", "sglang")  # as they name themselves in /v1/models: they take more than OpenAI's fields
 
 
@@ -47,6 +52,7 @@ class HTTPOptions:
 
     ``gone_after``: so many requests in a row that could not even connect mean that the server is gone. ``token_ids``:
     ask for the ids of what was written, which vLLM alone tells; ``barred``: ids that are never to be drawn.
+    ``template_args``: for the server's chat template.
     """
 
     url: str
@@ -60,6 +66,7 @@ class HTTPOptions:
     gone_after: int = 20
     token_ids: bool = False
     barred: tuple[int, ...] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 class HTTPEngine:
@@ -75,6 +82,7 @@ class HTTPEngine:
         self._client = client
         self._extended = extended
         self._unconnected = 0  # requests in a row that never reached the server
+        self._thinks: asyncio.Task[bool] | None = None
 
     async def generate(self, request: GenerationRequest) -> Completion:
         sampling = request.sampling
@@ -84,13 +92,13 @@ class HTTPEngine:
             body["response_format"] = _response_format(request.json_schema)
         answer = await self._post(body)
         choice = _first_choice(answer)
-        reason, text = choice.get("finish_reason"), choice.get("message", {}).get("content")
+        reason, (text, thought) = choice.get("finish_reason"), _answer(choice.get("message", {}))
         if reason not in ("stop", "length") or not isinstance(text, str):
             raise RequestError(f"the server ended the answer with {reason!r} and {type(text).__name__} content")
         logprobs = tuple(float(step["logprob"]) for step in _steps(choice)) if request.logprobs else None
         n_tokens = int((answer.get("usage") or {}).get("completion_tokens", 0))
         ids = _token_ids(choice, n_tokens) if self._options.token_ids else ()
-        return Completion(_written(text), ids, reason, n_tokens, logprobs)
+        return Completion(text, ids, reason, n_tokens, logprobs, thought)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         body = self._body(request.prompt, max_tokens=1, temperature=0.0)
@@ -99,6 +107,19 @@ class HTTPEngine:
         reported = steps[0].get("top_logprobs", []) if steps else []
         scores = {each["token"]: float(each["logprob"]) for each in reported}
         return ChoiceScores(tuple(scores.get(choice) for choice in request.choices))
+
+    async def thinks(self) -> bool:
+        """Whether the server's model thinks before it answers: asked once, as a server does not tell its template."""
+        if self._thinks is None:
+            self._thinks = asyncio.create_task(self._thinks_before(THOUGHT_PROBE))
+        try:
+            return await asyncio.shield(self._thinks)
+        except (RequestError, EngineDead):
+            self._thinks = None  # the next one asks again
+            raise
+
+    async def _thinks_before(self, prompt: Prompt) -> bool:
+        return (await self.generate(GenerationRequest(prompt, Sampling(max_tokens=PROBE_TOKENS)))).thought is not None
 
     async def reload(self, folder: Path) -> None:
         """Let the server read new weights from a folder that it sees, too, and forget what the old ones computed.
@@ -151,9 +172,12 @@ class HTTPEngine:
         limits = {name: value for name, value in limits.items() if value is not None}
         if prompt.image is not None and limits:
             fields["mm_processor_kwargs"] = limits
-        if prompt.answer_prefix:
-            chat.append({"role": "assistant", "content": prompt.answer_prefix})
+        beginning = ("" if prompt.thought is None else Tags().closed(prompt.thought)) + prompt.answer_prefix
+        if beginning:
+            chat.append({"role": "assistant", "content": beginning})
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
+        if options.template_args:
+            fields["chat_template_kwargs"] = dict(options.template_args)
         if fields and not self._extended:
             raise RequestError(f"the server is neither vLLM nor SGLang and would not heed {', '.join(fields)}")
         if self._extended:
@@ -300,6 +324,19 @@ def _json_object(response: httpx.Response) -> dict[str, Any]:
 def _written(text: str) -> str:
     """What a server says the model wrote, without half surrogate pairs: JSON may bring them and UTF-8 has none."""
     return text.encode("utf-8", "replace").decode()
+
+
+def _answer(message: dict[str, Any]) -> tuple[Any, Thought | None]:
+    """A message's text and the thought before it, which servers that know the tags tell apart by themselves.
+
+    A closing tag alone ends a thought, too, that the server's chat template had opened.
+    """
+    text, apart = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(apart, str):
+        return text or "", Thought(_written(apart).strip(), closed=bool(text))
+    if not isinstance(text, str):
+        return text, None
+    return split_thought(_written(text), begun=CLOSING in text and OPENING not in text)
 
 
 def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class EngineConfig:
 
     ``kind``: ``auto``, ``vllm``, ``transformers`` or a server's URL; with a URL, ``model=""`` takes what it serves.
     ``concurrency``, ``max_model_len``: the engine's and the model's own where None. ``timeout_s``: one HTTP attempt.
-    ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``).
+    ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``). ``template_args``: what
+    the chat template is given besides the chat (``{"enable_thinking": False}``).
     """
 
     kind: str = "auto"
@@ -47,6 +49,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     timeout_s: float = 300.0
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS and not self.is_http:
@@ -102,6 +105,7 @@ async def _load_http(config: EngineConfig) -> Engine:
             max_pixels=config.max_pixels,
             concurrency=config.concurrency or DEFAULT_CONCURRENCY,
             timeout_s=config.timeout_s,
+            template_args=config.template_args,
         )
     )
 
@@ -119,9 +123,12 @@ def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engi
         concurrency=config.concurrency,
         gpu_memory_utilization=config.gpu_memory_utilization,
         tensor_parallel_size=config.tensor_parallel_size,
+        template_args=config.template_args,
     )
     try:
         return start_vllm_engine(options)
+    except BadInput:
+        raise
     except Exception as error:  # anything from a missing library to a card without room
         reason = f"{type(error).__name__}: {error}"
         raise RunFailed(f"vLLM could not start on {path} ({reason}); --engine transformers does without it") from error
@@ -139,6 +146,7 @@ def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None)
             device=config.device,
             max_model_len=config.max_model_len,
             concurrency=config.concurrency,
+            template_args=config.template_args,
         )
     except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
         raise BadInput(f"{path} does not load as a model: {error}") from error

@@ -26,6 +26,9 @@ class Several:
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         return await self._of(request.prompt).choose(request)
 
+    async def thinks(self) -> bool:
+        return await self._engines[0].thinks()  # they serve one model
+
     async def reload(self, folder: Path) -> None:
         """New weights for all, at once. Raises EngineDead."""
         await asyncio.gather(*(each.reload(folder) for each in self._engines))

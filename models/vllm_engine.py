@@ -8,12 +8,14 @@ import itertools
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .affinity import bound_cores, move_off, move_to
+from .chat_templates import open_encoder
 from .engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -70,6 +72,7 @@ class VLLMOptions:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     trained: bool = False
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 class VLLMEngine:
@@ -119,8 +122,9 @@ class VLLMEngine:
         if request.logprobs:
             assert output.logprobs is not None
             logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
-        text = self._encoder.decode(ids)
-        return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs)
+        # JSON to a schema is an answer from its first token on, also where the template had opened a thought.
+        text, thought = self._encoder.answer(ids) if schema is None else (self._encoder.decode(ids), None)
+        return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs, thought)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         from vllm import SamplingParams
@@ -130,6 +134,9 @@ class VLLMEngine:
         output = await self._run(request.prompt, params)
         assert output.logprobs is not None
         return ChoiceScores(tuple(output.logprobs[0][token].logprob for token in ids))
+
+    async def thinks(self) -> bool:
+        return self._encoder.thinking is not None
 
     async def reload(self, folder: Path) -> None:
         """Read new weights of the same model from a Hugging Face folder, and forget what the old ones computed.
@@ -259,8 +266,12 @@ def prepare_environment() -> None:
 
 
 def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
-    """Start vLLM's processes and wait until the model is loaded (7 s to minutes). Call it where an event loop runs."""
+    """Start vLLM's processes and wait until the model is loaded (7 s to minutes). Call it where an event loop runs.
+
+    Raises BadInput for a chat template that does not work, before anything is started.
+    """
     prepare_environment()
+    from transformers import AutoTokenizer
     from vllm.platforms import current_platform
 
     from .vllm_sampling import processor_path
@@ -269,21 +280,21 @@ def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
     concurrency = options.concurrency or (128 if on_cpu else 256)
     config = _engine_args(options, on_cpu, concurrency).create_engine_config()
     config.model_config.logits_processors = [processor_path(config.use_v2_model_runner)]
-    return _launch(options, config, concurrency)
+    image_token = None if options.grid is None else config.model_config.hf_config.image_token_id
+    tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
+    encoder = open_encoder(Path(options.path), tokenizer, image_token, options.template_args)
+    return _launch(options, config, concurrency, encoder)
 
 
-def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int) -> VLLMEngine:
+def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder: PromptEncoder) -> VLLMEngine:
     # A function of its own: where an optional library of vLLM's does not import, vLLM keeps that error, with it the
     # frames it passed, :func:`start_vllm_engine`'s among them, and an engine held there would never be collected.
-    from transformers import AutoTokenizer
     from vllm.v1.engine.async_llm import AsyncLLM
 
     others = _vllm_processes()
     llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     # Noted while all live: an orphan of a killed engine process is no descendant of ours any more.
     processes = [each for each in _vllm_processes() if each not in others]
-    image_token = getattr(config.model_config.hf_config, "image_token_id", None) if options.grid is not None else None
-    encoder = PromptEncoder(AutoTokenizer.from_pretrained(options.path, trust_remote_code=False), image_token)
     pids = [process.pid for process in processes]
     cores = os.sched_getaffinity(0)
     if not options.trained:  # training takes turns with it, and wants all cores in its own

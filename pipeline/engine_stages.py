@@ -13,12 +13,14 @@ from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard, Row, expand, input_artifact, join
 from ..manifests.status import Status
+from ..models.chat_templates import check_template
 from ..models.decode import DecodePool, grid_decoder
 from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
 from ..models.formats import ImageProblem
 from ..models.http_engine import served_model
 from ..models.images import ImageLimits, Pixels
 from ..models.loading import EngineConfig, image_grid, load_engine, model_identity, resolve_model
+from ..models.thinking import thinks
 from .desk import Outcome
 from .events import Event
 from .inline import run_inline
@@ -44,8 +46,14 @@ class EngineSetup:
         """What fingerprints cover. Greedy or sampled, every engine gives the same answers; so it is not among it."""
         if self.engine.is_http:
             served_model(self.engine.kind)  # raises where no server answers, before anything is written
+        else:  # refused here, nothing is written for a model that cannot be asked
+            path = resolve_model(self.engine.model)
+            sees = image_grid(path, self.engine.min_pixels, self.engine.max_pixels) is not None
+            check_template(path, sees, self.engine.template_args)
         identity = model_identity(self.engine.model, self.engine.kind)
         facts: dict[str, Any] = {"model": identity.digest or identity.name, "dtype": self.engine.dtype}
+        if self.engine.template_args:  # left out where there are none, as in folders from before there were any
+            facts["template_args"] = dict(self.engine.template_args)
         if not self.decode_workers:
             return facts
         grid = None if self.engine.is_http else self._grid()
@@ -133,6 +141,9 @@ class CountingEngine:
             return await self._inner.choose(request)
         finally:
             self.busy -= 1
+
+    async def thinks(self) -> bool:
+        return await thinks(self._inner)
 
     async def aclose(self) -> None:
         await self._inner.aclose()

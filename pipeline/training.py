@@ -67,7 +67,8 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     sampler: Sampler | None = None
     try:
         if recipe.validation is not None:
-            reader = await load_reader(recipe.validation.reader, recipe.validation.engine)
+            validation = recipe.validation
+            reader = await load_reader(validation.reader, validation.engine, validation.template_args)
             grader = QuizReader(reader, ReaderConfig())
         ranks.wait()  # all have looked before one writes
         if ranks.first:

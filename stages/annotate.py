@@ -73,7 +73,7 @@ class Annotator:
             except RequestError as error:  # the engine has tried what it could; `--retry` is for later
                 completion, verdict = None, Verdict(Status.ENGINE_ERROR, str(error))
                 break
-            verdict = examine(completion.text, completion.finish_reason, self.config.health)
+            verdict = examine(completion.text, completion.finish_reason, self.config.health, completion.thought)
             if verdict.status is Status.OK:
                 break
         name = prompt.name if self.config.samples == 1 else f"{prompt.name}#{k}"

@@ -70,15 +70,19 @@ class Grader:
         if not questions or not subjects:
             return out
         unscored: list[str] = []
+        cut = 0
         for subject in subjects:
             readings = await self._readings(subject, questions)
             unscored += [error for reading in readings for error in reading.errors]
+            cut += sum(reading.cut for reading in readings)
             out["captions"].append(_graded(subject, readings))
         if unscored:
             reason = f"{len(unscored)} answers were not scored: {unscored[0]}"
             return {**out, "status": str(Status.ENGINE_ERROR), "error": reason}
-        graded = any(each["answers"] for each in out["captions"])
-        return {**out, "status": str(Status.OK)} if graded else out
+        if not any(each["answers"] for each in out["captions"]):
+            return out
+        note = f"{cut} answers came after a thought that was cut at its limit" if cut else out["error"]
+        return {**out, "status": str(Status.OK), "error": note}
 
     async def _readings(self, subject: Subject, questions: list[Question]) -> list[Reading]:
         if subject.status == Status.ENGINE_ERROR:  # there is no caption, and none is not an empty one

@@ -18,6 +18,7 @@ from ..manifests.status import QuestionStatus, Status
 from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
 from ..models.quiz import KINDS, writing_prompt, writing_schema
 from .annotate import derive_seed
+from .health import nothing_written
 from .prompts import NamedPrompt
 from .question_checks import RawQuestion, checked
 
@@ -119,7 +120,9 @@ def written_questions(completion: Completion) -> list[RawQuestion]:
         unreadable = sum(len(_KEY.findall(each)) for each in (between[:-1] if cut else between))
     if unreadable:
         entries.append(_faulty(f"JSON that cannot be read, of {unreadable} question{'s' if unreadable > 1 else ''}"))
-    if cut:
+    if completion.thought is not None and not text:
+        entries.append(_faulty(nothing_written(completion.thought)))
+    elif cut:
         entries.append(_faulty("the answer was cut at the token limit; what follows this is lost"))
     elif not entries:
         entries.append(_faulty("no JSON with questions" if text else "the model wrote nothing"))

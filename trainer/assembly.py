@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -116,7 +116,7 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     sampled = copy.deepcopy(model).requires_grad_(False) if apart else model
     if ranks.sharded:
         shard(policy)
-    preparing = batched_lm(sampled, str(folder), grid)
+    preparing = batched_lm(sampled, str(folder), grid, template_args=recipe.template_args)
     pictures = Pictures(grid, recipe.rollout.decoders, lossless="://" in recipe.rollout.engine)
     return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, ranks, learning)
 
@@ -240,9 +240,9 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * warm * shape
 
 
-async def load_reader(model: str, engine: str) -> Engine:
+async def load_reader(model: str, engine: str, template_args: Mapping[str, Any] | None = None) -> Engine:
     """An engine for a model that reads text."""
-    return await load_engine(EngineConfig(engine, model))
+    return await load_engine(EngineConfig(engine, model, template_args=template_args or {}))
 
 
 def value_weights(parts: PolicyParts) -> dict[str, Tensor]:

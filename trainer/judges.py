@@ -38,10 +38,11 @@ async def build_judge(configs: Sequence[RewardConfig], decode: Decode) -> Judge:
 async def _reward(config: RewardConfig, decode: Decode) -> Reward:
     match config:
         case QuizRewardConfig():
-            engine = await load_reader(config.reader, config.engine)
-            return QuizReward(QuizReader(engine, reader_config()), config)
+            engine = await load_reader(config.reader, config.engine, config.template_args)
+            return QuizReward(QuizReader(engine, reader_config(config)), config)
         case JudgeRewardConfig():
-            return JudgeReward(await load_engine(EngineConfig(config.engine, config.model)), config)
+            asked = EngineConfig(config.engine, config.model, template_args=config.template_args)
+            return JudgeReward(await load_engine(asked), config)
         case ClipRewardConfig() | BlipRewardConfig() | ItmRewardConfig():
             return build_image_text_reward(config)
         case NaturalnessConfig():

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BadInput
+from ..manifests.configuration import Growing
 from ..models.tiny.prompts import DENSE
 from .adapter import LoRAConfig
 from .advantages import Baseline
@@ -39,7 +40,7 @@ RewardConfig = Annotated[
 ]
 
 
-class Section(BaseModel):
+class Section(Growing):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -149,12 +150,15 @@ class OptimizerConfig(Section):
 class ValidationConfig(Section):
     """Greedy captions of held-out images, graded by a reader that is not the reward's."""
 
+    later = ("template_args",)
+
     shards: str
     questions: str
     reader: str = "tiny/holdout-reader"
     engine: str = "auto"
     every: int = Field(25, ge=1, description="steps")
     images: int = Field(64, ge=1, description="the first so many")
+    template_args: dict[str, Any] = Field({}, description="as a quiz's, of this reader")
 
 
 class AlarmConfig(Section):
@@ -173,8 +177,13 @@ class AlarmConfig(Section):
 class Recipe(Section):
     """Everything that decides what a run does."""
 
+    later = ("template_args",)
+
     model: str = Field(description="where training starts: a bundled model, a folder or a hub id")
     prompt: str = Field(DENSE[0], description="empty for models that read none, or nothing but the image")
+    template_args: dict[str, Any] = Field(
+        {}, description="given to the model's chat template besides the chat, e.g. {enable_thinking: false}"
+    )
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()

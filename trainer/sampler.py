@@ -25,7 +25,7 @@ from .assembly import PolicyParts, write_model
 from .decoder import DecoderPolicy
 from .probe import Probe
 from .ranks import Ranks, alone_on
-from .recipe import Recipe, RolloutConfig
+from .recipe import Recipe
 from .sharding import copy_weights
 
 SYNC_FOLDER = "sampling"  # in a run's --out
@@ -101,10 +101,10 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     separate = model is not parts.policy.model
     copy = partial(copy_weights, parts.policy, model) if separate else None
     if rollout.engine == "transformers":
-        lm = batched_lm(model, str(parts.folder), parts.grid)
+        lm = batched_lm(model, str(parts.folder), parts.grid, template_args=recipe.template_args)
         lm.computes_in = parts.policy.dtype
         return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.ranks, copy)
-    engine: Engine = _vllm(rollout, parts) if rollout.engine == "vllm" else await _connected(rollout, parts)
+    engine: Engine = _vllm(recipe, parts) if rollout.engine == "vllm" else await _connected(recipe, parts)
     folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER
     probing = DecoderPolicy(model)  # untempered, nothing barred: as vLLM tells log-probabilities
     exact = next(model.parameters()).device.type == "cpu"
@@ -123,7 +123,8 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     return sampler
 
 
-def _vllm(rollout: RolloutConfig, parts: PolicyParts) -> Engine:
+def _vllm(recipe: Recipe, parts: PolicyParts) -> Engine:
+    rollout = recipe.rollout
     if not vllm_runs():
         raise BadInput("rollout.engine vllm: vLLM is not installed here; use transformers, or install capipe[vllm]")
     seen = parts.grid.max_pixels // parts.grid.factor**2
@@ -133,15 +134,16 @@ def _vllm(rollout: RolloutConfig, parts: PolicyParts) -> Engine:
         max_model_len=min(parts.preparing.max_model_len, seen + TEXT_ROOM + rollout.max_tokens),
         gpu_memory_utilization=rollout.gpu_memory,
         trained=True,
+        template_args=recipe.template_args,
     )
     with alone_on(parts.policy.device):
         return start_vllm_engine(options)
 
 
-async def _connected(rollout: RolloutConfig, parts: PolicyParts) -> Engine:
+async def _connected(recipe: Recipe, parts: PolicyParts) -> Engine:
     barred = tuple(vision_ids(parts.sampled.config))
     engines: list[HTTPEngine] = []
-    for url in rollout.engine.split(","):
-        options = HTTPOptions(url.strip(), token_ids=True, barred=barred)
+    for url in recipe.rollout.engine.split(","):
+        options = HTTPOptions(url.strip(), token_ids=True, barred=barred, template_args=recipe.template_args)
         engines.append(await connect_http_engine(options))
     return engines[0] if len(engines) == 1 else Several(engines)
