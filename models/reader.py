@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..errors import BadInput
 from .engine import ChoiceRequest, ChoiceScores, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
 from .quiz import ABSTAIN, LETTERS, Question, caption_prompt, image_prompt, parse_letter, put, rotations, shuffles
 
@@ -150,6 +151,24 @@ def best_place(scores: ChoiceScores, least_mass: float) -> int | None:
     if any(math.isnan(score) for score in known) or all(score == -math.inf for score in known):
         return None
     return scores.best if sum(math.exp(min(score, 0.0)) for score in known) >= least_mass else None
+
+
+async def check_reader(reader: QuizReader) -> None:
+    """Put one question to a reader behind a server. Raises BadInput where it says that it can never answer any.
+
+    What may be better in a moment is not held against it.
+    """
+    question = Question("Is one and one two?", ("Yes", "No"), 0)
+    prompt = Prompt(caption_prompt(None, reader.config.abstain) + put(question, (0, 1, 2), reader.config.abstain))
+    try:
+        if reader.config.mode == "choose":
+            await reader.engine.choose(ChoiceRequest(prompt, tuple(LETTERS[:3])))
+        else:
+            sampling = Sampling(reader.config.temperature, 1.0, reader.config.max_tokens)
+            await reader.engine.generate(GenerationRequest(prompt, sampling))
+    except RequestError as error:
+        if error.final:
+            raise BadInput(f"the reader cannot answer: {error}") from error
 
 
 def _seed(text: str) -> int:

@@ -15,7 +15,7 @@ from ..manifests.fingerprint import differences, fingerprint
 from ..models.engine import EngineDead, Prompt, RequestError
 from ..models.family import PreparedPrompt
 from ..models.loading import model_identity
-from ..models.reader import QuizReader, ReaderConfig
+from ..models.reader import QuizReader, ReaderConfig, check_reader
 from ..trainer.assembly import PolicyParts, build_optimizer, build_policy, load_reader
 from ..trainer.checkpoint import Facts, newest, optimizer_state
 from ..trainer.critic import CriticConfig
@@ -64,7 +64,9 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     try:
         if recipe.validation is not None:
             reader = await load_reader(recipe.validation.reader, recipe.validation.engine)
-            grader = QuizReader(reader, ReaderConfig())
+            grader = QuizReader(reader, ReaderConfig(mode=recipe.validation.mode))
+            if "://" in recipe.validation.engine:
+                await check_reader(grader)
         ranks.wait()  # all have looked before one writes
         if ranks.first:
             _claim(out, semantic, fresh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..models.loading import EngineConfig, load_engine
-from ..models.reader import QuizReader
+from ..models.reader import QuizReader, check_reader
 from .advantages import Part
 from .assembly import load_reader
 from .image_text_rewards import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig, build_image_text_reward
@@ -39,7 +39,9 @@ async def _reward(config: RewardConfig, decode: Decode) -> Reward:
     match config:
         case QuizRewardConfig():
             engine = await load_reader(config.reader, config.engine)
-            return QuizReward(QuizReader(engine, reader_config()), config)
+            reader = QuizReader(engine, reader_config(config))
+            await _check_served(reader, config.engine)
+            return QuizReward(reader, config)
         case JudgeRewardConfig():
             return JudgeReward(await load_engine(EngineConfig(config.engine, config.model)), config)
         case ClipRewardConfig() | BlipRewardConfig() | ItmRewardConfig():
@@ -58,3 +60,13 @@ async def _reward(config: RewardConfig, decode: Decode) -> Reward:
             return BoilerplateReward(config)
         case _:
             return RepetitionReward()
+
+
+async def _check_served(reader: QuizReader, engine: str) -> None:
+    """Raise BadInput where what answers at a URL cannot be a reader; the engine is closed then."""
+    try:
+        if "://" in engine:
+            await check_reader(reader)
+    except BaseException:
+        await reader.engine.aclose()
+        raise

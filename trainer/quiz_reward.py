@@ -5,8 +5,9 @@ from __future__ import annotations
 from random import Random
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from ..manifests.configuration import Growing
 from ..models.engine import Completion
 from ..models.quiz import Question
 from ..models.reader import Order, QuizReader, ReaderConfig
@@ -14,14 +15,18 @@ from .rewards import Scored
 from .tasks import Task
 
 
-class QuizRewardConfig(BaseModel):
+class QuizRewardConfig(Growing):
     """``sampled``: as CapRL (arXiv 2509.22647 eq. 1-3); ``rotated``: every question in every cyclic order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("mode",)
 
     kind: Literal["quiz"] = "quiz"
     reader: str = Field("tiny/reader", description="who answers: a bundled model, a folder, a hub id")
-    engine: str = Field("auto", description="auto, vllm, transformers or the URL of a server")
+    engine: str = Field("auto", description="auto, vllm, transformers or URLs of servers, separated by commas")
+    mode: Literal["choose", "sampled"] = Field(
+        "choose", description="choose: the likeliest letter; sampled: drawn ones, for servers without log-probabilities"
+    )
     presentations: Literal["rotated", "sampled"] = Field(
         "rotated",
         description="rotated: every question in every cyclic order; sampled: drawn with replacement, shuffled",
@@ -73,6 +78,6 @@ class QuizReward:
         await self.reader.engine.aclose()
 
 
-def reader_config() -> ReaderConfig:
-    """How the reward's reader is asked: by letters' log-probability, in all orders."""
-    return ReaderConfig()
+def reader_config(config: QuizRewardConfig) -> ReaderConfig:
+    """How the reward's reader is asked: in all orders."""
+    return ReaderConfig(mode=config.mode)

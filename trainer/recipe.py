@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BadInput
+from ..manifests.configuration import Growing
 from ..models.tiny.prompts import DENSE
 from .adapter import LoRAConfig
 from .advantages import Baseline
@@ -39,7 +40,7 @@ RewardConfig = Annotated[
 ]
 
 
-class Section(BaseModel):
+class Section(Growing):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -149,10 +150,13 @@ class OptimizerConfig(Section):
 class ValidationConfig(Section):
     """Greedy captions of held-out images, graded by a reader that is not the reward's."""
 
+    later = ("mode",)
+
     shards: str
     questions: str
     reader: str = "tiny/holdout-reader"
     engine: str = "auto"
+    mode: Literal["choose", "sampled"] = Field("choose", description="as a quiz's, of this reader")
     every: int = Field(25, ge=1, description="steps")
     images: int = Field(64, ge=1, description="the first so many")
 
