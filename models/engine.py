@@ -18,7 +18,19 @@ PromptKey = tuple[str | None, str, str | None, str, str | None]
 
 
 class RequestError(Exception):
-    """One request failed; the engine lives on and the others are untouched. The message is the row's reason."""
+    """One request failed; the engine lives on and the others are untouched. The message is the row's reason.
+
+    ``final``: the reason is shared by all requests (a refused key, a spent quota, a field the server does not know), so
+    that none can succeed until somebody changes something.
+    """
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+class Refused(RequestError):
+    """The model, or a filter around it, declines to answer this request. Asking again is no use."""
 
 
 class EngineDead(Exception):
@@ -154,14 +166,17 @@ class ImageGrid:
 class Engine(Protocol):
     """``generate`` and ``choose`` raise :class:`RequestError` or :class:`EngineDead`, nothing else.
 
-    ``concurrency``: requests the engine works on at once; callers keep at least twice as many queued.
+    ``concurrency``: requests the engine works on at once; callers keep at least twice as many queued. What a server
+    takes is found while it works, so it changes: read it again for each decision.
     ``grid``: where pixels must lie, or None when the engine wants the encoded bytes instead.
     ``guides``: whether it heeds ``GenerationRequest.json_schema``; what was cut off at its length is not valid even so.
     """
 
-    concurrency: int
     grid: ImageGrid | None
     guides: bool
+
+    @property
+    def concurrency(self) -> int: ...
 
     async def generate(self, request: GenerationRequest) -> Completion: ...
 

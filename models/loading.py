@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 class EngineConfig:
     """Which engine, which model, within what limits. Raises BadInput for values that cannot be meant.
 
-    ``kind``: ``auto``, ``vllm``, ``transformers`` or a server's URL; with a URL, ``model=""`` takes what it serves.
+    ``kind``: ``auto``, ``vllm``, ``transformers`` or servers' URLs with commas between; with URLs, ``model=""`` takes
+    what they serve, and ``concurrency`` is that of each (as many requests as it takes where None).
     ``concurrency``, ``max_model_len``: the engine's and the model's own where None. ``timeout_s``: one HTTP attempt.
     ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``). ``template_args``: what
     the chat template is given besides the chat (``{"enable_thinking": False}``).
@@ -52,6 +53,8 @@ class EngineConfig:
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.is_http:
+            _ = self.urls
         if self.kind not in KINDS and not self.is_http:
             raise BadInput(f"--engine {self.kind!r} is none of {', '.join(KINDS)} and no http:// or https:// URL")
         if not self.model and not self.is_http:
@@ -70,6 +73,13 @@ class EngineConfig:
     @property
     def is_http(self) -> bool:
         return self.kind.startswith(("http://", "https://"))
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers' URLs. Raises BadInput for one that cannot be meant."""
+        from .http_server import server_urls
+
+        return server_urls(self.kind)
 
 
 @dataclass(frozen=True)
@@ -95,19 +105,19 @@ async def load_engine(config: EngineConfig) -> Engine:
 
 
 async def _load_http(config: EngineConfig) -> Engine:
-    from .http_engine import DEFAULT_CONCURRENCY, HTTPOptions, connect_http_engine
+    from .http_engine import HTTPOptions
+    from .several import connect_servers
 
-    return await connect_http_engine(
-        HTTPOptions(
-            url=config.kind,
-            model=config.model,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-            concurrency=config.concurrency or DEFAULT_CONCURRENCY,
-            timeout_s=config.timeout_s,
-            template_args=config.template_args,
-        )
+    options = HTTPOptions(
+        url=config.urls[0],
+        model=config.model,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        concurrency=config.concurrency,
+        timeout_s=config.timeout_s,
+        template_args=config.template_args,
     )
+    return await connect_servers(options, config.urls)
 
 
 def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engine:
@@ -224,9 +234,9 @@ def _image_processor_config(model_path: Path) -> dict[str, Any]:
 
 
 def model_identity(model: str, kind: str = "auto") -> ModelIdentity:
-    """What goes into fingerprints. Asks a server for its model where ``kind`` is a URL and no model is named."""
+    """What goes into fingerprints. Asks servers for their model where ``kind`` is URLs and no model is named."""
     if kind.startswith(("http://", "https://")):
-        from .http_engine import served_model
+        from .http_server import served_model
 
         return ModelIdentity(model or served_model(kind), None)
     return ModelIdentity(model, content_digest(resolve_model(model)))

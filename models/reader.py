@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
+from ..errors import BadInput
 from ..manifests.configuration import Growing
 from .engine import (
     ChoiceRequest,
@@ -173,13 +174,29 @@ class QuizReader:
     async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> _Told:
         """The choice of one presentation, None where the reader made none, or why its request failed."""
         seed = seed_of(f"{self.config.seed}/{question.id}/{number}/{prompt.text}")
-        answered = self._chosen if self.config.mode == "choose" else self._sampled
         try:
-            place, thought = await answered(prompt, len(order), seed, await thinks(self.engine))
+            place, thought = await self._place(prompt, len(order), seed)
         except RequestError as error:
             return _Told(str(error))
         self._count(thought)
         return _Told(None if place is None else order[place], thought is not None and not thought.closed)
+
+    async def check(self) -> None:
+        """Put one question to a reader behind a server. Raises BadInput where it says that it can never answer any.
+
+        What may be better in a moment is not held against it.
+        """
+        question = Question("Is one and one two?", ("Yes", "No"), 0)
+        text = caption_prompt(None, self.config.abstain) + put(question, (0, 1, 2), self.config.abstain)
+        try:
+            await self._place(Prompt(text), 3, self.config.seed)
+        except RequestError as error:
+            if error.final:
+                raise BadInput(f"the reader cannot answer: {error}") from error
+
+    async def _place(self, prompt: Prompt, choices: int, seed: int) -> tuple[Place, Thought | None]:
+        answered = self._chosen if self.config.mode == "choose" else self._sampled
+        return await answered(prompt, choices, seed, await thinks(self.engine))
 
     async def _chosen(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> tuple[Place, Thought | None]:
         """The place of the likeliest letter where the model's answer begins, and the thought before it."""

@@ -17,9 +17,10 @@ from ..models.chat_templates import check_template
 from ..models.decode import DecodePool, grid_decoder
 from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
 from ..models.formats import ImageProblem
-from ..models.http_engine import served_model
+from ..models.http_server import served_model
 from ..models.images import ImageLimits, Pixels
 from ..models.loading import EngineConfig, image_grid, load_engine, model_identity, resolve_model
+from ..models.reader import QuizReader, ReaderConfig
 from ..models.thinking import thinks
 from .desk import Outcome
 from .events import Event
@@ -45,7 +46,7 @@ class EngineSetup:
     def semantic(self) -> dict[str, Any]:
         """What fingerprints cover. Greedy or sampled, every engine gives the same answers; so it is not among it."""
         if self.engine.is_http:
-            served_model(self.engine.kind)  # raises where no server answers, before anything is written
+            served_model(self.engine.kind, self.engine.model)  # raises where none answers, before anything is written
         else:  # refused here, nothing is written for a model that cannot be asked
             path = resolve_model(self.engine.model)
             sees = image_grid(path, self.engine.min_pixels, self.engine.max_pixels) is not None
@@ -75,15 +76,29 @@ class EngineSetup:
         if self.trace is not None:
             engine = TracedEngine(engine, self.trace)
         decode = grid_decoder(engine.grid or CHECK_GRID, self.limits)
-        return LoadedEngine(engine, DecodePool(self.decode_workers, decode) if self.decode_workers else None)
+        pool = DecodePool(self.decode_workers, decode) if self.decode_workers else None
+        return LoadedEngine(engine, pool, self.engine.is_http)
 
 
 class LoadedEngine:
     """An engine that counts what goes through it, with the decoders before it."""
 
-    def __init__(self, engine: Engine, pool: DecodePool[Pixels] | None) -> None:
+    def __init__(self, engine: Engine, pool: DecodePool[Pixels] | None, served: bool = False) -> None:
         self.engine = CountingEngine(engine)
-        self._pool, self._decoding = pool, 0
+        self._pool, self._decoding, self._served = pool, 0, served
+
+    async def check(self, config: ReaderConfig) -> LoadedEngine:
+        """Find out whether what answers at a URL can be a reader at all; raises BadInput where not, and is closed then.
+
+        What an engine of our own can do is known without asking.
+        """
+        try:
+            if self._served:
+                await QuizReader(self.engine, config).check()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
 
     async def image(self, row: Row) -> ImageInput | ImageProblem:
         """A row's image in the form its engine wants, or what is wrong with it."""
@@ -121,8 +136,12 @@ class CountingEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._inner = engine
-        self.concurrency, self.grid, self.guides = engine.concurrency, engine.grid, engine.guides
+        self.grid, self.guides = engine.grid, engine.guides
         self.busy = self.tokens = self.requests = 0
+
+    @property
+    def concurrency(self) -> int:
+        return self._inner.concurrency
 
     async def generate(self, request: GenerationRequest) -> Completion:
         self.busy += 1
@@ -168,13 +187,19 @@ class TracedEngine(CountingEngine):
 
 
 class SidecarProcessor(RowByRow):
-    """What processors share that write no tars: their engine, and the rows they keep alive."""
+    """What processors share that write no tars: their engine, and the rows they keep alive.
+
+    ``rows``: how many for an engine of such a concurrency, which changes while a server shows what it takes.
+    """
 
     writes_tar = False
 
-    def __init__(self, loaded: LoadedEngine, window: int) -> None:
-        self.window = window
-        self._loaded = loaded
+    def __init__(self, loaded: LoadedEngine, rows: Callable[[int], int]) -> None:
+        self._loaded, self._rows = loaded, rows
+
+    @property
+    def window(self) -> int:
+        return self._rows(self._loaded.engine.concurrency)
 
     def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
         return None

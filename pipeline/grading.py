@@ -35,7 +35,8 @@ class GradeStage:
         return ReaderConfig(presentations=self.config.presentations)
 
     async def load(self) -> GradeProcessor:
-        return GradeProcessor(self, await self.setup.load())
+        loaded = await self.setup.load()
+        return GradeProcessor(self, await loaded.check(self.reader))
 
 
 class GradeProcessor(SidecarProcessor):
@@ -44,7 +45,7 @@ class GradeProcessor(SidecarProcessor):
     schema = GRADE
 
     def __init__(self, stage: GradeStage, loaded: LoadedEngine) -> None:
-        super().__init__(loaded, ROWS + 2 * loaded.engine.concurrency // REQUESTS_PER_ROW)
+        super().__init__(loaded, lambda concurrency: ROWS + 2 * concurrency // REQUESTS_PER_ROW)
         self._grader = Grader(QuizReader(loaded.engine, stage.reader), stage.config)
 
     async def process_row(self, row: Row) -> dict[str, Any]:

@@ -69,7 +69,9 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         if recipe.validation is not None:
             validation = recipe.validation
             reader = await load_reader(validation.reader, validation.engine, validation.template_args)
-            grader = QuizReader(reader, ReaderConfig())
+            grader = QuizReader(reader, ReaderConfig(mode=validation.mode))
+            if "://" in validation.engine:
+                await grader.check()
         ranks.wait()  # all have looked before one writes
         if ranks.first:
             _claim(out, semantic, fresh)

@@ -12,7 +12,7 @@ import errno
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -34,16 +34,18 @@ PULSE_SECONDS = 0.5
 class Processor(Protocol):
     """A stage, loaded: what turns readable rows into their output rows.
 
-    ``window``: rows to keep alive so that the engine never waits. ``chunk``: rows that are processed together, counted
-    from a shard's start, so that what shares a batch is the same whenever a run was stopped; 1 where rows do not matter
-    to each other. ``process`` raises EngineDead when all is over; any other exception becomes the rows'
-    ``engine_error``. ``members`` supplies a tar where ``writes_tar``.
+    ``window``: rows to keep alive so that the engine never waits; may change at any time. ``chunk``: rows that are
+    processed together, counted from a shard's start, so that what shares a batch is the same whenever a run was
+    stopped; 1 where rows do not matter to each other. ``process`` raises EngineDead when all is over; any other
+    exception becomes the rows' ``engine_error``. ``members`` supplies a tar where ``writes_tar``.
     """
 
     schema: pa.Schema
-    window: int
     chunk: int
     writes_tar: bool
+
+    @property
+    def window(self) -> int: ...
 
     async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]: ...
 
@@ -82,6 +84,23 @@ class Channel(Protocol):
     async def next_shard(self) -> Assignment | None: ...
 
     def send(self, event: Event) -> None: ...
+
+
+class Window:
+    """Room for as many rows as ``size`` says at the moment. One task acquires, any may release."""
+
+    def __init__(self, size: Callable[[], int]) -> None:
+        self._size, self._held, self._freed = size, 0, asyncio.Event()
+
+    async def acquire(self) -> None:
+        while self._held >= max(1, self._size()):
+            self._freed.clear()
+            await self._freed.wait()
+        self._held += 1
+
+    def release(self) -> None:
+        self._held -= 1
+        self._freed.set()
 
 
 class ShardRun:
@@ -152,7 +171,7 @@ class Worker:
 
     def __init__(self, processor: Processor, artifact: Artifact, channel: Channel) -> None:
         self.processor, self.artifact, self.channel = processor, artifact, channel
-        self.window = asyncio.Semaphore(processor.window)
+        self.window = Window(lambda: processor.window)
         self.concluded = asyncio.Event()
         self.commit_lock = asyncio.Lock()
         self.tasks: set[asyncio.Task[None]] = set()

@@ -33,7 +33,7 @@ class JudgeRewardConfig(Growing):
 
     kind: Literal["judge"] = "judge"
     model: str = Field(description="who rates: a bundled model that sees, a folder, a hub id")
-    engine: str = Field("auto", description="auto, vllm, transformers or the URL of a server")
+    engine: str = Field("auto", description="auto, vllm, transformers or URLs of servers, separated by commas")
     marks: tuple[str, ...] = Field(("1", "2", "3", "4", "5"), min_length=2, description="worst to best, a token each")
     weight: float = 1.0
     normalise: bool = False

@@ -39,7 +39,9 @@ async def _reward(config: RewardConfig, decode: Decode) -> Reward:
     match config:
         case QuizRewardConfig():
             engine = await load_reader(config.reader, config.engine, config.template_args)
-            return QuizReward(QuizReader(engine, reader_config(config)), config)
+            reader = QuizReader(engine, reader_config(config))
+            await _check_served(reader, config.engine)
+            return QuizReward(reader, config)
         case JudgeRewardConfig():
             asked = EngineConfig(config.engine, config.model, template_args=config.template_args)
             return JudgeReward(await load_engine(asked), config)
@@ -59,3 +61,13 @@ async def _reward(config: RewardConfig, decode: Decode) -> Reward:
             return BoilerplateReward(config)
         case _:
             return RepetitionReward()
+
+
+async def _check_served(reader: QuizReader, engine: str) -> None:
+    """Raise BadInput where what answers at a URL cannot be a reader; the engine is closed then."""
+    try:
+        if "://" in engine:
+            await reader.check()
+    except BaseException:
+        await reader.engine.aclose()
+        raise

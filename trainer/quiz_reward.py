@@ -19,11 +19,14 @@ class QuizRewardConfig(Growing):
     """``sampled``: as CapRL (arXiv 2509.22647 eq. 1-3); ``rotated``: every question in every cyclic order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    later = ("template_args", "thought_tokens")
+    later = ("template_args", "thought_tokens", "mode")
 
     kind: Literal["quiz"] = "quiz"
     reader: str = Field("tiny/reader", description="who answers: a bundled model, a folder, a hub id")
-    engine: str = Field("auto", description="auto, vllm, transformers or the URL of a server")
+    engine: str = Field("auto", description="auto, vllm, transformers or URLs of servers, separated by commas")
+    mode: Literal["choose", "sampled"] = Field(
+        "choose", description="choose: the likeliest letter; sampled: drawn ones, for servers without log-probabilities"
+    )
     presentations: Literal["rotated", "sampled"] = Field(
         "rotated",
         description="rotated: every question in every cyclic order; sampled: drawn with replacement, shuffled",
@@ -82,5 +85,5 @@ class QuizReward:
 
 
 def reader_config(config: QuizRewardConfig) -> ReaderConfig:
-    """How the reward's reader is asked: by letters' log-probability, in all orders."""
-    return ReaderConfig(thought_tokens=config.thought_tokens)
+    """How the reward's reader is asked: in all orders."""
+    return ReaderConfig(mode=config.mode, thought_tokens=config.thought_tokens)

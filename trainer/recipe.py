@@ -150,12 +150,13 @@ class OptimizerConfig(Section):
 class ValidationConfig(Section):
     """Greedy captions of held-out images, graded by a reader that is not the reward's."""
 
-    later = ("template_args",)
+    later = ("template_args", "mode")
 
     shards: str
     questions: str
     reader: str = "tiny/holdout-reader"
     engine: str = "auto"
+    mode: Literal["choose", "sampled"] = Field("choose", description="as a quiz's, of this reader")
     every: int = Field(25, ge=1, description="steps")
     images: int = Field(64, ge=1, description="the first so many")
     template_args: dict[str, Any] = Field({}, description="as a quiz's, of this reader")

@@ -15,10 +15,11 @@ from typing import Protocol, runtime_checkable
 
 from ..errors import BadInput
 from ..models.engine import Engine, Prompt
-from ..models.http_engine import HTTPEngine, HTTPOptions, connect_http_engine
+from ..models.http_engine import HTTPOptions
+from ..models.http_server import server_urls
 from ..models.loading import vllm_runs
 from ..models.sampling import vision_ids
-from ..models.several import Several
+from ..models.several import connect_servers
 from ..models.transformers_engine import TransformersEngine, batched_lm
 from ..models.vllm_engine import VLLMEngine, VLLMOptions, start_vllm_engine
 from .assembly import PolicyParts, write_model
@@ -142,8 +143,5 @@ def _vllm(recipe: Recipe, parts: PolicyParts) -> Engine:
 
 async def _connected(recipe: Recipe, parts: PolicyParts) -> Engine:
     barred = tuple(vision_ids(parts.sampled.config))
-    engines: list[HTTPEngine] = []
-    for url in recipe.rollout.engine.split(","):
-        options = HTTPOptions(url.strip(), token_ids=True, barred=barred, template_args=recipe.template_args)
-        engines.append(await connect_http_engine(options))
-    return engines[0] if len(engines) == 1 else Several(engines)
+    options = HTTPOptions("", token_ids=True, barred=barred, template_args=recipe.template_args)
+    return await connect_servers(options, server_urls(recipe.rollout.engine), all_needed=True)

@@ -27,7 +27,8 @@ from capipe.models.engine import (
     RequestError,
     Sampling,
 )
-from capipe.models.http_engine import HTTPOptions, base_url, connect_http_engine, served_model
+from capipe.models.http_engine import HTTPOptions, connect_http_engine
+from capipe.models.http_server import base_url, served_model
 
 from ..conftest import photo
 
