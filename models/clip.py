@@ -169,6 +169,7 @@ def built_activation(model: Any) -> Activation | None:
 def _tokenizer(source: ClipSource) -> Any:
     """That of a tag or a folder; where a folder has none, the one that its configuration names on the hub."""
     import open_clip
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 
     if isinstance(source.place, Tag):
         return open_clip.get_tokenizer(source.place.architecture)
@@ -176,9 +177,9 @@ def _tokenizer(source: ClipSource) -> Any:
     named = hub_name(text.get("hf_tokenizer_name") or "")
     if named is None or any(each.name.startswith(OF_TOKENIZERS) for each in source.place.iterdir()):
         return open_clip.get_tokenizer(f"local-dir:{source.place}")
-    return open_clip.HFTokenizer(
+    return HFTokenizer(
         str(snapshot(named, "tokenizer")),
-        context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+        context_length=text.get("context_length", DEFAULT_CONTEXT_LENGTH),
         tokenizer_mode=text.get("tokenizer_mode"),
         **text.get("tokenizer_kwargs", {}),
     )

@@ -180,10 +180,8 @@ def load_retrieval(
     except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
         raise BadInput(f"{name}: does not load as an image-text matching model ({_first_line(error)})") from error
     if lacking := [head for head in heads if any(key.startswith(head) for key in report["missing_keys"])]:
-        kind = "matching head" if heads == MATCHING else "heads"
-        raise BadInput(
-            f"{name}: has no trained {kind} ({' and '.join(lacking)}); name an image-text retrieval checkpoint"
-        )
+        told = "matching head (itm_head)" if heads == MATCHING else " and ".join(lacking)
+        raise BadInput(f"{name}: has no trained {told}; name an image-text retrieval checkpoint")
     refuse_random(report, name, loader.__name__, [re.escape(head) for head in HEADS if head not in heads])
     return RetrievalModel(model.to(where).eval(), tokenizer, source.view, source.mean, source.std)
 

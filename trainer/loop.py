@@ -202,7 +202,7 @@ def raised(figures: dict[str, Any], config: AlarmConfig, counts: dict[str, int])
         "repeating": (figures["repeating"], config.repeating, "of the captions loop"),
         "kl": (per_caption, config.kl, "nats per caption away from the start"),
         "unscored": (figures["unscored_share"], config.unscored, "of the captions have no score"),
-        "mismatch": (figures["mismatch"] or 0.0, config.mismatch, "nats a token between the policy and who draws"),
+        "mismatch": (figures.get("mismatch") or 0.0, config.mismatch, "nats a token between the policy and who draws"),
     }
     for name, (value, limit, words) in checks.items():
         counts[name] = counts.get(name, 0) + 1 if value > limit else 0

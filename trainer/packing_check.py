@@ -71,7 +71,7 @@ class PackingCheck:
     @property
     def holds(self) -> bool:
         """NaN does not."""
-        return self.mean <= AUTOCAST if self.autocast else max(self.first, self.last) <= EXACT
+        return self.mean <= AUTOCAST if self.autocast else self.first <= EXACT and self.last <= EXACT
 
     def line(self) -> str:
         return f"preflight: packed captions differ from plain ones by {max(self.first, self.last):.2g} nats at most"

@@ -114,7 +114,9 @@ def test_an_alarm_ends_a_run_that_diverges_for_some_steps_in_a_row() -> None:
     assert raised(figures(truncated=0.6), config, counts) is None
     said = raised(figures(truncated=0.7), config, counts)
     assert said == "0.70 of the captions are cut at their limit (alarms.truncated: 0.5), 2 steps in a row"
-    for name, value, words in (("kl", 0.6, "nats"), ("repeating", 0.9, "loop"), ("unscored_share", 0.9, "no score")):
+    wrong = {"kl": (0.6, "nats"), "repeating": (0.9, "loop"), "unscored_share": (0.9, "no score")}
+    wrong["mismatch"] = (0.5, r"alarms.mismatch: 0.3")
+    for name, (value, words) in wrong.items():
         counts = {}
         raised(figures(**{name: value}), config, counts)
         assert words in (raised(figures(**{name: value}), config, counts) or "")
