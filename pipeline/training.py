@@ -58,12 +58,13 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     mark, found = fingerprint(semantic), _look(out, semantic, fresh)
     parts = build_policy(recipe, found[0] if found else None, ranks)
     say(parts.learning)
-    judge = await build_judge(recipe.rewards, parts.preparing.encoder.decode)
+    judge = await build_judge(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
     grader: QuizReader | None = None
     sampler: Sampler | None = None
     try:
         if recipe.validation is not None:
-            reader = await load_reader(recipe.validation.reader, recipe.validation.engine)
+            longest = recipe.rollout.max_tokens
+            reader = await load_reader(recipe.validation.reader, recipe.validation.engine, longest)
             grader = QuizReader(reader, ReaderConfig())
         ranks.wait()  # all have looked before one writes
         if ranks.first:

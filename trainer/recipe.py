@@ -172,6 +172,10 @@ class Recipe(Section):
 
     model: str = Field(description="where training starts: a bundled model, a folder or a hub id")
     prompt: str = Field(DENSE[0], description="empty for models that read none, or nothing but the image")
+    max_pixels: int | None = Field(
+        None, ge=1, description="largest image area the model sees, and so image tokens; its processor's by default"
+    )
+    min_pixels: int | None = Field(None, ge=1, description="smallest image area; its processor's by default")
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()
@@ -233,6 +237,8 @@ class Recipe(Section):
         fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
         if self.rollout.overlap:
             fast -= {"save_every"}  # nothing is drawn ahead over a checkpoint
+        # What a recipe does not ask for is left out, so that runs from before it could stay what they are.
+        fast |= {name for name in ("max_pixels", "min_pixels") if getattr(self, name) is None}
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
         return self.model_dump(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ..errors import BadInput
+from ..models.context import image_tokens, text_room
 from ..models.engine import Engine, Prompt
 from ..models.http_engine import HTTPEngine, HTTPOptions, connect_http_engine
 from ..models.loading import vllm_runs
@@ -29,7 +30,6 @@ from .recipe import Recipe, RolloutConfig
 from .sharding import copy_weights
 
 SYNC_FOLDER = "sampling"  # in a run's --out
-TEXT_ROOM = 512  # tokens of a prompt beside its image
 PROBE_EXACT, PROBE_BF16 = 1e-3, 0.1  # nats; where all was well 1e-4 was seen in float32
 
 
@@ -104,7 +104,7 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
         lm = batched_lm(model, str(parts.folder), parts.grid)
         lm.computes_in = parts.policy.dtype
         return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.ranks, copy)
-    engine: Engine = _vllm(rollout, parts) if rollout.engine == "vllm" else await _connected(rollout, parts)
+    engine: Engine = _vllm(recipe, parts) if rollout.engine == "vllm" else await _connected(rollout, parts)
     folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER
     probing = DecoderPolicy(model)  # untempered, nothing barred: as vLLM tells log-probabilities
     exact = next(model.parameters()).device.type == "cpu"
@@ -123,14 +123,15 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     return sampler
 
 
-def _vllm(rollout: RolloutConfig, parts: PolicyParts) -> Engine:
+def _vllm(recipe: Recipe, parts: PolicyParts) -> Engine:
+    rollout = recipe.rollout
     if not vllm_runs():
         raise BadInput("rollout.engine vllm: vLLM is not installed here; use transformers, or install capipe[vllm]")
-    seen = parts.grid.max_pixels // parts.grid.factor**2
+    context = image_tokens(parts.grid) + text_room([recipe.prompt], rollout.max_tokens)
     options = VLLMOptions(
         str(parts.folder),
         parts.grid,
-        max_model_len=min(parts.preparing.max_model_len, seen + TEXT_ROOM + rollout.max_tokens),
+        max_model_len=min(parts.preparing.max_model_len, context),
         gpu_memory_utilization=rollout.gpu_memory,
         trained=True,
     )
