@@ -28,7 +28,7 @@ FIELDS: Mapping[str, tuple[str, type]] = {
 }
 OF_IMAGES = ("max-pixels", "min-pixels", "decode-workers")
 #: Those of one model alone: another one named beside it does not get them.
-OWN = ("template_args", "engine_args", "adapter")
+OWN: Mapping[str, Any] = {"template_args": {}, "engine_args": {}, "adapter": ""}
 _WORDS = {float: "a number", int: "a whole number", str: "a text"}
 
 
@@ -69,7 +69,7 @@ def second_model(
     A key is one of :data:`FIELDS`, ``template.KEY``, or an argument of vLLM. ``same``: it is the first model again,
     adapter and all. Raises BadInput.
     """
-    options = {name: value for name, value in first.items() if same or name not in OWN}
+    options = {**first, **({} if same else OWN)}
     rest: dict[str, Any] = {}
     for key, value in key_values(option, given).items():
         if key == TEMPLATE:
