@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension
@@ -162,7 +162,7 @@ def _environment() -> Environment:
 class _Generation(Extension):
     """transformers' own ``{% generation %}``, which marks what an assistant wrote."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it on the instance)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

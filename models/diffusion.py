@@ -103,10 +103,12 @@ def _parts(folder: Path, name: str) -> dict[str, Any]:
             continue  # a scheduler, a tokenizer
         called = f"{name}: {part}"
         if issubclass(kind, transformers.PreTrainedModel):
-            load = {"dtype": torch.float32, "called": called, "use_safetensors": True}
-            found[part], report = load_reported(kind, folder / part, **load)
+            found[part], report = load_reported(
+                kind, folder / part, dtype=torch.float32, called=called, use_safetensors=True
+            )
         else:
-            found[part], report = kind.from_pretrained(
+            loader: Any = kind
+            found[part], report = loader.from_pretrained(
                 folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
         refuse_random(report, called, named)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +16,20 @@ from typing import Any
 
 from ..errors import BadInput, RunFailed
 from .captioner_kinds import kind_of, one_size, read_json
+from .context import context_length
 from .engine import Engine, ImageGrid
 from .hub import hub_name, snapshot
 from .tiny import resolve as resolve_bundled
+from .vllm_arguments import refuse_ours
 
 KINDS = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What makes a model the model it is; pictures, readmes and licences beside it do not count.
 IDENTIFYING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 CHUNK_BYTES = 1 << 22
+# How vLLM and torch say that memory does not suffice, and vLLM that the reason stands further up.
+NO_MEMORY = re.compile(r"out of memory|KV cache|cache blocks|Free memory on device|engine core init", re.IGNORECASE)
+LESS_MEMORY = "needs less with a smaller --max-model-len or --max-pixels, and has what --gpu-memory gives it"
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +40,11 @@ class EngineConfig:
 
     ``kind``: ``auto``, ``vllm``, ``transformers`` or servers' URLs with commas between; with URLs, ``model=""`` takes
     what they serve, and ``concurrency`` is that of each (as many requests as it takes where None).
-    ``concurrency``, ``max_model_len``: the engine's and the model's own where None. ``timeout_s``: one HTTP attempt.
+    ``concurrency``: the engine's own where None. ``max_model_len``: where None what the largest image and ``room``,
+    tokens of text and answer beside it, take, or without ``room`` the model's own. ``timeout_s``: one HTTP attempt.
     ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``). ``template_args``: what
-    the chat template is given besides the chat (``{"enable_thinking": False}``).
+    the chat template is given besides the chat (``{"enable_thinking": False}``). ``engine_args``: of vLLM, by its own
+    names. ``adapter``: a folder of peft's, or empty.
     """
 
     kind: str = "auto"
@@ -50,7 +58,10 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     timeout_s: float = 300.0
+    room: int | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if self.is_http:
@@ -69,6 +80,22 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadInput(f"{name} must be above 0, not {value}")
+        self._refuse_vllm_only()
+
+    def _refuse_vllm_only(self) -> None:
+        if self.is_http and self.adapter:
+            raise BadInput(
+                f"--adapter {self.adapter}: a server loads its own; serve it there and name it by --model "
+                "(vllm serve MODEL --enable-lora --lora-modules NAME=FOLDER, then --model NAME)"
+            )
+        if self.is_http or self.kind == "transformers":
+            other = "a server has its own" if self.is_http else f"--engine {self.kind} has none"
+            if self.engine_args:
+                raise BadInput(f"engine argument {next(iter(self.engine_args))}: these are vLLM's, and {other}")
+            if self.tensor_parallel_size > 1:
+                where = "when it is started" if self.is_http else "with --engine vllm"
+                raise BadInput(f"--tensor-parallel {self.tensor_parallel_size}: is for vLLM; give it {where}")
+        refuse_ours(self.engine_args)
 
     @property
     def is_http(self) -> bool:
@@ -99,9 +126,20 @@ async def load_engine(config: EngineConfig) -> Engine:
     kind = kind_of(path)
     if kind is not None and config.kind == "vllm":
         raise BadInput(f"{config.model}: {kind.architecture} runs by --engine transformers alone, not by vllm")
-    if config.kind == "vllm" or (kind is None and config.kind == "auto" and config.device == "auto" and vllm_runs()):
-        return _load_vllm(config, path, grid)
-    return _load_transformers(config, path, grid)
+    by_vllm = config.kind == "vllm" or (
+        kind is None and config.kind == "auto" and config.device == "auto" and vllm_runs()
+    )
+    if not by_vllm and (config.engine_args or config.tensor_parallel_size > 1):
+        option = "--engine-arg" if config.engine_args else "--tensor-parallel"
+        why = "does not run here" if kind is None else f"does not know {kind.architecture}"
+        raise BadInput(f"{option}: is for vLLM, which {why}")
+    context = config.max_model_len or context_length(path, grid, config.room)
+    if config.adapter:
+        from .adapters import merged_folder
+
+        path = merged_folder(path, Path(config.adapter), config.dtype)
+    load = _load_vllm if by_vllm else _load_transformers
+    return load(config, path, grid, context)
 
 
 async def _load_http(config: EngineConfig) -> Engine:
@@ -120,7 +158,7 @@ async def _load_http(config: EngineConfig) -> Engine:
     return await connect_servers(options, config.urls)
 
 
-def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engine:
+def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None, context: int | None) -> Engine:
     from .pretrained import check_weights
     from .vllm_engine import VLLMOptions, start_vllm_engine
 
@@ -129,11 +167,12 @@ def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engi
         path=str(path),
         grid=grid,
         dtype=config.dtype,
-        max_model_len=config.max_model_len,
+        max_model_len=context,
         concurrency=config.concurrency,
         gpu_memory_utilization=config.gpu_memory_utilization,
         tensor_parallel_size=config.tensor_parallel_size,
         template_args=config.template_args,
+        engine_args=config.engine_args,
     )
     try:
         return start_vllm_engine(options)
@@ -141,10 +180,20 @@ def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engi
         raise
     except Exception as error:  # anything from a missing library to a card without room
         reason = f"{type(error).__name__}: {error}"
-        raise RunFailed(f"vLLM could not start on {path} ({reason}); --engine transformers does without it") from error
+        raise RunFailed(f"vLLM could not start on {path} ({reason}); {advice(reason)}") from error
 
 
-def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engine:
+def advice(reason: str) -> str:
+    """What helps an engine that did not start for this reason."""
+    if NO_MEMORY.search(reason):
+        unsaid = "where that was memory: " if "init" in reason else ""
+        return f"{unsaid}vLLM {LESS_MEMORY}"
+    return "--engine transformers does without it"
+
+
+def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None, context: int | None) -> Engine:
+    import torch
+
     from .transformers_engine import load_transformers_engine
 
     try:
@@ -154,10 +203,15 @@ def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None)
             grid=grid,
             dtype=config.dtype,
             device=config.device,
-            max_model_len=config.max_model_len,
+            max_model_len=context,
             concurrency=config.concurrency,
             template_args=config.template_args,
         )
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise RunFailed(
+            f"{path} does not fit into the GPU's memory ({reason}); give --dtype bfloat16, or other --gpus"
+        ) from error
     except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
         raise BadInput(f"{path} does not load as a model: {error}") from error
 

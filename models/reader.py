@@ -73,6 +73,11 @@ class ReaderConfig(Growing):
         THOUGHT_TEMPERATURE, ge=0, description="choose: of that thought; greedy ones tend to go in circles"
     )
 
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the longest answer with the thought before it."""
+        return self.max_tokens + self.thought_tokens
+
 
 @dataclass(frozen=True)
 class Reading:

@@ -14,8 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import BadInput
 from .affinity import bound_cores, move_off, move_to
 from .chat_templates import open_encoder
+from .context import too_long
 from .engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 CPU_CACHE_BYTES = GIB  # vLLM's own default is a large share of the machine's memory
 CPU_BLOCK_TOKENS = 32  # its default on a CPU, 128, is longer than a small image's prompt, which then never is shared
+TRAINED_BATCH_TOKENS = 8192  # computed at once beside a policy that shares the GPU; vLLM alone takes twice as many
 CLOSING_SECONDS = 20.0
 # Of vLLM's libraries for grammars, the one whose whitespace can be set with the schema. vLLM's own choices are white
 # space without end, which a model may fall for, or none at all, which forbids what json.dumps writes. The separators
@@ -60,6 +63,7 @@ ENVIRONMENT = {
 class VLLMOptions:
     """``concurrency``: sequences in the running batch. ``gpu_memory_utilization``: a share of the card, 0 to 1.
 
+    ``engine_args``: the user's own, by vLLM's names; they win over ours.
     ``trained``: the model is in training, in this process: it is to get new weights, may sleep on a GPU, and keeps no
     core to itself.
     """
@@ -73,6 +77,7 @@ class VLLMOptions:
     tensor_parallel_size: int = 1
     trained: bool = False
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 class VLLMEngine:
@@ -92,6 +97,7 @@ class VLLMEngine:
     ) -> None:
         self.grid = grid
         self.concurrency = concurrency
+        self.max_model_len: int = llm.model_config.max_model_len
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
         self._on_cpu = on_cpu
@@ -235,13 +241,18 @@ class VLLMEngine:
         from vllm import TokensPrompt
 
         ids = list(self._encoder.encode(prompt))
+        pixels = None if prompt.image is None else rgb_pixels(prompt.image)
+        seen = 0 if pixels is None or self.grid is None else pixels.shape[0] * pixels.shape[1] // self.grid.factor**2
+        length = len(ids) + max(0, seen - 1)  # the image's placeholder is one of the ids
+        if length >= self.max_model_len:
+            raise too_long(length, self.max_model_len)
         if prompt.image is None:
             return TokensPrompt(prompt_token_ids=ids)
         # The content hash stands for the pixels, which vLLM then need not hash: one engine has one pixel grid, so the
         # same bytes always come as the same pixels.
         return TokensPrompt(
             prompt_token_ids=ids,
-            multi_modal_data={"image": rgb_pixels(prompt.image)},
+            multi_modal_data={"image": pixels},
             multi_modal_uuids={"image": [prompt.image.uid]},
         )
 
@@ -268,7 +279,8 @@ def prepare_environment() -> None:
 def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
     """Start vLLM's processes and wait until the model is loaded (7 s to minutes). Call it where an event loop runs.
 
-    Raises BadInput for a chat template that does not work, before anything is started.
+    Raises BadInput for a chat template that does not work, before anything is started, and for arguments of the user's
+    that vLLM refuses; anything, where it cannot start for other reasons.
     """
     prepare_environment()
     from transformers import AutoTokenizer
@@ -278,7 +290,7 @@ def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
 
     on_cpu = current_platform.is_cpu()
     concurrency = options.concurrency or (128 if on_cpu else 256)
-    config = _engine_args(options, on_cpu, concurrency).create_engine_config()
+    config = engine_config(options, on_cpu, concurrency)
     config.model_config.logits_processors = [processor_path(config.use_v2_model_runner)]
     image_token = None if options.grid is None else config.model_config.hf_config.image_token_id
     tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
@@ -303,9 +315,22 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder:
     return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu)
 
 
-def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:
+def engine_config(options: VLLMOptions, on_cpu: bool, concurrency: int) -> VllmConfig:
+    """vLLM's settings. As for its own offline use: by default it takes small batches, for a server's latency."""
     from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
+    arguments = {**_arguments(options, on_cpu, concurrency), **options.engine_args}
+    try:
+        return AsyncEngineArgs(**arguments).create_engine_config(usage_context=UsageContext.LLM_CLASS)
+    except Exception as error:
+        if not options.engine_args:
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in options.engine_args.items())
+        raise BadInput(f"vLLM refuses its settings, with the engine arguments {given}: {error}") from error
+
+
+def _arguments(options: VLLMOptions, on_cpu: bool, concurrency: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": options.path,
         "dtype": ("float32" if on_cpu else "bfloat16") if options.dtype == "auto" else options.dtype,
@@ -319,6 +344,9 @@ def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:
     }
     if options.trained:
         arguments |= {"worker_extension_cls": EXTENSION, "enable_sleep_mode": not on_cpu}
+        arguments |= {} if on_cpu else {"max_num_batched_tokens": TRAINED_BATCH_TOKENS}
+    if options.tensor_parallel_size > 1:
+        arguments["distributed_executor_backend"] = "mp"  # else vLLM may ask Ray, whose worker this process may be
     if on_cpu:  # compiling, which is no faster once it runs, would cost ten to twenty seconds at every start
         arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": CPU_BLOCK_TOKENS, "enforce_eager": True}
     else:
@@ -330,7 +358,7 @@ def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:
             "mm_processor_kwargs": {"size": size},
             "mm_processor_cache_gb": 0,  # an image is seen once; its several prompts share it through the prefix
         }
-    return AsyncEngineArgs(**arguments)
+    return arguments
 
 
 def _vllm_processes() -> list[Process]:

@@ -13,15 +13,17 @@ from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard, Row, expand, input_artifact, join
 from ..manifests.status import Status
+from ..models.adapters import check_adapter
 from ..models.chat_templates import check_template
 from ..models.decode import DecodePool, grid_decoder
 from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
 from ..models.formats import ImageProblem
 from ..models.http_server import served_model
 from ..models.images import ImageLimits, Pixels
-from ..models.loading import EngineConfig, image_grid, load_engine, model_identity, resolve_model
+from ..models.loading import EngineConfig, folder_digest, image_grid, load_engine, model_identity, resolve_model
 from ..models.reader import QuizReader, ReaderConfig
 from ..models.thinking import thinks
+from ..models.vllm_arguments import changing_rows
 from .desk import Outcome
 from .events import Event
 from .inline import run_inline
@@ -53,14 +55,22 @@ class EngineSetup:
             check_template(path, sees, self.engine.template_args)
         identity = model_identity(self.engine.model, self.engine.kind)
         facts: dict[str, Any] = {"model": identity.digest or identity.name, "dtype": self.engine.dtype}
-        if self.engine.template_args:  # left out where there are none, as in folders from before there were any
-            facts["template_args"] = dict(self.engine.template_args)
+        facts |= self._more()
         if not self.decode_workers:
             return facts
         grid = None if self.engine.is_http else self._grid()
         asked = (self.engine.min_pixels, self.engine.max_pixels)
         limits = [self.limits.max_image_pixels, self.limits.min_side, self.limits.max_aspect]
         return {**facts, "pixels": asked if grid is None else (grid.min_pixels, grid.max_pixels), "limits": limits}
+
+    def _more(self) -> dict[str, Any]:
+        """What most runs do not ask for: where it is not given, fingerprints are as they were without it."""
+        engine = self.engine
+        more: dict[str, Any] = {"template_args": dict(engine.template_args)}
+        more["engine_args"] = changing_rows(engine.engine_args)
+        if engine.adapter:
+            more["adapter"] = folder_digest(check_adapter(engine.adapter))
+        return {name: value for name, value in more.items() if value}
 
     def _grid(self) -> ImageGrid:
         grid = image_grid(resolve_model(self.engine.model), self.engine.min_pixels, self.engine.max_pixels)
@@ -69,7 +79,8 @@ class EngineSetup:
         return grid
 
     def provenance(self) -> dict[str, Any]:
-        return {"model": self.engine.model, "engine": self.engine.kind}
+        adapter = {"adapter": self.engine.adapter} if self.engine.adapter else {}
+        return {"model": self.engine.model, "engine": self.engine.kind, **adapter}
 
     async def load(self) -> LoadedEngine:
         engine = await load_engine(self.engine)

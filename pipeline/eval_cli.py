@@ -10,7 +10,9 @@ from rich.console import Console
 
 from ..errors import BadInput
 from . import options as o
+from .key_values import second_model
 from .outcome import Exit, run_plan
+from .quiz_cli import refuse_own
 
 if TYPE_CHECKING:
     from ..trainer.figures import Comparison, Report
@@ -34,6 +36,15 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Longest caption in tokens.")] = 1024,
     seed: o.Seed = 0,
     presentations: Annotated[int | None, typer.Option(help="Orders of options per question; all by default.")] = None,
+    reader_mode: o.ReaderMode = None,
+    reader_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For the reader, in place of the captioner's: gpu-memory=0.4, dtype=…, template.KEY=…, or vLLM's; "
+            "may be repeated.",
+        ),
+    ] = None,
     generic: Annotated[str | None, typer.Option(help="A caption that fits any image, to be graded as a floor.")] = None,
     clip: Annotated[
         str | None,
@@ -51,6 +62,10 @@ def evaluate(
     concurrency: o.Concurrency = None,
     gpus: o.Gpus = None,
     gpu_memory: o.GpuMemory = 0.9,
+    tensor_parallel: o.TensorParallel = 1,
+    adapter: o.Adapter = None,
+    template_arg: o.TemplateArg = None,
+    engine_arg: o.EngineArg = None,
     decode_workers: o.DecodeWorkers = None,
     timeout: o.Timeout = 300.0,
     retry: o.Retry = False,
@@ -63,7 +78,9 @@ def evaluate(
     """Measure a captioner by how well a reader answers quiz questions from its captions alone."""
     from ..manifests.artifact import Artifact
     from ..models.clip_source import clip_place
+    from ..models.context import quiz_room
     from ..models.lm_scores import load_text_scorer
+    from ..models.reader import ReaderConfig
     from ..stages import grade, screen
     from ..stages.annotate import AnnotateConfig
     from .annotating import AnnotateStage, chosen_prompts
@@ -86,20 +103,45 @@ def evaluate(
         controls=controls,
         **({} if generic is None else {"generic": generic}),
     )
-    common: dict[str, Any] = {
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "concurrency": concurrency,
-        "gpu_memory_utilization": gpu_memory,
-        "timeout_s": timeout,
-    }
+    options = o.engine_options(
+        adapter=adapter,
+        engine_arg=engine_arg,
+        template_arg=template_arg,
+        tensor_parallel=tensor_parallel,
+        gpu_memory=gpu_memory,
+        timeout=timeout,
+        decode_workers=decode_workers,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        concurrency=concurrency,
+    )
+    if model is None:
+        refuse_own(options, "--captions has no captioner: give it to the reader, by --reader-arg")
     prompts = chosen_prompts(prompt, model, engine)
     refuse_controls([each.name for each in prompts])
     runs: dict[str, Any] = {"fresh": fresh, "retry": retry, "share": share}
     codes = [Exit.OK]
+    own = second_model("--reader-arg", options, reader_arg, same=False, sees=False)
+    kind = reader_engine or engine
+    reader_place = o.workplace(kind, gpus, runner, ray_address, ray_workers, own["tensor_parallel_size"])
+    mode = reader_mode or "choose"
+    reads = ReaderConfig(presentations=config.presentations, mode=mode)
+    longest = (
+        max_tokens if captions is None else captions_artifact(captions).config["semantic"]["annotate"]["max_tokens"]
+    )
+    reading = o.engine_setup(
+        reader,
+        kind,
+        reader_place,
+        sees=False,
+        options=own,
+        room=quiz_room(longest, reads.answer_tokens),
+        option="--reader-arg",
+    )
     if model is not None:
-        pixels: dict[str, Any] = {"decode_workers": decode_workers, "min_pixels": min_pixels, "max_pixels": max_pixels}
-        place = o.workplace(engine, gpus, runner, ray_address, ray_workers)
+        place = o.workplace(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
         asks = o.validated(
             AnnotateConfig,
             prompts=prompts,
@@ -110,17 +152,15 @@ def evaluate(
             seed=seed,
             max_attempts=1,  # what the captioner writes is what is measured
         )
-        setup = o.engine_setup(model, engine, place, sees=True, **common, **pixels)
+        setup = o.engine_setup(model, engine, place, sees=True, options=options, room=asks.room)
         captions = str(out / CAPTIONED)
         codes.append(run_plan(plan(AnnotateStage(asks, setup, model), shards, captions, **runs), place))
         if codes[-1] is Exit.INTERRUPTED:
             raise typer.Exit(codes[-1])
     assert captions is not None
-    place = o.workplace(reader_engine or engine, gpus, runner, ray_address, ray_workers)
-    setup = o.engine_setup(reader, reader_engine or engine, place, sees=False, **common)
     beside = {screen.QUESTIONS: asked, grade.CAPTIONS: captions_artifact(captions)}
     graded = str(out / GRADED)
-    codes.append(run_plan(plan(GradeStage(config, setup), shards, graded, beside=beside, **runs), place))
+    codes.append(run_plan(plan(GradeStage(config, reading, mode), shards, graded, beside=beside, **runs), reader_place))
     if codes[-1] is Exit.INTERRUPTED:
         raise typer.Exit(codes[-1])
     done = Artifact.open(graded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..manifests.schema import GRADE
 from ..manifests.shards import Row
@@ -21,6 +21,7 @@ class GradeStage:
 
     config: GradeConfig
     setup: EngineSetup
+    mode: Literal["choose", "sampled"] = "choose"
     name: str = "grade"
 
     def semantic(self) -> dict[str, Any]:
@@ -32,7 +33,7 @@ class GradeStage:
 
     @property
     def reader(self) -> ReaderConfig:
-        return ReaderConfig(presentations=self.config.presentations)
+        return ReaderConfig(presentations=self.config.presentations, mode=self.mode)
 
     async def load(self) -> GradeProcessor:
         loaded = await self.setup.load()

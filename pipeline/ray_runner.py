@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ PATIENCE_SECONDS = 20.0  # without any worker on a machine, before that is said
 
 @dataclass(frozen=True)
 class Size:
-    """How many workers a cluster is to have, and how many GPUs each (1 or none)."""
+    """How many workers a cluster is to have, and how many GPUs each."""
 
     workers: int
     gpus: int
@@ -68,8 +68,18 @@ def _size(place: Ray) -> Size:
     import ray
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    gpus = round(sum(machine.get("GPU", 0) for machine in machines)) if place.gpu else 0
-    return Size(place.workers or gpus or max(1, len(machines)), min(1, gpus))
+    return size_of(place, [round(machine.get("GPU", 0)) for machine in machines])
+
+
+def size_of(place: Ray, gpus: Sequence[int]) -> Size:
+    """For machines with so many GPUs each. Raises BadInput where none has as many as a worker needs."""
+    each = place.gpus_each
+    room = sum(count // each for count in gpus) if place.gpu else 0
+    if each > 1 and not room:
+        raise BadInput(
+            f"--tensor-parallel {each}: no machine of the cluster has so many GPUs (most: {max(gpus, default=0)})"
+        )
+    return Size(place.workers or room or max(1, len(gpus)), each if room else 0)
 
 
 class RayHand:

@@ -62,14 +62,15 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     mark, found = fingerprint(semantic), _look(out, semantic, fresh)
     parts = build_policy(recipe, found[0] if found else None, ranks)
     say(parts.learning)
-    judge = await build_judge(recipe.rewards, parts.preparing.encoder.decode)
+    judge = await build_judge(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
     grader: QuizReader | None = None
     sampler: Sampler | None = None
     try:
         if recipe.validation is not None:
-            validation = recipe.validation
-            reader = await load_reader(validation.reader, validation.engine, validation.template_args)
-            grader = QuizReader(reader, ReaderConfig(mode=validation.mode))
+            validation, longest = recipe.validation, recipe.rollout.max_tokens
+            asks = ReaderConfig(mode=validation.mode)
+            reader = await load_reader(validation.reader, validation.engine, longest, asks, validation.template_args)
+            grader = QuizReader(reader, asks)
             if "://" in validation.engine:
                 await grader.check()
         ranks.wait()  # all have looked before one writes

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..manifests.shards import Row
 from ..manifests.status import QuestionStatus, Status
+from ..models.context import text_room
 from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
 from ..models.quiz import KINDS, writing_prompt, writing_schema
 from .annotate import derive_seed
@@ -50,6 +51,11 @@ class QuestionsConfig(BaseModel):
     @property
     def prompt(self) -> NamedPrompt:
         return NamedPrompt("questions", writing_prompt(self.per_image, self.kinds))
+
+    @property
+    def room(self) -> int:
+        """Tokens of context that the prompt and its answer take, beside the image."""
+        return text_room([self.prompt.text], self.max_tokens)
 
 
 @dataclass(frozen=True)

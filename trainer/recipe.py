@@ -178,13 +178,17 @@ class AlarmConfig(Section):
 class Recipe(Section):
     """Everything that decides what a run does."""
 
-    later = ("template_args",)
+    later = ("template_args", "max_pixels", "min_pixels")
 
     model: str = Field(description="where training starts: a bundled model, a folder or a hub id")
     prompt: str = Field(DENSE[0], description="empty for models that read none, or nothing but the image")
     template_args: dict[str, Any] = Field(
         {}, description="given to the model's chat template besides the chat, e.g. {enable_thinking: false}"
     )
+    max_pixels: int | None = Field(
+        None, ge=1, description="largest image area the model sees, and so image tokens; its processor's by default"
+    )
+    min_pixels: int | None = Field(None, ge=1, description="smallest image area; its processor's by default")
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()
@@ -248,7 +252,7 @@ class Recipe(Section):
             fast -= {"save_every"}  # nothing is drawn ahead over a checkpoint
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
-        left_out = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
+        left_out: Any = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
         return self.model_dump(mode="json", exclude=left_out)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ..errors import BadInput
+from ..models.context import image_tokens, text_room
 from ..models.engine import Engine, Prompt
 from ..models.http_engine import HTTPOptions
 from ..models.http_server import server_urls
@@ -30,7 +31,6 @@ from .recipe import Recipe
 from .sharding import copy_weights
 
 SYNC_FOLDER = "sampling"  # in a run's --out
-TEXT_ROOM = 512  # tokens of a prompt beside its image
 PROBE_EXACT, PROBE_BF16 = 1e-3, 0.1  # nats; where all was well 1e-4 was seen in float32
 
 
@@ -128,11 +128,11 @@ def _vllm(recipe: Recipe, parts: PolicyParts) -> Engine:
     rollout = recipe.rollout
     if not vllm_runs():
         raise BadInput("rollout.engine vllm: vLLM is not installed here; use transformers, or install capipe[vllm]")
-    seen = parts.grid.max_pixels // parts.grid.factor**2
+    context = image_tokens(parts.grid) + text_room([recipe.prompt], rollout.max_tokens)
     options = VLLMOptions(
         str(parts.folder),
         parts.grid,
-        max_model_len=min(parts.preparing.max_model_len, seen + TEXT_ROOM + rollout.max_tokens),
+        max_model_len=min(parts.preparing.max_model_len, context),
         gpu_memory_utilization=rollout.gpu_memory,
         trained=True,
         template_args=recipe.template_args,
