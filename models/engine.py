@@ -18,7 +18,15 @@ PromptKey = tuple[str | None, str, str, str | None]
 
 
 class RequestError(Exception):
-    """One request failed; the engine lives on and the others are untouched. The message is the row's reason."""
+    """One request failed; the engine lives on and the others are untouched. The message is the row's reason.
+
+    ``final``: the same request can never succeed, for a reason that all requests share (a refused key, a spent quota, a
+    field that the server does not know).
+    """
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 class EngineDead(Exception):

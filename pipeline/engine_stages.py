@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard, Row, expand, input_artifact, join
 from ..manifests.status import Status
 from ..models.decode import DecodePool, grid_decoder
-from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
+from ..models.engine import (
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    Engine,
+    GenerationRequest,
+    ImageGrid,
+    ImageInput,
+    RequestError,
+)
 from ..models.formats import ImageProblem
 from ..models.http_engine import served_model
 from ..models.images import ImageLimits, Pixels
 from ..models.loading import EngineConfig, image_grid, load_engine, model_identity, resolve_model
+from .breaker import Refusals, answered
 from .desk import Outcome
 from .events import Event
 from .inline import run_inline
@@ -27,6 +37,8 @@ from .workplace import Workplace
 
 #: A server resizes by itself and gets the file; it is decoded here, very small, to find out whether it is sound.
 CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)
+
+Got = TypeVar("Got")
 
 REQUESTS_PER_ROW = 25  # of a row with a quiz: five questions in five orders at a time
 
@@ -109,30 +121,38 @@ class LoadedEngine:
 
 
 class CountingEngine:
-    """An engine with counters for the progress display."""
+    """An engine with counters for the progress display and for the breaker.
+
+    Raises RunFailed, too: where the engine refuses one request after the other for good.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._inner = engine
         self.concurrency, self.grid, self.guides = engine.concurrency, engine.grid, engine.guides
         self.busy = self.tokens = self.requests = 0
+        self._refusals = Refusals()
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        self.busy += 1
-        self.requests += 1
-        try:
-            completion = await self._inner.generate(request)
-        finally:
-            self.busy -= 1
+        completion = await self._counted(self._inner.generate(request))
         self.tokens += completion.n_tokens
         return completion
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
+        return await self._counted(self._inner.choose(request))
+
+    async def _counted(self, asked: Awaitable[Got]) -> Got:
         self.busy += 1
         self.requests += 1
         try:
-            return await self._inner.choose(request)
+            got = await asked
+        except RequestError as error:
+            self._refusals.failed(error)
+            raise
         finally:
             self.busy -= 1
+        self._refusals.over()
+        answered()
+        return got
 
     async def aclose(self) -> None:
         await self._inner.aclose()
