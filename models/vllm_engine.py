@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BadInput
 from .affinity import bound_cores, move_off, move_to
 from .chat_templates import open_encoder
+from .child_processes import spawned_follow
 from .context import too_long
+from .device_holders import device_holders
 from .engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -48,7 +50,10 @@ CLOSING_SECONDS = 20.0
 # are regular expressions: one space or none after ":" and ",", and no other white space between values.
 GUIDANCE_BACKEND = "guidance"
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# vLLM reads these when it is imported; whoever set them by hand keeps what they set.
+# vLLM reads these when it is imported. Nobody may choose another start method: a forked engine holds copies of this
+# process's pipes, so that whoever waits at their other ends never hears of a death, and does not follow us to ours.
+REQUIRED = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+# Whoever set these by hand keeps what they set.
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -270,7 +275,8 @@ def _with_form(schema: str) -> str:
 
 
 def prepare_environment() -> None:
-    """Quiet vLLM and keep its reports at home. To be called before anything imports it."""
+    """Have vLLM spawn its processes, quiet it, keep its reports at home. Call it before anything imports vLLM."""
+    os.environ.update(REQUIRED)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # here; children read the variable
@@ -279,8 +285,9 @@ def prepare_environment() -> None:
 def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
     """Start vLLM's processes and wait until the model is loaded (7 s to minutes). Call it where an event loop runs.
 
-    Raises BadInput for a chat template that does not work, before anything is started, and for arguments of the user's
-    that vLLM refuses; anything, where it cannot start for other reasons.
+    They end with this process, and with the thread that calls. Raises BadInput for a chat template that does not work,
+    before anything is started, and for arguments of the user's that vLLM refuses; anything, where it cannot start for
+    other reasons, naming who else has the device.
     """
     prepare_environment()
     from transformers import AutoTokenizer
@@ -304,7 +311,14 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     others = _vllm_processes()
-    llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    try:
+        with spawned_follow():
+            llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    except Exception as error:
+        on_gpu = config.device_config.device_type == "cuda"
+        if not (others_there := device_holders(on_gpu)):
+            raise
+        raise RuntimeError(f"{error}; the device is taken by {', '.join(others_there)}") from error
     # Noted while all live: an orphan of a killed engine process is no descendant of ours any more.
     processes = [each for each in _vllm_processes() if each not in others]
     pids = [process.pid for process in processes]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
@@ -16,7 +16,16 @@ from ..manifests.status import Status
 from ..models.adapters import check_adapter
 from ..models.chat_templates import check_template
 from ..models.decode import DecodePool, grid_decoder
-from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
+from ..models.engine import (
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    Engine,
+    GenerationRequest,
+    ImageGrid,
+    ImageInput,
+    RequestError,
+)
 from ..models.formats import ImageProblem
 from ..models.http_server import served_model
 from ..models.images import ImageLimits, Pixels
@@ -24,6 +33,7 @@ from ..models.loading import EngineConfig, folder_digest, image_grid, load_engin
 from ..models.reader import QuizReader, ReaderConfig
 from ..models.thinking import thinks
 from ..models.vllm_arguments import changing_rows
+from .breaker import Refusals, answered
 from .desk import Outcome
 from .events import Event
 from .inline import run_inline
@@ -32,6 +42,8 @@ from .workplace import Workplace
 
 #: A server resizes by itself and gets the file; it is decoded here, very small, to find out whether it is sound.
 CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)
+
+Got = TypeVar("Got")
 
 REQUESTS_PER_ROW = 25  # of a row with a quiz: five questions in five orders at a time
 
@@ -143,34 +155,42 @@ class LoadedEngine:
 
 
 class CountingEngine:
-    """An engine with counters for the progress display."""
+    """An engine with counters for the progress display and for the breaker.
+
+    Raises RunFailed, too: where the engine refuses one request after the other for good.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._inner = engine
         self.grid, self.guides = engine.grid, engine.guides
         self.busy = self.tokens = self.requests = 0
+        self._refusals = Refusals()
 
     @property
     def concurrency(self) -> int:
         return self._inner.concurrency
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        self.busy += 1
-        self.requests += 1
-        try:
-            completion = await self._inner.generate(request)
-        finally:
-            self.busy -= 1
+        completion = await self._counted(self._inner.generate(request))
         self.tokens += completion.n_tokens
         return completion
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
+        return await self._counted(self._inner.choose(request))
+
+    async def _counted(self, asked: Awaitable[Got]) -> Got:
         self.busy += 1
         self.requests += 1
         try:
-            return await self._inner.choose(request)
+            got = await asked
+        except RequestError as error:
+            self._refusals.failed(error)
+            raise
         finally:
             self.busy -= 1
+        self._refusals.over()
+        answered()
+        return got
 
     async def thinks(self) -> bool:
         return await thinks(self._inner)

@@ -17,7 +17,8 @@ from typing import Any
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from .events import Event, Note, WorkerFailed
-from .ray_worker import Home, RayWorker
+from .ray_worker import Home, Placed, RayWorker
+from .runner import CLOSING_SECONDS
 from .scheduler import Order
 from .worker import Stage
 from .workplace import Ray
@@ -86,8 +87,9 @@ class RayHand:
     """An actor and the call that its next events will answer."""
 
     def __init__(self, actor: Any) -> None:
-        self.actor, self.started = actor, False
+        self.actor, self.started, self.name = actor, False, "a machine of the cluster"
         self.death: str | None = None
+        self._leaving: Any = None
         self.coming = actor.hello.remote()
 
     def tell(self, order: Order) -> None:
@@ -97,9 +99,15 @@ class RayHand:
         self.kill()
         return self.death
 
+    def dismiss(self) -> None:
+        self._leaving = self.actor.leave.remote()
+
     def kill(self) -> None:
+        """Its engine and decoders follow it, by the kernel's hand."""
         import ray
 
+        if self._leaving is not None:
+            ray.wait([self._leaving], timeout=CLOSING_SECONDS)
         ray.kill(self.actor)
 
 
@@ -127,6 +135,7 @@ class RayCrew:
         import ray
 
         if not self._hands:
+            time.sleep(seconds)  # until a place is to be tried again
             return
         by_call = {hand.coming: hand for hand in self._hands}
         ready, _ = ray.wait(list(by_call), num_returns=len(by_call), timeout=0)
@@ -155,7 +164,10 @@ class RayCrew:
         else:
             hand.coming = hand.actor.events.remote()
         for event in events:
-            yield hand, event
+            if isinstance(event, Placed):
+                hand.name = event.name
+            else:
+                yield hand, event
 
     def _say_when_alone(self) -> None:
         """A cluster without room makes a run wait, which a person should know."""

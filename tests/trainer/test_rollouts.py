@@ -99,3 +99,4 @@ async def test_a_caption_that_fails_is_left_out_of_its_group(two: list[Task]) ->
     first, second = await collect(two, 0, Scripted(generate=fails), Lengths())
     assert [len(group.completions) for group in (first, second)] == [2, 3]
     assert [reward.score for reward in first.rewards] == [1.0, 3.0] and (first.key, second.key) == ("one", "two")
+    assert (first.failures, second.failures) == (["too long"], [])
