@@ -67,9 +67,17 @@ class HTTPEngine:
 
     guides = True  # or the server refuses the request, which is then its error
 
-    def __init__(self, options: HTTPOptions, client: httpx.AsyncClient, model: str, extended: bool) -> None:
+    def __init__(
+        self,
+        options: HTTPOptions,
+        client: httpx.AsyncClient,
+        model: str,
+        extended: bool,
+        context: int | None = None,
+    ) -> None:
         self.grid: ImageGrid | None = None  # the server resizes; it gets the encoded bytes
         self.concurrency = options.concurrency
+        self.context = context
         self.model = model
         self._options = options
         self._client = client
@@ -99,6 +107,9 @@ class HTTPEngine:
         reported = steps[0].get("top_logprobs", []) if steps else []
         scores = {each["token"]: float(each["logprob"]) for each in reported}
         return ChoiceScores(tuple(scores.get(choice) for choice in request.choices))
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return None
 
     async def reload(self, folder: Path) -> None:
         """Let the server read new weights from a folder that it sees, too, and forget what the old ones computed.
@@ -202,7 +213,8 @@ async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
         timeout=httpx.Timeout(options.timeout_s, connect=CONNECT_SECONDS, pool=None),  # waiting for a turn is no fault
     )
     try:
-        served = _models((await client.get("models")), base)
+        response = await client.get("models")
+        served = _models(response, base)
     except httpx.TransportError as error:
         await client.aclose()
         raise _no_answer(base, error) from error
@@ -213,17 +225,27 @@ async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
     if model not in served:
         await client.aclose()
         raise BadInput(f"{base} does not serve {model!r}; it serves {', '.join(served)}")
-    return HTTPEngine(options, client, model, served[model] in EXTENDED_SERVERS)
+    return HTTPEngine(options, client, model, served[model] in EXTENDED_SERVERS, _context(response, model))
+
+
+def served_context(url: str, model: str = "") -> int | None:
+    """The context of a server's model, of its first by default. Raises BadInput as :func:`connect_http_engine` does."""
+    response, served = _listed(base_url(url))
+    return _context(response, model or next(iter(served)))
 
 
 def served_model(url: str) -> str:
     """The name of the server's first model. Raises BadInput as :func:`connect_http_engine` does."""
-    base = base_url(url)
+    _, served = _listed(base_url(url))
+    return next(iter(served))
+
+
+def _listed(base: str) -> tuple[httpx.Response, dict[str, str]]:
     try:
         response = httpx.get(base + "models", headers=_authorization(), timeout=CONNECT_SECONDS)
     except httpx.TransportError as error:
         raise _no_answer(base, error) from error
-    return next(iter(_models(response, base)))
+    return response, _models(response, base)
 
 
 def base_url(url: str) -> str:
@@ -285,6 +307,12 @@ def _models(response: httpx.Response, base: str) -> dict[str, str]:
     if not listed:
         raise BadInput(f"{base} serves no model")
     return listed
+
+
+def _context(response: httpx.Response, model: str) -> int | None:
+    """The context of one of the models that :func:`_models` found; vLLM tells it, OpenAI's protocol has no field."""
+    told = next((each.get("max_model_len") for each in response.json()["data"] if each["id"] == model), None)
+    return told if type(told) is int and told > 0 else None
 
 
 def _json_object(response: httpx.Response) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .engine import ChoiceRequest, ChoiceScores, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
-from .quiz import ABSTAIN, LETTERS, Question, caption_prompt, image_prompt, parse_letter, put, rotations, shuffles
+from .quiz import ABSTAIN, Question, caption_prompt, image_prompt, letters, parse_letter, put, rotations, shuffles
 
 Order = tuple[int, ...]
 Answer = int | str | None  # a choice, why its request failed, or None where the reader named no option
@@ -98,16 +98,19 @@ class QuizReader:
         return shuffles(choices, count or 4, f"{self.config.seed}/{question.id}")
 
     async def answer(self, caption: str | None, asked: Sequence[tuple[Question, Order]]) -> list[Answer]:
-        """Answers from ``caption`` alone (None: blind) to questions, each in the one order that is given with it."""
+        """Answers from ``caption`` alone (None: blind) to questions, each in the one order that is given with it.
+
+        Raises ValueError for an order that does not have every choice of its question once.
+        """
         return await self._answers(caption_prompt(caption, self.config.abstain), None, asked)
 
     async def _answers(
         self, beginning: str, image: ImageInput | None, asked: Sequence[tuple[Question, Order]]
     ) -> list[Answer]:
+        prompts = [Prompt(beginning + put(question, order, self.config.abstain), image) for question, order in asked]
         numbers: Counter[str] = Counter()
         waiting = []
-        for question, order in asked:
-            prompt = Prompt(beginning + put(question, order, self.config.abstain), image)
+        for (question, order), prompt in zip(asked, prompts, strict=True):
             waiting.append(self._answer(prompt, question, order, numbers[question.id]))
             numbers[question.id] += 1
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)  # at once: engines see what they can share
@@ -133,7 +136,7 @@ class QuizReader:
         """The choice of one presentation, None where the reader made none, or why its request failed."""
         try:
             if self.config.mode == "choose":
-                request = ChoiceRequest(prompt, tuple(LETTERS[: len(order)]))
+                request = ChoiceRequest(prompt, letters(len(order)))
                 place = best_place(await self.engine.choose(request), self.config.least_mass)
             else:
                 seed = _seed(f"{self.config.seed}/{question.id}/{number}/{prompt.text}")

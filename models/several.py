@@ -19,12 +19,16 @@ class Several:
         self.concurrency = sum(each.concurrency for each in engines)
         self.grid = engines[0].grid
         self.guides = all(each.guides for each in engines)
+        self.context = min((each.context for each in engines if each.context is not None), default=None)
 
     async def generate(self, request: GenerationRequest) -> Completion:
         return await self._of(request.prompt).generate(request)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         return await self._of(request.prompt).choose(request)
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return await self._engines[0].count_tokens(prompt)
 
     async def reload(self, folder: Path) -> None:
         """New weights for all, at once. Raises EngineDead."""

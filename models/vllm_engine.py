@@ -86,8 +86,10 @@ class VLLMEngine:
         processes: list[Process],
         cores: set[int],
         on_cpu: bool,
+        context: int | None = None,
     ) -> None:
         self.grid = grid
+        self.context = context
         self.concurrency = concurrency
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
@@ -130,6 +132,9 @@ class VLLMEngine:
         output = await self._run(request.prompt, params)
         assert output.logprobs is not None
         return ChoiceScores(tuple(output.logprobs[0][token].logprob for token in ids))
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return len(self._encoder.encode(prompt))
 
     async def reload(self, folder: Path) -> None:
         """Read new weights of the same model from a Hugging Face folder, and forget what the old ones computed.
@@ -289,7 +294,8 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int) -> VLLME
     if not options.trained:  # training takes turns with it, and wants all cores in its own
         move_off(bound_cores(pids), [os.getpid(), *pids])
     on_cpu = config.device_config.device_type == "cpu"
-    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu)
+    context = int(config.model_config.max_model_len)  # as vLLM settled it
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context)
 
 
 def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:

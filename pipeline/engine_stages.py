@@ -14,7 +14,16 @@ from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard, Row, expand, input_artifact, join
 from ..manifests.status import Status
 from ..models.decode import DecodePool, grid_decoder
-from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
+from ..models.engine import (
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    Engine,
+    GenerationRequest,
+    ImageGrid,
+    ImageInput,
+    Prompt,
+)
 from ..models.formats import ImageProblem
 from ..models.http_engine import served_model
 from ..models.images import ImageLimits, Pixels
@@ -114,6 +123,7 @@ class CountingEngine:
     def __init__(self, engine: Engine) -> None:
         self._inner = engine
         self.concurrency, self.grid, self.guides = engine.concurrency, engine.grid, engine.guides
+        self.context = engine.context
         self.busy = self.tokens = self.requests = 0
 
     async def generate(self, request: GenerationRequest) -> Completion:
@@ -133,6 +143,9 @@ class CountingEngine:
             return await self._inner.choose(request)
         finally:
             self.busy -= 1
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return await self._inner.count_tokens(prompt)
 
     async def aclose(self) -> None:
         await self._inner.aclose()

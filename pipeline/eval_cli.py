@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +17,7 @@ from . import options as o
 from .outcome import Exit, run_plan
 
 if TYPE_CHECKING:
-    from ..trainer.figures import Comparison, Report
+    from ..trainer.figures import Caution, Comparison, Report
 
 CAPTIONED, GRADED = "captions", "graded"  # the artifacts in --out; the report lies beside them
 
@@ -43,7 +47,9 @@ def evaluate(
         str | None, typer.Option(help="CLIP or BLIP for the mean cosine of captions and images; may be the reward's.")
     ] = None,
     language_model: Annotated[str | None, typer.Option(help="Model for the captions' perplexity: tiny/opt.")] = None,
-    controls: Annotated[bool, typer.Option(help="Grade blind, empty, generic and oracle captions, too.")] = True,
+    controls: Annotated[
+        bool, typer.Option(help="Grade blind, empty, generic, self-oracle and oracle captions, too.")
+    ] = True,
     max_pixels: o.MaxPixels = None,
     min_pixels: o.MinPixels = None,
     dtype: o.Dtype = "auto",
@@ -69,6 +75,7 @@ def evaluate(
     from .annotating import AnnotateStage, chosen_prompts
     from .engine_stages import plan
     from .grading import GradeStage
+    from .reader_checks import asked_of, caption_texts, check_captions, check_limit, rewarded_by, told_texts
     from .reporting import Judges, load_cosine, report_on, write_report
 
     if (model is None) == (captions is None):
@@ -95,9 +102,13 @@ def evaluate(
     }
     prompts = chosen_prompts(prompt, model, engine)
     refuse_controls([each.name for each in prompts])
+    reader_place = o.workplace(reader_engine or engine, gpus, runner, ray_address, ray_workers)
+    reading = GradeStage(config, o.engine_setup(reader, reader_engine or engine, reader_place, sees=False, **common))
+    reading = replace(reading, asked=asked_of(asked))
     runs: dict[str, Any] = {"fresh": fresh, "retry": retry, "share": share}
     codes = [Exit.OK]
     if model is not None:
+        check_limit(reading, max_tokens)
         pixels: dict[str, Any] = {"decode_workers": decode_workers, "min_pixels": min_pixels, "max_pixels": max_pixels}
         place = o.workplace(engine, gpus, runner, ray_address, ray_workers)
         asks = o.validated(
@@ -116,19 +127,23 @@ def evaluate(
         if codes[-1] is Exit.INTERRUPTED:
             raise typer.Exit(codes[-1])
     assert captions is not None
-    place = o.workplace(reader_engine or engine, gpus, runner, ray_address, ray_workers)
-    setup = o.engine_setup(reader, reader_engine or engine, place, sees=False, **common)
-    beside = {screen.QUESTIONS: asked, grade.CAPTIONS: captions_artifact(captions)}
+    written = captions_artifact(captions)
+    beside = {screen.QUESTIONS: asked, grade.CAPTIONS: written}
+    lengths = check_captions(reading, chain(caption_texts(written), told_texts(asked) if controls else ()))
+    warnings = [*lengths.cautions, *rewarded_by(written, reading)]
+    say_warnings(warnings)
     graded = str(out / GRADED)
-    codes.append(run_plan(plan(GradeStage(config, setup), shards, graded, beside=beside, **runs), place))
+    reading = replace(reading, longest=lengths.longest)
+    codes.append(run_plan(plan(reading, shards, graded, beside=beside, **runs), reader_place))
     if codes[-1] is Exit.INTERRUPTED:
         raise typer.Exit(codes[-1])
     done = Artifact.open(graded)
     if not done.committed():  # what kept every shard from being graded has been said
         raise typer.Exit(max(codes))
-    report = report_on(done, Judges(clip, cosine, language_model))
+    report = report_on(done, Judges(clip, cosine, language_model), warnings)
     write_report(report, out)
     show(report)
+    say_warnings(report.warnings)
     print(f"report: {out / 'report.md'}")
     raise typer.Exit(max(codes))
 
@@ -160,6 +175,12 @@ def show(value: Report | Comparison) -> None:
     console = Console(soft_wrap=False)
     for table in terminal(value):
         console.print(table)
+
+
+def say_warnings(warnings: Sequence[Caution]) -> None:
+    """A line each on stderr."""
+    for warning in warnings:
+        print(f"warning: {warning.text}", file=sys.stderr)
 
 
 def refuse_controls(names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The grading stage of `capipe eval`, described and loaded."""
+"""The grading stage of `capipe eval`, described, checked against its reader, and loaded."""
 
 from __future__ import annotations
 
@@ -7,20 +7,31 @@ from typing import Any
 
 from ..manifests.schema import GRADE
 from ..manifests.shards import Row
+from ..models.context_check import check_asked, room
+from ..models.engine import Engine
+from ..models.loading import EngineConfig, ModelIdentity, model_identity
+from ..models.quiz import Question
 from ..models.reader import QuizReader, ReaderConfig
 from ..stages import grade
 from ..stages.grade import GradeConfig, Grader
 from .engine_stages import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
+from .reader_checks import too_long
 
 ROWS = 4  # rows a reader works on beyond those that fill its engine
 
 
 @dataclass(frozen=True)
 class GradeStage:
-    """Everything a worker needs to grade captions; picklable."""
+    """Everything a worker needs to grade captions; picklable.
+
+    ``asked``: those questions that show whether the reader can be asked all; ``longest``: the most tokens of a caption
+    that it is to read beside them.
+    """
 
     config: GradeConfig
     setup: EngineSetup
+    asked: tuple[Question, ...] = ()
+    longest: int = 0
     name: str = "grade"
 
     def semantic(self) -> dict[str, Any]:
@@ -34,8 +45,34 @@ class GradeStage:
     def reader(self) -> ReaderConfig:
         return ReaderConfig(presentations=self.config.presentations)
 
+    @property
+    def engine(self) -> EngineConfig:
+        return self.setup.engine
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Of the model that reads. Raises BadInput where there is none such, or no server."""
+        return model_identity(self.engine.model, self.engine.kind)
+
     async def load(self) -> GradeProcessor:
-        return GradeProcessor(self, await self.setup.load())
+        loaded = await self.setup.load()
+        try:
+            await self._check(loaded.engine)
+        except BaseException:
+            await loaded.aclose()
+            raise
+        return GradeProcessor(self, loaded)
+
+    async def _check(self, engine: Engine) -> None:
+        """What only the running engine knows for sure. Raises BadInput."""
+        if not self.asked:
+            return
+        reader, name = QuizReader(engine, self.reader), self.engine.model or self.engine.kind
+        left = await room(reader, self.asked)
+        if left is not None and left < self.longest:
+            raise too_long(name, engine.context, self.longest, left)
+        if not self.engine.is_http:  # what a server cannot do it says of each request, maybe for a while only
+            await check_asked(reader, name, self.asked)
 
 
 class GradeProcessor(SidecarProcessor):
