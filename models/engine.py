@@ -170,6 +170,7 @@ class Engine(Protocol):
     takes is found while it works, so it changes: read it again for each decision.
     ``grid``: where pixels must lie, or None when the engine wants the encoded bytes instead.
     ``guides``: whether it heeds ``GenerationRequest.json_schema``; what was cut off at its length is not valid even so.
+    ``context``: the most tokens that a prompt and its answer may have together, None where a server does not say.
     """
 
     grid: ImageGrid | None
@@ -178,8 +179,15 @@ class Engine(Protocol):
     @property
     def concurrency(self) -> int: ...
 
+    @property
+    def context(self) -> int | None: ...
+
     async def generate(self, request: GenerationRequest) -> Completion: ...
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores: ...
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        """How many tokens a prompt without an image is as the model gets it; None where a server has the tokenizer."""
+        ...
 
     async def aclose(self) -> None: ...

@@ -43,7 +43,7 @@ from .http_answers import (
 )
 from .http_fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField
 from .http_limits import MOST, AdaptiveLimit, Limiter, room_for_connections
-from .http_server import CONNECT_SECONDS, authorization, base_url, chosen_model, listed_models, no_answer
+from .http_server import CONNECT_SECONDS, authorization, base_url, chosen_model, listed_models, model_context, no_answer
 from .thinking import Tags
 from .vllm_sync import EXTENSION, RELOAD
 
@@ -93,8 +93,16 @@ class HTTPEngine:
 
     guides = True  # or the server refuses the request, which is then its error
 
-    def __init__(self, options: HTTPOptions, client: httpx.AsyncClient, model: str, extended: bool) -> None:
+    def __init__(
+        self,
+        options: HTTPOptions,
+        client: httpx.AsyncClient,
+        model: str,
+        extended: bool,
+        context: int | None = None,
+    ) -> None:
         self.grid: ImageGrid | None = None  # the server resizes; it gets the encoded bytes
+        self.context = context
         self.model = model
         self.load = 0  # requests in flight, in line and between two attempts
         self._options = options
@@ -157,6 +165,9 @@ class HTTPEngine:
 
     async def _thinks_before(self, prompt: Prompt) -> bool:
         return (await self.generate(GenerationRequest(prompt, Sampling(max_tokens=PROBE_TOKENS)))).thought is not None
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return None
 
     async def reload(self, folder: Path) -> None:
         """Let the server read new weights from a folder that it sees, too, and forget what the old ones computed.
@@ -343,7 +354,8 @@ async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
         timeout=httpx.Timeout(options.timeout_s, connect=CONNECT_SECONDS, pool=None),  # waiting for a turn is no fault
     )
     try:
-        served = listed_models(await client.get("models"), base)
+        response = await client.get("models")
+        served = listed_models(response, base)
         model = chosen_model(served, options.model, base)
     except httpx.HTTPError as error:
         await client.aclose()
@@ -351,7 +363,7 @@ async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
     except BadInput:
         await client.aclose()
         raise
-    return HTTPEngine(options, client, model, served[model] in EXTENDED_SERVERS)
+    return HTTPEngine(options, client, model, served[model] in EXTENDED_SERVERS, model_context(response, model))
 
 
 def _response_format(json_schema: str) -> dict[str, Any]:

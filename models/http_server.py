@@ -68,19 +68,33 @@ def served_model(option: str, model: str = "") -> str:
     Asks each server. Raises BadInput where none answers, one does not have the model, or they have different ones; of
     several, some may be down.
     """
-    served, down = dict[str, Mapping[str, str]](), list[NoAnswer]()
+    return common_model({url: chosen for url, (_, chosen) in _asked(option, model).items()})
+
+
+def served_context(option: str, model: str = "") -> int | None:
+    """The shortest context that the servers of ``option`` tell of their model; None where none does.
+
+    Raises BadInput as :func:`served_model` does.
+    """
+    told = [model_context(response, chosen) for response, chosen in _asked(option, model).values()]
+    return min((each for each in told if each is not None), default=None)
+
+
+def _asked(option: str, model: str) -> dict[str, tuple[httpx.Response, str]]:
+    """What the servers that answer list, and which of it is meant, by URL; at least one."""
+    found, down = dict[str, tuple[httpx.Response, str]](), list[NoAnswer]()
     for url in server_urls(option):
         base = base_url(url)
         try:
             response = httpx.get(base + "models", headers=authorization(), timeout=CONNECT_SECONDS)
-            served[url] = listed_models(response, base)
+            found[url] = response, chosen_model(listed_models(response, base), model, base)
         except httpx.HTTPError as error:
             down.append(no_answer(base, error))
         except NoAnswer as error:
             down.append(error)
-    if not served:
+    if not found:
         raise none_answers(down)
-    return common_model({url: chosen_model(models, model, base_url(url)) for url, models in served.items()})
+    return found
 
 
 def common_model(chosen: Mapping[str, str]) -> str:
@@ -118,6 +132,12 @@ def listed_models(response: httpx.Response, base: str) -> dict[str, str]:
     if not listed:
         raise BadInput(f"{base} serves no model")
     return listed
+
+
+def model_context(response: httpx.Response, model: str) -> int | None:
+    """The context of one of the listed models; vLLM tells it, OpenAI's protocol has no field."""
+    told = next((each.get("max_model_len") for each in response.json()["data"] if each["id"] == model), None)
+    return told if type(told) is int and told > 0 else None
 
 
 def no_answer(base: str, error: httpx.HTTPError) -> NoAnswer:

@@ -301,6 +301,23 @@ def content_digest(folder: Path) -> str:
     return folder.name if folder.parent.name == "snapshots" else folder_digest(folder)
 
 
+def same_model(first: ModelIdentity, second: ModelIdentity) -> bool:
+    """Whether two names stand for one model: by content, by the name alone where a server hides that of either."""
+    ours, theirs = _known_digest(first), _known_digest(second)
+    return first.name == second.name if ours is None or theirs is None else ours == theirs
+
+
+def _known_digest(identity: ModelIdentity) -> str | None:
+    """The digest, also of what a server calls by a folder's name that is here."""
+    if identity.digest is not None:
+        return identity.digest
+    try:
+        path = Path(resolve_bundled(identity.name)).expanduser()
+    except ValueError:
+        return None
+    return folder_digest(path.resolve()) if (path / "config.json").is_file() else None
+
+
 def folder_digest(folder: Path) -> str:
     """sha256 over names and contents of the files that make the model, in hex; the folder's own name has no part."""
     digest = hashlib.sha256()

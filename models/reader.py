@@ -30,7 +30,7 @@ from .engine import (
     Sampling,
     Thought,
 )
-from .quiz import ABSTAIN, LETTERS, Question, caption_prompt, image_prompt, parse_letter, put, rotations, shuffles
+from .quiz import ABSTAIN, Question, caption_prompt, image_prompt, letters, parse_letter, put, rotations, shuffles
 from .thinking import after_thought, thinks
 
 Order = tuple[int, ...]
@@ -143,17 +143,20 @@ class QuizReader:
         return shuffles(choices, count or 4, f"{self.config.seed}/{question.id}")
 
     async def answer(self, caption: str | None, asked: Sequence[tuple[Question, Order]]) -> list[Answer]:
-        """Answers from ``caption`` alone (None: blind) to questions, each in the one order that is given with it."""
+        """Answers from ``caption`` alone (None: blind) to questions, each in the one order that is given with it.
+
+        Raises ValueError for an order that does not have every choice of its question once.
+        """
         told = await self._answers(caption_prompt(caption, self.config.abstain), None, asked)
         return [each.answer for each in told]
 
     async def _answers(
         self, beginning: str, image: ImageInput | None, asked: Sequence[tuple[Question, Order]]
     ) -> list[_Told]:
+        prompts = [Prompt(beginning + put(question, order, self.config.abstain), image) for question, order in asked]
         numbers: Counter[str] = Counter()
         waiting = []
-        for question, order in asked:
-            prompt = Prompt(beginning + put(question, order, self.config.abstain), image)
+        for (question, order), prompt in zip(asked, prompts, strict=True):
             waiting.append(self._answer(prompt, question, order, numbers[question.id]))
             numbers[question.id] += 1
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)  # at once: engines see what they can share
@@ -209,7 +212,7 @@ class QuizReader:
         if thinking:
             sampling = Sampling(config.thought_temperature, 1.0, config.thought_tokens, seed)
             prompt, thought = await after_thought(self.engine, prompt, sampling)
-        scores = await self.engine.choose(ChoiceRequest(prompt, tuple(LETTERS[:choices])))
+        scores = await self.engine.choose(ChoiceRequest(prompt, letters(choices)))
         return best_place(scores, config.least_mass), thought
 
     async def _sampled(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> tuple[Place, Thought | None]:

@@ -84,6 +84,12 @@ class EngineRouter:
     def concurrency(self) -> int:
         return max(1, sum(engine.concurrency for _, engine in self._live()))
 
+    @property
+    def context(self) -> int | None:
+        """The shortest that one of them tells."""
+        told = [server.engine.context for server in self._servers if server.engine is not None]
+        return min((each for each in told if each is not None), default=None)
+
     async def generate(self, request: GenerationRequest) -> Completion:
         return await self._route(request.prompt, lambda engine: engine.generate(request))
 
@@ -93,6 +99,9 @@ class EngineRouter:
     async def thinks(self) -> bool:
         """Of any of them, since they serve one model."""
         return await self._route(THOUGHT_PROBE, lambda engine: engine.thinks())
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return None
 
     async def reload(self, folder: Path) -> None:
         """New weights for all, at once, those that were left out among them. Raises EngineDead where one is gone."""

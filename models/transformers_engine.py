@@ -23,6 +23,7 @@ from .engine import (
     EngineDead,
     GenerationRequest,
     ImageGrid,
+    Prompt,
     PromptKey,
     RequestError,
 )
@@ -76,6 +77,7 @@ class TransformersEngine:
         self.lm = lm
         self.grid = grid
         self.concurrency = concurrency
+        self.context: int | None = lm.max_model_len
         self._waiting: asyncio.Queue[_Job] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="capipe-transformers")
         self._batcher: asyncio.Task[None] | None = None
@@ -92,6 +94,10 @@ class TransformersEngine:
 
     async def thinks(self) -> bool:
         return self.lm.encoder.thinking is not None
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        ids = await asyncio.get_running_loop().run_in_executor(self._thread, self.lm.encoder.encode, prompt)
+        return len(ids)
 
     async def aclose(self) -> None:
         """Let the running batch end, fail what waits, free the thread."""

@@ -99,10 +99,11 @@ class VLLMEngine:
         processes: list[Process],
         cores: set[int],
         on_cpu: bool,
+        context: int,
     ) -> None:
         self.grid = grid
+        self.context = context
         self.concurrency = concurrency
-        self.max_model_len: int = llm.model_config.max_model_len
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
         self._on_cpu = on_cpu
@@ -148,6 +149,9 @@ class VLLMEngine:
 
     async def thinks(self) -> bool:
         return self._encoder.thinking is not None
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return len(self._encoder.encode(prompt))
 
     async def reload(self, folder: Path) -> None:
         """Read new weights of the same model from a Hugging Face folder, and forget what the old ones computed.
@@ -249,8 +253,8 @@ class VLLMEngine:
         pixels = None if prompt.image is None else rgb_pixels(prompt.image)
         seen = 0 if pixels is None or self.grid is None else pixels.shape[0] * pixels.shape[1] // self.grid.factor**2
         length = len(ids) + max(0, seen - 1)  # the image's placeholder is one of the ids
-        if length >= self.max_model_len:
-            raise too_long(length, self.max_model_len)
+        if length >= self.context:
+            raise too_long(length, self.context)
         if prompt.image is None:
             return TokensPrompt(prompt_token_ids=ids)
         # The content hash stands for the pixels, which vLLM then need not hash: one engine has one pixel grid, so the
@@ -326,7 +330,8 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder:
     if not options.trained:  # training takes turns with it, and wants all cores in its own
         move_off(bound_cores(pids), [os.getpid(), *pids])
     on_cpu = config.device_config.device_type == "cpu"
-    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu)
+    context = int(config.model_config.max_model_len)  # as vLLM settled it
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context)
 
 
 def engine_config(options: VLLMOptions, on_cpu: bool, concurrency: int) -> VllmConfig:

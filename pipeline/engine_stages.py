@@ -24,6 +24,7 @@ from ..models.engine import (
     GenerationRequest,
     ImageGrid,
     ImageInput,
+    Prompt,
     RequestError,
 )
 from ..models.formats import ImageProblem
@@ -162,7 +163,7 @@ class CountingEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._inner = engine
-        self.grid, self.guides = engine.grid, engine.guides
+        self.grid, self.guides, self.context = engine.grid, engine.guides, engine.context
         self.busy = self.tokens = self.requests = 0
         self._refusals = Refusals()
 
@@ -194,6 +195,9 @@ class CountingEngine:
 
     async def thinks(self) -> bool:
         return await thinks(self._inner)
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return await self._inner.count_tokens(prompt)
 
     async def aclose(self) -> None:
         await self._inner.aclose()

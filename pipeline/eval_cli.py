@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +18,7 @@ from .outcome import Exit, run_plan
 from .quiz_cli import refuse_own
 
 if TYPE_CHECKING:
-    from ..trainer.figures import Comparison, Report
+    from ..trainer.figures import Caution, Comparison, Report
 
 CAPTIONED, GRADED = "captions", "graded"  # the artifacts in --out; the report lies beside them
 
@@ -54,7 +57,9 @@ def evaluate(
         str | None, typer.Option(help="CLIP or BLIP for the mean cosine of captions and images; may be the reward's.")
     ] = None,
     language_model: Annotated[str | None, typer.Option(help="Model for the captions' perplexity: tiny/opt.")] = None,
-    controls: Annotated[bool, typer.Option(help="Grade blind, empty, generic and oracle captions, too.")] = True,
+    controls: Annotated[
+        bool, typer.Option(help="Grade blind, empty, generic, self-oracle and oracle captions, too.")
+    ] = True,
     max_pixels: o.MaxPixels = None,
     min_pixels: o.MinPixels = None,
     dtype: o.Dtype = "auto",
@@ -86,6 +91,7 @@ def evaluate(
     from .annotating import AnnotateStage, chosen_prompts
     from .engine_stages import plan
     from .grading import GradeStage
+    from .reader_checks import asked_of, caption_texts, check_captions, check_limit, rewarded_by, told_texts
     from .reporting import Judges, load_cosine, report_on, write_report
 
     if (model is None) == (captions is None):
@@ -121,17 +127,14 @@ def evaluate(
         refuse_own(options, "--captions has no captioner: give it to the reader, by --reader-arg")
     prompts = chosen_prompts(prompt, model, engine)
     refuse_controls([each.name for each in prompts])
-    runs: dict[str, Any] = {"fresh": fresh, "retry": retry, "share": share}
-    codes = [Exit.OK]
     own = second_model("--reader-arg", options, reader_arg, same=False, sees=False)
     kind = reader_engine or engine
     reader_place = o.workplace(kind, gpus, runner, ray_address, ray_workers, own["tensor_parallel_size"])
     mode = reader_mode or "choose"
+    written = None if captions is None else captions_artifact(captions)
+    longest = max_tokens if written is None else written.config["semantic"]["annotate"]["max_tokens"]
     reads = ReaderConfig(presentations=config.presentations, mode=mode)
-    longest = (
-        max_tokens if captions is None else captions_artifact(captions).config["semantic"]["annotate"]["max_tokens"]
-    )
-    reading = o.engine_setup(
+    setup = o.engine_setup(
         reader,
         kind,
         reader_place,
@@ -140,7 +143,11 @@ def evaluate(
         room=quiz_room(longest, reads.answer_tokens),
         option="--reader-arg",
     )
+    reading = GradeStage(config, setup, mode, asked_of(asked))
+    runs: dict[str, Any] = {"fresh": fresh, "retry": retry, "share": share}
+    codes = [Exit.OK]
     if model is not None:
+        check_limit(reading, max_tokens)
         place = o.workplace(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
         asks = o.validated(
             AnnotateConfig,
@@ -157,18 +164,24 @@ def evaluate(
         codes.append(run_plan(plan(AnnotateStage(asks, setup, model), shards, captions, **runs), place))
         if codes[-1] is Exit.INTERRUPTED:
             raise typer.Exit(codes[-1])
-    assert captions is not None
-    beside = {screen.QUESTIONS: asked, grade.CAPTIONS: captions_artifact(captions)}
+        written = captions_artifact(captions)
+    assert written is not None
+    beside = {screen.QUESTIONS: asked, grade.CAPTIONS: written}
+    lengths = check_captions(reading, chain(caption_texts(written), told_texts(asked) if controls else ()))
+    warnings = [*lengths.cautions, *rewarded_by(written, reading)]
+    say_warnings(warnings)
     graded = str(out / GRADED)
-    codes.append(run_plan(plan(GradeStage(config, reading, mode), shards, graded, beside=beside, **runs), reader_place))
+    reading = reading.with_room(lengths.longest)
+    codes.append(run_plan(plan(reading, shards, graded, beside=beside, **runs), reader_place))
     if codes[-1] is Exit.INTERRUPTED:
         raise typer.Exit(codes[-1])
     done = Artifact.open(graded)
     if not done.committed():  # what kept every shard from being graded has been said
         raise typer.Exit(max(codes))
-    report = report_on(done, Judges(clip, cosine, language_model))
+    report = report_on(done, Judges(clip, cosine, language_model), warnings)
     write_report(report, out)
     show(report)
+    say_warnings(report.warnings)
     print(f"report: {out / 'report.md'}")
     raise typer.Exit(max(codes))
 
@@ -200,6 +213,12 @@ def show(value: Report | Comparison) -> None:
     console = Console(soft_wrap=False)
     for table in terminal(value):
         console.print(table)
+
+
+def say_warnings(warnings: Sequence[Caution]) -> None:
+    """A line each on stderr."""
+    for warning in warnings:
+        print(f"warning: {warning.text}", file=sys.stderr)
 
 
 def refuse_controls(names: list[str]) -> None:

@@ -165,11 +165,15 @@ def import_questions(path: str, distractors: int, seed: int, shards: str, out: s
     """Import a set into an artifact; records that no image of the shards gets are listed beside it."""
     from ..manifests.shards import expand
     from ..manifests.storage import PRIVATE
+    from ..models.quiz import MOST_OPTIONS
     from .engine_stages import plan
     from .quizzing import ImportStage, unmatched_lines
 
-    if not 0 <= distractors <= 5:
-        raise BadInput(f"--distractors {distractors}: 0 to leave open-ended questions alone, or up to 5 wrong options")
+    if not 0 <= distractors < MOST_OPTIONS:
+        most = MOST_OPTIONS - 1
+        raise BadInput(
+            f"--distractors {distractors}: 0 to leave open-ended questions alone, or up to {most} wrong options"
+        )
     stage = ImportStage(path, tuple(expand(shards)), distractors, seed)
     strangers = stage.unmatched()  # reads the whole set: what is wrong with it is found before anything is written
     made: Plan = plan(stage, shards, out, **runs)

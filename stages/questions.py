@@ -17,7 +17,7 @@ from ..manifests.shards import Row
 from ..manifests.status import QuestionStatus, Status
 from ..models.context import text_room
 from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
-from ..models.quiz import KINDS, writing_prompt, writing_schema
+from ..models.quiz import KINDS, MOST_WRITTEN, writing_prompt, writing_schema
 from .annotate import derive_seed
 from .health import nothing_written
 from .prompts import NamedPrompt
@@ -79,7 +79,7 @@ class QuestionWriter:
                 return {**out, "status": str(Status.ENGINE_ERROR), "error": str(error)}
             out |= {"finish_reason": completion.finish_reason, "n_tokens": out["n_tokens"] + completion.n_tokens}
             out["raw"].append(completion.text)
-            out["questions"] += [checked(entry, seen) for entry in written_questions(completion)]
+            out["questions"] += [checked(entry, seen, MOST_WRITTEN) for entry in written_questions(completion)]
             if len(seen) >= self.config.fewest:
                 return out
         if not seen:

@@ -55,6 +55,7 @@ class Run:
     updater: Updater
     log: RunLog
     say: Callable[[str], None]
+    reader: dict[str, str | None] | None = None  # the quiz's: its name and its digest, for who evaluates
     step: int = 0
     alarms: dict[str, int] = field(default_factory=dict)  # how many steps in a row each was raised
     generic: dict[str, float] = field(default_factory=dict)  # by reward, what a caption of any image was found to earn
@@ -138,7 +139,7 @@ def _update_beside(run: Run, groups: list[Group], drawn_before: bool) -> UpdateR
 
 def checkpoint(run: Run) -> Path:
     """Write one; all processes take part, as none may have all of the weights."""
-    facts = Facts(run.step, run.fingerprint, {"alarms": run.alarms})
+    facts = Facts(run.step, run.fingerprint, {"alarms": run.alarms, "reader": run.reader})
     state = optimizer_state(run.parts.policy, run.updater.optimizer)
     head = value_weights(run.parts)
     if run.parts.ranks.first:
@@ -156,6 +157,8 @@ async def _validate(run: Run) -> Validation | None:
     run.log.step(run.step - 1, {f"validation/{name}": value for name, value in found.figures().items()})
     told = " ".join(f"{name} {value:.3f}" for name, value in found.figures().items())
     run.say(f"validation after {run.step} steps: {told}")
+    if found.failed:
+        run.say(f"warning: validation: {found.failed} captions could not be drawn and are left out: {found.reason}")
     return found
 
 

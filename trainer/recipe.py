@@ -148,7 +148,7 @@ class OptimizerConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Greedy captions of held-out images, graded by a reader that is not the reward's."""
+    """Greedy captions of held-out images, graded by a reader that is not the reward's, whatever it is called."""
 
     later = ("template_args", "mode")
 
@@ -210,7 +210,8 @@ class Recipe(Section):
     )
     preflight: bool = Field(
         True,
-        description="refuse to train where a quiz rewards a caption of any image, tell what other rewards make of it",
+        description="refuse to train where a quiz rewards a caption of any image, or its reader cannot read; tell what "
+        "other rewards make of such captions",
     )
     wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that figures go to as well")
     seed: int = 0
@@ -232,7 +233,8 @@ class Recipe(Section):
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
         if quiz is not None and self.data.questions is None:
             raise ValueError("a quiz asks questions: add data.questions, the folder of a `capipe qa`")
-        if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader:
+        # By name, which a recipe alone can tell; two names of one model are found when the run starts.
+        if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader != "":
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
 

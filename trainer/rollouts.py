@@ -58,12 +58,17 @@ class Rollouts:
         )
         return await asyncio.gather(*groups)
 
-    async def greedy(self, tasks: Sequence[Task]) -> list[Completion]:
-        """The likeliest caption of each task, for validation. Raises RequestError."""
-
+    async def greedy(self, tasks: Sequence[Task]) -> list[Completion | RequestError]:
+        """The likeliest caption of each task, for validation, or why there is none. Raises EngineDead."""
         sampling = Sampling(max_tokens=self.drawing.max_tokens)
         prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self._pictures.of, tasks))]
-        return await asyncio.gather(*(self.engine.generate(GenerationRequest(each, sampling)) for each in prompts))
+        return await asyncio.gather(*(self._greedy(GenerationRequest(each, sampling)) for each in prompts))
+
+    async def _greedy(self, request: GenerationRequest) -> Completion | RequestError:
+        try:
+            return await self.engine.generate(request)
+        except RequestError as error:
+            return error
 
     async def _group(self, task: Task, turn: int, prompt: Prompt, step: int, judge: Judge) -> Group:
         size = self.drawing.group
