@@ -19,6 +19,7 @@ from .http_server import served_context
 from .loading import EngineConfig, resolve_model
 from .quiz import Question, caption_prompt, put
 from .reader import QuizReader, ReaderConfig
+from .thinking import thinks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,10 @@ def _put(question: Question) -> str:
     return put(question, range(len(question.options) + 1))
 
 
-def _answer(config: ReaderConfig) -> int:
+def _answer(config: ReaderConfig, thinks: bool = False) -> int:
+    """Tokens that an answer, with the thought before it, needs room for."""
+    if thinks:
+        return config.answer_tokens
     return config.max_tokens if config.mode == "sampled" else 1
 
 
@@ -64,7 +68,7 @@ async def room(reader: QuizReader, questions: Sequence[Question]) -> int | None:
     if context is None:
         return None
     beside = max([await _tokens(reader, "", question) for question in questions], default=0)
-    return context - beside - _answer(reader.config)
+    return context - beside - _answer(reader.config, await thinks(reader.engine))
 
 
 async def caption_tokens(reader: QuizReader, caption: str, question: Question) -> int:
@@ -143,7 +147,7 @@ def by_bytes(text: str) -> int:
 
 
 def room_of(context: int, config: ReaderConfig, questions: Sequence[Question], count: Count) -> int:
-    """As :func:`room`, of a reader that is not started yet."""
+    """As :func:`room`, of a reader that is not started yet and may, for all that is known, think first."""
     prompts = (caption_prompt("", config.abstain) + _put(question) for question in questions)
     beside = max(map(count, prompts), default=0)
     return context - beside - FRAME - _answer(config)

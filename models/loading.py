@@ -304,7 +304,11 @@ def content_digest(folder: Path) -> str:
 def same_model(first: ModelIdentity, second: ModelIdentity) -> bool:
     """Whether two names stand for one model: by content, by the name alone where a server hides that of either."""
     ours, theirs = _known_digest(first), _known_digest(second)
-    return first.name == second.name if ours is None or theirs is None else ours == theirs
+    if ours is None or theirs is None:
+        return first.name == second.name
+    if len(ours) != len(theirs):  # the commit of a snapshot, and what a folder holds, maybe a copy of that snapshot
+        ours, theirs = (folder_digest(resolve_model(each.name)) for each in (first, second))
+    return ours == theirs
 
 
 def _known_digest(identity: ModelIdentity) -> str | None:
