@@ -159,6 +159,26 @@ async def test_two_templates_give_the_captions_of_one(
     await engine.aclose()
 
 
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="session")
+async def test_vllm_asks_two_templates_as_one(
+    tmp_path: Path, reference: TransformersEngine, pictures: list[ImageInput]
+) -> None:
+    pytest.importorskip("vllm")
+    from capipe.models.vllm_engine import VLLMEngine
+
+    folder = str(two_templates(tmp_path / "model"))
+    engine = await load_engine(EngineConfig("vllm", folder, max_model_len=512, concurrency=8))
+    assert isinstance(engine, VLLMEngine)
+    try:
+        prompt = Prompt(PLAIN, pictures[0])
+        assert engine._encoder.encode(prompt) == reference.lm.encoder.encode(prompt)
+        request = GenerationRequest(prompt, Sampling(max_tokens=12))
+        assert (await engine.generate(request)).token_ids == (await reference.generate(request)).token_ids
+    finally:
+        await engine.aclose()
+
+
 def test_arguments_reach_the_template_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     asked = "{% set mood = mood if mood is defined else 'calm' %}{{ mood }}: {{ messages[0].content }}"
     folder = copied("reader", tmp_path / "model", asked)
@@ -172,7 +192,7 @@ def test_arguments_reach_the_template_and_unknown_ones_are_refused(tmp_path: Pat
         assert str(folder) in str(e.value)
     check_template(folder, False, {"mood": "wild"})
     check_template(folder, False, {"mood": False})
-    with pytest.raises(BadInput, match="mood: 'False' is a text to the chat template in .*; write false, bare"):
+    with pytest.raises(BadInput, match=r"mood: 'False' is a text to the chat template in .*; write false, bare"):
         check_template(folder, False, {"mood": "False"})
     with pytest.raises(BadInput, match="reads no chat template"):
         check_template(folder_of("blip2"), True, {"mood": "wild"})
