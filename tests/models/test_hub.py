@@ -161,6 +161,7 @@ print(json.dumps([scorer.encode_texts(["a red star"])[0].tolist(), identity]))
 """
 
 
+@pytest.mark.slow
 def test_a_clip_of_the_hub_is_the_folder_and_its_commit(hub: Hub, tmp_path: Path) -> None:
     """Its tokenizer lies in another repository, which its configuration names."""
     from capipe.models.clip import load_clip

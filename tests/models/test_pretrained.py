@@ -175,6 +175,7 @@ def test_heads_that_are_not_asked_may_be_missing(tmp_path: Path) -> None:
         load_itm(str(folder))
 
 
+@pytest.mark.slow
 def test_a_diffusion_pipelines_models_have_all_of_their_weights(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     from capipe.models.diffusion import load_painter
