@@ -24,7 +24,7 @@ Shards = Annotated[str, typer.Option(help="Folder, glob, {00000..00099}.tar or f
 Out = Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) of the artifact to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: remove what another configuration left in --out.")]
 Retry = Annotated[bool, typer.Option(help="Do rows again that ended in engine_error.")]
-EngineName = Annotated[str, typer.Option(help="auto, vllm, transformers, or the URL of a server.")]
+EngineName = Annotated[str, typer.Option(help="auto, vllm, transformers, or URLs of servers.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
 Seed = Annotated[int, typer.Option(help="Source of every draw, with each image's uid.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Largest image area the model sees; its own by default.")]
@@ -33,7 +33,9 @@ Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on GPU, float32 on CPU)
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Context in tokens; by default what prompt, largest image and answer take.")
 ]
-Concurrency = Annotated[int | None, typer.Option(help="Requests in the engine at once.")]
+Concurrency = Annotated[
+    int | None, typer.Option(help="Requests in the engine at once; what a server takes by default.")
+]
 Gpus = Annotated[str | None, typer.Option(help="GPUs to use, e.g. 0,1; all by default; none for CPU.")]
 GpuMemory = Annotated[float, typer.Option(help="Share of GPU memory for vLLM.")]
 TensorParallel = Annotated[int, typer.Option(min=1, help="GPUs that share one model, by vLLM.")]

@@ -65,7 +65,7 @@ def test_stages_know_what_they_need() -> None:
     assert config.room == TEMPLATE_ROOM + len("Be brief.Say all of it.") + 100
     writer = QuestionsConfig(per_image=3, max_tokens=200)
     assert writer.room == TEMPLATE_ROOM + len(writer.prompt.text.encode()) + 200
-    assert PRESETS["caprl"].room == TEMPLATE_ROOM + QUESTION_ROOM + PRESETS["caprl"].reader.max_tokens
+    assert PRESETS["caprl"].room == TEMPLATE_ROOM + QUESTION_ROOM + PRESETS["caprl"].reader.answer_tokens
     assert quiz_room(10, 0) - quiz_room(0, 0) == 10 * OTHER_VOCABULARY
 
 

@@ -153,7 +153,7 @@ async def test_all_of_them_busy_is_waited_for() -> None:
         one.answers = well
         assert await asyncio.wait_for(task, 30) == ["x"] * 6
     async with routed(Double(busy), Double(busy), patience_s=1.0) as engine:
-        with pytest.raises((RequestError, EngineDead), match="busy for|none of the servers"):
+        with pytest.raises((RequestError, EngineDead), match=r"busy for|none of the servers"):
             await ask_all(engine, 1)
 
 
@@ -224,7 +224,7 @@ async def test_one_of_two_down_is_one_warning_and_it_is_taken_in_later(
 async def test_all_down_and_different_models_are_bad_input(unused_tcp_port_factory: Callable[[], int]) -> None:
     down = ",".join(f"http://127.0.0.1:{unused_tcp_port_factory()}" for _ in range(2))
     for refuse in (lambda: load_engine(EngineConfig(down)), lambda: asyncio.to_thread(served_model, down)):
-        with pytest.raises(BadInput, match="none of the servers answers: .*; "):
+        with pytest.raises(BadInput, match=r"none of the servers answers: .*; "):
             await refuse()
     one, other = Double(well), Double(well)
     other.model = "else"
@@ -233,7 +233,7 @@ async def test_all_down_and_different_models_are_bad_input(unused_tcp_port_facto
             lambda: load_engine(EngineConfig(f"{first}, {second}")),
             lambda: asyncio.to_thread(served_model, f"{first},{second}"),
         ):
-            with pytest.raises(BadInput, match="different models .*'captioner'.*'else'"):
+            with pytest.raises(BadInput, match=r"different models .*'captioner'.*'else'"):
                 await refuse()
         with pytest.raises(BadInput, match="does not serve 'captioner'"):
             await load_engine(EngineConfig(f"{first},{second}", "captioner"))

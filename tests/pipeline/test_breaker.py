@@ -57,6 +57,18 @@ class Numbered(LoadedEngine):
         return ImageInput(row.uid, encoded=row.key.encode())
 
 
+class Windowed(AnnotateProcessor):
+    """With a window of so many rows, whatever its engine takes."""
+
+    def __init__(self, stage: AnnotateStage, engine: Numbered, window: int) -> None:
+        super().__init__(stage, engine)
+        self._rows = window
+
+    @property
+    def window(self) -> int:
+        return self._rows
+
+
 @dataclass
 class Captions:
     """`annotate` with an engine to order; ``engine`` is the last one that was loaded."""
@@ -70,9 +82,7 @@ class Captions:
     async def load(self) -> AnnotateProcessor:
         self.engine = Numbered(self.answer, self.corrupt)
         setup = EngineSetup(EngineConfig("auto", "m"))
-        made = AnnotateProcessor(AnnotateStage(CONFIG, setup, "m"), self.engine)
-        made.window = self.window
-        return made
+        return Windowed(AnnotateStage(CONFIG, setup, "m"), self.engine, self.window)
 
 
 def well(number: int) -> str:
