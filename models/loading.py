@@ -20,16 +20,17 @@ from .context import context_length
 from .engine import Engine, ImageGrid
 from .hub import hub_name, snapshot
 from .tiny import resolve as resolve_bundled
-from .vllm_arguments import refuse_ours
+from .vllm_arguments import refuse_ours, told
 
 KINDS = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What makes a model the model it is; pictures, readmes and licences beside it do not count.
 IDENTIFYING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 CHUNK_BYTES = 1 << 22
-# How vLLM and torch say that memory does not suffice, and vLLM that the reason stands further up.
-NO_MEMORY = re.compile(r"out of memory|KV cache|cache blocks|Free memory on device|engine core init", re.IGNORECASE)
-LESS_MEMORY = "needs less with a smaller --max-model-len or --max-pixels, and has what --gpu-memory gives it"
+# How vLLM and torch say that memory does not suffice; of an engine process that failed, the reason stands further up.
+NO_MEMORY = re.compile(r"out of memory|KV cache|cache blocks|Free memory on device", re.IGNORECASE)
+FAILED_ABOVE = "engine core init"
+LESS_MEMORY = "give a smaller --max-model-len or --max-pixels, or another --gpu-memory"
 
 logger = logging.getLogger(__name__)
 
@@ -180,14 +181,16 @@ def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None, context
         raise
     except Exception as error:  # anything from a missing library to a card without room
         reason = f"{type(error).__name__}: {error}"
-        raise RunFailed(f"vLLM could not start on {path} ({reason}); {advice(reason)}") from error
+        given = f" with {told(config.engine_args)}" if config.engine_args else ""
+        raise RunFailed(f"vLLM could not start on {path}{given} ({reason}); {advice(reason)}") from error
 
 
 def advice(reason: str) -> str:
     """What helps an engine that did not start for this reason."""
     if NO_MEMORY.search(reason):
-        unsaid = "where that was memory: " if "init" in reason else ""
-        return f"{unsaid}vLLM {LESS_MEMORY}"
+        return LESS_MEMORY
+    if FAILED_ABOVE in reason.lower():
+        return f"the lines above say why: where it is memory, {LESS_MEMORY}"
     return "--engine transformers does without it"
 
 

@@ -102,7 +102,7 @@ def check_engine_args(given: Mapping[str, Any]) -> None:
     try:
         AsyncEngineArgs(**given)
     except Exception as error:  # pydantic's and vLLM's own, which share no class
-        raise BadInput(f"engine arguments that vLLM does not take: {_first_line(error)}") from None
+        raise BadInput(f"engine arguments that vLLM does not take: {reason_of(error)}") from None
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
@@ -110,11 +110,11 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     names = sorted(known)
     unknown = [name for name in given if name not in names]
     if unknown:
-        told = []
+        named = []
         for name in unknown:
             close = difflib.get_close_matches(name, names, n=1, cutoff=_CLOSE)
-            told.append(f"{name} (did you mean {close[0]}?)" if close else name)
-        raise BadInput(f"engine arguments that vLLM does not know: {', '.join(told)}")
+            named.append(f"{name} (did you mean {close[0]}?)" if close else name)
+        raise BadInput(f"engine arguments that vLLM does not know: {', '.join(named)}")
 
 
 def changing_rows(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +122,15 @@ def changing_rows(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in SPEED}
 
 
-def _first_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """The line of an error that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # pydantic: a headline with the count, the argument's name, then what is wrong with it
-    return ": ".join(lines[1:3]) if len(lines) > 2 and "validation error" in lines[0] else (lines or [repr(error)])[0]
+    if len(lines) > 2 and "validation error" in lines[0]:
+        return f"{lines[1]}: {lines[2].partition(' [type=')[0]}"
+    return (lines or [repr(error)])[0]
+
+
+def told(given: Mapping[str, Any]) -> str:
+    """Arguments in words, as they are given."""
+    return ", ".join(f"{name}={value!r}" for name, value in given.items())

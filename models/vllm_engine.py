@@ -32,6 +32,7 @@ from .engine import (
     RequestError,
 )
 from .prompting import PromptEncoder, rgb_pixels
+from .vllm_arguments import reason_of, told
 from .vllm_sync import EXTENSION, RELOAD
 
 if TYPE_CHECKING:
@@ -345,8 +346,7 @@ def engine_config(options: VLLMOptions, on_cpu: bool, concurrency: int) -> VllmC
     except Exception as error:
         if not options.engine_args:
             raise
-        given = ", ".join(f"{name}={value!r}" for name, value in options.engine_args.items())
-        reason = " ".join(str(error).split())
+        given, reason = told(options.engine_args), reason_of(error)
         raise BadInput(f"vLLM refuses its settings, with the engine arguments {given}: {reason}") from error
     if on_cpu and "kv_cache_memory_bytes" not in options.engine_args:
         config.cache_config.kv_cache_memory_bytes = max(CPU_CACHE_BYTES, request_bytes(config))

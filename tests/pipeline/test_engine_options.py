@@ -201,7 +201,7 @@ def test_a_reader_has_options_of_its_own(quizzed: Path) -> None:
 def test_vllm_gets_its_arguments(quizzed: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     common = ("annotate", "--shards", quizzed / "shards", "--model", MODEL, "--max-tokens", 60)
-    engine = ("--engine", "vllm", "--engine-arg", "block_size=16", "--engine-arg", "max_num_batched_tokens=1024")
+    engine = ("--engine", "vllm", "--engine-arg", "block_size=64", "--engine-arg", "max_num_batched_tokens=1024")
     capipe(*common, "--out", tmp_path / "vllm", *engine)
     capipe(*common, "--out", tmp_path / "plain", "--engine", "transformers")
     texts = [[row["captions"][0]["text"] for row in table(tmp_path / name)] for name in ("vllm", "plain")]
