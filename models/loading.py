@@ -161,7 +161,8 @@ async def _load_http(config: EngineConfig) -> Engine:
 
 def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None, context: int | None) -> Engine:
     from .pretrained import check_weights
-    from .vllm_engine import VLLMOptions, start_vllm_engine
+    from .vllm_config import VLLMOptions
+    from .vllm_engine import start_vllm_engine
 
     check_weights(path, config.model)  # vLLM itself does not see that a part of a packed one is missing
     options = VLLMOptions(

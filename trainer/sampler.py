@@ -22,7 +22,8 @@ from ..models.loading import vllm_runs
 from ..models.sampling import vision_ids
 from ..models.several import connect_servers
 from ..models.transformers_engine import TransformersEngine, batched_lm
-from ..models.vllm_engine import VLLMEngine, VLLMOptions, start_vllm_engine
+from ..models.vllm_config import VLLMOptions
+from ..models.vllm_engine import VLLMEngine, start_vllm_engine
 from .assembly import PolicyParts, write_model
 from .decoder import DecoderPolicy
 from .probe import Probe

@@ -86,7 +86,7 @@ def test_the_lists_name_what_vllm_has() -> None:
 def test_batches_are_those_of_vllms_offline_use(given: dict[str, int], expected: int) -> None:
     """2,048 tokens, which a server's default is, read one image of 1,280 tokens at a time."""
     pytest.importorskip("vllm")
-    from capipe.models.vllm_engine import VLLMOptions, engine_config
+    from capipe.models.vllm_config import VLLMOptions, engine_config
 
     options = VLLMOptions(str(resolve_model(MODEL)), GRID, max_model_len=512, engine_args=given)
     config = engine_config(options, on_cpu=True, concurrency=64)
@@ -97,7 +97,7 @@ def test_batches_are_those_of_vllms_offline_use(given: dict[str, int], expected:
 
 def test_the_cache_of_a_cpu_holds_one_whole_request() -> None:
     pytest.importorskip("vllm")
-    from capipe.models.vllm_engine import CPU_CACHE_BYTES, VLLMOptions, engine_config, request_bytes
+    from capipe.models.vllm_config import CPU_CACHE_BYTES, VLLMOptions, engine_config, request_bytes
 
     options = VLLMOptions(str(resolve_model(MODEL)), GRID, max_model_len=512)
     config = engine_config(options, on_cpu=True, concurrency=4)
@@ -111,7 +111,7 @@ def test_the_cache_of_a_cpu_holds_one_whole_request() -> None:
 
 def test_what_vllm_refuses_of_the_users_is_bad_input() -> None:
     pytest.importorskip("vllm")
-    from capipe.models.vllm_engine import VLLMOptions, engine_config
+    from capipe.models.vllm_config import VLLMOptions, engine_config
 
     options = VLLMOptions(str(resolve_model(MODEL)), GRID, engine_args={"quantization": "no-such"})
     with pytest.raises(BadInput, match=r"vLLM refuses its settings, with the engine arguments quantization='no-such'"):
