@@ -137,10 +137,12 @@ def _probe(
 def _check_arguments(arguments: Mapping[str, Any], template: str, file: Path) -> None:
     """Raises BadInput for an argument that the template never reads, or that is not the user's to give."""
     known = variables(template, file) - RESERVED
-    for name in arguments:
+    for name, value in arguments.items():
         if name not in known:
             offered = f"it reads {', '.join(sorted(known))}" if known else "it reads none"
             raise BadInput(f"{name}: no argument of the chat template in {file}; {offered}")
+        if isinstance(value, str) and value.lower() in ("true", "false"):  # a text, which templates take for true
+            raise BadInput(f"{name}: {value!r} is a text to the chat template in {file}; write {value.lower()}, bare")
 
 
 def variables(template: str, file: Path) -> set[str]:

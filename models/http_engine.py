@@ -43,7 +43,7 @@ from .http_answers import (
 )
 from .http_fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField
 from .http_limits import MOST, AdaptiveLimit, Limiter, room_for_connections
-from .http_server import CONNECT_SECONDS, authorization, base_url, chosen_model, listed_models, model_context, no_answer
+from .http_server import CONNECT_SECONDS, Connections, base_url, chosen_model, listed_models, model_context, no_answer
 from .thinking import Tags
 from .vllm_sync import EXTENSION, RELOAD
 
@@ -96,7 +96,7 @@ class HTTPEngine:
     def __init__(
         self,
         options: HTTPOptions,
-        client: httpx.AsyncClient,
+        connections: Connections,
         model: str,
         extended: bool,
         context: int | None = None,
@@ -106,7 +106,7 @@ class HTTPEngine:
         self.model = model
         self.load = 0  # requests in flight, in line and between two attempts
         self._options = options
-        self._client = client
+        self._connections = connections
         self._extended = extended
         self._fields = Fields(options.url)
         self._limiter = Limiter(options.concurrency or AdaptiveLimit(most=options.most))
@@ -136,7 +136,8 @@ class HTTPEngine:
         """Raise BadInput (:class:`.http_server.NoAnswer` where it is down) unless the server has the model."""
         base = base_url(self._options.url)
         try:
-            response = await self._client.get("models", timeout=CONNECT_SECONDS)
+            with self._connections.pool() as client:
+                response = await client.get("models", timeout=CONNECT_SECONDS)
         except httpx.HTTPError as error:
             raise no_answer(base, error) from error
         chosen_model(listed_models(response, base), self.model, base)
@@ -186,7 +187,8 @@ class HTTPEngine:
         """One of the server's own commands, which lie beside the protocol's root."""
         url = base_url(self._options.url).removesuffix("v1/") + name
         try:
-            response = await self._client.post(url, json=body)
+            with self._connections.pool() as client:
+                response = await client.post(url, json=body)
         except httpx.HTTPError as error:
             raise EngineDead(f"{url}: {type(error).__name__}: {error}") from error
         if response.status_code == httpx.codes.NOT_FOUND:
@@ -199,7 +201,7 @@ class HTTPEngine:
         return response
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._connections.aclose()
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -285,7 +287,8 @@ class HTTPEngine:
                 body = build()
                 sent = self._fields.spelled(body)
                 try:
-                    response = await self._client.post("chat/completions", json=sent)
+                    with self._connections.pool() as client:
+                        response = await client.post("chat/completions", json=sent)
                 except httpx.HTTPError as error:
                     if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
                         limiter.refused(turn)
@@ -340,30 +343,24 @@ class Trial:
 async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
     """Find the server and its model. Raises BadInput where it does not have the model, NoAnswer where it is down."""
     base = base_url(options.url)
-    wanted = options.concurrency or options.most
-    connections = room_for_connections(wanted)
-    if options.concurrency and connections < options.concurrency:
-        raise BadInput(
-            f"--concurrency {options.concurrency} needs as many open files; `ulimit -n` leaves {connections} to {base}"
-        )
-    options = replace(options, most=connections)
-    client = httpx.AsyncClient(
-        base_url=base,
-        headers=authorization(),
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-        timeout=httpx.Timeout(options.timeout_s, connect=CONNECT_SECONDS, pool=None),  # waiting for a turn is no fault
-    )
+    room = room_for_connections(options.concurrency or options.most)
+    if options.concurrency and room < options.concurrency:
+        reason = f"needs as many open files; `ulimit -n` leaves {room} to {base}"
+        raise BadInput(f"--concurrency {options.concurrency} {reason}")
+    options = replace(options, most=room)
+    connections = Connections(base, httpx.Timeout(options.timeout_s, connect=CONNECT_SECONDS))
     try:
-        response = await client.get("models")
+        with connections.pool() as client:
+            response = await client.get("models")
         served = listed_models(response, base)
         model = chosen_model(served, options.model, base)
     except httpx.HTTPError as error:
-        await client.aclose()
+        await connections.aclose()
         raise no_answer(base, error) from error
     except BadInput:
-        await client.aclose()
+        await connections.aclose()
         raise
-    return HTTPEngine(options, client, model, served[model] in EXTENDED_SERVERS, model_context(response, model))
+    return HTTPEngine(options, connections, model, served[model] in EXTENDED_SERVERS, model_context(response, model))
 
 
 def _response_format(json_schema: str) -> dict[str, Any]:

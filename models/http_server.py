@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import httpx
@@ -12,6 +14,7 @@ from ..errors import BadInput
 
 API_KEY_VARIABLE = "CAPIPE_API_KEY"
 CONNECT_SECONDS = 10.0
+POOL = 8  # connections
 
 
 class NoAnswer(BadInput):
@@ -20,6 +23,49 @@ class NoAnswer(BadInput):
 
 class NotReady(NoAnswer):
     """A server answers that it is not ready yet."""
+
+
+class Connections:
+    """A server's connections, in small pools: httpx looks at every connection of a pool for each request and its end.
+
+    With all in one, 256 requests at once took fourteen times as long as the server that answered them.
+    """
+
+    def __init__(self, base: str, timeout: httpx.Timeout) -> None:
+        self._base, self._timeout = base, timeout
+        self._certificates = httpx.create_ssl_context()  # read once: it takes longer than a request
+        self._pools = list[httpx.AsyncClient]()
+        self._free = list[int]()  # a heap: the lowest are used, so that few are open
+        self._taken = 0
+
+    @contextmanager
+    def pool(self) -> Iterator[httpx.AsyncClient]:
+        """A client with a free connection, or with room for one more."""
+        if self._free:
+            slot = heapq.heappop(self._free)
+        else:
+            slot, self._taken = self._taken, self._taken + 1
+        try:
+            yield self._client(slot // POOL)
+        finally:
+            heapq.heappush(self._free, slot)
+
+    async def aclose(self) -> None:
+        for client in self._pools:
+            await client.aclose()
+
+    def _client(self, number: int) -> httpx.AsyncClient:
+        while len(self._pools) <= number:
+            self._pools.append(
+                httpx.AsyncClient(
+                    base_url=self._base,
+                    headers=authorization(),
+                    verify=self._certificates,
+                    limits=httpx.Limits(max_connections=None, max_keepalive_connections=POOL),
+                    timeout=self._timeout,
+                )
+            )
+        return self._pools[number]
 
 
 def server_urls(option: str) -> tuple[str, ...]:

@@ -156,8 +156,12 @@ class CaptionerEncoder(PromptEncoder):
 
 def hidden_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The tags of a thought by their ids, where a vocabulary has them as special tokens, which decoding leaves out."""
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return {special[tag]: tag for tag in (OPENING, CLOSING) if tag in special}
+    hidden: dict[int, str] = {}
+    for tag in (OPENING, CLOSING):
+        ids: list[int] = tokenizer.encode(tag, add_special_tokens=False)
+        if len(ids) == 1 and not tokenizer.decode(ids, skip_special_tokens=True):
+            hidden[ids[0]] = tag
+    return hidden
 
 
 def messages(prompt: Prompt) -> list[dict[str, Any]]:

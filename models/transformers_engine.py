@@ -194,6 +194,8 @@ class TransformersEngine:
             return [EngineDead(self._dead)] * len(ready)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = f"{reason.splitlines()[0]}; give a smaller --max-pixels or --concurrency"
         # Outside of the handler: the traceback held the batch's tensors, whose room the halves may need.
         if len(ready) == 1:
             return [RequestError(reason)]

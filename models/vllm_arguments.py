@@ -42,7 +42,6 @@ FIXED: Mapping[str, str] = {
     "worker_extension_cls": "training loads its weights through it",
     "enable_sleep_mode": "training decides about it (rollout.sleep)",
     "served_model_name": "nothing is served",
-    "headless": "nothing is served",
 }
 
 

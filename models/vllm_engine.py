@@ -341,12 +341,24 @@ def engine_config(options: VLLMOptions, on_cpu: bool, concurrency: int) -> VllmC
 
     arguments = {**_arguments(options, on_cpu, concurrency), **options.engine_args}
     try:
-        return AsyncEngineArgs(**arguments).create_engine_config(usage_context=UsageContext.LLM_CLASS)
+        config = AsyncEngineArgs(**arguments).create_engine_config(usage_context=UsageContext.LLM_CLASS)
     except Exception as error:
         if not options.engine_args:
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in options.engine_args.items())
-        raise BadInput(f"vLLM refuses its settings, with the engine arguments {given}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise BadInput(f"vLLM refuses its settings, with the engine arguments {given}: {reason}") from error
+    if on_cpu and "kv_cache_memory_bytes" not in options.engine_args:
+        config.cache_config.kv_cache_memory_bytes = max(CPU_CACHE_BYTES, request_bytes(config))
+    return config
+
+
+def request_bytes(config: VllmConfig) -> int:
+    """Keys and values of one request that fills the context, which vLLM wants room for before it starts."""
+    model, parallel = config.model_config, config.parallel_config
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    tokens = model.max_model_len + config.cache_config.block_size
+    return 2 * heads * model.get_head_size() * model.dtype.itemsize * tokens
 
 
 def _arguments(options: VLLMOptions, on_cpu: bool, concurrency: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import errno
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ from ..manifests.status import Status
 from ..models.engine import EngineDead
 from .breaker import ErrorStreak, counting_answers
 from .events import Assignment, Event, Pulse, Ready, ShardDone, ShardFailed, ShardLost
+from .row_window import Window
 
 READ_AHEAD = 16  # rows read from a tar in one go, where a stage takes them one by one
 OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up (more where small)
@@ -93,23 +94,6 @@ class Channel(Protocol):
     async def next_shard(self) -> Answer: ...
 
     def send(self, event: Event) -> None: ...
-
-
-class Window:
-    """Room for as many rows as ``size`` says at the moment. One task acquires, any may release."""
-
-    def __init__(self, size: Callable[[], int]) -> None:
-        self._size, self._held, self._freed = size, 0, asyncio.Event()
-
-    async def acquire(self) -> None:
-        while self._held >= max(1, self._size()):
-            self._freed.clear()
-            await self._freed.wait()
-        self._held += 1
-
-    def release(self) -> None:
-        self._held -= 1
-        self._freed.set()
 
 
 class ShardRun:

@@ -171,6 +171,9 @@ def test_arguments_reach_the_template_and_unknown_ones_are_refused(tmp_path: Pat
             check_template(folder, False, {name: 1})
         assert str(folder) in str(e.value)
     check_template(folder, False, {"mood": "wild"})
+    check_template(folder, False, {"mood": False})
+    with pytest.raises(BadInput, match="mood: 'False' is a text to the chat template in .*; write false, bare"):
+        check_template(folder, False, {"mood": "False"})
     with pytest.raises(BadInput, match="reads no chat template"):
         check_template(folder_of("blip2"), True, {"mood": "wild"})
     generation = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"

@@ -79,7 +79,8 @@ def test_tags_count_whether_or_not_they_are_special_tokens(special: bool, tmp_pa
     encoder = open_encoder(folder, tokenizer, None)
     ids = tokenizer.encode("<think>\na blue star\n</think>\n\na star<|im_end|>", add_special_tokens=False)
     assert encoder.answer(ids) == ("a star", Thought("a blue star", True))
-    assert encoder.answer(ids[:-8])[1] == Thought("a blue star", False) or len(ids) < 10
+    closing = ids.index(tokenizer.convert_tokens_to_ids("</think>"))
+    assert encoder.answer(ids[:closing]) == ("", Thought("a blue star", False))
     assert encoder.answer(tokenizer.encode("a star<|im_end|>", add_special_tokens=False)) == ("a star", None)
 
 
