@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from capipe.models.engine import ChoiceRequest, GenerationRequest, Prompt, Refused, RequestError
-from capipe.models.http_answers import without_thought
 from capipe.models.http_engine import connect_http_engine
+from capipe.models.thinking import split_thought
 
 from .chat_server import ASK, Answer, Double, ask, completion, options, serving
 
@@ -54,7 +54,7 @@ async def test_text_is_found_in_every_form(answer: Answer, text: str, reason: st
 
 
 def test_a_text_about_thoughts_is_none() -> None:
-    assert without_thought("I see <think> written on a wall.") == "I see <think> written on a wall."
+    assert split_thought("I see <think> written on a wall.") == ("I see <think> written on a wall.", None)
 
 
 @pytest.mark.parametrize(
