@@ -49,7 +49,7 @@ from .thinking import Tags
 from .vllm_sync import EXTENSION, RELOAD
 
 LONGEST_BACKOFF_SECONDS = 15.0
-THOUGHT_PROBE, PROBE_TOKENS = Prompt("Is one and one two? Answer with yes or no."), 512
+THOUGHT_PROBE, PROBE_TOKENS = Prompt("Is one and one two? Answer with yes or no."), 256
 EXTENDED_SERVERS = ("vllm", "sglang")  # as they name themselves in /v1/models: they take more than OpenAI's fields
 
 
@@ -157,12 +157,12 @@ class HTTPEngine:
 
     async def thinks(self) -> bool:
         """Whether the server's model thinks before it answers: asked once, as a server does not tell its template."""
-        if self._thinks is None:
-            self._thinks = asyncio.create_task(self._thinks_before(THOUGHT_PROBE))
+        asked = self._thinks = self._thinks or asyncio.create_task(self._thinks_before(THOUGHT_PROBE))
         try:
-            return await asyncio.shield(self._thinks)
+            return await asyncio.shield(asked)
         except (RequestError, EngineDead):
-            self._thinks = None  # the next one asks again
+            if self._thinks is asked:
+                self._thinks = None  # the next one asks again
             raise
 
     async def _thinks_before(self, prompt: Prompt) -> bool:

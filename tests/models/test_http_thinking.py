@@ -87,7 +87,7 @@ async def test_a_reader_behind_a_server_is_asked_after_its_thought() -> None:
             assert (reading.chosen, reading.errors) == ((1, 1, 1), ())
         await engine.aclose()
     kinds = [(body["max_tokens"], body["logprobs"]) for body in double.bodies]
-    assert kinds[0] == (512, False)  # whether it thinks is asked once, for all
+    assert kinds[0] == (256, False)  # whether it thinks is asked once, for all
     assert sorted(kinds[1:]) == [(1, True)] * 6 + [(33, False)] * 6
 
 
@@ -98,7 +98,7 @@ async def test_a_server_that_does_not_think_is_asked_for_letters_at_once() -> No
         (reading,) = await QuizReader(engine, ReaderConfig()).read("A star.", [COLOR])
         assert reading.scored == 3
         await engine.aclose()
-    assert sorted(body["max_tokens"] for body in double.bodies) == [1, 1, 1, 512]
+    assert sorted(body["max_tokens"] for body in double.bodies) == [1, 1, 1, 256]
 
 
 async def test_a_question_about_thinking_that_failed_is_asked_again() -> None:
