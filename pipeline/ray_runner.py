@@ -90,6 +90,7 @@ class RayHand:
         self.actor, self.started, self.name = actor, False, "a machine of the cluster"
         self.death: str | None = None
         self._leaving: Any = None
+        self._dismissed = 0.0
         self.coming = actor.hello.remote()
 
     def tell(self, order: Order) -> None:
@@ -100,14 +101,15 @@ class RayHand:
         return self.death
 
     def dismiss(self) -> None:
-        self._leaving = self.actor.leave.remote()
+        if self.started:
+            self._leaving, self._dismissed = self.actor.leave.remote(), time.monotonic()
 
     def kill(self) -> None:
         """Its engine and decoders follow it, by the kernel's hand."""
         import ray
 
         if self._leaving is not None:
-            ray.wait([self._leaving], timeout=CLOSING_SECONDS)
+            ray.wait([self._leaving], timeout=max(0.0, self._dismissed + CLOSING_SECONDS - time.monotonic()))
         ray.kill(self.actor)
 
 

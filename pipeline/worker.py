@@ -23,13 +23,13 @@ import pyarrow as pa
 from ..errors import CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.claims import ClaimLost
-from ..manifests.manifest import ShardRecord
-from ..manifests.shards import Row, RowReader
+from ..manifests.shards import Row
 from ..manifests.status import Status
 from ..models.engine import EngineDead
 from .breaker import ErrorStreak, counting_answers
 from .events import Assignment, Event, Pulse, Ready, ShardDone, ShardFailed, ShardLost
 from .row_window import Window
+from .shard_run import ShardRun
 
 READ_AHEAD = 16  # rows read from a tar in one go, where a stage takes them one by one
 OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up (more where small)
@@ -94,69 +94,6 @@ class Channel(Protocol):
     async def next_shard(self) -> Answer: ...
 
     def send(self, event: Event) -> None: ...
-
-
-class ShardRun:
-    """A shard in work: its reader, its journal and the rows finished so far."""
-
-    def __init__(self, artifact: Artifact, assignment: Assignment) -> None:
-        self.artifact, self.started = artifact, time.time()
-        self.shard, self.claim = assignment.shard, assignment.claim
-        self.reader = RowReader(self.shard)
-        self.journal = artifact.journal(self.shard.name)
-        self.rows: dict[int, dict[str, Any]] = {}
-        self.total: int | None = None  # known when the shard has been read to its end
-        self.failure: str | None = None
-        self.pending = 0  # rows in the pipeline
-
-    def recall(self, rows: Sequence[Row]) -> bool:
-        """Take the rows' results from the journal, if an earlier run left them for all of these very rows."""
-        known = [self.journal.rows.pop(row.index, None) for row in rows]
-        for row, result in zip(rows, known, strict=True):
-            if result is None or result["key"] != row.key or result["uid"] != row.uid:
-                return False
-        self.rows |= {row.index: result for row, result in zip(rows, known, strict=True) if result is not None}
-        return True
-
-    def finish(self, index: int, row: dict[str, Any]) -> None:
-        self.rows[index] = row
-        if Status(row["status"]).resolved:  # an unresolved row is to be tried again after a crash
-            self.journal.append(index, row)
-
-    @property
-    def held(self) -> int:
-        """Rows in the pipeline or waiting for the commit."""
-        return len(self.rows) + max(self.pending, 0)
-
-    @property
-    def over(self) -> bool:
-        """All read and nothing in the pipeline: to be committed, or given up."""
-        return self.total is not None and self.pending == 0
-
-    def commit(self, processor: Processor) -> ShardRecord:
-        """Write and publish the shard (blocking: runs in a thread)."""
-        assert self.total is not None
-        name, tar = self.shard.name, processor.writes_tar
-        with self.artifact.begin(name, processor.schema, tar=tar, claim=self.claim) as shard:
-            if processor.writes_tar:
-                for source in self._sources():  # the images are read again: keeping them would cost memory
-                    row = self.rows.get(source.index)
-                    if row is None or row["uid"] != source.uid:
-                        raise CapipeError(f"{self.shard.url}: the shard changed while it was captioned")
-                    shard.write(row, processor.members(source, row))
-            else:
-                for index in range(self.total):
-                    shard.write(self.rows[index])
-            record = shard.commit(rows_in=self.total, input_info=self.reader.info, started=self.started)
-        self.journal.delete()
-        return record
-
-    def _sources(self) -> Iterator[Row]:
-        """The input's rows once more; that it cannot be read is this shard's fault, not the output disk's."""
-        try:
-            yield from RowReader(self.shard)
-        except OSError as error:
-            raise CapipeError(f"{self.shard.url}: {error}") from error
 
 
 class Worker:
@@ -305,10 +242,12 @@ class Worker:
 
         Raises RunFailed where the streak is too long.
         """
-        if result["status"] == Status.ENGINE_ERROR:
-            self._settle_all(self.streak.failed(run, result["error"] or "", (row.key, row.uid or "")))
-        elif answered and result["status"] not in UNREAD:
-            self._settle_all(self.streak.over())
+        fate = (result["status"], result["error"])
+        if fate[0] != Status.ENGINE_ERROR:
+            if answered and fate[0] not in UNREAD:
+                self._settle_all(self.streak.over())
+        elif all((each.get("status"), each.get("error")) != fate for each in row.beside.values()):  # or it is passed on
+            self._settle_all(self.streak.failed(run, fate[1] or "", (row.key, row.uid or "")))
 
     def _look_for_the_end(self) -> None:
         """With nothing in work and no shard to be had, errors are recorded: others may wait for these shards."""
@@ -321,7 +260,11 @@ class Worker:
         self.concluded.set()  # there may be room for another shard
 
     def _settle(self, run: ShardRun) -> None:
-        if self.failure is None and run.over and (run.failure is not None or run not in self.streak.shards):
+        if self.failure is not None or not run.over:
+            return
+        if run.failure is None and run in self.streak.shards:
+            self.concluded.set()  # not yet, but it takes no room from others meanwhile
+        else:
             run.pending = -1  # settled: only one task may see the end
             self._start(self._conclude(run))
 

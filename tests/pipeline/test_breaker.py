@@ -11,12 +11,12 @@ import pytest
 
 from capipe.errors import RunFailed
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.shards import Row, expand
+from capipe.manifests.shards import Row, expand, join
 from capipe.manifests.status import Status
 from capipe.models.engine import GenerationRequest, ImageInput, RequestError
 from capipe.models.formats import ImageProblem
 from capipe.models.loading import EngineConfig
-from capipe.pipeline import worker
+from capipe.pipeline import breaker, worker
 from capipe.pipeline.annotating import AnnotateProcessor, AnnotateStage
 from capipe.pipeline.breaker import ErrorStreak, Refusals, general_reason
 from capipe.pipeline.engine_stages import EngineSetup, LoadedEngine
@@ -170,6 +170,13 @@ def test_a_streak_that_a_good_row_breaks_is_recorded(shards: Callable[[int], Pat
     assert sum(event.rows.get("engine_error", 0) for event in events if isinstance(event, Pulse)) == 150
 
 
+def test_a_shard_that_waits_leaves_room_for_the_next(shards: Callable[..., Path], tmp_path: Path) -> None:
+    """Whichever of its rows is finished last: here each shard's last one is torn."""
+    folder = shards(90, 3)
+    run(folder, tmp_path / "out", Captions(refuse, corrupt=lambda number: number % 3 == 2, window=1))
+    assert [row["status"] for row in table(tmp_path / "out")] == ["engine_error", "engine_error", "corrupt"] * 30
+
+
 def test_rows_that_no_engine_saw_do_not_break_it(shards: Callable[[int], Path], tmp_path: Path) -> None:
     folder = shards(600)
     with pytest.raises(RunFailed, match="200 rows in a row"):
@@ -188,6 +195,33 @@ def test_few_rows_that_all_fail_are_recorded_at_the_end(shards: Callable[..., Pa
     folder = shards(150, 1)
     run(folder, tmp_path / "out", Captions(refuse, window=1))
     assert [row["status"] for row in table(tmp_path / "out")] == ["engine_error"] * 150
+
+
+def test_a_stage_is_not_ended_by_errors_of_the_one_before(
+    shards: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that it passes on as they are say nothing of its own engine."""
+    folder, before = shards(250), tmp_path / "before"
+    monkeypatch.setattr(breaker, "MOST_FAILED_ROWS", 1000)
+    run(folder, before, Captions(lambda number: refuse(number) if number < 240 else well(number)))
+    monkeypatch.undo()
+
+    class Passing(Captions):
+        async def load(self) -> AnnotateProcessor:
+            made = await super().load()
+
+            async def process_row(row: Row) -> dict[str, Any]:
+                beside = row.beside["captions"]
+                return {**made.passed_on(row), "status": beside["status"], "error": beside["error"]}
+
+            made.process_row = process_row  # type: ignore[method-assign]
+            return made
+
+    artifact = Artifact.create(str(tmp_path / "out"), "annotate", {}, {})
+    todo = join(expand(str(folder)), {"captions": Artifact.open(str(before))})
+    run_inline(Passing(well), artifact, lambda event: None, todo)
+    artifact.close()
+    assert [row["status"] for row in table(tmp_path / "out")] == ["engine_error"] * 240 + ["ok"] * 10
 
 
 def test_what_waits_is_bounded(shards: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,10 @@ class ScriptedCrew:
 
     def __init__(self, size: int, *hands: Callable[[], ScriptedHand]) -> None:
         self.size, self._hands, self.hired = size, list(hands), list[ScriptedHand]()
+        self.places = list[int]()
 
     def hire(self, place: int) -> ScriptedHand:
+        self.places.append(place)
         self.hired.append(self._hands[min(len(self.hired), len(self._hands) - 1)]())
         return self.hired[-1]
 
@@ -162,6 +164,61 @@ def test_workers_that_die_before_any_row_end_the_run(artifact: Artifact, monkeyp
     with pytest.raises(RunFailed, match="3 workers in a row on this machine ended before they finished a row"):
         run(crew, artifact, 9)
     assert len(crew.hired) == 3
+
+
+def busy() -> ScriptedHand:
+    """A worker that finds no room on its device."""
+    hand = ScriptedHand(well)
+    hand.said = deque([WorkerFailed("no memory", 3, final=False)])
+    hand.name = "GPU 0"
+    return hand
+
+
+def test_a_place_that_never_starts_is_given_up_and_the_others_go_on(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "PAUSES", (0.0, 0.0))
+    crew = ScriptedCrew(2, busy, lambda: ScriptedHand(well, started=False), busy, busy)
+    events: list[Event] = []
+
+    def report(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Note) and sum(isinstance(each, Note) for each in events) == 3:
+            crew.hired[1].said.append(Want())  # the other one is up only now
+
+    assert Scheduler(crew, artifact, report).run(shards(4)) == Outcome()
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert len(done(events)) == 4 and len(crew.hired) == 4 and crew.places == [0, 1, 0, 0]
+    assert told[:2] == ["a worker on GPU 0 could not start: no memory; another one is tried there in 0 s"] * 2
+    assert told[2].startswith("GPU 0 is given up, as 3 workers in a row ended there") and told[2].endswith("no memory")
+
+
+def test_a_place_that_nobody_needed_stands_in(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PAUSES", (0.0,))
+    crew = ScriptedCrew(3, busy, busy, good)
+    outcome, events = run(crew, artifact, 1)
+    assert outcome == Outcome() and done(events) == ["00000"] and crew.places == [0, 0, 1]
+
+
+def test_the_last_place_takes_the_run_along(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PAUSES", (0.0,))
+    crew = ScriptedCrew(2, busy)
+    with pytest.raises(RunFailed, match=r"no memory; 2 workers in a row on GPU 0 .* the last place that was left"):
+        run(crew, artifact, 5)
+    assert sorted(crew.places) == [0, 0, 1, 1]
+
+
+def test_rows_that_are_finished_make_a_place_sound_again(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker dies now and then, but never before it did something: that costs no place."""
+    monkeypatch.setattr(places, "PAUSES", (0.0,))
+    works = [True, False]
+
+    def dies(assignment: Assignment) -> list[Event | None]:
+        works.append(works.pop(0))
+        return well(assignment) if works[-1] else [Pulse({"ok": 1}), None]
+
+    outcome, events = run(ScriptedCrew(1, busy, lambda: ScriptedHand(dies)), artifact, 6)
+    assert outcome == Outcome() and len(done(events)) == 6
 
 
 def test_a_failure_that_no_other_worker_would_be_spared_ends_the_run(artifact: Artifact) -> None:
