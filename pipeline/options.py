@@ -27,7 +27,7 @@ MaxPixels = Annotated[int | None, typer.Option(help="Largest image area the mode
 MinPixels = Annotated[int | None, typer.Option(help="Smallest image area the model sees.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float16.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Context length to make room for.")]
-Concurrency = Annotated[int | None, typer.Option(help="Requests in the engine at once; what a server takes by default.")]
+Concurrency = Annotated[int | None, typer.Option(help="Requests at once; by default what a server takes.")]
 Gpus = Annotated[str | None, typer.Option(help="GPUs to use, e.g. 0,1; all by default; none for CPU.")]
 GpuMemory = Annotated[float, typer.Option(help="Share of GPU memory for vLLM.")]
 DecodeWorkers = Annotated[int | None, typer.Option(help="Image decoding processes per engine.")]
