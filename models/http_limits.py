@@ -42,6 +42,9 @@ class AdaptiveLimit:
         self._hold, self._next_hold = 0, HOLD_ROUNDS
         self._rounds = 0  # since the last cut
         self._searching = True  # nothing was refused yet
+        self._good: int | None = None  # the last limit under which nothing was
+        self._ceiling: int | None = None  # the limit under which something was last
+        self._probing = False
         self._begin_round()
 
     def full(self) -> None:
@@ -61,16 +64,19 @@ class AdaptiveLimit:
         """A request was refused as one too many. Those that were sent together with it are refused by the same cut."""
         if generation != self.generation:
             return
-        hard = self._searching or self._rounds == 0
-        lower = max(1, min(self.value - 1, int(self.value * (HARD_CUT if hard else SOFT_CUT))))
+        cut = HARD_CUT if self._searching or self._rounds == 0 else SOFT_CUT
+        lower = max(1, min(self.value - 1, int(self.value * cut)))
+        if self._good is not None and self._good < self.value:
+            lower = self._good
+        self._ceiling, self._good = self.value, None
         self._searching, self._rounds = False, 0
-        self._level, self._step, self._hold = None, 1, WARY_ROUNDS
+        self._level, self._step, self._hold, self._probing = None, 1, WARY_ROUNDS, False
         self._set(lower)
 
     def restart(self) -> None:
         """Begin again with one request: the server was away."""
         self._level, self._step, self._hold, self._next_hold = None, 1, 0, HOLD_ROUNDS
-        self._searching = True
+        self._good, self._ceiling, self._searching, self._probing = None, None, True, False
         self._set(1)
 
     def _end_round(self, latency: float) -> None:
@@ -78,7 +84,11 @@ class AdaptiveLimit:
         self._rounds += 1
         if not full:
             self._begin_round()
-        elif self._hold > 0:
+            return
+        self._good = self.value
+        if self._ceiling is not None and self.value >= self._ceiling:  # there is more room than there was
+            self._ceiling, self._step = None, 1
+        if self._hold > 0:
             self._hold -= 1
             if self._level is None or self._level[0] == self.value:
                 self._level = self.value, latency
@@ -93,6 +103,14 @@ class AdaptiveLimit:
             self._raise()
 
     def _raise(self) -> None:
+        """By twice the last step, but half the way to where something was refused; from close below it seldom."""
+        if self._ceiling is not None:
+            if self._ceiling - self.value == 1 and not self._probing:
+                self._probing, self._hold = True, HOLD_ROUNDS
+                self._begin_round()
+                return
+            self._probing = False
+            self._step = min(self._step, max(1, (self._ceiling - self.value) // 2))
         higher = min(self.most, self.value + self._step)
         self._step = min(2 * self._step, higher)
         self._set(higher)
@@ -131,7 +149,7 @@ class Limiter:
 
     def __init__(self, limit: AdaptiveLimit | int) -> None:
         self._limit = limit
-        self._line: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._line: list[tuple[int, int, asyncio.Future[int]]] = []
         self._sleepers: set[asyncio.Future[None]] = set()
         self._order = itertools.count()
         self._in_flight, self._turns = 0, set[Turn]()
@@ -150,9 +168,7 @@ class Limiter:
     @asynccontextmanager
     async def turn(self, place: int) -> AsyncIterator[Turn]:
         """Wait for a turn; the lowest ``place`` is next. Raises what ``shut`` was given."""
-        await self._enter(place)
-        generation = 0 if isinstance(self._limit, int) else self._limit.generation
-        turn = Turn(generation, time.monotonic())
+        turn = Turn(await self._enter(place), time.monotonic())
         self._turns.add(turn)
         try:
             yield turn
@@ -202,17 +218,17 @@ class Limiter:
         if not isinstance(self._limit, int):
             self._limit.restart()
 
-    async def _enter(self, place: int) -> None:
+    async def _enter(self, place: int) -> int:
+        """Wait for a turn; returns the generation of the limit that allowed it, which may be another one by then."""
         if self._shut is not None:
             raise self._shut()
         if not self._line and self._free():
-            self._take()
-            return
-        future = asyncio.get_running_loop().create_future()
+            return self._take()
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._line, (place, next(self._order), future))
         self._admit()
         try:
-            await future
+            return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:  # it had its turn already
                 self._in_flight -= 1
@@ -223,13 +239,15 @@ class Limiter:
         while self._line and self._free():
             future = heapq.heappop(self._line)[2]
             if not future.done():
-                self._take()
-                future.set_result(None)
+                future.set_result(self._take())
 
-    def _take(self) -> None:
+    def _take(self) -> int:
         self._in_flight += 1
-        if self._in_flight >= self.limit and not isinstance(self._limit, int):
+        if isinstance(self._limit, int):
+            return 0
+        if self._in_flight >= self.limit:
             self._limit.full()
+        return self._limit.generation
 
     def _free(self) -> bool:
         return self._in_flight < self.limit and time.monotonic() >= self._paused_until

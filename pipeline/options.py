@@ -33,9 +33,7 @@ Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on GPU, float32 on CPU)
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Context in tokens; by default what prompt, largest image and answer take.")
 ]
-Concurrency = Annotated[
-    int | None, typer.Option(help="Requests in the engine at once; what a server takes by default.")
-]
+Concurrency = Annotated[int | None, typer.Option(help="Requests at once; by default what a server takes.")]
 Gpus = Annotated[str | None, typer.Option(help="GPUs to use, e.g. 0,1; all by default; none for CPU.")]
 GpuMemory = Annotated[float, typer.Option(help="Share of GPU memory for vLLM.")]
 TensorParallel = Annotated[int, typer.Option(min=1, help="GPUs that share one model, by vLLM.")]

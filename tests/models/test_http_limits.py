@@ -74,8 +74,8 @@ async def test_a_server_that_takes_eight_gets_about_eight_and_no_request_fails()
         answers = await asyncio.gather(*(engine.generate(ASK) for _ in range(600)))
         limit = engine.concurrency
         await engine.aclose()
-    assert len(answers) == 600 and 6 <= limit <= 11
-    assert server.peak == 8 and server.refused < 200  # of 600: most of the time it is asked for what it takes
+    assert len(answers) == 600 and 7 <= limit <= 9
+    assert server.peak == 8 and server.refused < 100  # some 30: it is asked for what it takes
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_a_server_that_only_queues_is_not_flooded() -> None:
 
 def test_refusals_find_the_level_from_above_and_it_is_kept() -> None:
     seen = simulated(lambda load: 1.0, 8, 400, AdaptiveLimit())
-    assert all(4 <= value <= 12 for value in seen[10:]) and sum(seen[10:]) / len(seen[10:]) >= 6.5
+    assert all(4 <= value <= 12 for value in seen[10:]) and sum(seen[10:]) / len(seen[10:]) >= 7.5
 
 
 def test_a_server_that_gets_more_room_is_given_more() -> None:
