@@ -98,7 +98,7 @@ def _parts(folder: Path, name: str) -> dict[str, Any]:
             continue
         library, named = entry
         home = {"diffusers": diffusers, "transformers": transformers}.get(library)
-        kind = getattr(home or getattr(diffusers.pipelines, library, None), named, None)
+        kind: Any = getattr(home or getattr(diffusers.pipelines, library, None), named, None)
         if not isinstance(kind, type) or not issubclass(kind, (diffusers.ModelMixin, transformers.PreTrainedModel)):
             continue  # a scheduler, a tokenizer
         called = f"{name}: {part}"

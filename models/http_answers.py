@@ -47,6 +47,10 @@ class Unavailable(RequestError):
         self.busy = busy
 
 
+class SentAway(Unavailable):
+    """The request was never at the server, which was left out while it waited."""
+
+
 # --- completions -----------------------------------------------------------------------------------------------------
 
 

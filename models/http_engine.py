@@ -34,6 +34,7 @@ from .engine import (
 )
 from .http_answers import (
     NO_LOGPROBS,
+    SentAway,
     Unavailable,
     json_object,
     read_choice,
@@ -148,7 +149,7 @@ class HTTPEngine:
 
     def shut(self, reason: str) -> None:
         """Fail what waits for the server and what comes, until ``reopen``; what is at the server may still succeed."""
-        self._limiter.shut(lambda: Unavailable(reason))
+        self._limiter.shut(lambda: SentAway(reason))
 
     def reopen(self) -> None:
         self._unconnected = 0

@@ -65,10 +65,7 @@ class EngineConfig:
     adapter: str = ""
 
     def __post_init__(self) -> None:
-        if self.is_http:
-            _ = self.urls
-        if self.kind not in KINDS and not self.is_http:
-            raise BadInput(f"--engine {self.kind!r} is none of {', '.join(KINDS)} and no http:// or https:// URL")
+        check_kind(self.kind)
         if not self.model and not self.is_http:
             raise BadInput("no model is named; give --model a bundled one (tiny/captioner), a folder or a hub id")
         if self.dtype not in DTYPES:
@@ -108,6 +105,16 @@ class EngineConfig:
         from .http_server import server_urls
 
         return server_urls(self.kind)
+
+
+def check_kind(kind: str) -> None:
+    """Raise BadInput for what is no engine and no servers' URLs."""
+    if kind.startswith(("http://", "https://")):
+        from .http_server import server_urls
+
+        server_urls(kind)
+    elif kind not in KINDS:
+        raise BadInput(f"--engine {kind!r} is none of {', '.join(KINDS)} and no http:// or https:// URL")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from .engine import (
     ImageGrid,
     Prompt,
 )
-from .http_answers import Unavailable
+from .http_answers import SentAway, Unavailable
 from .http_engine import THOUGHT_PROBE, HTTPEngine, HTTPOptions, connect_http_engine
 from .http_server import NoAnswer, NotReady, common_model, none_answers
 
@@ -137,11 +137,13 @@ class EngineRouter:
             except EngineDead as error:
                 self._leave_out(server, str(error))
                 continue
+            except SentAway:
+                continue
             except Unavailable as error:
                 failing_since = began if failing_since is None else failing_since
                 if error.busy and time.monotonic() - failing_since > self._patience_s:
                     raise
-                if server.out:  # somebody else found out; this request was sent away with the others
+                if server.out:  # somebody else found out
                     continue
                 if error.final or not engine.works_since(began, error.busy):
                     if error.final and len(self._live()) == 1:

@@ -67,7 +67,7 @@ def request_bytes(config: VllmConfig) -> int:
     model, parallel = config.model_config, config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
     tokens = model.max_model_len + config.cache_config.block_size
-    return 2 * heads * model.get_head_size() * model.dtype.itemsize * tokens
+    return int(2 * heads * model.get_head_size() * model.dtype.itemsize * tokens)
 
 
 def _arguments(options: VLLMOptions, on_cpu: bool, concurrency: int) -> dict[str, Any]:

@@ -103,6 +103,9 @@ def workplace(
 
     Raises BadInput.
     """
+    from ..models.loading import check_kind
+
+    check_kind(engine)
     served = "://" in engine
     if runner == "local":
         if address is not None or workers is not None:

@@ -52,12 +52,16 @@ class PipeChannel:
                 # the kernel was quicker, for us as for the engine.
                 end(descendants(os.getpid()), grace=0)
                 os._exit(3)
-            if message == "leave":
-                self._loop.call_soon_threadsafe(self._leave)
-                continue
-            if message == "stop":
-                self._loop.call_soon_threadsafe(self.stopping.set)
-            self._loop.call_soon_threadsafe(self._answers.put_nowait, None if message == "stop" else message)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the work just ended by itself
+                self._heed(message)
+
+    def _heed(self, message: Any) -> None:
+        if message == "leave":
+            self._loop.call_soon_threadsafe(self._leave)
+            return
+        if message == "stop":
+            self._loop.call_soon_threadsafe(self.stopping.set)
+        self._loop.call_soon_threadsafe(self._answers.put_nowait, None if message == "stop" else message)
 
     async def next_shard(self) -> Answer:
         if not self._asked:

@@ -160,7 +160,6 @@ async def test_two_templates_give_the_captions_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.asyncio(loop_scope="session")
 async def test_vllm_asks_two_templates_as_one(
     tmp_path: Path, reference: TransformersEngine, pictures: list[ImageInput]
 ) -> None:

@@ -92,7 +92,7 @@ async def test_a_prompt_that_does_not_fit_names_the_option(kind: str) -> None:
     image = ImageInput("0" * 64, np.zeros((side, side, 3), np.uint8))
     sampling = Sampling(max_tokens=4)
     assert (await engine.generate(GenerationRequest(Prompt("Describe the image.", image), sampling))).n_tokens > 0
-    for prompt in (Prompt("Describe the image. " * 8, image), Prompt("Describe the image. " * 40)):
+    for prompt in (Prompt("Describe the image. " * 40, image), Prompt("Describe the image. " * 40)):
         with pytest.raises(RequestError, match=r"tokens leave no room to answer in 96; give a larger --max-model-len"):
             await engine.generate(GenerationRequest(prompt, sampling))
     await engine.aclose()

@@ -110,9 +110,7 @@ async def test_a_server_that_dies_is_left_out_and_no_request_fails(caplog: pytes
         engine = await connect_servers(quick(concurrency=8), [url, other], failover=QUICK)
         assert await ask_all(engine, 20) == ["x"] * 20
         port = int(url.rsplit(":", 1)[1])
-        dies = serving(first)  # an empty manager to reuse the port below
-        del dies
-    # both are closed now; the second one comes back on its port, the first stays away
+    # Both are closed now. The second one comes back on its port, the first stays away.
     with serving(second, int(other.rsplit(":", 1)[1])):
         assert await ask_all(engine, 30) == ["x"] * 30
         assert engine.concurrency in range(1, 9)

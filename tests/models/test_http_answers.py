@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from email.utils import formatdate
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 
 from capipe.models.engine import ChoiceRequest, GenerationRequest, Prompt, Refused, RequestError
-from capipe.models.http_answers import without_thought
+from capipe.models.http_answers import Unavailable
 from capipe.models.http_engine import connect_http_engine
+from capipe.models.http_fields import UntakenField
+from capipe.models.thinking import split_thought
 
 from .chat_server import ASK, Answer, Double, ask, completion, options, serving
 
@@ -54,7 +57,7 @@ async def test_text_is_found_in_every_form(answer: Answer, text: str, reason: st
 
 
 def test_a_text_about_thoughts_is_none() -> None:
-    assert without_thought("I see <think> written on a wall.") == "I see <think> written on a wall."
+    assert split_thought("I see <think> written on a wall.") == ("I see <think> written on a wall.", None)
 
 
 @pytest.mark.parametrize(
@@ -305,3 +308,14 @@ async def test_patience_ends() -> None:
     assert str(error) == "the server was busy for 0.3 s: HTTP 503: loading"
     error = await answered(refusing(429, {}, {"Retry-After": "86400"}), patience_s=0.3)
     assert "busy for 0.3 s" in str(error)
+
+
+def test_errors_keep_what_they_say_between_processes() -> None:
+    for error in (
+        RequestError("a", final=True),
+        Refused("b"),
+        Unavailable("c", final=True, busy=True),
+        UntakenField("d", "seed"),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)

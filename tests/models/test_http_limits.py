@@ -86,7 +86,7 @@ async def test_a_server_with_room_gets_hundreds() -> None:
         await asyncio.gather(*(engine.generate(ASK) for _ in range(1000)))
         grown = engine.concurrency
         await engine.aclose()
-    assert server.peak >= 256 and grown >= 256 and server.refused == 0
+    assert server.peak >= 256 and grown >= 128 and server.refused == 0
 
 
 async def test_a_fixed_number_stays_what_it_is() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from capipe.models.engine import ChoiceRequest, GenerationRequest, Prompt, RequestError, Sampling, Thought
 from capipe.models.http_engine import HTTPEngine, connect_http_engine
+from capipe.models.loading import EngineConfig, load_engine
 from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
 
+from ..serving import serving as serving_vllm
+from .folders import THINKING, thinking_reader
 from .test_http_engine import Answer, Double, ask, completion, options, serving
 
 COLOR = Question("What color is the star?", ("red", "blue"), 1, "color")
@@ -122,3 +127,34 @@ async def test_a_server_that_cannot_go_on_from_a_thought_says_so() -> None:
         completed = await engine.generate(GenerationRequest(Prompt("Which?"), Sampling(max_tokens=9)))
         assert completed.thought == Thought("Hm.", True)
         await engine.aclose()
+
+
+#: Qwen3's way with an assistant's turn: its thought stands between the tags, and is written anew.
+TURNS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' and '</think>' in message.content %}"
+    "{% set parts = message.content.split('</think>') %}"
+    "{{ '<think>\n' + parts[0].split('<think>')[-1].strip('\n') + '\n</think>\n\n' + parts[-1].lstrip('\n') }}"
+    "{% else %}{{ message.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.slow
+async def test_a_real_server_scores_letters_after_a_thought_as_we_do(
+    tmp_path: Path, unused_tcp_port_factory: Callable[[], int]
+) -> None:
+    pytest.importorskip("vllm")
+    folder = thinking_reader(tmp_path / "reader", TURNS + THINKING.partition("{% endfor %}")[2])
+    letters = ("A", "B", "C", "D")
+    with serving_vllm(str(folder), unused_tcp_port_factory(), "--max-model-len", "512", "--max-num-seqs", "8") as url:
+        for arguments, thoughts in [({}, [None, "a star"]), ({"enable_thinking": False}, [None])]:
+            there = await load_engine(EngineConfig(url, template_args=arguments))
+            here = await load_engine(EngineConfig("transformers", str(folder), device="cpu", template_args=arguments))
+            for thought in thoughts:
+                asked = ChoiceRequest(Prompt("Which? A, B, C or D", thought=thought), letters)
+                ours, theirs = await here.choose(asked), await there.choose(asked)
+                known = [pair for pair in zip(ours.logprobs, theirs.logprobs, strict=True) if pair[1] is not None]
+                assert known and all(one == pytest.approx(other, abs=1e-3) for one, other in known)
+            assert isinstance(there, HTTPEngine) and not await there.thinks()  # the tiny one never learned to
+            await here.aclose()
+            await there.aclose()

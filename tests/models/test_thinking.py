@@ -178,7 +178,6 @@ async def test_a_thought_without_an_end_is_closed_and_counted(tmp_path: Path, ca
 
 
 @pytest.mark.slow
-@pytest.mark.asyncio(loop_scope="session")
 async def test_vllm_places_letters_and_thoughts_alike(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     folder = str(thinking_reader(tmp_path / "reader", BEGUN))

@@ -27,7 +27,7 @@ from capipe.stages.prompts import NamedPrompt
 
 from ..conftest import photo, tar_bytes
 from ..scripted import Scripted
-from .conftest import table
+from .conftest import CaptionServer, capipe, one_line, table
 
 SHARD = 30
 CONFIG = AnnotateConfig(prompts=(NamedPrompt("p", "Describe."),), max_attempts=1)
@@ -258,3 +258,18 @@ def test_an_idle_worker_records_what_it_holds_back(shards: Callable[[int], Path]
     run_inline(Captions(refuse), ours, report, expand(str(folder)))
     ours.close()
     assert len(table(tmp_path / "out")) == 60
+
+
+def test_a_command_ends_in_one_line_and_does_the_same_rows_later(
+    shards: Callable[[int], Path], tmp_path: Path, server: CaptionServer
+) -> None:
+    folder, out, alone = shards(210), tmp_path / "out", tmp_path / "alone"
+    command = ["annotate", "--shards", folder, "--model", "m", "--engine", server.url, "--concurrency", 4]
+    server.fails = lambda number, image: 404
+    line = one_line(capipe(*command, "--out", out, code=3))
+    assert " in a row " in line and "HTTP 404" in line and "run the same command to have them done" in line
+    assert list(out.glob("*.parquet")) == []
+    server.fails = lambda number, image: 200
+    capipe(*command, "--out", out)
+    capipe(*command, "--out", alone)
+    assert same(out, alone) and len(table(out)) == 210

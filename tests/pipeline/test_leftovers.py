@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from capipe.models.tiny.corpus import write_corpus
 
+from .chains import written
 from .conftest import COMMAND, capipe, table
 from .leftovers import Watched, is_engine, is_worker, lines, staged
 
@@ -135,3 +137,34 @@ def test_a_decoder_that_hangs_dies_with_its_killed_command(shards: Path, tmp_pat
         run.process.kill()
         print(f"gone after {run.gone():.2f} s")
     assert hung not in run.members()
+
+
+def test_a_killed_chain_takes_its_stage_along(tmp_path: Path, watched: Run) -> None:
+    stages = {"pictures": {"stage": "render", "config": {"images": 5000, "split": "heldout", "seed": 3}}}
+    run = watched(*COMMAND, "run", written(tmp_path, stages), "--out", tmp_path / "out")
+    stage = run.wait_for(lambda each: "capipe.pipeline render" in each.command)
+    run.process.kill()
+    print(f"gone after {run.gone():.2f} s")
+    assert stage not in run.members()
+
+
+@pytest.mark.slow
+def test_a_killed_torchrun_takes_its_trainers_along(recipe: Path, tmp_path: Path, watched: Run) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = watched(*torchrun, *COMMAND[1:], "train", recipe, "--out", tmp_path / "out")
+    deadline = time.monotonic() + 180
+    while "step 1/" not in run.said:
+        assert run.process.poll() is None and time.monotonic() < deadline, run.said
+        time.sleep(0.1)
+    run.process.kill()
+    print(f"gone after {run.gone():.2f} s")
+
+
+@pytest.mark.slow
+def test_a_command_with_a_cluster_of_its_own_is_killed(annotating: Run, tmp_path: Path) -> None:
+    """Ray's own processes, the actors, and the engines they started."""
+    run = annotating("--runner", "ray", "--ray-address", "local")
+    at_work(run, tmp_path / "trace")
+    assert any(map(is_engine, run.members())) and any("raylet" in each.name for each in run.members())
+    run.process.kill()
+    print(f"gone after {run.gone():.2f} s")

@@ -59,7 +59,7 @@ def test_no_question_is_malformed(text: object) -> None:
         ["A) red", "B) "],
         ["red", "blue", "Red "],
         ["red", "blue", "red."],
-        list("abcdefg"),
+        list("abcdefghijk"),
         [str(n) for n in range(50_000)],
         ["red", "x" * 2001],
         ["red", "Cannot tell"],

@@ -153,7 +153,7 @@ def test_a_reader_that_prefers_a_place_is_warned_of() -> None:
     report = read_by(told=[0, 2, 2], blind=[2, 2, 2], images=20)
     (caution,) = report.warnings
     assert caution.kind == "prefers_places" and "A 1.000, B 0.000, C 0.000" in caution.text
-    assert caution.figures == {"A": 1.0, "B": 0.0, "C": 0.0, "threshold": 0.2}
+    assert caution.figures == pytest.approx({"A": 1.0, "B": 0.0, "C": 0.0, "threshold": 0.2})
     assert read_by(told=[0, 2, 2], blind=[2, 2, 2], images=19).warnings == (), "too few to tell"
 
 

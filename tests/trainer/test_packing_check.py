@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from capipe.errors import BadInput
 from capipe.models.engine import Completion
 from capipe.models.family import PreparedPrompt
 from capipe.models.growing_cache import new_cache, stateful_layers
+from capipe.models.loading import EngineConfig, load_engine
+from capipe.models.tiny import folder_of
 from capipe.trainer.assembly import policy_class
 from capipe.trainer.decoder import DecoderPolicy, reference_logps
 from capipe.trainer.groups import Group, pack
@@ -163,3 +166,12 @@ def test_a_cache_of_running_states_is_known() -> None:
     assert stateful_layers(new_cache(hybrid().config.get_text_config(), growing=False)) == ["LinearAttentionLayer"]
     for model in (sliding(), random_model("qwen3")):
         assert stateful_layers(new_cache(model.config.get_text_config(), growing=False)) == []
+
+
+async def test_the_transformers_engine_refuses_what_it_cannot_draw_with(tmp_path: Path) -> None:
+    for file in folder_of("captioner").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    hybrid().save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=r"running state \(linear_attention\), which .* take --engine vllm") as told:
+        await load_engine(EngineConfig("transformers", str(tmp_path), device="cpu"))
+    assert "\n" not in str(told.value)
