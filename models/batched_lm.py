@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from .captioner_family import barred_ids, family_of
-from .engine import ImageInput, Prompt, RequestError, Sampling
+from .context import too_long
+from .engine import ImageInput, Prompt, Sampling
 from .family import PreparedImage, PreparedPrompt
 from .growing_cache import select_rows
 from .prefix_tree import Level, Segment, plan, unshared
@@ -108,7 +109,7 @@ class BatchedLM:
         if image is not None:
             ids = self.family.expand(ids, image)
         if len(ids) >= self.max_model_len:
-            raise RequestError(f"the prompt's {len(ids)} tokens leave no room to answer in {self.max_model_len}")
+            raise too_long(len(ids), self.max_model_len)
         positions = self.family.positions(ids, image)
         return PreparedPrompt(ids, positions, int(positions.max()) + 1, image)
 

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import BadInput
 from .images import Pixels
-from .itm import RetrievalModel, load_retrieval
+from .itm import CONTRASTIVE, RetrievalModel, load_retrieval
 from .scorers import Pair, by_length, cosines, distinct_texts, normalised, padded
-
-HEADS = ("vision_proj", "text_proj")
 
 
 class BlipScorer:
@@ -71,7 +68,4 @@ class BlipScorer:
 
 def load_blip(name: str, dtype: str = "auto", device: str = "auto") -> BlipScorer:
     """A folder or a hub id of a BLIP retrieval model. Raises BadInput where it is none, or has no contrastive heads."""
-    found = load_retrieval(name, dtype, device, kinds=("blip",))
-    if lacking := [head for head in HEADS if any(key.startswith(head) for key in found.missing)]:
-        raise BadInput(f"{name}: has no trained {' and '.join(lacking)}; name an image-text retrieval checkpoint")
-    return BlipScorer(found)
+    return BlipScorer(load_retrieval(name, dtype, device, kinds=("blip",), heads=CONTRASTIVE))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import BadInput
+from .clip_source import CONFIG, Activation, ClipSource, Tag, clip_source
+from .hub import hub_name, snapshot
 from .images import Pixels
 from .scorers import Pair, by_length, cleaned, cosines, device_and_type, distinct_texts, normalised, padded
-from .tiny import PREFIX
-from .tiny import resolve as resolve_bundled
 from .views import View
 
-CONFIG = "open_clip_config.json"
+OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")  # how their files' names begin
 
 
 class ClipScorer:
@@ -133,53 +133,54 @@ def _trimming_changes_nothing(model: Any, tokenizer: Any) -> bool:
 def load_clip(name: str, dtype: str = "auto", device: str = "auto") -> ClipScorer:
     """``tiny/clip``, a folder with an ``open_clip_config.json``, ``ARCHITECTURE:PRETRAINED`` of open_clip, or a hub id.
 
-    Raises BadInput where there is none such, or it does not load.
+    Raises BadInput where there is none such, or it does not load, or not with the activation it was trained with.
     """
     import open_clip
-    from open_clip.transform import PreprocessCfg
 
     where, number_type = device_and_type(device, dtype)
-    place = clip_folder(name)
-    found, _, pretrained = (f"local-dir:{place}", "", "") if isinstance(place, Path) else place.partition("|")
+    source = clip_source(name)
+    tag = source.place if isinstance(source.place, Tag) else None
     try:
         # Weights are read by safetensors or torch's weights-only loader: nothing in them is executed.
-        model = open_clip.create_model(found, pretrained=pretrained or None, device=where, weights_only=True).to(
-            number_type
-        )
-        tokenizer = open_clip.get_tokenizer(found)
+        model = open_clip.create_model(
+            f"local-dir:{source.place}" if tag is None else tag.architecture,
+            pretrained=None if tag is None else tag.pretrained,
+            force_quick_gelu=source.activation == "quick_gelu",
+            device=where,
+            weights_only=True,
+            require_pretrained=True,
+        ).to(number_type)
+        tokenizer = _tokenizer(source)
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = " ".join((str(error) or type(error).__name__).split())
         raise BadInput(f"{name}: open_clip cannot load it ({reason})") from error
-    shown = PreprocessCfg(**model.visual.preprocess_cfg)
-    size = (shown.size, shown.size) if isinstance(shown.size, int) else tuple(shown.size)
-    view = View(
-        size[0], size[1], _resize(shown.resize_mode), _interpolation(shown.interpolation), int(shown.fill_color)
-    )
-    return ClipScorer(model, tokenizer, view, shown.mean, shown.std)
+    if (built := built_activation(model)) not in (None, source.activation):
+        raise BadInput(f"{name}: open_clip builds it with {built}; its weights were trained with {source.activation}")
+    return ClipScorer(model, tokenizer, source.view, source.mean, source.std)
 
 
-def clip_folder(name: str) -> Path | str:
-    """Where the model lies, or what open_clip calls it (``architecture|pretrained`` or ``hf-hub:...``). BadInput."""
+def built_activation(model: Any) -> Activation | None:
+    """What open_clip's own transformer blocks in a model compute with; None where it has none of them."""
+    from open_clip.transformer import QuickGELU
+
+    found = {isinstance(module, QuickGELU) for name, module in model.named_modules() if name.endswith("mlp.gelu")}
+    return None if not found else "quick_gelu" if True in found else "gelu"
+
+
+def _tokenizer(source: ClipSource) -> Any:
+    """That of a tag or a folder; where a folder has none, the one that its configuration names on the hub."""
     import open_clip
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 
-    try:
-        path = Path(resolve_bundled(name)).expanduser()
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise BadInput(f"{name}: the folder has no {CONFIG}; name the one of an open_clip model")
-        return path.resolve()
-    architecture, _, pretrained = name.partition(":")
-    if architecture in open_clip.list_models():
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        if pretrained not in tags:
-            raise BadInput(f"{name}: name its weights, too, e.g. {architecture}:{tags[0] if tags else 'FOLDER'}")
-        return f"{architecture}|{pretrained}"
-    if name.startswith(PREFIX) or name.count("/") != 1 or path.exists():
-        raise BadInput(f"{name}: no folder, no open_clip ARCHITECTURE:PRETRAINED, no hub id and no bundled tiny/ model")
-    return f"hf-hub:{name}"
-
-
-_resize: Callable[[str], Any] = str
-_interpolation: Callable[[str], Any] = str
+    if isinstance(source.place, Tag):
+        return open_clip.get_tokenizer(source.place.architecture)
+    text = json.loads((source.place / CONFIG).read_text())["model_cfg"].get("text_cfg") or {}
+    named = hub_name(text.get("hf_tokenizer_name") or "")
+    if named is None or any(each.name.startswith(OF_TOKENIZERS) for each in source.place.iterdir()):
+        return open_clip.get_tokenizer(f"local-dir:{source.place}")
+    return HFTokenizer(
+        str(snapshot(named, "tokenizer")),
+        context_length=text.get("context_length", DEFAULT_CONTEXT_LENGTH),
+        tokenizer_mode=text.get("tokenizer_mode"),
+        **text.get("tokenizer_kwargs", {}),
+    )

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .loading import HUB_ID
+from .hub import PIPELINE, hub_name
+from .pretrained import load_reported, refuse_random
 from .scorers import device_and_type
 from .tiny import resolve as resolve_bundled
 
-INDEX = "model_index.json"
+INDEX = PIPELINE
 OWN = "PixelDiffusionPipeline"
 
 
@@ -63,7 +64,8 @@ def load_painter(
     try:
         folder = pipeline_folder(name)
         kind = _pipeline_class(folder, name)
-        pipeline = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        parts = _parts(folder, name)
+        pipeline = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **parts)
     except (
         OSError,
         ValueError,
@@ -80,6 +82,37 @@ def load_painter(
     if size is not None and "height" not in takes:
         raise BadInput(f"{name}: draws pictures of one size only; leave `size` out")
     return Painter(pipeline.to(where, number_type), steps, guidance, size, batch)
+
+
+def _parts(folder: Path, name: str) -> dict[str, Any]:
+    """The models of a pipeline, each with all of its weights, which diffusers itself would make up with a warning.
+
+    Raises BadInput where some are missing.
+    """
+    import diffusers
+    import transformers
+
+    found: dict[str, Any] = {}
+    for part, entry in json.loads((folder / INDEX).read_text()).items():
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(each, str) for each in entry)):
+            continue
+        library, named = entry
+        home = {"diffusers": diffusers, "transformers": transformers}.get(library)
+        kind: Any = getattr(home or getattr(diffusers.pipelines, library, None), named, None)
+        if not isinstance(kind, type) or not issubclass(kind, (diffusers.ModelMixin, transformers.PreTrainedModel)):
+            continue  # a scheduler, a tokenizer
+        called = f"{name}: {part}"
+        if issubclass(kind, transformers.PreTrainedModel):
+            found[part], report = load_reported(
+                kind, folder / part, dtype=torch.float32, called=called, use_safetensors=True
+            )
+        else:
+            loader: Any = kind
+            found[part], report = loader.from_pretrained(
+                folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+        refuse_random(report, called, named)
+    return found
 
 
 def need_diffusers() -> None:
@@ -104,9 +137,14 @@ def pipeline_folder(name: str) -> Path:
         if not (path / INDEX).is_file():
             raise BadInput(f"{name}: the folder has no {INDEX}; name the one of a diffusers pipeline")
         return path.resolve()
-    if path.exists() or not HUB_ID.fullmatch(name):
+    named = hub_name(name)
+    if path.exists() or named is None:
         raise BadInput(f"{name}: no such folder; give one of a diffusers pipeline, a hub id or a bundled tiny/ model")
-    return Path(DiffusionPipeline.download(name, use_safetensors=True))
+    try:
+        return Path(DiffusionPipeline.download(named.repo, revision=named.revision, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{name}: neither a folder here nor a pipeline to be had from the hub ({reason})") from error
 
 
 def _pipeline_class(folder: Path, name: str) -> Any:

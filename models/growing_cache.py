@@ -70,6 +70,16 @@ class CrossCache(EncoderDecoderCache):
         self.seen: Tensor | None = None
 
 
+def stateful_layers(cache: Cache) -> list[str]:
+    """The classes of a cache's layers that :func:`select_rows` cannot pick rows of, as they keep a running state.
+
+    Those of transformers that keep one beside keys and values would pick rows of the latter alone, in silence.
+    """
+    kinds = {type(each) for each in cache.layers}
+    running = {each for each in kinds if any(base.__name__.startswith("LinearAttention") for base in each.__mro__)}
+    return sorted(each.__name__ for each in kinds if each in running or not hasattr(each, "batch_select_indices"))
+
+
 def select_rows(cache: Cache, rows: Tensor) -> None:
     """Keep these rows of a cache."""
     if isinstance(cache, EncoderDecoderCache):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,15 @@ from torch import Tensor
 from ..errors import BadInput
 from .images import Pixels
 from .loading import resolve_model
+from .pretrained import load_reported, refuse_random
 from .scorers import Pair, by_length, device_and_type, distinct_texts, normalised, padded
 from .views import View
 
-BILINEAR = 2  # as Pillow counts the ways to resize, and transformers with it
+KINDS = ("blip", "blip-2")
+MATCHING, CONTRASTIVE = ("itm_head",), ("vision_proj", "text_proj")  # how the weights of heads are called
+HEADS = (*MATCHING, *CONTRASTIVE)
+# As Pillow counts the ways to resize, and transformers with it.
+RESAMPLING: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 LONGEST = 512  # tokens of a text at most; the models' position tables end there
 
 
@@ -95,53 +101,96 @@ class ItmScorer:
 
 
 @dataclass(frozen=True)
-class RetrievalModel:
-    """A BLIP or BLIP-2 retrieval model, its tokenizer and how its pictures are made.
+class RetrievalSource:
+    """A folder of a BLIP or BLIP-2 retrieval model; ``kind``: its model_type; ``activation``: of which tower which."""
 
-    ``missing``: weights that the checkpoint lacks, which are random.
-    """
+    folder: Path
+    kind: str
+    activation: str
+    view: View
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def seen_as(self) -> dict[str, Any]:
+        """How pictures come to the model and what it computes with, for fingerprints."""
+        return {
+            "activation": self.activation,
+            "view": asdict(self.view),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+@dataclass(frozen=True)
+class RetrievalModel:
+    """A BLIP or BLIP-2 retrieval model, its tokenizer and how its pictures are made."""
 
     model: Any
     tokenizer: Any
     view: View
     mean: Sequence[float]
     std: Sequence[float]
-    missing: frozenset[str]
 
 
-def load_retrieval(
-    name: str, dtype: str = "auto", device: str = "auto", kinds: Sequence[str] = ("blip", "blip-2")
-) -> RetrievalModel:
-    """``tiny/itm``, a folder or a hub id, of one of ``kinds``. Raises BadInput where it is none."""
-    from transformers import AutoConfig, AutoProcessor, Blip2ForImageTextRetrieval, BlipForImageTextRetrieval
+def retrieval_source(name: str, kinds: Sequence[str] = KINDS) -> RetrievalSource:
+    """What ``tiny/itm``, a folder or a hub id of one of ``kinds`` means; no weights are loaded. Raises BadInput."""
+    from transformers import AutoConfig, AutoImageProcessor
 
-    where, number_type = device_and_type(device, dtype)
-    path: Path = resolve_model(name)
-    known = {"blip": BlipForImageTextRetrieval, "blip-2": Blip2ForImageTextRetrieval}
+    folder = resolve_model(name)
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind not in kinds:
-            raise BadInput(f"{name}: a model of type {kind!r}; image-text matching needs one of {', '.join(kinds)}")
-        model, report = known[kind].from_pretrained(path, dtype=number_type, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{name}: does not load as an image-text matching model ({reason})") from error
-    images = processor.image_processor
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config.model_type not in kinds:
+            raise BadInput(
+                f"{name}: a model of type {config.model_type!r}; image-text matching needs one of {', '.join(kinds)}"
+            )
+        images: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{name}: does not load as an image-text matching model ({_first_line(error)})") from error
     size, crop = images.size, getattr(images, "do_center_crop", False)
     if crop or "height" not in size:
         raise BadInput(f"{name}: its pictures are not resized to one height and width; that is not supported")
-    interpolation: Literal["bicubic", "bilinear"] = "bilinear" if int(images.resample) == BILINEAR else "bicubic"
-    view = View(size["height"], size["width"], "squash", interpolation, by="torchvision")
-    missing = frozenset(report["missing_keys"])
-    return RetrievalModel(
-        model.to(where).eval(), processor.tokenizer, view, images.image_mean, images.image_std, missing
-    )
+    if int(images.resample) not in RESAMPLING:
+        raise BadInput(f"{name}: its pictures are resized in way {int(images.resample)} of Pillow's; not supported")
+    view = View(size["height"], size["width"], "squash", RESAMPLING[int(images.resample)], by="torchvision")
+    text = config.qformer_config if config.model_type == "blip-2" else config.text_config
+    activation = f"vision {config.vision_config.hidden_act}, text {text.hidden_act}"
+    mean, std = tuple(images.image_mean), tuple(images.image_std)
+    return RetrievalSource(folder, config.model_type, activation, view, mean, std)
+
+
+def load_retrieval(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    kinds: Sequence[str] = KINDS,
+    heads: Sequence[str] = MATCHING,
+) -> RetrievalModel:
+    """``tiny/itm``, a folder or a hub id, of one of ``kinds``. ``heads``: which of them the caller computes with.
+
+    Raises BadInput where it is none, or lacks weights.
+    """
+    from transformers import AutoTokenizer, Blip2ForImageTextRetrieval, BlipForImageTextRetrieval
+
+    where, number_type = device_and_type(device, dtype)
+    source = retrieval_source(name, kinds)
+    loader = {"blip": BlipForImageTextRetrieval, "blip-2": Blip2ForImageTextRetrieval}[source.kind]
+    try:
+        model, report = load_reported(loader, source.folder, dtype=number_type, called=name)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
+        raise BadInput(f"{name}: does not load as an image-text matching model ({_first_line(error)})") from error
+    if lacking := [head for head in heads if any(key.startswith(head) for key in report["missing_keys"])]:
+        told = "matching head (itm_head)" if heads == MATCHING else " and ".join(lacking)
+        raise BadInput(f"{name}: has no trained {told}; name an image-text retrieval checkpoint")
+    refuse_random(report, name, loader.__name__, [re.escape(head) for head in HEADS if head not in heads])
+    return RetrievalModel(model.to(where).eval(), tokenizer, source.view, source.mean, source.std)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def load_itm(name: str, dtype: str = "auto", device: str = "auto") -> ItmScorer:
     """``tiny/itm``, a folder or a hub id of a BLIP or BLIP-2 retrieval model. Raises BadInput where it is none."""
     found = load_retrieval(name, dtype, device)
-    if any("itm_head" in key for key in found.missing):
-        raise BadInput(f"{name}: has no trained matching head (itm_head); name an image-text retrieval checkpoint")
     return ItmScorer(found.model, found.tokenizer, found.view, found.mean, found.std)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .loading import resolve_model
+from .pretrained import load_weights
 from .scorers import by_length, device_and_type, padded
 
 TOKENS_PER_BATCH = 1024  # each has a row of logits as long as the vocabulary
@@ -57,8 +58,8 @@ def load_text_scorer(name: str, dtype: str = "auto", device: str = "auto") -> Te
     where, number_type = device_and_type(device, dtype)
     path: Path = resolve_model(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=number_type).to(where).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = load_weights(AutoModelForCausalLM, path, dtype=number_type, called=name).to(where).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{name}: does not load as a causal language model ({reason})") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -83,17 +82,21 @@ def load_scorer(config: ScorerConfig) -> Scorer:
 
 
 def scorer_identity(config: ScorerConfig) -> dict[str, Any]:
-    """What fingerprints cover: the weights' digest (or the library's name of them) and the number type."""
-    from .clip import clip_folder
-    from .loading import folder_digest, model_identity
+    """What fingerprints cover: the weights' digest (or the library's name of them), the number type, the activation,
+
+    and how pictures are made. Beside clip and itm it knows blip, which is a reward alone. Raises BadInput.
+    """
+    from .clip_source import Tag, clip_source
+    from .itm import retrieval_source
+    from .loading import content_digest
 
     if config.kind == "clip":
-        folder = clip_folder(config.model)
-        model = folder_digest(folder) if isinstance(folder, Path) else folder
-    else:
-        identity = model_identity(config.model)
-        model = identity.digest or identity.name
-    return {"model": model, "dtype": config.dtype}
+        clip = clip_source(config.model)
+        tag = clip.place
+        model = f"{tag.architecture}|{tag.pretrained}" if isinstance(tag, Tag) else content_digest(tag)
+        return {"model": model, "dtype": config.dtype, **clip.seen_as()}
+    found = retrieval_source(config.model, ("blip",) if config.kind == "blip" else ("blip", "blip-2"))
+    return {"model": content_digest(found.folder), "dtype": config.dtype, **found.seen_as()}
 
 
 def device_and_type(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

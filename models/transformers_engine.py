@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import BadInput
 from .batched_lm import BatchedLM, Drawn, Row
 from .captioner_family import check_parts, end_ids, is_captioner, start_id
 from .captioner_kinds import KINDS, kind_of
+from .chat_templates import open_encoder, refuse_arguments
 from .engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -21,12 +23,15 @@ from .engine import (
     EngineDead,
     GenerationRequest,
     ImageGrid,
+    Prompt,
     PromptKey,
     RequestError,
 )
 from .family import PreparedImage, PreparedPrompt
 from .folded_attention import fold_heads
+from .growing_cache import new_cache, stateful_layers
 from .patch_embedding import multiply_patches
+from .pretrained import load_weights
 from .prompting import CaptionerEncoder, PromptEncoder
 from .window_attention import batch_windows
 
@@ -72,6 +77,7 @@ class TransformersEngine:
         self.lm = lm
         self.grid = grid
         self.concurrency = concurrency
+        self.context: int | None = lm.max_model_len
         self._waiting: asyncio.Queue[_Job] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="capipe-transformers")
         self._batcher: asyncio.Task[None] | None = None
@@ -85,6 +91,13 @@ class TransformersEngine:
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         answer: ChoiceScores = await self._submit(request)
         return answer
+
+    async def thinks(self) -> bool:
+        return self.lm.encoder.thinking is not None
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        ids = await asyncio.get_running_loop().run_in_executor(self._thread, self.lm.encoder.encode, prompt)
+        return len(ids)
 
     async def aclose(self) -> None:
         """Let the running batch end, fail what waits, free the thread."""
@@ -181,6 +194,8 @@ class TransformersEngine:
             return [EngineDead(self._dead)] * len(ready)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = f"{reason.splitlines()[0]}; give a smaller --max-pixels or --concurrency"
         # Outside of the handler: the traceback held the batch's tensors, whose room the halves may need.
         if len(ready) == 1:
             return [RequestError(reason)]
@@ -215,12 +230,14 @@ class TransformersEngine:
         return [answers[at] for at in range(len(ready))]
 
     def _completion(self, drawn: Drawn, logprobs: bool) -> Completion:
+        text, thought = self.lm.encoder.answer(drawn.token_ids)
         return Completion(
-            text=self.lm.encoder.decode(drawn.token_ids),
+            text=text,
             token_ids=tuple(drawn.token_ids),
             finish_reason="stop" if drawn.stopped else "length",
             n_tokens=len(drawn.token_ids),
             logprobs=tuple(drawn.logprobs) if logprobs else None,
+            thought=thought,
         )
 
 
@@ -241,23 +258,27 @@ def load_transformers_engine(
     path: str,
     *,
     grid: ImageGrid | None,
+    called: str = "",
     dtype: str = "auto",
     device: str = "auto",
     max_model_len: int | None = None,
     concurrency: int | None = None,
     share_prefixes: bool = True,
+    template_args: Mapping[str, Any] | None = None,
 ) -> TransformersEngine:
-    """Load a model folder (or cached hub id). ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU.
+    """Load a model folder, ``called`` so by the user. ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU.
 
     ``share_prefixes=False`` computes every distinct prompt whole, which is slower and nothing else.
     """
-    model = load_model(path, sees=grid is not None, dtype=dtype, device=device)
-    lm = batched_lm(model, path, grid, max_model_len, share_prefixes)
+    model = load_model(path, sees=grid is not None, called=called, dtype=dtype, device=device)
+    lm = batched_lm(model, path, grid, max_model_len, share_prefixes, template_args)
     return TransformersEngine(lm, grid, concurrency or DEFAULT_CONCURRENCY.get(model.device.type, 32))
 
 
-def load_model(path: str, *, sees: bool, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """The weights of a folder on their device, in evaluation mode."""
+def load_model(
+    path: str, *, sees: bool, called: str = "", dtype: str = "auto", device: str = "auto"
+) -> PreTrainedModel:
+    """The weights of a folder on their device, in evaluation mode. Raises BadInput where some are missing."""
     import transformers
 
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -265,7 +286,7 @@ def load_model(path: str, *, sees: bool, dtype: str = "auto", device: str = "aut
     captioner = kind_of(Path(path))
     auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     loader: Any = auto if captioner is None else getattr(transformers, captioner.architecture)
-    model: PreTrainedModel = loader.from_pretrained(path, dtype=kind).to(where).eval()
+    model: PreTrainedModel = load_weights(loader, path, dtype=kind, called=called or path).to(where).eval()
     fold_heads(model)
     if sees:
         visual = getattr(model.base_model, "visual", None)
@@ -274,35 +295,55 @@ def load_model(path: str, *, sees: bool, dtype: str = "auto", device: str = "aut
     return model
 
 
+def _refuse_states(model: PreTrainedModel, path: str) -> None:
+    """Raise BadInput for a model whose layers keep a running state, of which a batch's rows cannot be picked."""
+    config = model.config.get_text_config()
+    if stateful_layers(new_cache(config, growing=False)):
+        kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+        raise BadInput(
+            f"{path}: {type(model).__name__} has layers that keep a running state ({', '.join(kinds) or 'recurrent'}), "
+            "which the transformers engine cannot draw with; take --engine vllm, or the URL of a server"
+        )
+
+
 def batched_lm(
     model: PreTrainedModel,
     path: str,
     grid: ImageGrid | None,
     max_model_len: int | None = None,
     share_prefixes: bool = True,
+    template_args: Mapping[str, Any] | None = None,
 ) -> BatchedLM:
-    """The model with the tokenizer and the image processor of its folder.
+    """The model with the tokenizer, the chat template and the image processor of its folder.
 
-    Raises BadInput for captioners with parts that do not go together.
+    Raises BadInput for captioners with parts that do not go together, and for templates as
+    :func:`.chat_templates.open_encoder`.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    images = encoder = None
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    images = None
     if grid is not None and is_captioner(model):
         check_parts(model, grid.factor)
-        images = AutoImageProcessor.from_pretrained(path, do_resize=False, do_center_crop=False)
+        images = AutoImageProcessor.from_pretrained(
+            path, do_resize=False, do_center_crop=False, trust_remote_code=False
+        )
         placeholder = getattr(model.config, "image_token_id", None)
         prompted = KINDS[model.config.model_type].prompted
-        encoder = CaptionerEncoder(tokenizer, placeholder, start_id(model), prompted)
-    elif grid is not None:
-        size = {"shortest_edge": grid.min_pixels, "longest_edge": grid.max_pixels}
-        images = AutoImageProcessor.from_pretrained(path, size=size)
+        refuse_arguments(template_args or {}, type(model).__name__)
+        encoder: PromptEncoder = CaptionerEncoder(tokenizer, placeholder, start_id(model), prompted)
+    else:
+        _refuse_states(model, path)
+        image_token = None if grid is None else model.config.image_token_id
+        encoder = open_encoder(Path(path), tokenizer, image_token, template_args)
+        if grid is not None:
+            size = {"shortest_edge": grid.min_pixels, "longest_edge": grid.max_pixels}
+            images = AutoImageProcessor.from_pretrained(path, size=size, trust_remote_code=False)
     room = model.config.get_text_config().max_position_embeddings
     return BatchedLM(
         model,
         images,
-        encoder or PromptEncoder(tokenizer, None if grid is None else model.config.image_token_id),
+        encoder,
         end_ids(model, tokenizer.eos_token_id),
         min(room, max_model_len or room),
         share_prefixes,

@@ -21,6 +21,7 @@ from ..models.images import ImageLimits, Pixels
 from ..models.scorers import ScorerConfig, load_scorer, scorer_identity
 from ..models.views import View, decode_views
 from ..stages.score import CHUNK, CaptionScorer, PreparedRows, SafetyDetector, SeenRow, captions_of, passed_on, unscored
+from .breaker import answered
 
 Views = tuple[Pixels, ...]
 
@@ -103,6 +104,7 @@ class ViewProcessor(Generic[Prepared]):
                 loop = asyncio.get_running_loop()
                 prepared = await loop.run_in_executor(self._preparer, self.prepare, subjects)
                 computed = await loop.run_in_executor(self._thread, self.compute, prepared, list(seen.values()))
+                answered()
             finally:
                 self._computing -= len(subjects)
             out |= {row.index: result for (row, _), result in zip(subjects, computed, strict=True)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,8 +21,10 @@ from ..errors import BadInput
 from ..models.batched_lm import BatchedLM
 from ..models.captioner_family import barred_ids, is_blip2, is_captioner, language_model
 from ..models.captioner_kinds import check_prompt
+from ..models.context import image_tokens, quiz_room, text_room
 from ..models.engine import Engine, ImageGrid
 from ..models.loading import EngineConfig, image_grid, load_engine, resolve_model
+from ..models.reader import ReaderConfig
 from ..models.transformers_engine import batched_lm, load_model
 from .adapter import (
     FOLDER,
@@ -41,6 +43,7 @@ from .critic import ValueHead
 from .decoder import DecoderPolicy
 from .encoder_decoder import EncoderDecoderPolicy
 from .groups import Batch
+from .packing_check import refuse_unknown_layers
 from .pictures import Pictures
 from .ranks import ALONE, Ranks
 from .recipe import OptimizerConfig, Recipe, TrainedConfig
@@ -83,15 +86,16 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     """
     start = resolve_model(recipe.model)
     folder = weights or start
-    grid = image_grid(folder)
+    grid = image_grid(folder, recipe.min_pixels, recipe.max_pixels)
     if grid is None:
         raise BadInput(f"{recipe.model}: reads text only; training captions takes a vision-language model")
+    refuse_large_images(recipe, grid)
     check_prompt(recipe.model, start, recipe.prompt)
     lora = recipe.trained.lora
     if lora is not None:
         need_peft()
     of_model = folder if lora is None else start  # whose weights an adapter leaves as they are
-    model: Any = load_model(str(of_model), sees=True, dtype="float32", device=recipe.device)
+    model: Any = load_model(str(of_model), sees=True, called=recipe.model, dtype="float32", device=recipe.device)
     dtype = computed_in(recipe.dtype, model.device)
     banned, kind = barred_ids(model), policy_class(model, recipe)
     policy_of = partial(kind, banned=banned, temperature=recipe.rollout.temperature, dtype=dtype)
@@ -115,13 +119,40 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     sampled = copy.deepcopy(model).requires_grad_(False) if apart else model
     if ranks.sharded:
         shard(policy)
-    preparing = batched_lm(sampled, str(folder), grid)
+    preparing = batched_lm(sampled, str(folder), grid, template_args=recipe.template_args)
     pictures = Pictures(grid, recipe.rollout.decoders, lossless="://" in recipe.rollout.engine)
     return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, ranks, learning)
 
 
+def whole_policy(parts: PolicyParts) -> DecoderPolicy:
+    """The policy, or where its weights are split over processes one of the whole copy, for a single process to ask."""
+    policy = parts.policy
+    if not parts.ranks.sharded:
+        return policy
+    banned = policy.get_buffer("banned").tolist()
+    return type(policy)(parts.sampled, banned=banned, temperature=policy.temperature, dtype=policy.dtype)
+
+
+def refuse_large_images(recipe: Recipe, grid: ImageGrid) -> None:
+    """Raise BadInput where one caption of the largest image is more than the packed tokens memory was worked out for.
+
+    A group's captions are packed beside their image once; whole groups may be longer than ``budget``, one row may not.
+    """
+    image, limit = image_tokens(grid), recipe.rollout.max_tokens
+    prompt = text_room([recipe.prompt], 0)
+    tokens = image + prompt + limit
+    if tokens > recipe.budget:
+        room = (recipe.budget - prompt - limit) * grid.factor**2
+        mend = f"set max_pixels to {room} or less" if room >= grid.factor**2 else "lower rollout.max_tokens"
+        raise BadInput(
+            f"max_pixels: an image of {grid.max_pixels} pixels is {image} tokens; with up to {prompt} of the prompt "
+            f"and {limit} of a caption that is {tokens}, more than budget ({recipe.budget}): {mend}, or raise budget"
+        )
+
+
 def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
     """What scores captions of a model. Raises BadInput for models, and settings with them, that nothing here can do."""
+    refuse_unknown_layers(model, recipe.model)
     if is_captioner(model):
         if recipe.parallel == "sharded":
             raise BadInput(f"parallel: {type(model).__name__} cannot be split over processes; set it to replicated")
@@ -229,9 +260,16 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * warm * shape
 
 
-async def load_reader(model: str, engine: str) -> Engine:
-    """An engine for a model that reads text."""
-    return await load_engine(EngineConfig(engine, model))
+async def load_reader(
+    model: str,
+    engine: str,
+    caption_tokens: int | None = None,
+    config: ReaderConfig | None = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> Engine:
+    """An engine for a model that reads captions of so many tokens at most, and questions put as ``config`` says."""
+    room = None if caption_tokens is None else quiz_room(caption_tokens, (config or ReaderConfig()).answer_tokens)
+    return await load_engine(EngineConfig(engine, model, room=room, template_args=template_args or {}))
 
 
 def value_weights(parts: PolicyParts) -> dict[str, Tensor]:
@@ -265,7 +303,7 @@ def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) ->
     if is_captioner(parts.sampled):  # for some of which there is no processor
         copy_readers(parts.folder, folder)
     else:
-        AutoProcessor.from_pretrained(str(parts.folder)).save_pretrained(folder)
+        AutoProcessor.from_pretrained(str(parts.folder), trust_remote_code=False).save_pretrained(folder)
     if values:
         save_file(values, folder / VALUE_HEAD)
 

@@ -17,9 +17,12 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from ..errors import BadInput
 from ..models.folded_attention import folded_attention
 
 NAME = "capipe_tree"
+# What transformers hands to attention that is not plain and full; a tree's masks leave it out.
+NOT_PACKED = ("sliding_window", "softcap", "s_aux")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ def tree_attention(
 
     Returns (rows, columns, heads, head width), as transformers wants it, and no weights.
     """
+    if tree is not None and (unknown := [name for name in NOT_PACKED if kwargs.get(name) is not None]):
+        raise BadInput(
+            f"{type(module).__name__} attends with {', '.join(unknown)}, which packing captions side by side does not "
+            "know; train a model with full attention in all layers"
+        )
     if tree is None:
         return folded_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     groups = query.shape[1] // key.shape[1]

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from ..clip import encode_trimmed
+from ..pretrained import load_weights
 from . import resolve
 from .detect import subjects
 from .evaluate import BATCH
@@ -144,8 +145,8 @@ class BlipTrainer(ClipTrainer):
 @torch.inference_mode()
 def recalls(folder: str, count: int, seed: int = 11) -> dict[str, float]:
     """How often a dense caption finds its own image among ``count`` held-out ones: first, in the first 5 and 10."""
-    model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    model = load_weights(BlipForImageTextRetrieval, folder, dtype=torch.float32, called=folder).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     of = subjects(count, seed)
     images, texts = [], []
     for start in range(0, count, BATCH):

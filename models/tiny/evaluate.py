@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from ..pretrained import load_weights
 from . import resolve
 from .corpus import Sample, samples
 from .grade import KINDS, Grade, grade, total
@@ -42,8 +43,8 @@ class Report:
 
 def load(folder: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The exported bf16 weights, computed in float32, and their processor."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(folder)
+    model = load_weights(AutoModelForImageTextToText, folder, dtype=torch.float32, called=folder).eval()
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 @torch.inference_mode()

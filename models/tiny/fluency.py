@@ -14,6 +14,7 @@ from random import Random
 import torch
 from transformers import AutoTokenizer, OPTForCausalLM
 
+from ..pretrained import load_weights
 from . import resolve
 from .plain_wording import plain_caption
 from .wording import dense_caption, short_caption
@@ -54,8 +55,8 @@ KINDS: dict[str, Callable[[Scene, Random], str]] = {
 @torch.inference_mode()
 def perplexities(folder: str, count: int, seed: int = SEED) -> dict[str, float]:
     """The perplexity per token, the end included, of ``count`` texts of each kind about held-out scenes."""
-    model = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_weights(OPTForCausalLM, folder, dtype=torch.float32, called=folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found = {}
     for kind, tell in KINDS.items():
         total, tokens = 0.0, 0

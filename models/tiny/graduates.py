@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
+from ..pretrained import load_weights
 from . import resolve
 from .export import build_config, build_reader_config
 from .lessons import Lesson, finding, guessing, looking, reading, seeing, telling, writing
@@ -88,8 +89,8 @@ def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLFo
     from transformers import AutoTokenizer
 
     folder = resolve("tiny/captioner")
-    captioner = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    known = AutoTokenizer.from_pretrained(folder).get_vocab()
+    captioner = load_weights(Qwen2_5_VLForConditionalGeneration, folder, dtype=torch.float32, called=folder)
+    known = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer, TEACHER_LAYERS))
     weights, mine = captioner.state_dict(), model.state_dict()
     mine |= {name: tensor for name, tensor in weights.items() if tensor.shape == mine[name].shape}

@@ -19,6 +19,7 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
+from ..pretrained import load_weights
 from . import resolve
 from .corpus import samples
 from .evaluate import BATCH, grades_of
@@ -48,11 +49,11 @@ class PlainCaptioner:
     """An exported plain captioner as anyone would load it, computed in float32."""
 
     def __init__(self, folder: str) -> None:
-        kind = AutoConfig.from_pretrained(folder).model_type
+        kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         cls = Blip2ForConditionalGeneration if kind == "blip-2" else VisionEncoderDecoderModel
-        self.model = cls.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.images = AutoImageProcessor.from_pretrained(folder)
+        self.model = load_weights(cls, folder, dtype=torch.float32, called=folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
     @torch.inference_mode()
     def caption(self, pictures: Sequence[bytes], sample: bool = False) -> list[tuple[str, bool]]:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import Blip2ForImageTextRetrieval, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..pretrained import load_weights
 from . import resolve
 from .course import Course
 from .data import IGNORE, SIGN_SHARE, Truth, picture, truth_of
@@ -170,7 +171,7 @@ class Blip2Trainer(PlainTrainer):
     def __init__(self, plan: PlainPlan) -> None:
         torch.manual_seed(plan.seed)
         tokenizer = build_word_tokenizer(plan.seed, begin=True)
-        read = OPTForCausalLM.from_pretrained(resolve("tiny/opt"), dtype=torch.float32)
+        read = load_weights(OPTForCausalLM, resolve("tiny/opt"), dtype=torch.float32, called="tiny/opt")
         model = build_blip2(tokenizer, matcher(), read)
         model.vision_model.requires_grad_(False)
         super().__init__(plan, tokenizer, model, SlotReader(WIDTH))
@@ -212,7 +213,11 @@ PLAIN: dict[str, Any] = {"vit-gpt2": VitGpt2Trainer, "blip2": Blip2Trainer, "opt
 
 def matcher() -> Blip2ForImageTextRetrieval:
     """``tiny/itm`` in float32. Raises ValueError where its weights are not there."""
-    return Blip2ForImageTextRetrieval.from_pretrained(resolve("tiny/itm"), dtype=torch.float32)
+    folder = resolve("tiny/itm")
+    found: Blip2ForImageTextRetrieval = load_weights(
+        Blip2ForImageTextRetrieval, folder, dtype=torch.float32, called="tiny/itm"
+    )
+    return found
 
 
 def padded(rows: Sequence[list[int]]) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from capipe.errors import BadInput
+from capipe.manifests.fingerprint import differences
 from capipe.models.blip import load_blip
 from capipe.models.clip import ClipScorer, load_clip, token_ids
 from capipe.models.formats import ImageProblem
@@ -268,6 +269,22 @@ def test_fingerprints_follow_the_weights(tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     same = scorer_identity(ScorerConfig("clip", str(tmp_path)))
     assert same == scorer_identity(ScorerConfig("clip", "tiny/clip"))
-    (tmp_path / "open_clip_config.json").write_text("{}")
-    assert scorer_identity(ScorerConfig("clip", str(tmp_path))) != same
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    other = scorer_identity(ScorerConfig("clip", str(tmp_path)))
+    assert other["model"] != same["model"] and other["view"] == same["view"]
     assert scorer_identity(ScorerConfig("clip", "ViT-B-32:openai"))["model"] == "ViT-B-32|openai"
+
+
+def test_fingerprints_follow_what_is_computed_and_how_pictures_come() -> None:
+    """A folder that was scored with another activation is told apart by that key, with the same weights."""
+    clip = scorer_identity(ScorerConfig("clip", "ViT-L-14:openai"))
+    assert differences({**clip, "activation": "gelu"}, clip) == ['activation: "gelu" -> "quick_gelu"']
+    for kind, model, size in (("clip", "ViT-L-14:openai", 224), ("itm", "tiny/itm", 112)):
+        found = scorer_identity(ScorerConfig(kind, model))
+        assert found["view"]["height"] == found["view"]["width"] == size
+        assert set(found) == {"model", "dtype", "activation", "view", "mean", "std"}
+        without = {key: found[key] for key in ("model", "dtype")}  # as it was written before
+        named = [each.split(":")[0] for each in differences({"scorers": {kind: without}}, {"scorers": {kind: found}})]
+        assert named == [f"scorers.{kind}.{key}" for key in ("activation", "mean", "std", "view")]
+    assert scorer_identity(ScorerConfig("itm", "tiny/itm"))["activation"] == "vision gelu, text gelu"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from capipe.manifests.fingerprint import fingerprint
 from capipe.manifests.verify import verify
 from capipe.models.clip import load_clip
 from capipe.models.formats import ImageProblem
@@ -41,3 +43,18 @@ def test_a_clip_that_is_not_there_is_refused_in_a_line(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", list(samples(2, "heldout", seed=42)), 2)
     done = capipe("embed", "--shards", shards, "--out", tmp_path / "out", "--clip", "tiny/captioner", code=2)
     assert "no open_clip_config.json" in one_line(done) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_embeddings_by_another_activation_are_refused_by_that_key(tmp_path: Path) -> None:
+    shards, out = write_shards(tmp_path / "shards", list(samples(2, "heldout", seed=43)), 2), tmp_path / "out"
+    command = ("embed", "--shards", shards, "--out", out, "--clip", "tiny/clip")
+    capipe(*command)
+    capipe(*command)
+    file = out / "_capipe" / "config.json"
+    config = json.loads(file.read_text())
+    assert config["semantic"]["scorers"]["clip"]["activation"] == "gelu"
+    config["semantic"]["scorers"]["clip"]["activation"] = "quick_gelu"
+    config["fingerprint"] = fingerprint(config["semantic"])
+    file.write_text(json.dumps(config))
+    assert 'scorers.clip.activation: "quick_gelu" -> "gelu"' in one_line(capipe(*command, code=2))

@@ -14,7 +14,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import INGEST
 from capipe.manifests.shards import InputShard
-from capipe.pipeline import desk, inline
+from capipe.pipeline import desk, inline, places
 from capipe.pipeline.desk import Outcome
 from capipe.pipeline.events import (
     Assignment,
@@ -46,18 +46,23 @@ class ScriptedHand:
     """Answers each shard as its script says; wants a first one at once unless it never gets a machine."""
 
     def __init__(self, answer: Answer, started: bool = True) -> None:
-        self.answer, self.started = answer, started
+        self.answer, self.started, self.name = answer, started, "this machine"
         self.said: deque[Event | None] = deque([Want()] if started else [])
         self.orders: list[Order] = []
-        self.killed = False
+        self.dismissed = self.killed = False
 
     def tell(self, order: Order) -> None:
+        if order == "wait":
+            return
         self.orders.append(order)
         self.said.extend(self.answer(order) if isinstance(order, Assignment) else [None])
 
     def end(self) -> str | None:
         clean = self.orders and not isinstance(self.orders[-1], Assignment)
         return None if clean else "the worker process died (exit code -9)"
+
+    def dismiss(self) -> None:
+        self.dismissed = True
 
     def kill(self) -> None:
         self.killed = True
@@ -151,9 +156,10 @@ def test_a_poison_shard_is_quarantined_whether_it_fails_or_kills(artifact: Artif
     assert done(events) == ["00000", "00003", "00004", "00005"]
 
 
-def test_workers_that_die_before_any_row_end_the_run(artifact: Artifact) -> None:
+def test_workers_that_die_before_any_row_end_the_run(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PAUSES", (0.0, 0.0))
     crew = ScriptedCrew(1, lambda: ScriptedHand(lambda assignment: [None]))
-    with pytest.raises(RunFailed, match="3 workers in a row ended before finishing a row"):
+    with pytest.raises(RunFailed, match="3 workers in a row on this machine ended before they finished a row"):
         run(crew, artifact, 9)
     assert len(crew.hired) == 3
 
@@ -162,7 +168,7 @@ def test_a_failure_that_no_other_worker_would_be_spared_ends_the_run(artifact: A
     crew = ScriptedCrew(2, lambda: ScriptedHand(lambda assignment: [WorkerFailed("no such model", 2, final=True)]))
     with pytest.raises(CapipeError, match="no such model") as raised:
         run(crew, artifact, 9)
-    assert raised.value.exit_code == 2 and all(hand.killed for hand in crew.hired)
+    assert raised.value.exit_code == 2 and all(hand.dismissed and hand.killed for hand in crew.hired)
 
 
 def test_a_worker_that_never_gets_a_machine_is_not_waited_for(artifact: Artifact) -> None:
@@ -227,14 +233,15 @@ async def test_a_worker_in_this_process_waits_for_others_too(tmp_path: Path, mon
     assert theirs.claims is not None and theirs.claims.take("00000") is not None
     channel = DirectChannel(shards(2), ours, lambda event: None)
     first = await channel.next_shard()
-    assert first is not None and first.shard.name == "00001"
+    assert isinstance(first, Assignment) and first.shard.name == "00001"
     channel.send(ShardDone(record("00001")))
+    assert await channel.next_shard() == "wait"
     waiting = asyncio.create_task(channel.next_shard())
     await asyncio.sleep(0.1)
     assert not waiting.done()
     theirs.close()
     second = await waiting
-    assert second is not None and second.shard.name == "00000" and second.claim is not None
+    assert isinstance(second, Assignment) and second.shard.name == "00000" and second.claim is not None
     channel.send(ShardDone(record("00000")))
     assert await channel.next_shard() is None and channel.desk.empty
     ours.close()

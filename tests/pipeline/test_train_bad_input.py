@@ -10,6 +10,7 @@ import pytest
 
 from capipe.errors import ArtifactMismatch, BadInput, RunFailed
 from capipe.models.engine import Completion, RequestError
+from capipe.models.tiny import folder_of
 from capipe.pipeline.training import run_training
 from capipe.trainer.quiz_reward import QuizReward
 from capipe.trainer.recipe import load_recipe
@@ -95,3 +96,37 @@ async def test_equal_rewards_teach_nothing(recipe: Path, tmp_path: Path, monkeyp
     last, _ = await train(recipe, out, "save_every=1")
     assert all(line["tied"] == 2 and line["skipped"] for line in steps(out))
     assert weights(last) == weights(out / "step-000001")
+
+
+async def test_a_model_with_a_sliding_window_is_refused_in_a_line(recipe: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in folder_of("captioner").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    text = config.get("text_config", config)
+    windows = ["sliding_attention", *["full_attention"] * (text["num_hidden_layers"] - 1)]
+    text |= {"layer_types": windows, "use_sliding_window": True, "sliding_window": 64}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="has layers of sliding_attention, which the trainer's packing"):
+        await train(recipe, tmp_path / "run", f"model={model}")
+    assert not (tmp_path / "run").exists()
+
+
+async def test_packing_is_tried_before_the_first_step(recipe: Path, tmp_path: Path) -> None:
+    _, said = await train(recipe, tmp_path / "run", "steps=1", "save_every=1", "preflight=true")
+    (told,) = [line for line in said if line.startswith("preflight: packed captions differ from plain ones by ")]
+    assert float(told.split(" by ")[1].split()[0]) < 1e-3
+
+
+async def test_rewards_by_another_activation_are_another_run(recipe: Path, tmp_path: Path) -> None:
+    reward = ('rewards=[{"kind": "clip", "model": "tiny/clip"}]', "steps=1", "save_every=1")
+    loaded = load_recipe(recipe, [*SHORT[:-1], *reward])
+    await run_training(loaded, tmp_path / "run", fresh=False, say=lambda _: None)
+    file = tmp_path / "run" / "run.json"
+    before = json.loads(file.read_text())
+    assert before["scorers"]["clip"]["activation"] == "gelu"
+    before["scorers"]["clip"]["activation"] = "quick_gelu"
+    file.write_text(json.dumps(before))
+    with pytest.raises(ArtifactMismatch, match=r"scorers\.clip\.activation"):
+        await run_training(loaded, tmp_path / "run", fresh=False, say=lambda _: None)

@@ -1,0 +1,144 @@
+"""Models of the Hugging Face hub, named ``org/name`` or ``org/name@revision``: only what is loaded is downloaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from ..errors import BadInput
+
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
+Library = Literal["transformers", "open_clip", "tokenizer"]
+# Settings, vocabularies and chat templates, at the top of a repository; what lies in folders is other formats.
+BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab")
+MORE_TEMPLATES = "additional_chat_templates/"
+SHARDS = ".index.json"
+# Weights by library, the best first: what torch's weights-only loader reads only where there are no safetensors.
+WEIGHTS: dict[Library, tuple[str, ...]] = {
+    "transformers": ("model.safetensors", "pytorch_model.bin"),
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    "tokenizer": (),
+}
+MARKERS: dict[Library, tuple[str, ...]] = {
+    "transformers": ("config.json",),
+    "open_clip": ("open_clip_config.json",),
+    "tokenizer": ("tokenizer_config.json", "tokenizer.json"),
+}
+PIPELINE = "model_index.json"  # of diffusers, which chooses the files by itself
+
+
+@dataclass(frozen=True)
+class HubName:
+    """``revision``: a branch, a tag or a commit; None is the repository's main branch."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def hub_name(text: str) -> HubName | None:
+    """What ``text`` names on the hub; None where it is no hub id."""
+    found = HUB_ID.fullmatch(text)
+    return None if found is None else HubName(*found.groups())
+
+
+@cache
+def snapshot(name: HubName, library: Library = "transformers") -> Path:
+    """The folder of a repository at a commit, downloaded as far as ``library`` loads it; named after the commit.
+
+    A process asks the hub once, so that a branch that moves meanwhile changes nothing. Where the hub cannot be reached,
+    what was downloaded before is taken. Raises BadInput where there is neither.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+
+    at_commit = re.fullmatch(r"[0-9a-f]{40}", name.revision or "")
+    if at_commit and (known := cached(name, library)) is not None:
+        return known
+    try:
+        info = HfApi().model_info(name.repo, revision=name.revision)
+    except RevisionNotFoundError:
+        raise BadInput(
+            f"{name}: the hub's {name.repo} has no revision {name.revision!r}; name a branch, a tag or a commit of it"
+        ) from None
+    except (OSError, HFValidationError) as error:  # offline, no such repository, or one that wants a login
+        if (known := cached(name, library)) is not None:
+            return known
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"{name}: neither a folder here nor a model to be had from the hub ({reason})") from error
+
+    def shards(index: str) -> Iterable[str]:
+        return _named_in(Path(hf_hub_download(name.repo, index, revision=info.sha)))
+
+    files = wanted([each.rfilename for each in info.siblings or ()], library, shards)
+    if files is None:
+        looked_for = " or ".join(MARKERS[library] if library == "tokenizer" else WEIGHTS[library])
+        raise BadInput(f"{name}: the hub's {name.repo} holds no {looked_for}; name a repository of {library}")
+    try:
+        return Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=files))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"{name}: its files could not be downloaded from the hub ({reason})") from error
+
+
+def cached(name: HubName, library: Library = "transformers") -> Path | None:
+    """The folder as it was downloaded before; None where it was not, or not all of it. Asks nobody."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for marker in MARKERS[library]:
+        found = try_to_load_from_cache(name.repo, marker, revision=name.revision)
+        if isinstance(found, str):
+            folder = Path(found).parent
+            here = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file())
+            files = wanted(here, library, lambda index, folder=folder: _named_in(folder / index))  # type: ignore[misc]
+            return folder if files is not None and set(files) <= set(here) else None
+    return None
+
+
+def is_cached(name: HubName) -> bool:
+    """Whether something that any library here loads was downloaded from there before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    markers = [*(marker for each in MARKERS.values() for marker in each), PIPELINE]
+    return any(isinstance(try_to_load_from_cache(name.repo, each, revision=name.revision), str) for each in markers)
+
+
+def wanted(files: Sequence[str], library: Library, shards: Callable[[str], Iterable[str]]) -> list[str] | None:
+    """Those of a repository's ``files`` that are loaded; None where it has no weights, or nothing, of ``library``.
+
+    ``shards``: the files that an index of weights names.
+    """
+    top = [each for each in files if "/" not in each]
+    beside = [each for each in top if each.endswith(BESIDE) and not each.endswith(SHARDS)]
+    beside += [each for each in files if each.startswith(MORE_TEMPLATES) and each.endswith(".jinja")]
+    if library == "tokenizer":
+        return beside if any(marker in top for marker in MARKERS[library]) else None
+    weights = _weights(top, library, shards)
+    return None if weights is None else sorted({*beside, *weights})
+
+
+def _weights(top: Sequence[str], library: Library, shards: Callable[[str], Iterable[str]]) -> list[str] | None:
+    for whole in WEIGHTS[library]:
+        if whole in top:
+            return [whole]
+        if (index := whole + SHARDS) in top:
+            return [index, *sorted(set(shards(index)))]
+    if library == "open_clip":
+        return None
+    # Under another name: vLLM reads them whatever they are called.
+    return next((found for end in (".safetensors", ".bin") if (found := [e for e in top if e.endswith(end)])), None)
+
+
+def _named_in(index: Path) -> Iterable[str]:
+    try:
+        weights = json.loads(index.read_text())["weight_map"]
+        return [str(each) for each in weights.values()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BadInput(f"{index.name}: is no index of weights ({error})") from error

@@ -1,0 +1,171 @@
+"""Everything that transformers loads from a folder goes through here: no code of the folder's own is run, and no model
+begins with weights that are not there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from ..errors import BadInput
+
+NAMED = 3  # weights that a message names; of the rest it gives the number
+# Parts that a class has and nothing here computes with, so that weights for them need not be there: by model_type.
+UNUSED = {"vision-encoder-decoder": (r"encoder\.pooler\.",)}
+logger = logging.getLogger(__name__)
+
+
+def load_weights(loader: Any, path: str | Path, *, dtype: torch.dtype, called: str, unused: Sequence[str] = ()) -> Any:
+    """The model of a folder, on the CPU, with all of its weights: ``loader`` is one of transformers' classes.
+
+    ``called``: the model as the user named it; ``unused``: patterns (``re``) of weights that the caller does without.
+    Weights of no part of the model are told. Raises BadInput where weights are missing or of other shapes, by name, or
+    cannot be read; OSError and ValueError as transformers does for files that are missing or of no known model.
+    """
+    model, report = load_reported(loader, path, dtype=dtype, called=called)
+    refuse_random(report, called, type(model).__name__, (*unused, *UNUSED.get(model.config.model_type, ())))
+    return model
+
+
+def check_weights(path: Path, called: str) -> None:
+    """Raise BadInput where a folder lacks weights of its model, for engines of other libraries; nothing is loaded.
+
+    transformers lays the files' names over the model's, on a device that holds no numbers. Of what it knows no
+    architecture of, and of what is quantised, only the index is held against the files.
+    """
+    import transformers
+
+    if absent := _absent(path):
+        raise BadInput(
+            f"{called}: {_counted(absent)} of its index not in its files ({names(absent)}); fetch them again"
+        )
+    config = json.loads((path / "config.json").read_text())
+    named = next(iter(config.get("architectures") or ()), None)
+    loader = getattr(transformers, str(named), None)
+    if loader is None or not hasattr(loader, "from_pretrained") or "quantization_config" in config:
+        return
+    with _without_bar():
+        model, report = load_reported(loader, path, dtype=torch.bfloat16, called=called, device_map={"": "meta"})
+    refuse_random(report, called, type(model).__name__, UNUSED.get(model.config.model_type, ()))
+
+
+def refuse_random(report: Any, called: str, kind: str, unused: Sequence[str] = ()) -> None:
+    """Raise BadInput where transformers' ``report`` of loading a ``kind`` says that some weights are random.
+
+    What the files hold beside the model's own is told in a line.
+    """
+    pattern = re.compile("|".join(unused)) if unused else None
+    missing = [key for key in report["missing_keys"] if pattern is None or not pattern.match(key)]
+    if missing:
+        raise BadInput(
+            f"{called}: {_counted(missing)} of {kind} {'is' if len(missing) == 1 else 'are'} not in its files "
+            f"({names(missing)}): it would be computed with random ones; fetch the whole model"
+        )
+    if report["mismatched_keys"]:
+        shapes = {
+            key: f"{key}: {_by(there)} there, {_by(wanted)} wanted" for key, there, wanted in report["mismatched_keys"]
+        }
+        raise BadInput(
+            f"{called}: {_counted(shapes)} of another shape than {kind} has by its config.json "
+            f"({names(shapes.values())}); weights and config.json are not of one model"
+        )
+    if report["unexpected_keys"]:
+        extra = report["unexpected_keys"]
+        logger.warning("%s: %s of no part of %s, left out (%s)", called, _counted(extra), kind, names(extra))
+
+
+def _absent(path: Path) -> list[str]:
+    """Weights that an index names and the file that it names for them lacks."""
+    from safetensors import SafetensorError, safe_open
+
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    of_file: dict[str, list[str]] = {}
+    for weight, file in json.loads(index.read_text())["weight_map"].items():
+        of_file.setdefault(file, []).append(weight)
+    absent: list[str] = []
+    for file, weights in of_file.items():
+        try:
+            with safe_open(path / file, framework="pt") as opened:
+                there = set(opened.keys())
+        except FileNotFoundError:
+            there = set()
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{path / file}: is no whole safetensors file ({error}); fetch it again") from error
+        absent += [weight for weight in weights if weight not in there]
+    return absent
+
+
+def names(keys: Iterable[str]) -> str:
+    """The first few of some weights' names, in order, and how many more there are."""
+    ordered = sorted(keys)
+    more = f", and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
+    return f"{', '.join(ordered[:NAMED])}{more}"
+
+
+def _counted(keys: Any) -> str:
+    return f"{len(keys)} weight{'' if len(keys) == 1 else 's'}"
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def load_reported(
+    loader: Any, path: str | Path, *, dtype: torch.dtype, called: str, **more: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model and transformers' report, for :func:`refuse_random`. Raises BadInput for weights that are broken."""
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet():
+            found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
+                path,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused here, all of them by name
+                trust_remote_code=False,
+                weights_only=True,
+                local_files_only=True,
+                **more,
+            )
+    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise BadInput(f"{called}: its weights cannot be read ({reason}); fetch them again") from error
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own table of what is missing, which calls that harmless."""
+    of_loading = logging.getLogger("transformers.modeling_utils")
+
+    def passes(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    of_loading.addFilter(passes)
+    try:
+        yield
+    finally:
+        of_loading.removeFilter(passes)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    from transformers.utils import logging as told
+
+    shown = told.is_progress_bar_enabled()
+    told.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            told.enable_progress_bar()
