@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 START, MOST = 32, 2048  # requests in flight: at first, and the most for one server
 LEAST_GAIN = 0.1  # share of the ideal gain in throughput that a higher limit must bring to be kept
@@ -206,7 +207,7 @@ class Limiter:
     def shut(self, error: Callable[[], Exception]) -> None:
         """Send away everybody who waits or comes, each with an ``error`` of its own."""
         self._shut = error
-        waiting = [*self._sleepers, *(future for _, _, future in self._line)]
+        waiting: list[asyncio.Future[Any]] = [*self._sleepers, *(future for _, _, future in self._line)]
         self._line.clear()
         for future in waiting:
             if not future.done():

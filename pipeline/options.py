@@ -103,7 +103,8 @@ def workplace(
     """
     from ..models.loading import check_kind
 
-    check_kind(engine)
+    if engine:  # scorers have none
+        check_kind(engine)
     served = "://" in engine
     if runner == "local":
         if address is not None or workers is not None:

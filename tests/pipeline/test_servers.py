@@ -146,7 +146,9 @@ def test_sampled_letters_screen_behind_such_a_server(training_data: Path, tmp_pa
                "--import", training_data / "held/set.jsonl", *options)  # fmt: skip
     entries = [entry for row in table(tmp_path / "qa/screened") for entry in row["questions"]]
     assert entries and all(None not in entry["with_image"] for entry in entries)
-    assert {body["max_tokens"] for body in double.bodies} == {4}
+    probes = [body for body in double.bodies if body["max_tokens"] == PROBE_TOKENS]  # whether the model thinks first
+    assert len(probes) == 1
+    assert {body["max_tokens"] for body in double.bodies} == {4, PROBE_TOKENS}
     assert not any(body["logprobs"] for body in double.bodies)
 
 
