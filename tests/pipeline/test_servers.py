@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from capipe.models.http_engine import PROBE_TOKENS
+
 from ..conftest import photo
 from ..models.chat_server import Answer, Double, completion, serving
 from .conftest import COMMAND, capipe, one_line, table
