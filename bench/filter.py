@@ -255,7 +255,9 @@ def main() -> None:
         for side in ("forward", "plain")
     }
     versions = {name: version(name) for name in ("torch", "open_clip_torch", "transformers")}
-    report("filter", figures, versions, unit="images/s", images=options.images, ratios=ratios)
+    report(
+        "filter", figures, versions, unit="images/s", images=options.images, ratio=ratios["vs_forward"], ratios=ratios
+    )
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ GRADED_QUESTION = pa.struct(
 )
 GRADED_CAPTION = pa.struct(
     [
-        pa.field("name", pa.string()),  # an annotate caption's name, or blind, empty, generic, oracle
+        pa.field("name", pa.string()),  # an annotate caption's name, or blind, empty, generic, self-oracle, oracle
         pa.field("text", pa.string()),  # null for blind
         pa.field("n_tokens", pa.int32()),
         pa.field("status", pa.string()),

@@ -22,12 +22,13 @@ from transformers import (
 )
 
 from .captioner_family import barred_ids, family_of
-from .engine import ImageInput, Prompt, RequestError, Sampling
+from .context import too_long
+from .engine import ImageInput, Prompt, Sampling
 from .family import PreparedImage, PreparedPrompt
 from .growing_cache import select_rows
 from .prefix_tree import Level, Segment, plan, unshared
 from .prompting import PromptEncoder
-from .sampling import apply, fold_seed, gumbel_noise, with_noise
+from .sampling import apply, fold_seed, gumbel_noise, kernel_runs_on, with_noise
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
@@ -108,7 +109,7 @@ class BatchedLM:
         if image is not None:
             ids = self.family.expand(ids, image)
         if len(ids) >= self.max_model_len:
-            raise RequestError(f"the prompt's {len(ids)} tokens leave no room to answer in {self.max_model_len}")
+            raise too_long(len(ids), self.max_model_len)
         positions = self.family.positions(ids, image)
         return PreparedPrompt(ids, positions, int(positions.max()) + 1, image)
 
@@ -258,35 +259,38 @@ class _Picker:
         self._temperatures = torch.tensor([each.temperature for each in samplings], device=device)
         self._top_ps = torch.tensor([each.top_p for each in samplings], device=device)
         self._rows: list[int] = []
+        self._at = torch.zeros(0, dtype=torch.long)
         self._first = 0
         self._noise = torch.zeros(0)  # (tokens ahead, rows, vocab), of the tokens from the first on
-        self._at = torch.zeros(0, dtype=torch.long)
 
     def pick(self, logits: Tensor, rows: list[int], position: int) -> Tensor:
         """Tokens ``(rows,)`` from ``logits`` ``(rows, vocab)``; all rows have drawn ``position`` tokens so far."""
         if self._greedy:
             return logits.argmax(dim=-1)
-        if not self._first <= position < self._first + len(self._noise):
-            self._look_ahead(rows, position, logits.shape[-1])
-        elif rows != self._rows:
+        if rows != self._rows:
             self._keep(rows)
-        noise = self._noise[position - self._first]
+        temperatures = self._temperatures[self._at]
         top_ps = self._top_ps[self._at] if self._cut else None
-        return with_noise(logits, noise, self._temperatures[self._at], top_ps).argmax(dim=-1)
-
-    def _look_ahead(self, rows: list[int], position: int, vocab_size: int) -> None:
-        """The noise of the next tokens of ``rows`` at once: it depends on nothing that is drawn."""
-        ahead = min(max(1, NOISE_VALUES // (len(rows) * vocab_size)), MOST_AHEAD)
-        self._rows, self._first = list(rows), position
-        self._at = torch.tensor(rows, device=self._seeds.device)
-        places = torch.arange(position, position + ahead, device=self._seeds.device).repeat_interleave(len(rows))
-        noise = gumbel_noise(self._seeds[self._at].repeat(ahead), places, vocab_size, self._seeds.device)
-        self._noise = noise.unflatten(0, (ahead, len(rows)))
+        if kernel_runs_on(logits.device):  # it makes the noise while it adds it, and nothing is gained by looking ahead
+            positions = torch.full_like(self._at, position)
+            return apply(logits, self._seeds[self._at], positions, temperatures, top_ps).argmax(dim=-1)
+        if not self._first <= position < self._first + len(self._noise):
+            self._look_ahead(position, logits.shape[-1])
+        return with_noise(logits, self._noise[position - self._first], temperatures, top_ps).argmax(dim=-1)
 
     def _keep(self, rows: list[int]) -> None:
-        places = {row: place for place, row in enumerate(self._rows)}
-        kept = torch.tensor([places[row] for row in rows], device=self._at.device)
-        self._rows, self._at, self._noise = list(rows), self._at[kept], self._noise[:, kept]
+        if len(self._noise):
+            places = {row: place for place, row in enumerate(self._rows)}
+            self._noise = self._noise[:, [places[row] for row in rows]]
+        self._rows, self._at = list(rows), torch.tensor(rows, device=self._seeds.device)
+
+    def _look_ahead(self, position: int, vocab_size: int) -> None:
+        """The noise of the rows' next tokens at once: it depends on nothing that is drawn."""
+        rows, device = len(self._rows), self._seeds.device
+        ahead = min(max(1, NOISE_VALUES // (rows * vocab_size)), MOST_AHEAD)
+        places = torch.arange(position, position + ahead, device=device).repeat_interleave(rows)
+        noise = gumbel_noise(self._seeds[self._at].repeat(ahead), places, vocab_size, device)
+        self._first, self._noise = position, noise.unflatten(0, (ahead, rows))
 
 
 class _ReferenceNoise(LogitsProcessor):

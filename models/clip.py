@@ -15,7 +15,7 @@ from ..errors import BadInput
 from .clip_source import CONFIG, Activation, ClipSource, Tag, clip_source
 from .hub import hub_name, snapshot
 from .images import Pixels
-from .scorers import Pair, by_length, cosines, device_and_type, distinct_texts, normalised, padded
+from .scorers import Pair, by_length, cleaned, cosines, device_and_type, distinct_texts, normalised, padded
 from .views import View
 
 OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")  # how their files' names begin
@@ -86,7 +86,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
         ids: Tensor = tokenizer(list(texts))
         return ids
     inner, length = tokenizer.tokenizer, tokenizer.context_length
-    found = inner([tokenizer.clean_fn(text) for text in texts], max_length=length, truncation=True).input_ids
+    texts = [cleaned(tokenizer.clean_fn, text) for text in texts]
+    found = inner(texts, max_length=length, truncation=True).input_ids
     ids, _ = padded(found, inner.pad_token_id)
     return functional.pad(ids, (0, length - ids.shape[1]), value=inner.pad_token_id)
 

@@ -98,22 +98,21 @@ def _parts(folder: Path, name: str) -> dict[str, Any]:
             continue
         library, named = entry
         home = {"diffusers": diffusers, "transformers": transformers}.get(library)
-        loader: Any = getattr(home or getattr(diffusers.pipelines, library, None), named, None)
-        if not inspect.isclass(loader) or not issubclass(loader, (diffusers.ModelMixin, transformers.PreTrainedModel)):
+        kind: Any = getattr(home or getattr(diffusers.pipelines, library, None), named, None)
+        if not isinstance(kind, type) or not issubclass(kind, (diffusers.ModelMixin, transformers.PreTrainedModel)):
             continue  # a scheduler, a tokenizer
-        called, theirs = f"{name}: {part}", issubclass(loader, transformers.PreTrainedModel)
-        found[part], report = _of_transformers(loader, folder / part, called) if theirs else _own(loader, folder / part)
+        called = f"{name}: {part}"
+        if issubclass(kind, transformers.PreTrainedModel):
+            found[part], report = load_reported(
+                kind, folder / part, dtype=torch.float32, called=called, use_safetensors=True
+            )
+        else:
+            loader: Any = kind
+            found[part], report = loader.from_pretrained(
+                folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
         refuse_random(report, called, named)
     return found
-
-
-def _of_transformers(loader: Any, folder: Path, called: str) -> tuple[Any, Any]:
-    return load_reported(loader, folder, dtype=torch.float32, called=called, use_safetensors=True)
-
-
-def _own(loader: Any, folder: Path) -> Any:
-    """A model of diffusers' with its report."""
-    return loader.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True)
 
 
 def need_diffusers() -> None:

@@ -14,11 +14,23 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length"]
-PromptKey = tuple[str | None, str, str, str | None]
+PromptKey = tuple[str | None, str, str | None, str, str | None]
 
 
 class RequestError(Exception):
-    """One request failed; the engine lives on and the others are untouched. The message is the row's reason."""
+    """One request failed; the engine lives on and the others are untouched. The message is the row's reason.
+
+    ``final``: the reason is shared by all requests (a refused key, a spent quota, a field the server does not know), so
+    that none can succeed until somebody changes something.
+    """
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+class Refused(RequestError):
+    """The model, or a filter around it, declines to answer this request. Asking again is no use."""
 
 
 class EngineDead(Exception):
@@ -65,18 +77,21 @@ class ImageInput:
 class Prompt:
     """A single-turn chat: optional system text, optional image (placed before the text), the user's text.
 
-    ``answer_prefix`` is put at the start of the assistant's turn, for models that are to continue it.
+    ``answer_prefix`` is put at the start of the assistant's turn, for models that are to continue it; ``thought``, of a
+    model that thinks, before it, between the model's own tags.
     """
 
     text: str
     image: ImageInput | None = None
     system: str | None = None
     answer_prefix: str = ""
+    thought: str | None = None
 
     @property
     def key(self) -> PromptKey:
         """What tells prompts apart; an image counts by its content hash."""
-        return self.system, self.text, self.answer_prefix, None if self.image is None else self.image.uid
+        image = None if self.image is None else self.image.uid
+        return self.system, self.text, self.thought, self.answer_prefix, image
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +109,18 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Thought:
+    """What a model wrote between its tags before the answer. ``closed``: it came to its end, and not to the limit."""
+
+    text: str
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """``token_ids`` and ``logprobs`` run in parallel and include the end-of-turn token where the model wrote it.
 
+    ``thought``: what the model thought first, which is no part of ``text``; its tokens are among the others.
     HTTP servers do not return token ids: there ``token_ids`` is empty and ``n_tokens`` is the server's own count.
     """
 
@@ -105,6 +129,7 @@ class Completion:
     finish_reason: FinishReason
     n_tokens: int
     logprobs: tuple[float, ...] | None = None
+    thought: Thought | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +166,28 @@ class ImageGrid:
 class Engine(Protocol):
     """``generate`` and ``choose`` raise :class:`RequestError` or :class:`EngineDead`, nothing else.
 
-    ``concurrency``: requests the engine works on at once; callers keep at least twice as many queued.
+    ``concurrency``: requests the engine works on at once; callers keep at least twice as many queued. What a server
+    takes is found while it works, so it changes: read it again for each decision.
     ``grid``: where pixels must lie, or None when the engine wants the encoded bytes instead.
     ``guides``: whether it heeds ``GenerationRequest.json_schema``; what was cut off at its length is not valid even so.
+    ``context``: the most tokens that a prompt and its answer may have together, None where a server does not say.
     """
 
-    concurrency: int
     grid: ImageGrid | None
     guides: bool
+
+    @property
+    def concurrency(self) -> int: ...
+
+    @property
+    def context(self) -> int | None: ...
 
     async def generate(self, request: GenerationRequest) -> Completion: ...
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores: ...
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        """How many tokens a prompt without an image is as the model gets it; None where a server has the tokenizer."""
+        ...
 
     async def aclose(self) -> None: ...

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
-import os
 import random
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import time
 from typing import Any
 
 import httpx
@@ -30,14 +30,26 @@ from .engine import (
     ImageInput,
     Prompt,
     RequestError,
+    Sampling,
 )
+from .http_answers import (
+    NO_LOGPROBS,
+    SentAway,
+    Unavailable,
+    json_object,
+    read_choice,
+    read_complaint,
+    read_completion,
+    retry_after,
+)
+from .http_fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField
+from .http_limits import MOST, AdaptiveLimit, Limiter, room_for_connections
+from .http_server import CONNECT_SECONDS, Connections, base_url, chosen_model, listed_models, model_context, no_answer
+from .thinking import Tags
 from .vllm_sync import EXTENSION, RELOAD
 
-API_KEY_VARIABLE = "CAPIPE_API_KEY"
-DEFAULT_CONCURRENCY = 64
-CONNECT_SECONDS = 10.0
-LONGEST_WAIT_SECONDS = 60.0  # between two attempts, whatever a server's Retry-After asks for
-REPORTED_CHOICES = 20  # the most alternatives that OpenAI's protocol reports for a token
+LONGEST_BACKOFF_SECONDS = 15.0
+THOUGHT_PROBE, PROBE_TOKENS = Prompt("Is one and one two? Answer with yes or no."), 256
 EXTENDED_SERVERS = ("vllm", "sglang")  # as they name themselves in /v1/models: they take more than OpenAI's fields
 
 
@@ -45,21 +57,36 @@ EXTENDED_SERVERS = ("vllm", "sglang")  # as they name themselves in /v1/models: 
 class HTTPOptions:
     """``model=""``: the server's first one. ``timeout_s``: for one attempt. ``attempts``: how often to try in all.
 
-    ``gone_after``: so many requests in a row that could not even connect mean that the server is gone. ``token_ids``:
-    ask for the ids of what was written, which vLLM alone tells; ``barred``: ids that are never to be drawn.
+    ``concurrency``: requests in flight, None for as many as the server takes (at most ``most``). ``patience_s``: how
+    long a request puts up with a server that says it is busy (429, 502, 503). ``gone_after``: so many requests in a row
+    that could not even connect mean that the server is gone. ``token_ids``: ask for the ids of what was written, which
+    vLLM alone tells; ``barred``: ids that are never to be drawn. ``template_args``: for the model's chat template.
     """
 
     url: str
     model: str = ""
     min_pixels: int | None = None
     max_pixels: int | None = None
-    concurrency: int = DEFAULT_CONCURRENCY
+    concurrency: int | None = None
+    most: int = MOST
     timeout_s: float = 300.0
     attempts: int = 5
     backoff_s: float = 0.5
+    patience_s: float = 300.0
     gone_after: int = 20
     token_ids: bool = False
     barred: tuple[int, ...] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setback:
+    """An attempt without an answer. ``wait``: seconds that the server asks for."""
+
+    reason: str
+    busy: bool = False
+    connected: bool = True
+    wait: float | None = None
 
 
 class HTTPEngine:
@@ -67,38 +94,82 @@ class HTTPEngine:
 
     guides = True  # or the server refuses the request, which is then its error
 
-    def __init__(self, options: HTTPOptions, client: httpx.AsyncClient, model: str, extended: bool) -> None:
+    def __init__(
+        self,
+        options: HTTPOptions,
+        connections: Connections,
+        model: str,
+        extended: bool,
+        context: int | None = None,
+    ) -> None:
         self.grid: ImageGrid | None = None  # the server resizes; it gets the encoded bytes
-        self.concurrency = options.concurrency
+        self.context = context
         self.model = model
+        self.load = 0  # requests in flight, in line and between two attempts
         self._options = options
-        self._client = client
+        self._connections = connections
         self._extended = extended
+        self._fields = Fields(options.url)
+        self._limiter = Limiter(options.concurrency or AdaptiveLimit(most=options.most))
+        self._places = itertools.count()
         self._unconnected = 0  # requests in a row that never reached the server
+        self._answered_at = 0.0  # monotonic seconds of the last answer
+        self._thinks: asyncio.Task[bool] | None = None
+
+    @property
+    def concurrency(self) -> int:
+        return self._limiter.limit
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        sampling = request.sampling
-        body = self._body(request.prompt, sampling.max_tokens, sampling.temperature)
-        body |= {"top_p": sampling.top_p, "seed": sampling.seed, "logprobs": request.logprobs}
-        if request.json_schema is not None:
-            body["response_format"] = _response_format(request.json_schema)
-        answer = await self._post(body)
-        choice = _first_choice(answer)
-        reason, text = choice.get("finish_reason"), choice.get("message", {}).get("content")
-        if reason not in ("stop", "length") or not isinstance(text, str):
-            raise RequestError(f"the server ended the answer with {reason!r} and {type(text).__name__} content")
-        logprobs = tuple(float(step["logprob"]) for step in _steps(choice)) if request.logprobs else None
-        n_tokens = int((answer.get("usage") or {}).get("completion_tokens", 0))
-        ids = _token_ids(choice, n_tokens) if self._options.token_ids else ()
-        return Completion(_written(text), ids, reason, n_tokens, logprobs)
+        answer = await self._post(lambda: self._generation(request))
+        return read_completion(answer, logprobs=request.logprobs, token_ids=self._options.token_ids)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
-        body = self._body(request.prompt, max_tokens=1, temperature=0.0)
-        body |= {"logprobs": True, "top_logprobs": REPORTED_CHOICES}
-        steps = _steps(_first_choice(await self._post(body)))
-        reported = steps[0].get("top_logprobs", []) if steps else []
-        scores = {each["token"]: float(each["logprob"]) for each in reported}
-        return ChoiceScores(tuple(scores.get(choice) for choice in request.choices))
+        try:
+            answer = await self._post(lambda: self._choice(request))
+        except UntakenField as error:
+            if error.field in ("logprobs", ALTERNATIVES):
+                raise RequestError(f"{NO_LOGPROBS} ({error})", final=True) from error
+            raise
+        return read_choice(answer, request.choices)
+
+    async def check(self) -> None:
+        """Raise BadInput (:class:`.http_server.NoAnswer` where it is down) unless the server has the model."""
+        base = base_url(self._options.url)
+        try:
+            with self._connections.pool() as client:
+                response = await client.get("models", timeout=CONNECT_SECONDS)
+        except httpx.HTTPError as error:
+            raise no_answer(base, error) from error
+        chosen_model(listed_models(response, base), self.model, base)
+
+    def works_since(self, moment: float, busy: bool) -> bool:
+        """Whether the server has answered anybody since; where it is ``busy``: or is at a request from before that."""
+        return self._answered_at >= moment or (busy and self._limiter.oldest < moment)
+
+    def shut(self, reason: str) -> None:
+        """Fail what waits for the server and what comes, until ``reopen``; what is at the server may still succeed."""
+        self._limiter.shut(lambda: SentAway(reason))
+
+    def reopen(self) -> None:
+        self._unconnected = 0
+        self._limiter.reopen()
+
+    async def thinks(self) -> bool:
+        """Whether the server's model thinks before it answers: asked once, as a server does not tell its template."""
+        asked = self._thinks = self._thinks or asyncio.create_task(self._thinks_before(THOUGHT_PROBE))
+        try:
+            return await asyncio.shield(asked)
+        except (RequestError, EngineDead):
+            if self._thinks is asked:
+                self._thinks = None  # the next one asks again
+            raise
+
+    async def _thinks_before(self, prompt: Prompt) -> bool:
+        return (await self.generate(GenerationRequest(prompt, Sampling(max_tokens=PROBE_TOKENS)))).thought is not None
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return None
 
     async def reload(self, folder: Path) -> None:
         """Let the server read new weights from a folder that it sees, too, and forget what the old ones computed.
@@ -117,8 +188,9 @@ class HTTPEngine:
         """One of the server's own commands, which lie beside the protocol's root."""
         url = base_url(self._options.url).removesuffix("v1/") + name
         try:
-            response = await self._client.post(url, json=body)
-        except httpx.TransportError as error:
+            with self._connections.pool() as client:
+                response = await client.post(url, json=body)
+        except httpx.HTTPError as error:
             raise EngineDead(f"{url}: {type(error).__name__}: {error}") from error
         if response.status_code == httpx.codes.NOT_FOUND:
             raise EngineDead(
@@ -126,11 +198,25 @@ class HTTPEngine:
                 f"{EXTENSION}"
             )
         if not response.is_success:
-            raise EngineDead(f"{url}: HTTP {response.status_code}: {_server_message(response)}")
+            raise EngineDead(f"{url}: HTTP {response.status_code}: {read_complaint(response).message}")
         return response
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._connections.aclose()
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _generation(self, request: GenerationRequest) -> dict[str, Any]:
+        sampling = request.sampling
+        body = self._body(request.prompt, sampling.max_tokens, sampling.temperature)
+        body |= {"top_p": sampling.top_p, "seed": sampling.seed, "logprobs": request.logprobs}
+        if request.json_schema is not None:
+            body["response_format"] = _response_format(request.json_schema)
+        return body
+
+    def _choice(self, request: ChoiceRequest) -> dict[str, Any]:
+        body = self._body(request.prompt, max_tokens=1, temperature=0.0)
+        return body | {"logprobs": True, ALTERNATIVES: REPORTED_CHOICES}
 
     def _body(self, prompt: Prompt, max_tokens: int, temperature: float) -> dict[str, Any]:
         chat: list[dict[str, Any]] = []
@@ -151,11 +237,16 @@ class HTTPEngine:
         limits = {name: value for name, value in limits.items() if value is not None}
         if prompt.image is not None and limits:
             fields["mm_processor_kwargs"] = limits
-        if prompt.answer_prefix:
-            chat.append({"role": "assistant", "content": prompt.answer_prefix})
+        beginning = ("" if prompt.thought is None else Tags().closed(prompt.thought)) + prompt.answer_prefix
+        if beginning:
+            chat.append({"role": "assistant", "content": beginning})
             fields |= {"continue_final_message": True, "add_generation_prompt": False}
+        if options.template_args:
+            fields["chat_template_kwargs"] = dict(options.template_args)
         if fields and not self._extended:
-            raise RequestError(f"the server is neither vLLM nor SGLang and would not heed {', '.join(fields)}")
+            raise RequestError(
+                f"the server is neither vLLM nor SGLang and would not heed {', '.join(fields)}", final=True
+            )
         if self._extended:
             # Or the server would apply what the model's generation_config.json recommends, as no other engine does.
             fields |= {"top_k": -1, "repetition_penalty": 1.0}
@@ -165,71 +256,112 @@ class HTTPEngine:
             fields["logit_bias"] = {str(token): -100.0 for token in options.barred}
         return fields
 
-    async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The server's answer to one chat completion, after as many attempts as it takes and the options allow."""
-        options, reason, connected = self._options, "", False
-        for attempt in range(options.attempts):
-            if self._unconnected >= options.gone_after:
-                raise EngineDead(f"{options.url}: {self._unconnected} requests in a row could not connect")
-            wait = random.uniform(0.5, 1.0) * options.backoff_s * 2**attempt
-            try:
-                response = await self._client.post("chat/completions", json=body)
-            except httpx.TransportError as error:
-                reason = f"{type(error).__name__}: {error}".rstrip(": ")
-                connected |= not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-            else:
-                connected, self._unconnected = True, 0
+    # --- attempts ----------------------------------------------------------------------------------------------------
+
+    async def _post(self, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The server's answer to one chat completion, after as many attempts as it takes and the options allow.
+
+        The body is built anew for each: a line of thousands would hold as many encoded images.
+        """
+        trial, place = Trial(self._options), next(self._places)
+        self.load += 1
+        try:
+            while True:
+                if self._unconnected >= self._options.gone_after:
+                    raise EngineDead(f"{self._options.url}: {self._unconnected} requests in a row could not connect")
+                outcome = await self._attempt(build, place)
+                if not isinstance(outcome, Setback):
+                    return outcome
+                await self._limiter.sleep(trial.wait_after(outcome))
+        except Unavailable:
+            if trial.setbacks and not trial.connected:
+                self._unconnected += 1
+            raise
+        finally:
+            self.load -= 1
+
+    async def _attempt(self, build: Callable[[], dict[str, Any]], place: int) -> dict[str, Any] | Setback:
+        """One attempt, or as many as it takes to find the fields that the server knows."""
+        limiter = self._limiter
+        while True:
+            async with limiter.turn(place) as turn:
+                body = build()
+                sent = self._fields.spelled(body)
+                try:
+                    with self._connections.pool() as client:
+                        response = await client.post("chat/completions", json=sent)
+                except httpx.HTTPError as error:
+                    if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+                        limiter.refused(turn)
+                    connected = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+                    return Setback(f"{type(error).__name__}: {error}".rstrip(": "), connected=connected)
+                self._unconnected = 0
                 if response.is_success:
-                    return _json_object(response)
-                reason = f"HTTP {response.status_code}: {_server_message(response)}"
-                if response.status_code not in (408, 429) and response.status_code < 500:
-                    raise RequestError(reason)
-                wait = max(wait, _retry_after(response))
-            if attempt + 1 < options.attempts:
-                await asyncio.sleep(min(wait, LONGEST_WAIT_SECONDS))
-        if not connected:
-            self._unconnected += 1
-        raise RequestError(f"gave up after {options.attempts} attempts: {reason}")
+                    limiter.answered(turn)
+                    self._answered_at = time.monotonic()
+                    return json_object(response)
+                complaint = read_complaint(response)
+                if complaint.passing:
+                    wait = retry_after(response)
+                    if complaint.busy:
+                        limiter.refused(turn)
+                    if complaint.busy and wait:
+                        limiter.pause(min(wait, self._options.patience_s))
+                    return Setback(f"HTTP {complaint.status}: {complaint.message}", complaint.busy, wait=wait)
+                self._answered_at = time.monotonic()
+            if not self._fields.adapt(body, sent, complaint):
+                raise complaint.error()
+
+
+class Trial:
+    """The attempts at one request: how many are left, and how long it still puts up with a busy server."""
+
+    def __init__(self, options: HTTPOptions) -> None:
+        self._options = options
+        self.setbacks = self._failures = 0
+        self.connected = False
+        self._busy_since: float | None = None
+
+    def wait_after(self, setback: Setback) -> float:
+        """Seconds until the next attempt. Raises Unavailable where there is to be none."""
+        options, now = self._options, time.monotonic()
+        wait: float = random.uniform(0.5, 1.0) * min(options.backoff_s * 2**self.setbacks, LONGEST_BACKOFF_SECONDS)
+        wait = max(wait, setback.wait or 0.0)
+        self.setbacks += 1
+        self.connected |= setback.connected
+        if setback.busy:
+            self._busy_since = self._busy_since if self._busy_since is not None else now
+            left = options.patience_s - (now - self._busy_since)
+            if left <= 0:
+                raise Unavailable(f"the server was busy for {options.patience_s:g} s: {setback.reason}", busy=True)
+            return min(wait, left)
+        self._failures += 1
+        if self._failures >= options.attempts:
+            raise Unavailable(f"gave up after {options.attempts} attempts: {setback.reason}")
+        return wait
 
 
 async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
-    """Find the server and its model. Raises BadInput where it does not answer or does not have the model."""
+    """Find the server and its model. Raises BadInput where it does not have the model, NoAnswer where it is down."""
     base = base_url(options.url)
-    client = httpx.AsyncClient(
-        base_url=base,
-        headers=_authorization(),
-        limits=httpx.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency),
-        timeout=httpx.Timeout(options.timeout_s, connect=CONNECT_SECONDS, pool=None),  # waiting for a turn is no fault
-    )
+    room = room_for_connections(options.concurrency or options.most)
+    if options.concurrency and room < options.concurrency:
+        reason = f"needs as many open files; `ulimit -n` leaves {room} to {base}"
+        raise BadInput(f"--concurrency {options.concurrency} {reason}")
+    options = replace(options, most=room)
+    connections = Connections(base, httpx.Timeout(options.timeout_s, connect=CONNECT_SECONDS))
     try:
-        served = _models((await client.get("models")), base)
-    except httpx.TransportError as error:
-        await client.aclose()
-        raise _no_answer(base, error) from error
+        with connections.pool() as client:
+            response = await client.get("models")
+        served = listed_models(response, base)
+        model = chosen_model(served, options.model, base)
+    except httpx.HTTPError as error:
+        await connections.aclose()
+        raise no_answer(base, error) from error
     except BadInput:
-        await client.aclose()
+        await connections.aclose()
         raise
-    model = options.model or next(iter(served))
-    if model not in served:
-        await client.aclose()
-        raise BadInput(f"{base} does not serve {model!r}; it serves {', '.join(served)}")
-    return HTTPEngine(options, client, model, served[model] in EXTENDED_SERVERS)
-
-
-def served_model(url: str) -> str:
-    """The name of the server's first model. Raises BadInput as :func:`connect_http_engine` does."""
-    base = base_url(url)
-    try:
-        response = httpx.get(base + "models", headers=_authorization(), timeout=CONNECT_SECONDS)
-    except httpx.TransportError as error:
-        raise _no_answer(base, error) from error
-    return next(iter(_models(response, base)))
-
-
-def base_url(url: str) -> str:
-    """``http://host:8000`` and ``http://host:8000/v1/`` both as ``http://host:8000/v1/``."""
-    trimmed = url.rstrip("/")
-    return f"{trimmed}/" if trimmed.endswith("/v1") else f"{trimmed}/v1/"
+    return HTTPEngine(options, connections, model, served[model] in EXTENDED_SERVERS, model_context(response, model))
 
 
 def _response_format(json_schema: str) -> dict[str, Any]:
@@ -263,84 +395,3 @@ def sniff(data: bytes) -> str | None:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
-
-
-def _authorization() -> dict[str, str]:
-    key = os.environ.get(API_KEY_VARIABLE)
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _no_answer(base: str, error: httpx.TransportError) -> BadInput:
-    return BadInput(f"{base}: no server answers ({type(error).__name__}: {error}); start it or mend --engine")
-
-
-def _models(response: httpx.Response, base: str) -> dict[str, str]:
-    """Model names and who serves them, at least one."""
-    if response.status_code in (401, 403):
-        raise BadInput(f"{base} refuses the key (HTTP {response.status_code}); set {API_KEY_VARIABLE}")
-    try:
-        listed = {each["id"]: str(each.get("owned_by", "")) for each in response.raise_for_status().json()["data"]}
-    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{base}models lists no models ({type(error).__name__}); is the URL an OpenAI API?") from error
-    if not listed:
-        raise BadInput(f"{base} serves no model")
-    return listed
-
-
-def _json_object(response: httpx.Response) -> dict[str, Any]:
-    try:
-        answer = response.json()
-    except ValueError as error:
-        raise RequestError(f"the server's answer is not JSON: {response.text[:200]!r}") from error
-    if not isinstance(answer, dict):
-        raise RequestError(f"the server's answer is no JSON object: {response.text[:200]!r}")
-    return answer
-
-
-def _written(text: str) -> str:
-    """What a server says the model wrote, without half surrogate pairs: JSON may bring them and UTF-8 has none."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise RequestError(f"the server's answer has no choices: {str(answer)[:200]}")
-    return choices[0]
-
-
-def _steps(choice: dict[str, Any]) -> list[dict[str, Any]]:
-    """The reported tokens with their log-probabilities, in order."""
-    steps = (choice.get("logprobs") or {}).get("content")
-    if not isinstance(steps, list):
-        raise RequestError("the server reports no log-probabilities")
-    return steps
-
-
-def _token_ids(choice: dict[str, Any], count: int) -> tuple[int, ...]:
-    ids = choice.get("token_ids")
-    if not isinstance(ids, list) or len(ids) != count:
-        raise RequestError("the server does not tell the ids of its tokens; training draws from a vLLM server")
-    return tuple(ids)
-
-
-def _server_message(response: httpx.Response) -> str:
-    try:
-        answer = response.json()
-    except ValueError:
-        return response.text[:500]
-    error = answer.get("error", answer) if isinstance(answer, dict) else answer
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds the server asks to wait, 0 where it says nothing intelligible; the header is a number or a date."""
-    value = response.headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
-    except ValueError:
-        return 0.0

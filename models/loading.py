@@ -8,21 +8,29 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, RunFailed
 from .captioner_kinds import kind_of, one_size, read_json
+from .context import context_length
 from .engine import Engine, ImageGrid
 from .hub import hub_name, snapshot
 from .tiny import resolve as resolve_bundled
+from .vllm_arguments import refuse_ours, told
 
 KINDS = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What makes a model the model it is; pictures, readmes and licences beside it do not count.
 IDENTIFYING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 CHUNK_BYTES = 1 << 22
+# How vLLM and torch say that memory does not suffice; of an engine process that failed, the reason stands further up.
+NO_MEMORY = re.compile(r"out of memory|KV cache|cache blocks|Free memory on device", re.IGNORECASE)
+FAILED_ABOVE = "engine core init"
+LESS_MEMORY = "give a smaller --max-model-len or --max-pixels, or another --gpu-memory"
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +39,13 @@ logger = logging.getLogger(__name__)
 class EngineConfig:
     """Which engine, which model, within what limits. Raises BadInput for values that cannot be meant.
 
-    ``kind``: ``auto``, ``vllm``, ``transformers`` or a server's URL; with a URL, ``model=""`` takes what it serves.
-    ``concurrency``, ``max_model_len``: the engine's and the model's own where None. ``timeout_s``: one HTTP attempt.
-    ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``).
+    ``kind``: ``auto``, ``vllm``, ``transformers`` or servers' URLs with commas between; with URLs, ``model=""`` takes
+    what they serve, and ``concurrency`` is that of each (as many requests as it takes where None).
+    ``concurrency``: the engine's own where None. ``max_model_len``: where None what the largest image and ``room``,
+    tokens of text and answer beside it, take, or without ``room`` the model's own. ``timeout_s``: one HTTP attempt.
+    ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``). ``template_args``: what
+    the chat template is given besides the chat (``{"enable_thinking": False}``). ``engine_args``: of vLLM, by its own
+    names. ``adapter``: a folder of peft's, or empty.
     """
 
     kind: str = "auto"
@@ -47,10 +59,13 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     timeout_s: float = 300.0
+    room: int | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS and not self.is_http:
-            raise BadInput(f"--engine {self.kind!r} is none of {', '.join(KINDS)} and no http:// or https:// URL")
+        check_kind(self.kind)
         if not self.model and not self.is_http:
             raise BadInput("no model is named; give --model a bundled one (tiny/captioner), a folder or a hub id")
         if self.dtype not in DTYPES:
@@ -63,10 +78,43 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadInput(f"{name} must be above 0, not {value}")
+        self._refuse_vllm_only()
+
+    def _refuse_vllm_only(self) -> None:
+        if self.is_http and self.adapter:
+            raise BadInput(
+                f"--adapter {self.adapter}: a server loads its own; serve it there and name it by --model "
+                "(vllm serve MODEL --enable-lora --lora-modules NAME=FOLDER, then --model NAME)"
+            )
+        if self.is_http or self.kind == "transformers":
+            other = "a server has its own" if self.is_http else f"--engine {self.kind} has none"
+            if self.engine_args:
+                raise BadInput(f"engine argument {next(iter(self.engine_args))}: these are vLLM's, and {other}")
+            if self.tensor_parallel_size > 1:
+                where = "when it is started" if self.is_http else "with --engine vllm"
+                raise BadInput(f"--tensor-parallel {self.tensor_parallel_size}: is for vLLM; give it {where}")
+        refuse_ours(self.engine_args)
 
     @property
     def is_http(self) -> bool:
         return self.kind.startswith(("http://", "https://"))
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers' URLs. Raises BadInput for one that cannot be meant."""
+        from .http_server import server_urls
+
+        return server_urls(self.kind)
+
+
+def check_kind(kind: str) -> None:
+    """Raise BadInput for what is no engine and no servers' URLs."""
+    if kind.startswith(("http://", "https://")):
+        from .http_server import server_urls
+
+        server_urls(kind)
+    elif kind not in KINDS:
+        raise BadInput(f"--engine {kind!r} is none of {', '.join(KINDS)} and no http:// or https:// URL")
 
 
 @dataclass(frozen=True)
@@ -86,48 +134,77 @@ async def load_engine(config: EngineConfig) -> Engine:
     kind = kind_of(path)
     if kind is not None and config.kind == "vllm":
         raise BadInput(f"{config.model}: {kind.architecture} runs by --engine transformers alone, not by vllm")
-    if config.kind == "vllm" or (kind is None and config.kind == "auto" and config.device == "auto" and vllm_runs()):
-        return _load_vllm(config, path, grid)
-    return _load_transformers(config, path, grid)
+    by_vllm = config.kind == "vllm" or (
+        kind is None and config.kind == "auto" and config.device == "auto" and vllm_runs()
+    )
+    if not by_vllm and (config.engine_args or config.tensor_parallel_size > 1):
+        option = "--engine-arg" if config.engine_args else "--tensor-parallel"
+        why = "does not run here" if kind is None else f"does not know {kind.architecture}"
+        raise BadInput(f"{option}: is for vLLM, which {why}")
+    context = config.max_model_len or context_length(path, grid, config.room)
+    if config.adapter:
+        from .adapters import merged_folder
+
+        path = merged_folder(path, Path(config.adapter), config.dtype)
+    load = _load_vllm if by_vllm else _load_transformers
+    return load(config, path, grid, context)
 
 
 async def _load_http(config: EngineConfig) -> Engine:
-    from .http_engine import DEFAULT_CONCURRENCY, HTTPOptions, connect_http_engine
+    from .http_engine import HTTPOptions
+    from .several import connect_servers
 
-    return await connect_http_engine(
-        HTTPOptions(
-            url=config.kind,
-            model=config.model,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-            concurrency=config.concurrency or DEFAULT_CONCURRENCY,
-            timeout_s=config.timeout_s,
-        )
+    options = HTTPOptions(
+        url=config.urls[0],
+        model=config.model,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        concurrency=config.concurrency,
+        timeout_s=config.timeout_s,
+        template_args=config.template_args,
     )
+    return await connect_servers(options, config.urls)
 
 
-def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engine:
+def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None, context: int | None) -> Engine:
     from .pretrained import check_weights
-    from .vllm_engine import VLLMOptions, start_vllm_engine
+    from .vllm_config import VLLMOptions
+    from .vllm_engine import start_vllm_engine
 
     check_weights(path, config.model)  # vLLM itself does not see that a part of a packed one is missing
     options = VLLMOptions(
         path=str(path),
         grid=grid,
         dtype=config.dtype,
-        max_model_len=config.max_model_len,
+        max_model_len=context,
         concurrency=config.concurrency,
         gpu_memory_utilization=config.gpu_memory_utilization,
         tensor_parallel_size=config.tensor_parallel_size,
+        template_args=config.template_args,
+        engine_args=config.engine_args,
     )
     try:
         return start_vllm_engine(options)
+    except BadInput:
+        raise
     except Exception as error:  # anything from a missing library to a card without room
         reason = f"{type(error).__name__}: {error}"
-        raise RunFailed(f"vLLM could not start on {path} ({reason}); --engine transformers does without it") from error
+        given = f" with {told(config.engine_args)}" if config.engine_args else ""
+        raise RunFailed(f"vLLM could not start on {path}{given} ({reason}); {advice(reason)}") from error
 
 
-def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None) -> Engine:
+def advice(reason: str) -> str:
+    """What helps an engine that did not start for this reason."""
+    if NO_MEMORY.search(reason):
+        return LESS_MEMORY
+    if FAILED_ABOVE in reason.lower():
+        return f"the lines above say why: where it is memory, {LESS_MEMORY}"
+    return "--engine transformers does without it"
+
+
+def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None, context: int | None) -> Engine:
+    import torch
+
     from .transformers_engine import load_transformers_engine
 
     try:
@@ -137,9 +214,15 @@ def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None)
             grid=grid,
             dtype=config.dtype,
             device=config.device,
-            max_model_len=config.max_model_len,
+            max_model_len=context,
             concurrency=config.concurrency,
+            template_args=config.template_args,
         )
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise RunFailed(
+            f"{path} does not fit into the GPU's memory ({reason}); give --dtype bfloat16, or other --gpus"
+        ) from error
     except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
         raise BadInput(f"{path} does not load as a model: {error}") from error
 
@@ -216,9 +299,9 @@ def _image_processor_config(model_path: Path) -> dict[str, Any]:
 
 
 def model_identity(model: str, kind: str = "auto") -> ModelIdentity:
-    """What goes into fingerprints. Asks a server for its model where ``kind`` is a URL and no model is named."""
+    """What goes into fingerprints. Asks servers for their model where ``kind`` is URLs and no model is named."""
     if kind.startswith(("http://", "https://")):
-        from .http_engine import served_model
+        from .http_server import served_model
 
         return ModelIdentity(model or served_model(kind), None)
     return ModelIdentity(model, content_digest(resolve_model(model)))
@@ -227,6 +310,27 @@ def model_identity(model: str, kind: str = "auto") -> ModelIdentity:
 def content_digest(folder: Path) -> str:
     """The commit of a folder in the hub's cache, which is named after it; else :func:`folder_digest`."""
     return folder.name if folder.parent.name == "snapshots" else folder_digest(folder)
+
+
+def same_model(first: ModelIdentity, second: ModelIdentity) -> bool:
+    """Whether two names stand for one model: by content, by the name alone where a server hides that of either."""
+    ours, theirs = _known_digest(first), _known_digest(second)
+    if ours is None or theirs is None:
+        return first.name == second.name
+    if len(ours) != len(theirs):  # the commit of a snapshot, and what a folder holds, maybe a copy of that snapshot
+        ours, theirs = (folder_digest(resolve_model(each.name)) for each in (first, second))
+    return ours == theirs
+
+
+def _known_digest(identity: ModelIdentity) -> str | None:
+    """The digest, also of what a server calls by a folder's name that is here."""
+    if identity.digest is not None:
+        return identity.digest
+    try:
+        path = Path(resolve_bundled(identity.name)).expanduser()
+    except ValueError:
+        return None
+    return folder_digest(path.resolve()) if (path / "config.json").is_file() else None
 
 
 def folder_digest(folder: Path) -> str:

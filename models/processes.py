@@ -2,14 +2,13 @@
 
 Workers are fresh interpreters that never import the caller's ``__main__``: a script needs no ``if __name__`` guard, and
 a worker holds what its function imports and nothing else (no torch in an image decoder). They end when their parent
-does, by the end of their socket, and leave Ctrl-C to the parent.
+does, by the end of their socket or, where they hang, by the kernel's hand, and leave Ctrl-C to the parent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import pickle
 import signal
@@ -21,10 +20,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]);"
-    "from capipe.models.processes import serve; serve(int(sys.argv[1]))"
-)
+from .child_processes import first_words
+
+_BOOT = "from capipe.models.processes import serve; serve(int(sys.argv[1]))"
 # One thread each: there are as many workers as cores already.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -88,7 +86,7 @@ class Worker(Generic[Task, Result]):
     def __init__(self, function: Callable[[Task], Result]) -> None:
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
-        command = [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)]
+        command = [sys.executable, "-P", "-c", first_words() + _BOOT, str(theirs.fileno())]
         with theirs, _interrupts_blocked():
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, **_ENVIRONMENT}

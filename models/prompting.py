@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .engine import ImageInput, Prompt, RequestError
+from .engine import ImageInput, Prompt, PromptKey, RequestError, Thought
+from .thinking import CLOSING, OPENING, Tags, split_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,23 +19,53 @@ if TYPE_CHECKING:
 CACHED_PROMPTS = 1024  # captioning repeats a handful of prompts for millions of images; quiz prompts never repeat
 
 
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template with what it is given besides the chat; made by :func:`.chat_templates.open_encoder`.
+
+    ``text`` None: the tokenizer's own. ``thinking``: how the model's thoughts are written where the template lets it
+    think.
+    """
+
+    text: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    thinking: Tags | None = None
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> str:
+        """The chat as text up to where the model goes on (transformers' sandbox). Raises whatever a template does."""
+        text = tokenizer.apply_chat_template(
+            chat, chat_template=self.text, tokenize=False, add_generation_prompt=True, **self.arguments
+        )
+        return str(text)
+
+
 class PromptEncoder:
-    """Renders chats with the tokenizer's own template and remembers the ids of recent ones. Not thread-safe.
+    """Renders chats with a model's own template and remembers the ids of recent ones. Not thread-safe.
 
     ``image_token_id``: the placeholder that an image stands for in the ids, None for a model without eyes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_token_id: int | None,
+        template: ChatTemplate | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
-        self._recent: OrderedDict[tuple[str | None, str, str, bool], tuple[int, ...]] = OrderedDict()
+        self._template = template or ChatTemplate()
+        self.thinking = self._template.thinking
+        self._hidden_tags = hidden_tags(tokenizer)
+        self._recent: OrderedDict[PromptKey, tuple[int, ...]] = OrderedDict()
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's ids up to where the model goes on; an image is a single placeholder, not expanded yet.
 
-        Raises RequestError for an image given to a text-only model and for text that itself holds the placeholder.
+        Raises RequestError for an image given to a text-only model, for text that itself holds the placeholder, and
+        for a chat that the template does not take.
         """
-        key = (prompt.system, prompt.text, prompt.answer_prefix, prompt.image is not None)
+        image = None if prompt.image is None else ""  # whichever it is, it is one placeholder
+        key = (prompt.system, prompt.text, prompt.thought, prompt.answer_prefix, image)
         if (known := self._recent.get(key)) is not None:
             self._recent.move_to_end(key)
             return known
@@ -48,8 +81,20 @@ class PromptEncoder:
     def _encoded(self, prompt: Prompt) -> list[int]:
         if prompt.image is not None and self._image_token_id is None:
             raise RequestError("the prompt has an image, but the model reads text only")
-        text = self._tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
-        return self._tokens(str(text) + prompt.answer_prefix)
+        try:
+            text = self._template.render(self._tokenizer, messages(prompt))
+        except Exception as error:  # templates raise what they like
+            raise RequestError(f"the chat template refuses the prompt: {type(error).__name__}: {error}") from error
+        if prompt.system is not None and prompt.system.strip() not in text:
+            raise RequestError("the model's chat template leaves the system message out; do without one")
+        return self._tokens(text + self._thought(prompt) + prompt.answer_prefix)
+
+    def _thought(self, prompt: Prompt) -> str:
+        if prompt.thought is None:
+            return ""
+        if self.thinking is None:
+            raise RequestError("the prompt has a thought, but the model's chat template does not let it think")
+        return self.thinking.closed(prompt.thought)
 
     def _tokens(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -67,6 +112,16 @@ class PromptEncoder:
         """The ids of a plain text, as if the model had written it."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
+
+    def answer(self, token_ids: list[int]) -> tuple[str, Thought | None]:
+        """The text of a completion without the thought before it, and that thought."""
+        text, start = "", 0
+        for place, token in enumerate(token_ids):
+            if token in self._hidden_tags:
+                text += self.decode(token_ids[start:place]) + self._hidden_tags[token]
+                start = place + 1
+        text += self.decode(token_ids[start:])
+        return split_thought(text, self.thinking is not None and self.thinking.begun)
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of a completion, special tokens left out and spaces exactly as the model wrote them."""
@@ -97,6 +152,16 @@ class CaptionerEncoder(PromptEncoder):
         if text and not self._prompted:
             raise RequestError("the model reads no prompt; leave the text empty")
         return [*self._before, *self._tokens(text)]
+
+
+def hidden_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tags of a thought by their ids, where a vocabulary has them as special tokens, which decoding leaves out."""
+    hidden: dict[int, str] = {}
+    for tag in (OPENING, CLOSING):
+        ids: list[int] = tokenizer.encode(tag, add_special_tokens=False)
+        if len(ids) == 1 and not tokenizer.decode(ids, skip_special_tokens=True):
+            hidden[ids[0]] = tag
+    return hidden
 
 
 def messages(prompt: Prompt) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from functools import cache
 from random import Random
 from typing import Any
 
-LETTERS = "ABCDEFGHIJ"
-FEWEST_OPTIONS, MOST_OPTIONS = 2, 6
+LETTERS = "ABCDEFGHIJK"  # ten options and the one to abstain
+FEWEST_OPTIONS, MOST_OPTIONS = 2, 10
+MOST_WRITTEN = 6  # options of a question that we ask for; imported ones may have more
 ABSTAIN = "Cannot tell"  # the option that every presentation has, with an image, a caption or neither
 KINDS = ("object", "color", "shape", "size", "material", "position", "count", "text", "background", "action", "other")
 
@@ -25,6 +26,7 @@ READ_CAPTION = (
 )
 READ_NOTHING = 'Answer the question with the letter of one option. If you do not know, choose "{abstain}".'
 LOOK = 'Answer the question about the image with the letter of one option. If you cannot know, choose "{abstain}".'
+SELF_ORACLE = "{question} {answer}."  # a caption that tells every answer, one question after the other
 WRITE = (
     "Write {count} multiple-choice questions about the image that only somebody who sees it can answer. "
     "Give each 2 to 6 short options of which exactly one is right. Reply in JSON: "
@@ -35,9 +37,9 @@ WRITE = (
 # One letter that stands by itself: "B", "B.", "(B)", "B) red", "The answer is B". Not "Because", "A red circle", "e.g."
 # or "C'est", nor the first of several: "A, B".
 _LETTER = re.compile(
-    r"^\W*(?i:the answer is|answer)?[\s:*(\[\"']*(?P<letter>[A-Ja-j])"
+    r"^\W*(?i:the answer is|answer)?[\s:*(\[\"']*(?P<letter>[A-Ka-k])"
     r"(?=$|[):,;*\]\"\n]|\.(?!\w\.)|'(?!\w))"
-    r"(?!\s*[,;]\s*(?:(?:and|or)\s+)?[A-J](?:$|[.,;)]|\s+(?:and|or)\b))"
+    r"(?!\s*[,;]\s*(?:(?:and|or)\s+)?[A-K](?:$|[.,;)]|\s+(?:and|or)\b))"
 )
 _SPECIAL_TOKEN = re.compile(r"<(?=[|｜/!]|[^\W\d])")  # "<|im_end|>", "<end_of_turn>", "</Caption>"; not "<3" or "1 < 2"
 
@@ -103,10 +105,32 @@ def shuffles(choices: int, count: int, seed: str) -> list[tuple[int, ...]]:
 
 
 def put(question: Question, order: Sequence[int], abstain: str = ABSTAIN) -> str:
-    """The question with its lettered options in ``order``; choice ``len(options)`` is to abstain."""
+    """The question with its lettered options in ``order``; choice ``len(options)`` is to abstain.
+
+    Raises ValueError where ``order`` does not have every choice once.
+    """
     choices = (*question.options, abstain)
-    lines = [f"{letter}. {one_line(choices[choice])}" for letter, choice in zip(LETTERS, order, strict=False)]
+    if sorted(order) != list(range(len(choices))):
+        raise ValueError(f"the order {tuple(order)} is none of {len(choices)} choices")
+    pairs = zip(letters(len(choices)), order, strict=True)
+    lines = [f"{letter}. {one_line(choices[choice])}" for letter, choice in pairs]
     return "\n".join([f"Question: {one_line(question.text)}", *lines, ""])
+
+
+def letters(choices: int) -> tuple[str, ...]:
+    """The letters of so many choices. Raises ValueError where there are not enough."""
+    if choices > len(LETTERS):
+        raise ValueError(f"{choices} choices, and letters for {len(LETTERS)}")
+    return tuple(LETTERS[:choices])
+
+
+def self_oracle(questions: Sequence[Question], template: str = SELF_ORACLE) -> str:
+    """A caption that tells the answers to all of ``questions``: each of them, followed by its right option.
+
+    No truth about the image is needed for it, and a model that can read answers from it.
+    """
+    told = ((one_line(each.text), one_line(each.options[each.answer]).rstrip(" .")) for each in questions)
+    return " ".join(template.format(question=question, answer=answer) for question, answer in told)
 
 
 def caption_prompt(caption: str | None, abstain: str = ABSTAIN) -> str:
@@ -131,7 +155,7 @@ def writing_prompt(count: int, kinds: Sequence[str] = KINDS) -> str:
 def writing_schema(count: int, kinds: tuple[str, ...] = KINDS) -> str:
     """The JSON schema of the answer to :func:`writing_prompt`, as text: what a guided engine holds the model to."""
     text = {"type": "string", "minLength": 1, "maxLength": 300}
-    options = {"type": "array", "items": text, "minItems": FEWEST_OPTIONS, "maxItems": MOST_OPTIONS}
+    options = {"type": "array", "items": text, "minItems": FEWEST_OPTIONS, "maxItems": MOST_WRITTEN}
     question: dict[str, Any] = {
         "type": "object",
         "properties": {

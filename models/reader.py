@@ -8,25 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from .engine import ChoiceRequest, ChoiceScores, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
-from .quiz import ABSTAIN, LETTERS, Question, caption_prompt, image_prompt, parse_letter, put, rotations, shuffles
+from ..errors import BadInput
+from ..manifests.configuration import Growing
+from .engine import (
+    ChoiceRequest,
+    ChoiceScores,
+    Engine,
+    GenerationRequest,
+    ImageInput,
+    Prompt,
+    RequestError,
+    Sampling,
+    Thought,
+)
+from .quiz import ABSTAIN, Question, caption_prompt, image_prompt, letters, parse_letter, put, rotations, shuffles
+from .thinking import after_thought, thinks
 
 Order = tuple[int, ...]
+Place = int | None  # of a letter
 Answer = int | str | None  # a choice, why its request failed, or None where the reader named no option
+THOUGHT_TOKENS, THOUGHT_TEMPERATURE = 512, 0.6
+TOLD_AT = frozenset(10**power for power in range(9))  # cut thoughts at which the count is logged
+
+logger = logging.getLogger(__name__)
 
 
-class ReaderConfig(BaseModel):
+class ReaderConfig(Growing):
     """How questions are put and answers taken. All of it changes outcomes, so all of it is in fingerprints."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("thought_tokens", "thought_temperature")
 
     presentations: int | None = Field(
         None, ge=1, description="orders in which each question is put; all cyclic ones (or 4 shuffled) by default"
@@ -44,6 +64,19 @@ class ReaderConfig(BaseModel):
     max_tokens: int = Field(4, ge=1, description="sampled: longest answer")
     seed: int = Field(0, description="source of shuffled orders and sampled answers, with each question's id")
     abstain: str = Field(ABSTAIN, min_length=1, description="the option that every presentation has besides its own")
+    thought_tokens: int = Field(
+        THOUGHT_TOKENS,
+        ge=1,
+        description="of a model that thinks first: longest thought; a longer one is closed there",
+    )
+    thought_temperature: float = Field(
+        THOUGHT_TEMPERATURE, ge=0, description="choose: of that thought; greedy ones tend to go in circles"
+    )
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the longest answer with the thought before it."""
+        return self.max_tokens + self.thought_tokens
 
 
 @dataclass(frozen=True)
@@ -51,12 +84,14 @@ class Reading:
     """What became of one question: the choice of each presentation, None where there is none.
 
     A choice is an option's index; ``len(question.options)`` is to abstain. ``errors``: of requests that failed, to be
-    made again; a None without one is a reader's answer that names no option, which would not change.
+    made again; a None without one is a reader's answer that names no option, which would not change. ``cut``:
+    presentations before whose answer a thought was cut at its limit.
     """
 
     question: Question
     chosen: tuple[int | None, ...]
     errors: tuple[str, ...] = ()
+    cut: int = 0
 
     @property
     def scored(self) -> int:
@@ -76,11 +111,21 @@ class Reading:
         return self.right / self.scored if self.scored else None
 
 
+class _Told(NamedTuple):
+    answer: Answer
+    cut: bool = False  # a thought before it was, at its limit
+
+
 class QuizReader:
-    """Asks through an engine. Raises EngineDead alone; a request that fails is a None with its reason."""
+    """Asks through an engine. Raises EngineDead alone; a request that fails is a None with its reason.
+
+    A model that thinks first is let think, and its answer is taken after the thought. ``thoughts``, ``cut``: how many
+    there were, and how many of them came to their limit and were closed there.
+    """
 
     def __init__(self, engine: Engine, config: ReaderConfig) -> None:
         self.engine, self.config = engine, config
+        self.thoughts = self.cut = 0
 
     async def read(self, caption: str | None, questions: Sequence[Question]) -> list[Reading]:
         """Answers from ``caption`` alone; None puts the questions blind."""
@@ -98,16 +143,20 @@ class QuizReader:
         return shuffles(choices, count or 4, f"{self.config.seed}/{question.id}")
 
     async def answer(self, caption: str | None, asked: Sequence[tuple[Question, Order]]) -> list[Answer]:
-        """Answers from ``caption`` alone (None: blind) to questions, each in the one order that is given with it."""
-        return await self._answers(caption_prompt(caption, self.config.abstain), None, asked)
+        """Answers from ``caption`` alone (None: blind) to questions, each in the one order that is given with it.
+
+        Raises ValueError for an order that does not have every choice of its question once.
+        """
+        told = await self._answers(caption_prompt(caption, self.config.abstain), None, asked)
+        return [each.answer for each in told]
 
     async def _answers(
         self, beginning: str, image: ImageInput | None, asked: Sequence[tuple[Question, Order]]
-    ) -> list[Answer]:
+    ) -> list[_Told]:
+        prompts = [Prompt(beginning + put(question, order, self.config.abstain), image) for question, order in asked]
         numbers: Counter[str] = Counter()
         waiting = []
-        for question, order in asked:
-            prompt = Prompt(beginning + put(question, order, self.config.abstain), image)
+        for (question, order), prompt in zip(asked, prompts, strict=True):
             waiting.append(self._answer(prompt, question, order, numbers[question.id]))
             numbers[question.id] += 1
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)  # at once: engines see what they can share
@@ -121,27 +170,76 @@ class QuizReader:
         asked = [
             (question, order) for question, its_orders in zip(questions, orders, strict=True) for order in its_orders
         ]
-        answers = iter(await self._answers(beginning, image, asked))
+        told = iter(await self._answers(beginning, image, asked))
         readings = []
         for question, its_orders in zip(questions, orders, strict=True):
-            mine = [next(answers) for _ in its_orders]
-            chosen = tuple(None if isinstance(answer, str) else answer for answer in mine)
-            readings.append(Reading(question, chosen, tuple(answer for answer in mine if isinstance(answer, str))))
+            mine = [next(told) for _ in its_orders]
+            chosen = tuple(None if isinstance(each.answer, str) else each.answer for each in mine)
+            errors = tuple(each.answer for each in mine if isinstance(each.answer, str))
+            readings.append(Reading(question, chosen, errors, sum(each.cut for each in mine)))
         return readings
 
-    async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> Answer:
+    async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> _Told:
         """The choice of one presentation, None where the reader made none, or why its request failed."""
+        seed = seed_of(f"{self.config.seed}/{question.id}/{number}/{prompt.text}")
         try:
-            if self.config.mode == "choose":
-                request = ChoiceRequest(prompt, tuple(LETTERS[: len(order)]))
-                place = best_place(await self.engine.choose(request), self.config.least_mass)
-            else:
-                seed = _seed(f"{self.config.seed}/{question.id}/{number}/{prompt.text}")
-                sampling = Sampling(self.config.temperature, 1.0, self.config.max_tokens, seed)
-                place = parse_letter((await self.engine.generate(GenerationRequest(prompt, sampling))).text, len(order))
+            place, thought = await self._place(prompt, len(order), seed)
         except RequestError as error:
-            return str(error)
-        return None if place is None else order[place]
+            return _Told(str(error))
+        self._count(thought)
+        return _Told(None if place is None else order[place], thought is not None and not thought.closed)
+
+    async def check(self) -> None:
+        """Put one question to a reader behind a server. Raises BadInput where it says that it can never answer any.
+
+        What may be better in a moment is not held against it.
+        """
+        question = Question("Is one and one two?", ("Yes", "No"), 0)
+        text = caption_prompt(None, self.config.abstain) + put(question, (0, 1, 2), self.config.abstain)
+        try:
+            await self._place(Prompt(text), 3, self.config.seed)
+        except RequestError as error:
+            if error.final:
+                raise BadInput(f"the reader cannot answer: {error}") from error
+
+    async def _place(self, prompt: Prompt, choices: int, seed: int) -> tuple[Place, Thought | None]:
+        answered = self._chosen if self.config.mode == "choose" else self._sampled
+        return await answered(prompt, choices, seed, await thinks(self.engine))
+
+    async def _chosen(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> tuple[Place, Thought | None]:
+        """The place of the likeliest letter where the model's answer begins, and the thought before it."""
+        config, thought = self.config, None
+        if thinking:
+            sampling = Sampling(config.thought_temperature, 1.0, config.thought_tokens, seed)
+            prompt, thought = await after_thought(self.engine, prompt, sampling)
+        scores = await self.engine.choose(ChoiceRequest(prompt, letters(choices)))
+        return best_place(scores, config.least_mass), thought
+
+    async def _sampled(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> tuple[Place, Thought | None]:
+        """The place of the letter that a drawn answer names, and the thought before it."""
+        config = self.config
+        sampling = Sampling(config.temperature, 1.0, config.max_tokens, seed)
+        room = replace(sampling, max_tokens=config.thought_tokens + config.max_tokens) if thinking else sampling
+        answer = await self.engine.generate(GenerationRequest(prompt, room))
+        thought = answer.thought
+        if thought is not None and not answer.text:  # cut before the answer
+            closed = replace(prompt, thought=thought.text)
+            answer = await self.engine.generate(GenerationRequest(closed, sampling))
+        return parse_letter(answer.text, choices), thought
+
+    def _count(self, thought: Thought | None) -> None:
+        if thought is None:
+            return
+        self.thoughts += 1
+        if self.thoughts == 1:
+            logger.warning(
+                "the reader thinks before each answer, for up to %d tokens; where its chat template can be told not to "
+                "(Qwen3's by enable_thinking=false), answers cost one token",
+                self.config.thought_tokens,
+            )
+        self.cut += not thought.closed
+        if not thought.closed and self.cut in TOLD_AT:
+            logger.warning("%d of %d thoughts of the reader were cut at their limit", self.cut, self.thoughts)
 
 
 def best_place(scores: ChoiceScores, least_mass: float) -> int | None:
@@ -152,5 +250,6 @@ def best_place(scores: ChoiceScores, least_mass: float) -> int | None:
     return scores.best if sum(math.exp(min(score, 0.0)) for score in known) >= least_mass else None
 
 
-def _seed(text: str) -> int:
+def seed_of(text: str) -> int:
+    """A 63-bit seed from a text that identifies a draw."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -3,11 +3,17 @@
 ``argmax(logits / temperature + gumbel)`` is a sample of ``softmax(logits / temperature)``. With the noise hashed from
 ``(seed, position, token id)`` the same request draws the same tokens in every engine, whatever shares its batch, and
 no request needs a generator of its own (a ``torch.Generator`` per request makes vLLM 30 times slower on a CPU).
+
+Here is the mathematics in torch, for any device; :mod:`.gumbel_kernel` is the same in one pass over the logits, and
+:func:`apply` takes it where it runs.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import warnings
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,14 +21,14 @@ from torch import Tensor
 
 # Odd multipliers of published mixers, as the signed integers that torch wants: splitmix64's for the 64-bit row key,
 # MurmurHash3's 32-bit finaliser for each token. Integer tensors wrap around on overflow, as these mixers need.
-_GOLDEN_64 = 0x9E3779B97F4A7C15 - (1 << 64)
-_SPLITMIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_SPLITMIX_2 = 0x94D049BB133111EB - (1 << 64)
-_GOLDEN_32 = 0x9E3779B1 - (1 << 32)
-_MURMUR_1 = 0x85EBCA6B - (1 << 32)
-_MURMUR_2 = 0xC2B2AE35 - (1 << 32)
-_BITS = 31  # of the token hash that become the uniform variate
-_LARGEST_BELOW_ONE = 1.0 - 2.0**-24  # in float32
+GOLDEN_64 = 0x9E3779B97F4A7C15 - (1 << 64)
+SPLITMIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+SPLITMIX_2 = 0x94D049BB133111EB - (1 << 64)
+GOLDEN_32 = 0x9E3779B1 - (1 << 32)
+MURMUR_1 = 0x85EBCA6B - (1 << 32)
+MURMUR_2 = 0xC2B2AE35 - (1 << 32)
+BITS = 31  # of the token hash that become the uniform variate
+LARGEST_BELOW_ONE = 1.0 - 2.0**-24  # in float32
 
 
 def fold_seed(seed: int) -> int:
@@ -47,34 +53,90 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, device: torc
     low = key.bitwise_and(0xFFFFFFFF)
     low = torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)  # the same 32 bits, as a signed number
     high = (key >> 32).to(torch.int32)
-    hashed = torch.arange(vocab_size, dtype=torch.int32, device=device).mul_(_GOLDEN_32) + low[:, None]
+    hashed = torch.arange(vocab_size, dtype=torch.int32, device=device).mul_(GOLDEN_32) + low[:, None]
     # Two rounds with one half of the key each: after one, rows whose keys are near would repeat each other shifted.
     hashed = _mix32_(_mix32_(hashed).bitwise_xor_(high[:, None]))
-    uniform = hashed.bitwise_and_((1 << _BITS) - 1).to(torch.float32)
+    uniform = hashed.bitwise_and_((1 << BITS) - 1).to(torch.float32)
     # The noise of rare, large values must be fine-grained (they decide draws from a flat distribution over a large
     # vocabulary), so it is taken from the variate's end near 0, where float32 is dense, not from the one near 1.
-    uniform.add_(0.5).mul_(2.0**-_BITS).clamp_(max=_LARGEST_BELOW_ONE)
+    uniform.add_(0.5).mul_(2.0**-BITS).clamp_(max=LARGEST_BELOW_ONE)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def apply(logits: Tensor, seeds: Tensor, positions: Tensor, temperatures: Tensor, top_ps: Tensor | None) -> Tensor:
+@lru_cache(maxsize=16)
+def kernel_runs_on(device: torch.device) -> bool:
+    """Whether Triton compiles and starts the kernel for ``device``: tried once. A warning says why it does not on CUDA.
+
+    On a CPU only by Triton's interpreter, for tests: with ``TRITON_INTERPRET=1`` in the environment from the start.
+    """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    try:
+        from .gumbel_kernel import add_noise
+
+        one = torch.ones(1, dtype=torch.long, device=device)
+        add_noise(torch.zeros(1, 16, device=device), one, one, one.float())
+    except Exception as error:  # no Triton, no compiler for its launcher, a device too old: torch does it then
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"the noise of sampling is made by torch, slower, as its kernel fails ({reason})", stacklevel=2)
+        return False
+    return True
+
+
+def apply(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperatures: Tensor,
+    top_ps: Tensor | None,
+    barred: Tensor | None = None,
+    overwrite: bool = False,
+) -> Tensor:
     """Float32 ``(rows, vocab)`` whose argmax is each row's sample. Rows of temperature 0 come back as they were.
 
     ``seeds``, ``positions``: int64 ``(rows,)``; ``temperatures``, ``top_ps``: float32 ``(rows,)``, temperature first.
-    ``top_ps=None`` says that every row has full support, which saves sorting. Nothing here waits for the device.
+    ``top_ps=None`` says that every row has full support, which saves sorting. ``barred``: int64 ids that no row with a
+    temperature draws. ``overwrite``: the result may take the place of ``logits``. Nothing here waits for the device.
     """
+    if not kernel_runs_on(logits.device):
+        return apply_in_torch(logits, seeds, positions, temperatures, top_ps, barred)
+    from .gumbel_kernel import add_noise
+
+    if top_ps is None:
+        return add_noise(logits, seeds, positions, temperatures, barred, overwrite)
+    scaled = _scaled(logits, temperatures, top_ps, barred)
+    return add_noise(scaled, seeds, positions, (temperatures > 0).float(), overwrite=True)
+
+
+def apply_in_torch(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    temperatures: Tensor,
+    top_ps: Tensor | None,
+    barred: Tensor | None = None,
+) -> Tensor:
+    """:func:`apply` without the kernel, which is tested against it."""
     noise = gumbel_noise(seeds, positions, logits.shape[-1], logits.device)
-    return with_noise(logits, noise, temperatures, top_ps)
+    return with_noise(logits, noise, temperatures, top_ps, barred)
 
 
-def with_noise(logits: Tensor, noise: Tensor, temperatures: Tensor, top_ps: Tensor | None) -> Tensor:
-    """As :func:`apply`, with the noise ``(rows, vocab)`` that was made before."""
-    logits = logits.float()
-    greedy = (temperatures <= 0)[:, None]
-    scaled = logits / torch.where(greedy, 1.0, temperatures[:, None])
-    if top_ps is not None:
-        scaled = _keep_nucleus(scaled, top_ps)
-    return torch.where(greedy, logits, scaled + noise)
+def with_noise(
+    logits: Tensor, noise: Tensor, temperatures: Tensor, top_ps: Tensor | None, barred: Tensor | None = None
+) -> Tensor:
+    """As :func:`apply_in_torch`, with the noise ``(rows, vocab)`` that was made before."""
+    scaled = _scaled(logits, temperatures, top_ps, barred)
+    return torch.where((temperatures <= 0)[:, None], scaled, scaled + noise)
+
+
+def _scaled(logits: Tensor, temperatures: Tensor, top_ps: Tensor | None, barred: Tensor | None) -> Tensor:
+    """A new float32 matrix of what the noise is added to. Rows of temperature 0 are as they were."""
+    greedy = temperatures <= 0
+    scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
+    if barred is not None:
+        columns = scaled.index_select(1, barred).masked_fill_(~greedy[:, None], -math.inf)
+        scaled.index_copy_(1, barred, columns)
+    return scaled if top_ps is None else _keep_nucleus(scaled, torch.where(greedy, 1.0, top_ps))
 
 
 def _keep_nucleus(logits: Tensor, top_ps: Tensor) -> Tensor:
@@ -88,18 +150,18 @@ def _keep_nucleus(logits: Tensor, top_ps: Tensor) -> Tensor:
 
 def _row_keys(seeds: Tensor, positions: Tensor) -> Tensor:
     """One well mixed int64 key per row; the seed is mixed first, so that near seeds and positions share nothing."""
-    return _mix64(_mix64(seeds + _GOLDEN_64) + (positions + 1) * _GOLDEN_64)
+    return _mix64(_mix64(seeds + GOLDEN_64) + (positions + 1) * GOLDEN_64)
 
 
 def _mix64(x: Tensor) -> Tensor:
-    x = (x ^ _logical_shift(x, 30, 64)) * _SPLITMIX_1
-    x = (x ^ _logical_shift(x, 27, 64)) * _SPLITMIX_2
+    x = (x ^ _logical_shift(x, 30, 64)) * SPLITMIX_1
+    x = (x ^ _logical_shift(x, 27, 64)) * SPLITMIX_2
     return x ^ _logical_shift(x, 31, 64)
 
 
 def _mix32_(x: Tensor) -> Tensor:
-    x.bitwise_xor_(_logical_shift(x, 16, 32)).mul_(_MURMUR_1)
-    x.bitwise_xor_(_logical_shift(x, 13, 32)).mul_(_MURMUR_2)
+    x.bitwise_xor_(_logical_shift(x, 16, 32)).mul_(MURMUR_1)
+    x.bitwise_xor_(_logical_shift(x, 13, 32)).mul_(MURMUR_2)
     return x.bitwise_xor_(_logical_shift(x, 16, 32))
 
 

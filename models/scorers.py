@@ -7,9 +7,9 @@ wants the same scores again must ask in the same batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,7 @@ from .views import View
 TOKENS_PER_BATCH = 4096  # of texts that go through a tower together; enough to keep a core's caches and a GPU busy
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A text asked of the ``image``-th image of a batch."""
 
     image: int
@@ -154,6 +153,22 @@ def padded(ids: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
         row[: len(each)] = each
     mask = np.arange(out.shape[1]) < lengths[:, None]
     return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
+
+
+def cleaned(clean: Callable[[str], str], text: str) -> str:
+    """``clean(text)``, one of open_clip's functions, without ftfy where it has nothing to mend: in plain ASCII.
+
+    ftfy is most of the work, and looks for broken encodings, entities and control characters.
+    """
+    from open_clip.tokenizer import canonicalize_text, get_clean_fn, whitespace_clean
+
+    if not (text.isascii() and text.isprintable()) or "&" in text:
+        return clean(text)
+    if clean is get_clean_fn("whitespace"):
+        return str(whitespace_clean(text))
+    if clean is get_clean_fn("lower"):
+        return str(whitespace_clean(text)).lower()
+    return str(canonicalize_text(text.strip())) if clean is get_clean_fn("canonicalize") else clean(text)
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------

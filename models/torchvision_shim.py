@@ -5,6 +5,7 @@ library would have defined; without that library the import stops with "operator
 Defining the two schemas first is enough for the transforms that processors use (the operators stay unusable).
 torchaudio and torchcodec: nothing here needs them, but transformers imports them when it finds them, and fails; they
 are hidden. So is triton beside a CPU-only torch, for which it compiles nothing: every process of vLLM's would say so.
+It stays in sight where ``TRITON_INTERPRET=1`` is set: its interpreter runs kernels on a CPU.
 All this has to happen in every process, vLLM's children included, so it hangs on a ``.pth`` file.
 
 ``python -m capipe.models.torchvision_shim`` tries the imports and installs the hook only where one fails; the set-up
@@ -14,6 +15,7 @@ runs it. This file is copied as it is, so it must not import anything of capipe.
 from __future__ import annotations
 
 import importlib.abc
+import os
 import shutil
 import subprocess
 import sys
@@ -47,6 +49,8 @@ def activate(schemas: bool, hidden: Sequence[str]) -> None:
     if schemas and not any(isinstance(finder, SchemaHook) for finder in sys.meta_path):
         sys.meta_path.insert(0, SchemaHook())
     for name in hidden:
+        if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            continue
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # Python's own mark for "cannot be imported"
 
 
@@ -80,7 +84,7 @@ def main() -> int:
         return 1
     broken = {name: error for name in UNUSED if (error := import_error(name)) is not None}
     if complaint("import torch, importlib.util as u; assert u.find_spec('triton') and not torch.version.cuda") is None:
-        broken["triton"] = "it has no CPU backend"
+        broken["triton"] = "it has no CPU backend; TRITON_INTERPRET=1 shows it"
     if vision is None and not broken:
         return 0
     pth = install(vision is not None, list(broken))

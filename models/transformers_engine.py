@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..errors import BadInput
 from .batched_lm import BatchedLM, Drawn, Row
 from .captioner_family import check_parts, end_ids, is_captioner, start_id
 from .captioner_kinds import KINDS, kind_of
+from .chat_templates import open_encoder, refuse_arguments
 from .engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -22,6 +23,7 @@ from .engine import (
     EngineDead,
     GenerationRequest,
     ImageGrid,
+    Prompt,
     PromptKey,
     RequestError,
 )
@@ -75,6 +77,7 @@ class TransformersEngine:
         self.lm = lm
         self.grid = grid
         self.concurrency = concurrency
+        self.context: int | None = lm.max_model_len
         self._waiting: asyncio.Queue[_Job] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="capipe-transformers")
         self._batcher: asyncio.Task[None] | None = None
@@ -88,6 +91,13 @@ class TransformersEngine:
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         answer: ChoiceScores = await self._submit(request)
         return answer
+
+    async def thinks(self) -> bool:
+        return self.lm.encoder.thinking is not None
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        ids = await asyncio.get_running_loop().run_in_executor(self._thread, self.lm.encoder.encode, prompt)
+        return len(ids)
 
     async def aclose(self) -> None:
         """Let the running batch end, fail what waits, free the thread."""
@@ -184,6 +194,8 @@ class TransformersEngine:
             return [EngineDead(self._dead)] * len(ready)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = f"{reason.splitlines()[0]}; give a smaller --max-pixels or --concurrency"
         # Outside of the handler: the traceback held the batch's tensors, whose room the halves may need.
         if len(ready) == 1:
             return [RequestError(reason)]
@@ -218,12 +230,14 @@ class TransformersEngine:
         return [answers[at] for at in range(len(ready))]
 
     def _completion(self, drawn: Drawn, logprobs: bool) -> Completion:
+        text, thought = self.lm.encoder.answer(drawn.token_ids)
         return Completion(
-            text=self.lm.encoder.decode(drawn.token_ids),
+            text=text,
             token_ids=tuple(drawn.token_ids),
             finish_reason="stop" if drawn.stopped else "length",
             n_tokens=len(drawn.token_ids),
             logprobs=tuple(drawn.logprobs) if logprobs else None,
+            thought=thought,
         )
 
 
@@ -250,13 +264,14 @@ def load_transformers_engine(
     max_model_len: int | None = None,
     concurrency: int | None = None,
     share_prefixes: bool = True,
+    template_args: Mapping[str, Any] | None = None,
 ) -> TransformersEngine:
     """Load a model folder, ``called`` so by the user. ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU.
 
     ``share_prefixes=False`` computes every distinct prompt whole, which is slower and nothing else.
     """
     model = load_model(path, sees=grid is not None, called=called, dtype=dtype, device=device)
-    lm = batched_lm(model, path, grid, max_model_len, share_prefixes)
+    lm = batched_lm(model, path, grid, max_model_len, share_prefixes, template_args)
     return TransformersEngine(lm, grid, concurrency or DEFAULT_CONCURRENCY.get(model.device.type, 32))
 
 
@@ -297,15 +312,17 @@ def batched_lm(
     grid: ImageGrid | None,
     max_model_len: int | None = None,
     share_prefixes: bool = True,
+    template_args: Mapping[str, Any] | None = None,
 ) -> BatchedLM:
-    """The model with the tokenizer and the image processor of its folder.
+    """The model with the tokenizer, the chat template and the image processor of its folder.
 
-    Raises BadInput for captioners with parts that do not go together.
+    Raises BadInput for captioners with parts that do not go together, and for templates as
+    :func:`.chat_templates.open_encoder`.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    images = encoder = None
+    images = None
     if grid is not None and is_captioner(model):
         check_parts(model, grid.factor)
         images = AutoImageProcessor.from_pretrained(
@@ -313,17 +330,20 @@ def batched_lm(
         )
         placeholder = getattr(model.config, "image_token_id", None)
         prompted = KINDS[model.config.model_type].prompted
-        encoder = CaptionerEncoder(tokenizer, placeholder, start_id(model), prompted)
-    elif grid is not None:
-        size = {"shortest_edge": grid.min_pixels, "longest_edge": grid.max_pixels}
-        images = AutoImageProcessor.from_pretrained(path, size=size, trust_remote_code=False)
-    if not is_captioner(model):
+        refuse_arguments(template_args or {}, type(model).__name__)
+        encoder: PromptEncoder = CaptionerEncoder(tokenizer, placeholder, start_id(model), prompted)
+    else:
         _refuse_states(model, path)
+        image_token = None if grid is None else model.config.image_token_id
+        encoder = open_encoder(Path(path), tokenizer, image_token, template_args)
+        if grid is not None:
+            size = {"shortest_edge": grid.min_pixels, "longest_edge": grid.max_pixels}
+            images = AutoImageProcessor.from_pretrained(path, size=size, trust_remote_code=False)
     room = model.config.get_text_config().max_position_embeddings
     return BatchedLM(
         model,
         images,
-        encoder or PromptEncoder(tokenizer, None if grid is None else model.config.image_token_id),
+        encoder,
         end_ids(model, tokenizer.eos_token_id),
         min(room, max_model_len or room),
         share_prefixes,

@@ -8,12 +8,15 @@ import itertools
 import json
 import os
 import warnings
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .affinity import bound_cores, move_off, move_to
+from .chat_templates import open_encoder
+from .child_processes import spawned_follow
+from .context import too_long
+from .device_holders import device_holders
 from .engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -26,7 +29,8 @@ from .engine import (
     RequestError,
 )
 from .prompting import PromptEncoder, rgb_pixels
-from .vllm_sync import EXTENSION, RELOAD
+from .vllm_config import VLLMOptions, engine_config
+from .vllm_sync import RELOAD
 
 if TYPE_CHECKING:
     from psutil import Process  # type: ignore[import-untyped]
@@ -34,16 +38,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
-GIB = 1 << 30
-CPU_CACHE_BYTES = GIB  # vLLM's own default is a large share of the machine's memory
-CPU_BLOCK_TOKENS = 32  # its default on a CPU, 128, is longer than a small image's prompt, which then never is shared
 CLOSING_SECONDS = 20.0
-# Of vLLM's libraries for grammars, the one whose whitespace can be set with the schema. vLLM's own choices are white
-# space without end, which a model may fall for, or none at all, which forbids what json.dumps writes. The separators
-# are regular expressions: one space or none after ":" and ",", and no other white space between values.
-GUIDANCE_BACKEND = "guidance"
+# Separators are regular expressions: one space or none after ":" and ",", and no other white space between values.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# vLLM reads these when it is imported; whoever set them by hand keeps what they set.
+# vLLM reads these when it is imported. Nobody may choose another start method: a forked engine holds copies of this
+# process's pipes, so that whoever waits at their other ends never hears of a death, and does not follow us to ours.
+REQUIRED = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+# Whoever set these by hand keeps what they set.
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
@@ -52,24 +53,6 @@ ENVIRONMENT = {
     "TORCH_LOGS": "-torch._library",  # which misses triton where we hid it
     "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",  # it asks torch for each of its names
 }
-
-
-@dataclass(frozen=True)
-class VLLMOptions:
-    """``concurrency``: sequences in the running batch. ``gpu_memory_utilization``: a share of the card, 0 to 1.
-
-    ``trained``: the model is in training, in this process: it is to get new weights, may sleep on a GPU, and keeps no
-    core to itself.
-    """
-
-    path: str
-    grid: ImageGrid | None
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    concurrency: int | None = None
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    trained: bool = False
 
 
 class VLLMEngine:
@@ -86,8 +69,10 @@ class VLLMEngine:
         processes: list[Process],
         cores: set[int],
         on_cpu: bool,
+        context: int,
     ) -> None:
         self.grid = grid
+        self.context = context
         self.concurrency = concurrency
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
@@ -119,8 +104,9 @@ class VLLMEngine:
         if request.logprobs:
             assert output.logprobs is not None
             logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
-        text = self._encoder.decode(ids)
-        return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs)
+        # JSON to a schema is an answer from its first token on, also where the template had opened a thought.
+        text, thought = self._encoder.answer(ids) if schema is None else (self._encoder.decode(ids), None)
+        return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs, thought)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         from vllm import SamplingParams
@@ -130,6 +116,12 @@ class VLLMEngine:
         output = await self._run(request.prompt, params)
         assert output.logprobs is not None
         return ChoiceScores(tuple(output.logprobs[0][token].logprob for token in ids))
+
+    async def thinks(self) -> bool:
+        return self._encoder.thinking is not None
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return len(self._encoder.encode(prompt))
 
     async def reload(self, folder: Path) -> None:
         """Read new weights of the same model from a Hugging Face folder, and forget what the old ones computed.
@@ -228,13 +220,18 @@ class VLLMEngine:
         from vllm import TokensPrompt
 
         ids = list(self._encoder.encode(prompt))
+        pixels = None if prompt.image is None else rgb_pixels(prompt.image)
+        seen = 0 if pixels is None or self.grid is None else pixels.shape[0] * pixels.shape[1] // self.grid.factor**2
+        length = len(ids) + max(0, seen - 1)  # the image's placeholder is one of the ids
+        if length >= self.context:
+            raise too_long(length, self.context)
         if prompt.image is None:
             return TokensPrompt(prompt_token_ids=ids)
         # The content hash stands for the pixels, which vLLM then need not hash: one engine has one pixel grid, so the
         # same bytes always come as the same pixels.
         return TokensPrompt(
             prompt_token_ids=ids,
-            multi_modal_data={"image": rgb_pixels(prompt.image)},
+            multi_modal_data={"image": pixels},
             multi_modal_uuids={"image": [prompt.image.uid]},
         )
 
@@ -252,74 +249,59 @@ def _with_form(schema: str) -> str:
 
 
 def prepare_environment() -> None:
-    """Quiet vLLM and keep its reports at home. To be called before anything imports it."""
+    """Have vLLM spawn its processes, quiet it, keep its reports at home. Call it before anything imports vLLM."""
+    os.environ.update(REQUIRED)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # here; children read the variable
 
 
 def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
-    """Start vLLM's processes and wait until the model is loaded (7 s to minutes). Call it where an event loop runs."""
+    """Start vLLM's processes and wait until the model is loaded (7 s to minutes). Call it where an event loop runs.
+
+    They end with this process, and with the thread that calls. Raises BadInput for a chat template that does not work,
+    before anything is started, and for arguments of the user's that vLLM refuses; anything, where it cannot start for
+    other reasons, naming who else has the device.
+    """
     prepare_environment()
+    from transformers import AutoTokenizer
     from vllm.platforms import current_platform
 
     from .vllm_sampling import processor_path
 
     on_cpu = current_platform.is_cpu()
     concurrency = options.concurrency or (128 if on_cpu else 256)
-    config = _engine_args(options, on_cpu, concurrency).create_engine_config()
+    config = engine_config(options, on_cpu, concurrency)
     config.model_config.logits_processors = [processor_path(config.use_v2_model_runner)]
-    return _launch(options, config, concurrency)
+    image_token = None if options.grid is None else config.model_config.hf_config.image_token_id
+    tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
+    encoder = open_encoder(Path(options.path), tokenizer, image_token, options.template_args)
+    return _launch(options, config, concurrency, encoder)
 
 
-def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int) -> VLLMEngine:
+def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder: PromptEncoder) -> VLLMEngine:
     # A function of its own: where an optional library of vLLM's does not import, vLLM keeps that error, with it the
     # frames it passed, :func:`start_vllm_engine`'s among them, and an engine held there would never be collected.
-    from transformers import AutoTokenizer
     from vllm.v1.engine.async_llm import AsyncLLM
 
     others = _vllm_processes()
-    llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    try:
+        with spawned_follow():
+            llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    except Exception as error:
+        on_gpu = config.device_config.device_type == "cuda"
+        if not (others_there := device_holders(on_gpu)):
+            raise
+        raise RuntimeError(f"{error}; the device is taken by {', '.join(others_there)}") from error
     # Noted while all live: an orphan of a killed engine process is no descendant of ours any more.
     processes = [each for each in _vllm_processes() if each not in others]
-    image_token = getattr(config.model_config.hf_config, "image_token_id", None) if options.grid is not None else None
-    encoder = PromptEncoder(AutoTokenizer.from_pretrained(options.path, trust_remote_code=False), image_token)
     pids = [process.pid for process in processes]
     cores = os.sched_getaffinity(0)
     if not options.trained:  # training takes turns with it, and wants all cores in its own
         move_off(bound_cores(pids), [os.getpid(), *pids])
     on_cpu = config.device_config.device_type == "cpu"
-    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu)
-
-
-def _engine_args(options: VLLMOptions, on_cpu: bool, concurrency: int) -> Any:
-    from vllm import AsyncEngineArgs
-
-    arguments: dict[str, Any] = {
-        "model": options.path,
-        "dtype": ("float32" if on_cpu else "bfloat16") if options.dtype == "auto" else options.dtype,
-        "max_num_seqs": concurrency,
-        "max_model_len": options.max_model_len,
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "enable_prefix_caching": True,  # the prompts of one image, and a caption's questions, share their beginning
-        "structured_outputs_config": {"backend": GUIDANCE_BACKEND},
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-    if options.trained:
-        arguments |= {"worker_extension_cls": EXTENSION, "enable_sleep_mode": not on_cpu}
-    if on_cpu:  # compiling, which is no faster once it runs, would cost ten to twenty seconds at every start
-        arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": CPU_BLOCK_TOKENS, "enforce_eager": True}
-    else:
-        arguments |= {"gpu_memory_utilization": options.gpu_memory_utilization}
-    if options.grid is not None:
-        size = {"shortest_edge": options.grid.min_pixels, "longest_edge": options.grid.max_pixels}
-        arguments |= {
-            "limit_mm_per_prompt": {"image": 1, "video": 0},
-            "mm_processor_kwargs": {"size": size},
-            "mm_processor_cache_gb": 0,  # an image is seen once; its several prompts share it through the prefix
-        }
-    return AsyncEngineArgs(**arguments)
+    context = int(config.model_config.max_model_len)  # as vLLM settled it
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context)
 
 
 def _vllm_processes() -> list[Process]:

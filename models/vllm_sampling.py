@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunnerProcessor
 
 from .engine import Sampling
-from .sampling import apply, fold_seed, vision_ids
+from .sampling import apply, fold_seed, kernel_runs_on, vision_ids
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -84,8 +84,15 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
             self._rebuild()
         # Counted at each step and not kept: a preempted request comes back with what it had drawn.
         positions = torch.tensor([len(each.drawn) for each in self._drawing.values()], device=self._device)
-        chosen = logits[self._rows].index_fill(1, self._barred, -torch.inf)
-        drawn = apply(chosen, self._seeds, positions, self._temperatures, self._top_ps)
+        drawn = apply(
+            logits[self._rows],  # a copy
+            self._seeds,
+            positions,
+            self._temperatures,
+            self._top_ps,
+            self._barred,
+            overwrite=True,
+        )
         logits[self._rows] = drawn.to(logits.dtype)
         return logits
 
@@ -105,7 +112,11 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
 
 
 class SecondRunnerGumbel(SecondRunnerProcessor):
-    """Keeps parameters by request slot; slots are reused, and a slot's temperature of 0 means that it is greedy."""
+    """Keeps parameters by request slot; slots are reused, and a slot's temperature of 0 means that it is greedy.
+
+    vLLM calls it between its CUDA graphs, never inside one, and schedules ahead of the device, so nothing here may wait
+    for it.
+    """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         self._states = req_states
@@ -114,32 +125,54 @@ class SecondRunnerGumbel(SecondRunnerProcessor):
         self._seeds = np.zeros(slots, dtype=np.int64)
         self._temperatures = np.zeros(slots, dtype=np.float32)
         self._top_ps = np.ones(slots, dtype=np.float32)
-        self._stale = True
-        self._on_device: tuple[Tensor, Tensor, Tensor] | None = None
+        self._stale = False  # what is in the columns is not yet on the device
+        self._on_device = self._sent()
+        if kernel_runs_on(req_states.device):  # compiled here, not in the first step that samples
+            one = torch.ones(1, dtype=torch.long, device=req_states.device)
+            logits = torch.zeros(1, req_states.vocab_size, device=req_states.device)
+            apply(logits, one, one, one.float(), None, self._barred, overwrite=True)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         parameters = _parameters(sampling_params)
-        self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx] = parameters or (0, 0.0, 1.0)
-        self._stale = True
+        seed, temperature, top_p = parameters or (0, 0.0, 1.0)
+        before = self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx]
+        self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx] = seed, temperature, top_p
+        self._stale |= before != (self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx])
         return parameters is not None
 
     def apply_staged_writes(self) -> None:
         if self._stale:
-            device = self._states.device
-            seeds, temperatures, top_ps = (
-                torch.from_numpy(column.copy()).to(device) for column in (self._seeds, self._temperatures, self._top_ps)
-            )
-            self._on_device = (seeds, temperatures, top_ps)
+            self._on_device = self._sent()
             self._stale = False
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
-        if self._on_device is None or not self._temperatures[ctx.idx_mapping_np].any():
+        if not self._temperatures[ctx.idx_mapping_np].any():
             return logits
         seeds, temperatures, top_ps = self._on_device
         slots = ctx.expanded_idx_mapping.long()
         # A row's input sits at ``pos``, so what is drawn now is the sequence's token at ``pos + 1``.
         positions = ctx.pos.long() + 1 - self._states.prompt_len.gpu[slots]
         cut = bool((self._top_ps[ctx.idx_mapping_np] < 1).any())
-        barred = logits.index_fill(1, self._barred, -torch.inf)
-        logits = torch.where(temperatures[slots][:, None] > 0, barred, logits)  # a greedy row is vLLM's own business
-        return apply(logits, seeds[slots], positions, temperatures[slots], top_ps[slots] if cut else None)
+        # A greedy row keeps its barred ids, too: it is vLLM's own business. The matrix is a copy that vLLM made for us.
+        return apply(
+            logits,
+            seeds[slots],
+            positions,
+            temperatures[slots],
+            top_ps[slots] if cut else None,
+            self._barred,
+            overwrite=True,
+        )
+
+    def _sent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns on the device, by copies that nothing waits for.
+
+        From page-locked memory, fresh each time: torch hands it out again only when the copy from it is over.
+        """
+        device = self._states.device
+        columns = [torch.from_numpy(each) for each in (self._seeds, self._temperatures, self._top_ps)]
+        if device.type == "cuda":
+            seeds, temperatures, top_ps = (each.pin_memory().to(device, non_blocking=True) for each in columns)
+        else:
+            seeds, temperatures, top_ps = (each.clone().to(device) for each in columns)
+        return seeds, temperatures, top_ps

@@ -59,9 +59,12 @@ class AnnotateProcessor(RowByRow):
 
     def __init__(self, stage: AnnotateStage, loaded: LoadedEngine) -> None:
         self.writes_tar = stage.pack
-        self.window = 2 * loaded.engine.concurrency + 4 * stage.setup.decode_workers
-        self._loaded = loaded
+        self._loaded, self._decode_workers = loaded, stage.setup.decode_workers
         self._annotator = Annotator(loaded.engine, stage.model_name, stage.config)
+
+    @property
+    def window(self) -> int:
+        return 2 * self._loaded.engine.concurrency + 4 * self._decode_workers
 
     async def process_row(self, row: Row) -> dict[str, Any]:
         image = await self._loaded.image(row)

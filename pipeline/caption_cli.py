@@ -36,6 +36,10 @@ def annotate(
     concurrency: o.Concurrency = None,
     gpus: o.Gpus = None,
     gpu_memory: o.GpuMemory = 0.9,
+    tensor_parallel: o.TensorParallel = 1,
+    adapter: o.Adapter = None,
+    template_arg: o.TemplateArg = None,
+    engine_arg: o.EngineArg = None,
     decode_workers: o.DecodeWorkers = None,
     timeout: o.Timeout = 300.0,
     pack: Annotated[
@@ -54,21 +58,20 @@ def annotate(
     from .annotating import AnnotateStage, chosen_prompts
     from .engine_stages import plan
 
-    place = o.workplace(engine, gpus, runner, ray_address, ray_workers)
-    setup = o.engine_setup(
-        model,
-        engine,
-        place,
-        sees=True,
-        trace=trace,
+    place = o.workplace(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
+    options = o.engine_options(
+        adapter=adapter,
+        engine_arg=engine_arg,
+        template_arg=template_arg,
+        tensor_parallel=tensor_parallel,
+        gpu_memory=gpu_memory,
+        timeout=timeout,
         decode_workers=decode_workers,
         dtype=dtype,
         max_model_len=max_model_len,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         concurrency=concurrency,
-        gpu_memory_utilization=gpu_memory,
-        timeout_s=timeout,
     )
     config = o.validated(
         AnnotateConfig,
@@ -81,5 +84,6 @@ def annotate(
         seed=seed,
         max_attempts=max_attempts,
     )
+    setup = o.engine_setup(model, engine, place, sees=True, options=options, room=config.room, trace=trace)
     made = plan(AnnotateStage(config, setup, model, pack), shards, out, fresh=fresh, retry=retry, share=share)
     raise typer.Exit(run_plan(made, place))

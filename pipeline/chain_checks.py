@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..models.adapters import check_adapter
 from ..models.captioner_kinds import check_prompt, kind_of
 from ..models.hub import HUB_ID, hub_name, is_cached
 from ..models.loading import EngineConfig, resolve_model
 from ..models.tiny import PREFIX
+from ..models.vllm_arguments import check_engine_args
 from ..stages.prompts import parse_prompt
 from . import options as o
 from .chain_identity import is_there
 from .chain_recipe import Chain, Source, Stage
+from .key_values import second_model
 
 
 @dataclass
@@ -158,14 +161,27 @@ def _config(kind: type[Any], given: Mapping[str, Any], **more: Any) -> None:
 
 
 def _engine(given: Mapping[str, Any]) -> None:
-    limits = ("max_model_len", "min_pixels", "max_pixels", "concurrency")
-    own = {name: given[name] for name in limits if name in given}
-    if "timeout" in given:
-        own["timeout_s"] = given["timeout"]
-    for key in ("engine", "screen_engine", "reader_engine"):
-        if key in given:
-            EngineConfig(kind=given[key], model="any", dtype=given.get("dtype", "auto"), **own)
-    EngineConfig(model="any", dtype=given.get("dtype", "auto"), **own)
+    """The options of a stage's engine, and of its second model's."""
+    names = ("dtype", "max_model_len", "min_pixels", "max_pixels", "concurrency", "gpu_memory", "timeout")
+    asked = ("tensor_parallel", "adapter", "engine_arg", "template_arg")
+    options = o.engine_options(**{name: given[name] for name in (*names, *asked) if name in given})
+    _engine_config(given.get("engine", "auto"), options)
+    for second, sees in (("screen", True), ("reader", False)):
+        kind = given.get(f"{second}_engine") or given.get("engine", "auto")
+        if f"{second}_engine" in given or f"{second}_arg" in given:
+            same = sees and "screen_model" not in given
+            own = second_model(f"--{second}-arg", options, given.get(f"{second}_arg"), same=same, sees=sees)
+            _engine_config(kind, own)
+
+
+def _engine_config(kind: str, options: Mapping[str, Any]) -> None:
+    given = {key: value for key, value in options.items() if key != "decode_workers"}
+    check_engine_args(EngineConfig(kind=kind, model="any", **given).engine_args)
+    adapter = given["adapter"]
+    if adapter and not Path(adapter).expanduser().is_dir():
+        raise _Absent(f"{adapter}: nothing is there; put the adapter there, or name where it is")
+    if adapter:
+        check_adapter(adapter)
 
 
 def _prompts(chain: Chain, stage: Stage) -> None:

@@ -21,7 +21,7 @@ def _keys(text: str) -> frozenset[str]:
 #: :func:`.chain_identity.meaning`.
 SPEED = _keys(
     "workers concurrency gpus gpu-memory decode-workers timeout trace max-model-len link "
-    "runner ray-address ray-workers share"
+    "runner ray-address ray-workers share tensor-parallel"
 )
 ENGINES = _keys("engine screen-engine reader-engine")
 MODELS = _keys("model screen-model reader clip itm cosine language-model")
@@ -86,7 +86,12 @@ _TABLE = (
         {"shards": ("shards",), "import": (), "model": (CHECKPOINT,), "screen-model": (CHECKPOINT,)},
         {"questions": ""},
         (
-            Part("written", without=_keys("screen screen-model screen-engine with-image without-image presentations")),
+            Part(
+                "written",
+                without=_keys(
+                    "screen screen-model screen-engine screen-arg with-image without-image presentations reader-mode"
+                ),
+            ),
             Part("screened"),
         ),
     ),
@@ -132,7 +137,8 @@ _TABLE = (
             Part(
                 "captions",
                 without=_keys(
-                    "questions reader reader-engine presentations generic controls clip cosine language-model captions"
+                    "questions reader reader-engine reader-arg reader-mode presentations generic controls clip cosine "
+                    "language-model captions"
                 ),
             ),
             Part("graded", without=_keys("clip cosine language-model")),

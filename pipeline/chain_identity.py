@@ -22,10 +22,15 @@ from ..manifests.fingerprint import canonical
 from ..manifests.shards import braced
 from ..models.loading import folder_digest
 from ..models.tiny import PREFIX, resolve
+from ..models.vllm_arguments import changing_rows
 from ..stages.prompts import parse_prompt
 from .chain_commands import ENGINES, MODELS, SPEED
-from .chain_options import SET
+from .chain_options import KEY_VALUES, SET
 from .chain_recipe import Stage
+from .key_values import FIELDS, key_values, second_model
+
+#: Fields of an engine's configuration that decide no row.
+SPEED_FIELDS = frozenset(field for key, (field, _) in FIELDS.items() if key in SPEED)
 
 
 def digest(value: Any) -> str:
@@ -42,6 +47,7 @@ def meaning(stage: Stage) -> dict[str, Any]:
         return {"recipe": _trained(stage)}
     given = {key: value for key, value in stage.config.items() if value is not None and key not in SPEED}
     found = {key: _meant(key, value) for key, value in given.items() if key not in ENGINES}
+    found = {key: value for key, value in found.items() if value or key not in KEY_VALUES}  # all of it about speed
     return found | _engines(stage, given)
 
 
@@ -50,7 +56,24 @@ def _meant(key: str, value: Any) -> Any:
         return model_meaning(value)
     if key == "prompt":
         return [asdict(parse_prompt(each)) for each in value]
+    if key == "adapter":
+        return model_meaning(value)
+    if key in KEY_VALUES:
+        return _arguments(key, value)
     return value
+
+
+def _arguments(key: str, given: Sequence[str]) -> dict[str, Any]:
+    """What of key=value options decides rows: not their order, nor those that are about speed alone."""
+    if key not in ("engine-arg", "screen-arg", "reader-arg"):
+        return key_values(f"--{key}", given)
+    options = second_model(f"--{key}", {}, given, same=True)
+    rows = {name: value for name, value in options.items() if name not in SPEED_FIELDS}
+    if "adapter" in rows:
+        rows["adapter"] = model_meaning(rows["adapter"])
+    if "engine_args" in rows:
+        rows["engine_args"] = changing_rows(rows["engine_args"])
+    return {name: value for name, value in rows.items() if value}
 
 
 def _engines(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:

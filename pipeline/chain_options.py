@@ -14,7 +14,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typer.models import ArgumentInfo, OptionInfo
 
-SET = "set"  # of train: in a recipe a mapping, on the command line key=value
+SET = "set"  # of train
+#: Options that are key=value on the command line; a recipe may have a mapping in their place.
+KEY_VALUES = frozenset({SET, "engine-arg", "template-arg", "screen-arg", "reader-arg"})
 _OURS = ("out", "fresh", "retry")  # the chain decides about these
 
 
@@ -104,7 +106,7 @@ def _option(parameter: inspect.Parameter, kind: Any, info: OptionInfo | Argument
 
 
 def assignments(given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The leaves of ``set:`` as ``section.key=value``, values in JSON (which is YAML)."""
+    """The leaves of a mapping as ``section.key=value``, values in JSON (which is YAML)."""
     found = []
     for key, value in given.items():
         name = f"{prefix}{key}"

@@ -23,11 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import BadInput, Problems
 from ..trainer.recipe_file import find_recipe, read_recipe
 from .chain_commands import ANYTHING, CHECKPOINT, COMMANDS, Command
-from .chain_options import SET, assignments
+from .chain_options import KEY_VALUES, SET, assignments
 
 if TYPE_CHECKING:
     from ..trainer.recipe import Recipe  # which imports torch: only chains that train need it
 
+MAX_PIXELS = "max-pixels"  # of train, which its recipe may have, too
 _SELECTED = ("shards", *ANYTHING)  # kinds of which the first so many shards can be taken
 
 
@@ -218,7 +219,7 @@ class _Reader:
                 self.say(place, "is among the inputs, too; keep one of them")
             else:
                 try:
-                    given = assignments(value) if key == SET and isinstance(value, Mapping) else value
+                    given = assignments(value) if key in KEY_VALUES and isinstance(value, Mapping) else value
                     config[key] = option.checked(given)
                 except ValueError as error:
                     self.say(place, str(error))
@@ -234,6 +235,8 @@ class _Reader:
 
         named = {TRAINS_ON[role]: sources[0].stage or sources[0].path for role, sources in inputs.items()}
         sets = [*(config.get(SET) or []), *(f"{key}={json.dumps(place)}" for key, place in named.items())]
+        if config.get(MAX_PIXELS) is not None:
+            sets.append(f"max_pixels={config[MAX_PIXELS]}")
         try:
             return load_recipe(Path(config["recipe"]), sets)
         except BadInput as error:

@@ -7,13 +7,12 @@ first, so that a kill at any moment leaves nothing that would be taken for somet
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import inspect
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ArtifactMismatch, BadInput
+from ..models.child_processes import follow
 from .chain_identity import product
 from .chain_lock import locked
 from .chain_plan import (
@@ -44,7 +44,6 @@ from .interrupts import interrupts
 from .outcome import LAST_WORDS, Exit
 
 Say = Callable[[str], None]
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked process must not load anything
 
 
 def run_chain(chain: Chain, folder: Path, say: Say) -> int:
@@ -228,7 +227,7 @@ class _Run:
                 env={**os.environ, LAST_WORDS: str(last)},
                 start_new_session=True,
                 pass_fds=(self.lock,),
-                preexec_fn=_end_with_parent if _LIBC is not None else None,
+                preexec_fn=functools.partial(follow, os.getpid()),
             )
             code = self._wait(process)
             return code, last.read_text(encoding="utf-8").strip() if last.exists() else ""
@@ -261,9 +260,3 @@ def _told(code: int) -> str:
     if code < 0:
         return f"it was killed by {signal.Signals(-code).name}"
     return "its own message is above"
-
-
-def _end_with_parent() -> None:
-    """In the new process: be asked to stop when the run that started it is killed."""
-    assert _LIBC is not None
-    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

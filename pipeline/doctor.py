@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..models.torchvision_shim import import_error
+from .gpu_driver import found_driver, memory_line, taken, unfit
 
 _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -56,6 +57,29 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torchvision", _version("torchvision") or "absent")
     else:
         yield Finding("torchvision", f"does not import ({vision})", "python -m capipe.models.torchvision_shim")
+
+
+def _gpus() -> Iterator[Finding]:
+    driver = found_driver()
+    if driver is None:
+        yield Finding("gpu driver", "none: this machine has no GPU that CUDA could use", required=False)
+        return
+    if isinstance(driver, str):
+        yield Finding("gpu driver", f"does not answer ({driver})", "reinstall NVIDIA's driver, or restart the machine")
+        return
+    cuda = f", for CUDA up to {driver.cuda[0]}.{driver.cuda[1]}" if driver.cuda else ""
+    yield Finding("gpu driver", driver.version + cuda, unfit(driver, _torch_cuda()))
+    for gpu in driver.gpus:
+        yield Finding(f"gpu {gpu.index}", memory_line(gpu), taken(gpu), required=False)
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA that the installed torch was built for; None for a CPU build, or where it does not import."""
+    try:
+        cuda: str | None = import_module("torch").version.cuda
+    except ImportError:
+        return None
+    return cuda
 
 
 def _engines() -> Iterator[Finding]:
@@ -110,4 +134,4 @@ def _version(package: str) -> str | None:
         return None
 
 
-_PROBES: list[Callable[[], Iterator[Finding]]] = [_system, _torch, _engines, _libraries, _models]
+_PROBES: list[Callable[[], Iterator[Finding]]] = [_system, _torch, _gpus, _engines, _libraries, _models]

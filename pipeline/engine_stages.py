@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard, Row, expand, input_artifact, join
 from ..manifests.status import Status
+from ..models.adapters import check_adapter
+from ..models.chat_templates import check_template
 from ..models.decode import DecodePool, grid_decoder
-from ..models.engine import ChoiceRequest, ChoiceScores, Completion, Engine, GenerationRequest, ImageGrid, ImageInput
+from ..models.engine import (
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    Engine,
+    GenerationRequest,
+    ImageGrid,
+    ImageInput,
+    Prompt,
+    RequestError,
+)
 from ..models.formats import ImageProblem
-from ..models.http_engine import served_model
+from ..models.http_server import served_model
 from ..models.images import ImageLimits, Pixels
-from ..models.loading import EngineConfig, image_grid, load_engine, model_identity, resolve_model
+from ..models.loading import EngineConfig, folder_digest, image_grid, load_engine, model_identity, resolve_model
+from ..models.reader import QuizReader, ReaderConfig
+from ..models.thinking import thinks
+from ..models.vllm_arguments import changing_rows
+from .breaker import Refusals, answered
 from .desk import Outcome
 from .events import Event
 from .inline import run_inline
@@ -27,6 +43,8 @@ from .workplace import Workplace
 
 #: A server resizes by itself and gets the file; it is decoded here, very small, to find out whether it is sound.
 CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)
+
+Got = TypeVar("Got")
 
 REQUESTS_PER_ROW = 25  # of a row with a quiz: five questions in five orders at a time
 
@@ -43,15 +61,29 @@ class EngineSetup:
     def semantic(self) -> dict[str, Any]:
         """What fingerprints cover. Greedy or sampled, every engine gives the same answers; so it is not among it."""
         if self.engine.is_http:
-            served_model(self.engine.kind)  # raises where no server answers, before anything is written
+            served_model(self.engine.kind, self.engine.model)  # raises where none answers, before anything is written
+        else:  # refused here, nothing is written for a model that cannot be asked
+            path = resolve_model(self.engine.model)
+            sees = image_grid(path, self.engine.min_pixels, self.engine.max_pixels) is not None
+            check_template(path, sees, self.engine.template_args)
         identity = model_identity(self.engine.model, self.engine.kind)
         facts: dict[str, Any] = {"model": identity.digest or identity.name, "dtype": self.engine.dtype}
+        facts |= self._more()
         if not self.decode_workers:
             return facts
         grid = None if self.engine.is_http else self._grid()
         asked = (self.engine.min_pixels, self.engine.max_pixels)
         limits = [self.limits.max_image_pixels, self.limits.min_side, self.limits.max_aspect]
         return {**facts, "pixels": asked if grid is None else (grid.min_pixels, grid.max_pixels), "limits": limits}
+
+    def _more(self) -> dict[str, Any]:
+        """What most runs do not ask for: where it is not given, fingerprints are as they were without it."""
+        engine = self.engine
+        more: dict[str, Any] = {"template_args": dict(engine.template_args)}
+        more["engine_args"] = changing_rows(engine.engine_args)
+        if engine.adapter:
+            more["adapter"] = folder_digest(check_adapter(engine.adapter))
+        return {name: value for name, value in more.items() if value}
 
     def _grid(self) -> ImageGrid:
         grid = image_grid(resolve_model(self.engine.model), self.engine.min_pixels, self.engine.max_pixels)
@@ -60,22 +92,37 @@ class EngineSetup:
         return grid
 
     def provenance(self) -> dict[str, Any]:
-        return {"model": self.engine.model, "engine": self.engine.kind}
+        adapter = {"adapter": self.engine.adapter} if self.engine.adapter else {}
+        return {"model": self.engine.model, "engine": self.engine.kind, **adapter}
 
     async def load(self) -> LoadedEngine:
         engine = await load_engine(self.engine)
         if self.trace is not None:
             engine = TracedEngine(engine, self.trace)
         decode = grid_decoder(engine.grid or CHECK_GRID, self.limits)
-        return LoadedEngine(engine, DecodePool(self.decode_workers, decode) if self.decode_workers else None)
+        pool = DecodePool(self.decode_workers, decode) if self.decode_workers else None
+        return LoadedEngine(engine, pool, self.engine.is_http)
 
 
 class LoadedEngine:
     """An engine that counts what goes through it, with the decoders before it."""
 
-    def __init__(self, engine: Engine, pool: DecodePool[Pixels] | None) -> None:
+    def __init__(self, engine: Engine, pool: DecodePool[Pixels] | None, served: bool = False) -> None:
         self.engine = CountingEngine(engine)
-        self._pool, self._decoding = pool, 0
+        self._pool, self._decoding, self._served = pool, 0, served
+
+    async def check(self, config: ReaderConfig) -> LoadedEngine:
+        """Find out whether what answers at a URL can be a reader at all; raises BadInput where not, and is closed then.
+
+        What an engine of our own can do is known without asking.
+        """
+        try:
+            if self._served:
+                await QuizReader(self.engine, config).check()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
 
     async def image(self, row: Row) -> ImageInput | ImageProblem:
         """A row's image in the form its engine wants, or what is wrong with it."""
@@ -109,30 +156,48 @@ class LoadedEngine:
 
 
 class CountingEngine:
-    """An engine with counters for the progress display."""
+    """An engine with counters for the progress display and for the breaker.
+
+    Raises RunFailed, too: where the engine refuses one request after the other for good.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._inner = engine
-        self.concurrency, self.grid, self.guides = engine.concurrency, engine.grid, engine.guides
+        self.grid, self.guides, self.context = engine.grid, engine.guides, engine.context
         self.busy = self.tokens = self.requests = 0
+        self._refusals = Refusals()
+
+    @property
+    def concurrency(self) -> int:
+        return self._inner.concurrency
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        self.busy += 1
-        self.requests += 1
-        try:
-            completion = await self._inner.generate(request)
-        finally:
-            self.busy -= 1
+        completion = await self._counted(self._inner.generate(request))
         self.tokens += completion.n_tokens
         return completion
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
+        return await self._counted(self._inner.choose(request))
+
+    async def _counted(self, asked: Awaitable[Got]) -> Got:
         self.busy += 1
         self.requests += 1
         try:
-            return await self._inner.choose(request)
+            got = await asked
+        except RequestError as error:
+            self._refusals.failed(error)
+            raise
         finally:
             self.busy -= 1
+        self._refusals.over()
+        answered()
+        return got
+
+    async def thinks(self) -> bool:
+        return await thinks(self._inner)
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return await self._inner.count_tokens(prompt)
 
     async def aclose(self) -> None:
         await self._inner.aclose()
@@ -157,13 +222,19 @@ class TracedEngine(CountingEngine):
 
 
 class SidecarProcessor(RowByRow):
-    """What processors share that write no tars: their engine, and the rows they keep alive."""
+    """What processors share that write no tars: their engine, and the rows they keep alive.
+
+    ``rows``: how many for an engine of such a concurrency, which changes while a server shows what it takes.
+    """
 
     writes_tar = False
 
-    def __init__(self, loaded: LoadedEngine, window: int) -> None:
-        self.window = window
-        self._loaded = loaded
+    def __init__(self, loaded: LoadedEngine, rows: Callable[[int], int]) -> None:
+        self._loaded, self._rows = loaded, rows
+
+    @property
+    def window(self) -> int:
+        return self._rows(self._loaded.engine.concurrency)
 
     def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
         return None

@@ -10,9 +10,9 @@ from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard
 from ..models.engine import EngineDead
 from .desk import Desk, Outcome
-from .events import Assignment, Event, ShardDone, ShardFailed, ShardLost
+from .events import Event, ShardDone, ShardFailed, ShardLost
 from .scheduler import POLL_SECONDS
-from .worker import Stage, work
+from .worker import Answer, Stage, work
 
 
 class DirectChannel:
@@ -21,11 +21,15 @@ class DirectChannel:
     def __init__(self, shards: Sequence[InputShard], artifact: Artifact, report: Callable[[Event], None]) -> None:
         self.stopping = asyncio.Event()
         self.desk = Desk(artifact, report, shards)
-        self._report = report
+        self._report, self._waits = report, False
 
-    async def next_shard(self) -> Assignment | None:
+    async def next_shard(self) -> Answer:
         while (assignment := self.desk.next()) is None and not self.desk.empty:
+            if not self._waits:
+                self._waits = True
+                return "wait"
             await asyncio.sleep(POLL_SECONDS)  # others, who share the folder, have the rest: one of them may die
+        self._waits = False
         return assignment
 
     def send(self, event: Event) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import BadInput
 from .engine_stages import EngineSetup
+from .key_values import engine_args, key_values
 from .workplace import Workplace, ray_place
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -20,16 +24,32 @@ Shards = Annotated[str, typer.Option(help="Folder, glob, {00000..00099}.tar or f
 Out = Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) of the artifact to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: remove what another configuration left in --out.")]
 Retry = Annotated[bool, typer.Option(help="Do rows again that ended in engine_error.")]
-EngineName = Annotated[str, typer.Option(help="auto, vllm, transformers, or the URL of a server.")]
+EngineName = Annotated[str, typer.Option(help="auto, vllm, transformers, or URLs of servers.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling.")]
 Seed = Annotated[int, typer.Option(help="Source of every draw, with each image's uid.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Largest image area the model sees; its own by default.")]
 MinPixels = Annotated[int | None, typer.Option(help="Smallest image area the model sees.")]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float16.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Context length to make room for.")]
-Concurrency = Annotated[int | None, typer.Option(help="Requests in the engine at once.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Context in tokens; by default what prompt, largest image and answer take.")
+]
+Concurrency = Annotated[int | None, typer.Option(help="Requests at once; by default what a server takes.")]
 Gpus = Annotated[str | None, typer.Option(help="GPUs to use, e.g. 0,1; all by default; none for CPU.")]
 GpuMemory = Annotated[float, typer.Option(help="Share of GPU memory for vLLM.")]
+TensorParallel = Annotated[int, typer.Option(min=1, help="GPUs that share one model, by vLLM.")]
+TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="For the chat template: enable_thinking=false; may be repeated."),
+]
+EngineArg = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="For vLLM, by its own names: quantization=fp8; may be repeated."),
+]
+Adapter = Annotated[str | None, typer.Option(metavar="FOLDER", help="LoRA adapter to merge into the model.")]
+ReaderMode = Annotated[
+    Literal["choose", "sampled"] | None,
+    typer.Option(help="Answers as the likeliest letter, or read from drawn text (servers without log-probabilities)."),
+]
 DecodeWorkers = Annotated[int | None, typer.Option(help="Image decoding processes per engine.")]
 Runner = Annotated[Literal["local", "ray"], typer.Option(help="Processes of this machine, or actors of a Ray cluster.")]
 RayAddress = Annotated[
@@ -70,17 +90,56 @@ def default_decode_workers(gpus: int) -> int:
 
 
 def workplace(
-    engine: str, gpus: str | None, runner: str = "local", address: str | None = None, workers: int | None = None
+    engine: str,
+    gpus: str | None,
+    runner: str = "local",
+    address: str | None = None,
+    workers: int | None = None,
+    tensor_parallel: int = 1,
 ) -> Workplace:
-    """Where an engine's workers are to be; a server has GPUs of its own. Raises BadInput."""
+    """Where an engine's workers are to be, each with ``tensor_parallel`` GPUs; a server has its own.
+
+    Raises BadInput.
+    """
+    from ..models.loading import check_kind
+
+    if engine:  # scorers have none
+        check_kind(engine)
+    served = "://" in engine
     if runner == "local":
         if address is not None or workers is not None:
             option = "--ray-address" if address is not None else "--ray-workers"
             raise BadInput(f"{option}: only means something with --runner ray")
-        return Workplace(() if "://" in engine else tuple(visible_gpus(gpus)))
+        return Workplace(() if served else gpu_groups(visible_gpus(gpus), tensor_parallel))
     if gpus not in (None, "none"):
         raise BadInput(f"--gpus {gpus}: a Ray cluster hands out its GPUs itself; give --ray-workers N to use fewer")
-    return Workplace(ray=ray_place(address, workers, gpu="://" not in engine and gpus is None))
+    gpu = not served and gpus is None
+    if tensor_parallel > 1 and not served and not gpu:
+        raise BadInput(f"--tensor-parallel {tensor_parallel}: with --gpus none there is no GPU; leave one of them out")
+    return Workplace(ray=ray_place(address, workers, gpu, 1 if served else tensor_parallel))
+
+
+def gpu_groups(names: Sequence[str], size: int) -> tuple[str, ...]:
+    """GPUs in groups for one engine each, as CUDA_VISIBLE_DEVICES has them; says which are left over.
+
+    Raises BadInput where there are not enough for one group.
+    """
+    if size == 1:
+        return tuple(names)
+    names = [name for name in names if name]
+    if len(names) < size:
+        there = f"only GPU {', '.join(names)}" if names else "no GPU; vLLM's CPU backend is run by one process here"
+        raise BadInput(f"--tensor-parallel {size}: there is {there}")
+    whole = len(names) - len(names) % size
+    if names[whole:]:
+        _say_once(f"capipe: --tensor-parallel {size}: GPU {', '.join(names[whole:])} left over")
+    return tuple(",".join(names[at : at + size]) for at in range(0, whole, size))
+
+
+@cache
+def _say_once(line: str) -> None:
+    """A command may ask for the places of two models."""
+    print(line, file=sys.stderr)
 
 
 def parse_bound(option: str, text: str, sign: str) -> tuple[float, bool]:
@@ -91,12 +150,54 @@ def parse_bound(option: str, text: str, sign: str) -> tuple[float, bool]:
     return float(match[2]), bool(match[1])
 
 
-def engine_setup(
-    model: str, engine: str, place: Workplace, *, sees: bool, trace: Path | None = None, **options: Any
-) -> EngineSetup:
-    """An engine's description from options; ``sees``: images go to it. None stands for an option's own default."""
-    from ..models.loading import EngineConfig
+def engine_options(
+    *,
+    adapter: str | None = None,
+    engine_arg: Sequence[str] | None = None,
+    template_arg: Sequence[str] | None = None,
+    tensor_parallel: int = 1,
+    gpu_memory: float = 0.9,
+    timeout: float = 300.0,
+    **others: Any,
+) -> dict[str, Any]:
+    """A model's options as :func:`engine_setup` takes them. Raises BadInput for what is no key=value."""
+    return {
+        "gpu_memory_utilization": gpu_memory,
+        "timeout_s": timeout,
+        "tensor_parallel_size": tensor_parallel,
+        "adapter": adapter or "",
+        "engine_args": engine_args("--engine-arg", engine_arg),
+        "template_args": key_values("--template-arg", template_arg),
+        **others,
+    }
 
-    decode_workers = options.pop("decode_workers", None) or default_decode_workers(len(place.gpus))
-    config = EngineConfig(kind=engine, model=model, **options)
+
+def engine_setup(
+    model: str,
+    engine: str,
+    place: Workplace,
+    *,
+    sees: bool,
+    options: Mapping[str, Any],
+    room: int | None = None,
+    trace: Path | None = None,
+    option: str | None = None,
+) -> EngineSetup:
+    """An engine's description from options, None among which stands for an option's own default.
+
+    ``sees``: images go to it; ``room``: tokens beside an image; ``option``: what a second model's values came from.
+    Raises BadInput, also for arguments that vLLM does not know.
+    """
+    from ..models.loading import EngineConfig, vllm_runs
+    from ..models.vllm_arguments import check_engine_args
+
+    given = {key: value for key, value in options.items() if sees or key not in ("min_pixels", "max_pixels")}
+    decode_workers = given.pop("decode_workers", None) or default_decode_workers(len(place.gpus))
+    try:
+        config = EngineConfig(kind=engine, model=model, room=room, **given)
+        check_engine_args(config.engine_args)
+    except BadInput as error:
+        raise BadInput(f"{option}: {error}") if option else error from None
+    if config.engine_args and config.kind == "auto" and place.ray is None and not vllm_runs():
+        raise BadInput(f"{option or '--engine-arg'}: is for vLLM, which does not run here; `capipe doctor` says why")
     return EngineSetup(config, decode_workers=decode_workers if sees else 0, trace=trace)

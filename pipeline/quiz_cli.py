@@ -9,7 +9,8 @@ import typer
 
 from ..errors import BadInput
 from . import options as o
-from .engine_stages import Plan
+from .engine_stages import EngineSetup, Plan
+from .key_values import second_model
 from .outcome import Exit, run_plan
 from .workplace import Workplace
 
@@ -49,6 +50,15 @@ def qa(
         str | None, typer.Option(help="Bound on accuracy without it, e.g. '<=0' or '<0.25'.")
     ] = None,
     presentations: Annotated[int | None, typer.Option(help="Orders of options per question; all by default.")] = None,
+    reader_mode: o.ReaderMode = None,
+    screen_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For who screens, in place of the writer's: gpu-memory=0.4, max-pixels=…, template.KEY=…, or vLLM's; "
+            "may be repeated.",
+        ),
+    ] = None,
     max_pixels: o.MaxPixels = None,
     min_pixels: o.MinPixels = None,
     dtype: o.Dtype = "auto",
@@ -56,6 +66,10 @@ def qa(
     concurrency: o.Concurrency = None,
     gpus: o.Gpus = None,
     gpu_memory: o.GpuMemory = 0.9,
+    tensor_parallel: o.TensorParallel = 1,
+    adapter: o.Adapter = None,
+    template_arg: o.TemplateArg = None,
+    engine_arg: o.EngineArg = None,
     decode_workers: o.DecodeWorkers = None,
     timeout: o.Timeout = 300.0,
     retry: o.Retry = False,
@@ -72,18 +86,21 @@ def qa(
     from .engine_stages import plan
     from .quizzing import QuestionsStage, ScreenStage, engine_guides
 
-    common: dict[str, Any] = {
-        "decode_workers": decode_workers,
-        "dtype": dtype,
-        "max_model_len": max_model_len,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "concurrency": concurrency,
-        "gpu_memory_utilization": gpu_memory,
-        "timeout_s": timeout,
-    }
-    place = o.workplace(engine, gpus, runner, ray_address, ray_workers)
-    config = screen_config(screen, with_image, without_image, presentations)  # before anything is written
+    options = o.engine_options(
+        adapter=adapter,
+        engine_arg=engine_arg,
+        template_arg=template_arg,
+        tensor_parallel=tensor_parallel,
+        gpu_memory=gpu_memory,
+        timeout=timeout,
+        decode_workers=decode_workers,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        concurrency=concurrency,
+    )
+    config = screen_config(screen, with_image, without_image, presentations, reader_mode)  # before anything is written
     screener = screen_model or model
     if (model is None) == (import_ is None):
         raise BadInput("give either --model, who is to write the questions, or --import, a set to take them from")
@@ -91,13 +108,25 @@ def qa(
         raise BadInput(
             "--screen-model: imported questions are screened by a model that sees; name one, or --screen none"
         )
+    if config is None and screen_arg:
+        raise BadInput("--screen-arg: --screen none has nobody screen; leave one of them out")
+    if model is None:
+        refuse_own(options, "--import has no writer: give it to who screens, by --screen-arg")
+    screening: EngineSetup | None = None
+    if config is not None:
+        assert screener is not None
+        own = second_model("--screen-arg", options, screen_arg, same=screen_model is None)
+        kind = screen_engine or engine
+        screen_place = o.workplace(kind, gpus, runner, ray_address, ray_workers, own["tensor_parallel_size"])
+        screening = o.engine_setup(
+            screener, kind, screen_place, sees=True, options=own, room=config.room, option="--screen-arg"
+        )
     runs: dict[str, Any] = {"fresh": fresh, "retry": retry, "share": share}
     written = f"{out.rstrip('/')}/{WRITTEN}"
     if import_ is not None:
         code = import_questions(import_, distractors, seed, shards, written, runs)
     else:
         assert model is not None
-        setup = o.engine_setup(model, engine, place, sees=True, **common)
         asked = o.validated(
             QuestionsConfig,
             per_image=per_image,
@@ -108,28 +137,43 @@ def qa(
             max_tokens=max_tokens,
             seed=seed,
         )
+        place = o.workplace(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
+        setup = o.engine_setup(model, engine, place, sees=True, options=options, room=asked.room)
         held = engine_guides(setup.engine) if guided is None else guided
         code = run_plan(plan(QuestionsStage(asked, setup, model, held), shards, written, **runs), place)
     if config is None or code not in (Exit.OK, Exit.UNRESOLVED):
         raise typer.Exit(code)
-    assert screener is not None
-    place = o.workplace(screen_engine or engine, gpus, runner, ray_address, ray_workers)
-    setup = o.engine_setup(screener, screen_engine or engine, place, sees=True, **common)
+    assert screener is not None and screening is not None
     beside = {QUESTIONS: Artifact.open(written)}
     screened = f"{out.rstrip('/')}/{SCREENED}"
-    made = plan(ScreenStage(config, setup, screener), shards, screened, beside=beside, **runs)
-    raise typer.Exit(max(code, run_plan(made, place)))
+    made = plan(ScreenStage(config, screening, screener), shards, screened, beside=beside, **runs)
+    raise typer.Exit(max(code, run_plan(made, screen_place)))
+
+
+def refuse_own(options: dict[str, Any], why: str) -> None:
+    """Raise BadInput for options of a first model where there is none."""
+    for option, name in (
+        ("--engine-arg", "engine_args"),
+        ("--template-arg", "template_args"),
+        ("--adapter", "adapter"),
+    ):
+        if options[name]:
+            raise BadInput(f"{option}: {why}")
 
 
 def import_questions(path: str, distractors: int, seed: int, shards: str, out: str, runs: dict[str, Any]) -> Exit:
     """Import a set into an artifact; records that no image of the shards gets are listed beside it."""
     from ..manifests.shards import expand
     from ..manifests.storage import PRIVATE
+    from ..models.quiz import MOST_OPTIONS
     from .engine_stages import plan
     from .quizzing import ImportStage, unmatched_lines
 
-    if not 0 <= distractors <= 5:
-        raise BadInput(f"--distractors {distractors}: 0 to leave open-ended questions alone, or up to 5 wrong options")
+    if not 0 <= distractors < MOST_OPTIONS:
+        most = MOST_OPTIONS - 1
+        raise BadInput(
+            f"--distractors {distractors}: 0 to leave open-ended questions alone, or up to {most} wrong options"
+        )
     stage = ImportStage(path, tuple(expand(shards)), distractors, seed)
     strangers = stage.unmatched()  # reads the whole set: what is wrong with it is found before anything is written
     made: Plan = plan(stage, shards, out, **runs)
@@ -141,11 +185,19 @@ def import_questions(path: str, distractors: int, seed: int, shards: str, out: s
     return run_plan(made, Workplace())
 
 
-def screen_config(name: str, with_image: str | None, without_image: str | None, presentations: int | None) -> Any:
+def screen_config(
+    name: str,
+    with_image: str | None,
+    without_image: str | None,
+    presentations: int | None,
+    mode: str | None = None,
+) -> Any:
     """The screen that the options describe; None for none. Raises BadInput."""
     from ..stages.screen import PRESETS
 
     if name == "none":
+        if mode is not None:
+            raise BadInput("--reader-mode: --screen none has nobody screen; leave one of them out")
         return None
     if name not in PRESETS:
         raise BadInput(f"--screen {name!r}: there are {', '.join(PRESETS)} and none")
@@ -160,4 +212,6 @@ def screen_config(name: str, with_image: str | None, without_image: str | None, 
         if presentations < 1:
             raise BadInput(f"--presentations {presentations}: at least 1")
         config = config.model_copy(update={"reader": config.reader.model_copy(update={"presentations": presentations})})
+    if mode is not None:
+        config = config.model_copy(update={"reader": config.reader.model_copy(update={"mode": mode})})
     return config

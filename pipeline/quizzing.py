@@ -54,7 +54,7 @@ class QuestionsProcessor(SidecarProcessor):
     schema = QUESTIONS
 
     def __init__(self, stage: QuestionsStage, loaded: LoadedEngine) -> None:
-        super().__init__(loaded, 2 * loaded.engine.concurrency + 4 * stage.setup.decode_workers)
+        super().__init__(loaded, lambda concurrency: 2 * concurrency + 4 * stage.setup.decode_workers)
         self._writer = QuestionWriter(loaded.engine, stage.model_name, stage.config, stage.guided)
 
     async def process_row(self, row: Row) -> dict[str, Any]:
@@ -80,7 +80,8 @@ class ScreenStage:
         return {**self.setup.semantic(), "screen": self.config.model_dump(mode="json")}
 
     async def load(self) -> ScreenProcessor:
-        return ScreenProcessor(self, await self.setup.load())
+        loaded = await self.setup.load()
+        return ScreenProcessor(self, await loaded.check(self.config.reader))
 
 
 class ScreenProcessor(SidecarProcessor):
@@ -89,8 +90,8 @@ class ScreenProcessor(SidecarProcessor):
     schema = SCREEN
 
     def __init__(self, stage: ScreenStage, loaded: LoadedEngine) -> None:
-        rows = 2 + 2 * loaded.engine.concurrency // REQUESTS_PER_ROW
-        super().__init__(loaded, rows + 4 * stage.setup.decode_workers)
+        ahead = 2 + 4 * stage.setup.decode_workers
+        super().__init__(loaded, lambda concurrency: ahead + 2 * concurrency // REQUESTS_PER_ROW)
         reader = QuizReader(loaded.engine, stage.config.reader)
         self._screener = Screener(reader, stage.model_name, stage.config)
 

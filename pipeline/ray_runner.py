@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from .events import Event, Note, WorkerFailed
-from .ray_worker import Home, RayWorker
+from .ray_worker import Home, Placed, RayWorker
+from .runner import CLOSING_SECONDS
 from .scheduler import Order
 from .worker import Stage
 from .workplace import Ray
@@ -28,7 +29,7 @@ PATIENCE_SECONDS = 20.0  # without any worker on a machine, before that is said
 
 @dataclass(frozen=True)
 class Size:
-    """How many workers a cluster is to have, and how many GPUs each (1 or none)."""
+    """How many workers a cluster is to have, and how many GPUs each."""
 
     workers: int
     gpus: int
@@ -68,16 +69,28 @@ def _size(place: Ray) -> Size:
     import ray
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    gpus = round(sum(machine.get("GPU", 0) for machine in machines)) if place.gpu else 0
-    return Size(place.workers or gpus or max(1, len(machines)), min(1, gpus))
+    return size_of(place, [round(machine.get("GPU", 0)) for machine in machines])
+
+
+def size_of(place: Ray, gpus: Sequence[int]) -> Size:
+    """For machines with so many GPUs each. Raises BadInput where none has as many as a worker needs."""
+    each = place.gpus_each
+    room = sum(count // each for count in gpus) if place.gpu else 0
+    if each > 1 and not room:
+        raise BadInput(
+            f"--tensor-parallel {each}: no machine of the cluster has so many GPUs (most: {max(gpus, default=0)})"
+        )
+    return Size(place.workers or room or max(1, len(gpus)), each if room else 0)
 
 
 class RayHand:
     """An actor and the call that its next events will answer."""
 
     def __init__(self, actor: Any) -> None:
-        self.actor, self.started = actor, False
+        self.actor, self.started, self.name = actor, False, "a machine of the cluster"
         self.death: str | None = None
+        self._leaving: Any = None
+        self._dismissed = 0.0
         self.coming = actor.hello.remote()
 
     def tell(self, order: Order) -> None:
@@ -87,9 +100,16 @@ class RayHand:
         self.kill()
         return self.death
 
+    def dismiss(self) -> None:
+        if self.started:
+            self._leaving, self._dismissed = self.actor.leave.remote(), time.monotonic()
+
     def kill(self) -> None:
+        """Its engine and decoders follow it, by the kernel's hand."""
         import ray
 
+        if self._leaving is not None:
+            ray.wait([self._leaving], timeout=max(0.0, self._dismissed + CLOSING_SECONDS - time.monotonic()))
         ray.kill(self.actor)
 
 
@@ -117,6 +137,7 @@ class RayCrew:
         import ray
 
         if not self._hands:
+            time.sleep(seconds)  # until a place is to be tried again
             return
         by_call = {hand.coming: hand for hand in self._hands}
         ready, _ = ray.wait(list(by_call), num_returns=len(by_call), timeout=0)
@@ -145,7 +166,10 @@ class RayCrew:
         else:
             hand.coming = hand.actor.events.remote()
         for event in events:
-            yield hand, event
+            if isinstance(event, Placed):
+                hand.name = event.name
+            else:
+                yield hand, event
 
     def _say_when_alone(self) -> None:
         """A cluster without room makes a run wait, which a person should know."""

@@ -12,11 +12,18 @@ from .. import __version__
 
 if TYPE_CHECKING:
     from ..manifests.artifact import Artifact
-    from .events import Assignment, Event, WorkerFailed
-    from .worker import Stage
+    from .events import Event, WorkerFailed
+    from .worker import Answer, Stage
 
 SEE_SECONDS = 10.0  # for a folder made a moment ago on another machine to be seen here
 SAME_EVERYWHERE = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")  # sums in another order differ in their last bits
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where an actor is, for a person. (Said to :mod:`.ray_runner` alone.)"""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,19 @@ class ListChannel:
 
     def __init__(self) -> None:
         self.stopping = asyncio.Event()
-        self.shards: asyncio.Queue[Assignment | None] = asyncio.Queue()
+        self.answers: asyncio.Queue[Answer] = asyncio.Queue()
         self._events: list[Event | None] = []
         self._some = asyncio.Event()
+        self._asked = False  # and not answered but by "wait"
 
-    async def next_shard(self) -> Assignment | None:
+    async def next_shard(self) -> Answer:
         from .events import Want
 
-        self.send(Want())
-        return await self.shards.get()
+        if not self._asked:
+            self.send(Want())
+        answer = await self.answers.get()
+        self._asked = answer == "wait"
+        return answer
 
     def send(self, event: Event | None) -> None:
         self._events.append(event)
@@ -69,6 +80,7 @@ class RayWorker:
         os.environ.update(home.environment)
         self._home = home
         self._channel = ListChannel()
+        self._working: asyncio.Task[WorkerFailed | None] | None = None
 
     async def work(self, stage: Stage, artifact: Artifact) -> None:
         """Do shards until there are no more; the last event is None."""
@@ -76,16 +88,30 @@ class RayWorker:
         from .runner import work_or_failure
 
         try:
-            failure = await self._problem(artifact) or await work_or_failure(stage, artifact, self._channel)
+            failure = await self._problem(artifact)
+            if failure is None:
+                self._working = asyncio.create_task(work_or_failure(stage, artifact, self._channel))
+                failure = await self._working
+        except asyncio.CancelledError:  # dismissed, and the engine is closed
+            failure = None
         except Exception as error:  # as of a worker process that ends by it: another may fare better
             failure = WorkerFailed(f"a worker of the cluster ended by {type(error).__name__}: {error}", 3, final=False)
         if failure is not None:
             self._channel.send(failure)
         self._channel.send(None)
 
-    async def hello(self) -> list[Event | None]:
+    async def hello(self) -> list[Placed]:
         """Answers at once: the actor has its machine."""
-        return []
+        import ray
+
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return [Placed(", ".join([os.uname().nodename, *(f"GPU {gpu}" for gpu in gpus)]))]
+
+    async def leave(self) -> None:
+        """Close the engine and stop; returns when that is done."""
+        if self._working is not None:
+            self._working.cancel()
+            await asyncio.wait([self._working])
 
     async def events(self) -> list[Event | None]:
         return await self._channel.taken()
@@ -95,7 +121,7 @@ class RayWorker:
         if order == "stop":
             self._channel.stopping.set()
             order = None
-        self._channel.shards.put_nowait(order)
+        self._channel.answers.put_nowait(order)
 
     async def _problem(self, artifact: Artifact) -> WorkerFailed | None:
         """Why this machine cannot work for that run, if so: another capipe, or another folder under the same name."""

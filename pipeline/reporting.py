@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
+from ..manifests.fingerprint import fingerprint
 from ..manifests.shards import RowReader, expand
 from ..models.blip import BlipScorer
 from ..models.clip import ClipScorer, load_clip
@@ -18,7 +19,7 @@ from ..models.lm_scores import load_text_scorer
 from ..models.scorers import ScorerConfig, scorer_identity
 from ..trainer.comparison import Run
 from ..trainer.evaluation import evaluate
-from ..trainer.figures import Comparison, Report
+from ..trainer.figures import Caution, Comparison, Report
 from ..trainer.report import to_json, to_markdown
 from ..trainer.retrieval import Gallery, cosines_of, gallery_of, ranks_of
 
@@ -44,8 +45,11 @@ def load_cosine(name: str) -> ClipScorer | BlipScorer:
     return load_clip(name)
 
 
-def report_on(graded: Artifact, judges: Judges = Judges()) -> Report:
-    """The figures of a graded artifact, with those of the models that are named. Raises BadInput without any row."""
+def report_on(graded: Artifact, judges: Judges = Judges(), warnings: Sequence[Caution] = ()) -> Report:
+    """The figures of a graded artifact, with those of the models that are named. Raises BadInput without any row.
+
+    ``warnings``: what is known to be wrong with them, beside what they show themselves.
+    """
     facts, more = settings(graded), dict[str, Any]()
     if judges.clip is not None:
         clip = load_clip(judges.clip)
@@ -60,7 +64,7 @@ def report_on(graded: Artifact, judges: Judges = Judges()) -> Report:
         texts = sorted({text for _, text in _captions(graded)})
         more["logps"] = dict(zip(texts, load_text_scorer(judges.language_model).logps(texts), strict=True))
         facts["language model"] = judges.language_model
-    return evaluate(rows_of(graded), facts, where=graded.url, **more)
+    return evaluate(rows_of(graded), facts, where=graded.url, warnings=warnings, **more)
 
 
 def _told(kind: str, model: str) -> str:
@@ -100,10 +104,15 @@ def rows_of(graded: Artifact) -> Iterator[dict[str, Any]]:
 
 
 def settings(graded: Artifact) -> dict[str, Any]:
-    """What the figures depend on. ``reader``: everything that decides how it answers, so that runs can be compared."""
+    """What the figures depend on. ``reader identity``: all that decides how it answers, whatever it is called."""
     semantic, run = graded.config["semantic"], graded.config["run"]
     reader = f"{run['model']}@{str(semantic['model'])[:12]}, {_presented(semantic['grade']['presentations'])}"
-    facts = {"reader": reader, "questions": f"{run['questions']}@{str(semantic['questions'])[:12]}"}
+    identity = fingerprint({"model": semantic["model"], "asked": semantic["reader"]})[:16]
+    facts = {
+        "reader": reader,
+        "reader identity": identity,
+        "questions": f"{run['questions']}@{str(semantic['questions'])[:12]}",
+    }
     facts |= {"captions": f"{run['captions']}@{str(semantic['captions'])[:12]}", "shards": run["shards"]}
     if Artifact.exists(run["captions"]):
         asked = Artifact.open(run["captions"]).config

@@ -9,27 +9,34 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ..errors import CapipeError, RunFailed
 from ..manifests.artifact import Artifact
+from ..models.child_processes import Identity, descendants, end, spawned_follow
 from ..models.engine import EngineDead
-from .events import Assignment, Event, Want, WorkerFailed
+from .events import Event, Want, WorkerFailed
 from .scheduler import Order
-from .worker import Channel, Stage, work
+from .worker import Answer, Channel, Stage, work_with
 
 EXIT_SECONDS = 20.0  # a finished worker's libraries have to tidy up
+CLOSING_SECONDS = 10.0  # a dismissed worker has to close its engine
 
 
 class PipeChannel:
-    """The worker's end: requests shards and reports through one duplex pipe; a thread reads what comes back."""
+    """The worker's end: requests shards and reports through one duplex pipe; a thread reads what comes back.
 
-    def __init__(self, connection: Connection) -> None:
+    ``leave`` is called in the event loop when the runner says so.
+    """
+
+    def __init__(self, connection: Connection, leave: Callable[[], object]) -> None:
         self.stopping = asyncio.Event()
-        self._connection = connection
-        self._shards: asyncio.Queue[Assignment | None] = asyncio.Queue()
+        self._connection, self._leave = connection, leave
+        self._answers: asyncio.Queue[Answer] = asyncio.Queue()
+        self._asked = False  # and not answered but by "wait"
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -41,14 +48,27 @@ class PipeChannel:
             except (EOFError, OSError):
                 if self._connection.closed:
                     return  # our own end: the work is over
-                os._exit(3)  # the runner is gone, and with it the lock on the output: stop at once
-            if message == "stop":
-                self._loop.call_soon_threadsafe(self.stopping.set)
-            self._loop.call_soon_threadsafe(self._shards.put_nowait, None if message == "stop" else message)
+                # The runner is gone, and with it the lock on the output: stop at once, and the engine first. Mostly
+                # the kernel was quicker, for us as for the engine.
+                end(descendants(os.getpid()), grace=0)
+                os._exit(3)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the work just ended by itself
+                self._heed(message)
 
-    async def next_shard(self) -> Assignment | None:
-        self.send(Want())
-        return await self._shards.get()
+    def _heed(self, message: Any) -> None:
+        if message == "leave":
+            self._loop.call_soon_threadsafe(self._leave)
+            return
+        if message == "stop":
+            self._loop.call_soon_threadsafe(self.stopping.set)
+        self._loop.call_soon_threadsafe(self._answers.put_nowait, None if message == "stop" else message)
+
+    async def next_shard(self) -> Answer:
+        if not self._asked:
+            self.send(Want())
+        answer = await self._answers.get()
+        self._asked = answer == "wait"
+        return answer
 
     def send(self, event: Event) -> None:
         with self._lock:
@@ -76,13 +96,26 @@ def worker_main(connection: Connection, stage: Stage, artifact: Artifact, gpu: s
 
 
 async def _worker(connection: Connection, stage: Stage, artifact: Artifact) -> WorkerFailed | None:
-    return await work_or_failure(stage, artifact, PipeChannel(connection))
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        return await work_or_failure(stage, artifact, PipeChannel(connection, task.cancel))
+    except asyncio.CancelledError:  # dismissed, and the engine is closed
+        return None
 
 
 async def work_or_failure(stage: Stage, artifact: Artifact, channel: Channel) -> WorkerFailed | None:
     """Work to the end; what ended it early is what a runner is to be told last."""
+    started = time.monotonic()
     try:
-        await work(stage, artifact, channel)
+        processor = await stage.load()
+    except CapipeError as error:
+        return WorkerFailed(str(error), error.exit_code, final=error.exit_code != RunFailed.exit_code)
+    except Exception as error:  # a card without room, a broken library: a later try, or another place, may fare better
+        text = next(iter(str(error).splitlines()), "")
+        return WorkerFailed(f"{type(error).__name__}: {text}", RunFailed.exit_code, final=False)
+    try:
+        await work_with(processor, artifact, channel, time.monotonic() - started)
     except CapipeError as error:
         return WorkerFailed(str(error), error.exit_code, final=True)
     except EngineDead as error:
@@ -95,8 +128,9 @@ class ProcessHand:
 
     started = True
 
-    def __init__(self, process: Any, connection: Connection) -> None:
-        self.connection, self._process = connection, process
+    def __init__(self, process: Any, connection: Connection, name: str) -> None:
+        self.connection, self._process, self.name = connection, process, name
+        self._dismissed: float | None = None
 
     def tell(self, order: Order) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end of the pipe says so to who listens
@@ -110,9 +144,22 @@ class ProcessHand:
         code = self._process.exitcode
         return None if code == 0 else f"the worker process died (exit code {code})"
 
+    def dismiss(self) -> None:
+        self.tell("leave")
+        self._dismissed = time.monotonic()
+
     def kill(self) -> None:
+        family = self._family()
+        if self._dismissed is not None:
+            self._process.join(timeout=max(0.0, self._dismissed + CLOSING_SECONDS - time.monotonic()))
+            family |= self._family()
         self._process.kill()
         self._process.join()
+        end(family)
+
+    def _family(self) -> set[Identity]:
+        """What it started; of a dead one nothing, as its pid may be another's."""
+        return descendants(self._process.pid) if self._process.is_alive() else set()
 
 
 class ProcessCrew:
@@ -129,9 +176,11 @@ class ProcessCrew:
         ours, theirs = self._context.Pipe()
         arguments = (theirs, self._stage, self._artifact.attach(), self._gpus[place])
         process = self._context.Process(target=worker_main, args=arguments)
-        process.start()
+        with spawned_follow():
+            process.start()
         theirs.close()
-        self._hands.append(ProcessHand(process, ours))
+        gpu = self._gpus[place]
+        self._hands.append(ProcessHand(process, ours, "this machine" if gpu is None else f"GPU {gpu}"))
         return self._hands[-1]
 
     def listen(self, seconds: float) -> Iterator[tuple[ProcessHand, Event | None]]:

@@ -2,11 +2,13 @@
 
 It never touches a row, and does not know where its workers live: a :class:`Crew` of local processes (:mod:`.runner`) or
 of actors on a cluster (:mod:`.ray_runner`). It knows at every moment which worker has which shard, so one that dies
-takes nothing with it: its shards go to the next one, which finds their finished rows in the journals.
+takes nothing with it: its shards go to the next one, which finds their finished rows in the journals. A place where
+workers fail before they finish a row is tried again and then given up; the others go on (:mod:`.places`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -15,19 +17,24 @@ from ..errors import CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard
 from .desk import Desk, Outcome
-from .events import Assignment, Event, Pulse, ShardDone, ShardFailed, ShardLost, Want, WorkerFailed
+from .events import Assignment, Event, Note, Pulse, Ready, ShardDone, ShardFailed, ShardLost, Want, WorkerFailed
 from .interrupts import interrupts
+from .places import Places
 
-MAX_BARREN_DEATHS = 3  # workers in a row that died without finishing a row: the fault is not the shards'
 POLL_SECONDS = 0.5  # how late a stop request may be noticed
 
-Order = Assignment | Literal["stop"] | None  # a shard, a request to drain, or: there are no more
+# A shard, there is none just now, a request to drain, a request to close the engine and leave, or: there are no more.
+Order = Assignment | Literal["wait", "stop", "leave"] | None
 
 
 class Hand(Protocol):
-    """A worker as its scheduler sees it. ``started``: it lives; one on a cluster may still wait for a machine."""
+    """A worker as its scheduler sees it. ``started``: it lives; one on a cluster may still wait for a machine.
+
+    ``name``: of its place, for a person.
+    """
 
     started: bool
+    name: str
 
     def tell(self, order: Order) -> None:
         """Send it an order; nothing where it just died, which is seen elsewhere."""
@@ -35,7 +42,11 @@ class Hand(Protocol):
     def end(self) -> str | None:
         """Wait until it is gone, which is about to happen; None for a clean end, else how it died."""
 
-    def kill(self) -> None: ...
+    def dismiss(self) -> None:
+        """Ask it to close its engine and leave: what a :meth:`kill` that follows gives it some seconds for."""
+
+    def kill(self) -> None:
+        """End it with all that it started, and wait until they are gone."""
 
 
 class Crew(Protocol):
@@ -58,7 +69,9 @@ class _Member:
     place: int
     shards: set[str] = field(default_factory=set)  # handed out, neither done nor failed
     wants: int = 0
-    barren: bool = True
+    waits: bool = False  # it was told that there is no shard just now
+    ready: bool = False  # its model is loaded
+    barren: bool = True  # no row is finished
 
 
 class Scheduler:
@@ -67,7 +80,7 @@ class Scheduler:
     def __init__(self, crew: Crew, artifact: Artifact, report: Callable[[Event], None]) -> None:
         self._crew, self._artifact, self._report = crew, artifact, report
         self._members: list[_Member] = []
-        self._barren_deaths = 0
+        self._places = Places(crew.size)
         self._stop_asked = self._stopping = False
 
     def run(self, shards: Sequence[InputShard]) -> Outcome:
@@ -77,10 +90,14 @@ class Scheduler:
             return self._desk.outcome
         with interrupts(self._ask_to_stop):
             try:
-                for place in range(min(self._crew.size, len(shards))):
-                    self._hire(place)
-                while self._members:
+                for _ in range(min(self._crew.size, len(shards))):
+                    self._hire_afresh()
+                while self._members or self._places.due:
                     self._round()
+            except CapipeError:
+                for member in self._members:  # all at once: each then has the same seconds for it
+                    member.hand.dismiss()
+                raise
             finally:
                 for member in self._members:
                     member.hand.kill()
@@ -91,9 +108,18 @@ class Scheduler:
     def _hire(self, place: int) -> None:
         self._members.append(_Member(self._crew.hire(place), place))
 
+    def _hire_afresh(self) -> None:
+        if (place := self._places.fresh()) is not None:
+            self._hire(place)
+
     def _round(self) -> None:
         if self._stop_asked and not self._stopping:
             self._drain()
+        if self._is_over:
+            self._places.due.clear()
+        elif not self._desk.empty:
+            for place in self._places.ready(time.monotonic()):
+                self._hire(place)
         for hand, event in self._crew.listen(POLL_SECONDS):
             member = next((member for member in self._members if member.hand is hand), None)
             if member is None:
@@ -123,8 +149,11 @@ class Scheduler:
         elif isinstance(event, ShardDone):
             member.shards.remove(event.record.shard)
             self._desk.done(event.record.shard)
+        elif isinstance(event, Ready):
+            member.ready = True
         elif isinstance(event, Pulse) and sum(event.rows.values()) > event.recalled:
-            member.barren, self._barren_deaths = False, 0
+            member.barren = False
+            self._places.worked(member.place)
         self._report(event)
 
     def _hand_out(self, member: _Member) -> None:
@@ -132,10 +161,13 @@ class Scheduler:
         while member.wants and not self._stopping and (assignment := self._desk.next()) is not None:
             member.shards.add(assignment.shard.name)
             member.hand.tell(assignment)
-            member.wants -= 1
+            member.wants, member.waits = member.wants - 1, False
         if member.wants and self._is_over:
             member.hand.tell(None)
             member.wants = 0
+        elif member.wants and not self._stopping and not member.waits:
+            member.hand.tell("wait")
+            member.waits = True
 
     @property
     def _is_over(self) -> bool:
@@ -156,15 +188,30 @@ class Scheduler:
         if self._stopping or (not member.shards and death is None and reason is None):
             return
         reason = reason or death or "the worker ended before its shards were done"
-        self._barren_deaths += member.barren
-        if self._barren_deaths >= MAX_BARREN_DEATHS:
-            raise RunFailed(f"{reason}; {MAX_BARREN_DEATHS} workers in a row ended before finishing a row")
-        self._report(WorkerFailed(reason, 0, final=False))
+        if member.barren:
+            self._place_failed(member, reason)
+        else:
+            self._report(WorkerFailed(reason, 0, final=False))
         for shard in member.shards:
             if (record := self._desk.abandoned(shard, reason)) is not None:
                 self._report(ShardDone(record))
-        if not self._desk.empty:
+        if not member.barren and not self._desk.empty:
             self._hire(member.place)
+
+    def _place_failed(self, member: _Member, reason: str) -> None:
+        """Have a place tried again, or give it up. Raises RunFailed where none is left and something is to do."""
+        pause = self._places.failed(member.place, time.monotonic())
+        name, what = member.hand.name, "ended before it finished a row" if member.ready else "could not start"
+        if pause is not None:
+            self._report(Note(f"a worker on {name} {what}: {reason}; another one is tried there in {pause:g} s"))
+            return
+        tries = f"{self._places.failures[member.place]} workers in a row"
+        if member.shards or not self._desk.empty:
+            self._hire_afresh()
+            if not self._members and not self._places.due:
+                last = "the last place that was left" if self._crew.size > 1 else "and there is no other place"
+                raise RunFailed(f"{reason}; {tries} on {name} ended before they finished a row, {last}")
+        self._report(Note(f"{name} is given up, as {tries} ended there before they finished a row: {reason}"))
 
     def _ask_to_stop(self) -> None:
         self._stop_asked = True  # the main loop acts on it: a handler may interrupt a half-sent message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,8 +21,13 @@ from ..models.images import ImageLimits, Pixels
 from ..models.scorers import ScorerConfig, load_scorer, scorer_identity
 from ..models.views import View, decode_views
 from ..stages.score import CHUNK, CaptionScorer, PreparedRows, SafetyDetector, SeenRow, captions_of, passed_on, unscored
+from .breaker import answered
 
 Views = tuple[Pixels, ...]
+
+# After each operator the computing thread wants the interpreter lock back, for which it waits this long while another
+# thread runs Python. Python's own 5 ms are some times as long as a small model's operator.
+SWITCH_SECONDS = 0.0002
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class ViewProcessor(Generic[Prepared]):
     writes_tar = False
 
     def __init__(self, views: tuple[View, ...], decode_workers: int, limits: ImageLimits) -> None:
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         decode = functools.partial(decode_views, views=views, limits=limits)
         self._pool: DecodePool[Views] = DecodePool(decode_workers, decode, in_flight=2 * CHUNK)
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="capipe-prepare")
@@ -97,6 +104,7 @@ class ViewProcessor(Generic[Prepared]):
                 loop = asyncio.get_running_loop()
                 prepared = await loop.run_in_executor(self._preparer, self.prepare, subjects)
                 computed = await loop.run_in_executor(self._thread, self.compute, prepared, list(seen.values()))
+                answered()
             finally:
                 self._computing -= len(subjects)
             out |= {row.index: result for (row, _), result in zip(subjects, computed, strict=True)}

@@ -15,11 +15,15 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a bundled recipe: tiny.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and logs.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Largest image area the model sees; the recipe's max_pixels by default.")
+    ] = None,
     fresh: o.Fresh = False,
 ) -> None:
     """Train a captioner so that what it writes answers questions about the image."""
     from ..trainer.recipe import load_recipe
     from .training import run_training
 
-    loaded = load_recipe(recipe, overrides or [])
+    more = [] if max_pixels is None else [f"max_pixels={max_pixels}"]
+    loaded = load_recipe(recipe, [*(overrides or []), *more])
     asyncio.run(run_training(loaded, out, fresh=fresh, say=lambda line: print(line, flush=True)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..models.family import PreparedPrompt
 from ..models.loading import model_identity
 from ..models.reader import QuizReader, ReaderConfig
 from ..models.scorers import ScorerConfig, scorer_identity
+from ..trainer.ability import ability_of, cautions
 from ..trainer.assembly import PolicyParts, build_optimizer, build_policy, load_reader, whole_policy
 from ..trainer.checkpoint import Facts, newest, optimizer_state
 from ..trainer.critic import CriticConfig
@@ -26,7 +28,7 @@ from ..trainer.log import RunLog, Sink, TensorBoard, WandB
 from ..trainer.loop import Run, train
 from ..trainer.losses import Clip
 from ..trainer.packing_check import check_packing
-from ..trainer.preflight import controls, floors, refuse_templates
+from ..trainer.preflight import IMAGES, ability, controls, floors, refuse_reader, refuse_templates
 from ..trainer.quiz_reward import QuizReward
 from ..trainer.ranks import join
 from ..trainer.recipe import Recipe
@@ -36,6 +38,7 @@ from ..trainer.sharding import restore_optimizer
 from ..trainer.tasks import TaskList, load_tasks
 from ..trainer.update import UpdateConfig, Updater
 from .eval_cli import question_artifact
+from .training_checks import check_fits, reward_reader
 
 RUN = "run.json"  # what a run was started with
 MARK = "step-"  # how everything is called that a run makes beside it, logs apart
@@ -53,8 +56,10 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     if not ranks.first:
         say = _quiet
     training, held_out = load_data(recipe)
+    rewarding = reward_reader(recipe)
     semantic = {
         **recipe.semantic(),
+        **({} if rewarding is None else {"reader": rewarding.digest or rewarding.name}),
         "model": model_identity(recipe.model, "").digest,
         **_scorers(recipe),
         ("images" if recipe.data.questions is None else "questions"): training.fingerprint,
@@ -62,13 +67,18 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     mark, found = fingerprint(semantic), _look(out, semantic, fresh)
     parts = build_policy(recipe, found[0] if found else None, ranks)
     say(parts.learning)
-    judge = await build_judge(recipe.rewards, parts.preparing.encoder.decode)
+    judge = await build_judge(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
     grader: QuizReader | None = None
     sampler: Sampler | None = None
     try:
         if recipe.validation is not None:
-            reader = await load_reader(recipe.validation.reader, recipe.validation.engine)
-            grader = QuizReader(reader, ReaderConfig())
+            validation, longest = recipe.validation, recipe.rollout.max_tokens
+            asks = ReaderConfig(mode=validation.mode)
+            reader = await load_reader(validation.reader, validation.engine, longest, asks, validation.template_args)
+            grader = QuizReader(reader, asks)
+            if "://" in validation.engine:
+                await grader.check()
+        await check_fits(recipe, judge, grader, training, held_out, parts.preparing.encoder)
         ranks.wait()  # all have looked before one writes
         if ranks.first:
             _claim(out, semantic, fresh)
@@ -78,6 +88,7 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         sampler = await build_sampler(recipe, parts, out, shown)
         packing = check_packing(whole_policy(parts), _prepare(parts, recipe.rollout.max_tokens)(shown), recipe.model)
         run = _assemble(recipe, out, mark, training, held_out, parts, sampler, judge, grader, start, say)
+        run.reader = None if rewarding is None else asdict(rewarding)
         if found:
             restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(found[0]))
             run.step, run.alarms = found[1].step, dict(found[1].figures.get("alarms", {}))
@@ -252,6 +263,14 @@ async def _preflight(run: Run) -> None:
         found = await floors(reward, run.tasks)
         run.say(f"preflight: generic {found.generic:.3f}, empty {found.empty:.3f}, blind {found.blind:.3f}")
         refuse_templates(found)
+        able = await ability(reward.reader, run.tasks)
+        run.say(f"preflight: {able.line()}")
+        for warning in refuse_reader(able, reward.config.reader):
+            run.say(warning)
+    if run.grader is not None and run.held_out:
+        held = await ability_of(run.grader, run.held_out[:IMAGES])
+        for each in cautions(held) if held else ():
+            run.say(f"warning: validation: {each.text}")
     if len(run.judge.rewards) > isinstance(reward, QuizReward):
         control = await controls(run.judge, run.tasks, run.parts.preparing.encoder.text_ids)
         for told in control.lines():

@@ -3,6 +3,9 @@
 A feeder reads shards in order and lets at most ``window`` rows be alive; each row is a task that decodes, asks the
 engine and journals its result; a shard whose rows are all there is committed while the next ones are in the engine.
 Runners (local processes, a cluster) differ only in the :class:`Channel` they hand to :func:`work`.
+
+A shard with rows of a streak of engine errors waits for its end: where the streak grows long enough to end the run
+(:mod:`.breaker`), none of these rows is recorded, and the same command does them once the cause is gone.
 """
 
 from __future__ import annotations
@@ -12,38 +15,47 @@ import errno
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 
 from ..errors import CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.claims import ClaimLost
-from ..manifests.manifest import ShardRecord
-from ..manifests.shards import Row, RowReader
+from ..manifests.shards import Row
 from ..manifests.status import Status
 from ..models.engine import EngineDead
+from .breaker import ErrorStreak, counting_answers
 from .events import Assignment, Event, Pulse, Ready, ShardDone, ShardFailed, ShardLost
+from .row_window import Window
+from .shard_run import ShardRun
 
 READ_AHEAD = 16  # rows read from a tar in one go, where a stage takes them one by one
 OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up (more where small)
+HELD_ROWS = 50_000  # of finished shards that wait for the end of a streak: with more, they are recorded as they are
 PULSE_SECONDS = 0.5
+UNREAD = frozenset({Status.CORRUPT, Status.UNSUPPORTED, Status.TOO_SMALL, Status.TOO_LARGE})  # seen before any model
+
+Answer = Assignment | Literal["wait"] | None  # a shard, there is none just now, there are no more
 
 
 class Processor(Protocol):
     """A stage, loaded: what turns readable rows into their output rows.
 
-    ``window``: rows to keep alive so that the engine never waits. ``chunk``: rows that are processed together, counted
-    from a shard's start, so that what shares a batch is the same whenever a run was stopped; 1 where rows do not matter
-    to each other. ``process`` raises EngineDead when all is over; any other exception becomes the rows'
-    ``engine_error``. ``members`` supplies a tar where ``writes_tar``.
+    ``window``: rows to keep alive so that the engine never waits; may change at any time. ``chunk``: rows that are
+    processed together, counted from a shard's start, so that what shares a batch is the same whenever a run was
+    stopped; 1 where rows do not matter to each other. ``process`` raises EngineDead or RunFailed when all is over; any
+    other exception becomes the rows' ``engine_error``. Who asks a model says so by :func:`.breaker.answered` once it
+    got an answer. ``members`` supplies a tar where ``writes_tar``.
     """
 
     schema: pa.Schema
-    window: int
     chunk: int
     writes_tar: bool
+
+    @property
+    def window(self) -> int: ...
 
     async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]: ...
 
@@ -75,76 +87,13 @@ class Stage(Protocol):
 
 
 class Channel(Protocol):
-    """A worker's line to its runner. ``next_shard`` gives None when there are no more."""
+    """A worker's line to its runner. ``next_shard`` is asked again after "wait", and not after None."""
 
     stopping: asyncio.Event
 
-    async def next_shard(self) -> Assignment | None: ...
+    async def next_shard(self) -> Answer: ...
 
     def send(self, event: Event) -> None: ...
-
-
-class ShardRun:
-    """A shard in work: its reader, its journal and the rows finished so far."""
-
-    def __init__(self, artifact: Artifact, assignment: Assignment) -> None:
-        self.artifact, self.started = artifact, time.time()
-        self.shard, self.claim = assignment.shard, assignment.claim
-        self.reader = RowReader(self.shard)
-        self.journal = artifact.journal(self.shard.name)
-        self.rows: dict[int, dict[str, Any]] = {}
-        self.total: int | None = None  # known when the shard has been read to its end
-        self.failure: str | None = None
-        self.pending = 0  # rows in the pipeline
-
-    def recall(self, rows: Sequence[Row]) -> bool:
-        """Take the rows' results from the journal, if an earlier run left them for all of these very rows."""
-        known = [self.journal.rows.pop(row.index, None) for row in rows]
-        for row, result in zip(rows, known, strict=True):
-            if result is None or result["key"] != row.key or result["uid"] != row.uid:
-                return False
-        self.rows |= {row.index: result for row, result in zip(rows, known, strict=True) if result is not None}
-        return True
-
-    def finish(self, index: int, row: dict[str, Any]) -> None:
-        self.rows[index] = row
-        if Status(row["status"]).resolved:  # an unresolved row is to be tried again after a crash
-            self.journal.append(index, row)
-
-    @property
-    def held(self) -> int:
-        """Rows in the pipeline or waiting for the commit."""
-        return len(self.rows) + max(self.pending, 0)
-
-    @property
-    def over(self) -> bool:
-        """All read and nothing in the pipeline: to be committed, or given up."""
-        return self.total is not None and self.pending == 0
-
-    def commit(self, processor: Processor) -> ShardRecord:
-        """Write and publish the shard (blocking: runs in a thread)."""
-        assert self.total is not None
-        name, tar = self.shard.name, processor.writes_tar
-        with self.artifact.begin(name, processor.schema, tar=tar, claim=self.claim) as shard:
-            if processor.writes_tar:
-                for source in self._sources():  # the images are read again: keeping them would cost memory
-                    row = self.rows.get(source.index)
-                    if row is None or row["uid"] != source.uid:
-                        raise CapipeError(f"{self.shard.url}: the shard changed while it was captioned")
-                    shard.write(row, processor.members(source, row))
-            else:
-                for index in range(self.total):
-                    shard.write(self.rows[index])
-            record = shard.commit(rows_in=self.total, input_info=self.reader.info, started=self.started)
-        self.journal.delete()
-        return record
-
-    def _sources(self) -> Iterator[Row]:
-        """The input's rows once more; that it cannot be read is this shard's fault, not the output disk's."""
-        try:
-            yield from RowReader(self.shard)
-        except OSError as error:
-            raise CapipeError(f"{self.shard.url}: {error}") from error
 
 
 class Worker:
@@ -152,7 +101,7 @@ class Worker:
 
     def __init__(self, processor: Processor, artifact: Artifact, channel: Channel) -> None:
         self.processor, self.artifact, self.channel = processor, artifact, channel
-        self.window = asyncio.Semaphore(processor.window)
+        self.window = Window(lambda: processor.window)
         self.concluded = asyncio.Event()
         self.commit_lock = asyncio.Lock()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -161,6 +110,8 @@ class Worker:
         self.failure: BaseException | None = None
         self.counts: Counter[str] = Counter()
         self.recalled = self.committing = 0
+        self.streak = ErrorStreak[ShardRun]()
+        self.starved = False  # there is no shard just now
 
     async def run(self) -> None:
         """Feed until the end; raises what ended the worker, once nothing of it runs any more."""
@@ -171,8 +122,10 @@ class Worker:
             await asyncio.wait({feeder, failed}, return_when=asyncio.FIRST_COMPLETED)
             if feeder.done():
                 feeder.result()
-                while self.tasks and not self.failed.is_set():
-                    await asyncio.wait({*self.tasks, failed}, return_when=asyncio.FIRST_COMPLETED)
+                await self._until_settled(failed)
+                if not self.failed.is_set() and not self.channel.stopping.is_set():
+                    self._settle_all(self.streak.over())  # the input's end is this streak's, too
+                    await self._until_settled(failed)
         finally:
             for task in (feeder, failed, pulse, *self.tasks):
                 task.cancel()
@@ -183,10 +136,17 @@ class Worker:
         if self.failure is not None:
             raise self.failure
 
+    async def _until_settled(self, failed: asyncio.Task[Any]) -> None:
+        while self.tasks and not self.failed.is_set():
+            await asyncio.wait({*self.tasks, failed}, return_when=asyncio.FIRST_COMPLETED)
+
     async def _feed(self) -> None:
         while not self.channel.stopping.is_set():
             await self._room_for_a_shard()
-            assignment = await self.channel.next_shard()
+            while (assignment := await self.channel.next_shard()) == "wait":
+                self.starved = True
+                self._look_for_the_end()
+            self.starved = False
             if assignment is None:
                 return
             try:
@@ -200,7 +160,13 @@ class Worker:
 
     async def _room_for_a_shard(self) -> None:
         """Wait until few enough shards are open; small ones may be many, as long as the engine could use their rows."""
-        while len(self.runs) >= OPEN_SHARDS and sum(run.held for run in self.runs) >= 2 * self.processor.window:
+        while True:
+            waiting = {run for run in self.streak.shards if run.over}
+            if sum(run.held for run in waiting) > HELD_ROWS:
+                self._settle_all(self.streak.over())
+            runs = self.runs - waiting
+            if len(runs) < OPEN_SHARDS or sum(run.held for run in runs) < 2 * self.processor.window:
+                return
             self.concluded.clear()
             await self.concluded.wait()
 
@@ -249,27 +215,56 @@ class Worker:
         task.add_done_callback(self.tasks.discard)
 
     async def _process(self, run: ShardRun, rows: Sequence[Row]) -> None:
+        answers = counting_answers()
         try:
             try:
                 results = await self.processor.process(rows)
-            except EngineDead:
+            except (EngineDead, RunFailed):
                 raise
             except Exception as error:  # whatever it is, it is recorded, and the other rows go on
                 failed = {"status": str(Status.ENGINE_ERROR), "error": f"{type(error).__name__}: {error}"}
                 results = [{**self.processor.passed_on(row), **failed} for row in rows]
             for row, result in zip(rows, results, strict=True):
+                self._note_streak(run, row, result, answers.count > 0)
                 run.finish(row.index, result)
                 self.counts[result["status"]] += 1
-        except (EngineDead, OSError) as error:
+        except (EngineDead, OSError, RunFailed) as error:
             self._fail(error)
         finally:
             run.pending -= len(rows)
             for _ in rows:
                 self.window.release()
         self._settle(run)
+        self._look_for_the_end()
+
+    def _note_streak(self, run: ShardRun, row: Row, result: dict[str, Any], answered: bool) -> None:
+        """See whether a row goes on with a streak of errors, or ends it; one that no model saw does neither.
+
+        Raises RunFailed where the streak is too long.
+        """
+        fate = (result["status"], result["error"])
+        if fate[0] != Status.ENGINE_ERROR:
+            if answered and fate[0] not in UNREAD:
+                self._settle_all(self.streak.over())
+        elif all((each.get("status"), each.get("error")) != fate for each in row.beside.values()):  # or it is passed on
+            self._settle_all(self.streak.failed(run, fate[1] or "", (row.key, row.uid or "")))
+
+    def _look_for_the_end(self) -> None:
+        """With nothing in work and no shard to be had, errors are recorded: others may wait for these shards."""
+        if self.starved and all(run.over for run in self.runs):
+            self._settle_all(self.streak.over())
+
+    def _settle_all(self, runs: Iterable[ShardRun]) -> None:
+        for run in runs:
+            self._settle(run)
+        self.concluded.set()  # there may be room for another shard
 
     def _settle(self, run: ShardRun) -> None:
-        if run.over and self.failure is None:
+        if self.failure is not None or not run.over:
+            return
+        if run.failure is None and run in self.streak.shards:
+            self.concluded.set()  # not yet, but it takes no room from others meanwhile
+        else:
             run.pending = -1  # settled: only one task may see the end
             self._start(self._conclude(run))
 
@@ -296,6 +291,7 @@ class Worker:
             self.runs.discard(run)
             self.committing -= 1
             self.concluded.set()
+            self._look_for_the_end()
 
     def _fail(self, error: BaseException) -> None:
         if self.failure is None:
@@ -332,8 +328,13 @@ async def work(stage: Stage, artifact: Artifact, channel: Channel) -> None:
     """Load the stage's processor and run shards through it until the channel has no more, or says stop."""
     started = time.monotonic()
     processor = await stage.load()
+    await work_with(processor, artifact, channel, time.monotonic() - started)
+
+
+async def work_with(processor: Processor, artifact: Artifact, channel: Channel, seconds: float) -> None:
+    """The same with a processor that took so many seconds to load; closes it, however the work ends."""
     try:
-        channel.send(Ready(time.monotonic() - started))
+        channel.send(Ready(seconds))
         await Worker(processor, artifact, channel).run()
     finally:
         await processor.aclose()

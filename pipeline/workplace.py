@@ -26,16 +26,18 @@ CONNECT_SECONDS = 5.0
 @dataclass(frozen=True)
 class Ray:
     """A cluster. ``address``: HOST:PORT of its head, None for one to be started here. ``workers`` None: one per GPU, or
-    one per machine where there is none. ``gpu``: whether workers need one where the cluster has some."""
+    one per machine where there is none. ``gpu``: whether workers need one where the cluster has some, or ``gpus_each``
+    of one machine, where that is more than 1."""
 
     address: str | None
     workers: int | None = None
     gpu: bool = True
+    gpus_each: int = 1
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """``gpus``: of this machine, one worker each, by their CUDA numbers; none means one worker on CPU."""
+    """``gpus``: of this machine, one worker each, by their CUDA numbers (``0,1``: both); none: one worker on CPU."""
 
     gpus: tuple[str, ...] = ()
     ray: Ray | None = None
@@ -55,7 +57,7 @@ class Workplace:
             return Scheduler(RayCrew(stage, artifact, size, report), artifact, report).run(shards)
 
 
-def ray_place(address: str | None, workers: int | None, gpu: bool) -> Ray:
+def ray_place(address: str | None, workers: int | None, gpu: bool, gpus_each: int = 1) -> Ray:
     """The cluster of ``--ray-address``, or of $RAY_ADDRESS, or the one of `ray start` here, or one to be started.
 
     Raises BadInput where Ray is missing, or a head that was named does not answer.
@@ -66,18 +68,18 @@ def ray_place(address: str | None, workers: int | None, gpu: bool) -> Ray:
         raise BadInput(f"--ray-workers {workers}: at least 1")
     asked = address or os.environ.get("RAY_ADDRESS") or None
     if asked == "local":
-        return Ray(None, workers, gpu)
+        return Ray(None, workers, gpu, gpus_each)
     if asked not in (None, "auto"):
         where = "--ray-address" if address else "RAY_ADDRESS"
         problem = _problem(asked)
         if problem is not None:
             text = f"{where} {asked}: {problem}; start one (`ray start --head`), or leave the address out"
             raise BadInput(f"{text} to have one started here")
-        return Ray(asked, workers, gpu)
+        return Ray(asked, workers, gpu, gpus_each)
     found = _started_here()
     if found is None and asked == "auto":
         raise BadInput("--ray-address auto: no cluster runs on this machine; `ray start --head`, or leave it out")
-    return Ray(found, workers, gpu)
+    return Ray(found, workers, gpu, gpus_each)
 
 
 def _started_here() -> str | None:

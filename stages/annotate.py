@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..manifests.shards import Row
 from ..manifests.status import Status
+from ..models.context import text_room
 from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
 from .health import HealthConfig, Verdict, examine
 from .prompts import NamedPrompt
@@ -35,6 +36,11 @@ class AnnotateConfig(BaseModel):
         0.7, gt=0, description="least temperature of a re-roll: a greedy one would repeat itself"
     )
     health: HealthConfig = HealthConfig()
+
+    @property
+    def room(self) -> int:
+        """Tokens of context that a prompt and its caption take, beside the image."""
+        return text_room([(self.system or "") + prompt.text for prompt in self.prompts], self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Annotator:
             except RequestError as error:  # the engine has tried what it could; `--retry` is for later
                 completion, verdict = None, Verdict(Status.ENGINE_ERROR, str(error))
                 break
-            verdict = examine(completion.text, completion.finish_reason, self.config.health)
+            verdict = examine(completion.text, completion.finish_reason, self.config.health, completion.thought)
             if verdict.status is Status.OK:
                 break
         name = prompt.name if self.config.samples == 1 else f"{prompt.name}#{k}"

@@ -1,13 +1,14 @@
 """Grading: a reader answers an image's questions from each of its captions, and from the controls beside them.
 
 The controls tell what the figures mean: blind, empty and generic captions are the floor (what can be guessed), one that
-is written from the truth, where the image carries its scene, is the ceiling.
+is written from the truth, where the image carries its scene, is the ceiling. One made of the questions with their right
+options, which needs no truth, shows whether the reader can read at all.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..manifests.shards import Row
 from ..manifests.status import QuestionStatus, Status
-from ..models.quiz import Question
+from ..models.quiz import SELF_ORACLE, Question, self_oracle
 from ..models.reader import QuizReader, Reading
 from ..models.tiny.wording import dense_caption
 from ..models.tiny.world import Scene
@@ -24,7 +25,7 @@ from .screen import QUESTIONS, question_of
 
 CAPTIONS = "captions"  # the companion's name
 #: What is graded beside the captions, from the best to be expected to the worst.
-CONTROLS = ("oracle", "generic", "empty", "blind")
+CONTROLS = ("oracle", "self-oracle", "generic", "empty", "blind")
 
 
 class GradeConfig(BaseModel):
@@ -36,12 +37,17 @@ class GradeConfig(BaseModel):
         None, ge=1, description="cyclic orders in which a question is put; all by default"
     )
     controls: bool = Field(
-        True, description="grade blind, empty, generic and, where truth is known, oracle captions too"
+        True, description="grade blind, empty, generic, self-oracle and, where truth is known, oracle captions too"
     )
     generic: str = Field(
         "The image shows several objects on a plain background.",
         min_length=1,
         description="a caption that fits any image",
+    )
+    self_oracle: str = Field(
+        SELF_ORACLE,
+        pattern=r"^[^{}]*\{question\}[^{}]*\{answer\}[^{}]*$",
+        description="how a question and its right option stand in the caption that tells all answers",
     )
 
 
@@ -66,19 +72,25 @@ class Grader:
         """The output row for an image with its captions and questions beside it. Raises only EngineDead."""
         out = passed_on(row)
         questions = kept_questions(row.beside[QUESTIONS])
-        subjects = [*captions_of(row.beside[CAPTIONS]), *(controls(row, self.config) if self.config.controls else ())]
+        subjects = captions_of(row.beside[CAPTIONS])
+        if self.config.controls:
+            subjects += controls(row, questions, self.config)
         if not questions or not subjects:
             return out
         unscored: list[str] = []
+        cut = 0
         for subject in subjects:
             readings = await self._readings(subject, questions)
             unscored += [error for reading in readings for error in reading.errors]
+            cut += sum(reading.cut for reading in readings)
             out["captions"].append(_graded(subject, readings))
         if unscored:
             reason = f"{len(unscored)} answers were not scored: {unscored[0]}"
             return {**out, "status": str(Status.ENGINE_ERROR), "error": reason}
-        graded = any(each["answers"] for each in out["captions"])
-        return {**out, "status": str(Status.OK)} if graded else out
+        if not any(each["answers"] for each in out["captions"]):
+            return out
+        note = f"{cut} answers came after a thought that was cut at its limit" if cut else out["error"]
+        return {**out, "status": str(Status.OK), "error": note}
 
     async def _readings(self, subject: Subject, questions: list[Question]) -> list[Reading]:
         if subject.status == Status.ENGINE_ERROR:  # there is no caption, and none is not an empty one
@@ -98,11 +110,12 @@ def captions_of(beside: Mapping[str, Any]) -> list[Subject]:
     ]
 
 
-def controls(row: Row, config: GradeConfig) -> list[Subject]:
+def controls(row: Row, questions: Sequence[Question], config: GradeConfig) -> list[Subject]:
     """What a captioner's figures are held against."""
     scene = scene_of(row)
     oracle = [Subject("oracle", dense_caption(scene, Random(f"oracle:{row.uid}")))] if scene is not None else []
-    return [*oracle, Subject("generic", config.generic), Subject("empty", ""), Subject("blind", None)]
+    told = Subject("self-oracle", self_oracle(questions, config.self_oracle))
+    return [*oracle, told, Subject("generic", config.generic), Subject("empty", ""), Subject("blind", None)]
 
 
 def scene_of(row: Row) -> Scene | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..manifests.status import Status
-from ..models.engine import FinishReason
+from ..models.engine import FinishReason, Thought
 
 _RUN = re.compile(r"(\S)\1{7,}|((?:[^\w\s]\s?){12,})")
 _REFUSAL = re.compile(
@@ -46,11 +46,14 @@ class Verdict:
     reason: str | None = None
 
 
-def examine(text: str, finish_reason: FinishReason, config: HealthConfig) -> Verdict:
-    """Judge one caption. The first fault in the order empty, degenerate, refused, truncated is reported."""
+def examine(text: str, finish_reason: FinishReason, config: HealthConfig, thought: Thought | None = None) -> Verdict:
+    """Judge one caption. The first fault in the order empty, degenerate, refused, truncated is reported.
+
+    ``thought``: what the model wrote before it, of which nothing is in ``text``.
+    """
     stripped = text.strip()
     if not stripped:
-        return Verdict(Status.EMPTY, "the model wrote nothing")
+        return Verdict(Status.EMPTY, nothing_written(thought))
     loop = find_loop(stripped, config.loop_repeats)
     if loop is not None:
         return Verdict(Status.DEGENERATE, f"repeats {loop[:40]!r}")
@@ -67,6 +70,15 @@ def examine(text: str, finish_reason: FinishReason, config: HealthConfig) -> Ver
     if finish_reason == "length" and not config.keep_truncated:
         return Verdict(Status.TRUNCATED, "cut at the token limit")
     return Verdict(Status.OK)
+
+
+def nothing_written(thought: Thought | None) -> str:
+    """Why there is no text."""
+    if thought is None:
+        return "the model wrote nothing"
+    if thought.closed:
+        return "the model wrote nothing after its thought"
+    return "the model's thought did not end; allow more tokens, or tell its chat template not to let it think"
 
 
 def find_loop(text: str, repeats: int, longest: int = 40) -> str | None:

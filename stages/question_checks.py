@@ -36,10 +36,10 @@ _SYNONYMS = {
 }
 
 # "A) red", "B. blue", "- (C) green", "d：黄"; not "A.M.", which is no label but an abbreviation.
-_LABELLED = re.compile(r"[-*•]?\s*\(?(?P<label>[A-Ja-j])\s*(?P<end>[)）]|[.．:：、](?!\w\.))\s*(?P<rest>.*)", re.DOTALL)
+_LABELLED = re.compile(r"[-*•]?\s*\(?(?P<label>[A-Ka-k])\s*(?P<end>[)）]|[.．:：、](?!\w\.))\s*(?P<rest>.*)", re.DOTALL)
 _LETTER = re.compile(
     r"[\s*(\[]*(?i:(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?[\s:*(]*)?"
-    r"(?P<letter>[A-Ja-j])[\s*.):\]]*"  # not by ignoring case, which takes a dotted capital I for an i
+    r"(?P<letter>[A-Ka-k])[\s*.):\]]*"  # not by ignoring case, which takes a dotted capital I for an i
 )
 
 _WHY = r"(?: (?:this|that|it|(?:this|the) question))?(?: (?:based on|from|given|with|without|by) .{0,80})?"
@@ -84,11 +84,12 @@ class _Bad(Exception):
         self.status = status
 
 
-def checked(entry: RawQuestion, seen: set[str]) -> dict[str, Any]:
+def checked(entry: RawQuestion, seen: set[str], most: int = MOST_OPTIONS) -> dict[str, Any]:
     """``entry`` as a dict of QUESTION_FIELDS with its status and, unless that is ok, a short reason. Never raises.
 
     Options lose labels that all of them have in order, and those that abstain, which every presentation adds itself.
-    ``seen`` has the folded texts of the ok questions about the same image; an ok one is added to it.
+    ``seen`` has the folded texts of the ok questions about the same image; an ok one is added to it. ``most``: options
+    that a question may have beside those that abstain.
     """
     kind = kind_of(entry.kind)
     text = _clean(entry.text) if isinstance(entry.text, str) else None
@@ -99,7 +100,7 @@ def checked(entry: RawQuestion, seen: set[str]) -> dict[str, Any]:
         _check_text(text)
         options = _without_labels(_option_texts(entry.options))
         kept = _kept_options(options)
-        question = _question(text or "", [options[place] for place in kept], kind)
+        question = _question(text or "", [options[place] for place in kept], kind, most)
         place = _answer_place(entry.answer, options)
         if place not in kept:
             raise _Bad(QuestionStatus.BAD_ANSWER, "the answer is to abstain")
@@ -186,8 +187,10 @@ def _kept_options(options: list[str]) -> list[int]:
     return [place for place, option in enumerate(options) if not abstains(option)]
 
 
-def _question(text: str, options: list[str], kind: str) -> Question:
+def _question(text: str, options: list[str], kind: str, most: int) -> Question:
     """With the first option for an answer, until it is known. Options are refused where Question refuses them."""
+    if len(options) > most:
+        raise _Bad(QuestionStatus.BAD_OPTIONS, f"{len(options)} options, not {FEWEST_OPTIONS} to {most}")
     try:
         return Question(text, tuple(options), 0, kind)
     except ValueError as error:

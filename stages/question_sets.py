@@ -32,7 +32,7 @@ LIST_FIELDS = ("qa_list", "questions", "qa", "message", "reward_model", "ground_
 OPTION_FIELDS = ("options", "choices")
 _BATCH = 100  # rows of a Parquet file at a time: images may lie in them
 _MAX_NAME = 4_096  # characters; a longer "image" is no path but the image itself, as base64
-_OPTION_LINE = re.compile(r"\s*(?:[-*•]\s*)?\(?(?P<label>[A-J])[.)]\s*\S.*")
+_OPTION_LINE = re.compile(r"\s*(?:[-*•]\s*)?\(?(?P<label>[A-K])[.)]\s*\S.*")
 
 
 @dataclass(frozen=True, slots=True)

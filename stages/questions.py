@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..manifests.shards import Row
 from ..manifests.status import QuestionStatus, Status
+from ..models.context import text_room
 from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
-from ..models.quiz import KINDS, writing_prompt, writing_schema
+from ..models.quiz import KINDS, MOST_WRITTEN, writing_prompt, writing_schema
 from .annotate import derive_seed
+from .health import nothing_written
 from .prompts import NamedPrompt
 from .question_checks import RawQuestion, checked
 
@@ -50,6 +52,11 @@ class QuestionsConfig(BaseModel):
     def prompt(self) -> NamedPrompt:
         return NamedPrompt("questions", writing_prompt(self.per_image, self.kinds))
 
+    @property
+    def room(self) -> int:
+        """Tokens of context that the prompt and its answer take, beside the image."""
+        return text_room([self.prompt.text], self.max_tokens)
+
 
 @dataclass(frozen=True)
 class QuestionWriter:
@@ -72,7 +79,7 @@ class QuestionWriter:
                 return {**out, "status": str(Status.ENGINE_ERROR), "error": str(error)}
             out |= {"finish_reason": completion.finish_reason, "n_tokens": out["n_tokens"] + completion.n_tokens}
             out["raw"].append(completion.text)
-            out["questions"] += [checked(entry, seen) for entry in written_questions(completion)]
+            out["questions"] += [checked(entry, seen, MOST_WRITTEN) for entry in written_questions(completion)]
             if len(seen) >= self.config.fewest:
                 return out
         if not seen:
@@ -119,7 +126,9 @@ def written_questions(completion: Completion) -> list[RawQuestion]:
         unreadable = sum(len(_KEY.findall(each)) for each in (between[:-1] if cut else between))
     if unreadable:
         entries.append(_faulty(f"JSON that cannot be read, of {unreadable} question{'s' if unreadable > 1 else ''}"))
-    if cut:
+    if completion.thought is not None and not text:
+        entries.append(_faulty(nothing_written(completion.thought)))
+    elif cut:
         entries.append(_faulty("the answer was cut at the token limit; what follows this is lost"))
     elif not entries:
         entries.append(_faulty("no JSON with questions" if text else "the model wrote nothing"))

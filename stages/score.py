@@ -105,7 +105,7 @@ def captions_of(row: Row) -> dict[str, str]:
     found = {}
     if CAPTIONS in row.beside and (text := chosen_caption(row.beside[CAPTIONS])).strip():
         found[NEW] = text
-    if row.text is not None and split_sentences(row.text):
+    if row.text is not None and row.text.strip():
         found[ORIGINAL] = row.text
     return found
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..manifests.shards import Row
 from ..manifests.status import QuestionStatus, Status
+from ..models.context import quiz_room
 from ..models.engine import ImageInput
 from ..models.quiz import Question
 from ..models.reader import QuizReader, ReaderConfig, Reading
@@ -30,6 +31,11 @@ class ScreenConfig(BaseModel):
     text_max: float = Field(0.0, ge=0, le=1, description="largest share answered right without the image")
     text_inclusive: bool = Field(True, description="whether that very share is still allowed")
     reader: ReaderConfig = ReaderConfig()
+
+    @property
+    def room(self) -> int:
+        """Tokens of context that a question and its answer take, beside the image."""
+        return quiz_room(0, self.reader.answer_tokens)
 
 
 PRESETS = {

@@ -26,6 +26,7 @@ class Scripted:
     concurrency = 4
     grid: ImageGrid | None = None
     guides = False
+    context: int | None = None
 
     def __init__(
         self,
@@ -51,13 +52,16 @@ class Scripted:
             raise scores
         return ChoiceScores(tuple(scores))
 
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return None if self.context is None else len(prompt.text.split())
+
     async def aclose(self) -> None: ...
 
 
 def options_of(prompt: Prompt) -> dict[str, str]:
     """What stands behind each letter of the question that the prompt ends with."""
     question = prompt.text[prompt.text.rindex("Question: ") :]
-    return {text: letter for letter, text in re.findall(r"^([A-J])\. (.*)$", question, re.MULTILINE)}
+    return {text: letter for letter, text in re.findall(r"^([A-K])\. (.*)$", question, re.MULTILINE)}
 
 
 def pick(request: ChoiceRequest, letter: str) -> list[float]:

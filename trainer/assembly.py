@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,8 +21,10 @@ from ..errors import BadInput
 from ..models.batched_lm import BatchedLM
 from ..models.captioner_family import barred_ids, is_blip2, is_captioner, language_model
 from ..models.captioner_kinds import check_prompt
+from ..models.context import image_tokens, quiz_room, text_room
 from ..models.engine import Engine, ImageGrid
 from ..models.loading import EngineConfig, image_grid, load_engine, resolve_model
+from ..models.reader import ReaderConfig
 from ..models.transformers_engine import batched_lm, load_model
 from .adapter import (
     FOLDER,
@@ -84,9 +86,10 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     """
     start = resolve_model(recipe.model)
     folder = weights or start
-    grid = image_grid(folder)
+    grid = image_grid(folder, recipe.min_pixels, recipe.max_pixels)
     if grid is None:
         raise BadInput(f"{recipe.model}: reads text only; training captions takes a vision-language model")
+    refuse_large_images(recipe, grid)
     check_prompt(recipe.model, start, recipe.prompt)
     lora = recipe.trained.lora
     if lora is not None:
@@ -116,7 +119,7 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALO
     sampled = copy.deepcopy(model).requires_grad_(False) if apart else model
     if ranks.sharded:
         shard(policy)
-    preparing = batched_lm(sampled, str(folder), grid)
+    preparing = batched_lm(sampled, str(folder), grid, template_args=recipe.template_args)
     pictures = Pictures(grid, recipe.rollout.decoders, lossless="://" in recipe.rollout.engine)
     return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, ranks, learning)
 
@@ -128,6 +131,23 @@ def whole_policy(parts: PolicyParts) -> DecoderPolicy:
         return policy
     banned = policy.get_buffer("banned").tolist()
     return type(policy)(parts.sampled, banned=banned, temperature=policy.temperature, dtype=policy.dtype)
+
+
+def refuse_large_images(recipe: Recipe, grid: ImageGrid) -> None:
+    """Raise BadInput where one caption of the largest image is more than the packed tokens memory was worked out for.
+
+    A group's captions are packed beside their image once; whole groups may be longer than ``budget``, one row may not.
+    """
+    image, limit = image_tokens(grid), recipe.rollout.max_tokens
+    prompt = text_room([recipe.prompt], 0)
+    tokens = image + prompt + limit
+    if tokens > recipe.budget:
+        room = (recipe.budget - prompt - limit) * grid.factor**2
+        mend = f"set max_pixels to {room} or less" if room >= grid.factor**2 else "lower rollout.max_tokens"
+        raise BadInput(
+            f"max_pixels: an image of {grid.max_pixels} pixels is {image} tokens; with up to {prompt} of the prompt "
+            f"and {limit} of a caption that is {tokens}, more than budget ({recipe.budget}): {mend}, or raise budget"
+        )
 
 
 def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
@@ -242,9 +262,16 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * warm * shape
 
 
-async def load_reader(model: str, engine: str) -> Engine:
-    """An engine for a model that reads text."""
-    return await load_engine(EngineConfig(engine, model))
+async def load_reader(
+    model: str,
+    engine: str,
+    caption_tokens: int | None = None,
+    config: ReaderConfig | None = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> Engine:
+    """An engine for a model that reads captions of so many tokens at most, and questions put as ``config`` says."""
+    room = None if caption_tokens is None else quiz_room(caption_tokens, (config or ReaderConfig()).answer_tokens)
+    return await load_engine(EngineConfig(engine, model, room=room, template_args=template_args or {}))
 
 
 def value_weights(parts: PolicyParts) -> dict[str, Tensor]:

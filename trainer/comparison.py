@@ -18,7 +18,7 @@ Questions = dict[str, tuple[str, float | None]]  # kind and score by question id
 
 @dataclass(frozen=True)
 class Run:
-    """Graded rows under a name, read once. ``settings`` must name the ``reader``.
+    """Graded rows under a name, read once. ``settings`` must name the ``reader``; its ``reader identity`` is compared.
 
     ``system``: what is compared; None takes the first captioner prompt of the rows.
     """
@@ -63,12 +63,13 @@ def compare(first: Run, second: Run, *, resamples: int = RESAMPLES, seed: int = 
 
 
 def _common_reader(first: Run, second: Run) -> str:
-    readers = []
+    readers, identities = [], []
     for run in (first, second):
         if not run.settings.get("reader"):
             raise BadInput(f"{run.name}: it does not say which reader graded it; grade it again")
         readers.append(str(run.settings["reader"]))
-    if readers[0] != readers[1]:
+        identities.append(run.settings.get("reader identity", run.settings["reader"]))
+    if identities[0] != identities[1]:
         raise BadInput(
             f"{first.name} was graded by {readers[0]}, {second.name} by {readers[1]}; grade both with one reader"
         )

@@ -12,7 +12,20 @@ from ..models.quiz import KINDS
 from ..models.tiny.grade import grade, parse
 from ..models.tiny.world import Scene
 from ..stages.grade import CONTROLS
-from .figures import Example, ExampleAnswer, Judged, Place, Quiz, Report, Retrieval, System, Truth, json_ready
+from .ability import BLIND, ORACLE, SELF_ORACLE, Ability, Places, cautions
+from .figures import (
+    Caution,
+    Example,
+    ExampleAnswer,
+    Judged,
+    Place,
+    Quiz,
+    Report,
+    Retrieval,
+    System,
+    Truth,
+    json_ready,
+)
 from .grades import (
     GradedCaption,
     GradedImage,
@@ -26,7 +39,7 @@ from .measures import NOTHING, RECALL_AT, RESAMPLES, Estimate, Figure, Ratios, f
 from .text_statistics import TextTally
 
 EXAMPLES = 3  # images of which the report shows captions
-_UNTRUE = ("empty", "blind")  # controls that state nothing, so that there is nothing to hold against the truth
+_UNTRUE = (SELF_ORACLE, "empty", BLIND)  # controls that state nothing by themselves, to be held against the truth
 
 
 def evaluate(
@@ -38,6 +51,7 @@ def evaluate(
     cosines: Mapping[tuple[str, str], float] | None = None,
     logps: Mapping[str, Sequence[float]] | None = None,
     where: str = "the graded rows",
+    warnings: Sequence[Caution] = (),
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Report:
@@ -46,7 +60,8 @@ def evaluate(
     ``settings``: JSON-ready facts for the reader of the report (model, reader, fingerprints); ``ranks``: by uid and
     caption, from :mod:`.retrieval`, in a ``gallery`` of so many images; ``cosines``: the same way, of a caption's and
     its image's features; ``logps``: of each caption's tokens under a language model, by its text; ``where``: the rows'
-    name in errors. Raises BadInput where there is no row, no question, or no answer with a score.
+    name in errors; ``warnings``: what is known to be wrong already. Raises BadInput where there is no row,
+    no question, or no answer with a score.
     """
     tally = _Tally(ranks=ranks or {}, cosines=cosines or {}, logps=logps or {})
     for row in rows:
@@ -54,6 +69,7 @@ def evaluate(
     tally.check(where)
     estimates = tally.ratios.estimates(len(tally.images), resamples, seed)
     figures = {figure: estimate for figure, (estimate, _) in estimates.items()}
+    systems = tuple(tally.systems[name].system(name, figures, gallery) for name in ordered(tally.systems))
     return Report(
         images=len(tally.images),
         rows=tally.rows,
@@ -63,9 +79,20 @@ def evaluate(
         settings=json_ready(settings),
         resamples=resamples,
         seed=seed,
-        systems=tuple(tally.systems[name].system(name, figures, gallery) for name in ordered(tally.systems)),
+        systems=systems,
         examples=tuple(tally.examples),
+        warnings=(*warnings, *_of_reader(systems, {name: each.places for name, each in tally.systems.items()})),
     )
+
+
+def _of_reader(systems: Sequence[System], places: Mapping[str, Places]) -> list[Caution]:
+    """What the controls say against the reader; nothing where they were not graded."""
+    means = {each.name: value for each in systems if (value := each.quiz.accuracy.value) is not None}
+    told = {name: means[name] for name in (SELF_ORACLE, ORACLE) if name in means}
+    if BLIND not in means or not told:
+        return []
+    best = max(told, key=lambda name: told[name])
+    return cautions(Ability(means[BLIND], told, places[best].accuracies()))
 
 
 def ordered(systems: Iterable[str]) -> list[str]:
@@ -91,6 +118,7 @@ class _SystemTally:
     excluded: Counter[str] = field(default_factory=Counter)
     right: Counter[int] = field(default_factory=Counter)  # presentations, by the place of the right option
     scored: Counter[int] = field(default_factory=Counter)
+    places: Places = field(default_factory=Places)
     text: TextTally = field(default_factory=TextTally)
 
     def system(self, name: str, figures: Mapping[Figure, Estimate], gallery: int) -> System:
@@ -196,6 +224,8 @@ class _Tally:
         tally = self.systems[name]
         for answer in answers:
             places = places_of_answer(question.options, question.answer, len(answer.chosen))
+            hits = [None if chosen is None else chosen == question.answer for chosen in answer.chosen]
+            tally.places.add(places, hits)
             for place, chosen in zip(places, answer.chosen, strict=True):
                 if chosen is not None:
                     tally.scored[place] += 1

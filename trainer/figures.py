@@ -130,6 +130,19 @@ class System:
 
 
 @dataclass(frozen=True)
+class Caution:
+    """What makes the figures doubtful: ``kind`` for machines, ``text`` for people, the ``figures`` that it is about.
+
+    Kinds: ``cannot_read``, ``prefers_places``, ``reward_reader`` (the reader is the one that training was rewarded by),
+    ``too_long`` (captions that the reader's context does not hold).
+    """
+
+    kind: str
+    text: str
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
 class ExampleAnswer:
     """How one question fared, in presentations."""
 
@@ -166,6 +179,7 @@ class Report(JsonForm):
     seed: int
     systems: tuple[System, ...]
     examples: tuple[Example, ...]
+    warnings: tuple[Caution, ...] = ()
 
 
 # --- two runs --------------------------------------------------------------------------------------------------------

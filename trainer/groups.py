@@ -29,7 +29,10 @@ class RewardResult:
 
 @dataclass
 class Group:
-    """An image's prompt, the completions sampled for it, what became of them. ``key``: its name in its shard."""
+    """An image's prompt, the completions sampled for it, what became of them. ``key``: its name in its shard.
+
+    ``failures``: why captions are missing that could not be sampled.
+    """
 
     uid: str
     key: str
@@ -37,6 +40,7 @@ class Group:
     completions: list[Completion] = field(default_factory=list)
     rewards: list[RewardResult] = field(default_factory=list)
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (completions,)
+    failures: list[str] = field(default_factory=list)
 
     def tokens(self) -> int:
         """Completion tokens in all."""

@@ -7,12 +7,15 @@ other they grew and praised themselves. Here it is for measuring that, and for j
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from ..models.engine import ChoiceRequest, Completion, Engine, Prompt
+from ..manifests.configuration import Growing
+from ..models.engine import ChoiceRequest, Completion, Engine, Prompt, Sampling
 from ..models.quiz import plain
+from ..models.reader import THOUGHT_TEMPERATURE, THOUGHT_TOKENS, seed_of
+from ..models.thinking import after_thought, thinks
 from .pictures import Pictures
 from .rewards import Scored
 from .tasks import Task
@@ -24,15 +27,22 @@ RATE = (
 )
 
 
-class JudgeRewardConfig(BaseModel):
+class JudgeRewardConfig(Growing):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("template_args", "thought_tokens")
 
     kind: Literal["judge"] = "judge"
     model: str = Field(description="who rates: a bundled model that sees, a folder, a hub id")
-    engine: str = Field("auto", description="auto, vllm, transformers or the URL of a server")
+    engine: str = Field("auto", description="auto, vllm, transformers or URLs of servers, separated by commas")
     marks: tuple[str, ...] = Field(("1", "2", "3", "4", "5"), min_length=2, description="worst to best, a token each")
     weight: float = 1.0
     normalise: bool = False
+    template_args: dict[str, Any] = Field(
+        {}, description="given to the judge's chat template besides the chat, e.g. {enable_thinking: false}"
+    )
+    thought_tokens: int = Field(
+        THOUGHT_TOKENS, ge=1, description="longest thought of a judge that thinks before each mark"
+    )
 
 
 class JudgeReward:
@@ -46,8 +56,15 @@ class JudgeReward:
         marks = self.config.marks
         text = RATE.format(worst=marks[0], best=marks[-1], caption=plain(caption.text).strip())
         prompt = Prompt(text, await self._pictures.of(task))
+        details = {}
+        if await thinks(self.engine):
+            prompt, thought = await after_thought(self.engine, prompt, self._thinking(draw))
+            details = {"thought_cut": thought is not None and not thought.closed}
         found = await self.engine.choose(ChoiceRequest(prompt, marks))
-        return Scored(expected_mark(found.logprobs))
+        return Scored(expected_mark(found.logprobs), details)
+
+    def _thinking(self, draw: str) -> Sampling:
+        return Sampling(THOUGHT_TEMPERATURE, 1.0, self.config.thought_tokens, seed_of(f"judge/{draw}"))
 
     async def aclose(self) -> None:
         self._pictures.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..models.context import quiz_room
 from ..models.loading import EngineConfig, load_engine
 from ..models.reader import QuizReader
 from .advantages import Part
@@ -19,15 +20,16 @@ from .rewards import Judge, Reward
 from .text_rewards import BoilerplateConfig, BoilerplateReward, LengthConfig, LengthReward, RepetitionReward
 
 
-async def build_judge(configs: Sequence[RewardConfig], decode: Decode) -> Judge:
+async def build_judge(configs: Sequence[RewardConfig], decode: Decode, caption_tokens: int | None = None) -> Judge:
     """The rewards of a recipe, engines started. ``decode``: a completion's ids to text by the policy's tokenizer.
 
+    ``caption_tokens``: the longest caption, by which engines make room; as much as their models take where None.
     Raises BadInput for a model that is not there or of a wrong kind; what was started by then is closed.
     """
     rewards: dict[str, Reward] = {}
     try:
         for config in configs:
-            rewards[config.kind] = await _reward(config, decode)
+            rewards[config.kind] = await _reward(config, decode, caption_tokens)
     except BaseException:
         for reward in rewards.values():
             await reward.aclose()
@@ -35,13 +37,18 @@ async def build_judge(configs: Sequence[RewardConfig], decode: Decode) -> Judge:
     return Judge(rewards, {config.kind: Part(config.weight, config.normalise) for config in configs})
 
 
-async def _reward(config: RewardConfig, decode: Decode) -> Reward:
+async def _reward(config: RewardConfig, decode: Decode, caption_tokens: int | None) -> Reward:
     match config:
         case QuizRewardConfig():
-            engine = await load_reader(config.reader, config.engine)
-            return QuizReward(QuizReader(engine, reader_config()), config)
+            asks = reader_config(config)
+            engine = await load_reader(config.reader, config.engine, caption_tokens, asks, config.template_args)
+            reader = QuizReader(engine, asks)
+            await _check_served(reader, config.engine)
+            return QuizReward(reader, config)
         case JudgeRewardConfig():
-            return JudgeReward(await load_engine(EngineConfig(config.engine, config.model)), config)
+            room = None if caption_tokens is None else quiz_room(caption_tokens, 1 + config.thought_tokens)
+            asked = EngineConfig(config.engine, config.model, room=room, template_args=config.template_args)
+            return JudgeReward(await load_engine(asked), config)
         case ClipRewardConfig() | BlipRewardConfig() | ItmRewardConfig():
             return build_image_text_reward(config)
         case NaturalnessConfig():
@@ -58,3 +65,13 @@ async def _reward(config: RewardConfig, decode: Decode) -> Reward:
             return BoilerplateReward(config)
         case _:
             return RepetitionReward()
+
+
+async def _check_served(reader: QuizReader, engine: str) -> None:
+    """Raise BadInput where what answers at a URL cannot be a reader; the engine is closed then."""
+    try:
+        if "://" in engine:
+            await reader.check()
+    except BaseException:
+        await reader.engine.aclose()
+        raise

@@ -55,6 +55,7 @@ class Run:
     updater: Updater
     log: RunLog
     say: Callable[[str], None]
+    reader: dict[str, str | None] | None = None  # the quiz's: its name and its digest, for who evaluates
     step: int = 0
     alarms: dict[str, int] = field(default_factory=dict)  # how many steps in a row each was raised
     generic: dict[str, float] = field(default_factory=dict)  # by reward, what a caption of any image was found to earn
@@ -81,6 +82,8 @@ async def train(run: Run) -> Path:
                 await _validate(run)
         run.log.step(run.step - 1, {**figures, **clock.seconds})
         run.say(line(run.step, recipe.steps, figures, clock))
+        if figures["captions_failed"]:
+            run.say(f"{figures['captions_failed']} captions could not be sampled; the first: {figures['failure']}")
         if run.step == 1:
             for warning in template_warnings(run.generic, figures):
                 run.say(warning)
@@ -136,7 +139,7 @@ def _update_beside(run: Run, groups: list[Group], drawn_before: bool) -> UpdateR
 
 def checkpoint(run: Run) -> Path:
     """Write one; all processes take part, as none may have all of the weights."""
-    facts = Facts(run.step, run.fingerprint, {"alarms": run.alarms})
+    facts = Facts(run.step, run.fingerprint, {"alarms": run.alarms, "reader": run.reader})
     state = optimizer_state(run.parts.policy, run.updater.optimizer)
     head = value_weights(run.parts)
     if run.parts.ranks.first:
@@ -154,13 +157,15 @@ async def _validate(run: Run) -> Validation | None:
     run.log.step(run.step - 1, {f"validation/{name}": value for name, value in found.figures().items()})
     told = " ".join(f"{name} {value:.3f}" for name, value in found.figures().items())
     run.say(f"validation after {run.step} steps: {told}")
+    if found.failed:
+        run.say(f"warning: validation: {found.failed} captions could not be drawn and are left out: {found.reason}")
     return found
 
 
 def step_figures(groups: Sequence[Group], report: UpdateReport, rewards: Sequence[str], ranks: Ranks) -> dict[str, Any]:
     """Means over a step's captions of all processes, and the update's own figures. ``rewards``: components' names."""
     summed = ranks.sum(tally(groups, rewards)).tolist()
-    captions, tokens, truncated, repeating, scores, scored, *parts = summed
+    captions, tokens, truncated, repeating, scores, scored, failed, *parts = summed
     of_part = zip(rewards, parts[::2], parts[1::2], strict=True)
     return {
         "reward": scores / scored if scored else None,
@@ -170,13 +175,15 @@ def step_figures(groups: Sequence[Group], report: UpdateReport, rewards: Sequenc
         "repeating": repeating / max(1, captions),
         "unscored_share": 1 - scored / captions if captions else 1.0,
         "captions": int(captions),
+        "captions_failed": int(failed),
+        "failure": next((reason for group in groups for reason in group.failures), None),  # of this process
         **asdict(report),
     }
 
 
 def tally(groups: Sequence[Group], rewards: Sequence[str]) -> Tensor:
-    """What processes add up, float64: captions, tokens, cut ones, looping ones, scores, scored; then of each reward
-    the sum of its values and how many there are."""
+    """What processes add up, float64: captions, tokens, cut ones, looping ones, scores, scored, failed; then of each
+    reward the sum of its values and how many there are."""
     captions = [caption for group in groups for caption in group.completions]
     results = [reward for group in groups for reward in group.rewards]
     scores = [each.score for each in results if each.score is not None]
@@ -187,6 +194,7 @@ def tally(groups: Sequence[Group], rewards: Sequence[str]) -> Tensor:
         sum(loops(each.text) for each in captions),
         sum(scores),
         len(scores),
+        sum(len(group.failures) for group in groups),
     ]
     for name in rewards:
         values = [value for each in results if (value := each.components.get(name)) is not None]
@@ -195,7 +203,13 @@ def tally(groups: Sequence[Group], rewards: Sequence[str]) -> Tensor:
 
 
 def raised(figures: dict[str, Any], config: AlarmConfig, counts: dict[str, int]) -> str | None:
-    """The alarm that has been raised ``patience`` steps in a row, in words; ``counts`` is kept up to date."""
+    """The alarm that has been raised ``patience`` steps in a row, in words; ``counts`` is kept up to date.
+
+    A step without a single caption is one at once: nothing was learnt, and the next one would fare no better.
+    """
+    if figures["captions_failed"] and not figures["captions"]:
+        reason = figures["failure"] or "another process has the reasons"
+        return f"all {figures['captions_failed']} captions of the step failed: {reason}"
     per_caption = figures["kl"] * figures["tokens_per_caption"]
     checks = {
         "truncated": (figures["truncated"], config.truncated, "of the captions are cut at their limit"),

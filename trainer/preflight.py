@@ -1,7 +1,8 @@
 """Before training: a caption that says nothing must earn what a guess earns, or a template will win.
 
-Of a quiz it is known what a guess earns: training is refused where a template earns more. Of other rewards it is said
-what templates earn, and warned where that is more than the first captions of the policy do.
+And one that tells the answers must earn more, or the reader cannot read and the reward is noise. Of a quiz it is known
+what a guess earns: training is refused where a template earns more. Of other rewards it is said what templates earn,
+and warned where that is more than the first captions of the policy do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from random import Random
 
 from ..errors import BadInput
 from ..models.engine import Completion
+from ..models.reader import QuizReader
 from ..models.tiny.wording import dense_caption
+from .ability import Ability, ability_of, cautions
 from .quiz_reward import QuizReward
 from .rewards import Judge
 from .tasks import Task
@@ -57,6 +60,23 @@ def refuse_templates(found: Floors, tolerance: float = TOLERANCE) -> None:
                 f"preflight: a {name} caption earns {value:.2f}, the reader alone {found.blind:.2f}: training would "
                 "find that template; screen the questions more strictly, or take another reader"
             )
+
+
+async def ability(reader: QuizReader, tasks: Sequence[Task]) -> Ability:
+    """What the reader makes of captions that tell the answers. Raises BadInput where nothing could be scored."""
+    found = await ability_of(reader, tasks[:IMAGES])
+    if found is None:
+        raise BadInput("preflight: the reader scored none of the questions; is it a model that answers with letters?")
+    return found
+
+
+def refuse_reader(found: Ability, name: str) -> list[str]:
+    """Warnings about a reader that is to reward. Raises BadInput where it cannot read: then the reward is noise."""
+    wrong = cautions(found)
+    for each in wrong:
+        if each.kind == "cannot_read":
+            raise BadInput(f"preflight: {name}: {each.text}; set the quiz's `reader` in the recipe")
+    return [f"warning: {name}: {each.text}" for each in wrong]
 
 
 @dataclass(frozen=True)

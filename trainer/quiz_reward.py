@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from ..manifests.configuration import Growing
 from ..models.engine import Completion
 from ..models.quiz import Question
-from ..models.reader import Order, QuizReader, ReaderConfig
+from ..models.reader import THOUGHT_TOKENS, Order, QuizReader, ReaderConfig
 from .rewards import Scored
 from .tasks import Task
 
 
-class QuizRewardConfig(BaseModel):
+class QuizRewardConfig(Growing):
     """``sampled``: as CapRL (arXiv 2509.22647 eq. 1-3); ``rotated``: every question in every cyclic order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("template_args", "thought_tokens", "mode")
 
     kind: Literal["quiz"] = "quiz"
     reader: str = Field("tiny/reader", description="who answers: a bundled model, a folder, a hub id")
-    engine: str = Field("auto", description="auto, vllm, transformers or the URL of a server")
+    engine: str = Field("auto", description="auto, vllm, transformers or URLs of servers, separated by commas")
+    mode: Literal["choose", "sampled"] = Field(
+        "choose", description="choose: the likeliest letter; sampled: drawn ones, for servers without log-probabilities"
+    )
     presentations: Literal["rotated", "sampled"] = Field(
         "rotated",
         description="rotated: every question in every cyclic order; sampled: drawn with replacement, shuffled",
@@ -30,6 +35,12 @@ class QuizRewardConfig(BaseModel):
     least_scored: float = Field(0.5, gt=0, le=1, description="share of answers without which a caption is unscored")
     weight: float = 1.0
     normalise: bool = False
+    template_args: dict[str, Any] = Field(
+        {}, description="given to the reader's chat template besides the chat, e.g. {enable_thinking: false}"
+    )
+    thought_tokens: int = Field(
+        THOUGHT_TOKENS, ge=1, description="longest thought of a reader that thinks before each answer"
+    )
 
 
 class QuizReward:
@@ -73,6 +84,6 @@ class QuizReward:
         await self.reader.engine.aclose()
 
 
-def reader_config() -> ReaderConfig:
-    """How the reward's reader is asked: by letters' log-probability, in all orders."""
-    return ReaderConfig()
+def reader_config(config: QuizRewardConfig) -> ReaderConfig:
+    """How the reward's reader is asked: in all orders."""
+    return ReaderConfig(mode=config.mode, thought_tokens=config.thought_tokens)

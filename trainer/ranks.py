@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..models.child_processes import follow
+
 Item = TypeVar("Item")
 
 PATIENCE = timedelta(minutes=30)  # one process may wait for another's rollouts
@@ -135,6 +137,8 @@ def alone_on(device: torch.device) -> Iterator[None]:
 
 def join(sharded: bool) -> Ranks:
     """The processes that `torchrun` started, or this one alone. Ranks of one machine take its GPUs in order."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        follow(os.getppid())  # a killed torchrun leaves none of us
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return ALONE

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BadInput
+from ..manifests.configuration import Growing
 from ..models.tiny.prompts import DENSE
 from .adapter import LoRAConfig
 from .advantages import Baseline
@@ -39,7 +40,7 @@ RewardConfig = Annotated[
 ]
 
 
-class Section(BaseModel):
+class Section(Growing):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -147,14 +148,18 @@ class OptimizerConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Greedy captions of held-out images, graded by a reader that is not the reward's."""
+    """Greedy captions of held-out images, graded by a reader that is not the reward's, whatever it is called."""
+
+    later = ("template_args", "mode")
 
     shards: str
     questions: str
     reader: str = "tiny/holdout-reader"
     engine: str = "auto"
+    mode: Literal["choose", "sampled"] = Field("choose", description="as a quiz's, of this reader")
     every: int = Field(25, ge=1, description="steps")
     images: int = Field(64, ge=1, description="the first so many")
+    template_args: dict[str, Any] = Field({}, description="as a quiz's, of this reader")
 
 
 class AlarmConfig(Section):
@@ -173,8 +178,17 @@ class AlarmConfig(Section):
 class Recipe(Section):
     """Everything that decides what a run does."""
 
+    later = ("template_args", "max_pixels", "min_pixels")
+
     model: str = Field(description="where training starts: a bundled model, a folder or a hub id")
     prompt: str = Field(DENSE[0], description="empty for models that read none, or nothing but the image")
+    template_args: dict[str, Any] = Field(
+        {}, description="given to the model's chat template besides the chat, e.g. {enable_thinking: false}"
+    )
+    max_pixels: int | None = Field(
+        None, ge=1, description="largest image area the model sees, and so image tokens; its processor's by default"
+    )
+    min_pixels: int | None = Field(None, ge=1, description="smallest image area; its processor's by default")
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()
@@ -196,7 +210,8 @@ class Recipe(Section):
     )
     preflight: bool = Field(
         True,
-        description="refuse to train where a quiz rewards a caption of any image, tell what other rewards make of it",
+        description="refuse to train where a quiz rewards a caption of any image, or its reader cannot read; tell what "
+        "other rewards make of such captions",
     )
     wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that figures go to as well")
     seed: int = 0
@@ -218,7 +233,8 @@ class Recipe(Section):
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
         if quiz is not None and self.data.questions is None:
             raise ValueError("a quiz asks questions: add data.questions, the folder of a `capipe qa`")
-        if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader:
+        # By name, which a recipe alone can tell; two names of one model are found when the run starts.
+        if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader != "":
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
 

@@ -67,6 +67,8 @@ def to_markdown(value: Report | Comparison) -> str:
 
 def _report_page(report: Report) -> Iterator[str]:
     yield "# Evaluation"
+    for warning in report.warnings:
+        yield f"**Warning:** {escape(warning.text)}."
     yield _method(report)
     if report.settings:
         yield _markdown(_settings_grid({"": report.settings}))

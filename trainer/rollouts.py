@@ -43,7 +43,8 @@ class Rollouts:
         self._prepare, self._pictures = prepare, pictures
 
     async def collect(self, turns: Sequence[tuple[Task, int]], step: int, judge: Judge) -> list[Group]:
-        """One group per task, in order, with rewards; a caption that could not be sampled is left out of its group.
+        """One group per task, in order, with rewards; a caption that could not be sampled is left out of its group,
+        which has the reason.
 
         ``turns``: tasks, each with how often the step has had it before, since its captions are to be others then.
         All images are decoded before the first caption is asked for, so that the engine's batches, and with them the
@@ -57,29 +58,35 @@ class Rollouts:
         )
         return await asyncio.gather(*groups)
 
-    async def greedy(self, tasks: Sequence[Task]) -> list[Completion]:
-        """The likeliest caption of each task, for validation. Raises RequestError."""
-
+    async def greedy(self, tasks: Sequence[Task]) -> list[Completion | RequestError]:
+        """The likeliest caption of each task, for validation, or why there is none. Raises EngineDead."""
         sampling = Sampling(max_tokens=self.drawing.max_tokens)
         prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self._pictures.of, tasks))]
-        return await asyncio.gather(*(self.engine.generate(GenerationRequest(each, sampling)) for each in prompts))
+        return await asyncio.gather(*(self._greedy(GenerationRequest(each, sampling)) for each in prompts))
+
+    async def _greedy(self, request: GenerationRequest) -> Completion | RequestError:
+        try:
+            return await self.engine.generate(request)
+        except RequestError as error:
+            return error
 
     async def _group(self, task: Task, turn: int, prompt: Prompt, step: int, judge: Judge) -> Group:
         size = self.drawing.group
         draws = [f"{self.drawing.seed}/{step}/{task.uid}/{number}" for number in range(turn * size, (turn + 1) * size)]
         outcomes = await asyncio.gather(*(self._caption(prompt, task, draw, judge) for draw in draws))
-        kept = [outcome for outcome in outcomes if outcome is not None]
+        kept = [outcome for outcome in outcomes if not isinstance(outcome, RequestError)]
         group = Group(task.uid, task.key, self._prepare(prompt), [caption for caption, _ in kept])
+        group.failures = [str(outcome) for outcome in outcomes if isinstance(outcome, RequestError)]
         if kept:
             group.rewards = judge.results([scored for _, scored in kept])
         return group
 
     async def _caption(
         self, prompt: Prompt, task: Task, draw: str, judge: Judge
-    ) -> tuple[Completion, dict[str, Scored]] | None:
+    ) -> tuple[Completion, dict[str, Scored]] | RequestError:
         request = GenerationRequest(prompt, self.drawing.sampling(draw), logprobs=True)
         try:
             caption = await self.engine.generate(request)
-        except RequestError:
-            return None
+        except RequestError as error:
+            return error
         return caption, await judge.score(task, caption, draw)

@@ -14,22 +14,24 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ..errors import BadInput
+from ..models.context import image_tokens, text_room
 from ..models.engine import Engine, Prompt
-from ..models.http_engine import HTTPEngine, HTTPOptions, connect_http_engine
+from ..models.http_engine import HTTPOptions
+from ..models.http_server import server_urls
 from ..models.loading import vllm_runs
 from ..models.sampling import vision_ids
-from ..models.several import Several
+from ..models.several import connect_servers
 from ..models.transformers_engine import TransformersEngine, batched_lm
-from ..models.vllm_engine import VLLMEngine, VLLMOptions, start_vllm_engine
+from ..models.vllm_config import VLLMOptions
+from ..models.vllm_engine import VLLMEngine, start_vllm_engine
 from .assembly import PolicyParts, write_model
 from .decoder import DecoderPolicy
 from .probe import Probe
 from .ranks import Ranks, alone_on
-from .recipe import Recipe, RolloutConfig
+from .recipe import Recipe
 from .sharding import copy_weights
 
 SYNC_FOLDER = "sampling"  # in a run's --out
-TEXT_ROOM = 512  # tokens of a prompt beside its image
 PROBE_EXACT, PROBE_BF16 = 1e-3, 0.1  # nats; where all was well 1e-4 was seen in float32
 
 
@@ -101,10 +103,10 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     separate = model is not parts.policy.model
     copy = partial(copy_weights, parts.policy, model) if separate else None
     if rollout.engine == "transformers":
-        lm = batched_lm(model, str(parts.folder), parts.grid)
+        lm = batched_lm(model, str(parts.folder), parts.grid, template_args=recipe.template_args)
         lm.computes_in = parts.policy.dtype
         return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.ranks, copy)
-    engine: Engine = _vllm(rollout, parts) if rollout.engine == "vllm" else await _connected(rollout, parts)
+    engine: Engine = _vllm(recipe, parts) if rollout.engine == "vllm" else await _connected(recipe, parts)
     folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER
     probing = DecoderPolicy(model)  # untempered, nothing barred: as vLLM tells log-probabilities
     exact = next(model.parameters()).device.type == "cpu"
@@ -123,25 +125,24 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     return sampler
 
 
-def _vllm(rollout: RolloutConfig, parts: PolicyParts) -> Engine:
+def _vllm(recipe: Recipe, parts: PolicyParts) -> Engine:
+    rollout = recipe.rollout
     if not vllm_runs():
         raise BadInput("rollout.engine vllm: vLLM is not installed here; use transformers, or install capipe[vllm]")
-    seen = parts.grid.max_pixels // parts.grid.factor**2
+    context = image_tokens(parts.grid) + text_room([recipe.prompt], rollout.max_tokens)
     options = VLLMOptions(
         str(parts.folder),
         parts.grid,
-        max_model_len=min(parts.preparing.max_model_len, seen + TEXT_ROOM + rollout.max_tokens),
+        max_model_len=min(parts.preparing.max_model_len, context),
         gpu_memory_utilization=rollout.gpu_memory,
         trained=True,
+        template_args=recipe.template_args,
     )
     with alone_on(parts.policy.device):
         return start_vllm_engine(options)
 
 
-async def _connected(rollout: RolloutConfig, parts: PolicyParts) -> Engine:
+async def _connected(recipe: Recipe, parts: PolicyParts) -> Engine:
     barred = tuple(vision_ids(parts.sampled.config))
-    engines: list[HTTPEngine] = []
-    for url in rollout.engine.split(","):
-        options = HTTPOptions(url.strip(), token_ids=True, barred=barred)
-        engines.append(await connect_http_engine(options))
-    return engines[0] if len(engines) == 1 else Several(engines)
+    options = HTTPOptions("", token_ids=True, barred=barred, template_args=recipe.template_args)
+    return await connect_servers(options, server_urls(recipe.rollout.engine), all_needed=True)

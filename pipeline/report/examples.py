@@ -20,6 +20,7 @@ from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.status import QuestionStatus, Status
 from ...manifests.storage import parquet_file
+from ...stages.grade import CONTROLS
 from ..joins import Joins, Place
 from ..pictures import Pictures, small_jpeg
 from .facts import sampled
@@ -30,7 +31,6 @@ _ROWS = 256  # of a shard that pictures are chosen from
 _SHARDS = 8  # of an artifact in which reasons are counted
 _SIDE = 256
 _LONGEST = 1500  # characters of a caption
-_CONTROLS = ("blind", "empty", "generic", "oracle")
 _TELLING = ("grade", "screen", "score", "annotate", "questions")
 _SCORES = re.compile(r"(re|org)_(clip|itm)_score(_min)?|unsafe")
 
@@ -182,7 +182,7 @@ def _take_answers(questions: Mapping[str, Asked], source: str, row: Mapping[str,
     """Put beside each question how often it was answered right from each system's captions."""
     for caption in row["captions"] or []:
         system = caption["name"].partition("#")[0]
-        if system in _CONTROLS:
+        if system in CONTROLS:
             continue
         for answer in caption["answers"] or []:
             if answer["id"] in questions and answer["scored"]:

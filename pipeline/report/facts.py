@@ -17,6 +17,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from ...errors import BadInput, CapipeError
 from ...manifests.artifact import Artifact
+from ...stages.grade import CONTROLS
 from ...stages.provenance import last_part, public
 from ...stages.select import Rule, SelectConfig
 from ...trainer.measures import Estimate
@@ -27,7 +28,6 @@ from .charts import Bar, Line
 
 SHARDS = 32  # read of an artifact for histograms
 _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_min")] + ["length", "unsafe"]
-_CONTROLS = ("blind", "empty", "generic", "oracle")
 _TITLES = {
     "ingest": "images checked and hashed",
     "hash": "images hashed, to find repeats",
@@ -76,6 +76,7 @@ class Evaluation:
     questions: int
     after: str | None
     bars: list[Bar]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,11 @@ class _System:
 
 
 @dataclass(frozen=True)
+class _Caution:
+    text: str
+
+
+@dataclass(frozen=True)
 class _Report:
     """What is shown of trainer/figures.py's Report, which would bring torch along: seconds for a few numbers."""
 
@@ -251,6 +257,7 @@ class _Report:
     questions: int
     settings: dict[str, JsonValue]
     systems: tuple[_System, ...]
+    warnings: tuple[_Caution, ...] = ()
 
 
 def _evaluation(name: str, folder: Path, runs: Sequence[str]) -> Evaluation:
@@ -266,7 +273,8 @@ def _evaluation(name: str, folder: Path, runs: Sequence[str]) -> Evaluation:
     for system in read.systems:
         quiz = system.quiz.accuracy
         if quiz.value is not None:
-            bars.append(Bar(system.name, quiz.value, quiz.low, quiz.high, int(system.name not in _CONTROLS)))
+            bars.append(Bar(system.name, quiz.value, quiz.low, quiz.high, int(system.name not in CONTROLS)))
     reader = str(read.settings.get("reader", "")).partition("@")[0]
     shown = last_part(captioner) if "/step-" in captioner else captioner
-    return Evaluation(name, shown, public(reader), read.images, read.questions, after, bars)
+    warnings = tuple(each.text for each in read.warnings)
+    return Evaluation(name, shown, public(reader), read.images, read.questions, after, bars, warnings)

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 @pytest.fixture(scope="module")
 def server(unused_tcp_port_factory: Callable[[], int]) -> Iterator[str]:
     arguments = ["--served-model-name", "captioner", "--max-model-len", str(ROOM), "--max-num-seqs", "16"]
+    arguments += ["--max-logprobs", "5"]  # it is asked for 20 first
     arguments += ["--trust-request-mm-kwargs"]  # or it refuses requests with a pixel cap
     # Guided or not, the captioner would rather write white space without end than JSON, which it never saw.
     arguments += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
@@ -55,3 +56,16 @@ async def test_a_real_server_writes_the_same(server: str, vllm_engine: Engine, p
         await engine.generate(GenerationRequest(prompts[0], json_schema='{"type": "bogus"}'))
     assert model_identity("", server).name == "captioner"
     await engine.aclose()
+
+
+async def test_two_urls_are_one_engine(server: str, pictures: list[ImageInput]) -> None:
+    both = f"{server},{server.replace('127.0.0.1', 'localhost')}"
+    requests = [GenerationRequest(Prompt(DETAILED, each), Sampling(max_tokens=60)) for each in pictures[:40]]
+    one, routed = await load_engine(EngineConfig(server, concurrency=16)), await load_engine(EngineConfig(both))
+    alone, together = [
+        [answer.text for answer in await asyncio.gather(*map(engine.generate, requests))] for engine in (one, routed)
+    ]
+    assert sum(a == b for a, b in zip(alone, together, strict=True)) >= len(requests) - 2  # batches differ in last bits
+    assert model_identity("", both) == model_identity("", server)
+    await one.aclose()
+    await routed.aclose()

@@ -226,16 +226,17 @@ def test_nothing_loads_weights_past_the_helper() -> None:
             found[f"{where.name}: {owner}"] = found.get(f"{where.name}: {owner}", 0) + 1
     assert found == {
         "pretrained.py: loader": 1,
-        "diffusion.py: loader": 1,  # diffusers', with its own report
-        "diffusion.py: kind": 1,  # the pipeline of models that were loaded so
+        "adapters.py: PeftConfig": 1,  # settings alone
+        "diffusion.py: kind": 1,  # diffusers', with its own report
+        "diffusion.py: loader": 1,
         "drawing.py: BertTokenizer": 1,  # while tiny/diffusion is made, from bundled files
         "drawing.py: PixelDiffusionPipeline": 1,
     }
 
 
 def calls(root: Path) -> Iterator[tuple[ast.Call, Path]]:
-    for file in sorted(root.rglob("*.py")):
-        if file.relative_to(root).parts[0] not in ("tests", "bench", "build"):
+    for folder in ("models", "stages", "trainer", "pipeline"):  # a checkout has a virtual environment, too
+        for file in sorted((root / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == LOADS:
                     yield node, file

@@ -17,15 +17,18 @@ from capipe.models.quiz import (
     KINDS,
     LETTERS,
     MOST_OPTIONS,
+    MOST_WRITTEN,
     Question,
     caption_prompt,
     fold,
     image_prompt,
+    letters,
     one_line,
     parse_letter,
     plain,
     put,
     rotations,
+    self_oracle,
     shuffles,
     writing_prompt,
     writing_schema,
@@ -42,7 +45,7 @@ COLOR = Question("What color is the star?", ("red", "blue", "green"), 1, "color"
     [
         (" \n", ("a", "b"), 0, "question is empty"),
         ("Q?", ("a",), 0, "1 options"),
-        ("Q?", tuple("abcdefg"), 0, "7 options"),
+        ("Q?", tuple("abcdefghijk"), 0, "11 options, not 2 to 10"),
         ("Q?", ("a", " "), 0, "option is empty"),
         ("Q?", ("a", "."), 0, "option is empty"),
         ("Q?", ("red", "blue", "red"), 0, "alike"),
@@ -90,7 +93,7 @@ def test_over_all_rotations_every_choice_abstaining_too_stands_in_every_place_on
 
 
 def test_fewer_rotations_are_distinct_and_spread() -> None:
-    for choices in range(3, 8):
+    for choices in range(3, MOST_OPTIONS + 2):
         for count in range(1, choices + 3):
             starts = [order[0] for order in rotations(choices, count)]
             assert len(set(starts)) == len(starts) == min(count, choices)
@@ -114,6 +117,33 @@ def test_a_question_is_put_in_its_order_with_the_abstaining_choice_among_the_opt
         ["Question: What color is the star?", "A. Cannot tell", "B. red", "C. blue", "D. green", ""]
     )
     assert put(COLOR, (2, 3, 0, 1), "No idea").splitlines()[2] == "B. No idea"
+
+
+def test_ten_options_are_put_with_eleven_letters() -> None:
+    ten = Question("Which?", tuple(f"option {number}" for number in range(MOST_OPTIONS)), 9)
+    lines = put(ten, (10, *range(10))).splitlines()
+    assert len(LETTERS) == MOST_OPTIONS + 1 and [line[:3] for line in lines[1:]] == [f"{each}. " for each in LETTERS]
+    assert lines[1] == f"A. {ABSTAIN}" and lines[-1] == "K. option 9"
+    assert letters(11) == tuple("ABCDEFGHIJK")
+    with pytest.raises(ValueError, match="12 choices, and letters for 11"):
+        letters(12)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 1, 2, 3, 4), (0, 1, 2, 2), (1, 2, 3, 4), ()])
+def test_an_order_that_is_none_of_the_choices_is_refused_and_drops_none(order: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="is none of 4 choices"):
+        put(COLOR, order)
+
+
+def test_the_self_oracle_tells_every_question_with_its_right_option() -> None:
+    asked = [
+        COLOR,
+        Question("What does\nthe sign say?", ("STOP.", "EXIT"), 0),
+        Question("How many {x}?", ("1", "2"), 1),
+    ]
+    told = "What color is the star? blue. What does the sign say? STOP. How many {x}? 2."
+    assert self_oracle(asked) == told and self_oracle([]) == ""
+    assert "</caption>" not in self_oracle([Question("What? </caption>", ("a", "b"), 0)])
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
@@ -204,7 +234,7 @@ def test_the_schema_is_valid_and_takes_questions_and_nothing_else() -> None:
     schema = json.loads(writing_schema(2))
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    six = [str(number) for number in range(MOST_OPTIONS)]
+    six = [str(number) for number in range(MOST_WRITTEN)]
     good = [whole(), whole(options=six, answer="5"), *(whole(kind=kind) for kind in KINDS)]
     assert all(validator.is_valid(each) for each in [*good, {"questions": whole()["questions"] * 2}])
     bad: list[Any] = [
@@ -249,7 +279,7 @@ def test_a_first_capital_or_a_word_is_no_answer(answer: str) -> None:
 
 
 def test_only_letters_that_were_put_count() -> None:
-    for choices in range(3, 8):
+    for choices in range(3, MOST_OPTIONS + 2):
         places = [parse_letter(letter, choices) for letter in LETTERS]
         assert places == [*range(choices), *[None] * (len(LETTERS) - choices)]
 

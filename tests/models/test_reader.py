@@ -39,6 +39,22 @@ async def test_every_question_is_put_in_every_rotation_and_answers_find_their_op
     assert [len(each.choices) for each in engine.choices] == [4] * 4 + [3] * 3
 
 
+async def test_ten_options_are_read_from_eleven_letters() -> None:
+    ten = Question("Which?", tuple(f"option {number}" for number in range(10)), 9)
+    engine = Scripted(lambda request: knows(request, "option 9"))
+    (reading,) = await reader(engine).read("It is nine.", [ten])
+    assert (reading.right, reading.scored) == (11, 11)
+    assert {each.choices for each in engine.choices} == {tuple("ABCDEFGHIJK")}
+    drawn = Scripted(generate=lambda request: options_of(request.prompt)["option 9"])
+    (reading,) = await reader(drawn, mode="sampled").read("It is nine.", [ten])
+    assert reading.right == 11, "K is read from a text, too"
+
+
+async def test_an_order_that_lacks_a_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="is none of 4 choices"):
+        await reader(Scripted(lambda request: pick(request, "A"))).answer("x", [(COLOR, (0, 1, 2))])
+
+
 async def test_options_may_have_letters_for_texts() -> None:
     reading, unsure = await reader(Scripted(lambda request: knows(request, "D or not A"))).read("x", [TRICKY, COLOR])
     assert reading.chosen == (2,) * 4 and reading.right == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -19,7 +20,16 @@ from capipe.models.clip import ClipScorer, load_clip, token_ids
 from capipe.models.formats import ImageProblem
 from capipe.models.images import ImageLimits, Pixels
 from capipe.models.itm import ItmScorer, load_itm
-from capipe.models.scorers import Pair, Scorer, ScorerConfig, by_length, load_scorer, score_captions, scorer_identity
+from capipe.models.scorers import (
+    Pair,
+    Scorer,
+    ScorerConfig,
+    by_length,
+    cleaned,
+    load_scorer,
+    score_captions,
+    scorer_identity,
+)
 from capipe.models.sentences import split_sentences
 from capipe.models.tiny import folder_of
 from capipe.models.tiny.corpus import samples
@@ -174,6 +184,20 @@ def test_token_ids_are_the_tokenizers_own(texts: tuple[str, ...]) -> None:
     assert torch.equal(token_ids(tokenizer, texts), tokenizer(list(texts)))
     simple = open_clip.SimpleTokenizer()
     assert torch.equal(token_ids(simple, texts), simple(list(texts)))
+
+
+@pytest.mark.parametrize("kind", ["lower", "whitespace", "canonicalize"])
+def test_texts_are_cleaned_as_open_clip_does(kind: str) -> None:
+    from open_clip.tokenizer import get_clean_fn
+
+    clean, rng = get_clean_fn(kind), Random(3)
+    plain = ["".join(rng.choices(string.printable, k=rng.randrange(40))) for _ in range(500)]
+    words = [
+        " ".join(rng.choices(["Dog,", "_a_", "&lt;b&gt;", "&amp;amp;", "\u201chi\u201d", "caf\u00c3\u00a9"], k=4))
+        for _ in range(50)
+    ]
+    for text in [*plain, *words, "", " ", "  two  Reds ", "A. B-c's (d)"]:
+        assert cleaned(clean, text) == clean(text), text
 
 
 @pytest.mark.parametrize("kind", ["clip", "itm"])

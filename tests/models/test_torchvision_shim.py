@@ -21,3 +21,10 @@ def test_hidden_packages_look_absent() -> None:
     code = SHIM + "shim.activate(False, ('colorsys',)); import importlib.util as u; "
     assert complaint(code + "assert u.find_spec('colorsys') is None") is None
     assert "colorsys" in (complaint(code + "import colorsys") or "")
+
+
+def test_triton_is_hidden_except_from_its_interpreter() -> None:
+    code = SHIM + "import os, sys; sys.modules.pop('triton', None); os.environ['TRITON_INTERPRET'] = '{}'; "
+    code += "shim.activate(False, ('triton',)); assert ('triton' in sys.modules) is {}"
+    assert complaint(code.format(0, True)) is None
+    assert complaint(code.format(1, False)) is None

@@ -97,13 +97,20 @@ def test_first_runner_follows_a_random_history_of_the_batch() -> None:
             drawn.append(step)
 
 
+def second_runner(*prompt_lengths: int) -> SecondRunnerGumbel:
+    states: Any = SimpleNamespace(
+        device=CPU,
+        max_num_reqs=len(prompt_lengths),
+        vocab_size=VOCAB,
+        prompt_len=SimpleNamespace(gpu=torch.tensor(prompt_lengths)),
+    )
+    return SecondRunnerGumbel(CONFIG, states)
+
+
 def test_second_runner_reads_slots_and_positions() -> None:
     slots = [Sampling(1.0, 1.0, 9, 3), Sampling(), Sampling(0.5, 0.8, 9, 4)]
     prompt_lengths, drawn = [5, 6, 7], [0, 2, 11]
-    states: Any = SimpleNamespace(
-        device=CPU, max_num_reqs=4, prompt_len=SimpleNamespace(gpu=torch.tensor([*prompt_lengths, 0]))
-    )
-    processor = SecondRunnerGumbel(CONFIG, states)
+    processor = second_runner(*prompt_lengths, 0)
     modifies = [processor.add_request(slot, params(sampling)) for slot, sampling in enumerate(slots)]
     assert modifies == [True, False, True]
     processor.apply_staged_writes()
@@ -124,3 +131,30 @@ def test_second_runner_reads_slots_and_positions() -> None:
     processor.add_request(2, params(Sampling()))  # the slot is used again, by a greedy request
     processor.apply_staged_writes()
     assert torch.equal(processor.apply(logits[:1], context([2])), logits[:1])
+
+
+def test_second_runner_sends_only_what_changed() -> None:
+    processor = second_runner(5, 6)
+    sampled, greedy = params(Sampling(0.7, 0.9, 9, 3)), params(Sampling())
+
+    def sends(slot: int, request: SamplingParams) -> bool:
+        before = processor._on_device
+        processor.add_request(slot, request)
+        processor.apply_staged_writes()
+        return processor._on_device is not before
+
+    assert [sends(0, greedy), sends(1, greedy)] == [False, False]  # as it began
+    assert [sends(0, sampled), sends(0, sampled)] == [True, False]
+    assert sends(0, params(Sampling(0.7, 0.9, 9, 4)))
+    assert [sends(0, greedy), sends(0, greedy)] == [True, False]
+    seeds, temperatures, top_ps = processor._on_device
+    assert (seeds.tolist(), temperatures.tolist(), top_ps.tolist()) == ([0, 0], [0.0, 0.0], [1.0, 1.0])
+
+
+def test_what_was_sent_stays_as_it_was_sent() -> None:
+    processor = second_runner(5)
+    processor.add_request(0, params(Sampling(0.7, 0.9, 9, 3)))
+    processor.apply_staged_writes()
+    in_use = processor._on_device
+    processor.add_request(0, params(Sampling(0.4, 1.0, 9, 8)))  # while the device may still be reading
+    assert [column.item() for column in in_use] == [3, pytest.approx(0.7), pytest.approx(0.9)]

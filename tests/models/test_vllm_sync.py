@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def engine() -> AsyncIterator[Any]:
-    from capipe.models.vllm_engine import VLLMOptions, start_vllm_engine
+    from capipe.models.vllm_config import VLLMOptions
+    from capipe.models.vllm_engine import start_vllm_engine
 
     path = resolve_model(MODEL)
     made = start_vllm_engine(VLLMOptions(str(path), image_grid(path), max_model_len=ROOM, concurrency=32, trained=True))

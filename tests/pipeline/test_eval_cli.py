@@ -48,13 +48,13 @@ def evaluate(folder: Path, name: str, *options: object, code: int = 0) -> str:
 def test_a_captioner_is_placed_between_floor_and_ceiling(quizzed: Path) -> None:
     report = json.loads((quizzed / "plain/report.json").read_text())
     systems = {system["name"]: system["quiz"]["accuracy"]["value"] for system in report["systems"]}
-    assert list(systems) == ["plain", "oracle", "generic", "empty", "blind"]
+    assert list(systems) == ["plain", "oracle", "self-oracle", "generic", "empty", "blind"]
     assert systems["oracle"] > 0.85 and systems["plain"] < systems["oracle"] - 0.3
     assert max(systems["empty"], systems["generic"], systems["blind"]) < 0.1
     assert report["images"] == 10 and report["questions"] == len(questions(quizzed))
     assert "tiny/captioner" in report["settings"]["captioner"] and "all cyclic" in report["settings"]["reader"]
     rows = table(quizzed / "plain/graded")
-    assert all(len(row["captions"]) == 2 + 4 for row in rows)
+    assert all(len(row["captions"]) == 2 + 5 for row in rows)
     assert (quizzed / "plain/report.md").read_text().startswith("# Evaluation")
     assert verify(str(quizzed / "plain/graded")).faults == []
 

@@ -14,7 +14,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import INGEST
 from capipe.manifests.shards import InputShard
-from capipe.pipeline import desk, inline
+from capipe.pipeline import desk, inline, places
 from capipe.pipeline.desk import Outcome
 from capipe.pipeline.events import (
     Assignment,
@@ -46,18 +46,23 @@ class ScriptedHand:
     """Answers each shard as its script says; wants a first one at once unless it never gets a machine."""
 
     def __init__(self, answer: Answer, started: bool = True) -> None:
-        self.answer, self.started = answer, started
+        self.answer, self.started, self.name = answer, started, "this machine"
         self.said: deque[Event | None] = deque([Want()] if started else [])
         self.orders: list[Order] = []
-        self.killed = False
+        self.dismissed = self.killed = False
 
     def tell(self, order: Order) -> None:
+        if order == "wait":
+            return
         self.orders.append(order)
         self.said.extend(self.answer(order) if isinstance(order, Assignment) else [None])
 
     def end(self) -> str | None:
         clean = self.orders and not isinstance(self.orders[-1], Assignment)
         return None if clean else "the worker process died (exit code -9)"
+
+    def dismiss(self) -> None:
+        self.dismissed = True
 
     def kill(self) -> None:
         self.killed = True
@@ -68,8 +73,10 @@ class ScriptedCrew:
 
     def __init__(self, size: int, *hands: Callable[[], ScriptedHand]) -> None:
         self.size, self._hands, self.hired = size, list(hands), list[ScriptedHand]()
+        self.places = list[int]()
 
     def hire(self, place: int) -> ScriptedHand:
+        self.places.append(place)
         self.hired.append(self._hands[min(len(self.hired), len(self._hands) - 1)]())
         return self.hired[-1]
 
@@ -151,18 +158,74 @@ def test_a_poison_shard_is_quarantined_whether_it_fails_or_kills(artifact: Artif
     assert done(events) == ["00000", "00003", "00004", "00005"]
 
 
-def test_workers_that_die_before_any_row_end_the_run(artifact: Artifact) -> None:
+def test_workers_that_die_before_any_row_end_the_run(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PAUSES", (0.0, 0.0))
     crew = ScriptedCrew(1, lambda: ScriptedHand(lambda assignment: [None]))
-    with pytest.raises(RunFailed, match="3 workers in a row ended before finishing a row"):
+    with pytest.raises(RunFailed, match="3 workers in a row on this machine ended before they finished a row"):
         run(crew, artifact, 9)
     assert len(crew.hired) == 3
+
+
+def busy() -> ScriptedHand:
+    """A worker that finds no room on its device."""
+    hand = ScriptedHand(well)
+    hand.said = deque([WorkerFailed("no memory", 3, final=False)])
+    hand.name = "GPU 0"
+    return hand
+
+
+def test_a_place_that_never_starts_is_given_up_and_the_others_go_on(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "PAUSES", (0.0, 0.0))
+    crew = ScriptedCrew(2, busy, lambda: ScriptedHand(well, started=False), busy, busy)
+    events: list[Event] = []
+
+    def report(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Note) and sum(isinstance(each, Note) for each in events) == 3:
+            crew.hired[1].said.append(Want())  # the other one is up only now
+
+    assert Scheduler(crew, artifact, report).run(shards(4)) == Outcome()
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert len(done(events)) == 4 and len(crew.hired) == 4 and crew.places == [0, 1, 0, 0]
+    assert told[:2] == ["a worker on GPU 0 could not start: no memory; another one is tried there in 0 s"] * 2
+    assert told[2].startswith("GPU 0 is given up, as 3 workers in a row ended there") and told[2].endswith("no memory")
+
+
+def test_a_place_that_nobody_needed_stands_in(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PAUSES", (0.0,))
+    crew = ScriptedCrew(3, busy, busy, good)
+    outcome, events = run(crew, artifact, 1)
+    assert outcome == Outcome() and done(events) == ["00000"] and crew.places == [0, 0, 1]
+
+
+def test_the_last_place_takes_the_run_along(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PAUSES", (0.0,))
+    crew = ScriptedCrew(2, busy)
+    with pytest.raises(RunFailed, match=r"no memory; 2 workers in a row on GPU 0 .* the last place that was left"):
+        run(crew, artifact, 5)
+    assert sorted(crew.places) == [0, 0, 1, 1]
+
+
+def test_rows_that_are_finished_make_a_place_sound_again(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker dies now and then, but never before it did something: that costs no place."""
+    monkeypatch.setattr(places, "PAUSES", (0.0,))
+    works = [True, False]
+
+    def dies(assignment: Assignment) -> list[Event | None]:
+        works.append(works.pop(0))
+        return well(assignment) if works[-1] else [Pulse({"ok": 1}), None]
+
+    outcome, events = run(ScriptedCrew(1, busy, lambda: ScriptedHand(dies)), artifact, 6)
+    assert outcome == Outcome() and len(done(events)) == 6
 
 
 def test_a_failure_that_no_other_worker_would_be_spared_ends_the_run(artifact: Artifact) -> None:
     crew = ScriptedCrew(2, lambda: ScriptedHand(lambda assignment: [WorkerFailed("no such model", 2, final=True)]))
     with pytest.raises(CapipeError, match="no such model") as raised:
         run(crew, artifact, 9)
-    assert raised.value.exit_code == 2 and all(hand.killed for hand in crew.hired)
+    assert raised.value.exit_code == 2 and all(hand.dismissed and hand.killed for hand in crew.hired)
 
 
 def test_a_worker_that_never_gets_a_machine_is_not_waited_for(artifact: Artifact) -> None:
@@ -227,14 +290,15 @@ async def test_a_worker_in_this_process_waits_for_others_too(tmp_path: Path, mon
     assert theirs.claims is not None and theirs.claims.take("00000") is not None
     channel = DirectChannel(shards(2), ours, lambda event: None)
     first = await channel.next_shard()
-    assert first is not None and first.shard.name == "00001"
+    assert isinstance(first, Assignment) and first.shard.name == "00001"
     channel.send(ShardDone(record("00001")))
+    assert await channel.next_shard() == "wait"
     waiting = asyncio.create_task(channel.next_shard())
     await asyncio.sleep(0.1)
     assert not waiting.done()
     theirs.close()
     second = await waiting
-    assert second is not None and second.shard.name == "00000" and second.claim is not None
+    assert isinstance(second, Assignment) and second.shard.name == "00000" and second.claim is not None
     channel.send(ShardDone(record("00000")))
     assert await channel.next_shard() is None and channel.desk.empty
     ours.close()

@@ -61,10 +61,10 @@ def test_of_two_spellings_as_common_one_stands_for_both_in_any_order() -> None:
 
 
 def test_number_of_options() -> None:
-    records = colors("red", "blue", "green", "white", "black", "pink")
-    assert {len(entry["options"]) for entry in results(records, distractors=5)} == {6}
+    records = colors("red", "blue", "green", "white", "black", "pink", "gray", "brown", "teal", "gold")
+    assert {len(entry["options"]) for entry in results(records, distractors=9)} == {10}
     assert {len(entry["options"]) for entry in results(records, distractors=1)} == {2}
-    for wrong in (0, 6):
+    for wrong in (0, 10):
         with pytest.raises(ValueError, match="distractors"):
             close_sets(records, distractors=wrong)
 

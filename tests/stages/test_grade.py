@@ -24,6 +24,7 @@ from ..scripted import IMAGE, Scores, Scripted, knows, pick
 
 SCENE = Scene("gray", (Thing("center", "star", "blue", "large"),), Sign("EXIT", "top left"))
 CONTROLS = ["generic", "empty", "blind"]
+TOLD = "What color is the star? blue. What does the sign say? EXIT."
 
 
 def questions(**changes: Any) -> dict[str, Any]:
@@ -79,6 +80,7 @@ async def test_every_caption_and_control_is_graded_on_the_usable_questions() -> 
         "plain#0": [known(4), unknown(3)],
         "plain#1": [unknown(4), known(3)],
         "oracle": [known(4), known(3)],
+        "self-oracle": [known(4), known(3)],
         **{name: [unknown(4), unknown(3)] for name in CONTROLS},
     }
     assert [(each["kind"], each["options"], each["answer"]) for each in out["questions"]] == [
@@ -96,7 +98,7 @@ async def test_controls_are_what_their_names_say() -> None:
     made = grader(generic="Something is shown.")
     out = await made.grade(row({"scene": SCENE.to_dict()}, captions=captions(caption("short", "A star."))))
     texts = {each["name"]: each["text"] for each in out["captions"]}
-    assert list(texts) == ["short", "oracle", *CONTROLS]
+    assert list(texts) == ["short", "oracle", "self-oracle", *CONTROLS] and texts["self-oracle"] == TOLD
     assert (texts["generic"], texts["empty"], texts["blind"]) == ("Something is shown.", "", None)
     assert "blue star" in texts["oracle"] and '"EXIT"' in texts["oracle"]
     assert out == await made.grade(row({"scene": SCENE.to_dict()}, captions=captions(caption("short", "A star."))))
@@ -106,6 +108,15 @@ async def test_controls_are_what_their_names_say() -> None:
     beginnings = [caption_prompt(each) for each in texts.values()]
     assert all(sum(each.text.startswith(beginning) for each in prompts) == 14 for beginning in beginnings)
     assert caption_prompt(None).startswith(READ_NOTHING[:30]) and all(each.image is None for each in prompts)
+
+
+@pytest.mark.parametrize(
+    "template", ["{question}", "{answer} {question}", "{question} {answer} {0}", "{question.x} {answer}"]
+)
+def test_a_self_oracle_of_another_form_is_refused(template: str) -> None:
+    assert GradeConfig(self_oracle="{question}: {answer}").self_oracle != GradeConfig().self_oracle
+    with pytest.raises(ValueError, match="self_oracle"):
+        GradeConfig(self_oracle=template)
 
 
 async def test_without_controls_only_captions_are_graded() -> None:
@@ -148,7 +159,7 @@ async def test_a_scene_that_cannot_be_read_is_none_and_gives_no_oracle(meta: dic
     assert scene_of(row(meta)) is None
     out = await grader().grade(row(meta))
     assert (out["status"], out["scene"]) == ("ok", None)
-    assert list(summary(out)) == ["plain#0", "plain#1", *CONTROLS]
+    assert list(summary(out)) == ["plain#0", "plain#1", "self-oracle", *CONTROLS]
 
 
 async def test_any_scene_that_can_be_read_has_an_oracle() -> None:
@@ -191,7 +202,7 @@ async def test_answers_that_were_not_scored_leave_the_row_unresolved_and_lose_no
     out = await grader(choose).grade(row())
     assert out["status"] == "engine_error" and not Status(out["status"]).resolved
     assert out["error"] == "1 answers were not scored: timed out"
-    assert list(summary(out)) == ["plain#0", "plain#1", *CONTROLS]
+    assert list(summary(out)) == ["plain#0", "plain#1", "self-oracle", *CONTROLS]
     assert summary(out)["plain#0"] == [(4, 0, 4), (0, 2, 2)] and summary(out)["plain#1"][1] == (3, 0, 3)
     assert out["captions"][0]["answers"][1]["chosen"] == [None, 2, 2]
     with pytest.raises(EngineDead):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from capipe.manifests.status import Status
+from capipe.models.engine import FinishReason, Thought
 from capipe.stages.health import HealthConfig, examine, find_loop
 
 GATE = HealthConfig()
@@ -48,6 +49,21 @@ def test_healthy_captions_pass(text: str) -> None:
 def test_a_cut_caption_is_truncated_unless_wanted() -> None:
     assert examine("A dog on", "length", GATE).status is Status.TRUNCATED
     assert examine("A dog on", "length", HealthConfig(keep_truncated=True)).status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("thought", "finish", "reason"),
+    [
+        (Thought("A dog, it", False), "length", "thought did not end; allow more tokens"),
+        (Thought("A dog, it", False), "stop", "thought did not end"),
+        (Thought("A dog.", True), "stop", "wrote nothing after its thought"),
+        (None, "stop", "the model wrote nothing"),
+    ],
+)
+def test_a_thought_is_no_caption(thought: Thought | None, finish: FinishReason, reason: str) -> None:
+    verdict = examine("", finish, HealthConfig(keep_truncated=True), thought)
+    assert verdict.status is Status.EMPTY and reason in (verdict.reason or "")
+    assert examine("A dog on a lawn.", "stop", GATE, thought).status is Status.OK
 
 
 def test_loops_are_found_at_any_phrase_length_and_place() -> None:

@@ -59,7 +59,7 @@ def test_no_question_is_malformed(text: object) -> None:
         ["A) red", "B) "],
         ["red", "blue", "Red "],
         ["red", "blue", "red."],
-        list("abcdefg"),
+        list("abcdefghijk"),
         [str(n) for n in range(50_000)],
         ["red", "x" * 2001],
         ["red", "Cannot tell"],
@@ -172,8 +172,26 @@ def test_not_abstaining(text: str) -> None:
     assert not abstains(text)
 
 
-def test_six_options_beside_one_that_abstains() -> None:
-    assert right([*"uvwxyz", "Cannot tell"], "z") == "z"
+def test_ten_options_beside_one_that_abstains() -> None:
+    assert right([*"qrstuvwxyz", "Cannot tell"], "z") == "z"
+    labelled = [
+        f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJK", [*"qrstuvwxyz", "I don't know"], strict=True)
+    ]
+    assert right(labelled, "J") == "z" and check(labelled, "J")["options"] == [*"qrstuvwxyz"]
+    assert right(["Cannot tell", *"qrstuvwxyz"], "K") == "z"
+
+
+@pytest.mark.parametrize("count", [11, 12, 40])
+def test_more_options_are_refused_in_words(count: int) -> None:
+    entry = check([f"option {number}" for number in range(count)], "A")
+    assert (entry["status"], entry["error"]) == ("bad_options", f"{count} options, not 2 to 10")
+
+
+def test_who_asks_for_fewer_options_gets_no_more() -> None:
+    six, seven = [*"uvwxyz"], [*"tuvwxyz"]
+    entry = checked(RawQuestion("What?", seven, "z"), set(), most=6)
+    assert (entry["status"], entry["error"]) == ("bad_options", "7 options, not 2 to 6")
+    assert checked(RawQuestion("What?", [*six, "Cannot tell"], "z"), set(), most=6)["status"] == "ok"
 
 
 @pytest.mark.parametrize(

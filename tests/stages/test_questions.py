@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from capipe.manifests.schema import QUESTIONS
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
-from capipe.models.engine import Completion, EngineDead, FinishReason, RequestError
+from capipe.models.engine import Completion, EngineDead, FinishReason, RequestError, Thought
 from capipe.models.quiz import KINDS, writing_prompt, writing_schema
 from capipe.stages.question_checks import RawQuestion, checked
 from capipe.stages.questions import QuestionsConfig, QuestionWriter, passed_on, written_questions
@@ -247,6 +247,15 @@ def test_kinds_are_those_that_rows_can_have() -> None:
     """Any other would be asked for, and then be stored as "other"."""
     with pytest.raises(ValidationError, match="weather"):
         QuestionsConfig(kinds=("color", "weather"))
+
+
+def test_a_writer_that_only_thought_wrote_no_questions() -> None:
+    (cut,) = written_questions(Completion("", (), "length", 9, thought=Thought("A star, so", False)))
+    assert cut.fault is not None and "thought did not end" in cut.fault[1]
+    (done,) = written_questions(Completion("", (), "stop", 9, thought=Thought("A star.", True)))
+    assert done.fault is not None and "nothing after its thought" in done.fault[1]
+    (kept,) = written_questions(Completion(whole(ONE), (), "stop", 9, thought=Thought("A star.", True)))
+    assert kept.fault is None
 
 
 async def test_all_rows_fit_the_columns() -> None:

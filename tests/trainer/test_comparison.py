@@ -118,6 +118,11 @@ def test_what_cannot_be_compared_is_refused() -> None:
     rows = [one("a", {"q": [0]})]
     with pytest.raises(BadInput, match="one was graded by tiny/reader, two by other; grade both with one reader"):
         compare(run_of(rows, "one"), run_of(rows, "two", reader="other"))
+    same, other = {"reader identity": "a"}, {"reader identity": "b"}
+    renamed = compare(run_of(rows, "one", **same), run_of(rows, "two", reader="./tiny/reader", **same))
+    assert renamed.images == 1, "another name of the same reader"
+    with pytest.raises(BadInput, match="one was graded by tiny/reader, two by tiny/reader; grade both with one reader"):
+        compare(run_of(rows, "one", **same), run_of(rows, "two", **other))
     with pytest.raises(BadInput, match="two: it does not say which reader graded it"):
         compare(run_of(rows), Run("two", rows, {}))
     for others in ([one("b", {"q": [0]})], [one("a", {"r": [0]})], [one("a", {"q": [None]})]):

@@ -14,7 +14,7 @@ from capipe.models.tiny.world import Scene, Sign, Thing, scenes
 from capipe.trainer.evaluation import evaluate
 from capipe.trainer.figures import Place, Report, System
 
-from .grading import caption, question, row
+from .grading import Chosen, caption, question, row
 
 SETTINGS = {"model": "tiny/captioner", "reader": "tiny/reader"}
 SCENE = Scene("white", (Thing("top left", "circle", "red", "large"),), Sign("STOP", "center"))
@@ -126,6 +126,40 @@ def test_systems_come_prompts_first_and_controls_from_best_to_worst() -> None:
     names = ["blind", "generic", "short", "oracle", "plain#0", "empty", "plain#1"]
     report = report_on(row("a", [question("q")], [caption(name, "A.", {"q": [0]}) for name in names]))
     assert [each.name for each in report.systems] == ["short", "plain", "oracle", "generic", "empty", "blind"]
+
+
+def read_by(told: Chosen, blind: Chosen, control: str = "self-oracle", images: int = 10) -> Report:
+    """A reader that answers so from a caption that tells all, and so without any; two options, the first is right."""
+    captions = [caption("plain", "A.", {"q": blind}), caption(control, "Q? Yes.", {"q": told})]
+    captions.append(caption("blind", None, {"q": blind}))
+    return report_on(*(row(str(number), [question("q")], captions, SCENE) for number in range(images)))
+
+
+def test_a_reader_that_cannot_read_is_warned_of_for_people_and_machines() -> None:
+    report = read_by(told=[0, 2, 2], blind=[0, 2, 1])
+    (caution,) = report.warnings
+    assert caution.kind == "cannot_read" and "self-oracle 0.333, blind 0.333" in caution.text
+    assert caution.figures == pytest.approx({"self-oracle": 1 / 3, "blind": 1 / 3, "threshold": 0.2})
+    assert report.to_dict()["warnings"][0]["kind"] == "cannot_read"
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert read_by(told=[0, 0, 0], blind=[2, 2, 2]).warnings == ()
+    assert read_by(told=[0, 0, 0], blind=[2, 2, 2], control="oracle").warnings == ()
+    assert read_by(told=[1, 2, 1], blind=[1, 2, 1], control="oracle").warnings[0].kind == "cannot_read"
+    assert read_by(told=[0, 2, 2], blind=[0, 2, 1], control="generic").warnings == (), "nothing tells the answers"
+
+
+def test_a_reader_that_prefers_a_place_is_warned_of() -> None:
+    """Three presentations put option 0 in places A, C and B."""
+    report = read_by(told=[0, 2, 2], blind=[2, 2, 2], images=20)
+    (caution,) = report.warnings
+    assert caution.kind == "prefers_places" and "A 1.000, B 0.000, C 0.000" in caution.text
+    assert caution.figures == pytest.approx({"A": 1.0, "B": 0.0, "C": 0.0, "threshold": 0.2})
+    assert read_by(told=[0, 2, 2], blind=[2, 2, 2], images=19).warnings == (), "too few to tell"
+
+
+def test_the_self_oracle_states_nothing_of_the_image() -> None:
+    report = read_by(told=[0, 0, 0], blind=[2, 2, 2])
+    assert system(report, "self-oracle").truth is None and system(report, "plain").truth is not None
 
 
 def test_a_repeated_image_is_one_unit() -> None:

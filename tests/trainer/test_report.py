@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.console import Console
 from capipe.models.tiny.world import Scene, Thing
 from capipe.trainer.comparison import Run, compare
 from capipe.trainer.evaluation import evaluate
-from capipe.trainer.figures import Comparison, Report
+from capipe.trainer.figures import Caution, Comparison, Report
 from capipe.trainer.report import escape, terminal, to_json, to_markdown
 
 from .grading import caption, question, row
@@ -44,6 +45,14 @@ def comparison() -> Comparison:
     worse = [row(key, [question("q")], [caption("plain", "A.", {"q": [1, 0, 0]})]) for key in ("a", "b", "c")]
     settings = {"reader": "r", "model": "one_two"}
     return compare(Run("one", rows, settings), Run("two", worse, settings), resamples=20)
+
+
+def test_warnings_come_first_on_the_page_and_cannot_be_markup(report: Report) -> None:
+    caution = Caution("cannot_read", "blind 0.25 | **<b>bold</b>**", {"blind": 0.25})
+    page = to_markdown(replace(report, warnings=(caution,)))
+    warning = "**Warning:** blind 0.25 \\| \\*\\*&lt;b&gt;bold&lt;/b&gt;\\*\\*."
+    assert page.splitlines()[2] == warning and "Warning" not in to_markdown(report)
+    assert json.loads(to_json(replace(report, warnings=(caution,))))["warnings"][0]["figures"] == {"blind": 0.25}
 
 
 def printed(value: Report | Comparison) -> str:

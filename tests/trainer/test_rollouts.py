@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 
 from capipe.models.engine import Completion, GenerationRequest, Prompt, RequestError
 from capipe.models.family import PreparedPrompt
+from capipe.models.quiz import Question
+from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.trainer.advantages import Part
 from capipe.trainer.pictures import Pictures
 from capipe.trainer.rewards import Judge, Scored
 from capipe.trainer.rollouts import Drawing, Rollouts
 from capipe.trainer.tasks import Task
+from capipe.trainer.validation import validate
 
-from ..scripted import Scripted
+from ..scripted import Scripted, knows
 from .test_judge_reward import jpeg, tasks
 
 DRAWING = Drawing("Describe.", 3, 20, 0.9, seed=5)
@@ -99,3 +103,25 @@ async def test_a_caption_that_fails_is_left_out_of_its_group(two: list[Task]) ->
     first, second = await collect(two, 0, Scripted(generate=fails), Lengths())
     assert [len(group.completions) for group in (first, second)] == [2, 3]
     assert [reward.score for reward in first.rewards] == [1.0, 3.0] and (first.key, second.key) == ("one", "two")
+    assert (first.failures, second.failures) == (["too long"], [])
+
+
+async def test_a_caption_that_fails_in_validation_is_left_out_and_counted(two: list[Task]) -> None:
+    count = 0
+
+    def fails(request: GenerationRequest) -> Completion | RequestError:
+        nonlocal count
+        count += 1
+        return RequestError("timed out") if count == 1 else Completion("a star", (1, 2), "length", 2)
+
+    rollouts = Rollouts(Scripted(generate=fails), prepared, Pictures(None), DRAWING)
+    captions = await rollouts.greedy(two)
+    assert isinstance(captions[0], RequestError) and isinstance(captions[1], Completion)
+    question = Question("What?", ("star", "circle"), 0)
+    asked = [replace(task, questions=(question,)) for task in two]
+    reader = QuizReader(Scripted(lambda request: knows(request, "star")), ReaderConfig())
+    found = await validate(asked, captions, reader)
+    assert (found.images, found.failed, found.reason, found.accuracy) == (1, 1, "timed out", 1.0)
+    assert (found.tokens, found.truncated) == (2, 1) and "reason" not in found.figures()
+    none = await validate(asked, [RequestError("gone"), RequestError("too")], reader)
+    assert none.figures() == {"images": 0, "failed": 2} and none.reason == "gone"

@@ -13,10 +13,13 @@ import torch
 
 from capipe.errors import BadInput
 from capipe.models.engine import Completion
+from capipe.models.family import PreparedPrompt
 from capipe.trainer.groups import Group, RewardResult
 from capipe.trainer.log import CAPTIONS, RunLog, TensorBoard, WandB, read_steps
-from capipe.trainer.loop import raised
+from capipe.trainer.loop import raised, step_figures
+from capipe.trainer.ranks import ALONE
 from capipe.trainer.recipe import AlarmConfig
+from capipe.trainer.update import UpdateReport
 
 
 class Kept:
@@ -103,8 +106,23 @@ def test_a_log_that_is_not_installed_is_named(
             TensorBoard(tmp_path)
 
 
-def figures(**changed: float) -> dict[str, float]:
-    return {"kl": 0.0, "tokens_per_caption": 10.0, "truncated": 0.0, "repeating": 0.0, "unscored_share": 0.0, **changed}
+def figures(**changed: float | str) -> dict[str, Any]:
+    shares = {"kl": 0.0, "tokens_per_caption": 10.0, "truncated": 0.0, "repeating": 0.0, "unscored_share": 0.0}
+    return {**shares, "captions": 9, "captions_failed": 0, "failure": None, **changed}
+
+
+def test_a_step_whose_captions_all_fail_is_an_alarm_of_its_own_at_once() -> None:
+    config = AlarmConfig()
+    said = raised(figures(captions=0, captions_failed=6, failure="no template"), config, {})
+    assert said == "all 6 captions of the step failed: no template"
+    assert raised(figures(captions=5, captions_failed=1, failure="too long"), config, {}) is None
+
+
+def test_captions_that_fail_are_counted_with_the_first_reason() -> None:
+    prompt = PreparedPrompt(torch.arange(4), torch.arange(4)[None], 4, None)
+    groups = [Group("a", "one", prompt), Group("b", "two", prompt, failures=["no template", "too long"])]
+    found = step_figures(groups, UpdateReport(*[0.0] * 7, tokens=0, tied=0, unscored=0), [], ALONE)
+    assert (found["captions"], found["captions_failed"], found["failure"]) == (0, 2, "no template")
 
 
 def test_an_alarm_ends_a_run_that_diverges_for_some_steps_in_a_row() -> None:

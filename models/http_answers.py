@@ -1,0 +1,291 @@
+"""What servers answer, read: completions, choices and complaints in the many forms that OpenAI's protocol is spoken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any
+
+import httpx
+
+from .engine import ChoiceScores, Completion, FinishReason, Refused, RequestError, Thought
+from .thinking import CLOSING, OPENING, split_thought
+
+#: How servers name the two ways in which an answer ends well.
+FINISH_REASONS: dict[str, FinishReason] = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_length", "model_length"), "length"),
+}
+FILTERED = ("content_filter", "safety", "refusal", "recitation", "prohibited_content", "blocklist")
+NO_LOGPROBS = (
+    "the server reports no log-probabilities, from which letters are read; take sampled ones (--reader-mode sampled, "
+    "in a recipe `mode: sampled`), or a server that reports them"
+)
+THINKS = (
+    "the model begins with a thought where a letter was to come; switch it off (--template-arg enable_thinking=false), "
+    "or take a model that does not think"
+)
+
+# A minute's limit is passing, and providers advertise their billing page in its message: only what says "spent" counts.
+_QUOTA = re.compile(
+    r"insufficient[ _](quota|credits?|balance|funds)|billing_hard_limit|credit balance is too low", re.I
+)
+_FILTER = re.compile(r"content[ _]?(filter|policy|management)|moderation|flagged|safety (system|filter|policy)", re.I)
+
+
+class Unavailable(RequestError):
+    """The server, not the request, is why it failed: another server may answer it.
+
+    ``busy``: it said itself that it has no room (429, 502, 503).
+    """
+
+    def __init__(self, message: str, *, final: bool = False, busy: bool = False) -> None:
+        super().__init__(message, final=final)
+        self.busy = busy
+
+
+class SentAway(Unavailable):
+    """The request was never at the server, which was left out while it waited."""
+
+
+# --- completions -----------------------------------------------------------------------------------------------------
+
+
+def read_completion(answer: dict[str, Any], *, logprobs: bool, token_ids: bool) -> Completion:
+    """The answer's text and the thought before it. Raises RequestError, Refused where it was declined."""
+    choice = first_choice(answer)
+    message = _message(choice)
+    reason = finish_reason(choice, message)
+    steps = tuple(_number(step, "logprob") for step in _steps(choice)) if logprobs else None
+    n_tokens = _count(answer)
+    ids = _token_ids(choice, n_tokens) if token_ids else ()
+    if n_tokens is None:
+        n_tokens = len(ids or steps or ())
+    text, thought = _answer(message, reason)
+    return Completion(text, ids, reason, n_tokens, steps, thought)
+
+
+def first_choice(answer: dict[str, Any]) -> dict[str, Any]:
+    choices = answer.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        return choices[0]
+    if error := answer.get("error"):  # some gateways say it with status 200
+        complaint = Complaint(200, *_said(error))
+        raise Refused(f"refused: {complaint.message}") if complaint.filtered else RequestError(str(complaint.message))
+    raise RequestError(f"the server's answer has no choices: {str(answer)[:200]}")
+
+
+def finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> FinishReason:
+    """How the answer ended. Raises Refused, and RequestError for an end that is none of the two good ones."""
+    _check_not_refused(choice, message)
+    said = choice.get("finish_reason")
+    reason = FINISH_REASONS.get(said.lower()) if isinstance(said, str) else None
+    if reason is None:
+        raise RequestError(f"the server ended the answer with {said!r}, which is neither stop nor length")
+    return reason
+
+
+def _check_not_refused(choice: dict[str, Any], message: dict[str, Any]) -> None:
+    said = choice.get("finish_reason")
+    if refusal := message.get("refusal"):
+        raise Refused(f"refused by the model: {str(refusal)[:500]}")
+    if isinstance(said, str) and said.lower() in FILTERED:
+        raise Refused(f"refused: the answer was withheld by the server's filter ({said})")
+
+
+def _answer(message: dict[str, Any], reason: FinishReason) -> tuple[str, Thought | None]:
+    """A message's text, and the thought before it, which servers that know the tags tell apart by themselves.
+
+    A closing tag alone ends a thought, too, that the server's chat template had opened.
+    """
+    content, reasoning = message.get("content"), _reasoning(message)
+    if isinstance(content, list):
+        content = _joined(content)
+    if content is None and reason == "length":  # all of it went into a thought
+        content = ""
+    if content is None:
+        only = " but a thought" if reasoning else ""
+        raise RequestError(f"the server ended the answer with {reason!r} and null content: it wrote nothing{only}")
+    if not isinstance(content, str):
+        raise RequestError(f"the server's answer has {type(content).__name__} content, which is no text")
+    text, thought = split_thought(_written(content), begun=CLOSING in content and OPENING not in content)
+    if reasoning and thought is None:
+        thought = Thought(_written(reasoning).strip(), closed=bool(text))
+    return text, thought
+
+
+def _joined(parts: Sequence[Any]) -> str:
+    """The text of content in parts; what is no text (a thought, a citation) is left out."""
+    texts = list[str]()
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type") == "refusal":
+            raise Refused(f"refused by the model: {str(part.get('refusal'))[:500]}")
+        elif isinstance(part, dict) and part.get("type", "text") in ("text", "output_text"):
+            texts.append(str(part.get("text", "")))
+    return "".join(texts)
+
+
+def _reasoning(message: dict[str, Any]) -> str:
+    """A thought that the server tells apart from the answer, under either of its names."""
+    found = message.get("reasoning_content") or message.get("reasoning")
+    return found if isinstance(found, str) else ""
+
+
+def _message(choice: dict[str, Any]) -> dict[str, Any]:
+    message = choice.get("message")
+    return message if isinstance(message, dict) else {}
+
+
+def _written(text: str) -> str:
+    """What a server says the model wrote, without half surrogate pairs: JSON may bring them and UTF-8 has none."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _count(answer: dict[str, Any]) -> int | None:
+    """How many tokens the server counted, None where it does not say."""
+    usage = answer.get("usage")
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count >= 0 else None
+
+
+def _token_ids(choice: dict[str, Any], count: int | None) -> tuple[int, ...]:
+    ids = choice.get("token_ids")
+    if not isinstance(ids, list) or count not in (None, len(ids)):
+        reason = "the server does not tell the ids of its tokens; training draws from a vLLM server"
+        raise RequestError(reason, final=not isinstance(ids, list))
+    return tuple(ids)
+
+
+# --- choices ---------------------------------------------------------------------------------------------------------
+
+
+def read_choice(answer: dict[str, Any], choices: Sequence[str]) -> ChoiceScores:
+    """What the first token's reported alternatives say of ``choices``; None for one that is not among them.
+
+    Raises RequestError, a final one where the server reports no log-probabilities or the model thinks first.
+    """
+    choice = first_choice(answer)
+    message = _message(choice)
+    _check_not_refused(choice, message)
+    steps = _steps(choice)
+    if not steps:
+        raise RequestError(THINKS if _reasoning(message) else NO_LOGPROBS, final=True)
+    first = steps[0]
+    if str(first.get("token", "")).strip() == OPENING:
+        raise RequestError(THINKS, final=True)
+    reported = first.get("top_logprobs")
+    alternatives = [each for each in reported if isinstance(each, dict)] if isinstance(reported, list) else []
+    scores = {str(each.get("token")): _number(each, "logprob") for each in (first, *alternatives)}
+    return ChoiceScores(tuple(scores.get(each) for each in choices))
+
+
+def _steps(choice: dict[str, Any]) -> list[dict[str, Any]]:
+    """The reported tokens with their log-probabilities, in order."""
+    logprobs = choice.get("logprobs")
+    steps = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise RequestError(NO_LOGPROBS, final=True)
+    return steps
+
+
+def _number(step: dict[str, Any], name: str) -> float:
+    value = step.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"the server reports {value!r} as a log-probability")
+    return float(value)
+
+
+# --- complaints ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """An answer that is none. ``param``: the field that the server names; ``fields``: those that a validator lists."""
+
+    status: int
+    message: str
+    code: str = ""
+    param: str = ""
+    fields: tuple[str, ...] = ()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the same request may be answered a little later, as the server itself says."""
+        return self.status in (429, 502, 503) and not self.quota
+
+    @property
+    def passing(self) -> bool:
+        """Whether it is worth another attempt."""
+        return self.busy or self.status == 408 or self.status >= 500
+
+    @property
+    def quota(self) -> bool:
+        return self.status == 402 or (self.status == 429 and bool(_QUOTA.search(f"{self.code} {self.message}")))
+
+    @property
+    def filtered(self) -> bool:
+        """Whether a filter declined this one request."""
+        return self.status in (200, 400, 403, 422) and bool(_FILTER.search(f"{self.code} {self.message}"))
+
+    def error(self) -> RequestError:
+        """What a refusal means for the request, and for those after it."""
+        text = f"HTTP {self.status}: {self.message}"
+        if self.filtered:
+            return Refused(f"refused: {text}")
+        if self.status in (401, 402, 403, 404, 405, 410) or self.quota or 300 <= self.status < 400:
+            return Unavailable(text, final=True)
+        return RequestError(text)
+
+
+def read_complaint(response: httpx.Response) -> Complaint:
+    if location := response.headers.get("location"):
+        return Complaint(response.status_code, f"the server is at {location}")
+    try:
+        answer = response.json()
+    except ValueError:
+        return Complaint(response.status_code, response.text[:500])
+    error = answer.get("error") or answer if isinstance(answer, dict) else answer
+    return Complaint(response.status_code, *_said(error))
+
+
+def _said(error: Any) -> tuple[str, str, str, tuple[str, ...]]:
+    """Message, code, parameter and listed fields of an error's body in any of its usual forms."""
+    if not isinstance(error, dict):
+        return str(error)[:500], "", "", ()
+    detail = error.get("detail")
+    listed = [each for each in detail if isinstance(each, dict)] if isinstance(detail, list) else []
+    fields = tuple(str(each["loc"][-1]) for each in listed if each.get("loc"))
+    code = " ".join(str(error[key]) for key in ("code", "type") if error.get(key) is not None)
+    message = error.get("message") or detail or error
+    return str(message)[:500], code, str(error.get("param") or ""), fields
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """Seconds the server asks to wait, None where it says nothing intelligible; the header is a number or a date."""
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time()
+        except ValueError:
+            return None
+    return seconds if 0 <= seconds < float("inf") else 0.0 if seconds < 0 else None
+
+
+def json_object(response: httpx.Response) -> dict[str, Any]:
+    try:
+        answer = response.json()
+    except ValueError as error:
+        kind = "HTML" if response.text.lstrip()[:1] == "<" else "not JSON"
+        raise RequestError(
+            f"the server's answer is {kind}: {response.text[:200]!r}; is the URL that of an OpenAI API?"
+        ) from error
+    if not isinstance(answer, dict):
+        raise RequestError(f"the server's answer is no JSON object: {response.text[:200]!r}")
+    return answer

@@ -1,0 +1,59 @@
+"""Thoughts: what some models write between tags before their answer, and how an answer is asked for after one.
+
+Whether a model thinks shows in its template (:mod:`.chat_templates`); a server hides it, so there one answer tells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+from .engine import Engine, GenerationRequest, Prompt, Sampling, Thought
+
+OPENING, CLOSING = "<think>", "</think>"
+GAP = "\n\n"  # between the closing tag and the answer, as in Qwen's and DeepSeek's templates
+
+
+@dataclass(frozen=True)
+class Tags:
+    """How a model's thought is written. ``begun``: the template's end opens it already. ``gap``: what follows it."""
+
+    begun: bool = False
+    gap: str = GAP
+
+    def closed(self, thought: str) -> str:
+        """What the assistant's turn has before its answer, after whatever the template opened."""
+        opening = "" if self.begun else f"{OPENING}\n"
+        return f"{opening}{thought.strip()}\n{CLOSING}{self.gap}"
+
+
+@runtime_checkable
+class Thinker(Protocol):
+    """An engine that can tell whether its model may think before it answers. Raises RequestError and EngineDead."""
+
+    async def thinks(self) -> bool: ...
+
+
+async def thinks(engine: Engine) -> bool:
+    """Whether the engine's model may think first; one that cannot tell does not."""
+    return isinstance(engine, Thinker) and await engine.thinks()
+
+
+async def after_thought(engine: Engine, prompt: Prompt, sampling: Sampling) -> tuple[Prompt, Thought | None]:
+    """The prompt with the model's thought about it, at whose end the answer begins; unchanged where it had none.
+
+    ``sampling``: of the thought, whose tokens are bounded by ``max_tokens``; one that was cut there is closed as it is.
+    """
+    thought = (await engine.generate(GenerationRequest(prompt, sampling))).thought
+    return (prompt if thought is None else replace(prompt, thought=thought.text)), thought
+
+
+def split_thought(text: str, begun: bool = False) -> tuple[str, Thought | None]:
+    """An answer without the thought before it, and that thought. ``begun``: the prompt had opened it."""
+    start = text.lstrip()
+    if start.startswith(OPENING):
+        start = start.removeprefix(OPENING)
+    elif not begun:
+        return text, None
+    thought, closing, answer = start.partition(CLOSING)
+    return answer.lstrip(), Thought(thought.strip(), closed=bool(closing))

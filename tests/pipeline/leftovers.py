@@ -1,0 +1,107 @@
+"""Commands in a session of their own, and what is left of them: no process, however they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+MARK = "CAPIPE_TEST_COMMAND"
+SECONDS = 10.0  # for everything to be gone
+
+
+@dataclass(frozen=True)
+class Member:
+    """A live process of a command. ``name`` and ``command`` as the system shows them."""
+
+    pid: int
+    parent: int
+    name: str
+    command: str
+
+
+class Watched:
+    """A running command. All that it starts has its mark in the environment, or is of its session (vLLM's processes
+    write their names over their environment)."""
+
+    def __init__(self, command: Sequence[object], log: IO[str]) -> None:
+        self._mark = f"{MARK}={uuid.uuid4().hex}"
+        name, value = self._mark.split("=")
+        environ = {**staged_environment(), name: value}
+        words = [str(word) for word in command]
+        self._log = log
+        self.process = subprocess.Popen(words, env=environ, start_new_session=True, stdout=log, stderr=log)
+
+    @property
+    def said(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def members(self) -> list[Member]:
+        """What lives of it, the command itself included; zombies do not."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                text = (folder / "stat").read_text(errors="replace")
+                environ = (folder / "environ").read_bytes()
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            except OSError:
+                continue  # it ended meanwhile, or is another user's
+            name, fields = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
+            ours = fields[3] == str(self.process.pid) or self._mark.encode() in environ.split(b"\0")
+            if ours and fields[0] not in "ZX":
+                found.append(Member(int(folder.name), int(fields[1]), name, command))
+        return found
+
+    def wait_for(self, sought: Callable[[Member], bool], seconds: float = 120) -> Member:
+        """The first member of that kind."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.said
+            if found := [each for each in self.members() if sought(each)]:
+                return found[0]
+            time.sleep(0.02)
+        raise AssertionError(f"no such process: {self.members()}\n{self.said}")
+
+    def gone(self) -> float:
+        """Seconds until no process is left. Fails after :data:`SECONDS`."""
+        started = time.monotonic()
+        while left := self.members():
+            assert time.monotonic() - started < SECONDS, f"still there: {left}\n{self.said}"
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+    def kill_all(self) -> None:
+        """For the end of a test that failed."""
+        for each in self.members():
+            os.kill(each.pid, 9)
+        self.process.wait()
+
+
+def is_engine(member: Member) -> bool:
+    return member.name.startswith("VLLM")
+
+
+def is_worker(member: Member) -> bool:
+    return "spawn_main" in member.command and not is_engine(member)
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def staged(**options: object) -> list[str]:
+    """The command of a run of :mod:`.staged_run`, to be started in :func:`staged_environment`."""
+    return [sys.executable, "-c", "import staged_run; staged_run.main()", json.dumps(options)]
+
+
+def staged_environment() -> dict[str, str]:
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

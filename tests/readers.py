@@ -1,0 +1,68 @@
+"""Copies of the bundled reader that read badly: one hears nothing of its caption, one likes A, one is short of room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from capipe.models.engine import Prompt
+from capipe.models.loading import resolve_model
+from capipe.models.prompting import messages
+from capipe.models.quiz import Question, caption_prompt, put
+
+
+def copied(folder: Path, **config: Any) -> Path:
+    """The same weights, with changes to the configuration."""
+    shutil.copytree(resolve_model("tiny/reader"), folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return folder
+
+
+def deaf(folder: Path) -> Path:
+    """A reader whose tokens see nothing of each other: it always gives the same answer, by place."""
+    return _saved(folder, _without_attention)
+
+
+def prefers_a(folder: Path, nats: float) -> Path:
+    """A reader that finds A so much likelier than it should."""
+
+    def change(model: Any, tokenizer: Any) -> None:
+        question = Question("What color is the star?", ("red", "blue", "green"), 0)
+        asked = [put(question, order) for order in ((0, 1, 2, 3), (3, 0, 1, 2), (1, 2, 3, 0))]
+        found = []
+        for text in asked:
+            chat = messages(Prompt(caption_prompt("A blue star.") + text))
+            ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))[
+                "input_ids"
+            ]
+            found.append(model.model(torch.tensor([ids])).last_hidden_state[0, -1])
+        usual = torch.stack(found).mean(dim=0)
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.lm_head.weight[tokenizer.encode("A", add_special_tokens=False)[0]] += nats * usual / (usual @ usual)
+
+    return _saved(folder, change)
+
+
+def _without_attention(model: Any, tokenizer: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+
+
+@torch.no_grad()
+def _saved(folder: Path, change: Any) -> Path:
+    path = str(resolve_model("tiny/reader"))
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(path),
+    )
+    change(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
