@@ -139,6 +139,15 @@ def test_an_index_that_names_what_its_files_lack_is_refused(tmp_path: Path) -> N
         check_weights(folder, "mine")
 
 
+def test_what_transformers_cannot_load_is_left_to_the_engine(tmp_path: Path) -> None:
+    folder = copied("reader", tmp_path)
+    (folder / "model.safetensors").rename(folder / "own.safetensors")  # vLLM reads it under any name
+    check_weights(folder, "mine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["OwnForCausalLM"]}))
+    check_weights(folder, "mine")
+
+
 def test_a_file_that_was_cut_short_is_one_line(tmp_path: Path) -> None:
     folder = copied("reader", tmp_path)
     file = folder / "model.safetensors"

@@ -79,6 +79,8 @@ def test_critics_learn_by_the_same_loop(recipe: Path, tmp_path: Path) -> None:
     flags = [part for each in sets for part in ("--set", each)]
     capipe("train", recipe, "--out", tmp_path / "run", *flags)
     assert (tmp_path / "run/step-000002/critic/value_head.safetensors").exists()
+    beside = [file.name for file in (tmp_path / "run/step-000002").glob("*.safetensors")]
+    assert beside == ["model.safetensors"]  # vLLM takes all that lies there for the model's
     last = [line for line in steps(tmp_path / "run") if "loss" in line][-1]
     assert last["value_loss"] > 0 and last["kl"] > 0
 
