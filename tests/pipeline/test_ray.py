@@ -107,7 +107,9 @@ def with_a_loss(
     lose()
     stderr = process.communicate(timeout=280)[1]
     assert process.returncode == 0, stderr
-    assert "a worker of the cluster was lost" in stderr and "another worker goes on" in stderr
+    assert "a worker of the cluster was lost" in stderr
+    # One that was lost before its first row is one that could not start.
+    assert "another worker goes on" in stderr or "another one is tried there" in stderr
 
 
 @pytest.mark.slow
