@@ -45,7 +45,7 @@ class PipeChannel:
         while True:
             try:
                 message = self._connection.recv()
-            except (EOFError, OSError):
+            except (EOFError, OSError, TypeError):  # TypeError: our own end was closed while this read from it
                 if self._connection.closed:
                     return  # our own end: the work is over
                 # The runner is gone, and with it the lock on the output: stop at once, and the engine first. Mostly
