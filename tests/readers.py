@@ -19,8 +19,9 @@ from capipe.models.quiz import Question, caption_prompt, put
 def copied(folder: Path, **config: Any) -> Path:
     """The same weights, with changes to the configuration."""
     shutil.copytree(resolve_model("tiny/reader"), folder)
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    if config:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     return folder
 
 

@@ -141,7 +141,7 @@ async def test_evaluation_by_the_rewards_own_reader_is_warned_of(
 
 
 async def test_captions_longer_than_the_readers_context_are_refused_at_the_start(recipe: Path, tmp_path: Path) -> None:
-    short = copied(tmp_path / "short", max_position_embeddings=100)
+    short = copied(tmp_path / "short", max_position_embeddings=70)
     with pytest.raises(
         BadInput,
         match=r"rollout.max_tokens: a caption of 60 tokens may be \d+ tokens to .*short, which has room for \d+",
