@@ -93,6 +93,7 @@ def write_quiz(shards: Path, folder: Path, right: Callable[[int], int], controls
         "captions": "c" * 64,
         "model": "r" * 64,
         "grade": {"presentations": None, "generic": "g", "controls": controls},
+        "reader": {"presentations": None},
         "of": str(folder),
     }
     run = {"shards": str(shards), "model": "reader", "questions": str(folder / "screened"), "captions": "gone"}
