@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
@@ -100,7 +101,8 @@ def check_engine_args(given: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(AsyncEngineArgs) if not field.name.startswith("_")}
     refuse_unknown(given, known)
     try:
-        AsyncEngineArgs(**given)
+        # Offline vLLM looks its model up at once, a default one of its own without any; a folder is taken as it is.
+        AsyncEngineArgs(model=str(Path(__file__).parent), **given)
     except Exception as error:  # pydantic's and vLLM's own, which share no class
         raise BadInput(f"engine arguments that vLLM does not take: {reason_of(error)}") from None
 
