@@ -70,11 +70,12 @@ class Watched:
             time.sleep(0.02)
         raise AssertionError(f"no such process: {self.members()}\n{self.said}")
 
-    def gone(self) -> float:
-        """Seconds until no process is left. Fails after :data:`SECONDS`."""
+    def gone(self, rays: float = SECONDS) -> float:
+        """Seconds until no process is left. Fails after :data:`SECONDS`; after ``rays`` where only Ray's own are."""
         started = time.monotonic()
         while left := self.members():
-            assert time.monotonic() - started < SECONDS, f"still there: {left}\n{self.said}"
+            limit = rays if all(map(is_rays, left)) else SECONDS
+            assert time.monotonic() - started < limit, f"still there: {left}\n{self.said}"
             time.sleep(0.05)
         return time.monotonic() - started
 
@@ -83,6 +84,11 @@ class Watched:
         for each in self.members():
             os.kill(each.pid, 9)
         self.process.wait()
+
+
+def is_rays(member: Member) -> bool:
+    """Whether it is one of Ray's own processes, no actor of ours and no engine."""
+    return "ray" in member.command and "RayWorker" not in member.command and not is_engine(member)
 
 
 def is_engine(member: Member) -> bool:
