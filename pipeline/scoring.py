@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,10 +23,6 @@ from ..stages.score import CHUNK, CaptionScorer, PreparedRows, SafetyDetector, S
 from .breaker import answered
 
 Views = tuple[Pixels, ...]
-
-# After each operator the computing thread wants the interpreter lock back, for which it waits this long while another
-# thread runs Python. Python's own 5 ms are some times as long as a small model's operator.
-SWITCH_SECONDS = 0.0002
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,6 @@ class ViewProcessor(Generic[Prepared]):
     writes_tar = False
 
     def __init__(self, views: tuple[View, ...], decode_workers: int, limits: ImageLimits) -> None:
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         decode = functools.partial(decode_views, views=views, limits=limits)
         self._pool: DecodePool[Views] = DecodePool(decode_workers, decode, in_flight=2 * CHUNK)
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="capipe-prepare")
