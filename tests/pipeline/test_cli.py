@@ -86,7 +86,7 @@ def test_demo_ends_with_captions_report_and_shards(tmp_path: Path) -> None:
     assert all(line.startswith("  pictures/") for line in lines[-12:-9])
     kept = re.match(r"(\d+) of (\d+) questions kept, e\.g\. ", lines[-9])
     assert kept is not None and 0 < int(kept[1]) <= int(kept[2])
-    accuracies = dict(re.findall(r"(\w+) (\d\.\d\d)", lines[-8].removeprefix("quiz accuracy: ")))
+    accuracies = dict(re.findall(r"([\w-]+) (\d\.\d\d)", lines[-8].removeprefix("quiz accuracy: ")))
     assert gained is not None and (gained[1], gained[3]) == (accuracies["plain"], accuracies["oracle"])
     report = (tmp_path / "demo/report.html").read_text()
     assert all(
