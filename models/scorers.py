@@ -7,7 +7,7 @@ wants the same scores again must ask in the same batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -108,6 +108,17 @@ def device_and_type(device: str, dtype: str) -> tuple[torch.device, torch.dtype]
     if dtype not in types:
         raise BadInput(f"dtype {dtype!r} is none of auto, {', '.join(types)}")
     return where, types[dtype]
+
+
+def computing_threads(devices: Iterable[torch.device], most: int) -> tuple[int, int]:
+    """How many batches to compute at a time, at most ``most``, and how many threads torch may use for each.
+
+    On a CPU batches side by side share no step at whose end one core waits for another, as torch's threads do in every
+    layer; small models gain a good part of a core. A device of its own is kept busy by one thread.
+    """
+    cores = torch.get_num_threads()
+    beside = max(1, min(most, cores)) if all(device.type == "cpu" for device in devices) else 1
+    return beside, max(1, cores // beside)
 
 
 def normalised(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
+import torch
 
 from ..manifests.schema import EMBEDDING_COLUMN, SCORE, embedding
 from ..manifests.shards import Row
@@ -17,7 +18,7 @@ from ..models.clip import load_clip
 from ..models.decode import DecodePool
 from ..models.formats import ImageProblem
 from ..models.images import ImageLimits, Pixels
-from ..models.scorers import ScorerConfig, load_scorer, scorer_identity
+from ..models.scorers import ScorerConfig, computing_threads, device_and_type, load_scorer, scorer_identity
 from ..models.views import View, decode_views
 from ..stages.score import CHUNK, CaptionScorer, PreparedRows, SafetyDetector, SeenRow, captions_of, passed_on, unscored
 from .breaker import answered
@@ -62,23 +63,29 @@ class ScoreStage:
 Prepared = TypeVar("Prepared")
 Subject = tuple[Row, int]  # and the number of its image
 
+CHUNKS_COMPUTED = 4  # at a time, at most: each holds its pictures and its activations
+
 
 class ViewProcessor(Generic[Prepared]):
-    """What processors share whose models look at pictures: chunks of rows, decoding processes, a computing thread.
+    """What processors share whose models look at pictures: chunks of rows, decoding processes, computing threads.
 
     Another thread prepares the next chunk's texts meanwhile: tokenizers, too, take a tenth of a small model's time.
+    A chunk is one thread's from its first layer to its last, so its figures are the same however many compute.
     """
 
     schema: pa.Schema
-    window = 4 * CHUNK
     chunk = CHUNK
     writes_tar = False
 
-    def __init__(self, views: tuple[View, ...], decode_workers: int, limits: ImageLimits) -> None:
-        decode = functools.partial(decode_views, views=views, limits=limits)
-        self._pool: DecodePool[Views] = DecodePool(decode_workers, decode, in_flight=2 * CHUNK)
+    def __init__(self, views: tuple[View, ...], setup: ScoreSetup) -> None:
+        decode = functools.partial(decode_views, views=views, limits=setup.limits)
+        devices = [device_and_type(each.device, each.dtype)[0] for each in setup.scorers]
+        self._computers, threads = computing_threads(devices, CHUNKS_COMPUTED)
+        self.window = (self._computers + 3) * CHUNK
+        in_flight = (self._computers + 1) * CHUNK
+        self._pool: DecodePool[Views] = DecodePool(setup.decode_workers, decode, in_flight=in_flight)
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="capipe-prepare")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="capipe-score")
+        self._threads = ThreadPoolExecutor(self._computers, "capipe-score", torch.set_num_threads, (threads,))
         self._decoding = self._computing = 0
 
     async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -97,7 +104,7 @@ class ViewProcessor(Generic[Prepared]):
             try:
                 loop = asyncio.get_running_loop()
                 prepared = await loop.run_in_executor(self._preparer, self.prepare, subjects)
-                computed = await loop.run_in_executor(self._thread, self.compute, prepared, list(seen.values()))
+                computed = await loop.run_in_executor(self._threads, self.compute, prepared, list(seen.values()))
                 answered()
             finally:
                 self._computing -= len(subjects)
@@ -113,7 +120,7 @@ class ViewProcessor(Generic[Prepared]):
         raise NotImplementedError
 
     def compute(self, prepared: Prepared, images: Sequence[Views]) -> list[dict[str, Any]]:
-        """The output rows of what was prepared; runs in the computing thread."""
+        """The output rows of what was prepared; runs in a computing thread."""
         raise NotImplementedError
 
     def passed_on(self, row: Row) -> dict[str, Any]:
@@ -131,12 +138,12 @@ class ViewProcessor(Generic[Prepared]):
         return None
 
     def gauges(self) -> dict[str, int]:
-        return {"decoding": self._decoding, "in_engine": self._computing, "concurrency": CHUNK}
+        return {"decoding": self._decoding, "in_engine": self._computing, "concurrency": self._computers * CHUNK}
 
     async def aclose(self) -> None:
         self._pool.close()
         self._preparer.shutdown()
-        self._thread.shutdown()
+        self._threads.shutdown()
 
 
 class ScoreProcessor(ViewProcessor[PreparedRows]):
@@ -151,7 +158,7 @@ class ScoreProcessor(ViewProcessor[PreparedRows]):
 
             safety = NudeNetDetector()
         self._scorer = CaptionScorer(tuple(load_scorer(each) for each in setup.scorers), safety)
-        super().__init__(self._scorer.views, setup.decode_workers, setup.limits)
+        super().__init__(self._scorer.views, setup)
 
     def unasked(self, row: Row) -> dict[str, Any] | None:
         return unscored(row)
@@ -187,7 +194,7 @@ class EmbedProcessor(ViewProcessor[Sequence[Subject]]):
         (config,) = setup.scorers
         self._clip = load_clip(config.model, config.dtype, config.device)
         self.schema = embedding(self._clip.width)
-        super().__init__((self._clip.view,), setup.decode_workers, setup.limits)
+        super().__init__((self._clip.view,), setup)
 
     def unasked(self, row: Row) -> dict[str, Any] | None:
         return None

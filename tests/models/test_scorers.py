@@ -26,6 +26,7 @@ from capipe.models.scorers import (
     ScorerConfig,
     by_length,
     cleaned,
+    computing_threads,
     load_scorer,
     score_captions,
     scorer_identity,
@@ -222,6 +223,15 @@ def test_the_same_batch_gives_the_same_bits(clip: ClipScorer, itm: ItmScorer) ->
         pixels = views([each.image for each in samples(5, "heldout", seed=8)], scorer)
         captions = [(index, "A large red star. A small blue circle.") for index in range(5)]
         assert score_captions(scorer, pixels, captions) == score_captions(scorer, pixels, captions)
+
+
+def test_a_cpu_computes_batches_side_by_side_and_a_gpu_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert computing_threads([cpu, cpu], 4) == (4, 1) and computing_threads([cpu], 2) == (2, 3)
+    assert computing_threads([cpu, gpu], 4) == (1, 6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert computing_threads([cpu], 4) == (1, 1)
 
 
 def test_batches_hold_alike_lengths_within_the_budget() -> None:

@@ -122,6 +122,17 @@ def test_without_captions_the_tars_own_texts_are_scored(shards: Path, tmp_path: 
     assert table(out / "shards")[0]["caption"] == rows[0]["org_caption"]
 
 
+@pytest.mark.slow
+def test_chunks_computed_side_by_side_give_the_bytes_of_one_after_another(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", list(samples(200, "heldout", seed=34)), 150)
+    made = []
+    for threads in (1, 3):
+        out = tmp_path / f"out{threads}"
+        capipe("filter", "--shards", shards, "--out", out, *MODELS, OMP_NUM_THREADS=str(threads))
+        made.append([path.read_bytes() for path in sorted((out / "scores").glob("*.parquet"))])
+    assert made[0] == made[1] and len(made[0]) == 2
+
+
 def test_captions_of_other_images_are_refused(shards: Path, captions: Path, tmp_path: Path) -> None:
     others = write_shards(tmp_path / "others", list(samples(24, "heldout", seed=32)), 12)
     done = capipe("filter", "--shards", others, "--captions", captions, "--out", tmp_path / "out", *MODELS, code=1)
