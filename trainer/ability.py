@@ -45,10 +45,13 @@ class Places:
             self.right += hit
 
     def accuracies(self) -> dict[int, float]:
-        """By place, as if all had the same questions; places with too few presentations are left out."""
+        """By place, as if all had the same questions; places with too few presentations are left out.
+
+        A mean plus an effect may leave what accuracies can be, by a hair: where a place is always right, or never.
+        """
         mean = self.right / max(1, self.count.total())
         return {
-            place: mean + self.above[place] / self.count[place]
+            place: min(1.0, max(0.0, mean + self.above[place] / self.count[place]))
             for place in sorted(self.count)
             if self.count[place] >= LEAST_OF_PLACE
         }
