@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from capipe.models.engine import ChoiceRequest, GenerationRequest, Prompt, RequestError, Sampling, Thought
 from capipe.models.http_engine import HTTPEngine, connect_http_engine
@@ -139,19 +141,37 @@ TURNS = (
 )
 
 
+@torch.no_grad()
+def finds_letters_likely(folder: Path, letters: Sequence[str], text: str, nats: float) -> None:
+    """Servers tell the likeliest tokens alone, and letters are not among them where a reader never learned to think."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    usual = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    for letter in letters:
+        model.lm_head.weight[tokenizer.encode(letter, add_special_tokens=False)[0]] += nats * usual / (usual @ usual)
+    model.save_pretrained(folder)
+
+
 @pytest.mark.slow
 async def test_a_real_server_scores_letters_after_a_thought_as_we_do(
     tmp_path: Path, unused_tcp_port_factory: Callable[[], int]
 ) -> None:
     pytest.importorskip("vllm")
     folder = thinking_reader(tmp_path / "reader", TURNS + THINKING.partition("{% endfor %}")[2])
-    letters = ("A", "B", "C", "D")
+    letters, text = ("A", "B", "C", "D"), "Which? A, B, C or D"
+    finds_letters_likely(folder, letters, text, 25.0)
     with serving_vllm(str(folder), unused_tcp_port_factory(), "--max-model-len", "512", "--max-num-seqs", "8") as url:
         for arguments, thoughts in [({}, [None, "a star"]), ({"enable_thinking": False}, [None])]:
             there = await load_engine(EngineConfig(url, template_args=arguments))
             here = await load_engine(EngineConfig("transformers", str(folder), device="cpu", template_args=arguments))
             for thought in thoughts:
-                asked = ChoiceRequest(Prompt("Which? A, B, C or D", thought=thought), letters)
+                asked = ChoiceRequest(Prompt(text, thought=thought), letters)
                 ours, theirs = await here.choose(asked), await there.choose(asked)
                 known = [pair for pair in zip(ours.logprobs, theirs.logprobs, strict=True) if pair[1] is not None]
                 assert known and all(one == pytest.approx(other, abs=1e-3) for one, other in known)
