@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,27 @@ def prefers_a(folder: Path, nats: float) -> Path:
     def change(model: Any, tokenizer: Any) -> None:
         question = Question("What color is the star?", ("red", "blue", "green"), 0)
         asked = [put(question, order) for order in ((0, 1, 2, 3), (3, 0, 1, 2), (1, 2, 3, 0))]
-        found = []
-        for text in asked:
-            chat = messages(Prompt(caption_prompt("A blue star.") + text))
-            ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))[
-                "input_ids"
-            ]
-            found.append(model.model(torch.tensor([ids])).last_hidden_state[0, -1])
-        usual = torch.stack(found).mean(dim=0)
-        model.config.tie_word_embeddings = False
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-        model.lm_head.weight[tokenizer.encode("A", add_special_tokens=False)[0]] += nats * usual / (usual @ usual)
+        prompts = [messages(Prompt(caption_prompt("A blue star.") + text)) for text in asked]
+        find_likelier(model, tokenizer, "A", nats, prompts)
 
     return _saved(folder, change)
+
+
+@torch.no_grad()
+def find_likelier(
+    model: Any, tokenizer: Any, letters: str, nats: float, prompts: Sequence[Any], **template: Any
+) -> None:
+    """Add some ``nats`` to the logits of ``letters`` where an answer to one of ``prompts`` (messages) begins."""
+    found = []
+    for prompt in prompts:
+        chat = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **template)
+        ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+        found.append(model.model(torch.tensor([ids])).last_hidden_state[0, -1])
+    usual = torch.stack(found).mean(dim=0)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    for letter in letters:
+        model.lm_head.weight[tokenizer.encode(letter, add_special_tokens=False)[0]] += nats * usual / (usual @ usual)
 
 
 def _without_attention(model: Any, tokenizer: Any) -> None:

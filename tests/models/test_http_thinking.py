@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from capipe.models.loading import EngineConfig, load_engine
 from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
 
+from ..readers import find_likelier
 from ..serving import serving as serving_vllm
 from .folders import THINKING, thinking_reader
 from .test_http_engine import Answer, Double, ask, completion, options, serving
@@ -141,20 +142,11 @@ TURNS = (
 )
 
 
-@torch.no_grad()
-def finds_letters_likely(folder: Path, letters: Sequence[str], text: str, nats: float) -> None:
+def finds_letters_likely(folder: Path, letters: str, text: str) -> None:
     """Servers tell the likeliest tokens alone, and letters are not among them where a reader never learned to think."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    usual = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-    for letter in letters:
-        model.lm_head.weight[tokenizer.encode(letter, add_special_tokens=False)[0]] += nats * usual / (usual @ usual)
+    find_likelier(model, tokenizer, letters, 25.0, [[{"role": "user", "content": text}]], enable_thinking=False)
     model.save_pretrained(folder)
 
 
@@ -165,7 +157,7 @@ async def test_a_real_server_scores_letters_after_a_thought_as_we_do(
     pytest.importorskip("vllm")
     folder = thinking_reader(tmp_path / "reader", TURNS + THINKING.partition("{% endfor %}")[2])
     letters, text = ("A", "B", "C", "D"), "Which? A, B, C or D"
-    finds_letters_likely(folder, letters, text, 25.0)
+    finds_letters_likely(folder, "".join(letters), text)
     with serving_vllm(str(folder), unused_tcp_port_factory(), "--max-model-len", "512", "--max-num-seqs", "8") as url:
         for arguments, thoughts in [({}, [None, "a star"]), ({"enable_thinking": False}, [None])]:
             there = await load_engine(EngineConfig(url, template_args=arguments))

@@ -122,6 +122,11 @@ def test_places_compare_each_question_with_itself() -> None:
     for _ in range(LEAST_OF_PLACE):
         first.add((0, 1, 2), (True, False, False))
     assert first.accuracies() == pytest.approx({0: 1.0, 1: 0.0, 2: 0.0})
+    beyond = Places()
+    for _ in range(LEAST_OF_PLACE):
+        beyond.add((0, 1, 2), (True, False, False))
+        beyond.add((1, 2), (True, True))
+    assert beyond.accuracies() == pytest.approx({0: 1.0, 1: 0.6 - 1 / 6, 2: 0.6 - 1 / 6}), "not 1.267"
     few = Places()
     few.add((0, 1, 2), (True, False, False))
     assert few.accuracies() == {} and Places().accuracies() == {}
