@@ -120,7 +120,7 @@ class ViewProcessor(Generic[Prepared]):
         raise NotImplementedError
 
     def compute(self, prepared: Prepared, images: Sequence[Views]) -> list[dict[str, Any]]:
-        """The output rows of what was prepared; runs in a computing thread."""
+        """The output rows of what was prepared; runs in a computing thread, beside others: models keep nothing."""
         raise NotImplementedError
 
     def passed_on(self, row: Row) -> dict[str, Any]:
