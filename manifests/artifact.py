@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -23,6 +23,7 @@ from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, fingerprint
 from .journal import Journal
 from .manifest import ShardRecord
+from .overwriting import refuse_overwriting
 from .storage import PRIVATE, Folder, clear, read_parquet
 from .tar import unsafe_name
 from .transaction import ShardTransaction
@@ -83,14 +84,17 @@ class Artifact:
         *,
         fresh: bool = False,
         share: bool = False,
+        reads: Iterable[str] = (),
     ) -> Artifact:
         """Open ``url`` for writing under a lock: a new artifact, or an existing one of the same fingerprint.
 
         ``semantic`` is what the fingerprint covers; ``run`` is kept for the record (paths, workers, engine).
         ``share``: together with other processes that say so, too; :attr:`claims` keep their shards apart.
+        ``reads``: paths and URLs of all that goes into it, which it may neither be, hold, nor lie in.
         Raises ArtifactMismatch, naming the keys, where the folder was made by another configuration, and BadInput
         where another process is writing, or would share a folder that cannot be locked.
         """
+        refuse_overwriting(url, reads)
         folder = Folder(url)
         semantic = json.loads(canonical({"stage": stage, **semantic}))
         config = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
@@ -114,7 +114,7 @@ def expand(pattern: str) -> list[InputShard]:
     Raises BadInput where a named shard is missing, nothing matches, or two shards would share a name.
     """
     fs, path = _filesystem(pattern)
-    if any(c in pattern for c in "{*?["):
+    if is_pattern(pattern):
         urls = [url for part in braced(pattern) for url in _glob(part)]
     elif fs.isdir(path):
         if Artifact.exists(pattern):
@@ -129,6 +129,17 @@ def expand(pattern: str) -> list[InputShard]:
     shards = _shards(urls)
     _refuse_namesakes(shards)
     return shards
+
+
+def read_places(pattern: str, shards: Iterable[InputShard], beside: Iterable[Artifact] = ()) -> list[str]:
+    """What a stage reads, for :func:`refuse_overwriting`: the folder or tar ``pattern`` names, each tar, artifacts."""
+    named = [] if is_pattern(pattern) else [pattern]
+    return [*named, *(shard.url for shard in shards), *(artifact.url for artifact in beside)]
+
+
+def is_pattern(url: str) -> bool:
+    """Whether ``url`` names files by a pattern, instead of one file or folder."""
+    return any(c in url for c in "{*?[")
 
 
 def input_artifact(pattern: str) -> Artifact | None:

@@ -16,7 +16,8 @@ from typing import TypeVar
 from ..errors import ArtifactMismatch, BadInput, CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
-from ..manifests.shards import InputShard, expand, input_artifact
+from ..manifests.overwriting import refuse_overwriting
+from ..manifests.shards import InputShard, expand, input_artifact, read_places
 from ..stages import dedup
 from ..stages.cosine import require_faiss
 from ..stages.dedup import DedupConfig
@@ -25,7 +26,7 @@ from ..stages.hash_sets import HashSet, read_hash_set
 from ..stages.ingest import IngestTask, pending
 from ..stages.ingest import plan as cut
 from ..stages.near_hashes import Indices
-from ..stages.sources import open_sources
+from ..stages.sources import open_sources, source_places
 from .desk import Outcome
 from .events import Event, Pulse, ShardDone, ShardFailed
 from .ingesting import HOPELESS
@@ -70,6 +71,9 @@ def plan_dedup(
     for source in against:
         if next(open_sources([source]), None) is None:
             raise BadInput(f"{source}: holds no image to compare with; name a folder, tars or a table that does")
+    reads = [*read_places(shards, found, () if beside is None else [beside]), *source_places(against)]
+    for name in (HASHES, AGAINST, MARKED):
+        refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     shared = all(shard.is_shared for shard in found) and not any(url.startswith("memory:") for url in (out, *against))
     return DedupPlan(config, shards, found, tuple(against), beside, out.rstrip("/"), count if shared else 0, fresh)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
-from ..manifests.shards import InputShard, Row, expand, input_artifact, join
+from ..manifests.shards import InputShard, Row, expand, input_artifact, join, read_places
 from ..manifests.status import Status
 from ..models.adapters import check_adapter
 from ..models.chat_templates import check_template
@@ -305,7 +305,8 @@ def plan(
         "input_manifest": source.manifest_digest() if source else None,
         **{name: artifact.url for name, artifact in beside.items()},
     }
-    artifact = Artifact.create(out, stage.name, semantic, run, fresh=fresh, share=share)
+    reads = read_places(pattern, shards, beside.values())
+    artifact = Artifact.create(out, stage.name, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
         return Plan(stage, artifact, shards, _todo(artifact, shards, retry))
     except CapipeError:

@@ -18,7 +18,7 @@ from ..errors import ArtifactMismatch, BadInput, CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.status import Status
-from ..manifests.storage import Folder, read_parquet
+from ..manifests.storage import read_parquet
 from ..stages.dataset_card import CardWords
 from ..stages.export import STAGE, ExportConfig, export_shard
 from ..stages.export_source import image_extensions, listing, made_of
@@ -63,8 +63,6 @@ def plan_export(
     if format not in _FORMATS:
         raise BadInput(f"--format {format}: unknown; one of {', '.join(_FORMATS)}")
     source = Artifact.open(url)
-    if Folder(out).path == source.folder.path:
-        raise BadInput(f"{out}: is what to export; choose another folder for --out")  # --fresh would remove the source
     shards = _complete(source)
     if format != "parquet":
         _refuse_repeated_keys(source, shards, format)
@@ -80,7 +78,7 @@ def plan_export(
         "card": asdict(words),
     }
     semantic = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
-    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh)
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=[url])
     try:
         artifact.release_quarantine()
         todo = _todo(artifact, source, shards)

@@ -9,15 +9,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
-from ..errors import BadInput, CapipeError, RunFailed
+from ..errors import CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..stages.ingest import STAGE, IngestConfig, IngestTask, ingest_shard, pending, plan
 from ..stages.items import ItemRef
-from ..stages.sources import open_sources
+from ..stages.sources import open_sources, source_places
 from .desk import Outcome
 from .events import Event, Pulse, ShardDone, ShardFailed
 from .pool import Done, Failed, run_pool
@@ -42,9 +41,10 @@ def plan_ingest(
     sources: Sequence[str], out: str, config: IngestConfig, *, workers: int | None = None, fresh: bool = False
 ) -> IngestPlan:
     """Check the sources and lock the output. Raises CapipeError; then nothing was written."""
-    _refuse_inside(sources, out)
+    reads = source_places(sources)
     items = open_sources(sources, config.path_column)
-    artifact = Artifact.create(out, STAGE, config.model_dump(mode="json"), {"sources": list(sources)}, fresh=fresh)
+    semantic, run = config.model_dump(mode="json"), {"sources": list(sources)}
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
     try:
         artifact.release_quarantine()
     except CapipeError:
@@ -53,13 +53,6 @@ def plan_ingest(
     shared = artifact.folder.is_shared and not any(source.startswith("memory:") for source in sources)
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     return IngestPlan(config, artifact, items, count if shared else 0)
-
-
-def _refuse_inside(sources: Sequence[str], out: str) -> None:
-    """Shards written into a folder that is being read would be read as items in turn."""
-    for source in sources:
-        if "://" not in source and "://" not in out and Path(out).resolve().is_relative_to(Path(source).resolve()):
-            raise BadInput(f"{out}: lies inside the source {source}; choose a folder outside it")
 
 
 def execute_ingest(made: IngestPlan, report: Callable[[Event], None], stop: threading.Event) -> Outcome:

@@ -14,7 +14,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from ..manifests.artifact import Artifact
 from ..manifests.fingerprint import canonical
 from ..manifests.manifest import ShardRecord
 from ..manifests.schema import SCORE, SELECT
-from ..manifests.shards import InputShard, RowReader, expand, input_artifact, join
+from ..manifests.shards import InputShard, RowReader, expand, input_artifact, join, read_places
 from ..manifests.status import Status
 from ..manifests.storage import PRIVATE
 from ..manifests.transaction import ShardTransaction
@@ -83,7 +82,8 @@ def plan_select(
         raise BadInput(f"{scores.url}: an artifact of stage {scores.stage!r}; give --scores those of `capipe filter`")
     beside = {SCORES: scores} | ({MARKS: marks} if marks is not None else {})
     shards = join(expand(pattern), beside)
-    _refuse_overwriting(out, shards, list(beside.values()))
+    reads = read_places(pattern, shards, beside.values())
+    _refuse_another_stage(out)
     found = survey(shards, scores, config)
     tasks = _tasks(shards, found)
     source = input_artifact(pattern)
@@ -103,7 +103,7 @@ def plan_select(
         "kept": sum(found.kept),
         **{name: artifact.url for name, artifact in beside.items()},
     }
-    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh)
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
     try:
         artifact.release_quarantine()
         todo = _todo(artifact, tasks)
@@ -115,18 +115,10 @@ def plan_select(
     return SelectPlan(found, artifact, tasks, todo, min(count, len(todo)) if shared else 0)
 
 
-def _refuse_overwriting(out: str, shards: Sequence[InputShard], read: Sequence[Artifact]) -> None:
-    """`--fresh` removes what is in ``out``: that must never be what is read, nor anything but a selection."""
-    places = {shard.url.rpartition("/")[0]: shard.url for shard in shards} | {each.url: each.url for each in read}
-    for place, named in places.items():
-        if _place(place) == _place(out):
-            raise BadInput(f"{out}: final shards would be written over {named}, which is read; choose another --out")
+def _refuse_another_stage(out: str) -> None:
+    """`--fresh` removes what is in ``out``: that must never be anything but a selection."""
     if Artifact.exists(out) and (stage := Artifact.open(out).stage) != STAGE:
         raise BadInput(f"{out}: holds an artifact of stage {stage!r}; choose another --out")
-
-
-def _place(url: str) -> str:
-    return url.rstrip("/") if "://" in url else str(Path(url).resolve())
 
 
 def _tasks(shards: Sequence[InputShard], found: Survey) -> list[GroupTask]:

@@ -55,6 +55,7 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         )
     if not ranks.first:
         say = _quiet
+    refuse_overwriting(str(out), _read(recipe))
     training, held_out = load_data(recipe)
     rewarding = reward_reader(recipe)
     semantic = {
@@ -126,6 +127,15 @@ def _scorers(recipe: Recipe) -> dict[str, Any]:
 
 def _quiet(line: str) -> None:
     """What is said once is said by the first process."""
+
+
+def _read(recipe: Recipe) -> list[str]:
+    """What training reads and an output must not be: data, and a model that an earlier run may have left there."""
+    shards = [recipe.data.shards, *([] if recipe.validation is None else [recipe.validation.shards])]
+    questions = [recipe.data.questions, None if recipe.validation is None else recipe.validation.questions]
+    local = [recipe.model] if Path(recipe.model).is_dir() else []
+    places = [place for pattern in shards for place in read_places(pattern, expand(pattern))]
+    return [*places, *(each for each in questions if each is not None), *local]
 
 
 def load_data(recipe: Recipe) -> tuple[TaskList, TaskList | None]:

@@ -16,7 +16,7 @@ from fsspec.core import url_to_fs
 
 from ..errors import BadInput
 from ..manifests.samples import IMAGE_EXTENSIONS, split_name
-from ..manifests.shards import expand
+from ..manifests.shards import expand, read_places
 from ..manifests.status import Status
 from ..manifests.tar import Member, scan
 from . import tables
@@ -51,6 +51,21 @@ def _open(src: str, path_column: str | None) -> Iterator[ItemRef]:
     if "://" not in src and ((Path(src) / "dataset_dict.json").is_file() or (Path(src) / "state.json").is_file()):
         return _dataset(src)
     return _tars(src) if _holds_tars(src) else _folder(src)
+
+
+def source_places(sources: Sequence[str]) -> list[str]:
+    """What ``sources`` are, for :func:`refuse_overwriting`: each as it is named, and the tars that a pattern or a
+    folder of links names. Raises BadInput where one is missing."""
+    places: list[str] = []
+    for src in sources:
+        places += read_places(src, expand(src)) if _is_of_tars(src) else [src]
+    return places
+
+
+def _is_of_tars(src: str) -> bool:
+    if src.rpartition(".")[2].lower() == "tar":
+        return True
+    return not src.startswith(_HF) and _exists(src) and _is_folder(src) and _holds_tars(src)
 
 
 def _exists(src: str) -> bool:
