@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from ..errors import BadInput
 
@@ -40,14 +40,14 @@ def _places(source: str) -> Iterator[str]:
     yield _resolved(source)
     path = _local_path(source)
     if path is not None:
-        folder, name = os.path.split(os.path.abspath(path))
-        yield os.path.join(os.path.realpath(folder), name)
+        named = Path(path).absolute()
+        yield str(named.parent.resolve() / named.name)
 
 
 def _resolved(url: str) -> str:
     path = _local_path(url)
     if path is not None:
-        return os.path.realpath(path)
+        return str(Path(path).resolve())
     scheme, _, rest = url.rpartition("::")[2].partition("://")
     return f"{_SAME_STORE.get(scheme, scheme)}://{posixpath.normpath(rest.lstrip('/'))}"
 

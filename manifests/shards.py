@@ -7,14 +7,12 @@ and the tar supplies the images. A foreign tar's rows are its samples, with uids
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import fsspec
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from ..errors import ArtifactMismatch, BadInput
@@ -23,6 +21,7 @@ from .manifest import ShardRecord
 from .samples import Sample, read_samples
 from .sidecars import decode_meta, decode_text
 from .status import Status
+from .storage import open_parquet, parquet_of
 from .tar import Member
 
 _START_OVER = "use another --out, or --fresh to start over"
@@ -331,14 +330,12 @@ def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
 
 
 def _companion_rows(companion: Companion) -> Iterator[dict[str, Any]]:
-    for batch in pq.ParquetFile(io.BytesIO(companion.read())).iter_batches(1000, use_threads=False):
+    for batch in parquet_of(companion.read()).iter_batches(1000, use_threads=False):
         yield from batch.to_pylist()
 
 
 def _parquet(url: str, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
-    fs, path = url_to_fs(url)
-    with fs.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)
+    with open_parquet(url) as parquet:
         for batch in parquet.iter_batches(1000, columns=columns, use_threads=False):
             yield batch.to_pylist()
 

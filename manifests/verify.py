@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..errors import CapipeError
 from .artifact import Artifact
@@ -20,7 +19,7 @@ from .samples import read_samples
 from .schema import ANNOTATE, DEDUP, HASHES, INGEST, SCORE, SELECT, check
 from .shards import uid_of
 from .status import Status
-from .storage import read_parquet
+from .storage import parquet_file, read_parquet
 
 _SCHEMAS = {
     "ingest": INGEST,
@@ -126,8 +125,7 @@ def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report:
 
 def _content(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
     name = f"{record.shard}.parquet"
-    with artifact.folder.open(name) as file:
-        parquet = pq.ParquetFile(file)
+    with parquet_file(artifact.folder, name) as parquet:
         schema = _SCHEMAS.get(artifact.stage)
         if schema is not None:
             try:

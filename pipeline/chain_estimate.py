@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from ..errors import CapipeError
 from ..manifests.artifact import Artifact
 from ..manifests.samples import IMAGE_EXTENSIONS
+from ..manifests.storage import open_parquet
 from .chain_plan import Planned, artifact_folders, committed_rows
 from .chain_recipe import Chain, Source, Stage
 from .chain_state import ChainState
@@ -113,7 +112,8 @@ def _counted(source: Source) -> int | None:
         images = sum(name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for name in names)
         return images or None
     if local.is_file() and local.suffix == ".parquet":
-        return int(pq.ParquetFile(local).metadata.num_rows)
+        with open_parquet(path) as parquet:
+            return int(parquet.metadata.num_rows)
     return None
 
 

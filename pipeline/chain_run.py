@@ -15,11 +15,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ArtifactMismatch, BadInput
+from ..manifests.overwriting import refuse_overwriting
 from ..models.child_processes import follow
 from .chain_identity import product
 from .chain_lock import locked
@@ -80,7 +81,7 @@ class _Run:
         data = outside(self.chain)
         self._trust(look(self.chain, self.folder, self.state, data))
         planned = look(self.chain, self.folder, self.state, data)
-        self._refuse_strangers()
+        self._refuse_strangers(data)
         for stage in self.chain.stages:
             self._describe(stage, planned[stage.name])
         save_chain(self.folder, self.state)
@@ -127,10 +128,13 @@ class _Run:
             self.say(f"{place}: changed since stage {stage.name} was done, but sound: what hangs on it is done again")
             self._known(stage).product = product(self.folder, places(stage))
 
-    def _refuse_strangers(self) -> None:
-        """Raise BadInput where a stage is to write into a folder with something in it that this chain did not make."""
+    def _refuse_strangers(self, read: Iterable[str]) -> None:
+        """Raise BadInput where a stage is to write into a folder with something in it that this chain did not make, or
+        over what the chain is to ``read``."""
+        read = list(read)
         for stage in self.chain.stages:
             path = self.folder / stage.out
+            refuse_overwriting(str(path), read)
             if stage.out not in self.state.made and path.exists() and (not path.is_dir() or any(path.iterdir())):
                 text = f"{path}: holds something that this chain did not make"
                 raise BadInput(f"{text}; move it away, or choose another --out")

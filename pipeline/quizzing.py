@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from ..errors import BadInput
 from ..manifests.schema import QUESTIONS, SCREEN
 from ..manifests.shards import InputShard, Row, RowReader
 from ..manifests.status import Status
+from ..manifests.storage import open_parquet
 from ..models.formats import ImageProblem
 from ..models.loading import EngineConfig, vllm_runs
 from ..models.reader import QuizReader
@@ -196,9 +196,7 @@ def image_names(shard: InputShard) -> Iterator[ImageNames]:
     if shard.record is None:
         yield from (ImageNames(row.key, None, row.uid) for row in RowReader(shard))
         return
-    fs, path = url_to_fs(shard.url.removesuffix(".tar") + ".parquet")
-    with fs.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)
+    with open_parquet(shard.url.removesuffix(".tar") + ".parquet") as parquet:
         wanted = [name for name in ("key", "source", "uid") if name in parquet.schema_arrow.names]
         for batch in parquet.iter_batches(10_000, columns=wanted, use_threads=False):
             yield from (ImageNames(row["key"], row.get("source"), row["uid"]) for row in batch.to_pylist())

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from ..errors import ArtifactMismatch, BadInput
@@ -25,7 +24,7 @@ from ..manifests.fingerprint import canonical
 from ..manifests.schema import BASE, SCORE, check
 from ..manifests.shards import Companion, InputShard
 from ..manifests.status import Status
-from ..manifests.storage import read_parquet
+from ..manifests.storage import open_parquet, read_parquet
 from ..stages.expression import kind_of, shown_value
 from ..stages.select import Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
 
@@ -120,10 +119,8 @@ def _same_images(one: pa.Table, other: pa.Table) -> bool:
 
 def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) -> pa.Table:
     """Some columns of a sidecar, after its schema was checked; its checksum is not, which would take all columns."""
-    fs, path = url_to_fs(companion.url)
     try:
-        with fs.open(path, "rb") as file:
-            parquet = pq.ParquetFile(file)
+        with open_parquet(companion.url) as parquet:
             check(parquet.schema_arrow, schema, companion.url)
             return parquet.read(columns=list(dict.fromkeys(columns)), use_threads=False)
     except (OSError, pa.ArrowException) as error:

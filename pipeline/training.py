@@ -13,6 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..errors import ArtifactMismatch, BadInput, RunFailed
 from ..manifests.fingerprint import differences, fingerprint
+from ..manifests.overwriting import refuse_overwriting
+from ..manifests.shards import expand, read_places
 from ..models.engine import EngineDead, Prompt, RequestError
 from ..models.family import PreparedPrompt
 from ..models.loading import model_identity

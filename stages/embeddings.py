@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.schema import EMBEDDING_COLUMN, embedding_width
+from ..manifests.storage import parquet_file, read_parquet
 from .cosine import Vectors, near_vectors
 from .hash_sets import HashSet
 from .near_hashes import Indices
@@ -65,11 +65,10 @@ def read_embeddings(artifact: Artifact, hashed: HashSet, scratch: Path) -> Embed
 def _shard_vectors(artifact: Artifact, hashed: HashSet, shard: str) -> Iterator[tuple[Indices, Vectors]]:
     """Files and their vectors, row by row."""
     files, at, where = hashed.files_of(shard), 0, f"{artifact.url}/{shard}.parquet"
-    with hashed.artifact.folder.open(f"{shard}.parquet") as file:
-        rows = pq.ParquetFile(file).read(columns=["key", "uid"], use_threads=False)
-    with artifact.folder.open(f"{shard}.parquet") as file:
+    rows = read_parquet(hashed.artifact.folder, f"{shard}.parquet", ["key", "uid"])
+    with parquet_file(artifact.folder, f"{shard}.parquet") as file:
         wanted = ["key", "uid", EMBEDDING_COLUMN]
-        for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=wanted, use_threads=False):
+        for batch in file.iter_batches(_BATCH, columns=wanted, use_threads=False):
             _check_rows(where, batch, rows.slice(at, len(batch)))
             sound, numbers = _sound(batch.column(EMBEDDING_COLUMN))
             part = files[at : at + len(batch)][sound]
@@ -90,8 +89,8 @@ def near_embeddings(artifact: Artifact, hashed: HashSet, cosine: float) -> tuple
 
 
 def _width(artifact: Artifact, shard: str) -> int:
-    with artifact.folder.open(f"{shard}.parquet") as file:
-        return embedding_width(pq.read_schema(file), f"{artifact.url}/{shard}.parquet")
+    with parquet_file(artifact.folder, f"{shard}.parquet") as file:
+        return embedding_width(file.schema_arrow, f"{artifact.url}/{shard}.parquet")
 
 
 def _check_rows(where: str, batch: pa.RecordBatch, rows: pa.Table) -> None:

@@ -11,6 +11,7 @@ from ..manifests.artifact import Artifact
 from ..manifests.file_transaction import FileTransaction
 from ..manifests.manifest import ShardRecord
 from ..manifests.status import Status
+from ..manifests.storage import open_parquet
 from .export_source import listing, pairs
 
 #: Row groups are what the Hub's viewer reads at once: it takes a few hundred MB at most, and shows a hundred rows.
@@ -40,7 +41,8 @@ def write_training_parquet(source: Artifact, record: ShardRecord, out: FileTrans
     """The shard's ok rows with image and caption; returns their number. A shard without one gets no file."""
     if not record.rows.get(Status.OK):
         return {"samples": 0}
-    schema = training_schema(pq.read_schema(out.path(listing(record.shard))))
+    with open_parquet(str(out.path(listing(record.shard)))) as listed:
+        schema = training_schema(listed.schema_arrow)
     names = [field.name for field in schema if field.name not in ("image", "caption")]
     group: list[dict[str, Any]] = []
     samples = size = 0

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch
 from ..manifests.artifact import Artifact
@@ -18,7 +17,7 @@ from ..manifests.manifest import ShardRecord
 from ..manifests.samples import Sample, read_samples
 from ..manifests.sidecars import decode_text
 from ..manifests.status import Status
-from ..manifests.storage import parquet_file
+from ..manifests.storage import open_parquet, parquet_file
 from ..manifests.tar import scan
 from .annotate import chosen_caption
 
@@ -56,8 +55,9 @@ def copy(source: Artifact, record: ShardRecord, name: str, out: FileTransaction)
 
 def ok_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a listing that have a sample in the tar, in order."""
-    for batch in pq.ParquetFile(path).iter_batches(1000, use_threads=False):
-        yield from (row for row in batch.to_pylist() if row["status"] == Status.OK)
+    with open_parquet(str(path)) as file:
+        for batch in file.iter_batches(1000, use_threads=False):
+            yield from (row for row in batch.to_pylist() if row["status"] == Status.OK)
 
 
 def caption_of(row: Mapping[str, Any]) -> str:

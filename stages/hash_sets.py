@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..manifests.artifact import Artifact
 from ..manifests.schema import HASHES, check
+from ..manifests.storage import parquet_file, read_parquet
 from .groups import Contents
 from .near_hashes import Indices
 from .perceptual_hash import SIGNATURE_BYTES, Signatures
@@ -56,8 +56,7 @@ class HashSet:
             chosen = chosen[wanted[files[chosen]]]
             if not len(chosen):
                 continue
-            with self.artifact.folder.open(f"{shard}.parquet") as file:
-                table = pq.ParquetFile(file).read(columns=[column], use_threads=False)
+            table = read_parquet(self.artifact.folder, f"{shard}.parquet", [column])
             names = table[column].take(pa.array(chosen)).to_pylist()
             for index, name in zip(files[chosen].tolist(), names, strict=True):
                 lowest[index] = min(lowest.get(index, (name, shard)), (name, shard))
@@ -111,17 +110,16 @@ def confirmed(left: HashSet, i: Indices, right: HashSet, j: Indices) -> npt.NDAr
 
 def hash_rows(artifact: Artifact, shard: str, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Some columns of a shard's rows, in order."""
-    with artifact.folder.open(f"{shard}.parquet") as file:
-        for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=columns, use_threads=False):
+    with parquet_file(artifact.folder, f"{shard}.parquet") as file:
+        for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
             yield from batch.to_pylist()
 
 
 def _numbers(artifact: Artifact, shard: str) -> tuple[Any, ...]:
     """``uids, pixels, phash, inner, look`` of a shard's sound images, and which of its rows those are."""
-    with artifact.folder.open(f"{shard}.parquet") as file:
-        parquet = pq.ParquetFile(file)
+    with parquet_file(artifact.folder, f"{shard}.parquet") as parquet:
         check(parquet.schema_arrow, HASHES, f"{artifact.url}/{shard}.parquet")
-        table = parquet.read(columns=_NUMBERS)
+        table = parquet.read(columns=_NUMBERS, use_threads=False)
     sound = pc.is_valid(table["phash"])
     table = table.filter(sound)
     uids = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), dtype="S16")
@@ -131,8 +129,8 @@ def _numbers(artifact: Artifact, shard: str) -> tuple[Any, ...]:
 
 
 def _signature_batches(artifact: Artifact, shard: str) -> Iterator[Signatures]:
-    with artifact.folder.open(f"{shard}.parquet") as file:
-        for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=["signature"], use_threads=False):
+    with parquet_file(artifact.folder, f"{shard}.parquet") as file:
+        for batch in file.iter_batches(_BATCH, columns=["signature"], use_threads=False):
             column = batch.column(0)
             data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
             end = (column.offset + len(column)) * SIGNATURE_BYTES

@@ -15,13 +15,13 @@ from itertools import chain
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from ..errors import BadInput
 from ..manifests.shards import uid_of
 from ..manifests.sidecars import jsonable
 from ..manifests.status import QuestionStatus
+from ..manifests.storage import open_parquet
 from .items import open_binary
 from .question_checks import RawQuestion
 from .tables import Rows, csv_rows, json_row
@@ -135,8 +135,8 @@ def _numbered(file: str, rows: Rows) -> Located:
 
 
 def _parquet(file: str) -> Rows:
-    with open_binary(file) as stream:
-        for batch in pq.ParquetFile(stream).iter_batches(_BATCH, use_threads=False):
+    with open_parquet(file) as parquet:
+        for batch in parquet.iter_batches(_BATCH, use_threads=False):
             yield from batch.to_pylist()
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..errors import BadInput
 from ..manifests.sidecars import jsonable
 from ..manifests.status import Status
+from ..manifests.storage import open_parquet
 from .items import TEXT_COLUMNS, ItemRef, ProblemRef, TableRef, open_binary
 
 EXTENSIONS = ("parquet", "csv", "tsv", "jsonl", "ndjson")
@@ -73,7 +73,7 @@ def _ref(table: str, number: int, row: Mapping[str, Any] | str, column: str, roo
 
 
 def _parquet(table: str) -> tuple[list[str], Rows]:
-    file = pq.ParquetFile(open_binary(table))
+    file = open_parquet(table)
     schema = file.schema_arrow
     for name in PATH_COLUMNS:
         position = schema.get_field_index(name)

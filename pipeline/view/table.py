@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from ...errors import BadInput, CapipeError
 from ...manifests.sidecars import jsonable
+from ...manifests.storage import parquet_file
 from ...stages.expression import Expression, parse
 from ..joins import Joins, Place
 from ..pictures import Cache
@@ -142,11 +143,7 @@ class Table:
         return []
 
     def _parquet(self, place: Place) -> pq.ParquetFile:
-        folder = self.joins.artifacts[place.artifact].folder
-        name = f"{place.shard}.parquet"
-        if folder.is_local:  # only the columns that are asked for leave the disk
-            return pq.ParquetFile(str(folder.local(name)))
-        return pq.ParquetFile(pa.BufferReader(folder.read_bytes(name)))
+        return parquet_file(self.joins.artifacts[place.artifact].folder, f"{place.shard}.parquet")
 
     @property
     def types(self) -> dict[str, pa.DataType]:

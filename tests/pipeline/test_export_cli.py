@@ -111,7 +111,7 @@ def plain_folder(folder: Path) -> Path:
         (final_shards, ["--link", "--format", "llava"], "--link: only webdataset has tars"),
         (final_shards, ["--link", "--image-extension", "png"], "--link: tars are rewritten to name images alike"),
         (captioned, ["--out", "taken"], "taken: the folder holds other files (thesis.docx"),
-        (final_shards, ["--out", "./final", "--fresh"], "./final: is what to export; choose another folder for --out"),
+        (final_shards, ["--out", "./final", "--fresh"], "./final: is what to read; choose another --out"),
     ],
 )
 def test_bad_input_is_one_line(

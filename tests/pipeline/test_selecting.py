@@ -298,7 +298,7 @@ def test_never_written_over_what_is_read(ours: Path, foreign: Path, tmp_path: Pa
     """Least of all with --fresh, which would remove it first."""
     scores = write_scores(ours, tmp_path / "scores")
     for out in (ours, tmp_path / "scores", f"{ours}/../ours/"):
-        with pytest.raises(BadInput, match="would be written over"):
+        with pytest.raises(BadInput, match="is what to read; choose another --out"):
             select_step(scores, str(ours), str(out), SelectConfig(), workers=0, fresh=True)
     theirs = write_scores(foreign, tmp_path / "others")
     with pytest.raises(BadInput, match="holds an artifact of stage 'ingest'; choose another --out"):
