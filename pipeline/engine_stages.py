@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -283,12 +283,13 @@ def plan(
     fresh: bool = False,
     retry: bool = False,
     share: bool = False,
+    also_read: Sequence[str] = (),
 ) -> Plan:
     """Check everything that can be checked before a model is loaded, lock the output, and find what is left to do.
 
     ``beside``: artifacts whose rows the stage wants with each row, by name. ``retry`` reopens committed shards with
-    unresolved rows; ``share`` lets other processes work on the same output. Raises CapipeError; then nothing was
-    written.
+    unresolved rows; ``share`` lets other processes work on the same output; ``also_read`` names files that are neither
+    shards nor artifacts. Raises CapipeError; then nothing was written.
     """
     if share and (fresh or retry):
         word = "--fresh" if fresh else "--retry"
@@ -305,7 +306,7 @@ def plan(
         "input_manifest": source.manifest_digest() if source else None,
         **{name: artifact.url for name, artifact in beside.items()},
     }
-    reads = read_places(pattern, shards, beside.values())
+    reads = [*read_places(pattern, shards, beside.values()), *also_read]
     artifact = Artifact.create(out, stage.name, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
         return Plan(stage, artifact, shards, _todo(artifact, shards, retry))

@@ -176,7 +176,7 @@ def import_questions(path: str, distractors: int, seed: int, shards: str, out: s
         )
     stage = ImportStage(path, tuple(expand(shards)), distractors, seed)
     strangers = stage.unmatched()  # reads the whole set: what is wrong with it is found before anything is written
-    made: Plan = plan(stage, shards, out, **runs)
+    made: Plan = plan(stage, shards, out, also_read=[path], **runs)
     made.artifact.folder.write(f"{PRIVATE}/unmatched.jsonl", unmatched_lines(strangers))
     if strangers:
         first = strangers[0]
