@@ -41,8 +41,8 @@ def encode_meta(meta: Mapping[str, Any], ours: Mapping[str, Any]) -> bytes:
     """``meta`` with ``ours`` added, as JSON; other values that it had under our names move to ``original_*``.
 
     Keys are sorted on every level, so that equal rows give equal bytes: one that comes back from the journal has its
-    keys in another order. Half a surrogate pair, which JSON may bring, becomes a question mark. Raises RecursionError where ``meta`` is nested
-    too deeply.
+    keys in another order. Half a surrogate pair, which JSON may bring, becomes a question mark. Raises RecursionError
+    where ``meta`` is nested too deeply.
     """
     kept: dict[str, Any] = jsonable(meta)
     moved = {f"original_{name}": kept[name] for name in ours if name in kept and kept[name] != ours[name]}

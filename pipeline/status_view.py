@@ -130,11 +130,17 @@ def _part_lines(view: Overview, name: str, indent: str) -> Iterator[tuple[str, s
     yield from ((indent + text, style) for text, style in found)
 
 
+def shards_committed(count: int, total: int | None) -> str:
+    """How far an artifact is. Its input may have fewer shards by now than were made of it."""
+    if total is not None and count > total:
+        return f"{count} shards committed, of an input that has {total} now"
+    return f"{count}/{'?' if total is None else total} shards committed"
+
+
 def artifact_lines(name: str, found: State) -> Iterator[tuple[str, str]]:
     """An artifact: shards and rows, then how fast it goes, what is unfinished, what is quarantined."""
-    total = "?" if found.shards_total is None else found.shards_total
     rows = ", ".join(f"{count} {status}" for status, count in sorted(found.rows.items())) or "none"
-    yield f"{name}: {found.stage}, {found.shards}/{total} shards committed, rows: {rows}", ""
+    yield f"{name}: {found.stage}, {shards_committed(found.shards, found.shards_total)}, rows: {rows}", ""
     if found.shards != found.shards_total and found.rate is not None:
         seen = sum(found.rows.values()) + found.journaled
         share = f"{seen} of {found.rows_total} rows, " if found.rows_total else ""

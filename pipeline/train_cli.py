@@ -12,7 +12,7 @@ from . import options as o
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a bundled recipe: tiny.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a bundled one, e.g. tiny-caprl.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and logs.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     max_pixels: Annotated[

@@ -95,6 +95,8 @@ def csv_rows(table: str) -> tuple[list[str], Rows]:
     def rows() -> Rows:
         with stream:
             for values in reader:
+                if not values:  # a blank line, as editors leave at the end
+                    continue
                 if len(values) == len(columns):
                     yield dict(zip(columns, values, strict=True))
                 else:

@@ -231,7 +231,7 @@ def line(step: int, steps: int, figures: dict[str, Any], clock: Clock) -> str:
     skipped = f" skipped: {figures['skipped']}" if figures["skipped"] else ""
     return (
         f"step {step}/{steps} reward {reward} tokens {figures['tokens_per_caption']:.0f} "
-        f"entropy {figures['entropy']:.2f} norm {figures['norm']:.2f} tied {figures['tied']}/{figures['captions']} "
+        f"entropy {figures['entropy']:.2f} norm {figures['norm']:.2f} tied {figures['tied']}/{figures['groups']} "
         f"{clock.total():.1f} s{skipped}"
     )
 

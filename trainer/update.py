@@ -73,6 +73,7 @@ class UpdateReport:
     unscored: int
     skipped: str | None = None
     mismatch: float | None = None
+    groups: int = 0
 
 
 def assign_advantages(groups: Sequence[Group], config: UpdateConfig) -> None:
@@ -204,9 +205,10 @@ class Updater:
             sum(is_tied(group, config) for group in groups),
             sum(each.score is None for group in groups for each in group.rewards),
             len(chosen),
+            len(groups),
         ]
         summed = self._ranks.sum(torch.tensor(counts, dtype=torch.float64))
-        rows, tokens, ties, unscored, teaching = (int(count) for count in summed)
+        rows, tokens, ties, unscored, teaching, drawn = (int(count) for count in summed)
         totals = Totals(rows, tokens, config.limit)
         self.optimizer.zero_grad(set_to_none=True)
         # Loss, entropy, KL, value loss, scored tokens; then the mismatch, and of how many tokens it is known.
@@ -228,7 +230,7 @@ class Updater:
         seen = max(1.0, float(sums[4]))
         loss, entropy, kl, value_loss = (sums[:4] / torch.tensor([1.0, seen, seen, seen], dtype=torch.float64)).tolist()
         figures = (loss, norm, entropy, kl, value_loss, ratios[0], ratios[1], tokens, ties, unscored, skipped)
-        return UpdateReport(*figures, float(sums[5] / sums[6]) if sums[6] else None)
+        return UpdateReport(*figures, float(sums[5] / sums[6]) if sums[6] else None, drawn)
 
     def _parts(self, chosen: list[Group]) -> list[tuple[list[Group], float]]:
         """Micro-batches, and what each counts.
