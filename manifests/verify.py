@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import CapipeError
-from .artifact import Artifact
+from .artifact import CONFIG, Artifact
 from .manifest import ShardRecord
 from .samples import read_samples
 from .schema import ANNOTATE, DEDUP, HASHES, INGEST, SCORE, SELECT, check
@@ -48,6 +48,8 @@ def verify(url: str) -> Report:
     artifact = Artifact.open(url)
     report = Report()
     keys = _KeySet()
+    if not artifact.is_as_written:
+        report.faults.append(f"{url}/{CONFIG}: its digest does not fit its contents; was it edited? Restore it")
     source = _source(artifact, report)
     for record in artifact.committed().values():
         report.shards += 1

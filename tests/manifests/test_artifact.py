@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from capipe.errors import ArtifactMismatch, BadInput, RunFailed
+from capipe.errors import ArtifactMismatch, BadInput, CapipeError, RunFailed
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.journal import Journal
 from capipe.manifests.schema import INGEST
@@ -211,3 +211,20 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path) -> None:
     (out / "_capipe/tmp").mkdir()
     (out / "_capipe/tmp/00001.tar").touch()
     assert "left behind" in verify(str(out)).faults[0]
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.jsonl"])
+def test_any_flipped_byte_is_a_finding_in_words(tmp_path: Path, name: str) -> None:
+    artifact = make(tmp_path / "out")
+    commit(artifact, "00000")
+    artifact.close()
+    assert verify(str(tmp_path / "out")).faults == []
+    path = tmp_path / "out/_capipe" / name
+    data = path.read_bytes()
+    for place in range(len(data) - 1):  # without the manifest's last newline, which makes a line a commit
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        try:
+            found = verify(str(tmp_path / "out")).faults
+        except CapipeError as error:
+            found = [str(error)]
+        assert found and name in found[0], data[max(0, place - 20) : place + 20]
