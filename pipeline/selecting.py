@@ -23,6 +23,7 @@ from ..errors import ArtifactMismatch, BadInput, CapipeError
 from ..manifests.artifact import Artifact
 from ..manifests.fingerprint import canonical
 from ..manifests.manifest import ShardRecord
+from ..manifests.overwriting import refuse_overwriting
 from ..manifests.schema import SCORE, SELECT
 from ..manifests.shards import InputShard, RowReader, expand, input_artifact, join, read_places
 from ..manifests.status import Status
@@ -83,6 +84,7 @@ def plan_select(
     beside = {SCORES: scores} | ({MARKS: marks} if marks is not None else {})
     shards = join(expand(pattern), beside)
     reads = read_places(pattern, shards, beside.values())
+    refuse_overwriting(out, reads)
     _refuse_another_stage(out)
     found = survey(shards, scores, config)
     tasks = _tasks(shards, found)

@@ -47,7 +47,7 @@ def state(folder: Path) -> dict[str, str]:
         (("ingest", "link"), "a"),
         (("dedup", "--shards", "a"), "a"),
         (("filter", "--shards", "a", "--captions", "captions", *CLIP), "a"),
-        (("export", "--shards", "a"), "a/final"),
+        (("export", "a"), "a/final"),
         (("qa", "--shards", "a", *CAPTIONER, "--screen", "none"), "a"),
     ],
 )
