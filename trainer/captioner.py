@@ -42,7 +42,8 @@ class CaptionerPolicy(DecoderPolicy):
         with nullcontext() if trains else torch.no_grad():
             seen = encode_images(self.model, list(distinct.values()))
         places = {uid: place for place, uid in enumerate(distinct)}
-        return seen[[places[image.uid] for image in images]]
+        chosen = torch.tensor([places[image.uid] for image in images], device=seen.device)
+        return seen.index_select(0, chosen)  # gradients of an image seen twice add up in one order, see decoder.pick
 
 
 def _before_text(model: Any) -> Iterator[nn.Parameter]:

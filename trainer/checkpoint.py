@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def save(
     final = folder_of(run, facts.step)
     partial = final.with_name(final.name + PARTIAL)
     write_model(partial)
-    torch.save({"optimizer": optimizer}, partial / STATE)
+    torch.save({"optimizer": canonical(optimizer)}, partial / STATE)
     (partial / FACTS).write_text(
         json.dumps({"step": facts.step, "fingerprint": facts.fingerprint, "figures": facts.figures}, sort_keys=True)
     )
@@ -60,6 +61,19 @@ def save(
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def canonical(value: Any) -> Any:
+    """The same state, so built that equal states give equal bytes.
+
+    A resumed run's differed: betas are a tuple at first and a list once restored, and pickle tells a string that it has
+    seen from one that is equal to it.
+    """
+    if isinstance(value, Mapping):
+        return {canonical(key): canonical(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(each) for each in value]
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def folder_of(run: Path, step: int) -> Path:

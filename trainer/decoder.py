@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..models.family import PreparedImage, PreparedPrompt
 from .critic import ValueHead
@@ -69,7 +70,7 @@ class DecoderPolicy(nn.Module):
         """Score all completion tokens of ``batch``."""
         # Each weight is used once: kept casts would only hold a second set of weights until the pass is over.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-            hidden = self.hidden(batch).flatten(0, 1)[batch.predicts]
+            hidden = pick(self.hidden(batch).flatten(0, 1), batch.predicts)
         states, head, bias = self.before_head(hidden)
         banned = self.get_buffer("banned")
         logp, entropy = token_scores(
@@ -114,6 +115,15 @@ class DecoderPolicy(nn.Module):
     def base(self) -> Any:
         """The model without its head."""
         return self.model.model
+
+
+def pick(rows: Tensor, places: Tensor) -> Tensor:
+    """Rows (places, width) of ``rows`` (all, width), each as often as asked for.
+
+    The gradients of a row that is picked more than once add up in one order. Indexing adds them in whichever order
+    threads arrive, so that a run's weights differed in their last bits from those of the same run done again.
+    """
+    return functional.embedding(places, rows)
 
 
 def _rows(seen: Any, places: list[int]) -> Any:

@@ -70,7 +70,7 @@ async def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     assert f"going on from {parts / 'step-000002'}" in said
     assert last.name == whole.name == "step-000004" and weights(last) == weights(whole)
     assert steps(parts) == steps(tmp_path / "whole")
-    for name in ("captions.jsonl",):
+    for name in ("captions.jsonl", "step-000004/trainer.pt"):
         assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

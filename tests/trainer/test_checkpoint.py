@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capipe.errors import ArtifactMismatch, BadInput
-from capipe.trainer.checkpoint import FACTS, Facts, checkpoints, newest, optimizer_state, save
+from capipe.trainer.checkpoint import FACTS, STATE, Facts, checkpoints, newest, optimizer_state, save
 
 
 def write(folder: Path) -> None:
@@ -25,6 +25,17 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     back = optimizer_state(made)
     assert list(back) == list(state) and all(torch.equal(back[name], state[name]) for name in state)
     assert newest(tmp_path / "elsewhere", "mark") is None
+
+
+def test_a_restored_state_is_saved_as_the_same_bytes(tmp_path: Path) -> None:
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.AdamW([{"params": [each], "scale": 1.0} for each in weights], betas=(0.9, 0.95))
+    sum(each.sum() for each in weights).backward()
+    optimizer.step()
+    first = save(tmp_path / "first", Facts(1, "mark", {}), write, optimizer.state_dict())
+    optimizer.load_state_dict(optimizer_state(first))
+    again = save(tmp_path / "again", Facts(1, "mark", {}), write, optimizer.state_dict())
+    assert (first / STATE).read_bytes() == (again / STATE).read_bytes()
 
 
 def test_one_that_a_kill_left_half_written_is_not_read_and_goes(tmp_path: Path) -> None:
