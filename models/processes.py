@@ -153,9 +153,10 @@ class Worker(Generic[Task, Result]):
 def _interrupts_blocked() -> Iterator[None]:
     """A child inherits the signal mask: started in here, it never sees Ctrl-C, not even before its first line.
 
-    Nor SIGTERM, which a batch system sends to all processes of a job: the parent drains then, and needs its workers.
+    Nor SIGTERM, which a batch system sends to all processes of a job, and SIGHUP, which a terminal does: the parent
+    drains then, and needs its workers.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ from .chain_plan import (
 )
 from .chain_recipe import Chain, Stage
 from .chain_state import DONE, FAILED, RUNNING, STOPPED, WAITING, ChainState, StageState, load_chain, now, save_chain
-from .interrupts import interrupts
+from .interrupts import CODES, interrupts
 from .outcome import LAST_WORDS, Exit
 
 Say = Callable[[str], None]
@@ -169,7 +169,7 @@ class _Run:
             code != Exit.OK and self.stopping
         ):  # however it has put that: torchrun and a killed command have codes of their own
             code = Exit.INTERRUPTED
-        known.state = DONE if code == Exit.OK else STOPPED if code == Exit.INTERRUPTED else FAILED
+        known.state = DONE if code == Exit.OK else STOPPED if code in CODES else FAILED
         if known.state == DONE:
             known.product = product(self.folder, places(stage))
             self._measure(stage, known)

@@ -1,7 +1,8 @@
 """The command line. Each command checks its options, hands them on, prints what came of it and sets the exit code.
 
 Exit codes: 0 all done and every row's fate is final; 1 done, but rows or shards are to be tried again, or verification
-found faults; 2 something given cannot be used; 3 the run could not go on; 130 stopped by Ctrl-C, to be resumed.
+found faults; 2 something given cannot be used; 3 the run could not go on; 130 stopped by Ctrl-C, 143 by SIGTERM, 129
+by SIGHUP, to be resumed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: errors meant for people become one line on stderr and their exit code."""
+    """The command line: errors meant for people become one line on stderr and their exit code.
+
+    A KeyboardInterrupt ends it with that of Ctrl-C; :mod:`.__main__` says so, and knows which signal it was.
+    """
     try:
         app()
     except Problems as error:
@@ -57,9 +61,6 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder that is not ours: nothing a traceback would explain
         _end_with(disk_text(error))
         raise SystemExit(Exit.FAILED) from None
-    except KeyboardInterrupt:
-        print("capipe: stopped; what was finished is kept, run the same command to go on", file=sys.stderr)
-        raise SystemExit(Exit.INTERRUPTED) from None
 
 
 app.command()(ingest_cli.render)

@@ -8,6 +8,7 @@ from enum import IntEnum
 from rich.console import Console
 
 from .engine_stages import Plan, execute
+from .interrupts import say
 from .progress import Progress
 from .status import State, state
 from .status_view import artifact_lines
@@ -53,7 +54,7 @@ def conclude(out: str, interrupted: bool, line: str) -> Exit:
     print(line, file=sys.stderr)
     print_state(out, found)
     if interrupted and not found.complete:
-        print("stopped; run the same command to go on", file=sys.stderr)
+        say("stopped; run the same command to go on")
         return Exit.INTERRUPTED
     if found.unresolved:
         print(f"{found.unresolved} rows ended in engine_error; add --retry to do them again", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Problems
+from .interrupts import CODES, say
 from .outcome import Exit
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def run_checked(chain: Chain, out: Path) -> int:
     from .chain_run import run_chain
 
     code = run_chain(chain, out, lambda line: print(line, file=sys.stderr, flush=True))
-    if code == Exit.INTERRUPTED:
-        print("stopped; run the same command to go on", file=sys.stderr)
+    if code in CODES:
+        say("stopped; run the same command to go on")
     elif code == Exit.OK:
         print(
             f"chain {chain.name}: {len(chain.stages)} stages done in {out}; capipe report {out} writes {out / REPORT}"

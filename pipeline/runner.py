@@ -77,11 +77,13 @@ class PipeChannel:
 
 def worker_main(connection: Connection, stage: Stage, artifact: Artifact, gpu: str | None) -> None:
     """Entry point of a worker process."""
-    # A terminal sends Ctrl-C to the whole group, engine processes included. Blocked signals are inherited, so only the
-    # runner hears it, and lets us finish what is in the engine. A scheduler of jobs sends SIGTERM to all processes of
-    # a job; children of ours are to hear it from their engine, so it is not blocked, and only we do nothing then.
+    # A terminal sends Ctrl-C, and its own end, to the whole group, engine processes included. Blocked signals are
+    # inherited, so only the runner hears it, and lets us finish what is in the engine. A scheduler sends SIGTERM
+    # to all processes of a job; children of ours are to hear it from their engine, so it is not blocked: only we do
+    # nothing then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu

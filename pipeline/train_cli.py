@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from . import options as o
+from .outcome import Exit
 
 
 def train(
@@ -21,9 +22,12 @@ def train(
     fresh: o.Fresh = False,
 ) -> None:
     """Train a captioner so that what it writes answers questions about the image."""
+    from ..trainer.checkpoint import folder_of
     from ..trainer.recipe import load_recipe
     from .training import run_training
 
     more = [] if max_pixels is None else [f"max_pixels={max_pixels}"]
     loaded = load_recipe(recipe, [*(overrides or []), *more])
-    asyncio.run(run_training(loaded, out, fresh=fresh, say=lambda line: print(line, flush=True)))
+    last = asyncio.run(run_training(loaded, out, fresh=fresh, say=lambda line: print(line, flush=True)))
+    if last != folder_of(out, loaded.steps):
+        raise typer.Exit(Exit.INTERRUPTED)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from ..trainer.sharding import restore_optimizer
 from ..trainer.tasks import TaskList, load_tasks
 from ..trainer.update import UpdateConfig, Updater
 from .eval_cli import question_artifact
+from .interrupts import interrupts
 from .training_checks import check_fits, reward_reader
 
 RUN = "run.json"  # what a run was started with
@@ -48,7 +50,10 @@ Say = Callable[[str], None]
 
 
 async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> Path:
-    """Train to the recipe's end, from the newest checkpoint in ``out`` where there is one; returns the last one."""
+    """Train to the recipe's end, from the newest checkpoint in ``out`` where there is one.
+
+    Returns the last checkpoint: of the step at which a signal asked for the end, or ``out`` if that was none yet.
+    """
     disable_progress_bar()  # or each checkpoint, and each set of weights on its way to vLLM, draws one
     ranks = join(recipe.parallel == "sharded")
     if recipe.rollout.images < ranks.count:
@@ -100,8 +105,11 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
             say(packing.line())
         await _preflight(run)
         try:
-            last = await train(run)
-            say(f"checkpoint: {last}")
+            with interrupts(partial(_stop, run)):
+                last = await train(run)
+            if run.step < recipe.steps:
+                say(f"stopped after step {run.step} of {recipe.steps}; run the same command to go on")
+            say(f"checkpoint: {last if run.step else 'none yet'}")
             return last
         finally:
             run.log.close()
@@ -125,6 +133,11 @@ def _scorers(recipe: Recipe) -> dict[str, Any]:
         if isinstance(reward, scored)
     }
     return {"scorers": found} if found else {}
+
+
+def _stop(run: Run) -> None:
+    run.stopping = True
+    run.say("stopping: this step is finished, then a checkpoint written; a second signal ends it at once")
 
 
 def _quiet(line: str) -> None:

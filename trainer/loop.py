@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RunFailed
+from ..models.engine import EngineDead
 from ..models.reader import QuizReader
 from .assembly import PolicyParts, rate, value_weights, write_policy
 from .checkpoint import Facts, folder_of, save
@@ -60,25 +61,36 @@ class Run:
     alarms: dict[str, int] = field(default_factory=dict)  # how many steps in a row each was raised
     generic: dict[str, float] = field(default_factory=dict)  # by reward, what a caption of any image was found to earn
     ahead: list[Group] | None = None  # the next step's captions, where they were drawn during the one before
+    stopping: bool = False  # a signal asked for the end: the step is finished, a checkpoint written
 
 
 async def train(run: Run) -> Path:
-    """Do the steps that are left; returns the last checkpoint. Raises RunFailed on an alarm, after a checkpoint."""
+    """Do the steps that are left, or those until ``run.stopping``; returns the last checkpoint, --out without any.
+
+    Raises RunFailed on an alarm, after a checkpoint.
+    """
     recipe, ranks = run.recipe, run.parts.ranks
-    last = run.out
+    last = folder_of(run.out, run.step) if run.step else run.out
     if run.step == 0:
         await _validate(run)
     while run.step < recipe.steps:
-        clock = Clock()
-        groups, report = await _advance(run, clock)
-        with clock.phase("sync"):
+        if ranks.most(int(run.stopping)):  # by all of them, as they get their signals at different moments
+            return last if run.step == 0 or last == folder_of(run.out, run.step) else checkpoint(run)
+        clock, probe = Clock(), None
+        try:
+            groups, report = await _advance(run, clock)
+        except EngineDead:
+            if _ended_too(run):  # the weights are those of the step before
+                continue
+            raise
+        with clock.phase("sync"), _engine_ended_too(run):
             probe = await run.sampler.sync(run.step + 1)
         figures = step_figures(groups, report, run.judge.figures, ranks)
         figures |= {} if probe is None else {"probe": probe}
         run.log.captions(run.step, groups)
         run.step += 1
         if recipe.validation is not None and (run.step % recipe.validation.every == 0 or run.step == recipe.steps):
-            with clock.phase("validation"):
+            with clock.phase("validation"), _engine_ended_too(run):
                 await _validate(run)
         run.log.step(run.step - 1, {**figures, **clock.seconds})
         run.say(line(run.step, recipe.steps, figures, clock))
@@ -119,8 +131,27 @@ async def _advance(run: Run, clock: Clock) -> tuple[list[Group], UpdateReport]:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
             raise
-        run.ahead = await drawing
+        with _engine_ended_too(run):
+            run.ahead = await drawing
         return groups, report
+
+
+def _ended_too(run: Run) -> bool:
+    """Whether an engine's end is that of the run: a scheduler sends its signal to all processes of a job.
+
+    Of several processes that train together one must not leave a step that the others wait in.
+    """
+    return run.stopping and run.parts.ranks.count == 1
+
+
+@contextmanager
+def _engine_ended_too(run: Run) -> Iterator[None]:
+    """What follows a step's update is left out where the signal that stops the run ended the engine as well."""
+    try:
+        yield
+    except EngineDead:
+        if not _ended_too(run):
+            raise
 
 
 async def _draw(run: Run, step: int) -> list[Group]:
