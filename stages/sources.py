@@ -1,12 +1,14 @@
 """What ``capipe ingest`` can be pointed at, told apart by look, as a deterministic stream of item references.
 
-Every file, member and row becomes an item, usable or not; only sidecars (``.txt``, ``.json``) ride with their image.
+Every file, member and row becomes an item, usable or not; only sidecars (``.txt``, ``.caption``, ``.json``) ride with
+their image.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -15,33 +17,47 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 
 from ..errors import BadInput
-from ..manifests.samples import IMAGE_EXTENSIONS, split_name
+from ..manifests.samples import (
+    IMAGE_EXTENSIONS,
+    META_EXTENSIONS,
+    SIDECAR_EXTENSIONS,
+    TEXT_EXTENSIONS,
+    is_image,
+    is_sidecar,
+    same_name,
+    sidecars,
+    split_name,
+)
 from ..manifests.shards import expand, read_places
 from ..manifests.status import Status
 from ..manifests.tar import Member, scan
 from . import tables
-from .items import Extent, FileRef, ItemRef, ProblemRef, TarRef, join, open_binary, stem_of
+from .items import Extent, FileRef, ItemRef, ProblemRef, Sidecar, TarRef, join, open_binary, stem_of
 
 _HF = "hf://"
-_SIDECARS = ("txt", "json")
 
 
-def open_sources(sources: Sequence[str], path_column: str | None = None) -> Iterator[ItemRef]:
+_KINDS = (TEXT_EXTENSIONS, META_EXTENSIONS)
+
+
+def open_sources(
+    sources: Sequence[str], path_column: str | None = None, image_key: str | None = None
+) -> Iterator[ItemRef]:
     """The items of all ``sources``, one source after the other, in an order that depends on their content alone.
 
     Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table of paths (Parquet,
     CSV, TSV, JSON lines), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single file; local or fsspec.
     Raises BadInput at once where one is missing or holds nothing of these.
     """
-    return chain.from_iterable([_open(source, path_column) for source in sources])
+    return chain.from_iterable([_open(source, path_column, image_key) for source in sources])
 
 
-def _open(src: str, path_column: str | None) -> Iterator[ItemRef]:
+def _open(src: str, path_column: str | None, image_key: str | None) -> Iterator[ItemRef]:
     extension = src.rpartition(".")[2].lower()
     if src.startswith(_HF) and extension not in (*tables.EXTENSIONS, "tar"):
         return _dataset(src)
     if extension == "tar":
-        return _tars(src)
+        return _tars(src, image_key)
     if any(c in src for c in "*?[{") and not _exists(src):
         raise BadInput(f"{src}: only tars are taken by pattern; let the shell expand it, or name the folder")
     if not _exists(src):
@@ -50,7 +66,7 @@ def _open(src: str, path_column: str | None) -> Iterator[ItemRef]:
         return tables.refs(src, path_column) if extension in tables.EXTENSIONS else _single_file(src)
     if "://" not in src and ((Path(src) / "dataset_dict.json").is_file() or (Path(src) / "state.json").is_file()):
         return _dataset(src)
-    return _tars(src) if _holds_tars(src) else _folder(src)
+    return _tars(src, image_key) if _holds_tars(src) else _folder(src)
 
 
 def source_places(sources: Sequence[str]) -> list[str]:
@@ -115,14 +131,18 @@ def _single_file(src: str) -> Iterator[ItemRef]:
     if "://" in src:
         fs, path = url_to_fs(src)
         return iter([FileRef(root, name, int(fs.size(path)))])
-    listing = {Path(src).name: src}
-    for extension in _SIDECARS:
-        sidecar = f"{stem_of(src)}.{extension}"
-        if sidecar != src and Path(sidecar).is_file():
-            listing[Path(sidecar).name] = sidecar
     root = "/" if src.startswith("/") and not root else root
-    sizes = {name: _local_entry(path) for name, path in listing.items()}
+    others = (other for other in _sidecar_names(name) if other != name and Path(join(root, other)).is_file())
+    sizes = {each: _local_entry(join(root, each)) for each in (name, *others)}
     return islice(_file_refs(root, "", sizes), 1)  # the file itself comes first
+
+
+def _sidecar_names(name: str) -> Iterator[str]:
+    """The names that sidecars of a file may have: its folder is not listed, for it may hold a million others."""
+    stem = stem_of(name)
+    for same in dict.fromkeys([stem, *(unicodedata.normalize(form, stem) for form in ("NFC", "NFD"))]):
+        for extension in SIDECAR_EXTENSIONS:
+            yield from (f"{same}.{extension}", f"{same}.{extension.upper()}")
 
 
 def _folder(src: str) -> Iterator[ItemRef]:
@@ -172,36 +192,59 @@ def _remote_folder(src: str) -> Iterator[ItemRef]:
 
 def _file_refs(root: str, folder: str, files: Mapping[str, int | tuple[Status, str]]) -> Iterator[ItemRef]:
     """The items among one folder's files (sizes, or why unreadable): each file, but for sidecars of another one."""
-    stems = {stem_of(name) for name in files if not _is_sidecar(name)}
+    beside: dict[str, list[Sidecar]] = defaultdict(list)
     for name, size in files.items():
-        stem, path = stem_of(name), join(folder, name)
-        if _is_sidecar(name) and stem in stems:
+        if _names_sidecar(name) and isinstance(size, int):
+            beside[same_name(stem_of(name))].append(Sidecar(name, size))
+    found = {
+        name: [_nearest(name, beside.get(same_name(stem_of(name)), []), kind) for kind in _KINDS]
+        for name in files
+        if not _names_sidecar(name)
+    }
+    taken = {sidecar.name for pair in found.values() for sidecar in pair if sidecar is not None}
+    for name, size in files.items():
+        if name in taken:
             continue
+        path = join(folder, name)
         if isinstance(size, tuple):
             yield ProblemRef(join(root, path), *size)
-            continue
-        sizes = [files.get(f"{stem}.{extension}") for extension in _SIDECARS if not _is_sidecar(name)] or [None, None]
-        text, meta = (size if isinstance(size, int) else None for size in sizes)
-        yield FileRef(root, path, size, text, meta)
+        else:
+            yield FileRef(root, path, size, *found.get(name, ()))
 
 
-def _is_sidecar(name: str) -> bool:
-    return name.endswith((".txt", ".json"))
+def _names_sidecar(name: str) -> bool:
+    return "." in name and is_sidecar(name.lower())
+
+
+def _nearest(image: str, beside: Iterable[Sidecar], kind: tuple[str, ...]) -> Sidecar | None:
+    """The sidecar of a kind whose name is most like the image's; others of that kind are items of their own."""
+    stem = stem_of(image)
+
+    def distance(sidecar: Sidecar) -> tuple[bool, int, str]:
+        return stem_of(sidecar.name) != stem, kind.index(_extension(sidecar.name)), sidecar.name
+
+    return min((sidecar for sidecar in beside if _extension(sidecar.name) in kind), key=distance, default=None)
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------
 
 
-def _tars(pattern: str) -> Iterator[ItemRef]:
+def _tars(pattern: str, image_key: str | None) -> Iterator[ItemRef]:
     shards = expand(pattern)
-    return chain.from_iterable(tar_refs(shard.url) for shard in shards)
+    return chain.from_iterable(tar_refs(shard.url, image_key) for shard in shards)
 
 
-def tar_refs(url: str) -> Iterator[ItemRef]:
+def tar_refs(url: str, image_key: str | None = None) -> Iterator[ItemRef]:
     """The items of one tar, found by its headers: no image is read.
 
+    ``image_key``: extensions, by commas, of which a key's first one is its only image; without, each image is an item.
+
     Unlike a reader that goes forward, this joins sidecars that do not lie beside their image (``tar`` of a folder), and
-    keys may repeat: the rows get keys of their own. What is no image by name is tried where nothing else is there.
+    keys may repeat: the rows get keys of their own.
     """
     groups: dict[str, list[dict[str, Member]]] = {}
     order: list[dict[str, Member] | ProblemRef] = []
@@ -213,7 +256,7 @@ def tar_refs(url: str) -> Iterator[ItemRef]:
                     order.append(ProblemRef(f"{url}/{member.name or f'byte {member.offset}'}", status, member.problem))
                     continue
                 key, extension = split_name(member.name.removeprefix("./"))
-                of_key = groups.setdefault(key, [])
+                of_key = groups.setdefault(same_name(key), [])
                 group = next((g for g in reversed(of_key) if extension not in g), None)
                 if group is None:
                     group = {}
@@ -223,28 +266,30 @@ def tar_refs(url: str) -> Iterator[ItemRef]:
     except OSError as error:
         order.append(ProblemRef(url, Status.CORRUPT, f"the tar cannot be read: {error.strerror or error}"))
     for entry in order:
-        yield from [entry] if isinstance(entry, ProblemRef) else _group_refs(url, entry)
+        yield from [entry] if isinstance(entry, ProblemRef) else _group_refs(url, entry, image_key)
 
 
-def _group_refs(url: str, group: dict[str, Member]) -> Iterator[ItemRef]:
-    sidecars = {extension for extension in group if extension.rpartition(".")[2] in _SIDECARS}
-    others = [extension for extension in group if extension not in sidecars]
-    images = [extension for extension in others if extension.rpartition(".")[2] in IMAGE_EXTENSIONS] or others
-    ignored = tuple(extension for extension in others if extension not in images)
+def _image_members(group: Mapping[str, Member], image_key: str | None) -> list[str]:
+    """The extensions of a key's images. What is no image by name is tried where nothing else is there."""
+    if image_key is not None:
+        wanted = (extension.strip().lower().removeprefix(".") for extension in image_key.split(","))
+        return [extension for extension in wanted if extension in group][:1]
+    others = [extension for extension in group if not is_sidecar(extension)]
+    return [extension for extension in others if is_image(extension)] or others
+
+
+def _group_refs(url: str, group: Mapping[str, Member], image_key: str | None) -> Iterator[ItemRef]:
+    images = _image_members(group, image_key)
     if not images:
-        first = next(iter(group.values()))
-        yield ProblemRef(f"{url}/{first.name}", Status.UNSUPPORTED, f"no image with this key ({', '.join(group)})")
+        first, what = next(iter(group.values())), "image" if image_key is None else f"member {image_key!r}"
+        yield ProblemRef(f"{url}/{first.name}", Status.UNSUPPORTED, f"no {what} with this key ({', '.join(group)})")
+    beside = {extension: sidecars(extension, group) for extension in images}
+    taken = {*images, *(name for pair in beside.values() for name in pair)}
+    ignored = tuple(extension for extension in group if extension not in taken)
     for extension in images:
-        prefix = extension.rpartition(".")[0]
-        text, meta = (
-            _extent(group, [f"{prefix}.{sidecar}", sidecar] if prefix else [sidecar]) for sidecar in _SIDECARS
-        )
-        yield TarRef(url, Extent(*_place(group[extension])), text, meta, ignored)
+        text, meta = (_extent(group[name]) if name else None for name in beside[extension])
+        yield TarRef(url, _extent(group[extension]), text, meta, ignored)
 
 
-def _place(member: Member) -> tuple[str, int, int]:
-    return member.name, member.offset, member.size
-
-
-def _extent(group: Mapping[str, Member], names: Iterable[str]) -> Extent | None:
-    return next((Extent(*_place(group[name])) for name in names if name in group), None)
+def _extent(member: Member) -> Extent:
+    return Extent(member.name, member.offset, member.size)

@@ -24,9 +24,9 @@ from ..conftest import photo, tar_bytes
 A, B, C = photo(1), photo(2, fmt="PNG"), photo(3, fmt="WEBP")
 
 
-def load(*sources: object, path_column: str | None = None) -> list[Item]:
+def load(*sources: object, path_column: str | None = None, image_key: str | None = None) -> list[Item]:
     """The items as a worker gets them: references pickled, then loaded."""
-    refs = pickle.loads(pickle.dumps(list(open_sources([str(source) for source in sources], path_column))))
+    refs = pickle.loads(pickle.dumps(list(open_sources([str(source) for source in sources], path_column, image_key))))
     with Handles() as handles:
         items = [ref.load(handles) for ref in refs]
     assert [item.source for item in items] == [ref.source for ref in refs]
@@ -74,6 +74,88 @@ def test_folder_every_file_is_accounted_for(tmp_path: Path) -> None:
     assert (first.data, first.text, first.url) == (A, "schön", "http://x/b")
     assert first.meta == {"url": "http://x/b", "n": 1}
     assert items[4].data == b"an orphan" and items[5].data == B
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def test_folder_captions_by_any_usual_name(tmp_path: Path) -> None:
+    root = fill(
+        tmp_path / "photos",
+        {
+            "UPPER.JPG": A,
+            "UPPER.TXT": b"UP",
+            "UPPER.JSON": b'{"n": 1}',
+            f"{NFC}.jpg": A,
+            f"{NFD}.txt": b"of macOS",
+            f"sub/{NFD}.png": B,
+            f"sub/{NFC}.txt": b"of Linux",
+            "kohya.webp": C,
+            "kohya.caption": b"kohya's",
+            "two.jpg": A,
+            "two.caption": b"not taken, so a row",
+            "two.txt": b"taken",
+            "orphan.caption": b"of nothing",
+            "readme.TXT": b"of nothing",
+        },
+    )
+    items = load(root)
+    texts = {item.source.removeprefix(f"{root}/"): item.text for item in items if item.problem is None}
+    assert texts == {
+        "UPPER.JPG": "UP",
+        f"{NFC}.jpg": "of macOS",
+        f"sub/{NFD}.png": "of Linux",
+        "kohya.webp": "kohya's",
+        "two.jpg": "taken",
+        "two.caption": None,
+        "orphan.caption": None,
+        "readme.TXT": None,
+    }
+    assert next(item for item in items if item.text == "UP").meta == {"n": 1}
+    alone = load(
+        root / "UPPER.JPG", root / f"{NFC}.jpg", root / f"sub/{NFD}.png", root / "kohya.webp", root / "two.jpg"
+    )
+    assert [item.text for item in alone] == ["UP", "of macOS", "of Linux", "kohya's", "taken"]
+
+
+def test_of_two_pictures_that_look_the_same_each_keeps_its_own_caption(tmp_path: Path) -> None:
+    files = {f"{NFC}.jpg": A, f"{NFC}.txt": b"composed", f"{NFD}.jpg": B, f"{NFD}.txt": b"decomposed"}
+    items = load(fill(tmp_path / "photos", files))
+    assert {item.data: item.text for item in items} == {A: "composed", B: "decomposed"}
+
+
+def test_an_unreadable_caption_is_a_row(tmp_path: Path) -> None:
+    root = fill(tmp_path / "photos", {"a.jpg": A})
+    (root / "a.txt").symlink_to("nowhere.txt")
+    first, second = load(root)
+    assert (first.data, first.text) == (A, None)
+    assert second.problem is not None and second.source.endswith("a.txt")
+
+
+@pytest.mark.parametrize(
+    ("written", "text", "notes"),
+    [
+        (b"\xef\xbb\xbfA cat.", "A cat.", []),
+        ("A cät.".encode("utf-16"), "A cät.", []),
+        (b"\xfe\xff" + "A cät.".encode("utf-16-be"), "A cät.", []),
+        ("A cät.".encode("utf-32"), "A cät.", []),
+        (b"caf\xe9", "caf\ufffd", ["text is not UTF-8: replaced"]),
+        (b"\xff\xfeA\0b", "A\ufffd", ["text is not UTF-16: replaced"]),
+    ],
+    ids=["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "latin-1", "half a character"],
+)
+def test_encodings_of_captions(
+    written: bytes, text: str, notes: list[str], tmp_path: Path, make_tar: Callable[..., Path]
+) -> None:
+    root = fill(tmp_path / "photos", {"a.jpg": A, "a.txt": written})
+    for source in (root, root / "a.jpg", make_tar({"a.jpg": A, "a.txt": written})):
+        (item,) = load(source)
+        assert (item.text, item.notes) == (text, notes)
+
+
+def test_metadata_that_is_not_utf8_is_replaced_and_named(tmp_path: Path) -> None:
+    (item,) = load(fill(tmp_path / "photos", {"a.jpg": A, "a.json": b'{"caption": "caf\xe9"}'}))
+    assert (item.text, item.notes) == ("caf\ufffd", ["json is not UTF-8: replaced"])
 
 
 def test_folder_odd_entries(tmp_path: Path) -> None:
@@ -175,6 +257,49 @@ def test_tar_layouts(make_tar: Callable[..., Path]) -> None:
     assert items[1].meta == {"url": "http://x/1", "caption": "said", "width": 7} and items[1].url == "http://x/1"
     assert items[2].problem is not None and items[2].problem.status is Status.UNSUPPORTED
     assert items[4].notes == ["members not kept: npy"]
+
+
+def test_tar_captions_by_any_usual_name(make_tar: Callable[..., Path]) -> None:
+    tar = make_tar(
+        {
+            "a.image.jpg": A,
+            "a.caption.txt": b"C dotted",
+            "b.jpg": B,
+            "b.caption": b"kohya's",
+            "b.cls": b"1",
+            "c.jpg": C,
+            "c.txt": b"the text",
+            "c.caption.txt": b"another",
+            "c.json": b"{}",
+            "c.meta.json": b"{}",
+            f"{NFC}.jpg": A,
+            f"{NFD}.TXT": b"of macOS",
+            "d.jpg": B,
+            "d.meta.json": b'{"caption": "of meta"}',
+        }
+    )
+    items = load(tar)
+    assert [item.text for item in items] == ["C dotted", "kohya's", "the text", "of macOS", "of meta"]
+    assert [item.notes for item in items] == [
+        [],
+        ["members not kept: cls"],
+        ["members not kept: caption.txt, meta.json"],
+        [],
+        [],
+    ]
+
+
+def test_the_image_of_a_key_may_be_named(make_tar: Callable[..., Path]) -> None:
+    tar = make_tar(
+        {"0.jpg": A, "0.seg.png": B, "0.txt": b"0", "1.PNG": B, "1.mask.jpg": C, "1.txt": b"1", "2.seg.png": C}
+    )
+    assert [item.data for item in load(tar)] == [A, B, B, C, C]
+    items = load(tar, image_key="jpg, .PNG")
+    assert [(item.data, item.text) for item in items] == [(A, "0"), (B, "1"), (None, None)]
+    assert [item.notes for item in items] == [["members not kept: seg.png"], ["members not kept: mask.jpg"], []]
+    assert items[2].problem is not None and items[2].problem.status is Status.UNSUPPORTED
+    assert "no member 'jpg, .PNG' with this key (seg.png)" in items[2].problem.reason
+    assert [item.data for item in load(tar, image_key="seg.png")] == [B, None, C]
 
 
 def test_tar_of_a_folder_in_any_order(make_tar: Callable[..., Path]) -> None:
@@ -284,6 +409,34 @@ def test_csv_of_paths(photos: Path, extension: str, comma: str) -> None:
     items = load(photos / f"list.{extension}")
     check_rows(items[:4])
     assert items[4].problem is not None and "row has 4 fields" in items[4].problem.reason
+
+
+@pytest.mark.parametrize("extension", ["csv", "jsonl"])
+def test_tables_whose_text_is_not_utf8(photos: Path, extension: str) -> None:
+    csv = b"file_name,caption,\xe9\na.jpg,caf\xe9,1\nsub/b.png,\xc3\xa9,2\n"
+    jsonl = (
+        b'{"file_name": "a.jpg", "caption": "caf\xe9", "\xe9": "1"}\n{"file_name": "sub/b.png", "caption": "\xc3\xa9"}'
+    )
+    (photos / f"list.{extension}").write_bytes(csv if extension == "csv" else jsonl)
+    first, second = load(photos / f"list.{extension}")
+    assert (first.data, first.text, first.notes) == (A, "caf\ufffd", ["text is not UTF-8: replaced"])
+    assert (second.data, second.text, second.notes) == (B, "é", [])
+    assert first.meta == {"\ufffd": "1"}
+
+
+def test_tables_of_windows(photos: Path) -> None:
+    text = "file_name,caption\r\na.jpg,schön\r\n"
+    for encoding in ("utf-8-sig", "utf-16"):
+        (photos / "list.csv").write_bytes(text.encode(encoding))
+        (item,) = load(photos / "list.csv")
+        assert (item.data, item.text, item.notes) == (A, "schön", [])
+
+
+def test_paths_that_are_not_utf8_name_their_files(photos: Path) -> None:
+    (photos / os.fsdecode(b"caf\xe9.jpg")).write_bytes(C)
+    (photos / "list.csv").write_bytes(b"file_name,caption\ncaf\xe9.jpg,one\n")
+    (item,) = load(photos / "list.csv")
+    assert (item.data, item.text) == (C, "one")
 
 
 def test_table_columns(photos: Path, tmp_path: Path) -> None:
