@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 
 from ..errors import ArtifactMismatch, BadInput
 from .artifact import Artifact
+from .compressed import tar_stem
 from .manifest import ShardRecord
 from .samples import Sample, read_samples, sidecars
 from .sidecars import read_sidecars
@@ -117,7 +118,7 @@ def expand(pattern: str) -> list[InputShard]:
     elif fs.isdir(path):
         if Artifact.exists(pattern):
             return _artifact_shards(Artifact.open(pattern))
-        urls = _glob(f"{pattern.rstrip('/')}/*.tar")
+        urls = [url for url in _glob(f"{pattern.rstrip('/')}/*") if tar_stem(url) is not None]
     elif fs.exists(path):
         urls = [pattern]
     else:
@@ -190,11 +191,11 @@ def _shards(urls: list[str]) -> list[InputShard]:
     shards = []
     for url in urls:
         folder, _, file = url.rpartition("/")
-        name = file.removesuffix(".tar")
+        name = tar_stem(file) or file
         if folder not in records:
             records[folder] = Artifact.open(folder).committed() if folder and Artifact.exists(folder) else None
         committed = records[folder]
-        if committed is not None and name not in committed:
+        if committed is not None and (name not in committed or file != f"{name}.tar"):
             raise BadInput(f"{url}: this shard was never committed; run the stage that writes it again")
         shards.append(InputShard(name, url, committed[name] if committed is not None else None))
     return shards

@@ -12,7 +12,9 @@ import tarfile
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, cast
+
+from .compressed import Digest, Unpacked, unpacked
 
 BLOCK = 512
 MAX_HEADER_DATA = 1 << 20  # of an extended header (long name, pax records); real ones have a few hundred bytes
@@ -25,17 +27,11 @@ _SPARSE_NAME = b"GNU.sparse.name"  # `path` is then "./GNUSparseFile.<n>/<name>"
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a fifo"}
 
 
-class Digest(Protocol):
-    """What ``hashlib`` objects offer and we use."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-    def hexdigest(self) -> str: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Member:
     """One entry of a tar: ``size`` bytes of data at ``offset``. ``problem`` says why it must not be used, if so.
+
+    Offsets are those of the plain tar, also where it is compressed.
 
     ``damaged`` separates broken bytes (truncation, header nonsense) from sound entries we do not take (links, names).
     """
@@ -52,13 +48,30 @@ class _Forward:
     """A stream read strictly forward, hashed on the way where asked; knows where it is and, mostly, where it ends."""
 
     def __init__(self, stream: BinaryIO, digest: Digest | None) -> None:
-        self.stream, self.digest, self.position = stream, digest, 0
-        self.seekable = stream.seekable()
+        self.unpacked = stream if isinstance(stream, Unpacked) else unpacked(stream, digest)
+        self.stream = stream if self.unpacked is None else cast(BinaryIO, self.unpacked)
+        self.digest, self.position = digest if self.unpacked is None else None, 0
+        self.seekable = self.stream.seekable()
         self.total: int | None = None
         if self.seekable:
             start = stream.tell()
             self.total = stream.seek(0, 2) - start
             stream.seek(start)
+
+    @property
+    def fault(self) -> str | None:
+        """What damage of the compression ended the tar, if any did."""
+        if self.unpacked is None or self.unpacked.fault is None:
+            return None
+        text = f"the {self.unpacked.kind} data is damaged after {self.position} bytes of the tar"
+        return f"{text} ({self.unpacked.fault}): members may be missing"
+
+    def drain(self) -> None:
+        """Read on to the file's end, for the digest."""
+        if self.unpacked is not None:
+            self.unpacked.drain()
+        while self.digest is not None and self.read(_SKIP_CHUNK):
+            pass
 
     def read(self, size: int) -> bytes:
         data = self.stream.read(size)
@@ -86,7 +99,7 @@ class _Forward:
 
 
 def scan(stream: BinaryIO, *, read_data: bool = False, digest: Digest | None = None) -> Iterator[Member]:
-    """Every entry of the tar in ``stream``, in order; directories are passed over.
+    """Every entry of the tar in ``stream``, compressed or not, in order; directories are passed over.
 
     With ``read_data`` each sound member carries its bytes. ``digest`` is fed every byte of the file, to its very end.
     Beyond a bad header the scan goes on at the next block that is a valid one; the whole stretch is one problem.
@@ -128,12 +141,12 @@ def scan(stream: BinaryIO, *, read_data: bool = False, digest: Digest | None = N
         yield member
         overrides = {}
     else:
-        if not ended and not cut_short:
+        if source.fault is None and not ended and not cut_short:
             text = f"the tar ends at byte {source.position} without its end mark: members may be missing"
             yield Member("", source.position, 0, text, damaged=True)
-    if digest is not None:
-        while source.read(_SKIP_CHUNK):
-            pass
+    if source.fault is not None:
+        yield Member("", source.position, 0, source.fault, damaged=True)
+    source.drain()
 
 
 def _parse(header: bytes) -> tarfile.TarInfo | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 import fsspec
 
+from ..manifests.compressed import plain
 from ..manifests.sidecars import first_text, read_sidecars
 from ..manifests.status import Status
 from ..manifests.tar import MAX_MEMBER_BYTES, printable
@@ -53,7 +55,7 @@ class Handles:
     def tar(self, url: str) -> BinaryIO:
         if self._tar is None or self._tar[0] != url:
             self._close_tar()
-            self._tar = url, open_binary(url)
+            self._tar = url, plain(open_binary(url))
         return self._tar[1]
 
     def dataset(self, location: str, split: str) -> Split:
@@ -168,13 +170,21 @@ class TarRef:
         places = [(e.name, e.offset, e.size) if e else None for e in (self.image, self.text, self.meta)]
         return json.dumps(["tar", self.url.rpartition("/")[2], places])
 
+    def head(self, handles: Handles) -> bytes:
+        """The image's first bytes. Raises OSError."""
+        extent = Extent(self.image.name, self.image.offset, min(self.image.size, HEAD_BYTES))
+        return _read_extent(handles.tar(self.url), extent)
+
     def load(self, handles: Handles) -> Item:
         stream = handles.tar(self.url)
         item = Item(self.source)
-        item.take_sidecars(_read_extent(stream, self.text), _read_extent(stream, self.meta))
+        extents = {extent for extent in (self.image, self.text, self.meta) if extent is not None}
+        # In the order of the tar: a compressed one is dear to go back in.
+        read = {extent: _read_extent(stream, extent) for extent in sorted(extents, key=lambda extent: extent.offset)}
+        item.take_sidecars(*(read[extent] if extent else None for extent in (self.text, self.meta)))
         if self.ignored:
             item.notes.append(f"members not kept: {', '.join(self.ignored)}")
-        item.data = _read_extent(stream, self.image)
+        item.data = read[self.image]
         return item
 
 
@@ -261,6 +271,14 @@ def read_file(path: str) -> tuple[bytes | None, ImageProblem | None]:
     return None, ImageProblem(Status.TOO_LARGE, f"file of {size} bytes, over the limit of {MAX_MEMBER_BYTES}")
 
 
+def read_head(path: str) -> bytes | None:
+    """A file's first bytes, which tell its kind; None for what is no file (a pipe would block). Raises OSError."""
+    if "://" not in path and not Path(path).is_file():
+        return None
+    with open_binary(path) as file:
+        return file.read(HEAD_BYTES)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -276,9 +294,7 @@ def _read_sidecar(folder: str, sidecar: Sidecar | None, notes: list[str]) -> byt
     return data
 
 
-def _read_extent(stream: BinaryIO, extent: Extent | None) -> bytes | None:
-    if extent is None:
-        return None
+def _read_extent(stream: BinaryIO, extent: Extent) -> bytes:
     stream.seek(extent.offset)
     data = stream.read(extent.size)
     if len(data) < extent.size:

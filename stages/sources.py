@@ -11,28 +11,26 @@ import stat
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 from fsspec.core import url_to_fs
 
 from ..errors import BadInput
+from ..manifests.compressed import tar_stem
 from ..manifests.samples import (
     IMAGE_EXTENSIONS,
     META_EXTENSIONS,
     SIDECAR_EXTENSIONS,
     TEXT_EXTENSIONS,
-    is_image,
     is_sidecar,
     same_name,
-    sidecars,
-    split_name,
 )
 from ..manifests.shards import expand, read_places
 from ..manifests.status import Status
-from ..manifests.tar import Member, scan
-from . import tables
-from .items import Extent, FileRef, ItemRef, ProblemRef, Sidecar, TarRef, join, open_binary, stem_of
+from . import tables, tar_items
+from .items import FileRef, ItemRef, ProblemRef, Sidecar, join, stem_of
+from .usable import Opened, with_images
 
 _HF = "hf://"
 
@@ -47,17 +45,25 @@ def open_sources(
 
     Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table of paths (Parquet,
     CSV, TSV, JSON lines), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single file; local or fsspec.
-    Raises BadInput at once where one is missing or holds nothing of these.
+    Tars may be compressed. Raises BadInput at once where one is missing or holds nothing of these (:mod:`.usable`).
     """
-    return chain.from_iterable([_open(source, path_column, image_key) for source in sources])
+    return with_images([_opened(source, path_column, image_key) for source in sources])
+
+
+def _opened(src: str, path_column: str | None, image_key: str | None) -> Opened:
+    items = _open(src, path_column, image_key)
+    is_file = not src.startswith(_HF) and _exists(src) and not _is_folder(src)
+    one_of_many = tar_stem(src) is not None or (is_file and src.rpartition(".")[2].lower() not in tables.EXTENSIONS)
+    return Opened(src, items, one_of_many)
 
 
 def _open(src: str, path_column: str | None, image_key: str | None) -> Iterator[ItemRef]:
     extension = src.rpartition(".")[2].lower()
-    if src.startswith(_HF) and extension not in (*tables.EXTENSIONS, "tar"):
+    is_tar = tar_stem(src) is not None
+    if src.startswith(_HF) and extension not in tables.EXTENSIONS and not is_tar:
         return _dataset(src)
-    if extension == "tar":
-        return _tars(src, image_key)
+    if is_tar:
+        return tar_items.refs(src, image_key)
     if any(c in src for c in "*?[{") and not _exists(src):
         raise BadInput(f"{src}: only tars are taken by pattern; let the shell expand it, or name the folder")
     if not _exists(src):
@@ -66,7 +72,7 @@ def _open(src: str, path_column: str | None, image_key: str | None) -> Iterator[
         return tables.refs(src, path_column) if extension in tables.EXTENSIONS else _single_file(src)
     if "://" not in src and ((Path(src) / "dataset_dict.json").is_file() or (Path(src) / "state.json").is_file()):
         return _dataset(src)
-    return _tars(src, image_key) if _holds_tars(src) else _folder(src)
+    return tar_items.refs(src, image_key) if _holds_tars(src) else _folder(src)
 
 
 def source_places(sources: Sequence[str]) -> list[str]:
@@ -79,7 +85,7 @@ def source_places(sources: Sequence[str]) -> list[str]:
 
 
 def _is_of_tars(src: str) -> bool:
-    if src.rpartition(".")[2].lower() == "tar":
+    if tar_stem(src) is not None:
         return True
     return not src.startswith(_HF) and _exists(src) and _is_folder(src) and _holds_tars(src)
 
@@ -117,7 +123,7 @@ def _holds_tars(src: str) -> bool:
     else:
         fs, path = url_to_fs(src)
         names = [str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)]
-    if not any(name.endswith(".tar") for name in names):
+    if not any(tar_stem(name) for name in names):
         return False
     image = next((name for name in sorted(names) if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS), None)
     if image is not None:
@@ -228,68 +234,3 @@ def _nearest(image: str, beside: Iterable[Sidecar], kind: tuple[str, ...]) -> Si
 
 def _extension(name: str) -> str:
     return name.rpartition(".")[2].lower()
-
-
-# --- tars -------------------------------------------------------------------------------------------------------------
-
-
-def _tars(pattern: str, image_key: str | None) -> Iterator[ItemRef]:
-    shards = expand(pattern)
-    return chain.from_iterable(tar_refs(shard.url, image_key) for shard in shards)
-
-
-def tar_refs(url: str, image_key: str | None = None) -> Iterator[ItemRef]:
-    """The items of one tar, found by its headers: no image is read.
-
-    ``image_key``: extensions, by commas, of which a key's first one is its only image; without, each image is an item.
-
-    Unlike a reader that goes forward, this joins sidecars that do not lie beside their image (``tar`` of a folder), and
-    keys may repeat: the rows get keys of their own.
-    """
-    groups: dict[str, list[dict[str, Member]]] = {}
-    order: list[dict[str, Member] | ProblemRef] = []
-    try:
-        with open_binary(url) as stream:
-            for member in scan(stream):
-                if member.problem is not None:
-                    status = Status.CORRUPT if member.damaged else Status.UNSUPPORTED
-                    order.append(ProblemRef(f"{url}/{member.name or f'byte {member.offset}'}", status, member.problem))
-                    continue
-                key, extension = split_name(member.name.removeprefix("./"))
-                of_key = groups.setdefault(same_name(key), [])
-                group = next((g for g in reversed(of_key) if extension not in g), None)
-                if group is None:
-                    group = {}
-                    of_key.append(group)
-                    order.append(group)
-                group[extension] = member
-    except OSError as error:
-        order.append(ProblemRef(url, Status.CORRUPT, f"the tar cannot be read: {error.strerror or error}"))
-    for entry in order:
-        yield from [entry] if isinstance(entry, ProblemRef) else _group_refs(url, entry, image_key)
-
-
-def _image_members(group: Mapping[str, Member], image_key: str | None) -> list[str]:
-    """The extensions of a key's images. What is no image by name is tried where nothing else is there."""
-    if image_key is not None:
-        wanted = (extension.strip().lower().removeprefix(".") for extension in image_key.split(","))
-        return [extension for extension in wanted if extension in group][:1]
-    others = [extension for extension in group if not is_sidecar(extension)]
-    return [extension for extension in others if is_image(extension)] or others
-
-
-def _group_refs(url: str, group: Mapping[str, Member], image_key: str | None) -> Iterator[ItemRef]:
-    images = _image_members(group, image_key)
-    if not images:
-        first, what = next(iter(group.values())), "image" if image_key is None else f"member {image_key!r}"
-        yield ProblemRef(f"{url}/{first.name}", Status.UNSUPPORTED, f"no {what} with this key ({', '.join(group)})")
-    beside = {extension: sidecars(extension, group) for extension in images}
-    taken = {*images, *(name for pair in beside.values() for name in pair)}
-    ignored = tuple(extension for extension in group if extension not in taken)
-    for extension in images:
-        text, meta = (_extent(group[name]) if name else None for name in beside[extension])
-        yield TarRef(url, _extent(group[extension]), text, meta, ignored)
-
-
-def _extent(member: Member) -> Extent:
-    return Extent(member.name, member.offset, member.size)
