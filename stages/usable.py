@@ -91,7 +91,7 @@ def _head(ref: ItemRef, handles: Handles) -> bytes | None:
             return read_head(ref.location)
         if isinstance(ref, TarRef):
             return ref.head(handles)
-    except (OSError, ValueError):  # it will be a row with this reason
+    except Exception:  # remote storage raises what it likes; it will be a row with this reason
         return None
     return None  # of a dataset, whose column is one of images
 
@@ -99,7 +99,7 @@ def _head(ref: ItemRef, handles: Handles) -> bytes | None:
 def _refusal(group: Sequence[Opened], found: Counter[str]) -> str:
     name = group[0].name + (f" and {len(group) - 1} others" if len(group) > 1 else "")
     if not found:
-        return f"{name}: holds nothing to ingest; {_ANY}"
+        return f"{name}: holds no image, it is empty; {_ANY}"
     kinds = [f"{kind} ({count})" if count > 1 else kind for kind, count in found.most_common(_TOLD)]
     more = ", …" if len(found) > _TOLD else ""
     total = found.total()

@@ -575,7 +575,7 @@ def refused(*sources: object) -> str:
         ({"notes.txt": b"notes"}, "plain text", "give a folder of images"),
         ({"list.json": b"[]"}, "JSON text", "give a folder of images"),
         ({"x.npy": b"\x93NUMPY\1\0"}, "unknown data", "give a folder of images"),
-        ({}, "holds nothing", "give a folder of images"),
+        ({}, "holds no image, it is empty", "give a folder of images"),
     ],
 )
 def test_a_folder_without_images_is_refused(tmp_path: Path, files: dict[str, bytes], found: str, hint: str) -> None:
@@ -594,7 +594,7 @@ def test_tars_and_tables_without_images_are_refused(make_tar: Callable[..., Path
     assert "holds no image: an HTML page; a server sent a page" in refused(tmp_path / "page.tar")
     fill(tmp_path, {"list.csv": b"path\npage.tar\n", "empty.csv": b"path\n", "0.zip": zip_bytes()})
     assert "an HTML page" in refused(tmp_path / "list.csv")
-    assert "holds nothing" in refused(tmp_path / "empty.csv")
+    assert "it is empty" in refused(tmp_path / "empty.csv")
     assert "unpack it first" in refused(tmp_path / "0.zip")
 
 
