@@ -7,14 +7,21 @@ becomes a sample of its own with a problem: damaged members, unsafe names, links
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+from .compressed import Digest
 from .status import Status
-from .tar import Digest, Member, scan
+from .tar import Member, scan, without_controls
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jfif", "ppm")
+TEXT_EXTENSIONS = ("txt", "caption")  # of captions that lie beside their image, the likelier first
+META_EXTENSIONS = ("json",)
+SIDECAR_EXTENSIONS = (*TEXT_EXTENSIONS, *META_EXTENSIONS)
+_TEXT_MEMBERS = (*TEXT_EXTENSIONS, "caption.txt")  # a.image.jpg with a.caption.txt, as some writers name them
+_META_MEMBERS = (*META_EXTENSIONS, "meta.json")
 
 
 @dataclass(slots=True)
@@ -28,11 +35,41 @@ class Sample:
 
     def image(self) -> Member | None:
         """The first member that is named like an image (``jpg``, or ``seg.jpg``)."""
-        return next((m for ext, m in self.members.items() if _is_image(ext)), None)
+        return next((m for ext, m in self.members.items() if is_image(ext)), None)
 
 
-def _is_image(extension: str) -> bool:
-    return extension.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
+class Sidecars(NamedTuple):
+    """The extensions of an image's caption and metadata among the members of its key."""
+
+    text: str | None
+    meta: str | None
+
+
+def sidecars(image: str, extensions: Collection[str]) -> Sidecars:
+    """Which of a key's members belong to its member ``image``: those named like it (``left.txt`` to ``left.jpg``),
+    else those of the whole key. The one rule for tars, whether they are ingested or read in place."""
+    prefix = image.rpartition(".")[0]
+
+    def first(own: tuple[str, ...], shared: tuple[str, ...]) -> str | None:
+        names = [*(f"{prefix}.{extension}" for extension in own if prefix), *shared]
+        return next((name for name in names if name in extensions), None)
+
+    return Sidecars(first(TEXT_EXTENSIONS, _TEXT_MEMBERS), first(META_EXTENSIONS, _META_MEMBERS))
+
+
+def is_image(extension: str) -> bool:
+    """Whether a member is named like an image: ``jpg``, or ``seg.jpg``."""
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+def is_sidecar(extension: str) -> bool:
+    """Whether a member is named like a caption or metadata: ``txt``, or ``ocr.txt``."""
+    return extension.rpartition(".")[2] in SIDECAR_EXTENSIONS
+
+
+def same_name(name: str) -> str:
+    """What names that look the same have in common: macOS writes ``é`` as two characters, most writers as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -76,9 +113,8 @@ def _group(members: Iterator[Member]) -> Iterator[Sample]:
             current = None
             yield problem
             continue
-        name = member.name.removeprefix("./")
-        key, extension = split_name(name)
-        if current is None or key != current.key or extension in current.members:
+        key, extension = split_name(without_controls(member.name.removeprefix("./")))
+        if current is None or same_name(key) != same_name(current.key) or extension in current.members:
             if current is not None:
                 yield _checked(current)
             current = Sample(key)
@@ -101,11 +137,12 @@ def _alone(member: Member) -> Sample | None:
 
 
 def _checked(sample: Sample) -> Sample:
-    images = [extension for extension in sample.members if _is_image(extension)]
+    images = [extension for extension in sample.members if is_image(extension)]
     if not images:
         names = ", ".join(sample.members)
         sample.status, sample.error = Status.UNSUPPORTED, f"no image among the members of this key ({names})"
     elif len(images) > 1:
         text = f"{len(images)} images under one key ({', '.join(images)}): names must differ before their first dot"
+        text += f"; `capipe ingest --image-key {images[0]}` takes one of them"
         sample.status, sample.error = Status.UNSUPPORTED, text
     return sample

@@ -17,12 +17,12 @@ from fsspec.core import url_to_fs
 
 from ..errors import ArtifactMismatch, BadInput
 from .artifact import Artifact
+from .compressed import tar_stem
 from .manifest import ShardRecord
-from .samples import Sample, read_samples
-from .sidecars import decode_meta, decode_text
+from .samples import Sample, read_samples, sidecars
+from .sidecars import read_sidecars
 from .status import Status
 from .storage import open_parquet, parquet_of
-from .tar import Member
 
 _START_OVER = "use another --out, or --fresh to start over"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -118,7 +118,7 @@ def expand(pattern: str) -> list[InputShard]:
     elif fs.isdir(path):
         if Artifact.exists(pattern):
             return _artifact_shards(Artifact.open(pattern))
-        urls = _glob(f"{pattern.rstrip('/')}/*.tar")
+        urls = [url for url in _glob(f"{pattern.rstrip('/')}/*") if tar_stem(url) is not None]
     elif fs.exists(path):
         urls = [pattern]
     else:
@@ -191,11 +191,11 @@ def _shards(urls: list[str]) -> list[InputShard]:
     shards = []
     for url in urls:
         folder, _, file = url.rpartition("/")
-        name = file.removesuffix(".tar")
+        name = tar_stem(file) or file
         if folder not in records:
             records[folder] = Artifact.open(folder).committed() if folder and Artifact.exists(folder) else None
         committed = records[folder]
-        if committed is not None and name not in committed:
+        if committed is not None and (name not in committed or file != f"{name}.tar"):
             raise BadInput(f"{url}: this shard was never committed; run the stage that writes it again")
         shards.append(InputShard(name, url, committed[name] if committed is not None else None))
     return shards
@@ -348,13 +348,16 @@ def to_row(index: int, sample: Sample) -> Row:
         uid = uid_of(data) if data is not None else None
         return Row(index, sample.key, uid, sample.status, sample.error)
     notes: list[str] = []
-    text = decode_text(_data(sample.members.get("txt")), notes)
-    meta = decode_meta(_data(sample.members.get("json")), notes)
     extension = next(ext for ext, member in sample.members.items() if member is image)
+    beside = sidecars(extension, sample.members)
+    text, meta = read_sidecars(_data(sample, beside.text), _data(sample, beside.meta), notes)
+    unread = [ext for ext in sample.members if ext not in (extension, beside.text, beside.meta)]
+    if unread:
+        notes.append(f"members not read: {', '.join(unread)}")
     note = "; ".join(notes) or None
     uid = uid_of(data)
     return Row(index, sample.key, uid, Status.OK, note, data, extension, text, meta, offset=image.offset)
 
 
-def _data(member: Member | None) -> bytes | None:
-    return None if member is None else member.data
+def _data(sample: Sample, extension: str | None) -> bytes | None:
+    return None if extension is None else sample.members[extension].data

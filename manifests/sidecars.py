@@ -5,21 +5,70 @@ Reading replaces what cannot be read and notes it; writing keeps what was there 
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
+
+META_TEXT_KEYS = ("caption", "text")  # where a metadata object may hold the caption, if there is no text beside it
+_MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+_ESCAPED = re.compile("[\udc80-\udcff]+")
 
 
-def decode_text(data: bytes | None, notes: list[str]) -> str | None:
-    """The original caption; bytes that are not UTF-8 are replaced, and ``notes`` says so."""
-    if data is None:
-        return None
+def read_sidecars(text: bytes | None, meta: bytes | None, notes: list[str]) -> tuple[str | None, dict[str, Any] | None]:
+    """The caption and the metadata from an image's ``.txt`` and ``.json``; without a text, the metadata's caption."""
+    caption = decode_text(text, notes) if text is not None else None
+    decoded = decode_meta(meta, notes)
+    return caption if caption is not None else first_text(decoded or {}, META_TEXT_KEYS), decoded
+
+
+def first_text(values: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first of ``values`` by ``names`` that is a string."""
+    return next((values[name] for name in names if isinstance(values.get(name), str)), None)
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding that a text's first bytes, its byte-order mark, tell; UTF-8 where there is none."""
+    return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8")
+
+
+def decode_text(data: bytes, notes: list[str]) -> str:
+    """A text without its byte-order mark; what is not of its encoding is replaced, and ``notes`` says so."""
+    encoding = encoding_of(data)
     try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        notes.append(f"txt is not UTF-8 (byte {error.start}): replaced")
-        return data.decode(errors="replace")
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        notes.append(f"text is not {encoding.upper()}: replaced")
+        return data.decode(encoding, errors="replace")
+
+
+def text_stream(stream: BinaryIO) -> io.TextIOWrapper:
+    """The text of a file from its first byte on, without its byte-order mark; lines end as they do in the file.
+
+    Bytes that are not UTF-8 come as the surrogates of ``surrogateescape``: :func:`mended` tells and replaces them.
+    """
+    encoding = encoding_of(stream.read(4))
+    stream.seek(0)
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+    return io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline="")
+
+
+def mended(text: str, notes: list[str]) -> str:
+    """A text, or the JSON of many, that was read by :func:`text_stream`, as :func:`decode_text` would have given it."""
+    replaced = _ESCAPED.sub(lambda run: run[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), text)
+    if replaced != text and (note := "text is not UTF-8: replaced") not in notes:
+        notes.append(note)
+    return replaced
 
 
 def decode_meta(data: bytes | None, notes: list[str]) -> dict[str, Any] | None:
@@ -27,7 +76,7 @@ def decode_meta(data: bytes | None, notes: list[str]) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        value = jsonable(json.loads(data))
+        value = jsonable(_parsed(data, notes))
     except (ValueError, RecursionError):
         notes.append("json is unreadable: left out")
         return None
@@ -35,6 +84,15 @@ def decode_meta(data: bytes | None, notes: list[str]) -> dict[str, Any] | None:
         notes.append(f"json is a {type(value).__name__}, not an object: left out")
         return None
     return value
+
+
+def _parsed(data: bytes, notes: list[str]) -> Any:
+    """JSON in any UTF, marked or not; other bytes are replaced, and ``notes`` says so."""
+    try:
+        return json.loads(data)
+    except UnicodeDecodeError:
+        notes.append("json is not UTF-8: replaced")
+        return json.loads(data.decode("utf-8-sig", "replace"))
 
 
 def encode_meta(meta: Mapping[str, Any], ours: Mapping[str, Any]) -> bytes:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, cast
+
+from .compressed import Digest, Unpacked, unpacked
 
 BLOCK = 512
 MAX_HEADER_DATA = 1 << 20  # of an extended header (long name, pax records); real ones have a few hundred bytes
@@ -20,20 +23,15 @@ MAX_NAME = 1024
 
 _ZERO_BLOCK = bytes(BLOCK)
 _SKIP_CHUNK = 1 << 20
+_SPARSE_NAME = b"GNU.sparse.name"  # `path` is then "./GNUSparseFile.<n>/<name>"
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a fifo"}
-
-
-class Digest(Protocol):
-    """What ``hashlib`` objects offer and we use."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-    def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     """One entry of a tar: ``size`` bytes of data at ``offset``. ``problem`` says why it must not be used, if so.
+
+    Offsets are those of the plain tar, also where it is compressed.
 
     ``damaged`` separates broken bytes (truncation, header nonsense) from sound entries we do not take (links, names).
     """
@@ -50,13 +48,30 @@ class _Forward:
     """A stream read strictly forward, hashed on the way where asked; knows where it is and, mostly, where it ends."""
 
     def __init__(self, stream: BinaryIO, digest: Digest | None) -> None:
-        self.stream, self.digest, self.position = stream, digest, 0
-        self.seekable = stream.seekable()
+        self.unpacked = stream if isinstance(stream, Unpacked) else unpacked(stream, digest)
+        self.stream = stream if self.unpacked is None else cast(BinaryIO, self.unpacked)
+        self.digest, self.position = digest if self.unpacked is None else None, 0
+        self.seekable = self.stream.seekable()
         self.total: int | None = None
         if self.seekable:
             start = stream.tell()
             self.total = stream.seek(0, 2) - start
             stream.seek(start)
+
+    @property
+    def fault(self) -> str | None:
+        """What damage of the compression ended the tar, if any did."""
+        if self.unpacked is None or self.unpacked.fault is None:
+            return None
+        text = f"the {self.unpacked.kind} data is damaged after {self.position} bytes of the tar"
+        return f"{text} ({self.unpacked.fault}): members may be missing"
+
+    def drain(self) -> None:
+        """Read on to the file's end, for the digest."""
+        if self.unpacked is not None:
+            self.unpacked.drain()
+        while self.digest is not None and self.read(_SKIP_CHUNK):
+            pass
 
     def read(self, size: int) -> bytes:
         data = self.stream.read(size)
@@ -84,7 +99,7 @@ class _Forward:
 
 
 def scan(stream: BinaryIO, *, read_data: bool = False, digest: Digest | None = None) -> Iterator[Member]:
-    """Every entry of the tar in ``stream``, in order; directories are passed over.
+    """Every entry of the tar in ``stream``, compressed or not, in order; directories are passed over.
 
     With ``read_data`` each sound member carries its bytes. ``digest`` is fed every byte of the file, to its very end.
     Beyond a bad header the scan goes on at the next block that is a valid one; the whole stretch is one problem.
@@ -100,11 +115,12 @@ def scan(stream: BinaryIO, *, read_data: bool = False, digest: Digest | None = N
             continue
         info = _parse(header)
         if info is None:
-            info, skipped = _resync(source)
+            size, (header, skipped) = len(header), _resync(source)
+            info = _parse(header)
             if info is None and cut_short:
                 break  # the rest of the member that was just reported as cut short
-            text = f"no valid tar header in {len(header) + skipped} bytes at byte {at}"
-            yield Member("", at, len(header) + skipped, text, damaged=True)
+            text = f"no valid tar header in {size + skipped} bytes at byte {at}"
+            yield Member("", at, size + skipped, text, damaged=True)
             if info is None:
                 break
         cut_short = False
@@ -117,17 +133,20 @@ def scan(stream: BinaryIO, *, read_data: bool = False, digest: Digest | None = N
         if info.isdir() or info.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
             source.skip(_padded(max(info.size, 0)))
             continue
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            overrides["sparse"] = ""
+            _skip_sparse_map(source, header)
         member = _take(source, info, overrides, read_data)
         cut_short = member.damaged
         yield member
         overrides = {}
     else:
-        if not ended and not cut_short:
+        if source.fault is None and not ended and not cut_short:
             text = f"the tar ends at byte {source.position} without its end mark: members may be missing"
             yield Member("", source.position, 0, text, damaged=True)
-    if digest is not None:
-        while source.read(_SKIP_CHUNK):
-            pass
+    if source.fault is not None:
+        yield Member("", source.position, 0, source.fault, damaged=True)
+    source.drain()
 
 
 def _parse(header: bytes) -> tarfile.TarInfo | None:
@@ -138,16 +157,22 @@ def _parse(header: bytes) -> tarfile.TarInfo | None:
     return info if info.size >= 0 else None
 
 
-def _resync(source: _Forward) -> tuple[tarfile.TarInfo | None, int]:
-    """Look block by block for the next valid header; also the bytes passed over. None at the end of the stream."""
+def _resync(source: _Forward) -> tuple[bytes, int]:
+    """Look block by block for the next valid header; also the bytes passed over. Empty at the end of the stream."""
     skipped = 0
     while block := source.read(BLOCK):
-        if block[257:262] == b"ustar" or len(block) < BLOCK:  # cheap test first: nonsense may be gigabytes
-            info = _parse(block)
-            if info is not None:
-                return info, skipped
+        cheap = block[257:262] == b"ustar" or len(block) < BLOCK  # nonsense may be gigabytes
+        if cheap and _parse(block) is not None:
+            return block, skipped
         skipped += len(block)
-    return None, skipped
+    return b"", skipped
+
+
+def _skip_sparse_map(source: _Forward, header: bytes) -> None:
+    """Pass over what follows an old GNU sparse header: blocks with more of the map of holes, which no size counts."""
+    more = header[482]
+    while more and (block := source.read(BLOCK)):
+        more = block[504] if len(block) == BLOCK else 0
 
 
 def _padded(size: int) -> int:
@@ -171,14 +196,16 @@ def _read_override(source: _Forward, info: tarfile.TarInfo, overrides: dict[str,
             return Member("", at, 0, f"malformed pax header at byte {at}", damaged=True)
         record, data = data[len(length) + 1 : int(length)], data[int(length) :]
         name, _, value = record.rstrip(b"\n").partition(b"=")
-        if name in (b"path", b"size"):
+        if name in (b"path", b"size", _SPARSE_NAME):
             overrides[name.decode()] = value.decode("utf-8", "surrogateescape")
+        if name.startswith(b"GNU.sparse."):
+            overrides["sparse"] = ""
     return None
 
 
 def _take(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str], read_data: bool) -> Member:
     """The member whose header was just read; leaves the source at the next header."""
-    name, size = overrides.get("path", info.name), info.size
+    name, size = overrides.get(_SPARSE_NAME.decode(), overrides.get("path", info.name)), info.size
     if "size" in overrides:
         size = int(overrides["size"]) if overrides["size"].isdigit() and len(overrides["size"]) < 16 else -1
     offset = source.position
@@ -192,6 +219,8 @@ def _take(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str], re
         left = "" if source.total is None else f", {source.total - offset} are left"
         return Member(shown, offset, 0, f"member {shown!r} claims {size} bytes{left}: the tar ends early", damaged=True)
     problem = unsafe_name(name)
+    if problem is None and "sparse" in overrides:  # its bytes are not the file's: holes are left out
+        problem = f"member {shown!r} is a sparse member: pack it without --sparse"
     if problem is None and size > MAX_MEMBER_BYTES:
         problem = f"member {shown!r} has {size} bytes, over the limit of {MAX_MEMBER_BYTES}"
     if problem is not None or not read_data:
@@ -207,6 +236,10 @@ def _take(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str], re
 def unsafe_name(name: str) -> str | None:
     """Why a member's name is not to be trusted, or None. Nothing is ever extracted; readers of our output might."""
     shown = printable(name[:MAX_NAME])
+    if any("\udc80" <= c <= "\udcff" for c in name):
+        return f"member name {shown!r} is not UTF-8"
+    if "\0" in name:
+        return f"member name {shown!r} has a zero byte"
     if not name or name in (".", "./"):
         return "a member has an empty name"
     if len(name) > MAX_NAME:
@@ -215,14 +248,19 @@ def unsafe_name(name: str) -> str | None:
         return f"member name {shown!r} is absolute"
     if ".." in name.replace("\\", "/").split("/"):
         return f"member name {shown!r} climbs out of its folder"
-    if shown != name:
-        return f"member name {shown!r} has bytes that are not printable UTF-8"
     return None
 
 
 def printable(text: str) -> str:
     """``text`` with everything that is not printable UTF-8 escaped: fit for a log, a Parquet cell or a terminal."""
     return "".join(c if c.isprintable() and not "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
+
+
+def without_controls(text: str) -> str:
+    """``text`` with control characters and line separators escaped: fit for a key, where any other letter stays."""
+    if text.isprintable():
+        return text
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 class TarWriter:

@@ -39,6 +39,9 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"\xfd7zXZ", "xz data"),
     (b"(\xb5/\xfd", "zstandard data"),
     (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "Arrow data"),
+    (b"\xff\xff\xff\xff", "Arrow data"),  # a stream of it, as `datasets` saves
+    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer"),
     (b"\x7fELF", "a program"),
     (b"\x1aE\xdf\xa3", "a Matroska video"),
 )
@@ -92,6 +95,16 @@ def sniff(data: bytes) -> Format | ImageProblem:
     if not data[:HEAD_BYTES].strip(b"\0"):
         return ImageProblem(Status.CORRUPT, f"the first {min(len(data), HEAD_BYTES)} bytes are zeros")
     return ImageProblem(Status.UNSUPPORTED, f"not a JPEG, PNG or WebP image: {_describe(data[:HEAD_BYTES])}")
+
+
+def no_image(head: bytes) -> str | None:
+    """What a file is that begins like this and is no image at all. None for images, also of formats we do not take
+    and damaged ones."""
+    found = sniff(head)
+    if not isinstance(found, ImageProblem) or found.status is not Status.UNSUPPORTED:
+        return None
+    kind = _describe(head[:HEAD_BYTES])
+    return None if kind.endswith((" image", "(ICO)", " drawing", "Photoshop file")) else kind
 
 
 def _describe(head: bytes) -> str:

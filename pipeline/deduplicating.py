@@ -68,9 +68,7 @@ def plan_dedup(
         require_faiss()
         beside = Artifact.open(embeddings)
         check_embeddings(beside, [shard.name for shard in found])
-    for source in against:
-        if next(open_sources([source]), None) is None:
-            raise BadInput(f"{source}: holds no image to compare with; name a folder, tars or a table that does")
+    open_sources(against)  # refuses what holds no image to compare with
     reads = [*read_places(shards, found, () if beside is None else [beside]), *source_places(against)]
     for name in (HASHES, AGAINST, MARKED):
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ..manifests.artifact import Artifact
+from ..manifests.compressed import plain
 from ..manifests.samples import read_samples
 from ..manifests.shards import InputShard
 from ..manifests.status import Status
@@ -115,7 +116,7 @@ def _images(shard: InputShard, keys: set[str]) -> Iterator[tuple[str, bytes]]:
     """The named images of a shard: headers are read up to the last of them, and these images."""
     if not keys:
         return
-    with shard.open() as stream:
+    with plain(shard.open()) as stream:
         places = {}
         for sample in read_samples(stream, read_data=False):
             image = sample.image()

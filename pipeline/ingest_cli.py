@@ -51,6 +51,9 @@ def ingest(
     max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8,
     max_aspect: Annotated[float, typer.Option(help="Longest over shortest side; beyond it, unsupported.")] = 200.0,
     path_column: Annotated[str | None, typer.Option(help="Column of paths in tables, if it has no usual name.")] = None,
+    image_key: Annotated[
+        str | None, typer.Option(help="Extension of the one image of each key in tars: jpg, or 'jpg,png' for either.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
     fresh: Fresh = False,
 ) -> None:
@@ -66,6 +69,7 @@ def ingest(
         max_image_pixels=max_image_pixels,
         max_aspect=max_aspect,
         path_column=path_column,
+        image_key=image_key,
     )
     plan = plan_ingest(sources, out, config, workers=workers, fresh=fresh)
     stop = threading.Event()

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import CapipeError
 from ..manifests.artifact import Artifact
+from ..manifests.compressed import tar_stem
 from ..manifests.manifest import ShardRecord
 from ..manifests.tar import unsafe_name
 
@@ -106,6 +107,6 @@ class Joins:
 
 
 def _split(url: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(url, str) and url.endswith(".tar"):
+    if isinstance(url, str) and tar_stem(url) is not None:
         folder, _, file = url.rpartition("/")
         yield folder or ".", file

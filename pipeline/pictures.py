@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 from PIL import Image
 
+from ..manifests.compressed import plain
 from ..manifests.samples import read_samples
 from ..manifests.status import Status
 from ..manifests.storage import Folder
@@ -62,7 +63,7 @@ class TarImages:
         place = self._find(key)
         if place is None:
             return None
-        with self._open() as stream:
+        with plain(self._open()) as stream:
             stream.seek(place[0])
             data = stream.read(place[1])
         return data if len(data) == place[1] else None

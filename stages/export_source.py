@@ -15,7 +15,6 @@ from ..manifests.artifact import Artifact
 from ..manifests.file_transaction import FileTransaction
 from ..manifests.manifest import ShardRecord
 from ..manifests.samples import Sample, read_samples
-from ..manifests.sidecars import decode_text
 from ..manifests.status import Status
 from ..manifests.storage import open_parquet, parquet_file
 from ..manifests.tar import scan
@@ -95,7 +94,7 @@ def _pair(row: Mapping[str, Any], sample: Sample | None, where: str) -> Pair:
         raise ArtifactMismatch(f"{text}, restore both (`capipe verify` lists what is damaged)")
     extension = next(ext for ext, member in sample.members.items() if member is image)
     txt = sample.members.get("txt")
-    text = decode_text(txt.data if txt else b"", []) or ""
+    text = ((txt.data if txt else None) or b"").decode("utf-8", "replace")
     if text != caption_of(row):
         raise ArtifactMismatch(f"{where}: the caption of {row['key']!r} is not the one its Parquet lists; restore both")
     return Pair(row, sample, image.data, extension, text)

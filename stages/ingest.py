@@ -37,6 +37,9 @@ class IngestConfig(BaseModel):
     max_image_pixels: int = Field(100_000_000, ge=1, description="images with more pixels are too_large, undecoded")
     max_aspect: float = Field(MAX_GRID_ASPECT, ge=1, description="longest side over shortest; beyond it unsupported")
     path_column: str | None = Field(None, description="column of paths in tables, where it has none of the usual names")
+    image_key: str | None = Field(
+        None, min_length=1, description="extensions of the one image of each key in tars, by commas"
+    )
 
     @property
     def limits(self) -> ImageLimits:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 import fsspec
 
-from ..manifests.sidecars import decode_meta, decode_text
+from ..manifests.compressed import plain
+from ..manifests.sidecars import first_text, read_sidecars
 from ..manifests.status import Status
 from ..manifests.tar import MAX_MEMBER_BYTES, printable
 from ..models.formats import HEAD_BYTES, ImageProblem, sniff
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from .hf import Split
 
 TEXT_COLUMNS = ("text", "caption", "txt")
-META_TEXT_KEYS = ("caption", "text")  # where a metadata object may hold the caption, if there is no text beside it
 
 
 @dataclass(slots=True)
@@ -40,14 +40,9 @@ class Item:
 
     def take_sidecars(self, text: bytes | None, meta: bytes | None) -> None:
         """Fill text, url and metadata from a ``.txt`` and a ``.json``."""
-        self.text = decode_text(text, self.notes)
-        self.meta = decode_meta(meta, self.notes) or {}
-        self.text = self.text if self.text is not None else _first_text(self.meta, META_TEXT_KEYS)
-        self.url = self.url or _first_text(self.meta, ("url",))
-
-
-def _first_text(values: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    return next((values[name] for name in names if isinstance(values.get(name), str)), None)
+        self.text, found = read_sidecars(text, meta, self.notes)
+        self.meta = found or {}
+        self.url = self.url or first_text(self.meta, ("url",))
 
 
 class Handles:
@@ -60,7 +55,7 @@ class Handles:
     def tar(self, url: str) -> BinaryIO:
         if self._tar is None or self._tar[0] != url:
             self._close_tar()
-            self._tar = url, open_binary(url)
+            self._tar = url, plain(open_binary(url))
         return self._tar[1]
 
     def dataset(self, location: str, split: str) -> Split:
@@ -113,27 +108,36 @@ class ProblemRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A file beside an image that belongs to it: its ``name`` in the image's folder, and its size in bytes."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class FileRef:
-    """A file ``name`` under ``root``; ``text`` and ``meta`` are the sizes of its sidecars, where it has them."""
+    """A file ``name`` under ``root``; ``text`` and ``meta`` are its sidecars, where it has them."""
 
     root: str
     name: str
     size: int
-    text: int | None = None
-    meta: int | None = None
+    text: Sidecar | None = None
+    meta: Sidecar | None = None
 
     @property
     def source(self) -> str:
         return printable(join(self.root, self.name))
 
     def identity(self) -> str:
-        return json.dumps(["file", self.name, self.size, self.text, self.meta])
+        text, meta = (sidecar.size if sidecar else None for sidecar in (self.text, self.meta))
+        return json.dumps(["file", self.name, self.size, text, meta])
 
     def load(self, handles: Handles) -> Item:
         item = Item(self.source)
-        stem = join(self.root, stem_of(self.name))
-        text = _read_sidecar(stem + ".txt", item.notes) if self.text is not None else None
-        meta = _read_sidecar(stem + ".json", item.notes) if self.meta is not None else None
+        path = join(self.root, self.name)
+        folder = path[: path.rfind("/") + 1]
+        text, meta = (_read_sidecar(folder, sidecar, item.notes) for sidecar in (self.text, self.meta))
         item.take_sidecars(text, meta)
         item.data, item.problem = read_file(join(self.root, self.name))
         return item
@@ -166,13 +170,21 @@ class TarRef:
         places = [(e.name, e.offset, e.size) if e else None for e in (self.image, self.text, self.meta)]
         return json.dumps(["tar", self.url.rpartition("/")[2], places])
 
+    def head(self, handles: Handles) -> bytes:
+        """The image's first bytes. Raises OSError."""
+        extent = Extent(self.image.name, self.image.offset, min(self.image.size, HEAD_BYTES))
+        return _read_extent(handles.tar(self.url), extent)
+
     def load(self, handles: Handles) -> Item:
         stream = handles.tar(self.url)
         item = Item(self.source)
-        item.take_sidecars(_read_extent(stream, self.text), _read_extent(stream, self.meta))
+        extents = {extent for extent in (self.image, self.text, self.meta) if extent is not None}
+        # In the order of the tar: a compressed one is dear to go back in.
+        read = {extent: _read_extent(stream, extent) for extent in sorted(extents, key=lambda extent: extent.offset)}
+        item.take_sidecars(*(read[extent] if extent else None for extent in (self.text, self.meta)))
         if self.ignored:
             item.notes.append(f"members not kept: {', '.join(self.ignored)}")
-        item.data = _read_extent(stream, self.image)
+        item.data = read[self.image]
         return item
 
 
@@ -187,6 +199,7 @@ class TableRef:
     text: str | None
     url: str | None
     meta: str
+    notes: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -201,7 +214,7 @@ class TableRef:
 
     def load(self, handles: Handles) -> Item:
         data, problem = read_file(self.location)
-        return Item(self.source, data, self.text, self.url, json.loads(self.meta), problem)
+        return Item(self.source, data, self.text, self.url, json.loads(self.meta), problem, list(self.notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,22 +271,30 @@ def read_file(path: str) -> tuple[bytes | None, ImageProblem | None]:
     return None, ImageProblem(Status.TOO_LARGE, f"file of {size} bytes, over the limit of {MAX_MEMBER_BYTES}")
 
 
+def read_head(path: str) -> bytes | None:
+    """A file's first bytes, which tell its kind; None for what is no file (a pipe would block). Raises OSError."""
+    if "://" not in path and not Path(path).is_file():
+        return None
+    with open_binary(path) as file:
+        return file.read(HEAD_BYTES)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
 
 
-def _read_sidecar(path: str, notes: list[str]) -> bytes | None:
-    data, problem = read_file(path)
+def _read_sidecar(folder: str, sidecar: Sidecar | None, notes: list[str]) -> bytes | None:
+    if sidecar is None:
+        return None
+    data, problem = read_file(folder + sidecar.name)
     if problem is not None:
-        notes.append(f"{path.rpartition('.')[2]} {problem.reason}")
+        notes.append(f"{sidecar.name.rpartition('.')[2]} {problem.reason}")
     return data
 
 
-def _read_extent(stream: BinaryIO, extent: Extent | None) -> bytes | None:
-    if extent is None:
-        return None
+def _read_extent(stream: BinaryIO, extent: Extent) -> bytes:
     stream.seek(extent.offset)
     data = stream.read(extent.size)
     if len(data) < extent.size:

@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 
 from ..errors import BadInput
 from ..manifests.shards import uid_of
-from ..manifests.sidecars import jsonable
+from ..manifests.sidecars import jsonable, mended
 from ..manifests.status import QuestionStatus
 from ..manifests.storage import open_parquet
 from .items import open_binary
@@ -114,7 +114,7 @@ def _reader(file: str) -> Callable[[], Located]:
     if extension == "parquet":
         return lambda: _numbered(file, _parquet(file))
     if extension in ("csv", "tsv"):
-        return lambda: _numbered(file, csv_rows(file)[1])
+        return lambda: _numbered(file, _csv(file))
     return lambda: _json(file)
 
 
@@ -138,6 +138,11 @@ def _parquet(file: str) -> Rows:
     with open_parquet(file) as parquet:
         for batch in parquet.iter_batches(_BATCH, use_threads=False):
             yield from batch.to_pylist()
+
+
+def _csv(file: str) -> Rows:
+    for row in csv_rows(file)[1]:
+        yield row if isinstance(row, str) else {name: mended(value, []) for name, value in row.items()}
 
 
 def _json(file: str) -> Located:

@@ -1,47 +1,69 @@
 """What ``capipe ingest`` can be pointed at, told apart by look, as a deterministic stream of item references.
 
-Every file, member and row becomes an item, usable or not; only sidecars (``.txt``, ``.json``) ride with their image.
+Every file, member and row becomes an item, usable or not; only sidecars (``.txt``, ``.caption``, ``.json``) ride with
+their image.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 from fsspec.core import url_to_fs
 
 from ..errors import BadInput
-from ..manifests.samples import IMAGE_EXTENSIONS, split_name
+from ..manifests.compressed import tar_stem
+from ..manifests.samples import (
+    IMAGE_EXTENSIONS,
+    META_EXTENSIONS,
+    SIDECAR_EXTENSIONS,
+    TEXT_EXTENSIONS,
+    is_sidecar,
+    same_name,
+)
 from ..manifests.shards import expand, read_places
 from ..manifests.status import Status
-from ..manifests.tar import Member, scan
-from . import tables
-from .items import Extent, FileRef, ItemRef, ProblemRef, TarRef, join, open_binary, stem_of
+from . import tables, tar_items
+from .items import FileRef, ItemRef, ProblemRef, Sidecar, join, stem_of
+from .usable import Opened, with_images
 
 _HF = "hf://"
-_SIDECARS = ("txt", "json")
 
 
-def open_sources(sources: Sequence[str], path_column: str | None = None) -> Iterator[ItemRef]:
+_KINDS = (TEXT_EXTENSIONS, META_EXTENSIONS)
+
+
+def open_sources(
+    sources: Sequence[str], path_column: str | None = None, image_key: str | None = None
+) -> Iterator[ItemRef]:
     """The items of all ``sources``, one source after the other, in an order that depends on their content alone.
 
     Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table of paths (Parquet,
     CSV, TSV, JSON lines), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single file; local or fsspec.
-    Raises BadInput at once where one is missing or holds nothing of these.
+    Tars may be compressed. Raises BadInput at once where one is missing or holds nothing of these (:mod:`.usable`).
     """
-    return chain.from_iterable([_open(source, path_column) for source in sources])
+    return with_images([_opened(source, path_column, image_key) for source in sources])
 
 
-def _open(src: str, path_column: str | None) -> Iterator[ItemRef]:
+def _opened(src: str, path_column: str | None, image_key: str | None) -> Opened:
+    items = _open(src, path_column, image_key)
+    is_file = not src.startswith(_HF) and _exists(src) and not _is_folder(src)
+    one_of_many = tar_stem(src) is not None or (is_file and src.rpartition(".")[2].lower() not in tables.EXTENSIONS)
+    return Opened(src, items, one_of_many)
+
+
+def _open(src: str, path_column: str | None, image_key: str | None) -> Iterator[ItemRef]:
     extension = src.rpartition(".")[2].lower()
-    if src.startswith(_HF) and extension not in (*tables.EXTENSIONS, "tar"):
+    is_tar = tar_stem(src) is not None
+    if src.startswith(_HF) and extension not in tables.EXTENSIONS and not is_tar:
         return _dataset(src)
-    if extension == "tar":
-        return _tars(src)
+    if is_tar:
+        return tar_items.refs(src, image_key)
     if any(c in src for c in "*?[{") and not _exists(src):
         raise BadInput(f"{src}: only tars are taken by pattern; let the shell expand it, or name the folder")
     if not _exists(src):
@@ -50,7 +72,7 @@ def _open(src: str, path_column: str | None) -> Iterator[ItemRef]:
         return tables.refs(src, path_column) if extension in tables.EXTENSIONS else _single_file(src)
     if "://" not in src and ((Path(src) / "dataset_dict.json").is_file() or (Path(src) / "state.json").is_file()):
         return _dataset(src)
-    return _tars(src) if _holds_tars(src) else _folder(src)
+    return tar_items.refs(src, image_key) if _holds_tars(src) else _folder(src)
 
 
 def source_places(sources: Sequence[str]) -> list[str]:
@@ -63,7 +85,7 @@ def source_places(sources: Sequence[str]) -> list[str]:
 
 
 def _is_of_tars(src: str) -> bool:
-    if src.rpartition(".")[2].lower() == "tar":
+    if tar_stem(src) is not None:
         return True
     return not src.startswith(_HF) and _exists(src) and _is_folder(src) and _holds_tars(src)
 
@@ -101,7 +123,7 @@ def _holds_tars(src: str) -> bool:
     else:
         fs, path = url_to_fs(src)
         names = [str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)]
-    if not any(name.endswith(".tar") for name in names):
+    if not any(tar_stem(name) for name in names):
         return False
     image = next((name for name in sorted(names) if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS), None)
     if image is not None:
@@ -115,14 +137,18 @@ def _single_file(src: str) -> Iterator[ItemRef]:
     if "://" in src:
         fs, path = url_to_fs(src)
         return iter([FileRef(root, name, int(fs.size(path)))])
-    listing = {Path(src).name: src}
-    for extension in _SIDECARS:
-        sidecar = f"{stem_of(src)}.{extension}"
-        if sidecar != src and Path(sidecar).is_file():
-            listing[Path(sidecar).name] = sidecar
     root = "/" if src.startswith("/") and not root else root
-    sizes = {name: _local_entry(path) for name, path in listing.items()}
+    others = (other for other in _sidecar_names(name) if other != name and Path(join(root, other)).is_file())
+    sizes = {each: _local_entry(join(root, each)) for each in (name, *others)}
     return islice(_file_refs(root, "", sizes), 1)  # the file itself comes first
+
+
+def _sidecar_names(name: str) -> Iterator[str]:
+    """The names that sidecars of a file may have: its folder is not listed, for it may hold a million others."""
+    stem = stem_of(name)
+    for same in dict.fromkeys([stem, *(unicodedata.normalize(form, stem) for form in ("NFC", "NFD"))]):
+        for extension in SIDECAR_EXTENSIONS:
+            yield from (f"{same}.{extension}", f"{same}.{extension.upper()}")
 
 
 def _folder(src: str) -> Iterator[ItemRef]:
@@ -172,79 +198,39 @@ def _remote_folder(src: str) -> Iterator[ItemRef]:
 
 def _file_refs(root: str, folder: str, files: Mapping[str, int | tuple[Status, str]]) -> Iterator[ItemRef]:
     """The items among one folder's files (sizes, or why unreadable): each file, but for sidecars of another one."""
-    stems = {stem_of(name) for name in files if not _is_sidecar(name)}
+    beside: dict[str, list[Sidecar]] = defaultdict(list)
     for name, size in files.items():
-        stem, path = stem_of(name), join(folder, name)
-        if _is_sidecar(name) and stem in stems:
+        if _names_sidecar(name) and isinstance(size, int):
+            beside[same_name(stem_of(name))].append(Sidecar(name, size))
+    found = {
+        name: [_nearest(name, beside.get(same_name(stem_of(name)), []), kind) for kind in _KINDS]
+        for name in files
+        if not _names_sidecar(name)
+    }
+    taken = {sidecar.name for pair in found.values() for sidecar in pair if sidecar is not None}
+    for name, size in files.items():
+        if name in taken:
             continue
+        path = join(folder, name)
         if isinstance(size, tuple):
             yield ProblemRef(join(root, path), *size)
-            continue
-        sizes = [files.get(f"{stem}.{extension}") for extension in _SIDECARS if not _is_sidecar(name)] or [None, None]
-        text, meta = (size if isinstance(size, int) else None for size in sizes)
-        yield FileRef(root, path, size, text, meta)
+        else:
+            yield FileRef(root, path, size, *found.get(name, ()))
 
 
-def _is_sidecar(name: str) -> bool:
-    return name.endswith((".txt", ".json"))
+def _names_sidecar(name: str) -> bool:
+    return "." in name and is_sidecar(name.lower())
 
 
-# --- tars -------------------------------------------------------------------------------------------------------------
+def _nearest(image: str, beside: Iterable[Sidecar], kind: tuple[str, ...]) -> Sidecar | None:
+    """The sidecar of a kind whose name is most like the image's; others of that kind are items of their own."""
+    stem = stem_of(image)
+
+    def distance(sidecar: Sidecar) -> tuple[bool, int, str]:
+        return stem_of(sidecar.name) != stem, kind.index(_extension(sidecar.name)), sidecar.name
+
+    return min((sidecar for sidecar in beside if _extension(sidecar.name) in kind), key=distance, default=None)
 
 
-def _tars(pattern: str) -> Iterator[ItemRef]:
-    shards = expand(pattern)
-    return chain.from_iterable(tar_refs(shard.url) for shard in shards)
-
-
-def tar_refs(url: str) -> Iterator[ItemRef]:
-    """The items of one tar, found by its headers: no image is read.
-
-    Unlike a reader that goes forward, this joins sidecars that do not lie beside their image (``tar`` of a folder), and
-    keys may repeat: the rows get keys of their own. What is no image by name is tried where nothing else is there.
-    """
-    groups: dict[str, list[dict[str, Member]]] = {}
-    order: list[dict[str, Member] | ProblemRef] = []
-    try:
-        with open_binary(url) as stream:
-            for member in scan(stream):
-                if member.problem is not None:
-                    status = Status.CORRUPT if member.damaged else Status.UNSUPPORTED
-                    order.append(ProblemRef(f"{url}/{member.name or f'byte {member.offset}'}", status, member.problem))
-                    continue
-                key, extension = split_name(member.name.removeprefix("./"))
-                of_key = groups.setdefault(key, [])
-                group = next((g for g in reversed(of_key) if extension not in g), None)
-                if group is None:
-                    group = {}
-                    of_key.append(group)
-                    order.append(group)
-                group[extension] = member
-    except OSError as error:
-        order.append(ProblemRef(url, Status.CORRUPT, f"the tar cannot be read: {error.strerror or error}"))
-    for entry in order:
-        yield from [entry] if isinstance(entry, ProblemRef) else _group_refs(url, entry)
-
-
-def _group_refs(url: str, group: dict[str, Member]) -> Iterator[ItemRef]:
-    sidecars = {extension for extension in group if extension.rpartition(".")[2] in _SIDECARS}
-    others = [extension for extension in group if extension not in sidecars]
-    images = [extension for extension in others if extension.rpartition(".")[2] in IMAGE_EXTENSIONS] or others
-    ignored = tuple(extension for extension in others if extension not in images)
-    if not images:
-        first = next(iter(group.values()))
-        yield ProblemRef(f"{url}/{first.name}", Status.UNSUPPORTED, f"no image with this key ({', '.join(group)})")
-    for extension in images:
-        prefix = extension.rpartition(".")[0]
-        text, meta = (
-            _extent(group, [f"{prefix}.{sidecar}", sidecar] if prefix else [sidecar]) for sidecar in _SIDECARS
-        )
-        yield TarRef(url, Extent(*_place(group[extension])), text, meta, ignored)
-
-
-def _place(member: Member) -> tuple[str, int, int]:
-    return member.name, member.offset, member.size
-
-
-def _extent(group: Mapping[str, Member], names: Iterable[str]) -> Extent | None:
-    return next((Extent(*_place(group[name])) for name in names if name in group), None)
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()

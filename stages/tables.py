@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import BadInput
-from ..manifests.sidecars import jsonable
+from ..manifests.sidecars import jsonable, mended, text_stream
 from ..manifests.status import Status
 from ..manifests.storage import open_parquet
 from .items import TEXT_COLUMNS, ItemRef, ProblemRef, TableRef, open_binary
@@ -60,16 +59,16 @@ def _path_column(table: str, columns: Sequence[str], wanted: str | None) -> str:
 def _ref(table: str, number: int, row: Mapping[str, Any] | str, column: str, root: str) -> ItemRef:
     if isinstance(row, str):
         return ProblemRef(f"{table}[{number}]", Status.CORRUPT, row)
-    path = row.get(column)
+    path = row.get(column)  # a name may be of any bytes
     if not isinstance(path, str) or not path:
         return ProblemRef(f"{table}[{number}]", Status.CORRUPT, f"no path in column {column!r}")
     text = next((name for name in TEXT_COLUMNS if isinstance(row.get(name), str)), None)
     url = row.get("url")
     meta = {name: value for name, value in row.items() if name not in (column, text)}
-    encoded = json.dumps(jsonable(meta), ensure_ascii=False)
-    return TableRef(
-        table, number, root, path, row[text] if text else None, url if isinstance(url, str) else None, encoded
-    )
+    notes: list[str] = []
+    encoded = mended(json.dumps(jsonable(meta), ensure_ascii=False), notes)
+    caption, url = mended(row[text], notes) if text else None, mended(url, notes) if isinstance(url, str) else None
+    return TableRef(table, number, root, path, caption, url, encoded, tuple(notes))
 
 
 def _parquet(table: str) -> tuple[list[str], Rows]:
@@ -88,9 +87,9 @@ def _parquet(table: str) -> tuple[list[str], Rows]:
 
 def csv_rows(table: str) -> tuple[list[str], Rows]:
     """The columns of a CSV (or, by its extension, TSV) file, and its rows, faulty ones as their reasons."""
-    stream = io.TextIOWrapper(open_binary(table), encoding="utf-8-sig", errors="replace", newline="")
+    stream = text_stream(open_binary(table))
     reader = csv.reader(stream, delimiter="\t" if table.endswith("tsv") else ",")
-    columns = next(reader, [])
+    columns = [mended(name, []) for name in next(reader, [])]
 
     def rows() -> Rows:
         with stream:
@@ -109,7 +108,7 @@ def _jsonl(table: str) -> tuple[list[str], Rows]:
     """Columns are those of the first sound line; rows may have others."""
 
     def rows() -> Rows:
-        with open_binary(table) as file:
+        with text_stream(open_binary(table)) as file:
             for line in file:
                 if line.strip():
                     yield json_row(line)
@@ -118,7 +117,7 @@ def _jsonl(table: str) -> tuple[list[str], Rows]:
     return list(first), rows()
 
 
-def json_row(line: bytes) -> Mapping[str, Any] | str:
+def json_row(line: bytes | str) -> Mapping[str, Any] | str:
     """A line of JSONL as a row, or what is wrong with it."""
     try:
         value = json.loads(line)

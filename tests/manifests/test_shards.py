@@ -18,6 +18,8 @@ from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import BASE, INGEST
 from capipe.manifests.shards import Companion, InputShard, Row, RowReader, expand, join, uid_of
 from capipe.manifests.status import Status
+from capipe.stages.items import Handles
+from capipe.stages.sources import open_sources
 
 from ..conftest import photo, tar_bytes
 
@@ -55,8 +57,37 @@ def test_bad_text_and_metadata_are_noted_without_losing_the_image(make_tar: Make
     path = make_tar({"a.jpg": photo(0), "a.txt": b"caf\xe9", "a.json": b"[1, 2]", "b.jpg": photo(1), "b.json": b"{"})
     first, second = rows_of(path)
     assert first.status is Status.OK and first.text == "caf�" and first.meta is None
-    assert first.error == "txt is not UTF-8 (byte 3): replaced; json is a list, not an object: left out"
+    assert first.error == "text is not UTF-8: replaced; json is a list, not an object: left out"
     assert second.status is Status.OK and second.error == "json is unreadable: left out"
+
+
+def test_captions_are_found_as_ingest_finds_them(make_tar: MakeTar) -> None:
+    path = make_tar(
+        {
+            "a.jpg": photo(0),
+            "a.json": b'{"caption": "json cap"}',
+            "b.image.jpg": photo(1),
+            "b.caption.txt": b"dotted",
+            "c.jpg": photo(2),
+            "c.TXT": b"\xef\xbb\xbfmarked",
+            "c.json": b'{"caption": "not this"}',
+            "c.meta.json": b"{}",
+            "caf\u00e9.jpg": photo(3),
+            "cafe\u0301.txt": b"of macOS",
+        }
+    )
+    rows = rows_of(path)
+    assert [row.text for row in rows] == ["json cap", "dotted", "marked", "of macOS"]
+    assert [row.text for row in rows] == [item.load(Handles()).text for item in open_sources([str(path)])]
+    assert [row.error for row in rows] == [None, None, "members not read: meta.json", None]
+    assert rows[0].meta == {"caption": "json cap"}
+
+
+def test_any_name_is_read_and_its_key_is_fit_for_a_table(make_tar: MakeTar) -> None:
+    names = ["Screenshot 9.41\u202fAM", "a\xa0b", "a\u3000b", "\U0001f468\u200d\U0001f469", "a\tb", "a\nb"]
+    rows = rows_of(make_tar({f"{name}.jpg": photo(n) for n, name in enumerate(names)}))
+    assert [row.status for row in rows] == [Status.OK] * 6
+    assert [row.key for row in rows] == ["Screenshot 9", *names[1:4], "a\\tb", "a\\nb"]
 
 
 def test_what_breaks_the_grouping_is_a_row_with_a_reason(make_tar: MakeTar) -> None:

@@ -6,7 +6,9 @@ import hashlib
 import io
 import os
 import random
+import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -38,11 +40,73 @@ def test_long_and_unicode_names_of_every_tar_dialect() -> None:
         assert (member.name, member.data) == (name, b"abc")
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd.jpg", "../up.jpg", "a/../../b.jpg", "C:\\x.jpg", "bad\x07.jpg", "./"])
+@pytest.mark.parametrize("name", ["/etc/passwd.jpg", "../up.jpg", "a/../../b.jpg", "C:\\x.jpg", "./"])
 def test_names_that_could_hurt_a_reader_are_problems(name: str) -> None:
     first, second = scanned(tar_bytes([(name, b"x"), ("good.jpg", b"y")]))
     assert first.problem is not None and first.data is None and not first.damaged
     assert second.data == b"y"
+
+
+NAMES = {
+    "macOS screenshot": "Screenshot 9.41.00\u202fAM.jpg",
+    "no-break space": "a\xa0b.jpg",
+    "ideographic space": "a\u3000b.jpg",
+    "emoji joined": "\U0001f468\u200d\U0001f469\u200d\U0001f467.jpg",
+    "right to left": "\u202eabc.jpg",
+    "soft hyphen": "a\xadb.jpg",
+    "private use": "a\ue000b.jpg",
+    "tab": "a\tb.jpg",
+    "bell": "bad\x07.jpg",
+}
+
+
+@pytest.mark.parametrize("dialect", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_any_name_that_is_utf8_is_read(name: str, dialect: int) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=dialect) as tar:
+        for folder in ("", "deep/" * 30):  # a long name has a header of its own
+            info = tarfile.TarInfo(folder + name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    assert [(m.name, m.data, m.problem) for m in scanned(out.getvalue())] == [
+        (name, b"x", None),
+        ("deep/" * 30 + name, b"x", None),
+    ]
+
+
+def test_a_name_that_is_not_utf8_is_a_problem_that_says_so() -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("caf\xe9.jpg"))
+    (member,) = scanned(out.getvalue())
+    assert member.problem == "member name 'caf\\\\udce9.jpg' is not UTF-8" and not member.damaged
+
+
+def test_a_name_with_a_zero_byte_is_a_problem() -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        info = tarfile.TarInfo("x")
+        info.pax_headers = {"path": "bad\0.jpg"}
+        tar.addfile(info)
+    (member,) = scanned(out.getvalue())
+    assert "has a zero byte" in (member.problem or "")
+
+
+@pytest.mark.parametrize("dialect", ["gnu", "posix"])
+@pytest.mark.parametrize("holes", [1, 60])  # more than a header holds go on in blocks of their own
+def test_sparse_members_are_named_and_cost_no_other(tmp_path: Path, dialect: str, holes: int) -> None:
+    with (tmp_path / "a.jpg").open("wb") as file:
+        for hole in range(holes):
+            file.seek(hole * 65536 * 2)
+            file.write(b"x" * 4096)
+        file.truncate(holes * 65536 * 2)
+    (tmp_path / "b.jpg").write_bytes(b"b")
+    command = ["tar", f"--format={dialect}", "--sparse", "--hole-detection=raw", "-cf", "s.tar", "a.jpg", "b.jpg"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    first, second = scanned((tmp_path / "s.tar").read_bytes())
+    assert first.name == "a.jpg" and "is a sparse member" in (first.problem or "") and not first.damaged
+    assert (second.name, second.data) == ("b.jpg", b"b")
 
 
 def test_links_and_devices_are_problems_and_directories_are_nothing() -> None:

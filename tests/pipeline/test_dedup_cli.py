@@ -77,7 +77,12 @@ def test_what_a_reference_set_holds_is_contaminated(shards: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(None, "holds no image"), (b"damaged", "not one of 1 items can be decoded")]
+    ("content", "says"),
+    [
+        (None, "holds no image"),
+        (b"notes", "holds no image: plain text"),
+        (b"\xff\xd8\xffdamaged", "not one of 1 items can be decoded"),
+    ],
 )
 def test_a_reference_set_without_images_is_refused(
     shards: Path, tmp_path: Path, content: bytes | None, says: str

@@ -139,7 +139,7 @@ def test_faults_of_sidecars_cost_no_image(tmp_path: Path) -> None:
     ingest(root, out=out)
     found = rows(out)
     assert [row["status"] for row in found] == ["ok"] * 6
-    assert found[0]["text"] == "caf�" and "txt is not UTF-8" in found[0]["error"]
+    assert found[0]["text"] == "caf�" and "text is not UTF-8: replaced" in found[0]["error"]
     assert "not an object" in found[1]["error"] and "unreadable" in found[2]["error"]
     assert found[3]["error"] is None and "unreadable" in found[4]["error"]
     data = members(out)

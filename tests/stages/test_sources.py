@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import lzma
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from capipe.errors import BadInput
+from capipe.manifests.artifact import Artifact
 from capipe.manifests.status import Status
 from capipe.stages.items import Handles, Item
 from capipe.stages.sources import open_sources
@@ -24,9 +29,9 @@ from ..conftest import photo, tar_bytes
 A, B, C = photo(1), photo(2, fmt="PNG"), photo(3, fmt="WEBP")
 
 
-def load(*sources: object, path_column: str | None = None) -> list[Item]:
+def load(*sources: object, path_column: str | None = None, image_key: str | None = None) -> list[Item]:
     """The items as a worker gets them: references pickled, then loaded."""
-    refs = pickle.loads(pickle.dumps(list(open_sources([str(source) for source in sources], path_column))))
+    refs = pickle.loads(pickle.dumps(list(open_sources([str(source) for source in sources], path_column, image_key))))
     with Handles() as handles:
         items = [ref.load(handles) for ref in refs]
     assert [item.source for item in items] == [ref.source for ref in refs]
@@ -74,6 +79,88 @@ def test_folder_every_file_is_accounted_for(tmp_path: Path) -> None:
     assert (first.data, first.text, first.url) == (A, "schön", "http://x/b")
     assert first.meta == {"url": "http://x/b", "n": 1}
     assert items[4].data == b"an orphan" and items[5].data == B
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def test_folder_captions_by_any_usual_name(tmp_path: Path) -> None:
+    root = fill(
+        tmp_path / "photos",
+        {
+            "UPPER.JPG": A,
+            "UPPER.TXT": b"UP",
+            "UPPER.JSON": b'{"n": 1}',
+            f"{NFC}.jpg": A,
+            f"{NFD}.txt": b"of macOS",
+            f"sub/{NFD}.png": B,
+            f"sub/{NFC}.txt": b"of Linux",
+            "kohya.webp": C,
+            "kohya.caption": b"kohya's",
+            "two.jpg": A,
+            "two.caption": b"not taken, so a row",
+            "two.txt": b"taken",
+            "orphan.caption": b"of nothing",
+            "readme.TXT": b"of nothing",
+        },
+    )
+    items = load(root)
+    texts = {item.source.removeprefix(f"{root}/"): item.text for item in items if item.problem is None}
+    assert texts == {
+        "UPPER.JPG": "UP",
+        f"{NFC}.jpg": "of macOS",
+        f"sub/{NFD}.png": "of Linux",
+        "kohya.webp": "kohya's",
+        "two.jpg": "taken",
+        "two.caption": None,
+        "orphan.caption": None,
+        "readme.TXT": None,
+    }
+    assert next(item for item in items if item.text == "UP").meta == {"n": 1}
+    alone = load(
+        root / "UPPER.JPG", root / f"{NFC}.jpg", root / f"sub/{NFD}.png", root / "kohya.webp", root / "two.jpg"
+    )
+    assert [item.text for item in alone] == ["UP", "of macOS", "of Linux", "kohya's", "taken"]
+
+
+def test_of_two_pictures_that_look_the_same_each_keeps_its_own_caption(tmp_path: Path) -> None:
+    files = {f"{NFC}.jpg": A, f"{NFC}.txt": b"composed", f"{NFD}.jpg": B, f"{NFD}.txt": b"decomposed"}
+    items = load(fill(tmp_path / "photos", files))
+    assert {item.data: item.text for item in items} == {A: "composed", B: "decomposed"}
+
+
+def test_an_unreadable_caption_is_a_row(tmp_path: Path) -> None:
+    root = fill(tmp_path / "photos", {"a.jpg": A})
+    (root / "a.txt").symlink_to("nowhere.txt")
+    first, second = load(root)
+    assert (first.data, first.text) == (A, None)
+    assert second.problem is not None and second.source.endswith("a.txt")
+
+
+@pytest.mark.parametrize(
+    ("written", "text", "notes"),
+    [
+        (b"\xef\xbb\xbfA cat.", "A cat.", []),
+        ("A cät.".encode("utf-16"), "A cät.", []),
+        (b"\xfe\xff" + "A cät.".encode("utf-16-be"), "A cät.", []),
+        ("A cät.".encode("utf-32"), "A cät.", []),
+        (b"caf\xe9", "caf\ufffd", ["text is not UTF-8: replaced"]),
+        (b"\xff\xfeA\0b", "A\ufffd", ["text is not UTF-16: replaced"]),
+    ],
+    ids=["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "latin-1", "half a character"],
+)
+def test_encodings_of_captions(
+    written: bytes, text: str, notes: list[str], tmp_path: Path, make_tar: Callable[..., Path]
+) -> None:
+    root = fill(tmp_path / "photos", {"a.jpg": A, "a.txt": written})
+    for source in (root, root / "a.jpg", make_tar({"a.jpg": A, "a.txt": written})):
+        (item,) = load(source)
+        assert (item.text, item.notes) == (text, notes)
+
+
+def test_metadata_that_is_not_utf8_is_replaced_and_named(tmp_path: Path) -> None:
+    (item,) = load(fill(tmp_path / "photos", {"a.jpg": A, "a.json": b'{"caption": "caf\xe9"}'}))
+    assert (item.text, item.notes) == ("caf\ufffd", ["json is not UTF-8: replaced"])
 
 
 def test_folder_odd_entries(tmp_path: Path) -> None:
@@ -177,6 +264,49 @@ def test_tar_layouts(make_tar: Callable[..., Path]) -> None:
     assert items[4].notes == ["members not kept: npy"]
 
 
+def test_tar_captions_by_any_usual_name(make_tar: Callable[..., Path]) -> None:
+    tar = make_tar(
+        {
+            "a.image.jpg": A,
+            "a.caption.txt": b"C dotted",
+            "b.jpg": B,
+            "b.caption": b"kohya's",
+            "b.cls": b"1",
+            "c.jpg": C,
+            "c.txt": b"the text",
+            "c.caption.txt": b"another",
+            "c.json": b"{}",
+            "c.meta.json": b"{}",
+            f"{NFC}.jpg": A,
+            f"{NFD}.TXT": b"of macOS",
+            "d.jpg": B,
+            "d.meta.json": b'{"caption": "of meta"}',
+        }
+    )
+    items = load(tar)
+    assert [item.text for item in items] == ["C dotted", "kohya's", "the text", "of macOS", "of meta"]
+    assert [item.notes for item in items] == [
+        [],
+        ["members not kept: cls"],
+        ["members not kept: caption.txt, meta.json"],
+        [],
+        [],
+    ]
+
+
+def test_the_image_of_a_key_may_be_named(make_tar: Callable[..., Path]) -> None:
+    tar = make_tar(
+        {"0.jpg": A, "0.seg.png": B, "0.txt": b"0", "1.PNG": B, "1.mask.jpg": C, "1.txt": b"1", "2.seg.png": C}
+    )
+    assert [item.data for item in load(tar)] == [A, B, B, C, C]
+    items = load(tar, image_key="jpg, .PNG")
+    assert [(item.data, item.text) for item in items] == [(A, "0"), (B, "1"), (None, None)]
+    assert [item.notes for item in items] == [["members not kept: seg.png"], ["members not kept: mask.jpg"], []]
+    assert items[2].problem is not None and items[2].problem.status is Status.UNSUPPORTED
+    assert "no member 'jpg, .PNG' with this key (seg.png)" in items[2].problem.reason
+    assert [item.data for item in load(tar, image_key="seg.png")] == [B, None, C]
+
+
 def test_tar_of_a_folder_in_any_order(make_tar: Callable[..., Path]) -> None:
     tar = make_tar(
         [("./p/a.txt", b"of a"), ("./p/b.jpg", B), ("./p/a.jpg", A), ("./p/b.txt", b"of b"), ("./q/a.jpg", C)]
@@ -223,6 +353,24 @@ def test_tars_by_pattern_and_folder(make_tar: Callable[..., Path], tmp_path: Pat
     fill(tmp_path / "in", {"loose.jpg": A})
     with pytest.raises(BadInput, match="tars and loose images"):
         load(tmp_path / "in")
+
+
+def test_compressed_tars_in_any_order(tmp_path: Path) -> None:
+    whole = tar_bytes(
+        [("a.txt", b"of a"), ("b.jpg", B), ("a.jpg", A), ("b.json", b'{"caption": "of b"}'), ("c.jpg", C)]
+    )
+    packed = {"1.tar.gz": gzip.compress(whole), "2.tgz": gzip.compress(whole), "3.tar": gzip.compress(whole)}
+    root = fill(tmp_path / "in", {**packed, "4.tar.xz": lzma.compress(whole), "5.tar.gz": whole})
+    expected = [(A, "of a"), (B, "of b"), (C, None)]
+    for source in (root, *sorted(root.iterdir())):
+        assert [(item.data, item.text) for item in load(source)] == expected * (5 if source == root else 1)
+
+
+def test_a_damaged_compressed_tar_gives_what_is_whole(tmp_path: Path) -> None:
+    packed = gzip.compress(tar_bytes({"a.jpg": A, "b.jpg": B}))
+    items = load(fill(tmp_path, {"0.tar.gz": packed[:-1000]}) / "0.tar.gz")
+    assert items[0].data == A
+    assert items[-1].problem is not None and "gzip data is damaged" in items[-1].problem.reason
 
 
 def test_remote_tar(tmp_path: Path) -> None:
@@ -284,6 +432,34 @@ def test_csv_of_paths(photos: Path, extension: str, comma: str) -> None:
     items = load(photos / f"list.{extension}")
     check_rows(items[:4])
     assert items[4].problem is not None and "row has 4 fields" in items[4].problem.reason
+
+
+@pytest.mark.parametrize("extension", ["csv", "jsonl"])
+def test_tables_whose_text_is_not_utf8(photos: Path, extension: str) -> None:
+    csv = b"file_name,caption,\xe9\na.jpg,caf\xe9,1\nsub/b.png,\xc3\xa9,2\n"
+    jsonl = (
+        b'{"file_name": "a.jpg", "caption": "caf\xe9", "\xe9": "1"}\n{"file_name": "sub/b.png", "caption": "\xc3\xa9"}'
+    )
+    (photos / f"list.{extension}").write_bytes(csv if extension == "csv" else jsonl)
+    first, second = load(photos / f"list.{extension}")
+    assert (first.data, first.text, first.notes) == (A, "caf\ufffd", ["text is not UTF-8: replaced"])
+    assert (second.data, second.text, second.notes) == (B, "é", [])
+    assert first.meta == {"\ufffd": "1"}
+
+
+def test_tables_of_windows(photos: Path) -> None:
+    text = "file_name,caption\r\na.jpg,schön\r\n"
+    for encoding in ("utf-8-sig", "utf-16"):
+        (photos / "list.csv").write_bytes(text.encode(encoding))
+        (item,) = load(photos / "list.csv")
+        assert (item.data, item.text, item.notes) == (A, "schön", [])
+
+
+def test_paths_that_are_not_utf8_name_their_files(photos: Path) -> None:
+    (photos / os.fsdecode(b"caf\xe9.jpg")).write_bytes(C)
+    (photos / "list.csv").write_bytes(b"file_name,caption\ncaf\xe9.jpg,one\n")
+    (item,) = load(photos / "list.csv")
+    assert (item.data, item.text) == (C, "one")
 
 
 def test_table_columns(photos: Path, tmp_path: Path) -> None:
@@ -358,3 +534,93 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(BadInput, match=reason):
             load(source if "://" in source else tmp_path / source)
+
+
+# --- sources without images -------------------------------------------------------------------------------------------
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+PAGE = b"<!DOCTYPE html><html>404 not found</html>"
+
+
+def parquet_bytes() -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"image": [A]}), out)
+    return out.getvalue()
+
+
+def zip_bytes() -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("a.jpg", A)
+    return out.getvalue()
+
+
+def refused(*sources: object) -> str:
+    with pytest.raises(BadInput) as raised:
+        open_sources([str(source) for source in sources])
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "found", "hint"),
+    [
+        ({"README.md": b"# A set", "data/train.parquet": parquet_bytes()}, "a Parquet file", "hf://{root}"),
+        ({"a/0.parquet": parquet_bytes(), "a/0_stats.json": b"{}"}, "a Parquet file", "hf://{root}"),
+        ({"a.jpg": LFS, "b.jpg": LFS}, "of 2 items a Git LFS pointer (2)", "git lfs pull"),
+        ({"images.zip": zip_bytes()}, "a zip archive", "unpack it first"),
+        ({"images.gz": gzip.compress(b"x")}, "gzip data", "unpack it first"),
+        ({"a/0.arrow": b"\xff\xff\xff\xff\x10\0\0\0"}, "Arrow data", "hf://{root}"),
+        ({"a/0.tar": tar_bytes({"a.jpg": A})}, "a tar archive", "name the tars"),
+        ({"a.jpg": PAGE}, "an HTML page", "download it again"),
+        ({"notes.txt": b"notes"}, "plain text", "give a folder of images"),
+        ({"list.json": b"[]"}, "JSON text", "give a folder of images"),
+        ({"x.npy": b"\x93NUMPY\1\0"}, "unknown data", "give a folder of images"),
+        ({}, "holds no image, it is empty", "give a folder of images"),
+    ],
+)
+def test_a_folder_without_images_is_refused(tmp_path: Path, files: dict[str, bytes], found: str, hint: str) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    fill(root, files)
+    message = refused(root)
+    assert message.startswith(f"{root}: ") and found in message and hint.format(root=root) in message
+
+
+def test_tars_and_tables_without_images_are_refused(make_tar: Callable[..., Path], tmp_path: Path) -> None:
+    texts = make_tar({"a.txt": b"a", "a.json": b"{}"})
+    assert "no image with this key (txt, json)" in refused(texts)
+    assert "an HTML page" in refused(make_tar({"a.jpg": PAGE}))
+    (tmp_path / "page.tar").write_bytes(PAGE)
+    assert "holds no image: an HTML page; a server sent a page" in refused(tmp_path / "page.tar")
+    fill(tmp_path, {"list.csv": b"path\npage.tar\n", "empty.csv": b"path\n", "0.zip": zip_bytes()})
+    assert "an HTML page" in refused(tmp_path / "list.csv")
+    assert "it is empty" in refused(tmp_path / "empty.csv")
+    assert "unpack it first" in refused(tmp_path / "0.zip")
+
+
+@pytest.mark.parametrize("data", [b"GIF89a" + bytes(20), b"\0\0\0\x18ftypheic", b"", b"\xff\xd8\xff", bytes(99)])
+def test_other_formats_and_damaged_images_are_rows(tmp_path: Path, data: bytes) -> None:
+    assert len(load(fill(tmp_path / "photos", {"a.jpg": data}))) == 1
+
+
+def test_one_image_among_other_things_is_enough(tmp_path: Path, make_tar: Callable[..., Path]) -> None:
+    root = fill(tmp_path / "photos", {"a.zip": zip_bytes(), "b.txt": b"x", "c.jpg": A, "d.jpg": PAGE})
+    assert names(load(root), root) == ["a.zip", "b.txt", "c.jpg", "d.jpg"]
+    assert len(load(*sorted(root.iterdir()))) == 4  # as a shell writes photos/*
+    one, other = make_tar({"a.txt": b"x"}, "in/0.tar"), make_tar({"a.jpg": A}, "in/1.tar")
+    assert len(load(one, other)) == 2
+    assert f"{one}: holds no image" in refused(one, root)
+
+
+def test_what_cannot_be_read_is_not_called_no_image(tmp_path: Path) -> None:
+    fill(tmp_path, {"list.csv": b"path\nmissing.jpg\n"})
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "pipes.csv").write_bytes(b"path\npipe.jpg\n")
+    assert len(load(tmp_path / "list.csv")) == 1
+    assert len(list(open_sources([str(tmp_path / "pipes.csv")]))) == 1
+
+
+def test_an_artifact_without_images_is_told_from_a_data_set(tmp_path: Path) -> None:
+    Artifact.create(str(tmp_path / "out"), "annotate", {}, {}).close()
+    fill(tmp_path / "out", {"sub/00000.parquet": parquet_bytes()})
+    assert "an artifact of capipe without images" in refused(tmp_path / "out")
