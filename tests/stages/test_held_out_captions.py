@@ -24,14 +24,15 @@ def test_how_many_sound_captions_of_text_rich_pictures_are_flagged() -> None:
     texts = caption_texts("sound_captions")
     assert len(texts) == 30
     wrong = mistaken(texts, Status.OK)
-    assert len(wrong) <= 19, wrong
+    assert len(wrong) <= 0, wrong
 
 
 def test_how_many_loops_are_missed() -> None:
+    """The two are lists that go on counting, which a caption of a full shelf does, too."""
     missed = mistaken(LOOPS, Status.DEGENERATE)
-    assert len(missed) <= 14, missed
+    assert len(missed) <= 2, missed
 
 
 def test_how_many_refusals_are_missed() -> None:
     missed = mistaken(REFUSALS, Status.REFUSED)
-    assert len(missed) <= 16, missed
+    assert len(missed) <= 0, missed
