@@ -1,4 +1,4 @@
-"""Refusals in thirteen languages, told apart from captions that begin with what is written in the picture."""
+"""Refusals in fourteen languages, told apart from captions that begin with what is written in the picture."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ...stages.select import Rule, SelectConfig
 from ...trainer.measures import Estimate
 from ..finding import EVALUATION, Found
 from ..histograms import Histogram, histograms
+from ..shared_captions import shared_captions
 from ..status import RunState, State, read_figures, run_state, state_of, validation_of
 from .charts import Bar, Line
 
@@ -45,7 +46,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Link:
-    """An artifact in the chain: where it stands, what it was made of, and by which models."""
+    """An artifact in the chain: where it stands, what it was made of, and by which models. ``warning``: of its rows."""
 
     name: str
     stage: str
@@ -53,6 +54,7 @@ class Link:
     state: State
     parents: dict[str, str]
     models: tuple[str, ...]
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,17 @@ def sampled(shards: Sequence[str], count: int) -> list[str]:
 
 def _link(found: Found, name: str, artifact: Artifact) -> Link:
     title = _TITLES.get(artifact.stage, artifact.stage)
-    return Link(name, artifact.stage, title, state_of(artifact), found.parents(name), models_of(artifact))
+    link = Link(name, artifact.stage, title, state_of(artifact), found.parents(name), models_of(artifact))
+    return replace(link, warning=_shared(artifact)) if artifact.stage == "annotate" else link
+
+
+def _shared(artifact: Artifact) -> str | None:
+    """What many pictures have the same caption, if any, in an artifact's sampled shards."""
+    shards = list(artifact.committed())
+    seen = sampled(shards, SHARDS)
+    shared = shared_captions(artifact, seen)
+    where = f" (counted in {len(seen)} of {len(shards)} shards)" if len(seen) < len(shards) else ""
+    return None if shared is None else f"{shared}{where}"
 
 
 def models_of(artifact: Artifact) -> tuple[str, ...]:
