@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..manifests.status import Status
 from ..models.engine import FinishReason, Thought
-from .loops import SHORT, Loop, Unit, distinct_share, loops_in, units_of
+from .loops import SHORT, Loop, distinct_share, loops_in, units_of
 from .refusals import begins_with_inscription, is_refusal
 
 _RUN = re.compile(r"(\S)(?:\s*\1)+")
 _SIGNS = re.compile(r"(?:[^\w\n]|_)+")
 _CLAUSE_END = re.compile(r"\w.*[.,!?،؛؟।。，、！？]$|^[。，、！？；]+$", re.DOTALL)
+_SMALL_WORDS = (
+    "a an and are as at by from in is it of on that the there this to with ein eine und der die das den dem ist mit "
+    "von le la les un une et des du est dans avec el los las una y de con que es en o os as um uma e em com il lo gli "
+    "di и в на с по из على من في एक और में है"
+)
+_FUNCTION_WORDS = frozenset(_SMALL_WORDS.split())
 _OVERFLOW = 12  # "!" in a row: the first token of many vocabularies, written where all scores are NaN
 _RULE = 5  # rules, dot leaders and blanks to fill in may be so many times as long as other runs
 _TABLE = 6  # a table has equal rows in earnest
@@ -114,7 +119,7 @@ def find_repetition(text: str, config: HealthConfig) -> str | None:
 
 
 def _copies_allowed(loop: Loop, config: HealthConfig) -> float:
-    """From how many copies on a phrase loops: fewest of clauses, which nobody repeats in earnest."""
+    """From how many copies on a phrase loops: fewest of prose, which nobody repeats in earnest."""
     repeats, phrase = config.loop_repeats, loop.phrase
     if all(unit.row for unit in phrase):
         return _TABLE * repeats
@@ -123,13 +128,16 @@ def _copies_allowed(loop: Loop, config: HealthConfig) -> float:
         return _RULE * config.longest_run / len(signs)
     if len(signs) == 1:  # a run of one character, of which more below
         return config.longest_run
+    if loop.words < 0.5 and all(unit.of_long_word for unit in phrase):  # in one word: tags, "ATATAT" of a sequence
+        return 2 * config.longest_run / len(signs)
     if loop.words < SHORT:
-        return 4 * repeats
-    return repeats if _has_clause(phrase) else 2 * repeats
+        return 3 * repeats
+    return repeats if any(_is_prose(unit.text) for unit in phrase) else 2 * repeats
 
 
-def _has_clause(phrase: Sequence[Unit]) -> bool:
-    return any(_CLAUSE_END.search(unit.text) for unit in phrase)
+def _is_prose(word: str) -> bool:
+    """Whether a word ends a clause or is one that labels, weekdays and keys in rows do without."""
+    return _CLAUSE_END.search(word) is not None or word.lower() in _FUNCTION_WORDS
 
 
 def _find_run(text: str, longest: int) -> str | None:

@@ -25,7 +25,6 @@ _PIECES = re.compile(
 )
 #: How much of a word a unit is, roughly: Chinese words have two characters, Thai words four.
 _WORDS = {"ideograph": 0.5, "syllabic": 0.25, "mark": 0.0}
-_LETTER_OF_LONG_WORD = 0.2
 _LONGEST_WORD = 40  # characters
 _ROW_CELLS = 64
 SHORT = 3  # words: lists and rhetoric repeat a word or two in earnest
@@ -43,6 +42,11 @@ class Unit(NamedTuple):
     start: int
     end: int
     row: bool = False
+
+    @property
+    def of_long_word(self) -> bool:
+        """Whether it is a letter of a "word" that is longer than any language's."""
+        return 0 < self.words < 1 / _LONGEST_WORD
 
 
 class Loop(NamedTuple):
@@ -100,7 +104,7 @@ def _units_between(text: str, start: int, end: int) -> Iterator[Unit]:
                 yield Unit(piece[0], words, begin + piece.start(), begin + piece.end())
         elif len(word[0]) > _LONGEST_WORD:
             for place, letter in enumerate(word[0], begin):
-                yield Unit(letter, _LETTER_OF_LONG_WORD, place, place + 1)
+                yield Unit(letter, 1 / len(word[0]), place, place + 1)  # in all, it is still one word
         else:
             yield Unit(word[0], 1.0, begin, word.end())
 
@@ -142,11 +146,15 @@ def distinct_share(units: Sequence[Unit]) -> tuple[int, int]:
 
     Without blanks between words, overlapping runs of as many characters as a word has stand in for them.
     """
-    words = [_word_at(units, at) for at, unit in enumerate(units) if unit.words]
-    words = [word.lower() for word in words if any(c.isalnum() for c in word)]
+    words = [word.lower() for at in range(len(units)) if (word := _word_at(units, at)) and any(map(str.isalnum, word))]
     return len(set(words)), len(words)
 
 
-def _word_at(units: Sequence[Unit], at: int) -> str:
-    size = round(1 / units[at].words)
-    return units[at].text if size == 1 else "".join(unit.text for unit in units[at : at + size])
+def _word_at(units: Sequence[Unit], at: int) -> str | None:
+    """The word that begins with a unit; none for punctuation, and for the later letters of a long word."""
+    unit = units[at]
+    if not unit.words:
+        return None
+    if unit.of_long_word and at and units[at - 1].of_long_word and units[at - 1].end == unit.start:
+        return None
+    return "".join(each.text for each in units[at : at + round(1 / unit.words)])

@@ -20,6 +20,8 @@ GATE = HealthConfig()
         ("!" * 50, Status.DEGENERATE),
         ("A cat! ! ! ! ! ! ! ! ! ! ! ! ! !", Status.DEGENERATE),
         ("A red car. " + "The car is red and the road is wet. " * 6, Status.DEGENERATE),
+        ("A red square and " + "a blue square and " * 4 + "a cat.", Status.DEGENERATE),
+        ("Auf dem Tisch " + "liegen ein Messer und eine Gabel " * 4, Status.DEGENERATE),
         ("very " * 30, Status.DEGENERATE),
         ("aaaaaaaaaaaaaaaaaaaa", Status.DEGENERATE),
         ("I'm sorry, I can't help with that.", Status.REFUSED),
@@ -69,6 +71,11 @@ TEXT_RICH = {
     "keyboard": 'Four rows, each of which reads "red blue green red blue green red blue green red blue green".',
     "ha": "Text on a page: ha ha ha ha ha ha ha ha ha.",
     "no": "A poem: no no no no no no no no more.",
+    "sequence": "A slide shows a DNA sequence: " + "AT" * 16 + "GC" * 5 + "AAAAAAAATTTT and its complement.",
+    "stack": "An error in a terminal:\n" + "  at com.example.factorial.Factorial.compute(Factorial.java:12)\n" * 7,
+    "columns": "A terminal with a green prompt and white text, above it the first line of a hex dump: "
+    + "00 00 00 00 00 00 00 00  " * 2
+    + "|................|",
     "objects": "\n".join(f"- object {number}: a red square" for number in range(30)),
 }
 
@@ -200,7 +207,7 @@ def test_loops_are_found_at_any_phrase_length_and_place() -> None:
 
 @pytest.mark.parametrize(
     ("phrase", "copies"),
-    [("海面上波光粼粼", 4), ("とても", 8), ("มีต้นไม้ใหญ่อยู่ด้านหน้าวัด", 4), ("ມີຄົນ", 8), ("<tr><td></td></tr>", 4)],
+    [("海面上波光粼粼", 4), ("とても", 8), ("มีต้นไม้ใหญ่อยู่ด้านหน้าวัด", 4), ("ມີຄົນ", 8), ("<tr><td></td></tr>", 8)],
 )
 def test_loops_without_spaces(phrase: str, copies: int) -> None:
     before = "<table><tr><td>Total</td><td>7</td></tr>" if phrase.startswith("<") else "照片。"
