@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Link:
-    """An artifact in the chain: where it stands, what it was made of, and by which models. ``warning``: of its rows."""
+    """An artifact in the chain: where it stands, what it was made of, and by which models."""
 
     name: str
     stage: str
@@ -54,7 +54,6 @@ class Link:
     state: State
     parents: dict[str, str]
     models: tuple[str, ...]
-    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Origin:
 
 @dataclass
 class Facts:
-    """All of it. ``commands``: of a chain, by stage."""
+    """All of it. ``commands``: of a chain, by stage; ``shared``: captions that many pictures share."""
 
     title: str
     links: list[Link] = field(default_factory=list)
@@ -115,6 +114,7 @@ class Facts:
     origins: list[Origin] = field(default_factory=list)
     commands: list[tuple[str, str, str]] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
 
     def first(self, *stages: str) -> Link | None:
         """The first artifact of these stages."""
@@ -135,11 +135,14 @@ def gather(found: Found) -> Facts:
         except (CapipeError, OSError, ValueError) as error:
             facts.damaged[name] = str(error)
             continue
-        if artifact.stage in ("score", "select"):
-            try:
+        try:
+            if artifact.stage in ("score", "select"):
                 facts.scores.append(_scores(name, artifact))
-            except (CapipeError, OSError, ValueError, KeyError) as error:
-                facts.damaged[f"{name} (scores)"] = str(error)
+            elif artifact.stage == "annotate" and (shared := _shared(artifact)):
+                facts.shared[name] = shared
+        except (CapipeError, OSError, ValueError, KeyError) as error:
+            part = "captions" if artifact.stage == "annotate" else "scores"
+            facts.damaged[f"{name} ({part})"] = str(error)
     facts.scores = _informative(facts.scores)
     facts.trainings = [_training(name, run) for name, run in found.runs.items()]
     for name, folder in found.evaluations.items():
@@ -162,8 +165,7 @@ def sampled(shards: Sequence[str], count: int) -> list[str]:
 
 def _link(found: Found, name: str, artifact: Artifact) -> Link:
     title = _TITLES.get(artifact.stage, artifact.stage)
-    link = Link(name, artifact.stage, title, state_of(artifact), found.parents(name), models_of(artifact))
-    return replace(link, warning=_shared(artifact)) if artifact.stage == "annotate" else link
+    return Link(name, artifact.stage, title, state_of(artifact), found.parents(name), models_of(artifact))
 
 
 def _shared(artifact: Artifact) -> str | None:

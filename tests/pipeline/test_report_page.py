@@ -206,7 +206,7 @@ def test_what_is_damaged_is_told_and_costs_nothing_else(tmp_path: Path) -> None:
     (folder / "run/run.json").write_text("{")
     text = read(folder).text
     assert "What could not be read" in text
-    for name in ("filtered/scores: ", "other: ", "eval: ", "chain.json: "):
+    for name in ("captions (captions): ", "filtered/scores: ", "other: ", "eval: ", "chain.json: "):
         assert name in text, name
     assert "images checked and hashed" in text and "no picture" in text
 
