@@ -1,8 +1,9 @@
-"""The health gate on texts that its rules and thresholds were never tuned on, all written before the rules were.
+"""The health gate on texts that no threshold is tuned on, all written before its rules were.
 
 ``sound_captions.txt``: thirty captions of tables, forms, receipts, code, formulas and lists in eight languages;
 ``degenerate_captions.py``: loops and refusals. The bounds are the figures reached, not aims: lower them, and leave the
-texts as they are.
+texts as they are. With the rules of before they were 19, 14 and 16. One sound caption, a stack trace, showed that long
+words had come to count as several; that they count as one again is the only change made after a look at these texts.
 """
 
 from __future__ import annotations
