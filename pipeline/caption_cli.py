@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import options as o
-from .outcome import run_plan
+from .outcome import Exit, run_plan
 
 
 def annotate(
@@ -29,6 +30,16 @@ def annotate(
     max_tokens: Annotated[int, typer.Option(help="Longest caption in tokens.")] = 1024,
     seed: o.Seed = 0,
     max_attempts: Annotated[int, typer.Option(help="Rolls of an unhealthy caption, the first included.")] = 3,
+    loop_repeats: Annotated[
+        int, typer.Option(help="Copies in a row of a sentence that make a caption degenerate; short phrases need more.")
+    ] = 4,
+    longest_run: Annotated[
+        int, typer.Option(help="Longest sound run of one character; rules and dot leaders may be 5 times as long.")
+    ] = 40,
+    distinct_words: Annotated[
+        float, typer.Option(help="Smallest sound share of distinct words in a caption of 40 words or more.")
+    ] = 0.15,
+    keep_truncated: Annotated[bool, typer.Option("--keep-truncated", help="Take captions that were cut.")] = False,
     max_pixels: o.MaxPixels = None,
     min_pixels: o.MinPixels = None,
     dtype: o.Dtype = "auto",
@@ -55,6 +66,7 @@ def annotate(
 ) -> None:
     """Caption every image of the shards; one row out for every row in, whatever became of it."""
     from ..stages.annotate import AnnotateConfig
+    from ..stages.health import HealthConfig
     from .annotating import AnnotateStage, chosen_prompts
     from .engine_stages import plan
 
@@ -73,6 +85,13 @@ def annotate(
         max_pixels=max_pixels,
         concurrency=concurrency,
     )
+    health = o.validated(
+        HealthConfig,
+        loop_repeats=loop_repeats,
+        longest_run=longest_run,
+        distinct_words=distinct_words,
+        keep_truncated=keep_truncated,
+    )
     config = o.validated(
         AnnotateConfig,
         prompts=chosen_prompts(prompt, model, engine, system),
@@ -83,7 +102,27 @@ def annotate(
         max_tokens=max_tokens,
         seed=seed,
         max_attempts=max_attempts,
+        health=health,
     )
     setup = o.engine_setup(model, engine, place, sees=True, options=options, room=config.room, trace=trace)
     made = plan(AnnotateStage(config, setup, model, pack), shards, out, fresh=fresh, retry=retry, share=share)
-    raise typer.Exit(run_plan(made, place))
+    code = run_plan(made, place)
+    if made.todo and code is not Exit.INTERRUPTED:
+        _warn_of_shared(out)
+    raise typer.Exit(code)
+
+
+def _warn_of_shared(out: str) -> None:
+    """A line on stderr where many pictures have the same caption."""
+    from ..manifests.artifact import Artifact
+    from .shared_captions import shared_captions
+
+    artifact = Artifact.open(out)
+    try:
+        shared = shared_captions(artifact, list(artifact.committed()))
+    except (OSError, ValueError) as error:  # all is committed by now; `capipe verify` looks for what is wrong
+        print(f"warning: captions that pictures share were not counted: {error}", file=sys.stderr)
+        return
+    if shared is not None:
+        advice = "look whether the model sees them, and whether a cache answers in its place"
+        print(f"warning: {shared}; {advice}", file=sys.stderr)

@@ -263,12 +263,14 @@ def _check_train(chain: Chain, stage: Stage) -> None:
 
 def _check_annotate(chain: Chain, stage: Stage) -> None:
     from ..stages.annotate import AnnotateConfig
+    from ..stages.health import HealthConfig
 
     given = _given(stage)
     if "model" not in given and "model" not in stage.inputs and "://" not in str(given.get("engine", "")):
         raise BadInput("model is missing: a name under config, or a train stage under inputs")
     _engine(given)
     _prompts(chain, stage)
+    _config(HealthConfig, given)
     _config(AnnotateConfig, given, prompts=tuple(parse_prompt(each) for each in given.get("prompt") or ["plain"]))
 
 

@@ -1,24 +1,44 @@
 """The health gate: faults of a caption that show in its text alone, whatever the image.
 
 Engines at scale write loops, rows of exclamation marks (a sign of numerical overflow), refusals and captions cut at the
-token limit, at rates up to tens of per cent; each is found here and rolled again before it is recorded.
+token limit, at rates up to tens of per cent; each is found here and rolled again before it is recorded. What pictures
+full of text say (tables, forms, dot leaders, rules, figures, laughter, quoted apologies) is no such fault.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..manifests.status import Status
 from ..models.engine import FinishReason, Thought
+from .loops import SHORT, Loop, distinct_share, loops_in, units_of
+from .refusals import begins_with_inscription, is_refusal
 
-_RUN = re.compile(r"(\S)\1{7,}|((?:[^\w\s]\s?){12,})")
-_REFUSAL = re.compile(
-    r"^\W*(?:i['’]?m (?:sorry|unable|not able)|i am (?:sorry|unable|not able)|sorry,|i (?:cannot|can['’]?t|can not)\b"
-    r"|as an? (?:ai|language model)|i apologi[sz]e|unfortunately, i)",
-    re.IGNORECASE,
+_RUN = re.compile(r"(\S)(?:\s*\1)+")
+_SIGNS = re.compile(r"(?:[^\w\n]|_)+")
+_CLAUSE_END = re.compile(r"\w.*[.,!?،؛؟।。，、！？]$|^[。，、！？；]+$", re.DOTALL)
+_SMALL_WORDS = (
+    "a an and are as at by from in is it of on that the there this to with ein eine und der die das den dem ist mit "
+    "von le la les un une et des du est dans avec el los las una y de con que es en o os as um uma e em com il lo gli "
+    "di и в на с по из على من في एक और में है"
+)
+_FUNCTION_WORDS = frozenset(_SMALL_WORDS.split())
+_OVERFLOW = 12  # "!" in a row: the first token of many vocabularies, written where all scores are NaN
+_RULE = 5  # rules, dot leaders and blanks to fill in may be so many times as long as other runs
+_TABLE = 6  # a table has equal rows in earnest
+_FEW_WORDS = 40  # fewer tell nothing about how distinct words are
+
+_OPENERS = (
+    "sure,|sure!|certainly,|certainly!|certainly.|certainly:|certainly here|absolutely|okay,|here is a|here's a"
+    "|of course,|of course!|of course.|of course:|of course here"
+    "|natürlich,|natürlich!|gerne!|hier ist eine beschreibung|hier ist eine detaillierte beschreibung"
+    "|bien sûr,|bien sûr !|bien sûr!|voici une description|claro,|¡claro|por supuesto,|aquí tienes una"
+    "|好的，|好的,|当然，|当然！|当然可以|當然，|以下是对|以下是这张|以下是该"
+    "|もちろん、|はい、|承知しました|かしこまりました|以下はこの画像|以下は、この画像"
 )
 
 
@@ -27,13 +47,19 @@ class HealthConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    loop_repeats: int = Field(4, ge=2, description="a phrase that often in a row is a loop")
+    loop_repeats: int = Field(
+        4, ge=2, description="copies in a row of a sentence or clause that are a loop; short phrases need more"
+    )
+    longest_run: int = Field(
+        40,
+        ge=2,
+        description="longest run of one letter, figure or symbol; rules and leaders may be 5 times as long",
+    )
     distinct_words: float = Field(
         0.15, ge=0, le=1, description="smallest share of distinct words in captions of 40 words or more"
     )
     openers: tuple[str, ...] = Field(
-        ("sure,", "sure!", "certainly", "of course", "here is a", "here's a", "okay,", "absolutely"),
-        description="boilerplate a caption must not begin with (lower case)",
+        tuple(_OPENERS.split("|")), description="boilerplate a caption must not begin with (lower case)"
     )
     keep_truncated: bool = Field(False, description="call a caption ok although it was cut at the token limit")
 
@@ -54,18 +80,13 @@ def examine(text: str, finish_reason: FinishReason, config: HealthConfig, though
     stripped = text.strip()
     if not stripped:
         return Verdict(Status.EMPTY, nothing_written(thought))
-    loop = find_loop(stripped, config.loop_repeats)
-    if loop is not None:
-        return Verdict(Status.DEGENERATE, f"repeats {loop[:40]!r}")
-    if _RUN.search(stripped):
-        return Verdict(Status.DEGENERATE, "a run of one character or of punctuation")
-    words = stripped.lower().split()
-    if len(words) >= 40 and len(set(words)) / len(words) < config.distinct_words:
-        return Verdict(Status.DEGENERATE, f"{len(set(words))} distinct words in {len(words)}")
-    if _REFUSAL.match(stripped):
+    repetition = find_repetition(stripped, config)
+    if repetition is not None:
+        return Verdict(Status.DEGENERATE, repetition)
+    if is_refusal(stripped):
         return Verdict(Status.REFUSED, f"begins {stripped[:40]!r}")
     opener = next((o for o in config.openers if stripped.lower().startswith(o)), None)
-    if opener is not None:
+    if opener is not None and not begins_with_inscription(stripped):
         return Verdict(Status.DEGENERATE, f"boilerplate opener {opener!r}")
     if finish_reason == "length" and not config.keep_truncated:
         return Verdict(Status.TRUNCATED, "cut at the token limit")
@@ -81,19 +102,62 @@ def nothing_written(thought: Thought | None) -> str:
     return "the model's thought did not end; allow more tokens, or tell its chat template not to let it think"
 
 
-def find_loop(text: str, repeats: int, longest: int = 40) -> str | None:
-    """A phrase of up to ``longest`` words that occurs ``repeats`` times in a row, or None.
-
-    For each phrase length one pass counts how long the text has been equal to itself that many words earlier:
-    ``length * (repeats - 1)`` equal words in a row are ``repeats`` copies. Phrases under 3 words need twice as many
-    copies, since lists and rhetoric repeat a word or two in earnest.
-    """
-    words = text.split()
-    for length in range(1, min(longest, len(words) // 2) + 1):
-        needed = length * ((repeats if length >= 3 else 2 * repeats) - 1)
-        run = 0
-        for i in range(length, len(words)):
-            run = run + 1 if words[i] == words[i - length] else 0
-            if run >= needed:
-                return " ".join(words[i - length + 1 : i + 1])
+def find_repetition(text: str, config: HealthConfig) -> str | None:
+    """Why a text is degenerate, or None: a loop, a run of one character or of signs, few distinct words."""
+    units = units_of(text, rows=True)
+    for loop in loops_in(units, config.loop_repeats):
+        if loop.copies >= _copies_allowed(loop, config):
+            return f"repeats {loop.of(text)[:40]!r}"
+    run = _find_run(text, config.longest_run)
+    if run is not None:
+        return run
+    if sum(unit.words for unit in units) >= _FEW_WORDS:
+        distinct, words = distinct_share(units)
+        if words >= _FEW_WORDS and distinct / words < config.distinct_words:
+            return f"{distinct} distinct words in {words}"
     return None
+
+
+def _copies_allowed(loop: Loop, config: HealthConfig) -> float:
+    """From how many copies on a phrase loops: fewest of prose, which nobody repeats in earnest."""
+    repeats, phrase = config.loop_repeats, loop.phrase
+    if all(unit.row for unit in phrase):
+        return _TABLE * repeats
+    signs = [c for unit in phrase for c in unit.text]
+    if not any(c.isalpha() for c in signs):  # figures of a table, a rule of two signs
+        return _RULE * config.longest_run / len(signs)
+    if len(signs) == 1:  # a run of one character, of which more below
+        return config.longest_run
+    if loop.words < 0.5 and all(unit.of_long_word for unit in phrase):  # in one word: tags, "ATATAT" of a sequence
+        return 2 * config.longest_run / len(signs)
+    if loop.words < SHORT:
+        return 3 * repeats
+    return repeats if any(_is_prose(unit.text) for unit in phrase) else 2 * repeats
+
+
+def _is_prose(word: str) -> bool:
+    """Whether a word ends a clause or is one that labels, weekdays and keys in rows do without."""
+    return _CLAUSE_END.search(word) is not None or word.lower() in _FUNCTION_WORDS
+
+
+def _find_run(text: str, longest: int) -> str | None:
+    """A run of one character, blanks between or not, or of signs alone, that no picture's text has."""
+    written = sum(not c.isspace() for c in text)
+    for found in _RUN.finditer(text.replace("\ufe0f", "")):
+        character, times = found[1], found[0].count(found[1])
+        rule = _is_rule(character)
+        if times > (_RULE * longest if rule else longest) or (character == "!" and times >= _OVERFLOW):
+            return f"a run of {times} {character!r}"
+        if 2 * times >= longest and times > written * (0.8 if rule else 0.5):  # hardly anything beside it
+            return f"a run of {times} {character!r}"
+    for found in _SIGNS.finditer(text):
+        times = sum(not c.isspace() for c in found[0])
+        if times > _RULE * longest:
+            return f"a run of {times} signs"
+    return None
+
+
+def _is_rule(character: str) -> bool:
+    """Whether rules, leaders and blanks are drawn with it: punctuation, ASCII signs, box drawing; no emoji or star."""
+    category = unicodedata.category(character)
+    return category[0] in "PS" and (category != "So" or "\u2500" <= character <= "\u25ff")

@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from ..stages.health import HealthConfig, find_loop
+from ..stages.health import HealthConfig
+from ..stages.loops import find_loop, units_of
 from ..stages.words import COLORS, GRAM, repeated_share, words_of
 from .penalties import PhrasesConfig, find_all, patterns_of
 
@@ -89,9 +90,9 @@ class TextTally:
 
 
 def loops(text: str) -> bool:
-    """Whether a phrase loops, by the health gate's default threshold."""
+    """Whether a phrase loops, by the health gate's default threshold; a table's equal cells do, too."""
     # Any loop repeats a 4-gram; most captions repeat none, and searching them for loops would take most of the time.
-    return repeated_share(text.split()) > 0 and find_loop(text, _LOOP_REPEATS) is not None
+    return repeated_share([unit.text for unit in units_of(text)]) > 0 and find_loop(text, _LOOP_REPEATS) is not None
 
 
 def _ratio(part: float, whole: float) -> float | None:

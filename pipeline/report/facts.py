@@ -23,6 +23,7 @@ from ...stages.select import Rule, SelectConfig
 from ...trainer.measures import Estimate
 from ..finding import EVALUATION, Found
 from ..histograms import Histogram, histograms
+from ..shared_captions import shared_captions
 from ..status import RunState, State, read_figures, run_state, state_of, validation_of
 from .charts import Bar, Line
 
@@ -103,7 +104,7 @@ class Origin:
 
 @dataclass
 class Facts:
-    """All of it. ``commands``: of a chain, by stage."""
+    """All of it. ``commands``: of a chain, by stage; ``shared``: captions that many pictures share."""
 
     title: str
     links: list[Link] = field(default_factory=list)
@@ -113,6 +114,7 @@ class Facts:
     origins: list[Origin] = field(default_factory=list)
     commands: list[tuple[str, str, str]] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
 
     def first(self, *stages: str) -> Link | None:
         """The first artifact of these stages."""
@@ -133,11 +135,14 @@ def gather(found: Found) -> Facts:
         except (CapipeError, OSError, ValueError) as error:
             facts.damaged[name] = str(error)
             continue
-        if artifact.stage in ("score", "select"):
-            try:
+        try:
+            if artifact.stage in ("score", "select"):
                 facts.scores.append(_scores(name, artifact))
-            except (CapipeError, OSError, ValueError, KeyError) as error:
-                facts.damaged[f"{name} (scores)"] = str(error)
+            elif artifact.stage == "annotate" and (shared := _shared(artifact)):
+                facts.shared[name] = shared
+        except (CapipeError, OSError, ValueError, KeyError) as error:
+            part = "captions" if artifact.stage == "annotate" else "scores"
+            facts.damaged[f"{name} ({part})"] = str(error)
     facts.scores = _informative(facts.scores)
     facts.trainings = [_training(name, run) for name, run in found.runs.items()]
     for name, folder in found.evaluations.items():
@@ -161,6 +166,15 @@ def sampled(shards: Sequence[str], count: int) -> list[str]:
 def _link(found: Found, name: str, artifact: Artifact) -> Link:
     title = _TITLES.get(artifact.stage, artifact.stage)
     return Link(name, artifact.stage, title, state_of(artifact), found.parents(name), models_of(artifact))
+
+
+def _shared(artifact: Artifact) -> str | None:
+    """What many pictures have the same caption, if any, in an artifact's sampled shards."""
+    shards = list(artifact.committed())
+    seen = sampled(shards, SHARDS)
+    shared = shared_captions(artifact, seen)
+    where = f" (counted in {len(seen)} of {len(shards)} shards)" if len(seen) < len(shards) else ""
+    return None if shared is None else f"{shared}{where}"
 
 
 def models_of(artifact: Artifact) -> tuple[str, ...]:

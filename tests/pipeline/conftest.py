@@ -24,12 +24,13 @@ COMMAND = [sys.executable, "-m", "capipe.pipeline"]
 class CaptionServer:
     """Speaks just enough of the OpenAI protocol. ``fails(n, image)`` decides the n-th request's fate by a status code.
 
-    0 means: never answer. ``requests`` counts them all.
+    0 means: never answer. ``requests`` counts them all. ``says``: the caption, where it is not to be each image's own.
     """
 
     def __init__(self) -> None:
         self.fails: Callable[[int, bytes], int] = lambda number, image: 200
         self.requests = 0
+        self.says: str | None = None
         self.released = threading.Event()
         server = self
 
@@ -48,7 +49,7 @@ class CaptionServer:
                 if code == 0:
                     server.released.wait()
                     return
-                text = f"caption of {hashlib.sha256(image).hexdigest()[:8]} at seed {body['seed']}"
+                text = server.says or f"caption of {hashlib.sha256(image).hexdigest()[:8]} at seed {body['seed']}"
                 choice = {"message": {"content": text}, "finish_reason": "stop"}
                 self.answer(code, {"choices": [choice], "usage": {"completion_tokens": 5}})
 

@@ -69,6 +69,42 @@ def test_another_configuration_is_refused_in_one_line_and_fresh_replaces_it(
     assert [row["key"] for row in table(out)] == [row["key"] for row in before]
 
 
+@pytest.mark.parametrize(
+    ("said", "option", "value", "key"),
+    [
+        ("The dog is looking at the camera. " * 5, "--loop-repeats", 6, "loop_repeats: 4 -> 6"),
+        (
+            "A banner that reads g" + "o" * 50 + "al, above a crowd of people at a football match.",
+            "--longest-run",
+            60,
+            "",
+        ),
+    ],
+)
+def test_the_gates_thresholds_are_options_that_count_in_the_configuration(
+    said: str, option: str, value: float, key: str, shards: Path, tmp_path: Path, server: CaptionServer
+) -> None:
+    out = tmp_path / "out"
+    server.says = said
+    annotate(shards, out, server, "--max-attempts", 1)
+    assert {row["status"] for row in table(out)} == {"degenerate", "unsupported"}
+    command = ("annotate", "--shards", shards, "--out", out, "--model", "m", "--engine", server.url)
+    assert key in one_line(capipe(*command, "--max-attempts", 1, option, value, code=2))
+    annotate(shards, out, server, "--max-attempts", 1, option, value, "--fresh")
+    assert {row["status"] for row in table(out)} == {"ok", "unsupported"}
+    assert option in one_line(capipe(*command, option, 0, code=2))
+
+
+def test_a_caption_that_many_pictures_share_is_named(make_tar: MakeTar, tmp_path: Path, server: CaptionServer) -> None:
+    path = make_tar({f"{i:03}.jpg": photo(i) for i in range(24)})
+    server.says = "A beautiful picture."
+    told = annotate(path, tmp_path / "out", server)
+    assert "warning: one caption stands under 24 of 24 pictures: 'A beautiful picture.'; look whether" in told
+    assert "warning" not in annotate(path, tmp_path / "out", server)  # nothing was done
+    server.says = None
+    assert "warning" not in annotate(path, tmp_path / "others", server)
+
+
 def test_errors_of_a_server_cost_their_own_rows_and_retry_does_only_those(
     shards: Path, tmp_path: Path, server: CaptionServer
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_sound_chain_is_resolved_by_role(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("stages.captions.config.loop-repeats=1", r"captions\.config: --loop-repeats: .* equal to 2 \(got 1\)"),
         ("stages.captions.config.max-tokns=3", r"captions\.config\.max-tokns: capipe annotate has no such option"),
         ("stages.captions.config.max-tokens=many", r"captions\.config\.max-tokens: .* valid integer \(got 'many'\)"),
         ("stages.captions.config.max-tokens=0", r"captions\.config: --max-tokens: .* greater than or equal to 1"),

@@ -162,6 +162,14 @@ def test_nothing_from_the_data_is_markup(tmp_path: Path) -> None:
     assert page.text.count("<script>alert(1)</script>") > 10  # shown, word for word
 
 
+def test_captions_that_many_pictures_share_are_named(tmp_path: Path) -> None:
+    shards = write_images(tmp_path / "shards", [30])
+    write_captions(tmp_path / "shards", tmp_path / "captions", lambda number: "A picture." if number else "A dog.")
+    assert "2 captions stand under more than 20 pictures each" in read(tmp_path).text, shards
+    write_captions(tmp_path / "shards", tmp_path / "others" / "captions")
+    assert "stand" not in read(tmp_path / "others").text
+
+
 def test_parts_that_are_missing_are_left_out(tmp_path: Path) -> None:
     write_images(tmp_path / "shards", [3])
     text = read(tmp_path).text
@@ -198,7 +206,7 @@ def test_what_is_damaged_is_told_and_costs_nothing_else(tmp_path: Path) -> None:
     (folder / "run/run.json").write_text("{")
     text = read(folder).text
     assert "What could not be read" in text
-    for name in ("filtered/scores: ", "other: ", "eval: ", "chain.json: "):
+    for name in ("captions (captions): ", "filtered/scores: ", "other: ", "eval: ", "chain.json: "):
         assert name in text, name
     assert "images checked and hashed" in text and "no picture" in text
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from capipe.stages.health import find_loop
+from capipe.stages.loops import find_loop
 from capipe.stages.words import repeated_share, words_of
 from capipe.trainer import measures
 from capipe.trainer.measures import NOTHING, Array, Ratios, estimate, resampled_ratios, two_sided_p
