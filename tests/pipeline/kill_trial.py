@@ -1,0 +1,182 @@
+"""Kill any command at random moments, start it again each time, and compare every byte with a run that was left alone.
+
+The test kills a few times; the long trial is a command:
+
+    python tests/pipeline/kill_trial.py --kills 100 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a program
+
+from capipe.manifests.verify import verify
+from capipe.models.tiny.corpus import write_corpus
+from tests.pipeline.conftest import COMMAND, capipe
+from tests.pipeline.leftovers import Watched
+from tests.pipeline.training import quizzed
+
+# Who is at work and since when; a summary writer's own files have times in their names.
+NOT_COMPARED = {"lock", "guard", "times.json", "times.jsonl", "tensorboard", "chain.json", "sampling"}
+NO_ARTIFACTS = {"train", "run"}
+FORMATS = ("webdataset", "parquet", "llava")
+TINY = ("--engine", "transformers", "--concurrency", "8")
+
+
+@dataclass
+class Trial:
+    """``seconds``: the longest until no process of a killed command was left."""
+
+    command: str
+    kills: int = 0
+    cycles: int = 0
+    differing: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def commands(data: Path) -> dict[str, list[object]]:
+    """Every command that writes, without its --out, on what :func:`prepare` made."""
+    shards, captions = data / "shards", data / "captions"
+    annotate = ["annotate", "--shards", shards, "--model", "tiny/captioner", "--prompt", "short", "--max-tokens", 24]
+    export = ["export", shards, "--title", "Pictures", "--format"]
+    return {
+        "ingest": ["ingest", data / "corpus", "--shard-size", 8],
+        "dedup": ["dedup", "--shards", shards],
+        "embed": ["embed", "--shards", shards, "--clip", "tiny/clip"],
+        "qa": ["qa", "--shards", shards, "--import", data / "quiz/set.jsonl", "--screen", "none"],
+        "annotate": [*annotate, *TINY],
+        "annotate --pack": [*annotate, *TINY, "--pack"],
+        "filter": ["filter", "--shards", shards, "--captions", captions, "--clip", "tiny/clip", "--top", 0.5],
+        **{f"export {form}": [*export, form] for form in FORMATS},
+        "train": ["train", data / "recipe.yaml"],
+        "run": ["run", data / "chain.yaml"],
+    }
+
+
+def prepare(data: Path, images: int, seed: int) -> None:
+    """A corpus with shards, captions and a quiz, and the recipes of a training and of a chain."""
+    write_corpus(data / "corpus", images, "heldout", seed)
+    capipe("ingest", data / "corpus", "--out", data / "shards", "--shard-size", 8)
+    quizzed(data / "quiz", 8, "train", seed)
+    capipe(*commands(data)["annotate"], "--out", data / "captions")
+    recipe = {
+        "model": "tiny/captioner",
+        "prompt": "Describe the image.",
+        "data": {"shards": str(data / "quiz/shards"), "questions": str(data / "quiz/qa")},
+        "rewards": [{"kind": "quiz", "engine": "transformers"}],
+        "rollout": {"images": 4, "group": 3, "max_tokens": 24},
+        "optimizer": {"lr": 1e-4, "warmup": 1},
+        "preflight": False,
+        "steps": 8,
+        "save_every": 2,
+    }
+    (data / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    stages = {
+        "pictures": {"stage": "render", "config": {"images": 200, "split": "heldout", "seed": 3}},
+        "shards": {"stage": "ingest", "inputs": {"sources": "pictures"}, "config": {"shard-size": 8}},
+        "marks": {"stage": "dedup", "inputs": {"shards": "shards"}},
+        "final": {"stage": "export", "inputs": {"artifact": "shards"}, "config": {"title": "Pictures"}},
+    }
+    (data / "chain.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+
+
+def kill_trial(data: Path, name: str, kills: int, seed: int) -> Trial:
+    """Raises AssertionError where a run that nobody kills ends badly, or a process outlives its command for long."""
+    command, rng, trial = commands(data)[name], random.Random(f"{seed}/{name}"), Trial(name)
+    alone, out = data / f"alone {name}", data / f"killed {name}"
+    started = time.monotonic()
+    _whole(command, alone)
+    seconds = time.monotonic() - started
+    expected = contents(alone)
+    while trial.kills < kills:
+        if _killed([*COMMAND, *command, "--out", out], rng.uniform(0, seconds), rng.random() < 0.5, trial, data):
+            continue
+        _compare(expected, out, name, trial)  # it was done first
+        shutil.rmtree(out)
+    _whole(command, out)
+    _compare(expected, out, name, trial)
+    return trial
+
+
+def _killed(command: Sequence[object], moment: float, with_group: bool, trial: Trial, data: Path) -> bool:
+    """Kill it after ``moment`` seconds, alone or with its whole group; False if it was done before that."""
+    with (data / "log").open("w+") as log:
+        run = Watched(command, log)
+        deadline = time.monotonic() + moment
+        while run.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if run.process.poll() is not None:
+            assert run.process.returncode == 0, run.said
+            return False
+        (os.killpg if with_group else os.kill)(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+        trial.seconds = max(trial.seconds, run.gone())
+        trial.kills += 1
+        return True
+
+
+def _whole(command: Sequence[object], out: Path) -> None:
+    capipe(*command, "--out", out)
+
+
+def _compare(expected: Mapping[str, bytes], out: Path, name: str, trial: Trial) -> None:
+    trial.cycles += 1
+    found = contents(out)
+    trial.differing += sorted(file for file in {*expected, *found} if expected.get(file) != found.get(file))
+    if name not in NO_ARTIFACTS:
+        trial.faults += [fault for place in artifacts(out) for fault in verify(str(place)).faults]
+
+
+def artifacts(out: Path) -> list[Path]:
+    return [path.parent.parent for path in out.rglob("_capipe/config.json")]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What is compared: all files but those that hold times, by their places."""
+    found = {}
+    for path in out.rglob("*"):
+        parts = path.relative_to(out).parts
+        if path.is_file() and not NOT_COMPARED & {*parts}:
+            found["/".join(parts)] = _without_seconds(path) if path.name == "steps.jsonl" else path.read_bytes()
+    return found
+
+
+def _without_seconds(path: Path) -> bytes:
+    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+    return json.dumps([{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]).encode()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=100, help="over all commands")
+    parser.add_argument("--images", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="these commands")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        prepare(data, given.images, given.seed)
+        chosen = given.only or list(commands(data))
+        for number, name in enumerate(chosen):
+            kills = given.kills * (number + 1) // len(chosen) - given.kills * number // len(chosen)
+            print(json.dumps(vars(kill_trial(data, name, kills, given.seed))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
