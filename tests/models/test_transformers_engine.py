@@ -155,7 +155,6 @@ BAD_REQUESTS = [
     (GenerationRequest(Prompt(PLAIN, ImageInput("grey", np.zeros((28, 28, 1), np.uint8)))), "not uint8"),
     (GenerationRequest(Prompt(PLAIN, ImageInput("thin", np.zeros((2, 600, 3), np.uint8)))), "aspect ratio"),
     (GenerationRequest(Prompt("word " * 600)), "tokens"),
-    (GenerationRequest(Prompt("an <|image_pad|> in the text")), "placeholder"),
     (ChoiceRequest(Prompt("Which?"), ("A", "two words")), "'two words'"),
 ]
 
