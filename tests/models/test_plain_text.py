@@ -17,10 +17,11 @@ from capipe.models.context_check import counter_of
 from capipe.models.engine import GenerationRequest, ImageInput, Prompt, Sampling
 from capipe.models.itm import load_itm
 from capipe.models.lm_scores import load_text_scorer
-from capipe.models.loading import EngineConfig
+from capipe.models.loading import EngineConfig, load_engine
 from capipe.models.plain_text import broken, is_control, plain_for_servers, plain_text, spelled
 from capipe.models.prompting import CaptionerEncoder, PromptEncoder
 from capipe.models.quiz import Question, caption_prompt, put, writing_prompt
+from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.models.tiny import folder_of
 from capipe.models.tiny.corpus import samples
 
@@ -151,6 +152,18 @@ def test_tokens_that_are_not_marked_special_count_and_a_thoughts_own_tags_stay(t
             assert put.count(ids[other]) == usual.count(ids[other])
     assert [usual.count(ids[token]) for token in OTHERS] == [1, 1, 0]
     assert ids["zebraword"] in encoder.encode(Prompt("A zebraword."))
+
+
+async def test_a_reader_answers_from_captions_and_questions_that_spell_tokens() -> None:
+    engine = await load_engine(EngineConfig("transformers", "tiny/reader", device="cpu"))
+    reader = QuizReader(engine, ReaderConfig())
+    try:
+        for token in control_of(tokenizer_of(folder_of("reader"))).values():
+            question = Question(f"What color is the{token} star?", ("red", f"blue{token}", "green"), 0)
+            (reading,) = await reader.read(f"{token}There is a large red star in the center.{token}", [question])
+            assert reading.errors == () and reading.scored == 4
+    finally:
+        await engine.aclose()
 
 
 def test_tokens_are_counted_as_they_are_read() -> None:
