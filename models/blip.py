@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from .images import Pixels
 from .itm import CONTRASTIVE, RetrievalModel, load_retrieval
+from .plain_text import plain_text
 from .scorers import Pair, by_length, cosines, distinct_texts, normalised, padded
 
 
@@ -24,6 +25,7 @@ class BlipScorer:
 
     def __init__(self, found: RetrievalModel) -> None:
         self._model, self._tokenizer = found.model, found.tokenizer
+        self._plain = plain_text(found.tokenizer)
         self.view, self._mean, self._std = found.view, found.mean, found.std
         weight = next(self._model.vision_model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
@@ -40,7 +42,8 @@ class BlipScorer:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut to what the model reads."""
         longest = self._model.config.text_config.max_position_embeddings
-        ids: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=longest).input_ids
+        texts = [*map(self._plain, texts)]
+        ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=longest).input_ids
         return ids
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:

@@ -15,7 +15,18 @@ from ..errors import BadInput
 from .clip_source import CONFIG, Activation, ClipSource, Tag, clip_source
 from .hub import hub_name, snapshot
 from .images import Pixels
-from .scorers import Pair, by_length, cleaned, cosines, device_and_type, distinct_texts, normalised, padded
+from .plain_text import PlainText, plain_text, spelled
+from .scorers import (
+    Pair,
+    PlainCleaning,
+    by_length,
+    cleaned,
+    cosines,
+    device_and_type,
+    distinct_texts,
+    normalised,
+    padded,
+)
 from .views import View
 
 OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")  # how their files' names begin
@@ -168,6 +179,26 @@ def built_activation(model: Any) -> Activation | None:
 
 
 def _tokenizer(source: ClipSource) -> Any:
+    """That of a tag or a folder, or that its configuration names; it reads texts as plain characters."""
+    return read_plainly(_own_tokenizer(source))
+
+
+def read_plainly(tokenizer: Any) -> Any:
+    """open_clip's ``tokenizer``, to which no text spells a token any more.
+
+    Tokens are broken up in texts that it has cleaned, which makes ``<end_of_text>`` of ``&lt;END_of_text&gt;``.
+    """
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    if isinstance(tokenizer, HFTokenizer):
+        tokenizer.clean_fn = PlainCleaning(tokenizer.clean_fn, plain_text(tokenizer.tokenizer))
+    elif isinstance(tokenizer, SimpleTokenizer):
+        control = spelled(tokenizer.decoder[token] for token in tokenizer.all_special_ids)
+        tokenizer.clean_fn = PlainCleaning(tokenizer.clean_fn, PlainText(control))
+    return tokenizer
+
+
+def _own_tokenizer(source: ClipSource) -> Any:
     """That of a tag or a folder; where a folder has none, the one that its configuration names on the hub."""
     import open_clip
     from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer

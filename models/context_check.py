@@ -17,6 +17,7 @@ from .captioner_kinds import read_json
 from .engine import Prompt
 from .http_server import served_context
 from .loading import EngineConfig, resolve_model
+from .plain_text import plain_text
 from .quiz import Question, caption_prompt, put
 from .reader import QuizReader, ReaderConfig
 from .thinking import thinks
@@ -139,7 +140,8 @@ def counter_of(config: EngineConfig) -> Count:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         str(resolve_model(config.model)), trust_remote_code=False
     )
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    plain = plain_text(tokenizer)
+    return lambda text: len(tokenizer.encode(plain(text), add_special_tokens=False, verbose=False))
 
 
 def by_bytes(text: str) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .hub import PIPELINE, hub_name
+from .plain_text import plain_text
 from .pretrained import load_reported, refuse_random
 from .scorers import device_and_type
 from .tiny import resolve as resolve_bundled
@@ -29,6 +30,8 @@ class Painter:
 
     def __init__(self, pipeline: Any, steps: int, guidance: float, size: int | None = None, batch: int = 8) -> None:
         self._pipeline, self._batch = pipeline, batch
+        named = [part for name, part in pipeline.components.items() if name.startswith("tokenizer")]
+        self._plain = plain_text(*named)
         self._settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
         if size is not None:
             self._settings |= {"height": size, "width": size}
@@ -41,7 +44,9 @@ class Painter:
         for start in range(0, len(wanted), self._batch):
             texts, seeds = zip(*wanted[start : start + self._batch], strict=True)
             drawn = [torch.Generator().manual_seed(seed) for seed in seeds]  # of the CPU: the same noise on any device
-            found = self._pipeline(prompt=list(texts), generator=drawn, output_type="pt", **self._settings)
+            found = self._pipeline(
+                prompt=[*map(self._plain, texts)], generator=drawn, output_type="pt", **self._settings
+            )
             pictures.append(found.images.float().cpu())
         return torch.cat(pictures)
 

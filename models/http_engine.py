@@ -45,6 +45,7 @@ from .http_answers import (
 from .http_fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField
 from .http_limits import MOST, AdaptiveLimit, Limiter, room_for_connections
 from .http_server import CONNECT_SECONDS, Connections, base_url, chosen_model, listed_models, model_context, no_answer
+from .plain_text import plain_for_servers, plain_prompt
 from .thinking import Tags
 from .vllm_sync import EXTENSION, RELOAD
 
@@ -219,6 +220,7 @@ class HTTPEngine:
         return body | {"logprobs": True, ALTERNATIVES: REPORTED_CHOICES}
 
     def _body(self, prompt: Prompt, max_tokens: int, temperature: float) -> dict[str, Any]:
+        prompt = plain_prompt(prompt, plain_for_servers)
         chat: list[dict[str, Any]] = []
         if prompt.system is not None:
             chat.append({"role": "system", "content": prompt.system})

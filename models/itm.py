@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .images import Pixels
 from .loading import resolve_model
+from .plain_text import plain_text
 from .pretrained import load_reported, refuse_random
 from .scorers import Pair, by_length, device_and_type, distinct_texts, normalised, padded
 from .views import View
@@ -33,7 +34,7 @@ class ItmScorer:
     name = "itm"
 
     def __init__(self, model: Any, tokenizer: Any, view: View, mean: Sequence[float], std: Sequence[float]) -> None:
-        self._model, self._tokenizer = model.eval(), tokenizer
+        self._model, self._tokenizer, self._plain = model.eval(), tokenizer, plain_text(tokenizer)
         self.view, self._mean, self._std = view, mean, std
         weight = next(model.vision_model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
@@ -50,7 +51,8 @@ class ItmScorer:
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut to what the model reads."""
-        ids: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=self._longest).input_ids
+        texts = [*map(self._plain, texts)]
+        ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=self._longest).input_ids
         return ids
 
     @torch.inference_mode()

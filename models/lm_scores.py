@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .loading import resolve_model
+from .plain_text import plain_text
 from .pretrained import load_weights
 from .scorers import by_length, device_and_type, padded
 
@@ -22,11 +23,13 @@ class TextScorer:
 
     def __init__(self, model: Any, tokenizer: Any, start: int, longest: int) -> None:
         self._model, self._tokenizer, self._start, self.longest = model.eval(), tokenizer, start, longest
+        self._plain = plain_text(tokenizer)
         self.device = next(model.parameters()).device
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens, cut to the ``longest`` that the model reads."""
-        found = self._tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=self.longest)
+        texts = [*map(self._plain, texts)]
+        found = self._tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.longest)
         ids: list[list[int]] = found.input_ids
         return ids
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .engine import ImageInput, Prompt, PromptKey, RequestError, Thought
+from .plain_text import plain_prompt, plain_text
 from .thinking import CLOSING, OPENING, Tags, split_thought
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class ChatTemplate:
 class PromptEncoder:
     """Renders chats with a model's own template and remembers the ids of recent ones. Not thread-safe.
 
+    Control tokens come from the template alone: what a prompt spells is put as plain characters (:mod:`.plain_text`).
     ``image_token_id``: the placeholder that an image stands for in the ids, None for a model without eyes.
     """
 
@@ -52,6 +54,7 @@ class PromptEncoder:
         template: ChatTemplate | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._plain = plain_text(tokenizer)
         self._image_token_id = image_token_id
         self._template = template or ChatTemplate()
         self.thinking = self._template.thinking
@@ -61,18 +64,16 @@ class PromptEncoder:
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's ids up to where the model goes on; an image is a single placeholder, not expanded yet.
 
-        Raises RequestError for an image given to a text-only model, for text that itself holds the placeholder, and
-        for a chat that the template does not take.
+        Raises RequestError for an image given to a text-only model, and for a chat that the template does not take.
         """
         image = None if prompt.image is None else ""  # whichever it is, it is one placeholder
         key = (prompt.system, prompt.text, prompt.thought, prompt.answer_prefix, image)
         if (known := self._recent.get(key)) is not None:
             self._recent.move_to_end(key)
             return known
-        ids = tuple(self._encoded(prompt))
-        # A caption or a question that spells the placeholder would claim image features that are not there.
-        if self._image_token_id is not None and ids.count(self._image_token_id) != (prompt.image is not None):
-            raise RequestError("the prompt's text contains the model's image placeholder")
+        ids = tuple(self._encoded(plain_prompt(prompt, self._plain)))
+        if self._image_token_id is not None and (put := ids.count(self._image_token_id)) != (prompt.image is not None):
+            raise RequestError(f"the chat template puts {put} image placeholders around this text; mend the template")
         self._recent[key] = ids
         if len(self._recent) > CACHED_PROMPTS:
             self._recent.popitem(last=False)
@@ -110,8 +111,7 @@ class PromptEncoder:
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of a plain text, as if the model had written it."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return ids
+        return self._tokens(self._plain(text))
 
     def answer(self, token_ids: list[int]) -> tuple[str, Thought | None]:
         """The text of a completion without the thought before it, and that thought."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .images import Pixels
+from .plain_text import PlainText
 from .sentences import split_sentences
 from .views import View
 
@@ -166,6 +167,17 @@ def padded(ids: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
 
 
+@dataclass(frozen=True)
+class PlainCleaning:
+    """One of open_clip's functions that clean texts, after which ``plain`` leaves no token's spelling in them."""
+
+    clean: Callable[[str], str]
+    plain: PlainText
+
+    def __call__(self, text: str) -> str:
+        return self.plain(self.clean(text))
+
+
 def cleaned(clean: Callable[[str], str], text: str) -> str:
     """``clean(text)``, one of open_clip's functions, without ftfy where it has nothing to mend: in plain ASCII.
 
@@ -173,6 +185,8 @@ def cleaned(clean: Callable[[str], str], text: str) -> str:
     """
     from open_clip.tokenizer import canonicalize_text, get_clean_fn, whitespace_clean
 
+    if isinstance(clean, PlainCleaning):
+        return clean.plain(cleaned(clean.clean, text))
     if not (text.isascii() and text.isprintable()) or "&" in text:
         return clean(text)
     if clean is get_clean_fn("whitespace"):

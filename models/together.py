@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 
 from .engine import EngineDead
+from .halving import by_halves
 
 Asked = TypeVar("Asked")
 Told = TypeVar("Told")
@@ -72,18 +73,12 @@ class Together(Generic[Asked, Told]):
 
     def _told(self, asked: Sequence[Asked]) -> list[Told | Exception]:
         """One outcome per call. Where a batch fails its halves are tried, down to the call that is to blame."""
-        if not asked:
-            return []
-        if self._dead is not None:
-            return [EngineDead(self._dead)] * len(asked)
-        try:
-            return [*self._compute(asked)]
-        except torch.AcceleratorError as error:  # a faulted device computes nothing any more in this process
-            self._dead = f"{type(error).__name__}: {error}"
-            return [EngineDead(self._dead)] * len(asked)
-        except Exception as error:
-            if len(asked) == 1:
-                return [error]
-        # Outside of the handler: the traceback held the batch's tensors, whose room the halves may need.
-        middle = len(asked) // 2
-        return self._told(asked[:middle]) + self._told(asked[middle:])
+        return by_halves(asked, self._computed)
+
+    def _computed(self, asked: Sequence[Asked]) -> Sequence[Told | Exception]:
+        if self._dead is None:
+            try:
+                return self._compute(asked)
+            except torch.AcceleratorError as error:  # a faulted device computes nothing any more in this process
+                self._dead = f"{type(error).__name__}: {error}"
+        return [EngineDead(self._dead)] * len(asked)

@@ -30,6 +30,7 @@ from .engine import (
 from .family import PreparedImage, PreparedPrompt
 from .folded_attention import fold_heads
 from .growing_cache import new_cache, stateful_layers
+from .halving import by_halves
 from .patch_embedding import multiply_patches
 from .pretrained import load_weights
 from .prompting import CaptionerEncoder, PromptEncoder
@@ -182,27 +183,17 @@ class TransformersEngine:
 
     def _answers(self, ready: Sequence[_Ready]) -> list[Answer | Exception]:
         """Answer a batch; where the model fails on it, its halves, down to the request that is to blame."""
-        if not ready:
-            return []
-        if self._dead is not None:
-            return [EngineDead(self._dead)] * len(ready)
-        try:
-            with self.lm.precision():
-                return [*self._compute(ready)]
-        except torch.AcceleratorError as error:  # a faulted device answers nothing any more in this process
-            self._dead = f"{type(error).__name__}: {error}"
-            return [EngineDead(self._dead)] * len(ready)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, torch.OutOfMemoryError):
-                reason = f"{reason.splitlines()[0]}; give a smaller --max-pixels or --concurrency"
-        # Outside of the handler: the traceback held the batch's tensors, whose room the halves may need.
-        if len(ready) == 1:
-            return [RequestError(reason)]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        middle = len(ready) // 2
-        return self._answers(ready[:middle]) + self._answers(ready[middle:])
+        outcomes = by_halves(ready, self._computed)
+        return [_refusal(each) if isinstance(each, Exception) else each for each in outcomes]
+
+    def _computed(self, ready: Sequence[_Ready]) -> Sequence[Answer | Exception]:
+        if self._dead is None:
+            try:
+                with self.lm.precision():
+                    return self._compute(ready)
+            except torch.AcceleratorError as error:  # a faulted device answers nothing any more in this process
+                self._dead = f"{type(error).__name__}: {error}"
+        return [EngineDead(self._dead)] * len(ready)
 
     def _compute(self, ready: Sequence[_Ready]) -> list[Answer]:
         distinct = {each.key: each.prompt for each in ready}
@@ -239,6 +230,16 @@ class TransformersEngine:
             logprobs=tuple(drawn.logprobs) if logprobs else None,
             thought=thought,
         )
+
+
+def _refusal(error: Exception) -> Exception:
+    """What is told of a request on which the model failed."""
+    if isinstance(error, EngineDead):
+        return error
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = f"{reason.splitlines()[0]}; give a smaller --max-pixels or --concurrency"
+    return RequestError(reason)
 
 
 def _room(job: _Job) -> float:

@@ -14,9 +14,11 @@ import torch
 
 from ..manifests.schema import EMBEDDING_COLUMN, SCORE, embedding
 from ..manifests.shards import Row
+from ..manifests.status import Status
 from ..models.clip import load_clip
 from ..models.decode import DecodePool
 from ..models.formats import ImageProblem
+from ..models.halving import OF_DEVICES, by_halves
 from ..models.images import ImageLimits, Pixels
 from ..models.scorers import ScorerConfig, computing_threads, device_and_type, load_scorer, scorer_identity
 from ..models.views import View, decode_views
@@ -102,14 +104,50 @@ class ViewProcessor(Generic[Prepared]):
         if subjects:
             self._computing += len(subjects)
             try:
-                loop = asyncio.get_running_loop()
-                prepared = await loop.run_in_executor(self._preparer, self.prepare, subjects)
-                computed = await loop.run_in_executor(self._threads, self.compute, prepared, list(seen.values()))
-                answered()
+                computed = await self._computed(subjects, list(seen.values()))
             finally:
                 self._computing -= len(subjects)
             out |= {row.index: result for (row, _), result in zip(subjects, computed, strict=True)}
         return [out[row.index] for row in rows]
+
+    async def _computed(self, subjects: Sequence[Subject], images: Sequence[Views]) -> list[dict[str, Any]]:
+        """The output rows. Where the chunk fails, the rows that are to blame fail alone, unless it is the device."""
+        loop = asyncio.get_running_loop()
+        try:
+            prepared = await loop.run_in_executor(self._preparer, self.prepare, subjects)
+            computed = await loop.run_in_executor(self._threads, self.compute, prepared, images)
+        except OF_DEVICES:
+            raise
+        except Exception:  # told of the rows that are to blame, outside of here: the error holds the chunk's tensors
+            pass
+        else:
+            answered()
+            return computed
+        computed, some = await loop.run_in_executor(self._threads, self._apart, subjects, images)
+        if some:
+            answered()
+        return computed
+
+    def _apart(self, subjects: Sequence[Subject], images: Sequence[Views]) -> tuple[list[dict[str, Any]], bool]:
+        """The output rows of a chunk that failed, and whether any did not; runs in a computing thread."""
+
+        def compute(some: Sequence[Subject]) -> list[dict[str, Any]]:
+            places = {number: place for place, number in enumerate(dict.fromkeys(number for _, number in some))}
+            asked = [(row, places[number]) for row, number in some]
+            prepared = self._preparer.submit(self.prepare, asked).result()
+            return self.compute(prepared, [images[number] for number in places])
+
+        outcomes, rows = by_halves(subjects, compute, OF_DEVICES), []
+        for (row, number), outcome in zip(subjects, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                reason = self.reason(row, images[number], outcome)
+                outcome = {**self.passed_on(row), "status": str(Status.ENGINE_ERROR), "error": reason}
+            rows.append(outcome)
+        return rows, not all(isinstance(outcome, Exception) for outcome in outcomes)
+
+    def reason(self, row: Row, image: Views, error: Exception) -> str:
+        """Why a row has no result even by itself; runs in a computing thread."""
+        return f"{type(error).__name__}: {error}"
 
     def unasked(self, row: Row) -> dict[str, Any] | None:
         """The output row of one that no model need look at; None for others."""
@@ -168,6 +206,9 @@ class ScoreProcessor(ViewProcessor[PreparedRows]):
 
     def compute(self, prepared: PreparedRows, images: Sequence[Views]) -> list[dict[str, Any]]:
         return self._scorer.score(prepared, images)
+
+    def reason(self, row: Row, image: Views, error: Exception) -> str:
+        return self._scorer.reason(SeenRow(row, captions_of(row), 0), image, error)
 
     def passed_on(self, row: Row) -> dict[str, Any]:
         return passed_on(row)

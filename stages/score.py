@@ -13,7 +13,14 @@ from typing import Any, Protocol
 from ..manifests.shards import Row
 from ..manifests.status import Status
 from ..models.images import Pixels
-from ..models.scorers import AskedCaptions, CaptionScore, Scorer, ask_captions, distinct_texts, score_asked
+from ..models.scorers import (
+    AskedCaptions,
+    CaptionScore,
+    Scorer,
+    ask_captions,
+    distinct_texts,
+    score_asked,
+)
 from ..models.sentences import split_sentences
 from ..models.views import View
 from .annotate import chosen_caption
@@ -88,6 +95,20 @@ class CaptionScorer:
                 labels = found[image]
                 row |= {"unsafe": max(labels.values(), default=0.0), "unsafe_labels": sorted(labels)}
         return out
+
+    def reason(self, row: SeenRow, image: tuple[Pixels, ...], error: Exception) -> str:
+        """Why a row cannot be scored even by itself: the scorer that fails, and on what: its image or a caption."""
+        for scorer, pixels in zip(self.scorers, image, strict=False):
+            subject = "the image"
+            try:
+                scorer.encode_images([pixels])
+                for prefix, text in row.captions.items():
+                    subject = f"{prefix}_caption"
+                    asked = ask_captions([(0, text)])
+                    score_asked(scorer, [pixels], asked, scorer.tokenize(list(distinct_texts(asked.pairs))))
+            except Exception as own:
+                return f"{scorer.name} cannot score {subject}: {type(own).__name__}: {own}"
+        return f"{type(error).__name__}: {error}"
 
 
 def _enter(row: dict[str, Any], scorer: str, prefix: str, score: CaptionScore) -> None:

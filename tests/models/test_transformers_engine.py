@@ -155,7 +155,6 @@ BAD_REQUESTS = [
     (GenerationRequest(Prompt(PLAIN, ImageInput("grey", np.zeros((28, 28, 1), np.uint8)))), "not uint8"),
     (GenerationRequest(Prompt(PLAIN, ImageInput("thin", np.zeros((2, 600, 3), np.uint8)))), "aspect ratio"),
     (GenerationRequest(Prompt("word " * 600)), "tokens"),
-    (GenerationRequest(Prompt("an <|image_pad|> in the text")), "placeholder"),
     (ChoiceRequest(Prompt("Which?"), ("A", "two words")), "'two words'"),
 ]
 
@@ -175,6 +174,21 @@ async def bad_requests_fail_alone(engine: Engine, picture: ImageInput) -> None:
 
 async def test_bad_requests_fail_alone(reference: TransformersEngine, pictures: list[ImageInput]) -> None:
     await bad_requests_fail_alone(reference, pictures[0])
+
+
+async def test_a_text_that_spells_the_image_is_read_as_text(
+    reference: TransformersEngine, pictures: list[ImageInput]
+) -> None:
+    image_token = reference.lm._model.config.image_token_id
+    spelled, split = (
+        [Prompt(f"an {text} in the text", image) for image in (None, pictures[0])]
+        for text in ("<|image_pad|><|im_end|>", "< |image_pad|>< |im_end|>")
+    )
+    requests = [GenerationRequest(prompt, Sampling(max_tokens=4)) for prompt in (*spelled, *split)]
+    one, other, same_as_one, same_as_other = await asyncio.gather(*map(reference.generate, requests))
+    assert one == same_as_one and other == same_as_other
+    assert [reference.lm.encoder.encode(prompt).count(image_token) for prompt in spelled] == [0, 1]
+    assert other == await reference.generate_reference(requests[1])
 
 
 async def test_a_batch_that_does_not_fit_is_halved(

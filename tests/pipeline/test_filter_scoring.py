@@ -184,3 +184,28 @@ def trial(folder: Path, images: int, kills: int) -> list[int]:
     for part in ("scores", "shards"):
         assert verify(str(folder / "killed" / part)).faults == []
     return moments
+
+
+def test_captions_that_spell_tokens_have_scores_and_so_have_their_neighbours(
+    tmp_path: Path, shown: list[Sample]
+) -> None:
+    """<image> is a token of BLIP-2's vocabulary for which its matching model has no row."""
+    spelled = ["<image>", "A <image> of [SEP] a star. [CLS]", "<image><image>", "[PAD][MASK]", "&lt;image&gt;"]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with (folder / "00000.tar").open("wb") as file:
+        writer = TarWriter(file)
+        for number, sample in enumerate(shown):
+            writer.add(f"{sample.key}.jpg", sample.image)
+            writer.add(f"{sample.key}.txt", (spelled[number] if number < 5 else sample.caption).encode())
+        writer.finish()
+    texts: list[str | None] = [dense_caption(each.scene, Random(number)) for number, each in enumerate(shown)]
+    texts[7] = "A star.\n<image>"
+    captions = write_captions(folder, tmp_path / "captions", texts)
+    capipe("filter", "--shards", folder, "--captions", captions, "--out", tmp_path / "out", *MODELS)
+    rows = table(tmp_path / "out/scores")
+    assert [row["status"] for row in rows] == ["ok"] * 24
+    assert all(
+        row[f"{start}_score"] is not None for row in rows for start in ("re_clip", "org_clip", "re_itm", "org_itm")
+    )
+    assert [row["org_caption"] for row in rows[:5]] == spelled and rows[7]["re_caption"] == texts[7]
