@@ -42,7 +42,7 @@ def plan_ingest(
 ) -> IngestPlan:
     """Check the sources and lock the output. Raises CapipeError; then nothing was written."""
     reads = source_places(sources)
-    items = open_sources(sources, config.path_column)
+    items = open_sources(sources, config.columns)
     semantic, run = config.model_dump(mode="json"), {"sources": list(sources)}
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
     try:

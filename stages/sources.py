@@ -20,26 +20,29 @@ from ..manifests.shards import expand, read_places
 from ..manifests.status import Status
 from ..manifests.tar import Member, scan
 from . import tables
+from .columns import USUAL, Columns
+from .folder_metadata import with_metadata
 from .items import Extent, FileRef, ItemRef, ProblemRef, TarRef, join, open_binary, stem_of
 
 _HF = "hf://"
 _SIDECARS = ("txt", "json")
 
 
-def open_sources(sources: Sequence[str], path_column: str | None = None) -> Iterator[ItemRef]:
+def open_sources(sources: Sequence[str], columns: Columns = USUAL) -> Iterator[ItemRef]:
     """The items of all ``sources``, one source after the other, in an order that depends on their content alone.
 
-    Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table of paths (Parquet,
-    CSV, TSV, JSON lines), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single file; local or fsspec.
+    Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table (Parquet, CSV, TSV,
+    JSON or JSON lines; a folder of Parquet), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single
+    file; local or fsspec. ``columns``: what the user says about those of tables and datasets.
     Raises BadInput at once where one is missing or holds nothing of these.
     """
-    return chain.from_iterable([_open(source, path_column) for source in sources])
+    return chain.from_iterable([_open(source, columns) for source in sources])
 
 
-def _open(src: str, path_column: str | None) -> Iterator[ItemRef]:
+def _open(src: str, columns: Columns) -> Iterator[ItemRef]:
     extension = src.rpartition(".")[2].lower()
     if src.startswith(_HF) and extension not in (*tables.EXTENSIONS, "tar"):
-        return _dataset(src)
+        return _dataset(src, columns)
     if extension == "tar":
         return _tars(src)
     if any(c in src for c in "*?[{") and not _exists(src):
@@ -47,10 +50,16 @@ def _open(src: str, path_column: str | None) -> Iterator[ItemRef]:
     if not _exists(src):
         raise BadInput(f"{src}: no such file or folder")
     if not _is_folder(src):
-        return tables.refs(src, path_column) if extension in tables.EXTENSIONS else _single_file(src)
+        is_table = extension in tables.EXTENSIONS and not _is_of_an_image(src)
+        return tables.refs(src, columns) if is_table else _single_file(src)
     if "://" not in src and ((Path(src) / "dataset_dict.json").is_file() or (Path(src) / "state.json").is_file()):
-        return _dataset(src)
-    return _tars(src) if _holds_tars(src) else _folder(src)
+        return _dataset(src, columns)
+    names = _listed(src)
+    if _holds_tars(src, names):
+        return _tars(src)
+    if parquets := _parquets(names):
+        return chain.from_iterable([tables.refs(join(src, name), columns) for name in parquets])
+    return with_metadata(src, _folder(src), columns)
 
 
 def source_places(sources: Sequence[str]) -> list[str]:
@@ -65,7 +74,7 @@ def source_places(sources: Sequence[str]) -> list[str]:
 def _is_of_tars(src: str) -> bool:
     if src.rpartition(".")[2].lower() == "tar":
         return True
-    return not src.startswith(_HF) and _exists(src) and _is_folder(src) and _holds_tars(src)
+    return not src.startswith(_HF) and _exists(src) and _is_folder(src) and _holds_tars(src, _listed(src))
 
 
 def _exists(src: str) -> bool:
@@ -85,28 +94,49 @@ def _is_folder(src: str) -> bool:
     return bool(fs.isdir(path))
 
 
-def _dataset(src: str) -> Iterator[ItemRef]:
+def _dataset(src: str, columns: Columns) -> Iterator[ItemRef]:
     from . import hf  # imports the `datasets` package, which takes seconds
 
-    return hf.refs(src)
+    return hf.refs(src, columns)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _holds_tars(src: str) -> bool:
-    """Whether a folder is one of shards. Raises BadInput where it is that and a folder of images as well."""
+def _listed(src: str) -> list[str]:
+    """The names of what lies directly in a folder, in order."""
     if "://" not in src:
-        names = [entry.name for entry in os.scandir(src)]
-    else:
-        fs, path = url_to_fs(src)
-        names = [str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)]
+        return sorted(entry.name for entry in os.scandir(src))
+    fs, path = url_to_fs(src)
+    return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False))
+
+
+def _holds_tars(src: str, names: Sequence[str]) -> bool:
+    """Whether a folder is one of shards. Raises BadInput where it is that and a folder of images as well."""
     if not any(name.endswith(".tar") for name in names):
         return False
-    image = next((name for name in sorted(names) if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS), None)
+    image = next((name for name in names if _is_image_name(name)), None)
     if image is not None:
         raise BadInput(f"{src}: holds tars and loose images ({image}); name the tars by {src}/*.tar, or move one kind")
     return True
+
+
+def _is_image_name(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _parquets(names: Sequence[str]) -> list[str]:
+    """The Parquet files of a folder that is a table in parts, with no image beside them."""
+    if any(_is_image_name(name) for name in names):
+        return []
+    return [name for name in names if name.endswith(".parquet") and not name.startswith(".")]
+
+
+def _is_of_an_image(src: str) -> bool:
+    """Whether a ``.json`` is the metadata of an image beside it: ``photos/*`` names both."""
+    if "://" in src or not src.lower().endswith(".json"):
+        return False
+    return any(Path(f"{stem_of(src)}.{extension}").is_file() for extension in IMAGE_EXTENSIONS)
 
 
 def _single_file(src: str) -> Iterator[ItemRef]:
