@@ -54,7 +54,10 @@ def ingest(
         str | None, typer.Option(help="Column of paths or images in tables, if it has no usual name.")
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option(help="Column of captions in tables and datasets, if not text, caption or txt.")
+        str | None,
+        typer.Option(
+            help="Column of captions in tables, datasets and .json sidecars; text, caption or txt by default."
+        ),
     ] = None,
     image_folder: Annotated[
         str | None, typer.Option(help="Where the paths in tables begin; by default in the table's own folder.")

@@ -1,4 +1,4 @@
-"""ImageFolder's ``metadata.jsonl``, ``.csv`` or ``.parquet``: what a folder's images are called and say, row by row."""
+"""Captions of images that are files: rows of ImageFolder's ``metadata.jsonl``, or fields of a ``.json`` beside one."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from ..manifests.sidecars import jsonable
 from ..manifests.status import Status
 from . import tables
 from .columns import Columns, take_caption
-from .items import FileRef, Handles, Item, ItemRef, ProblemRef, join
+from .items import FileRef, Handles, Item, ItemRef, ProblemRef, TarRef, join
 
-NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"  # the column that names an image, from where the metadata lies
 
 
 @dataclass(frozen=True, slots=True)
 class DescribedRef:
-    """A file with its row of the metadata: ``meta`` is all of it but the caption, as JSON."""
+    """A file with its row of the metadata: ``meta`` is all of it but the caption, as JSON. ``named``: the caption is of
+    the column that a user named, and goes before the file's own."""
 
     file: FileRef
+    named: bool
     text: str | None
     url: str | None
     meta: str
@@ -40,12 +42,44 @@ class DescribedRef:
         return json.dumps(["described", self.file.identity(), self.text, self.url, self.meta])
 
     def load(self, handles: Handles) -> Item:
-        """The file's own sidecars say more than a row that is about many files."""
+        """The file's own sidecars go before a row of a file that is about many."""
         item = self.file.load(handles)
-        item.text = item.text if item.text is not None else self.text
+        item.text = self.text if self.named or item.text is None else item.text
         item.url = item.url or self.url
         item.meta = {**json.loads(self.meta), **item.meta}
         return item
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedRef:
+    """An image whose caption is a field of the ``.json`` that belongs to it."""
+
+    image: FileRef | TarRef
+    field: str
+
+    @property
+    def source(self) -> str:
+        return self.image.source
+
+    def identity(self) -> str:
+        return self.image.identity()
+
+    def load(self, handles: Handles) -> Item:
+        item = self.image.load(handles)
+        item.text, whole = take_caption(item.meta, self.field)
+        if item.text is None:
+            item.notes.append(f"no text in {self.field!r} of its json")
+        elif whole is not None:
+            del item.meta[whole]
+        return item
+
+
+def with_sidecar_captions(refs: Iterator[ItemRef], columns: Columns) -> Iterator[ItemRef]:
+    """``refs``, the caption of files and members taken from the field of their JSON that a user named."""
+    if columns.text is None:
+        return refs
+    field = columns.text
+    return (CaptionedRef(ref, field) if isinstance(ref, (FileRef, TarRef)) else ref for ref in refs)
 
 
 def with_metadata(root: str, refs: Iterator[ItemRef], columns: Columns) -> Iterator[ItemRef]:
@@ -100,7 +134,7 @@ class _Found:
         return self._by_folder[folder]
 
     def is_metadata(self, name: str) -> bool:
-        found = self.of(posixpath.dirname(name)) if posixpath.basename(name) in NAMES else None
+        found = self.of(posixpath.dirname(name)) if posixpath.basename(name) in METADATA else None
         return found is not None and found.name == name
 
     def described(self, ref: FileRef) -> ItemRef:
@@ -108,10 +142,10 @@ class _Found:
         folder, row = posixpath.dirname(ref.name), None
         while True:
             found = self.of(folder)
-            name = _plain(posixpath.relpath(ref.name, folder) if folder else ref.name)
-            if found is not None and name in found.rows:
+            if found is not None:
+                name = _plain(ref.name[len(folder) :].lstrip("/"))
                 found.unused.pop(name, None)
-                row = found.rows[name] if row is None else row
+                row = found.rows.get(name) if row is None else row
             if not folder:
                 return ref if row is None else self._joined(ref, row)
             folder = posixpath.dirname(folder)
@@ -129,10 +163,10 @@ class _Found:
         url = row.get("url")
         meta = jsonable({name: value for name, value in row.items() if name not in (whole, FILE_NAME)})
         encoded = json.dumps(meta, ensure_ascii=False)
-        return DescribedRef(ref, text, url if isinstance(url, str) else None, encoded)
+        return DescribedRef(ref, self._columns.text is not None, text, url if isinstance(url, str) else None, encoded)
 
     def _read(self, folder: str) -> _Metadata | None:
-        for name in NAMES:
+        for name in METADATA:
             path = join(self._root, join(folder, name))
             if not _is_file(path):
                 continue

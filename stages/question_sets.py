@@ -156,7 +156,7 @@ def _json(file: str) -> Located:
             for number, row in enumerate(list_items(stream)):
                 yield f"{file}[{number}]", row if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
         return
-    whole = whole_object(file)
+    whole = whole_object(file) if _extension(file) == "json" else None
     if whole is not None:
         yield from _of_object(file, whole)
         return

@@ -21,7 +21,7 @@ from ..manifests.status import Status
 from ..manifests.tar import Member, scan
 from . import tables
 from .columns import USUAL, Columns
-from .folder_metadata import with_metadata
+from .folder_metadata import METADATA, with_metadata, with_sidecar_captions
 from .items import Extent, FileRef, ItemRef, ProblemRef, TarRef, join, open_binary, stem_of
 
 _HF = "hf://"
@@ -36,6 +36,8 @@ def open_sources(sources: Sequence[str], columns: Columns = USUAL) -> Iterator[I
     file; local or fsspec. ``columns``: what the user says about those of tables and datasets.
     Raises BadInput at once where one is missing or holds nothing of these.
     """
+    if columns.folder is not None and not (_exists(columns.folder) and _is_folder(columns.folder)):
+        raise BadInput(f"--image-folder {columns.folder}: no such folder")
     return chain.from_iterable([_open(source, columns) for source in sources])
 
 
@@ -44,22 +46,22 @@ def _open(src: str, columns: Columns) -> Iterator[ItemRef]:
     if src.startswith(_HF) and extension not in (*tables.EXTENSIONS, "tar"):
         return _dataset(src, columns)
     if extension == "tar":
-        return _tars(src)
+        return with_sidecar_captions(_tars(src), columns)
     if any(c in src for c in "*?[{") and not _exists(src):
         raise BadInput(f"{src}: only tars are taken by pattern; let the shell expand it, or name the folder")
     if not _exists(src):
         raise BadInput(f"{src}: no such file or folder")
     if not _is_folder(src):
         is_table = extension in tables.EXTENSIONS and not _is_of_an_image(src)
-        return tables.refs(src, columns) if is_table else _single_file(src)
+        return tables.refs(src, columns) if is_table else with_sidecar_captions(_single_file(src), columns)
     if "://" not in src and ((Path(src) / "dataset_dict.json").is_file() or (Path(src) / "state.json").is_file()):
         return _dataset(src, columns)
     names = _listed(src)
     if _holds_tars(src, names):
-        return _tars(src)
-    if parquets := _parquets(names):
+        return with_sidecar_captions(_tars(src), columns)
+    if parquets := _parquets(src, names):
         return chain.from_iterable([tables.refs(join(src, name), columns) for name in parquets])
-    return with_metadata(src, _folder(src), columns)
+    return with_sidecar_captions(with_metadata(src, _folder(src), columns), columns)
 
 
 def source_places(sources: Sequence[str]) -> list[str]:
@@ -125,11 +127,13 @@ def _is_image_name(name: str) -> bool:
     return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
-def _parquets(names: Sequence[str]) -> list[str]:
-    """The Parquet files of a folder that is a table in parts, with no image beside them."""
-    if any(_is_image_name(name) for name in names):
+def _parquets(src: str, names: Sequence[str]) -> list[str]:
+    """The Parquet files of a folder that is a table in parts: no image is beside them, nor a folder of images."""
+    seen = [name for name in names if not name.startswith((".", "_"))]
+    found = [name for name in seen if name.endswith(".parquet") and name not in METADATA]
+    if not found or any(_is_image_name(name) for name in seen):
         return []
-    return [name for name in names if name.endswith(".parquet") and not name.startswith(".")]
+    return [] if any(_is_folder(join(src, name)) for name in seen if name not in found) else found
 
 
 def _is_of_an_image(src: str) -> bool:

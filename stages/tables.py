@@ -103,8 +103,11 @@ def _ref(
     text, whole = take_caption(row, text_column)
     url = row.get("url")
     dropped = (whole, column if isinstance(row[column], str) else None)
-    meta = {name: value for name, value in row.items() if name not in dropped}
-    encoded = json.dumps(jsonable(meta), ensure_ascii=False)
+    try:
+        meta = jsonable({name: value for name, value in row.items() if name not in dropped})
+        encoded = json.dumps(meta, ensure_ascii=False)
+    except RecursionError:
+        return ProblemRef(f"{table}[{number}]", Status.CORRUPT, "the row is nested too deeply")
     return TableRef(table, number, root, paths[0], text, url if isinstance(url, str) else None, encoded)
 
 

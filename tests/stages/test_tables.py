@@ -1,13 +1,11 @@
-"""Tables, JSON files and Parquet with images in it: their layouts, and which column is what."""
+"""Tables of paths and JSON files: their layouts, and which column is what."""
 
 from __future__ import annotations
 
 import json
-import unicodedata
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,11 +13,10 @@ import pytest
 from capipe.errors import BadInput
 from capipe.manifests.status import Status
 from capipe.stages import json_files
-from capipe.stages.items import Handles
 from capipe.stages.sources import open_sources
 
 from ..conftest import photo
-from .ingesting import fill, load
+from .ingesting import fill, lines, load, reasons, write
 
 A, B, C = photo(1), photo(2, fmt="PNG"), photo(3, fmt="WEBP")
 
@@ -27,20 +24,6 @@ A, B, C = photo(1), photo(2, fmt="PNG"), photo(3, fmt="WEBP")
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     return fill(tmp_path / "photos", {"a.jpg": A, "b.png": B, "sub/c.webp": C})
-
-
-def write(path: Path, value: Any) -> Path:
-    path.write_text(json.dumps(value), encoding="utf-8")
-    return path
-
-
-def lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def reasons(items: list[Any]) -> list[str | None]:
-    return [item.problem.reason if item.problem else None for item in items]
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
@@ -94,6 +77,17 @@ def test_where_paths_begin(photos: Path, tmp_path: Path) -> None:
     table = lines(tmp_path / "t.jsonl", [{"path": "c.webp"}, {"path": str(photos / "a.jpg")}])
     items = load(table, image_folder=str(photos / "sub"))
     assert [item.data for item in items] == [C, A]
+    with pytest.raises(BadInput, match=r"--image-folder .*nowhere: no such folder"):
+        load(table, image_folder=str(photos / "nowhere"))
+
+
+def test_a_row_nested_too_deeply_costs_itself_alone(photos: Path) -> None:
+    deep = '{"path": "a.jpg", "x": ' + "[" * 900 + "]" * 900 + "}"
+    (photos / "t.jsonl").write_text(f'{deep}\n{{"path": "b.png"}}\n')
+    (photos / "t.json").write_text(f'[{deep}, {{"path": "b.png"}}]')
+    for table in ("t.jsonl", "t.json"):
+        items = load(photos / table)
+        assert [item.data for item in items] == [None, B] and "nested too deeply" in str(reasons(items)[0])
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
@@ -269,211 +263,3 @@ def test_lists_are_streamed(photos: Path) -> None:
     assert sum(1 for _, ref in zip(range(100_000), refs, strict=False)) == 100_000
     with pytest.raises(BadInput, match="damaged after row 199999"):
         list(refs)
-
-
-# --- images in Parquet -----------------------------------------------------------------------------------------------
-
-KINDS = {
-    "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-    "jpg": pa.binary(),
-    "picture": pa.large_binary(),
-    "images": pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-    "anything": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-}
-
-
-def cell(column: str, data: bytes | None) -> Any:
-    value = {"bytes": data, "path": "x.jpg" if data else None} if pa.types.is_nested(KINDS[column]) else data
-    return [value] if column == "images" else value
-
-
-def embedded(path: Path, column: str, images: list[bytes | None], **more: list[Any]) -> Path:
-    cells = pa.array([cell(column, data) for data in images], KINDS[column])
-    numbers = list(range(len(images)))
-    pq.write_table(pa.table({column: cells, "n": numbers, **more}), path, row_group_size=2)
-    return path
-
-
-@pytest.mark.parametrize("column", KINDS)
-def test_images_in_parquet(tmp_path: Path, column: str) -> None:
-    images = [A, B, None, C, A]
-    table = embedded(tmp_path / "t.parquet", column, images, caption=[f"text {n}" for n in range(5)])
-    items = load(table)
-    assert [item.data for item in items] == images
-    assert [item.text for item in items] == [f"text {n}" for n in range(5)]
-    assert [item.meta for item in items] == [{"n": n} for n in range(5)]
-    assert items[3].source == f"{table}[3]"
-    assert reasons(items) == [None, None, f"no image in column {column!r}", None, None]
-    assert [item.data for item in load(table, path_column=column)] == images
-    assert load(table, text_column="caption")[0].text == "text 0"
-    with pytest.raises(BadInput, match=r"no column 'title' for --text-column; its columns are .*caption"):
-        load(table, text_column="title")
-
-
-def test_images_of_another_column_in_parquet(tmp_path: Path, photos: Path) -> None:
-    """The column that is asked for, also where another holds images; and what is bytes, but named like no image."""
-    kind = KINDS["image"]
-    both = pa.table({"image": pa.array([cell("image", A)], kind), "depth": pa.array([cell("image", B)], kind)})
-    pq.write_table(both, tmp_path / "t.parquet")
-    assert [item.data for item in load(tmp_path / "t.parquet")] == [A]
-    assert [item.data for item in load(tmp_path / "t.parquet", path_column="depth")] == [B]
-    pq.write_table(pa.table({"embedding": [b"\0\1"], "path": [str(photos / "a.jpg")]}), tmp_path / "u.parquet")
-    assert [(item.data, item.meta) for item in load(tmp_path / "u.parquet")] == [(A, {})]
-
-
-def test_paths_in_the_place_of_bytes(photos: Path) -> None:
-    cells = pa.array([{"bytes": None, "path": "a.jpg"}, {"bytes": None, "path": "gone.jpg"}], KINDS["image"])
-    pq.write_table(pa.table({"image": cells}), photos / "t.parquet")
-    items = load(photos / "t.parquet")
-    assert items[0].data == A and "cannot be read" in str(reasons(items)[1])
-
-
-def test_several_images_in_a_row(tmp_path: Path) -> None:
-    """the_cauldron and FineVision: rows of one image are pairs, those of more are not."""
-    one, two = [{"bytes": A, "path": None}], [{"bytes": A, "path": None}, {"bytes": B, "path": None}]
-    texts = [[{"user": "What?", "assistant": f"{n}", "source": "s"}] for n in range(3)]
-    table = pa.table({"images": pa.array([one, two, []], KINDS["images"]), "texts": texts})
-    pq.write_table(table, tmp_path / "t.parquet")
-    items = load(tmp_path / "t.parquet")
-    assert (items[0].data, items[0].text, items[0].meta) == (A, "0", {"texts": texts[0]})
-    assert reasons(items)[1:] == [
-        "2 images in column 'images'; a row is one image with its caption",
-        "no image in column 'images'",
-    ]
-
-
-def test_a_folder_of_parquet(tmp_path: Path) -> None:
-    root = fill(tmp_path / "data", {"README.md": b"# data", "00000_stats.json": b"{}"})
-    embedded(root / "train-00001.parquet", "jpg", [B])
-    embedded(root / "train-00000.parquet", "jpg", [A])
-    assert [item.data for item in load(root)] == [A, B]
-    fill(root, {"loose.jpg": C})  # then it is a folder of images
-    assert len(load(root)) == 5
-
-
-def test_remote_parquet(tmp_path: Path) -> None:
-    table = embedded(tmp_path / "t.parquet", "image", [A, B, C])
-    fsspec.filesystem("memory").pipe(f"/{tmp_path.name}/t.parquet", table.read_bytes())
-    assert [item.data for item in load(f"memory://{tmp_path.name}/t.parquet")] == [A, B, C]
-
-
-def test_a_row_is_told_from_another_by_what_it_holds(tmp_path: Path) -> None:
-    def identities(images: list[bytes | None], text: str = "t") -> list[str]:
-        table = embedded(tmp_path / "t.parquet", "image", images, text=[text] * len(images))
-        return [ref.identity() for ref in open_sources([str(table)])]
-
-    same = identities([A, B, C])
-    assert same == identities([A, B, C]) and len(set(same)) == 3
-    assert identities([A, C, C])[0] != same[0] and identities([A, C, C])[2] == same[2]  # a row group is one thing
-    assert identities([A, B, C], "u")[2] != same[2]
-
-
-def test_a_parquet_file_that_is_replaced_meanwhile(tmp_path: Path) -> None:
-    table = embedded(tmp_path / "t.parquet", "image", [A, B, C])
-    refs = list(open_sources([str(table)]))
-    embedded(table, "image", [A])
-    with Handles() as handles:
-        assert refs[0].load(handles).data == A
-        with pytest.raises(OSError, match="did the file change"):
-            refs[1].load(handles)
-        assert refs[0].load(handles).data == A
-
-
-# --- ImageFolder -----------------------------------------------------------------------------------------------------
-
-
-def folder_of(tmp_path: Path, kind: str) -> Path:
-    root = fill(tmp_path / "imgfolder", {"a.jpg": A, "b.png": B, "sub/c.webp": C})
-    rows = [{"file_name": name, "text": f"meta {n}", "n": n} for n, name in enumerate(["a.jpg", "b.png", "sub/c.webp"])]
-    if kind == "jsonl":
-        lines(root / "metadata.jsonl", rows)
-    elif kind == "csv":
-        said = [",".join(map(str, row.values())) for row in rows]
-        (root / "metadata.csv").write_text("\n".join(["file_name,text,n", *said]) + "\n")
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), root / "metadata.parquet")
-    return root
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_image_folder_as_datasets_reads_it(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    root = folder_of(tmp_path, kind)
-    ours = [(item.data, item.text) for item in load(root)]
-    assert ours == [(A, "meta 0"), (B, "meta 1"), (C, "meta 2")]
-    theirs = [(item.data, item.text) for item in load(f"hf://{root}")]
-    assert sorted(theirs) == sorted(ours)
-    assert load(root)[2].meta == {"n": "2" if kind == "csv" else 2}
-
-
-def test_metadata_beside_the_images_goes_before_that_above(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, "jsonl")
-    lines(root / "sub/metadata.jsonl", [{"file_name": "c.webp", "text": "nearer", "title": "T"}])
-    fill(root, {"a.txt": b"of its own", "b.json": b'{"n": 5, "url": "http://x/b"}', "d.jpg": A})
-    items = {Path(item.source).name: item for item in load(root)}
-    expected = {"a.jpg": "of its own", "b.png": "meta 1", "d.jpg": None, "c.webp": "nearer"}
-    assert {name: item.text for name, item in items.items()} == expected
-    assert (items["b.png"].meta, items["b.png"].url) == ({"n": 5, "url": "http://x/b"}, "http://x/b")
-
-
-def test_rows_of_metadata_without_their_image(tmp_path: Path) -> None:
-    root = fill(tmp_path / "photos", {unicodedata.normalize("NFD", "é.jpg"): A})
-    rows: list[Any] = [{"file_name": "./é.jpg", "text": "t"}, {"file_name": "gone.jpg"}, {"file_name": None}, 3]
-    rows += [{"file_name": "é.jpg", "text": "again"}]
-    lines(root / "metadata.jsonl", rows)
-    items = load(root)
-    assert [(item.data, item.text) for item in items] == [(A, "t"), *[(None, None)] * 4]
-    said = reasons(items)
-    assert said[1] == "no path in column 'file_name'" and "JSON int" in str(said[2])
-    assert "a row before it" in str(said[3]) and "No such file" in str(said[4])
-
-
-def test_the_caption_of_metadata_by_name(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, "jsonl")
-    with pytest.raises(
-        BadInput, match=r"metadata.jsonl: no column 'title' for --text-column; its columns are .*text, n"
-    ):
-        load(root, text_column="title")
-    (root / "metadata.jsonl").unlink()
-    fill(root, {"metadata.csv": b"name;size\na;1\n"})  # names no files: a file like any other
-    assert [Path(item.source).name for item in load(root)] == ["a.jpg", "b.png", "metadata.csv", "c.webp"]
-
-
-def test_image_folder_elsewhere(tmp_path: Path) -> None:
-    fs = fsspec.filesystem("memory")
-    root = folder_of(tmp_path, "jsonl")
-    for path in root.rglob("*.*"):
-        fs.pipe(f"/{tmp_path.name}/{path.relative_to(root)}", path.read_bytes())
-    items = load(f"memory://{tmp_path.name}")
-    assert [(item.data, item.text) for item in items] == [(A, "meta 0"), (B, "meta 1"), (C, "meta 2")]
-
-
-def test_a_changed_caption_is_another_item(tmp_path: Path) -> None:
-    root = folder_of(tmp_path, "jsonl")
-    before = [ref.identity() for ref in open_sources([str(root)])]
-    lines(
-        root / "metadata.jsonl",
-        [{"file_name": "a.jpg", "text": "other"}, {"file_name": "b.png", "text": "meta 1", "n": 1}],
-    )
-    after = [ref.identity() for ref in open_sources([str(root)])]
-    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, False]
-
-
-# --- datasets --------------------------------------------------------------------------------------------------------
-
-
-def test_datasets_by_the_same_rules(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    image = datasets.Image()
-    features = datasets.Features({"images": datasets.Sequence(image), "title": datasets.Value("string")})
-    cells = pa.array([[cell("image", A)], [cell("image", A), cell("image", B)]], KINDS["images"])
-    pq.write_table(pa.table({"images": cells, "title": ["A title", "B"]}), tmp_path / "t.parquet")
-    saved = datasets.Dataset.from_parquet(str(tmp_path / "t.parquet"), features=features, cache_dir=str(tmp_path / "c"))
-    saved.save_to_disk(tmp_path / "saved")
-    items = load(tmp_path / "saved", text_column="title")
-    assert (items[0].data, items[0].text, items[0].meta) == (A, "A title", {})
-    assert "2 images in column 'images'" in str(reasons(items)[1])
-    assert [item.text for item in load(tmp_path / "saved")] == [None, None]
-    with pytest.raises(BadInput, match="no column 'nothing' for --text-column; its columns are images, title"):
-        load(tmp_path / "saved", text_column="nothing")
