@@ -116,7 +116,9 @@ class _Metadata:
                 self.faults.append(ProblemRef(where, Status.CORRUPT, row))
             elif not isinstance(file, str) or not file:
                 self.faults.append(ProblemRef(where, Status.CORRUPT, f"no path in column {FILE_NAME!r}"))
-            elif self.rows.setdefault(_plain(file), row) is not row:
+            elif (plain := _jsonable(row)) is None:
+                self.faults.append(ProblemRef(where, Status.CORRUPT, "the row is nested too deeply"))
+            elif self.rows.setdefault(_plain(file), plain) is not plain:
                 self.faults.append(ProblemRef(where, Status.UNSUPPORTED, f"a row before it is about {file!r}, too"))
         self.unused = dict.fromkeys(self.rows)
 
@@ -161,7 +163,7 @@ class _Found:
     def _joined(self, ref: FileRef, row: Mapping[str, Any]) -> DescribedRef:
         text, whole = take_caption(row, self._columns.text)
         url = row.get("url")
-        meta = jsonable({name: value for name, value in row.items() if name not in (whole, FILE_NAME)})
+        meta = {name: value for name, value in row.items() if name not in (whole, FILE_NAME)}
         encoded = json.dumps(meta, ensure_ascii=False)
         return DescribedRef(ref, self._columns.text is not None, text, url if isinstance(url, str) else None, encoded)
 
@@ -185,6 +187,16 @@ def _is_file(path: str) -> bool:
         return Path(path).is_file()
     fs, inner = url_to_fs(path)
     return bool(fs.isfile(inner))
+
+
+def _jsonable(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A row as JSON has it; None where that is too deep."""
+    try:
+        plain: dict[str, Any] = jsonable(row)
+        json.dumps(plain)
+    except RecursionError:
+        return None
+    return plain
 
 
 def _plain(name: str) -> str:

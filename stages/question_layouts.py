@@ -119,14 +119,18 @@ def _labelled(labels: Sequence[object], texts: Sequence[object], raw: RawQuestio
         ordered.pop()
     named = [name for name, _ in names[: len(ordered)]]
     count = len(ordered)
+    answers = (raw.answer, *raw.also)
+    by_number = any(isinstance(answer, (int, float)) and not isinstance(answer, bool) for answer in answers)
+    if by_number and [place for _, place in names] != list(range(len(names))):
+        reason = "the answer is an index, and the options' names are not in order; give it as text"
+        return _refused(raw, ordered, QuestionStatus.BAD_ANSWER, reason)
     if count <= len(LETTERS) and named == list(LETTERS[:count]):
         return RawQuestion(raw.text, ordered, raw.answer, raw.kind, also=raw.also)
     if named not in ([str(number) for number in range(count)], [str(number + 1) for number in range(count)]):
         given = ", ".join(map(str, labels))[:100]
         reason = f"options that are named {given}, not A, B, C, ... or 1, 2, 3, ..."
         return _refused(raw, ordered, QuestionStatus.BAD_OPTIONS, reason)
-    answers = (raw.answer, *raw.also)
-    if "0" not in named and any(isinstance(answer, (int, float)) for answer in answers):
+    if "0" not in named and by_number:
         reason = "the answer is a number that may be an index from 0 or an option's name; give it as text"
         return _refused(raw, ordered, QuestionStatus.BAD_ANSWER, reason)
     first, *others = [_by_name(answer, named, ordered) for answer in answers]

@@ -100,6 +100,15 @@ def test_the_caption_of_sidecars_by_name(tmp_path: Path, make_tar: Callable[...,
     assert [item.text for item in load(root, text_column="text")] == ["meta 0", "meta 1", "meta 2"]
 
 
+def test_a_row_nested_too_deeply_costs_no_image(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, "jsonl")
+    deep = '{"file_name": "a.jpg", "x": ' + "[" * 900 + "]" * 900 + "}"
+    (root / "metadata.jsonl").write_text(f'{deep}\n{{"file_name": "b.png", "text": "t"}}\n')
+    items = load(root)
+    assert [(item.data, item.text) for item in items[:3]] == [(A, None), (B, "t"), (C, None)]
+    assert reasons(items)[3] == "the row is nested too deeply"
+
+
 def test_image_folder_elsewhere(tmp_path: Path) -> None:
     fs = fsspec.filesystem("memory")
     root = folder_of(tmp_path, "jsonl")

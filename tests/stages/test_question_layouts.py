@@ -44,7 +44,6 @@ def chosen(**entry: Any) -> str | None:
     "options",
     [
         {"options": {"A": "red", "B": "blue", "C": "green"}},
-        {"options": {"C": "green", "A": "red", "B": "blue"}},
         {"options": {"a": "red", "b": "blue", "c": "green", "d": None}},
         {"options": json.dumps({"A": "red", "B": "blue", "C": "green"})},
         {"choices": {"text": RED_BLUE, "label": ["A", "B", "C"]}},
@@ -68,6 +67,12 @@ def chosen(**entry: Any) -> str | None:
 def test_options(options: dict[str, Any], answer: object) -> None:
     assert asked(**options, answer=answer)["options"] == RED_BLUE
     assert chosen(**options, answer=answer) == "blue"
+
+
+def test_options_by_name_in_another_order() -> None:
+    shuffled = {"C": "green", "A": "red", "B": "blue"}
+    assert asked(options=shuffled, answer="B")["options"] == RED_BLUE
+    assert [chosen(options=shuffled, answer=answer) for answer in ("B", "blue", 1)] == ["blue", "blue", "bad_answer"]
 
 
 @pytest.mark.parametrize(
