@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -77,8 +78,8 @@ class Question:
 
 
 def fold(text: str) -> str:
-    """What is compared when texts are said to be alike: case, spaces and a final stop left out."""
-    return " ".join(text.casefold().split()).rstrip(" .")
+    """What is compared when texts are said to be alike: without case, spaces, a final stop, how accents are coded."""
+    return " ".join(unicodedata.normalize("NFC", text.casefold()).split()).rstrip(" .")
 
 
 # --- the orders in which options are put -----------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def ingest(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Folders of images, tars, Parquet/CSV/JSONL of paths, saved datasets, or hf://name[:split]."
+            help="Folders of images, tars, tables (Parquet, CSV, JSON, JSONL), saved datasets, or hf://name[:split]."
         ),
     ],
     out: Out,
@@ -50,7 +50,18 @@ def ingest(
     min_side: Annotated[int, typer.Option(help="Images with a shorter side of fewer pixels are too_small.")] = 16,
     max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8,
     max_aspect: Annotated[float, typer.Option(help="Longest over shortest side; beyond it, unsupported.")] = 200.0,
-    path_column: Annotated[str | None, typer.Option(help="Column of paths in tables, if it has no usual name.")] = None,
+    path_column: Annotated[
+        str | None, typer.Option(help="Column of paths or images in tables, if it has no usual name.")
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of captions in tables, datasets and .json sidecars; text, caption or txt by default."
+        ),
+    ] = None,
+    image_folder: Annotated[
+        str | None, typer.Option(help="Where the paths in tables begin; by default in the table's own folder.")
+    ] = None,
     image_key: Annotated[
         str | None, typer.Option(help="Extension of the one image of each key in tars: jpg, or 'jpg,png' for either.")
     ] = None,
@@ -70,6 +81,8 @@ def ingest(
         max_aspect=max_aspect,
         path_column=path_column,
         image_key=image_key,
+        text_column=text_column,
+        image_folder=image_folder,
     )
     plan = plan_ingest(sources, out, config, workers=workers, fresh=fresh)
     stop = threading.Event()

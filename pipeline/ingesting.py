@@ -41,8 +41,8 @@ def plan_ingest(
     sources: Sequence[str], out: str, config: IngestConfig, *, workers: int | None = None, fresh: bool = False
 ) -> IngestPlan:
     """Check the sources and lock the output. Raises CapipeError; then nothing was written."""
-    reads = source_places(sources)
-    items = open_sources(sources, config.path_column, config.image_key)
+    reads = source_places(sources) + ([config.image_folder] if config.image_folder is not None else [])
+    items = open_sources(sources, config.columns, config.image_key)
     semantic, run = config.model_dump(mode="json"), {"sources": list(sources)}
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
     try:

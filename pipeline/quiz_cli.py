@@ -175,13 +175,16 @@ def import_questions(path: str, distractors: int, seed: int, shards: str, out: s
             f"--distractors {distractors}: 0 to leave open-ended questions alone, or up to {most} wrong options"
         )
     stage = ImportStage(path, tuple(expand(shards)), distractors, seed)
-    strangers = stage.unmatched()  # reads the whole set: what is wrong with it is found before anything is written
+    refused = stage.refused()  # reads the whole set: what is wrong with it is found before anything is written
+    strangers = stage.unmatched()
     made: Plan = plan(stage, shards, out, also_read=[path], **runs)
     made.artifact.folder.write(f"{PRIVATE}/unmatched.jsonl", unmatched_lines(strangers))
     if strangers:
         first = strangers[0]
         text = f"capipe: {first.where}: {first.reason} ({first.image!r}); {len(strangers)} such records are listed in "
         print(f"{text}{out}/{PRIVATE}/unmatched.jsonl, give --shards that hold their images", file=sys.stderr)
+    if refused is not None:
+        print(f"capipe: {refused}", file=sys.stderr)
     return run_plan(made, Workplace())
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +29,8 @@ from ..stages.questions import QuestionsConfig, QuestionWriter
 from ..stages.screen import ScreenConfig, Screener
 from .engine_stages import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
 from .worker import RowByRow
+
+_PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\[.*\]|\d+")  # what differs between reasons of one kind
 
 
 @dataclass(frozen=True)
@@ -123,19 +127,31 @@ class ImportStage:
 
     @cached_property
     def index(self) -> QuestionIndex:
-        """The whole set, joined with all images. Raises BadInput where none of it is about any of them."""
+        """The whole set, joined with all images. Raises BadInput where it cannot be read."""
         records = read_question_set(self.path)
         if self.distractors:
             records = iter(close_sets(records, seed=self.seed, distractors=self.distractors))
-        index = QuestionIndex(records, self.names.values())
-        found = [index.lookup(each.uid, each.key, each.source) for each in self.names.values()]
-        if not any(found):
-            first = next(iter(index.unmatched()), None)
+        return QuestionIndex(records, self.names.values())
+
+    def refused(self) -> str | None:
+        """How many questions about the images cannot be used and why; None where all can.
+
+        Raises BadInput where none can, or there is none.
+        """
+        found = (self.index.lookup(each.uid, each.key, each.source) for each in self.names.values())
+        about = [each for each in found if each is not None]
+        if not about:
+            first = next(iter(self.index.unmatched()), None)
             named = f": {first.where} names {first.image!r}, {first.reason}" if first else ""
             raise BadInput(
                 f"{self.path}: no question is about an image of the shards{named}; give those that hold them"
             )
-        return index
+        entries = [entry for each in about for entry in each.questions]
+        bad = [entry for entry in entries if entry["status"] != Status.OK]
+        if len(bad) == len(entries):
+            why = commonest_reasons(bad) or next((each.error for each in about if each.error), "no question is left")
+            raise BadInput(f"{self.path}: none of its {len(entries)} questions about the images can be used: {why}")
+        return f"{len(bad)} of {len(entries)} questions cannot be used: {commonest_reasons(bad)}" if bad else None
 
     @cached_property
     def names(self) -> dict[str, ImageNames]:
@@ -183,6 +199,19 @@ def _imported(found: Found) -> dict[str, Any]:
     usable = any(entry["status"] == Status.OK for entry in found.questions)
     status, error = (Status.OK, found.error) if usable else (Status.EMPTY, found.error or "no question can be used")
     return {"status": str(status), "error": error, "questions": found.questions, "raw": found.raw.splitlines()}
+
+
+def commonest_reasons(questions: Sequence[Mapping[str, Any]], most: int = 3) -> str:
+    """The commonest reasons for which questions were refused, each with its number and, of many alike, the first."""
+    kinds = Counter[str]()
+    first: dict[str, str] = {}
+    for entry in questions:
+        kind = _PARTICULARS.sub("", f"{entry['status']}: {entry['error']}")
+        kinds[kind] += 1
+        first.setdefault(kind, f"{entry['status']}: {entry['error']}")
+    told = [f"{count} {first[kind]}" for kind, count in kinds.most_common(most)]
+    others = sum(count for _, count in kinds.most_common()[most:])
+    return "; ".join(told + ([f"{others} for other reasons"] if others else []))
 
 
 def unmatched_lines(records: list[Unmatched]) -> bytes:

@@ -11,22 +11,24 @@ from typing import Any
 import datasets
 
 from ..errors import BadInput
-from .items import TEXT_COLUMNS, DatasetRef, Item, read_file
+from .columns import IMAGE_COLUMNS, Columns, take_caption
+from .items import DatasetRef, Item
+from .parquet_images import image_bytes
 
 SCHEME = "hf://"
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")
 
 
-def refs(src: str) -> Iterator[DatasetRef]:
+def refs(src: str, columns: Columns) -> Iterator[DatasetRef]:
     """Every row of a dataset. ``src``: a saved folder, or ``hf://name[:split]`` (all splits unless one is named).
 
-    Raises BadInput at once where it cannot be loaded or has no column of images.
+    Raises BadInput at once where it cannot be loaded, has no column of images or not the text column that is wanted.
     """
     location, splits = _splits(src)
     for split, dataset in splits.items():
         image_column(dataset, f"{location}:{split}")
+        columns.check_text(f"{location}:{split}", dataset.features)
     return (
-        DatasetRef(location, split, index, str(dataset._fingerprint))
+        DatasetRef(location, split, index, str(dataset._fingerprint), columns.text)
         for split, dataset in splits.items()
         for index in range(len(dataset))
     )
@@ -62,26 +64,24 @@ class Split:
     def __init__(self, location: str, split: str) -> None:
         dataset = _splits(location)[1][split]
         self._column = image_column(dataset, location)
-        self._dataset = dataset.cast_column(self._column, datasets.Image(decode=False))
+        image, listed = datasets.Image(decode=False), _of_list(dataset.features[self._column]) is not None
+        self._dataset = dataset.cast_column(self._column, datasets.Sequence(image) if listed else image)
 
-    def read(self, index: int, source: str) -> Item:
+    def read(self, index: int, source: str, text_column: str | None) -> Item:
         row: dict[str, Any] = self._dataset[index]
         item = Item(source)
-        image = row.pop(self._column) or {}
-        item.data = image.get("bytes")
-        if item.data is None and image.get("path"):
-            item.data, item.problem = read_file(image["path"])
-        column = next((name for name in TEXT_COLUMNS if isinstance(row.get(name), str)), None)
-        item.text = row.pop(column) if column else None
+        item.data, item.problem = image_bytes(row.pop(self._column), self._column)
+        item.text, whole = take_caption(row, text_column)
         item.url = row["url"] if isinstance(row.get("url"), str) else None
-        item.meta = row
+        item.meta = {name: value for name, value in row.items() if name != whole}
         return item
 
 
 def image_column(dataset: datasets.Dataset, where: str) -> str:
-    """The column of type Image; else one of the usual names. Raises BadInput where there is none."""
+    """The column of type Image, or of lists of it; else one of the usual names. Raises BadInput where there is none."""
     features = dataset.features
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    kinds = {name: _of_list(feature) or feature for name, feature in features.items()}
+    typed = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
     named = [name for name in IMAGE_COLUMNS if name in features]
     if len(typed) > 1 and not set(typed) & set(named):
         raise BadInput(f"{where}: several columns of images ({', '.join(typed)}); rename the one to take to 'image'")
@@ -89,3 +89,10 @@ def image_column(dataset: datasets.Dataset, where: str) -> str:
     if not found:
         raise BadInput(f"{where}: no column of images; its columns are {', '.join(features)}")
     return found[0]
+
+
+def _of_list(feature: Any) -> Any:
+    """What a list is of; None for any other feature. `datasets` has had three ways to write one."""
+    if isinstance(feature, list):
+        return feature[0]
+    return getattr(feature, "feature", None)

@@ -22,6 +22,7 @@ from ..manifests.sidecars import encode_meta
 from ..manifests.status import Status
 from ..models.formats import ImageProblem
 from ..models.images import MAX_GRID_ASPECT, ImageInfo, ImageLimits, check
+from .columns import Columns
 from .items import Handles, Item, ItemRef
 
 STAGE = "ingest"
@@ -37,9 +38,15 @@ class IngestConfig(BaseModel):
     max_image_pixels: int = Field(100_000_000, ge=1, description="images with more pixels are too_large, undecoded")
     max_aspect: float = Field(MAX_GRID_ASPECT, ge=1, description="longest side over shortest; beyond it unsupported")
     path_column: str | None = Field(None, description="column of paths in tables, where it has none of the usual names")
+    text_column: str | None = Field(None, description="column of captions in tables and datasets, likewise")
+    image_folder: str | None = Field(None, description="where the paths in tables begin, if not beside the table")
     image_key: str | None = Field(
         None, min_length=1, description="extensions of the one image of each key in tars, by commas"
     )
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.path_column, self.text_column, self.image_folder)
 
     @property
     def limits(self) -> ImageLimits:

@@ -19,11 +19,10 @@ from ..manifests.sidecars import first_text, read_sidecars
 from ..manifests.status import Status
 from ..manifests.tar import MAX_MEMBER_BYTES, printable
 from ..models.formats import HEAD_BYTES, ImageProblem, sniff
+from .parquet_cells import ParquetCells
 
 if TYPE_CHECKING:
     from .hf import Split
-
-TEXT_COLUMNS = ("text", "caption", "txt")
 
 
 @dataclass(slots=True)
@@ -46,10 +45,11 @@ class Item:
 
 
 class Handles:
-    """What a worker keeps open from item to item: the tar and the dataset it is in. A context manager."""
+    """What a worker keeps open from item to item: the tar, the table and the dataset it is in. A context manager."""
 
     def __init__(self) -> None:
         self._tar: tuple[str, BinaryIO] | None = None
+        self._cells: tuple[tuple[str, str], ParquetCells] | None = None
         self._dataset: tuple[tuple[str, str], Split] | None = None
 
     def tar(self, url: str) -> BinaryIO:
@@ -65,6 +65,17 @@ class Handles:
             self._dataset = (location, split), Split(location, split)
         return self._dataset[1]
 
+    def cells(self, table: str, column: str) -> ParquetCells:
+        if self._cells is None or self._cells[0] != (table, column):
+            self._close_cells()
+            self._cells = (table, column), ParquetCells(table, column)
+        return self._cells[1]
+
+    def _close_cells(self) -> None:
+        if self._cells is not None:
+            self._cells[1].close()
+            self._cells = None
+
     def _close_tar(self) -> None:
         if self._tar is not None:
             self._tar[1].close()
@@ -75,6 +86,7 @@ class Handles:
 
     def __exit__(self, *_: object) -> None:
         self._close_tar()
+        self._close_cells()
 
 
 class ItemRef(Protocol):
@@ -219,12 +231,14 @@ class TableRef:
 
 @dataclass(frozen=True, slots=True)
 class DatasetRef:
-    """A row of a Hugging Face dataset; ``version`` is the fingerprint `datasets` keeps of the split."""
+    """A row of a Hugging Face dataset; ``version`` is the fingerprint `datasets` keeps of the split. ``text_column``:
+    what a user named as the caption."""
 
     location: str
     split: str
     index: int
     version: str
+    text_column: str | None = None
 
     @property
     def source(self) -> str:
@@ -234,7 +248,7 @@ class DatasetRef:
         return json.dumps(["dataset", self.split, self.index, self.version])
 
     def load(self, handles: Handles) -> Item:
-        return handles.dataset(self.location, self.split).read(self.index, self.source)
+        return handles.dataset(self.location, self.split).read(self.index, self.source, self.text_column)
 
 
 def join(root: str, name: str) -> str:

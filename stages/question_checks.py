@@ -5,7 +5,9 @@ Pure, and raises on nothing: whatever is wrong with an entry becomes its status 
 
 from __future__ import annotations
 
+import math
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,11 +37,15 @@ _SYNONYMS = {
     "actions": "action",
 }
 
+_ONE = "[A-Ka-kＡ-Ｋａ-ｋ]"  # a letter; keyboards for Chinese and Japanese write the wide ones
+
 # "A) red", "B. blue", "- (C) green", "d：黄"; not "A.M.", which is no label but an abbreviation.
-_LABELLED = re.compile(r"[-*•]?\s*\(?(?P<label>[A-Ka-k])\s*(?P<end>[)）]|[.．:：、](?!\w\.))\s*(?P<rest>.*)", re.DOTALL)
+_LABELLED = re.compile(
+    rf"[-*•]?\s*[(（]?(?P<label>{_ONE})\s*(?P<end>[)）]|[.．:：、](?!\w\.))\s*(?P<rest>.*)", re.DOTALL
+)
 _LETTER = re.compile(
-    r"[\s*(\[]*(?i:(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?[\s:*(]*)?"
-    r"(?P<letter>[A-Ka-k])[\s*.):\]]*"  # not by ignoring case, which takes a dotted capital I for an i
+    r"[\s*(（\[]*(?i:(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?[\s:*(]*)?"
+    rf"(?P<letter>{_ONE})[\s*.):．）：\]]*"  # not by ignoring case, which takes a dotted capital I for an i
 )
 
 _WHY = r"(?: (?:this|that|it|(?:this|the) question))?(?: (?:based on|from|given|with|without|by) .{0,80})?"
@@ -68,7 +74,8 @@ _SAYS_OTHERS = re.compile("|".join(_OTHERS), re.IGNORECASE)
 class RawQuestion:
     """A question as it was read, of whatever types came in.
 
-    ``answer``: the right option's text, its letter or label ("B", "B)", "B. blue"), or an int: its index from 0.
+    ``answer``: the right option's text, its letter or label ("B", "B)", "B. blue"), a bool (yes or true, no or false),
+    or an int: its index from 0. ``also``: answers from other fields, which have to name the same option.
     """
 
     text: object
@@ -76,6 +83,7 @@ class RawQuestion:
     answer: object
     kind: object = None
     fault: tuple[QuestionStatus, str] | None = None  # what was wrong with it before it could be looked at
+    also: tuple[object, ...] = ()
 
 
 class _Bad(Exception):
@@ -101,7 +109,11 @@ def checked(entry: RawQuestion, seen: set[str], most: int = MOST_OPTIONS) -> dic
         options = _without_labels(_option_texts(entry.options))
         kept = _kept_options(options)
         question = _question(text or "", [options[place] for place in kept], kind, most)
+        if isinstance(entry.options, list) and any(isinstance(option, bool) for option in entry.options):
+            _refuse_number(entry.answer)
         place = _answer_place(entry.answer, options)
+        if any(_answer_place(other, options) != place for other in entry.also):
+            raise _Bad(QuestionStatus.BAD_ANSWER, "several fields have answers, and they are not the same option")
         if place not in kept:
             raise _Bad(QuestionStatus.BAD_ANSWER, "the answer is to abstain")
         question = replace(question, answer=kept.index(place))
@@ -161,15 +173,20 @@ def _option_texts(options: object) -> list[str]:
     if len(options) > len(LETTERS):
         raise _Bad(QuestionStatus.BAD_OPTIONS, f"{len(options)} options, not {FEWEST_OPTIONS} to {MOST_OPTIONS}")
     for option in options:
-        if not isinstance(option, str):
+        if not isinstance(option, (str, int)) and not (isinstance(option, float) and math.isfinite(option)):
             raise _Bad(QuestionStatus.BAD_OPTIONS, f"an option of type {type(option).__name__}, not a text")
-    return [_clean(option) for option in options]
+    return [_clean(option if isinstance(option, str) else _number_text(option)) for option in options]
+
+
+def _number_text(number: float) -> str:
+    """Of JSON, or of Parquet, which may have made floats of ints. A bool is "True" or "False"."""
+    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number)
 
 
 def _without_labels(options: list[str]) -> list[str]:
     """The options without "A)", "B)", ..., where each has its own; else as they are: "A" may be all that one says."""
     matches = [_LABELLED.fullmatch(option) for option in options]
-    labels = [match["label"].upper() if match else "" for match in matches]
+    labels = [_letter(match["label"]) if match else "" for match in matches]
     rests = [match["rest"] if match else "" for match in matches]
     return rests if labels == list(LETTERS[: len(options)]) and any(rests) else options
 
@@ -202,10 +219,13 @@ def _question(text: str, options: list[str], kind: str, most: int) -> Question:
 
 def _answer_place(answer: object, options: list[str]) -> int:
     """The place among ``options``, those that abstain included, that the answer names in every way it can be read."""
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer < len(options):
-            raise _Bad(QuestionStatus.BAD_ANSWER, "the answer is an index outside of the options (from 0)")
-        return _agreed({answer, *_places_of(str(answer), options)}, str(answer))
+    if isinstance(answer, float) and math.isfinite(answer):  # pandas makes them of indices where one is missing
+        answer = int(answer) if answer.is_integer() else str(answer)
+    if isinstance(answer, bool):
+        said = ("yes", "true") if answer else ("no", "false")
+        return _agreed({place for word in said for place in _places_of(word, options)}, str(answer))
+    if isinstance(answer, int):
+        return _agreed(_places_by_number(answer, options), str(answer))
     if not isinstance(answer, str):
         what = "no answer" if answer is None else f"an answer of type {type(answer).__name__}, not text or an index"
         raise _Bad(QuestionStatus.BAD_ANSWER, what)
@@ -217,25 +237,45 @@ def _answer_place(answer: object, options: list[str]) -> int:
     return _agreed(_readings(text, options), text)
 
 
+def _refuse_number(answer: object) -> None:
+    """Beside options that are true and false, 1 may be an index or mean true."""
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        raise _Bad(QuestionStatus.BAD_ANSWER, f"the answer {answer!r} is ambiguous: an index, or true or false")
+
+
+def _places_by_number(number: int, options: list[str]) -> set[int]:
+    """By index, and by the option that is this number; by counting from 1 where only that and the latter can be."""
+    named = {*_places_of(str(number), options), *_places_of(f"{number}.0", options)}
+    if 0 <= number < len(options):
+        return {number, *named}
+    if not named:
+        raise _Bad(QuestionStatus.BAD_ANSWER, "the answer is an index outside of the options (from 0)")
+    return {number - 1, *named} if number == len(options) else named
+
+
 def _readings(text: str, options: list[str]) -> set[int]:
     """All places that a text may name: as an option's text, as a letter, or as a letter with its option's text."""
     places = set(_places_of(text, options))
     if (letter := _LETTER.fullmatch(text)) is not None:
-        return places | _places_by_letter(letter["letter"].upper(), options)
+        return places | _places_by_letter(_letter(letter["letter"]), options)
     labelled = _LABELLED.fullmatch(text)
     if labelled is not None and not places:
         named = _places_of(labelled["rest"], options)
-        label = LETTERS.index(labelled["label"].upper())
+        label = LETTERS.index(_letter(labelled["label"]))
         return {label, *named} if named and label < len(options) else set()
     return places
 
 
 def _places_by_letter(letter: str, options: list[str]) -> set[int]:
     """By counting, and by labels that were left in place because not all options have theirs."""
-    labels = [(label["label"].upper() if label else "") for label in map(_LABELLED.fullmatch, options)]
+    labels = [(_letter(label["label"]) if label else "") for label in map(_LABELLED.fullmatch, options)]
     counted = LETTERS.index(letter)
     own = {place for place, label in enumerate(labels) if label == letter}
     return own | ({counted} if counted < len(options) else set())
+
+
+def _letter(label: str) -> str:
+    return unicodedata.normalize("NFKC", label).upper()
 
 
 def _places_of(text: str, options: list[str]) -> list[int]:

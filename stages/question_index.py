@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class QuestionIndex:
         for number, record in enumerate(self._records):
             for name in record.images:
                 path = _path(name)
-                self._by_name[name].append(number)
+                self._by_name[_composed(name)].append(number)
                 for file in {posixpath.basename(path), _stem(path)}:  # tars of others have the stem alone
                     self._by_file[file][path].append(number)
         self._best: dict[int, _Level] = {}
@@ -124,7 +125,7 @@ class QuestionIndex:
     def _named(self, image: ImageNames) -> Iterator[tuple[int, _Level]]:
         if image.uid is not None and _UID.fullmatch(image.uid):
             yield from ((number, _Level.UID) for number in self._by_name.get(image.uid, ()))
-        yield from ((number, _Level.KEY) for number in self._by_name.get(image.key, ()))
+        yield from ((number, _Level.KEY) for number in self._by_name.get(_composed(image.key), ()))
         ours = _path(image.source if image.source is not None else image.key)
         paths = self._by_file.get(posixpath.basename(ours), {})
         for theirs, numbers in paths.items():
@@ -150,7 +151,12 @@ class QuestionIndex:
 
 def _path(name: str) -> str:
     """A name as a path that can be compared; ``source`` is kept printable, so must be what is compared with it."""
-    return posixpath.normpath(printable(name).replace("\\", "/"))
+    return _composed(posixpath.normpath(printable(name).replace("\\", "/")))
+
+
+def _composed(name: str) -> str:
+    """Accents as one character: macOS writes file names with two, most sets do not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _stem(path: str) -> str:

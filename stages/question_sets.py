@@ -5,7 +5,7 @@ Nothing wrong with a record is fatal: it becomes a question that :func:`checked`
 
 from __future__ import annotations
 
-import codecs
+import base64
 import csv
 import json
 import re
@@ -20,19 +20,23 @@ from fsspec.core import url_to_fs
 from ..errors import BadInput
 from ..manifests.shards import uid_of
 from ..manifests.sidecars import jsonable, mended
-from ..manifests.status import QuestionStatus
 from ..manifests.storage import open_parquet
+from ..models.formats import HEAD_BYTES, ImageProblem, sniff
+from . import coco
+from .conversations import CONVERSATION_COLUMNS, exchanges, from_json, images_in
 from .items import open_binary
+from .json_files import begins_list, list_items, whole_object
 from .question_checks import RawQuestion
+from .question_layouts import faulty, read_question
 from .tables import Rows, csv_rows, json_row
 
 EXTENSIONS = ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")
-IMAGE_FIELDS = ("uid", "key", "image_path", "image", "images", "path", "file", "file_name", "filename")
-LIST_FIELDS = ("qa_list", "questions", "qa", "message", "reward_model", "ground_truth")
-OPTION_FIELDS = ("options", "choices")
+IMAGE_FIELDS = ("uid", "key", "image_path", "image", "images", "path", "file", "file_name", "filename", "filepath")
+ID_FIELDS = ("image_id", "data_id")  # only where nothing else names the image: they may be numbers, as keys are
+LIST_FIELDS = ("qa_list", "questions", "qa", "message", "reward_model", "ground_truth", *CONVERSATION_COLUMNS)
 _BATCH = 100  # rows of a Parquet file at a time: images may lie in them
 _MAX_NAME = 4_096  # characters; a longer "image" is no path but the image itself, as base64
-_OPTION_LINE = re.compile(r"\s*(?:[-*•]\s*)?\(?(?P<label>[A-K])[.)]\s*\S.*")
+_DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,10 @@ Located = Iterator[tuple[str, Mapping[str, Any] | str]]  # a row, or what is wro
 def read_question_set(path: str) -> Iterator[QuestionRecord]:
     """The records of a file, or of all files of a folder by name; local or fsspec.
 
-    A row has fields of IMAGE_FIELDS and either a list of questions in one of LIST_FIELDS, or ``question``,
-    ``options`` or ``choices`` (a list, or one as JSON text; if there are none, they are the lines "- A) ..." at the
-    question's end), ``answer`` and maybe ``kind``. A question in a list is such an object or a pair [question, answer].
-    Where the row has the image's bytes, their uid names it. JSON lists are held in memory, all else is streamed.
+    A row has fields of IMAGE_FIELDS and either a list of questions or a conversation in one of LIST_FIELDS, or it is
+    itself a question as :func:`read_question` takes it, as is each in a list. Of a conversation, what the user says is
+    a question and what the assistant says its answer. Where the row has the image's bytes, their uid names it. An
+    object that holds a list of rows is held in memory, all else is streamed.
 
     Raises BadInput at once where a file cannot be read, is empty or holds nothing of the kind; later where it is found
     to be damaged.
@@ -96,7 +100,7 @@ def _records(file: str) -> Iterator[QuestionRecord]:
     read = _reader(file)
     count = 0
     for _, row in _guarded(file, read):
-        if not isinstance(row, str) and _asks(row) and any(name in row for name in IMAGE_FIELDS):
+        if not isinstance(row, str) and _asks(row) and _names_image(row):
             return (_record(where, row) for where, row in _guarded(file, read))
         count += 1
     if count == 0:
@@ -107,6 +111,11 @@ def _records(file: str) -> Iterator[QuestionRecord]:
 
 def _asks(row: Mapping[str, Any]) -> bool:
     return "question" in row or any(name in row for name in LIST_FIELDS)
+
+
+def _names_image(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a place for the name of its image, filled or not."""
+    return any(name in row for name in (*IMAGE_FIELDS, *ID_FIELDS)) or bool(_images(row))
 
 
 def _reader(file: str) -> Callable[[], Located]:
@@ -146,17 +155,42 @@ def _csv(file: str) -> Rows:
 
 
 def _json(file: str) -> Located:
-    """A list if the text begins like one, else an object a line."""
+    """A list, an object that has one, or an object a line."""
+    if begins_list(file):
+        with open_binary(file) as stream:
+            for number, row in enumerate(list_items(stream)):
+                yield f"{file}[{number}]", row if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
+        return
+    whole = whole_object(file) if _extension(file) == "json" else None
+    if whole is not None:
+        yield from _of_object(file, whole)
+        return
     with open_binary(file) as stream:
-        head = stream.read(100).removeprefix(codecs.BOM_UTF8).lstrip()
-        stream.seek(0)
-        if not head.startswith(b"["):
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield f"{file}:{number}", json_row(line)
-            return
-        for number, row in enumerate(json.load(stream)):
-            yield f"{file}[{number}]", row if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield f"{file}:{number}", json_row(line)
+
+
+def _of_object(file: str, whole: Mapping[str, Any]) -> Located:
+    """The rows under ``questions``, ``annotations`` or ``data``; VQA's answers and COCO's file names joined to them."""
+    field = next((field for field in ("questions", "annotations", "data") if _objects(whole, field)), None)
+    if field is None or _images(whole):
+        yield f"{file}:1", whole
+        return
+    answers = {str(each["question_id"]): each for each in _objects(whole, "annotations") if "question_id" in each}
+    files = coco.file_names(whole)
+    for number, row in enumerate(whole[field]):
+        if not isinstance(row, dict):
+            yield f"{file}[{number}]", f"a {type(row).__name__}, not an object"
+            continue
+        joined = {**answers.get(str(row.get("question_id")), {}), **row}
+        name = files.get(str(joined.get("image_id")))
+        yield f"{file}[{number}]", joined if name is None else {"file_name": name, **joined}
+
+
+def _objects(whole: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
+    values = whole.get(field)
+    return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -164,89 +198,70 @@ def _json(file: str) -> Located:
 
 def _record(where: str, row: Mapping[str, Any] | str) -> QuestionRecord:
     if isinstance(row, str):
-        return QuestionRecord((), (_faulty(f"the record cannot be read: {row}"),), "", where)
+        return QuestionRecord((), (faulty(f"the record cannot be read: {row}"),), "", where)
     return QuestionRecord(_images(row), tuple(_questions(row)), _raw(row), where)
 
 
-def _faulty(reason: str) -> RawQuestion:
-    return RawQuestion(None, None, None, fault=(QuestionStatus.MALFORMED, reason))
-
-
 def _raw(row: Mapping[str, Any]) -> str:
+    held = [name for name in IMAGE_FIELDS if isinstance(row.get(name), str) and len(row[name]) > _MAX_NAME]
     try:
-        text = json.dumps(jsonable(row), ensure_ascii=False)
+        text = json.dumps(jsonable({name: row[name] for name in row if name not in held}), ensure_ascii=False)
     except RecursionError:
         return '"(nested too deeply to be kept)"'
     return text.encode("utf-8", "replace").decode()
 
 
 def _images(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the record's image; none where it has several images."""
+    """Names of the record's image, its uid first; none where it has several images."""
+    values = [row.get(field) for field in IMAGE_FIELDS]
+    if not any(value for value in values):
+        values = [images_in(row.get(field)) for field in CONVERSATION_COLUMNS]
+    if not any(value for value in values):
+        values = [row.get(field) for field in ID_FIELDS]
+        number = row.get("image_id")
+        values += [f"{number:012d}.jpg"] if type(number) is int and number >= 0 else []  # COCO's file of this number
     names: list[str] = []
-    for field in IMAGE_FIELDS:
-        value = row.get(field)
+    for value in values:
         if isinstance(value, list):
             if len(value) > 1:
                 return ()
             value = value[0] if value else None
-        data = value.get("bytes") if isinstance(value, Mapping) else value
+        data, name = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, value)
+        data = _decoded(data) if isinstance(data, str) else data
         if isinstance(data, bytes):
             names.insert(0, uid_of(data))
-        name = value.get("path") if isinstance(value, Mapping) else value
         name = str(name) if type(name) is int else name
-        if isinstance(name, str) and 0 < len(name) <= _MAX_NAME and name not in names:
+        if isinstance(name, str) and 0 < len(name) <= _MAX_NAME and not _DATA_URI.match(name) and name not in names:
             names.append(name)
     return tuple(names)
+
+
+def _decoded(text: str) -> bytes | None:
+    """An image written as text, in base64; None for anything else."""
+    uri = _DATA_URI.match(text)
+    if uri is None and len(text) <= _MAX_NAME:
+        return None
+    try:
+        data = base64.b64decode(text[uri.end() if uri is not None else 0 :], validate=True)
+    except ValueError:
+        return None
+    return None if isinstance(sniff(data[:HEAD_BYTES]), ImageProblem) else data
 
 
 def _questions(row: Mapping[str, Any]) -> Iterator[RawQuestion]:
     field = next((field for field in LIST_FIELDS if row.get(field) is not None), None)
     if field is None or row.get("question") is not None:
-        yield _question(row)
+        yield read_question(row)
         return
-    entries = _from_json(row[field])
+    entries = from_json(row[field])
     if isinstance(entries, Mapping) and "ground_truth" in entries:
-        entries = _from_json(entries["ground_truth"])
+        entries = from_json(entries["ground_truth"])
+    said = exchanges(entries)
+    if said is not None:
+        entries = [{"question": question, "answer": answer} for question, answer in said]
     if not isinstance(entries, list):
-        yield _faulty(f"{field!r} is of type {type(entries).__name__}, not a list of questions")
+        yield faulty(f"{field!r} is of type {type(entries).__name__}, not a list of questions")
     elif not entries:
-        yield _faulty(f"{field!r} has no question")
+        yield faulty(f"{field!r} has no question")
     else:
-        yield from map(_question, entries)
-
-
-def _question(entry: object) -> RawQuestion:
-    if isinstance(entry, list) and len(entry) == 2:
-        entry = {"question": entry[0], "answer": entry[1]}
-    if not isinstance(entry, Mapping):
-        return _faulty(f"a question of type {type(entry).__name__}, not an object or a pair")
-    text, answer, kind = entry.get("question"), entry.get("answer"), entry.get("kind")
-    options = next((entry[field] for field in OPTION_FIELDS if entry.get(field) not in (None, "")), None)
-    if options is None and isinstance(text, str):
-        return _with_option_lines(text, answer, kind)
-    return RawQuestion(text, _from_json(options), answer, kind)
-
-
-def _with_option_lines(text: str, answer: object, kind: object) -> RawQuestion:
-    """Options from the text's end. The question is all that is before the last line labelled A, however many lines."""
-    lines = text.splitlines()
-    matches = [_OPTION_LINE.fullmatch(line) for line in lines]
-    start = next((n for n in reversed(range(len(lines))) if (match := matches[n]) and match["label"] == "A"), None)
-    if start is None:
-        return RawQuestion(text, None, answer, kind)
-    head = "\n".join(lines[:start])
-    options = [line.strip() for line in lines[start:] if line.strip()]
-    other = next((line for line in options if _OPTION_LINE.fullmatch(line) is None), None)
-    fault = other and (QuestionStatus.BAD_OPTIONS, f"a line after the first option is none: {other!r}")
-    return RawQuestion(head, options, answer, kind, fault or None)
-
-
-def _from_json(value: object) -> object:
-    """What a text that holds a JSON list or object says; anything else as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
-        return value
-    try:
-        parsed: object = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    return parsed
+        yield from map(read_question, entries)

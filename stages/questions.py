@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..manifests.shards import Row
-from ..manifests.status import QuestionStatus, Status
+from ..manifests.status import Status
 from ..models.context import text_room
 from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
 from ..models.quiz import KINDS, MOST_WRITTEN, writing_prompt, writing_schema
@@ -22,6 +22,7 @@ from .annotate import derive_seed
 from .health import nothing_written
 from .prompts import NamedPrompt
 from .question_checks import RawQuestion, checked
+from .question_layouts import faulty, read_question
 
 MOST_FAILURES = 100  # braces in one answer that open no object
 _KEY = re.compile(r'"question"\s*:')
@@ -125,13 +126,13 @@ def written_questions(completion: Completion) -> list[RawQuestion]:
         entries = [_entry(each) for each in found]
         unreadable = sum(len(_KEY.findall(each)) for each in (between[:-1] if cut else between))
     if unreadable:
-        entries.append(_faulty(f"JSON that cannot be read, of {unreadable} question{'s' if unreadable > 1 else ''}"))
+        entries.append(faulty(f"JSON that cannot be read, of {unreadable} question{'s' if unreadable > 1 else ''}"))
     if completion.thought is not None and not text:
-        entries.append(_faulty(nothing_written(completion.thought)))
+        entries.append(faulty(nothing_written(completion.thought)))
     elif cut:
-        entries.append(_faulty("the answer was cut at the token limit; what follows this is lost"))
+        entries.append(faulty("the answer was cut at the token limit; what follows this is lost"))
     elif not entries:
-        entries.append(_faulty("no JSON with questions" if text else "the model wrote nothing"))
+        entries.append(faulty("no JSON with questions" if text else "the model wrote nothing"))
     return entries
 
 
@@ -173,9 +174,5 @@ def _decoded(text: str) -> Any:
 
 def _entry(found: Any) -> RawQuestion:
     if not isinstance(found, dict):
-        return _faulty(f"a {type(found).__name__} where a question was expected")
-    return RawQuestion(found.get("question"), found.get("options"), found.get("answer"), found.get("kind"))
-
-
-def _faulty(reason: str) -> RawQuestion:
-    return RawQuestion(None, None, None, None, (QuestionStatus.MALFORMED, reason))
+        return faulty(f"a {type(found).__name__} where a question was expected")
+    return read_question(found)

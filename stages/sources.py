@@ -11,7 +11,7 @@ import stat
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from fsspec.core import url_to_fs
@@ -29,50 +29,57 @@ from ..manifests.samples import (
 from ..manifests.shards import expand, read_places
 from ..manifests.status import Status
 from . import tables, tar_items
+from .columns import USUAL, Columns
+from .folder_metadata import METADATA, with_metadata, with_sidecar_captions
 from .items import FileRef, ItemRef, ProblemRef, Sidecar, join, stem_of
 from .usable import Opened, with_images
 
 _HF = "hf://"
-
-
 _KINDS = (TEXT_EXTENSIONS, META_EXTENSIONS)
 
 
-def open_sources(
-    sources: Sequence[str], path_column: str | None = None, image_key: str | None = None
-) -> Iterator[ItemRef]:
+def open_sources(sources: Sequence[str], columns: Columns = USUAL, image_key: str | None = None) -> Iterator[ItemRef]:
     """The items of all ``sources``, one source after the other, in an order that depends on their content alone.
 
-    Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table of paths (Parquet,
-    CSV, TSV, JSON lines), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single file; local or fsspec.
-    Tars may be compressed. Raises BadInput at once where one is missing or holds nothing of these (:mod:`.usable`).
+    Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table (Parquet, CSV, TSV,
+    JSON or JSON lines; a folder of Parquet), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single
+    file; local or fsspec. Tars may be compressed. ``columns``: what the user says about those of tables and datasets.
+    Raises BadInput at once where one is missing or holds nothing of these (:mod:`.usable`).
     """
-    return with_images([_opened(source, path_column, image_key) for source in sources])
+    if columns.folder is not None and not (_exists(columns.folder) and _is_folder(columns.folder)):
+        raise BadInput(f"--image-folder {columns.folder}: no such folder")
+    return with_images([_opened(source, columns, image_key) for source in sources])
 
 
-def _opened(src: str, path_column: str | None, image_key: str | None) -> Opened:
-    items = _open(src, path_column, image_key)
+def _opened(src: str, columns: Columns, image_key: str | None) -> Opened:
+    items = _open(src, columns, image_key)
     is_file = not src.startswith(_HF) and _exists(src) and not _is_folder(src)
-    one_of_many = tar_stem(src) is not None or (is_file and src.rpartition(".")[2].lower() not in tables.EXTENSIONS)
-    return Opened(src, items, one_of_many)
+    is_table = src.rpartition(".")[2].lower() in tables.EXTENSIONS and not _is_of_an_image(src)
+    return Opened(src, items, one_of_many=tar_stem(src) is not None or (is_file and not is_table))
 
 
-def _open(src: str, path_column: str | None, image_key: str | None) -> Iterator[ItemRef]:
+def _open(src: str, columns: Columns, image_key: str | None) -> Iterator[ItemRef]:
     extension = src.rpartition(".")[2].lower()
     is_tar = tar_stem(src) is not None
     if src.startswith(_HF) and extension not in tables.EXTENSIONS and not is_tar:
-        return _dataset(src)
+        return _dataset(src, columns)
     if is_tar:
-        return tar_items.refs(src, image_key)
+        return with_sidecar_captions(tar_items.refs(src, image_key), columns)
     if any(c in src for c in "*?[{") and not _exists(src):
         raise BadInput(f"{src}: only tars are taken by pattern; let the shell expand it, or name the folder")
     if not _exists(src):
         raise BadInput(f"{src}: no such file or folder")
     if not _is_folder(src):
-        return tables.refs(src, path_column) if extension in tables.EXTENSIONS else _single_file(src)
+        is_table = extension in tables.EXTENSIONS and not _is_of_an_image(src)
+        return tables.refs(src, columns) if is_table else with_sidecar_captions(_single_file(src), columns)
     if "://" not in src and ((Path(src) / "dataset_dict.json").is_file() or (Path(src) / "state.json").is_file()):
-        return _dataset(src)
-    return tar_items.refs(src, image_key) if _holds_tars(src) else _folder(src)
+        return _dataset(src, columns)
+    names = _listed(src)
+    if _holds_tars(src, names):
+        return with_sidecar_captions(tar_items.refs(src, image_key), columns)
+    if parquets := _parquets(src, names):
+        return chain.from_iterable([tables.refs(join(src, name), columns) for name in parquets])
+    return with_sidecar_captions(with_metadata(src, _folder(src), columns), columns)
 
 
 def source_places(sources: Sequence[str]) -> list[str]:
@@ -87,7 +94,7 @@ def source_places(sources: Sequence[str]) -> list[str]:
 def _is_of_tars(src: str) -> bool:
     if tar_stem(src) is not None:
         return True
-    return not src.startswith(_HF) and _exists(src) and _is_folder(src) and _holds_tars(src)
+    return not src.startswith(_HF) and _exists(src) and _is_folder(src) and _holds_tars(src, _listed(src))
 
 
 def _exists(src: str) -> bool:
@@ -107,28 +114,51 @@ def _is_folder(src: str) -> bool:
     return bool(fs.isdir(path))
 
 
-def _dataset(src: str) -> Iterator[ItemRef]:
+def _dataset(src: str, columns: Columns) -> Iterator[ItemRef]:
     from . import hf  # imports the `datasets` package, which takes seconds
 
-    return hf.refs(src)
+    return hf.refs(src, columns)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _holds_tars(src: str) -> bool:
-    """Whether a folder is one of shards. Raises BadInput where it is that and a folder of images as well."""
+def _listed(src: str) -> list[str]:
+    """The names of what lies directly in a folder, in order."""
     if "://" not in src:
-        names = [entry.name for entry in os.scandir(src)]
-    else:
-        fs, path = url_to_fs(src)
-        names = [str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)]
+        return sorted(entry.name for entry in os.scandir(src))
+    fs, path = url_to_fs(src)
+    return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False))
+
+
+def _holds_tars(src: str, names: Sequence[str]) -> bool:
+    """Whether a folder is one of shards. Raises BadInput where it is that and a folder of images as well."""
     if not any(tar_stem(name) for name in names):
         return False
-    image = next((name for name in sorted(names) if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS), None)
+    image = next((name for name in names if _is_image_name(name)), None)
     if image is not None:
         raise BadInput(f"{src}: holds tars and loose images ({image}); name the tars by {src}/*.tar, or move one kind")
     return True
+
+
+def _is_image_name(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _parquets(src: str, names: Sequence[str]) -> list[str]:
+    """The Parquet files of a folder that is a table in parts: no image is beside them, nor a folder of images."""
+    seen = [name for name in names if not name.startswith((".", "_"))]
+    found = [name for name in seen if name.endswith(".parquet") and name not in METADATA]
+    if not found or any(_is_image_name(name) for name in seen):
+        return []
+    return [] if any(_is_folder(join(src, name)) for name in seen if name not in found) else found
+
+
+def _is_of_an_image(src: str) -> bool:
+    """Whether a ``.json`` is the metadata of an image beside it: ``photos/*`` names both."""
+    if "://" in src or not src.lower().endswith(".json"):
+        return False
+    return any(Path(f"{stem_of(src)}.{extension}").is_file() for extension in IMAGE_EXTENSIONS)
 
 
 def _single_file(src: str) -> Iterator[ItemRef]:

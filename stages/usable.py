@@ -12,6 +12,7 @@ from ..manifests.artifact import Artifact
 from ..manifests.samples import is_image
 from ..manifests.status import Status
 from ..models.formats import no_image
+from .folder_metadata import CaptionedRef, DescribedRef
 from .items import FileRef, Handles, ItemRef, ProblemRef, TableRef, TarRef, join, read_head
 
 _TOLD = 3  # kinds of files that a refusal counts
@@ -84,6 +85,10 @@ def _no_image(ref: ItemRef, handles: Handles) -> str | None:
 
 
 def _head(ref: ItemRef, handles: Handles) -> bytes | None:
+    if isinstance(ref, DescribedRef):
+        return _head(ref.file, handles)
+    if isinstance(ref, CaptionedRef):
+        return _head(ref.image, handles)
     try:
         if isinstance(ref, FileRef):
             return read_head(join(ref.root, ref.name))

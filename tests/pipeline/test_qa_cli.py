@@ -98,10 +98,11 @@ def test_a_set_is_imported_row_by_row(corpus: tuple[Path, list[Sample]], tmp_pat
     file = write_lines(tmp_path / "set.jsonl", good + bad)
     out = tmp_path / "qa"
     done = capipe("qa", "--shards", shards, "--out", out, "--import", file, "--screen", "none")
-    line = one_line(done)
+    line = done.stderr
     assert "set.jsonl:17" in line and "elsewhere.jpg" in line and "unmatched.jsonl" in line
     listed = [json.loads(each) for each in (out / "written/_capipe/unmatched.jsonl").read_text().splitlines()]
     assert [each["image"] for each in listed] == ["elsewhere.jpg"]
+    assert "4 of 16 questions cannot be used: " in line and "bad_answer: the answer 'neither' is none of" in line
     statuses = [entry["status"] for row in table(out / "written") for entry in row["questions"]]
     assert sorted(statuses) == sorted(["ok"] * 12 + ["bad_answer"] + ["bad_options"] * 3)
     assert not (out / "screened").exists()
@@ -140,8 +141,8 @@ def test_open_ended_questions_become_multiple_choice_on_request(
     ]
     file = write_lines(tmp_path / "open.jsonl", lines)
     refused = tmp_path / "refused"
-    capipe("qa", "--shards", shards, "--out", refused, "--import", file, "--screen", "none")
-    assert {e["status"] for row in table(refused / "written") for e in row["questions"]} == {"bad_options"}
+    command = ("qa", "--shards", shards, "--out", refused, "--import", file, "--screen", "none")
+    assert "none of its 12 questions" in one_line(capipe(*command, code=2)) and not refused.exists()
     out = tmp_path / "qa"
     capipe("qa", "--shards", shards, "--out", out, "--import", file, "--distractors", 2, "--screen", "none")
     entries = [entry for row in table(out / "written") for entry in row["questions"]]
@@ -206,6 +207,41 @@ def test_a_set_without_questions_or_about_other_images_is_refused(
     strangers = write_lines(tmp_path / "strangers.jsonl", records(samples, "other-{key}.jpg"))
     assert "other-000000.jpg" in one_line(capipe(*command, strangers, code=2))
     assert not (tmp_path / "qa").exists()
+
+
+def test_a_set_of_which_nothing_can_be_used_is_refused_with_the_reasons(
+    corpus: tuple[Path, list[Sample]], tmp_path: Path
+) -> None:
+    shards, samples = corpus
+    bad = [{**each, "answer": f"nothing like {number}"} for number, each in enumerate(records(samples))]
+    bad[:3] = [{**each, "options": None} for each in bad[:3]]
+    bad[3] |= {"options": ["red", "both A and C", "blue"]}
+    bad[4] |= {"question": ""}
+    file = write_lines(tmp_path / "set.jsonl", bad)
+    command = ("qa", "--shards", shards, "--out", tmp_path / "qa", "--import", file, "--screen", "none")
+    line = one_line(capipe(*command, code=2))
+    assert "set.jsonl: none of its 12 questions about the images can be used: 7 bad_answer: the answer 'nothing" in line
+    assert "; 3 bad_options: there are no options; 1 " in line and "; 1 for other reasons" in line
+    assert not (tmp_path / "qa").exists()
+
+
+def test_llavas_multiple_choice_is_imported(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
+    shards, samples = corpus
+    plain, rows = records(samples), []
+    for record in plain:
+        lines = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCDEF", record["options"], strict=False))
+        asks = (
+            f"<image>\n{record['question']}\n{lines}\nAnswer with the option's letter from the given choices directly."
+        )
+        answer = "ABCDEF"[record["options"].index(record["answer"])]
+        turns = [{"from": "human", "value": asks}, {"from": "gpt", "value": answer}]
+        rows.append({"id": record["image"], "image": f"corpus/{record['image']}", "conversations": turns})
+    file = tmp_path / "llava.json"
+    file.write_text(json.dumps(rows, indent=1))
+    capipe("qa", "--shards", shards, "--out", tmp_path / "qa", "--import", file, "--screen", "none")
+    entries = [entry for row in table(tmp_path / "qa/written") for entry in row["questions"]]
+    expected = [(r["question"], r["options"], r["options"].index(r["answer"])) for r in plain]
+    assert [(entry["question"], entry["options"], entry["answer"]) for entry in entries] == expected
 
 
 def test_rows_an_engine_failed_on_are_done_again_on_request(

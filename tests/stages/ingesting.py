@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import tarfile
 import threading
 from pathlib import Path
@@ -11,7 +13,10 @@ import pyarrow.parquet as pq
 
 from capipe.pipeline.events import Pulse, ShardDone
 from capipe.pipeline.ingesting import execute_ingest, plan_ingest
+from capipe.stages.columns import Columns
 from capipe.stages.ingest import IngestConfig
+from capipe.stages.items import Handles, Item
+from capipe.stages.sources import open_sources
 
 Row = dict[str, Any]
 
@@ -42,3 +47,41 @@ def members(out: Path) -> dict[str, bytes]:
                 assert file is not None
                 found[name] = file.read()
     return found
+
+
+def load(
+    *sources: object,
+    path_column: str | None = None,
+    text_column: str | None = None,
+    image_folder: str | None = None,
+    image_key: str | None = None,
+) -> list[Item]:
+    """The items as a worker gets them: references pickled, then loaded."""
+    wanted = Columns(path_column, text_column, image_folder)
+    refs = pickle.loads(pickle.dumps(list(open_sources([str(source) for source in sources], wanted, image_key))))
+    with Handles() as handles:
+        items = [ref.load(handles) for ref in refs]
+    assert [item.source for item in items] == [ref.source for ref in refs]
+    return items
+
+
+def fill(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def write(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def reasons(items: list[Item]) -> list[str | None]:
+    return [item.problem.reason if item.problem else None for item in items]

@@ -228,7 +228,7 @@ def test_uneven_csv_rows(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 or not", "cannot be read"),
         ("a.jsonl", b'{"image": "a.jpg", "caption": "x"}\n', "no question set"),
         ("a.jsonl", b'{"question": "What?"}\n', "no question set"),
-        ("a.json", b'{\n "image": "a.jpg",\n "question": "What?"\n}\n', "no question set"),
+        ("a.json", b'{\n "image": "a.jpg",\n "caption": "What?"\n}\n', "no question set"),
         ("a.csv", b"path,caption\na.jpg,x\n", "no question set"),
         ("a.jpg", b"\xff\xd8\xff", "no question set"),
         ("a.jsonl", bytes(range(256)), "no question set"),

@@ -7,7 +7,6 @@ import io
 import json
 import lzma
 import os
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,17 +24,9 @@ from capipe.stages.items import Handles, Item
 from capipe.stages.sources import open_sources
 
 from ..conftest import photo, tar_bytes
+from .ingesting import fill, load
 
 A, B, C = photo(1), photo(2, fmt="PNG"), photo(3, fmt="WEBP")
-
-
-def load(*sources: object, path_column: str | None = None, image_key: str | None = None) -> list[Item]:
-    """The items as a worker gets them: references pickled, then loaded."""
-    refs = pickle.loads(pickle.dumps(list(open_sources([str(source) for source in sources], path_column, image_key))))
-    with Handles() as handles:
-        items = [ref.load(handles) for ref in refs]
-    assert [item.source for item in items] == [ref.source for ref in refs]
-    return items
 
 
 def names(items: list[Item], root: object = "") -> list[str]:
@@ -44,14 +35,6 @@ def names(items: list[Item], root: object = "") -> list[str]:
 
 def digests(*sources: object) -> list[str]:
     return [ref.identity() for ref in open_sources([str(source) for source in sources])]
-
-
-def fill(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -473,9 +456,6 @@ def test_table_columns(photos: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["http://x/a"]}), tmp_path / "urls.parquet")
     with pytest.raises(BadInput, match="img2dataset"):
         load(tmp_path / "urls.parquet")
-    pq.write_table(pa.table({"image": [{"bytes": A, "path": None}]}), tmp_path / "embedded.parquet")
-    with pytest.raises(BadInput, match=r"holds images, not paths.*hf://"):
-        load(tmp_path / "embedded.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(BadInput, match="cannot be read as parquet"):
         load(tmp_path / "broken.parquet")
