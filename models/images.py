@@ -1,5 +1,7 @@
 """Encoded image bytes in; a verdict, a perceptual hash or model-ready pixels out. Pure functions, nothing kept.
 
+Pixels are what a viewer shows: upright, in sRGB, eight bits a channel, transparency over white.
+
 JPEGs are scaled inside the DCT while they are decoded, which is where most of the time goes. Imported by decoding
 processes, so it must stay light: numpy and Pillow, no torch.
 """
@@ -11,6 +13,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +21,13 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ..manifests.status import Status
 from .engine import ImageGrid
 from .formats import Format, Header, ImageProblem, read_header
+from .icc import Conversion, srgb_conversion
+from .png import open_png
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -31,7 +35,11 @@ MAX_GRID_ASPECT = 200.0  # Qwen's processors refuse longer strips
 
 # Opened by class instead of Image.open: the format is known, Image.open's own pixel limit raises or warns at sizes that
 # are not ours, and it would read a phone's two-picture JPEG (MPO) as an animation.
-_OPENERS: dict[Format, type[ImageFile]] = {"jpg": JpegImageFile, "png": PngImageFile, "webp": WebPImageFile}
+_OPENERS: dict[Format, Callable[[bytes], ImageFile]] = {
+    "jpg": lambda data: JpegImageFile(io.BytesIO(data)),
+    "png": open_png,
+    "webp": lambda data: WebPImageFile(io.BytesIO(data)),
+}
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
 _EXIF_ERRORS = (*_DECODE_ERRORS, LookupError, TypeError, AttributeError)
 _EXIF_ORIENTATION = 0x0112
@@ -87,11 +95,13 @@ def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
     if isinstance(header, ImageProblem):
         return header
     try:
-        image = _OPENERS[header.format](io.BytesIO(data))
-        image.draft("L", (_HASH_SIDE, _HASH_SIDE))
+        image = _OPENERS[header.format](data)
+        conversion = srgb_conversion(image)
+        image.draft("RGB" if conversion else "L", (_HASH_SIDE, _HASH_SIDE))
         image.load()
         orientation = _orientation(image)
-        grey = image if image.mode == "L" and not image.has_transparency_data else _to_rgb(image).convert("L")
+        plain = image.mode == "L" and not image.has_transparency_data and not conversion
+        grey = image if plain else _to_rgb(image, conversion).convert("L")
     except _DECODE_ERRORS as error:
         return _undecodable(error)
     width, height = header.width, header.height
@@ -112,12 +122,13 @@ def thumbnail(data: bytes, limits: ImageLimits, side: int | None) -> Thumbnail |
     if isinstance(header, ImageProblem):
         return header
     try:
-        image = _OPENERS[header.format](io.BytesIO(data))
+        image = _OPENERS[header.format](data)
+        conversion = srgb_conversion(image)
         if side is not None:
             image.draft("RGB", (side, side))
         image.load()
         orientation = _orientation(image)
-        rgb = _to_rgb(image)
+        rgb = _to_rgb(image, conversion)
     except _DECODE_ERRORS as error:
         return _undecodable(error)
     turned = orientation >= 5
@@ -136,15 +147,16 @@ def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling
     if max(header.width, header.height) > MAX_GRID_ASPECT * min(header.width, header.height):
         return _too_thin(header, MAX_GRID_ASPECT)
     try:
-        image = _OPENERS[header.format](io.BytesIO(data))
+        image = _OPENERS[header.format](data)
         orientation = _orientation(image)
         if orientation >= 5:
             width, height = grid_size(header.width, header.height, grid)
         else:
             height, width = grid_size(header.height, header.width, grid)
         drafted = image.draft("RGB", (width, height)) if dct_scaling else None
+        conversion = srgb_conversion(image)
         image.load()
-        rgb = _to_rgb(image)
+        rgb = _to_rgb(image, conversion)
     except _DECODE_ERRORS as error:
         return _undecodable(error)
     if rgb.size != (width, height):
@@ -195,16 +207,18 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as it would be seen: transparency over white, 16 bits scaled to 8 (Pillow's convert clips them)."""
+def _to_rgb(image: Image.Image, conversion: Conversion | None) -> Image.Image:
+    """As it would be seen: sRGB, transparency over white, 16 bits scaled to 8 (Pillow's convert clips them)."""
     if image.mode.startswith("I"):
         scaled = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(scaled.astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         paper = Image.new("RGB", image.size, (255, 255, 255))
-        paper.paste(rgba, mask=rgba.getchannel("A"))
+        paper.paste(conversion.apply(rgba.convert("RGB")) if conversion else rgba, mask=rgba.getchannel("A"))
         return paper
+    if conversion:
+        return conversion.apply(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

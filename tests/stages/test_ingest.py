@@ -25,6 +25,9 @@ from capipe.stages.ingest import IngestConfig, ingest_item
 from capipe.stages.items import Handles, Item
 
 from ..conftest import photo
+from ..models.test_icc import apart, seen
+from ..models.test_png import METADATA
+from ..profiles import PERMUTED, SRGB_CURVE, rgb_profile, stored
 from .ingesting import ingest, members, rows
 
 
@@ -68,6 +71,32 @@ def test_workers_change_nothing(photos: Path, tmp_path: Path) -> None:
     for path in sorted((tmp_path / "one").glob("*.tar")) + sorted((tmp_path / "one").glob("*.parquet")):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert len(list((tmp_path / "two").glob("*.tar"))) == 7
+
+
+def test_pictures_with_much_metadata_are_sound_and_keep_their_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, data in METADATA.items():
+        (folder / f"{name}.png").write_bytes(data)
+    ingest(folder, out=tmp_path / "out")
+    found, data = rows(tmp_path / "out"), members(tmp_path / "out")
+    assert [(row["status"], row["error"]) for row in found] == [("ok", None)] * len(METADATA)
+    for row in found:
+        assert data[f"{row['key']}.png"] == METADATA[Path(row["source"]).stem]
+
+
+def test_a_picture_under_a_profile_has_its_srgb_twins_hash(tmp_path: Path) -> None:
+    picture = np.asarray(Image.open(io.BytesIO(photo(3))).convert("RGB"))
+    profile, folder = rgb_profile(PERMUTED, SRGB_CURVE), tmp_path / "in"
+    folder.mkdir()
+    under = encode(Image.fromarray(stored(picture, PERMUTED, SRGB_CURVE)), "PNG", icc_profile=profile)
+    (folder / "a.png").write_bytes(encode(Image.fromarray(picture), "PNG"))
+    (folder / "b.png").write_bytes(under)
+    ingest(folder, out=tmp_path / "out")
+    plain, converted = rows(tmp_path / "out")
+    assert plain["phash"] == converted["phash"] and plain["uid"] != converted["uid"]
+    data = members(tmp_path / "out")[f"{converted['key']}.png"]
+    assert data == under and apart(seen(data), picture) <= 2
 
 
 BAD_FILES: dict[str, tuple[bytes, str, str]] = {
