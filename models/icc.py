@@ -47,7 +47,9 @@ class Conversion:
 
     def apply(self, image: Image.Image) -> Image.Image:
         """The RGB of ``image``, which has eight bits a channel and no transparency."""
-        return self.to_rgb(image if image.mode == self.mode else image.convert(self.mode))
+        converted = self.to_rgb(image if image.mode == self.mode else image.convert(self.mode))
+        converted.info = {}
+        return converted
 
 
 def srgb_conversion(image: Image.Image) -> Conversion | None:

@@ -27,7 +27,7 @@ from ..manifests.status import Status
 from .engine import ImageGrid
 from .formats import Format, Header, ImageProblem, read_header
 from .icc import Conversion, srgb_conversion
-from .png import open_png
+from .png import ORIENTING, open_png
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -54,6 +54,9 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PLAIN_MODES = ("RGB", "L", "P", "1")
+_PNG_DEPTH_AT = 24  # bits a channel
+_LOSSLESS_PIXELS = 4_000_000  # PNGs of so many are 5 to 10 MB
 _HASH_SIDE, _HASH_BITS = 32, 8
 # The first 8 rows of the 32-point DCT-II, unnormalised.
 _DCT: npt.NDArray[np.float64] = 2 * np.cos(
@@ -163,6 +166,46 @@ def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling
         # Half of 333 pixels are decoded to 167, of which 166.5 are picture: without the box everything would shift.
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC, box=drafted[1] if drafted else None)
     return np.array(_upright(rgb, orientation), dtype=np.uint8, order="C")
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether every reader shows of ``data`` what is shown here: upright, sRGB, eight bits, no transparency, not CMYK.
+
+    Decodes only where metadata may turn the picture. True for what cannot be opened: there is nothing to show.
+    """
+    header = read_header(data)
+    if isinstance(header, ImageProblem) or not header.complete or header.frames > 1:
+        return True
+    try:
+        image = _OPENERS[header.format](data)
+        odd = image.mode not in _PLAIN_MODES or image.has_transparency_data or srgb_conversion(image) is not None
+        if header.format == "png":
+            odd = odd or data[_PNG_DEPTH_AT] > 8
+            turned = any(name in data for name in ORIENTING) and _orientation(image) != 1
+        else:
+            turned = _orientation(image) != 1
+    except _DECODE_ERRORS:
+        return True
+    return not odd and not turned
+
+
+def plain_copy(data: bytes, limits: ImageLimits) -> bytes | ImageProblem:
+    """The picture for readers that know no EXIF, profile or transparency: ``data`` itself where it is plain.
+
+    Else a PNG, or a JPEG of hardly any loss where a PNG would be many megabytes.
+    """
+    if is_plain(data):
+        return data
+    image = decode_upright(data, limits)
+    if isinstance(image, ImageProblem):
+        return image
+    image.info = {}  # or Pillow would write the profile again
+    out = io.BytesIO()
+    if image.width * image.height <= _LOSSLESS_PIXELS:
+        image.save(out, "PNG", compress_level=1)
+    else:
+        image.save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
 
 
 def _accept(data: bytes, limits: ImageLimits) -> Header | ImageProblem:

@@ -17,7 +17,8 @@ from .icc import MAX_PROFILE_BYTES
 
 _SIGNATURE_BYTES = 8
 _MAX_ORIENTING_BYTES = 1 << 20  # unpacked, of a text that Pillow is to see
-_ORIENTING = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # where Pillow looks for a picture's orientation
+_ORIENTING_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+ORIENTING = (b"eXIf", *_ORIENTING_TEXTS)  # without one of these in its bytes a picture is upright
 
 
 def open_png(data: bytes) -> PngImageFile:
@@ -32,7 +33,11 @@ def open_png(data: bytes) -> PngImageFile:
         body = memoryview(data)[at + 8 : end - 4]
         if kind == b"iCCP":
             profile = profile or _unpacked_profile(bytes(body))
-        elif (keyword := _keyword(body)) in _ORIENTING and keyword not in orienting and _is_small(kind, bytes(body)):
+        elif (
+            (keyword := _keyword(body)) in _ORIENTING_TEXTS
+            and keyword not in orienting
+            and _is_small(kind, bytes(body))
+        ):
             orienting.add(keyword)
             continue
         kept.append(memoryview(data)[start:at])
