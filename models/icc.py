@@ -29,9 +29,9 @@ _LEAST_CONTRAST = 64  # levels between black and white, with less of which a pro
 
 # By the profile's color space: the mode that its pixels have, and which pictures may carry it. Gray ones may have an
 # RGB profile: their three channels are equal.
-_GRAY = ("1", "L", "LA", "I", "I;16")
+_GRAY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 _SPACES = {
-    "RGB ": ("RGB", ("RGB", "RGBA", "P", "PA", *_GRAY)),
+    "RGB ": ("RGB", ("RGB", "RGBA", "RGBX", "YCbCr", "P", "PA", *_GRAY)),
     "GRAY": ("L", _GRAY),
     "CMYK": ("CMYK", ("CMYK",)),
 }

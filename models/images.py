@@ -40,8 +40,8 @@ _OPENERS: dict[Format, Callable[[bytes], ImageFile]] = {
     "png": open_png,
     "webp": lambda data: WebPImageFile(io.BytesIO(data)),
 }
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
-_EXIF_ERRORS = (*_DECODE_ERRORS, LookupError, TypeError, AttributeError)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+_EXIF_ERRORS = (*DECODE_ERRORS, LookupError, TypeError, AttributeError)
 _EXIF_ORIENTATION = 0x0112
 # Said of every photo with a scratched EXIF block, once a process, into the middle of the progress display.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
@@ -105,7 +105,7 @@ def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
         orientation = _orientation(image)
         plain = image.mode == "L" and not image.has_transparency_data and not conversion
         grey = image if plain else _to_rgb(image, conversion).convert("L")
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         return _undecodable(error)
     width, height = header.width, header.height
     if orientation >= 5:
@@ -126,17 +126,20 @@ def thumbnail(data: bytes, limits: ImageLimits, side: int | None) -> Thumbnail |
         return header
     try:
         image = _OPENERS[header.format](data)
-        conversion = srgb_conversion(image)
         if side is not None:
             image.draft("RGB", (side, side))
-        image.load()
-        orientation = _orientation(image)
-        rgb = _to_rgb(image, conversion)
-    except _DECODE_ERRORS as error:
+        shown = as_shown(image)
+    except DECODE_ERRORS as error:
         return _undecodable(error)
-    turned = orientation >= 5
+    turned = _orientation(image) >= 5
     size = (header.height, header.width) if turned else (header.width, header.height)
-    return Thumbnail(_upright(rgb, orientation), *size)
+    return Thumbnail(shown, *size)
+
+
+def as_shown(image: ImageFile) -> Image.Image:
+    """An opened picture, upright and in RGB. Raises :data:`DECODE_ERRORS`."""
+    image.load()
+    return _upright(_to_rgb(image, srgb_conversion(image)), _orientation(image))
 
 
 def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling: bool = True) -> Pixels | ImageProblem:
@@ -160,7 +163,7 @@ def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling
         conversion = srgb_conversion(image)
         image.load()
         rgb = _to_rgb(image, conversion)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         return _undecodable(error)
     if rgb.size != (width, height):
         # Half of 333 pixels are decoded to 167, of which 166.5 are picture: without the box everything would shift.
@@ -184,7 +187,7 @@ def is_plain(data: bytes) -> bool:
             turned = any(name in data for name in ORIENTING) and _orientation(image) != 1
         else:
             turned = _orientation(image) != 1
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return True
     return not odd and not turned
 
@@ -213,19 +216,24 @@ def _accept(data: bytes, limits: ImageLimits) -> Header | ImageProblem:
     header = read_header(data)
     if isinstance(header, ImageProblem):
         return header
+    return refusal(header, limits, len(data)) or header
+
+
+def refusal(header: Header, limits: ImageLimits, length: int) -> ImageProblem | None:
+    """Why an image of such a header, in a file of ``length`` bytes, is not to be decoded."""
     width, height = header.width, header.height
     if width * height > limits.max_image_pixels:
         size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
         return ImageProblem(Status.TOO_LARGE, f"{size}, over the limit of {limits.max_image_pixels / 1e6:g}")
     if not header.complete:
-        return ImageProblem(Status.CORRUPT, f"truncated: the file ends after {len(data)} bytes, before its end mark")
+        return ImageProblem(Status.CORRUPT, f"truncated: the file ends after {length} bytes, before its end mark")
     if header.frames > 1:
         return ImageProblem(Status.UNSUPPORTED, f"animated image ({header.frames} frames)")
     if min(width, height) < limits.min_side:
         return ImageProblem(Status.TOO_SMALL, f"{width}x{height}: the shorter side is under {limits.min_side} pixels")
     if max(width, height) > limits.max_aspect * min(width, height):
         return _too_thin(header, limits.max_aspect)
-    return header
+    return None
 
 
 def _too_thin(header: Header, limit: float) -> ImageProblem:
