@@ -27,7 +27,7 @@ from ..manifests.status import Status
 from .engine import ImageGrid
 from .formats import Format, Header, ImageProblem, read_header
 from .icc import Conversion, srgb_conversion
-from .png import ORIENTING, open_png
+from .png import may_be_turned, open_png
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -184,7 +184,7 @@ def is_plain(data: bytes) -> bool:
         odd = image.mode not in _PLAIN_MODES or image.has_transparency_data or srgb_conversion(image) is not None
         if header.format == "png":
             odd = odd or data[_PNG_DEPTH_AT] > 8
-            turned = any(name in data for name in ORIENTING) and _orientation(image) != 1
+            turned = may_be_turned(data) and _orientation(image) != 1  # which decodes all of it
         else:
             turned = _orientation(image) != 1
     except DECODE_ERRORS:

@@ -17,8 +17,8 @@ from .icc import MAX_PROFILE_BYTES
 
 _SIGNATURE_BYTES = 8
 _MAX_ORIENTING_BYTES = 1 << 20  # unpacked, of a text that Pillow is to see
-_ORIENTING_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
-ORIENTING = (b"eXIf", *_ORIENTING_TEXTS)  # without one of these in its bytes a picture is upright
+_ORIENTING = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts in which Pillow looks for the orientation
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 def open_png(data: bytes) -> PngImageFile:
@@ -29,15 +29,13 @@ def open_png(data: bytes) -> PngImageFile:
     profile: bytes | None = None
     orienting = set[bytes]()
     kept, start = list[memoryview](), 0
-    for kind, at, end in _metadata(data):
+    for kind, at, end in _chunks(data):
+        if kind != b"iCCP" and kind not in _TEXTS:
+            continue
         body = memoryview(data)[at + 8 : end - 4]
         if kind == b"iCCP":
             profile = profile or _unpacked_profile(bytes(body))
-        elif (
-            (keyword := _keyword(body)) in _ORIENTING_TEXTS
-            and keyword not in orienting
-            and _is_small(kind, bytes(body))
-        ):
+        elif (keyword := _keyword(body)) in _ORIENTING and keyword not in orienting and _is_small(kind, bytes(body)):
             orienting.add(keyword)
             continue
         kept.append(memoryview(data)[start:at])
@@ -48,16 +46,23 @@ def open_png(data: bytes) -> PngImageFile:
     return image
 
 
-def _metadata(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, begin and end of the chunks that hold a profile or text."""
+def may_be_turned(data: bytes) -> bool:
+    """Whether anything in a PNG could say which way is up."""
+    return any(
+        kind == b"eXIf" or (kind in _TEXTS and _keyword(memoryview(data)[at + 8 : end - 4]) in _ORIENTING)
+        for kind, at, end in _chunks(data)
+    )
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, begin and end of the chunks before the last."""
     at = _SIGNATURE_BYTES
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
         kind, end = data[at + 4 : at + 8], at + 12 + length
         if kind == b"IEND" or end > len(data):
             return
-        if kind in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
-            yield kind, at, end
+        yield kind, at, end
         at = end
 
 
