@@ -40,6 +40,11 @@ class Converted:
     format: str
 
 
+def is_convertible(data: bytes) -> bool:
+    """Whether a file looks like one of a format that can become a PNG, still or not."""
+    return described(data) in _READERS
+
+
 def to_png(data: bytes, limits: ImageLimits) -> Converted | ImageProblem | None:
     """The picture as a PNG, or why not; None for what is no picture in one of these formats."""
     kind = described(data)

@@ -20,7 +20,7 @@ from ..manifests.manifest import ShardRecord
 from ..manifests.schema import INGEST
 from ..manifests.sidecars import encode_meta
 from ..manifests.status import Status
-from ..models.convert import Converted, to_png
+from ..models.convert import Converted, is_convertible, to_png
 from ..models.formats import ImageProblem
 from ..models.images import MAX_GRID_ASPECT, ImageInfo, ImageLimits, check
 from .items import Handles, Item, ItemRef
@@ -108,6 +108,8 @@ def ingest_item(
         item = ref.load(handles)
         original = _convert(item, limits) if convert else {}
         verdict = item.problem or check(item.data or b"", limits)
+        if not convert and isinstance(verdict, ImageProblem) and is_convertible(item.data or b""):
+            item.notes.append("--convert takes still ones")
         sha256 = hashlib.sha256(item.data).hexdigest() if item.data else None
         members = _members(item, verdict, sha256, original) if isinstance(verdict, ImageInfo) and sha256 else None
         return _row(item, key, verdict, sha256), members
