@@ -64,7 +64,7 @@ class ImageInput:
     """One image on its way to a model.
 
     ``pixels``: uint8 ``(height, width, 3)`` RGB, upright, already on the model's pixel grid (in-process engines).
-    ``encoded``: the original file's bytes, which is what an HTTP engine sends on.
+    ``encoded``: the original file's bytes, for HTTP engines, or a copy of them that any reader shows as it should be.
     ``uid``: content hash, lets engines cache and share by identity instead of hashing pixels again.
     """
 

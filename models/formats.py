@@ -49,6 +49,7 @@ _FILE_TYPE_BRANDS = {
     b"avif": "an AVIF image",
     b"avis": "an AVIF image",
     b"heic": "a HEIF image",
+    b"heix": "a HEIF image",
     b"mif1": "a HEIF image",
 }
 _MARKUP = re.compile(rb"<(svg|!doctype\s+html|html|head|body|\?xml|!--)", re.IGNORECASE)
@@ -94,7 +95,12 @@ def sniff(data: bytes) -> Format | ImageProblem:
         return ImageProblem(Status.CORRUPT, f"truncated: only {len(data)} bytes")
     if not data[:HEAD_BYTES].strip(b"\0"):
         return ImageProblem(Status.CORRUPT, f"the first {min(len(data), HEAD_BYTES)} bytes are zeros")
-    return ImageProblem(Status.UNSUPPORTED, f"not a JPEG, PNG or WebP image: {_describe(data[:HEAD_BYTES])}")
+    return ImageProblem(Status.UNSUPPORTED, f"not a JPEG, PNG or WebP image: {described(data)}")
+
+
+def described(data: bytes) -> str:
+    """What a file that is no JPEG, PNG or WebP looks like, in words."""
+    return _describe(data[:HEAD_BYTES])
 
 
 def no_image(head: bytes) -> str | None:

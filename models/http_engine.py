@@ -1,4 +1,4 @@
-"""Any server that speaks OpenAI's chat completions (vLLM, SGLang, a gateway): original image bytes out, text back.
+"""Any server that speaks OpenAI's chat completions (vLLM, SGLang, a gateway): image bytes out, text back.
 
 The server draws with its own generator, so a seed makes its answers repeatable at most on that server; only greedy
 answers are comparable with the in-process engines.
@@ -7,7 +7,6 @@ answers are comparable with the in-process engines.
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
 import json
 import random
@@ -27,7 +26,6 @@ from .engine import (
     EngineDead,
     GenerationRequest,
     ImageGrid,
-    ImageInput,
     Prompt,
     RequestError,
     Sampling,
@@ -43,6 +41,7 @@ from .http_answers import (
     retry_after,
 )
 from .http_fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField
+from .http_images import data_url, shown
 from .http_limits import MOST, AdaptiveLimit, Limiter, room_for_connections
 from .http_server import CONNECT_SECONDS, Connections, base_url, chosen_model, listed_models, model_context, no_answer
 from .plain_text import plain_for_servers, plain_prompt
@@ -122,10 +121,12 @@ class HTTPEngine:
         return self._limiter.limit
 
     async def generate(self, request: GenerationRequest) -> Completion:
+        request = replace(request, prompt=await shown(request.prompt))
         answer = await self._post(lambda: self._generation(request))
         return read_completion(answer, logprobs=request.logprobs, token_ids=self._options.token_ids)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
+        request = replace(request, prompt=await shown(request.prompt))
         try:
             answer = await self._post(lambda: self._choice(request))
         except UntakenField as error:
@@ -377,23 +378,3 @@ def _response_format(json_schema: str) -> dict[str, Any]:
     except ValueError as error:
         raise RequestError(f"the JSON schema is not JSON: {error}") from error
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
-
-
-def data_url(image: ImageInput) -> str:
-    """The file's own bytes, never encoded again. Raises RequestError for what servers do not read."""
-    data = image.encoded
-    if data is None:
-        raise RequestError(f"image {image.uid} has no encoded bytes; an HTTP engine sends the file as it is")
-    media_type = sniff(data)
-    if media_type is None:
-        raise RequestError(f"image {image.uid} is none of JPEG, PNG, WebP, which are what servers read")
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-def sniff(data: bytes) -> str | None:
-    """The media type by the first bytes, None for anything but JPEG, PNG and WebP."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    return "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None

@@ -1,5 +1,7 @@
 """Encoded image bytes in; a verdict, a perceptual hash or model-ready pixels out. Pure functions, nothing kept.
 
+Pixels are what a viewer shows: upright, in sRGB, eight bits a channel, transparency over white.
+
 JPEGs are scaled inside the DCT while they are decoded, which is where most of the time goes. Imported by decoding
 processes, so it must stay light: numpy and Pillow, no torch.
 """
@@ -11,6 +13,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +21,13 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ..manifests.status import Status
 from .engine import ImageGrid
 from .formats import Format, Header, ImageProblem, read_header
+from .icc import Conversion, srgb_conversion
+from .png import may_be_turned, open_png
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -31,9 +35,13 @@ MAX_GRID_ASPECT = 200.0  # Qwen's processors refuse longer strips
 
 # Opened by class instead of Image.open: the format is known, Image.open's own pixel limit raises or warns at sizes that
 # are not ours, and it would read a phone's two-picture JPEG (MPO) as an animation.
-_OPENERS: dict[Format, type[ImageFile]] = {"jpg": JpegImageFile, "png": PngImageFile, "webp": WebPImageFile}
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
-_EXIF_ERRORS = (*_DECODE_ERRORS, LookupError, TypeError, AttributeError)
+_OPENERS: dict[Format, Callable[[bytes], ImageFile]] = {
+    "jpg": lambda data: JpegImageFile(io.BytesIO(data)),
+    "png": open_png,
+    "webp": lambda data: WebPImageFile(io.BytesIO(data)),
+}
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+_EXIF_ERRORS = (*DECODE_ERRORS, LookupError, TypeError, AttributeError)
 _EXIF_ORIENTATION = 0x0112
 # Said of every photo with a scratched EXIF block, once a process, into the middle of the progress display.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
@@ -46,6 +54,9 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PLAIN_MODES = ("RGB", "L", "P", "1")
+_PNG_DEPTH_AT = 24  # bits a channel
+_LOSSLESS_PIXELS = 4_000_000  # PNGs of so many are 5 to 10 MB
 _HASH_SIDE, _HASH_BITS = 32, 8
 # The first 8 rows of the 32-point DCT-II, unnormalised.
 _DCT: npt.NDArray[np.float64] = 2 * np.cos(
@@ -87,12 +98,14 @@ def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
     if isinstance(header, ImageProblem):
         return header
     try:
-        image = _OPENERS[header.format](io.BytesIO(data))
-        image.draft("L", (_HASH_SIDE, _HASH_SIDE))
+        image = _OPENERS[header.format](data)
+        conversion = srgb_conversion(image)
+        image.draft("RGB" if conversion else "L", (_HASH_SIDE, _HASH_SIDE))
         image.load()
         orientation = _orientation(image)
-        grey = image if image.mode == "L" and not image.has_transparency_data else _to_rgb(image).convert("L")
-    except _DECODE_ERRORS as error:
+        plain = image.mode == "L" and not image.has_transparency_data and not conversion
+        grey = image if plain else _to_rgb(image, conversion).convert("L")
+    except DECODE_ERRORS as error:
         return _undecodable(error)
     width, height = header.width, header.height
     if orientation >= 5:
@@ -112,17 +125,21 @@ def thumbnail(data: bytes, limits: ImageLimits, side: int | None) -> Thumbnail |
     if isinstance(header, ImageProblem):
         return header
     try:
-        image = _OPENERS[header.format](io.BytesIO(data))
+        image = _OPENERS[header.format](data)
         if side is not None:
             image.draft("RGB", (side, side))
-        image.load()
-        orientation = _orientation(image)
-        rgb = _to_rgb(image)
-    except _DECODE_ERRORS as error:
+        shown = as_shown(image)
+    except DECODE_ERRORS as error:
         return _undecodable(error)
-    turned = orientation >= 5
+    turned = _orientation(image) >= 5
     size = (header.height, header.width) if turned else (header.width, header.height)
-    return Thumbnail(_upright(rgb, orientation), *size)
+    return Thumbnail(shown, *size)
+
+
+def as_shown(image: ImageFile) -> Image.Image:
+    """An opened picture, upright and in RGB. Raises :data:`DECODE_ERRORS`."""
+    image.load()
+    return _upright(_to_rgb(image, srgb_conversion(image)), _orientation(image))
 
 
 def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling: bool = True) -> Pixels | ImageProblem:
@@ -136,16 +153,17 @@ def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling
     if max(header.width, header.height) > MAX_GRID_ASPECT * min(header.width, header.height):
         return _too_thin(header, MAX_GRID_ASPECT)
     try:
-        image = _OPENERS[header.format](io.BytesIO(data))
+        image = _OPENERS[header.format](data)
         orientation = _orientation(image)
         if orientation >= 5:
             width, height = grid_size(header.width, header.height, grid)
         else:
             height, width = grid_size(header.height, header.width, grid)
         drafted = image.draft("RGB", (width, height)) if dct_scaling else None
+        conversion = srgb_conversion(image)
         image.load()
-        rgb = _to_rgb(image)
-    except _DECODE_ERRORS as error:
+        rgb = _to_rgb(image, conversion)
+    except DECODE_ERRORS as error:
         return _undecodable(error)
     if rgb.size != (width, height):
         # Half of 333 pixels are decoded to 167, of which 166.5 are picture: without the box everything would shift.
@@ -153,24 +171,69 @@ def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling
     return np.array(_upright(rgb, orientation), dtype=np.uint8, order="C")
 
 
+def is_plain(data: bytes) -> bool:
+    """Whether every reader shows of ``data`` what is shown here: upright, sRGB, eight bits, no transparency, not CMYK.
+
+    Decodes only where metadata may turn the picture. True for what cannot be opened: there is nothing to show.
+    """
+    header = read_header(data)
+    if isinstance(header, ImageProblem) or not header.complete or header.frames > 1:
+        return True
+    try:
+        image = _OPENERS[header.format](data)
+        odd = image.mode not in _PLAIN_MODES or image.has_transparency_data or srgb_conversion(image) is not None
+        if header.format == "png":
+            odd = odd or data[_PNG_DEPTH_AT] > 8
+            turned = may_be_turned(data) and _orientation(image) != 1  # which decodes all of it
+        else:
+            turned = _orientation(image) != 1
+    except DECODE_ERRORS:
+        return True
+    return not odd and not turned
+
+
+def plain_copy(data: bytes, limits: ImageLimits) -> bytes | ImageProblem:
+    """The picture for readers that know no EXIF, profile or transparency: ``data`` itself where it is plain.
+
+    Else a PNG, or a JPEG of hardly any loss where a PNG would be many megabytes.
+    """
+    if is_plain(data):
+        return data
+    image = decode_upright(data, limits)
+    if isinstance(image, ImageProblem):
+        return image
+    image.info = {}  # or Pillow would write the profile again
+    out = io.BytesIO()
+    if image.width * image.height <= _LOSSLESS_PIXELS:
+        image.save(out, "PNG", compress_level=1)
+    else:
+        image.save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
+
+
 def _accept(data: bytes, limits: ImageLimits) -> Header | ImageProblem:
     """The header of an image that may be decoded: everything that can be refused without decoding is refused here."""
     header = read_header(data)
     if isinstance(header, ImageProblem):
         return header
+    return refusal(header, limits, len(data)) or header
+
+
+def refusal(header: Header, limits: ImageLimits, length: int) -> ImageProblem | None:
+    """Why an image of such a header, in a file of ``length`` bytes, is not to be decoded."""
     width, height = header.width, header.height
     if width * height > limits.max_image_pixels:
         size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
         return ImageProblem(Status.TOO_LARGE, f"{size}, over the limit of {limits.max_image_pixels / 1e6:g}")
     if not header.complete:
-        return ImageProblem(Status.CORRUPT, f"truncated: the file ends after {len(data)} bytes, before its end mark")
+        return ImageProblem(Status.CORRUPT, f"truncated: the file ends after {length} bytes, before its end mark")
     if header.frames > 1:
         return ImageProblem(Status.UNSUPPORTED, f"animated image ({header.frames} frames)")
     if min(width, height) < limits.min_side:
         return ImageProblem(Status.TOO_SMALL, f"{width}x{height}: the shorter side is under {limits.min_side} pixels")
     if max(width, height) > limits.max_aspect * min(width, height):
         return _too_thin(header, limits.max_aspect)
-    return header
+    return None
 
 
 def _too_thin(header: Header, limit: float) -> ImageProblem:
@@ -195,16 +258,18 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as it would be seen: transparency over white, 16 bits scaled to 8 (Pillow's convert clips them)."""
+def _to_rgb(image: Image.Image, conversion: Conversion | None) -> Image.Image:
+    """As it would be seen: sRGB, transparency over white, 16 bits scaled to 8 (Pillow's convert clips them)."""
     if image.mode.startswith("I"):
         scaled = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(scaled.astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         paper = Image.new("RGB", image.size, (255, 255, 255))
-        paper.paste(rgba, mask=rgba.getchannel("A"))
+        paper.paste(conversion.apply(rgba.convert("RGB")) if conversion else rgba, mask=rgba.getchannel("A"))
         return paper
+    if conversion:
+        return conversion.apply(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -21,6 +21,9 @@ class Recent(Generic[Key, Value]):
             self._values.move_to_end(key)
         return self._values.get(key)
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._values
+
     def put(self, key: Key, value: Value) -> None:
         self._values[key] = value
         self._values.move_to_end(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from ..manifests.shards import InputShard, Row, expand, input_artifact, join, re
 from ..manifests.status import Status
 from ..models.adapters import check_adapter
 from ..models.chat_templates import check_template
-from ..models.decode import DecodePool, grid_decoder
+from ..models.decode import DecodePool, check_for_server, grid_decoder
 from ..models.engine import (
     ChoiceRequest,
     ChoiceScores,
@@ -40,9 +41,6 @@ from .events import Event
 from .inline import run_inline
 from .worker import RowByRow, Stage
 from .workplace import Workplace
-
-#: A server resizes by itself and gets the file; it is decoded here, very small, to find out whether it is sound.
-CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)
 
 Got = TypeVar("Got")
 
@@ -99,15 +97,20 @@ class EngineSetup:
         engine = await load_engine(self.engine)
         if self.trace is not None:
             engine = TracedEngine(engine, self.trace)
-        decode = grid_decoder(engine.grid or CHECK_GRID, self.limits)
-        pool = DecodePool(self.decode_workers, decode) if self.decode_workers else None
+        pool: DecodePool[Pixels] | DecodePool[bytes] | None = None
+        if self.decode_workers and engine.grid is not None:
+            pool = DecodePool(self.decode_workers, grid_decoder(engine.grid, self.limits))
+        elif self.decode_workers:  # a server resizes by itself
+            pool = DecodePool(self.decode_workers, functools.partial(check_for_server, limits=self.limits))
         return LoadedEngine(engine, pool, self.engine.is_http)
 
 
 class LoadedEngine:
     """An engine that counts what goes through it, with the decoders before it."""
 
-    def __init__(self, engine: Engine, pool: DecodePool[Pixels] | None, served: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, pool: DecodePool[Pixels] | DecodePool[bytes] | None, served: bool = False
+    ) -> None:
         self.engine = CountingEngine(engine)
         self._pool, self._decoding, self._served = pool, 0, served
 
@@ -129,14 +132,14 @@ class LoadedEngine:
         assert row.image is not None and row.uid is not None and self._pool is not None
         self._decoding += 1
         try:
-            pixels = await self._pool.decode(row.image)
+            decoded = await self._pool.decode(row.image)
         finally:
             self._decoding -= 1
-        if isinstance(pixels, ImageProblem):
-            return pixels
-        if self.engine.grid is None:
-            return ImageInput(row.uid, encoded=row.image)
-        return ImageInput(row.uid, pixels=pixels)
+        if isinstance(decoded, ImageProblem):
+            return decoded
+        if isinstance(decoded, bytes):
+            return ImageInput(row.uid, encoded=decoded or row.image)
+        return ImageInput(row.uid, pixels=decoded)
 
     def gauges(self) -> dict[str, int]:
         tokens, self.engine.tokens = self.engine.tokens, 0

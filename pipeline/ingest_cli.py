@@ -47,6 +47,9 @@ def ingest(
     ],
     out: Out,
     shard_size: Annotated[int, typer.Option(help="Items per shard, usable or not.")] = 10_000,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Make PNGs of GIF, BMP, TIFF, ICO, JPEG 2000, AVIF and HEIF pictures.")
+    ] = False,
     min_side: Annotated[int, typer.Option(help="Images with a shorter side of fewer pixels are too_small.")] = 16,
     max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8,
     max_aspect: Annotated[float, typer.Option(help="Longest over shortest side; beyond it, unsupported.")] = 200.0,
@@ -76,6 +79,7 @@ def ingest(
     config = validated(
         IngestConfig,
         shard_size=shard_size,
+        convert=convert,
         min_side=min_side,
         max_image_pixels=max_image_pixels,
         max_aspect=max_aspect,

@@ -79,7 +79,7 @@ def render(words: CardWords, contents: Contents, statistics: Statistics, steps: 
     header = card_data(words, contents, statistics)
     parts = [
         f"# {plain(words.title)}",
-        _summary(contents, statistics),
+        _summary(contents, statistics, steps),
         "## Loading\n\n" + _loading(contents),
         "## Rows\n\n" + _rows(contents, statistics),
         "## Captions\n\n" + _captions(statistics),
@@ -145,11 +145,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _summary(contents: Contents, statistics: Statistics) -> str:
+def _summary(contents: Contents, statistics: Statistics, steps: Sequence[Step]) -> str:
     unit, name = (1e9, "GB") if contents.bytes >= 1e9 else (1e6, "MB")
     text = f"{statistics.pairs:,} pairs of image and caption in {contents.shards:,} shards"
     text += f" ({contents.bytes / unit:,.2f} {name} as tars), made with capipe."
-    text += " Image bytes are those that were collected, never re-encoded."
+    text += " Image bytes are those that were collected, never re-encoded"
+    converted = any(step.config is not None and step.config["semantic"].get("convert") is True for step in steps)
+    text += ", but for PNGs whose JSON names an `original_format`." if converted else "."
     return "\n\n".join([text, *map(plain, contents.notes)])
 
 

@@ -1,13 +1,13 @@
 """Ingest: items of any source become image shards. One task is one output shard, done by one process from start to end.
 
-Every item becomes exactly one row. Sound images are copied untouched into the tar beside their text and metadata; what
-is not sound stays in the Parquet with its reason.
+Every item becomes exactly one row. Sound images are copied untouched into the tar beside their text and metadata (with
+``convert`` those in other formats as PNGs); what is not sound stays in the Parquet with its reason.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ from ..manifests.manifest import ShardRecord
 from ..manifests.schema import INGEST
 from ..manifests.sidecars import encode_meta
 from ..manifests.status import Status
+from ..models.convert import Converted, is_convertible, to_png
 from ..models.formats import ImageProblem
 from ..models.images import MAX_GRID_ASPECT, ImageInfo, ImageLimits, check
 from .columns import Columns
@@ -34,6 +35,7 @@ class IngestConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     shard_size: int = Field(10_000, ge=1, le=1_000_000, description="items per shard, usable or not")
+    convert: bool = Field(False, description="pictures in other formats than JPEG, PNG and WebP become PNGs")
     min_side: int = Field(16, ge=1, description="images whose shorter side has fewer pixels are too_small")
     max_image_pixels: int = Field(100_000_000, ge=1, description="images with more pixels are too_large, undecoded")
     max_aspect: float = Field(MAX_GRID_ASPECT, ge=1, description="longest side over shortest; beyond it unsupported")
@@ -104,25 +106,42 @@ def ingest_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> 
     with Handles() as handles, artifact.begin(task.shard, INGEST, tar=True) as shard:
         for number, ref in enumerate(task.refs):
             key = f"{task.index:05d}{number:0{digits}d}"  # img2dataset's keys
-            shard.write(*ingest_item(ref, key, config.limits, handles))
+            shard.write(*ingest_item(ref, key, config.limits, handles, convert=config.convert))
         return shard.commit(rows_in=len(task.refs), input_info={"digest": task.digest, "items": len(task.refs)})
 
 
 def ingest_item(
-    ref: ItemRef, key: str, limits: ImageLimits, handles: Handles
+    ref: ItemRef, key: str, limits: ImageLimits, handles: Handles, *, convert: bool = False
 ) -> tuple[dict[str, Any], dict[str, bytes] | None]:
     """One item as ``(row, tar members)``; no members unless the row is ok. Never raises on what the item holds."""
     try:
         item = ref.load(handles)
+        original = _convert(item, limits) if convert else {}
         verdict = item.problem or check(item.data or b"", limits)
+        if not convert and isinstance(verdict, ImageProblem) and is_convertible(item.data or b""):
+            item.notes.append("--convert takes still ones")
         sha256 = hashlib.sha256(item.data).hexdigest() if item.data else None
-        members = _members(item, verdict, sha256) if isinstance(verdict, ImageInfo) and sha256 else None
+        members = _members(item, verdict, sha256, original) if isinstance(verdict, ImageInfo) and sha256 else None
         return _row(item, key, verdict, sha256), members
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
     except Exception as error:  # one item must not cost its shard: whatever it did becomes its reason
         reason = f"unexpected {type(error).__name__}: {error}"
     return _row(Item(ref.source), key, ImageProblem(Status.CORRUPT, reason), None), None
+
+
+def _convert(item: Item, limits: ImageLimits) -> dict[str, str]:
+    """Put a PNG in place of a picture in another format; returns what it was, for the row's metadata."""
+    if item.data is None or item.problem is not None:
+        return {}
+    converted = to_png(item.data, limits)
+    if isinstance(converted, ImageProblem):
+        item.problem = converted
+    if not isinstance(converted, Converted):
+        return {}
+    original = {"original_sha256": hashlib.sha256(item.data).hexdigest(), "original_format": converted.format}
+    item.data = converted.data
+    return original
 
 
 def _row(item: Item, key: str, verdict: ImageInfo | ImageProblem, sha256: str | None) -> dict[str, Any]:
@@ -140,9 +159,9 @@ def _row(item: Item, key: str, verdict: ImageInfo | ImageProblem, sha256: str | 
     return {**row, **found, "status": Status.OK, "error": clean("; ".join(item.notes)) or None}
 
 
-def _members(item: Item, info: ImageInfo, sha256: str) -> dict[str, bytes]:
+def _members(item: Item, info: ImageInfo, sha256: str, original: Mapping[str, str]) -> dict[str, bytes]:
     """Every sample has the same three members, or the webdataset reader of `datasets` would refuse the shard."""
-    ours = {"uid": sha256[:32], "width": info.width, "height": info.height, "source": item.source}
+    ours = {"uid": sha256[:32], "width": info.width, "height": info.height, "source": item.source, **original}
     try:
         meta = encode_meta(item.meta, ours)
     except RecursionError:

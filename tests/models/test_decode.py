@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import io
 import os
 import subprocess
 import sys
@@ -13,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from capipe.errors import BadInput, RunFailed
 from capipe.manifests.status import Status
 from capipe.models import decode as decode_module
-from capipe.models.decode import DecodePool, grid_decoder
+from capipe.models.decode import DecodePool, check_for_server, grid_decoder
 from capipe.models.engine import ImageGrid
 from capipe.models.formats import ImageProblem
-from capipe.models.images import ImageLimits, decode_rgb
+from capipe.models.images import ImageLimits, decode_rgb, plain_copy
 
 from ..conftest import photo
 
@@ -78,6 +81,21 @@ async def test_pixels_and_problems_are_those_of_a_direct_call(pool: DecodePool) 
             assert isinstance(result, np.ndarray) and (result == expected).all()
             assert result.flags.writeable
     assert pool.busy_seconds > 0
+
+
+async def test_what_a_server_is_to_get() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    out = io.BytesIO()
+    Image.open(io.BytesIO(photo(1))).save(out, "JPEG", exif=exif)
+    pool = DecodePool(1, functools.partial(check_for_server, limits=LIMITS))
+    try:
+        assert await pool.decode(photo(1)) == b""
+        assert await pool.decode(out.getvalue()) == plain_copy(out.getvalue(), LIMITS) != out.getvalue()
+        cut = await pool.decode(out.getvalue()[:-30])
+        assert isinstance(cut, ImageProblem) and cut.status is Status.CORRUPT
+    finally:
+        pool.close()
 
 
 async def test_large_arrays_come_through_whole() -> None:

@@ -46,6 +46,19 @@ def test_ingest_accounts_for_every_file(tmp_path: Path) -> None:
     assert "shard_size: 3 -> 4" in one_line(refused)
 
 
+def test_ingest_converts_where_it_is_told_to(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    source.mkdir()
+    (source / "a.bmp").write_bytes(photo(0, fmt="BMP"))
+    capipe("ingest", source, "--out", tmp_path / "plain")
+    capipe("ingest", source, "--out", tmp_path / "out", "--convert")
+    (plain,), (row,) = table(tmp_path / "plain"), table(tmp_path / "out")
+    assert plain["status"] == "unsupported" and plain["error"].endswith("a BMP image; --convert takes still ones")
+    assert (row["status"], row["format"], row["error"]) == ("ok", "png", None)
+    refused = capipe("ingest", source, "--out", tmp_path / "out", code=2)
+    assert "convert: true -> false" in one_line(refused)
+
+
 def test_status_and_verify(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src/a.jpg").write_bytes(photo(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import subprocess
@@ -16,9 +17,11 @@ import pytest
 import yaml
 
 from capipe.models.http_engine import PROBE_TOKENS
+from capipe.models.images import ImageLimits, plain_copy
 
 from ..conftest import photo
 from ..models.chat_server import Answer, Double, completion, serving
+from ..models.test_http_images import AS_THEY_ARE, ODD
 from .conftest import COMMAND, capipe, one_line, table
 from .training import steps
 
@@ -54,6 +57,24 @@ def test_two_servers_share_the_images_and_the_run_does_not_depend_on_which(shard
         assert sum(asked) == 80 and min(asked) >= 15
         annotate(shards, tmp_path / "out", second)  # the same run by one of them: all is done
         assert (len(one.bodies), len(other.bodies)) == asked
+    assert {row["status"] for row in table(tmp_path / "out")} == {"ok"}
+
+
+def test_a_server_sees_pictures_as_they_are_listed(make_tar: MakeTar, tmp_path: Path) -> None:
+    names = ("turned JPEG", "profile", "16-bit gray", "JPEG")
+    pictures = {name: (ODD | AS_THEY_ARE)[name] for name in names}
+    extensions = {name: "png" if data.startswith(b"\x89PNG") else "jpg" for name, data in pictures.items()}
+    shards = make_tar({f"{n}.{extensions[name]}": pictures[name] for n, name in enumerate(names)}, "in/00000.tar")
+    double = Double(captions)
+    with serving(double) as url:
+        annotate(shards, tmp_path / "out", url)
+    found = [body["messages"][-1]["content"][0]["image_url"]["url"].partition(";base64,") for body in double.bodies]
+    sent = {data: head for head, _, data in found}
+    for name, data in pictures.items():
+        expected = data if name == "JPEG" else plain_copy(data, ImageLimits())
+        assert isinstance(expected, bytes)
+        assert sent.pop(base64.b64encode(expected).decode()) == f"data:image/{'jpeg' if name == 'JPEG' else 'png'}"
+    assert not sent and len(double.bodies) == 4
     assert {row["status"] for row in table(tmp_path / "out")} == {"ok"}
 
 

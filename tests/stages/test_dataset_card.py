@@ -14,9 +14,9 @@ from markdown_it.token import Token
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import SELECT
-from capipe.stages.card_statistics import Column, Tally, bars, histogram
-from capipe.stages.dataset_card import fenced, plain, size_category
-from capipe.stages.provenance import chain, public
+from capipe.stages.card_statistics import Column, Statistics, Tally, bars, histogram
+from capipe.stages.dataset_card import CardWords, Contents, fenced, plain, render, size_category
+from capipe.stages.provenance import Step, chain, public
 
 from .exporting import captioned, export, final_shards
 
@@ -91,6 +91,16 @@ def test_counts_lengths_and_scores_are_those_of_the_rows(tmp_path: Path) -> None
     assert "| `ok` | 16 | 66.7% |" in text and "| `filtered` | 4 | 16.7% |" in text
     assert "| caption | 5.5 | 1 | 4 | 10 | 10 |" in text  # words: 1, 2, 3, 4, 7, 8, 9, 10, twice
     assert "| `re_clip_score` | 16 | 0.345 | 0.30 | 0.33 | 0.39 | 8 |" in text
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_converted_pictures_are_named(convert: bool) -> None:
+    run = {"created": "2026", "run": {}}
+    steps = [Step("shards", "ingest", "f0", {**run, "semantic": {"convert": convert}}), Step("gone", "score", "f1")]
+    contents = Contents("webdataset", 1, 1000, {"png": 3})
+    card = render(CardWords("Scenes", "cc-by-4.0"), contents, Statistics(), steps)
+    assert ("collected, never re-encoded." in card) != convert
+    assert ("re-encoded, but for PNGs whose JSON names an `original_format`." in card) == convert
 
 
 def test_provenance_follows_what_is_there_and_says_what_is_gone(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from capipe.stages.perceptual_hash import DECODED_SIDE, Looks, looks
 from capipe.stages.same_picture import same_picture
 
 from ..conftest import photo
+from ..models.test_images import encode, scene
+from ..profiles import PERMUTED, PROPHOTO, SRGB_CURVE, muted, rgb_profile, stored
 from .copies import COPIES, NEAR, copies, originals
 
 Rows = dict[str, dict[str, Any]]
@@ -83,6 +85,18 @@ def test_copies_are_found_and_what_is_only_near_is_not(size: int, tmp_path: Path
     assert right / (right + wrong) >= 0.99
     assert all(share <= 0.02 for share in merged.values()), merged
     assert len(set(home.values())) == len(home)
+
+
+def test_one_picture_under_several_profiles_is_one_picture(tmp_path: Path) -> None:
+    picture, images = muted(scene(256, 192, 5)), {}
+    images["plain"] = encode(picture, quality=90)
+    for name, primaries, gamma in (("wide", PROPHOTO, 1.8), ("permuted", PERMUTED, SRGB_CURVE)):
+        under = stored(picture, primaries, gamma)
+        images[name] = encode(under, quality=90, icc_profile=rgb_profile(primaries, gamma))
+        images[f"{name} unsaid"] = encode(under, quality=90)
+    rows = marked(tars(tmp_path / "in", images.items()), tmp_path / "out")
+    assert len({rows[name]["group"] for name in ("plain", "wide", "permuted")}) == 1
+    assert rows["permuted unsaid"]["group"] != rows["plain"]["group"]
 
 
 def test_the_order_of_shards_and_rows_changes_nothing(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from capipe.stages.ingest import IngestConfig, ingest_item
 from capipe.stages.items import Handles, Item
 
 from ..conftest import photo
+from ..models.test_icc import apart, seen
+from ..models.test_png import METADATA
+from ..profiles import PERMUTED, SRGB_CURVE, rgb_profile, stored
 from .ingesting import ingest, members, rows
 
 
@@ -68,6 +71,58 @@ def test_workers_change_nothing(photos: Path, tmp_path: Path) -> None:
     for path in sorted((tmp_path / "one").glob("*.tar")) + sorted((tmp_path / "one").glob("*.parquet")):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert len(list((tmp_path / "two").glob("*.tar"))) == 7
+
+
+def test_pictures_with_much_metadata_are_sound_and_keep_their_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, data in METADATA.items():
+        (folder / f"{name}.png").write_bytes(data)
+    ingest(folder, out=tmp_path / "out")
+    found, data = rows(tmp_path / "out"), members(tmp_path / "out")
+    assert [(row["status"], row["error"]) for row in found] == [("ok", None)] * len(METADATA)
+    for row in found:
+        assert data[f"{row['key']}.png"] == METADATA[Path(row["source"]).stem]
+
+
+def test_a_picture_under_a_profile_has_its_srgb_twins_hash(tmp_path: Path) -> None:
+    picture = np.asarray(Image.open(io.BytesIO(photo(3))).convert("RGB"))
+    profile, folder = rgb_profile(PERMUTED, SRGB_CURVE), tmp_path / "in"
+    folder.mkdir()
+    under = encode(Image.fromarray(stored(picture, PERMUTED, SRGB_CURVE)), "PNG", icc_profile=profile)
+    (folder / "a.png").write_bytes(encode(Image.fromarray(picture), "PNG"))
+    (folder / "b.png").write_bytes(under)
+    ingest(folder, out=tmp_path / "out")
+    plain, converted = rows(tmp_path / "out")
+    assert plain["phash"] == converted["phash"] and plain["uid"] != converted["uid"]
+    data = members(tmp_path / "out")[f"{converted['key']}.png"]
+    assert data == under and apart(seen(data), picture) <= 2
+
+
+def test_other_formats_become_pngs_that_name_what_they_were(tmp_path: Path) -> None:
+    folder, image = tmp_path / "in", Image.open(io.BytesIO(photo(4))).convert("RGB")
+    folder.mkdir()
+    files = {"a.bmp": encode(image, "BMP"), "b.jpg": photo(4), "c.tif": encode(image, "TIFF"), "d.pdf": b"%PDF-1.7"}
+    files["e.gif"] = encode(image, "GIF", save_all=True, append_images=[Image.new("RGB", (96, 64))])
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "a.json").write_text(json.dumps({"original_format": "painted", "sha256": "theirs"}))
+    ingest(folder, out=tmp_path / "plain")
+    assert [row["status"] for row in rows(tmp_path / "plain")] == ["unsupported", "ok", *["unsupported"] * 3]
+    ingest(folder, out=tmp_path / "out", convert=True)
+    found, data = rows(tmp_path / "out"), members(tmp_path / "out")
+    assert [row["status"] for row in found] == ["ok", "ok", "ok", "unsupported", "unsupported"]
+    assert [row["format"] for row in found[:3]] == ["png", "jpg", "png"]
+    assert "a PDF document" in found[3]["error"] and found[4]["error"] == "animated image (2 frames)"
+    assert data[f"{found[1]['key']}.jpg"] == files["b.jpg"]
+    assert not {"original_format", "original_sha256"} & set(json.loads(data[f"{found[1]['key']}.json"]))
+    for row, name, was in ((found[0], "a.bmp", "bmp"), (found[2], "c.tif", "tiff")):
+        png = data[f"{row['key']}.png"]
+        assert row["sha256"] == hashlib.sha256(png).hexdigest() and apart(seen(png), np.asarray(image)) == 0
+        meta = json.loads(data[f"{row['key']}.json"])
+        assert (meta["original_format"], meta["original_sha256"]) == (was, hashlib.sha256(files[name]).hexdigest())
+    assert json.loads(data[f"{found[0]['key']}.json"])["original_original_format"] == "painted"
+    assert verify(str(tmp_path / "out")).faults == []
 
 
 BAD_FILES: dict[str, tuple[bytes, str, str]] = {
