@@ -29,6 +29,7 @@ from .engine import (
     ImageGrid,
     ImageInput,
     Prompt,
+    Rejected,
     RequestError,
     Sampling,
 )
@@ -299,7 +300,7 @@ class HTTPEngine:
                 if response.is_success:
                     limiter.answered(turn)
                     self._answered_at = time.monotonic()
-                    return json_object(response)
+                    return json_object(response) or Setback("the answer broke on its way: its body is no whole JSON")
                 complaint = read_complaint(response)
                 if complaint.passing:
                     wait = retry_after(response)
@@ -378,13 +379,13 @@ def _response_format(json_schema: str) -> dict[str, Any]:
 
 
 def data_url(image: ImageInput) -> str:
-    """The file's own bytes, never encoded again. Raises RequestError for what servers do not read."""
+    """The file's own bytes, never encoded again. Raises Rejected for what servers do not read."""
     data = image.encoded
     if data is None:
-        raise RequestError(f"image {image.uid} has no encoded bytes; an HTTP engine sends the file as it is")
+        raise Rejected(f"image {image.uid} has no encoded bytes; an HTTP engine sends the file as it is")
     media_type = sniff(data)
     if media_type is None:
-        raise RequestError(f"image {image.uid} is none of JPEG, PNG, WebP, which are what servers read")
+        raise Rejected(f"image {image.uid} is none of JPEG, PNG, WebP, which are what servers read")
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
