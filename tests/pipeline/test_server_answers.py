@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,51 @@ def test_a_server_that_loads_for_a_while_is_waited_for(
         command = ["annotate", "--shards", tmp_path / "in", "--out", tmp_path / "out", "--engine", url]
         capipe(*command, "--model", "captioner")
     assert [row["status"] for row in table(tmp_path / "out")] == ["ok"] * 3
+
+
+# --- letters ---------------------------------------------------------------------------------------------------------
+
+
+def lettered(body: dict[str, Any], blank: str, letter: str | None = None) -> Answer:
+    """What a screener's first token is: the letter of "red" where it sees the image, else of "Cannot tell"."""
+    if not body["logprobs"]:
+        return completion("Yes")  # whether it thinks first
+    content = body["messages"][-1]["content"]
+    seen = not isinstance(content, str)
+    text = content[-1]["text"] if seen else content
+    option = "red" if seen else "Cannot tell"
+    known = next(line[0] for line in text.splitlines() if line[1:] == f". {option}")
+    token = f"{blank}{letter or known}"
+    top = [{"token": token, "logprob": -0.1}, {"token": f"{blank}Well", "logprob": -3.0}]
+    step = {"token": token, "logprob": -0.1, "top_logprobs": top[: body["top_logprobs"]]}
+    return completion(token, "length", {"content": [step]})
+
+
+def screened(url: str, folder: Path, out: str, code: int) -> list[dict[str, Any]]:
+    questions = folder / "set.jsonl"
+    asked = {"image": "a.jpg", "question": "What color?", "options": ["red", "blue"], "answer": "red"}
+    questions.write_text(json.dumps(asked) + "\n")
+    command = ["qa", "--shards", folder / "in", "--out", folder / out, "--import", questions]
+    capipe(*command, "--screen-model", "captioner", "--screen-engine", url, code=code)
+    return [{**entry, "row": row["status"]} for row in table(folder / out / "screened") for entry in row["questions"]]
+
+
+def test_letters_after_a_blank_are_letters_and_other_words_are_no_answer(
+    tmp_path: Path, images: Callable[[list[str]], dict[str, str]]
+) -> None:
+    """Behind a server that reports five alternatives at most."""
+    images(["a"])
+    too_many = {"error": {"message": "Invalid value for 'top_logprobs': must be less than or equal to 5."}}
+
+    def answers(n: int, body: dict[str, Any]) -> Answer:
+        return (400, {}, too_many) if body.get("top_logprobs", 0) > 5 else lettered(body, " ")
+
+    with serving(Double(answers, owner="somebody")) as url:
+        (entry,) = screened(url, tmp_path, "letters", 0)
+    assert (entry["status"], entry["row"], entry["with_image"], entry["without_image"]) == (
+        "ok", "ok", [0, 0, 0], [2, 2, 2],
+    )  # fmt: skip
+    with serving(Double(lambda n, body: lettered(body, " ", "The"), owner="somebody")) as url:
+        (entry,) = screened(url, tmp_path, "words", 1)
+    assert (entry["status"], entry["row"], entry["image_accuracy"]) == ("unscored", "engine_error", None)
+    assert "no option named in 3 of 3 presentations with the image, but 'The'" in entry["error"]
