@@ -18,7 +18,16 @@ from .thinking import OPENING, split_thought
 #: How servers say that an answer was cut at its limit, and that it came to no end. All else is an end that was meant.
 CUT = ("length", "max_tokens", "max_length", "model_length")
 BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "canceled", "timeout", "insufficient_system_resource")
-FILTERED = ("content_filter", "safety", "refusal", "recitation", "prohibited_content", "blocklist")
+FILTERED = (
+    "content_filter",
+    "content_filtered",
+    "sensitive",
+    "safety",
+    "refusal",
+    "recitation",
+    "prohibited_content",
+    "blocklist",
+)
 NO_LOGPROBS = (
     "the server reports no log-probabilities, from which letters are read; take sampled ones (--reader-mode sampled, "
     "in a recipe `mode: sampled`), or a server that reports them"
@@ -32,13 +41,17 @@ THINKS = (
 _QUOTA = re.compile(
     r"insufficient[ _](quota|credits?|balance|funds)|billing_hard_limit|credit balance is too low", re.I
 )
-_FILTER = re.compile(r"content[ _]?(filter|policy|management)|moderation|flagged|safety (system|filter|policy)", re.I)
+_FILTER = re.compile(
+    r"content[ _]?(filter|policy|management)|moderation|flagged|inappropriate content|data_inspection"
+    r"|safety (system|filter|policy)",
+    re.I,
+)
 
 
 class Unavailable(RequestError):
     """The server, not the request, is why it failed: another server may answer it.
 
-    ``busy``: it said itself that it has no room (429, 502, 503).
+    ``busy``: it said itself that it has no room (429, 502, 503, 529).
     """
 
     def __init__(self, message: str, *, final: bool = False, busy: bool = False) -> None:
@@ -242,7 +255,7 @@ class Complaint:
     @property
     def busy(self) -> bool:
         """Whether the same request may be answered a little later, as the server itself says."""
-        return self.status in (429, 502, 503) and not self.quota
+        return self.status in (429, 502, 503, 529) and not self.quota
 
     @property
     def passing(self) -> bool:

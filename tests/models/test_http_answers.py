@@ -94,6 +94,7 @@ async def test_an_answer_without_text_says_why(answer: Answer, says: str) -> Non
         (message("content_filter", content="A man who"), "A man who"),
         (message("content_filter", content=None), ""),
         (message("SAFETY", content=""), ""),
+        (message("sensitive", content=""), ""),
         (message(content=None, refusal="I cannot help with that."), "I cannot help with that."),
         (message(content=[{"type": "refusal", "refusal": "I cannot."}]), "I cannot."),
         (refusing(400, {"error": {"message": "It was filtered", "code": "content_filter"}}), "It was filtered"),
@@ -347,7 +348,7 @@ async def test_retry_after_is_waited_for_in_each_form(form: str) -> None:
     assert waited >= {"seconds": 1.2, "date": 1.0}.get(form, 0.0)  # a date has whole seconds
 
 
-@pytest.mark.parametrize("status", [429, 502, 503])
+@pytest.mark.parametrize("status", [429, 502, 503, 529])
 async def test_a_busy_server_is_waited_for_by_the_clock(status: int) -> None:
     began = time.monotonic()
     double = Double(lambda n, body: completion("x") if time.monotonic() - began > 1.5 else refusing(status, {}))
