@@ -39,4 +39,4 @@ class QuestionStatus(StrEnum):
     DUPLICATE = "duplicate"  # asked before about the same image
     LEAKED = "leaked"  # answered without the image
     UNSUPPORTED = "unsupported"  # not answered as it should be with the image
-    UNSCORED = "unscored"  # the engine failed on it: to be tried again
+    UNSCORED = "unscored"  # the engine failed on it, or too few answers name an option to tell

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .captioner_kinds import read_json
-from .engine import ImageGrid, RequestError
+from .engine import ImageGrid, Rejected
 
 TEMPLATE_ROOM = 512  # tokens that a chat template puts around the text, a default system message among them
 QUESTION_ROOM = 4096  # tokens of a question with its options; written ones have a hundred, imported ones may be long
@@ -48,8 +48,6 @@ def context_length(model_path: Path, grid: ImageGrid | None, room: int | None) -
     return min(needed, own) if isinstance(own, int) else needed
 
 
-def too_long(tokens: int, context: int) -> RequestError:
+def too_long(tokens: int, context: int) -> Rejected:
     """The refusal of a prompt that a context has no room for."""
-    return RequestError(
-        f"the prompt's {tokens} tokens leave no room to answer in {context}; give a larger --max-model-len"
-    )
+    return Rejected(f"the prompt's {tokens} tokens leave no room to answer in {context}; give a larger --max-model-len")

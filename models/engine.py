@@ -30,7 +30,18 @@ class RequestError(Exception):
 
 
 class Refused(RequestError):
-    """The model, or a filter around it, declines to answer this request. Asking again is no use."""
+    """The model, or a filter around it, declines to answer this request. Asking again is no use.
+
+    ``words``: what was written instead of an answer, if anything.
+    """
+
+    def __init__(self, message: str, words: str = "", *, final: bool = False) -> None:
+        super().__init__(message, final=final)
+        self.words = words
+
+
+class Rejected(RequestError):
+    """The engine does not take this request as it is: the same one will fare no better. Others may."""
 
 
 class EngineDead(Exception):
@@ -121,13 +132,14 @@ class Completion:
     """``token_ids`` and ``logprobs`` run in parallel and include the end-of-turn token where the model wrote it.
 
     ``thought``: what the model thought first, which is no part of ``text``; its tokens are among the others.
-    HTTP servers do not return token ids: there ``token_ids`` is empty and ``n_tokens`` is the server's own count.
+    HTTP servers do not return token ids: there ``token_ids`` is empty and ``n_tokens`` is the server's own count, None
+    where it does not count.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    n_tokens: int
+    n_tokens: int | None
     logprobs: tuple[float, ...] | None = None
     thought: Thought | None = None
 
@@ -142,9 +154,13 @@ class ChoiceRequest:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceScores:
-    """Log-probabilities, parallel to the request's choices. ``None`` where a server did not report that choice."""
+    """Log-probabilities, parallel to the request's choices. ``None`` where a server did not report that choice.
+
+    ``first``: what would come first whether it is a choice or not, where that is known.
+    """
 
     logprobs: tuple[float | None, ...]
+    first: str = ""
 
     @property
     def best(self) -> int | None:

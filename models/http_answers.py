@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
@@ -11,15 +12,22 @@ from typing import Any
 
 import httpx
 
-from .engine import ChoiceScores, Completion, FinishReason, Refused, RequestError, Thought
-from .thinking import CLOSING, OPENING, split_thought
+from .engine import ChoiceScores, Completion, FinishReason, Refused, Rejected, RequestError, Thought
+from .thinking import OPENING, split_thought
 
-#: How servers name the two ways in which an answer ends well.
-FINISH_REASONS: dict[str, FinishReason] = {
-    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"), "stop"),
-    **dict.fromkeys(("length", "max_tokens", "max_length", "model_length"), "length"),
-}
-FILTERED = ("content_filter", "safety", "refusal", "recitation", "prohibited_content", "blocklist")
+#: How servers say that an answer was cut at its limit, and that it came to no end. All else is an end that was meant.
+CUT = ("length", "max_tokens", "max_length", "model_length")
+BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "canceled", "timeout", "insufficient_system_resource")
+FILTERED = (
+    "content_filter",
+    "content_filtered",
+    "sensitive",
+    "safety",
+    "refusal",
+    "recitation",
+    "prohibited_content",
+    "blocklist",
+)
 NO_LOGPROBS = (
     "the server reports no log-probabilities, from which letters are read; take sampled ones (--reader-mode sampled, "
     "in a recipe `mode: sampled`), or a server that reports them"
@@ -33,13 +41,17 @@ THINKS = (
 _QUOTA = re.compile(
     r"insufficient[ _](quota|credits?|balance|funds)|billing_hard_limit|credit balance is too low", re.I
 )
-_FILTER = re.compile(r"content[ _]?(filter|policy|management)|moderation|flagged|safety (system|filter|policy)", re.I)
+_FILTER = re.compile(
+    r"content[ _]?(filter|policy|management)|moderation|flagged|inappropriate content|data_inspection"
+    r"|safety (system|filter|policy)",
+    re.I,
+)
 
 
 class Unavailable(RequestError):
     """The server, not the request, is why it failed: another server may answer it.
 
-    ``busy``: it said itself that it has no room (429, 502, 503).
+    ``busy``: it said itself that it has no room (429, 502, 503, 529).
     """
 
     def __init__(self, message: str, *, final: bool = False, busy: bool = False) -> None:
@@ -63,7 +75,7 @@ def read_completion(answer: dict[str, Any], *, logprobs: bool, token_ids: bool) 
     n_tokens = _count(answer)
     ids = _token_ids(choice, n_tokens) if token_ids else ()
     if n_tokens is None:
-        n_tokens = len(ids or steps or ())
+        n_tokens = len(ids or steps or ()) or None
     text, thought = _answer(message, reason)
     return Completion(text, ids, reason, n_tokens, steps, thought)
 
@@ -74,46 +86,54 @@ def first_choice(answer: dict[str, Any]) -> dict[str, Any]:
         return choices[0]
     if error := answer.get("error"):  # some gateways say it with status 200
         complaint = Complaint(200, *_said(error))
-        raise Refused(f"refused: {complaint.message}") if complaint.filtered else RequestError(str(complaint.message))
+        said = str(complaint.message)
+        raise Refused(f"refused: {said}", said) if complaint.filtered else RequestError(said)
     raise RequestError(f"the server's answer has no choices: {str(answer)[:200]}")
 
 
 def finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> FinishReason:
-    """How the answer ended. Raises Refused, and RequestError for an end that is none of the two good ones."""
+    """How the answer ended; a word for it that is not known, or none, stands for an end that was meant.
+
+    Raises Refused, and RequestError where the server says that it broke off.
+    """
     _check_not_refused(choice, message)
-    said = choice.get("finish_reason")
-    reason = FINISH_REASONS.get(said.lower()) if isinstance(said, str) else None
-    if reason is None:
-        raise RequestError(f"the server ended the answer with {said!r}, which is neither stop nor length")
-    return reason
+    said = str(choice.get("finish_reason")).lower()
+    if said in BROKEN_OFF:
+        raise RequestError(f"the server broke the answer off ({said!r})")
+    return "length" if said in CUT else "stop"
 
 
 def _check_not_refused(choice: dict[str, Any], message: dict[str, Any]) -> None:
     said = choice.get("finish_reason")
     if refusal := message.get("refusal"):
-        raise Refused(f"refused by the model: {str(refusal)[:500]}")
+        raise _refused_by_model(refusal)
     if isinstance(said, str) and said.lower() in FILTERED:
-        raise Refused(f"refused: the answer was withheld by the server's filter ({said})")
+        words = message.get("content")
+        raise Refused(
+            f"refused: the answer was withheld by the server's filter ({said})",
+            _written(words) if isinstance(words, str) else "",
+        )
+
+
+def _refused_by_model(words: Any) -> Refused:
+    text = _written(str(words))
+    return Refused(f"refused by the model: {text[:500]}", text)
 
 
 def _answer(message: dict[str, Any], reason: FinishReason) -> tuple[str, Thought | None]:
-    """A message's text, and the thought before it, which servers that know the tags tell apart by themselves.
-
-    A closing tag alone ends a thought, too, that the server's chat template had opened.
-    """
+    """A message's text, and the thought before it, which servers that know the tags tell apart by themselves."""
     content, reasoning = message.get("content"), _reasoning(message)
     if isinstance(content, list):
         content = _joined(content)
-    if content is None and reason == "length":  # all of it went into a thought
+    if content is None and (reasoning or reason == "length"):  # all of it went into a thought
         content = ""
     if content is None:
-        only = " but a thought" if reasoning else ""
-        raise RequestError(f"the server ended the answer with {reason!r} and null content: it wrote nothing{only}")
+        raise RequestError(f"the server ended the answer with {reason!r} and null content: it wrote nothing")
     if not isinstance(content, str):
         raise RequestError(f"the server's answer has {type(content).__name__} content, which is no text")
-    text, thought = split_thought(_written(content), begun=CLOSING in content and OPENING not in content)
+    text, thought = split_thought(_written(content))
     if reasoning and thought is None:
-        thought = Thought(_written(reasoning).strip(), closed=bool(text))
+        thought = Thought(_written(reasoning).strip(), closed=bool(text) or reason == "stop")
     return text, thought
 
 
@@ -124,7 +144,7 @@ def _joined(parts: Sequence[Any]) -> str:
         if isinstance(part, str):
             texts.append(part)
         elif isinstance(part, dict) and part.get("type") == "refusal":
-            raise Refused(f"refused by the model: {str(part.get('refusal'))[:500]}")
+            raise _refused_by_model(part.get("refusal"))
         elif isinstance(part, dict) and part.get("type", "text") in ("text", "output_text"):
             texts.append(str(part.get("text", "")))
     return "".join(texts)
@@ -167,7 +187,8 @@ def _token_ids(choice: dict[str, Any], count: int | None) -> tuple[int, ...]:
 def read_choice(answer: dict[str, Any], choices: Sequence[str]) -> ChoiceScores:
     """What the first token's reported alternatives say of ``choices``; None for one that is not among them.
 
-    Raises RequestError, a final one where the server reports no log-probabilities or the model thinks first.
+    A letter with a blank before it is that letter: both are what the model would say. Raises RequestError, a final one
+    where the server reports no log-probabilities or the model thinks first.
     """
     choice = first_choice(answer)
     message = _message(choice)
@@ -176,12 +197,30 @@ def read_choice(answer: dict[str, Any], choices: Sequence[str]) -> ChoiceScores:
     if not steps:
         raise RequestError(THINKS if _reasoning(message) else NO_LOGPROBS, final=True)
     first = steps[0]
-    if str(first.get("token", "")).strip() == OPENING:
+    said = _bare(first.get("token"))
+    if said == OPENING:
         raise RequestError(THINKS, final=True)
     reported = first.get("top_logprobs")
     alternatives = [each for each in reported if isinstance(each, dict)] if isinstance(reported, list) else []
-    scores = {str(each.get("token")): _number(each, "logprob") for each in (first, *alternatives)}
-    return ChoiceScores(tuple(scores.get(each) for each in choices))
+    tokens = {str(each.get("token")): _number(each, "logprob") for each in (first, *alternatives)}
+    scores = tuple(_together(value for token, value in tokens.items() if _bare(token) == each) for each in choices)
+    if _reasoning(message) and all(score is None for score in scores):
+        raise RequestError(THINKS, final=True)
+    return ChoiceScores(scores, said)
+
+
+def _bare(token: Any) -> str:
+    """A reported token without the blank before it, which some servers write as their tokenizer does."""
+    return str(token).replace("▁", " ").replace("Ġ", " ").strip()
+
+
+def _together(logprobs: Iterable[float]) -> float | None:
+    """The log-probability of any of several tokens; None for none."""
+    known = list(logprobs)
+    highest = max(known, default=-math.inf)
+    if not math.isfinite(highest):  # none, or no number
+        return highest if known else None
+    return highest + math.log(sum(math.exp(each - highest) for each in known))
 
 
 def _steps(choice: dict[str, Any]) -> list[dict[str, Any]]:
@@ -216,7 +255,7 @@ class Complaint:
     @property
     def busy(self) -> bool:
         """Whether the same request may be answered a little later, as the server itself says."""
-        return self.status in (429, 502, 503) and not self.quota
+        return self.status in (429, 502, 503, 529) and not self.quota
 
     @property
     def passing(self) -> bool:
@@ -236,10 +275,10 @@ class Complaint:
         """What a refusal means for the request, and for those after it."""
         text = f"HTTP {self.status}: {self.message}"
         if self.filtered:
-            return Refused(f"refused: {text}")
+            return Refused(f"refused: {text}", self.message)
         if self.status in (401, 402, 403, 404, 405, 410) or self.quota or 300 <= self.status < 400:
             return Unavailable(text, final=True)
-        return RequestError(text)
+        return Rejected(text) if 400 <= self.status < 500 else RequestError(text)
 
 
 def read_complaint(response: httpx.Response) -> Complaint:
@@ -278,10 +317,13 @@ def retry_after(response: httpx.Response) -> float | None:
     return seconds if 0 <= seconds < float("inf") else 0.0 if seconds < 0 else None
 
 
-def json_object(response: httpx.Response) -> dict[str, Any]:
+def json_object(response: httpx.Response) -> dict[str, Any] | None:
+    """A good answer's body; None where it is one that broke on its way. Raises RequestError where it never was one."""
     try:
         answer = response.json()
     except ValueError as error:
+        if response.text.lstrip().startswith("{") or "content-encoding" in response.headers:
+            return None
         kind = "HTML" if response.text.lstrip()[:1] == "<" else "not JSON"
         raise RequestError(
             f"the server's answer is {kind}: {response.text[:200]!r}; is the URL that of an OpenAI API?"

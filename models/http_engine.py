@@ -58,9 +58,9 @@ class HTTPOptions:
     """``model=""``: the server's first one. ``timeout_s``: for one attempt. ``attempts``: how often to try in all.
 
     ``concurrency``: requests in flight, None for as many as the server takes (at most ``most``). ``patience_s``: how
-    long a request puts up with a server that says it is busy (429, 502, 503). ``gone_after``: so many requests in a row
-    that could not even connect mean that the server is gone. ``token_ids``: ask for the ids of what was written, which
-    vLLM alone tells; ``barred``: ids that are never to be drawn. ``template_args``: for the model's chat template.
+    long a request puts up with a server that says it is busy (429, 502, 503, 529). ``gone_after``: so many requests in
+    a row that could not even connect mean that the server is gone. ``token_ids``: ask for the ids of what was written,
+    which vLLM alone tells; ``barred``: ids that are never to be drawn. ``template_args``: for the chat template.
     """
 
     url: str
@@ -302,7 +302,7 @@ class HTTPEngine:
                 if response.is_success:
                     limiter.answered(turn)
                     self._answered_at = time.monotonic()
-                    return json_object(response)
+                    return json_object(response) or Setback("the answer broke on its way: its body is no whole JSON")
                 complaint = read_complaint(response)
                 if complaint.passing:
                     wait = retry_after(response)

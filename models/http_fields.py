@@ -19,6 +19,14 @@ DEFAULTS: Mapping[str, Any] = {
     "top_p": 1.0, "temperature": 1.0, "logprobs": False, "top_k": -1, "repetition_penalty": 1.0,
 }  # fmt: skip
 ALWAYS_SENT = ("model", "messages")  # words that stand in any message
+#: What to do where a server does not take what has to be sent.
+REMEDIES: Mapping[str, str] = {
+    "temperature": "give --temperature 1 if that is the server's own: it is then left out",
+    "top_p": "give --top-p 1: it is then left out",
+    "response_format": "add --no-guided",
+    "chat_template_kwargs": "leave --template-arg out",
+    "mm_processor_kwargs": "leave --min-pixels and --max-pixels out",
+}
 
 _UNTAKEN = re.compile(
     r"unsupported|not supported|n[o']t support|unknown|unrecogni[sz]ed|unexpected|not (permitted|allowed|implemented)"
@@ -74,10 +82,9 @@ class Fields:
         blamed = blamed_fields(sent, complaint)
         for name in blamed:
             if not self._does_without(name, sent):
-                raise UntakenField(
-                    f"HTTP {complaint.status}: {complaint.message} (it does not take {name}, which must be sent)",
-                    name,
-                )
+                mend = f"; {REMEDIES[name]}" if name in REMEDIES else ""
+                said = f"HTTP {complaint.status}: {complaint.message}"
+                raise UntakenField(f"{said} (it does not take {name}, which must be sent{mend})", name)
         return bool(blamed)
 
     def _omits(self, name: str, value: Any) -> bool:

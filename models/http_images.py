@@ -6,7 +6,7 @@ import asyncio
 import base64
 from dataclasses import replace
 
-from .engine import ImageInput, Prompt, RequestError
+from .engine import ImageInput, Prompt, Rejected
 from .formats import MEDIA_TYPES, ImageProblem, sniff
 from .images import ImageLimits, is_plain, plain_copy
 
@@ -23,10 +23,10 @@ async def shown(prompt: Prompt) -> Prompt:
 
 
 def data_url(image: ImageInput) -> str:
-    """The image's encoded bytes. Raises RequestError for what servers do not read."""
+    """The image's encoded bytes. Raises Rejected for what servers do not read."""
     if image.encoded is None:
-        raise RequestError(f"image {image.uid} has no encoded bytes; an HTTP engine sends the file")
+        raise Rejected(f"image {image.uid} has no encoded bytes; an HTTP engine sends the file")
     kind = sniff(image.encoded)
     if isinstance(kind, ImageProblem):
-        raise RequestError(f"image {image.uid} is none of JPEG, PNG, WebP, which are what servers read")
+        raise Rejected(f"image {image.uid} is none of JPEG, PNG, WebP, which are what servers read")
     return f"data:{MEDIA_TYPES[kind]};base64,{base64.b64encode(image.encoded).decode()}"

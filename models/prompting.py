@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .engine import ImageInput, Prompt, PromptKey, RequestError, Thought
+from .engine import ImageInput, Prompt, PromptKey, Rejected, Thought
 from .plain_text import plain_prompt, plain_text
 from .thinking import CLOSING, OPENING, Tags, split_thought
 
@@ -64,7 +64,7 @@ class PromptEncoder:
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's ids up to where the model goes on; an image is a single placeholder, not expanded yet.
 
-        Raises RequestError for an image given to a text-only model, and for a chat that the template does not take.
+        Raises Rejected for an image given to a text-only model, and for a chat that the template does not take.
         """
         image = None if prompt.image is None else ""  # whichever it is, it is one placeholder
         key = (prompt.system, prompt.text, prompt.thought, prompt.answer_prefix, image)
@@ -73,7 +73,7 @@ class PromptEncoder:
             return known
         ids = tuple(self._encoded(plain_prompt(prompt, self._plain)))
         if self._image_token_id is not None and (put := ids.count(self._image_token_id)) != (prompt.image is not None):
-            raise RequestError(f"the chat template puts {put} image placeholders around this text; mend the template")
+            raise Rejected(f"the chat template puts {put} image placeholders around this text; mend the template")
         self._recent[key] = ids
         if len(self._recent) > CACHED_PROMPTS:
             self._recent.popitem(last=False)
@@ -81,20 +81,20 @@ class PromptEncoder:
 
     def _encoded(self, prompt: Prompt) -> list[int]:
         if prompt.image is not None and self._image_token_id is None:
-            raise RequestError("the prompt has an image, but the model reads text only")
+            raise Rejected("the prompt has an image, but the model reads text only")
         try:
             text = self._template.render(self._tokenizer, messages(prompt))
         except Exception as error:  # templates raise what they like
-            raise RequestError(f"the chat template refuses the prompt: {type(error).__name__}: {error}") from error
+            raise Rejected(f"the chat template refuses the prompt: {type(error).__name__}: {error}") from error
         if prompt.system is not None and prompt.system.strip() not in text:
-            raise RequestError("the model's chat template leaves the system message out; do without one")
+            raise Rejected("the model's chat template leaves the system message out; do without one")
         return self._tokens(text + self._thought(prompt) + prompt.answer_prefix)
 
     def _thought(self, prompt: Prompt) -> str:
         if prompt.thought is None:
             return ""
         if self.thinking is None:
-            raise RequestError("the prompt has a thought, but the model's chat template does not let it think")
+            raise Rejected("the prompt has a thought, but the model's chat template does not let it think")
         return self.thinking.closed(prompt.thought)
 
     def _tokens(self, text: str) -> list[int]:
@@ -102,11 +102,11 @@ class PromptEncoder:
         return ids
 
     def choice_ids(self, choices: tuple[str, ...]) -> list[int]:
-        """The one token of each choice. Raises RequestError where a choice is not exactly one token."""
+        """The one token of each choice. Raises Rejected where a choice is not exactly one token."""
         ids = [self._tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
         split = [choice for choice, tokens in zip(choices, ids, strict=True) if len(tokens) != 1]
         if split:
-            raise RequestError(f"not a single token in this model's vocabulary: {', '.join(map(repr, split))}")
+            raise Rejected(f"not a single token in this model's vocabulary: {', '.join(map(repr, split))}")
         return [tokens[0] for tokens in ids]
 
     def text_ids(self, text: str) -> list[int]:
@@ -146,11 +146,11 @@ class CaptionerEncoder(PromptEncoder):
     def _encoded(self, prompt: Prompt) -> list[int]:
         text = prompt.text + prompt.answer_prefix
         if prompt.image is None:
-            raise RequestError("the prompt has no image, and the model does nothing but describe one")
+            raise Rejected("the prompt has no image, and the model does nothing but describe one")
         if prompt.system is not None:
-            raise RequestError("the model reads no system message; leave it out")
+            raise Rejected("the model reads no system message; leave it out")
         if text and not self._prompted:
-            raise RequestError("the model reads no prompt; leave the text empty")
+            raise Rejected("the model reads no prompt; leave the text empty")
         return [*self._before, *self._tokens(text)]
 
 
@@ -177,10 +177,10 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def rgb_pixels(image: ImageInput) -> npt.NDArray[np.uint8]:
-    """The image's pixels, ``(height, width, 3)``. Raises RequestError where they are missing or of another form."""
+    """The image's pixels, ``(height, width, 3)``. Raises Rejected where they are missing or of another form."""
     pixels = image.pixels
     if pixels is None:
-        raise RequestError(f"image {image.uid} has no pixels; an in-process engine reads pixels, not encoded bytes")
+        raise Rejected(f"image {image.uid} has no pixels; an in-process engine reads pixels, not encoded bytes")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise RequestError(f"image {image.uid} is {pixels.dtype} {pixels.shape}, not uint8 (height, width, 3)")
+        raise Rejected(f"image {image.uid} is {pixels.dtype} {pixels.shape}, not uint8 (height, width, 3)")
     return pixels

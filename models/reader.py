@@ -26,6 +26,7 @@ from .engine import (
     GenerationRequest,
     ImageInput,
     Prompt,
+    Refused,
     RequestError,
     Sampling,
     Thought,
@@ -37,7 +38,8 @@ Order = tuple[int, ...]
 Place = int | None  # of a letter
 Answer = int | str | None  # a choice, why its request failed, or None where the reader named no option
 THOUGHT_TOKENS, THOUGHT_TEMPERATURE = 512, 0.6
-TOLD_AT = frozenset(10**power for power in range(9))  # cut thoughts at which the count is logged
+LONGEST_INSTEAD = 80  # characters of an answer that names no option
+TOLD_AT = frozenset(10**power for power in range(9))  # cut thoughts, unread answers at which the count is logged
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +86,17 @@ class Reading:
     """What became of one question: the choice of each presentation, None where there is none.
 
     A choice is an option's index; ``len(question.options)`` is to abstain. ``errors``: of requests that failed, to be
-    made again; a None without one is a reader's answer that names no option, which would not change. ``cut``:
-    presentations before whose answer a thought was cut at its limit.
+    made again; a None without one is a reader's answer that names no option, which would not change: ``instead`` is the
+    first of these, and ``refused`` how many of them are refusals. ``cut``: presentations before whose answer a thought
+    was cut at its limit.
     """
 
     question: Question
     chosen: tuple[int | None, ...]
     errors: tuple[str, ...] = ()
     cut: int = 0
+    instead: str = ""
+    refused: int = 0
 
     @property
     def scored(self) -> int:
@@ -114,6 +119,14 @@ class Reading:
 class _Told(NamedTuple):
     answer: Answer
     cut: bool = False  # a thought before it was, at its limit
+    instead: str = ""  # what came where the answer is None
+    refused: bool = False
+
+
+class _Placed(NamedTuple):
+    place: Place
+    thought: Thought | None
+    instead: str
 
 
 class QuizReader:
@@ -126,6 +139,7 @@ class QuizReader:
     def __init__(self, engine: Engine, config: ReaderConfig) -> None:
         self.engine, self.config = engine, config
         self.thoughts = self.cut = 0
+        self._reads, self._unread = False, 0  # whether any answer named an option; how many did not before
 
     async def read(self, caption: str | None, questions: Sequence[Question]) -> list[Reading]:
         """Answers from ``caption`` alone; None puts the questions blind."""
@@ -176,18 +190,25 @@ class QuizReader:
             mine = [next(told) for _ in its_orders]
             chosen = tuple(None if isinstance(each.answer, str) else each.answer for each in mine)
             errors = tuple(each.answer for each in mine if isinstance(each.answer, str))
-            readings.append(Reading(question, chosen, errors, sum(each.cut for each in mine)))
+            instead = next((each.instead for each in mine if each.instead), "")
+            cut, refused = sum(each.cut for each in mine), sum(each.refused for each in mine)
+            readings.append(Reading(question, chosen, errors, cut, instead, refused))
         return readings
 
     async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> _Told:
         """The choice of one presentation, None where the reader made none, or why its request failed."""
         seed = seed_of(f"{self.config.seed}/{question.id}/{number}/{prompt.text}")
         try:
-            place, thought = await self._place(prompt, len(order), seed)
+            place, thought, instead = await self._place(prompt, len(order), seed)
+        except Refused as error:
+            self._count_read(None, str(error))
+            return _Told(None, instead=str(error), refused=True)
         except RequestError as error:
             return _Told(str(error))
         self._count(thought)
-        return _Told(None if place is None else order[place], thought is not None and not thought.closed)
+        self._count_read(place, instead)
+        cut = thought is not None and not thought.closed
+        return _Told(None, cut, instead) if place is None else _Told(order[place], cut)
 
     async def check(self) -> None:
         """Put one question to a reader behind a server. Raises BadInput where it says that it can never answer any.
@@ -202,20 +223,20 @@ class QuizReader:
             if error.final:
                 raise BadInput(f"the reader cannot answer: {error}") from error
 
-    async def _place(self, prompt: Prompt, choices: int, seed: int) -> tuple[Place, Thought | None]:
+    async def _place(self, prompt: Prompt, choices: int, seed: int) -> _Placed:
         answered = self._chosen if self.config.mode == "choose" else self._sampled
         return await answered(prompt, choices, seed, await thinks(self.engine))
 
-    async def _chosen(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> tuple[Place, Thought | None]:
+    async def _chosen(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> _Placed:
         """The place of the likeliest letter where the model's answer begins, and the thought before it."""
         config, thought = self.config, None
         if thinking:
             sampling = Sampling(config.thought_temperature, 1.0, config.thought_tokens, seed)
             prompt, thought = await after_thought(self.engine, prompt, sampling)
         scores = await self.engine.choose(ChoiceRequest(prompt, letters(choices)))
-        return best_place(scores, config.least_mass), thought
+        return _Placed(best_place(scores, config.least_mass), thought, instead_of_letters(scores))
 
-    async def _sampled(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> tuple[Place, Thought | None]:
+    async def _sampled(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> _Placed:
         """The place of the letter that a drawn answer names, and the thought before it."""
         config = self.config
         sampling = Sampling(config.temperature, 1.0, config.max_tokens, seed)
@@ -225,7 +246,16 @@ class QuizReader:
         if thought is not None and not answer.text:  # cut before the answer
             closed = replace(prompt, thought=thought.text)
             answer = await self.engine.generate(GenerationRequest(closed, sampling))
-        return parse_letter(answer.text, choices), thought
+        return _Placed(parse_letter(answer.text, choices), thought, repr(answer.text.strip()[:LONGEST_INSTEAD]))
+
+    def _count_read(self, place: Place, instead: str) -> None:
+        """Say it where no answer at all names an option: a few may be the model's, all of them are a wrong setting."""
+        self._reads |= place is not None
+        if self._reads:
+            return
+        self._unread += 1
+        if self._unread > 1 and self._unread in TOLD_AT:
+            logger.warning("none of the reader's %d answers names an option; it says %s", self._unread, instead)
 
     def _count(self, thought: Thought | None) -> None:
         if thought is None:
@@ -248,6 +278,16 @@ def best_place(scores: ChoiceScores, least_mass: float) -> int | None:
     if any(math.isnan(score) for score in known) or all(score == -math.inf for score in known):
         return None
     return scores.best if sum(math.exp(min(score, 0.0)) for score in known) >= least_mass else None
+
+
+def instead_of_letters(scores: ChoiceScores) -> str:
+    """What a model would say where letters are hardly ever meant."""
+    known = [score for score in scores.logprobs if score is not None]
+    mass = sum(math.exp(min(score, 0.0)) for score in known)
+    if math.isnan(mass):
+        return "scores that are no numbers"
+    likely = f"letters with a probability of {mass:.2g} together" if known else "no letter among the likeliest tokens"
+    return f"{scores.first!r} and {likely}" if scores.first else likely
 
 
 def seed_of(text: str) -> int:

@@ -5,12 +5,15 @@ Whether a model thinks shows in its template (:mod:`.chat_templates`); a server 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from .engine import Engine, GenerationRequest, Prompt, Sampling, Thought
 
 OPENING, CLOSING = "<think>", "</think>"
+# How other models write them: Kimi-VL, and those that learned from Claude.
+_OPENING, _CLOSING = re.compile(r"<think(?:ing)?>|◁think▷"), re.compile(r"</think(?:ing)?>|◁/think▷")
 GAP = "\n\n"  # between the closing tag and the answer, as in Qwen's and DeepSeek's templates
 
 
@@ -49,11 +52,19 @@ async def after_thought(engine: Engine, prompt: Prompt, sampling: Sampling) -> t
 
 
 def split_thought(text: str, begun: bool = False) -> tuple[str, Thought | None]:
-    """An answer without the thought before it, and that thought. ``begun``: the prompt had opened it."""
-    start = text.lstrip()
-    if start.startswith(OPENING):
-        start = start.removeprefix(OPENING)
-    elif not begun:
-        return text, None
-    thought, closing, answer = start.partition(CLOSING)
-    return answer.lstrip(), Thought(thought.strip(), closed=bool(closing))
+    """An answer without the thought before it, and that thought. ``begun``: the prompt had opened it.
+
+    A closing tag with no opening one before it ends a thought as well: not everybody knows the model's template.
+    """
+    thoughts, closed = list[str](), True
+    while closed:
+        opening, closing = _OPENING.search(text), _CLOSING.search(text)
+        opened = opening is not None and not text[: opening.start()].strip()
+        alone = closing is not None and (opening is None or closing.start() < opening.start())
+        if not (opened or alone or begun):
+            break
+        start = opening.end() if opening is not None and opened else 0
+        closed, begun = closing is not None, False
+        thoughts.append(text[start : closing.start() if closing else None].strip())
+        text = text[closing.end() :].lstrip() if closing else ""
+    return text, Thought("\n".join(filter(None, thoughts)), closed) if thoughts else None

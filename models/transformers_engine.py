@@ -25,6 +25,7 @@ from .engine import (
     ImageGrid,
     Prompt,
     PromptKey,
+    Rejected,
     RequestError,
 )
 from .family import PreparedImage, PreparedPrompt
@@ -169,7 +170,7 @@ class TransformersEngine:
             except RequestError as error:
                 known.prompts[key] = error
             except Exception as error:  # a processor's refusal of this image or text is this request's error alone
-                known.prompts[key] = RequestError(f"{type(error).__name__}: {error}")
+                known.prompts[key] = Rejected(f"{type(error).__name__}: {error}")
         prompt = known.prompts[key]
         if isinstance(prompt, RequestError):
             return prompt

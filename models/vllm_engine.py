@@ -26,6 +26,7 @@ from .engine import (
     ImageGrid,
     Prompt,
     PromptKey,
+    Rejected,
     RequestError,
 )
 from .prompting import PromptEncoder, rgb_pixels
@@ -188,7 +189,7 @@ class VLLMEngine:
             stream = llm.generate(rendered, params, str(next(self._numbers)))
             outputs: list[RequestOutput] = [output async for output in stream]
         except (RequestError, VLLMClientError) as error:
-            raise error if isinstance(error, RequestError) else RequestError(str(error)) from error
+            raise error if isinstance(error, RequestError) else Rejected(str(error)) from error
         except EngineDeadError as error:
             raise EngineDead("vLLM's engine process is gone") from error
         except Exception as error:  # the processor's refusal of an image, or a fault that took the engine along

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import BadInput
 from ..manifests.schema import ANNOTATE
 from ..manifests.shards import Row
 from ..manifests.sidecars import encode_meta
 from ..manifests.status import Status
 from ..models.captioner_kinds import check_prompt, kind_of
+from ..models.context import too_long
+from ..models.engine import Engine, ImageInput, Prompt, RequestError
 from ..models.formats import ImageProblem
 from ..models.loading import resolve_model
 from ..stages.annotate import AnnotateConfig, Annotator, chosen_caption, passed_on
@@ -49,7 +52,27 @@ class AnnotateStage:
         return {**self.setup.semantic(), "annotate": self.config.model_dump(mode="json"), "pack": self.pack}
 
     async def load(self) -> AnnotateProcessor:
-        return AnnotateProcessor(self, await self.setup.load())
+        loaded = await self.setup.load()
+        try:
+            await check_prompts(loaded.engine, self.config)
+        except BaseException:
+            await loaded.aclose()
+            raise
+        return AnnotateProcessor(self, loaded)
+
+
+async def check_prompts(engine: Engine, config: AnnotateConfig) -> None:
+    """Raise BadInput for a prompt that no image could be asked with: before the first one, not once for each.
+
+    What a server's model takes it says of each request; there the run ends after some (:mod:`.breaker`).
+    """
+    for prompt in config.prompts:
+        try:
+            tokens = await engine.count_tokens(Prompt(prompt.text, ImageInput("probe"), config.system))
+        except RequestError as error:
+            raise BadInput(f"--prompt {prompt.name}: {error}") from error
+        if tokens is not None and engine.context is not None and tokens >= engine.context:
+            raise BadInput(f"--prompt {prompt.name}: {too_long(tokens, engine.context)}, or a shorter prompt")
 
 
 class AnnotateProcessor(RowByRow):

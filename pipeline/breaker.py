@@ -1,8 +1,9 @@
 """The circuit breaker: a run in which everything fails for one reason ends, instead of recording it for every row.
 
-Two things end it, at any time of a run and in each worker for itself: :data:`MOST_REFUSALS` requests in a row that the
-engine refused for good (a key, a quota), or :data:`MOST_FAILED_ROWS` rows in a row that ended in ``engine_error`` for
-one reason, in which ids and numbers do not count. In a row means in the order in which they finish.
+Three things end it, at any time of a run and in each worker for itself: :data:`MOST_REFUSALS` requests in a row that
+the engine refused for good (a key, a quota); as many images or texts in a row about which it rejected requests for one
+reason (a field that it does not know, a prompt that is too long); :data:`MOST_FAILED_ROWS` rows in a row that ended in
+``engine_error`` for one reason. Ids and numbers do not count in reasons; in a row means in the order of their ends.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ..errors import RunFailed
-from ..models.engine import RequestError
+from ..models.engine import Rejected, RequestError
 
 MOST_REFUSALS = 50
 MOST_FAILED_ROWS = 200
@@ -54,19 +55,34 @@ def general_reason(reason: str, names: Sequence[str] = ()) -> str:
 
 
 class Refusals:
-    """Requests that were refused for good since the engine last answered one."""
+    """Requests that the engine would not do since it last did one: refused for good, or rejected for one reason.
+
+    Of those about one image or text, which may all be rejected for what that one is, only the first counts.
+    """
 
     def __init__(self) -> None:
-        self._count = 0
+        self._refused = 0
+        self._rejected, self._reason = set[str](), ""
 
-    def failed(self, error: RequestError) -> None:
-        """Raises RunFailed where that makes too many; one that may do better next time neither counts nor resets."""
-        self._count += error.final
-        if error.final and self._count >= MOST_REFUSALS:
-            raise RunFailed(_ending(f"the engine refused {self._count} requests in a row for good", str(error)))
+    def failed(self, error: RequestError, about: str = "") -> None:
+        """Raises RunFailed where that makes too many; one that may do better next time neither counts nor resets.
+
+        ``about``: what requests about one image or text have in common.
+        """
+        if error.final:
+            self._refused += 1
+            if self._refused >= MOST_REFUSALS:
+                raise RunFailed(_ending(f"the engine refused {self._refused} requests in a row for good", str(error)))
+        elif isinstance(error, Rejected):
+            reason = general_reason(str(error))
+            self._rejected = self._rejected | {about} if reason == self._reason else {about}
+            self._reason = reason
+            if len(self._rejected) >= MOST_REFUSALS:
+                what = f"the engine rejected the requests about {len(self._rejected)} images or texts in a row"
+                raise RunFailed(_ending(what, str(error)))
 
     def over(self) -> None:
-        self._count = 0
+        self._refused, self._rejected = 0, set()
 
 
 class ErrorStreak(Generic[Shard]):

@@ -26,6 +26,7 @@ from ..models.engine import (
     ImageGrid,
     ImageInput,
     Prompt,
+    Refused,
     RequestError,
 )
 from ..models.formats import ImageProblem
@@ -33,6 +34,7 @@ from ..models.http_server import served_model
 from ..models.images import ImageLimits, Pixels
 from ..models.loading import EngineConfig, folder_digest, image_grid, load_engine, model_identity, resolve_model
 from ..models.reader import QuizReader, ReaderConfig
+from ..models.several import home_of
 from ..models.thinking import thinks
 from ..models.vllm_arguments import changing_rows
 from .breaker import Refusals, answered
@@ -175,26 +177,32 @@ class CountingEngine:
         return self._inner.concurrency
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        completion = await self._counted(self._inner.generate(request))
-        self.tokens += completion.n_tokens
+        completion = await self._counted(self._inner.generate(request), request.prompt)
+        self.tokens += completion.n_tokens or 0
         return completion
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
-        return await self._counted(self._inner.choose(request))
+        return await self._counted(self._inner.choose(request), request.prompt)
 
-    async def _counted(self, asked: Awaitable[Got]) -> Got:
+    async def _counted(self, asked: Awaitable[Got], prompt: Prompt) -> Got:
         self.busy += 1
         self.requests += 1
         try:
             got = await asked
+        except Refused:  # an answer, too, if not the one that was hoped for
+            self._answered()
+            raise
         except RequestError as error:
-            self._refusals.failed(error)
+            self._refusals.failed(error, home_of(prompt))
             raise
         finally:
             self.busy -= 1
+        self._answered()
+        return got
+
+    def _answered(self) -> None:
         self._refusals.over()
         answered()
-        return got
 
     async def thinks(self) -> bool:
         return await thinks(self._inner)

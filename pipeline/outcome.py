@@ -7,6 +7,9 @@ from enum import IntEnum
 
 from rich.console import Console
 
+from ..manifests.artifact import Artifact
+from ..manifests.status import Status
+from ..manifests.storage import read_parquet
 from .engine_stages import Plan, execute
 from .interrupts import say
 from .progress import Progress
@@ -14,6 +17,7 @@ from .status import State, state
 from .status_view import artifact_lines
 from .workplace import Workplace
 
+LONGEST_REASON = 200  # characters of a row's reason on the console
 LAST_WORDS = "CAPIPE_LAST_WORDS"  # names a file to which a command in a chain repeats the line it ends with
 
 
@@ -57,8 +61,21 @@ def conclude(out: str, interrupted: bool, line: str) -> Exit:
         say("stopped; run the same command to go on")
         return Exit.INTERRUPTED
     if found.unresolved:
-        print(f"{found.unresolved} rows ended in engine_error; add --retry to do them again", file=sys.stderr)
+        why = f" (the first: {reason})" if (reason := first_error(out)) else ""
+        mend = "mend what can be mended, then add --retry to do them again"
+        print(f"{found.unresolved} rows ended in engine_error{why}; {mend}", file=sys.stderr)
     return Exit.OK if found.complete else Exit.UNRESOLVED
+
+
+def first_error(out: str) -> str:
+    """Why an artifact's first unresolved row is one, in short: whether it is any use to try again shows in that."""
+    artifact = Artifact.open(out)
+    shard = next((name for name, record in artifact.committed().items() if record.unresolved), None)
+    if shard is None:
+        return ""
+    rows = read_parquet(artifact.folder, f"{shard}.parquet", ["status", "error"]).to_pylist()
+    reason = next((row["error"] or "" for row in rows if not Status(row["status"]).resolved), "")
+    return " ".join(reason.split())[:LONGEST_REASON]
 
 
 def print_state(url: str, found: State) -> None:

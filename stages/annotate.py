@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..manifests.shards import Row
 from ..manifests.status import Status
 from ..models.context import text_room
-from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
+from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, Refused, RequestError, Sampling
 from .health import HealthConfig, Verdict, examine
 from .prompts import NamedPrompt
+from .wrapping import find_wrapper
 
 _SEVERITY = [Status.ENGINE_ERROR, Status.REFUSED, Status.DEGENERATE, Status.EMPTY, Status.TRUNCATED, Status.OK]
 
@@ -68,6 +69,7 @@ class Annotator:
     async def _caption(self, image: ImageInput, prompt: NamedPrompt, k: int) -> tuple[dict[str, Any], str | None]:
         """One caption, rolled until healthy or out of attempts (then the last one is kept, with its fault)."""
         completion: Completion | None = None
+        words = ""  # of a refusal
         verdict = Verdict(Status.ENGINE_ERROR, "not tried")
         attempt = 0
         while attempt < self.config.max_attempts:
@@ -76,16 +78,19 @@ class Annotator:
             request = GenerationRequest(Prompt(prompt.text, image, self.config.system), sampling)
             try:
                 completion = await self.engine.generate(request)
+            except Refused as error:  # final: to roll again would be to ask again
+                completion, words, verdict = None, error.words, Verdict(Status.REFUSED, str(error))
+                break
             except RequestError as error:  # the engine has tried what it could; `--retry` is for later
                 completion, verdict = None, Verdict(Status.ENGINE_ERROR, str(error))
                 break
-            verdict = examine(completion.text, completion.finish_reason, self.config.health, completion.thought)
+            verdict = self._judged(completion, prompt)
             if verdict.status is Status.OK:
                 break
         name = prompt.name if self.config.samples == 1 else f"{prompt.name}#{k}"
         caption = {
             "name": name,
-            "text": completion.text.strip() if completion else None,
+            "text": completion.text.strip() if completion else words.strip() or None,
             "model": self.model,
             "prompt_id": prompt.prompt_id,
             "finish_reason": completion.finish_reason if completion else None,
@@ -94,6 +99,12 @@ class Annotator:
             "status": str(verdict.status),
         }
         return caption, verdict.reason
+
+    def _judged(self, completion: Completion, prompt: NamedPrompt) -> Verdict:
+        wrapper = find_wrapper(completion.text, json_wanted="json" in prompt.text.lower())
+        if wrapper is not None:
+            return Verdict(Status.DEGENERATE, wrapper)
+        return examine(completion.text, completion.finish_reason, self.config.health, completion.thought)
 
     def _sampling(self, uid: str, prompt: NamedPrompt, k: int, attempt: int) -> Sampling:
         first = Sampling(self.config.temperature, self.config.top_p, self.config.max_tokens)

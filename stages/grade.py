@@ -78,24 +78,31 @@ class Grader:
         if not questions or not subjects:
             return out
         unscored: list[str] = []
-        cut = 0
+        read: list[Reading] = []
         for subject in subjects:
             readings = await self._readings(subject, questions)
             unscored += [error for reading in readings for error in reading.errors]
-            cut += sum(reading.cut for reading in readings)
+            read += readings
             out["captions"].append(_graded(subject, readings))
         if unscored:
             reason = f"{len(unscored)} answers were not scored: {unscored[0]}"
             return {**out, "status": str(Status.ENGINE_ERROR), "error": reason}
         if not any(each["answers"] for each in out["captions"]):
             return out
-        note = f"{cut} answers came after a thought that was cut at its limit" if cut else out["error"]
-        return {**out, "status": str(Status.OK), "error": note}
+        return {**out, "status": str(Status.OK), "error": _note(read) or out["error"]}
 
     async def _readings(self, subject: Subject, questions: list[Question]) -> list[Reading]:
         if subject.status == Status.ENGINE_ERROR:  # there is no caption, and none is not an empty one
             return []
         return await self.reader.read(subject.text, questions)
+
+
+def _note(readings: Sequence[Reading]) -> str | None:
+    """What is worth knowing of a row that was graded."""
+    if not any(reading.scored for reading in readings):
+        return f"no answer names an option; the first is {next(reading.instead for reading in readings)}"
+    cut = sum(reading.cut for reading in readings)
+    return f"{cut} answers came after a thought that was cut at its limit" if cut else None
 
 
 def kept_questions(beside: Mapping[str, Any]) -> list[Question]:

@@ -73,13 +73,13 @@ class Verdict:
 
 
 def examine(text: str, finish_reason: FinishReason, config: HealthConfig, thought: Thought | None = None) -> Verdict:
-    """Judge one caption. The first fault in the order empty, degenerate, refused, truncated is reported.
+    """Judge one caption. The first fault in the order nothing written, degenerate, refused, truncated is reported.
 
     ``thought``: what the model wrote before it, of which nothing is in ``text``.
     """
     stripped = text.strip()
     if not stripped:
-        return Verdict(Status.EMPTY, nothing_written(thought))
+        return unwritten(finish_reason, thought)
     repetition = find_repetition(stripped, config)
     if repetition is not None:
         return Verdict(Status.DEGENERATE, repetition)
@@ -93,13 +93,27 @@ def examine(text: str, finish_reason: FinishReason, config: HealthConfig, though
     return Verdict(Status.OK)
 
 
-def nothing_written(thought: Thought | None) -> str:
+def unwritten(finish_reason: FinishReason, thought: Thought | None) -> Verdict:
+    """The fault of an answer without text: cut before it came, a thought that ends nowhere, or nothing."""
+    reason = nothing_written(thought, finish_reason)
+    if finish_reason == "length":
+        return Verdict(Status.TRUNCATED, reason)
+    unended = thought is not None and not thought.closed
+    return Verdict(Status.DEGENERATE if unended else Status.EMPTY, reason)
+
+
+def nothing_written(thought: Thought | None, finish_reason: FinishReason = "stop") -> str:
     """Why there is no text."""
+    if finish_reason == "length" and (thought is None or thought.closed):
+        return "reasoning that is not shown took all tokens before any text came; allow more by --max-tokens"
     if thought is None:
         return "the model wrote nothing"
     if thought.closed:
         return "the model wrote nothing after its thought"
-    return "the model's thought did not end; allow more tokens, or tell its chat template not to let it think"
+    return (
+        "the model's reasoning did not end; allow more by --max-tokens, or tell its chat template not to let it think "
+        "(--template-arg enable_thinking=false)"
+    )
 
 
 def find_repetition(text: str, config: HealthConfig) -> str | None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..manifests.shards import Row
 from ..manifests.status import Status
 from ..models.context import text_room
-from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
+from ..models.engine import Completion, Engine, GenerationRequest, ImageInput, Prompt, Refused, RequestError, Sampling
 from ..models.quiz import KINDS, MOST_WRITTEN, writing_prompt, writing_schema
 from .annotate import derive_seed
 from .health import nothing_written
@@ -76,9 +76,13 @@ class QuestionWriter:
             out["attempts"] += 1
             try:
                 completion = await self.engine.generate(self._request(image, out["attempts"]))
+            except Refused as error:
+                raw = [*out["raw"], error.words] if error.words else out["raw"]
+                fate = {"raw": raw} if seen else {"raw": raw, "status": str(Status.REFUSED), "error": str(error)}
+                return {**out, **fate}
             except RequestError as error:
                 return {**out, "status": str(Status.ENGINE_ERROR), "error": str(error)}
-            out |= {"finish_reason": completion.finish_reason, "n_tokens": out["n_tokens"] + completion.n_tokens}
+            out |= {"finish_reason": completion.finish_reason, "n_tokens": _added(out["n_tokens"], completion.n_tokens)}
             out["raw"].append(completion.text)
             out["questions"] += [checked(entry, seen, MOST_WRITTEN) for entry in written_questions(completion)]
             if len(seen) >= self.config.fewest:
@@ -114,6 +118,11 @@ def passed_on(row: Row) -> dict[str, Any]:
     }
 
 
+def _added(tokens: int | None, more: int | None) -> int | None:
+    """A sum that is unknown as soon as one of its parts is."""
+    return None if tokens is None or more is None else tokens + more
+
+
 def written_questions(completion: Completion) -> list[RawQuestion]:
     """The questions in a writer's answer, those it left unfinished or unreadable as such with their fault."""
     text = completion.text.strip()
@@ -128,7 +137,7 @@ def written_questions(completion: Completion) -> list[RawQuestion]:
     if unreadable:
         entries.append(faulty(f"JSON that cannot be read, of {unreadable} question{'s' if unreadable > 1 else ''}"))
     if completion.thought is not None and not text:
-        entries.append(faulty(nothing_written(completion.thought)))
+        entries.append(faulty(nothing_written(completion.thought, completion.finish_reason)))
     elif cut:
         entries.append(faulty("the answer was cut at the token limit; what follows this is lost"))
     elif not entries:

@@ -73,27 +73,48 @@ class Screener:
             status, reason = judge(with_image, without, self.config)
             entries[place] |= {"status": str(status), "error": reason} | _outcomes(with_image, without)
         out["screener"] = self.model
-        statuses = [entries[place]["status"] for place in at]
-        if QuestionStatus.UNSCORED in statuses:
-            unscored = next(entries[place] for place in at if entries[place]["status"] == QuestionStatus.UNSCORED)
-            return {
-                **out,
-                "status": str(Status.ENGINE_ERROR),
-                "error": f"a question was not scored: {unscored['error']}",
-            }
-        if QuestionStatus.OK not in statuses:
-            return {**out, "status": str(Status.FILTERED), "error": "no question stayed"}
-        return out
+        return out | _fate([entries[place] for place in at], [*seen, *blind])
+
+
+def _fate(entries: list[dict[str, Any]], readings: list[Reading]) -> dict[str, Any]:
+    """A row's status by its screened questions and all of their readings.
+
+    It is to be asked again where a request failed, and where nothing could be scored; not for some answers without a
+    letter among others, which would come again.
+    """
+    statuses = [entry["status"] for entry in entries]
+    unscored = next((entry["error"] for entry in entries if entry["status"] == QuestionStatus.UNSCORED), None)
+    if unscored is not None and any(reading.errors for reading in readings):
+        return {"status": str(Status.ENGINE_ERROR), "error": f"a question was not scored: {unscored}"}
+    if QuestionStatus.OK in statuses:
+        return {}
+    if set(statuses) != {QuestionStatus.UNSCORED}:
+        return {"status": str(Status.FILTERED), "error": "no question stayed"}
+    refused = any(reading.refused for reading in readings)
+    status = Status.REFUSED if refused else Status.ENGINE_ERROR
+    return {"status": str(status), "error": f"no question could be scored: {unscored}"}
 
 
 def judge(with_image: Reading, without: Reading, config: ScreenConfig) -> tuple[QuestionStatus, str | None]:
-    """A question's status after both arms, with the reason where it does not stay."""
+    """A question's status after both arms, with the reason where it does not stay.
+
+    With the image an answer that names no option may be a right one in other words: it counts neither way, and where
+    the outcome depends on it the question is unscored. Without the image it is what is hoped for: no answer.
+    """
     errors = with_image.errors + without.errors
     if errors:
         return QuestionStatus.UNSCORED, errors[0]
-    if not _above(share_right(with_image), config.image_min, config.image_inclusive):
-        reason = f"right in {with_image.right} of {len(with_image.chosen)} presentations with the image"
+    presentations, unread = len(with_image.chosen), len(with_image.chosen) - with_image.scored
+    least = share_right(with_image)
+    most = least + unread / presentations
+    if not _above(most, config.image_min, config.image_inclusive):
+        reason = f"right in {with_image.right} of {presentations} presentations with the image"
         return QuestionStatus.UNSUPPORTED, reason
+    if unread and (not with_image.scored or not _above(least, config.image_min, config.image_inclusive)):
+        reason = (
+            f"no option named in {unread} of {presentations} presentations with the image, but {with_image.instead}"
+        )
+        return QuestionStatus.UNSCORED, reason
     if not _above(-share_right(without), -config.text_max, config.text_inclusive):
         reason = f"right in {without.right} of {len(without.chosen)} presentations without the image"
         return QuestionStatus.LEAKED, reason
@@ -101,7 +122,7 @@ def judge(with_image: Reading, without: Reading, config: ScreenConfig) -> tuple[
 
 
 def share_right(reading: Reading) -> float:
-    """Right answers over all presentations: in either arm, an answer that names no option is not the right one."""
+    """Right answers over all presentations, those that name no option among them."""
     return reading.right / len(reading.chosen)
 
 
@@ -114,7 +135,7 @@ def _outcomes(with_image: Reading, without: Reading) -> dict[str, Any]:
     return {
         "with_image": list(with_image.chosen),
         "without_image": list(without.chosen),
-        "image_accuracy": None if with_image.errors else share_right(with_image),
+        "image_accuracy": None if with_image.errors or not with_image.scored else share_right(with_image),
         "text_accuracy": None if without.errors else share_right(without),
     }
 

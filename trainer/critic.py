@@ -77,7 +77,7 @@ def token_rewards(group: Group, scores: Tensor) -> tuple[Tensor, Tensor]:
     """
     earned, scored = [], []
     for completion, reward, score in zip(group.completions, group.rewards, scores.tolist(), strict=True):
-        row = torch.zeros(completion.n_tokens)
+        row = torch.zeros(len(completion.token_ids))
         known = not math.isnan(score)
         if known:
             if reward.per_token:
@@ -94,7 +94,7 @@ def targets_of(group: Group, scores: Tensor, old: Tensor, values: Tensor, config
     An unscored completion has advantages of 0.
     """
     earned, scored = (each.to(values) for each in token_rewards(group, scores))
-    lengths = torch.tensor([each.n_tokens for each in group.completions], device=values.device)
+    lengths = torch.tensor([len(each.token_ids) for each in group.completions], device=values.device)
     rewards, expected = (
         pad_sequence(list(each.split(lengths.tolist())), batch_first=True) for each in (earned, values)
     )

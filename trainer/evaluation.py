@@ -157,6 +157,7 @@ class _Tally:
     questions: int = 0
     unscored: int = 0
     excluded: Counter[str] = field(default_factory=Counter)
+    said: str = ""  # the first reason of a row that it is not graded, or not with a score
     images: dict[str, int] = field(default_factory=dict)  # numbers, in the order of their first row
     systems: dict[str, _SystemTally] = field(default_factory=dict)
     ratios: Ratios = field(default_factory=Ratios)
@@ -165,6 +166,7 @@ class _Tally:
     def add(self, row: Mapping[str, Any], where: str) -> None:
         """Count one row, or the reason why it is excluded."""
         graded = read_row(row, where)
+        self.said = self.said or row["error"] or ""
         if isinstance(graded, str):
             self.excluded[graded] += 1
             return
@@ -182,10 +184,12 @@ class _Tally:
         """Raise BadInput where nothing was counted that a figure could be made of."""
         if not self.rows:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.excluded.items()))
+            reasons = f"{reasons}; the first says: {self.said}" if self.said else reasons
             found = f"no row with questions and captions ({reasons})" if reasons else "no row at all"
             raise BadInput(f"{where}: {found}; give captions and questions of the same images")
         if not any(system.scored for system in self.systems.values()):
-            raise BadInput(f"{where}: none of the {self.questions} questions has a score; grade again with --retry")
+            why = f": {self.said}; take another --reader or --reader-mode" if self.said else "; take another --reader"
+            raise BadInput(f"{where}: none of the {self.questions} questions has a score{why}")
 
     def _add_system(self, name: str, graded: GradedImage, image: int) -> set[str]:
         """Count one system's captions of an image; the ids of the questions that it has no score for."""

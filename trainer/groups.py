@@ -44,7 +44,7 @@ class Group:
 
     def tokens(self) -> int:
         """Completion tokens in all."""
-        return sum(each.n_tokens for each in self.completions)
+        return sum(len(each.token_ids) for each in self.completions)
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,13 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
 
     Raises ValueError where a group has no completion, or one without a token.
     """
-    if any(not group.completions or min(each.n_tokens for each in group.completions) < 1 for group in groups):
+    if any(not group.completions or min(len(each.token_ids) for each in group.completions) < 1 for group in groups):
         raise ValueError("a group without completions, or with one that has no token, cannot be packed")
     prefix = max(len(group.prompt.ids) for group in groups)
     branches = max(len(group.completions) for group in groups)
-    length = max(each.n_tokens for group in groups for each in group.completions) - 1  # the last one foretells nothing
+    length = (
+        max(len(each.token_ids) for group in groups for each in group.completions) - 1
+    )  # the last one foretells nothing
     columns = prefix + branches * length
     axes = groups[0].prompt.positions.shape[0]
     ids = torch.zeros(len(groups), columns, dtype=torch.long)
@@ -87,13 +89,13 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
         inside[number, at:], ids[number, at:prefix] = True, group.prompt.ids
         positions[:, number, at:prefix] = group.prompt.positions
         for branch, completion in enumerate(group.completions):
-            start, read = prefix + branch * length, completion.n_tokens - 1
+            start, read = prefix + branch * length, len(completion.token_ids) - 1
             ids[number, start : start + read] = torch.tensor(completion.token_ids[:-1], dtype=torch.long)
             positions[:, number, start : start + read] = group.prompt.next_position + torch.arange(read)
             places = torch.cat([torch.tensor([prefix - 1]), torch.arange(start, start + read)])
             predicts.append(places + number * columns)
     completions = [completion for group in groups for completion in group.completions]
-    lengths = torch.tensor([each.n_tokens for each in completions])
+    lengths = torch.tensor([len(each.token_ids) for each in completions])
     targets = torch.tensor([token for each in completions for token in each.token_ids])
     row = torch.arange(len(completions)).repeat_interleave(lengths)
     return Batch(
@@ -127,7 +129,7 @@ def packed_columns(groups: Sequence[Group]) -> int:
     """Tokens that a packed batch has, padding among them."""
     prefix = max(len(group.prompt.ids) for group in groups)
     branches = max(len(group.completions) for group in groups)
-    length = max(each.n_tokens for group in groups for each in group.completions)
+    length = max(len(each.token_ids) for group in groups for each in group.completions)
     return len(groups) * (prefix + branches * (length - 1))
 
 

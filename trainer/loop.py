@@ -220,7 +220,7 @@ def tally(groups: Sequence[Group], rewards: Sequence[str]) -> Tensor:
     scores = [each.score for each in results if each.score is not None]
     sums: list[float] = [
         len(captions),
-        sum(each.n_tokens for each in captions),
+        sum(len(each.token_ids) for each in captions),
         sum(each.finish_reason == "length" for each in captions),
         sum(loops(each.text) for each in captions),
         sum(scores),

@@ -38,10 +38,13 @@ def tokens_at(caption: Completion, ends: Iterable[int], decode: Decode) -> list[
     """For each place in the caption's text the token that brought the text up to it.
 
     Found from what the first tokens decode to: the first one with which that agrees with the text as far as the place.
+    Where a thought comes before the text, from how much of the text the last tokens are.
     """
     ids = list(caption.token_ids)
 
     def reach(count: int) -> int:
+        if caption.thought is not None:
+            return len(caption.text) - len(decode(ids[count:]))
         # What a token begins and its successor ends (bytes of a character) is another text until then.
         return _agreeing(decode(ids[:count]), caption.text)
 

@@ -35,7 +35,7 @@ class LengthReward:
         self.config = config
 
     async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
-        return Scored(length_value(caption.n_tokens, self.config))
+        return Scored(length_value(len(caption.token_ids), self.config))
 
     async def aclose(self) -> None: ...
 

@@ -108,7 +108,7 @@ def sampled_logps(group: Group) -> Tensor:
 
 def mismatch(part: Sequence[Group], logp: Tensor) -> Tensor:
     """Sum and count, float64 (2,), of how far packed ``logp`` (tokens,) is from that of drawing, where it was kept."""
-    drawn = [each.logprobs or (float("nan"),) * each.n_tokens for group in part for each in group.completions]
+    drawn = [each.logprobs or (float("nan"),) * len(each.token_ids) for group in part for each in group.completions]
     gaps = (torch.tensor([value for row in drawn for value in row], dtype=torch.float64) - logp.double().cpu()).abs()
     known = gaps[~gaps.isnan()]
     return torch.stack([known.sum(), torch.tensor(float(len(known)), dtype=torch.float64)])
@@ -185,7 +185,7 @@ class Updater:
             logp = sampled_logps(group).to(logp)
         if self.config.critic is not None:
             return targets_of(group, scores_of(group, self.config), logp, values, self.config.critic)
-        lengths = torch.tensor([each.n_tokens for each in group.completions])
+        lengths = torch.tensor([len(each.token_ids) for each in group.completions])
         per_token = group.advantages.repeat_interleave(lengths).to(logp)
         return Targets(logp, values, per_token, values, torch.ones_like(values))
 

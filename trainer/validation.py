@@ -55,7 +55,7 @@ async def validate(
         if grades
         else None,
         recalled=sum(each.recalled.total() for each in grades) / expected if expected else None,
-        tokens=_mean([each.n_tokens for each in written]),
+        tokens=_mean([len(each.token_ids) for each in written]),
         truncated=_mean([each.finish_reason == "length" for each in written]),
         repeating=_mean([loops(each.text) for each in written]),
         images=len(written),

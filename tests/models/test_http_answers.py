@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import math
 import pickle
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from typing import Any
 
 import pytest
 
-from capipe.models.engine import ChoiceRequest, GenerationRequest, Prompt, Refused, RequestError
+from capipe.models.engine import ChoiceRequest, GenerationRequest, Prompt, Refused, Rejected, RequestError
 from capipe.models.http_answers import Unavailable
 from capipe.models.http_engine import connect_http_engine
 from capipe.models.http_fields import UntakenField
@@ -49,6 +52,11 @@ async def answered(answer: Answer, request: Any = ASK, **changes: Any) -> Any:
         (message(content="A dog.", reasoning_content="It barks."), "A dog.", "stop"),
         (message("eos_token", content="A dog."), "A dog.", "stop"),
         (message("MAX_TOKENS", content="A dog."), "A dog.", "length"),
+        (message(None, content="A dog."), "A dog.", "stop"),
+        (message("tool_calls", content="A dog."), "A dog.", "stop"),
+        (message("what_is_this", content="A dog."), "A dog.", "stop"),
+        (message("length", content=None), "", "length"),  # reasoning that the server does not show
+        (message(content=None, reasoning="Well, I"), "", "stop"),
     ],
 )
 async def test_text_is_found_in_every_form(answer: Answer, text: str, reason: str) -> None:
@@ -66,10 +74,9 @@ def test_a_text_about_thoughts_is_none() -> None:
         ((200, {}, b"<!doctype html><title>Sign in</title>"), "HTML: .*Sign in.*is the URL that of an OpenAI API"),
         ((200, {}, b"\x00\x01"), "not JSON"),
         (message(content=None), "null content: it wrote nothing$"),
-        (message(content=None, reasoning="Well, I"), "nothing but a thought"),
-        (message("tool_calls", content=None), "'tool_calls', which is neither stop nor length"),
-        (message("abort", content="A do"), "'abort'"),
-        (message(None, content="A do"), "None, which is neither"),
+        (message("tool_calls", content=None), "null content: it wrote nothing$"),
+        (message("abort", content="A do"), "broke the answer off .'abort'"),
+        (message("error", content="A do"), "broke the answer off"),
         (message(content={"text": "x"}), "dict content"),
         ((200, {}, {"error": {"message": "upstream is gone", "code": 502}}), "upstream is gone"),
     ],
@@ -82,20 +89,23 @@ async def test_an_answer_without_text_says_why(answer: Answer, says: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "words"),
     [
-        message("content_filter", content="x"),
-        message("content_filter", content=None),
-        message("SAFETY", content=""),
-        message(content=None, refusal="I cannot help with that."),
-        message(content=[{"type": "refusal", "refusal": "I cannot help with that."}]),
-        refusing(400, {"error": {"message": "The prompt was filtered", "code": "content_filter"}}),
-        refusing(403, {"error": {"message": "Your input was flagged by moderation"}}),
+        (message("content_filter", content="A man who"), "A man who"),
+        (message("content_filter", content=None), ""),
+        (message("SAFETY", content=""), ""),
+        (message("sensitive", content=""), ""),
+        (message(content=None, refusal="I cannot help with that."), "I cannot help with that."),
+        (message(content=[{"type": "refusal", "refusal": "I cannot."}]), "I cannot."),
+        (refusing(400, {"error": {"message": "It was filtered", "code": "content_filter"}}), "It was filtered"),
+        (refusing(403, {"error": {"message": "flagged by moderation"}}), "flagged by moderation"),
+        ((200, {}, {"error": {"message": "It was filtered", "code": "content_filter"}}), "It was filtered"),
     ],
 )
-async def test_a_refusal_is_told_apart_from_a_failure(answer: Answer) -> None:
+async def test_a_refusal_is_told_apart_from_a_failure(answer: Answer, words: str) -> None:
     error = await answered(answer)
     assert isinstance(error, Refused) and str(error).startswith("refused") and not error.final
+    assert error.words == words
 
 
 async def test_a_choice_can_be_refused_too() -> None:
@@ -114,7 +124,7 @@ async def test_a_server_that_does_not_count_is_counted_for(usage: Any) -> None:
     if usage == "missing":
         del content["usage"]
     answer = status, headers, content
-    assert (await answered(answer)).n_tokens == 0  # nothing to count by
+    assert (await answered(answer)).n_tokens is None  # nothing to count by
     found = await answered(answer, GenerationRequest(Prompt("Describe."), logprobs=True))
     assert (found.n_tokens, found.logprobs) == (2, (-0.5, -0.25))
 
@@ -137,6 +147,25 @@ async def test_letters_that_a_server_does_not_report_are_none() -> None:
     assert (await answered(completion("C", "length", steps), ASK_LETTER)).logprobs == (None, None, -0.5)
     steps = {"content": [{"token": "C", "logprob": None, "top_logprobs": top}]}
     assert "None as a log-probability" in str(await answered(completion("C", "length", steps), ASK_LETTER))
+
+
+@pytest.mark.parametrize("blank", [" ", "▁", "Ġ", "\n"])
+async def test_a_letter_after_a_blank_is_that_letter(blank: str) -> None:
+    top = [{"token": f"{blank}B", "logprob": -0.5}, {"token": "B", "logprob": -1.0}, {"token": "BA", "logprob": -0.2}]
+    steps = {"content": [{"token": f"{blank}B", "logprob": -0.5, "top_logprobs": top}]}
+    scores = await answered(completion("B", "length", steps), ASK_LETTER)
+    assert scores.best == 1 and scores.first == "B"
+    assert scores.logprobs == (None, pytest.approx(math.log(math.exp(-0.5) + math.exp(-1.0))), None)
+
+
+async def test_a_first_token_that_is_no_letter_is_told() -> None:
+    steps = {"content": [{"token": " The", "logprob": -0.1, "top_logprobs": [{"token": " The", "logprob": -0.1}]}]}
+    scores = await answered(completion(" The", "length", steps), ASK_LETTER)
+    assert (scores.logprobs, scores.first) == ((None,) * 3, "The")
+    status, headers, content = completion("", "length", steps)
+    content["choices"][0]["message"]["reasoning_content"] = " The"
+    error = await answered((status, headers, content), ASK_LETTER)
+    assert error.final and "begins with a thought" in str(error)
 
 
 async def test_a_reader_that_thinks_first_is_told_how_not_to() -> None:
@@ -197,6 +226,7 @@ async def test_validators_of_other_kinds_are_understood() -> None:
 async def test_a_field_that_must_be_sent_is_a_final_refusal() -> None:
     error = await ask(knows("temperature"))  # greedy is asked for, and the server's default is not
     assert isinstance(error, RequestError) and error.final and "does not take temperature" in str(error)
+    assert "give --temperature 1" in str(error)
     error = await ask(knows("top_logprobs"), ASK_LETTER)
     assert error.final and "--reader-mode sampled" in str(error)
     error = await ask(knows("chat_template_kwargs"), template_args={"enable_thinking": False})
@@ -214,7 +244,7 @@ async def test_a_field_that_must_be_sent_is_a_final_refusal() -> None:
 async def test_what_is_wrong_with_one_request_is_not_a_field(said: str) -> None:
     double = Double(lambda n, body: refusing(400, {"message": said, "param": None}))
     error = await ask(double)
-    assert type(error) is RequestError and not error.final and len(double.bodies) == 1
+    assert type(error) is Rejected and not error.final and len(double.bodies) == 1
 
 
 @pytest.mark.parametrize(
@@ -248,6 +278,19 @@ async def test_template_arguments_go_where_they_are_heeded() -> None:
     assert refused.final and "would not heed chat_template_kwargs" in str(refused) and plain.bodies == []
 
 
+async def test_a_server_that_takes_another_field_for_the_limit_is_asked_twice() -> None:
+    said = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    double = Double(
+        lambda n, body: refusing(400, {"error": {"message": said}}) if "max_tokens" in body else completion("x"),
+        owner="somebody",
+    )
+    assert (await ask(double)).text == "x"
+    assert [sorted(body.keys() & {"max_tokens", "max_completion_tokens"}) for body in double.bodies] == [
+        ["max_tokens"],
+        ["max_completion_tokens"],
+    ]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -277,24 +320,35 @@ async def test_a_minutes_limit_is_no_quota() -> None:
     assert (await ask(double, attempts=1)).text == "x"  # waiting is no attempt lost
 
 
+async def test_a_body_that_is_broken_on_its_way_is_asked_for_again() -> None:
+    whole = gzip.compress(b'{"choices": []}')
+    double = Double(lambda n, body: (200, {"content-encoding": "gzip"}, whole[:12] + b"broken"))
+    error = await ask(double, attempts=5)
+    assert "gave up after 5 attempts: the answer broke on its way" in str(error) and len(double.bodies) == 5
+    error = await answered((200, {"content-encoding": "gzip"}, b"no gzip"))
+    assert "gave up after 3 attempts: DecodingError" in str(error)
+    mended = Double(lambda n, body: completion("x") if n else (200, {"content-encoding": "gzip"}, b"no gzip"))
+    assert (await ask(mended, attempts=5)).text == "x"
+
+
 # --- waiting ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["seconds", "date", "past", "nonsense"])
 async def test_retry_after_is_waited_for_in_each_form(form: str) -> None:
-    forms = {
-        "seconds": "1.2",
-        "date": formatdate(time.time() + 2.1, usegmt=True),
-        "past": formatdate(0),
-        "nonsense": "soon",
+    forms: dict[str, Callable[[], str]] = {
+        "seconds": lambda: "1.2",
+        "date": lambda: formatdate(time.time() + 2.1, usegmt=True),
+        "past": lambda: formatdate(0),
+        "nonsense": lambda: "soon",
     }
-    double = Double(lambda n, body: completion("x") if n else refusing(429, {}, {"Retry-After": forms[form]}))
+    double = Double(lambda n, body: completion("x") if n else refusing(429, {}, {"Retry-After": forms[form]()}))
     assert (await ask(double, attempts=1)).text == "x"
     waited = double.times[1] - double.times[0]
     assert waited >= {"seconds": 1.2, "date": 1.0}.get(form, 0.0)  # a date has whole seconds
 
 
-@pytest.mark.parametrize("status", [429, 502, 503])
+@pytest.mark.parametrize("status", [429, 502, 503, 529])
 async def test_a_busy_server_is_waited_for_by_the_clock(status: int) -> None:
     began = time.monotonic()
     double = Double(lambda n, body: completion("x") if time.monotonic() - began > 1.5 else refusing(status, {}))
@@ -313,7 +367,8 @@ async def test_patience_ends() -> None:
 def test_errors_keep_what_they_say_between_processes() -> None:
     for error in (
         RequestError("a", final=True),
-        Refused("b"),
+        Refused("b", "no"),
+        Rejected("e"),
         Unavailable("c", final=True, busy=True),
         UntakenField("d", "seed"),
     ):

@@ -65,7 +65,11 @@ async def engine_of(folder: Path, **arguments: Any) -> TransformersEngine:
         ("<think>\nHm, a star", False, "", Thought("Hm, a star", False)),
         ("Hm.\n</think>\n\nA star.", True, "A star.", Thought("Hm.", True)),
         ("Hm, a star", True, "", Thought("Hm, a star", False)),
-        ("Hm.\n</think>\n\nA star.", False, "Hm.\n</think>\n\nA star.", None),
+        ("Hm.\n</think>\n\nA star.", False, "A star.", Thought("Hm.", True)),  # nobody knew that it was begun
+        ("<think>\n\n</think>\n\n<think>Hm.</think>A star.", False, "A star.", Thought("Hm.", True)),
+        ("<thinking>Hm.</thinking>A star.", False, "A star.", Thought("Hm.", True)),
+        ("◁think▷Hm.◁/think▷A star.", False, "A star.", Thought("Hm.", True)),
+        ("It has <think> and </think> on it.", False, "It has <think> and </think> on it.", None),
     ],
 )
 def test_a_thought_is_no_part_of_the_answer(written: str, begun: bool, text: str, thought: Thought | None) -> None:

@@ -13,13 +13,13 @@ from capipe.errors import RunFailed
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.shards import Row, expand, join
 from capipe.manifests.status import Status
-from capipe.models.engine import GenerationRequest, ImageInput, RequestError
+from capipe.models.engine import GenerationRequest, ImageInput, Prompt, Refused, Rejected, RequestError
 from capipe.models.formats import ImageProblem
 from capipe.models.loading import EngineConfig
 from capipe.pipeline import breaker, worker
 from capipe.pipeline.annotating import AnnotateProcessor, AnnotateStage
 from capipe.pipeline.breaker import ErrorStreak, Refusals, general_reason
-from capipe.pipeline.engine_stages import EngineSetup, LoadedEngine
+from capipe.pipeline.engine_stages import CountingEngine, EngineSetup, LoadedEngine
 from capipe.pipeline.events import Event, Pulse
 from capipe.pipeline.inline import run_inline
 from capipe.stages.annotate import AnnotateConfig
@@ -276,6 +276,31 @@ def test_refusals_count_until_an_answer() -> None:
     refusals.failed(busy)
     with pytest.raises(RunFailed, match="50 requests in a row"):
         refusals.failed(no)
+
+
+def test_rejections_count_by_what_they_are_about_and_for_one_reason() -> None:
+    """All questions about one image may be rejected for what it is: that says nothing of the others."""
+    refusals = Refusals()
+    for number in range(200):
+        refusals.failed(Rejected(f"HTTP 400: {number} tokens are too many"), "one image")
+    for number in range(40):
+        refusals.failed(Rejected(f"HTTP 400: {number} tokens are too many"), f"image {number}")
+    refusals.failed(Rejected("HTTP 400: no image"), "another")
+    for number in range(49):
+        refusals.failed(Rejected(f"HTTP 400: {number} tokens are too many"), f"image {number}")
+    refusals.failed(RequestError("busy"), "image 50")
+    with pytest.raises(RunFailed, match="about 50 images or texts in a row: HTTP 400: 7 tokens are too many"):
+        refusals.failed(Rejected("HTTP 400: 7 tokens are too many"), "image 51")
+
+
+async def test_a_refusal_is_an_answer() -> None:
+    """One of a filter shows that the key and the request are good."""
+    answers: list[Exception] = [RequestError("no", final=True)] * 40 + [Refused("filtered")]
+    scripted = Scripted(generate=lambda request: answers[(len(scripted.generations) - 1) % len(answers)])
+    engine = CountingEngine(scripted)
+    for _ in range(120):
+        with pytest.raises(RequestError):
+            await engine.generate(GenerationRequest(Prompt("Describe.")))
 
 
 def test_an_idle_worker_records_what_it_holds_back(shards: Callable[[int], Path], tmp_path: Path) -> None:

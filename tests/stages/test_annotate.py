@@ -17,6 +17,7 @@ from capipe.models.engine import (
     GenerationRequest,
     ImageGrid,
     ImageInput,
+    Refused,
     RequestError,
 )
 from capipe.stages.annotate import AnnotateConfig, Annotator, chosen_caption, derive_seed
@@ -92,6 +93,22 @@ async def test_an_engine_error_is_a_status_and_costs_no_other_caption() -> None:
     row = await Annotator(Scripted(answer), "m", config("plain", "short")).annotate(ROW, IMAGE)
     assert row["status"] == "engine_error" and row["error"] == "plain: out of tokens"
     assert [c["text"] for c in row["captions"]] == [None, "A dog."]
+
+
+async def test_a_refusal_by_the_server_is_final_and_its_words_are_kept() -> None:
+    def answer(request: GenerationRequest) -> Answer:
+        return Refused("refused by the model: No.", "No.") if request.prompt.text == NAMED["plain"] else "A dog."
+
+    engine = Scripted(answer)
+    row = await Annotator(engine, "m", config("plain", "short", max_attempts=3)).annotate(ROW, IMAGE)
+    assert row["status"] == "refused" and row["error"] == "plain: refused by the model: No."
+    assert [(c["text"], c["attempts"]) for c in row["captions"]] == [("No.", 1), ("A dog.", 1)]
+
+
+async def test_json_is_a_fault_where_the_prompt_does_not_ask_for_it() -> None:
+    engine = Scripted(lambda request: '{"caption": "A dog."}')
+    row = await Annotator(engine, "m", config("plain", "fields=Reply in JSON.")).annotate(ROW, IMAGE)
+    assert [(c["status"], c["attempts"]) for c in row["captions"]] == [("degenerate", 3), ("ok", 1)]
 
 
 async def test_samples_differ_in_seed_only_and_seeds_depend_on_the_image_alone() -> None:

@@ -260,3 +260,13 @@ async def test_all_rows_fit_the_columns() -> None:
     table = pa.Table.from_pylist(rows, schema=GRADE)
     table.validate(full=True)
     assert table.to_pylist() == rows
+
+
+async def test_where_nothing_scores_the_first_answer_that_came_instead_is_told() -> None:
+    reader = QuizReader(Scripted(generate=lambda request: "It is hard to say"), ReaderConfig(mode="sampled"))
+    out = await Grader(reader, GradeConfig()).grade(row())
+    assert (out["status"], out["error"]) == ("ok", "no answer names an option; the first is 'It is hard to say'")
+    some = QuizReader(
+        Scripted(lambda request: pick(request, "A") if "star" in request.prompt.text else [None] * 3), ReaderConfig()
+    )
+    assert (await Grader(some, GradeConfig()).grade(row()))["error"] is None

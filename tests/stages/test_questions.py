@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from capipe.manifests.schema import QUESTIONS
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
-from capipe.models.engine import Completion, EngineDead, FinishReason, RequestError, Thought
+from capipe.models.engine import Completion, EngineDead, FinishReason, Refused, RequestError, Thought
 from capipe.models.quiz import KINDS, writing_prompt, writing_schema
 from capipe.stages.question_checks import RawQuestion, checked
 from capipe.stages.questions import QuestionsConfig, QuestionWriter, passed_on, written_questions
@@ -251,11 +251,21 @@ def test_kinds_are_those_that_rows_can_have() -> None:
 
 def test_a_writer_that_only_thought_wrote_no_questions() -> None:
     (cut,) = written_questions(Completion("", (), "length", 9, thought=Thought("A star, so", False)))
-    assert cut.fault is not None and "thought did not end" in cut.fault[1]
+    assert cut.fault is not None and "reasoning did not end" in cut.fault[1]
     (done,) = written_questions(Completion("", (), "stop", 9, thought=Thought("A star.", True)))
     assert done.fault is not None and "nothing after its thought" in done.fault[1]
     (kept,) = written_questions(Completion(whole(ONE), (), "stop", 9, thought=Thought("A star.", True)))
     assert kept.fault is None
+
+
+async def test_a_writer_that_refuses_is_not_asked_again() -> None:
+    refused = await writer(Refused("refused by the model: No.", "No.")).write(ROW, IMAGE)
+    assert (refused["status"], refused["attempts"], refused["raw"]) == ("refused", 1, ["No."])
+
+
+async def test_tokens_that_nobody_counted_are_unknown() -> None:
+    unknown = await writer(Completion(whole(ONE), (), "stop", None)).write(ROW, IMAGE)
+    assert (unknown["status"], unknown["n_tokens"]) == ("ok", None)
 
 
 async def test_all_rows_fit_the_columns() -> None:

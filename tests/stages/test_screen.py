@@ -12,7 +12,7 @@ import pytest
 from capipe.manifests.schema import SCREEN
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
-from capipe.models.engine import ChoiceRequest, EngineDead, RequestError
+from capipe.models.engine import ChoiceRequest, EngineDead, Refused, RequestError
 from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, Reading
 from capipe.stages.question_checks import RawQuestion, checked
@@ -136,18 +136,43 @@ async def test_a_failure_leaves_an_unresolved_row_with_every_question_and_its_st
     assert (sign["without_image"], sign["text_accuracy"]) == ([None] * 4, None)
 
 
-async def test_nonsense_is_not_the_right_answer_and_final() -> None:
+async def test_what_cannot_be_scored_is_never_wrong() -> None:
     out = await screener(lambda request: [float("nan")] * 4).screen(row(), IMAGE)
-    assert out["status"] == "filtered" and Status(out["status"]).resolved
-    unsupported = [each for each in out["questions"] if each["status"] == "unsupported"]
-    assert len(unsupported) == 3 and all(each["with_image"] == [None] * 4 for each in unsupported)
-    assert all(each["image_accuracy"] == each["text_accuracy"] == 0 for each in unsupported)
+    assert out["status"] == "engine_error" and "scores that are no numbers" in out["error"]
+    unscored = [each for each in out["questions"] if each["status"] == "unscored"]
+    assert len(unscored) == 3 and all(each["with_image"] == [None] * 4 for each in unscored)
+    assert all((each["image_accuracy"], each["text_accuracy"]) == (None, 0) for each in unscored)
 
 
-def test_three_right_and_one_nonsense_is_three_of_four() -> None:
-    hazy = Reading(COLOR, (1, 1, 1, None))
-    assert judge(hazy, reading(0), ScreenConfig())[0] == "unsupported"
+def test_an_answer_without_a_letter_counts_neither_way_with_the_image() -> None:
+    hazy = Reading(COLOR, (1, 1, 1, None), instead="'It is'")
+    status, reason = judge(hazy, reading(0), ScreenConfig())
+    assert status == "unscored" and reason is not None and "1 of 4" in reason and "'It is'" in reason
     assert judge(hazy, reading(0), ScreenConfig(image_min=0.75))[0] == "ok"
+    wrong = Reading(COLOR, (1, 1, 0, None))
+    assert judge(wrong, reading(0), ScreenConfig())[0] == "unsupported"  # whatever the fourth meant
+    nothing = Reading(COLOR, (None,) * 4)
+    assert judge(nothing, reading(0), ScreenConfig(image_min=0.0))[0] == "unscored"
+    assert judge(reading(4), nothing, ScreenConfig())[0] == "ok"  # without the image no answer is what is hoped for
+
+
+async def test_some_answers_without_a_letter_do_not_hold_a_row_up() -> None:
+    def choose(request: ChoiceRequest) -> Scores:
+        if "sign" in request.prompt.text:
+            return [None] * 4
+        return sees_all_but_the_sign(request)
+
+    out = await screener(choose).screen(row(), IMAGE)
+    assert (out["status"], out["error"]) == ("ok", None)
+    statuses = [each["status"] for each in out["questions"]]
+    assert statuses == ["ok", "leaked", "duplicate", "unscored", "bad_answer", "malformed"]
+    assert "no letter among the likeliest tokens" in out["questions"][3]["error"]
+
+
+async def test_a_reader_that_refuses_is_not_asked_again() -> None:
+    out = await screener(lambda request: Refused("refused: content_filter")).screen(row(), IMAGE)
+    assert out["status"] == "refused" and Status(out["status"]).resolved
+    assert "refused: content_filter" in out["error"]
     assert judge(reading(4), Reading(COLOR, (None,) * 4), ScreenConfig())[0] == "ok"
 
 

@@ -32,6 +32,7 @@ def row(
     scene: Scene | None = None,
     uid: str | None = "",
     status: str = "ok",
+    error: str | None = None,
 ) -> dict[str, Any]:
     """A row through the schema, with its counts filled in. ``uid``: "" makes one of the key."""
     by_id = {each["id"]: each for each in questions or ()}
@@ -43,7 +44,7 @@ def row(
         "key": key,
         "uid": f"uid-{key}" if uid == "" else uid,
         "status": status,
-        "error": None,
+        "error": error,
         "questions": questions,
         "captions": None if captions is None else counted,
         "scene": None if scene is None else json.dumps(scene.to_dict()),

@@ -306,7 +306,18 @@ def test_json_of_another_form_names_the_field() -> None:
     [
         ([], "grades: no row at all"),
         ([row("a", None, None, status="corrupt")], r"grades: no row with questions and captions \(1 corrupt\)"),
-        ([row("a", [question("q")], [caption("plain", "A.", {"q": [None]})])], "none of the 1 questions has a score"),
+        (
+            [row("a", [question("q")], [caption("plain", "A.", {"q": [None]})])],
+            "none of the 1 questions has a score; take another",
+        ),
+        (
+            [row("a", [question("q")], [caption("plain", "A.", {"q": [None]})], error="the first is 'The'")],
+            "none of the 1 questions has a score: the first is 'The'; take another --reader or --reader-mode",
+        ),
+        (
+            [row("a", None, None, status="engine_error", error="HTTP 400: no")],
+            r"\(1 engine_error; the first says: HTTP 400: no\)",
+        ),
     ],
 )
 def test_nothing_to_measure_is_one_line(rows: list[dict[str, Any]], message: str) -> None:

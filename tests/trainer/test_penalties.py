@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from capipe.models.engine import Completion
+from capipe.models.engine import Completion, Thought
 from capipe.models.prompting import PromptEncoder
 from capipe.models.tiny import folder_of
 from capipe.trainer.advantages import Part
@@ -83,6 +83,9 @@ def test_a_place_between_the_bytes_of_a_character_is_its_last_token() -> None:
     ends = range(1, len(text) + 1)
     assert tokens_at(caption, ends, decode) == [len(text[:end].encode()) - 1 for end in ends]
     assert tokens_at(Completion("ab", (97, 98), "stop", 2), [2, 9], decode) == [1, 1]  # a place past the end: the last
+    before = "<think>día</think>\n\n".encode()
+    after = Completion(text, (*before, *ids), "stop", len(before) + len(ids), thought=Thought("día", True))
+    assert tokens_at(after, ends, decode) == [len(before) + len(text[:end].encode()) - 1 for end in ends]
 
 
 async def test_repeats_are_counted_in_tokens_or_in_words() -> None:
