@@ -60,7 +60,8 @@ datasets.load_dataset("path/of/this/folder", split="train")  # or its name on th
 Each picture's caption lies beside it as well (`images/00000/NAME.jpg`, `NAME.txt`), as trainers of image models take
 them.""",
     "messages": """\
-LLaMA-Factory: `dataset_dir: path/of/this/folder` and `dataset: captions` in its configuration. With `datasets`, messages and paths of images:
+LLaMA-Factory: `dataset_dir: path/of/this/folder` and `dataset: captions` in its
+configuration. With `datasets`, messages and paths of images:
 
 ```python
 import datasets
