@@ -20,6 +20,7 @@ from ..manifests.manifest import ShardRecord
 from ..manifests.status import Status
 from ..stages.dataset_card import CardWords
 from ..stages.export import STAGE, ExportConfig, export_shards
+from ..stages.export_parquet import JSON, URL
 from ..stages.export_plan import ExportTask, as_they_are, of_size
 from ..stages.export_source import column_of, image_extensions
 from .desk import Outcome
@@ -91,7 +92,9 @@ def plan_export(
         "extras": EXTRAS[format],
         "card": asdict(words),
     }
-    semantic = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
+    semantic: dict[str, Any] = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
+    if format == "parquet":  # exports from before these columns are not gone on with: all files have the same
+        semantic["columns"] = [URL, JSON]
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=[url])
     try:
         artifact.release_quarantine()

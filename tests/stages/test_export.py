@@ -332,3 +332,18 @@ def test_messages_that_would_mislead_a_trainer(tmp_path: Path) -> None:
         "images": ["images/00000/000000001.jpg"],
     }
     assert notes is not None and len(notes) == 2 and "2 pairs with an empty caption" in notes[0]
+
+
+def test_parquet_without_what_came_with_images_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Files with and without those columns are no data set; other formats go on with what older versions began."""
+    source = final_shards(tmp_path / "final")
+    for format in EXTRAS:
+        config = {"format": format, "image_extension": None}
+        semantic = {"input": Artifact.open(str(source)).fingerprint, "export": config}
+        Artifact.create(str(tmp_path / format), "export", semantic, {}).close()
+        if format == "parquet":
+            with pytest.raises(ArtifactMismatch, match="columns"):
+                export(source, tmp_path / format, format)
+        else:
+            export(source, tmp_path / format, format)
+            assert verify(str(tmp_path / format)).faults == []
