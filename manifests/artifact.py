@@ -7,17 +7,16 @@ import hashlib
 import json
 import os
 import platform
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
 import pyarrow as pa
 
 from ..errors import ArtifactMismatch, BadInput
-from . import manifest
+from . import manifest, times
 from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, fingerprint
@@ -55,6 +54,11 @@ class Artifact:
     @property
     def fingerprint(self) -> str:
         return str(self.config["fingerprint"])
+
+    @property
+    def created(self) -> str:
+        """When, as ISO 8601 in UTC; empty where nothing says. Configurations from before ``times.jsonl`` have it."""
+        return str(self.config.get("created") or times.read(self.folder).created)
 
     @classmethod
     def exists(cls, url: str) -> bool:
@@ -115,7 +119,6 @@ class Artifact:
             "semantic": semantic,
             "run": json.loads(canonical(run)),
             "packages": _versions(),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         if not folder.exists(CONFIG):
             strangers = [name for name in folder.names() if name != PRIVATE]
@@ -143,6 +146,7 @@ class Artifact:
         if fresh:
             self._erase()
         if not self.folder.exists(CONFIG):
+            times.note_created(self.folder)
             self._write(config)
             return
         self.config = self._resumed(config)
@@ -169,7 +173,7 @@ class Artifact:
 
     def _write(self, config: dict[str, Any]) -> None:
         config[DIGEST] = _digest(config)
-        self.folder.write(CONFIG, json.dumps(config, indent=1, ensure_ascii=False).encode())
+        self.folder.write(CONFIG, json.dumps(config, indent=1, ensure_ascii=False, sort_keys=True).encode())
 
     def note(self, **facts: Any) -> None:
         """Add facts about the run to ``config.json``; they are not in the fingerprint."""
@@ -290,7 +294,7 @@ class Artifact:
         for index, row in rows.items():
             journal.append(index, row)
         journal.close()
-        manifest.append(self.folder, ShardRecord(record.shard, {}, {}, {}, self.fingerprint, 0.0, retracted=True))
+        manifest.append(self.folder, ShardRecord(record.shard, {}, {}, {}, self.fingerprint, retracted=True))
 
     def read_rows(self, shard: str) -> list[dict[str, Any]]:
         """All rows of a committed shard, in order."""
@@ -298,8 +302,8 @@ class Artifact:
         return rows
 
     def manifest_digest(self) -> str:
-        """sha256 over what is committed now: two readers with the same digest saw the same shards."""
-        records = [asdict(record) for record in self.committed().values()]
+        """sha256 over what is committed now, whenever that was: readers with the same digest saw the same shards."""
+        records = [asdict(replace(record, seconds=None)) for record in self.committed().values()]
         return hashlib.sha256(canonical(records).encode()).hexdigest()
 
     def quarantine(self, shard: str, reason: str) -> None:

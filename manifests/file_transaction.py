@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..errors import ArtifactMismatch
-from . import manifest
+from . import manifest, times
 from .manifest import ShardRecord
 from .storage import Folder, clear, sync
 from .transaction import HashedFile
@@ -101,9 +101,9 @@ class FileTransaction:
             files=self._files,
             input=dict(input_info),
             fingerprint=self._fingerprint,
-            seconds=round(time.time() - self._started, 3),
             stats=dict(stats or {}),
         )
+        times.note_shard(self._folder, self.shard, self._started)
         manifest.append(self._folder, record)
         return record
 

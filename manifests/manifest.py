@@ -7,10 +7,8 @@ back before it is done again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from ..errors import ArtifactMismatch
 from .fingerprint import canonical
 from .status import Status
-from .storage import PRIVATE, Folder
+from .storage import PRIVATE, Folder, append_line
 
 LINES = f"{PRIVATE}/manifest.jsonl"
 OBJECTS = f"{PRIVATE}/manifest.d"
@@ -30,7 +28,7 @@ class ShardRecord:
     """One committed shard.
 
     ``rows``: count by status. ``files``: ``{name: {"bytes": n, "sha256": hex}}``. ``input``: what it was made from,
-    at least ``digest``. ``seconds``: from its first row to its commit.
+    at least ``digest``. ``seconds``: from its first row to its commit, in lines from before :mod:`.times` alone.
     """
 
     shard: str
@@ -38,9 +36,9 @@ class ShardRecord:
     files: Mapping[str, Mapping[str, Any]]
     input: Mapping[str, Any]
     fingerprint: str
-    seconds: float
     retracted: bool = False
     stats: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
 
     @property
     def count(self) -> int:
@@ -70,7 +68,7 @@ def read(folder: Folder) -> dict[str, ShardRecord]:
 
 def _written(record: ShardRecord) -> bytes:
     """A line of the manifest, without its end."""
-    entry = {k: v for k, v in asdict(record).items() if v or k != "retracted"}
+    entry = {k: v for k, v in asdict(record).items() if v or k not in ("retracted", "seconds")}
     return canonical({**entry, CHECKSUM: _checksum(entry)}).encode()
 
 
@@ -135,32 +133,4 @@ def append(folder: Folder, record: ShardRecord) -> None:
     if not folder.is_local:
         folder.write(f"{OBJECTS}/{record.shard}.json", line)
         return
-    path = folder.local(LINES)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # several workers commit to one manifest
-        end = os.lseek(handle, 0, os.SEEK_END)
-        sound = _sound_end(handle, end)
-        try:
-            os.ftruncate(handle, sound)
-            os.lseek(handle, sound, os.SEEK_SET)
-            data = memoryview(line + b"\n")
-            while data:
-                data = data[os.write(handle, data) :]
-            os.fsync(handle)
-        except OSError:
-            os.ftruncate(handle, sound)
-            raise
-    finally:
-        os.close(handle)
-
-
-def _sound_end(handle: int, end: int, chunk: int = 1 << 16) -> int:
-    """Where the last whole line ends: what a crash left behind it is cut off before the next line is written."""
-    while end:
-        start = max(0, end - chunk)
-        newline = os.pread(handle, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
+    append_line(folder.local(LINES), line, durable=True)

@@ -108,13 +108,16 @@ def encode_meta(meta: Mapping[str, Any], ours: Mapping[str, Any]) -> bytes:
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` with everything JSON has no word for replaced: NaN by null, bytes left out, dates as ISO text."""
+    """``value`` with everything JSON has no word for replaced: NaN by null, bytes left out, dates as ISO text. An
+    integer of more than 64 bits becomes its digits as text: `datasets` and others stop at such a number."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items() if not isinstance(item, bytes)}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value if not isinstance(item, bytes)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        return str(value)
     if value is None or isinstance(value, (str, int)):
         return value
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -6,6 +6,7 @@ whole. Scratch files, the journal and the lock are always on a local disk.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -163,6 +164,41 @@ def write_synced(path: Path, data: bytes) -> None:
     except OSError:
         path.unlink(missing_ok=True)
         raise
+
+
+def append_line(path: Path, line: bytes, *, durable: bool = False) -> None:
+    """Add a line to a local file that several processes add to; what a crash left behind its last line is cut off.
+
+    ``durable``: fsync it. Where that or the writing fails (a full disk) nothing was added.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        sound = _sound_end(handle, os.lseek(handle, 0, os.SEEK_END))
+        try:
+            os.ftruncate(handle, sound)
+            os.lseek(handle, sound, os.SEEK_SET)
+            data = memoryview(line + b"\n")
+            while data:
+                data = data[os.write(handle, data) :]
+            if durable:
+                os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, sound)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sound_end(handle: int, end: int, chunk: int = 1 << 16) -> int:
+    """Where the last whole line ends."""
+    while end:
+        start = max(0, end - chunk)
+        newline = os.pread(handle, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import RunFailed
-from . import manifest
+from . import manifest, times
 from .claims import holding, scratch_of
 from .manifest import ShardRecord
 from .status import Status
@@ -104,9 +104,9 @@ class ShardTransaction:
             files=self._files,
             input=dict(input_info),
             fingerprint=self._fingerprint,
-            seconds=round(time.time() - self._started, 3),
             stats=dict(stats or {}),
         )
+        times.note_shard(self._folder, self.shard, self._started)
         manifest.append(self._folder, record)
         return record
 
@@ -118,25 +118,10 @@ class ShardTransaction:
         self._flush()
         self._parquet.close()
         self._files[f"{self.shard}.parquet"] = self._parquet_file.finish()
-        stats = json.dumps(self._img2dataset_stats(), indent=1).encode()
+        stats = shard_stats(self._counts)
         name = f"{self.shard}_stats.json"
         write_synced(self._scratch / name, stats)
         self._files[name] = {"bytes": len(stats), "sha256": hashlib.sha256(stats).hexdigest()}
-
-    def _img2dataset_stats(self) -> dict[str, Any]:
-        """The figures img2dataset's own tools read beside a shard, under its names."""
-        count, good, now = sum(self._counts.values()), self._counts[Status.OK], time.time()
-        status_dict = {("success" if status == Status.OK else str(status)): n for status, n in self._counts.items()}
-        return {
-            "count": count,
-            "successes": good,
-            "failed_to_download": self._counts[Status.CORRUPT],
-            "failed_to_resize": count - good - self._counts[Status.CORRUPT],
-            "duration": now - self._started,
-            "start_time": self._started,
-            "end_time": now,
-            "status_dict": dict(sorted(status_dict.items())),
-        }
 
     def __enter__(self) -> ShardTransaction:
         return self
@@ -163,6 +148,22 @@ class ShardTransaction:
     def _close_parquet(self) -> None:
         if self._parquet.is_open:
             self._parquet.close()
+
+
+def shard_stats(counts: Mapping[str, int]) -> bytes:
+    """The ``_stats.json`` of a shard with these rows by status: the counts that img2dataset's own tools read, under
+    their names. Times are in a file of their own."""
+    count, good = sum(counts.values()), counts.get(Status.OK, 0)
+    status_dict = {("success" if status == Status.OK else str(status)): n for status, n in counts.items()}
+    corrupt = counts.get(Status.CORRUPT, 0)
+    stats = {
+        "count": count,
+        "successes": good,
+        "failed_to_download": corrupt,
+        "failed_to_resize": count - good - corrupt,
+        "status_dict": dict(sorted(status_dict.items())),
+    }
+    return json.dumps(stats, indent=1).encode()
 
 
 def _sync(file: BinaryIO) -> None:

@@ -168,17 +168,30 @@ def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) ->
 
 
 def _loose_images(artifact: Artifact, part: str, uids: Mapping[str, str]) -> Iterator[str]:
-    """Every image that a list of conversations names is there, and is its uid's."""
+    """Every image that a list of an export names is there, and is its uid's; so is a caption in a file beside it."""
     with artifact.folder.open(part) as lines:
         for line in lines:
             entry = json.loads(line)
+            image = entry.get("image") or entry.get("file_name") or entry["images"][0]
             try:
-                sound = uid_of(artifact.folder.read_bytes(entry["image"])) == uids.get(entry["id"])
+                sound = uid_of(artifact.folder.read_bytes(image)) == uids.get(entry.get("id") or entry["key"])
             except OSError as error:
-                yield f"{entry['image']}: cannot be read ({error})"
+                yield f"{image}: cannot be read ({error})"
                 continue
             if not sound:
-                yield f"{entry['image']}: not the image of its uid"
+                yield f"{image}: not the image of its uid"
+            if "file_name" in entry:
+                yield from _loose_caption(artifact, f"{image.rpartition('.')[0]}.txt", entry["text"])
+
+
+def _loose_caption(artifact: Artifact, name: str, caption: str) -> Iterator[str]:
+    try:
+        sound = artifact.folder.read_bytes(name) == caption.encode()
+    except OSError as error:
+        yield f"{name}: cannot be read ({error})"
+        return
+    if not sound:
+        yield f"{name}: not the caption that was written"
 
 
 def _source(artifact: Artifact, report: Report) -> Artifact | None:
@@ -201,16 +214,23 @@ def _conservation(artifact: Artifact, record: ShardRecord, source: Artifact | No
     if source is None:
         return
     name = f"{record.shard}.parquet"
-    final = "shards" in record.input  # of several input shards, whose keys may have got a prefix
-    sources = [entry["name"] for entry in record.input["shards"]] if final else [record.shard]
+    sources = record.input.get("shards", [{"name": record.shard}])  # several, or rows from one to another
+    selected = artifact.stage == "select"  # whose keys may have got a prefix
     try:
-        ours = _identity(artifact, name, "source_key" if final else "key")
-        theirs = pa.concat_tables(_identity(source, f"{shard}.parquet", "key") for shard in sources)
+        ours = _identity(artifact, name, "source_key" if selected else "key")
+        theirs = pa.concat_tables(_rows_of(source, entry) for entry in sources)
     except (OSError, pa.ArrowException) as error:
         yield f"{name}: cannot be compared with its input {source.url} ({error})"
         return
     if not ours.equals(theirs):
         yield f"{name}: keys and uids are not those of its input {source.url}, row by row"
+
+
+def _rows_of(source: Artifact, entry: Mapping[str, Any]) -> pa.Table:
+    """Keys and uids of what went into a shard of one of the input's."""
+    table = _identity(source, f"{entry['name']}.parquet", "key")
+    start = entry.get("from", 0)
+    return table.slice(start, entry.get("to", len(table)) - start)
 
 
 def _identity(artifact: Artifact, name: str, key: str) -> pa.Table:

@@ -145,7 +145,7 @@ def is_there(url: str) -> bool:
 
 
 def contents(artifact: Artifact) -> str:
-    """Of what an artifact holds: what was committed, but not when and how fast, which is in the ``_stats.json``."""
+    """Of what an artifact holds: what was committed, but not when and how fast, which older ``_stats.json`` tell."""
     records = [
         [r.shard, dict(r.rows), {name: dict(f) for name, f in r.files.items() if not name.endswith("_stats.json")}]
         for r in artifact.committed().values()

@@ -20,7 +20,7 @@ from .outcome import conclude
 def export(
     artifact: Annotated[str, typer.Argument(help="Final shards; or any artifact that has tars.")],
     out: o.Out,
-    format: Annotated[str, typer.Option(help="webdataset, parquet or llava.")] = "webdataset",
+    format: Annotated[str, typer.Option(help="webdataset, parquet, llava, folder or messages.")] = "webdataset",
     license: Annotated[
         str, typer.Option(help="The Hub's identifier, such as cc-by-4.0; other if you do not say.")
     ] = "other",
@@ -33,6 +33,9 @@ def export(
         str,
         typer.Option(help="webdataset: auto (one name for all images where theirs differ), keep, jpg, png or webp."),
     ] = "auto",
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Most pairs of a shard; by default the shards stay as they are.")
+    ] = None,
     link: Annotated[
         bool, typer.Option("--link", help="webdataset: hard-link tars instead of copying. Never edit either side then.")
     ] = False,
@@ -48,12 +51,20 @@ def export(
         title or out.rstrip("/").rpartition("/")[2], checked_license(license), checked_languages(language or [])
     )
     made = plan_export(
-        artifact, out, format, words, image_extension=image_extension, link=link, workers=workers, fresh=fresh
+        artifact,
+        out,
+        format,
+        words,
+        image_extension=image_extension,
+        shard_size=shard_size,
+        link=link,
+        workers=workers,
+        fresh=fresh,
     )
     stop = threading.Event()
     done = made.artifact.committed().values()
-    before, total = sum(record.count for record in done), sum(record.count for record in made.shards)
-    progress = Progress("export", len(made.shards), len(done), total, before, ready=time.monotonic())
+    before = sum(record.count for record in done)
+    progress = Progress("export", made.shards, len(done), made.rows, before, ready=time.monotonic())
     try:
         with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
             outcome = execute_export(made, report, stop)

@@ -3,6 +3,7 @@ committed whenever an export is run, so the same bytes whatever happened before.
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
 from collections import Counter
@@ -18,8 +19,10 @@ from ..manifests.storage import parquet_file, read_parquet
 from ..stages import energon
 from ..stages.card_statistics import Statistics
 from ..stages.dataset_card import CardWords, Contents, render
+from ..stages.export_folder import METADATA
 from ..stages.export_source import PARTS, listing
-from ..stages.llava import CONVERSATIONS, IMAGES, as_list, part_file
+from ..stages.export_writer import IMAGES, part_file
+from ..stages.llava import CONVERSATIONS, DATASET_INFO, MESSAGES, as_list, dataset_info
 from ..stages.provenance import chain
 
 CARD = "README.md"
@@ -30,7 +33,11 @@ EXTRAS: dict[str, list[str]] = {
     "webdataset": [CARD, SIZES, energon.META],
     "parquet": [CARD, "data"],
     "llava": [CARD, CONVERSATIONS, IMAGES],
+    "folder": [CARD, METADATA, IMAGES],
+    "messages": [CARD, MESSAGES, DATASET_INFO, IMAGES],
 }
+
+_LISTS = {"llava": CONVERSATIONS, "folder": METADATA, "messages": MESSAGES}  # what shards' lines are put together in
 
 
 def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: str, notes: Sequence[str]) -> None:
@@ -40,9 +47,12 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
         _write(files, CARD, _card(artifact, source, words, format, records, notes).encode())
         if format == "webdataset":
             _write_webdataset(artifact, records, files)
-        if format == "llava":
-            with files.writing(CONVERSATIONS) as file:
-                for piece in as_list(_parts(artifact, records)):
+        if format == "messages":
+            _write(files, DATASET_INFO, dataset_info())
+        if format in _LISTS:
+            with files.writing(_LISTS[format]) as file:
+                lines = _parts(artifact, records)
+                for piece in as_list(lines) if format == "llava" else itertools.chain.from_iterable(lines):
                     file.write(piece)
         artifact.note(finals=files.publish())
 
@@ -63,7 +73,7 @@ def _card(
     statistics = Statistics()
     for record in records:
         statistics.add(parquet_file(artifact.folder, listing(record.shard)))
-    size = sum(int(record.input["bytes"]) for record in records)
+    size = sum(int(record.files[f"{record.shard}.tar"]["bytes"]) for record in source.committed().values())
     shards = sum(bool(record.stats["samples"]) for record in records)
     contents = Contents(format, shards, size, _images(records), notes)
     return render(words, contents, statistics, chain(source))

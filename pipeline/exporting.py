@@ -8,20 +8,21 @@ import hashlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from ..errors import ArtifactMismatch, BadInput, CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.status import Status
-from ..manifests.storage import read_parquet
 from ..stages.dataset_card import CardWords
-from ..stages.export import STAGE, ExportConfig, export_shard
-from ..stages.export_source import image_extensions, listing, made_of
+from ..stages.export import STAGE, ExportConfig, export_shards
+from ..stages.export_parquet import JSON, URL
+from ..stages.export_plan import ExportTask, as_they_are, of_size
+from ..stages.export_source import column_of, image_extensions
 from .desk import Outcome
 from .events import Event, Pulse, ShardDone, ShardFailed
 from .export_files import EXTRAS, write_files
@@ -39,10 +40,19 @@ class ExportPlan:
     config: ExportConfig
     source: Artifact
     artifact: Artifact
-    shards: list[ShardRecord]
-    todo: list[ShardRecord]
+    tasks: list[ExportTask]
+    todo: list[ExportTask]
     workers: int
     link: bool
+
+    @property
+    def shards(self) -> int:
+        """Shards that there are to be."""
+        return sum(len(task.pieces) for task in self.tasks)
+
+    @property
+    def rows(self) -> int:
+        return sum(record.count for task in self.tasks for record in task.sources)
 
 
 def plan_export(
@@ -52,42 +62,49 @@ def plan_export(
     words: CardWords,
     *,
     image_extension: str = "auto",
+    shard_size: int | None = None,
     link: bool = False,
     workers: int | None = None,
     fresh: bool = False,
 ) -> ExportPlan:
     """Check the source, settle how images are called, lock the output. Raises CapipeError; then nothing was written.
 
-    ``image_extension``: auto (one name for all where they differ), keep, or a name.
+    ``image_extension``: auto (one name for all where they differ), keep, or a name. ``shard_size``: most pairs of a
+    shard; None for the source's own shards.
     """
     if format not in _FORMATS:
         raise BadInput(f"--format {format}: unknown; one of {', '.join(_FORMATS)}")
     source = Artifact.open(url)
     shards = _complete(source)
-    if format != "parquet":
-        _refuse_repeated_keys(source, shards, format)
+    if shard_size is not None:
+        _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
+    elif format != "parquet":
+        _refuse_repeated_keys(source, shards, format, pairs_only=True)
     extension = _extension(source, shards, image_extension) if format == "webdataset" else None
-    config = ExportConfig(format=format, image_extension=extension)  # type: ignore[arg-type]  # checked above
+    config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)  # type: ignore[arg-type]
     if link:
         _check_link(source, out, config)
+    tasks = as_they_are(shards) if shard_size is None else of_size(source, shards, shard_size)
     run = {
         "shards": url,
-        "shards_total": len(shards),
+        "shards_total": sum(len(task.pieces) for task in tasks),
         "input_manifest": source.manifest_digest(),
         "extras": EXTRAS[format],
         "card": asdict(words),
     }
-    semantic = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
+    semantic: dict[str, Any] = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
+    if format == "parquet":  # exports from before these columns are not gone on with: all files have the same
+        semantic["columns"] = [URL, JSON]
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=[url])
     try:
         artifact.release_quarantine()
-        todo = _todo(artifact, source, shards)
+        todo = _todo(artifact, source, tasks)
     except CapipeError:
         artifact.close()
         raise
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     shared = artifact.folder.is_shared and source.folder.is_shared
-    return ExportPlan(config, source, artifact, shards, todo, min(count, len(todo)) if shared else 0, link)
+    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)) if shared else 0, link)
 
 
 _FORMATS = tuple(EXTRAS)
@@ -111,27 +128,23 @@ def _complete(source: Artifact) -> list[ShardRecord]:
     return records
 
 
-def _ok_keys(source: Artifact, record: ShardRecord) -> list[str]:
-    rows = read_parquet(source.folder, listing(record.shard), ["key", "status"])
-    keys: list[str] = rows.filter(pc.equal(rows["status"], "ok")).column("key").to_pylist()
-    return keys
-
-
-def _refuse_repeated_keys(source: Artifact, shards: list[ShardRecord], format: str) -> None:
-    """Energon finds samples, and LLaVA's list names them, by key alone. Remembers eight bytes a key."""
-    marks = [np.array([_mark(key) for key in _ok_keys(source, record)], np.uint64) for record in shards]
+def _refuse_repeated_keys(source: Artifact, shards: list[ShardRecord], what: str, *, pairs_only: bool) -> None:
+    """Energon finds samples, and LLaVA's list names them, by key alone; shards put together are one. Remembers eight
+    bytes a key. ``what`` needs them to be unique."""
+    marks = [
+        np.array([_mark(key) for key in column_of(source, record, "key", pairs_only=pairs_only)], np.uint64)
+        for record in shards
+    ]
     values, counts = np.unique(np.concatenate(marks), return_counts=True)
     suspects = set(values[counts > 1].tolist())
     where: dict[str, str] = {}
     for record in shards if suspects else []:
-        for key in _ok_keys(source, record):
+        for key in column_of(source, record, "key", pairs_only=pairs_only):
             if _mark(key) not in suspects:
                 continue
             if key in where:
-                text = (
-                    f"{source.url}: key {key!r} is in shard {where[key]} and in {record.shard}; {format} needs unique"
-                )
-                raise BadInput(f"{text} keys: `capipe ingest` its tars first, or use --format parquet")
+                text = f"{source.url}: key {key!r} is in shard {where[key]} and in {record.shard}; {what} needs unique"
+                raise BadInput(f"{text} keys: `capipe ingest` its tars first, or use --format parquet without it")
             where[key] = record.shard
 
 
@@ -160,25 +173,38 @@ def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | 
 
 
 def _check_link(source: Artifact, out: str, config: ExportConfig) -> None:
-    if config.format != "webdataset" or config.image_extension is not None:
-        why = "only webdataset has tars" if config.format != "webdataset" else "tars are rewritten to name images alike"
+    if config.format != "webdataset" or config.image_extension is not None or config.shard_size is not None:
+        why = "tars are rewritten to name images alike" if config.image_extension else "tars are written anew"
+        why = why if config.format == "webdataset" else "only webdataset has tars"
         raise BadInput(f"--link: {why}, so nothing can be linked; leave it out, or use --image-extension keep")
     if not source.folder.is_local or "://" in out:
         raise BadInput("--link: links are within one local file system; leave it out to copy")
 
 
-def _todo(artifact: Artifact, source: Artifact, shards: list[ShardRecord]) -> list[ShardRecord]:
+def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask]) -> list[ExportTask]:
+    """What is not committed, of each task the pieces that are not."""
     committed = artifact.committed()
     todo = []
-    for record in shards:
-        made = committed.pop(record.shard, None)
-        if made is None:
-            todo.append(record)
-        elif {**made.input, "url": ""} != {**made_of(source, record), "url": ""}:
-            raise _changed(artifact, f"shard {record.shard} of {source.url} changed")
+    for task in tasks:
+        missing = []
+        for piece in task.pieces:
+            made = committed.pop(piece.shard, None)
+            if made is None:
+                missing.append(piece)
+            elif _without_urls(made.input) != _without_urls(task.made_of(source, piece)):
+                shards = ", ".join(record.shard for record in task.sources)
+                raise _changed(artifact, f"shard {shards} of {source.url} changed")
+        if missing:
+            todo.append(replace(task, pieces=tuple(missing)))
     if committed:
         raise _changed(artifact, f"{source.url} has no shard {min(committed)} any more")
     return todo
+
+
+def _without_urls(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the source lies may change."""
+    parts = [{**part, "url": ""} for part in made_of.get("shards", ())]
+    return {**made_of, "url": "", "shards": parts}
 
 
 def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
@@ -194,8 +220,9 @@ def execute_export(made: ExportPlan, report: Callable[[Event], None], stop: thre
     )
     for result in run_pool(made.todo, function, made.workers, stop):
         if isinstance(result, Done):
-            report(Pulse(rows=result.result.rows))
-            report(ShardDone(result.result))
+            for record in result.result:
+                report(Pulse(rows=record.rows))
+                report(ShardDone(record))
         else:
             made.artifact.quarantine(result.task.shard, result.error)
             outcome.quarantined[result.task.shard] = result.error
@@ -205,11 +232,11 @@ def execute_export(made: ExportPlan, report: Callable[[Event], None], stop: thre
 
 
 def _write_shard(
-    record: ShardRecord, source: Artifact, artifact: Artifact, config: ExportConfig, link: bool
-) -> ShardRecord:
+    task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, link: bool
+) -> list[ShardRecord]:
     """A full disk ends the run: neither a retry nor another shard would mend it. The rest is tried again."""
     try:
-        return export_shard(record, source, artifact, config, link=link)
+        return export_shards(task, source, artifact, config, link=link)
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise BadInput("--link: the shards and --out are on different file systems; leave it out to copy") from None
@@ -220,7 +247,7 @@ def _write_shard(
 
 def finish(made: ExportPlan, words: CardWords) -> list[str] | None:
     """Once every shard is there, write the files over all of them; returns what readers should know, else None."""
-    if len(made.artifact.committed()) < len(made.shards):
+    if len(made.artifact.committed()) < made.shards:
         return None
     said = list(_notes(made.artifact, made.config))
     write_files(made.artifact, made.source, words, made.config.format, said)
@@ -235,6 +262,10 @@ def _notes(artifact: Artifact, config: ExportConfig) -> Iterator[str]:
     if config.image_extension is not None:
         yield f"All images are called .{config.image_extension}, whatever their format: readers go by content."
     if sums["without_caption"]:
-        yield f"{sums['without_caption']:,} pairs with an empty caption are left out of llava.json."
+        yield f"{sums['without_caption']:,} pairs with an empty caption are left out: there is nothing to answer."
     if sums["image_marks"]:
         yield f"<image> in {sums['image_marks']:,} captions is written [image]: trainers would look for another image."
+    if sums["empty_captions"]:
+        yield f"{sums['empty_captions']:,} pairs have an empty caption, and an empty text file."
+    if sums["several_lines"]:
+        yield f"{sums['several_lines']:,} captions have several lines, of which some trainers read the first alone."

@@ -18,7 +18,7 @@ from . import chain_state
 from .chain_state import ChainState, load_chain
 
 DEPTH = 6  # folders below the one that is looked into
-RUN, STEPS, EVALUATION = "run.json", "steps.jsonl", "report.json"
+RUN, EVALUATION = "run.json", "report.json"
 HERE = "."  # the name of what lies in the folder itself
 
 
@@ -102,7 +102,7 @@ def _look(found: Found, name: str, folder: Path) -> None:
 
 def _ordered(found: Found) -> dict[str, Artifact]:
     """Inputs first; of those that do not depend on each other, the older first."""
-    names = sorted(found.artifacts, key=lambda name: (str(found.artifacts[name].config.get("created", "")), name))
+    names = sorted(found.artifacts, key=lambda name: (found.artifacts[name].created, name))
     ordered: dict[str, Artifact] = {}
 
     def take(name: str, above: tuple[str, ...]) -> None:

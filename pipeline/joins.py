@@ -62,7 +62,7 @@ class Joins:
         """The hash of the tar whose rows a shard's are; of what cannot be traced, a name that is nobody else's."""
         record, artifact = self.record(place), self.artifacts[place.artifact]
         own = record.files.get(f"{place.shard}.tar")
-        if artifact.stage in _ROOTS:
+        if artifact.stage in _ROOTS or "shards" in record.input:  # an export's that is cut otherwise
             return str(own["sha256"]) if own else f"{artifact.fingerprint}/{place.shard}"
         made_of = str(record.input.get("digest"))
         source = self._tars.get(made_of)
@@ -88,16 +88,26 @@ class Joins:
             if f"{each.shard}.tar" in self.record(each).files:
                 yield self.artifacts[each.artifact].url, f"{each.shard}.tar"
         yield from _split(self.record(place).input.get("url"))
+        if self.artifacts[place.artifact].stage == "export":  # under the same keys
+            for made_of in self._inputs(place):
+                yield from self._tars_of(made_of)
 
     def sources(self, place: Place, shard: str) -> Iterator[tuple[str, str]]:
         """Where the images of a selected shard's rows were before, by ``source_shard``: of those filtered out, too."""
+        for each in self._inputs(place):
+            if each.get("name") == shard:
+                yield from self._tars_of(each)
+
+    def _inputs(self, place: Place) -> Iterator[Mapping[str, Any]]:
+        """The shards that one was made of, where it is of several or of parts of one."""
         listed = self.record(place).input.get("shards")
-        for each in listed if isinstance(listed, list) else []:
-            if isinstance(each, Mapping) and each.get("name") == shard:
-                known = self._tars.get(str(each.get("digest")))
-                if known is not None:
-                    yield self.artifacts[known.artifact].url, f"{known.shard}.tar"
-                yield from _split(each.get("url"))
+        yield from (each for each in (listed if isinstance(listed, list) else []) if isinstance(each, Mapping))
+
+    def _tars_of(self, made_of: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        known = self._tars.get(str(made_of.get("digest")))
+        if known is not None:
+            yield self.artifacts[known.artifact].url, f"{known.shard}.tar"
+        yield from _split(made_of.get("url"))
 
     def selected_from(self, place: Place) -> Place | None:
         """The select shard that an export copied, itself where it is one, else None."""

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..manifests import times
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
-from .finding import RUN, STEPS
+from ..trainer.log import SECONDS, STEPS, TIMES
+from .finding import RUN
 from .pace import pace, rows_of_input
 
 
@@ -59,7 +61,7 @@ def state_of(artifact: Artifact) -> State:
     total = None if said is None else int(said)
     done, journaled = len(records) == total, _journaled(artifact)
     rows_total = None if done else _rows_total(artifact, records, total)
-    found = pace(artifact, records, journaled, rows_total)
+    found, spent = pace(artifact, records, journaled, rows_total), times.read(artifact.folder).seconds
     return State(
         stage=artifact.stage,
         fingerprint=artifact.fingerprint,
@@ -69,7 +71,7 @@ def state_of(artifact: Artifact) -> State:
         unresolved=sum(record.unresolved for record in records),
         journaled=journaled,
         bytes=sum(int(file["bytes"]) for record in records for file in record.files.values()),
-        seconds=round(sum(record.seconds for record in records), 1),
+        seconds=round(sum(spent.get(r.shard, r.seconds or 0.0) for r in records), 1),
         quarantined=_quarantined(artifact),
         rows_total=rows_total if not done else sum(record.count for record in records),
         rate=None if done or found.rate is None else round(found.rate, 3),
@@ -140,8 +142,12 @@ class RunState:
 
 def read_figures(run: Path) -> list[dict[str, Any]]:
     """What a run logged, an entry a step and one more where it validated; lines that are no JSON are passed over."""
+    return _entries(run / STEPS)
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = (run / STEPS).read_bytes().split(b"\n")[:-1]
+        lines = file.read_bytes().split(b"\n")[:-1]
     except OSError:
         return []
     found = []
@@ -168,7 +174,8 @@ def run_state(run: Path) -> RunState:
     last: dict[str, Any] = trained[-1] if trained else {}
     done = int(last["step"]) + 1 if last else 0
     steps = _steps(run)
-    spent = [sum(v for k, v in each.items() if k.startswith("seconds/") and v) for each in trained[-20:]]
+    timed = _entries(run / TIMES) or trained  # runs from before that file have times among their figures
+    spent = [sum(v for k, v in each.items() if k.startswith(SECONDS) and v) for each in timed[-20:]]
     rate = len(spent) / sum(spent) if sum(spent) > 0 else None
     ended = steps is not None and done >= steps
     try:

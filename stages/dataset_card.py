@@ -19,7 +19,7 @@ from .provenance import Step, public
 
 _SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
 _SIZES += ["10B<n<100B", "100B<n<1T"]
-_DATA_FILES = {"webdataset": "*.tar", "parquet": "data/*.parquet", "llava": "llava.json"}
+_DATA_FILES = {"webdataset": "*.tar", "parquet": "data/*.parquet", "llava": "llava.json", "messages": "messages.jsonl"}
 _LANGUAGE_SHARE = 0.01  # a language that fewer captions have is more likely the detector's mistake
 _LONGEST_EXAMPLE = 400  # characters
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")  # inside a line; `plain` text never begins one
@@ -44,6 +44,24 @@ datasets.load_dataset("parquet", data_files="path/data/*.parquet", split="train"
 ```""",
     "llava": """\
 `--data_path llava.json --image_folder .` in LLaVA's training scripts; with `datasets`, the conversations alone:
+
+```python
+import datasets
+
+datasets.load_dataset("path/of/this/folder", split="train")
+```""",
+    "folder": """\
+```python
+import datasets
+
+datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub: image, text, key, uid
+```
+
+Each picture's caption lies beside it as well (`images/00000/NAME.jpg`, `NAME.txt`), as trainers of image models take
+them.""",
+    "messages": """\
+LLaMA-Factory: `dataset_dir: path/of/this/folder` and `dataset: captions` in its
+configuration. With `datasets`, messages and paths of images:
 
 ```python
 import datasets
@@ -95,7 +113,7 @@ def render(words: CardWords, contents: Contents, statistics: Statistics, steps: 
 
 def card_data(words: CardWords, contents: Contents, statistics: Statistics) -> DatasetCardData:
     """The YAML header: what the Hub sorts by, and what makes ``load_dataset(folder)`` find the data."""
-    files = [{"split": "train", "path": _DATA_FILES[contents.format]}]
+    files = [{"split": "train", "path": _data_files(contents)}]
     common = statistics.languages.total() * _LANGUAGE_SHARE
     found = [code for code, n in statistics.languages.most_common() if n >= common and re.fullmatch("[a-z]{2,3}", code)]
     return DatasetCardData(
@@ -108,6 +126,13 @@ def card_data(words: CardWords, contents: Contents, statistics: Statistics) -> D
         configs=[{"config_name": "default", "data_files": files}],
         dataset_info=_tar_features(contents) if contents.format == "webdataset" else None,
     )
+
+
+def _data_files(contents: Contents) -> str | list[str]:
+    """What `datasets` is to read; of loose pictures not the text files, or it would take them for the data."""
+    if contents.format == "folder":
+        return ["metadata.jsonl", *(f"images/**/*.{extension}" for extension in contents.images)]
+    return _DATA_FILES[contents.format]
 
 
 def _tar_features(contents: Contents) -> dict[str, Any]:
@@ -245,7 +270,7 @@ def _step(number: int, step: Step) -> Iterator[str]:
         yield f"{plain(step.note or '')}{known}"
         return
     run, semantic = step.config["run"], step.config["semantic"]
-    facts = [("model", run.get("model")), ("engine", run.get("engine")), ("made", step.config.get("created"))]
+    facts = [("model", run.get("model")), ("engine", run.get("engine"))]
     lines = [f"- {name}: {plain(str(public(value)))}" for name, value in facts if value]
     packages = ", ".join(f"{name} {version}" for name, version in step.config.get("packages", {}).items())
     yield "\n".join([f"- fingerprint: `{step.fingerprint}`", *lines, f"- packages: {plain(packages)}"])

@@ -1,18 +1,17 @@
-"""LLaVA's files: a list of conversations as one JSON file, and the images beside it under ``images/``."""
+"""Conversations about images, the images beside them under ``images/``: LLaVA's list, and chat messages in lines."""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from ..manifests.artifact import Artifact
 from ..manifests.file_transaction import FileTransaction
-from ..manifests.manifest import ShardRecord
-from .export_source import PARTS, Pair, pairs
+from .export_source import Pair
+from .export_writer import LooseWriter
 
-CONVERSATIONS = "llava.json"
-IMAGES = "images"
+CONVERSATIONS, MESSAGES, DATASET_INFO = "llava.json", "messages.jsonl", "dataset_info.json"
 
 #: What a person might say to get a caption. Which one a pair gets depends on its image's uid alone.
 WORDINGS = (
@@ -26,12 +25,7 @@ WORDINGS = (
     "Say what is here, what it looks like and where it is.",
 )
 
-_MARK = "<image>"  # trainers put an image wherever they read this, in answers too
-
-
-def part_file(shard: str) -> str:
-    """A shard's conversations, one a line, until they are put together."""
-    return f"{PARTS}/{shard}.jsonl"
+MARK = "<image>"  # trainers put an image wherever they read this, in answers too
 
 
 def wording(uid: str) -> str:
@@ -39,40 +33,61 @@ def wording(uid: str) -> str:
     return WORDINGS[int(uid[:8], 16) % len(WORDINGS)]
 
 
-def conversation(pair: Pair, image: str) -> dict[str, Any]:
-    """LLaVA's record of one pair. ``<image>`` in a caption becomes ``[image]``, or trainers would look for a second."""
-    return {
-        "id": pair.row["key"],
-        "image": image,
-        "conversations": [
-            {"from": "human", "value": f"{_MARK}\n{wording(pair.row['uid'])}"},
-            {"from": "gpt", "value": pair.caption.replace(_MARK, "[image]")},
-        ],
-    }
+class Conversations(LooseWriter):
+    """What asks for a caption and is answered by it. ``<image>`` in a caption becomes ``[image]``, or trainers would
+    look for a second one.
 
-
-def write_images(source: Artifact, record: ShardRecord, out: FileTransaction) -> dict[str, Any]:
-    """The shard's images as files and its conversations as lines.
-
-    Returns counts: samples, pairs left out because their caption is empty (there is no answer to learn), and captions
-    that held ``<image>``.
+    Counts pairs left out because their caption is empty (there is no answer to learn), and captions with ``<image>``.
     """
-    folder = f"{IMAGES}/{record.shard}"
-    tree, samples, empty, marked = out.tree(folder), 0, 0, 0
-    with out.writing(part_file(record.shard)) as file:
-        for pair in pairs(source, record, out):
-            if not pair.caption.strip():
-                empty += 1
-                continue
-            name = f"{pair.row['key']}.{pair.extension}"
-            path = tree / name
-            if "/" in name:  # a key that another tool gave; reading its tar refused those that climb out
-                path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(pair.image)
-            line = json.dumps(conversation(pair, f"{folder}/{name}"), ensure_ascii=False)
-            file.write(line.encode() + b"\n")
-            samples, marked = samples + 1, marked + (_MARK in pair.caption)
-    return {"samples": samples, "without_caption": empty, "image_marks": marked}
+
+    def __init__(self, out: FileTransaction, shard: str) -> None:
+        super().__init__(out, shard)
+        self.counts.update(without_caption=0, image_marks=0)
+
+    def add(self, pair: Pair) -> None:
+        if not pair.caption.strip():
+            self.counts["without_caption"] += 1
+            return
+        self.counts["image_marks"] += MARK in pair.caption
+        path = self.write(f"{self.name(pair)}.{pair.extension}", pair.image)
+        self.line(self.entry(pair, path, f"{MARK}\n{wording(pair.row['uid'])}", pair.caption.replace(MARK, "[image]")))
+
+    @abstractmethod
+    def name(self, pair: Pair) -> str:
+        """What the image's file is called, without its ending."""
+
+    @abstractmethod
+    def entry(self, pair: Pair, image: str, question: str, answer: str) -> dict[str, Any]: ...
+
+
+class LlavaWriter(Conversations):
+    """LLaVA's records."""
+
+    def name(self, pair: Pair) -> str:
+        return str(pair.row["key"])
+
+    def entry(self, pair: Pair, image: str, question: str, answer: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return {"id": pair.row["key"], "image": image, "conversations": turns}
+
+
+class MessagesWriter(Conversations):
+    """Chat messages with the image beside them, as LLaMA-Factory and TRL take them."""
+
+    def name(self, pair: Pair) -> str:
+        return self.safe_name(pair.row["key"])
+
+    def entry(self, pair: Pair, image: str, question: str, answer: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"id": pair.row["key"], "messages": turns, "images": [image]}
+
+
+def dataset_info() -> bytes:
+    """LLaMA-Factory's entry for the messages: ``--dataset_dir OUT --dataset captions``."""
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    columns = {"messages": "messages", "images": "images"}
+    captions = {"file_name": MESSAGES, "formatting": "sharegpt", "columns": columns, "tags": tags}
+    return json.dumps({"captions": captions}, indent=1).encode()
 
 
 def as_list(parts: Iterable[BinaryIO]) -> Iterator[bytes]:

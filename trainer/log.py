@@ -1,16 +1,22 @@
-"""What a run writes down: figures per step, captions with their rewards; TensorBoard, and Weights & Biases if asked."""
+"""What a run writes down: figures per step, captions with their rewards; TensorBoard, and Weights & Biases if asked.
+
+How long a step took is in a file of its own, ``times.jsonl``: two runs alike write the same bytes into the others.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BadInput
-from .groups import Group
 
-STEPS, CAPTIONS = "steps.jsonl", "captions.jsonl"
+if TYPE_CHECKING:  # who reads logs needs no torch
+    from .groups import Group
+
+STEPS, CAPTIONS, TIMES = "steps.jsonl", "captions.jsonl", "times.jsonl"
+SECONDS = "seconds/"  # how figures that are times are called
 
 
 class Sink(Protocol):
@@ -77,7 +83,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._first = rank == 0
         captions = CAPTIONS if self._first else f"captions-{rank}.jsonl"
-        self._files = {STEPS: folder / STEPS, CAPTIONS: folder / captions}
+        self._files = {STEPS: folder / STEPS, TIMES: folder / TIMES, CAPTIONS: folder / captions}
         for file in self._files.values() if self._first else [folder / captions]:
             _cut(file, start)
         self._sinks = sinks
@@ -86,7 +92,10 @@ class RunLog:
         """The figures of a step, by name; numbers go to the sinks, too. They are all processes', so one writes them."""
         if not self._first:
             return
-        self._append(STEPS, [{"step": step, **figures}])
+        taken = {name: value for name, value in figures.items() if name.startswith(SECONDS)}
+        if taken:
+            self._append(TIMES, [{"step": step, **taken}])
+        self._append(STEPS, [{"step": step, **{k: v for k, v in figures.items() if k not in taken}}])
         numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
         for sink in self._sinks:
             sink.write(step, numbers)

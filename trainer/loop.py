@@ -20,7 +20,7 @@ from ..models.reader import QuizReader
 from .assembly import PolicyParts, rate, value_weights, write_policy
 from .checkpoint import Facts, folder_of, save
 from .groups import Group
-from .log import RunLog
+from .log import SECONDS, RunLog
 from .preflight import template_warnings
 from .ranks import Ranks
 from .recipe import AlarmConfig, Recipe
@@ -279,7 +279,7 @@ class Clock:
         try:
             yield
         finally:
-            key = f"seconds/{name}"
+            key = f"{SECONDS}{name}"
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
 
     def total(self) -> float:

@@ -189,7 +189,7 @@ def _origin(name: str, artifact: Artifact) -> Origin:
     settings = {key: value for key, value in config["semantic"].items() if key != "stage"}
     shown = json.dumps({"run": public(config["run"]), "settings": public(settings)}, indent=1, ensure_ascii=False)
     packages = {str(key): str(value) for key, value in config.get("packages", {}).items()}
-    return Origin(name, artifact.stage, artifact.fingerprint, str(config.get("created", "")), packages, shown)
+    return Origin(name, artifact.stage, artifact.fingerprint, artifact.created, packages, shown)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,11 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError
     artifact.close()
     assert artifact.committed() == {}
-    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["config.json", "lock"]
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == [
+        "config.json",
+        "lock",
+        "times.jsonl",
+    ]
 
 
 def test_rows_that_do_not_add_up_are_not_committed(tmp_path: Path) -> None:

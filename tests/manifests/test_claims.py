@@ -176,6 +176,7 @@ def test_processes_share_shards_and_the_manifest(tmp_path: Path) -> None:
         "guard",
         "lock",
         "manifest.jsonl",
+        "times.jsonl",
     ]
 
 

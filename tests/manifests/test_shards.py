@@ -283,7 +283,7 @@ def test_a_sidecar_without_the_shard_is_refused(tmp_path: Path) -> None:
 
 
 def made_of(info: Mapping[str, object]) -> ShardRecord:
-    return ShardRecord("00000", {"ok": 3}, {}, info, "f", 0.0)
+    return ShardRecord("00000", {"ok": 3}, {}, info, "f")
 
 
 def test_another_sidecar_than_the_output_was_made_of_is_noticed(tmp_path: Path) -> None:

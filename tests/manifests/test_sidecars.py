@@ -16,3 +16,11 @@ def test_a_row_read_back_from_the_journal_gives_the_same_bytes() -> None:
     meta = {"url": "x", "captions": 1, "uid": "7"}
     assert encode_meta(meta, ours) == encode_meta(dict(reversed(meta.items())), back)
     assert json.loads(encode_meta(meta, ours)) == {**ours, "url": "x", "original_captions": 1, "original_uid": "7"}
+
+
+def test_integers_that_readers_stop_at_are_text() -> None:
+    fits = {"a": [2**64 - 1, -(2**63)], "b": True}
+    assert json.loads(encode_meta(fits, {})) == fits
+    assert json.loads(encode_meta({"a": {"b": [2**64, -(2**63) - 1]}}, {})) == {
+        "a": {"b": [str(2**64), str(-(2**63) - 1)]}
+    }

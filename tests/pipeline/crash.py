@@ -109,7 +109,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def _leftovers(folder: Path) -> list[str]:
     """Files that are neither of a shard nor the artifact's own."""
-    known = {"config.json", "manifest.jsonl", "lock"}
+    known = {"config.json", "manifest.jsonl", "times.jsonl", "lock"}
     return [p.name for p in (folder / "_capipe").rglob("*") if p.is_file() and p.name not in known]
 
 

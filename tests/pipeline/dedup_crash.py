@@ -89,7 +89,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _leftovers(folder: Path) -> list[str]:
-    known = {"config.json", "manifest.jsonl", "lock"}
+    known = {"config.json", "manifest.jsonl", "times.jsonl", "lock"}
     return [path.name for path in (folder / "_capipe").rglob("*") if path.is_file() and path.name not in known]
 
 

@@ -134,13 +134,15 @@ def write_run(folder: Path, steps: int, done: int) -> Path:
     """A training run's log after ``done`` of ``steps`` steps, validated every second one."""
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"steps": steps, "questions": "q"}))
-    lines = []
+    lines, times = [], []
     for step in range(done):
         if step % 2 == 0:
             lines.append({"step": step - 1, "validation/plain": 0.5 + step / 100})
         reward = {"reward": 0.2 + step / 50, "reward/quiz": 0.3 + step / 50, "tokens_per_caption": 10.0 + step}
-        lines.append({"step": step, **reward, "truncated": 0.0, "repeating": 0.1, "seconds/rollout": 2.0})
-    (folder / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines.append({"step": step, **reward, "truncated": 0.0, "repeating": 0.1})
+        times.append({"step": step, "seconds/rollout": 2.0})
+    for name, entries in (("steps", lines), ("times", times)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return folder
 
 

@@ -48,4 +48,4 @@ def same_shards(out: Path, alone: Path) -> None:
         assert (out / name).read_bytes() == (alone / name).read_bytes(), name
     assert verify(str(out)).faults == []
     left = {path.name for path in (out / "_capipe").iterdir()}
-    assert left <= {"config.json", "guard", "lock", "manifest.jsonl", "report.html", "uids.npy"}
+    assert left <= {"config.json", "guard", "lock", "manifest.jsonl", "report.html", "times.jsonl", "uids.npy"}

@@ -108,6 +108,7 @@ def test_a_sound_chain_is_resolved_by_role(tmp_path: Path) -> None:
         ("stages.eval.inputs.model=train", r"eval\.config: give either model"),
         ("stages.eval.config.controls=maybe", r"eval\.config\.controls: .* valid boolean"),
         ("stages.final.config.format=zip", r"final\.config: format zip: unknown; one of"),
+        ("stages.final.config.shard-size=0", r"final\.config\.shard-size: at least 1 \(got 0\)"),
         ("stages.final.config.license=My Own", r"final\.config: --license 'My Own'"),
         ("stages.pictures.config.images=0", r"pictures\.config\.images: at least 1 \(got 0\)"),
         ("stages.pictures.config.split=test", r"pictures\.config: --split 'test'"),

@@ -16,15 +16,24 @@ from typing import Any
 import pytest
 import yaml
 
+from capipe.pipeline.export_files import EXTRAS
+
 from ..stages.exporting import captioned, export, final_shards, kept
+
+
+def came_with(index: int) -> dict[str, Any]:
+    """JSON as it comes from the web: other keys and types from row to row, numbers no reader has room for."""
+    odd: list[Any] = [1, "one", {"two": [index]}, None, [], 2.5]
+    address = {} if index % 4 == 1 else {"url": f"http://host/{index}.jpg" if index % 4 else index}
+    return {**address, "mixed": odd[index % 6], "big": 2**70 + index, "image": {"deep": [{}]}, f"own{index}": index}
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Final shards of jpg, png and webp images, the second one without any sample, in every format."""
     folder = tmp_path_factory.mktemp("exports")
-    source = final_shards(folder / "final", shards=3, formats=("jpg", "png", "webp"), empty=(1,))
-    for format in ("webdataset", "parquet", "llava"):
+    source = final_shards(folder / "final", shards=3, formats=("jpg", "png", "webp"), empty=(1,), meta=came_with)
+    for format in EXTRAS:
         export(source, folder / format, format)
     return {path.name: path for path in folder.iterdir()}
 
@@ -101,6 +110,101 @@ def test_datasets_folder_of_parquet(mixed: dict[str, Path], hub: Callable[..., A
     checked([(row["key"], row["caption"], row["image"]) for row in rows], mixed["final"])
     for row in hub(str(mixed["parquet"])).cast_column("image", importlib.import_module("datasets").Image(decode=False)):
         assert hashlib.sha256(row["image"]["bytes"]).hexdigest()[:32] == row["uid"]
+
+
+def test_what_came_with_an_image_is_in_parquet(mixed: dict[str, Path], hub: Callable[..., Any]) -> None:
+    rows = {row["key"]: row for row in hub(str(mixed["parquet"]), streaming=True)}
+    assert {row["url"] for row in rows.values()} == {None, *(f"http://host/{i}.jpg" for i in (2, 3, 6, 7))}
+    told = json.loads(rows["000000003"]["json"])
+    assert told["own3"] == 3 and told["big"] == str(2**70 + 3) and told["uid"] == rows["000000003"]["uid"]
+    frame = importlib.import_module("pandas").read_parquet(mixed["parquet"] / "data")
+    assert dict(zip(frame["key"], frame["json"], strict=True)) == {key: row["json"] for key, row in rows.items()}
+    for key, row in rows.items():  # as it is in the tars
+        assert json.loads(row["json"]) == tar_json(mixed["webdataset"])[key]
+
+
+@functools.cache
+def tar_json(folder: Path) -> dict[str, Any]:
+    import webdataset
+
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    samples = webdataset.WebDataset(tars, shardshuffle=False).to_tuple("__key__", "json")
+    return {key: json.loads(data) for key, data in samples}
+
+
+def test_more_workers_than_the_source_has_shards(mixed: dict[str, Path], tmp_path: Path) -> None:
+    """With one shard and two workers webdataset stops; smaller shards are what they can share."""
+    import torch
+    import webdataset
+
+    export(mixed["final"], tmp_path / "one", shard_size=100)
+    export(mixed["final"], tmp_path / "small", shard_size=5)
+
+    def read(folder: Path) -> list[Any]:
+        tars = sorted(str(path) for path in folder.glob("*.tar"))
+        samples = webdataset.WebDataset(tars, shardshuffle=False, nodesplitter=webdataset.split_by_node)
+        loader = torch.utils.data.DataLoader(
+            samples.decode("pil").to_tuple("__key__", "txt", "jpg"), None, num_workers=2
+        )
+        return list(loader)
+
+    with pytest.raises(ValueError, match=r"(?i)no samples|not enough shards|fewer shards"):
+        read(tmp_path / "one")
+    checked(read(tmp_path / "small"), mixed["final"])
+
+
+@pytest.mark.parametrize("given", ["card", "imagefolder"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_folder_of_pictures(
+    mixed: dict[str, Path], hub: Callable[..., Any], given: str, streaming: bool
+) -> None:
+    folder = mixed["folder"]
+    where = (str(folder),) if given == "card" else ("imagefolder",)
+    rows = list(hub(*where, streaming=streaming, **({} if given == "card" else {"data_dir": str(folder)})))
+    checked([(row["key"], row["text"], row["image"]) for row in rows], mixed["final"])
+
+
+def test_trainers_of_image_models_read_a_folder_of_pictures(mixed: dict[str, Path]) -> None:
+    """Their way: every picture, and the text file of the same name."""
+    from PIL import Image
+
+    pictures = [path for path in mixed["folder"].glob("images/*/*") if path.suffix in (".jpg", ".png", ".webp")]
+    found = [(path.stem, path.with_suffix(".txt").read_text(), Image.open(path)) for path in pictures]
+    checked(found, mixed["final"])
+
+
+def test_datasets_chat_messages(mixed: dict[str, Path], hub: Callable[..., Any]) -> None:
+    from PIL import Image
+
+    folder = mixed["messages"]
+    for rows in (hub(str(folder)), hub("json", data_files=str(folder / "messages.jsonl"))):
+        found = [(r["id"], r["messages"][1]["content"], Image.open(folder / r["images"][0])) for r in rows]
+        checked(found, mixed["final"])
+
+
+def test_trls_own_code_takes_chat_messages(mixed: dict[str, Path]) -> None:
+    data_utils = pytest.importorskip("trl.data_utils")
+    for line in (mixed["messages"] / "messages.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        image = object()
+        for message in row["messages"]:  # its placeholder is a part of the content, as docs/consumers.md says
+            message["content"] = message["content"].removeprefix("<image>\n")
+        user, assistant = data_utils.prepare_multimodal_messages(row["messages"], [image])
+        assert [part["type"] for part in user["content"]] == ["image", "text"] and user["content"][0]["image"] is image
+        assert assistant["content"][0]["type"] == "text" and len(row["images"]) == 1
+
+
+def test_llama_factorys_description_fits_the_messages(mixed: dict[str, Path]) -> None:
+    """Its loader looks up these keys, and wants as many marks as images."""
+    folder = mixed["messages"]
+    about = json.loads((folder / "dataset_info.json").read_bytes())["captions"]
+    columns, tags = about["columns"], about["tags"]
+    for line in (folder / about["file_name"]).read_text().splitlines():
+        row = json.loads(line)
+        turns = [(turn[tags["role_tag"]], turn[tags["content_tag"]]) for turn in row[columns["messages"]]]
+        assert [role for role, _ in turns] == [tags["user_tag"], tags["assistant_tag"]]
+        assert "".join(text for _, text in turns).count("<image>") == len(row[columns["images"]]) == 1
+        assert all((folder / image).is_file() for image in row[columns["images"]])
 
 
 def test_datasets_folder_of_conversations(mixed: dict[str, Path], hub: Callable[..., Any]) -> None:

@@ -55,7 +55,7 @@ def contents(out: Path) -> dict[str, str]:
 
 
 def leftovers(out: Path) -> set[str]:
-    known = {"config.json", "manifest.jsonl", "lock", "uids.npy", "report.html"}
+    known = {"config.json", "manifest.jsonl", "times.jsonl", "lock", "uids.npy", "report.html"}
     return {path.name for path in (out / "_capipe").rglob("*") if path.is_file()} - known
 
 

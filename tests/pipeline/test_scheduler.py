@@ -35,7 +35,7 @@ Answer = Callable[[Assignment], list[Event | None]]
 
 
 def record(name: str) -> ShardRecord:
-    return ShardRecord(name, {"ok": 1}, {}, {"digest": "d"}, "f", 0.0)
+    return ShardRecord(name, {"ok": 1}, {}, {"digest": "d"}, "f")
 
 
 def well(assignment: Assignment) -> list[Event | None]:

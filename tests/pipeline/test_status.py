@@ -142,6 +142,17 @@ def test_a_training_log_that_is_being_written(tmp_path: Path) -> None:
     assert run_state(run).complete
 
 
+def test_times_of_steps_are_read_where_they_are(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 10, 4)
+    assert (run_state(run).rate, run_state(run).eta) == (0.5, 12.0)
+    (run / "times.jsonl").unlink()
+    assert run_state(run).rate is None and run_state(run).step == 4
+    entries = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    older = [{**entry, "seconds/rollout": 4.0} if "reward" in entry else entry for entry in entries]
+    (run / "steps.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in older))
+    assert run_state(run).rate == 0.25  # as runs logged them before
+
+
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not an artifact"):
         overview(str(tmp_path / "nowhere"))

@@ -33,5 +33,4 @@ def weights(checkpoint: Path) -> bytes:
 
 
 def steps(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in lines]
+    return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -12,6 +11,7 @@ from typing import Any
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, SELECT
+from capipe.manifests.sidecars import encode_meta
 from capipe.models.tiny.corpus import Format, samples
 from capipe.pipeline.exporting import execute_export, finish, plan_export
 from capipe.stages.dataset_card import CardWords
@@ -27,13 +27,14 @@ def final_shards(
     formats: Sequence[Format] = ("jpg",),
     caption: Callable[[int, str], str] = lambda index, text: text,
     key: Callable[[int, int], str] = lambda shard, index: f"{shard:05d}{index:04d}",
+    meta: Callable[[int], dict[str, Any]] = lambda index: {},
     empty: Sequence[int] = (),
     total: int | None = None,
 ) -> Path:
     """An artifact of stage select: in every shard one row in six is filtered and one is corrupt, the others are ok.
 
     ``formats`` take turns image by image; all rows of the shards in ``empty`` are filtered; ``total``: shards the run
-    says there are to be.
+    says there are to be. ``meta``: what came with an image as JSON.
     """
     run = {"shards_total": shards if total is None else total, "model": "/home/somebody/models/clip"}
     artifact = Artifact.create(str(folder), "select", SELECTION, run)
@@ -43,7 +44,9 @@ def final_shards(
             for index in range(rows):
                 choice = [next(picture) for picture in pictures][index % len(formats)]
                 fmt = formats[index % len(formats)]
-                row, members = _row(key(number, index), index, choice.image, caption(index, choice.caption), fmt)
+                row, members = _row(
+                    key(number, index), index, choice.image, caption(index, choice.caption), fmt, meta(index)
+                )
                 if number in empty:
                     row["status"], members = "filtered", None
                 shard.write(row, members)
@@ -52,7 +55,9 @@ def final_shards(
     return folder
 
 
-def _row(key: str, index: int, image: bytes, text: str, fmt: str) -> tuple[dict[str, Any], dict[str, bytes] | None]:
+def _row(
+    key: str, index: int, image: bytes, text: str, fmt: str, told: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, bytes] | None]:
     uid = hashlib.sha256(image).hexdigest()[:32]
     status = {4: "filtered", 5: "corrupt"}.get(index % 6, "ok")
     row = {
@@ -68,8 +73,9 @@ def _row(key: str, index: int, image: bytes, text: str, fmt: str) -> tuple[dict[
         "org_clip_score": None if index % 2 else 0.25,
         "caption": text if status == "ok" else None,
     }
-    meta = json.dumps({"uid": uid, "org_clip_score": row["org_clip_score"], "note": None if index < 6 else "text"})
-    return row, {fmt: image, "txt": text.encode(), "json": meta.encode()} if status == "ok" else None
+    ours = {"uid": uid, "org_clip_score": row["org_clip_score"], "note": None if index < 6 else "text"}
+    meta = encode_meta(told, ours)
+    return row, {fmt: image, "txt": text.encode(), "json": meta} if status == "ok" else None
 
 
 def captioned(folder: Path, count: int = 4) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.samples import read_samples
 from capipe.manifests.shards import expand
 from capipe.manifests.verify import verify
+from capipe.pipeline.export_files import EXTRAS
 from capipe.stages.llava import WORDINGS, wording
 
 from .exporting import captioned, export, final_shards, kept, rows_of
@@ -42,6 +44,23 @@ def test_tars_of_one_format_are_copied_byte_for_byte(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/sizes.json").read_bytes()) == {"00000.tar": 8, "00001.tar": 8}
     assert verify(str(tmp_path / "out")).faults == []
     assert [shard.name for shard in expand(str(tmp_path / "out"))] == ["00000", "00001"]  # an input like any other
+
+
+def test_two_runs_alike_differ_in_their_times_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the source on: what is copied from stage to stage, the card above all, holds no time either."""
+    moment, found = time.gmtime, []
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.setattr(time, "gmtime", lambda now=None, day=number: moment((now or 0) + 86400 * day))
+        source = final_shards(Path("final"), formats=("jpg", "png"))
+        for format in EXTRAS:
+            export(source, Path(format), format)
+        files = [path for path in Path().rglob("*") if path.is_file()]
+        found.append({str(path): path.read_bytes() for path in files})
+    assert found[0].keys() == found[1].keys()
+    differing = {name for name, data in found[0].items() if data != found[1][name]}
+    assert differing == {f"{name}/_capipe/times.jsonl" for name in ("final", *EXTRAS)}
 
 
 def test_linked_tars_are_the_same_files(tmp_path: Path) -> None:
@@ -71,7 +90,7 @@ def test_images_of_several_formats_get_one_name_and_keep_their_bytes(tmp_path: P
 
 def test_a_shard_without_a_sample_has_no_tar_and_its_rows(tmp_path: Path) -> None:
     source = final_shards(tmp_path / "final", shards=3, empty=(0,))
-    for format in ("webdataset", "parquet", "llava"):
+    for format in EXTRAS:
         out = tmp_path / format
         export(source, out, format)
         assert rows_of(out) == rows_of(source)
@@ -98,6 +117,7 @@ def test_parquet_has_image_caption_and_scores_of_the_ok_rows_in_small_groups(tmp
         }
         extension, data = images[row["key"]]
         assert row["image"] == {"bytes": data, "path": f"{row['key']}.{extension}"}
+        assert json.loads(row["json"])["uid"] == row["uid"] and row["url"] is None
     assert not {"status", "error"} & set(file.schema_arrow.names)
 
 
@@ -137,7 +157,7 @@ def test_no_pair_makes_an_empty_list(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/llava.json").read_bytes()) == []
 
 
-@pytest.mark.parametrize("format", ["webdataset", "parquet", "llava"])
+@pytest.mark.parametrize("format", list(EXTRAS))
 def test_captioned_tars_of_another_tool(tmp_path: Path, format: str) -> None:
     source = captioned(tmp_path / "captions")
     export(source, tmp_path / "out", format)
@@ -151,6 +171,13 @@ def test_captioned_tars_of_another_tool(tmp_path: Path, format: str) -> None:
             entries = json.loads((tmp_path / "out/llava.json").read_bytes())
             assert {entry["id"]: entry["conversations"][1]["value"] for entry in entries} == captions
             assert all((tmp_path / "out" / entry["image"]).is_file() for entry in entries)
+        case "folder":
+            lines = (tmp_path / "out/metadata.jsonl").read_text().splitlines()
+            assert {entry["key"]: entry["text"] for entry in map(json.loads, lines)} == captions
+        case "messages":
+            lines = (tmp_path / "out/messages.jsonl").read_text().splitlines()
+            told = {entry["id"]: entry["messages"][1]["content"] for entry in map(json.loads, lines)}
+            assert told == captions
         case _:
             assert list(tar_images(tmp_path / "out")) == list(captions)
 
@@ -203,7 +230,7 @@ def test_a_source_that_is_not_what_it_says(tmp_path: Path) -> None:
     data = bytearray(tar.read_bytes())
     data[600] ^= 1
     tar.write_bytes(data)
-    for format in ("webdataset", "parquet", "llava"):
+    for format in EXTRAS:
         with pytest.raises(ArtifactMismatch, match=r"00001\.tar: its bytes are not those its manifest lists"):
             export(source, tmp_path / format, format)
         assert list(Artifact.open(str(tmp_path / format)).committed()) == ["00000"]
@@ -241,3 +268,82 @@ def test_keys_of_rows_without_a_sample_may_repeat(tmp_path: Path) -> None:
     source = final_shards(tmp_path / "final", rows=6, key=lambda s, i: names.get(i, f"{s}{i}"))
     export(source, tmp_path / "out")
     assert json.loads((tmp_path / "out/sizes.json").read_bytes()) == {"00000.tar": 4, "00001.tar": 4}
+
+
+def test_a_folder_has_names_that_every_system_takes(tmp_path: Path) -> None:
+    names = {
+        0: "a/b",
+        1: "A/B",
+        2: "a_b",
+        3: ".hidden/c ",
+        6: "x" * 300,
+        7: "x" * 300 + "y",
+        8: 'q:"*?<>|',
+        9: "日本 ü",
+    }
+    source = final_shards(tmp_path / "final", shards=1, key=lambda shard, index: names.get(index, f"k{index}"))
+    for format in ("folder", "messages"):
+        export(source, tmp_path / format, format)
+        assert verify(str(tmp_path / format)).faults == []
+    entries = [json.loads(line) for line in (tmp_path / "folder/metadata.jsonl").read_text().splitlines()]
+    found = {entry["key"]: entry["file_name"] for entry in entries}
+    expected = {"a/b": "a_b", "A/B": "A_B~2", "a_b": "a_b~3", ".hidden/c ": "hidden_c", "日本 ü": "日本 ü"}
+    assert {key: found[key] for key in expected} == {k: f"images/00000/{v}.jpg" for k, v in expected.items()}
+    assert len({name.casefold() for name in found.values()}) == 8
+    assert all(len(name.rpartition("/")[2].encode()) < 180 for name in found.values())
+    listed = kept(source)
+    for entry in entries:
+        path = tmp_path / "folder" / entry["file_name"]
+        assert path.with_name(path.name.removesuffix(".jpg") + ".txt").read_text() == entry["text"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest()[:32] == entry["uid"] == listed[entry["key"]]["uid"]
+
+
+def test_captions_in_text_files_are_byte_for_byte(tmp_path: Path) -> None:
+    odd = {0: "", 1: "look at <image> here", 2: "two\nlines\n", 3: "  \ufeff cr\r\nlf "}
+    source = final_shards(tmp_path / "final", caption=lambda index, text: odd.get(index, text))
+    notes = export(source, tmp_path / "out", "folder")
+    for index, text in odd.items():
+        assert (tmp_path / f"out/images/00001/00001000{index}.txt").read_bytes() == text.encode()
+    assert (
+        notes is not None
+        and "2 pairs have an empty caption" in notes[0]
+        and "4 captions have several lines" in notes[1]
+    )
+    (tmp_path / "out/images/00001/000010001.txt").write_text("other")
+    (tmp_path / "out/images/00001/000010002.txt").unlink()
+    faults = verify(str(tmp_path / "out")).faults
+    assert len(faults) == 2 and "not the caption that was written" in faults[0] and "cannot be read" in faults[1]
+
+
+def test_messages_that_would_mislead_a_trainer(tmp_path: Path) -> None:
+    odd = {0: "", 1: "look at <image> here"}
+    source = final_shards(tmp_path / "final", caption=lambda index, text: odd.get(index, text))
+    notes = export(source, tmp_path / "out", "messages")
+    lines = (tmp_path / "out/messages.jsonl").read_text().splitlines()
+    entries = {entry["id"]: entry for entry in map(json.loads, lines)}
+    assert "000000000" not in entries and len(entries) == 14
+    uid = kept(source)["000000001"]["uid"]
+    assert entries["000000001"] == {
+        "id": "000000001",
+        "messages": [
+            {"role": "user", "content": f"<image>\n{wording(uid)}"},
+            {"role": "assistant", "content": "look at [image] here"},
+        ],
+        "images": ["images/00000/000000001.jpg"],
+    }
+    assert notes is not None and len(notes) == 2 and "2 pairs with an empty caption" in notes[0]
+
+
+def test_parquet_without_what_came_with_images_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Files with and without those columns are no data set; other formats go on with what older versions began."""
+    source = final_shards(tmp_path / "final")
+    for format in EXTRAS:
+        config = {"format": format, "image_extension": None}
+        semantic = {"input": Artifact.open(str(source)).fingerprint, "export": config}
+        Artifact.create(str(tmp_path / format), "export", semantic, {}).close()
+        if format == "parquet":
+            with pytest.raises(ArtifactMismatch, match="columns"):
+                export(source, tmp_path / format, format)
+        else:
+            export(source, tmp_path / format, format)
+            assert verify(str(tmp_path / format)).faults == []

@@ -15,7 +15,7 @@ from capipe.errors import BadInput
 from capipe.models.engine import Completion
 from capipe.models.family import PreparedPrompt
 from capipe.trainer.groups import Group, RewardResult
-from capipe.trainer.log import CAPTIONS, RunLog, TensorBoard, WandB, read_steps
+from capipe.trainer.log import CAPTIONS, TIMES, RunLog, TensorBoard, WandB, read_steps
 from capipe.trainer.loop import raised, step_figures
 from capipe.trainer.ranks import ALONE
 from capipe.trainer.recipe import AlarmConfig
@@ -56,13 +56,29 @@ def test_figures_and_captions_are_lines(tmp_path: Path) -> None:
 def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     first = RunLog(tmp_path, 0)
     for step in range(4):
-        first.step(step, {"reward": step})
+        first.step(step, {"reward": step, "seconds/update": 1.5})
     with (tmp_path / "steps.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # a kill in the middle of a line
     assert len(read_steps(tmp_path)) == 4
     again = RunLog(tmp_path, 2)
     again.step(2, {"reward": 9})
     assert [(each["step"], each["reward"]) for each in read_steps(tmp_path)] == [(0, 0), (1, 1), (2, 9)]
+    assert [json.loads(line)["step"] for line in (tmp_path / TIMES).read_text().splitlines()] == [0, 1]
+
+
+def test_times_are_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """What two runs alike log differs in one file; curves show times all the same."""
+    sink = Kept()
+    for name, seconds in (("first", 1.0), ("second", 2.0)):
+        log = RunLog(tmp_path / name, 0, [sink])
+        log.step(-1, {"validation/plain": 0.5})
+        log.step(0, {"reward": 0.5, "seconds/rollout": seconds, "seconds/update": 0.25})
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert (first / "steps.jsonl").read_bytes() == (second / "steps.jsonl").read_bytes()
+    assert "seconds" not in (first / "steps.jsonl").read_text()
+    told = [json.loads(line) for line in (second / TIMES).read_text().splitlines()]
+    assert told == [{"step": 0, "seconds/rollout": 2.0, "seconds/update": 0.25}]
+    assert sink.written[-1] == (0, {"reward": 0.5, "seconds/rollout": 2.0, "seconds/update": 0.25})
 
 
 def test_tensorboard_reads_the_figures(tmp_path: Path) -> None:
