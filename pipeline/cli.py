@@ -6,6 +6,7 @@ found faults; 2 something given cannot be used; 3 the run could not go on; 130 s
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -45,6 +46,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: errors meant for people become one line on stderr and their exit code."""
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, and are shown nevertheless
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except Problems as error:
@@ -83,7 +87,7 @@ def _end_with(line: str) -> None:
     """Say why a command ends, also to the chain that runs it."""
     print(f"capipe: {line}", file=sys.stderr)
     if file := os.environ.get(LAST_WORDS):
-        Path(file).write_text(line, encoding="utf-8")
+        Path(file).write_text(line, encoding="utf-8", errors="backslashreplace")
 
 
 @app.command()

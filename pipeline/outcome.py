@@ -7,6 +7,8 @@ from enum import IntEnum
 
 from rich.console import Console
 
+from ..manifests.status import Status
+from ..stages.ingest import STAGE as INGEST
 from .engine_stages import Plan, execute
 from .progress import Progress
 from .status import State, state
@@ -55,8 +57,13 @@ def conclude(out: str, interrupted: bool, line: str) -> Exit:
     if interrupted and not found.complete:
         print("stopped; run the same command to go on", file=sys.stderr)
         return Exit.INTERRUPTED
-    if found.unresolved:
-        print(f"{found.unresolved} rows ended in engine_error; add --retry to do them again", file=sys.stderr)
+    if failed := found.rows[Status.ENGINE_ERROR]:
+        print(f"{failed} rows ended in engine_error; add --retry to do them again", file=sys.stderr)
+    if unread := found.rows[Status.READ_ERROR]:
+        mend = "mend what their error says (a share, a server, memory), and run the same command: it tries them again"
+        if found.stage != INGEST:
+            mend += "; where their images were never ingested, run `capipe ingest` first"
+        print(f"{unread} rows ended in read_error; {mend}", file=sys.stderr)
     return Exit.OK if found.complete else Exit.UNRESOLVED
 
 

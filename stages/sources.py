@@ -136,7 +136,7 @@ def _local_folder(root: str, folder: str) -> Iterator[ItemRef]:
         with os.scandir(here) as found:
             entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
     except OSError as error:
-        yield ProblemRef(here, Status.CORRUPT, f"folder cannot be listed: {error.strerror}")
+        yield ProblemRef(here, Status.READ_ERROR, f"folder cannot be listed: {error.strerror}")
         return
     folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     yield from _file_refs(root, folder, {e.name: _local_entry(e.path) for e in entries if e.name not in set(folders)})
@@ -144,12 +144,15 @@ def _local_folder(root: str, folder: str) -> Iterator[ItemRef]:
         yield from _local_folder(root, join(folder, name))
 
 
-def _local_entry(path: str) -> int | tuple[Status, str]:
+Entry = int | None | tuple[Status, str]  # a file's size; None: it cannot be looked at now; or why it is no file
+
+
+def _local_entry(path: str) -> Entry:
     """The size of a regular file, or why there is nothing to read (a pipe would block for ever)."""
     try:
         info = Path(path).stat()
-    except OSError as error:
-        return Status.CORRUPT, f"cannot be read: {error.strerror}"
+    except OSError:  # a link whose share is not mounted, for instance: reading it will say why
+        return None
     if stat.S_ISREG(info.st_mode):
         return info.st_size
     if stat.S_ISDIR(info.st_mode):
@@ -161,7 +164,7 @@ def _remote_folder(src: str) -> Iterator[ItemRef]:
     fs, path = url_to_fs(src)
     found = fs.find(path, detail=True)
     prefix = len(path.rstrip("/")) + 1
-    folders: dict[str, dict[str, int | tuple[Status, str]]] = defaultdict(dict)
+    folders: dict[str, dict[str, Entry]] = defaultdict(dict)
     for full, info in sorted(found.items()):
         folder, _, name = str(full)[prefix:].rpartition("/")
         if not any(part.startswith(".") for part in (*folder.split("/"), name)):
@@ -170,7 +173,7 @@ def _remote_folder(src: str) -> Iterator[ItemRef]:
         yield from _file_refs(src, folder, folders[folder])
 
 
-def _file_refs(root: str, folder: str, files: Mapping[str, int | tuple[Status, str]]) -> Iterator[ItemRef]:
+def _file_refs(root: str, folder: str, files: Mapping[str, Entry]) -> Iterator[ItemRef]:
     """The items among one folder's files (sizes, or why unreadable): each file, but for sidecars of another one."""
     stems = {stem_of(name) for name in files if not _is_sidecar(name)}
     for name, size in files.items():
@@ -179,6 +182,9 @@ def _file_refs(root: str, folder: str, files: Mapping[str, int | tuple[Status, s
             continue
         if isinstance(size, tuple):
             yield ProblemRef(join(root, path), *size)
+            continue
+        if size is None:
+            yield FileRef(root, path, None)
             continue
         sizes = [files.get(f"{stem}.{extension}") for extension in _SIDECARS if not _is_sidecar(name)] or [None, None]
         text, meta = (size if isinstance(size, int) else None for size in sizes)
@@ -221,7 +227,7 @@ def tar_refs(url: str) -> Iterator[ItemRef]:
                     order.append(group)
                 group[extension] = member
     except OSError as error:
-        order.append(ProblemRef(url, Status.CORRUPT, f"the tar cannot be read: {error.strerror or error}"))
+        order.append(ProblemRef(url, Status.READ_ERROR, f"the tar cannot be read: {error.strerror or error}"))
     for entry in order:
         yield from [entry] if isinstance(entry, ProblemRef) else _group_refs(url, entry)
 
