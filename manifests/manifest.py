@@ -58,10 +58,15 @@ class ShardRecord:
         return tuple(self.stats.get(REPLACES, ()))
 
     @property
-    def versions(self) -> tuple[str, ...]:
-        """The same with what it has now: what a version that takes its place replaces."""
+    def current(self) -> tuple[str, ...]:
+        """The same of those that it has."""
         names = (f"{self.shard}.parquet", f"{self.shard}.tar")
-        return (*self.replaces, *(self.files[name]["sha256"] for name in names if name in self.files))
+        return tuple(self.files[name]["sha256"] for name in names if name in self.files)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Both: what a version that takes its place replaces."""
+        return (*self.replaces, *self.current)
 
     def retraction(self) -> ShardRecord:
         """The line that takes this shard back; it remembers what the next version replaces."""

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 Batch = Sequence[bytes]
 
 SECONDS_PER_IMAGE = 60.0  # a decoder that takes longer than this is stuck
+STARTS = 5  # of a decoder: what kills processes may kill one that is just starting
 DEATHS = 2  # of decoders that had an image to themselves, before it is left for another run
 _BATCH_IMAGES = 16  # small images share a message: at 112 pixels a message costs a good part of a decode
 _BATCH_BYTES = 256 << 10
@@ -139,11 +140,14 @@ class Decoder(Generic[Result]):
         self._killed = False
 
     def await_start(self) -> None:
-        """Call before the first image. Raises RunFailed where the process does not start."""
-        try:
-            self._worker.wait_ready()
-        except Exception as error:  # a failed import can be anything; it fails the run, not an image
-            raise RunFailed(f"an image decoding process did not start: {error}") from error
+        """Call before the first image. Raises RunFailed where the process does not start, even when tried again."""
+        for left in reversed(range(STARTS)):
+            try:
+                return self._worker.wait_ready()
+            except Exception as error:  # a failed import can be anything; it fails the run, not an image
+                if not left or self._killed or not isinstance(error, WorkerDiedError):
+                    raise RunFailed(f"an image decoding process did not start: {error}") from error
+            self._fresh()
 
     def batch(self, images: Batch) -> tuple[list[Result | ImageProblem], float]:
         """As :func:`decode_batch`. Raises WorkerDiedError; then :meth:`replace` before the next one."""
@@ -171,13 +175,16 @@ class Decoder(Generic[Result]):
 
     def replace(self) -> None:
         """A fresh process. Raises RunFailed where none starts, or where this one was killed by us."""
+        self._fresh()
+        self.await_start()
+
+    def _fresh(self) -> None:
         self._worker.kill()
         if not self._killed:
             self._worker = Worker(self._function)
         if self._killed:  # perhaps meanwhile
             self._worker.kill()
             raise RunFailed("the decoding pool is closed")
-        self.await_start()
 
     def close(self) -> None:
         """End the process once its present images are done."""

@@ -178,13 +178,23 @@ def _between(contents: Contents, others: Contents, radius: int) -> tuple[Indices
     return mine[i], theirs[j]
 
 
-def mark_shard(shard: str, record: ShardRecord, marks: Marks, artifact: Artifact) -> ShardRecord:
-    """Write and commit the marks of one shard's rows. ``record``: the shard's line in the hashes' manifest."""
-    with artifact.begin(shard, DEDUP) as out:
+def mark_shard(
+    shard: str,
+    record: ShardRecord,
+    marks: Marks,
+    artifact: Artifact,
+    grouped: str = "",
+    over: ShardRecord | None = None,
+) -> ShardRecord:
+    """Write and commit the marks of one shard's rows, in the place of older ones (``over``) where there are any.
+
+    ``record``: the shard's line in the hashes' manifest; ``grouped``: digest of what all images were grouped by.
+    """
+    with artifact.begin(shard, DEDUP, over=over) as out:
         for row, file in _rows(shard, marks.hashed):
             out.write({**_plain(row), **(_mark(row, shard, file, marks) if file >= 0 else {})})
         digest = str(record.files[f"{shard}.parquet"]["sha256"])
-        return out.commit(rows_in=record.count, input_info={"digest": digest})
+        return out.commit(rows_in=record.count, input_info={"digest": digest, "grouped": grouped})
 
 
 def _rows(shard: str, hashed: HashSet) -> Iterator[tuple[dict[str, Any], int]]:

@@ -222,7 +222,7 @@ class TableRef:
         return self.path if "://" in self.path else join(self.root, self.path)
 
     def identity(self) -> str:
-        return json.dumps(["table", self.row, self.path, self.text, self.url, self.meta])
+        return json.dumps(["table", self.path, self.text, self.url, self.meta])
 
     def load(self, handles: Handles) -> Item:
         data, problem = read_file(self.location)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -38,6 +39,8 @@ CRASHY = """
         if data.startswith(b"once ") and not os.path.exists(data[5:]):
             open(data[5:], "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
+        if data.startswith(b"slow"):
+            time.sleep(0.2)
         if data == b"exit":
             os._exit(7)
         if data == b"hang":
@@ -143,6 +146,25 @@ async def test_an_image_whose_decoder_is_killed_once_is_decoded(tmp_path: Path, 
         assert (tmp_path / "died").exists()
         for data, result in zip(jobs, results, strict=True):
             assert isinstance(result, np.ndarray) and (result == data[0]).all()
+    finally:
+        pool.close()
+
+
+@pytest.mark.usefixtures("crashy")
+async def test_all_decoders_killed_three_times(tmp_path: Path) -> None:
+    """Whatever was under them is decoded, or to be tried again; the rest is decoded."""
+    pool = DecodePool(2, grid_decoder(GRID, LIMITS))
+    try:
+        jobs = [b"slow%d" % number for number in range(40)]
+        waiting = asyncio.gather(*(pool.decode(data) for data in jobs))
+        for _ in range(3):
+            await asyncio.sleep(0.5)
+            for lane in pool._lanes:
+                os.kill(lane.decoder._worker.pid, signal.SIGKILL)
+        results = await waiting
+        failed = [result for result in results if isinstance(result, ImageProblem)]
+        assert {result.status for result in failed} <= {Status.READ_ERROR} and len(failed) <= 6
+        assert len(failed) < len(results)
     finally:
         pool.close()
 
