@@ -83,6 +83,19 @@ def test_a_share_that_is_missing_and_then_there(share: Path, tmp_path: Path, wor
     assert set(record.replaces) == {first.files[name]["sha256"] for name in ("00001.tar", "00001.parquet")}
 
 
+def test_rows_are_mended_on_an_object_store(share: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPIPE_CACHE", str(tmp_path / "cache"))
+    listed = table(tmp_path / "list.jsonl", ["share/0.jpg", "later/1.jpg"])
+    out = f"memory://{tmp_path.name}/out"
+    ingest(listed, out=out)
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later/1.jpg").write_bytes(photo(1))
+    ingest(listed, out=out)
+    artifact = Artifact.open(out)
+    assert [row["status"] for row in artifact.read_rows("00000")] == ["ok", "ok"] and verify(out).faults == []
+    assert len(artifact.committed()["00000"].replaces) == 2
+
+
 def test_links_into_a_share_that_is_not_mounted(share: Path, tmp_path: Path) -> None:
     """The folder itself is read, so nothing but the link is known of such a file at first: no size, no sidecars."""
     root = tmp_path / "photos"
