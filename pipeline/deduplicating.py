@@ -17,7 +17,7 @@ from ..errors import ArtifactMismatch, BadInput, CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.overwriting import refuse_overwriting
-from ..manifests.shards import InputShard, expand, input_artifact, read_places
+from ..manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ..stages import dedup
 from ..stages.cosine import require_faiss
 from ..stages.dedup import DedupConfig
@@ -140,6 +140,10 @@ def mark(
     artifact = Artifact.create(f"{made.out}/{MARKED}", dedup.STAGE, semantic, run, fresh=made.fresh)
     try:
         old, records = artifact.committed(), hashes.committed()
+        shards = join(made.shards, {"embeddings": made.embeddings} if made.embeddings is not None else {})
+        for shard in shards:
+            if shard.name in old:
+                shard.has_mended_companions(old[shard.name])  # raises where they are others
         if gone := sorted(set(old) - set(names)):
             text = f"{artifact.url}: holds marks of shard {gone[0]}, which --shards does not name"
             raise ArtifactMismatch(f"{text}; name all of them, or use --fresh to start over")
@@ -149,9 +153,10 @@ def mark(
         reference_set = read_hash_set(against, references) if against is not None else None
         hashed = read_hash_set(hashes, names)
         marks = dedup.find_marks(hashed, reference_set, made.config, _embedded(made, hashed, artifact))
-        for name in names:
+        for shard in shards:
+            name, by = shard.name, {"grouped": grouped, "companions": {c.name: c.sha256 for c in shard.companions}}
             if name not in done and not stop.is_set():
-                record = dedup.mark_shard(name, records[name], marks, artifact, grouped, old.get(name))
+                record = dedup.mark_shard(name, records[name], marks, artifact, by, old.get(name))
                 report(Pulse(rows=record.rows))
                 report(ShardDone(record))
     except BaseException:

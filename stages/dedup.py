@@ -183,18 +183,19 @@ def mark_shard(
     record: ShardRecord,
     marks: Marks,
     artifact: Artifact,
-    grouped: str = "",
+    by: Mapping[str, Any] | None = None,
     over: ShardRecord | None = None,
 ) -> ShardRecord:
     """Write and commit the marks of one shard's rows, in the place of older ones (``over``) where there are any.
 
-    ``record``: the shard's line in the hashes' manifest; ``grouped``: digest of what all images were grouped by.
+    ``record``: the shard's line in the hashes' manifest; ``by``: what the manifest is to say of what images were
+    grouped by.
     """
     with artifact.begin(shard, DEDUP, over=over) as out:
         for row, file in _rows(shard, marks.hashed):
             out.write({**_plain(row), **(_mark(row, shard, file, marks) if file >= 0 else {})})
         digest = str(record.files[f"{shard}.parquet"]["sha256"])
-        return out.commit(rows_in=record.count, input_info={"digest": digest, "grouped": grouped})
+        return out.commit(rows_in=record.count, input_info={"digest": digest, **(by or {})})
 
 
 def _rows(shard: str, hashed: HashSet) -> Iterator[tuple[dict[str, Any], int]]:
