@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import ArtifactMismatch, BadInput
-from . import manifest, times
+from . import manifest, replacing, times
 from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
-from .fingerprint import canonical, differences, fingerprint
+from .fingerprint import canonical, differences, encodable, fingerprint
 from .journal import Journal
 from .manifest import ShardRecord
 from .overwriting import refuse_overwriting
@@ -42,6 +42,7 @@ class Artifact:
     claims: Claims | None = None  # whose shards are whose, where several workers could have the same
     shared: bool = False
     _lock: int = -1
+    _retracted: dict[str, ShardRecord] | None = None  # read from the manifest when the first shard is begun
 
     @property
     def url(self) -> str:
@@ -151,6 +152,7 @@ class Artifact:
             return
         self.config = self._resumed(config)
         if alone:
+            replacing.finish(self.folder)
             self._drop_journals()
             if self.shared:  # later others may have added to it
                 self.release_quarantine()
@@ -173,7 +175,8 @@ class Artifact:
 
     def _write(self, config: dict[str, Any]) -> None:
         config[DIGEST] = _digest(config)
-        self.folder.write(CONFIG, json.dumps(config, indent=1, ensure_ascii=False, sort_keys=True).encode())
+        text = json.dumps(config, indent=1, ensure_ascii=False, sort_keys=True)
+        self.folder.write(CONFIG, encodable(text).encode())
 
     def note(self, **facts: Any) -> None:
         """Add facts about the run to ``config.json``; they are not in the fingerprint."""
@@ -233,7 +236,8 @@ class Artifact:
         for name in self.folder.names(PRIVATE):
             if name not in ("lock", "guard"):
                 self.folder.remove(f"{PRIVATE}/{name}")
-        clear(self.folder.private("journal"))
+        for name in ("journal", replacing.REDO):
+            clear(self.folder.private(name))
 
     def _extras(self) -> list[str]:
         """What an earlier run wrote that belongs to no shard; nothing where its configuration is gone or unreadable."""
@@ -254,7 +258,7 @@ class Artifact:
             alone = not self.shared or self._locked(fcntl.LOCK_EX)
             if alone and not living(self.folder):  # else others work on
                 self._clear()
-                for name in ("tmp", "journal"):
+                for name in ("tmp", "journal", replacing.REDO):
                     folder = self.folder.private(name)
                     if folder.is_dir() and not any(folder.iterdir()):
                         folder.rmdir()
@@ -274,9 +278,24 @@ class Artifact:
                 raise ArtifactMismatch(text)
         return records
 
-    def begin(self, shard: str, schema: pa.Schema, *, tar: bool = False, claim: str | None = None) -> ShardTransaction:
-        """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim."""
-        return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar, claim)
+    def begin(
+        self,
+        shard: str,
+        schema: pa.Schema,
+        *,
+        tar: bool = False,
+        claim: str | None = None,
+        over: ShardRecord | None = None,
+    ) -> ShardTransaction:
+        """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim.
+
+        ``over``: the committed version whose place it takes, which stays until then.
+        """
+        if self._retracted is None:
+            self._retracted = manifest.retracted(self.folder)
+        before = self._retracted.get(shard)
+        replaces = over.versions if over is not None else before.replaces if before is not None else ()
+        return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar, claim, replaces, over)
 
     def begin_files(self, shard: str) -> FileTransaction:
         """Start a shard of files that are made one by one (an export's); nothing is visible before its commit."""
@@ -294,7 +313,12 @@ class Artifact:
         for index, row in rows.items():
             journal.append(index, row)
         journal.close()
-        manifest.append(self.folder, ShardRecord(record.shard, {}, {}, {}, self.fingerprint, retracted=True))
+        self.retract(record)
+
+    def retract(self, record: ShardRecord) -> None:
+        """Take a committed shard back to have all of it done again."""
+        manifest.append(self.folder, record.retraction())
+        self._retracted = None
 
     def read_rows(self, shard: str) -> list[dict[str, Any]]:
         """All rows of a committed shard, in order."""
@@ -309,7 +333,7 @@ class Artifact:
     def quarantine(self, shard: str, reason: str) -> None:
         """Note that a shard could not be done, and why; the next run tries it again."""
         entry = {"shard": shard, "error": reason}
-        self.folder.write(f"{QUARANTINE}/{shard}.json", json.dumps(entry, ensure_ascii=False).encode())
+        self.folder.write(f"{QUARANTINE}/{shard}.json", encodable(json.dumps(entry, ensure_ascii=False)).encode())
 
     def quarantined(self) -> dict[str, str]:
         """Shards that failed for good, with their errors."""

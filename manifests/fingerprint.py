@@ -21,7 +21,12 @@ def fingerprint(semantic: Mapping[str, Any]) -> str:
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no blanks: equal values give equal text. Raises TypeError on anything not JSON."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return encodable(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+
+
+def encodable(text: str) -> str:
+    """JSON that UTF-8 can hold: names of files that are no UTF-8 are escaped in it, and read back as they were."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import ArtifactMismatch
@@ -21,6 +21,7 @@ from .storage import PRIVATE, Folder, append_line
 LINES = f"{PRIVATE}/manifest.jsonl"
 OBJECTS = f"{PRIVATE}/manifest.d"
 CHECKSUM = "checksum"  # key of a line: of all its others
+REPLACES = "replaces"  # key of ``stats``: see ShardRecord.replaces
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,38 @@ class ShardRecord:
         """Rows that are to be tried again."""
         return sum(count for status, count in self.rows.items() if not Status(status).resolved)
 
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """sha256 of the tars and Parquets that this shard had before some of its rows were done again."""
+        return tuple(self.stats.get(REPLACES, ()))
+
+    @property
+    def current(self) -> tuple[str, ...]:
+        """The same of those that it has."""
+        names = (f"{self.shard}.parquet", f"{self.shard}.tar")
+        return tuple(self.files[name]["sha256"] for name in names if name in self.files)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Both: what a version that takes its place replaces."""
+        return (*self.replaces, *self.current)
+
+    def retraction(self) -> ShardRecord:
+        """The line that takes this shard back; it remembers what the next version replaces."""
+        return replace(self, rows={}, files={}, input={}, retracted=True, stats={REPLACES: list(self.versions)})
+
 
 def read(folder: Folder) -> dict[str, ShardRecord]:
     """The committed shards by name, in name order. A torn last line (a crash while appending) is no commit."""
+    return {shard: record for shard, record in _last_lines(folder).items() if not record.retracted}
+
+
+def retracted(folder: Folder) -> dict[str, ShardRecord]:
+    """The lines of shards that were taken back and are not committed again, by name."""
+    return {shard: record for shard, record in _last_lines(folder).items() if record.retracted}
+
+
+def _last_lines(folder: Folder) -> dict[str, ShardRecord]:
     records: dict[str, ShardRecord] = {}
     for where, line in _lines(folder):
         try:
@@ -59,10 +89,7 @@ def read(folder: Folder) -> dict[str, ShardRecord]:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             text = f"{folder.url}/{where}: not a manifest line ({error}); was it edited? Restore it, or use --fresh"
             raise ArtifactMismatch(text) from None
-        if record.retracted:
-            records.pop(record.shard, None)
-        else:
-            records[record.shard] = record
+        records[record.shard] = record
     return dict(sorted(records.items()))
 
 

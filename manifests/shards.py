@@ -24,6 +24,8 @@ from .sidecars import read_sidecars
 from .status import Status
 from .storage import open_parquet, parquet_of
 
+ROWS = "rows"  # key of what a manifest says of a shard's input: sha256 of the Parquet beside its tar
+OPEN = "open"  # likewise: numbers of the rows that had something beside them that was to be tried again
 _START_OVER = "use another --out, or --fresh to start over"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -47,11 +49,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Companion:
-    """A sidecar's Parquet of one shard, to be read along with it: same rows, same order."""
+    """A sidecar's Parquet of one shard, to be read along with it: same rows, same order.
+
+    ``replaces``: sha256 of what it was before some of its rows were done again.
+    """
 
     name: str
     url: str
     sha256: str
+    replaces: tuple[str, ...] = ()
 
     def read(self) -> bytes:
         """The file. Raises ArtifactMismatch where it is not the one that was committed."""
@@ -85,21 +91,36 @@ class InputShard:
         fs, path = url_to_fs(self.url)
         return fs.open(path, "rb")  # type: ignore[no-any-return]
 
-    def check_unchanged(self, made: ShardRecord) -> None:
-        """Raise ArtifactMismatch if this is not the tar that ``made`` came from: by size, or by our manifest."""
-        if self.record is not None:
-            same = self.record.files[f"{self.name}.tar"]["sha256"] == made.input["digest"]
-        else:
-            fs, path = url_to_fs(self.url)
-            same = fs.size(path) == made.input["bytes"]
-        if not same:
-            raise ArtifactMismatch(f"{self.url}: the shard changed since this output was made; {_START_OVER}")
+    def is_mended(self, made: ShardRecord) -> bool:
+        """Whether some of its rows were done again since ``made`` was made of it; the others are what they were.
 
-    def check_companions(self, made: ShardRecord) -> None:
-        """Raise ArtifactMismatch if a sidecar beside it is another one than ``made`` was made of."""
+        Raises ArtifactMismatch if this is not the tar that ``made`` came from: by size, or by our manifest.
+        """
+        if self.record is None:
+            fs, path = url_to_fs(self.url)
+            if fs.size(path) != made.input["bytes"]:
+                raise self._changed()
+            return False
+        tar, rows = (self.record.files[f"{self.name}.{kind}"]["sha256"] for kind in ("tar", "parquet"))
+        was = made.input["digest"], made.input.get(ROWS, rows)
+        if was == (tar, rows):
+            return False
+        if not {*was} <= {tar, rows, *self.record.replaces}:
+            raise self._changed()
+        return True
+
+    def _changed(self) -> ArtifactMismatch:
+        return ArtifactMismatch(f"{self.url}: the shard changed since this output was made; {_START_OVER}")
+
+    def has_mended_companions(self, made: ShardRecord) -> bool:
+        """The same of the sidecars beside it. Raises ArtifactMismatch if one is another than ``made`` was made of."""
+        mended = False
         for companion in self.companions:
-            if made.input.get("companions", {}).get(companion.name) != companion.sha256:
+            was = made.input.get("companions", {}).get(companion.name)
+            if was not in (companion.sha256, *companion.replaces):
                 raise ArtifactMismatch(f"{companion.url}: changed since this output was made; {_START_OVER}")
+            mended |= was != companion.sha256
+        return mended
 
 
 def uid_of(image: bytes) -> str:
@@ -162,7 +183,8 @@ def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[In
                     f"{artifact.url}: has no shard {shard.name} for {shard.url}; finish its run, or narrow --shards"
                 )
             file = f"{shard.name}.parquet"
-            companions.append(Companion(name, f"{artifact.url}/{file}", str(record.files[file]["sha256"])))
+            digest = str(record.files[file]["sha256"])
+            companions.append(Companion(name, f"{artifact.url}/{file}", digest, record.replaces))
         joined.append(replace(shard, companions=tuple(companions)))
     return joined
 
@@ -256,19 +278,29 @@ class RowReader:
     def __init__(self, shard: InputShard) -> None:
         self.shard = shard
         self._digest = _SizedDigest()
+        self._open: list[int] = []
 
     @property
     def info(self) -> dict[str, Any]:
         """``digest``: sha256 of the tar, known when the iteration is over; ``companions``: those of what lay beside."""
         info = {"url": self.shard.url, "digest": self._digest.hexdigest(), "bytes": self._digest.size}
         beside = {companion.name: companion.sha256 for companion in self.shard.companions}
-        return {**info, "companions": beside} if beside else info
+        if self.shard.record is not None:
+            info[ROWS] = self.shard.record.files[f"{self.shard.name}.parquet"]["sha256"]
+        if beside:
+            info["companions"] = beside
+        if self._open:
+            info[OPEN] = self._open
+        return info
 
     def __iter__(self) -> Iterator[Row]:
         rows = self._rows()
         for companion in self.shard.companions:
             rows = _with_companion(rows, companion)
-        yield from rows
+        for row in rows:
+            if any(not Status(other["status"]).resolved for other in row.beside.values()):
+                self._open.append(row.index)
+            yield row
 
     def _rows(self) -> Iterator[Row]:
         with self.shard.open() as stream:

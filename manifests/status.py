@@ -10,6 +10,8 @@ class Status(StrEnum):
 
     OK = "ok"
     CORRUPT = "corrupt"  # the bytes are damaged: truncated, zero-length, unreadable header
+    MISSING = "missing"  # its server says that there is none (HTTP 404), or its source has it no more
+    READ_ERROR = "read_error"  # not read this time: a share that is not mounted, a busy server, a decoder out of memory
     UNSUPPORTED = "unsupported"  # sound bytes that are not what this stage takes: HTML, GIF, a link, an unsafe name
     TOO_SMALL = "too_small"
     TOO_LARGE = "too_large"
@@ -25,8 +27,8 @@ class Status(StrEnum):
 
     @property
     def resolved(self) -> bool:
-        """Whether the row's fate is final. An engine error says nothing about the row: it is to be tried again."""
-        return self is not Status.ENGINE_ERROR
+        """Whether the row's fate is final. These two say nothing about the row: it is to be tried again."""
+        return self not in (Status.ENGINE_ERROR, Status.READ_ERROR)
 
 
 class QuestionStatus(StrEnum):

@@ -108,13 +108,18 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file in one visible step."""
-        scratch = self.private(f"tmp/{name.replace('/', '+')}.{uuid.uuid4().hex[:8]}")  # others may write it, too
+        scratch = self.private(f"tmp/{scratch_name(name)}.{uuid.uuid4().hex[:8]}")  # others may write it, too
         write_synced(scratch, data)
         self.publish(scratch, name)
 
     def remove(self, name: str) -> None:
         if self.exists(name):
             self.fs.rm(self.full(name), recursive=True)
+
+
+def scratch_name(name: str) -> str:
+    """What a file is called while it is written: scratch folders have no folders in them."""
+    return name.replace("/", "+")
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

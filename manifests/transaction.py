@@ -3,7 +3,7 @@
 Where several workers could have the same shard, all from the renames to the declaration is done under a lock, after a
 look at whose the shard is (:mod:`.claims`). Where a crash strikes: before the renames nothing of the shard is visible;
 between them, or before the manifest line, files without a line lie about, which do not exist for any reader and are
-replaced when the shard is done again.
+replaced when the shard is done again. A shard that takes the place of a committed one goes by :mod:`.replacing`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import RunFailed
-from . import manifest, times
+from . import manifest, replacing, times
 from .claims import holding, scratch_of
 from .manifest import ShardRecord
 from .status import Status
-from .storage import Folder, clear, write_synced
+from .storage import Folder, clear, scratch_name, write_synced
 from .tar import TarWriter
 
 ROW_GROUP = 1000
@@ -36,10 +36,19 @@ class ShardTransaction:
     """Context manager: ``write`` rows in input order, ``commit`` once; leaving without a commit removes every trace."""
 
     def __init__(
-        self, folder: Folder, fingerprint: str, shard: str, schema: pa.Schema, tar: bool, claim: str | None = None
+        self,
+        folder: Folder,
+        fingerprint: str,
+        shard: str,
+        schema: pa.Schema,
+        tar: bool,
+        claim: str | None = None,
+        replaces: Sequence[str] = (),
+        over: ShardRecord | None = None,
     ) -> None:
         self.shard, self._folder, self._fingerprint, self._schema = shard, folder, fingerprint, schema
         self._claim, self._scratch = claim, scratch_of(folder, claim)
+        self._replaces, self._over = replaces, over
         self._counts: Counter[str] = Counter()
         self._keys: set[str] = set()
         self._rows: list[Mapping[str, Any]] = []
@@ -81,10 +90,12 @@ class ShardTransaction:
         input_info: Mapping[str, Any],
         started: float | None = None,
         stats: Mapping[str, Any] | None = None,
+        beside: Mapping[str, bytes] | None = None,
     ) -> ShardRecord:
         """Publish the shard. ``rows_in`` rows must have been written: the conservation of rows is asserted here.
 
-        ``input_info`` needs a ``digest``; ``started`` (epoch seconds) backdates the clock; ``stats`` join the manifest.
+        ``input_info`` needs a ``digest``; ``started`` (epoch seconds) backdates the clock; ``stats`` join the manifest;
+        ``beside``: more files of the shard, by name.
         Raises ClaimLost, and publishes nothing, where the shard is another worker's by now.
         """
         if sum(self._counts.values()) != rows_in:
@@ -92,12 +103,14 @@ class ShardTransaction:
             raise RunFailed(f"{text}; this is a bug in capipe, and nothing was committed")
         self._started = started or self._started
         self._finish_files()
+        for name, data in (beside or {}).items():
+            self._add_file(name, data)
         with holding(self._folder, self.shard, self._claim):
             return self._publish(input_info, stats)
 
     def _publish(self, input_info: Mapping[str, Any], stats: Mapping[str, Any] | None) -> ShardRecord:
-        for name in self._files:
-            self._folder.publish(self._scratch / name, name)
+        if self._replaces:
+            stats = {**(stats or {}), manifest.REPLACES: list(self._replaces)}
         record = ShardRecord(
             shard=self.shard,
             rows=dict(sorted(self._counts.items())),
@@ -107,6 +120,11 @@ class ShardTransaction:
             stats=dict(stats or {}),
         )
         times.note_shard(self._folder, self.shard, self._started)
+        if self._over is not None:
+            replacing.replace(self._folder, self._scratch, self._over, record)
+            return record
+        for name in self._files:
+            self._folder.publish(self._scratch / scratch_name(name), name)
         manifest.append(self._folder, record)
         return record
 
@@ -118,10 +136,11 @@ class ShardTransaction:
         self._flush()
         self._parquet.close()
         self._files[f"{self.shard}.parquet"] = self._parquet_file.finish()
-        stats = shard_stats(self._counts)
-        name = f"{self.shard}_stats.json"
-        write_synced(self._scratch / name, stats)
-        self._files[name] = {"bytes": len(stats), "sha256": hashlib.sha256(stats).hexdigest()}
+        self._add_file(f"{self.shard}_stats.json", shard_stats(self._counts))
+
+    def _add_file(self, name: str, data: bytes) -> None:
+        self._files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write_synced(self._scratch / scratch_name(name), data)
 
     def __enter__(self) -> ShardTransaction:
         return self
@@ -136,8 +155,8 @@ class ShardTransaction:
                     if error is None:  # on a full disk closing fails again; the first error is the one to see
                         raise
         finally:
-            for name in (f"{self.shard}.tar", f"{self.shard}.parquet", f"{self.shard}_stats.json"):
-                (self._scratch / name).unlink(missing_ok=True)
+            for name in {f"{self.shard}.tar", f"{self.shard}.parquet", *self._files}:
+                (self._scratch / scratch_name(name)).unlink(missing_ok=True)
             if self._claim is not None:
                 clear(self._scratch)
 
@@ -155,12 +174,12 @@ def shard_stats(counts: Mapping[str, int]) -> bytes:
     their names. Times are in a file of their own."""
     count, good = sum(counts.values()), counts.get(Status.OK, 0)
     status_dict = {("success" if status == Status.OK else str(status)): n for status, n in counts.items()}
-    corrupt = counts.get(Status.CORRUPT, 0)
+    unread = sum(counts.get(status, 0) for status in (Status.CORRUPT, Status.MISSING, Status.READ_ERROR))
     stats = {
         "count": count,
         "successes": good,
-        "failed_to_download": corrupt,
-        "failed_to_resize": count - good - corrupt,
+        "failed_to_download": unread,
+        "failed_to_resize": count - good - unread,
         "status_dict": dict(sorted(status_dict.items())),
     }
     return json.dumps(stats, indent=1).encode()

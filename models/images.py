@@ -242,6 +242,8 @@ def _too_thin(header: Header, limit: float) -> ImageProblem:
 
 
 def _undecodable(error: Exception) -> ImageProblem:
+    if "out of memory" in str(error):  # Pillow's words for libjpeg's and zlib's failed allocations
+        return ImageProblem(Status.READ_ERROR, f"cannot be decoded now: {error}")
     return ImageProblem(Status.CORRUPT, f"cannot be decoded: {error or type(error).__name__}")
 
 

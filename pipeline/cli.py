@@ -7,6 +7,7 @@ by SIGHUP, to be resumed.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,9 @@ def main() -> None:
 
     A KeyboardInterrupt ends it with that of Ctrl-C; :mod:`.__main__` says so, and knows which signal it was.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, and are shown nevertheless
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except Problems as error:
@@ -84,7 +88,7 @@ def _end_with(line: str) -> None:
     """Say why a command ends, also to the chain that runs it."""
     print(f"capipe: {line}", file=sys.stderr)
     if file := os.environ.get(LAST_WORDS):
-        Path(file).write_text(line, encoding="utf-8")
+        Path(file).write_text(line, encoding="utf-8", errors="backslashreplace")
 
 
 @app.command()

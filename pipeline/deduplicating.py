@@ -17,7 +17,7 @@ from ..errors import ArtifactMismatch, BadInput, CapipeError, RunFailed
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.overwriting import refuse_overwriting
-from ..manifests.shards import InputShard, expand, input_artifact, read_places
+from ..manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ..stages import dedup
 from ..stages.cosine import require_faiss
 from ..stages.dedup import DedupConfig
@@ -86,8 +86,8 @@ def hash_images(made: DedupPlan, report: Callable[[Event], None], stop: threadin
     def todo(artifact: Artifact) -> list[InputShard]:
         committed = artifact.committed()
         for shard in made.shards:
-            if shard.name in committed:
-                shard.check_unchanged(committed[shard.name])
+            if shard.name in committed and shard.is_mended(committed[shard.name]):
+                artifact.retract(committed.pop(shard.name))
         return [shard for shard in made.shards if shard.name not in committed]
 
     artifact, tasks = _opened(f"{made.out}/{HASHES}", semantic, run, todo, made.fresh)
@@ -119,29 +119,42 @@ def mark(
     report: Callable[[Event], None],
     stop: threading.Event,
 ) -> tuple[Artifact, Outcome]:
-    """The second pass: group all images and mark every row. Nothing is grouped where all marks are there already."""
+    """The second pass: group all images and mark every row. Nothing is grouped where all marks are there already.
+
+    Where images were added or read since, all are grouped again and every shard is marked anew.
+    """
     names = [shard.name for shard in made.shards]
     references = sorted(against.committed()) if against is not None else []
     semantic = {
         "dedup": made.config.model_dump(mode="json"),
         "input": hashes.config["semantic"]["input"],
-        "hashes": dedup.digest_of(hashes, names),
         "against": dedup.digest_of(against, references) if against is not None else None,
     }
+    grouped = dedup.digest_of(hashes, names)  # of all that a mark depends on beside the configuration
     if made.embeddings is not None:
-        semantic["embeddings"] = dedup.digest_of(made.embeddings, names)
+        semantic["embeddings"] = made.embeddings.fingerprint
+        grouped += dedup.digest_of(made.embeddings, names)
     run = {"shards": made.pattern, "shards_total": len(names), "sources": list(made.against)}
     artifact = Artifact.create(f"{made.out}/{MARKED}", dedup.STAGE, semantic, run, fresh=made.fresh)
     try:
-        done, records = artifact.committed(), hashes.committed()
-        if all(name in done for name in names):
+        old, records = artifact.committed(), hashes.committed()
+        shards = join(made.shards, {"embeddings": made.embeddings} if made.embeddings is not None else {})
+        for shard in shards:
+            if shard.name in old:
+                shard.has_mended_companions(old[shard.name])  # raises where they are others
+        if gone := sorted(set(old) - set(names)):
+            text = f"{artifact.url}: holds marks of shard {gone[0]}, which --shards does not name"
+            raise ArtifactMismatch(f"{text}; name all of them, or use --fresh to start over")
+        done = {name: record for name, record in old.items() if record.input.get("grouped") == grouped}
+        if len(done) == len(names):
             return artifact, Outcome()
         reference_set = read_hash_set(against, references) if against is not None else None
         hashed = read_hash_set(hashes, names)
         marks = dedup.find_marks(hashed, reference_set, made.config, _embedded(made, hashed, artifact))
-        for name in names:
+        for shard in shards:
+            name, by = shard.name, {"grouped": grouped, "companions": {c.name: c.sha256 for c in shard.companions}}
             if name not in done and not stop.is_set():
-                record = dedup.mark_shard(name, records[name], marks, artifact)
+                record = dedup.mark_shard(name, records[name], marks, artifact, by, old.get(name))
                 report(Pulse(rows=record.rows))
                 report(ShardDone(record))
     except BaseException:

@@ -12,8 +12,10 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
-from ..manifests.shards import InputShard, Row, expand, input_artifact, join, read_places
+from ..manifests.manifest import ShardRecord
+from ..manifests.shards import OPEN, InputShard, Row, expand, input_artifact, join, read_places
 from ..manifests.status import Status
+from ..manifests.storage import open_parquet
 from ..models.adapters import check_adapter
 from ..models.chat_templates import check_template
 from ..models.decode import DecodePool, check_for_server, grid_decoder
@@ -298,6 +300,7 @@ def plan(
 ) -> Plan:
     """Check everything that can be checked before a model is loaded, lock the output, and find what is left to do.
 
+    Shards some of whose input's rows were done again since are taken back; rows of the same images keep what they have.
     ``beside``: artifacts whose rows the stage wants with each row, by name. ``retry`` reopens committed shards with
     unresolved rows; ``share`` lets other processes work on the same output; ``also_read`` names files that are neither
     shards nor artifacts. Raises CapipeError; then nothing was written.
@@ -334,13 +337,37 @@ def _todo(artifact: Artifact, shards: list[InputShard], retry: bool) -> list[Inp
         record = committed.get(shard.name)
         if record is None:
             continue
-        shard.check_unchanged(record)
-        if retry and record.unresolved:
-            artifact.reopen(record, resolved_rows(artifact, record.shard))
-            del committed[shard.name]  # its sidecars may have changed: what they had left open may be there by now
-        else:
-            shard.check_companions(record)
+        mended, again = shard.is_mended(record), retry and record.unresolved > 0
+        if not again:  # else sidecars may have changed in any way: what they had left open may be there by now
+            mended |= shard.has_mended_companions(record)
+        if mended and artifact.shared:
+            text = f"{shard.url}: some of its rows were done again since; run the command once without --share"
+            raise BadInput(f"{text}, which takes the shards made of it back")
+        if again or mended or (not artifact.shared and _read_in_vain(artifact, record, shard)):
+            open_rows = set(record.input.get(OPEN, ()))
+            kept = resolved_rows(artifact, record.shard)
+            artifact.reopen(record, {index: row for index, row in kept.items() if index not in open_rows})
+            del committed[shard.name]
     return [shard for shard in shards if shard.name not in committed]
+
+
+def _read_in_vain(artifact: Artifact, record: ShardRecord, shard: InputShard) -> bool:
+    """Whether a row is a ``read_error`` of this stage's own, not one that was passed on to it."""
+    if not record.rows.get(Status.READ_ERROR):
+        return False
+    own = [row["status"] for row in artifact.read_rows(record.shard)]
+    listed = [] if shard.record is None else [shard.url.removesuffix(".tar") + ".parquet"]
+    given = [_statuses(url) for url in (*listed, *(companion.url for companion in shard.companions))]
+    return any(
+        status == Status.READ_ERROR and Status.READ_ERROR not in before
+        for status, *before in zip(own, *given, strict=True)
+    )
+
+
+def _statuses(url: str) -> list[str]:
+    with open_parquet(url) as parquet:
+        found: list[str] = parquet.read(columns=["status"], use_threads=False).column("status").to_pylist()
+    return found
 
 
 def resolved_rows(artifact: Artifact, shard: str) -> dict[int, dict[str, Any]]:

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from ..errors import CapipeError, RunFailed
@@ -59,8 +59,7 @@ def execute_ingest(made: IngestPlan, report: Callable[[Event], None], stop: thre
     """Ingest what is not committed yet; returns when all shards are committed or quarantined, or ``stop`` is set."""
     outcome = Outcome()
     function = functools.partial(_write_shard, config=made.config, artifact=made.artifact.attach())
-    todo = pending(_counted(made), made.artifact)
-    for result in run_pool(todo, function, made.workers, stop):
+    for result in run_pool(_todo(made), function, made.workers, stop, careful=_careful):
         settle(made.artifact, result, outcome, report)
     outcome.interrupted = stop.is_set()
     return outcome
@@ -108,10 +107,21 @@ def settle(
     report(ShardFailed(shard, reason))
 
 
-def _counted(made: IngestPlan) -> Iterator[IngestTask]:
-    """All tasks; once the sources are read to their end, the artifact learns how many shards there are to be."""
-    shards = items = 0
-    for task in plan(made.items, made.config):
-        shards, items = shards + 1, items + len(task.refs)
+def _careful(task: IngestTask) -> IngestTask:
+    return replace(task, careful=True)
+
+
+def _todo(made: IngestPlan) -> Iterator[IngestTask]:
+    """What is to be done; once the sources are read to their end, the artifact learns of how many shards."""
+    shards, items = set(made.artifact.committed()), 0
+
+    def counted() -> Iterator[ItemRef]:
+        nonlocal items
+        for ref in made.items:
+            items += 1
+            yield ref
+
+    for task in pending(plan(counted(), made.config), made.artifact):
+        shards.add(task.shard)
         yield task
-    made.artifact.note(shards_total=shards, items=items)
+    made.artifact.note(shards_total=len(shards), items=items)

@@ -10,6 +10,7 @@ from rich.console import Console
 from ..manifests.artifact import Artifact
 from ..manifests.status import Status
 from ..manifests.storage import read_parquet
+from ..stages.ingest import STAGE as INGEST
 from .engine_stages import Plan, execute
 from .interrupts import say
 from .progress import Progress
@@ -60,21 +61,30 @@ def conclude(out: str, interrupted: bool, line: str) -> Exit:
     if interrupted and not found.complete:
         say("stopped; run the same command to go on")
         return Exit.INTERRUPTED
-    if found.unresolved:
-        why = f" (the first: {reason})" if (reason := first_error(out)) else ""
+    if failed := found.rows[Status.ENGINE_ERROR]:
         mend = "mend what can be mended, then add --retry to do them again"
-        print(f"{found.unresolved} rows ended in engine_error{why}; {mend}", file=sys.stderr)
+        print(f"{failed} rows ended in engine_error{_why(out, Status.ENGINE_ERROR)}; {mend}", file=sys.stderr)
+    if unread := found.rows[Status.READ_ERROR]:
+        mend = "mend what their error says (a share, a server, memory), and run the same command: it tries them again"
+        if found.stage != INGEST:
+            mend += "; where their images were never ingested, run `capipe ingest` first"
+        print(f"{unread} rows ended in read_error{_why(out, Status.READ_ERROR)}; {mend}", file=sys.stderr)
     return Exit.OK if found.complete else Exit.UNRESOLVED
 
 
-def first_error(out: str) -> str:
-    """Why an artifact's first unresolved row is one, in short: whether it is any use to try again shows in that."""
+def _why(out: str, status: Status) -> str:
+    reason = first_error(out, status)
+    return f" (the first: {reason})" if reason else ""
+
+
+def first_error(out: str, status: Status) -> str:
+    """Why an artifact's first row of an unresolved ``status`` is one, in short: it shows whether trying again helps."""
     artifact = Artifact.open(out)
-    shard = next((name for name, record in artifact.committed().items() if record.unresolved), None)
+    shard = next((name for name, record in artifact.committed().items() if record.rows.get(status)), None)
     if shard is None:
         return ""
     rows = read_parquet(artifact.folder, f"{shard}.parquet", ["status", "error"]).to_pylist()
-    reason = next((row["error"] or "" for row in rows if not Status(row["status"]).resolved), "")
+    reason = next((row["error"] or "" for row in rows if row["status"] == status), "")
     return " ".join(reason.split())[:LONGEST_REASON]
 
 

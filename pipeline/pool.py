@@ -41,19 +41,21 @@ def run_pool(
     function: Callable[[Task], Result],
     workers: int,
     stop: threading.Event | None = None,
+    careful: Callable[[Task], Task] | None = None,
 ) -> Iterator[Done[Task, Result] | Failed[Task]]:
     """Run ``function`` on every task in ``workers`` processes; outcomes come as they finish.
 
     A task is drawn from ``tasks`` when a worker is free for it, never earlier. One whose worker died, or that raised,
     is tried again at once, in all :data:`ATTEMPTS` times; a :class:`CapipeError` is no accident: what is under way is
-    finished, then it is raised. Once ``stop`` is set no task is drawn or retried, and what is under way is finished.
+    finished, then it is raised. ``careful`` makes of a task whose worker died the one that is tried next.
+    Once ``stop`` is set no task is drawn or retried, and what is under way is finished.
     ``workers=0`` runs everything in this process, for inputs and outputs that no other process can see.
     """
     stop = stop or threading.Event()
     if workers == 0:
         yield from _run_here(tasks, function, stop)
         return
-    pool = _Pool(function)
+    pool = _Pool(function, careful or (lambda task: task))
     try:
         yield from pool.run(iter(tasks), workers, stop)
     finally:
@@ -91,8 +93,8 @@ class _Slot(Generic[Task, Result]):
 
 
 class _Pool(Generic[Task, Result]):
-    def __init__(self, function: Callable[[Task], Result]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[[Task], Result], careful: Callable[[Task], Task]) -> None:
+        self._function, self._careful = function, careful
         self._slots: list[_Slot[Task, Result]] = []
         self._idle: list[Worker[Task, Result]] = []
 
@@ -120,7 +122,7 @@ class _Pool(Generic[Task, Result]):
                     continue
                 if isinstance(outcome, Failed) and slot.attempt < ATTEMPTS and not stop.is_set() and fatal is None:
                     _warn(outcome, slot.attempt)
-                    self._start(slot.task, slot.attempt + 1)
+                    self._start(outcome.task, slot.attempt + 1)
                 else:
                     yield outcome
         if fatal is not None:
@@ -160,7 +162,7 @@ class _Pool(Generic[Task, Result]):
         except WorkerDiedError as death:
             slot.worker.kill()
             self._slots.remove(slot)
-            return Failed(slot.task, f"its worker process died: {death}")
+            return Failed(self._careful(slot.task), f"its worker process died: {death}")
         except CapipeError:
             self._release(slot)
             raise

@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from .desk import Outcome
 from .events import Event
 from .ingesting import settle, writing
 from .pool import run_pool
-from .survey import MARKS, SCORES, Survey, digest_of, ok_uids, read_columns, survey
+from .survey import MARKS, SCORES, Survey, ok_uids, read_columns, survey
 
 UIDS = f"{PRIVATE}/uids.npy"
 _START_OVER = "use another --out, or --fresh to start over"
@@ -42,12 +42,16 @@ _START_OVER = "use another --out, or --fresh to start over"
 
 @dataclass(frozen=True)
 class GroupTask:
-    """One final shard: the input shards it is made of, in order, and how many rows these have and are kept."""
+    """One final shard: the input shards it is made of, in order, and how many rows these have and are kept.
+
+    ``over``: the committed one that it takes the place of, made before some of these rows were done again.
+    """
 
     shard: str
     shards: tuple[InputShard, ...]
     rows: int
     kept: int
+    over: ShardRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,6 @@ def plan_select(
         "threshold": found.rule.threshold_text,
         "input": source.fingerprint if source else None,
         **{name: artifact.fingerprint for name, artifact in beside.items()},
-        **{f"{name}_rows": digest_of(shards, name) for name in beside},
     }
     run = {
         "shards": pattern,
@@ -137,19 +140,35 @@ def _tasks(shards: Sequence[InputShard], found: Survey) -> list[GroupTask]:
 
 
 def _todo(artifact: Artifact, tasks: Sequence[GroupTask]) -> list[GroupTask]:
-    """The tasks that are not committed. Raises ArtifactMismatch where a committed one was made of something else."""
+    """The tasks that are not committed, or not as they would be now: rows were done again since, or shards came.
+
+    Raises ArtifactMismatch where a committed one was made of something else.
+    """
     committed = artifact.committed()
+    present = {shard.name: shard for task in tasks for shard in task.shards}
+    mended = {name for name, record in committed.items() if _is_mended(artifact, record, present)}
+    todo = []
     for task in tasks:
-        record = committed.get(task.shard)
-        if record is None:
-            continue
-        made = record.input["shards"]
-        if [entry["name"] for entry in made] != [shard.name for shard in task.shards]:
-            raise ArtifactMismatch(f"{artifact.url}: shard {task.shard} was made of other input shards; {_START_OVER}")
-        for shard, entry in zip(task.shards, made, strict=True):
-            shard.check_unchanged(replace(record, input=entry))
-            shard.check_companions(replace(record, input=entry))
-    return [task for task in tasks if task.shard not in committed]
+        record = committed.pop(task.shard, None)
+        made = [] if record is None else [entry["name"] for entry in record.input["shards"]]
+        if task.shard in mended or made != [shard.name for shard in task.shards]:
+            todo.append(replace(task, over=record))
+    for record in committed.values():  # fewer rows are kept by now
+        artifact.retract(record)
+        for name in record.files:
+            artifact.folder.remove(name)
+    return todo
+
+
+def _is_mended(artifact: Artifact, record: ShardRecord, present: Mapping[str, InputShard]) -> bool:
+    mended = False
+    for entry in record.input["shards"]:
+        shard, made = present.get(entry["name"]), replace(record, input=entry)
+        if shard is None:
+            text = f"{artifact.url}: shard {record.shard} was made of other input shards"
+            raise ArtifactMismatch(f"{text}; {_START_OVER}")
+        mended |= shard.is_mended(made) | shard.has_mended_companions(made)
+    return mended
 
 
 def execute_select(made: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> Outcome:
@@ -166,7 +185,7 @@ def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:
     """Write and commit one final shard. Runs in a worker process. Keeps one input shard's scores in memory."""
     own = [_scored(shard, ["key"]).column("key").to_pylist() for shard in task.shards]
     keys = final_keys([shard.name for shard in task.shards], own)
-    with writing(artifact), artifact.begin(task.shard, SELECT, tar=True) as out:
+    with writing(artifact), artifact.begin(task.shard, SELECT, tar=True, over=task.over) as out:
         copied = [_copy(shard, names, rule, out) for shard, names in zip(task.shards, keys, strict=True)]
         if sum(kept for _, kept in copied) != task.kept:
             raise ArtifactMismatch(f"{task.shards[0].companions[0].url}: the scores changed while they were read")

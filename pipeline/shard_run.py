@@ -39,15 +39,17 @@ class ShardRun:
         self.pending = 0  # rows in the pipeline
 
     def recall(self, rows: Sequence[Row]) -> bool:
-        """Take the rows' results from the journal, if an earlier run left them for all of these very rows."""
-        known = [self.journal.rows.pop(row.index, None) for row in rows]
-        for row, result in zip(rows, known, strict=True):
-            if result is None or result["key"] != row.key or result["uid"] != row.uid:
-                return False
-        self.rows |= {row.index: result for row, result in zip(rows, known, strict=True) if result is not None}
-        return True
+        """Take the results that an earlier run left in the journal for these very rows; whether it left all of them."""
+        for row in rows:
+            result = self.journal.rows.pop(row.index, None)
+            if result is not None and (result["key"], result["uid"]) == (row.key, row.uid):
+                self.rows[row.index] = result
+        return all(row.index in self.rows for row in rows)
 
     def finish(self, index: int, row: dict[str, Any]) -> None:
+        """Keep a row's result, unless it has one from an earlier run and was done again for its neighbours' sake."""
+        if index in self.rows:
+            return
         self.rows[index] = row
         if Status(row["status"]).resolved:  # an unresolved row is to be tried again after a crash
             self.journal.append(index, row)

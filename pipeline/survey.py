@@ -7,7 +7,6 @@ Without ``top`` it is a count for each shard.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from fsspec.core import url_to_fs
 
 from ..errors import ArtifactMismatch, BadInput
 from ..manifests.artifact import Artifact
-from ..manifests.fingerprint import canonical
 from ..manifests.schema import BASE, SCORE, check
 from ..manifests.shards import Companion, InputShard
 from ..manifests.status import Status
@@ -86,12 +84,6 @@ def survey(shards: Sequence[InputShard], scores: Artifact, config: SelectConfig)
         above = values >= rule.precision(rule.threshold or 0.0)
         kept = [int(part.sum()) for part in np.split(above, np.cumsum(counted)[:-1])]
     return Survey(rule, kept, sizes, candidates, sum(counted))
-
-
-def digest_of(shards: Sequence[InputShard], name: str) -> str:
-    """sha256 over the rows of a companion of all shards."""
-    listed = [[c.url.rsplit("/", 1)[-1], c.sha256] for shard in shards for c in shard.companions if c.name == name]
-    return hashlib.sha256(canonical(listed).encode()).hexdigest()
 
 
 def _text(shards: Sequence[InputShard], config: SelectConfig) -> Text:

@@ -35,7 +35,9 @@ READ_AHEAD = 16  # rows read from a tar in one go, where a stage takes them one 
 OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up (more where small)
 HELD_ROWS = 50_000  # of finished shards that wait for the end of a streak: with more, they are recorded as they are
 PULSE_SECONDS = 0.5
-UNREAD = frozenset({Status.CORRUPT, Status.UNSUPPORTED, Status.TOO_SMALL, Status.TOO_LARGE})  # seen before any model
+UNREAD = frozenset(  # seen before any model
+    {Status.CORRUPT, Status.MISSING, Status.READ_ERROR, Status.UNSUPPORTED, Status.TOO_SMALL, Status.TOO_LARGE}
+)
 
 Answer = Assignment | Literal["wait"] | None  # a shard, there is none just now, there are no more
 

@@ -27,6 +27,7 @@ from .ingest import IngestConfig, IngestTask
 from .items import Handles
 from .near_hashes import Indices
 from .perceptual_hash import DECODED_SIDE, looks
+from .read_faults import read_problem
 
 STAGE, HASH_STAGE = "dedup", "hash"
 LIMITS = ImageLimits(min_side=1)  # ingest has sorted out the small ones, or nobody minds them
@@ -59,14 +60,16 @@ def hash_shard(task: InputShard, artifact: Artifact) -> ShardRecord:
 
 def hash_references(task: IngestTask, artifact: Artifact) -> ShardRecord:
     """The same for a part of a reference set, whose items may lie anywhere that can be ingested."""
-    with Handles() as handles, artifact.begin(task.shard, HASHES) as shard:
+    with Handles() as handles, artifact.begin(task.shard, HASHES, over=task.made) as shard:
         for number, ref in enumerate(task.refs):
             row = {"key": f"{task.index:05d}{number:03d}", "source": ref.source}
             try:
                 item = ref.load(handles)
                 problem, data = item.problem, item.data
-            except OSError as error:
-                problem, data = ImageProblem(Status.CORRUPT, f"cannot be read: {error.strerror or error}"), None
+            except Exception as error:
+                problem, data = read_problem(error), None
+                if problem is None:
+                    raise
             if problem is None and data is not None:
                 shard.write({**row, "uid": hashlib.sha256(data).hexdigest()[:32], **_seen(data)})
             else:
@@ -175,13 +178,24 @@ def _between(contents: Contents, others: Contents, radius: int) -> tuple[Indices
     return mine[i], theirs[j]
 
 
-def mark_shard(shard: str, record: ShardRecord, marks: Marks, artifact: Artifact) -> ShardRecord:
-    """Write and commit the marks of one shard's rows. ``record``: the shard's line in the hashes' manifest."""
-    with artifact.begin(shard, DEDUP) as out:
+def mark_shard(
+    shard: str,
+    record: ShardRecord,
+    marks: Marks,
+    artifact: Artifact,
+    by: Mapping[str, Any] | None = None,
+    over: ShardRecord | None = None,
+) -> ShardRecord:
+    """Write and commit the marks of one shard's rows, in the place of older ones (``over``) where there are any.
+
+    ``record``: the shard's line in the hashes' manifest; ``by``: what the manifest is to say of what images were
+    grouped by.
+    """
+    with artifact.begin(shard, DEDUP, over=over) as out:
         for row, file in _rows(shard, marks.hashed):
             out.write({**_plain(row), **(_mark(row, shard, file, marks) if file >= 0 else {})})
         digest = str(record.files[f"{shard}.parquet"]["sha256"])
-        return out.commit(rows_in=record.count, input_info={"digest": digest})
+        return out.commit(rows_in=record.count, input_info={"digest": digest, **(by or {})})
 
 
 def _rows(shard: str, hashed: HashSet) -> Iterator[tuple[dict[str, Any], int]]:

@@ -41,6 +41,9 @@ class DescribedRef:
     def identity(self) -> str:
         return json.dumps(["described", self.file.identity(), self.text, self.url, self.meta])
 
+    def identity_unread(self) -> str:
+        return json.dumps(["described", self.file.identity_unread(), self.text, self.url, self.meta])
+
     def load(self, handles: Handles) -> Item:
         """The file's own sidecars go before a row of a file that is about many."""
         item = self.file.load(handles)
@@ -63,6 +66,9 @@ class CaptionedRef:
 
     def identity(self) -> str:
         return self.image.identity()
+
+    def identity_unread(self) -> str:
+        return self.image.identity_unread() if isinstance(self.image, FileRef) else self.image.identity()
 
     def load(self, handles: Handles) -> Item:
         item = self.image.load(handles)
@@ -158,7 +164,7 @@ class _Found:
             yield from found.faults
             for name in found.unused:
                 row = found.rows[name]
-                yield self._joined(FileRef(self._root, join(found.folder, row[FILE_NAME]), 0), row)
+                yield self._joined(FileRef(self._root, join(found.folder, row[FILE_NAME]), None), row)
 
     def _joined(self, ref: FileRef, row: Mapping[str, Any]) -> DescribedRef:
         text, whole = take_caption(row, self._columns.text)

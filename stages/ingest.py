@@ -7,14 +7,14 @@ Every item becomes exactly one row. Sound images are copied untouched into the t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, count, islice
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import ArtifactMismatch
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.schema import INGEST
@@ -22,9 +22,13 @@ from ..manifests.sidecars import encode_meta
 from ..manifests.status import Status
 from ..models.convert import Converted, is_convertible, to_png
 from ..models.formats import ImageProblem
-from ..models.images import MAX_GRID_ASPECT, ImageInfo, ImageLimits, check
+from ..models.images import MAX_GRID_ASPECT, ImageInfo, ImageLimits
 from .columns import Columns
+from .image_check import ImageCheck
+from .ingest_again import ItemRow, mended_rows
+from .ingest_growth import grown, items_file, marks_of
 from .items import Handles, Item, ItemRef
+from .read_faults import read_problem
 
 STAGE = "ingest"
 
@@ -57,11 +61,17 @@ class IngestConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class IngestTask:
-    """One output shard: its items in order. ``digest``: sha256 over their identities, which resuming compares."""
+    """One output shard: its items in order. ``digest``: sha256 over their identities, which resuming compares.
+
+    ``made``: the committed version, of which the rows that could not be read are tried again. ``careful``: a worker
+    died of it, so each image is decoded in a process of its own.
+    """
 
     index: int
     refs: tuple[ItemRef, ...]
     digest: str
+    made: ShardRecord | None = None
+    careful: bool = False
 
     @property
     def shard(self) -> str:
@@ -72,65 +82,104 @@ def plan(refs: Iterable[ItemRef], config: IngestConfig) -> Iterator[IngestTask]:
     """Cut the items into tasks, lazily: shard i has items i*shard_size up to (i+1)*shard_size."""
     stream, index = iter(refs), 0
     while chunk := tuple(islice(stream, config.shard_size)):
-        digest = hashlib.sha256()
-        for ref in chunk:
-            digest.update(ref.identity().encode() + b"\n")
-        yield IngestTask(index, chunk, digest.hexdigest())
+        yield _task(index, chunk)
         index += 1
 
 
-def pending(tasks: Iterable[IngestTask], artifact: Artifact) -> Iterator[IngestTask]:
-    """The tasks that are not committed yet.
+def _task(index: int, refs: tuple[ItemRef, ...], made: ShardRecord | None = None) -> IngestTask:
+    digest = hashlib.sha256()
+    for ref in refs:
+        digest.update(ref.identity().encode() + b"\n")
+    return IngestTask(index, refs, digest.hexdigest(), made)
 
-    Raises ArtifactMismatch where a committed shard was made from other items than the source now has in its place.
+
+def pending(tasks: Iterable[IngestTask], artifact: Artifact) -> Iterator[IngestTask]:
+    """The tasks that are not committed yet, and those of committed shards with rows that could not be read.
+
+    Items that came to the source since begin new shards, wherever they stand among the others (:mod:`.ingest_growth`).
+    Raises ArtifactMismatch where an ingested item is gone, or another one now.
     """
-    committed = artifact.committed()
+    committed, tasks = artifact.committed(), iter(tasks)
+    taken = {int(shard) for shard in committed}
     for task in tasks:
-        record = committed.pop(task.shard, None)
+        record = committed.get(task.shard)
+        if record is not None and record.input["digest"] != task.digest:
+            tasks = chain([task], tasks)
+            break
+        committed.pop(task.shard, None)
+        taken.add(task.index)
         if record is None:
             yield task
-        elif record.input["digest"] != task.digest:
-            raise _changed(artifact, task.shard, "has other items now")
+        elif record.unresolved:
+            yield replace(task, made=record)
     if committed:
-        raise _changed(artifact, min(committed), "has fewer items now")
-
-
-def _changed(artifact: Artifact, shard: str, what: str) -> ArtifactMismatch:
-    text = f"{artifact.url}: the source {what} than when shard {shard} was ingested"
-    return ArtifactMismatch(f"{text}; use another --out, or --fresh to start over")
+        refs = (ref for task in tasks for ref in task.refs)
+        for items, again in grown(artifact, committed, refs):
+            if again is not None:
+                yield _task(int(again.shard), items, again)
+            else:
+                index = next(index for index in count() if index not in taken)
+                taken.add(index)
+                yield _task(index, items)
 
 
 def ingest_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> ShardRecord:
-    """Write and commit one shard. Runs in a worker process, which reads the images itself."""
+    """Write and commit one shard. Runs in a worker process, which reads the images itself.
+
+    Of a shard that was committed before, rows that were read keep their bytes; where none of the others can be read
+    this time either, it stays as it is.
+    """
     digits = len(str(config.shard_size - 1))
-    with Handles() as handles, artifact.begin(task.shard, INGEST, tar=True) as shard:
-        for number, ref in enumerate(task.refs):
+    convert = partial(to_plain_format, limits=config.limits) if config.convert else None
+    with Handles() as handles, ImageCheck(config.limits, task.careful) as check:
+
+        def ingested(number: int) -> ItemRow:
             key = f"{task.index:05d}{number:0{digits}d}"  # img2dataset's keys
-            shard.write(*ingest_item(ref, key, config.limits, handles, convert=config.convert))
-        return shard.commit(rows_in=len(task.refs), input_info={"digest": task.digest, "items": len(task.refs)})
+            return ingest_item(task.refs[number], key, check, handles, convert)
+
+        if task.made is None:
+            rows: Iterable[ItemRow] = map(ingested, range(len(task.refs)))
+        else:
+            again = mended_rows(artifact, task.made, ingested)
+            if again is None:
+                return task.made
+            rows = again
+        with artifact.begin(task.shard, INGEST, tar=True, over=task.made) as shard:
+            for row, members in rows:
+                shard.write(row, members)
+            return shard.commit(
+                rows_in=len(task.refs),
+                input_info={"digest": task.digest, "items": len(task.refs)},
+                beside={items_file(task.shard): marks_of(task.refs)},
+            )
 
 
 def ingest_item(
-    ref: ItemRef, key: str, limits: ImageLimits, handles: Handles, *, convert: bool = False
-) -> tuple[dict[str, Any], dict[str, bytes] | None]:
-    """One item as ``(row, tar members)``; no members unless the row is ok. Never raises on what the item holds."""
+    ref: ItemRef,
+    key: str,
+    check: Callable[[bytes], ImageInfo | ImageProblem],
+    handles: Handles,
+    convert: Callable[[Item], dict[str, str]] | None = None,
+) -> ItemRow:
+    """One item as ``(row, tar members)``; no members unless the row is ok. Never raises on what the item holds.
+
+    ``convert``: puts a PNG in place of a picture in another format, see :func:`to_plain_format`.
+    """
     try:
         item = ref.load(handles)
-        original = _convert(item, limits) if convert else {}
-        verdict = item.problem or check(item.data or b"", limits)
-        if not convert and isinstance(verdict, ImageProblem) and is_convertible(item.data or b""):
+        original = convert(item) if convert is not None else {}
+        verdict = item.problem or check(item.data or b"")
+        if convert is None and isinstance(verdict, ImageProblem) and is_convertible(item.data or b""):
             item.notes.append("--convert takes still ones")
         sha256 = hashlib.sha256(item.data).hexdigest() if item.data else None
         members = _members(item, verdict, sha256, original) if isinstance(verdict, ImageInfo) and sha256 else None
         return _row(item, key, verdict, sha256), members
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror or error}"
     except Exception as error:  # one item must not cost its shard: whatever it did becomes its reason
-        reason = f"unexpected {type(error).__name__}: {error}"
-    return _row(Item(ref.source), key, ImageProblem(Status.CORRUPT, reason), None), None
+        unexpected = ImageProblem(Status.CORRUPT, f"unexpected {type(error).__name__}: {error}")
+        return _row(Item(ref.source), key, read_problem(error) or unexpected, None), None
 
 
-def _convert(item: Item, limits: ImageLimits) -> dict[str, str]:
+def to_plain_format(item: Item, limits: ImageLimits) -> dict[str, str]:
     """Put a PNG in place of a picture in another format; returns what it was, for the row's metadata."""
     if item.data is None or item.problem is not None:
         return {}

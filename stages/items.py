@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast, runtime_checkable
 
 import fsspec
 
@@ -20,6 +21,7 @@ from ..manifests.status import Status
 from ..manifests.tar import MAX_MEMBER_BYTES, printable
 from ..models.formats import HEAD_BYTES, ImageProblem, sniff
 from .parquet_cells import ParquetCells
+from .read_faults import read_problem
 
 if TYPE_CHECKING:
     from .hf import Split
@@ -90,7 +92,7 @@ class Handles:
 
 
 class ItemRef(Protocol):
-    """Where an item lies. ``load`` may raise OSError, which becomes the row's reason."""
+    """Where an item lies. What ``load`` raises becomes the row's reason (:mod:`.read_faults`)."""
 
     @property
     def source(self) -> str: ...
@@ -98,6 +100,15 @@ class ItemRef(Protocol):
     def identity(self) -> str: ...
 
     def load(self, handles: Handles) -> Item: ...
+
+
+@runtime_checkable
+class Rereadable(Protocol):
+    """An item that an earlier run may not have been able to look at."""
+
+    def identity_unread(self) -> str:
+        """The identity that it had then."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +139,32 @@ class Sidecar:
 
 
 @dataclass(frozen=True, slots=True)
+class GoneRef:
+    """An item that could not be read when it was ingested, and which its source has no more."""
+
+    name: str
+
+    @property
+    def source(self) -> str:
+        return self.name
+
+    def identity(self) -> str:
+        return json.dumps(["gone", self.name])
+
+    def load(self, handles: Handles) -> Item:
+        return Item(self.name, problem=ImageProblem(Status.MISSING, "its source lists it no more"))
+
+
+@dataclass(frozen=True, slots=True)
 class FileRef:
-    """A file ``name`` under ``root``; ``text`` and ``meta`` are its sidecars, where it has them."""
+    """A file ``name`` under ``root``; ``text`` and ``meta`` are its sidecars, where it has them.
+
+    ``size`` None: it could not be looked at, so its sidecars are not known either.
+    """
 
     root: str
     name: str
-    size: int
+    size: int | None
     text: Sidecar | None = None
     meta: Sidecar | None = None
 
@@ -144,6 +175,9 @@ class FileRef:
     def identity(self) -> str:
         text, meta = (sidecar.size if sidecar else None for sidecar in (self.text, self.meta))
         return json.dumps(["file", self.name, self.size, text, meta])
+
+    def identity_unread(self) -> str:
+        return json.dumps(["file", self.name, None, None, None])
 
     def load(self, handles: Handles) -> Item:
         item = Item(self.source)
@@ -222,7 +256,7 @@ class TableRef:
         return self.path if "://" in self.path else join(self.root, self.path)
 
     def identity(self) -> str:
-        return json.dumps(["table", self.row, self.path, self.text, self.url, self.meta])
+        return json.dumps(["table", self.path, self.text, self.url, self.meta])
 
     def load(self, handles: Handles) -> Item:
         data, problem = read_file(self.location)
@@ -251,6 +285,13 @@ class DatasetRef:
         return handles.dataset(self.location, self.split).read(self.index, self.source, self.text_column)
 
 
+def identities(ref: ItemRef) -> Iterator[str]:
+    """An item's identity, then those it may have had in an earlier run."""
+    yield ref.identity()
+    if isinstance(ref, Rereadable):
+        yield ref.identity_unread()
+
+
 def join(root: str, name: str) -> str:
     """``name`` in the folder ``root``, both paths or URLs; an absolute name stays as it is."""
     return name if not root or name.startswith("/") else f"{root.rstrip('/')}/{name}"
@@ -273,13 +314,15 @@ def read_file(path: str) -> tuple[bytes | None, ImageProblem | None]:
     """A file's bytes, or why not: unreadable, or far beyond any image's size (then only its head is looked at)."""
     try:
         with open_binary(path) as file:
+            if getattr(file, "size", 0) is None:  # a server that does not tell it, and cannot be sought in
+                return _read_stream(file)
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
             if size <= MAX_MEMBER_BYTES:
                 return file.read(), None
             kind = sniff(file.read(HEAD_BYTES))
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it, an unknown protocol
-        return None, ImageProblem(Status.CORRUPT, f"cannot be read: {_reason(error)}")
+    except Exception as error:  # the libraries of remote storage raise what they like
+        return None, read_problem(error) or ImageProblem(Status.UNSUPPORTED, f"cannot be read: {error}")
     if isinstance(kind, ImageProblem):
         return None, kind
     return None, ImageProblem(Status.TOO_LARGE, f"file of {size} bytes, over the limit of {MAX_MEMBER_BYTES}")
@@ -293,10 +336,13 @@ def read_head(path: str) -> bytes | None:
         return file.read(HEAD_BYTES)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+def _read_stream(file: BinaryIO) -> tuple[bytes | None, ImageProblem | None]:
+    data = bytearray()
+    while part := file.read(1 << 20):
+        data += part
+        if len(data) > MAX_MEMBER_BYTES:
+            return None, ImageProblem(Status.TOO_LARGE, f"over the limit of {MAX_MEMBER_BYTES} bytes")
+    return bytes(data), None
 
 
 def _read_sidecar(folder: str, sidecar: Sidecar | None, notes: list[str]) -> bytes | None:

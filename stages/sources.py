@@ -192,7 +192,7 @@ def _local_folder(root: str, folder: str) -> Iterator[ItemRef]:
         with os.scandir(here) as found:
             entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
     except OSError as error:
-        yield ProblemRef(here, Status.CORRUPT, f"folder cannot be listed: {error.strerror}")
+        yield ProblemRef(here, Status.READ_ERROR, f"folder cannot be listed: {error.strerror}")
         return
     folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     yield from _file_refs(root, folder, {e.name: _local_entry(e.path) for e in entries if e.name not in set(folders)})
@@ -200,12 +200,15 @@ def _local_folder(root: str, folder: str) -> Iterator[ItemRef]:
         yield from _local_folder(root, join(folder, name))
 
 
-def _local_entry(path: str) -> int | tuple[Status, str]:
+Entry = int | None | tuple[Status, str]  # a file's size; None: it cannot be looked at now; or why it is no file
+
+
+def _local_entry(path: str) -> Entry:
     """The size of a regular file, or why there is nothing to read (a pipe would block for ever)."""
     try:
         info = Path(path).stat()
-    except OSError as error:
-        return Status.CORRUPT, f"cannot be read: {error.strerror}"
+    except OSError:  # a link whose share is not mounted, for instance: reading it will say why
+        return None
     if stat.S_ISREG(info.st_mode):
         return info.st_size
     if stat.S_ISDIR(info.st_mode):
@@ -217,7 +220,7 @@ def _remote_folder(src: str) -> Iterator[ItemRef]:
     fs, path = url_to_fs(src)
     found = fs.find(path, detail=True)
     prefix = len(path.rstrip("/")) + 1
-    folders: dict[str, dict[str, int | tuple[Status, str]]] = defaultdict(dict)
+    folders: dict[str, dict[str, Entry]] = defaultdict(dict)
     for full, info in sorted(found.items()):
         folder, _, name = str(full)[prefix:].rpartition("/")
         if not any(part.startswith(".") for part in (*folder.split("/"), name)):
@@ -226,7 +229,7 @@ def _remote_folder(src: str) -> Iterator[ItemRef]:
         yield from _file_refs(src, folder, folders[folder])
 
 
-def _file_refs(root: str, folder: str, files: Mapping[str, int | tuple[Status, str]]) -> Iterator[ItemRef]:
+def _file_refs(root: str, folder: str, files: Mapping[str, Entry]) -> Iterator[ItemRef]:
     """The items among one folder's files (sizes, or why unreadable): each file, but for sidecars of another one."""
     beside: dict[str, list[Sidecar]] = defaultdict(list)
     for name, size in files.items():
@@ -244,6 +247,8 @@ def _file_refs(root: str, folder: str, files: Mapping[str, int | tuple[Status, s
         path = join(folder, name)
         if isinstance(size, tuple):
             yield ProblemRef(join(root, path), *size)
+        elif size is None:
+            yield FileRef(root, path, None)
         else:
             yield FileRef(root, path, size, *found.get(name, ()))
 

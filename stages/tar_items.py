@@ -54,7 +54,7 @@ def _entries(url: str) -> list[dict[str, Member] | ProblemRef]:
         if not groups and (kind := _other_kind(url)) is not None:
             return [ProblemRef(url, Status.UNSUPPORTED, kind)]
     except OSError as error:
-        order.append(ProblemRef(url, Status.CORRUPT, f"the tar cannot be read: {error.strerror or error}"))
+        order.append(ProblemRef(url, Status.READ_ERROR, f"the tar cannot be read: {error.strerror or error}"))
     return order
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from ...manifests.status import Status
 from ..histograms import SERIES, Histogram
 
 _WIDTH, _HEIGHT = 560, 230
@@ -114,7 +115,7 @@ def status_bar(rows: Mapping[str, int]) -> Markup:
     body, x = Markup(""), 0.0
     for status, count in sorted(rows.items(), key=lambda each: each[0] != "ok"):
         width = 100 * count / total if total else 0.0
-        kind = "ok" if status == "ok" else "unresolved" if status == "engine_error" else "lost"
+        kind = "ok" if status == "ok" else "lost" if Status(status).resolved else "unresolved"
         body += Markup('<rect class="{}" x="{}" width="{}" height="8"/>').format(kind, f"{x:.3f}", f"{width:.3f}")
         x += width
     svg = '<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">{}</svg>'

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import io
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -38,12 +39,19 @@ CRASHY = """
     def decode(data, grid, limits, dct_scaling):
         if data == b"segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if data.startswith(b"once ") and not os.path.exists(data[5:]):
+            open(data[5:], "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if data.startswith(b"slow"):
+            time.sleep(0.2)
         if data == b"exit":
             os._exit(7)
         if data == b"hang":
             time.sleep(60)
         if data == b"raise":
             raise MemoryError("too much")
+        if data == b"bug":
+            raise KeyError("size")
         return np.full((2, 2, 3), data[0], np.uint8)
 """
 
@@ -119,8 +127,8 @@ async def test_an_image_that_kills_its_decoder_fails_alone(killer: bytes, how: s
         results = await asyncio.gather(*(pool.decode(data) for data in jobs))
         for data, result in zip(jobs, results, strict=True):
             if data == killer:
-                assert isinstance(result, ImageProblem) and result.status is Status.CORRUPT
-                assert "the decoder crashed" in result.reason and how in result.reason
+                assert isinstance(result, ImageProblem) and result.status is Status.READ_ERROR  # never `corrupt`
+                assert "tried 2 times: the decoder died" in result.reason and how in result.reason
             else:
                 assert isinstance(result, np.ndarray) and (result == data[0]).all()
     finally:
@@ -133,10 +141,48 @@ async def test_a_decoder_that_raises_or_hangs(monkeypatch: pytest.MonkeyPatch) -
     pool = DecodePool(1, grid_decoder(GRID, LIMITS))
     try:
         raised = await pool.decode(b"raise")
-        assert raised == ImageProblem(Status.CORRUPT, "cannot be decoded: MemoryError: too much")
+        reason = "cannot be decoded now, tried 2 times: out of memory: too much"
+        assert raised == ImageProblem(Status.READ_ERROR, reason)
+        assert await pool.decode(b"bug") == ImageProblem(Status.CORRUPT, "cannot be decoded: KeyError: 'size'")
         hung = await pool.decode(b"hang")
-        assert isinstance(hung, ImageProblem) and "no answer within 0.5 s" in hung.reason
+        assert isinstance(hung, ImageProblem) and hung.status is Status.READ_ERROR
+        assert "no answer within 0.5 s" in hung.reason
         assert isinstance(await pool.decode(b"\x05"), np.ndarray)
+    finally:
+        pool.close()
+
+
+@pytest.mark.usefixtures("crashy")
+@pytest.mark.parametrize("beside", [0, 3])
+async def test_an_image_whose_decoder_is_killed_once_is_decoded(tmp_path: Path, beside: int) -> None:
+    """As the kernel does where memory runs out: a real SIGKILL, which says nothing of the image."""
+    pool = DecodePool(1, grid_decoder(GRID, LIMITS))
+    try:
+        killed = f"once {tmp_path / 'died'}".encode()
+        jobs = [bytes([7]), killed, *[bytes([number]) for number in range(beside)]]
+        results = await asyncio.gather(*(pool.decode(data) for data in jobs))
+        assert (tmp_path / "died").exists()
+        for data, result in zip(jobs, results, strict=True):
+            assert isinstance(result, np.ndarray) and (result == data[0]).all()
+    finally:
+        pool.close()
+
+
+@pytest.mark.usefixtures("crashy")
+async def test_all_decoders_killed_three_times(tmp_path: Path) -> None:
+    """Whatever was under them is decoded, or to be tried again; the rest is decoded."""
+    pool = DecodePool(2, grid_decoder(GRID, LIMITS))
+    try:
+        jobs = [b"slow%d" % number for number in range(40)]
+        waiting = asyncio.gather(*(pool.decode(data) for data in jobs))
+        for _ in range(3):
+            await asyncio.sleep(0.5)
+            for lane in pool._lanes:
+                os.kill(lane.decoder._worker.pid, signal.SIGKILL)
+        results = await waiting
+        failed = [result for result in results if isinstance(result, ImageProblem)]
+        assert {result.status for result in failed} <= {Status.READ_ERROR} and len(failed) <= 6
+        assert len(failed) < len(results)
     finally:
         pool.close()
 

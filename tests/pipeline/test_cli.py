@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -57,6 +58,31 @@ def test_ingest_converts_where_it_is_told_to(tmp_path: Path) -> None:
     assert (row["status"], row["format"], row["error"]) == ("ok", "png", None)
     refused = capipe("ingest", source, "--out", tmp_path / "out", code=2)
     assert "convert: true -> false" in one_line(refused)
+
+
+def test_ingest_ends_with_1_until_every_row_could_be_read(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\nshare/a.jpg\nshare/b.jpg\n")
+    (tmp_path / "share").mkdir()
+    (tmp_path / "share/a.jpg").write_bytes(photo(0))
+    for _ in range(2):
+        first = capipe("ingest", tmp_path / "list.csv", "--out", tmp_path / "out", code=1)
+        assert "1 rows ended in read_error; " in first.stderr and "run the same command" in first.stderr
+        state = json.loads(capipe("status", tmp_path / "out", "--json").stdout)
+        assert (state["rows"], state["unresolved"], state["complete"]) == ({"ok": 1, "read_error": 1}, 1, False)
+    (tmp_path / "share/b.jpg").write_bytes(photo(1))
+    capipe("ingest", tmp_path / "list.csv", "--out", tmp_path / "out")
+    assert [row["status"] for row in table(tmp_path / "out")] == ["ok", "ok"]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    source, out = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9", b"sh\xe4rds"))
+    source.mkdir()
+    (source / "a.jpg").write_bytes(photo(0))
+    for _ in range(2):
+        capipe("ingest", source, "--out", out)
+        capipe("dedup", "--shards", out, "--out", tmp_path / "marks")
+    assert "clean" in capipe("verify", out).stdout and "clean" in capipe("verify", tmp_path / "marks/marked").stdout
+    assert "caf" in one_line(capipe("ingest", tmp_path / os.fsdecode(b"caf\xe8"), "--out", tmp_path / "no", code=2))
 
 
 def test_status_and_verify(tmp_path: Path) -> None:

@@ -142,7 +142,8 @@ def test_embeddings_group_what_hashes_do_not(shards: Path, tmp_path: Path) -> No
             code=2,
         )
     )
-    assert "embeddings: " in one_line(capipe(*options, tmp_path / "far", code=2))
+    refused = one_line(capipe(*options, tmp_path / "far", code=2))
+    assert str(tmp_path / "far") in refused and "changed since this output was made" in refused
     capipe(*options, tmp_path / "far", "--fresh")
     rows = {row["key"]: row for row in table(out / "marked")}
     assert rows["000000002"]["group"] != rows["000010000"]["group"]

@@ -21,6 +21,7 @@ from capipe.errors import BadInput
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.verify import verify
 from capipe.models.images import ImageLimits
+from capipe.stages.image_check import ImageCheck
 from capipe.stages.ingest import IngestConfig, ingest_item
 from capipe.stages.items import Handles, Item
 
@@ -166,13 +167,20 @@ def test_bad_input_is_rows_with_reasons(tmp_path: Path) -> None:
         assert found[name]["status"] == status and reason in found[name]["error"], found[name]
         assert found[name]["sha256"] == (hashlib.sha256(data).hexdigest() if data else None)
         assert found[name]["width"] is None
-    assert "cannot be read" in found["nowhere.jpg"]["error"]
+    assert found["nowhere.jpg"]["status"] == "read_error" and "cannot be read" in found["nowhere.jpg"]["error"]
     assert {name: found[name]["status"] for name in GOOD_FILES} == dict.fromkeys(GOOD_FILES, "ok")
     assert found["really_a_png.jpg"]["format"] == "png"
     assert (found["turned.jpg"]["width"], found["turned.jpg"]["height"]) == (64, 48)
     data = members(out)
     assert sorted(name.partition(".")[2] for name in data) == sorted(["jpg"] * 2 + ["png"] * 3 + ["txt", "json"] * 5)
-    assert event.record.rows == {"corrupt": 3, "ok": 5, "too_large": 1, "too_small": 1, "unsupported": 4}
+    assert event.record.rows == {
+        "corrupt": 2,
+        "ok": 5,
+        "read_error": 1,
+        "too_large": 1,
+        "too_small": 1,
+        "unsupported": 4,
+    }
 
 
 def test_faults_of_sidecars_cost_no_image(tmp_path: Path) -> None:
@@ -245,16 +253,19 @@ class _Explosive:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("error", "status", "reason"),
     [
-        (OSError(5, "Input/output error"), "cannot be read: Input/output error"),
-        (MemoryError("9 GB"), "unexpected MemoryError: 9 GB"),
-        (KeyError("image"), "unexpected KeyError: 'image'"),
+        (OSError(5, "Input/output error"), "read_error", "cannot be read: Input/output error"),
+        (OSError(36, "File name too long"), "unsupported", "cannot be read: File name too long"),
+        (MemoryError("9 GB"), "read_error", "cannot be read: out of memory (9 GB)"),
+        (TimeoutError(), "read_error", "cannot be read: TimeoutError"),
+        (ImportError("Install s3fs to access S3"), "read_error", "cannot be read: Install s3fs to access S3"),
+        (KeyError("image"), "corrupt", "unexpected KeyError: 'image'"),
     ],
 )
-def test_whatever_an_item_raises_becomes_its_row(error: Exception, reason: str) -> None:
-    row, files = ingest_item(_Explosive(error), "k", ImageLimits(), Handles())
-    assert (row["status"], row["error"], row["source"], files) == ("corrupt", reason, "somewhere", None)
+def test_whatever_an_item_raises_becomes_its_row(error: Exception, status: str, reason: str) -> None:
+    row, files = ingest_item(_Explosive(error), "k", ImageCheck(ImageLimits()), Handles())
+    assert (row["status"], row["error"], row["source"], files) == (status, reason, "somewhere", None)
 
 
 # --- edges ------------------------------------------------------------------------------------------------------------

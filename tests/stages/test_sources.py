@@ -156,7 +156,7 @@ def test_folder_odd_entries(tmp_path: Path) -> None:
     assert set(items) == {"a.jpg", "broken.jpg", "linked.jpg", "loop", "pipe.jpg"}
     assert items["linked.jpg"].data == A
     problems = {name: item.problem.status for name, item in items.items() if item.problem}
-    assert problems == {"broken.jpg": Status.CORRUPT, "loop": Status.UNSUPPORTED, "pipe.jpg": Status.UNSUPPORTED}
+    assert problems == {"broken.jpg": Status.READ_ERROR, "loop": Status.UNSUPPORTED, "pipe.jpg": Status.UNSUPPORTED}
 
 
 def test_folder_names_that_are_not_utf8(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_file_that_vanishes_after_listing(tmp_path: Path) -> None:
     (root / "a.jpg").unlink()
     (root / "a.txt").unlink()
     item = refs[0].load(Handles())
-    assert item.problem is not None and item.problem.status is Status.CORRUPT
+    assert item.problem is not None and item.problem.status is Status.READ_ERROR
     assert "cannot be read: No such file" in item.problem.reason
     assert item.notes == ["txt cannot be read: No such file or directory"]
 
