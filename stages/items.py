@@ -132,10 +132,11 @@ class ProblemRef:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """A file beside an image that belongs to it: its ``name`` in the image's folder, and its size in bytes."""
+    """A file beside an image that belongs to it: its ``name`` in the image's folder, and its size in bytes, None where
+    it could not be looked at."""
 
     name: str
-    size: int
+    size: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,7 @@ def _file_refs(root: str, folder: str, files: Mapping[str, Entry]) -> Iterator[I
     """The items among one folder's files (sizes, or why unreadable): each file, but for sidecars of another one."""
     beside: dict[str, list[Sidecar]] = defaultdict(list)
     for name, size in files.items():
-        if _names_sidecar(name) and isinstance(size, int):
+        if _names_sidecar(name) and not isinstance(size, tuple):
             beside[same_name(stem_of(name))].append(Sidecar(name, size))
     found = {
         name: [_nearest(name, beside.get(same_name(stem_of(name)), []), kind) for kind in _KINDS]
