@@ -132,11 +132,10 @@ class ProblemRef:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """A file beside an image that belongs to it: its ``name`` in the image's folder, and its size in bytes, None where
-    it could not be looked at."""
+    """A file beside an image that belongs to it: its ``name`` in the image's folder, and its size in bytes."""
 
     name: str
-    size: int | None
+    size: int
 
 
 @dataclass(frozen=True, slots=True)

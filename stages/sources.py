@@ -233,7 +233,7 @@ def _file_refs(root: str, folder: str, files: Mapping[str, Entry]) -> Iterator[I
     """The items among one folder's files (sizes, or why unreadable): each file, but for sidecars of another one."""
     beside: dict[str, list[Sidecar]] = defaultdict(list)
     for name, size in files.items():
-        if _names_sidecar(name) and not isinstance(size, tuple):
+        if _names_sidecar(name) and isinstance(size, int):
             beside[same_name(stem_of(name))].append(Sidecar(name, size))
     found = {
         name: [_nearest(name, beside.get(same_name(stem_of(name)), []), kind) for kind in _KINDS]
@@ -241,6 +241,8 @@ def _file_refs(root: str, folder: str, files: Mapping[str, Entry]) -> Iterator[I
         if not _names_sidecar(name)
     }
     taken = {sidecar.name for pair in found.values() for sidecar in pair if sidecar is not None}
+    away = {same_name(stem_of(name)) for name in found if files[name] is None}
+    taken |= {name for name in files if name not in found and files[name] is None and same_name(stem_of(name)) in away}
     for name, size in files.items():
         if name in taken:
             continue
