@@ -19,6 +19,7 @@ from capipe.stages.items import Handles, Item
 from capipe.stages.sources import open_sources
 
 Row = dict[str, Any]
+NFC, NFD = "caf\u00e9", "cafe\u0301"
 
 
 def ingest(*sources: object, out: Path | str, workers: int = 0, fresh: bool = False, **config: Any) -> list[Any]:
@@ -85,3 +86,8 @@ def lines(path: Path, rows: list[Any]) -> Path:
 
 def reasons(items: list[Item]) -> list[str | None]:
     return [item.problem.reason if item.problem else None for item in items]
+
+
+def names(items: list[Item], root: object = "") -> list[str]:
+    """Where items come from, below ``root``."""
+    return [item.source.removeprefix(f"{root}/" if root else "") for item in items]
