@@ -13,9 +13,10 @@ from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from ..manifests.artifact import Artifact
+from ..manifests.configuration import Growing
 from ..manifests.manifest import ShardRecord
 from ..manifests.schema import INGEST
 from ..manifests.sidecars import encode_meta
@@ -33,10 +34,11 @@ from .read_faults import read_problem
 STAGE = "ingest"
 
 
-class IngestConfig(BaseModel):
+class IngestConfig(Growing):
     """What decides the rows of an ingest; all of it is in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("convert", "text_column", "image_folder", "image_key")
 
     shard_size: int = Field(10_000, ge=1, le=1_000_000, description="items per shard, usable or not")
     convert: bool = Field(False, description="pictures in other formats than JPEG, PNG and WebP become PNGs")

