@@ -41,7 +41,7 @@ def ours(tmp_path: Path, foreign: Path) -> Path:
     broken = tmp_path / "broken"
     broken.mkdir()
     for number in range(4):
-        (broken / f"{number}.jpg").write_bytes(b"<html>%d" % number)
+        (broken / f"{number}.jpg").write_bytes(b"\xff\xd8\xff%d" % number)
     ingest(foreign, broken, out=tmp_path / "ours", shard_size=9)
     return tmp_path / "ours"
 

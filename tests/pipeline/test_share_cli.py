@@ -79,7 +79,7 @@ def test_sigterm_drains(shards: Path, tmp_path: Path, server: CaptionServer) -> 
     slow = start(shards, out, *through(server), "--concurrency", "1")
     wait_until(lambda: server.requests >= 10)
     os.killpg(slow.pid, signal.SIGTERM)
-    stderr = ended(slow, 130)
+    stderr = ended(slow, 143)
     assert "stopped; run the same command to go on" in stderr
     ended(start(shards, out, *through(server)))
     assert [row["status"] for row in table(out)] == ["ok"] * IMAGES and server.requests <= IMAGES + 2
