@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,9 +32,10 @@ from tests.pipeline.leftovers import Watched
 from tests.pipeline.training import quizzed
 
 # Who is at work and since when; a summary writer's own files have times in their names.
-NOT_COMPARED = {"lock", "guard", "times.jsonl", "tensorboard", "chain.json", "chain.lock"}
+NOT_COMPARED = {"lock", "guard", "times.jsonl", "tensorboard", "chain.json", ".chain.lock"}
 NO_ARTIFACTS = {"train", "run"}
 FORMATS = ("webdataset", "parquet", "llava", "folder", "messages")
+OUT = "out"
 TINY = ("--engine", "transformers", "--concurrency", "8")
 
 
@@ -98,25 +100,28 @@ def prepare(data: Path, images: int, seed: int) -> None:
 def kill_trial(data: Path, name: str, kills: int, seed: int) -> Trial:
     """Raises AssertionError where a run that nobody kills ends badly, or a process outlives its command for long."""
     command, rng, trial = commands(data)[name], random.Random(f"{seed}/{name}"), Trial(name)
-    alone, out = data / f"alone {name}", data / f"killed {name}"
+    words = [*COMMAND, *map(str, command), "--out", OUT]  # which some files name, so it is the same for both
+    alone, place = data / f"alone {name}", data / f"killed {name}"
+    alone.mkdir()
+    place.mkdir()
     started = time.monotonic()
-    _whole(command, alone)
+    _whole(words, alone)
     seconds = time.monotonic() - started
-    expected = contents(alone)
+    expected = contents(alone / OUT)
     while trial.kills < kills:
-        if _killed([*COMMAND, *command, "--out", out], rng.uniform(0, seconds), rng.random() < 0.5, trial, data):
+        if _killed(words, place, rng.uniform(0, seconds), rng.random() < 0.5, trial):
             continue
-        _compare(expected, out, name, trial)  # it was done first
-        shutil.rmtree(out)
-    _whole(command, out)
-    _compare(expected, out, name, trial)
+        _compare(expected, place / OUT, name, trial)  # it was done first
+        shutil.rmtree(place / OUT)
+    _whole(words, place)
+    _compare(expected, place / OUT, name, trial)
     return trial
 
 
-def _killed(command: Sequence[object], moment: float, with_group: bool, trial: Trial, data: Path) -> bool:
+def _killed(command: Sequence[str], place: Path, moment: float, with_group: bool, trial: Trial) -> bool:
     """Kill it after ``moment`` seconds, alone or with its whole group; False if it was done before that."""
-    with (data / "log").open("w+") as log:
-        run = Watched(command, log)
+    with (place / "log").open("w+") as log:
+        run = Watched(command, log, place)
         deadline = time.monotonic() + moment
         while run.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -130,8 +135,9 @@ def _killed(command: Sequence[object], moment: float, with_group: bool, trial: T
         return True
 
 
-def _whole(command: Sequence[object], out: Path) -> None:
-    capipe(*command, "--out", out)
+def _whole(command: Sequence[str], place: Path) -> None:
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def _compare(expected: Mapping[str, bytes], out: Path, name: str, trial: Trial) -> None:

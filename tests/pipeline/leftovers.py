@@ -31,13 +31,13 @@ class Watched:
     """A running command. All that it starts has its mark in the environment, or is of its session (vLLM's processes
     write their names over their environment)."""
 
-    def __init__(self, command: Sequence[object], log: IO[str]) -> None:
+    def __init__(self, command: Sequence[object], log: IO[str], cwd: Path | None = None) -> None:
         self._mark = f"{MARK}={uuid.uuid4().hex}"
         name, value = self._mark.split("=")
         environ = {**staged_environment(), name: value}
         words = [str(word) for word in command]
         self._log = log
-        self.process = subprocess.Popen(words, env=environ, start_new_session=True, stdout=log, stderr=log)
+        self.process = subprocess.Popen(words, env=environ, start_new_session=True, stdout=log, stderr=log, cwd=cwd)
 
     @property
     def said(self) -> str:
