@@ -50,8 +50,8 @@ def broke_off() -> bool:
 
 
 def say(line: str) -> None:
-    """Write to stderr, or nowhere: a terminal that was closed takes nothing."""
-    with contextlib.suppress(OSError, ValueError):
+    """Write to stderr, or nowhere: a terminal that was closed takes nothing, nor a stream that is being written to."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
         print(line, file=sys.stderr, flush=True)
 
 

@@ -42,6 +42,7 @@ from ..trainer.tasks import TaskList, load_tasks
 from ..trainer.update import UpdateConfig, Updater
 from .eval_cli import question_artifact
 from .interrupts import interrupts
+from .interrupts import say as say_at_once
 from .training_checks import check_fits, reward_reader
 
 RUN = "run.json"  # what a run was started with
@@ -137,7 +138,8 @@ def _scorers(recipe: Recipe) -> dict[str, Any]:
 
 def _stop(run: Run) -> None:
     run.stopping = True
-    run.say("stopping: this step is finished, then a checkpoint written; a second signal ends it at once")
+    if run.parts.ranks.first:  # a signal may come while a line is being written
+        say_at_once("stopping: this step is finished, then a checkpoint written; a second signal ends it at once")
 
 
 def _quiet(line: str) -> None:
