@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,9 @@ class Watched:
         environ = {**staged_environment(), name: value}
         words = [str(word) for word in command]
         self._log = log
-        self.process = subprocess.Popen(words, env=environ, start_new_session=True, stdout=log, stderr=log, cwd=cwd)
+        self.process = subprocess.Popen(
+            words, env=environ, start_new_session=True, stdout=log, stderr=log, cwd=cwd, preexec_fn=_hear_hangups
+        )
 
     @property
     def said(self) -> str:
@@ -84,6 +87,11 @@ class Watched:
         for each in self.members():
             os.kill(each.pid, 9)
         self.process.wait()
+
+
+def _hear_hangups() -> None:
+    """As a command in a terminal does: tests that run under `nohup` ignore them, and so would what they start."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def is_rays(member: Member) -> bool:
