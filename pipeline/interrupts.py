@@ -83,10 +83,12 @@ def interrupts(ask_to_stop: Callable[[], None]) -> Iterator[None]:
 
 
 def _install(handler: Handler) -> dict[signal.Signals, Handler]:
-    """Returns the handlers there were. A signal that is ignored, as `nohup` has it, stays ignored."""
-    return {
-        number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
-    }
+    """Returns the handlers there were. A hangup that is ignored, as `nohup` has it, stays ignored.
+
+    Not so Ctrl-C: a script's shell has what it starts by `&` ignore it, and a chain stops its commands by it.
+    """
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set[signal.Signals]()
+    return {number: signal.signal(number, handler) for number in SIGNALS if number not in ignored}
 
 
 def _note(number: int) -> None:

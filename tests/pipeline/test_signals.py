@@ -105,6 +105,16 @@ def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "goes on\n"
 
 
+def test_what_a_scripts_shell_starts_hears_an_interrupt() -> None:
+    """It is started with `&`, and so with SIGINT ignored; a chain passes that to the command it is to stop."""
+    code = (
+        "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from capipe.pipeline import interrupts; interrupts.begin(); os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('goes on')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 130
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_training_ends_with_a_checkpoint(
