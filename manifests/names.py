@@ -1,0 +1,60 @@
+"""The door for names that come out of data: what a manifest, a configuration, a claim or a table may call a file.
+
+Whoever reads such a name asks here at once, before anything is done with it: a name leads to a file below the folder
+that it was found in, or it is refused. Paths and URLs that may lead elsewhere have their own door, :mod:`.outside`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .tar import printable
+
+MAX_NAME = 1024  # characters of a name with its folders
+MAX_PART = 255  # bytes of a file's name on the usual file systems
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_DRIVE = re.compile(r"[A-Za-z]:([/\\]|$)")
+
+
+def name_problem(name: object) -> str | None:
+    """Why ``name`` is no name of a file below a folder (``a.tar``, ``images/00000/a.jpg``), or None where it is one."""
+    if not isinstance(name, str):
+        return f"a name is {type(name).__name__}, not text"
+    shown = printable(name[:80])
+    if not name:
+        return "a name is empty"
+    if len(name) > MAX_NAME:
+        return f"a name of {len(name)} characters ({shown}…)"
+    if _CONTROLS.search(name):
+        return f"the name {shown!r} has control characters"
+    if name.startswith(("/", "~")) or "\\" in name or _DRIVE.match(name) or "://" in name or "::" in name:
+        return f"the name {shown!r} is a path or URL of its own"
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        return f"the name {shown!r} climbs out of its folder"
+    if any(len(os.fsencode(part)) > MAX_PART for part in parts):
+        return f"a part of the name {shown!r} has over {MAX_PART} bytes"
+    return None
+
+
+def checked_name(name: object) -> str:
+    """``name``, where it is the name of a file below its folder. Raises ValueError, in words, where it is none."""
+    problem = name_problem(name)
+    if problem is not None:
+        raise ValueError(problem)
+    return str(name)
+
+
+def linked_parent(folder: Path, name: str) -> Path | None:
+    """The first folder of ``name`` below ``folder`` that is a symbolic link; None where what it names lies below.
+
+    The last part of ``name`` is not asked: a rename or a removal meets a link itself, not what it leads to.
+    """
+    here = folder
+    for part in name.split("/")[:-1]:
+        here = here / part
+        if here.is_symlink():
+            return here
+    return None
