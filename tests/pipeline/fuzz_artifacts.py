@@ -1,0 +1,600 @@
+"""Hostile artifacts: every string that a sound one holds is replaced in turn, and every command that reads it is run.
+
+An artifact that somebody shared is signed anew (checksums and fingerprints are no secrets), so what is tested is what
+its strings are used for. Beside it lie canaries, watched by the kernel (inotify), and a socket that counts who
+connects.
+The test does a few; the long trial is a command:
+
+    python tests/pipeline/fuzz_artifacts.py --cases 2000 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pkgutil
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a program
+
+from capipe.manifests import manifest
+from capipe.manifests.artifact import DIGEST, _digest
+from capipe.manifests.fingerprint import canonical, fingerprint
+from capipe.models.tiny.corpus import write_corpus
+from capipe.pipeline import __main__
+from tests.pipeline.conftest import capipe
+from tests.pipeline.viewing import client_of
+
+_Popen: Any = subprocess.Popen
+MEGABYTE = 1 << 20
+MOST_MEMORY = 1 << 30  # bytes
+DEADLINE = 120.0  # seconds for one command on three images
+TINY = ("--engine", "transformers", "--concurrency", "4")
+Json = Any
+Step = str | int
+
+
+# --- sound artifacts --------------------------------------------------------------------------------------------------
+
+
+def prepare(data: Path, images: int = 6, seed: int = 5) -> None:
+    """One artifact of every kind that capipe writes, each with strings of its own, some shared with others."""
+    write_corpus(data / "corpus", images, "heldout", seed)
+    for number, picture in enumerate(sorted(path for path in (data / "corpus").rglob("*.*g") if path.is_file())):
+        picture.with_suffix(".json").write_text(
+            json.dumps({"url": "https://example.org/a.png", "tags": ["a", str(number)]})
+        )
+    (data / "pictures").mkdir()
+    shutil.copy(data / "corpus/000000.jpg", data / "pictures")
+    shards = data / "shards"
+    capipe("ingest", data / "corpus", "--out", shards, "--shard-size", 4)
+    annotate = ["annotate", "--shards", shards, "--model", "tiny/captioner", "--prompt", "short", "--max-tokens", 12]
+    capipe(*annotate, *TINY, "--out", data / "captions")
+    capipe("embed", "--shards", shards, "--clip", "tiny/clip", "--out", data / "embeddings")
+    capipe("dedup", "--shards", shards, "--out", data / "dedup")
+    scored = ["filter", "--shards", shards, "--captions", data / "captions", "--clip", "tiny/clip", "--top", 0.9]
+    capipe(*scored, "--out", data / "filtered")
+    capipe("export", data / "filtered/shards", "--title", "Pictures", "--out", data / "exported")
+
+
+KINDS = ("shards", "captions", "embeddings", "dedup/marked", "filtered/scores", "filtered/shards", "exported")
+
+
+# --- hostile strings --------------------------------------------------------------------------------------------------
+
+
+IMPORTED = ("datasets", "open_clip", "transformers.models.auto", "py3langid", "matplotlib.pyplot", "webdataset")
+CANARY_FILES = ("canary/secret", "canary.tar", "canary.parquet", "canary.json", "canary.jsonl", "canary_stats.json")
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """What lies beside the artifact, and what a hostile string says to get there."""
+
+    folder: Path
+    port: int
+
+    def strings(self) -> dict[str, str]:
+        web = f"http://127.0.0.1:{self.port}"
+        return {
+            "climbs": "../canary",
+            "absolute": str(self.folder / "canary"),
+            "url": f"{web}/00000.tar",
+            "chain": f"reference://x::{web}/evil.json/00000.tar",
+            "link": "link/canary",
+            "long": "a" * MEGABYTE,
+            "controls": "\x1b]0;owned\x07\x1b[2J\r\n\x00\u202e",
+        }
+
+    def plant(self, artifact: Path) -> list[Path]:
+        """Lay them out afresh, where each string leads from ``artifact``; returns the files."""
+        files = []
+        for folder in {self.folder, artifact.parent}:
+            shutil.rmtree(folder / "canary", ignore_errors=True)
+            (folder / "canary").mkdir(parents=True)
+            for name in CANARY_FILES:
+                (folder / name).write_text(f"secret of {name}")
+                files.append(folder / name)
+        return files
+
+
+@dataclass(frozen=True)
+class Case:
+    """One string of one file of one artifact, by its path in the JSON, and what is put there."""
+
+    kind: str
+    file: str  # below the artifact; a sidecar's is tar!member
+    line: int  # of a file of JSON lines; -1: the file is one value
+    path: tuple[Step, ...]
+    is_key: bool
+    string: str  # its name among Canaries.strings
+    fingerprints: bool  # whether a new fingerprint is written everywhere, too
+
+
+def cases(data: Path, count: int, seed: int) -> list[Case]:
+    """``count`` cases over all strings, evenly over artifacts, files and hostile strings."""
+    names = list(Canaries(Path(), 0).strings())
+    groups: dict[tuple[str, str, str], list[Case]] = {}
+    for kind in KINDS:
+        for file, line, value in _texts(data / kind):
+            for path, is_key in _strings(value):
+                for name in names:
+                    case = Case(kind, file, line, path, is_key, name, fingerprints=True)
+                    groups.setdefault((kind, file.partition("!")[0], name), []).append(case)
+    rng, chosen = random.Random(seed), []
+    for group in groups.values():
+        rng.shuffle(group)
+    while len(chosen) < count and any(groups.values()):
+        chosen += [group.pop() for group in groups.values() if group]
+    rng.shuffle(chosen)
+    return chosen[:count]
+
+
+def _texts(artifact: Path) -> Iterator[tuple[str, int, Json]]:
+    yield "_capipe/config.json", -1, json.loads((artifact / "_capipe/config.json").read_bytes())
+    for number, line in enumerate((artifact / "_capipe/manifest.jsonl").read_bytes().splitlines()):
+        yield "_capipe/manifest.jsonl", number, json.loads(line)
+    for number, line in enumerate((artifact / "_capipe/times.jsonl").read_bytes().splitlines()):
+        yield "_capipe/times.jsonl", number, json.loads(line)
+    for name, value in _claims().items():
+        yield name, -1, value
+    for path in sorted(artifact.glob("*.tar"))[:1]:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    yield f"{path.name}!{member.name}", -1, json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
+                    break
+
+
+def _claims() -> dict[str, Json]:
+    """Of a run that shares the folder, alive as far as anybody can tell, and one that is dead."""
+    owner = {"run": "0123456789abcdef", "host": "elsewhere", "pid": 7, "machine": None, "born": None}
+    claim = {"token": "0123456789abcdef-0", "run": "fedcba9876543210", "host": "elsewhere", "pid": 7}
+    return {"_capipe/owners/0123456789abcdef.json": owner, "_capipe/claims/00000.json": claim}
+
+
+def _strings(value: Json, path: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[Step, ...], bool]]:
+    """Where the strings of a JSON value are: keys (True) and values."""
+    if isinstance(value, str):
+        yield path, False
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield (*path, key), True
+            yield from _strings(inner, (*path, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _strings(inner, (*path, number))
+
+
+def replaced(value: Json, path: Sequence[Step], is_key: bool, string: str) -> Json:
+    """``value`` with one string, or key, replaced."""
+    if not path:
+        return string
+    step, rest = path[0], path[1:]
+    if isinstance(value, list):
+        return [replaced(v, rest, is_key, string) if n == step else v for n, v in enumerate(value)]
+    if is_key and not rest:
+        return {string if k == step else k: v for k, v in value.items()}
+    return {k: replaced(v, rest, is_key, string) if k == step else v for k, v in value.items()}
+
+
+# --- hostile artifacts ------------------------------------------------------------------------------------------------
+
+
+def build(data: Path, case: Case, canaries: Canaries) -> Path:
+    """The artifacts, the one of ``case`` with its string replaced and signed anew; returns the folder of all."""
+    place = canaries.folder / "case"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(data, place, symlinks=True, ignore=shutil.ignore_patterns("corpus"))
+    artifact, string = place / case.kind, canaries.strings()[case.string]
+    (artifact / "link").symlink_to(canaries.folder)
+    if case.file.startswith(("_capipe/claims", "_capipe/owners")):
+        for name, value in _claims().items():
+            path = artifact / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(value))
+    if "!" in case.file:
+        _replace_sidecar(artifact, case, string)
+    else:
+        _replace_line(artifact / case.file, case, string)
+    _sign(artifact)
+    return place
+
+
+def _replace_line(path: Path, case: Case, string: str) -> None:
+    lines = [path.read_bytes()] if case.line < 0 else path.read_bytes().splitlines()
+    number = max(case.line, 0)
+    value = replaced(json.loads(lines[number]), case.path, case.is_key, string)
+    lines[number] = canonical(value).encode()
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def _replace_sidecar(artifact: Path, case: Case, string: str) -> None:
+    """Write the tar again with that member changed, and its new hash and size into the manifest."""
+    name, _, wanted = case.file.partition("!")
+    out = io.BytesIO()
+    with tarfile.open(artifact / name) as old, tarfile.open(fileobj=out, mode="w") as new:
+        for member in old:
+            body = old.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name == wanted:
+                body = json.dumps(replaced(json.loads(body), case.path, case.is_key, string)).encode()
+            member.size = len(body)
+            new.addfile(member, io.BytesIO(body))
+    (artifact / name).write_bytes(out.getvalue())
+    lines = []
+    for line in (artifact / "_capipe/manifest.jsonl").read_bytes().splitlines():
+        entry = json.loads(line)
+        if name in entry["files"]:
+            digest = hashlib.sha256(out.getvalue()).hexdigest()
+            entry["files"][name] = {"bytes": len(out.getvalue()), "sha256": digest}
+        lines.append(canonical(entry).encode())
+    (artifact / "_capipe/manifest.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+
+
+def _sign(artifact: Path) -> None:
+    """Checksums and fingerprints that fit, as an attacker would write them; what has lost its shape stays as it is."""
+    path = artifact / "_capipe/config.json"
+    config = json.loads(path.read_bytes())
+    if isinstance(config, dict) and isinstance(config.get("semantic"), dict):
+        if "fingerprint" in config:
+            config["fingerprint"] = fingerprint(config["semantic"])
+        if DIGEST in config:
+            config[DIGEST] = _digest(config)
+        path.write_text(json.dumps(config, sort_keys=True))
+    lines = []
+    for line in (artifact / "_capipe/manifest.jsonl").read_bytes().splitlines():
+        entry = json.loads(line)
+        if "fingerprint" in entry and isinstance(config, dict):
+            entry["fingerprint"] = config.get("fingerprint")
+        if manifest.CHECKSUM in entry:
+            del entry[manifest.CHECKSUM]
+            entry[manifest.CHECKSUM] = manifest._checksum(entry)
+        lines.append(canonical(entry).encode())
+    (artifact / "_capipe/manifest.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands(place: Path, case: Case) -> dict[str, list[object]]:
+    """Every command that reads an artifact, on the hostile one where it can, else on one that it stands beside."""
+    artifact, shards, captions = place / case.kind, place / "shards", place / "captions"
+    tars = artifact if case.kind in ("shards", "filtered/shards", "exported") else shards
+    out = place / "out"
+    annotate = ["annotate", "--shards", tars, "--model", "tiny/captioner", "--prompt", "short", "--max-tokens", 12]
+    return {
+        "verify": ["verify", artifact],
+        "status": ["status", artifact],
+        "report": ["report", place],
+        "view": ["view", place],
+        "export": ["export", artifact, "--title", "x", "--out", out / "exported"],
+        "export folder": ["export", artifact, "--title", "x", "--format", "folder", "--out", out / "folder"],
+        "dedup": ["dedup", "--shards", tars, "--out", out / "dedup"],
+        "dedup --embeddings": [
+            "dedup",
+            "--shards",
+            shards,
+            "--embeddings",
+            place / "embeddings",
+            "--out",
+            out / "near",
+        ],
+        "filter": [*("filter", "--shards", tars, "--captions", captions, "--clip", "tiny/clip"), "--out", out / "f"],
+        "select": [
+            *("filter", "--shards", shards, "--scores", place / "filtered/scores"),
+            "--top",
+            0.5,
+            "--out",
+            out / "s",
+        ],
+        "annotate": [*annotate, *TINY, "--out", out / "captions"],
+        "embed": ["embed", "--shards", tars, "--clip", "tiny/clip", "--out", out / "embeddings"],
+        "ingest": ["ingest", artifact, "--out", out / "shards"],
+        "ingest --fresh": ["ingest", place / "pictures", "--out", artifact, "--fresh"],
+        "annotate --share": [*annotate, *TINY, "--share", "--out", captions],
+        "annotate --fresh": [*annotate, *TINY, "--fresh", "--out", captions if tars != captions else out / "c"],
+    }
+
+
+CHEAP = ("verify", "status", "report", "view", "export", "export folder", "ingest", "ingest --fresh")
+
+
+@dataclass
+class Outcome:
+    """What one command did. ``memory``: bytes at its peak; ``said``: its output, in any order."""
+
+    code: int
+    said: str
+    memory: int
+
+
+def run(words: Sequence[object], cwd: Path) -> Outcome:
+    """A command in a process forked from this one: Python and torch are imported once, not thousands of times."""
+    with (cwd.parent / "said").open("w+b") as said:
+        pid = os.fork()
+        if pid == 0:
+            _in_child([str(word) for word in words], cwd, said.fileno())
+        code, memory = _waited(pid)
+        said.seek(0)
+        return Outcome(code, said.read(4 * MEGABYTE).decode(errors="replace"), memory)
+
+
+def _waited(pid: int) -> tuple[int, int]:
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)  # what it left
+            return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+        time.sleep(0.005)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -999, 0
+
+
+def _in_child(words: list[str], cwd: Path, output: int) -> None:
+    """Never returns. New interpreters that the command starts are forks, too."""
+    code = 70
+    try:
+        os.setsid()
+        os.chdir(cwd)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for fd, own in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(fd, own)
+        sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(fd, "wb", 0), write_through=True) for fd in (1, 2))
+        subprocess.Popen = ForkedInterpreter  # type: ignore[assignment,misc]
+        forked = multiprocessing.get_context("fork")
+        multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment]
+        code = _viewed(Path(words[1])) if words[0] == "view" else _commanded(words)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _commanded(words: list[str]) -> int:
+    sys.argv = ["capipe", *words]
+    try:
+        __main__.main()
+    except SystemExit as ended:
+        return int(ended.code or 0) if isinstance(ended.code, int | None) else 1
+    return 0
+
+
+def _viewed(place: Path) -> int:
+    """Everything that the page asks for, of every artifact: rows, whole rows, pictures, histograms."""
+    client = client_of(place)
+    answer = client.get("/api/catalog")
+    assert answer.status_code < 500, answer.text[:2000]
+    for artifact in answer.json().get("artifacts", []):
+        name = {"a": artifact["id"]}
+        asked = [("columns", {}), ("rows", {}), ("count", {"search": "a"}), ("histogram", {"column": "width"})]
+        for path, more in asked:
+            page = client.get(f"/api/{path}", params={**name, **more})
+            assert page.status_code < 501, page.text[:2000]
+            for row in (page.json().get("rows") or [])[:2] if path == "rows" else ():
+                there = {**name, "shard": row["shard"], "row": row["row"]}
+                assert client.get("/api/row", params=there).status_code < 501
+                assert client.get("/api/image", params=there).status_code < 501
+    return 0
+
+
+class ForkedInterpreter(_Popen):
+    """`subprocess.Popen` for ``python -c code arguments``: a fork that runs the code. Anything else is refused."""
+
+    def __init__(self, command: Sequence[str], pass_fds: Sequence[int] = (), env: Any = None, **more: Any) -> None:
+        words = list(map(str, command))
+        if words[0] != sys.executable or "-c" not in words:
+            raise AssertionError(f"a command was run: {words}")
+        self.args, self.returncode, self.stdin, self.stdout, self.stderr = command, None, None, None, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(words, pass_fds, env)
+
+    def _run(self, words: list[str], pass_fds: Sequence[int], env: Any) -> None:
+        code = 70
+        try:
+            keep = {0, 1, 2, *pass_fds}
+            for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+                if fd not in keep:
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+            os.environ.clear()
+            os.environ.update(env or {})
+            place = words.index("-c")
+            sys.argv = ["-c", *words[place + 2 :]]
+            exec(words[place + 1], {"__name__": "__main__"})
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            try:
+                done, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                self.returncode = -9
+            else:
+                if done:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(0.005)
+        return self.returncode or 0
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __del__(self) -> None:
+        pass
+
+
+# --- watching ---------------------------------------------------------------------------------------------------------
+
+_OPENED, _CHANGED, _GONE = 0x20, 0x2, 0x400  # IN_OPEN, IN_MODIFY, IN_DELETE_SELF of inotify(7)
+_EVENT = struct.Struct("iIII")
+
+
+@contextlib.contextmanager
+def watched(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
+    """What is done to some files meanwhile, by whichever process or library; the function empties the list."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    assert handle >= 0
+    names = {libc.inotify_add_watch(handle, os.fsencode(path), _OPENED | _CHANGED | _GONE): path for path in files}
+
+    def events() -> list[str]:
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(handle, 1 << 16):
+                while data:
+                    watch, mask, _, length = _EVENT.unpack_from(data)
+                    data = data[_EVENT.size + length :]
+                    for bit, what in ((_OPENED, "read"), (_CHANGED, "written"), (_GONE, "deleted")):
+                        if mask & bit:
+                            found.append(f"{names[watch]} was {what}")
+        return found
+
+    try:
+        yield events
+    finally:
+        os.close(handle)
+
+
+def _requests(server: socket.socket) -> int:
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            server.accept()[0].close()
+            count += 1
+
+
+def _listing(folder: Path) -> set[str]:
+    """All that lies outside of the hostile folder and of what was asked to be written."""
+    return {str(path) for path in folder.rglob("*") if "case" not in path.relative_to(folder).parts[:1]}
+
+
+def attack(data: Path, case: Case, folder: Path, server: socket.socket, only: Sequence[str]) -> list[str]:
+    """Run the commands on one hostile artifact; returns what went wrong, each with its command."""
+    canaries = Canaries(folder, server.getsockname()[1])
+    faults: list[str] = []
+    (folder / "cwd").mkdir(parents=True, exist_ok=True)
+    place = build(data, case, canaries)
+    files = canaries.plant(place / case.kind)
+    before = _listing(folder)
+    with watched(files) as events:
+        for name, words in commands(place, case).items():
+            if name not in only:
+                continue
+            outcome = run(words, folder / "cwd")
+            found = events()
+            if any("ResourceWarning" in line or "Traceback" in line for line in outcome.said.splitlines()):
+                found.append(f"traceback: {outcome.said[-1500:]}")
+            if outcome.code not in (0, 1, 2, 3):
+                found.append(f"exit {outcome.code}: {outcome.said[-300:]}")
+            if outcome.memory > MOST_MEMORY:
+                found.append(f"{outcome.memory / MEGABYTE:.0f} MB of memory")
+            if "\x1b]0;owned" in outcome.said or "\x1b[2J" in outcome.said:
+                found.append("control characters reached the terminal")
+            if requests := _requests(server):
+                found.append(f"{requests} requests were sent")
+            if (after := _listing(folder)) != before:
+                found.append(f"files came or went: {sorted(after ^ before)[:3]}")
+                before = after
+            faults += [f"{name}: {fault}" for fault in found]
+    return faults
+
+
+def _import_all() -> None:
+    """Everything that a command may import, once, before the forks; a package that is not installed is passed over."""
+    for package in ("manifests", "models", "stages", "pipeline", "pipeline.view"):
+        name = f"capipe.{package}"
+        for module in pkgutil.iter_modules(importlib.import_module(name).__path__, f"{name}."):
+            if not {"__main__", "vllm", "ray"} & set(module.name.replace("_", ".").split(".")):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(module.name)
+    for name in IMPORTED:
+        importlib.import_module(name)
+
+
+def trial(data: Path, chosen: Sequence[Case], folder: Path, tell: Callable[[Case, list[str]], None]) -> Counter[str]:
+    """Attack with every case: all cheap commands, and one of those that load a model, in turn."""
+    _import_all()
+    counts: Counter[str] = Counter()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        server.setblocking(False)
+        dear = [name for name in commands(Path(), chosen[0]) if name not in CHEAP] if chosen else []
+        for number, case in enumerate(chosen):
+            only = (*CHEAP, dear[number % len(dear)])
+            faults = attack(data, case, folder, server, only)
+            counts.update(only)
+            counts["cases"] += 1
+            counts["faults"] += len(faults)
+            tell(case, faults)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--data", type=Path, help="sound artifacts, kept from an earlier trial")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th case from i on, to share the work")
+    given = parser.parse_args()
+    part, parts = map(int, given.part.split("/"))
+    with tempfile.TemporaryDirectory() as temporary:
+        data = given.data or Path(temporary) / "data"
+        if not data.exists():
+            prepare(data)
+        chosen = cases(data, given.cases, given.seed)[part::parts]
+
+        def tell(case: Case, faults: list[str]) -> None:
+            for fault in faults:
+                print(json.dumps({"case": vars(case), "fault": fault}, default=str)[:4000], flush=True)
+
+        print(json.dumps(trial(data, chosen, Path(temporary) / "attack", tell)))
+
+
+if __name__ == "__main__":
+    main()
