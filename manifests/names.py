@@ -15,7 +15,7 @@ from .tar import printable
 MAX_NAME = 1024  # characters of a name with its folders
 MAX_PART = 255  # bytes of a file's name on the usual file systems
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_DRIVE = re.compile(r"[A-Za-z]:([/\\]|$)")
+_ELSEWHERE = re.compile(r"/|~[^/]*/|~$|[A-Za-z]:/|[A-Za-z]:$")  # of the root, a user, a drive
 
 
 def name_problem(name: object) -> str | None:
@@ -29,12 +29,16 @@ def name_problem(name: object) -> str | None:
         return f"a name of {len(name)} characters ({shown}…)"
     if _CONTROLS.search(name):
         return f"the name {shown!r} has control characters"
-    if name.startswith(("/", "~")) or "\\" in name or _DRIVE.match(name) or "://" in name or "::" in name:
+    if _ELSEWHERE.match(name) or "\\" in name or "://" in name or "::" in name:
         return f"the name {shown!r} is a path or URL of its own"
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
         return f"the name {shown!r} climbs out of its folder"
-    if any(len(os.fsencode(part)) > MAX_PART for part in parts):
+    try:
+        sizes = [len(os.fsencode(part)) for part in parts]
+    except UnicodeEncodeError:
+        return f"the name {shown!r} has half a surrogate pair, which is no character"
+    if max(sizes) > MAX_PART:
         return f"a part of the name {shown!r} has over {MAX_PART} bytes"
     return None
 

@@ -2,14 +2,20 @@
 
 Locally a file appears by rename after fsync. Object stores have no rename and need none: an upload becomes visible
 whole. Scratch files, the journal and the lock are always on a local disk.
+
+A folder may come from elsewhere, with links in it: nothing is written, replaced or removed through one. Scratch files
+have names that nobody can foresee and are new; a link where a file is to be is replaced, or removed, itself.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +28,11 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import BadInput
+from .names import linked_parent
 
 PRIVATE = "_capipe"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_ATTEMPTS = 5
 
 
 class Folder:
@@ -55,6 +64,9 @@ class Folder:
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != here)
 
     def open(self, name: str) -> BinaryIO:
+        """A file to read. Raises OSError where there is none, or a pipe or device in its place."""
+        if self.is_local:
+            refuse_irregular(self.local(name))
         return cast(BinaryIO, self.fs.open(self.full(name), "rb"))
 
     def read_bytes(self, name: str) -> bytes:
@@ -81,10 +93,29 @@ class Folder:
         cache = Path(os.environ.get("CAPIPE_CACHE", Path.home() / ".cache" / "capipe"))
         return cache / hashlib.sha256(self.url.encode()).hexdigest()[:32] / name
 
+    def to_write(self, name: str) -> Path:
+        """The local path of ``name``, to be written or removed. Raises BadInput where one of its folders is a link."""
+        link = linked_parent(self.local(""), name)
+        if link is not None:
+            raise BadInput(
+                f"{link}: a symbolic link, and nothing is written or removed through one; put a folder there"
+            )
+        return self.local(name)
+
+    def private_to_write(self, name: str) -> Path:
+        """:meth:`private`, to be written or removed, with the folder it lies in. Raises as :meth:`to_write`."""
+        path = self.to_write(f"{PRIVATE}/{name}") if self.is_local else self.private(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def private_folder(self, name: str) -> Path:
+        """A private folder to write in, made where it is missing. Raises as :meth:`to_write`."""
+        return self.private_to_write(f"{name}/-").parent
+
     def publish(self, scratch: Path, name: str) -> None:
         """Make a finished, fsynced scratch file visible under its final name; replaces an older one atomically."""
         if self.is_local:
-            target = self.local(name)
+            target = self.to_write(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch.replace(target)
             sync(target.parent)
@@ -96,7 +127,7 @@ class Folder:
         """Make a finished scratch folder visible under its final name, in the place of what a crash left there."""
         if self.is_local:
             os.sync()  # one for all: an fsync for each of ten thousand small files would take minutes on a disk
-            target = self.local(name)
+            target = self.to_write(name)
             clear(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch.replace(target)
@@ -108,13 +139,21 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file in one visible step."""
-        scratch = self.private(f"tmp/{scratch_name(name)}.{uuid.uuid4().hex[:8]}")  # others may write it, too
+        scratch = self.private_folder("tmp") / f"{scratch_name(name)}.{uuid.uuid4().hex[:8]}"
         write_synced(scratch, data)
         self.publish(scratch, name)
 
     def remove(self, name: str) -> None:
-        if self.exists(name):
-            self.fs.rm(self.full(name), recursive=True)
+        """Remove a file or a folder with all in it, if it is there; of a link the link itself."""
+        if not self.is_local:
+            if self.exists(name):
+                self.fs.rm(self.full(name), recursive=True)
+            return
+        path = self.to_write(name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def scratch_name(name: str) -> str:
@@ -158,11 +197,31 @@ def parquet_of(data: bytes) -> pq.ParquetFile:
     return pq.ParquetFile(pa.BufferReader(data))
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write and fsync a local file; nothing is left behind when that fails (a full disk)."""
+def create(path: Path) -> BinaryIO:
+    """A new local file to write, in a folder that is made where it is missing. Raises FileExistsError where anything,
+    be it a link that leads nowhere, has its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    return cast(BinaryIO, os.fdopen(os.open(path, _NEW, 0o666), "wb"))
+
+
+def open_own(path: Path, flags: int = os.O_RDWR) -> int:
+    """The handle of a local file of ours that stays (a lock, a log), made where it is missing.
+
+    Raises BadInput where there is a link in its place.
+    """
     try:
-        with path.open("wb") as file:
+        return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise BadInput(f"{path}: a symbolic link, where only a file may be written; remove it") from None
+        raise
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write and fsync a new local file (as :func:`create`); nothing is left behind when that fails (a full disk)."""
+    file = create(path)
+    try:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -171,12 +230,49 @@ def write_synced(path: Path, data: bytes) -> None:
         raise
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Put a local file in its place whole, synced, whatever was there: an older one, or a link, which is not followed.
+
+    It is written beside that under a random name; those that killed processes left of it are removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(_ATTEMPTS):
+        clear_unfinished(path)
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.partial")
+        write_synced(scratch, data)
+        try:
+            scratch.replace(path)
+            break
+        except FileNotFoundError:  # another process that writes the same file took it for one that was left
+            if attempt == _ATTEMPTS - 1:
+                raise
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
+def clear_unfinished(path: Path) -> None:
+    """Remove what killed processes left of a file that :func:`write_new` writes."""
+    unfinished = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.partial")
+    for each in path.parent.iterdir():
+        if unfinished.fullmatch(each.name):
+            each.unlink(missing_ok=True)
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raise OSError where a path leads to a pipe, a socket or a device: reading these may wait, or go on, for ever."""
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def append_line(path: Path, line: bytes, *, durable: bool = False) -> None:
     """Add a line to a local file that several processes add to; what a crash left behind its last line is cut off.
 
     ``durable``: fsync it. Where that or the writing fails (a full disk) nothing was added.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = open_own(path)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         sound = _sound_end(handle, os.lseek(handle, 0, os.SEEK_END))
@@ -216,5 +312,8 @@ def sync(path: Path) -> None:
 
 
 def clear(path: Path) -> None:
-    """Remove a local folder and all in it, if it is there."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove a local folder and all in it, if it is there; a link, or a file, in its place likewise."""
+    try:
+        path.unlink()
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)

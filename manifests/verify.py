@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ..errors import CapipeError
 from .artifact import CONFIG, Artifact
-from .manifest import ShardRecord
+from .manifest import ShardRecord, made_of
 from .samples import read_samples
 from .schema import ANNOTATE, DEDUP, HASHES, INGEST, SCORE, SELECT, check
 from .shards import ROWS, uid_of
@@ -60,7 +60,7 @@ def verify(url: str) -> Report:
         if not faults:
             faults = list(_content(artifact, record))
             _unique_keys(artifact, record, keys, report)
-            if any(_is_older(entry, replaced) for entry in _made_of(record)):
+            if any(_is_older(entry, replaced) for entry in made_of(record)):
                 text = "rows of its input were done again since; its command does these again, too"
                 report.notes.append(f"{artifact.url}/{record.shard}.parquet: {text}")
             else:
@@ -223,7 +223,7 @@ def _conservation(artifact: Artifact, record: ShardRecord, source: Artifact | No
     selected = artifact.stage == "select"  # whose keys may have got a prefix
     try:
         ours = _identity(artifact, name, "source_key" if selected else "key")
-        theirs = pa.concat_tables(_rows_of(source, entry) for entry in _made_of(record))
+        theirs = pa.concat_tables(_rows_of(source, entry) for entry in made_of(record))
     except (OSError, pa.ArrowException) as error:
         yield f"{name}: cannot be compared with its input {source.url} ({error})"
         return
@@ -236,12 +236,6 @@ def _rows_of(source: Artifact, entry: Mapping[str, Any]) -> pa.Table:
     table = _identity(source, f"{entry['name']}.parquet", "key")
     start = entry.get("from", 0)
     return table.slice(start, entry.get("to", len(table)) - start)
-
-
-def _made_of(record: ShardRecord) -> list[Mapping[str, Any]]:
-    """What the manifest says of each input shard: one, several, or rows from one to another."""
-    found: list[Mapping[str, Any]] = record.input.get("shards") or [{**record.input, "name": record.shard}]
-    return found
 
 
 def _is_older(entry: Mapping[str, Any], replaced: Mapping[str, set[str]]) -> bool:
