@@ -9,6 +9,7 @@ have names that nobody can foresee and are new; a link where a file is to be is 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -149,11 +150,7 @@ class Folder:
             if self.exists(name):
                 self.fs.rm(self.full(name), recursive=True)
             return
-        path = self.to_write(name)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(self.to_write(name))
 
 
 def scratch_name(name: str) -> str:
@@ -311,9 +308,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def remove(path: Path) -> None:
+    """Remove a local file, or a folder and all in it, if it is there; of a link the link itself. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def clear(path: Path) -> None:
-    """Remove a local folder and all in it, if it is there; a link, or a file, in its place likewise."""
-    try:
-        path.unlink()
-    except OSError:
-        shutil.rmtree(path, ignore_errors=True)
+    """:func:`remove`, as far as it can be done."""
+    with contextlib.suppress(OSError):
+        remove(path)

@@ -11,6 +11,7 @@ from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.fingerprint import fingerprint
 from ..manifests.shards import RowReader, expand
+from ..manifests.storage import write_new
 from ..models.blip import BlipScorer
 from ..models.clip import ClipScorer, load_clip
 from ..models.clip_source import clip_place
@@ -130,5 +131,5 @@ def _presented(presentations: int | None) -> str:
 def write_report(value: Report | Comparison, folder: Path, name: str = "report") -> None:
     """``name``.json and ``name``.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(to_json(value), encoding="utf-8")
-    (folder / f"{name}.md").write_text(to_markdown(value), encoding="utf-8")
+    write_new(folder / f"{name}.json", to_json(value).encode())
+    write_new(folder / f"{name}.md", to_markdown(value).encode())
