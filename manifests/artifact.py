@@ -24,7 +24,7 @@ from .journal import Journal
 from .manifest import ShardRecord
 from .names import checked_name, name_problem
 from .overwriting import refuse_overwriting
-from .storage import PRIVATE, Folder, clear, open_own, read_parquet
+from .storage import PRIVATE, Folder, NotAFile, clear, open_own, read_parquet
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
@@ -81,7 +81,7 @@ class Artifact:
                 raise TypeError("stage is no text")
             problem = next(filter(None, map(name_problem, _named(run))), None)
             sound = fingerprint(semantic) == config["fingerprint"] and semantic["stage"] == stage
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (NotAFile, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ArtifactMismatch(f"{url}/{CONFIG}: unreadable ({reason}); restore it, or use --fresh") from None
         if problem is not None:

@@ -17,7 +17,7 @@ from ..errors import ArtifactMismatch
 from .fingerprint import canonical
 from .names import checked_name
 from .status import Status
-from .storage import PRIVATE, Folder, append_line
+from .storage import PRIVATE, Folder, NotAFile, append_line
 
 LINES = f"{PRIVATE}/manifest.jsonl"
 OBJECTS = f"{PRIVATE}/manifest.d"
@@ -154,7 +154,10 @@ def _lines(folder: Folder) -> list[tuple[str, bytes]]:
         return [(f"{OBJECTS}/{name}", folder.read_bytes(f"{OBJECTS}/{name}")) for name in folder.names(OBJECTS)]
     if not folder.exists(LINES):
         return []
-    lines = folder.read_bytes(LINES).split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
+    try:
+        lines = folder.read_bytes(LINES).split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
+    except NotAFile as error:
+        raise ArtifactMismatch(f"{folder.url}/{LINES}: {error.strerror}; restore it, or clear the folder") from None
     return [(f"{LINES}:{number}", line) for number, line in enumerate(lines, 1) if line]
 
 

@@ -36,6 +36,10 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ATTEMPTS = 5
 
 
+class NotAFile(OSError):
+    """A pipe, a socket or a device in the place of a file that is to be read."""
+
+
 class Folder:
     """A folder given by path or fsspec URL. Names are relative to it, with ``/``."""
 
@@ -258,10 +262,10 @@ def clear_unfinished(path: Path) -> None:
 
 
 def refuse_irregular(path: Path) -> None:
-    """Raise OSError where a path leads to a pipe, a socket or a device: reading these may wait, or go on, for ever."""
+    """Raise NotAFile where a path leads to such: reading it may wait, or go on, for ever."""
     kind = path.stat().st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise NotAFile(errno.EINVAL, "not a regular file", str(path))
 
 
 def append_line(path: Path, line: bytes, *, durable: bool = False) -> None:
