@@ -7,24 +7,27 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
-from . import manifest, replacing, times
+from . import manifest, outside, replacing, times
 from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, encodable, fingerprint
 from .journal import Journal
 from .manifest import ShardRecord
 from .names import checked_name, name_problem
+from .outside import Refused
 from .overwriting import refuse_overwriting
-from .storage import PRIVATE, Folder, NotAFile, clear, open_own, read_parquet
+from .storage import PRIVATE, Folder, NotAFile, clear, expecting, open_own, parquet_file
+from .tar import printable
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
@@ -44,6 +47,7 @@ class Artifact:
     shared: bool = False
     _lock: int = -1
     _retracted: dict[str, ShardRecord] | None = None  # read from the manifest when the first shard is begun
+    _rows: dict[str, int] = field(default_factory=dict, repr=False)  # of the shards, as the manifest said last
 
     @property
     def url(self) -> str:
@@ -90,6 +94,19 @@ class Artifact:
             text = f"{url}/{CONFIG}: its fingerprint does not fit its contents; was it edited? Restore it"
             raise ArtifactMismatch(text)
         return cls(folder, config)
+
+    def named(self, location: Any) -> Artifact:
+        """The artifact that this one's configuration names as what it was made of: a local folder, or one in the same
+        store. Raises BadInput where there is none, or it is elsewhere."""
+        try:
+            if not isinstance(location, str):
+                raise Refused("no path or URL")
+            outside.check(location)
+            if outside.is_url(location) and outside.store(location) != outside.store(self.url):
+                raise Refused(f"{printable(location[:200])}: in another store than {self.url}")
+        except Refused as error:
+            raise BadInput(f"{self.url}/{CONFIG} names what is not opened: {error}") from None
+        return Artifact.open(location)
 
     @property
     def is_as_written(self) -> bool:
@@ -285,6 +302,7 @@ class Artifact:
             if record.fingerprint != self.fingerprint:
                 text = f"{self.url}: shard {record.shard} was committed under another fingerprint; use --fresh"
                 raise ArtifactMismatch(text)
+        self._rows = {record.shard: record.count for record in records.values()}
         return records
 
     def begin(
@@ -331,8 +349,22 @@ class Artifact:
 
     def read_rows(self, shard: str) -> list[dict[str, Any]]:
         """All rows of a committed shard, in order."""
-        rows: list[dict[str, Any]] = read_parquet(self.folder, f"{shard}.parquet").to_pylist()
+        rows: list[dict[str, Any]] = self.table(shard).to_pylist()
         return rows
+
+    def table(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A committed shard's rows, or some of their columns. Raises as :meth:`parquet`."""
+        with self.parquet(shard) as file:
+            return file.read(columns=columns, use_threads=False)
+
+    def parquet(self, shard: str) -> pq.ParquetFile:
+        """A committed shard's rows, unread. Raises ArtifactMismatch where they are not as many as by the manifest,
+        OSError."""
+        name = f"{checked_name(shard)}.parquet"
+        file = parquet_file(self.folder, name)
+        if self._rows.get(shard) != file.metadata.num_rows:  # not known yet, or committed anew since
+            self._rows = {record.shard: record.count for record in manifest.read(self.folder).values()}
+        return expecting(file, self._rows.get(shard, 0), f"{self.url}/{name}")
 
     def manifest_digest(self) -> str:
         """sha256 over what is committed now, whenever that was: readers with the same digest saw the same shards."""

@@ -28,12 +28,13 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from ..errors import BadInput
+from ..errors import ArtifactMismatch, BadInput
 from .names import linked_parent
 
 PRIVATE = "_capipe"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ATTEMPTS = 5
+MAX_GROUP_BYTES, MAX_GROUP_VALUES = 8 << 30, 1 << 27  # of a row group, unpacked, and of a column in it; ours: 1000 rows
 
 
 class NotAFile(OSError):
@@ -173,7 +174,9 @@ def read_parquet(folder: Folder, name: str, columns: Sequence[str] | None = None
 
 
 def parquet_file(folder: Folder, name: str) -> pq.ParquetFile:
-    """A Parquet file of ours, as of :func:`open_parquet`."""
+    """A Parquet file of ours, as of :func:`open_parquet`; no pipe or device in its place."""
+    if folder.is_local:
+        refuse_irregular(folder.local(name))
     return open_parquet(str(folder.local(name)) if folder.is_local else f"{folder.url}/{name}")
 
 
@@ -196,6 +199,31 @@ def open_parquet(url: str) -> pq.ParquetFile:
 def parquet_of(data: bytes) -> pq.ParquetFile:
     """A Parquet file that is in memory already."""
     return pq.ParquetFile(pa.BufferReader(data))
+
+
+def expecting(parquet: pq.ParquetFile, rows: int, where: str) -> pq.ParquetFile:
+    """The file, where its footer tells what it unpacks to as it must be: by the manifest it has so many ``rows``.
+
+    A file of a megabyte can hold a thousand million rows that are alike. Closes it and raises ArtifactMismatch, before
+    anything is unpacked, where it has others, or a row group too large to be read.
+    """
+    problem = _oversize(parquet.metadata, rows)
+    if problem is None:
+        return parquet
+    parquet.close()
+    raise ArtifactMismatch(f"{where}: {problem}; restore it, or run its stage again with --fresh")
+
+
+def _oversize(footer: pq.FileMetaData, rows: int) -> str | None:
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    found = max(footer.num_rows, sum(group.num_rows for group in groups))
+    if footer.num_rows != rows or found != rows:
+        return f"{found} rows, {rows} in the manifest"
+    for group in groups:
+        values = max((group.column(number).num_values for number in range(group.num_columns)), default=0)
+        if group.total_byte_size > MAX_GROUP_BYTES or values > MAX_GROUP_VALUES:
+            return f"a row group of {group.total_byte_size} bytes and {values} values in a column"
+    return None
 
 
 def create(path: Path) -> BinaryIO:

@@ -115,13 +115,21 @@ def settings(graded: Artifact) -> dict[str, Any]:
         "questions": f"{run['questions']}@{str(semantic['questions'])[:12]}",
     }
     facts |= {"captions": f"{run['captions']}@{str(semantic['captions'])[:12]}", "shards": run["shards"]}
-    if Artifact.exists(run["captions"]):
-        asked = Artifact.open(run["captions"]).config
+    if (captions := _captions_of(graded)) is not None:
+        asked = captions.config
         named = asked["semantic"]["annotate"]
         facts |= {"captioner": f"{asked['run']['model']}@{str(asked['semantic']['model'])[:12]}"}
         facts |= {"temperature": named["temperature"], "captions per prompt": named["samples"]}
         facts |= {f"prompt {each['name']}": each["text"] for each in named["prompts"]}
     return {**facts, "generic caption": semantic["grade"]["generic"]}
+
+
+def _captions_of(graded: Artifact) -> Artifact | None:
+    """The captions that were graded, where they still are where they were."""
+    try:
+        return graded.named(graded.config["run"]["captions"])
+    except BadInput:
+        return None
 
 
 def _presented(presentations: int | None) -> str:

@@ -311,7 +311,9 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(made: Path) -> None:
         path.unlink()
         os.mkfifo(path)
         if name.endswith("parquet"):
-            assert "not a regular file" in verify(str(made)).faults[0]
+            assert "0 bytes" in verify(str(made)).faults[0]
+            with pytest.raises(OSError, match="not a regular file"):
+                make(made).parquet("00000")
         else:
             with pytest.raises(ArtifactMismatch, match="not a regular file"):
                 Artifact.open(str(made)).committed()
@@ -319,3 +321,17 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(made: Path) -> None:
         path.write_bytes(kept)
     os.mkfifo(made / "_capipe/00000.jsonl")
     assert Journal(made / "_capipe/00000.jsonl", "f").rows == {}
+
+
+def test_an_input_that_a_configuration_names_is_opened_where_it_may_lead(made: Path) -> None:
+    artifact = Artifact.open(str(made))
+    assert artifact.named(str(made)).fingerprint == artifact.fingerprint
+    for location in (
+        "reference://x::http://127.0.0.1:1/evil.json",
+        "http://127.0.0.1:1/x",
+        "s3://bucket/x",
+        "/proc/1",
+        5,
+    ):
+        with pytest.raises(BadInput, match=r"config\.json names what is not opened"):
+            artifact.named(location)
