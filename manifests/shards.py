@@ -21,7 +21,7 @@ from .artifact import Artifact
 from .compressed import tar_stem
 from .manifest import ShardRecord
 from .samples import Sample, read_samples, sidecars
-from .sidecars import read_sidecars
+from .sidecars import MAX_BYTES, MAX_OWN_BYTES, read_sidecars
 from .status import Status
 from .storage import expecting, open_parquet, parquet_of
 
@@ -346,7 +346,7 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
                     found = "nothing" if sample is None else f"{sample.key!r}"
                     text = f"{shard.url}: row {row.key!r} expected, {found} found; the tar does not fit its Parquet"
                     raise ArtifactMismatch(f"{text}, restore both (`capipe verify` lists what is damaged)")
-                row = to_row(index, sample)
+                row = to_row(index, sample, MAX_OWN_BYTES)
                 if row.uid != listed["uid"]:
                     raise ArtifactMismatch(f"{shard.url}: the image of {row.key!r} is not the one that was ingested")
                 row.text, row.error = listed["text"], listed["error"]
@@ -384,8 +384,11 @@ def _parquet(shard: InputShard, columns: list[str]) -> Iterator[list[dict[str, A
             yield batch.to_pylist()
 
 
-def to_row(index: int, sample: Sample) -> Row:
-    """A tar's sample as a row: uid computed, text and metadata decoded, their faults noted without losing the image."""
+def to_row(index: int, sample: Sample, most: int = MAX_BYTES) -> Row:
+    """A tar's sample as a row: uid computed, text and metadata decoded, their faults noted without losing the image.
+
+    ``most``: bytes that a sidecar may have to be read.
+    """
     image = sample.image()
     data = image.data if image is not None else None
     if sample.status is not Status.OK or image is None or data is None:
@@ -394,7 +397,7 @@ def to_row(index: int, sample: Sample) -> Row:
     notes: list[str] = []
     extension = next(ext for ext, member in sample.members.items() if member is image)
     beside = sidecars(extension, sample.members)
-    text, meta = read_sidecars(_data(sample, beside.text), _data(sample, beside.meta), notes)
+    text, meta = read_sidecars(_data(sample, beside.text), _data(sample, beside.meta), notes, most)
     unread = [ext for ext in sample.members if ext not in (extension, beside.text, beside.meta)]
     if unread:
         notes.append(f"members not read: {', '.join(unread)}")
