@@ -64,7 +64,7 @@ class LlavaWriter(Conversations):
     """LLaVA's records."""
 
     def name(self, pair: Pair) -> str:
-        return str(pair.row["key"])
+        return self.safe_path(pair.row["key"])
 
     def entry(self, pair: Pair, image: str, question: str, answer: str) -> dict[str, Any]:
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
