@@ -83,6 +83,7 @@ class Artifact:
                 raise TypeError("semantic and run are no objects")
             if not isinstance(stage, str):
                 raise TypeError("stage is no text")
+            canonical(config)  # raises where a number is infinite, which ours never are
             problem = next(filter(None, map(name_problem, _named(run))), None)
             sound = fingerprint(semantic) == config["fingerprint"] and semantic["stage"] == stage
         except (NotAFile, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -139,8 +139,10 @@ def _check(record: ShardRecord) -> None:
         checked_name(shard["name"])
     if not all(isinstance(each, str) for each in (record.fingerprint, *record.replaces)):
         raise TypeError("the fingerprint, or what the shard replaces, is no text")
-    if not record.retracted and "digest" not in record.input:
-        raise KeyError("digest")
+    if not record.retracted and not (
+        isinstance(record.input["digest"], str) and f"{record.shard}.parquet" in record.files
+    ):
+        raise ValueError("its input has no digest, or its files no Parquet")
 
 
 def made_of(record: ShardRecord) -> list[Mapping[str, Any]]:

@@ -266,7 +266,8 @@ def write_new(path: Path, data: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(_ATTEMPTS):
-        clear_unfinished(path)
+        for each in unfinished(path):
+            each.unlink(missing_ok=True)
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.partial")
         write_synced(scratch, data)
         try:
@@ -281,12 +282,10 @@ def write_new(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
-def clear_unfinished(path: Path) -> None:
-    """Remove what killed processes left of a file that :func:`write_new` writes."""
-    unfinished = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.partial")
-    for each in path.parent.iterdir():
-        if unfinished.fullmatch(each.name):
-            each.unlink(missing_ok=True)
+def unfinished(path: Path) -> list[Path]:
+    """What killed processes left of a file that :func:`write_new` writes; its next writing removes that."""
+    scratch = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.partial")
+    return [each for each in path.parent.iterdir() if scratch.fullmatch(each.name)]
 
 
 def refuse_irregular(path: Path) -> None:

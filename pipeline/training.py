@@ -15,7 +15,7 @@ from ..errors import ArtifactMismatch, BadInput, RunFailed
 from ..manifests.fingerprint import differences, fingerprint
 from ..manifests.overwriting import refuse_overwriting
 from ..manifests.shards import expand, read_places
-from ..manifests.storage import remove, write_new
+from ..manifests.storage import remove, unfinished, write_new
 from ..models.engine import EngineDead, Prompt, RequestError
 from ..models.family import PreparedPrompt
 from ..models.loading import model_identity
@@ -176,7 +176,7 @@ def _look(out: Path, semantic: dict[str, Any], fresh: bool) -> tuple[Path, Facts
     """
     file = out / RUN
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and {*out.iterdir()} > {*unfinished(file)}:
             raise BadInput(f"{out}: the folder holds something that is no training run; choose another --out")
         return None
     if fresh:
