@@ -60,7 +60,7 @@ class FileTransaction:
     def link(self, source: Path, name: str, sha256: str) -> None:
         """The same file under a second name, on one file system; its bytes are compared as in :meth:`copy`."""
         path = self.path(name)
-        os.link(source, path)
+        os.link(source.resolve(), path)  # of a link the file that it leads to: a link would lead elsewhere from here
         self.adopt(name)
         _compare(str(self._files[name]["sha256"]), sha256, str(source))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -404,3 +405,17 @@ def test_keys_never_share_a_file(tmp_path: Path) -> None:
         assert unquote(name) == key or len(key) > 50
         taken.add(same_file(name))
     assert len(taken) == len(keys) > 1000
+
+
+def test_a_second_name_of_a_file_behind_a_link_is_that_files(made: Path) -> None:
+    data = (made / "00000.parquet").read_bytes()
+    (made.parent / "victim/blob").write_bytes(data)
+    (made / "00000.parquet").unlink()
+    (made / "00000.parquet").symlink_to("../victim/blob")
+    artifact = make(made)
+    with artifact.begin_files("00001") as files:
+        files.link(made / "00000.parquet", "00001.parquet", hashlib.sha256(data).hexdigest())
+        files.commit(rows={"ok": 1}, input_info={"digest": "x"})
+    artifact.close()
+    (made.parent / "victim/blob").unlink()
+    assert (made / "00001.parquet").read_bytes() == data and not (made / "00001.parquet").is_symlink()
