@@ -10,11 +10,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import ArtifactMismatch, BadInput
 from .artifact import Artifact
@@ -23,7 +25,7 @@ from .manifest import ShardRecord
 from .samples import Sample, read_samples, sidecars
 from .sidecars import MAX_BYTES, MAX_OWN_BYTES, read_sidecars
 from .status import Status
-from .storage import expecting, open_parquet, parquet_of
+from .storage import expecting, open_parquet, parquet_of, refuse_irregular
 
 ROWS = "rows"  # key of what a manifest says of a shard's input: sha256 of the Parquet beside its tar
 OPEN = "open"  # likewise: numbers of the rows that had something beside them that was to be tried again
@@ -95,6 +97,8 @@ class InputShard:
 
     def open(self) -> BinaryIO:
         fs, path = url_to_fs(self.url)
+        if self.record is not None and isinstance(fs, LocalFileSystem):
+            refuse_irregular(Path(path))
         return fs.open(path, "rb")  # type: ignore[no-any-return]
 
     def listing(self) -> pq.ParquetFile:

@@ -174,9 +174,7 @@ def read_parquet(folder: Folder, name: str, columns: Sequence[str] | None = None
 
 
 def parquet_file(folder: Folder, name: str) -> pq.ParquetFile:
-    """A Parquet file of ours, as of :func:`open_parquet`; no pipe or device in its place."""
-    if folder.is_local:
-        refuse_irregular(folder.local(name))
+    """A Parquet file of ours, as of :func:`open_parquet`."""
     return open_parquet(str(folder.local(name)) if folder.is_local else f"{folder.url}/{name}")
 
 
@@ -191,6 +189,7 @@ def open_parquet(url: str) -> pq.ParquetFile:
     fs, path = (None, url) if "://" not in url else url_to_fs(url)
     if fs is not None and not isinstance(fs, LocalFileSystem):
         return parquet_of(fs.cat_file(path))
+    refuse_irregular(Path(path))
     if any("\ud800" <= c <= "\udfff" for c in path):
         return parquet_of(Path(path).read_bytes())
     return pq.ParquetFile(path)
