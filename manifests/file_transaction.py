@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 from ..errors import ArtifactMismatch
 from . import manifest, times
 from .manifest import ShardRecord
+from .names import checked_name
 from .storage import Folder, clear, sync
-from .transaction import HashedFile
+from .transaction import HashedFile, new_scratch
 
 _CHUNK = 1 << 20
 
@@ -28,16 +29,14 @@ class FileTransaction:
 
     def __init__(self, folder: Folder, fingerprint: str, shard: str) -> None:
         self.shard, self._folder, self._fingerprint = shard, folder, fingerprint
-        self._scratch = folder.private(f"tmp/{shard}.files")
+        self._scratch = new_scratch(folder, "tmp", shard)
         self._files: dict[str, dict[str, Any]] = {}
         self._trees: list[str] = []
         self._started = time.time()
-        clear(self._scratch)
-        self._scratch.mkdir(parents=True)
 
     def path(self, name: str) -> Path:
         """Where ``name`` lies until the commit."""
-        path = self._scratch / name
+        path = self._scratch / checked_name(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -61,8 +60,7 @@ class FileTransaction:
     def link(self, source: Path, name: str, sha256: str) -> None:
         """The same file under a second name, on one file system; its bytes are compared as in :meth:`copy`."""
         path = self.path(name)
-        path.unlink(missing_ok=True)
-        os.link(source, path)
+        os.link(source.resolve(), path)  # of a link the file that it leads to: a link would lead elsewhere from here
         self.adopt(name)
         _compare(str(self._files[name]["sha256"]), sha256, str(source))
 

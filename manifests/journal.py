@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .fingerprint import canonical
+from .storage import open_own
 
 SYNC_SECONDS = 1.0
 
@@ -32,10 +33,10 @@ class Journal:
         self.rows: dict[int, dict[str, Any]] = {}
         self._synced = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = path.read_bytes() if path.exists() else b""
+        data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
         sound = self._read(data)
         new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
-        self._handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._handle = open_own(new, os.O_RDWR | os.O_EXCL)
         try:
             if sound == 0:
                 self._write({"fingerprint": fingerprint})

@@ -15,8 +15,9 @@ from typing import Any
 
 from ..errors import ArtifactMismatch
 from .fingerprint import canonical
+from .names import checked_name
 from .status import Status
-from .storage import PRIVATE, Folder, append_line
+from .storage import PRIVATE, Folder, NotAFile, append_line
 
 LINES = f"{PRIVATE}/manifest.jsonl"
 OBJECTS = f"{PRIVATE}/manifest.d"
@@ -86,8 +87,10 @@ def _last_lines(folder: Folder) -> dict[str, ShardRecord]:
     for where, line in _lines(folder):
         try:
             record = _parsed(line)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            text = f"{folder.url}/{where}: not a manifest line ({error}); was it edited? Restore it, or use --fresh"
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            text = (
+                f"{folder.url}/{where}: not a manifest line ({error}); was it edited? Restore it, or clear the folder"
+            )
             raise ArtifactMismatch(text) from None
         records[record.shard] = record
     return dict(sorted(records.items()))
@@ -105,6 +108,12 @@ def _parsed(line: bytes) -> ShardRecord:
     checksum = entry.pop(CHECKSUM, None)
     if checksum not in (None, _checksum(entry)):
         raise ValueError("its checksum does not fit")
+    return record_of(entry)
+
+
+def record_of(entry: Mapping[str, Any]) -> ShardRecord:
+    """A shard's line, without its checksum. Raises ValueError, TypeError or KeyError where it is not of the shape that
+    ours have, or gives a shard or a file a name that leads out of the artifact."""
     record = ShardRecord(**entry)
     _check(record)
     return record
@@ -115,24 +124,42 @@ def _checksum(entry: Mapping[str, Any]) -> str:
 
 
 def _check(record: ShardRecord) -> None:
-    """Raise ValueError, TypeError or KeyError where a line is not of the shape that ours have."""
+    if "/" in checked_name(record.shard):
+        raise ValueError(f"the shard's name {record.shard!r} has a folder in it")
+    if not all(isinstance(each, dict) for each in (record.rows, record.files, record.input, record.stats)):
+        raise TypeError("rows, files, input or stats are no objects")
     record.unresolved  # noqa: B018  (raises on a status that is none of ours)
     for name, file in record.files.items():
-        if not (isinstance(file["bytes"], int) and isinstance(file["sha256"], str)):
+        checked_name(name)
+        if not (type(file["bytes"]) is int and file["bytes"] >= 0 and isinstance(file["sha256"], str)):
             raise TypeError(f"{name}: bytes are no number, or the sha256 no text")
-    if not (isinstance(record.shard, str) and isinstance(record.input, dict) and isinstance(record.stats, dict)):
-        raise TypeError("shard is no text, or input or stats are no objects")
-    if not record.retracted and "digest" not in record.input:
-        raise KeyError("digest")
+    if not all(type(count) is int and count >= 0 for count in record.rows.values()):
+        raise TypeError("rows are no numbers")
+    for shard in made_of(record):
+        checked_name(shard["name"])
+    if not all(isinstance(each, str) for each in (record.fingerprint, *record.replaces)):
+        raise TypeError("the fingerprint, or what the shard replaces, is no text")
+    if not record.retracted and not (
+        isinstance(record.input["digest"], str) and f"{record.shard}.parquet" in record.files
+    ):
+        raise ValueError("its input has no digest, or its files no Parquet")
+
+
+def made_of(record: ShardRecord) -> list[Mapping[str, Any]]:
+    """What a line says of each input shard: one, several, or rows from one to another."""
+    found: list[Mapping[str, Any]] = record.input.get("shards") or [{**record.input, "name": record.shard}]
+    return found
 
 
 def _lines(folder: Folder) -> list[tuple[str, bytes]]:
     if not folder.is_local:
         return [(f"{OBJECTS}/{name}", folder.read_bytes(f"{OBJECTS}/{name}")) for name in folder.names(OBJECTS)]
-    path = folder.local(LINES)
-    if not path.exists():
+    if not folder.exists(LINES):
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
+    try:
+        lines = folder.read_bytes(LINES).split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
+    except NotAFile as error:
+        raise ArtifactMismatch(f"{folder.url}/{LINES}: {error.strerror}; restore it, or clear the folder") from None
     return [(f"{LINES}:{number}", line) for number, line in enumerate(lines, 1) if line]
 
 
@@ -160,4 +187,4 @@ def append(folder: Folder, record: ShardRecord) -> None:
     if not folder.is_local:
         folder.write(f"{OBJECTS}/{record.shard}.json", line)
         return
-    append_line(folder.local(LINES), line, durable=True)
+    append_line(folder.to_write(LINES), line, durable=True)

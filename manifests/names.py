@@ -6,8 +6,11 @@ that it was found in, or it is refused. Paths and URLs that may lead elsewhere h
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import unicodedata
+from collections.abc import Container
 from pathlib import Path
 
 from .tar import printable
@@ -15,7 +18,14 @@ from .tar import printable
 MAX_NAME = 1024  # characters of a name with its folders
 MAX_PART = 255  # bytes of a file's name on the usual file systems
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_DRIVE = re.compile(r"[A-Za-z]:([/\\]|$)")
+MAX_FILE = 160  # bytes of a name made of a key, with room for an ending
+_HARMFUL = re.compile(  # what some file system does not take, or takes for another name; and our own escapes
+    r"""[\x00-\x1f\x7f-\x9f\u2028\u2029<>:"/\\|?*]|%(?=[0-9A-Fa-f]{2})|^[ .]|[ .]\Z"""
+    r"""|^[cpanlCPANL](?=(?i:on|rn|ux|ul|om[0-9¹²³]|pt[0-9¹²³]|onin\$|onout\$)\ *(?:\.|$))"""
+)
+_ANY_BUT_PLAIN = re.compile(r"[^a-z0-9_]|^[cpanl](?=(?:on|rn|ux|ul|om[0-9]|pt[0-9])$)")
+_ANY = re.compile(".", re.DOTALL)
+_ELSEWHERE = re.compile(r"/|~[^/]*/|~$|[A-Za-z]:/|[A-Za-z]:$")  # of the root, a user, a drive
 
 
 def name_problem(name: object) -> str | None:
@@ -29,12 +39,16 @@ def name_problem(name: object) -> str | None:
         return f"a name of {len(name)} characters ({shown}…)"
     if _CONTROLS.search(name):
         return f"the name {shown!r} has control characters"
-    if name.startswith(("/", "~")) or "\\" in name or _DRIVE.match(name) or "://" in name or "::" in name:
+    if _ELSEWHERE.match(name) or "\\" in name or "://" in name or "::" in name:
         return f"the name {shown!r} is a path or URL of its own"
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
         return f"the name {shown!r} climbs out of its folder"
-    if any(len(os.fsencode(part)) > MAX_PART for part in parts):
+    try:
+        sizes = [len(os.fsencode(part)) for part in parts]
+    except UnicodeEncodeError:
+        return f"the name {shown!r} has half a surrogate pair, which is no character"
+    if max(sizes) > MAX_PART:
         return f"a part of the name {shown!r} has over {MAX_PART} bytes"
     return None
 
@@ -45,6 +59,37 @@ def checked_name(name: object) -> str:
     if problem is not None:
         raise ValueError(problem)
     return str(name)
+
+
+def file_name(key: str, taken: Container[str] = ()) -> str:
+    """A file's name, without an ending, for a key of data: one that every file system takes, and Windows, too.
+
+    A key that is such a name is its own. What harms becomes ``%`` and two hexadecimal digits for each of its bytes, as
+    in URLs, so that two keys never have one name, and ``urllib.parse.unquote`` gives the key back; one of over
+    :data:`MAX_FILE` bytes ends in a digest. ``taken`` holds the names in the same folder, casefolded: a key whose name
+    differs in small and large letters alone has more of its letters escaped.
+    """
+    for harmful in (_HARMFUL, _ANY_BUT_PLAIN, _ANY):
+        name = _fitting(harmful.sub(_escaped, key) or "%", key)
+        if same_file(name) not in taken:
+            return name
+    return _fitting("", key)
+
+
+def same_file(name: str) -> str:
+    """What the names of one file have in common where letters are small or large, composed or not, as one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))
+
+
+def _fitting(name: str, key: str) -> str:
+    if name and len(name.encode("utf-8", "surrogatepass")) <= MAX_FILE:
+        return name
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return f"{name.encode('utf-8', 'replace')[: MAX_FILE - 33].decode(errors='ignore')}~{digest}"
 
 
 def linked_parent(folder: Path, name: str) -> Path | None:

@@ -11,9 +11,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ..errors import ArtifactMismatch
 from . import manifest
 from .manifest import ShardRecord
 from .storage import Folder, clear, scratch_name, sync, write_synced
+from .tar import printable
 
 REDO = "redo"
 _LINE = "line.json"  # of the new version, with the retraction of the old one; written last
@@ -21,9 +23,9 @@ _LINE = "line.json"  # of the new version, with the retraction of the old one; w
 
 def replace(folder: Folder, scratch: Path, old: ShardRecord, new: ShardRecord) -> None:
     """Publish ``new``, whose files lie finished in ``scratch``, in the place of ``old``."""
-    aside = folder.private(f"{REDO}/{new.shard}")
+    aside = folder.private_to_write(f"{REDO}/{new.shard}")
     clear(aside)
-    aside.mkdir(parents=True)
+    aside.mkdir()
     for name in map(scratch_name, new.files):
         (scratch / name).replace(aside / name)
     lines = [asdict(old.retraction()), asdict(new)]
@@ -35,19 +37,26 @@ def replace(folder: Folder, scratch: Path, old: ShardRecord, new: ShardRecord) -
 
 def finish(folder: Folder) -> None:
     """Carry out what a crash interrupted, and drop what it left unfinished."""
-    root = folder.private(REDO)
-    for aside in sorted(root.iterdir()) if root.is_dir() else []:
-        if (aside / _LINE).exists():
+    if not folder.private(REDO).is_dir():
+        return
+    root = folder.private_folder(REDO)
+    for aside in sorted(root.iterdir()):
+        if not aside.is_symlink() and (aside / _LINE).exists():
             _carry_out(folder, aside)
         else:
             clear(aside)
-    if root.is_dir():
-        root.rmdir()
+    root.rmdir()
 
 
 def _carry_out(folder: Folder, aside: Path) -> None:
     """May be interrupted and begun again at any point: a file that is not here any more is in its place."""
-    old, new = (ShardRecord(**line) for line in json.loads((aside / _LINE).read_bytes()))
+    try:
+        old, new = (manifest.record_of(line) for line in json.loads((aside / _LINE).read_bytes()))
+        if not old.shard == new.shard == aside.name:
+            raise ValueError(f"lines of the shards {printable(old.shard)} and {printable(new.shard)}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        text = f"{aside / _LINE}: no note of a shard that is done again ({error})"
+        raise ArtifactMismatch(f"{text}; remove {aside}, and `capipe verify` says what to do") from None
     manifest.append(folder, old)
     for name in new.files:
         if (aside / scratch_name(name)).exists():

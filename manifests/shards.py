@@ -10,19 +10,22 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import ArtifactMismatch, BadInput
 from .artifact import Artifact
 from .compressed import tar_stem
 from .manifest import ShardRecord
 from .samples import Sample, read_samples, sidecars
-from .sidecars import read_sidecars
+from .sidecars import MAX_BYTES, MAX_OWN_BYTES, read_sidecars
 from .status import Status
-from .storage import open_parquet, parquet_of
+from .storage import expecting, open_parquet, parquet_of, refuse_irregular
 
 ROWS = "rows"  # key of what a manifest says of a shard's input: sha256 of the Parquet beside its tar
 OPEN = "open"  # likewise: numbers of the rows that had something beside them that was to be tried again
@@ -51,13 +54,18 @@ class Row:
 class Companion:
     """A sidecar's Parquet of one shard, to be read along with it: same rows, same order.
 
-    ``replaces``: sha256 of what it was before some of its rows were done again.
+    ``rows``: how many it has by its manifest. ``replaces``: sha256 of what it was before some were done again.
     """
 
     name: str
     url: str
     sha256: str
+    rows: int
     replaces: tuple[str, ...] = ()
+
+    def open(self) -> pq.ParquetFile:
+        """The file, unread; its checksum is not compared. Raises ArtifactMismatch where it has other rows, OSError."""
+        return expecting(open_parquet(self.url), self.rows, self.url)
 
     def read(self) -> bytes:
         """The file. Raises ArtifactMismatch where it is not the one that was committed."""
@@ -89,7 +97,14 @@ class InputShard:
 
     def open(self) -> BinaryIO:
         fs, path = url_to_fs(self.url)
+        if self.record is not None and isinstance(fs, LocalFileSystem):
+            refuse_irregular(Path(path))
         return fs.open(path, "rb")  # type: ignore[no-any-return]
+
+    def listing(self) -> pq.ParquetFile:
+        """The Parquet beside a tar of ours. Raises ArtifactMismatch where it has other rows than its manifest says."""
+        url = self.url.removesuffix(".tar") + ".parquet"
+        return expecting(open_parquet(url), 0 if self.record is None else self.record.count, url)
 
     def is_mended(self, made: ShardRecord) -> bool:
         """Whether some of its rows were done again since ``made`` was made of it; the others are what they were.
@@ -184,7 +199,7 @@ def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[In
                 )
             file = f"{shard.name}.parquet"
             digest = str(record.files[file]["sha256"])
-            companions.append(Companion(name, f"{artifact.url}/{file}", digest, record.replaces))
+            companions.append(Companion(name, f"{artifact.url}/{file}", digest, record.count, record.replaces))
         joined.append(replace(shard, companions=tuple(companions)))
     return joined
 
@@ -326,7 +341,7 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
     """Rows as the Parquet lists them, with images from the tar, which holds the ok ones in the same order."""
     index = 0
     columns = ["key", "uid", "status", "error", "text"]
-    for batch in _parquet(shard.url.removesuffix(".tar") + ".parquet", columns):
+    for batch in _parquet(shard, columns):
         for listed in batch:
             row = Row(index, listed["key"], listed["uid"], Status(listed["status"]), listed["error"])
             if row.status is Status.OK:
@@ -335,7 +350,7 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
                     found = "nothing" if sample is None else f"{sample.key!r}"
                     text = f"{shard.url}: row {row.key!r} expected, {found} found; the tar does not fit its Parquet"
                     raise ArtifactMismatch(f"{text}, restore both (`capipe verify` lists what is damaged)")
-                row = to_row(index, sample)
+                row = to_row(index, sample, MAX_OWN_BYTES)
                 if row.uid != listed["uid"]:
                     raise ArtifactMismatch(f"{shard.url}: the image of {row.key!r} is not the one that was ingested")
                 row.text, row.error = listed["text"], listed["error"]
@@ -362,18 +377,22 @@ def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
 
 
 def _companion_rows(companion: Companion) -> Iterator[dict[str, Any]]:
-    for batch in parquet_of(companion.read()).iter_batches(1000, use_threads=False):
-        yield from batch.to_pylist()
+    with expecting(parquet_of(companion.read()), companion.rows, companion.url) as parquet:
+        for batch in parquet.iter_batches(1000, use_threads=False):
+            yield from batch.to_pylist()
 
 
-def _parquet(url: str, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
-    with open_parquet(url) as parquet:
+def _parquet(shard: InputShard, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+    with shard.listing() as parquet:
         for batch in parquet.iter_batches(1000, columns=columns, use_threads=False):
             yield batch.to_pylist()
 
 
-def to_row(index: int, sample: Sample) -> Row:
-    """A tar's sample as a row: uid computed, text and metadata decoded, their faults noted without losing the image."""
+def to_row(index: int, sample: Sample, most: int = MAX_BYTES) -> Row:
+    """A tar's sample as a row: uid computed, text and metadata decoded, their faults noted without losing the image.
+
+    ``most``: bytes that a sidecar may have to be read.
+    """
     image = sample.image()
     data = image.data if image is not None else None
     if sample.status is not Status.OK or image is None or data is None:
@@ -382,7 +401,7 @@ def to_row(index: int, sample: Sample) -> Row:
     notes: list[str] = []
     extension = next(ext for ext, member in sample.members.items() if member is image)
     beside = sidecars(extension, sample.members)
-    text, meta = read_sidecars(_data(sample, beside.text), _data(sample, beside.meta), notes)
+    text, meta = read_sidecars(_data(sample, beside.text), _data(sample, beside.meta), notes, most)
     unread = [ext for ext in sample.members if ext not in (extension, beside.text, beside.meta)]
     if unread:
         notes.append(f"members not read: {', '.join(unread)}")

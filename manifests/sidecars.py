@@ -10,9 +10,12 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
+MAX_BYTES = 1 << 20  # of a sidecar: real ones have a few kilobytes
+MAX_OWN_BYTES = 16 << 20  # of one in a tar of ours, to which stages add, and tables have given what they had
+MAX_DEPTH = 100
 META_TEXT_KEYS = ("caption", "text")  # where a metadata object may hold the caption, if there is no text beside it
 _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -25,11 +28,23 @@ _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
 _ESCAPED = re.compile("[\udc80-\udcff]+")
 
 
-def read_sidecars(text: bytes | None, meta: bytes | None, notes: list[str]) -> tuple[str | None, dict[str, Any] | None]:
-    """The caption and the metadata from an image's ``.txt`` and ``.json``; without a text, the metadata's caption."""
-    caption = decode_text(text, notes) if text is not None else None
-    decoded = decode_meta(meta, notes)
+def read_sidecars(
+    text: bytes | None, meta: bytes | None, notes: list[str], most: int = MAX_BYTES
+) -> tuple[str | None, dict[str, Any] | None]:
+    """The caption and the metadata from an image's ``.txt`` and ``.json``; without a text, the metadata's caption.
+
+    One of more than ``most`` bytes is left out, and ``notes`` says so.
+    """
+    caption = decode_text(text, notes) if text is not None and fits("text", len(text), notes, most) else None
+    decoded = decode_meta(meta, notes, most)
     return caption if caption is not None else first_text(decoded or {}, META_TEXT_KEYS), decoded
+
+
+def fits(kind: str, size: int, notes: list[str], most: int = MAX_BYTES) -> bool:
+    """Whether a sidecar of so many bytes is to be read; where not, ``notes`` gets the reason."""
+    if size > most:
+        notes.append(f"{kind} of {size} bytes, over the limit of {most}: left out")
+    return size <= most
 
 
 def first_text(values: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -71,19 +86,42 @@ def mended(text: str, notes: list[str]) -> str:
     return replaced
 
 
-def decode_meta(data: bytes | None, notes: list[str]) -> dict[str, Any] | None:
-    """The metadata object, or None with a note where it is no JSON object."""
-    if data is None:
+def decode_meta(data: bytes | None, notes: list[str], most: int = MAX_OWN_BYTES) -> dict[str, Any] | None:
+    """The metadata object, or None with a note where it is no JSON object, over ``most`` bytes, or nested too deeply
+    for who reads it after us."""
+    if data is None or not fits("json", len(data), notes, most):
         return None
     try:
-        value = jsonable(_parsed(data, notes))
-    except (ValueError, RecursionError):
+        parsed = _parsed(data, notes)
+        if is_deep(parsed):
+            raise RecursionError
+        value = jsonable(parsed)
+    except RecursionError:
+        notes.append("json is nested too deeply: left out")
+        return None
+    except ValueError:
         notes.append("json is unreadable: left out")
         return None
     if not isinstance(value, dict):
         notes.append(f"json is a {type(value).__name__}, not an object: left out")
         return None
     return value
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested in ``value`` more than :data:`MAX_DEPTH` deep; without recursion."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for each in level for part in _parts(each)]
+        if not level:
+            return False
+    return any(isinstance(each, (Mapping, list, tuple)) for each in level)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _parsed(data: bytes, notes: list[str]) -> Any:
@@ -100,7 +138,7 @@ def encode_meta(meta: Mapping[str, Any], ours: Mapping[str, Any]) -> bytes:
 
     Keys are sorted on every level, so that equal rows give equal bytes: one that comes back from the journal has its
     keys in another order. Half a surrogate pair, which JSON may bring, becomes a question mark. Raises RecursionError
-    where ``meta`` is nested too deeply.
+    where ``meta`` is nested too deeply, which what :func:`decode_meta` gives never is.
     """
     kept: dict[str, Any] = jsonable(meta)
     moved = {f"original_{name}": kept[name] for name in ours if name in kept and kept[name] != ours[name]}

@@ -48,7 +48,7 @@ def read(folder: Folder) -> Times:
                 seconds[str(entry["shard"])] = float(entry["seconds"])
             else:
                 created = str(entry["created"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return Times(created, seconds)
 
@@ -56,14 +56,13 @@ def read(folder: Folder) -> Times:
 def _append(folder: Folder, name: str, entry: Mapping[str, Any]) -> None:
     line = json.dumps(entry, sort_keys=True).encode()
     if folder.is_local:
-        append_line(folder.local(LINES), line)
+        append_line(folder.to_write(LINES), line)
     else:
         folder.write(f"{OBJECTS}/{name}.json", line)
 
 
 def _lines(folder: Folder) -> list[bytes]:
     if folder.is_local:
-        path = folder.local(LINES)
-        return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return folder.read_bytes(LINES).split(b"\n")[:-1] if folder.exists(LINES) else []
     names = ["artifact.json", *(f"shards/{name}" for name in folder.names(f"{OBJECTS}/shards"))]
     return [folder.read_bytes(f"{OBJECTS}/{name}") for name in names if folder.exists(f"{OBJECTS}/{name}")]

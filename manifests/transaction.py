@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,8 +27,9 @@ from ..errors import RunFailed
 from . import manifest, replacing, times
 from .claims import holding, scratch_of
 from .manifest import ShardRecord
+from .names import checked_name
 from .status import Status
-from .storage import Folder, clear, scratch_name, write_synced
+from .storage import Folder, clear, create, scratch_name, write_synced
 from .tar import TarWriter
 
 ROW_GROUP = 1000
@@ -47,15 +50,14 @@ class ShardTransaction:
         over: ShardRecord | None = None,
     ) -> None:
         self.shard, self._folder, self._fingerprint, self._schema = shard, folder, fingerprint, schema
-        self._claim, self._scratch = claim, scratch_of(folder, claim)
+        self._claim, self._scratch = claim, new_scratch(folder, scratch_of(claim), shard)
         self._replaces, self._over = replaces, over
         self._counts: Counter[str] = Counter()
         self._keys: set[str] = set()
         self._rows: list[Mapping[str, Any]] = []
         self._started = time.time()
-        self._scratch.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, dict[str, Any]] = {}
-        self._tar_file: BinaryIO | None = self._path("tar").open("wb") if tar else None
+        self._tar_file: BinaryIO | None = create(self._path("tar")) if tar else None
         self._tar = TarWriter(self._tar_file) if self._tar_file else None
         self._parquet_file = HashedFile(self._path("parquet"))
         self._parquet = pq.ParquetWriter(self._parquet_file, schema, compression="zstd")
@@ -146,7 +148,7 @@ class ShardTransaction:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Close what is open and remove scratch files that were not published."""
+        """Close what is open and remove what was not published."""
         try:
             for close in (self._close_tar, self._close_parquet, self._parquet_file.abandon):
                 try:
@@ -155,10 +157,7 @@ class ShardTransaction:
                     if error is None:  # on a full disk closing fails again; the first error is the one to see
                         raise
         finally:
-            for name in {f"{self.shard}.tar", f"{self.shard}.parquet", *self._files}:
-                (self._scratch / scratch_name(name)).unlink(missing_ok=True)
-            if self._claim is not None:
-                clear(self._scratch)
+            clear(self._scratch if self._claim is None else self._scratch.parent)
 
     def _close_tar(self) -> None:
         if self._tar_file is not None:
@@ -191,11 +190,24 @@ def _sync(file: BinaryIO) -> None:
     file.close()
 
 
+def new_scratch(folder: Folder, place: str, shard: str) -> Path:
+    """A new folder in the private folder ``place`` to make a shard in, by a name that nobody foresees; what an earlier
+    attempt at the shard left there is removed. Raises ValueError where the shard's name is none."""
+    scratch = folder.private_folder(place)
+    earlier = re.compile(re.escape(checked_name(shard)) + r"\.[0-9a-f]{16}")
+    for each in list(scratch.iterdir()):
+        if earlier.fullmatch(each.name):
+            clear(each)
+    made = scratch / f"{shard}.{uuid.uuid4().hex[:16]}"
+    made.mkdir()
+    return made
+
+
 class HashedFile:
-    """A write-only local file that hashes what passes; pyarrow writes Parquet strictly forward."""
+    """A new local file, written forward (as pyarrow writes Parquet), that hashes what passes."""
 
     def __init__(self, path: Path) -> None:
-        self._file = cast(BinaryIO, path.open("wb"))
+        self._file = create(path)
         self._digest, self._size = hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:

@@ -12,14 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..errors import CapipeError
+from ..errors import ArtifactMismatch, CapipeError
 from .artifact import CONFIG, Artifact
-from .manifest import ShardRecord
+from .manifest import ShardRecord, made_of
+from .names import checked_name
 from .samples import read_samples
 from .schema import ANNOTATE, DEDUP, HASHES, INGEST, SCORE, SELECT, check
 from .shards import ROWS, uid_of
 from .status import Status
-from .storage import parquet_file, read_parquet
 
 _SCHEMAS = {
     "ingest": INGEST,
@@ -30,6 +30,7 @@ _SCHEMAS = {
     "select": SELECT,
 }
 _CHUNK = 1 << 20
+_ROW = ("key", "uid", "status")
 
 
 @dataclass
@@ -58,9 +59,11 @@ def verify(url: str) -> Report:
         report.rows.update(record.rows)
         faults = list(_files(artifact, record.files, report))
         if not faults:
+            faults = list(_readable(artifact, record))
+        if not faults:
             faults = list(_content(artifact, record))
             _unique_keys(artifact, record, keys, report)
-            if any(_is_older(entry, replaced) for entry in _made_of(record)):
+            if any(_is_older(entry, replaced) for entry in made_of(record)):
                 text = "rows of its input were done again since; its command does these again, too"
                 report.notes.append(f"{artifact.url}/{record.shard}.parquet: {text}")
             else:
@@ -89,6 +92,9 @@ def _files(artifact: Artifact, files: Mapping[str, Mapping[str, Any]], report: R
     for name, expected in files.items():
         digest, size = hashlib.sha256(), 0
         try:
+            if (found := artifact.folder.size(name)) != expected["bytes"]:
+                yield f"{name}: {found} bytes, {expected['bytes']} were committed"
+                continue
             with artifact.folder.open(name) as file:
                 while data := file.read(_CHUNK):
                     digest.update(data)
@@ -100,9 +106,7 @@ def _files(artifact: Artifact, files: Mapping[str, Mapping[str, Any]], report: R
             yield f"{name}: cannot be read ({error})"
             continue
         report.bytes += size
-        if size != expected["bytes"]:
-            yield f"{name}: {size} bytes, {expected['bytes']} were committed"
-        elif digest.hexdigest() != expected["sha256"]:
+        if digest.hexdigest() != expected["sha256"]:
             yield f"{name}: its sha256 is not the one that was committed"
 
 
@@ -119,7 +123,7 @@ def _finals(artifact: Artifact, report: Report) -> Iterator[str]:
 def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report: Report) -> None:
     """Keys that ingest gave are unique in the artifact. Tars of other tools may use a key again in another tar, which
     final shards, whose rows are compared with those of their input below, may have passed on through several stages."""
-    column = read_parquet(artifact.folder, f"{record.shard}.parquet", ["key"]).column("key").to_pylist()
+    column = artifact.table(record.shard, ["key"]).column("key").to_pylist()
     repeated = [key for key in column if not keys.add(key)]
     if not repeated:
         return
@@ -131,29 +135,48 @@ def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report:
         report.faults.append(f"{artifact.url}/{text}")
 
 
+def _readable(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
+    """Why a shard's Parquet is not to be read: it has other rows than the manifest says, or is not of its stage."""
+    name = f"{record.shard}.parquet"
+    try:
+        with artifact.parquet(record.shard) as parquet:
+            schema = _SCHEMAS.get(artifact.stage)
+            if schema is not None:
+                check(parquet.schema_arrow, schema, name)
+            missing = {*_ROW} - {*parquet.schema_arrow.names}
+    except ArtifactMismatch as error:
+        yield str(error).removeprefix(f"{artifact.url}/")
+    except CapipeError as error:
+        yield str(error)
+    except (OSError, pa.ArrowException) as error:
+        yield f"{name}: cannot be read ({error})"
+    else:
+        yield from (f"{name}: has no column {column}" for column in sorted(missing))
+
+
 def _content(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
     name = f"{record.shard}.parquet"
-    with parquet_file(artifact.folder, name) as parquet:
-        schema = _SCHEMAS.get(artifact.stage)
-        if schema is not None:
-            try:
-                check(parquet.schema_arrow, schema, name)
-            except CapipeError as error:
-                yield str(error)
-                return
-        table = parquet.read(columns=["key", "uid", "status"], use_threads=False)
-    rows = table.to_pylist()
+    rows = artifact.table(record.shard, _ROW).to_pylist()
     counts = Counter(row["status"] for row in rows)
     if counts != Counter(record.rows):
         yield f"{name}: rows by status {dict(counts)}, the manifest says {dict(record.rows)}"
-    stats = json.loads(artifact.folder.read_bytes(f"{record.shard}_stats.json"))
-    if stats["count"] != len(rows) or stats["successes"] != counts[Status.OK]:
-        yield f"{record.shard}_stats.json: its counts are not those of the Parquet"
+    yield from _stats(artifact, f"{record.shard}_stats.json", counts)
     if f"{record.shard}.tar" in record.files:
         yield from _tar(artifact, record, [row for row in rows if row["status"] == Status.OK])
     loose = f"_capipe/parts/{record.shard}.jsonl"
     if loose in record.files:
         yield from _loose_images(artifact, loose, {row["key"]: row["uid"] for row in rows})
+
+
+def _stats(artifact: Artifact, name: str, counts: Counter[str]) -> Iterator[str]:
+    try:
+        stats = json.loads(artifact.folder.read_bytes(name))
+        sound = stats["count"] == counts.total() and stats["successes"] == counts[Status.OK]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        yield f"{name}: cannot be read ({error})"
+        return
+    if not sound:
+        yield f"{name}: its counts are not those of the Parquet"
 
 
 def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -177,17 +200,22 @@ def _loose_images(artifact: Artifact, part: str, uids: Mapping[str, str]) -> Ite
     """Every image that a list of an export names is there, and is its uid's; so is a caption in a file beside it."""
     with artifact.folder.open(part) as lines:
         for line in lines:
-            entry = json.loads(line)
-            image = entry.get("image") or entry.get("file_name") or entry["images"][0]
             try:
-                sound = uid_of(artifact.folder.read_bytes(image)) == uids.get(entry.get("id") or entry["key"])
+                entry = json.loads(line)
+                image = checked_name(entry.get("image") or entry.get("file_name") or entry["images"][0])
+                key, caption = entry.get("id") or entry["key"], str(entry.get("text"))
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+                yield f"{part}: not a line of this list ({error})"
+                continue
+            try:
+                sound = uid_of(artifact.folder.read_bytes(image)) == uids.get(key)
             except OSError as error:
                 yield f"{image}: cannot be read ({error})"
                 continue
             if not sound:
                 yield f"{image}: not the image of its uid"
             if "file_name" in entry:
-                yield from _loose_caption(artifact, f"{image.rpartition('.')[0]}.txt", entry["text"])
+                yield from _loose_caption(artifact, f"{image.rpartition('.')[0]}.txt", caption)
 
 
 def _loose_caption(artifact: Artifact, name: str, caption: str) -> Iterator[str]:
@@ -206,9 +234,9 @@ def _source(artifact: Artifact, report: Report) -> Artifact | None:
     if artifact.config["semantic"].get("input") is None or pattern is None:
         return None
     try:
-        source = Artifact.open(pattern)
-    except CapipeError:
-        report.notes.append(f"its input {pattern} is not there: rows were not compared with it")
+        source = artifact.named(pattern)
+    except CapipeError as error:
+        report.notes.append(f"rows were not compared with its input ({error})")
         return None
     if source.fingerprint != artifact.config["semantic"]["input"]:
         report.notes.append(f"its input {pattern} is another one by now: rows were not compared with it")
@@ -222,9 +250,9 @@ def _conservation(artifact: Artifact, record: ShardRecord, source: Artifact | No
     name = f"{record.shard}.parquet"
     selected = artifact.stage == "select"  # whose keys may have got a prefix
     try:
-        ours = _identity(artifact, name, "source_key" if selected else "key")
-        theirs = pa.concat_tables(_rows_of(source, entry) for entry in _made_of(record))
-    except (OSError, pa.ArrowException) as error:
+        ours = _identity(artifact, record.shard, "source_key" if selected else "key")
+        theirs = pa.concat_tables(_rows_of(source, entry) for entry in made_of(record))
+    except (CapipeError, OSError, KeyError, pa.ArrowException) as error:
         yield f"{name}: cannot be compared with its input {source.url} ({error})"
         return
     if not ours.equals(theirs):
@@ -233,15 +261,9 @@ def _conservation(artifact: Artifact, record: ShardRecord, source: Artifact | No
 
 def _rows_of(source: Artifact, entry: Mapping[str, Any]) -> pa.Table:
     """Keys and uids of what went into a shard of one of the input's."""
-    table = _identity(source, f"{entry['name']}.parquet", "key")
+    table = _identity(source, entry["name"], "key")
     start = entry.get("from", 0)
     return table.slice(start, entry.get("to", len(table)) - start)
-
-
-def _made_of(record: ShardRecord) -> list[Mapping[str, Any]]:
-    """What the manifest says of each input shard: one, several, or rows from one to another."""
-    found: list[Mapping[str, Any]] = record.input.get("shards") or [{**record.input, "name": record.shard}]
-    return found
 
 
 def _is_older(entry: Mapping[str, Any], replaced: Mapping[str, set[str]]) -> bool:
@@ -249,9 +271,9 @@ def _is_older(entry: Mapping[str, Any], replaced: Mapping[str, set[str]]) -> boo
     return bool({entry["digest"], entry.get(ROWS)} & replaced.get(entry["name"], set()))
 
 
-def _identity(artifact: Artifact, name: str, key: str) -> pa.Table:
+def _identity(artifact: Artifact, shard: str, key: str) -> pa.Table:
     """Keys and uids of a shard's rows."""
-    table = read_parquet(artifact.folder, name, [key, "uid"])
+    table = artifact.table(shard, [key, "uid"])
     return pa.table({"key": table.column(key), "uid": table.column("uid")})
 
 

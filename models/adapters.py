@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, RunFailed
+from ..manifests.storage import clear, open_own
 from .captioner_kinds import read_json
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -82,12 +83,14 @@ def _locked(made: Path) -> Iterator[None]:
     """One process at a time makes a folder; the kernel frees the lock of one that dies."""
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
-        lock = (made.parent / f"{made.name}.lock").open("w")
+        lock = open_own(made.parent / f"{made.name}.lock")
     except OSError as error:
         raise RunFailed(f"{made.parent}: cannot be written ({error}); set {CACHE_VARIABLE} to another folder") from None
-    with lock:
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _make(base: Path, adapter: Path, dtype: Any, made: Path, facts: dict[str, str]) -> None:
@@ -97,7 +100,7 @@ def _make(base: Path, adapter: Path, dtype: Any, made: Path, facts: dict[str, st
     model: Any = load_model(str(base), sees=image_grid(base) is not None, dtype="float32", device="cpu")
     model = merge(model, adapter)
     partial = made.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    clear(partial)  # of one that was killed
     try:
         partial.mkdir()
         for file in sorted(base.iterdir()):
@@ -106,10 +109,10 @@ def _make(base: Path, adapter: Path, dtype: Any, made: Path, facts: dict[str, st
         model.config.dtype = dtype
         model.save_pretrained(partial, state_dict={name: w.to(dtype) for name, w in model.state_dict().items()})
         (partial / DONE).write_text(json.dumps(facts))
-        shutil.rmtree(made, ignore_errors=True)
+        clear(made)
         partial.replace(made)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        clear(partial)
         raise RunFailed(f"{made}: cannot be written ({error}); set {CACHE_VARIABLE} to a folder with room") from None
 
 

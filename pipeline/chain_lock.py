@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import BadInput
+from ..manifests.storage import open_own
 
 LOCK = ".chain.lock"
 
@@ -22,7 +23,7 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[int]:
     BadInput.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = open_own(folder / LOCK)
     try:
         waited = False
         while not _taken(handle):

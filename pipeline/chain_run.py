@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -20,7 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ArtifactMismatch, BadInput
+from ..manifests.names import linked_parent
 from ..manifests.overwriting import refuse_overwriting
+from ..manifests.storage import remove
 from ..models.child_processes import follow
 from .chain_identity import product
 from .chain_lock import locked
@@ -205,8 +206,13 @@ class _Run:
     def _clear(self, stage: Stage, sub: str) -> None:
         path = self.folder / stage.out / sub
         if stage.out in self.state.made and path.exists():
+            link = linked_parent(self.folder, str(path.relative_to(self.folder) / "-"))
+            if link is not None:
+                raise BadInput(
+                    f"{link}: a symbolic link; remove what it leads to yourself: it was made of something else"
+                )
             self.say(f"removing {path}, which was made of something else")
-            shutil.rmtree(path)
+            remove(path)
 
     def _measure(self, stage: Stage, known: StageState) -> None:
         """Rows and seconds of a stage that is done, if all of its time is known."""

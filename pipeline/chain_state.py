@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import BadInput
-from ..manifests.storage import sync, write_synced
+from ..manifests.names import checked_name
+from ..manifests.storage import write_new
 
 FILE = "chain.json"
 FORMAT = 1
@@ -74,7 +75,7 @@ def load_chain(folder: Path) -> ChainState | None:
         loaded = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(file, str(error)) from None
     if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
         found = loaded.get("format") if isinstance(loaded, dict) else type(loaded).__name__
@@ -82,8 +83,11 @@ def load_chain(folder: Path) -> ChainState | None:
     try:
         stages = [StageState(**_known(StageState, stage)) for stage in loaded["stages"]]
         state = ChainState(**{**_known(ChainState, loaded), "stages": stages})
+        _check(state)
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(file, f"{type(error).__name__}: {error}") from None
+    except ValueError as error:
+        raise _damaged(file, str(error)) from None
     strange = next((stage for stage in stages if stage.state not in STATES), None)
     if strange is not None:
         raise _damaged(file, f"stage {strange.name} is in state {strange.state!r}")
@@ -94,11 +98,21 @@ def save_chain(folder: Path, state: ChainState) -> None:
     """Replace the file in one step that survives a power cut."""
     state.updated = now()
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f"{FILE}.partial"
     text = json.dumps({"format": FORMAT, **asdict(state)}, indent=1, ensure_ascii=False)
-    write_synced(scratch, text.encode())
-    scratch.replace(folder / FILE)
-    sync(folder)
+    write_new(folder / FILE, text.encode())
+
+
+def _check(state: ChainState) -> None:
+    """Raise TypeError where something is of another type than it is written with, ValueError where a folder lies
+    outside of the chain's."""
+    texts = [state.recipe, state.started, state.updated]
+    for stage in state.stages:
+        texts += [stage.name, stage.stage, *stage.arguments, *stage.inputs.values(), stage.digest, stage.state]
+    folders = [*state.made, *(each for stage in state.stages for each in (stage.out, *stage.artifacts))]
+    if not all(isinstance(each, str) for each in (*texts, *folders)):
+        raise TypeError("a name or a time is no text")
+    for each in folders:
+        checked_name(str(PurePosixPath(each)))  # a recipe may have ./NAME/
 
 
 def _known(kind: type[Any], loaded: dict[str, Any]) -> dict[str, Any]:

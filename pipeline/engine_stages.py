@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import pyarrow.parquet as pq
+
 from ..errors import BadInput, CapipeError
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.shards import OPEN, InputShard, Row, expand, input_artifact, join, read_places
 from ..manifests.status import Status
-from ..manifests.storage import open_parquet
 from ..models.adapters import check_adapter
 from ..models.chat_templates import check_template
 from ..models.decode import DecodePool, check_for_server, grid_decoder
@@ -356,16 +357,16 @@ def _read_in_vain(artifact: Artifact, record: ShardRecord, shard: InputShard) ->
     if not record.rows.get(Status.READ_ERROR):
         return False
     own = [row["status"] for row in artifact.read_rows(record.shard)]
-    listed = [] if shard.record is None else [shard.url.removesuffix(".tar") + ".parquet"]
-    given = [_statuses(url) for url in (*listed, *(companion.url for companion in shard.companions))]
+    listed = [] if shard.record is None else [shard.listing]
+    given = [_statuses(opened) for opened in (*listed, *(companion.open for companion in shard.companions))]
     return any(
         status == Status.READ_ERROR and Status.READ_ERROR not in before
         for status, *before in zip(own, *given, strict=True)
     )
 
 
-def _statuses(url: str) -> list[str]:
-    with open_parquet(url) as parquet:
+def _statuses(opened: Callable[[], pq.ParquetFile]) -> list[str]:
+    with opened() as parquet:
         found: list[str] = parquet.read(columns=["status"], use_threads=False).column("status").to_pylist()
     return found
 

@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 from ..manifests.artifact import Artifact
 from ..manifests.file_transaction import FileTransaction
 from ..manifests.manifest import ShardRecord
-from ..manifests.storage import parquet_file, read_parquet
+from ..manifests.storage import read_parquet
 from ..stages import energon
 from ..stages.card_statistics import Statistics
 from ..stages.dataset_card import CardWords, Contents, render
 from ..stages.export_folder import METADATA
-from ..stages.export_source import PARTS, listing
+from ..stages.export_source import PARTS
 from ..stages.export_writer import IMAGES, part_file
 from ..stages.llava import CONVERSATIONS, DATASET_INFO, MESSAGES, as_list, dataset_info
 from ..stages.provenance import chain
@@ -72,7 +72,7 @@ def _card(
 ) -> str:
     statistics = Statistics()
     for record in records:
-        statistics.add(parquet_file(artifact.folder, listing(record.shard)))
+        statistics.add(artifact.parquet(record.shard))
     size = sum(int(record.files[f"{record.shard}.tar"]["bytes"]) for record in source.committed().values())
     shards = sum(bool(record.stats["samples"]) for record in records)
     contents = Contents(format, shards, size, _images(records), notes)
@@ -105,7 +105,7 @@ def _write_webdataset(artifact: Artifact, records: Sequence[ShardRecord], files:
 def _indexed(artifact: Artifact, record: ShardRecord) -> energon.IndexedTar:
     name, folder = f"{record.shard}.tar", artifact.folder
     starts = array("Q", folder.read_bytes(f"{name}.idx"))
-    rows = read_parquet(folder, listing(record.shard), ["key", "status"])
+    rows = artifact.table(record.shard, ["key", "status"])
     parts = read_parquet(folder, f"{PARTS}/{record.shard}.parquet")
     keys = rows.filter(pc.equal(rows["status"], "ok")).column("key").to_pylist()
     return energon.IndexedTar(name, str(record.files[name]["sha256"]), keys, starts, parts)

@@ -23,7 +23,7 @@ from ..manifests.compressed import plain
 from ..manifests.samples import read_samples
 from ..manifests.shards import InputShard
 from ..manifests.status import Status
-from ..manifests.storage import PRIVATE, read_parquet
+from ..manifests.storage import PRIVATE
 from ..models.engine import ImageGrid
 from ..models.formats import ImageProblem
 from ..models.images import ImageLimits, decode_rgb
@@ -71,7 +71,7 @@ def _sampled(artifact: Artifact, status: Status) -> list[dict[str, Any]]:
     """The rows of a status with the smallest uids, one for each uid. Keeps a few rows a shard in memory."""
     found: dict[str, tuple[str, int]] = {}
     for shard in artifact.committed():
-        table = read_parquet(artifact.folder, f"{shard}.parquet", ["uid", "status"])
+        table = artifact.table(shard, ["uid", "status"])
         uids = table.column("uid").combine_chunks()
         own = uids.filter(pc.equal(table.column("status"), str(status)).combine_chunks()).drop_null().unique()
         for uid in own.take(pc.array_sort_indices(own)[:SAMPLES]).to_pylist():
@@ -87,7 +87,7 @@ def _rows(artifact: Artifact, shard: str, wanted: Iterable[tuple[str, int]]) -> 
     indices = [index for other, index in wanted if other == shard]
     if not indices:
         return []
-    rows: list[dict[str, Any]] = read_parquet(artifact.folder, f"{shard}.parquet").take(indices).to_pylist()
+    rows: list[dict[str, Any]] = artifact.table(shard).take(indices).to_pylist()
     return rows
 
 
@@ -177,7 +177,7 @@ def _counts(artifact: Artifact) -> tuple[Counter[str], Counter[str]]:
     reasons: Counter[str] = Counter()
     for record in artifact.committed().values():
         statuses.update(record.rows)
-        table = read_parquet(artifact.folder, f"{record.shard}.parquet", ["status", "error"])
+        table = artifact.table(record.shard, ["status", "error"])
         errors = table.filter(pc.equal(table.column("status"), str(Status.FILTERED))).column("error")
         reasons.update((error or "").partition(": ")[0] for error in errors.to_pylist())
     return statuses, reasons

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from ..manifests.artifact import Artifact
 from ..manifests.schema import SELECT
-from ..manifests.storage import parquet_file
 from ..stages.select import scores_of
 
 BINS = 60
@@ -87,7 +86,7 @@ def _values(
 ) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
     """The finite values of columns, shard by shard."""
     for shard in shards:
-        parquet = parquet_file(artifact.folder, f"{shard}.parquet")
+        parquet = artifact.parquet(shard)
         known = [column for column in columns if column in parquet.schema_arrow.names]
         table = parquet.read(columns=known, use_threads=False)
         for column in known:

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from ..manifests.artifact import Artifact
 from ..manifests.status import Status
-from ..manifests.storage import read_parquet
 from ..stages.ingest import STAGE as INGEST
 from .engine_stages import Plan, execute
 from .interrupts import say
@@ -83,7 +82,7 @@ def first_error(out: str, status: Status) -> str:
     shard = next((name for name, record in artifact.committed().items() if record.rows.get(status)), None)
     if shard is None:
         return ""
-    rows = read_parquet(artifact.folder, f"{shard}.parquet", ["status", "error"]).to_pylist()
+    rows = artifact.table(shard, ["status", "error"]).to_pylist()
     reason = next((row["error"] or "" for row in rows if row["status"] == status), "")
     return " ".join(reason.split())[:LONGEST_REASON]
 

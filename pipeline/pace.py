@@ -34,7 +34,7 @@ def rows_of_input(artifact: Artifact) -> int | None:
     if not isinstance(url, str) or "://" in url:
         return None
     try:
-        source = Artifact.open(url)
+        source = artifact.named(url)
         records = source.committed()
     except (CapipeError, OSError):
         return None

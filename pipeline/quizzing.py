@@ -17,7 +17,6 @@ from ..errors import BadInput
 from ..manifests.schema import QUESTIONS, SCREEN
 from ..manifests.shards import InputShard, Row, RowReader
 from ..manifests.status import Status
-from ..manifests.storage import open_parquet
 from ..models.formats import ImageProblem
 from ..models.loading import EngineConfig, vllm_runs
 from ..models.reader import QuizReader
@@ -225,7 +224,7 @@ def image_names(shard: InputShard) -> Iterator[ImageNames]:
     if shard.record is None:
         yield from (ImageNames(row.key, None, row.uid) for row in RowReader(shard))
         return
-    with open_parquet(shard.url.removesuffix(".tar") + ".parquet") as parquet:
+    with shard.listing() as parquet:
         wanted = [name for name in ("key", "source", "uid") if name in parquet.schema_arrow.names]
         for batch in parquet.iter_batches(10_000, columns=wanted, use_threads=False):
             yield from (ImageNames(row["key"], row.get("source"), row["uid"]) for row in batch.to_pylist())

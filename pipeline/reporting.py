@@ -11,6 +11,7 @@ from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.fingerprint import fingerprint
 from ..manifests.shards import RowReader, expand
+from ..manifests.storage import write_new
 from ..models.blip import BlipScorer
 from ..models.clip import ClipScorer, load_clip
 from ..models.clip_source import clip_place
@@ -114,13 +115,21 @@ def settings(graded: Artifact) -> dict[str, Any]:
         "questions": f"{run['questions']}@{str(semantic['questions'])[:12]}",
     }
     facts |= {"captions": f"{run['captions']}@{str(semantic['captions'])[:12]}", "shards": run["shards"]}
-    if Artifact.exists(run["captions"]):
-        asked = Artifact.open(run["captions"]).config
+    if (captions := _captions_of(graded)) is not None:
+        asked = captions.config
         named = asked["semantic"]["annotate"]
         facts |= {"captioner": f"{asked['run']['model']}@{str(asked['semantic']['model'])[:12]}"}
         facts |= {"temperature": named["temperature"], "captions per prompt": named["samples"]}
         facts |= {f"prompt {each['name']}": each["text"] for each in named["prompts"]}
     return {**facts, "generic caption": semantic["grade"]["generic"]}
+
+
+def _captions_of(graded: Artifact) -> Artifact | None:
+    """The captions that were graded, where they still are where they were."""
+    try:
+        return graded.named(graded.config["run"]["captions"])
+    except BadInput:
+        return None
 
 
 def _presented(presentations: int | None) -> str:
@@ -130,5 +139,5 @@ def _presented(presentations: int | None) -> str:
 def write_report(value: Report | Comparison, folder: Path, name: str = "report") -> None:
     """``name``.json and ``name``.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(to_json(value), encoding="utf-8")
-    (folder / f"{name}.md").write_text(to_markdown(value), encoding="utf-8")
+    write_new(folder / f"{name}.json", to_json(value).encode())
+    write_new(folder / f"{name}.md", to_markdown(value).encode())

@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 
 from ..manifests.artifact import Artifact
 from ..manifests.status import Status
-from ..manifests.storage import parquet_file
 
 SHARED = 20  # pictures that may have the same caption: short ones do, of pictures that are alike
 _DIGESTS = 1 << 18  # counted at a time: some 30 MB
@@ -74,7 +73,7 @@ def count_shared(pictures: Iterable[set[str]], digests: int = _DIGESTS) -> Share
 
 def _texts(artifact: Artifact, shard: str) -> Iterator[set[str]]:
     """The distinct healthy captions of each row that has any."""
-    with parquet_file(artifact.folder, f"{shard}.parquet") as parquet:
+    with artifact.parquet(shard) as parquet:
         for batch in parquet.iter_batches(1000, columns=["captions"], use_threads=False):
             captions = batch.column("captions")
             rows, flat = pc.list_parent_indices(captions), pc.list_flatten(captions)

@@ -22,7 +22,6 @@ from ..manifests.artifact import Artifact
 from ..manifests.schema import BASE, SCORE, check
 from ..manifests.shards import Companion, InputShard
 from ..manifests.status import Status
-from ..manifests.storage import open_parquet, read_parquet
 from ..stages.expression import kind_of, shown_value
 from ..stages.select import Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
 
@@ -112,7 +111,7 @@ def _same_images(one: pa.Table, other: pa.Table) -> bool:
 def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) -> pa.Table:
     """Some columns of a sidecar, after its schema was checked; its checksum is not, which would take all columns."""
     try:
-        with open_parquet(companion.url) as parquet:
+        with companion.open() as parquet:
             check(parquet.schema_arrow, schema, companion.url)
             return parquet.read(columns=list(dict.fromkeys(columns)), use_threads=False)
     except (OSError, pa.ArrowException) as error:
@@ -130,7 +129,8 @@ def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) 
         if scored_bytes is not None and fs.size(path) != scored_bytes:
             raise BadInput(f"{scores}: made of another tar than {shard.url} (its size differs); {mend}")
         return
-    listed = read_columns(Companion("images", shard.url.removesuffix(".tar") + ".parquet", ""), _BASE, _IDENTITY)
+    url = shard.url.removesuffix(".tar") + ".parquet"
+    listed = read_columns(Companion("images", url, "", shard.record.count), _BASE, _IDENTITY)
     if _same_images(table, listed):
         return
     where = f"{len(table)} rows, {len(listed)} there"
@@ -182,5 +182,5 @@ def _range(parts: list[pa.ChunkedArray]) -> str:
 def ok_uids(artifact: Artifact) -> Iterator[str]:
     """The uids of a committed artifact's kept rows, in order."""
     for shard in artifact.committed():
-        table = read_parquet(artifact.folder, f"{shard}.parquet", ["uid", "status"])
+        table = artifact.table(shard, ["uid", "status"])
         yield from table.filter(pc.equal(table.column("status"), str(Status.OK))).column("uid").to_pylist()

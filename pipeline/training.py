@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +15,7 @@ from ..errors import ArtifactMismatch, BadInput, RunFailed
 from ..manifests.fingerprint import differences, fingerprint
 from ..manifests.overwriting import refuse_overwriting
 from ..manifests.shards import expand, read_places
+from ..manifests.storage import remove, unfinished, write_new
 from ..models.engine import EngineDead, Prompt, RequestError
 from ..models.family import PreparedPrompt
 from ..models.loading import model_identity
@@ -176,12 +176,15 @@ def _look(out: Path, semantic: dict[str, Any], fresh: bool) -> tuple[Path, Facts
     """
     file = out / RUN
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and {*out.iterdir()} > {*unfinished(file)}:
             raise BadInput(f"{out}: the folder holds something that is no training run; choose another --out")
         return None
     if fresh:
         return None
-    before = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: cannot be read ({error}); restore it, or use --fresh to start over") from None
     if before != semantic:
         named = "; ".join(differences(before, semantic)[:3])
         raise ArtifactMismatch(f"{out}: another run is there ({named}); use another --out, or --fresh to start over")
@@ -193,11 +196,8 @@ def _claim(out: Path, semantic: dict[str, Any], fresh: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if fresh:
         for path in out.glob(f"{MARK}*"):
-            shutil.rmtree(path)
-    file = out / RUN
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(semantic, indent=1, sort_keys=True), encoding="utf-8")
-    partial.replace(file)
+            remove(path)
+    write_new(out / RUN, json.dumps(semantic, indent=1, sort_keys=True).encode())
 
 
 def _assemble(

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from ..errors import ArtifactMismatch, BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.schema import EMBEDDING_COLUMN, embedding_width
-from ..manifests.storage import parquet_file, read_parquet
 from .cosine import Vectors, near_vectors
 from .hash_sets import HashSet
 from .near_hashes import Indices
@@ -65,8 +64,8 @@ def read_embeddings(artifact: Artifact, hashed: HashSet, scratch: Path) -> Embed
 def _shard_vectors(artifact: Artifact, hashed: HashSet, shard: str) -> Iterator[tuple[Indices, Vectors]]:
     """Files and their vectors, row by row."""
     files, at, where = hashed.files_of(shard), 0, f"{artifact.url}/{shard}.parquet"
-    rows = read_parquet(hashed.artifact.folder, f"{shard}.parquet", ["key", "uid"])
-    with parquet_file(artifact.folder, f"{shard}.parquet") as file:
+    rows = hashed.artifact.table(shard, ["key", "uid"])
+    with artifact.parquet(shard) as file:
         wanted = ["key", "uid", EMBEDDING_COLUMN]
         for batch in file.iter_batches(_BATCH, columns=wanted, use_threads=False):
             _check_rows(where, batch, rows.slice(at, len(batch)))
@@ -89,7 +88,7 @@ def near_embeddings(artifact: Artifact, hashed: HashSet, cosine: float) -> tuple
 
 
 def _width(artifact: Artifact, shard: str) -> int:
-    with parquet_file(artifact.folder, f"{shard}.parquet") as file:
+    with artifact.parquet(shard) as file:
         return embedding_width(file.schema_arrow, f"{artifact.url}/{shard}.parquet")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..manifests.file_transaction import FileTransaction
+from ..manifests.names import file_name
 from .export_source import Pair
 from .export_writer import LooseWriter
 
@@ -20,7 +21,7 @@ class FolderWriter(LooseWriter):
 
     def add(self, pair: Pair) -> None:
         name = self.safe_name(pair.row["key"])
-        path = self.write(f"{name}.{pair.extension}", pair.image)
+        path = self.write(f"{name}.{file_name(pair.extension)}", pair.image)
         self.write(f"{name}.txt", pair.caption.encode())
         self.line({"file_name": path, "text": pair.caption, "key": pair.row["key"], "uid": pair.row["uid"]})
         self._images[pair.extension] = self._images.get(pair.extension, 0) + 1

@@ -16,7 +16,7 @@ from ..manifests.file_transaction import FileTransaction
 from ..manifests.manifest import ShardRecord
 from ..manifests.samples import Sample, read_samples
 from ..manifests.status import Status
-from ..manifests.storage import parquet_file, parquet_of
+from ..manifests.storage import expecting, parquet_file, parquet_of
 from ..manifests.tar import scan
 from .annotate import chosen_caption
 
@@ -53,12 +53,12 @@ def committed_listing(source: Artifact, record: ShardRecord) -> pq.ParquetFile:
     if not source.folder.is_local:
         data = source.folder.read_bytes(name)
         check_digest(hashlib.sha256(data).hexdigest(), record, name, source)
-        return parquet_of(data)
+        return expecting(parquet_of(data), record.count, f"{source.url}/{name}")
     with source.folder.open(name) as file:
         while data := file.read(1 << 20):
             digest.update(data)
     check_digest(digest.hexdigest(), record, name, source)
-    return parquet_file(source.folder, name)
+    return expecting(parquet_file(source.folder, name), record.count, f"{source.url}/{name}")
 
 
 def column_of(source: Artifact, record: ShardRecord, name: str, *, pairs_only: bool = False) -> list[str]:

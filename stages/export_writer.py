@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 from ..manifests.file_transaction import FileTransaction
+from ..manifests.names import file_name, same_file
+from ..manifests.storage import create
 from .export_source import PARTS, Pair
 
 IMAGES = "images"
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')  # in a file's name, on one system or another
-_LONGEST = 160  # bytes of a file's name, with room for endings
+_LONGEST_FOLDER = 600  # characters: longer ones would make names that are none
 
 
 class ShardWriter(ABC):
@@ -48,15 +48,16 @@ class LooseWriter(ShardWriter):
         super().__init__(out, shard)
         self.folder = f"{IMAGES}/{shard}"
         self.counts: Counter[str] = Counter(samples=0)
-        self._tree, self._names = out.tree(self.folder), set[str]()
+        self._tree, self._names = out.tree(self.folder), defaultdict[str, set[str]](set)  # of files, by folder
         self._lines = self.open.enter_context(out.writing(part_file(shard)))
 
     def write(self, name: str, data: bytes) -> str:
         """A file of the shard's folder; returns its path from the export's."""
         path = self._tree / name
-        if "/" in name:  # a key that another tool gave; reading its tar refused those that climb out
+        if "/" in name:
             path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with create(path) as file:
+            file.write(data)
         return f"{self.folder}/{name}"
 
     def line(self, entry: dict[str, Any]) -> None:
@@ -64,15 +65,20 @@ class LooseWriter(ShardWriter):
         self.counts["samples"] += 1
 
     def safe_name(self, key: str) -> str:
-        """A name without ending for a key's files: one that every file system takes, and no other of the folder has,
-        whether it tells small letters from large or not. Most keys are such names."""
-        name = safe = short(_UNSAFE.sub("_", key).strip(" .") or "image", _LONGEST)
-        number = 1
-        while name.casefold() in self._names:
-            number += 1
-            name = f"{safe}~{number}"
-        self._names.add(name.casefold())
-        return name
+        """A name without ending for a key's files, as :func:`file_name` makes it; no other of the folder has it."""
+        return self._new_name("", key)
+
+    def safe_path(self, key: str) -> str:
+        """The same, where a key with slashes, which another tool gave, is a file in folders."""
+        *folders, last = key.split("/")
+        folder = "".join(f"{file_name(each)}/" for each in folders)
+        return self.safe_name(key) if len(folder) > _LONGEST_FOLDER else self._new_name(folder, last)
+
+    def _new_name(self, folder: str, key: str) -> str:
+        taken = self._names[same_file(folder)]
+        name = file_name(key, taken)
+        taken.add(same_file(name))
+        return folder + name
 
     def finish(self) -> dict[str, Any]:
         self.open.close()
@@ -82,8 +88,3 @@ class LooseWriter(ShardWriter):
 def part_file(shard: str) -> str:
     """A shard's lines, until they are put together."""
     return f"{PARTS}/{shard}.jsonl"
-
-
-def short(text: str, size: int) -> str:
-    """``text`` cut to ``size`` bytes of UTF-8, between two characters."""
-    return text.encode()[:size].decode(errors="ignore")

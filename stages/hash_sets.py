@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 
 from ..manifests.artifact import Artifact
 from ..manifests.schema import HASHES, check
-from ..manifests.storage import parquet_file, read_parquet
 from .groups import Contents
 from .near_hashes import Indices
 from .perceptual_hash import SIGNATURE_BYTES, Signatures
@@ -56,7 +55,7 @@ class HashSet:
             chosen = chosen[wanted[files[chosen]]]
             if not len(chosen):
                 continue
-            table = read_parquet(self.artifact.folder, f"{shard}.parquet", [column])
+            table = self.artifact.table(shard, [column])
             names = table[column].take(pa.array(chosen)).to_pylist()
             for index, name in zip(files[chosen].tolist(), names, strict=True):
                 lowest[index] = min(lowest.get(index, (name, shard)), (name, shard))
@@ -110,14 +109,14 @@ def confirmed(left: HashSet, i: Indices, right: HashSet, j: Indices) -> npt.NDAr
 
 def hash_rows(artifact: Artifact, shard: str, columns: list[str]) -> Iterator[dict[str, Any]]:
     """Some columns of a shard's rows, in order."""
-    with parquet_file(artifact.folder, f"{shard}.parquet") as file:
+    with artifact.parquet(shard) as file:
         for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
             yield from batch.to_pylist()
 
 
 def _numbers(artifact: Artifact, shard: str) -> tuple[Any, ...]:
     """``uids, pixels, phash, inner, look`` of a shard's sound images, and which of its rows those are."""
-    with parquet_file(artifact.folder, f"{shard}.parquet") as parquet:
+    with artifact.parquet(shard) as parquet:
         check(parquet.schema_arrow, HASHES, f"{artifact.url}/{shard}.parquet")
         table = parquet.read(columns=_NUMBERS, use_threads=False)
     sound = pc.is_valid(table["phash"])
@@ -129,7 +128,7 @@ def _numbers(artifact: Artifact, shard: str) -> tuple[Any, ...]:
 
 
 def _signature_batches(artifact: Artifact, shard: str) -> Iterator[Signatures]:
-    with parquet_file(artifact.folder, f"{shard}.parquet") as file:
+    with artifact.parquet(shard) as file:
         for batch in file.iter_batches(_BATCH, columns=["signature"], use_threads=False):
             column = batch.column(0)
             data = np.frombuffer(column.buffers()[1], dtype=np.uint8)

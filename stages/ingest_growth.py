@@ -18,7 +18,7 @@ from ..errors import ArtifactMismatch
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
 from ..manifests.status import Status
-from ..manifests.storage import PRIVATE, read_parquet
+from ..manifests.storage import PRIVATE
 from .items import GoneRef, ItemRef, identities
 
 _BYTES = 8
@@ -103,7 +103,7 @@ class _Slots:
             free = np.flatnonzero(self._free[self._starts[number] : self._starts[number + 1]]).tolist()
             if not free:
                 continue
-            table = read_parquet(self._artifact.folder, f"{record.shard}.parquet", ["status", "source"])
+            table = self._artifact.table(record.shard, ["status", "source"])
             rows = table.take(free).to_pylist()
             for at, row in zip(free, rows, strict=True):
                 if row["status"] not in _UNREAD:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast, runtime_checkab
 import fsspec
 
 from ..manifests.compressed import plain
-from ..manifests.sidecars import first_text, read_sidecars
+from ..manifests.sidecars import first_text, fits, read_sidecars
 from ..manifests.status import Status
 from ..manifests.tar import MAX_MEMBER_BYTES, printable
 from ..models.formats import HEAD_BYTES, ImageProblem, sniff
@@ -224,10 +224,14 @@ class TarRef:
     def load(self, handles: Handles) -> Item:
         stream = handles.tar(self.url)
         item = Item(self.source)
-        extents = {extent for extent in (self.image, self.text, self.meta) if extent is not None}
+        text, meta = (
+            extent if extent and fits(kind, extent.size, item.notes) else None
+            for kind, extent in (("text", self.text), ("json", self.meta))
+        )
+        extents = {extent for extent in (self.image, text, meta) if extent is not None}
         # In the order of the tar: a compressed one is dear to go back in.
         read = {extent: _read_extent(stream, extent) for extent in sorted(extents, key=lambda extent: extent.offset)}
-        item.take_sidecars(*(read[extent] if extent else None for extent in (self.text, self.meta)))
+        item.take_sidecars(*(read[extent] if extent else None for extent in (text, meta)))
         if self.ignored:
             item.notes.append(f"members not kept: {', '.join(self.ignored)}")
         item.data = read[self.image]
@@ -346,12 +350,16 @@ def _read_stream(file: BinaryIO) -> tuple[bytes | None, ImageProblem | None]:
 
 
 def _read_sidecar(folder: str, sidecar: Sidecar | None, notes: list[str]) -> bytes | None:
-    if sidecar is None:
+    if sidecar is None or not fits(_kind(sidecar.name), sidecar.size, notes):
         return None
     data, problem = read_file(folder + sidecar.name)
     if problem is not None:
-        notes.append(f"{sidecar.name.rpartition('.')[2]} {problem.reason}")
+        notes.append(f"{_kind(sidecar.name)} {problem.reason}")
     return data
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _read_extent(stream: BinaryIO, extent: Extent) -> bytes:

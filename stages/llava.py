@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from ..manifests.file_transaction import FileTransaction
+from ..manifests.names import file_name
 from .export_source import Pair
 from .export_writer import LooseWriter
 
@@ -49,7 +50,7 @@ class Conversations(LooseWriter):
             self.counts["without_caption"] += 1
             return
         self.counts["image_marks"] += MARK in pair.caption
-        path = self.write(f"{self.name(pair)}.{pair.extension}", pair.image)
+        path = self.write(f"{self.name(pair)}.{file_name(pair.extension)}", pair.image)
         self.line(self.entry(pair, path, f"{MARK}\n{wording(pair.row['uid'])}", pair.caption.replace(MARK, "[image]")))
 
     @abstractmethod
@@ -64,7 +65,7 @@ class LlavaWriter(Conversations):
     """LLaVA's records."""
 
     def name(self, pair: Pair) -> str:
-        return str(pair.row["key"])
+        return self.safe_path(pair.row["key"])
 
     def entry(self, pair: Pair, image: str, question: str, answer: str) -> dict[str, Any]:
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]

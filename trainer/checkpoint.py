@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactMismatch, BadInput
-from ..manifests.storage import sync
+from ..manifests.storage import remove, sync
 
 STATE, FACTS = "trainer.pt", "trainer.json"
 PARTIAL = ".partial"
@@ -43,7 +42,7 @@ def save(
     """
     run.mkdir(parents=True, exist_ok=True)
     for left in run.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(left)
+        remove(left)
     final = folder_of(run, facts.step)
     partial = final.with_name(final.name + PARTIAL)
     write_model(partial)
@@ -55,11 +54,11 @@ def save(
         if file.is_file():
             sync(file)
     if final.exists():  # made by a run that was killed after the rename and before it went on
-        shutil.rmtree(final)
+        remove(final)
     partial.rename(final)
     sync(run)
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return final
 
 

@@ -6,11 +6,13 @@ How long a step took is in a file of its own, ``times.jsonl``: two runs alike wr
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BadInput
+from ..manifests.storage import open_own, write_new
 
 if TYPE_CHECKING:  # who reads logs needs no torch
     from .groups import Group
@@ -109,7 +111,8 @@ class RunLog:
             sink.close()
 
     def _append(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        with self._files[name].open("a", encoding="utf-8") as file:
+        handle = open_own(self._files[name], os.O_WRONLY | os.O_APPEND)
+        with os.fdopen(handle, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
@@ -147,6 +150,4 @@ def _cut(file: Path, start: int) -> None:
     """Keep the entries of steps before ``start``."""
     if file.exists():
         kept = [entry for entry in _read(file) if entry["step"] < start]
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept), encoding="utf-8")
-        partial.replace(file)
+        write_new(file, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept).encode())

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..errors import BadInput
+from ..manifests.storage import write_new
 from ..models.diffusion import Painter, load_painter, need_diffusers, pipeline_folder
 from ..models.engine import Completion
 from ..models.images import Pixels
@@ -142,12 +143,9 @@ class ReconstructionReward:
     def _keep(self, caption: str, vectors: Tensor) -> None:
         self._drawn.put(_hash(caption), vectors)
         if (file := self._file(caption)) is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
             data = io.BytesIO()
             np.save(data, vectors.numpy())
-            partial = file.with_suffix(f".{id(self):x}.partial")
-            partial.write_bytes(data.getvalue())
-            partial.replace(file)
+            write_new(file, data.getvalue())
 
     def _file(self, caption: str) -> Path | None:
         if self._config.cache is None:

@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.status import QuestionStatus, Status
-from ...manifests.storage import parquet_file
 from ...stages.grade import CONTROLS
 from ..joins import Joins, Place
 from ..pictures import Pictures, small_jpeg
@@ -132,7 +131,7 @@ def _best(joins: Joins) -> Place | None:
 def _head(joins: Joins, place: Place) -> pa.Table | None:
     """The first rows of a shard; None where its Parquet cannot be read."""
     try:
-        parquet = parquet_file(joins.artifacts[place.artifact].folder, f"{place.shard}.parquet")
+        parquet = joins.artifacts[place.artifact].parquet(place.shard)
         columns = [name for name in parquet.schema_arrow.names if name not in ("signature", "raw", "image_embedding")]
         batch = next(iter(parquet.iter_batches(_ROWS, columns=columns, use_threads=False)), None)
         return None if batch is None else pa.Table.from_batches([batch])
@@ -214,7 +213,7 @@ def _losses(joins: Joins, pictures: Pictures, name: str, artifact: Artifact, mar
     examples: dict[tuple[str, str], list[tuple[str, str, str | None, str | None]]] = defaultdict(list)
     seen = sampled(marked, _SHARDS)
     for shard in seen:
-        parquet = parquet_file(artifact.folder, f"{shard}.parquet")
+        parquet = artifact.parquet(shard)
         table = parquet.read(columns=["status", "error"], use_threads=False)
         gone = pc.indices_nonzero(pc.not_equal(table["status"], str(Status.OK))).to_pylist()
         chosen: dict[int, tuple[str, str]] = {}

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 
 from ...errors import BadInput, CapipeError
 from ...manifests.sidecars import jsonable
-from ...manifests.storage import parquet_file
 from ...stages.expression import Expression, parse
 from ..joins import Joins, Place
 from ..pictures import Cache
@@ -143,7 +142,7 @@ class Table:
         return []
 
     def _parquet(self, place: Place) -> pq.ParquetFile:
-        return parquet_file(self.joins.artifacts[place.artifact].folder, f"{place.shard}.parquet")
+        return self.joins.artifacts[place.artifact].parquet(place.shard)
 
     @property
     def types(self) -> dict[str, pa.DataType]:

@@ -43,7 +43,7 @@ def commit(artifact: Artifact, shard: str, token: str | None, keys: str = "ab") 
         transaction.commit(rows_in=len(keys), input_info={"digest": "d"})
 
 
-def abroad(out: Path, run: str = "r", age: float = 0.0, shard: str = "00000") -> None:
+def abroad(out: Path, run: str = "0123456789abcdef", age: float = 0.0, shard: str = "00000") -> None:
     """A claim of a run on another machine, whose heart beat last so many seconds ago."""
     private = out / "_capipe"
     card = private / f"owners/{run}.json"
@@ -74,7 +74,7 @@ def test_a_claim_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
     code = (
         "import signal; from capipe.manifests.claims import *; from capipe.manifests.storage import Folder\n"
         f"folder = Folder({str(tmp_path)!r}); token = Claims(folder).take('00000')\n"
-        "scratch_of(folder, token).mkdir(parents=True)\n"
+        "folder.private(scratch_of(token)).mkdir(parents=True)\n"
         "print(token, flush=True); signal.pause()"
     )
     mine = Claims(Folder(str(tmp_path)))

@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from capipe.errors import ArtifactMismatch, BadInput
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import BASE, INGEST
-from capipe.manifests.shards import Companion, InputShard, Row, RowReader, expand, join, uid_of
+from capipe.manifests.shards import InputShard, Row, RowReader, expand, join, uid_of
 from capipe.manifests.status import Status
 from capipe.stages.items import Handles
 from capipe.stages.sources import open_sources
@@ -293,7 +294,7 @@ def test_another_sidecar_than_the_output_was_made_of_is_noticed(tmp_path: Path) 
     made = made_of(reader.info)
     assert not shard.has_mended_companions(made)
     (companion,) = shard.companions
-    changed = InputShard(shard.name, shard.url, shard.record, (Companion("notes", companion.url, "0" * 64),))
+    changed = InputShard(shard.name, shard.url, shard.record, (replace(companion, sha256="0" * 64),))
     renewed = joined(tmp_path, {"notes": noted(tmp_path / "renewed")})
     for other, output in ((changed, made), (renewed, made), (shard, made_of({"digest": "d"}))):
         with pytest.raises(ArtifactMismatch, match=r"00000\.parquet: changed since this output was made; use another"):

@@ -15,7 +15,6 @@ from PIL import Image
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE
-from capipe.manifests.storage import Folder
 from capipe.pipeline.chain_state import ChainState, StageState, save_chain
 from capipe.pipeline.finding import find
 from capipe.pipeline.report import write_report
@@ -218,14 +217,14 @@ def test_large_artifacts_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(facts, "SHARDS", 2)
     monkeypatch.setattr(examples, "_SHARDS", 2)
     opened: dict[str, set[str]] = {}
-    plain = examples.parquet_file
+    plain = Artifact.parquet
 
-    def noted(folder: Folder, name: str) -> Any:
-        opened.setdefault(folder.url, set()).add(name)
-        return plain(folder, name)
+    def noted(artifact: Artifact, shard: str) -> Any:
+        opened.setdefault(artifact.url, set()).add(shard)
+        return plain(artifact, shard)
 
-    monkeypatch.setattr(examples, "parquet_file", noted)
     folder = write_chain(tmp_path / "chain", [3] * 7)
+    monkeypatch.setattr(Artifact, "parquet", noted)
     text = read(folder).text
     assert "2 of 7 shards, evenly spread" in text or "filtered/shards, all rows" in text
     assert "Counted in 2 of the 7 shards that lost rows" in text

@@ -280,16 +280,21 @@ def test_a_folder_has_names_that_every_system_takes(tmp_path: Path) -> None:
         7: "x" * 300 + "y",
         8: 'q:"*?<>|',
         9: "日本 ü",
+        12: "CON",
+        13: "trail ",
+        14: "100%2F",
+        15: "Con",
     }
-    source = final_shards(tmp_path / "final", shards=1, key=lambda shard, index: names.get(index, f"k{index}"))
-    for format in ("folder", "messages"):
+    source = final_shards(tmp_path / "final", shards=1, rows=18, key=lambda shard, index: names.get(index, f"k{index}"))
+    for format in ("folder", "messages", "llava"):
         export(source, tmp_path / format, format)
         assert verify(str(tmp_path / format)).faults == []
     entries = [json.loads(line) for line in (tmp_path / "folder/metadata.jsonl").read_text().splitlines()]
     found = {entry["key"]: entry["file_name"] for entry in entries}
-    expected = {"a/b": "a_b", "A/B": "A_B~2", "a_b": "a_b~3", ".hidden/c ": "hidden_c", "日本 ü": "日本 ü"}
+    expected = {"a/b": "a%2Fb", "A/B": "%41%2F%42", "a_b": "a_b", ".hidden/c ": "%2Ehidden%2Fc%20", "日本 ü": "日本 ü"}
+    expected |= {"CON": "%43ON", "Con": "%43%6F%6E", "trail ": "trail%20", "100%2F": "100%252F"}
     assert {key: found[key] for key in expected} == {k: f"images/00000/{v}.jpg" for k, v in expected.items()}
-    assert len({name.casefold() for name in found.values()}) == 8
+    assert len({name.casefold() for name in found.values()}) == len(entries) == 12
     assert all(len(name.rpartition("/")[2].encode()) < 180 for name in found.values())
     listed = kept(source)
     for entry in entries:

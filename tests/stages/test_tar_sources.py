@@ -12,6 +12,7 @@ import fsspec
 import pytest
 
 from capipe.errors import BadInput
+from capipe.manifests.sidecars import MAX_BYTES
 from capipe.manifests.status import Status
 from capipe.stages.items import Handles
 from capipe.stages.sources import open_sources
@@ -161,3 +162,23 @@ def test_remote_tar(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe(f"/tars-{tmp_path.name}/0.tar", tar_bytes({"a.jpg": A, "a.txt": b"one"}))
     (item,) = load(f"memory://tars-{tmp_path.name}/0.tar")
     assert (item.data, item.text) == (A, "one")
+
+
+def test_a_sidecar_over_the_limit_is_left_out_unread_wherever_it_lies(
+    make_tar: Callable[..., Path], tmp_path: Path
+) -> None:
+    files = {
+        "a.jpg": A,
+        "a.json": b'{"x": "' + b"x" * MAX_BYTES + b'"}',
+        "a.txt": b"A dog.",
+        "b.jpg": B,
+        "b.txt": b"x" * 2**21,
+    }
+    packed = tmp_path / "packed.tar.gz"
+    packed.write_bytes(gzip.compress(tar_bytes(files)))
+    for source in (make_tar(files), packed, fill(tmp_path / "loose", files)):
+        first, second = load(source)
+        assert first.data == A and first.text == "A dog." and first.meta == {} and first.problem is None
+        assert first.notes == [f"json of {len(files['a.json'])} bytes, over the limit of {MAX_BYTES}: left out"]
+        assert second.data == B and second.text is None and len(second.notes) == 1
+        assert "of 2097152 bytes, over the limit" in second.notes[0]
