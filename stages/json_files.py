@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from ..errors import BadInput
-from .items import open_binary
+from .read_files import open_binary
 
 MAX_OBJECT_BYTES = 1 << 31  # of a JSON object, which is read whole: some five times as much memory
 _CHUNK = 1 << 20  # characters

@@ -24,10 +24,10 @@ from ..manifests.storage import open_parquet
 from ..models.formats import HEAD_BYTES, ImageProblem, sniff
 from . import coco
 from .conversations import CONVERSATION_COLUMNS, exchanges, from_json, images_in
-from .items import open_binary
 from .json_files import begins_list, list_items, whole_object
 from .question_checks import RawQuestion
 from .question_layouts import faulty, read_question
+from .read_files import open_binary
 from .tables import Rows, csv_rows, json_row
 
 EXTENSIONS = ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")

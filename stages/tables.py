@@ -13,15 +13,17 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import BadInput
+from ..manifests.outside import ANYWHERE, Reach
 from ..manifests.sidecars import jsonable, mended, text_stream
 from ..manifests.status import Status
 from ..manifests.storage import open_parquet
 from . import coco
 from .columns import PATH_COLUMNS, Columns, take_caption
 from .conversations import CONVERSATION_COLUMNS, images_in
-from .items import ItemRef, ProblemRef, TableRef, open_binary
+from .items import ItemRef, ProblemRef, TableRef
 from .json_files import begins_list, list_items, whole_object
 from .parquet_images import image_column, image_refs
+from .read_files import open_binary
 
 EXTENSIONS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json")
 _BATCH = 2000
@@ -33,18 +35,21 @@ DAMAGE = (OSError, pa.ArrowException, csv.Error, ValueError, RecursionError)  # 
 Rows = Iterator[Mapping[str, Any] | str]  # a row, or what is wrong with it
 
 
-def refs(table: str, columns: Columns) -> Iterator[ItemRef]:
-    """Every row of a table. Raises BadInput at once where it cannot be opened or has no column of images."""
+def refs(table: str, columns: Columns, reach: Reach = ANYWHERE) -> Iterator[ItemRef]:
+    """Every row of a table. ``reach``: how far the paths in it may lead.
+
+    Raises BadInput at once where it cannot be opened or has no column of images.
+    """
     root = columns.folder if columns.folder is not None else table.rpartition("/")[0]
     if _extension(table) == "parquet":
         with _readable(table):
             held = image_column(table, columns.path)
         if held is not None:
-            return image_refs(table, held, columns, root)
+            return image_refs(table, held, columns, root, reach)
     names, rows = rows_of(table)
     column = _path_column(table, names, columns.path)
     columns.check_text(table, names)
-    return _refs(table, rows, column, columns.text, root)
+    return _refs(table, rows, column, columns.text, root, reach)
 
 
 def rows_of(table: str) -> tuple[list[str], Rows]:
@@ -66,11 +71,11 @@ def _extension(table: str) -> str:
     return table.rpartition(".")[2].lower()
 
 
-def _refs(table: str, rows: Rows, column: str, text_column: str | None, root: str) -> Iterator[ItemRef]:
+def _refs(table: str, rows: Rows, column: str, text_column: str | None, root: str, reach: Reach) -> Iterator[ItemRef]:
     number = 0
     try:
         for number, row in enumerate(rows):
-            yield _ref(table, number, row, column, text_column, root)
+            yield _ref(table, number, row, column, text_column, root, reach)
     except DAMAGE as error:
         raise BadInput(f"{table}: damaged after row {number} ({error}); restore it") from None
 
@@ -89,7 +94,7 @@ def _path_column(table: str, names: Sequence[str], wanted: str | None) -> str:
 
 
 def _ref(
-    table: str, number: int, row: Mapping[str, Any] | str, column: str, text_column: str | None, root: str
+    table: str, number: int, row: Mapping[str, Any] | str, column: str, text_column: str | None, root: str, reach: Reach
 ) -> ItemRef:
     if isinstance(row, str):
         return ProblemRef(f"{table}[{number}]", Status.CORRUPT, row)
@@ -109,7 +114,7 @@ def _ref(
     except RecursionError:
         return ProblemRef(f"{table}[{number}]", Status.CORRUPT, "the row is nested too deeply")
     caption, url = (mended(each, notes) if isinstance(each, str) else None for each in (text, url))
-    return TableRef(table, number, root, paths[0], caption, url, encoded, tuple(notes))
+    return TableRef(table, number, root, paths[0], caption, url, encoded, tuple(notes), reach)
 
 
 def _paths(row: Mapping[str, Any], column: str) -> list[str]:
