@@ -17,6 +17,7 @@ from ..manifests.outside import ANYWHERE, Reach, is_url, refusal
 from ..manifests.sidecars import jsonable
 from ..manifests.status import Status
 from . import tables
+from .bounded_rows import TOO_DEEP
 from .columns import Columns, take_caption
 from .items import FileRef, Handles, Item, ItemRef, ProblemRef, TarRef
 from .read_files import join
@@ -125,11 +126,11 @@ class _Metadata:
             file = row if isinstance(row, str) else row.get(FILE_NAME)
             where = f"{join(root, name)}[{number}]"
             if isinstance(row, str):
-                self.faults.append(ProblemRef(where, Status.CORRUPT, row))
+                self.faults.append(ProblemRef(where, tables.status_of(row), row))
             elif not isinstance(file, str) or not file:
                 self.faults.append(ProblemRef(where, Status.CORRUPT, f"no path in column {FILE_NAME!r}"))
             elif (plain := _jsonable(row)) is None:
-                self.faults.append(ProblemRef(where, Status.CORRUPT, "the row is nested too deeply"))
+                self.faults.append(ProblemRef(where, Status.UNSUPPORTED, TOO_DEEP))
             elif self.rows.setdefault(_plain(file), plain) is not plain:
                 self.faults.append(ProblemRef(where, Status.UNSUPPORTED, f"a row before it is about {file!r}, too"))
         self.unused = dict.fromkeys(self.rows)

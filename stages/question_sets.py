@@ -23,12 +23,13 @@ from ..manifests.sidecars import jsonable, mended
 from ..manifests.storage import open_parquet
 from ..models.formats import HEAD_BYTES, ImageProblem, sniff
 from . import coco
+from .bounded_rows import Beyond, bounded_lines, json_row
 from .conversations import CONVERSATION_COLUMNS, exchanges, from_json, images_in
 from .json_files import begins_list, list_items, whole_object
 from .question_checks import RawQuestion
 from .question_layouts import faulty, read_question
 from .read_files import open_binary
-from .tables import Rows, csv_rows, json_row
+from .tables import Rows, csv_rows
 
 EXTENSIONS = ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")
 IMAGE_FIELDS = ("uid", "key", "image_path", "image", "images", "path", "file", "file_name", "filename", "filepath")
@@ -159,14 +160,15 @@ def _json(file: str) -> Located:
     if begins_list(file):
         with open_binary(file) as stream:
             for number, row in enumerate(list_items(stream)):
-                yield f"{file}[{number}]", row if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
+                sound = isinstance(row, dict | Beyond)
+                yield f"{file}[{number}]", row if sound else f"a {type(row).__name__}, not an object"
         return
     whole = whole_object(file) if _extension(file) == "json" else None
     if whole is not None:
         yield from _of_object(file, whole)
         return
     with open_binary(file) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(bounded_lines(stream), 1):
             if line.strip():
                 yield f"{file}:{number}", json_row(line)
 
