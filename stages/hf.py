@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
+import yaml
 
 from ..errors import BadInput
 from ..manifests.names import name_problem
 from ..manifests.outside import ANYWHERE, Reach, refusal
+from ..manifests.tar import printable
 from .columns import IMAGE_COLUMNS, Columns, take_caption
 from .items import DatasetRef, Item
 from .parquet_images import image_bytes
@@ -60,8 +63,11 @@ def _load(location: str) -> Any:
     datasets.disable_progress_bars()
     try:
         if location.startswith(SCHEME):
+            check_card(location)
             return datasets.load_dataset(location.removeprefix(SCHEME))
         return datasets.load_from_disk(location)
+    except BadInput:
+        raise
     except Exception as error:  # loaders and hubs raise whatever they like; the user needs the name and the reason
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{location}: cannot be loaded as a dataset ({reason})") from error
@@ -98,6 +104,48 @@ def undecoded(feature: Any) -> Any:
         return dataclasses.replace(feature, feature=undecoded(inner))
     opens = hasattr(feature, "decode") and not isinstance(feature, getattr(datasets, "Json", ()))
     return dataclasses.replace(feature, decode=False) if opens else feature
+
+
+def check_card(location: str) -> None:
+    """Raise BadInput where a dataset's card names data files elsewhere: `datasets` fetches whatever it names."""
+    for file, text in _cards(location.removeprefix(SCHEME)):
+        try:
+            card = huggingface_hub.DatasetCard(text).data if file.endswith(".md") else yaml.safe_load(text)
+            configs = card.get("configs")
+        except Exception:  # `datasets` reads it likewise, and says what is wrong
+            continue
+        for name in _texts_in(configs):
+            own = "::" not in name and (name.startswith(SCHEME) or "://" not in name)
+            if not own or name.startswith(("/", "~")) or ".." in name.replace("\\", "/").split("/"):
+                where = f"its card names data files elsewhere ({printable(name[:200])})"
+                raise BadInput(f"{location}: {where}; download those yourself, and give what you have then")
+
+
+def _cards(name: str) -> Iterator[tuple[str, str]]:
+    """A dataset's card and what may stand in its place, by name with its text."""
+    for file in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
+        path = Path(name) / file
+        try:
+            if not Path(name).exists():
+                path = Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset"))
+            text = path.read_bytes().decode("utf-8", "replace")
+        except Exception:  # there is none, or no hub to be reached: then `datasets` cannot read it either
+            continue
+        yield file, text
+
+
+def _texts_in(configs: object) -> Iterator[str]:
+    """The texts under ``data_files`` and ``data_dir`` of each configuration; YAML may name one value many times."""
+    entries = [each for each in configs if isinstance(each, dict)] if isinstance(configs, list) else []
+    waiting = [entry.get(key) for entry in entries for key in ("data_files", "data_dir")]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def check_files(folder: Path, inside: Reach) -> None:

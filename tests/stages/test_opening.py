@@ -20,6 +20,7 @@ from capipe.errors import BadInput
 from capipe.manifests.outside import Reach
 from capipe.manifests.verify import verify
 from capipe.stages import read_files
+from capipe.stages.question_sets import read_question_set
 from capipe.stages.sources import open_sources
 
 from ..conftest import photo, tar_bytes
@@ -365,3 +366,63 @@ def test_files_that_a_saved_dataset_names(tmp_path: Path, what: str) -> None:
         write(source / "dataset_dict.json", {"splits": ["../saved"]})
     with pytest.raises(BadInput, match=r"climbs out of its folder|not a regular file|leads out of its source"):
         list(open_sources([str(source)]))
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "reference://k::{server}/evil.json",
+        "zip://*.jpg::{server}/a.zip",
+        "{server}/a.parquet",
+        "https://example.org/a.parquet",
+        "/etc/passwd",
+        "../home/a.parquet",
+        "data/../../home/*.parquet",
+    ],
+)
+@pytest.mark.parametrize("form", ["text", "list", "splits"])
+def test_data_files_that_a_datasets_card_names(tmp_path: Path, server: str, named: str, form: str) -> None:
+    """Refused before `datasets` opens one."""
+    name = named.format(server=server)
+    files = {
+        "text": name,
+        "list": ["data/a.parquet", name],
+        "splits": [{"split": "train", "path": ["a.parquet", name]}],
+    }
+    card = {"configs": [{"config_name": "default", "data_files": files[form]}]}
+    for place, text in {
+        "README.md": f"---\n{json.dumps(card)}\n---\n# A",
+        ".huggingface.yaml": json.dumps(card),
+    }.items():
+        root = fill(tmp_path / place / "set", {place: text.encode()})
+        with pytest.raises(BadInput, match="its card names data files elsewhere"):
+            load(f"hf://{root}")
+    assert _Server.seen == []
+
+
+def test_a_datasets_card_that_names_its_own_files(tmp_path: Path) -> None:
+    root = fill(tmp_path / "set", {"README.md": b"---\nconfigs: [{config_name: default, data_files: data/*}]\n---\n"})
+    (root / "data").mkdir()
+    pq.write_table(pa.table({"image": [A]}), root / "data/a.parquet")
+    assert [item.data for item in load(f"hf://{root}")] == [A]
+
+
+# --- question sets ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_question_sets(tmp_path: Path, elsewhere: Path) -> None:
+    asked = {"key": "k", "question": "What?", "A": "x", "B": "y", "answer": "A"}
+    root = tmp_path / "sets"
+    root.mkdir()
+    lines(root / "a.jsonl", [asked])
+    (root / "b.jsonl").symlink_to("a.jsonl")
+    assert len(list(read_question_set(str(root)))) == 2
+    lines(elsewhere / "private.jsonl", [asked])
+    (root / "c.jsonl").symlink_to(elsewhere / "private.jsonl")
+    with pytest.raises(BadInput, match=r"c\.jsonl: a link that leads out of .*sets; name the files themselves"):
+        read_question_set(str(root))
+    assert len(list(read_question_set(str(root / "c.jsonl")))) == 1
+    (root / "c.jsonl").unlink()
+    os.mkfifo(root / "d.json")
+    with pytest.raises(BadInput, match=r"d\.json: not a regular file .*; move it elsewhere"):
+        read_question_set(str(root))
