@@ -390,10 +390,8 @@ def test_data_files_that_a_datasets_card_names(tmp_path: Path, server: str, name
         "splits": [{"split": "train", "path": ["a.parquet", name]}],
     }
     card = {"configs": [{"config_name": "default", "data_files": files[form]}]}
-    for place, text in {
-        "README.md": f"---\n{json.dumps(card)}\n---\n# A",
-        ".huggingface.yaml": json.dumps(card),
-    }.items():
+    in_front = f"---\n{json.dumps(card)}\n---\n# A set"
+    for place, text in {"README.md": in_front, ".huggingface.yaml": json.dumps(card)}.items():
         root = fill(tmp_path / place / "set", {place: text.encode()})
         with pytest.raises(BadInput, match="its card names data files elsewhere"):
             load(f"hf://{root}")
