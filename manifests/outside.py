@@ -18,6 +18,7 @@ from .tar import printable
 
 SCHEMES = ("https", "http", "s3", "s3a", "gs", "gcs", "hf")  # of stores that name one object each
 KERNEL = ("/proc", "/sys", "/dev")  # their files are no data: devices, other processes' memory, settings
+MEMORY_DISK = "/dev/shm"  # but for this one, which holds regular files like any disk
 MAX_LOCATION = 8192  # characters
 
 
@@ -25,13 +26,25 @@ class Refused(Exception):
     """A path or URL out of data that this command does not open; its text says why, and what would let it."""
 
 
+class Outside(Refused):
+    """A path that leads out of the folder that binds it."""
+
+
 @dataclass(frozen=True)
 class Reach:
     """How far data may lead. ``within``: a local folder that all its paths must lie in, links resolved, and no URL at
-    all. ``public_only``: no URLs of loopback and private addresses (link-local ones never are)."""
+    all. ``public_only``: no URLs of loopback and private addresses (link-local ones never are). ``source``: the folder
+    that a user named to be read, which its own links and lists do not lead out of, likewise."""
 
     within: str | None = None
     public_only: bool = False
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("within", "source"):  # resolved once: a folder is asked about for each of its files
+            folder = getattr(self, name)
+            if folder is not None:
+                object.__setattr__(self, name, os.path.realpath(folder))
 
 
 ANYWHERE = Reach()
@@ -43,22 +56,40 @@ def is_url(location: str) -> bool:
 
 def check(location: str, reach: Reach = ANYWHERE) -> None:
     """Raise Refused where ``location`` cannot be meant, by its spelling alone; nothing is looked at."""
-    shown = printable(location[:200])
-    if not location or len(location) > MAX_LOCATION or "\0" in location:
-        raise Refused(f"no path or URL ({len(location)} characters, or a zero byte)")
+    _check_text(location)
     if "::" in location and (is_url(location) or ":/" in location or location.partition("::")[0].isalnum()):
-        raise Refused(f"{shown}: a chain of file systems (::) is not opened from data")
+        raise Refused(f"{_shown(location)}: a chain of file systems (::) is not opened from data")
     if not is_url(location):
-        if _is_kernel(os.path.normpath(location)):
-            raise Refused(f"{shown}: lies in {', '.join(KERNEL)}, which hold no data")
+        if location.startswith("/") and _is_kernel(os.path.normpath(location)):
+            raise Refused(f"{_shown(location)}: lies in {', '.join(KERNEL)}, which hold no data")
         return
     scheme = location.partition("://")[0].lower()
     if scheme not in SCHEMES:
-        raise Refused(
-            f"{shown}: URLs of {printable(scheme[:40])}: are not opened from data (only {', '.join(SCHEMES)})"
-        )
+        text = f"URLs of {printable(scheme[:40])}: are not opened from data (only {', '.join(SCHEMES)})"
+        raise Refused(f"{_shown(location)}: {text}")
     if reach.within is not None:
-        raise Refused(f"{shown}: a URL, where --within {reach.within} allows files of that folder alone")
+        raise Outside(f"{_shown(location)}: a URL, where --within {reach.within} allows files of that folder alone")
+    if reach.source is not None:
+        raise Outside(f"{_shown(location)}: a URL, where files of {printable(reach.source)} are meant")
+
+
+def check_below(name: str, url: str, reach: Reach = ANYWHERE) -> None:
+    """Raise Refused where ``name``, relative to a ``url`` that a user named, leads to another file system or store."""
+    _check_text(name)
+    if "::" in name:
+        raise Refused(f"{_shown(name)}: a chain of file systems (::) is not opened from data")
+    if reach.within is not None:
+        raise Outside(f"{_shown(name)}: lies at {_shown(url)}, where --within {reach.within} allows files alone")
+
+
+def _check_text(location: str) -> None:
+    if not location or len(location) > MAX_LOCATION or "\0" in location:
+        raise Refused(f"no path or URL ({len(location)} characters, or a zero byte)")
+
+
+def _shown(location: str) -> str:
+    """A path or URL in a message; not made before there is one, for it takes as long as opening a file."""
+    return printable(location[:200])
 
 
 def open_local(path: str, reach: Reach = ANYWHERE) -> BinaryIO:
@@ -67,10 +98,13 @@ def open_local(path: str, reach: Reach = ANYWHERE) -> BinaryIO:
     What was opened is what is asked: nothing can be put in its place between the question and the reading.
     """
     check(path, reach)
-    if not stat.S_ISREG(
-        Path(path).stat().st_mode
-    ):  # before opening: a device may act on that, a pipe may wait for ever
-        raise Refused(f"{printable(path[:200])}: not a regular file (a folder, pipe, socket or device)")
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116
+    except OSError:
+        _check_place(os.path.realpath(path), path, reach)  # of a link that leads out, not even whether it is there
+        raise
+    if not stat.S_ISREG(mode):  # before opening: a device may act on that, a pipe may wait for ever
+        raise Refused(f"{_shown(path)}: not a regular file (a folder, pipe, socket or device)")
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         _check_opened(handle, path, reach)
@@ -80,31 +114,65 @@ def open_local(path: str, reach: Reach = ANYWHERE) -> BinaryIO:
         raise
 
 
+def refusal(path: str, reach: Reach = ANYWHERE) -> str | None:
+    """Why a local file of a listing is not read, or None: for those that a library opens by name."""
+    try:
+        if not is_url(path):
+            open_local(path, reach).close()
+    except Refused as error:
+        return str(error)
+    except OSError:  # who reads it says more
+        return None
+    return None
+
+
 def _check_opened(handle: int, path: str, reach: Reach) -> None:
-    shown = printable(path[:200])
     if not stat.S_ISREG(os.fstat(handle).st_mode):
-        raise Refused(f"{shown}: not a regular file (a folder, pipe, socket or device)")
-    real = _real_path(handle, path)
+        raise Refused(f"{_shown(path)}: not a regular file (a folder, pipe, socket or device)")
+    _check_place(_real_path(handle, path), path, reach)
+
+
+def _check_place(real: str, path: str, reach: Reach) -> None:
+    """Raise Refused where ``path``, which is ``real`` with links resolved, lies where it may not."""
     if _is_kernel(real):
-        raise Refused(f"{shown}: lies in {', '.join(KERNEL)}, which hold no data")
-    if reach.within is not None and not _lies_in(real, os.path.realpath(reach.within)):
-        raise Refused(f"{shown}: lies outside --within {reach.within}")
+        raise Refused(f"{_shown(path)}: lies in {', '.join(KERNEL)}, which hold no data")
+    if reach.within is not None and not _lies_in(real, reach.within):
+        raise Outside(f"{_shown(path)}: lies outside --within {printable(reach.within)}")
+    if reach.source is not None and not _lies_in(real, reach.source):
+        text = f"{_shown(path)}: leads out of its source, {printable(reach.source)}"
+        raise Outside(f"{text}; --follow-links takes it")
 
 
 def _real_path(handle: int, path: str) -> str:
     """Where an open file lies, links resolved: by the kernel where it tells (a link can change meanwhile)."""
     try:
-        return str(Path(f"/proc/self/fd/{handle}").readlink())
+        return os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115
     except OSError:
         return os.path.realpath(path)
 
 
+_BELOW_KERNEL = tuple(f"{folder}/" for folder in KERNEL)
+
+
 def _is_kernel(path: str) -> bool:
-    return any(_lies_in(path, folder) for folder in KERNEL)
+    return (path in KERNEL or path.startswith(_BELOW_KERNEL)) and not _lies_in(path, MEMORY_DISK)
 
 
 def _lies_in(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def source_folder(folder: str) -> str:
+    """The folder that counts as the source of which ``folder`` was named: itself, links resolved.
+
+    Of a snapshot in a Hugging Face cache (``models--a/snapshots/<revision>/…``), whose files are links into ``blobs``
+    beside ``snapshots``, it is the repository's folder.
+    """
+    real = Path(os.path.realpath(folder))
+    for place in (real, *real.parents):
+        if place.parent.name == "snapshots" and (place.parent.parent / "blobs").is_dir():
+            return str(place.parent.parent)
+    return str(real)
 
 
 def leaves(path: str, folder: str) -> bool:

@@ -68,7 +68,7 @@ def plan_dedup(
         require_faiss()
         beside = Artifact.open(embeddings)
         check_embeddings(beside, [shard.name for shard in found])
-    open_sources(against)  # refuses what holds no image to compare with
+    open_sources(against, follow_links=True)  # refuses what holds no image to compare with
     reads = [*read_places(shards, found, () if beside is None else [beside]), *source_places(against)]
     for name in (HASHES, AGAINST, MARKED):
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
@@ -98,7 +98,8 @@ def hash_references(
     made: DedupPlan, report: Callable[[Event], None], stop: threading.Event
 ) -> tuple[Artifact, Outcome]:
     """The first pass over the reference sets. Raises BadInput where not one of their images can be decoded."""
-    tasks = list(cut(open_sources(made.against), dedup.REFERENCES))
+    # Links lead where they may: of what is compared with, nothing but hashes is kept.
+    tasks = list(cut(open_sources(made.against, follow_links=True), dedup.REFERENCES))
     run = {"sources": list(made.against), "shards_total": len(tasks)}
     artifact, todo = _opened(
         f"{made.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), made.fresh

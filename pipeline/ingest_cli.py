@@ -68,6 +68,16 @@ def ingest(
     image_key: Annotated[
         str | None, typer.Option(help="Extension of the one image of each key in tars: jpg, or 'jpg,png' for either.")
     ] = None,
+    within: Annotated[
+        str | None,
+        typer.Option(help="Folder that the paths in tables and datasets must lie in; then no URLs."),
+    ] = None,
+    public_only: Annotated[
+        bool, typer.Option("--public-only", help="No URLs of private and loopback addresses in tables and datasets.")
+    ] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Take what a folder's links and lists name outside of it as well.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
     fresh: Fresh = False,
 ) -> None:
@@ -87,6 +97,9 @@ def ingest(
         image_key=image_key,
         text_column=text_column,
         image_folder=image_folder,
+        within=within,
+        public_only=public_only,
+        follow_links=follow_links,
     )
     plan = plan_ingest(sources, out, config, workers=workers, fresh=fresh)
     stop = threading.Event()

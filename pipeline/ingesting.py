@@ -42,7 +42,7 @@ def plan_ingest(
 ) -> IngestPlan:
     """Check the sources and lock the output. Raises CapipeError; then nothing was written."""
     reads = source_places(sources) + ([config.image_folder] if config.image_folder is not None else [])
-    items = open_sources(sources, config.columns, config.image_key)
+    items = open_sources(sources, config.columns, config.image_key, config.reach, config.follow_links)
     semantic, run = config.model_dump(mode="json"), {"sources": list(sources)}
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
     try:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .bounded_rows import is_too_deep, may_be_too_deep
+
 CONVERSATION_COLUMNS = ("conversations", "messages", "conversation", "texts")
 _USER, _ASSISTANT = "user", "assistant"
 _ROLES = {"human": _USER, "user": _USER, "gpt": _ASSISTANT, "assistant": _ASSISTANT, "model": _ASSISTANT}
@@ -92,7 +94,7 @@ def from_json(value: object) -> object:
         parsed: object = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return parsed
+    return value if may_be_too_deep(value) and is_too_deep(parsed) else parsed
 
 
 def _rows(value: object) -> object:

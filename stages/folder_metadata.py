@@ -13,11 +13,14 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from ..errors import BadInput
+from ..manifests.outside import ANYWHERE, Reach, is_url, refusal
 from ..manifests.sidecars import jsonable
 from ..manifests.status import Status
 from . import tables
+from .bounded_rows import TOO_DEEP
 from .columns import Columns, take_caption
-from .items import FileRef, Handles, Item, ItemRef, ProblemRef, TarRef, join
+from .items import FileRef, Handles, Item, ItemRef, ProblemRef, TarRef
+from .read_files import join
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"  # the column that names an image, from where the metadata lies
@@ -88,13 +91,17 @@ def with_sidecar_captions(refs: Iterator[ItemRef], columns: Columns) -> Iterator
     return (CaptionedRef(ref, field) if isinstance(ref, (FileRef, TarRef)) else ref for ref in refs)
 
 
-def with_metadata(root: str, refs: Iterator[ItemRef], columns: Columns) -> Iterator[ItemRef]:
+def with_metadata(
+    root: str, refs: Iterator[ItemRef], columns: Columns, inside: Reach = ANYWHERE, names: Reach = ANYWHERE
+) -> Iterator[ItemRef]:
     """The items of a folder, its images joined with the metadata of their folder or of one above it.
 
     Metadata is no item itself; its rows about files that are not there, or that cannot be read, are items at the end.
-    It is held in memory. Raises BadInput where it cannot be read, at once for that of ``root`` itself.
+    It is held in memory. ``inside``: how far it may lead; ``names``: how far those in it may.
+
+    Raises BadInput where it cannot be read, at once for that of ``root`` itself.
     """
-    found = _Found(root, columns)
+    found = _Found(root, columns, inside, names)
     found.of("")
     return _joined(found, refs)
 
@@ -119,11 +126,11 @@ class _Metadata:
             file = row if isinstance(row, str) else row.get(FILE_NAME)
             where = f"{join(root, name)}[{number}]"
             if isinstance(row, str):
-                self.faults.append(ProblemRef(where, Status.CORRUPT, row))
+                self.faults.append(ProblemRef(where, tables.status_of(row), row))
             elif not isinstance(file, str) or not file:
                 self.faults.append(ProblemRef(where, Status.CORRUPT, f"no path in column {FILE_NAME!r}"))
             elif (plain := _jsonable(row)) is None:
-                self.faults.append(ProblemRef(where, Status.CORRUPT, "the row is nested too deeply"))
+                self.faults.append(ProblemRef(where, Status.UNSUPPORTED, TOO_DEEP))
             elif self.rows.setdefault(_plain(file), plain) is not plain:
                 self.faults.append(ProblemRef(where, Status.UNSUPPORTED, f"a row before it is about {file!r}, too"))
         self.unused = dict.fromkeys(self.rows)
@@ -132,8 +139,8 @@ class _Metadata:
 class _Found:
     """The metadata of a source's folders, each looked for once."""
 
-    def __init__(self, root: str, columns: Columns) -> None:
-        self._root, self._columns = root, columns
+    def __init__(self, root: str, columns: Columns, inside: Reach, names: Reach) -> None:
+        self._root, self._columns, self._inside, self._names = root, columns, inside, names
         self._by_folder: dict[str, _Metadata | None] = {}
 
     def of(self, folder: str) -> _Metadata | None:
@@ -164,7 +171,8 @@ class _Found:
             yield from found.faults
             for name in found.unused:
                 row = found.rows[name]
-                yield self._joined(FileRef(self._root, join(found.folder, row[FILE_NAME]), None), row)
+                name = row[FILE_NAME] if is_url(row[FILE_NAME]) else join(found.folder, row[FILE_NAME])
+                yield self._joined(FileRef(self._root, name, None, reach=self._names), row)
 
     def _joined(self, ref: FileRef, row: Mapping[str, Any]) -> DescribedRef:
         text, whole = take_caption(row, self._columns.text)
@@ -176,7 +184,7 @@ class _Found:
     def _read(self, folder: str) -> _Metadata | None:
         for name in METADATA:
             path = join(self._root, join(folder, name))
-            if not _is_file(path):
+            if not _is_file(path, self._inside):
                 continue
             columns, rows = tables.rows_of(path)
             if FILE_NAME in columns:  # else it is a table of another kind
@@ -188,9 +196,10 @@ class _Found:
         return None
 
 
-def _is_file(path: str) -> bool:
+def _is_file(path: str, inside: Reach) -> bool:
+    """Whether there is a file, and of its folder: a link that leaves it is an item, and says so."""
     if "://" not in path:
-        return Path(path).is_file()
+        return Path(path).is_file() and refusal(path, inside) is None
     fs, inner = url_to_fs(path)
     return bool(fs.isfile(inner))
 

@@ -1,16 +1,25 @@
 """Hugging Face datasets as a source: a folder written by ``save_to_disk``, or one loaded by name.
 
-Apart from :mod:`.items`, because importing ``datasets`` takes seconds. Images stay encoded (``decode=False``).
+Apart from :mod:`.items`, because importing ``datasets`` takes seconds. Images stay encoded (``decode=False``), and no
+column is decoded by ``datasets``, which would open whatever path or URL it finds in one.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
+import yaml
 
 from ..errors import BadInput
+from ..manifests.names import name_problem
+from ..manifests.outside import ANYWHERE, Reach, refusal
+from ..manifests.tar import printable
 from .columns import IMAGE_COLUMNS, Columns, take_caption
 from .items import DatasetRef, Item
 from .parquet_images import image_bytes
@@ -18,17 +27,20 @@ from .parquet_images import image_bytes
 SCHEME = "hf://"
 
 
-def refs(src: str, columns: Columns) -> Iterator[DatasetRef]:
+def refs(src: str, columns: Columns, reach: Reach = ANYWHERE, inside: Reach = ANYWHERE) -> Iterator[DatasetRef]:
     """Every row of a dataset. ``src``: a saved folder, or ``hf://name[:split]`` (all splits unless one is named).
 
+    ``reach``: how far the paths of its images may lead that are named instead of held; ``inside``: those of its files.
     Raises BadInput at once where it cannot be loaded, has no column of images or not the text column that is wanted.
     """
+    if not src.startswith(SCHEME):
+        check_files(Path(src), inside)
     location, splits = _splits(src)
     for split, dataset in splits.items():
         image_column(dataset, f"{location}:{split}")
         columns.check_text(f"{location}:{split}", dataset.features)
     return (
-        DatasetRef(location, split, index, str(dataset._fingerprint), columns.text)
+        DatasetRef(location, split, index, str(dataset._fingerprint), columns.text, reach)
         for split, dataset in splits.items()
         for index in range(len(dataset))
     )
@@ -51,8 +63,11 @@ def _load(location: str) -> Any:
     datasets.disable_progress_bars()
     try:
         if location.startswith(SCHEME):
+            check_card(location)
             return datasets.load_dataset(location.removeprefix(SCHEME))
         return datasets.load_from_disk(location)
+    except BadInput:
+        raise
     except Exception as error:  # loaders and hubs raise whatever they like; the user needs the name and the reason
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{location}: cannot be loaded as a dataset ({reason})") from error
@@ -65,16 +80,99 @@ class Split:
         dataset = _splits(location)[1][split]
         self._column = image_column(dataset, location)
         image, listed = datasets.Image(decode=False), _of_list(dataset.features[self._column]) is not None
-        self._dataset = dataset.cast_column(self._column, datasets.Sequence(image) if listed else image)
+        dataset = dataset.cast_column(self._column, datasets.Sequence(image) if listed else image)
+        self._features = datasets.Features({name: undecoded(each) for name, each in dataset.features.items()})
+        self._dataset = dataset.with_format("arrow")
 
-    def read(self, index: int, source: str, text_column: str | None) -> Item:
-        row: dict[str, Any] = self._dataset[index]
+    def read(self, index: int, source: str, text_column: str | None, reach: Reach = ANYWHERE) -> Item:
+        row: dict[str, Any] = self._features.decode_example(self._dataset[index].to_pylist()[0])
         item = Item(source)
-        item.data, item.problem = image_bytes(row.pop(self._column), self._column)
+        item.data, item.problem = image_bytes(row.pop(self._column), self._column, reach=reach)
         item.text, whole = take_caption(row, text_column)
         item.url = row["url"] if isinstance(row.get("url"), str) else None
         item.meta = {name: value for name, value in row.items() if name != whole}
         return item
+
+
+def undecoded(feature: Any) -> Any:
+    """A feature and all in it without the decoding that opens files: images, sounds, films, documents."""
+    if isinstance(feature, dict):
+        return {name: undecoded(each) for name, each in feature.items()}
+    if isinstance(feature, list | tuple):
+        return [undecoded(each) for each in feature]
+    if (inner := getattr(feature, "feature", None)) is not None:
+        return dataclasses.replace(feature, feature=undecoded(inner))
+    opens = hasattr(feature, "decode") and not isinstance(feature, getattr(datasets, "Json", ()))
+    return dataclasses.replace(feature, decode=False) if opens else feature
+
+
+def check_card(location: str) -> None:
+    """Raise BadInput where a dataset's card names data files elsewhere: `datasets` fetches whatever it names."""
+    for file, text in _cards(location.removeprefix(SCHEME)):
+        try:
+            card = huggingface_hub.DatasetCard(text).data if file.endswith(".md") else yaml.safe_load(text)
+            configs = card.get("configs")
+        except Exception:  # `datasets` reads it likewise, and says what is wrong
+            continue
+        for name in _texts_in(configs):
+            own = "::" not in name and (name.startswith(SCHEME) or "://" not in name)
+            if not own or name.startswith(("/", "~")) or ".." in name.replace("\\", "/").split("/"):
+                where = f"its card names data files elsewhere ({printable(name[:200])})"
+                raise BadInput(f"{location}: {where}; download those yourself, and give what you have then")
+
+
+def _cards(name: str) -> Iterator[tuple[str, str]]:
+    """A dataset's card and what may stand in its place, by name with its text."""
+    for file in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
+        path = Path(name) / file
+        try:
+            if not Path(name).exists():
+                path = Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset"))
+            text = path.read_bytes().decode("utf-8", "replace")
+        except Exception:  # there is none, or no hub to be reached: then `datasets` cannot read it either
+            continue
+        yield file, text
+
+
+def _texts_in(configs: object) -> Iterator[str]:
+    """The texts under ``data_files`` and ``data_dir`` of each configuration; YAML may name one value many times."""
+    entries = [each for each in configs if isinstance(each, dict)] if isinstance(configs, list) else []
+    waiting = [entry.get(key) for entry in entries for key in ("data_files", "data_dir")]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def check_files(folder: Path, inside: Reach) -> None:
+    """Raise BadInput where a saved dataset names files that are not its own: `datasets` opens any that it names."""
+    splits = _json(folder / "dataset_dict.json", inside).get("splits")
+    names = splits if isinstance(splits, list) else [""]
+    for name in names:
+        if name and (problem := name_problem(name)) is not None:
+            raise BadInput(f"{folder}/dataset_dict.json: {problem}; take it out")
+        part = folder / str(name)
+        files = _json(part / "state.json", inside).get("_data_files")
+        for entry in files if isinstance(files, list) else []:
+            file = entry.get("filename") if isinstance(entry, dict) else None
+            problem = name_problem(file) or refusal(str(part / str(file)), inside)
+            if problem is not None:
+                raise BadInput(f"{part}/state.json: {problem}")
+
+
+def _json(path: Path, inside: Reach) -> dict[str, Any]:
+    """An object that `datasets` is going to read; without it, nothing. Raises BadInput where it is not to be opened."""
+    if (reason := refusal(str(path), inside)) is not None:
+        raise BadInput(reason)
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # `datasets` says what is wrong
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def image_column(dataset: datasets.Dataset, where: str) -> str:

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 from ..manifests.artifact import Artifact
 from ..manifests.configuration import Growing
 from ..manifests.manifest import ShardRecord
+from ..manifests.outside import Reach
 from ..manifests.schema import INGEST
 from ..manifests.sidecars import encode_meta
 from ..manifests.status import Status
@@ -38,7 +39,7 @@ class IngestConfig(Growing):
     """What decides the rows of an ingest; all of it is in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    later = ("convert", "text_column", "image_folder", "image_key")
+    later = ("convert", "text_column", "image_folder", "image_key", "within", "public_only", "follow_links")
 
     shard_size: int = Field(10_000, ge=1, le=1_000_000, description="items per shard, usable or not")
     convert: bool = Field(False, description="pictures in other formats than JPEG, PNG and WebP become PNGs")
@@ -51,6 +52,14 @@ class IngestConfig(Growing):
     image_key: str | None = Field(
         None, min_length=1, description="extensions of the one image of each key in tars, by commas"
     )
+
+    within: str | None = Field(None, description="folder that the paths in tables and data sets must lie in")
+    public_only: bool = Field(False, description="no URLs of loopback and private addresses in tables and data sets")
+    follow_links: bool = Field(False, description="links and lists of a folder may lead out of it")
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.within, self.public_only)
 
     @property
     def columns(self) -> Columns:

@@ -6,22 +6,19 @@ A reference says where an item lies and carries no image, so ten thousand of the
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast, runtime_checkable
-
-import fsspec
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, runtime_checkable
 
 from ..manifests.compressed import plain
+from ..manifests.outside import ANYWHERE, Reach, is_url
 from ..manifests.sidecars import first_text, fits, read_sidecars
 from ..manifests.status import Status
-from ..manifests.tar import MAX_MEMBER_BYTES, printable
-from ..models.formats import HEAD_BYTES, ImageProblem, sniff
+from ..manifests.tar import printable
+from ..models.formats import HEAD_BYTES, ImageProblem
 from .parquet_cells import ParquetCells
-from .read_faults import read_problem
+from .read_files import join, open_binary, read_file, read_head
 
 if TYPE_CHECKING:
     from .hf import Split
@@ -159,7 +156,8 @@ class GoneRef:
 class FileRef:
     """A file ``name`` under ``root``; ``text`` and ``meta`` are its sidecars, where it has them.
 
-    ``size`` None: it could not be looked at, so its sidecars are not known either.
+    ``size`` None: it could not be looked at, so its sidecars are not known either. ``reach``: how far its links lead.
+    ``own``: a user named the file itself, which may be a link to anywhere; its sidecars may not.
     """
 
     root: str
@@ -167,6 +165,8 @@ class FileRef:
     size: int | None
     text: Sidecar | None = None
     meta: Sidecar | None = None
+    reach: Reach = ANYWHERE
+    own: bool = False
 
     @property
     def source(self) -> str:
@@ -181,12 +181,26 @@ class FileRef:
 
     def load(self, handles: Handles) -> Item:
         item = Item(self.source)
-        path = join(self.root, self.name)
-        folder = path[: path.rfind("/") + 1]
-        text, meta = (_read_sidecar(folder, sidecar, item.notes) for sidecar in (self.text, self.meta))
+        folder = self.name[: self.name.rfind("/") + 1]
+        text, meta = (self._sidecar(folder, sidecar, item.notes) for sidecar in (self.text, self.meta))
         item.take_sidecars(text, meta)
-        item.data, item.problem = read_file(join(self.root, self.name))
+        item.data, item.problem = read_file(self.name, self.root, None if self.own else self.reach)
         return item
+
+    def head(self) -> bytes | None:
+        """As :func:`read_head`."""
+        return read_head(self.name, self.root, None if self.own else self.reach)
+
+    def _sidecar(self, folder: str, sidecar: Sidecar | None, notes: list[str]) -> bytes | None:
+        if sidecar is None:
+            return None
+        kind = sidecar.name.rpartition(".")[2]
+        if not fits(kind, sidecar.size, notes):
+            return None
+        data, problem = read_file(folder + sidecar.name, self.root, self.reach)
+        if problem is not None:
+            notes.append(f"{kind} {problem.reason}")
+        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +254,8 @@ class TarRef:
 
 @dataclass(frozen=True, slots=True)
 class TableRef:
-    """A row of a table; ``path`` is relative to ``root`` unless absolute, ``meta`` the other columns as JSON."""
+    """A row of a table; ``path`` is relative to ``root`` unless absolute, ``meta`` the other columns as JSON.
+    ``reach``: how far the path may lead."""
 
     table: str
     row: int
@@ -250,33 +265,35 @@ class TableRef:
     url: str | None
     meta: str
     notes: tuple[str, ...] = ()
+    reach: Reach = ANYWHERE
 
     @property
     def source(self) -> str:
-        return printable(self.location)
-
-    @property
-    def location(self) -> str:
-        return self.path if "://" in self.path else join(self.root, self.path)
+        return printable(self.path if is_url(self.path) else join(self.root, self.path))
 
     def identity(self) -> str:
         return json.dumps(["table", self.path, self.text, self.url, self.meta])
 
+    def head(self) -> bytes | None:
+        """As :func:`read_head`."""
+        return read_head(self.path, self.root, self.reach)
+
     def load(self, handles: Handles) -> Item:
-        data, problem = read_file(self.location)
+        data, problem = read_file(self.path, self.root, self.reach)
         return Item(self.source, data, self.text, self.url, json.loads(self.meta), problem, list(self.notes))
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetRef:
     """A row of a Hugging Face dataset; ``version`` is the fingerprint `datasets` keeps of the split. ``text_column``:
-    what a user named as the caption."""
+    what a user named as the caption. ``reach``: how far the paths of images may lead that are named, not held."""
 
     location: str
     split: str
     index: int
     version: str
     text_column: str | None = None
+    reach: Reach = ANYWHERE
 
     @property
     def source(self) -> str:
@@ -286,7 +303,8 @@ class DatasetRef:
         return json.dumps(["dataset", self.split, self.index, self.version])
 
     def load(self, handles: Handles) -> Item:
-        return handles.dataset(self.location, self.split).read(self.index, self.source, self.text_column)
+        split = handles.dataset(self.location, self.split)
+        return split.read(self.index, self.source, self.text_column, self.reach)
 
 
 def identities(ref: ItemRef) -> Iterator[str]:
@@ -296,70 +314,10 @@ def identities(ref: ItemRef) -> Iterator[str]:
         yield ref.identity_unread()
 
 
-def join(root: str, name: str) -> str:
-    """``name`` in the folder ``root``, both paths or URLs; an absolute name stays as it is."""
-    return name if not root or name.startswith("/") else f"{root.rstrip('/')}/{name}"
-
-
 def stem_of(name: str) -> str:
     """``a/b.c.jpg`` to ``a/b.c``: what a file shares with its sidecars."""
     folder, slash, file = name.rpartition("/")
     return f"{folder}{slash}{file.rpartition('.')[0] or file}"
-
-
-def open_binary(path: str) -> BinaryIO:
-    """Open a path or URL for reading; local files without fsspec's detour."""
-    if "://" not in path:
-        return cast(BinaryIO, open(path, "rb"))  # noqa: PTH123
-    return cast(BinaryIO, fsspec.open(path, "rb").open())
-
-
-def read_file(path: str) -> tuple[bytes | None, ImageProblem | None]:
-    """A file's bytes, or why not: unreadable, or far beyond any image's size (then only its head is looked at)."""
-    try:
-        with open_binary(path) as file:
-            if getattr(file, "size", 0) is None:  # a server that does not tell it, and cannot be sought in
-                return _read_stream(file)
-            size = file.seek(0, io.SEEK_END)
-            file.seek(0)
-            if size <= MAX_MEMBER_BYTES:
-                return file.read(), None
-            kind = sniff(file.read(HEAD_BYTES))
-    except Exception as error:  # the libraries of remote storage raise what they like
-        return None, read_problem(error) or ImageProblem(Status.UNSUPPORTED, f"cannot be read: {error}")
-    if isinstance(kind, ImageProblem):
-        return None, kind
-    return None, ImageProblem(Status.TOO_LARGE, f"file of {size} bytes, over the limit of {MAX_MEMBER_BYTES}")
-
-
-def read_head(path: str) -> bytes | None:
-    """A file's first bytes, which tell its kind; None for what is no file (a pipe would block). Raises OSError."""
-    if "://" not in path and not Path(path).is_file():
-        return None
-    with open_binary(path) as file:
-        return file.read(HEAD_BYTES)
-
-
-def _read_stream(file: BinaryIO) -> tuple[bytes | None, ImageProblem | None]:
-    data = bytearray()
-    while part := file.read(1 << 20):
-        data += part
-        if len(data) > MAX_MEMBER_BYTES:
-            return None, ImageProblem(Status.TOO_LARGE, f"over the limit of {MAX_MEMBER_BYTES} bytes")
-    return bytes(data), None
-
-
-def _read_sidecar(folder: str, sidecar: Sidecar | None, notes: list[str]) -> bytes | None:
-    if sidecar is None or not fits(_kind(sidecar.name), sidecar.size, notes):
-        return None
-    data, problem = read_file(folder + sidecar.name)
-    if problem is not None:
-        notes.append(f"{_kind(sidecar.name)} {problem.reason}")
-    return data
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _read_extent(stream: BinaryIO, extent: Extent) -> bytes:

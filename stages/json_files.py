@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from ..errors import BadInput
-from .items import open_binary
+from .bounded_rows import MAX_ROW, TOO_DEEP, is_too_deep, may_be_too_deep, too_long
+from .read_files import open_binary
 
 MAX_OBJECT_BYTES = 1 << 31  # of a JSON object, which is read whole: some five times as much memory
 _CHUNK = 1 << 20  # characters
+_MARKS, _IN_TEXT = re.compile(r'["\[\]{}]'), re.compile(r'["\\]')
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -52,7 +54,10 @@ def _object(data: bytes) -> Mapping[str, Any] | None:
 
 
 def list_items(stream: BinaryIO) -> Iterator[Any]:
-    """The values of a JSON list, one after the other. Raises ValueError or RecursionError at what is broken."""
+    """The values of a JSON list, one after the other; Beyond for one that is too long or deep.
+
+    Raises ValueError at what is broken.
+    """
     return _ListReader(stream).items()
 
 
@@ -81,14 +86,47 @@ class _ListReader:
         while True:
             try:
                 value, end = self._scan(self._text, self._at)
+            except RecursionError:
+                self._skip()
+                return TOO_DEEP
             except ValueError:
+                if len(self._text) - self._at > MAX_ROW and self._peek() in '[{"':
+                    if self._skip() <= MAX_ROW:  # it was broken, and what comes after it is long
+                        raise
+                    return too_long()
                 if not self._fill():
                     raise
                 continue
             after = _blank_end(self._text, end)
             if self._text[after : after + 1] in (",", "]") or not self._fill():  # a number may go on in the next chunk
+                length, deep = end - self._at, may_be_too_deep(self._text, self._at, end) and is_too_deep(value)
                 self._at = end
-                return value
+                return too_long() if length > MAX_ROW else TOO_DEEP if deep else value
+
+    def _skip(self) -> int:
+        """Pass over a list, object or text by its brackets and quotes alone; returns its length in characters.
+
+        Raises ValueError where it does not end.
+        """
+        depth, quoted, escaped, passed = 0, False, False, 0
+        while True:
+            at = self._at + escaped
+            escaped = False
+            while found := (_IN_TEXT if quoted else _MARKS).search(self._text, at):
+                mark, at = found[0], found.end()
+                if mark == "\\":
+                    escaped = at == len(self._text)
+                    at += 1
+                    continue
+                quoted ^= mark == '"'
+                depth += (mark in "[{") - (mark in "]}")
+                if not quoted and depth <= 0:
+                    length, self._at = passed + at - self._at, at
+                    return length
+            passed += len(self._text) - self._at
+            self._at = len(self._text)
+            if not self._fill():
+                raise ValueError("it ends in the middle of a value")
 
     def _take(self, wanted: str) -> None:
         if (found := self._peek()) != wanted:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from ..errors import BadInput
+from ..manifests.outside import ANYWHERE, Reach
 from ..manifests.sidecars import jsonable
 from ..manifests.status import Status
 from ..manifests.storage import open_parquet
 from ..manifests.tar import printable
 from ..models.formats import ImageProblem
 from .columns import IMAGE_COLUMNS, PATH_COLUMNS, Columns, take_caption
-from .items import Handles, Item, ItemRef, join, read_file
+from .items import Handles, Item, ItemRef
+from .read_files import read_file
 
 _BATCH = 2_000  # rows at a time, without images
 
@@ -29,7 +31,8 @@ class ParquetImageRef:
     """Row ``row`` of a table, which is number ``place`` of row group ``group``, with its image in ``column``.
 
     ``size``: compressed bytes of the group's images, by which a file that was written anew is told. ``root``: where the
-    paths of images begin that are named instead of held. ``meta``: the other columns as JSON.
+    paths of images begin that are named instead of held. ``meta``: the other columns as JSON. ``reach``: how far those
+    paths may lead.
     """
 
     table: str
@@ -42,6 +45,7 @@ class ParquetImageRef:
     text: str | None
     url: str | None
     meta: str
+    reach: Reach = ANYWHERE
 
     @property
     def source(self) -> str:
@@ -53,12 +57,15 @@ class ParquetImageRef:
     def load(self, handles: Handles) -> Item:
         item = Item(self.source, None, self.text, self.url, json.loads(self.meta))
         value = handles.cells(self.table, self.column).value(self.group, self.place)
-        item.data, item.problem = image_bytes(value, self.column, self.root)
+        item.data, item.problem = image_bytes(value, self.column, self.root, self.reach)
         return item
 
 
-def image_bytes(value: object, column: str, root: str = "") -> tuple[bytes | None, ImageProblem | None]:
-    """The one image of a cell, or why there is none. A path in the place of bytes is relative to ``root``."""
+def image_bytes(
+    value: object, column: str, root: str = "", reach: Reach = ANYWHERE
+) -> tuple[bytes | None, ImageProblem | None]:
+    """The one image of a cell, or why there is none. A path in the place of bytes is relative to ``root``, and leads no
+    farther than ``reach``."""
     values = [each for each in value if each is not None] if isinstance(value, list) else [value]
     if len(values) > 1:
         reason = f"{len(values)} images in column {column!r}; a row is one image with its caption"
@@ -68,7 +75,7 @@ def image_bytes(value: object, column: str, root: str = "") -> tuple[bytes | Non
     if isinstance(data, bytes):
         return data, None
     if isinstance(path, str) and path:
-        return read_file(path if "://" in path else join(root, path))
+        return read_file(path, root, reach)
     return None, ImageProblem(Status.CORRUPT, f"no image in column {column!r}")
 
 
@@ -97,14 +104,14 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def image_refs(table: str, column: str, columns: Columns, root: str) -> Iterator[ItemRef]:
+def image_refs(table: str, column: str, columns: Columns, root: str, reach: Reach) -> Iterator[ItemRef]:
     """The rows of a table whose images are in ``column``. Raises BadInput at once for an unknown text column."""
     with open_parquet(table) as file:
         columns.check_text(table, file.schema_arrow.names)
-    return _refs(table, column, columns.text, root)
+    return (replace(ref, reach=reach) for ref in _refs(table, column, columns.text, root))
 
 
-def _refs(table: str, column: str, text_column: str | None, root: str) -> Iterator[ItemRef]:
+def _refs(table: str, column: str, text_column: str | None, root: str) -> Iterator[ParquetImageRef]:
     number = 0
     try:
         with open_parquet(table) as file:
@@ -141,7 +148,7 @@ def _ref(
     size: int,
     row: Mapping[str, Any],
     text_column: str | None,
-) -> ItemRef:
+) -> ParquetImageRef:
     text, whole = take_caption(row, text_column)
     url = row.get("url")
     meta = json.dumps(jsonable({name: value for name, value in row.items() if name != whole}), ensure_ascii=False)

@@ -9,7 +9,7 @@ import base64
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -18,17 +18,19 @@ import pyarrow as pa
 from fsspec.core import url_to_fs
 
 from ..errors import BadInput
+from ..manifests.outside import ANYWHERE, Outside, Reach, Refused, is_url, open_local, source_folder
 from ..manifests.shards import uid_of
 from ..manifests.sidecars import jsonable, mended
 from ..manifests.storage import open_parquet
 from ..models.formats import HEAD_BYTES, ImageProblem, sniff
 from . import coco
+from .bounded_rows import Beyond, bounded_lines, json_row
 from .conversations import CONVERSATION_COLUMNS, exchanges, from_json, images_in
-from .items import open_binary
 from .json_files import begins_list, list_items, whole_object
 from .question_checks import RawQuestion
 from .question_layouts import faulty, read_question
-from .tables import Rows, csv_rows, json_row
+from .read_files import open_binary
+from .tables import Rows, csv_rows
 
 EXTENSIONS = ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")
 IMAGE_FIELDS = ("uid", "key", "image_path", "image", "images", "path", "file", "file_name", "filename", "filepath")
@@ -79,6 +81,7 @@ def _files(path: str) -> list[str]:
             names = sorted(str(name) for name in fs.find(inner))
             names = [name for name in names if _extension(name) in EXTENSIONS]
             found = [fs.unstrip_protocol(name) if "://" in path else name for name in names]
+            _refuse_others(path, found)
         else:
             raise BadInput(f"{path}: no such file or folder; name a question set ({', '.join(EXTENSIONS)})")
     except (OSError, ValueError, ImportError) as error:
@@ -86,6 +89,22 @@ def _files(path: str) -> list[str]:
     if not found or _extension(found[0]) not in EXTENSIONS:
         raise BadInput(f"{path}: no question set; give a file or folder of {', '.join(EXTENSIONS)}")
     return found
+
+
+def _refuse_others(folder: str, files: Iterable[str]) -> None:
+    """Raise BadInput where a folder lists a file that lies elsewhere, or something else than a file."""
+    reach = ANYWHERE if is_url(folder) else Reach(source=source_folder(folder))
+    for file in files:
+        chained = is_url(file) and "::" in file and "::" not in folder
+        try:
+            if chained or not is_url(file):
+                open_local(file, reach).close()
+        except Outside:
+            raise BadInput(
+                f"{file}: a link that leads out of {folder}; name the files themselves, or copy it"
+            ) from None
+        except Refused as refused:
+            raise BadInput(f"{refused}; move it elsewhere") from None
 
 
 def _extension(path: str) -> str:
@@ -159,14 +178,15 @@ def _json(file: str) -> Located:
     if begins_list(file):
         with open_binary(file) as stream:
             for number, row in enumerate(list_items(stream)):
-                yield f"{file}[{number}]", row if isinstance(row, dict) else f"a {type(row).__name__}, not an object"
+                sound = isinstance(row, dict | Beyond)
+                yield f"{file}[{number}]", row if sound else f"a {type(row).__name__}, not an object"
         return
     whole = whole_object(file) if _extension(file) == "json" else None
     if whole is not None:
         yield from _of_object(file, whole)
         return
     with open_binary(file) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(bounded_lines(stream), 1):
             if line.strip():
                 yield f"{file}:{number}", json_row(line)
 

@@ -11,6 +11,7 @@ import stat
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fsspec.core import url_to_fs
 
 from ..errors import BadInput
 from ..manifests.compressed import tar_stem
+from ..manifests.outside import ANYWHERE, Reach, is_url, refusal, source_folder
 from ..manifests.samples import (
     IMAGE_EXTENSIONS,
     META_EXTENSIONS,
@@ -31,38 +33,48 @@ from ..manifests.status import Status
 from . import tables, tar_items
 from .columns import USUAL, Columns
 from .folder_metadata import METADATA, with_metadata, with_sidecar_captions
-from .items import FileRef, ItemRef, ProblemRef, Sidecar, join, stem_of
+from .items import FileRef, ItemRef, ProblemRef, Sidecar, stem_of
+from .read_files import join
 from .usable import Opened, with_images
 
 _HF = "hf://"
 _KINDS = (TEXT_EXTENSIONS, META_EXTENSIONS)
 
 
-def open_sources(sources: Sequence[str], columns: Columns = USUAL, image_key: str | None = None) -> Iterator[ItemRef]:
+def open_sources(
+    sources: Sequence[str],
+    columns: Columns = USUAL,
+    image_key: str | None = None,
+    reach: Reach = ANYWHERE,
+    follow_links: bool = False,
+) -> Iterator[ItemRef]:
     """The items of all ``sources``, one source after the other, in an order that depends on their content alone.
 
     Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table (Parquet, CSV, TSV,
     JSON or JSON lines; a folder of Parquet), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single
     file; local or fsspec. Tars may be compressed. ``columns``: what the user says about those of tables and datasets.
+    ``reach``: how far their rows may lead; a folder's links and lists of files leave it only where ``follow_links``.
     Raises BadInput at once where one is missing or holds nothing of these (:mod:`.usable`).
     """
     if columns.folder is not None and not (_exists(columns.folder) and _is_folder(columns.folder)):
         raise BadInput(f"--image-folder {columns.folder}: no such folder")
-    return with_images([_opened(source, columns, image_key) for source in sources])
+    if reach.within is not None and not Path(reach.within).is_dir():
+        raise BadInput(f"--within {reach.within}: no such folder")
+    return with_images([_opened(source, columns, image_key, reach, follow_links) for source in sources])
 
 
-def _opened(src: str, columns: Columns, image_key: str | None) -> Opened:
-    items = _open(src, columns, image_key)
+def _opened(src: str, columns: Columns, image_key: str | None, reach: Reach, follow_links: bool) -> Opened:
+    items = _open(src, columns, image_key, reach, follow_links)
     is_file = not src.startswith(_HF) and _exists(src) and not _is_folder(src)
     is_table = src.rpartition(".")[2].lower() in tables.EXTENSIONS and not _is_of_an_image(src)
     return Opened(src, items, one_of_many=tar_stem(src) is not None or (is_file and not is_table))
 
 
-def _open(src: str, columns: Columns, image_key: str | None) -> Iterator[ItemRef]:
+def _open(src: str, columns: Columns, image_key: str | None, reach: Reach, follow_links: bool) -> Iterator[ItemRef]:
     extension = src.rpartition(".")[2].lower()
     is_tar = tar_stem(src) is not None
     if src.startswith(_HF) and extension not in tables.EXTENSIONS and not is_tar:
-        return _dataset(src, columns)
+        return _dataset(src, columns, reach)
     if is_tar:
         return with_sidecar_captions(tar_items.refs(src, image_key), columns)
     if any(c in src for c in "*?[{") and not _exists(src):
@@ -71,15 +83,31 @@ def _open(src: str, columns: Columns, image_key: str | None) -> Iterator[ItemRef
         raise BadInput(f"{src}: no such file or folder")
     if not _is_folder(src):
         is_table = extension in tables.EXTENSIONS and not _is_of_an_image(src)
-        return tables.refs(src, columns) if is_table else with_sidecar_captions(_single_file(src), columns)
+        if is_table:
+            return tables.refs(src, columns, reach)
+        return with_sidecar_captions(_single_file(src, reach, follow_links), columns)
+    inside = _inside(src, reach, follow_links)
     if "://" not in src and ((Path(src) / "dataset_dict.json").is_file() or (Path(src) / "state.json").is_file()):
-        return _dataset(src, columns)
+        return _dataset(src, columns, reach, inside)
     names = _listed(src)
     if _holds_tars(src, names):
-        return with_sidecar_captions(tar_items.refs(src, image_key), columns)
+        return with_sidecar_captions(tar_items.refs(src, image_key, inside), columns)
     if parquets := _parquets(src, names):
-        return chain.from_iterable([tables.refs(join(src, name), columns) for name in parquets])
-    return with_sidecar_captions(with_metadata(src, _folder(src), columns), columns)
+        return chain.from_iterable([_part(join(src, name), columns, reach, inside) for name in parquets])
+    names_reach = replace(inside, within=reach.within)
+    return with_sidecar_captions(with_metadata(src, _folder(src, inside), columns, inside, names_reach), columns)
+
+
+def _inside(folder: str, reach: Reach, follow_links: bool) -> Reach:
+    """How far what lies in a folder that was given may lead: --within is about what is named in files alone."""
+    source = None if follow_links or is_url(folder) else source_folder(folder or ".")
+    return Reach(public_only=reach.public_only, source=source)
+
+
+def _part(table: str, columns: Columns, reach: Reach, inside: Reach) -> Iterator[ItemRef]:
+    """The rows of a table that lies in a folder given as a source; of one that leaves it, why it is not read."""
+    reason = refusal(table, inside)
+    return iter([ProblemRef(table, Status.UNSUPPORTED, reason)]) if reason else tables.refs(table, columns, reach)
 
 
 def source_places(sources: Sequence[str]) -> list[str]:
@@ -114,10 +142,10 @@ def _is_folder(src: str) -> bool:
     return bool(fs.isdir(path))
 
 
-def _dataset(src: str, columns: Columns) -> Iterator[ItemRef]:
+def _dataset(src: str, columns: Columns, reach: Reach, inside: Reach = ANYWHERE) -> Iterator[ItemRef]:
     from . import hf  # imports the `datasets` package, which takes seconds
 
-    return hf.refs(src, columns)
+    return hf.refs(src, columns, reach, inside)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -161,16 +189,20 @@ def _is_of_an_image(src: str) -> bool:
     return any(Path(f"{stem_of(src)}.{extension}").is_file() for extension in IMAGE_EXTENSIONS)
 
 
-def _single_file(src: str) -> Iterator[ItemRef]:
-    """One file given by itself, with its sidecars; shells expand ``photos/*`` to these."""
+def _single_file(src: str, reach: Reach, follow_links: bool) -> Iterator[ItemRef]:
+    """One file given by itself, with its sidecars; shells expand ``photos/*`` to these.
+
+    The file may be a link to anywhere, for it was named; its sidecars are those of its folder.
+    """
     root, _, name = src.rpartition("/")
     if "://" in src:
         fs, path = url_to_fs(src)
-        return iter([FileRef(root, name, int(fs.size(path)))])
+        return iter([FileRef(root, name, int(fs.size(path)), own=True)])
     root = "/" if src.startswith("/") and not root else root
     others = (other for other in _sidecar_names(name) if other != name and Path(join(root, other)).is_file())
     sizes = {each: _local_entry(join(root, each)) for each in (name, *others)}
-    return islice(_file_refs(root, "", sizes), 1)  # the file itself comes first
+    refs = islice(_file_refs(root, "", sizes, _inside(root, reach, follow_links)), 1)  # the file itself comes first
+    return (replace(ref, own=True) if isinstance(ref, FileRef) else ref for ref in refs)
 
 
 def _sidecar_names(name: str) -> Iterator[str]:
@@ -181,11 +213,11 @@ def _sidecar_names(name: str) -> Iterator[str]:
             yield from (f"{same}.{extension}", f"{same}.{extension.upper()}")
 
 
-def _folder(src: str) -> Iterator[ItemRef]:
-    return _remote_folder(src) if "://" in src else _local_folder(src, "")
+def _folder(src: str, inside: Reach) -> Iterator[ItemRef]:
+    return _remote_folder(src, inside) if "://" in src else _local_folder(src, "", inside)
 
 
-def _local_folder(root: str, folder: str) -> Iterator[ItemRef]:
+def _local_folder(root: str, folder: str, inside: Reach) -> Iterator[ItemRef]:
     """Depth first, each folder's files before its sub-folders, both by name; hidden ones are passed over."""
     here = join(root, folder) if folder else root
     try:
@@ -195,9 +227,10 @@ def _local_folder(root: str, folder: str) -> Iterator[ItemRef]:
         yield ProblemRef(here, Status.READ_ERROR, f"folder cannot be listed: {error.strerror}")
         return
     folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    yield from _file_refs(root, folder, {e.name: _local_entry(e.path) for e in entries if e.name not in set(folders)})
+    apart = set(folders)
+    yield from _file_refs(root, folder, {e.name: _local_entry(e.path) for e in entries if e.name not in apart}, inside)
     for name in folders:
-        yield from _local_folder(root, join(folder, name))
+        yield from _local_folder(root, join(folder, name), inside)
 
 
 Entry = int | None | tuple[Status, str]  # a file's size; None: it cannot be looked at now; or why it is no file
@@ -216,7 +249,7 @@ def _local_entry(path: str) -> Entry:
     return Status.UNSUPPORTED, "not a regular file (a pipe, socket or device)"
 
 
-def _remote_folder(src: str) -> Iterator[ItemRef]:
+def _remote_folder(src: str, inside: Reach) -> Iterator[ItemRef]:
     fs, path = url_to_fs(src)
     found = fs.find(path, detail=True)
     prefix = len(path.rstrip("/")) + 1
@@ -224,12 +257,21 @@ def _remote_folder(src: str) -> Iterator[ItemRef]:
     for full, info in sorted(found.items()):
         folder, _, name = str(full)[prefix:].rpartition("/")
         if not any(part.startswith(".") for part in (*folder.split("/"), name)):
-            folders[folder][name] = int(info["size"])
+            elsewhere = _leads_elsewhere(str(full)[prefix:])
+            folders[folder][name] = (Status.UNSUPPORTED, _ELSEWHERE) if elsewhere else int(info["size"])
     for folder in sorted(folders):
-        yield from _file_refs(src, folder, folders[folder])
+        yield from _file_refs(src, folder, folders[folder], inside)
 
 
-def _file_refs(root: str, folder: str, files: Mapping[str, Entry]) -> Iterator[ItemRef]:
+_ELSEWHERE = "its name is a path or URL of its own"
+
+
+def _leads_elsewhere(name: str) -> bool:
+    """Whether the name of an object, put behind its folder's URL, would mean something else: stores allow any names."""
+    return name.startswith("/") or "::" in name or "://" in name or ".." in name.split("/")
+
+
+def _file_refs(root: str, folder: str, files: Mapping[str, Entry], inside: Reach) -> Iterator[ItemRef]:
     """The items among one folder's files (sizes, or why unreadable): each file, but for sidecars of another one."""
     beside: dict[str, list[Sidecar]] = defaultdict(list)
     for name, size in files.items():
@@ -250,9 +292,10 @@ def _file_refs(root: str, folder: str, files: Mapping[str, Entry]) -> Iterator[I
         if isinstance(size, tuple):
             yield ProblemRef(join(root, path), *size)
         elif size is None:
-            yield FileRef(root, path, None)
+            yield FileRef(root, path, None, reach=inside)
         else:
-            yield FileRef(root, path, size, *found.get(name, ()))
+            text, meta = found.get(name, (None, None))
+            yield FileRef(root, path, size, text, meta, inside)
 
 
 def _names_sidecar(name: str) -> bool:

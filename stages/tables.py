@@ -7,44 +7,49 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from ..errors import BadInput
+from ..manifests.outside import ANYWHERE, Reach
 from ..manifests.sidecars import jsonable, mended, text_stream
 from ..manifests.status import Status
 from ..manifests.storage import open_parquet
 from . import coco
+from .bounded_rows import MAX_HEADING, TOO_DEEP, Beyond, bounded_lines, csv_records, json_row
 from .columns import PATH_COLUMNS, Columns, take_caption
 from .conversations import CONVERSATION_COLUMNS, images_in
-from .items import ItemRef, ProblemRef, TableRef, open_binary
+from .items import ItemRef, ProblemRef, TableRef
 from .json_files import begins_list, list_items, whole_object
 from .parquet_images import image_column, image_refs
+from .read_files import open_binary
 
 EXTENSIONS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json")
 _BATCH = 2000
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _LOOKED_AT = 100  # rows of JSON whose columns are taken for the table's
-csv.field_size_limit(1 << 24)  # characters; Python's own 131,072 are fewer than an image in base64 has
 
 DAMAGE = (OSError, pa.ArrowException, csv.Error, ValueError, RecursionError)  # what reading a table may raise
 Rows = Iterator[Mapping[str, Any] | str]  # a row, or what is wrong with it
 
 
-def refs(table: str, columns: Columns) -> Iterator[ItemRef]:
-    """Every row of a table. Raises BadInput at once where it cannot be opened or has no column of images."""
+def refs(table: str, columns: Columns, reach: Reach = ANYWHERE) -> Iterator[ItemRef]:
+    """Every row of a table. ``reach``: how far the paths in it may lead.
+
+    Raises BadInput at once where it cannot be opened or has no column of images.
+    """
     root = columns.folder if columns.folder is not None else table.rpartition("/")[0]
     if _extension(table) == "parquet":
         with _readable(table):
             held = image_column(table, columns.path)
         if held is not None:
-            return image_refs(table, held, columns, root)
+            return image_refs(table, held, columns, root, reach)
     names, rows = rows_of(table)
     column = _path_column(table, names, columns.path)
     columns.check_text(table, names)
-    return _refs(table, rows, column, columns.text, root)
+    return _refs(table, rows, column, columns.text, root, reach)
 
 
 def rows_of(table: str) -> tuple[list[str], Rows]:
@@ -66,11 +71,11 @@ def _extension(table: str) -> str:
     return table.rpartition(".")[2].lower()
 
 
-def _refs(table: str, rows: Rows, column: str, text_column: str | None, root: str) -> Iterator[ItemRef]:
+def _refs(table: str, rows: Rows, column: str, text_column: str | None, root: str, reach: Reach) -> Iterator[ItemRef]:
     number = 0
     try:
         for number, row in enumerate(rows):
-            yield _ref(table, number, row, column, text_column, root)
+            yield _ref(table, number, row, column, text_column, root, reach)
     except DAMAGE as error:
         raise BadInput(f"{table}: damaged after row {number} ({error}); restore it") from None
 
@@ -89,10 +94,10 @@ def _path_column(table: str, names: Sequence[str], wanted: str | None) -> str:
 
 
 def _ref(
-    table: str, number: int, row: Mapping[str, Any] | str, column: str, text_column: str | None, root: str
+    table: str, number: int, row: Mapping[str, Any] | str, column: str, text_column: str | None, root: str, reach: Reach
 ) -> ItemRef:
     if isinstance(row, str):
-        return ProblemRef(f"{table}[{number}]", Status.CORRUPT, row)
+        return ProblemRef(f"{table}[{number}]", status_of(row), row)
     paths = _paths(row, column)
     if len(paths) > 1:
         reason = f"{len(paths)} images in column {column!r}; a row is one image with its caption"
@@ -107,9 +112,14 @@ def _ref(
         meta = jsonable({name: value for name, value in row.items() if name not in dropped})
         encoded = mended(json.dumps(meta, ensure_ascii=False), notes)
     except RecursionError:
-        return ProblemRef(f"{table}[{number}]", Status.CORRUPT, "the row is nested too deeply")
+        return ProblemRef(f"{table}[{number}]", Status.UNSUPPORTED, TOO_DEEP)
     caption, url = (mended(each, notes) if isinstance(each, str) else None for each in (text, url))
-    return TableRef(table, number, root, paths[0], caption, url, encoded, tuple(notes))
+    return TableRef(table, number, root, paths[0], caption, url, encoded, tuple(notes), reach)
+
+
+def status_of(row: str) -> Status:
+    """The status of a row that is what is wrong with it."""
+    return Status.UNSUPPORTED if isinstance(row, Beyond) else Status.CORRUPT
 
 
 def _paths(row: Mapping[str, Any], column: str) -> list[str]:
@@ -132,16 +142,23 @@ def _parquet(table: str) -> tuple[list[str], Rows]:
 def csv_rows(table: str) -> tuple[list[str], Rows]:
     """The columns of a CSV or TSV file, and its rows, faulty ones as their reasons."""
     stream = text_stream(open_binary(table))
-    heading = stream.readline()
-    reader = csv.reader(chain([heading], stream), delimiter="\t" if _extension(table) == "tsv" else delimiter(heading))
-    columns = [mended(name, []) for name in next(reader, [])]
+    heading = stream.readline(MAX_HEADING + 1)
+    if len(heading) > MAX_HEADING:
+        raise ValueError(f"its first line, the heading, has over {MAX_HEADING} characters")
+    records = csv_records(stream, heading, "\t" if _extension(table) == "tsv" else delimiter(heading))
+    first = next(records, [])
+    if isinstance(first, str):
+        raise ValueError(f"its heading: {first}")
+    columns = [mended(name, []) for name in first]
 
     def rows() -> Rows:
         with stream:
-            for values in reader:
+            for values in records:
                 if not values:  # a blank line, as editors leave at the end
                     continue
-                if len(values) == len(columns):
+                if isinstance(values, str):
+                    yield values
+                elif len(values) == len(columns):
                     yield dict(zip(columns, values, strict=True))
                 else:
                     yield f"row has {len(values)} fields, the heading has {len(columns)}"
@@ -161,7 +178,7 @@ def delimiter(heading: str) -> str:
 def _jsonl(table: str) -> tuple[list[str], Rows]:
     def rows() -> Rows:
         with text_stream(open_binary(table)) as file:
-            for line in file:
+            for line in bounded_lines(file):
                 if line.strip():
                     yield json_row(line)
 
@@ -172,15 +189,6 @@ def _names(rows: Rows) -> list[str]:
     """The columns of the first sound rows; later ones may have others."""
     sound = (row for row in rows if not isinstance(row, str))
     return list(dict.fromkeys(name for row in islice(sound, _LOOKED_AT) for name in row))
-
-
-def json_row(line: bytes | str) -> Mapping[str, Any] | str:
-    """A line of JSONL as a row, or what is wrong with it."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"line is not JSON: {error}"
-    return value if isinstance(value, dict) else f"line is a JSON {type(value).__name__}, not an object"
 
 
 def _json(table: str) -> tuple[list[str], Rows]:
@@ -207,7 +215,7 @@ def json_list_rows(table: str) -> Rows:
     """The rows of a JSON list. Raises ValueError or RecursionError where it is broken."""
     with open_binary(table) as file:
         for value in list_items(file):
-            yield value if isinstance(value, dict) else f"a JSON {type(value).__name__}, not an object"
+            yield value if isinstance(value, dict | Beyond) else f"a JSON {type(value).__name__}, not an object"
 
 
 def _no_source(table: str, what: str) -> BadInput:

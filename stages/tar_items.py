@@ -6,18 +6,35 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from ..manifests.compressed import plain
+from ..manifests.outside import ANYWHERE, Reach, is_url, refusal
 from ..manifests.samples import is_image, is_sidecar, same_name, sidecars, split_name
 from ..manifests.shards import expand
 from ..manifests.status import Status
 from ..manifests.tar import Member, scan
 from ..models.formats import HEAD_BYTES, no_image
-from .items import Extent, ItemRef, ProblemRef, TarRef, open_binary
+from .items import Extent, ItemRef, ProblemRef, TarRef
+from .read_files import open_binary
 
 
-def refs(pattern: str, image_key: str | None) -> Iterator[ItemRef]:
-    """The items of the tars that ``pattern`` names. Raises BadInput at once where it names none."""
+def refs(pattern: str, image_key: str | None, reach: Reach = ANYWHERE) -> Iterator[ItemRef]:
+    """The items of the tars that ``pattern`` names. Raises BadInput at once where it names none.
+
+    ``reach``: how far those may lead that a folder lists. One that was named itself is a user's own.
+    """
     shards = expand(pattern)
-    return chain.from_iterable(tar_refs(shard.url, image_key) for shard in shards)
+    return chain.from_iterable(_refs(shard.url, pattern, image_key, reach) for shard in shards)
+
+
+def _refs(url: str, pattern: str, image_key: str | None, reach: Reach) -> Iterator[ItemRef]:
+    if url != pattern and (reason := _refusal(url, pattern, reach)) is not None:
+        return iter([ProblemRef(url, Status.UNSUPPORTED, reason)])
+    return tar_refs(url, image_key)
+
+
+def _refusal(url: str, pattern: str, reach: Reach) -> str | None:
+    if is_url(url) and "::" in url and "::" not in pattern:
+        return "its name is a URL of its own"
+    return refusal(url, reach)
 
 
 def tar_refs(url: str, image_key: str | None = None) -> Iterator[ItemRef]:

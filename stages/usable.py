@@ -9,16 +9,18 @@ from itertools import chain
 
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
+from ..manifests.outside import Outside, Refused
 from ..manifests.samples import is_image
 from ..manifests.status import Status
 from ..models.formats import no_image
 from .folder_metadata import CaptionedRef, DescribedRef
-from .items import FileRef, Handles, ItemRef, ProblemRef, TableRef, TarRef, join, read_head
+from .items import FileRef, Handles, ItemRef, ProblemRef, TableRef, TarRef
 
 _TOLD = 3  # kinds of files that a refusal counts
 _UNPACK = (
     "unpack it first; of archives capipe reads tars alone, also compressed ones (.tar.gz, .tgz, .tar.xz, .tar.zst)"
 )
+_OUTSIDE = "a path or link that leads out of the source, or out of --within"
 _HINTS = {  # what to do, by what lies there; the first one that fits
     "a Git LFS pointer": "fetch the files that these stand for: git lfs pull",
     "a Parquet file": "load it as a dataset: hf://{source}",
@@ -29,6 +31,7 @@ _HINTS = {  # what to do, by what lies there; the first one that fits
     "bzip2 data": _UNPACK,
     "xz data": _UNPACK,
     "zstandard data": _UNPACK,
+    _OUTSIDE: "--follow-links takes links and lists of a folder that lead out of it",
     "an HTML page": "a server sent a page in the place of the file: download it again",
 }
 _ANY = "give a folder of images, tars, a table of paths or hf://name"
@@ -78,7 +81,10 @@ def _no_image(ref: ItemRef, handles: Handles) -> str | None:
     """What an item is that is certainly no image."""
     if isinstance(ref, ProblemRef):
         return ref.reason if ref.status is Status.UNSUPPORTED else None
-    head = _head(ref, handles)
+    try:
+        head = _head(ref, handles)
+    except Refused as refused:
+        return _OUTSIDE if isinstance(refused, Outside) else None
     if head == b"":
         return None if is_image(ref.source.lower()) else "an empty file"
     return no_image(head) if head else None
@@ -90,12 +96,12 @@ def _head(ref: ItemRef, handles: Handles) -> bytes | None:
     if isinstance(ref, CaptionedRef):
         return _head(ref.image, handles)
     try:
-        if isinstance(ref, FileRef):
-            return read_head(join(ref.root, ref.name))
-        if isinstance(ref, TableRef):
-            return read_head(ref.location)
+        if isinstance(ref, FileRef | TableRef):
+            return ref.head()
         if isinstance(ref, TarRef):
             return ref.head(handles)
+    except Refused:
+        raise
     except Exception:  # remote storage raises what it likes; it will be a row with this reason
         return None
     return None  # of a dataset, whose column is one of images

@@ -136,6 +136,14 @@ def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path: Path, override: s
     assert all(line.startswith(f"{tmp_path}/recipe.yaml: ") and "\n" not in line for line in lines)
 
 
+def test_what_an_ingest_may_open_stands_in_its_recipe(tmp_path: Path) -> None:
+    config = {"shard-size": 4, "within": str(tmp_path), "public-only": True, "follow-links": True}
+    chain = chain_of(tmp_path, stages={**PLAIN, "shards": {**PLAIN["shards"], "config": config}})
+    assert check_chain(chain).problems == []
+    words = " ".join(arguments(chain, chain.stage("shards"), tmp_path / "out"))
+    assert f"--within {tmp_path} --public-only --follow-links" in words
+
+
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     lines = refusals(
         tmp_path, "stages.captions.config.beams=4", "stages.marks.inputs.shards=gone", "stages.eval.stage=x"

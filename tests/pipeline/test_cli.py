@@ -47,6 +47,41 @@ def test_ingest_accounts_for_every_file(tmp_path: Path) -> None:
     assert "shard_size: 3 -> 4" in one_line(refused)
 
 
+def test_ingest_opens_what_it_may(tmp_path: Path) -> None:
+    """A table and a folder from elsewhere, and the options that let them lead less and more far."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/private.jpg").write_bytes(photo(0))
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/a.jpg").write_bytes(photo(1))
+    os.mkfifo(tmp_path / "list/pipe")
+    said = [
+        "a.jpg",
+        "pipe",
+        "/dev/zero",
+        "../home/private.jpg",
+        "reference://k::x.json",
+        "http://169.254.169.254/x.jpg",
+    ]
+    (tmp_path / "list/t.csv").write_text("\n".join(["path", *said]) + "\n")
+    capipe("ingest", tmp_path / "list/t.csv", "--out", tmp_path / "free", limit_s=60)
+    bad = "unsupported"
+    assert [row["status"] for row in table(tmp_path / "free")] == ["ok", bad, bad, "ok", bad, bad]
+    capipe(
+        "ingest", tmp_path / "list/t.csv", "--out", tmp_path / "bound", "--within", tmp_path / "list", "--public-only"
+    )
+    assert [row["status"] for row in table(tmp_path / "bound")] == ["ok", *[bad] * 5]
+    refused = capipe("ingest", tmp_path / "list/t.csv", "--out", tmp_path / "bound", code=2)
+    assert "within" in one_line(refused) and "public_only" in one_line(refused)
+    missing = capipe("ingest", tmp_path / "list/t.csv", "--out", tmp_path / "no", "--within", tmp_path / "no", code=2)
+    assert "no such folder" in one_line(missing)
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split/p.jpg").symlink_to(tmp_path / "home/private.jpg")
+    links = capipe("ingest", tmp_path / "split", "--out", tmp_path / "links", code=2)
+    assert "--follow-links takes" in one_line(links)
+    capipe("ingest", tmp_path / "split", "--out", tmp_path / "links", "--follow-links")
+    assert [row["status"] for row in table(tmp_path / "links")] == ["ok"]
+
+
 def test_ingest_converts_where_it_is_told_to(tmp_path: Path) -> None:
     source = tmp_path / "src"
     source.mkdir()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from capipe.manifests.outside import ANYWHERE, Reach
 from capipe.pipeline.events import Pulse, ShardDone
 from capipe.pipeline.ingesting import execute_ingest, plan_ingest
 from capipe.stages.columns import Columns
@@ -56,10 +57,13 @@ def load(
     text_column: str | None = None,
     image_folder: str | None = None,
     image_key: str | None = None,
+    reach: Reach = ANYWHERE,
+    follow_links: bool = False,
 ) -> list[Item]:
     """The items as a worker gets them: references pickled, then loaded."""
     wanted = Columns(path_column, text_column, image_folder)
-    refs = pickle.loads(pickle.dumps(list(open_sources([str(source) for source in sources], wanted, image_key))))
+    found = open_sources([str(source) for source in sources], wanted, image_key, reach, follow_links)
+    refs = pickle.loads(pickle.dumps(list(found)))
     with Handles() as handles:
         items = [ref.load(handles) for ref in refs]
     assert [item.source for item in items] == [ref.source for ref in refs]

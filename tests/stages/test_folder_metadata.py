@@ -106,7 +106,7 @@ def test_a_row_nested_too_deeply_costs_no_image(tmp_path: Path) -> None:
     (root / "metadata.jsonl").write_text(f'{deep}\n{{"file_name": "b.png", "text": "t"}}\n')
     items = load(root)
     assert [(item.data, item.text) for item in items[:3]] == [(A, None), (B, "t"), (C, None)]
-    assert reasons(items)[3] == "the row is nested too deeply"
+    assert "the row is nested too deeply" in str(reasons(items)[3])
 
 
 def test_image_folder_elsewhere(tmp_path: Path) -> None:

@@ -104,14 +104,14 @@ def test_links_into_a_share_that_is_not_mounted(share: Path, tmp_path: Path) -> 
     for name in ("0.jpg", "1.jpg", "1.txt", "2.jpg"):
         (root / name).symlink_to(share / name)
     away, out = share.rename(tmp_path / "away"), tmp_path / "out"
-    ingest(root, out=out, shard_size=2)
+    ingest(root, out=out, follow_links=True, shard_size=2)
     assert statuses(out) == ["read_error", "read_error", "read_error"]
     away.rename(share)
     (root / "2.jpg").unlink()  # a dead link that is taken away leaves its row, with a final status
-    ingest(root, out=out, shard_size=2)
+    ingest(root, out=out, follow_links=True, shard_size=2)
     assert statuses(out) == ["ok", "ok", "missing"]
     assert [row["text"] for row in rows(out)] == [None, "its caption", None]
-    assert ingest(root, out=out, shard_size=2) == [] and verify(str(out)).faults == []
+    assert ingest(root, out=out, follow_links=True, shard_size=2) == [] and verify(str(out)).faults == []
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -181,10 +181,10 @@ def test_a_crash_while_a_shard_is_mended(
     """Before, between and after the renames and the two lines: at no moment is a row that was read lost."""
     (share / "9.jpg").symlink_to(tmp_path / "later.jpg")
     out = tmp_path / "out"
-    ingest(share, out=out)
+    ingest(share, out=out, follow_links=True)
     assert statuses(out) == ["ok"] * 6 + ["read_error"]
     (tmp_path / "later.jpg").write_bytes(photo(9))
-    ingest(share, out=tmp_path / "alone")
+    ingest(share, out=tmp_path / "alone", follow_links=True)
     for number in range(6):  # by now what was read is in the artifact alone: of the same size, so it counts as the same
         (share / f"{number}.jpg").write_bytes(bytes(len(photo(number))))
     calls = 0
@@ -203,9 +203,9 @@ def test_a_crash_while_a_shard_is_mended(
         patch.setattr(replacing.manifest, "append", dying(replacing.manifest.append))
         patch.setattr(replacing.Folder, "publish", dying(replacing.Folder.publish))
         patch.setattr(replacing, "write_synced", dying(replacing.write_synced))
-        ingest(share, out=out)
+        ingest(share, out=out, follow_links=True)
     assert verify(str(out)).faults == []
-    ingest(share, out=out)
+    ingest(share, out=out, follow_links=True)
     assert contents(out) == contents(tmp_path / "alone") and verify(str(out)).faults == []
     assert statuses(out) == ["ok"] * 7 and not (out / "_capipe/redo").exists()
 
@@ -322,11 +322,11 @@ def test_a_source_that_grew_and_lost_something_is_refused(photos: Path, tmp_path
 def test_growing_while_rows_wait_to_be_read(share: Path, tmp_path: Path) -> None:
     (share / "3x.jpg").symlink_to(tmp_path / "later.jpg")
     out = tmp_path / "out"
-    ingest(share, out=out, shard_size=4)
+    ingest(share, out=out, follow_links=True, shard_size=4)
     assert statuses(out) == ["ok"] * 4 + ["read_error", "ok", "ok"]
     (tmp_path / "later.jpg").write_bytes(photo(9))
     (share / "0a.jpg").write_bytes(photo(8))
-    ingest(share, out=out, shard_size=4)
+    ingest(share, out=out, follow_links=True, shard_size=4)
     assert statuses(out) == ["ok"] * 8 and verify(str(out)).faults == []
     assert [Path(row["source"]).name for row in rows(out)][4:] == ["3x.jpg", "4.jpg", "5.jpg", "0a.jpg"]
     assert len(members(out)) == 24

@@ -208,8 +208,8 @@ def test_bad_records_cost_nothing_but_themselves(tmp_path: Path) -> None:
     assert statuses(path) == [*bad, *["malformed"] * 5]
     records = read(path)
     assert all(json.loads(record.raw)["image"] == "a.jpg" for record in records[: len(rows)])
-    assert records[-1].images == ("deep.jpg",) and records[-1].where.endswith(":19")
-    assert not records[-2].images
+    assert records[-1].where.endswith(":19") and "nested too deeply" in str(records[-1].questions[0].fault)
+    assert not records[-1].images and not records[-2].images
 
 
 def test_uneven_csv_rows(tmp_path: Path) -> None:
