@@ -18,6 +18,8 @@ from .tar import printable
 
 SCHEMES = ("https", "http", "s3", "s3a", "gs", "gcs", "hf")  # of stores that name one object each
 KERNEL = ("/proc", "/sys", "/dev")  # their files are no data: devices, other processes' memory, settings
+MEMORY = "/dev/shm"  # but here lie files that are held in memory
+_SAME = {"s3a": "s3", "gcs": "gs"}  # schemes of the same stores
 MAX_LOCATION = 8192  # characters
 
 
@@ -49,7 +51,7 @@ def check(location: str, reach: Reach = ANYWHERE) -> None:
     if "::" in location and (is_url(location) or ":/" in location or location.partition("::")[0].isalnum()):
         raise Refused(f"{shown}: a chain of file systems (::) is not opened from data")
     if not is_url(location):
-        if _is_kernel(os.path.normpath(location)):
+        if _is_kernel(os.path.normpath(location).replace("//", "/")):  # two slashes at the start are kept
             raise Refused(f"{shown}: lies in {', '.join(KERNEL)}, which hold no data")
         return
     scheme = location.partition("://")[0].lower()
@@ -100,7 +102,7 @@ def _real_path(handle: int, path: str) -> str:
 
 
 def _is_kernel(path: str) -> bool:
-    return any(_lies_in(path, folder) for folder in KERNEL)
+    return any(_lies_in(path, folder) for folder in KERNEL) and not _lies_in(path, MEMORY)
 
 
 def _lies_in(path: str, folder: str) -> bool:
@@ -113,8 +115,12 @@ def leaves(path: str, folder: str) -> bool:
 
 
 def store(url: str) -> tuple[str, str]:
-    """Scheme and host, bucket or account of a URL: what two URLs of one store share. Local paths share ``("", "")``."""
+    """Scheme and host, bucket or repository: what two URLs of one store share. Local paths share ``("", "")``."""
     if not is_url(url):
         return "", ""
     parts = urlsplit(url)
-    return parts.scheme.lower(), parts.netloc.lower()
+    scheme, host = parts.scheme.lower(), parts.netloc.lower()
+    if scheme == "hf":  # hf://owner/model, hf://datasets/owner/name
+        more = parts.path.split("/")[1 : 3 if host in ("datasets", "spaces") else 2]
+        return scheme, "/".join([host, *more]).partition("@")[0]
+    return _SAME.get(scheme, scheme), host

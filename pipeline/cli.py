@@ -32,6 +32,7 @@ from . import (
     run_cli,
     train_cli,
 )
+from .options import Images
 from .outcome import LAST_WORDS, Exit
 from .worker import disk_text
 
@@ -92,11 +93,13 @@ def _end_with(line: str) -> None:
 
 
 @app.command()
-def verify(artifact: Annotated[str, typer.Argument(help="Folder or URL of an artifact.")]) -> None:
+def verify(
+    artifact: Annotated[str, typer.Argument(help="Folder or URL of an artifact.")], images: Images = None
+) -> None:
     """Re-read every checksum, count and key of an artifact, and compare its rows with its input's."""
     from ..manifests.verify import verify as check
 
-    report = check(artifact)
+    report = check(artifact, images or ())
     for note in report.notes:
         print(f"note: {note}")
     for fault in report.faults:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from .options import Images
 from .outcome import Exit
 
 
@@ -42,11 +44,12 @@ def status(
 def report(
     folder: Annotated[Path, typer.Argument(help="A chain's folder, or any folder with artifacts.")],
     out: Annotated[Path | None, typer.Option("--out", help="File to write; report.html in the folder.")] = None,
+    images: Images = None,
 ) -> None:
     """Write one HTML file that says what a chain made: counts, curves, quiz, scores, pictures, where it comes from."""
     from .report import write_report
 
-    print(write_report(folder, out))
+    print(write_report(folder, out, images or (), lambda line: print(line, file=sys.stderr)))
 
 
 def view(
@@ -56,8 +59,9 @@ def view(
         str, typer.Option(help="Address to listen at; other than loopback a token is needed.")
     ] = "127.0.0.1",
     token: Annotated[str | None, typer.Option(help="Token to ask for; a random one where one is needed.")] = None,
+    images: Images = None,
 ) -> None:
     """Look through artifacts in a browser: pictures, captions, scores; search, filters, thresholds, comparisons."""
     from .view.server import serve
 
-    serve(folder, host, port, token)
+    serve(folder, host, port, token, images or ())

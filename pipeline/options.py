@@ -21,6 +21,13 @@ from .workplace import Workplace, ray_place
 Config = TypeVar("Config", bound=BaseModel)
 
 Shards = Annotated[str, typer.Option(help="Folder, glob, {00000..00099}.tar or fsspec URL of WebDataset tars.")]
+Images = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="URL_OR_FOLDER",
+        help="Where else tars may be read that a manifest names; local ones and the store given are; may be repeated.",
+    ),
+]
 Out = Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) of the artifact to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: remove what another configuration left in --out.")]
 Retry = Annotated[bool, typer.Option(help="Do rows again that ended in engine_error.")]

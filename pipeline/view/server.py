@@ -19,15 +19,17 @@ from .library import Library
 _SHORTEST = 16  # characters of a token
 
 
-def serve(folder: Path, host: str, port: int, token: str | None) -> None:
-    """Serve until Ctrl-C. Raises BadInput where the folder has no artifact, or the address cannot be listened at."""
+def serve(folder: Path, host: str, port: int, token: str | None, images: Sequence[str] = ()) -> None:
+    """Serve until Ctrl-C. ``images``: as of :class:`.library.Library`.
+
+    Raises BadInput where the folder has no artifact, or the address cannot be listened at."""
     try:
         import uvicorn
 
         from .app import create_app
     except ImportError as error:
         raise BadInput(f"capipe view needs {error.name}; pip install 'capipe[view]'") from None
-    library = Library(folder)
+    library = Library(folder, images)
     pa.table({"rows": [0]}).take([0])  # pyarrow imports pandas at the first one: here, not in the first visitor's page
     token = chosen_token(host, token)
     listening = listen(host, port)
