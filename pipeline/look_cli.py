@@ -55,13 +55,14 @@ def report(
 def view(
     folder: Annotated[Path, typer.Argument(help="A folder with artifacts, at any depth.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8642,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; other than loopback a token is needed.")
-    ] = "127.0.0.1",
-    token: Annotated[str | None, typer.Option(help="Token to ask for; a random one where one is needed.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    token: Annotated[str | None, typer.Option(help="Token to ask for; a random one by default, in the link.")] = None,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Ask for none: all users of this machine may look (on loopback alone).")
+    ] = False,
     images: Images = None,
 ) -> None:
     """Look through artifacts in a browser: pictures, captions, scores; search, filters, thresholds, comparisons."""
-    from .view.server import serve
+    from .view.server import chosen_token, serve
 
-    serve(folder, host, port, token, images or ())
+    serve(folder, host, port, chosen_token(host, token, no_token), images or ())
