@@ -22,7 +22,6 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import BadInput
-from .outside import Refused, open_local
 
 PRIVATE = "_capipe"
 
@@ -56,13 +55,7 @@ class Folder:
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != here)
 
     def open(self, name: str) -> BinaryIO:
-        """Raises OSError, also for a local pipe or device, which somebody may have put into a folder that is read."""
-        if not self.is_local:
-            return cast(BinaryIO, self.fs.open(self.full(name), "rb"))
-        try:
-            return open_local(self.full(name))
-        except Refused as error:
-            raise OSError(str(error)) from None
+        return cast(BinaryIO, self.fs.open(self.full(name), "rb"))
 
     def read_bytes(self, name: str) -> bytes:
         with self.open(name) as file:

@@ -212,11 +212,8 @@ def _source(artifact: Artifact, report: Report, allowed: Allowed) -> Artifact | 
         return None
     try:
         source = Artifact.open(allowed.place(pattern))
-    except Refused as error:
-        report.notes.append(f"its input was not opened: {error}; rows were not compared with it")
-        return None
-    except (CapipeError, OSError):
-        report.notes.append(f"its input {pattern} is not there: rows were not compared with it")
+    except (CapipeError, Refused, OSError) as error:
+        report.notes.append(f"rows were not compared with its input ({error})")
         return None
     if source.fingerprint != artifact.config["semantic"]["input"]:
         report.notes.append(f"its input {pattern} is another one by now: rows were not compared with it")

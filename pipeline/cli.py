@@ -16,9 +16,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__
 from ..errors import CapipeError, Problems
+from ..terminal import escape_logs, escaped, print_err, print_line
 from . import (
     caption_cli,
     dedup_cli,
@@ -51,6 +53,7 @@ def main() -> None:
 
     A KeyboardInterrupt ends it with that of Ctrl-C; :mod:`.__main__` says so, and knows which signal it was.
     """
+    escape_logs()
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, and are shown nevertheless
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -87,7 +90,7 @@ app.command()(look_cli.view)
 
 def _end_with(line: str) -> None:
     """Say why a command ends, also to the chain that runs it."""
-    print(f"capipe: {line}", file=sys.stderr)
+    print_err(f"capipe: {line}")
     if file := os.environ.get(LAST_WORDS):
         Path(file).write_text(line, encoding="utf-8", errors="backslashreplace")
 
@@ -101,12 +104,12 @@ def verify(
 
     report = check(artifact, images or ())
     for note in report.notes:
-        print(f"note: {note}")
+        print_line(f"note: {note}")
     for fault in report.faults:
-        print(f"fault: {fault}")
+        print_line(f"fault: {fault}")
     rows = ", ".join(f"{count} {status}" for status, count in sorted(report.rows.items())) or "no rows"
     verdict = f"{len(report.faults)} faults" if report.faults else "clean"
-    print(f"{artifact}: {verdict}; {report.shards} shards, {report.bytes:,} bytes, {rows}")
+    print_line(f"{artifact}: {verdict}; {report.shards} shards, {report.bytes:,} bytes, {rows}")
     raise typer.Exit(Exit.UNRESOLVED if report.faults else Exit.OK)
 
 
@@ -121,9 +124,10 @@ def demo(
     from .demo import run_demo
     from .demo_report import lines
 
-    code, report = run_demo(out, images, engine, train_steps, lambda text: print(text, flush=True))
+    code, report = run_demo(out, images, engine, train_steps, print_line)
     if code == Exit.OK:
-        print("\n" + "\n".join(lines(report)))
+        for line in ("", *lines(report)):
+            print_line(line)
     raise typer.Exit(code)
 
 
@@ -136,7 +140,8 @@ def doctor() -> None:
     findings = examine()
     for finding in findings:
         mark = "ok" if finding.mend is None else ("MISSING" if finding.required else "-")
-        table.add_row(mark, finding.name, finding.found + (f"  ->  {finding.mend}" if finding.mend else ""))
+        found = finding.found + (f"  ->  {finding.mend}" if finding.mend else "")
+        table.add_row(mark, *(Text(escaped(each)) for each in (finding.name, found)))
     Console(soft_wrap=True).print(table)
     raise typer.Exit(Exit.UNRESOLVED if any(f.mend and f.required for f in findings) else Exit.OK)
 
@@ -144,4 +149,4 @@ def doctor() -> None:
 @app.command()
 def version() -> None:
     """Print the version."""
-    print(__version__)
+    print_line(__version__)

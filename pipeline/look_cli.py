@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from ..terminal import print_err, print_line
 from .options import Images
 from .outcome import Exit
 
@@ -38,7 +38,7 @@ def status(
         print(json.dumps(found.as_json(), indent=1))
         return
     for line, _ in lines(found):
-        print(line)
+        print_line(line)
 
 
 def report(
@@ -49,7 +49,7 @@ def report(
     """Write one HTML file that says what a chain made: counts, curves, quiz, scores, pictures, where it comes from."""
     from .report import write_report
 
-    print(write_report(folder, out, images or (), lambda line: print(line, file=sys.stderr)))
+    print_line(write_report(folder, out, images or (), print_err))
 
 
 def view(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from ..errors import BadInput
+from ..terminal import print_err
 from .engine_stages import EngineSetup
 from .key_values import engine_args, key_values
 from .workplace import Workplace, ray_place
@@ -146,7 +146,7 @@ def gpu_groups(names: Sequence[str], size: int) -> tuple[str, ...]:
 @cache
 def _say_once(line: str) -> None:
     """A command may ask for the places of two models."""
-    print(line, file=sys.stderr)
+    print_err(line)
 
 
 def parse_bound(option: str, text: str, sign: str) -> tuple[float, bool]:

@@ -6,13 +6,13 @@ import errno
 import ipaddress
 import secrets
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from ...errors import BadInput
+from ...terminal import print_err, print_line
 from .guard import LOOPBACK, App, Guard
 from .library import Library
 
@@ -34,8 +34,8 @@ def serve(folder: Path, host: str, port: int, token: str | None, images: Sequenc
     listening = listen(host, port)
     bound = int(listening.getsockname()[1])
     app = guarded(create_app(library), host, bound, token)
-    print(f"{folder}: {address(host, bound, token)}", flush=True)
-    print("Ctrl-C ends it. Nothing is written.", file=sys.stderr, flush=True)
+    print_line(f"{folder}: {address(host, bound, token)}")
+    print_err("Ctrl-C ends it. Nothing is written.")
     server_of(app).run(sockets=[listening])
 
 
