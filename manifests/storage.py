@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ..errors import BadInput
 
 PRIVATE = "_capipe"
+_ATTEMPTS = 5
 
 
 class Folder:
@@ -169,6 +171,36 @@ def write_synced(path: Path, data: bytes) -> None:
     except OSError:
         path.unlink(missing_ok=True)
         raise
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Put a local file in its place whole, synced, whatever was there: an older one, or a link, which is not followed.
+
+    It is written beside that under a random name; those that killed processes left of it are removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(_ATTEMPTS):
+        clear_unfinished(path)
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.partial")
+        write_synced(scratch, data)
+        try:
+            scratch.replace(path)
+            break
+        except FileNotFoundError:  # another process that writes the same file took it for one that was left
+            if attempt == _ATTEMPTS - 1:
+                raise
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
+def clear_unfinished(path: Path) -> None:
+    """Remove what killed processes left of a file that :func:`write_new` writes."""
+    unfinished = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.partial")
+    for each in path.parent.iterdir():
+        if unfinished.fullmatch(each.name):
+            each.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: bytes, *, durable: bool = False) -> None:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from ... import __version__
 from ...manifests.allowed import Allowed
-from ...manifests.storage import write_synced
+from ...manifests.storage import write_new
 from ..finding import find
 from ..joins import Joins
 from ..pictures import Pictures, refusals
@@ -70,9 +70,7 @@ def write_report(
             packages=_common([each.packages for each in facts.origins]),
         )
     )
-    scratch = target.with_name(f".{target.name}.partial")
-    write_synced(scratch, page.encode())
-    scratch.replace(target)
+    write_new(target, page.encode())
     return target
 
 
