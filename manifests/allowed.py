@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
@@ -20,6 +21,7 @@ from .tar import printable
 
 _LOCAL = ("file://", "local://")
 _WRAPPING = ("reference",)  # file systems that lead to whatever URLs a file names
+MAX_LOG = 1 << 30  # bytes; a step of training takes some hundred
 _MEMORY = "memory"  # of this process
 
 
@@ -82,6 +84,18 @@ def open_place(place: str) -> BinaryIO:
         return open_local(place)
     folder, file = split(place)
     return folder.open(file)
+
+
+def read_log(path: Path) -> bytes:
+    """A log in a folder of anybody's. Raises OSError, also for what is no file, or over :data:`MAX_LOG` bytes."""
+    try:
+        with open_local(str(path)) as file:
+            data = file.read(MAX_LOG + 1)
+    except Refused as error:
+        raise OSError(str(error)) from None
+    if len(data) > MAX_LOG:
+        raise OSError(f"{path}: over {MAX_LOG >> 20} MiB")
+    return data
 
 
 def stamp_of(place: str) -> tuple[int, int]:

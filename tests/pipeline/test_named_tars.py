@@ -242,3 +242,16 @@ def test_of_a_folder_in_a_store_its_own_store_is_read(tmp_path: Path, captions: 
         found = pictures.of(joins, Place("captions", "00000"), row)
         assert (found is not None) == shown and bool(pictures.refused) != shown
     assert Folder(f"{s3}/named").exists("elsewhere/00000.tar")
+
+
+def test_pipes_and_devices_in_the_place_of_logs_are_not_waited_for(tmp_path: Path) -> None:
+    write_images(tmp_path / "shards", [3], only=0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text('{"steps": 5}')
+    os.mkfifo(tmp_path / "run/steps.jsonl")
+    (tmp_path / "run/times.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "shards/_capipe/journal").mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / "shards/_capipe/journal/00000.jsonl")
+    found = capipe("status", tmp_path, limit_s=100).stdout
+    assert "run: training, step 0/5" in found and "shards: ingest" in found
+    assert capipe("report", tmp_path, limit_s=100).stdout
