@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(PACKAGES)
 
-PACKAGES := errors.py manifests models stages trainer pipeline
+PACKAGES := errors.py terminal.py manifests models stages trainer pipeline
 
 # The site of docs/, in build/site; a link that leads nowhere ends it.
 docs: setup

@@ -147,8 +147,8 @@ def measured(folder: Path, rows: int) -> dict[str, float]:
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert running.stdout is not None
-        address = running.stdout.readline().strip().rpartition(": ")[2]
-        with httpx.Client(base_url=address, timeout=60) as client:
+        address, _, token = running.stdout.readline().strip().rpartition(": ")[2].partition("?token=")
+        with httpx.Client(base_url=address, headers={"authorization": f"Bearer {token}"}, timeout=60) as client:
             _wait(client)
             server = time.perf_counter() - started
             before = _cpu(running.pid)

@@ -17,17 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
-from . import manifest, outside, replacing, times
+from . import manifest, replacing, times
 from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, encodable, fingerprint
 from .journal import Journal
 from .manifest import ShardRecord
 from .names import checked_name, name_problem
-from .outside import Refused
 from .overwriting import refuse_overwriting
 from .storage import PRIVATE, Folder, NotAFile, clear, expecting, open_own, parquet_file
-from .tar import printable
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
@@ -95,19 +93,6 @@ class Artifact:
             text = f"{url}/{CONFIG}: its fingerprint does not fit its contents; was it edited? Restore it"
             raise ArtifactMismatch(text)
         return cls(folder, config)
-
-    def named(self, location: Any) -> Artifact:
-        """The artifact that this one's configuration names as what it was made of: a local folder, or one in the same
-        store. Raises BadInput where there is none, or it is elsewhere."""
-        try:
-            if not isinstance(location, str):
-                raise Refused("no path or URL")
-            outside.check(location)
-            if outside.is_url(location) and outside.store(location) != outside.store(self.url):
-                raise Refused(f"{printable(location[:200])}: in another store than {self.url}")
-        except Refused as error:
-            raise BadInput(f"{self.url}/{CONFIG} names what is not opened: {error}") from None
-        return Artifact.open(location)
 
     @property
     def is_as_written(self) -> bool:

@@ -18,7 +18,8 @@ from .tar import printable
 
 SCHEMES = ("https", "http", "s3", "s3a", "gs", "gcs", "hf")  # of stores that name one object each
 KERNEL = ("/proc", "/sys", "/dev")  # their files are no data: devices, other processes' memory, settings
-MEMORY_DISK = "/dev/shm"  # but for this one, which holds regular files like any disk
+MEMORY = "/dev/shm"  # but for this one, which holds regular files like any disk
+_SAME = {"s3a": "s3", "gcs": "gs"}  # schemes of the same stores
 MAX_LOCATION = 8192  # characters
 
 
@@ -60,7 +61,7 @@ def check(location: str, reach: Reach = ANYWHERE) -> None:
     if "::" in location and (is_url(location) or ":/" in location or location.partition("::")[0].isalnum()):
         raise Refused(f"{_shown(location)}: a chain of file systems (::) is not opened from data")
     if not is_url(location):
-        if location.startswith("/") and _is_kernel(os.path.normpath(location)):
+        if location.startswith("/") and _is_kernel(os.path.normpath(location).replace("//", "/")):  # two slashes stay
             raise Refused(f"{_shown(location)}: lies in {', '.join(KERNEL)}, which hold no data")
         return
     scheme = location.partition("://")[0].lower()
@@ -155,7 +156,7 @@ _BELOW_KERNEL = tuple(f"{folder}/" for folder in KERNEL)
 
 
 def _is_kernel(path: str) -> bool:
-    return (path in KERNEL or path.startswith(_BELOW_KERNEL)) and not _lies_in(path, MEMORY_DISK)
+    return (path in KERNEL or path.startswith(_BELOW_KERNEL)) and not _lies_in(path, MEMORY)
 
 
 def _lies_in(path: str, folder: str) -> bool:
@@ -181,8 +182,12 @@ def leaves(path: str, folder: str) -> bool:
 
 
 def store(url: str) -> tuple[str, str]:
-    """Scheme and host, bucket or account of a URL: what two URLs of one store share. Local paths share ``("", "")``."""
+    """Scheme and host, bucket or repository: what two URLs of one store share. Local paths share ``("", "")``."""
     if not is_url(url):
         return "", ""
     parts = urlsplit(url)
-    return parts.scheme.lower(), parts.netloc.lower()
+    scheme, host = parts.scheme.lower(), parts.netloc.lower()
+    if scheme == "hf":  # hf://owner/model, hf://datasets/owner/name
+        more = parts.path.split("/")[1 : 3 if host in ("datasets", "spaces") else 2]
+        return scheme, "/".join([host, *more]).partition("@")[0]
+    return _SAME.get(scheme, scheme), host

@@ -6,16 +6,18 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from ..errors import ArtifactMismatch, CapipeError
+from .allowed import Allowed
 from .artifact import CONFIG, Artifact
 from .manifest import ShardRecord, made_of
 from .names import checked_name
+from .outside import Refused
 from .samples import read_samples
 from .schema import ANNOTATE, DEDUP, HASHES, INGEST, SCORE, SELECT, check
 from .shards import ROWS, uid_of
@@ -44,14 +46,17 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def verify(url: str) -> Report:
-    """Re-read an artifact: checksums, sizes, schemas, counts, keys, tars against Parquets, rows against its input."""
+def verify(url: str, images: Sequence[str] = ()) -> Report:
+    """Re-read an artifact: checksums, sizes, schemas, counts, keys, tars against Parquets, rows against its input.
+
+    ``images``: folders and URLs below which its input may be read, where it is in another store.
+    """
     artifact = Artifact.open(url)
     report = Report()
     keys = _KeySet()
     if not artifact.is_as_written:
         report.faults.append(f"{url}/{CONFIG}: its digest does not fit its contents; was it edited? Restore it")
-    source = _source(artifact, report)
+    source = _source(artifact, report, Allowed(url, tuple(images)))
     before = {} if source is None else source.committed()
     replaced = {shard: {*record.replaces} - {*record.current} for shard, record in before.items()}
     for record in artifact.committed().values():
@@ -228,14 +233,14 @@ def _loose_caption(artifact: Artifact, name: str, caption: str) -> Iterator[str]
         yield f"{name}: not the caption that was written"
 
 
-def _source(artifact: Artifact, report: Report) -> Artifact | None:
+def _source(artifact: Artifact, report: Report, allowed: Allowed) -> Artifact | None:
     """The artifact this one was made from, if it was one of ours and still is where it was."""
     pattern = artifact.config["run"].get("shards")
-    if artifact.config["semantic"].get("input") is None or pattern is None:
+    if artifact.config["semantic"].get("input") is None or not isinstance(pattern, str):
         return None
     try:
-        source = artifact.named(pattern)
-    except CapipeError as error:
+        source = Artifact.open(allowed.place(pattern))
+    except (CapipeError, Refused, OSError) as error:
         report.notes.append(f"rows were not compared with its input ({error})")
         return None
     if source.fingerprint != artifact.config["semantic"]["input"]:

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..terminal import escape_logs
+
 GRACE_SECONDS = 2.0  # for a family whose head was killed to end by itself, as the kernel and closed pipes tell it to
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked process must not load anything
@@ -45,6 +47,7 @@ def first_words() -> str:
 def begin(parent: int) -> None:
     """See :func:`first_words`."""
     follow(parent)
+    escape_logs()
     multiprocessing.spawn.get_command_line = _following_command
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..terminal import print_err
 from . import options as o
 from .outcome import Exit, run_plan
 
@@ -121,8 +121,8 @@ def _warn_of_shared(out: str) -> None:
     try:
         shared = shared_captions(artifact, list(artifact.committed()))
     except (OSError, ValueError) as error:  # all is committed by now; `capipe verify` looks for what is wrong
-        print(f"warning: captions that pictures share were not counted: {error}", file=sys.stderr)
+        print_err(f"warning: captions that pictures share were not counted: {error}")
         return
     if shared is not None:
         advice = "look whether the model sees them, and whether a cache answers in its place"
-        print(f"warning: {shared}; {advice}", file=sys.stderr)
+        print_err(f"warning: {shared}; {advice}")

@@ -16,9 +16,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__
 from ..errors import CapipeError, Problems
+from ..terminal import escape_logs, escaped, print_err, print_line
 from . import (
     caption_cli,
     dedup_cli,
@@ -32,6 +34,7 @@ from . import (
     run_cli,
     train_cli,
 )
+from .options import Images
 from .outcome import LAST_WORDS, Exit
 from .worker import disk_text
 
@@ -50,6 +53,7 @@ def main() -> None:
 
     A KeyboardInterrupt ends it with that of Ctrl-C; :mod:`.__main__` says so, and knows which signal it was.
     """
+    escape_logs()
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, and are shown nevertheless
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -86,24 +90,26 @@ app.command()(look_cli.view)
 
 def _end_with(line: str) -> None:
     """Say why a command ends, also to the chain that runs it."""
-    print(f"capipe: {line}", file=sys.stderr)
+    print_err(f"capipe: {line}")
     if file := os.environ.get(LAST_WORDS):
         Path(file).write_text(line, encoding="utf-8", errors="backslashreplace")
 
 
 @app.command()
-def verify(artifact: Annotated[str, typer.Argument(help="Folder or URL of an artifact.")]) -> None:
+def verify(
+    artifact: Annotated[str, typer.Argument(help="Folder or URL of an artifact.")], images: Images = None
+) -> None:
     """Re-read every checksum, count and key of an artifact, and compare its rows with its input's."""
     from ..manifests.verify import verify as check
 
-    report = check(artifact)
+    report = check(artifact, images or ())
     for note in report.notes:
-        print(f"note: {note}")
+        print_line(f"note: {note}")
     for fault in report.faults:
-        print(f"fault: {fault}")
+        print_line(f"fault: {fault}")
     rows = ", ".join(f"{count} {status}" for status, count in sorted(report.rows.items())) or "no rows"
     verdict = f"{len(report.faults)} faults" if report.faults else "clean"
-    print(f"{artifact}: {verdict}; {report.shards} shards, {report.bytes:,} bytes, {rows}")
+    print_line(f"{artifact}: {verdict}; {report.shards} shards, {report.bytes:,} bytes, {rows}")
     raise typer.Exit(Exit.UNRESOLVED if report.faults else Exit.OK)
 
 
@@ -118,9 +124,10 @@ def demo(
     from .demo import run_demo
     from .demo_report import lines
 
-    code, report = run_demo(out, images, engine, train_steps, lambda text: print(text, flush=True))
+    code, report = run_demo(out, images, engine, train_steps, print_line)
     if code == Exit.OK:
-        print("\n" + "\n".join(lines(report)))
+        for line in ("", *lines(report)):
+            print_line(line)
     raise typer.Exit(code)
 
 
@@ -133,7 +140,8 @@ def doctor() -> None:
     findings = examine()
     for finding in findings:
         mark = "ok" if finding.mend is None else ("MISSING" if finding.required else "-")
-        table.add_row(mark, finding.name, finding.found + (f"  ->  {finding.mend}" if finding.mend else ""))
+        found = finding.found + (f"  ->  {finding.mend}" if finding.mend else "")
+        table.add_row(mark, *(Text(escaped(each)) for each in (finding.name, found)))
     Console(soft_wrap=True).print(table)
     raise typer.Exit(Exit.UNRESOLVED if any(f.mend and f.required for f in findings) else Exit.OK)
 
@@ -141,4 +149,4 @@ def doctor() -> None:
 @app.command()
 def version() -> None:
     """Print the version."""
-    print(__version__)
+    print_line(__version__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
+from ..terminal import print_err
 from . import options as o
 from .interrupts import interrupts
 from .outcome import Exit, conclude
@@ -62,7 +62,7 @@ def dedup(
             total = len(made.shards)
             code = _step("dedup", total, artifacts, lambda *told: steps.mark(made, hashes, references, *told))
             if skipped := artifacts[-1].config["run"].get("embeddings_skipped"):
-                print(f"{skipped} images have no usable embedding: compared by their hashes alone", file=sys.stderr)
+                print_err(f"{skipped} images have no usable embedding: compared by their hashes alone")
     finally:
         for artifact in artifacts:
             artifact.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..errors import BadInput
+from ..terminal import print_err, print_line
 from . import options as o
 from .key_values import second_model
 from .outcome import Exit, run_plan
@@ -182,7 +182,7 @@ def evaluate(
     write_report(report, out)
     show(report)
     say_warnings(report.warnings)
-    print(f"report: {out / 'report.md'}")
+    print_line(f"report: {out / 'report.md'}")
     raise typer.Exit(max(codes))
 
 
@@ -203,7 +203,7 @@ def compare(
     show(comparison)
     if out is not None:
         write_report(comparison, out, "comparison")
-        print(f"comparison: {out / 'comparison.md'}")
+        print_line(f"comparison: {out / 'comparison.md'}")
 
 
 def show(value: Report | Comparison) -> None:
@@ -218,7 +218,7 @@ def show(value: Report | Comparison) -> None:
 def say_warnings(warnings: Sequence[Caution]) -> None:
     """A line each on stderr."""
     for warning in warnings:
-        print(f"warning: {warning.text}", file=sys.stderr)
+        print_err(f"warning: {warning.text}")
 
 
 def refuse_controls(names: list[str]) -> None:

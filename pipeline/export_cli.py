@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import threading
 import time
 from typing import Annotated
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..errors import BadInput
+from ..terminal import print_err
 from . import options as o
 from .interrupts import interrupts
 from .outcome import conclude
@@ -69,7 +69,7 @@ def export(
         with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
             outcome = execute_export(made, report, stop)
         for note in finish(made, words) or []:
-            print(note, file=sys.stderr)
+            print_err(note)
     finally:
         made.artifact.close()
     raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
+from ..terminal import print_err
 from . import options as o
 from .interrupts import interrupts
 from .outcome import Exit, conclude, run_plan
@@ -83,7 +83,7 @@ def filter_(
         if scored is not Exit.OK:  # what is missing would be missing in the final shards
             raise typer.Exit(scored)
         if share:  # selecting is one process's, and takes seconds
-            print(f"scored; to select: the same command without --share, or with --scores {scores}", file=sys.stderr)
+            print_err(f"scored; to select: the same command without --share, or with --scores {scores}")
             raise typer.Exit(scored)
     elif models or captions is not None or safety:
         raise BadInput("--scores: these are scored already; leave out --captions, --clip, --itm and --safety")
@@ -147,9 +147,9 @@ def select_step(
     from .selecting import execute_select, plan_select, write_uids
 
     plan = plan_select(scores, shards, out, config, marks=marks, workers=workers, fresh=fresh)
-    print(plan.found.line(), file=sys.stderr)
+    print_err(plan.found.line())
     if warning := plan.found.warning():
-        print(f"warning: {warning}", file=sys.stderr)
+        print_err(f"warning: {warning}")
     stop = threading.Event()
     before = sum(task.rows for task in plan.tasks) - sum(task.rows for task in plan.todo)
     done = len(plan.tasks) - len(plan.todo)
@@ -158,7 +158,7 @@ def select_step(
         with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
             outcome = execute_select(plan, report, stop)
         if len(plan.artifact.committed()) == len(plan.tasks):
-            print(f"report: {write_filter_report(plan.artifact, plan.found.rule, plan.shards)}", file=sys.stderr)
+            print_err(f"report: {write_filter_report(plan.artifact, plan.found.rule, plan.shards)}")
             write_uids(plan.artifact)
     finally:
         plan.artifact.close()

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..errors import BadInput
 from ..models.tiny.world import Split
+from ..terminal import print_line
 from .interrupts import interrupts
 from .options import Fresh, Out, validated
 from .outcome import conclude
@@ -27,7 +28,7 @@ def render(
     from ..models.tiny.corpus import write_corpus
 
     write_corpus(out, images, known_split(split), seed)
-    print(f"{images} pictures in {out}")
+    print_line(f"{images} pictures in {out}")
 
 
 def known_split(name: str) -> Split:

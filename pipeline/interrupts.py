@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from ..terminal import print_err
 
 STOPPED = "stopped; what was finished is kept, run the same command to go on"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -52,7 +53,7 @@ def broke_off() -> bool:
 def say(line: str) -> None:
     """Write to stderr, or nowhere: a terminal that was closed takes nothing, nor a stream that is being written to."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
-        print(line, file=sys.stderr, flush=True)
+        print_err(line)
 
 
 @contextmanager

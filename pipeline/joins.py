@@ -28,6 +28,22 @@ class Place:
     shard: str
 
 
+@dataclass(frozen=True)
+class Tar:
+    """A tar that may hold a shard's images: path or URL, and how many bytes it has where that is known.
+
+    ``named``: by a manifest, so that it may be anywhere; else it lies in the folder of an artifact that was found.
+    """
+
+    location: str
+    size: int | None
+    named: bool = False
+
+    @property
+    def file(self) -> str:
+        return self.location.rpartition("/")[2]
+
+
 class Joins:
     """A snapshot of what is committed in some artifacts. ``records``: by artifact and shard; ``damaged``: reasons."""
 
@@ -82,17 +98,22 @@ class Joins:
         others = self._same[self.identity(place)]
         return [each for each in others if each != place and self.record(each).count == count]
 
-    def tars(self, place: Place) -> Iterator[tuple[str, str]]:
-        """Where the images of a shard may lie, the likeliest first: folder (or URL) and file of tars."""
+    def tars(self, place: Place) -> Iterator[Tar]:
+        """Where the images of a shard may lie, the likeliest first."""
         for each in (place, *self.beside(place)):
             if f"{each.shard}.tar" in self.record(each).files:
-                yield self.artifacts[each.artifact].url, f"{each.shard}.tar"
-        yield from _split(self.record(place).input.get("url"))
+                yield self._own(each)
+        yield from _named(self.record(place).input)
         if self.artifacts[place.artifact].stage == "export":  # under the same keys
             for made_of in self._inputs(place):
                 yield from self._tars_of(made_of)
 
-    def sources(self, place: Place, shard: str) -> Iterator[tuple[str, str]]:
+    def _own(self, place: Place) -> Tar:
+        file = f"{place.shard}.tar"
+        size = self.record(place).files.get(file, {}).get("bytes")
+        return Tar(f"{self.artifacts[place.artifact].url}/{file}", size)
+
+    def sources(self, place: Place, shard: str) -> Iterator[Tar]:
         """Where the images of a selected shard's rows were before, by ``source_shard``: of those filtered out, too."""
         for each in self._inputs(place):
             if each.get("name") == shard:
@@ -103,11 +124,11 @@ class Joins:
         listed = self.record(place).input.get("shards")
         yield from (each for each in (listed if isinstance(listed, list) else []) if isinstance(each, Mapping))
 
-    def _tars_of(self, made_of: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    def _tars_of(self, made_of: Mapping[str, Any]) -> Iterator[Tar]:
         known = self._tars.get(str(made_of.get("digest")))
         if known is not None:
-            yield self.artifacts[known.artifact].url, f"{known.shard}.tar"
-        yield from _split(made_of.get("url"))
+            yield self._own(known)
+        yield from _named(made_of)
 
     def selected_from(self, place: Place) -> Place | None:
         """The select shard that an export copied, itself where it is one, else None."""
@@ -116,7 +137,8 @@ class Joins:
         return next((each for each in self.beside(place) if self.artifacts[each.artifact].stage == "select"), None)
 
 
-def _split(url: Any) -> Iterator[tuple[str, str]]:
+def _named(made_of: Mapping[str, Any]) -> Iterator[Tar]:
+    """The tar that a manifest says a shard was made of."""
+    url, size = made_of.get("url"), made_of.get("bytes")
     if isinstance(url, str) and tar_stem(url) is not None:
-        folder, _, file = url.rpartition("/")
-        yield folder or ".", file
+        yield Tar(url, size if isinstance(size, int) else None, named=True)

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..terminal import print_err, print_line
+from .options import Images
 from .outcome import Exit
 
 
@@ -36,28 +38,31 @@ def status(
         print(json.dumps(found.as_json(), indent=1))
         return
     for line, _ in lines(found):
-        print(line)
+        print_line(line)
 
 
 def report(
     folder: Annotated[Path, typer.Argument(help="A chain's folder, or any folder with artifacts.")],
     out: Annotated[Path | None, typer.Option("--out", help="File to write; report.html in the folder.")] = None,
+    images: Images = None,
 ) -> None:
     """Write one HTML file that says what a chain made: counts, curves, quiz, scores, pictures, where it comes from."""
     from .report import write_report
 
-    print(write_report(folder, out))
+    print_line(write_report(folder, out, images or (), print_err))
 
 
 def view(
     folder: Annotated[Path, typer.Argument(help="A folder with artifacts, at any depth.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8642,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; other than loopback a token is needed.")
-    ] = "127.0.0.1",
-    token: Annotated[str | None, typer.Option(help="Token to ask for; a random one where one is needed.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    token: Annotated[str | None, typer.Option(help="Token to ask for; a random one by default, in the link.")] = None,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Ask for none: all users of this machine may look (on loopback alone).")
+    ] = False,
+    images: Images = None,
 ) -> None:
     """Look through artifacts in a browser: pictures, captions, scores; search, filters, thresholds, comparisons."""
-    from .view.server import serve
+    from .view.server import chosen_token, serve
 
-    serve(folder, host, port, token)
+    serve(folder, host, port, chosen_token(host, token, no_token), images or ())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from ..errors import BadInput
+from ..terminal import print_err
 from .engine_stages import EngineSetup
 from .key_values import engine_args, key_values
 from .workplace import Workplace, ray_place
@@ -21,6 +21,13 @@ from .workplace import Workplace, ray_place
 Config = TypeVar("Config", bound=BaseModel)
 
 Shards = Annotated[str, typer.Option(help="Folder, glob, {00000..00099}.tar or fsspec URL of WebDataset tars.")]
+Images = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="URL_OR_FOLDER",
+        help="Where else tars may be read that a manifest names; local ones and the store given are; may be repeated.",
+    ),
+]
 Out = Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) of the artifact to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: remove what another configuration left in --out.")]
 Retry = Annotated[bool, typer.Option(help="Do rows again that ended in engine_error.")]
@@ -139,7 +146,7 @@ def gpu_groups(names: Sequence[str], size: int) -> tuple[str, ...]:
 @cache
 def _say_once(line: str) -> None:
     """A command may ask for the places of two models."""
-    print(line, file=sys.stderr)
+    print_err(line)
 
 
 def parse_bound(option: str, text: str, sign: str) -> tuple[float, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import IntEnum
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.console import Console
 from ..manifests.artifact import Artifact
 from ..manifests.status import Status
 from ..stages.ingest import STAGE as INGEST
+from ..terminal import print_err, print_line
 from .engine_stages import Plan, execute
 from .interrupts import say
 from .progress import Progress
@@ -55,19 +55,19 @@ def progress_of(made: Plan) -> Progress:
 def conclude(out: str, interrupted: bool, line: str) -> Exit:
     """Print a run's last lines and choose its exit code."""
     found = state(out)
-    print(line, file=sys.stderr)
+    print_err(line)
     print_state(out, found)
     if interrupted and not found.complete:
         say("stopped; run the same command to go on")
         return Exit.INTERRUPTED
     if failed := found.rows[Status.ENGINE_ERROR]:
         mend = "mend what can be mended, then add --retry to do them again"
-        print(f"{failed} rows ended in engine_error{_why(out, Status.ENGINE_ERROR)}; {mend}", file=sys.stderr)
+        print_err(f"{failed} rows ended in engine_error{_why(out, Status.ENGINE_ERROR)}; {mend}")
     if unread := found.rows[Status.READ_ERROR]:
         mend = "mend what their error says (a share, a server, memory), and run the same command: it tries them again"
         if found.stage != INGEST:
             mend += "; where their images were never ingested, run `capipe ingest` first"
-        print(f"{unread} rows ended in read_error{_why(out, Status.READ_ERROR)}; {mend}", file=sys.stderr)
+        print_err(f"{unread} rows ended in read_error{_why(out, Status.READ_ERROR)}; {mend}")
     return Exit.OK if found.complete else Exit.UNRESOLVED
 
 
@@ -90,4 +90,4 @@ def first_error(out: str, status: Status) -> str:
 def print_state(url: str, found: State) -> None:
     """An artifact's state on stdout."""
     for line, _ in artifact_lines(url, found):
-        print(line)
+        print_line(line)

@@ -8,8 +8,10 @@ from itertools import pairwise
 from statistics import median
 
 from ..errors import CapipeError
+from ..manifests.allowed import Allowed
 from ..manifests.artifact import CONFIG, Artifact
 from ..manifests.manifest import LINES, ShardRecord
+from ..manifests.outside import Refused
 
 WINDOW = 64  # commits that are looked at
 _PAUSE = 600.0  # seconds without a commit that end the window, unless commits are always so rare
@@ -34,9 +36,9 @@ def rows_of_input(artifact: Artifact) -> int | None:
     if not isinstance(url, str) or "://" in url:
         return None
     try:
-        source = artifact.named(url)
+        source = Artifact.open(Allowed(artifact.url).place(url))
         records = source.committed()
-    except (CapipeError, OSError):
+    except (CapipeError, Refused, OSError):
         return None
     expected = source.config["run"].get("shards_total")
     return sum(record.count for record in records.values()) if len(records) == expected else None

@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from PIL import Image
 
+from ..errors import CapipeError
+from ..manifests.allowed import Allowed, open_place, stamp_of
 from ..manifests.compressed import plain
+from ..manifests.outside import Refused, is_url
 from ..manifests.samples import read_samples
 from ..manifests.status import Status
-from ..manifests.storage import Folder
+from ..manifests.tar import printable
 from ..models.formats import ImageProblem
 from ..models.images import ImageLimits, thumbnail
+from ..stages.read_faults import read_problem
 from .joins import Joins, Place
 
 OPEN_TARS = 16
@@ -81,40 +86,90 @@ class TarImages:
 
 
 class Pictures:
-    """Images of artifacts' rows, wherever among their tars these lie."""
+    """Images of artifacts' rows, wherever among their tars these lie and ``allowed`` lets them be read.
 
-    def __init__(self) -> None:
-        self._tars: Cache[tuple[str, str, str], TarImages] = Cache(OPEN_TARS)
+    ``refused``: why pictures were left out, each reason once.
+    """
+
+    def __init__(self, allowed: Allowed) -> None:
+        self._allowed = allowed
+        self._tars: Cache[tuple[str, tuple[int, int]], TarImages] = Cache(OPEN_TARS)
         self._lock = threading.Lock()
+        self.refused: list[str] = []
 
     def of(self, joins: Joins, place: Place, row: Mapping[str, Any]) -> bytes | None:
         """The image of a row (``key``, and of final shards ``source_shard``, ``source_key``); None without one."""
-        for folder, file in joins.tars(place):
-            if (data := self._read(folder, file, str(row["key"]))) is not None:
-                return data
+        tars = [(tar, str(row["key"])) for tar in joins.tars(place)]
         selected = joins.selected_from(place)
         if selected is not None and row.get("source_shard") is not None:
-            for folder, file in joins.sources(selected, str(row["source_shard"])):
-                if (data := self._read(folder, file, str(row["source_key"]))) is not None:
+            tars += [(tar, str(row["source_key"])) for tar in joins.sources(selected, str(row["source_shard"]))]
+        reason = None
+        for tar, key in tars:
+            try:
+                if (data := self._read(self._allowed.place(tar.location), key)) is not None:
                     return data
+            except Refused as error:
+                reason = reason or str(error)
+        for tar, key in tars:
+            for location in self._allowed.elsewhere(tar.location) if tar.size is not None else ():
+                try:
+                    if (data := self._read(location, key, tar.size)) is not None:
+                        return data
+                except Refused as error:
+                    reason = reason or str(error)
+        if reason is not None and reason not in self.refused:
+            self.refused.append(reason)
         return None
 
-    def _read(self, folder: str, file: str, key: str) -> bytes | None:
+    def refusal(self, joins: Joins, place: Place) -> str | None:
+        """Why the images of a shard are not shown, where they lie nowhere that may be read; nothing is opened."""
+        reason = None
+        for tar in joins.tars(place):
+            try:
+                location = self._allowed.place(tar.location)
+            except Refused as error:
+                reason = reason or str(error)
+                continue
+            if is_url(location) or Path(location).exists():
+                return None
+        return None if self._allowed.named else reason
+
+    def _read(self, location: str, key: str, size: int | None = None) -> bytes | None:
+        """An image; None where it is not there, or the tar is not of ``size``. Raises Refused for a tar of no file, and
+        for one of a store that cannot be reached."""
         try:
-            return self._tar(folder, file).read(key)
-        except (OSError, ValueError, ImportError):  # gone, unreadable, replaced, or in a store without a driver
+            tar = self._tar(location, size)
+            return None if tar is None else tar.read(key)
+        except (FileNotFoundError, ValueError):  # gone, or replaced meanwhile
+            return None
+        except Exception as error:
+            problem = read_problem(error)
+            if problem is None and not isinstance(error, CapipeError):
+                raise
+            if is_url(location):
+                said = error if problem is None else problem.reason
+                raise Refused(f"{printable(location[:200])}: {printable(str(said)[:200])}") from None
             return None
 
-    def _tar(self, folder: str, file: str) -> TarImages:
+    def _tar(self, location: str, size: int | None) -> TarImages | None:
         """The tar, opened anew where it is another one by now."""
-        place = Folder(folder)
-        stamp = str(place.local(file).stat().st_mtime_ns if place.is_local else place.size(file))
+        stamp = stamp_of(location)
+        if size not in (None, stamp[0]):
+            return None
         with self._lock:
-            known = self._tars.get((folder, file, stamp))
+            known = self._tars.get((location, stamp))
             if known is None:
-                known = TarImages(lambda: place.open(file))
-                self._tars.put((folder, file, stamp), known)
+                known = TarImages(lambda: open_place(location))
+                self._tars.put((location, stamp), known)
         return known
+
+
+def refusals(refused: Sequence[str]) -> str | None:
+    """What :attr:`Pictures.refused` lists, in one line."""
+    if not refused:
+        return None
+    more = f" (and {len(refused) - 1} more such places)" if len(refused) > 1 else ""
+    return f"not shown: {refused[0]}{more}"
 
 
 def small_jpeg(data: bytes, side: int, quality: int = 80) -> bytes | None:

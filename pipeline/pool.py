@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import selectors
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from typing import Generic, TypeVar
 
 from ..errors import CapipeError, RunFailed
 from ..models.processes import Worker, WorkerDiedError
+from ..terminal import print_err
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -186,4 +186,4 @@ def _failed(task: Task, error: Exception) -> Failed[Task]:
 
 
 def _warn(failed: Failed[Task], attempt: int) -> None:
-    print(f"attempt {attempt} of {ATTEMPTS} failed, trying again: {failed.error}", file=sys.stderr)
+    print_err(f"attempt {attempt} of {ATTEMPTS} failed, trying again: {failed.error}")

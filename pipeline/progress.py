@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..terminal import escaped, print_err
 from .events import DoneElsewhere, Event, Note, Pulse, Ready, ShardDone, ShardFailed, ShardLost, WorkerFailed
 
 LOG_SECONDS = 10.0  # between lines where the output is no terminal
@@ -126,7 +126,8 @@ class Progress:
             f"{self.shards_done}/{self.shards_total or '?'} shards",
             f"ETA {clock(self.eta())}",
         )
-        return Group(table, Text(self.line().partition(", ")[2], style="dim"), *(Text(n) for n in self.notes[-3:]))
+        notes = (Text(escaped(note)) for note in self.notes[-3:])
+        return Group(table, Text(self.line().partition(", ")[2], style="dim"), *notes)
 
     @contextmanager
     def shown(self, console: Console) -> Iterator[Callable[[Event], None]]:
@@ -147,11 +148,11 @@ class _LineLogger:
     def report(self, event: Event) -> None:
         self._progress.update(event)
         for note in self._progress.notes[self._notes :]:
-            print(f"{self._progress.stage}: {note}", file=sys.stderr, flush=True)
+            print_err(f"{self._progress.stage}: {note}")
         self._notes = len(self._progress.notes)
         if time.monotonic() - self._last > LOG_SECONDS:
             self._last = time.monotonic()
-            print(self._progress.line(), file=sys.stderr, flush=True)
+            print_err(self._progress.line())
 
 
 def _station(pulse: Pulse) -> str:

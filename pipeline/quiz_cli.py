@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import BadInput
+from ..terminal import print_err
 from . import options as o
 from .engine_stages import EngineSetup, Plan
 from .key_values import second_model
@@ -182,9 +182,9 @@ def import_questions(path: str, distractors: int, seed: int, shards: str, out: s
     if strangers:
         first = strangers[0]
         text = f"capipe: {first.where}: {first.reason} ({first.image!r}); {len(strangers)} such records are listed in "
-        print(f"{text}{out}/{PRIVATE}/unmatched.jsonl, give --shards that hold their images", file=sys.stderr)
+        print_err(f"{text}{out}/{PRIVATE}/unmatched.jsonl, give --shards that hold their images")
     if refused is not None:
-        print(f"capipe: {refused}", file=sys.stderr)
+        print_err(f"capipe: {refused}")
     return run_plan(made, Workplace())
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..terminal import escape_logs
 
 if TYPE_CHECKING:
     from ..manifests.artifact import Artifact
@@ -75,6 +76,7 @@ class RayWorker:
     """An asynchronous actor: :meth:`work` runs to the end while the runner's other calls are answered."""
 
     def __init__(self, home: Home) -> None:
+        escape_logs()
         for name in SAME_EVERYWHERE:  # Ray sets a number of threads of its own
             os.environ.pop(name, None)
         os.environ.update(home.environment)

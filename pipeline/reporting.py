@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..manifests.allowed import Allowed
 from ..manifests.artifact import Artifact
 from ..manifests.fingerprint import fingerprint
+from ..manifests.outside import Refused
 from ..manifests.shards import RowReader, expand
 from ..manifests.storage import write_new
 from ..models.blip import BlipScorer
@@ -95,7 +97,7 @@ def _gallery(graded: Artifact, scorer: ClipScorer | BlipScorer) -> tuple[Gallery
 def run_of(folder: Path, system: str | None) -> Run:
     """A graded artifact as one side of a comparison."""
     graded = Artifact.open(str(folder))
-    return Run(str(folder.parent), rows_of(graded), settings(graded), system)
+    return Run(str(folder.parent), rows_of(graded), settings(graded, Allowed(str(folder))), system)
 
 
 def rows_of(graded: Artifact) -> Iterator[dict[str, Any]]:
@@ -104,8 +106,11 @@ def rows_of(graded: Artifact) -> Iterator[dict[str, Any]]:
         yield from graded.read_rows(shard)
 
 
-def settings(graded: Artifact) -> dict[str, Any]:
-    """What the figures depend on. ``reader identity``: all that decides how it answers, whatever it is called."""
+def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]:
+    """What the figures depend on. ``reader identity``: all that decides how it answers, whatever it is called.
+
+    ``allowed``: where the captions may be; None for an artifact whose inputs this command line named.
+    """
     semantic, run = graded.config["semantic"], graded.config["run"]
     reader = f"{run['model']}@{str(semantic['model'])[:12]}, {_presented(semantic['grade']['presentations'])}"
     identity = fingerprint({"model": semantic["model"], "asked": semantic["reader"]})[:16]
@@ -115,7 +120,7 @@ def settings(graded: Artifact) -> dict[str, Any]:
         "questions": f"{run['questions']}@{str(semantic['questions'])[:12]}",
     }
     facts |= {"captions": f"{run['captions']}@{str(semantic['captions'])[:12]}", "shards": run["shards"]}
-    if (captions := _captions_of(graded)) is not None:
+    if (captions := _captions_of(run["captions"], allowed)) is not None:
         asked = captions.config
         named = asked["semantic"]["annotate"]
         facts |= {"captioner": f"{asked['run']['model']}@{str(asked['semantic']['model'])[:12]}"}
@@ -124,12 +129,13 @@ def settings(graded: Artifact) -> dict[str, Any]:
     return {**facts, "generic caption": semantic["grade"]["generic"]}
 
 
-def _captions_of(graded: Artifact) -> Artifact | None:
-    """The captions that were graded, where they still are where they were."""
+def _captions_of(url: str, allowed: Allowed | None) -> Artifact | None:
+    """The captions that were graded, where they still are and may be opened."""
     try:
-        return graded.named(graded.config["run"]["captions"])
-    except BadInput:
+        place = url if allowed is None else allowed.place(url)
+    except Refused:
         return None
+    return Artifact.open(place) if Artifact.exists(place) else None
 
 
 def _presented(presentations: int | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import Problems
+from ..terminal import print_err, print_line
 from .interrupts import CODES, say
 from .outcome import Exit
 
@@ -36,7 +36,7 @@ def run(
 
     chain, absent = checked(recipe, overrides or [])
     if dry_run:
-        show_plan(chain, out, load_chain(out), absent, print)
+        show_plan(chain, out, load_chain(out), absent, print_line)
         return
     if absent:
         raise Problems(absent)
@@ -59,11 +59,11 @@ def run_checked(chain: Chain, out: Path) -> int:
     """Run it, telling what is done; returns the exit code."""
     from .chain_run import run_chain
 
-    code = run_chain(chain, out, lambda line: print(line, file=sys.stderr, flush=True))
+    code = run_chain(chain, out, print_err)
     if code in CODES:
         say("stopped; run the same command to go on")
     elif code == Exit.OK:
-        print(
+        print_line(
             f"chain {chain.name}: {len(chain.stages)} stages done in {out}; capipe report {out} writes {out / REPORT}"
         )
     return code

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..manifests import times
+from ..manifests.allowed import read_log
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
+from ..manifests.outside import Refused, open_local
 from ..trainer.log import SECONDS, STEPS, TIMES
 from .finding import RUN
 from .pace import pace, rows_of_input
@@ -105,9 +107,9 @@ def _journaled(artifact: Artifact) -> int:
 def _lines(path: Path) -> int:
     """Whole lines of a file; none where it is gone, as a journal is after its commit."""
     try:
-        with path.open("rb") as file:
+        with open_local(str(path)) as file:
             return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
-    except OSError:
+    except (OSError, Refused):
         return 0
 
 
@@ -147,7 +149,7 @@ def read_figures(run: Path) -> list[dict[str, Any]]:
 
 def _entries(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = file.read_bytes().split(b"\n")[:-1]
+        lines = read_log(file).split(b"\n")[:-1]
     except OSError:
         return []
     found = []

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ..errors import CapipeError
+from ..terminal import escaped
 from .chain_state import DONE, FAILED, STOPPED, ChainState, StageState
 from .finding import HERE, Found, find
 from .progress import clock
@@ -181,11 +182,11 @@ def follow(look: Callable[[], Overview], every: float, console: Console) -> Over
             view = look()
             told = [(text, style) for text, style in lines(view)]
             if isinstance(live, Live):
-                live.update(Group(*(Text(text, style, no_wrap=True) for text, style in told)), refresh=True)
+                live.update(Group(*(Text(escaped(text), style, no_wrap=True) for text, style in told)), refresh=True)
             else:
                 for text, _ in told:
                     if text not in shown:
-                        console.print(Text(text), soft_wrap=True)
+                        console.print(Text(escaped(text)), soft_wrap=True)
                 shown = [text for text, _ in told]
             if view.complete:
                 return view

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..terminal import print_line
 from . import options as o
 from .outcome import Exit
 
@@ -28,6 +29,6 @@ def train(
 
     more = [] if max_pixels is None else [f"max_pixels={max_pixels}"]
     loaded = load_recipe(recipe, [*(overrides or []), *more])
-    last = asyncio.run(run_training(loaded, out, fresh=fresh, say=lambda line: print(line, flush=True)))
+    last = asyncio.run(run_training(loaded, out, fresh=fresh, say=print_line))
     if last != folder_of(out, loaded.steps):
         raise typer.Exit(Exit.INTERRUPTED)

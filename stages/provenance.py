@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CapipeError
+from ..manifests.allowed import Allowed
 from ..manifests.artifact import Artifact
+from ..manifests.outside import Refused
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
@@ -66,15 +68,20 @@ def _find(url: str, wanted: str | None, beside: str) -> Artifact | str:
     if wanted is None:
         return "tars that are no artifact of capipe"
     moved = f"{beside.rpartition('/')[0] or '.'}/{last_part(url)}"
-    other = False
+    other = refused = False
     for place in dict.fromkeys((url, moved)):
         try:
-            found = Artifact.open(place)
+            found = Artifact.open(Allowed(beside).place(place))
+        except Refused:
+            refused = True
+            continue
         except (CapipeError, OSError, ImportError, ValueError):  # gone, or in a store that is out of reach
             continue
         if found.fingerprint == wanted:
             return found
         other = True
+    if refused:
+        return "not looked at: in another store than what was made of it"
     return "another artifact is in its place by now" if other else "gone: its folder is not where it was"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..terminal import escaped
 from .evaluation import kinds_in_order
 from .figures import Comparison, Difference, Example, Report, System
 from .measures import Estimate
@@ -322,7 +323,7 @@ def _rich(grid: Grid) -> Table:
 
 def _text(cell: str) -> Text:
     """Not rich's markup, and nothing that a terminal obeys: names may have anything in them."""
-    return Text(_CONTROL.sub(" ", cell))
+    return Text(escaped(cell))
 
 
 def _percent(estimate: Estimate, interval: bool = True, sign: str = "") -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ... import __version__
-from ...manifests.storage import write_synced
+from ...manifests.allowed import Allowed
+from ...manifests.storage import write_new
 from ..finding import find
 from ..joins import Joins
-from ..pictures import Pictures
+from ..pictures import Pictures, refusals
 from ..progress import clock
 from .charts import Bar, histogram_chart, interval_chart, line_chart, status_bar
 from .examples import gallery, losses
@@ -30,16 +32,22 @@ _HERE = Path(__file__).parent
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def write_report(folder: Path, out: Path | None = None) -> Path:
+def write_report(
+    folder: Path, out: Path | None = None, images: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
+) -> Path:
     """Write the report of a chain's folder, or of any folder with artifacts; returns its path.
 
-    ``out`` is ``folder/report.html`` by default and is replaced in one step. Raises BadInput where nothing of capipe
-    is in the folder.
+    ``out`` is ``folder/report.html`` by default and is replaced in one step. ``images``: folders and URLs below which
+    tars that manifests name may be read; where more would be needed for its pictures, the page and a line to ``say``
+    tell so. Raises BadInput where nothing of capipe is in the folder.
     """
     target = folder / REPORT if out is None else out
     found = find(folder)
-    joins, pictures = Joins(found.artifacts), Pictures()
-    facts = gather(found)
+    joins, pictures = Joins(found.artifacts), Pictures(Allowed(str(folder), tuple(images)))
+    facts, shown, lost = gather(found), gallery(joins, pictures), losses(joins, pictures)
+    if (refused := refusals(pictures.refused)) is not None:
+        facts.damaged["pictures"] = refused
+        say(f"pictures {refused}")
     page = (
         _environment()
         .get_template("page.html.j2")
@@ -57,14 +65,12 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
             else None,
             gain=_gain(facts),
             histograms=[(each, list(map(histogram_chart, each.histograms))) for each in facts.scores],
-            gallery=gallery(joins, pictures),
-            losses=losses(joins, pictures),
+            gallery=shown,
+            losses=lost,
             packages=_common([each.packages for each in facts.origins]),
         )
     )
-    scratch = target.with_name(f".{target.name}.partial")
-    write_synced(scratch, page.encode())
-    scratch.replace(target)
+    write_new(target, page.encode())
     return target
 
 

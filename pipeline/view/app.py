@@ -77,7 +77,9 @@ def create_app(library: Library) -> FastAPI:
         table = library.table(a)
         start = None if shard is None else (shard, row)
         page = finder.page(table, Asked(filter, search), start, limit, back)
-        return answer(_listed(table, page, columns or default_columns(table)))
+        listed = _listed(table, page, columns or default_columns(table))
+        listed["faults"] += library.refusals(table, (shard for shard, _ in page.rows))
+        return answer(listed)
 
     @app.get("/api/count")
     def count(a: Id, filter: Text = "", search: Text = "") -> Response:
@@ -169,7 +171,7 @@ def _listed(table: Table, page: Page, columns: Sequence[str]) -> dict[str, Any]:
         "before": page.before,
         "after": page.after,
         "stopped": page.stopped,
-        "faults": page.faults,
+        "faults": list(page.faults),
         "total": table.rows,
     }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput
+from ...manifests.allowed import Allowed
 from ...manifests.artifact import CONFIG
 from ...manifests.manifest import LINES
 from ...models.formats import HEAD_BYTES, sniff
@@ -27,11 +29,11 @@ _TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 class Library:
     """All that the viewer shows. Safe to share between threads."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises BadInput where ``root`` has no artifact."""
+    def __init__(self, root: Path, images: Sequence[str] = ()) -> None:
+        """``images``: folders and URLs below which tars may be read. Raises BadInput where ``root`` has no artifact."""
         self.root = root
         self._lock = threading.Lock()
-        self._pictures = Pictures()
+        self._pictures = Pictures(Allowed(str(root), tuple(images)))
         self._small: Cache[tuple[str, str], bytes] = Cache(64 << 20, len)
         self._arrays: Arrays = Cache(512 << 20, lambda array: int(array.nbytes))
         self._tables: dict[str, Table] = {}
@@ -118,6 +120,12 @@ class Library:
 
     # --- images ------------------------------------------------------------------------------------------------------
 
+    def refusals(self, table: Table, shards: Iterable[str]) -> list[str]:
+        """Why the images of some of these shards are not shown, where that is not for want of them."""
+        found = (self._pictures.refusal(table.joins, Place(table.name, shard)) for shard in dict.fromkeys(shards))
+        reasons = [reason for reason in found if reason is not None]
+        return [f"Pictures are not shown: {reasons[0]}."] if reasons else []
+
     def image(self, artifact_id: str, shard: str, row: int, small: bool) -> tuple[bytes, str]:
         """A row's image and its media type: a small JPEG, or the bytes as they were collected. Raises Unknown."""
         table = self.table(artifact_id)
@@ -127,7 +135,8 @@ class Library:
             return known, "image/jpeg"
         data = self._pictures.of(table.joins, Place(table.name, shard), named)
         if data is None:
-            raise Unknown("there is no picture of this row")
+            reason = self._pictures.refusal(table.joins, Place(table.name, shard))
+            raise Unknown("there is no picture of this row" + (f": {reason}" if reason else ""))
         kind = sniff(data[:HEAD_BYTES])
         if not small and isinstance(kind, str) and kind in _TYPES:
             return data, _TYPES[kind]

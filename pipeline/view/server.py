@@ -6,43 +6,52 @@ import errno
 import ipaddress
 import secrets
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from ...errors import BadInput
+from ...terminal import print_err, print_line
 from .guard import LOOPBACK, App, Guard
 from .library import Library
 
 _SHORTEST = 16  # characters of a token
 
 
-def serve(folder: Path, host: str, port: int, token: str | None) -> None:
-    """Serve until Ctrl-C. Raises BadInput where the folder has no artifact, or the address cannot be listened at."""
-    try:
-        import uvicorn
+def serve(folder: Path, host: str, port: int, token: str | None, images: Sequence[str] = ()) -> None:
+    """Serve until Ctrl-C. ``token``: as :func:`chosen_token` gives it; ``images``: as of :class:`.library.Library`.
 
+    Raises BadInput where the folder has no artifact, or the address cannot be listened at.
+    """
+    try:
         from .app import create_app
+        from .connections import server_of
     except ImportError as error:
         raise BadInput(f"capipe view needs {error.name}; pip install 'capipe[view]'") from None
-    library = Library(folder)
+    library = Library(folder, images)
     pa.table({"rows": [0]}).take([0])  # pyarrow imports pandas at the first one: here, not in the first visitor's page
-    token = chosen_token(host, token)
     listening = listen(host, port)
     bound = int(listening.getsockname()[1])
     app = guarded(create_app(library), host, bound, token)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
-    print(f"{folder}: {address(host, bound, token)}", flush=True)
-    print("Ctrl-C ends it. Nothing is written.", file=sys.stderr, flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    print_line(f"{folder}: {address(host, bound, token)}")
+    print_err("Ctrl-C ends it. Nothing is written.")
+    server_of(app).run(sockets=[listening])
 
 
-def chosen_token(host: str, token: str | None) -> str | None:
-    """The token to ask for: the one given, a random one beyond loopback, else none. Raises BadInput for a short one."""
+def chosen_token(host: str, token: str | None, no_token: bool = False) -> str | None:
+    """The token to ask for: the one given, else a random one; with ``no_token`` none, which loopback alone may do.
+
+    Others who work on this machine reach its loopback, too. Raises BadInput for a short token and for a contradiction.
+    """
+    if no_token and token is not None:
+        raise BadInput("--token and --no-token: give one of them")
+    if no_token and not is_loopback(host):
+        raise BadInput(f"--host {host}: without a token everybody who reaches it could look; leave --no-token out")
+    if no_token:
+        return None
     if token is None:
-        return None if is_loopback(host) else secrets.token_urlsafe(24)
+        return secrets.token_urlsafe(24)
     if len(token) < _SHORTEST or not token.isascii() or not all(c.isalnum() or c in "-_.~" for c in token):
         raise BadInput(f"--token: give at least {_SHORTEST} letters, digits or any of -_.~, or leave it out")
     return token

@@ -21,7 +21,7 @@ from .looking import words, write_captions, write_chain
 
 CHROMIUM = "/usr/bin/chromium"
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="the viewer needs capipe[view]")
+pytest.importorskip("uvicorn", reason="the viewer needs capipe[view]")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no {CHROMIUM} on this machine"),
@@ -44,13 +44,14 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(chain: Path) -> Iterator[str]:
     from capipe.pipeline.view.app import create_app
+    from capipe.pipeline.view.connections import server_of
     from capipe.pipeline.view.library import Library
     from capipe.pipeline.view.server import guarded, listen
 
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     app = guarded(create_app(Library(chain)), "127.0.0.1", port, "a-token-for-this-test")
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    server = server_of(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{port}/"

@@ -245,3 +245,22 @@ def test_the_command(chain: Path, tmp_path: Path) -> None:
     assert (tmp_path / "deep/page.html").read_text().startswith("<!doctype html>")
     (tmp_path / "empty").mkdir()
     assert "no artifact" in one_line(capipe("report", tmp_path / "empty", code=2))
+
+
+@pytest.mark.parametrize("name", [".report.html.partial", "report.html"])
+def test_a_link_in_its_place_is_replaced_and_never_followed(tmp_path: Path, name: str) -> None:
+    """Somebody else's folder may hold links under any name that can be foreseen."""
+    write_images(tmp_path / "given/shards", [2])
+    outside = tmp_path / "outside.html"
+    outside.write_text("mine")
+    (tmp_path / "given" / name).symlink_to(outside)
+    made = write_report(tmp_path / "given")
+    assert outside.read_text() == "mine" and not made.is_symlink() and made.read_text().startswith("<!doctype html>")
+    assert {each.name for each in (tmp_path / "given").iterdir()} <= {"shards", "report.html", name}
+
+
+def test_what_a_killed_report_left_is_cleared(tmp_path: Path) -> None:
+    write_images(tmp_path / "shards", [2])
+    left = tmp_path / f".report.html.{'0' * 16}.partial"
+    left.write_text("half")
+    assert write_report(tmp_path).stat().st_size > 1000 and not left.exists()

@@ -94,10 +94,15 @@ def test_a_token_lets_in_by_address_once_by_cookie_and_by_header(chain: Path) ->
         assert client.get("/api/catalog", headers={"host": "evil.example"}).status_code == 421
 
 
-def test_beyond_loopback_a_token_is_made_up() -> None:
-    assert chosen_token("127.0.0.1", None) is None and chosen_token("::1", None) is None
-    made = {chosen_token("0.0.0.0", None) for _ in range(3)}
-    assert len(made) == 3 and all(token and len(token) >= 32 for token in made)
+def test_a_token_is_made_up_unless_loopback_does_without() -> None:
+    for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0"):
+        made = {chosen_token(host, None) for _ in range(3)}
+        assert len(made) == 3 and all(token and len(token) >= 32 for token in made)
+    assert chosen_token("127.0.0.1", None, no_token=True) is None and chosen_token("::1", None, no_token=True) is None
+    with pytest.raises(BadInput, match="--no-token"):
+        chosen_token("0.0.0.0", None, no_token=True)
+    with pytest.raises(BadInput, match="give one of them"):
+        chosen_token("127.0.0.1", "a-token-of-some-length", no_token=True)
     assert not is_loopback("0.0.0.0") and not is_loopback("example.org") and is_loopback("localhost")
     with pytest.raises(BadInput, match="--token"):
         chosen_token("127.0.0.1", "short")
@@ -114,13 +119,20 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
         listen("no.such.host.invalid", 0)
 
 
+def test_no_token_beyond_loopback_is_one_line(chain: Path) -> None:
+    refused = capipe("view", chain, "--port", 0, "--host", "0.0.0.0", "--no-token", code=2)
+    assert "leave --no-token out" in one_line(refused)
+
+
 def test_a_folder_without_artifacts_is_one_line(tmp_path: Path) -> None:
     assert "no artifact" in one_line(capipe("view", tmp_path, "--port", 0, code=2))
     assert "no such folder" in one_line(capipe("view", tmp_path / "gone", "--port", 0, code=2))
 
 
-def test_the_command_serves_until_it_is_stopped(chain: Path) -> None:
-    command = [sys.executable, "-m", "capipe.pipeline", "view", str(chain), "--port", "0", "--host", "0.0.0.0"]
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_command_serves_until_it_is_stopped(chain: Path, host: str) -> None:
+    """Who has the printed link looks; on loopback, too, nobody else does."""
+    command = [sys.executable, "-m", "capipe.pipeline", "view", str(chain), "--port", "0", "--host", host]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert running.stdout is not None
@@ -136,6 +148,9 @@ def test_the_command_serves_until_it_is_stopped(chain: Path) -> None:
         assert refused.status_code == 401
         told = httpx.get(f"http://127.0.0.1:{port}/api/catalog", headers={"authorization": f"Bearer {token}"})
         assert len(told.json()["artifacts"]) == 2
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", follow_redirects=True) as visitor:
+            assert visitor.get("/", params={"token": token}).status_code == 200
+            assert visitor.get("/api/catalog").status_code == 200
     finally:
         running.terminate()
         running.wait(20)

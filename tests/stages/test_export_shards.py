@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from capipe.errors import ArtifactMismatch, BadInput
+from capipe.manifests.allowed import Allowed
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.shards import uid_of
 from capipe.manifests.verify import verify
@@ -180,7 +181,7 @@ def test_the_viewer_finds_the_pictures(tmp_path: Path, format: str) -> None:
     export(source, tmp_path / "out", format, shard_size=3)
     found = {name: Artifact.open(str(tmp_path / name)) for name in ("final", "out")}
     for joins in (Joins(found), Joins({"out": found["out"]})):
-        pictures = Pictures()
+        pictures = Pictures(Allowed(str(tmp_path)))
         for shard in joins.records["out"]:
             place = Place("out", shard)
             assert joins.beside(place) == []

@@ -1,0 +1,107 @@
+"""Where a command follows what a manifest names: to local files and to stores that the user named, and no further.
+
+The command line is the user's own; a manifest was written by anybody, and what its URLs name is asked for on the
+network in the user's name. How a location may be spelled at all says :mod:`.outside`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote
+
+from fsspec.implementations.local import LocalFileSystem
+
+from .compressed import tar_stem
+from .outside import Refused, check, is_url, open_local, store
+from .storage import Folder
+from .tar import printable
+
+_LOCAL = ("file://", "local://")
+_WRAPPING = ("reference",)  # file systems that lead to whatever URLs a file names
+MAX_LOG = 1 << 30  # bytes; a step of training takes some hundred
+_MEMORY = "memory"  # of this process
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """``given``: the folder or URL that the command is about. ``named``: folders and URLs named beside it, below which
+    all may be opened."""
+
+    given: str
+    named: tuple[str, ...] = ()
+
+    def place(self, location: str) -> str:
+        """``location`` as it is to be opened: a local path (absolute) or a URL. Raises Refused."""
+        if location.lower().startswith(_LOCAL) or not is_url(location):
+            check(location.partition("://")[2] if is_url(location) else location)
+            path = str(LocalFileSystem._strip_protocol(location))
+            check(path)
+            return path
+        scheme = location.partition("://")[0].lower()
+        if "::" in location or scheme in _WRAPPING:
+            raise Refused(f"{printable(location[:200])}: a chain of file systems is not opened from a manifest")
+        if scheme == _MEMORY or self._of_given(location) or any(_lies_below(location, each) for each in self.named):
+            return _spelled(location)
+        check(location)
+        hint = printable((location if tar_stem(location) is None else location.rpartition("/")[0])[:200])
+        raise Refused(f"{printable(location[:200])}: in a store that was not named; --images {hint} lets it be read")
+
+    def _of_given(self, url: str) -> bool:
+        return is_url(self.given) and store(url) == store(self.given)
+
+    def elsewhere(self, location: str) -> Iterator[str]:
+        """Where the file of ``location`` may lie by now: directly below what the user named."""
+        file = location.rpartition("/")[2]
+        yield from (f"{_spelled(each).rstrip('/')}/{file}" for each in self.named)
+
+
+def _lies_below(url: str, prefix: str) -> bool:
+    """Whether a URL is ``prefix`` or below it, as the server will see it: ``..`` may be written in several ways."""
+    url, prefix = _spelled(url), _spelled(prefix).rstrip("/")
+    rest = unquote(unquote(url.removeprefix(prefix)))
+    return is_url(prefix + "/") and (url == prefix or url.startswith(prefix + "/")) and ".." not in rest.split("/")
+
+
+def _spelled(url: str) -> str:
+    """With scheme and host in lower case."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme.lower()}://{host.lower()}{slash}{path}" if is_url(url) else url
+
+
+def split(place: str) -> tuple[Folder, str]:
+    """The folder of a place that :meth:`Allowed.place` gave, and its file. Raises BadInput without a driver for it."""
+    folder, _, file = place.rpartition("/")
+    return Folder(folder or "/"), file
+
+
+def open_place(place: str) -> BinaryIO:
+    """A file of a place that :meth:`Allowed.place` gave. Raises Refused where it is no regular file; OSError."""
+    if not is_url(place):
+        return open_local(place)
+    folder, file = split(place)
+    return folder.open(file)
+
+
+def read_log(path: Path) -> bytes:
+    """A log in a folder of anybody's. Raises OSError, also for what is no file, or over :data:`MAX_LOG` bytes."""
+    try:
+        with open_local(str(path)) as file:
+            data = file.read(MAX_LOG + 1)
+    except Refused as error:
+        raise OSError(str(error)) from None
+    if len(data) > MAX_LOG:
+        raise OSError(f"{path}: over {MAX_LOG >> 20} MiB")
+    return data
+
+
+def stamp_of(place: str) -> tuple[int, int]:
+    """Size and time of change (of remote files 0): another where there is another file by now. Raises OSError."""
+    folder, file = split(place)
+    if not is_url(place):
+        stat = folder.local(file).stat()
+        return stat.st_size, stat.st_mtime_ns
+    return folder.size(file), 0
