@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ArtifactMismatch
 from .fingerprint import canonical
+from .redaction import redacted_data
 from .status import Status
 from .storage import PRIVATE, Folder, append_line
 
@@ -96,6 +97,7 @@ def _last_lines(folder: Folder) -> dict[str, ShardRecord]:
 def _written(record: ShardRecord) -> bytes:
     """A line of the manifest, without its end."""
     entry = {k: v for k, v in asdict(record).items() if v or k not in ("retracted", "seconds")}
+    entry["input"] = redacted_data(entry["input"])
     return canonical({**entry, CHECKSUM: _checksum(entry)}).encode()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..manifests.redaction import redacted_data
 from ..manifests.storage import sync, write_synced
 
 FILE = "chain.json"
@@ -95,7 +96,7 @@ def save_chain(folder: Path, state: ChainState) -> None:
     state.updated = now()
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f"{FILE}.partial"
-    text = json.dumps({"format": FORMAT, **asdict(state)}, indent=1, ensure_ascii=False)
+    text = json.dumps({"format": FORMAT, **redacted_data(asdict(state))}, indent=1, ensure_ascii=False)
     write_synced(scratch, text.encode())
     scratch.replace(folder / FILE)
     sync(folder)
