@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 
 API_KEY_VARIABLE = "CAPIPE_API_KEY"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+OTHER_KEYS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
 HIDDEN = "***"
 LEAST, PLAIN = 4, 16  # characters: shorter values are words of any text; longer ones are looked for within words, too
 
@@ -48,9 +49,10 @@ def note(texts: Iterable[str]) -> None:
 
 
 def note_started() -> None:
-    """Remember those that this process was started with: its command line and its environment's proxies."""
+    """Remember those that this process was started with: of its command line, its proxies, hubs and stores."""
     note(sys.argv)
     note(value for name, value in os.environ.items() if name.lower() in PROXIES)
+    _noted.update(value for name in OTHER_KEYS if len(value := os.environ.get(name, "").strip()) >= PLAIN)
 
 
 def api_key() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,12 +98,13 @@ def test_long_texts_take_no_time() -> None:
 
 def test_a_stream_hides_what_a_traceback_shows() -> None:
     code = (
-        "import sys; from capipe.manifests.redaction import redact_output; redact_output(); "
-        "print('out', sys.argv[1]); raise ValueError('PASSWORD and ' + sys.argv[1])"
+        "import os, sys; from capipe.manifests.redaction import redact_output; redact_output(); "
+        "print('out', sys.argv[1], os.environ['HF_TOKEN']); raise ValueError('PASSWORD and ' + sys.argv[1])"
     )
     given = [sys.executable, "-c", code, "http://me:PASSWORD@host/v1"]
-    done = subprocess.run(given, capture_output=True, text=True)
-    assert done.stdout == "out http://me:***@host/v1\n"
+    token = "hf_0123456789abcdef"
+    done = subprocess.run(given, capture_output=True, text=True, env={**os.environ, "HF_TOKEN": token})
+    assert done.stdout == "out http://me:***@host/v1 ***\n"
     assert "ValueError: *** and http://me:***@host/v1" in done.stderr and "PASSWORD@" not in done.stderr
 
 
