@@ -25,6 +25,7 @@ from .journal import Journal
 from .manifest import ShardRecord
 from .names import checked_name, name_problem
 from .overwriting import refuse_overwriting
+from .redaction import identity_of, redacted, redacted_data
 from .storage import PRIVATE, Folder, NotAFile, clear, expecting, open_own, parquet_file
 from .transaction import ShardTransaction
 
@@ -122,12 +123,12 @@ class Artifact:
         """
         refuse_overwriting(url, reads)
         folder = Folder(url)
-        semantic = json.loads(canonical({"stage": stage, **semantic}))
+        semantic = identity_of(json.loads(canonical({"stage": stage, **semantic})))
         config = {
             "stage": stage,
             "fingerprint": fingerprint(semantic),
             "semantic": semantic,
-            "run": json.loads(canonical(run)),
+            "run": redacted_data(json.loads(canonical(run))),
             "packages": _versions(),
         }
         if not folder.exists(CONFIG):
@@ -189,7 +190,7 @@ class Artifact:
 
     def note(self, **facts: Any) -> None:
         """Add facts about the run to ``config.json``; they are not in the fingerprint."""
-        self.config["run"] = {**self.config["run"], **facts}
+        self.config["run"] = {**self.config["run"], **redacted_data(facts)}
         self._write(self.config)
 
     def _drop_journals(self) -> None:
@@ -359,7 +360,7 @@ class Artifact:
 
     def quarantine(self, shard: str, reason: str) -> None:
         """Note that a shard could not be done, and why; the next run tries it again."""
-        entry = {"shard": shard, "error": reason}
+        entry = {"shard": shard, "error": redacted(reason)}
         self.folder.write(f"{QUARANTINE}/{shard}.json", encodable(json.dumps(entry, ensure_ascii=False)).encode())
 
     def quarantined(self) -> dict[str, str]:

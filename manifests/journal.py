@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .fingerprint import canonical
+from .redaction import redacted_row
 from .storage import open_own
 
 SYNC_SECONDS = 1.0
@@ -66,7 +67,7 @@ class Journal:
 
     def append(self, index: int, row: dict[str, Any]) -> None:
         """Record that input row ``index`` became ``row`` (a JSON-able dict)."""
-        self._write({"index": index, "row": row})
+        self._write({"index": index, "row": redacted_row(row)})
         if time.monotonic() - self._synced > SYNC_SECONDS:
             os.fdatasync(self._handle)
             self._synced = time.monotonic()

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import ArtifactMismatch
 from .fingerprint import canonical
 from .names import checked_name
+from .redaction import redacted_data
 from .status import Status
 from .storage import PRIVATE, Folder, NotAFile, append_line
 
@@ -99,6 +100,7 @@ def _last_lines(folder: Folder) -> dict[str, ShardRecord]:
 def _written(record: ShardRecord) -> bytes:
     """A line of the manifest, without its end."""
     entry = {k: v for k, v in asdict(record).items() if v or k not in ("retracted", "seconds")}
+    entry["input"] = redacted_data(entry["input"])
     return canonical({**entry, CHECKSUM: _checksum(entry)}).encode()
 
 

@@ -28,6 +28,7 @@ from . import manifest, replacing, times
 from .claims import holding, scratch_of
 from .manifest import ShardRecord
 from .names import checked_name
+from .redaction import redacted_row
 from .status import Status
 from .storage import Folder, clear, create, scratch_name, write_synced
 from .tar import TarWriter
@@ -72,7 +73,7 @@ class ShardTransaction:
             raise ValueError(f"shard {self.shard}: two rows have the key {key!r}")
         self._keys.add(key)
         self._counts[Status(row["status"])] += 1
-        self._rows.append(row)
+        self._rows.append(redacted_row(row))
         if len(self._rows) >= ROW_GROUP:
             self._flush()
         for extension, data in (members or {}).items():

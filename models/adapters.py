@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import BadInput, RunFailed
 from ..manifests.storage import clear, open_own
 from .captioner_kinds import read_json
+from .own_code import ask_nothing
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 CACHE_VARIABLE = "CAPIPE_CACHE"
@@ -123,6 +124,7 @@ def merge(model: Any, adapter: Path) -> Any:
     except ImportError as error:
         raise BadInput(f"--adapter {adapter}: peft does not import ({error}); pip install 'capipe[lora]'") from None
 
+    ask_nothing()
     try:
         config: Any = PeftConfig.from_pretrained(str(adapter))
         config.inference_mode = True

@@ -15,6 +15,7 @@ from ..errors import BadInput
 from .clip_source import CONFIG, Activation, ClipSource, Tag, clip_source
 from .hub import hub_name, snapshot
 from .images import Pixels
+from .own_code import ask_nothing, reason_in_words
 from .plain_text import PlainText, plain_text, spelled
 from .scorers import (
     Pair,
@@ -150,6 +151,7 @@ def load_clip(name: str, dtype: str = "auto", device: str = "auto") -> ClipScore
 
     where, number_type = device_and_type(device, dtype)
     source = clip_source(name)
+    ask_nothing()
     tag = source.place if isinstance(source.place, Tag) else None
     try:
         # Weights are read by safetensors or torch's weights-only loader: nothing in them is executed.
@@ -163,7 +165,7 @@ def load_clip(name: str, dtype: str = "auto", device: str = "auto") -> ClipScore
         ).to(number_type)
         tokenizer = _tokenizer(source)
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join((str(error) or type(error).__name__).split())
+        reason = " ".join(reason_in_words(error, whole=True).split())
         raise BadInput(f"{name}: open_clip cannot load it ({reason})") from error
     if (built := built_activation(model)) not in (None, source.activation):
         raise BadInput(f"{name}: open_clip builds it with {built}; its weights were trained with {source.activation}")

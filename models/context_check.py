@@ -17,6 +17,7 @@ from .captioner_kinds import read_json
 from .engine import Prompt
 from .http_server import served_context
 from .loading import EngineConfig, resolve_model
+from .own_code import reason_in_words
 from .plain_text import plain_text
 from .quiz import Question, caption_prompt, put
 from .reader import QuizReader, ReaderConfig
@@ -137,9 +138,11 @@ def counter_of(config: EngineConfig) -> Count:
         return by_bytes
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        str(resolve_model(config.model)), trust_remote_code=False
-    )
+    folder = str(resolve_model(config.model))
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{config.model}: its tokenizer does not load ({reason_in_words(error)})") from error
     plain = plain_text(tokenizer)
     return lambda text: len(tokenizer.encode(plain(text), add_special_tokens=False, verbose=False))
 

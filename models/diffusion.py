@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .hub import PIPELINE, hub_name
+from .own_code import ask_nothing, reason_in_words
 from .plain_text import plain_text
 from .pretrained import load_reported, refuse_random
 from .scorers import device_and_type
@@ -65,12 +66,15 @@ def load_painter(
     need_diffusers()
     from diffusers import DiffusionPipeline
 
+    ask_nothing()
     where, number_type = device_and_type(device, dtype)
     try:
         folder = pipeline_folder(name)
         kind = _pipeline_class(folder, name)
         parts = _parts(folder, name)
-        pipeline = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **parts)
+        pipeline = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **parts
+        )
     except (
         OSError,
         ValueError,
@@ -78,7 +82,7 @@ def load_painter(
         RuntimeError,
         TypeError,
     ) as error:  # as diffusers reports what is amiss
-        reason = " ".join((str(error) or type(error).__name__).split())
+        reason = " ".join(reason_in_words(error, whole=True).split())
         raise BadInput(f"{name}: does not load as a diffusion pipeline ({reason})") from error
     assert isinstance(pipeline, DiffusionPipeline)
     takes = inspect.signature(pipeline.__call__).parameters

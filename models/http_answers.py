@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from ..manifests.redaction import redacted, without_known
 from .engine import ChoiceScores, Completion, FinishReason, Refused, Rejected, RequestError, Thought
 from .thinking import OPENING, split_thought
 
@@ -28,6 +29,7 @@ FILTERED = (
     "prohibited_content",
     "blocklist",
 )
+LONGEST_SAID = 65_536  # characters of a message that are looked at
 NO_LOGPROBS = (
     "the server reports no log-probabilities, from which letters are read; take sampled ones (--reader-mode sampled, "
     "in a recipe `mode: sampled`), or a server that reports them"
@@ -88,7 +90,7 @@ def first_choice(answer: dict[str, Any]) -> dict[str, Any]:
         complaint = Complaint(200, *_said(error))
         said = str(complaint.message)
         raise Refused(f"refused: {said}", said) if complaint.filtered else RequestError(said)
-    raise RequestError(f"the server's answer has no choices: {str(answer)[:200]}")
+    raise RequestError(f"the server's answer has no choices: {cut(answer, 200)}")
 
 
 def finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> FinishReason:
@@ -117,7 +119,7 @@ def _check_not_refused(choice: dict[str, Any], message: dict[str, Any]) -> None:
 
 def _refused_by_model(words: Any) -> Refused:
     text = _written(str(words))
-    return Refused(f"refused by the model: {text[:500]}", text)
+    return Refused(f"refused by the model: {cut(text, 500)}", text)
 
 
 def _answer(message: dict[str, Any], reason: FinishReason) -> tuple[str, Thought | None]:
@@ -162,8 +164,11 @@ def _message(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _written(text: str) -> str:
-    """What a server says the model wrote, without half surrogate pairs: JSON may bring them and UTF-8 has none."""
-    return text.encode("utf-8", "replace").decode()
+    """What a server says the model wrote, without half surrogate pairs: JSON may bring them and UTF-8 has none.
+
+    Nor with our key, where a server answers with what it was sent.
+    """
+    return without_known(text.encode("utf-8", "replace").decode())
 
 
 def _count(answer: dict[str, Any]) -> int | None:
@@ -283,25 +288,33 @@ class Complaint:
 
 def read_complaint(response: httpx.Response) -> Complaint:
     if location := response.headers.get("location"):
-        return Complaint(response.status_code, f"the server is at {location}")
+        return Complaint(response.status_code, f"the server is at {cut(location, 500)}")
     try:
         answer = response.json()
-    except ValueError:
-        return Complaint(response.status_code, response.text[:500])
+    except (ValueError, RecursionError):
+        return Complaint(response.status_code, cut(response.text, 500))
     error = answer.get("error") or answer if isinstance(answer, dict) else answer
     return Complaint(response.status_code, *_said(error))
+
+
+def cut(said: Any, length: int) -> str:
+    """The beginning of what a server says, without secrets: cut first, a part of one would be left."""
+    try:
+        return redacted(str(said)[:LONGEST_SAID])[:length]
+    except RecursionError:  # nested as deep as no message is
+        return type(said).__name__
 
 
 def _said(error: Any) -> tuple[str, str, str, tuple[str, ...]]:
     """Message, code, parameter and listed fields of an error's body in any of its usual forms."""
     if not isinstance(error, dict):
-        return str(error)[:500], "", "", ()
+        return cut(error, 500), "", "", ()
     detail = error.get("detail")
     listed = [each for each in detail if isinstance(each, dict)] if isinstance(detail, list) else []
     fields = tuple(str(each["loc"][-1]) for each in listed if each.get("loc"))
     code = " ".join(str(error[key]) for key in ("code", "type") if error.get(key) is not None)
     message = error.get("message") or detail or error
-    return str(message)[:500], code, str(error.get("param") or ""), fields
+    return cut(message, 500), cut(code, 500), str(error.get("param") or ""), fields
 
 
 def retry_after(response: httpx.Response) -> float | None:
@@ -321,13 +334,13 @@ def json_object(response: httpx.Response) -> dict[str, Any] | None:
     """A good answer's body; None where it is one that broke on its way. Raises RequestError where it never was one."""
     try:
         answer = response.json()
-    except ValueError as error:
-        if response.text.lstrip().startswith("{") or "content-encoding" in response.headers:
+    except (ValueError, RecursionError) as error:
+        if response.text.lstrip().startswith("{"):
             return None
         kind = "HTML" if response.text.lstrip()[:1] == "<" else "not JSON"
         raise RequestError(
-            f"the server's answer is {kind}: {response.text[:200]!r}; is the URL that of an OpenAI API?"
+            f"the server's answer is {kind}: {cut(response.text, 200)!r}; is the URL that of an OpenAI API?"
         ) from error
     if not isinstance(answer, dict):
-        raise RequestError(f"the server's answer is no JSON object: {response.text[:200]!r}")
+        raise RequestError(f"the server's answer is no JSON object: {cut(response.text, 200)!r}")
     return answer

@@ -40,10 +40,20 @@ from .http_answers import (
     read_completion,
     retry_after,
 )
+from .http_exchange import exchange
 from .http_fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField
 from .http_images import data_url, shown
 from .http_limits import MOST, AdaptiveLimit, Limiter, room_for_connections
-from .http_server import CONNECT_SECONDS, Connections, base_url, chosen_model, listed_models, model_context, no_answer
+from .http_server import (
+    CONNECT_SECONDS,
+    Connections,
+    base_url,
+    chosen_model,
+    listed_models,
+    model_context,
+    models,
+    no_answer,
+)
 from .plain_text import plain_for_servers, plain_prompt
 from .thinking import Tags
 from .vllm_sync import EXTENSION, RELOAD
@@ -55,8 +65,9 @@ EXTENDED_SERVERS = ("vllm", "sglang")  # as they name themselves in /v1/models: 
 
 @dataclass(frozen=True)
 class HTTPOptions:
-    """``model=""``: the server's first one. ``timeout_s``: for one attempt. ``attempts``: how often to try in all.
+    """``model=""``: the server's first one. ``timeout_s``: for one attempt, to the last byte of its answer.
 
+    ``attempts``: how often to try in all.
     ``concurrency``: requests in flight, None for as many as the server takes (at most ``most``). ``patience_s``: how
     long a request puts up with a server that says it is busy (429, 502, 503, 529). ``gone_after``: so many requests in
     a row that could not even connect mean that the server is gone. ``token_ids``: ask for the ids of what was written,
@@ -140,7 +151,7 @@ class HTTPEngine:
         base = base_url(self._options.url)
         try:
             with self._connections.pool() as client:
-                response = await client.get("models", timeout=CONNECT_SECONDS)
+                response = await models(client)
         except httpx.HTTPError as error:
             raise no_answer(base, error) from error
         chosen_model(listed_models(response, base), self.model, base)
@@ -191,8 +202,8 @@ class HTTPEngine:
         url = base_url(self._options.url).removesuffix("v1/") + name
         try:
             with self._connections.pool() as client:
-                response = await client.post(url, json=body)
-        except httpx.HTTPError as error:
+                response = await exchange(client, "POST", url, self._options.timeout_s, body)
+        except (httpx.HTTPError, RequestError) as error:
             raise EngineDead(f"{url}: {type(error).__name__}: {error}") from error
         if response.status_code == httpx.codes.NOT_FOUND:
             raise EngineDead(
@@ -292,7 +303,10 @@ class HTTPEngine:
                 sent = self._fields.spelled(body)
                 try:
                     with self._connections.pool() as client:
-                        response = await client.post("chat/completions", json=sent)
+                        response = await exchange(client, "POST", "chat/completions", self._options.timeout_s, sent)
+                except httpx.DecodingError as error:
+                    self._answered_at = time.monotonic()
+                    return Setback(str(error))
                 except httpx.HTTPError as error:
                     if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
                         limiter.refused(turn)
@@ -352,10 +366,11 @@ async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
         reason = f"needs as many open files; `ulimit -n` leaves {room} to {base}"
         raise BadInput(f"--concurrency {options.concurrency} {reason}")
     options = replace(options, most=room)
-    connections = Connections(base, httpx.Timeout(options.timeout_s, connect=CONNECT_SECONDS))
+    connect = min(CONNECT_SECONDS, 0.9 * options.timeout_s)  # to be told from a server that does not answer
+    connections = Connections(base, httpx.Timeout(options.timeout_s, connect=connect))
     try:
         with connections.pool() as client:
-            response = await client.get("models")
+            response = await models(client)
         served = listed_models(response, base)
         model = chosen_model(served, options.model, base)
     except httpx.HTTPError as error:

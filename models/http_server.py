@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -11,8 +11,11 @@ from urllib.parse import urlsplit
 import httpx
 
 from ..errors import BadInput
+from ..manifests.redaction import API_KEY_VARIABLE, HIDDEN, note
+from .api_key import authorization
+from .engine import RequestError
+from .http_exchange import exchange, run_apart
 
-API_KEY_VARIABLE = "CAPIPE_API_KEY"
 CONNECT_SECONDS = 10.0
 POOL = 8  # connections
 
@@ -32,7 +35,7 @@ class Connections:
     """
 
     def __init__(self, base: str, timeout: httpx.Timeout) -> None:
-        self._base, self._timeout = base, timeout
+        self._base, self._timeout, self._headers = base, timeout, authorization(base)
         self._certificates = httpx.create_ssl_context()  # read once: it takes longer than a request
         self._pools = list[httpx.AsyncClient]()
         self._free = list[int]()  # a heap: the lowest are used, so that few are open
@@ -59,7 +62,7 @@ class Connections:
             self._pools.append(
                 httpx.AsyncClient(
                     base_url=self._base,
-                    headers=authorization(),
+                    headers=self._headers,
                     verify=self._certificates,
                     limits=httpx.Limits(max_connections=None, max_keepalive_connections=POOL),
                     timeout=self._timeout,
@@ -70,19 +73,25 @@ class Connections:
 
 def server_urls(option: str) -> tuple[str, ...]:
     """The URLs of ``http://one:8000,http://two:8000``. Raises BadInput with the one that cannot be meant."""
+    note([option])
     urls = tuple(part.strip() for part in option.split(","))
     for url in urls:
         if reason := _fault(url):
             raise BadInput(
-                f"--engine {option!r}: {url!r} {reason}; write http://HOST:PORT, several with commas between"
+                f"--engine {_shown(option)!r}: {_shown(url)!r} {reason}; write http://HOST:PORT, several with commas "
+                "between"
             )
     bases = [base_url(url) for url in urls]
     for place, base in enumerate(bases):
         if base in bases[:place]:
-            raise BadInput(
-                f"--engine {option!r}: names {urls[place]!r} twice; a server is asked for all it takes anyway"
-            )
+            text = f"--engine {_shown(option)!r}: names {_shown(urls[place])!r} twice"
+            raise BadInput(f"{text}; a server is asked for all it takes anyway")
     return urls
+
+
+def _shown(text: str) -> str:
+    """URLs to be complained of: what stands before an @ may be any part of a password that is not spelled right."""
+    return re.sub(r"//.*@", f"//{HIDDEN}@", text)
 
 
 def _fault(url: str) -> str:
@@ -94,11 +103,13 @@ def _fault(url: str) -> str:
         host, _ = parts.hostname, parts.port
         httpx.URL(url)
     except (ValueError, httpx.InvalidURL) as error:
-        return f"is no URL ({error})"
+        return f"is no URL ({error if '@' not in url else 'percent-encode what is special in user and password'})"
     if parts.scheme not in ("http", "https"):
         return "is no http:// or https:// URL"
     if not host or any(character.isspace() for character in url):
         return "names no host" if not host else "has a space in it"
+    if "@" in parts.path:  # a slash in a password ends it
+        return "has an @ in its path; percent-encode what is special in user and password"
     return "has a query or a fragment" if parts.query or parts.fragment else ""
 
 
@@ -132,7 +143,7 @@ def _asked(option: str, model: str) -> dict[str, tuple[httpx.Response, str]]:
     for url in server_urls(option):
         base = base_url(url)
         try:
-            response = httpx.get(base + "models", headers=authorization(), timeout=CONNECT_SECONDS)
+            response = run_apart(_models_of(base))
             found[url] = response, chosen_model(listed_models(response, base), model, base)
         except httpx.HTTPError as error:
             down.append(no_answer(base, error))
@@ -141,6 +152,19 @@ def _asked(option: str, model: str) -> dict[str, tuple[httpx.Response, str]]:
     if not found:
         raise none_answers(down)
     return found
+
+
+async def _models_of(base: str) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=base, headers=authorization(base), timeout=CONNECT_SECONDS) as client:
+        return await models(client)
+
+
+async def models(client: httpx.AsyncClient) -> httpx.Response:
+    """What a server lists. Raises httpx.HTTPError, and BadInput where that has no end."""
+    try:
+        return await exchange(client, "GET", "models", CONNECT_SECONDS)
+    except RequestError as error:
+        raise BadInput(f"{client.base_url}models: {error}; is the URL an OpenAI API?") from error
 
 
 def common_model(chosen: Mapping[str, str]) -> str:
@@ -173,7 +197,7 @@ def listed_models(response: httpx.Response, base: str) -> dict[str, str]:
         raise NotReady(f"{base}models: HTTP {response.status_code}; wait until the server is ready")
     try:
         listed = {each["id"]: str(each.get("owned_by", "")) for each in response.raise_for_status().json()["data"]}
-    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{base}models lists no models ({type(error).__name__}); is the URL an OpenAI API?") from error
     if not listed:
         raise BadInput(f"{base} serves no model")
@@ -188,8 +212,3 @@ def model_context(response: httpx.Response, model: str) -> int | None:
 
 def no_answer(base: str, error: httpx.HTTPError) -> NoAnswer:
     return NoAnswer(f"{base}: no server answers ({type(error).__name__}: {error}); start it or mend --engine")
-
-
-def authorization() -> dict[str, str]:
-    key = os.environ.get(API_KEY_VARIABLE)
-    return {"Authorization": f"Bearer {key}"} if key else {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .images import Pixels
 from .loading import resolve_model
+from .own_code import reason_in_words
 from .plain_text import plain_text
 from .pretrained import load_reported, refuse_random
 from .scorers import Pair, by_length, device_and_type, distinct_texts, normalised, padded
@@ -147,7 +148,7 @@ def retrieval_source(name: str, kinds: Sequence[str] = KINDS) -> RetrievalSource
             )
         images: Any = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise BadInput(f"{name}: does not load as an image-text matching model ({_first_line(error)})") from error
+        raise BadInput(f"{name}: does not load as an image-text matching model ({reason_in_words(error)})") from error
     size, crop = images.size, getattr(images, "do_center_crop", False)
     if crop or "height" not in size:
         raise BadInput(f"{name}: its pictures are not resized to one height and width; that is not supported")
@@ -180,16 +181,12 @@ def load_retrieval(
         model, report = load_reported(loader, source.folder, dtype=number_type, called=name)
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
-        raise BadInput(f"{name}: does not load as an image-text matching model ({_first_line(error)})") from error
+        raise BadInput(f"{name}: does not load as an image-text matching model ({reason_in_words(error)})") from error
     if lacking := [head for head in heads if any(key.startswith(head) for key in report["missing_keys"])]:
         told = "matching head (itm_head)" if heads == MATCHING else " and ".join(lacking)
         raise BadInput(f"{name}: has no trained {told}; name an image-text retrieval checkpoint")
     refuse_random(report, name, loader.__name__, [re.escape(head) for head in HEADS if head not in heads])
     return RetrievalModel(model.to(where).eval(), tokenizer, source.view, source.mean, source.std)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def load_itm(name: str, dtype: str = "auto", device: str = "auto") -> ItmScorer:

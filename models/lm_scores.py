@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .loading import resolve_model
+from .own_code import reason_in_words
 from .plain_text import plain_text
 from .pretrained import load_weights
 from .scorers import by_length, device_and_type, padded
@@ -64,8 +65,7 @@ def load_text_scorer(name: str, dtype: str = "auto", device: str = "auto") -> Te
         model = load_weights(AutoModelForCausalLM, path, dtype=number_type, called=name).to(where).eval()
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{name}: does not load as a causal language model ({reason})") from error
+        raise BadInput(f"{name}: does not load as a causal language model ({reason_in_words(error)})") from error
     of_config, of_tokenizer = model.config.get_text_config().bos_token_id, tokenizer.bos_token_id
     start = of_tokenizer if of_tokenizer is not None else of_config
     if start is None:

@@ -19,6 +19,7 @@ from .captioner_kinds import kind_of, one_size, read_json
 from .context import context_length
 from .engine import Engine, ImageGrid
 from .hub import hub_name, snapshot
+from .own_code import NEEDS_CODE, reason_in_words
 from .tiny import resolve as resolve_bundled
 from .vllm_arguments import refuse_ours, told
 
@@ -188,6 +189,8 @@ def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None, context
     except BadInput:
         raise
     except Exception as error:  # anything from a missing library to a card without room
+        if NEEDS_CODE in str(error):
+            raise BadInput(f"{path} does not load as a model: {reason_in_words(error)}") from error
         reason = f"{type(error).__name__}: {error}"
         given = f" with {told(config.engine_args)}" if config.engine_args else ""
         raise RunFailed(f"vLLM could not start on {path}{given} ({reason}); {advice(reason)}") from error
@@ -224,7 +227,7 @@ def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None,
             f"{path} does not fit into the GPU's memory ({reason}); give --dtype bfloat16, or other --gpus"
         ) from error
     except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
-        raise BadInput(f"{path} does not load as a model: {error}") from error
+        raise BadInput(f"{path} does not load as a model: {reason_in_words(error, whole=True)}") from error
 
 
 def vllm_runs() -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
+from .own_code import ADVICE, NEEDS_CODE
 
 NAMED = 3  # weights that a message names; of the rest it gives the number
 # Parts that a class has and nothing here computes with, so that weights for them need not be there: by model_type.
@@ -144,6 +145,10 @@ def load_reported(
     except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
         reason = " ".join((str(error) or type(error).__name__).split())
         raise BadInput(f"{called}: its weights cannot be read ({reason}); fetch them again") from error
+    except ValueError as error:
+        if NEEDS_CODE in str(error):
+            raise BadInput(f"{called}: does not load as a model: {ADVICE}") from error
+        raise
     return found
 
 

@@ -43,6 +43,7 @@ FIXED: Mapping[str, str] = {
     "worker_extension_cls": "training loads its weights through it",
     "enable_sleep_mode": "training decides about it (rollout.sleep)",
     "served_model_name": "nothing is served",
+    "trust_remote_code": "a model's own code is not run",
 }
 
 

@@ -81,6 +81,7 @@ def _arguments(options: VLLMOptions, on_cpu: bool, concurrency: int) -> dict[str
         "structured_outputs_config": {"backend": GUIDANCE_BACKEND},
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        "trust_remote_code": False,
     }
     if options.trained:
         arguments |= {"worker_extension_cls": EXTENSION, "enable_sleep_mode": not on_cpu}

@@ -19,6 +19,7 @@ from fsspec.core import url_to_fs
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.fingerprint import canonical
+from ..manifests.redaction import without_secrets
 from ..manifests.shards import braced
 from ..models.loading import folder_digest
 from ..models.tiny import PREFIX, resolve
@@ -84,7 +85,7 @@ def _engines(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
         whole = stage.command.name == "qa" and key == "engine" and given.get("guided") is None
         served = "://" in str(given[key])
         if whole or served:
-            found[key] = given[key] if whole else "served"
+            found[key] = without_secrets(given[key]) if whole else "served"
     return found
 
 
@@ -130,7 +131,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def identity(url: str) -> str:
     """Of data, whoever made it. Raises BadInput where it is not there."""
     if url.startswith("hf://"):
-        return digest(["hub", url])
+        return digest(["hub", without_secrets(url)])
     if not any(c in url for c in "{*?[") and Artifact.exists(url):
         return contents(Artifact.open(url))
     listed = list(_files(url))
@@ -206,4 +207,4 @@ def _remote_files(url: str) -> Iterator[list[Any]]:
             raise BadInput(f"{url}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
         found = fs.glob(path, detail=True) if any(c in path for c in "*?[") else fs.find(path, detail=True)
         for name, facts in sorted(found.items()):
-            yield [name, facts.get("size"), str(facts.get("ETag") or facts.get("mtime") or "")]
+            yield [without_secrets(str(name)), facts.get("size"), str(facts.get("ETag") or facts.get("mtime") or "")]

@@ -17,7 +17,7 @@ from typer.models import ArgumentInfo, OptionInfo
 SET = "set"  # of train
 #: Options that are key=value on the command line; a recipe may have a mapping in their place.
 KEY_VALUES = frozenset({SET, "engine-arg", "template-arg", "screen-arg", "reader-arg"})
-_OURS = ("out", "fresh", "retry")  # the chain decides about these
+_OURS = ("out", "fresh", "retry", "allow_host")  # the chain decides about these, and who starts it
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ..errors import ArtifactMismatch, BadInput, CapipeError
 from ..manifests.artifact import Artifact
+from ..manifests.redaction import redacted_data
 from .chain_commands import artifacts_of
 from .chain_identity import changed_keys, digest, identity, meaning, product
 from .chain_options import SET
@@ -150,13 +151,13 @@ def artifact_folders(stage: Stage) -> list[str]:
 
 def written(stage: Stage) -> dict[str, Any]:
     """A stage's configuration as it goes into the state file."""
-    return {key: value for key, value in stage.config.items() if value is not None}
+    return {key: redacted_data(value) for key, value in stage.config.items() if value is not None}
 
 
 def named_inputs(stage: Stage) -> dict[str, str]:
     """Inputs by role: the stages they come from, or the paths."""
     return {
-        role: ",".join(source.stage or source.path or "" for source in sources)
+        role: ",".join(source.stage or redacted_data(source.path or "") for source in sources)
         for role, sources in stage.inputs.items()
     }
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from ..errors import ArtifactMismatch, BadInput
 from ..manifests.names import linked_parent
 from ..manifests.overwriting import refuse_overwriting
+from ..manifests.redaction import redacted
 from ..manifests.storage import remove
 from ..models.child_processes import follow
 from .chain_identity import product
@@ -175,7 +176,7 @@ class _Run:
             known.product = product(self.folder, places(stage))
             self._measure(stage, known)
         elif known.state == FAILED:
-            known.error = last_words or _told(code)
+            known.error = redacted(last_words or _told(code))
         save_chain(self.folder, self.state)
         if known.state == FAILED:
             mend = "mend that, and run the same command to go on"

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..manifests.names import checked_name
+from ..manifests.redaction import redacted_data
 from ..manifests.storage import write_new
 
 FILE = "chain.json"
@@ -98,7 +99,7 @@ def save_chain(folder: Path, state: ChainState) -> None:
     """Replace the file in one step that survives a power cut."""
     state.updated = now()
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **asdict(state)}, indent=1, ensure_ascii=False)
+    text = json.dumps({"format": FORMAT, **redacted_data(asdict(state))}, indent=1, ensure_ascii=False)
     write_new(folder / FILE, text.encode())
 
 

@@ -7,9 +7,7 @@ by SIGHUP, to be resumed.
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +18,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import CapipeError, Problems
+from ..manifests.redaction import redact_output, redacted
 from ..terminal import escape_logs, escaped, print_err, print_line
 from . import (
     caption_cli,
@@ -54,9 +53,7 @@ def main() -> None:
     A KeyboardInterrupt ends it with that of Ctrl-C; :mod:`.__main__` says so, and knows which signal it was.
     """
     escape_logs()
-    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, and are shown nevertheless
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    redact_output()
     try:
         app()
     except Problems as error:
@@ -90,6 +87,7 @@ app.command()(look_cli.view)
 
 def _end_with(line: str) -> None:
     """Say why a command ends, also to the chain that runs it."""
+    line = redacted(line)
     print_err(f"capipe: {line}")
     if file := os.environ.get(LAST_WORDS):
         Path(file).write_text(line, encoding="utf-8", errors="backslashreplace")

@@ -64,7 +64,11 @@ RayAddress = Annotated[
 ]
 RayWorkers = Annotated[int | None, typer.Option(help="Ray actors; one per GPU by default, or per machine without any.")]
 Share = Annotated[bool, typer.Option("--share", help="Let other processes with --share work on the same --out.")]
-Timeout = Annotated[float, typer.Option(help="Seconds to wait for a server's answer.")]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for a server's whole answer.")]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option("--allow-host", metavar="HOST", help="Host in the recipe that may get the API key; may be repeated."),
+]
 
 
 def validated(kind: type[Config], **values: Any) -> Config:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..models.api_key import HOSTS_VARIABLE
 from ..terminal import escape_logs
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from .worker import Answer, Stage
 
 SEE_SECONDS = 10.0  # for a folder made a moment ago on another machine to be seen here
-SAME_EVERYWHERE = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")  # sums in another order differ in their last bits
+# Sums in another order differ in their last bits; the hosts are those that the user allowed, over here.
+SAME_EVERYWHERE = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", HOSTS_VARIABLE)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Problems
+from ..errors import BadInput, Problems
 from ..terminal import print_err, print_line
+from . import options as o
 from .interrupts import CODES, say
 from .outcome import Exit
 
@@ -29,11 +30,14 @@ def run(
         list[str] | None,
         typer.Option("--set", help="stages.NAME.config.KEY=value; stages.NAME=null leaves one out; may be repeated."),
     ] = None,
+    allow_host: o.AllowHost = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")] = False,
 ) -> None:
     """Run a chain of commands: what is done stays, what changed is done again with all that hangs on it."""
+    from ..models.api_key import allow
     from .chain_state import load_chain
 
+    allow(allow_host or [])
     chain, absent = checked(recipe, overrides or [])
     if dry_run:
         show_plan(chain, out, load_chain(out), absent, print_line)
@@ -45,11 +49,19 @@ def run(
 
 def checked(recipe: Path, overrides: list[str]) -> tuple[Chain, list[str]]:
     """The chain, and what a run of it needs that is not there yet. Raises Problems with all that is wrong."""
+    from ..models.api_key import check_recipe_hosts
+    from ..trainer.recipe_file import engines_of
     from .chain_checks import check_chain
     from .chain_recipe import load_chain_recipe
 
     chain = load_chain_recipe(recipe, overrides)
     found = check_chain(chain)
+    for stage in chain.stages:
+        asked = stage.config if stage.recipe is None else stage.recipe.model_dump()
+        try:
+            check_recipe_hosts(f"{chain.file}: stages.{stage.name}", engines_of(dict(asked)), overrides)
+        except BadInput as error:
+            found.problems.append(str(error))
     if found.problems:
         raise Problems([*found.problems, *found.absent])
     return chain, found.absent

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import CapipeError, RunFailed
 from ..manifests.artifact import Artifact
+from ..manifests.redaction import redact_output
 from ..models.child_processes import Identity, descendants, end, spawned_follow
 from ..models.engine import EngineDead
 from .events import Event, Want, WorkerFailed
@@ -77,6 +78,7 @@ class PipeChannel:
 
 def worker_main(connection: Connection, stage: Stage, artifact: Artifact, gpu: str | None) -> None:
     """Entry point of a worker process."""
+    redact_output()
     # A terminal sends Ctrl-C, and its own end, to the whole group, engine processes included. Blocked signals are
     # inherited, so only the runner hears it, and lets us finish what is in the engine. A scheduler sends SIGTERM
     # to all processes of a job; children of ours are to hear it from their engine, so it is not blocked: only we do

@@ -21,14 +21,19 @@ def train(
         int | None, typer.Option(help="Largest image area the model sees; the recipe's max_pixels by default.")
     ] = None,
     fresh: o.Fresh = False,
+    allow_host: o.AllowHost = None,
 ) -> None:
     """Train a captioner so that what it writes answers questions about the image."""
+    from ..models.api_key import allow, check_recipe_hosts
     from ..trainer.checkpoint import folder_of
     from ..trainer.recipe import load_recipe
+    from ..trainer.recipe_file import engines_of
     from .training import run_training
 
     more = [] if max_pixels is None else [f"max_pixels={max_pixels}"]
     loaded = load_recipe(recipe, [*(overrides or []), *more])
+    allow(allow_host or [])
+    check_recipe_hosts(str(recipe), engines_of(loaded.model_dump()), overrides or [])
     last = asyncio.run(run_training(loaded, out, fresh=fresh, say=print_line))
     if last != folder_of(out, loaded.steps):
         raise typer.Exit(Exit.INTERRUPTED)

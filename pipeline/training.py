@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..errors import ArtifactMismatch, BadInput, RunFailed
 from ..manifests.fingerprint import differences, fingerprint
 from ..manifests.overwriting import refuse_overwriting
+from ..manifests.redaction import redacted_data
 from ..manifests.shards import expand, read_places
 from ..manifests.storage import remove, unfinished, write_new
 from ..models.engine import EngineDead, Prompt, RequestError
@@ -278,7 +279,7 @@ def _prepare(parts: PolicyParts, max_tokens: int) -> Callable[[Prompt], Prepared
 def _sinks(recipe: Recipe, out: Path) -> list[Sink]:
     sinks: list[Sink] = [TensorBoard(out / "tensorboard")]
     if recipe.wandb is not None:
-        sinks.append(WandB(recipe.wandb, out.resolve().name, out, recipe.model_dump(mode="json")))
+        sinks.append(WandB(recipe.wandb, out.resolve().name, out, redacted_data(recipe.model_dump(mode="json"))))
     return sinks
 
 

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BadInput
 from ..manifests.configuration import Growing
+from ..manifests.redaction import identity_of
 from ..models.tiny.prompts import DENSE
 from .adapter import LoRAConfig
 from .advantages import Baseline
@@ -255,7 +256,8 @@ class Recipe(Section):
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
         left_out: Any = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
-        return self.model_dump(mode="json", exclude=left_out)
+        meant: dict[str, Any] = identity_of(self.model_dump(mode="json", exclude=left_out))
+        return meant
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,13 +6,14 @@ which have ``stages``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from ..errors import BadInput
+from ..manifests.redaction import note
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 CHAIN_KEY = "stages"  # what only a chain has
@@ -52,7 +53,9 @@ def read_recipe(given: Path, overrides: Sequence[str], kind: Kind) -> dict[str, 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises OSError where there is none, BadInput where it is something else."""
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        note([text])
+        loaded = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError as error:
@@ -60,6 +63,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise BadInput(f"{path}: a recipe is a mapping of keys, this is {type(loaded).__name__}")
     return loaded
+
+
+def engines_of(value: Any) -> Iterator[str]:
+    """All that a recipe, or a part of one, names as an engine."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if isinstance(each, str) and str(key).rpartition("-")[2] == "engine":
+                yield each
+            else:
+                yield from engines_of(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from engines_of(each)
 
 
 def apply_override(recipe: dict[str, Any], override: str) -> None:

@@ -102,7 +102,7 @@ class DrawingBatches(Dataset[Drawings]):
 
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
     """That of ``tiny/clip``, with a token for each cell behind every text."""
-    known = BertTokenizer.from_pretrained(resolve("tiny/clip"))
+    known = BertTokenizer.from_pretrained(resolve("tiny/clip"), trust_remote_code=False)
     core = Tokenizer.from_str(known.backend_tokenizer.to_str())
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CELLS])
     special = [(token, core.token_to_id(token)) for token in (CLS, SEP, *CELLS)]
@@ -271,7 +271,7 @@ def drawing_report(
     folder: str, count: int, seed: int = 1, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> dict[str, float]:
     """:func:`drawn_right` of pictures drawn from dense captions of held-out scenes; of rendered ones for comparison."""
-    pipeline = PixelDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = PixelDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, trust_remote_code=False)
     pipeline.set_progress_bar_config(disable=True)
     shown = list(scenes("heldout", count, seed))
     texts = [dense_caption(scene, Random(f"{seed}:{at}")) for at, scene in enumerate(shown)]

@@ -336,3 +336,36 @@ def test_nothing_is_left_of_any_spelling() -> None:
         assert not pattern.search(made) and made.replace(" ", "") == text.replace(" ", "")
         assert made == text or pattern.search(text)
     assert spelled(["!", " ", ""]) is None
+
+
+#: How other families than the bundled ones write theirs: Mistral, GLM, Llama 2, DeepSeek, Gemma, Kimi, InternLM, BERT.
+FAMILIES = (
+    *("[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]"),
+    *("[gMASK]", "[sMASK]", "sop", "[sop]", "<sop>", "<<SYS>>", "<</SYS>>", "<s>", "</s>", "<\uff5cUser\uff5c>"),
+    *("<start_of_turn>", "<end_of_turn>", "\u25c1think\u25b7", "<IMG_CONTEXT>", "[MASK]", "[CLS]", "<fim_prefix>"),
+)
+
+
+@pytest.mark.parametrize("marked", ["special", "not special", "stripping", "normalized"])
+def test_no_family_s_tokens_arise_from_a_text(marked: str) -> None:
+    """Whatever the loaded tokenizer has been given, and however it is to look for it."""
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = other(unigram("[", "/INST", "]"), normalizers.NFKC())
+    flags = {"lstrip": marked == "stripping", "rstrip": marked == "stripping", "normalized": marked == "normalized"}
+    added = [AddedToken(token, special=marked != "not special", **flags) for token in FAMILIES]
+    tokenizer.add_tokens(added, special_tokens=marked != "not special")
+    # A bare word that is not marked special is vocabulary, as the bundled readers' phrases are.
+    ids = {tokenizer.convert_tokens_to_ids(each) for each in FAMILIES if marked != "not special" or each != "sop"}
+    plain = plain_text(tokenizer)
+    wide = str.maketrans({"[": "\uff3b", "]": "\uff3d", "<": "\uff1c", ">": "\uff1e"})
+    for token in FAMILIES:
+        if token == "sop" and marked == "not special":
+            continue
+        nested = token[: len(token) // 2] + token + token[len(token) // 2 :]
+        texts = [token, f"{token} B", f"A dog.{token}{token}x", f" {token}\n", nested, token.translate(wide)]
+        texts += [f"[/INST] B {token} [{token}]", f"[{token}/INST]"]
+        assert set(tokenizer.encode(token)) & ids, token
+        for text in texts:
+            assert not set(tokenizer.encode(plain(text), add_special_tokens=False)) & ids, (marked, text, plain(text))
+    assert plain("An [INSTANT] photo [IMAGE] of a sofa") == "An [INSTANT] photo [IMAGE] of a sofa"
