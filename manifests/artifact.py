@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import ArtifactMismatch, BadInput
-from . import manifest, replacing, times
+from . import bounded_json, manifest, replacing, times
 from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, encodable, fingerprint
@@ -72,7 +72,7 @@ class Artifact:
         if not folder.exists(CONFIG):
             raise BadInput(f"{url}: not an artifact of capipe (no {CONFIG}); check the path")
         try:
-            config = json.loads(folder.read_bytes(CONFIG))
+            config = bounded_json.load_from(folder, CONFIG)
             stage, semantic, run = config["stage"], config["semantic"], config["run"]
             if not (isinstance(semantic, dict) and isinstance(run, dict)):
                 raise TypeError("semantic and run are no objects")
@@ -242,7 +242,7 @@ class Artifact:
     def _extras(self) -> list[str]:
         """What an earlier run wrote that belongs to no shard; nothing where its configuration is gone or unreadable."""
         try:
-            extras: list[str] = json.loads(self.folder.read_bytes(CONFIG))["run"].get("extras", [])
+            extras: list[str] = bounded_json.load_from(self.folder, CONFIG)["run"].get("extras", [])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
         return [name for name in extras if unsafe_name(name) is None]
@@ -339,8 +339,13 @@ class Artifact:
         """Shards that failed for good, with their errors."""
         found = {}
         for name in self.folder.names(QUARANTINE):
-            entry = json.loads(self.folder.read_bytes(f"{QUARANTINE}/{name}"))
-            found[str(entry["shard"])] = str(entry["error"])
+            file = f"{QUARANTINE}/{name}"
+            try:
+                entry = bounded_json.load_from(self.folder, file)
+                found[str(entry["shard"])] = str(entry["error"])
+            except (ValueError, KeyError, TypeError) as error:
+                text = f"{self.url}/{file}: not a quarantined shard ({error}); remove the file to have it tried again"
+                raise ArtifactMismatch(text) from None
         return found
 
     def is_quarantined(self, shard: str) -> bool:

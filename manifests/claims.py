@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapipeError
+from . import bounded_json
 from .storage import PRIVATE, Folder, clear
 
 LEASE_SECONDS = 60.0  # without a heartbeat, before a run on another machine counts as dead
@@ -129,7 +130,7 @@ def _names(folder: Folder) -> list[str]:
 def _owner(folder: Folder, run: str) -> Owner | None:
     """A run by its owner file; None where it left, or its file was never finished (a power cut)."""
     try:
-        return Owner(**json.loads(folder.private(f"{OWNERS}/{run}.json").read_bytes()))
+        return Owner(**bounded_json.load(folder.private(f"{OWNERS}/{run}.json")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -155,7 +156,7 @@ def _claim(folder: Folder, shard: str) -> dict[str, Any]:
     """A shard's claim; empty where there is none, or none that was written to its end."""
     name = f"{PRIVATE}/{CLAIMS}/{shard}.json"
     try:
-        found = json.loads(folder.read_bytes(name))
+        found = bounded_json.load_from(folder, name)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from . import manifest
+from . import bounded_json, manifest
 from .manifest import ShardRecord
 from .storage import Folder, clear, scratch_name, sync, write_synced
 
@@ -47,7 +47,7 @@ def finish(folder: Folder) -> None:
 
 def _carry_out(folder: Folder, aside: Path) -> None:
     """May be interrupted and begun again at any point: a file that is not here any more is in its place."""
-    old, new = (ShardRecord(**line) for line in json.loads((aside / _LINE).read_bytes()))
+    old, new = (ShardRecord(**line) for line in bounded_json.load(aside / _LINE))
     manifest.append(folder, old)
     for name in new.files:
         if (aside / scratch_name(name)).exists():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import CapipeError
+from . import bounded_json
 from .artifact import CONFIG, Artifact
 from .manifest import ShardRecord
 from .samples import read_samples
@@ -146,9 +146,14 @@ def _content(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
     counts = Counter(row["status"] for row in rows)
     if counts != Counter(record.rows):
         yield f"{name}: rows by status {dict(counts)}, the manifest says {dict(record.rows)}"
-    stats = json.loads(artifact.folder.read_bytes(f"{record.shard}_stats.json"))
-    if stats["count"] != len(rows) or stats["successes"] != counts[Status.OK]:
-        yield f"{record.shard}_stats.json: its counts are not those of the Parquet"
+    try:
+        stats = bounded_json.load_from(artifact.folder, f"{record.shard}_stats.json")
+        sound = stats["count"] == len(rows) and stats["successes"] == counts[Status.OK]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{record.shard}_stats.json: cannot be read ({error})"
+    else:
+        if not sound:
+            yield f"{record.shard}_stats.json: its counts are not those of the Parquet"
     if f"{record.shard}.tar" in record.files:
         yield from _tar(artifact, record, [row for row in rows if row["status"] == Status.OK])
     loose = f"_capipe/parts/{record.shard}.jsonl"
@@ -176,9 +181,13 @@ def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) ->
 def _loose_images(artifact: Artifact, part: str, uids: Mapping[str, str]) -> Iterator[str]:
     """Every image that a list of an export names is there, and is its uid's; so is a caption in a file beside it."""
     with artifact.folder.open(part) as lines:
-        for line in lines:
-            entry = json.loads(line)
-            image = entry.get("image") or entry.get("file_name") or entry["images"][0]
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = bounded_json.parse(line)
+                image = entry.get("image") or entry.get("file_name") or entry["images"][0]
+            except (ValueError, LookupError, TypeError, AttributeError):
+                yield f"{part}: line {number} names no image"
+                continue
             try:
                 sound = uid_of(artifact.folder.read_bytes(image)) == uids.get(entry.get("id") or entry["key"])
             except OSError as error:

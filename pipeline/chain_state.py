@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..manifests import bounded_json
 from ..manifests.storage import sync, write_synced
 
 FILE = "chain.json"
@@ -71,7 +72,7 @@ def load_chain(folder: Path) -> ChainState | None:
     """The state of the chain in ``folder``, None where there is none. Raises BadInput where the file is damaged."""
     file = folder / FILE
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        loaded = bounded_json.load(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

@@ -52,7 +52,7 @@ def _object(data: bytes) -> Mapping[str, Any] | None:
 
 
 def list_items(stream: BinaryIO) -> Iterator[Any]:
-    """The values of a JSON list, one after the other. Raises ValueError or RecursionError at what is broken."""
+    """The values of a JSON list, one after the other. Raises ValueError at what is broken, or nested too deeply."""
     return _ListReader(stream).items()
 
 
@@ -85,6 +85,8 @@ class _ListReader:
                 if not self._fill():
                     raise
                 continue
+            except RecursionError:
+                raise ValueError("a value is nested too deeply") from None
             after = _blank_end(self._text, end)
             if self._text[after : after + 1] in (",", "]") or not self._fill():  # a number may go on in the next chunk
                 self._at = end
