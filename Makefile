@@ -6,9 +6,10 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+AUDIT := .venv-audit
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast lint docs peers doctor clean
+.PHONY: setup demo test test-fast lint docs peers constraints audit doctor clean
 
 setup: $(READY)
 
@@ -52,8 +53,24 @@ $(PEERS)/.ready: Makefile
 	$(PEERS)/bin/pip install --quiet img2dataset
 	touch $@
 
+# The versions that are installed here, which the tests have run with. Local labels (+cpu) go: an index without them has
+# other builds of the same version, and a constraint without one admits both.
+constraints: setup
+	$(BIN)/pip list --format freeze --exclude-editable --exclude capipe --exclude pip --exclude setuptools \
+		| sed 's/+.*//' | LC_ALL=C sort -f > constraints.txt.new
+	test -s constraints.txt.new && mv constraints.txt.new constraints.txt
+
+# What is published against these versions. Needs https://pypi.org; a version that it cannot be asked about is a failure.
+audit: $(AUDIT)/.ready
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r constraints.txt
+
+$(AUDIT)/.ready: Makefile
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet pip-audit
+	touch $@
+
 doctor: setup
 	$(BIN)/capipe doctor
 
 clean:
-	rm -rf $(VENV) $(PEERS) demo build *.egg-info
+	rm -rf $(VENV) $(PEERS) $(AUDIT) demo build *.egg-info

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
-from . import manifest, replacing, times
+from . import bounded_json, manifest, replacing, times
 from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, encodable, fingerprint
@@ -76,7 +76,7 @@ class Artifact:
         if not folder.exists(CONFIG):
             raise BadInput(f"{url}: not an artifact of capipe (no {CONFIG}); check the path")
         try:
-            config = json.loads(folder.read_bytes(CONFIG))
+            config = bounded_json.load_from(folder, CONFIG)
             stage, semantic, run = config["stage"], config["semantic"], config["run"]
             if not (isinstance(semantic, dict) and isinstance(run, dict)):
                 raise TypeError("semantic and run are no objects")
@@ -252,8 +252,8 @@ class Artifact:
         Raises ArtifactMismatch where one leads out of the folder.
         """
         try:
-            extras = json.loads(self.folder.read_bytes(CONFIG))["run"].get("extras", [])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            extras = bounded_json.load_from(self.folder, CONFIG)["run"].get("extras", [])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
         problem = next(filter(None, map(name_problem, extras if isinstance(extras, list) else [])), None)
         if problem is not None:
@@ -367,11 +367,12 @@ class Artifact:
         """Shards that failed for good, with their errors."""
         found = {}
         for name in self.folder.names(QUARANTINE):
+            file = f"{QUARANTINE}/{name}"
             try:
-                entry = json.loads(self.folder.read_bytes(f"{QUARANTINE}/{name}"))
+                entry = bounded_json.load_from(self.folder, file)
                 found[str(entry["shard"])] = str(entry["error"])
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                text = f"{self.url}/{QUARANTINE}/{name}: no note of a shard that failed ({error}); remove it"
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                text = f"{self.url}/{file}: not a quarantined shard ({error}); remove the file to have it tried again"
                 raise ArtifactMismatch(text) from None
         return found
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapipeError
+from . import bounded_json
 from .storage import PRIVATE, Folder, clear, create, open_own, write_new
 from .tar import printable
 
@@ -133,8 +134,8 @@ def _owner(folder: Folder, run: str) -> Owner | None:
     if not _RUN.fullmatch(run):
         return None
     try:
-        owner = Owner(**json.loads(folder.read_bytes(f"{PRIVATE}/{OWNERS}/{run}.json")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        owner = Owner(**bounded_json.load(folder.private(f"{OWNERS}/{run}.json")))
+    except (OSError, ValueError, TypeError):
         return None
     texts = isinstance(owner.host, str), *(isinstance(each, str | None) for each in (owner.machine, owner.born))
     return owner if owner.run == run and type(owner.pid) is int and owner.pid > 0 and all(texts) else None
@@ -165,10 +166,10 @@ def _claim(folder: Folder, shard: str) -> dict[str, Any]:
     its token is the name of a folder."""
     name = f"{PRIVATE}/{CLAIMS}/{shard}.json"
     try:
-        found = json.loads(folder.read_bytes(name))
+        found = bounded_json.load_from(folder, name)
         token = _TOKEN.fullmatch(found["token"])
         return found if token is not None and token[1] == found["run"] else {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 

@@ -57,11 +57,14 @@ class Journal:
             checksum, _, body = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or checksum != _checksum(body):
                 break
-            entry = json.loads(body)
-            if sound == 0 and entry.get("fingerprint") != self.fingerprint:
-                return 0
-            if "index" in entry:
-                self.rows[entry["index"]] = entry["row"]
+            try:
+                entry = json.loads(body)
+                if sound == 0 and entry.get("fingerprint") != self.fingerprint:
+                    return 0
+                if "index" in entry:
+                    self.rows[entry["index"]] = entry["row"]
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+                break  # no line of ours, whatever its checksum: the rows from here on are done again
             sound += len(line)
         return sound
 

@@ -8,12 +8,12 @@ back before it is done again.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import ArtifactMismatch
+from . import bounded_json
 from .fingerprint import canonical
 from .names import checked_name
 from .redaction import redacted_data
@@ -106,7 +106,7 @@ def _written(record: ShardRecord) -> bytes:
 
 def _parsed(line: bytes) -> ShardRecord:
     """Raises ValueError, TypeError or KeyError where it is not what was written. Older lines have no checksum."""
-    entry = json.loads(line)
+    entry = bounded_json.parse(line)
     checksum = entry.pop(CHECKSUM, None)
     if checksum not in (None, _checksum(entry)):
         raise ValueError("its checksum does not fit")

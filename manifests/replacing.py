@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import ArtifactMismatch
-from . import manifest
+from . import bounded_json, manifest
 from .manifest import ShardRecord
 from .storage import Folder, clear, scratch_name, sync, write_synced
 from .tar import printable
@@ -51,10 +51,10 @@ def finish(folder: Folder) -> None:
 def _carry_out(folder: Folder, aside: Path) -> None:
     """May be interrupted and begun again at any point: a file that is not here any more is in its place."""
     try:
-        old, new = (manifest.record_of(line) for line in json.loads((aside / _LINE).read_bytes()))
+        old, new = (manifest.record_of(line) for line in bounded_json.load(aside / _LINE))
         if not old.shard == new.shard == aside.name:
             raise ValueError(f"lines of the shards {printable(old.shard)} and {printable(new.shard)}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         text = f"{aside / _LINE}: no note of a shard that is done again ({error})"
         raise ArtifactMismatch(f"{text}; remove {aside}, and `capipe verify` says what to do") from None
     manifest.append(folder, old)

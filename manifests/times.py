@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import bounded_json
 from .storage import PRIVATE, Folder, append_line
 
 LINES = f"{PRIVATE}/times.jsonl"
@@ -43,7 +44,7 @@ def read(folder: Folder) -> Times:
     created, seconds = "", {}
     for line in _lines(folder):
         try:
-            entry = json.loads(line)
+            entry = bounded_json.parse(line)
             if "shard" in entry:
                 seconds[str(entry["shard"])] = float(entry["seconds"])
             else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import ArtifactMismatch, CapipeError
+from . import bounded_json
 from .allowed import Allowed
 from .artifact import CONFIG, Artifact
 from .manifest import ShardRecord, made_of
@@ -175,9 +175,9 @@ def _content(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
 
 def _stats(artifact: Artifact, name: str, counts: Counter[str]) -> Iterator[str]:
     try:
-        stats = json.loads(artifact.folder.read_bytes(name))
+        stats = bounded_json.load_from(artifact.folder, name)
         sound = stats["count"] == counts.total() and stats["successes"] == counts[Status.OK]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         yield f"{name}: cannot be read ({error})"
         return
     if not sound:
@@ -204,13 +204,13 @@ def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) ->
 def _loose_images(artifact: Artifact, part: str, uids: Mapping[str, str]) -> Iterator[str]:
     """Every image that a list of an export names is there, and is its uid's; so is a caption in a file beside it."""
     with artifact.folder.open(part) as lines:
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = bounded_json.parse(line)
                 image = checked_name(entry.get("image") or entry.get("file_name") or entry["images"][0])
                 key, caption = entry.get("id") or entry["key"], str(entry.get("text"))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-                yield f"{part}: not a line of this list ({error})"
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                yield f"{part}: line {number} names no image ({error})"
                 continue
             try:
                 sound = uid_of(artifact.folder.read_bytes(image)) == uids.get(key)

@@ -5,12 +5,12 @@ Each looks at pictures of one size, and reads no chat: a few words that the capt
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..manifests import bounded_json
 from .engine import ImageGrid
 
 
@@ -88,7 +88,7 @@ def check_prompt(model: str, model_path: Path, text: str, system: str | None = N
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file. Raises BadInput."""
     try:
-        content = json.loads(path.read_text())
+        content = bounded_json.load(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import BadInput
+from .captioner_kinds import read_json
 from .clip_source import CONFIG, Activation, ClipSource, Tag, clip_source
 from .hub import hub_name, snapshot
 from .images import Pixels
@@ -207,7 +207,7 @@ def _own_tokenizer(source: ClipSource) -> Any:
 
     if isinstance(source.place, Tag):
         return open_clip.get_tokenizer(source.place.architecture)
-    text = json.loads((source.place / CONFIG).read_text())["model_cfg"].get("text_cfg") or {}
+    text = read_json(source.place / CONFIG)["model_cfg"].get("text_cfg") or {}
     named = hub_name(text.get("hf_tokenizer_name") or "")
     if named is None or any(each.name.startswith(OF_TOKENIZERS) for each in source.place.iterdir()):
         return open_clip.get_tokenizer(f"local-dir:{source.place}")

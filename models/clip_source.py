@@ -7,13 +7,13 @@ another function, and every score is off.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..errors import BadInput
+from ..manifests import bounded_json
 from .hub import HubName, hub_name, snapshot
 from .tiny import PREFIX
 from .tiny import resolve as resolve_bundled
@@ -146,7 +146,7 @@ def _source(
 
 def _json(file: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = bounded_json.load(file)
     except (OSError, ValueError) as error:
         raise BadInput(f"{name}: open_clip cannot load it ({file.name}: {error})") from error
     if not isinstance(content, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from .captioner_kinds import read_json
 from .hub import PIPELINE, hub_name
 from .own_code import ask_nothing, reason_in_words
 from .plain_text import plain_text
@@ -102,7 +102,7 @@ def _parts(folder: Path, name: str) -> dict[str, Any]:
     import transformers
 
     found: dict[str, Any] = {}
-    for part, entry in json.loads((folder / INDEX).read_text()).items():
+    for part, entry in read_json(folder / INDEX).items():
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(each, str) for each in entry)):
             continue
         library, named = entry
@@ -160,7 +160,7 @@ def _pipeline_class(folder: Path, name: str) -> Any:
     """The class that the folder names, one of diffusers' or our own. Raises BadInput for others, and for code."""
     import diffusers
 
-    named = json.loads((folder / INDEX).read_text()).get("_class_name")
+    named = read_json(folder / INDEX).get("_class_name")
     if any(folder.rglob("*.py")) or not isinstance(named, str):
         raise BadInput(f"{name}: brings code of its own, which is not run; name a pipeline of diffusers' own classes")
     if named == OWN:

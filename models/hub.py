@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import BadInput
+from ..manifests import bounded_json
 
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 Library = Literal["transformers", "open_clip", "tokenizer"]
@@ -137,8 +137,13 @@ def _weights(top: Sequence[str], library: Library, shards: Callable[[str], Itera
 
 
 def _named_in(index: Path) -> Iterable[str]:
+    return weight_map(index).values()
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each weight, by an index of weights. Raises BadInput."""
     try:
-        weights = json.loads(index.read_text())["weight_map"]
-        return [str(each) for each in weights.values()]
+        weights = bounded_json.load(index)["weight_map"]
+        return {str(weight): str(file) for weight, file in weights.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise BadInput(f"{index.name}: is no index of weights ({error})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torchvision.models import vgg
 from torchvision.transforms.v2.functional import resize
 
 from ..errors import BadInput
+from .captioner_kinds import read_json
 from .images import Pixels
 from .loading import resolve_model
 from .scorers import device_and_type
@@ -97,7 +97,7 @@ def load_perceptual(
 
 def _config(folder: Path, name: str) -> VGGConfig:
     try:
-        return VGGConfig.model_validate(json.loads((folder / "config.json").read_text()))
+        return VGGConfig.model_validate(read_json(folder / "config.json"))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "config.json"

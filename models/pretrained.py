@@ -3,7 +3,6 @@ begins with weights that are not there."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
+from .captioner_kinds import read_json
+from .hub import weight_map
 from .own_code import ADVICE, NEEDS_CODE
 
 NAMED = 3  # weights that a message names; of the rest it gives the number
@@ -47,7 +48,7 @@ def check_weights(path: Path, called: str) -> None:
         raise BadInput(
             f"{called}: {_counted(absent)} of its index not in its files ({names(absent)}); fetch them again"
         )
-    config = json.loads((path / "config.json").read_text())
+    config = read_json(path / "config.json")
     named = next(iter(config.get("architectures") or ()), None)
     loader = getattr(transformers, str(named), None)
     if loader is None or not hasattr(loader, "from_pretrained") or "quantization_config" in config:
@@ -94,7 +95,7 @@ def _absent(path: Path) -> list[str]:
     if not index.is_file():
         return []
     of_file: dict[str, list[str]] = {}
-    for weight, file in json.loads(index.read_text())["weight_map"].items():
+    for weight, file in weight_map(index).items():
         of_file.setdefault(file, []).append(weight)
     absent: list[str] = []
     for file, weights in of_file.items():

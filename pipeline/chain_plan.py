@@ -202,6 +202,8 @@ def _place(chain: Chain, stage: Stage, role: str, source: Source, folder: Path) 
     """Where an input lies, or will."""
     if source.stage is None:
         place = source.path or ""
+        if place.startswith("-"):  # a path, also where it stands for itself on a command line
+            place = f"./{place}"
     else:
         maker = chain.stage(source.stage)
         kind = kind_between(maker, stage.command.roles[role])

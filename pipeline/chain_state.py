@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import BadInput
+from ..manifests import bounded_json
 from ..manifests.names import checked_name
 from ..manifests.redaction import redacted_data
 from ..manifests.storage import write_new
@@ -73,10 +74,10 @@ def load_chain(folder: Path) -> ChainState | None:
     """The state of the chain in ``folder``, None where there is none. Raises BadInput where the file is damaged."""
     file = folder / FILE
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        loaded = bounded_json.load(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(file, str(error)) from None
     if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
         found = loaded.get("format") if isinstance(loaded, dict) else type(loaded).__name__

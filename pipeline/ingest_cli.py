@@ -43,7 +43,8 @@ def ingest(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Folders of images, tars, tables (Parquet, CSV, JSON, JSONL), saved datasets, or hf://name[:split]."
+            help="Folders of images, tars, tables (Parquet, CSV, JSON, JSONL), saved datasets, or "
+            "hf://name[@revision][:split]."
         ),
     ],
     out: Out,

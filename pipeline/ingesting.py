@@ -47,6 +47,10 @@ def plan_ingest(
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
     try:
         artifact.release_quarantine()
+        if any(source.startswith("hf://") for source in sources):
+            from ..stages import hf  # imports the `datasets` package, which takes seconds
+
+            artifact.note(commits=hf.commits())
     except CapipeError:
         artifact.close()
         raise

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import BadInput
+from ..manifests.bounded_json import MAX_NESTING, is_deeper
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 TEMPLATE = "template"  # the section of a second model's options that its chat template gets
@@ -100,9 +101,10 @@ def _underscored(option: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
-    except ValueError:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
         return text
+    return text if is_deeper(value, MAX_NESTING) else value
 
 
 def _no_constant(name: str) -> Any:

@@ -8,15 +8,19 @@ shards out again. Should the machine only have been slow, its claims are another
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from .events import Event, Note, WorkerFailed
+from .ray_folders import private_folder
 from .ray_worker import Home, Placed, RayWorker
 from .runner import CLOSING_SECONDS
 from .scheduler import Order
@@ -38,31 +42,49 @@ class Size:
 @contextmanager
 def cluster(place: Ray) -> Iterator[Size]:
     """Be connected to a cluster, started here where ``place`` names none. Raises BadInput where that fails."""
-    import logging
-
-    if place.address is None:  # before Ray is imported: such a cluster listens on loopback alone, and reports to nobody
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: behind all else that runs here
+    if place.address is None:  # before Ray is imported
+        _keep_to_ourselves()
     import ray
 
-    mine = not ray.is_initialized()
-    if mine:
-        more: dict[str, Any] = {"address": place.address}
-        if place.address is None:
-            cores = max(place.workers or 1, len(os.sched_getaffinity(0)))
-            more = {"address": "local", "num_cpus": cores, "include_dashboard": False}
-            more["object_store_memory"] = STORE_BYTES
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(f"--ray-address {place.address or 'local'}: Ray does not answer ({reason})") from None
+    if ray.is_initialized():
+        yield _size(place)
+        return
+    folder = private_folder() if place.address is None else None
     try:
+        _connect(place, folder)
         yield _size(place)
     finally:
-        if mine:
-            ray.shutdown()
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep_to_ourselves() -> None:
+    """A cluster that is started here listens on loopback alone, to who has its token, and reports to nobody."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: behind all else that runs here
+    if "RAY_AUTH_MODE" not in os.environ:  # else every user of this machine could have it run code
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _connect(place: Ray, folder: Path | None) -> None:
+    """``folder``: where a cluster is started, None where one is named."""
+    import logging
+
+    import ray
+
+    more: dict[str, Any] = {"address": place.address}
+    if folder is not None:
+        cores = max(place.workers or 1, len(os.sched_getaffinity(0)))
+        more = {"address": "local", "num_cpus": cores, "include_dashboard": False, "_temp_dir": str(folder / "r")}
+        more["object_store_memory"] = STORE_BYTES
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--ray-address {place.address or 'local'}: Ray does not answer ({reason})") from None
 
 
 def _size(place: Ray) -> Size:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..manifests import times
+from ..manifests import bounded_json, times
 from ..manifests.allowed import read_log
 from ..manifests.artifact import Artifact
 from ..manifests.manifest import ShardRecord
@@ -155,7 +154,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = bounded_json.parse(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
@@ -199,7 +198,7 @@ def run_state(run: Path) -> RunState:
 
 def _steps(run: Path) -> int | None:
     try:
-        said = json.loads((run / RUN).read_bytes()).get("steps")
+        said = bounded_json.load(run / RUN).get("steps")
     except (OSError, ValueError, AttributeError):
         return None
     return said if isinstance(said, int) else None

@@ -12,6 +12,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import ArtifactMismatch, BadInput, RunFailed
+from ..manifests import bounded_json
 from ..manifests.fingerprint import differences, fingerprint
 from ..manifests.overwriting import refuse_overwriting
 from ..manifests.redaction import redacted_data
@@ -183,9 +184,11 @@ def _look(out: Path, semantic: dict[str, Any], fresh: bool) -> tuple[Path, Facts
     if fresh:
         return None
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: cannot be read ({error}); restore it, or use --fresh to start over") from None
+        before = bounded_json.load(file)
+        if not isinstance(before, dict):
+            raise TypeError(f"a {type(before).__name__}, not an object")
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactMismatch(f"{file}: unreadable ({error}); restore it, or use --fresh to start over") from None
     if before != semantic:
         named = "; ".join(differences(before, semantic)[:3])
         raise ArtifactMismatch(f"{out}: another run is there ({named}); use another --out, or --fresh to start over")

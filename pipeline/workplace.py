@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard
+from ..manifests.tar import printable
 from .desk import Outcome
 from .events import Event
 from .inline import run_inline
+from .ray_folders import address_problem, read_note
 from .runner import ProcessCrew
 from .scheduler import Scheduler
 from .worker import Stage
-
-CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -71,34 +72,31 @@ def ray_place(address: str | None, workers: int | None, gpu: bool, gpus_each: in
         return Ray(None, workers, gpu, gpus_each)
     if asked not in (None, "auto"):
         where = "--ray-address" if address else "RAY_ADDRESS"
-        problem = _problem(asked)
+        problem = address_problem(asked)
         if problem is not None:
             text = f"{where} {asked}: {problem}; start one (`ray start --head`), or leave the address out"
             raise BadInput(f"{text} to have one started here")
         return Ray(asked, workers, gpu, gpus_each)
-    found = _started_here()
+    found, ignored = _started_here()
     if found is None and asked == "auto":
-        raise BadInput("--ray-address auto: no cluster runs on this machine; `ray start --head`, or leave it out")
+        why = "no cluster runs on this machine" if ignored is None else f"its note is ignored, for {ignored}"
+        raise BadInput(f"--ray-address auto: {why}; `ray start --head`, or leave it out")
+    if ignored is not None:
+        _say_ignored(ignored)
     return Ray(found, workers, gpu, gpus_each)
 
 
-def _started_here() -> str | None:
-    """The head of the cluster that `ray start` left a note about; None where there is none, or it does not answer."""
-    note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray/ray_current_cluster"
-    try:
-        address = note.read_text().strip()
-    except OSError:
-        return None
-    return address if _problem(address) is None else None
+def _started_here() -> tuple[str | None, str | None]:
+    """The head of the cluster that `ray start` left a note about, None where there is none or it does not answer; and
+    why a note that is there is ignored."""
+    address, ignored = read_note(Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray")
+    if address is not None and address_problem(address) is not None:
+        address = None
+    return address, ignored
 
 
-def _problem(address: str) -> str | None:
-    """Why no head can be reached at an address, in a few words."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit():
-        return "not HOST:PORT of a Ray head"
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        return f"no Ray head answers there ({error})"
-    return None
+@cache
+def _say_ignored(reason: str) -> None:
+    """A command may ask for the places of two models."""
+    text = f"capipe: --runner ray: the note of a running cluster is ignored: {printable(reason)}"
+    print(f"{text}; if it is yours, name it: --ray-address HOST:PORT", file=sys.stderr)

@@ -73,19 +73,22 @@ class Column:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """A sum, difference, product or quotient of two numbers."""
+    """Sums and differences, or products and quotients, of numbers, from left to right: a thousand terms are no deeper
+    than two. ``rest``: each further operand behind its operator."""
 
-    operator: str
-    left: Node
-    right: Node
+    first: Node
+    rest: tuple[tuple[str, Node], ...]
     kind: Kind = "number"
 
     def parts(self) -> tuple[Node, ...]:
-        return (self.left, self.right)
+        return (self.first, *(operand for _, operand in self.rest))
 
     def values(self, table: pa.Table) -> Values:
-        result = _COMPUTE[self.operator](*_alike(self.left.values(table), self.right.values(table)))
-        return _known(result, pc.is_finite(result))
+        result = self.first.values(table)
+        for operator, operand in self.rest:
+            result = _COMPUTE[operator](*_alike(result, operand.values(table)))
+            result = _known(result, pc.is_finite(result))
+        return result
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
@@ -284,30 +284,38 @@ class _Parser:
     def _sum(self) -> Node:
         return self._chain(("+", "-"), lambda: self._chain(("*", "/"), self._factor))
 
-    def _chain(self, operators: tuple[str, ...], part: Any) -> Node:
-        left: Node = part()
+    def _chain(self, operators: tuple[str, ...], part: Callable[[], Node]) -> Node:
+        """Operands with these operators between them; constants at the start become one."""
+        first, rest = part(), list[tuple[str, Node]]()
         while operator := self._take("sign", *operators):
-            left = self._arithmetic(operator, left, part())
-        return left
+            operand = part()
+            for side in (operand,) if rest else (first, operand):
+                self._number(operator, side)
+            if not rest and isinstance(first, Constant) and isinstance(operand, Constant):
+                first = self._folded(operator, first, operand)
+            else:
+                rest.append((operator, operand))
+        return Arithmetic(first, tuple(rest)) if rest else first
 
-    def _arithmetic(self, operator: str, left: Node, right: Node) -> Node:
-        for side in (left, right):
-            self._value(side)
-            if side.kind != "number":
-                self._fail(f"{_name(side)} is a text; {operator} takes numbers")
-        if not (isinstance(left, Constant) and isinstance(right, Constant)):
-            return Arithmetic(operator, left, right)
-        folded = Arithmetic(operator, left, right).values(pa.table({})).as_py()
-        if folded is None:
+    def _number(self, operator: str, node: Node) -> None:
+        self._value(node)
+        if node.kind != "number":
+            self._fail(f"{_name(node)} is a text; {operator} takes numbers")
+
+    def _folded(self, operator: str, left: Constant, right: Constant) -> Constant:
+        value = Arithmetic(left, ((operator, right),)).values(pa.table({})).as_py()
+        if value is None:
             self._fail(f"{_name(left)} {operator} {_name(right)} is no number")
-        return Constant(folded)
+        return Constant(value)
 
     def _factor(self) -> Node:
         if self._take("sign", "-"):
             self._deeper()
-            node = self._arithmetic("*", Constant(-1.0), self._factor())
+            node = self._factor()
             self._depth -= 1
-            return node
+            self._number("-", node)
+            minus = Constant(-1.0)
+            return self._folded("*", minus, node) if isinstance(node, Constant) else Arithmetic(minus, (("*", node),))
         if self._take("sign", "("):
             self._deeper()
             node = self._condition()

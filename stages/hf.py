@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from .items import DatasetRef, Item
 from .parquet_images import image_bytes
 
 SCHEME = "hf://"
+_REVISION = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)@(\w[\w./-]*)")  # name@branch, tag or commit, as of a model
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LOADED: dict[tuple[str, str | None], Any] = {}
 
 
 def refs(src: str, columns: Columns, reach: Reach = ANYWHERE, inside: Reach = ANYWHERE) -> Iterator[DatasetRef]:
-    """Every row of a dataset. ``src``: a saved folder, or ``hf://name[:split]`` (all splits unless one is named).
+    """Every row of a dataset. ``src``: a saved folder, or ``hf://name[@revision][:split]`` (else all splits).
 
     ``reach``: how far the paths of its images may lead that are named instead of held; ``inside``: those of its files.
     Raises BadInput at once where it cannot be loaded, has no column of images or not the text column that is wanted.
@@ -64,13 +68,43 @@ def _load(location: str) -> Any:
     try:
         if location.startswith(SCHEME):
             check_card(location)
-            return datasets.load_dataset(location.removeprefix(SCHEME))
+            return _named(location.removeprefix(SCHEME))
         return datasets.load_from_disk(location)
     except BadInput:
         raise
     except Exception as error:  # loaders and hubs raise whatever they like; the user needs the name and the reason
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{location}: cannot be loaded as a dataset ({reason})") from error
+
+
+def _named(name: str) -> Any:
+    """``org/name``, the same ``@revision``, or a local folder in the form of a dataset of the hub."""
+    return datasets.load_dataset(name) if Path(name).exists() else _of_hub(*_revised(name))
+
+
+def _revised(name: str) -> tuple[str, str | None]:
+    """A dataset's name on the hub, and the revision that it is asked for at, if any."""
+    found = _REVISION.fullmatch(name)
+    return (found[1], found[2]) if found is not None else (name, None)
+
+
+def _of_hub(name: str, revision: str | None) -> Any:
+    """A process asks the hub once: a branch that moves meanwhile changes nothing."""
+    if (name, revision) not in _LOADED:
+        _LOADED[name, revision] = datasets.load_dataset(name, revision=revision)
+    return _LOADED[name, revision]
+
+
+def commits() -> dict[str, str]:
+    """The commits of the hub at which this process has loaded datasets, by what was asked for; where `datasets` tells:
+    in the names of its files, ``…/name/configuration/version/COMMIT/name-train.arrow``."""
+    found: dict[str, str] = {}
+    for (name, revision), loaded in _LOADED.items():
+        for dataset in loaded.values() if isinstance(loaded, dict) else [loaded]:
+            for folder in (Path(file["filename"]).parent.name for file in dataset.cache_files):
+                if _COMMIT.fullmatch(folder):
+                    found[f"{SCHEME}{name}" if revision is None else f"{SCHEME}{name}@{revision}"] = folder
+    return found
 
 
 class Split:
@@ -127,7 +161,8 @@ def _cards(name: str) -> Iterator[tuple[str, str]]:
         path = Path(name) / file
         try:
             if not Path(name).exists():
-                path = Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset"))
+                on_hub, revision = _revised(name)
+                path = Path(huggingface_hub.hf_hub_download(on_hub, file, repo_type="dataset", revision=revision))
             text = path.read_bytes().decode("utf-8", "replace")
         except Exception:  # there is none, or no hub to be reached: then `datasets` cannot read it either
             continue

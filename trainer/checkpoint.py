@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactMismatch, BadInput
+from ..manifests import bounded_json
 from ..manifests.storage import remove, sync
 
 STATE, FACTS = "trainer.pt", "trainer.json"
@@ -101,7 +102,7 @@ def newest(run: Path, fingerprint: str) -> tuple[Path, Facts] | None:
 def read_facts(checkpoint: Path) -> Facts:
     """Raises BadInput where the file is not one of ours."""
     try:
-        return Facts(**json.loads((checkpoint / FACTS).read_text()))
+        return Facts(**bounded_json.load(checkpoint / FACTS))
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(
             f"{checkpoint / FACTS}: cannot be read ({error}); remove the folder to go on from the one before"

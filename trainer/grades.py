@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import BadInput
+from ..manifests import bounded_json
 from ..manifests.status import Status
 from ..models.quiz import rotations
 from ..models.tiny.world import Scene
@@ -145,7 +145,7 @@ def _scene(row: Mapping[str, Any], where: str) -> Scene | None:
     if row["scene"] is None:
         return None
     try:
-        return Scene.from_dict(json.loads(row["scene"]))
+        return Scene.from_dict(bounded_json.parse(row["scene"]))
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
             f"{where}: the scene of row {row['key']!r} cannot be read ({error}); grade again from intact shards"

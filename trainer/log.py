@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BadInput
+from ..manifests import bounded_json
 from ..manifests.storage import open_own, write_new
 
 if TYPE_CHECKING:  # who reads logs needs no torch
@@ -142,8 +143,13 @@ def read_steps(folder: Path) -> list[dict[str, Any]]:
 def _read(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        entries = [bounded_json.parse(line) for line in file.read_bytes().split(b"\n")[:-1]]
+        if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in entries):
+            raise ValueError("an entry without its step")
+    except ValueError as error:
+        raise BadInput(f"{file}: no log of a run ({error}); restore it, or use --fresh to start over") from None
+    return entries
 
 
 def _cut(file: Path, start: int) -> None:

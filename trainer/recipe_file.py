@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 
@@ -16,6 +16,9 @@ from ..errors import BadInput
 from ..manifests.redaction import note
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+MAX_BYTES = 2**20
+MAX_VALUES = 100_000
+MAX_NESTING = 50  # lists and mappings in each other; a chain with a training recipe in it has under 10
 CHAIN_KEY = "stages"  # what only a chain has
 Kind = Literal["training", "chain"]
 _COMMANDS = {"training": "train", "chain": "run"}
@@ -53,12 +56,16 @@ def read_recipe(given: Path, overrides: Sequence[str], kind: Kind) -> dict[str, 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises OSError where there is none, BadInput where it is something else."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise BadInput(f"{path}: no recipe: over {MAX_BYTES >> 20} MiB")
+        text = data.decode("utf-8")
         note([text])
-        loaded = yaml.load(text, _Loader)
+        loaded = _parsed(text)
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # bytes that are no UTF-8, numbers and dates that there are not
         raise BadInput(f"{path}: not YAML: {error}") from None
     if not isinstance(loaded, dict):
         raise BadInput(f"{path}: a recipe is a mapping of keys, this is {type(loaded).__name__}")
@@ -81,28 +88,31 @@ def engines_of(value: Any) -> Iterator[str]:
 def apply_override(recipe: dict[str, Any], override: str) -> None:
     """Set ``section.key=value`` in place; the value is YAML. Raises BadInput where there is no such place."""
     key, sign, text = override.partition("=")
+    shown = repr(override if len(override) <= 200 else override[:199] + "…")
     if not sign or not key:
-        raise BadInput(f"--set {override!r}: write section.key=value")
+        raise BadInput(f"--set {shown}: write section.key=value")
     *sections, last = key.split(".")
+    if len(sections) > MAX_NESTING:
+        raise BadInput(f"--set {shown}: {len(sections)} sections in each other; at most {MAX_NESTING}")
     at: Any = recipe
     for section in sections:
         if isinstance(at, list):
-            at = _entry(at, section, override)
+            at = _entry(at, section, shown)
             continue
         at = at.setdefault(section, {})
         if not isinstance(at, dict | list):
-            raise BadInput(f"--set {override!r}: {section} is a value, not a section")
+            raise BadInput(f"--set {shown}: {section} is a value, not a section")
     if not isinstance(at, dict):
-        raise BadInput(f"--set {override!r}: name a key after the list's entry, e.g. rewards.0.weight")
+        raise BadInput(f"--set {shown}: name a key after the list's entry, e.g. rewards.0.weight")
     try:
-        at[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"--set {override!r}: not YAML: {' '.join(str(error).split())}") from None
+        at[last] = _parsed(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise BadInput(f"--set {shown}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _entry(entries: list[Any], section: str, override: str) -> Any:
     if not section.isdigit() or int(section) >= len(entries):
-        raise BadInput(f"--set {override!r}: the list has entries 0 to {len(entries) - 1}")
+        raise BadInput(f"--set {override}: the list has entries 0 to {len(entries) - 1}")
     return entries[int(section)]
 
 
@@ -110,8 +120,47 @@ def _kind(loaded: dict[str, Any]) -> Kind:
     return "chain" if CHAIN_KEY in loaded else "training"
 
 
+def _parsed(text: str) -> Any:
+    """Raises YAMLError; ValueError where a value is of a type's form and beyond it (32 March)."""
+    return yaml.load(text, _Loader)
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice: YAML's own answer, that the last one counts, loses a stage in silence."""
+    """Refuses a key that is written twice: YAML's own answer, that the last one counts, loses a stage in silence.
+    Refuses what is nested over MAX_NESTING deep, where YAML's recursion would end, and later everybody else's, or has
+    over MAX_VALUES; aliases count as what they stand for, and none stands for what it lies in."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._open = 0
+        self._extents: dict[int, tuple[int, int]] = {}  # depth and values of each finished node, by its id
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        mark, is_alias = event.start_mark, isinstance(event, yaml.AliasEvent)
+        self._open += 1
+        if self._open > MAX_NESTING:
+            self._refuse(f"nested over {MAX_NESTING} deep", mark)
+        node = super().compose_node(parent, index)
+        self._open -= 1
+        if not is_alias:
+            self._extents[id(node)] = self._extent(node, mark)
+        elif id(node) not in self._extents:
+            self._refuse("an alias of what it lies in", mark)
+        return node
+
+    def _extent(self, node: Any, mark: Any) -> tuple[int, int]:
+        parts = [] if isinstance(node, yaml.ScalarNode) else list(node.value)
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        depth = 1 + max((self._extents[id(part)][0] for part in parts), default=0)
+        values = 1 + sum(self._extents[id(part)][1] for part in parts)
+        if depth > MAX_NESTING or values > MAX_VALUES:
+            self._refuse(f"nested over {MAX_NESTING} deep, or over {MAX_VALUES} values, with its aliases", mark)
+        return depth, values
+
+    def _refuse(self, problem: str, mark: Any) -> NoReturn:
+        raise yaml.composer.ComposerError(None, None, problem, mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

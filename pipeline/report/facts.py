@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from ...errors import BadInput, CapipeError
+from ...manifests import bounded_json
 from ...manifests.artifact import Artifact
 from ...stages.grade import CONTROLS
 from ...stages.provenance import last_part, public
@@ -236,7 +237,7 @@ def _training(name: str, run: Path) -> Training:
         charts[f"Validation: {key}"] = [Line(key, points)]
     kept = {title: [line for line in lines if line.points] for title, lines in charts.items()}
     try:
-        settings = json.dumps(public(json.loads((run / "run.json").read_bytes())), indent=1, ensure_ascii=False)
+        settings = json.dumps(public(bounded_json.load(run / "run.json")), indent=1, ensure_ascii=False)
     except (OSError, ValueError):
         settings = ""
     return Training(name, run_state(run), {title: lines for title, lines in kept.items() if lines}, settings)

@@ -72,6 +72,12 @@ def test_a_sound_chain_is_resolved_by_role(tmp_path: Path) -> None:
     assert lines["train"] == f"train tiny-caprl --set validation=null --set steps=7 {trained} --out {at}/train"
 
 
+def test_a_path_is_no_option(tmp_path: Path) -> None:
+    photos = {"photos": {"stage": "ingest", "inputs": {"sources": {"path": "--fresh"}}}}
+    chain = chain_of(tmp_path, stages=photos)
+    assert arguments(chain, chain.stages[0], tmp_path) == ["ingest", "./--fresh", "--out", f"{tmp_path}/photos"]
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -196,12 +196,16 @@ def test_without_a_cluster_one_is_started_on_loopback(shards: Path, alone: Path,
     wait_until(lambda: process.poll() is not None or len(lines(tmp_path / "out")) >= 1)
     assert process.poll() is None, process.communicate()[1]
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    (own,) = Path(folder).glob("*")
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700 and list(own.glob("r/session_*/sockets/raylet*"))
+    tokens = [member.environ().get("RAY_AUTH_TOKEN") for member in family if member.name() in ("raylet", "gcs_server")]
+    assert tokens and tokens[0] and set(tokens) == {tokens[0]}
     sockets = [each for member in family for each in member.net_connections("inet") if each.status == "LISTEN"]
     assert sockets and {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     stderr = process.communicate(timeout=280)[1]
     assert process.returncode == 0, stderr
     same_shards(tmp_path / "out", alone)
-    shutil.rmtree(folder)
+    Path(folder).rmdir()  # nothing is left of the cluster
 
 
 async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

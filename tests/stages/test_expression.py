@@ -155,3 +155,34 @@ def test_no_rows() -> None:
 
 def test_many_terms_are_no_problem() -> None:
     assert kept(" and ".join(["clip > 0.28"] * 3000)) == [2, 5]
+    assert kept(" + ".join(["length"] * 3000) + " > 60000") == [3, 5]
+    assert kept("0" + " - length * 1" * 3000 + " < -60000") == [3, 5]
+    assert kept("1 + " * 3000 + "length > 3020") == [3, 5]
+    assert kept(" / ".join(["length"] * 3000) + " >= 0") == [1, 2, 3, 5]  # 0 / 0 is null
+    assert (
+        parse(" + ".join(["clip", "itm"] * 400) + " > 1", TYPES)
+        .reason(0, {"clip": 0.5, "itm": 0.25})
+        .endswith(" > 1: clip is 0.5, itm is 0.25")
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "core", "after", "times"),
+    [
+        ("(", "clip > 0", ")", 50),
+        ("not (clip > 1 or ", "clip > 0", " and clip > 0)", 25),
+        ("-(-(", "clip", ") + 1)", 12),
+        ("(1 - 2 * (", "clip", ")) / 3", 25),
+    ],
+)
+def test_depth_is_bounded_in_all_mixtures(before: str, core: str, after: str, times: int) -> None:
+    """As deep as is allowed works; ever so deep is refused in one line."""
+
+    def text(times: int) -> str:
+        return before * times + core + after * times + ("" if ">" in core else " > 0")
+
+    assert len(parse(text(times), TYPES).mask(TABLE)) == len(TABLE)
+    for more in (times + 1, 20_000):
+        with pytest.raises(BadInput, match="nested more than 50 deep; write it flatter") as refused:
+            parse(text(more), TYPES)
+        assert len(str(refused.value)) < 300

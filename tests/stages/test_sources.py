@@ -14,7 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from capipe.errors import BadInput
+from capipe.manifests.artifact import Artifact
 from capipe.manifests.status import Status
+from capipe.pipeline.ingesting import plan_ingest
+from capipe.stages.ingest import IngestConfig
 from capipe.stages.items import Handles, Item
 from capipe.stages.sources import open_sources
 
@@ -341,6 +344,35 @@ def test_named_dataset(dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         load(f"hf://{tmp_path / 'named'}:dev")
     with pytest.raises(BadInput, match="cannot be loaded as a dataset"):
         load("hf://no-such/dataset-anywhere")
+
+
+def test_a_revision_of_a_named_dataset(dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named as a model's is, asked for once in a process, and the commit that it was is on record."""
+    import datasets
+
+    from capipe.stages import hf
+
+    commit, asked = "0123456789" * 4, list[tuple[str, str | None]]()
+
+    def load_dataset(name: str, revision: str | None = None) -> Any:
+        """Files where `datasets` puts those of the hub: in a folder named after the commit."""
+        asked.append((name, revision))
+        place = tmp_path / f"cache/org___name/default/0.0.0/{commit}"
+        dataset.save_to_disk(place)
+        return datasets.DatasetDict({"train": datasets.load_from_disk(place)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hf, "_LOADED", {})
+    for src in ("hf://org/name@v1.0/x:train", "hf://org/name@v1.0/x:train", "hf://org/name", "hf://name@main"):
+        items = load(src)
+        assert [item.data for item in items] == [A, B]
+        assert names(items)[0] == f"{src.removesuffix(':train')}:train[0]"
+    assert asked == [("org/name", "v1.0/x"), ("org/name", None), ("name", "main")]
+    assert hf.commits() == dict.fromkeys(("hf://org/name@v1.0/x", "hf://org/name", "hf://name@main"), commit)
+
+    made = plan_ingest(["hf://org/name@v1.0/x"], str(tmp_path / "out"), IngestConfig(), workers=0)
+    made.artifact.close()
+    assert Artifact.open(str(tmp_path / "out")).config["run"]["commits"]["hf://org/name@v1.0/x"] == commit
 
 
 def test_dataset_without_images(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from capipe.errors import BadInput
+from capipe.pipeline.chain_recipe import load_chain_recipe
 from capipe.trainer.assembly import rate
 from capipe.trainer.recipe import OptimizerConfig, Recipe, load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
@@ -81,6 +83,48 @@ def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(BadInput, match="a mapping"):
         load_recipe(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: " + "[" * 20_000, "nested over 50 deep"),
+        ("a: " + "[" * 20_000 + "]" * 20_000, "nested over 50 deep"),
+        ("{a: " * 20_000 + "1" + "}" * 20_000, "nested over 50 deep"),
+        ("- " * 20_000 + "1", "nested over 50 deep"),
+        ("? " * 20_000 + "1", "nested over 50 deep"),
+        ("\n".join(" " * depth + "a:" for depth in range(200)), "nested over 50 deep"),
+        ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 2000)), "nested over 50 deep"),
+        ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 9}]\n" for i in range(1, 40)), "100000 values"),
+        ("a: &a [*a]", "an alias of what it lies in"),
+        ("a: &a {<<: *a}", "an alias of what it lies in"),
+        ("a: 2024-13-45", "not YAML: month must be in 1..12"),
+        ("a: " + "9" * 6000, "not YAML: Exceeds the limit"),
+        ("a: !!python/object/apply:os.system [id]", "not YAML: could not determine a constructor"),
+        ("#" * (1 << 20) + "\na: 1", "no recipe: over 1 MiB"),
+    ],
+)
+def test_a_recipe_that_is_too_much_of_something(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    reads: list[Callable[[], object]] = [lambda: load_recipe(path), lambda: load_chain_recipe(path, [])]
+    for read in reads:
+        with pytest.raises(BadInput, match=said) as refused:
+            read()
+        assert str(refused.value).startswith(f"{path}: ") and "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 600
+
+
+def test_an_override_that_is_too_deep(recipe: Path) -> None:
+    for override in ("steps=" + "[" * 20_000, "a." * 20_000 + "a=1", "steps=&a [*a]", "steps=2024-13-45"):
+        with pytest.raises(BadInput) as refused:
+            load_recipe(recipe, [override])
+        assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_aliases_stand_for_what_they_name(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(TEXT + "seed: &three 3\nrollout: {group: *three}\n")
+    assert load_recipe(tmp_path / "recipe.yaml").rollout.group == 3
 
 
 def test_a_bundled_recipe_has_a_name_which_a_file_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
