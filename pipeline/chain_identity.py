@@ -19,8 +19,8 @@ from fsspec.core import url_to_fs
 from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.fingerprint import canonical
+from ..manifests.patterns import braced
 from ..manifests.redaction import without_secrets
-from ..manifests.shards import braced
 from ..models.loading import folder_digest
 from ..models.tiny import PREFIX, resolve
 from ..models.vllm_arguments import changing_rows
