@@ -35,7 +35,7 @@ class Outside(Refused):
 class Reach:
     """How far data may lead. ``within``: a local folder that all its paths must lie in, links resolved, and no URL at
     all. ``public_only``: no URLs of loopback and private addresses (link-local ones never are). ``source``: the folder
-    that a user named to be read, which its own links and lists do not lead out of, likewise."""
+    (or its URL) that a user named to be read, which its own links and lists do not lead out of, likewise."""
 
     within: str | None = None
     public_only: bool = False
@@ -44,7 +44,7 @@ class Reach:
     def __post_init__(self) -> None:
         for name in ("within", "source"):  # resolved once: a folder is asked about for each of its files
             folder = getattr(self, name)
-            if folder is not None:
+            if folder is not None and not is_url(folder):
                 object.__setattr__(self, name, os.path.realpath(folder))
 
 
@@ -71,7 +71,8 @@ def check(location: str, reach: Reach = ANYWHERE) -> None:
     if reach.within is not None:
         raise Outside(f"{_shown(location)}: a URL, where --within {reach.within} allows files of that folder alone")
     if reach.source is not None:
-        raise Outside(f"{_shown(location)}: a URL, where files of {printable(reach.source)} are meant")
+        text = f"leads out of its source, {printable(reach.source)}"
+        raise Outside(f"{_shown(location)}: {text}; --follow-links takes it")
 
 
 def check_below(name: str, url: str, reach: Reach = ANYWHERE) -> None:
@@ -81,6 +82,8 @@ def check_below(name: str, url: str, reach: Reach = ANYWHERE) -> None:
         raise Refused(f"{_shown(name)}: a chain of file systems (::) is not opened from data")
     if reach.within is not None:
         raise Outside(f"{_shown(name)}: lies at {_shown(url)}, where --within {reach.within} allows files alone")
+    if reach.source is not None and ".." in name.split("/"):
+        raise Outside(f"{_shown(name)}: leads out of its source, {_shown(reach.source)}; --follow-links takes it")
 
 
 def _check_text(location: str) -> None:

@@ -94,7 +94,8 @@ def _open(src: str, columns: Columns, image_key: str | None, reach: Reach, follo
         return with_sidecar_captions(tar_items.refs(src, image_key, inside), columns)
     if parquets := _parquets(src, names):
         return chain.from_iterable([_part(join(src, name), columns, reach, inside) for name in parquets])
-    names_reach = replace(inside, within=reach.within)
+    elsewhere = is_url(src) and not follow_links and not src.startswith(("file://", "local://"))
+    names_reach = replace(inside, within=reach.within, source=src if elsewhere else inside.source)
     return with_sidecar_captions(with_metadata(src, _folder(src, inside), columns, inside, names_reach), columns)
 
 

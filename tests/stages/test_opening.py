@@ -317,6 +317,18 @@ def test_names_of_a_listing_that_are_paths_of_their_own(tmp_path: Path) -> None:
     assert [item.data for item in items if item.data] == [A]
 
 
+def test_metadata_of_a_remote_folder(tmp_path: Path, elsewhere: Path, server: str) -> None:
+    fs, root = fsspec.filesystem("memory"), f"/meta-{tmp_path.name}"
+    bad = [str(elsewhere / "private.jpg"), f"{server}/a.jpg", "../x.jpg", "s3://bucket/a.jpg"]
+    listed = lines(tmp_path / "m.jsonl", [{"file_name": each, "text": each} for each in ("a.jpg", *bad)])
+    fs.pipe({f"{root}/a.jpg": A, f"{root}/metadata.jsonl": listed.read_bytes()})
+    items = load(f"memory:/{root}")
+    assert [(item.data, item.text) for item in items[:1]] == [(A, "a.jpg")]
+    assert [item.data for item in items[1:]] == [None] * 4 and _Server.seen == []
+    assert all("leads out of its source" in str(reason) for reason in reasons(items)[1:])
+    assert load(f"memory:/{root}", follow_links=True)[1].data == C
+
+
 # --- data sets -------------------------------------------------------------------------------------------------------
 
 
