@@ -18,8 +18,7 @@ from .tar import printable
 
 SCHEMES = ("https", "http", "s3", "s3a", "gs", "gcs", "hf")  # of stores that name one object each
 KERNEL = ("/proc", "/sys", "/dev")  # their files are no data: devices, other processes' memory, settings
-MEMORY = "/dev/shm"  # but here lie files that are held in memory
-_SAME = {"s3a": "s3", "gcs": "gs"}  # schemes of the same stores
+MEMORY_DISK = "/dev/shm"  # but for this one, which holds regular files like any disk
 MAX_LOCATION = 8192  # characters
 
 
@@ -51,7 +50,7 @@ def check(location: str, reach: Reach = ANYWHERE) -> None:
     if "::" in location and (is_url(location) or ":/" in location or location.partition("::")[0].isalnum()):
         raise Refused(f"{shown}: a chain of file systems (::) is not opened from data")
     if not is_url(location):
-        if _is_kernel(os.path.normpath(location).replace("//", "/")):  # two slashes at the start are kept
+        if _is_kernel(os.path.normpath(location)):
             raise Refused(f"{shown}: lies in {', '.join(KERNEL)}, which hold no data")
         return
     scheme = location.partition("://")[0].lower()
@@ -101,8 +100,11 @@ def _real_path(handle: int, path: str) -> str:
         return os.path.realpath(path)
 
 
+_BELOW_KERNEL = tuple(f"{folder}/" for folder in KERNEL)
+
+
 def _is_kernel(path: str) -> bool:
-    return any(_lies_in(path, folder) for folder in KERNEL) and not _lies_in(path, MEMORY)
+    return (path in KERNEL or path.startswith(_BELOW_KERNEL)) and not _lies_in(path, MEMORY_DISK)
 
 
 def _lies_in(path: str, folder: str) -> bool:
@@ -112,6 +114,9 @@ def _lies_in(path: str, folder: str) -> bool:
 def leaves(path: str, folder: str) -> bool:
     """Whether a local path leads out of ``folder`` by a link: both are resolved. A missing file leads where it says."""
     return not _lies_in(os.path.realpath(path), os.path.realpath(folder))
+
+
+_SAME = {"s3a": "s3", "gcs": "gs"}  # schemes of the same stores
 
 
 def store(url: str) -> tuple[str, str]:
