@@ -37,7 +37,7 @@ class Allowed:
         """``location`` as it is to be opened: a local path (absolute) or a URL. Raises Refused."""
         if location.lower().startswith(_LOCAL) or not is_url(location):
             check(location.partition("://")[2] if is_url(location) else location)
-            path = str(LocalFileSystem._strip_protocol(location))
+            path = "/" + str(LocalFileSystem._strip_protocol(location)).lstrip("/")  # "//proc" is /proc
             check(path)
             return path
         scheme = location.partition("://")[0].lower()

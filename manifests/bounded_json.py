@@ -24,7 +24,7 @@ def parse(text: str | bytes) -> Any:
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
-    if opened > MAX_NESTING and is_deeper(value, MAX_NESTING):
+    if opened > MAX_NESTING and is_deeper(value):
         raise ValueError(_TOO_DEEP)
     return value
 
@@ -42,7 +42,7 @@ def load_from(folder: Folder, name: str) -> Any:
         return _whole(file)
 
 
-def is_deeper(value: Any, most: int) -> bool:
+def is_deeper(value: Any, most: int = MAX_NESTING) -> bool:
     """Whether a value of lists and dictionaries nests over ``most`` of them; no recursion."""
     level = [value]
     for _ in range(most):

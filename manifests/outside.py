@@ -18,7 +18,7 @@ from .tar import printable
 
 SCHEMES = ("https", "http", "s3", "s3a", "gs", "gcs", "hf")  # of stores that name one object each
 KERNEL = ("/proc", "/sys", "/dev")  # their files are no data: devices, other processes' memory, settings
-MEMORY = "/dev/shm"  # but for this one, which holds regular files like any disk
+MEMORY_DISK = "/dev/shm"  # but for this one, which holds regular files like any disk
 _SAME = {"s3a": "s3", "gcs": "gs"}  # schemes of the same stores
 MAX_LOCATION = 8192  # characters
 
@@ -159,7 +159,7 @@ _BELOW_KERNEL = tuple(f"{folder}/" for folder in KERNEL)
 
 
 def _is_kernel(path: str) -> bool:
-    return (path in KERNEL or path.startswith(_BELOW_KERNEL)) and not _lies_in(path, MEMORY)
+    return (path in KERNEL or path.startswith(_BELOW_KERNEL)) and not _lies_in(path, MEMORY_DISK)
 
 
 def _lies_in(path: str, folder: str) -> bool:

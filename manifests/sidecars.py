@@ -10,12 +10,13 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO
+
+from .bounded_json import is_deeper
 
 MAX_BYTES = 1 << 20  # of a sidecar: real ones have a few kilobytes
 MAX_OWN_BYTES = 16 << 20  # of one in a tar of ours, to which stages add, and tables have given what they had
-MAX_DEPTH = 100
 META_TEXT_KEYS = ("caption", "text")  # where a metadata object may hold the caption, if there is no text beside it
 _MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -93,7 +94,7 @@ def decode_meta(data: bytes | None, notes: list[str], most: int = MAX_OWN_BYTES)
         return None
     try:
         parsed = _parsed(data, notes)
-        if is_deep(parsed):
+        if is_deeper(parsed):
             raise RecursionError
         value = jsonable(parsed)
     except RecursionError:
@@ -108,20 +109,6 @@ def decode_meta(data: bytes | None, notes: list[str], most: int = MAX_OWN_BYTES)
     return value
 
 
-def is_deep(value: Any) -> bool:
-    """Whether lists and objects are nested in ``value`` more than :data:`MAX_DEPTH` deep; without recursion."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [part for each in level for part in _parts(each)]
-        if not level:
-            return False
-    return any(isinstance(each, (Mapping, list, tuple)) for each in level)
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _parsed(data: bytes, notes: list[str]) -> Any:

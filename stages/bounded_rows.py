@@ -10,9 +10,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, AnyStr
 
+from ..manifests.bounded_json import MAX_NESTING, is_deeper
+
 MAX_ROW = 1 << 24  # characters (of JSON lines in bytes: bytes); an image of 12 MB is as long in base64
 MAX_HEADING = 1 << 20  # characters of a CSV's first line
-MAX_NESTING = 100  # lists and objects in each other
 _QUOTE = '"'
 csv.field_size_limit(MAX_ROW + 1)  # Python's own 131,072 are fewer than an image in base64 has
 
@@ -30,17 +31,6 @@ def too_long(lines: int = 1) -> Beyond:
     """``lines``: of the file, that the row takes up."""
     over = f"the row is too long (over {MAX_ROW} characters"
     return Beyond(f"{over} in {lines} lines; is a quote not closed?)" if lines > 1 else f"{over})")
-
-
-def is_too_deep(value: object) -> bool:
-    """Whether lists and objects lie more than MAX_NESTING deep in each other. Not by recursion."""
-    level: list[Any] = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_NESTING):
-        inner = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [each for values in inner for each in values if isinstance(each, dict | list)]
-        if not level:
-            return False
-    return True
 
 
 def may_be_too_deep(text: str | bytes, start: int = 0, end: int | None = None) -> bool:
@@ -78,7 +68,7 @@ def json_row(line: bytes | str) -> Mapping[str, Any] | str:
         return f"line is not JSON: {error}"
     if not isinstance(value, dict):
         return f"line is a JSON {type(value).__name__}, not an object"
-    return TOO_DEEP if may_be_too_deep(line) and is_too_deep(value) else value
+    return TOO_DEEP if may_be_too_deep(line) and is_deeper(value) else value
 
 
 def csv_records(stream: IO[str], heading: str, delimiter: str) -> Iterator[list[str] | str]:

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .bounded_rows import is_too_deep, may_be_too_deep
+from ..manifests.bounded_json import is_deeper
+from .bounded_rows import may_be_too_deep
 
 CONVERSATION_COLUMNS = ("conversations", "messages", "conversation", "texts")
 _USER, _ASSISTANT = "user", "assistant"
@@ -94,7 +95,7 @@ def from_json(value: object) -> object:
         parsed: object = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return value if may_be_too_deep(value) and is_too_deep(parsed) else parsed
+    return value if may_be_too_deep(value) and is_deeper(parsed) else parsed
 
 
 def _rows(value: object) -> object:

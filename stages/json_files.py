@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from ..errors import BadInput
-from .bounded_rows import MAX_ROW, TOO_DEEP, is_too_deep, may_be_too_deep, too_long
+from ..manifests.bounded_json import is_deeper
+from .bounded_rows import MAX_ROW, TOO_DEEP, may_be_too_deep, too_long
 from .read_files import open_binary
 
 MAX_OBJECT_BYTES = 1 << 31  # of a JSON object, which is read whole: some five times as much memory
@@ -99,7 +100,7 @@ class _ListReader:
                 continue
             after = _blank_end(self._text, end)
             if self._text[after : after + 1] in (",", "]") or not self._fill():  # a number may go on in the next chunk
-                length, deep = end - self._at, may_be_too_deep(self._text, self._at, end) and is_too_deep(value)
+                length, deep = end - self._at, may_be_too_deep(self._text, self._at, end) and is_deeper(value)
                 self._at = end
                 return too_long() if length > MAX_ROW else TOO_DEEP if deep else value
 

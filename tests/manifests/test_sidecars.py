@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from capipe.manifests.bounded_json import MAX_NESTING, is_deeper
 from capipe.manifests.fingerprint import canonical
 from capipe.manifests.shards import RowReader, expand
 from capipe.manifests.sidecars import (
     MAX_BYTES,
-    MAX_DEPTH,
     MAX_OWN_BYTES,
     decode_meta,
     encode_meta,
-    is_deep,
     read_sidecars,
 )
 from capipe.manifests.status import Status
@@ -45,14 +44,14 @@ def nested(depth: int) -> bytes:
     return b'{"a":' * depth + b"1" + b"}" * depth
 
 
-@pytest.mark.parametrize("depth", [1, MAX_DEPTH, MAX_DEPTH + 1, 400, 700, 990, 5000, 100_000])
+@pytest.mark.parametrize("depth", [1, MAX_NESTING, MAX_NESTING + 1, 400, 700, 990, 5000, 100_000])
 def test_what_is_nested_deep_is_left_out_with_a_note_wherever_it_is_read(depth: int) -> None:
     def within(frames: int) -> None:
         if frames:
             return within(frames - 1)
         notes: list[str] = []
         meta = decode_meta(nested(depth), notes)
-        assert notes == ([] if depth <= MAX_DEPTH else ["json is nested too deeply: left out"])
+        assert notes == ([] if depth <= MAX_NESTING else ["json is nested too deeply: left out"])
         if meta is not None:
             assert decode_meta(encode_meta(meta, {}), []) == meta
 
@@ -62,9 +61,9 @@ def test_what_is_nested_deep_is_left_out_with_a_note_wherever_it_is_read(depth: 
 
 def test_depth_is_that_of_lists_and_objects() -> None:
     value: object = []
-    for _ in range(MAX_DEPTH - 1):
+    for _ in range(MAX_NESTING - 1):
         value = [1, value, {}]
-    assert not is_deep(value) and is_deep([value]) and is_deep({"x": value}) and not is_deep(None)
+    assert not is_deeper(value) and is_deeper([value]) and is_deeper({"x": value}) and not is_deeper(None)
 
 
 def test_a_sidecar_over_the_limit_costs_no_image_and_no_time(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a program
 
 from capipe.manifests import manifest
-from capipe.manifests.artifact import DIGEST, _digest
+from capipe.manifests.config_file import DIGEST, digest
 from capipe.manifests.fingerprint import canonical, fingerprint
 from capipe.models.tiny.corpus import write_corpus
 from capipe.pipeline import __main__
@@ -261,7 +261,7 @@ def _sign(artifact: Path) -> None:
         if "fingerprint" in config:
             config["fingerprint"] = fingerprint(config["semantic"])
         if DIGEST in config:
-            config[DIGEST] = _digest(config)
+            config[DIGEST] = digest(config)
         path.write_text(json.dumps(config, sort_keys=True))
     lines = []
     for line in (artifact / "_capipe/manifest.jsonl").read_bytes().splitlines():

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from capipe.errors import BadInput
+from capipe.manifests.bounded_json import MAX_NESTING, is_deeper
 from capipe.manifests.status import Status
 from capipe.stages import bounded_rows, json_files
-from capipe.stages.bounded_rows import MAX_NESTING, MAX_ROW, Beyond, bounded_lines, csv_records, is_too_deep
+from capipe.stages.bounded_rows import MAX_ROW, Beyond, bounded_lines, csv_records
 from capipe.stages.items import Item
 from capipe.stages.question_sets import read_question_set
 
@@ -62,7 +63,7 @@ def test_a_row_as_deep_as_may_be(photos: Path) -> None:
     inner = MAX_NESTING - 1  # the row itself is one
     (photos / "t.jsonl").write_text(f'{{"path": "a.jpg", "x": {deep(inner)}}}\n{{"path": "a.jpg", "t": "{"[" * 500}"}}')
     assert [item.data for item in load(photos / "t.jsonl")] == [A, A]
-    assert not is_too_deep(json.loads(deep(MAX_NESTING))) and is_too_deep(json.loads(deep(MAX_NESTING + 1)))
+    assert not is_deeper(json.loads(deep(MAX_NESTING))) and is_deeper(json.loads(deep(MAX_NESTING + 1)))
 
 
 @pytest.mark.parametrize("size", [990, 1100, 5000, 3_000_000])
