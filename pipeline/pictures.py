@@ -140,13 +140,16 @@ class Pictures:
         try:
             tar = self._tar(location, size)
             return None if tar is None else tar.read(key)
-        except (FileNotFoundError, ValueError):  # gone, or replaced meanwhile
+        except ValueError:  # replaced meanwhile
             return None
         except Exception as error:
             problem = read_problem(error)
             if problem is None and not isinstance(error, CapipeError):
                 raise
-            if is_url(location):
+            # fsspec calls a server that does not answer a missing file, too; where one was only tried, it may be none
+            tried = isinstance(error, FileNotFoundError) and size is not None
+            missing = problem is not None and problem.status is Status.MISSING
+            if is_url(location) and not tried and not missing:
                 said = error if problem is None else problem.reason
                 raise Refused(f"{printable(location[:200])}: {printable(str(said)[:200])}") from None
             return None

@@ -25,7 +25,9 @@ from capipe.manifests.verify import verify
 from capipe.pipeline.joins import Joins, Place
 from capipe.pipeline.pictures import Pictures
 from capipe.pipeline.report import write_report
+from capipe.pipeline.reporting import _captions_of
 from capipe.pipeline.status_view import overview
+from capipe.stages.provenance import chain
 
 from .conftest import capipe, table
 from .looking import write_captions, write_images
@@ -255,3 +257,19 @@ def test_pipes_and_devices_in_the_place_of_logs_are_not_waited_for(tmp_path: Pat
     found = capipe("status", tmp_path, limit_s=100).stdout
     assert "run: training, step 0/5" in found and "shards: ingest" in found
     assert capipe("report", tmp_path, limit_s=100).stdout
+
+
+def test_a_card_and_a_comparison_do_not_ask_either(tmp_path: Path, captions: Path, store: Store) -> None:
+    served(tmp_path)
+    url = f"{store.url}/elsewhere"
+    name(captions, f"{url}/00000.tar", shards=url)
+    first = chain(Artifact.open(str(captions)))[0]
+    assert first.config is None and first.note is not None and first.note.startswith("not looked at")
+    assert _captions_of(url, Allowed(str(captions))) is None and store.asked == []
+    assert _captions_of(url, None) is not None and store.asked, "what the command line itself named is opened"
+
+
+def test_a_store_that_cannot_be_reached_is_a_reason(tmp_path: Path, captions: Path) -> None:
+    name(captions, "http://127.0.0.1:1/elsewhere/00000.tar")
+    shown, page = pictures_in(captions.parent, "http://127.0.0.1:1")
+    assert shown == 0 and "not shown: http://127.0.0.1:1/elsewhere/00000.tar: " in page
