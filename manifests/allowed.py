@@ -33,8 +33,10 @@ class Allowed:
     given: str
     named: tuple[str, ...] = ()
 
-    def place(self, location: str) -> str:
+    def place(self, location: object) -> str:
         """``location`` as it is to be opened: a local path (absolute) or a URL. Raises Refused."""
+        if not isinstance(location, str):
+            raise Refused(f"no path or URL: a {type(location).__name__}")
         if location.lower().startswith(_LOCAL) or not is_url(location):
             check(location.partition("://")[2] if is_url(location) else location)
             path = "/" + str(LocalFileSystem._strip_protocol(location)).lstrip("/")  # "//proc" is /proc
