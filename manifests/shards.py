@@ -331,7 +331,7 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
                 row = to_row(index, sample, MAX_OWN_BYTES)
                 if row.uid != listed["uid"]:
                     raise ArtifactMismatch(f"{shard.url}: the image of {row.key!r} is not the one that was ingested")
-                row.text, row.error = listed["text"], listed["error"]
+                row.text, row.error = listed.get("text", row.text), listed["error"]  # final shards list captions
             yield row
             index += 1
     if next(samples, None) is not None:

@@ -346,7 +346,7 @@ def _waited(pid: int) -> tuple[int, int]:
     while time.monotonic() < deadline:
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)  # what it left
             return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
         time.sleep(0.005)
@@ -365,6 +365,7 @@ def _in_child(words: list[str], cwd: Path, output: int) -> None:
         for fd, own in ((null, 0), (output, 1), (output, 2)):
             os.dup2(fd, own)
         sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(fd, "wb", 0), write_through=True) for fd in (1, 2))
+        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]  (or they are closed with their last use)
         subprocess.Popen = ForkedInterpreter  # type: ignore[assignment,misc]
         forked = multiprocessing.get_context("fork")
         multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment]
@@ -518,6 +519,7 @@ def attack(data: Path, case: Case, folder: Path, server: socket.socket, only: Se
     canaries = Canaries(folder, server.getsockname()[1])
     faults: list[str] = []
     (folder / "cwd").mkdir(parents=True, exist_ok=True)
+    (folder / "said").touch()
     place = build(data, case, canaries)
     files = canaries.plant(place / case.kind)
     before = _listing(folder)
@@ -528,7 +530,7 @@ def attack(data: Path, case: Case, folder: Path, server: socket.socket, only: Se
             outcome = run(words, folder / "cwd")
             found = events()
             if any("ResourceWarning" in line or "Traceback" in line for line in outcome.said.splitlines()):
-                found.append(f"traceback: {outcome.said[-1500:]}")
+                found.append(f"traceback: {outcome.said[-1200:]}")
             if outcome.code not in (0, 1, 2, 3):
                 found.append(f"exit {outcome.code}: {outcome.said[-300:]}")
             if outcome.memory > MOST_MEMORY:

@@ -110,6 +110,18 @@ def test_every_row_comes_out_and_images_are_copied_untouched(
     assert uids == {row["uid"] for row in found if row["status"] == "ok"}
 
 
+def test_final_shards_are_shards_again(tmp_path: Path, ours: Path) -> None:
+    """Their rows list a caption, not a text: it is the text of who captions, embeds or filters them next."""
+    scores = write_scores(ours, tmp_path / "scores")
+    assert select(scores, ours, tmp_path / "out", keep="clip_score > 0.4", shard_size=9) is Exit.OK
+    read = [row for shard in expand(str(tmp_path / "out")) for row in RowReader(shard)]
+    listed = rows(tmp_path / "out")
+    assert [(row.key, str(row.status), row.text) for row in read] == [
+        (row["key"], row["status"], row["caption"]) for row in listed
+    ]
+    assert any(row.text for row in read)
+
+
 def rows_of(out: Path, shard: str) -> list[dict[str, Any]]:
     return Artifact.open(str(out)).read_rows(shard)
 
