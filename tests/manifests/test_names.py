@@ -126,6 +126,16 @@ def test_a_manifest_that_names_what_is_outside_is_refused_when_it_is_read(made: 
     assert (made / "00000.parquet").exists()  # refused before anything was removed
 
 
+@pytest.mark.parametrize("file", [{"bytes": 4}, {"sha256": "x"}, {"bytes": "4", "sha256": "x"}, "x", 4])
+def test_files_over_all_shards_are_listed_with_size_and_hash(made: Path, file: object) -> None:
+    path = made / "_capipe/config.json"
+    config = json.loads(path.read_bytes())
+    config["run"] = {"extras": [], "finals": {"sizes.json": file}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ArtifactMismatch, match="config.json: unreadable"):
+        Artifact.open(str(made))
+
+
 @pytest.mark.parametrize("key", ["extras", "finals"])
 def test_a_configuration_that_names_what_is_outside_is_refused(made: Path, key: str) -> None:
     path = made / "_capipe/config.json"
