@@ -142,7 +142,7 @@ def test_a_configuration_that_names_what_is_outside_is_refused(made: Path, key: 
     config = json.loads(path.read_bytes())
     config["run"] = {"extras": ["README.md", "../victim"]} if key == "extras" else {"finals": {"../file": {"bytes": 4}}}
     path.write_text(json.dumps(config))
-    with pytest.raises(ArtifactMismatch, match=r"config.json: the name '../\w+' climbs out of its folder"):
+    with pytest.raises(ArtifactMismatch, match=r"config.json: .*the name '../\w+' climbs out of its folder"):
         Artifact.open(str(made))
     if key == "extras":
         with pytest.raises(ArtifactMismatch, match="climbs out"):
