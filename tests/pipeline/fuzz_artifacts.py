@@ -318,7 +318,8 @@ def commands(place: Path, case: Case) -> dict[str, list[object]]:
     }
 
 
-CHEAP = ("verify", "status", "report", "view", "export", "export folder", "ingest", "ingest --fresh")
+ALWAYS = ("verify", "status", "report", "view")
+IN_TURN = 2  # of the others, for each case
 
 
 @dataclass
@@ -396,7 +397,7 @@ def _viewed(place: Path) -> int:
         for path, more in asked:
             page = client.get(f"/api/{path}", params={**name, **more})
             assert page.status_code < 501, page.text[:2000]
-            for row in (page.json().get("rows") or [])[:2] if path == "rows" else ():
+            for row in (page.json().get("rows") or [])[:1] if path == "rows" else ():
                 there = {**name, "shard": row["shard"], "row": row["row"]}
                 assert client.get("/api/row", params=there).status_code < 501
                 assert client.get("/api/image", params=there).status_code < 501
@@ -559,16 +560,16 @@ def _import_all() -> None:
 
 
 def trial(data: Path, chosen: Sequence[Case], folder: Path, tell: Callable[[Case, list[str]], None]) -> Counter[str]:
-    """Attack with every case: all cheap commands, and one of those that load a model, in turn."""
+    """Attack with every case: by the commands that look, and two of the others in turn."""
     _import_all()
     counts: Counter[str] = Counter()
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(64)
         server.setblocking(False)
-        dear = [name for name in commands(Path(), chosen[0]) if name not in CHEAP] if chosen else []
+        others = [name for name in commands(Path(), chosen[0]) if name not in ALWAYS] if chosen else []
         for number, case in enumerate(chosen):
-            only = (*CHEAP, dear[number % len(dear)])
+            only = (*ALWAYS, *(others[(IN_TURN * number + n) % len(others)] for n in range(IN_TURN)))
             faults = attack(data, case, folder, server, only)
             counts.update(only)
             counts["cases"] += 1
