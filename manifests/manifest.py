@@ -136,6 +136,8 @@ def _check(record: ShardRecord) -> None:
         raise TypeError("rows are no numbers")
     for shard in made_of(record):
         checked_name(shard["name"])
+        if not record.retracted and not isinstance(shard["digest"], str):
+            raise TypeError("the digest of what it was made of is no text")
     if not all(isinstance(each, str) for each in (record.fingerprint, *record.replaces)):
         raise TypeError("the fingerprint, or what the shard replaces, is no text")
     if not record.retracted and not (
@@ -159,15 +161,17 @@ def made_of(record: ShardRecord) -> list[Mapping[str, Any]]:
 
 
 def _lines(folder: Folder) -> list[tuple[str, bytes]]:
-    if not folder.is_local:
-        return [(f"{OBJECTS}/{name}", folder.read_bytes(f"{OBJECTS}/{name}")) for name in folder.names(OBJECTS)]
+    """All lines, the newest last. One that was copied to a store, or from one, has both kinds: what it had before the
+    copy, and what was committed there."""
+    objects = [(f"{OBJECTS}/{name}", folder.read_bytes(f"{OBJECTS}/{name}")) for name in folder.names(OBJECTS)]
     if not folder.exists(LINES):
-        return []
+        return objects
     try:
         lines = folder.read_bytes(LINES).split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
     except NotAFile as error:
         raise ArtifactMismatch(f"{folder.url}/{LINES}: {error.strerror}; restore it, or clear the folder") from None
-    return [(f"{LINES}:{number}", line) for number, line in enumerate(lines, 1) if line]
+    numbered = [(f"{LINES}:{number}", line) for number, line in enumerate(lines, 1) if line]
+    return objects + numbered if folder.is_local else numbered + objects
 
 
 class Tail:

@@ -109,8 +109,6 @@ def decode_meta(data: bytes | None, notes: list[str], most: int = MAX_OWN_BYTES)
     return value
 
 
-
-
 def _parsed(data: bytes, notes: list[str]) -> Any:
     """JSON in any UTF, marked or not; other bytes are replaced, and ``notes`` says so."""
     try:

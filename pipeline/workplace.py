@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from ..errors import BadInput
 from ..manifests.artifact import Artifact
 from ..manifests.shards import InputShard
 from ..manifests.tar import printable
+from ..terminal import print_err
 from .desk import Outcome
 from .events import Event
 from .inline import run_inline
@@ -99,4 +99,4 @@ def _started_here() -> tuple[str | None, str | None]:
 def _say_ignored(reason: str) -> None:
     """A command may ask for the places of two models."""
     text = f"capipe: --runner ray: the note of a running cluster is ignored: {printable(reason)}"
-    print(f"{text}; if it is yours, name it: --ray-address HOST:PORT", file=sys.stderr)
+    print_err(f"{text}; if it is yours, name it: --ray-address HOST:PORT")

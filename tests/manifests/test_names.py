@@ -132,7 +132,7 @@ def test_files_over_all_shards_are_listed_with_size_and_hash(made: Path, file: o
     config = json.loads(path.read_bytes())
     config["run"] = {"extras": [], "finals": {"sizes.json": file}}
     path.write_text(json.dumps(config))
-    with pytest.raises(ArtifactMismatch, match="config.json: unreadable"):
+    with pytest.raises(ArtifactMismatch, match=r"config\.json: unreadable"):
         Artifact.open(str(made))
 
 

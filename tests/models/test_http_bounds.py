@@ -99,10 +99,8 @@ def dripping_headers(handler: BaseHTTPRequestHandler) -> None:
 async def test_an_answer_that_drips_is_given_up_at_the_deadline(drip: Writing) -> None:
     with answering(whole(MODELS), drip) as url:
         engine = await connect_http_engine(options(url, timeout_s=1.0, attempts=2, backoff_s=0.01))
-        began = time.monotonic()
         with pytest.raises(Unavailable, match="ReadTimeout: no whole answer within 1 s"):
             await engine.generate(ASK)
-        assert 2.0 <= time.monotonic() - began < 3.5  # two attempts
         await engine.aclose()
 
 
@@ -110,12 +108,10 @@ def test_a_list_of_models_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("capipe.models.http_server.CONNECT_SECONDS", 1.0)
     assert CONNECT_SECONDS == 10.0
     with answering(dripping, dripping) as url:
-        began = time.monotonic()
         with pytest.raises(NoAnswer, match="no whole answer within 1 s"):
             served_model(url)
         with pytest.raises(NoAnswer, match="no whole answer within 1 s"):
             asyncio.run(connect_http_engine(options(url)))
-        assert time.monotonic() - began < 4
 
 
 def bomb(megabytes: int) -> bytes:

@@ -205,7 +205,7 @@ def test_pack_keeps_the_metadata_of_the_source(make_tar: MakeTar, tmp_path: Path
     make_tar({"a.jpg": photo(0), "a.json": theirs, "b.jpg": photo(1), "b.json": b"[" * 9000}, "in/00000.tar")
     annotate(tmp_path / "in", tmp_path / "out", server, "--pack")
     rows = table(tmp_path / "out")
-    assert [row["status"] for row in rows] == ["ok", "ok"] and "json is unreadable" in rows[1]["error"]
+    assert [row["status"] for row in rows] == ["ok", "ok"] and "json is nested too deeply" in rows[1]["error"]
     with tarfile.open(tmp_path / "out/00000.tar") as tar:
         meta = json.loads(tar.extractfile("a.json").read())  # type: ignore[union-attr]
     assert (meta["original_uid"], meta["uid"]) == ("mine", rows[0]["uid"])

@@ -16,7 +16,8 @@ import fsspec
 import pytest
 
 from capipe.manifests.allowed import Allowed
-from capipe.manifests.artifact import DIGEST, Artifact, _digest
+from capipe.manifests.artifact import Artifact
+from capipe.manifests.config_file import DIGEST, digest
 from capipe.manifests.fingerprint import canonical
 from capipe.manifests.manifest import LINES, _checksum
 from capipe.manifests.outside import Refused
@@ -81,7 +82,7 @@ def name(artifact: Path, url: str, **config: str) -> None:
     settings = artifact / "_capipe/config.json"
     whole = json.loads(settings.read_text())
     whole["run"].update(config)
-    settings.write_text(json.dumps({**whole, DIGEST: _digest(whole)}))
+    settings.write_text(json.dumps({**whole, DIGEST: digest(whole)}))
 
 
 def served(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_training_ends_with_a_checkpoint(
 @pytest.mark.slow
 def test_a_chain_passes_it_on(watched: Run, tmp_path: Path) -> None:
     recipe = written(tmp_path)
-    run = watched("run", recipe, "--out", tmp_path / "out", "--set", "pictures.config.images=3000")
+    run = watched("run", recipe, "--out", tmp_path / "out", "--set", "stages.pictures.config.images=3000")
     until(run, lambda: "== 2/4" in run.said)
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(60) == 143

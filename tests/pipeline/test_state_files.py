@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from capipe.errors import BadInput
+from capipe.errors import ArtifactMismatch, BadInput
 from capipe.pipeline.chain_lock import LOCK, locked
 from capipe.pipeline.chain_state import FILE, ChainState, StageState, load_chain, save_chain
 from capipe.pipeline.reporting import write_report
@@ -102,7 +102,7 @@ def test_a_training_runs_files_are_put_in_place_through_no_link(tmp_path: Path, 
 
 def test_a_damaged_run_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("[" * 100_000)
-    with pytest.raises(BadInput, match=r"run\.json: cannot be read"):
+    with pytest.raises(ArtifactMismatch, match=r"run\.json: unreadable"):
         _look(tmp_path, {}, False)
 
 

@@ -401,13 +401,12 @@ def test_uids_need_not_be_known_beforehand() -> None:
 
 
 @pytest.mark.parametrize("deep", ["[" * 20_000 + "]" * 20_000, '{"a":' * 20_000 + "1" + "}" * 20_000])
-def test_depths_end_a_list_and_one_line_of_lines(tmp_path: Path, deep: str) -> None:
+def test_depths_cost_one_record(tmp_path: Path, deep: str) -> None:
     good = json.dumps({"image": "a.jpg", **QUESTION})
     bad = f'{{"image": "b.jpg", "question": {deep}}}'
     (tmp_path / "a.json").write_text(f"[{good}, {bad}, {good}]")
-    with pytest.raises(BadInput, match=r"a\.json: cannot be read after record 1 \(a value is nested too deeply\)"):
-        read(tmp_path / "a.json")
     (tmp_path / "a.jsonl").write_text(f"{good}\n{bad}\n{good}\n")
-    first, broken, last = read(tmp_path / "a.jsonl")
-    assert first.images == last.images == ("a.jpg",)
-    assert "cannot be read" in str(broken.questions)
+    for name in ("a.json", "a.jsonl"):
+        first, broken, last = read(tmp_path / name)
+        assert first.images == last.images == ("a.jpg",)
+        assert "nested too deeply" in str(broken.questions)
