@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 
@@ -24,7 +22,7 @@ from capipe.manifests.claims import Claims, living
 from capipe.manifests.fingerprint import canonical
 from capipe.manifests.journal import Journal
 from capipe.manifests.manifest import ShardRecord
-from capipe.manifests.names import MAX_FILE, checked_name, file_name, linked_parent, name_problem, same_file
+from capipe.manifests.names import checked_name, linked_parent, name_problem
 from capipe.manifests.outside import Refused
 from capipe.manifests.schema import INGEST
 from capipe.manifests.storage import Folder, append_line, clear, create, remove, write_new
@@ -350,73 +348,6 @@ def test_an_input_that_a_configuration_names_is_opened_where_it_may_lead(made: P
     ):
         with pytest.raises(Refused):
             allowed.place(location)
-
-
-KEYS = [
-    "CON",
-    "con.x",
-    "Con ",
-    "COM1",
-    "lpt¹",
-    "CONIN$",
-    "x:y",
-    "trail ",
-    "dot.",
-    ".h",
-    "..",
-    ".",
-    "%41",
-    "100%2F",
-    "a/b",
-]
-KEYS += ["x\n", "a\\b", 'q:"*?<>|', " ", "nul.tar.gz", "aUx", "\x7f", "a\u2028b", "../../x", "%"]
-WINDOWS = re.compile(r'[\x00-\x1f<>:"/\\\\|?*]|^[ .]|[ .]\Z|^(?i:con|prn|aux|nul|com\d|lpt[\d¹²³]|conin\$) *(\.|\Z)')
-
-
-@pytest.mark.parametrize("key", KEYS, ids=ascii)
-def test_a_key_becomes_a_name_that_every_system_takes_and_that_gives_it_back(key: str) -> None:
-    first = file_name(key)
-    assert unquote(first) == key
-    for name in (first, file_name(key, {same_file(first)})):
-        assert not WINDOWS.search(name) and checked_name(name) == name
-
-
-@pytest.mark.parametrize(
-    "key", ["000000017", "two words", "日本 ü", "a%zz", "CONX", "com10", "~x", "-a", "a.b.c", "IMG_1"]
-)
-def test_a_key_that_harms_no_system_is_its_own_name(key: str) -> None:
-    assert file_name(key) == key
-
-
-def test_keys_never_share_a_file(tmp_path: Path) -> None:
-    pool = [
-        "a",
-        "A",
-        "%",
-        "4",
-        "1",
-        "%41",
-        "k",
-        "\u212a",
-        "é",
-        "e\u0301",
-        "É",
-        ".",
-        " ",
-        "/",
-        ":",
-        "~",
-        "x" * 300,
-        "con",
-    ]
-    keys = [*dict.fromkeys(a + b + c for a in pool for b in pool for c in ["", "A", "a", "%2e"])]
-    taken: set[str] = set()
-    for key in keys:
-        name = file_name(key, taken)
-        assert same_file(name) not in taken and len(name.encode()) <= MAX_FILE and not WINDOWS.search(name)
-        assert unquote(name) == key or len(key) > 50
-        taken.add(same_file(name))
-    assert len(taken) == len(keys) > 1000
 
 
 def test_a_second_name_of_a_file_behind_a_link_is_that_files(made: Path) -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,74 +15,10 @@ from capipe.errors import BadInput
 from capipe.manifests.outside import Reach
 from capipe.manifests.verify import verify
 from capipe.stages import read_files
-from capipe.stages.question_sets import read_question_set
-from capipe.stages.sources import open_sources
 
-from ..conftest import photo, tar_bytes
+from ..conftest import tar_bytes
+from .hostile import SECRET, A, B, C, Pictures, hostile, reach
 from .ingesting import fill, ingest, lines, load, names, reasons, rows, write
-
-A, B, C = photo(1), photo(2, fmt="PNG"), photo(3, fmt="WEBP")
-SECRET = "the secret key"
-
-
-class _Server(BaseHTTPRequestHandler):
-    seen: ClassVar[list[str]] = []
-
-    def do_GET(self) -> None:
-        type(self).seen.append(self.path)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(A)))
-        self.end_headers()
-        self.wfile.write(A)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(_Server, "seen", [])
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Server) as made:
-        thread = threading.Thread(target=made.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{made.server_port}"
-        made.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path) -> Path:
-    """A folder of private things, outside of every source."""
-    return fill(tmp_path / "home", {"private.jpg": C, "key": SECRET.encode(), "creds.json": b'{"token": "secret"}'})
-
-
-def hostile(folder: Path, server: str) -> dict[str, str]:
-    """What a row may say that is never opened, with the reason in words."""
-    os.mkfifo(folder / "pipe.jpg")
-    fill(folder, {"evil.json": b'{"version": 1, "refs": {"k": ["' + server.encode() + b'/evil"]}}'})
-    (folder / "zero.jpg").symlink_to("/dev/zero")
-    (folder / "environ.jpg").symlink_to("/proc/self/environ")
-    return {
-        "reference://k::evil.json": "a chain of file systems",
-        f"simplecache::{server}/chained": "a chain of file systems",
-        f"zip://a.jpg::{server}/a.zip": "a chain of file systems",
-        "simplecache::/etc/hostname": "a chain of file systems",
-        f"file://{folder}/a.jpg": "URLs of file: are not opened from data",
-        "memory://x/a.jpg": "URLs of memory: are not opened from data",
-        "ftp://127.0.0.1/a.jpg": "URLs of ftp: are not opened from data",
-        "pipe.jpg": "not a regular file",
-        "/dev/zero": "hold no data",
-        "/dev/stdin": "hold no data",
-        "/proc/self/environ": "hold no data",
-        "//proc/self/environ": "hold no data",
-        "/sys/kernel/notes": "hold no data",
-        "../" * 40 + "proc/self/environ": "hold no data",
-        "zero.jpg": "not a regular file",
-        "environ.jpg": "hold no data",
-        "a\0.jpg": "a zero byte",
-        "a" * 10_000: "no path or URL",
-        ".": "not a regular file",
-    }
 
 
 def table(path: Path, named: list[str]) -> Path:
@@ -119,7 +50,7 @@ def test_what_a_row_may_not_name(tmp_path: Path, server: str, elsewhere: Path, k
     assert [row["status"] for row in found] == ["ok", "ok", *["unsupported"] * len(bad), "ok", "ok"]
     for said, row in zip(bad.values(), found[2:-2], strict=True):
         assert said in row["error"], row
-    assert _Server.seen == [] and verify(str(out)).faults == []
+    assert Pictures.seen == [] and verify(str(out)).faults == []
     assert all(row["error"] is None for row in (*found[:2], *found[-2:]))
 
 
@@ -134,7 +65,7 @@ def test_a_table_of_coco_or_conversations(tmp_path: Path, server: str) -> None:
     ):
         first, *others = load(listed)
         assert first.data == A and all(item.data is None and item.problem is not None for item in others)
-    assert _Server.seen == []
+    assert Pictures.seen == []
 
 
 def asking(name: str) -> dict[str, Any]:
@@ -154,15 +85,11 @@ def test_within_binds_a_table_to_a_folder(tmp_path: Path, server: str, elsewhere
         assert [item.data for item in items] == [A, B, A, A, *[None] * 6]
         assert all("--within" in str(reason) for reason in reasons(items)[4:])
         assert {item.problem.status.value for item in items if item.problem} == {"unsupported"}
-    assert _Server.seen == []
+    assert Pictures.seen == []
     with pytest.raises(BadInput, match=r"--within .*nowhere: no such folder"):
         load(folder / "t.jsonl", reach=reach(tmp_path / "nowhere"))
     with pytest.raises(BadInput, match=r"of 5 items a path or link .* out of --within"):
         load(lines(folder / "u.jsonl", [{"path": each} for each in out]), reach=reach(folder))
-
-
-def reach(within: Path) -> Reach:
-    return Reach(within=str(within))
 
 
 def test_public_only(tmp_path: Path, server: str) -> None:
@@ -296,7 +223,7 @@ def test_the_names_in_a_folders_metadata(tmp_path: Path, elsewhere: Path, server
     assert [item.data for item in items] == [A, B, *[None] * len(bad)] and items[1].text == "sub/b.png"
     assert {item.problem.status.value for item in items[2:] if item.problem} == {"unsupported"}
     followed = load(root, follow_links=True)
-    assert [item.data for item in followed][2:4] == [C, C] and _Server.seen == ["/a.jpg"]
+    assert [item.data for item in followed][2:4] == [C, C] and Pictures.seen == ["/a.jpg"]
     (root / "metadata.jsonl").unlink()
     write(elsewhere / "rows.jsonl", {"file_name": "a.jpg", "text": SECRET})
     (root / "metadata.jsonl").symlink_to(elsewhere / "rows.jsonl")
@@ -324,115 +251,6 @@ def test_metadata_of_a_remote_folder(tmp_path: Path, elsewhere: Path, server: st
     fs.pipe({f"{root}/a.jpg": A, f"{root}/metadata.jsonl": listed.read_bytes()})
     items = load(f"memory:/{root}")
     assert [(item.data, item.text) for item in items[:1]] == [(A, "a.jpg")]
-    assert [item.data for item in items[1:]] == [None] * 4 and _Server.seen == []
+    assert [item.data for item in items[1:]] == [None] * 4 and Pictures.seen == []
     assert all("leads out of its source" in str(reason) for reason in reasons(items)[1:])
     assert load(f"memory:/{root}", follow_links=True)[1].data == C
-
-
-# --- data sets -------------------------------------------------------------------------------------------------------
-
-
-def saved(folder: Path, named: list[str]) -> Path:
-    cells = [{"bytes": None, "path": name} for name in named]
-    table = {"image": cells, "mask": cells, "n": list(range(len(cells)))}
-    cell = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    features = datasets.Features({"image": cell, "mask": cell, "n": datasets.Value("int64")})
-    datasets.Dataset.from_dict(table, features=features).save_to_disk(str(folder))
-    info = json.loads((folder / "dataset_info.json").read_text())  # `save_to_disk` itself opens the paths of images
-    info["features"] |= {name: {"_type": "Image"} for name in ("image", "mask")}
-    write(folder / "dataset_info.json", info)
-    return folder
-
-
-def test_paths_in_a_saved_dataset(tmp_path: Path, server: str) -> None:
-    """Those of its images go through the door, and no other column opens any."""
-    folder = fill(tmp_path / "list", {"a.jpg": A})
-    bad = {name: said for name, said in hostile(folder, server).items() if name.startswith(("/", "ref", "zip", "ftp"))}
-    source = saved(tmp_path / "saved", [str(folder / "a.jpg"), *bad, f"{server}/a.jpg"])
-    items = load(source)
-    assert [item.data for item in items] == [A, *[None] * len(bad), A]
-    for item, said in zip(items[1:-1], bad.values(), strict=True):
-        assert item.problem is not None and item.problem.status.value == "unsupported" and said in item.problem.reason
-    assert _Server.seen == ["/a.jpg"] and [item.meta["n"] for item in items] == list(range(len(items)))
-    bound = load(source, reach=reach(folder))
-    assert [item.data for item in bound] == [A, *[None] * (len(bad) + 1)]
-
-
-@pytest.mark.parametrize("what", ["outside", "pipe", "link", "splits"])
-def test_files_that_a_saved_dataset_names(tmp_path: Path, what: str) -> None:
-    fill(tmp_path, {"a.jpg": A})
-    source = saved(tmp_path / "saved", [str(tmp_path / "a.jpg")])
-    state = json.loads((source / "state.json").read_text())
-    file = source / state["_data_files"][0]["filename"]
-    if what == "outside":
-        file.rename(tmp_path / "data.arrow")
-        write(source / "state.json", {**state, "_data_files": [{"filename": "../data.arrow"}]})
-    elif what == "pipe":
-        file.unlink()
-        os.mkfifo(file)
-    elif what == "link":
-        file.rename(tmp_path / "data.arrow")
-        file.symlink_to(tmp_path / "data.arrow")
-        assert [item.data for item in load(source, follow_links=True)] == [A]
-    else:
-        write(source / "dataset_dict.json", {"splits": ["../saved"]})
-    with pytest.raises(BadInput, match=r"climbs out of its folder|not a regular file|leads out of its source"):
-        list(open_sources([str(source)]))
-
-
-@pytest.mark.parametrize(
-    "named",
-    [
-        "reference://k::{server}/evil.json",
-        "zip://*.jpg::{server}/a.zip",
-        "{server}/a.parquet",
-        "https://example.org/a.parquet",
-        "/etc/passwd",
-        "../home/a.parquet",
-        "data/../../home/*.parquet",
-    ],
-)
-@pytest.mark.parametrize("form", ["text", "list", "splits"])
-def test_data_files_that_a_datasets_card_names(tmp_path: Path, server: str, named: str, form: str) -> None:
-    """Refused before `datasets` opens one."""
-    name = named.format(server=server)
-    files = {
-        "text": name,
-        "list": ["data/a.parquet", name],
-        "splits": [{"split": "train", "path": ["a.parquet", name]}],
-    }
-    card = {"configs": [{"config_name": "default", "data_files": files[form]}]}
-    in_front = f"---\n{json.dumps(card)}\n---\n# A set"
-    for place, text in {"README.md": in_front, ".huggingface.yaml": json.dumps(card)}.items():
-        root = fill(tmp_path / place / "set", {place: text.encode()})
-        with pytest.raises(BadInput, match="its card names data files elsewhere"):
-            load(f"hf://{root}")
-    assert _Server.seen == []
-
-
-def test_a_datasets_card_that_names_its_own_files(tmp_path: Path) -> None:
-    root = fill(tmp_path / "set", {"README.md": b"---\nconfigs: [{config_name: default, data_files: data/*}]\n---\n"})
-    (root / "data").mkdir()
-    pq.write_table(pa.table({"image": [A]}), root / "data/a.parquet")
-    assert [item.data for item in load(f"hf://{root}")] == [A]
-
-
-# --- question sets ---------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_of_question_sets(tmp_path: Path, elsewhere: Path) -> None:
-    asked = {"key": "k", "question": "What?", "A": "x", "B": "y", "answer": "A"}
-    root = tmp_path / "sets"
-    root.mkdir()
-    lines(root / "a.jsonl", [asked])
-    (root / "b.jsonl").symlink_to("a.jsonl")
-    assert len(list(read_question_set(str(root)))) == 2
-    lines(elsewhere / "private.jsonl", [asked])
-    (root / "c.jsonl").symlink_to(elsewhere / "private.jsonl")
-    with pytest.raises(BadInput, match=r"c\.jsonl: a link that leads out of .*sets; name the files themselves"):
-        read_question_set(str(root))
-    assert len(list(read_question_set(str(root / "c.jsonl")))) == 1
-    (root / "c.jsonl").unlink()
-    os.mkfifo(root / "d.json")
-    with pytest.raises(BadInput, match=r"d\.json: not a regular file .*; move it elsewhere"):
-        read_question_set(str(root))

@@ -398,15 +398,3 @@ def test_uids_need_not_be_known_beforehand() -> None:
     found = [asked(index, image) for image in (ImageNames("b", uid=UID), ImageNames("a", uid=OTHER))]
     assert found == [["What?"], ["Where?"]]
     assert index.unmatched() == []
-
-
-@pytest.mark.parametrize("deep", ["[" * 20_000 + "]" * 20_000, '{"a":' * 20_000 + "1" + "}" * 20_000])
-def test_depths_cost_one_record(tmp_path: Path, deep: str) -> None:
-    good = json.dumps({"image": "a.jpg", **QUESTION})
-    bad = f'{{"image": "b.jpg", "question": {deep}}}'
-    (tmp_path / "a.json").write_text(f"[{good}, {bad}, {good}]")
-    (tmp_path / "a.jsonl").write_text(f"{good}\n{bad}\n{good}\n")
-    for name in ("a.json", "a.jsonl"):
-        first, broken, last = read(tmp_path / name)
-        assert first.images == last.images == ("a.jpg",)
-        assert "nested too deeply" in str(broken.questions)
