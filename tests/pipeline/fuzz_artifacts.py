@@ -12,25 +12,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
-import importlib
 import io
+import itertools
 import json
-import multiprocessing
-import os
-import pkgutil
 import random
 import shutil
-import signal
 import socket
-import struct
-import subprocess
 import sys
 import tarfile
 import tempfile
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,50 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run 
 from capipe.manifests import manifest
 from capipe.manifests.config_file import DIGEST, digest
 from capipe.manifests.fingerprint import canonical, fingerprint
-from capipe.models.tiny.corpus import write_corpus
-from capipe.pipeline import __main__
-from tests.pipeline.conftest import capipe
-from tests.pipeline.viewing import client_of
+from tests.pipeline.forked import MEGABYTE, import_all, run, watched
+from tests.pipeline.sound_artifacts import KINDS, commands, prepare
 
-_Popen: Any = subprocess.Popen
-MEGABYTE = 1 << 20
 MOST_MEMORY = 1 << 30  # bytes
-DEADLINE = 120.0  # seconds for one command on three images
-TINY = ("--engine", "transformers", "--concurrency", "4")
 Json = Any
 Step = str | int
-
-
-# --- sound artifacts --------------------------------------------------------------------------------------------------
-
-
-def prepare(data: Path, images: int = 6, seed: int = 5) -> None:
-    """One artifact of every kind that capipe writes, each with strings of its own, some shared with others."""
-    write_corpus(data / "corpus", images, "heldout", seed)
-    for number, picture in enumerate(sorted(path for path in (data / "corpus").rglob("*.*g") if path.is_file())):
-        picture.with_suffix(".json").write_text(
-            json.dumps({"url": "https://example.org/a.png", "tags": ["a", str(number)]})
-        )
-    (data / "pictures").mkdir()
-    shutil.copy(data / "corpus/000000.jpg", data / "pictures")
-    shards = data / "shards"
-    capipe("ingest", data / "corpus", "--out", shards, "--shard-size", 4)
-    annotate = ["annotate", "--shards", shards, "--model", "tiny/captioner", "--prompt", "short", "--max-tokens", 12]
-    capipe(*annotate, *TINY, "--out", data / "captions")
-    capipe("embed", "--shards", shards, "--clip", "tiny/clip", "--out", data / "embeddings")
-    capipe("dedup", "--shards", shards, "--out", data / "dedup")
-    scored = ["filter", "--shards", shards, "--captions", data / "captions", "--clip", "tiny/clip", "--top", 0.9]
-    capipe(*scored, "--out", data / "filtered")
-    capipe("export", data / "filtered/shards", "--title", "Pictures", "--out", data / "exported")
-
-
-KINDS = ("shards", "captions", "embeddings", "dedup/marked", "filtered/scores", "filtered/shards", "exported")
 
 
 # --- hostile strings --------------------------------------------------------------------------------------------------
 
 
-IMPORTED = ("datasets", "open_clip", "transformers.models.auto", "py3langid", "matplotlib.pyplot", "webdataset")
 CANARY_FILES = ("canary/secret", "canary.tar", "canary.parquet", "canary.json", "canary.jsonl", "canary_stats.json")
 
 
@@ -275,231 +233,11 @@ def _sign(artifact: Path) -> None:
     (artifact / "_capipe/manifest.jsonl").write_bytes(b"\n".join(lines) + b"\n")
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
-
-
-def commands(place: Path, case: Case) -> dict[str, list[object]]:
-    """Every command that reads an artifact, on the hostile one where it can, else on one that it stands beside."""
-    artifact, shards, captions = place / case.kind, place / "shards", place / "captions"
-    tars = artifact if case.kind in ("shards", "filtered/shards", "exported") else shards
-    out = place / "out"
-    annotate = ["annotate", "--shards", tars, "--model", "tiny/captioner", "--prompt", "short", "--max-tokens", 12]
-    return {
-        "verify": ["verify", artifact],
-        "status": ["status", artifact],
-        "report": ["report", place],
-        "view": ["view", place],
-        "export": ["export", artifact, "--title", "x", "--out", out / "exported"],
-        "export folder": ["export", artifact, "--title", "x", "--format", "folder", "--out", out / "folder"],
-        "dedup": ["dedup", "--shards", tars, "--out", out / "dedup"],
-        "dedup --embeddings": [
-            "dedup",
-            "--shards",
-            shards,
-            "--embeddings",
-            place / "embeddings",
-            "--out",
-            out / "near",
-        ],
-        "filter": [*("filter", "--shards", tars, "--captions", captions, "--clip", "tiny/clip"), "--out", out / "f"],
-        "select": [
-            *("filter", "--shards", shards, "--scores", place / "filtered/scores"),
-            "--top",
-            0.5,
-            "--out",
-            out / "s",
-        ],
-        "annotate": [*annotate, *TINY, "--out", out / "captions"],
-        "embed": ["embed", "--shards", tars, "--clip", "tiny/clip", "--out", out / "embeddings"],
-        "ingest": ["ingest", artifact, "--out", out / "shards"],
-        "ingest --fresh": ["ingest", place / "pictures", "--out", artifact, "--fresh"],
-        "annotate --share": [*annotate, *TINY, "--share", "--out", captions],
-        "annotate --fresh": [*annotate, *TINY, "--fresh", "--out", captions if tars != captions else out / "c"],
-    }
+# --- attacks ----------------------------------------------------------------------------------------------------------
 
 
 ALWAYS = ("verify", "status", "report", "view")
 IN_TURN = 2  # of the others, for each case
-
-
-@dataclass
-class Outcome:
-    """What one command did. ``memory``: bytes at its peak; ``said``: its output, in any order."""
-
-    code: int
-    said: str
-    memory: int
-
-
-def run(words: Sequence[object], cwd: Path) -> Outcome:
-    """A command in a process forked from this one: Python and torch are imported once, not thousands of times."""
-    with (cwd.parent / "said").open("w+b") as said:
-        pid = os.fork()
-        if pid == 0:
-            _in_child([str(word) for word in words], cwd, said.fileno())
-        code, memory = _waited(pid)
-        said.seek(0)
-        return Outcome(code, said.read(4 * MEGABYTE).decode(errors="replace"), memory)
-
-
-def _waited(pid: int) -> tuple[int, int]:
-    deadline = time.monotonic() + DEADLINE
-    while time.monotonic() < deadline:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)  # what it left
-            return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
-        time.sleep(0.005)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return -999, 0
-
-
-def _in_child(words: list[str], cwd: Path, output: int) -> None:
-    """Never returns. New interpreters that the command starts are forks, too."""
-    code = 70
-    try:
-        os.setsid()
-        os.chdir(cwd)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for fd, own in ((null, 0), (output, 1), (output, 2)):
-            os.dup2(fd, own)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(fd, "wb", 0), write_through=True) for fd in (1, 2))
-        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]  (or they are closed with their last use)
-        subprocess.Popen = ForkedInterpreter  # type: ignore[assignment,misc]
-        forked = multiprocessing.get_context("fork")
-        multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment]
-        code = _viewed(Path(words[1])) if words[0] == "view" else _commanded(words)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def _commanded(words: list[str]) -> int:
-    sys.argv = ["capipe", *words]
-    try:
-        __main__.main()
-    except SystemExit as ended:
-        return int(ended.code or 0) if isinstance(ended.code, int | None) else 1
-    return 0
-
-
-def _viewed(place: Path) -> int:
-    """Everything that the page asks for, of every artifact: rows, whole rows, pictures, histograms."""
-    client = client_of(place)
-    answer = client.get("/api/catalog")
-    assert answer.status_code < 500, answer.text[:2000]
-    for artifact in answer.json().get("artifacts", []):
-        name = {"a": artifact["id"]}
-        asked = [("columns", {}), ("rows", {}), ("count", {"search": "a"}), ("histogram", {"column": "width"})]
-        for path, more in asked:
-            page = client.get(f"/api/{path}", params={**name, **more})
-            assert page.status_code < 501, page.text[:2000]
-            for row in (page.json().get("rows") or [])[:1] if path == "rows" else ():
-                there = {**name, "shard": row["shard"], "row": row["row"]}
-                assert client.get("/api/row", params=there).status_code < 501
-                assert client.get("/api/image", params=there).status_code < 501
-    return 0
-
-
-class ForkedInterpreter(_Popen):
-    """`subprocess.Popen` for ``python -c code arguments``: a fork that runs the code. Anything else is refused."""
-
-    def __init__(self, command: Sequence[str], pass_fds: Sequence[int] = (), env: Any = None, **more: Any) -> None:
-        words = list(map(str, command))
-        if words[0] != sys.executable or "-c" not in words:
-            raise AssertionError(f"a command was run: {words}")
-        self.args, self.returncode, self.stdin, self.stdout, self.stderr = command, None, None, None, None
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(words, pass_fds, env)
-
-    def _run(self, words: list[str], pass_fds: Sequence[int], env: Any) -> None:
-        code = 70
-        try:
-            keep = {0, 1, 2, *pass_fds}
-            for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
-                if fd not in keep:
-                    with contextlib.suppress(OSError):
-                        os.close(fd)
-            os.environ.clear()
-            os.environ.update(env or {})
-            place = words.index("-c")
-            sys.argv = ["-c", *words[place + 2 :]]
-            exec(words[place + 1], {"__name__": "__main__"})
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            try:
-                done, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:
-                self.returncode = -9
-            else:
-                if done:
-                    self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            time.sleep(0.005)
-        return self.returncode or 0
-
-    def send_signal(self, sig: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, sig)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def __del__(self) -> None:
-        pass
-
-
-# --- watching ---------------------------------------------------------------------------------------------------------
-
-_OPENED, _CHANGED, _GONE = 0x20, 0x2, 0x400  # IN_OPEN, IN_MODIFY, IN_DELETE_SELF of inotify(7)
-_EVENT = struct.Struct("iIII")
-
-
-@contextlib.contextmanager
-def watched(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
-    """What is done to some files meanwhile, by whichever process or library; the function empties the list."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-    assert handle >= 0
-    names = {libc.inotify_add_watch(handle, os.fsencode(path), _OPENED | _CHANGED | _GONE): path for path in files}
-
-    def events() -> list[str]:
-        found = []
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(handle, 1 << 16):
-                while data:
-                    watch, mask, _, length = _EVENT.unpack_from(data)
-                    data = data[_EVENT.size + length :]
-                    for bit, what in ((_OPENED, "read"), (_CHANGED, "written"), (_GONE, "deleted")):
-                        if mask & bit:
-                            found.append(f"{names[watch]} was {what}")
-        return found
-
-    try:
-        yield events
-    finally:
-        os.close(handle)
 
 
 def _requests(server: socket.socket) -> int:
@@ -525,7 +263,7 @@ def attack(data: Path, case: Case, folder: Path, server: socket.socket, only: Se
     files = canaries.plant(place / case.kind)
     before = _listing(folder)
     with watched(files) as events:
-        for name, words in commands(place, case).items():
+        for name, words in commands(place, case.kind).items():
             if name not in only:
                 continue
             outcome = run(words, folder / "cwd")
@@ -547,27 +285,15 @@ def attack(data: Path, case: Case, folder: Path, server: socket.socket, only: Se
     return faults
 
 
-def _import_all() -> None:
-    """Everything that a command may import, once, before the forks; a package that is not installed is passed over."""
-    for package in ("manifests", "models", "stages", "pipeline", "pipeline.view"):
-        name = f"capipe.{package}"
-        for module in pkgutil.iter_modules(importlib.import_module(name).__path__, f"{name}."):
-            if not {"__main__", "vllm", "ray"} & set(module.name.replace("_", ".").split(".")):
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(module.name)
-    for name in IMPORTED:
-        importlib.import_module(name)
-
-
 def trial(data: Path, chosen: Sequence[Case], folder: Path, tell: Callable[[Case, list[str]], None]) -> Counter[str]:
     """Attack with every case: by the commands that look, and two of the others in turn."""
-    _import_all()
+    import_all()
     counts: Counter[str] = Counter()
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(64)
         server.setblocking(False)
-        others = [name for name in commands(Path(), chosen[0]) if name not in ALWAYS] if chosen else []
+        others = [name for name in commands(Path(), chosen[0].kind) if name not in ALWAYS] if chosen else []
         for number, case in enumerate(chosen):
             only = (*ALWAYS, *(others[(IN_TURN * number + n) % len(others)] for n in range(IN_TURN)))
             faults = attack(data, case, folder, server, only)
@@ -592,7 +318,11 @@ def main() -> None:
             prepare(data)
         chosen = cases(data, given.cases, given.seed)[part::parts]
 
+        done = itertools.count(1)
+
         def tell(case: Case, faults: list[str]) -> None:
+            if (number := next(done)) % 100 == 0:
+                print(json.dumps({"done": number}), flush=True)
             for fault in faults:
                 print(json.dumps({"case": vars(case), "fault": fault}, default=str)[:4000], flush=True)
 
