@@ -39,7 +39,7 @@ class Watched:
         words = [str(word) for word in command]
         self._log = log
         self.process = subprocess.Popen(
-            words, env=environ, start_new_session=True, stdout=log, stderr=log, cwd=cwd, preexec_fn=_hear_hangups
+            words, env=environ, start_new_session=True, stdout=log, stderr=log, cwd=cwd, preexec_fn=_hear_all
         )
 
     @property
@@ -89,9 +89,11 @@ class Watched:
         self.process.wait()
 
 
-def _hear_hangups() -> None:
-    """As a command in a terminal does: tests that run under `nohup` ignore them, and so would what they start."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def _hear_all() -> None:
+    """As a command in a terminal does: tests that run under `nohup`, or with `&`, ignore some, and so would what they
+    start."""
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def is_rays(member: Member) -> bool:

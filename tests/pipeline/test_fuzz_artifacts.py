@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from .fuzz_artifacts import Canaries, Case, cases, trial
-from .sound_artifacts import prepare
+from .fuzz_artifacts import Case, cases, trial
+from .sound_artifacts import commands, prepare
 
 
 @pytest.mark.slow
@@ -17,4 +17,5 @@ def test_nothing_outside_of_a_hostile_artifact_is_touched(tmp_path: Path) -> Non
     found: list[tuple[Case, list[str]]] = []
     counts = trial(tmp_path / "data", chosen, tmp_path / "attack", lambda case, faults: found.append((case, faults)))
     assert [each for each in found if each[1]] == []
-    assert counts["cases"] == 14 and {case.string for case in chosen} <= {*Canaries(tmp_path, 1).strings()}
+    assert counts["cases"] == counts["verify"] == counts["view"] == 14
+    assert {name for name in counts if name not in ("cases", "faults")} == {*commands(tmp_path, "shards")}
