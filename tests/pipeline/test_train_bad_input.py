@@ -41,10 +41,15 @@ async def test_images_without_questions_are_counted_and_left_out(
     recipe: Path, training_data: Path, tmp_path: Path
 ) -> None:
     lines = (training_data / "train/set.jsonl").read_text().splitlines()
-    broken = json.dumps({**json.loads(lines[0]), "options": ["the only one"]})
-    for name, kept in (("some", lines[:12]), ("none", [broken])):  # three questions an image: four of eight, and none
+    first = json.loads(lines[0])
+    wrong = json.dumps({**first, "answer": next(each for each in first["options"] if each != first["answer"])})
+    screen = ("--screen", "strict", "--screen-model", "tiny/teacher", "--screen-engine", "transformers")
+    for name, kept, how in (  # three questions an image: four of eight; and one that the screen rejects
+        ("some", lines[:12], ("--screen", "none")),
+        ("none", [wrong], screen),
+    ):
         (tmp_path / name).with_suffix(".jsonl").write_text("\n".join(kept))
-        source = ("--import", tmp_path / f"{name}.jsonl", "--screen", "none")
+        source = ("--import", tmp_path / f"{name}.jsonl", *how)
         capipe("qa", "--shards", training_data / "train/shards", "--out", tmp_path / name, *source)
     _, said = await train(recipe, tmp_path / "run", f"data.questions={tmp_path / 'some'}", "steps=1", "save_every=1")
     assert "4 images with questions, 4 without; 0 to validate on" in said

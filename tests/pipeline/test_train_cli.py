@@ -94,13 +94,20 @@ def test_critics_learn_by_the_same_loop(recipe: Path, tmp_path: Path) -> None:
         ("validation.reader=tiny/reader", "never a reward"),
         ("model=tiny/reader", "reads text only"),
         pytest.param("trained.lora={targets: [qkv]}", "the language model has no qkv; it has", marks=needs_peft),
-        ("rollout.max_tokens=5000", "than the 2048 that the model takes"),
+        ("rollout.max_tokens=5000", "which has room for 2016 beside the longest question"),
         ("data.shards=nowhere", "nowhere"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(recipe: Path, tmp_path: Path, change: str, says: str) -> None:
     assert says in one_line(capipe("train", recipe, "--out", tmp_path / "run", "--set", change, code=2))
     assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_captions_longer_than_the_captioner_writes_are_refused(recipe: Path, tmp_path: Path) -> None:
+    unread = ("--set", "rewards=[{kind: clip, model: tiny/clip}]", "--set", "validation=null")
+    sets = ("--set", "rollout.max_tokens=5000", *unread)
+    said = one_line(capipe("train", recipe, "--out", tmp_path / "run", *sets, code=2))
+    assert "than the 2048 that the model takes" in said
 
 
 def test_held_out_images_are_not_trained_on(recipe: Path, training_data: Path, tmp_path: Path) -> None:
