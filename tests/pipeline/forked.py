@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from capipe.pipeline import __main__
-from tests.pipeline.viewing import client_of
+
+from .viewing import client_of
 
 _Popen: Any = subprocess.Popen
 MEGABYTE = 1 << 20

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from capipe.models.tiny.corpus import Sample, write_corpus
 from capipe.models.tiny.quiz import quiz, sample_asked
-from tests.pipeline.conftest import capipe
+
+from .conftest import capipe
 
 TINY = ("--engine", "transformers", "--concurrency", "4")
 

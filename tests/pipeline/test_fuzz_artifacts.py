@@ -1,21 +1,28 @@
-"""A few hostile artifacts before every command; the long trial is :mod:`.fuzz_artifacts`, as a program."""
+"""A few hostile artifacts before every command; the long trial is the same program with more of them."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from .fuzz_artifacts import Case, cases, trial
-from .sound_artifacts import commands, prepare
+from .sound_artifacts import commands
+
+PROGRAM = Path(__file__).with_name("fuzz_artifacts.py")
+CASES = 14
 
 
 @pytest.mark.slow
 def test_nothing_outside_of_a_hostile_artifact_is_touched(tmp_path: Path) -> None:
-    prepare(tmp_path / "data", images=3)
-    chosen = cases(tmp_path / "data", 14, seed=9)
-    found: list[tuple[Case, list[str]]] = []
-    counts = trial(tmp_path / "data", chosen, tmp_path / "attack", lambda case, faults: found.append((case, faults)))
-    assert [each for each in found if each[1]] == []
-    assert counts["cases"] == counts["verify"] == counts["view"] == 14
+    """In a process of its own, whose memory is that of the commands and not of the tests before."""
+    words = [sys.executable, str(PROGRAM), "--cases", str(CASES), "--seed", "9"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *faults, last = done.stdout.splitlines()
+    counts = json.loads(last)
+    assert faults == [] and counts["faults"] == 0
+    assert counts["cases"] == counts["verify"] == counts["view"] == CASES
     assert {name for name in counts if name not in ("cases", "faults")} == {*commands(tmp_path, "shards")}
