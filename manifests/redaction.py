@@ -140,6 +140,8 @@ def _known_values(key: str, noted: frozenset[str], least: int) -> re.Pattern[str
 class RedactedStream(io.TextIOWrapper):
     """Standard output or error that shows no secret, whoever writes to it: logs and tracebacks, too."""
 
+    former: io.TextIOWrapper | None = None
+
     def write(self, text: str) -> int:
         super().write(printed(text))
         return len(text)
@@ -155,10 +157,12 @@ def _redacting(stream: Any) -> Any:
     if type(stream) is not io.TextIOWrapper:
         return stream
     stream.flush()
-    return RedactedStream(
+    shown = RedactedStream(
         stream.buffer,
         stream.encoding,
         "backslashreplace",  # names of files need not be UTF-8, and are shown nevertheless
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+    shown.former = stream  # whose end would close what both write to
+    return shown

@@ -114,3 +114,12 @@ def test_a_stream_that_is_no_file_stays(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     redaction.redact_output()
     assert sys.stdout is mine
+
+
+def test_a_stream_that_a_program_has_put_in_the_place_of_its_own_stays_open() -> None:
+    code = (
+        "import io, os, sys; from capipe.manifests.redaction import redact_output\n"
+        "sys.stdout = io.TextIOWrapper(os.fdopen(os.dup(1), 'wb', 0), write_through=True)\n"
+        "redact_output(); print('still open')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "still open\n"

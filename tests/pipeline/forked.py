@@ -74,7 +74,6 @@ def _in_child(words: list[str], cwd: Path, output: int) -> None:
         for fd, own in ((null, 0), (output, 1), (output, 2)):
             os.dup2(fd, own)
         sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(fd, "wb", 0), write_through=True) for fd in (1, 2))
-        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]  (or they are closed with their last use)
         subprocess.Popen = ForkedInterpreter  # type: ignore[assignment,misc]
         forked = multiprocessing.get_context("fork")
         multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment]
