@@ -49,7 +49,9 @@ class BoundedProtocol(H11Protocol):
         self._timer = self.loop.call_later(self.request_seconds, self._check)
         if len(self.connections) > self.most:
             waiting = [each for each in self.connections if isinstance(each, BoundedProtocol) and not each.is_answering]
-            min(waiting, key=lambda each: each._since).transport.abort()
+            oldest = min(waiting, key=lambda each: each._since)
+            self.connections.discard(oldest)  # now: others may come before the loop says that this one is gone
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:

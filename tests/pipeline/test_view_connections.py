@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
@@ -34,6 +36,8 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         server = server_of(guarded(create_app(Library(folder)), "127.0.0.1", bound, TOKEN))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
+        while not server.started:  # until then the kernel keeps 64 waiting, and more of them come in no order
+            time.sleep(0.01)
         yield bound
         server.should_exit = True
         thread.join(20)
@@ -71,6 +75,22 @@ def test_half_sent_requests_are_ended_while_whole_ones_are_answered(port: int) -
     assert not any(map(is_open, waiting))
     for each in waiting:
         each.close()
+
+
+def test_a_burst_ends_as_many_as_are_over_the_limit() -> None:
+    """All of them come before the loop tells any that it was ended, as when the viewer was busy for a while."""
+
+    async def burst() -> list[mock.Mock]:
+        server = server_of(mock.Mock())
+        server.config.load()
+        transports = [mock.Mock(spec=asyncio.Transport) for _ in range(BoundedProtocol.most + 5)]
+        for transport in transports:
+            transport.get_extra_info.return_value = None
+            BoundedProtocol(server.config, server.server_state, {}).connection_made(transport)
+        return transports
+
+    transports = asyncio.run(burst())
+    assert [each.abort.call_count for each in transports] == [1] * 5 + [0] * BoundedProtocol.most
 
 
 @pytest.mark.parametrize(
