@@ -45,7 +45,8 @@ from capipe.manifests.schema import ANNOTATE
 from capipe.manifests.shards import RowReader, expand
 from capipe.models.clip import encode_trimmed
 from capipe.models.images import ImageLimits
-from capipe.models.scorers import Pair, Scorer, ScorerConfig, by_length
+from capipe.models.scorer_loading import ScorerConfig
+from capipe.models.scorers import Pair, Scorer, by_length
 from capipe.models.sentences import split_sentences
 from capipe.models.tiny import folder_of
 from capipe.models.tiny.corpus import samples

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _common import alternate, quotient, report, version
 
 from capipe.models.batched_lm import BatchedLM
-from capipe.models.engine import Completion, GenerationRequest, ImageGrid, ImageInput, Prompt, Sampling
+from capipe.models.engine import Completion, GenerationRequest, ImageInput, Prompt, Sampling
+from capipe.models.image_grid import ImageGrid
 from capipe.models.sampling import vision_ids
 from capipe.models.transformers_engine import TransformersEngine, batched_lm, load_model
 from capipe.trainer.decoder import DecoderPolicy

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import BadInput, RunFailed
 from ..manifests.storage import clear, open_own
-from .captioner_kinds import read_json
+from .model_json import read_json
 from .own_code import ask_nothing
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -55,7 +55,7 @@ def merged_folder(base: Path, adapter: Path, dtype: str) -> Path:
     """
     import torch
 
-    from .loading import folder_digest
+    from .model_folder import folder_digest
 
     folder = check_adapter(str(adapter))
     config = read_json(base / "config.json")
@@ -95,7 +95,7 @@ def _locked(made: Path) -> Iterator[None]:
 
 
 def _make(base: Path, adapter: Path, dtype: Any, made: Path, facts: dict[str, str]) -> None:
-    from .loading import image_grid
+    from .model_folder import image_grid
     from .transformers_engine import load_model
 
     model: Any = load_model(str(base), sees=image_grid(base) is not None, dtype="float32", device="cpu")

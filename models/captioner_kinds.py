@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..manifests import bounded_json
-from .engine import ImageGrid
+from .image_grid import ImageGrid
+from .model_json import read_json
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,3 @@ def check_prompt(model: str, model_path: Path, text: str, system: str | None = N
         raise BadInput(f"{model}: {kind.architecture} reads no system message; leave it out")
     elif text and not kind.prompted:
         raise BadInput(f'{model}: {kind.architecture} reads no prompt; leave it empty (--prompt none, prompt: "")')
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises BadInput."""
-    try:
-        content = bounded_json.load(path)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} is no JSON object")
-    return content

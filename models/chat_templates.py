@@ -20,8 +20,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import BadInput
-from .captioner_kinds import kind_of, read_json
+from .captioner_kinds import kind_of
 from .engine import ImageInput, Prompt
+from .model_json import read_json
 from .prompting import ChatTemplate, PromptEncoder, messages
 from .thinking import CLOSING, GAP, OPENING, Tags
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import BadInput
-from .captioner_kinds import read_json
 from .clip_source import CONFIG, Activation, ClipSource, Tag, clip_source
 from .hub import hub_name, snapshot
 from .images import Pixels
+from .model_json import read_json
 from .own_code import ask_nothing, reason_in_words
 from .plain_text import PlainText, plain_text, spelled
 from .scorers import (

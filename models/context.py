@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from .captioner_kinds import read_json
-from .engine import ImageGrid, Rejected
+from .engine import Rejected
+from .image_grid import ImageGrid
+from .model_json import read_json
 
 TEMPLATE_ROOM = 512  # tokens that a chat template puts around the text, a default system message among them
 QUESTION_ROOM = 4096  # tokens of a question with its options; written ones have a hundred, imported ones may be long

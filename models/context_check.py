@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import BadInput
-from .captioner_kinds import read_json
 from .engine import Prompt
 from .http_server import served_context
-from .loading import EngineConfig, resolve_model
+from .loading import EngineConfig
+from .model_folder import resolve_model
+from .model_json import read_json
 from .own_code import reason_in_words
 from .plain_text import plain_text
 from .quiz import Question, caption_prompt, put

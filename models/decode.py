@@ -14,8 +14,8 @@ from typing import Generic, TypeGuard, TypeVar
 
 from ..errors import BadInput, RunFailed
 from ..manifests.status import Status
-from .engine import ImageGrid
 from .formats import ImageProblem
+from .image_grid import ImageGrid
 from .images import ImageLimits, Pixels, decode_rgb, grid_size, is_plain, plain_copy
 from .processes import Worker, WorkerDiedError
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .captioner_kinds import read_json
 from .hub import PIPELINE, hub_name
+from .model_json import read_json
 from .own_code import ask_nothing, reason_in_words
 from .plain_text import plain_text
 from .pretrained import load_reported, refuse_random

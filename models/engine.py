@@ -13,6 +13,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from .image_grid import ImageGrid
+
 FinishReason = Literal["stop", "length"]
 PromptKey = tuple[str | None, str, str | None, str, str | None]
 
@@ -167,15 +169,6 @@ class ChoiceScores:
         """Index of the likeliest reported choice; None when nothing was reported."""
         scored = [(value, -index) for index, value in enumerate(self.logprobs) if value is not None]
         return -max(scored)[1] if scored else None
-
-
-@dataclass(frozen=True, slots=True)
-class ImageGrid:
-    """The sizes a model really looks at: multiples of ``factor`` pixels, within an area of min to max pixels."""
-
-    factor: int
-    min_pixels: int
-    max_pixels: int
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sampling import (
+from .gumbel_bits import (
     BITS,
     GOLDEN_32,
     GOLDEN_64,

@@ -25,7 +25,6 @@ from .engine import (
     Completion,
     EngineDead,
     GenerationRequest,
-    ImageGrid,
     Prompt,
     RequestError,
     Sampling,
@@ -54,6 +53,7 @@ from .http_server import (
     models,
     no_answer,
 )
+from .image_grid import ImageGrid
 from .plain_text import plain_for_servers, plain_prompt
 from .thinking import Tags
 from .vllm_sync import EXTENSION, RELOAD

@@ -24,9 +24,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ..manifests.status import Status
-from .engine import ImageGrid
 from .formats import Format, Header, ImageProblem, read_header
 from .icc import Conversion, srgb_conversion
+from .image_grid import ImageGrid
 from .png import may_be_turned, open_png
 
 Pixels = npt.NDArray[np.uint8]

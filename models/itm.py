@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .images import Pixels
-from .loading import resolve_model
+from .model_folder import resolve_model
 from .own_code import reason_in_words
 from .plain_text import plain_text
 from .pretrained import load_reported, refuse_random

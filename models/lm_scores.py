@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .loading import resolve_model
+from .model_folder import resolve_model
 from .own_code import reason_in_words
 from .plain_text import plain_text
 from .pretrained import load_weights

@@ -14,9 +14,9 @@ from torchvision.models import vgg
 from torchvision.transforms.v2.functional import resize
 
 from ..errors import BadInput
-from .captioner_kinds import read_json
 from .images import Pixels
-from .loading import resolve_model
+from .model_folder import resolve_model
+from .model_json import read_json
 from .scorers import device_and_type
 from .views import View
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
-from .captioner_kinds import read_json
 from .hub import weight_map
+from .model_json import read_json
 from .own_code import ADVICE, NEEDS_CODE
 
 NAMED = 3  # weights that a message names; of the rest it gives the number

@@ -12,19 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BadInput
-from .engine import (
-    ChoiceRequest,
-    ChoiceScores,
-    Completion,
-    Engine,
-    EngineDead,
-    GenerationRequest,
-    ImageGrid,
-    Prompt,
-)
+from .engine import ChoiceRequest, ChoiceScores, Completion, Engine, EngineDead, GenerationRequest, Prompt
 from .http_answers import SentAway, Unavailable
 from .http_engine import THOUGHT_PROBE, HTTPEngine, HTTPOptions, connect_http_engine
 from .http_server import NoAnswer, NotReady, common_model, none_answers
+from .image_grid import ImageGrid
 
 ATTEMPTS = 2  # at one server; then another one has its turn
 CROWDED = 1.5  # so much fuller than the emptiest server may one be before its images go there

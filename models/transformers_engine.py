@@ -22,7 +22,6 @@ from .engine import (
     Completion,
     EngineDead,
     GenerationRequest,
-    ImageGrid,
     Prompt,
     PromptKey,
     Rejected,
@@ -32,6 +31,7 @@ from .family import PreparedImage, PreparedPrompt
 from .folded_attention import fold_heads
 from .growing_cache import new_cache, stateful_layers
 from .halving import by_halves
+from .image_grid import ImageGrid
 from .patch_embedding import multiply_patches
 from .pretrained import load_weights
 from .prompting import CaptionerEncoder, PromptEncoder

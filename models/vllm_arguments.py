@@ -94,7 +94,7 @@ def check_engine_args(given: Mapping[str, Any]) -> None:
     refuse_ours(given)
     if not given or importlib.util.find_spec("vllm") is None:
         return
-    from .vllm_engine import prepare_environment
+    from .vllm_environment import prepare_environment
 
     prepare_environment()
     from vllm import AsyncEngineArgs

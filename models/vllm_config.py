@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
-from .engine import ImageGrid
+from .image_grid import ImageGrid
 from .vllm_arguments import reason_of, told
 from .vllm_sync import EXTENSION
 

@@ -7,7 +7,6 @@ import gc
 import itertools
 import json
 import os
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +22,15 @@ from .engine import (
     Completion,
     EngineDead,
     GenerationRequest,
-    ImageGrid,
     Prompt,
     PromptKey,
     Rejected,
     RequestError,
 )
+from .image_grid import ImageGrid
 from .prompting import PromptEncoder, rgb_pixels
 from .vllm_config import VLLMOptions, engine_config
+from .vllm_environment import prepare_environment
 from .vllm_sync import RELOAD
 
 if TYPE_CHECKING:
@@ -42,18 +42,6 @@ if TYPE_CHECKING:
 CLOSING_SECONDS = 20.0
 # Separators are regular expressions: one space or none after ":" and ",", and no other white space between values.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# vLLM reads these when it is imported. Nobody may choose another start method: a forked engine holds copies of this
-# process's pipes, so that whoever waits at their other ends never hears of a death, and does not follow us to ours.
-REQUIRED = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-# Whoever set these by hand keeps what they set.
-ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "TORCH_LOGS": "-torch._library",  # which misses triton where we hid it
-    "PYTHONWARNINGS": "ignore::FutureWarning:vllm.triton_utils.dispatcher",  # it asks torch for each of its names
-}
 
 
 class VLLMEngine:
@@ -247,14 +235,6 @@ def _with_form(schema: str) -> str:
     if not isinstance(parsed, dict):
         raise RequestError(f"the JSON schema is {type(parsed).__name__}, not an object")
     return json.dumps(parsed | {"x-guidance": JSON_FORM})
-
-
-def prepare_environment() -> None:
-    """Have vLLM spawn its processes, quiet it, keep its reports at home. Call it before anything imports vLLM."""
-    os.environ.update(REQUIRED)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # here; children read the variable
 
 
 def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:

@@ -15,7 +15,7 @@ from ..models.captioner_kinds import check_prompt, kind_of
 from ..models.context import too_long
 from ..models.engine import Engine, ImageInput, Prompt, RequestError
 from ..models.formats import ImageProblem
-from ..models.loading import resolve_model
+from ..models.model_folder import resolve_model
 from ..stages.annotate import AnnotateConfig, Annotator, chosen_caption, passed_on
 from ..stages.prompts import NamedPrompt, parse_prompt
 from .engine_stages import EngineSetup, LoadedEngine

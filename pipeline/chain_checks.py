@@ -12,7 +12,8 @@ from ..errors import BadInput
 from ..models.adapters import check_adapter
 from ..models.captioner_kinds import check_prompt, kind_of
 from ..models.hub import HUB_ID, hub_name, is_cached
-from ..models.loading import EngineConfig, resolve_model
+from ..models.loading import EngineConfig
+from ..models.model_folder import resolve_model
 from ..models.tiny import PREFIX
 from ..models.vllm_arguments import check_engine_args
 from ..stages.prompts import parse_prompt

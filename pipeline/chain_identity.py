@@ -21,7 +21,7 @@ from ..manifests.artifact import Artifact
 from ..manifests.fingerprint import canonical
 from ..manifests.patterns import braced
 from ..manifests.redaction import without_secrets
-from ..models.loading import folder_digest
+from ..models.model_folder import folder_digest
 from ..models.tiny import PREFIX, resolve
 from ..models.vllm_arguments import changing_rows
 from ..stages.prompts import parse_prompt

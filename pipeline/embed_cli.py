@@ -25,7 +25,7 @@ def embed(
     fresh: o.Fresh = False,
 ) -> None:
     """Image embeddings by a CLIP, one row for every row in: for `capipe dedup --embeddings`, and whoever needs them."""
-    from ..models.scorers import ScorerConfig
+    from ..models.scorer_loading import ScorerConfig
     from .engine_stages import plan
     from .scoring import EmbedStage, ScoreSetup
 

@@ -26,7 +26,6 @@ from ..models.engine import (
     Completion,
     Engine,
     GenerationRequest,
-    ImageGrid,
     ImageInput,
     Prompt,
     Refused,
@@ -34,8 +33,10 @@ from ..models.engine import (
 )
 from ..models.formats import ImageProblem
 from ..models.http_server import served_model
+from ..models.image_grid import ImageGrid
 from ..models.images import ImageLimits, Pixels
-from ..models.loading import EngineConfig, folder_digest, image_grid, load_engine, model_identity, resolve_model
+from ..models.loading import EngineConfig, load_engine, model_identity
+from ..models.model_folder import folder_digest, image_grid, resolve_model
 from ..models.reader import QuizReader, ReaderConfig
 from ..models.several import home_of
 from ..models.thinking import thinks

@@ -95,7 +95,7 @@ def score_setup(
     models: Mapping[str, str], safety: bool, dtype: str, decode_workers: int | None, place: Workplace
 ) -> ScoreSetup:
     """The scorers as options name them, by kind. Raises BadInput where there is none."""
-    from ..models.scorers import ScorerConfig
+    from ..models.scorer_loading import ScorerConfig
     from .scoring import ScoreSetup
 
     if not models:

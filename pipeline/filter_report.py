@@ -24,8 +24,8 @@ from ..manifests.samples import read_samples
 from ..manifests.shards import InputShard
 from ..manifests.status import Status
 from ..manifests.storage import PRIVATE
-from ..models.engine import ImageGrid
 from ..models.formats import ImageProblem
+from ..models.image_grid import ImageGrid
 from ..models.images import ImageLimits, decode_rgb
 from ..models.sentences import split_sentences
 from ..stages.expression import shown_value

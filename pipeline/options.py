@@ -16,7 +16,8 @@ from ..errors import BadInput
 from ..terminal import print_err
 from .engine_stages import EngineSetup
 from .key_values import engine_args, key_values
-from .workplace import Workplace, ray_place
+from .ray_runner import ray_place
+from .workplace import Workplace
 
 Config = TypeVar("Config", bound=BaseModel)
 

@@ -19,7 +19,7 @@ from ..models.clip import ClipScorer, load_clip
 from ..models.clip_source import clip_place
 from ..models.hub import HubName, snapshot
 from ..models.lm_scores import load_text_scorer
-from ..models.scorers import ScorerConfig, scorer_identity
+from ..models.scorer_loading import ScorerConfig, scorer_identity
 from ..trainer.comparison import Run
 from ..trainer.evaluation import evaluate
 from ..trainer.figures import Caution, Comparison, Report

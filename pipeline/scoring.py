@@ -20,7 +20,8 @@ from ..models.decode import DecodePool
 from ..models.formats import ImageProblem
 from ..models.halving import OF_DEVICES, by_halves
 from ..models.images import ImageLimits, Pixels
-from ..models.scorers import ScorerConfig, computing_threads, device_and_type, load_scorer, scorer_identity
+from ..models.scorer_loading import ScorerConfig, load_scorer, scorer_identity
+from ..models.scorers import computing_threads, device_and_type
 from ..models.views import View, decode_views
 from ..stages.score import CHUNK, CaptionScorer, PreparedRows, SafetyDetector, SeenRow, captions_of, passed_on, unscored
 from .breaker import answered

@@ -22,7 +22,7 @@ from ..models.engine import EngineDead, Prompt, RequestError
 from ..models.family import PreparedPrompt
 from ..models.loading import model_identity
 from ..models.reader import QuizReader, ReaderConfig
-from ..models.scorers import ScorerConfig, scorer_identity
+from ..models.scorer_loading import ScorerConfig, scorer_identity
 from ..trainer.ability import ability_of, cautions
 from ..trainer.assembly import PolicyParts, build_optimizer, build_policy, load_reader, whole_policy
 from ..trainer.checkpoint import Facts, newest, optimizer_state

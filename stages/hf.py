@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,37 @@ from ..manifests.names import name_problem
 from ..manifests.outside import ANYWHERE, Reach, refusal
 from ..manifests.tar import printable
 from .columns import IMAGE_COLUMNS, Columns, take_caption
-from .items import DatasetRef, Item
+from .items import Handles, Item
 from .parquet_images import image_bytes
 
 SCHEME = "hf://"
 _REVISION = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)@(\w[\w./-]*)")  # name@branch, tag or commit, as of a model
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOADED: dict[tuple[str, str | None], Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetRef:
+    """A row of a Hugging Face dataset; ``version`` is the fingerprint `datasets` keeps of the split. ``text_column``:
+    what a user named as the caption. ``reach``: how far the paths of images may lead that are named, not held."""
+
+    location: str
+    split: str
+    index: int
+    version: str
+    text_column: str | None = None
+    reach: Reach = ANYWHERE
+
+    @property
+    def source(self) -> str:
+        return f"{self.location}:{self.split}[{self.index}]"
+
+    def identity(self) -> str:
+        return json.dumps(["dataset", self.split, self.index, self.version])
+
+    def load(self, handles: Handles) -> Item:
+        split = handles.dataset((self.location, self.split), Split)
+        return split.read(self.index, self.source, self.text_column, self.reach)
 
 
 def refs(src: str, columns: Columns, reach: Reach = ANYWHERE, inside: Reach = ANYWHERE) -> Iterator[DatasetRef]:

@@ -7,9 +7,9 @@ A reference says where an item lies and carries no image, so ten thousand of the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
 
 from ..manifests.compressed import plain
 from ..manifests.outside import ANYWHERE, Reach, is_url
@@ -20,8 +20,7 @@ from ..models.formats import HEAD_BYTES, ImageProblem
 from .parquet_cells import ParquetCells
 from .read_files import join, open_binary, read_file, read_head
 
-if TYPE_CHECKING:
-    from .hf import Split
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -49,7 +48,7 @@ class Handles:
     def __init__(self) -> None:
         self._tar: tuple[str, BinaryIO] | None = None
         self._cells: tuple[tuple[str, str], ParquetCells] | None = None
-        self._dataset: tuple[tuple[str, str], Split] | None = None
+        self._dataset: tuple[tuple[str, str], Any] | None = None
 
     def tar(self, url: str) -> BinaryIO:
         if self._tar is None or self._tar[0] != url:
@@ -57,12 +56,12 @@ class Handles:
             self._tar = url, plain(open_binary(url))
         return self._tar[1]
 
-    def dataset(self, location: str, split: str) -> Split:
-        if self._dataset is None or self._dataset[0] != (location, split):
-            from .hf import Split  # imports the `datasets` package, which takes seconds
-
-            self._dataset = (location, split), Split(location, split)
-        return self._dataset[1]
+    def dataset(self, split: tuple[str, str], load: Callable[[str, str], T]) -> T:
+        """``load(*split)``, where ``split`` (a location and a name there) is not the one that is kept."""
+        if self._dataset is None or self._dataset[0] != split:
+            self._dataset = split, load(*split)
+        kept: T = self._dataset[1]
+        return kept
 
     def cells(self, table: str, column: str) -> ParquetCells:
         if self._cells is None or self._cells[0] != (table, column):
@@ -281,30 +280,6 @@ class TableRef:
     def load(self, handles: Handles) -> Item:
         data, problem = read_file(self.path, self.root, self.reach)
         return Item(self.source, data, self.text, self.url, json.loads(self.meta), problem, list(self.notes))
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetRef:
-    """A row of a Hugging Face dataset; ``version`` is the fingerprint `datasets` keeps of the split. ``text_column``:
-    what a user named as the caption. ``reach``: how far the paths of images may lead that are named, not held."""
-
-    location: str
-    split: str
-    index: int
-    version: str
-    text_column: str | None = None
-    reach: Reach = ANYWHERE
-
-    @property
-    def source(self) -> str:
-        return f"{self.location}:{self.split}[{self.index}]"
-
-    def identity(self) -> str:
-        return json.dumps(["dataset", self.split, self.index, self.version])
-
-    def load(self, handles: Handles) -> Item:
-        split = handles.dataset(self.location, self.split)
-        return split.read(self.index, self.source, self.text_column, self.reach)
 
 
 def identities(ref: ItemRef) -> Iterator[str]:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from capipe.models.engine import Prompt
-from capipe.models.loading import resolve_model
+from capipe.models.model_folder import resolve_model
 from capipe.models.prompting import messages
 from capipe.models.quiz import Question, caption_prompt, put
 

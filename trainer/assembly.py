@@ -22,8 +22,10 @@ from ..models.batched_lm import BatchedLM
 from ..models.captioner_family import barred_ids, is_blip2, is_captioner, language_model
 from ..models.captioner_kinds import check_prompt
 from ..models.context import image_tokens, quiz_room, text_room
-from ..models.engine import Engine, ImageGrid
-from ..models.loading import EngineConfig, image_grid, load_engine, resolve_model
+from ..models.engine import Engine
+from ..models.image_grid import ImageGrid
+from ..models.loading import EngineConfig, load_engine
+from ..models.model_folder import image_grid, resolve_model
 from ..models.reader import ReaderConfig
 from ..models.transformers_engine import batched_lm, load_model
 from .adapter import (

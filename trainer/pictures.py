@@ -12,8 +12,9 @@ from PIL import Image
 
 from ..errors import RunFailed
 from ..models.decode import DecodePool, grid_decoder
-from ..models.engine import ImageGrid, ImageInput
+from ..models.engine import ImageInput
 from ..models.formats import ImageProblem
+from ..models.image_grid import ImageGrid
 from ..models.images import ImageLimits
 from .tasks import Task
 

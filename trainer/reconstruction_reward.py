@@ -25,7 +25,7 @@ from ..manifests.storage import write_new
 from ..models.diffusion import Painter, load_painter, need_diffusers, pipeline_folder
 from ..models.engine import Completion
 from ..models.images import Pixels
-from ..models.loading import folder_digest, resolve_model
+from ..models.model_folder import folder_digest, resolve_model
 from ..models.perceptual import PerceptualNet, load_perceptual
 from ..models.recent import Recent
 from ..models.together import Together, most_on

@@ -14,17 +14,7 @@ from .advantages import Baseline, advantages, tied
 from .critic import CriticConfig, Targets, moments, targets_of, whitened
 from .decoder import DecoderPolicy, Scores
 from .groups import Batch, Group, micro_batches, pack
-from .losses import (
-    LOSSES,
-    Clip,
-    KLEstimator,
-    LossName,
-    Tokens,
-    Totals,
-    kl_tokens,
-    token_weights,
-    value_losses,
-)
+from .losses import LOSSES, Clip, KLEstimator, LossName, Tokens, Totals, kl_tokens, token_weights, value_losses
 from .ranks import ALONE, Ranks
 
 Reference = Callable[[Batch], Tensor]  # log-probabilities (tokens,) under the frozen policy, without gradients

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..scorers import ScorerConfig, load_scorer
+from ..scorer_loading import ScorerConfig, load_scorer
 from . import NAMES, UNTRAINED, folder_of
 from .contrastive import BlipTrainer, recalls
 from .corpus import samples

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..formats import ImageProblem
 from ..images import ImageLimits, Pixels
-from ..scorers import CaptionScore, Scorer, ScorerConfig, load_scorer, score_captions
+from ..scorer_loading import ScorerConfig, load_scorer
+from ..scorers import CaptionScore, Scorer, score_captions
 from ..sentences import split_sentences
 from ..views import decode_views
 from .corpus import Sample, samples

@@ -15,7 +15,7 @@ from capipe.manifests.claims import living
 from capipe.manifests.journal import Journal, _checksum
 from capipe.manifests.storage import Folder
 from capipe.manifests.verify import verify
-from capipe.models.captioner_kinds import read_json
+from capipe.models.model_json import read_json
 from capipe.pipeline.chain_state import load_chain
 from capipe.pipeline.status import run_state
 from capipe.trainer.checkpoint import FACTS, read_facts

@@ -12,16 +12,8 @@ import pytest
 import pytest_asyncio
 import torch
 
-from capipe.models.engine import (
-    Completion,
-    Engine,
-    EngineDead,
-    GenerationRequest,
-    ImageGrid,
-    ImageInput,
-    Prompt,
-    Sampling,
-)
+from capipe.models.engine import Completion, Engine, EngineDead, GenerationRequest, ImageInput, Prompt, Sampling
+from capipe.models.image_grid import ImageGrid
 from capipe.models.images import ImageLimits, decode_rgb
 from capipe.models.loading import EngineConfig, load_engine
 from capipe.models.tiny.corpus import samples

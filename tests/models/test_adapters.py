@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 from capipe.errors import BadInput, RunFailed
 from capipe.models.adapters import CACHE_VARIABLE, CONFIG, WEIGHTS, check_adapter, merged_folder
 from capipe.models.engine import GenerationRequest, ImageInput, Prompt, Sampling
-from capipe.models.loading import EngineConfig, image_grid, load_engine, resolve_model
+from capipe.models.loading import EngineConfig, load_engine
+from capipe.models.model_folder import image_grid, resolve_model
 from capipe.trainer.adapter import adapter_weights
 from capipe.trainer.assembly import build_policy, write_policy
 from capipe.trainer.recipe import Recipe

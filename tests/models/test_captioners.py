@@ -15,9 +15,11 @@ import torch
 from capipe.errors import BadInput
 from capipe.models.captioner_family import barred_ids, encode_images
 from capipe.models.captioner_kinds import check_prompt
-from capipe.models.engine import GenerationRequest, ImageGrid, ImageInput, Prompt, RequestError, Sampling
+from capipe.models.engine import GenerationRequest, ImageInput, Prompt, RequestError, Sampling
+from capipe.models.image_grid import ImageGrid
 from capipe.models.images import ImageLimits, decode_rgb
-from capipe.models.loading import EngineConfig, image_grid, load_engine
+from capipe.models.loading import EngineConfig, load_engine
+from capipe.models.model_folder import image_grid
 from capipe.models.transformers_engine import TransformersEngine
 
 from ..conftest import photo

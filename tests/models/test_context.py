@@ -20,8 +20,10 @@ from capipe.models.context import (
     quiz_room,
     text_room,
 )
-from capipe.models.engine import GenerationRequest, ImageGrid, ImageInput, Prompt, RequestError, Sampling
-from capipe.models.loading import EngineConfig, advice, load_engine, resolve_model
+from capipe.models.engine import GenerationRequest, ImageInput, Prompt, RequestError, Sampling
+from capipe.models.image_grid import ImageGrid
+from capipe.models.loading import EngineConfig, advice, load_engine
+from capipe.models.model_folder import resolve_model
 from capipe.stages.annotate import AnnotateConfig
 from capipe.stages.prompts import NamedPrompt
 from capipe.stages.questions import QuestionsConfig

@@ -22,8 +22,8 @@ from capipe.errors import BadInput, RunFailed
 from capipe.manifests.status import Status
 from capipe.models import decode as decode_module
 from capipe.models.decode import DecodePool, check_for_server, grid_decoder
-from capipe.models.engine import ImageGrid
 from capipe.models.formats import ImageProblem
+from capipe.models.image_grid import ImageGrid
 from capipe.models.images import ImageLimits, decode_rgb, plain_copy
 
 from ..conftest import photo

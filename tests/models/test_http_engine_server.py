@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from capipe.models.engine import ChoiceRequest, Engine, GenerationRequest, ImageInput, Prompt, RequestError, Sampling
-from capipe.models.loading import EngineConfig, load_engine, model_identity, resolve_model
+from capipe.models.loading import EngineConfig, load_engine, model_identity
+from capipe.models.model_folder import resolve_model
 
 from ..serving import serving
 from .conftest import DETAILED, MODEL, PLAIN, ROOM

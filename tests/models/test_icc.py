@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from capipe.models import icc
-from capipe.models.engine import ImageGrid
 from capipe.models.icc import srgb_conversion
+from capipe.models.image_grid import ImageGrid
 from capipe.models.images import ImageInfo, ImageLimits, check, decode_rgb, decode_upright, thumbnail
 from capipe.models.views import View, decode_views
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from capipe.manifests.status import Status
-from capipe.models.engine import ImageGrid
 from capipe.models.formats import ImageProblem, read_header, sniff
+from capipe.models.image_grid import ImageGrid
 from capipe.models.images import ImageInfo, ImageLimits, check, decode_rgb, grid_size
 
 LIMITS = ImageLimits()

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from capipe.errors import BadInput, RunFailed
-from capipe.models.engine import ImageGrid
-from capipe.models.loading import EngineConfig, folder_digest, image_grid, load_engine, model_identity, resolve_model
+from capipe.models.image_grid import ImageGrid
+from capipe.models.loading import EngineConfig, load_engine, model_identity
+from capipe.models.model_folder import folder_digest, image_grid, resolve_model
 
 from .conftest import GRID, MODEL
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from capipe.models.engine import Prompt
-from capipe.models.loading import resolve_model
+from capipe.models.model_folder import resolve_model
 from capipe.models.prompting import messages
 from capipe.models.quiz import (
     ABSTAIN,

@@ -20,17 +20,8 @@ from capipe.models.clip import ClipScorer, load_clip, token_ids
 from capipe.models.formats import ImageProblem
 from capipe.models.images import ImageLimits, Pixels
 from capipe.models.itm import ItmScorer, load_itm
-from capipe.models.scorers import (
-    Pair,
-    Scorer,
-    ScorerConfig,
-    by_length,
-    cleaned,
-    computing_threads,
-    load_scorer,
-    score_captions,
-    scorer_identity,
-)
+from capipe.models.scorer_loading import ScorerConfig, load_scorer, scorer_identity
+from capipe.models.scorers import Pair, Scorer, by_length, cleaned, computing_threads, score_captions
 from capipe.models.sentences import split_sentences
 from capipe.models.tiny import folder_of
 from capipe.models.tiny.corpus import samples

@@ -22,7 +22,8 @@ from capipe.models.engine import (
     Sampling,
     Thought,
 )
-from capipe.models.loading import EngineConfig, load_engine, resolve_model
+from capipe.models.loading import EngineConfig, load_engine
+from capipe.models.model_folder import resolve_model
 from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.models.thinking import Tags, split_thought, thinks

@@ -18,7 +18,7 @@ from capipe.models.engine import (
     Sampling,
 )
 from capipe.models.family import PreparedPrompt
-from capipe.models.loading import resolve_model
+from capipe.models.model_folder import resolve_model
 from capipe.models.prefix_tree import Segment
 from capipe.models.prompting import PromptEncoder
 from capipe.models.quiz import Question, caption_prompt, image_prompt, put, rotations

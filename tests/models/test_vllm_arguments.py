@@ -8,7 +8,8 @@ import pytest
 
 from capipe.errors import BadInput
 from capipe.models import vllm_arguments
-from capipe.models.loading import EngineConfig, resolve_model
+from capipe.models.loading import EngineConfig
+from capipe.models.model_folder import resolve_model
 from capipe.models.vllm_arguments import changing_rows, check_engine_args, refuse_unknown
 
 from .conftest import GRID, MODEL

@@ -79,7 +79,7 @@ async def test_expanded_prompts_equal_the_processors(vllm_engine: Engine, pictur
     """vLLM expands our single placeholder to just the ids that the model's own processor makes of chat and image."""
     from transformers import AutoProcessor
 
-    from capipe.models.loading import resolve_model
+    from capipe.models.model_folder import resolve_model
 
     assert isinstance(vllm_engine, VLLMEngine)
     processor: Any = AutoProcessor.from_pretrained(resolve_model(MODEL))
@@ -146,7 +146,7 @@ def test_guided_json_has_a_space_or_none(text: str, accepted: bool) -> None:
     import llguidance.hf
     from transformers import AutoTokenizer
 
-    from capipe.models.loading import resolve_model
+    from capipe.models.model_folder import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(MODEL))
     schema = json.loads(COLOR)

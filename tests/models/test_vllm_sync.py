@@ -13,7 +13,7 @@ import torch
 
 from capipe.errors import RunFailed
 from capipe.models.engine import Completion, Engine, EngineDead, GenerationRequest, ImageInput, Prompt, Sampling
-from capipe.models.loading import image_grid, resolve_model
+from capipe.models.model_folder import image_grid, resolve_model
 from capipe.models.sampling import vision_ids
 from capipe.models.transformers_engine import TransformersEngine, batched_lm, load_model
 from capipe.trainer.decoder import DecoderPolicy

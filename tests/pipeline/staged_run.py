@@ -27,8 +27,9 @@ from capipe.models.decode import DecodePool
 from capipe.models.loading import EngineConfig, load_engine
 from capipe.pipeline import places
 from capipe.pipeline.progress import Progress
+from capipe.pipeline.ray_runner import Ray
 from capipe.pipeline.worker import RowByRow
-from capipe.pipeline.workplace import Ray, Workplace
+from capipe.pipeline.workplace import Workplace
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "uid", "status", "error")])
 

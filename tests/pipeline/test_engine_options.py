@@ -15,8 +15,8 @@ from capipe.pipeline import options as o
 from capipe.pipeline.chain_checks import check_chain
 from capipe.pipeline.chain_identity import meaning
 from capipe.pipeline.engine_stages import EngineSetup
-from capipe.pipeline.ray_runner import Size, size_of
-from capipe.pipeline.workplace import Ray, Workplace
+from capipe.pipeline.ray_runner import Ray, Size, size_of
+from capipe.pipeline.workplace import Workplace
 
 from .chains import chain_of
 from .conftest import capipe, one_line, table

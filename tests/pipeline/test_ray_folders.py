@@ -20,7 +20,7 @@ from capipe.pipeline.ray_folders import (
     private_folder,
     read_note,
 )
-from capipe.pipeline.workplace import ray_place
+from capipe.pipeline.ray_runner import ray_place
 
 US, OTHER = 1000, 1001
 FILE, FOLDER, LINK = stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK

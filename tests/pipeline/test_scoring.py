@@ -12,7 +12,8 @@ from torch import Tensor
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
 from capipe.models.images import Pixels
-from capipe.models.scorers import Pair, ScorerConfig
+from capipe.models.scorer_loading import ScorerConfig
+from capipe.models.scorers import Pair
 from capipe.models.views import View
 from capipe.pipeline import scoring
 from capipe.pipeline.scoring import EmbedProcessor, ScoreProcessor, ScoreSetup

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from capipe.models.loading import resolve_model
+from capipe.models.model_folder import resolve_model
 from capipe.models.vllm_sync import EXTENSION
 from capipe.pipeline.training import run_training
 from capipe.trainer.recipe import load_recipe

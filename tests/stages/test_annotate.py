@@ -15,11 +15,11 @@ from capipe.models.engine import (
     ChoiceScores,
     Completion,
     GenerationRequest,
-    ImageGrid,
     ImageInput,
     Refused,
     RequestError,
 )
+from capipe.models.image_grid import ImageGrid
 from capipe.stages.annotate import AnnotateConfig, Annotator, chosen_caption, derive_seed
 from capipe.stages.prompts import NAMED, parse_prompt
 

@@ -16,7 +16,7 @@ from capipe.errors import BadInput
 from capipe.models.captioner_family import barred_ids, vision_model
 from capipe.models.engine import Completion, GenerationRequest, Prompt, Sampling
 from capipe.models.family import PreparedImage, PreparedPrompt
-from capipe.models.loading import image_grid
+from capipe.models.model_folder import image_grid
 from capipe.models.transformers_engine import TransformersEngine, batched_lm, load_model
 from capipe.trainer import blip2, encoder_decoder
 from capipe.trainer.assembly import build_optimizer, build_policy, parts_of, value_weights, write_policy

@@ -9,9 +9,10 @@ import pytest
 
 from capipe.errors import BadInput
 from capipe.models.context import image_tokens, text_room
-from capipe.models.engine import ImageGrid, ImageInput, Prompt
+from capipe.models.engine import ImageInput, Prompt
+from capipe.models.image_grid import ImageGrid
 from capipe.models.images import ImageLimits, decode_rgb
-from capipe.models.loading import image_grid, resolve_model
+from capipe.models.model_folder import image_grid, resolve_model
 from capipe.models.tiny.corpus import samples
 from capipe.trainer import sampler
 from capipe.trainer.assembly import build_policy, refuse_large_images

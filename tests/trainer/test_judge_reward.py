@@ -12,7 +12,8 @@ from PIL import Image
 
 from capipe.errors import RunFailed
 from capipe.manifests.shards import RowReader, expand
-from capipe.models.engine import ChoiceRequest, Completion, ImageGrid
+from capipe.models.engine import ChoiceRequest, Completion
+from capipe.models.image_grid import ImageGrid
 from capipe.trainer.judge_reward import JudgeReward, JudgeRewardConfig, expected_mark
 from capipe.trainer.pictures import Pictures
 from capipe.trainer.tasks import Task

@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capipe.trainer.losses import (
-    LOSSES,
-    Clip,
-    LossName,
-    Tokens,
-    Totals,
-    kl_tokens,
-    token_weights,
-    value_losses,
-)
+from capipe.trainer.losses import LOSSES, Clip, LossName, Tokens, Totals, kl_tokens, token_weights, value_losses
 
 OLD = torch.tensor([-1.0, -2.0, -0.5, -1.5, -3.0])
 LOGP = torch.tensor([-0.5, -2.1, -0.5, -2.5, -2.9])  # ratios e^0.5, e^-0.1, 1, e^-1, e^0.1

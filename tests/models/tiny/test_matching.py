@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capipe.models.clip import encode_trimmed
-from capipe.models.scorers import ScorerConfig, load_scorer
+from capipe.models.scorer_loading import ScorerConfig, load_scorer
 from capipe.models.tiny.contrastive import BlipTrainer, build_blip, recalls
 from capipe.models.tiny.detect import area_under_roc
 from capipe.models.tiny.matching import ClipTrainer, ItmTrainer, MatchingPlan, MatchingTrainer, PairBatches
