@@ -43,12 +43,12 @@ from _corpus import rendered_shards
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE
 from capipe.manifests.shards import RowReader, expand
+from capipe.models.bundled import folder_of
 from capipe.models.clip import encode_trimmed
 from capipe.models.images import ImageLimits
 from capipe.models.scorer_loading import ScorerConfig
 from capipe.models.scorers import Pair, Scorer, by_length
 from capipe.models.sentences import split_sentences
-from capipe.models.tiny import folder_of
 from capipe.models.tiny.corpus import samples
 from capipe.models.tiny.wording import dense_caption
 from capipe.models.views import decode_views

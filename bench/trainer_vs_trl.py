@@ -50,7 +50,7 @@ def random_model(folder: Path) -> None:
     """A Qwen2.5-VL of 1.8 million parameters with the bundled captioner's tokenizer and processor."""
     from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-    from capipe.models.tiny import resolve
+    from capipe.models.bundled import resolve
 
     source = resolve(MODEL)
     config: Any = AutoConfig.from_pretrained(source)

@@ -14,9 +14,9 @@ from typing import Any, Literal, cast
 
 from ..errors import BadInput
 from ..manifests import bounded_json
+from .bundled import PREFIX
+from .bundled import resolve as resolve_bundled
 from .hub import HubName, hub_name, snapshot
-from .tiny import PREFIX
-from .tiny import resolve as resolve_bundled
 from .views import View
 
 CONFIG = "open_clip_config.json"

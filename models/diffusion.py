@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from .bundled import resolve as resolve_bundled
 from .hub import PIPELINE, hub_name
 from .model_json import read_json
 from .own_code import ask_nothing, reason_in_words
 from .plain_text import plain_text
 from .pretrained import load_reported, refuse_random
 from .scorers import device_and_type
-from .tiny import resolve as resolve_bundled
 
 INDEX = PIPELINE
 OWN = "PixelDiffusionPipeline"

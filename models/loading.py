@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, RunFailed
+from .bundled import resolve as resolve_bundled
 from .captioner_kinds import kind_of
 from .context import context_length
 from .engine import Engine
 from .image_grid import ImageGrid
 from .model_folder import content_digest, folder_digest, image_grid, resolve_model
 from .own_code import NEEDS_CODE, reason_in_words
-from .tiny import resolve as resolve_bundled
 from .vllm_arguments import refuse_ours, told
 
 KINDS = ("auto", "vllm", "transformers")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from .bundled import resolve as resolve_bundled
 from .captioner_kinds import kind_of, one_size
 from .hub import hub_name, snapshot
 from .image_grid import ImageGrid
 from .model_json import read_json
-from .tiny import resolve as resolve_bundled
 
 # What makes a model the model it is; pictures, readmes and licences beside it do not count.
 IDENTIFYING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")

@@ -10,11 +10,11 @@ from typing import Any
 
 from ..errors import BadInput
 from ..models.adapters import check_adapter
+from ..models.bundled import PREFIX
 from ..models.captioner_kinds import check_prompt, kind_of
 from ..models.hub import HUB_ID, hub_name, is_cached
 from ..models.loading import EngineConfig
 from ..models.model_folder import resolve_model
-from ..models.tiny import PREFIX
 from ..models.vllm_arguments import check_engine_args
 from ..stages.prompts import parse_prompt
 from . import options as o
@@ -123,7 +123,7 @@ def _anything(name: str) -> None:
 
 
 def _known(name: str) -> None:
-    from ..models.tiny import resolve
+    from ..models.bundled import resolve
 
     try:
         resolve(name)

@@ -21,8 +21,8 @@ from ..manifests.artifact import Artifact
 from ..manifests.fingerprint import canonical
 from ..manifests.patterns import braced
 from ..manifests.redaction import without_secrets
+from ..models.bundled import PREFIX, resolve
 from ..models.model_folder import folder_digest
-from ..models.tiny import PREFIX, resolve
 from ..models.vllm_arguments import changing_rows
 from ..stages.prompts import parse_prompt
 from .chain_commands import ENGINES, MODELS, SPEED

@@ -117,7 +117,7 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _models() -> Iterator[Finding]:
-    from ..models.tiny import resolve
+    from ..models.bundled import resolve
 
     folder = Path(resolve("tiny/captioner"))
     weights = folder / "model.safetensors"

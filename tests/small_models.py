@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import vgg
 
-from capipe.models.tiny import folder_of
+from capipe.models.bundled import folder_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDTHS = (8, "M", 16, 16, "M")

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..bundled import NAMES, UNTRAINED, folder_of
 from ..scorer_loading import ScorerConfig, load_scorer
-from . import NAMES, UNTRAINED, folder_of
 from .contrastive import BlipTrainer, recalls
 from .corpus import samples
 from .detect import detections, subjects

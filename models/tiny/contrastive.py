@@ -28,9 +28,9 @@ from transformers import (
     BlipProcessor,
 )
 
+from ..bundled import resolve
 from ..clip import encode_trimmed
 from ..pretrained import load_weights
-from . import resolve
 from .detect import subjects
 from .evaluate import BATCH
 from .export import SIDE, written

@@ -26,8 +26,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from ..bundled import resolve
 from ..pixel_diffusion import PixelDiffusionPipeline, encode_texts, laid_out
-from . import resolve
 from .course import Course
 from .data import SIGN_SHARE, Truth, truth_of
 from .export import written

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from ..bundled import resolve
 from ..pretrained import load_weights
-from . import resolve
 from .corpus import Sample, samples
 from .grade import KINDS, Grade, grade, total
 from .prompts import DENSE, PLAIN, SHORT, messages

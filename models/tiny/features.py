@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.vgg import make_layers
 
-from . import resolve
+from ..bundled import resolve
 from .course import Course
 from .data import IGNORE, SIGN_SHARE, Truth, truth_of
 from .export import written

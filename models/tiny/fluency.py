@@ -14,8 +14,8 @@ from random import Random
 import torch
 from transformers import AutoTokenizer, OPTForCausalLM
 
+from ..bundled import resolve
 from ..pretrained import load_weights
-from . import resolve
 from .plain_wording import plain_caption
 from .wording import dense_caption, short_caption
 from .world import Scene, scenes

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
+from ..bundled import resolve
 from ..pretrained import load_weights
-from . import resolve
 from .export import build_config, build_reader_config
 from .lessons import Lesson, finding, guessing, looking, reading, seeing, telling, writing
 from .schedule import Schedule

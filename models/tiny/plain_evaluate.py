@@ -19,8 +19,8 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
+from ..bundled import resolve
 from ..pretrained import load_weights
-from . import resolve
 from .corpus import samples
 from .evaluate import BATCH, grades_of
 from .grade import KINDS, total

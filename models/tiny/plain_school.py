@@ -19,8 +19,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import Blip2ForImageTextRetrieval, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..bundled import resolve
 from ..pretrained import load_weights
-from . import resolve
 from .course import Course
 from .data import IGNORE, SIGN_SHARE, Truth, picture, truth_of
 from .matching import normalised

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from capipe.models.tiny import folder_of
+from capipe.models.bundled import folder_of
 
 #: A template that knows text alone, as text models have it.
 TEXT_ONLY = (

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from capipe.errors import BadInput
+from capipe.models.bundled import folder_of
 from capipe.models.chat_templates import check_template, find_template, open_encoder
 from capipe.models.engine import GenerationRequest, ImageInput, Prompt, RequestError, Sampling
 from capipe.models.loading import EngineConfig, load_engine
-from capipe.models.tiny import folder_of
 from capipe.models.transformers_engine import TransformersEngine
 
 from .conftest import DETAILED, PLAIN

@@ -16,9 +16,9 @@ from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import save_file
 
 from capipe.errors import BadInput
+from capipe.models.bundled import folder_of
 from capipe.models.clip import built_activation, load_clip
 from capipe.models.clip_source import CONFIG, ClipSource, clip_source
-from capipe.models.tiny import folder_of
 from capipe.models.views import View
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

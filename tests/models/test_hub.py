@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from capipe.errors import BadInput
+from capipe.models.bundled import folder_of
 from capipe.models.hub import HubName, Library, hub_name, wanted
-from capipe.models.tiny import folder_of
 
 from .hubs import Files, Hub, serving
 

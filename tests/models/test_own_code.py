@@ -16,8 +16,8 @@ import torch
 
 import capipe
 from capipe.errors import BadInput
+from capipe.models.bundled import folder_of
 from capipe.models.loading import EngineConfig
-from capipe.models.tiny import folder_of
 
 from ..small_models import diffusion
 

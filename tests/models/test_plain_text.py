@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from capipe.models.bundled import folder_of
 from capipe.models.captioner_kinds import KINDS, kind_of
 from capipe.models.chat_templates import open_encoder
 from capipe.models.clip import load_clip
@@ -22,7 +23,6 @@ from capipe.models.plain_text import broken, is_control, plain_for_servers, plai
 from capipe.models.prompting import CaptionerEncoder, PromptEncoder
 from capipe.models.quiz import Question, caption_prompt, put, writing_prompt
 from capipe.models.reader import QuizReader, ReaderConfig
-from capipe.models.tiny import folder_of
 from capipe.models.tiny.corpus import samples
 
 from ..conftest import photo

@@ -16,6 +16,7 @@ from PIL import Image
 from capipe.errors import BadInput
 from capipe.manifests.fingerprint import differences
 from capipe.models.blip import load_blip
+from capipe.models.bundled import folder_of
 from capipe.models.clip import ClipScorer, load_clip, token_ids
 from capipe.models.formats import ImageProblem
 from capipe.models.images import ImageLimits, Pixels
@@ -23,7 +24,6 @@ from capipe.models.itm import ItmScorer, load_itm
 from capipe.models.scorer_loading import ScorerConfig, load_scorer, scorer_identity
 from capipe.models.scorers import Pair, Scorer, by_length, cleaned, computing_threads, score_captions
 from capipe.models.sentences import split_sentences
-from capipe.models.tiny import folder_of
 from capipe.models.tiny.corpus import samples
 from capipe.models.tiny.wording import dense_caption
 from capipe.models.views import decode_views

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from capipe.errors import BadInput
+from capipe.models.bundled import folder_of
 from capipe.models.engine import Prompt
 from capipe.models.loading import EngineConfig
-from capipe.models.tiny import folder_of
 from capipe.models.transformers_engine import TransformersEngine
 from capipe.pipeline.engine_stages import EngineSetup
 

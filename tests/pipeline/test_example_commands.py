@@ -13,10 +13,10 @@ from open_clip.factory import get_model_config
 from open_clip.pretrained import get_pretrained_cfg
 
 from capipe.errors import BadInput
+from capipe.models.bundled import PREFIX
+from capipe.models.bundled import resolve as resolve_bundled
 from capipe.models.clip_source import Tag, clip_place, clip_source
 from capipe.models.hub import hub_name
-from capipe.models.tiny import PREFIX
-from capipe.models.tiny import resolve as resolve_bundled
 from capipe.pipeline import chain_checks, export_cli, options, quiz_cli
 from capipe.pipeline.chain_recipe import load_chain_recipe
 from capipe.stages.prompts import parse_prompt

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from capipe.errors import ArtifactMismatch, BadInput, RunFailed
+from capipe.models.bundled import folder_of
 from capipe.models.engine import Completion, RequestError
-from capipe.models.tiny import folder_of
 from capipe.pipeline.training import run_training
 from capipe.trainer.quiz_reward import QuizReward
 from capipe.trainer.recipe import load_recipe

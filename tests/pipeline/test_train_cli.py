@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from capipe.errors import BadInput
-from capipe.models.tiny import resolve
+from capipe.models.bundled import resolve
 from capipe.pipeline.training import run_training
 from capipe.trainer.recipe import load_recipe
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from capipe.models.tiny import is_bundled
+from capipe.models.bundled import is_bundled
 from capipe.pipeline.training import run_training
 from capipe.trainer.recipe import load_recipe
 

@@ -9,8 +9,8 @@ import pytest
 
 from capipe.errors import BadInput
 from capipe.manifests.fingerprint import fingerprint
+from capipe.models.bundled import folder_of
 from capipe.models.engine import Completion, ImageInput, Prompt
-from capipe.models.tiny import folder_of
 from capipe.models.transformers_engine import TransformersEngine
 from capipe.trainer.assembly import build_policy, write_policy
 from capipe.trainer.judge_reward import JudgeReward, JudgeRewardConfig

@@ -9,9 +9,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from capipe.errors import BadInput
+from capipe.models.bundled import folder_of
 from capipe.models.engine import Completion
 from capipe.models.prompting import PromptEncoder
-from capipe.models.tiny import folder_of
 from capipe.models.tiny.corpus import samples
 from capipe.trainer.image_text_rewards import ImageTextReward
 from capipe.trainer.judges import build_judge

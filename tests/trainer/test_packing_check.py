@@ -10,11 +10,11 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from capipe.errors import BadInput
+from capipe.models.bundled import folder_of
 from capipe.models.engine import Completion
 from capipe.models.family import PreparedPrompt
 from capipe.models.growing_cache import new_cache, stateful_layers
 from capipe.models.loading import EngineConfig, load_engine
-from capipe.models.tiny import folder_of
 from capipe.trainer.assembly import policy_class
 from capipe.trainer.decoder import DecoderPolicy, reference_logps
 from capipe.trainer.groups import Group, pack

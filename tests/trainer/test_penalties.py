@@ -9,9 +9,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from capipe.models.bundled import folder_of
 from capipe.models.engine import Completion, Thought
 from capipe.models.prompting import PromptEncoder
-from capipe.models.tiny import folder_of
 from capipe.trainer.advantages import Part
 from capipe.trainer.critic import token_rewards
 from capipe.trainer.groups import Group

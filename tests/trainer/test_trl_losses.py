@@ -74,7 +74,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Makes a trainer of TRL's, by default GRPO's, of a random language model; options are those of its config."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from capipe.models.tiny import resolve
+    from capipe.models.bundled import resolve
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = AutoTokenizer.from_pretrained(resolve("tiny/captioner"))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from capipe.models.tiny import resolve
+from capipe.models.bundled import resolve
 from capipe.models.tiny.corpus import samples
 from capipe.models.tiny.evaluate import caption, evaluate, grades_of, load
 from capipe.models.tiny.grade import total

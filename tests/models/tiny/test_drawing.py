@@ -12,9 +12,9 @@ from transformers import BertTokenizer
 
 pytest.importorskip("diffusers")
 
+from capipe.models.bundled import is_bundled, resolve
 from capipe.models.clip import encode_trimmed
 from capipe.models.pixel_diffusion import PixelDiffusionPipeline
-from capipe.models.tiny import is_bundled, resolve
 from capipe.models.tiny.drawing import (
     CELLS,
     DrawingBatches,

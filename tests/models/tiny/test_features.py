@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.models.vgg import make_layers
 
-from capipe.models.tiny import resolve
+from capipe.models.bundled import resolve
 from capipe.models.tiny.features import (
     CONFIG,
     Classifier,

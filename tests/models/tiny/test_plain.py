@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer, OPTForCausalLM
 
-from capipe.models.tiny import resolve
+from capipe.models.bundled import resolve
 from capipe.models.tiny.data import IGNORE
 from capipe.models.tiny.grade import grade, total
 from capipe.models.tiny.matching import normalised

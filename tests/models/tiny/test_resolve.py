@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from capipe.models.tiny import CONFIGS, NAMES, resolve
+from capipe.models.bundled import CONFIGS, NAMES, resolve
 
 
 @pytest.mark.parametrize("model", NAMES)
@@ -22,7 +22,7 @@ def test_other_names_are_returned_unchanged(name: str) -> None:
 
 
 def test_missing_weights_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("capipe.models.tiny.folder_of", lambda model: tmp_path / model)
+    monkeypatch.setattr("capipe.models.bundled.folder_of", lambda model: tmp_path / model)
     with pytest.raises(ValueError, match=r"capipe\.models\.tiny\.build reader"):
         resolve("tiny/reader")
 
