@@ -307,7 +307,7 @@ def _check_export(chain: Chain, stage: Stage) -> None:
 def _check_eval(chain: Chain, stage: Stage) -> None:
     from ..stages.annotate import AnnotateConfig
     from ..stages.grade import GradeConfig
-    from .eval_cli import refuse_controls
+    from .artifacts import refuse_controls
 
     given = _given(stage)
     if ("model" in given or "model" in stage.inputs) == ("captions" in stage.inputs):

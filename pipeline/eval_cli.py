@@ -13,6 +13,7 @@ from rich.console import Console
 from ..errors import BadInput
 from ..terminal import print_err, print_line
 from . import options as o
+from .artifacts import captions_artifact, question_artifact, refuse_controls
 from .key_values import second_model
 from .outcome import Exit, run_plan
 from .quiz_cli import refuse_own
@@ -219,35 +220,3 @@ def say_warnings(warnings: Sequence[Caution]) -> None:
     """A line each on stderr."""
     for warning in warnings:
         print_err(f"warning: {warning.text}")
-
-
-def refuse_controls(names: list[str]) -> None:
-    """Raise BadInput for captions that could not be told from the controls beside them."""
-    from ..stages.grade import CONTROLS
-
-    taken = next((name for name in names if name in CONTROLS), None)
-    if taken is not None:
-        raise BadInput(f"captions named {taken!r}: that is a control's name; write --prompt another-name=text")
-
-
-def question_artifact(url: str) -> Any:
-    """The questions to ask: those that were screened, where the folder is one of `capipe qa`. Raises BadInput."""
-    from ..manifests.artifact import Artifact
-    from .quiz_cli import SCREENED, WRITTEN
-
-    found = next((each for each in (url, f"{url}/{SCREENED}", f"{url}/{WRITTEN}") if Artifact.exists(each)), None)
-    artifact = Artifact.open(found) if found is not None else None
-    if artifact is None or artifact.stage not in ("questions", "screen"):
-        raise BadInput(f"{url}: no questions of `capipe qa` there; name its --out folder")
-    return artifact
-
-
-def captions_artifact(url: str) -> Any:
-    """Captions made before. Raises BadInput where the artifact is of another stage."""
-    from ..manifests.artifact import Artifact
-
-    artifact = Artifact.open(url)
-    if artifact.stage != "annotate":
-        raise BadInput(f"{url}: an artifact of stage {artifact.stage!r}; --captions takes one of `capipe annotate`")
-    refuse_controls([prompt["name"] for prompt in artifact.config["semantic"]["annotate"]["prompts"]])
-    return artifact

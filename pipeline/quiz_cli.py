@@ -9,12 +9,11 @@ import typer
 from ..errors import BadInput
 from ..terminal import print_err
 from . import options as o
+from .artifacts import SCREENED, WRITTEN
 from .engine_stages import EngineSetup, Plan
 from .key_values import second_model
 from .outcome import Exit, run_plan
 from .workplace import Workplace
-
-WRITTEN, SCREENED = "written", "screened"  # the two artifacts in --out
 
 
 def qa(

@@ -42,7 +42,7 @@ from ..trainer.sampler import Sampler, build_sampler
 from ..trainer.sharding import restore_optimizer
 from ..trainer.tasks import TaskList, load_tasks
 from ..trainer.update import UpdateConfig, Updater
-from .eval_cli import question_artifact
+from .artifacts import question_artifact
 from .interrupts import interrupts
 from .interrupts import say as say_at_once
 from .training_checks import check_fits, reward_reader
