@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from capipe.manifests.tar import TarWriter
-from capipe.models.tiny.corpus import samples
+from capipe.manifests.files.tar import TarWriter
+from capipe.models.tiny.world.corpus import samples
 
 
 def rendered_shards(folder: Path, shards: int, per_shard: int, seed: int = 5) -> Path:

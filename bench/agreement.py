@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _common import capipe_command, report, run_timed, version
 from _corpus import rendered_shards
 
-from capipe.models.model_folder import resolve_model
+from capipe.models.engines.model_folder import resolve_model
 
 MODEL = "tiny/captioner"
 SHARD = 50

@@ -25,17 +25,17 @@ from _common import report, version
 from _corpus import rendered_shards
 
 from capipe.manifests.shards import RowReader, expand
-from capipe.models.decode import DecodePool, grid_decoder
-from capipe.models.engine import Engine, GenerationRequest, ImageInput, Prompt, Sampling
-from capipe.models.images import ImageLimits
-from capipe.models.loading import EngineConfig, load_engine
-from capipe.models.vllm_engine import VLLMEngine
-from capipe.pipeline.annotating import AnnotateProcessor, AnnotateStage
-from capipe.pipeline.engine_stages import EngineSetup, LoadedEngine, plan
-from capipe.pipeline.inline import DirectChannel
-from capipe.pipeline.worker import Worker
-from capipe.stages.annotate import AnnotateConfig
-from capipe.stages.prompts import parse_prompt
+from capipe.models.engines.base import Engine, GenerationRequest, ImageInput, Prompt, Sampling
+from capipe.models.engines.loading import EngineConfig, load_engine
+from capipe.models.engines.vllm.engine import VLLMEngine
+from capipe.models.images.decode import ImageLimits
+from capipe.models.images.decode_pool import DecodePool, grid_decoder
+from capipe.pipeline.jobs.annotate import AnnotateProcessor, AnnotateStage
+from capipe.pipeline.jobs.engine import EngineSetup, LoadedEngine, plan
+from capipe.pipeline.runners.inline import DirectChannel
+from capipe.pipeline.runners.worker import Worker
+from capipe.stages.annotate.captioner import AnnotateConfig
+from capipe.stages.annotate.prompts import parse_prompt
 
 MODEL, PROMPT, MAX_TOKENS = "tiny/captioner", "dense", 200
 ENGINE = EngineConfig("vllm", MODEL)

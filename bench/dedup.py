@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _common import alternate, report, version
 
-from capipe.models.images import ImageLimits, Thumbnail, thumbnail
-from capipe.models.tiny.corpus import samples
-from capipe.stages.cosine import near_vectors
-from capipe.stages.dedup import DedupConfig
-from capipe.stages.groups import Contents, candidates, connected, keepers, lookalikes
-from capipe.stages.perceptual_hash import DECODED_SIDE, SIGNATURE_BYTES, looks
-from capipe.stages.same_picture import same_picture
+from capipe.models.images.decode import ImageLimits, Thumbnail, thumbnail
+from capipe.models.tiny.world.corpus import samples
+from capipe.stages.dedup.confirm import same_picture
+from capipe.stages.dedup.cosine import near_vectors
+from capipe.stages.dedup.groups import Contents, candidates, connected, keepers, lookalikes
+from capipe.stages.dedup.marks import DedupConfig
+from capipe.stages.dedup.perceptual_hash import DECODED_SIDE, SIGNATURE_BYTES, looks
 
 
 def grouped(count: int) -> dict[str, float]:

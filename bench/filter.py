@@ -44,19 +44,19 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE
 from capipe.manifests.shards import RowReader, expand
 from capipe.models.bundled import folder_of
-from capipe.models.clip import encode_trimmed
-from capipe.models.images import ImageLimits
-from capipe.models.scorer_loading import ScorerConfig
-from capipe.models.scorers import Pair, Scorer, by_length
-from capipe.models.sentences import split_sentences
-from capipe.models.tiny.corpus import samples
-from capipe.models.tiny.wording import dense_caption
-from capipe.models.views import decode_views
-from capipe.pipeline.engine_stages import plan
-from capipe.pipeline.inline import DirectChannel
-from capipe.pipeline.scoring import ScoreProcessor, ScoreSetup, ScoreStage
-from capipe.pipeline.worker import Worker
-from capipe.stages.score import CAPTIONS, CHUNK
+from capipe.models.images.decode import ImageLimits
+from capipe.models.images.preprocess import decode_views
+from capipe.models.scorers.base import Pair, Scorer, by_length
+from capipe.models.scorers.clip import encode_trimmed
+from capipe.models.scorers.loading import ScorerConfig
+from capipe.models.scorers.sentences import split_sentences
+from capipe.models.tiny.world.captions import dense_caption
+from capipe.models.tiny.world.corpus import samples
+from capipe.pipeline.jobs.engine import plan
+from capipe.pipeline.jobs.score import ScoreProcessor, ScoreSetup, ScoreStage
+from capipe.pipeline.runners.inline import DirectChannel
+from capipe.pipeline.runners.worker import Worker
+from capipe.stages.filter.score import CAPTIONS, CHUNK
 
 SCORERS = (ScorerConfig("clip", "tiny/clip"), ScorerConfig("itm", "tiny/itm"))
 SEED = 5

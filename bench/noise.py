@@ -1,4 +1,4 @@
-"""What the noise of a decoding step costs: the torch code of ``models/sampling.py`` against its kernel.
+"""What the noise of a decoding step costs: the torch code of ``models/engines/sampling.py`` against its kernel.
 
 Bytes moved per logit are counted anywhere: the torch code's from the tensors that its operators read and write (a sort
 as one pass), the kernel's from what it loads and stores. Times are taken on a CUDA device, which needs torch and
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _common import alternate, report, version
 
-from capipe.models.sampling import apply, apply_in_torch, kernel_runs_on
+from capipe.models.engines.sampling import apply, apply_in_torch, kernel_runs_on
 
 COUNTED_ROWS = 16  # bytes per logit are the same for any number
 STEPS = 20  # decoding steps of a round
@@ -79,7 +79,7 @@ def bytes_per_logit(vocab: int, top_p: float | None) -> dict[str, float]:
         step.in_torch()
     kernel = 2 * 4 * step.logits.numel()  # float32, each loaded and stored
     if top_p is not None:
-        from capipe.models.sampling import _scaled
+        from capipe.models.engines.sampling import _scaled
 
         with Traffic() as cut:
             _scaled(step.logits, step.temperatures, step.top_ps, step.barred)

@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _common import alternate, quotient, report, version
 
-from capipe.models.engine import Prompt
-from capipe.models.loading import EngineConfig, load_engine
+from capipe.models.engines.base import Prompt
+from capipe.models.engines.hf.engine import TransformersEngine
+from capipe.models.engines.loading import EngineConfig, load_engine
 from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig, Reading
-from capipe.models.tiny.quiz import possible, quiz
-from capipe.models.tiny.wording import dense_caption
-from capipe.models.tiny.world import scenes
-from capipe.models.transformers_engine import TransformersEngine
+from capipe.models.tiny.train.texts.quiz import possible, quiz
+from capipe.models.tiny.world.captions import dense_caption
+from capipe.models.tiny.world.scenes import scenes
 
 MODEL = "tiny/reader"
 QUESTIONS, ORDERS = 8, 4

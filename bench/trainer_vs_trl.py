@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _common import alternate, quotient, report, version
 
-from capipe.models.batched_lm import BatchedLM
-from capipe.models.engine import Completion, GenerationRequest, ImageInput, Prompt, Sampling
-from capipe.models.image_grid import ImageGrid
-from capipe.models.sampling import vision_ids
-from capipe.models.transformers_engine import TransformersEngine, batched_lm, load_model
-from capipe.trainer.decoder import DecoderPolicy
-from capipe.trainer.groups import Group, RewardResult
+from capipe.models.engines.base import Completion, GenerationRequest, ImageInput, Prompt, Sampling
+from capipe.models.engines.hf.batched_lm import BatchedLM
+from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, load_model
+from capipe.models.engines.sampling import vision_ids
+from capipe.models.images.grid import ImageGrid
+from capipe.trainer.policy.batch import Group, RewardResult
+from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.update import UpdateConfig, Updater
 
 MODEL = "tiny/captioner"  # its architecture and tokenizer; the weights are drawn anew

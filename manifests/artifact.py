@@ -15,16 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
-from . import bounded_json, config_file, manifest, replacing, times
+from . import config_file, manifest, replacing, times
 from .claims import CLAIMS, OWNERS, Claims, guard, living
 from .file_transaction import FileTransaction
+from .files import bounded_json
+from .files.names import checked_name, name_problem
+from .files.overwriting import refuse_overwriting
+from .files.redaction import identity_of, redacted, redacted_data
+from .files.storage import PRIVATE, Folder, NotAFile, clear, expecting, open_own, parquet_file
 from .fingerprint import canonical, differences, encodable, fingerprint
 from .journal import Journal
 from .manifest import ShardRecord
-from .names import checked_name, name_problem
-from .overwriting import refuse_overwriting
-from .redaction import identity_of, redacted, redacted_data
-from .storage import PRIVATE, Folder, NotAFile, clear, expecting, open_own, parquet_file
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"

@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapipeError
-from . import bounded_json
-from .storage import PRIVATE, Folder, clear, create, open_own, write_new
-from .tar import printable
+from .files import bounded_json
+from .files.storage import PRIVATE, Folder, clear, create, open_own, write_new
+from .files.tar import printable
 
 LEASE_SECONDS = 60.0  # without a heartbeat, before a run on another machine counts as dead
 BEAT_SECONDS = 10.0

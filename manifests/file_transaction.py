@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 from ..errors import ArtifactMismatch
 from . import manifest, times
+from .files.names import checked_name
+from .files.storage import Folder, clear, sync
 from .manifest import ShardRecord
-from .names import checked_name
-from .storage import Folder, clear, sync
 from .transaction import HashedFile, new_scratch
 
 _CHUNK = 1 << 20

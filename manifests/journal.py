@@ -18,9 +18,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from .files.redaction import redacted_row
+from .files.storage import open_own
 from .fingerprint import canonical
-from .redaction import redacted_row
-from .storage import open_own
 
 SYNC_SECONDS = 1.0
 

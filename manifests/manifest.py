@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import ArtifactMismatch
-from . import bounded_json
+from .files import bounded_json
+from .files.names import checked_name
+from .files.redaction import redacted_data
+from .files.storage import PRIVATE, Folder, NotAFile, append_line
 from .fingerprint import canonical
-from .names import checked_name
-from .redaction import redacted_data
 from .status import Status
-from .storage import PRIVATE, Folder, NotAFile, append_line
 
 LINES = f"{PRIVATE}/manifest.jsonl"
 OBJECTS = f"{PRIVATE}/manifest.d"

@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import ArtifactMismatch
-from . import bounded_json, manifest
+from . import manifest
+from .files import bounded_json
+from .files.storage import Folder, clear, scratch_name, sync, write_synced
+from .files.tar import printable
 from .manifest import ShardRecord
-from .storage import Folder, clear, scratch_name, sync, write_synced
-from .tar import printable
 
 REDO = "redo"
 _LINE = "line.json"  # of the new version, with the retraction of the old one; written last

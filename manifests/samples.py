@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
-from .compressed import Digest
+from .files.compressed import Digest
+from .files.tar import Member, scan, without_controls
 from .status import Status
-from .tar import Member, scan, without_controls
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jfif", "ppm")
 TEXT_EXTENSIONS = ("txt", "caption")  # of captions that lie beside their image, the likelier first

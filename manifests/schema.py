@@ -39,7 +39,7 @@ HASHES = pa.schema(
         pa.field("height", pa.int32()),
         pa.field("phash", pa.uint64()),  # of the picture
         pa.field("inner", pa.uint64()),  # of the picture without its margins: a copy's phash if that was cropped
-        pa.field("signature", pa.binary(6144)),  # the picture in 64x64 cells; see stages/perceptual_hash.py
+        pa.field("signature", pa.binary(6144)),  # the picture in 64x64 cells; see stages/dedup/perceptual_hash.py
         pa.field("look", pa.uint64()),  # digest of the signature
         pa.field("source", pa.string()),  # of a reference image: where it lies
     ]

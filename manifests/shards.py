@@ -19,13 +19,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import ArtifactMismatch, BadInput
 from .artifact import Artifact
-from .compressed import tar_stem
+from .files.compressed import tar_stem
+from .files.patterns import braced, is_pattern
+from .files.storage import expecting, open_parquet, parquet_of, refuse_irregular
 from .manifest import ShardRecord
-from .patterns import braced, is_pattern
 from .samples import Sample, read_samples, sidecars
 from .sidecars import MAX_BYTES, MAX_OWN_BYTES, read_sidecars
 from .status import Status
-from .storage import expecting, open_parquet, parquet_of, refuse_irregular
 
 ROWS = "rows"  # key of what a manifest says of a shard's input: sha256 of the Parquet beside its tar
 OPEN = "open"  # likewise: numbers of the rows that had something beside them that was to be tried again

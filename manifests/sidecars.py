@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from .bounded_json import is_deeper
+from .files.bounded_json import is_deeper
 
 MAX_BYTES = 1 << 20  # of a sidecar: real ones have a few kilobytes
 MAX_OWN_BYTES = 16 << 20  # of one in a tar of ours, to which stages add, and tables have given what they had

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import bounded_json
-from .storage import PRIVATE, Folder, append_line
+from .files import bounded_json
+from .files.storage import PRIVATE, Folder, append_line
 
 LINES = f"{PRIVATE}/times.jsonl"
 OBJECTS = f"{PRIVATE}/times.d"

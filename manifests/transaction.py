@@ -26,12 +26,12 @@ import pyarrow.parquet as pq
 from ..errors import RunFailed
 from . import manifest, replacing, times
 from .claims import holding, scratch_of
+from .files.names import checked_name
+from .files.redaction import redacted_row
+from .files.storage import Folder, clear, create, scratch_name, write_synced
+from .files.tar import TarWriter
 from .manifest import ShardRecord
-from .names import checked_name
-from .redaction import redacted_row
 from .status import Status
-from .storage import Folder, clear, create, scratch_name, write_synced
-from .tar import TarWriter
 
 ROW_GROUP = 1000
 

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import ArtifactMismatch, CapipeError
-from . import bounded_json
-from .allowed import Allowed
 from .artifact import CONFIG, Artifact
+from .files import bounded_json
+from .files.allowed import Allowed
+from .files.names import checked_name
+from .files.outside import Refused
 from .manifest import ShardRecord, made_of
-from .names import checked_name
-from .outside import Refused
 from .samples import read_samples
 from .schema import ANNOTATE, DEDUP, HASHES, INGEST, SCORE, SELECT, check
 from .shards import ROWS, uid_of

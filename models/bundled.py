@@ -35,6 +35,6 @@ def resolve(name: str) -> str:
         known = ", ".join(PREFIX + each for each in NAMES)
         raise ValueError(f"no bundled model is called {name!r}; the known ones are: {known}")
     if not is_bundled(model):
-        mend = f"train it: python -m capipe.models.tiny.build {model} --minutes 60"
+        mend = f"train it: python -m capipe.models.tiny.train.build {model} --minutes 60"
         raise ValueError(f"{name}: its weights are not here; {mend}")
     return str(folder_of(model))

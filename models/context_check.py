@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import BadInput
-from .engine import Prompt
-from .http_server import served_context
-from .loading import EngineConfig
-from .model_folder import resolve_model
+from .engines.base import Prompt
+from .engines.http.server import served_context
+from .engines.loading import EngineConfig
+from .engines.model_folder import resolve_model
+from .engines.plain_text import plain_text
+from .engines.thinking import thinks
 from .model_json import read_json
 from .own_code import reason_in_words
-from .plain_text import plain_text
 from .quiz import Question, caption_prompt, put
 from .reader import QuizReader, ReaderConfig
-from .thinking import thinks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .bundled import resolve as resolve_bundled
+from .engines.plain_text import plain_text
 from .hub import PIPELINE, hub_name
 from .model_json import read_json
 from .own_code import ask_nothing, reason_in_words
-from .plain_text import plain_text
 from .pretrained import load_reported, refuse_random
-from .scorers import device_and_type
+from .scorers.base import device_and_type
 
 INDEX = PIPELINE
 OWN = "PixelDiffusionPipeline"

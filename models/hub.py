@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import BadInput
-from ..manifests import bounded_json
+from ..manifests.files import bounded_json
 
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 Library = Literal["transformers", "open_clip", "tokenizer"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from ..manifests import bounded_json
+from ..manifests.files import bounded_json
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field
 
 from ..errors import BadInput
 from ..manifests.configuration import Growing
-from .engine import (
+from .engines.base import (
     ChoiceRequest,
     ChoiceScores,
     Engine,
@@ -31,8 +31,8 @@ from .engine import (
     Sampling,
     Thought,
 )
+from .engines.thinking import after_thought, thinks
 from .quiz import ABSTAIN, Question, caption_prompt, image_prompt, letters, parse_letter, put, rotations, shuffles
-from .thinking import after_thought, thinks
 
 Order = tuple[int, ...]
 Place = int | None  # of a letter

@@ -1,35 +1,8 @@
-"""New weights for a running vLLM: what its worker processes do, loaded there by ``worker_extension_cls``.
+"""The name by which users start vLLM servers that training loads weights into: ``--worker-extension-cls``.
 
-vLLM's ``reload_weights`` reads a Hugging Face folder into the running model. On a CPU that is not all: linear layers
-keep a copy packed by oneDNN, and where head and embedding are tied, the head's copy stays that of the old weights, as
-no weight of its own is loaded. The model then answers with neither the old nor the new weights' tokens. The head is
-packed anew here; that it worked is for the caller to see from a probe, since nothing else tells.
+The class stands in :mod:`.engines.vllm.weight_sync`.
 """
 
-from __future__ import annotations
+from .engines.vllm.weight_sync import WeightSync
 
-from typing import Any
-
-EXTENSION, RELOAD = f"{__name__}.WeightSync", "capipe_reload"  # what vLLM is to load, and the method to call
-
-
-class WeightSync:
-    """Methods that vLLM's worker gets. ``model_runner`` is the worker's own."""
-
-    model_runner: Any
-
-    def capipe_reload(self, path: str) -> None:
-        """Load the weights of the folder ``path`` and empty the caches that were computed with the old ones."""
-        self.model_runner.reload_weights(weights_path=path)
-        model = self.model_runner.get_model()
-        _pack_tied_heads(model)
-
-
-def _pack_tied_heads(model: Any) -> None:
-    """Give heads that share the embedding's weight a packed copy of what it is now (vLLM on CPUs alone)."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+__all__ = ["WeightSync"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from . import interrupts
+from .runners import interrupts
 
 
 def main() -> None:
     """Run the command. Signals are heard from the first line on, though the commands take seconds to import."""
     interrupts.begin()
     from .cli import main as command
-    from .outcome import Exit
+    from .commands.outcome import Exit
 
     interrupts.raise_on_signals()
     try:

@@ -18,24 +18,13 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import CapipeError, Problems
-from ..manifests.redaction import redact_output, redacted
+from ..manifests.files.redaction import redact_output, redacted
 from ..terminal import escape_logs, escaped, print_err, print_line
-from . import (
-    caption_cli,
-    dedup_cli,
-    embed_cli,
-    eval_cli,
-    export_cli,
-    filter_cli,
-    ingest_cli,
-    look_cli,
-    quiz_cli,
-    run_cli,
-    train_cli,
-)
-from .options import Images
-from .outcome import LAST_WORDS, Exit
-from .worker import disk_text
+from .chain import command
+from .commands import annotate, dedup, embed, eval, export, filter, ingest, inspect, qa, train
+from .commands.options import Images
+from .commands.outcome import LAST_WORDS, Exit
+from .runners.worker import disk_text
 
 app = typer.Typer(
     name="capipe",
@@ -68,21 +57,21 @@ def main() -> None:
         raise SystemExit(Exit.FAILED) from None
 
 
-app.command()(ingest_cli.render)
-app.command()(ingest_cli.ingest)
-app.command()(embed_cli.embed)
-app.command()(dedup_cli.dedup)
-app.command()(quiz_cli.qa)
-app.command()(train_cli.train)
-app.command()(caption_cli.annotate)
-app.command("filter")(filter_cli.filter_)
-app.command()(export_cli.export)
-app.command("eval")(eval_cli.evaluate)
-app.command()(eval_cli.compare)
-app.command()(run_cli.run)
-app.command()(look_cli.status)
-app.command()(look_cli.report)
-app.command()(look_cli.view)
+app.command()(ingest.render)
+app.command()(ingest.ingest)
+app.command()(embed.embed)
+app.command()(dedup.dedup)
+app.command()(qa.qa)
+app.command()(train.train)
+app.command()(annotate.annotate)
+app.command("filter")(filter.filter_)
+app.command()(export.export)
+app.command("eval")(eval.evaluate)
+app.command()(eval.compare)
+app.command()(command.run)
+app.command()(inspect.status)
+app.command()(inspect.report)
+app.command()(inspect.view)
 
 
 def _end_with(line: str) -> None:
@@ -119,8 +108,8 @@ def demo(
     train_steps: Annotated[int, typer.Option(min=0, help="Steps of training; 0 trains nothing.")] = 12,
 ) -> None:
     """Run the chain of `recipes/tiny.yaml`: render, caption, ask, train, filter, export; verify, and say what came."""
-    from .demo import run_demo
-    from .demo_report import lines
+    from .chain.demo import run_demo
+    from .report.demo import lines
 
     code, report = run_demo(out, images, engine, train_steps, print_line)
     if code == Exit.OK:
@@ -132,7 +121,7 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Show engines, devices and versions found, what is missing, and how to get it."""
-    from .doctor import examine
+    from .commands.doctor import examine
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     findings = examine()

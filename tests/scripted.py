@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from capipe.models.engine import ChoiceRequest, ChoiceScores, Completion, GenerationRequest, ImageInput, Prompt
-from capipe.models.image_grid import ImageGrid
+from capipe.models.engines.base import ChoiceRequest, ChoiceScores, Completion, GenerationRequest, ImageInput, Prompt
+from capipe.models.images.grid import ImageGrid
 from capipe.models.quiz import ABSTAIN, LETTERS
 
 Scores = Sequence[float | None]

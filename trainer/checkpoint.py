@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactMismatch, BadInput
-from ..manifests import bounded_json
-from ..manifests.storage import remove, sync
+from ..manifests.files import bounded_json
+from ..manifests.files.storage import remove, sync
 
 STATE, FACTS = "trainer.pt", "trainer.json"
 PARTIAL = ".partial"

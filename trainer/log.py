@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BadInput
-from ..manifests import bounded_json
-from ..manifests.storage import open_own, write_new
+from ..manifests.files import bounded_json
+from ..manifests.files.storage import open_own, write_new
 
 if TYPE_CHECKING:  # who reads logs needs no torch
-    from .groups import Group
+    from .policy.batch import Group
 
 STEPS, CAPTIONS, TIMES = "steps.jsonl", "captions.jsonl", "times.jsonl"
 SECONDS = "seconds/"  # how figures that are times are called

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from ..errors import RunFailed
-from ..models.engine import EngineDead
+from ..models.engines.base import EngineDead
 from ..models.reader import QuizReader
-from .assembly import PolicyParts, rate, value_weights, write_policy
+from .build import PolicyParts, rate, value_weights, write_policy
 from .checkpoint import Facts, folder_of, save
-from .groups import Group
+from .dataset import Schedule, Task
+from .distributed import Ranks
+from .evaluation.text_statistics import loops
 from .log import SECONDS, RunLog
+from .policy.batch import Group
+from .policy.fsdp import optimizer_state
 from .preflight import template_warnings
-from .ranks import Ranks
 from .recipe import AlarmConfig, Recipe
-from .rewards import Judge
+from .rewards.base import Judge
 from .rollouts import Rollouts
 from .sampler import Sampler
-from .sharding import optimizer_state
-from .tasks import Schedule, Task
-from .text_statistics import loops
 from .update import Updater, UpdateReport
 from .validation import Validation, validate
 

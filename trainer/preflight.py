@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from random import Random
 
 from ..errors import BadInput
-from ..models.engine import Completion
+from ..models.engines.base import Completion
 from ..models.reader import QuizReader
-from ..models.tiny.wording import dense_caption
-from .ability import Ability, ability_of, cautions
-from .quiz_reward import QuizReward
-from .rewards import Judge
-from .tasks import Task
+from ..models.tiny.world.captions import dense_caption
+from .dataset import Task
+from .evaluation.ability import Ability, ability_of, cautions
+from .rewards.base import Judge
+from .rewards.quiz import QuizReward
 
 GENERIC = "The image shows several objects on a plain background."
 TOLERANCE = 0.1  # of accuracy above that of a reader without any caption

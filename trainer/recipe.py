@@ -10,19 +10,19 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BadInput
 from ..manifests.configuration import Growing
-from ..manifests.redaction import identity_of
-from ..models.tiny.prompts import DENSE
-from .adapter import LoRAConfig
+from ..manifests.files.redaction import identity_of
+from ..models.tiny.world.prompts import DENSE
 from .advantages import Baseline
-from .image_text_rewards import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
-from .judge_reward import JudgeRewardConfig
 from .losses import KLEstimator, LossName
-from .naturalness_reward import NaturalnessConfig
-from .penalties import PhrasesConfig, RepeatsConfig
-from .quiz_reward import QuizRewardConfig
+from .policy.lora import LoRAConfig
 from .recipe_file import find_recipe, read_recipe
-from .reconstruction_reward import ReconstructionConfig
-from .text_rewards import BoilerplateConfig, LengthConfig, RepetitionConfig
+from .rewards.image_text import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
+from .rewards.judge import JudgeRewardConfig
+from .rewards.naturalness import NaturalnessConfig
+from .rewards.quiz import QuizRewardConfig
+from .rewards.reconstruction import ReconstructionConfig
+from .rewards.text import BoilerplateConfig, LengthConfig, RepetitionConfig
+from .rewards.token_penalties import PhrasesConfig, RepeatsConfig
 
 RewardConfig = Annotated[
     QuizRewardConfig

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from ..errors import BadInput
-from ..manifests.redaction import note
+from ..manifests.files.redaction import note
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 MAX_BYTES = 2**20

@@ -7,12 +7,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..models.engine import Completion, Engine, GenerationRequest, Prompt, RequestError, Sampling
-from ..models.family import PreparedPrompt
-from .groups import Group
-from .pictures import Pictures
-from .rewards import Judge, Scored
-from .tasks import Task
+from ..models.engines.base import Completion, Engine, GenerationRequest, Prompt, RequestError, Sampling
+from ..models.engines.hf.model_adapter import PreparedPrompt
+from .dataset import Task
+from .images import Pictures
+from .policy.batch import Group
+from .rewards.base import Judge, Scored
 
 Prepare = Callable[[Prompt], PreparedPrompt]  # the ids, positions and patches that the policy reads
 

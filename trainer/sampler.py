@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ..errors import BadInput
-from ..models.context import image_tokens, text_room
-from ..models.engine import Engine, Prompt
-from ..models.http_engine import HTTPOptions
-from ..models.http_server import server_urls
-from ..models.loading import vllm_runs
-from ..models.sampling import vision_ids
-from ..models.several import connect_servers
-from ..models.transformers_engine import TransformersEngine, batched_lm
-from ..models.vllm_config import VLLMOptions
-from ..models.vllm_engine import VLLMEngine, start_vllm_engine
-from .assembly import PolicyParts, write_model
-from .decoder import DecoderPolicy
-from .probe import Probe
-from .ranks import Ranks, alone_on
+from ..models.engines.base import Engine, Prompt
+from ..models.engines.context import image_tokens, text_room
+from ..models.engines.hf.engine import TransformersEngine, batched_lm
+from ..models.engines.http.engine import HTTPOptions
+from ..models.engines.http.server import server_urls
+from ..models.engines.loading import vllm_runs
+from ..models.engines.router import connect_servers
+from ..models.engines.sampling import vision_ids
+from ..models.engines.vllm.config import VLLMOptions
+from ..models.engines.vllm.engine import VLLMEngine, start_vllm_engine
+from .build import PolicyParts, write_model
+from .distributed import Ranks, alone_on
+from .policy.decoder import DecoderPolicy
+from .policy.fsdp import copy_weights
 from .recipe import Recipe
-from .sharding import copy_weights
+from .weight_sync_check import Probe
 
 SYNC_FOLDER = "sampling"  # in a run's --out
 PROBE_EXACT, PROBE_BF16 = 1e-3, 0.1  # nats; where all was well 1e-4 was seen in float32

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import RunFailed
 from .advantages import Baseline, advantages, tied
-from .critic import CriticConfig, Targets, moments, targets_of, whitened
-from .decoder import DecoderPolicy, Scores
-from .groups import Batch, Group, micro_batches, pack
+from .distributed import ALONE, Ranks
 from .losses import LOSSES, Clip, KLEstimator, LossName, Tokens, Totals, kl_tokens, token_weights, value_losses
-from .ranks import ALONE, Ranks
+from .policy.batch import Batch, Group, micro_batches, pack
+from .policy.critic import CriticConfig, Targets, moments, targets_of, whitened
+from .policy.decoder import DecoderPolicy, Scores
 
 Reference = Callable[[Batch], Tensor]  # log-probabilities (tokens,) under the frozen policy, without gradients
 

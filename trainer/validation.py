@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..models.engine import Completion, RequestError
+from ..models.engines.base import Completion, RequestError
 from ..models.reader import QuizReader, Reading
-from ..models.tiny.grade import grade
-from .tasks import Task
-from .text_statistics import loops
+from ..models.tiny.world.grade import grade
+from .dataset import Task
+from .evaluation.text_statistics import loops
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from ...manifests.status import Status
-from ..histograms import SERIES, Histogram
+from ..inspect.histograms import SERIES, Histogram
 
 _WIDTH, _HEIGHT = 560, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 30

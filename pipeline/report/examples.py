@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.status import QuestionStatus, Status
-from ...stages.grade import CONTROLS
-from ..joins import Joins, Place
-from ..pictures import Pictures, small_jpeg
+from ...stages.questions.grade import CONTROLS
+from ..inspect.images import Pictures, small_jpeg
+from ..inspect.shard_join import Joins, Place
 from .facts import sampled
 
 PICTURES = 12

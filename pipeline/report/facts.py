@@ -16,16 +16,16 @@ from typing import Any
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from ...errors import BadInput, CapipeError
-from ...manifests import bounded_json
 from ...manifests.artifact import Artifact
-from ...stages.grade import CONTROLS
-from ...stages.provenance import last_part, public
-from ...stages.select import Rule, SelectConfig
-from ...trainer.measures import Estimate
-from ..finding import EVALUATION, Found
-from ..histograms import Histogram, histograms
-from ..shared_captions import shared_captions
-from ..status import RunState, State, read_figures, run_state, state_of, validation_of
+from ...manifests.files import bounded_json
+from ...stages.export.provenance import last_part, public
+from ...stages.filter.select import Rule, SelectConfig
+from ...stages.questions.grade import CONTROLS
+from ...trainer.evaluation.bootstrap import Estimate
+from ..inspect.discover import EVALUATION, Found
+from ..inspect.histograms import Histogram, histograms
+from ..inspect.shared_captions import shared_captions
+from ..inspect.status import RunState, State, read_figures, run_state, state_of, validation_of
 from .charts import Bar, Line
 
 SHARDS = 32  # read of an artifact for histograms
@@ -266,7 +266,7 @@ class _Caution:
 
 @dataclass(frozen=True)
 class _Report:
-    """What is shown of trainer/figures.py's Report, which would bring torch along: seconds for a few numbers."""
+    """Fields of trainer/evaluation/results.py's Report that are shown; importing that would take seconds for torch."""
 
     images: int
     questions: int

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 
 from ...errors import BadInput, CapipeError
 from ...manifests.sidecars import jsonable
-from ...stages.expression import kind_of
+from ...stages.filter.expression import kind_of
 from .library import Library
 from .queries import Finder, Page
 from .queries import Query as Asked

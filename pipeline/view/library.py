@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput
-from ...manifests.allowed import Allowed
 from ...manifests.artifact import CONFIG
+from ...manifests.files.allowed import Allowed
 from ...manifests.manifest import LINES
-from ...models.formats import HEAD_BYTES, sniff
-from ..finding import Found, find
-from ..joins import Joins, Place
-from ..pictures import Cache, Pictures, small_jpeg
+from ...models.images.formats import HEAD_BYTES, sniff
+from ..inspect.discover import Found, find
+from ..inspect.images import Cache, Pictures, small_jpeg
+from ..inspect.shard_join import Joins, Place
 from ..report.facts import models_of
 from .table import Arrays, Table, Unknown
 

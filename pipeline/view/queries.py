@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...errors import BadInput
-from ...stages.expression import kind_of, shown_value
-from ..pictures import Cache
+from ...stages.filter.expression import kind_of, shown_value
+from ..inspect.images import Cache
 from .table import Rows, Table, Unreadable
 
 BINS = 120

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from ...errors import BadInput, CapipeError
 from ...manifests.sidecars import jsonable
-from ...stages.expression import Expression, parse
-from ..joins import Joins, Place
-from ..pictures import Cache
+from ...stages.filter.expression import Expression, parse
+from ..inspect.images import Cache
+from ..inspect.shard_join import Joins, Place
 from .columns import Flat, flat_columns, identifier
 
 Rows = npt.NDArray[np.int32]

@@ -19,10 +19,10 @@ from capipe.errors import ArtifactMismatch, BadInput
 from capipe.manifests import claims as claims_module
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.claims import LEASE_SECONDS, ClaimLost, Claims, living
+from capipe.manifests.files.storage import Folder
 from capipe.manifests.journal import Journal
 from capipe.manifests.manifest import LINES, Tail
 from capipe.manifests.schema import INGEST
-from capipe.manifests.storage import Folder
 from capipe.manifests.verify import verify
 
 SEMANTIC = {"model": "m"}
@@ -72,7 +72,7 @@ def test_a_shard_is_claimed_once(tmp_path: Path) -> None:
 
 def test_a_claim_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
     code = (
-        "import signal; from capipe.manifests.claims import *; from capipe.manifests.storage import Folder\n"
+        "import signal; from capipe.manifests.claims import *; from capipe.manifests.files.storage import Folder\n"
         f"folder = Folder({str(tmp_path)!r}); token = Claims(folder).take('00000')\n"
         "folder.private(scratch_of(token)).mkdir(parents=True)\n"
         "print(token, flush=True); signal.pause()"

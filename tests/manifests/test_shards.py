@@ -19,8 +19,8 @@ from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import BASE, INGEST
 from capipe.manifests.shards import InputShard, Row, RowReader, expand, join, uid_of
 from capipe.manifests.status import Status
-from capipe.stages.items import Handles
-from capipe.stages.sources import open_sources
+from capipe.stages.ingest.source_refs import Handles
+from capipe.stages.ingest.sources import open_sources
 
 from ..conftest import photo, tar_bytes
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from capipe.manifests.bounded_json import MAX_NESTING, is_deeper
+from capipe.manifests.files.bounded_json import MAX_NESTING, is_deeper
+from capipe.manifests.files.tar import TarWriter
 from capipe.manifests.fingerprint import canonical
 from capipe.manifests.shards import RowReader, expand
 from capipe.manifests.sidecars import (
@@ -19,7 +20,6 @@ from capipe.manifests.sidecars import (
     read_sidecars,
 )
 from capipe.manifests.status import Status
-from capipe.manifests.tar import TarWriter
 
 
 def test_a_row_read_back_from_the_journal_gives_the_same_bytes() -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from capipe.manifests import times
 from capipe.manifests.artifact import Artifact
+from capipe.manifests.files.storage import Folder
 from capipe.manifests.schema import INGEST
-from capipe.manifests.storage import Folder
 from capipe.manifests.verify import verify
-from capipe.pipeline.status import state
+from capipe.pipeline.inspect.status import state
 
 
 def write(out: Path | str, *shards: str) -> Artifact:

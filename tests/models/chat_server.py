@@ -11,8 +11,8 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from capipe.models.engine import ChoiceRequest, EngineDead, GenerationRequest, Prompt, RequestError, Sampling
-from capipe.models.http_engine import HTTPOptions, connect_http_engine
+from capipe.models.engines.base import ChoiceRequest, EngineDead, GenerationRequest, Prompt, RequestError, Sampling
+from capipe.models.engines.http.engine import HTTPOptions, connect_http_engine
 
 Answer = tuple[int, dict[str, str], Any]
 ASK = GenerationRequest(Prompt("Describe."), Sampling(max_tokens=7, seed=3))

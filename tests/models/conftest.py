@@ -12,13 +12,13 @@ import pytest
 import pytest_asyncio
 import torch
 
-from capipe.models.engine import Completion, Engine, EngineDead, GenerationRequest, ImageInput, Prompt, Sampling
-from capipe.models.image_grid import ImageGrid
-from capipe.models.images import ImageLimits, decode_rgb
-from capipe.models.loading import EngineConfig, load_engine
-from capipe.models.tiny.corpus import samples
-from capipe.models.transformers_engine import TransformersEngine
-from capipe.models.vllm_engine import VLLMEngine
+from capipe.models.engines.base import Completion, Engine, EngineDead, GenerationRequest, ImageInput, Prompt, Sampling
+from capipe.models.engines.hf.engine import TransformersEngine
+from capipe.models.engines.loading import EngineConfig, load_engine
+from capipe.models.engines.vllm.engine import VLLMEngine
+from capipe.models.images.decode import ImageLimits, decode_rgb
+from capipe.models.images.grid import ImageGrid
+from capipe.models.tiny.world.corpus import samples
 
 MODEL = "tiny/captioner"
 ROOM = 512  # tokens; enough for every prompt here, and a limit that a test can exceed

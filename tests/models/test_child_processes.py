@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from capipe.models.child_processes import descendants, end
-from capipe.models.device_holders import device_holders, orphaned_engines
-from capipe.models.vllm_environment import prepare_environment
+from capipe.models.engines.vllm.device_holders import device_holders, orphaned_engines
+from capipe.models.engines.vllm.environment import prepare_environment
 
 # A process that spawns one that spawns one, as vLLM's do, each of which then hangs where no handler is called.
 NESTED = """

@@ -22,8 +22,8 @@ from capipe.models.context_check import (
     telling,
     tokens_for,
 )
-from capipe.models.engine import RequestError
-from capipe.models.loading import EngineConfig, load_engine
+from capipe.models.engines.base import RequestError
+from capipe.models.engines.loading import EngineConfig, load_engine
 from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
 

@@ -82,7 +82,7 @@ SCRIPT = """
 import json, sys
 from capipe.errors import BadInput
 from capipe.models.hub import cached, hub_name, snapshot
-from capipe.models.loading import model_identity
+from capipe.models.engines.loading import model_identity
 found = []
 for name in sys.argv[1:]:
     name, _, library = name.partition("|")
@@ -153,8 +153,8 @@ def test_half_a_download_is_no_model_offline(hub: Hub, tmp_path: Path) -> None:
 
 CLIP = """
 import json
-from capipe.models.clip import load_clip
-from capipe.models.scorers import ScorerConfig, scorer_identity
+from capipe.models.scorers.clip import load_clip
+from capipe.models.scorers.base import ScorerConfig, scorer_identity
 scorer = load_clip("org/clip@v1")
 identity = scorer_identity(ScorerConfig("clip", "org/clip@v1"))
 print(json.dumps([scorer.encode_texts(["a red star"])[0].tolist(), identity]))
@@ -164,7 +164,7 @@ print(json.dumps([scorer.encode_texts(["a red star"])[0].tolist(), identity]))
 @pytest.mark.slow
 def test_a_clip_of_the_hub_is_the_folder_and_its_commit(hub: Hub, tmp_path: Path) -> None:
     """Its tokenizer lies in another repository, which its configuration names."""
-    from capipe.models.clip import load_clip
+    from capipe.models.scorers.clip import load_clip
 
     files = {each.name: each.read_bytes() for each in folder_of("clip").iterdir()}
     config = json.loads(files["open_clip_config.json"])

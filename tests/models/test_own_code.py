@@ -17,7 +17,7 @@ import torch
 import capipe
 from capipe.errors import BadInput
 from capipe.models.bundled import folder_of
-from capipe.models.loading import EngineConfig
+from capipe.models.engines.loading import EngineConfig
 
 from ..small_models import diffusion
 
@@ -83,14 +83,14 @@ SCRIPT = """
 import asyncio, sys
 from pathlib import Path
 from capipe.errors import CapipeError
-from capipe.models.adapters import merge
-from capipe.models.clip import load_clip
+from capipe.models.engines.lora import merge
+from capipe.models.scorers.clip import load_clip
 from capipe.models.context_check import counter_of
 from capipe.models.diffusion import load_painter
-from capipe.models.itm import load_retrieval
-from capipe.models.lm_scores import load_text_scorer
-from capipe.models.loading import EngineConfig, load_engine
-from capipe.models.transformers_engine import load_model
+from capipe.models.scorers.itm import load_retrieval
+from capipe.models.scorers.lm_scores import load_text_scorer
+from capipe.models.engines.loading import EngineConfig, load_engine
+from capipe.models.engines.hf.engine import load_model
 model, clip, pipeline = sys.argv[1:]
 asked = EngineConfig("transformers", model)
 loads = {
@@ -129,8 +129,8 @@ def test_no_loader_runs_a_models_code_or_asks(tmp_path: Path) -> None:
 
 def test_pickled_weights_run_nothing(tmp_path: Path) -> None:
     """Neither a model's nor an adapter's; the rest of the folder is sound."""
-    from capipe.models.adapters import check_adapter
-    from capipe.models.transformers_engine import load_model
+    from capipe.models.engines.hf.engine import load_model
+    from capipe.models.engines.lora import check_adapter
 
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -160,13 +160,13 @@ def test_vllm_is_told_too() -> None:
 
 #: Calls of libraries whose loaders have no such argument, by file: what keeps them from it stands beside.
 WITHOUT: dict[tuple[str, str], str] = {
-    ("models/adapters.py", "PeftConfig.from_pretrained"): "ask_nothing()",
+    ("models/engines/lora.py", "PeftConfig.from_pretrained"): "ask_nothing()",
     ("models/diffusion.py", "loader.from_pretrained"): "ask_nothing()",  # diffusers' own classes: JSON and safetensors
     ("models/diffusion.py", "DiffusionPipeline.download"): "use_safetensors=True",
-    ("models/clip.py", "open_clip.create_model"): "ask_nothing()",
-    ("models/clip.py", "open_clip.get_tokenizer"): "ask_nothing()",
-    ("models/clip.py", "HFTokenizer"): "ask_nothing()",
-    ("stages/hf.py", "datasets.load_dataset"): "",  # from 4.0 on it runs no scripts
+    ("models/scorers/clip.py", "open_clip.create_model"): "ask_nothing()",
+    ("models/scorers/clip.py", "open_clip.get_tokenizer"): "ask_nothing()",
+    ("models/scorers/clip.py", "HFTokenizer"): "ask_nothing()",
+    ("stages/ingest/huggingface.py", "datasets.load_dataset"): "",  # from 4.0 on it runs no scripts
 }
 LOADS = ("from_pretrained", "create_model", "create_model_and_transforms", "create_model_from_pretrained", "download")
 LOADS = (*LOADS, "get_tokenizer", "HFTokenizer", "load_dataset")
@@ -217,7 +217,7 @@ def test_every_read_of_a_pickle_reads_weights_alone() -> None:
         if name in ("np.load", "numpy.load") and not says(call, "allow_pickle", False):
             loose.append(f"{file}:{call.lineno}: {name}")
         if (name.startswith(("pickle.load", "dill.", "joblib.")) or last == "Unpickler") and file != (
-            "models/processes.py"  # between a process and its own workers, over a socket pair
+            "models/images/worker_process.py"  # between a process and its own workers, over a socket pair
         ):
             loose.append(f"{file}:{call.lineno}: {name}")
     assert not loose

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import capipe
 from capipe.errors import BadInput
-from capipe.models.blip import load_blip
 from capipe.models.bundled import folder_of
-from capipe.models.itm import load_itm
-from capipe.models.lm_scores import load_text_scorer
-from capipe.models.loading import EngineConfig, load_engine
-from capipe.models.perceptual import load_perceptual
+from capipe.models.engines.hf.engine import load_model
+from capipe.models.engines.loading import EngineConfig, load_engine
 from capipe.models.pretrained import check_weights, load_weights
-from capipe.models.transformers_engine import load_model
+from capipe.models.scorers.blip_contrastive import load_blip
+from capipe.models.scorers.itm import load_itm
+from capipe.models.scorers.lm_scores import load_text_scorer
+from capipe.models.scorers.vgg import load_perceptual
 
 from ..small_models import blip_retrieval, diffusion, opt
 from .captioners import KINDS, write_captioner

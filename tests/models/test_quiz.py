@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from capipe.models.engine import Prompt
-from capipe.models.model_folder import resolve_model
-from capipe.models.prompting import messages
+from capipe.models.engines.base import Prompt
+from capipe.models.engines.model_folder import resolve_model
+from capipe.models.engines.prompting import messages
 from capipe.models.quiz import (
     ABSTAIN,
     KINDS,

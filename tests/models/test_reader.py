@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 
-from capipe.models.engine import ChoiceRequest, ChoiceScores, EngineDead, GenerationRequest, ImageInput, RequestError
+from capipe.models.engines.base import (
+    ChoiceRequest,
+    ChoiceScores,
+    EngineDead,
+    GenerationRequest,
+    ImageInput,
+    RequestError,
+)
+from capipe.models.engines.hf.engine import TransformersEngine
 from capipe.models.quiz import ABSTAIN, Question, caption_prompt, image_prompt, rotations
 from capipe.models.reader import QuizReader, ReaderConfig, Reading, best_place
-from capipe.models.transformers_engine import TransformersEngine
 
 from ..scripted import IMAGE, NEVER, SURE, Scripted, knows, options_of, pick
 

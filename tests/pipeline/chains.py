@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from capipe.pipeline.chain_plan import look, outside
-from capipe.pipeline.chain_recipe import Chain, load_chain_recipe
-from capipe.pipeline.chain_state import load_chain
+from capipe.pipeline.chain.plan import look, outside
+from capipe.pipeline.chain.recipe import Chain, load_chain_recipe
+from capipe.pipeline.inspect.chain_state import load_chain
 
 PLAIN: dict[str, Any] = {
     "pictures": {"stage": "render", "config": {"images": 8, "split": "heldout", "seed": 3}},

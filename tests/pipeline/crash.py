@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from capipe.manifests.verify import verify
-from capipe.models.tiny.corpus import write_corpus
+from capipe.models.tiny.world.corpus import write_corpus
 
 _COMMAND = [sys.executable, "-m", "capipe.pipeline"]
 

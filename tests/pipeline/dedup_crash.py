@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capipe.manifests.tar import TarWriter
+from capipe.manifests.files.tar import TarWriter
 from capipe.manifests.verify import verify
-from capipe.models.tiny.corpus import samples
+from capipe.models.tiny.world.corpus import samples
 
 from .killing import committed, run_killed
 

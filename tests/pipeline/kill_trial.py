@@ -26,7 +26,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a program
 
 from capipe.manifests.verify import verify
-from capipe.models.tiny.corpus import write_corpus
+from capipe.models.tiny.world.corpus import write_corpus
 from tests.pipeline.conftest import COMMAND, capipe
 from tests.pipeline.leftovers import Watched
 from tests.pipeline.training import quizzed

@@ -11,8 +11,8 @@ from typing import Any
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, GRADE, INGEST, SCREEN
 from capipe.manifests.shards import RowReader, expand, uid_of
-from capipe.pipeline.filter_cli import select_step
-from capipe.stages.select import SelectConfig
+from capipe.pipeline.commands.filter import select_step
+from capipe.stages.filter.select import SelectConfig
 
 from ..conftest import photo
 from ..stages.scored import clip, write_scores

@@ -22,9 +22,17 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from capipe.models.quiz import Question
-from capipe.models.tiny.corpus import Sample, write_corpus
-from capipe.models.tiny.lessons import KNOWLEDGE
-from capipe.models.tiny.quiz import facts_of, leaking, possible, quiz, sample_asked, solve, understand
+from capipe.models.tiny.train.texts.quiz import (
+    facts_of,
+    leaking,
+    possible,
+    quiz,
+    sample_asked,
+    solve,
+    understand,
+)
+from capipe.models.tiny.train.texts.quiz_curriculum import KNOWLEDGE
+from capipe.models.tiny.world.corpus import Sample, write_corpus
 
 _COMMAND = [sys.executable, "-m", "capipe.pipeline"]
 SHARD = 100

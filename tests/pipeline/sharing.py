@@ -10,7 +10,7 @@ from pathlib import Path
 
 from capipe.manifests.manifest import LINES
 from capipe.manifests.verify import verify
-from capipe.models.tiny.corpus import write_corpus
+from capipe.models.tiny.world.corpus import write_corpus
 
 from .conftest import capipe
 

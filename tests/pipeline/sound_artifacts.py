@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from capipe.models.tiny.corpus import Sample, write_corpus
-from capipe.models.tiny.quiz import quiz, sample_asked
+from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
+from capipe.models.tiny.world.corpus import Sample, write_corpus
 
 from .conftest import capipe
 

@@ -23,13 +23,13 @@ from rich.console import Console
 from capipe.errors import BadInput, CapipeError, RunFailed
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.shards import Row, expand
-from capipe.models.decode import DecodePool
-from capipe.models.loading import EngineConfig, load_engine
-from capipe.pipeline import places
-from capipe.pipeline.progress import Progress
-from capipe.pipeline.ray_runner import Ray
-from capipe.pipeline.worker import RowByRow
-from capipe.pipeline.workplace import Workplace
+from capipe.models.engines.loading import EngineConfig, load_engine
+from capipe.models.images.decode_pool import DecodePool
+from capipe.pipeline.runners import places
+from capipe.pipeline.runners.placement import Workplace
+from capipe.pipeline.runners.progress import Progress
+from capipe.pipeline.runners.ray import Ray
+from capipe.pipeline.runners.worker import RowByRow
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "uid", "status", "error")])
 

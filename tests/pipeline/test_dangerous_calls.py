@@ -34,14 +34,17 @@ FORBIDDEN = (
 # A keyword that makes such a call harmless.
 SAFE = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
 ALLOWED = {
-    ("models/processes.py", "pickle.loads"): "a process and its own children, over an inherited socket pair",
-    ("models/processes.py", "subprocess.Popen"): "this Python, with code of ours and a number",
+    (
+        "models/images/worker_process.py",
+        "pickle.loads",
+    ): "a process and its own children, over an inherited socket pair",
+    ("models/images/worker_process.py", "subprocess.Popen"): "this Python, with code of ours and a number",
     ("models/torchvision_shim.py", "subprocess.run"): "this Python, with code of ours",
-    ("models/convert.py", "importlib.import_module"): "modules of a table of ours, by the format of the bytes",
-    ("pipeline/doctor.py", "importlib.import_module"): "torch, and only where it is asked for",
-    ("pipeline/chain_run.py", "subprocess.Popen"): "capipe, by its recipe, whose author is trusted; no shell",
-    ("pipeline/gpu_driver.py", "subprocess.run"): "nvidia-smi, with fixed words",
-    ("models/tiny/export.py", "?.chmod"): "the bundled weights are everybody's to read",
+    ("models/images/convert.py", "importlib.import_module"): "modules of a table of ours, by the format of the bytes",
+    ("pipeline/commands/doctor.py", "importlib.import_module"): "torch, and only where it is asked for",
+    ("pipeline/chain/run.py", "subprocess.Popen"): "capipe, by its recipe, whose author is trusted; no shell",
+    ("pipeline/commands/gpu_driver.py", "subprocess.run"): "nvidia-smi, with fixed words",
+    ("models/tiny/train/architectures.py", "?.chmod"): "the bundled weights are everybody's to read",
     ("trainer/recipe_file.py", "yaml.load"): "with a loader that is a SafeLoader within bounds",
 }
 

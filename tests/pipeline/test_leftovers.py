@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from capipe.models.tiny.corpus import write_corpus
+from capipe.models.tiny.world.corpus import write_corpus
 
 from .chains import written
 from .conftest import COMMAND, capipe, table

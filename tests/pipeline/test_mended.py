@@ -19,12 +19,12 @@ from capipe.manifests.schema import BASE, SCORE
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
 from capipe.manifests.verify import verify
-from capipe.pipeline.deduplicating import hash_images, mark, plan_dedup
-from capipe.pipeline.engine_stages import execute, plan
-from capipe.pipeline.filter_cli import select_step
-from capipe.pipeline.workplace import Workplace
-from capipe.stages.dedup import DedupConfig
-from capipe.stages.select import SelectConfig
+from capipe.pipeline.commands.filter import select_step
+from capipe.pipeline.jobs.dedup import hash_images, mark, plan_dedup
+from capipe.pipeline.jobs.engine import execute, plan
+from capipe.pipeline.runners.placement import Workplace
+from capipe.stages.dedup.marks import DedupConfig
+from capipe.stages.filter.select import SelectConfig
 
 from ..conftest import photo
 from ..stages.ingesting import ingest, rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from capipe.models.tiny.corpus import Sample, write_corpus
+from capipe.models.tiny.world.corpus import Sample, write_corpus
 
 from .conftest import capipe
 from .quality import Written, graded_trial, planted_trial, written_trial

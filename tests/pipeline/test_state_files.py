@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from capipe.errors import ArtifactMismatch, BadInput
-from capipe.pipeline.chain_lock import LOCK, locked
-from capipe.pipeline.chain_state import FILE, ChainState, StageState, load_chain, save_chain
-from capipe.pipeline.reporting import write_report
-from capipe.pipeline.training import _claim, _look
+from capipe.pipeline.chain.lock import LOCK, locked
+from capipe.pipeline.inspect.chain_state import FILE, ChainState, StageState, load_chain, save_chain
+from capipe.pipeline.jobs.eval import write_report
+from capipe.pipeline.jobs.train import _claim, _look
 from capipe.trainer.checkpoint import FACTS, Facts, checkpoints, save
-from capipe.trainer.figures import Report
+from capipe.trainer.evaluation.results import Report
 from capipe.trainer.log import RunLog
 
 
@@ -111,6 +111,6 @@ def test_an_evaluations_report_is_put_in_place_through_no_link(
 ) -> None:
     for name in ("report.json", "report.md"):
         (tmp_path / name).symlink_to(outside)
-        monkeypatch.setattr(f"capipe.pipeline.reporting.to_{'json' if name.endswith('n') else 'markdown'}", str)
+        monkeypatch.setattr(f"capipe.pipeline.jobs.eval.to_{'json' if name.endswith('n') else 'markdown'}", str)
     write_report(Report, tmp_path)  # type: ignore[arg-type]  # what is written does not matter here
     assert outside.read_text() == "kept" and (tmp_path / "report.md").read_text() == str(Report)

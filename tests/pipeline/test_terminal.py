@@ -24,12 +24,12 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import INGEST
 from capipe.manifests.status import Status
 from capipe.pipeline import cli
-from capipe.pipeline.doctor import Finding
-from capipe.pipeline.events import Event, Note, ShardFailed
-from capipe.pipeline.outcome import conclude, first_error, print_state
-from capipe.pipeline.progress import Progress
-from capipe.pipeline.status import state
-from capipe.pipeline.status_view import follow, overview
+from capipe.pipeline.commands.doctor import Finding
+from capipe.pipeline.commands.outcome import conclude, first_error, print_state
+from capipe.pipeline.inspect.status import state
+from capipe.pipeline.inspect.status_view import follow, overview
+from capipe.pipeline.runners.messages import Event, Note, ShardFailed
+from capipe.pipeline.runners.progress import Progress
 from capipe.terminal import escape_logs, escaped, print_err, print_line
 
 from .conftest import capipe as command
@@ -132,7 +132,7 @@ def test_the_line_that_a_command_ends_with(monkeypatch: pytest.MonkeyPatch, capf
 
 
 def test_doctor_takes_nothing_for_markup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("capipe.pipeline.doctor.examine", lambda: [Finding("[red]gpu[/red]", EVIL)])
+    monkeypatch.setattr("capipe.pipeline.commands.doctor.examine", lambda: [Finding("[red]gpu[/red]", EVIL)])
     with pytest.raises(typer.Exit):
         cli.doctor()
     said = plain(capfd.readouterr().out)
@@ -143,7 +143,7 @@ def test_what_modules_log_and_errors_that_nobody_catches() -> None:
     """In the command's own process, and in the workers that it starts."""
     body = f"""
 import logging
-from capipe.models.processes import Worker
+from capipe.models.images.worker_process import Worker
 from capipe.terminal import escape_logs
 escape_logs()
 logging.getLogger("capipe.x").warning("%s is odd", {EVIL!r})
@@ -164,7 +164,7 @@ def test_there_is_one_way_to_the_terminal() -> None:
             if isinstance(node, ast.Call) and _name(node.func) in ("print", "echo", "secho", "write"):
                 found.append(f"{path.relative_to(ROOT)}: {ast.unparse(node)}")
     direct = [each for each in found if re.search(r": (print|.*sys\.std(out|err)\.write|typer\.s?echo)\(", each)]
-    assert direct == ["pipeline/look_cli.py: print(json.dumps(found.as_json(), indent=1))"]
+    assert direct == ["pipeline/commands/inspect.py: print(json.dumps(found.as_json(), indent=1))"]
     assert any("console.print(" in each for each in found), "the search sees what it looks for"
 
 

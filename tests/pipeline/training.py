@@ -7,9 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from capipe.models.tiny.corpus import write_corpus
-from capipe.models.tiny.quiz import quiz, sample_asked
-from capipe.models.tiny.world import Split
+from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
+from capipe.models.tiny.world.corpus import write_corpus
+from capipe.models.tiny.world.scenes import Split
 
 from .conftest import capipe
 

@@ -9,9 +9,9 @@ from random import Random
 
 from PIL import Image, ImageEnhance
 
-from capipe.models.tiny.corpus import encode
-from capipe.models.tiny.render import render
-from capipe.models.tiny.world import COLORS, SHAPES, WORDS, Scene, scenes
+from capipe.models.tiny.world.corpus import encode
+from capipe.models.tiny.world.render import render
+from capipe.models.tiny.world.scenes import COLORS, SHAPES, WORDS, Scene, scenes
 
 from ..conftest import photo
 

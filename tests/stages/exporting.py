@@ -12,9 +12,9 @@ from typing import Any
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, SELECT
 from capipe.manifests.sidecars import encode_meta
-from capipe.models.tiny.corpus import Format, samples
-from capipe.pipeline.exporting import execute_export, finish, plan_export
-from capipe.stages.dataset_card import CardWords
+from capipe.models.tiny.world.corpus import Format, samples
+from capipe.pipeline.jobs.export import execute_export, finish, plan_export
+from capipe.stages.export.card import CardWords
 
 SELECTION = {"keep": "re_clip_score > 0.28", "scores": "0" * 64}
 

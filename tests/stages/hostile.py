@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 
-from capipe.manifests.outside import Reach
+from capipe.manifests.files.outside import Reach
 
 from ..conftest import photo
 from .ingesting import fill

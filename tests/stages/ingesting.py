@@ -11,13 +11,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from capipe.manifests.outside import ANYWHERE, Reach
-from capipe.pipeline.events import Pulse, ShardDone
-from capipe.pipeline.ingesting import execute_ingest, plan_ingest
-from capipe.stages.columns import Columns
-from capipe.stages.ingest import IngestConfig
-from capipe.stages.items import Handles, Item
-from capipe.stages.sources import open_sources
+from capipe.manifests.files.outside import ANYWHERE, Reach
+from capipe.pipeline.jobs.ingest import execute_ingest, plan_ingest
+from capipe.pipeline.runners.messages import Pulse, ShardDone
+from capipe.stages.ingest.shard import IngestConfig
+from capipe.stages.ingest.source_refs import Handles, Item
+from capipe.stages.ingest.sources import open_sources
+from capipe.stages.reading.columns import Columns
 
 Row = dict[str, Any]
 NFC, NFD = "caf\u00e9", "cafe\u0301"

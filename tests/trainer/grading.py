@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from capipe.manifests.schema import GRADE
-from capipe.models.tiny.world import Scene
+from capipe.models.tiny.world.scenes import Scene
 
 Chosen = Sequence[int | None]
 

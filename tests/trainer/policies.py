@@ -13,10 +13,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from capipe.models.engine import Completion
-from capipe.models.family import PreparedImage, PreparedPrompt
-from capipe.trainer.decoder import DecoderPolicy
-from capipe.trainer.groups import Group
+from capipe.models.engines.base import Completion
+from capipe.models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
+from capipe.trainer.policy.batch import Group
+from capipe.trainer.policy.decoder import DecoderPolicy
 
 VOCABULARY, IMAGE, VIDEO, START, END = 60, 55, 56, 57, 58
 PATCH_VALUES = {"qwen2.5": 3 * 2 * 14 * 14, "qwen3": 3 * 2 * 16 * 16}

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from capipe.errors import BadInput
-from capipe.models.context import image_tokens, text_room
-from capipe.models.engine import ImageInput, Prompt
-from capipe.models.image_grid import ImageGrid
-from capipe.models.images import ImageLimits, decode_rgb
-from capipe.models.model_folder import image_grid, resolve_model
-from capipe.models.tiny.corpus import samples
+from capipe.models.engines.base import ImageInput, Prompt
+from capipe.models.engines.context import image_tokens, text_room
+from capipe.models.engines.model_folder import image_grid, resolve_model
+from capipe.models.images.decode import ImageLimits, decode_rgb
+from capipe.models.images.grid import ImageGrid
+from capipe.models.tiny.world.corpus import samples
 from capipe.trainer import sampler
-from capipe.trainer.assembly import build_policy, refuse_large_images
+from capipe.trainer.build import build_policy, refuse_large_images
 from capipe.trainer.recipe import Recipe, load_recipe
 
 MODEL = "tiny/captioner"

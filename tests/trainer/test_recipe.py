@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from capipe.errors import BadInput
-from capipe.pipeline.chain_recipe import load_chain_recipe
-from capipe.trainer.assembly import rate
+from capipe.pipeline.chain.recipe import load_chain_recipe
+from capipe.trainer.build import rate
 from capipe.trainer.recipe import OptimizerConfig, Recipe, load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
 

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from capipe.models.engine import Completion, GenerationRequest, Prompt, RequestError
-from capipe.models.family import PreparedPrompt
+from capipe.models.engines.base import Completion, GenerationRequest, Prompt, RequestError
+from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.trainer.advantages import Part
-from capipe.trainer.pictures import Pictures
-from capipe.trainer.rewards import Judge, Scored
+from capipe.trainer.dataset import Task
+from capipe.trainer.images import Pictures
+from capipe.trainer.rewards.base import Judge, Scored
 from capipe.trainer.rollouts import Drawing, Rollouts
-from capipe.trainer.tasks import Task
 from capipe.trainer.validation import validate
 
 from ..scripted import Scripted, knows
-from .test_judge_reward import jpeg, tasks
+from .rewards.test_judge import jpeg, tasks
 
 DRAWING = Drawing("Describe.", 3, 20, 0.9, seed=5)
 

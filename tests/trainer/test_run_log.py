@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from capipe.errors import BadInput
-from capipe.models.engine import Completion
-from capipe.models.family import PreparedPrompt
-from capipe.trainer.groups import Group, RewardResult
+from capipe.models.engines.base import Completion
+from capipe.models.engines.hf.model_adapter import PreparedPrompt
+from capipe.trainer.distributed import ALONE
 from capipe.trainer.log import CAPTIONS, TIMES, RunLog, TensorBoard, WandB, read_steps
 from capipe.trainer.loop import raised, step_figures
-from capipe.trainer.ranks import ALONE
+from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.recipe import AlarmConfig
 from capipe.trainer.update import UpdateReport
 

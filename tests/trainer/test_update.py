@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from capipe.models.engine import Completion
-from capipe.trainer.critic import CriticConfig, ValueHead, token_rewards
-from capipe.trainer.decoder import DecoderPolicy
-from capipe.trainer.groups import Group, RewardResult, pack
+from capipe.models.engines.base import Completion
 from capipe.trainer.losses import LOSSES, LossName
+from capipe.trainer.policy.batch import Group, RewardResult, pack
+from capipe.trainer.policy.critic import CriticConfig, ValueHead, token_rewards
+from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.update import UpdateConfig, Updater, UpdateReport, scores_of
 
 from .policies import IMAGE, groups, random_model

@@ -11,12 +11,12 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from capipe.models.bundled import resolve
-from capipe.models.tiny.corpus import samples
-from capipe.models.tiny.evaluate import caption, evaluate, grades_of, load
-from capipe.models.tiny.grade import total
-from capipe.models.tiny.prompts import DENSE, messages
-from capipe.models.tiny.render import render
-from capipe.models.tiny.world import scenes
+from capipe.models.tiny.train.eval.captioner import caption, evaluate, grades_of, load
+from capipe.models.tiny.world.corpus import samples
+from capipe.models.tiny.world.grade import total
+from capipe.models.tiny.world.prompts import DENSE, messages
+from capipe.models.tiny.world.render import render
+from capipe.models.tiny.world.scenes import scenes
 
 pytestmark = pytest.mark.slow
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from capipe.models.tiny.corpus import encode, write_corpus
-from capipe.models.tiny.grade import grade
-from capipe.models.tiny.world import Scene, split_of
+from capipe.models.tiny.world.corpus import encode, write_corpus
+from capipe.models.tiny.world.grade import grade
+from capipe.models.tiny.world.scenes import Scene, split_of
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,9 +5,9 @@ from random import Random
 
 import pytest
 
-from capipe.models.tiny.grade import Facts, Grade, SignClaim, ThingClaim, grade, parse, total
-from capipe.models.tiny.wording import dense_caption, short_caption
-from capipe.models.tiny.world import COLORS, WORDS, Scene, Sign, Thing, scenes
+from capipe.models.tiny.world.captions import dense_caption, short_caption
+from capipe.models.tiny.world.grade import Facts, Grade, SignClaim, ThingClaim, grade, parse, total
+from capipe.models.tiny.world.scenes import COLORS, WORDS, Scene, Sign, Thing, scenes
 
 RED = Thing("top left", "circle", "red", "large")
 BLUE = Thing("center", "star", "blue", "small")

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, OPTForCausalLM
 
 from capipe.models.bundled import resolve
-from capipe.models.tiny.data import IGNORE
-from capipe.models.tiny.grade import grade, total
-from capipe.models.tiny.matching import normalised
-from capipe.models.tiny.plain_evaluate import PlainCaptioner, plain_report
-from capipe.models.tiny.plain_models import QUERIES
-from capipe.models.tiny.plain_school import (
+from capipe.models.tiny.train.batches import IGNORE
+from capipe.models.tiny.train.eval.plain_captioner import PlainCaptioner, plain_report
+from capipe.models.tiny.train.plain_models import QUERIES
+from capipe.models.tiny.train.texts.web_captions import COMPLETE_SHARE, OPENINGS, plain_caption
+from capipe.models.tiny.train.texts.word_tokenizer import BOS, EOS, IMAGE, PAD, build_word_tokenizer
+from capipe.models.tiny.train.train_clip_itm import normalised
+from capipe.models.tiny.train.train_plain_captioner import (
     PLAIN,
     PlainBatches,
     PlainPlan,
@@ -24,10 +25,9 @@ from capipe.models.tiny.plain_school import (
     matcher,
     padded,
 )
-from capipe.models.tiny.plain_wording import COMPLETE_SHARE, OPENINGS, plain_caption
-from capipe.models.tiny.render import render
-from capipe.models.tiny.word_tokenizer import BOS, EOS, IMAGE, PAD, build_word_tokenizer
-from capipe.models.tiny.world import Scene, Sign, Thing, scenes
+from capipe.models.tiny.world.grade import grade, total
+from capipe.models.tiny.world.render import render
+from capipe.models.tiny.world.scenes import Scene, Sign, Thing, scenes
 
 PLAN = PlainPlan(seed=4, steps=4, images=3, texts=2, warmup=1, workers=0)
 SCENE = Scene("white", (Thing("top left", "star", "red", "large"),), Sign("STOP", "center"))

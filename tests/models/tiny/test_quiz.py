@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from capipe.models.tiny.grade import Facts, ThingClaim, parse
-from capipe.models.tiny.quiz import (
+from capipe.models.tiny.train.texts.caption_augmentation import sample_omitted
+from capipe.models.tiny.train.texts.quiz import (
     FRAMES,
     KINDS,
     POOLS,
@@ -23,9 +23,9 @@ from capipe.models.tiny.quiz import (
     solve,
     understand,
 )
-from capipe.models.tiny.retelling import sample_omitted
-from capipe.models.tiny.wording import NUMBERS, Fact, dense_caption
-from capipe.models.tiny.world import Scene, Sign, Thing, scenes
+from capipe.models.tiny.world.captions import NUMBERS, Fact, dense_caption
+from capipe.models.tiny.world.grade import Facts, ThingClaim, parse
+from capipe.models.tiny.world.scenes import Scene, Sign, Thing, scenes
 
 ATTRIBUTES = ("shape", "color", "size", "place")
 TWINS = Scene(

@@ -1,10 +1,10 @@
-"""The bundled readers really read: measured on held-out scenes by :mod:`capipe.models.tiny.examine`."""
+"""The bundled readers really read: measured on held-out scenes by :mod:`capipe.models.tiny.train.eval.reader`."""
 
 from __future__ import annotations
 
 import pytest
 
-from capipe.models.tiny.examine import report
+from capipe.models.tiny.train.eval.reader import report
 
 
 @pytest.mark.slow

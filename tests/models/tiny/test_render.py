@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
-from capipe.models.tiny.render import BACKGROUNDS, COLORS, render
-from capipe.models.tiny.world import PLACES, Scene, Sign, Thing, scenes
+from capipe.models.tiny.world.render import BACKGROUNDS, COLORS, render
+from capipe.models.tiny.world.scenes import PLACES, Scene, Sign, Thing, scenes
 
 
 def test_same_rng_same_pixels_other_rng_jitters() -> None:

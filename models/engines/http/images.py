@@ -1,0 +1,32 @@
+"""Images on their way to a server, which may show its model the bare pixels: many know no EXIF, profile or 16 bits."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from dataclasses import replace
+
+from ...images.decode import ImageLimits, is_plain, plain_copy
+from ...images.formats import MEDIA_TYPES, ImageProblem, sniff
+from ..base import ImageInput, Prompt, Rejected
+
+_LIMITS = ImageLimits(min_side=1)
+
+
+async def shown(prompt: Prompt) -> Prompt:
+    """``prompt`` with its image as engines of our own see it: turned, converted and laid on white where need be."""
+    image = prompt.image
+    if image is None or image.encoded is None or is_plain(image.encoded):
+        return prompt
+    copy = await asyncio.to_thread(plain_copy, image.encoded, _LIMITS)
+    return prompt if isinstance(copy, ImageProblem) else replace(prompt, image=replace(image, encoded=copy))
+
+
+def data_url(image: ImageInput) -> str:
+    """The image's encoded bytes. Raises Rejected for what servers do not read."""
+    if image.encoded is None:
+        raise Rejected(f"image {image.uid} has no encoded bytes; an HTTP engine sends the file")
+    kind = sniff(image.encoded)
+    if isinstance(kind, ImageProblem):
+        raise Rejected(f"image {image.uid} is none of JPEG, PNG, WebP, which are what servers read")
+    return f"data:{MEDIA_TYPES[kind]};base64,{base64.b64encode(image.encoded).decode()}"

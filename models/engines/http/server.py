@@ -1,0 +1,214 @@
+"""Servers by their URLs: which ones are meant, whether they answer, and what they serve."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import httpx
+
+from ....errors import BadInput
+from ....manifests.files.redaction import API_KEY_VARIABLE, HIDDEN, note
+from ..base import RequestError
+from .api_key import authorization
+from .exchange import exchange, run_apart
+
+CONNECT_SECONDS = 10.0
+POOL = 8  # connections
+
+
+class NoAnswer(BadInput):
+    """No server answers at a URL, or one that is not ready; another of several may do."""
+
+
+class NotReady(NoAnswer):
+    """A server answers that it is not ready yet."""
+
+
+class Connections:
+    """A server's connections, in small pools: httpx looks at every connection of a pool for each request and its end.
+
+    With all in one, 256 requests at once took fourteen times as long as the server that answered them.
+    """
+
+    def __init__(self, base: str, timeout: httpx.Timeout) -> None:
+        self._base, self._timeout, self._headers = base, timeout, authorization(base)
+        self._certificates = httpx.create_ssl_context()  # read once: it takes longer than a request
+        self._pools = list[httpx.AsyncClient]()
+        self._free = list[int]()  # a heap: the lowest are used, so that few are open
+        self._taken = 0
+
+    @contextmanager
+    def pool(self) -> Iterator[httpx.AsyncClient]:
+        """A client with a free connection, or with room for one more."""
+        if self._free:
+            slot = heapq.heappop(self._free)
+        else:
+            slot, self._taken = self._taken, self._taken + 1
+        try:
+            yield self._client(slot // POOL)
+        finally:
+            heapq.heappush(self._free, slot)
+
+    async def aclose(self) -> None:
+        for client in self._pools:
+            await client.aclose()
+
+    def _client(self, number: int) -> httpx.AsyncClient:
+        while len(self._pools) <= number:
+            self._pools.append(
+                httpx.AsyncClient(
+                    base_url=self._base,
+                    headers=self._headers,
+                    verify=self._certificates,
+                    limits=httpx.Limits(max_connections=None, max_keepalive_connections=POOL),
+                    timeout=self._timeout,
+                )
+            )
+        return self._pools[number]
+
+
+def server_urls(option: str) -> tuple[str, ...]:
+    """The URLs of ``http://one:8000,http://two:8000``. Raises BadInput with the one that cannot be meant."""
+    note([option])
+    urls = tuple(part.strip() for part in option.split(","))
+    for url in urls:
+        if reason := _fault(url):
+            raise BadInput(
+                f"--engine {_shown(option)!r}: {_shown(url)!r} {reason}; write http://HOST:PORT, several with commas "
+                "between"
+            )
+    bases = [base_url(url) for url in urls]
+    for place, base in enumerate(bases):
+        if base in bases[:place]:
+            text = f"--engine {_shown(option)!r}: names {_shown(urls[place])!r} twice"
+            raise BadInput(f"{text}; a server is asked for all it takes anyway")
+    return urls
+
+
+def _shown(text: str) -> str:
+    """URLs to be complained of: what stands before an @ may be any part of a password that is not spelled right."""
+    return re.sub(r"//.*@", f"//{HIDDEN}@", text)
+
+
+def _fault(url: str) -> str:
+    """What is wrong with a URL, empty where nothing is."""
+    if not url:
+        return "is no URL"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL) as error:
+        return f"is no URL ({error if '@' not in url else 'percent-encode what is special in user and password'})"
+    if parts.scheme not in ("http", "https"):
+        return "is no http:// or https:// URL"
+    if not host or any(character.isspace() for character in url):
+        return "names no host" if not host else "has a space in it"
+    if "@" in parts.path:  # a slash in a password ends it
+        return "has an @ in its path; percent-encode what is special in user and password"
+    return "has a query or a fragment" if parts.query or parts.fragment else ""
+
+
+def base_url(url: str) -> str:
+    """``http://host:8000`` and ``http://host:8000/v1/`` both as ``http://host:8000/v1/``."""
+    trimmed = url.rstrip("/")
+    return f"{trimmed}/" if trimmed.endswith("/v1") else f"{trimmed}/v1/"
+
+
+def served_model(option: str, model: str = "") -> str:
+    """The model that the servers of ``option`` serve: ``model``, or the first one of all of them.
+
+    Asks each server. Raises BadInput where none answers, one does not have the model, or they have different ones; of
+    several, some may be down.
+    """
+    return common_model({url: chosen for url, (_, chosen) in _asked(option, model).items()})
+
+
+def served_context(option: str, model: str = "") -> int | None:
+    """The shortest context that the servers of ``option`` tell of their model; None where none does.
+
+    Raises BadInput as :func:`served_model` does.
+    """
+    told = [model_context(response, chosen) for response, chosen in _asked(option, model).values()]
+    return min((each for each in told if each is not None), default=None)
+
+
+def _asked(option: str, model: str) -> dict[str, tuple[httpx.Response, str]]:
+    """What the servers that answer list, and which of it is meant, by URL; at least one."""
+    found, down = dict[str, tuple[httpx.Response, str]](), list[NoAnswer]()
+    for url in server_urls(option):
+        base = base_url(url)
+        try:
+            response = run_apart(_models_of(base))
+            found[url] = response, chosen_model(listed_models(response, base), model, base)
+        except httpx.HTTPError as error:
+            down.append(no_answer(base, error))
+        except NoAnswer as error:
+            down.append(error)
+    if not found:
+        raise none_answers(down)
+    return found
+
+
+async def _models_of(base: str) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=base, headers=authorization(base), timeout=CONNECT_SECONDS) as client:
+        return await models(client)
+
+
+async def models(client: httpx.AsyncClient) -> httpx.Response:
+    """What a server lists. Raises httpx.HTTPError, and BadInput where that has no end."""
+    try:
+        return await exchange(client, "GET", "models", CONNECT_SECONDS)
+    except RequestError as error:
+        raise BadInput(f"{client.base_url}models: {error}; is the URL an OpenAI API?") from error
+
+
+def common_model(chosen: Mapping[str, str]) -> str:
+    """The one model that all servers, by URL, serve. Raises BadInput."""
+    if len(set(chosen.values())) > 1:
+        pairs = ", ".join(f"{url} {name!r}" for url, name in chosen.items())
+        raise BadInput(f"the servers serve different models ({pairs}); name one that all have by --model")
+    return next(iter(chosen.values()))
+
+
+def chosen_model(models: Mapping[str, str], model: str, base: str) -> str:
+    """``model`` or the first of ``models``. Raises BadInput."""
+    if model and model not in models:
+        raise BadInput(f"{base} does not serve {model!r}; it serves {', '.join(models)}")
+    return model or next(iter(models))
+
+
+def none_answers(reasons: Sequence[NoAnswer]) -> NoAnswer:
+    """Of several servers all are down."""
+    if len(reasons) == 1:
+        return reasons[0]
+    return NoAnswer("none of the servers answers: " + "; ".join(map(str, reasons)))
+
+
+def listed_models(response: httpx.Response, base: str) -> dict[str, str]:
+    """Model names and who serves them, at least one. Raises BadInput."""
+    if response.status_code in (401, 403):
+        raise BadInput(f"{base} refuses the key (HTTP {response.status_code}); set {API_KEY_VARIABLE}")
+    if response.status_code in (429, *range(500, 600)):
+        raise NotReady(f"{base}models: HTTP {response.status_code}; wait until the server is ready")
+    try:
+        listed = {each["id"]: str(each.get("owned_by", "")) for each in response.raise_for_status().json()["data"]}
+    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{base}models lists no models ({type(error).__name__}); is the URL an OpenAI API?") from error
+    if not listed:
+        raise BadInput(f"{base} serves no model")
+    return listed
+
+
+def model_context(response: httpx.Response, model: str) -> int | None:
+    """The context of one of the listed models; vLLM tells it, OpenAI's protocol has no field."""
+    told = next((each.get("max_model_len") for each in response.json()["data"] if each["id"] == model), None)
+    return told if type(told) is int and told > 0 else None
+
+
+def no_answer(base: str, error: httpx.HTTPError) -> NoAnswer:
+    return NoAnswer(f"{base}: no server answers ({type(error).__name__}: {error}); start it or mend --engine")

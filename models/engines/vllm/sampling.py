@@ -1,0 +1,178 @@
+"""Counter-based sampling inside vLLM: the logits processors its engine process loads by their import path.
+
+A request that samples goes to vLLM as a greedy one (``temperature=0``) whose real parameters travel in
+``extra_args``; the processor adds the noise of :mod:`.sampling` and vLLM's own argmax is then the draw. vLLM has two
+model runners with an interface each: the first runs on CPUs, the second wherever Triton does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
+from vllm.v1.sample.logits_processor import LogitsProcessor as FirstRunnerProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunnerProcessor
+
+from ..base import Sampling
+from ..sampling import apply, fold_seed, kernel_runs_on, vision_ids
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+EXTRA_KEY = "capipe_sampling"
+
+
+def extra_args(sampling: Sampling) -> dict[str, Any] | None:
+    """What :class:`vllm.SamplingParams` must carry for ``sampling``; None for a greedy request."""
+    if sampling.temperature == 0:
+        return None
+    return {EXTRA_KEY: [fold_seed(sampling.seed), sampling.temperature, sampling.top_p]}
+
+
+def processor_path(second_runner: bool) -> str:
+    """The import path to hand to ``AsyncEngineArgs.logits_processors`` for the runner that will be used."""
+    return f"{__name__}:{(SecondRunnerGumbel if second_runner else FirstRunnerGumbel).__name__}"
+
+
+def _parameters(params: SamplingParams) -> tuple[int, float, float] | None:
+    carried = (params.extra_args or {}).get(EXTRA_KEY)
+    return None if carried is None else (int(carried[0]), float(carried[1]), float(carried[2]))
+
+
+def _barred(vllm_config: VllmConfig, device: torch.device) -> Tensor:
+    """What is never to be drawn: an image token in a caption would claim pixels that are not there."""
+    return torch.tensor(vision_ids(vllm_config.model_config.hf_config), dtype=torch.long, device=device)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A sampling request in the batch. ``drawn`` is vLLM's own running list of its output tokens."""
+
+    seed: int
+    temperature: float
+    top_p: float
+    drawn: list[int]
+
+
+class FirstRunnerGumbel(FirstRunnerProcessor):
+    """Keeps the batch's sampling rows by index; a batch without any costs one comparison per step."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self._device = device
+        self._barred = _barred(vllm_config, device)
+        self._drawing: dict[int, _Drawing] = {}
+        self._stale = False
+        self._rows = self._seeds = self._temperatures = torch.empty(0)
+        self._top_ps: Tensor | None = None
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        self._stale |= process_dict_updates(self._drawing, batch_update, self._new)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        if not self._drawing:
+            return logits
+        if self._stale:
+            self._rebuild()
+        # Counted at each step and not kept: a preempted request comes back with what it had drawn.
+        positions = torch.tensor([len(each.drawn) for each in self._drawing.values()], device=self._device)
+        drawn = apply(
+            logits[self._rows],  # a copy
+            self._seeds,
+            positions,
+            self._temperatures,
+            self._top_ps,
+            self._barred,
+            overwrite=True,
+        )
+        logits[self._rows] = drawn.to(logits.dtype)
+        return logits
+
+    @staticmethod
+    def _new(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _Drawing | None:
+        parameters = _parameters(params)
+        return None if parameters is None else _Drawing(*parameters, output_ids)
+
+    def _rebuild(self) -> None:
+        drawing = self._drawing.values()
+        self._rows = torch.tensor(list(self._drawing), device=self._device)
+        self._seeds = torch.tensor([each.seed for each in drawing], device=self._device)
+        self._temperatures = torch.tensor([each.temperature for each in drawing], device=self._device)
+        cut = any(each.top_p < 1 for each in drawing)
+        self._top_ps = torch.tensor([each.top_p for each in drawing], device=self._device) if cut else None
+        self._stale = False
+
+
+class SecondRunnerGumbel(SecondRunnerProcessor):
+    """Keeps parameters by request slot; slots are reused, and a slot's temperature of 0 means that it is greedy.
+
+    vLLM calls it between its CUDA graphs, never inside one, and schedules ahead of the device, so nothing here may wait
+    for it.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
+        self._states = req_states
+        self._barred = _barred(vllm_config, req_states.device)
+        slots = req_states.max_num_reqs
+        self._seeds = np.zeros(slots, dtype=np.int64)
+        self._temperatures = np.zeros(slots, dtype=np.float32)
+        self._top_ps = np.ones(slots, dtype=np.float32)
+        self._stale = False  # what is in the columns is not yet on the device
+        self._on_device = self._sent()
+        if kernel_runs_on(req_states.device):  # compiled here, not in the first step that samples
+            one = torch.ones(1, dtype=torch.long, device=req_states.device)
+            logits = torch.zeros(1, req_states.vocab_size, device=req_states.device)
+            apply(logits, one, one, one.float(), None, self._barred, overwrite=True)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        parameters = _parameters(sampling_params)
+        seed, temperature, top_p = parameters or (0, 0.0, 1.0)
+        before = self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx]
+        self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx] = seed, temperature, top_p
+        self._stale |= before != (self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx])
+        return parameters is not None
+
+    def apply_staged_writes(self) -> None:
+        if self._stale:
+            self._on_device = self._sent()
+            self._stale = False
+
+    def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
+        if not self._temperatures[ctx.idx_mapping_np].any():
+            return logits
+        seeds, temperatures, top_ps = self._on_device
+        slots = ctx.expanded_idx_mapping.long()
+        # A row's input sits at ``pos``, so what is drawn now is the sequence's token at ``pos + 1``.
+        positions = ctx.pos.long() + 1 - self._states.prompt_len.gpu[slots]
+        cut = bool((self._top_ps[ctx.idx_mapping_np] < 1).any())
+        # A greedy row keeps its barred ids, too: it is vLLM's own business. The matrix is a copy that vLLM made for us.
+        return apply(
+            logits,
+            seeds[slots],
+            positions,
+            temperatures[slots],
+            top_ps[slots] if cut else None,
+            self._barred,
+            overwrite=True,
+        )
+
+    def _sent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns on the device, by copies that nothing waits for.
+
+        From page-locked memory, fresh each time: torch hands it out again only when the copy from it is over.
+        """
+        device = self._states.device
+        columns = [torch.from_numpy(each) for each in (self._seeds, self._temperatures, self._top_ps)]
+        if device.type == "cuda":
+            seeds, temperatures, top_ps = (each.pin_memory().to(device, non_blocking=True) for each in columns)
+        else:
+            seeds, temperatures, top_ps = (each.clone().to(device) for each in columns)
+        return seeds, temperatures, top_ps

@@ -1,0 +1,328 @@
+"""Encoded image bytes in; a verdict, a perceptual hash or model-ready pixels out. Pure functions, nothing kept.
+
+Pixels are what a viewer shows: upright, in sRGB, eight bits a channel, transparency over white.
+
+JPEGs are scaled inside the DCT while they are decoded, which is where most of the time goes. Imported by decoding
+processes, so it must stay light: numpy and Pillow, no torch.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from ...manifests.status import Status
+from .formats import Format, Header, ImageProblem, read_header
+from .grid import ImageGrid
+from .icc import Conversion, srgb_conversion
+from .png import may_be_turned, open_png
+
+Pixels = npt.NDArray[np.uint8]
+
+MAX_GRID_ASPECT = 200.0  # Qwen's processors refuse longer strips
+
+# Opened by class instead of Image.open: the format is known, Image.open's own pixel limit raises or warns at sizes that
+# are not ours, and it would read a phone's two-picture JPEG (MPO) as an animation.
+_OPENERS: dict[Format, Callable[[bytes], ImageFile]] = {
+    "jpg": lambda data: JpegImageFile(io.BytesIO(data)),
+    "png": open_png,
+    "webp": lambda data: WebPImageFile(io.BytesIO(data)),
+}
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+_EXIF_ERRORS = (*DECODE_ERRORS, LookupError, TypeError, AttributeError)
+_EXIF_ORIENTATION = 0x0112
+# Said of every photo with a scratched EXIF block, once a process, into the middle of the progress display.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PLAIN_MODES = ("RGB", "L", "P", "1")
+_PNG_DEPTH_AT = 24  # bits a channel
+_LOSSLESS_PIXELS = 4_000_000  # PNGs of so many are 5 to 10 MB
+_HASH_SIDE, _HASH_BITS = 32, 8
+# The first 8 rows of the 32-point DCT-II, unnormalised.
+_DCT: npt.NDArray[np.float64] = 2 * np.cos(
+    np.pi * np.outer(np.arange(_HASH_BITS), 2 * np.arange(_HASH_SIDE) + 1) / (2 * _HASH_SIDE)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What is taken as an image: lengths in pixels, ``max_aspect`` is the longer side over the shorter."""
+
+    max_image_pixels: int = 100_000_000
+    min_side: int = 16
+    max_aspect: float = MAX_GRID_ASPECT
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """A sound image. ``width`` and ``height`` are upright (after EXIF rotation); ``phash`` is 16 hex digits."""
+
+    format: Format
+    width: int
+    height: int
+    phash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """A picture decoded small. ``image`` is RGB; ``width`` and ``height`` are those of the whole picture, upright."""
+
+    image: Image.Image
+    width: int
+    height: int
+
+
+def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
+    """Decode all of ``data`` (every entropy-coded byte, so truncation shows), scaled down as far as hashing allows."""
+    header = _accept(data, limits)
+    if isinstance(header, ImageProblem):
+        return header
+    try:
+        image = _OPENERS[header.format](data)
+        conversion = srgb_conversion(image)
+        image.draft("RGB" if conversion else "L", (_HASH_SIDE, _HASH_SIDE))
+        image.load()
+        orientation = _orientation(image)
+        plain = image.mode == "L" and not image.has_transparency_data and not conversion
+        grey = image if plain else _to_rgb(image, conversion).convert("L")
+    except DECODE_ERRORS as error:
+        return _undecodable(error)
+    width, height = header.width, header.height
+    if orientation >= 5:
+        width, height = height, width
+    return ImageInfo(header.format, width, height, phash(_upright(grey, orientation)))
+
+
+def decode_upright(data: bytes, limits: ImageLimits) -> Image.Image | ImageProblem:
+    """The whole picture at its full size: upright, RGB, transparency over white."""
+    whole = thumbnail(data, limits, None)
+    return whole if isinstance(whole, ImageProblem) else whole.image
+
+
+def thumbnail(data: bytes, limits: ImageLimits, side: int | None) -> Thumbnail | ImageProblem:
+    """The whole picture, upright and in RGB, as small as decoding makes it without a side under ``side`` pixels."""
+    header = _accept(data, limits)
+    if isinstance(header, ImageProblem):
+        return header
+    try:
+        image = _OPENERS[header.format](data)
+        if side is not None:
+            image.draft("RGB", (side, side))
+        shown = as_shown(image)
+    except DECODE_ERRORS as error:
+        return _undecodable(error)
+    turned = _orientation(image) >= 5
+    size = (header.height, header.width) if turned else (header.width, header.height)
+    return Thumbnail(shown, *size)
+
+
+def as_shown(image: ImageFile) -> Image.Image:
+    """An opened picture, upright and in RGB. Raises :data:`DECODE_ERRORS`."""
+    image.load()
+    return _upright(_to_rgb(image, srgb_conversion(image)), _orientation(image))
+
+
+def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling: bool = True) -> Pixels | ImageProblem:
+    """Upright RGB pixels ``(height, width, 3)`` on the model's grid: its own processor has nothing left to resize.
+
+    ``dct_scaling=False`` decodes JPEGs at full size first: slower, for models that are sensitive to the difference.
+    """
+    header = _accept(data, limits)
+    if isinstance(header, ImageProblem):
+        return header
+    if max(header.width, header.height) > MAX_GRID_ASPECT * min(header.width, header.height):
+        return _too_thin(header, MAX_GRID_ASPECT)
+    try:
+        image = _OPENERS[header.format](data)
+        orientation = _orientation(image)
+        if orientation >= 5:
+            width, height = grid_size(header.width, header.height, grid)
+        else:
+            height, width = grid_size(header.height, header.width, grid)
+        drafted = image.draft("RGB", (width, height)) if dct_scaling else None
+        conversion = srgb_conversion(image)
+        image.load()
+        rgb = _to_rgb(image, conversion)
+    except DECODE_ERRORS as error:
+        return _undecodable(error)
+    if rgb.size != (width, height):
+        # Half of 333 pixels are decoded to 167, of which 166.5 are picture: without the box everything would shift.
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC, box=drafted[1] if drafted else None)
+    return np.array(_upright(rgb, orientation), dtype=np.uint8, order="C")
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether every reader shows of ``data`` what is shown here: upright, sRGB, eight bits, no transparency, not CMYK.
+
+    Decodes only where metadata may turn the picture. True for what cannot be opened: there is nothing to show.
+    """
+    header = read_header(data)
+    if isinstance(header, ImageProblem) or not header.complete or header.frames > 1:
+        return True
+    try:
+        image = _OPENERS[header.format](data)
+        odd = image.mode not in _PLAIN_MODES or image.has_transparency_data or srgb_conversion(image) is not None
+        if header.format == "png":
+            odd = odd or data[_PNG_DEPTH_AT] > 8
+            turned = may_be_turned(data) and _orientation(image) != 1  # which decodes all of it
+        else:
+            turned = _orientation(image) != 1
+    except DECODE_ERRORS:
+        return True
+    return not odd and not turned
+
+
+def plain_copy(data: bytes, limits: ImageLimits) -> bytes | ImageProblem:
+    """The picture for readers that know no EXIF, profile or transparency: ``data`` itself where it is plain.
+
+    Else a PNG, or a JPEG of hardly any loss where a PNG would be many megabytes.
+    """
+    if is_plain(data):
+        return data
+    image = decode_upright(data, limits)
+    if isinstance(image, ImageProblem):
+        return image
+    image.info = {}  # or Pillow would write the profile again
+    out = io.BytesIO()
+    if image.width * image.height <= _LOSSLESS_PIXELS:
+        image.save(out, "PNG", compress_level=1)
+    else:
+        image.save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
+
+
+def _accept(data: bytes, limits: ImageLimits) -> Header | ImageProblem:
+    """The header of an image that may be decoded: everything that can be refused without decoding is refused here."""
+    header = read_header(data)
+    if isinstance(header, ImageProblem):
+        return header
+    return refusal(header, limits, len(data)) or header
+
+
+def refusal(header: Header, limits: ImageLimits, length: int) -> ImageProblem | None:
+    """Why an image of such a header, in a file of ``length`` bytes, is not to be decoded."""
+    width, height = header.width, header.height
+    if width * height > limits.max_image_pixels:
+        size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
+        return ImageProblem(Status.TOO_LARGE, f"{size}, over the limit of {limits.max_image_pixels / 1e6:g}")
+    if not header.complete:
+        return ImageProblem(Status.CORRUPT, f"truncated: the file ends after {length} bytes, before its end mark")
+    if header.frames > 1:
+        return ImageProblem(Status.UNSUPPORTED, f"animated image ({header.frames} frames)")
+    if min(width, height) < limits.min_side:
+        return ImageProblem(Status.TOO_SMALL, f"{width}x{height}: the shorter side is under {limits.min_side} pixels")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        return _too_thin(header, limits.max_aspect)
+    return None
+
+
+def _too_thin(header: Header, limit: float) -> ImageProblem:
+    reason = f"{header.width}x{header.height}: one side is more than {limit:g} times the other"
+    return ImageProblem(Status.UNSUPPORTED, reason)
+
+
+def _undecodable(error: Exception) -> ImageProblem:
+    if "out of memory" in str(error):  # Pillow's words for libjpeg's and zlib's failed allocations
+        return ImageProblem(Status.READ_ERROR, f"cannot be decoded now: {error}")
+    return ImageProblem(Status.CORRUPT, f"cannot be decoded: {error or type(error).__name__}")
+
+
+def _orientation(image: ImageFile) -> int:
+    """EXIF orientation, 1 to 8. A damaged EXIF block says nothing about the pixels, so it counts as upright."""
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except _EXIF_ERRORS:
+        return 1
+    return value if value in _TRANSPOSE else 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+
+
+def _to_rgb(image: Image.Image, conversion: Conversion | None) -> Image.Image:
+    """As it would be seen: sRGB, transparency over white, 16 bits scaled to 8 (Pillow's convert clips them)."""
+    if image.mode.startswith("I"):
+        scaled = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
+        image = Image.fromarray(scaled.astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        paper = Image.new("RGB", image.size, (255, 255, 255))
+        paper.paste(conversion.apply(rgba.convert("RGB")) if conversion else rgba, mask=rgba.getchannel("A"))
+        return paper
+    if conversion:
+        return conversion.apply(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def phash(grey: Image.Image) -> str:
+    """64-bit perceptual hash of an ``L`` image as 16 hex digits; near-duplicates differ in few bits.
+
+    The algorithm of ``imagehash.phash``: 32x32 (Lanczos), DCT-II, the 8x8 lowest frequencies against their median.
+    """
+    small = np.asarray(grey.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
+    low = np.round(_DCT @ small @ _DCT.T, 3)  # rounded: in flat images all but the first are noise around zero
+    ranked = np.sort(low, axis=None)
+    median = (ranked[_HASH_BITS**2 // 2 - 1] + ranked[_HASH_BITS**2 // 2]) / 2  # np.median takes ten times as long
+    return np.packbits(low > median).tobytes().hex()
+
+
+def grid_size(height: int, width: int, grid: ImageGrid) -> tuple[int, int]:
+    """``(height, width)`` on the grid by Qwen's smart-resize rule: near-equal aspect, multiples of ``factor``.
+
+    Where that rule's own answer breaks its own limits (thin strips, or limits so close that no rounding fits) a second
+    resize would follow in the model's processor; there the size within the limits that is closest in aspect is taken.
+    Raises ValueError over an aspect of 200, or where no size at all fits the limits.
+    """
+    if max(height, width) > MAX_GRID_ASPECT * min(height, width):
+        raise ValueError(f"{width}x{height}: one side is more than {MAX_GRID_ASPECT:g} times the other")
+    factor = grid.factor
+    rows, columns = round(height / factor), round(width / factor)
+    area = rows * columns * factor**2
+    if area > grid.max_pixels:
+        shrink = math.sqrt(height * width / grid.max_pixels)
+        rows = max(1, math.floor(height / shrink / factor))
+        columns = max(1, math.floor(width / shrink / factor))
+    elif area < grid.min_pixels:
+        grow = math.sqrt(grid.min_pixels / (height * width))
+        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+    if not grid.min_pixels <= rows * columns * factor**2 <= grid.max_pixels:
+        rows, columns = _nearest_cells(height / width, grid)
+    return rows * factor, columns * factor
+
+
+def _nearest_cells(aspect: float, grid: ImageGrid) -> tuple[int, int]:
+    """Rows and columns within the grid's limits whose ratio is nearest to ``aspect``; of equals, the largest."""
+    low, high = -(-grid.min_pixels // grid.factor**2), grid.max_pixels // grid.factor**2
+    best: tuple[float, int, int, int] | None = None
+    for rows in range(1, high + 1):
+        first, last = max(1, -(-low // rows)), high // rows
+        if first > last:
+            continue
+        columns = min(max(round(rows / aspect), first), last)
+        candidate = (abs(math.log(rows / columns / aspect)), -rows * columns, rows, columns)
+        best = candidate if best is None or candidate < best else best
+    if best is None:
+        limits = f"{grid.min_pixels} to {grid.max_pixels} pixels"
+        raise ValueError(f"no size in multiples of {grid.factor} has {limits}; widen the model's pixel limits")
+    return best[2], best[3]

@@ -1,0 +1,226 @@
+"""What encoded image bytes claim to be, read from their structure alone: nothing is decoded, no pixel is allocated.
+
+So a pixel bomb costs a few microseconds, and files are known by content, never by name.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+from ...manifests.status import Status
+
+Format = Literal["jpg", "png", "webp"]
+
+MEDIA_TYPES: dict[str, str] = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+HEAD_BYTES = 4096  # as many bytes tell any file's kind
+MAX_JPEG_SCANS = 500  # every scan is a pass over the whole image; encoders write 1 to 20, bombs write thousands
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+# What web crawls hold instead of photographs, by the first bytes. Order matters only where one entry begins another.
+_OTHERS: tuple[tuple[bytes, str], ...] = (
+    (b"GIF8", "a GIF image"),
+    (b"BM", "a BMP image"),
+    (b"II*\0", "a TIFF image"),
+    (b"MM\0*", "a TIFF image"),
+    (b"II+\0", "a TIFF image"),
+    (b"8BPS", "a Photoshop file"),
+    (b"\0\0\1\0", "an icon (ICO)"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
+    (b"\xff\x0a", "a JPEG XL image"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL image"),
+    (b"%PDF", "a PDF document"),
+    (b"%!PS", "a PostScript document"),
+    (b"PK\3\4", "a zip archive"),
+    (b"\x1f\x8b", "gzip data"),
+    (b"BZh", "bzip2 data"),
+    (b"\xfd7zXZ", "xz data"),
+    (b"(\xb5/\xfd", "zstandard data"),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "Arrow data"),
+    (b"\xff\xff\xff\xff", "Arrow data"),  # a stream of it, as `datasets` saves
+    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer"),
+    (b"\x7fELF", "a program"),
+    (b"\x1aE\xdf\xa3", "a Matroska video"),
+)
+_FILE_TYPE_BRANDS = {
+    b"avif": "an AVIF image",
+    b"avis": "an AVIF image",
+    b"heic": "a HEIF image",
+    b"heix": "a HEIF image",
+    b"mif1": "a HEIF image",
+}
+_MARKUP = re.compile(rb"<(svg|!doctype\s+html|html|head|body|\?xml|!--)", re.IGNORECASE)
+# Start-of-frame markers of a JPEG: those libjpeg decodes at 8 bits a sample, and those it does not.
+_SOF_DECODED = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
+_SOF_PROGRESSIVE = {0xC2, 0xCA}
+_SOF_OTHERS = {0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProblem:
+    """Why an image cannot be used: the row's ``status`` and ``error``."""
+
+    status: Status
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """``width`` and ``height`` in pixels as stored (before EXIF rotation); ``frames`` > 1 for an animation.
+
+    ``complete``: whether the file reaches the end that its structure has; known for PNG only.
+    """
+
+    format: Format
+    width: int
+    height: int
+    frames: int = 1
+    complete: bool = True
+
+
+def sniff(data: bytes) -> Format | ImageProblem:
+    """The format of an image by its first bytes; for all else a problem that names what it looks like."""
+    if not data:
+        return ImageProblem(Status.CORRUPT, "zero bytes")
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == _PNG:
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if len(data) < 12 and (_PNG.startswith(data) or data[:2] == b"\xff\xd8" or data[:4] == b"RIFF"):
+        return ImageProblem(Status.CORRUPT, f"truncated: only {len(data)} bytes")
+    if not data[:HEAD_BYTES].strip(b"\0"):
+        return ImageProblem(Status.CORRUPT, f"the first {min(len(data), HEAD_BYTES)} bytes are zeros")
+    return ImageProblem(Status.UNSUPPORTED, f"not a JPEG, PNG or WebP image: {described(data)}")
+
+
+def described(data: bytes) -> str:
+    """What a file that is no JPEG, PNG or WebP looks like, in words."""
+    return _describe(data[:HEAD_BYTES])
+
+
+def no_image(head: bytes) -> str | None:
+    """What a file is that begins like this and is no image at all. None for images, also of formats we do not take
+    and damaged ones."""
+    found = sniff(head)
+    if not isinstance(found, ImageProblem) or found.status is not Status.UNSUPPORTED:
+        return None
+    kind = _describe(head[:HEAD_BYTES])
+    return None if kind.endswith((" image", "(ICO)", " drawing", "Photoshop file")) else kind
+
+
+def _describe(head: bytes) -> str:
+    for magic, name in _OTHERS:
+        if head.startswith(magic):
+            return name
+    if head[4:8] == b"ftyp":
+        return _FILE_TYPE_BRANDS.get(head[8:12], "an MP4 or QuickTime file")
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    markup = _MARKUP.search(head) if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") else None
+    if markup and b"<svg" in head.lower():
+        return "an SVG drawing"
+    if markup:
+        return "an XML file" if markup[1] == b"?xml" else "an HTML page"
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # a character cut by the end of the head is still text
+            return f"unknown data (starts with {head[:8].hex(' ')})"
+        text = head[: error.start].decode("utf-8")
+    if any(not c.isprintable() and not c.isspace() for c in text):
+        return f"unknown data (starts with {head[:8].hex(' ')})"
+    return "JSON text" if text.lstrip()[:1] in ("{", "[") else "plain text"
+
+
+def read_header(data: bytes) -> Header | ImageProblem:
+    """Format, stored size and frames from the headers; files that end before their own structure says are corrupt."""
+    kind = sniff(data)
+    if isinstance(kind, ImageProblem):
+        return kind
+    try:
+        header = {"jpg": _jpeg_header, "png": _png_header, "webp": _webp_header}[kind](data)
+    except (struct.error, IndexError):
+        return ImageProblem(Status.CORRUPT, f"truncated: the file ends in the headers ({len(data)} bytes)")
+    if isinstance(header, Header) and (header.width < 1 or header.height < 1):
+        return ImageProblem(Status.CORRUPT, f"the header gives a size of {header.width}x{header.height}")
+    return header
+
+
+def _jpeg_header(data: bytes) -> Header | ImageProblem:
+    at = 2
+    while True:
+        if data[at] != 0xFF:
+            return ImageProblem(Status.CORRUPT, f"no JPEG marker at byte {at}")
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without data
+            at += 2
+        elif marker in _SOF_DECODED:
+            precision, height, width = struct.unpack_from(">BHH", data, at + 4)
+            if precision != 8:
+                return ImageProblem(Status.UNSUPPORTED, f"a JPEG with {precision} bits a sample")
+            if marker in _SOF_PROGRESSIVE and (scans := data.count(b"\xff\xda", at)) > MAX_JPEG_SCANS:
+                return ImageProblem(Status.UNSUPPORTED, f"a JPEG with {scans} scans (limit {MAX_JPEG_SCANS})")
+            return Header("jpg", width, height)
+        elif marker in _SOF_OTHERS:
+            return ImageProblem(Status.UNSUPPORTED, "a lossless or hierarchical JPEG")
+        elif marker in (0xD9, 0xDA):
+            return ImageProblem(Status.CORRUPT, "a JPEG without a frame header")
+        else:
+            (length,) = struct.unpack_from(">H", data, at + 2)
+            at += 2 + length
+
+
+def _png_header(data: bytes) -> Header | ImageProblem:
+    """Walks all chunks: Pillow is content with a PNG whose last bytes are missing."""
+    if data[12:16] != b"IHDR":
+        return ImageProblem(Status.CORRUPT, "a PNG whose first chunk is not IHDR")
+    width, height = struct.unpack_from(">II", data, 16)
+    frames, at = 1, 8
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        kind = data[at + 4 : at + 8]
+        if kind == b"IEND":
+            return Header("png", width, height, frames)
+        if kind == b"acTL":
+            (frames,) = struct.unpack_from(">I", data, at + 8)
+        at += 12 + length
+    # The size still counts: a bomb is to be named a bomb even though its file holds nothing but a header.
+    return Header("png", width, height, frames, complete=False)
+
+
+def _webp_header(data: bytes) -> Header | ImageProblem:
+    (claimed,) = struct.unpack_from("<I", data, 4)
+    if claimed + 8 > len(data):
+        return ImageProblem(Status.CORRUPT, f"truncated: {len(data)} of {claimed + 8} bytes")
+    size: tuple[int, int] | None = None
+    frames, animated, at = 0, False, 12
+    while at + 8 <= claimed + 8:
+        kind = data[at : at + 4]
+        (length,) = struct.unpack_from("<I", data, at + 4)
+        body = at + 8
+        if kind == b"VP8X":
+            animated = bool(data[body] & 2)
+            size = _uint24(data, body + 4) + 1, _uint24(data, body + 7) + 1
+        elif kind == b"VP8 " and size is None:
+            width, height = struct.unpack_from("<HH", data, body + 6)
+            size = width & 0x3FFF, height & 0x3FFF
+        elif kind == b"VP8L" and size is None:
+            (packed,) = struct.unpack_from("<I", data, body + 1)
+            size = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+        elif kind == b"ANMF":
+            frames += 1
+        at = body + length + (length & 1)
+    if size is None:
+        return ImageProblem(Status.CORRUPT, "a WebP without image data")
+    return Header("webp", *size, frames if animated else 1)
+
+
+def _uint24(data: bytes, at: int) -> int:
+    return data[at] | data[at + 1] << 8 | data[at + 2] << 16

@@ -1,0 +1,50 @@
+"""Scorers by name: which model a name stands for, and the model, loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import BadInput
+from .base import Scorer
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """A scorer as options name it. ``kind``: clip or itm; ``model``: bundled, a folder or a name of its library."""
+
+    kind: str
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+def load_scorer(config: ScorerConfig) -> Scorer:
+    """The model, ready. Raises BadInput for one that is not there or of another kind."""
+    if config.kind == "clip":
+        from .clip import load_clip
+
+        return load_clip(config.model, config.dtype, config.device)
+    if config.kind == "itm":
+        from .itm import load_itm
+
+        return load_itm(config.model, config.dtype, config.device)
+    raise BadInput(f"scorer {config.kind!r} is neither clip nor itm")
+
+
+def scorer_identity(config: ScorerConfig) -> dict[str, Any]:
+    """What fingerprints cover: the weights' digest (or the library's name of them), the number type, the activation,
+
+    and how pictures are made. Beside clip and itm it knows blip, which is a reward alone. Raises BadInput.
+    """
+    from ..engines.model_folder import content_digest
+    from .clip_source import Tag, clip_source
+    from .itm import retrieval_source
+
+    if config.kind == "clip":
+        clip = clip_source(config.model)
+        tag = clip.place
+        model = f"{tag.architecture}|{tag.pretrained}" if isinstance(tag, Tag) else content_digest(tag)
+        return {"model": model, "dtype": config.dtype, **clip.seen_as()}
+    found = retrieval_source(config.model, ("blip",) if config.kind == "blip" else ("blip", "blip-2"))
+    return {"model": content_digest(found.folder), "dtype": config.dtype, **found.seen_as()}

@@ -1,0 +1,43 @@
+"""The optional safety detector: NudeNet, whose ONNX model comes with its package (extra ``safety``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import BadInput
+from ..images.decode import Pixels
+from ..images.preprocess import View
+
+SIDE = 320  # the model's input
+UNSAFE = (
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+    "FEMALE_BREAST_EXPOSED",
+    "BUTTOCKS_EXPOSED",
+    "ANUS_EXPOSED",
+)
+
+
+class NudeNetDetector:
+    """Scores in [0, 1] by NudeNet's own class names, of the unsafe classes alone."""
+
+    view = View(SIDE, SIDE, "longest")
+
+    def __init__(self) -> None:
+        try:
+            from nudenet import NudeDetector
+        except ImportError as error:
+            raise BadInput(f"--safety needs the package nudenet ({error}); pip install 'capipe[safety]'") from error
+        self._detector: Any = NudeDetector(inference_resolution=SIDE)
+
+    def detect(self, pixels: Sequence[Pixels]) -> list[dict[str, float]]:
+        """For each image (320, 320, 3) RGB the unsafe classes found in it, each with its highest score."""
+        found = []
+        for image in pixels:
+            best: dict[str, float] = {}
+            for each in self._detector.detect(image[:, :, ::-1].copy()):  # it takes OpenCV's order of the colours
+                if each["class"] in UNSAFE:
+                    best[each["class"]] = max(best.get(each["class"], 0.0), float(each["score"]))
+            found.append(best)
+        return found

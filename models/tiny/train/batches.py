@@ -1,0 +1,128 @@
+"""Training batches made on the fly: batch ``k`` of a seed is always the same, so a resumed run sees what it would have.
+
+Pictures stay uint8 until the trainer needs them; half of them go through JPEG, as pictures in shards have.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerFast
+
+from ..world.prompts import DENSE, PLAIN, SHORT, answer
+from ..world.render import render
+from ..world.scenes import BACKGROUNDS, COLORS, MOST_THINGS, PLACES, SHAPES, SIZES, WORDS, Scene, sample_of
+from .architectures import SIDE
+from .texts.tokenizer import END
+
+IGNORE = -100
+WHAT = ("nothing", *SHAPES, "sign")
+PROMPTS = (*DENSE, *PLAIN, *SHORT)
+IMAGES = 32
+TEXTS = 48  # the first text of every image is dense; the others, on the first images again, are plain or short
+SIGN_SHARE = 0.5  # more than in the world: words are the hardest to learn
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Per cell (images, 9): what, color, size, word as indexes, IGNORE where there is none; background: (images,)."""
+
+    what: Tensor
+    color: Tensor
+    size: Tensor
+    word: Tensor
+    background: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures (images, SIDE, SIDE, 3) uint8 and texts about them.
+
+    Text ``t`` answers ``PROMPTS[prompts[t]]`` on ``pixels[owners[t]]``.
+    """
+
+    pixels: Tensor
+    truth: Truth
+    owners: list[int]
+    prompts: list[int]
+    answers: list[list[int]]  # token ids, the end token included
+
+
+def most_things(step: int) -> int:
+    """The curriculum: scenes grow from at most two things to five within the first steps."""
+    return min(MOST_THINGS, 2 + step // 100)
+
+
+class Batches(Dataset[Batch]):
+    """``self[step]`` is the batch of that step, pure in (seed, step)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
+        self.tokenizer, self.seed, self.steps = tokenizer, seed, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = Random(f"batch:{self.seed}:{step}")
+        scenes = [sample_of("train", rng, most_things(step), SIGN_SHARE) for _ in range(IMAGES)]
+        pixels = np.stack([picture(scene, rng) for scene in scenes])
+        owners = [text % IMAGES for text in range(TEXTS)]
+        kinds = [DENSE if text < IMAGES else rng.choice((PLAIN, PLAIN, PLAIN, SHORT)) for text in range(TEXTS)]
+        prompts = [rng.choice((kind[0], rng.choice(kind))) for kind in kinds]  # the canonical one most often
+        captions = [answer(prompt, scenes[owner], rng) + END for prompt, owner in zip(prompts, owners, strict=True)]
+        return Batch(
+            pixels=torch.from_numpy(pixels),
+            truth=truth_of(scenes),
+            owners=owners,
+            prompts=[PROMPTS.index(prompt) for prompt in prompts],
+            answers=self.tokenizer(captions).input_ids,
+        )
+
+
+def picture(scene: Scene, rng: Random) -> np.ndarray:
+    """(SIDE, SIDE, 3) uint8; some are rendered larger and shrunk as the processor would, half are JPEGs read back."""
+    size = rng.choice((SIDE, SIDE, SIDE, 2 * SIDE))
+    image = render(scene, rng, size)
+    if size != SIDE:
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    if rng.random() < 0.5:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=rng.randint(80, 95))
+        image = Image.open(buffer)
+    return np.array(image)
+
+
+def truth_of(scenes: list[Scene]) -> Truth:
+    """What each cell of each scene holds, as indexes into the world's names."""
+    what = torch.zeros(len(scenes), len(PLACES), dtype=torch.long)
+    color, size, word = (torch.full_like(what, IGNORE) for _ in range(3))
+    for row, scene in enumerate(scenes):
+        for thing in scene.things:
+            cell = PLACES.index(thing.place)
+            what[row, cell] = WHAT.index(thing.shape)
+            color[row, cell] = COLORS.index(thing.color)
+            size[row, cell] = SIZES.index(thing.size)
+        if scene.sign is not None:
+            cell = PLACES.index(scene.sign.place)
+            what[row, cell] = WHAT.index("sign")
+            word[row, cell] = WORDS.index(scene.sign.text)
+    backgrounds = [BACKGROUNDS.index(scene.background) for scene in scenes]
+    return Truth(what, color, size, word, torch.tensor(backgrounds))
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, first: int, steps: int, workers: int) -> Iterator[Batch]:
+    """Batches ``first`` to ``steps``, prepared ahead by ``workers`` processes (0: in this one)."""
+    dataset = Batches(tokenizer, seed, steps)
+    ahead = 8 if workers else None
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=range(first, steps), num_workers=workers, prefetch_factor=ahead
+    )
+    yield from loader

@@ -1,0 +1,159 @@
+"""Train a bundled model from scratch: ``python -m capipe.models.tiny.train.build captioner --seed 0 --minutes 50``.
+
+Checkpoints go to ``.checkpoints/``, from which ``--resume`` goes on; the model's folder is exported every few minutes,
+so that a long run is usable before its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...bundled import NAMES, UNTRAINED, folder_of
+from ...scorers.loading import ScorerConfig, load_scorer
+from ..world.corpus import samples
+from ..world.grade import total
+from ..world.prompts import DENSE
+from .architectures import build_processor
+from .eval.captioner import caption, grades_of
+from .eval.plain_captioner import PlainCaptioner, plain_report
+from .eval.reader import report
+from .eval.scorers import detections, subjects
+from .quiz_models import enrol
+from .schedule import Progress, Schedule
+from .texts.tokenizer import build_tokenizer
+from .train_blip import BlipTrainer, recalls
+from .train_captioner import Plan, Trainer
+from .train_clip_itm import ClipTrainer, ItmTrainer, MatchingPlan, MatchingTrainer
+from .train_plain_captioner import PLAIN, PlainPlan, PlainTrainer
+from .train_vgg import FeaturesPlan, FeaturesTrainer, accuracies, load_classifier
+from .two_towers import PATCHES
+
+SAVE_EVERY = 120.0  # seconds
+EXPORT_EVERY = 300.0
+LOOKED_AT = 100  # held-out scenes that a model is tried on at every export
+
+
+class Training(Protocol):
+    """A model in training, whoever teaches it."""
+
+    progress: Progress
+
+    def run(self, log: Callable[[str], None]) -> Iterator[Progress]: ...
+
+    def export(self, folder: Path) -> None: ...
+
+    def save(self, file: Path) -> None: ...
+
+    def load(self, file: Path) -> None: ...
+
+
+def build(trainer: Training, name: str, out: Path, checkpoint: Path, resume: bool) -> None:
+    """Train to the end of its schedule and export to ``out``. Raises FileNotFoundError where nothing is to resume."""
+    if resume:
+        trainer.load(checkpoint)
+        say(f"resumed at step {trainer.progress.step}, {trainer.progress.seconds:.0f} s")
+    saved = exported = trainer.progress.seconds
+    for progress in trainer.run(say):
+        if progress.seconds - saved > SAVE_EVERY:
+            trainer.save(checkpoint)
+            saved = progress.seconds
+        if progress.seconds - exported > EXPORT_EVERY:
+            trainer.export(out)
+            exported = progress.seconds
+            say(f"exported step {progress.step} to {out}: {quality(trainer, name, out)}")
+    trainer.save(checkpoint)
+    trainer.export(out)
+    say(f"done: {trainer.progress.step} steps in {trainer.progress.seconds / 60:.1f} minutes, exported to {out}")
+
+
+def quality(trainer: Training, name: str, out: Path) -> str:
+    """How good the model is on held-out scenes, in a line."""
+    if isinstance(trainer, Trainer):
+        corpus = list(samples(LOOKED_AT, "heldout", seed=2))
+        processor = build_processor(trainer.tokenizer)
+        grades = grades_of(corpus, caption(trainer.model, processor, [each.image for each in corpus], DENSE[0]))
+        whole, exact = total(grades), sum(each.exact for each in grades) / LOOKED_AT
+        return f"precision {whole.precision():.4f} recall {whole.recall():.4f} exact {exact:.2f} of {LOOKED_AT} scenes"
+    if isinstance(trainer, BlipTrainer):
+        return shares(recalls(str(out), LOOKED_AT, seed=2))
+    if isinstance(trainer, MatchingTrainer):
+        scorer = load_scorer(ScorerConfig("itm" if name == "itm" else "clip", str(out)))
+        found = detections(scorer, subjects(LOOKED_AT, seed=2))
+        return " ".join(f"{kind} {each.auc['score']:.3f}" for kind, each in found.items()) + " (ROC AUC)"
+    if isinstance(trainer, PlainTrainer):
+        if not trainer.sees:
+            return "the loss above is of captions it had not read"
+        sampled = plain_report(PlainCaptioner(str(out)), LOOKED_AT, seed=2, sample=True)
+        return shares(asdict(sampled))
+    if isinstance(trainer, FeaturesTrainer):
+        return shares(accuracies(load_classifier(str(out)), LOOKED_AT, seed=2))
+    if name == "diffusion":
+        from .train_diffusion import drawing_report
+
+        return shares(drawing_report(str(out), LOOKED_AT, seed=2))
+    if name == "teacher":
+        return "the accuracies above are of scenes it had not seen; `capipe qa` tells the rest"
+    return shares(asdict(asyncio.run(report(str(out), LOOKED_AT))))
+
+
+def shares(figures: dict[str, Any]) -> str:
+    """The numbers among a report's figures, in a line."""
+    return " ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
+
+
+def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
+    """The training of a bundled model at its first step; ``length``: ``minutes`` or ``steps``."""
+    if name == "captioner":
+        return Trainer(Plan(seed=seed, **length), build_tokenizer(seed))
+    if name == "itm":
+        return ItmTrainer(MatchingPlan(seed=seed, **length))
+    if name == "vgg":
+        return FeaturesTrainer(FeaturesPlan(seed=seed, **length))
+    if name == "blip":
+        return BlipTrainer(MatchingPlan(seed=seed, reading_steps=0, **length))
+    if name == "diffusion":
+        from .train_diffusion import DrawingPlan, DrawingTrainer  # imports diffusers, which is not installed everywhere
+
+        return DrawingTrainer(DrawingPlan(seed=seed, **length))
+    if name in PLAIN:
+        made: PlainTrainer = PLAIN[name](PlainPlan(seed=seed, **length))
+        return made
+    if name in PATCHES:
+        return ClipTrainer(name, MatchingPlan(seed=seed, **length))
+    return enrol(name, Schedule(seed=seed, **length))
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=(*NAMES, *UNTRAINED))
+    parser.add_argument("--seed", type=int, default=0)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="train for so long; learning rates follow the clock")
+    length.add_argument("--steps", type=int, help="train so many steps")
+    parser.add_argument("--out", type=Path, help="the folder to write (default: the bundled one)")
+    parser.add_argument("--checkpoints", type=Path, default=Path(".checkpoints"))
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parse_arguments(arguments)
+    length = {"steps": given.steps} if given.steps is not None else {"minutes": given.minutes}
+    trainer = training_of(given.model, given.seed, length)
+    out = given.out or folder_of(given.model)
+    build(trainer, given.model, out, given.checkpoints / f"tiny-{given.model}-{given.seed}.pt", given.resume)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

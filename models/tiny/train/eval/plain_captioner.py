@@ -1,0 +1,115 @@
+"""Measure a plain captioner on held-out scenes.
+
+``python -m capipe.models.tiny.train.eval.plain_captioner tiny/vit-gpt2``
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    VisionEncoderDecoderModel,
+)
+
+from ....bundled import resolve
+from ....pretrained import load_weights
+from ...world.corpus import samples
+from ...world.grade import KINDS, total
+from ..plain_models import LONGEST
+from ..texts.web_captions import OPENINGS
+from .captioner import BATCH, grades_of
+
+SEED = 1
+
+
+@dataclass(frozen=True)
+class PlainReport:
+    """Figures of one plain captioner, greedy or sampled; shares are between 0 and 1."""
+
+    precision: float  # stated attributes that are true
+    recall: float
+    by_kind: dict[str, float]  # precision
+    hallucinated: float  # things and signs per scene that are not there
+    colored: float  # named things whose colour is told
+    boilerplate: float  # captions that begin with one
+    dense: float  # captions that state as much as a dense one
+    complete: float  # captions that leave nothing out but the count, and are right
+    finished: float  # captions that ended by themselves
+
+
+class PlainCaptioner:
+    """An exported plain captioner as anyone would load it, computed in float32."""
+
+    def __init__(self, folder: str) -> None:
+        kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+        cls = Blip2ForConditionalGeneration if kind == "blip-2" else VisionEncoderDecoderModel
+        self.model = load_weights(cls, folder, dtype=torch.float32, called=folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.images = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+
+    @torch.inference_mode()
+    def caption(self, pictures: Sequence[bytes], sample: bool = False) -> list[tuple[str, bool]]:
+        """For each picture a caption, greedy or sampled at temperature 1, and whether it ended by itself."""
+        choice: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
+        captions: list[tuple[str, bool]] = []
+        for start in range(0, len(pictures), BATCH):
+            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures[start : start + BATCH]]
+            pixels = self.images(images, return_tensors="pt").pixel_values
+            out = self.model.generate(pixel_values=pixels, max_new_tokens=LONGEST // 2 + 32, **choice)
+            texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+            captions += zip(texts, (out == self.tokenizer.eos_token_id).any(1).tolist(), strict=True)
+        return captions
+
+
+def plain_report(captioner: PlainCaptioner, count: int, seed: int = SEED, sample: bool = False) -> PlainReport:
+    """The figures over ``count`` held-out scenes, the same ones for the same seed."""
+    corpus = list(samples(count, "heldout", seed))
+    torch.manual_seed(seed)
+    told = captioner.caption([each.image for each in corpus], sample)
+    texts = [text for text, _ in told]
+    grades = grades_of(corpus, texts)
+    whole = total(grades)
+    return PlainReport(
+        precision=whole.precision(),
+        recall=whole.recall(),
+        by_kind={kind: whole.precision(kind) for kind in KINDS if whole.stated[kind]},
+        hallucinated=whole.hallucinated / count,
+        colored=whole.stated["color"] / max(1, whole.stated["shape"]),
+        boilerplate=sum(text.startswith(OPENINGS[1:]) for text in texts) / count,
+        dense=sum(each.dense for each in grades) / count,
+        complete=sum(
+            each.stated == each.correct and not (each.expected - each.recalled).keys() - {"count"} for each in grades
+        )
+        / count,
+        finished=sum(ended for _, ended in told) / count,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", help="an exported plain captioner, or tiny/vit-gpt2")
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=SEED)
+    given = parser.parse_args(arguments)
+    captioner = PlainCaptioner(resolve(given.folder))
+    found = {
+        name: asdict(plain_report(captioner, given.scenes, given.seed, sample))
+        for name, sample in (("greedy", False), ("sampled", True))
+    }
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,125 @@
+"""The models that learn from lessons: which curriculum each follows, how large it is, what it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
+
+from ...bundled import resolve
+from ...pretrained import load_weights
+from ..world.scenes import MOST_THINGS
+from .architectures import build_config, build_reader_config
+from .schedule import Schedule
+from .texts.quiz_curriculum import Lesson, finding, guessing, looking, reading, seeing, telling, writing
+from .texts.tokenizer import QUIZ, SPECIAL, build_tokenizer
+from .train_quiz import Curricula, School, lessons_text
+
+TEACHER_LAYERS = 5  # one more than the captioner: an answer has to be matched with an option and its letter found
+READER_LEVELS, TEACHER_LEVELS = MOST_THINGS + 3, MOST_THINGS + 1
+
+
+@dataclass(frozen=True)
+class Graduate:
+    """What there is to know to train one from a seed."""
+
+    curriculum: Curricula
+    build: Callable[[PreTrainedTokenizerFast], Any]
+    lr: float
+    adam_lr: float
+    guided: int | None = None  # layers, see School
+
+
+def reads(rng: Random, level: int) -> Lesson:
+    """Lists and words about many things, then letters about one thing, two, and so on; last any caption.
+
+    Binding a thing's attributes to each other takes half a million answers to learn; lists hold the most of them. The
+    step from an answer to its letter is learnt where the answer is easy to find, or not at all.
+    """
+    if level == 1:
+        return finding(rng, 4, plainly=True, in_words=1.0, questions=3, lists=5)
+    if level == 2:
+        return finding(rng, 5, plainly=rng.random() < 0.5, in_words=0.6, questions=6, lists=3)
+    if level < READER_LEVELS:
+        if rng.random() < 0.3:
+            return finding(rng, in_words=1.0)
+        return finding(rng, level - 2, in_words=0.1, letters=1)
+    return finding(rng, in_words=0.15) if rng.random() < 0.3 else reading(rng)
+
+
+def teaches(rng: Random, level: int) -> Lesson:
+    """Half of the lessons ask about a picture; others have none, want questions, or a caption, lest it be forgotten."""
+    most, draw, early = min(level, MOST_THINGS), rng.random(), level <= MOST_THINGS
+    looks, guesses, tells = (0.7, 0.1, 0.1) if early else (0.55, 0.15, 0.05)
+    if draw < looks:
+        return seeing(rng, most) if early or rng.random() < 0.3 else looking(rng, most)
+    if draw < looks + guesses:
+        return guessing(rng)
+    return telling(rng, most) if draw < looks + guesses + tells else writing(rng, most)
+
+
+def new_reader(width: int, layers: int, inner: int) -> Callable[[PreTrainedTokenizerFast], Qwen2ForCausalLM]:
+    def build(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+        model = Qwen2ForCausalLM(build_reader_config(tokenizer, width, layers, inner))
+        compose(model, tokenizer)
+        return model
+
+    return build
+
+
+def compose(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let each phrase that is a token begin as the mean of its words, so that ". red" is known for " red" at once."""
+    words = tokenizer.backend_tokenizer.model
+    weight = model.get_input_embeddings().weight
+    cut = tokenizer.backend_tokenizer.pre_tokenizer
+    with torch.no_grad():
+        for phrase, index in tokenizer.get_added_vocab().items():
+            pieces = [piece for piece, _ in cut.pre_tokenize_str(phrase) if any(map(str.isalpha, piece.strip("ĠĊ")))]
+            parts = [token.id for piece in pieces for token in words.tokenize(piece)]
+            if parts and phrase not in SPECIAL:
+                weight[index] = weight[parts].mean(0) * len(parts) ** 0.5
+
+
+def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+    """The bundled captioner's weights with this tokenizer's embeddings: those of tokens both know, the rest new."""
+    from transformers import AutoTokenizer
+
+    folder = resolve("tiny/captioner")
+    captioner = load_weights(Qwen2_5_VLForConditionalGeneration, folder, dtype=torch.float32, called=folder)
+    known = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer, TEACHER_LAYERS))
+    weights, mine = captioner.state_dict(), model.state_dict()
+    mine |= {name: tensor for name, tensor in weights.items() if tensor.shape == mine[name].shape}
+    old, new = captioner.get_input_embeddings().weight, model.get_input_embeddings().weight.detach().clone()
+    for token, index in tokenizer.get_vocab().items():
+        if token in known:
+            new[index] = old[known[token]].detach()
+    model.load_state_dict(mine)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(new)  # tied: the head's weights, too
+        compose(model, tokenizer)
+        for layer in model.model.language_model.layers[captioner.config.text_config.num_hidden_layers :]:
+            layer.self_attn.o_proj.weight.zero_()  # a new layer changes nothing at first
+            layer.mlp.down_proj.weight.zero_()
+    model.model.visual.requires_grad_(False)  # it sees all there is to see already
+    return model
+
+
+GRADUATES = {
+    "reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 7, 384), 1e-3, 1e-3, 5),
+    "holdout-reader": Graduate(Curricula(reads, 20, READER_LEVELS), new_reader(128, 8, 256), 1e-3, 1e-3, 6),
+    "teacher": Graduate(Curricula(teaches, 24, TEACHER_LEVELS), captioner_turned_teacher, 1e-3, 1e-3),
+}
+
+
+def enrol(name: str, schedule: Schedule) -> School:
+    """The school of one of :data:`GRADUATES` at its first step; the rates are its own."""
+    graduate = GRADUATES[name]
+    torch.manual_seed(schedule.seed)
+    tokenizer = build_tokenizer(schedule.seed, lambda seed: lessons_text(graduate.curriculum, seed), QUIZ)
+    planned = Schedule(schedule.seed, schedule.steps, schedule.minutes, graduate.lr, graduate.adam_lr)
+    return School(graduate.build(tokenizer), tokenizer, planned, graduate.curriculum, graduate.guided)

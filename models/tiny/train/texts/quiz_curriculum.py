@@ -1,0 +1,244 @@
+"""Training data of those who read and write quizzes: what stands before a question once, then several questions.
+
+A :class:`Lesson` is a common beginning (a caption in its instructions, or a picture) and branches that each see the
+beginning and themselves alone: exactly what an engine computes for each of them, at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Literal
+
+from ....quiz import ABSTAIN, LETTERS, Question, caption_prompt, image_prompt, put, writing_prompt
+from ...world.captions import PLAIN, dense_caption
+from ...world.grade import Facts
+from ...world.prompts import DENSE
+from ...world.scenes import COLORS, MOST_THINGS, Scene, sample_of
+from .caption_augmentation import retold, told
+from .quiz import COUNTS, KINDS, Asked, facts_of, leaking, possible, quiz, sample_asked, solve
+
+Form = Literal["letter", "words", "text"]
+FORMS: tuple[Form, ...] = ("letter", "words", "text")
+WORDS_ONLY = "Answer in words."
+LIST = "List all things."
+SPELL = "Say the letters."
+BOUND = ("color", "place", "shape", "size")  # kinds that take finding one thing among others: most of the learning
+KNOWLEDGE = (  # answered by who never saw a picture
+    ("How many sides does a triangle have?", "three", COUNTS),
+    ("How many corners does a square have?", "four", COUNTS),
+    ("How many points does a star with five points have?", "five", COUNTS),
+    (
+        "Which color do you get from mixing red and yellow?",
+        "orange",
+        COLORS,
+    ),
+    ("Which of these is no color?", "circle", ("circle", "red", "blue", "green", "yellow")),
+    ("Which of these is a shape?", "square", ("square", "pink", "large", "red")),
+)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """``asked`` continues the user's turn, ``answer`` is the assistant's; ``means``: in words, where it is a letter."""
+
+    asked: str
+    answer: str
+    form: Form = "letter"
+    means: str = ""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """``scene``: to be shown as a picture before the text, None for text alone."""
+
+    text: str
+    branches: tuple[Branch, ...]
+    scene: Scene | None = None
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+def finding(
+    rng: Random,
+    most: int = MOST_THINGS,
+    plainly: bool = False,
+    in_words: float = 0.5,
+    questions: int = 10,
+    lists: int = 0,
+    letters: int = 0,
+) -> Lesson:
+    """A caption that tells everything, and questions about it, most of a thing's attributes: what reading begins with.
+
+    Where there may be two things there are, so that one has to be found; ``plainly``: all captions are worded alike;
+    ``lists``: how often all things are to be listed, too; ``letters``: how often the letters of all options are to be
+    told.
+    """
+    while len((scene := sample_of("train", rng, most, 0.5)).things) < min(most, 2):
+        pass
+    caption = dense_caption(scene, rng, style=PLAIN) if plainly else rng.choice((dense_caption, retold))(scene, rng)
+    facts = facts_of(scene)
+    branches = [Branch(LIST, listed(scene, rng), "text") for _ in range(lists)]
+    branches += [_spelled(quiz(scene, sample_asked(scene, rng), rng), rng) for _ in range(letters)]
+    while len(branches) < questions + lists + letters:
+        asked = sample_asked(scene, rng)
+        if asked.kind in BOUND or rng.random() < 0.2:
+            branches.append(_read_branch(scene, facts, rng, in_words, asked))
+    return Lesson(caption_prompt(caption), tuple(branches))
+
+
+def listed(scene: Scene, rng: Random) -> str:
+    """All things, each with its attributes, in any order: "star red small top left, circle ...".
+
+    What comes after a thing's first attribute has to be found by that one: ten answers in the room of two questions.
+    """
+    things = rng.sample(scene.things, len(scene.things))
+    told = ([thing.shape, thing.color, thing.size, thing.place] for thing in things)
+    return " " + ", ".join(" ".join(rng.sample(attributes, len(attributes))) for attributes in told)
+
+
+def _spelled(question: Question, rng: Random) -> Branch:
+    """The letters of all options of a question, in any order: "star B, circle A, ..."."""
+    choices = (*question.options, ABSTAIN)
+    order = rng.sample(range(len(choices)), len(choices))
+    letters = {choice: letter for letter, choice in zip(LETTERS, order, strict=False)}
+    told = [f"{choices[choice]} {letters[choice]}" for choice in rng.sample(range(len(choices)), len(choices))]
+    return Branch(put(question, order) + SPELL, " " + ", ".join(told), "text")
+
+
+def reading(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> Lesson:
+    """A caption and questions about its scene, to be answered from it alone; some captions are another scene's."""
+    scene = sample_of("train", rng, most, 0.5)
+    draw = rng.random()
+    caption: str | None
+    caption, facts = told(scene if draw < 0.9 else sample_of("train", rng, most, 0.5), rng)
+    if draw > 0.96:
+        caption, facts = rng.choice((None, "", caption.split(".")[0])), Facts()
+        if caption:
+            caption, facts = "An image.", Facts()
+    branches = tuple(_read_branch(scene, facts, rng, in_words) for _ in range(questions))
+    return Lesson(caption_prompt(caption), branches)
+
+
+def _read_branch(scene: Scene, facts: Facts, rng: Random, in_words: float, asked: Asked | None = None) -> Branch:
+    asked = asked or sample_asked(scene, rng)
+    question = quiz(scene, asked, rng)
+    answer = solve(asked, facts)
+    if rng.random() < in_words:
+        # With the options in sight in half of the cases: what a letter is chosen by has to be known there, too.
+        order = rng.sample(range(len(question.options) + 1), len(question.options) + 1)
+        text = put(question, order) if rng.random() < 0.5 else f"Question: {question.text}\n"
+        return Branch(text + WORDS_ONLY, answer or ABSTAIN, "words")
+    if answer is not None and answer not in question.options and rng.random() < 0.7:
+        # The caption is of another scene: what it tells is to be among the options, too.
+        question = replace(question, options=(answer, *question.options[1:]))
+    return lettered(question, answer, rng)
+
+
+def lettered(question: Question, answer: str | None, rng: Random) -> Branch:
+    """The question in a random order of its choices; ``answer`` None or none of the options: to abstain is right."""
+    choices = len(question.options) + 1
+    order = rng.sample(range(choices), choices)
+    choice = question.options.index(answer) if answer in question.options else choices - 1
+    means = (*question.options, ABSTAIN)[choice]
+    return Branch(put(question, order), LETTERS[order.index(choice)], means=means)
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def seeing(rng: Random, most: int = MOST_THINGS, questions: int = 8) -> Lesson:
+    """A picture and questions about it alone, half of them to be answered in words: what looking begins with."""
+    scene = sample_of("train", rng, most, 0.5)
+    branches = tuple(_read_branch(scene, facts_of(scene), rng, 0.5) for _ in range(questions))
+    return Lesson(image_prompt(), branches, scene)
+
+
+def telling(rng: Random, most: int = MOST_THINGS) -> Lesson:
+    """A picture and the request for a dense caption."""
+    scene = sample_of("train", rng, most, 0.5)
+    return Lesson("", (Branch(rng.choice(DENSE), dense_caption(scene, rng), "text"),), scene)
+
+
+def looking(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> Lesson:
+    """A picture and questions: most about it, some that tell their answer, some about another scene."""
+    scene = sample_of("train", rng, most, 0.5)
+    return Lesson(image_prompt(), tuple(_look_branch(scene, rng, in_words) for _ in range(questions)), scene)
+
+
+def _look_branch(scene: Scene, rng: Random, in_words: float) -> Branch:
+    draw = rng.random()
+    if draw < 0.03:
+        return _knowledge(rng)
+    other = scene if draw < 0.88 else sample_of("train", rng, MOST_THINGS, 0.5)
+    asked = sample_asked(other, rng)
+    if draw < 0.12 or draw > 0.97:
+        asked = leaking(asked, other)
+    question = quiz(other, asked, rng)
+    answer = solve(asked, facts_of(scene))
+    if rng.random() < in_words:
+        return Branch(f"Question: {question.text}\n{WORDS_ONLY}", answer or ABSTAIN, "words")
+    return lettered(question, answer, rng)
+
+
+def guessing(rng: Random, questions: int = 5) -> Lesson:
+    """The same questions without a picture: only those that tell their answer, or that anybody knows, have one."""
+    return Lesson(image_prompt(), tuple(_guess_branch(rng) for _ in range(questions)))
+
+
+def _guess_branch(rng: Random) -> Branch:
+    if rng.random() < 0.15:
+        return _knowledge(rng)
+    scene = sample_of("train", rng, MOST_THINGS, 0.5)
+    asked = sample_asked(scene, rng)
+    if rng.random() < 0.5:
+        asked = leaking(asked, scene)
+    answer = solve(asked, facts_of(scene)) if asked.leaks else None
+    return lettered(quiz(scene, asked, rng), answer, rng)
+
+
+def _knowledge(rng: Random) -> Branch:
+    text, right, pool = rng.choice(KNOWLEDGE)
+    others = [value for value in pool if value != right]
+    options = [right, *rng.sample(others, min(len(others), rng.choice((2, 3, 3, 4))))]
+    return lettered(Question(text, tuple(options), 0), right, rng)
+
+
+def writing(rng: Random, most: int = MOST_THINGS) -> Lesson:
+    """A picture and the request for questions about it, answered in JSON."""
+    scene = sample_of("train", rng, most, 0.5)
+    count = rng.randint(1, 6)
+    return Lesson("", (Branch(writing_prompt(count), written(scene, count, rng), "text"),), scene)
+
+
+def written(scene: Scene, count: int, rng: Random) -> str:
+    """``count`` different questions about ``scene`` as the JSON that :func:`~..quiz.writing_prompt` asks for."""
+    entries = []
+    for asked in sample_different(scene, count, rng):
+        question = quiz(scene, asked, rng)
+        entries.append(
+            {
+                "kind": question.kind,
+                "question": question.text,
+                "options": list(question.options),
+                "answer": question.options[question.answer],
+            }
+        )
+    return json.dumps({"questions": entries})
+
+
+def sample_different(scene: Scene, count: int, rng: Random) -> list[Asked]:
+    """Things to ask that are all different: another kind each as long as there are, none twice."""
+    choices = possible(scene)
+    rng.shuffle(choices)
+    kinds = sorted(KINDS, key=lambda _: rng.random())
+    chosen: list[Asked] = []
+    while len(chosen) < count and choices:
+        for kind in kinds:
+            match = next((asked for asked in choices if asked.kind == kind), None)
+            if match is not None and len(chosen) < count:
+                choices.remove(match)
+                chosen.append(match)
+    return chosen

@@ -1,0 +1,175 @@
+"""``tiny/blip``: BLIP's image-text retrieval model with trained contrastive heads.
+
+It begins as ``tiny/itm``, whose tower sees and whose Q-Former reads, and is led by ``tiny/clip``, whose vectors its own
+are drawn to beside the contrastive loss (distillation, arXiv 1503.02531): thirty-two pairs a step are few to contrast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from open_clip import CLIP
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoProcessor,
+    BertTokenizer,
+    Blip2ForImageTextRetrieval,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BlipImageProcessor,
+    BlipProcessor,
+)
+
+from ...bundled import resolve
+from ...pretrained import load_weights
+from ...scorers.clip import encode_trimmed
+from ..world.scenes import PLACES
+from .architectures import SIDE, written
+from .eval.captioner import BATCH
+from .eval.scorers import subjects
+from .plain_models import TOWER
+from .train_clip_itm import SLOT, ClipTrainer, MatchingPlan, MatchingTrainer, PairBatch, normalised
+from .train_plain_captioner import matcher
+from .two_towers import EMBED, TEXT_LAYERS, WIDTH, build_bert_tokenizer, build_clip
+from .vision import MEAN, STD
+
+FIRST_SCALE = 14.3  # CLIP's first temperature, 0.07
+LED = 4.0  # weight of what is left between our vectors and the leader's
+
+
+def build_blip(tokenizer: BertTokenizer, seen: Blip2ForImageTextRetrieval) -> BlipForImageTextRetrieval:
+    """BLIP whose tower and text encoder begin as those of ``seen``; its projections and matching head are new."""
+    config = BlipConfig(
+        vision_config={**TOWER, "attention_dropout": 0.0},
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": WIDTH,
+            "encoder_hidden_size": WIDTH,
+            "intermediate_size": 3 * WIDTH,
+            "num_hidden_layers": TEXT_LAYERS,
+            "num_attention_heads": WIDTH // 32,
+            "max_position_embeddings": 512,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "bos_token_id": tokenizer.cls_token_id,
+            "eos_token_id": tokenizer.sep_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        image_text_hidden_size=EMBED,
+    )
+    model = BlipForImageTextRetrieval(config)
+    model.vision_model.load_state_dict(seen.vision_model.state_dict())
+    model.text_encoder.load_state_dict(text_weights(seen))
+    return model
+
+
+def text_weights(seen: Blip2ForImageTextRetrieval) -> dict[str, Tensor]:
+    """What ``seen`` reads texts with, under the names of BLIP's text encoder."""
+    renamed = {f"embeddings.LayerNorm.{name}": value for name, value in seen.qformer.layernorm.state_dict().items()} | {
+        f"embeddings.{name}": value for name, value in seen.embeddings.state_dict().items() if name.endswith("weight")
+    }
+    for name, value in seen.qformer.encoder.state_dict().items():
+        if "_query" not in name:
+            renamed[f"encoder.{name.replace('attention.attention.', 'attention.self.')}"] = value
+    return renamed
+
+
+def load_leader(tokenizer: BertTokenizer) -> CLIP:
+    """``tiny/clip`` in float32."""
+    model = build_clip("clip", tokenizer)
+    weights = load_file(Path(resolve("tiny/clip")) / "open_clip_model.safetensors")
+    model.load_state_dict({name: value.float() for name, value in weights.items()})
+    return model.requires_grad_(False).eval()
+
+
+class BlipTrainer(ClipTrainer):
+    """Contrastive as the CLIPs' training, with BLIP's towers and a leader."""
+
+    model: BlipForImageTextRetrieval  # type: ignore[assignment]
+
+    def __init__(self, plan: MatchingPlan) -> None:
+        torch.manual_seed(plan.seed)
+        tokenizer = build_bert_tokenizer(0)  # as tiny/itm and tiny/clip have it
+        self.model, self.leader = build_blip(tokenizer, matcher()), load_leader(tokenizer)
+        self.log_scale = nn.ParameterList([nn.Parameter(torch.tensor(FIRST_SCALE).log())])
+        MatchingTrainer.__init__(self, plan, tokenizer, SLOT, nn.Linear(EMBED, len(PLACES) * SLOT), self.log_scale)
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        return functional.normalize(self.model.vision_proj(states[:, 0]), dim=-1), states[:, 1:]
+
+    def encode(self, ids: Tensor) -> Tensor:
+        mask = (ids != self.tokenizer.pad_token_id).long()
+        states = self.model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return functional.normalize(self.model.text_proj(states[:, 0]), dim=-1)
+
+    def scale(self) -> Tensor:
+        scale: Tensor = self.log_scale[0]
+        return scale.exp().clamp(max=100)
+
+    def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
+        """Captions and sentences by turns: the leader knows both, and both at once would cost twice the time."""
+        of_captions = self.progress.step % 2 == 0
+        texts = batch.captions if of_captions else batch.sentences
+        told = self.encode(texts)
+        if of_captions:
+            loss, figures = self.of_captions(pooled, told, self.encode(batch.false_captions))
+        else:
+            loss, figures = self.of_sentences(pooled, told, self.encode(batch.false_sentences))
+        with torch.no_grad():
+            image = functional.normalize(self.leader.visual(normalised(batch.pixels)), dim=-1)
+            text = functional.normalize(encode_trimmed(self.leader, texts), dim=-1)
+        image_off, text_off = 1 - (pooled * image).sum(-1).mean(), 1 - (told * text).sum(-1).mean()
+        figures |= {"loss": loss.item(), "image_off": image_off.item(), "text_off": text_off.item()}
+        return loss + LED * (image_off + text_off), figures
+
+    def export(self, folder: Path) -> None:
+        copy = BlipForImageTextRetrieval(self.model.config)
+        copy.load_state_dict(self.model.state_dict())
+        copy.to(torch.bfloat16)
+        images = BlipImageProcessor(size={"height": SIDE, "width": SIDE}, image_mean=list(MEAN), image_std=list(STD))
+        with written(folder) as temporary:
+            copy.save_pretrained(temporary)
+            BlipProcessor(images, self.tokenizer).save_pretrained(temporary)
+
+
+@torch.inference_mode()
+def recalls(folder: str, count: int, seed: int = 11) -> dict[str, float]:
+    """How often a dense caption finds its own image among ``count`` held-out ones: first, in the first 5 and 10."""
+    model = load_weights(BlipForImageTextRetrieval, folder, dtype=torch.float32, called=folder).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    of = subjects(count, seed)
+    images, texts = [], []
+    for start in range(0, count, BATCH):
+        some = of[start : start + BATCH]
+        pictures = [Image.open(io.BytesIO(each.sample.image)).convert("RGB") for each in some]
+        states = model.vision_model(**processor(images=pictures, return_tensors="pt")).last_hidden_state
+        images.append(functional.normalize(model.vision_proj(states[:, 0]), dim=-1))
+        told = processor(text=[each.true for each in some], padding=True, return_tensors="pt")
+        read = model.text_encoder(input_ids=told.input_ids, attention_mask=told.attention_mask).last_hidden_state
+        texts.append(functional.normalize(model.text_proj(read[:, 0]), dim=-1))
+    likeness = torch.cat(texts) @ torch.cat(images).T
+    place = (likeness > likeness.diagonal()[:, None]).sum(1)
+    return {f"recall@{best}": (place < best).float().mean().item() for best in (1, 5, 10)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure BLIP's contrastive heads on held-out scenes.")
+    parser.add_argument("folder", help="an exported model, or tiny/blip")
+    parser.add_argument("--scenes", type=int, default=1000)
+    given = parser.parse_args(arguments)
+    print(json.dumps(recalls(resolve(given.folder), given.scenes)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

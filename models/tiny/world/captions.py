@@ -1,0 +1,184 @@
+"""What people might say of a scene: short alt texts that leave most out, and dense captions that say everything.
+
+A dense caption fixes its style once (which synonyms, which clause order) and keeps to it, as a writer would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, NamedTuple
+
+from .scenes import Scene, Sign, Thing
+
+Layout = Literal["list", "sentences", "places"]
+Clause = Literal["intro", "count", "background", "things", "sign"]
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+ORDERS: tuple[tuple[Clause, ...], ...] = (
+    ("intro", "things", "sign"),
+    ("intro", "sign", "things"),
+    ("count", "things", "sign", "background"),
+    ("background", "count", "things", "sign"),
+    ("count", "background", "things", "sign"),
+)
+
+
+class Fact(NamedTuple):
+    """A single thing to tell: ``kind`` as in :mod:`.grade`, of the shape at ``place`` ("" for the scene and its sign).
+
+    The kind ``thing`` is a shape with all there is to tell of it, ``plate`` a sign with its word and place.
+    """
+
+    kind: str
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Style:
+    """One writer's habits, kept through a caption."""
+
+    large: str
+    small: str
+    noun: str
+    preposition: str
+    corner: bool
+    layout: Layout
+    order: tuple[Clause, ...]
+    opening: int
+    verb: str
+
+
+PLAIN = Style("large", "small", "shape", "in", False, "list", ORDERS[0], 1, "reads")  # for who begins to read
+
+
+def sample_style(rng: Random) -> Style:
+    """Common habits are drawn more often than rare ones, so that one way of saying it is the likeliest."""
+    return Style(
+        large=_mostly(rng, "large", "big"),
+        small=_mostly(rng, "small", "little"),
+        noun=_mostly(rng, "shape", "object"),
+        preposition=_mostly(rng, "in", "at"),
+        corner=rng.random() < 0.2,
+        layout=rng.choices(("list", "sentences", "places"), (5, 3, 2))[0],
+        order=rng.choices(ORDERS, (6, 1, 3, 2, 2))[0],
+        opening=rng.randrange(3),
+        verb=_mostly(rng, "reads", "says"),
+    )
+
+
+def dense_caption(scene: Scene, rng: Random, omitted: Container[Fact] = (), style: Style | None = None) -> str:
+    """Everything there is to say: count, background, each thing with all its attributes, the sign and its word.
+
+    Facts that are ``omitted`` are left out, in the same style, a random one by default; a caption of nothing is empty.
+    """
+    style = style or sample_style(rng)
+    clauses = [_clause(kind, scene, style, omitted) for kind in style.order]
+    return " ".join(clause for clause in clauses if clause)
+
+
+def short_caption(scene: Scene, rng: Random) -> str:
+    """One sentence as alt texts are: one or two things, most attributes left out, never a size or a sign's word."""
+    named = rng.sample(scene.things, min(len(scene.things), rng.choice((1, 1, 2))))
+    phrases = [_with_article(f"{t.color} {t.shape}" if rng.random() < 0.6 else t.shape) for t in named]
+    if scene.sign is not None and rng.random() < 0.3:
+        phrases.append("a sign")
+    text = _joined(phrases)
+    if rng.random() < 0.2:
+        text += f" on a {scene.background} background"
+    opening = rng.choices(("", "There is ", "A picture of ", "This is "), (6, 2, 2, 1))[0]
+    return _sentence(opening + text)
+
+
+def _mostly(rng: Random, common: str, rare: str) -> str:
+    return common if rng.random() < 0.7 else rare
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _joined(phrases: list[str]) -> str:
+    if len(phrases) == 1:
+        return phrases[0]
+    return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _counted(scene: Scene, style: Style, omitted: Container[Fact]) -> str:
+    count = len(scene.things)
+    nouns = f"{style.noun}{'s' if count > 1 else ''}"
+    if Fact("count") not in omitted:
+        return f"{NUMBERS[count]} {nouns}"
+    return nouns if count > 1 else _with_article(nouns)
+
+
+def thing_phrase(thing: Thing, style: Style, omitted: Container[Fact] = ()) -> str:
+    """ "a large red star"; what is omitted leaves no trace, a shape is then called by the style's noun."""
+    size = style.large if thing.size == "large" else style.small
+    words = {"size": size, "color": thing.color, "shape": thing.shape}
+    told = [word for kind, word in words.items() if Fact(kind, thing.place) not in omitted]
+    return _with_article(" ".join(told if Fact("shape", thing.place) not in omitted else [*told, style.noun]))
+
+
+def where_phrase(place: str, style: Style) -> str:
+    """ "in the top left corner", as the style has it."""
+    corner = " corner" if style.corner and place in CORNERS else ""
+    return f"{style.preposition} the {place}{corner}"
+
+
+def _clause(kind: Clause, scene: Scene, style: Style, omitted: Container[Fact]) -> str:
+    """One or more sentences for a kind of clause; empty where the scene has nothing of it, or nothing may be told."""
+    scenery = "" if Fact("background") in omitted else f" on a {scene.background} background"
+    match kind:
+        case "intro":
+            return _opening(scene, style, scenery, omitted)
+        case "count":
+            return "" if Fact("count") in omitted else _opening(scene, style, "", omitted)
+        case "background":
+            return f"The background is {scene.background}." if scenery else ""
+        case "things":
+            return _things(scene, style, omitted)
+        case "sign":
+            return _sign(scene.sign, style, omitted) if scene.sign and Fact("plate") not in omitted else ""
+
+
+def _opening(scene: Scene, style: Style, tail: str, omitted: Container[Fact]) -> str:
+    counted = _counted(scene, style, omitted)
+    be = "are" if len(scene.things) > 1 else "is"
+    variants = (f"there {be} {counted}{tail}", f"the image shows {counted}{tail}", f"{counted} {be} shown{tail}")
+    return _sentence(variants[style.opening])
+
+
+def _things(scene: Scene, style: Style, omitted: Container[Fact]) -> str:
+    pairs = []
+    for thing in scene.things:
+        if Fact("thing", thing.place) not in omitted:
+            where = "" if Fact("place", thing.place) in omitted else where_phrase(thing.place, style)
+            pairs.append((thing_phrase(thing, style, omitted), where))
+    if not pairs:
+        return ""
+    match style.layout:
+        case "list":
+            return _sentence(_joined([f"{thing} {where}".rstrip() for thing, where in pairs]))
+        case "sentences":
+            frame = "{thing} is {where}"
+        case "places":
+            frame = "{where} is {thing}"
+    told = [(frame if where else "there is {thing}").format(thing=thing, where=where) for thing, where in pairs]
+    return " ".join(map(_sentence, told))
+
+
+def _sign(sign: Sign, style: Style, omitted: Container[Fact]) -> str:
+    where = "" if Fact("sign_place") in omitted else where_phrase(sign.place, style)
+    says = "" if Fact("sign") in omitted else f'{style.verb} "{sign.text}"'
+    if not says:
+        return _sentence(f"a sign is {where}" if where else "there is a sign")
+    if style.layout == "places" and where:
+        return _sentence(f"{where} a sign {says}")
+    return _sentence(" ".join(filter(None, ("a sign", where, says))))

@@ -1,0 +1,87 @@
+"""Folders of rendered pictures as a crawl would leave them: image, alt text, and the truth as metadata.
+
+``python -m capipe.models.tiny.world.corpus FOLDER --images 400 --split train --seed 31``
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal, get_args
+
+from PIL import Image
+
+from .captions import short_caption
+from .render import render
+from .scenes import Scene, Split, scenes
+
+Format = Literal["jpg", "png", "webp"]
+
+QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture: its ``key`` in the corpus, the encoded ``image``, a short ``caption`` and the ``scene`` it shows."""
+
+    key: str
+    image: bytes
+    caption: str
+    scene: Scene
+
+
+def samples(count: int, split: Split, seed: int, fmt: Format = "jpg", size: int = 112) -> Iterator[Sample]:
+    """``count`` samples, the same ones for the same arguments; sample ``i`` does not depend on ``count``."""
+    for index, scene in enumerate(scenes(split, count, seed)):
+        rng = Random(f"corpus:{split}:{seed}:{index}")
+        image = encode(render(scene, rng, size), fmt)
+        yield Sample(f"{index:06d}", image, short_caption(scene, rng), scene)
+
+
+def encode(image: Image.Image, fmt: Format) -> bytes:
+    """The file's bytes, free of timestamps. Raises ValueError for a format that is none of ours."""
+    buffer = io.BytesIO()
+    match fmt:
+        case "jpg":
+            image.save(buffer, "JPEG", quality=QUALITY)
+        case "png":
+            image.save(buffer, "PNG")
+        case "webp":
+            image.save(buffer, "WEBP", quality=QUALITY)
+        case _:
+            raise ValueError(f"a corpus is of jpg, png or webp files, not {fmt!r}")
+    return buffer.getvalue()
+
+
+def write_corpus(
+    folder: Path, count: int, split: Split, seed: int, fmt: Format = "jpg", size: int = 112
+) -> list[Sample]:
+    """Write ``<key>.<fmt>``, ``<key>.txt`` and ``<key>.json`` ({"scene": ...}) for each sample; returns the samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = list(samples(count, split, seed, fmt, size))
+    for sample in written:
+        (folder / f"{sample.key}.{fmt}").write_bytes(sample.image)
+        (folder / f"{sample.key}.txt").write_text(sample.caption, encoding="utf-8")
+        truth = json.dumps({"scene": sample.scene.to_dict()}, sort_keys=True)
+        (folder / f"{sample.key}.json").write_text(truth, encoding="utf-8")
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Render pictures with alt texts and their truth into a folder.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--split", choices=get_args(Split), default="train")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    write_corpus(given.folder, given.images, given.split, given.seed)
+    print(f"{given.images} pictures in {given.folder}")
+
+
+if __name__ == "__main__":
+    main()

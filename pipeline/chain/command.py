@@ -1,0 +1,130 @@
+"""`capipe run`: a whole chain, planned or done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...errors import BadInput, Problems
+from ...terminal import print_err, print_line
+from ..commands import options as o
+from ..commands.outcome import Exit
+from ..runners.interrupts import CODES, say
+
+if TYPE_CHECKING:
+    from ..inspect.chain_state import ChainState
+    from .estimate import Estimate
+    from .plan import Planned
+    from .recipe import Chain
+
+REPORT = "report.html"
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file with stages, or the name of a bundled one: tiny.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the chain; each stage has one inside it.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="stages.NAME.config.KEY=value; stages.NAME=null leaves one out; may be repeated."),
+    ] = None,
+    allow_host: o.AllowHost = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")] = False,
+) -> None:
+    """Run a chain of commands: what is done stays, what changed is done again with all that hangs on it."""
+    from ...models.engines.http.api_key import allow
+    from ..inspect.chain_state import load_chain
+
+    allow(allow_host or [])
+    chain, absent = checked(recipe, overrides or [])
+    if dry_run:
+        show_plan(chain, out, load_chain(out), absent, print_line)
+        return
+    if absent:
+        raise Problems(absent)
+    raise typer.Exit(run_checked(chain, out))
+
+
+def checked(recipe: Path, overrides: list[str]) -> tuple[Chain, list[str]]:
+    """The chain, and what a run of it needs that is not there yet. Raises Problems with all that is wrong."""
+    from ...models.engines.http.api_key import check_recipe_hosts
+    from ...trainer.recipe_file import engines_of
+    from .recipe import load_chain_recipe
+    from .validate import check_chain
+
+    chain = load_chain_recipe(recipe, overrides)
+    found = check_chain(chain)
+    for stage in chain.stages:
+        asked = stage.config if stage.recipe is None else stage.recipe.model_dump()
+        try:
+            check_recipe_hosts(f"{chain.file}: stages.{stage.name}", engines_of(dict(asked)), overrides)
+        except BadInput as error:
+            found.problems.append(str(error))
+    if found.problems:
+        raise Problems([*found.problems, *found.absent])
+    return chain, found.absent
+
+
+def run_checked(chain: Chain, out: Path) -> int:
+    """Run it, telling what is done; returns the exit code."""
+    from .run import run_chain
+
+    code = run_chain(chain, out, print_err)
+    if code in CODES:
+        say("stopped; run the same command to go on")
+    elif code == Exit.OK:
+        print_line(
+            f"chain {chain.name}: {len(chain.stages)} stages done in {out}; capipe report {out} writes {out / REPORT}"
+        )
+    return code
+
+
+def show_plan(chain: Chain, out: Path, state: ChainState | None, absent: list[str], say: Callable[[str], None]) -> None:
+    """The plan in lines: each stage with what is to be done, its rows, its cost and its command line; then the sums."""
+    from .estimate import estimate
+    from .plan import arguments, look, outside, shown_command
+
+    planned = look(chain, out, state, outside(chain))
+    found = estimate(chain, planned, out, state)
+    say(f"chain {chain.name} ({chain.file}): {len(chain.stages)} stages into {out}")
+    for number, stage in enumerate(chain.stages, start=1):
+        say(_line(number, len(chain.stages), planned[stage.name], found[stage.name]))
+        say(f"    $ {shown_command(stage, arguments(chain, stage, out))}")
+    for line in _sums(planned, found):
+        say(line)
+    for line in absent:
+        say(f"not there yet: {line}")
+
+
+def _line(number: int, total: int, planned: Planned, found: Estimate) -> str:
+    stage = planned.stage
+    why = f" ({planned.why})" if planned.why else ""
+    line = f"{number}/{total} {stage.name}: {stage.command.name}, {planned.verdict}{why}"
+    if found.rows is None:
+        line += "; rows unknown"
+    else:
+        line += f"; {'at most ' if found.at_most_in else ''}{found.rows:,} rows"
+    if planned.settled:
+        return line
+    return f"{line}; {found.cost.line(found.rows or 0) if found.cost else 'cost unknown'}"
+
+
+def _sums(planned: Mapping[str, Planned], found: Mapping[str, Estimate]) -> list[str]:
+    """What is left to do, and what that costs as far as it is known."""
+    from .estimate import MACHINE, shown
+
+    left = [name for name, each in planned.items() if not each.settled]
+    if not left:
+        return ["nothing to do"]
+    costs = [cost for name in left if (cost := found[name].cost) is not None]
+    lines = [f"to do: {len(left)} of {len(planned)} stages"]
+    if costs:
+        units = dict.fromkeys(cost.unit for cost in costs if cost.unit != MACHINE)
+        sums = [f", {sum(c.device_hours for c in costs if c.unit == unit):,.1f} {unit}-hours" for unit in units]
+        lines.append(f"cost, one stage after the other: {shown(sum(c.hours for c in costs))}{''.join(sums)}")
+    unknown = [name for name in left if found[name].cost is None]
+    if unknown:
+        lines.append(f"cost unknown of: {', '.join(unknown)}; a rate: in the recipe, or one run, tells it")
+    return lines

@@ -1,0 +1,62 @@
+"""`capipe demo`: the chain of ``recipes/tiny.yaml``, every artifact of it verified, and what came of it told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ...errors import Problems, RunFailed
+from ...manifests.verify import verify
+from ...trainer.recipe_file import RECIPES
+from ..commands.outcome import Exit
+from ..inspect.chain_state import load_chain
+from ..report.page import write_report
+from .command import checked, run_checked
+
+RECIPE = RECIPES / "tiny.yaml"
+SCENES = 100  # to train on, at most
+TRAINING = ("train-pictures", "train-shards", "train-questions", "train", "eval-trained")
+
+
+def overrides(images: int, engine: str, train_steps: int) -> list[str]:
+    """What the demo's options change in its recipe. The small steps take an engine that is up at once."""
+    quick = "transformers" if engine == "auto" else engine
+    small = ["questions", "eval", *(["train-questions", "eval-trained"] if train_steps else [])]
+    sets = {
+        "pictures.config.images": images,
+        "shards.config.shard-size": max(1, images // 5),
+        "captions.config.engine": engine,
+        **{f"{name}.config.engine": quick for name in small},
+    }
+    if train_steps:
+        sets |= {"train-pictures.config.images": min(SCENES, images)}
+        sets |= {f"train.config.set.{key}": train_steps for key in ("steps", "save_every")}
+    else:
+        sets |= dict.fromkeys(TRAINING, "null")
+    return [f"stages.{key}={value}" for key, value in sets.items()]
+
+
+def run_demo(out: Path, images: int, engine: str, train_steps: int, say: Callable[[str], None]) -> tuple[int, Path]:
+    """Run or go on with the chain in ``out``; returns its exit code and the path of the report, there if that is 0.
+
+    Without ``train_steps`` nothing is trained. Raises CapipeError, also where an artifact is not what it promises.
+    """
+    chain, absent = checked(RECIPE, overrides(images, engine, train_steps))
+    if absent:
+        raise Problems(absent)
+    code = run_checked(chain, out)
+    if code != Exit.OK:
+        return code, out
+    _verify(out, say)
+    return code, write_report(out)
+
+
+def _verify(out: Path, say: Callable[[str], None]) -> None:
+    """Re-read all that the chain has made."""
+    state = load_chain(out)
+    assert state is not None
+    artifacts = [out / place for stage in state.stages for place in stage.artifacts]
+    for artifact in artifacts:
+        if faults := verify(str(artifact)).faults:
+            raise RunFailed(f"{artifact}: {len(faults)} faults: {faults[0]}; `capipe verify` lists them")
+    say(f"verified: {len(artifacts)} artifacts, clean")

@@ -1,0 +1,139 @@
+"""How many rows a chain's stages go over, and what that costs: counted where there is something to count, else told by
+the recipe. Rates are those measured in this folder, else the recipe's own, with its word for where they are from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import CapipeError
+from ...manifests.artifact import Artifact
+from ...manifests.files.storage import open_parquet
+from ...manifests.samples import IMAGE_EXTENSIONS
+from ..inspect.chain_state import ChainState
+from .plan import Planned, artifact_folders, committed_rows
+from .recipe import Chain, Source, Stage
+
+MACHINE = "machine"  # the unit of what was measured here, where the recipe names no other
+_SHARD = 10_000  # ingest's default
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``rate``: rows per second of all devices; ``hours``: of wall time. ``source``: where the rate is from."""
+
+    rate: float
+    devices: int
+    unit: str
+    hours: float
+    source: str
+
+    @property
+    def device_hours(self) -> float:
+        return self.hours * self.devices
+
+    def line(self, rows: int) -> str:
+        told = f"{rows:,} / {self.rate:,.4g} a second = {shown(self.hours)}"
+        if self.unit == MACHINE:
+            return f"{told}; {self.source}"
+        many = "s" if self.devices > 1 else ""
+        return f"{told} on {self.devices} {self.unit}{many}, {self.device_hours:,.1f} {self.unit}-hours; {self.source}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Rows a stage goes over and leaves for others, None where unknown; of both, whether there may be fewer."""
+
+    rows: int | None
+    at_most_in: bool
+    leaves: int | None
+    at_most: bool
+    cost: Cost | None
+
+
+def estimate(
+    chain: Chain, planned: Mapping[str, Planned], folder: Path, state: ChainState | None
+) -> dict[str, Estimate]:
+    """For every stage by name, in the chain's order."""
+    found: dict[str, Estimate] = {}
+    for stage in chain.stages:
+        known = state.stage(stage.name) if state is not None else None
+        rows, at_most = _rows(chain, stage, found)
+        leaves, fewer = rows, at_most or stage.command.name == "filter"
+        if planned[stage.name].settled and (counts := _main(stage, folder)) is not None:
+            rows, at_most, fewer = sum(counts.values()), False, False
+            leaves = counts.get("ok", 0) if stage.command.name == "filter" else rows
+        cost = _cost(stage, rows, known.measured if known else None)
+        found[stage.name] = Estimate(rows, at_most, leaves, fewer, cost)
+    return found
+
+
+def _main(stage: Stage, folder: Path) -> dict[str, int] | None:
+    places = artifact_folders(stage)
+    return committed_rows(folder, places[-1]) if places else None
+
+
+def _rows(chain: Chain, stage: Stage, before: Mapping[str, Estimate]) -> tuple[int | None, bool]:
+    """Rows that go in, and whether they may be fewer."""
+    if stage.recipe is not None:
+        return stage.recipe.steps * stage.recipe.rollout.images, False
+    if stage.command.name == "render":
+        return int(stage.config.get("images") or 400), False
+    if stage.expects is not None:
+        return stage.expects, False
+    total, at_most = 0, False
+    for source in stage.inputs.get(stage.command.rows, ()):
+        if source.stage is None:
+            count = _counted(source)
+        else:
+            count, at_most = before[source.stage].leaves, at_most or before[source.stage].at_most
+            if source.first is not None and count is not None:
+                maker = chain.stage(source.stage)
+                count = min(count, source.first * int(maker.config.get("shard-size") or _SHARD))
+        if count is None:
+            return None, False
+        total += count
+    return total, at_most
+
+
+def _counted(source: Source) -> int | None:
+    """Rows of data from outside, where they can be told without reading it."""
+    path = source.path or ""
+    try:
+        if Artifact.exists(path):
+            records = list(Artifact.open(path).committed().values())
+            return sum(record.count for record in records[: source.first])
+    except CapipeError:
+        return None
+    local = Path(path)
+    if local.is_dir():
+        names = [each.name for each in local.rglob("*") if each.is_file()]
+        images = sum(name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for name in names)
+        return images or None
+    if local.is_file() and local.suffix == ".parquet":
+        with open_parquet(path) as parquet:
+            return int(parquet.metadata.num_rows)
+    return None
+
+
+def _cost(stage: Stage, rows: int | None, measured: Mapping[str, float] | None) -> Cost | None:
+    devices, unit = (stage.rate.devices, stage.rate.unit) if stage.rate else (1, MACHINE)
+    if rows is None:
+        return None
+    if measured and measured.get("rows") and measured.get("seconds"):
+        rate, source = measured["rows"] / measured["seconds"], "measured here, start included"
+    elif stage.rate is not None:
+        rate, source = stage.rate.per_device * devices, stage.rate.source
+    else:
+        return None
+    return Cost(rate, devices, unit, rows / rate / 3600, source)
+
+
+def shown(hours: float) -> str:
+    """A time for people."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.1f} s"
+    if hours < 1:
+        return f"{hours * 60:.1f} min"
+    return f"{hours:,.1f} h"

@@ -1,0 +1,210 @@
+"""What makes two runs of a stage the same: its configuration's meaning, its inputs, and what lies in folders.
+
+Cheap on purpose: an artifact is what its manifest says, other files are their names, sizes and times. Nothing here
+reads an image or a weight, but for the bundled models', which are small.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from ...errors import BadInput
+from ...manifests.artifact import Artifact
+from ...manifests.files.patterns import braced
+from ...manifests.files.redaction import without_secrets
+from ...manifests.fingerprint import canonical
+from ...models.bundled import PREFIX, resolve
+from ...models.engines.model_folder import folder_digest
+from ...models.engines.vllm.arguments import changing_rows
+from ...stages.annotate.prompts import parse_prompt
+from ..commands.key_values import FIELDS, key_values, second_model
+from .options import KEY_VALUES, SET
+from .recipe import Stage
+from .registry import ENGINES, MODELS, SPEED
+
+#: Fields of an engine's configuration that decide no row.
+SPEED_FIELDS = frozenset(field for key, (field, _) in FIELDS.items() if key in SPEED)
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of anything JSON can hold."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+# --- what a configuration means ---------------------------------------------------------------------------------------
+
+
+def meaning(stage: Stage) -> dict[str, Any]:
+    """What of a stage's options decides its rows, by key: models by what they are, prompts by their text."""
+    if stage.recipe is not None:
+        return {"recipe": _trained(stage)}
+    given = {key: value for key, value in stage.config.items() if value is not None and key not in SPEED}
+    found = {key: _meant(key, value) for key, value in given.items() if key not in ENGINES}
+    found = {key: value for key, value in found.items() if value or key not in KEY_VALUES}  # all of it about speed
+    return found | _engines(stage, given)
+
+
+def _meant(key: str, value: Any) -> Any:
+    if key in MODELS and isinstance(value, str):  # dedup's cosine is a number
+        return model_meaning(value)
+    if key == "prompt":
+        return [asdict(parse_prompt(each)) for each in value]
+    if key == "adapter":
+        return model_meaning(value)
+    if key in KEY_VALUES:
+        return _arguments(key, value)
+    return value
+
+
+def _arguments(key: str, given: Sequence[str]) -> dict[str, Any]:
+    """What of key=value options decides rows: not their order, nor those that are about speed alone."""
+    if key not in ("engine-arg", "screen-arg", "reader-arg"):
+        return key_values(f"--{key}", given)
+    options = second_model(f"--{key}", {}, given, same=True)
+    rows = {name: value for name, value in options.items() if name not in SPEED_FIELDS}
+    if "adapter" in rows:
+        rows["adapter"] = model_meaning(rows["adapter"])
+    if "engine_args" in rows:
+        rows["engine_args"] = changing_rows(rows["engine_args"])
+    return {name: value for name, value in rows.items() if value}
+
+
+def _engines(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every engine of ours gives the same rows; a server hides its weights, and is another one for its artifact. Only
+    questions are asked in another way of an engine that can hold them to a form, unless ``guided`` says which."""
+    found: dict[str, Any] = {}
+    for key in ENGINES & set(given):
+        whole = stage.command.name == "qa" and key == "engine" and given.get("guided") is None
+        served = "://" in str(given[key])
+        if whole or served:
+            found[key] = without_secrets(given[key]) if whole else "served"
+    return found
+
+
+def _trained(stage: Stage) -> dict[str, Any]:
+    """What a training recipe means, without the places of its data: those are inputs."""
+    assert stage.recipe is not None
+    semantic = stage.recipe.semantic()
+    semantic["data"] = {key: v for key, v in semantic["data"].items() if key not in ("shards", "questions")}
+    if semantic["validation"] is not None:
+        kept = {key: v for key, v in semantic["validation"].items() if key not in ("shards", "questions")}
+        semantic["validation"] = kept
+    semantic["model"] = None if "model" in stage.inputs else model_meaning(stage.recipe.model)
+    return semantic
+
+
+def model_meaning(name: str) -> Any:
+    """A model's name, and what is in its folder where that is cheap to say."""
+    if name.startswith(PREFIX):
+        try:
+            return [name, _bundled_digest(resolve(name))]
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    path = Path(name).expanduser()
+    return [name, digest(list(_files(str(path))))] if path.is_dir() else name
+
+
+@cache
+def _bundled_digest(folder: str) -> str:
+    return folder_digest(Path(folder))
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Which options differ between two configurations as they were written; nested ``set`` by its assignments."""
+    before, after = ({**each, SET: None} if SET in each else dict(each) for each in (old, new))
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    sets = set(old.get(SET) or []) ^ set(new.get(SET) or [])
+    return [*keys, *sorted({f"{SET} {each.partition('=')[0]}" for each in sets})]
+
+
+# --- what lies in a folder --------------------------------------------------------------------------------------------
+
+
+def identity(url: str) -> str:
+    """Of data, whoever made it. Raises BadInput where it is not there."""
+    if url.startswith("hf://"):
+        return digest(["hub", without_secrets(url)])
+    if not any(c in url for c in "{*?[") and Artifact.exists(url):
+        return contents(Artifact.open(url))
+    listed = list(_files(url))
+    if not listed:
+        raise BadInput(f"{url}: nothing is there")
+    return digest(listed)
+
+
+def is_there(url: str) -> bool:
+    """Whether there is anything at all; the hub is not asked."""
+    return url.startswith("hf://") or next(_files(url), None) is not None
+
+
+def contents(artifact: Artifact) -> str:
+    """Of what an artifact holds: what was committed, but not when and how fast, which older ``_stats.json`` tell."""
+    records = [
+        [r.shard, dict(r.rows), {name: dict(f) for name, f in r.files.items() if not name.endswith("_stats.json")}]
+        for r in artifact.committed().values()
+    ]
+    return digest([artifact.fingerprint, records])
+
+
+def product(folder: Path, places: Sequence[str]) -> str | None:
+    """Of what a stage has made in these places; None where one of them is gone. Raises ArtifactMismatch."""
+    found = []
+    for place in places:
+        path = folder / place
+        if not path.exists():
+            return None
+        found.append(identity(str(path)))
+    return digest(found)
+
+
+def _files(url: str) -> Iterator[list[Any]]:
+    """Name, size and time of every file, in order; hidden ones and the folder's own name have no part."""
+    if "://" in url:
+        yield from _remote_files(url)
+        return
+    for pattern in braced(url):
+        path = Path(pattern)
+        if path.is_dir():
+            yield from _walk(path, path)
+        elif path.is_file():
+            yield _entry(path, path.name)
+        elif any(c in pattern for c in "*?["):
+            anchor = Path(path.anchor or ".")
+            for each in sorted(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path))):
+                yield _entry(each, str(each))
+
+
+def _walk(root: Path, folder: Path) -> Iterator[list[Any]]:
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(root, Path(entry.path))
+        elif entry.is_file():
+            yield _entry(Path(entry.path), str(Path(entry.path).relative_to(root)))
+
+
+def _entry(path: Path, name: str) -> list[Any]:
+    facts = path.stat()
+    return [name, facts.st_size, facts.st_mtime_ns]
+
+
+def _remote_files(url: str) -> Iterator[list[Any]]:
+    for pattern in braced(url):
+        try:
+            fs, path = url_to_fs(pattern)
+        except (ValueError, ImportError) as error:
+            raise BadInput(f"{url}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
+        found = fs.glob(path, detail=True) if any(c in path for c in "*?[") else fs.find(path, detail=True)
+        for name, facts in sorted(found.items()):
+            yield [without_secrets(str(name)), facts.get("size"), str(facts.get("ETag") or facts.get("mtime") or "")]

@@ -1,0 +1,327 @@
+"""A chain in writing: stages by name, each a command with its inputs and options; read, resolved and put in order.
+
+    stages:
+      photos: {stage: ingest, inputs: {sources: {path: /data/photos}}}
+      captions: {stage: annotate, inputs: {shards: photos}, config: {model: tiny/captioner, prompt: [plain, dense]}}
+
+An input is the name of another stage, ``{stage: photos, first: 3}`` for its first three shards, or ``{path: ...}`` for
+data from outside, relative to where `capipe run` is started. Keys of ``config`` are the command's long options. A stage
+may also have ``out`` (its folder in the chain's; its name by default), ``expects`` (rows that will go in, where nothing
+counts them), ``rate`` (:class:`Rate`) and, to train by torchrun, ``processes``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ...errors import BadInput, Problems
+from ...trainer.recipe_file import find_recipe, read_recipe
+from .options import KEY_VALUES, SET, assignments
+from .registry import ANYTHING, CHECKPOINT, COMMANDS, Command
+
+if TYPE_CHECKING:
+    from ...trainer.recipe import Recipe  # which imports torch: only chains that train need it
+
+MAX_PIXELS = "max-pixels"  # of train, which its recipe may have, too
+_SELECTED = ("shards", *ANYTHING)  # kinds of which the first so many shards can be taken
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rate(_Section):
+    """How fast a stage is expected to be."""
+
+    per_device: float = Field(gt=0, description="rows (for train: images drawn for) per second and device")
+    devices: int = Field(1, ge=1)
+    unit: Literal["GPU", "core"] = "GPU"
+    source: str = Field(min_length=1, description="where the figure is from")
+
+
+class Source(_Section):
+    """Where an input comes from: another stage, or a path outside. ``first``: only its first so many shards."""
+
+    stage: str | None = None
+    path: str | None = Field(None, min_length=1)
+    first: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Source:
+        if (self.stage is None) == (self.path is None):
+            raise ValueError("write the name of a stage, or {path: ...} for data from outside")
+        return self
+
+
+class _Entry(_Section):
+    stage: str
+    inputs: dict[str, str | Source | list[str | Source]] = {}
+    config: dict[str, Any] = {}
+    out: str | None = None
+    expects: int | None = Field(None, ge=1)
+    rate: Rate | None = None
+    processes: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _only_training_is_split(self) -> _Entry:
+        if self.processes is not None and self.stage != "train":
+            raise ValueError(
+                "processes: torchrun starts so many of a train stage; the others have options of their own"
+            )
+        return self
+
+
+class _File(_Section):
+    stages: dict[str, _Entry | None] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with everything resolved. ``expects``: rows that will go in; ``recipe``: what a train stage trains by;
+    ``processes``: of torchrun, which trains in so many."""
+
+    name: str
+    command: Command
+    inputs: Mapping[str, tuple[Source, ...]]
+    config: Mapping[str, Any]
+    out: str
+    expects: int | None = None
+    rate: Rate | None = None
+    recipe: Recipe | None = field(default=None, repr=False)
+    processes: int | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        """Names of the stages it comes after."""
+        names = [source.stage for sources in self.inputs.values() for source in sources]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def product(self, kind: str) -> str | None:
+        """The folder, relative to the chain's, of what it makes of this kind; None where it makes none."""
+        if self.command.name == "annotate" and kind == "shards" and not self.config.get("pack"):
+            return None
+        if kind not in self.command.products:
+            return None
+        if kind == CHECKPOINT:
+            from ...trainer.checkpoint import folder_of
+
+            return str(folder_of(Path(self.out), self.recipe.steps)) if self.recipe else self.out
+        sub = self.command.products[kind]
+        return f"{self.out}/{sub}" if sub else self.out
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A whole recipe, its stages in an order in which each comes after its inputs."""
+
+    name: str
+    file: Path
+    stages: tuple[Stage, ...]
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+def load_chain_recipe(given: Path, overrides: Sequence[str] = ()) -> Chain:
+    """The chain in a YAML file, or a bundled one by its name. Raises BadInput, :class:`Problems` for all of its faults.
+
+    Names, types, inputs and order are settled here; what values mean is for :mod:`.validate`.
+    """
+    file = find_recipe(given)
+    loaded = read_recipe(given, overrides, "chain")
+    try:
+        written = _File.model_validate(loaded)
+    except ValidationError as error:
+        raise Problems([_shape(file, each) for each in error.errors()]) from None
+    entries = {name: entry for name, entry in written.stages.items() if entry is not None}
+    found = _Reader(file, entries)
+    stages = [stage for name, entry in entries.items() if (stage := found.stage(name, entry)) is not None]
+    found.kinds(stages)
+    found.folders(stages)
+    ordered = found.order(stages)
+    if found.problems:
+        raise Problems(found.problems)
+    return Chain(file.stem, file, tuple(ordered))
+
+
+def _shape(file: Path, error: Any) -> str:
+    parts = [str(part) for part in error["loc"] if part not in ("Source", "str") and "list[" not in str(part)]
+    known = "; no such key" if error["type"] == "extra_forbidden" else ""
+    return f"{file}: {'.'.join(parts)}: {error['msg'].removeprefix('Value error, ')}{known}"
+
+
+class _Reader:
+    """Resolves entries and collects what is wrong with them, one line each."""
+
+    def __init__(self, file: Path, entries: Mapping[str, _Entry]) -> None:
+        self.file, self.entries = file, entries
+        self.problems: list[str] = []
+
+    def say(self, place: str, reason: str) -> None:
+        self.problems.append(f"{self.file}: stages.{place}: {reason}")
+
+    def stage(self, name: str, entry: _Entry) -> Stage | None:
+        command = COMMANDS.get(entry.stage)
+        if command is None:
+            self.say(f"{name}.stage", f"{entry.stage!r} is no stage; there are {', '.join(COMMANDS)}")
+            return None
+        before = len(self.problems)
+        inputs = {role: self._sources(name, role, given) for role, given in entry.inputs.items()}
+        self._roles(name, command, inputs)
+        config = self._config(name, command, entry, inputs)
+        recipe = (
+            self._recipe(name, config, inputs) if command.name == "train" and len(self.problems) == before else None
+        )
+        if recipe is not None:
+            inputs = {**_own_data(recipe, inputs), **inputs}
+        own = (entry.expects, entry.rate, recipe, entry.processes)
+        return Stage(name, command, inputs, config, entry.out or name, *own)
+
+    def _sources(self, name: str, role: str, given: Any) -> tuple[Source, ...]:
+        many = given if isinstance(given, list) else [given]
+        return tuple(Source(stage=each) if isinstance(each, str) else each for each in many)
+
+    def _roles(self, name: str, command: Command, inputs: Mapping[str, tuple[Source, ...]]) -> None:
+        for role, sources in inputs.items():
+            place = f"{name}.inputs.{role}"
+            if role not in command.roles:
+                known = ", ".join(command.roles) or "none"
+                self.say(place, f"{command.name} has no such input; its inputs: {known}")
+                continue
+            option = command.options.get(role)
+            if len(sources) > 1 and (option is None or not option.many):
+                self.say(place, f"takes one, not {len(sources)}")
+            for source in sources:
+                if source.first is not None and not set(command.roles[role]) & set(_SELECTED):
+                    self.say(place, "first: is for shards alone; leave it out")
+                if source.stage is not None and source.stage not in self.entries:
+                    known = ", ".join(other for other in self.entries if other != name)
+                    mend = f"there are {known}; data from outside is written {{path: {source.stage}}}"
+                    self.say(place, f"no stage is called {source.stage!r}; {mend}")
+
+    def _config(
+        self, name: str, command: Command, entry: _Entry, inputs: Mapping[str, tuple[Source, ...]]
+    ) -> dict[str, Any]:
+        config = {}
+        for key, value in entry.config.items():
+            place, option = f"{name}.config.{key}", command.options.get(key)
+            if option is None:
+                self.say(place, f"capipe {command.name} has no such option that a recipe may give; see its --help")
+            elif key in command.roles and CHECKPOINT not in command.roles[key]:
+                self.say(place, f"is an input; write it under inputs, as a stage's name or {{path: {value}}}")
+            elif key in inputs:
+                self.say(place, "is among the inputs, too; keep one of them")
+            else:
+                try:
+                    given = assignments(value) if key in KEY_VALUES and isinstance(value, Mapping) else value
+                    config[key] = option.checked(given)
+                except ValueError as error:
+                    self.say(place, str(error))
+        for key, option in command.options.items():
+            if option.required and key not in entry.config and key not in inputs:
+                where = "inputs" if key in command.roles and command.roles[key] != (CHECKPOINT,) else "config"
+                self.say(f"{name}.{where}", f"{key} is missing, which capipe {command.name} needs")
+        return config
+
+    def _recipe(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, tuple[Source, ...]]) -> Recipe | None:
+        """A train stage's recipe with its overrides; data that is yet to be made stands in it by its stage's name."""
+        from ...trainer.recipe import load_recipe
+
+        named = {TRAINS_ON[role]: sources[0].stage or sources[0].path for role, sources in inputs.items()}
+        sets = [*(config.get(SET) or []), *(f"{key}={json.dumps(place)}" for key, place in named.items())]
+        if config.get(MAX_PIXELS) is not None:
+            sets.append(f"max_pixels={config[MAX_PIXELS]}")
+        try:
+            return load_recipe(Path(config["recipe"]), sets)
+        except BadInput as error:
+            self.say(f"{name}.config.recipe", str(error))
+            return None
+
+    def kinds(self, stages: Sequence[Stage]) -> None:
+        """Whether what one stage makes is what the other takes."""
+        made = {stage.name: stage for stage in stages}
+        for stage in stages:
+            for role, sources in stage.inputs.items():
+                wanted = stage.command.roles.get(role)
+                for source in sources:
+                    maker = made.get(source.stage or "")
+                    if wanted is not None and maker is not None and kind_between(maker, wanted) is None:
+                        self.say(f"{stage.name}.inputs.{role}", _unfit(maker, wanted))
+
+    def folders(self, stages: Sequence[Stage]) -> None:
+        """Whether each stage has a folder of its own, inside the chain's."""
+        taken: dict[Path, str] = {}
+        for stage in stages:
+            path = Path(stage.out)
+            if path.is_absolute() or ".." in path.parts or not path.parts or path.parts[0].startswith("."):
+                mend = "write a folder inside --out, without a leading dot"
+                self.say(f"{stage.name}.out", f"{stage.out!r} is no place for it; {mend}")
+                continue
+            for other, owner in taken.items():
+                if path.is_relative_to(other) or other.is_relative_to(path):
+                    text = f"{stage.out!r} is where stage {owner} writes, too; give each stage a folder of its own"
+                    self.say(f"{stage.name}.out", text)
+            taken.setdefault(path, stage.name)
+
+    def order(self, stages: Sequence[Stage]) -> list[Stage]:
+        """Each after its inputs, else as they are written. Notes a cycle by its members."""
+        left = {stage.name: stage for stage in stages}
+        ordered: list[Stage] = []
+        while left:
+            ready = next((s for s in left.values() if not any(name in left for name in s.needs)), None)
+            if ready is None:
+                members = _cycle(left)
+                told = " -> ".join([*members, members[0]])
+                self.problems.append(f"{self.file}: stages: a cycle, each waits for the next: {told}; cut it somewhere")
+                return ordered
+            ordered.append(left.pop(ready.name))
+        return ordered
+
+
+#: What a training recipe calls the inputs of a train stage.
+TRAINS_ON = {
+    "shards": "data.shards",
+    "questions": "data.questions",
+    "validation-shards": "validation.shards",
+    "validation-questions": "validation.questions",
+    "model": "model",
+}
+
+
+def _own_data(recipe: Recipe, inputs: Mapping[str, Any]) -> dict[str, tuple[Source, ...]]:
+    """Data that a training recipe names itself: it is from outside."""
+    named = {"shards": recipe.data.shards, "questions": recipe.data.questions}
+    if recipe.validation is not None:
+        named |= {"validation-shards": recipe.validation.shards, "validation-questions": recipe.validation.questions}
+    return {role: (Source(path=path),) for role, path in named.items() if path is not None and role not in inputs}
+
+
+def kind_between(maker: Stage, wanted: Sequence[str]) -> str | None:
+    """The kind of product that one stage makes and another takes."""
+    return next((kind for kind in wanted if maker.product(kind) is not None), None)
+
+
+def _unfit(maker: Stage, wanted: Sequence[str]) -> str:
+    if not wanted:
+        return f"no stage makes this; write {{path: ...}} instead of {maker.name!r}"
+    if maker.command.name == "annotate" and "shards" in wanted:
+        return f"stage {maker.name} writes captions without tars; set its pack: true, or name the shards it reads"
+    makers = [name for name, command in COMMANDS.items() if set(wanted) & set(command.products)]
+    makes = ", ".join(maker.command.products)
+    return f"stage {maker.name} ({maker.command.name}) makes {makes}; this takes what {' or '.join(makers)} makes"
+
+
+def _cycle(left: Mapping[str, Stage]) -> list[str]:
+    """The members of one cycle among stages that all wait for one another, in the order in which they wait."""
+    path = [next(iter(left))]
+    while True:
+        following = next(name for name in left[path[-1]].needs if name in left)
+        if following in path:
+            return path[path.index(following) :]
+        path.append(following)

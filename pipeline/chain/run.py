@@ -1,0 +1,284 @@
+"""A chain, run: each stage the user's own command in a process of its own, its state on disk before and after.
+
+Stages resume by themselves, so a chain that was stopped, failed or killed goes on by the same command. What a change
+made wrong is removed before its stage starts, in folders that this chain has made and in no others; that is noted
+first, so that a kill at any moment leaves nothing that would be taken for something else.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...errors import ArtifactMismatch, BadInput
+from ...manifests.files.names import linked_parent
+from ...manifests.files.overwriting import refuse_overwriting
+from ...manifests.files.redaction import redacted
+from ...manifests.files.storage import remove
+from ...models.child_processes import follow
+from ..commands.outcome import LAST_WORDS, Exit
+from ..inspect.chain_state import (
+    DONE,
+    FAILED,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    ChainState,
+    StageState,
+    load_chain,
+    now,
+    save_chain,
+)
+from ..runners.interrupts import CODES, interrupts
+from .identity import product
+from .lock import locked
+from .plan import (
+    Planned,
+    arguments,
+    artifact_folders,
+    committed_rows,
+    examine,
+    look,
+    named_inputs,
+    outside,
+    places,
+    shown_command,
+    started_command,
+    trustworthy,
+    written,
+)
+from .recipe import Chain, Stage
+
+Say = Callable[[str], None]
+
+
+def run_chain(chain: Chain, folder: Path, say: Say) -> int:
+    """Do what is left of the chain; returns the exit code: 0 done, 130 stopped by Ctrl-C, else that of who failed."""
+    with locked(folder, say) as lock:
+        run = _Run(chain, folder, _state(chain, folder), say, lock)
+        return run.go()
+
+
+def _state(chain: Chain, folder: Path) -> ChainState:
+    """The chain's state with the recipe's stages: known ones as they were, new ones waiting."""
+    old = load_chain(folder) or ChainState(chain.name, now(), now())
+    stages = []
+    for stage in chain.stages:
+        known = old.stage(stage.name)
+        if known is None or known.stage != stage.command.name or known.out != stage.out:
+            known = StageState(stage.name, stage.command.name, stage.out)
+        if known.state == RUNNING:  # nobody runs it: the lock is ours
+            known.state, known.seconds = STOPPED, None
+        stages.append(known)
+    return ChainState(chain.name, old.started, now(), stages, old.made)
+
+
+@dataclass
+class _Run:
+    chain: Chain
+    folder: Path
+    state: ChainState
+    say: Say
+    lock: int
+    stopping: bool = False
+
+    def go(self) -> int:
+        data = outside(self.chain)
+        self._trust(look(self.chain, self.folder, self.state, data))
+        planned = look(self.chain, self.folder, self.state, data)
+        self._refuse_strangers(data)
+        for stage in self.chain.stages:
+            self._describe(stage, planned[stage.name])
+        save_chain(self.folder, self.state)
+        total = len(self.chain.stages)
+        with interrupts(self._stop):
+            for number, stage in enumerate(self.chain.stages, start=1):
+                known = self._known(stage)
+                found = examine(stage, self.folder, known, planned, data)
+                planned[stage.name] = found
+                title = f"{number}/{total} {stage.name} ({stage.command.name})"
+                if found.settled:
+                    self._describe(stage, found)
+                    self.say(f"== {title}: done before")
+                    continue
+                if self.stopping:
+                    return Exit.INTERRUPTED
+                why = f": {found.verdict}, {found.why}" if found.why else ""
+                self.say(f"== {title}{why}")
+                code = self._stage(stage, found, known)
+                if known.state != DONE:
+                    return code
+                planned[stage.name] = replace(found, verdict="done", product=known.product)
+        save_chain(self.folder, self.state)  # some may have turned out to be done
+        return Exit.OK
+
+    def _stop(self) -> None:
+        self.stopping = True
+
+    def _known(self, stage: Stage) -> StageState:
+        known = self.state.stage(stage.name)
+        assert known is not None
+        return known
+
+    def _trust(self, planned: dict[str, Planned]) -> None:
+        """Take an output as it is that changed after it was done, if it keeps its promises; else refuse."""
+        for stage in self.chain.stages:
+            if planned[stage.name].verdict != "edited":
+                continue
+            place = self.folder / places(stage)[-1]
+            faults = trustworthy(stage, self.folder)
+            if faults:
+                mend = f"restore it, or remove {self.folder / stage.out} to have stage {stage.name} done again"
+                raise ArtifactMismatch(f"{place}: not what stage {stage.name} made, and not sound: {faults[0]}; {mend}")
+            self.say(f"{place}: changed since stage {stage.name} was done, but sound: what hangs on it is done again")
+            self._known(stage).product = product(self.folder, places(stage))
+
+    def _refuse_strangers(self, read: Iterable[str]) -> None:
+        """Raise BadInput where a stage is to write into a folder with something in it that this chain did not make, or
+        over what the chain is to ``read``."""
+        read = list(read)
+        for stage in self.chain.stages:
+            path = self.folder / stage.out
+            refuse_overwriting(str(path), read)
+            if stage.out not in self.state.made and path.exists() and (not path.is_dir() or any(path.iterdir())):
+                text = f"{path}: holds something that this chain did not make"
+                raise BadInput(f"{text}; move it away, or choose another --out")
+
+    def _describe(self, stage: Stage, found: Planned) -> None:
+        """What the state file says of a stage's place in the chain. What it was begun with stays as it is."""
+        known = self._known(stage)
+        known.inputs = named_inputs(stage)
+        known.artifacts = artifact_folders(stage)
+        known.arguments = arguments(self.chain, stage, self.folder)
+        if found.settled or found.verdict == "goes on":
+            known.config, known.digest = written(stage), found.digest
+        if found.settled:
+            known.state = DONE
+        elif known.state == DONE:
+            known.state = WAITING
+
+    def _stage(self, stage: Stage, found: Planned, known: StageState) -> int:
+        """Run one stage to its end, whatever that is."""
+        going_on = self._begin(stage, found, known)
+        known.state, known.error, known.started = RUNNING, None, now()
+        save_chain(self.folder, self.state)
+        words = [*known.arguments]
+        if going_on and known_option(stage, "retry"):
+            words.append("--retry")
+        self.say(f"$ {shown_command(stage, words)}")
+        started = time.monotonic()
+        code, last_words = self._command(started_command(stage, words))
+        if known.seconds is not None:
+            known.seconds = round(known.seconds + time.monotonic() - started, 1)
+        if (
+            code != Exit.OK and self.stopping
+        ):  # however it has put that: torchrun and a killed command have codes of their own
+            code = Exit.INTERRUPTED
+        known.state = DONE if code == Exit.OK else STOPPED if code in CODES else FAILED
+        if known.state == DONE:
+            known.product = product(self.folder, places(stage))
+            self._measure(stage, known)
+        elif known.state == FAILED:
+            known.error = redacted(last_words or _told(code))
+        save_chain(self.folder, self.state)
+        if known.state == FAILED:
+            mend = "mend that, and run the same command to go on"
+            self.say(f"capipe: stage {stage.name} failed (exit code {code}): {known.error}; {mend}")
+        return code if code > 0 else Exit.FAILED
+
+    def _begin(self, stage: Stage, found: Planned, known: StageState) -> bool:
+        """Clear what no longer holds and note what the folder is begun with; True where the stage goes on instead."""
+        assert found.parts is not None
+        going_on = known.begun == dict(found.parts)
+        if not going_on:
+            stale = {name for name, mark in known.begun.items() if found.parts.get(name) != mark}
+            for part in stage.command.parts:
+                if part.name in stale and part.folder is not None:
+                    self._clear(stage, part.folder)
+            whole = not known.begun or all(
+                part.name in stale for part in stage.command.parts if part.folder is not None
+            )
+            known.seconds = 0.0 if whole else None
+            if whole:
+                known.measured = None
+        known.begun, known.digest, known.config = dict(found.parts), found.digest, written(stage)
+        known.product = None
+        if stage.out not in self.state.made:
+            self.state.made.append(stage.out)
+        return going_on
+
+    def _clear(self, stage: Stage, sub: str) -> None:
+        path = self.folder / stage.out / sub
+        if stage.out in self.state.made and path.exists():
+            link = linked_parent(self.folder, str(path.relative_to(self.folder) / "-"))
+            if link is not None:
+                raise BadInput(
+                    f"{link}: a symbolic link; remove what it leads to yourself: it was made of something else"
+                )
+            self.say(f"removing {path}, which was made of something else")
+            remove(path)
+
+    def _measure(self, stage: Stage, known: StageState) -> None:
+        """Rows and seconds of a stage that is done, if all of its time is known."""
+        if stage.recipe is not None:
+            rows = stage.recipe.steps * stage.recipe.rollout.images
+        elif known.artifacts:
+            rows = sum((committed_rows(self.folder, known.artifacts[-1]) or {}).values())
+        else:
+            rows = int(stage.config.get("images") or 0)
+        if rows and known.seconds:
+            known.measured = {"rows": rows, "seconds": known.seconds}
+
+    def _command(self, command: Sequence[str]) -> tuple[int, str]:
+        """Run a command in a session of its own; returns its exit code and the line it ended with.
+
+        A Ctrl-C in the terminal reaches us alone that way, and is passed on, once for each.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            last = Path(scratch) / "said"
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, LAST_WORDS: str(last)},
+                start_new_session=True,
+                pass_fds=(self.lock,),
+                preexec_fn=functools.partial(follow, os.getpid()),
+            )
+            code = self._wait(process)
+            return code, last.read_text(encoding="utf-8").strip() if last.exists() else ""
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        passed_on = False
+        try:
+            while True:
+                try:
+                    return process.wait(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    if self.stopping and not passed_on:
+                        self.say("stopping: the running stage finishes what it has begun")
+                        process.send_signal(signal.SIGINT)
+                        passed_on = True
+        except KeyboardInterrupt:  # the second one
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            return Exit.INTERRUPTED
+
+
+def known_option(stage: Stage, name: str) -> bool:
+    """Whether a stage's command has an option that the chain decides about."""
+    return name in inspect.signature(stage.command.function).parameters
+
+
+def _told(code: int) -> str:
+    if code == Exit.UNRESOLVED:
+        return "rows or shards of it are to be tried again; the same command does that"
+    if code < 0:
+        return f"it was killed by {signal.Signals(-code).name}"
+    return "its own message is above"

@@ -1,0 +1,79 @@
+"""`capipe dedup`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ...errors import BadInput
+from ...manifests.artifact import Artifact
+from ...terminal import print_err
+from ..runners.interrupts import interrupts
+from ..runners.progress import Progress
+from . import options as o
+from .outcome import Exit, conclude
+
+COSINE = 0.96
+
+
+def dedup(
+    shards: o.Shards,
+    out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for artifacts: hashes, against, marked.")],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Reference set whose images must not be in the shards: anything ingest takes; repeatable."),
+    ] = None,
+    radius: Annotated[int, typer.Option(help="Bits of 64 in which the hashes of two copies may differ.")] = 7,
+    placeholder: Annotated[int, typer.Option(help="The same bytes in more rows than this are a placeholder.")] = 100,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(help="Artifact with a column image_embedding and these shards' rows: near ones are copies, too."),
+    ] = None,
+    cosine: Annotated[
+        float | None, typer.Option(help="Cosine from which embeddings are those of copies; 0.96 by default.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
+    fresh: o.Fresh = False,
+) -> None:
+    """Mark images that repeat others, are placeholders, or leak a reference set; every row stays, with its mark."""
+    from ...stages.dedup.marks import DedupConfig
+    from ..jobs import dedup as steps
+
+    if cosine is not None and embeddings is None:
+        raise BadInput(f"--cosine {cosine:g}: compares embeddings; name them with --embeddings, or leave it out")
+    if embeddings is not None and cosine is None:
+        cosine = COSINE
+    config = o.validated(DedupConfig, radius=radius, placeholder=placeholder, cosine=cosine)
+    made = steps.plan_dedup(
+        shards, out, config, against=against or (), embeddings=embeddings, workers=workers, fresh=fresh
+    )
+    artifacts: list[Artifact] = []
+    try:
+        code = _step("hash", len(made.shards), artifacts, lambda *told: steps.hash_images(made, *told))
+        if code is Exit.OK and made.against:
+            code = _step("hash", None, artifacts, lambda *told: steps.hash_references(made, *told))
+        if code is Exit.OK:
+            hashes, references = artifacts[0], artifacts[1] if made.against else None
+            total = len(made.shards)
+            code = _step("dedup", total, artifacts, lambda *told: steps.mark(made, hashes, references, *told))
+            if skipped := artifacts[-1].config["run"].get("embeddings_skipped"):
+                print_err(f"{skipped} images have no usable embedding: compared by their hashes alone")
+    finally:
+        for artifact in artifacts:
+            artifact.close()
+    raise typer.Exit(code)
+
+
+def _step(name: str, total: int | None, artifacts: list[Artifact], run: Callable[..., tuple[Artifact, Any]]) -> Exit:
+    """Run one pass under its progress display, keep its artifact's lock, and say what came of it."""
+    stop = threading.Event()
+    progress = Progress(name, total, ready=time.monotonic())
+    with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
+        artifact, outcome = run(report, stop)
+    artifacts.append(artifact)
+    return conclude(artifact.url, outcome.interrupted, progress.finished_line())

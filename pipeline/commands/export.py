@@ -1,0 +1,88 @@
+"""`capipe export`."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ...errors import BadInput
+from ...terminal import print_err
+from ..runners.interrupts import interrupts
+from . import options as o
+from .outcome import conclude
+
+
+def export(
+    artifact: Annotated[str, typer.Argument(help="Final shards; or any artifact that has tars.")],
+    out: o.Out,
+    format: Annotated[str, typer.Option(help="webdataset, parquet, llava, folder or messages.")] = "webdataset",
+    license: Annotated[
+        str, typer.Option(help="The Hub's identifier, such as cc-by-4.0; other if you do not say.")
+    ] = "other",
+    title: Annotated[str | None, typer.Option(help="Of the card; the name of --out by default.")] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="ISO 639 code for the card; by default what the scores found. May be repeated."),
+    ] = None,
+    image_extension: Annotated[
+        str,
+        typer.Option(help="webdataset: auto (one name for all images where theirs differ), keep, jpg, png or webp."),
+    ] = "auto",
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Most pairs of a shard; by default the shards stay as they are.")
+    ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="webdataset: hard-link tars instead of copying. Never edit either side then.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
+    fresh: o.Fresh = False,
+) -> None:
+    """Write finished shards in the files that trainers read, with a dataset card; image bytes stay what they are."""
+    from ...stages.export.card import CardWords
+    from ..jobs.export import execute_export, finish, plan_export
+    from ..runners.progress import Progress
+
+    words = CardWords(
+        title or out.rstrip("/").rpartition("/")[2], checked_license(license), checked_languages(language or [])
+    )
+    made = plan_export(
+        artifact,
+        out,
+        format,
+        words,
+        image_extension=image_extension,
+        shard_size=shard_size,
+        link=link,
+        workers=workers,
+        fresh=fresh,
+    )
+    stop = threading.Event()
+    done = made.artifact.committed().values()
+    before = sum(record.count for record in done)
+    progress = Progress("export", made.shards, len(done), made.rows, before, ready=time.monotonic())
+    try:
+        with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
+            outcome = execute_export(made, report, stop)
+        for note in finish(made, words) or []:
+            print_err(note)
+    finally:
+        made.artifact.close()
+    raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))
+
+
+def checked_license(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
+        raise BadInput(f"--license {name!r}: write the Hub's identifier in small letters, such as cc-by-4.0, or other")
+    return name
+
+
+def checked_languages(codes: list[str]) -> tuple[str, ...]:
+    for code in codes:
+        if not re.fullmatch(r"[a-z]{2,3}", code):
+            raise BadInput(f"--language {code!r}: write a code of two or three small letters, such as en")
+    return tuple(codes)

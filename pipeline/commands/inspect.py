@@ -1,0 +1,68 @@
+"""`capipe status`, `capipe report`, `capipe view`: commands that look and change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ...terminal import print_err, print_line
+from .options import Images
+from .outcome import Exit
+
+
+def status(
+    folder: Annotated[
+        str, typer.Argument(help="An artifact (or its URL), a training run, or a folder of them, as a chain's is.")
+    ],
+    live: Annotated[bool, typer.Option("--live", help="Show it anew until all is done; Ctrl-C ends it.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --live.")] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show where runs stand, from any machine that sees their files: shards, rows by status, speed, what is left."""
+    from ..inspect.status_view import follow, lines, overview
+
+    if live and as_json:
+        raise typer.BadParameter("--live is for people and --json for programs; give one of them")
+    if live:
+        try:
+            follow(lambda: overview(folder), every, Console())
+        except KeyboardInterrupt:  # the way to end it: nothing was stopped by it
+            raise typer.Exit(Exit.OK) from None
+        return
+    found = overview(folder)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=1))
+        return
+    for line, _ in lines(found):
+        print_line(line)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A chain's folder, or any folder with artifacts.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; report.html in the folder.")] = None,
+    images: Images = None,
+) -> None:
+    """Write one HTML file that says what a chain made: counts, curves, quiz, scores, pictures, where it comes from."""
+    from ..report.page import write_report
+
+    print_line(write_report(folder, out, images or (), print_err))
+
+
+def view(
+    folder: Annotated[Path, typer.Argument(help="A folder with artifacts, at any depth.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8642,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    token: Annotated[str | None, typer.Option(help="Token to ask for; a random one by default, in the link.")] = None,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Ask for none: all users of this machine may look (on loopback alone).")
+    ] = False,
+    images: Images = None,
+) -> None:
+    """Look through artifacts in a browser: pictures, captions, scores; search, filters, thresholds, comparisons."""
+    from ..view.server import chosen_token, serve
+
+    serve(folder, host, port, chosen_token(host, token, no_token), images or ())

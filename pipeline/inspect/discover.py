@@ -1,0 +1,117 @@
+"""What a folder holds: artifacts, training runs, evaluations, a chain. For status, report and viewer, which only read.
+
+Nothing is locked and nothing is written. What is damaged, or vanishes while one looks, is a reason beside its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import BadInput, CapipeError
+from ...manifests.artifact import CONFIG, Artifact
+from ...manifests.files.storage import PRIVATE
+from ...stages.export.provenance import inputs
+from . import chain_state
+from .chain_state import ChainState, load_chain
+
+DEPTH = 6  # folders below the one that is looked into
+RUN, EVALUATION = "run.json", "report.json"
+HERE = "."  # the name of what lies in the folder itself
+
+
+@dataclass
+class Found:
+    """Everything by its name: the path below ``root``, with ``/``; ``.`` is ``root`` itself.
+
+    ``artifacts`` stand after what they were made of. ``damaged``: what could not be opened, and why.
+    """
+
+    root: Path
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    runs: dict[str, Path] = field(default_factory=dict)
+    evaluations: dict[str, Path] = field(default_factory=dict)
+    chain: ChainState | None = None
+    damaged: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.artifacts or self.runs or self.evaluations or self.chain or self.damaged)
+
+    def of_fingerprint(self, fingerprint: object) -> str | None:
+        """The name of the artifact with that fingerprint."""
+        return next((name for name, each in self.artifacts.items() if each.fingerprint == fingerprint), None)
+
+    def parents(self, name: str) -> dict[str, str]:
+        """The artifacts that one was made of, by role."""
+        read = inputs(self.artifacts[name].config)
+        asked = ((role, self.of_fingerprint(mark) if mark else self._holding(url)) for role, url, mark in read)
+        return {role: parent for role, parent in asked if parent is not None and parent != name}
+
+    def _holding(self, url: str) -> str | None:
+        """The artifact in whose folder the tars lie that ``url`` names."""
+        folder = os.path.realpath(url.rpartition("/")[0])
+        return next((name for name in self.artifacts if os.path.realpath(self.root / name) == folder), None)
+
+
+def find(root: Path) -> Found:
+    """Look through ``root`` without following links. Raises BadInput where nothing of ours is there."""
+    if not root.is_dir():
+        raise BadInput(f"{root}: no such folder; give one with artifacts of capipe in it")
+    found = Found(root)
+    for name, folder in _folders(root, HERE, DEPTH):
+        _look(found, name, folder)
+    try:
+        found.chain = load_chain(root)
+    except CapipeError as error:
+        found.damaged[chain_state.FILE] = str(error)
+    if found.empty:
+        raise BadInput(f"{root}: no artifact, training run or chain of capipe in it; check the path")
+    found.artifacts = _ordered(found)
+    return found
+
+
+def _folders(folder: Path, name: str, depth: int) -> Iterator[tuple[str, Path]]:
+    """The folder and those below it that may hold something of ours; not what lies inside of artifacts."""
+    yield name, folder
+    if depth == 0 or (folder / CONFIG).exists() or (folder / RUN).exists():
+        return
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(each.name for each in entries if each.is_dir(follow_symlinks=False))
+    except OSError:
+        return
+    for each in names:
+        if each != PRIVATE and not each.startswith("."):
+            yield from _folders(folder / each, each if name == HERE else f"{name}/{each}", depth - 1)
+
+
+def _look(found: Found, name: str, folder: Path) -> None:
+    if (folder / CONFIG).exists():
+        try:
+            found.artifacts[name] = Artifact.open(str(folder))
+        except (CapipeError, OSError) as error:
+            found.damaged[name] = str(error)
+    if (folder / RUN).is_file():
+        found.runs[name] = folder
+    if (folder / EVALUATION).is_file():
+        found.evaluations[name] = folder
+
+
+def _ordered(found: Found) -> dict[str, Artifact]:
+    """Inputs first; of those that do not depend on each other, the older first."""
+    names = sorted(found.artifacts, key=lambda name: (found.artifacts[name].created, name))
+    ordered: dict[str, Artifact] = {}
+
+    def take(name: str, above: tuple[str, ...]) -> None:
+        if name in ordered or name in above:
+            return
+        for parent in found.parents(name).values():
+            take(parent, (*above, name))
+        ordered[name] = found.artifacts[name]
+
+    for name in names:
+        take(name, ())
+    return ordered

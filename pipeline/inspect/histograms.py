@@ -1,0 +1,123 @@
+"""Score columns as pictures: how they are spread for new and original captions, and where the threshold lies."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...manifests.artifact import Artifact
+from ...manifests.schema import SELECT
+from ...stages.filter.select import scores_of
+
+BINS = 60
+SERIES = {"re": "new captions", "org": "original captions"}
+_COLORS = {"re": "#0072b2", "org": "#d55e00", "": "#009e73"}  # Okabe and Ito's: for all eyes
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: a small file
+    "svg.hashsalt": "capipe",  # ids, and with them the file, are the same every time
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Rows by a score. ``edges``: :data:`BINS` + 1 of them; ``counts``: by series, ``""`` where a column has none;
+    ``bounds``: what the series are held against, each with its series."""
+
+    name: str
+    edges: npt.NDArray[np.float64]
+    counts: dict[str, npt.NDArray[np.int64]]
+    bounds: tuple[tuple[str, float], ...]
+
+
+def histograms(
+    artifact: Artifact,
+    names: Sequence[str],
+    bounds: Sequence[tuple[str, float]],
+    shards: Sequence[str] | None = None,
+) -> list[Histogram]:
+    """Of each named score that any row has. ``names`` without prefix; ``bounds`` by whole column names.
+
+    Two passes over these columns, a shard at a time: one for the range, one for the counts. ``shards``: only these.
+    """
+    shards = list(artifact.committed()) if shards is None else shards
+    ranges = _ranges(artifact, shards, [column for name in names for column in _columns(name).values()])
+    found = []
+    for name in names:
+        columns = {key: column for key, column in _columns(name).items() if column in ranges}
+        if columns:
+            edges = _edges([ranges[column] for column in columns.values()])
+            held = tuple((key, bound) for key, column in columns.items() for named, bound in bounds if named == column)
+            found.append(Histogram(name, edges, {key: np.zeros(BINS, np.int64) for key in columns}, held))
+    for column, values in _values(artifact, shards, list(ranges)):
+        for each in found:
+            for key, counts in each.counts.items():
+                if _columns(each.name)[key] == column:
+                    counts += np.histogram(values, each.edges)[0]
+    return found
+
+
+def _columns(name: str) -> dict[str, str]:
+    """The columns of a score by series."""
+    found = {prefix: f"{prefix}_{name}" for prefix in SERIES if f"{prefix}_{name}" in SELECT.names}
+    return found or {"": name}
+
+
+def _ranges(artifact: Artifact, shards: Sequence[str], columns: list[str]) -> dict[str, tuple[float, float]]:
+    """Least and greatest value of each column that has any."""
+    ranges: dict[str, tuple[float, float]] = {}
+    for column, values in _values(artifact, shards, columns):
+        if len(values):
+            low, high = ranges.get(column, (np.inf, -np.inf))
+            ranges[column] = min(low, float(values.min())), max(high, float(values.max()))
+    return ranges
+
+
+def _values(
+    artifact: Artifact, shards: Sequence[str], columns: list[str]
+) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+    """The finite values of columns, shard by shard."""
+    for shard in shards:
+        parquet = artifact.parquet(shard)
+        known = [column for column in columns if column in parquet.schema_arrow.names]
+        table = parquet.read(columns=known, use_threads=False)
+        for column in known:
+            values = scores_of(table, column).astype(np.float64)
+            yield column, values[np.isfinite(values)]
+
+
+def _edges(ranges: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
+    """Bins over all of the ranges; series that are drawn together have the same."""
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    return np.linspace(low, high, BINS + 1) if low < high else np.linspace(low - 0.5, high + 0.5, BINS + 1)
+
+
+def draw(histogram: Histogram) -> bytes:
+    """An SVG file. The same histogram gives the same bytes, with the same matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        for key, counts in histogram.counts.items():
+            label = SERIES.get(key)
+            axes.stairs(counts, histogram.edges, fill=True, alpha=0.35, color=_COLORS[key])
+            axes.stairs(counts, histogram.edges, color=_COLORS[key], label=label)
+        for key, bound in histogram.bounds:
+            axes.axvline(bound, color=_COLORS[key], linestyle="--", linewidth=1.4, label=str(np.float32(bound)))
+        axes.set_title(histogram.name)
+        axes.set_ylabel("rows")
+        if any(SERIES.get(key) for key in histogram.counts) or histogram.bounds:
+            axes.legend(frameon=False, fontsize=8)
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()

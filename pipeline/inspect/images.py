@@ -1,0 +1,187 @@
+"""Single images out of tars, without reading the rest of them; and small copies of images to show."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar
+
+from PIL import Image
+
+from ...errors import CapipeError
+from ...manifests.files.allowed import Allowed, open_place, stamp_of
+from ...manifests.files.compressed import plain
+from ...manifests.files.outside import Refused, is_url
+from ...manifests.files.tar import printable
+from ...manifests.samples import read_samples
+from ...manifests.status import Status
+from ...models.images.decode import ImageLimits, thumbnail
+from ...models.images.formats import ImageProblem
+from ...stages.reading.faults import read_problem
+from .shard_join import Joins, Place
+
+OPEN_TARS = 16
+LIMITS = ImageLimits(min_side=1)
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Cache(Generic[Key, Value]):
+    """What was used last, up to ``budget`` by ``weigh``; safe to share between threads."""
+
+    def __init__(self, budget: int, weigh: Callable[[Value], int] = lambda _: 1) -> None:
+        self._budget, self._weigh, self._weight = budget, weigh, 0
+        self._held: OrderedDict[Key, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Key) -> Value | None:
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        return None
+
+    def put(self, key: Key, value: Value) -> None:
+        with self._lock:
+            if key in self._held:
+                self._weight -= self._weigh(self._held.pop(key))
+            self._held[key] = value
+            self._weight += self._weigh(value)
+            while self._weight > self._budget and len(self._held) > 1:
+                _, old = self._held.popitem(last=False)
+                self._weight -= self._weigh(old)
+
+
+class TarImages:
+    """The images of one tar by key. Its headers are read only as far as was needed so far, and never its data."""
+
+    def __init__(self, open_tar: Callable[[], BinaryIO]) -> None:
+        self._open, self._lock = open_tar, threading.Lock()
+        self._samples = read_samples(open_tar(), read_data=False)  # closed with the last reference to it
+        self._places: dict[str, tuple[int, int]] = {}
+
+    def read(self, key: str) -> bytes | None:
+        """An image's bytes, None where the tar has no sound image of that key. Raises OSError."""
+        place = self._find(key)
+        if place is None:
+            return None
+        with plain(self._open()) as stream:
+            stream.seek(place[0])
+            data = stream.read(place[1])
+        return data if len(data) == place[1] else None
+
+    def _find(self, key: str) -> tuple[int, int] | None:
+        with self._lock:
+            while key not in self._places:
+                sample = next(self._samples, None)
+                if sample is None:
+                    return None
+                image = sample.image()
+                if sample.status is Status.OK and image is not None:
+                    self._places[sample.key] = image.offset, image.size
+            return self._places[key]
+
+
+class Pictures:
+    """Images of artifacts' rows, wherever among their tars these lie and ``allowed`` lets them be read.
+
+    ``refused``: why pictures were left out, each reason once.
+    """
+
+    def __init__(self, allowed: Allowed) -> None:
+        self._allowed = allowed
+        self._tars: Cache[tuple[str, tuple[int, int]], TarImages] = Cache(OPEN_TARS)
+        self._lock = threading.Lock()
+        self.refused: list[str] = []
+
+    def of(self, joins: Joins, place: Place, row: Mapping[str, Any]) -> bytes | None:
+        """The image of a row (``key``, and of final shards ``source_shard``, ``source_key``); None without one."""
+        tars = [(tar, str(row["key"])) for tar in joins.tars(place)]
+        selected = joins.selected_from(place)
+        if selected is not None and row.get("source_shard") is not None:
+            tars += [(tar, str(row["source_key"])) for tar in joins.sources(selected, str(row["source_shard"]))]
+        reason = None
+        for tar, key in tars:
+            try:
+                if (data := self._read(self._allowed.place(tar.location), key)) is not None:
+                    return data
+            except Refused as error:
+                reason = reason or str(error)
+        for tar, key in tars:
+            for location in self._allowed.elsewhere(tar.location) if tar.size is not None else ():
+                try:
+                    if (data := self._read(location, key, tar.size)) is not None:
+                        return data
+                except Refused as error:
+                    reason = reason or str(error)
+        if reason is not None and reason not in self.refused:
+            self.refused.append(reason)
+        return None
+
+    def refusal(self, joins: Joins, place: Place) -> str | None:
+        """Why the images of a shard are not shown, where they lie nowhere that may be read; nothing is opened."""
+        reason = None
+        for tar in joins.tars(place):
+            try:
+                location = self._allowed.place(tar.location)
+            except Refused as error:
+                reason = reason or str(error)
+                continue
+            if is_url(location) or Path(location).exists():
+                return None
+        return None if self._allowed.named else reason
+
+    def _read(self, location: str, key: str, size: int | None = None) -> bytes | None:
+        """An image; None where it is not there, or the tar is not of ``size``. Raises Refused for a tar of no file, and
+        for one of a store that cannot be reached."""
+        try:
+            tar = self._tar(location, size)
+            return None if tar is None else tar.read(key)
+        except ValueError:  # replaced meanwhile
+            return None
+        except Exception as error:
+            problem = read_problem(error)
+            if problem is None and not isinstance(error, CapipeError):
+                raise
+            # fsspec calls a server that does not answer a missing file, too; where one was only tried, it may be none
+            tried = isinstance(error, FileNotFoundError) and size is not None
+            missing = problem is not None and problem.status is Status.MISSING
+            if is_url(location) and not tried and not missing:
+                said = error if problem is None else problem.reason
+                raise Refused(f"{printable(location[:200])}: {printable(str(said)[:200])}") from None
+            return None
+
+    def _tar(self, location: str, size: int | None) -> TarImages | None:
+        """The tar, opened anew where it is another one by now."""
+        stamp = stamp_of(location)
+        if size not in (None, stamp[0]):
+            return None
+        with self._lock:
+            known = self._tars.get((location, stamp))
+            if known is None:
+                known = TarImages(lambda: open_place(location))
+                self._tars.put((location, stamp), known)
+        return known
+
+
+def refusals(refused: Sequence[str]) -> str | None:
+    """What :attr:`Pictures.refused` lists, in one line."""
+    if not refused:
+        return None
+    more = f" (and {len(refused) - 1} more such places)" if len(refused) > 1 else ""
+    return f"not shown: {refused[0]}{more}"
+
+
+def small_jpeg(data: bytes, side: int, quality: int = 80) -> bytes | None:
+    """A JPEG of at most ``side`` x ``side`` pixels; None where the image cannot be decoded."""
+    whole = thumbnail(data, LIMITS, side)
+    if isinstance(whole, ImageProblem):
+        return None
+    image = whole.image
+    image.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=quality)
+    return out.getvalue()

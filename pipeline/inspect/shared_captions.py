@@ -1,0 +1,89 @@
+"""Captions that many pictures share, word for word: a gateway that answers from its cache, a model that sees nothing.
+
+Counted in one pass over what is on disk and in bounded memory, by digests; where there are too many of them, those
+seen least often so far are forgotten (lossy counting; Manku and Motwani, 2002), so a count is never too high.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...manifests.artifact import Artifact
+from ...manifests.status import Status
+
+SHARED = 20  # pictures that may have the same caption: short ones do, of pictures that are alike
+_DIGESTS = 1 << 18  # counted at a time: some 30 MB
+_LONGEST = 60  # characters of a caption in a message
+
+
+@dataclass(frozen=True)
+class SharedCaptions:
+    """``texts`` captions stand under more than :data:`SHARED` of ``seen`` pictures each, ``pictures`` times in all.
+
+    ``commonest``: the one that stands under most, ``times``.
+    """
+
+    texts: int
+    pictures: int
+    seen: int
+    commonest: str
+    times: int
+
+    def __str__(self) -> str:
+        shown = " ".join(self.commonest.split())
+        shown = shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
+        if self.texts == 1:
+            return f"one caption stands under {self.times} of {self.seen} pictures: {shown!r}"
+        shared = f"{self.texts} captions stand under more than {SHARED} pictures each"
+        return f"{shared}, {self.pictures} times in all; the commonest under {self.times} of {self.seen}: {shown!r}"
+
+
+def shared_captions(artifact: Artifact, shards: Sequence[str]) -> SharedCaptions | None:
+    """What the pictures of these shards of an annotate artifact share; None where no caption is under so many.
+
+    Only healthy captions count, and a picture once for each text. Raises OSError and ValueError for damaged files.
+    """
+    return count_shared(texts for shard in shards for texts in _texts(artifact, shard))
+
+
+def count_shared(pictures: Iterable[set[str]], digests: int = _DIGESTS) -> SharedCaptions | None:
+    """The same of texts, a set for each picture. ``digests``: how many distinct ones are kept count of."""
+    counts: Counter[bytes] = Counter()
+    seen, floor, commonest, most = 0, 1, "", 0
+    for texts in pictures:
+        seen += bool(texts)
+        for text in texts:
+            digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+            counts[digest] += 1
+            if counts[digest] > most:
+                commonest, most = text, counts[digest]
+        while len(counts) > digests:
+            counts = Counter({digest: count for digest, count in counts.items() if count > floor})
+            floor += len(counts) > digests // 2
+    shared = [count for count in counts.values() if count > SHARED]
+    return SharedCaptions(len(shared), sum(shared), seen, commonest, most) if shared else None
+
+
+def _texts(artifact: Artifact, shard: str) -> Iterator[set[str]]:
+    """The distinct healthy captions of each row that has any."""
+    with artifact.parquet(shard) as parquet:
+        for batch in parquet.iter_batches(1000, columns=["captions"], use_threads=False):
+            captions = batch.column("captions")
+            rows, flat = pc.list_parent_indices(captions), pc.list_flatten(captions)
+            healthy = pc.equal(pc.struct_field(flat, "status"), str(Status.OK))
+            texts: dict[int, set[str]] = {}
+            for row, text in zip(_kept(rows, healthy), _kept(pc.struct_field(flat, "text"), healthy), strict=True):
+                texts.setdefault(row, set()).add(text)
+            yield from texts.values()
+
+
+def _kept(values: pa.Array, flags: pa.BooleanArray) -> list[Any]:
+    kept: list[Any] = pc.filter(values, flags).to_pylist()
+    return kept

@@ -1,0 +1,96 @@
+"""How fast a run is and how long it still takes, read from the times of its files: from any machine, without a lock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from ...errors import CapipeError
+from ...manifests.artifact import CONFIG, Artifact
+from ...manifests.files.allowed import Allowed
+from ...manifests.files.outside import Refused
+from ...manifests.manifest import LINES, ShardRecord
+
+WINDOW = 64  # commits that are looked at
+_PAUSE = 600.0  # seconds without a commit that end the window, unless commits are always so rare
+_RARE = 10.0  # times the median gap: what is a pause where they are
+
+
+@dataclass(frozen=True)
+class Pace:
+    """``rate`` in rows per second over the last commits, ``eta`` in seconds: None where there is nothing to go by.
+
+    ``changed``: when something was last finished, in epoch seconds of the clock that stamped the files.
+    """
+
+    rate: float | None = None
+    eta: float | None = None
+    changed: float | None = None
+
+
+def rows_of_input(artifact: Artifact) -> int | None:
+    """Rows that the whole input has, where it is an artifact of ours that can be opened from here."""
+    url = artifact.config["run"].get("shards")
+    if not isinstance(url, str) or "://" in url:
+        return None
+    try:
+        source = Artifact.open(Allowed(artifact.url).place(url))
+        records = source.committed()
+    except (CapipeError, Refused, OSError):
+        return None
+    expected = source.config["run"].get("shards_total")
+    return sum(record.count for record in records.values()) if len(records) == expected else None
+
+
+def pace(artifact: Artifact, records: Sequence[ShardRecord], journaled: int, total: int | None) -> Pace:
+    """The pace of an artifact. ``journaled``: finished rows of uncommitted shards; ``total``: rows there will be."""
+    if not artifact.folder.is_local:
+        return Pace()
+    moments = _moments(artifact, records, journaled)
+    if not moments:
+        return Pace()
+    rate = _rate(moments)
+    left = None if total is None else max(0, total - sum(record.count for record in records) - journaled)
+    eta = left / rate if left is not None and rate else None
+    return Pace(rate, eta, moments[-1][0])
+
+
+def _moments(artifact: Artifact, records: Sequence[ShardRecord], journaled: int) -> list[tuple[float, int]]:
+    """When how many rows were finished, in order: each commit by its Parquet's time, then what journals hold."""
+    known = []
+    for record in records:
+        for name in record.files:
+            if name == f"{record.shard}.parquet" and (time := _modified(artifact, name)) is not None:
+                known.append((time, record.count))
+    known = sorted(known)[-WINDOW:]
+    if journaled:
+        folder = artifact.folder.private("journal")
+        times = [
+            time for path in folder.glob("*.jsonl") if (time := _modified(artifact, f"_capipe/journal/{path.name}"))
+        ]
+        start = _modified(artifact, CONFIG)
+        if not known and start is not None:
+            known = [(start, 0)]
+        known += [(max(times), journaled)] if times else []
+    return known or [(time, 0) for time in [_modified(artifact, LINES)] if time is not None]
+
+
+def _modified(artifact: Artifact, name: str) -> float | None:
+    try:
+        return artifact.folder.local(name).stat().st_mtime
+    except OSError:
+        return None  # being replaced, or gone with its commit
+
+
+def _rate(moments: list[tuple[float, int]]) -> float | None:
+    """Rows per second since the last long pause; the first commit only starts the clock."""
+    gaps = [after[0] - before[0] for before, after in pairwise(moments)]
+    if not gaps:
+        return None
+    pause = max(_PAUSE, _RARE * median(gaps))
+    first = max((index + 1 for index, gap in enumerate(gaps) if gap > pause), default=0)
+    seconds = moments[-1][0] - moments[first][0]
+    rows = sum(count for _, count in moments[first + 1 :])
+    return rows / seconds if seconds > 0 and rows else None

@@ -1,0 +1,385 @@
+"""What stages that ask an engine have in common: engine and decoders loaded, counted, planned and run."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import pyarrow.parquet as pq
+
+from ...errors import BadInput, CapipeError
+from ...manifests.artifact import Artifact
+from ...manifests.manifest import ShardRecord
+from ...manifests.shards import OPEN, InputShard, Row, expand, input_artifact, join, read_places
+from ...manifests.status import Status
+from ...models.engines.base import (
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    Engine,
+    GenerationRequest,
+    ImageInput,
+    Prompt,
+    Refused,
+    RequestError,
+)
+from ...models.engines.chat_templates import check_template
+from ...models.engines.http.server import served_model
+from ...models.engines.loading import EngineConfig, load_engine, model_identity
+from ...models.engines.lora import check_adapter
+from ...models.engines.model_folder import folder_digest, image_grid, resolve_model
+from ...models.engines.router import home_of
+from ...models.engines.thinking import thinks
+from ...models.engines.vllm.arguments import changing_rows
+from ...models.images.decode import ImageLimits, Pixels
+from ...models.images.decode_pool import DecodePool, check_for_server, grid_decoder
+from ...models.images.formats import ImageProblem
+from ...models.images.grid import ImageGrid
+from ...models.reader import QuizReader, ReaderConfig
+from ..runners.circuit_breaker import Refusals, answered
+from ..runners.inline import run_inline
+from ..runners.messages import Event
+from ..runners.placement import Workplace
+from ..runners.shard_queue import Outcome
+from ..runners.worker import RowByRow, Stage
+
+Got = TypeVar("Got")
+
+REQUESTS_PER_ROW = 25  # of a row with a quiz: five questions in five orders at a time
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """Which engine a stage asks, and how images come to it; picklable. ``decode_workers`` 0: it reads text alone."""
+
+    engine: EngineConfig
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    decode_workers: int = 0
+    trace: Path | None = None  # a file that gets one line per request
+
+    def semantic(self) -> dict[str, Any]:
+        """What fingerprints cover. Greedy or sampled, every engine gives the same answers; so it is not among it."""
+        if self.engine.is_http:
+            served_model(self.engine.kind, self.engine.model)  # raises where none answers, before anything is written
+        else:  # refused here, nothing is written for a model that cannot be asked
+            path = resolve_model(self.engine.model)
+            sees = image_grid(path, self.engine.min_pixels, self.engine.max_pixels) is not None
+            check_template(path, sees, self.engine.template_args)
+        identity = model_identity(self.engine.model, self.engine.kind)
+        facts: dict[str, Any] = {"model": identity.digest or identity.name, "dtype": self.engine.dtype}
+        facts |= self._more()
+        if not self.decode_workers:
+            return facts
+        grid = None if self.engine.is_http else self._grid()
+        asked = (self.engine.min_pixels, self.engine.max_pixels)
+        limits = [self.limits.max_image_pixels, self.limits.min_side, self.limits.max_aspect]
+        return {**facts, "pixels": asked if grid is None else (grid.min_pixels, grid.max_pixels), "limits": limits}
+
+    def _more(self) -> dict[str, Any]:
+        """What most runs do not ask for: where it is not given, fingerprints are as they were without it."""
+        engine = self.engine
+        more: dict[str, Any] = {"template_args": dict(engine.template_args)}
+        more["engine_args"] = changing_rows(engine.engine_args)
+        if engine.adapter:
+            more["adapter"] = folder_digest(check_adapter(engine.adapter))
+        return {name: value for name, value in more.items() if value}
+
+    def _grid(self) -> ImageGrid:
+        grid = image_grid(resolve_model(self.engine.model), self.engine.min_pixels, self.engine.max_pixels)
+        if grid is None:
+            raise BadInput(f"{self.engine.model}: reads text only; name a vision-language model")
+        return grid
+
+    def provenance(self) -> dict[str, Any]:
+        adapter = {"adapter": self.engine.adapter} if self.engine.adapter else {}
+        return {"model": self.engine.model, "engine": self.engine.kind, **adapter}
+
+    async def load(self) -> LoadedEngine:
+        engine = await load_engine(self.engine)
+        if self.trace is not None:
+            engine = TracedEngine(engine, self.trace)
+        pool: DecodePool[Pixels] | DecodePool[bytes] | None = None
+        if self.decode_workers and engine.grid is not None:
+            pool = DecodePool(self.decode_workers, grid_decoder(engine.grid, self.limits))
+        elif self.decode_workers:  # a server resizes by itself
+            pool = DecodePool(self.decode_workers, functools.partial(check_for_server, limits=self.limits))
+        return LoadedEngine(engine, pool, self.engine.is_http)
+
+
+class LoadedEngine:
+    """An engine that counts what goes through it, with the decoders before it."""
+
+    def __init__(
+        self, engine: Engine, pool: DecodePool[Pixels] | DecodePool[bytes] | None, served: bool = False
+    ) -> None:
+        self.engine = CountingEngine(engine)
+        self._pool, self._decoding, self._served = pool, 0, served
+
+    async def check(self, config: ReaderConfig) -> LoadedEngine:
+        """Find out whether what answers at a URL can be a reader at all; raises BadInput where not, and is closed then.
+
+        What an engine of our own can do is known without asking.
+        """
+        try:
+            if self._served:
+                await QuizReader(self.engine, config).check()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def image(self, row: Row) -> ImageInput | ImageProblem:
+        """A row's image in the form its engine wants, or what is wrong with it."""
+        assert row.image is not None and row.uid is not None and self._pool is not None
+        self._decoding += 1
+        try:
+            decoded = await self._pool.decode(row.image)
+        finally:
+            self._decoding -= 1
+        if isinstance(decoded, ImageProblem):
+            return decoded
+        if isinstance(decoded, bytes):
+            return ImageInput(row.uid, encoded=decoded or row.image)
+        return ImageInput(row.uid, pixels=decoded)
+
+    def gauges(self) -> dict[str, int]:
+        tokens, self.engine.tokens = self.engine.tokens, 0
+        requests, self.engine.requests = self.engine.requests, 0
+        return {
+            "tokens": tokens,
+            "requests": requests,
+            "decoding": self._decoding,
+            "in_engine": self.engine.busy,
+            "concurrency": self.engine.concurrency,
+        }
+
+    async def aclose(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+        await self.engine.aclose()
+
+
+class CountingEngine:
+    """An engine with counters for the progress display and for the breaker.
+
+    Raises RunFailed, too: where the engine refuses one request after the other for good.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._inner = engine
+        self.grid, self.guides, self.context = engine.grid, engine.guides, engine.context
+        self.busy = self.tokens = self.requests = 0
+        self._refusals = Refusals()
+
+    @property
+    def concurrency(self) -> int:
+        return self._inner.concurrency
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        completion = await self._counted(self._inner.generate(request), request.prompt)
+        self.tokens += completion.n_tokens or 0
+        return completion
+
+    async def choose(self, request: ChoiceRequest) -> ChoiceScores:
+        return await self._counted(self._inner.choose(request), request.prompt)
+
+    async def _counted(self, asked: Awaitable[Got], prompt: Prompt) -> Got:
+        self.busy += 1
+        self.requests += 1
+        try:
+            got = await asked
+        except Refused:  # an answer, too, if not the one that was hoped for
+            self._answered()
+            raise
+        except RequestError as error:
+            self._refusals.failed(error, home_of(prompt))
+            raise
+        finally:
+            self.busy -= 1
+        self._answered()
+        return got
+
+    def _answered(self) -> None:
+        self._refusals.over()
+        answered()
+
+    async def thinks(self) -> bool:
+        return await thinks(self._inner)
+
+    async def count_tokens(self, prompt: Prompt) -> int | None:
+        return await self._inner.count_tokens(prompt)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class TracedEngine(CountingEngine):
+    """Writes a line per generation to a file before it goes to the engine: uid, seed, temperature, prompt."""
+
+    def __init__(self, engine: Engine, path: Path) -> None:
+        super().__init__(engine)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        image, sampling = request.prompt.image, request.sampling
+        entry = [image.uid if image else None, sampling.seed, sampling.temperature, request.prompt.text]
+        os.write(self._handle, json.dumps(entry).encode() + b"\n")
+        return await self._inner.generate(request)
+
+    async def aclose(self) -> None:
+        os.close(self._handle)
+        await super().aclose()
+
+
+class SidecarProcessor(RowByRow):
+    """What processors share that write no tars: their engine, and the rows they keep alive.
+
+    ``rows``: how many for an engine of such a concurrency, which changes while a server shows what it takes.
+    """
+
+    writes_tar = False
+
+    def __init__(self, loaded: LoadedEngine, rows: Callable[[int], int]) -> None:
+        self._loaded, self._rows = loaded, rows
+
+    @property
+    def window(self) -> int:
+        return self._rows(self._loaded.engine.concurrency)
+
+    def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
+        return None
+
+    def gauges(self) -> dict[str, int]:
+        return self._loaded.gauges()
+
+    async def aclose(self) -> None:
+        await self._loaded.aclose()
+
+
+class Setup(Protocol):
+    """The models a stage needs. ``provenance``: what of them an artifact records beside its fingerprint."""
+
+    def provenance(self) -> dict[str, Any]: ...
+
+
+class EngineStage(Stage, Protocol):
+    """A stage as a command describes it. ``name``: its artifact's stage; ``setup`` None: it needs no model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def setup(self) -> Setup | None: ...
+
+    def semantic(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before its first row: the locked output and the shards still to do."""
+
+    stage: EngineStage
+    artifact: Artifact
+    shards: list[InputShard]  # all of the input
+    todo: list[InputShard]
+
+
+def plan(
+    stage: EngineStage,
+    pattern: str,
+    out: str,
+    *,
+    beside: Mapping[str, Artifact] | None = None,
+    fresh: bool = False,
+    retry: bool = False,
+    share: bool = False,
+    also_read: Sequence[str] = (),
+) -> Plan:
+    """Check everything that can be checked before a model is loaded, lock the output, and find what is left to do.
+
+    Shards some of whose input's rows were done again since are taken back; rows of the same images keep what they have.
+    ``beside``: artifacts whose rows the stage wants with each row, by name. ``retry`` reopens committed shards with
+    unresolved rows; ``share`` lets other processes work on the same output; ``also_read`` names files that are neither
+    shards nor artifacts. Raises CapipeError; then nothing was written.
+    """
+    if share and (fresh or retry):
+        word = "--fresh" if fresh else "--retry"
+        raise BadInput(f"{word}: takes committed shards back, which others may be adding to; run it without --share")
+    beside = beside or {}
+    shards = join(expand(pattern), beside)
+    source = input_artifact(pattern)
+    semantic = {**stage.semantic(), "input": source.fingerprint if source else None}
+    semantic |= {name: artifact.fingerprint for name, artifact in beside.items()}
+    run = {
+        "shards": pattern,
+        "shards_total": len(shards),
+        **(stage.setup.provenance() if stage.setup else {}),
+        "input_manifest": source.manifest_digest() if source else None,
+        **{name: artifact.url for name, artifact in beside.items()},
+    }
+    reads = [*read_places(pattern, shards, beside.values()), *also_read]
+    artifact = Artifact.create(out, stage.name, semantic, run, fresh=fresh, share=share, reads=reads)
+    try:
+        return Plan(stage, artifact, shards, _todo(artifact, shards, retry))
+    except CapipeError:
+        artifact.close()
+        raise
+
+
+def _todo(artifact: Artifact, shards: list[InputShard], retry: bool) -> list[InputShard]:
+    committed = artifact.committed()
+    if not artifact.shared:
+        artifact.release_quarantine()
+    for shard in shards:
+        record = committed.get(shard.name)
+        if record is None:
+            continue
+        mended, again = shard.is_mended(record), retry and record.unresolved > 0
+        if not again:  # else sidecars may have changed in any way: what they had left open may be there by now
+            mended |= shard.has_mended_companions(record)
+        if mended and artifact.shared:
+            text = f"{shard.url}: some of its rows were done again since; run the command once without --share"
+            raise BadInput(f"{text}, which takes the shards made of it back")
+        if again or mended or (not artifact.shared and _read_in_vain(artifact, record, shard)):
+            open_rows = set(record.input.get(OPEN, ()))
+            kept = resolved_rows(artifact, record.shard)
+            artifact.reopen(record, {index: row for index, row in kept.items() if index not in open_rows})
+            del committed[shard.name]
+    return [shard for shard in shards if shard.name not in committed]
+
+
+def _read_in_vain(artifact: Artifact, record: ShardRecord, shard: InputShard) -> bool:
+    """Whether a row is a ``read_error`` of this stage's own, not one that was passed on to it."""
+    if not record.rows.get(Status.READ_ERROR):
+        return False
+    own = [row["status"] for row in artifact.read_rows(record.shard)]
+    listed = [] if shard.record is None else [shard.listing]
+    given = [_statuses(opened) for opened in (*listed, *(companion.open for companion in shard.companions))]
+    return any(
+        status == Status.READ_ERROR and Status.READ_ERROR not in before
+        for status, *before in zip(own, *given, strict=True)
+    )
+
+
+def _statuses(opened: Callable[[], pq.ParquetFile]) -> list[str]:
+    with opened() as parquet:
+        found: list[str] = parquet.read(columns=["status"], use_threads=False).column("status").to_pylist()
+    return found
+
+
+def resolved_rows(artifact: Artifact, shard: str) -> dict[int, dict[str, Any]]:
+    """The rows of a committed shard whose fate is final, by index."""
+    rows = artifact.read_rows(shard)
+    return {index: row for index, row in enumerate(rows) if Status(row["status"]).resolved}
+
+
+def execute(made: Plan, report: Callable[[Event], None], workplace: Workplace) -> Outcome:
+    """Do the plan's shards; returns when all are committed or quarantined, or on Ctrl-C."""
+    if made.stage.setup is None:
+        return run_inline(made.stage, made.artifact, report, made.todo)
+    return workplace.run(made.stage, made.artifact, report, made.todo)

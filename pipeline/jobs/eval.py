@@ -1,0 +1,149 @@
+"""From graded artifacts to reports and comparisons on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import BadInput
+from ...manifests.artifact import Artifact
+from ...manifests.files.allowed import Allowed
+from ...manifests.files.outside import Refused
+from ...manifests.files.storage import write_new
+from ...manifests.fingerprint import fingerprint
+from ...manifests.shards import RowReader, expand
+from ...models.hub import HubName, snapshot
+from ...models.scorers.blip_contrastive import BlipScorer
+from ...models.scorers.clip import ClipScorer, load_clip
+from ...models.scorers.clip_source import clip_place
+from ...models.scorers.lm_scores import load_text_scorer
+from ...models.scorers.loading import ScorerConfig, scorer_identity
+from ...trainer.evaluation.compare import Run
+from ...trainer.evaluation.evaluate import evaluate
+from ...trainer.evaluation.results import Caution, Comparison, Report
+from ...trainer.evaluation.retrieval import Gallery, cosines_of, gallery_of, ranks_of
+from ...trainer.evaluation.tables import to_json, to_markdown
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Models that an evaluation asks about captions, by name. ``cosine``: a CLIP or a BLIP, maybe the reward's own."""
+
+    clip: str | None = None
+    cosine: str | None = None
+    language_model: str | None = None
+
+
+def load_cosine(name: str) -> ClipScorer | BlipScorer:
+    """A BLIP with contrastive heads, or any open_clip model. Raises BadInput where it is neither."""
+    from ...models.scorers.blip_contrastive import load_blip
+
+    try:
+        if isinstance(place := clip_place(name), HubName):
+            snapshot(place, "open_clip")
+    except BadInput:
+        return load_blip(name)
+    return load_clip(name)
+
+
+def report_on(graded: Artifact, judges: Judges = Judges(), warnings: Sequence[Caution] = ()) -> Report:
+    """The figures of a graded artifact, with those of the models that are named. Raises BadInput without any row.
+
+    ``warnings``: what is known to be wrong with them, beside what they show themselves.
+    """
+    facts, more = settings(graded), dict[str, Any]()
+    if judges.clip is not None:
+        clip = load_clip(judges.clip)
+        gallery, captions = _gallery(graded, clip)
+        more |= {"ranks": ranks_of(gallery, captions, clip), "gallery": len(gallery.names)}
+        facts["retrieval"] = _told("clip", judges.clip)
+    if judges.cosine is not None:
+        scorer = load_cosine(judges.cosine)
+        more["cosines"] = cosines_of(*_gallery(graded, scorer), scorer)
+        facts["cosine"] = _told("clip" if isinstance(scorer, ClipScorer) else "blip", judges.cosine)
+    if judges.language_model is not None:
+        texts = sorted({text for _, text in _captions(graded)})
+        more["logps"] = dict(zip(texts, load_text_scorer(judges.language_model).logps(texts), strict=True))
+        facts["language model"] = judges.language_model
+    return evaluate(rows_of(graded), facts, where=graded.url, warnings=warnings, **more)
+
+
+def _told(kind: str, model: str) -> str:
+    """A scorer's name with what makes it the scorer it is, so that reports by another one are told apart."""
+    identity = scorer_identity(ScorerConfig(kind, model))
+    return f"{model}@{str(identity['model'])[:12]}, {identity['activation']}"
+
+
+def _captions(graded: Artifact) -> dict[tuple[str, str], None]:
+    """Distinct captions with the uid of their image."""
+    return {
+        (row["uid"], caption["text"] or ""): None
+        for row in rows_of(graded)
+        for caption in row["captions"]
+        if row["uid"] is not None and caption["text"] is not None
+    }
+
+
+def _gallery(graded: Artifact, scorer: ClipScorer | BlipScorer) -> tuple[Gallery, dict[tuple[str, str], None]]:
+    """The images whose captions were graded, and these captions."""
+    captions = _captions(graded)
+    shards = expand(graded.config["run"]["shards"])
+    images = (row for shard in shards for row in RowReader(shard))
+    return gallery_of(images, {image for image, _ in captions}, scorer), captions
+
+
+def run_of(folder: Path, system: str | None) -> Run:
+    """A graded artifact as one side of a comparison."""
+    graded = Artifact.open(str(folder))
+    return Run(str(folder.parent), rows_of(graded), settings(graded, Allowed(str(folder))), system)
+
+
+def rows_of(graded: Artifact) -> Iterator[dict[str, Any]]:
+    """All rows, shard after shard."""
+    for shard in graded.committed():
+        yield from graded.read_rows(shard)
+
+
+def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]:
+    """What the figures depend on. ``reader identity``: all that decides how it answers, whatever it is called.
+
+    ``allowed``: where the captions may be; None for an artifact whose inputs this command line named.
+    """
+    semantic, run = graded.config["semantic"], graded.config["run"]
+    reader = f"{run['model']}@{str(semantic['model'])[:12]}, {_presented(semantic['grade']['presentations'])}"
+    identity = fingerprint({"model": semantic["model"], "asked": semantic["reader"]})[:16]
+    facts = {
+        "reader": reader,
+        "reader identity": identity,
+        "questions": f"{run['questions']}@{str(semantic['questions'])[:12]}",
+    }
+    facts |= {"captions": f"{run['captions']}@{str(semantic['captions'])[:12]}", "shards": run["shards"]}
+    if (captions := _captions_of(run["captions"], allowed)) is not None:
+        asked = captions.config
+        named = asked["semantic"]["annotate"]
+        facts |= {"captioner": f"{asked['run']['model']}@{str(asked['semantic']['model'])[:12]}"}
+        facts |= {"temperature": named["temperature"], "captions per prompt": named["samples"]}
+        facts |= {f"prompt {each['name']}": each["text"] for each in named["prompts"]}
+    return {**facts, "generic caption": semantic["grade"]["generic"]}
+
+
+def _captions_of(url: str, allowed: Allowed | None) -> Artifact | None:
+    """The captions that were graded, where they still are and may be opened."""
+    try:
+        place = url if allowed is None else allowed.place(url)
+    except Refused:
+        return None
+    return Artifact.open(place) if Artifact.exists(place) else None
+
+
+def _presented(presentations: int | None) -> str:
+    return "all cyclic orders" if presentations is None else f"{presentations} cyclic orders"
+
+
+def write_report(value: Report | Comparison, folder: Path, name: str = "report") -> None:
+    """``name``.json and ``name``.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_new(folder / f"{name}.json", to_json(value).encode())
+    write_new(folder / f"{name}.md", to_markdown(value).encode())

@@ -1,0 +1,117 @@
+"""The files over all shards of an export: indexes, sizes, the conversations' list, the card. Made anew from what is
+committed whenever an export is run, so the same bytes whatever happened before."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import pyarrow.compute as pc
+
+from ...manifests.artifact import Artifact
+from ...manifests.file_transaction import FileTransaction
+from ...manifests.files.storage import read_parquet
+from ...manifests.manifest import ShardRecord
+from ...stages.export import energon
+from ...stages.export.card import CardWords, Contents, render
+from ...stages.export.card_statistics import Statistics
+from ...stages.export.folder import METADATA
+from ...stages.export.llava import CONVERSATIONS, DATASET_INFO, MESSAGES, as_list, dataset_info
+from ...stages.export.provenance import chain
+from ...stages.export.source import PARTS
+from ...stages.export.writer import IMAGES, part_file
+
+CARD = "README.md"
+SIZES = "sizes.json"
+
+#: What an export of each format writes beside its shards' files; `--fresh` removes it, too.
+EXTRAS: dict[str, list[str]] = {
+    "webdataset": [CARD, SIZES, energon.META],
+    "parquet": [CARD, "data"],
+    "llava": [CARD, CONVERSATIONS, IMAGES],
+    "folder": [CARD, METADATA, IMAGES],
+    "messages": [CARD, MESSAGES, DATASET_INFO, IMAGES],
+}
+
+_LISTS = {"llava": CONVERSATIONS, "folder": METADATA, "messages": MESSAGES}  # what shards' lines are put together in
+
+
+def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: str, notes: Sequence[str]) -> None:
+    """Write everything that stands for all shards at once; each file appears whole, what makes it an index last."""
+    records = list(artifact.committed().values())
+    with artifact.begin_files("extras") as files:
+        _write(files, CARD, _card(artifact, source, words, format, records, notes).encode())
+        if format == "webdataset":
+            _write_webdataset(artifact, records, files)
+        if format == "messages":
+            _write(files, DATASET_INFO, dataset_info())
+        if format in _LISTS:
+            with files.writing(_LISTS[format]) as file:
+                lines = _parts(artifact, records)
+                for piece in as_list(lines) if format == "llava" else itertools.chain.from_iterable(lines):
+                    file.write(piece)
+        artifact.note(finals=files.publish())
+
+
+def _write(files: FileTransaction, name: str, data: bytes) -> None:
+    with files.writing(name) as file:
+        file.write(data)
+
+
+def _card(
+    artifact: Artifact,
+    source: Artifact,
+    words: CardWords,
+    format: str,
+    records: Sequence[ShardRecord],
+    notes: Sequence[str],
+) -> str:
+    statistics = Statistics()
+    for record in records:
+        statistics.add(artifact.parquet(record.shard))
+    size = sum(int(record.files[f"{record.shard}.tar"]["bytes"]) for record in source.committed().values())
+    shards = sum(bool(record.stats["samples"]) for record in records)
+    contents = Contents(format, shards, size, _images(records), notes)
+    return render(words, contents, statistics, chain(source))
+
+
+def _images(records: Sequence[ShardRecord]) -> Counter[str]:
+    """Images of all tars by extension, the most frequent first."""
+    found: Counter[str] = Counter()
+    for record in records:
+        found.update(record.stats.get("images", {}))
+    return Counter(dict(found.most_common()))
+
+
+def _write_webdataset(artifact: Artifact, records: Sequence[ShardRecord], files: FileTransaction) -> None:
+    """Sizes and Energon's folder; a ``sizes.json`` beside the shards would stop img2dataset's reruns into a folder, but
+    nothing is ever downloaded into an export."""
+    counts = {f"{r.shard}.tar": int(r.stats["samples"]) for r in records if r.stats["samples"]}
+    digests = [str(r.files[name]["sha256"]) for r in records for name in r.files if name.endswith(".tar")]
+    _write(files, SIZES, json.dumps(counts, indent=1).encode())
+    _write(files, f"{energon.META}/dataset.yaml", energon.dataset_yaml(list(_images(records))))
+    _write(files, f"{energon.META}/split.yaml", energon.split_yaml(counts))
+    database = f"{energon.META}/index.sqlite"
+    energon.write_database(files.path(database), (_indexed(artifact, r) for r in records if r.stats["samples"]))
+    files.adopt(database)
+    _write(files, f"{energon.META}/index.uuid", energon.index_uuid(digests))
+    _write(files, f"{energon.META}/.info.json", energon.info_json(counts))  # last: a folder with it counts as prepared
+
+
+def _indexed(artifact: Artifact, record: ShardRecord) -> energon.IndexedTar:
+    name, folder = f"{record.shard}.tar", artifact.folder
+    starts = array("Q", folder.read_bytes(f"{name}.idx"))
+    rows = artifact.table(record.shard, ["key", "status"])
+    parts = read_parquet(folder, f"{PARTS}/{record.shard}.parquet")
+    keys = rows.filter(pc.equal(rows["status"], "ok")).column("key").to_pylist()
+    return energon.IndexedTar(name, str(record.files[name]["sha256"]), keys, starts, parts)
+
+
+def _parts(artifact: Artifact, records: Sequence[ShardRecord]) -> Iterator[BinaryIO]:
+    for record in records:
+        with artifact.folder.open(part_file(record.shard)) as file:
+            yield file

@@ -1,0 +1,100 @@
+"""The grading stage of `capipe eval`, described, checked against its reader, and loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ...manifests.schema import GRADE
+from ...manifests.shards import Row
+from ...models.context_check import check_asked, room
+from ...models.engines.base import Engine
+from ...models.engines.context import quiz_room
+from ...models.engines.loading import EngineConfig, ModelIdentity, model_identity
+from ...models.quiz import Question
+from ...models.reader import QuizReader, ReaderConfig
+from ...stages.questions import grade
+from ...stages.questions.grade import GradeConfig, Grader
+from .engine import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
+from .reader_checks import too_long
+
+ROWS = 4  # rows a reader works on beyond those that fill its engine
+
+
+@dataclass(frozen=True)
+class GradeStage:
+    """Everything a worker needs to grade captions; picklable.
+
+    ``asked``: those questions that show whether the reader can be asked all; ``longest``: the most tokens of a caption
+    that it is to read beside them.
+    """
+
+    config: GradeConfig
+    setup: EngineSetup
+    mode: Literal["choose", "sampled"] = "choose"
+    asked: tuple[Question, ...] = ()
+    longest: int = 0
+    name: str = "grade"
+
+    def semantic(self) -> dict[str, Any]:
+        return {
+            **self.setup.semantic(),
+            "grade": self.config.model_dump(mode="json"),
+            "reader": self.reader.model_dump(),
+        }
+
+    @property
+    def reader(self) -> ReaderConfig:
+        return ReaderConfig(presentations=self.config.presentations, mode=self.mode)
+
+    @property
+    def engine(self) -> EngineConfig:
+        return self.setup.engine
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Of the model that reads. Raises BadInput where there is none such, or no server."""
+        return model_identity(self.engine.model, self.engine.kind)
+
+    async def load(self) -> GradeProcessor:
+        loaded = await (await self.setup.load()).check(self.reader)
+        try:
+            await self._check(loaded.engine)
+        except BaseException:
+            await loaded.aclose()
+            raise
+        return GradeProcessor(self, loaded)
+
+    def with_room(self, longest: int) -> GradeStage:
+        """For captions of up to ``longest`` of the reader's tokens, or longer ones where those were expected."""
+        engine = self.setup.engine
+        if engine.room is not None:
+            engine = replace(engine, room=max(engine.room, quiz_room(longest, self.reader.answer_tokens)))
+        return replace(self, setup=replace(self.setup, engine=engine), longest=longest)
+
+    async def _check(self, engine: Engine) -> None:
+        """What only the running engine knows for sure. Raises BadInput."""
+        if not self.asked:
+            return
+        reader, name = QuizReader(engine, self.reader), self.engine.model or self.engine.kind
+        left = await room(reader, self.asked)
+        if left is not None and left < self.longest:
+            raise too_long(name, engine.context, self.longest, left)
+        if not self.engine.is_http:  # what a server cannot do it says of each request, maybe for a while only
+            await check_asked(reader, name, self.asked)
+
+
+class GradeProcessor(SidecarProcessor):
+    """The loaded stage; it needs no image."""
+
+    schema = GRADE
+
+    def __init__(self, stage: GradeStage, loaded: LoadedEngine) -> None:
+        super().__init__(loaded, lambda concurrency: ROWS + 2 * concurrency // REQUESTS_PER_ROW)
+        self._grader = Grader(QuizReader(loaded.engine, stage.reader), stage.config)
+
+    async def process_row(self, row: Row) -> dict[str, Any]:
+        return await self._grader.grade(row)
+
+    def passed_on(self, row: Row) -> dict[str, Any]:
+        return grade.passed_on(row)

@@ -1,0 +1,153 @@
+"""Before an evaluation: do the captions fit the reader that is to answer from them? Did it reward the captioner?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ...errors import BadInput
+from ...manifests.artifact import Artifact
+from ...models.context_check import context_of, counter_of, room_of, telling
+from ...models.engines.loading import EngineConfig, ModelIdentity, same_model
+from ...models.quiz import Question, self_oracle
+from ...models.reader import ReaderConfig
+from ...stages.questions.grade import kept_questions
+from ...trainer.evaluation.results import Caution
+
+MOST_TOO_LONG = 0.1  # of the captions; one alone is never too many
+
+Text = tuple[str, str, int | None]  # the row's key, a caption, and its tokens as the captioner counts them
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How captions fit a reader: the most tokens of one that does, and how many of ``all`` do not."""
+
+    longest: int = 0
+    all: int = 0
+    too_long: int = 0
+    first: str = ""  # of those, where it is
+    room: int = 0
+
+    @property
+    def cautions(self) -> list[Caution]:
+        if not self.too_long:
+            return []
+        text = (
+            f"{self.too_long} of {self.all} captions have more than the {self.room} tokens that the reader's context "
+            f"leaves for them (the first: {self.first}); they are unscored and in no figure"
+        )
+        return [Caution("too_long", text, {"too_long": self.too_long, "captions": self.all, "room": self.room})]
+
+
+class Asking(Protocol):
+    """Who reads, how, and what it is asked (:func:`asked_of`)."""
+
+    @property
+    def engine(self) -> EngineConfig: ...
+
+    @property
+    def reader(self) -> ReaderConfig: ...
+
+    @property
+    def asked(self) -> tuple[Question, ...]: ...
+
+    @property
+    def identity(self) -> ModelIdentity: ...
+
+
+def check_limit(stage: Asking, max_tokens: int) -> None:
+    """Raise BadInput where a caption as long as it may become would not fit the reader.
+
+    The reader's tokens are taken to be as many as the captioner's; the captions are measured once they exist.
+    """
+    engine = stage.engine
+    try:
+        context = context_of(engine)
+    except BadInput:
+        if engine.is_http:  # it may be started while captions are written; before it is asked, this is looked at again
+            return
+        raise
+    if context is None or not stage.asked:
+        return
+    left = room_of(context, stage.reader, stage.asked, counter_of(engine))
+    if left < max_tokens:
+        raise too_long(engine.model or engine.kind, context, max_tokens, left, "--max-tokens: captions")
+
+
+def check_captions(stage: Asking, texts: Iterable[Text]) -> Lengths:
+    """Hold the captions' real lengths against the reader's context. Raises BadInput where many do not fit."""
+    engine = stage.engine
+    context = context_of(engine)
+    if context is None or not stage.asked:
+        return Lengths()
+    count = counter_of(engine)
+    left = room_of(context, stage.reader, stage.asked, count)
+    seen = over = most = size_of_longest = 0
+    longest, first = "", ""
+    for key, text, n_tokens in texts:
+        seen += 1
+        size = len(text.encode())
+        if size > left and (tokens := (n_tokens if engine.is_http and n_tokens else count(text))) > left:
+            over += 1
+            most, first = max(most, tokens), first or f"row {key!r}, {tokens} tokens"
+        elif size > size_of_longest:
+            longest, size_of_longest = text, size
+    if over > 1 and over > MOST_TOO_LONG * seen:
+        raise too_long(engine.model or engine.kind, context, most, left, f"{over} of {seen} captions")
+    return Lengths(count(longest) if longest and not engine.is_http else 0, seen, over, first, left)
+
+
+def caption_texts(captions: Artifact) -> Iterator[Text]:
+    """Of captions made before."""
+    for shard in captions.committed():
+        for row in captions.read_rows(shard):
+            for each in row["captions"] or []:
+                yield row["key"], each["text"] or "", each["n_tokens"]
+
+
+def too_long(reader: str, context: int | None, tokens: int, left: int, whose: str = "captions") -> BadInput:
+    return BadInput(
+        f"{whose} of up to {tokens} tokens, and {reader} has room for {max(left, 0)} beside the longest question (its "
+        f"context is {context}): write shorter captions (--max-tokens), or take a reader with a longer context"
+    )
+
+
+def rewarded_by(captions: Artifact, stage: Asking) -> list[Caution]:
+    """A caution where the captioner's checkpoint says that its training was rewarded by this very reader.
+
+    Nothing is known of captioners that are no checkpoint of ours, or have been moved to a server.
+    """
+    from ...trainer.checkpoint import FACTS, read_facts
+
+    captioner = captions.config["run"].get("model")
+    if not captioner or not (Path(captioner).expanduser() / FACTS).is_file():
+        return []
+    told = read_facts(Path(captioner).expanduser()).figures.get("reader")
+    if not told or not same_model(ModelIdentity(**told), stage.identity):
+        return []
+    text = (
+        "the captioner was trained with this very reader as its reward, and may have learnt what this one likes; "
+        "evaluate with another"
+    )
+    return [Caution("reward_reader", text, {})]
+
+
+def told_texts(questions: Artifact) -> Iterator[Text]:
+    """The control that tells all answers, of every image."""
+    for key, asked in _questions(questions):
+        yield key, self_oracle(asked), None
+
+
+def asked_of(questions: Artifact) -> tuple[Question, ...]:
+    """All of the questions that checks need."""
+    return telling(question for _, asked in _questions(questions) for question in asked)
+
+
+def _questions(artifact: Artifact) -> Iterator[tuple[str, list[Question]]]:
+    for shard in artifact.committed():
+        for row in artifact.read_rows(shard):
+            if asked := kept_questions(row):
+                yield row["key"], asked

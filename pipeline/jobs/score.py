@@ -1,0 +1,261 @@
+"""The scoring stage of `capipe filter`, and that of `capipe embed`, described and loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+import torch
+
+from ...manifests.schema import EMBEDDING_COLUMN, SCORE, embedding
+from ...manifests.shards import Row
+from ...manifests.status import Status
+from ...models.halving import OF_DEVICES, by_halves
+from ...models.images.decode import ImageLimits, Pixels
+from ...models.images.decode_pool import DecodePool
+from ...models.images.formats import ImageProblem
+from ...models.images.preprocess import View, decode_views
+from ...models.scorers.base import computing_threads, device_and_type
+from ...models.scorers.clip import load_clip
+from ...models.scorers.loading import ScorerConfig, load_scorer, scorer_identity
+from ...stages.filter.score import (
+    CHUNK,
+    CaptionScorer,
+    PreparedRows,
+    SafetyDetector,
+    SeenRow,
+    captions_of,
+    passed_on,
+    unscored,
+)
+from ..runners.circuit_breaker import answered
+
+Views = tuple[Pixels, ...]
+
+
+@dataclass(frozen=True)
+class ScoreSetup:
+    """Which models score, and how images come to them; picklable."""
+
+    scorers: tuple[ScorerConfig, ...]
+    decode_workers: int
+    safety: bool = False
+    limits: ImageLimits = field(default_factory=ImageLimits)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"models": {scorer.kind: scorer.model for scorer in self.scorers}}
+
+    def semantic(self) -> dict[str, Any]:
+        return {
+            "scorers": {scorer.kind: scorer_identity(scorer) for scorer in self.scorers},
+            "safety": self.safety,
+            "limits": [self.limits.max_image_pixels, self.limits.min_side, self.limits.max_aspect],
+        }
+
+
+@dataclass(frozen=True)
+class ScoreStage:
+    """Everything a worker needs to score captions; picklable."""
+
+    setup: ScoreSetup
+    name: str = "score"
+
+    def semantic(self) -> dict[str, Any]:
+        return self.setup.semantic()
+
+    async def load(self) -> ScoreProcessor:
+        return ScoreProcessor(self.setup)
+
+
+Prepared = TypeVar("Prepared")
+Subject = tuple[Row, int]  # and the number of its image
+
+CHUNKS_COMPUTED = 4  # at a time, at most: each holds its pictures and its activations
+
+
+class ViewProcessor(Generic[Prepared]):
+    """What processors share whose models look at pictures: chunks of rows, decoding processes, computing threads.
+
+    Another thread prepares the next chunk's texts meanwhile: tokenizers, too, take a tenth of a small model's time.
+    A chunk is one thread's from its first layer to its last, so its figures are the same however many compute.
+    """
+
+    schema: pa.Schema
+    chunk = CHUNK
+    writes_tar = False
+
+    def __init__(self, views: tuple[View, ...], setup: ScoreSetup) -> None:
+        decode = functools.partial(decode_views, views=views, limits=setup.limits)
+        devices = [device_and_type(each.device, each.dtype)[0] for each in setup.scorers]
+        self._computers, threads = computing_threads(devices, CHUNKS_COMPUTED)
+        self.window = (self._computers + 3) * CHUNK
+        in_flight = (self._computers + 1) * CHUNK
+        self._pool: DecodePool[Views] = DecodePool(setup.decode_workers, decode, in_flight=in_flight)
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="capipe-prepare")
+        self._threads = ThreadPoolExecutor(self._computers, "capipe-score", torch.set_num_threads, (threads,))
+        self._decoding = self._computing = 0
+
+    async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        out = {row.index: given for row in rows if (given := self.unasked(row)) is not None}
+        asked = [row for row in rows if row.index not in out]
+        distinct = {row.uid: row for row in asked}  # an image that several rows show is decoded once
+        decoded = dict(zip(distinct, await asyncio.gather(*map(self._decode, distinct.values())), strict=True))
+        seen = {uid: views for uid, views in decoded.items() if not isinstance(views, ImageProblem)}
+        numbers = {uid: number for number, uid in enumerate(seen)}
+        for row in asked:
+            if isinstance(problem := decoded[row.uid], ImageProblem):
+                out[row.index] = {**self.passed_on(row), "status": str(problem.status), "error": problem.reason}
+        subjects = [(row, numbers[row.uid]) for row in asked if row.uid in numbers]
+        if subjects:
+            self._computing += len(subjects)
+            try:
+                computed = await self._computed(subjects, list(seen.values()))
+            finally:
+                self._computing -= len(subjects)
+            out |= {row.index: result for (row, _), result in zip(subjects, computed, strict=True)}
+        return [out[row.index] for row in rows]
+
+    async def _computed(self, subjects: Sequence[Subject], images: Sequence[Views]) -> list[dict[str, Any]]:
+        """The output rows. Where the chunk fails, the rows that are to blame fail alone, unless it is the device."""
+        loop = asyncio.get_running_loop()
+        try:
+            prepared = await loop.run_in_executor(self._preparer, self.prepare, subjects)
+            computed = await loop.run_in_executor(self._threads, self.compute, prepared, images)
+        except OF_DEVICES:
+            raise
+        except Exception:  # told of the rows that are to blame, outside of here: the error holds the chunk's tensors
+            pass
+        else:
+            answered()
+            return computed
+        computed, some = await loop.run_in_executor(self._threads, self._apart, subjects, images)
+        if some:
+            answered()
+        return computed
+
+    def _apart(self, subjects: Sequence[Subject], images: Sequence[Views]) -> tuple[list[dict[str, Any]], bool]:
+        """The output rows of a chunk that failed, and whether any did not; runs in a computing thread."""
+
+        def compute(some: Sequence[Subject]) -> list[dict[str, Any]]:
+            places = {number: place for place, number in enumerate(dict.fromkeys(number for _, number in some))}
+            asked = [(row, places[number]) for row, number in some]
+            prepared = self._preparer.submit(self.prepare, asked).result()
+            return self.compute(prepared, [images[number] for number in places])
+
+        outcomes, rows = by_halves(subjects, compute, OF_DEVICES), []
+        for (row, number), outcome in zip(subjects, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                reason = self.reason(row, images[number], outcome)
+                outcome = {**self.passed_on(row), "status": str(Status.ENGINE_ERROR), "error": reason}
+            rows.append(outcome)
+        return rows, not all(isinstance(outcome, Exception) for outcome in outcomes)
+
+    def reason(self, row: Row, image: Views, error: Exception) -> str:
+        """Why a row has no result even by itself; runs in a computing thread."""
+        return f"{type(error).__name__}: {error}"
+
+    def unasked(self, row: Row) -> dict[str, Any] | None:
+        """The output row of one that no model need look at; None for others."""
+        raise NotImplementedError
+
+    def prepare(self, subjects: Sequence[Subject]) -> Prepared:
+        """What no model takes part in; runs in the preparing thread."""
+        raise NotImplementedError
+
+    def compute(self, prepared: Prepared, images: Sequence[Views]) -> list[dict[str, Any]]:
+        """The output rows of what was prepared; runs in a computing thread, beside others: models keep nothing."""
+        raise NotImplementedError
+
+    def passed_on(self, row: Row) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def _decode(self, row: Row) -> Views | ImageProblem:
+        assert row.image is not None
+        self._decoding += 1
+        try:
+            return await self._pool.decode(row.image)
+        finally:
+            self._decoding -= 1
+
+    def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
+        return None
+
+    def gauges(self) -> dict[str, int]:
+        return {"decoding": self._decoding, "in_engine": self._computing, "concurrency": self._computers * CHUNK}
+
+    async def aclose(self) -> None:
+        self._pool.close()
+        self._preparer.shutdown()
+        self._threads.shutdown()
+
+
+class ScoreProcessor(ViewProcessor[PreparedRows]):
+    """The loaded stage."""
+
+    schema = SCORE
+
+    def __init__(self, setup: ScoreSetup) -> None:
+        safety: SafetyDetector | None = None
+        if setup.safety:
+            from ...models.scorers.safety import NudeNetDetector
+
+            safety = NudeNetDetector()
+        self._scorer = CaptionScorer(tuple(load_scorer(each) for each in setup.scorers), safety)
+        super().__init__(self._scorer.views, setup)
+
+    def unasked(self, row: Row) -> dict[str, Any] | None:
+        return unscored(row)
+
+    def prepare(self, subjects: Sequence[Subject]) -> PreparedRows:
+        return self._scorer.prepare([SeenRow(row, captions_of(row), number) for row, number in subjects])
+
+    def compute(self, prepared: PreparedRows, images: Sequence[Views]) -> list[dict[str, Any]]:
+        return self._scorer.score(prepared, images)
+
+    def reason(self, row: Row, image: Views, error: Exception) -> str:
+        return self._scorer.reason(SeenRow(row, captions_of(row), 0), image, error)
+
+    def passed_on(self, row: Row) -> dict[str, Any]:
+        return passed_on(row)
+
+
+@dataclass(frozen=True)
+class EmbedStage:
+    """Image embeddings by a CLIP, for `capipe dedup --embeddings`; picklable."""
+
+    setup: ScoreSetup
+    name: str = "embed"
+
+    def semantic(self) -> dict[str, Any]:
+        return self.setup.semantic()
+
+    async def load(self) -> EmbedProcessor:
+        return EmbedProcessor(self.setup)
+
+
+class EmbedProcessor(ViewProcessor[Sequence[Subject]]):
+    """The loaded stage: unit vectors of the image tower in half precision."""
+
+    def __init__(self, setup: ScoreSetup) -> None:
+        (config,) = setup.scorers
+        self._clip = load_clip(config.model, config.dtype, config.device)
+        self.schema = embedding(self._clip.width)
+        super().__init__((self._clip.view,), setup)
+
+    def unasked(self, row: Row) -> dict[str, Any] | None:
+        return None
+
+    def prepare(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
+        return subjects
+
+    def compute(self, prepared: Sequence[Subject], images: Sequence[Views]) -> list[dict[str, Any]]:
+        vectors = self._clip.encode_images([pixels for (pixels,) in images]).half().tolist()
+        return [{**self.passed_on(row), EMBEDDING_COLUMN: vectors[number]} for row, number in prepared]
+
+    def passed_on(self, row: Row) -> dict[str, Any]:
+        return {"key": row.key, "uid": row.uid, "status": str(row.status), "error": row.error}

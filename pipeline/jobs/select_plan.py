@@ -1,0 +1,186 @@
+"""What a selection will keep, found from the scores' columns alone: no image is opened, no model loaded.
+
+Only the columns that the decision reads are loaded, one input shard at a time. What stays in memory is, with ``top``,
+the score of each eligible row: 4 bytes a row (8 for a column of integers), twice that while the threshold is found.
+Without ``top`` it is a count for each shard.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from fsspec.core import url_to_fs
+
+from ...errors import ArtifactMismatch, BadInput
+from ...manifests.artifact import Artifact
+from ...manifests.schema import BASE, SCORE, check
+from ...manifests.shards import Companion, InputShard
+from ...manifests.status import Status
+from ...stages.filter.expression import kind_of, shown_value
+from ...stages.filter.select import Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
+
+SCORES, MARKS = "scores", "marks"  # companions by name
+_IDENTITY = ["key", "uid"]
+_BASE = pa.schema(BASE)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """``kept``: rows of each input shard that are kept under ``rule``; the others count rows of all of them.
+
+    ``eligible``: candidates for which `keep` holds, and which `top` can rank.
+    """
+
+    rule: Rule
+    kept: list[int]
+    sizes: list[int]
+    candidates: int
+    eligible: int
+
+    def line(self) -> str:
+        rule = self.rule
+        threshold = f", threshold {rule.config.by} >= {rule.threshold_text}" if rule.by else ""
+        counts = f"{sum(self.kept):,} of {self.candidates:,} candidates are kept"
+        return f"select ({rule.config.shown}): {counts}, {sum(self.sizes):,} rows in all{threshold}"
+
+    def warning(self) -> str | None:
+        """One line where the conditions sort nothing out."""
+        asked = self.rule.config
+        if (asked.keep is None and asked.top is None) or sum(self.kept) < self.candidates:
+            return None
+        return f"{asked.shown}: keeps all {self.candidates:,} candidates; raise the threshold to sort some out"
+
+
+def survey(shards: Sequence[InputShard], scores: Artifact, config: SelectConfig) -> Survey:
+    """Decide about all rows of ``shards``, each joined with its scores (and marks).
+
+    Raises BadInput where the scores are of other images, and where nothing would be kept.
+    """
+    committed = scores.committed()
+    rule = Rule.of(config, _text(shards, config))
+    counted, sizes, candidates, ranked = [], [], 0, []
+    for shard, (table, marks) in zip(shards, _tables(shards, rule.columns), strict=True):
+        _check_images(shard, table, committed[shard.name].input.get("bytes"))
+        found = decide(table, marks, rule)
+        sizes.append(len(table))
+        candidates += int(found.candidate.sum())
+        counted.append(int(found.eligible.sum()))
+        if found.by is not None:
+            ranked.append(found.by[found.eligible])
+    if not sum(counted):
+        raise _nothing(shards, rule)
+    kept = counted
+    if config.top is not None:
+        values = np.concatenate(ranked)
+        ranked.clear()
+        rule = replace(rule, threshold=top_threshold(values, config.top))
+        above = values >= rule.precision(rule.threshold or 0.0)
+        kept = [int(part.sum()) for part in np.split(above, np.cumsum(counted)[:-1])]
+    return Survey(rule, kept, sizes, candidates, sum(counted))
+
+
+def _text(shards: Sequence[InputShard], config: SelectConfig) -> Text:
+    if config.text != "auto":
+        return config.text
+    tables = _tables(shards, ["re_length"])
+    return "re" if any(table.column("re_length").null_count < len(table) for table, _ in tables) else "org"
+
+
+def _tables(shards: Sequence[InputShard], columns: list[str]) -> Iterator[tuple[pa.Table, list[str] | None]]:
+    """Each shard's scores, the columns asked for beside key and uid, and the statuses of its marks."""
+    for shard in shards:
+        beside = {companion.name: companion for companion in shard.companions}
+        table = read_columns(beside[SCORES], SCORE, [*_IDENTITY, *columns])
+        marks = read_columns(beside[MARKS], _BASE, [*_IDENTITY, "status"]) if MARKS in beside else None
+        if marks is not None and not _same_images(table, marks):
+            text = f"{beside[MARKS].url}: its rows are not those of {beside[SCORES].url}, by key and uid"
+            raise BadInput(f"{text}; give --marks what was made of these shards")
+        yield table, None if marks is None else marks.column("status").to_pylist()
+
+
+def _same_images(one: pa.Table, other: pa.Table) -> bool:
+    return all(one.column(name).equals(other.column(name)) for name in _IDENTITY)
+
+
+def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) -> pa.Table:
+    """Some columns of a sidecar, after its schema was checked; its checksum is not, which would take all columns."""
+    try:
+        with companion.open() as parquet:
+            check(parquet.schema_arrow, schema, companion.url)
+            return parquet.read(columns=list(dict.fromkeys(columns)), use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        text = f"{companion.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
+        raise ArtifactMismatch(text) from None
+
+
+def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) -> None:
+    """Raise BadInput unless the scores are of this shard's images: by key and uid where a Parquet lists these, by the
+    tar's size where not (then each row is compared when its image is read)."""
+    scores = next(c.url for c in shard.companions if c.name == SCORES)
+    mend = "give --shards those that were scored, or score these"
+    if shard.record is None:
+        fs, path = url_to_fs(shard.url)
+        if scored_bytes is not None and fs.size(path) != scored_bytes:
+            raise BadInput(f"{scores}: made of another tar than {shard.url} (its size differs); {mend}")
+        return
+    url = shard.url.removesuffix(".tar") + ".parquet"
+    listed = read_columns(Companion("images", url, "", shard.record.count), _BASE, _IDENTITY)
+    if _same_images(table, listed):
+        return
+    where = f"{len(table)} rows, {len(listed)} there"
+    for index, (ours, theirs) in enumerate(zip(table.to_pylist(), listed.to_pylist(), strict=False)):
+        if (ours["key"], ours["uid"]) != (theirs["key"], theirs["uid"]):
+            where = f"row {index}, {ours['key']!r}, is another image than {theirs['key']!r} there"
+            break
+    raise BadInput(f"{scores}: its rows are not those of {shard.url}, by key and uid ({where}); {mend}")
+
+
+def _nothing(shards: Sequence[InputShard], rule: Rule) -> BadInput:
+    """What to say when no row is kept: what the candidates' columns hold, read once more for it."""
+    named = {column.name: column.shown for column in (rule.keep.columns if rule.keep else ())}
+    if rule.by is not None:
+        named.setdefault(rule.by, rule.config.by)
+
+    def gather(of: Callable[[Decision], Any], name: str) -> list[pa.ChunkedArray]:
+        return [
+            table.column(name).filter(pa.array(of(decide(table, marks, rule))))
+            for table, marks in _tables(shards, [*rule.columns, name])
+        ]
+
+    statuses = Counter(status for part in gather(lambda d: ~d.candidate, "status") for status in part.to_pylist())
+    candidates = sum(len(part) for part in gather(lambda d: d.candidate, "status"))
+    if not candidates:
+        left = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items())) or "none at all"
+        text = f"no row has a {rule.text}_caption to write and is not marked (rows by status: {left})"
+        return BadInput(f"{shards[0].companions[0].url} and the rest: {text}; nothing can be kept")
+    found = "; ".join(f"{shown} {_range(gather(lambda d: d.candidate, name))}" for name, shown in named.items())
+    return BadInput(f"{rule.config.shown}: keeps none of {candidates:,} candidates; among them {found}")
+
+
+def _range(parts: list[pa.ChunkedArray]) -> str:
+    """What a column holds, in words."""
+    column = pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
+    if kind_of(column.type) != "number":
+        common = Counter(str(value) for value in column.to_pylist() if value is not None).most_common(3)
+        listed = ", ".join(f"{shown_value(value)} ({count:,} times)" for value, count in common)
+        return f"is mostly {listed}" if listed else "is always missing"
+    values = scores_of(pa.table({"x": column}), "x")
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return "is always missing"
+    low, middle, high = (shown_value(float(value)) for value in (values.min(), np.median(values), values.max()))
+    missing = f", {len(column) - len(values):,} missing" if len(values) < len(column) else ""
+    return f"is from {low} to {high} (median {middle}{missing})"
+
+
+def ok_uids(artifact: Artifact) -> Iterator[str]:
+    """The uids of a committed artifact's kept rows, in order."""
+    for shard in artifact.committed():
+        table = artifact.table(shard, ["uid", "status"])
+        yield from table.filter(pc.equal(table.column("status"), str(Status.OK))).column("uid").to_pylist()

@@ -1,0 +1,309 @@
+"""From a recipe to a run that is about to do its first, or its next, step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from ...errors import ArtifactMismatch, BadInput, RunFailed
+from ...manifests.files import bounded_json
+from ...manifests.files.overwriting import refuse_overwriting
+from ...manifests.files.redaction import redacted_data
+from ...manifests.files.storage import remove, unfinished, write_new
+from ...manifests.fingerprint import differences, fingerprint
+from ...manifests.shards import expand, read_places
+from ...models.engines.base import EngineDead, Prompt, RequestError
+from ...models.engines.hf.model_adapter import PreparedPrompt
+from ...models.engines.loading import model_identity
+from ...models.reader import QuizReader, ReaderConfig
+from ...models.scorers.loading import ScorerConfig, scorer_identity
+from ...trainer.build import PolicyParts, build_optimizer, build_policy, load_reader, whole_policy
+from ...trainer.build_rewards import build_judge
+from ...trainer.checkpoint import Facts, newest, optimizer_state
+from ...trainer.dataset import TaskList, load_tasks
+from ...trainer.distributed import join
+from ...trainer.evaluation.ability import ability_of, cautions
+from ...trainer.log import RunLog, Sink, TensorBoard, WandB
+from ...trainer.loop import Run, train
+from ...trainer.losses import Clip
+from ...trainer.policy.critic import CriticConfig
+from ...trainer.policy.fsdp import restore_optimizer
+from ...trainer.policy.packing_check import check_packing
+from ...trainer.preflight import IMAGES, ability, controls, floors, refuse_reader, refuse_templates
+from ...trainer.recipe import Recipe
+from ...trainer.rewards.image_text import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
+from ...trainer.rewards.quiz import QuizReward
+from ...trainer.rollouts import Drawing, Rollouts
+from ...trainer.sampler import Sampler, build_sampler
+from ...trainer.update import UpdateConfig, Updater
+from ..runners.interrupts import interrupts
+from ..runners.interrupts import say as say_at_once
+from .artifacts import question_artifact
+from .train_checks import check_fits, reward_reader
+
+RUN = "run.json"  # what a run was started with
+MARK = "step-"  # how everything is called that a run makes beside it, logs apart
+Say = Callable[[str], None]
+
+
+async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> Path:
+    """Train to the recipe's end, from the newest checkpoint in ``out`` where there is one.
+
+    Returns the last checkpoint: of the step at which a signal asked for the end, or ``out`` if that was none yet.
+    """
+    disable_progress_bar()  # or each checkpoint, and each set of weights on its way to vLLM, draws one
+    ranks = join(recipe.parallel == "sharded")
+    if recipe.rollout.images < ranks.count:
+        raise BadInput(
+            f"{ranks.count} processes for {recipe.rollout.images} images a step: start fewer, or raise rollout.images"
+        )
+    if not ranks.first:
+        say = _quiet
+    refuse_overwriting(str(out), _read(recipe))
+    training, held_out = load_data(recipe)
+    rewarding = reward_reader(recipe)
+    semantic = {
+        **recipe.semantic(),
+        **({} if rewarding is None else {"reader": rewarding.digest or rewarding.name}),
+        "model": model_identity(recipe.model, "").digest,
+        **_scorers(recipe),
+        ("images" if recipe.data.questions is None else "questions"): training.fingerprint,
+    }
+    mark, found = fingerprint(semantic), _look(out, semantic, fresh)
+    parts = build_policy(recipe, found[0] if found else None, ranks)
+    say(parts.learning)
+    judge = await build_judge(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
+    grader: QuizReader | None = None
+    sampler: Sampler | None = None
+    try:
+        if recipe.validation is not None:
+            validation, longest = recipe.validation, recipe.rollout.max_tokens
+            asks = ReaderConfig(mode=validation.mode)
+            reader = await load_reader(validation.reader, validation.engine, longest, asks, validation.template_args)
+            grader = QuizReader(reader, asks)
+            if "://" in validation.engine:
+                await grader.check()
+        await check_fits(recipe, judge, grader, training, held_out, parts.preparing.encoder)
+        ranks.wait()  # all have looked before one writes
+        if ranks.first:
+            _claim(out, semantic, fresh)
+        ranks.wait()
+        start = found[1].step if found else 0
+        shown = Prompt(recipe.prompt, await parts.pictures.of(training.tasks[0]))
+        sampler = await build_sampler(recipe, parts, out, shown)
+        packing = check_packing(whole_policy(parts), _prepare(parts, recipe.rollout.max_tokens)(shown), recipe.model)
+        run = _assemble(recipe, out, mark, training, held_out, parts, sampler, judge, grader, start, say)
+        run.reader = None if rewarding is None else asdict(rewarding)
+        if found:
+            restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(found[0]))
+            run.step, run.alarms = found[1].step, dict(found[1].figures.get("alarms", {}))
+            say(f"going on from {found[0]}")
+        if recipe.preflight:
+            say(packing.line())
+        await _preflight(run)
+        try:
+            with interrupts(partial(_stop, run)):
+                last = await train(run)
+            if run.step < recipe.steps:
+                say(f"stopped after step {run.step} of {recipe.steps}; run the same command to go on")
+            say(f"checkpoint: {last if run.step else 'none yet'}")
+            return last
+        finally:
+            run.log.close()
+    except EngineDead as error:
+        raise RunFailed(f"{error}; started again, the run goes on from its newest checkpoint") from error
+    finally:
+        parts.pictures.close()
+        if sampler is not None:
+            await sampler.aclose()
+        await judge.aclose()
+        if grader is not None:
+            await grader.engine.aclose()
+
+
+def _scorers(recipe: Recipe) -> dict[str, Any]:
+    """What decides the scores of rewards that look at images, by their kind; empty without any."""
+    scored = (ClipRewardConfig, BlipRewardConfig, ItmRewardConfig)
+    found = {
+        reward.kind: scorer_identity(ScorerConfig(reward.kind, reward.model, reward.dtype))
+        for reward in recipe.rewards
+        if isinstance(reward, scored)
+    }
+    return {"scorers": found} if found else {}
+
+
+def _stop(run: Run) -> None:
+    run.stopping = True
+    if run.parts.ranks.first:  # a signal may come while a line is being written
+        say_at_once("stopping: this step is finished, then a checkpoint written; a second signal ends it at once")
+
+
+def _quiet(line: str) -> None:
+    """What is said once is said by the first process."""
+
+
+def _read(recipe: Recipe) -> list[str]:
+    """What training reads and an output must not be: data, and a model that an earlier run may have left there."""
+    shards = [recipe.data.shards, *([] if recipe.validation is None else [recipe.validation.shards])]
+    questions = [recipe.data.questions, None if recipe.validation is None else recipe.validation.questions]
+    local = [recipe.model] if Path(recipe.model).is_dir() else []
+    places = [place for pattern in shards for place in read_places(pattern, expand(pattern))]
+    return [*places, *(each for each in questions if each is not None), *local]
+
+
+def load_data(recipe: Recipe) -> tuple[TaskList, TaskList | None]:
+    """What is trained on and what is validated on. Raises BadInput where an image is in both."""
+    asked = None if recipe.data.questions is None else question_artifact(recipe.data.questions).url
+    training = load_tasks(recipe.data.shards, asked, recipe.data.fingerprint)
+    if recipe.validation is None:
+        return training, None
+    held_out = load_tasks(recipe.validation.shards, question_artifact(recipe.validation.questions).url)
+    known = {task.uid for task in training.tasks}
+    shared = next((task.key for task in held_out.tasks if task.uid in known), None)
+    if shared is not None:
+        raise BadInput(f"{recipe.validation.shards}: {shared!r} is trained on, too; validate on other images")
+    return training, held_out
+
+
+def _look(out: Path, semantic: dict[str, Any], fresh: bool) -> tuple[Path, Facts] | None:
+    """The checkpoint in ``out`` to go on from, None to begin. Changes nothing.
+
+    Raises ArtifactMismatch where another recipe has been at work there, BadInput where it is no training run's folder.
+    """
+    file = out / RUN
+    if not file.exists():
+        if out.exists() and {*out.iterdir()} > {*unfinished(file)}:
+            raise BadInput(f"{out}: the folder holds something that is no training run; choose another --out")
+        return None
+    if fresh:
+        return None
+    try:
+        before = bounded_json.load(file)
+        if not isinstance(before, dict):
+            raise TypeError(f"a {type(before).__name__}, not an object")
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactMismatch(f"{file}: unreadable ({error}); restore it, or use --fresh to start over") from None
+    if before != semantic:
+        named = "; ".join(differences(before, semantic)[:3])
+        raise ArtifactMismatch(f"{out}: another run is there ({named}); use another --out, or --fresh to start over")
+    return newest(out, fingerprint(semantic))
+
+
+def _claim(out: Path, semantic: dict[str, Any], fresh: bool) -> None:
+    """Make ``out`` this run's folder, emptied of an earlier run's checkpoints where ``fresh``."""
+    out.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        for path in out.glob(f"{MARK}*"):
+            remove(path)
+    write_new(out / RUN, json.dumps(semantic, indent=1, sort_keys=True).encode())
+
+
+def _assemble(
+    recipe: Recipe,
+    out: Path,
+    mark: str,
+    training: TaskList,
+    held_out: TaskList | None,
+    parts: PolicyParts,
+    sampler: Sampler,
+    judge: Any,
+    grader: QuizReader | None,
+    start: int,
+    say: Say,
+) -> Run:
+    rollout, algorithm = recipe.rollout, recipe.algorithm
+    drawing = Drawing(recipe.prompt, rollout.group, rollout.max_tokens, rollout.temperature, recipe.seed)
+    config = UpdateConfig(
+        loss=algorithm.loss,
+        baseline=algorithm.baseline,
+        critic=CriticConfig(**algorithm.critic.model_dump(exclude={"hidden", "rate"})) if algorithm.critic else None,
+        epochs=algorithm.epochs,
+        minibatches=algorithm.minibatches,
+        clip=Clip(algorithm.clip_low, algorithm.clip_high, algorithm.cap),
+        kl=algorithm.kl,
+        estimator=algorithm.estimator,
+        entropy=algorithm.entropy,
+        limit=rollout.max_tokens,
+        budget=recipe.budget,
+        max_norm=recipe.optimizer.max_norm,
+        mask_truncated=algorithm.mask_truncated,
+    )
+    optimizer = build_optimizer(parts.policy, recipe.optimizer, algorithm.critic.rate if algorithm.critic else 1.0)
+    updater = Updater(parts.policy, optimizer, config, parts.reference, parts.ranks)
+    validated = held_out.tasks[: recipe.validation.images] if held_out and recipe.validation else ()
+    sinks = _sinks(recipe, out) if parts.ranks.first else []
+    log = RunLog(out, start, sinks, parts.ranks.rank)
+    found = ("images", "left out") if recipe.data.questions is None else ("images with questions", "without")
+    tasks = training.tasks[: recipe.data.images]
+    cut = f" (the first {len(tasks)} are used)" if len(tasks) < len(training.tasks) else ""
+    say(f"{len(training.tasks)} {found[0]}{cut}, {training.without} {found[1]}; {len(validated)} to validate on")
+    return Run(
+        recipe=recipe,
+        out=out,
+        fingerprint=mark,
+        tasks=tasks,
+        held_out=validated,
+        parts=parts,
+        sampler=sampler,
+        rollouts=Rollouts(sampler.engine, _prepare(parts, rollout.max_tokens), parts.pictures, drawing),
+        judge=judge,
+        grader=grader,
+        updater=updater,
+        log=log,
+        say=say,
+    )
+
+
+def _prepare(parts: PolicyParts, max_tokens: int) -> Callable[[Prompt], PreparedPrompt]:
+    """Prompts for the policy; one that leaves no room for a whole caption is refused, since neither must be cut."""
+    room = parts.preparing.max_model_len
+
+    def prepare(prompt: Prompt) -> PreparedPrompt:
+        try:
+            prepared = parts.preparing.prepare(prompt)
+        except RequestError as error:
+            raise BadInput(f"{error}; change the recipe's prompt") from None
+        if len(prepared.ids) + max_tokens > room:
+            raise BadInput(
+                f"rollout.max_tokens: {max_tokens} tokens after a prompt of {len(prepared.ids)} are more than the "
+                f"{room} that the model takes; lower it"
+            )
+        return prepared
+
+    return prepare
+
+
+def _sinks(recipe: Recipe, out: Path) -> list[Sink]:
+    sinks: list[Sink] = [TensorBoard(out / "tensorboard")]
+    if recipe.wandb is not None:
+        sinks.append(WandB(recipe.wandb, out.resolve().name, out, redacted_data(recipe.model_dump(mode="json"))))
+    return sinks
+
+
+async def _preflight(run: Run) -> None:
+    if not run.recipe.preflight or run.step:
+        return
+    reward = run.judge.rewards.get("quiz")
+    if isinstance(reward, QuizReward):
+        found = await floors(reward, run.tasks)
+        run.say(f"preflight: generic {found.generic:.3f}, empty {found.empty:.3f}, blind {found.blind:.3f}")
+        refuse_templates(found)
+        able = await ability(reward.reader, run.tasks)
+        run.say(f"preflight: {able.line()}")
+        for warning in refuse_reader(able, reward.config.reader):
+            run.say(warning)
+    if run.grader is not None and run.held_out:
+        held = await ability_of(run.grader, run.held_out[:IMAGES])
+        for each in cautions(held) if held else ():
+            run.say(f"warning: validation: {each.text}")
+    if len(run.judge.rewards) > isinstance(reward, QuizReward):
+        control = await controls(run.judge, run.tasks, run.parts.preparing.encoder.text_ids)
+        for told in control.lines():
+            run.say(told)
+        run.generic = control.generic

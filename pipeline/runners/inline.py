@@ -1,0 +1,61 @@
+"""The same worker inside this process: for stages without a model, and filesystems that other processes cannot see."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from ...errors import RunFailed
+from ...manifests.artifact import Artifact
+from ...manifests.shards import InputShard
+from ...models.engines.base import EngineDead
+from .messages import Event, ShardDone, ShardFailed, ShardLost
+from .scheduler import POLL_SECONDS
+from .shard_queue import Desk, Outcome
+from .worker import Answer, Stage, work
+
+
+class DirectChannel:
+    """Hands shards to a worker in the same event loop; failed ones come back until they are quarantined."""
+
+    def __init__(self, shards: Sequence[InputShard], artifact: Artifact, report: Callable[[Event], None]) -> None:
+        self.stopping = asyncio.Event()
+        self.desk = Desk(artifact, report, shards)
+        self._report, self._waits = report, False
+
+    async def next_shard(self) -> Answer:
+        while (assignment := self.desk.next()) is None and not self.desk.empty:
+            if not self._waits:
+                self._waits = True
+                return "wait"
+            await asyncio.sleep(POLL_SECONDS)  # others, who share the folder, have the rest: one of them may die
+        self._waits = False
+        return assignment
+
+    def send(self, event: Event) -> None:
+        if isinstance(event, ShardFailed):
+            self.desk.failed(event.shard, event.reason)
+        elif isinstance(event, ShardLost):
+            self.desk.lost(event.shard)
+        elif isinstance(event, ShardDone):
+            self.desk.done(event.record.shard)
+        self._report(event)
+
+
+def run_inline(
+    stage: Stage, artifact: Artifact, report: Callable[[Event], None], shards: Sequence[InputShard]
+) -> Outcome:
+    """Run ``stage`` over ``shards`` in this process. Raises RunFailed where the engine dies."""
+
+    async def run() -> Outcome:
+        channel = DirectChannel(shards, artifact, report)
+        while not channel.desk.empty:  # a shard that failed last comes back after the worker saw an empty desk
+            await work(stage, artifact, channel)
+        return channel.desk.outcome
+
+    if not shards:
+        return Outcome()
+    try:
+        return asyncio.run(run())
+    except EngineDead as error:
+        raise RunFailed(f"the engine died: {error}; run the same command again") from None

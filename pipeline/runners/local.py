@@ -1,0 +1,202 @@
+"""The local runner: one worker process per GPU, or one on CPU, each on a pipe of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from ...errors import CapipeError, RunFailed
+from ...manifests.artifact import Artifact
+from ...manifests.files.redaction import redact_output
+from ...models.child_processes import Identity, descendants, end, spawned_follow
+from ...models.engines.base import EngineDead
+from .messages import Event, Want, WorkerFailed
+from .scheduler import Order
+from .worker import Answer, Channel, Stage, work_with
+
+EXIT_SECONDS = 20.0  # a finished worker's libraries have to tidy up
+CLOSING_SECONDS = 10.0  # a dismissed worker has to close its engine
+
+
+class PipeChannel:
+    """The worker's end: requests shards and reports through one duplex pipe; a thread reads what comes back.
+
+    ``leave`` is called in the event loop when the runner says so.
+    """
+
+    def __init__(self, connection: Connection, leave: Callable[[], object]) -> None:
+        self.stopping = asyncio.Event()
+        self._connection, self._leave = connection, leave
+        self._answers: asyncio.Queue[Answer] = asyncio.Queue()
+        self._asked = False  # and not answered but by "wait"
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = self._connection.recv()
+            except (EOFError, OSError, TypeError):  # TypeError: our own end was closed while this read from it
+                if self._connection.closed:
+                    return  # our own end: the work is over
+                # The runner is gone, and with it the lock on the output: stop at once, and the engine first. Mostly
+                # the kernel was quicker, for us as for the engine.
+                end(descendants(os.getpid()), grace=0)
+                os._exit(3)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the work just ended by itself
+                self._heed(message)
+
+    def _heed(self, message: Any) -> None:
+        if message == "leave":
+            self._loop.call_soon_threadsafe(self._leave)
+            return
+        if message == "stop":
+            self._loop.call_soon_threadsafe(self.stopping.set)
+        self._loop.call_soon_threadsafe(self._answers.put_nowait, None if message == "stop" else message)
+
+    async def next_shard(self) -> Answer:
+        if not self._asked:
+            self.send(Want())
+        answer = await self._answers.get()
+        self._asked = answer == "wait"
+        return answer
+
+    def send(self, event: Event) -> None:
+        with self._lock:
+            self._connection.send(event)
+
+
+def worker_main(connection: Connection, stage: Stage, artifact: Artifact, gpu: str | None) -> None:
+    """Entry point of a worker process."""
+    redact_output()
+    # A terminal sends Ctrl-C, and its own end, to the whole group, engine processes included. Blocked signals are
+    # inherited, so only the runner hears it, and lets us finish what is in the engine. A scheduler sends SIGTERM
+    # to all processes of a job; children of ours are to hear it from their engine, so it is not blocked: only we do
+    # nothing then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    failure = asyncio.run(_worker(connection, stage, artifact))
+    if failure is not None:
+        connection.send(failure)
+    connection.close()
+    late = threading.Timer(EXIT_SECONDS, os._exit, (int(failure is not None),))  # an exit handler that hangs
+    late.daemon = True
+    late.start()
+    sys.exit(int(failure is not None))
+
+
+async def _worker(connection: Connection, stage: Stage, artifact: Artifact) -> WorkerFailed | None:
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        return await work_or_failure(stage, artifact, PipeChannel(connection, task.cancel))
+    except asyncio.CancelledError:  # dismissed, and the engine is closed
+        return None
+
+
+async def work_or_failure(stage: Stage, artifact: Artifact, channel: Channel) -> WorkerFailed | None:
+    """Work to the end; what ended it early is what a runner is to be told last."""
+    started = time.monotonic()
+    try:
+        processor = await stage.load()
+    except CapipeError as error:
+        return WorkerFailed(str(error), error.exit_code, final=error.exit_code != RunFailed.exit_code)
+    except Exception as error:  # a card without room, a broken library: a later try, or another place, may fare better
+        text = next(iter(str(error).splitlines()), "")
+        return WorkerFailed(f"{type(error).__name__}: {text}", RunFailed.exit_code, final=False)
+    try:
+        await work_with(processor, artifact, channel, time.monotonic() - started)
+    except CapipeError as error:
+        return WorkerFailed(str(error), error.exit_code, final=True)
+    except EngineDead as error:
+        return WorkerFailed(f"the engine died: {error}", RunFailed.exit_code, final=False)
+    return None
+
+
+class ProcessHand:
+    """A worker process and our end of its pipe."""
+
+    started = True
+
+    def __init__(self, process: Any, connection: Connection, name: str) -> None:
+        self.connection, self._process, self.name = connection, process, name
+        self._dismissed: float | None = None
+
+    def tell(self, order: Order) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end of the pipe says so to who listens
+            self.connection.send(order)
+
+    def end(self) -> str | None:
+        self._process.join(timeout=30)
+        if self._process.is_alive():
+            self.kill()
+        self.connection.close()
+        code = self._process.exitcode
+        return None if code == 0 else f"the worker process died (exit code {code})"
+
+    def dismiss(self) -> None:
+        self.tell("leave")
+        self._dismissed = time.monotonic()
+
+    def kill(self) -> None:
+        family = self._family()
+        if self._dismissed is not None:
+            self._process.join(timeout=max(0.0, self._dismissed + CLOSING_SECONDS - time.monotonic()))
+            family |= self._family()
+        self._process.kill()
+        self._process.join()
+        end(family)
+
+    def _family(self) -> set[Identity]:
+        """What it started; of a dead one nothing, as its pid may be another's."""
+        return descendants(self._process.pid) if self._process.is_alive() else set()
+
+
+class ProcessCrew:
+    """Worker processes on this machine. ``gpus``: one worker each, an empty list means one on CPU."""
+
+    def __init__(self, stage: Stage, artifact: Artifact, gpus: Sequence[str] = ()) -> None:
+        self._stage, self._artifact = stage, artifact
+        self._gpus: list[str | None] = list(gpus) or [None]
+        self.size = len(self._gpus)
+        self._hands: list[ProcessHand] = []
+        self._context = multiprocessing.get_context("spawn")
+
+    def hire(self, place: int) -> ProcessHand:
+        ours, theirs = self._context.Pipe()
+        arguments = (theirs, self._stage, self._artifact.attach(), self._gpus[place])
+        process = self._context.Process(target=worker_main, args=arguments)
+        with spawned_follow():
+            process.start()
+        theirs.close()
+        gpu = self._gpus[place]
+        self._hands.append(ProcessHand(process, ours, "this machine" if gpu is None else f"GPU {gpu}"))
+        return self._hands[-1]
+
+    def listen(self, seconds: float) -> Iterator[tuple[ProcessHand, Event | None]]:
+        self._hands = [hand for hand in self._hands if not hand.connection.closed]
+        by_connection = {hand.connection: hand for hand in self._hands}
+        for connection in wait(list(by_connection), timeout=seconds):
+            hand = by_connection[connection]  # type: ignore[index]
+            try:
+                event = hand.connection.recv()
+            except (EOFError, ConnectionResetError):
+                event = None
+            yield hand, event
+
+    def close(self) -> None:
+        """Nothing is left of it once its workers are gone."""

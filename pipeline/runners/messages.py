@@ -1,0 +1,91 @@
+"""What a worker and its runner say to each other. All of it is small and picklable; no pixels, no rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...manifests.manifest import ShardRecord
+from ...manifests.shards import InputShard
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A shard to do. ``claim``: the token that its commit must still find, where several workers could have it."""
+
+    shard: InputShard
+    claim: str | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded and rows are being taken."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Want:
+    """The worker has room for another shard."""
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What happened since the last pulse, and how full the worker's pipeline is now.
+
+    ``rows``: finished rows by status. ``recalled``: those of them taken from the journal. ``decoding`` and
+    ``in_engine``: rows at each station; ``concurrency``: what the engine takes; ``committing``: shards being written.
+    """
+
+    rows: Mapping[str, int] = field(default_factory=dict)
+    recalled: int = 0
+    tokens: int = 0
+    requests: int = 0
+    decoding: int = 0
+    in_engine: int = 0
+    concurrency: int = 0
+    committing: int = 0
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    record: ShardRecord
+
+
+@dataclass(frozen=True)
+class ShardFailed:
+    shard: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardLost:
+    """Not committed, because it is another worker's by now."""
+
+    shard: str
+
+
+@dataclass(frozen=True)
+class DoneElsewhere:
+    """Another process that shares the folder committed a shard of ours. (Runners say this, not workers.)"""
+
+    record: ShardRecord
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a person should know. (Runners say this, not workers.)"""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class WorkerFailed:
+    """The worker ends. ``final``: another one would fare no better (a model that does not exist, a full disk)."""
+
+    reason: str
+    exit_code: int
+    final: bool
+
+
+Event = Ready | Want | Pulse | ShardDone | ShardFailed | ShardLost | WorkerFailed | DoneElsewhere | Note

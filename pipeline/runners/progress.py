@@ -1,0 +1,173 @@
+"""Progress of a run: what is done, how fast, how long still, and which station holds the rest up."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ...terminal import escaped, print_err
+from .messages import DoneElsewhere, Event, Note, Pulse, Ready, ShardDone, ShardFailed, ShardLost, WorkerFailed
+
+LOG_SECONDS = 10.0  # between lines where the output is no terminal
+
+
+@dataclass
+class Progress:
+    """Feed it a run's events; :meth:`line` is the state in words.
+
+    ``rows_total`` is None where the input does not say (foreign tars); then the ETA goes by the shards seen so far.
+    """
+
+    stage: str
+    shards_total: int | None  # None where a source is still being read
+    shards_done: int = 0
+    rows_total: int | None = None
+    rows_before: int = 0  # committed by earlier runs, or by others that share the folder
+    started: float = field(default_factory=time.monotonic)
+    ready: float | None = None  # when the first worker had its model
+    rows: Counter[str] = field(default_factory=Counter)
+    recalled: int = 0
+    tokens: int = 0
+    requests: int = 0
+    notes: list[str] = field(default_factory=list)
+    _last: float | None = None  # when something was last finished
+    _committed_rows: int = 0
+    _committed_shards: int = 0
+    _stations: Counter[str] = field(default_factory=Counter)
+
+    def update(self, event: Event) -> None:
+        if isinstance(event, Ready):
+            self.ready = self.ready or time.monotonic()
+            self.notes.append(f"engine ready after {event.seconds:.1f} s")
+        elif isinstance(event, Pulse):
+            self.rows.update(event.rows)
+            self.recalled += event.recalled
+            self.tokens += event.tokens
+            self.requests += event.requests
+            self._stations[_station(event)] += 1
+            if event.rows:
+                self._last = time.monotonic()
+        elif isinstance(event, ShardDone):
+            self._last = time.monotonic()
+            self.shards_done += 1
+            self._committed_shards += 1
+            self._committed_rows += event.record.count
+        elif isinstance(event, DoneElsewhere):
+            self.shards_done += 1
+            self.rows_before += event.record.count
+        elif isinstance(event, Note):
+            self.notes.append(event.text)
+        elif isinstance(event, ShardLost):
+            self.notes.append(f"shard {event.shard} was taken over by another process; nothing of ours was committed")
+        elif isinstance(event, ShardFailed):
+            self.notes.append(f"shard {event.shard} failed: {event.reason}")
+        elif isinstance(event, WorkerFailed):
+            self.notes.append(f"{event.reason}; another worker goes on")
+
+    @property
+    def finished_rows(self) -> int:
+        """Rows finished by this run, those found in journals not counted."""
+        return sum(self.rows.values()) - self.recalled
+
+    @property
+    def seconds(self) -> float:
+        """Working time: since the first engine was ready."""
+        return time.monotonic() - (self.ready or self.started)
+
+    def rate(self) -> float:
+        """Rows per second of this run."""
+        return self.finished_rows / max(self.seconds, 1e-9) if self.ready else 0.0
+
+    def eta(self) -> float | None:
+        """Seconds left, or None while there is nothing to go by."""
+        total = self.rows_total
+        if total is None and self._committed_shards and self.shards_total is not None:
+            total = round(self._committed_rows / self._committed_shards * self.shards_total)
+        if total is None or not self.rate():
+            return None
+        return max(0, total - self.rows_before - sum(self.rows.values())) / self.rate()
+
+    def bottleneck(self) -> str:
+        """The station that was the narrow one most of the time: read, decode, engine or write."""
+        return self._stations.most_common(1)[0][0] if self._stations else "loading the model"
+
+    def line(self) -> str:
+        """One line for logs: shards, rows by status, rates, ETA, bottleneck."""
+        statuses = " ".join(f"{status}={count}" for status, count in sorted(self.rows.items()))
+        speed = f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s, " if self.tokens else ""
+        return (
+            f"{self.stage}: shards {self.shards_done}/{self.shards_total or '?'}, rows {statuses or 0}, "
+            f"{self.rate():.1f} images/s, {speed}ETA {clock(self.eta())}, bottleneck {self.bottleneck()}"
+        )
+
+    def finished_line(self) -> str:
+        """The last line of a run; its clock stopped at the last commit."""
+        seconds = max((self._last or 0.0) - (self.ready or self.started), 1e-9)
+        asked = f", {self.requests} engine requests, {self.tokens} tokens" if self.requests else ""
+        recalled = f", {self.recalled} taken from journals" if self.recalled else ""
+        rate = self.finished_rows / seconds
+        return f"{self.stage}: {self.finished_rows} images in {seconds:.1f} s ({rate:.1f} images/s{asked}){recalled}"
+
+    def panel(self) -> Group:
+        """The live display."""
+        table = Table.grid(padding=(0, 2))
+        table.add_row(
+            Text(self.stage, style="bold"),
+            ProgressBar(total=self.shards_total, completed=self.shards_done, width=40),
+            f"{self.shards_done}/{self.shards_total or '?'} shards",
+            f"ETA {clock(self.eta())}",
+        )
+        notes = (Text(escaped(note)) for note in self.notes[-3:])
+        return Group(table, Text(self.line().partition(", ")[2], style="dim"), *notes)
+
+    @contextmanager
+    def shown(self, console: Console) -> Iterator[Callable[[Event], None]]:
+        """Show it while the body runs, which gets what to report events to: live on a terminal, else line by line."""
+        if console.is_terminal:
+            with Live(get_renderable=self.panel, console=console, refresh_per_second=4, transient=True):
+                yield self.update
+        else:
+            yield _LineLogger(self).report
+
+
+class _LineLogger:
+    """Passes events on to a progress and prints its line every :data:`LOG_SECONDS`, and every note at once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._last, self._notes = progress, time.monotonic(), 0
+
+    def report(self, event: Event) -> None:
+        self._progress.update(event)
+        for note in self._progress.notes[self._notes :]:
+            print_err(f"{self._progress.stage}: {note}")
+        self._notes = len(self._progress.notes)
+        if time.monotonic() - self._last > LOG_SECONDS:
+            self._last = time.monotonic()
+            print_err(self._progress.line())
+
+
+def _station(pulse: Pulse) -> str:
+    """Where the flow was narrow at a pulse: a full engine is the engine; an idle one waits for what is before it."""
+    if pulse.in_engine >= pulse.concurrency > 0:
+        return "engine"
+    if pulse.committing > 1:
+        return "write"
+    return "decode" if pulse.decoding > pulse.in_engine else "read"
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as m:ss or h:mm:ss; a question mark for None."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

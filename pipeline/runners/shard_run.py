@@ -1,0 +1,90 @@
+"""A shard in a worker's hands: what is read of it, what is finished, and its commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from ...errors import CapipeError
+from ...manifests.artifact import Artifact
+from ...manifests.manifest import ShardRecord
+from ...manifests.shards import Row, RowReader
+from ...manifests.status import Status
+from .messages import Assignment
+
+
+class Commits(Protocol):
+    """What a commit needs of a :class:`.worker.Processor`."""
+
+    schema: pa.Schema
+    writes_tar: bool
+
+    def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None: ...
+
+
+class ShardRun:
+    """A shard in work: its reader, its journal and the rows finished so far."""
+
+    def __init__(self, artifact: Artifact, assignment: Assignment) -> None:
+        self.artifact, self.started = artifact, time.time()
+        self.shard, self.claim = assignment.shard, assignment.claim
+        self.reader = RowReader(self.shard)
+        self.journal = artifact.journal(self.shard.name)
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.total: int | None = None  # known when the shard has been read to its end
+        self.failure: str | None = None
+        self.pending = 0  # rows in the pipeline
+
+    def recall(self, rows: Sequence[Row]) -> bool:
+        """Take the results that an earlier run left in the journal for these very rows; whether it left all of them."""
+        for row in rows:
+            result = self.journal.rows.pop(row.index, None)
+            if result is not None and (result["key"], result["uid"]) == (row.key, row.uid):
+                self.rows[row.index] = result
+        return all(row.index in self.rows for row in rows)
+
+    def finish(self, index: int, row: dict[str, Any]) -> None:
+        """Keep a row's result, unless it has one from an earlier run and was done again for its neighbours' sake."""
+        if index in self.rows:
+            return
+        self.rows[index] = row
+        if Status(row["status"]).resolved:  # an unresolved row is to be tried again after a crash
+            self.journal.append(index, row)
+
+    @property
+    def held(self) -> int:
+        """Rows in the pipeline or waiting for the commit."""
+        return len(self.rows) + max(self.pending, 0)
+
+    @property
+    def over(self) -> bool:
+        """All read and nothing in the pipeline: to be committed, or given up."""
+        return self.total is not None and self.pending == 0
+
+    def commit(self, processor: Commits) -> ShardRecord:
+        """Write and publish the shard (blocking: runs in a thread)."""
+        assert self.total is not None
+        name, tar = self.shard.name, processor.writes_tar
+        with self.artifact.begin(name, processor.schema, tar=tar, claim=self.claim) as shard:
+            if processor.writes_tar:
+                for source in self._sources():  # the images are read again: keeping them would cost memory
+                    row = self.rows.get(source.index)
+                    if row is None or row["uid"] != source.uid:
+                        raise CapipeError(f"{self.shard.url}: the shard changed while it was captioned")
+                    shard.write(row, processor.members(source, row))
+            else:
+                for index in range(self.total):
+                    shard.write(self.rows[index])
+            record = shard.commit(rows_in=self.total, input_info=self.reader.info, started=self.started)
+        self.journal.delete()
+        return record
+
+    def _sources(self) -> Iterator[Row]:
+        """The input's rows once more; that it cannot be read is this shard's fault, not the output disk's."""
+        try:
+            yield from RowReader(self.shard)
+        except OSError as error:
+            raise CapipeError(f"{self.shard.url}: {error}") from error

@@ -1,0 +1,342 @@
+"""The worker: rows of many shards through one engine, without a pause between shards.
+
+A feeder reads shards in order and lets at most ``window`` rows be alive; each row is a task that decodes, asks the
+engine and journals its result; a shard whose rows are all there is committed while the next ones are in the engine.
+Runners (local processes, a cluster) differ only in the :class:`Channel` they hand to :func:`work`.
+
+A shard with rows of a streak of engine errors waits for its end: where the streak grows long enough to end the run
+(:mod:`.circuit_breaker`), none of these rows is recorded, and the same command does them once the cause is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import pyarrow as pa
+
+from ...errors import CapipeError, RunFailed
+from ...manifests.artifact import Artifact
+from ...manifests.claims import ClaimLost
+from ...manifests.shards import Row
+from ...manifests.status import Status
+from ...models.engines.base import EngineDead
+from .circuit_breaker import ErrorStreak, counting_answers
+from .messages import Assignment, Event, Pulse, Ready, ShardDone, ShardFailed, ShardLost
+from .row_window import Window
+from .shard_run import ShardRun
+
+READ_AHEAD = 16  # rows read from a tar in one go, where a stage takes them one by one
+OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up (more where small)
+HELD_ROWS = 50_000  # of finished shards that wait for the end of a streak: with more, they are recorded as they are
+PULSE_SECONDS = 0.5
+UNREAD = frozenset(  # seen before any model
+    {Status.CORRUPT, Status.MISSING, Status.READ_ERROR, Status.UNSUPPORTED, Status.TOO_SMALL, Status.TOO_LARGE}
+)
+
+Answer = Assignment | Literal["wait"] | None  # a shard, there is none just now, there are no more
+
+
+class Processor(Protocol):
+    """A stage, loaded: what turns readable rows into their output rows.
+
+    ``window``: rows to keep alive so that the engine never waits; may change at any time. ``chunk``: rows that are
+    processed together, counted from a shard's start, so that what shares a batch is the same whenever a run was
+    stopped; 1 where rows do not matter to each other. ``process`` raises EngineDead or RunFailed when all is over; any
+    other exception becomes the rows' ``engine_error``. Who asks a model says so by
+    :func:`.circuit_breaker.answered` once it got an answer. ``members`` supplies a tar where ``writes_tar``.
+    """
+
+    schema: pa.Schema
+    chunk: int
+    writes_tar: bool
+
+    @property
+    def window(self) -> int: ...
+
+    async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]: ...
+
+    def passed_on(self, row: Row) -> dict[str, Any]: ...
+
+    def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None: ...
+
+    def gauges(self) -> dict[str, int]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class RowByRow:
+    """For processors whose rows do not matter to each other: they give ``process_row``."""
+
+    chunk = 1
+
+    async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [await self.process_row(row) for row in rows]
+
+    async def process_row(self, row: Row) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Stage(Protocol):
+    """A stage's picklable description, sent to the worker that loads it."""
+
+    async def load(self) -> Processor: ...
+
+
+class Channel(Protocol):
+    """A worker's line to its runner. ``next_shard`` is asked again after "wait", and not after None."""
+
+    stopping: asyncio.Event
+
+    async def next_shard(self) -> Answer: ...
+
+    def send(self, event: Event) -> None: ...
+
+
+class Worker:
+    """See the module's text. ``run`` returns when there are no more shards or the channel says stop."""
+
+    def __init__(self, processor: Processor, artifact: Artifact, channel: Channel) -> None:
+        self.processor, self.artifact, self.channel = processor, artifact, channel
+        self.window = Window(lambda: processor.window)
+        self.concluded = asyncio.Event()
+        self.commit_lock = asyncio.Lock()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.runs: set[ShardRun] = set()
+        self.failed = asyncio.Event()
+        self.failure: BaseException | None = None
+        self.counts: Counter[str] = Counter()
+        self.recalled = self.committing = 0
+        self.streak = ErrorStreak[ShardRun]()
+        self.starved = False  # there is no shard just now
+
+    async def run(self) -> None:
+        """Feed until the end; raises what ended the worker, once nothing of it runs any more."""
+        pulse = asyncio.create_task(self._pulse())
+        feeder = asyncio.create_task(self._feed())
+        failed = asyncio.create_task(self.failed.wait())
+        try:
+            await asyncio.wait({feeder, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if feeder.done():
+                feeder.result()
+                await self._until_settled(failed)
+                if not self.failed.is_set() and not self.channel.stopping.is_set():
+                    self._settle_all(self.streak.over())  # the input's end is this streak's, too
+                    await self._until_settled(failed)
+        finally:
+            for task in (feeder, failed, pulse, *self.tasks):
+                task.cancel()
+            await asyncio.gather(feeder, failed, pulse, *self.tasks, return_exceptions=True)
+            for run in self.runs:
+                run.journal.close()
+        self._send_pulse()
+        if self.failure is not None:
+            raise self.failure
+
+    async def _until_settled(self, failed: asyncio.Task[Any]) -> None:
+        while self.tasks and not self.failed.is_set():
+            await asyncio.wait({*self.tasks, failed}, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _feed(self) -> None:
+        while not self.channel.stopping.is_set():
+            await self._room_for_a_shard()
+            while (assignment := await self.channel.next_shard()) == "wait":
+                self.starved = True
+                self._look_for_the_end()
+            self.starved = False
+            if assignment is None:
+                return
+            try:
+                run = ShardRun(self.artifact, assignment)
+            except OSError as error:  # the journal cannot be written: no shard's could
+                self._fail(error)
+                return
+            self.runs.add(run)
+            await self._feed_rows(run)
+            self._settle(run)
+
+    async def _room_for_a_shard(self) -> None:
+        """Wait until few enough shards are open; small ones may be many, as long as the engine could use their rows."""
+        while True:
+            waiting = {run for run in self.streak.shards if run.over}
+            if sum(run.held for run in waiting) > HELD_ROWS:
+                self._settle_all(self.streak.over())
+            runs = self.runs - waiting
+            if len(runs) < OPEN_SHARDS or sum(run.held for run in runs) < 2 * self.processor.window:
+                return
+            self.concluded.clear()
+            await self.concluded.wait()
+
+    async def _feed_rows(self, run: ShardRun) -> None:
+        """Start a task for every chunk that still needs one; on a stop leave the shard unfinished."""
+        rows, count = iter(run.reader), 0
+        chunk = self.processor.chunk
+        ahead = chunk if chunk > 1 else READ_AHEAD
+        try:
+            while batch := await asyncio.to_thread(_take, rows, ahead):
+                for start in range(0, len(batch), chunk):
+                    if not await self._feed_chunk(run, batch[start : start + chunk]):
+                        return
+                count += len(batch)
+            run.total = count
+        except (OSError, CapipeError, pa.ArrowException) as error:
+            run.failure = str(error) if isinstance(error, CapipeError) else f"{run.shard.url}: {error}"
+            run.total = count
+
+    async def _feed_chunk(self, run: ShardRun, rows: Sequence[Row]) -> bool:
+        """Recall the rows' results, or start their task as soon as the window has room. False: a stop was asked for."""
+        asked = [row for row in rows if row.status is Status.OK]
+        for row in rows:
+            if row.status is not Status.OK:
+                run.rows[row.index] = self.processor.passed_on(row)
+                self.counts[row.status] += 1
+        if not asked:
+            return True
+        if run.recall(asked):
+            self.recalled += len(asked)
+            self.counts.update(run.rows[row.index]["status"] for row in asked)
+            return True
+        for taken in range(len(asked)):
+            await self.window.acquire()
+            if self.channel.stopping.is_set():
+                for _ in range(taken + 1):
+                    self.window.release()
+                return False
+        run.pending += len(asked)
+        self._start(self._process(run, asked))
+        return True
+
+    def _start(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _process(self, run: ShardRun, rows: Sequence[Row]) -> None:
+        answers = counting_answers()
+        try:
+            try:
+                results = await self.processor.process(rows)
+            except (EngineDead, RunFailed):
+                raise
+            except Exception as error:  # whatever it is, it is recorded, and the other rows go on
+                failed = {"status": str(Status.ENGINE_ERROR), "error": f"{type(error).__name__}: {error}"}
+                results = [{**self.processor.passed_on(row), **failed} for row in rows]
+            for row, result in zip(rows, results, strict=True):
+                self._note_streak(run, row, result, answers.count > 0)
+                run.finish(row.index, result)
+                self.counts[result["status"]] += 1
+        except (EngineDead, OSError, RunFailed) as error:
+            self._fail(error)
+        finally:
+            run.pending -= len(rows)
+            for _ in rows:
+                self.window.release()
+        self._settle(run)
+        self._look_for_the_end()
+
+    def _note_streak(self, run: ShardRun, row: Row, result: dict[str, Any], answered: bool) -> None:
+        """See whether a row goes on with a streak of errors, or ends it; one that no model saw does neither.
+
+        Raises RunFailed where the streak is too long.
+        """
+        fate = (result["status"], result["error"])
+        if fate[0] != Status.ENGINE_ERROR:
+            if answered and fate[0] not in UNREAD:
+                self._settle_all(self.streak.over())
+        elif all((each.get("status"), each.get("error")) != fate for each in row.beside.values()):  # or it is passed on
+            self._settle_all(self.streak.failed(run, fate[1] or "", (row.key, row.uid or "")))
+
+    def _look_for_the_end(self) -> None:
+        """With nothing in work and no shard to be had, errors are recorded: others may wait for these shards."""
+        if self.starved and all(run.over for run in self.runs):
+            self._settle_all(self.streak.over())
+
+    def _settle_all(self, runs: Iterable[ShardRun]) -> None:
+        for run in runs:
+            self._settle(run)
+        self.concluded.set()  # there may be room for another shard
+
+    def _settle(self, run: ShardRun) -> None:
+        if self.failure is not None or not run.over:
+            return
+        if run.failure is None and run in self.streak.shards:
+            self.concluded.set()  # not yet, but it takes no room from others meanwhile
+        else:
+            run.pending = -1  # settled: only one task may see the end
+            self._start(self._conclude(run))
+
+    async def _conclude(self, run: ShardRun) -> None:
+        """Commit a finished shard, or report one that could not be read; its journal stays for the next try."""
+        self.committing += 1
+        try:
+            if run.failure is None:
+                async with self.commit_lock:
+                    record = await asyncio.to_thread(run.commit, self.processor)
+                self._send_pulse()
+                self.channel.send(ShardDone(record))
+            else:
+                self.channel.send(ShardFailed(run.shard.name, run.failure))
+        except ClaimLost:
+            self.channel.send(ShardLost(run.shard.name))
+        except (OSError, RunFailed) as error:
+            self._fail(error)
+        except Exception as error:  # of this shard alone: the others go on
+            reason = str(error) if isinstance(error, CapipeError) else f"{type(error).__name__}: {error}"
+            self.channel.send(ShardFailed(run.shard.name, reason))
+        finally:
+            run.journal.close()
+            self.runs.discard(run)
+            self.committing -= 1
+            self.concluded.set()
+            self._look_for_the_end()
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+            if isinstance(error, OSError):
+                self.failure = RunFailed(disk_text(error, self.artifact.url))
+            self.failed.set()
+
+    async def _pulse(self) -> None:
+        while True:
+            await asyncio.sleep(PULSE_SECONDS)
+            self._send_pulse()
+
+    def _send_pulse(self) -> None:
+        counts, self.counts = self.counts, Counter()
+        recalled, self.recalled = self.recalled, 0
+        gauges = self.processor.gauges()
+        self.channel.send(Pulse(dict(counts), recalled, committing=self.committing, **gauges))
+
+
+def _take(rows: Iterator[Row], count: int) -> list[Row]:
+    return list(itertools.islice(rows, count))
+
+
+def disk_text(error: OSError, where: str | None = None) -> str:
+    """One line about a disk that cannot be written (or read), with the mend."""
+    where = where or error.filename or "the disk"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}: no space left; free some and run the same command: it goes on where it was"
+    return f"{where}: {error.strerror or error}; mend that and run the same command: it goes on where it was"
+
+
+async def work(stage: Stage, artifact: Artifact, channel: Channel) -> None:
+    """Load the stage's processor and run shards through it until the channel has no more, or says stop."""
+    started = time.monotonic()
+    processor = await stage.load()
+    await work_with(processor, artifact, channel, time.monotonic() - started)
+
+
+async def work_with(processor: Processor, artifact: Artifact, channel: Channel, seconds: float) -> None:
+    """The same with a processor that took so many seconds to load; closes it, however the work ends."""
+    try:
+        channel.send(Ready(seconds))
+        await Worker(processor, artifact, channel).run()
+    finally:
+        await processor.aclose()

@@ -1,0 +1,165 @@
+"""Whether two signatures are of one picture: re-encoded, resized, brightened or cropped a little, or another picture.
+
+What a copy went through shows all over it, or where the picture is busy: along edges, in texture. Another shape, word
+or colour shows in one place, also where one of the pictures is calm. So the two are laid on each other, made equally
+bright, and judged by the one place where they differ most, against what the calmer of them has going on there. Luma
+and chroma count together: what differs little in the one mostly differs in the other.
+The bounds are fitted to rendered scenes of known copies (docs/benchmarks.md has what they give on others, and on
+photographs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .perceptual_hash import CHROMA, LUMA, Signatures
+from .registration import Bools, Floats, displacement, fitted, gain, halved, is_crop, warped
+
+HOPELESS = 40.0  # levels of 255: mean difference over which no crop of so little makes two pictures one
+LARGEST_CROP = 0.045  # of a side that was cut off, at either end of it
+ALIGNED = 0.004  # of a side: what two frames may be beside each other by an inexact fit
+
+_NOISE = np.float32(10)  # levels of 255 that a copy may differ by where nothing goes on
+_BUSY = np.float32(0.15)  # and by which share of the range of levels nearby
+_MIXED = np.float32(0.6)  # of what neighbours lost by clipping, how much a cell of both may have lost
+_RIM = 2  # cells along the edge of either picture, which a crop changes: their triangles end there
+_PAIRS = 128  # compared in one go: some 100 MB
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """RGB in cells ``(n, 3, 64, 64)`` and its luma ``(n, 64, 64)``."""
+
+    rgb: Floats
+    luma: Floats
+
+    def __getitem__(self, chosen: Bools) -> _Pictures:
+        return _Pictures(self.rgb[chosen], self.luma[chosen])
+
+
+def same_picture(a: Signatures, b: Signatures) -> Bools:
+    """Which pairs ``(a[i], b[i])`` show one picture, ``(n,)``. Symmetric."""
+    a, b = _ordered(a, b)
+    parts = [
+        _same(_pictures(a[start : start + _PAIRS]), _pictures(b[start : start + _PAIRS]))
+        for start in range(0, len(a), _PAIRS)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
+
+
+def _ordered(a: Signatures, b: Signatures) -> tuple[Signatures, Signatures]:
+    """The lower of each pair first: which one is laid on the other must not depend on who asks."""
+    first = (a != b).argmax(axis=1)
+    rows = np.arange(len(a))
+    swap = (a[rows, first] > b[rows, first])[:, None]
+    return np.where(swap, b, a), np.where(swap, a, b)
+
+
+def _same(a: _Pictures, b: _Pictures) -> Bools:
+    same: Bools = _difference(a, b, np.ones(b.luma.shape, dtype=bool)) <= 1
+    mean = np.abs(halved(halved(a.luma)) - halved(halved(b.luma))).mean(axis=(1, 2))
+    rest = ~same & (mean <= HOPELESS)
+    if rest.any():
+        same[rest] = _same_cropped(a[rest], b[rest])
+    return same
+
+
+def _same_cropped(a: _Pictures, b: _Pictures) -> Bools:
+    fit = fitted(a.luma, b.luma)
+    rgb, inside = warped(b.rgb, fit, _RIM)
+    rgb = np.clip(rgb, 0, 255)
+    difference = _difference(a, _Pictures(rgb, _luma(rgb)), inside & _FRAMED)
+    same: Bools = (difference <= 1) & is_crop(fit, ALIGNED) & (displacement(fit) <= LARGEST_CROP)
+    return same
+
+
+def _difference(a: _Pictures, b: _Pictures, inside: Bools) -> Floats:
+    """How much more than a copy would two pictures differ in the place where they differ most; 1 is the bound."""
+    brighter = gain(a.luma, b.luma, inside)[:, None, None, None]
+    left, right = a.rgb * np.maximum(brighter, 1), b.rgb * np.maximum(1 / brighter, 1)
+    lost_left, lost_right = _lost(left), _lost(right)
+    left, right = np.minimum(left, 255), np.minimum(right, 255)
+    apart = left - right  # where the brightened one clips, it can only have become less than it is here
+    apart = np.maximum(apart - lost_left, 0) + np.minimum(apart + lost_right, 0)
+    apart *= inside[:, None]
+    (luma, chroma), (luma_l, chroma_l), (luma_r, chroma_r) = (_opponents(each) for each in (apart, left, right))
+    busy = np.minimum(_range(luma_l), _range(luma_r))
+    in_luma = np.abs(_mean_of_four(luma)) / (_NOISE + _BUSY * _mean_of_four(busy))
+    colourful = np.minimum(_length(_range(chroma_l)), _length(_range(chroma_r)))
+    by_cell: Floats = _length(chroma) / (_NOISE + _BUSY * colourful)
+    in_chroma = _mean_of_four(by_cell.repeat(2, axis=1).repeat(2, axis=2))
+    worst: Floats = np.sqrt(in_luma**2 + in_chroma**2).max(axis=(1, 2))
+    return worst
+
+
+def _lost(rgb: Floats) -> Floats:
+    """By how much cells may be less than ``rgb`` cut off at 255: each mixes what was clipped with what was not."""
+    excess = np.maximum(rgb - 255, 0)
+    if not excess.any():
+        return excess
+    lost: Floats = _MIXED * np.maximum(_extreme(excess, np.maximum) - excess, 0)
+    return lost
+
+
+def _opponents(rgb: Floats) -> tuple[Floats, Floats]:
+    """Luma ``(n, 64, 64)`` and chroma ``(n, 2, 32, 32)``, which is all that is known of it."""
+    luma = _luma(rgb)
+    return luma, halved(np.stack([(rgb[:, 2] - luma) / 1.772, (rgb[:, 0] - luma) / 1.402], axis=1))
+
+
+def _luma(rgb: Floats) -> Floats:
+    luma: Floats = np.float32(0.299) * rgb[:, 0] + np.float32(0.587) * rgb[:, 1] + np.float32(0.114) * rgb[:, 2]
+    return luma
+
+
+def _length(chroma: Floats) -> Floats:
+    length: Floats = np.sqrt((chroma**2).sum(axis=1))
+    return length
+
+
+def _mean_of_four(plane: Floats) -> Floats:
+    """Means of all 2x2 neighbours: one row and one column less."""
+    mean: Floats = (plane[:, 1:, 1:] + plane[:, :-1, 1:] + plane[:, 1:, :-1] + plane[:, :-1, :-1]) / np.float32(4)
+    return mean
+
+
+def _range(plane: Floats) -> Floats:
+    """The highest less the lowest of each cell and its eight neighbours."""
+    wide: Floats = _extreme(plane, np.maximum) - _extreme(plane, np.minimum)
+    return wide
+
+
+def _extreme(plane: Floats, pick: np.ufunc) -> Floats:
+    """The highest or lowest of each cell and its eight neighbours, ``(..., rows, columns)``."""
+    out = plane.copy()
+    pick(out[..., 1:, :], plane[..., :-1, :], out=out[..., 1:, :])
+    pick(out[..., :-1, :], plane[..., 1:, :], out=out[..., :-1, :])
+    tall = out.copy()
+    pick(out[..., 1:], tall[..., :-1], out=out[..., 1:])
+    pick(out[..., :-1], tall[..., 1:], out=out[..., :-1])
+    return out
+
+
+def _pictures(signatures: Signatures) -> _Pictures:
+    """RGB out of the signatures' luma and chroma, the latter interpolated between its cells."""
+    values = signatures.astype(np.float32)
+    luma = values[:, : LUMA**2].reshape(-1, LUMA, LUMA)
+    chroma = values[:, LUMA**2 :].reshape(-1, 2, CHROMA, CHROMA) - np.float32(128)
+    blue, red = (_BETWEEN @ chroma[:, k] @ _BETWEEN.T for k in (0, 1))
+    channels = luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue
+    rgb: Floats = np.stack(channels, axis=1).astype(np.float32)
+    return _Pictures(rgb, luma)
+
+
+def _between() -> Floats:
+    """``(64, 32)``: luma's cells read from chroma's, linearly. Rows sum to 1."""
+    at = (np.arange(LUMA) + 0.5) * CHROMA / LUMA - 0.5
+    weights = np.clip(1 - np.abs(at[:, None] - np.arange(CHROMA)), 0, None)
+    out: Floats = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return out
+
+
+_BETWEEN = _between()
+_FRAMED = np.pad(np.ones((LUMA - 2 * _RIM, LUMA - 2 * _RIM), dtype=bool), _RIM)

@@ -1,0 +1,114 @@
+"""Image embeddings beside the hashes: read from an artifact that has a row for every row of the shards."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...errors import ArtifactMismatch, BadInput
+from ...manifests.artifact import Artifact
+from ...manifests.schema import EMBEDDING_COLUMN, embedding_width
+from .cosine import Vectors, near_vectors
+from .hash_sets import HashSet
+from .near_hashes import Indices
+
+_BATCH = 1000  # rows in memory at once
+
+
+@dataclass(frozen=True)
+class EmbeddingSet:
+    """``vectors``: ``(n, width)`` float16, in a scratch file; ``files``: which file of the hashes each is of.
+
+    ``skipped``: files whose embedding is missing, has a NaN or an infinity, or is all zeros.
+    """
+
+    vectors: Vectors
+    files: Indices
+    skipped: int
+
+
+def check_embeddings(artifact: Artifact, shards: Sequence[str]) -> None:
+    """Raise BadInput where a shard has no embeddings, ArtifactMismatch where what is there is none."""
+    committed = artifact.committed()
+    for name in shards:
+        if name not in committed:
+            raise BadInput(f"{artifact.url}: has no embeddings of shard {name}; finish its run, or narrow --shards")
+    widths = sorted({_width(artifact, name) for name in shards})
+    if len(widths) > 1:
+        raise ArtifactMismatch(f"{artifact.url}: embeddings of {widths[0]} and of {widths[-1]} numbers; make it again")
+
+
+def read_embeddings(artifact: Artifact, hashed: HashSet, scratch: Path) -> EmbeddingSet:
+    """One vector for each file. Raises ArtifactMismatch unless the rows are those of the hashes, one to one."""
+    count = len(hashed.contents)
+    shape = max(count, 1), _width(artifact, hashed.shards[0])
+    vectors: Vectors = np.memmap(scratch, dtype=np.float16, mode="w+", shape=shape)[:count]
+    found = np.zeros(count, dtype=bool)
+    for shard in hashed.shards:
+        for files, numbers in _shard_vectors(artifact, hashed, shard):
+            vectors[files], found[files] = numbers, True
+    kept = np.flatnonzero(found)
+    for start in range(0, len(kept), _BATCH):  # to the front, part by part: none is overwritten before it was read
+        part = kept[start : start + _BATCH]
+        vectors[start : start + len(part)] = vectors[part]
+    return EmbeddingSet(vectors[: len(kept)], kept, count - len(kept))
+
+
+def _shard_vectors(artifact: Artifact, hashed: HashSet, shard: str) -> Iterator[tuple[Indices, Vectors]]:
+    """Files and their vectors, row by row."""
+    files, at, where = hashed.files_of(shard), 0, f"{artifact.url}/{shard}.parquet"
+    rows = hashed.artifact.table(shard, ["key", "uid"])
+    with artifact.parquet(shard) as file:
+        wanted = ["key", "uid", EMBEDDING_COLUMN]
+        for batch in file.iter_batches(_BATCH, columns=wanted, use_threads=False):
+            _check_rows(where, batch, rows.slice(at, len(batch)))
+            sound, numbers = _sound(batch.column(EMBEDDING_COLUMN))
+            part = files[at : at + len(batch)][sound]
+            yield part[part >= 0], numbers[part >= 0]
+            at += len(batch)
+    if at != len(files):
+        raise _other_images(where, f"{at} rows for {len(files)}")
+
+
+def near_embeddings(artifact: Artifact, hashed: HashSet, cosine: float) -> tuple[Indices, Indices, int]:
+    """Pairs of files that connect all whose cosine is ``cosine`` or more, and how many files had none to compare."""
+    with tempfile.TemporaryDirectory(prefix="capipe-dedup-") as folder:
+        found = read_embeddings(artifact, hashed, Path(folder) / "vectors")
+        blocks = list(near_vectors(found.vectors, cosine))
+    none = np.empty(0, dtype=np.int64)
+    i, j = (np.concatenate([none, *(block[k] for block in blocks)]) for k in (0, 1))
+    return found.files[i], found.files[j], found.skipped
+
+
+def _width(artifact: Artifact, shard: str) -> int:
+    with artifact.parquet(shard) as file:
+        return embedding_width(file.schema_arrow, f"{artifact.url}/{shard}.parquet")
+
+
+def _check_rows(where: str, batch: pa.RecordBatch, rows: pa.Table) -> None:
+    for name in ("key", "uid"):
+        ours, theirs = batch.column(name).to_pylist(), rows[name].to_pylist()
+        if ours != theirs:
+            other = next((a, b) for a, b in zip([*ours, None], [*theirs, None], strict=False) if a != b)
+            raise _other_images(where, f"{name} {other[1]!r} expected, {other[0]!r} found")
+
+
+def _other_images(where: str, what: str) -> ArtifactMismatch:
+    return ArtifactMismatch(f"{where}: {what}; these are embeddings of other images: give those made of these --shards")
+
+
+def _sound(column: pa.Array) -> tuple[npt.NDArray[np.bool_], Vectors]:
+    """Which rows have a vector to compare, and those rows' vectors."""
+    sound = pc.is_valid(column).to_numpy(zero_copy_only=False).astype(bool)
+    flat = column.filter(pa.array(sound)).flatten().to_numpy(zero_copy_only=False)
+    numbers = flat.astype(np.float16).reshape(-1, column.type.list_size)
+    usable = np.isfinite(numbers).all(axis=1) & (numbers != 0).any(axis=1)
+    sound[sound] = usable
+    return sound, numbers[usable]

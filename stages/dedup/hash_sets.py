@@ -1,0 +1,136 @@
+"""What the first pass of dedup wrote, read for the second: numbers of all files at once, the rest where needed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...manifests.artifact import Artifact
+from ...manifests.schema import HASHES, check
+from .confirm import same_picture
+from .groups import Contents
+from .near_hashes import Indices
+from .perceptual_hash import SIGNATURE_BYTES, Signatures
+
+_NUMBERS = ["uid", "phash", "inner", "look", "width", "height"]
+_BATCH = 1000  # rows whose signatures are in memory: 6 MB
+_PAIRS = 4096  # whose signatures are in memory at once: 50 MB
+
+
+@dataclass(frozen=True)
+class HashSet:
+    """The files of an artifact of hashes. A file is a distinct sequence of bytes; rows that hold none have file -1.
+
+    ``counts``: rows by file. ``rows``: file by row, all shards one after the other; ``starts``: where each shard's
+    begin. ``first``: of each file some row that holds it.
+    """
+
+    artifact: Artifact
+    shards: tuple[str, ...]
+    contents: Contents
+    counts: Indices
+    rows: Indices
+    starts: Indices
+    first: Indices
+
+    def files_of(self, shard: str) -> Indices:
+        """The file of each of a shard's rows."""
+        number = self.shards.index(shard)
+        return self.rows[self.starts[number] : self.starts[number + 1]]
+
+    def first_keys(self, wanted: npt.NDArray[np.bool_], column: str = "key") -> dict[int, tuple[str, str]]:
+        """For each wanted file the lowest ``(key, shard)``, or other column, of its rows."""
+        lowest: dict[int, tuple[str, str]] = {}
+        for shard in self.shards:
+            files = self.files_of(shard)
+            chosen = np.flatnonzero(files >= 0)
+            chosen = chosen[wanted[files[chosen]]]
+            if not len(chosen):
+                continue
+            table = self.artifact.table(shard, [column])
+            names = table[column].take(pa.array(chosen)).to_pylist()
+            for index, name in zip(files[chosen].tolist(), names, strict=True):
+                lowest[index] = min(lowest.get(index, (name, shard)), (name, shard))
+        return lowest
+
+    def signatures(self, files: Indices, scratch: Path) -> Signatures:
+        """``(len(files), SIGNATURE_BYTES)``, in a file at ``scratch``: not all of them need fit into memory."""
+        if not len(files):
+            return np.empty((0, SIGNATURE_BYTES), dtype=np.uint8)
+        out: Signatures = np.memmap(scratch, dtype=np.uint8, mode="w+", shape=(len(files), SIGNATURE_BYTES))
+        order = np.argsort(self.first[files])
+        wanted = self.first[files][order]
+        for number, shard in enumerate(self.shards):
+            low, high = np.searchsorted(wanted, self.starts[number : number + 2])
+            if low == high:
+                continue
+            at = self.starts[number]
+            for batch in _signature_batches(self.artifact, shard):
+                end = low + np.searchsorted(wanted[low:high], at + len(batch))
+                out[order[low:end]] = batch[wanted[low:end] - at]
+                low, at = end, at + len(batch)
+        return out
+
+
+def read_hash_set(artifact: Artifact, shards: Sequence[str]) -> HashSet:
+    """Read all of it but keys and signatures. Raises ArtifactMismatch where a file is not of this stage."""
+    parts = [_numbers(artifact, shard) for shard in shards]
+    uids, pixels, phash, inner, look = (np.concatenate([part[k] for part in parts]) for k in range(5))
+    has_file = np.concatenate([part[5] for part in parts])
+    distinct, first, inverse, counts = np.unique(uids, return_index=True, return_inverse=True, return_counts=True)
+    rows = np.full(len(has_file), -1, dtype=np.int64)
+    rows[has_file] = inverse
+    starts = np.concatenate([[0], np.cumsum([len(part[5]) for part in parts])]).astype(np.int64)
+    contents = Contents(distinct, pixels[first], phash[first], inner[first], look[first])
+    return HashSet(artifact, tuple(shards), contents, counts, rows, starts, np.flatnonzero(has_file)[first])
+
+
+def confirmed(left: HashSet, i: Indices, right: HashSet, j: Indices) -> npt.NDArray[np.bool_]:
+    """Which pairs of files ``(i[k], j[k])`` show one picture, ``(k,)``: their signatures read and compared."""
+    same = np.zeros(len(i), dtype=bool)
+    with tempfile.TemporaryDirectory(prefix="capipe-dedup-") as folder:
+        files_i, at_i = np.unique(i, return_inverse=True)
+        files_j, at_j = np.unique(j, return_inverse=True)
+        ours = left.signatures(files_i, Path(folder) / "left")
+        theirs = right.signatures(files_j, Path(folder) / "right")
+        for start in range(0, len(i), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            same[part] = same_picture(ours[at_i[part]], theirs[at_j[part]])
+    return same
+
+
+def hash_rows(artifact: Artifact, shard: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of a shard's rows, in order."""
+    with artifact.parquet(shard) as file:
+        for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
+            yield from batch.to_pylist()
+
+
+def _numbers(artifact: Artifact, shard: str) -> tuple[Any, ...]:
+    """``uids, pixels, phash, inner, look`` of a shard's sound images, and which of its rows those are."""
+    with artifact.parquet(shard) as parquet:
+        check(parquet.schema_arrow, HASHES, f"{artifact.url}/{shard}.parquet")
+        table = parquet.read(columns=_NUMBERS, use_threads=False)
+    sound = pc.is_valid(table["phash"])
+    table = table.filter(sound)
+    uids = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), dtype="S16")
+    pixels = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
+    hashes = (table[name].to_numpy().astype(np.uint64, copy=False) for name in ("phash", "inner", "look"))
+    return uids, pixels, *hashes, sound.to_numpy().astype(bool)
+
+
+def _signature_batches(artifact: Artifact, shard: str) -> Iterator[Signatures]:
+    with artifact.parquet(shard) as file:
+        for batch in file.iter_batches(_BATCH, columns=["signature"], use_threads=False):
+            column = batch.column(0)
+            data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+            end = (column.offset + len(column)) * SIGNATURE_BYTES
+            yield data[column.offset * SIGNATURE_BYTES : end].reshape(-1, SIGNATURE_BYTES)

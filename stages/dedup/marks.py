@@ -1,0 +1,239 @@
+"""Dedup: which images repeat others, which are placeholders, which leak a reference set. Marks, never deletes.
+
+Two passes. The first looks at every image, shard by shard, and writes what it looks like. The second reads that alone:
+it groups all images at once and writes a mark for every row. So the groups depend on the images and on nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...manifests.artifact import Artifact
+from ...manifests.manifest import ShardRecord
+from ...manifests.schema import DEDUP, HASHES
+from ...manifests.shards import InputShard, RowReader
+from ...manifests.status import Status
+from ...models.images.decode import ImageLimits, thumbnail
+from ...models.images.formats import ImageProblem
+from ..ingest.shard import IngestConfig, IngestTask
+from ..ingest.source_refs import Handles
+from ..reading.faults import read_problem
+from .groups import Contents, candidates, candidates_between, connected, keepers, lookalikes
+from .hash_sets import HashSet, confirmed, hash_rows
+from .near_hashes import Indices
+from .perceptual_hash import DECODED_SIDE, looks
+
+STAGE, HASH_STAGE = "dedup", "hash"
+LIMITS = ImageLimits(min_side=1)  # ingest has sorted out the small ones, or nobody minds them
+REFERENCES = IngestConfig(shard_size=1000)  # how a reference set is cut into tasks
+
+
+class DedupConfig(BaseModel):
+    """What decides the marks; all of it is in the fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    radius: int = Field(7, ge=0, le=15, description="bits of 64 in which the hashes of two copies may differ")
+    placeholder: int = Field(100, ge=1, description="the same bytes in more rows than this are a placeholder")
+    cosine: float | None = Field(None, ge=0.5, le=1, description="embeddings this near each other are of copies, too")
+
+
+# --- first pass: one shard's images -----------------------------------------------------------------------------------
+
+
+def hash_shard(task: InputShard, artifact: Artifact) -> ShardRecord:
+    """Write and commit what the images of one shard look like."""
+    reader, rows = RowReader(task), 0
+    with artifact.begin(task.name, HASHES) as shard:
+        for row in reader:
+            base = {"key": row.key, "uid": row.uid, "status": row.status, "error": row.error}
+            shard.write({**base, **_seen(row.image)} if row.status is Status.OK and row.image is not None else base)
+            rows += 1
+        return shard.commit(rows_in=rows, input_info=reader.info)
+
+
+def hash_references(task: IngestTask, artifact: Artifact) -> ShardRecord:
+    """The same for a part of a reference set, whose items may lie anywhere that can be ingested."""
+    with Handles() as handles, artifact.begin(task.shard, HASHES, over=task.made) as shard:
+        for number, ref in enumerate(task.refs):
+            row = {"key": f"{task.index:05d}{number:03d}", "source": ref.source}
+            try:
+                item = ref.load(handles)
+                problem, data = item.problem, item.data
+            except Exception as error:
+                problem, data = read_problem(error), None
+                if problem is None:
+                    raise
+            if problem is None and data is not None:
+                shard.write({**row, "uid": hashlib.sha256(data).hexdigest()[:32], **_seen(data)})
+            else:
+                reason = problem or ImageProblem(Status.CORRUPT, "no bytes")
+                shard.write({**row, "status": reason.status, "error": reason.reason})
+        return shard.commit(rows_in=len(task.refs), input_info={"digest": task.digest, "items": len(task.refs)})
+
+
+def _seen(data: bytes) -> dict[str, Any]:
+    sha256 = hashlib.sha256(data).hexdigest()
+    small = thumbnail(data, LIMITS, DECODED_SIDE)
+    if isinstance(small, ImageProblem):
+        return {"sha256": sha256, "status": small.status, "error": small.reason}
+    seen = looks(small.image)
+    return {
+        "sha256": sha256,
+        "status": Status.OK,
+        "width": small.width,
+        "height": small.height,
+        "phash": seen.phash,
+        "inner": seen.inner,
+        "signature": seen.signature,
+        "look": seen.look,
+    }
+
+
+# --- second pass: all images at once ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What became of each distinct file. ``keeper``: index of the file kept of its group, which stands for the group.
+
+    ``originals``: key and shard of the row kept of a file, where more rows than that one have to do with it.
+    ``matched``: a reference image by group. ``placeholders``: by group that is or looks like one, how often it occurs.
+    """
+
+    hashed: HashSet
+    keeper: Indices
+    originals: Mapping[int, tuple[str, str]]
+    matched: Mapping[int, str] = field(default_factory=dict)
+    placeholders: Mapping[int, int] = field(default_factory=dict)
+
+
+def find_marks(
+    hashed: HashSet,
+    references: HashSet | None,
+    config: DedupConfig,
+    embedded: tuple[Indices, Indices] | None = None,
+) -> Marks:
+    """Group the images. No order of the shards changes a group or its keeper.
+
+    ``embedded``: pairs of files that are copies by their embeddings.
+    """
+    contents = hashed.contents
+    left, right = _copies(hashed, config.radius)
+    if embedded is not None:
+        left, right = np.concatenate([left, embedded[0]]), np.concatenate([right, embedded[1]])
+    groups = connected(len(contents), left, right)
+    keeper = keepers(contents, groups)
+    matched = _matches(hashed, references, config.radius, keeper) if references is not None else {}
+    frequent = np.flatnonzero(hashed.counts > config.placeholder)
+    placeholders: dict[int, int] = {}
+    for file in frequent.tolist():
+        group = int(keeper[file])
+        placeholders[group] = max(placeholders.get(group, 0), int(hashed.counts[file]))
+    named = np.zeros(len(contents), dtype=bool)
+    named[keeper[keeper != np.arange(len(contents))]] = True
+    named[hashed.counts > 1] = True
+    return Marks(hashed, keeper, hashed.first_keys(named), matched, placeholders)
+
+
+def _copies(hashed: HashSet, radius: int) -> tuple[Indices, Indices]:
+    """Pairs of files that show one picture: enough of them to connect every group."""
+    first = lookalikes(hashed.contents)
+    distinct = np.unique(first)
+    i, j = candidates(hashed.contents.take(distinct), radius)
+    i, j = distinct[i], distinct[j]
+    same = confirmed(hashed, i, hashed, j)
+    alike = np.flatnonzero(first != np.arange(len(first)))
+    return np.concatenate([i[same], alike]), np.concatenate([j[same], first[alike]])
+
+
+def _matches(hashed: HashSet, references: HashSet, radius: int, keeper: Indices) -> dict[int, str]:
+    """By group, the reference image it repeats: of several the one with the lowest uid."""
+    i, j = _between(hashed.contents, references.contents, radius)
+    same = confirmed(hashed, i, references, j)
+    _, of_file, of_reference = np.intersect1d(
+        hashed.contents.uids, references.contents.uids, assume_unique=True, return_indices=True
+    )
+    groups = keeper[np.concatenate([i[same], of_file])]
+    found = np.concatenate([j[same], of_reference])
+    lowest: dict[int, int] = {}
+    for group, reference in zip(groups.tolist(), found.tolist(), strict=True):
+        lowest[group] = min(lowest.get(group, reference), reference)
+    wanted = np.zeros(len(references.contents), dtype=bool)
+    wanted[list(lowest.values())] = True
+    sources = references.first_keys(wanted, "source")
+    return {group: sources[reference][0] for group, reference in lowest.items()}
+
+
+def _between(contents: Contents, others: Contents, radius: int) -> tuple[Indices, Indices]:
+    """Candidates among files and references. Of files that look the very same one will do: they are one group."""
+    mine, theirs = np.unique(lookalikes(contents)), np.unique(lookalikes(others))
+    i, j = candidates_between(contents.take(mine), others.take(theirs), radius)
+    return mine[i], theirs[j]
+
+
+def mark_shard(
+    shard: str,
+    record: ShardRecord,
+    marks: Marks,
+    artifact: Artifact,
+    by: Mapping[str, Any] | None = None,
+    over: ShardRecord | None = None,
+) -> ShardRecord:
+    """Write and commit the marks of one shard's rows, in the place of older ones (``over``) where there are any.
+
+    ``record``: the shard's line in the hashes' manifest; ``by``: what the manifest is to say of what images were
+    grouped by.
+    """
+    with artifact.begin(shard, DEDUP, over=over) as out:
+        for row, file in _rows(shard, marks.hashed):
+            out.write({**_plain(row), **(_mark(row, shard, file, marks) if file >= 0 else {})})
+        digest = str(record.files[f"{shard}.parquet"]["sha256"])
+        return out.commit(rows_in=record.count, input_info={"digest": digest, **(by or {})})
+
+
+def _rows(shard: str, hashed: HashSet) -> Iterator[tuple[dict[str, Any], int]]:
+    columns = ["key", "uid", "status", "error", "sha256", "phash", "width", "height"]
+    return zip(hash_rows(hashed.artifact, shard, columns), hashed.files_of(shard).tolist(), strict=True)
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "phash": None if row["phash"] is None else f"{row['phash']:016x}"}
+
+
+def _mark(row: Mapping[str, Any], shard: str, file: int, marks: Marks) -> dict[str, Any]:
+    """The verdict on a row that holds a sound image; leaking a reference weighs more than repeating another row."""
+    hashed, kept = marks.hashed, int(marks.keeper[file])
+    copies = int(hashed.counts[file])
+    out = {"group": hashed.contents.uids[kept].ljust(16, b"\0").hex(), "copies": copies}
+    if (reference := marks.matched.get(kept)) is not None:
+        return {
+            **out,
+            "status": Status.CONTAMINATED,
+            "matched": reference,
+            "error": f"shows the reference image {reference}",
+        }
+    if (times := marks.placeholders.get(kept)) is not None:
+        if copies == times:
+            return {**out, "status": Status.DUPLICATE, "error": f"placeholder: these bytes occur {times} times"}
+        return {**out, "status": Status.DUPLICATE, "error": f"looks like a placeholder that occurs {times} times"}
+    original = marks.originals.get(kept)
+    if original is None or original == (row["key"], shard):
+        return out
+    how = "the same bytes as" if kept == file else "looks like"
+    return {**out, "status": Status.DUPLICATE, "duplicate_of": original[0], "error": f"{how} {original[0]}"}
+
+
+def digest_of(artifact: Artifact, shards: Sequence[str]) -> str:
+    """sha256 over the committed contents of ``shards``: the same for the same rows, whenever they were written."""
+    committed = artifact.committed()
+    digest = hashlib.sha256()
+    for name in shards:
+        digest.update(f"{name} {committed[name].files[f'{name}.parquet']['sha256']}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,142 @@
+"""What a dataset card says in figures: read once over all listings, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ...manifests.status import Status
+from .source import caption_of
+
+EXAMPLES = 3
+_BARS = 12  # rows of a histogram
+_BAR = 24  # characters of its longest bar
+
+
+@dataclass
+class Tally:
+    """A distribution in bins of ``width``: exact for counts of words, to a hundredth for scores."""
+
+    width: float
+    bins: Counter[int] = field(default_factory=Counter)
+    total: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.bins[math.floor(value / self.width + 1e-4)] += 1  # 0.39 is 0.38999999 as a 32-bit float
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        return self.bins.total()
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+    def quantile(self, share: float) -> float:
+        """The lower edge of the bin that holds the value at ``share`` (0 to 1) of the sorted ones; needs a value."""
+        left = share * (self.count - 1)
+        for bin_, count in sorted(self.bins.items()):
+            left -= count
+            if left < 0:
+                return bin_ * self.width
+        return max(self.bins) * self.width
+
+
+@dataclass
+class Column:
+    """One figure per row, kept rows and others apart."""
+
+    kept: Tally
+    others: Tally
+
+    @classmethod
+    def of(cls, width: float) -> Column:
+        return cls(Tally(width), Tally(width))
+
+
+@dataclass
+class Statistics:
+    """Everything counted. ``words``: of the kept rows' captions; ``scores``: by column."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    words: Tally = field(default_factory=lambda: Tally(1.0))
+    without_caption: int = 0
+    languages: Counter[str] = field(default_factory=Counter)
+    scores: dict[str, Column] = field(default_factory=dict)
+    _smallest: list[tuple[int, str, str]] = field(default_factory=list)
+
+    @property
+    def examples(self) -> list[tuple[str, str]]:
+        """A few pairs as (key, caption), those of the smallest uids: the same ones whatever the shards' order."""
+        return [(key, caption) for _, key, caption in sorted(self._smallest, reverse=True)]
+
+    @property
+    def pairs(self) -> int:
+        return self.statuses[Status.OK]
+
+    def add(self, parquet: pq.ParquetFile) -> None:
+        """Count one shard's listing."""
+        scores = [f.name for f in parquet.schema_arrow if pa.types.is_floating(f.type)]
+        texts = [name for name in _TEXTS if name in parquet.schema_arrow.names]
+        for name in scores:
+            self.scores.setdefault(name, Column.of(0.01))
+        for batch in parquet.iter_batches(1000, columns=["key", "uid", "status", *texts, *scores], use_threads=False):
+            for row in batch.to_pylist():
+                self._add_row(row, scores)
+
+    def _add_row(self, row: Mapping[str, Any], scores: Iterable[str]) -> None:
+        kept = row["status"] == Status.OK
+        self.statuses[row["status"]] += 1
+        for name in scores:
+            value = row[name]
+            if value is not None and math.isfinite(value):
+                column = self.scores[name]
+                (column.kept if kept else column.others).add(value)
+        if not kept:
+            return
+        caption = caption_of(row)
+        self.words.add(len(caption.split()))
+        self.without_caption += not caption.strip()
+        language = _language(row, caption)
+        if language:
+            self.languages[language] += 1
+        if caption.strip():
+            entry = (-int(row["uid"], 16), row["key"], caption)
+            push = heapq.heappush if len(self._smallest) < EXAMPLES else heapq.heappushpop
+            push(self._smallest, entry)
+
+
+_TEXTS = ("caption", "captions", "text", "re_caption", "re_language", "org_language")
+
+
+def _language(row: Mapping[str, Any], caption: str) -> str | None:
+    """ISO 639-1 of the caption where the scores say it."""
+    prefix = "re" if caption == row.get("re_caption") else "org"
+    return row.get(f"{prefix}_language")
+
+
+def histogram(column: Column) -> list[tuple[float, float, int, int]]:
+    """At most a dozen equal steps from the smallest bin to the largest: (from, to, kept, others). Needs a value."""
+    used = [*column.kept.bins, *column.others.bins]
+    low, high, width = min(used), max(used), column.kept.width
+    step = -(-(high - low + 1) // _BARS)
+    rows = []
+    for start in range(low, high + 1, step):
+        inside = range(start, start + step)
+        kept, others = (sum(t.bins[b] for b in inside) for t in (column.kept, column.others))
+        rows.append((start * width, (start + step) * width, kept, others))
+    return rows
+
+
+def bars(counts: Sequence[int]) -> list[str]:
+    """Counts as bars of blocks, the longest of one width; what is there shows, however little it is."""
+    most = max(counts, default=0) or 1
+    return ["█" * (max(1, round(_BAR * count / most)) if count else 0) for count in counts]

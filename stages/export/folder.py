@@ -1,0 +1,32 @@
+"""Loose pictures with their captions beside them: ``NAME.jpg`` and ``NAME.txt``, and what `datasets` reads of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...manifests.file_transaction import FileTransaction
+from ...manifests.files.names import file_name
+from .source import Pair
+from .writer import LooseWriter
+
+METADATA = "metadata.jsonl"  # the name that the ImageFolder of `datasets` looks for
+
+
+class FolderWriter(LooseWriter):
+    """Counts images by extension, empty captions, and captions of several lines, of which some trainers read one."""
+
+    def __init__(self, out: FileTransaction, shard: str) -> None:
+        super().__init__(out, shard)
+        self._images: dict[str, int] = {}
+
+    def add(self, pair: Pair) -> None:
+        name = self.safe_name(pair.row["key"])
+        path = self.write(f"{name}.{file_name(pair.extension)}", pair.image)
+        self.write(f"{name}.txt", pair.caption.encode())
+        self.line({"file_name": path, "text": pair.caption, "key": pair.row["key"], "uid": pair.row["uid"]})
+        self._images[pair.extension] = self._images.get(pair.extension, 0) + 1
+        self.counts["empty_captions"] += not pair.caption.strip()
+        self.counts["several_lines"] += len(pair.caption.strip().splitlines()) > 1
+
+    def finish(self) -> dict[str, Any]:
+        return {**super().finish(), "images": dict(sorted(self._images.items()))}

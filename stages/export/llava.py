@@ -1,0 +1,101 @@
+"""Conversations about images, the images beside them under ``images/``: LLaVA's list, and chat messages in lines."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+from ...manifests.file_transaction import FileTransaction
+from ...manifests.files.names import file_name
+from .source import Pair
+from .writer import LooseWriter
+
+CONVERSATIONS, MESSAGES, DATASET_INFO = "llava.json", "messages.jsonl", "dataset_info.json"
+
+#: What a person might say to get a caption. Which one a pair gets depends on its image's uid alone.
+WORDINGS = (
+    "Describe this picture in detail.",
+    "Put what you see here into words.",
+    "Write a caption for this image that leaves nothing out.",
+    "What can be seen in this picture? Tell all of it.",
+    "Tell someone who cannot see this image what is in it.",
+    "Give a full account of this picture.",
+    "What does this image show?",
+    "Say what is here, what it looks like and where it is.",
+)
+
+MARK = "<image>"  # trainers put an image wherever they read this, in answers too
+
+
+def wording(uid: str) -> str:
+    """The instruction for an image: the same one in every export."""
+    return WORDINGS[int(uid[:8], 16) % len(WORDINGS)]
+
+
+class Conversations(LooseWriter):
+    """What asks for a caption and is answered by it. ``<image>`` in a caption becomes ``[image]``, or trainers would
+    look for a second one.
+
+    Counts pairs left out because their caption is empty (there is no answer to learn), and captions with ``<image>``.
+    """
+
+    def __init__(self, out: FileTransaction, shard: str) -> None:
+        super().__init__(out, shard)
+        self.counts.update(without_caption=0, image_marks=0)
+
+    def add(self, pair: Pair) -> None:
+        if not pair.caption.strip():
+            self.counts["without_caption"] += 1
+            return
+        self.counts["image_marks"] += MARK in pair.caption
+        path = self.write(f"{self.name(pair)}.{file_name(pair.extension)}", pair.image)
+        self.line(self.entry(pair, path, f"{MARK}\n{wording(pair.row['uid'])}", pair.caption.replace(MARK, "[image]")))
+
+    @abstractmethod
+    def name(self, pair: Pair) -> str:
+        """What the image's file is called, without its ending."""
+
+    @abstractmethod
+    def entry(self, pair: Pair, image: str, question: str, answer: str) -> dict[str, Any]: ...
+
+
+class LlavaWriter(Conversations):
+    """LLaVA's records."""
+
+    def name(self, pair: Pair) -> str:
+        return self.safe_path(pair.row["key"])
+
+    def entry(self, pair: Pair, image: str, question: str, answer: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return {"id": pair.row["key"], "image": image, "conversations": turns}
+
+
+class MessagesWriter(Conversations):
+    """Chat messages with the image beside them, as LLaMA-Factory and TRL take them."""
+
+    def name(self, pair: Pair) -> str:
+        return self.safe_name(pair.row["key"])
+
+    def entry(self, pair: Pair, image: str, question: str, answer: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"id": pair.row["key"], "messages": turns, "images": [image]}
+
+
+def dataset_info() -> bytes:
+    """LLaMA-Factory's entry for the messages: ``--dataset_dir OUT --dataset captions``."""
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    columns = {"messages": "messages", "images": "images"}
+    captions = {"file_name": MESSAGES, "formatting": "sharegpt", "columns": columns, "tags": tags}
+    return json.dumps({"captions": captions}, indent=1).encode()
+
+
+def as_list(parts: Iterable[BinaryIO]) -> Iterator[bytes]:
+    """The lines of all parts as pieces of one JSON list; no more than a line is in memory."""
+    before = b"[\n"
+    for part in parts:
+        for line in part:
+            yield before + line.rstrip(b"\n")
+            before = b",\n"
+    yield (b"\n]\n" if before == b",\n" else b"[]\n")

@@ -1,0 +1,107 @@
+"""Which shards an export writes: the source's own, or others of at most so many pairs each. Nothing is read of images.
+
+A source's shard is read once, whole, by one process: others are either several of its neighbours put together, or parts
+of one. So its bytes are checked, and memory and disk for what is unfinished do not grow with the data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ...manifests.artifact import Artifact
+from ...manifests.fingerprint import canonical
+from ...manifests.manifest import ShardRecord
+from ...manifests.status import Status
+from ..filter.select import group
+from .source import column_of, listing
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A shard to write: rows ``start`` to ``stop`` of its task's."""
+
+    shard: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ExportTask:
+    """What one process does: the rows of ``sources``, one after the other, cut into ``pieces``.
+
+    ``copied``: it is one of the source's shards as it is, under its own name.
+    """
+
+    sources: tuple[ShardRecord, ...]
+    pieces: tuple[Piece, ...]
+    copied: bool = True
+
+    @property
+    def shard(self) -> str:
+        return self.pieces[0].shard
+
+    def made_of(self, source: Artifact, piece: Piece) -> dict[str, Any]:
+        """What the manifest says of a piece's input; a source that was done again has other digests."""
+        if self.copied:
+            return _whole(source, self.sources[0])
+        parts, offset = [], 0
+        for record in self.sources:
+            start, stop = max(0, piece.start - offset), min(record.count, piece.stop - offset)
+            if start < stop:
+                parts.append({**_whole(source, record), "name": record.shard, "from": start, "to": stop})
+            offset += record.count
+        # Without where they lie: the same rows of the same shards are the same input.
+        marks = [[part["digest"], part["rows"], part["from"], part["to"]] for part in parts]
+        return {"digest": hashlib.sha256(canonical(marks).encode()).hexdigest(), "shards": parts}
+
+
+def _whole(source: Artifact, record: ShardRecord) -> dict[str, Any]:
+    tar = record.files[f"{record.shard}.tar"]
+    rows = record.files[listing(record.shard)]["sha256"]
+    return {"url": f"{source.url}/{record.shard}.tar", "digest": tar["sha256"], "bytes": tar["bytes"], "rows": rows}
+
+
+def as_they_are(records: Sequence[ShardRecord]) -> list[ExportTask]:
+    """Every shard of the source by itself."""
+    return [ExportTask((record,), (Piece(record.shard, 0, record.count),)) for record in records]
+
+
+def of_size(source: Artifact, records: Sequence[ShardRecord], size: int) -> list[ExportTask]:
+    """Shards with at most ``size`` pairs, numbered. Neighbours are put together as long as they fit; a larger one is
+    cut into equal parts. Rows that are no pair stay behind the pair they follow."""
+    tasks, number = [], 0
+    for run in group([_pairs(record) for record in records], size):
+        sources = [records[index] for index in run]
+        cuts = [*_cuts(source, sources, size), sum(record.count for record in sources)]
+        spans = pairwise(cuts)
+        pieces = tuple(Piece(f"{number + at:05d}", start, stop) for at, (start, stop) in enumerate(spans))
+        tasks.append(ExportTask(tuple(sources), pieces, copied=False))
+        number += len(pieces)
+    return tasks
+
+
+def _pairs(record: ShardRecord) -> int:
+    return record.rows.get(Status.OK, 0)
+
+
+def _cuts(source: Artifact, records: Sequence[ShardRecord], size: int) -> list[int]:
+    """The rows at which parts of at most ``size`` pairs begin, the first one being 0."""
+    pairs = sum(map(_pairs, records))
+    count = max(1, -(-pairs // size))
+    if count == 1:
+        return [0]
+    wanted = {pairs * part // count for part in range(1, count)}
+    return [0, *(row for pair, row in enumerate(_pair_rows(source, records)) if pair in wanted)]
+
+
+def _pair_rows(source: Artifact, records: Sequence[ShardRecord]) -> Iterator[int]:
+    """The numbers of the rows that are pairs."""
+    offset = 0
+    for record in records:
+        statuses = column_of(source, record, "status")
+        yield from (offset + row for row, status in enumerate(statuses) if status == Status.OK)
+        offset += record.count

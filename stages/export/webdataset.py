@@ -1,0 +1,82 @@
+"""Tars for webdataset, OpenCLIP, Hugging Face and Energon: copies of ours with the index of where samples lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, BinaryIO, cast
+
+import pyarrow.parquet as pq
+
+from ...errors import ArtifactMismatch
+from ...manifests.artifact import Artifact
+from ...manifests.file_transaction import FileTransaction
+from ...manifests.files.storage import open_parquet
+from ...manifests.files.tar import TarWriter
+from ...manifests.manifest import ShardRecord
+from ...manifests.status import Status
+from .energon import TarIndex, index_tar
+from .source import PARTS, Pair, copy, listing, ok_rows
+from .writer import ShardWriter
+
+
+class RewrittenTar(ShardWriter):
+    """Samples with every image called ``<key>.<extension>``, or as they were where that is None. Readers decode by
+    content: PNG bytes stay PNG. A shard without a sample gets no tar, as in :func:`copy_tar`."""
+
+    def __init__(self, out: FileTransaction, shard: str, extension: str | None) -> None:
+        super().__init__(out, shard)
+        self._extension = extension
+        self._tar: TarWriter | None = None
+
+    def add(self, pair: Pair) -> None:
+        if self._tar is None:
+            self._tar = TarWriter(cast(BinaryIO, self.open.enter_context(self.out.writing(f"{self.shard}.tar"))))
+        for name, member in pair.sample.members.items():
+            called = name if name != pair.extension or self._extension is None else self._extension
+            self._tar.add(f"{pair.sample.key}.{called}", member.data or b"")
+
+    def finish(self) -> dict[str, Any]:
+        if self._tar is None:
+            return _EMPTY
+        self._tar.finish()
+        self.open.close()
+        return _indexed(self.out, self.shard, f"{self.shard}.tar")
+
+
+def copy_tar(source: Artifact, record: ShardRecord, out: FileTransaction, *, link: bool) -> dict[str, Any]:
+    """The shard's tar as it is, and its index; returns its sample count and images by extension.
+
+    A shard without a sample gets no tar: an empty one stops `datasets` and Energon, and tells readers nothing.
+    """
+    if not record.rows.get(Status.OK):
+        return _EMPTY
+    name = f"{record.shard}.tar"
+    if link:
+        out.link(source.folder.local(name), name, str(record.files[name]["sha256"]))
+    else:
+        copy(source, record, name, out)
+    return _indexed(out, record.shard, f"{source.url}/{name}")
+
+
+_EMPTY: dict[str, Any] = {"samples": 0, "images": {}}
+
+
+def _indexed(out: FileTransaction, shard: str, where: str) -> dict[str, Any]:
+    """Write the index of the shard's tar, which is there with its listing."""
+    with out.path(f"{shard}.tar").open("rb") as stream:
+        index = index_tar(stream, where)
+    with open_parquet(str(out.path(listing(shard)))) as listed:
+        keys = [row["key"] for _, row in ok_rows(listed)]
+    if index.keys != keys:
+        text = f"{where}: its samples are not the ok rows of its Parquet"
+        raise ArtifactMismatch(f"{text}; `capipe verify` says what is wrong")
+    _write_index(shard, index, out)
+    images = Counter(part for _, part, _, _ in index.parts if part not in ("txt", "json"))
+    return {"samples": len(index.keys), "images": dict(sorted(images.items()))}
+
+
+def _write_index(shard: str, index: TarIndex, out: FileTransaction) -> None:
+    with out.writing(f"{shard}.tar.idx") as file:
+        file.write(index.offsets())
+    with out.writing(f"{PARTS}/{shard}.parquet") as file:
+        pq.write_table(index.table(), file, compression="zstd")

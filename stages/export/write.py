@@ -1,0 +1,165 @@
+"""Export: final shards in the files that trainers read. One task is one shard of the source, or a few of which one is
+made, or one that is cut up; image bytes are never touched.
+
+Beside what the format asks for, every shard keeps its Parquet with a row for every input row, so that an export is an
+artifact like any other: resumable, verifiable, and (as webdataset) an input.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from typing import ClassVar, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ConfigDict, Field
+
+from ...errors import ArtifactMismatch
+from ...manifests.artifact import Artifact
+from ...manifests.configuration import Growing
+from ...manifests.file_transaction import FileTransaction
+from ...manifests.files.storage import open_parquet
+from ...manifests.manifest import ShardRecord
+from ...manifests.transaction import ROW_GROUP, shard_stats
+from .folder import FolderWriter
+from .llava import LlavaWriter, MessagesWriter
+from .parquet import TrainingParquet
+from .plan import ExportTask, Piece
+from .source import Pair, committed_listing, copy, listing, pairs
+from .webdataset import RewrittenTar, copy_tar
+from .writer import ShardWriter
+
+STAGE = "export"
+
+
+class ExportConfig(Growing):
+    """What decides the shards of an export; the card's words are not among it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    later: ClassVar[tuple[str, ...]] = ("shard_size",)
+
+    format: Literal["webdataset", "parquet", "llava", "folder", "messages"] = Field(description="whose files to write")
+    image_extension: str | None = Field(
+        None, description="webdataset: name every image member alike; null: as they are"
+    )
+    shard_size: int | None = Field(None, ge=1, description="most pairs of a shard; null: the source's own shards")
+
+
+def export_shards(
+    task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, *, link: bool = False
+) -> list[ShardRecord]:
+    """Write and commit the task's shards. Raises ArtifactMismatch where the source's bytes are not those committed."""
+    return [_whole(task, source, artifact, config, link)] if task.copied else _cut(task, source, artifact, config)
+
+
+def _whole(task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, link: bool) -> ShardRecord:
+    """A shard of the source, its listing as it is and, where nothing is renamed, its tar."""
+    record = task.sources[0]
+    with artifact.begin_files(record.shard) as out:
+        for name in (listing(record.shard), f"{record.shard}_stats.json"):
+            copy(source, record, name, out)
+        if config.format == "webdataset" and config.image_extension is None:
+            stats = copy_tar(source, record, out, link=link)
+        else:
+            with (
+                open_parquet(str(out.path(listing(record.shard)))) as listed,
+                _writer(config, out, record.shard, listed.schema_arrow) as writer,
+            ):
+                for pair in pairs(source, record, listed):
+                    writer.add(pair)
+                stats = writer.finish()
+        return out.commit(rows=record.rows, input_info=task.made_of(source, task.pieces[0]), stats=stats)
+
+
+def _writer(config: ExportConfig, out: FileTransaction, shard: str, rows: pa.Schema) -> ShardWriter:
+    """``rows``: the listing's schema."""
+    match config.format:
+        case "webdataset":
+            return RewrittenTar(out, shard, config.image_extension)
+        case "parquet":
+            return TrainingParquet(out, shard, rows)
+        case "llava":
+            return LlavaWriter(out, shard)
+        case "folder":
+            return FolderWriter(out, shard)
+        case "messages":
+            return MessagesWriter(out, shard)
+
+
+def _cut(task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig) -> list[ShardRecord]:
+    """Several shards made one, or one made several: the listings first, then the pairs, each read once and in order.
+
+    None is committed before the last byte of the source was read, and so was checked.
+    """
+    with ExitStack() as stack:
+        made = [stack.enter_context(_Part(piece, artifact, config)) for piece in task.pieces]
+        offset = 0
+        for record in task.sources:
+            with committed_listing(source, record) as listed:
+                for batch in listed.iter_batches(ROW_GROUP, use_threads=False):
+                    for part in made:
+                        part.list(batch, offset)
+                    offset += batch.num_rows
+        for part in made:
+            part.end_listing()
+        offset = 0
+        for record in task.sources:
+            with committed_listing(source, record) as listed:
+                for pair in pairs(source, record, listed):
+                    for part in made:
+                        part.add(pair, offset + pair.index)
+            offset += record.count
+        return [part.commit(task, source) for part in made]
+
+
+class _Part:
+    """One of the shards that a task writes at once."""
+
+    def __init__(self, piece: Piece, artifact: Artifact, config: ExportConfig) -> None:
+        self._piece, self._config, self._artifact = piece, config, artifact
+        self._rows: Counter[str] = Counter()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Part:
+        self._out = self._stack.enter_context(self._artifact.begin_files(self._piece.shard))
+        self._listing = self._stack.enter_context(ExitStack())
+        self._parquet: pq.ParquetWriter | None = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(*error)  # type: ignore[arg-type]
+
+    def list(self, batch: pa.RecordBatch, offset: int) -> None:
+        """Take what is ours of a batch of rows, of which the first one has the number ``offset``."""
+        start, stop = max(0, self._piece.start - offset), min(batch.num_rows, self._piece.stop - offset)
+        if start >= stop:
+            return
+        ours = batch.slice(start, stop - start)
+        if self._parquet is None:
+            file = self._listing.enter_context(self._out.writing(listing(self._piece.shard)))
+            self._schema = batch.schema
+            writer = pq.ParquetWriter(file, self._schema, compression="zstd")
+            self._parquet = self._listing.enter_context(writer)
+        elif batch.schema != self._schema:
+            text = f"{self._artifact.url}: shard {self._piece.shard} would be of shards with different columns"
+            raise ArtifactMismatch(
+                f"{text}; leave out --shard-size, or run the stage that made them again with --fresh"
+            )
+        self._parquet.write_batch(ours)
+        self._rows.update(ours.column("status").to_pylist())
+
+    def end_listing(self) -> None:
+        self._listing.close()
+        stats = shard_stats(self._rows)
+        with self._out.writing(f"{self._piece.shard}_stats.json") as file:
+            file.write(stats)
+        self._writer = self._stack.enter_context(_writer(self._config, self._out, self._piece.shard, self._schema))
+
+    def add(self, pair: Pair, row: int) -> None:
+        if self._piece.start <= row < self._piece.stop:
+            self._writer.add(pair)
+
+    def commit(self, task: ExportTask, source: Artifact) -> ShardRecord:
+        stats = self._writer.finish()
+        return self._out.commit(rows=self._rows, input_info=task.made_of(source, self._piece), stats=stats)

@@ -1,0 +1,281 @@
+"""Select: which scored rows go into the final shards, and what these hold. Pure functions; nothing here opens a file.
+
+A row is a candidate where its scores are ok, no mark speaks against it and there is a caption to write. A candidate is
+kept where ``keep`` holds and, with ``top``, its score is in the top fraction of those candidates for which ``keep``
+holds and which have one. Every row comes out, the rejected ones with their scores and the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ...errors import BadInput
+from ...manifests.schema import SCORE
+from ...manifests.shards import Row
+from ...manifests.sidecars import encode_meta
+from ...manifests.status import Status
+from ...models.images.formats import Header, read_header
+from .conditions import Mask
+from .expression import Expression, kind_of, parse, shown_value, unknown_column
+
+STAGE = "select"
+Text = Literal["re", "org"]
+Scores = npt.NDArray[np.floating[Any]]
+
+_TYPES: dict[str, pa.DataType] = {field.name: field.type for field in SCORE}
+#: What the txt of a final sample is called in expressions: ``clip_score`` for ``re_clip_score`` or ``org_clip_score``.
+_SHARED = tuple(name.removeprefix("re_") for name in _TYPES if name.startswith("re_"))
+_NAMES = [*_SHARED, *_TYPES]
+
+
+def aliases(text: Text) -> dict[str, str]:
+    """The unprefixed names of columns, for the caption that is written."""
+    return {name: f"{text}_{name}" for name in _SHARED}
+
+
+class SelectConfig(BaseModel):
+    """What decides which rows are kept and how they are packed; all of it is in the fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep: str | None = Field(
+        None, description="condition over the columns of the scores; see stages/filter/expression.py"
+    )
+    top: float | None = Field(None, gt=0, le=1, description="fraction to keep of the candidates that `keep` leaves")
+    by: str = Field("clip_score", description="column by which `top` ranks")
+    shard_size: int = Field(10_000, ge=1, description="kept rows per final shard; a single input shard may have more")
+    text: Literal["auto", "re", "org"] = Field(
+        "auto", description="the caption to write: new, original; auto takes the new ones where the scores have any"
+    )
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_is_an_expression(cls, keep: str | None) -> str | None:
+        if keep is not None:
+            parse(keep, _TYPES, aliases("re"))
+        return keep
+
+    @field_validator("by")
+    @classmethod
+    def _by_is_a_number(cls, by: str) -> str:
+        column = aliases("re").get(by, by)
+        if column not in _TYPES:
+            raise BadInput(f"--by {by}: {unknown_column(by, _NAMES)}")
+        if kind_of(_TYPES[column]) != "number":
+            raise BadInput(f"--by {by}: not a number; name a column of scores")
+        return by
+
+    @property
+    def shown(self) -> str:
+        """The conditions in words."""
+        top = "" if self.top is None else f"--top {self.top:g} --by {self.by}"
+        return " ".join(part for part in ("" if self.keep is None else f"--keep {self.keep!r}", top) if part) or "all"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A config made definite. ``text``: the caption to write; ``threshold``: least score of ``top``, once known."""
+
+    config: SelectConfig
+    text: Text
+    keep: Expression | None
+    threshold: float | None = None
+
+    @classmethod
+    def of(cls, config: SelectConfig, text: Text, threshold: str | None = None) -> Rule:
+        """``threshold`` as in :attr:`threshold_text`."""
+        keep = None if config.keep is None else parse(config.keep, _TYPES, aliases(text))
+        rule = cls(config, text, keep)
+        return rule if threshold is None else replace(rule, threshold=float(rule.precision(threshold)))
+
+    def precision(self, number: float | str) -> np.floating[Any]:
+        """A number in the precision of the column that ``top`` ranks by."""
+        single = self.by is not None and pa.types.is_float32(_TYPES[self.by])
+        return np.float32(number) if single else np.float64(number)
+
+    @property
+    def threshold_text(self) -> str | None:
+        """The threshold's shortest decimal that reads back to the very same number."""
+        return None if self.threshold is None else str(self.precision(self.threshold))
+
+    @property
+    def by(self) -> str | None:
+        """The column by which ``top`` ranks; None without ``top``."""
+        return None if self.config.top is None else aliases(self.text).get(self.config.by, self.config.by)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the decision reads."""
+        used = {"status": None, f"{self.text}_length": None}
+        used |= {column.name: None for column in (self.keep.columns if self.keep else ())}
+        return list(used | ({self.by: None} if self.by else {}))
+
+    def bounds(self) -> list[tuple[str, float]]:
+        """Columns and the numbers they are held against, for pictures."""
+        found = self.keep.bounds() if self.keep else []
+        return found if self.by is None or self.threshold is None else [*found, (self.by, self.threshold)]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is known of each row of a table before a threshold is. ``failed``: index of the first term of ``keep`` that
+    fails, else -1. ``by``: what ``top`` ranks by, NaN where there is none."""
+
+    candidate: Mask
+    failed: npt.NDArray[np.int32]
+    by: Scores | None
+
+    @property
+    def eligible(self) -> Mask:
+        """Rows that are kept but for ``top``; those that it cannot rank are not among them."""
+        mask: Mask = self.candidate & (self.failed < 0)
+        return mask if self.by is None else mask & ~np.isnan(self.by)
+
+    def kept(self, rule: Rule) -> Mask:
+        """Rows that are kept under the rule's threshold; ties with it are."""
+        if self.by is None:
+            return self.eligible
+        assert rule.threshold is not None
+        mask: Mask = self.eligible & (self.by >= rule.precision(rule.threshold))
+        return mask
+
+
+def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule) -> Decision:
+    """Look at the rows of ``table``, which has at least :attr:`Rule.columns`; ``marks``: their statuses, if any."""
+    candidate = _where(pc.equal(table.column("status"), str(Status.OK)))
+    candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
+    if marks is not None:
+        candidate &= np.fromiter((mark == Status.OK for mark in marks), bool, len(marks))
+    keep = rule.keep
+    failed = np.full(len(table), -1, np.int32) if keep is None else keep.failures(table)
+    return Decision(candidate, failed, None if rule.by is None else scores_of(table, rule.by))
+
+
+def _where(column: pa.ChunkedArray) -> Mask:
+    mask: Mask = pc.fill_null(column, False).combine_chunks().to_numpy(zero_copy_only=False)
+    return mask
+
+
+def scores_of(table: pa.Table, name: str) -> Scores:
+    """A column of numbers, NaN for null: floats as they are, integers as float64."""
+    column = table.column(name)
+    if pa.types.is_integer(column.type):
+        column = column.cast(pa.float64())
+    scores: Scores = column.combine_chunks().to_numpy(zero_copy_only=False)
+    return scores
+
+
+def top_threshold(scores: Scores, top: float) -> float:
+    """The least score among the best ``top`` of ``scores``, rounded up to whole rows; there must be some, none NaN.
+
+    It is one of the scores, so it is exact. Whatever equals it is kept, so more than ``top`` may be.
+    """
+    count = math.ceil(Fraction(repr(top)) * len(scores))  # 0.07 of 100 rows is 7, not 8
+    place = len(scores) - count
+    return float(np.partition(scores, place)[place])
+
+
+def group(kept: Sequence[int], size: int) -> list[range]:
+    """Input shards, of which each has so many ``kept`` rows, as runs of neighbours with at most ``size`` kept rows.
+
+    A shard with more of them is a group of its own. None of the groups is without kept rows, unless all are.
+    """
+    groups, start, total = [], 0, 0
+    for index, count in enumerate(kept):
+        if total and count and total + count > size:
+            groups.append(range(start, index))
+            start, total = index, 0
+        total += count
+    return [*groups, range(start, len(kept))] if len(kept) else []
+
+
+def final_keys(shards: Sequence[str], keys: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Keys of a final shard made of the named shards: their own, unless two rows of different shards share one.
+
+    Then all get their shard's name before them; and its number, too, should even that leave two alike.
+    """
+    prefixes = ([""] * len(shards), [f"{_plain(shard)}_" for shard in shards])
+    numbered = [f"{number:05d}_{prefix}" for number, prefix in enumerate(prefixes[1])]
+    for chosen in (*prefixes, numbered):
+        named = [[prefix + key for key in own] for prefix, own in zip(chosen, keys, strict=True)]
+        if len({key for own in named for key in own}) == sum(map(len, named)):
+            break
+    return named
+
+
+def _plain(shard: str) -> str:
+    """A shard's name without what ends a key (a dot) or makes a folder of it."""
+    return shard.replace(".", "_").replace("/", "_")
+
+
+def verdict(row: Mapping[str, Any], mark: Mapping[str, Any] | None, rule: Rule, failed: int) -> tuple[str, str | None]:
+    """Status and error of a row of the scores by the same rule as :func:`decide`; ``failed`` is what that found."""
+    if row["status"] != Status.OK:
+        return row["status"], row["error"]
+    if mark is not None and mark["status"] != Status.OK:
+        return mark["status"], mark["error"]
+    reason = _rejected(row, rule, failed)
+    if reason is None:
+        return str(Status.OK), row["error"]
+    return str(Status.FILTERED), "; ".join(part for part in (reason, row["error"]) if part)
+
+
+def _rejected(row: Mapping[str, Any], rule: Rule, failed: int) -> str | None:
+    if not row[f"{rule.text}_length"]:
+        return f"{rule.text}_caption is missing: there is nothing to write"
+    if failed >= 0 and rule.keep is not None:
+        return rule.keep.reason(failed, row)
+    if rule.by is None or rule.threshold is None:
+        return None
+    value, asked = row[rule.by], rule.config
+    if value is not None and value >= rule.threshold:
+        return None
+    return f"{asked.by} >= {rule.threshold_text} (top {asked.top:g}): {asked.by} is {shown_value(value)}"
+
+
+def final_row(
+    row: Mapping[str, Any], status: str, error: str | None, key: str, shard: str, text: Text
+) -> dict[str, Any]:
+    """A row of the final shards from one of the scores. ``caption`` is set where the row is ok."""
+    caption = row[f"{text}_caption"] if status == Status.OK else None
+    own = {"key": key, "status": status, "error": error, "caption": caption}
+    return {**row, **own, "source_shard": shard, "source_key": row["key"]}
+
+
+def members(source: Row, row: Mapping[str, Any]) -> dict[str, bytes] | None:
+    """The sample of a final row: image bytes as they came, the caption, all else as JSON; None unless it is ok."""
+    if row["status"] != Status.OK or source.image is None:
+        return None
+    header = read_header(source.image)
+    extension = header.format if isinstance(header, Header) else source.format
+    ours = {name: _decimal(row[name]) for name in _TYPES if name not in ("key", "status", "error")}
+    # Without those that are null: `datasets` takes a column's type from the first samples, and null is a type to it.
+    ours = {name: value for name, value in ours.items() if value is not None and value != []}
+    try:
+        meta = encode_meta(source.meta or {}, ours)
+    except RecursionError:
+        meta = encode_meta({}, ours)
+    return {extension: source.image, "txt": row["caption"].encode(), "json": meta}
+
+
+def _decimal(value: Any) -> Any:
+    """A float32 by its shortest decimal, which reads back to the same float32; None where JSON has no word for it."""
+    if not isinstance(value, float):
+        return value
+    return float(str(np.float32(value))) if math.isfinite(value) else None
+
+
+def uid_list(uids: Iterable[str]) -> npt.NDArray[np.void]:
+    """DataComp's list of samples: each uid once as two big-endian halves (``u8,u8``), sorted."""
+    halves = np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype("<u8")
+    return np.unique(halves.view(np.dtype("u8,u8")))

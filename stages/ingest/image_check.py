@@ -1,0 +1,43 @@
+"""The check that every ingested image passes, in this process or, where that is no safe place, in one of its own."""
+
+from __future__ import annotations
+
+import functools
+from types import TracebackType
+
+from ...manifests.status import Status
+from ...models.images.decode import ImageInfo, ImageLimits, check
+from ...models.images.decode_pool import Decoder
+from ...models.images.formats import ImageProblem
+
+
+class ImageCheck:
+    """:func:`.decode.check` under ``limits``; a context manager.
+
+    ``careful``: every image in a decoding process of its own; else one for which memory ran out here. Such an image is
+    a ``read_error`` where that does not help.
+    """
+
+    def __init__(self, limits: ImageLimits, careful: bool = False) -> None:
+        self._check, self._careful = functools.partial(check, limits=limits), careful
+        self._decoder: Decoder[ImageInfo] | None = None
+
+    def __call__(self, data: bytes) -> ImageInfo | ImageProblem:
+        if not self._careful:
+            try:
+                found = self._check(data)
+            except MemoryError:
+                found = None
+            if found is not None and not (isinstance(found, ImageProblem) and found.status is Status.READ_ERROR):
+                return found
+        if self._decoder is None:
+            self._decoder = Decoder(self._check)
+            self._decoder.await_start()
+        return self._decoder.alone(data)[0]
+
+    def __enter__(self) -> ImageCheck:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._decoder is not None:
+            self._decoder.kill()

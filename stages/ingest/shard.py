@@ -1,0 +1,236 @@
+"""Ingest: items of any source become image shards. One task is one output shard, done by one process from start to end.
+
+Every item becomes exactly one row. Sound images are copied untouched into the tar beside their text and metadata (with
+``convert`` those in other formats as PNGs); what is not sound stays in the Parquet with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, count, islice
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from ...manifests.artifact import Artifact
+from ...manifests.configuration import Growing
+from ...manifests.files.outside import Reach
+from ...manifests.manifest import ShardRecord
+from ...manifests.schema import INGEST
+from ...manifests.sidecars import encode_meta
+from ...manifests.status import Status
+from ...models.images.convert import Converted, is_convertible, to_png
+from ...models.images.decode import MAX_GRID_ASPECT, ImageInfo, ImageLimits
+from ...models.images.formats import ImageProblem
+from ..reading.columns import Columns
+from ..reading.faults import read_problem
+from .growth import grown, items_file, marks_of
+from .image_check import ImageCheck
+from .retry import ItemRow, mended_rows
+from .source_refs import Handles, Item, ItemRef
+
+STAGE = "ingest"
+
+
+class IngestConfig(Growing):
+    """What decides the rows of an ingest; all of it is in the fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("convert", "text_column", "image_folder", "image_key", "within", "public_only", "follow_links")
+
+    shard_size: int = Field(10_000, ge=1, le=1_000_000, description="items per shard, usable or not")
+    convert: bool = Field(False, description="pictures in other formats than JPEG, PNG and WebP become PNGs")
+    min_side: int = Field(16, ge=1, description="images whose shorter side has fewer pixels are too_small")
+    max_image_pixels: int = Field(100_000_000, ge=1, description="images with more pixels are too_large, undecoded")
+    max_aspect: float = Field(MAX_GRID_ASPECT, ge=1, description="longest side over shortest; beyond it unsupported")
+    path_column: str | None = Field(None, description="column of paths in tables, where it has none of the usual names")
+    text_column: str | None = Field(None, description="column of captions in tables and datasets, likewise")
+    image_folder: str | None = Field(None, description="where the paths in tables begin, if not beside the table")
+    image_key: str | None = Field(
+        None, min_length=1, description="extensions of the one image of each key in tars, by commas"
+    )
+
+    within: str | None = Field(None, description="folder that the paths in tables and data sets must lie in")
+    public_only: bool = Field(False, description="no URLs of loopback and private addresses in tables and data sets")
+    follow_links: bool = Field(False, description="links and lists of a folder may lead out of it")
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.within, self.public_only)
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.path_column, self.text_column, self.image_folder)
+
+    @property
+    def limits(self) -> ImageLimits:
+        return ImageLimits(self.max_image_pixels, self.min_side, self.max_aspect)
+
+
+@dataclass(frozen=True, slots=True)
+class IngestTask:
+    """One output shard: its items in order. ``digest``: sha256 over their identities, which resuming compares.
+
+    ``made``: the committed version, of which the rows that could not be read are tried again. ``careful``: a worker
+    died of it, so each image is decoded in a process of its own.
+    """
+
+    index: int
+    refs: tuple[ItemRef, ...]
+    digest: str
+    made: ShardRecord | None = None
+    careful: bool = False
+
+    @property
+    def shard(self) -> str:
+        return f"{self.index:05d}"
+
+
+def plan(refs: Iterable[ItemRef], config: IngestConfig) -> Iterator[IngestTask]:
+    """Cut the items into tasks, lazily: shard i has items i*shard_size up to (i+1)*shard_size."""
+    stream, index = iter(refs), 0
+    while chunk := tuple(islice(stream, config.shard_size)):
+        yield _task(index, chunk)
+        index += 1
+
+
+def _task(index: int, refs: tuple[ItemRef, ...], made: ShardRecord | None = None) -> IngestTask:
+    digest = hashlib.sha256()
+    for ref in refs:
+        digest.update(ref.identity().encode() + b"\n")
+    return IngestTask(index, refs, digest.hexdigest(), made)
+
+
+def pending(tasks: Iterable[IngestTask], artifact: Artifact) -> Iterator[IngestTask]:
+    """The tasks that are not committed yet, and those of committed shards with rows that could not be read.
+
+    Items that came to the source since begin new shards, wherever they stand among the others (:mod:`.growth`).
+    Raises ArtifactMismatch where an ingested item is gone, or another one now.
+    """
+    committed, tasks = artifact.committed(), iter(tasks)
+    taken = {int(shard) for shard in committed}
+    for task in tasks:
+        record = committed.get(task.shard)
+        if record is not None and record.input["digest"] != task.digest:
+            tasks = chain([task], tasks)
+            break
+        committed.pop(task.shard, None)
+        taken.add(task.index)
+        if record is None:
+            yield task
+        elif record.unresolved:
+            yield replace(task, made=record)
+    if committed:
+        refs = (ref for task in tasks for ref in task.refs)
+        for items, again in grown(artifact, committed, refs):
+            if again is not None:
+                yield _task(int(again.shard), items, again)
+            else:
+                index = next(index for index in count() if index not in taken)
+                taken.add(index)
+                yield _task(index, items)
+
+
+def ingest_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> ShardRecord:
+    """Write and commit one shard. Runs in a worker process, which reads the images itself.
+
+    Of a shard that was committed before, rows that were read keep their bytes; where none of the others can be read
+    this time either, it stays as it is.
+    """
+    digits = len(str(config.shard_size - 1))
+    convert = partial(to_plain_format, limits=config.limits) if config.convert else None
+    with Handles() as handles, ImageCheck(config.limits, task.careful) as check:
+
+        def ingested(number: int) -> ItemRow:
+            key = f"{task.index:05d}{number:0{digits}d}"  # img2dataset's keys
+            return ingest_item(task.refs[number], key, check, handles, convert)
+
+        if task.made is None:
+            rows: Iterable[ItemRow] = map(ingested, range(len(task.refs)))
+        else:
+            again = mended_rows(artifact, task.made, ingested)
+            if again is None:
+                return task.made
+            rows = again
+        with artifact.begin(task.shard, INGEST, tar=True, over=task.made) as shard:
+            for row, members in rows:
+                shard.write(row, members)
+            return shard.commit(
+                rows_in=len(task.refs),
+                input_info={"digest": task.digest, "items": len(task.refs)},
+                beside={items_file(task.shard): marks_of(task.refs)},
+            )
+
+
+def ingest_item(
+    ref: ItemRef,
+    key: str,
+    check: Callable[[bytes], ImageInfo | ImageProblem],
+    handles: Handles,
+    convert: Callable[[Item], dict[str, str]] | None = None,
+) -> ItemRow:
+    """One item as ``(row, tar members)``; no members unless the row is ok. Never raises on what the item holds.
+
+    ``convert``: puts a PNG in place of a picture in another format, see :func:`to_plain_format`.
+    """
+    try:
+        item = ref.load(handles)
+        original = convert(item) if convert is not None else {}
+        verdict = item.problem or check(item.data or b"")
+        if convert is None and isinstance(verdict, ImageProblem) and is_convertible(item.data or b""):
+            item.notes.append("--convert takes still ones")
+        sha256 = hashlib.sha256(item.data).hexdigest() if item.data else None
+        members = _members(item, verdict, sha256, original) if isinstance(verdict, ImageInfo) and sha256 else None
+        return _row(item, key, verdict, sha256), members
+    except Exception as error:  # one item must not cost its shard: whatever it did becomes its reason
+        unexpected = ImageProblem(Status.CORRUPT, f"unexpected {type(error).__name__}: {error}")
+        return _row(Item(ref.source), key, read_problem(error) or unexpected, None), None
+
+
+def to_plain_format(item: Item, limits: ImageLimits) -> dict[str, str]:
+    """Put a PNG in place of a picture in another format; returns what it was, for the row's metadata."""
+    if item.data is None or item.problem is not None:
+        return {}
+    converted = to_png(item.data, limits)
+    if isinstance(converted, ImageProblem):
+        item.problem = converted
+    if not isinstance(converted, Converted):
+        return {}
+    original = {"original_sha256": hashlib.sha256(item.data).hexdigest(), "original_format": converted.format}
+    item.data = converted.data
+    return original
+
+
+def _row(item: Item, key: str, verdict: ImageInfo | ImageProblem, sha256: str | None) -> dict[str, Any]:
+    row = {
+        "key": key,
+        "uid": sha256[:32] if sha256 else None,
+        "sha256": sha256,
+        "text": clean(item.text),
+        "url": clean(item.url),
+        "source": item.source,
+    }
+    if isinstance(verdict, ImageProblem):
+        return {**row, "status": verdict.status, "error": clean("; ".join([verdict.reason, *item.notes]))}
+    found = {"phash": verdict.phash, "width": verdict.width, "height": verdict.height, "format": verdict.format}
+    return {**row, **found, "status": Status.OK, "error": clean("; ".join(item.notes)) or None}
+
+
+def _members(item: Item, info: ImageInfo, sha256: str, original: Mapping[str, str]) -> dict[str, bytes]:
+    """Every sample has the same three members, or the webdataset reader of `datasets` would refuse the shard."""
+    ours = {"uid": sha256[:32], "width": info.width, "height": info.height, "source": item.source, **original}
+    try:
+        meta = encode_meta(item.meta, ours)
+    except RecursionError:
+        item.notes.append("json is nested too deeply: left out")
+        meta = encode_meta({}, ours)
+    text = item.text or ""
+    return {info.format: item.data or b"", "txt": text.encode("utf-8", "replace"), "json": meta}
+
+
+def clean(text: str | None) -> str | None:
+    """Text that UTF-8 can hold: JSON may bring half of a surrogate pair."""
+    return None if text is None else text.encode("utf-8", "replace").decode()

@@ -1,0 +1,317 @@
+"""What ``capipe ingest`` can be pointed at, told apart by look, as a deterministic stream of item references.
+
+Every file, member and row becomes an item, usable or not; only sidecars (``.txt``, ``.caption``, ``.json``) ride with
+their image.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+
+from ...errors import BadInput
+from ...manifests.files.compressed import tar_stem
+from ...manifests.files.outside import ANYWHERE, Reach, is_url, refusal, source_folder
+from ...manifests.samples import (
+    IMAGE_EXTENSIONS,
+    META_EXTENSIONS,
+    SIDECAR_EXTENSIONS,
+    TEXT_EXTENSIONS,
+    is_sidecar,
+    same_name,
+)
+from ...manifests.shards import expand, read_places
+from ...manifests.status import Status
+from ..reading.columns import USUAL, Columns
+from ..reading.files import join
+from . import tables, tars
+from .folder_metadata import METADATA, with_metadata, with_sidecar_captions
+from .source_refs import FileRef, ItemRef, ProblemRef, Sidecar, stem_of
+from .usable import Opened, with_images
+
+_HF = "hf://"
+_KINDS = (TEXT_EXTENSIONS, META_EXTENSIONS)
+
+
+def open_sources(
+    sources: Sequence[str],
+    columns: Columns = USUAL,
+    image_key: str | None = None,
+    reach: Reach = ANYWHERE,
+    follow_links: bool = False,
+) -> Iterator[ItemRef]:
+    """The items of all ``sources``, one source after the other, in an order that depends on their content alone.
+
+    Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table (Parquet, CSV, TSV,
+    JSON or JSON lines; a folder of Parquet), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single
+    file; local or fsspec. Tars may be compressed. ``columns``: what the user says about those of tables and datasets.
+    ``reach``: how far their rows may lead; a folder's links and lists of files leave it only where ``follow_links``.
+    Raises BadInput at once where one is missing or holds nothing of these (:mod:`.usable`).
+    """
+    if columns.folder is not None and not (_exists(columns.folder) and _is_folder(columns.folder)):
+        raise BadInput(f"--image-folder {columns.folder}: no such folder")
+    if reach.within is not None and not Path(reach.within).is_dir():
+        raise BadInput(f"--within {reach.within}: no such folder")
+    return with_images([_opened(source, columns, image_key, reach, follow_links) for source in sources])
+
+
+def _opened(src: str, columns: Columns, image_key: str | None, reach: Reach, follow_links: bool) -> Opened:
+    items = _open(src, columns, image_key, reach, follow_links)
+    is_file = not src.startswith(_HF) and _exists(src) and not _is_folder(src)
+    is_table = src.rpartition(".")[2].lower() in tables.EXTENSIONS and not _is_of_an_image(src)
+    return Opened(src, items, one_of_many=tar_stem(src) is not None or (is_file and not is_table))
+
+
+def _open(src: str, columns: Columns, image_key: str | None, reach: Reach, follow_links: bool) -> Iterator[ItemRef]:
+    extension = src.rpartition(".")[2].lower()
+    is_tar = tar_stem(src) is not None
+    if src.startswith(_HF) and extension not in tables.EXTENSIONS and not is_tar:
+        return _dataset(src, columns, reach)
+    if is_tar:
+        return with_sidecar_captions(tars.refs(src, image_key), columns)
+    if any(c in src for c in "*?[{") and not _exists(src):
+        raise BadInput(f"{src}: only tars are taken by pattern; let the shell expand it, or name the folder")
+    if not _exists(src):
+        raise BadInput(f"{src}: no such file or folder")
+    if not _is_folder(src):
+        is_table = extension in tables.EXTENSIONS and not _is_of_an_image(src)
+        if is_table:
+            return tables.refs(src, columns, reach)
+        return with_sidecar_captions(_single_file(src, reach, follow_links), columns)
+    inside = _inside(src, reach, follow_links)
+    if "://" not in src and ((Path(src) / "dataset_dict.json").is_file() or (Path(src) / "state.json").is_file()):
+        return _dataset(src, columns, reach, inside)
+    names = _listed(src)
+    if _holds_tars(src, names):
+        return with_sidecar_captions(tars.refs(src, image_key, inside), columns)
+    if parquets := _parquets(src, names):
+        return chain.from_iterable([_part(join(src, name), columns, reach, inside) for name in parquets])
+    elsewhere = is_url(src) and not follow_links and not src.startswith(("file://", "local://"))
+    names_reach = replace(inside, within=reach.within, source=src if elsewhere else inside.source)
+    return with_sidecar_captions(with_metadata(src, _folder(src, inside), columns, inside, names_reach), columns)
+
+
+def _inside(folder: str, reach: Reach, follow_links: bool) -> Reach:
+    """How far what lies in a folder that was given may lead: --within is about what is named in files alone."""
+    source = None if follow_links or is_url(folder) else source_folder(folder or ".")
+    return Reach(public_only=reach.public_only, source=source)
+
+
+def _part(table: str, columns: Columns, reach: Reach, inside: Reach) -> Iterator[ItemRef]:
+    """The rows of a table that lies in a folder given as a source; of one that leaves it, why it is not read."""
+    reason = refusal(table, inside)
+    return iter([ProblemRef(table, Status.UNSUPPORTED, reason)]) if reason else tables.refs(table, columns, reach)
+
+
+def source_places(sources: Sequence[str]) -> list[str]:
+    """What ``sources`` are, for :func:`refuse_overwriting`: each as it is named, and the tars that a pattern or a
+    folder of links names. Raises BadInput where one is missing."""
+    places: list[str] = []
+    for src in sources:
+        places += read_places(src, expand(src)) if _is_of_tars(src) else [src]
+    return places
+
+
+def _is_of_tars(src: str) -> bool:
+    if tar_stem(src) is not None:
+        return True
+    return not src.startswith(_HF) and _exists(src) and _is_folder(src) and _holds_tars(src, _listed(src))
+
+
+def _exists(src: str) -> bool:
+    if "://" not in src:
+        return os.path.lexists(src)
+    try:
+        fs, path = url_to_fs(src)
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"{src}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
+    return bool(fs.exists(path))
+
+
+def _is_folder(src: str) -> bool:
+    if "://" not in src:
+        return Path(src).is_dir()
+    fs, path = url_to_fs(src)
+    return bool(fs.isdir(path))
+
+
+def _dataset(src: str, columns: Columns, reach: Reach, inside: Reach = ANYWHERE) -> Iterator[ItemRef]:
+    from . import huggingface  # imports the `datasets` package, which takes seconds
+
+    return huggingface.refs(src, columns, reach, inside)
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _listed(src: str) -> list[str]:
+    """The names of what lies directly in a folder, in order."""
+    if "://" not in src:
+        return sorted(entry.name for entry in os.scandir(src))
+    fs, path = url_to_fs(src)
+    return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False))
+
+
+def _holds_tars(src: str, names: Sequence[str]) -> bool:
+    """Whether a folder is one of shards. Raises BadInput where it is that and a folder of images as well."""
+    if not any(tar_stem(name) for name in names):
+        return False
+    image = next((name for name in names if _is_image_name(name)), None)
+    if image is not None:
+        raise BadInput(f"{src}: holds tars and loose images ({image}); name the tars by {src}/*.tar, or move one kind")
+    return True
+
+
+def _is_image_name(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _parquets(src: str, names: Sequence[str]) -> list[str]:
+    """The Parquet files of a folder that is a table in parts: no image is beside them, nor a folder of images."""
+    seen = [name for name in names if not name.startswith((".", "_"))]
+    found = [name for name in seen if name.endswith(".parquet") and name not in METADATA]
+    if not found or any(_is_image_name(name) for name in seen):
+        return []
+    return [] if any(_is_folder(join(src, name)) for name in seen if name not in found) else found
+
+
+def _is_of_an_image(src: str) -> bool:
+    """Whether a ``.json`` is the metadata of an image beside it: ``photos/*`` names both."""
+    if "://" in src or not src.lower().endswith(".json"):
+        return False
+    return any(Path(f"{stem_of(src)}.{extension}").is_file() for extension in IMAGE_EXTENSIONS)
+
+
+def _single_file(src: str, reach: Reach, follow_links: bool) -> Iterator[ItemRef]:
+    """One file given by itself, with its sidecars; shells expand ``photos/*`` to these.
+
+    The file may be a link to anywhere, for it was named; its sidecars are those of its folder.
+    """
+    root, _, name = src.rpartition("/")
+    if "://" in src:
+        fs, path = url_to_fs(src)
+        return iter([FileRef(root, name, int(fs.size(path)), own=True)])
+    root = "/" if src.startswith("/") and not root else root
+    others = (other for other in _sidecar_names(name) if other != name and Path(join(root, other)).is_file())
+    sizes = {each: _local_entry(join(root, each)) for each in (name, *others)}
+    refs = islice(_file_refs(root, "", sizes, _inside(root, reach, follow_links)), 1)  # the file itself comes first
+    return (replace(ref, own=True) if isinstance(ref, FileRef) else ref for ref in refs)
+
+
+def _sidecar_names(name: str) -> Iterator[str]:
+    """The names that sidecars of a file may have: its folder is not listed, for it may hold a million others."""
+    stem = stem_of(name)
+    for same in dict.fromkeys([stem, *(unicodedata.normalize(form, stem) for form in ("NFC", "NFD"))]):
+        for extension in SIDECAR_EXTENSIONS:
+            yield from (f"{same}.{extension}", f"{same}.{extension.upper()}")
+
+
+def _folder(src: str, inside: Reach) -> Iterator[ItemRef]:
+    return _remote_folder(src, inside) if "://" in src else _local_folder(src, "", inside)
+
+
+def _local_folder(root: str, folder: str, inside: Reach) -> Iterator[ItemRef]:
+    """Depth first, each folder's files before its sub-folders, both by name; hidden ones are passed over."""
+    here = join(root, folder) if folder else root
+    try:
+        with os.scandir(here) as found:
+            entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
+    except OSError as error:
+        yield ProblemRef(here, Status.READ_ERROR, f"folder cannot be listed: {error.strerror}")
+        return
+    folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    apart = set(folders)
+    yield from _file_refs(root, folder, {e.name: _local_entry(e.path) for e in entries if e.name not in apart}, inside)
+    for name in folders:
+        yield from _local_folder(root, join(folder, name), inside)
+
+
+Entry = int | None | tuple[Status, str]  # a file's size; None: it cannot be looked at now; or why it is no file
+
+
+def _local_entry(path: str) -> Entry:
+    """The size of a regular file, or why there is nothing to read (a pipe would block for ever)."""
+    try:
+        info = Path(path).stat()
+    except OSError:  # a link whose share is not mounted, for instance: reading it will say why
+        return None
+    if stat.S_ISREG(info.st_mode):
+        return info.st_size
+    if stat.S_ISDIR(info.st_mode):
+        return Status.UNSUPPORTED, "a symbolic link to a folder: not followed, name the folder itself"
+    return Status.UNSUPPORTED, "not a regular file (a pipe, socket or device)"
+
+
+def _remote_folder(src: str, inside: Reach) -> Iterator[ItemRef]:
+    fs, path = url_to_fs(src)
+    found = fs.find(path, detail=True)
+    prefix = len(path.rstrip("/")) + 1
+    folders: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for full, info in sorted(found.items()):
+        folder, _, name = str(full)[prefix:].rpartition("/")
+        if not any(part.startswith(".") for part in (*folder.split("/"), name)):
+            elsewhere = _leads_elsewhere(str(full)[prefix:])
+            folders[folder][name] = (Status.UNSUPPORTED, _ELSEWHERE) if elsewhere else int(info["size"])
+    for folder in sorted(folders):
+        yield from _file_refs(src, folder, folders[folder], inside)
+
+
+_ELSEWHERE = "its name is a path or URL of its own"
+
+
+def _leads_elsewhere(name: str) -> bool:
+    """Whether the name of an object, put behind its folder's URL, would mean something else: stores allow any names."""
+    return name.startswith("/") or "::" in name or "://" in name or ".." in name.split("/")
+
+
+def _file_refs(root: str, folder: str, files: Mapping[str, Entry], inside: Reach) -> Iterator[ItemRef]:
+    """The items among one folder's files (sizes, or why unreadable): each file, but for sidecars of another one."""
+    beside: dict[str, list[Sidecar]] = defaultdict(list)
+    for name, size in files.items():
+        if _names_sidecar(name) and isinstance(size, int):
+            beside[same_name(stem_of(name))].append(Sidecar(name, size))
+    found = {
+        name: [_nearest(name, beside.get(same_name(stem_of(name)), []), kind) for kind in _KINDS]
+        for name in files
+        if not _names_sidecar(name)
+    }
+    taken = {sidecar.name for pair in found.values() for sidecar in pair if sidecar is not None}
+    away = {same_name(stem_of(name)) for name in found if files[name] is None}
+    taken |= {name for name in files if name not in found and files[name] is None and same_name(stem_of(name)) in away}
+    for name, size in files.items():
+        if name in taken:
+            continue
+        path = join(folder, name)
+        if isinstance(size, tuple):
+            yield ProblemRef(join(root, path), *size)
+        elif size is None:
+            yield FileRef(root, path, None, reach=inside)
+        else:
+            text, meta = found.get(name, (None, None))
+            yield FileRef(root, path, size, text, meta, inside)
+
+
+def _names_sidecar(name: str) -> bool:
+    return "." in name and is_sidecar(name.lower())
+
+
+def _nearest(image: str, beside: Iterable[Sidecar], kind: tuple[str, ...]) -> Sidecar | None:
+    """The sidecar of a kind whose name is most like the image's; others of that kind are items of their own."""
+    stem = stem_of(image)
+
+    def distance(sidecar: Sidecar) -> tuple[bool, int, str]:
+        return stem_of(sidecar.name) != stem, kind.index(_extension(sidecar.name)), sidecar.name
+
+    return min((sidecar for sidecar in beside if _extension(sidecar.name) in kind), key=distance, default=None)
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()

@@ -1,0 +1,167 @@
+"""Which images the records of a question set are about: by uid, key or file name, and never by a guess."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from ...manifests.files.tar import printable
+from ...manifests.samples import split_name
+from .import_sets import QuestionRecord
+from .validate import checked
+
+_UID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageNames:
+    """What an image of the shards is known by. ``source``: the file it was ingested from, None in tars of others."""
+
+    key: str
+    source: str | None = None
+    uid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the set asks about an image, as dicts of QUESTION_FIELDS in the set's order.
+
+    ``raw``: the records it came from, one a line. ``error``: why other records that name the image were not taken.
+    """
+
+    questions: list[dict[str, Any]]
+    raw: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unmatched:
+    """A record that no image of the shards gets. ``image``: the surest name that it gives."""
+
+    where: str
+    image: str
+    reason: str
+
+
+class _Level(IntEnum):
+    """How surely a record names an image."""
+
+    SHARED = 0  # by the file's name alone, and the set has other files of this name
+    NAME = 1  # by the file's name alone: the folders differ
+    PATH = 2  # one path ends in the other
+    KEY = 3
+    UID = 4
+
+
+class QuestionIndex:
+    """A whole set in memory, joined with the names of all images that will be looked up.
+
+    Both sides must be known to see that a name does not tell one image from another; such records are refused. Each
+    record is given to the images that it names most surely, and to no other. Images with one uid are one image.
+    Memory: 1 to 2 KB a question.
+    """
+
+    def __init__(self, records: Iterable[QuestionRecord], images: Iterable[ImageNames]) -> None:
+        """``images``: each once; the uid may be missing where it is not known yet: look-ups then still go by it."""
+        self._records = list(records)
+        self._by_name: dict[str, list[int]] = defaultdict(list)
+        self._by_file: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for number, record in enumerate(self._records):
+            for name in record.images:
+                path = _path(name)
+                self._by_name[_composed(name)].append(number)
+                for file in {posixpath.basename(path), _stem(path)}:  # tars of others have the stem alone
+                    self._by_file[file][path].append(number)
+        self._best: dict[int, _Level] = {}
+        self._claims: dict[int, set[str]] = defaultdict(set)  # by record: the images that it names most surely
+        self._given: set[int] = set()
+        for place, image in enumerate(images):
+            for number, level in self._candidates(image).items():
+                self._claim(number, level, image.uid or str(place))
+
+    def lookup(self, uid: str | None, key: str, source: str | None = None) -> Found | None:
+        """What the set asks about an image, checked, each question once; None where no record names it."""
+        candidates = self._candidates(ImageNames(key, source, uid))
+        numbers = sorted(n for n, level in candidates.items() if level >= self._best.get(n, level))
+        if not numbers:
+            return None
+        doubts = {n: None if candidates[n] is _Level.UID else self._doubt(n) for n in numbers}
+        taken = [n for n in numbers if doubts[n] is None]
+        self._given.update(taken)
+        seen: set[str] = set()
+        questions = [checked(entry, seen) for n in taken for entry in self._records[n].questions]
+        notes = [f"{self._records[n].where} not taken: {doubt}" for n, doubt in doubts.items() if doubt is not None]
+        return Found(questions, "\n".join(self._records[n].raw for n in taken), notes[0] if notes else None)
+
+    def unmatched(self) -> list[Unmatched]:
+        """The records that no image of the shards gets, in the set's order, each with its reason."""
+        return [
+            Unmatched(record.where, record.images[0] if record.images else "", reason)
+            for number, record in enumerate(self._records)
+            if number not in self._given and (reason := self._doubt(number)) is not None
+        ]
+
+    def _claim(self, number: int, level: _Level, image: str) -> None:
+        best = self._best.get(number, level)
+        if level > best:
+            self._claims[number].clear()
+        if level >= best:
+            self._best[number] = level
+            self._claims[number].add(image)
+
+    def _candidates(self, image: ImageNames) -> dict[int, _Level]:
+        """The records that may be about an image, each with the surest of its names."""
+        found: dict[int, _Level] = {}
+        for number, level in self._named(image):
+            found[number] = max(level, found.get(number, level))
+        return found
+
+    def _named(self, image: ImageNames) -> Iterator[tuple[int, _Level]]:
+        if image.uid is not None and _UID.fullmatch(image.uid):
+            yield from ((number, _Level.UID) for number in self._by_name.get(image.uid, ()))
+        yield from ((number, _Level.KEY) for number in self._by_name.get(_composed(image.key), ()))
+        ours = _path(image.source if image.source is not None else image.key)
+        paths = self._by_file.get(posixpath.basename(ours), {})
+        for theirs, numbers in paths.items():
+            stem = theirs if image.source is not None else posixpath.join(posixpath.dirname(theirs), _stem(theirs))
+            alone = _Level.NAME if len(paths) == 1 else _Level.SHARED
+            level = _Level.PATH if _ends_in(ours, stem) or _ends_in(stem, ours) else alone
+            yield from ((number, level) for number in numbers)
+
+    def _doubt(self, number: int) -> str | None:
+        """Why a record can be given to no image."""
+        record = self._records[number]
+        if not record.images:
+            fault = record.questions[0].fault if record.questions else None
+            return fault[1] if fault else "it names no image, or several"
+        if number not in self._best:
+            return "no image of the shards has this name"
+        if self._best[number] is _Level.SHARED:
+            return "the set has several files of this name, and the folders are not those of the shards' images"
+        if len(self._claims[number]) > 1:
+            return f"{len(self._claims[number])} images have this name; name them by uid, key or longer paths"
+        return None
+
+
+def _path(name: str) -> str:
+    """A name as a path that can be compared; ``source`` is kept printable, so must be what is compared with it."""
+    return _composed(posixpath.normpath(printable(name).replace("\\", "/")))
+
+
+def _composed(name: str) -> str:
+    """Accents as one character: macOS writes file names with two, most sets do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _stem(path: str) -> str:
+    return posixpath.basename(split_name(path)[0])
+
+
+def _ends_in(path: str, end: str) -> bool:
+    return f"/{path.lstrip('/')}".endswith(f"/{end.lstrip('/')}")

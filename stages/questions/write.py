@@ -1,0 +1,196 @@
+"""Questions: a vision-language model writes multiple-choice questions about an image, one row out for every row in.
+
+CapRL asks for five an image in one call and keeps what a pattern matches (arXiv 2509.22647 §3.1); here the answer is
+JSON, held to its schema where the engine can, and what cannot be used is kept with a status and the raw text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ...manifests.shards import Row
+from ...manifests.status import Status
+from ...models.engines.base import (
+    Completion,
+    Engine,
+    GenerationRequest,
+    ImageInput,
+    Prompt,
+    Refused,
+    RequestError,
+    Sampling,
+)
+from ...models.engines.context import text_room
+from ...models.quiz import KINDS, MOST_WRITTEN, writing_prompt, writing_schema
+from ..annotate.captioner import derive_seed
+from ..annotate.prompts import NamedPrompt
+from ..annotate.quality_gate import nothing_written
+from .layouts import faulty, read_question
+from .validate import RawQuestion, checked
+
+MOST_FAILURES = 100  # braces in one answer that open no object
+_KEY = re.compile(r'"question"\s*:')
+
+
+class QuestionsConfig(BaseModel):
+    """What is asked of the writer. All of it changes the questions, so all of it is in the fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    per_image: int = Field(5, ge=1, le=20, description="questions asked for per image, in one request")
+    fewest: int = Field(1, ge=1, description="ask again while there are fewer usable ones")
+    max_attempts: int = Field(3, ge=1, description="requests per image, the first included")
+    kinds: tuple[str, ...] = Field(KINDS, min_length=1, description="kinds of question the writer may name")
+    temperature: float = Field(0.7, ge=0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(2048, ge=1, description="longest answer: all questions of one request")
+    seed: int = Field(0, description="with the image's uid, the source of every random draw")
+
+    @field_validator("kinds")
+    @classmethod
+    def _known(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(kinds) - set(KINDS)):
+            raise ValueError(f"no kind of question: {', '.join(unknown)}; there are {', '.join(KINDS)}")
+        return kinds
+
+    @property
+    def prompt(self) -> NamedPrompt:
+        return NamedPrompt("questions", writing_prompt(self.per_image, self.kinds))
+
+    @property
+    def room(self) -> int:
+        """Tokens of context that the prompt and its answer take, beside the image."""
+        return text_room([self.prompt.text], self.max_tokens)
+
+
+@dataclass(frozen=True)
+class QuestionWriter:
+    """Writes with one engine. ``model``: the name its questions carry; ``guided``: hold it to the JSON schema."""
+
+    engine: Engine
+    model: str
+    config: QuestionsConfig
+    guided: bool
+
+    async def write(self, row: Row, image: ImageInput) -> dict[str, Any]:
+        """The output row for a readable image. Raises only EngineDead; a failed request is a status."""
+        out = {**passed_on(row), "writer": self.model, "prompt_id": self.config.prompt.prompt_id}
+        seen: set[str] = set()
+        while out["attempts"] < self.config.max_attempts:
+            out["attempts"] += 1
+            try:
+                completion = await self.engine.generate(self._request(image, out["attempts"]))
+            except Refused as error:
+                raw = [*out["raw"], error.words] if error.words else out["raw"]
+                fate = {"raw": raw} if seen else {"raw": raw, "status": str(Status.REFUSED), "error": str(error)}
+                return {**out, **fate}
+            except RequestError as error:
+                return {**out, "status": str(Status.ENGINE_ERROR), "error": str(error)}
+            out |= {"finish_reason": completion.finish_reason, "n_tokens": _added(out["n_tokens"], completion.n_tokens)}
+            out["raw"].append(completion.text)
+            out["questions"] += [checked(entry, seen, MOST_WRITTEN) for entry in written_questions(completion)]
+            if len(seen) >= self.config.fewest:
+                return out
+        if not seen:
+            reason = f"no usable question in {out['attempts']} attempts"
+            return {**out, "status": str(Status.EMPTY), "error": reason}
+        return out
+
+    def _request(self, image: ImageInput, attempt: int) -> GenerationRequest:
+        config = self.config
+        seed = derive_seed(config.seed, image.uid, config.prompt.prompt_id, 0, attempt)
+        temperature = config.temperature if attempt == 1 else max(config.temperature, 0.7)  # greedy repeats itself
+        sampling = Sampling(temperature, config.top_p, config.max_tokens, seed)
+        schema = writing_schema(config.per_image, config.kinds) if self.guided else None
+        return GenerationRequest(Prompt(config.prompt.text, image), sampling, json_schema=schema)
+
+
+def passed_on(row: Row) -> dict[str, Any]:
+    """An output row for an input row that gets no questions: its own status and reason."""
+    return {
+        "key": row.key,
+        "uid": row.uid,
+        "status": str(row.status),
+        "error": row.error,
+        "questions": [],
+        "raw": [],
+        "writer": None,
+        "prompt_id": None,
+        "finish_reason": None,
+        "n_tokens": 0,
+        "attempts": 0,
+    }
+
+
+def _added(tokens: int | None, more: int | None) -> int | None:
+    """A sum that is unknown as soon as one of its parts is."""
+    return None if tokens is None or more is None else tokens + more
+
+
+def written_questions(completion: Completion) -> list[RawQuestion]:
+    """The questions in a writer's answer, those it left unfinished or unreadable as such with their fault."""
+    text = completion.text.strip()
+    cut = completion.finish_reason == "length"
+    listed = _listed(_decoded(text))
+    if listed is not None:
+        entries, unreadable, cut = [_entry(each) for each in listed], 0, False
+    else:
+        found, between = _scattered(text)
+        entries = [_entry(each) for each in found]
+        unreadable = sum(len(_KEY.findall(each)) for each in (between[:-1] if cut else between))
+    if unreadable:
+        entries.append(faulty(f"JSON that cannot be read, of {unreadable} question{'s' if unreadable > 1 else ''}"))
+    if completion.thought is not None and not text:
+        entries.append(faulty(nothing_written(completion.thought, completion.finish_reason)))
+    elif cut:
+        entries.append(faulty("the answer was cut at the token limit; what follows this is lost"))
+    elif not entries:
+        entries.append(faulty("no JSON with questions" if text else "the model wrote nothing"))
+    return entries
+
+
+def _listed(whole: Any) -> list[Any] | None:
+    """The questions of a value that has the form that was asked for, or is their bare list."""
+    questions = whole.get("questions") if isinstance(whole, dict) else whole
+    return questions if isinstance(questions, list) else None
+
+
+def _scattered(text: str) -> tuple[list[Any], list[str]]:
+    """The question objects in JSON that is not whole, or has words around it; and the text before, between and after.
+
+    After ``MOST_FAILURES`` braces that open no object it gives up: each costs a look at all that follows.
+    """
+    decoder, found, between = json.JSONDecoder(), list[Any](), list[str]()
+    start, at, failures = 0, text.find("{"), 0
+    while at >= 0 and failures < MOST_FAILURES:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            failures += 1
+            at = text.find("{", at + 1)
+            continue
+        questions = _listed(value) or ([value] if "question" in value else [])
+        if questions:
+            found += questions
+            between.append(text[start:at])
+            start = end
+        at = text.find("{", end)
+    return found, [*between, text[start:]]
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _entry(found: Any) -> RawQuestion:
+    if not isinstance(found, dict):
+        return faulty(f"a {type(found).__name__} where a question was expected")
+    return read_question(found)

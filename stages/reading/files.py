@@ -1,0 +1,123 @@
+"""Files read whole or by their heads: those that a user named, and through their door those that data names."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import fsspec
+
+from ...manifests.files.outside import ANYWHERE, Reach, Refused, check, check_below, is_url, open_local
+from ...manifests.files.tar import MAX_MEMBER_BYTES
+from ...manifests.status import Status
+from ...models.images.formats import HEAD_BYTES, ImageProblem, sniff
+from .faults import read_problem
+
+
+def join(root: str, name: str) -> str:
+    """``name`` in the folder ``root``, both paths or URLs; an absolute name stays as it is."""
+    return name if not root or name.startswith("/") else f"{root.rstrip('/')}/{name}"
+
+
+def open_binary(path: str) -> BinaryIO:
+    """Open a path or URL that a user named; local files without fsspec's detour."""
+    if not is_url(path):
+        return cast(BinaryIO, open(path, "rb"))  # noqa: PTH123
+    return cast(BinaryIO, fsspec.open(path, "rb").open())
+
+
+def read_file(name: str, root: str = "", reach: Reach | None = ANYWHERE) -> tuple[bytes | None, ImageProblem | None]:
+    """A file's bytes, or why not: unreadable, or far beyond any image's size (then only its head is looked at).
+
+    ``name`` is what data or a listing says, from ``root``, which a user named, unless it is absolute or a URL.
+    ``reach``: how far it may lead; None where the user named it as well.
+    """
+    try:
+        opened = _opened(name, root, reach, MAX_MEMBER_BYTES)
+        data, size, whole = opened if isinstance(opened, tuple) else _read(opened, MAX_MEMBER_BYTES)
+    except Refused as refusal:
+        return None, ImageProblem(Status.UNSUPPORTED, str(refusal))
+    except Exception as error:  # the libraries of remote storage raise what they like
+        return None, read_problem(error) or ImageProblem(Status.UNSUPPORTED, f"cannot be read: {error}")
+    if whole:
+        return data, None
+    kind = sniff(data[:HEAD_BYTES])
+    if isinstance(kind, ImageProblem):
+        return None, kind
+    what = "file over" if size is None else f"file of {size} bytes, over"
+    return None, ImageProblem(Status.TOO_LARGE, f"{what} the limit of {MAX_MEMBER_BYTES}")
+
+
+def read_head(name: str, root: str = "", reach: Reach | None = ANYWHERE) -> bytes | None:
+    """A file's first bytes, which tell its kind; None for what a user named and is no file (a pipe would block).
+
+    Raises Refused, OSError, and what the libraries of remote storage raise.
+    """
+    if reach is None and not is_url(root) and not Path(join(root, name)).is_file():
+        return None
+    opened = _opened(name, root, reach, HEAD_BYTES)
+    if isinstance(opened, tuple):
+        return opened[0]
+    with opened:
+        return opened.read(HEAD_BYTES)
+
+
+_Read = tuple[bytes, int | None, bool]  # bytes; the file's size, where that is known; whether these are all
+
+
+def _opened(name: str, root: str, reach: Reach | None, limit: int) -> BinaryIO | _Read:
+    """A file of :func:`read_file`, opened; of a web server, read up to ``limit``. Raises Refused, and what it may."""
+    if reach is None:
+        return open_binary(join(root, name))
+    if is_url(name):
+        check(name, reach)
+        url = name
+    elif is_url(root) and not name.startswith("/"):
+        check_below(name, root, reach)
+        url = join(root, name)
+    else:
+        return open_local(join(root, name), reach)
+    scheme, _, rest = url.partition("://")
+    scheme = scheme.lower()
+    if scheme in ("http", "https"):
+        from .http import fetch  # imports aiohttp, which takes a third of a second
+
+        answer = fetch(f"{scheme}://{rest}", limit, reach)
+        return answer.data, answer.size, answer.whole
+    if scheme in ("file", "local"):
+        return open_local(rest, reach)
+    return cast(BinaryIO, fsspec.open(f"{scheme}://{rest}", "rb").open())
+
+
+def _read(file: BinaryIO, limit: int) -> _Read:
+    """A file up to ``limit``; of a larger one its head alone, where its size is known. Raises OSError."""
+    with file:
+        size = _size(file)
+        if size is None:
+            data = _read_stream(file, limit)
+            return data[:limit], None, len(data) <= limit
+        if size > limit:
+            return file.read(HEAD_BYTES), size, False
+        data = file.read(size)
+        if len(data) == size and file.read(1):
+            raise OSError("it grew while it was read")
+        return data, size, True
+
+
+def _size(file: BinaryIO) -> int | None:
+    """None: a server that does not tell it, and cannot be sought in."""
+    told = getattr(file, "size", 0)
+    if told is None or isinstance(file, io.BufferedReader):
+        return None if told is None else os.fstat(file.fileno()).st_size
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return size
+
+
+def _read_stream(file: BinaryIO, limit: int) -> bytes:
+    data = bytearray()
+    while len(data) <= limit and (part := file.read(1 << 20)):
+        data += part
+    return bytes(data)

@@ -1,0 +1,165 @@
+"""New weights in a running vLLM: it answers with them and with nothing older, and a probe sees where it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+
+from capipe.errors import RunFailed
+from capipe.models.engines.base import Completion, Engine, EngineDead, GenerationRequest, ImageInput, Prompt, Sampling
+from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, load_model
+from capipe.models.engines.model_folder import image_grid, resolve_model
+from capipe.models.engines.sampling import vision_ids
+from capipe.trainer.policy.decoder import DecoderPolicy
+from capipe.trainer.weight_sync_check import Probe
+
+from ..conftest import MODEL, PLAIN, ROOM
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def engine() -> AsyncIterator[Any]:
+    from capipe.models.engines.vllm.config import VLLMOptions
+    from capipe.models.engines.vllm.engine import start_vllm_engine
+
+    path = resolve_model(MODEL)
+    made = start_vllm_engine(VLLMOptions(str(path), image_grid(path), max_model_len=ROOM, concurrency=32, trained=True))
+    yield made
+    await made.aclose()
+    with pytest.raises(EngineDead):
+        await made.reload(path)
+
+
+def changed(seed: int) -> Any:
+    """The captioner with all its weights a little off, the tower's and the tied head's among them."""
+    model: Any = load_model(str(resolve_model(MODEL)), sees=True, dtype="float32", device="cpu")
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.05 * weight.std())
+    return model
+
+
+def reader_of(model: Any) -> TransformersEngine:
+    path = resolve_model(MODEL)
+    grid = image_grid(path)
+    return TransformersEngine(batched_lm(model, str(path), grid, ROOM), grid, 64)
+
+
+async def draw(engine: Engine, pictures: list[ImageInput]) -> list[Completion]:
+    requests = [
+        GenerationRequest(Prompt(PLAIN, image), Sampling(1.0, 1.0, 30, seed), logprobs=True)
+        for image in pictures
+        for seed in range(6)
+    ]
+    return await asyncio.gather(*map(engine.generate, requests))
+
+
+def agree(ours: list[Completion], theirs: list[Completion]) -> None:
+    same = [(one, other) for one, other in zip(ours, theirs, strict=True) if one.token_ids == other.token_ids]
+    assert len(same) >= len(ours) - 1  # a draw may lie on the edge between two tokens
+    for one, other in same:
+        assert one.logprobs == pytest.approx(other.logprobs, abs=2e-3)
+
+
+def probe_of(model: Any, image: ImageInput) -> Probe:
+    prompt = Prompt(" ".join([PLAIN] * 8), image)  # longer than a block of the cache, which holds whole ones alone
+    return Probe(prompt, reader_of(model).lm.prepare(prompt), DecoderPolicy(model), 1e-3)
+
+
+async def test_answers_are_those_of_the_new_weights(engine: Any, pictures: list[ImageInput], tmp_path: Path) -> None:
+    before = await draw(engine, pictures[:4])  # so that its caches are full of these prompts
+    for seed in (1, 2):
+        model = changed(seed)
+        model.save_pretrained(tmp_path)
+        await engine.reload(tmp_path)
+        after, reference = await draw(engine, pictures[:4]), reader_of(model)
+        agree(after, await draw(reference, pictures[:4]))
+        await reference.aclose()
+        assert [each.token_ids for each in after] != [each.token_ids for each in before]
+        assert await probe_of(model, pictures[0]).check(engine, seed) < 1e-4
+        before = after
+
+
+async def test_the_probe_catches_what_a_reload_leaves_behind(
+    engine: Any, pictures: list[ImageInput], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pictures[5]
+    old, new = changed(3), changed(4)
+    old.save_pretrained(tmp_path)
+    await engine.reload(tmp_path)
+    assert await probe_of(old, image).check(engine, 0) < 1e-4
+    probe = probe_of(new, image)
+    with pytest.raises(RunFailed, match=r"other weights than the policy.*rollout\.probe"):
+        await probe.check(engine, 0)  # nothing was reloaded at all
+
+    async def forged(*arguments: Any, **rest: Any) -> bool:
+        return True  # as if it had been emptied
+
+    new.save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:  # the prefix cache alone: without the others' reset vLLM itself fails aloud
+        patch.setattr(engine._llm, "reset_prefix_cache", forged)
+        await engine.reload(tmp_path)
+    with pytest.raises(RunFailed, match="kept caches of older ones"):
+        await probe.check(engine, 0)
+    await engine.reload(tmp_path)
+    assert await probe.check(engine, 0) < 1e-4
+
+    third = changed(5)
+    third.save_pretrained(tmp_path)
+    await engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path)})  # the head stays old
+    await engine._llm.reset_prefix_cache()
+    await engine._llm.reset_mm_cache()
+    await engine._llm.reset_encoder_cache()
+    with pytest.raises(RunFailed, match="differ by"):
+        await probe_of(third, image).check(engine, 0)
+
+
+async def test_a_group_is_rendered_once(
+    engine: Any, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = 0
+    render = engine._vllm_prompt
+
+    def counted(prompt: Prompt) -> Any:
+        nonlocal rendered
+        rendered += 1
+        return render(prompt)
+
+    monkeypatch.setattr(engine, "_vllm_prompt", counted)
+    drawn = await draw(engine, pictures[7:9])
+    assert rendered == 2 and len({each.token_ids for each in drawn}) > 2
+
+
+async def test_what_stands_for_pixels_is_never_drawn(engine: Any, pictures: list[ImageInput]) -> None:
+    """A thousand tokens at a heat where all are equally likely."""
+    requests = [GenerationRequest(Prompt(PLAIN, pictures[0]), Sampling(1e4, 1.0, 60, seed)) for seed in range(120)]
+    drawn = await asyncio.gather(*map(engine.generate, requests))
+    tokens = [token for each in drawn for token in each.token_ids]
+    barred = vision_ids(load_model(str(resolve_model(MODEL)), sees=True, device="cpu").config)
+    assert len(tokens) > 1000 and len(set(tokens)) > 400 and not set(tokens) & set(barred)
+
+
+async def test_vllm_reads_the_ids_that_we_prepare(engine: Any, pictures: list[ImageInput]) -> None:
+    from vllm import SamplingParams
+
+    lm = reader_of(changed(0)).lm
+    for number, image in enumerate((pictures[0], None)):
+        prompt = Prompt(PLAIN, image)
+        rendered = await engine._rendered(engine._llm, prompt)
+        stream = engine._llm.generate(rendered, SamplingParams(max_tokens=1), f"ids-{number}")
+        outputs = [output async for output in stream]
+        assert outputs[-1].prompt_token_ids == lm.prepare(prompt).ids.tolist()
+
+
+async def test_weights_that_are_not_there_end_the_engine(engine: Any, tmp_path: Path) -> None:
+    with pytest.raises(EngineDead, match="took no new weights"):
+        await engine.reload(tmp_path / "nothing")

@@ -1,0 +1,237 @@
+"""Chain recipes: what is read, what is refused before anything starts, and in which words."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capipe.errors import BadInput, Problems
+from capipe.pipeline.chain.command import show_plan
+from capipe.pipeline.chain.plan import arguments
+from capipe.pipeline.chain.recipe import load_chain_recipe
+from capipe.pipeline.chain.validate import check_chain
+from capipe.trainer.recipe import load_recipe
+from capipe.trainer.recipe_file import RECIPES, bundled
+
+from ..chains import PLAIN, chain_of, written
+from ..conftest import capipe, one_line
+
+CAPTIONS: dict[str, Any] = {"stage": "annotate", "inputs": {"shards": "shards"}, "config": {"model": "tiny/captioner"}}
+TRAIN: dict[str, Any] = {
+    "stage": "train",
+    "inputs": {"shards": "shards", "questions": "questions"},
+    "config": {"recipe": "tiny-caprl", "set": {"validation": None, "steps": 7}},
+}
+WHOLE: dict[str, Any] = {
+    **PLAIN,
+    "captions": CAPTIONS,
+    "questions": {"stage": "qa", "inputs": {"shards": "shards"}, "config": {"model": "tiny/teacher"}},
+    "train": TRAIN,
+    "better": {"stage": "annotate", "inputs": {"shards": "shards", "model": "train"}},
+    "filtered": {
+        "stage": "filter",
+        "inputs": {"shards": "shards", "captions": "captions", "marks": "marks"},
+        "config": {"clip": "tiny/clip"},
+    },
+    "eval": {
+        "stage": "eval",
+        "inputs": {"shards": {"stage": "shards", "first": 1}, "questions": "questions", "captions": "better"},
+        "config": {"reader": "tiny/holdout-reader"},
+    },
+}
+
+
+def refusals(folder: Path, *overrides: str, stages: dict[str, Any] = WHOLE) -> list[str]:
+    """What is wrong with a chain, a line each."""
+    try:
+        chain = chain_of(folder, *overrides, stages=stages)
+    except Problems as error:
+        return error.lines
+    except BadInput as error:
+        return [str(error)]
+    found = check_chain(chain)
+    return [*found.problems, *found.absent]
+
+
+def test_a_sound_chain_is_resolved_by_role(tmp_path: Path) -> None:
+    chain = chain_of(tmp_path, stages=WHOLE)
+    found = check_chain(chain)
+    assert not found.problems and not found.absent
+    at = tmp_path / "out"
+    lines = {stage.name: " ".join(arguments(chain, stage, at)) for stage in chain.stages}
+    assert lines["better"] == f"annotate --shards {at}/shards --model {at}/train/step-000007 --out {at}/better"
+    assert f"--captions {at}/captions --clip tiny/clip --marks {at}/marks/marked" in lines["filtered"]
+    assert (
+        f"--questions {at}/questions" in lines["eval"] and f"--shards {at}/shards/{{00000..00000}}.tar" in lines["eval"]
+    )
+    trained = f"--set data.shards={at}/shards --set data.questions={at}/questions"
+    assert lines["train"] == f"train tiny-caprl --set validation=null --set steps=7 {trained} --out {at}/train"
+
+
+def test_a_path_is_no_option(tmp_path: Path) -> None:
+    photos = {"photos": {"stage": "ingest", "inputs": {"sources": {"path": "--fresh"}}}}
+    chain = chain_of(tmp_path, stages=photos)
+    assert arguments(chain, chain.stages[0], tmp_path) == ["ingest", "./--fresh", "--out", f"{tmp_path}/photos"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.captions.config.loop-repeats=1", r"captions\.config: --loop-repeats: .* equal to 2 \(got 1\)"),
+        ("stages.captions.config.max-tokns=3", r"captions\.config\.max-tokns: capipe annotate has no such option"),
+        ("stages.captions.config.max-tokens=many", r"captions\.config\.max-tokens: .* valid integer \(got 'many'\)"),
+        ("stages.captions.config.max-tokens=0", r"captions\.config: --max-tokens: .* greater than or equal to 1"),
+        ("stages.captions.config.pack=1", r"captions\.config\.pack: .* valid boolean \(got 1\)"),
+        ("stages.captions.config.prompt=pretty", r"captions\.config: --prompt 'pretty': no such prompt"),
+        ("stages.captions.config.engine=warp", r"captions\.config: --engine 'warp' is none of"),
+        ("stages.captions.config.out=x", r"captions\.config\.out: .* no such option that a recipe may give"),
+        ("stages.captions.config.shards=x", r"captions\.config\.shards: is an input; write it under inputs"),
+        ("stages.captions.config={}", r"captions\.config: model is missing, which capipe annotate needs"),
+        ("stages.captions.config.model=tiny/nobody", r"captions\.config\.model: no bundled model is called"),
+        ("stages.captions.config.model=./nowhere", r"captions\.config\.model: \./nowhere: no such model folder"),
+        ("stages.captions.config.model=some/body", r"captions\.config\.model: some/body: neither .* HF_HUB_OFFLINE"),
+        ("stages.better.config.model=tiny/captioner", r"better\.config\.model: is among the inputs, too"),
+        ("stages.captions.stage=caption", r"captions\.stage: 'caption' is no stage; there are render, ingest"),
+        ("stages.captions.color=red", r"captions\.color: Extra inputs are not permitted; no such key"),
+        ("stages.captions.inputs.shards=shrads", r"captions\.inputs\.shards: no stage is called 'shrads'; there are"),
+        ("stages.captions.inputs.shards=marks", r"shards: stage marks \(dedup\) makes marks; this takes what ingest"),
+        ("stages.captions.inputs.shards=better", r"shards: stage better writes captions without tars; set its pack"),
+        ("stages.captions.inputs.shards={path: /nowhere}", r"captions\.inputs\.shards: /nowhere: nothing is there"),
+        ("stages.captions.inputs.shards={file: x}", r"captions\.inputs\.shards"),
+        ("stages.captions.inputs.pictures=pictures", r"inputs\.pictures: annotate has no such input; its inputs: sh"),
+        ("stages.captions.inputs.shards=[shards, shards]", r"captions\.inputs\.shards: takes one, not 2"),
+        ("stages.filtered.inputs.captions={stage: captions, first: 2}", r"inputs\.captions: first: is for shards"),
+        ("stages.filtered.config.keep=clip_score >", r"filtered\.config: .*keep"),
+        ("stages.filtered.config={}", r"filtered\.config: name what is to score"),
+        ("stages.filtered.config.by=clip_score", r"filtered\.config: by ranks nothing without top"),
+        ("stages.filtered.config.clip=tiny/none", r"filtered\.config\.clip: no bundled model"),
+        ("stages.questions.config.screen=hard", r"questions\.config: --screen 'hard'"),
+        ("stages.questions.config={}", r"questions\.config: give either model"),
+        ("stages.eval.inputs.model=train", r"eval\.config: give either model"),
+        ("stages.eval.config.controls=maybe", r"eval\.config\.controls: .* valid boolean"),
+        ("stages.final.config.format=zip", r"final\.config: format zip: unknown; one of"),
+        ("stages.final.config.shard-size=0", r"final\.config\.shard-size: at least 1 \(got 0\)"),
+        ("stages.final.config.license=My Own", r"final\.config: --license 'My Own'"),
+        ("stages.pictures.config.images=0", r"pictures\.config\.images: at least 1 \(got 0\)"),
+        ("stages.pictures.config.split=test", r"pictures\.config: --split 'test'"),
+        ("stages.marks.config.cosine=0.9", r"marks\.config: cosine compares embeddings"),
+        ("stages.train.config.recipe=tiny", r"train\.config\.recipe: .* recipe of a chain; run it by: capipe run tiny"),
+        ("stages.train.config.recipe=nothing", r"train\.config\.recipe: nothing: no recipe there"),
+        ("stages.train.config.set.rollout.gruop=4", r"train\.config\.recipe: .*rollout\.gruop: .* no such key"),
+        ("stages.train.config.set.rewards=[]", r"train\.config\.recipe: .*rewards"),
+        ("stages.train.config.set.model=tiny/none", r"train\.config\.recipe: no bundled model"),
+        (
+            "stages.train.config.set.validation={shards: /no, questions: /no}",
+            r"inputs\.validation-shards: /no: nothing is",
+        ),
+        ("stages.marks.out=shards", r"marks\.out: 'shards' is where stage shards writes, too"),
+        ("stages.marks.out=shards/marks", r"marks\.out: 'shards/marks' is where stage shards writes, too"),
+        ("stages.marks.out=../marks", r"marks\.out: '\.\./marks' is no place for it"),
+        ("stages.marks.rate={per_device: 0, source: a}", r"marks\.rate\.per_device: .* greater than 0"),
+        ("stages.marks.processes=2", r"stages\.marks: processes: torchrun starts so many of a train stage"),
+        ("stages={}", r"stages: Dictionary should have at least 1 item"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path: Path, override: str, said: str) -> None:
+    lines = refusals(tmp_path, override)
+    assert any(re.search(said, line) for line in lines), lines
+    assert all(line.startswith(f"{tmp_path}/recipe.yaml: ") and "\n" not in line for line in lines)
+
+
+def test_what_an_ingest_may_open_stands_in_its_recipe(tmp_path: Path) -> None:
+    config = {"shard-size": 4, "within": str(tmp_path), "public-only": True, "follow-links": True}
+    chain = chain_of(tmp_path, stages={**PLAIN, "shards": {**PLAIN["shards"], "config": config}})
+    assert check_chain(chain).problems == []
+    words = " ".join(arguments(chain, chain.stage("shards"), tmp_path / "out"))
+    assert f"--within {tmp_path} --public-only --follow-links" in words
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    lines = refusals(
+        tmp_path, "stages.captions.config.beams=4", "stages.marks.inputs.shards=gone", "stages.eval.stage=x"
+    )
+    assert len(lines) == 3
+
+
+def test_a_cycle_is_named_by_its_members(tmp_path: Path) -> None:
+    stages = {
+        "a": {"stage": "ingest", "inputs": {"sources": "c"}},
+        "b": {"stage": "annotate", "inputs": {"shards": "a"}, "config": {"model": "tiny/captioner", "pack": True}},
+        "c": {"stage": "export", "inputs": {"artifact": "b"}},
+        "d": {"stage": "dedup", "inputs": {"shards": "a"}},
+    }
+    (line,) = refusals(tmp_path, stages=stages)
+    assert "a cycle, each waits for the next: a -> c -> b -> a; cut it" in line
+
+
+def test_a_stage_written_twice_is_not_lost_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("stages:\n  a: {stage: render}\n  b: {stage: render}\n  a: {stage: render}\n")
+    with pytest.raises(BadInput, match="'a' is written twice"):
+        load_chain_recipe(path)
+
+
+def test_stages_are_put_in_order_and_can_be_left_out(tmp_path: Path) -> None:
+    turned = dict(reversed(PLAIN.items()))
+    names = [stage.name for stage in chain_of(tmp_path, stages=turned).stages]
+    assert names == ["pictures", "shards", "final", "marks"]
+    left = chain_of(tmp_path, "stages.marks=null", stages=turned)
+    assert [stage.name for stage in left.stages] == ["pictures", "shards", "final"]
+
+
+def test_each_command_knows_its_own_kind_of_recipe(tmp_path: Path) -> None:
+    train = one_line(capipe("train", "tiny", "--out", tmp_path / "x", code=2))
+    assert train.endswith("this is the recipe of a chain; run it by: capipe run tiny")
+    run = one_line(capipe("run", "tiny-caprl", "--out", tmp_path / "x", code=2))
+    assert run.endswith("this is the recipe of a training; run it by: capipe train tiny-caprl")
+    assert not (tmp_path / "x").exists()
+    assert "tiny-caprl" in bundled("training") and bundled("chain").split(", ") == ["caprl-5m", "tiny"]
+
+
+@pytest.mark.parametrize("name", bundled("chain").split(", "))
+def test_every_chain_that_comes_along_can_be_planned(name: str, tmp_path: Path) -> None:
+    found = check_chain(load_chain_recipe(Path(name)))
+    assert not found.problems and (name != "tiny" or not found.absent)
+    plan = capipe("run", name, "--out", tmp_path / "x", "--dry-run").stdout
+    assert "to do: " in plan and plan.count("not there yet: ") == len(found.absent)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_figures_in_the_comments_of_caprl_5m_are_those_of_its_plan() -> None:
+    comments = "".join(line for line in (RECIPES / "caprl-5m.yaml").read_text().splitlines() if line.startswith("#"))
+    told: list[str] = []
+    show_plan(load_chain_recipe(Path("caprl-5m")), Path("nowhere"), None, [], told.append)
+    plan = "\n".join(told)
+    assert "$ torchrun --standalone --nproc-per-node 8 -m capipe.pipeline train caprl-released" in plan
+    total = re.search(r"59\.6 h, .*, (\d+\.\d) GPU-hours", plan)
+    assert total is not None and total[1] == "473.9" and f"  {total[1]}#" in comments
+    for rows, rate, gpu_hours in [
+        ("4,000,000", "896", "9.9"),
+        ("230,400", "2.133", "270.0"),
+        ("3,000,000", "96", "69.4"),
+    ]:
+        assert re.search(rf"{rows} / {rate} a second = .* on \d GPUs, {gpu_hours} GPU-hours", plan)
+
+
+def test_training_recipes_of_chains_are_the_bundled_ones() -> None:
+    for name in bundled("chain").split(", "):
+        for stage in load_chain_recipe(RECIPES / f"{name}.yaml").stages:
+            if stage.recipe is not None:
+                assert load_recipe(Path(stage.config["recipe"])).model == stage.recipe.model
+
+
+def test_a_refused_chain_writes_nothing(tmp_path: Path) -> None:
+    path = written(tmp_path, {**PLAIN, "captions": {**CAPTIONS, "config": {"model": "tiny/captioner", "beams": 4}}})
+    line = one_line(capipe("run", path, "--out", tmp_path / "out", code=2))
+    assert "stages.captions.config.beams" in line and not (tmp_path / "out").exists()
+    outside = json.dumps({"path": str(tmp_path / "gone")})
+    path = written(tmp_path, PLAIN)
+    sets = ("--set", f"stages.shards.inputs.sources={outside}")
+    assert "gone: nothing is there" in one_line(capipe("run", path, "--out", tmp_path / "out", *sets, code=2))
+    planned = capipe("run", path, "--out", tmp_path / "out", *sets, "--dry-run").stdout
+    assert "not there yet: " in planned and "2/4 shards: ingest, to do; rows unknown" in planned
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,138 @@
+"""The scoring stage's processor: a row on which a scorer fails costs its neighbours nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from capipe.manifests.shards import Row
+from capipe.manifests.status import Status
+from capipe.models.images.decode import Pixels
+from capipe.models.images.preprocess import View
+from capipe.models.scorers.base import Pair
+from capipe.models.scorers.loading import ScorerConfig
+from capipe.pipeline.jobs import score as scoring
+from capipe.pipeline.jobs.score import EmbedProcessor, ScoreProcessor, ScoreSetup
+from capipe.stages.filter.score import CAPTIONS
+
+from ...conftest import photo
+
+DARK = photo(99)
+
+
+class Delicate:
+    """Scores a text by its length; fails on a batch with a text that says so, and on images that are asked to."""
+
+    name = "clip"
+    view = View(8, 8)
+    width = 1
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.fails_on: Pixels | None = None
+        self.error: Exception = IndexError("index out of range in self")
+
+    def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
+        self.batches.append(len(pixels))
+        if self.fails_on is not None and any((each == self.fails_on).all() for each in pixels):
+            raise self.error
+        return torch.tensor([[float(each.mean())] for each in pixels])
+
+    def tokenize(self, texts: Sequence[str]) -> list[str]:
+        if any("untokenizable" in text for text in texts):
+            raise ValueError("no tokens of this")
+        return list(texts)
+
+    def score(self, images: Tensor, pairs: Sequence[Pair], tokens: Any = None) -> list[float]:
+        if any("poison" in pair.text for pair in pairs):
+            raise self.error
+        return [len(pair.text) + float(images[pair.image, 0]) / 256 for pair in pairs]
+
+
+@pytest.fixture
+def delicate(monkeypatch: pytest.MonkeyPatch) -> Delicate:
+    made = Delicate()
+    monkeypatch.setattr(scoring, "load_scorer", lambda config: made)
+    monkeypatch.setattr(scoring, "load_clip", lambda *named: made)
+    return made
+
+
+SETUP = ScoreSetup((ScorerConfig("clip", "none", device="cpu"),), decode_workers=1)
+
+
+@pytest.fixture
+async def processor(delicate: Delicate) -> AsyncIterator[ScoreProcessor]:
+    made = ScoreProcessor(SETUP)
+    yield made
+    await made.aclose()
+
+
+def row(index: int, text: str, caption: str = "A dog.", image: bytes | None = None) -> Row:
+    beside = {CAPTIONS: {"status": "ok", "error": None, "captions": [{"text": caption, "status": "ok"}]}}
+    data = photo(index // 2) if image is None else image  # two rows show one image
+    return Row(index, f"{index:03}", f"{hash(data):x}", Status.OK, image=data, text=text, beside=beside)
+
+
+def scores(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    return [(each["status"], each.get("re_clip_score"), each.get("org_clip_score")) for each in rows]
+
+
+@pytest.mark.parametrize("bad", ["poison", "untokenizable"])
+async def test_a_text_that_a_scorer_cannot_read_costs_its_row_alone(
+    processor: ScoreProcessor, delicate: Delicate, bad: str
+) -> None:
+    texts = [f"A cat, the {n}th." for n in range(13)]
+    usual = await processor.process([row(n, text) for n, text in enumerate(texts)])
+    assert delicate.batches == [7] and {each["status"] for each in usual} == {"ok"}
+    for at in (0, 5, 12):
+        out = await processor.process([row(n, f"A {bad}." if n == at else text) for n, text in enumerate(texts)])
+        assert scores(out[:at] + out[at + 1 :]) == scores(usual[:at] + usual[at + 1 :])
+        assert out[at]["status"] == "engine_error" and out[at]["org_caption"] == f"A {bad}."
+        assert (
+            out[at]["error"]
+            == {
+                "poison": "clip cannot score org_caption: IndexError: index out of range in self",
+                "untokenizable": "clip cannot score org_caption: ValueError: no tokens of this",
+            }[bad]
+        )
+
+
+async def test_the_new_caption_is_named_and_several_rows_may_fail(processor: ScoreProcessor) -> None:
+    rows = [row(n, "A cat.", "A poison." if n in (1, 2, 6) else "A dog.") for n in range(8)]
+    out = await processor.process(rows)
+    assert [n for n, each in enumerate(out) if each["status"] == "engine_error"] == [1, 2, 6]
+    assert all("clip cannot score re_caption" in out[n]["error"] for n in (1, 2, 6))
+
+
+async def test_an_image_that_a_scorer_cannot_see_costs_its_row_alone(
+    processor: ScoreProcessor, delicate: Delicate
+) -> None:
+    from capipe.models.images.decode import ImageLimits
+    from capipe.models.images.preprocess import decode_views
+
+    views = decode_views(DARK, views=(delicate.view,), limits=ImageLimits())
+    assert isinstance(views, tuple)
+    delicate.fails_on = views[0]
+    rows = [row(n, "A cat.", image=DARK if n == 3 else None) for n in range(6)]
+    out = await processor.process(rows)
+    assert [each["status"] for each in out] == ["ok"] * 3 + ["engine_error"] + ["ok"] * 2
+    assert out[3]["error"].startswith("clip cannot score the image: IndexError")
+    embedder = EmbedProcessor(SETUP)
+    try:
+        out = await embedder.process(rows)
+    finally:
+        await embedder.aclose()
+    assert [each["status"] for each in out] == ["ok"] * 3 + ["engine_error"] + ["ok"] * 2
+    assert out[3]["error"] == "IndexError: index out of range in self" and "image_embedding" in out[2]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), torch.AcceleratorError("a fault")])
+async def test_a_devices_fault_is_nobodys_row(processor: ScoreProcessor, delicate: Delicate, error: Exception) -> None:
+    delicate.error = error
+    with pytest.raises(type(error)):
+        await processor.process([row(n, "A poison." if n == 3 else "A cat.") for n in range(6)])
+    assert delicate.batches == [3]

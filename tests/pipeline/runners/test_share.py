@@ -1,0 +1,118 @@
+"""`--share`: several commands, one output folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from capipe.manifests.artifact import Artifact
+
+from ..conftest import COMMAND, CaptionServer, capipe, one_line, table
+from ..sharing import CAPTIONS, IMAGES, lines, rendered, same_shards, wait_until
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rendered(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def alone(shards: Path) -> Path:
+    """The captions of a run that shared with nobody."""
+    out = shards.parent / "alone"
+    capipe("annotate", "--shards", shards, "--out", out, *CAPTIONS)
+    return out
+
+
+def start(shards: Path, out: Path, *more: object) -> subprocess.Popen[str]:
+    words = [*COMMAND, "annotate", "--shards", shards, "--out", out, "--share", *more]
+    return subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> str:
+    stderr = process.communicate(timeout=280)[1]
+    assert process.returncode == code, stderr
+    return stderr
+
+
+def through(server: CaptionServer) -> list[str]:
+    return ["--engine", server.url, "--model", "m", "--decode-workers", "1", "--concurrency", "2"]
+
+
+def test_two_commands_share_the_work(shards: Path, tmp_path: Path, server: CaptionServer) -> None:
+    """Each image is asked for once, whoever asks."""
+    out = tmp_path / "out"
+    both = [start(shards, out, *through(server)) for _ in range(2)]
+    for process in both:
+        ended(process)
+    assert server.requests == IMAGES and sorted(lines(out)) == [f"{number:05d}" for number in range(8)]
+    assert [row["status"] for row in table(out)] == ["ok"] * IMAGES
+    assert not (out / "_capipe/claims").exists()
+
+
+def test_the_other_goes_on_where_one_was_killed(shards: Path, tmp_path: Path, server: CaptionServer) -> None:
+    """The first hangs in a request with all shards that are left; the second waits, then finds it dead."""
+    out, hang = tmp_path / "out", True
+    server.fails = lambda number, image: 0 if hang and number > 12 else 200
+    first = start(shards, out, *through(server))
+    wait_until(lambda: server.requests >= 14)
+    done = len(lines(out))
+    hang = False
+    second = start(shards, out, *through(server))
+    wait_until(lambda: len(lines(out)) > done)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    ended(second)
+    assert len(set(lines(out))) == len(lines(out)) == 8
+    assert [row["status"] for row in table(out)] == ["ok"] * IMAGES
+    assert server.requests <= IMAGES + 4  # finished rows came from the dead one's journals
+    assert not (out / "_capipe/claims").exists() and not (out / "_capipe/tmp").exists()
+
+
+def test_sigterm_drains(shards: Path, tmp_path: Path, server: CaptionServer) -> None:
+    """A batch system tells all processes of a job to end; what is in the engine is finished and kept."""
+    out = tmp_path / "out"
+    slow = start(shards, out, *through(server), "--concurrency", "1")
+    wait_until(lambda: server.requests >= 10)
+    os.killpg(slow.pid, signal.SIGTERM)
+    stderr = ended(slow, 143)
+    assert "stopped; run the same command to go on" in stderr
+    ended(start(shards, out, *through(server)))
+    assert [row["status"] for row in table(out)] == ["ok"] * IMAGES and server.requests <= IMAGES + 2
+
+
+def test_what_needs_the_folder_for_itself_is_refused(shards: Path, tmp_path: Path, server: CaptionServer) -> None:
+    common = ["annotate", "--shards", shards, *through(server)]
+    for word in ("--fresh", "--retry"):
+        done = capipe(*common, "--out", tmp_path / "out", "--share", word, code=2)
+        assert one_line(done).startswith(f"capipe: {word}: takes committed shards back")
+    assert not (tmp_path / "out").exists()
+    first = Artifact.create(str(tmp_path / "out"), "other", {}, {}, share=True)
+    done = capipe(*common, "--out", tmp_path / "out", code=2)
+    assert "another capipe process is writing here (process" in one_line(done)
+    first.close()
+    done = capipe(*common, "--out", "memory://out", "--share", code=2)
+    assert "--share needs a file system that has locks" in one_line(done)
+
+
+@pytest.mark.slow
+def test_two_captioners_make_what_one_makes(shards: Path, alone: Path, tmp_path: Path) -> None:
+    both = [start(shards, tmp_path / "out", *CAPTIONS) for _ in range(2)]
+    for process in both:
+        ended(process)
+    same_shards(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+def test_one_captioner_is_killed_and_the_other_makes_all(shards: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    both = [start(shards, out, *CAPTIONS) for _ in range(2)]
+    wait_until(lambda: len(lines(out)) >= 1)
+    os.killpg(both[0].pid, signal.SIGKILL)
+    both[0].wait()
+    ended(both[1])
+    same_shards(out, alone)

@@ -1,0 +1,165 @@
+"""Pictures drawn from a caption: seeded by the caption, drawn once, compared by features, with a standard error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from capipe.errors import BadInput
+from capipe.models.engines.base import Completion
+from capipe.models.tiny.world.corpus import samples
+from capipe.trainer.advantages import Part
+from capipe.trainer.dataset import Task
+from capipe.trainer.rewards.base import Judge
+
+pytest.importorskip("diffusers")
+from capipe.models.diffusion import Painter
+from capipe.models.images.decode import ImageLimits
+from capipe.models.images.preprocess import decode_views
+from capipe.trainer.rewards.reconstruction import (
+    ReconstructionConfig,
+    ReconstructionReward,
+    _Asked,
+    build_reconstruction_reward,
+    mean_and_error,
+    seed_of,
+)
+
+from ...small_models import diffusion, vgg_net
+from .test_judge import tasks
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {"model": str(diffusion(folder / "diffusion")), "features": str(vgg_net(folder / "vgg"))}
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> list[Task]:
+    images = [sample.image for sample in samples(2, "heldout", seed=5)]
+    return tasks(tmp_path / "a.tar", one=images[0], two=images[1])
+
+
+@pytest.fixture
+def painted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What was drawn, in order."""
+    drawn: list[tuple[str, int]] = []
+    paint = Painter.paint
+
+    def counted(self: Painter, wanted: Sequence[tuple[str, int]]) -> Tensor:
+        drawn.extend(wanted)
+        return paint(self, wanted)
+
+    monkeypatch.setattr(Painter, "paint", counted)
+    return drawn
+
+
+@pytest.fixture
+async def reward(models: dict[str, str]) -> AsyncIterator[ReconstructionReward]:
+    made = build_reconstruction_reward(config(models))
+    yield made
+    await made.aclose()
+
+
+def config(models: dict[str, str], **settings: Any) -> ReconstructionConfig:
+    return ReconstructionConfig(**models, **{"steps": 2, "guidance": 3.0, "samples": 3, "batch": 4, **settings})
+
+
+def caption(text: str) -> Completion:
+    return Completion(text, (1,), "stop", 1)
+
+
+async def test_it_is_the_mean_similarity_of_seeded_pictures(reward: ReconstructionReward, shown: list[Task]) -> None:
+    captions = ("a red star", "two blue circles on a white background")
+    asked = [(task, text) for task in shown for text in captions]
+    found = await asyncio.gather(*(reward.score(task, caption(text), "d") for task, text in asked))
+    net, painter = reward._net, reward._painter
+    other = ReconstructionReward(painter, net, reward._config)
+    batch = [_Asked(task.uid, await reward._views.of(task), text) for task, text in asked]
+    for similarities, scored in zip(other._similarities(batch), found, strict=True):  # as on a GPU
+        assert similarities == pytest.approx(scored.details["similarities"], abs=1e-4)
+    await other.aclose()
+    for (task, text), scored in zip(asked, found, strict=True):
+        views = decode_views(task.read(), views=(net.view(),), limits=ImageLimits())
+        assert isinstance(views, tuple)
+        original = net.vectors_of_pixels([views[0]])[0]
+        drawn = torch.cat([painter.paint([(text, seed_of(text, number))]) for number in range(3)])
+        own = (net.vectors(drawn) @ original).tolist()
+        assert scored.details["similarities"] == pytest.approx(own, abs=1e-4)
+        assert scored.value == pytest.approx(mean(own), abs=1e-4)
+        assert scored.details["se"] == pytest.approx(stdev(own) / 3**0.5, abs=1e-4) and scored.details["se"] > 0
+
+
+async def test_what_was_drawn_is_not_drawn_again(
+    reward: ReconstructionReward, shown: list[Task], painted: list[tuple[str, int]]
+) -> None:
+    same = [(shown[0], "a red star"), (shown[0], "a red star"), (shown[1], " a red star ")]
+    first = await asyncio.gather(*(reward.score(task, caption(text), f"{n}") for n, (task, text) in enumerate(same)))
+    assert [text for text, _ in painted] == ["a red star"] * 3 and len({seed for _, seed in painted}) == 3
+    assert first[0] == first[1] != first[2]  # the same pictures, another image
+    again = await reward.score(shown[0], caption("a red star"), "later")
+    assert again == first[0] and len(painted) == 3
+
+
+def test_seeds_are_of_the_caption_and_the_number() -> None:
+    assert seed_of("a", 0) == 7632815167033889520  # on every machine, in every run
+    assert len({seed_of(text, number) for text in ("a", "b", "a ") for number in range(4)}) == 12
+    assert all(0 <= seed_of("a", number) < 2**63 for number in range(50))
+
+
+async def test_a_folder_keeps_what_was_drawn_for_later_runs(
+    models: dict[str, str], shown: list[Task], painted: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    async def once(**settings: Any) -> Any:
+        made = build_reconstruction_reward(config(models, cache=str(tmp_path / "kept"), **settings))
+        try:
+            return await made.score(shown[0], caption("a red star"), "d")
+        finally:
+            await made.aclose()
+
+    first = await once()
+    assert len(painted) == 3 and await once() == first and len(painted) == 3
+    await once(weight=2.0, batch=1)  # how fast, and what for, is no part of what is drawn
+    assert len(painted) == 3
+    assert await once(guidance=1.0) != first and len(painted) == 6  # other pictures
+    files = sorted((tmp_path / "kept").rglob("*.npy"))
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(b"torn")
+    assert (await once()).value == pytest.approx(first.value, abs=1e-5) and len(painted) == 9
+
+
+async def test_its_standard_error_is_a_component_of_the_log(reward: ReconstructionReward, shown: list[Task]) -> None:
+    judge = Judge({"reconstruction": reward}, {"reconstruction": Part(2.0)})
+    assert judge.figures == ["reconstruction", "reconstruction_se"]
+    scored = await judge.score(shown[0], caption("a red star"), "d")
+    (result,) = judge.results([scored])
+    value = scored["reconstruction"].value
+    assert value is not None and result.score == pytest.approx(2 * value)  # the error is no part of the score
+    assert result.components == {"reconstruction": value, "reconstruction_se": scored["reconstruction"].details["se"]}
+
+
+def test_the_error_of_a_single_picture_is_unknown() -> None:
+    assert mean_and_error([0.5]) == (0.5, None)
+    assert mean_and_error([0.0, 1.0]) == (0.5, 0.5)
+
+
+def test_what_cannot_be_meant_is_refused(models: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for settings, said in (
+        ({"features": "tiny/itm"}, "tiny/itm: no feature net"),
+        ({"model": models["features"]}, r"has no model_index\.json"),
+        ({"layer": 99}, "no layer 99"),
+        ({"size": 64}, "one size only"),
+        ({"cache": str(tmp_path / "file")}, "is a file, not a folder"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            build_reconstruction_reward(config({**models, **settings}))  # type: ignore[dict-item]

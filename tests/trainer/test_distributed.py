@@ -1,0 +1,137 @@
+"""Two processes give the gradients, and the steps, of one: replicated weights and split ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from capipe.trainer.distributed import ALONE, Ranks, alone_on, join
+from capipe.trainer.policy.batch import Group, RewardResult
+from capipe.trainer.policy.critic import CriticConfig, ValueHead
+from capipe.trainer.policy.decoder import DecoderPolicy
+from capipe.trainer.policy.fsdp import copy_weights, optimizer_state, restore_optimizer, shard, whole
+from capipe.trainer.update import UpdateConfig, Updater, UpdateReport
+
+from .policies import IMAGE, groups, random_model
+
+FAMILY = "qwen2.5"
+SCORES: list[list[float | None]] = [[1.0, 0.0, 0.5], [0.2, 0.9], [0.3, None, 0.4]]
+CONFIGS = {
+    "grpo": UpdateConfig(max_norm=0.1, budget=1),
+    "ppo": UpdateConfig(loss="ppo", critic=CriticConfig(weight=0.3), max_norm=1e9, epochs=2, budget=1),
+}
+STEPS = 2
+
+
+def policy_of(config: UpdateConfig) -> DecoderPolicy:
+    head = None if config.critic is None else ValueHead(32).double()
+    return DecoderPolicy(random_model(FAMILY), [IMAGE], value_head=head)
+
+
+def train(config: UpdateConfig, ranks: Ranks) -> tuple[DecoderPolicy, torch.optim.Optimizer, UpdateReport]:
+    policy = policy_of(config)
+    policy.base.visual.requires_grad_(False)
+    if ranks.sharded:
+        shard(policy)
+    learning = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-2, weight_decay=0.1)
+    updater = Updater(policy, optimizer, config, ranks=ranks)
+    for _ in range(STEPS):
+        report = updater.update(mine(policy, ranks))
+    return policy, optimizer, report
+
+
+def mine(policy: DecoderPolicy, ranks: Ranks) -> list[Group]:
+    """Two groups for the first of two processes, one for the second, which so has fewer micro-batches.
+
+    All have images: whoever shares a split tower has to look as often as the others.
+    """
+    template = DecoderPolicy(random_model(FAMILY), [IMAGE])
+    made = groups(template, FAMILY)[:3]
+    for group, values in zip(made, SCORES, strict=True):
+        group.rewards = [RewardResult(value) for value in values]
+    if ranks.count == 1:
+        return made
+    return made[:2] if ranks.first else made[2:]
+
+
+def weights(policy: DecoderPolicy) -> dict[str, torch.Tensor]:
+    return {name: whole(weight.detach()).clone() for name, weight in policy.named_parameters()}
+
+
+def work(folder: str, name: str, sharded: bool) -> None:
+    """What each of the processes does that `torchrun` starts."""
+    ranks = join(sharded)
+    policy, optimizer, report = train(CONFIGS[name], ranks)
+    found = weights(policy)
+    state = optimizer_state(policy, optimizer)
+    if ranks.first:
+        torch.save(state, f"{folder}/state.pt")
+    ranks.wait()
+    restore_optimizer(policy, optimizer, torch.load(f"{folder}/state.pt", weights_only=True))  # as a resumed run does
+    again = optimizer_state(policy, optimizer)
+    copy = policy_of(CONFIGS[name])
+    copy_weights(policy, copy.model)
+    assert all(torch.equal(weight, found[f"model.{name}"]) for name, weight in copy.model.named_parameters())
+    if ranks.first:
+        torch.save({"weights": found, "state": state, "again": again, "report": report.__dict__}, f"{folder}/found.pt")
+    dist.destroy_process_group()
+
+
+def flat(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {f"{name}/{key}": value for name, entry in state["state"].items() for key, value in entry.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sharded"), [("grpo", False), ("grpo", True), ("ppo", False), ("ppo", True)])
+def test_two_processes_equal_one(tmp_path: Path, name: str, sharded: bool) -> None:
+    policy, optimizer, report = train(CONFIGS[name], ALONE)
+    alone, state = weights(policy), optimizer_state(policy, optimizer)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = ["-m", "capipe.tests.trainer.test_distributed", str(tmp_path), name, str(int(sharded))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *worker], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert found["weights"].keys() == alone.keys()
+    for key, weight in alone.items():
+        assert torch.allclose(found["weights"][key], weight, rtol=0, atol=1e-9), key
+    for key, value in flat(state).items():
+        assert torch.allclose(flat(found["state"])[key].double(), value.double(), rtol=1e-6, atol=1e-9), key
+        assert torch.equal(flat(found["again"])[key], flat(found["state"])[key])
+    for key in ("loss", "norm", "entropy", "value_loss"):
+        assert found["report"][key] == pytest.approx(getattr(report, key), rel=1e-9, abs=1e-12)
+    assert found["report"]["tokens"] == report.tokens and found["report"]["unscored"] == report.unscored
+
+
+def test_shares_cover_a_step() -> None:
+    shares = [Ranks(rank, 3).share(list(range(8))) for rank in range(3)]
+    assert sorted(index for share in shares for index in share) == list(range(8))
+    assert max(map(len, shares)) - min(map(len, shares)) == 1
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("4,6", "6"), ("", "1")])
+def test_what_is_started_alone_has_one_gpu_and_no_peers(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    before = dict(os.environ)
+    with alone_on(torch.device("cuda", 1)):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+        assert not {"RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"} & set(os.environ)
+    assert dict(os.environ) == before
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2], sys.argv[3] == "1")

@@ -1,0 +1,320 @@
+"""From a recipe to the parts of a run: the policy, its engine, rewards, tasks, optimiser."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from ..models.engines.base import Engine
+from ..models.engines.captioner_registry import check_prompt
+from ..models.engines.context import image_tokens, quiz_room, text_room
+from ..models.engines.hf.batched_lm import BatchedLM
+from ..models.engines.hf.captioner_adapter import barred_ids, is_blip2, is_captioner, language_model
+from ..models.engines.hf.engine import batched_lm, load_model
+from ..models.engines.loading import EngineConfig, load_engine
+from ..models.engines.model_folder import image_grid, resolve_model
+from ..models.images.grid import ImageGrid
+from ..models.reader import ReaderConfig
+from .distributed import ALONE, Ranks
+from .images import Pictures
+from .policy.batch import Batch
+from .policy.blip2 import Blip2Policy
+from .policy.captioner import parts_of as captioner_parts
+from .policy.critic import ValueHead
+from .policy.decoder import DecoderPolicy
+from .policy.encoder_decoder import EncoderDecoderPolicy
+from .policy.fsdp import shard, whole
+from .policy.lora import (
+    FOLDER,
+    LoRAConfig,
+    adapter_off,
+    has_adapter,
+    insert_adapter,
+    load_adapter,
+    merged_weights,
+    need_peft,
+    save_adapter,
+)
+from .policy.packing_check import refuse_unknown_layers
+from .recipe import OptimizerConfig, Recipe, TrainedConfig
+
+VALUE_HEAD = "critic/value_head.safetensors"  # beside the weights vLLM would take it for one of them
+READERS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*processor_config.json",
+)
+
+
+@dataclass
+class PolicyParts:
+    """The model in training with all that reads from it. ``preparing`` is not the engine's, which its thread uses.
+
+    ``sampled``: the whole model that captions are drawn from: the policy's own, or a copy where that is split over
+    processes or learns while captions are drawn. ``folder``: what it was loaded from.
+    """
+
+    policy: DecoderPolicy
+    sampled: Any
+    grid: ImageGrid
+    preparing: BatchedLM
+    pictures: Pictures
+    reference: Callable[[Any], Tensor] | None
+    folder: Path
+    ranks: Ranks
+    learning: str  # which parts do, in words
+
+
+def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALONE) -> PolicyParts:
+    """Load ``recipe.model``, or ``weights``, a checkpoint of it, and freeze what is not to learn.
+
+    Raises BadInput for models and prompts that the trainer cannot do with.
+    """
+    start = resolve_model(recipe.model)
+    folder = weights or start
+    grid = image_grid(folder, recipe.min_pixels, recipe.max_pixels)
+    if grid is None:
+        raise BadInput(f"{recipe.model}: reads text only; training captions takes a vision-language model")
+    refuse_large_images(recipe, grid)
+    check_prompt(recipe.model, start, recipe.prompt)
+    lora = recipe.trained.lora
+    if lora is not None:
+        need_peft()
+    of_model = folder if lora is None else start  # whose weights an adapter leaves as they are
+    model: Any = load_model(str(of_model), sees=True, called=recipe.model, dtype="float32", device=recipe.device)
+    dtype = computed_in(recipe.dtype, model.device)
+    banned, kind = barred_ids(model), policy_class(model, recipe)
+    policy_of = partial(kind, banned=banned, temperature=recipe.rollout.temperature, dtype=dtype)
+    reference = None
+    if recipe.algorithm.kl and lora is None:
+        frozen = (
+            copy.deepcopy(model)
+            if weights is None
+            else load_model(str(start), sees=True, dtype="float32", device=recipe.device)
+        )
+        reference = _scorer(policy_of(frozen.requires_grad_(False)))
+    learning = freeze(model, recipe.trained)
+    if lora is not None:
+        learning += f", {adapt(model, recipe, lora, weights)}"
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = policy_of(model, value_head=value_head(recipe, model, weights))
+    if recipe.algorithm.kl and lora is not None:
+        reference = _scorer(policy, without_adapter=True)
+    apart = ranks.sharded or (recipe.rollout.overlap and recipe.rollout.engine == "transformers")
+    sampled = copy.deepcopy(model).requires_grad_(False) if apart else model
+    if ranks.sharded:
+        shard(policy)
+    preparing = batched_lm(sampled, str(folder), grid, template_args=recipe.template_args)
+    pictures = Pictures(grid, recipe.rollout.decoders, lossless="://" in recipe.rollout.engine)
+    return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, ranks, learning)
+
+
+def whole_policy(parts: PolicyParts) -> DecoderPolicy:
+    """The policy, or where its weights are split over processes one of the whole copy, for a single process to ask."""
+    policy = parts.policy
+    if not parts.ranks.sharded:
+        return policy
+    banned = policy.get_buffer("banned").tolist()
+    return type(policy)(parts.sampled, banned=banned, temperature=policy.temperature, dtype=policy.dtype)
+
+
+def refuse_large_images(recipe: Recipe, grid: ImageGrid) -> None:
+    """Raise BadInput where one caption of the largest image is more than the packed tokens memory was worked out for.
+
+    A group's captions are packed beside their image once; whole groups may be longer than ``budget``, one row may not.
+    """
+    image, limit = image_tokens(grid), recipe.rollout.max_tokens
+    prompt = text_room([recipe.prompt], 0)
+    tokens = image + prompt + limit
+    if tokens > recipe.budget:
+        room = (recipe.budget - prompt - limit) * grid.factor**2
+        mend = f"set max_pixels to {room} or less" if room >= grid.factor**2 else "lower rollout.max_tokens"
+        raise BadInput(
+            f"max_pixels: an image of {grid.max_pixels} pixels is {image} tokens; with up to {prompt} of the prompt "
+            f"and {limit} of a caption that is {tokens}, more than budget ({recipe.budget}): {mend}, or raise budget"
+        )
+
+
+def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
+    """What scores captions of a model. Raises BadInput for models, and settings with them, that nothing here can do."""
+    refuse_unknown_layers(model, recipe.model)
+    if is_captioner(model):
+        if recipe.parallel == "sharded":
+            raise BadInput(f"parallel: {type(model).__name__} cannot be split over processes; set it to replicated")
+        if recipe.rollout.engine != "transformers":
+            raise BadInput(f"rollout.engine: captions of {type(model).__name__} are drawn by transformers alone")
+        return Blip2Policy if is_blip2(model) else EncoderDecoderPolicy
+    if not hasattr(model, "model") or not hasattr(model.model, "visual"):
+        raise BadInput(
+            f"{recipe.model}: {type(model).__name__} is no captioner that the trainer knows "
+            "(Qwen-VL, BLIP, BLIP-2 with OPT, ViT-GPT2)"
+        )
+    return DecoderPolicy
+
+
+def value_head(recipe: Recipe, model: Any, weights: Path | None) -> ValueHead | None:
+    """The head of a critic, new or a checkpoint's; None where the recipe has no critic."""
+    critic = recipe.algorithm.critic
+    if critic is None:
+        return None
+    width = language_model(model).get_output_embeddings().weight.shape[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # all processes begin alike
+        head = ValueHead(width, critic.detach, critic.hidden).to(model.device)
+    if weights is not None:
+        file = weights / VALUE_HEAD
+        file = file if file.exists() else weights / file.name  # where it lay before
+        head.load_state_dict(load_file(file, device=str(model.device)))
+    return head
+
+
+def adapt(model: Any, recipe: Recipe, lora: LoRAConfig, weights: Path | None) -> str:
+    """Put an adapter into ``model``, new or a checkpoint's; returns what it is, in words."""
+    count = insert_adapter(model, lora, recipe.model, recipe.seed)
+    if weights is not None:
+        load_adapter(model, weights / FOLDER)
+    return f"adapter of rank {lora.rank} learns ({count:,} weights)"
+
+
+def computed_in(dtype: str, device: torch.device) -> torch.dtype | None:
+    """What matrices are multiplied in, None for the weights' own float32; ``dtype`` is a recipe's."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if dtype == "bfloat16" else None
+
+
+def _scorer(policy: DecoderPolicy, without_adapter: bool = False) -> Callable[[Any], Tensor]:
+    """The log-probabilities of a policy, or of the one that its adapter was put on."""
+
+    @torch.no_grad()
+    def score(batch: Batch) -> Tensor:
+        with adapter_off(policy) if without_adapter else nullcontext():
+            logp: Tensor = policy(batch).logp
+        return logp
+
+    return score
+
+
+def freeze(model: Any, trained: TrainedConfig) -> str:
+    """Freeze all but the chosen parts, or all where an adapter is to learn; returns what became of each, in words."""
+    told = []
+    for name, weights in parts_of(model).items():
+        learns = getattr(trained, name) and trained.lora is None
+        for weight in weights:
+            weight.requires_grad_(learns)
+        count = sum(weight.numel() for weight in weights)
+        told.append(f"{name} {'learns' if learns else 'frozen'} ({count:,} weights)")
+    if trained.lora is None and not any(weight.requires_grad for weight in model.parameters()):
+        raise BadInput(f"trained: of {type(model).__name__} nothing learns ({', '.join(told)}); choose another part")
+    return ", ".join(told)
+
+
+def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
+    """The weights by part; a Qwen-VL's projector is what merges patches into tokens (deepstack's, too)."""
+    if is_captioner(model):
+        return captioner_parts(model)
+    visual = model.model.visual
+    mergers = [module for name, module in visual.named_children() if "merger" in name]
+    projector = {id(weight): weight for module in mergers for weight in module.parameters()}
+    vision = [weight for weight in visual.parameters() if id(weight) not in projector]
+    seen = {id(weight) for weight in visual.parameters()}
+    llm = [weight for weight in model.parameters() if id(weight) not in seen]
+    return {"vision": vision, "projector": list(projector.values()), "llm": llm}
+
+
+def build_optimizer(policy: DecoderPolicy, config: OptimizerConfig, head_rate: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW over what learns; matrices decay, vectors do not. ``scale`` of a group: how many times :func:`rate` it has,
+
+    ``head_rate`` in the value head's.
+    """
+    head = {id(weight) for weight in (policy.value_head.parameters() if policy.value_head else ())}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for weight in policy.parameters():
+        if weight.requires_grad:
+            decay = config.weight_decay if weight.ndim >= 2 else 0.0
+            groups.setdefault((decay, head_rate if id(weight) in head else 1.0), []).append(weight)
+    described = [
+        {"params": weights, "weight_decay": decay, "scale": scale} for (decay, scale), weights in groups.items()
+    ]
+    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas)
+
+
+def rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of ``step``, counted from 0."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    left = 1 - min(1.0, max(0, step - config.warmup) / max(1, steps - config.warmup))
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.schedule]
+    return config.lr * warm * shape
+
+
+async def load_reader(
+    model: str,
+    engine: str,
+    caption_tokens: int | None = None,
+    config: ReaderConfig | None = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> Engine:
+    """An engine for a model that reads captions of so many tokens at most, and questions put as ``config`` says."""
+    room = None if caption_tokens is None else quiz_room(caption_tokens, (config or ReaderConfig()).answer_tokens)
+    return await load_engine(EngineConfig(engine, model, room=room, template_args=template_args or {}))
+
+
+def value_weights(parts: PolicyParts) -> dict[str, Tensor]:
+    """The whole value head, empty without one; all processes have to ask for it."""
+    head = parts.policy.value_head
+    return {} if head is None else {name: whole(weight) for name, weight in head.state_dict().items()}
+
+
+def write_model(parts: PolicyParts, folder: Path) -> None:
+    """The weights, an adapter merged into them, and their configuration alone."""
+    model = parts.sampled
+    config = language_model(model).config.get_text_config()
+    implementation = config._attn_implementation
+    # The sums of weights and adapter go to main memory, as a GPU may have no room for a second set.
+    merged = dict(merged_weights(model, "cpu")) if has_adapter(model) else None
+    model.save_pretrained(folder, state_dict=merged)
+    config._attn_implementation = implementation
+
+
+def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) -> None:
+    """The policy as a Hugging Face folder: weights in safetensors, tokenizer and processor as it came.
+
+    An adapter is merged into the weights, which any engine loads, and lies beside them for who goes on training it.
+    ``values``: of the value head, which lies beside them.
+    """
+    from transformers import AutoProcessor
+
+    write_model(parts, folder)
+    if has_adapter(parts.sampled):
+        save_adapter(parts.sampled, folder / FOLDER)
+    if is_captioner(parts.sampled):  # for some of which there is no processor
+        copy_readers(parts.folder, folder)
+    else:
+        AutoProcessor.from_pretrained(str(parts.folder), trust_remote_code=False).save_pretrained(folder)
+    if values:
+        (folder / VALUE_HEAD).parent.mkdir()
+        save_file(values, folder / VALUE_HEAD)
+
+
+def copy_readers(start: Path, folder: Path) -> None:
+    """Give ``folder`` the files by which a tokenizer and an image processor are loaded from ``start``."""
+    for file in sorted(start.iterdir()):
+        if any(fnmatch(file.name, pattern) for pattern in READERS):
+            shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,143 @@
+"""What is trained on: images, for a quiz with questions, by reference, in an order that the step alone decides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+
+from fsspec.core import url_to_fs
+
+from ..errors import ArtifactMismatch, BadInput
+from ..manifests.artifact import Artifact
+from ..manifests.fingerprint import fingerprint
+from ..manifests.shards import InputShard, Row, RowReader, expand, input_artifact, join, uid_of
+from ..manifests.status import Status
+from ..models.quiz import Question
+from ..models.tiny.world.scenes import Scene
+from ..stages.questions.grade import kept_questions, scene_of
+from ..stages.questions.screen import QUESTIONS
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image and its questions, if any. The bytes stay in their tar: ``size`` of them at ``offset`` of ``url``."""
+
+    uid: str
+    key: str
+    url: str
+    offset: int
+    size: int
+    questions: tuple[Question, ...]
+    scene: Scene | None = None  # the truth, where the image is a rendered one
+
+    def read(self) -> bytes:
+        """The encoded image. Raises ArtifactMismatch where the tar changed since it was listed."""
+        fs, path = url_to_fs(self.url)
+        data: bytes = fs.cat_file(path, self.offset, self.offset + self.size)
+        if uid_of(data) != self.uid:
+            raise ArtifactMismatch(f"{self.url}: {self.key!r} is not the image that was listed; the tar has changed")
+        return data
+
+
+@dataclass(frozen=True)
+class TaskList:
+    """``fingerprint``: of the questions, or without them of the images, for checkpoints; ``without``: images left out,
+
+    which have no question to ask or are none.
+    """
+
+    tasks: tuple[Task, ...]
+    fingerprint: str
+    without: int
+
+
+def load_tasks(shards: str, questions: str | None, expected: str | None = None) -> TaskList:
+    """Images of ``shards`` with what may be asked about them; all that are images where no ``questions`` are named.
+
+    ``expected``: the fingerprint that the questions, or the images without them, must have. Raises BadInput where there
+    is nothing to train on or the fingerprint is another one, ArtifactMismatch where questions are not about these
+    images.
+    """
+    if questions is None:
+        return _images_alone(shards, expected)
+    artifact = Artifact.open(questions)
+    if expected is not None and artifact.fingerprint != expected:
+        raise BadInput(
+            f"{questions}: its fingerprint is {artifact.fingerprint}, not {expected}; these questions were written or "
+            "screened otherwise: give the folder that was meant, or mend `data.fingerprint`"
+        )
+    source = input_artifact(shards)
+    made_of = artifact.config["semantic"].get("input")
+    if source is not None and made_of is not None and source.fingerprint != made_of:
+        raise ArtifactMismatch(
+            f"{questions}: made of images with fingerprint {made_of}, {shards} has {source.fingerprint}; "
+            "give the shards that the questions are about"
+        )
+    tasks: list[Task] = []
+    without = 0
+    for shard in join(expand(shards), {QUESTIONS: artifact}):
+        for row in RowReader(shard):
+            asked = kept_questions(row.beside[QUESTIONS])
+            task = _task(shard, row, tuple(asked)) if asked else None
+            tasks += [] if task is None else [task]
+            without += task is None
+    if not tasks:
+        raise BadInput(f"{questions}: none of the {without} images has a question to ask; screen with other thresholds")
+    return TaskList(tuple(tasks), artifact.fingerprint, without)
+
+
+def _images_alone(shards: str, expected: str | None) -> TaskList:
+    """The images of shards, with nothing to ask; foreign tars have no fingerprint, so their images' uids make one."""
+    found = [_task(shard, row, ()) for shard in expand(shards) for row in RowReader(shard)]
+    tasks = tuple(task for task in found if task is not None)
+    if not tasks:
+        raise BadInput(f"{shards}: none of its {len(found)} rows is an image to train on")
+    source = input_artifact(shards)
+    mark = source.fingerprint if source is not None else fingerprint({"images": [task.uid for task in tasks]})
+    if expected is not None and mark != expected:
+        raise BadInput(
+            f"{shards}: the images' fingerprint is {mark}, not {expected}; give the shards that were meant, or mend "
+            "`data.fingerprint`"
+        )
+    return TaskList(tasks, mark, len(found) - len(tasks))
+
+
+def _task(shard: InputShard, row: Row, questions: tuple[Question, ...]) -> Task | None:
+    """The row's image by reference, None where it is none."""
+    if row.status is not Status.OK or row.image is None or row.uid is None:
+        return None
+    return Task(row.uid, row.key, shard.url, row.offset, len(row.image), questions, scene_of(row))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which tasks a step takes: each epoch is a new permutation, and steps run on across epochs."""
+
+    count: int
+    batch: int
+    seed: int
+
+    def indices(self, step: int) -> list[int]:
+        """The tasks of ``step``, counted from 0; the same ones whenever and wherever it is asked."""
+        first = step * self.batch
+        return [
+            _permutation(self.count, self.seed, at // self.count)[at % self.count]
+            for at in range(first, first + self.batch)
+        ]
+
+    def turns(self, step: int) -> list[tuple[int, int]]:
+        """:meth:`indices`, each with how often the step has it before: not 0 where a batch is larger than the data."""
+        seen: Counter[int] = Counter()
+        found = []
+        for index in self.indices(step):
+            found.append((index, seen[index]))
+            seen[index] += 1
+        return found
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Sequence[int]:
+    return Random(f"epoch:{seed}:{epoch}").sample(range(count), count)

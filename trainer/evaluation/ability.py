@@ -1,0 +1,147 @@
+"""Whether a reader can read: accuracy from captions that tell the answers, against accuracy without any caption.
+
+The self-oracle caption (each question followed by its right option) needs no truth about the image. A reader that is
+right no more often with it than without measures nothing, and a captioner rewarded by it learns noise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from ...models.quiz import LETTERS, self_oracle
+from ...models.reader import QuizReader, Reading
+from ...models.tiny.world.captions import dense_caption
+from ..dataset import Task
+from .results import Caution
+
+SELF_ORACLE, ORACLE, BLIND = "self-oracle", "oracle", "blind"  # as the controls of an evaluation are called
+LEAST_GAIN = 0.2  # of accuracy over that without a caption
+MOST_APART = 0.2  # of accuracies by the place of the right option
+LEAST_OF_PLACE = 20  # presentations: with fewer, a place has no figure
+
+
+@dataclass
+class Places:
+    """Right answers by the place in which the right option stood.
+
+    Each question is compared with itself: those with many options are harder, and alone in the later places.
+    """
+
+    above: dict[int, float] = field(default_factory=dict)  # right, less the question's own mean, summed
+    count: Counter[int] = field(default_factory=Counter)
+    right: int = 0
+
+    def add(self, places: Sequence[int], hits: Sequence[bool | None]) -> None:
+        """One question's presentations: where its right option stood, and whether it was chosen (None: no answer)."""
+        known = [(place, hit) for place, hit in zip(places, hits, strict=True) if hit is not None]
+        own = sum(hit for _, hit in known) / len(known) if known else 0.0
+        for place, hit in known:
+            self.above[place] = self.above.get(place, 0.0) + hit - own
+            self.count[place] += 1
+            self.right += hit
+
+    def accuracies(self) -> dict[int, float]:
+        """By place, as if all had the same questions; places with too few presentations are left out.
+
+        A mean plus an effect may leave what accuracies can be, by a hair: where a place is always right, or never.
+        """
+        mean = self.right / max(1, self.count.total())
+        return {
+            place: min(1.0, max(0.0, mean + self.above[place] / self.count[place]))
+            for place in sorted(self.count)
+            if self.count[place] >= LEAST_OF_PLACE
+        }
+
+
+@dataclass(frozen=True)
+class Ability:
+    """``told``: accuracies from captions that tell the answers, by control; ``places``: of the best, by place."""
+
+    blind: float
+    told: Mapping[str, float]
+    places: Mapping[int, float]
+
+    @property
+    def best(self) -> str:
+        return max(self.told, key=lambda name: self.told[name])
+
+    @property
+    def gain(self) -> float:
+        return self.told[self.best] - self.blind
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {**self.told, BLIND: self.blind}
+
+    def line(self) -> str:
+        """All figures."""
+        told = ", ".join(f"{name} {value:.3f}" for name, value in self.figures.items())
+        by_place = f"; {self.best} by place of the right option: {_by_place(self.places)}" if self.places else ""
+        return told + by_place
+
+
+def cautions(ability: Ability) -> list[Caution]:
+    """What is wrong with a reader, if anything."""
+    found = []
+    if ability.gain < LEAST_GAIN:
+        told = ", ".join(f"{name} {value:.3f}" for name, value in ability.told.items())
+        advice = (
+            "screen the questions, which it answers without any caption"
+            if ability.blind > 1 - LEAST_GAIN
+            else "take a more capable reader"
+        )
+        text = (
+            f"the reader does not find in captions what they tell: {told}, blind {ability.blind:.3f}, so the best "
+            f"caption gains {ability.gain:+.3f} over none, less than {LEAST_GAIN:.2f} (self-oracle: each question "
+            f"followed by its right option); {advice}"
+        )
+        found.append(Caution("cannot_read", text, {**ability.figures, "threshold": LEAST_GAIN}))
+    apart = max(ability.places.values()) - min(ability.places.values()) if ability.places else 0.0
+    if apart > MOST_APART:
+        text = (
+            f"the reader prefers some places: accuracy from {ability.best} captions by place of the right option "
+            f"ranges over {apart:.3f}, more than {MOST_APART:.2f} ({_by_place(ability.places)}); put every question "
+            "in all orders, or take another reader"
+        )
+        by_letter = {LETTERS[place]: value for place, value in ability.places.items()}
+        found.append(Caution("prefers_places", text, {**by_letter, "threshold": MOST_APART}))
+    return found
+
+
+def _by_place(places: Mapping[int, float]) -> str:
+    return ", ".join(f"{LETTERS[place]} {value:.3f}" for place, value in places.items())
+
+
+async def ability_of(reader: QuizReader, tasks: Sequence[Task]) -> Ability | None:
+    """What a reader makes of the tasks' questions; None where nothing could be scored. Raises EngineDead."""
+    blind, _ = await _read(reader, [(task, None) for task in tasks])
+    told = {SELF_ORACLE: await _read(reader, [(task, self_oracle(task.questions)) for task in tasks])}
+    known = [(task, dense_caption(task.scene, Random(task.uid))) for task in tasks if task.scene is not None]
+    if known:
+        told[ORACLE] = await _read(reader, known)
+    means = {name: mean for name, (mean, _) in told.items() if mean is not None}
+    if blind is None or not means:
+        return None
+    best = max(means, key=lambda name: means[name])
+    return Ability(blind, means, told[best][1].accuracies())
+
+
+async def _read(reader: QuizReader, captions: Sequence[tuple[Task, str | None]]) -> tuple[float | None, Places]:
+    """Mean accuracy over questions, and by place."""
+    read = await asyncio.gather(*(reader.read(caption, task.questions) for task, caption in captions))
+    readings = [reading for each in read for reading in each]
+    places = Places()
+    for reading in readings:
+        places.add(*_hits(reader, reading))
+    known = [each.accuracy for each in readings if each.accuracy is not None]
+    return (sum(known) / len(known) if known else None), places
+
+
+def _hits(reader: QuizReader, reading: Reading) -> tuple[list[int], list[bool | None]]:
+    answer = reading.question.answer
+    places = [order.index(answer) for order in reader.orders(reading.question)]
+    return places, [None if chosen is None else chosen == answer for chosen in reading.chosen]

@@ -1,0 +1,97 @@
+"""Recall at k: how often a caption finds its own image in a gallery, by a CLIP that was neither reward nor filter.
+
+And the cosine of captions with their own images, by whichever model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ...manifests.shards import Row
+from ...models.images.decode import ImageLimits, Pixels
+from ...models.images.formats import ImageProblem
+from ...models.images.preprocess import decode_views
+from ...models.scorers.blip_contrastive import BlipScorer
+from ...models.scorers.clip import ClipScorer
+
+BATCH = 64
+TEXTS = 1024  # captions compared with the gallery at a time
+
+
+Scorer = ClipScorer | BlipScorer
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Distinct images: ``names`` (uids) and unit vectors ``(n, width)``, 4 bytes a number."""
+
+    names: Sequence[str]
+    features: Tensor
+
+
+def gallery_of(rows: Iterable[Row], wanted: set[str], clip: Scorer) -> Gallery:
+    """The images of ``rows`` whose uid is ``wanted`` and that can be decoded, each once."""
+    names: list[str] = []
+    parts: list[Tensor] = []
+    for batch in _in_batches(_decoded(rows, wanted, clip)):
+        names += [name for name, _ in batch]
+        parts.append(clip.encode_images([pixels for _, pixels in batch]))
+    return Gallery(names, torch.cat(parts) if parts else torch.empty(0, 0))
+
+
+def _decoded(rows: Iterable[Row], wanted: set[str], clip: Scorer) -> Iterator[tuple[str, Pixels]]:
+    left = set(wanted)
+    for row in rows:
+        if row.uid in left and row.image is not None:
+            left.discard(row.uid)
+            views = decode_views(row.image, views=(clip.view,), limits=ImageLimits(min_side=1))
+            if not isinstance(views, ImageProblem):
+                yield row.uid, views[0]
+
+
+def _in_batches(images: Iterator[tuple[str, Pixels]]) -> Iterator[list[tuple[str, Pixels]]]:
+    while batch := list(islice(images, BATCH)):
+        yield batch
+
+
+def ranks_of(gallery: Gallery, captions: Iterable[tuple[str, str]], clip: Scorer) -> dict[tuple[str, str], int]:
+    """By image and caption, the place of the image (1 is the best) when the gallery is sorted by cosine to the caption.
+
+    Ties count against it: a caption that fits everything equally finds nothing. Captions of images that are not in the
+    gallery have no rank.
+    """
+    found: dict[tuple[str, str], int] = {}
+    for batch, said, own in _asked(gallery, captions, clip):
+        found |= zip(batch, ranks(said @ gallery.features.T, own), strict=True)
+    return found
+
+
+def cosines_of(gallery: Gallery, captions: Iterable[tuple[str, str]], scorer: Scorer) -> dict[tuple[str, str], float]:
+    """By image and caption, the cosine of the two, in [-1, 1]; none for images that are not in the gallery."""
+    found: dict[tuple[str, str], float] = {}
+    for batch, said, own in _asked(gallery, captions, scorer):
+        found |= zip(batch, (said * gallery.features[own]).sum(-1).tolist(), strict=True)
+    return found
+
+
+def _asked(
+    gallery: Gallery, captions: Iterable[tuple[str, str]], scorer: Scorer
+) -> Iterator[tuple[list[tuple[str, str]], Tensor, Tensor]]:
+    """Distinct captions of the gallery's images in batches: their vectors (n, width), their images' places (n,)."""
+    where = {name: number for number, name in enumerate(gallery.names)}
+    asked = [(image, text) for image, text in dict.fromkeys(captions) if image in where]
+    for batch in (asked[start : start + TEXTS] for start in range(0, len(asked), TEXTS)):
+        said = scorer.encode_texts([text for _, text in batch])
+        yield batch, said, torch.tensor([where[image] for image, _ in batch], device=said.device)
+
+
+def ranks(similarity: Tensor, own: Tensor) -> list[int]:
+    """Of ``similarity`` (texts, images) and each text's own image ``(texts,)``: its rank from 1, ties against it."""
+    of_own = similarity.gather(1, own[:, None])
+    places: list[int] = (similarity >= of_own).sum(1).tolist()
+    return places

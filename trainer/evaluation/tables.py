@@ -1,0 +1,363 @@
+"""Reports and comparisons as tables for a terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ...terminal import escaped
+from .bootstrap import Estimate
+from .evaluate import kinds_in_order
+from .results import Comparison, Difference, Example, Report, System
+
+NONE = "–"  # there is nothing that a figure could be made of
+_LONGEST = 1000  # characters of a caption in Markdown; the JSON has all of it
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_MARKDOWN = re.compile(r"([\\`*_\[|~$])")  # what has a meaning inside a line
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as plain text: a name and figures, or ``words``, in each row. ``note`` says what they mean."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    words: bool = False  # so that cells begin on the left
+
+
+def to_json(value: Report | Comparison) -> str:
+    """JSON that ``from_dict`` reads back to an equal value."""
+    return json.dumps(value.to_dict(), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def terminal(value: Report | Comparison) -> list[Table]:
+    """The tables for a terminal: all but the places of the right option and the examples."""
+    if isinstance(value, Comparison):
+        return [_rich(_difference_grid(value))]
+    return [
+        _rich(grid)
+        for grid in (
+            _quiz_grid(value),
+            _truth_grid(value),
+            _retrieval_grid(value),
+            _judged_grid(value),
+            _text_grid(value),
+            _kinds_grid(value),
+        )
+        if grid.rows
+    ]
+
+
+def to_markdown(value: Report | Comparison) -> str:
+    """A Markdown page. Whatever a model wrote is shown as text: nothing in it can be markup."""
+    return "\n\n".join(_comparison_page(value) if isinstance(value, Comparison) else _report_page(value)) + "\n"
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def _report_page(report: Report) -> Iterator[str]:
+    yield "# Evaluation"
+    for warning in report.warnings:
+        yield f"**Warning:** {escape(warning.text)}."
+    yield _method(report)
+    if report.settings:
+        yield _markdown(_settings_grid({"": report.settings}))
+    for grid in (
+        _quiz_grid(report),
+        _truth_grid(report),
+        _retrieval_grid(report),
+        _judged_grid(report),
+        _text_grid(report),
+        _kinds_grid(report),
+        _places_grid(report),
+    ):
+        if grid.rows:
+            yield _markdown(grid)
+    if report.examples:
+        yield _markdown(_examples_grid(report.examples))
+
+
+def _comparison_page(comparison: Comparison) -> Iterator[str]:
+    first, second = comparison.first, comparison.second
+    yield "# Comparison"
+    yield escape(
+        f"First: {first.name}, captions {first.system}. Second: {second.name}, captions {second.system}. "
+        f"Both read by {comparison.reader}."
+    )
+    yield _method(comparison)
+    yield _markdown(_difference_grid(comparison))
+    yield _markdown(_settings_grid({"first": first.settings, "second": second.settings}))
+
+
+def _counts(report: Report) -> str:
+    excluded = ", ".join(f"{count} {reason}" for reason, count in report.excluded.items()) or "none"
+    return (
+        f"{report.images} images in {report.rows} rows, {report.questions} questions, of which {report.unscored} are "
+        f"unscored for some system. Rows excluded: {excluded}."
+    )
+
+
+def _left_out(comparison: Comparison) -> str:
+    lost = comparison.left_out
+    return (
+        f"{comparison.images} common images, {comparison.questions} common questions. Left out: images only in the "
+        f"first {lost.images_first}, only in the second {lost.images_second}; of common images, questions only in the "
+        f"first {lost.questions_first}, only in the second {lost.questions_second}, unscored {lost.questions_unscored}."
+    )
+
+
+def _method(value: Report | Comparison) -> str:
+    paired = "paired " if isinstance(value, Comparison) else ""
+    return (
+        f"In brackets: 95 % percentile intervals of a {paired}bootstrap over images "
+        f"({value.resamples} resamples, seed {value.seed}); {NONE} where fewer than two images are behind a figure."
+    )
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _quiz_grid(report: Report) -> Grid:
+    rows = [
+        (
+            system.name,
+            _percent(system.quiz.accuracy),
+            f"{_percent(system.quiz.best)} of {system.samples}" if system.samples > 1 else NONE,
+            _percent(system.quiz.abstained, interval=False),
+            str(system.quiz.accuracy.n),
+            str(system.quiz.unscored),
+            _excluded(system),
+        )
+        for system in report.systems
+    ]
+    header = ("system", "right %", "best %", "cannot tell %", "questions", "unscored", "excluded")
+    note = f"{_counts(report)} Best: of several captions of an image, the one from which a question is answered best."
+    return Grid("Quiz", header, tuple(rows), note)
+
+
+def _truth_grid(report: Report) -> Grid:
+    rows = [
+        (
+            system.name,
+            _percent(truth.precision),
+            _percent(truth.recall),
+            _number(truth.hallucinated.value, 2),
+            _percent(truth.chair_i),
+            _percent(truth.chair_s),
+            str(truth.captions),
+        )
+        for system in report.systems
+        if (truth := system.truth) is not None
+    ]
+    header = ("system", "precision %", "recall %", "made up", "chair_i %", "chair_s %", "captions")
+    note = (
+        "Against the scenes. Precision and recall: of attributes. Made up: things and signs per caption that are not "
+        "there; chair_i: their share of those mentioned; chair_s: share of captions with any."
+    )
+    return Grid("Truth", header, tuple(rows), note)
+
+
+def _retrieval_grid(report: Report) -> Grid:
+    found = [(system.name, system.retrieval) for system in report.systems if system.retrieval is not None]
+    rows = [(name, *map(_percent, each.recall.values()), str(each.captions)) for name, each in found]
+    header = ("system", *(f"recall@{k} %" for k in found[0][1].recall), "captions") if found else ()
+    gallery = found[0][1].gallery if found else 0
+    note = f"Captions that find their own image among the first k of {gallery}, by cosine; ties count against them."
+    return Grid("Retrieval", header, tuple(rows), note)
+
+
+def _judged_grid(report: Report) -> Grid:
+    rows = [
+        (
+            system.name,
+            _interval(each.cosine, 3),
+            NONE if each.logp.value is None else f"{math.exp(-each.logp.value):.2f}",
+            _interval(each.logp, 3),
+        )
+        for system in report.systems
+        if (each := system.judged) is not None
+    ]
+    note = (
+        "Cosine: of a caption's features and its image's, mean over captions. Perplexity: exp of minus the mean "
+        "log-probability of a caption's tokens under the language model. Settings name the models."
+    )
+    return Grid("Other models", ("system", "cosine", "perplexity", "log-probability"), tuple(rows), note)
+
+
+def _text_grid(report: Report) -> Grid:
+    rows = [
+        (
+            system.name,
+            _number(text.words, 1),
+            _number(text.tokens, 1),
+            str(text.vocabulary),
+            _number(text.distinct_1, 3),
+            _number(text.distinct_2, 3),
+            _number(text.rep_4, 3),
+            _share(text.loops),
+            _share(text.identical),
+            _number(text.colors, 2),
+            _share(text.phrases),
+        )
+        for system in report.systems
+        if (text := system.text) is not None
+    ]
+    header = (
+        "system",
+        "words",
+        "tokens",
+        "vocabulary",
+        "distinct-1",
+        "distinct-2",
+        "rep-4",
+        "loops %",
+        "identical %",
+        "colours",
+        "phrases %",
+    )
+    note = (
+        "Distinct-n: distinct words and pairs of words among all. Rep-4: repeated 4-grams within a caption. "
+        "Loops: captions in which a phrase loops. Identical: captions that are also another image's. "
+        "Colours: distinct colour words in a caption. Phrases: captions with 'an image of' and the like, or a year."
+    )
+    return Grid("Text", header, tuple(rows), note)
+
+
+def _kinds_grid(report: Report) -> Grid:
+    kinds = kinds_in_order(kind for system in report.systems for kind in system.quiz.by_kind)
+    rows = []
+    for kind in kinds:
+        figures = [system.quiz.by_kind.get(kind) for system in report.systems]
+        most = max(figure.n for figure in figures if figure is not None)
+        cells = [NONE if figure is None else _percent(figure) + _fewer(figure.n, most) for figure in figures]
+        rows.append((kind, str(most), *cells))
+    header = ("kind", "n", *(system.name for system in report.systems))
+    return Grid("Right % by kind of question", header, tuple(rows), "n: questions, where a cell says nothing else.")
+
+
+def _places_grid(report: Report) -> Grid:
+    shown = {system.name: {each.place: each for each in system.quiz.by_place} for system in report.systems}
+    places = sorted({place for by_place in shown.values() for place in by_place})
+    rows = []
+    for place in places:
+        found = [by_place.get(place) for by_place in shown.values()]
+        cells = [NONE if each is None else f"{100 * each.accuracy:.1f} (n={each.scored})" for each in found]
+        rows.append((str(place + 1), *cells))
+    note = "n: presentations. Figures that differ between places show a reader that prefers some of them."
+    return Grid("Right % by place of the right option", ("place", *shown), tuple(rows), note)
+
+
+def _examples_grid(examples: Sequence[Example]) -> Grid:
+    rows = []
+    for each in examples:
+        answers = [
+            f"{a.kind} {a.right}/{a.scored}" + (f" ({a.abstained} cannot tell)" if a.abstained else "")
+            for a in each.answers
+        ]
+        text = NONE if each.text is None else each.text
+        cut = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+        rows.append((each.key, each.system, cut, ", ".join(answers) or NONE))
+    note = "Beside each caption: presentations answered right, of those scored."
+    return Grid("Examples", ("image", "system", "caption", "questions"), tuple(rows), note, words=True)
+
+
+def _settings_grid(settings: Mapping[str, Mapping[str, Any]]) -> Grid:
+    keys = dict.fromkeys(key for side in settings.values() for key in side)
+    rows = [(key, *(_setting(side.get(key)) for side in settings.values())) for key in keys]
+    return Grid("Settings", ("", *settings), tuple(rows), words=True)
+
+
+def _difference_grid(comparison: Comparison) -> Grid:
+    rows = [_difference_row("all", comparison.overall)]
+    rows += [_difference_row(kind, each) for kind, each in comparison.by_kind.items()]
+    header = ("kind", "n", "first %", "second %", "second - first", "p")
+    return Grid("Difference in right answers, in points", header, tuple(rows), _left_out(comparison))
+
+
+def _difference_row(name: str, difference: Difference) -> tuple[str, ...]:
+    return (
+        name,
+        str(difference.difference.n),
+        _percent(difference.first, interval=False),
+        _percent(difference.second, interval=False),
+        _percent(difference.difference, sign="+"),
+        NONE if difference.p is None else f"{difference.p:.3f}",
+    )
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def escape(text: str) -> str:
+    """``text`` as one line of Markdown that shows it word for word: no markup, no HTML, no cell of its own."""
+    shown = _MARKDOWN.sub(r"\\\1", html.escape(text, quote=False))
+    return "<br>".join(" ".join(_CONTROL.sub(" ", line).split()) for line in shown.splitlines())
+
+
+def _markdown(grid: Grid) -> str:
+    rule = ["---", *["---" if grid.words else "---:"] * (len(grid.header) - 1)]
+    lines = [[escape(cell) for cell in line] for line in (grid.header, *grid.rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    return f"## {escape(grid.title)}\n\n{table}" + (f"\n\n{escape(grid.note)}" if grid.note else "")
+
+
+def _rich(grid: Grid) -> Table:
+    table = Table(title=_text(grid.title), caption=_text(grid.note) if grid.note else None, caption_justify="left")
+    for number, name in enumerate(grid.header):
+        table.add_column(_text(name), justify="left" if number == 0 else "right")
+    for row in grid.rows:
+        table.add_row(*map(_text, row))
+    return table
+
+
+def _text(cell: str) -> Text:
+    """Not rich's markup, and nothing that a terminal obeys: names may have anything in them."""
+    return Text(escaped(cell))
+
+
+def _percent(estimate: Estimate, interval: bool = True, sign: str = "") -> str:
+    if estimate.value is None:
+        return NONE
+    value = f"{100 * estimate.value:{sign}.1f}"
+    if not interval:
+        return value
+    if estimate.low is None or estimate.high is None:
+        return f"{value} ({NONE})"
+    return f"{value} ({100 * estimate.low:{sign}.1f}, {100 * estimate.high:{sign}.1f})"
+
+
+def _interval(estimate: Estimate, digits: int) -> str:
+    if estimate.low is None or estimate.high is None:
+        return _number(estimate.value, digits)
+    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}, {estimate.high:.{digits}f})"
+
+
+def _share(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def _fewer(n: int, most: int) -> str:
+    return "" if n == most else f" (n={n})"
+
+
+def _excluded(system: System) -> str:
+    return ", ".join(f"{count} {status}" for status, count in system.excluded.items()) or "0"
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,61 @@
+"""The images of tasks as models take them, each read and decoded once for all captions that are drawn or judged."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..errors import RunFailed
+from ..models.engines.base import ImageInput
+from ..models.images.decode import ImageLimits
+from ..models.images.decode_pool import DecodePool, grid_decoder
+from ..models.images.formats import ImageProblem
+from ..models.images.grid import ImageGrid
+from .dataset import Task
+
+KEPT = 256  # images; more than a step has on one process
+
+
+class Pictures:
+    """Images on ``grid``; without one as the bytes they came as, for servers. Holds ``processes`` that decode.
+
+    ``lossless``: the bytes are a PNG of the pixels, so that a server sees what a policy here learns from.
+    """
+
+    def __init__(self, grid: ImageGrid | None, processes: int = 1, lossless: bool = False) -> None:
+        self._lossless = lossless
+        self._pool = None if grid is None else DecodePool(processes, grid_decoder(grid, ImageLimits()))
+        self._recent: OrderedDict[str, asyncio.Task[ImageInput]] = OrderedDict()
+
+    async def of(self, task: Task) -> ImageInput:
+        """The task's image. Raises RunFailed where one that was fine when listed cannot be decoded any more."""
+        if task.uid not in self._recent:
+            self._recent[task.uid] = asyncio.create_task(self._read(task))
+            if len(self._recent) > KEPT:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(task.uid)
+        return await asyncio.shield(self._recent[task.uid])
+
+    async def _read(self, task: Task) -> ImageInput:
+        data = await asyncio.to_thread(task.read)
+        pixels = None if self._pool is None else await self._pool.decode(data)
+        if isinstance(pixels, ImageProblem):
+            raise RunFailed(f"{task.url}: {task.key!r} cannot be decoded: {pixels.reason}; leave it out by `capipe qa`")
+        if pixels is not None and self._lossless:
+            data = await asyncio.to_thread(_png, pixels)
+        return ImageInput(task.uid, pixels=pixels, encoded=data)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=1)
+    return out.getvalue()

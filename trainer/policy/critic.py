@@ -1,0 +1,123 @@
+"""Advantages from a value head (PPO, A2C): what each token earned, what was to be expected, what each is told by it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..advantages import gae
+from .batch import Group
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """``gamma``, ``lam``: of GAE; ``weight``: of the value loss; ``clip``: how far a value may move in an update.
+
+    ``whiten``: advantages of a step get mean 0 and standard deviation 1; ``detach``: the head learns from hidden states
+    without changing them.
+    """
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    weight: float = 0.5
+    clip: float | None = None
+    whiten: bool = True
+    detach: bool = False
+
+
+class ValueHead(nn.Module):
+    """The expected sum of rewards still to come, from the policy's last hidden state before a token. Begins as 0.
+
+    Linear, or where ``hidden`` is given two layers of which the first is so wide.
+    """
+
+    def __init__(self, width: int, detach: bool = False, hidden: int | None = None) -> None:
+        super().__init__()
+        self.detach = detach
+        self.first = nn.Identity() if hidden is None else _first_layer(width, hidden)
+        self.linear = nn.Linear(hidden or width, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(tokens, width) -> float32 (tokens,)."""
+        seen = hidden.detach() if self.detach else hidden
+        values: Tensor = self.linear(self.first(seen.to(self.linear.weight.dtype)))[:, 0].float()
+        return values
+
+
+def _first_layer(width: int, hidden: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU())
+
+
+@dataclass
+class Targets:
+    """What an update holds each completion token of a group to, all float32 (tokens,).
+
+    ``old``, ``values``: log-probability and expectation when it was sampled; ``returns``: what the values should have
+    been; ``scored``: 1 where the completion has a score, 0 where it is to have no part.
+    """
+
+    old: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    scored: Tensor
+
+
+def token_rewards(group: Group, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """What each token of a group's completions earned, and whether its completion was scored, both (tokens,).
+
+    ``scores``: (completions,), NaN for one that is to have no part.
+    Rewards of single tokens stand where they occur; the rest of a completion's score is its last token's.
+    """
+    earned, scored = [], []
+    for completion, reward, score in zip(group.completions, group.rewards, scores.tolist(), strict=True):
+        row = torch.zeros(len(completion.token_ids))
+        known = not math.isnan(score)
+        if known:
+            if reward.per_token:
+                row += torch.tensor(reward.per_token)
+            row[-1] += score - float(row.sum())
+        earned.append(row)
+        scored.append(torch.full_like(row, float(known)))
+    return torch.cat(earned), torch.cat(scored)
+
+
+def targets_of(group: Group, scores: Tensor, old: Tensor, values: Tensor, config: CriticConfig) -> Targets:
+    """GAE over a group's completions; ``old``, ``values``: (tokens,), detached; ``scores`` as in :func:`token_rewards`.
+
+    An unscored completion has advantages of 0.
+    """
+    earned, scored = (each.to(values) for each in token_rewards(group, scores))
+    lengths = torch.tensor([len(each.token_ids) for each in group.completions], device=values.device)
+    rewards, expected = (
+        pad_sequence(list(each.split(lengths.tolist())), batch_first=True) for each in (earned, values)
+    )
+    advantages, returns = gae(rewards, expected, lengths, config.gamma, config.lam)
+    inside = torch.arange(rewards.shape[1], device=values.device) < lengths[:, None]
+    return Targets(old, values, advantages[inside] * scored, returns[inside], scored)
+
+
+def whitened(targets: list[Targets], sums: Tensor) -> None:
+    """Give all scored advantages mean 0 and standard deviation 1, in place.
+
+    ``sums``: count, sum and sum of squares over all processes, of :func:`moments`.
+    """
+    count, total, squares = sums.tolist()
+    if count < 2:
+        return
+    mean = total / count
+    deviation = max(0.0, (squares - count * mean * mean) / (count - 1)) ** 0.5
+    for each in targets:
+        each.advantages = (each.advantages - mean) / (deviation + 1e-8) * each.scored
+
+
+def moments(targets: list[Targets]) -> Tensor:
+    """Count, sum and sum of squares of the scored advantages, float64 (3,)."""
+    known = torch.cat([torch.zeros(0).double(), *(each.advantages[each.scored > 0].double().cpu() for each in targets)])
+    return torch.stack([torch.tensor(float(len(known)), dtype=torch.float64), known.sum(), known.square().sum()])

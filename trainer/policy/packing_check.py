@@ -1,0 +1,118 @@
+"""Whether packing holds for a model: captions laid side by side must be worth what each is worth by itself.
+
+The tree of :mod:`.tree_attention` stands for plain attention to all that came before. A layer that looks at a window,
+keeps a running state, adds sinks or caps its scores would be computed as if it did not, or let one caption leak into
+the next, and training would go on with wrong log-probabilities. So such models are refused by their configuration, and
+the rest is tried.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BadInput
+from ...models.engines.base import Completion
+from ...models.engines.hf.captioner_adapter import language_model
+from ...models.engines.hf.model_adapter import PreparedPrompt
+from . import blip2, decoder, encoder_decoder
+from .batch import Group, pack
+from .blip2 import Blip2Policy
+from .decoder import DecoderPolicy
+from .encoder_decoder import EncoderDecoderPolicy
+
+FULL = "full_attention"
+COMPLETIONS, TOKENS = 3, 12
+EXACT, AUTOCAST = 1e-3, 0.1  # nats: the largest difference in float32, the mean one under autocast
+
+
+def unknown_layers(model: Any) -> str | None:
+    """What of a loaded model's text decoder packing does not know, in words; None where nothing is."""
+    lm = language_model(model)
+    config = lm.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and (other := sorted({kind for kind in kinds if kind != FULL})):
+        return f"layers of {' and '.join(other)}"
+    if kinds is None and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "attention within a sliding window"
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, name, None):
+            return f"capped scores ({name})"
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
+        return "ALiBi positions"
+    if any(name.rsplit(".", 1)[-1] in ("sinks", "attention_sink_bias") for name, _ in lm.named_parameters()):
+        return "attention sinks"
+    return None
+
+
+def refuse_unknown_layers(model: Any, called: str) -> None:
+    """Raise BadInput for a model whose captions cannot be packed."""
+    if (found := unknown_layers(model)) is not None:
+        raise BadInput(
+            f"{called}: {type(model).__name__} has {found}, which the trainer's packing of captions does not know; "
+            "train a model with full attention in all layers (Qwen2.5-VL, Qwen3-VL, BLIP, BLIP-2 with OPT, ViT-GPT2)"
+        )
+
+
+@dataclass(frozen=True)
+class PackingCheck:
+    """Differences of packed and plain log-probabilities of the first and the last caption, in nats: largest, mean."""
+
+    first: float
+    last: float
+    mean: float
+    autocast: bool
+
+    @property
+    def holds(self) -> bool:
+        """NaN does not."""
+        return self.mean <= AUTOCAST if self.autocast else self.first <= EXACT and self.last <= EXACT
+
+    def line(self) -> str:
+        return f"preflight: packed captions differ from plain ones by {max(self.first, self.last):.2g} nats at most"
+
+
+@torch.no_grad()
+def check_packing(policy: DecoderPolicy, prompt: PreparedPrompt, called: str) -> PackingCheck:
+    """Score random captions packed and one at a time; the last is the one that a leak from the others reaches.
+
+    Raises BadInput where they differ.
+    """
+    completions = random_completions(policy)
+    packed = policy(pack([Group("packing", "packing", prompt, completions)], policy.device)).logp.split(TOKENS)
+    gaps = [
+        (packed[at] - plain_logps(policy, prompt, completions[at])).abs().float().cpu() for at in (0, COMPLETIONS - 1)
+    ]
+    first, last = (float(gap.max()) for gap in gaps)
+    found = PackingCheck(first, last, float(torch.cat(gaps).mean()), policy.dtype is not None)
+    if not found.holds:
+        raise BadInput(
+            f"{called}: {type(policy.model).__name__} gives packed captions other log-probabilities than single ones "
+            f"(by {first:.2g} nats the first, {last:.2g} the last of {COMPLETIONS}), so training it here would be wrong"
+        )
+    return found
+
+
+def random_completions(policy: DecoderPolicy, seed: int = 0) -> list[Completion]:
+    """Captions of tokens that may be drawn, which no model need have written."""
+    vocabulary = len(language_model(policy.model).get_output_embeddings().weight)
+    banned = set(policy.get_buffer("banned").tolist())
+    allowed = [token for token in range(vocabulary) if token not in banned]
+    rng = Random(seed)
+    drawn = [tuple(rng.choice(allowed) for _ in range(TOKENS)) for _ in range(COMPLETIONS)]
+    return [Completion("", tokens, "stop", TOKENS) for tokens in drawn]
+
+
+def plain_logps(policy: DecoderPolicy, prompt: PreparedPrompt, completion: Completion) -> Tensor:
+    """Log-probabilities (tokens,) of one completion by the model's own forward pass, in the policy's precision."""
+    with torch.autocast(policy.device.type, policy.dtype) if policy.dtype is not None else nullcontext():
+        if isinstance(policy, Blip2Policy):
+            return blip2.reference_logps(policy, prompt, completion.token_ids)
+        if isinstance(policy, EncoderDecoderPolicy):
+            return encoder_decoder.reference_logps(policy, prompt, completion.token_ids)
+        return decoder.reference_logps(policy, prompt, completion.token_ids)

@@ -1,0 +1,46 @@
+"""The images of tasks as a scoring model sees them, each read and decoded once for all of its captions."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+
+from ...errors import RunFailed
+from ...models.images.decode import ImageLimits, Pixels
+from ...models.images.decode_pool import DecodePool
+from ...models.images.formats import ImageProblem
+from ...models.images.preprocess import View, decode_views
+from ...models.lru_cache import Recent
+from ..dataset import Task
+
+KEPT = 256  # images; more than a step has on one process
+
+
+class ViewCache:
+    """Images of tasks in ``view``, from a process that decodes. Use from one event loop."""
+
+    def __init__(self, view: View) -> None:
+        decode = functools.partial(decode_views, views=(view,), limits=ImageLimits())
+        self._pool: DecodePool[tuple[Pixels, ...]] = DecodePool(1, decode)
+        self._recent: Recent[str, asyncio.Task[Pixels]] = Recent(KEPT)
+
+    async def of(self, task: Task) -> Pixels:
+        """(height, width, 3) uint8. Raises RunFailed where an image that was fine when listed cannot be decoded."""
+        reading = self._recent.get(task.uid)
+        if reading is None:
+            reading = asyncio.create_task(self._read(task))
+            self._recent.put(task.uid, reading)
+        try:
+            return await asyncio.shield(reading)
+        except Exception:
+            self._recent.drop(task.uid)  # the next caption tries again
+            raise
+
+    async def _read(self, task: Task) -> Pixels:
+        views = await self._pool.decode(await asyncio.to_thread(task.read))
+        if isinstance(views, ImageProblem):
+            raise RunFailed(f"{task.url}: {task.key!r} cannot be decoded: {views.reason}")
+        return views[0]
+
+    def close(self) -> None:
+        self._pool.close()

@@ -1,0 +1,148 @@
+"""How well a caption fits its image by a model trained on pairs: CLIP's and BLIP's cosine, BLIP's matching logit.
+
+VLRM (arXiv 2404.01911) takes BLIP-2's positive matching logit before softmax, Luo, Song and Ma BLIP's cosine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ...models.dynamic_batcher import MOST, Together, most_on
+from ...models.engines.base import Completion
+from ...models.images.decode import Pixels
+from ...models.lru_cache import Recent
+from ...models.scorers.base import Pair, Scorer, device_and_type
+from ...models.scorers.blip_contrastive import load_blip
+from ...models.scorers.clip import load_clip
+from ...models.scorers.itm import ItmScorer, load_itm
+from ...models.scorers.sentences import split_sentences
+from ..dataset import Task
+from .base import Scored
+from .image_cache import KEPT, ViewCache
+
+IMAGES_AT_ONCE = 32  # through a vision tower
+Values = Callable[[Tensor, Sequence[Pair]], list[float]]
+
+
+class _ImageTextConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    by: Literal["whole", "sentences_mean", "sentences_min"] = Field(
+        "whole", description="what is scored: as much of the caption as the model reads, or each sentence by itself"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    weight: float = 1.0
+    normalise: bool = False
+
+
+class ClipRewardConfig(_ImageTextConfig):
+    """The cosine, in [-1, 1]."""
+
+    kind: Literal["clip"] = "clip"
+    model: str = Field(description="tiny/clip, a folder, ARCHITECTURE:PRETRAINED of open_clip, a hub id")
+
+
+class BlipRewardConfig(_ImageTextConfig):
+    """The cosine of the contrastive heads, in [-1, 1]."""
+
+    kind: Literal["blip"] = "blip"
+    model: str = Field(description="a BLIP retrieval model: bundled, a folder, a hub id")
+
+
+class ItmRewardConfig(_ImageTextConfig):
+    """What the matching head says; a logit has no bounds."""
+
+    kind: Literal["itm"] = "itm"
+    model: str = Field(description="a BLIP or BLIP-2 retrieval model: bundled, a folder, a hub id")
+    logit: Literal["positive", "difference", "probability"] = Field(
+        "positive",
+        description="positive: the logit of a match before softmax, as VLRM; difference: minus that of no match; "
+        "probability: of a match",
+    )
+
+
+ImageTextConfig = ClipRewardConfig | BlipRewardConfig | ItmRewardConfig
+
+
+@dataclass(frozen=True)
+class _Asked:
+    uid: str
+    pixels: Pixels
+    texts: tuple[str, ...]
+
+
+class ImageTextReward:
+    """``values``: the score of each pair of an encoded image and a text; ``most``: captions scored at once."""
+
+    def __init__(self, scorer: Scorer, values: Values, by: str = "whole", most: int = MOST) -> None:
+        self._scorer, self._values, self._by = scorer, values, by
+        self._views = ViewCache(scorer.view)
+        self._encoded: Recent[str, Tensor] = Recent(KEPT)
+        self._model: Together[_Asked, list[float]] = Together(self._scores, most)
+
+    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+        texts = [caption.text] if self._by == "whole" else split_sentences(caption.text) or [caption.text]
+        scores = await self._model.ask(_Asked(task.uid, await self._views.of(task), tuple(texts)))
+        value = min(scores) if self._by == "sentences_min" else sum(scores) / len(scores)
+        if not all(map(math.isfinite, scores)):
+            return Scored(None, {"error": "the model's score is no number"})
+        return Scored(value, {} if self._by == "whole" else {"sentences": scores})
+
+    def _scores(self, asked: Sequence[_Asked]) -> list[list[float]]:
+        """Of each text of each caption. Runs on the computing thread."""
+        images = self._images({each.uid: each.pixels for each in asked})
+        numbers = {uid: number for number, uid in enumerate(images)}
+        wanted = [[Pair(numbers[each.uid], text) for text in each.texts] for each in asked]
+        pairs = list(dict.fromkeys(pair for of_one in wanted for pair in of_one))
+        found = dict(zip(pairs, self._values(torch.stack(list(images.values())), pairs), strict=True))
+        return [[found[pair] for pair in of_one] for of_one in wanted]
+
+    def _images(self, pixels: dict[str, Pixels]) -> dict[str, Tensor]:
+        """What the vision tower makes of images by uid, of those alone that it has not seen lately."""
+        known = {uid: found for uid in pixels if (found := self._encoded.get(uid)) is not None}
+        new = [uid for uid in pixels if uid not in known]
+        for start in range(0, len(new), IMAGES_AT_ONCE):
+            batch = new[start : start + IMAGES_AT_ONCE]
+            known |= zip(batch, self._scorer.encode_images([pixels[uid] for uid in batch]).unbind(), strict=True)
+        for uid in new:
+            self._encoded.put(uid, known[uid])
+        return {uid: known[uid] for uid in pixels}
+
+    async def aclose(self) -> None:
+        self._views.close()
+        await self._model.aclose()
+
+
+def build_image_text_reward(config: ImageTextConfig) -> ImageTextReward:
+    """The reward with its model loaded. Raises BadInput where the model is none, or of another kind."""
+    named = (config.model, config.dtype, config.device)
+    most = most_on(device_and_type(config.device, config.dtype)[0])
+    if isinstance(config, ItmRewardConfig):
+        itm = load_itm(*named)
+        return ImageTextReward(itm, itm_values(itm, config.logit), config.by, most)
+    scorer: Scorer = load_clip(*named) if isinstance(config, ClipRewardConfig) else load_blip(*named)
+    return ImageTextReward(scorer, scorer.score, config.by, most)
+
+
+def itm_values(scorer: ItmScorer, logit: str) -> Values:
+    """What an :class:`ItmRewardConfig` calls ``logit``, of pairs."""
+
+    def values(images: Tensor, pairs: Sequence[Pair]) -> list[float]:
+        logits = scorer.logits(images, pairs)
+        of_kind = {
+            "positive": logits[:, 1],
+            "difference": logits[:, 1] - logits[:, 0],
+            "probability": logits.softmax(-1)[:, 1],
+        }
+        found: list[float] = of_kind[logit].tolist()
+        return found
+
+    return values

@@ -1,0 +1,53 @@
+"""How natural a caption reads: its mean token log-probability by a frozen language model (VLRM, arXiv 2404.01911)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...models.dynamic_batcher import Together, most_on
+from ...models.engines.base import Completion
+from ...models.scorers.lm_scores import TextScorer, load_text_scorer
+from ..dataset import Task
+from .base import Scored
+
+
+class NaturalnessConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["naturalness"] = "naturalness"
+    model: str = Field(description="a causal language model: bundled, a folder, a hub id; VLRM's is OPT-2.7B")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    weight: float = 1.0
+    normalise: bool = False
+
+
+class NaturalnessReward:
+    """(1/n) sum of log p over the caption's n tokens: minus the log of its perplexity.
+
+    Blanks around a caption do not count, and what is longer than the model reads is cut. A caption without a token has
+    no mean: it is unscored.
+    """
+
+    def __init__(self, scorer: TextScorer) -> None:
+        self._model: Together[str, list[float]] = Together(scorer.logps, most_on(scorer.device))
+
+    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+        logps = await self._model.ask(caption.text.strip())
+        if not logps:
+            return Scored(None, {"error": "an empty caption has no token to be likely"})
+        value = sum(logps) / len(logps)
+        if not math.isfinite(value):
+            return Scored(None, {"error": "the model's log-probability is no number"})
+        return Scored(value)
+
+    async def aclose(self) -> None:
+        await self._model.aclose()
+
+
+def build_naturalness_reward(config: NaturalnessConfig) -> NaturalnessReward:
+    """The reward with its model loaded. Raises BadInput where that is no causal language model."""
+    return NaturalnessReward(load_text_scorer(config.model, config.dtype, config.device))

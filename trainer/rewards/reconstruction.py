@@ -1,0 +1,191 @@
+"""What a caption lets one draw: pictures drawn from it are held against the image (Luo, Song and Ma, UVA report).
+
+They draw five pictures by Stable Diffusion and compare VGG features. Its version, the layer, the resolution, guidance
+and the similarity are not stated; here they are keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ...errors import BadInput
+from ...manifests.files.storage import write_new
+from ...models.diffusion import Painter, load_painter, need_diffusers, pipeline_folder
+from ...models.dynamic_batcher import Together, most_on
+from ...models.engines.base import Completion
+from ...models.engines.model_folder import folder_digest, resolve_model
+from ...models.images.decode import Pixels
+from ...models.lru_cache import Recent
+from ...models.scorers.vgg import PerceptualNet, load_perceptual
+from ..dataset import Task
+from .base import Scored
+from .image_cache import KEPT, ViewCache
+
+CAPTIONS_KEPT = 1024
+MOST = 32  # captions drawn at most before those who wait for them are told
+
+
+class ReconstructionConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["reconstruction"] = "reconstruction"
+    model: str = Field(description="who draws: a diffusers text-to-image pipeline, bundled, a folder, a hub id")
+    features: str = Field(description="who compares: a VGG net, bundled or a folder (models/scorers/vgg.py)")
+    samples: int = Field(5, ge=1, description="pictures for a caption")
+    steps: int = Field(20, ge=1, description="denoising steps of a picture")
+    guidance: float = Field(7.5, ge=0, description="how much the text counts; 1 is without guidance")
+    size: int | None = Field(None, ge=8, description="height and width of the pictures; the pipeline's own by default")
+    layer: int | None = Field(None, ge=0, description="index in the net's features after which they are read; the last")
+    similarity: Literal["cosine", "pooled"] = Field(
+        "cosine", description="of all features where they are, or of their means over places"
+    )
+    crop: bool = Field(True, description="compare with the image's middle square; false: with all of it made square")
+    batch: int = Field(8, ge=1, description="pictures drawn at once")
+    cache: str | None = Field(None, description="folder that keeps features of what was drawn, for later runs")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    weight: float = 1.0
+    normalise: bool = False
+
+
+@dataclass(frozen=True)
+class _Asked:
+    uid: str
+    pixels: Pixels
+    caption: str
+
+
+def seed_of(caption: str, number: int) -> int:
+    """The seed of a caption's ``number``-th picture: of these two alone, 63 bits."""
+    return int.from_bytes(hashlib.sha256(f"{_hash(caption)}:{number}".encode()).digest()[:8], "big") >> 1
+
+
+def _hash(caption: str) -> str:
+    return hashlib.sha256(caption.encode()).hexdigest()
+
+
+class ReconstructionReward:
+    """The mean similarity of ``samples`` pictures; ``details`` have each and the mean's standard error.
+
+    What was drawn for a caption is kept, by the caption's hash, as feature vectors. ``identity``: of all that decides
+    these vectors, for files that outlive the run.
+    """
+
+    figures = ("se",)
+
+    def __init__(self, painter: Painter, net: PerceptualNet, config: ReconstructionConfig, identity: str = "") -> None:
+        self._painter, self._net, self._config, self._identity = painter, net, config, identity
+        self._views = ViewCache(net.view(config.crop))
+        self._drawn: Recent[str, Tensor] = Recent(CAPTIONS_KEPT)
+        self._originals: Recent[str, Tensor] = Recent(KEPT)
+        self._model: Together[_Asked, list[float]] = Together(self._similarities, min(MOST, most_on(net.device)))
+
+    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+        text = caption.text.strip()
+        found = await self._model.ask(_Asked(task.uid, await self._views.of(task), text))
+        if not all(map(math.isfinite, found)):
+            return Scored(None, {"error": "a similarity is no number"})
+        mean, error = mean_and_error(found)
+        return Scored(mean, {"similarities": found, "se": error})
+
+    def _similarities(self, asked: Sequence[_Asked]) -> list[list[float]]:
+        """Of each caption's pictures with its image. Runs on the computing thread."""
+        originals = self._vectors_of_images({each.uid: each.pixels for each in asked})
+        drawn = self._vectors_of_captions(list(dict.fromkeys(each.caption for each in asked)))
+        return [(drawn[each.caption] @ originals[each.uid]).tolist() for each in asked]
+
+    def _vectors_of_images(self, pixels: dict[str, Pixels]) -> dict[str, Tensor]:
+        known = {uid: found for uid in pixels if (found := self._originals.get(uid)) is not None}
+        new = [uid for uid in pixels if uid not in known]
+        if new:
+            vectors = self._net.vectors_of_pixels([pixels[uid] for uid in new]).cpu()
+            known |= zip(new, vectors, strict=True)
+        for uid in new:
+            self._originals.put(uid, known[uid])
+        return known
+
+    def _vectors_of_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Of each caption's pictures (samples, width); those that are kept nowhere are drawn."""
+        known = {text: found for text in captions if (found := self._kept(text)) is not None}
+        new = [text for text in captions if text not in known]
+        count = self._config.samples
+        wanted = [(text, seed_of(text, number)) for text in new for number in range(count)]
+        if wanted:
+            vectors = self._net.vectors(self._painter.paint(wanted)).cpu()
+            known |= zip(new, vectors.split(count), strict=True)
+        for text in new:
+            self._keep(text, known[text])
+        return known
+
+    def _kept(self, caption: str) -> Tensor | None:
+        key = _hash(caption)
+        found = self._drawn.get(key)
+        if found is None and (file := self._file(caption)) is not None and file.is_file():
+            try:
+                found = torch.from_numpy(np.load(file, allow_pickle=False))
+            except (OSError, ValueError):  # cut short by a full disk, say: it is drawn again
+                return None
+            self._drawn.put(key, found)
+        return found
+
+    def _keep(self, caption: str, vectors: Tensor) -> None:
+        self._drawn.put(_hash(caption), vectors)
+        if (file := self._file(caption)) is not None:
+            data = io.BytesIO()
+            np.save(data, vectors.numpy())
+            write_new(file, data.getvalue())
+
+    def _file(self, caption: str) -> Path | None:
+        if self._config.cache is None:
+            return None
+        name = hashlib.sha256(f"{self._identity}:{_hash(caption)}".encode()).hexdigest()
+        return Path(self._config.cache).expanduser() / name[:2] / f"{name}.npy"
+
+    async def aclose(self) -> None:
+        self._views.close()
+        await self._model.aclose()
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its Monte-Carlo standard error, sqrt(variance / n), unknown of a single value."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def build_reconstruction_reward(config: ReconstructionConfig) -> ReconstructionReward:
+    """The reward with its models loaded. Raises BadInput where one is none, or diffusers is not installed."""
+    need_diffusers()
+    if config.cache is not None and Path(config.cache).expanduser().is_file():
+        raise BadInput(f"rewards: reconstruction: cache: {config.cache} is a file, not a folder")
+    net = load_perceptual(config.features, config.layer, config.similarity, config.dtype, config.device)
+    painter = load_painter(
+        config.model,
+        steps=config.steps,
+        guidance=config.guidance,
+        size=config.size,
+        batch=config.batch,
+        dtype=config.dtype,
+        device=config.device,
+    )
+    return ReconstructionReward(painter, net, config, _identity(config) if config.cache is not None else "")
+
+
+def _identity(config: ReconstructionConfig) -> str:
+    """What decides the vectors of a caption's pictures, as text."""
+    speed = {"kind", "model", "features", "crop", "batch", "cache", "device", "weight", "normalise"}
+    models = [folder_digest(pipeline_folder(config.model)), folder_digest(resolve_model(config.features))]
+    return json.dumps([models, config.model_dump(mode="json", exclude=speed)], sort_keys=True)

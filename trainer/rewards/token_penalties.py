@@ -1,0 +1,158 @@
+"""Rewards of single tokens: listed phrases and repetition cost where they occur (VLRM, arXiv 2404.01911: bad, repeat).
+
+What a penalty amounts to the paper does not say: here it is 1 for each occurrence, times the reward's weight.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ...models.engines.base import Completion
+from ...stages.filter.ngrams import repeats, word_ends
+from ..dataset import Task
+from .base import Scored
+
+Decode = Callable[[list[int]], str]  # the policy's tokenizer: ids -> text, without special tokens
+YEAR = r"\b(?:1[5-9]|20)\d\d\b"
+
+
+def phrase_pattern(phrase: str) -> re.Pattern[str]:
+    """Finds ``phrase`` as whole words, whatever its case and its blanks."""
+    words = r"\s+".join(map(re.escape, phrase.split()))
+    before, after = (r"(?<!\w)" if phrase[0].isalnum() else ""), (r"(?!\w)" if phrase[-1].isalnum() else "")
+    return re.compile(f"{before}{words}{after}", re.IGNORECASE)
+
+
+def find_all(patterns: Mapping[str, re.Pattern[str]], text: str) -> list[tuple[str, int]]:
+    """The name of each pattern that is found, as often as it is, and where in ``text`` that ends."""
+    return [(name, found.end()) for name, pattern in patterns.items() for found in pattern.finditer(text)]
+
+
+def tokens_at(caption: Completion, ends: Iterable[int], decode: Decode) -> list[int]:
+    """For each place in the caption's text the token that brought the text up to it.
+
+    Found from what the first tokens decode to: the first one with which that agrees with the text as far as the place.
+    Where a thought comes before the text, from how much of the text the last tokens are.
+    """
+    ids = list(caption.token_ids)
+
+    def reach(count: int) -> int:
+        if caption.thought is not None:
+            return len(caption.text) - len(decode(ids[count:]))
+        # What a token begins and its successor ends (bytes of a character) is another text until then.
+        return _agreeing(decode(ids[:count]), caption.text)
+
+    counts = range(1, len(ids) + 1)
+    return [min(bisect_left(counts, end, key=reach), len(ids) - 1) for end in ends]
+
+
+def _agreeing(first: str, second: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def charged(caption: Completion, places: Iterable[int]) -> tuple[float, ...]:
+    """One number per token of the caption: minus how often its place is among ``places``."""
+    times = Counter(places)
+    return tuple(0.0 - times[place] for place in range(len(caption.token_ids)))
+
+
+def _penalty(caption: Completion, places: Sequence[int], details: Mapping[str, object]) -> Scored:
+    """Engines that tell no token ids (some servers) leave the penalty to the caption as a whole."""
+    return Scored(0.0 - len(places), details, charged(caption, places))
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+    if found.search("") is not None:
+        raise ValueError(f"{pattern!r} is found in an empty text, so everywhere")
+    return pattern
+
+
+def _says_something(phrase: str) -> str:
+    if not phrase.strip():
+        raise ValueError("a phrase is empty, and so everywhere")
+    return phrase
+
+
+class PhrasesConfig(BaseModel):
+    """Words that say nothing of an image; VLRM's list is not published beyond its examples, which are the defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["phrases"] = "phrases"
+    phrases: tuple[Annotated[str, AfterValidator(_says_something)], ...] = Field(
+        ("an image of", "a picture of", "a photo of", "a photograph of", "a video of"),
+        description="found as whole words, case does not matter",
+    )
+    patterns: tuple[Annotated[str, AfterValidator(_compiles)], ...] = Field(
+        (YEAR,), description="regular expressions; by default years from 1500 to 2099"
+    )
+    weight: float = Field(1.0, description="what one occurrence costs")
+    normalise: Literal[False] = False  # a share of a group's spread has no place among tokens
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> PhrasesConfig:
+        if not self.phrases and not self.patterns:
+            raise ValueError("phrases and patterns are both empty: nothing would be looked for; leave the reward out")
+        return self
+
+
+def patterns_of(config: PhrasesConfig) -> dict[str, re.Pattern[str]]:
+    """What finds each of the listed phrases and patterns, by how it is written in ``config``."""
+    found = {phrase: phrase_pattern(phrase) for phrase in config.phrases}
+    return found | {pattern: re.compile(pattern, re.IGNORECASE) for pattern in config.patterns}
+
+
+class PhrasesReward:
+    """Minus the number of listed phrases in the caption, each charged to the token that ends it."""
+
+    def __init__(self, config: PhrasesConfig, decode: Decode) -> None:
+        self._patterns = patterns_of(config)
+        self._decode = decode
+
+    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+        found = find_all(self._patterns, caption.text)
+        places = tokens_at(caption, (end for _, end in found), self._decode)
+        return _penalty(caption, places, {"phrases": dict(Counter(name for name, _ in found))} if found else {})
+
+    async def aclose(self) -> None: ...
+
+
+class RepeatsConfig(BaseModel):
+    """VLRM draws with no_repeat_ngram_size 2, which transformers counts in tokens; its penalty is not published."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["repeats"] = "repeats"
+    n: int = Field(2, ge=1, description="length of the runs that are not to come again")
+    of: Literal["tokens", "words"] = Field("tokens", description="what runs are of; words: without case, punctuation")
+    weight: float = Field(1.0, description="what one repetition costs")
+    normalise: Literal[False] = False  # a share of a group's spread has no place among tokens
+
+
+class RepeatsReward:
+    """Minus the number of n-grams that occurred before, each charged to the token that completes it."""
+
+    def __init__(self, config: RepeatsConfig, decode: Decode) -> None:
+        self._config, self._decode = config, decode
+
+    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+        if self._config.of == "tokens":
+            return _penalty(caption, repeats(caption.token_ids, self._config.n), {})
+        words = word_ends(caption.text)
+        again = [words[place] for place in repeats([word for word, _ in words], self._config.n)]
+        details = {"words": [word for word, _ in again]} if again else {}
+        return _penalty(caption, tokens_at(caption, (end for _, end in again), self._decode), details)
+
+    async def aclose(self) -> None: ...
