@@ -45,7 +45,7 @@ from capipe.manifests.schema import ANNOTATE
 from capipe.manifests.shards import RowReader, expand
 from capipe.models.bundled import folder_of
 from capipe.models.images.decode import ImageLimits
-from capipe.models.images.preprocess import decode_views
+from capipe.models.images.preprocess import decode_preprocessed
 from capipe.models.scorers.base import Pair, Scorer, by_length
 from capipe.models.scorers.clip import encode_trimmed
 from capipe.models.scorers.loading import ScorerConfig
@@ -106,7 +106,9 @@ class Forward:
         artifact = Artifact.open(str(captions))
         rows = [row for shard in expand(str(shards)) for row in RowReader(shard)]
         new = [row["captions"][0]["text"] for shard in artifact.committed() for row in artifact.read_rows(shard)]
-        decode = functools.partial(decode_views, views=tuple(each.view for each in scorers), limits=ImageLimits())
+        decode = functools.partial(
+            decode_preprocessed, preprocesses=tuple(each.preprocess for each in scorers), limits=ImageLimits()
+        )
         self.images = len(rows)
         self.calls: list[Callable[[], Any]] = []
         for start in range(0, len(rows), CHUNK):

@@ -105,7 +105,7 @@ class InputShard:
         url = self.url.removesuffix(".tar") + ".parquet"
         return expecting(open_parquet(url), 0 if self.record is None else self.record.count, url)
 
-    def is_mended(self, made: ShardRecord) -> bool:
+    def is_repaired(self, made: ShardRecord) -> bool:
         """Whether some of its rows were done again since ``made`` was made of it; the others are what they were.
 
         Raises ArtifactMismatch if this is not the tar that ``made`` came from: by size, or by our manifest.
@@ -126,7 +126,7 @@ class InputShard:
     def _changed(self) -> ArtifactMismatch:
         return ArtifactMismatch(f"{self.url}: the shard changed since this output was made; {_START_OVER}")
 
-    def has_mended_companions(self, made: ShardRecord) -> bool:
+    def has_repaired_companions(self, made: ShardRecord) -> bool:
         """The same of the sidecars beside it. Raises ArtifactMismatch if one is another than ``made`` was made of."""
         mended = False
         for companion in self.companions:

@@ -71,7 +71,7 @@ def decode_text(data: bytes, notes: list[str]) -> str:
 def text_stream(stream: BinaryIO) -> io.TextIOWrapper:
     """The text of a file from its first byte on, without its byte-order mark; lines end as they do in the file.
 
-    Bytes that are not UTF-8 come as the surrogates of ``surrogateescape``: :func:`mended` tells and replaces them.
+    Bytes that are not UTF-8 come as the surrogates of ``surrogateescape``: :func:`repaired` tells and replaces them.
     """
     encoding = encoding_of(stream.read(4))
     stream.seek(0)
@@ -79,7 +79,7 @@ def text_stream(stream: BinaryIO) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline="")
 
 
-def mended(text: str, notes: list[str]) -> str:
+def repaired(text: str, notes: list[str]) -> str:
     """A text, or the JSON of many, that was read by :func:`text_stream`, as :func:`decode_text` would have given it."""
     replaced = _ESCAPED.sub(lambda run: run[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), text)
     if replaced != text and (note := "text is not UTF-8: replaced") not in notes:

@@ -36,7 +36,7 @@ _ROW = ("key", "uid", "status")
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What was read and every fault found, one line each; no faults means the artifact keeps its promises."""
 
     shards: int = 0
@@ -46,13 +46,13 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def verify(url: str, images: Sequence[str] = ()) -> Report:
+def verify(url: str, images: Sequence[str] = ()) -> VerifyReport:
     """Re-read an artifact: checksums, sizes, schemas, counts, keys, tars against Parquets, rows against its input.
 
     ``images``: folders and URLs below which its input may be read, where it is in another store.
     """
     artifact = Artifact.open(url)
-    report = Report()
+    report = VerifyReport()
     keys = _KeySet()
     if not artifact.is_as_written:
         report.faults.append(f"{url}/{CONFIG}: its digest does not fit its contents; was it edited? Restore it")
@@ -93,7 +93,7 @@ class _KeySet:
         return len(self._marks) > before
 
 
-def _files(artifact: Artifact, files: Mapping[str, Mapping[str, Any]], report: Report) -> Iterator[str]:
+def _files(artifact: Artifact, files: Mapping[str, Mapping[str, Any]], report: VerifyReport) -> Iterator[str]:
     for name, expected in files.items():
         digest, size = hashlib.sha256(), 0
         try:
@@ -115,7 +115,7 @@ def _files(artifact: Artifact, files: Mapping[str, Mapping[str, Any]], report: R
             yield f"{name}: its sha256 is not the one that was committed"
 
 
-def _finals(artifact: Artifact, report: Report) -> Iterator[str]:
+def _finals(artifact: Artifact, report: VerifyReport) -> Iterator[str]:
     """The files over all shards of an export."""
     if "extras" not in artifact.config["run"]:
         return
@@ -125,7 +125,7 @@ def _finals(artifact: Artifact, report: Report) -> Iterator[str]:
     yield from _files(artifact, finals or {}, report)
 
 
-def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report: Report) -> None:
+def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report: VerifyReport) -> None:
     """Keys that ingest gave are unique in the artifact. Tars of other tools may use a key again in another tar, which
     final shards, whose rows are compared with those of their input below, may have passed on through several stages."""
     column = artifact.table(record.shard, ["key"]).column("key").to_pylist()
@@ -233,7 +233,7 @@ def _loose_caption(artifact: Artifact, name: str, caption: str) -> Iterator[str]
         yield f"{name}: not the caption that was written"
 
 
-def _source(artifact: Artifact, report: Report, allowed: Allowed) -> Artifact | None:
+def _source(artifact: Artifact, report: VerifyReport, allowed: Allowed) -> Artifact | None:
     """The artifact this one was made from, if it was one of ours and still is where it was."""
     pattern = artifact.config["run"].get("shards")
     if artifact.config["semantic"].get("input") is None or not isinstance(pattern, str):
@@ -282,7 +282,7 @@ def _identity(artifact: Artifact, shard: str, key: str) -> pa.Table:
     return pa.table({"key": table.column(key), "uid": table.column("uid")})
 
 
-def _leftovers(artifact: Artifact, report: Report) -> None:
+def _leftovers(artifact: Artifact, report: VerifyReport) -> None:
     scratch = artifact.folder.private("tmp")
     for path in sorted(scratch.glob("*")) if scratch.is_dir() else []:
         report.faults.append(f"{path}: a temporary file was left behind; run the same command again to clear it")

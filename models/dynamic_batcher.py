@@ -26,7 +26,7 @@ def most_on(device: torch.device) -> int:
     return 1 if device.type == "cpu" else MOST
 
 
-class Together(Generic[Asked, Told]):
+class DynamicBatcher(Generic[Asked, Told]):
     """``compute`` answers a batch of calls, in order. Where it fails on one, only the calls that are to blame fail.
 
     Use from one event loop. What is computed must not depend on what else is in the batch, but for float rounding.
@@ -62,8 +62,10 @@ class Together(Generic[Asked, Told]):
         while self._waiting:
             jobs, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
             jobs = [job for job in jobs if not job[1].done()]  # a caller may have gone away
-            told = await asyncio.get_running_loop().run_in_executor(self._thread, self._told, [job[0] for job in jobs])
-            for (_, future), outcome in zip(jobs, told, strict=True):
+            results = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._results, [job[0] for job in jobs]
+            )
+            for (_, future), outcome in zip(jobs, results, strict=True):
                 if future.done():
                     continue
                 if isinstance(outcome, Exception):
@@ -71,7 +73,7 @@ class Together(Generic[Asked, Told]):
                 else:
                     future.set_result(outcome)
 
-    def _told(self, asked: Sequence[Asked]) -> list[Told | Exception]:
+    def _results(self, asked: Sequence[Asked]) -> list[Told | Exception]:
         """One outcome per call. Where a batch fails its halves are tried, down to the call that is to blame."""
         return by_halves(asked, self._computed)
 

@@ -9,7 +9,7 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Key, Value]):
+class LRUCache(Generic[Key, Value]):
     """At most ``most`` values; reading one makes it the newest. Not thread-safe."""
 
     def __init__(self, most: int) -> None:

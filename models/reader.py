@@ -116,7 +116,7 @@ class Reading:
         return self.right / self.scored if self.scored else None
 
 
-class _Told(NamedTuple):
+class _Reply(NamedTuple):
     answer: Answer
     cut: bool = False  # a thought before it was, at its limit
     instead: str = ""  # what came where the answer is None
@@ -166,7 +166,7 @@ class QuizReader:
 
     async def _answers(
         self, beginning: str, image: ImageInput | None, asked: Sequence[tuple[Question, Order]]
-    ) -> list[_Told]:
+    ) -> list[_Reply]:
         prompts = [Prompt(beginning + put(question, order, self.config.abstain), image) for question, order in asked]
         numbers: Counter[str] = Counter()
         waiting = []
@@ -195,20 +195,20 @@ class QuizReader:
             readings.append(Reading(question, chosen, errors, cut, instead, refused))
         return readings
 
-    async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> _Told:
+    async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> _Reply:
         """The choice of one presentation, None where the reader made none, or why its request failed."""
         seed = seed_of(f"{self.config.seed}/{question.id}/{number}/{prompt.text}")
         try:
             place, thought, instead = await self._place(prompt, len(order), seed)
         except Refused as error:
             self._count_read(None, str(error))
-            return _Told(None, instead=str(error), refused=True)
+            return _Reply(None, instead=str(error), refused=True)
         except RequestError as error:
-            return _Told(str(error))
+            return _Reply(str(error))
         self._count(thought)
         self._count_read(place, instead)
         cut = thought is not None and not thought.closed
-        return _Told(None, cut, instead) if place is None else _Told(order[place], cut)
+        return _Reply(None, cut, instead) if place is None else _Reply(order[place], cut)
 
     async def check(self) -> None:
         """Put one question to a reader behind a server. Raises BadInput where it says that it can never answer any.

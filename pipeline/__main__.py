@@ -9,7 +9,7 @@ def main() -> None:
     """Run the command. Signals are heard from the first line on, though the commands take seconds to import."""
     interrupts.begin()
     from .cli import main as command
-    from .commands.outcome import Exit
+    from .commands.run_job import Exit
 
     interrupts.raise_on_signals()
     try:

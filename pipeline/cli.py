@@ -23,7 +23,7 @@ from ..terminal import escape_logs, escaped, print_err, print_line
 from .chain import command
 from .commands import annotate, dedup, embed, eval, export, filter, ingest, inspect, qa, train
 from .commands.options import Images
-from .commands.outcome import LAST_WORDS, Exit
+from .commands.run_job import LAST_WORDS, Exit
 from .runners.worker import disk_text
 
 app = typer.Typer(
@@ -121,10 +121,10 @@ def demo(
 @app.command()
 def doctor() -> None:
     """Show engines, devices and versions found, what is missing, and how to get it."""
-    from .commands.doctor import examine
+    from .commands.doctor import run_checks
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    findings = examine()
+    findings = run_checks()
     for finding in findings:
         mark = "ok" if finding.mend is None else ("MISSING" if finding.required else "-")
         found = finding.found + (f"  ->  {finding.mend}" if finding.mend else "")

@@ -44,14 +44,14 @@ def tied(rewards: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Part:
+class RewardTerm:
     """How a reward enters the sum: times ``weight``, after being normalised within its group where ``normalise``."""
 
     weight: float = 1.0
     normalise: bool = False
 
 
-def combine(components: Mapping[str, Tensor], parts: Mapping[str, Part]) -> Tensor:
+def combine(components: Mapping[str, Tensor], parts: Mapping[str, RewardTerm]) -> Tensor:
     """A group's rewards from those of its components, each (completions,) and NaN where unscored; the sum is NaN there.
 
     A component is normalised before summing (arXiv 2605.07394) so that none drowns the others by its mere spread.

@@ -28,7 +28,7 @@ from ..models.engines.loading import EngineConfig, load_engine
 from ..models.engines.model_folder import image_grid, resolve_model
 from ..models.images.grid import ImageGrid
 from ..models.reader import ReaderConfig
-from .distributed import ALONE, Ranks
+from .distributed import ALONE, Distributed
 from .images import Pictures
 from .policy.batch import Batch
 from .policy.blip2 import Blip2Policy
@@ -77,11 +77,11 @@ class PolicyParts:
     pictures: Pictures
     reference: Callable[[Any], Tensor] | None
     folder: Path
-    ranks: Ranks
+    ranks: Distributed
     learning: str  # which parts do, in words
 
 
-def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Ranks = ALONE) -> PolicyParts:
+def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Distributed = ALONE) -> PolicyParts:
     """Load ``recipe.model``, or ``weights``, a checkpoint of it, and freeze what is not to learn.
 
     Raises BadInput for models and prompts that the trainer cannot do with.

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from ..models.engines.context import quiz_room
 from ..models.engines.loading import EngineConfig, load_engine
 from ..models.reader import QuizReader
-from .advantages import Part
+from .advantages import RewardTerm
 from .build import load_reader
 from .recipe import RewardConfig
-from .rewards.base import Judge, Reward
+from .rewards.base import Reward, RewardManager
 from .rewards.image_text import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig, build_image_text_reward
 from .rewards.judge import JudgeReward, JudgeRewardConfig
 from .rewards.naturalness import NaturalnessConfig, build_naturalness_reward
@@ -20,7 +20,9 @@ from .rewards.text import BoilerplateConfig, BoilerplateReward, LengthConfig, Le
 from .rewards.token_penalties import Decode, PhrasesConfig, PhrasesReward, RepeatsConfig, RepeatsReward
 
 
-async def build_judge(configs: Sequence[RewardConfig], decode: Decode, caption_tokens: int | None = None) -> Judge:
+async def build_reward_manager(
+    configs: Sequence[RewardConfig], decode: Decode, caption_tokens: int | None = None
+) -> RewardManager:
     """The rewards of a recipe, engines started. ``decode``: a completion's ids to text by the policy's tokenizer.
 
     ``caption_tokens``: the longest caption, by which engines make room; as much as their models take where None.
@@ -34,7 +36,7 @@ async def build_judge(configs: Sequence[RewardConfig], decode: Decode, caption_t
         for reward in rewards.values():
             await reward.aclose()
         raise
-    return Judge(rewards, {config.kind: Part(config.weight, config.normalise) for config in configs})
+    return RewardManager(rewards, {config.kind: RewardTerm(config.weight, config.normalise) for config in configs})
 
 
 async def _reward(config: RewardConfig, decode: Decode, caption_tokens: int | None) -> Reward:

@@ -22,7 +22,7 @@ from ..stages.questions.screen import QUESTIONS
 
 
 @dataclass(frozen=True)
-class Task:
+class Example:
     """An image and its questions, if any. The bytes stay in their tar: ``size`` of them at ``offset`` of ``url``."""
 
     uid: str
@@ -43,18 +43,18 @@ class Task:
 
 
 @dataclass(frozen=True)
-class TaskList:
+class ExampleList:
     """``fingerprint``: of the questions, or without them of the images, for checkpoints; ``without``: images left out,
 
     which have no question to ask or are none.
     """
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[Example, ...]
     fingerprint: str
     without: int
 
 
-def load_tasks(shards: str, questions: str | None, expected: str | None = None) -> TaskList:
+def load_examples(shards: str, questions: str | None, expected: str | None = None) -> ExampleList:
     """Images of ``shards`` with what may be asked about them; all that are images where no ``questions`` are named.
 
     ``expected``: the fingerprint that the questions, or the images without them, must have. Raises BadInput where there
@@ -76,22 +76,22 @@ def load_tasks(shards: str, questions: str | None, expected: str | None = None) 
             f"{questions}: made of images with fingerprint {made_of}, {shards} has {source.fingerprint}; "
             "give the shards that the questions are about"
         )
-    tasks: list[Task] = []
+    tasks: list[Example] = []
     without = 0
     for shard in join(expand(shards), {QUESTIONS: artifact}):
         for row in RowReader(shard):
             asked = kept_questions(row.beside[QUESTIONS])
-            task = _task(shard, row, tuple(asked)) if asked else None
+            task = _example(shard, row, tuple(asked)) if asked else None
             tasks += [] if task is None else [task]
             without += task is None
     if not tasks:
         raise BadInput(f"{questions}: none of the {without} images has a question to ask; screen with other thresholds")
-    return TaskList(tuple(tasks), artifact.fingerprint, without)
+    return ExampleList(tuple(tasks), artifact.fingerprint, without)
 
 
-def _images_alone(shards: str, expected: str | None) -> TaskList:
+def _images_alone(shards: str, expected: str | None) -> ExampleList:
     """The images of shards, with nothing to ask; foreign tars have no fingerprint, so their images' uids make one."""
-    found = [_task(shard, row, ()) for shard in expand(shards) for row in RowReader(shard)]
+    found = [_example(shard, row, ()) for shard in expand(shards) for row in RowReader(shard)]
     tasks = tuple(task for task in found if task is not None)
     if not tasks:
         raise BadInput(f"{shards}: none of its {len(found)} rows is an image to train on")
@@ -102,18 +102,18 @@ def _images_alone(shards: str, expected: str | None) -> TaskList:
             f"{shards}: the images' fingerprint is {mark}, not {expected}; give the shards that were meant, or mend "
             "`data.fingerprint`"
         )
-    return TaskList(tasks, mark, len(found) - len(tasks))
+    return ExampleList(tasks, mark, len(found) - len(tasks))
 
 
-def _task(shard: InputShard, row: Row, questions: tuple[Question, ...]) -> Task | None:
+def _example(shard: InputShard, row: Row, questions: tuple[Question, ...]) -> Example | None:
     """The row's image by reference, None where it is none."""
     if row.status is not Status.OK or row.image is None or row.uid is None:
         return None
-    return Task(row.uid, row.key, shard.url, row.offset, len(row.image), questions, scene_of(row))
+    return Example(row.uid, row.key, shard.url, row.offset, len(row.image), questions, scene_of(row))
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PromptSampler:
     """Which tasks a step takes: each epoch is a new permutation, and steps run on across epochs."""
 
     count: int
@@ -128,7 +128,7 @@ class Schedule:
             for at in range(first, first + self.batch)
         ]
 
-    def turns(self, step: int) -> list[tuple[int, int]]:
+    def sample(self, step: int) -> list[tuple[int, int]]:
         """:meth:`indices`, each with how often the step has it before: not 0 where a batch is larger than the data."""
         seen: Counter[int] = Counter()
         found = []

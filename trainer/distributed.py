@@ -40,7 +40,7 @@ BUCKET = 1 << 25  # weights whose gradients travel together: 128 MB of float32
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Distributed:
     """``rank`` of ``count`` processes; ``sharded``: weights are split over them (FSDP2), gradients summed by that."""
 
     rank: int = 0
@@ -99,7 +99,7 @@ class Ranks:
             dist.barrier()
 
 
-ALONE = Ranks()
+ALONE = Distributed()
 
 
 def _sum_bucket(bucket: list[nn.Parameter]) -> None:
@@ -135,7 +135,7 @@ def alone_on(device: torch.device) -> Iterator[None]:
         os.environ.update(before)
 
 
-def join(sharded: bool) -> Ranks:
+def join(sharded: bool) -> Distributed:
     """The processes that `torchrun` started, or this one alone. Ranks of one machine take its GPUs in order."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         follow(os.getppid())  # a killed torchrun leaves none of us
@@ -146,4 +146,4 @@ def join(sharded: bool) -> Ranks:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    return Ranks(dist.get_rank(), count, sharded)
+    return Distributed(dist.get_rank(), count, sharded)

@@ -16,7 +16,7 @@ from ..models.images.decode import ImageLimits
 from ..models.images.decode_pool import DecodePool, grid_decoder
 from ..models.images.formats import ImageProblem
 from ..models.images.grid import ImageGrid
-from .dataset import Task
+from .dataset import Example
 
 KEPT = 256  # images; more than a step has on one process
 
@@ -32,7 +32,7 @@ class Pictures:
         self._pool = None if grid is None else DecodePool(processes, grid_decoder(grid, ImageLimits()))
         self._recent: OrderedDict[str, asyncio.Task[ImageInput]] = OrderedDict()
 
-    async def of(self, task: Task) -> ImageInput:
+    async def of(self, task: Example) -> ImageInput:
         """The task's image. Raises RunFailed where one that was fine when listed cannot be decoded any more."""
         if task.uid not in self._recent:
             self._recent[task.uid] = asyncio.create_task(self._read(task))
@@ -41,7 +41,7 @@ class Pictures:
         self._recent.move_to_end(task.uid)
         return await asyncio.shield(self._recent[task.uid])
 
-    async def _read(self, task: Task) -> ImageInput:
+    async def _read(self, task: Example) -> ImageInput:
         data = await asyncio.to_thread(task.read)
         pixels = None if self._pool is None else await self._pool.decode(data)
         if isinstance(pixels, ImageProblem):

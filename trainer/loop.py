@@ -19,15 +19,15 @@ from ..models.engines.base import EngineDead
 from ..models.reader import QuizReader
 from .build import PolicyParts, rate, value_weights, write_policy
 from .checkpoint import Facts, folder_of, save
-from .dataset import Schedule, Task
-from .distributed import Ranks
+from .dataset import Example, PromptSampler
+from .distributed import Distributed
 from .evaluation.text_statistics import loops
 from .log import SECONDS, RunLog
 from .policy.batch import Group
 from .policy.fsdp import optimizer_state
 from .preflight import template_warnings
 from .recipe import AlarmConfig, Recipe
-from .rewards.base import Judge
+from .rewards.base import RewardManager
 from .rollouts import Rollouts
 from .sampler import Sampler
 from .update import Updater, UpdateReport
@@ -40,18 +40,18 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A run with all its parts, about to do ``step``."""
 
     recipe: Recipe
     out: Path
     fingerprint: str
-    tasks: Sequence[Task]
-    held_out: Sequence[Task]
+    tasks: Sequence[Example]
+    held_out: Sequence[Example]
     parts: PolicyParts
     sampler: Sampler
     rollouts: Rollouts
-    judge: Judge
+    judge: RewardManager
     grader: QuizReader | None
     updater: Updater
     log: RunLog
@@ -64,7 +64,7 @@ class Run:
     stopping: bool = False  # a signal asked for the end: the step is finished, a checkpoint written
 
 
-async def train(run: Run) -> Path:
+async def train(run: TrainingRun) -> Path:
     """Do the steps that are left, or those until ``run.stopping``; returns the last checkpoint, --out without any.
 
     Raises RunFailed on an alarm, after a checkpoint.
@@ -85,7 +85,7 @@ async def train(run: Run) -> Path:
             raise
         with clock.phase("sync"), _engine_ended_too(run):
             probe = await run.sampler.sync(run.step + 1)
-        figures = step_figures(groups, report, run.judge.figures, ranks)
+        figures = step_metrics(groups, report, run.judge.figures, ranks)
         figures |= {} if probe is None else {"probe": probe}
         run.log.captions(run.step, groups)
         run.step += 1
@@ -107,14 +107,14 @@ async def train(run: Run) -> Path:
     return last
 
 
-async def _advance(run: Run, clock: Clock) -> tuple[list[Group], UpdateReport]:
+async def _advance(run: TrainingRun, clock: Clock) -> tuple[list[Group], UpdateReport]:
     """A step's captions and the update by them; with ``rollout.overlap`` the next step's are drawn meanwhile.
 
     None are drawn ahead over a checkpoint, so that a run resumed there goes on as if it had not stopped.
     """
     recipe, drawn_before = run.recipe, run.ahead is not None
     with clock.phase("rollout"):
-        groups = run.ahead or await _draw(run, run.step)
+        groups = run.ahead or await _rollout(run, run.step)
         await run.sampler.rest()
     for group in run.updater.optimizer.param_groups:
         group["lr"] = group["scale"] * rate(recipe.optimizer, run.step, recipe.steps)
@@ -124,7 +124,7 @@ async def _advance(run: Run, clock: Clock) -> tuple[list[Group], UpdateReport]:
     with clock.phase("update"):
         if not recipe.rollout.overlap or following % recipe.save_every == 0 or following == recipe.steps:
             return groups, run.updater.update(groups, drawn_before)
-        drawing = asyncio.create_task(_draw(run, following))
+        drawing = asyncio.create_task(_rollout(run, following))
         try:
             report = await asyncio.to_thread(_update_beside, run, groups, drawn_before)
         except BaseException:
@@ -136,7 +136,7 @@ async def _advance(run: Run, clock: Clock) -> tuple[list[Group], UpdateReport]:
         return groups, report
 
 
-def _ended_too(run: Run) -> bool:
+def _ended_too(run: TrainingRun) -> bool:
     """Whether an engine's end is that of the run: a scheduler sends its signal to all processes of a job.
 
     Of several processes that train together one must not leave a step that the others wait in.
@@ -145,7 +145,7 @@ def _ended_too(run: Run) -> bool:
 
 
 @contextmanager
-def _engine_ended_too(run: Run) -> Iterator[None]:
+def _engine_ended_too(run: TrainingRun) -> Iterator[None]:
     """What follows a step's update is left out where the signal that stops the run ended the engine as well."""
     try:
         yield
@@ -154,21 +154,21 @@ def _engine_ended_too(run: Run) -> Iterator[None]:
             raise
 
 
-async def _draw(run: Run, step: int) -> list[Group]:
+async def _rollout(run: TrainingRun, step: int) -> list[Group]:
     """This process's share of a step's captions, scored."""
-    schedule = Schedule(len(run.tasks), run.recipe.rollout.images, run.recipe.seed)
-    mine = run.parts.ranks.share(schedule.turns(step))
+    schedule = PromptSampler(len(run.tasks), run.recipe.rollout.images, run.recipe.seed)
+    mine = run.parts.ranks.share(schedule.sample(step))
     return await run.rollouts.collect([(run.tasks[index], turn) for index, turn in mine], step, run.judge)
 
 
-def _update_beside(run: Run, groups: list[Group], drawn_before: bool) -> UpdateReport:
+def _update_beside(run: TrainingRun, groups: list[Group], drawn_before: bool) -> UpdateReport:
     device = run.parts.policy.device
     if device.type == "cuda":  # which is the current one is told each thread anew
         torch.cuda.set_device(device)
     return run.updater.update(groups, drawn_before)
 
 
-def checkpoint(run: Run) -> Path:
+def checkpoint(run: TrainingRun) -> Path:
     """Write one; all processes take part, as none may have all of the weights."""
     facts = Facts(run.step, run.fingerprint, {"alarms": run.alarms, "reader": run.reader})
     state = optimizer_state(run.parts.policy, run.updater.optimizer)
@@ -179,7 +179,7 @@ def checkpoint(run: Run) -> Path:
     return folder_of(run.out, run.step)
 
 
-async def _validate(run: Run) -> Validation | None:
+async def _validate(run: TrainingRun) -> Validation | None:
     if run.grader is None or not run.held_out or not run.parts.ranks.first:
         return None
     captions = await run.rollouts.greedy(run.held_out)
@@ -193,7 +193,9 @@ async def _validate(run: Run) -> Validation | None:
     return found
 
 
-def step_figures(groups: Sequence[Group], report: UpdateReport, rewards: Sequence[str], ranks: Ranks) -> dict[str, Any]:
+def step_metrics(
+    groups: Sequence[Group], report: UpdateReport, rewards: Sequence[str], ranks: Distributed
+) -> dict[str, Any]:
     """Means over a step's captions of all processes, and the update's own figures. ``rewards``: components' names."""
     summed = ranks.sum(tally(groups, rewards)).tolist()
     captions, tokens, truncated, repeating, scores, scored, failed, *parts = summed

@@ -34,7 +34,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipRange:
     """Ratios are kept from ``1 - low`` to ``1 + high``; ``cap`` is the largest weight of a token in CISPO."""
 
     low: float = 0.2
@@ -42,12 +42,12 @@ class Clip:
     cap: float = 5.0
 
 
-def clipped(tokens: Tokens, clip: Clip) -> Tensor:
+def clipped(tokens: Tokens, clip: ClipRange) -> Tensor:
     """Per token, -min(r A, clip(r) A) with r its own probability ratio (PPO, arXiv 1707.06347 eq. 7). (tokens,)."""
     return _pessimistic((tokens.logp - tokens.old).exp(), tokens.advantages, clip)
 
 
-def sequence_clipped(tokens: Tokens, clip: Clip) -> Tensor:
+def sequence_clipped(tokens: Tokens, clip: ClipRange) -> Tensor:
     """As :func:`clipped`, with one ratio per completion: the geometric mean of its tokens' (arXiv 2507.18071 eq. 7).
 
     (tokens,); all tokens of a completion have the same value.
@@ -59,18 +59,18 @@ def sequence_clipped(tokens: Tokens, clip: Clip) -> Tensor:
     return _pessimistic(means.exp()[tokens.row], tokens.advantages, clip)
 
 
-def cispo(tokens: Tokens, clip: Clip) -> Tensor:
+def cispo(tokens: Tokens, clip: ClipRange) -> Tensor:
     """-min(r, cap) A log p, no gradient through the weight, so no token is mute (arXiv 2506.13585 eq. 4). (tokens,)."""
     weight = (tokens.logp - tokens.old).exp().clamp(max=clip.cap).detach()
     return -weight * tokens.advantages * tokens.logp
 
 
-def policy_gradient(tokens: Tokens, clip: Clip) -> Tensor:
+def policy_gradient(tokens: Tokens, clip: ClipRange) -> Tensor:
     """-A log p, the actor's part of A2C (arXiv 1602.01783); for tokens sampled from the policy itself. (tokens,)."""
     return -tokens.advantages * tokens.logp
 
 
-def _pessimistic(ratio: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
+def _pessimistic(ratio: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip.low, 1 + clip.high) * advantages)
 
 
@@ -78,7 +78,7 @@ def _pessimistic(ratio: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
 class PolicyLoss:
     """What a name stands for: the value of a token, and how tokens are averaged."""
 
-    of_token: Callable[[Tokens, Clip], Tensor]
+    of_token: Callable[[Tokens, ClipRange], Tensor]
     aggregation: Aggregation
 
 

@@ -16,9 +16,9 @@ from ..errors import BadInput
 from ..models.engines.base import Completion
 from ..models.reader import QuizReader
 from ..models.tiny.world.captions import dense_caption
-from .dataset import Task
+from .dataset import Example
 from .evaluation.ability import Ability, ability_of, cautions
-from .rewards.base import Judge
+from .rewards.base import RewardManager
 from .rewards.quiz import QuizReward
 
 GENERIC = "The image shows several objects on a plain background."
@@ -36,7 +36,7 @@ class Floors:
     blind: float
 
 
-async def floors(reward: QuizReward, tasks: Sequence[Task]) -> Floors:
+async def floors(reward: QuizReward, tasks: Sequence[Example]) -> Floors:
     """The quiz reward of three controls over the first images. Raises BadInput where nothing could be scored."""
     means = []
     for text in (GENERIC, "", None):
@@ -62,7 +62,7 @@ def refuse_templates(found: Floors, tolerance: float = TOLERANCE) -> None:
             )
 
 
-async def ability(reader: QuizReader, tasks: Sequence[Task]) -> Ability:
+async def ability(reader: QuizReader, tasks: Sequence[Example]) -> Ability:
     """What the reader makes of captions that tell the answers. Raises BadInput where nothing could be scored."""
     found = await ability_of(reader, tasks[:IMAGES])
     if found is None:
@@ -100,13 +100,13 @@ class Control:
         return told
 
 
-async def controls(judge: Judge, tasks: Sequence[Task], ids: Callable[[str], list[int]]) -> Control:
+async def controls(judge: RewardManager, tasks: Sequence[Example], ids: Callable[[str], list[int]]) -> Control:
     """What a judge's rewards, its quiz apart, say of controls on the first images. ``ids``: the policy's, of a text."""
-    apart = Judge({name: each for name, each in judge.rewards.items() if name != "quiz"}, judge.parts)
+    apart = RewardManager({name: each for name, each in judge.rewards.items() if name != "quiz"}, judge.parts)
     first = tasks[:IMAGES]
     truth = [(task, dense_caption(task.scene, Random(task.uid))) for task in first if task.scene is not None]
 
-    async def means(captions: Sequence[tuple[Task, str]]) -> dict[str, float]:
+    async def means(captions: Sequence[tuple[Example, str]]) -> dict[str, float]:
         found = await asyncio.gather(
             *(apart.score(task, completion(text, ids), f"preflight/{task.uid}") for task, text in captions)
         )

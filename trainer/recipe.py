@@ -84,7 +84,7 @@ class RolloutConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _drawn_soundly(self) -> RolloutConfig:
+    def _sampled_soundly(self) -> RolloutConfig:
         if self.overlap and self.temperature != 1:
             raise ValueError("overlap takes the log-probabilities of sampling, which engines tell for temperature 1")
         if self.sleep and (self.engine != "vllm" or self.overlap):

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from ..models.engines.base import Completion, Engine, GenerationRequest, Prompt, RequestError, Sampling
 from ..models.engines.hf.model_adapter import PreparedPrompt
-from .dataset import Task
+from .dataset import Example
 from .images import Pictures
 from .policy.batch import Group
-from .rewards.base import Judge, Scored
+from .rewards.base import RewardManager, Scored
 
 Prepare = Callable[[Prompt], PreparedPrompt]  # the ids, positions and patches that the policy reads
 
 
 @dataclass(frozen=True)
-class Drawing:
+class RolloutSampling:
     """How captions are drawn: always from the policy's whole distribution, as cut ones would bias the gradient.
 
     ``seed``: the run's; draws depend on it, the step, the image and the number of its caption in the step alone.
@@ -38,11 +38,11 @@ class Drawing:
 class Rollouts:
     """Samples groups from an engine that has the policy's weights."""
 
-    def __init__(self, engine: Engine, prepare: Prepare, pictures: Pictures, drawing: Drawing) -> None:
+    def __init__(self, engine: Engine, prepare: Prepare, pictures: Pictures, drawing: RolloutSampling) -> None:
         self.engine, self.drawing = engine, drawing
         self._prepare, self._pictures = prepare, pictures
 
-    async def collect(self, turns: Sequence[tuple[Task, int]], step: int, judge: Judge) -> list[Group]:
+    async def collect(self, turns: Sequence[tuple[Example, int]], step: int, judge: RewardManager) -> list[Group]:
         """One group per task, in order, with rewards; a caption that could not be sampled is left out of its group,
         which has the reason.
 
@@ -58,7 +58,7 @@ class Rollouts:
         )
         return await asyncio.gather(*groups)
 
-    async def greedy(self, tasks: Sequence[Task]) -> list[Completion | RequestError]:
+    async def greedy(self, tasks: Sequence[Example]) -> list[Completion | RequestError]:
         """The likeliest caption of each task, for validation, or why there is none. Raises EngineDead."""
         sampling = Sampling(max_tokens=self.drawing.max_tokens)
         prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self._pictures.of, tasks))]
@@ -70,7 +70,7 @@ class Rollouts:
         except RequestError as error:
             return error
 
-    async def _group(self, task: Task, turn: int, prompt: Prompt, step: int, judge: Judge) -> Group:
+    async def _group(self, task: Example, turn: int, prompt: Prompt, step: int, judge: RewardManager) -> Group:
         size = self.drawing.group
         draws = [f"{self.drawing.seed}/{step}/{task.uid}/{number}" for number in range(turn * size, (turn + 1) * size)]
         outcomes = await asyncio.gather(*(self._caption(prompt, task, draw, judge) for draw in draws))
@@ -82,7 +82,7 @@ class Rollouts:
         return group
 
     async def _caption(
-        self, prompt: Prompt, task: Task, draw: str, judge: Judge
+        self, prompt: Prompt, task: Example, draw: str, judge: RewardManager
     ) -> tuple[Completion, dict[str, Scored]] | RequestError:
         request = GenerationRequest(prompt, self.drawing.sampling(draw), logprobs=True)
         try:

@@ -25,11 +25,11 @@ from ..models.engines.sampling import vision_ids
 from ..models.engines.vllm.config import VLLMOptions
 from ..models.engines.vllm.engine import VLLMEngine, start_vllm_engine
 from .build import PolicyParts, write_model
-from .distributed import Ranks, alone_on
+from .distributed import Distributed, alone_on
 from .policy.decoder import DecoderPolicy
 from .policy.fsdp import copy_weights
 from .recipe import Recipe
-from .weight_sync_check import Probe
+from .weight_sync_check import WeightSyncCheck
 
 SYNC_FOLDER = "sampling"  # in a run's --out
 PROBE_EXACT, PROBE_BF16 = 1e-3, 0.1  # nats; where all was well 1e-4 was seen in float32
@@ -52,11 +52,11 @@ class Sampler:
     """
 
     engine: Engine
-    ranks: Ranks
+    ranks: Distributed
     copy: Callable[[], None] | None = None
     write: Callable[[Path], None] | None = None
     folder: Path | None = None
-    probe: Probe | None = None
+    probe: WeightSyncCheck | None = None
     sleeps: bool = False
     shared: bool = False  # one engine for all processes, which the first one brings up to date
 
@@ -111,7 +111,7 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     probing = DecoderPolicy(model)  # untempered, nothing barred: as vLLM tells log-probabilities
     exact = next(model.parameters()).device.type == "cpu"
     tolerance = rollout.probe or (PROBE_EXACT if exact else PROBE_BF16)
-    probe = Probe(shown, parts.preparing.prepare(shown), probing, tolerance)
+    probe = WeightSyncCheck(shown, parts.preparing.prepare(shown), probing, tolerance)
     write = partial(write_model, parts)
     sampler = Sampler(engine, parts.ranks, copy, write, folder, probe, rollout.sleep, rollout.engine != "vllm")
     try:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import RunFailed
 from .advantages import Baseline, advantages, tied
-from .distributed import ALONE, Ranks
-from .losses import LOSSES, Clip, KLEstimator, LossName, Tokens, Totals, kl_tokens, token_weights, value_losses
+from .distributed import ALONE, Distributed
+from .losses import LOSSES, ClipRange, KLEstimator, LossName, Tokens, Totals, kl_tokens, token_weights, value_losses
 from .policy.batch import Batch, Group, micro_batches, pack
 from .policy.critic import CriticConfig, Targets, moments, targets_of, whitened
 from .policy.decoder import DecoderPolicy, Scores
@@ -31,7 +31,7 @@ class UpdateConfig:
     loss: LossName = "grpo"
     baseline: Baseline = "group_std"
     critic: CriticConfig | None = None
-    clip: Clip = field(default_factory=Clip)
+    clip: ClipRange = field(default_factory=ClipRange)
     kl: float = 0.0
     estimator: KLEstimator = "k3"
     entropy: float = 0.0
@@ -117,7 +117,7 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         config: UpdateConfig,
         reference: Reference | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Distributed = ALONE,
     ) -> None:
         if config.kl and reference is None:
             raise ValueError("a KL term needs the reference policy")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from ..models.engines.base import Completion, RequestError
 from ..models.reader import QuizReader, Reading
 from ..models.tiny.world.grade import grade
-from .dataset import Task
+from .dataset import Example
 from .evaluation.text_statistics import loops
 
 
@@ -39,7 +39,7 @@ class Validation:
 
 
 async def validate(
-    tasks: Sequence[Task], captions: Sequence[Completion | RequestError], reader: QuizReader
+    tasks: Sequence[Example], captions: Sequence[Completion | RequestError], reader: QuizReader
 ) -> Validation:
     """Grade one caption per task, where there is one. Raises EngineDead alone."""
     pairs = [(task, each) for task, each in zip(tasks, captions, strict=True) if isinstance(each, Completion)]

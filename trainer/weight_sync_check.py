@@ -22,7 +22,7 @@ HEAT = 1.5  # unlikely tokens tell weights apart better than those that any weig
 
 
 @dataclass(frozen=True)
-class Probe:
+class WeightSyncCheck:
     """``policy``: without temperature or barred ids, as engines report log-probabilities. ``tolerance``: mean nats."""
 
     prompt: Prompt

@@ -21,7 +21,7 @@ from .base import Engine
 from .captioner_registry import kind_of
 from .context import context_length
 from .model_folder import content_digest, folder_digest, image_grid, resolve_model
-from .vllm.arguments import refuse_ours, told
+from .vllm.arguments import in_words, refuse_ours
 
 KINDS = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -189,7 +189,7 @@ def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None, context
         if NEEDS_CODE in str(error):
             raise BadInput(f"{path} does not load as a model: {reason_in_words(error)}") from error
         reason = f"{type(error).__name__}: {error}"
-        given = f" with {told(config.engine_args)}" if config.engine_args else ""
+        given = f" with {in_words(config.engine_args)}" if config.engine_args else ""
         raise RunFailed(f"vLLM could not start on {path}{given} ({reason}); {advice(reason)}") from error
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..lru_cache import Recent
+from ..lru_cache import LRUCache
 
 if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsProfile, ImageCmsTransform
@@ -130,5 +130,5 @@ def _levels(image: Image.Image) -> npt.NDArray[np.int64]:
     return levels
 
 
-_conversions: Recent[tuple[bytes, str], Conversion | None] = Recent(_KEPT_CONVERSIONS)
+_conversions: LRUCache[tuple[bytes, str], Conversion | None] = LRUCache(_KEPT_CONVERSIONS)
 _lock = threading.Lock()

@@ -19,7 +19,7 @@ Resize = Literal["shortest", "longest", "squash"]
 
 
 @dataclass(frozen=True)
-class View:
+class Preprocess:
     """How a model's pictures are made, in open_clip's terms (``preprocess_cfg``): target size in pixels.
 
     ``shortest``: the shorter side to the target's, then the middle; ``longest``: all of the picture, ``fill`` (a gray
@@ -35,59 +35,61 @@ class View:
     by: Literal["pillow", "torchvision"] = "pillow"
 
 
-def decode_views(data: bytes, *, views: tuple[View, ...], limits: ImageLimits) -> tuple[Pixels, ...] | ImageProblem:
+def decode_preprocessed(
+    data: bytes, *, preprocesses: tuple[Preprocess, ...], limits: ImageLimits
+) -> tuple[Pixels, ...] | ImageProblem:
     """The image in every view, each ``(height, width, 3)`` uint8, or what is wrong with it."""
     image = decode_upright(data, limits)
     if isinstance(image, ImageProblem):
         return image
-    return tuple(np.asarray(view_of(image, view)) for view in views)
+    return tuple(np.asarray(preprocessed(image, preprocess)) for preprocess in preprocesses)
 
 
-def view_of(image: Image.Image, view: View) -> Image.Image:
+def preprocessed(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """``image`` (RGB) resized and cropped; equal to open_clip's own transforms, to the bit."""
-    how = Image.Resampling.BICUBIC if view.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    how = Image.Resampling.BICUBIC if preprocess.interpolation == "bicubic" else Image.Resampling.BILINEAR
     width, height = image.size
-    match view.resize:
+    match preprocess.resize:
         case "squash":
-            if image.size == (view.width, view.height):
+            if image.size == (preprocess.width, preprocess.height):
                 return image
-            if view.by == "torchvision":
-                return _squashed_by_torchvision(image, view)
-            return image.resize((view.width, view.height), how)
+            if preprocess.by == "torchvision":
+                return _squashed_by_torchvision(image, preprocess)
+            return image.resize((preprocess.width, preprocess.height), how)
         case "shortest":
-            if view.height == view.width:
-                short = view.height
+            if preprocess.height == preprocess.width:
+                short = preprocess.height
                 size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
             else:  # open_clip takes bicubic here, whatever was asked for
                 how = Image.Resampling.BICUBIC
-                ratio = min(width / view.width, height / view.height)
+                ratio = min(width / preprocess.width, height / preprocess.height)
                 size = (round(width / ratio), round(height / ratio))
         case "longest":
-            ratio = max(width / view.width, height / view.height)
+            ratio = max(width / preprocess.width, height / preprocess.height)
             size = (round(width / ratio), round(height / ratio))
-    return _centered(image if size == image.size else image.resize(size, how), view)
+    return _centered(image if size == image.size else image.resize(size, how), preprocess)
 
 
-def _centered(image: Image.Image, view: View) -> Image.Image:
+def _centered(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """The middle of ``image``, with ``fill`` where it does not reach."""
     width, height = image.size
-    if width < view.width or height < view.height:
-        left, top = max(0, (view.width - width) // 2), max(0, (view.height - height) // 2)
-        paper = Image.new("RGB", (max(width, view.width), max(height, view.height)), (view.fill,) * 3)
+    if width < preprocess.width or height < preprocess.height:
+        left, top = max(0, (preprocess.width - width) // 2), max(0, (preprocess.height - height) // 2)
+        paper = Image.new("RGB", (max(width, preprocess.width), max(height, preprocess.height)), (preprocess.fill,) * 3)
         paper.paste(image, (left, top))
         image = paper
         width, height = image.size
-    left, top = round((width - view.width) / 2.0), round((height - view.height) / 2.0)
-    return image.crop((left, top, left + view.width, top + view.height))
+    left, top = round((width - preprocess.width) / 2.0), round((height - preprocess.height) / 2.0)
+    return image.crop((left, top, left + preprocess.width, top + preprocess.height))
 
 
-def _squashed_by_torchvision(image: Image.Image, view: View) -> Image.Image:
+def _squashed_by_torchvision(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     import torch  # this process has it only for such a view
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resize
 
     torch.set_num_threads(1)
     levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    size = [view.height, view.width]
-    resized = resize(levels, size, interpolation=InterpolationMode(view.interpolation), antialias=True)
+    size = [preprocess.height, preprocess.width]
+    resized = resize(levels, size, interpolation=InterpolationMode(preprocess.interpolation), antialias=True)
     return Image.fromarray(resized.permute(1, 2, 0).numpy())

@@ -167,16 +167,16 @@ def serve(descriptor: int) -> None:
     """The worker's life: receive the function, then answer tasks until the parent closes the socket."""
     channel = Channel(socket.socket(fileno=descriptor))
     try:
-        sound, function = _outcome(channel.recv)
+        sound, function = _result(channel.recv)
         channel.send((sound, None if sound else function))
         while sound:
             task = channel.recv()
-            channel.send(_outcome(functools.partial(function, task)))
+            channel.send(_result(functools.partial(function, task)))
     except (EOFError, OSError):  # the parent is gone, or done with us
         return
 
 
-def _outcome(call: Callable[[], Any]) -> tuple[bool, Any]:
+def _result(call: Callable[[], Any]) -> tuple[bool, Any]:
     """``(True, value)``, or ``(False, exception)``: whatever it is, the parent is to see it."""
     try:
         return True, call()

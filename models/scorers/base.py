@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import BadInput
 from ..engines.plain_text import PlainText
 from ..images.decode import Pixels
-from ..images.preprocess import View
+from ..images.preprocess import Preprocess
 from .sentences import split_sentences
 
 TOKENS_PER_BATCH = 4096  # of texts that go through a tower together; enough to keep a core's caches and a GPU busy
@@ -41,7 +41,7 @@ class Scorer(Protocol):
     """``name``: prefix of its columns; ``view``: the pixels it wants of an image."""
 
     name: str
-    view: View
+    preprocess: Preprocess
 
     def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
         """What the image tower makes of n images of ``view``, each once: (n, ...)."""

@@ -26,7 +26,7 @@ class BlipScorer:
     def __init__(self, found: RetrievalModel) -> None:
         self._model, self._tokenizer = found.model, found.tokenizer
         self._plain = plain_text(found.tokenizer)
-        self.view, self._mean, self._std = found.view, found.mean, found.std
+        self.preprocess, self._mean, self._std = found.preprocess, found.mean, found.std
         weight = next(self._model.vision_model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         on_gpu = self._device.type == "cuda"

@@ -14,7 +14,7 @@ from ...errors import BadInput
 from ..engines.plain_text import PlainText, plain_text, spelled
 from ..hub import hub_name, snapshot
 from ..images.decode import Pixels
-from ..images.preprocess import View
+from ..images.preprocess import Preprocess
 from ..model_json import read_json
 from ..own_code import ask_nothing, reason_in_words
 from .base import Pair, PlainCleaning, by_length, cleaned, cosines, device_and_type, distinct_texts, normalised, padded
@@ -28,9 +28,11 @@ class ClipScorer:
 
     name = "clip"
 
-    def __init__(self, model: Any, tokenizer: Any, view: View, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, preprocess: Preprocess, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         self._model, self._tokenizer = model.eval(), tokenizer
-        self.view, self._mean, self._std = view, mean, std
+        self.preprocess, self._mean, self._std = preprocess, mean, std
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._see = torch.compile(model.encode_image) if self._device.type == "cuda" else model.encode_image
@@ -39,7 +41,9 @@ class ClipScorer:
     @property
     def width(self) -> int:
         """Numbers in a feature vector."""
-        return self.encode_images([np.zeros((self.view.height, self.view.width, 3), dtype=np.uint8)]).shape[1]
+        return self.encode_images([np.zeros((self.preprocess.height, self.preprocess.width, 3), dtype=np.uint8)]).shape[
+            1
+        ]
 
     @torch.inference_mode()
     def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
@@ -159,7 +163,7 @@ def load_clip(name: str, dtype: str = "auto", device: str = "auto") -> ClipScore
         raise BadInput(f"{name}: open_clip cannot load it ({reason})") from error
     if (built := built_activation(model)) not in (None, source.activation):
         raise BadInput(f"{name}: open_clip builds it with {built}; its weights were trained with {source.activation}")
-    return ClipScorer(model, tokenizer, source.view, source.mean, source.std)
+    return ClipScorer(model, tokenizer, source.preprocess, source.mean, source.std)
 
 
 def built_activation(model: Any) -> Activation | None:

@@ -17,7 +17,7 @@ from ...manifests.files import bounded_json
 from ..bundled import PREFIX
 from ..bundled import resolve as resolve_bundled
 from ..hub import HubName, hub_name, snapshot
-from ..images.preprocess import View
+from ..images.preprocess import Preprocess
 
 CONFIG = "open_clip_config.json"
 Activation = Literal["gelu", "quick_gelu"]
@@ -39,7 +39,7 @@ class ClipSource:
     name: str
     place: Path | Tag
     activation: Activation
-    view: View
+    preprocess: Preprocess
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -47,7 +47,7 @@ class ClipSource:
         """How pictures come to the model and what it computes with, for fingerprints."""
         return {
             "activation": self.activation,
-            "view": asdict(self.view),
+            "view": asdict(self.preprocess),
             "mean": list(self.mean),
             "std": list(self.std),
         }
@@ -140,8 +140,8 @@ def _source(
         raise BadInput(f"{name}: resize_mode {shown.resize_mode!r} is none of shortest, longest, squash")
     how = cast(Literal["shortest", "longest", "squash"], shown.resize_mode)
     by: Literal["bicubic", "bilinear"] = "bilinear" if shown.interpolation == "bilinear" else "bicubic"
-    view = View(height, width, how, by, int(shown.fill_color))
-    return ClipSource(name, place, activation, view, tuple(shown.mean), tuple(shown.std))
+    sized = Preprocess(height, width, how, by, int(shown.fill_color))
+    return ClipSource(name, place, activation, sized, tuple(shown.mean), tuple(shown.std))
 
 
 def _json(file: Path, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ...errors import BadInput
 from ..engines.model_folder import resolve_model
 from ..engines.plain_text import plain_text
 from ..images.decode import Pixels
-from ..images.preprocess import View
+from ..images.preprocess import Preprocess
 from ..own_code import reason_in_words
 from ..pretrained import load_reported, refuse_random
 from .base import Pair, by_length, device_and_type, distinct_texts, normalised, padded
@@ -34,9 +34,11 @@ class ItmScorer:
 
     name = "itm"
 
-    def __init__(self, model: Any, tokenizer: Any, view: View, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, preprocess: Preprocess, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         self._model, self._tokenizer, self._plain = model.eval(), tokenizer, plain_text(tokenizer)
-        self.view, self._mean, self._std = view, mean, std
+        self.preprocess, self._mean, self._std = preprocess, mean, std
         weight = next(model.vision_model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._see = torch.compile(model.vision_model) if self._device.type == "cuda" else model.vision_model
@@ -110,7 +112,7 @@ class RetrievalSource:
     folder: Path
     kind: str
     activation: str
-    view: View
+    preprocess: Preprocess
     mean: Sequence[float]
     std: Sequence[float]
 
@@ -118,7 +120,7 @@ class RetrievalSource:
         """How pictures come to the model and what it computes with, for fingerprints."""
         return {
             "activation": self.activation,
-            "view": asdict(self.view),
+            "view": asdict(self.preprocess),
             "mean": list(self.mean),
             "std": list(self.std),
         }
@@ -130,7 +132,7 @@ class RetrievalModel:
 
     model: Any
     tokenizer: Any
-    view: View
+    preprocess: Preprocess
     mean: Sequence[float]
     std: Sequence[float]
 
@@ -154,11 +156,11 @@ def retrieval_source(name: str, kinds: Sequence[str] = KINDS) -> RetrievalSource
         raise BadInput(f"{name}: its pictures are not resized to one height and width; that is not supported")
     if int(images.resample) not in RESAMPLING:
         raise BadInput(f"{name}: its pictures are resized in way {int(images.resample)} of Pillow's; not supported")
-    view = View(size["height"], size["width"], "squash", RESAMPLING[int(images.resample)], by="torchvision")
+    preprocess = Preprocess(size["height"], size["width"], "squash", RESAMPLING[int(images.resample)], by="torchvision")
     text = config.qformer_config if config.model_type == "blip-2" else config.text_config
     activation = f"vision {config.vision_config.hidden_act}, text {text.hidden_act}"
     mean, std = tuple(images.image_mean), tuple(images.image_std)
-    return RetrievalSource(folder, config.model_type, activation, view, mean, std)
+    return RetrievalSource(folder, config.model_type, activation, preprocess, mean, std)
 
 
 def load_retrieval(
@@ -186,10 +188,10 @@ def load_retrieval(
         told = "matching head (itm_head)" if heads == MATCHING else " and ".join(lacking)
         raise BadInput(f"{name}: has no trained {told}; name an image-text retrieval checkpoint")
     refuse_random(report, name, loader.__name__, [re.escape(head) for head in HEADS if head not in heads])
-    return RetrievalModel(model.to(where).eval(), tokenizer, source.view, source.mean, source.std)
+    return RetrievalModel(model.to(where).eval(), tokenizer, source.preprocess, source.mean, source.std)
 
 
 def load_itm(name: str, dtype: str = "auto", device: str = "auto") -> ItmScorer:
     """``tiny/itm``, a folder or a hub id of a BLIP or BLIP-2 retrieval model. Raises BadInput where it is none."""
     found = load_retrieval(name, dtype, device)
-    return ItmScorer(found.model, found.tokenizer, found.view, found.mean, found.std)
+    return ItmScorer(found.model, found.tokenizer, found.preprocess, found.mean, found.std)

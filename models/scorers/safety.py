@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import BadInput
 from ..images.decode import Pixels
-from ..images.preprocess import View
+from ..images.preprocess import Preprocess
 
 SIDE = 320  # the model's input
 UNSAFE = (
@@ -22,7 +22,7 @@ UNSAFE = (
 class NudeNetDetector:
     """Scores in [0, 1] by NudeNet's own class names, of the unsafe classes alone."""
 
-    view = View(SIDE, SIDE, "longest")
+    preprocess = Preprocess(SIDE, SIDE, "longest")
 
     def __init__(self) -> None:
         try:

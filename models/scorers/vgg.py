@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import resize
 from ...errors import BadInput
 from ..engines.model_folder import resolve_model
 from ..images.decode import Pixels
-from ..images.preprocess import View
+from ..images.preprocess import Preprocess
 from ..model_json import read_json
 from .base import device_and_type
 
@@ -54,9 +54,9 @@ class PerceptualNet:
             torch.tensor(each, device=self.device).view(1, 3, 1, 1) for each in (config.image_mean, config.image_std)
         )
 
-    def view(self, crop: bool = True) -> View:
+    def preprocess(self, crop: bool = True) -> Preprocess:
         """How an image becomes what the net reads: its middle square, or all of it made square."""
-        return View(self._size, self._size, "shortest" if crop else "squash")
+        return Preprocess(self._size, self._size, "shortest" if crop else "squash")
 
     @torch.inference_mode()
     def vectors(self, pictures: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import typer
 from ...errors import BadInput, Problems
 from ...terminal import print_err, print_line
 from ..commands import options as o
-from ..commands.outcome import Exit
+from ..commands.run_job import Exit
 from ..runners.interrupts import CODES, say
 
 if TYPE_CHECKING:

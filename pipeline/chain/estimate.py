@@ -13,7 +13,7 @@ from ...manifests.files.storage import open_parquet
 from ...manifests.samples import IMAGE_EXTENSIONS
 from ..inspect.chain_state import ChainState
 from .plan import Planned, artifact_folders, committed_rows
-from .recipe import Chain, Source, Stage
+from .recipe import Chain, ChainStage, Source
 
 MACHINE = "machine"  # the unit of what was measured here, where the recipe names no other
 _SHARD = 10_000  # ingest's default
@@ -69,12 +69,12 @@ def estimate(
     return found
 
 
-def _main(stage: Stage, folder: Path) -> dict[str, int] | None:
+def _main(stage: ChainStage, folder: Path) -> dict[str, int] | None:
     places = artifact_folders(stage)
     return committed_rows(folder, places[-1]) if places else None
 
 
-def _rows(chain: Chain, stage: Stage, before: Mapping[str, Estimate]) -> tuple[int | None, bool]:
+def _rows(chain: Chain, stage: ChainStage, before: Mapping[str, Estimate]) -> tuple[int | None, bool]:
     """Rows that go in, and whether they may be fewer."""
     if stage.recipe is not None:
         return stage.recipe.steps * stage.recipe.rollout.images, False
@@ -117,7 +117,7 @@ def _counted(source: Source) -> int | None:
     return None
 
 
-def _cost(stage: Stage, rows: int | None, measured: Mapping[str, float] | None) -> Cost | None:
+def _cost(stage: ChainStage, rows: int | None, measured: Mapping[str, float] | None) -> Cost | None:
     devices, unit = (stage.rate.devices, stage.rate.unit) if stage.rate else (1, MACHINE)
     if rows is None:
         return None

@@ -27,7 +27,7 @@ from ...models.engines.vllm.arguments import changing_rows
 from ...stages.annotate.prompts import parse_prompt
 from ..commands.key_values import FIELDS, key_values, second_model
 from .options import KEY_VALUES, SET
-from .recipe import Stage
+from .recipe import ChainStage
 from .registry import ENGINES, MODELS, SPEED
 
 #: Fields of an engine's configuration that decide no row.
@@ -42,7 +42,7 @@ def digest(value: Any) -> str:
 # --- what a configuration means ---------------------------------------------------------------------------------------
 
 
-def meaning(stage: Stage) -> dict[str, Any]:
+def meaning(stage: ChainStage) -> dict[str, Any]:
     """What of a stage's options decides its rows, by key: models by what they are, prompts by their text."""
     if stage.recipe is not None:
         return {"recipe": _trained(stage)}
@@ -77,7 +77,7 @@ def _arguments(key: str, given: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value}
 
 
-def _engines(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
+def _engines(stage: ChainStage, given: Mapping[str, Any]) -> dict[str, Any]:
     """Every engine of ours gives the same rows; a server hides its weights, and is another one for its artifact. Only
     questions are asked in another way of an engine that can hold them to a form, unless ``guided`` says which."""
     found: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def _engines(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _trained(stage: Stage) -> dict[str, Any]:
+def _trained(stage: ChainStage) -> dict[str, Any]:
     """What a training recipe means, without the places of its data: those are inputs."""
     assert stage.recipe is not None
     semantic = stage.recipe.semantic()

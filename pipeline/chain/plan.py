@@ -19,7 +19,7 @@ from ...manifests.files.redaction import redacted_data
 from ..inspect.chain_state import ChainState, StageState
 from .identity import changed_keys, digest, identity, meaning, product
 from .options import SET
-from .recipe import TRAINS_ON, Chain, Source, Stage, kind_between
+from .recipe import TRAINS_ON, Chain, ChainStage, Source, kind_between
 from .registry import artifacts_of
 
 Verdict = Literal["done", "to do", "goes on", "changed", "edited"]
@@ -32,7 +32,7 @@ class Planned:
     ``verdict`` ``edited``: done, but its output is not what it was when it ended. ``why``: of what changed.
     """
 
-    stage: Stage
+    stage: ChainStage
     digest: str
     parts: Mapping[str, str] | None
     verdict: Verdict
@@ -58,12 +58,12 @@ def look(chain: Chain, folder: Path, state: ChainState | None, data: Mapping[str
     """
     found: dict[str, Planned] = {}
     for stage in chain.stages:
-        found[stage.name] = examine(stage, folder, state.stage(stage.name) if state else None, found, data)
+        found[stage.name] = inspect_outputs(stage, folder, state.stage(stage.name) if state else None, found, data)
     return found
 
 
-def examine(
-    stage: Stage, folder: Path, known: StageState | None, before: Mapping[str, Planned], data: Mapping[str, str]
+def inspect_outputs(
+    stage: ChainStage, folder: Path, known: StageState | None, before: Mapping[str, Planned], data: Mapping[str, str]
 ) -> Planned:
     """One stage; ``before`` has at least those it comes after."""
     meant = meaning(stage)
@@ -107,7 +107,7 @@ def _named(source: Source, before: Mapping[str, Planned], data: Mapping[str, str
 
 
 def _parts(
-    stage: Stage, meant: Mapping[str, Any], inputs: Mapping[str, Any], made: Mapping[str, Any]
+    stage: ChainStage, meant: Mapping[str, Any], inputs: Mapping[str, Any], made: Mapping[str, Any]
 ) -> dict[str, str]:
     """Of each part of a stage's folder, what decides it: options, inputs, and what these have turned out to be."""
     own = {
@@ -125,7 +125,7 @@ def _parts(
     }
 
 
-def _why(stage: Stage, known: StageState, mark: str) -> str:
+def _why(stage: ChainStage, known: StageState, mark: str) -> str:
     """What changed since a stage was begun, in few words."""
     keys = changed_keys(known.config, written(stage))
     if keys:
@@ -135,7 +135,7 @@ def _why(stage: Stage, known: StageState, mark: str) -> str:
     return "its input is another now" if known.digest == mark or stage.inputs else "what its configuration names"
 
 
-def places(stage: Stage) -> list[str]:
+def places(stage: ChainStage) -> list[str]:
     """What a stage leaves, as folders relative to the chain's, the main one last."""
     artifacts = artifact_folders(stage)
     if artifacts:
@@ -143,18 +143,18 @@ def places(stage: Stage) -> list[str]:
     return [stage.product(kind) or stage.out for kind in stage.command.products]
 
 
-def artifact_folders(stage: Stage) -> list[str]:
+def artifact_folders(stage: ChainStage) -> list[str]:
     """The folders relative to the chain's that will hold artifacts, the main one last."""
     found = artifacts_of(stage.command, stage.config, frozenset(stage.inputs))
     return [f"{stage.out}/{each}" if each else stage.out for each in found]
 
 
-def written(stage: Stage) -> dict[str, Any]:
+def written(stage: ChainStage) -> dict[str, Any]:
     """A stage's configuration as it goes into the state file."""
     return {key: redacted_data(value) for key, value in stage.config.items() if value is not None}
 
 
-def named_inputs(stage: Stage) -> dict[str, str]:
+def named_inputs(stage: ChainStage) -> dict[str, str]:
     """Inputs by role: the stages they come from, or the paths."""
     return {
         role: ",".join(source.stage or redacted_data(source.path or "") for source in sources)
@@ -162,7 +162,7 @@ def named_inputs(stage: Stage) -> dict[str, str]:
     }
 
 
-def arguments(chain: Chain, stage: Stage, folder: Path) -> list[str]:
+def arguments(chain: Chain, stage: ChainStage, folder: Path) -> list[str]:
     """The command line of a stage, without what resuming adds."""
     placed = {
         role: [_place(chain, stage, role, source, folder) for source in sources]
@@ -179,7 +179,7 @@ def arguments(chain: Chain, stage: Stage, folder: Path) -> list[str]:
     return [stage.command.name, *words, "--out", str(folder / stage.out)]
 
 
-def shown_command(stage: Stage, words: Sequence[str]) -> str:
+def shown_command(stage: ChainStage, words: Sequence[str]) -> str:
     """A command line as a user would type it."""
     program = ["capipe"]
     if stage.processes is not None:
@@ -187,7 +187,7 @@ def shown_command(stage: Stage, words: Sequence[str]) -> str:
     return shlex.join([*program, *words])
 
 
-def started_command(stage: Stage, words: Sequence[str]) -> list[str]:
+def started_command(stage: ChainStage, words: Sequence[str]) -> list[str]:
     """The same for this very Python."""
     if stage.processes is not None:
         return [sys.executable, "-m", "torch.distributed.run", *_torchrun(stage.processes), *words]
@@ -198,7 +198,7 @@ def _torchrun(processes: int) -> list[str]:
     return ["--standalone", "--nproc-per-node", str(processes), "-m", "capipe.pipeline"]
 
 
-def _place(chain: Chain, stage: Stage, role: str, source: Source, folder: Path) -> str:
+def _place(chain: Chain, stage: ChainStage, role: str, source: Source, folder: Path) -> str:
     """Where an input lies, or will."""
     if source.stage is None:
         place = source.path or ""
@@ -213,7 +213,7 @@ def _place(chain: Chain, stage: Stage, role: str, source: Source, folder: Path) 
     return f"{place.rstrip('/')}/{{{0:05d}..{source.first - 1:05d}}}.tar"
 
 
-def trustworthy(stage: Stage, folder: Path) -> list[str]:
+def trustworthy(stage: ChainStage, folder: Path) -> list[str]:
     """What is wrong with a stage's output, whose manifest or files changed after it was done: nothing, where somebody
     else finished it (`--retry` by hand); faults, where it was edited. Reads all of it."""
     from ...manifests.verify import verify

@@ -82,7 +82,7 @@ class _File(_Section):
 
 
 @dataclass(frozen=True)
-class Stage:
+class ChainStage:
     """A stage with everything resolved. ``expects``: rows that will go in; ``recipe``: what a train stage trains by;
     ``processes``: of torchrun, which trains in so many."""
 
@@ -122,9 +122,9 @@ class Chain:
 
     name: str
     file: Path
-    stages: tuple[Stage, ...]
+    stages: tuple[ChainStage, ...]
 
-    def stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> ChainStage:
         return next(stage for stage in self.stages if stage.name == name)
 
 
@@ -166,7 +166,7 @@ class _Reader:
     def say(self, place: str, reason: str) -> None:
         self.problems.append(f"{self.file}: stages.{place}: {reason}")
 
-    def stage(self, name: str, entry: _Entry) -> Stage | None:
+    def stage(self, name: str, entry: _Entry) -> ChainStage | None:
         command = COMMANDS.get(entry.stage)
         if command is None:
             self.say(f"{name}.stage", f"{entry.stage!r} is no stage; there are {', '.join(COMMANDS)}")
@@ -181,7 +181,7 @@ class _Reader:
         if recipe is not None:
             inputs = {**_own_data(recipe, inputs), **inputs}
         own = (entry.expects, entry.rate, recipe, entry.processes)
-        return Stage(name, command, inputs, config, entry.out or name, *own)
+        return ChainStage(name, command, inputs, config, entry.out or name, *own)
 
     def _sources(self, name: str, role: str, given: Any) -> tuple[Source, ...]:
         many = given if isinstance(given, list) else [given]
@@ -243,7 +243,7 @@ class _Reader:
             self.say(f"{name}.config.recipe", str(error))
             return None
 
-    def kinds(self, stages: Sequence[Stage]) -> None:
+    def kinds(self, stages: Sequence[ChainStage]) -> None:
         """Whether what one stage makes is what the other takes."""
         made = {stage.name: stage for stage in stages}
         for stage in stages:
@@ -254,7 +254,7 @@ class _Reader:
                     if wanted is not None and maker is not None and kind_between(maker, wanted) is None:
                         self.say(f"{stage.name}.inputs.{role}", _unfit(maker, wanted))
 
-    def folders(self, stages: Sequence[Stage]) -> None:
+    def folders(self, stages: Sequence[ChainStage]) -> None:
         """Whether each stage has a folder of its own, inside the chain's."""
         taken: dict[Path, str] = {}
         for stage in stages:
@@ -269,10 +269,10 @@ class _Reader:
                     self.say(f"{stage.name}.out", text)
             taken.setdefault(path, stage.name)
 
-    def order(self, stages: Sequence[Stage]) -> list[Stage]:
+    def order(self, stages: Sequence[ChainStage]) -> list[ChainStage]:
         """Each after its inputs, else as they are written. Notes a cycle by its members."""
         left = {stage.name: stage for stage in stages}
-        ordered: list[Stage] = []
+        ordered: list[ChainStage] = []
         while left:
             ready = next((s for s in left.values() if not any(name in left for name in s.needs)), None)
             if ready is None:
@@ -302,12 +302,12 @@ def _own_data(recipe: Recipe, inputs: Mapping[str, Any]) -> dict[str, tuple[Sour
     return {role: (Source(path=path),) for role, path in named.items() if path is not None and role not in inputs}
 
 
-def kind_between(maker: Stage, wanted: Sequence[str]) -> str | None:
+def kind_between(maker: ChainStage, wanted: Sequence[str]) -> str | None:
     """The kind of product that one stage makes and another takes."""
     return next((kind for kind in wanted if maker.product(kind) is not None), None)
 
 
-def _unfit(maker: Stage, wanted: Sequence[str]) -> str:
+def _unfit(maker: ChainStage, wanted: Sequence[str]) -> str:
     if not wanted:
         return f"no stage makes this; write {{path: ...}} instead of {maker.name!r}"
     if maker.command.name == "annotate" and "shards" in wanted:
@@ -317,7 +317,7 @@ def _unfit(maker: Stage, wanted: Sequence[str]) -> str:
     return f"stage {maker.name} ({maker.command.name}) makes {makes}; this takes what {' or '.join(makers)} makes"
 
 
-def _cycle(left: Mapping[str, Stage]) -> list[str]:
+def _cycle(left: Mapping[str, ChainStage]) -> list[str]:
     """The members of one cycle among stages that all wait for one another, in the order in which they wait."""
     path = [next(iter(left))]
     while True:

@@ -31,7 +31,7 @@ CHECKPOINT = "model"
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputFolder:
     """A piece of a stage's folder that stays as long as what it was made of does.
 
     ``folder``: below the stage's own, empty for all of it; None for files that every run writes anew. It depends on the
@@ -61,7 +61,7 @@ class Command:
     function: Callable[..., Any]
     roles: Mapping[str, tuple[str, ...]]
     products: Mapping[str, str]
-    parts: tuple[Part, ...] = (Part(""),)
+    parts: tuple[OutputFolder, ...] = (OutputFolder(""),)
     rows: str = "shards"
 
     @property
@@ -78,7 +78,7 @@ _TABLE = (
         dedup.dedup,
         {"shards": ("shards",), "against": ANYTHING, "embeddings": ("embeddings",)},
         {"marks": "marked"},
-        (Part("hashes", _keys("shards")), Part("against", _keys("against")), Part("marked")),
+        (OutputFolder("hashes", _keys("shards")), OutputFolder("against", _keys("against")), OutputFolder("marked")),
     ),
     Command(
         "qa",
@@ -86,13 +86,13 @@ _TABLE = (
         {"shards": ("shards",), "import": (), "model": (CHECKPOINT,), "screen-model": (CHECKPOINT,)},
         {"questions": ""},
         (
-            Part(
+            OutputFolder(
                 "written",
                 without=_keys(
                     "screen screen-model screen-engine screen-arg with-image without-image presentations reader-mode"
                 ),
             ),
-            Part("screened"),
+            OutputFolder("screened"),
         ),
     ),
     Command(
@@ -118,14 +118,14 @@ _TABLE = (
         filter.filter_,
         {"shards": ("shards",), "captions": ("captions",), "scores": ("scores",), "marks": ("marks",)},
         {"shards": "shards", "scores": "scores"},
-        (Part("scores", without=_keys("keep top by text shard-size marks")), Part("shards")),
+        (OutputFolder("scores", without=_keys("keep top by text shard-size marks")), OutputFolder("shards")),
     ),
     Command(
         "export",
         export.export,
         {"artifact": ("shards",)},
         {"final": ""},
-        (Part("", without=_keys("title license language")), Part(None)),
+        (OutputFolder("", without=_keys("title license language")), OutputFolder(None)),
         rows="artifact",
     ),
     Command(
@@ -134,15 +134,15 @@ _TABLE = (
         {"shards": ("shards",), "questions": ("questions",), "captions": ("captions",), "model": (CHECKPOINT,)},
         {"evaluation": ""},
         (
-            Part(
+            OutputFolder(
                 "captions",
                 without=_keys(
                     "questions reader reader-engine reader-arg reader-mode presentations generic controls clip cosine "
                     "language-model captions"
                 ),
             ),
-            Part("graded", without=_keys("clip cosine language-model")),
-            Part(None),
+            OutputFolder("graded", without=_keys("clip cosine language-model")),
+            OutputFolder(None),
         ),
     ),
 )

@@ -24,7 +24,7 @@ from ...manifests.files.overwriting import refuse_overwriting
 from ...manifests.files.redaction import redacted
 from ...manifests.files.storage import remove
 from ...models.child_processes import follow
-from ..commands.outcome import LAST_WORDS, Exit
+from ..commands.run_job import LAST_WORDS, Exit
 from ..inspect.chain_state import (
     DONE,
     FAILED,
@@ -45,7 +45,7 @@ from .plan import (
     arguments,
     artifact_folders,
     committed_rows,
-    examine,
+    inspect_outputs,
     look,
     named_inputs,
     outside,
@@ -55,7 +55,7 @@ from .plan import (
     trustworthy,
     written,
 )
-from .recipe import Chain, Stage
+from .recipe import Chain, ChainStage
 
 Say = Callable[[str], None]
 
@@ -102,7 +102,7 @@ class _Run:
         with interrupts(self._stop):
             for number, stage in enumerate(self.chain.stages, start=1):
                 known = self._known(stage)
-                found = examine(stage, self.folder, known, planned, data)
+                found = inspect_outputs(stage, self.folder, known, planned, data)
                 planned[stage.name] = found
                 title = f"{number}/{total} {stage.name} ({stage.command.name})"
                 if found.settled:
@@ -123,7 +123,7 @@ class _Run:
     def _stop(self) -> None:
         self.stopping = True
 
-    def _known(self, stage: Stage) -> StageState:
+    def _known(self, stage: ChainStage) -> StageState:
         known = self.state.stage(stage.name)
         assert known is not None
         return known
@@ -152,7 +152,7 @@ class _Run:
                 text = f"{path}: holds something that this chain did not make"
                 raise BadInput(f"{text}; move it away, or choose another --out")
 
-    def _describe(self, stage: Stage, found: Planned) -> None:
+    def _describe(self, stage: ChainStage, found: Planned) -> None:
         """What the state file says of a stage's place in the chain. What it was begun with stays as it is."""
         known = self._known(stage)
         known.inputs = named_inputs(stage)
@@ -165,7 +165,7 @@ class _Run:
         elif known.state == DONE:
             known.state = WAITING
 
-    def _stage(self, stage: Stage, found: Planned, known: StageState) -> int:
+    def _stage(self, stage: ChainStage, found: Planned, known: StageState) -> int:
         """Run one stage to its end, whatever that is."""
         going_on = self._begin(stage, found, known)
         known.state, known.error, known.started = RUNNING, None, now()
@@ -187,14 +187,14 @@ class _Run:
             known.product = product(self.folder, places(stage))
             self._measure(stage, known)
         elif known.state == FAILED:
-            known.error = redacted(last_words or _told(code))
+            known.error = redacted(last_words or _exit_text(code))
         save_chain(self.folder, self.state)
         if known.state == FAILED:
             mend = "mend that, and run the same command to go on"
             self.say(f"capipe: stage {stage.name} failed (exit code {code}): {known.error}; {mend}")
         return code if code > 0 else Exit.FAILED
 
-    def _begin(self, stage: Stage, found: Planned, known: StageState) -> bool:
+    def _begin(self, stage: ChainStage, found: Planned, known: StageState) -> bool:
         """Clear what no longer holds and note what the folder is begun with; True where the stage goes on instead."""
         assert found.parts is not None
         going_on = known.begun == dict(found.parts)
@@ -215,7 +215,7 @@ class _Run:
             self.state.made.append(stage.out)
         return going_on
 
-    def _clear(self, stage: Stage, sub: str) -> None:
+    def _clear(self, stage: ChainStage, sub: str) -> None:
         path = self.folder / stage.out / sub
         if stage.out in self.state.made and path.exists():
             link = linked_parent(self.folder, str(path.relative_to(self.folder) / "-"))
@@ -226,7 +226,7 @@ class _Run:
             self.say(f"removing {path}, which was made of something else")
             remove(path)
 
-    def _measure(self, stage: Stage, known: StageState) -> None:
+    def _measure(self, stage: ChainStage, known: StageState) -> None:
         """Rows and seconds of a stage that is done, if all of its time is known."""
         if stage.recipe is not None:
             rows = stage.recipe.steps * stage.recipe.rollout.images
@@ -271,12 +271,12 @@ class _Run:
             return Exit.INTERRUPTED
 
 
-def known_option(stage: Stage, name: str) -> bool:
+def known_option(stage: ChainStage, name: str) -> bool:
     """Whether a stage's command has an option that the chain decides about."""
     return name in inspect.signature(stage.command.function).parameters
 
 
-def _told(code: int) -> str:
+def _exit_text(code: int) -> str:
     if code == Exit.UNRESOLVED:
         return "rows or shards of it are to be tried again; the same command does that"
     if code < 0:

@@ -20,11 +20,11 @@ from ...stages.annotate.prompts import parse_prompt
 from ..commands import options as o
 from ..commands.key_values import second_model
 from .identity import is_there
-from .recipe import Chain, Source, Stage
+from .recipe import Chain, ChainStage, Source
 
 
 @dataclass
-class Findings:
+class Problems:
     """What is wrong, and what a run needs that is not there yet: a line each. The latter does not stop a plan."""
 
     problems: list[str] = field(default_factory=list)
@@ -35,9 +35,9 @@ class _Absent(Exception):
     """Something that a run needs and that may come to be: data, a model's folder."""
 
 
-def check_chain(chain: Chain) -> Findings:
+def check_chain(chain: Chain) -> Problems:
     """Look at every stage's values, models and data from outside. Loads no model and asks no network."""
-    found = Findings()
+    found = Problems()
     for stage in chain.stages:
         for place, check in _checks(chain, stage):
             try:
@@ -49,7 +49,7 @@ def check_chain(chain: Chain) -> Findings:
     return found
 
 
-def _checks(chain: Chain, stage: Stage) -> Iterator[tuple[str, Callable[[], None]]]:
+def _checks(chain: Chain, stage: ChainStage) -> Iterator[tuple[str, Callable[[], None]]]:
     """Each thing to look at, with the key it stands under."""
     yield "config", lambda: _CHECKS[stage.command.name](chain, stage)
     for key, name, look in _models(stage):
@@ -69,7 +69,7 @@ def _data(source: Source) -> None:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def _models(stage: Stage) -> Iterator[tuple[str, str, Callable[[str], None]]]:
+def _models(stage: ChainStage) -> Iterator[tuple[str, str, Callable[[str], None]]]:
     """Models that a stage names, by key, and how each kind is looked for."""
     if stage.recipe is not None:
         if "model" not in stage.inputs:
@@ -150,7 +150,7 @@ def _hub(name: str) -> None:
 # --- values, by command -----------------------------------------------------------------------------------------------
 
 
-def _given(stage: Stage) -> dict[str, Any]:
+def _given(stage: ChainStage) -> dict[str, Any]:
     """A stage's options by the names that the command's function has for them."""
     options = stage.command.options
     return {options[key].parameter: value for key, value in stage.config.items() if value is not None}
@@ -185,7 +185,7 @@ def _engine_config(kind: str, options: Mapping[str, Any]) -> None:
         check_adapter(adapter)
 
 
-def _prompts(chain: Chain, stage: Stage) -> None:
+def _prompts(chain: Chain, stage: ChainStage) -> None:
     """Each prompt, and whether the model can be asked with it, where that is here to be looked at."""
     given = stage.config.get("prompt")
     prompts = [parse_prompt(each) for each in given or []]
@@ -199,7 +199,7 @@ def _prompts(chain: Chain, stage: Stage) -> None:
         check_prompt(model, path, prompt.text, stage.config.get("system"))
 
 
-def _begun_from(chain: Chain, stage: Stage) -> str | None:
+def _begun_from(chain: Chain, stage: ChainStage) -> str | None:
     """The model it asks; of one that is yet to be trained, the one that training starts from."""
     source = stage.inputs.get("model", (None,))[0]
     if source is None:
@@ -211,23 +211,23 @@ def _begun_from(chain: Chain, stage: Stage) -> str | None:
     return _begun_from(chain, maker) if "model" in maker.inputs else maker.recipe.model if maker.recipe else None
 
 
-def _check_render(chain: Chain, stage: Stage) -> None:
+def _check_render(chain: Chain, stage: ChainStage) -> None:
     from ..commands.ingest import known_split
 
     known_split(stage.config.get("split", "train"))
 
 
-def _check_ingest(chain: Chain, stage: Stage) -> None:
+def _check_ingest(chain: Chain, stage: ChainStage) -> None:
     from ...stages.ingest.shard import IngestConfig
 
     _config(IngestConfig, _given(stage))
 
 
-def _check_embed(chain: Chain, stage: Stage) -> None:
+def _check_embed(chain: Chain, stage: ChainStage) -> None:
     _engine(_given(stage))
 
 
-def _check_dedup(chain: Chain, stage: Stage) -> None:
+def _check_dedup(chain: Chain, stage: ChainStage) -> None:
     from ...stages.dedup.cosine import require_faiss
     from ...stages.dedup.marks import DedupConfig
 
@@ -238,7 +238,7 @@ def _check_dedup(chain: Chain, stage: Stage) -> None:
     _config(DedupConfig, _given(stage))
 
 
-def _check_qa(chain: Chain, stage: Stage) -> None:
+def _check_qa(chain: Chain, stage: ChainStage) -> None:
     from ...stages.questions.write import QuestionsConfig
     from ..commands.qa import screen_config
 
@@ -258,24 +258,24 @@ def _check_qa(chain: Chain, stage: Stage) -> None:
     _engine(given)
 
 
-def _check_train(chain: Chain, stage: Stage) -> None:
+def _check_train(chain: Chain, stage: ChainStage) -> None:
     """The recipe was read with the chain; what is left are names that only a run looks up."""
 
 
-def _check_annotate(chain: Chain, stage: Stage) -> None:
+def _check_annotate(chain: Chain, stage: ChainStage) -> None:
     from ...stages.annotate.captioner import AnnotateConfig
-    from ...stages.annotate.quality_gate import HealthConfig
+    from ...stages.annotate.quality_gate import QualityGateConfig
 
     given = _given(stage)
     if "model" not in given and "model" not in stage.inputs and "://" not in str(given.get("engine", "")):
         raise BadInput("model is missing: a name under config, or a train stage under inputs")
     _engine(given)
     _prompts(chain, stage)
-    _config(HealthConfig, given)
+    _config(QualityGateConfig, given)
     _config(AnnotateConfig, given, prompts=tuple(parse_prompt(each) for each in given.get("prompt") or ["plain"]))
 
 
-def _check_filter(chain: Chain, stage: Stage) -> None:
+def _check_filter(chain: Chain, stage: ChainStage) -> None:
     from ...stages.filter.select import SelectConfig
 
     given = _given(stage)
@@ -289,7 +289,7 @@ def _check_filter(chain: Chain, stage: Stage) -> None:
         raise BadInput("name what is to score: clip and itm (tiny/clip, tiny/itm), or the input scores")
 
 
-def _check_export(chain: Chain, stage: Stage) -> None:
+def _check_export(chain: Chain, stage: ChainStage) -> None:
     from ..commands.export import checked_languages, checked_license
     from ..jobs.export import EXTENSIONS
     from ..jobs.export_files import EXTRAS
@@ -304,7 +304,7 @@ def _check_export(chain: Chain, stage: Stage) -> None:
     checked_languages(given.get("language", []))
 
 
-def _check_eval(chain: Chain, stage: Stage) -> None:
+def _check_eval(chain: Chain, stage: ChainStage) -> None:
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.questions.grade import GradeConfig
     from ..jobs.artifacts import refuse_controls
@@ -320,7 +320,7 @@ def _check_eval(chain: Chain, stage: Stage) -> None:
     _config(GradeConfig, given)
 
 
-_CHECKS: Mapping[str, Callable[[Chain, Stage], None]] = {
+_CHECKS: Mapping[str, Callable[[Chain, ChainStage], None]] = {
     "render": _check_render,
     "ingest": _check_ingest,
     "embed": _check_embed,

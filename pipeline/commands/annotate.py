@@ -9,7 +9,7 @@ import typer
 
 from ...terminal import print_err
 from . import options as o
-from .outcome import Exit, run_plan
+from .run_job import Exit, run_job
 
 
 def annotate(
@@ -66,11 +66,11 @@ def annotate(
 ) -> None:
     """Caption every image of the shards; one row out for every row in, whatever became of it."""
     from ...stages.annotate.captioner import AnnotateConfig
-    from ...stages.annotate.quality_gate import HealthConfig
+    from ...stages.annotate.quality_gate import QualityGateConfig
     from ..jobs.annotate import AnnotateStage, chosen_prompts
     from ..jobs.engine import plan
 
-    place = o.workplace(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
+    place = o.placement(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
     options = o.engine_options(
         adapter=adapter,
         engine_arg=engine_arg,
@@ -86,7 +86,7 @@ def annotate(
         concurrency=concurrency,
     )
     health = o.validated(
-        HealthConfig,
+        QualityGateConfig,
         loop_repeats=loop_repeats,
         longest_run=longest_run,
         distinct_words=distinct_words,
@@ -106,7 +106,7 @@ def annotate(
     )
     setup = o.engine_setup(model, engine, place, sees=True, options=options, room=config.room, trace=trace)
     made = plan(AnnotateStage(config, setup, model, pack), shards, out, fresh=fresh, retry=retry, share=share)
-    code = run_plan(made, place)
+    code = run_job(made, place)
     if made.todo and code is not Exit.INTERRUPTED:
         _warn_of_shared(out)
     raise typer.Exit(code)

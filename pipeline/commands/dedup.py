@@ -16,7 +16,7 @@ from ...terminal import print_err
 from ..runners.interrupts import interrupts
 from ..runners.progress import Progress
 from . import options as o
-from .outcome import Exit, conclude
+from .run_job import Exit, conclude
 
 COSINE = 0.96
 

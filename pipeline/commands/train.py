@@ -10,7 +10,7 @@ import typer
 
 from ...terminal import print_line
 from . import options as o
-from .outcome import Exit
+from .run_job import Exit
 
 
 def train(

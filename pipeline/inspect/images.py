@@ -21,7 +21,7 @@ from ...manifests.status import Status
 from ...models.images.decode import ImageLimits, thumbnail
 from ...models.images.formats import ImageProblem
 from ...stages.reading.faults import read_problem
-from .shard_join import Joins, Place
+from .shard_join import ShardJoin, ShardName
 
 OPEN_TARS = 16
 LIMITS = ImageLimits(min_side=1)
@@ -97,7 +97,7 @@ class Pictures:
         self._lock = threading.Lock()
         self.refused: list[str] = []
 
-    def of(self, joins: Joins, place: Place, row: Mapping[str, Any]) -> bytes | None:
+    def of(self, joins: ShardJoin, place: ShardName, row: Mapping[str, Any]) -> bytes | None:
         """The image of a row (``key``, and of final shards ``source_shard``, ``source_key``); None without one."""
         tars = [(tar, str(row["key"])) for tar in joins.tars(place)]
         selected = joins.selected_from(place)
@@ -121,7 +121,7 @@ class Pictures:
             self.refused.append(reason)
         return None
 
-    def refusal(self, joins: Joins, place: Place) -> str | None:
+    def refusal(self, joins: ShardJoin, place: ShardName) -> str | None:
         """Why the images of a shard are not shown, where they lie nowhere that may be read; nothing is opened."""
         reason = None
         for tar in joins.tars(place):

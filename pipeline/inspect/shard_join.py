@@ -21,7 +21,7 @@ _ROOTS = ("ingest", "select")  # stages whose tars' rows are their own, not anot
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardName:
     """A shard of an artifact, by their names."""
 
     artifact: str
@@ -44,7 +44,7 @@ class Tar:
         return self.location.rpartition("/")[2]
 
 
-class Joins:
+class ShardJoin:
     """A snapshot of what is committed in some artifacts. ``records``: by artifact and shard; ``damaged``: reasons."""
 
     def __init__(self, artifacts: Mapping[str, Artifact]) -> None:
@@ -59,22 +59,22 @@ class Joins:
             except (CapipeError, OSError) as error:
                 self.damaged[name] = str(error)
         self._fingerprints = {self.artifacts[name].fingerprint: name for name in self.records}
-        self._tars: dict[str, Place] = {}
+        self._tars: dict[str, ShardName] = {}
         # Roots first: an export's tar may be the very tar of the selection that it copied.
         for name, shard, record in sorted(self._all(), key=lambda each: self.artifacts[each[0]].stage not in _ROOTS):
             if f"{shard}.tar" in record.files:
-                self._tars.setdefault(str(record.files[f"{shard}.tar"]["sha256"]), Place(name, shard))
-        self._same: dict[str, list[Place]] = defaultdict(list)
+                self._tars.setdefault(str(record.files[f"{shard}.tar"]["sha256"]), ShardName(name, shard))
+        self._same: dict[str, list[ShardName]] = defaultdict(list)
         for name, shard, _ in self._all():
-            self._same[self.identity(Place(name, shard))].append(Place(name, shard))
+            self._same[self.identity(ShardName(name, shard))].append(ShardName(name, shard))
 
     def _all(self) -> Iterator[tuple[str, str, ShardRecord]]:
         return ((name, shard, record) for name, shards in self.records.items() for shard, record in shards.items())
 
-    def record(self, place: Place) -> ShardRecord:
+    def record(self, place: ShardName) -> ShardRecord:
         return self.records[place.artifact][place.shard]
 
-    def identity(self, place: Place, _depth: int = 8) -> str:
+    def identity(self, place: ShardName, _depth: int = 8) -> str:
         """The hash of the tar whose rows a shard's are; of what cannot be traced, a name that is nobody else's."""
         record, artifact = self.record(place), self.artifacts[place.artifact]
         own = record.files.get(f"{place.shard}.tar")
@@ -87,18 +87,18 @@ class Joins:
         if source is None:
             parent = self._fingerprints.get(str(artifact.config["semantic"].get("input")))
             if parent is not None and place.shard in self.records[parent]:
-                source = Place(parent, place.shard)
+                source = ShardName(parent, place.shard)
         if source is None or source == place or _depth == 0:
             return f"{artifact.fingerprint}/{place.shard}"
         return self.identity(source, _depth - 1)
 
-    def beside(self, place: Place) -> list[Place]:
+    def beside(self, place: ShardName) -> list[ShardName]:
         """The shards of other artifacts with as many rows of the same images."""
         count = self.record(place).count
         others = self._same[self.identity(place)]
         return [each for each in others if each != place and self.record(each).count == count]
 
-    def tars(self, place: Place) -> Iterator[Tar]:
+    def tars(self, place: ShardName) -> Iterator[Tar]:
         """Where the images of a shard may lie, the likeliest first."""
         for each in (place, *self.beside(place)):
             if f"{each.shard}.tar" in self.record(each).files:
@@ -108,18 +108,18 @@ class Joins:
             for made_of in self._inputs(place):
                 yield from self._tars_of(made_of)
 
-    def _own(self, place: Place) -> Tar:
+    def _own(self, place: ShardName) -> Tar:
         file = f"{place.shard}.tar"
         size = self.record(place).files.get(file, {}).get("bytes")
         return Tar(f"{self.artifacts[place.artifact].url}/{file}", size)
 
-    def sources(self, place: Place, shard: str) -> Iterator[Tar]:
+    def sources(self, place: ShardName, shard: str) -> Iterator[Tar]:
         """Where the images of a selected shard's rows were before, by ``source_shard``: of those filtered out, too."""
         for each in self._inputs(place):
             if each.get("name") == shard:
                 yield from self._tars_of(each)
 
-    def _inputs(self, place: Place) -> Iterator[Mapping[str, Any]]:
+    def _inputs(self, place: ShardName) -> Iterator[Mapping[str, Any]]:
         """The shards that one was made of, where it is of several or of parts of one."""
         listed = self.record(place).input.get("shards")
         yield from (each for each in (listed if isinstance(listed, list) else []) if isinstance(each, Mapping))
@@ -130,7 +130,7 @@ class Joins:
             yield self._own(known)
         yield from _named(made_of)
 
-    def selected_from(self, place: Place) -> Place | None:
+    def selected_from(self, place: ShardName) -> ShardName | None:
         """The select shard that an export copied, itself where it is one, else None."""
         if self.artifacts[place.artifact].stage == "select":
             return place

@@ -16,7 +16,7 @@ from ...manifests.files.outside import Refused, open_local
 from ...manifests.manifest import ShardRecord
 from ...trainer.log import SECONDS, STEPS, TIMES
 from .discover import RUN
-from .throughput import pace, rows_of_input
+from .throughput import rows_of_input, throughput
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def state_of(artifact: Artifact) -> State:
     total = None if said is None else int(said)
     done, journaled = len(records) == total, _journaled(artifact)
     rows_total = None if done else _rows_total(artifact, records, total)
-    found, spent = pace(artifact, records, journaled, rows_total), times.read(artifact.folder).seconds
+    found, spent = throughput(artifact, records, journaled, rows_total), times.read(artifact.folder).seconds
     return State(
         stage=artifact.stage,
         fingerprint=artifact.fingerprint,
@@ -142,7 +142,7 @@ class RunState:
         return {**asdict(self), "complete": self.complete}
 
 
-def read_figures(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path) -> list[dict[str, Any]]:
     """What a run logged, an entry a step and one more where it validated; lines that are no JSON are passed over."""
     return _entries(run / STEPS)
 
@@ -171,7 +171,7 @@ def validation_of(entry: dict[str, Any]) -> dict[str, float]:
 
 def run_state(run: Path) -> RunState:
     """Read a training run's state."""
-    entries = read_figures(run)
+    entries = read_metrics(run)
     trained = [each for each in entries if "reward" in each]
     last: dict[str, Any] = trained[-1] if trained else {}
     done = int(last["step"]) + 1 if last else 0

@@ -19,7 +19,7 @@ _RARE = 10.0  # times the median gap: what is a pause where they are
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """``rate`` in rows per second over the last commits, ``eta`` in seconds: None where there is nothing to go by.
 
     ``changed``: when something was last finished, in epoch seconds of the clock that stamped the files.
@@ -44,17 +44,17 @@ def rows_of_input(artifact: Artifact) -> int | None:
     return sum(record.count for record in records.values()) if len(records) == expected else None
 
 
-def pace(artifact: Artifact, records: Sequence[ShardRecord], journaled: int, total: int | None) -> Pace:
+def throughput(artifact: Artifact, records: Sequence[ShardRecord], journaled: int, total: int | None) -> Throughput:
     """The pace of an artifact. ``journaled``: finished rows of uncommitted shards; ``total``: rows there will be."""
     if not artifact.folder.is_local:
-        return Pace()
+        return Throughput()
     moments = _moments(artifact, records, journaled)
     if not moments:
-        return Pace()
+        return Throughput()
     rate = _rate(moments)
     left = None if total is None else max(0, total - sum(record.count for record in records) - journaled)
     eta = left / rate if left is not None and rate else None
-    return Pace(rate, eta, moments[-1][0])
+    return Throughput(rate, eta, moments[-1][0])
 
 
 def _moments(artifact: Artifact, records: Sequence[ShardRecord], journaled: int) -> list[tuple[float, int]]:

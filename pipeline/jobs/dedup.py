@@ -29,7 +29,7 @@ from ...stages.ingest.shard import plan as cut
 from ...stages.ingest.sources import open_sources, source_places
 from ..runners.messages import Event, Pulse, ShardDone, ShardFailed
 from ..runners.pool import Done, run_pool
-from ..runners.shard_queue import Outcome
+from ..runners.shard_queue import JobResult
 from ..runners.worker import disk_text
 from .ingest import HOPELESS
 
@@ -77,7 +77,7 @@ def plan_dedup(
     return DedupPlan(config, shards, found, tuple(against), beside, out.rstrip("/"), count if shared else 0, fresh)
 
 
-def hash_images(made: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, Outcome]:
+def hash_images(made: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, JobResult]:
     """The first pass over the shards; what is committed and unchanged is not done again."""
     source = input_artifact(made.pattern)
     semantic = {"input": source.fingerprint if source else None}
@@ -86,7 +86,7 @@ def hash_images(made: DedupPlan, report: Callable[[Event], None], stop: threadin
     def todo(artifact: Artifact) -> list[InputShard]:
         committed = artifact.committed()
         for shard in made.shards:
-            if shard.name in committed and shard.is_mended(committed[shard.name]):
+            if shard.name in committed and shard.is_repaired(committed[shard.name]):
                 artifact.retract(committed.pop(shard.name))
         return [shard for shard in made.shards if shard.name not in committed]
 
@@ -96,7 +96,7 @@ def hash_images(made: DedupPlan, report: Callable[[Event], None], stop: threadin
 
 def hash_references(
     made: DedupPlan, report: Callable[[Event], None], stop: threading.Event
-) -> tuple[Artifact, Outcome]:
+) -> tuple[Artifact, JobResult]:
     """The first pass over the reference sets. Raises BadInput where not one of their images can be decoded."""
     # Links lead where they may: of what is compared with, nothing but hashes is kept.
     tasks = list(cut(open_sources(made.against, follow_links=True), dedup.REFERENCES))
@@ -119,7 +119,7 @@ def mark(
     against: Artifact | None,
     report: Callable[[Event], None],
     stop: threading.Event,
-) -> tuple[Artifact, Outcome]:
+) -> tuple[Artifact, JobResult]:
     """The second pass: group all images and mark every row. Nothing is grouped where all marks are there already.
 
     Where images were added or read since, all are grouped again and every shard is marked anew.
@@ -142,13 +142,13 @@ def mark(
         shards = join(made.shards, {"embeddings": made.embeddings} if made.embeddings is not None else {})
         for shard in shards:
             if shard.name in old:
-                shard.has_mended_companions(old[shard.name])  # raises where they are others
+                shard.has_repaired_companions(old[shard.name])  # raises where they are others
         if gone := sorted(set(old) - set(names)):
             text = f"{artifact.url}: holds marks of shard {gone[0]}, which --shards does not name"
             raise ArtifactMismatch(f"{text}; name all of them, or use --fresh to start over")
         done = {name: record for name, record in old.items() if record.input.get("grouped") == grouped}
         if len(done) == len(names):
-            return artifact, Outcome()
+            return artifact, JobResult()
         reference_set = read_hash_set(against, references) if against is not None else None
         hashed = read_hash_set(hashes, names)
         marks = dedup.find_marks(hashed, reference_set, made.config, _embedded(made, hashed, artifact))
@@ -161,7 +161,7 @@ def mark(
     except BaseException:
         artifact.close()
         raise
-    return artifact, Outcome(interrupted=stop.is_set())
+    return artifact, JobResult(interrupted=stop.is_set())
 
 
 def _embedded(made: DedupPlan, hashed: HashSet, artifact: Artifact) -> tuple[Indices, Indices] | None:
@@ -214,8 +214,8 @@ def _hashed(
     workers: int,
     report: Callable[[Event], None],
     stop: threading.Event,
-) -> Outcome:
-    outcome = Outcome()
+) -> JobResult:
+    outcome = JobResult()
     work = functools.partial(_written, function=function, artifact=artifact.attach())
     try:
         for result in run_pool(tasks, work, workers, stop):

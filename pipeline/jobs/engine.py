@@ -44,8 +44,8 @@ from ...models.reader import QuizReader, ReaderConfig
 from ..runners.circuit_breaker import Refusals, answered
 from ..runners.inline import run_inline
 from ..runners.messages import Event
-from ..runners.placement import Workplace
-from ..runners.shard_queue import Outcome
+from ..runners.placement import Placement
+from ..runners.shard_queue import JobResult
 from ..runners.worker import RowByRow, Stage
 
 Got = TypeVar("Got")
@@ -280,7 +280,7 @@ class EngineStage(Stage, Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePlan:
     """A run before its first row: the locked output and the shards still to do."""
 
     stage: EngineStage
@@ -299,7 +299,7 @@ def plan(
     retry: bool = False,
     share: bool = False,
     also_read: Sequence[str] = (),
-) -> Plan:
+) -> StagePlan:
     """Check everything that can be checked before a model is loaded, lock the output, and find what is left to do.
 
     Shards some of whose input's rows were done again since are taken back; rows of the same images keep what they have.
@@ -325,7 +325,7 @@ def plan(
     reads = [*read_places(pattern, shards, beside.values()), *also_read]
     artifact = Artifact.create(out, stage.name, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
-        return Plan(stage, artifact, shards, _todo(artifact, shards, retry))
+        return StagePlan(stage, artifact, shards, _todo(artifact, shards, retry))
     except CapipeError:
         artifact.close()
         raise
@@ -339,9 +339,9 @@ def _todo(artifact: Artifact, shards: list[InputShard], retry: bool) -> list[Inp
         record = committed.get(shard.name)
         if record is None:
             continue
-        mended, again = shard.is_mended(record), retry and record.unresolved > 0
+        mended, again = shard.is_repaired(record), retry and record.unresolved > 0
         if not again:  # else sidecars may have changed in any way: what they had left open may be there by now
-            mended |= shard.has_mended_companions(record)
+            mended |= shard.has_repaired_companions(record)
         if mended and artifact.shared:
             text = f"{shard.url}: some of its rows were done again since; run the command once without --share"
             raise BadInput(f"{text}, which takes the shards made of it back")
@@ -378,7 +378,7 @@ def resolved_rows(artifact: Artifact, shard: str) -> dict[int, dict[str, Any]]:
     return {index: row for index, row in enumerate(rows) if Status(row["status"]).resolved}
 
 
-def execute(made: Plan, report: Callable[[Event], None], workplace: Workplace) -> Outcome:
+def execute(made: StagePlan, report: Callable[[Event], None], workplace: Placement) -> JobResult:
     """Do the plan's shards; returns when all are committed or quarantined, or on Ctrl-C."""
     if made.stage.setup is None:
         return run_inline(made.stage, made.artifact, report, made.todo)

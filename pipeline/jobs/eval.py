@@ -20,15 +20,15 @@ from ...models.scorers.clip import ClipScorer, load_clip
 from ...models.scorers.clip_source import clip_place
 from ...models.scorers.lm_scores import load_text_scorer
 from ...models.scorers.loading import ScorerConfig, scorer_identity
-from ...trainer.evaluation.compare import Run
+from ...trainer.evaluation.compare import EvaluationRun
 from ...trainer.evaluation.evaluate import evaluate
-from ...trainer.evaluation.results import Caution, Comparison, Report
+from ...trainer.evaluation.results import Caution, Comparison, EvaluationReport
 from ...trainer.evaluation.retrieval import Gallery, cosines_of, gallery_of, ranks_of
 from ...trainer.evaluation.tables import to_json, to_markdown
 
 
 @dataclass(frozen=True)
-class Judges:
+class EvaluationModels:
     """Models that an evaluation asks about captions, by name. ``cosine``: a CLIP or a BLIP, maybe the reward's own."""
 
     clip: str | None = None
@@ -48,7 +48,9 @@ def load_cosine(name: str) -> ClipScorer | BlipScorer:
     return load_clip(name)
 
 
-def report_on(graded: Artifact, judges: Judges = Judges(), warnings: Sequence[Caution] = ()) -> Report:
+def report_on(
+    graded: Artifact, judges: EvaluationModels = EvaluationModels(), warnings: Sequence[Caution] = ()
+) -> EvaluationReport:
     """The figures of a graded artifact, with those of the models that are named. Raises BadInput without any row.
 
     ``warnings``: what is known to be wrong with them, beside what they show themselves.
@@ -58,11 +60,11 @@ def report_on(graded: Artifact, judges: Judges = Judges(), warnings: Sequence[Ca
         clip = load_clip(judges.clip)
         gallery, captions = _gallery(graded, clip)
         more |= {"ranks": ranks_of(gallery, captions, clip), "gallery": len(gallery.names)}
-        facts["retrieval"] = _told("clip", judges.clip)
+        facts["retrieval"] = _identified("clip", judges.clip)
     if judges.cosine is not None:
         scorer = load_cosine(judges.cosine)
         more["cosines"] = cosines_of(*_gallery(graded, scorer), scorer)
-        facts["cosine"] = _told("clip" if isinstance(scorer, ClipScorer) else "blip", judges.cosine)
+        facts["cosine"] = _identified("clip" if isinstance(scorer, ClipScorer) else "blip", judges.cosine)
     if judges.language_model is not None:
         texts = sorted({text for _, text in _captions(graded)})
         more["logps"] = dict(zip(texts, load_text_scorer(judges.language_model).logps(texts), strict=True))
@@ -70,7 +72,7 @@ def report_on(graded: Artifact, judges: Judges = Judges(), warnings: Sequence[Ca
     return evaluate(rows_of(graded), facts, where=graded.url, warnings=warnings, **more)
 
 
-def _told(kind: str, model: str) -> str:
+def _identified(kind: str, model: str) -> str:
     """A scorer's name with what makes it the scorer it is, so that reports by another one are told apart."""
     identity = scorer_identity(ScorerConfig(kind, model))
     return f"{model}@{str(identity['model'])[:12]}, {identity['activation']}"
@@ -94,10 +96,10 @@ def _gallery(graded: Artifact, scorer: ClipScorer | BlipScorer) -> tuple[Gallery
     return gallery_of(images, {image for image, _ in captions}, scorer), captions
 
 
-def run_of(folder: Path, system: str | None) -> Run:
+def run_of(folder: Path, system: str | None) -> EvaluationRun:
     """A graded artifact as one side of a comparison."""
     graded = Artifact.open(str(folder))
-    return Run(str(folder.parent), rows_of(graded), settings(graded, Allowed(str(folder))), system)
+    return EvaluationRun(str(folder.parent), rows_of(graded), settings(graded, Allowed(str(folder))), system)
 
 
 def rows_of(graded: Artifact) -> Iterator[dict[str, Any]]:
@@ -142,7 +144,7 @@ def _presented(presentations: int | None) -> str:
     return "all cyclic orders" if presentations is None else f"{presentations} cyclic orders"
 
 
-def write_report(value: Report | Comparison, folder: Path, name: str = "report") -> None:
+def write_report(value: EvaluationReport | Comparison, folder: Path, name: str = "report") -> None:
     """``name``.json and ``name``.md."""
     folder.mkdir(parents=True, exist_ok=True)
     write_new(folder / f"{name}.json", to_json(value).encode())

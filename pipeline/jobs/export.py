@@ -25,7 +25,7 @@ from ...stages.export.source import column_of, image_extensions
 from ...stages.export.write import STAGE, ExportConfig, export_shards
 from ..runners.messages import Event, Pulse, ShardDone, ShardFailed
 from ..runners.pool import Done, run_pool
-from ..runners.shard_queue import Outcome
+from ..runners.shard_queue import JobResult
 from ..runners.worker import disk_text
 from .export_files import EXTRAS, write_files
 
@@ -212,9 +212,9 @@ def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
     return ArtifactMismatch(f"{text}; use another --out, or --fresh to start over")
 
 
-def execute_export(made: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> Outcome:
+def execute_export(made: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Export what is not committed yet; shards that cannot be done are quarantined. Ends early once ``stop`` is set."""
-    outcome = Outcome()
+    outcome = JobResult()
     function = functools.partial(
         _write_shard, source=made.source, artifact=made.artifact.attach(), config=made.config, link=made.link
     )

@@ -19,7 +19,7 @@ from ...stages.ingest.source_refs import ItemRef
 from ...stages.ingest.sources import open_sources, source_places
 from ..runners.messages import Event, Pulse, ShardDone, ShardFailed
 from ..runners.pool import Done, Failed, run_pool
-from ..runners.shard_queue import Outcome
+from ..runners.shard_queue import JobResult
 from ..runners.worker import disk_text
 
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -59,9 +59,9 @@ def plan_ingest(
     return IngestPlan(config, artifact, items, count if shared else 0)
 
 
-def execute_ingest(made: IngestPlan, report: Callable[[Event], None], stop: threading.Event) -> Outcome:
+def execute_ingest(made: IngestPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Ingest what is not committed yet; returns when all shards are committed or quarantined, or ``stop`` is set."""
-    outcome = Outcome()
+    outcome = JobResult()
     function = functools.partial(_write_shard, config=made.config, artifact=made.artifact.attach())
     for result in run_pool(_todo(made), function, made.workers, stop, careful=_careful):
         settle(made.artifact, result, outcome, report)
@@ -97,7 +97,7 @@ class Sharded(Protocol):
 def settle(
     artifact: Artifact,
     result: Done[Task, ShardRecord] | Failed[Task],
-    outcome: Outcome,
+    outcome: JobResult,
     report: Callable[[Event], None],
 ) -> None:
     """Report a shard's end; one that failed for good is quarantined."""

@@ -135,7 +135,7 @@ def rewarded_by(captions: Artifact, stage: Asking) -> list[Caution]:
     return [Caution("reward_reader", text, {})]
 
 
-def told_texts(questions: Artifact) -> Iterator[Text]:
+def oracle_texts(questions: Artifact) -> Iterator[Text]:
     """The control that tells all answers, of every image."""
     for key, asked in _questions(questions):
         yield key, self_oracle(asked), None

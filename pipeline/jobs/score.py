@@ -19,7 +19,7 @@ from ...models.halving import OF_DEVICES, by_halves
 from ...models.images.decode import ImageLimits, Pixels
 from ...models.images.decode_pool import DecodePool
 from ...models.images.formats import ImageProblem
-from ...models.images.preprocess import View, decode_views
+from ...models.images.preprocess import Preprocess, decode_preprocessed
 from ...models.scorers.base import computing_threads, device_and_type
 from ...models.scorers.clip import load_clip
 from ...models.scorers.loading import ScorerConfig, load_scorer, scorer_identity
@@ -78,7 +78,7 @@ Subject = tuple[Row, int]  # and the number of its image
 CHUNKS_COMPUTED = 4  # at a time, at most: each holds its pictures and its activations
 
 
-class ViewProcessor(Generic[Prepared]):
+class ImageTextProcessor(Generic[Prepared]):
     """What processors share whose models look at pictures: chunks of rows, decoding processes, computing threads.
 
     Another thread prepares the next chunk's texts meanwhile: tokenizers, too, take a tenth of a small model's time.
@@ -89,8 +89,8 @@ class ViewProcessor(Generic[Prepared]):
     chunk = CHUNK
     writes_tar = False
 
-    def __init__(self, views: tuple[View, ...], setup: ScoreSetup) -> None:
-        decode = functools.partial(decode_views, views=views, limits=setup.limits)
+    def __init__(self, preprocesses: tuple[Preprocess, ...], setup: ScoreSetup) -> None:
+        decode = functools.partial(decode_preprocessed, preprocesses=preprocesses, limits=setup.limits)
         devices = [device_and_type(each.device, each.dtype)[0] for each in setup.scorers]
         self._computers, threads = computing_threads(devices, CHUNKS_COMPUTED)
         self.window = (self._computers + 3) * CHUNK
@@ -194,7 +194,7 @@ class ViewProcessor(Generic[Prepared]):
         self._threads.shutdown()
 
 
-class ScoreProcessor(ViewProcessor[PreparedRows]):
+class ScoreProcessor(ImageTextProcessor[PreparedRows]):
     """The loaded stage."""
 
     schema = SCORE
@@ -206,7 +206,7 @@ class ScoreProcessor(ViewProcessor[PreparedRows]):
 
             safety = NudeNetDetector()
         self._scorer = CaptionScorer(tuple(load_scorer(each) for each in setup.scorers), safety)
-        super().__init__(self._scorer.views, setup)
+        super().__init__(self._scorer.preprocesses, setup)
 
     def unasked(self, row: Row) -> dict[str, Any] | None:
         return unscored(row)
@@ -238,14 +238,14 @@ class EmbedStage:
         return EmbedProcessor(self.setup)
 
 
-class EmbedProcessor(ViewProcessor[Sequence[Subject]]):
+class EmbedProcessor(ImageTextProcessor[Sequence[Subject]]):
     """The loaded stage: unit vectors of the image tower in half precision."""
 
     def __init__(self, setup: ScoreSetup) -> None:
         (config,) = setup.scorers
         self._clip = load_clip(config.model, config.dtype, config.device)
         self.schema = embedding(self._clip.width)
-        super().__init__((self._clip.view,), setup)
+        super().__init__((self._clip.preprocess,), setup)
 
     def unasked(self, row: Row) -> dict[str, Any] | None:
         return None

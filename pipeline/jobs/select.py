@@ -30,12 +30,22 @@ from ...manifests.schema import SCORE, SELECT
 from ...manifests.shards import InputShard, RowReader, expand, input_artifact, join, read_places
 from ...manifests.status import Status
 from ...manifests.transaction import ShardTransaction
-from ...stages.filter.select import STAGE, Rule, SelectConfig, final_keys, final_row, group, members, uid_list, verdict
+from ...stages.filter.select import (
+    STAGE,
+    Rule,
+    SelectConfig,
+    final_keys,
+    final_row,
+    group,
+    members,
+    selection_status,
+    uid_list,
+)
 from ..runners.messages import Event
 from ..runners.pool import run_pool
-from ..runners.shard_queue import Outcome
+from ..runners.shard_queue import JobResult
 from .ingest import settle, writing
-from .select_plan import MARKS, SCORES, Survey, ok_uids, read_columns, survey
+from .select_plan import MARKS, SCORES, ShardPlan, ok_uids, plan_shards, read_columns
 
 UIDS = f"{PRIVATE}/uids.npy"
 _START_OVER = "use another --out, or --fresh to start over"
@@ -59,7 +69,7 @@ class GroupTask:
 class SelectPlan:
     """A selection before its first image is read: the locked output and the final shards still to write."""
 
-    found: Survey
+    found: ShardPlan
     artifact: Artifact
     tasks: list[GroupTask]
     todo: list[GroupTask]
@@ -91,7 +101,7 @@ def plan_select(
     reads = read_places(pattern, shards, beside.values())
     refuse_overwriting(out, reads)
     _refuse_another_stage(out)
-    found = survey(shards, scores, config)
+    found = plan_shards(shards, scores, config)
     tasks = _tasks(shards, found)
     source = input_artifact(pattern)
     semantic = {
@@ -127,7 +137,7 @@ def _refuse_another_stage(out: str) -> None:
         raise BadInput(f"{out}: holds an artifact of stage {stage!r}; choose another --out")
 
 
-def _tasks(shards: Sequence[InputShard], found: Survey) -> list[GroupTask]:
+def _tasks(shards: Sequence[InputShard], found: ShardPlan) -> list[GroupTask]:
     size = found.rule.config.shard_size
     return [
         GroupTask(
@@ -147,7 +157,7 @@ def _todo(artifact: Artifact, tasks: Sequence[GroupTask]) -> list[GroupTask]:
     """
     committed = artifact.committed()
     present = {shard.name: shard for task in tasks for shard in task.shards}
-    mended = {name for name, record in committed.items() if _is_mended(artifact, record, present)}
+    mended = {name for name, record in committed.items() if _is_repaired(artifact, record, present)}
     todo = []
     for task in tasks:
         record = committed.pop(task.shard, None)
@@ -161,20 +171,20 @@ def _todo(artifact: Artifact, tasks: Sequence[GroupTask]) -> list[GroupTask]:
     return todo
 
 
-def _is_mended(artifact: Artifact, record: ShardRecord, present: Mapping[str, InputShard]) -> bool:
+def _is_repaired(artifact: Artifact, record: ShardRecord, present: Mapping[str, InputShard]) -> bool:
     mended = False
     for entry in record.input["shards"]:
         shard, made = present.get(entry["name"]), replace(record, input=entry)
         if shard is None:
             text = f"{artifact.url}: shard {record.shard} was made of other input shards"
             raise ArtifactMismatch(f"{text}; {_START_OVER}")
-        mended |= shard.is_mended(made) | shard.has_mended_companions(made)
+        mended |= shard.is_repaired(made) | shard.has_repaired_companions(made)
     return mended
 
 
-def execute_select(made: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> Outcome:
+def execute_select(made: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Write what is not committed yet; returns when all shards are committed or quarantined, or ``stop`` is set."""
-    outcome = Outcome()
+    outcome = JobResult()
     function = functools.partial(write_group, rule=made.found.rule, artifact=made.artifact.attach())
     for result in run_pool(made.todo, function, made.workers, stop):
         settle(made.artifact, result, outcome, report)
@@ -206,7 +216,7 @@ def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction)
     reader, kept = RowReader(shard), 0
     for source, key, term in zip(reader, keys, failed, strict=True):  # the reader first: it checks that this was all
         row = source.beside[SCORES]
-        status, error = verdict(row, source.beside.get(MARKS), rule, term)
+        status, error = selection_status(row, source.beside.get(MARKS), rule, term)
         final = final_row(row, status, error, key, shard.name, rule.text)
         sample = members(source, final)
         if status == Status.OK and sample is None:

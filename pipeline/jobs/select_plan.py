@@ -31,7 +31,7 @@ _BASE = pa.schema(BASE)
 
 
 @dataclass(frozen=True)
-class Survey:
+class ShardPlan:
     """``kept``: rows of each input shard that are kept under ``rule``; the others count rows of all of them.
 
     ``eligible``: candidates for which `keep` holds, and which `top` can rank.
@@ -57,7 +57,7 @@ class Survey:
         return f"{asked.shown}: keeps all {self.candidates:,} candidates; raise the threshold to sort some out"
 
 
-def survey(shards: Sequence[InputShard], scores: Artifact, config: SelectConfig) -> Survey:
+def plan_shards(shards: Sequence[InputShard], scores: Artifact, config: SelectConfig) -> ShardPlan:
     """Decide about all rows of ``shards``, each joined with its scores (and marks).
 
     Raises BadInput where the scores are of other images, and where nothing would be kept.
@@ -82,7 +82,7 @@ def survey(shards: Sequence[InputShard], scores: Artifact, config: SelectConfig)
         rule = replace(rule, threshold=top_threshold(values, config.top))
         above = values >= rule.precision(rule.threshold or 0.0)
         kept = [int(part.sum()) for part in np.split(above, np.cumsum(counted)[:-1])]
-    return Survey(rule, kept, sizes, candidates, sum(counted))
+    return ShardPlan(rule, kept, sizes, candidates, sum(counted))
 
 
 def _text(shards: Sequence[InputShard], config: SelectConfig) -> Text:

@@ -24,14 +24,14 @@ from ...models.engines.loading import model_identity
 from ...models.reader import QuizReader, ReaderConfig
 from ...models.scorers.loading import ScorerConfig, scorer_identity
 from ...trainer.build import PolicyParts, build_optimizer, build_policy, load_reader, whole_policy
-from ...trainer.build_rewards import build_judge
+from ...trainer.build_rewards import build_reward_manager
 from ...trainer.checkpoint import Facts, newest, optimizer_state
-from ...trainer.dataset import TaskList, load_tasks
+from ...trainer.dataset import ExampleList, load_examples
 from ...trainer.distributed import join
 from ...trainer.evaluation.ability import ability_of, cautions
 from ...trainer.log import RunLog, Sink, TensorBoard, WandB
-from ...trainer.loop import Run, train
-from ...trainer.losses import Clip
+from ...trainer.loop import TrainingRun, train
+from ...trainer.losses import ClipRange
 from ...trainer.policy.critic import CriticConfig
 from ...trainer.policy.fsdp import restore_optimizer
 from ...trainer.policy.packing_check import check_packing
@@ -39,7 +39,7 @@ from ...trainer.preflight import IMAGES, ability, controls, floors, refuse_reade
 from ...trainer.recipe import Recipe
 from ...trainer.rewards.image_text import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
 from ...trainer.rewards.quiz import QuizReward
-from ...trainer.rollouts import Drawing, Rollouts
+from ...trainer.rollouts import Rollouts, RolloutSampling
 from ...trainer.sampler import Sampler, build_sampler
 from ...trainer.update import UpdateConfig, Updater
 from ..runners.interrupts import interrupts
@@ -78,7 +78,7 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     mark, found = fingerprint(semantic), _look(out, semantic, fresh)
     parts = build_policy(recipe, found[0] if found else None, ranks)
     say(parts.learning)
-    judge = await build_judge(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
+    judge = await build_reward_manager(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
     grader: QuizReader | None = None
     sampler: Sampler | None = None
     try:
@@ -138,7 +138,7 @@ def _scorers(recipe: Recipe) -> dict[str, Any]:
     return {"scorers": found} if found else {}
 
 
-def _stop(run: Run) -> None:
+def _stop(run: TrainingRun) -> None:
     run.stopping = True
     if run.parts.ranks.first:  # a signal may come while a line is being written
         say_at_once("stopping: this step is finished, then a checkpoint written; a second signal ends it at once")
@@ -157,13 +157,13 @@ def _read(recipe: Recipe) -> list[str]:
     return [*places, *(each for each in questions if each is not None), *local]
 
 
-def load_data(recipe: Recipe) -> tuple[TaskList, TaskList | None]:
+def load_data(recipe: Recipe) -> tuple[ExampleList, ExampleList | None]:
     """What is trained on and what is validated on. Raises BadInput where an image is in both."""
     asked = None if recipe.data.questions is None else question_artifact(recipe.data.questions).url
-    training = load_tasks(recipe.data.shards, asked, recipe.data.fingerprint)
+    training = load_examples(recipe.data.shards, asked, recipe.data.fingerprint)
     if recipe.validation is None:
         return training, None
-    held_out = load_tasks(recipe.validation.shards, question_artifact(recipe.validation.questions).url)
+    held_out = load_examples(recipe.validation.shards, question_artifact(recipe.validation.questions).url)
     known = {task.uid for task in training.tasks}
     shared = next((task.key for task in held_out.tasks if task.uid in known), None)
     if shared is not None:
@@ -208,24 +208,24 @@ def _assemble(
     recipe: Recipe,
     out: Path,
     mark: str,
-    training: TaskList,
-    held_out: TaskList | None,
+    training: ExampleList,
+    held_out: ExampleList | None,
     parts: PolicyParts,
     sampler: Sampler,
     judge: Any,
     grader: QuizReader | None,
     start: int,
     say: Say,
-) -> Run:
+) -> TrainingRun:
     rollout, algorithm = recipe.rollout, recipe.algorithm
-    drawing = Drawing(recipe.prompt, rollout.group, rollout.max_tokens, rollout.temperature, recipe.seed)
+    drawing = RolloutSampling(recipe.prompt, rollout.group, rollout.max_tokens, rollout.temperature, recipe.seed)
     config = UpdateConfig(
         loss=algorithm.loss,
         baseline=algorithm.baseline,
         critic=CriticConfig(**algorithm.critic.model_dump(exclude={"hidden", "rate"})) if algorithm.critic else None,
         epochs=algorithm.epochs,
         minibatches=algorithm.minibatches,
-        clip=Clip(algorithm.clip_low, algorithm.clip_high, algorithm.cap),
+        clip=ClipRange(algorithm.clip_low, algorithm.clip_high, algorithm.cap),
         kl=algorithm.kl,
         estimator=algorithm.estimator,
         entropy=algorithm.entropy,
@@ -243,7 +243,7 @@ def _assemble(
     tasks = training.tasks[: recipe.data.images]
     cut = f" (the first {len(tasks)} are used)" if len(tasks) < len(training.tasks) else ""
     say(f"{len(training.tasks)} {found[0]}{cut}, {training.without} {found[1]}; {len(validated)} to validate on")
-    return Run(
+    return TrainingRun(
         recipe=recipe,
         out=out,
         fingerprint=mark,
@@ -286,7 +286,7 @@ def _sinks(recipe: Recipe, out: Path) -> list[Sink]:
     return sinks
 
 
-async def _preflight(run: Run) -> None:
+async def _preflight(run: TrainingRun) -> None:
     if not run.recipe.preflight or run.step:
         return
     reward = run.judge.rewards.get("quiz")

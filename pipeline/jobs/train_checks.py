@@ -9,9 +9,9 @@ from ...models.context_check import LONGEST, check_asked, room, telling, tokens_
 from ...models.engines.loading import ModelIdentity, model_identity, same_model
 from ...models.quiz import Question, self_oracle
 from ...models.reader import QuizReader
-from ...trainer.dataset import Task, TaskList
+from ...trainer.dataset import Example, ExampleList
 from ...trainer.recipe import Recipe
-from ...trainer.rewards.base import Judge
+from ...trainer.rewards.base import RewardManager
 from ...trainer.rewards.quiz import QuizReward, QuizRewardConfig
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ def reward_reader(recipe: Recipe) -> ModelIdentity | None:
 
 async def check_fits(
     recipe: Recipe,
-    judge: Judge,
+    judge: RewardManager,
     grader: QuizReader | None,
-    training: TaskList,
-    held_out: TaskList | None,
+    training: ExampleList,
+    held_out: ExampleList | None,
     encoder: PromptEncoder,
 ) -> None:
     """Raise BadInput where a reader cannot be asked the questions, or not beside the longest caption of the policy.
@@ -54,7 +54,9 @@ async def check_fits(
         await _fits(recipe, grader, recipe.validation.reader, held_out.tasks, encoder)
 
 
-async def _fits(recipe: Recipe, reader: QuizReader, name: str, tasks: tuple[Task, ...], encoder: PromptEncoder) -> None:
+async def _fits(
+    recipe: Recipe, reader: QuizReader, name: str, tasks: tuple[Example, ...], encoder: PromptEncoder
+) -> None:
     most = recipe.rollout.max_tokens
     asked = telling(question for task in tasks for question in task.questions)
     await check_asked(reader, name, asked)

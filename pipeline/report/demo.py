@@ -12,7 +12,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.shards import expand
 from ...manifests.status import QuestionStatus, Status
 from ...trainer.evaluation.graded_rows import system_of
-from ...trainer.evaluation.results import Report
+from ...trainer.evaluation.results import EvaluationReport
 from ...trainer.log import read_steps
 from ..inspect.chain_state import load_chain
 from ..inspect.status import state
@@ -83,7 +83,7 @@ def _quiz(folder: Path) -> list[str]:
 
 def _accuracies(evaluation: Path) -> dict[str, float]:
     """Quiz accuracy by system of a `capipe eval`."""
-    report = Report.from_dict(json.loads((evaluation / "report.json").read_text(encoding="utf-8")))
+    report = EvaluationReport.from_dict(json.loads((evaluation / "report.json").read_text(encoding="utf-8")))
     return {each.name: each.quiz.accuracy.value for each in report.systems if each.quiz.accuracy.value is not None}
 
 
@@ -101,12 +101,12 @@ def _gain(folder: Path) -> Gain | None:
         after=after[PROMPT],
         oracle=before["oracle"],
         file=_file(0),
-        told_before=_told(folder / "eval"),
-        told_after=_told(folder / "eval-trained"),
+        told_before=_first_caption(folder / "eval"),
+        told_after=_first_caption(folder / "eval-trained"),
     )
 
 
-def _told(evaluation: Path) -> str:
+def _first_caption(evaluation: Path) -> str:
     """The first caption of the first picture in a `capipe eval`, by the prompt that is trained."""
     artifact = Artifact.open(str(evaluation / "captions"))
     row = next(row for shard in artifact.committed() for row in artifact.read_rows(shard))

@@ -21,7 +21,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.status import QuestionStatus, Status
 from ...stages.questions.grade import CONTROLS
 from ..inspect.images import Pictures, small_jpeg
-from ..inspect.shard_join import Joins, Place
+from ..inspect.shard_join import ShardJoin, ShardName
 from .facts import sampled
 
 PICTURES = 12
@@ -92,7 +92,7 @@ class Losses:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def gallery(joins: Joins, pictures: Pictures, count: int = PICTURES) -> list[Shown]:
+def gallery(joins: ShardJoin, pictures: Pictures, count: int = PICTURES) -> list[Shown]:
     """Pictures of the shard that most is known about, evenly spread over its first rows."""
     place = _best(joins)
     if place is None:
@@ -114,21 +114,21 @@ def gallery(joins: Joins, pictures: Pictures, count: int = PICTURES) -> list[Sho
     return shown
 
 
-def _best(joins: Joins) -> Place | None:
+def _best(joins: ShardJoin) -> ShardName | None:
     """The shard with the most telling artifacts beside it; its own artifact is the most telling one."""
     ranked: list[tuple[int, str, str]] = []
     for name, shards in joins.records.items():
         first = next(iter(shards), None)
         if first is None or joins.artifacts[name].stage not in (*_TELLING, "ingest"):
             continue
-        place = Place(name, first)
+        place = ShardName(name, first)
         stages = {joins.artifacts[each.artifact].stage for each in (place, *joins.beside(place))}
         ranked.append((-sum(stage in stages for stage in _TELLING), name, first))
     # A training set's shards have captions of nobody: a grade beside them decides, then the order of names.
-    return Place(min(ranked)[1], min(ranked)[2]) if ranked else None
+    return ShardName(min(ranked)[1], min(ranked)[2]) if ranked else None
 
 
-def _head(joins: Joins, place: Place) -> pa.Table | None:
+def _head(joins: ShardJoin, place: ShardName) -> pa.Table | None:
     """The first rows of a shard; None where its Parquet cannot be read."""
     try:
         parquet = joins.artifacts[place.artifact].parquet(place.shard)
@@ -140,7 +140,11 @@ def _head(joins: Joins, place: Place) -> pa.Table | None:
 
 
 def _shown(
-    joins: Joins, pictures: Pictures, place: Place, base: Mapping[str, Any], rows: Mapping[Place, dict[str, Any]]
+    joins: ShardJoin,
+    pictures: Pictures,
+    place: ShardName,
+    base: Mapping[str, Any],
+    rows: Mapping[ShardName, dict[str, Any]],
 ) -> Shown:
     shown = Shown(str(base["key"]), data_uri(pictures.of(joins, place, base)))
     questions: dict[str, Asked] = {}
@@ -193,7 +197,7 @@ def _take_answers(questions: Mapping[str, Asked], source: str, row: Mapping[str,
 # --- what was lost ---------------------------------------------------------------------------------------------------
 
 
-def losses(joins: Joins, pictures: Pictures) -> list[Losses]:
+def losses(joins: ShardJoin, pictures: Pictures) -> list[Losses]:
     """Why rows are gone, artifact by artifact; rows that were lost before (an export's, say) are named there alone."""
     found = []
     for name, records in joins.records.items():
@@ -208,7 +212,7 @@ def losses(joins: Joins, pictures: Pictures) -> list[Losses]:
     return found
 
 
-def _losses(joins: Joins, pictures: Pictures, name: str, artifact: Artifact, marked: list[str]) -> Losses:
+def _losses(joins: ShardJoin, pictures: Pictures, name: str, artifact: Artifact, marked: list[str]) -> Losses:
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], list[tuple[str, str, str | None, str | None]]] = defaultdict(list)
     seen = sampled(marked, _SHARDS)
@@ -226,7 +230,7 @@ def _losses(joins: Joins, pictures: Pictures, name: str, artifact: Artifact, mar
         columns = [column for column in parquet.schema_arrow.names if column in wanted]
         rows = parquet.read(columns=columns, use_threads=False).take(list(chosen)).to_pylist()
         for row, reason in zip(rows, chosen.values(), strict=True):
-            picture = data_uri(pictures.of(joins, Place(name, shard), row))
+            picture = data_uri(pictures.of(joins, ShardName(name, shard), row))
             caption = row.get("re_caption") or row.get("org_caption") or row.get("text")
             told = cut(caption) if caption else None
             examples[reason].append((str(row["key"]), cut(row["error"] or ""), told, picture))

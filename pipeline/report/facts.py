@@ -25,7 +25,7 @@ from ...trainer.evaluation.bootstrap import Estimate
 from ..inspect.discover import EVALUATION, Found
 from ..inspect.histograms import Histogram, histograms
 from ..inspect.shared_captions import shared_captions
-from ..inspect.status import RunState, State, read_figures, run_state, state_of, validation_of
+from ..inspect.status import RunState, State, read_metrics, run_state, state_of, validation_of
 from .charts import Bar, Line
 
 SHARDS = 32  # read of an artifact for histograms
@@ -224,7 +224,7 @@ def _informative(scores: list[Scores]) -> list[Scores]:
 
 
 def _training(name: str, run: Path) -> Training:
-    entries = read_figures(run)
+    entries = read_metrics(run)
     rewards = sorted({key for each in entries for key in each if key.startswith("reward/") and not key.endswith("_se")})
     charts = {
         "Reward": [_line(entries, "reward", "weighted sum")] + [_line(entries, key, key[7:]) for key in rewards],

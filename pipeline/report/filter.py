@@ -48,7 +48,7 @@ article div{min-width:0;overflow-wrap:anywhere}p{margin:.2rem 0}.id,.scores{colo
 
 
 @dataclass(frozen=True)
-class Sample:
+class ExampleRow:
     """A row of the final shards and its picture as JPEG, if it could be read."""
 
     row: Mapping[str, Any]
@@ -59,7 +59,7 @@ def write_filter_report(artifact: Artifact, rule: Rule, shards: Sequence[InputSh
     """Write the report of a complete selection from ``shards``; returns where it is."""
     rows = {status: sorted(_sampled(artifact, status), key=_uid) for status in (Status.OK, Status.FILTERED)}
     thumbnails = _thumbnails(shards, [row for each in rows.values() for row in each])
-    sides = {status: [Sample(row, thumbnails.get(_place(row))) for row in each] for status, each in rows.items()}
+    sides = {status: [ExampleRow(row, thumbnails.get(_place(row))) for row in each] for status, each in rows.items()}
     artifact.folder.write(REPORT, _page(artifact, rule, sides).encode())
     return f"{artifact.url}/{REPORT}"
 
@@ -141,7 +141,7 @@ def _thumbnail(data: bytes) -> bytes | None:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def _page(artifact: Artifact, rule: Rule, sides: Mapping[Status, Sequence[Sample]]) -> str:
+def _page(artifact: Artifact, rule: Rule, sides: Mapping[Status, Sequence[ExampleRow]]) -> str:
     run = artifact.config["run"]
     facts = {
         "conditions": rule.config.shown,
@@ -192,13 +192,13 @@ def _pictures(artifact: Artifact, rule: Rule) -> str:
     return f"<div class=pictures>{''.join(images)}</div>"
 
 
-def _side(status: Status, samples: Sequence[Sample]) -> str:
+def _side(status: Status, samples: Sequence[ExampleRow]) -> str:
     title = "Kept" if status is Status.OK else "Filtered"
     body = "\n".join(map(_article, samples)) or "<p>none</p>"
     return f"<section><h2>{title}</h2>\n{body}</section>"
 
 
-def _article(sample: Sample) -> str:
+def _article(sample: ExampleRow) -> str:
     row = sample.row
     picture = f'<img alt="" src="{_data("jpeg", sample.thumbnail)}">' if sample.thumbnail else "<p>no picture</p>"
     error = f"<p class=reason>{_text(row['error'])}</p>" if row["error"] else ""

@@ -21,7 +21,7 @@ from ...manifests.files.allowed import Allowed
 from ...manifests.files.storage import write_new
 from ..inspect.discover import find
 from ..inspect.images import Pictures, refusals
-from ..inspect.shard_join import Joins
+from ..inspect.shard_join import ShardJoin
 from ..runners.progress import clock
 from .charts import Bar, histogram_chart, interval_chart, line_chart, status_bar
 from .examples import gallery, losses
@@ -43,7 +43,7 @@ def write_report(
     """
     target = folder / REPORT if out is None else out
     found = find(folder)
-    joins, pictures = Joins(found.artifacts), Pictures(Allowed(str(folder), tuple(images)))
+    joins, pictures = ShardJoin(found.artifacts), Pictures(Allowed(str(folder), tuple(images)))
     facts, shown, lost = gather(found), gallery(joins, pictures), losses(joins, pictures)
     if (refused := refusals(pictures.refused)) is not None:
         facts.damaged["pictures"] = refused

@@ -11,7 +11,7 @@ from ...manifests.shards import InputShard
 from ...models.engines.base import EngineDead
 from .messages import Event, ShardDone, ShardFailed, ShardLost
 from .scheduler import POLL_SECONDS
-from .shard_queue import Desk, Outcome
+from .shard_queue import JobResult, ShardQueue
 from .worker import Answer, Stage, work
 
 
@@ -20,11 +20,11 @@ class DirectChannel:
 
     def __init__(self, shards: Sequence[InputShard], artifact: Artifact, report: Callable[[Event], None]) -> None:
         self.stopping = asyncio.Event()
-        self.desk = Desk(artifact, report, shards)
+        self.queue = ShardQueue(artifact, report, shards)
         self._report, self._waits = report, False
 
     async def next_shard(self) -> Answer:
-        while (assignment := self.desk.next()) is None and not self.desk.empty:
+        while (assignment := self.queue.next()) is None and not self.queue.empty:
             if not self._waits:
                 self._waits = True
                 return "wait"
@@ -34,27 +34,27 @@ class DirectChannel:
 
     def send(self, event: Event) -> None:
         if isinstance(event, ShardFailed):
-            self.desk.failed(event.shard, event.reason)
+            self.queue.failed(event.shard, event.reason)
         elif isinstance(event, ShardLost):
-            self.desk.lost(event.shard)
+            self.queue.lost(event.shard)
         elif isinstance(event, ShardDone):
-            self.desk.done(event.record.shard)
+            self.queue.done(event.record.shard)
         self._report(event)
 
 
 def run_inline(
     stage: Stage, artifact: Artifact, report: Callable[[Event], None], shards: Sequence[InputShard]
-) -> Outcome:
+) -> JobResult:
     """Run ``stage`` over ``shards`` in this process. Raises RunFailed where the engine dies."""
 
-    async def run() -> Outcome:
+    async def run() -> JobResult:
         channel = DirectChannel(shards, artifact, report)
-        while not channel.desk.empty:  # a shard that failed last comes back after the worker saw an empty desk
+        while not channel.queue.empty:  # a shard that failed last comes back after the worker saw an empty desk
             await work(stage, artifact, channel)
-        return channel.desk.outcome
+        return channel.queue.result
 
     if not shards:
-        return Outcome()
+        return JobResult()
     try:
         return asyncio.run(run())
     except EngineDead as error:

@@ -127,7 +127,7 @@ async def work_or_failure(stage: Stage, artifact: Artifact, channel: Channel) ->
     return None
 
 
-class ProcessHand:
+class ProcessWorkerHandle:
     """A worker process and our end of its pipe."""
 
     started = True
@@ -136,7 +136,7 @@ class ProcessHand:
         self.connection, self._process, self.name = connection, process, name
         self._dismissed: float | None = None
 
-    def tell(self, order: Order) -> None:
+    def send(self, order: Order) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end of the pipe says so to who listens
             self.connection.send(order)
 
@@ -149,34 +149,34 @@ class ProcessHand:
         return None if code == 0 else f"the worker process died (exit code {code})"
 
     def dismiss(self) -> None:
-        self.tell("leave")
+        self.send("leave")
         self._dismissed = time.monotonic()
 
     def kill(self) -> None:
-        family = self._family()
+        processes = self._descendants()
         if self._dismissed is not None:
             self._process.join(timeout=max(0.0, self._dismissed + CLOSING_SECONDS - time.monotonic()))
-            family |= self._family()
+            processes |= self._descendants()
         self._process.kill()
         self._process.join()
-        end(family)
+        end(processes)
 
-    def _family(self) -> set[Identity]:
+    def _descendants(self) -> set[Identity]:
         """What it started; of a dead one nothing, as its pid may be another's."""
         return descendants(self._process.pid) if self._process.is_alive() else set()
 
 
-class ProcessCrew:
+class ProcessWorkerPool:
     """Worker processes on this machine. ``gpus``: one worker each, an empty list means one on CPU."""
 
     def __init__(self, stage: Stage, artifact: Artifact, gpus: Sequence[str] = ()) -> None:
         self._stage, self._artifact = stage, artifact
         self._gpus: list[str | None] = list(gpus) or [None]
         self.size = len(self._gpus)
-        self._hands: list[ProcessHand] = []
+        self._handles: list[ProcessWorkerHandle] = []
         self._context = multiprocessing.get_context("spawn")
 
-    def hire(self, place: int) -> ProcessHand:
+    def start(self, place: int) -> ProcessWorkerHandle:
         ours, theirs = self._context.Pipe()
         arguments = (theirs, self._stage, self._artifact.attach(), self._gpus[place])
         process = self._context.Process(target=worker_main, args=arguments)
@@ -184,19 +184,19 @@ class ProcessCrew:
             process.start()
         theirs.close()
         gpu = self._gpus[place]
-        self._hands.append(ProcessHand(process, ours, "this machine" if gpu is None else f"GPU {gpu}"))
-        return self._hands[-1]
+        self._handles.append(ProcessWorkerHandle(process, ours, "this machine" if gpu is None else f"GPU {gpu}"))
+        return self._handles[-1]
 
-    def listen(self, seconds: float) -> Iterator[tuple[ProcessHand, Event | None]]:
-        self._hands = [hand for hand in self._hands if not hand.connection.closed]
-        by_connection = {hand.connection: hand for hand in self._hands}
+    def listen(self, seconds: float) -> Iterator[tuple[ProcessWorkerHandle, Event | None]]:
+        self._handles = [handle for handle in self._handles if not handle.connection.closed]
+        by_connection = {handle.connection: handle for handle in self._handles}
         for connection in wait(list(by_connection), timeout=seconds):
-            hand = by_connection[connection]  # type: ignore[index]
+            handle = by_connection[connection]  # type: ignore[index]
             try:
-                event = hand.connection.recv()
+                event = handle.connection.recv()
             except (EOFError, ConnectionResetError):
                 event = None
-            yield hand, event
+            yield handle, event
 
     def close(self) -> None:
         """Nothing is left of it once its workers are gone."""

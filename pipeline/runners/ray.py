@@ -165,7 +165,7 @@ def size_of(place: Ray, gpus: Sequence[int]) -> Size:
     return Size(place.workers or room or max(1, len(gpus)), each if room else 0)
 
 
-class RayHand:
+class RayWorkerHandle:
     """An actor and the call that its next events will answer."""
 
     def __init__(self, actor: Any) -> None:
@@ -175,8 +175,8 @@ class RayHand:
         self._dismissed = 0.0
         self.coming = actor.hello.remote()
 
-    def tell(self, order: Order) -> None:
-        self.actor.tell.remote(order)
+    def send(self, order: Order) -> None:
+        self.actor.send.remote(order)
 
     def end(self) -> str | None:
         self.kill()
@@ -195,7 +195,7 @@ class RayHand:
         ray.kill(self.actor)
 
 
-class RayCrew:
+class RayWorkerPool:
     """Actors on a cluster, one per place; Ray chooses their machines, as far apart as it can."""
 
     def __init__(self, stage: Stage, artifact: Artifact, size: Size, report: Callable[[Event], None]) -> None:
@@ -206,22 +206,22 @@ class RayCrew:
         self._class = ray.remote(num_cpus=1, num_gpus=size.gpus, max_restarts=0, scheduling_strategy="SPREAD")(
             RayWorker
         )
-        self._hands: list[RayHand] = []
+        self._handles: list[RayWorkerHandle] = []
         self._lonely = time.monotonic()
 
-    def hire(self, place: int) -> RayHand:
+    def start(self, place: int) -> RayWorkerHandle:
         actor: Any = self._class.remote(Home.here())
-        self._hands.append(RayHand(actor))
+        self._handles.append(RayWorkerHandle(actor))
         actor.work.remote(self._stage, self._artifact)
-        return self._hands[-1]
+        return self._handles[-1]
 
-    def listen(self, seconds: float) -> Iterator[tuple[RayHand, Event | None]]:
+    def listen(self, seconds: float) -> Iterator[tuple[RayWorkerHandle, Event | None]]:
         import ray
 
-        if not self._hands:
+        if not self._handles:
             time.sleep(seconds)  # until a place is to be tried again
             return
-        by_call = {hand.coming: hand for hand in self._hands}
+        by_call = {handle.coming: handle for handle in self._handles}
         ready, _ = ray.wait(list(by_call), num_returns=len(by_call), timeout=0)
         if not ready:
             ready, _ = ray.wait(list(by_call), num_returns=1, timeout=seconds)
@@ -229,35 +229,35 @@ class RayCrew:
             yield from self._said(by_call[call])
         self._say_when_alone()
 
-    def _said(self, hand: RayHand) -> Iterator[tuple[RayHand, Event | None]]:
+    def _said(self, handle: RayWorkerHandle) -> Iterator[tuple[RayWorkerHandle, Event | None]]:
         import ray
 
         try:
-            events = ray.get(hand.coming)
+            events = ray.get(handle.coming)
         except ray.exceptions.RayError as error:
-            self._hands.remove(hand)
-            hand.death = _death(error)
+            self._handles.remove(handle)
+            handle.death = _death(error)
             if "No module named 'capipe'" in str(error):
                 reason = "capipe is not installed on all machines of the cluster: install the same version there"
-                yield hand, WorkerFailed(reason, 2, final=True)
-            yield hand, None
+                yield handle, WorkerFailed(reason, 2, final=True)
+            yield handle, None
             return
-        hand.started = True
+        handle.started = True
         if events and events[-1] is None:
-            self._hands.remove(hand)
+            self._handles.remove(handle)
         else:
-            hand.coming = hand.actor.events.remote()
+            handle.coming = handle.actor.events.remote()
         for event in events:
             if isinstance(event, Placed):
-                hand.name = event.name
+                handle.name = event.name
             else:
-                yield hand, event
+                yield handle, event
 
     def _say_when_alone(self) -> None:
         """A cluster without room makes a run wait, which a person should know."""
-        if any(hand.started for hand in self._hands):
+        if any(handle.started for handle in self._handles):
             self._lonely = time.monotonic()
-        elif self._hands and time.monotonic() - self._lonely > PATIENCE_SECONDS:
+        elif self._handles and time.monotonic() - self._lonely > PATIENCE_SECONDS:
             self._lonely = float("inf")
             self._report(Note("waiting for the cluster to have room for a worker (`ray status` says what is taken)"))
 

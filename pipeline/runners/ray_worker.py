@@ -120,7 +120,7 @@ class RayWorker:
     async def events(self) -> list[Event | None]:
         return await self._channel.taken()
 
-    async def tell(self, order: Any) -> None:
+    async def send_order(self, order: Any) -> None:
         """See :data:`.scheduler.Order`."""
         if order == "stop":
             self._channel.stopping.set()

@@ -20,18 +20,18 @@ LOOK_SECONDS = 2.0  # between looks at shards that others have
 
 
 @dataclass
-class Outcome:
+class JobResult:
     """How a run ended. ``quarantined``: reasons by shard; ``interrupted``: Ctrl-C stopped it."""
 
     quarantined: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
 
-class Desk:
+class ShardQueue:
     """Shards to hand out. Where the artifact has claims, each is claimed first, and those of others are waited for."""
 
     def __init__(self, artifact: Artifact, report: Callable[[Event], None], shards: Sequence[InputShard]) -> None:
-        self.outcome = Outcome()
+        self.result = JobResult()
         self._artifact, self._report = artifact, report
         self._queue = deque(shards)
         self._out: dict[str, InputShard] = {}  # handed out, and not back
@@ -63,7 +63,7 @@ class Desk:
                     continue
             self._out[shard.name] = shard
             return Assignment(shard, token)
-        self._tell_who_is_waited_for()
+        self._report_waiting()
         return None
 
     def _look(self) -> None:
@@ -83,7 +83,7 @@ class Desk:
         if self._is_known(shard):
             return True
         if self._artifact.is_quarantined(shard.name):
-            self.outcome.quarantined[shard.name] = self._artifact.quarantined()[shard.name]
+            self.result.quarantined[shard.name] = self._artifact.quarantined()[shard.name]
             return True
         return False
 
@@ -98,7 +98,7 @@ class Desk:
             self._report(DoneElsewhere(record))
         return record is not None
 
-    def _tell_who_is_waited_for(self) -> None:
+    def _report_waiting(self) -> None:
         if not self._elsewhere or self._out or self._artifact.claims is None:
             return
         holders = {str(self._artifact.claims.holder(shard) or "a process that just ended") for shard in self._elsewhere}
@@ -132,7 +132,7 @@ class Desk:
         self._failures[shard] += 1
         if self._failures[shard] >= MAX_FAILURES:
             self._artifact.quarantine(shard, reason)
-            self.outcome.quarantined[shard] = reason
+            self.result.quarantined[shard] = reason
             self._back(shard)
         else:
             self._queue.append(self._back(shard))

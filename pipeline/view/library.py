@@ -16,7 +16,7 @@ from ...manifests.manifest import LINES
 from ...models.images.formats import HEAD_BYTES, sniff
 from ..inspect.discover import Found, find
 from ..inspect.images import Cache, Pictures, small_jpeg
-from ..inspect.shard_join import Joins, Place
+from ..inspect.shard_join import ShardJoin, ShardName
 from ..report.facts import models_of
 from .table import Arrays, Table, Unknown
 
@@ -42,10 +42,10 @@ class Library:
         if not self._found.artifacts:
             raise BadInput(f"{root}: no artifact that could be read in it; `capipe status` says what is there")
 
-    def _walk(self) -> tuple[Found, Joins, dict[str, object]]:
+    def _walk(self) -> tuple[Found, ShardJoin, dict[str, object]]:
         found = find(self.root)
         stamps = {name: self._stamp(name) for name in found.artifacts}  # first: what comes after it is seen next time
-        return found, Joins(found.artifacts), stamps
+        return found, ShardJoin(found.artifacts), stamps
 
     def _stamp(self, name: str) -> object:
         stamps = []
@@ -122,7 +122,7 @@ class Library:
 
     def refusals(self, table: Table, shards: Iterable[str]) -> list[str]:
         """Why the images of some of these shards are not shown, where that is not for want of them."""
-        found = (self._pictures.refusal(table.joins, Place(table.name, shard)) for shard in dict.fromkeys(shards))
+        found = (self._pictures.refusal(table.joins, ShardName(table.name, shard)) for shard in dict.fromkeys(shards))
         reasons = [reason for reason in found if reason is not None]
         return [f"Pictures are not shown: {reasons[0]}."] if reasons else []
 
@@ -133,9 +133,9 @@ class Library:
         stamp = f"{table.stamp(shard)}/{row}"
         if small and (known := self._small.get((artifact_id, stamp))) is not None:
             return known, "image/jpeg"
-        data = self._pictures.of(table.joins, Place(table.name, shard), named)
+        data = self._pictures.of(table.joins, ShardName(table.name, shard), named)
         if data is None:
-            reason = self._pictures.refusal(table.joins, Place(table.name, shard))
+            reason = self._pictures.refusal(table.joins, ShardName(table.name, shard))
             raise Unknown("there is no picture of this row" + (f": {reason}" if reason else ""))
         kind = sniff(data[:HEAD_BYTES])
         if not small and isinstance(kind, str) and kind in _TYPES:

@@ -22,7 +22,7 @@ from ...errors import BadInput, CapipeError
 from ...manifests.sidecars import jsonable
 from ...stages.filter.expression import Expression, parse
 from ..inspect.images import Cache
-from ..inspect.shard_join import Joins, Place
+from ..inspect.shard_join import ShardJoin, ShardName
 from .columns import Flat, flat_columns, identifier
 
 Rows = npt.NDArray[np.int32]
@@ -59,15 +59,16 @@ class Column:
 
 
 class Table:
-    def __init__(self, joins: Joins, name: str, arrays: Arrays) -> None:
+    def __init__(self, joins: ShardJoin, name: str, arrays: Arrays) -> None:
         self.joins, self.name, self._arrays = joins, name, arrays
         self.shards = list(joins.records[name])
         self.counts = {shard: record.count for shard, record in joins.records[name].items()}
         self._index = {shard: number for number, shard in enumerate(self.shards)}
         self._beside = {
-            shard: {each.artifact: each for each in reversed(joins.beside(Place(name, shard)))} for shard in self.shards
+            shard: {each.artifact: each for each in reversed(joins.beside(ShardName(name, shard)))}
+            for shard in self.shards
         }
-        self._fitting: dict[tuple[Place, Place], bool] = {}
+        self._fitting: dict[tuple[ShardName, ShardName], bool] = {}
         self._stamps: dict[str, str] = {}
 
     @property
@@ -84,7 +85,7 @@ class Table:
         """Changes whenever what a shard shows does: its own rows, or those of an artifact beside it."""
         self.number(shard)
         if shard not in self._stamps:
-            places = [Place(self.name, shard), *self._beside[shard].values()]
+            places = [ShardName(self.name, shard), *self._beside[shard].values()]
             self._stamps[shard] = _hashed([f"{each.artifact}={self._digest(each)}" for each in places])
         return self._stamps[shard]
 
@@ -93,7 +94,7 @@ class Table:
         """Changes whenever any shard's stamp does."""
         return _hashed([self.name, *map(self.stamp, self.shards)])
 
-    def _digest(self, place: Place) -> str:
+    def _digest(self, place: ShardName) -> str:
         return str(self.joins.record(place).files[f"{place.shard}.parquet"]["sha256"])
 
     # --- columns -----------------------------------------------------------------------------------------------------
@@ -122,9 +123,9 @@ class Table:
         stage = _REPEATED.get(self.joins.artifacts[artifact].stage)
         return bool(_SAME.fullmatch(name) or (stage is not None and stage.fullmatch(name)))
 
-    def _sources(self) -> dict[str, list[Place]]:
+    def _sources(self) -> dict[str, list[ShardName]]:
         """The artifacts that have rows here, this one first, with a few of their shards."""
-        found: dict[str, list[Place]] = {self.name: [Place(self.name, shard) for shard in self.shards[:3]]}
+        found: dict[str, list[ShardName]] = {self.name: [ShardName(self.name, shard) for shard in self.shards[:3]]}
         for shard in self.shards:
             for artifact, place in self._beside[shard].items():
                 if len(places := found.setdefault(artifact, [])) < 3:
@@ -132,7 +133,7 @@ class Table:
         order = {name: number for number, name in enumerate(self.joins.records)}
         return dict(sorted(found.items(), key=lambda each: (each[0] != self.name, order[each[0]])))
 
-    def _flats(self, places: Sequence[Place]) -> list[Flat]:
+    def _flats(self, places: Sequence[ShardName]) -> list[Flat]:
         for place in places:
             try:
                 with self._parquet(place) as parquet:
@@ -141,7 +142,7 @@ class Table:
                 continue
         return []
 
-    def _parquet(self, place: Place) -> pq.ParquetFile:
+    def _parquet(self, place: ShardName) -> pq.ParquetFile:
         return self.joins.artifacts[place.artifact].parquet(place.shard)
 
     @property
@@ -176,7 +177,7 @@ class Table:
 
     def _own(self, shard: str, columns: list[Column]) -> dict[str, pa.Array]:
         try:
-            return self._made(Place(self.name, shard), columns)
+            return self._made(ShardName(self.name, shard), columns)
         except _UNREADABLE as error:
             reason = " ".join(str(error).split())[:200]
             raise Unreadable(f"{shard}.parquet cannot be read ({reason}); `capipe verify` says what is wrong") from None
@@ -184,13 +185,13 @@ class Table:
     def _others(self, shard: str, artifact: str, columns: list[Column]) -> dict[str, pa.Array]:
         place = self._beside[shard].get(artifact)
         try:
-            if place is not None and self._fits(Place(self.name, shard), place):
+            if place is not None and self._fits(ShardName(self.name, shard), place):
                 return self._made(place, columns)
         except _UNREADABLE:
             pass
         return {column.name: pa.nulls(self.counts[shard], column.flat.type) for column in columns}
 
-    def _fits(self, own: Place, other: Place) -> bool:
+    def _fits(self, own: ShardName, other: ShardName) -> bool:
         """Whether the rows beside are of the same images, one by one."""
         known = self._fitting.get((own, other))
         if known is None:
@@ -198,7 +199,7 @@ class Table:
             known = self._fitting[own, other] = bool(ours.equals(theirs))
         return known
 
-    def _plain(self, place: Place, name: str) -> pa.Array:
+    def _plain(self, place: ShardName, name: str) -> pa.Array:
         key = (self._digest(place), name)
         array = self._arrays.get(key)
         if array is None:
@@ -207,7 +208,7 @@ class Table:
             self._arrays.put(key, array)
         return array
 
-    def _made(self, place: Place, columns: list[Column]) -> dict[str, pa.Array]:
+    def _made(self, place: ShardName, columns: list[Column]) -> dict[str, pa.Array]:
         """Columns of one file, from the cache or in one go."""
         digest = self._digest(place)
         found = {each.name: self._arrays.get((digest, each.flat.name)) for each in columns}
@@ -240,7 +241,7 @@ class Table:
 
     def whole(self, shard: str, row: int) -> dict[str, dict[str, Any]]:
         """All that is known of a row, by artifact, its own first; without bytes."""
-        own = Place(self.name, shard)
+        own = ShardName(self.name, shard)
         self.row_name(shard, row)
         found = {self.name: self._row(own, row)}
         for artifact, place in self._beside[shard].items():
@@ -251,7 +252,7 @@ class Table:
                 continue
         return found
 
-    def _row(self, place: Place, row: int) -> dict[str, Any]:
+    def _row(self, place: ShardName, row: int) -> dict[str, Any]:
         """One row, of whose file only its row group is read."""
         with self._parquet(place) as parquet:
             for group in range(parquet.metadata.num_row_groups):

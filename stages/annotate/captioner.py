@@ -23,7 +23,7 @@ from ...models.engines.base import (
 )
 from ...models.engines.context import text_room
 from .prompts import NamedPrompt
-from .quality_gate import HealthConfig, Verdict, examine
+from .quality_gate import GateResult, QualityGateConfig, check_caption
 from .wrapping import find_wrapper
 
 _SEVERITY = [Status.ENGINE_ERROR, Status.REFUSED, Status.DEGENERATE, Status.EMPTY, Status.TRUNCATED, Status.OK]
@@ -45,7 +45,7 @@ class AnnotateConfig(BaseModel):
     reroll_temperature: float = Field(
         0.7, gt=0, description="least temperature of a re-roll: a greedy one would repeat itself"
     )
-    health: HealthConfig = HealthConfig()
+    health: QualityGateConfig = QualityGateConfig()
 
     @property
     def room(self) -> int:
@@ -79,7 +79,7 @@ class Annotator:
         """One caption, rolled until healthy or out of attempts (then the last one is kept, with its fault)."""
         completion: Completion | None = None
         words = ""  # of a refusal
-        verdict = Verdict(Status.ENGINE_ERROR, "not tried")
+        verdict = GateResult(Status.ENGINE_ERROR, "not tried")
         attempt = 0
         while attempt < self.config.max_attempts:
             attempt += 1
@@ -88,10 +88,10 @@ class Annotator:
             try:
                 completion = await self.engine.generate(request)
             except Refused as error:  # final: to roll again would be to ask again
-                completion, words, verdict = None, error.words, Verdict(Status.REFUSED, str(error))
+                completion, words, verdict = None, error.words, GateResult(Status.REFUSED, str(error))
                 break
             except RequestError as error:  # the engine has tried what it could; `--retry` is for later
-                completion, verdict = None, Verdict(Status.ENGINE_ERROR, str(error))
+                completion, verdict = None, GateResult(Status.ENGINE_ERROR, str(error))
                 break
             verdict = self._judged(completion, prompt)
             if verdict.status is Status.OK:
@@ -109,11 +109,11 @@ class Annotator:
         }
         return caption, verdict.reason
 
-    def _judged(self, completion: Completion, prompt: NamedPrompt) -> Verdict:
+    def _judged(self, completion: Completion, prompt: NamedPrompt) -> GateResult:
         wrapper = find_wrapper(completion.text, json_wanted="json" in prompt.text.lower())
         if wrapper is not None:
-            return Verdict(Status.DEGENERATE, wrapper)
-        return examine(completion.text, completion.finish_reason, self.config.health, completion.thought)
+            return GateResult(Status.DEGENERATE, wrapper)
+        return check_caption(completion.text, completion.finish_reason, self.config.health, completion.thought)
 
     def _sampling(self, uid: str, prompt: NamedPrompt, k: int, attempt: int) -> Sampling:
         first = Sampling(self.config.temperature, self.config.top_p, self.config.max_tokens)

@@ -42,7 +42,7 @@ _OPENERS = (
 )
 
 
-class HealthConfig(BaseModel):
+class QualityGateConfig(BaseModel):
     """Thresholds of the gate. They decide statuses, so they are part of the fingerprint."""
 
     model_config = ConfigDict(extra="forbid")
@@ -65,14 +65,16 @@ class HealthConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateResult:
     """``status`` ok, or the fault with its reason."""
 
     status: Status
     reason: str | None = None
 
 
-def examine(text: str, finish_reason: FinishReason, config: HealthConfig, thought: Thought | None = None) -> Verdict:
+def check_caption(
+    text: str, finish_reason: FinishReason, config: QualityGateConfig, thought: Thought | None = None
+) -> GateResult:
     """Judge one caption. The first fault in the order nothing written, degenerate, refused, truncated is reported.
 
     ``thought``: what the model wrote before it, of which nothing is in ``text``.
@@ -82,24 +84,24 @@ def examine(text: str, finish_reason: FinishReason, config: HealthConfig, though
         return unwritten(finish_reason, thought)
     repetition = find_repetition(stripped, config)
     if repetition is not None:
-        return Verdict(Status.DEGENERATE, repetition)
+        return GateResult(Status.DEGENERATE, repetition)
     if is_refusal(stripped):
-        return Verdict(Status.REFUSED, f"begins {stripped[:40]!r}")
+        return GateResult(Status.REFUSED, f"begins {stripped[:40]!r}")
     opener = next((o for o in config.openers if stripped.lower().startswith(o)), None)
     if opener is not None and not begins_with_inscription(stripped):
-        return Verdict(Status.DEGENERATE, f"boilerplate opener {opener!r}")
+        return GateResult(Status.DEGENERATE, f"boilerplate opener {opener!r}")
     if finish_reason == "length" and not config.keep_truncated:
-        return Verdict(Status.TRUNCATED, "cut at the token limit")
-    return Verdict(Status.OK)
+        return GateResult(Status.TRUNCATED, "cut at the token limit")
+    return GateResult(Status.OK)
 
 
-def unwritten(finish_reason: FinishReason, thought: Thought | None) -> Verdict:
+def unwritten(finish_reason: FinishReason, thought: Thought | None) -> GateResult:
     """The fault of an answer without text: cut before it came, a thought that ends nowhere, or nothing."""
     reason = nothing_written(thought, finish_reason)
     if finish_reason == "length":
-        return Verdict(Status.TRUNCATED, reason)
+        return GateResult(Status.TRUNCATED, reason)
     unended = thought is not None and not thought.closed
-    return Verdict(Status.DEGENERATE if unended else Status.EMPTY, reason)
+    return GateResult(Status.DEGENERATE if unended else Status.EMPTY, reason)
 
 
 def nothing_written(thought: Thought | None, finish_reason: FinishReason = "stop") -> str:
@@ -116,7 +118,7 @@ def nothing_written(thought: Thought | None, finish_reason: FinishReason = "stop
     )
 
 
-def find_repetition(text: str, config: HealthConfig) -> str | None:
+def find_repetition(text: str, config: QualityGateConfig) -> str | None:
     """Why a text is degenerate, or None: a loop, a run of one character or of signs, few distinct words."""
     units = units_of(text, rows=True)
     for loop in loops_in(units, config.loop_repeats):
@@ -132,7 +134,7 @@ def find_repetition(text: str, config: HealthConfig) -> str | None:
     return None
 
 
-def _copies_allowed(loop: Loop, config: HealthConfig) -> float:
+def _copies_allowed(loop: Loop, config: QualityGateConfig) -> float:
     """From how many copies on a phrase loops: fewest of prose, which nobody repeats in earnest."""
     repeats, phrase = config.loop_repeats, loop.phrase
     if all(unit.row for unit in phrase):

@@ -54,7 +54,7 @@ class TrainingParquet(ShardWriter):
     def add(self, pair: Pair) -> None:
         image = {"bytes": pair.image, "path": f"{pair.row['key']}.{pair.extension}"}
         row = {name: pair.row[name] for name in self._names if name != "caption"}
-        self._group.append({**_told(pair), **row, "image": image, "caption": pair.caption})
+        self._group.append({**_metadata(pair), **row, "image": image, "caption": pair.caption})
         self._samples, self._size = self._samples + 1, self._size + len(pair.image)
         if len(self._group) >= GROUP_ROWS or self._size >= GROUP_BYTES:
             self._flush()
@@ -74,7 +74,7 @@ class TrainingParquet(ShardWriter):
         return {"samples": self._samples}
 
 
-def _told(pair: Pair) -> dict[str, str | None]:
+def _metadata(pair: Pair) -> dict[str, str | None]:
     """The JSON of a sample as it is in the tar, and the address in it where that is a text."""
     member = pair.sample.members.get("json")
     meta = decode_meta(member.data if member else None, [])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ...manifests.shards import Row
 from ...manifests.status import Status
 from ...models.images.decode import Pixels
-from ...models.images.preprocess import View
+from ...models.images.preprocess import Preprocess
 from ...models.scorers.base import AskedCaptions, CaptionScore, Scorer, ask_captions, distinct_texts, score_asked
 from ...models.scorers.sentences import split_sentences
 from ..annotate.captioner import chosen_caption
@@ -27,7 +27,7 @@ NEW, ORIGINAL = "re", "org"
 class SafetyDetector(Protocol):
     """Finds what must not be shown. ``detect``: for n images of ``view`` the labels found, each with its score."""
 
-    view: View
+    preprocess: Preprocess
 
     def detect(self, pixels: Sequence[Pixels]) -> list[dict[str, float]]: ...
 
@@ -60,10 +60,10 @@ class CaptionScorer:
     safety: SafetyDetector | None = None
 
     @property
-    def views(self) -> tuple[View, ...]:
+    def preprocesses(self) -> tuple[Preprocess, ...]:
         """The pixels wanted of every image."""
-        seen = tuple(scorer.view for scorer in self.scorers)
-        return seen if self.safety is None else (*seen, self.safety.view)
+        seen = tuple(scorer.preprocess for scorer in self.scorers)
+        return seen if self.safety is None else (*seen, self.safety.preprocess)
 
     def prepare(self, rows: Sequence[SeenRow]) -> PreparedRows:
         """All that needs no model: words counted, sentences split, texts tokenized for every scorer."""

@@ -218,7 +218,9 @@ def _plain(shard: str) -> str:
     return shard.replace(".", "_").replace("/", "_")
 
 
-def verdict(row: Mapping[str, Any], mark: Mapping[str, Any] | None, rule: Rule, failed: int) -> tuple[str, str | None]:
+def selection_status(
+    row: Mapping[str, Any], mark: Mapping[str, Any] | None, rule: Rule, failed: int
+) -> tuple[str, str | None]:
     """Status and error of a row of the scores by the same rule as :func:`decide`; ``failed`` is what that found."""
     if row["status"] != Status.OK:
         return row["status"], row["error"]

@@ -15,7 +15,9 @@ from ...manifests.status import Status
 ItemRow = tuple[dict[str, Any], dict[str, bytes] | None]  # a row, and the members of its sample where it has one
 
 
-def mended_rows(artifact: Artifact, made: ShardRecord, ingested: Callable[[int], ItemRow]) -> Iterator[ItemRow] | None:
+def repaired_rows(
+    artifact: Artifact, made: ShardRecord, ingested: Callable[[int], ItemRow]
+) -> Iterator[ItemRow] | None:
     """All rows of the shard ``made``, those without a final status by ``ingested`` (number of the item to its row).
 
     None where the first look finds that each of those would be what it was: then there is nothing to write.

@@ -29,7 +29,7 @@ from ..reading.columns import Columns
 from ..reading.faults import read_problem
 from .growth import grown, items_file, marks_of
 from .image_check import ImageCheck
-from .retry import ItemRow, mended_rows
+from .retry import ItemRow, repaired_rows
 from .source_refs import Handles, Item, ItemRef
 
 STAGE = "ingest"
@@ -151,7 +151,7 @@ def ingest_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> 
         if task.made is None:
             rows: Iterable[ItemRow] = map(ingested, range(len(task.refs)))
         else:
-            again = mended_rows(artifact, task.made, ingested)
+            again = repaired_rows(artifact, task.made, ingested)
             if again is None:
                 return task.made
             rows = again

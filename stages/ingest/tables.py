@@ -15,7 +15,7 @@ import pyarrow as pa
 from ...errors import BadInput
 from ...manifests.files.outside import ANYWHERE, Reach
 from ...manifests.files.storage import open_parquet
-from ...manifests.sidecars import jsonable, mended, text_stream
+from ...manifests.sidecars import jsonable, repaired, text_stream
 from ...manifests.status import Status
 from ..reading import coco
 from ..reading.bounded_rows import MAX_HEADING, TOO_DEEP, Beyond, bounded_lines, csv_records, json_row
@@ -110,10 +110,10 @@ def _ref(
     notes: list[str] = []
     try:
         meta = jsonable({name: value for name, value in row.items() if name not in dropped})
-        encoded = mended(json.dumps(meta, ensure_ascii=False), notes)
+        encoded = repaired(json.dumps(meta, ensure_ascii=False), notes)
     except RecursionError:
         return ProblemRef(f"{table}[{number}]", Status.UNSUPPORTED, TOO_DEEP)
-    caption, url = (mended(each, notes) if isinstance(each, str) else None for each in (text, url))
+    caption, url = (repaired(each, notes) if isinstance(each, str) else None for each in (text, url))
     return TableRef(table, number, root, paths[0], caption, url, encoded, tuple(notes), reach)
 
 
@@ -149,7 +149,7 @@ def csv_rows(table: str) -> tuple[list[str], Rows]:
     first = next(records, [])
     if isinstance(first, str):
         raise ValueError(f"its heading: {first}")
-    columns = [mended(name, []) for name in first]
+    columns = [repaired(name, []) for name in first]
 
     def rows() -> Rows:
         with stream:

@@ -21,7 +21,7 @@ from ...errors import BadInput
 from ...manifests.files.outside import ANYWHERE, Outside, Reach, Refused, is_url, open_local, source_folder
 from ...manifests.files.storage import open_parquet
 from ...manifests.shards import uid_of
-from ...manifests.sidecars import jsonable, mended
+from ...manifests.sidecars import jsonable, repaired
 from ...models.images.formats import HEAD_BYTES, ImageProblem, sniff
 from ..ingest.tables import Rows, csv_rows
 from ..reading import coco
@@ -170,7 +170,7 @@ def _parquet(file: str) -> Rows:
 
 def _csv(file: str) -> Rows:
     for row in csv_rows(file)[1]:
-        yield row if isinstance(row, str) else {name: mended(value, []) for name, value in row.items()}
+        yield row if isinstance(row, str) else {name: repaired(value, []) for name, value in row.items()}
 
 
 def _json(file: str) -> Located:

@@ -254,7 +254,7 @@ def test_without_sidecars_nothing_changes(tmp_path: Path) -> None:
     reader = RowReader(shard)
     assert [row.beside for row in reader] == [{}, {}, {}]
     assert set(reader.info) == {"url", "digest", "bytes", "rows"}
-    assert not shard.has_mended_companions(made_of({"digest": "d"}))
+    assert not shard.has_repaired_companions(made_of({"digest": "d"}))
 
 
 @pytest.mark.parametrize(
@@ -292,10 +292,10 @@ def test_another_sidecar_than_the_output_was_made_of_is_noticed(tmp_path: Path) 
     reader = RowReader(shard)
     list(reader)
     made = made_of(reader.info)
-    assert not shard.has_mended_companions(made)
+    assert not shard.has_repaired_companions(made)
     (companion,) = shard.companions
     changed = InputShard(shard.name, shard.url, shard.record, (replace(companion, sha256="0" * 64),))
     renewed = joined(tmp_path, {"notes": noted(tmp_path / "renewed")})
     for other, output in ((changed, made), (renewed, made), (shard, made_of({"digest": "d"}))):
         with pytest.raises(ArtifactMismatch, match=r"00000\.parquet: changed since this output was made; use another"):
-            other.has_mended_companions(output)
+            other.has_repaired_companions(output)

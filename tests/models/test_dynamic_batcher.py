@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from capipe.models.dynamic_batcher import MOST, Together, most_on
+from capipe.models.dynamic_batcher import MOST, DynamicBatcher, most_on
 from capipe.models.engines.base import EngineDead
-from capipe.models.lru_cache import Recent
+from capipe.models.lru_cache import LRUCache
 
 
 class Squares:
@@ -28,7 +28,7 @@ class Squares:
 
 async def test_calls_that_wait_share_a_batch() -> None:
     squares = Squares()
-    together: Together[int, int] = Together(squares, most=4)
+    together: DynamicBatcher[int, int] = DynamicBatcher(squares, most=4)
     assert await asyncio.gather(*(together.ask(n) for n in range(6))) == [0, 1, 4, 9, 16, 25]
     assert squares.batches == [[0, 1, 2, 3], [4, 5]]
     assert await together.ask(7) == 49
@@ -37,14 +37,14 @@ async def test_calls_that_wait_share_a_batch() -> None:
 
 async def test_a_call_that_fails_costs_the_others_nothing() -> None:
     squares = Squares()
-    together: Together[int, int] = Together(squares)
+    together: DynamicBatcher[int, int] = DynamicBatcher(squares)
     told = await asyncio.gather(*(together.ask(n) for n in (1, -2, 3)), return_exceptions=True)
     assert told[0] == 1 and told[2] == 9 and isinstance(told[1], ValueError)
     await together.aclose()
 
 
 async def test_what_is_closed_answers_nobody() -> None:
-    together: Together[int, int] = Together(Squares())
+    together: DynamicBatcher[int, int] = DynamicBatcher(Squares())
     waiting = asyncio.gather(together.ask(1), together.ask(2), return_exceptions=True)
     await asyncio.sleep(0)
     await together.aclose()
@@ -54,7 +54,7 @@ async def test_what_is_closed_answers_nobody() -> None:
 
 
 def test_the_oldest_goes_first() -> None:
-    recent: Recent[str, int] = Recent(2)
+    recent: LRUCache[str, int] = LRUCache(2)
     recent.put("a", 1)
     recent.put("b", 2)
     assert recent.get("a") == 1

@@ -32,7 +32,7 @@ from capipe.models.tiny.train.texts.quiz import (
     understand,
 )
 from capipe.models.tiny.train.texts.quiz_curriculum import KNOWLEDGE
-from capipe.models.tiny.world.corpus import Sample, write_corpus
+from capipe.models.tiny.world.corpus import CorpusSample, write_corpus
 
 _COMMAND = [sys.executable, "-m", "capipe.pipeline"]
 SHARD = 100
@@ -73,7 +73,7 @@ class Graded:
     best_of_k: dict[str, float]
 
 
-def written_trial(shards: Path, corpus: list[Sample], out: Path, *options: Any) -> Written:
+def written_trial(shards: Path, corpus: list[CorpusSample], out: Path, *options: Any) -> Written:
     """`capipe qa` by the teacher, its gold answers held against the scenes."""
     _run("qa", "--shards", shards, "--out", out, *options)
     scenes = {sample.key: sample.scene for sample in corpus}
@@ -94,7 +94,7 @@ def written_trial(shards: Path, corpus: list[Sample], out: Path, *options: Any) 
     )
 
 
-def planted_trial(shards: Path, corpus: list[Sample], out: Path, bad: int, *options: Any) -> Planted:
+def planted_trial(shards: Path, corpus: list[CorpusSample], out: Path, bad: int, *options: Any) -> Planted:
     """Good questions, ``bad`` that tell their answers (or that anybody knows) and ``bad`` with a wrong gold answer."""
     rng = Random("planted")
     sets = {"good": [], "leaked": [], "wrong": []}  # type: dict[str, list[tuple[str, Question]]]
@@ -146,7 +146,7 @@ def rows(artifact: Path) -> Iterator[dict[str, Any]]:
         yield from pq.read_table(path).to_pylist()
 
 
-def _leaking(sample: Sample, rng: Random, number: int) -> Question:
+def _leaking(sample: CorpusSample, rng: Random, number: int) -> Question:
     if number % 10 == 0:
         text, right, pool = rng.choice(KNOWLEDGE)
         options = [right, *rng.sample([value for value in pool if value != right], 3)]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
-from capipe.models.tiny.world.corpus import Sample, write_corpus
+from capipe.models.tiny.world.corpus import CorpusSample, write_corpus
 
 from .conftest import capipe
 
@@ -38,7 +38,7 @@ def prepare(data: Path, images: int = 6, seed: int = 5) -> None:
     capipe(*_evaluation(data), "--out", data / "eval")
 
 
-def _write_questions(path: Path, samples: Iterable[Sample]) -> None:
+def _write_questions(path: Path, samples: Iterable[CorpusSample]) -> None:
     rng, lines = random.Random(7), []
     for sample in samples:
         question = quiz(sample.scene, sample_asked(sample.scene, rng), rng)

@@ -26,7 +26,7 @@ from capipe.manifests.shards import Row, expand
 from capipe.models.engines.loading import EngineConfig, load_engine
 from capipe.models.images.decode_pool import DecodePool
 from capipe.pipeline.runners import places
-from capipe.pipeline.runners.placement import Workplace
+from capipe.pipeline.runners.placement import Placement
 from capipe.pipeline.runners.progress import Progress
 from capipe.pipeline.runners.ray import Ray
 from capipe.pipeline.runners.worker import RowByRow
@@ -137,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> None:
     todo = [shard for shard in expand(shards) if shard.name not in artifact.committed()]
     try:
         with Progress(stage.name, len(todo)).shown(Console(stderr=True)) as report:
-            outcome = Workplace(tuple(gpus), ray).run(stage, artifact, report, todo)
+            outcome = Placement(tuple(gpus), ray).run(stage, artifact, report, todo)
     except CapipeError as error:
         print(f"capipe: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from capipe.models.tiny.world.corpus import Sample, write_corpus
+from capipe.models.tiny.world.corpus import CorpusSample, write_corpus
 
 from .conftest import capipe
 from .quality import Written, graded_trial, planted_trial, written_trial
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def corpus(folder: Path) -> list[Sample]:
+def corpus(folder: Path) -> list[CorpusSample]:
     """Sixty held-out scenes, ingested."""
     samples = write_corpus(folder / "corpus", 60, "heldout", 32)
     capipe("ingest", folder / "corpus", "--out", folder / "shards", "--shard-size", 100)
@@ -28,14 +28,14 @@ def corpus(folder: Path) -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def written(folder: Path, corpus: list[Sample]) -> Written:
+def written(folder: Path, corpus: list[CorpusSample]) -> Written:
     """What the teacher wrote about them."""
     options = ("--model", "tiny/teacher", "--per-image", 3, *ENGINE)
     return written_trial(folder / "shards", corpus, folder / "qa", *options)
 
 
 @pytest.mark.slow
-def test_quizzes_are_right_and_the_screen_sees(folder: Path, corpus: list[Sample], written: Written) -> None:
+def test_quizzes_are_right_and_the_screen_sees(folder: Path, corpus: list[CorpusSample], written: Written) -> None:
     assert written.gold >= 0.88 and written.kept >= 80
     screen = ("--screen-model", "tiny/teacher", *ENGINE)
     planted = planted_trial(folder / "shards", corpus, folder / "planted", 40, *screen)

@@ -14,7 +14,7 @@ from capipe.pipeline.inspect.chain_state import FILE, ChainState, StageState, lo
 from capipe.pipeline.jobs.eval import write_report
 from capipe.pipeline.jobs.train import _claim, _look
 from capipe.trainer.checkpoint import FACTS, Facts, checkpoints, save
-from capipe.trainer.evaluation.results import Report
+from capipe.trainer.evaluation.results import EvaluationReport
 from capipe.trainer.log import RunLog
 
 
@@ -112,5 +112,5 @@ def test_an_evaluations_report_is_put_in_place_through_no_link(
     for name in ("report.json", "report.md"):
         (tmp_path / name).symlink_to(outside)
         monkeypatch.setattr(f"capipe.pipeline.jobs.eval.to_{'json' if name.endswith('n') else 'markdown'}", str)
-    write_report(Report, tmp_path)  # type: ignore[arg-type]  # what is written does not matter here
-    assert outside.read_text() == "kept" and (tmp_path / "report.md").read_text() == str(Report)
+    write_report(EvaluationReport, tmp_path)  # type: ignore[arg-type]  # what is written does not matter here
+    assert outside.read_text() == "kept" and (tmp_path / "report.md").read_text() == str(EvaluationReport)

@@ -24,8 +24,8 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import INGEST
 from capipe.manifests.status import Status
 from capipe.pipeline import cli
-from capipe.pipeline.commands.doctor import Finding
-from capipe.pipeline.commands.outcome import conclude, first_error, print_state
+from capipe.pipeline.commands.doctor import Check
+from capipe.pipeline.commands.run_job import conclude, first_error, print_state
 from capipe.pipeline.inspect.status import state
 from capipe.pipeline.inspect.status_view import follow, overview
 from capipe.pipeline.runners.messages import Event, Note, ShardFailed
@@ -132,7 +132,7 @@ def test_the_line_that_a_command_ends_with(monkeypatch: pytest.MonkeyPatch, capf
 
 
 def test_doctor_takes_nothing_for_markup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("capipe.pipeline.commands.doctor.examine", lambda: [Finding("[red]gpu[/red]", EVIL)])
+    monkeypatch.setattr("capipe.pipeline.commands.doctor.run_checks", lambda: [Check("[red]gpu[/red]", EVIL)])
     with pytest.raises(typer.Exit):
         cli.doctor()
     said = plain(capfd.readouterr().out)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from capipe.trainer.advantages import Part, advantages, combine, gae, normalised, tied
+from capipe.trainer.advantages import RewardTerm, advantages, combine, gae, normalised, tied
 
 NAN = math.nan
 
@@ -34,9 +34,9 @@ def test_a_tied_group_says_nothing(rewards: list[float]) -> None:
 
 def test_components_are_weighed_and_may_be_normalised_first() -> None:
     quiz, length = torch.tensor([0.0, 1.0, NAN]), torch.tensor([100.0, 300.0, 200.0])
-    plain = combine({"quiz": quiz, "length": length}, {"quiz": Part(1.0), "length": Part(0.01)})
+    plain = combine({"quiz": quiz, "length": length}, {"quiz": RewardTerm(1.0), "length": RewardTerm(0.01)})
     assert plain[:2].tolist() == [1.0, 4.0] and plain[2].isnan()
-    both = combine({"quiz": quiz, "length": length}, {"quiz": Part(1, True), "length": Part(0.5, True)})
+    both = combine({"quiz": quiz, "length": length}, {"quiz": RewardTerm(1, True), "length": RewardTerm(0.5, True)})
     root = math.sqrt(0.5)
     assert both[:2].tolist() == pytest.approx([-root - 0.5, root + 0.5], rel=1e-3) and both[2].isnan()
     assert normalised(torch.tensor([3.0, 3.0, NAN]))[:2].tolist() == [0, 0]

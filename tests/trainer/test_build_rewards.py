@@ -13,8 +13,8 @@ from capipe.models.bundled import folder_of
 from capipe.models.engines.base import Completion
 from capipe.models.engines.prompting import PromptEncoder
 from capipe.models.tiny.world.corpus import samples
-from capipe.trainer.build_rewards import build_judge
-from capipe.trainer.dataset import Task
+from capipe.trainer.build_rewards import build_reward_manager
+from capipe.trainer.dataset import Example
 from capipe.trainer.preflight import GENERIC, Control, controls, template_warnings
 from capipe.trainer.recipe import RewardConfig
 from capipe.trainer.rewards.image_text import ImageTextReward
@@ -38,10 +38,10 @@ async def test_controls_are_scored_by_every_reward(tmp_path: Path, encoder: Prom
     rendered = [(sample.image, sample.scene) for sample in samples(4, "heldout", seed=5)]
     plain = tasks(tmp_path / "a.tar", **{f"n{number}": image for number, (image, _) in enumerate(rendered)})
     shown = [
-        Task(task.uid, task.key, task.url, task.offset, task.size, (), scene)
+        Example(task.uid, task.key, task.url, task.offset, task.size, (), scene)
         for task, (_, scene) in zip(plain, rendered, strict=True)
     ]
-    judge = await build_judge(
+    judge = await build_reward_manager(
         configs(
             {"kind": "clip", "model": "tiny/clip", "weight": 2.0},
             {"kind": "naturalness", "model": str(opt(tmp_path / "opt"))},
@@ -89,5 +89,5 @@ async def test_what_was_started_is_closed_where_the_next_cannot_be(
     monkeypatch.setattr(ImageTextReward, "aclose", noted)
     wrong = configs({"kind": "clip", "model": "tiny/clip"}, {"kind": "naturalness", "model": "nowhere"})
     with pytest.raises(BadInput, match="nowhere: no such model folder"):
-        await build_judge(wrong, encoder.decode)
+        await build_reward_manager(wrong, encoder.decode)
     assert closed == ["clip"]

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from capipe.errors import BadInput
-from capipe.trainer.dataset import Schedule, Task, load_tasks
+from capipe.trainer.dataset import Example, PromptSampler, load_examples
 
 from ..conftest import tar_bytes
 
 
 def test_an_epoch_has_every_task_once_and_each_is_another_order() -> None:
-    schedule = Schedule(count=10, batch=4, seed=1)
+    schedule = PromptSampler(count=10, batch=4, seed=1)
     drawn = [index for step in range(5) for index in schedule.indices(step)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
-    assert schedule.indices(3) == Schedule(10, 4, 1).indices(3) != Schedule(10, 4, 2).indices(3)
-    assert Counter(Schedule(3, 7, 0).indices(0)).most_common(1)[0][1] == 3  # a batch larger than the data
-    turns = Schedule(3, 7, 0).turns(0)
-    assert [index for index, _ in turns] == Schedule(3, 7, 0).indices(0)
-    assert len(set(turns)) == 7 and max(turn for _, turn in turns) == 2
+    assert schedule.indices(3) == PromptSampler(10, 4, 1).indices(3) != PromptSampler(10, 4, 2).indices(3)
+    assert Counter(PromptSampler(3, 7, 0).indices(0)).most_common(1)[0][1] == 3  # a batch larger than the data
+    sample = PromptSampler(3, 7, 0).sample(0)
+    assert [index for index, _ in sample] == PromptSampler(3, 7, 0).indices(0)
+    assert len(set(sample)) == 7 and max(turn for _, turn in sample) == 2
 
 
 def test_a_task_reads_its_image_and_notices_another_one(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_task_reads_its_image_and_notices_another_one(tmp_path: Path) -> None:
     path.write_bytes(tar_bytes({"one.jpg": b"first image", "one.txt": b"t", "two.jpg": b"second"}))
     (shard,) = expand(str(path))
     rows = list(RowReader(shard))
-    tasks = [Task(row.uid or "", row.key, shard.url, row.offset, len(row.image or b""), ()) for row in rows]
+    tasks = [Example(row.uid or "", row.key, shard.url, row.offset, len(row.image or b""), ()) for row in rows]
     assert [task.read() for task in tasks] == [b"first image", b"second"]
     path.write_bytes(tar_bytes({"one.jpg": b"other image", "two.jpg": b"second"}))
     with pytest.raises(ArtifactMismatch, match=r"one.*has changed"):
@@ -44,17 +44,17 @@ def test_images_alone_are_tasks_without_questions(tmp_path: Path) -> None:
     path.write_bytes(
         tar_bytes({"one.jpg": b"first image", "one.txt": b"t", "none.txt": b"no image", "two.jpg": b"second"})
     )
-    found = load_tasks(str(path), None)
+    found = load_examples(str(path), None)
     assert [(task.key, task.questions, task.read()) for task in found.tasks] == [
         ("one", (), b"first image"),
         ("two", (), b"second"),
     ]
     assert found.without == 1
-    assert load_tasks(str(path), None, found.fingerprint) == found
+    assert load_examples(str(path), None, found.fingerprint) == found
     with pytest.raises(BadInput, match=r"a\.tar: the images' fingerprint is .*, not 0123; .*mend `data\.fingerprint`"):
-        load_tasks(str(path), None, "0123")
+        load_examples(str(path), None, "0123")
     path.write_bytes(tar_bytes({"one.jpg": b"first image", "two.jpg": b"another"}))
-    assert load_tasks(str(path), None).fingerprint != found.fingerprint
+    assert load_examples(str(path), None).fingerprint != found.fingerprint
     path.write_bytes(tar_bytes({"one.txt": b"t"}))
     with pytest.raises(BadInput, match=r"a\.tar: none of its 1 rows is an image"):
-        load_tasks(str(path), None)
+        load_examples(str(path), None)

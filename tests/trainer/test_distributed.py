@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from capipe.trainer.distributed import ALONE, Ranks, alone_on, join
+from capipe.trainer.distributed import ALONE, Distributed, alone_on, join
 from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.policy.critic import CriticConfig, ValueHead
 from capipe.trainer.policy.decoder import DecoderPolicy
@@ -35,7 +35,7 @@ def policy_of(config: UpdateConfig) -> DecoderPolicy:
     return DecoderPolicy(random_model(FAMILY), [IMAGE], value_head=head)
 
 
-def train(config: UpdateConfig, ranks: Ranks) -> tuple[DecoderPolicy, torch.optim.Optimizer, UpdateReport]:
+def train(config: UpdateConfig, ranks: Distributed) -> tuple[DecoderPolicy, torch.optim.Optimizer, UpdateReport]:
     policy = policy_of(config)
     policy.base.visual.requires_grad_(False)
     if ranks.sharded:
@@ -48,7 +48,7 @@ def train(config: UpdateConfig, ranks: Ranks) -> tuple[DecoderPolicy, torch.opti
     return policy, optimizer, report
 
 
-def mine(policy: DecoderPolicy, ranks: Ranks) -> list[Group]:
+def mine(policy: DecoderPolicy, ranks: Distributed) -> list[Group]:
     """Two groups for the first of two processes, one for the second, which so has fewer micro-batches.
 
     All have images: whoever shares a split tower has to look as often as the others.
@@ -112,7 +112,7 @@ def test_two_processes_equal_one(tmp_path: Path, name: str, sharded: bool) -> No
 
 
 def test_shares_cover_a_step() -> None:
-    shares = [Ranks(rank, 3).share(list(range(8))) for rank in range(3)]
+    shares = [Distributed(rank, 3).share(list(range(8))) for rank in range(3)]
     assert sorted(index for share in shares for index in share) == list(range(8))
     assert max(map(len, shares)) - min(map(len, shares)) == 1
 

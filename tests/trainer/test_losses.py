@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from capipe.trainer.losses import LOSSES, Clip, LossName, Tokens, Totals, kl_tokens, token_weights, value_losses
+from capipe.trainer.losses import LOSSES, ClipRange, LossName, Tokens, Totals, kl_tokens, token_weights, value_losses
 
 OLD = torch.tensor([-1.0, -2.0, -0.5, -1.5, -3.0])
 LOGP = torch.tensor([-0.5, -2.1, -0.5, -2.5, -2.9])  # ratios e^0.5, e^-0.1, 1, e^-1, e^0.1
 ROW = torch.tensor([0, 0, 0, 1, 1])
 LENGTHS = torch.tensor([3, 2])
 ADVANTAGES = torch.tensor([1.0, 1.0, 1.0, -2.0, -2.0])
-CLIP = Clip(0.2, 0.28, cap=1.5)
+CLIP = ClipRange(0.2, 0.28, cap=1.5)
 TOTALS = Totals(rows=2, tokens=5, limit=10)
 
 

@@ -14,17 +14,17 @@ from capipe.models.engines.base import Completion, GenerationRequest, Prompt, Re
 from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
-from capipe.trainer.advantages import Part
-from capipe.trainer.dataset import Task
+from capipe.trainer.advantages import RewardTerm
+from capipe.trainer.dataset import Example
 from capipe.trainer.images import Pictures
-from capipe.trainer.rewards.base import Judge, Scored
-from capipe.trainer.rollouts import Drawing, Rollouts
+from capipe.trainer.rewards.base import RewardManager, Scored
+from capipe.trainer.rollouts import Rollouts, RolloutSampling
 from capipe.trainer.validation import validate
 
 from ..scripted import Scripted, knows
 from .rewards.test_judge import jpeg, tasks
 
-DRAWING = Drawing("Describe.", 3, 20, 0.9, seed=5)
+DRAWING = RolloutSampling("Describe.", 3, 20, 0.9, seed=5)
 
 
 def prepared(prompt: Prompt) -> PreparedPrompt:
@@ -37,7 +37,7 @@ class Lengths:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         self.asked.append(draw)
         return Scored(float(caption.n_tokens))
 
@@ -49,16 +49,18 @@ def writes(request: GenerationRequest) -> Completion | RequestError:
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> list[Task]:
+def two(tmp_path: Path) -> list[Example]:
     return tasks(tmp_path / "a.tar", one=jpeg("red"), two=jpeg("blue"))
 
 
-async def collect(two: list[Task], step: int, engine: Any, reward: Lengths) -> Any:
+async def collect(two: list[Example], step: int, engine: Any, reward: Lengths) -> Any:
     rollouts = Rollouts(engine, prepared, Pictures(None), DRAWING)
-    return await rollouts.collect([(task, 0) for task in two], step, Judge({"length": reward}, {"length": Part()}))
+    return await rollouts.collect(
+        [(task, 0) for task in two], step, RewardManager({"length": reward}, {"length": RewardTerm()})
+    )
 
 
-async def test_draws_have_full_support_and_a_seed_each(two: list[Task]) -> None:
+async def test_draws_have_full_support_and_a_seed_each(two: list[Example]) -> None:
     engine, again, later = Scripted(generate=writes), Scripted(generate=writes), Scripted(generate=writes)
     for step, each in ((0, engine), (0, again), (1, later)):
         await collect(two, step, each, Lengths())
@@ -67,15 +69,15 @@ async def test_draws_have_full_support_and_a_seed_each(two: list[Task]) -> None:
     assert len(set(seeds)) == 6 and seeds == same and not set(seeds) & set(others)
 
 
-async def test_an_image_that_a_step_has_twice_gets_other_captions_the_second_time(two: list[Task]) -> None:
+async def test_an_image_that_a_step_has_twice_gets_other_captions_the_second_time(two: list[Example]) -> None:
     engine = Scripted(generate=writes)
     rollouts = Rollouts(engine, prepared, Pictures(None), DRAWING)
     turns = [(two[0], 0), (two[0], 1), (two[1], 0)]
-    await rollouts.collect(turns, 0, Judge({"length": Lengths()}, {"length": Part()}))
+    await rollouts.collect(turns, 0, RewardManager({"length": Lengths()}, {"length": RewardTerm()}))
     assert len({request.sampling.seed for request in engine.generations}) == 3 * DRAWING.group
 
 
-async def test_a_caption_is_scored_when_it_ends(two: list[Task]) -> None:
+async def test_a_caption_is_scored_when_it_ends(two: list[Example]) -> None:
     reward = Lengths()
     scored_before_the_last: list[int] = []
 
@@ -92,7 +94,7 @@ async def test_a_caption_is_scored_when_it_ends(two: list[Task]) -> None:
     assert scored_before_the_last == [5] and len(reward.asked) == 6
 
 
-async def test_a_caption_that_fails_is_left_out_of_its_group(two: list[Task]) -> None:
+async def test_a_caption_that_fails_is_left_out_of_its_group(two: list[Example]) -> None:
     count = 0
 
     def fails(request: GenerationRequest) -> Completion | RequestError:
@@ -106,7 +108,7 @@ async def test_a_caption_that_fails_is_left_out_of_its_group(two: list[Task]) ->
     assert (first.failures, second.failures) == (["too long"], [])
 
 
-async def test_a_caption_that_fails_in_validation_is_left_out_and_counted(two: list[Task]) -> None:
+async def test_a_caption_that_fails_in_validation_is_left_out_and_counted(two: list[Example]) -> None:
     count = 0
 
     def fails(request: GenerationRequest) -> Completion | RequestError:

@@ -16,7 +16,7 @@ from capipe.models.engines.base import Completion
 from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.trainer.distributed import ALONE
 from capipe.trainer.log import CAPTIONS, TIMES, RunLog, TensorBoard, WandB, read_steps
-from capipe.trainer.loop import raised, step_figures
+from capipe.trainer.loop import raised, step_metrics
 from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.recipe import AlarmConfig
 from capipe.trainer.update import UpdateReport
@@ -137,7 +137,7 @@ def test_a_step_whose_captions_all_fail_is_an_alarm_of_its_own_at_once() -> None
 def test_captions_that_fail_are_counted_with_the_first_reason() -> None:
     prompt = PreparedPrompt(torch.arange(4), torch.arange(4)[None], 4, None)
     groups = [Group("a", "one", prompt), Group("b", "two", prompt, failures=["no template", "too long"])]
-    found = step_figures(groups, UpdateReport(*[0.0] * 7, tokens=0, tied=0, unscored=0), [], ALONE)
+    found = step_metrics(groups, UpdateReport(*[0.0] * 7, tokens=0, tied=0, unscored=0), [], ALONE)
     assert (found["captions"], found["captions_failed"], found["failure"]) == (0, 2, "no template")
 
 

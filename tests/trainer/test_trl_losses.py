@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from capipe.trainer.advantages import Baseline, advantages
-from capipe.trainer.losses import LOSSES, Clip, LossName, Tokens, Totals, kl_tokens, token_weights
+from capipe.trainer.losses import LOSSES, ClipRange, LossName, Tokens, Totals, kl_tokens, token_weights
 
 MEND = "to compare with TRL: pip install --no-deps trl==1.16.0 accelerate"
 pytest.importorskip("accelerate", reason=MEND)
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 ROWS, LONGEST, LIMIT, BETA = 8, 13, 16, 0.07
-CLIP = Clip(0.2, 0.28, cap=1.25)
+CLIP = ClipRange(0.2, 0.28, cap=1.25)
 # Ours by TRL's options. GSPO is GRPO's mean over completions with one ratio for each. CISPO's cap is ``epsilon_high``
 # itself, as in arXiv 2510.13786, where arXiv 2506.13585 writes 1 + epsilon (and sets no lower bound either). Averages
 # over tokens are over those of all micro-batches (``num_items_in_batch``), Dr. GRPO's over ``max_completion_length``.

@@ -15,7 +15,7 @@ from random import Random
 from ...models.quiz import LETTERS, self_oracle
 from ...models.reader import QuizReader, Reading
 from ...models.tiny.world.captions import dense_caption
-from ..dataset import Task
+from ..dataset import Example
 from .results import Caution
 
 SELF_ORACLE, ORACLE, BLIND = "self-oracle", "oracle", "blind"  # as the controls of an evaluation are called
@@ -25,7 +25,7 @@ LEAST_OF_PLACE = 20  # presentations: with fewer, a place has no figure
 
 
 @dataclass
-class Places:
+class PositionCounts:
     """Right answers by the place in which the right option stood.
 
     Each question is compared with itself: those with many options are harder, and alone in the later places.
@@ -116,7 +116,7 @@ def _by_place(places: Mapping[int, float]) -> str:
     return ", ".join(f"{LETTERS[place]} {value:.3f}" for place, value in places.items())
 
 
-async def ability_of(reader: QuizReader, tasks: Sequence[Task]) -> Ability | None:
+async def ability_of(reader: QuizReader, tasks: Sequence[Example]) -> Ability | None:
     """What a reader makes of the tasks' questions; None where nothing could be scored. Raises EngineDead."""
     blind, _ = await _read(reader, [(task, None) for task in tasks])
     told = {SELF_ORACLE: await _read(reader, [(task, self_oracle(task.questions)) for task in tasks])}
@@ -130,11 +130,13 @@ async def ability_of(reader: QuizReader, tasks: Sequence[Task]) -> Ability | Non
     return Ability(blind, means, told[best][1].accuracies())
 
 
-async def _read(reader: QuizReader, captions: Sequence[tuple[Task, str | None]]) -> tuple[float | None, Places]:
+async def _read(
+    reader: QuizReader, captions: Sequence[tuple[Example, str | None]]
+) -> tuple[float | None, PositionCounts]:
     """Mean accuracy over questions, and by place."""
     read = await asyncio.gather(*(reader.read(caption, task.questions) for task, caption in captions))
     readings = [reading for each in read for reading in each]
-    places = Places()
+    places = PositionCounts()
     for reading in readings:
         places.add(*_hits(reader, reading))
     known = [each.accuracy for each in readings if each.accuracy is not None]

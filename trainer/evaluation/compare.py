@@ -17,7 +17,7 @@ Questions = dict[str, tuple[str, float | None]]  # kind and score by question id
 
 
 @dataclass(frozen=True)
-class Run:
+class EvaluationRun:
     """Graded rows under a name, read once. ``settings`` must name the ``reader``; its ``reader identity`` is compared.
 
     ``system``: what is compared; None takes the first captioner prompt of the rows.
@@ -29,7 +29,7 @@ class Run:
     system: str | None = None
 
 
-def compare(first: Run, second: Run, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare(first: EvaluationRun, second: EvaluationRun, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """Accuracy of ``second`` minus ``first`` on common questions of common images, overall and by kind.
 
     Both runs see the same resampled images, so that what makes an image hard is in neither interval. Raises BadInput
@@ -62,7 +62,7 @@ def compare(first: Run, second: Run, *, resamples: int = RESAMPLES, seed: int = 
     )
 
 
-def _common_reader(first: Run, second: Run) -> str:
+def _common_reader(first: EvaluationRun, second: EvaluationRun) -> str:
     readers, identities = [], []
     for run in (first, second):
         if not run.settings.get("reader"):
@@ -76,7 +76,7 @@ def _common_reader(first: Run, second: Run) -> str:
     return readers[0]
 
 
-def _scores(run: Run) -> tuple[str, dict[str, Questions]]:
+def _scores(run: EvaluationRun) -> tuple[str, dict[str, Questions]]:
     """The system compared and, for each image, the kind and score of its questions, None where it has no score."""
     system = run.system
     seen: dict[str, None] = {}

@@ -12,10 +12,22 @@ from ...models.quiz import KINDS
 from ...models.tiny.world.grade import grade, parse
 from ...models.tiny.world.scenes import Scene
 from ...stages.questions.grade import CONTROLS
-from .ability import BLIND, ORACLE, SELF_ORACLE, Ability, Places, cautions
+from .ability import BLIND, ORACLE, SELF_ORACLE, Ability, PositionCounts, cautions
 from .bootstrap import NOTHING, RECALL_AT, RESAMPLES, Estimate, Figure, Ratios, found_at
 from .graded_rows import GradedCaption, GradedImage, GradedQuestion, mean, places_of_answer, read_row, scored_answers
-from .results import Caution, Example, ExampleAnswer, Judged, Place, Quiz, Report, Retrieval, System, Truth, json_ready
+from .results import (
+    Caution,
+    EvaluationReport,
+    Judged,
+    PositionAccuracy,
+    Quiz,
+    Retrieval,
+    ShownAnswer,
+    ShownCaption,
+    System,
+    Truth,
+    json_ready,
+)
 from .text_statistics import TextTally
 
 EXAMPLES = 3  # images of which the report shows captions
@@ -34,7 +46,7 @@ def evaluate(
     warnings: Sequence[Caution] = (),
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Report:
+) -> EvaluationReport:
     """The report on rows of the GRADE schema, read once.
 
     ``settings``: JSON-ready facts for the reader of the report (model, reader, fingerprints); ``ranks``: by uid and
@@ -50,7 +62,7 @@ def evaluate(
     estimates = tally.ratios.estimates(len(tally.images), resamples, seed)
     figures = {figure: estimate for figure, (estimate, _) in estimates.items()}
     systems = tuple(tally.systems[name].system(name, figures, gallery) for name in ordered(tally.systems))
-    return Report(
+    return EvaluationReport(
         images=len(tally.images),
         rows=tally.rows,
         questions=tally.questions,
@@ -65,7 +77,7 @@ def evaluate(
     )
 
 
-def _of_reader(systems: Sequence[System], places: Mapping[str, Places]) -> list[Caution]:
+def _of_reader(systems: Sequence[System], places: Mapping[str, PositionCounts]) -> list[Caution]:
     """What the controls say against the reader; nothing where they were not graded."""
     means = {each.name: value for each in systems if (value := each.quiz.accuracy.value) is not None}
     told = {name: means[name] for name in (SELF_ORACLE, ORACLE) if name in means}
@@ -98,7 +110,7 @@ class _SystemTally:
     excluded: Counter[str] = field(default_factory=Counter)
     right: Counter[int] = field(default_factory=Counter)  # presentations, by the place of the right option
     scored: Counter[int] = field(default_factory=Counter)
-    places: Places = field(default_factory=Places)
+    places: PositionCounts = field(default_factory=PositionCounts)
     text: TextTally = field(default_factory=TextTally)
 
     def system(self, name: str, figures: Mapping[Figure, Estimate], gallery: int) -> System:
@@ -113,7 +125,9 @@ class _SystemTally:
             best=figure("best"),
             abstained=figure("abstained"),
             by_kind={kind: figures[name, "accuracy", kind] for kind in kinds},
-            by_place=tuple(Place(place, self.right[place], self.scored[place]) for place in sorted(self.scored)),
+            by_place=tuple(
+                PositionAccuracy(place, self.right[place], self.scored[place]) for place in sorted(self.scored)
+            ),
             unscored=self.unscored,
         )
         measures = ("precision", "recall", "hallucinated", "chair_i", "chair_s")
@@ -141,7 +155,7 @@ class _Tally:
     images: dict[str, int] = field(default_factory=dict)  # numbers, in the order of their first row
     systems: dict[str, _SystemTally] = field(default_factory=dict)
     ratios: Ratios = field(default_factory=Ratios)
-    examples: list[Example] = field(default_factory=list)
+    examples: list[ShownCaption] = field(default_factory=list)
 
     def add(self, row: Mapping[str, Any], where: str) -> None:
         """Count one row, or the reason why it is excluded."""
@@ -227,9 +241,9 @@ class _Tally:
         self.ratios.add((name, "chair_s", ""), image, graded.hallucinated > 0)
 
 
-def _example(name: str, graded: GradedImage) -> Example:
+def _example(name: str, graded: GradedImage) -> ShownCaption:
     """The system's first caption of the image with its answers."""
     caption = graded.captions[name][0]
     found = [(each.kind, caption.answers[each.id]) for each in graded.questions if each.id in caption.answers]
-    answers = tuple(ExampleAnswer(kind, each.right, each.abstained, each.scored) for kind, each in found)
-    return Example(graded.key, name, None if name == "blind" else caption.text, answers)
+    answers = tuple(ShownAnswer(kind, each.right, each.abstained, each.scored) for kind, each in found)
+    return ShownCaption(graded.key, name, None if name == "blind" else caption.text, answers)

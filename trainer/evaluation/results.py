@@ -44,7 +44,7 @@ def json_ready(settings: Mapping[str, Any]) -> dict[str, JsonValue]:
 
 
 @dataclass(frozen=True)
-class Place:
+class PositionAccuracy:
     """How presentations with the right option in ``place`` (0 is the first) were answered."""
 
     place: int
@@ -69,7 +69,7 @@ class Quiz:
     best: Estimate  # of the best of the captions for each question ("best of n" of Prism and CapRL)
     abstained: Estimate
     by_kind: dict[str, Estimate]
-    by_place: tuple[Place, ...]
+    by_place: tuple[PositionAccuracy, ...]
     unscored: int
 
 
@@ -143,7 +143,7 @@ class Caution:
 
 
 @dataclass(frozen=True)
-class ExampleAnswer:
+class ShownAnswer:
     """How one question fared, in presentations."""
 
     kind: str
@@ -153,17 +153,17 @@ class ExampleAnswer:
 
 
 @dataclass(frozen=True)
-class Example:
+class ShownCaption:
     """The first caption of a system for one image and what was answered from it. ``text`` is None for blind."""
 
     key: str
     system: str
     text: str | None
-    answers: tuple[ExampleAnswer, ...]
+    answers: tuple[ShownAnswer, ...]
 
 
 @dataclass(frozen=True)
-class Report(JsonForm):
+class EvaluationReport(JsonForm):
     """A whole evaluation. ``systems``: the captioner's prompts first, then the controls.
 
     ``excluded``: rows that are in no figure, by reason. ``unscored``: questions that some system has no score for.
@@ -178,7 +178,7 @@ class Report(JsonForm):
     resamples: int
     seed: int
     systems: tuple[System, ...]
-    examples: tuple[Example, ...]
+    examples: tuple[ShownCaption, ...]
     warnings: tuple[Caution, ...] = ()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...manifests.shards import Row
 from ...models.images.decode import ImageLimits, Pixels
 from ...models.images.formats import ImageProblem
-from ...models.images.preprocess import decode_views
+from ...models.images.preprocess import decode_preprocessed
 from ...models.scorers.blip_contrastive import BlipScorer
 from ...models.scorers.clip import ClipScorer
 
@@ -49,7 +49,7 @@ def _decoded(rows: Iterable[Row], wanted: set[str], clip: Scorer) -> Iterator[tu
     for row in rows:
         if row.uid in left and row.image is not None:
             left.discard(row.uid)
-            views = decode_views(row.image, views=(clip.view,), limits=ImageLimits(min_side=1))
+            views = decode_preprocessed(row.image, preprocesses=(clip.preprocess,), limits=ImageLimits(min_side=1))
             if not isinstance(views, ImageProblem):
                 yield row.uid, views[0]
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from ...terminal import escaped
 from .bootstrap import Estimate
 from .evaluate import kinds_in_order
-from .results import Comparison, Difference, Example, Report, System
+from .results import Comparison, Difference, EvaluationReport, ShownCaption, System
 
 NONE = "–"  # there is nothing that a figure could be made of
 _LONGEST = 1000  # characters of a caption in Markdown; the JSON has all of it
@@ -35,12 +35,12 @@ class Grid:
     words: bool = False  # so that cells begin on the left
 
 
-def to_json(value: Report | Comparison) -> str:
+def to_json(value: EvaluationReport | Comparison) -> str:
     """JSON that ``from_dict`` reads back to an equal value."""
     return json.dumps(value.to_dict(), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
-def terminal(value: Report | Comparison) -> list[Table]:
+def terminal(value: EvaluationReport | Comparison) -> list[Table]:
     """The tables for a terminal: all but the places of the right option and the examples."""
     if isinstance(value, Comparison):
         return [_rich(_difference_grid(value))]
@@ -58,7 +58,7 @@ def terminal(value: Report | Comparison) -> list[Table]:
     ]
 
 
-def to_markdown(value: Report | Comparison) -> str:
+def to_markdown(value: EvaluationReport | Comparison) -> str:
     """A Markdown page. Whatever a model wrote is shown as text: nothing in it can be markup."""
     return "\n\n".join(_comparison_page(value) if isinstance(value, Comparison) else _report_page(value)) + "\n"
 
@@ -66,7 +66,7 @@ def to_markdown(value: Report | Comparison) -> str:
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
-def _report_page(report: Report) -> Iterator[str]:
+def _report_page(report: EvaluationReport) -> Iterator[str]:
     yield "# Evaluation"
     for warning in report.warnings:
         yield f"**Warning:** {escape(warning.text)}."
@@ -100,7 +100,7 @@ def _comparison_page(comparison: Comparison) -> Iterator[str]:
     yield _markdown(_settings_grid({"first": first.settings, "second": second.settings}))
 
 
-def _counts(report: Report) -> str:
+def _counts(report: EvaluationReport) -> str:
     excluded = ", ".join(f"{count} {reason}" for reason, count in report.excluded.items()) or "none"
     return (
         f"{report.images} images in {report.rows} rows, {report.questions} questions, of which {report.unscored} are "
@@ -117,7 +117,7 @@ def _left_out(comparison: Comparison) -> str:
     )
 
 
-def _method(value: Report | Comparison) -> str:
+def _method(value: EvaluationReport | Comparison) -> str:
     paired = "paired " if isinstance(value, Comparison) else ""
     return (
         f"In brackets: 95 % percentile intervals of a {paired}bootstrap over images "
@@ -128,7 +128,7 @@ def _method(value: Report | Comparison) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _quiz_grid(report: Report) -> Grid:
+def _quiz_grid(report: EvaluationReport) -> Grid:
     rows = [
         (
             system.name,
@@ -146,7 +146,7 @@ def _quiz_grid(report: Report) -> Grid:
     return Grid("Quiz", header, tuple(rows), note)
 
 
-def _truth_grid(report: Report) -> Grid:
+def _truth_grid(report: EvaluationReport) -> Grid:
     rows = [
         (
             system.name,
@@ -168,7 +168,7 @@ def _truth_grid(report: Report) -> Grid:
     return Grid("Truth", header, tuple(rows), note)
 
 
-def _retrieval_grid(report: Report) -> Grid:
+def _retrieval_grid(report: EvaluationReport) -> Grid:
     found = [(system.name, system.retrieval) for system in report.systems if system.retrieval is not None]
     rows = [(name, *map(_percent, each.recall.values()), str(each.captions)) for name, each in found]
     header = ("system", *(f"recall@{k} %" for k in found[0][1].recall), "captions") if found else ()
@@ -177,7 +177,7 @@ def _retrieval_grid(report: Report) -> Grid:
     return Grid("Retrieval", header, tuple(rows), note)
 
 
-def _judged_grid(report: Report) -> Grid:
+def _judged_grid(report: EvaluationReport) -> Grid:
     rows = [
         (
             system.name,
@@ -195,7 +195,7 @@ def _judged_grid(report: Report) -> Grid:
     return Grid("Other models", ("system", "cosine", "perplexity", "log-probability"), tuple(rows), note)
 
 
-def _text_grid(report: Report) -> Grid:
+def _text_grid(report: EvaluationReport) -> Grid:
     rows = [
         (
             system.name,
@@ -234,7 +234,7 @@ def _text_grid(report: Report) -> Grid:
     return Grid("Text", header, tuple(rows), note)
 
 
-def _kinds_grid(report: Report) -> Grid:
+def _kinds_grid(report: EvaluationReport) -> Grid:
     kinds = kinds_in_order(kind for system in report.systems for kind in system.quiz.by_kind)
     rows = []
     for kind in kinds:
@@ -246,7 +246,7 @@ def _kinds_grid(report: Report) -> Grid:
     return Grid("Right % by kind of question", header, tuple(rows), "n: questions, where a cell says nothing else.")
 
 
-def _places_grid(report: Report) -> Grid:
+def _places_grid(report: EvaluationReport) -> Grid:
     shown = {system.name: {each.place: each for each in system.quiz.by_place} for system in report.systems}
     places = sorted({place for by_place in shown.values() for place in by_place})
     rows = []
@@ -258,7 +258,7 @@ def _places_grid(report: Report) -> Grid:
     return Grid("Right % by place of the right option", ("place", *shown), tuple(rows), note)
 
 
-def _examples_grid(examples: Sequence[Example]) -> Grid:
+def _examples_grid(examples: Sequence[ShownCaption]) -> Grid:
     rows = []
     for each in examples:
         answers = [

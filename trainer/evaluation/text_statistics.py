@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ...stages.annotate.loops import find_loop, units_of
-from ...stages.annotate.quality_gate import HealthConfig
+from ...stages.annotate.quality_gate import QualityGateConfig
 from ...stages.filter.ngrams import COLORS, GRAM, repeated_share, words_of
 from ..rewards.token_penalties import PhrasesConfig, find_all, patterns_of
 
 _PHRASES = patterns_of(PhrasesConfig())
-_LOOP_REPEATS = HealthConfig().loop_repeats
+_LOOP_REPEATS = QualityGateConfig().loop_repeats
 
 
 @dataclass(frozen=True)

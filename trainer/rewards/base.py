@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...models.engines.base import Completion, EngineDead
-from ..advantages import Part, combine
-from ..dataset import Task
+from ..advantages import RewardTerm, combine
+from ..dataset import Example
 from ..policy.batch import RewardResult
 
 logger = logging.getLogger(__name__)
@@ -38,15 +38,15 @@ class Reward(Protocol):
     them: names of numbers in its ``details`` whose means over a step are logged, too.
     """
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored: ...
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored: ...
 
     async def aclose(self) -> None: ...
 
 
-class Judge:
+class RewardManager:
     """Scores captions by all rewards, each weighed by its part."""
 
-    def __init__(self, rewards: Mapping[str, Reward], parts: Mapping[str, Part]) -> None:
+    def __init__(self, rewards: Mapping[str, Reward], parts: Mapping[str, RewardTerm]) -> None:
         self.rewards, self.parts = dict(rewards), dict(parts)
         told = {name: getattr(reward, "figures", ()) for name, reward in rewards.items()}
         self._more = {f"{name}_{figure}": (name, figure) for name, figures in told.items() for figure in figures}
@@ -56,12 +56,12 @@ class Judge:
         """What results have components of: each reward by name, and what more a reward tells (``NAME_FIGURE``)."""
         return [*self.rewards, *self._more]
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> dict[str, Scored]:
+    async def score(self, task: Example, caption: Completion, draw: str) -> dict[str, Scored]:
         """All rewards of one caption, by name; raises EngineDead alone."""
         scored = await asyncio.gather(*(self._one(name, task, caption, draw) for name in self.rewards))
         return dict(zip(self.rewards, scored, strict=True))
 
-    async def _one(self, name: str, task: Task, caption: Completion, draw: str) -> Scored:
+    async def _one(self, name: str, task: Example, caption: Completion, draw: str) -> Scored:
         try:
             return await self.rewards[name].score(task, caption, draw)
         except EngineDead:
@@ -78,14 +78,14 @@ class Judge:
         return [
             RewardResult(
                 score=None if total != total else total,
-                components={name: scored.value for name, scored in caption.items()} | self._told(caption),
+                components={name: scored.value for name, scored in caption.items()} | self._more_components(caption),
                 per_token=self._per_token(caption),
                 details={name: dict(scored.details) for name, scored in caption.items() if scored.details},
             )
             for total, caption in zip(totals, captions, strict=True)
         ]
 
-    def _told(self, caption: Mapping[str, Scored]) -> dict[str, float | None]:
+    def _more_components(self, caption: Mapping[str, Scored]) -> dict[str, float | None]:
         return {told: caption[name].details.get(figure) for told, (name, figure) in self._more.items()}
 
     def _per_token(self, caption: Mapping[str, Scored]) -> list[float]:

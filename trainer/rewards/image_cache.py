@@ -9,22 +9,22 @@ from ...errors import RunFailed
 from ...models.images.decode import ImageLimits, Pixels
 from ...models.images.decode_pool import DecodePool
 from ...models.images.formats import ImageProblem
-from ...models.images.preprocess import View, decode_views
-from ...models.lru_cache import Recent
-from ..dataset import Task
+from ...models.images.preprocess import Preprocess, decode_preprocessed
+from ...models.lru_cache import LRUCache
+from ..dataset import Example
 
 KEPT = 256  # images; more than a step has on one process
 
 
-class ViewCache:
+class ImageCache:
     """Images of tasks in ``view``, from a process that decodes. Use from one event loop."""
 
-    def __init__(self, view: View) -> None:
-        decode = functools.partial(decode_views, views=(view,), limits=ImageLimits())
+    def __init__(self, preprocess: Preprocess) -> None:
+        decode = functools.partial(decode_preprocessed, preprocesses=(preprocess,), limits=ImageLimits())
         self._pool: DecodePool[tuple[Pixels, ...]] = DecodePool(1, decode)
-        self._recent: Recent[str, asyncio.Task[Pixels]] = Recent(KEPT)
+        self._recent: LRUCache[str, asyncio.Task[Pixels]] = LRUCache(KEPT)
 
-    async def of(self, task: Task) -> Pixels:
+    async def of(self, task: Example) -> Pixels:
         """(height, width, 3) uint8. Raises RunFailed where an image that was fine when listed cannot be decoded."""
         reading = self._recent.get(task.uid)
         if reading is None:
@@ -36,7 +36,7 @@ class ViewCache:
             self._recent.drop(task.uid)  # the next caption tries again
             raise
 
-    async def _read(self, task: Task) -> Pixels:
+    async def _read(self, task: Example) -> Pixels:
         views = await self._pool.decode(await asyncio.to_thread(task.read))
         if isinstance(views, ImageProblem):
             raise RunFailed(f"{task.url}: {task.key!r} cannot be decoded: {views.reason}")

@@ -14,18 +14,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ...models.dynamic_batcher import MOST, Together, most_on
+from ...models.dynamic_batcher import MOST, DynamicBatcher, most_on
 from ...models.engines.base import Completion
 from ...models.images.decode import Pixels
-from ...models.lru_cache import Recent
+from ...models.lru_cache import LRUCache
 from ...models.scorers.base import Pair, Scorer, device_and_type
 from ...models.scorers.blip_contrastive import load_blip
 from ...models.scorers.clip import load_clip
 from ...models.scorers.itm import ItmScorer, load_itm
 from ...models.scorers.sentences import split_sentences
-from ..dataset import Task
+from ..dataset import Example
 from .base import Scored
-from .image_cache import KEPT, ViewCache
+from .image_cache import KEPT, ImageCache
 
 IMAGES_AT_ONCE = 32  # through a vision tower
 Values = Callable[[Tensor, Sequence[Pair]], list[float]]
@@ -84,11 +84,11 @@ class ImageTextReward:
 
     def __init__(self, scorer: Scorer, values: Values, by: str = "whole", most: int = MOST) -> None:
         self._scorer, self._values, self._by = scorer, values, by
-        self._views = ViewCache(scorer.view)
-        self._encoded: Recent[str, Tensor] = Recent(KEPT)
-        self._model: Together[_Asked, list[float]] = Together(self._scores, most)
+        self._views = ImageCache(scorer.preprocess)
+        self._encoded: LRUCache[str, Tensor] = LRUCache(KEPT)
+        self._model: DynamicBatcher[_Asked, list[float]] = DynamicBatcher(self._scores, most)
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         texts = [caption.text] if self._by == "whole" else split_sentences(caption.text) or [caption.text]
         scores = await self._model.ask(_Asked(task.uid, await self._views.of(task), tuple(texts)))
         value = min(scores) if self._by == "sentences_min" else sum(scores) / len(scores)

@@ -16,7 +16,7 @@ from ...models.engines.base import ChoiceRequest, Completion, Engine, Prompt, Sa
 from ...models.engines.thinking import after_thought, thinks
 from ...models.quiz import plain
 from ...models.reader import THOUGHT_TEMPERATURE, THOUGHT_TOKENS, seed_of
-from ..dataset import Task
+from ..dataset import Example
 from ..images import Pictures
 from .base import Scored
 
@@ -52,7 +52,7 @@ class JudgeReward:
         self.engine, self.config = engine, config
         self._pictures = Pictures(engine.grid)
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         marks = self.config.marks
         text = RATE.format(worst=marks[0], best=marks[-1], caption=plain(caption.text).strip())
         prompt = Prompt(text, await self._pictures.of(task))

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...models.dynamic_batcher import Together, most_on
+from ...models.dynamic_batcher import DynamicBatcher, most_on
 from ...models.engines.base import Completion
 from ...models.scorers.lm_scores import TextScorer, load_text_scorer
-from ..dataset import Task
+from ..dataset import Example
 from .base import Scored
 
 
@@ -33,9 +33,9 @@ class NaturalnessReward:
     """
 
     def __init__(self, scorer: TextScorer) -> None:
-        self._model: Together[str, list[float]] = Together(scorer.logps, most_on(scorer.device))
+        self._model: DynamicBatcher[str, list[float]] = DynamicBatcher(scorer.logps, most_on(scorer.device))
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         logps = await self._model.ask(caption.text.strip())
         if not logps:
             return Scored(None, {"error": "an empty caption has no token to be likely"})

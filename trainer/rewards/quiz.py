@@ -11,7 +11,7 @@ from ...manifests.configuration import Growing
 from ...models.engines.base import Completion
 from ...models.quiz import Question
 from ...models.reader import THOUGHT_TOKENS, Order, QuizReader, ReaderConfig
-from ..dataset import Task
+from ..dataset import Example
 from .base import Scored
 
 
@@ -49,10 +49,10 @@ class QuizReward:
     def __init__(self, reader: QuizReader, config: QuizRewardConfig) -> None:
         self.reader, self.config = reader, config
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         return await self.score_text(task, caption.text, draw)
 
-    async def score_text(self, task: Task, caption: str | None, draw: str) -> Scored:
+    async def score_text(self, task: Example, caption: str | None, draw: str) -> Scored:
         """The same for a text, or for none at all (blind)."""
         put = self.presentations(task, draw)
         answers = await self.reader.answer(caption, put)
@@ -70,7 +70,7 @@ class QuizReward:
             return Scored(None, details)
         return Scored(sum(answer == question.answer for question, answer in known) / len(known), details)
 
-    def presentations(self, task: Task, draw: str) -> list[tuple[Question, Order]]:
+    def presentations(self, task: Example, draw: str) -> list[tuple[Question, Order]]:
         """Which questions are put in which orders for the caption that ``draw`` names."""
         rng = Random(f"quiz:{draw}")
         count = self.config.questions

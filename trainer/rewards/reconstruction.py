@@ -23,15 +23,15 @@ from torch import Tensor
 from ...errors import BadInput
 from ...manifests.files.storage import write_new
 from ...models.diffusion import Painter, load_painter, need_diffusers, pipeline_folder
-from ...models.dynamic_batcher import Together, most_on
+from ...models.dynamic_batcher import DynamicBatcher, most_on
 from ...models.engines.base import Completion
 from ...models.engines.model_folder import folder_digest, resolve_model
 from ...models.images.decode import Pixels
-from ...models.lru_cache import Recent
+from ...models.lru_cache import LRUCache
 from ...models.scorers.vgg import PerceptualNet, load_perceptual
-from ..dataset import Task
+from ..dataset import Example
 from .base import Scored
-from .image_cache import KEPT, ViewCache
+from .image_cache import KEPT, ImageCache
 
 CAPTIONS_KEPT = 1024
 MOST = 32  # captions drawn at most before those who wait for them are told
@@ -87,12 +87,14 @@ class ReconstructionReward:
 
     def __init__(self, painter: Painter, net: PerceptualNet, config: ReconstructionConfig, identity: str = "") -> None:
         self._painter, self._net, self._config, self._identity = painter, net, config, identity
-        self._views = ViewCache(net.view(config.crop))
-        self._drawn: Recent[str, Tensor] = Recent(CAPTIONS_KEPT)
-        self._originals: Recent[str, Tensor] = Recent(KEPT)
-        self._model: Together[_Asked, list[float]] = Together(self._similarities, min(MOST, most_on(net.device)))
+        self._views = ImageCache(net.preprocess(config.crop))
+        self._drawn: LRUCache[str, Tensor] = LRUCache(CAPTIONS_KEPT)
+        self._originals: LRUCache[str, Tensor] = LRUCache(KEPT)
+        self._model: DynamicBatcher[_Asked, list[float]] = DynamicBatcher(
+            self._similarities, min(MOST, most_on(net.device))
+        )
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         text = caption.text.strip()
         found = await self._model.ask(_Asked(task.uid, await self._views.of(task), text))
         if not all(map(math.isfinite, found)):

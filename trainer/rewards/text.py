@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...models.engines.base import Completion
 from ...stages.filter.ngrams import repeated_share, words_of
-from ..dataset import Task
+from ..dataset import Example
 from .base import Scored
 from .token_penalties import find_all, phrase_pattern
 
@@ -34,7 +34,7 @@ class LengthReward:
     def __init__(self, config: LengthConfig) -> None:
         self.config = config
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         return Scored(length_value(len(caption.token_ids), self.config))
 
     async def aclose(self) -> None: ...
@@ -60,7 +60,7 @@ class RepetitionConfig(BaseModel):
 class RepetitionReward:
     """Minus the share of 4-grams that occurred before."""
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         return Scored(-repeated_share(words_of(caption.text)))
 
     async def aclose(self) -> None: ...
@@ -94,7 +94,7 @@ class BoilerplateReward:
     def __init__(self, config: BoilerplateConfig) -> None:
         self._patterns = {phrase: phrase_pattern(phrase) for phrase in config.phrases}
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         present = Counter(name for name, _ in find_all(self._patterns, caption.text))
         return Scored(-float(present.total()), {"phrases": dict(present)} if present else {})
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from ...models.engines.base import Completion
 from ...stages.filter.ngrams import repeats, word_ends
-from ..dataset import Task
+from ..dataset import Example
 from .base import Scored
 
 Decode = Callable[[list[int]], str]  # the policy's tokenizer: ids -> text, without special tokens
@@ -121,7 +121,7 @@ class PhrasesReward:
         self._patterns = patterns_of(config)
         self._decode = decode
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         found = find_all(self._patterns, caption.text)
         places = tokens_at(caption, (end for _, end in found), self._decode)
         return _penalty(caption, places, {"phrases": dict(Counter(name for name, _ in found))} if found else {})
@@ -147,7 +147,7 @@ class RepeatsReward:
     def __init__(self, config: RepeatsConfig, decode: Decode) -> None:
         self._config, self._decode = config, decode
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         if self._config.of == "tokens":
             return _penalty(caption, repeats(caption.token_ids, self._config.n), {})
         words = word_ends(caption.text)

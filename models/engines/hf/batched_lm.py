@@ -25,7 +25,7 @@ from ..base import ImageInput, Prompt, Sampling
 from ..context import too_long
 from ..prompting import PromptEncoder
 from ..sampling import apply, fold_seed, gumbel_noise, kernel_runs_on, with_noise
-from .captioner_adapter import barred_ids, family_of
+from .captioner_adapter import adapter_of, barred_ids
 from .kv_cache import select_rows
 from .model_adapter import PreparedImage, PreparedPrompt
 from .prefix_tree import Level, Segment, plan, unshared
@@ -53,7 +53,7 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class Row:
+class SequenceRow:
     """One completion to decode: ``prompt`` is its index in the :class:`Prefix`."""
 
     prompt: int
@@ -62,7 +62,7 @@ class Row:
 
 
 @dataclass
-class Drawn:
+class SampledTokens:
     """What a row drew. ``stopped``: an end-of-turn token is the last one; otherwise the length limit was met."""
 
     token_ids: list[int] = field(default_factory=list)
@@ -86,7 +86,7 @@ class BatchedLM:
         share_prefixes: bool = True,
     ) -> None:
         self._model = model
-        self.family = family_of(model, image_processor)
+        self.family = adapter_of(model, image_processor)
         self.encoder = encoder
         self._end_ids = end_ids
         self.max_model_len = max_model_len
@@ -177,10 +177,13 @@ class BatchedLM:
 
     @torch.inference_mode()
     def decode(
-        self, prefix: Prefix, rows: Sequence[Row], ended: Callable[[int, Drawn], None] = lambda row, drawn: None
-    ) -> list[Drawn]:
+        self,
+        prefix: Prefix,
+        rows: Sequence[SequenceRow],
+        ended: Callable[[int, SampledTokens], None] = lambda row, drawn: None,
+    ) -> list[SampledTokens]:
         """Draw every row to its end; rows leave the batch as they finish, and ``ended`` is told of each at once."""
-        drawn = [Drawn() for _ in rows]
+        drawn = [SampledTokens() for _ in rows]
         limits = [min(row.sampling.max_tokens, self.max_model_len - prefix.lengths[row.prompt]) for row in rows]
         alive = list(range(len(rows)))
         picker = _Picker([row.sampling for row in rows], self._model.device)
@@ -218,7 +221,7 @@ class BatchedLM:
         return logits.index_fill_(1, self._barred, -math.inf)
 
     @torch.inference_mode()
-    def generate_reference(self, prompt: PreparedPrompt, sampling: Sampling) -> Drawn:
+    def generate_reference(self, prompt: PreparedPrompt, sampling: Sampling) -> SampledTokens:
         """The slow twin of prefill and decode: ``generate`` of transformers, one prompt, nothing shared or padded."""
         config = GenerationConfig(
             do_sample=False,
@@ -233,7 +236,7 @@ class BatchedLM:
         out = self.family.generate(prompt, config, noise)
         tokens = out.sequences[0, len(prompt.ids) :]
         scores = _scores(self._bar(torch.cat(out.logits).float()), tokens)
-        return Drawn(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
+        return SampledTokens(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
 
 
 def _padded(prompts: Sequence[PreparedPrompt], level: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:

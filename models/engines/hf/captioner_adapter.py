@@ -19,7 +19,7 @@ from ..captioner_registry import KINDS
 from ..prompting import rgb_pixels
 from ..sampling import vision_ids
 from .kv_cache import CrossCache, new_cache
-from .model_adapter import ChatFamily, Family, PreparedImage, PreparedPrompt, image_parts
+from .model_adapter import ChatAdapter, ModelAdapter, PreparedImage, PreparedPrompt, image_parts
 from .prefix_tree import Level
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ def is_captioner(model: Any) -> bool:
     return model.config.model_type in KINDS
 
 
-def family_of(model: PreTrainedModel, image_processor: BaseImageProcessor | None) -> Family:
+def adapter_of(model: PreTrainedModel, image_processor: BaseImageProcessor | None) -> ModelAdapter:
     """How the engine is to treat a model."""
     if not is_captioner(model):
-        return ChatFamily(model, image_processor)
-    return Blip2Family(model, image_processor) if is_blip2(model) else CrossFamily(model, image_processor)
+        return ChatAdapter(model, image_processor)
+    return Blip2Adapter(model, image_processor) if is_blip2(model) else EncoderDecoderAdapter(model, image_processor)
 
 
 def is_blip2(model: Any) -> bool:
@@ -152,7 +152,7 @@ def start_id(model: Any) -> int:
     return int(found)
 
 
-class CaptionerFamily:
+class CaptionerAdapter:
     """What they have in common: pictures of one size, positions on one axis."""
 
     axes = 1
@@ -192,7 +192,7 @@ class CaptionerFamily:
         return logits
 
 
-class Blip2Family(CaptionerFamily):
+class Blip2Adapter(CaptionerAdapter):
     """BLIP-2 with OPT."""
 
     def expand(self, ids: Tensor, image: PreparedImage) -> Tensor:
@@ -221,7 +221,7 @@ class Blip2Family(CaptionerFamily):
         return _generate(self._model, prompt, prompt.ids, "input_ids", config, processors)
 
 
-class CrossFamily(CaptionerFamily):
+class EncoderDecoderAdapter(CaptionerAdapter):
     """Encoder-decoders. A token depends on the image from the first on, so prompts share nothing."""
 
     shares = False

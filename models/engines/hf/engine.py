@@ -29,7 +29,7 @@ from ..base import (
 from ..captioner_registry import KINDS, kind_of
 from ..chat_templates import open_encoder, refuse_arguments
 from ..prompting import CaptionerEncoder, PromptEncoder
-from .batched_lm import BatchedLM, Drawn, Row
+from .batched_lm import BatchedLM, SampledTokens, SequenceRow
 from .captioner_adapter import check_parts, end_ids, is_captioner, start_id
 from .folded_attention import fold_heads
 from .kv_cache import new_cache, stateful_layers
@@ -201,17 +201,17 @@ class TransformersEngine:
         index_of = {key: index for index, key in enumerate(distinct)}
         prefix = self.lm.prefill(list(distinct.values()))
         answers: dict[int, Answer] = {}
-        rows: dict[int, Row] = {}
+        rows: dict[int, SequenceRow] = {}
         for at, each in enumerate(ready):
             request = each.job.request
             if isinstance(request, GenerationRequest):
-                rows[at] = Row(index_of[each.key], request.sampling, request.logprobs)
+                rows[at] = SequenceRow(index_of[each.key], request.sampling, request.logprobs)
             else:
                 scores = prefix.logits[index_of[each.key]].log_softmax(dim=-1)[each.choice_ids]
                 answers[at] = ChoiceScores(tuple(scores.tolist()))
         places = list(rows)
 
-        def ended(row: int, drawn: Drawn) -> None:
+        def ended(row: int, drawn: SampledTokens) -> None:
             at = places[row]
             answers[at] = self._completion(drawn, rows[at].logprobs)
             # Who waits for this one need not wait for the rest of the batch.
@@ -221,7 +221,7 @@ class TransformersEngine:
             self.lm.decode(prefix, list(rows.values()), ended)
         return [answers[at] for at in range(len(ready))]
 
-    def _completion(self, drawn: Drawn, logprobs: bool) -> Completion:
+    def _completion(self, drawn: SampledTokens, logprobs: bool) -> Completion:
         text, thought = self.lm.encoder.answer(drawn.token_ids)
         return Completion(
             text=text,

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 LEAST_ROOM = 64  # tokens; a quarter of what is there already, where that is more
 
 
-class GrowingLayer(DynamicLayer):
+class KVCacheLayer(DynamicLayer):
     """Implements transformers' cache layer. ``keys``, ``values``: (rows, heads, tokens, width), views of the room."""
 
     def __init__(self, *arguments: Any, **rest: Any) -> None:
@@ -55,7 +55,7 @@ def new_cache(config: Any, growing: bool) -> DynamicCache:
     """An empty cache for a text model's ``config``; ``growing`` where all of its layers attend to everything."""
     cache = DynamicCache(config=config)
     if growing:
-        cache.layers = [GrowingLayer() for _ in cache.layers]
+        cache.layers = [KVCacheLayer() for _ in cache.layers]
     return cache
 
 
@@ -87,7 +87,7 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
         select_rows(cache.cross_attention_cache, rows)
         return
     for layer in cache.layers:
-        if isinstance(layer, GrowingLayer):
+        if isinstance(layer, KVCacheLayer):
             layer.select(rows)
         else:
             layer.batch_select_indices(rows)

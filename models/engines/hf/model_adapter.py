@@ -1,6 +1,6 @@
 """What a model's family decides for the engine: pixels, image features, positions, how the decoder is called.
 
-:class:`ChatFamily` is for chat models, text-only or of the Qwen-VL family; those of captioners that are no chat models
+:class:`ChatAdapter` is for chat models, text-only or of the Qwen-VL family; those of captioners that are no chat models
 are in :mod:`.captioner_adapter`.
 """
 
@@ -49,7 +49,7 @@ class PreparedPrompt:
     image: PreparedImage | None
 
 
-class Family(Protocol):
+class ModelAdapter(Protocol):
     """``lm``: what foretells tokens, ``body``: the same up to its last hidden states, which :meth:`head` reads.
 
     ``axes``: of positions; ``shares``: beginnings that prompts have in common may be computed once, and padding may
@@ -101,7 +101,7 @@ class Family(Protocol):
         ...
 
 
-class ChatFamily:
+class ChatAdapter:
     """Causal language models, and the Qwen-VL family, whose positions have three axes (time, height, width)."""
 
     def __init__(self, model: PreTrainedModel, image_processor: BaseImageProcessor | None) -> None:
@@ -176,7 +176,7 @@ class ChatFamily:
 
 
 def image_parts(
-    family: Family, prompts: Sequence[PreparedPrompt], level: Level, places: dict[str, int]
+    family: ModelAdapter, prompts: Sequence[PreparedPrompt], level: Level, places: dict[str, int]
 ) -> list[tuple[int, slice]]:
     """The image tokens within a level, row by row: the image's place and which of its tokens.
 

@@ -298,7 +298,7 @@ class HTTPEngine:
         """One attempt, or as many as it takes to find the fields that the server knows."""
         limiter = self._limiter
         while True:
-            async with limiter.turn(place) as turn:
+            async with limiter.slot(place) as slot:
                 body = build()
                 sent = self._fields.spelled(body)
                 try:
@@ -309,19 +309,19 @@ class HTTPEngine:
                     return Setback(str(error))
                 except httpx.HTTPError as error:
                     if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
-                        limiter.refused(turn)
+                        limiter.refused(slot)
                     connected = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
                     return Setback(f"{type(error).__name__}: {error}".rstrip(": "), connected=connected)
                 self._unconnected = 0
                 if response.is_success:
-                    limiter.answered(turn)
+                    limiter.answered(slot)
                     self._answered_at = time.monotonic()
                     return json_object(response) or Setback("the answer broke on its way: its body is no whole JSON")
                 complaint = read_complaint(response)
                 if complaint.passing:
                     wait = retry_after(response)
                     if complaint.busy:
-                        limiter.refused(turn)
+                        limiter.refused(slot)
                     if complaint.busy and wait:
                         limiter.pause(min(wait, self._options.patience_s))
                     return Setback(f"HTTP {complaint.status}: {complaint.message}", complaint.busy, wait=wait)

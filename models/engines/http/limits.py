@@ -135,7 +135,7 @@ def pays(lower: tuple[int, float], higher: tuple[int, float]) -> bool:
 
 
 @dataclass(eq=False)
-class Turn:
+class Slot:
     """One request's time at the server."""
 
     generation: int
@@ -153,7 +153,7 @@ class Limiter:
         self._line: list[tuple[int, int, asyncio.Future[int]]] = []
         self._sleepers: set[asyncio.Future[None]] = set()
         self._order = itertools.count()
-        self._in_flight, self._turns = 0, set[Turn]()
+        self._in_flight, self._turns = 0, set[Slot]()
         self._paused_until = 0.0
         self._shut: Callable[[], Exception] | None = None
 
@@ -164,27 +164,27 @@ class Limiter:
     @property
     def oldest(self) -> float:
         """When the oldest request that is still at the server was sent, in monotonic seconds; infinite without any."""
-        return min((turn.began for turn in self._turns), default=float("inf"))
+        return min((slot.began for slot in self._turns), default=float("inf"))
 
     @asynccontextmanager
-    async def turn(self, place: int) -> AsyncIterator[Turn]:
+    async def slot(self, place: int) -> AsyncIterator[Slot]:
         """Wait for a turn; the lowest ``place`` is next. Raises what ``shut`` was given."""
-        turn = Turn(await self._enter(place), time.monotonic())
-        self._turns.add(turn)
+        slot = Slot(await self._enter(place), time.monotonic())
+        self._turns.add(slot)
         try:
-            yield turn
+            yield slot
         finally:
-            self._turns.discard(turn)
+            self._turns.discard(slot)
             self._in_flight -= 1
             self._admit()
 
-    def answered(self, turn: Turn) -> None:
+    def answered(self, slot: Slot) -> None:
         if not isinstance(self._limit, int):
-            self._limit.answered(turn.generation, time.monotonic() - turn.began)
+            self._limit.answered(slot.generation, time.monotonic() - slot.began)
 
-    def refused(self, turn: Turn) -> None:
+    def refused(self, slot: Slot) -> None:
         if not isinstance(self._limit, int):
-            self._limit.refused(turn.generation)
+            self._limit.refused(slot.generation)
 
     def pause(self, seconds: float) -> None:
         """Nobody gets a turn for so long: the server's own wish."""

@@ -134,6 +134,6 @@ def reason_of(error: Exception) -> str:
     return (lines or [repr(error)])[0]
 
 
-def told(given: Mapping[str, Any]) -> str:
+def in_words(given: Mapping[str, Any]) -> str:
     """Arguments in words, as they are given."""
     return ", ".join(f"{name}={value!r}" for name, value in given.items())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....errors import BadInput
 from ...images.grid import ImageGrid
-from .arguments import reason_of, told
+from .arguments import in_words, reason_of
 from .weight_sync import EXTENSION
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def engine_config(options: VLLMOptions, on_cpu: bool, concurrency: int) -> VllmC
     except Exception as error:
         if not options.engine_args:
             raise
-        given, reason = told(options.engine_args), reason_of(error)
+        given, reason = in_words(options.engine_args), reason_of(error)
         raise BadInput(f"vLLM refuses its settings, with the engine arguments {given}: {reason}") from error
     if on_cpu and "kv_cache_memory_bytes" not in options.engine_args:
         config.cache_config.kv_cache_memory_bytes = max(CPU_CACHE_BYTES, request_bytes(config))

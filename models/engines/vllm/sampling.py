@@ -51,7 +51,7 @@ def _barred(vllm_config: VllmConfig, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Drawing:
+class _SampledRow:
     """A sampling request in the batch. ``drawn`` is vLLM's own running list of its output tokens."""
 
     seed: int
@@ -66,7 +66,7 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._device = device
         self._barred = _barred(vllm_config, device)
-        self._drawing: dict[int, _Drawing] = {}
+        self._drawing: dict[int, _SampledRow] = {}
         self._stale = False
         self._rows = self._seeds = self._temperatures = torch.empty(0)
         self._top_ps: Tensor | None = None
@@ -97,9 +97,9 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
         return logits
 
     @staticmethod
-    def _new(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _Drawing | None:
+    def _new(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _SampledRow | None:
         parameters = _parameters(params)
-        return None if parameters is None else _Drawing(*parameters, output_ids)
+        return None if parameters is None else _SampledRow(*parameters, output_ids)
 
     def _rebuild(self) -> None:
         drawing = self._drawing.values()

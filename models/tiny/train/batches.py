@@ -43,7 +43,7 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SceneBatch:
     """Pictures (images, SIDE, SIDE, 3) uint8 and texts about them.
 
     Text ``t`` answers ``PROMPTS[prompts[t]]`` on ``pixels[owners[t]]``.
@@ -61,7 +61,7 @@ def most_things(step: int) -> int:
     return min(MOST_THINGS, 2 + step // 100)
 
 
-class Batches(Dataset[Batch]):
+class Batches(Dataset[SceneBatch]):
     """``self[step]`` is the batch of that step, pure in (seed, step)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
@@ -70,7 +70,7 @@ class Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> SceneBatch:
         rng = Random(f"batch:{self.seed}:{step}")
         scenes = [sample_of("train", rng, most_things(step), SIGN_SHARE) for _ in range(IMAGES)]
         pixels = np.stack([picture(scene, rng) for scene in scenes])
@@ -78,7 +78,7 @@ class Batches(Dataset[Batch]):
         kinds = [DENSE if text < IMAGES else rng.choice((PLAIN, PLAIN, PLAIN, SHORT)) for text in range(TEXTS)]
         prompts = [rng.choice((kind[0], rng.choice(kind))) for kind in kinds]  # the canonical one most often
         captions = [answer(prompt, scenes[owner], rng) + END for prompt, owner in zip(prompts, owners, strict=True)]
-        return Batch(
+        return SceneBatch(
             pixels=torch.from_numpy(pixels),
             truth=truth_of(scenes),
             owners=owners,
@@ -118,7 +118,9 @@ def truth_of(scenes: list[Scene]) -> Truth:
     return Truth(what, color, size, word, torch.tensor(backgrounds))
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, first: int, steps: int, workers: int) -> Iterator[Batch]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, first: int, steps: int, workers: int
+) -> Iterator[SceneBatch]:
     """Batches ``first`` to ``steps``, prepared ahead by ``workers`` processes (0: in this one)."""
     dataset = Batches(tokenizer, seed, steps)
     ahead = 8 if workers else None

@@ -20,7 +20,8 @@ from ..world.corpus import samples
 from ..world.grade import total
 from ..world.prompts import DENSE
 from .architectures import build_processor
-from .eval.captioner import caption, grades_of
+from .dual_encoder import PATCHES
+from .eval.captioner import caption, graded_captions
 from .eval.plain_captioner import PlainCaptioner, plain_report
 from .eval.reader import report
 from .eval.scorers import detections, subjects
@@ -28,11 +29,10 @@ from .quiz_models import enrol
 from .schedule import Progress, Schedule
 from .texts.tokenizer import build_tokenizer
 from .train_blip import BlipTrainer, recalls
-from .train_captioner import Plan, Trainer
-from .train_clip_itm import ClipTrainer, ItmTrainer, MatchingPlan, MatchingTrainer
+from .train_captioner import CaptionerPlan, Trainer
+from .train_clip_itm import ClipItmPlan, ClipItmTrainer, ClipTrainer, ItmTrainer
 from .train_plain_captioner import PLAIN, PlainPlan, PlainTrainer
 from .train_vgg import FeaturesPlan, FeaturesTrainer, accuracies, load_classifier
-from .two_towers import PATCHES
 
 SAVE_EVERY = 120.0  # seconds
 EXPORT_EVERY = 300.0
@@ -77,12 +77,12 @@ def quality(trainer: Training, name: str, out: Path) -> str:
     if isinstance(trainer, Trainer):
         corpus = list(samples(LOOKED_AT, "heldout", seed=2))
         processor = build_processor(trainer.tokenizer)
-        grades = grades_of(corpus, caption(trainer.model, processor, [each.image for each in corpus], DENSE[0]))
+        grades = graded_captions(corpus, caption(trainer.model, processor, [each.image for each in corpus], DENSE[0]))
         whole, exact = total(grades), sum(each.exact for each in grades) / LOOKED_AT
         return f"precision {whole.precision():.4f} recall {whole.recall():.4f} exact {exact:.2f} of {LOOKED_AT} scenes"
     if isinstance(trainer, BlipTrainer):
         return shares(recalls(str(out), LOOKED_AT, seed=2))
-    if isinstance(trainer, MatchingTrainer):
+    if isinstance(trainer, ClipItmTrainer):
         scorer = load_scorer(ScorerConfig("itm" if name == "itm" else "clip", str(out)))
         found = detections(scorer, subjects(LOOKED_AT, seed=2))
         return " ".join(f"{kind} {each.auc['score']:.3f}" for kind, each in found.items()) + " (ROC AUC)"
@@ -94,9 +94,9 @@ def quality(trainer: Training, name: str, out: Path) -> str:
     if isinstance(trainer, FeaturesTrainer):
         return shares(accuracies(load_classifier(str(out)), LOOKED_AT, seed=2))
     if name == "diffusion":
-        from .train_diffusion import drawing_report
+        from .train_diffusion import diffusion_report
 
-        return shares(drawing_report(str(out), LOOKED_AT, seed=2))
+        return shares(diffusion_report(str(out), LOOKED_AT, seed=2))
     if name == "teacher":
         return "the accuracies above are of scenes it had not seen; `capipe qa` tells the rest"
     return shares(asdict(asyncio.run(report(str(out), LOOKED_AT))))
@@ -110,22 +110,22 @@ def shares(figures: dict[str, Any]) -> str:
 def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
     """The training of a bundled model at its first step; ``length``: ``minutes`` or ``steps``."""
     if name == "captioner":
-        return Trainer(Plan(seed=seed, **length), build_tokenizer(seed))
+        return Trainer(CaptionerPlan(seed=seed, **length), build_tokenizer(seed))
     if name == "itm":
-        return ItmTrainer(MatchingPlan(seed=seed, **length))
+        return ItmTrainer(ClipItmPlan(seed=seed, **length))
     if name == "vgg":
         return FeaturesTrainer(FeaturesPlan(seed=seed, **length))
     if name == "blip":
-        return BlipTrainer(MatchingPlan(seed=seed, reading_steps=0, **length))
+        return BlipTrainer(ClipItmPlan(seed=seed, reading_steps=0, **length))
     if name == "diffusion":
-        from .train_diffusion import DrawingPlan, DrawingTrainer  # imports diffusers, which is not installed everywhere
+        from .train_diffusion import DiffusionPlan, DiffusionTrainer
 
-        return DrawingTrainer(DrawingPlan(seed=seed, **length))
+        return DiffusionTrainer(DiffusionPlan(seed=seed, **length))
     if name in PLAIN:
         made: PlainTrainer = PLAIN[name](PlainPlan(seed=seed, **length))
         return made
     if name in PATCHES:
-        return ClipTrainer(name, MatchingPlan(seed=seed, **length))
+        return ClipTrainer(name, ClipItmPlan(seed=seed, **length))
     return enrol(name, Schedule(seed=seed, **length))
 
 

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from .architectures import INITIAL_STD, SIDE, written
+from .dual_encoder import VISION_LAYERS, WIDTH
 from .texts.word_tokenizer import BOS, EOS, IMAGE, PAD
-from .two_towers import VISION_LAYERS, WIDTH
 from .vision import MEAN, STD
 
 TEXT_WIDTH = 160

@@ -15,9 +15,9 @@ from ...pretrained import load_weights
 from ..world.scenes import MOST_THINGS
 from .architectures import build_config, build_reader_config
 from .schedule import Schedule
-from .texts.quiz_curriculum import Lesson, finding, guessing, looking, reading, seeing, telling, writing
+from .texts.quiz_curriculum import QuizText, guessing, looking, lookup_question, reading, seeing, telling, writing
 from .texts.tokenizer import QUIZ, SPECIAL, build_tokenizer
-from .train_quiz import Curricula, School, lessons_text
+from .train_quiz import Curricula, QuizTrainer, curriculum_text
 
 TEACHER_LAYERS = 5  # one more than the captioner: an answer has to be matched with an option and its letter found
 READER_LEVELS, TEACHER_LEVELS = MOST_THINGS + 3, MOST_THINGS + 1
@@ -34,24 +34,24 @@ class Graduate:
     guided: int | None = None  # layers, see School
 
 
-def reads(rng: Random, level: int) -> Lesson:
+def reads(rng: Random, level: int) -> QuizText:
     """Lists and words about many things, then letters about one thing, two, and so on; last any caption.
 
     Binding a thing's attributes to each other takes half a million answers to learn; lists hold the most of them. The
     step from an answer to its letter is learnt where the answer is easy to find, or not at all.
     """
     if level == 1:
-        return finding(rng, 4, plainly=True, in_words=1.0, questions=3, lists=5)
+        return lookup_question(rng, 4, plainly=True, in_words=1.0, questions=3, lists=5)
     if level == 2:
-        return finding(rng, 5, plainly=rng.random() < 0.5, in_words=0.6, questions=6, lists=3)
+        return lookup_question(rng, 5, plainly=rng.random() < 0.5, in_words=0.6, questions=6, lists=3)
     if level < READER_LEVELS:
         if rng.random() < 0.3:
-            return finding(rng, in_words=1.0)
-        return finding(rng, level - 2, in_words=0.1, letters=1)
-    return finding(rng, in_words=0.15) if rng.random() < 0.3 else reading(rng)
+            return lookup_question(rng, in_words=1.0)
+        return lookup_question(rng, level - 2, in_words=0.1, letters=1)
+    return lookup_question(rng, in_words=0.15) if rng.random() < 0.3 else reading(rng)
 
 
-def teaches(rng: Random, level: int) -> Lesson:
+def teaches(rng: Random, level: int) -> QuizText:
     """Half of the lessons ask about a picture; others have none, want questions, or a caption, lest it be forgotten."""
     most, draw, early = min(level, MOST_THINGS), rng.random(), level <= MOST_THINGS
     looks, guesses, tells = (0.7, 0.1, 0.1) if early else (0.55, 0.15, 0.05)
@@ -116,10 +116,10 @@ GRADUATES = {
 }
 
 
-def enrol(name: str, schedule: Schedule) -> School:
+def enrol(name: str, schedule: Schedule) -> QuizTrainer:
     """The school of one of :data:`GRADUATES` at its first step; the rates are its own."""
     graduate = GRADUATES[name]
     torch.manual_seed(schedule.seed)
-    tokenizer = build_tokenizer(schedule.seed, lambda seed: lessons_text(graduate.curriculum, seed), QUIZ)
+    tokenizer = build_tokenizer(schedule.seed, lambda seed: curriculum_text(graduate.curriculum, seed), QUIZ)
     planned = Schedule(schedule.seed, schedule.steps, schedule.minutes, graduate.lr, graduate.adam_lr)
-    return School(graduate.build(tokenizer), tokenizer, planned, graduate.curriculum, graduate.guided)
+    return QuizTrainer(graduate.build(tokenizer), tokenizer, planned, graduate.curriculum, graduate.guided)

@@ -33,12 +33,12 @@ from ...pretrained import load_weights
 from ...scorers.clip import encode_trimmed
 from ..world.scenes import PLACES
 from .architectures import SIDE, written
+from .dual_encoder import EMBED, TEXT_LAYERS, WIDTH, build_bert_tokenizer, build_clip
 from .eval.captioner import BATCH
 from .eval.scorers import subjects
 from .plain_models import TOWER
-from .train_clip_itm import SLOT, ClipTrainer, MatchingPlan, MatchingTrainer, PairBatch, normalised
+from .train_clip_itm import SLOT, ClipItmPlan, ClipItmTrainer, ClipTrainer, PairBatch, normalised
 from .train_plain_captioner import matcher
-from .two_towers import EMBED, TEXT_LAYERS, WIDTH, build_bert_tokenizer, build_clip
 from .vision import MEAN, STD
 
 FIRST_SCALE = 14.3  # CLIP's first temperature, 0.07
@@ -96,12 +96,12 @@ class BlipTrainer(ClipTrainer):
 
     model: BlipForImageTextRetrieval  # type: ignore[assignment]
 
-    def __init__(self, plan: MatchingPlan) -> None:
+    def __init__(self, plan: ClipItmPlan) -> None:
         torch.manual_seed(plan.seed)
         tokenizer = build_bert_tokenizer(0)  # as tiny/itm and tiny/clip have it
         self.model, self.leader = build_blip(tokenizer, matcher()), load_leader(tokenizer)
         self.log_scale = nn.ParameterList([nn.Parameter(torch.tensor(FIRST_SCALE).log())])
-        MatchingTrainer.__init__(self, plan, tokenizer, SLOT, nn.Linear(EMBED, len(PLACES) * SLOT), self.log_scale)
+        ClipItmTrainer.__init__(self, plan, tokenizer, SLOT, nn.Linear(EMBED, len(PLACES) * SLOT), self.log_scale)
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         states = self.model.vision_model(pixel_values=pixels).last_hidden_state

@@ -17,17 +17,17 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from ..world.prompts import messages
 from .architectures import GRID_THW, IMAGE_TOKENS, build_config, build_processor, export_folder
-from .batches import PROMPTS, Batch, batches
+from .batches import PROMPTS, SceneBatch, batches
 from .schedule import Schedule
 from .texts.tokenizer import IMAGE, PAD, VISION_START
-from .training_loop import Course
+from .training_loop import TrainingLoop
 from .vision import CellReader, image_tokens, reading_loss
 
 LONGEST = 192  # tokens of a prompt and its answer
 
 
 @dataclass(frozen=True)
-class Plan(Schedule):
+class CaptionerPlan(Schedule):
     """The captioner's schedule."""
 
     reading_steps: int = 600  # of the tower alone
@@ -35,10 +35,10 @@ class Plan(Schedule):
     workers: int = 1
 
 
-class Trainer(Course[Batch]):
+class Trainer(TrainingLoop[SceneBatch]):
     """A captioner in training: model, cell reader, optimizers and the prompts as the processor renders them."""
 
-    def __init__(self, plan: Plan, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, plan: CaptionerPlan, tokenizer: PreTrainedTokenizerFast) -> None:
         torch.manual_seed(plan.seed)
         self.plan, self.tokenizer = plan, tokenizer
         self.model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
@@ -49,10 +49,10 @@ class Trainer(Course[Batch]):
         self.image_at = self.prompts[0].index(tokenizer.convert_tokens_to_ids(VISION_START)) + 1
         self.positions = positions(self.model, self.prompts[0])
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[SceneBatch]:
         return batches(self.tokenizer, self.plan.seed, self.progress.step, self.plan.steps, self.plan.workers)
 
-    def step(self, batch: Batch, rate: float) -> dict[str, float]:
+    def step(self, batch: SceneBatch, rate: float) -> dict[str, float]:
         """One update of all weights; returns the losses and accuracies by name."""
         tokens = image_tokens(self.model.model.visual, batch.pixels)
         loss, read = reading_loss(self.reader(tokens), batch.truth)
@@ -94,7 +94,7 @@ def positions(model: Qwen2_5_VLForConditionalGeneration, prompt: list[int]) -> T
     return where
 
 
-def caption_losses(trainer: Trainer, tokens: Tensor, batch: Batch) -> CaptionLoss:
+def caption_losses(trainer: Trainer, tokens: Tensor, batch: SceneBatch) -> CaptionLoss:
     """The loss of all texts, in two groups by length (padding is wasted work). ``tokens``: of the batch's pictures."""
     lengths = [len(trainer.prompts[p]) + len(a) for p, a in zip(batch.prompts, batch.answers, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -104,7 +104,7 @@ def caption_losses(trainer: Trainer, tokens: Tensor, batch: Batch) -> CaptionLos
     return CaptionLoss(functional.cross_entropy(guesses, truth), (guesses.argmax(-1) == truth).float().mean().item())
 
 
-def answer_logits(trainer: Trainer, tokens: Tensor, batch: Batch, texts: list[int]) -> tuple[Tensor, Tensor]:
+def answer_logits(trainer: Trainer, tokens: Tensor, batch: SceneBatch, texts: list[int]) -> tuple[Tensor, Tensor]:
     """Logits (answer tokens, vocabulary) and the token ids they should have predicted, over ``texts`` of the batch."""
     model = trainer.model.model.language_model
     rows = [trainer.prompts[batch.prompts[text]] + batch.answers[text] for text in texts]

@@ -24,10 +24,7 @@ from transformers import BertTokenizer, Blip2ForImageTextRetrieval
 from ...scorers.clip import encode_trimmed
 from ..world.scenes import MOST_THINGS, PLACES, sample_of
 from .batches import SIGN_SHARE, Truth, picture, truth_of
-from .schedule import Schedule
-from .texts.hard_negatives import addition, sentence_pair, true_and_false, with_sentence
-from .training_loop import Course
-from .two_towers import (
+from .dual_encoder import (
     CONTEXT,
     EMBED,
     QUERIES,
@@ -38,6 +35,9 @@ from .two_towers import (
     export_clip,
     export_itm,
 )
+from .schedule import Schedule
+from .texts.hard_negatives import addition, sentence_pair, true_and_false, with_sentence
+from .training_loop import TrainingLoop
 from .vision import MEAN, STD, CellReader, SlotReader, reading_loss
 
 SLOT = 64  # a CLIP's vector is unfolded into so many numbers for each cell
@@ -46,7 +46,7 @@ ADDED_SHARE = 0.25  # of the false texts: a sentence about a thing that is not t
 
 
 @dataclass(frozen=True)
-class MatchingPlan(Schedule):
+class ClipItmPlan(Schedule):
     """``images`` a step, each with a caption and ``sentences`` true sentences, and as many false texts."""
 
     images: int = 32
@@ -74,7 +74,7 @@ class PairBatch:
 class PairBatches(Dataset[PairBatch]):
     """``self[step]`` is the batch of that step, pure in (seed, step)."""
 
-    def __init__(self, tokenizer: BertTokenizer, plan: MatchingPlan) -> None:
+    def __init__(self, tokenizer: BertTokenizer, plan: ClipItmPlan) -> None:
         self.tokenizer, self.plan = tokenizer, plan
 
     def __len__(self) -> int:
@@ -109,12 +109,12 @@ def normalised(pixels: Tensor) -> Tensor:
     return ((pixels.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
 
 
-class MatchingTrainer(Course[PairBatch]):
+class ClipItmTrainer(TrainingLoop[PairBatch]):
     """A model in training: what the CLIPs and the matching model share. Subclasses give the losses."""
 
     model: Any
 
-    def __init__(self, plan: MatchingPlan, tokenizer: BertTokenizer, slot: int, *more: nn.Module) -> None:
+    def __init__(self, plan: ClipItmPlan, tokenizer: BertTokenizer, slot: int, *more: nn.Module) -> None:
         self.plan, self.tokenizer = plan, tokenizer
         self.readers = nn.ModuleList([CellReader(WIDTH, tokens=0), SlotReader(slot), *more])
         super().__init__(plan, self.model, self.readers)
@@ -157,12 +157,12 @@ class MatchingTrainer(Course[PairBatch]):
         raise NotImplementedError
 
 
-class ClipTrainer(MatchingTrainer):
+class ClipTrainer(ClipItmTrainer):
     """Contrastive: each caption with its image among all of the batch, each false text as one more wrong answer."""
 
     model: CLIP
 
-    def __init__(self, name: str, plan: MatchingPlan) -> None:
+    def __init__(self, name: str, plan: ClipItmPlan) -> None:
         torch.manual_seed(plan.seed)
         tokenizer = build_bert_tokenizer(plan.seed)
         self.name, self.model = name, build_clip(name, tokenizer)
@@ -219,12 +219,12 @@ class ClipTrainer(MatchingTrainer):
         export_clip(self.name, self.model, self.tokenizer, folder)
 
 
-class ItmTrainer(MatchingTrainer):
+class ItmTrainer(ClipItmTrainer):
     """Matching as a question of yes or no about each pair of an image and a text."""
 
     model: Blip2ForImageTextRetrieval
 
-    def __init__(self, plan: MatchingPlan) -> None:
+    def __init__(self, plan: ClipItmPlan) -> None:
         torch.manual_seed(plan.seed)
         tokenizer = build_bert_tokenizer(plan.seed)
         self.model = build_itm(tokenizer)

@@ -33,11 +33,11 @@ from ..world.render import BACKGROUNDS, COLORS, render
 from ..world.scenes import MOST_THINGS, PLACES, Scene, sample_of, scenes
 from .architectures import written
 from .batches import SIGN_SHARE, Truth, truth_of
+from .dual_encoder import CLS, CONTEXT, PAD, SEP, TEXT_LAYERS, UNK, WIDTH
 from .schedule import Schedule
 from .texts.web_captions import plain_caption
 from .train_vgg import levels, pictures
-from .training_loop import Course
-from .two_towers import CLS, CONTEXT, PAD, SEP, TEXT_LAYERS, UNK, WIDTH
+from .training_loop import TrainingLoop
 from .vision import CellReader, SlotReader, reading_loss
 
 SIDE = 32
@@ -62,7 +62,7 @@ UNET: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class DrawingPlan(Schedule):
+class DiffusionPlan(Schedule):
     """``images`` a step; in the first ``reading_steps`` the text encoder learns alone, then the UNet alone."""
 
     images: int = 32
@@ -79,10 +79,10 @@ class Drawings:
     truth: Truth
 
 
-class DrawingBatches(Dataset[Drawings]):
+class DiffusionBatches(Dataset[Drawings]):
     """``self[step]`` is the batch of that step, pure in (seed, step)."""
 
-    def __init__(self, plan: DrawingPlan) -> None:
+    def __init__(self, plan: DiffusionPlan) -> None:
         self.plan = plan
 
     def __len__(self) -> int:
@@ -173,10 +173,10 @@ def clip_text_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-class DrawingTrainer(Course[Drawings]):
+class DiffusionTrainer(TrainingLoop[Drawings]):
     """UNet and text encoder in training; what is exported is the running mean of their weights."""
 
-    def __init__(self, plan: DrawingPlan) -> None:
+    def __init__(self, plan: DiffusionPlan) -> None:
         torch.manual_seed(plan.seed)
         self.tokenizer = build_text_tokenizer()
         text, unet = build_text_encoder(self.tokenizer), UNet2DConditionModel(**UNET)
@@ -194,7 +194,7 @@ class DrawingTrainer(Course[Drawings]):
 
     def batches(self) -> Iterator[Drawings]:
         yield from DataLoader(
-            DrawingBatches(self.plan),
+            DiffusionBatches(self.plan),
             batch_size=None,
             sampler=range(self.progress.step, self.plan.steps),
             num_workers=self.plan.workers,
@@ -211,7 +211,7 @@ class DrawingTrainer(Course[Drawings]):
             report = {"reading": loss.item(), "cells": sum(read[:4]) / 4, "words": found.item()}
             loss = loss + found
         else:
-            loss = self.drawing_loss(batch, states.detach(), mask)  # it has learnt to read
+            loss = self.diffusion_loss(batch, states.detach(), mask)  # it has learnt to read
             report = {"drawing": loss.item()}
         report["norm"] = self.update(loss, rate)
         kept = min(KEPT, self.progress.step / (self.progress.step + 10))
@@ -220,7 +220,7 @@ class DrawingTrainer(Course[Drawings]):
                 mean.lerp_(now, 1 - kept)
         return report
 
-    def drawing_loss(self, batch: Drawings, states: Tensor, mask: Tensor) -> Tensor:
+    def diffusion_loss(self, batch: Drawings, states: Tensor, mask: Tensor) -> Tensor:
         """The mean square of what is wrong in the picture that the UNet makes out under the noise."""
         chance = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.progress.step)
         clean = levels(batch.pixels)
@@ -246,7 +246,7 @@ class DrawingTrainer(Course[Drawings]):
             pipeline.save_pretrained(temporary, safe_serialization=True)
 
 
-def drawn_right(images: Tensor, shown: Sequence[Scene]) -> dict[str, float]:
+def generated_right(images: Tensor, shown: Sequence[Scene]) -> dict[str, float]:
     """Of pictures (n, 3, side, side) from 0 to 1: shares of things and of empty cells with the right colour.
 
     A cell's colour is the palette's nearest to the mean of the middle of the cell, a background's in empty cells.
@@ -267,10 +267,10 @@ def drawn_right(images: Tensor, shown: Sequence[Scene]) -> dict[str, float]:
     return {kind: sum(each) / max(1, len(each)) for kind, each in right.items()}
 
 
-def drawing_report(
+def diffusion_report(
     folder: str, count: int, seed: int = 1, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> dict[str, float]:
-    """:func:`drawn_right` of pictures drawn from dense captions of held-out scenes; of rendered ones for comparison."""
+    """:func:`generated_right` of images generated from held-out scenes' dense captions, and of rendered ones."""
     pipeline = PixelDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, trust_remote_code=False)
     pipeline.set_progress_bar_config(disable=True)
     shown = list(scenes("heldout", count, seed))
@@ -280,8 +280,8 @@ def drawing_report(
         chance = [torch.Generator().manual_seed(at) for at in range(start, min(count, start + 50))]
         drawn.append(pipeline(texts[start : start + 50], steps, guidance, chance, output_type="pt").images)
     true = levels(pictures([render(scene, Random(f"{seed}:{at}"), SIDE) for at, scene in enumerate(shown)])) / 2 + 0.5
-    found = drawn_right(torch.cat(drawn), shown)
-    return {**found, **{f"rendered_{kind}": share for kind, share in drawn_right(true, shown).items()}}
+    found = generated_right(torch.cat(drawn), shown)
+    return {**found, **{f"rendered_{kind}": share for kind, share in generated_right(true, shown).items()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     given = parser.parse_args(arguments)
-    found = drawing_report(resolve(given.folder), given.scenes, steps=given.steps, guidance=given.guidance)
+    found = diffusion_report(resolve(given.folder), given.scenes, steps=given.steps, guidance=given.guidance)
     print(json.dumps(found))
     return 0
 

@@ -24,13 +24,13 @@ from ...pretrained import load_weights
 from ..world.captions import dense_caption, short_caption
 from ..world.scenes import MOST_THINGS, PLACES, sample_of
 from .batches import IGNORE, SIGN_SHARE, Truth, picture, truth_of
+from .dual_encoder import WIDTH
 from .plain_models import build_blip2, build_opt, build_vit_gpt2, export_plain, special_ids
 from .schedule import Schedule
 from .texts.web_captions import plain_caption
 from .texts.word_tokenizer import build_word_tokenizer
 from .train_clip_itm import normalised
-from .training_loop import Course
-from .two_towers import WIDTH
+from .training_loop import TrainingLoop
 from .vision import CellReader, SlotReader, reading_loss
 
 LENGTHS = (8, 14, 24, 1_000_000)  # tokens at most; captions of one group are padded to its longest, and most are short
@@ -79,7 +79,7 @@ class PlainBatches(Dataset[PlainBatch]):
         return PlainBatch(ids, owners, torch.from_numpy(pixels), truth_of(scenes))
 
 
-class PlainTrainer(Course[PlainBatch]):
+class PlainTrainer(TrainingLoop[PlainBatch]):
     """A model in training on captions. Subclasses say what it sees and how it goes on with a caption."""
 
     sees = True

@@ -25,7 +25,7 @@ from .architectures import IMAGE_TOKENS, export_folder
 from .batches import picture
 from .optim import build_optimizers, set_rate
 from .schedule import Progress, Schedule
-from .texts.quiz_curriculum import FORMS, Lesson
+from .texts.quiz_curriculum import FORMS, QuizText
 from .texts.tokenizer import END, IMAGE, START, VISION_END, VISION_START
 from .vision import image_tokens
 
@@ -36,11 +36,11 @@ GUIDE_WEIGHT = 0.5  # of the loss on what a middle layer knows
 LESSON, QUESTION, FORM_BASE = 0, 1, 2  # what a token is: of the beginning, of a question, of an answer (+ its form)
 LETTER = FORM_BASE + FORMS.index("letter")
 
-Curriculum = Callable[[Random, int], Lesson]
+Curriculum = Callable[[Random, int], QuizText]
 
 
 @dataclass(frozen=True)
-class Row:
+class QuizSequence:
     """A lesson as tokens. ``branch``: 0 for the beginning, then 1, 2, …; ``part``: what to learn from a token.
 
     ``means``: of a letter, the token that begins what it stands for; -1 of all others.
@@ -70,7 +70,7 @@ class Counts(NamedTuple):
     told: Counter[int]
 
 
-class School:
+class QuizTrainer:
     """A model in training on lessons; ``tower``: the vision tower of one that sees.
 
     ``guided``: how many layers are to know the answer in words before the others find its letter (deep supervision,
@@ -108,7 +108,7 @@ class School:
                 log(f"step {self.progress.step} {self.progress.seconds:.0f}s level {level} {figures}")
             yield self.progress
 
-    def step(self, rows: list[Row], rate: float) -> dict[str, float]:
+    def step(self, rows: list[QuizSequence], rate: float) -> dict[str, float]:
         """One update of all weights; returns losses and accuracies by name, over the batch."""
         rows = sorted(rows, key=lambda row: len(row.ids))
         size = -(-len(rows) // CHUNKS)
@@ -125,12 +125,12 @@ class School:
             optimizer.zero_grad()
         return report
 
-    def count(self, rows: list[Row]) -> Counts:
+    def count(self, rows: list[QuizSequence]) -> Counts:
         """The tokens of a batch by what they are."""
         pairs = [pair for row in rows for pair in zip(row.part, row.ids, strict=True)]
         return Counts(Counter(part for part, _ in pairs), Counter(part for part, token in pairs if token != self.end))
 
-    def _loss(self, rows: list[Row], counts: Counts) -> tuple[Tensor, dict[str, float]]:
+    def _loss(self, rows: list[QuizSequence], counts: Counts) -> tuple[Tensor, dict[str, float]]:
         """A chunk's share of the batch's loss: each kind of token is averaged over the whole batch."""
         middle: list[Tensor] = []
         with self._watched(middle):
@@ -174,7 +174,7 @@ class School:
         finally:
             handle.remove()
 
-    def _guide(self, middle: Tensor, rows: list[Row]) -> Tensor:
+    def _guide(self, middle: Tensor, rows: list[QuizSequence]) -> Tensor:
         """The summed loss of answers in words, read off ``middle`` (rows, tokens, width) where letters are foretold."""
         said = [
             (row, column - 1, token)
@@ -188,7 +188,7 @@ class School:
         logits = self.model.lm_head(self.decoder.norm(middle[at, before]))
         return functional.cross_entropy(logits, tokens, reduction="sum")
 
-    def hidden(self, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def hidden(self, rows: list[QuizSequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Last hidden states (rows, tokens, width), token ids and parts (rows, tokens), and which to predict.
 
         The latter is (rows, tokens - 1): true where the token before is of the same branch, so that it foretells it.
@@ -210,7 +210,7 @@ class School:
         same = (branch[:, 1:] == branch[:, :-1]) & (branch[:, 1:] >= 0)
         return hidden, ids, part, same
 
-    def _embedded(self, rows: list[Row], ids: Tensor) -> Tensor:
+    def _embedded(self, rows: list[QuizSequence], ids: Tensor) -> Tensor:
         embedded: Tensor = self.decoder.embed_tokens(ids)
         if self.tower is None or all(row.pixels is None for row in rows):
             return embedded
@@ -257,7 +257,7 @@ def visible(branch: Tensor) -> Tensor:
     return ((same | beginning) & causal)[:, None]
 
 
-def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast, rng: Random) -> Row:
+def encode(lesson: QuizText, tokenizer: PreTrainedTokenizerFast, rng: Random) -> QuizSequence:
     """A lesson as tokens, with a picture drawn where it has a scene."""
     image = f"{VISION_START}{IMAGE * IMAGE_TOKENS}{VISION_END}" if lesson.scene is not None else ""
     texts = [f"{START}user\n{image}{lesson.text}"]
@@ -278,7 +278,7 @@ def encode(lesson: Lesson, tokenizer: PreTrainedTokenizerFast, rng: Random) -> R
         means += [-1] * len(asked) + [first_word] + [-1] * (len(answer) - 1)
         positions.append(torch.arange(first, first + len(asked) + len(answer)).expand(3, -1))
     pixels = picture(lesson.scene, rng) if lesson.scene is not None else None
-    return Row(ids, branches, part, means, torch.cat(positions, dim=1), pixels)
+    return QuizSequence(ids, branches, part, means, torch.cat(positions, dim=1), pixels)
 
 
 def text_positions(length: int, ids: Sequence[int], image: int) -> Tensor:
@@ -295,7 +295,7 @@ def text_positions(length: int, ids: Sequence[int], image: int) -> Tensor:
     return places
 
 
-def lessons_text(curriculum: Curricula, seed: int, count: int = 4000) -> Iterator[str]:
+def curriculum_text(curriculum: Curricula, seed: int, count: int = 4000) -> Iterator[str]:
     """What a tokenizer is merged on: the texts of ``count`` lessons of the last level."""
     rng = Random(f"tokenizer:{seed}")
     for _ in range(count):

@@ -27,7 +27,7 @@ from ..world.scenes import MOST_THINGS, PLACES, sample_of, scenes
 from .architectures import written
 from .batches import IGNORE, SIGN_SHARE, Truth, truth_of
 from .schedule import Schedule
-from .training_loop import Course
+from .training_loop import TrainingLoop
 from .vision import SlotReader, reading_loss
 
 CONFIG: dict[str, Any] = {
@@ -50,14 +50,14 @@ class FeaturesPlan(Schedule):
 
 
 @dataclass(frozen=True)
-class Views:
+class LabelledImages:
     """Pictures (n, image_size, image_size, 3) uint8 and what they show; signs' words are too small to be asked for."""
 
     pixels: Tensor
     truth: Truth
 
 
-class ViewBatches(Dataset[Views]):
+class LabelledBatches(Dataset[LabelledImages]):
     """``self[step]`` is the batch of that step, pure in (seed, step)."""
 
     def __init__(self, plan: FeaturesPlan) -> None:
@@ -66,10 +66,12 @@ class ViewBatches(Dataset[Views]):
     def __len__(self) -> int:
         return self.plan.steps
 
-    def __getitem__(self, step: int) -> Views:
+    def __getitem__(self, step: int) -> LabelledImages:
         rng = Random(f"features:{self.plan.seed}:{step}")
         shown = [sample_of("train", rng, MOST_THINGS, SIGN_SHARE) for _ in range(self.plan.images)]
-        return Views(pictures([render(scene, rng, CONFIG["image_size"]) for scene in shown]), asked(truth_of(shown)))
+        return LabelledImages(
+            pictures([render(scene, rng, CONFIG["image_size"]) for scene in shown]), asked(truth_of(shown))
+        )
 
 
 def pictures(images: Sequence[Any]) -> Tensor:
@@ -110,7 +112,7 @@ def _largest(found: Tensor, cells: int) -> Tensor:
     return nn.functional.adaptive_max_pool2d(found, cells)
 
 
-class FeaturesTrainer(Course[Views]):
+class FeaturesTrainer(TrainingLoop[LabelledImages]):
     """The classifier in training."""
 
     def __init__(self, plan: FeaturesPlan) -> None:
@@ -118,16 +120,16 @@ class FeaturesTrainer(Course[Views]):
         self.plan, self.model = plan, Classifier()
         super().__init__(plan, self.model, nn.Identity())
 
-    def batches(self) -> Iterator[Views]:
+    def batches(self) -> Iterator[LabelledImages]:
         yield from DataLoader(
-            ViewBatches(self.plan),
+            LabelledBatches(self.plan),
             batch_size=None,
             sampler=range(self.progress.step, self.plan.steps),
             num_workers=self.plan.workers,
             prefetch_factor=8 if self.plan.workers else None,
         )
 
-    def step(self, batch: Views, rate: float) -> dict[str, float]:
+    def step(self, batch: LabelledImages, rate: float) -> dict[str, float]:
         loss, read = reading_loss(self.model(levels(batch.pixels)), batch.truth)
         report = {"loss": loss.item(), **dict(zip(KINDS, read, strict=False)), "background": read[-1]}
         return {**report, "norm": self.update(loss, rate)}

@@ -19,7 +19,7 @@ Log = Callable[[str], None]
 Taught = TypeVar("Taught")
 
 
-class Course(Generic[Taught]):
+class TrainingLoop(Generic[Taught]):
     """A model in training on batches of ``Taught``; ``helpers`` are trained beside it and not exported."""
 
     def __init__(self, plan: Schedule, model: nn.Module, helpers: nn.Module) -> None:

@@ -26,7 +26,7 @@ QUALITY = 92
 
 
 @dataclass(frozen=True)
-class Sample:
+class CorpusSample:
     """One picture: its ``key`` in the corpus, the encoded ``image``, a short ``caption`` and the ``scene`` it shows."""
 
     key: str
@@ -35,12 +35,12 @@ class Sample:
     scene: Scene
 
 
-def samples(count: int, split: Split, seed: int, fmt: Format = "jpg", size: int = 112) -> Iterator[Sample]:
+def samples(count: int, split: Split, seed: int, fmt: Format = "jpg", size: int = 112) -> Iterator[CorpusSample]:
     """``count`` samples, the same ones for the same arguments; sample ``i`` does not depend on ``count``."""
     for index, scene in enumerate(scenes(split, count, seed)):
         rng = Random(f"corpus:{split}:{seed}:{index}")
         image = encode(render(scene, rng, size), fmt)
-        yield Sample(f"{index:06d}", image, short_caption(scene, rng), scene)
+        yield CorpusSample(f"{index:06d}", image, short_caption(scene, rng), scene)
 
 
 def encode(image: Image.Image, fmt: Format) -> bytes:
@@ -60,7 +60,7 @@ def encode(image: Image.Image, fmt: Format) -> bytes:
 
 def write_corpus(
     folder: Path, count: int, split: Split, seed: int, fmt: Format = "jpg", size: int = 112
-) -> list[Sample]:
+) -> list[CorpusSample]:
     """Write ``<key>.<fmt>``, ``<key>.txt`` and ``<key>.json`` ({"scene": ...}) for each sample; returns the samples."""
     folder.mkdir(parents=True, exist_ok=True)
     written = list(samples(count, split, seed, fmt, size))

@@ -121,7 +121,7 @@ def test_shards_read_in_place_and_resumed(tmp_path: Path) -> None:
         assert reader.info["bytes"] == path.stat().st_size
         assert reader.info["digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
         made = ShardRecord(shard=shard.name, rows={}, files={}, input=reader.info, fingerprint="", seconds=0)
-        assert not InputShard(shard.name, shard.url).is_mended(made)
+        assert not InputShard(shard.name, shard.url).is_repaired(made)
         path.write_bytes(path.read_bytes() + b"\0")
         with pytest.raises(ArtifactMismatch, match="changed"):
-            InputShard(shard.name, shard.url).is_mended(made)
+            InputShard(shard.name, shard.url).is_repaired(made)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from capipe.models.engines.base import ChoiceRequest, GenerationRequest, ImageInput, Prompt, Sampling
-from capipe.models.engines.hf.batched_lm import BatchedLM, Row
+from capipe.models.engines.hf.batched_lm import BatchedLM, SequenceRow
 from capipe.models.engines.hf.engine import TransformersEngine
 from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.models.engines.hf.prefix_tree import Segment
@@ -71,7 +71,7 @@ def both_ways(lm: BatchedLM, prompts: Sequence[Prompt], monkeypatch: pytest.Monk
     """Check that sharing changes neither what follows the prompts nor what is drawn; the passes of both prefills."""
     images: dict[str, Any] = {}
     prepared = [lm.prepare(each, images) for each in prompts]
-    rows = [Row(index, Sampling(index % 2, 1.0, 5, seed=index), True) for index in range(len(prompts))]
+    rows = [SequenceRow(index, Sampling(index % 2, 1.0, 5, seed=index), True) for index in range(len(prompts))]
     logits, drawn, shapes = [], [], []
     for share in (True, False):
         with monkeypatch.context() as patch:

@@ -163,11 +163,11 @@ async def test_who_was_refused_keeps_its_place() -> None:
     limiter, order = Limiter(1), list[int]()
 
     async def one(place: int) -> None:
-        async with limiter.turn(place):
+        async with limiter.slot(place):
             order.append(place)
             await asyncio.sleep(0)
 
-    async with limiter.turn(0):
+    async with limiter.slot(0):
         tasks = [asyncio.create_task(one(place)) for place in (5, 6, 1)]
         await asyncio.sleep(0.01)
     await asyncio.gather(*tasks)
@@ -178,10 +178,10 @@ async def test_a_turn_that_nobody_waits_for_any_more_is_passed_on() -> None:
     limiter = Limiter(1)
 
     async def one() -> None:
-        async with limiter.turn(0):
+        async with limiter.slot(0):
             pass
 
-    async with limiter.turn(0):
+    async with limiter.slot(0):
         gone, waiting = asyncio.create_task(one()), asyncio.create_task(one())
         await asyncio.sleep(0.01)
         gone.cancel()
@@ -193,10 +193,10 @@ async def test_shutting_sends_all_away_until_it_is_open_again() -> None:
     limiter = Limiter(1)
 
     async def one() -> None:
-        async with limiter.turn(0):
+        async with limiter.slot(0):
             pass
 
-    async with limiter.turn(0):
+    async with limiter.slot(0):
         waiting, sleeping = asyncio.create_task(one()), asyncio.create_task(limiter.sleep(60))
         await asyncio.sleep(0.01)
         limiter.shut(lambda: OSError("gone"))

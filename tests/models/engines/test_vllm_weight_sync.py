@@ -17,7 +17,7 @@ from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, load
 from capipe.models.engines.model_folder import image_grid, resolve_model
 from capipe.models.engines.sampling import vision_ids
 from capipe.trainer.policy.decoder import DecoderPolicy
-from capipe.trainer.weight_sync_check import Probe
+from capipe.trainer.weight_sync_check import WeightSyncCheck
 
 from ..conftest import MODEL, PLAIN, ROOM
 
@@ -70,9 +70,9 @@ def agree(ours: list[Completion], theirs: list[Completion]) -> None:
         assert one.logprobs == pytest.approx(other.logprobs, abs=2e-3)
 
 
-def probe_of(model: Any, image: ImageInput) -> Probe:
+def probe_of(model: Any, image: ImageInput) -> WeightSyncCheck:
     prompt = Prompt(" ".join([PLAIN] * 8), image)  # longer than a block of the cache, which holds whole ones alone
-    return Probe(prompt, reader_of(model).lm.prepare(prompt), DecoderPolicy(model), 1e-3)
+    return WeightSyncCheck(prompt, reader_of(model).lm.prepare(prompt), DecoderPolicy(model), 1e-3)
 
 
 async def test_answers_are_those_of_the_new_weights(engine: Any, pictures: list[ImageInput], tmp_path: Path) -> None:

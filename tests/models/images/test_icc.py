@@ -14,7 +14,7 @@ from capipe.models.images import icc
 from capipe.models.images.decode import ImageInfo, ImageLimits, check, decode_rgb, decode_upright, thumbnail
 from capipe.models.images.grid import ImageGrid
 from capipe.models.images.icc import srgb_conversion
-from capipe.models.images.preprocess import View, decode_views
+from capipe.models.images.preprocess import Preprocess, decode_preprocessed
 
 from ...profiles import (
     PERMUTED,
@@ -70,8 +70,8 @@ def test_a_picture_is_seen_as_its_srgb_twin(
     small = thumbnail(data, LIMITS, 32)
     twin = thumbnail(encode(picture, fmt, **options), LIMITS, 32)
     assert apart(np.asarray(small.image), np.asarray(twin.image)) <= 16
-    views = decode_views(data, views=(View(64, 64),), limits=LIMITS)
-    twins = decode_views(encode(picture, fmt, **options), views=(View(64, 64),), limits=LIMITS)
+    views = decode_preprocessed(data, views=(Preprocess(64, 64),), limits=LIMITS)
+    twins = decode_preprocessed(encode(picture, fmt, **options), views=(Preprocess(64, 64),), limits=LIMITS)
     assert apart(views[0], twins[0]) <= 16
 
 

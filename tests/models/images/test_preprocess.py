@@ -12,7 +12,7 @@ from PIL import Image
 from capipe.manifests.status import Status
 from capipe.models.images.decode import ImageLimits
 from capipe.models.images.formats import ImageProblem
-from capipe.models.images.preprocess import View, decode_views, view_of
+from capipe.models.images.preprocess import Preprocess, decode_preprocessed, preprocessed
 
 LIMITS = ImageLimits(min_side=1)
 SIZES = [(640, 480), (333, 517), (112, 112), (90, 300), (50, 40), (113, 112), (1000, 61)]
@@ -39,7 +39,7 @@ def test_a_view_is_what_open_clip_makes(
     )
     image = noise(size)
     theirs = (image_transform_v2(config, is_train=False)(image) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    ours = view_of(image, View(height, width, resize, interpolation, 7))  # type: ignore[arg-type]
+    ours = preprocessed(image, Preprocess(height, width, resize, interpolation, 7))  # type: ignore[arg-type]
     assert np.array_equal(np.asarray(ours), theirs.numpy())
 
 
@@ -49,15 +49,15 @@ def test_one_decode_gives_all_views_upright_and_without_dct_scaling() -> None:
     exif[0x0112] = 6  # a quarter turn
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, exif=exif)
-    views = (View(112, 112), View(64, 64, "squash"))
-    got = decode_views(buffer.getvalue(), views=views, limits=LIMITS)
+    preprocesses = (Preprocess(112, 112), Preprocess(64, 64, "squash"))
+    got = decode_preprocessed(buffer.getvalue(), preprocesses=preprocesses, limits=LIMITS)
     assert not isinstance(got, ImageProblem)
     upright = Image.open(buffer).convert("RGB").transpose(Image.Transpose.ROTATE_270)
-    for pixels, view in zip(got, views, strict=True):
-        assert np.array_equal(pixels, np.asarray(view_of(upright, view)))
+    for pixels, preprocess in zip(got, preprocesses, strict=True):
+        assert np.array_equal(pixels, np.asarray(preprocessed(upright, preprocess)))
 
 
 def test_what_is_no_image_is_a_problem() -> None:
-    got = decode_views(b"<html>", views=(View(8, 8),), limits=LIMITS)
+    got = decode_preprocessed(b"<html>", preprocesses=(Preprocess(8, 8),), limits=LIMITS)
     assert isinstance(got, ImageProblem)
     assert got.status is Status.UNSUPPORTED

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from capipe.errors import BadInput
 from capipe.models.bundled import folder_of
-from capipe.models.images.preprocess import View
+from capipe.models.images.preprocess import Preprocess
 from capipe.models.scorers.clip import built_activation, load_clip
 from capipe.models.scorers.clip_source import CONFIG, ClipSource, clip_source
 
@@ -48,24 +48,24 @@ def test_every_tag_is_decided_as_its_weights_were_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "view", "levels"),
+    ("name", "preprocess", "levels"),
     [
-        ("ViT-L-14:openai", View(224, 224), OPENAI),
-        ("ViT-L-14-336:openai", View(336, 336), OPENAI),
-        ("ViT-B-32:laion2b_s34b_b79k", View(224, 224), OPENAI),
-        ("ViT-L-14:laion2b_s32b_b82k", View(224, 224), HALF),
-        ("ViT-L-14:metaclip_fullcc", View(224, 224), OPENAI),
-        ("ViT-L-14:dfn2b", View(224, 224), OPENAI),
-        ("ViT-H-14-378-quickgelu:dfn5b", View(378, 378, "squash"), OPENAI),
-        ("ViT-SO400M-14-SigLIP-384:webli", View(384, 384, "squash"), HALF),
-        ("ViT-B-16-SigLIP2:webli", View(224, 224, "squash"), HALF),
-        ("ViT-H-14-CLIPA:datacomp1b", View(224, 224, "squash", "bilinear"), IMAGENET),
-        ("MobileCLIP-B:datacompdr", View(224, 224, "shortest", "bilinear"), ((0, 0, 0), (1, 1, 1))),
+        ("ViT-L-14:openai", Preprocess(224, 224), OPENAI),
+        ("ViT-L-14-336:openai", Preprocess(336, 336), OPENAI),
+        ("ViT-B-32:laion2b_s34b_b79k", Preprocess(224, 224), OPENAI),
+        ("ViT-L-14:laion2b_s32b_b82k", Preprocess(224, 224), HALF),
+        ("ViT-L-14:metaclip_fullcc", Preprocess(224, 224), OPENAI),
+        ("ViT-L-14:dfn2b", Preprocess(224, 224), OPENAI),
+        ("ViT-H-14-378-quickgelu:dfn5b", Preprocess(378, 378, "squash"), OPENAI),
+        ("ViT-SO400M-14-SigLIP-384:webli", Preprocess(384, 384, "squash"), HALF),
+        ("ViT-B-16-SigLIP2:webli", Preprocess(224, 224, "squash"), HALF),
+        ("ViT-H-14-CLIPA:datacomp1b", Preprocess(224, 224, "squash", "bilinear"), IMAGENET),
+        ("MobileCLIP-B:datacompdr", Preprocess(224, 224, "shortest", "bilinear"), ((0, 0, 0), (1, 1, 1))),
     ],
 )
-def test_pictures_are_made_as_the_tag_says(name: str, view: View, levels: Any) -> None:
+def test_pictures_are_made_as_the_tag_says(name: str, preprocess: Preprocess, levels: Any) -> None:
     source = clip_source(name)
-    assert source.view == view and (source.mean, source.std) == levels
+    assert source.preprocess == preprocess and (source.mean, source.std) == levels
 
 
 @pytest.mark.slow
@@ -89,9 +89,9 @@ def test_what_open_clip_builds_is_what_was_decided(name: str, monkeypatch: pytes
 def agree(model: Any, source: ClipSource) -> None:
     shown = model.visual.preprocess_cfg
     size = (shown["size"],) * 2 if isinstance(shown["size"], int) else tuple(shown["size"])
-    assert size == (source.view.height, source.view.width)
+    assert size == (source.preprocess.height, source.preprocess.width)
     assert (tuple(shown["mean"]), tuple(shown["std"])) == (source.mean, source.std)
-    assert (shown["resize_mode"], shown["interpolation"]) == (source.view.resize, source.view.interpolation)
+    assert (shown["resize_mode"], shown["interpolation"]) == (source.preprocess.resize, source.preprocess.interpolation)
     assert built_activation(model) in (None, source.activation)
 
 
@@ -125,7 +125,7 @@ def test_the_features_are_those_of_the_trained_activation(
     assert built_activation(scorer._model) == ("quick_gelu" if fast else "gelu")
     assert not [each for each in recwarn if "QuickGELU" in str(each.message)]
     agree(scorer._model, clip_source("small:theirs"))
-    assert scorer.view == View(32, 32, "squash", "bilinear")
+    assert scorer.preprocess == Preprocess(32, 32, "squash", "bilinear")
     text = open_clip.tokenize(["a red star"], context_length=12)
     found = {}
     for activation in (True, False):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from capipe.errors import BadInput
-from capipe.models.images.preprocess import view_of
+from capipe.models.images.preprocess import preprocessed
 from capipe.models.scorers.safety import UNSAFE, NudeNetDetector
 
 
@@ -18,7 +18,7 @@ def test_photographs_and_drawings_are_safe() -> None:
     data = pytest.importorskip("skimage.data")
     detector = NudeNetDetector()
     shown = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("astronaut", "coffee")]
-    found = detector.detect([np.asarray(view_of(image, detector.view)) for image in shown])
+    found = detector.detect([np.asarray(preprocessed(image, detector.preprocess)) for image in shown])
     assert found == [{}, {}]
 
 

@@ -18,7 +18,7 @@ from capipe.manifests.fingerprint import differences
 from capipe.models.bundled import folder_of
 from capipe.models.images.decode import ImageLimits, Pixels
 from capipe.models.images.formats import ImageProblem
-from capipe.models.images.preprocess import decode_views
+from capipe.models.images.preprocess import decode_preprocessed
 from capipe.models.scorers.base import Pair, Scorer, by_length, cleaned, computing_threads, score_captions
 from capipe.models.scorers.blip_contrastive import load_blip
 from capipe.models.scorers.clip import ClipScorer, load_clip, token_ids
@@ -56,7 +56,7 @@ def files() -> list[bytes]:
 
 
 def views(images: Sequence[bytes], scorer: Scorer) -> list[Pixels]:
-    decoded = [decode_views(image, views=(scorer.view,), limits=ImageLimits()) for image in images]
+    decoded = [decode_preprocessed(image, preprocesses=(scorer.preprocess,), limits=ImageLimits()) for image in images]
     return [each[0] for each in decoded if not isinstance(each, ImageProblem)]
 
 

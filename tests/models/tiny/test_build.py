@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from capipe.models.tiny.train import build, quiz_models
-from capipe.models.tiny.train.train_quiz import lessons_text
+from capipe.models.tiny.train.train_quiz import curriculum_text
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer of fifty lessons' text instead of thousands'."""
-    monkeypatch.setattr(quiz_models, "lessons_text", partial(lessons_text, count=50))
+    monkeypatch.setattr(quiz_models, "lessons_text", partial(curriculum_text, count=50))
 
 
 def test_a_reader_is_trained_exported_and_gone_on_with(

@@ -11,9 +11,9 @@ from random import Random
 from capipe.models.tiny.train.texts.caption_augmentation import (
     REMARKS,
     all_facts,
+    augmented_caption,
     retold,
     sample_omitted,
-    told,
     with_remark,
 )
 from capipe.models.tiny.train.texts.quiz import facts_of
@@ -203,7 +203,7 @@ def test_told_captions_come_with_what_they_tell() -> None:
     rng = Random(0)
     kinds: Counter[str] = Counter()
     for scene in scenes("train", 600, seed=34):
-        caption, facts = told(scene, rng)
+        caption, facts = augmented_caption(scene, rng)
         assert caption or facts == Facts()
         remark = next((r for r in REMARKS if re.search(re.escape(r).replace(r"\{letter\}", "[A-F]"), caption)), None)
         kinds["remarked"] += remark is not None

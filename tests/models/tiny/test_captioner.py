@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from capipe.models.bundled import resolve
-from capipe.models.tiny.train.eval.captioner import caption, evaluate, grades_of, load
+from capipe.models.tiny.train.eval.captioner import caption, evaluate, graded_captions, load
 from capipe.models.tiny.world.corpus import samples
 from capipe.models.tiny.world.grade import total
 from capipe.models.tiny.world.prompts import DENSE, messages
@@ -37,7 +37,7 @@ def test_quality_on_held_out_scenes(captioner: tuple[PreTrainedModel, ProcessorM
 def test_larger_pictures_are_described_as_well(captioner: tuple[PreTrainedModel, ProcessorMixin], size: int) -> None:
     corpus = list(samples(30, "heldout", seed=12, size=size))
     told = caption(*captioner, [each.image for each in corpus], DENSE[0])
-    whole = total(grades_of(corpus, told))
+    whole = total(graded_captions(corpus, told))
     assert whole.precision() >= 0.97 and whole.recall() >= 0.95
 
 

@@ -14,26 +14,19 @@ import pytest
 from capipe.models.quiz import ABSTAIN, KINDS, LETTERS, Question, caption_prompt, image_prompt, writing_prompt
 from capipe.models.tiny.train.quiz_models import READER_LEVELS, reads
 from capipe.models.tiny.train.texts import quiz_curriculum
-from capipe.models.tiny.train.texts.caption_augmentation import told
-from capipe.models.tiny.train.texts.quiz import (
-    PUBLIC_KIND,
-    Asked,
-    facts_of,
-    possible,
-    solve,
-    understand,
-)
+from capipe.models.tiny.train.texts.caption_augmentation import augmented_caption
+from capipe.models.tiny.train.texts.quiz import PUBLIC_KIND, Asked, facts_of, possible, solve, understand
 from capipe.models.tiny.train.texts.quiz_curriculum import (
     KNOWLEDGE,
     LIST,
     SPELL,
     WORDS_ONLY,
     Branch,
-    Lesson,
-    finding,
+    QuizText,
     guessing,
     lettered,
     looking,
+    lookup_question,
     reading,
     sample_different,
     writing,
@@ -52,7 +45,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Told:
     kept: Told = []
 
     def listen(scene: Scene, rng: Random) -> tuple[str, Facts]:
-        kept.append(told(scene, rng))
+        kept.append(augmented_caption(scene, rng))
         return kept[-1]
 
     monkeypatch.setattr(quiz_curriculum, "told", listen)
@@ -86,7 +79,7 @@ def right(answer: str | None, offered: set[str] | None) -> str:
     return answer if answer is not None and (offered is None or answer in offered) else ABSTAIN
 
 
-def many(make: Callable[[Random], Lesson], count: int) -> Iterator[Lesson]:
+def many(make: Callable[[Random], QuizText], count: int) -> Iterator[QuizText]:
     for seed in range(count):
         yield make(Random(f"test:{seed}"))
 
@@ -157,7 +150,7 @@ def test_who_sees_nothing_is_to_answer_only_what_the_question_tells() -> None:
 
 
 @pytest.mark.parametrize("make", [reading, looking, guessing])
-def test_no_place_is_right_more_often(make: Callable[[Random], Lesson]) -> None:
+def test_no_place_is_right_more_often(make: Callable[[Random], QuizText]) -> None:
     """Neither for an answer nor for abstaining; by the number of choices, since few have many."""
     counts: dict[int, Counter[str]] = {}
     abstained: Counter[str] = Counter()
@@ -232,7 +225,7 @@ def test_lessons_are_the_same_for_the_same_seed() -> None:
 def test_whoever_begins_to_read_lists_and_finds_things_in_captions_that_tell_all() -> None:
     rng = Random(6)
     for _ in range(40):
-        lesson = finding(rng, most=3, plainly=True, in_words=0.5, questions=4, lists=2)
+        lesson = lookup_question(rng, most=3, plainly=True, in_words=0.5, questions=4, lists=2)
         caption = lesson.text.split("<caption>\n")[1].split("\n</caption>")[0]
         facts = parse(caption)
         assert 2 <= len(facts.things) <= 3 and all(t.color and t.size and t.place for t in facts.things)
@@ -249,10 +242,10 @@ def test_whoever_begins_to_read_lists_and_finds_things_in_captions_that_tell_all
 def test_whoever_learns_letters_says_those_of_all_options() -> None:
     rng = Random(8)
     for _ in range(30):
-        branch = finding(rng, questions=0, letters=1).branches[0]
+        branch = lookup_question(rng, questions=0, letters=1).branches[0]
         _, by_letter = choices(replace(branch, asked=branch.asked.removesuffix(SPELL)))
-        told = dict(reversed(entry.rsplit(" ", 1)) for entry in branch.answer.strip().split(", "))
-        assert branch.form == "text" and told == by_letter
+        written = dict(reversed(entry.rsplit(" ", 1)) for entry in branch.answer.strip().split(", "))
+        assert branch.form == "text" and written == by_letter
 
 
 def test_the_levels_of_a_reader_lead_from_lists_to_captions_that_leave_things_out() -> None:

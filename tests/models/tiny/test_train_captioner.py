@@ -14,13 +14,13 @@ from capipe.models.tiny.train.architectures import GRID_THW, IMAGE_TOKENS, build
 from capipe.models.tiny.train.batches import PROMPTS, batches, most_things, picture
 from capipe.models.tiny.train.optim import orthogonal
 from capipe.models.tiny.train.texts.tokenizer import END, SPECIAL, build_tokenizer
-from capipe.models.tiny.train.train_captioner import LONGEST, Plan, Trainer, caption_losses
+from capipe.models.tiny.train.train_captioner import LONGEST, CaptionerPlan, Trainer, caption_losses
 from capipe.models.tiny.train.vision import image_tokens, patches, reading_loss
 from capipe.models.tiny.world.captions import dense_caption
 from capipe.models.tiny.world.prompts import messages
 from capipe.models.tiny.world.scenes import scenes
 
-PLAN = Plan(steps=20, reading_steps=8, warmup=5, workers=0)
+PLAN = CaptionerPlan(steps=20, reading_steps=8, warmup=5, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_muon_directions_are_nearly_orthogonal() -> None:
 
 @pytest.mark.parametrize(("step", "minutes", "rate"), [(0, 0.0, 0.02), (100, 1.0, 1.0), (100, 7.5, 0.5), (100, 10, 0)])
 def test_rates_warm_up_stay_and_fall(step: int, minutes: float, rate: float) -> None:
-    assert Plan(minutes=10).rate(step, minutes * 60) == pytest.approx(rate)
+    assert CaptionerPlan(minutes=10).rate(step, minutes * 60) == pytest.approx(rate)
 
 
 @pytest.mark.slow

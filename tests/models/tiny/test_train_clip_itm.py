@@ -9,22 +9,22 @@ import torch
 
 from capipe.models.scorers.clip import encode_trimmed
 from capipe.models.scorers.loading import ScorerConfig, load_scorer
+from capipe.models.tiny.train.dual_encoder import CONTEXT, build_bert_tokenizer
 from capipe.models.tiny.train.eval.scorers import area_under_roc
 from capipe.models.tiny.train.train_blip import BlipTrainer, build_blip, recalls
 from capipe.models.tiny.train.train_clip_itm import (
+    ClipItmPlan,
+    ClipItmTrainer,
     ClipTrainer,
     ItmTrainer,
-    MatchingPlan,
-    MatchingTrainer,
     PairBatches,
 )
 from capipe.models.tiny.train.train_plain_captioner import matcher
-from capipe.models.tiny.train.two_towers import CONTEXT, build_bert_tokenizer
 
-PLAN = MatchingPlan(seed=4, steps=6, images=4, reading_steps=2, captions_from=0.5, warmup=1)
+PLAN = ClipItmPlan(seed=4, steps=6, images=4, reading_steps=2, captions_from=0.5, warmup=1)
 
 
-def trainer(kind: str) -> MatchingTrainer:
+def trainer(kind: str) -> ClipItmTrainer:
     return ItmTrainer(PLAN) if kind == "itm" else ClipTrainer("clip", PLAN)
 
 
@@ -67,7 +67,7 @@ def test_training_resumes_where_it_was_and_exports_what_the_scorers_load(kind: s
 
 def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
     trainer("clip").save(tmp_path / "checkpoint.pt")
-    other = ClipTrainer("clip", MatchingPlan(seed=5))
+    other = ClipTrainer("clip", ClipItmPlan(seed=5))
     with pytest.raises(ValueError, match="seed 4, not 5"):
         other.load(tmp_path / "checkpoint.pt")
 

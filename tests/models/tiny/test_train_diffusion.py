@@ -17,19 +17,19 @@ from capipe.models.pixel_diffusion import PixelDiffusionPipeline
 from capipe.models.scorers.clip import encode_trimmed
 from capipe.models.tiny.train.train_diffusion import (
     CELLS,
-    DrawingBatches,
-    DrawingPlan,
-    DrawingTrainer,
+    DiffusionBatches,
+    DiffusionPlan,
+    DiffusionTrainer,
     build_text_encoder,
     build_text_tokenizer,
-    drawing_report,
-    drawn_right,
+    diffusion_report,
+    generated_right,
 )
 from capipe.models.tiny.train.train_vgg import levels, pictures
 from capipe.models.tiny.world.render import render
 from capipe.models.tiny.world.scenes import scenes
 
-PLAN = DrawingPlan(seed=4, steps=4, images=2, reading_steps=2, warmup=1, workers=0)
+PLAN = DiffusionPlan(seed=4, steps=4, images=2, reading_steps=2, warmup=1, workers=0)
 
 
 @torch.inference_mode()
@@ -50,20 +50,20 @@ def test_the_text_encoder_computes_what_the_clip_it_came_from_does() -> None:
 def test_rendered_scenes_have_the_right_colours_and_others_do_not() -> None:
     shown = list(scenes("heldout", 100, seed=0))
     true = levels(pictures([render(scene, Random(at), 32) for at, scene in enumerate(shown)])) / 2 + 0.5
-    assert min(drawn_right(true, shown).values()) > 0.97
-    assert max(drawn_right(true.flip(0), shown).values()) < 0.5
+    assert min(generated_right(true, shown).values()) > 0.97
+    assert max(generated_right(true.flip(0), shown).values()) < 0.5
 
 
 def test_a_batch_depends_on_its_seed_and_step_alone() -> None:
-    first, again = (DrawingBatches(PLAN)[3] for _ in range(2))
+    first, again = (DiffusionBatches(PLAN)[3] for _ in range(2))
     assert torch.equal(first.pixels, again.pixels) and first.texts == again.texts
-    told = [text for step in range(60) for text in DrawingBatches(PLAN)[step].texts]
+    told = [text for step in range(60) for text in DiffusionBatches(PLAN)[step].texts]
     assert 0 < told.count("") < len(told) / 4
 
 
 @pytest.mark.slow
 def test_training_resumes_where_it_was_and_exports_a_pipeline(tmp_path: Path) -> None:
-    whole, stopped, resumed = (DrawingTrainer(PLAN) for _ in range(3))
+    whole, stopped, resumed = (DiffusionTrainer(PLAN) for _ in range(3))
     list(whole.run(lambda line: None))
     for progress in stopped.run(lambda line: None):
         if progress.step == 3:
@@ -84,5 +84,5 @@ def test_training_resumes_where_it_was_and_exports_a_pipeline(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.skipif(not is_bundled("diffusion"), reason="the weights of tiny/diffusion are not here")
 def test_the_bundled_model_draws_colours_where_they_belong() -> None:
-    found = drawing_report(resolve("tiny/diffusion"), 60, seed=11)
+    found = diffusion_report(resolve("tiny/diffusion"), 60, seed=11)
     assert found["things"] >= 0.5 and found["empty"] >= 0.8

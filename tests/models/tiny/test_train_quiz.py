@@ -22,7 +22,7 @@ from capipe.models.tiny.train.architectures import (
 from capipe.models.tiny.train.schedule import Progress, Schedule
 from capipe.models.tiny.train.texts.quiz_curriculum import (
     FORMS,
-    Lesson,
+    QuizText,
     guessing,
     looking,
     reading,
@@ -34,10 +34,10 @@ from capipe.models.tiny.train.train_quiz import (
     LESSON,
     QUESTION,
     Curricula,
-    Row,
-    School,
+    QuizSequence,
+    QuizTrainer,
+    curriculum_text,
     encode,
-    lessons_text,
     text_positions,
     visible,
 )
@@ -45,44 +45,44 @@ from capipe.models.tiny.train.train_quiz import (
 SCHEDULE = Schedule(seed=3, steps=4, warmup=2)
 
 
-def mixed(rng: Random, level: int) -> Lesson:
+def mixed(rng: Random, level: int) -> QuizText:
     """One lesson of any sort."""
     return rng.choice((reading, looking, guessing, writing))(rng)
 
 
-def short_reading(rng: Random, level: int) -> Lesson:
+def short_reading(rng: Random, level: int) -> QuizText:
     return reading(rng, most=2, questions=3)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer(0, lambda seed: lessons_text(Curricula(mixed, 3, levels=1), seed, count=50), QUIZ)
+    return build_tokenizer(0, lambda seed: curriculum_text(Curricula(mixed, 3, levels=1), seed, count=50), QUIZ)
 
 
 def new_reader(
     tokenizer: PreTrainedTokenizerFast, seed: int = 3, schedule: Schedule = SCHEDULE, guided: int | None = None
-) -> School:
+) -> QuizTrainer:
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(build_reader_config(tokenizer, width=32, layers=2, inner=96))
-    return School(model, tokenizer, schedule, Curricula(short_reading, 3, levels=1), guided)
+    return QuizTrainer(model, tokenizer, schedule, Curricula(short_reading, 3, levels=1), guided)
 
 
 @pytest.fixture(scope="module")
-def reader(tokenizer: PreTrainedTokenizerFast) -> School:
+def reader(tokenizer: PreTrainedTokenizerFast) -> QuizTrainer:
     return new_reader(tokenizer)
 
 
 @pytest.fixture(scope="module")
-def teacher(tokenizer: PreTrainedTokenizerFast) -> School:
+def teacher(tokenizer: PreTrainedTokenizerFast) -> QuizTrainer:
     """One that sees; its weights are random."""
     torch.manual_seed(3)
     config = build_config(tokenizer)
     config.text_config.num_hidden_layers = 2
     config.text_config.layer_types = config.text_config.layer_types[:2]
-    return School(Qwen2_5_VLForConditionalGeneration(config), tokenizer, SCHEDULE, Curricula(mixed, 3, levels=1))
+    return QuizTrainer(Qwen2_5_VLForConditionalGeneration(config), tokenizer, SCHEDULE, Curricula(mixed, 3, levels=1))
 
 
-def conversation(lesson: Lesson, branch: int) -> list[dict[str, Any]]:
+def conversation(lesson: QuizText, branch: int) -> list[dict[str, Any]]:
     """What a client would send for one branch alone, and get."""
     asked = [{"type": "text", "text": lesson.text + lesson.branches[branch].asked}]
     content = [{"type": "image"}, *asked] if lesson.scene is not None else asked
@@ -90,7 +90,7 @@ def conversation(lesson: Lesson, branch: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
-def alone(row: Row, branch: int) -> list[int]:
+def alone(row: QuizSequence, branch: int) -> list[int]:
     """The places in a row of what one branch is made of: the beginning and its own tokens."""
     return [at for at, number in enumerate(row.branch) if number in (0, branch)]
 
@@ -134,7 +134,7 @@ def test_a_row_is_what_the_chat_template_makes_of_each_branch(tokenizer: PreTrai
 
 
 @torch.inference_mode()
-def test_packed_branches_are_what_each_is_alone(reader: School) -> None:
+def test_packed_branches_are_what_each_is_alone(reader: QuizTrainer) -> None:
     rows = [encode(reading(Random(seed), most=2, questions=3), reader.tokenizer, Random(0)) for seed in range(3)]
     hidden, ids, part, same = reader.hidden(rows)
     logits = reader.model.lm_head(hidden)
@@ -148,7 +148,7 @@ def test_packed_branches_are_what_each_is_alone(reader: School) -> None:
 
 
 @torch.inference_mode()
-def test_packed_branches_with_a_picture_are_what_the_processor_and_model_make_of_each(teacher: School) -> None:
+def test_packed_branches_with_a_picture_are_what_the_processor_and_model_make_of_each(teacher: QuizTrainer) -> None:
     """Rows with and without pictures in one batch, so that no row gets another's."""
     lessons = [looking(Random(1), questions=2), guessing(Random(2), questions=2), looking(Random(3), questions=2)]
     rows = [encode(lesson, teacher.tokenizer, Random(0)) for lesson in lessons]
@@ -164,14 +164,14 @@ def test_packed_branches_with_a_picture_are_what_the_processor_and_model_make_of
             assert torch.allclose(logits[number, alone(row, branch + 1)], by_itself, atol=1e-4)
 
 
-def model_positions(school: School, ids: list[int]) -> Tensor:
+def model_positions(school: QuizTrainer, ids: list[int]) -> Tensor:
     tokens = torch.tensor([ids])
     kinds = (tokens == school.model.config.image_token_id).int()
     where: Tensor = school.model.model.get_rope_index(tokens, kinds, image_grid_thw=torch.tensor([GRID_THW]))[0]
     return where[:, 0]
 
 
-def test_positions_are_the_models_own(teacher: School) -> None:
+def test_positions_are_the_models_own(teacher: QuizTrainer) -> None:
     for make in (looking, writing):
         row = encode(make(Random(5)), teacher.tokenizer, Random(0))
         for branch in range(1, max(row.branch) + 1):
@@ -186,7 +186,7 @@ def test_positions_are_the_models_own(teacher: School) -> None:
 
 
 @torch.inference_mode()
-def test_the_loss_is_each_kinds_mean_over_the_batch(reader: School) -> None:
+def test_the_loss_is_each_kinds_mean_over_the_batch(reader: QuizTrainer) -> None:
     """However a batch is cut in parts: the letters' loss is the mean over all of them."""
     rows = [encode(reading(Random(seed), most=2, questions=3), reader.tokenizer, Random(0)) for seed in range(4)]
     counts = reader.count(rows)

@@ -15,7 +15,7 @@ from capipe.models.tiny.train.train_vgg import (
     Classifier,
     FeaturesPlan,
     FeaturesTrainer,
-    ViewBatches,
+    LabelledBatches,
     accuracies,
     levels,
     load_classifier,
@@ -57,7 +57,7 @@ def test_training_resumes_where_it_was_and_exports_what_torchvision_names(tmp_pa
     config = json.loads((tmp_path / "net" / "config.json").read_text())
     features = make_layers(config["layers"], batch_norm=False)
     features.load_state_dict(load_classifier(str(tmp_path / "net")).features.state_dict())
-    seen = levels(ViewBatches(PLAN)[0].pixels)
+    seen = levels(LabelledBatches(PLAN)[0].pixels)
     assert torch.allclose(features(seen), whole.model.features(seen), atol=0.02)  # float16
     assert features(seen).shape == (8, 64, 8, 8) and config == CONFIG
 

@@ -12,7 +12,7 @@ from capipe.manifests.fingerprint import fingerprint
 from capipe.manifests.verify import verify
 from capipe.models.images.decode import ImageLimits
 from capipe.models.images.formats import ImageProblem
-from capipe.models.images.preprocess import decode_views
+from capipe.models.images.preprocess import decode_preprocessed
 from capipe.models.scorers.clip import load_clip
 from capipe.models.tiny.world.corpus import samples
 
@@ -30,7 +30,7 @@ def test_embeddings_are_the_clips_own_and_dedup_takes_them(tmp_path: Path) -> No
     assert [row["status"] for row in rows].count("unsupported") == 2
     assert verify(str(out)).faults == []
     clip = load_clip("tiny/clip")
-    views = decode_views(shown[3].image, views=(clip.view,), limits=ImageLimits())
+    views = decode_preprocessed(shown[3].image, views=(clip.view,), limits=ImageLimits())
     assert not isinstance(views, ImageProblem)
     assert np.allclose(rows[3]["image_embedding"], clip.encode_images(list(views))[0].numpy(), atol=1e-3)
     marks = tmp_path / "marks"

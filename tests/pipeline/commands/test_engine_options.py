@@ -15,7 +15,7 @@ from capipe.pipeline.chain.identity import meaning
 from capipe.pipeline.chain.validate import check_chain
 from capipe.pipeline.commands import options as o
 from capipe.pipeline.jobs.engine import EngineSetup
-from capipe.pipeline.runners.placement import Workplace
+from capipe.pipeline.runners.placement import Placement
 from capipe.pipeline.runners.ray import Ray, Size, size_of
 
 from ..chains import chain_of
@@ -34,10 +34,10 @@ def test_gpus_are_grouped_and_what_is_left_over_is_told(capsys: pytest.CaptureFi
 
 def test_more_gpus_than_there_are() -> None:
     with pytest.raises(BadInput, match="--tensor-parallel 4: there is only GPU 0, 1"):
-        o.workplace("vllm", "0,1", tensor_parallel=4)
+        o.placement("vllm", "0,1", tensor_parallel=4)
     with pytest.raises(BadInput, match="--tensor-parallel 2: there is no GPU"):
-        o.workplace("vllm", "none", tensor_parallel=2)
-    assert o.workplace("vllm", "0,1,2,3", tensor_parallel=2) == Workplace(("0,1", "2,3"))
+        o.placement("vllm", "none", tensor_parallel=2)
+    assert o.placement("vllm", "0,1,2,3", tensor_parallel=2) == Placement(("0,1", "2,3"))
 
 
 def test_on_a_cluster_each_worker_has_so_many_of_one_machine() -> None:

@@ -16,7 +16,7 @@ from capipe.manifests.shards import RowReader, expand
 from capipe.manifests.verify import verify
 from capipe.models.tiny.train.texts.hard_negatives import plant_addition
 from capipe.models.tiny.world.captions import dense_caption
-from capipe.models.tiny.world.corpus import Sample, samples
+from capipe.models.tiny.world.corpus import CorpusSample, samples
 from capipe.pipeline.runners import local
 
 from ..conftest import COMMAND, capipe, one_line, table
@@ -25,7 +25,7 @@ from ..killing import committed, run_killed
 MODELS = ("--clip", "tiny/clip", "--itm", "tiny/itm")
 
 
-def write_shards(folder: Path, shown: list[Sample], per_shard: int) -> Path:
+def write_shards(folder: Path, shown: list[CorpusSample], per_shard: int) -> Path:
     """Tars of rendered pictures with their alt texts; every seventh has none, every eleventh is no picture."""
     folder.mkdir()
     for number in range(0, len(shown), per_shard):
@@ -58,17 +58,17 @@ def write_captions(shards: Path, out: Path, texts: list[str | None]) -> Path:
 
 
 @pytest.fixture
-def shown() -> list[Sample]:
+def shown() -> list[CorpusSample]:
     return list(samples(24, "heldout", seed=31))
 
 
 @pytest.fixture
-def shards(tmp_path: Path, shown: list[Sample]) -> Path:
+def shards(tmp_path: Path, shown: list[CorpusSample]) -> Path:
     return write_shards(tmp_path / "shards", shown, 12)
 
 
 @pytest.fixture
-def captions(tmp_path: Path, shards: Path, shown: list[Sample]) -> Path:
+def captions(tmp_path: Path, shards: Path, shown: list[CorpusSample]) -> Path:
     texts: list[str | None] = [dense_caption(each.scene, Random(number)) for number, each in enumerate(shown)]
     texts[1], texts[2] = "", None
     texts[3] = " ".join(f"There is a red star at place number {number}." for number in range(600))
@@ -102,7 +102,7 @@ def test_both_captions_are_scored_and_another_threshold_loads_no_model(
     def no_worker(*_: object) -> None:
         raise AssertionError("a worker was started, which loads the models")
 
-    monkeypatch.setattr(local.ProcessCrew, "hire", no_worker)
+    monkeypatch.setattr(local.ProcessWorkerPool, "hire", no_worker)
     from capipe.pipeline.cli import app
 
     with pytest.raises(SystemExit) as ended:
@@ -187,7 +187,7 @@ def trial(folder: Path, images: int, kills: int) -> list[int]:
 
 
 def test_captions_that_spell_tokens_have_scores_and_so_have_their_neighbours(
-    tmp_path: Path, shown: list[Sample]
+    tmp_path: Path, shown: list[CorpusSample]
 ) -> None:
     """<image> is a token of BLIP-2's vocabulary for which its matching model has no row."""
     spelled = ["<image>", "A <image> of [SEP] a star. [CLS]", "<image><image>", "[PAD][MASK]", "&lt;image&gt;"]

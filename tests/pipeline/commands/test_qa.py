@@ -13,7 +13,7 @@ import pytest
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.verify import verify
 from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
-from capipe.models.tiny.world.corpus import Sample, write_corpus
+from capipe.models.tiny.world.corpus import CorpusSample, write_corpus
 
 from ...conftest import photo
 from ..conftest import CaptionServer, capipe, one_line, table
@@ -23,7 +23,7 @@ SCREEN = ("--screen-model", "tiny/teacher", "--engine", "transformers")
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Sample]]:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[CorpusSample]]:
     """Twelve held-out scenes and a broken file in two shards."""
     folder = tmp_path_factory.mktemp("qa")
     samples = write_corpus(folder / "corpus", 12, "heldout", 41)
@@ -32,7 +32,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Sample]
     return folder / "shards", samples
 
 
-def records(samples: list[Sample], name: str = "{key}.jpg") -> list[dict[str, Any]]:
+def records(samples: list[CorpusSample], name: str = "{key}.jpg") -> list[dict[str, Any]]:
     """A good question about each sample, as a plain question set has it."""
     rng = Random("records")
     found = []
@@ -48,7 +48,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-def test_questions_are_written_and_screened(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
+def test_questions_are_written_and_screened(corpus: tuple[Path, list[CorpusSample]], tmp_path: Path) -> None:
     shards, _ = corpus
     out = tmp_path / "qa"
     capipe("qa", "--shards", shards, "--out", out, *TEACHER, "--per-image", 3)
@@ -69,7 +69,7 @@ def test_questions_are_written_and_screened(corpus: tuple[Path, list[Sample]], t
 
 
 def test_a_second_run_does_nothing_and_another_configuration_is_refused(
-    corpus: tuple[Path, list[Sample]], tmp_path: Path
+    corpus: tuple[Path, list[CorpusSample]], tmp_path: Path
 ) -> None:
     shards, samples = corpus
     out, file = tmp_path / "qa", write_lines(tmp_path / "set.jsonl", records(samples))
@@ -85,7 +85,7 @@ def test_a_second_run_does_nothing_and_another_configuration_is_refused(
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
 
 
-def test_a_set_is_imported_row_by_row(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
+def test_a_set_is_imported_row_by_row(corpus: tuple[Path, list[CorpusSample]], tmp_path: Path) -> None:
     shards, samples = corpus
     good = records(samples)
     bad = [
@@ -110,7 +110,7 @@ def test_a_set_is_imported_row_by_row(corpus: tuple[Path, list[Sample]], tmp_pat
     assert artifact.config["semantic"]["imported"] and verify(str(out / "written")).faults == []
 
 
-def test_caprl_layout_is_imported(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
+def test_caprl_layout_is_imported(corpus: tuple[Path, list[CorpusSample]], tmp_path: Path) -> None:
     shards, samples = corpus
     items = []
     for record in records(samples):
@@ -128,7 +128,7 @@ def test_caprl_layout_is_imported(corpus: tuple[Path, list[Sample]], tmp_path: P
 
 
 def test_open_ended_questions_become_multiple_choice_on_request(
-    corpus: tuple[Path, list[Sample]], tmp_path: Path
+    corpus: tuple[Path, list[CorpusSample]], tmp_path: Path
 ) -> None:
     shards, samples = corpus
     lines = [
@@ -150,7 +150,7 @@ def test_open_ended_questions_become_multiple_choice_on_request(
     assert [entry["options"][entry["answer"]] for entry in entries] == [line["answer"] for line in lines]
 
 
-def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
+def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[CorpusSample]], tmp_path: Path) -> None:
     shards, samples = corpus
     rng, lines = Random(3), []
     for sample in samples:
@@ -189,7 +189,7 @@ def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[Sample]], tm
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(
-    corpus: tuple[Path, list[Sample]], tmp_path: Path, arguments: tuple[str, ...], says: str
+    corpus: tuple[Path, list[CorpusSample]], tmp_path: Path, arguments: tuple[str, ...], says: str
 ) -> None:
     shards, _ = corpus
     assert says in one_line(capipe("qa", "--shards", shards, "--out", tmp_path / "qa", *arguments, code=2))
@@ -197,7 +197,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(
 
 
 def test_a_set_without_questions_or_about_other_images_is_refused(
-    corpus: tuple[Path, list[Sample]], tmp_path: Path
+    corpus: tuple[Path, list[CorpusSample]], tmp_path: Path
 ) -> None:
     shards, samples = corpus
     command = ("qa", "--shards", shards, "--out", tmp_path / "qa", "--screen", "none", "--import")
@@ -210,7 +210,7 @@ def test_a_set_without_questions_or_about_other_images_is_refused(
 
 
 def test_a_set_of_which_nothing_can_be_used_is_refused_with_the_reasons(
-    corpus: tuple[Path, list[Sample]], tmp_path: Path
+    corpus: tuple[Path, list[CorpusSample]], tmp_path: Path
 ) -> None:
     shards, samples = corpus
     bad = [{**each, "answer": f"nothing like {number}"} for number, each in enumerate(records(samples))]
@@ -225,7 +225,7 @@ def test_a_set_of_which_nothing_can_be_used_is_refused_with_the_reasons(
     assert not (tmp_path / "qa").exists()
 
 
-def test_llavas_multiple_choice_is_imported(corpus: tuple[Path, list[Sample]], tmp_path: Path) -> None:
+def test_llavas_multiple_choice_is_imported(corpus: tuple[Path, list[CorpusSample]], tmp_path: Path) -> None:
     shards, samples = corpus
     plain, rows = records(samples), []
     for record in plain:
@@ -245,7 +245,7 @@ def test_llavas_multiple_choice_is_imported(corpus: tuple[Path, list[Sample]], t
 
 
 def test_rows_an_engine_failed_on_are_done_again_on_request(
-    corpus: tuple[Path, list[Sample]], tmp_path: Path, server: CaptionServer
+    corpus: tuple[Path, list[CorpusSample]], tmp_path: Path, server: CaptionServer
 ) -> None:
     shards, _ = corpus
     server.fails = lambda number, image: 400 if number % 3 == 0 else 200

@@ -162,8 +162,8 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path, parallel: str,
 async def test_more_processes_than_images_are_refused(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from capipe.trainer.distributed import Ranks
+    from capipe.trainer.distributed import Distributed
 
-    monkeypatch.setattr("capipe.pipeline.jobs.train.join", lambda sharded: Ranks(0, 4, sharded))
+    monkeypatch.setattr("capipe.pipeline.jobs.train.join", lambda sharded: Distributed(0, 4, sharded))
     with pytest.raises(BadInput, match="4 processes for 3 images"):
         await asyncio.wait_for(run_training(load_recipe(recipe), tmp_path / "run", fresh=False, say=print), 60)

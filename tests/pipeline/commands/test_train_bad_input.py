@@ -12,7 +12,7 @@ from capipe.errors import ArtifactMismatch, BadInput, RunFailed
 from capipe.models.bundled import folder_of
 from capipe.models.engines.base import Completion, RequestError
 from capipe.pipeline.jobs.train import run_training
-from capipe.trainer.dataset import Task
+from capipe.trainer.dataset import Example
 from capipe.trainer.recipe import load_recipe
 from capipe.trainer.rewards.base import Scored
 from capipe.trainer.rewards.quiz import QuizReward
@@ -61,7 +61,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
     """The quiz raises where ``fails`` says so of a caption's name."""
     score = QuizReward.score
 
-    async def scored(self: QuizReward, task: Task, caption: Completion, draw: str) -> Scored:
+    async def scored(self: QuizReward, task: Example, caption: Completion, draw: str) -> Scored:
         if fails(draw):
             raise RequestError("the reader timed out")
         return await score(self, task, caption, draw)
@@ -93,7 +93,7 @@ async def test_a_run_without_any_score_ends_with_a_checkpoint(
 
 
 async def test_equal_rewards_teach_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def same(self: QuizReward, task: Task, caption: Completion, draw: str) -> Scored:
+    async def same(self: QuizReward, task: Example, caption: Completion, draw: str) -> Scored:
         return Scored(0.5)
 
     monkeypatch.setattr(QuizReward, "score", same)

@@ -24,7 +24,7 @@ from capipe.manifests.fingerprint import canonical
 from capipe.manifests.manifest import LINES, _checksum
 from capipe.manifests.verify import verify
 from capipe.pipeline.inspect.images import Pictures
-from capipe.pipeline.inspect.shard_join import Joins, Place
+from capipe.pipeline.inspect.shard_join import ShardJoin, ShardName
 from capipe.pipeline.inspect.status_view import overview
 from capipe.pipeline.jobs.eval import _captions_of
 from capipe.pipeline.report.page import write_report
@@ -239,10 +239,10 @@ def test_of_a_folder_in_a_store_its_own_store_is_read(tmp_path: Path, captions: 
         ("s3://another/elsewhere/00000.tar", f"{s3}/named", False),
     ):
         name(captions, url)
-        joins = Joins({"captions": Artifact.open(str(captions))})
+        joins = ShardJoin({"captions": Artifact.open(str(captions))})
         pictures = Pictures(Allowed(given))
         row: dict[str, Any] = table(captions)[0]
-        found = pictures.of(joins, Place("captions", "00000"), row)
+        found = pictures.of(joins, ShardName("captions", "00000"), row)
         assert (found is not None) == shown and bool(pictures.refused) != shown
     assert Folder(f"{s3}/named").exists("elsewhere/00000.tar")
 

@@ -20,7 +20,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, INGEST
 from capipe.manifests.shards import Row, RowReader
 from capipe.manifests.verify import verify
-from capipe.pipeline.runners.shard_queue import Outcome
+from capipe.pipeline.runners.shard_queue import JobResult
 
 from ...conftest import photo
 from ..conftest import CaptionServer, capipe, table
@@ -94,12 +94,12 @@ def test_annotate_from_and_to_an_object_store(s3: str, tmp_path: Path, server: C
     assert not any(path.is_file() and path.name != "lock" for path in cache.rglob("*"))
 
 
-def into_memory(packed: Path, server: CaptionServer, out: str) -> Outcome:
+def into_memory(packed: Path, server: CaptionServer, out: str) -> JobResult:
     """Annotate the shards inside this process, packed."""
     from capipe.models.engines.loading import EngineConfig
     from capipe.pipeline.jobs.annotate import AnnotateStage
     from capipe.pipeline.jobs.engine import EngineSetup, execute, plan
-    from capipe.pipeline.runners.placement import Workplace
+    from capipe.pipeline.runners.placement import Placement
     from capipe.stages.annotate.captioner import AnnotateConfig
     from capipe.stages.annotate.prompts import parse_prompt
 
@@ -107,7 +107,7 @@ def into_memory(packed: Path, server: CaptionServer, out: str) -> Outcome:
     setup = EngineSetup(EngineConfig(server.url, "m"), decode_workers=1)
     made = plan(AnnotateStage(config, setup, "m", pack=True), str(packed.parent / "shards"), out)
     try:
-        return execute(made, lambda event: None, Workplace())
+        return execute(made, lambda event: None, Placement())
     finally:
         made.artifact.close()
 

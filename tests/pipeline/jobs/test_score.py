@@ -12,7 +12,7 @@ from torch import Tensor
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
 from capipe.models.images.decode import Pixels
-from capipe.models.images.preprocess import View
+from capipe.models.images.preprocess import Preprocess
 from capipe.models.scorers.base import Pair
 from capipe.models.scorers.loading import ScorerConfig
 from capipe.pipeline.jobs import score as scoring
@@ -28,7 +28,7 @@ class Delicate:
     """Scores a text by its length; fails on a batch with a text that says so, and on images that are asked to."""
 
     name = "clip"
-    view = View(8, 8)
+    preprocess = Preprocess(8, 8)
     width = 1
 
     def __init__(self) -> None:
@@ -112,9 +112,9 @@ async def test_an_image_that_a_scorer_cannot_see_costs_its_row_alone(
     processor: ScoreProcessor, delicate: Delicate
 ) -> None:
     from capipe.models.images.decode import ImageLimits
-    from capipe.models.images.preprocess import decode_views
+    from capipe.models.images.preprocess import decode_preprocessed
 
-    views = decode_views(DARK, views=(delicate.view,), limits=ImageLimits())
+    views = decode_preprocessed(DARK, preprocesses=(delicate.preprocess,), limits=ImageLimits())
     assert isinstance(views, tuple)
     delicate.fails_on = views[0]
     rows = [row(n, "A cat.", image=DARK if n == 3 else None) for n in range(6)]

@@ -20,7 +20,7 @@ from capipe.manifests.manifest import CHECKSUM
 from capipe.manifests.shards import RowReader, expand, uid_of
 from capipe.manifests.verify import verify
 from capipe.pipeline.commands.filter import select_step
-from capipe.pipeline.commands.outcome import Exit
+from capipe.pipeline.commands.run_job import Exit
 from capipe.pipeline.jobs.select import execute_select, plan_select
 from capipe.stages.filter.select import SelectConfig
 

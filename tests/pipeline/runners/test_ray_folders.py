@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from capipe.errors import BadInput
-from capipe.pipeline.runners import placement, ray_folders
+from capipe.pipeline.runners import ray as ray_runner
+from capipe.pipeline.runners import ray_folders
 from capipe.pipeline.runners.ray import ray_place
 from capipe.pipeline.runners.ray_folders import (
     SOCKET_BYTES,
@@ -55,7 +56,7 @@ def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where Ray looks for a note, and a command, too."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    placement._say_ignored.cache_clear()
+    ray_runner._say_ignored.cache_clear()
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray").chmod(0o777)
     return tmp_path / "ray"

@@ -29,7 +29,7 @@ from capipe.pipeline.runners.messages import (
     WorkerFailed,
 )
 from capipe.pipeline.runners.scheduler import Order, Scheduler
-from capipe.pipeline.runners.shard_queue import Outcome
+from capipe.pipeline.runners.shard_queue import JobResult
 
 Answer = Callable[[Assignment], list[Event | None]]
 
@@ -42,7 +42,7 @@ def well(assignment: Assignment) -> list[Event | None]:
     return [Pulse({"ok": 1}), ShardDone(record(assignment.shard.name)), Want()]
 
 
-class ScriptedHand:
+class ScriptedHandle:
     """Answers each shard as its script says; wants a first one at once unless it never gets a machine."""
 
     def __init__(self, answer: Answer, started: bool = True) -> None:
@@ -51,7 +51,7 @@ class ScriptedHand:
         self.orders: list[Order] = []
         self.dismissed = self.killed = False
 
-    def tell(self, order: Order) -> None:
+    def send(self, order: Order) -> None:
         if order == "wait":
             return
         self.orders.append(order)
@@ -68,37 +68,37 @@ class ScriptedHand:
         self.killed = True
 
 
-class ScriptedCrew:
+class ScriptedPool:
     """Hires workers with the scripts in turn, the last one again and again."""
 
-    def __init__(self, size: int, *hands: Callable[[], ScriptedHand]) -> None:
-        self.size, self._hands, self.hired = size, list(hands), list[ScriptedHand]()
+    def __init__(self, size: int, *handles: Callable[[], ScriptedHandle]) -> None:
+        self.size, self._handles, self.workers = size, list(handles), list[ScriptedHandle]()
         self.places = list[int]()
 
-    def hire(self, place: int) -> ScriptedHand:
+    def start(self, place: int) -> ScriptedHandle:
         self.places.append(place)
-        self.hired.append(self._hands[min(len(self.hired), len(self._hands) - 1)]())
-        return self.hired[-1]
+        self.workers.append(self._handles[min(len(self.workers), len(self._handles) - 1)]())
+        return self.workers[-1]
 
-    def listen(self, seconds: float) -> Iterator[tuple[ScriptedHand, Event | None]]:
-        for hand in list(self.hired):
-            if hand.said:
-                yield hand, hand.said.popleft()
+    def listen(self, seconds: float) -> Iterator[tuple[ScriptedHandle, Event | None]]:
+        for handle in list(self.workers):
+            if handle.said:
+                yield handle, handle.said.popleft()
 
     def close(self) -> None: ...
 
 
-def good() -> ScriptedHand:
-    return ScriptedHand(well)
+def good() -> ScriptedHandle:
+    return ScriptedHandle(well)
 
 
 def shards(count: int) -> list[InputShard]:
     return [InputShard(f"{number:05d}", f"/in/{number:05d}.tar") for number in range(count)]
 
 
-def run(crew: ScriptedCrew, artifact: Artifact, count: int) -> tuple[Outcome, list[Event]]:
+def run(pool: ScriptedPool, artifact: Artifact, count: int) -> tuple[JobResult, list[Event]]:
     events: list[Event] = []
-    return Scheduler(crew, artifact, events.append).run(shards(count)), events
+    return Scheduler(pool, artifact, events.append).run(shards(count)), events
 
 
 @pytest.fixture
@@ -113,18 +113,18 @@ def done(events: list[Event]) -> list[str]:
 
 
 def test_every_shard_goes_to_one_worker(artifact: Artifact) -> None:
-    crew = ScriptedCrew(3, good)
-    outcome, events = run(crew, artifact, 10)
-    assert outcome == Outcome() and done(events) == [shard.name for shard in shards(10)]
-    assert len(crew.hired) == 3 and all(hand.orders[-1] is None for hand in crew.hired)
-    given = [order.shard.name for hand in crew.hired for order in hand.orders if isinstance(order, Assignment)]
+    pool = ScriptedPool(3, good)
+    outcome, events = run(pool, artifact, 10)
+    assert outcome == JobResult() and done(events) == [shard.name for shard in shards(10)]
+    assert len(pool.workers) == 3 and all(handle.orders[-1] is None for handle in pool.workers)
+    given = [order.shard.name for handle in pool.workers for order in handle.orders if isinstance(order, Assignment)]
     assert sorted(given) == [shard.name for shard in shards(10)]
 
 
 def test_a_dead_workers_shard_goes_to_its_successor(artifact: Artifact) -> None:
-    crew = ScriptedCrew(1, lambda: ScriptedHand(lambda assignment: [Pulse({"ok": 1}), None]), good)
-    outcome, events = run(crew, artifact, 3)
-    assert outcome == Outcome() and len(done(events)) == 3 and len(crew.hired) == 2
+    pool = ScriptedPool(1, lambda: ScriptedHandle(lambda assignment: [Pulse({"ok": 1}), None]), good)
+    outcome, events = run(pool, artifact, 3)
+    assert outcome == JobResult() and len(done(events)) == 3 and len(pool.workers) == 2
     assert [event.reason for event in events if isinstance(event, WorkerFailed)] == [
         "the worker process died (exit code -9)"
     ]
@@ -136,10 +136,10 @@ def test_a_shard_that_was_committed_before_its_worker_died_is_done(artifact: Art
             shard.commit(rows_in=0, input_info={"digest": "d"})
         return [None]
 
-    crew = ScriptedCrew(1, lambda: ScriptedHand(commits_and_dies), good)
-    outcome, events = run(crew, artifact, 2)
-    assert outcome == Outcome() and done(events) == ["00000", "00001"]
-    given = [order.shard.name for hand in crew.hired for order in hand.orders if isinstance(order, Assignment)]
+    pool = ScriptedPool(1, lambda: ScriptedHandle(commits_and_dies), good)
+    outcome, events = run(pool, artifact, 2)
+    assert outcome == JobResult() and done(events) == ["00000", "00001"]
+    given = [order.shard.name for handle in pool.workers for order in handle.orders if isinstance(order, Assignment)]
     assert given == ["00000", "00001"]
 
 
@@ -151,8 +151,8 @@ def test_a_poison_shard_is_quarantined_whether_it_fails_or_kills(artifact: Artif
             return [ShardFailed("00002", "torn"), Want()]
         return well(assignment)
 
-    crew = ScriptedCrew(2, lambda: ScriptedHand(poisoned))
-    outcome, events = run(crew, artifact, 6)
+    pool = ScriptedPool(2, lambda: ScriptedHandle(poisoned))
+    outcome, events = run(pool, artifact, 6)
     assert outcome.quarantined == {"00001": "the worker process died (exit code -9)", "00002": "torn"}
     assert artifact.quarantined() == outcome.quarantined
     assert done(events) == ["00000", "00003", "00004", "00005"]
@@ -160,52 +160,52 @@ def test_a_poison_shard_is_quarantined_whether_it_fails_or_kills(artifact: Artif
 
 def test_workers_that_die_before_any_row_end_the_run(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "PAUSES", (0.0, 0.0))
-    crew = ScriptedCrew(1, lambda: ScriptedHand(lambda assignment: [None]))
+    pool = ScriptedPool(1, lambda: ScriptedHandle(lambda assignment: [None]))
     with pytest.raises(RunFailed, match="3 workers in a row on this machine ended before they finished a row"):
-        run(crew, artifact, 9)
-    assert len(crew.hired) == 3
+        run(pool, artifact, 9)
+    assert len(pool.workers) == 3
 
 
-def busy() -> ScriptedHand:
+def busy() -> ScriptedHandle:
     """A worker that finds no room on its device."""
-    hand = ScriptedHand(well)
-    hand.said = deque([WorkerFailed("no memory", 3, final=False)])
-    hand.name = "GPU 0"
-    return hand
+    handle = ScriptedHandle(well)
+    handle.said = deque([WorkerFailed("no memory", 3, final=False)])
+    handle.name = "GPU 0"
+    return handle
 
 
 def test_a_place_that_never_starts_is_given_up_and_the_others_go_on(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "PAUSES", (0.0, 0.0))
-    crew = ScriptedCrew(2, busy, lambda: ScriptedHand(well, started=False), busy, busy)
+    pool = ScriptedPool(2, busy, lambda: ScriptedHandle(well, started=False), busy, busy)
     events: list[Event] = []
 
     def report(event: Event) -> None:
         events.append(event)
         if isinstance(event, Note) and sum(isinstance(each, Note) for each in events) == 3:
-            crew.hired[1].said.append(Want())  # the other one is up only now
+            pool.workers[1].said.append(Want())  # the other one is up only now
 
-    assert Scheduler(crew, artifact, report).run(shards(4)) == Outcome()
+    assert Scheduler(pool, artifact, report).run(shards(4)) == JobResult()
     told = [event.text for event in events if isinstance(event, Note)]
-    assert len(done(events)) == 4 and len(crew.hired) == 4 and crew.places == [0, 1, 0, 0]
+    assert len(done(events)) == 4 and len(pool.workers) == 4 and pool.places == [0, 1, 0, 0]
     assert told[:2] == ["a worker on GPU 0 could not start: no memory; another one is tried there in 0 s"] * 2
     assert told[2].startswith("GPU 0 is given up, as 3 workers in a row ended there") and told[2].endswith("no memory")
 
 
 def test_a_place_that_nobody_needed_stands_in(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "PAUSES", (0.0,))
-    crew = ScriptedCrew(3, busy, busy, good)
-    outcome, events = run(crew, artifact, 1)
-    assert outcome == Outcome() and done(events) == ["00000"] and crew.places == [0, 0, 1]
+    pool = ScriptedPool(3, busy, busy, good)
+    outcome, events = run(pool, artifact, 1)
+    assert outcome == JobResult() and done(events) == ["00000"] and pool.places == [0, 0, 1]
 
 
 def test_the_last_place_takes_the_run_along(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "PAUSES", (0.0,))
-    crew = ScriptedCrew(2, busy)
+    pool = ScriptedPool(2, busy)
     with pytest.raises(RunFailed, match=r"no memory; 2 workers in a row on GPU 0 .* the last place that was left"):
-        run(crew, artifact, 5)
-    assert sorted(crew.places) == [0, 0, 1, 1]
+        run(pool, artifact, 5)
+    assert sorted(pool.places) == [0, 0, 1, 1]
 
 
 def test_rows_that_are_finished_make_a_place_sound_again(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,29 +218,29 @@ def test_rows_that_are_finished_make_a_place_sound_again(artifact: Artifact, mon
         again, _ = name in tried or not int(name) % 2, tried.add(name)
         return well(assignment) if again else [Pulse({"ok": 1}), None]
 
-    outcome, events = run(ScriptedCrew(1, busy, lambda: ScriptedHand(dies)), artifact, 6)
-    assert outcome == Outcome() and len(done(events)) == 6
+    outcome, events = run(ScriptedPool(1, busy, lambda: ScriptedHandle(dies)), artifact, 6)
+    assert outcome == JobResult() and len(done(events)) == 6
 
 
 def test_a_failure_that_no_other_worker_would_be_spared_ends_the_run(artifact: Artifact) -> None:
-    crew = ScriptedCrew(2, lambda: ScriptedHand(lambda assignment: [WorkerFailed("no such model", 2, final=True)]))
+    pool = ScriptedPool(2, lambda: ScriptedHandle(lambda assignment: [WorkerFailed("no such model", 2, final=True)]))
     with pytest.raises(CapipeError, match="no such model") as raised:
-        run(crew, artifact, 9)
-    assert raised.value.exit_code == 2 and all(hand.dismissed and hand.killed for hand in crew.hired)
+        run(pool, artifact, 9)
+    assert raised.value.exit_code == 2 and all(handle.dismissed and handle.killed for handle in pool.workers)
 
 
 def test_a_worker_that_never_gets_a_machine_is_not_waited_for(artifact: Artifact) -> None:
-    crew = ScriptedCrew(2, good, lambda: ScriptedHand(well, started=False))
-    outcome, events = run(crew, artifact, 4)
-    assert outcome == Outcome() and len(done(events)) == 4
-    assert crew.hired[1].killed and crew.hired[1].orders == []
+    pool = ScriptedPool(2, good, lambda: ScriptedHandle(well, started=False))
+    outcome, events = run(pool, artifact, 4)
+    assert outcome == JobResult() and len(done(events)) == 4
+    assert pool.workers[1].killed and pool.workers[1].orders == []
 
 
 def test_draining_hands_out_nothing_more(artifact: Artifact) -> None:
-    crew = ScriptedCrew(1, good)
-    scheduler = Scheduler(crew, artifact, lambda event: isinstance(event, ShardDone) and scheduler._ask_to_stop())
+    pool = ScriptedPool(1, good)
+    scheduler = Scheduler(pool, artifact, lambda event: isinstance(event, ShardDone) and scheduler._ask_to_stop())
     assert scheduler.run(shards(5)).interrupted
-    assert "stop" in crew.hired[0].orders and len(crew.hired[0].orders) <= 4
+    assert "stop" in pool.workers[0].orders and len(pool.workers[0].orders) <= 4
 
 
 def test_two_runs_share_and_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def test_two_runs_share_and_wait_for_each_other(tmp_path: Path, monkeypatch: pyt
             theirs.close()  # and 00002 is free again
 
     events: list[Event] = []
-    outcome = Scheduler(ScriptedCrew(1, good), ours, go_on).run(shards(5))
+    outcome = Scheduler(ScriptedPool(1, good), ours, go_on).run(shards(5))
     assert done(events) == ["00002", "00003", "00004"] and outcome.quarantined == {"00001": "broken there"}
     assert [event.record.shard for event in events if isinstance(event, DoneElsewhere)] == ["00000"]
     ours.close()
@@ -278,8 +278,8 @@ def test_a_shard_that_was_taken_from_us_is_left_to_others(tmp_path: Path, monkey
         tries.append(assignment.claim)
         return [ShardLost("00000"), Want()] if len(tries) == 1 else well(assignment)
 
-    outcome, events = run(ScriptedCrew(1, lambda: ScriptedHand(answer)), ours, 1)
-    assert outcome == Outcome() and done(events) == ["00000"] and len({*tries}) == 2
+    outcome, events = run(ScriptedPool(1, lambda: ScriptedHandle(answer)), ours, 1)
+    assert outcome == JobResult() and done(events) == ["00000"] and len({*tries}) == 2
     ours.close()
 
 
@@ -301,5 +301,5 @@ async def test_a_worker_in_this_process_waits_for_others_too(tmp_path: Path, mon
     second = await waiting
     assert isinstance(second, Assignment) and second.shard.name == "00000" and second.claim is not None
     channel.send(ShardDone(record("00000")))
-    assert await channel.next_shard() is None and channel.desk.empty
+    assert await channel.next_shard() is None and channel.queue.empty
     ours.close()

@@ -9,7 +9,7 @@ words had come to count as several; that they count as one again is the only cha
 from __future__ import annotations
 
 from capipe.manifests.status import Status
-from capipe.stages.annotate.quality_gate import HealthConfig, examine
+from capipe.stages.annotate.quality_gate import QualityGateConfig, check_caption
 
 from ..caption_texts import caption_texts
 from ..degenerate_captions import LOOPS, REFUSALS
@@ -17,7 +17,7 @@ from ..degenerate_captions import LOOPS, REFUSALS
 
 def mistaken(texts: dict[str, str], right: Status) -> dict[str, str | None]:
     """The texts whose verdict is another than ``right``, with the reason given."""
-    verdicts = {name: examine(text, "stop", HealthConfig()) for name, text in texts.items()}
+    verdicts = {name: check_caption(text, "stop", QualityGateConfig()) for name, text in texts.items()}
     return {name: verdict.reason for name, verdict in verdicts.items() if verdict.status is not right}
 
 

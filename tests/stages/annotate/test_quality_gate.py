@@ -9,9 +9,9 @@ import pytest
 from capipe.manifests.status import Status
 from capipe.models.engines.base import FinishReason, Thought
 from capipe.stages.annotate.loops import find_loop
-from capipe.stages.annotate.quality_gate import HealthConfig, Verdict, examine
+from capipe.stages.annotate.quality_gate import GateResult, QualityGateConfig, check_caption
 
-GATE = HealthConfig()
+GATE = QualityGateConfig()
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ GATE = HealthConfig()
     ],
 )
 def test_faults(text: str, status: Status) -> None:
-    verdict = examine(text, "stop", GATE)
+    verdict = check_caption(text, "stop", GATE)
     assert verdict.status is status and verdict.reason
 
 
@@ -48,7 +48,7 @@ def test_faults(text: str, status: Status) -> None:
     ],
 )
 def test_healthy_captions_pass(text: str) -> None:
-    assert examine(text, "stop", GATE).status is Status.OK
+    assert check_caption(text, "stop", GATE).status is Status.OK
 
 
 #: What pictures full of text make captioners write: each was once taken for a fault of theirs.
@@ -84,7 +84,7 @@ TEXT_RICH = {
 
 @pytest.mark.parametrize("text", TEXT_RICH.values(), ids=TEXT_RICH.keys())
 def test_what_stands_in_a_picture_is_no_fault(text: str) -> None:
-    assert examine(text, "stop", GATE) == Verdict(Status.OK)
+    assert check_caption(text, "stop", GATE) == GateResult(Status.OK)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_what_stands_in_a_picture_is_no_fault(text: str) -> None:
 )
 def test_loops_in_every_script(phrase: str, times: int) -> None:
     for before in ("", "A red square on white, seen from above, with a small sign below it.\n"):
-        verdict = examine(before + phrase * times, "stop", GATE)
+        verdict = check_caption(before + phrase * times, "stop", GATE)
         assert verdict.status is Status.DEGENERATE and verdict.reason
 
 
@@ -130,7 +130,7 @@ def test_loops_in_every_script(phrase: str, times: int) -> None:
     ],
 )
 def test_refusals_in_every_language(text: str) -> None:
-    assert examine(text, "stop", GATE).status is Status.REFUSED
+    assert check_caption(text, "stop", GATE).status is Status.REFUSED
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_refusals_in_every_language(text: str) -> None:
     ],
 )
 def test_apologies_in_the_picture_are_no_refusals(text: str) -> None:
-    assert examine(text, "stop", GATE) == Verdict(Status.OK)
+    assert check_caption(text, "stop", GATE) == GateResult(Status.OK)
 
 
 @pytest.mark.parametrize(
@@ -164,24 +164,24 @@ def test_apologies_in_the_picture_are_no_refusals(text: str) -> None:
     ],
 )
 def test_boilerplate_openers_are_told_from_captions_that_begin_alike(text: str, status: Status) -> None:
-    assert examine(text, "stop", GATE).status is status
+    assert check_caption(text, "stop", GATE).status is status
 
 
 def test_thresholds_decide() -> None:
     sentence = "The dog is looking at the camera. " * 5
-    assert examine(sentence, "stop", GATE).status is Status.DEGENERATE
-    assert examine(sentence, "stop", HealthConfig(loop_repeats=6)).status is Status.OK
+    assert check_caption(sentence, "stop", GATE).status is Status.DEGENERATE
+    assert check_caption(sentence, "stop", QualityGateConfig(loop_repeats=6)).status is Status.OK
     shout = "A banner that says g" + "o" * 50 + "al, held up by people in a crowd at a football match at night"
-    assert examine(shout, "stop", GATE).status is Status.DEGENERATE
-    assert examine(shout, "stop", HealthConfig(longest_run=60)).status is Status.OK
+    assert check_caption(shout, "stop", GATE).status is Status.DEGENERATE
+    assert check_caption(shout, "stop", QualityGateConfig(longest_run=60)).status is Status.OK
     poor = " ".join(f"red blue {['green', 'gray', 'black'][n * n % 3]} {n % 7}" for n in range(40))
-    assert examine(poor, "stop", HealthConfig(loop_repeats=99)).status is Status.DEGENERATE
-    assert examine(poor, "stop", HealthConfig(loop_repeats=99, distinct_words=0.05)).status is Status.OK
+    assert check_caption(poor, "stop", QualityGateConfig(loop_repeats=99)).status is Status.DEGENERATE
+    assert check_caption(poor, "stop", QualityGateConfig(loop_repeats=99, distinct_words=0.05)).status is Status.OK
 
 
 def test_a_cut_caption_is_truncated_unless_wanted() -> None:
-    assert examine("A dog on", "length", GATE).status is Status.TRUNCATED
-    assert examine("A dog on", "length", HealthConfig(keep_truncated=True)).status is Status.OK
+    assert check_caption("A dog on", "length", GATE).status is Status.TRUNCATED
+    assert check_caption("A dog on", "length", QualityGateConfig(keep_truncated=True)).status is Status.OK
 
 
 @pytest.mark.parametrize(
@@ -196,9 +196,9 @@ def test_a_cut_caption_is_truncated_unless_wanted() -> None:
     ],
 )
 def test_a_thought_is_no_caption(thought: Thought | None, finish: FinishReason, status: Status, reason: str) -> None:
-    verdict = examine("", finish, HealthConfig(keep_truncated=True), thought)
+    verdict = check_caption("", finish, QualityGateConfig(keep_truncated=True), thought)
     assert verdict.status is status and re.search(reason, verdict.reason or "")
-    assert examine("A dog on a lawn.", "stop", GATE, thought).status is Status.OK
+    assert check_caption("A dog on a lawn.", "stop", GATE, thought).status is Status.OK
 
 
 def test_loops_are_found_at_any_phrase_length_and_place() -> None:

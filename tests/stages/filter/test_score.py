@@ -14,7 +14,7 @@ from torch import Tensor
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
 from capipe.models.images.decode import Pixels
-from capipe.models.images.preprocess import View
+from capipe.models.images.preprocess import Preprocess
 from capipe.models.scorers.base import Pair
 from capipe.stages.filter.score import CAPTIONS, CaptionScorer, SeenRow, captions_of, language_of, passed_on, unscored
 
@@ -23,7 +23,7 @@ class LengthScorer:
     """Scores a text by its length and its image's first level; counts what it is asked."""
 
     name = "clip"
-    view = View(8, 8)
+    preprocess = Preprocess(8, 8)
 
     def __init__(self, bad: str = "") -> None:
         self.bad, self.encoded, self.asked = bad, 0, 0

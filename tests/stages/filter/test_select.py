@@ -21,9 +21,9 @@ from capipe.stages.filter.select import (
     final_row,
     group,
     members,
+    selection_status,
     top_threshold,
     uid_list,
-    verdict,
 )
 
 from ...conftest import photo
@@ -47,7 +47,7 @@ def selected(config: SelectConfig, table: pa.Table, marks: list[str] | None = No
         rule = Rule.of(config, "re", str(np.float32(threshold)))
     beside = [None] * len(table) if marks is None else [{"status": mark, "error": f"is {mark}"} for mark in marks]
     rows = zip(table.to_pylist(), beside, found.failed.tolist(), strict=True)
-    verdicts = [verdict(row, mark, rule, failed) for row, mark, failed in rows]
+    verdicts = [selection_status(row, mark, rule, failed) for row, mark, failed in rows]
     assert [status == Status.OK for status, _ in verdicts] == found.kept(rule).tolist()
     return verdicts
 

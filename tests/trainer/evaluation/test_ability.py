@@ -13,20 +13,20 @@ from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
 from capipe.models.tiny.world.scenes import sample_scene
-from capipe.trainer.dataset import Task
-from capipe.trainer.evaluation.ability import LEAST_OF_PLACE, Ability, Places, ability_of, cautions
+from capipe.trainer.dataset import Example
+from capipe.trainer.evaluation.ability import LEAST_OF_PLACE, Ability, PositionCounts, ability_of, cautions
 from capipe.trainer.preflight import ability, refuse_reader
 
 from ...scripted import Scripted, knows, pick
 
 
-def tasks(count: int, truth: bool = False) -> list[Task]:
+def tasks(count: int, truth: bool = False) -> list[Example]:
     """Scenes with three questions each."""
     rng, made = Random(4), []
     for number in range(count):
         scene = sample_scene(rng, 4)
         asked = tuple(quiz(scene, sample_asked(scene, rng), rng) for _ in range(3))
-        made.append(Task(f"{number:032x}", str(number), "memory://x", 0, 1, asked, scene if truth else None))
+        made.append(Example(f"{number:032x}", str(number), "memory://x", 0, 1, asked, scene if truth else None))
     return made
 
 
@@ -112,24 +112,24 @@ async def test_a_reader_that_prefers_a_place_is_warned_of_with_the_figures() -> 
 
 def test_places_compare_each_question_with_itself() -> None:
     """Two options are all right, four are all wrong and alone in places D and E: no place is preferred."""
-    places = Places()
+    places = PositionCounts()
     for _ in range(LEAST_OF_PLACE):
         places.add((0, 1, 2), (True, True, True))
         places.add((0, 1, 2, 3, 4), (False, None, False, False, False))
     assert set(places.accuracies()) == {0, 1, 2, 3, 4}
     assert len(set(places.accuracies().values())) == 1
-    first = Places()
+    first = PositionCounts()
     for _ in range(LEAST_OF_PLACE):
         first.add((0, 1, 2), (True, False, False))
     assert first.accuracies() == pytest.approx({0: 1.0, 1: 0.0, 2: 0.0})
-    beyond = Places()
+    beyond = PositionCounts()
     for _ in range(LEAST_OF_PLACE):
         beyond.add((0, 1, 2), (True, False, False))
         beyond.add((1, 2), (True, True))
     assert beyond.accuracies() == pytest.approx({0: 1.0, 1: 0.6 - 1 / 6, 2: 0.6 - 1 / 6}), "not 1.267"
-    few = Places()
+    few = PositionCounts()
     few.add((0, 1, 2), (True, False, False))
-    assert few.accuracies() == {} and Places().accuracies() == {}
+    assert few.accuracies() == {} and PositionCounts().accuracies() == {}
 
 
 def test_questions_that_anybody_answers_are_to_be_screened() -> None:
@@ -138,5 +138,5 @@ def test_questions_that_anybody_answers_are_to_be_screened() -> None:
 
 
 async def test_nothing_scored_is_nothing_known() -> None:
-    task = Task("u" * 32, "k", "memory://x", 0, 1, (Question("What?", ("a", "b"), 0),))
+    task = Example("u" * 32, "k", "memory://x", 0, 1, (Question("What?", ("a", "b"), 0),))
     assert await ability_of(reader(lambda request: [None] * 3), [task]) is None

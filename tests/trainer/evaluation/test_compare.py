@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from capipe.errors import BadInput
-from capipe.trainer.evaluation.compare import Run, compare
+from capipe.trainer.evaluation.compare import EvaluationRun, compare
 from capipe.trainer.evaluation.evaluate import evaluate
 from capipe.trainer.evaluation.results import Comparison, LeftOut
 from capipe.trainer.evaluation.tables import to_json
@@ -21,8 +21,8 @@ def one(key: str, answers: dict[str, list[int | None]], name: str = "plain", kin
     return row(key, [question(each, kind=kind) for each in answers], [caption(name, "A.", answers)])
 
 
-def run_of(rows: list[dict[str, Any]], name: str = "run", **settings: str) -> Run:
-    return Run(name, iter(rows), {**READ, **settings})
+def run_of(rows: list[dict[str, Any]], name: str = "run", **settings: str) -> EvaluationRun:
+    return EvaluationRun(name, iter(rows), {**READ, **settings})
 
 
 def draws(seed: int, images: int = 200) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -103,11 +103,11 @@ def test_systems_are_the_first_prompts_unless_named() -> None:
     both = row(
         "a", [question("q")], [caption(n, "A.", {"q": [c]}) for n, c in (("blind", 0), ("long", 1), ("plain", 0))]
     )
-    chosen = compare(run_of([both]), Run("two", [both], READ, system="blind"))
+    chosen = compare(run_of([both]), EvaluationRun("two", [both], READ, system="blind"))
     assert (chosen.first.system, chosen.second.system) == ("long", "blind")
     assert chosen.overall.difference.value == 1
     with pytest.raises(BadInput, match=r"two: no captions named 'dense'; there are blind, long, plain"):
-        compare(run_of([both]), Run("two", [both], READ, system="dense"))
+        compare(run_of([both]), EvaluationRun("two", [both], READ, system="dense"))
     with pytest.raises(BadInput, match=r"two: no captions of a prompt; there are blind"):
         compare(run_of([both]), run_of([one("a", {"q": [0]}, name="blind")], "two"))
     with pytest.raises(BadInput, match=r"two: no captions of a prompt; there are none at all"):
@@ -124,7 +124,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(BadInput, match="one was graded by tiny/reader, two by tiny/reader; grade both with one reader"):
         compare(run_of(rows, "one", **same), run_of(rows, "two", **other))
     with pytest.raises(BadInput, match="two: it does not say which reader graded it"):
-        compare(run_of(rows), Run("two", rows, {}))
+        compare(run_of(rows), EvaluationRun("two", rows, {}))
     for others in ([one("b", {"q": [0]})], [one("a", {"r": [0]})], [one("a", {"q": [None]})]):
         with pytest.raises(BadInput, match="one and two: no question that both have a score for"):
             compare(run_of(rows, "one"), run_of(others, "two"))

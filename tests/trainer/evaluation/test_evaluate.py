@@ -12,7 +12,7 @@ from capipe.errors import BadInput
 from capipe.models.tiny.world.captions import dense_caption
 from capipe.models.tiny.world.scenes import Scene, Sign, Thing, scenes
 from capipe.trainer.evaluation.evaluate import evaluate
-from capipe.trainer.evaluation.results import Place, Report, System
+from capipe.trainer.evaluation.results import EvaluationReport, PositionAccuracy, System
 
 from ..grading import Chosen, caption, question, row
 
@@ -20,11 +20,11 @@ SETTINGS = {"model": "tiny/captioner", "reader": "tiny/reader"}
 SCENE = Scene("white", (Thing("top left", "circle", "red", "large"),), Sign("STOP", "center"))
 
 
-def report_on(*rows: dict[str, Any], resamples: int = 50) -> Report:
+def report_on(*rows: dict[str, Any], resamples: int = 50) -> EvaluationReport:
     return evaluate(rows, SETTINGS, resamples=resamples)
 
 
-def system(report: Report, name: str) -> System:
+def system(report: EvaluationReport, name: str) -> System:
     return next(each for each in report.systems if each.name == name)
 
 
@@ -89,10 +89,10 @@ def test_places_of_the_right_option_show_a_biased_reader() -> None:
     asked = [question("q", 2, 0), question("r", 2, 1)]
     always_first = {"q": [0, 1, 2], "r": [0, 1, 2]}
     quiz = system(report_on(row("a", asked, [caption("plain", "A.", always_first)])), "plain").quiz
-    assert quiz.by_place == (Place(0, 2, 2), Place(1, 0, 2), Place(2, 0, 2))
+    assert quiz.by_place == (PositionAccuracy(0, 2, 2), PositionAccuracy(1, 0, 2), PositionAccuracy(2, 0, 2))
     assert quiz.by_place[0].accuracy == 1.0
     partly = system(report_on(row("a", asked, [caption("plain", "A.", {"q": [0, None, 0]})])), "plain").quiz
-    assert partly.by_place == (Place(0, 1, 1), Place(1, 1, 1))
+    assert partly.by_place == (PositionAccuracy(0, 1, 1), PositionAccuracy(1, 1, 1))
 
 
 def test_engine_errors_are_excluded_and_other_faults_are_graded() -> None:
@@ -128,7 +128,7 @@ def test_systems_come_prompts_first_and_controls_from_best_to_worst() -> None:
     assert [each.name for each in report.systems] == ["short", "plain", "oracle", "generic", "empty", "blind"]
 
 
-def read_by(told: Chosen, blind: Chosen, control: str = "self-oracle", images: int = 10) -> Report:
+def read_by(told: Chosen, blind: Chosen, control: str = "self-oracle", images: int = 10) -> EvaluationReport:
     """A reader that answers so from a caption that tells all, and so without any; two options, the first is right."""
     captions = [caption("plain", "A.", {"q": blind}), caption(control, "Q? Yes.", {"q": told})]
     captions.append(caption("blind", None, {"q": blind}))
@@ -141,7 +141,7 @@ def test_a_reader_that_cannot_read_is_warned_of_for_people_and_machines() -> Non
     assert caution.kind == "cannot_read" and "self-oracle 0.333, blind 0.333" in caution.text
     assert caution.figures == pytest.approx({"self-oracle": 1 / 3, "blind": 1 / 3, "threshold": 0.2})
     assert report.to_dict()["warnings"][0]["kind"] == "cannot_read"
-    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert EvaluationReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     assert read_by(told=[0, 0, 0], blind=[2, 2, 2]).warnings == ()
     assert read_by(told=[0, 0, 0], blind=[2, 2, 2], control="oracle").warnings == ()
     assert read_by(told=[1, 2, 1], blind=[1, 2, 1], control="oracle").warnings[0].kind == "cannot_read"
@@ -287,7 +287,7 @@ def test_a_report_survives_json_and_has_no_nan() -> None:
         [row("a", asked, [*captions, caption("blind", None, answers)], SCENE), row("b", None, None, status="unsafe")],
         {**SETTINGS, "seeds": (1, 2), "captions": {"fingerprint": "ab"}},
     )
-    assert Report.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
+    assert EvaluationReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
     assert all(math.isfinite(number) for number in numbers(report.to_dict()))
     oracle = system(report, "oracle")
     assert oracle.captions == 0 and oracle.quiz.accuracy.value is None and oracle.truth is None
@@ -295,7 +295,7 @@ def test_a_report_survives_json_and_has_no_nan() -> None:
 
 def test_json_of_another_form_names_the_field() -> None:
     with pytest.raises(BadInput, match=r"^images: .*capipe eval"):
-        Report.from_dict({"rows": 1})
+        EvaluationReport.from_dict({"rows": 1})
 
 
 # --- what cannot be measured -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
 from capipe.models.images.decode import ImageLimits
-from capipe.models.images.preprocess import decode_views
+from capipe.models.images.preprocess import decode_preprocessed
 from capipe.models.scorers.base import Pair
 from capipe.models.scorers.clip import load_clip
 from capipe.models.tiny.world.captions import dense_caption
@@ -20,7 +20,7 @@ from capipe.models.tiny.world.corpus import samples
 from capipe.models.tiny.world.scenes import Scene, Thing
 from capipe.trainer.evaluation.bootstrap import found_at
 from capipe.trainer.evaluation.evaluate import evaluate
-from capipe.trainer.evaluation.results import Report
+from capipe.trainer.evaluation.results import EvaluationReport
 from capipe.trainer.evaluation.retrieval import cosines_of, gallery_of, ranks, ranks_of
 from capipe.trainer.evaluation.tables import to_markdown
 
@@ -57,7 +57,9 @@ def test_a_clip_finds_scenes_by_dense_captions_and_not_by_empty_ones() -> None:
     assert sum(found[pair] <= 10 for pair in dense) > 45
     assert ("nobody", "A dog.") not in found and (dense[0][0], "") in found
     cosines = cosines_of(gallery, [*dense, ("nobody", "A dog.")], clip)
-    features = clip.encode_images([decode_views(shown[3].image, views=(clip.view,), limits=ImageLimits())[0]])
+    features = clip.encode_images(
+        [decode_preprocessed(shown[3].image, preprocesses=(clip.preprocess,), limits=ImageLimits())[0]]
+    )
     assert cosines[dense[3]] == pytest.approx(clip.score(features, [Pair(0, dense[3][1])])[0], abs=1e-5)
     assert cosines.keys() == set(dense)
 
@@ -79,7 +81,7 @@ def test_the_report_has_recall_by_system_and_comes_back_from_json() -> None:
     assert plain.retrieval is not None and blind.retrieval is None
     assert {k: each.value for k, each in plain.retrieval.recall.items()} == {1: 0.5, 5: 0.5, 10: 1.0}
     assert (plain.retrieval.gallery, plain.retrieval.captions) == (9, 2)
-    assert Report.from_dict(report.to_dict()) == report
+    assert EvaluationReport.from_dict(report.to_dict()) == report
     assert "recall@10 %" in to_markdown(report)
     assert "Retrieval" not in to_markdown(evaluate(graded, {}, resamples=20))
 
@@ -92,6 +94,6 @@ def test_the_report_has_cosines_and_perplexity_of_those_captions_that_were_judge
     judged = report.systems[0].judged
     assert judged is not None and judged.cosine.value == 0.5 and judged.logp.value == -2.0
     assert judged.logp.n == 3  # a mean over tokens, not over captions
-    assert Report.from_dict(report.to_dict()) == report
+    assert EvaluationReport.from_dict(report.to_dict()) == report
     assert f"{math.exp(2):.2f}" in to_markdown(report) and "Other models" in to_markdown(report)
     assert evaluate(graded, {}, resamples=20).systems[0].judged is None

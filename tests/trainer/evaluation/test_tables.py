@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from capipe.models.tiny.world.scenes import Scene, Thing
-from capipe.trainer.evaluation.compare import Run, compare
+from capipe.trainer.evaluation.compare import EvaluationRun, compare
 from capipe.trainer.evaluation.evaluate import evaluate
-from capipe.trainer.evaluation.results import Caution, Comparison, Report
+from capipe.trainer.evaluation.results import Caution, Comparison, EvaluationReport
 from capipe.trainer.evaluation.tables import escape, terminal, to_json, to_markdown
 
 from ..grading import caption, question, row
@@ -21,7 +21,7 @@ SCENE = Scene("white", (Thing("top left", "circle", "red", "large"),))
 
 
 @pytest.fixture
-def report() -> Report:
+def report() -> EvaluationReport:
     asked = [question("q"), question("r", 3, 2, "[red]odd[/red]")]
     rows = [
         row(
@@ -44,10 +44,10 @@ def comparison() -> Comparison:
     rows = [row(key, [question("q")], [caption("plain", "A.", {"q": [0]})]) for key in ("a", "b")]
     worse = [row(key, [question("q")], [caption("plain", "A.", {"q": [1, 0, 0]})]) for key in ("a", "b", "c")]
     settings = {"reader": "r", "model": "one_two"}
-    return compare(Run("one", rows, settings), Run("two", worse, settings), resamples=20)
+    return compare(EvaluationRun("one", rows, settings), EvaluationRun("two", worse, settings), resamples=20)
 
 
-def test_warnings_come_first_on_the_page_and_cannot_be_markup(report: Report) -> None:
+def test_warnings_come_first_on_the_page_and_cannot_be_markup(report: EvaluationReport) -> None:
     caution = Caution("cannot_read", "blind 0.25 | **<b>bold</b>**", {"blind": 0.25})
     page = to_markdown(replace(report, warnings=(caution,)))
     warning = "**Warning:** blind 0.25 \\| \\*\\*&lt;b&gt;bold&lt;/b&gt;\\*\\*."
@@ -55,7 +55,7 @@ def test_warnings_come_first_on_the_page_and_cannot_be_markup(report: Report) ->
     assert json.loads(to_json(replace(report, warnings=(caution,))))["warnings"][0]["figures"] == {"blind": 0.25}
 
 
-def printed(value: Report | Comparison) -> str:
+def printed(value: EvaluationReport | Comparison) -> str:
     out = io.StringIO()
     Console(file=out, width=200).print(*terminal(value))
     return out.getvalue()
@@ -67,7 +67,7 @@ def cells(page: str, title: str) -> list[list[str]]:
     return [re.split(r"(?<!\\)(?:\\\\)*\|", line)[1:-1] for line in section.splitlines()]
 
 
-def test_terminal_tables_say_what_was_measured(report: Report) -> None:
+def test_terminal_tables_say_what_was_measured(report: EvaluationReport) -> None:
     text = printed(report)
     assert "2 images in 3 rows" not in text and "2 images in 2 rows, 4 questions" in text
     assert "Rows excluded: 1 corrupt." in text and "2 are unscored" in text
@@ -85,13 +85,13 @@ def test_a_table_with_nothing_to_say_is_left_out() -> None:
     assert "100.0 (–)" in printed(bare)
 
 
-def test_json_comes_back(report: Report, comparison: Comparison) -> None:
-    assert Report.from_dict(json.loads(to_json(report))) == report
+def test_json_comes_back(report: EvaluationReport, comparison: Comparison) -> None:
+    assert EvaluationReport.from_dict(json.loads(to_json(report))) == report
     assert Comparison.from_dict(json.loads(to_json(comparison))) == comparison
-    assert NASTY in [each.text for each in Report.from_dict(json.loads(to_json(report))).examples]
+    assert NASTY in [each.text for each in EvaluationReport.from_dict(json.loads(to_json(report))).examples]
 
 
-def test_markdown_shows_captions_as_text_in_one_cell(report: Report) -> None:
+def test_markdown_shows_captions_as_text_in_one_cell(report: EvaluationReport) -> None:
     page = to_markdown(report)
     assert "<script" not in page and "\x1b" not in page and "![" not in page
     examples = cells(page, "Examples")
@@ -102,7 +102,7 @@ def test_markdown_shows_captions_as_text_in_one_cell(report: Report) -> None:
     assert examples[3][2].strip() == "–"  # blind
 
 
-def test_every_markdown_table_is_rectangular(report: Report, comparison: Comparison) -> None:
+def test_every_markdown_table_is_rectangular(report: EvaluationReport, comparison: Comparison) -> None:
     for page in (to_markdown(report), to_markdown(comparison)):
         titles = re.findall(r"^## (.*)$", page, re.MULTILINE)
         assert len(titles) == len(set(titles))
@@ -111,7 +111,7 @@ def test_every_markdown_table_is_rectangular(report: Report, comparison: Compari
     assert cells(to_markdown(report), "Settings")[2] == [" model ", r" m\|n "]
 
 
-def test_places_and_kinds_are_in_markdown(report: Report) -> None:
+def test_places_and_kinds_are_in_markdown(report: EvaluationReport) -> None:
     page = to_markdown(report)
     places = cells(page, "Right % by place of the right option")
     assert places[0] == [" place ", " plain ", " blind "] and places[2][0] == " 1 "

@@ -13,8 +13,8 @@ from capipe.models.bundled import folder_of
 from capipe.models.engines.base import Completion, ImageInput, Prompt
 from capipe.models.engines.hf.engine import TransformersEngine
 from capipe.trainer.build import build_policy, write_policy
-from capipe.trainer.build_rewards import build_judge
-from capipe.trainer.dataset import Task
+from capipe.trainer.build_rewards import build_reward_manager
+from capipe.trainer.dataset import Example
 from capipe.trainer.recipe import Recipe
 from capipe.trainer.rewards.judge import JudgeReward, JudgeRewardConfig
 from capipe.trainer.rewards.quiz import QuizReward, QuizRewardConfig, reader_config
@@ -89,7 +89,7 @@ def test_keys_that_came_later_change_no_run_that_does_without_them(tmp_path: Pat
 async def test_arguments_of_a_reward_reach_its_readers_template(tmp_path: Path) -> None:
     folder = copied("reader", tmp_path / "reader", MOOD + own_template("reader"))
     config = QuizRewardConfig(reader=str(folder), engine="transformers", template_args={"mood": "wild"})
-    judge = await build_judge([config], lambda ids: "")
+    judge = await build_reward_manager([config], lambda ids: "")
     reward = judge.rewards["quiz"]
     assert isinstance(reward, QuizReward) and isinstance(reward.reader.engine, TransformersEngine)
     encoder = reward.reader.engine.lm.encoder
@@ -97,7 +97,7 @@ async def test_arguments_of_a_reward_reach_its_readers_template(tmp_path: Path) 
     await judge.aclose()
     marks = JudgeRewardConfig(model=str(folder), engine="transformers", template_args={"moods": "wild"})
     with pytest.raises(BadInput, match="moods: no argument"):
-        await build_judge([marks], lambda ids: "")
+        await build_reward_manager([marks], lambda ids: "")
     assert reader_config(QuizRewardConfig(thought_tokens=9)).thought_tokens == 9
 
 
@@ -105,11 +105,11 @@ async def test_a_judge_marks_after_its_thought(tmp_path: Path, monkeypatch: pyte
     engine = Thoughtful(lambda request: [0.0, -50.0], writes("<think>Bad.</think>1"))
     reward = JudgeReward(engine, JudgeRewardConfig(model="any", marks=("1", "2"), thought_tokens=33))
 
-    async def pixels(task: Task) -> ImageInput:
+    async def pixels(task: Example) -> ImageInput:
         return ImageInput(task.uid)
 
     monkeypatch.setattr(reward._pictures, "of", pixels)
-    task = Task("u" * 32, "k", "a.tar", 0, 1, ())
+    task = Example("u" * 32, "k", "a.tar", 0, 1, ())
     scored = await reward.score(task, Completion("a dog", (1,), "stop", 1), "draw")
     assert (scored.value, scored.details) == (pytest.approx(0.0), {"thought_cut": False})
     assert [each.prompt.thought for each in engine.choices] == ["Bad."]

@@ -19,7 +19,7 @@ from capipe.trainer.build import policy_class
 from capipe.trainer.policy.batch import Group, pack
 from capipe.trainer.policy.decoder import DecoderPolicy, reference_logps
 from capipe.trainer.policy.packing_check import PackingCheck, check_packing, random_completions, unknown_layers
-from capipe.trainer.weight_sync_check import Probe
+from capipe.trainer.weight_sync_check import WeightSyncCheck
 
 from ...models.captioners import KINDS, random_captioner
 from ..policies import IMAGE, VIDEO, image, prompt, random_model
@@ -158,7 +158,7 @@ def test_the_probe_packs_a_text_behind_itself(leaks: bool) -> None:
     with torch.no_grad():
         logprobs = tuple(reference_logps(policy, words(), tokens).tolist())
     written = Completion("", tokens, "stop", len(tokens), logprobs)
-    probe = Probe(None, words(), policy, 1e-3)  # type: ignore[arg-type]
+    probe = WeightSyncCheck(None, words(), policy, 1e-3)  # type: ignore[arg-type]
     assert (probe.difference(written) > 0.05) == leaks and (leaks or probe.difference(written) < 1e-4)
 
 

@@ -10,10 +10,10 @@ import pytest
 from capipe.models.engines.base import ChoiceRequest, Completion, EngineDead, RequestError
 from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
-from capipe.trainer.advantages import Part
-from capipe.trainer.dataset import Task
+from capipe.trainer.advantages import RewardTerm
+from capipe.trainer.dataset import Example
 from capipe.trainer.preflight import Floors, floors, refuse_templates
-from capipe.trainer.rewards.base import Judge, Reward, Scored
+from capipe.trainer.rewards.base import Reward, RewardManager, Scored
 from capipe.trainer.rewards.quiz import QuizReward, QuizRewardConfig
 from capipe.trainer.rewards.text import (
     BoilerplateConfig,
@@ -27,7 +27,7 @@ from ...scripted import Scripted, knows
 
 COLOR = Question("Which color is the star?", ("red", "blue", "green"), 0, "color")
 COUNT = Question("How many shapes are there?", ("one", "two"), 1, "count")
-TASK = Task("u" * 32, "k", "memory://x.tar", 0, 1, (COLOR, COUNT))
+TASK = Example("u" * 32, "k", "memory://x.tar", 0, 1, (COLOR, COUNT))
 
 
 def caption(text: str, tokens: int = 5) -> Completion:
@@ -93,7 +93,7 @@ class Fixed:
     def __init__(self, *values: float | Exception | None) -> None:
         self.values = list(values)
 
-    async def score(self, task: Task, caption: Completion, draw: str) -> Scored:
+    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
         value = self.values.pop(0)
         if isinstance(value, Exception):
             raise value
@@ -102,14 +102,14 @@ class Fixed:
     async def aclose(self) -> None: ...
 
 
-async def results(rewards: dict[str, Reward], parts: dict[str, Part], count: int) -> list[Any]:
-    judge = Judge(rewards, parts)
+async def results(rewards: dict[str, Reward], parts: dict[str, RewardTerm], count: int) -> list[Any]:
+    judge = RewardManager(rewards, parts)
     return judge.results([await judge.score(TASK, caption("x"), f"{n}") for n in range(count)])
 
 
 async def test_a_reward_that_fails_for_a_caption_leaves_it_unscored() -> None:
     rewards: dict[str, Reward] = {"quiz": Fixed(1.0, ValueError("boom"), 0.5), "length": Fixed(1.0, 1.0, None)}
-    found = await results(rewards, {"quiz": Part(), "length": Part(0.2)}, 3)
+    found = await results(rewards, {"quiz": RewardTerm(), "length": RewardTerm(0.2)}, 3)
     assert [each.score for each in found] == [1.2, None, None]
     assert found[1].components == {"quiz": None, "length": 1.0}
     assert found[1].details["quiz"] == {"error": "ValueError: boom"}
@@ -117,12 +117,12 @@ async def test_a_reward_that_fails_for_a_caption_leaves_it_unscored() -> None:
 
 async def test_a_dead_engine_ends_the_run() -> None:
     with pytest.raises(EngineDead):
-        await results({"quiz": Fixed(EngineDead("gone"))}, {"quiz": Part()}, 1)
+        await results({"quiz": Fixed(EngineDead("gone"))}, {"quiz": RewardTerm()}, 1)
 
 
 async def test_parts_are_normalised_within_the_group() -> None:
     rewards: dict[str, Reward] = {"quiz": Fixed(0.0, 1.0), "length": Fixed(100.0, 300.0)}
-    found = await results(rewards, {"quiz": Part(1.0, True), "length": Part(1.0, True)}, 2)
+    found = await results(rewards, {"quiz": RewardTerm(1.0, True), "length": RewardTerm(1.0, True)}, 2)
     assert found[0].score == pytest.approx(-found[1].score) and found[1].score == pytest.approx(2 * 0.7071, rel=1e-3)
 
 

@@ -15,11 +15,11 @@ from capipe.errors import BadInput
 from capipe.models.engines.base import Completion
 from capipe.models.images.decode import ImageLimits, Pixels
 from capipe.models.images.formats import ImageProblem
-from capipe.models.images.preprocess import View, decode_views
+from capipe.models.images.preprocess import Preprocess, decode_preprocessed
 from capipe.models.scorers.base import Pair
 from capipe.models.scorers.sentences import split_sentences
 from capipe.models.tiny.world.corpus import samples
-from capipe.trainer.dataset import Task
+from capipe.trainer.dataset import Example
 from capipe.trainer.rewards.image_text import (
     BlipRewardConfig,
     ClipRewardConfig,
@@ -40,7 +40,7 @@ def images() -> list[bytes]:
 
 
 @pytest.fixture
-def shown(tmp_path: Path, images: list[bytes]) -> list[Task]:
+def shown(tmp_path: Path, images: list[bytes]) -> list[Example]:
     return tasks(tmp_path / "a.tar", **{f"image{number}": image for number, image in enumerate(images)})
 
 
@@ -56,14 +56,14 @@ def config(kind: str, folder: Path, **settings: Any) -> Any:
     return ItmRewardConfig(model="tiny/itm", **settings)
 
 
-async def values(reward: ImageTextReward, asked: Sequence[tuple[Task, str]]) -> list[float]:
+async def values(reward: ImageTextReward, asked: Sequence[tuple[Example, str]]) -> list[float]:
     scored = await asyncio.gather(*(reward.score(task, caption(text), "d") for task, text in asked))
     return [float(each.value) for each in scored if each.value is not None]
 
 
 @pytest.mark.parametrize("kind", ["clip", "blip", "itm"])
 async def test_a_reward_is_the_scorers_value_alone_and_together(
-    kind: str, tmp_path: Path, images: list[bytes], shown: list[Task]
+    kind: str, tmp_path: Path, images: list[bytes], shown: list[Example]
 ) -> None:
     made = config(kind, tmp_path / "blip")
     reward = build_image_text_reward(made)  # one by one on a CPU
@@ -75,7 +75,9 @@ async def test_a_reward_is_the_scorers_value_alone_and_together(
         for each, value in zip(asked[::3], together[::3], strict=True):
             assert await values(reward, [each]) == pytest.approx([value], abs=1e-4)
         scorer: Any = reward._scorer
-        views = [decode_views(image, views=(scorer.view,), limits=ImageLimits()) for image in images]
+        views = [
+            decode_preprocessed(image, preprocesses=(scorer.preprocess,), limits=ImageLimits()) for image in images
+        ]
         encoded = scorer.encode_images([view[0] for view in views if not isinstance(view, ImageProblem)])
         pairs = [Pair(number, text) for number in range(3) for text in TEXTS]
         own = scorer.logits(encoded, pairs)[:, 1].tolist() if kind == "itm" else scorer.score(encoded, pairs)
@@ -85,7 +87,7 @@ async def test_a_reward_is_the_scorers_value_alone_and_together(
         await batched.aclose()
 
 
-async def test_matching_tells_a_logit_a_difference_or_a_probability(shown: list[Task]) -> None:
+async def test_matching_tells_a_logit_a_difference_or_a_probability(shown: list[Example]) -> None:
     asked = [(task, text) for task in shown for text in TEXTS[:2]]
     told: dict[str, Tensor] = {}
     for logit in ("positive", "difference", "probability"):
@@ -97,7 +99,7 @@ async def test_matching_tells_a_logit_a_difference_or_a_probability(shown: list[
     assert ItmRewardConfig(model="m").logit == "positive"
 
 
-async def test_captions_by_sentence(shown: list[Task]) -> None:
+async def test_captions_by_sentence(shown: list[Example]) -> None:
     text = TEXTS[1]
     whole, *parts = [(shown[0], each) for each in (text, *split_sentences(text))]
     reward = build_image_text_reward(ClipRewardConfig(model="tiny/clip"))
@@ -116,7 +118,7 @@ class Counting:
     """A scorer that remembers what it encoded; a text is worth its length, "nan" is worth no number."""
 
     name = "counting"
-    view = View(8, 8)
+    preprocess = Preprocess(8, 8)
 
     def __init__(self) -> None:
         self.encoded: list[int] = []
@@ -140,11 +142,11 @@ def counting() -> Iterator[Counting]:
 
 
 async def test_an_image_is_read_and_encoded_once_and_captions_that_end_together_share_a_batch(
-    counting: Counting, shown: list[Task], monkeypatch: pytest.MonkeyPatch
+    counting: Counting, shown: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    whole = Task.read
-    monkeypatch.setattr(Task, "read", lambda self: read.append(self.key) or whole(self))  # type: ignore[func-returns-value]
+    whole = Example.read
+    monkeypatch.setattr(Example, "read", lambda self: read.append(self.key) or whole(self))  # type: ignore[func-returns-value]
     reward = ImageTextReward(counting, counting.score)
     await values(reward, [(task, f"caption {n}") for task in shown for n in range(4)])
     asked = [(task, text) for task in shown for text in ("one", "other", "one")]
@@ -154,7 +156,7 @@ async def test_an_image_is_read_and_encoded_once_and_captions_that_end_together_
     await reward.aclose()
 
 
-async def test_what_is_no_number_is_unscored_and_said(counting: Counting, shown: list[Task]) -> None:
+async def test_what_is_no_number_is_unscored_and_said(counting: Counting, shown: list[Example]) -> None:
     reward = ImageTextReward(counting, counting.score)
     found = await asyncio.gather(*(reward.score(shown[0], caption(text), "d") for text in ("nan", "good")))
     assert found[0].value is None and "no number" in found[0].details["error"]

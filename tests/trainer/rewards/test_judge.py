@@ -14,7 +14,7 @@ from capipe.errors import RunFailed
 from capipe.manifests.shards import RowReader, expand
 from capipe.models.engines.base import ChoiceRequest, Completion
 from capipe.models.images.grid import ImageGrid
-from capipe.trainer.dataset import Task
+from capipe.trainer.dataset import Example
 from capipe.trainer.images import Pictures
 from capipe.trainer.rewards.judge import JudgeReward, JudgeRewardConfig, expected_mark
 
@@ -30,10 +30,12 @@ def jpeg(color: str) -> bytes:
     return out.getvalue()
 
 
-def tasks(path: Path, **images: bytes) -> list[Task]:
+def tasks(path: Path, **images: bytes) -> list[Example]:
     path.write_bytes(tar_bytes({f"{name}.jpg": data for name, data in images.items()}))
     (shard,) = expand(str(path))
-    return [Task(row.uid or "", row.key, shard.url, row.offset, len(row.image or b""), ()) for row in RowReader(shard)]
+    return [
+        Example(row.uid or "", row.key, shard.url, row.offset, len(row.image or b""), ()) for row in RowReader(shard)
+    ]
 
 
 def test_the_mark_is_its_expectation_among_the_marks() -> None:
@@ -64,13 +66,13 @@ async def test_the_judge_sees_the_image_and_captions_are_only_text(tmp_path: Pat
 async def test_an_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (task, other) = tasks(tmp_path / "a.tar", one=jpeg("red"), two=jpeg("blue"))
     read: list[str] = []
-    whole = Task.read
+    whole = Example.read
 
-    def counted(self: Task) -> bytes:
+    def counted(self: Example) -> bytes:
         read.append(self.key)
         return whole(self)
 
-    monkeypatch.setattr(Task, "read", counted)
+    monkeypatch.setattr(Example, "read", counted)
     pictures = Pictures(GRID)
     try:
         first, again, second = await pictures.of(task), await pictures.of(task), await pictures.of(other)

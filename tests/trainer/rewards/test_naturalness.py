@@ -11,12 +11,12 @@ import torch
 
 from capipe.models.engines.base import Completion
 from capipe.models.scorers.lm_scores import load_text_scorer
-from capipe.trainer.dataset import Task
+from capipe.trainer.dataset import Example
 from capipe.trainer.rewards.naturalness import NaturalnessConfig, NaturalnessReward, build_naturalness_reward
 
 from ...small_models import opt
 
-TASK = Task("u" * 32, "k", "memory://x.tar", 0, 1, ())
+TASK = Example("u" * 32, "k", "memory://x.tar", 0, 1, ())
 
 
 def caption(text: str) -> Completion:

@@ -15,14 +15,14 @@ from torch import Tensor
 from capipe.errors import BadInput
 from capipe.models.engines.base import Completion
 from capipe.models.tiny.world.corpus import samples
-from capipe.trainer.advantages import Part
-from capipe.trainer.dataset import Task
-from capipe.trainer.rewards.base import Judge
+from capipe.trainer.advantages import RewardTerm
+from capipe.trainer.dataset import Example
+from capipe.trainer.rewards.base import RewardManager
 
 pytest.importorskip("diffusers")
 from capipe.models.diffusion import Painter
 from capipe.models.images.decode import ImageLimits
-from capipe.models.images.preprocess import decode_views
+from capipe.models.images.preprocess import decode_preprocessed
 from capipe.trainer.rewards.reconstruction import (
     ReconstructionConfig,
     ReconstructionReward,
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def shown(tmp_path: Path) -> list[Task]:
+def shown(tmp_path: Path) -> list[Example]:
     images = [sample.image for sample in samples(2, "heldout", seed=5)]
     return tasks(tmp_path / "a.tar", one=images[0], two=images[1])
 
@@ -77,7 +77,7 @@ def caption(text: str) -> Completion:
     return Completion(text, (1,), "stop", 1)
 
 
-async def test_it_is_the_mean_similarity_of_seeded_pictures(reward: ReconstructionReward, shown: list[Task]) -> None:
+async def test_it_is_the_mean_similarity_of_seeded_pictures(reward: ReconstructionReward, shown: list[Example]) -> None:
     captions = ("a red star", "two blue circles on a white background")
     asked = [(task, text) for task in shown for text in captions]
     found = await asyncio.gather(*(reward.score(task, caption(text), "d") for task, text in asked))
@@ -88,7 +88,7 @@ async def test_it_is_the_mean_similarity_of_seeded_pictures(reward: Reconstructi
         assert similarities == pytest.approx(scored.details["similarities"], abs=1e-4)
     await other.aclose()
     for (task, text), scored in zip(asked, found, strict=True):
-        views = decode_views(task.read(), views=(net.view(),), limits=ImageLimits())
+        views = decode_preprocessed(task.read(), preprocesses=(net.preprocess(),), limits=ImageLimits())
         assert isinstance(views, tuple)
         original = net.vectors_of_pixels([views[0]])[0]
         drawn = torch.cat([painter.paint([(text, seed_of(text, number))]) for number in range(3)])
@@ -99,7 +99,7 @@ async def test_it_is_the_mean_similarity_of_seeded_pictures(reward: Reconstructi
 
 
 async def test_what_was_drawn_is_not_drawn_again(
-    reward: ReconstructionReward, shown: list[Task], painted: list[tuple[str, int]]
+    reward: ReconstructionReward, shown: list[Example], painted: list[tuple[str, int]]
 ) -> None:
     same = [(shown[0], "a red star"), (shown[0], "a red star"), (shown[1], " a red star ")]
     first = await asyncio.gather(*(reward.score(task, caption(text), f"{n}") for n, (task, text) in enumerate(same)))
@@ -116,7 +116,7 @@ def test_seeds_are_of_the_caption_and_the_number() -> None:
 
 
 async def test_a_folder_keeps_what_was_drawn_for_later_runs(
-    models: dict[str, str], shown: list[Task], painted: list[tuple[str, int]], tmp_path: Path
+    models: dict[str, str], shown: list[Example], painted: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     async def once(**settings: Any) -> Any:
         made = build_reconstruction_reward(config(models, cache=str(tmp_path / "kept"), **settings))
@@ -137,8 +137,8 @@ async def test_a_folder_keeps_what_was_drawn_for_later_runs(
     assert (await once()).value == pytest.approx(first.value, abs=1e-5) and len(painted) == 9
 
 
-async def test_its_standard_error_is_a_component_of_the_log(reward: ReconstructionReward, shown: list[Task]) -> None:
-    judge = Judge({"reconstruction": reward}, {"reconstruction": Part(2.0)})
+async def test_its_standard_error_is_a_component_of_the_log(reward: ReconstructionReward, shown: list[Example]) -> None:
+    judge = RewardManager({"reconstruction": reward}, {"reconstruction": RewardTerm(2.0)})
     assert judge.figures == ["reconstruction", "reconstruction_se"]
     scored = await judge.score(shown[0], caption("a red star"), "d")
     (result,) = judge.results([scored])

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from capipe.models.bundled import folder_of
 from capipe.models.engines.base import Completion, Thought
 from capipe.models.engines.prompting import PromptEncoder
-from capipe.trainer.advantages import Part
-from capipe.trainer.dataset import Task
+from capipe.trainer.advantages import RewardTerm
+from capipe.trainer.dataset import Example
 from capipe.trainer.policy.batch import Group
 from capipe.trainer.policy.critic import token_rewards
-from capipe.trainer.rewards.base import Judge, Scored
+from capipe.trainer.rewards.base import RewardManager, Scored
 from capipe.trainer.rewards.token_penalties import (
     PhrasesConfig,
     PhrasesReward,
@@ -27,7 +27,7 @@ from capipe.trainer.rewards.token_penalties import (
     tokens_at,
 )
 
-TASK = Task("u" * 32, "k", "memory://x.tar", 0, 1, ())
+TASK = Example("u" * 32, "k", "memory://x.tar", 0, 1, ())
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ async def test_they_enter_the_returns_where_they_occur(encoder: PromptEncoder) -
         "phrases": PhrasesReward(PhrasesConfig(), encoder.decode),
         "repeats": RepeatsReward(RepeatsConfig(n=3), encoder.decode),
     }
-    judge = Judge(rewards, {"phrases": Part(0.5), "repeats": Part(0.25)})
+    judge = RewardManager(rewards, {"phrases": RewardTerm(0.5), "repeats": RewardTerm(0.25)})
     results = judge.results([await judge.score(TASK, each, "d") for each in captions])
     assert (
         results[0].score == pytest.approx(-1.0 + 0.25 * (results[0].components["repeats"] or 0))

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from ....bundled import resolve
 from ....pretrained import load_weights
-from ...world.corpus import Sample, samples
+from ...world.corpus import CorpusSample, samples
 from ...world.grade import KINDS, Grade, grade, total
 from ...world.prompts import DENSE, PLAIN, SHORT, messages
 
@@ -28,7 +28,7 @@ SEED = 1
 
 
 @dataclass(frozen=True)
-class Report:
+class CaptionerReport:
     """Figures of one captioner; shares and rates are between 0 and 1."""
 
     parameters: int
@@ -66,22 +66,22 @@ def caption(
     return captions
 
 
-def grades_of(corpus: Sequence[Sample], captions: Sequence[str]) -> list[Grade]:
+def graded_captions(corpus: Sequence[CorpusSample], captions: Sequence[str]) -> list[Grade]:
     """Each caption held against the scene it was given for."""
     return [grade(each.scene, text) for each, text in zip(corpus, captions, strict=True)]
 
 
-def evaluate(model: PreTrainedModel, processor: ProcessorMixin, count: int, seed: int = SEED) -> Report:
+def evaluate(model: PreTrainedModel, processor: ProcessorMixin, count: int, seed: int = SEED) -> CaptionerReport:
     """The figures over ``count`` held-out scenes, the same ones for the same seed."""
     corpus = list(samples(count, "heldout", seed))
     pictures = [each.image for each in corpus]
     told = caption(model, processor, pictures, DENSE[0])
-    grades = grades_of(corpus, told)
+    grades = graded_captions(corpus, told)
     torch.manual_seed(seed)
-    plain = grades_of(corpus, caption(model, processor, pictures, PLAIN[0], sample=True))
-    short = grades_of(corpus, caption(model, processor, pictures, SHORT[0], sample=True))
+    plain = graded_captions(corpus, caption(model, processor, pictures, PLAIN[0], sample=True))
+    short = graded_captions(corpus, caption(model, processor, pictures, SHORT[0], sample=True))
     whole = total(grades)
-    return Report(
+    return CaptionerReport(
         parameters=model.num_parameters(),
         scenes=count,
         precision=whole.precision(),

@@ -28,7 +28,7 @@ from ...world.corpus import samples
 from ...world.grade import KINDS, total
 from ..plain_models import LONGEST
 from ..texts.web_captions import OPENINGS
-from .captioner import BATCH, grades_of
+from .captioner import BATCH, graded_captions
 
 SEED = 1
 
@@ -78,7 +78,7 @@ def plain_report(captioner: PlainCaptioner, count: int, seed: int = SEED, sample
     torch.manual_seed(seed)
     told = captioner.caption([each.image for each in corpus], sample)
     texts = [text for text, _ in told]
-    grades = grades_of(corpus, texts)
+    grades = graded_captions(corpus, texts)
     whole = total(grades)
     return PlainReport(
         precision=whole.precision(),

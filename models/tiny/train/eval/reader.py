@@ -79,7 +79,7 @@ def without_its_fact(item: Item, rng: Random) -> str:
     return dense_caption(scene, rng, omitted)
 
 
-async def examine(reader: QuizReader, asked: Sequence[Item], seed: int = SEED) -> ReaderReport:
+async def evaluate_reader(reader: QuizReader, asked: Sequence[Item], seed: int = SEED) -> ReaderReport:
     """All figures for one reader."""
     rng = Random(f"captions:{seed}")
     letters = (LETTERS[number % 4] for number in range(len(asked)))
@@ -129,7 +129,7 @@ async def report(model: str, count: int, engine: str = "transformers") -> Reader
     """The figures of a model, by name or folder."""
     loaded = await load_engine(EngineConfig(engine, model, concurrency=256))
     try:
-        return await examine(QuizReader(loaded, ReaderConfig()), items(count))
+        return await evaluate_reader(QuizReader(loaded, ReaderConfig()), items(count))
     finally:
         await loaded.aclose()
 

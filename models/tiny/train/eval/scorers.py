@@ -19,12 +19,12 @@ import numpy as np
 
 from ....images.decode import ImageLimits, Pixels
 from ....images.formats import ImageProblem
-from ....images.preprocess import decode_views
+from ....images.preprocess import decode_preprocessed
 from ....scorers.base import CaptionScore, Scorer, score_captions
 from ....scorers.loading import ScorerConfig, load_scorer
 from ....scorers.sentences import split_sentences
 from ...world.captions import dense_caption
-from ...world.corpus import Sample, samples
+from ...world.corpus import CorpusSample, samples
 from ..texts.hard_negatives import Planted, plant_addition, plant_change
 
 BATCH = 50
@@ -35,7 +35,7 @@ MEASURES = ("score", "mean", "least")
 class Subject:
     """An image with a true caption, another scene's, and two with an error planted."""
 
-    sample: Sample
+    sample: CorpusSample
     true: str
     other: str
     changed: Planted
@@ -95,7 +95,7 @@ def detections(scorer: Scorer, of: Sequence[Subject]) -> dict[str, Detection]:
 
 
 def _seen(image: bytes, scorer: Scorer) -> Pixels:
-    views = decode_views(image, views=(scorer.view,), limits=ImageLimits())
+    views = decode_preprocessed(image, preprocesses=(scorer.preprocess,), limits=ImageLimits())
     if isinstance(views, ImageProblem):
         raise ValueError(f"a rendered scene cannot be decoded: {views.reason}")
     return views[0]

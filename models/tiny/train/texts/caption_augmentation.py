@@ -42,7 +42,7 @@ BACKGROUND_FRAMES = (
 REMARK_SHARE = 0.15
 
 
-def told(scene: Scene, rng: Random) -> tuple[str, Facts]:
+def augmented_caption(scene: Scene, rng: Random) -> tuple[str, Facts]:
     """A caption of ``scene``, of any kind a reader should cope with, and what it tells."""
     draw = rng.random()
     if draw < 0.15:

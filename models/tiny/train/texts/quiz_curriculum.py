@@ -1,6 +1,6 @@
 """Training data of those who read and write quizzes: what stands before a question once, then several questions.
 
-A :class:`Lesson` is a common beginning (a caption in its instructions, or a picture) and branches that each see the
+A :class:`QuizText` is a common beginning (a caption in its instructions, or a picture) and branches that each see the
 beginning and themselves alone: exactly what an engine computes for each of them, at a fraction of the cost.
 """
 
@@ -16,7 +16,7 @@ from ...world.captions import PLAIN, dense_caption
 from ...world.grade import Facts
 from ...world.prompts import DENSE
 from ...world.scenes import COLORS, MOST_THINGS, Scene, sample_of
-from .caption_augmentation import retold, told
+from .caption_augmentation import augmented_caption, retold
 from .quiz import COUNTS, KINDS, Asked, facts_of, leaking, possible, quiz, sample_asked, solve
 
 Form = Literal["letter", "words", "text"]
@@ -50,7 +50,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class QuizText:
     """``scene``: to be shown as a picture before the text, None for text alone."""
 
     text: str
@@ -61,7 +61,7 @@ class Lesson:
 # --- readers ---------------------------------------------------------------------------------------------------------
 
 
-def finding(
+def lookup_question(
     rng: Random,
     most: int = MOST_THINGS,
     plainly: bool = False,
@@ -69,7 +69,7 @@ def finding(
     questions: int = 10,
     lists: int = 0,
     letters: int = 0,
-) -> Lesson:
+) -> QuizText:
     """A caption that tells everything, and questions about it, most of a thing's attributes: what reading begins with.
 
     Where there may be two things there are, so that one has to be found; ``plainly``: all captions are worded alike;
@@ -86,7 +86,7 @@ def finding(
         asked = sample_asked(scene, rng)
         if asked.kind in BOUND or rng.random() < 0.2:
             branches.append(_read_branch(scene, facts, rng, in_words, asked))
-    return Lesson(caption_prompt(caption), tuple(branches))
+    return QuizText(caption_prompt(caption), tuple(branches))
 
 
 def listed(scene: Scene, rng: Random) -> str:
@@ -108,18 +108,18 @@ def _spelled(question: Question, rng: Random) -> Branch:
     return Branch(put(question, order) + SPELL, " " + ", ".join(told), "text")
 
 
-def reading(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> Lesson:
+def reading(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> QuizText:
     """A caption and questions about its scene, to be answered from it alone; some captions are another scene's."""
     scene = sample_of("train", rng, most, 0.5)
     draw = rng.random()
     caption: str | None
-    caption, facts = told(scene if draw < 0.9 else sample_of("train", rng, most, 0.5), rng)
+    caption, facts = augmented_caption(scene if draw < 0.9 else sample_of("train", rng, most, 0.5), rng)
     if draw > 0.96:
         caption, facts = rng.choice((None, "", caption.split(".")[0])), Facts()
         if caption:
             caption, facts = "An image.", Facts()
     branches = tuple(_read_branch(scene, facts, rng, in_words) for _ in range(questions))
-    return Lesson(caption_prompt(caption), branches)
+    return QuizText(caption_prompt(caption), branches)
 
 
 def _read_branch(scene: Scene, facts: Facts, rng: Random, in_words: float, asked: Asked | None = None) -> Branch:
@@ -149,23 +149,23 @@ def lettered(question: Question, answer: str | None, rng: Random) -> Branch:
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def seeing(rng: Random, most: int = MOST_THINGS, questions: int = 8) -> Lesson:
+def seeing(rng: Random, most: int = MOST_THINGS, questions: int = 8) -> QuizText:
     """A picture and questions about it alone, half of them to be answered in words: what looking begins with."""
     scene = sample_of("train", rng, most, 0.5)
     branches = tuple(_read_branch(scene, facts_of(scene), rng, 0.5) for _ in range(questions))
-    return Lesson(image_prompt(), branches, scene)
+    return QuizText(image_prompt(), branches, scene)
 
 
-def telling(rng: Random, most: int = MOST_THINGS) -> Lesson:
+def telling(rng: Random, most: int = MOST_THINGS) -> QuizText:
     """A picture and the request for a dense caption."""
     scene = sample_of("train", rng, most, 0.5)
-    return Lesson("", (Branch(rng.choice(DENSE), dense_caption(scene, rng), "text"),), scene)
+    return QuizText("", (Branch(rng.choice(DENSE), dense_caption(scene, rng), "text"),), scene)
 
 
-def looking(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> Lesson:
+def looking(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> QuizText:
     """A picture and questions: most about it, some that tell their answer, some about another scene."""
     scene = sample_of("train", rng, most, 0.5)
-    return Lesson(image_prompt(), tuple(_look_branch(scene, rng, in_words) for _ in range(questions)), scene)
+    return QuizText(image_prompt(), tuple(_look_branch(scene, rng, in_words) for _ in range(questions)), scene)
 
 
 def _look_branch(scene: Scene, rng: Random, in_words: float) -> Branch:
@@ -183,9 +183,9 @@ def _look_branch(scene: Scene, rng: Random, in_words: float) -> Branch:
     return lettered(question, answer, rng)
 
 
-def guessing(rng: Random, questions: int = 5) -> Lesson:
+def guessing(rng: Random, questions: int = 5) -> QuizText:
     """The same questions without a picture: only those that tell their answer, or that anybody knows, have one."""
-    return Lesson(image_prompt(), tuple(_guess_branch(rng) for _ in range(questions)))
+    return QuizText(image_prompt(), tuple(_guess_branch(rng) for _ in range(questions)))
 
 
 def _guess_branch(rng: Random) -> Branch:
@@ -206,11 +206,11 @@ def _knowledge(rng: Random) -> Branch:
     return lettered(Question(text, tuple(options), 0), right, rng)
 
 
-def writing(rng: Random, most: int = MOST_THINGS) -> Lesson:
+def writing(rng: Random, most: int = MOST_THINGS) -> QuizText:
     """A picture and the request for questions about it, answered in JSON."""
     scene = sample_of("train", rng, most, 0.5)
     count = rng.randint(1, 6)
-    return Lesson("", (Branch(writing_prompt(count), written(scene, count, rng), "text"),), scene)
+    return QuizText("", (Branch(writing_prompt(count), written(scene, count, rng), "text"),), scene)
 
 
 def written(scene: Scene, count: int, rng: Random) -> str:

@@ -35,12 +35,12 @@ def plain_caption(scene: Scene, rng: Random) -> str:
     """A terse caption, or (in ``COMPLETE_SHARE`` of the cases) one that tells all, thing by thing in reading order."""
     opening = rng.choices(OPENINGS, OPENING_WEIGHTS)[0]
     if rng.random() < COMPLETE_SHARE:
-        return opening + _told(scene, scene.things, COMPLETE, rng)
+        return opening + _caption_of(scene, scene.things, COMPLETE, rng)
     count = min(len(scene.things), rng.randint(1, MOST_NAMED))
-    return opening + _told(scene, tuple(rng.sample(scene.things, count)), TERSE, rng)
+    return opening + _caption_of(scene, tuple(rng.sample(scene.things, count)), TERSE, rng)
 
 
-def _told(scene: Scene, named: tuple[Thing, ...], habit: Habit, rng: Random) -> str:
+def _caption_of(scene: Scene, named: tuple[Thing, ...], habit: Habit, rng: Random) -> str:
     phrases = [_thing(thing, habit, rng) for thing in named]
     if scene.sign is not None and rng.random() < habit.sign:
         phrases.append(_sign(scene.sign, habit, rng))

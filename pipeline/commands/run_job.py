@@ -12,9 +12,9 @@ from ...stages.ingest.shard import STAGE as INGEST
 from ...terminal import print_err, print_line
 from ..inspect.status import State, state
 from ..inspect.status_view import artifact_lines
-from ..jobs.engine import Plan, execute
+from ..jobs.engine import StagePlan, execute
 from ..runners.interrupts import say
-from ..runners.placement import Workplace
+from ..runners.placement import Placement
 from ..runners.progress import Progress
 
 LONGEST_REASON = 200  # characters of a row's reason on the console
@@ -31,7 +31,7 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-def run_plan(made: Plan, workplace: Workplace) -> Exit:
+def run_job(made: StagePlan, workplace: Placement) -> Exit:
     """Do a plan under its progress display, give its output back, say what came of it."""
     try:
         progress = progress_of(made)
@@ -42,7 +42,7 @@ def run_plan(made: Plan, workplace: Workplace) -> Exit:
     return conclude(made.artifact.url, outcome.interrupted, progress.finished_line())
 
 
-def progress_of(made: Plan) -> Progress:
+def progress_of(made: StagePlan) -> Progress:
     """The progress display for a plan: totals known from the input's manifest, and what earlier runs did."""
     records = [shard.record for shard in made.shards]
     known = [record.count for record in records if record is not None]

@@ -22,7 +22,7 @@ from capipe.manifests.verify import verify
 from capipe.pipeline.commands.filter import select_step
 from capipe.pipeline.jobs.dedup import hash_images, mark, plan_dedup
 from capipe.pipeline.jobs.engine import execute, plan
-from capipe.pipeline.runners.placement import Workplace
+from capipe.pipeline.runners.placement import Placement
 from capipe.stages.dedup.marks import DedupConfig
 from capipe.stages.filter.select import SelectConfig
 
@@ -84,7 +84,7 @@ def draw(
     artifacts = {name: Artifact.open(str(path)) for name, path in (beside or {}).items()}
     made = plan(stage or Drawing(), str(shards), str(out), beside=artifacts, **options)
     try:
-        execute(made, lambda event: None, Workplace())
+        execute(made, lambda event: None, Placement())
     finally:
         made.artifact.close()
     assert verify(str(out)).faults == []
