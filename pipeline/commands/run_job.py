@@ -22,7 +22,7 @@ LAST_WORDS = "CAPIPE_LAST_WORDS"  # names a file to which a command in a chain r
 
 
 class Exit(IntEnum):
-    """See the text of :mod:`.cli`, which is also what `capipe --help` shows."""
+    """See the text of :mod:`..cli`, which is also what `capipe --help` shows."""
 
     OK = 0
     UNRESOLVED = 1

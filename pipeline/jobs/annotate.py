@@ -64,7 +64,7 @@ class AnnotateStage:
 async def check_prompts(engine: Engine, config: AnnotateConfig) -> None:
     """Raise BadInput for a prompt that no image could be asked with: before the first one, not once for each.
 
-    What a server's model takes it says of each request; there the run ends after some (:mod:`.circuit_breaker`).
+    A server refuses such a prompt request by request; the run then ends after some (:mod:`..runners.circuit_breaker`).
     """
     for prompt in config.prompts:
         try:

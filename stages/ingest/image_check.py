@@ -12,7 +12,7 @@ from ...models.images.formats import ImageProblem
 
 
 class ImageCheck:
-    """:func:`.decode.check` under ``limits``; a context manager.
+    """:func:`...models.images.decode.check` under ``limits``; a context manager.
 
     ``careful``: every image in a decoding process of its own; else one for which memory ran out here. Such an image is
     a ``read_error`` where that does not help.

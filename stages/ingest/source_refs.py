@@ -88,7 +88,7 @@ class Handles:
 
 
 class ItemRef(Protocol):
-    """Where an item lies. What ``load`` raises becomes the row's reason (:mod:`.faults`)."""
+    """Where an item lies. What ``load`` raises becomes the row's reason (:mod:`..reading.faults`)."""
 
     @property
     def source(self) -> str: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -101,6 +102,28 @@ def test_sizes() -> None:
     assert long_files(ROOT) == [] and full_folders(ROOT) == []
 
 
+ROLE = re.compile(r":(?:mod|func|class|data|meth|attr):`~?(\.+)([\w.]+)`")
+
+
+def dead_references(root: Path) -> list[str]:
+    """Modules that a docstring names relative to its own, as in ``:func:`.tar.printable```, which are not there."""
+    known, found = modules(root), []
+    for module, path in known.items():
+        package = module if path.name == "__init__.py" else module[:-1]
+        for dots, name in ROLE.findall(path.read_text()):
+            target = (*package[: len(package) - len(dots) + 1], *name.split("."))
+            named = next(
+                target[:length] for length in range(len(target), -1, -1) if not length or target[:length] in known
+            )
+            if named != target and (not named or known[named].name == "__init__.py"):
+                found.append(f"{path.relative_to(root)}: {dots}{name}")
+    return found
+
+
+def test_docstrings_name_modules_that_are_there() -> None:
+    assert dead_references(ROOT) == []
+
+
 def test_no_file_repeats_its_folders_name() -> None:
     named = [module for module in modules(ROOT) if len(module) > 1 and module[-1] == module[-2]]
     assert named == []
@@ -112,6 +135,7 @@ def test_no_file_repeats_its_folders_name() -> None:
         ({"models/a.py": "from ..stages.b import x", "stages/b.py": "x = 1"}, upward),
         ({"models/a.py": "from . import b", "models/b.py": "def f():\n    from .a import x"}, circles),
         ({"models/a/x.py": "from ..b import y", "models/b.py": "from .a.z import y", "models/a/z.py": ""}, circles),
+        ({"models/a.py": '""":func:`.b.x`"""'}, dead_references),
         ({"models/a.py": "\n" * 400}, long_files),
         ({f"models/m{n}.py": "" for n in range(21)}, full_folders),
     ],

@@ -3,7 +3,7 @@
 A row is ``[prompt | completion 1 | completion 2 | ...]``, so that everything but attention (nine tenths of the work of
 a large model) is done once for the prompt, with gradients, in one ordinary forward pass: gradient checkpointing, DDP
 and FSDP see nothing unusual. Registered with transformers under :data:`NAME`; without a tree (an engine that draws from
-the model in training) it is :func:`..models.folded_attention.folded_attention`.
+the model in training) it is :func:`...models.engines.hf.folded_attention.folded_attention`.
 """
 
 from __future__ import annotations

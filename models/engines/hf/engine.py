@@ -319,7 +319,7 @@ def batched_lm(
     """The model with the tokenizer, the chat template and the image processor of its folder.
 
     Raises BadInput for captioners with parts that do not go together, and for templates as
-    :func:`.chat_templates.open_encoder`.
+    :func:`..chat_templates.open_encoder`.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 

@@ -208,7 +208,7 @@ def read_choice(answer: dict[str, Any], choices: Sequence[str]) -> ChoiceScores:
     reported = first.get("top_logprobs")
     alternatives = [each for each in reported if isinstance(each, dict)] if isinstance(reported, list) else []
     tokens = {str(each.get("token")): _number(each, "logprob") for each in (first, *alternatives)}
-    scores = tuple(_together(value for token, value in tokens.items() if _bare(token) == each) for each in choices)
+    scores = tuple(_log_sum(value for token, value in tokens.items() if _bare(token) == each) for each in choices)
     if _reasoning(message) and all(score is None for score in scores):
         raise RequestError(THINKS, final=True)
     return ChoiceScores(scores, said)
@@ -219,7 +219,7 @@ def _bare(token: Any) -> str:
     return str(token).replace("▁", " ").replace("Ġ", " ").strip()
 
 
-def _together(logprobs: Iterable[float]) -> float | None:
+def _log_sum(logprobs: Iterable[float]) -> float | None:
     """The log-probability of any of several tokens; None for none."""
     known = list(logprobs)
     highest = max(known, default=-math.inf)

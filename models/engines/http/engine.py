@@ -187,8 +187,8 @@ class HTTPEngine:
     async def reload(self, folder: Path) -> None:
         """Let the server read new weights from a folder that it sees, too, and forget what the old ones computed.
 
-        For a vLLM server in development mode with :class:`.weight_sync.WeightSync` in its workers, while it has nothing
-        to do. Raises EngineDead.
+        For an idle vLLM server in development mode with :class:`..vllm.weight_sync.WeightSync` in its workers. Raises
+        EngineDead.
         """
         await self._command("collective_rpc", {"method": RELOAD, "args": [str(folder)]})
         emptied = await self._command("reset_prefix_cache")

@@ -2,7 +2,7 @@
 
 The text encoder begins as the text tower of ``tiny/clip``. Its tokenizer ends every text with nine tokens, one for each
 cell, and it learns first, on text alone, to put there what the text says of the cell. Then the UNet learns, with these
-nine laid out over the picture (:func:`..pixel_diffusion.laid_out`). Where it had to find them by attention, 320 steps
+nine laid out over the picture (:func:`...pixel_diffusion.laid_out`). Where it had to find them by attention, 320 steps
 taught it backgrounds and nothing of the things.
 """
 

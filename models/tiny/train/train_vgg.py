@@ -1,6 +1,6 @@
 """A small VGG net that learns what the nine cells hold; its convolutions are features that pictures are compared by.
 
-The folder is read by :mod:`..perceptual`: widths and "M" as torchvision's ``make_layers`` takes them, weights under
+The folder is read by :mod:`...scorers.vgg`: widths and "M" as torchvision's ``make_layers`` takes them, weights under
 torchvision's names.
 """
 

@@ -118,7 +118,7 @@ def sentence_pair(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def holds(scene: Scene, text: str) -> bool:
-    """Whether everything that :mod:`.grade` recognises in ``text`` is true of the scene."""
+    """Whether everything that :mod:`...world.grade` recognises in ``text`` is true of the scene."""
     told = grade(scene, text)
     return told.stated == told.correct and not told.hallucinated
 

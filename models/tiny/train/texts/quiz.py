@@ -61,7 +61,7 @@ class Asked:
 
 
 def facts_of(scene: Scene, omitted: Container[Fact] = ()) -> Facts:
-    """What a caption tells that leaves out ``omitted``: :func:`.grade.parse` of it, but for shapes without a name."""
+    """Facts in a caption without ``omitted``: :func:`...world.grade.parse` of it, but for shapes without a name."""
     things = []
     for thing in scene.things:
         if Fact("thing", thing.place) not in omitted:
