@@ -1,4 +1,4 @@
-"""From a :class:`~.engine.Prompt` to token ids, the same ones in every in-process engine."""
+"""From a :class:`~.base.Prompt` to token ids, the same ones in every in-process engine."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Server:
 
 
 class EngineRouter:
-    """Implements :class:`~.engine.Engine` over several servers; made by :func:`connect_servers`.
+    """Implements :class:`~.base.Engine` over several servers; made by :func:`connect_servers`.
 
     A server that is gone, or busy for long without an answer to anybody, is left out and its requests go to the others.
     EngineDead only where none is left.

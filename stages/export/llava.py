@@ -15,7 +15,7 @@ from .writer import LooseWriter
 CONVERSATIONS, MESSAGES, DATASET_INFO = "llava.json", "messages.jsonl", "dataset_info.json"
 
 #: What a person might say to get a caption. Which one a pair gets depends on its image's uid alone.
-WORDINGS = (
+INSTRUCTIONS = (
     "Describe this picture in detail.",
     "Put what you see here into words.",
     "Write a caption for this image that leaves nothing out.",
@@ -29,9 +29,9 @@ WORDINGS = (
 MARK = "<image>"  # trainers put an image wherever they read this, in answers too
 
 
-def wording(uid: str) -> str:
+def instruction(uid: str) -> str:
     """The instruction for an image: the same one in every export."""
-    return WORDINGS[int(uid[:8], 16) % len(WORDINGS)]
+    return INSTRUCTIONS[int(uid[:8], 16) % len(INSTRUCTIONS)]
 
 
 class Conversations(LooseWriter):
@@ -51,7 +51,9 @@ class Conversations(LooseWriter):
             return
         self.counts["image_marks"] += MARK in pair.caption
         path = self.write(f"{self.name(pair)}.{file_name(pair.extension)}", pair.image)
-        self.line(self.entry(pair, path, f"{MARK}\n{wording(pair.row['uid'])}", pair.caption.replace(MARK, "[image]")))
+        self.line(
+            self.entry(pair, path, f"{MARK}\n{instruction(pair.row['uid'])}", pair.caption.replace(MARK, "[image]"))
+        )
 
     @abstractmethod
     def name(self, pair: Pair) -> str:

@@ -1,6 +1,6 @@
 """A transformers model that answers many prompts at once: what prompts share is computed once for all their samples.
 
-What differs between models is their :class:`~.family.Family`'s business. Positions are always computed before and
+A :class:`~.model_adapter.ModelAdapter` hides what differs between models. Positions are always computed before and
 passed: without them models fall back to plain ones in silence.
 """
 

@@ -19,7 +19,7 @@ from capipe.manifests.samples import read_samples
 from capipe.manifests.shards import expand
 from capipe.manifests.verify import verify
 from capipe.pipeline.jobs.export_files import EXTRAS
-from capipe.stages.export.llava import WORDINGS, wording
+from capipe.stages.export.llava import INSTRUCTIONS, instruction
 
 from ..exporting import captioned, export, final_shards, kept, rows_of
 
@@ -133,10 +133,10 @@ def test_llava_has_a_conversation_and_a_file_for_every_pair(tmp_path: Path) -> N
         assert hashlib.sha256(image).hexdigest()[:32] == row["uid"]
         Image.open(io.BytesIO(image)).verify()
         human, answer = entry["conversations"]
-        assert human == {"from": "human", "value": f"<image>\n{wording(row['uid'])}"}
+        assert human == {"from": "human", "value": f"<image>\n{instruction(row['uid'])}"}
         assert answer == {"from": "gpt", "value": row["caption"]}
         asked.add(human["value"])
-    assert 3 <= len(asked) <= len(WORDINGS)
+    assert 3 <= len(asked) <= len(INSTRUCTIONS)
 
 
 def test_llava_captions_that_would_mislead_a_trainer(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_messages_that_would_mislead_a_trainer(tmp_path: Path) -> None:
     assert entries["000000001"] == {
         "id": "000000001",
         "messages": [
-            {"role": "user", "content": f"<image>\n{wording(uid)}"},
+            {"role": "user", "content": f"<image>\n{instruction(uid)}"},
             {"role": "assistant", "content": "look at [image] here"},
         ],
         "images": ["images/00000/000000001.jpg"],

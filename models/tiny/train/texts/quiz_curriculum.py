@@ -214,7 +214,7 @@ def writing(rng: Random, most: int = MOST_THINGS) -> QuizText:
 
 
 def written(scene: Scene, count: int, rng: Random) -> str:
-    """``count`` different questions about ``scene`` as the JSON that :func:`~..quiz.writing_prompt` asks for."""
+    """``count`` different questions about ``scene`` as the JSON that :func:`~....quiz.writing_prompt` asks for."""
     entries = []
     for asked in sample_different(scene, count, rng):
         question = quiz(scene, asked, rng)
