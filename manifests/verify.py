@@ -13,24 +13,19 @@ import pyarrow as pa
 
 from ..errors import ArtifactMismatch, CapipeError
 from .artifact import CONFIG, Artifact
+from .artifact_spec import ArtifactSpec
 from .files import bounded_json
 from .files.allowed import Allowed
 from .files.names import checked_name
 from .files.outside import Refused
 from .manifest import ShardRecord, made_of
 from .samples import read_samples
-from .schema import ANNOTATE, DEDUP, HASHES, INGEST, SCORE, SELECT, check
+from .schema import check
 from .shards import ROWS, uid_of
 from .status import Status
 
-_SCHEMAS = {
-    "ingest": INGEST,
-    "annotate": ANNOTATE,
-    "hash": HASHES,
-    "dedup": DEDUP,
-    "score": SCORE,
-    "select": SELECT,
-}
+_UNKNOWN = ArtifactSpec("", "")
+NO_SPECS: Mapping[str, ArtifactSpec] = {}
 _CHUNK = 1 << 20
 _ROW = ("key", "uid", "status")
 
@@ -46,12 +41,14 @@ class VerifyReport:
     notes: list[str] = field(default_factory=list)
 
 
-def verify(url: str, images: Sequence[str] = ()) -> VerifyReport:
+def verify(url: str, images: Sequence[str] = (), specs: Mapping[str, ArtifactSpec] = NO_SPECS) -> VerifyReport:
     """Re-read an artifact: checksums, sizes, schemas, counts, keys, tars against Parquets, rows against its input.
 
-    ``images``: folders and URLs below which its input may be read, where it is in another store.
+    ``images``: folders and URLs below which its input may be read, where it is in another store. ``specs``: what is
+    known of artifacts by stage; of any other stage, rows are as in the input and columns beyond the common ones free.
     """
     artifact = Artifact.open(url)
+    spec = specs.get(artifact.stage, _UNKNOWN)
     report = VerifyReport()
     keys = _KeySet()
     if not artifact.is_as_written:
@@ -64,15 +61,15 @@ def verify(url: str, images: Sequence[str] = ()) -> VerifyReport:
         report.rows.update(record.rows)
         faults = list(_files(artifact, record.files, report))
         if not faults:
-            faults = list(_readable(artifact, record))
+            faults = list(_readable(artifact, record, spec))
         if not faults:
             faults = list(_content(artifact, record))
-            _unique_keys(artifact, record, keys, report)
+            _unique_keys(artifact, record, spec, keys, report)
             if any(_is_older(entry, replaced) for entry in made_of(record)):
                 text = "rows of its input were done again since; its command does these again, too"
                 report.notes.append(f"{artifact.url}/{record.shard}.parquet: {text}")
             else:
-                faults += _conservation(artifact, record, source)
+                faults += _conservation(artifact, record, spec, source)
         report.faults += [f"{artifact.url}/{fault}" for fault in faults]
     report.faults += [f"{artifact.url}/{fault}" for fault in _finals(artifact, report)]
     _leftovers(artifact, report)
@@ -125,7 +122,9 @@ def _finals(artifact: Artifact, report: VerifyReport) -> Iterator[str]:
     yield from _files(artifact, finals or {}, report)
 
 
-def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report: VerifyReport) -> None:
+def _unique_keys(
+    artifact: Artifact, record: ShardRecord, spec: ArtifactSpec, keys: _KeySet, report: VerifyReport
+) -> None:
     """Keys that ingest gave are unique in the artifact. Tars of other tools may use a key again in another tar, which
     final shards, whose rows are compared with those of their input below, may have passed on through several stages."""
     column = artifact.table(record.shard, ["key"]).column("key").to_pylist()
@@ -133,21 +132,20 @@ def _unique_keys(artifact: Artifact, record: ShardRecord, keys: _KeySet, report:
     if not repeated:
         return
     text = f"{record.shard}.parquet: key {repeated[0]!r} is not unique in the artifact ({len(repeated)} such)"
-    passed_on = artifact.config["semantic"].get("input", "") is None or artifact.stage == "select"
+    passed_on = artifact.config["semantic"].get("input", "") is None or spec.source_key is not None
     if passed_on and len(set(column)) == len(column):
         report.notes.append(f"{artifact.url}/{text}: its tars came from elsewhere; join by shard and key, or by uid")
     else:
         report.faults.append(f"{artifact.url}/{text}")
 
 
-def _readable(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
+def _readable(artifact: Artifact, record: ShardRecord, spec: ArtifactSpec) -> Iterator[str]:
     """Why a shard's Parquet is not to be read: it has other rows than the manifest says, or is not of its stage."""
     name = f"{record.shard}.parquet"
     try:
         with artifact.parquet(record.shard) as parquet:
-            schema = _SCHEMAS.get(artifact.stage)
-            if schema is not None:
-                check(parquet.schema_arrow, schema, name)
+            if spec.schema is not None:
+                check(parquet.schema_arrow, spec.schema, name)
             missing = {*_ROW} - {*parquet.schema_arrow.names}
     except ArtifactMismatch as error:
         yield str(error).removeprefix(f"{artifact.url}/")
@@ -249,13 +247,14 @@ def _source(artifact: Artifact, report: VerifyReport, allowed: Allowed) -> Artif
     return source
 
 
-def _conservation(artifact: Artifact, record: ShardRecord, source: Artifact | None) -> Iterator[str]:
+def _conservation(
+    artifact: Artifact, record: ShardRecord, spec: ArtifactSpec, source: Artifact | None
+) -> Iterator[str]:
     if source is None:
         return
     name = f"{record.shard}.parquet"
-    selected = artifact.stage == "select"  # whose keys may have got a prefix
     try:
-        ours = _identity(artifact, record.shard, "source_key" if selected else "key")
+        ours = _identity(artifact, record.shard, spec.source_key or "key")
         theirs = pa.concat_tables(_rows_of(source, entry) for entry in made_of(record))
     except (CapipeError, OSError, KeyError, pa.ArrowException) as error:
         yield f"{name}: cannot be compared with its input {source.url} ({error})"

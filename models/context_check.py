@@ -122,6 +122,8 @@ def context_of(config: EngineConfig) -> int | None:
     """
     if config.is_http:
         return served_context(config.kind, config.model)
+    if config.is_own:
+        return config.max_model_len
     folder = read_json(resolve_model(config.model) / "config.json")
     own = folder.get("text_config", folder)
     most = own.get("max_position_embeddings") or folder.get("max_position_embeddings")
@@ -134,8 +136,8 @@ def context_of(config: EngineConfig) -> int | None:
 
 
 def counter_of(config: EngineConfig) -> Count:
-    """Counts a text's tokens by the tokenizer of an engine's model, by its bytes where that is a server's."""
-    if config.is_http:
+    """Counts a text's tokens by the tokenizer of an engine's model, by its bytes where that is not at hand."""
+    if config.is_http or config.is_own:
         return by_bytes
     from transformers import AutoTokenizer
 

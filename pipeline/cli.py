@@ -9,25 +9,41 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import CapipeError, Problems
 from ..manifests.files.redaction import redact_output, redacted
+from ..manifests.import_path import is_import_path
 from ..terminal import escape_logs, escaped, print_err, print_line
 from .chain import command
-from .commands import annotate, dedup, embed, eval, export, filter, ingest, inspect, qa, train
+from .commands import eval, inspect
 from .commands.options import Images
 from .commands.run_job import LAST_WORDS, Exit
 from .runners.worker import disk_text
+from .specs import STAGES, command_of, stage_spec
+
+
+class Commands(TyperGroup):
+    """The commands, and stages of the user's own by their import paths: ``capipe my_package.my_module:SPEC``."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if not is_import_path(cmd_name):
+            return super().get_command(ctx, cmd_name)
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(cmd_name)(command_of(stage_spec(cmd_name)))
+        return typer.main.get_command(single)
+
 
 app = typer.Typer(
     name="capipe",
+    cls=Commands,
     help="Caption datasets for pretraining vision-language models: image shards in, verified captions out.\n\n"
     + (__doc__ or "").split("\n\n", 1)[1],
     no_args_is_help=True,
@@ -57,16 +73,8 @@ def main() -> None:
         raise SystemExit(Exit.FAILED) from None
 
 
-app.command()(ingest.render)
-app.command()(ingest.ingest)
-app.command()(embed.embed)
-app.command()(dedup.dedup)
-app.command()(qa.qa)
-app.command()(train.train)
-app.command()(annotate.annotate)
-app.command("filter")(filter.filter_)
-app.command()(export.export)
-app.command("eval")(eval.evaluate)
+for _spec in STAGES.values():
+    app.command(_spec.name)(command_of(_spec))
 app.command()(eval.compare)
 app.command()(command.run)
 app.command()(inspect.status)
@@ -87,7 +95,7 @@ def verify(
     artifact: Annotated[str, typer.Argument(help="Folder or URL of an artifact.")], images: Images = None
 ) -> None:
     """Re-read every checksum, count and key of an artifact, and compare its rows with its input's."""
-    from ..manifests.verify import verify as check
+    from .inspect.verify import verify as check
 
     report = check(artifact, images or ())
     for note in report.notes:

@@ -6,14 +6,16 @@ Heavy imports happen inside the functions, so that a command's ``--help`` needs 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput, RunFailed
+from ...manifests.import_path import import_object, is_import_path
 from ..bundled import resolve as resolve_bundled
 from ..images.grid import ImageGrid
 from ..own_code import NEEDS_CODE, reason_in_words
@@ -37,8 +39,9 @@ logger = logging.getLogger(__name__)
 class EngineConfig:
     """Which engine, which model, within what limits. Raises BadInput for values that cannot be meant.
 
-    ``kind``: ``auto``, ``vllm``, ``transformers`` or servers' URLs with commas between; with URLs, ``model=""`` takes
-    what they serve, and ``concurrency`` is that of each (as many requests as it takes where None).
+    ``kind``: ``auto``, ``vllm``, ``transformers``, an import path (:func:`load_engine`) or servers' URLs with commas
+    between; with URLs, ``model=""`` takes what they serve, and ``concurrency`` is that of each (as many requests as it
+    takes where None).
     ``concurrency``: the engine's own where None. ``max_model_len``: where None what the largest image and ``room``,
     tokens of text and answer beside it, take, or without ``room`` the model's own. ``timeout_s``: one HTTP attempt.
     ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``). ``template_args``: what
@@ -84,7 +87,7 @@ class EngineConfig:
                 f"--adapter {self.adapter}: a server loads its own; serve it there and name it by --model "
                 "(vllm serve MODEL --enable-lora --lora-modules NAME=FOLDER, then --model NAME)"
             )
-        if self.is_http or self.kind == "transformers":
+        if self.is_http or self.is_own or self.kind == "transformers":
             other = "a server has its own" if self.is_http else f"--engine {self.kind} has none"
             if self.engine_args:
                 raise BadInput(f"engine argument {next(iter(self.engine_args))}: these are vLLM's, and {other}")
@@ -92,6 +95,11 @@ class EngineConfig:
                 where = "when it is started" if self.is_http else "with --engine vllm"
                 raise BadInput(f"--tensor-parallel {self.tensor_parallel_size}: is for vLLM; give it {where}")
         refuse_ours(self.engine_args)
+
+    @property
+    def is_own(self) -> bool:
+        """An engine of the user's own, by an import path: what it calls its model only it knows."""
+        return is_import_path(self.kind)
 
     @property
     def is_http(self) -> bool:
@@ -111,8 +119,18 @@ def check_kind(kind: str) -> None:
         from .http.server import server_urls
 
         server_urls(kind)
+    elif is_import_path(kind):
+        _maker(kind)
     elif kind not in KINDS:
         raise BadInput(f"--engine {kind!r} is none of {', '.join(KINDS)} and no http:// or https:// URL")
+
+
+def _maker(kind: str) -> Callable[[EngineConfig], Engine | Awaitable[Engine]]:
+    """What makes an engine of the user's own. Raises BadInput."""
+    maker = import_object(kind)
+    if not callable(maker):
+        raise BadInput(f"--engine {kind}: a {type(maker).__name__}, not a function that makes an engine")
+    return maker  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -124,9 +142,14 @@ class ModelIdentity:
 
 
 async def load_engine(config: EngineConfig) -> Engine:
-    """Start the engine; returns when it can take requests. vLLM's start holds the event loop up for some seconds."""
+    """Start the engine; returns when it can take requests. vLLM's start holds the event loop up for some seconds.
+
+    An import path names a function or coroutine function that makes an engine of a config.
+    """
     if config.is_http:
         return await _load_http(config)
+    if config.is_own:
+        return await _load_own(config)
     path = resolve_model(config.model)
     grid = image_grid(path, config.min_pixels, config.max_pixels)
     kind = kind_of(path)
@@ -146,6 +169,14 @@ async def load_engine(config: EngineConfig) -> Engine:
         path = merged_folder(path, Path(config.adapter), config.dtype)
     load = _load_vllm if by_vllm else _load_transformers
     return load(config, path, grid, context)
+
+
+async def _load_own(config: EngineConfig) -> Engine:
+    made = _maker(config.kind)(config)
+    engine = await made if inspect.isawaitable(made) else made
+    if not isinstance(engine, Engine):
+        raise BadInput(f"--engine {config.kind}: made a {type(engine).__name__}, which lacks methods of an Engine")
+    return engine
 
 
 async def _load_http(config: EngineConfig) -> Engine:
@@ -249,6 +280,8 @@ def model_identity(model: str, kind: str = "auto") -> ModelIdentity:
         from .http.server import served_model
 
         return ModelIdentity(model or served_model(kind), None)
+    if is_import_path(kind):
+        return ModelIdentity(model, None)
     return ModelIdentity(model, content_digest(resolve_model(model)))
 
 

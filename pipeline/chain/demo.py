@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import Problems, RunFailed
-from ...manifests.verify import verify
 from ...trainer.recipe_file import RECIPES
 from ..commands.run_job import Exit
 from ..inspect.chain_state import load_chain
+from ..inspect.verify import verify
 from ..report.page import write_report
 from .command import checked, run_checked
 

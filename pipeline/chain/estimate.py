@@ -60,10 +60,10 @@ def estimate(
     for stage in chain.stages:
         known = state.stage(stage.name) if state is not None else None
         rows, at_most = _rows(chain, stage, found)
-        leaves, fewer = rows, at_most or stage.command.name == "filter"
+        leaves, fewer = rows, at_most or stage.command.spec.selects
         if planned[stage.name].settled and (counts := _main(stage, folder)) is not None:
             rows, at_most, fewer = sum(counts.values()), False, False
-            leaves = counts.get("ok", 0) if stage.command.name == "filter" else rows
+            leaves = counts.get("ok", 0) if stage.command.spec.selects else rows
         cost = _cost(stage, rows, known.measured if known else None)
         found[stage.name] = Estimate(rows, at_most, leaves, fewer, cost)
     return found
@@ -83,7 +83,7 @@ def _rows(chain: Chain, stage: ChainStage, before: Mapping[str, Estimate]) -> tu
     if stage.expects is not None:
         return stage.expects, False
     total, at_most = 0, False
-    for source in stage.inputs.get(stage.command.rows, ()):
+    for source in stage.inputs.get(stage.command.spec.rows, ()):
         if source.stage is None:
             count = _counted(source)
         else:

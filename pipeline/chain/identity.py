@@ -21,6 +21,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.files.patterns import braced
 from ...manifests.files.redaction import without_secrets
 from ...manifests.fingerprint import canonical
+from ...manifests.import_path import is_import_path
 from ...models.bundled import PREFIX, resolve
 from ...models.engines.model_folder import folder_digest
 from ...models.engines.vllm.arguments import changing_rows
@@ -78,11 +79,13 @@ def _arguments(key: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _engines(stage: ChainStage, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every engine of ours gives the same rows; a server hides its weights, and is another one for its artifact. Only
-    questions are asked in another way of an engine that can hold them to a form, unless ``guided`` says which."""
+    """Every built-in engine gives the same rows; a server hides its weights, and is another one for its artifact, as is
+    an engine of the user's own. Only questions are asked in another way of an engine that can hold them to a form,
+    unless ``guided`` says which."""
     found: dict[str, Any] = {}
     for key in ENGINES & set(given):
         whole = stage.command.name == "qa" and key == "engine" and given.get("guided") is None
+        whole |= is_import_path(str(given[key]))
         served = "://" in str(given[key])
         if whole or served:
             found[key] = without_secrets(given[key]) if whole else "served"

@@ -20,7 +20,6 @@ from ..inspect.chain_state import ChainState, StageState
 from .identity import changed_keys, digest, identity, meaning, product
 from .options import SET
 from .recipe import TRAINS_ON, Chain, ChainStage, Source, kind_between
-from .registry import artifacts_of
 
 Verdict = Literal["done", "to do", "goes on", "changed", "edited"]
 
@@ -121,7 +120,7 @@ def _parts(
                 "inputs": {role: value for role, value in own.items() if part.depends_on(role)},
             }
         )
-        for part in stage.command.parts
+        for part in stage.command.spec.parts
     }
 
 
@@ -140,12 +139,12 @@ def places(stage: ChainStage) -> list[str]:
     artifacts = artifact_folders(stage)
     if artifacts:
         return artifacts
-    return [stage.product(kind) or stage.out for kind in stage.command.products]
+    return [stage.product(kind) or stage.out for kind in stage.command.spec.products]
 
 
 def artifact_folders(stage: ChainStage) -> list[str]:
     """The folders relative to the chain's that will hold artifacts, the main one last."""
-    found = artifacts_of(stage.command, stage.config, frozenset(stage.inputs))
+    found = stage.command.spec.folders(stage.config, frozenset(stage.inputs))
     return [f"{stage.out}/{each}" if each else stage.out for each in found]
 
 
@@ -206,7 +205,7 @@ def _place(chain: Chain, stage: ChainStage, role: str, source: Source, folder: P
             place = f"./{place}"
     else:
         maker = chain.stage(source.stage)
-        kind = kind_between(maker, stage.command.roles[role])
+        kind = kind_between(maker, stage.command.spec.inputs[role])
         place = str(folder / (maker.product(kind or "") or maker.out))
     if source.first is None:
         return place
@@ -216,7 +215,7 @@ def _place(chain: Chain, stage: ChainStage, role: str, source: Source, folder: P
 def trustworthy(stage: ChainStage, folder: Path) -> list[str]:
     """What is wrong with a stage's output, whose manifest or files changed after it was done: nothing, where somebody
     else finished it (`--retry` by hand); faults, where it was edited. Reads all of it."""
-    from ...manifests.verify import verify
+    from ..inspect.verify import verify
 
     faults = []
     for place in artifact_folders(stage):

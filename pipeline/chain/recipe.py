@@ -21,15 +21,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...errors import BadInput, Problems
+from ...stages.stage_spec import ANYTHING, CHECKPOINT, SHARDS
 from ...trainer.recipe_file import find_recipe, read_recipe
+from ..specs import STAGES
 from .options import KEY_VALUES, SET, assignments
-from .registry import ANYTHING, CHECKPOINT, COMMANDS, Command
+from .registry import Command, command_named
 
 if TYPE_CHECKING:
     from ...trainer.recipe import Recipe  # which imports torch: only chains that train need it
 
 MAX_PIXELS = "max-pixels"  # of train, which its recipe may have, too
-_SELECTED = ("shards", *ANYTHING)  # kinds of which the first so many shards can be taken
+_SELECTED = (SHARDS, *ANYTHING)  # kinds of which the first so many shards can be taken
 
 
 class _Section(BaseModel):
@@ -104,15 +106,14 @@ class ChainStage:
 
     def product(self, kind: str) -> str | None:
         """The folder, relative to the chain's, of what it makes of this kind; None where it makes none."""
-        if self.command.name == "annotate" and kind == "shards" and not self.config.get("pack"):
-            return None
-        if kind not in self.command.products:
+        products, switch = self.command.spec.products, self.command.spec.optional.get(kind)
+        if kind not in products or (switch is not None and not self.config.get(switch)):
             return None
         if kind == CHECKPOINT:
             from ...trainer.checkpoint import folder_of
 
             return str(folder_of(Path(self.out), self.recipe.steps)) if self.recipe else self.out
-        sub = self.command.products[kind]
+        sub = products[kind]
         return f"{self.out}/{sub}" if sub else self.out
 
 
@@ -167,9 +168,10 @@ class _Reader:
         self.problems.append(f"{self.file}: stages.{place}: {reason}")
 
     def stage(self, name: str, entry: _Entry) -> ChainStage | None:
-        command = COMMANDS.get(entry.stage)
-        if command is None:
-            self.say(f"{name}.stage", f"{entry.stage!r} is no stage; there are {', '.join(COMMANDS)}")
+        try:
+            command = command_named(entry.stage)
+        except BadInput as error:
+            self.say(f"{name}.stage", str(error))
             return None
         before = len(self.problems)
         inputs = {role: self._sources(name, role, given) for role, given in entry.inputs.items()}
@@ -190,15 +192,15 @@ class _Reader:
     def _roles(self, name: str, command: Command, inputs: Mapping[str, tuple[Source, ...]]) -> None:
         for role, sources in inputs.items():
             place = f"{name}.inputs.{role}"
-            if role not in command.roles:
-                known = ", ".join(command.roles) or "none"
+            if role not in command.spec.inputs:
+                known = ", ".join(command.spec.inputs) or "none"
                 self.say(place, f"{command.name} has no such input; its inputs: {known}")
                 continue
             option = command.options.get(role)
             if len(sources) > 1 and (option is None or not option.many):
                 self.say(place, f"takes one, not {len(sources)}")
             for source in sources:
-                if source.first is not None and not set(command.roles[role]) & set(_SELECTED):
+                if source.first is not None and not set(command.spec.inputs[role]) & set(_SELECTED):
                     self.say(place, "first: is for shards alone; leave it out")
                 if source.stage is not None and source.stage not in self.entries:
                     known = ", ".join(other for other in self.entries if other != name)
@@ -213,7 +215,7 @@ class _Reader:
             place, option = f"{name}.config.{key}", command.options.get(key)
             if option is None:
                 self.say(place, f"capipe {command.name} has no such option that a recipe may give; see its --help")
-            elif key in command.roles and CHECKPOINT not in command.roles[key]:
+            elif key in command.spec.inputs and CHECKPOINT not in command.spec.inputs[key]:
                 self.say(place, f"is an input; write it under inputs, as a stage's name or {{path: {value}}}")
             elif key in inputs:
                 self.say(place, "is among the inputs, too; keep one of them")
@@ -225,7 +227,8 @@ class _Reader:
                     self.say(place, str(error))
         for key, option in command.options.items():
             if option.required and key not in entry.config and key not in inputs:
-                where = "inputs" if key in command.roles and command.roles[key] != (CHECKPOINT,) else "config"
+                kinds = command.spec.inputs.get(key, (CHECKPOINT,))
+                where = "config" if kinds == (CHECKPOINT,) else "inputs"
                 self.say(f"{name}.{where}", f"{key} is missing, which capipe {command.name} needs")
         return config
 
@@ -248,7 +251,7 @@ class _Reader:
         made = {stage.name: stage for stage in stages}
         for stage in stages:
             for role, sources in stage.inputs.items():
-                wanted = stage.command.roles.get(role)
+                wanted = stage.command.spec.inputs.get(role)
                 for source in sources:
                     maker = made.get(source.stage or "")
                     if wanted is not None and maker is not None and kind_between(maker, wanted) is None:
@@ -310,10 +313,13 @@ def kind_between(maker: ChainStage, wanted: Sequence[str]) -> str | None:
 def _unfit(maker: ChainStage, wanted: Sequence[str]) -> str:
     if not wanted:
         return f"no stage makes this; write {{path: ...}} instead of {maker.name!r}"
-    if maker.command.name == "annotate" and "shards" in wanted:
-        return f"stage {maker.name} writes captions without tars; set its pack: true, or name the shards it reads"
-    makers = [name for name, command in COMMANDS.items() if set(wanted) & set(command.products)]
-    makes = ", ".join(maker.command.products)
+    made = maker.command.spec.products
+    switch = next((switch for kind, switch in maker.command.spec.optional.items() if kind in wanted), None)
+    if switch is not None:
+        what = next(iter(made))
+        return f"stage {maker.name} writes {what} without tars; set its {switch}: true, or name the shards it reads"
+    makers = [name for name, spec in STAGES.items() if set(wanted) & set(spec.products)]
+    makes = ", ".join(made)
     return f"stage {maker.name} ({maker.command.name}) makes {makes}; this takes what {' or '.join(makers)} makes"
 
 

@@ -200,11 +200,11 @@ class _Run:
         going_on = known.begun == dict(found.parts)
         if not going_on:
             stale = {name for name, mark in known.begun.items() if found.parts.get(name) != mark}
-            for part in stage.command.parts:
+            for part in stage.command.spec.parts:
                 if part.name in stale and part.folder is not None:
                     self._clear(stage, part.folder)
             whole = not known.begun or all(
-                part.name in stale for part in stage.command.parts if part.folder is not None
+                part.name in stale for part in stage.command.spec.parts if part.folder is not None
             )
             known.seconds = 0.0 if whole else None
             if whole:

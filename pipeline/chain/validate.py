@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput
+from ...manifests.import_path import is_import_path
 from ...models.bundled import PREFIX
 from ...models.engines.captioner_registry import check_prompt, kind_of
 from ...models.engines.loading import EngineConfig
@@ -51,7 +52,7 @@ def check_chain(chain: Chain) -> Problems:
 
 def _checks(chain: Chain, stage: ChainStage) -> Iterator[tuple[str, Callable[[], None]]]:
     """Each thing to look at, with the key it stands under."""
-    yield "config", lambda: _CHECKS[stage.command.name](chain, stage)
+    yield "config", lambda: _CHECKS.get(stage.command.name, _check_own)(chain, stage)
     for key, name, look in _models(stage):
         yield f"config.{key}", lambda name=name, look=look: look(name)  # type: ignore[misc]
     for role, sources in stage.inputs.items():
@@ -85,7 +86,7 @@ def _models(stage: ChainStage) -> Iterator[tuple[str, str, Callable[[str], None]
     asked_of = {"model": "engine", "screen-model": "screen-engine", "reader": "reader-engine"}
     for key, engine in asked_of.items():
         kind = config.get(engine) or config.get("engine") or ""
-        if config.get(key) is not None and "://" not in kind:  # a server has its own
+        if config.get(key) is not None and "://" not in kind and not is_import_path(kind):  # these have their own
             yield key, config[key], _model
     for key, look in (("itm", _model), ("clip", _clip)):
         if config.get(key) is not None:
@@ -190,7 +191,8 @@ def _prompts(chain: Chain, stage: ChainStage) -> None:
     given = stage.config.get("prompt")
     prompts = [parse_prompt(each) for each in given or []]
     model = _begun_from(chain, stage)
-    if model is None or "://" in str(stage.config.get("engine", "")) or _is_hub_id(model):
+    engine = str(stage.config.get("engine", ""))
+    if model is None or "://" in engine or is_import_path(engine) or _is_hub_id(model):
         return
     path = resolve_model(model)
     if given is None and kind_of(path) is None:
@@ -290,13 +292,12 @@ def _check_filter(chain: Chain, stage: ChainStage) -> None:
 
 
 def _check_export(chain: Chain, stage: ChainStage) -> None:
+    from ...stages.export.formats import writer_class
     from ..commands.export import checked_languages, checked_license
     from ..jobs.export import EXTENSIONS
-    from ..jobs.export_files import EXTRAS
 
     given = _given(stage)
-    if given.get("format", "webdataset") not in EXTRAS:
-        raise BadInput(f"format {given['format']}: unknown; one of {', '.join(EXTRAS)}")
+    writer_class(given.get("format", "webdataset"))
     extension = given.get("image_extension", "auto")
     if extension not in ("auto", "keep", *EXTENSIONS):
         raise BadInput(f"image-extension {extension}: use auto, keep, or one of {', '.join(EXTENSIONS)}")
@@ -318,6 +319,15 @@ def _check_eval(chain: Chain, stage: ChainStage) -> None:
     refuse_controls([each.name for each in prompts])
     _config(AnnotateConfig, given, prompts=prompts)
     _config(GradeConfig, given)
+
+
+def _check_own(chain: Chain, stage: ChainStage) -> None:
+    """Of a stage that is not this package's."""
+    given, check = _given(stage), stage.command.spec.check
+    if "engine" in stage.command.options:
+        _engine(given)
+    if check is not None:
+        check(given)
 
 
 _CHECKS: Mapping[str, Callable[[Chain, ChainStage], None]] = {

@@ -13,11 +13,11 @@ from typing import Any
 
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
+from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.files.compressed import tar_stem
 from ...manifests.files.tar import unsafe_name
 from ...manifests.manifest import ShardRecord
-
-_ROOTS = ("ingest", "select")  # stages whose tars' rows are their own, not another shard's
+from ..specs import artifact_spec
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,15 @@ class ShardJoin:
         self._fingerprints = {self.artifacts[name].fingerprint: name for name in self.records}
         self._tars: dict[str, ShardName] = {}
         # Roots first: an export's tar may be the very tar of the selection that it copied.
-        for name, shard, record in sorted(self._all(), key=lambda each: self.artifacts[each[0]].stage not in _ROOTS):
+        for name, shard, record in sorted(self._all(), key=lambda each: not self._spec(each[0]).own_rows):
             if f"{shard}.tar" in record.files:
                 self._tars.setdefault(str(record.files[f"{shard}.tar"]["sha256"]), ShardName(name, shard))
         self._same: dict[str, list[ShardName]] = defaultdict(list)
         for name, shard, _ in self._all():
             self._same[self.identity(ShardName(name, shard))].append(ShardName(name, shard))
+
+    def _spec(self, name: str) -> ArtifactSpec:
+        return artifact_spec(self.artifacts[name].stage)
 
     def _all(self) -> Iterator[tuple[str, str, ShardRecord]]:
         return ((name, shard, record) for name, shards in self.records.items() for shard, record in shards.items())
@@ -78,7 +81,7 @@ class ShardJoin:
         """The hash of the tar whose rows a shard's are; of what cannot be traced, a name that is nobody else's."""
         record, artifact = self.record(place), self.artifacts[place.artifact]
         own = record.files.get(f"{place.shard}.tar")
-        if artifact.stage in _ROOTS or "shards" in record.input:  # an export's that is cut otherwise
+        if self._spec(place.artifact).own_rows or "shards" in record.input:  # an export's that is cut otherwise
             return str(own["sha256"]) if own else f"{artifact.fingerprint}/{place.shard}"
         made_of = str(record.input.get("digest"))
         source = self._tars.get(made_of)
@@ -104,7 +107,7 @@ class ShardJoin:
             if f"{each.shard}.tar" in self.record(each).files:
                 yield self._own(each)
         yield from _named(self.record(place).input)
-        if self.artifacts[place.artifact].stage == "export":  # under the same keys
+        if self._spec(place.artifact).copies:  # under the same keys
             for made_of in self._inputs(place):
                 yield from self._tars_of(made_of)
 
@@ -132,9 +135,9 @@ class ShardJoin:
 
     def selected_from(self, place: ShardName) -> ShardName | None:
         """The select shard that an export copied, itself where it is one, else None."""
-        if self.artifacts[place.artifact].stage == "select":
+        if self._spec(place.artifact).source_key is not None:
             return place
-        return next((each for each in self.beside(place) if self.artifacts[each.artifact].stage == "select"), None)
+        return next((each for each in self.beside(place) if self._spec(each.artifact).source_key is not None), None)
 
 
 def _named(made_of: Mapping[str, Any]) -> Iterator[Tar]:

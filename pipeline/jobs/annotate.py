@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import BadInput
+from ...manifests.import_path import is_import_path
 from ...manifests.schema import ANNOTATE
 from ...manifests.shards import Row
 from ...manifests.sidecars import encode_meta
@@ -29,7 +30,7 @@ def chosen_prompts(
 
     Raises BadInput for one that the model cannot be asked with; what a server's model takes is not known here.
     """
-    if model is None or "://" in engine:
+    if model is None or "://" in engine or is_import_path(engine):
         return tuple(parse_prompt(option) for option in options or ["plain"])
     path = resolve_model(model)
     prompts = tuple(parse_prompt(option) for option in options or ["plain" if kind_of(path) is None else "none"])

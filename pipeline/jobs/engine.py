@@ -66,7 +66,7 @@ class EngineSetup:
         """What fingerprints cover. Greedy or sampled, every engine gives the same answers; so it is not among it."""
         if self.engine.is_http:
             served_model(self.engine.kind, self.engine.model)  # raises where none answers, before anything is written
-        else:  # refused here, nothing is written for a model that cannot be asked
+        elif not self.engine.is_own:  # refused here, nothing is written for a model that cannot be asked
             path = resolve_model(self.engine.model)
             sees = image_grid(path, self.engine.min_pixels, self.engine.max_pixels) is not None
             check_template(path, sees, self.engine.template_args)
@@ -75,7 +75,7 @@ class EngineSetup:
         facts |= self._more()
         if not self.decode_workers:
             return facts
-        grid = None if self.engine.is_http else self._grid()
+        grid = None if self.engine.is_http or self.engine.is_own else self._grid()
         asked = (self.engine.min_pixels, self.engine.max_pixels)
         limits = [self.limits.max_image_pixels, self.limits.min_side, self.limits.max_aspect]
         return {**facts, "pixels": asked if grid is None else (grid.min_pixels, grid.max_pixels), "limits": limits}
@@ -85,6 +85,7 @@ class EngineSetup:
         engine = self.engine
         more: dict[str, Any] = {"template_args": dict(engine.template_args)}
         more["engine_args"] = changing_rows(engine.engine_args)
+        more["engine"] = engine.kind if engine.is_own else ""
         if engine.adapter:
             more["adapter"] = folder_digest(check_adapter(engine.adapter))
         return {name: value for name, value in more.items() if value}

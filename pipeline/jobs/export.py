@@ -19,6 +19,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
 from ...manifests.status import Status
 from ...stages.export.card import CardWords
+from ...stages.export.formats import writer_class
 from ...stages.export.parquet import JSON, URL
 from ...stages.export.plan import ExportTask, as_they_are, of_size
 from ...stages.export.source import column_of, image_extensions
@@ -27,7 +28,7 @@ from ..runners.messages import Event, Pulse, ShardDone, ShardFailed
 from ..runners.pool import Done, run_pool
 from ..runners.shard_queue import JobResult
 from ..runners.worker import disk_text
-from .export_files import EXTRAS, write_files
+from .export_files import extras, write_files
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # what OpenCLIP looks for
 _HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -72,8 +73,7 @@ def plan_export(
     ``image_extension``: auto (one name for all where they differ), keep, or a name. ``shard_size``: most pairs of a
     shard; None for the source's own shards.
     """
-    if format not in _FORMATS:
-        raise BadInput(f"--format {format}: unknown; one of {', '.join(_FORMATS)}")
+    writer = writer_class(format, "--format")
     source = Artifact.open(url)
     shards = _complete(source)
     if shard_size is not None:
@@ -81,7 +81,7 @@ def plan_export(
     elif format != "parquet":
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
     extension = _extension(source, shards, image_extension) if format == "webdataset" else None
-    config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)  # type: ignore[arg-type]
+    config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)
     if link:
         _check_link(source, out, config)
     tasks = as_they_are(shards) if shard_size is None else of_size(source, shards, shard_size)
@@ -89,7 +89,7 @@ def plan_export(
         "shards": url,
         "shards_total": sum(len(task.pieces) for task in tasks),
         "input_manifest": source.manifest_digest(),
-        "extras": EXTRAS[format],
+        "extras": extras(writer),
         "card": asdict(words),
     }
     semantic: dict[str, Any] = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
@@ -105,9 +105,6 @@ def plan_export(
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     shared = artifact.folder.is_shared and source.folder.is_shared
     return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)) if shared else 0, link)
-
-
-_FORMATS = tuple(EXTRAS)
 
 
 def _complete(source: Artifact) -> list[ShardRecord]:

@@ -3,7 +3,6 @@ committed whenever an export is run, so the same bytes whatever happened before.
 
 from __future__ import annotations
 
-import itertools
 import json
 from array import array
 from collections import Counter
@@ -19,25 +18,19 @@ from ...manifests.manifest import ShardRecord
 from ...stages.export import energon
 from ...stages.export.card import CardWords, Contents, render
 from ...stages.export.card_statistics import Statistics
-from ...stages.export.folder import METADATA
-from ...stages.export.llava import CONVERSATIONS, DATASET_INFO, MESSAGES, as_list, dataset_info
+from ...stages.export.formats import writer_class
+from ...stages.export.llava import DATASET_INFO, dataset_info
 from ...stages.export.provenance import chain
 from ...stages.export.source import PARTS
-from ...stages.export.writer import IMAGES, part_file
+from ...stages.export.webdataset import SIZES
+from ...stages.export.writer import LooseWriter, ShardWriter, part_file
 
 CARD = "README.md"
-SIZES = "sizes.json"
 
-#: What an export of each format writes beside its shards' files; `--fresh` removes it, too.
-EXTRAS: dict[str, list[str]] = {
-    "webdataset": [CARD, SIZES, energon.META],
-    "parquet": [CARD, "data"],
-    "llava": [CARD, CONVERSATIONS, IMAGES],
-    "folder": [CARD, METADATA, IMAGES],
-    "messages": [CARD, MESSAGES, DATASET_INFO, IMAGES],
-}
 
-_LISTS = {"llava": CONVERSATIONS, "folder": METADATA, "messages": MESSAGES}  # what shards' lines are put together in
+def extras(writer: type[ShardWriter]) -> list[str]:
+    """What an export writes beside its shards' files; `--fresh` removes it, too."""
+    return [CARD, *writer.extras]
 
 
 def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: str, notes: Sequence[str]) -> None:
@@ -49,10 +42,10 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
             _write_webdataset(artifact, records, files)
         if format == "messages":
             _write(files, DATASET_INFO, dataset_info())
-        if format in _LISTS:
-            with files.writing(_LISTS[format]) as file:
-                lines = _parts(artifact, records)
-                for piece in as_list(lines) if format == "llava" else itertools.chain.from_iterable(lines):
+        writer = writer_class(format)
+        if issubclass(writer, LooseWriter):
+            with files.writing(writer.listed) as file:
+                for piece in writer.joined(_parts(artifact, records)):
                     file.write(piece)
         artifact.note(finals=files.publish())
 

@@ -18,10 +18,12 @@ import pyarrow.compute as pc
 
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
+from ...manifests.artifact_spec import RowPart
 from ...manifests.status import QuestionStatus, Status
 from ...stages.questions.grade import CONTROLS
 from ..inspect.images import Pictures, small_jpeg
 from ..inspect.shard_join import ShardJoin, ShardName
+from ..specs import artifact_spec
 from .facts import sampled
 
 PICTURES = 12
@@ -30,7 +32,7 @@ _ROWS = 256  # of a shard that pictures are chosen from
 _SHARDS = 8  # of an artifact in which reasons are counted
 _SIDE = 256
 _LONGEST = 1500  # characters of a caption
-_TELLING = ("grade", "screen", "score", "annotate", "questions")
+_TELLING = ("answers", "screened questions", "scores", "captions", "questions")  # beside the text that came along
 _SCORES = re.compile(r"(re|org)_(clip|itm)_score(_min)?|unsafe")
 
 
@@ -119,13 +121,17 @@ def _best(joins: ShardJoin) -> ShardName | None:
     ranked: list[tuple[int, str, str]] = []
     for name, shards in joins.records.items():
         first = next(iter(shards), None)
-        if first is None or joins.artifacts[name].stage not in (*_TELLING, "ingest"):
+        if first is None or _shown_of(joins, name) is None:
             continue
         place = ShardName(name, first)
-        stages = {joins.artifacts[each.artifact].stage for each in (place, *joins.beside(place))}
-        ranked.append((-sum(stage in stages for stage in _TELLING), name, first))
+        there = {_shown_of(joins, each.artifact) for each in (place, *joins.beside(place))}
+        ranked.append((-sum(kind in there for kind in _TELLING), name, first))
     # A training set's shards have captions of nobody: a grade beside them decides, then the order of names.
     return ShardName(min(ranked)[1], min(ranked)[2]) if ranked else None
+
+
+def _shown_of(joins: ShardJoin, name: str) -> RowPart | None:
+    return artifact_spec(joins.artifacts[name].stage).shown
 
 
 def _head(joins: ShardJoin, place: ShardName) -> pa.Table | None:
@@ -149,21 +155,21 @@ def _shown(
     shown = Shown(str(base["key"]), data_uri(pictures.of(joins, place, base)))
     questions: dict[str, Asked] = {}
     for each, row in rows.items():
-        stage = joins.artifacts[each.artifact].stage
-        if stage == "ingest" and row.get("text"):
+        kind = _shown_of(joins, each.artifact)
+        if kind == "text" and row.get("text"):
             shown.said.insert(0, Said(each.artifact, "came with the image", cut(row["text"])))
-        elif stage == "annotate":
+        elif kind == "captions":
             shown.said += _captions(each.artifact, row)
-        elif stage == "score":
+        elif kind == "scores":
             scores = ((key, value) for key, value in row.items() if _SCORES.fullmatch(key) and value is not None)
             shown.scores += [(key, f"{value:.3f}") for key, value in scores]
-        elif stage in ("screen", "questions"):
+        elif kind in ("questions", "screened questions"):
             for asked in row["questions"] or []:
                 known = questions.get(asked["id"])
-                if asked["question"] and (known is None or stage == "screen"):
+                if asked["question"] and (known is None or kind == "screened questions"):
                     questions[asked["id"]] = _asked(asked, known.answers if known else {})
     for each, row in rows.items():
-        if joins.artifacts[each.artifact].stage == "grade":
+        if _shown_of(joins, each.artifact) == "answers":
             _take_answers(questions, each.artifact, row)
     shown.asked = sorted(questions.values(), key=lambda each: each.status != QuestionStatus.OK)
     return shown
@@ -203,7 +209,7 @@ def losses(joins: ShardJoin, pictures: Pictures) -> list[Losses]:
     for name, records in joins.records.items():
         artifact = joins.artifacts[name]
         marked = [shard for shard, record in records.items() if any(s != Status.OK for s in record.rows)]
-        if not marked or artifact.stage == "export":
+        if not marked or artifact_spec(artifact.stage).copies:
             continue
         try:
             found.append(_losses(joins, pictures, name, artifact, marked))

@@ -20,29 +20,18 @@ from ...manifests.artifact import Artifact
 from ...manifests.files import bounded_json
 from ...stages.export.provenance import last_part, public
 from ...stages.filter.select import Rule, SelectConfig
+from ...stages.filter.spec import SELECTION
 from ...stages.questions.grade import CONTROLS
 from ...trainer.evaluation.bootstrap import Estimate
 from ..inspect.discover import EVALUATION, Found
 from ..inspect.histograms import Histogram, histograms
 from ..inspect.shared_captions import shared_captions
 from ..inspect.status import RunState, State, read_metrics, run_state, state_of, validation_of
+from ..specs import artifact_spec
 from .charts import Bar, Line
 
 SHARDS = 32  # read of an artifact for histograms
 _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_min")] + ["length", "unsafe"]
-_TITLES = {
-    "ingest": "images checked and hashed",
-    "hash": "images hashed, to find repeats",
-    "dedup": "repeats marked",
-    "questions": "quiz questions written",
-    "screen": "questions screened",
-    "annotate": "captions written",
-    "grade": "questions answered from captions alone",
-    "score": "captions scored against their images",
-    "select": "rows selected for the final shards",
-    "export": "final shards",
-    "embed": "images embedded",
-}
 
 
 @dataclass(frozen=True)
@@ -137,12 +126,12 @@ def gather(found: Found) -> Facts:
             facts.damaged[name] = str(error)
             continue
         try:
-            if artifact.stage in ("score", "select"):
+            if artifact_spec(artifact.stage).histograms:
                 facts.scores.append(_scores(name, artifact))
-            elif artifact.stage == "annotate" and (shared := _shared(artifact)):
+            elif artifact_spec(artifact.stage).shown == "captions" and (shared := _shared(artifact)):
                 facts.shared[name] = shared
         except (CapipeError, OSError, ValueError, KeyError) as error:
-            part = "captions" if artifact.stage == "annotate" else "scores"
+            part = "scores" if artifact_spec(artifact.stage).histograms else "captions"
             facts.damaged[f"{name} ({part})"] = str(error)
     facts.scores = _informative(facts.scores)
     facts.trainings = [_training(name, run) for name, run in found.runs.items()]
@@ -165,8 +154,8 @@ def sampled(shards: Sequence[str], count: int) -> list[str]:
 
 
 def _link(found: Found, name: str, artifact: Artifact) -> Link:
-    title = _TITLES.get(artifact.stage, artifact.stage)
-    return Link(name, artifact.stage, title, state_of(artifact), found.parents(name), models_of(artifact))
+    label = artifact_spec(artifact.stage).label
+    return Link(name, artifact.stage, label, state_of(artifact), found.parents(name), models_of(artifact))
 
 
 def _shared(artifact: Artifact) -> str | None:
@@ -199,7 +188,7 @@ def _origin(name: str, artifact: Artifact) -> Origin:
 def rule_of(artifact: Artifact) -> Rule | None:
     """The rule of a selection, None of anything else or where it cannot be understood any more."""
     semantic = artifact.config["semantic"]
-    if artifact.stage != "select":
+    if artifact.stage != SELECTION.stage:
         return None
     try:
         return Rule.of(SelectConfig(**semantic["select"]), semantic["text"], semantic.get("threshold"))

@@ -23,20 +23,12 @@ from ...manifests.sidecars import jsonable
 from ...stages.filter.expression import Expression, parse
 from ..inspect.images import Cache
 from ..inspect.shard_join import ShardJoin, ShardName
+from ..specs import artifact_spec
 from .columns import Flat, flat_columns, identifier
 
 Rows = npt.NDArray[np.int32]
 Arrays = Cache[tuple[str, str], pa.Array]
-# Columns that say nothing new beside another artifact's, of every stage and by stage.
-_SAME = re.compile("key|uid|error")
-_REPEATED = {
-    "annotate": re.compile("text"),
-    "hash": re.compile(".*"),
-    "dedup": re.compile("sha256|phash|width|height"),
-    "grade": re.compile("questions|(caption|status|tokens)_.*"),
-    "select": re.compile(".*"),
-    "export": re.compile(".*"),
-}
+_SAME = "key|uid|error"  # columns that say nothing new beside another artifact's, whatever its stage
 _REASON = 300  # characters of what is wrong with a filter
 _UNREADABLE = (OSError, ValueError, KeyError, CapipeError)
 
@@ -112,7 +104,7 @@ class Table:
                     found.setdefault(flat.name, Column(flat.name, artifact, flat))
                 elif not self._repeated(artifact, flat.name):
                     name = flat.name
-                    if name in found and self.joins.artifacts[artifact].stage == "ingest":
+                    if name in found and artifact_spec(self.joins.artifacts[artifact].stage).shown == "text":
                         continue  # what came with the images was handed on
                     if name in found or name == "status":
                         name = f"{identifier(artifact)}_{name}"
@@ -120,8 +112,8 @@ class Table:
         return found
 
     def _repeated(self, artifact: str, name: str) -> bool:
-        stage = _REPEATED.get(self.joins.artifacts[artifact].stage)
-        return bool(_SAME.fullmatch(name) or (stage is not None and stage.fullmatch(name)))
+        repeated = artifact_spec(self.joins.artifacts[artifact].stage).repeated
+        return any(re.fullmatch(pattern, name) for pattern in (_SAME, repeated))
 
     def _sources(self) -> dict[str, list[ShardName]]:
         """The artifacts that have rows here, this one first, with a few of their shards."""

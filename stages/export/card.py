@@ -15,60 +15,14 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .card_statistics import Column, Statistics, Tally, bars, histogram
+from .formats import writer_class
 from .provenance import Step, public
 
 _SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
 _SIZES += ["10B<n<100B", "100B<n<1T"]
-_DATA_FILES = {"webdataset": "*.tar", "parquet": "data/*.parquet", "llava": "llava.json", "messages": "messages.jsonl"}
 _LANGUAGE_SHARE = 0.01  # a language that fewer captions have is more likely the detector's mistake
 _LONGEST_EXAMPLE = 400  # characters
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")  # inside a line; `plain` text never begins one
-
-_LOADING = {
-    "webdataset": """\
-```python
-import glob, datasets, webdataset
-
-datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub; streaming=True for large ones
-tars = sorted(glob.glob("path/*.tar"))
-webdataset.WebDataset(tars, shardshuffle=len(tars)).decode("pil").to_tuple("{images}", "txt")
-```
-
-OpenCLIP finds the number of samples in `sizes.json`; Megatron-Energon reads the folder as it is (`.nv-meta/`).""",
-    "parquet": """\
-```python
-import datasets
-
-datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub
-datasets.load_dataset("parquet", data_files="path/data/*.parquet", split="train")
-```""",
-    "llava": """\
-`--data_path llava.json --image_folder .` in LLaVA's training scripts; with `datasets`, the conversations alone:
-
-```python
-import datasets
-
-datasets.load_dataset("path/of/this/folder", split="train")
-```""",
-    "folder": """\
-```python
-import datasets
-
-datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub: image, text, key, uid
-```
-
-Each picture's caption lies beside it as well (`images/00000/NAME.jpg`, `NAME.txt`), as trainers of image models take
-them.""",
-    "messages": """\
-LLaMA-Factory: `dataset_dir: path/of/this/folder` and `dataset: captions` in its
-configuration. With `datasets`, messages and paths of images:
-
-```python
-import datasets
-
-datasets.load_dataset("path/of/this/folder", split="train")
-```""",
-}
 
 
 @dataclass(frozen=True)
@@ -113,7 +67,8 @@ def render(words: CardWords, contents: Contents, statistics: Statistics, steps: 
 
 def card_data(words: CardWords, contents: Contents, statistics: Statistics) -> DatasetCardData:
     """The YAML header: what the Hub sorts by, and what makes ``load_dataset(folder)`` find the data."""
-    files = [{"split": "train", "path": _data_files(contents)}]
+    path = _data_files(contents)
+    data = {"config_name": "default", "data_files": [{"split": "train", "path": path}]}
     common = statistics.languages.total() * _LANGUAGE_SHARE
     found = [code for code, n in statistics.languages.most_common() if n >= common and re.fullmatch("[a-z]{2,3}", code)]
     return DatasetCardData(
@@ -123,7 +78,7 @@ def card_data(words: CardWords, contents: Contents, statistics: Statistics) -> D
         task_categories=["image-to-text", "image-text-to-text"],
         size_categories=[size_category(statistics.pairs)],
         tags=["image-captioning", "capipe"],
-        configs=[{"config_name": "default", "data_files": files}],
+        configs=[data] if path else None,
         dataset_info=_tar_features(contents) if contents.format == "webdataset" else None,
     )
 
@@ -132,7 +87,7 @@ def _data_files(contents: Contents) -> str | list[str]:
     """What `datasets` is to read; of loose pictures not the text files, or it would take them for the data."""
     if contents.format == "folder":
         return ["metadata.jsonl", *(f"images/**/*.{extension}" for extension in contents.images)]
-    return _DATA_FILES[contents.format]
+    return writer_class(contents.format).data_files
 
 
 def _tar_features(contents: Contents) -> dict[str, Any]:
@@ -181,7 +136,8 @@ def _summary(contents: Contents, statistics: Statistics, steps: Sequence[Step]) 
 
 
 def _loading(contents: Contents) -> str:
-    return _LOADING[contents.format].replace("{images}", ";".join(contents.images))
+    text = writer_class(contents.format).loading or f"Written in the format {plain(contents.format)}."
+    return text.replace("{images}", ";".join(contents.images))
 
 
 def _rows(contents: Contents, statistics: Statistics) -> str:

@@ -7,13 +7,25 @@ from typing import Any
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.names import file_name
 from .source import Pair
-from .writer import LooseWriter
+from .writer import IMAGES, LooseWriter
 
 METADATA = "metadata.jsonl"  # the name that the ImageFolder of `datasets` looks for
 
 
 class FolderWriter(LooseWriter):
     """Counts images by extension, empty captions, and captions of several lines, of which some trainers read one."""
+
+    extras = (METADATA, IMAGES)
+    listed = METADATA
+    loading = """\
+```python
+import datasets
+
+datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub: image, text, key, uid
+```
+
+Each picture's caption lies beside it as well (`images/00000/NAME.jpg`, `NAME.txt`), as trainers of image models take
+them."""
 
     def __init__(self, out: FileTransaction, shard: str) -> None:
         super().__init__(out, shard)

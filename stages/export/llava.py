@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.names import file_name
 from .source import Pair
-from .writer import LooseWriter
+from .writer import IMAGES, LooseWriter
 
 CONVERSATIONS, MESSAGES, DATASET_INFO = "llava.json", "messages.jsonl", "dataset_info.json"
 
@@ -66,6 +66,22 @@ class Conversations(LooseWriter):
 class LlavaWriter(Conversations):
     """LLaVA's records."""
 
+    extras = (CONVERSATIONS, IMAGES)
+    listed = CONVERSATIONS
+    data_files = CONVERSATIONS
+    loading = """\
+`--data_path llava.json --image_folder .` in LLaVA's training scripts; with `datasets`, the conversations alone:
+
+```python
+import datasets
+
+datasets.load_dataset("path/of/this/folder", split="train")
+```"""
+
+    @staticmethod
+    def joined(parts: Iterable[BinaryIO]) -> Iterator[bytes]:
+        return as_list(parts)
+
     def name(self, pair: Pair) -> str:
         return self.safe_path(pair.row["key"])
 
@@ -76,6 +92,19 @@ class LlavaWriter(Conversations):
 
 class MessagesWriter(Conversations):
     """Chat messages with the image beside them, as LLaMA-Factory and TRL take them."""
+
+    extras = (MESSAGES, DATASET_INFO, IMAGES)
+    listed = MESSAGES
+    data_files = MESSAGES
+    loading = """\
+LLaMA-Factory: `dataset_dir: path/of/this/folder` and `dataset: captions` in its
+configuration. With `datasets`, messages and paths of images:
+
+```python
+import datasets
+
+datasets.load_dataset("path/of/this/folder", split="train")
+```"""
 
     def name(self, pair: Pair) -> str:
         return self.safe_name(pair.row["key"])

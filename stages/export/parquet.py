@@ -43,6 +43,16 @@ def training_schema(rows: pa.Schema) -> pa.Schema:
 class TrainingParquet(ShardWriter):
     """The shard's ok rows with image and caption. A shard without one gets no file. ``rows``: the listing's schema."""
 
+    extras = ("data",)
+    data_files = "data/*.parquet"
+    loading = """\
+```python
+import datasets
+
+datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub
+datasets.load_dataset("parquet", data_files="path/data/*.parquet", split="train")
+```"""
+
     def __init__(self, out: FileTransaction, shard: str, rows: pa.Schema) -> None:
         super().__init__(out, shard)
         self._schema, self._listed = training_schema(rows), set(rows.names)
@@ -50,6 +60,10 @@ class TrainingParquet(ShardWriter):
         self._writer: pq.ParquetWriter | None = None
         self._group: list[dict[str, Any]] = []
         self._samples = self._size = 0
+
+    @classmethod
+    def for_shard(cls, out: FileTransaction, shard: str, rows: pa.Schema, extension: str | None) -> TrainingParquet:
+        return cls(out, shard, rows)
 
     def add(self, pair: Pair) -> None:
         image = {"bytes": pair.image, "path": f"{pair.row['key']}.{pair.extension}"}

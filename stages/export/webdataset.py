@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, BinaryIO, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...errors import ArtifactMismatch
@@ -14,19 +15,38 @@ from ...manifests.files.storage import open_parquet
 from ...manifests.files.tar import TarWriter
 from ...manifests.manifest import ShardRecord
 from ...manifests.status import Status
-from .energon import TarIndex, index_tar
+from .energon import META, TarIndex, index_tar
 from .source import PARTS, Pair, copy, listing, ok_rows
 from .writer import ShardWriter
+
+SIZES = "sizes.json"
 
 
 class RewrittenTar(ShardWriter):
     """Samples with every image called ``<key>.<extension>``, or as they were where that is None. Readers decode by
     content: PNG bytes stay PNG. A shard without a sample gets no tar, as in :func:`copy_tar`."""
 
+    extras = (SIZES, META)
+    data_files = "*.tar"
+    loading = """\
+```python
+import glob, datasets, webdataset
+
+datasets.load_dataset("path/of/this/folder", split="train")  # or its name on the Hub; streaming=True for large ones
+tars = sorted(glob.glob("path/*.tar"))
+webdataset.WebDataset(tars, shardshuffle=len(tars)).decode("pil").to_tuple("{images}", "txt")
+```
+
+OpenCLIP finds the number of samples in `sizes.json`; Megatron-Energon reads the folder as it is (`.nv-meta/`)."""
+
     def __init__(self, out: FileTransaction, shard: str, extension: str | None) -> None:
         super().__init__(out, shard)
         self._extension = extension
         self._tar: TarWriter | None = None
+
+    @classmethod
+    def for_shard(cls, out: FileTransaction, shard: str, rows: pa.Schema, extension: str | None) -> RewrittenTar:
+        return cls(out, shard, extension)
 
     def add(self, pair: Pair) -> None:
         if self._tar is None:

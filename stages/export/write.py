@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import ExitStack
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,12 +22,10 @@ from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import open_parquet
 from ...manifests.manifest import ShardRecord
 from ...manifests.transaction import ROW_GROUP, shard_stats
-from .folder import FolderWriter
-from .llava import LlavaWriter, MessagesWriter
-from .parquet import TrainingParquet
+from .formats import writer_class
 from .plan import ExportTask, Piece
 from .source import Pair, committed_listing, copy, listing, pairs
-from .webdataset import RewrittenTar, copy_tar
+from .webdataset import copy_tar
 from .writer import ShardWriter
 
 STAGE = "export"
@@ -39,7 +37,7 @@ class ExportConfig(Growing):
     model_config = ConfigDict(extra="forbid", frozen=True)
     later: ClassVar[tuple[str, ...]] = ("shard_size",)
 
-    format: Literal["webdataset", "parquet", "llava", "folder", "messages"] = Field(description="whose files to write")
+    format: str = Field(description="whose files to write: a name or an import path")
     image_extension: str | None = Field(
         None, description="webdataset: name every image member alike; null: as they are"
     )
@@ -74,17 +72,7 @@ def _whole(task: ExportTask, source: Artifact, artifact: Artifact, config: Expor
 
 def _writer(config: ExportConfig, out: FileTransaction, shard: str, rows: pa.Schema) -> ShardWriter:
     """``rows``: the listing's schema."""
-    match config.format:
-        case "webdataset":
-            return RewrittenTar(out, shard, config.image_extension)
-        case "parquet":
-            return TrainingParquet(out, shard, rows)
-        case "llava":
-            return LlavaWriter(out, shard)
-        case "folder":
-            return FolderWriter(out, shard)
-        case "messages":
-            return MessagesWriter(out, shard)
+    return writer_class(config.format).for_shard(out, shard, rows, config.image_extension)
 
 
 def _cut(task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig) -> list[ShardRecord]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
+
+import pyarrow as pa
 
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.names import file_name, same_file
@@ -19,10 +23,23 @@ _LONGEST_FOLDER = 600  # characters: longer ones would make names that are none
 
 
 class ShardWriter(ABC):
-    """Context manager: ``add`` pairs in order, ``finish`` once; leaving before that gives up what is open."""
+    """Context manager: ``add`` pairs in order, ``finish`` once; leaving before that gives up what is open.
+
+    ``extras``: files and folders of an export beside its shards' and its card; `--fresh` removes them. ``data_files``:
+    what `datasets` reads, a pattern, empty for nothing. ``loading``: the card's words on reading it, in Markdown.
+    """
+
+    extras: ClassVar[tuple[str, ...]] = ()
+    data_files: ClassVar[str] = ""
+    loading: ClassVar[str] = ""
 
     def __init__(self, out: FileTransaction, shard: str) -> None:
         self.out, self.shard, self.open = out, shard, ExitStack()
+
+    @classmethod
+    def for_shard(cls, out: FileTransaction, shard: str, rows: pa.Schema, extension: str | None) -> ShardWriter:
+        """``rows``: the schema of the shard's listing; ``extension``: how all images are to be called, if alike."""
+        return cls(out, shard)
 
     @abstractmethod
     def add(self, pair: Pair) -> None: ...
@@ -42,7 +59,15 @@ class LooseWriter(ShardWriter):
     """Images as files in a folder of the shard's, and a line about each that is put together with other shards' later.
 
     The folder appears whole, before the shard is declared. Counts: ``samples``, and what formats count beside.
+    ``listed``: the file that all shards' lines become, put together by ``joined``.
     """
+
+    listed: ClassVar[str]
+
+    @staticmethod
+    def joined(parts: Iterable[BinaryIO]) -> Iterator[bytes]:
+        """The contents of ``listed``, made of the shards' lines."""
+        return chain.from_iterable(parts)
 
     def __init__(self, out: FileTransaction, shard: str) -> None:
         super().__init__(out, shard)

@@ -22,8 +22,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from capipe.manifests.verify import verify
 from capipe.models.tiny.world.corpus import write_corpus
+from capipe.pipeline.inspect.verify import verify
 
 _COMMAND = [sys.executable, "-m", "capipe.pipeline"]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from capipe.manifests.files.tar import TarWriter
-from capipe.manifests.verify import verify
 from capipe.models.tiny.world.corpus import samples
+from capipe.pipeline.inspect.verify import verify
 
 from .killing import committed, run_killed
 

@@ -25,8 +25,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a program
 
-from capipe.manifests.verify import verify
 from capipe.models.tiny.world.corpus import write_corpus
+from capipe.pipeline.inspect.verify import verify
 from tests.pipeline.conftest import COMMAND, capipe
 from tests.pipeline.leftovers import Watched
 from tests.pipeline.training import quizzed

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from capipe.manifests.manifest import LINES
-from capipe.manifests.verify import verify
 from capipe.models.tiny.world.corpus import write_corpus
+from capipe.pipeline.inspect.verify import verify
 
 from .conftest import capipe
 

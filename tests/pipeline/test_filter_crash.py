@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from capipe.manifests.verify import verify
+from capipe.pipeline.inspect.verify import verify
 
 from ..stages.scored import foreign_shards, write_scores
 from .conftest import COMMAND

@@ -18,8 +18,8 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import BASE, SCORE
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
-from capipe.manifests.verify import verify
 from capipe.pipeline.commands.filter import select_step
+from capipe.pipeline.inspect.verify import verify
 from capipe.pipeline.jobs.dedup import hash_images, mark, plan_dedup
 from capipe.pipeline.jobs.engine import execute, plan
 from capipe.pipeline.runners.placement import Placement

@@ -65,7 +65,7 @@ def test_an_unknown_protocol_is_one_line() -> None:
 
 def test_parquet_is_opened_in_one_place_and_never_by_a_python_file() -> None:
     """Threads of Arrow that call back into Python abort a process that ends before them."""
-    package = Path(storage.__file__).parents[1]
+    package = Path(storage.__file__).parents[2]
     readers = {"ParquetFile", "ParquetDataset", "read_table", "read_schema", "read_metadata", "read_pandas"}
     found = set()
     for folder in ("manifests", "models", "stages", "trainer", "pipeline"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.verify import verify
+from capipe.pipeline.inspect.verify import verify
 
 from ...conftest import photo
 from ..conftest import COMMAND, CaptionServer, capipe, one_line, table

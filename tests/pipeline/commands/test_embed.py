@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from capipe.manifests.fingerprint import fingerprint
-from capipe.manifests.verify import verify
 from capipe.models.images.decode import ImageLimits
 from capipe.models.images.formats import ImageProblem
 from capipe.models.images.preprocess import decode_preprocessed
 from capipe.models.scorers.clip import load_clip
 from capipe.models.tiny.world.corpus import samples
+from capipe.pipeline.inspect.verify import verify
 
 from ..conftest import capipe, one_line, table
 from .test_filter_scoring import write_shards

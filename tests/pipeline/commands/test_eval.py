@@ -10,9 +10,9 @@ from random import Random
 import pytest
 
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.verify import verify
 from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
 from capipe.models.tiny.world.corpus import write_corpus
+from capipe.pipeline.inspect.verify import verify
 
 from ..conftest import capipe, one_line, table
 

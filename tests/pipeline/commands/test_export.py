@@ -14,16 +14,16 @@ import pytest
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import SCORE
-from capipe.manifests.verify import verify
 from capipe.models.tiny.world.corpus import write_corpus
 from capipe.pipeline.cli import main
-from capipe.pipeline.jobs.export_files import EXTRAS
+from capipe.pipeline.inspect.verify import verify
+from capipe.stages.export import formats
 
 from ...stages.exporting import captioned, export, final_shards
 from ..conftest import COMMAND, capipe, one_line
 from ..killing import run_killed
 
-FORMATS = list(EXTRAS)
+FORMATS = list(formats.FORMATS)
 
 
 def contents(folder: Path) -> dict[str, str]:

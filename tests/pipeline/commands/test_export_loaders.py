@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from capipe.pipeline.jobs.export_files import EXTRAS
+from capipe.stages.export.formats import FORMATS
 
 from ...stages.exporting import captioned, export, final_shards, kept
 
@@ -33,7 +33,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Final shards of jpg, png and webp images, the second one without any sample, in every format."""
     folder = tmp_path_factory.mktemp("exports")
     source = final_shards(folder / "final", shards=3, formats=("jpg", "png", "webp"), empty=(1,), meta=came_with)
-    for format in EXTRAS:
+    for format in FORMATS:
         export(source, folder / format, format)
     return {path.name: path for path in folder.iterdir()}
 

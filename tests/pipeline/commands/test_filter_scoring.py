@@ -13,10 +13,10 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.files.tar import TarWriter
 from capipe.manifests.schema import ANNOTATE
 from capipe.manifests.shards import RowReader, expand
-from capipe.manifests.verify import verify
 from capipe.models.tiny.train.texts.hard_negatives import plant_addition
 from capipe.models.tiny.world.captions import dense_caption
 from capipe.models.tiny.world.corpus import CorpusSample, samples
+from capipe.pipeline.inspect.verify import verify
 from capipe.pipeline.runners import local
 
 from ..conftest import COMMAND, capipe, one_line, table

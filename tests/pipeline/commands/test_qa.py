@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.verify import verify
 from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
 from capipe.models.tiny.world.corpus import CorpusSample, write_corpus
+from capipe.pipeline.inspect.verify import verify
 
 from ...conftest import photo
 from ..conftest import CaptionServer, capipe, one_line, table

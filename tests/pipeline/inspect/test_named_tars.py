@@ -22,10 +22,10 @@ from capipe.manifests.files.outside import Refused
 from capipe.manifests.files.storage import Folder
 from capipe.manifests.fingerprint import canonical
 from capipe.manifests.manifest import LINES, _checksum
-from capipe.manifests.verify import verify
 from capipe.pipeline.inspect.images import Pictures
 from capipe.pipeline.inspect.shard_join import ShardJoin, ShardName
 from capipe.pipeline.inspect.status_view import overview
+from capipe.pipeline.inspect.verify import verify
 from capipe.pipeline.jobs.eval import _captions_of
 from capipe.pipeline.report.page import write_report
 from capipe.stages.export.provenance import chain

@@ -19,7 +19,7 @@ from PIL import Image
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, INGEST
 from capipe.manifests.shards import Row, RowReader
-from capipe.manifests.verify import verify
+from capipe.pipeline.inspect.verify import verify
 from capipe.pipeline.runners.shard_queue import JobResult
 
 from ...conftest import photo

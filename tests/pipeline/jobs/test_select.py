@@ -18,9 +18,9 @@ from capipe.errors import ArtifactMismatch, BadInput, CapipeError
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.manifest import CHECKSUM
 from capipe.manifests.shards import RowReader, expand, uid_of
-from capipe.manifests.verify import verify
 from capipe.pipeline.commands.filter import select_step
 from capipe.pipeline.commands.run_job import Exit
+from capipe.pipeline.inspect.verify import verify
 from capipe.pipeline.jobs.select import execute_select, plan_select
 from capipe.stages.filter.select import SelectConfig
 

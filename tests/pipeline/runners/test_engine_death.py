@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from capipe.manifests.verify import verify
 from capipe.models.tiny.world.corpus import write_corpus
+from capipe.pipeline.inspect.verify import verify
 
 from ..conftest import COMMAND, capipe, table
 

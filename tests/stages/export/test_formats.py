@@ -18,7 +18,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.samples import read_samples
 from capipe.manifests.shards import expand
 from capipe.manifests.verify import verify
-from capipe.pipeline.jobs.export_files import EXTRAS
+from capipe.stages.export.formats import FORMATS
 from capipe.stages.export.llava import INSTRUCTIONS, instruction
 
 from ..exporting import captioned, export, final_shards, kept, rows_of
@@ -54,13 +54,13 @@ def test_two_runs_alike_differ_in_their_times_alone(tmp_path: Path, monkeypatch:
         monkeypatch.chdir(tmp_path / name)
         monkeypatch.setattr(time, "gmtime", lambda now=None, day=number: moment((now or 0) + 86400 * day))
         source = final_shards(Path("final"), formats=("jpg", "png"))
-        for format in EXTRAS:
+        for format in FORMATS:
             export(source, Path(format), format)
         files = [path for path in Path().rglob("*") if path.is_file()]
         found.append({str(path): path.read_bytes() for path in files})
     assert found[0].keys() == found[1].keys()
     differing = {name for name, data in found[0].items() if data != found[1][name]}
-    assert differing == {f"{name}/_capipe/times.jsonl" for name in ("final", *EXTRAS)}
+    assert differing == {f"{name}/_capipe/times.jsonl" for name in ("final", *FORMATS)}
 
 
 def test_linked_tars_are_the_same_files(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_images_of_several_formats_get_one_name_and_keep_their_bytes(tmp_path: P
 
 def test_a_shard_without_a_sample_has_no_tar_and_its_rows(tmp_path: Path) -> None:
     source = final_shards(tmp_path / "final", shards=3, empty=(0,))
-    for format in EXTRAS:
+    for format in FORMATS:
         out = tmp_path / format
         export(source, out, format)
         assert rows_of(out) == rows_of(source)
@@ -157,7 +157,7 @@ def test_no_pair_makes_an_empty_list(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/llava.json").read_bytes()) == []
 
 
-@pytest.mark.parametrize("format", list(EXTRAS))
+@pytest.mark.parametrize("format", list(FORMATS))
 def test_captioned_tars_of_another_tool(tmp_path: Path, format: str) -> None:
     source = captioned(tmp_path / "captions")
     export(source, tmp_path / "out", format)
@@ -230,7 +230,7 @@ def test_a_source_that_is_not_what_it_says(tmp_path: Path) -> None:
     data = bytearray(tar.read_bytes())
     data[600] ^= 1
     tar.write_bytes(data)
-    for format in EXTRAS:
+    for format in FORMATS:
         with pytest.raises(ArtifactMismatch, match=r"00001\.tar: its bytes are not those its manifest lists"):
             export(source, tmp_path / format, format)
         assert list(Artifact.open(str(tmp_path / format)).committed()) == ["00000"]
@@ -342,7 +342,7 @@ def test_messages_that_would_mislead_a_trainer(tmp_path: Path) -> None:
 def test_parquet_without_what_came_with_images_is_not_gone_on_with(tmp_path: Path) -> None:
     """Files with and without those columns are no data set; other formats go on with what older versions began."""
     source = final_shards(tmp_path / "final")
-    for format in EXTRAS:
+    for format in FORMATS:
         config = {"format": format, "image_extension": None}
         semantic = {"input": Artifact.open(str(source)).fingerprint, "export": config}
         Artifact.create(str(tmp_path / format), "export", semantic, {}).close()

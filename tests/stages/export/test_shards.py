@@ -17,7 +17,7 @@ from capipe.manifests.shards import uid_of
 from capipe.manifests.verify import verify
 from capipe.pipeline.inspect.images import Pictures
 from capipe.pipeline.inspect.shard_join import ShardJoin, ShardName
-from capipe.pipeline.jobs.export_files import EXTRAS
+from capipe.stages.export.formats import FORMATS
 from capipe.stages.filter.select import STAGE
 
 from ..exporting import captioned, export, final_shards, rows_of
@@ -39,7 +39,7 @@ def pairs_of(out: Path) -> list[int]:
     return [record.rows.get("ok", 0) for record in Artifact.open(str(out)).committed().values()]
 
 
-@pytest.mark.parametrize("format", list(EXTRAS))
+@pytest.mark.parametrize("format", list(FORMATS))
 @pytest.mark.parametrize(("size", "expected"), [(3, [2, 3, 3, 2, 3, 3]), (8, [8, 8]), (100, [16])])
 def test_rows_are_those_of_the_source(tmp_path: Path, format: str, size: int, expected: list[int]) -> None:
     source = final_shards(tmp_path / "final", shards=3, formats=("jpg", "png"), empty=(1,))
@@ -77,7 +77,7 @@ def test_whatever_shards_it_comes_from_it_is_the_same(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "again")).faults == []
 
 
-@pytest.mark.parametrize("format", list(EXTRAS))
+@pytest.mark.parametrize("format", list(FORMATS))
 def test_shards_that_a_kill_left_undone_are_made_alone(tmp_path: Path, format: str) -> None:
     """A kill between two commits of one task: some of a source shard's parts are there, others are not."""
     source = final_shards(tmp_path / "final")
@@ -174,7 +174,7 @@ def test_workers_share_the_tasks(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-@pytest.mark.parametrize("format", list(EXTRAS))
+@pytest.mark.parametrize("format", list(FORMATS))
 def test_the_viewer_finds_the_pictures(tmp_path: Path, format: str) -> None:
     """Of exports without tars in the source's, whose shards of the same names have other rows."""
     source = final_shards(tmp_path / "final")

@@ -1,0 +1,117 @@
+"""The command and the spec of an engine stage of one function per row: what a stage of the user's own is made of."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import typer
+from pydantic import BaseModel
+
+from ...errors import BadInput
+from ...manifests.artifact_spec import ArtifactSpec
+from ...manifests.schema import BASE
+from ...stages.stage_spec import CHECKPOINT, SHARDS, Output, StageSpec
+from ..jobs.engine import plan
+from ..jobs.row_stage import RowFunction, RowStage
+from ..specs import ARTIFACTS, STAGES
+from . import options as o
+from .run_job import run_job
+
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+def row_stage(
+    name: str, function: RowFunction, options: type[BaseModel], columns: Sequence[pa.Field], label: str | None = None
+) -> StageSpec:
+    """The spec of a stage that asks an engine about every image.
+
+    ``function``: makes the ``columns`` of one row, beside key, uid, status and error; its docstring is the command's
+    help. ``options``: the command's own options, in the fingerprint. ``label``: what the rows are, in a report.
+    Raises BadInput for a name that another stage has.
+    """
+    if not _NAME.fullmatch(name) or name in STAGES or name in ARTIFACTS:
+        raise BadInput(f"stage {name!r}: taken, or no name; use small letters, digits, - and _")
+    schema = pa.schema([*BASE, *columns])
+
+    def command(**given: Any) -> None:
+        own = o.validated(options, **{key: given.pop(key) for key in options.model_fields})
+        _run(lambda setup: RowStage(name, function, own, schema, setup), **given)
+
+    def check(given: Mapping[str, Any]) -> None:
+        o.validated(options, **{key: value for key, value in given.items() if key in options.model_fields})
+
+    _sign(command, function, options)
+    output = Output(ArtifactSpec(name, label or name, schema))
+    inputs = {"shards": (SHARDS,), "model": (CHECKPOINT,)}
+    return StageSpec(name, command, inputs, {name: ""}, (output,), check=check)
+
+
+def _sign(command: Callable[..., None], function: RowFunction, options: type[BaseModel]) -> None:
+    """Give ``command`` the parameters of :func:`_run` and one for each option, as Typer and recipes read them."""
+    _, *common = inspect.signature(_run, eval_str=True).parameters.values()
+    taken = {parameter.name for parameter in common} & options.model_fields.keys()
+    if taken:
+        raise BadInput(f"option {min(taken)} of {options.__name__}: every engine stage has it; give it another name")
+    own = []
+    for name, field in options.model_fields.items():
+        default = Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
+        annotation = Annotated[field.annotation, typer.Option(help=field.description)]  # type: ignore[name-defined]
+        own.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    signature = inspect.Signature([*common[:4], *own, *common[4:]])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+    command.__doc__ = function.__doc__
+
+
+def _run(
+    stage: Callable[[Any], RowStage],
+    *,
+    shards: o.Shards,
+    out: o.Out,
+    model: Annotated[str, typer.Option(help="A bundled model, a folder, or a Hugging Face id.")],
+    engine: o.EngineName = "auto",
+    max_pixels: o.MaxPixels = None,
+    min_pixels: o.MinPixels = None,
+    dtype: o.Dtype = "auto",
+    max_model_len: o.MaxModelLen = None,
+    concurrency: o.Concurrency = None,
+    gpus: o.Gpus = None,
+    gpu_memory: o.GpuMemory = 0.9,
+    tensor_parallel: o.TensorParallel = 1,
+    adapter: o.Adapter = None,
+    template_arg: o.TemplateArg = None,
+    engine_arg: o.EngineArg = None,
+    decode_workers: o.DecodeWorkers = None,
+    timeout: o.Timeout = 300.0,
+    retry: o.Retry = False,
+    trace: Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.")] = None,
+    runner: o.Runner = "local",
+    ray_address: o.RayAddress = None,
+    ray_workers: o.RayWorkers = None,
+    share: o.Share = False,
+    fresh: o.Fresh = False,
+) -> None:
+    place = o.placement(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
+    settings = o.engine_options(
+        adapter=adapter,
+        engine_arg=engine_arg,
+        template_arg=template_arg,
+        tensor_parallel=tensor_parallel,
+        gpu_memory=gpu_memory,
+        timeout=timeout,
+        decode_workers=decode_workers,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        concurrency=concurrency,
+    )
+    setup = o.engine_setup(model, engine, place, sees=True, options=settings, trace=trace)
+    made = plan(stage(setup), shards, out, fresh=fresh, retry=retry, share=share)
+    raise typer.Exit(run_job(made, place))

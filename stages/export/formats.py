@@ -1,0 +1,33 @@
+"""The formats of an export by name, and those of a user's own by their import paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...errors import BadInput
+from ...manifests.import_path import import_object, is_import_path
+from .folder import FolderWriter
+from .llava import LlavaWriter, MessagesWriter
+from .parquet import TrainingParquet
+from .webdataset import RewrittenTar
+from .writer import ShardWriter
+
+FORMATS: Mapping[str, type[ShardWriter]] = {
+    "webdataset": RewrittenTar,
+    "parquet": TrainingParquet,
+    "llava": LlavaWriter,
+    "folder": FolderWriter,
+    "messages": MessagesWriter,
+}
+
+
+def writer_class(name: str, option: str = "format") -> type[ShardWriter]:
+    """What writes the shards of a format. ``option``: where the user named it. Raises BadInput."""
+    if name in FORMATS:
+        return FORMATS[name]
+    if not is_import_path(name):
+        raise BadInput(f"{option} {name}: unknown; one of {', '.join(FORMATS)}")
+    writer = import_object(name)
+    if not (isinstance(writer, type) and issubclass(writer, ShardWriter)):
+        raise BadInput(f"{option} {name}: not a subclass of capipe.stages.export.writer.ShardWriter")
+    return writer

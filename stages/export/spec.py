@@ -1,0 +1,18 @@
+"""`capipe export` as a stage."""
+
+from __future__ import annotations
+
+from ...manifests.artifact_spec import ArtifactSpec
+from ..stage_spec import FINAL, SHARDS, Output, OutputFolder, StageSpec, keys
+
+EXPORTED = ArtifactSpec("export", "final shards", copies=True, repeated=".*")
+
+EXPORT = StageSpec(
+    "export",
+    "capipe.pipeline.commands.export:export",
+    {"artifact": (SHARDS,)},
+    {FINAL: ""},
+    (Output(EXPORTED),),
+    (OutputFolder("", without=keys("title license language")), OutputFolder(None)),
+    rows="artifact",
+)

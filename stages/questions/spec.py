@@ -1,0 +1,59 @@
+"""`capipe qa` and `capipe eval` as stages."""
+
+from __future__ import annotations
+
+from ...manifests.artifact_spec import ArtifactSpec
+from ...manifests.schema import GRADE, QUESTIONS, SCREEN
+from ..annotate.spec import CAPTIONS
+from ..stage_spec import CHECKPOINT, SHARDS, Output, OutputFolder, StageSpec, keys
+
+WRITTEN = ArtifactSpec("questions", "quiz questions written", QUESTIONS, shown="questions")
+SCREENED = ArtifactSpec("screen", "questions screened", SCREEN, shown="screened questions")
+GRADED = ArtifactSpec(
+    "grade",
+    "questions answered from captions alone",
+    GRADE,
+    shown="answers",
+    repeated="questions|(caption|status|tokens)_.*",
+)
+
+QA = StageSpec(
+    "qa",
+    "capipe.pipeline.commands.qa:qa",
+    {"shards": (SHARDS,), "import": (), "model": (CHECKPOINT,), "screen-model": (CHECKPOINT,)},
+    {"questions": ""},
+    (
+        Output(WRITTEN, "written"),
+        Output(SCREENED, "screened", lambda config, inputs: config.get("screen") != "none"),
+    ),
+    (
+        OutputFolder(
+            "written",
+            without=keys(
+                "screen screen-model screen-engine screen-arg with-image without-image presentations reader-mode"
+            ),
+        ),
+        OutputFolder("screened"),
+    ),
+)
+EVAL = StageSpec(
+    "eval",
+    "capipe.pipeline.commands.eval:evaluate",
+    {"shards": (SHARDS,), "questions": ("questions",), "captions": ("captions",), "model": (CHECKPOINT,)},
+    {"evaluation": ""},
+    (
+        Output(CAPTIONS, "captions", lambda config, inputs: "captions" not in inputs),
+        Output(GRADED, "graded"),
+    ),
+    (
+        OutputFolder(
+            "captions",
+            without=keys(
+                "questions reader reader-engine reader-arg reader-mode presentations generic controls clip cosine "
+                "language-model captions"
+            ),
+        ),
+        OutputFolder("graded", without=keys("clip cosine language-model")),
+        OutputFolder(None),
+    ),
+)

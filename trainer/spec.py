@@ -1,0 +1,18 @@
+"""`capipe train` as a stage."""
+
+from __future__ import annotations
+
+from ..stages.stage_spec import CHECKPOINT, SHARDS, StageSpec
+
+TRAIN = StageSpec(
+    "train",
+    "capipe.pipeline.commands.train:train",
+    {
+        "shards": (SHARDS,),
+        "questions": ("questions",),
+        "validation-shards": (SHARDS,),
+        "validation-questions": ("questions",),
+        "model": (CHECKPOINT,),
+    },
+    {CHECKPOINT: ""},  # the last checkpoint below it
+)
