@@ -66,8 +66,7 @@ class EngineConfig:
         check_kind(self.kind)
         if not self.model and not self.is_http:
             raise BadInput("no model is named; give --model a bundled one (tiny/captioner), a folder or a hub id")
-        if self.dtype not in DTYPES:
-            raise BadInput(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
         if self.kind == "vllm" and self.device != "auto":
             raise BadInput(f"device {self.device!r} is for --engine transformers; vLLM heeds CUDA_VISIBLE_DEVICES")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -113,6 +112,12 @@ def check_kind(kind: str) -> None:
         server_urls(kind)
     elif kind not in KINDS:
         raise BadInput(f"--engine {kind!r} is none of {', '.join(KINDS)} and no http:// or https:// URL")
+
+
+def check_dtype(name: str) -> None:
+    """Raise BadInput for what is no number type of an engine or a scorer."""
+    if name not in DTYPES:
+        raise BadInput(f"dtype {name!r} is none of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
