@@ -55,6 +55,18 @@ class ExportPlan:
         return sum(record.count for task in self.tasks for record in task.sources)
 
 
+def check_format(name: str) -> None:
+    """Raises BadInput for what is no format."""
+    if name not in EXTRAS:
+        raise BadInput(f"--format {name}: unknown; one of {', '.join(EXTRAS)}")
+
+
+def check_extension(name: str) -> None:
+    """Raises BadInput for what no image can be called."""
+    if name not in ("auto", "keep", *EXTENSIONS):
+        raise BadInput(f"--image-extension {name}: use auto, keep, or one of {', '.join(EXTENSIONS)}")
+
+
 def plan_export(
     url: str,
     out: str,
@@ -72,8 +84,7 @@ def plan_export(
     ``image_extension``: auto (one name for all where they differ), keep, or a name. ``shard_size``: most pairs of a
     shard; None for the source's own shards.
     """
-    if format not in _FORMATS:
-        raise BadInput(f"--format {format}: unknown; one of {', '.join(_FORMATS)}")
+    check_format(format)
     source = Artifact.open(url)
     shards = _complete(source)
     if shard_size is not None:
@@ -105,9 +116,6 @@ def plan_export(
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     shared = artifact.folder.is_shared and source.folder.is_shared
     return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)) if shared else 0, link)
-
-
-_FORMATS = tuple(EXTRAS)
 
 
 def _complete(source: Artifact) -> list[ShardRecord]:
@@ -161,8 +169,7 @@ def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | 
     if wish == "keep":
         return None
     if wish != "auto":
-        if wish not in EXTENSIONS:
-            raise BadInput(f"--image-extension {wish}: use auto, keep, or one of {', '.join(EXTENSIONS)}")
+        check_extension(wish)
         return wish
     found: set[str] = set()
     for record in shards:
