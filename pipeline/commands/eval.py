@@ -135,7 +135,6 @@ def evaluate(options: EvalOptions) -> None:
     from ...stages.questions import grade, screen
     from ..jobs.annotate import chosen_prompts
     from ..jobs.engine import plan
-    from ..jobs.eval import EvaluationModels, report_on, write_report
     from ..jobs.grade import GradeStage
     from ..jobs.reader_checks import asked_of, caption_texts, check_captions, check_limit, oracle_texts, rewarded_by
 
@@ -168,15 +167,22 @@ def evaluate(options: EvalOptions) -> None:
     codes.append(run_job(made, place))
     if codes[-1] is Exit.INTERRUPTED:
         raise typer.Exit(codes[-1])
-    done = Artifact.open(graded)
-    if not done.committed():  # what kept every shard from being graded has been said
-        raise typer.Exit(max(codes))
-    report = report_on(done, EvaluationModels(options.clip, options.cosine, options.language_model), warnings)
-    write_report(report, options.out)
-    show(report)
-    say_warnings(report.warnings)
-    print_line(f"report: {options.out / 'report.md'}")
+    if Artifact.open(graded).committed():  # else what kept every shard from being graded has been said
+        report(options, graded, warnings)
     raise typer.Exit(max(codes))
+
+
+def report(options: EvalOptions, graded: str, warnings: Sequence[Caution]) -> None:
+    """Compute the figures; write and show them."""
+    from ...manifests.artifact import Artifact
+    from ..jobs.eval import EvaluationModels, report_on, write_report
+
+    models = EvaluationModels(options.clip, options.cosine, options.language_model)
+    figures = report_on(Artifact.open(graded), models, warnings)
+    write_report(figures, options.out)
+    show(figures)
+    say_warnings(figures.warnings)
+    print_line(f"report: {options.out / 'report.md'}")
 
 
 def check_measures(options: EvalOptions) -> None:
