@@ -15,6 +15,10 @@ class BadInput(CapipeError):
     """A path, option, configuration or file that cannot be used as it is (exit 2)."""
 
 
+class Missing(BadInput):
+    """Something that a run needs and that may yet come to be: data, a folder of weights (exit 2)."""
+
+
 class Problems(BadInput):
     """Several things that cannot be used as they are, found together; ``lines`` has one for each."""
 

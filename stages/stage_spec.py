@@ -60,7 +60,8 @@ class StageSpec:
     ``inputs``: options that take what other stages make, with the kinds that each takes. ``products``: kind -> folder
     below --out; a kind in ``optional`` is made only with the switch that it names there. ``outputs``: artifacts, the
     main one last. ``rows``: the input whose rows it goes over, empty where it makes them. ``selects``: rows may be
-    fewer after it. ``check``: raises BadInput for options (by parameter) that cannot be meant, before a chain begins.
+    fewer after it. ``check``: raises BadInput for options that cannot be meant, before a chain begins: a function of
+    their values by parameter, or the import path of one whose parameters are the command's option groups.
     """
 
     name: str
@@ -72,7 +73,7 @@ class StageSpec:
     rows: str = SHARDS
     optional: Mapping[str, str] = field(default_factory=dict)
     selects: bool = False
-    check: Callable[[Mapping[str, Any]], None] | None = None
+    check: str | Callable[[Mapping[str, Any]], object] | None = None
 
     def folders(self, config: Mapping[str, Any], inputs: frozenset[str]) -> list[str]:
         """Folders below the stage's own that will hold artifacts, the main one last."""

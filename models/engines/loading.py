@@ -69,8 +69,7 @@ class EngineConfig:
         check_kind(self.kind)
         if not self.model and not self.is_http:
             raise BadInput("no model is named; give --model a bundled one (tiny/captioner), a folder or a hub id")
-        if self.dtype not in DTYPES:
-            raise BadInput(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
         if self.kind == "vllm" and self.device != "auto":
             raise BadInput(f"device {self.device!r} is for --engine transformers; vLLM heeds CUDA_VISIBLE_DEVICES")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -131,6 +130,12 @@ def _maker(kind: str) -> Callable[[EngineConfig], Engine | Awaitable[Engine]]:
     if not callable(maker):
         raise BadInput(f"--engine {kind}: a {type(maker).__name__}, not a function that makes an engine")
     return maker  # type: ignore[no-any-return]
+
+
+def check_dtype(name: str) -> None:
+    """Raise BadInput for what is no number type of an engine or a scorer."""
+    if name not in DTYPES:
+        raise BadInput(f"dtype {name!r} is none of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)

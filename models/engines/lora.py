@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...errors import BadInput, RunFailed
+from ...errors import BadInput, Missing, RunFailed
 from ...manifests.files.storage import clear, open_own
 from ..model_json import read_json
 from ..own_code import ask_nothing
@@ -30,10 +30,10 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".h5", 
 
 
 def check_adapter(name: str) -> Path:
-    """The folder of an adapter. Raises BadInput where it is none, or what is needed to merge it is missing."""
+    """The folder of an adapter. Raises Missing where there is none, BadInput where it cannot be merged."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise BadInput(f"--adapter {name}: no such folder; download the adapter, and name its folder")
+        raise Missing(f"--adapter {name}: no such folder; download the adapter, and name its folder")
     if not (folder / CONFIG).is_file():
         inside = next((each.parent.name for each in sorted(folder.glob(f"*/{CONFIG}"))), None)
         mend = f"name {folder / inside}" if inside else "name the folder of a peft adapter"

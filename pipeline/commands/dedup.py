@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,41 +17,66 @@ from ...terminal import print_err
 from ..runners.interrupts import interrupts
 from ..runners.progress import Progress
 from . import options as o
+from .option_groups import flattened
 from .run_job import Exit, conclude
+
+if TYPE_CHECKING:
+    from ...stages.dedup.marks import DedupConfig
 
 COSINE = 0.96
 
 
-def dedup(
-    shards: o.Shards,
-    out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for artifacts: hashes, against, marked.")],
+@dataclass(frozen=True, kw_only=True)
+class DedupOptions:
+    """The options of `capipe dedup`."""
+
+    shards: o.Shards
+    out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for artifacts: hashes, against, marked.")]
     against: Annotated[
         list[str] | None,
         typer.Option(help="Reference set whose images must not be in the shards: anything ingest takes; repeatable."),
-    ] = None,
-    radius: Annotated[int, typer.Option(help="Bits of 64 in which the hashes of two copies may differ.")] = 7,
-    placeholder: Annotated[int, typer.Option(help="The same bytes in more rows than this are a placeholder.")] = 100,
+    ] = None
+    radius: Annotated[int, typer.Option(help="Bits of 64 in which the hashes of two copies may differ.")] = 7
+    placeholder: Annotated[int, typer.Option(help="The same bytes in more rows than this are a placeholder.")] = 100
     embeddings: Annotated[
         str | None,
         typer.Option(help="Artifact with a column image_embedding and these shards' rows: near ones are copies, too."),
-    ] = None,
+    ] = None
     cosine: Annotated[
         float | None, typer.Option(help="Cosine from which embeddings are those of copies; 0.96 by default.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
-    fresh: o.Fresh = False,
-) -> None:
-    """Mark images that repeat others, are placeholders, or leak a reference set; every row stays, with its mark."""
+    ] = None
+    workers: o.Workers = None
+    fresh: o.Fresh = False
+
+
+def check(options: DedupOptions) -> DedupConfig:
+    """The config of marking. Looks at no data. Raises BadInput."""
+    from ...stages.dedup.cosine import require_faiss
     from ...stages.dedup.marks import DedupConfig
+
+    cosine = options.cosine
+    if options.embeddings is not None:
+        require_faiss()
+        cosine = COSINE if cosine is None else cosine
+    elif cosine is not None:
+        raise BadInput(f"--cosine {cosine:g}: compares embeddings; name them with --embeddings, or leave it out")
+    return o.validated(DedupConfig, radius=options.radius, placeholder=options.placeholder, cosine=cosine)
+
+
+@flattened
+def dedup(options: DedupOptions) -> None:
+    """Mark images that repeat others, are placeholders, or leak a reference set; every row stays, with its mark."""
     from ..jobs import dedup as steps
 
-    if cosine is not None and embeddings is None:
-        raise BadInput(f"--cosine {cosine:g}: compares embeddings; name them with --embeddings, or leave it out")
-    if embeddings is not None and cosine is None:
-        cosine = COSINE
-    config = o.validated(DedupConfig, radius=radius, placeholder=placeholder, cosine=cosine)
+    config = check(options)
     made = steps.plan_dedup(
-        shards, out, config, against=against or (), embeddings=embeddings, workers=workers, fresh=fresh
+        options.shards,
+        options.out,
+        config,
+        against=options.against or (),
+        embeddings=options.embeddings,
+        workers=options.workers,
+        fresh=options.fresh,
     )
     artifacts: list[Artifact] = []
     try:

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
 from . import options as o
+from .option_groups import flattened
 from .run_job import run_job
 
 
-def embed(
-    shards: o.Shards,
-    out: o.Out,
-    clip: Annotated[str, typer.Option(help="tiny/clip, a folder, ARCHITECTURE:PRETRAINED of open_clip, or a hub id.")],
-    dtype: o.Dtype = "auto",
-    gpus: o.Gpus = None,
-    decode_workers: o.DecodeWorkers = None,
-    retry: o.Retry = False,
-    runner: o.Runner = "local",
-    ray_address: o.RayAddress = None,
-    ray_workers: o.RayWorkers = None,
-    share: o.Share = False,
-    fresh: o.Fresh = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """The options of `capipe embed`."""
+
+    shards: o.Shards
+    out: o.Out
+    clip: Annotated[str, typer.Option(help="tiny/clip, a folder, ARCHITECTURE:PRETRAINED of open_clip, or a hub id.")]
+    scorer_options: o.ScorerOptions
+    retry: o.Retry = False
+    run: o.RunOptions
+
+
+def check(options: EmbedOptions) -> None:
+    """Looks at no model and no data. Raises BadInput."""
+    options.scorer_options.check(options.run)
+
+
+@flattened
+def embed(options: EmbedOptions) -> None:
     """Image embeddings by a CLIP, one row for every row in: for `capipe dedup --embeddings`, and whoever needs them."""
     from ...models.scorers.loading import ScorerConfig
     from ..jobs.engine import plan
     from ..jobs.score import EmbedStage, ScoreSetup
 
-    place = o.placement("", gpus, runner, ray_address, ray_workers)
-    workers = decode_workers or o.default_decode_workers(len(place.gpus))
-    setup = ScoreSetup((ScorerConfig("clip", clip, dtype),), workers)
-    made = plan(EmbedStage(setup), shards, out, fresh=fresh, retry=retry, share=share)
+    check(options)
+    scorer = options.scorer_options
+    place = options.run.placement("", scorer.gpus)
+    setup = ScoreSetup((ScorerConfig("clip", options.clip, scorer.dtype),), scorer.decoders(place))
+    made = plan(EmbedStage(setup), options.shards, options.out, **options.run.plan_options(options.retry))
     raise typer.Exit(run_job(made, place))

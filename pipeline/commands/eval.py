@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,33 +15,42 @@ from ...errors import BadInput
 from ...terminal import print_err, print_line
 from ..jobs.artifacts import captions_artifact, question_artifact, refuse_controls
 from . import options as o
-from .key_values import second_model
-from .qa import refuse_own
+from .engine_choice import EngineChoice
+from .option_groups import flattened, settings
 from .run_job import Exit, run_job
 
 if TYPE_CHECKING:
+    from ...manifests.artifact import Artifact
+    from ...stages.annotate.captioner import AnnotateConfig
+    from ...stages.questions.grade import GradeConfig
     from ...trainer.evaluation.results import Caution, Comparison, EvaluationReport
 
 CAPTIONED, GRADED = "captions", "graded"  # the artifacts in --out; the report lies beside them
 
 
-def evaluate(
-    shards: o.Shards,
-    questions: Annotated[str, typer.Option(help="Folder of `capipe qa`, or an artifact of questions.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for captions, grades and the report.")],
-    reader: Annotated[str, typer.Option(help="Who answers from captions: tiny/holdout-reader, a folder or an id.")],
-    model: Annotated[str | None, typer.Option(help="Captioner to evaluate; or give --captions.")] = None,
-    captions: Annotated[str | None, typer.Option(help="Artifact of captions made before.")] = None,
-    engine: o.EngineName = "auto",
-    reader_engine: Annotated[str | None, typer.Option(help="The reader's; the captioner's kind by default.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="As for annotate; may be repeated.")] = None,
-    samples: Annotated[int, typer.Option(help="Captions per prompt and image (k).")] = 4,
-    temperature: Annotated[float, typer.Option(help="Of the captioner; 0 is greedy.")] = 1.0,
-    top_p: o.TopP = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Longest caption in tokens.")] = 1024,
-    seed: o.Seed = 0,
-    presentations: Annotated[int | None, typer.Option(help="Orders of options per question; all by default.")] = None,
-    reader_mode: o.ReaderMode = None,
+@dataclass(frozen=True, kw_only=True)
+class CaptionerSampling(o.SamplingOptions):
+    """How captions to evaluate are drawn."""
+
+    temperature: Annotated[float, typer.Option(help="Of the captioner; 0 is greedy.")] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """The options of `capipe eval`."""
+
+    shards: o.Shards
+    questions: Annotated[str, typer.Option(help="Folder of `capipe qa`, or an artifact of questions.")]
+    out: Annotated[Path, typer.Option("--out", help="Folder for captions, grades and the report.")]
+    reader: Annotated[str, typer.Option(help="Who answers from captions: tiny/holdout-reader, a folder or an id.")]
+    model: Annotated[str | None, typer.Option(help="Captioner to evaluate; or give --captions.")] = None
+    captions: Annotated[str | None, typer.Option(help="Artifact of captions made before.")] = None
+    engine: o.EngineName = "auto"
+    reader_engine: Annotated[str | None, typer.Option(help="The reader's; the captioner's kind by default.")] = None
+    prompt: Annotated[list[str] | None, typer.Option(help="As for annotate; may be repeated.")] = None
+    samples: Annotated[int, typer.Option(help="Captions per prompt and image (k).")] = 4
+    sampling: CaptionerSampling
+    reading: o.ReaderOptions
     reader_arg: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,143 +58,160 @@ def evaluate(
             help="For the reader, in place of the captioner's: gpu-memory=0.4, dtype=…, template.KEY=…, or vLLM's; "
             "may be repeated.",
         ),
-    ] = None,
-    generic: Annotated[str | None, typer.Option(help="A caption that fits any image, to be graded as a floor.")] = None,
+    ] = None
+    generic: Annotated[str | None, typer.Option(help="A caption that fits any image, to be graded as a floor.")] = None
     clip: Annotated[
         str | None,
         typer.Option(help="CLIP for recall at 1, 5 and 10; one that was neither reward nor filter: tiny/eval-clip."),
-    ] = None,
+    ] = None
     cosine: Annotated[
         str | None, typer.Option(help="CLIP or BLIP for the mean cosine of captions and images; may be the reward's.")
-    ] = None,
-    language_model: Annotated[str | None, typer.Option(help="Model for the captions' perplexity: tiny/opt.")] = None,
+    ] = None
+    language_model: Annotated[str | None, typer.Option(help="Model for the captions' perplexity: tiny/opt.")] = None
     controls: Annotated[
         bool, typer.Option(help="Grade blind, empty, generic, self-oracle and oracle captions, too.")
-    ] = True,
-    max_pixels: o.MaxPixels = None,
-    min_pixels: o.MinPixels = None,
-    dtype: o.Dtype = "auto",
-    max_model_len: o.MaxModelLen = None,
-    concurrency: o.Concurrency = None,
-    gpus: o.Gpus = None,
-    gpu_memory: o.GpuMemory = 0.9,
-    tensor_parallel: o.TensorParallel = 1,
-    adapter: o.Adapter = None,
-    template_arg: o.TemplateArg = None,
-    engine_arg: o.EngineArg = None,
-    decode_workers: o.DecodeWorkers = None,
-    timeout: o.Timeout = 300.0,
-    retry: o.Retry = False,
-    runner: o.Runner = "local",
-    ray_address: o.RayAddress = None,
-    ray_workers: o.RayWorkers = None,
-    share: o.Share = False,
-    fresh: o.Fresh = False,
-) -> None:
+    ] = True
+    engine_options: o.EngineOptions
+    retry: o.Retry = False
+    run: o.RunOptions
+
+    @property
+    def captioner(self) -> EngineChoice:
+        """Who captions; of no model where captions were made before."""
+        return EngineChoice.of(self.model or "", self.engine, self.engine_options, self.run)
+
+    @property
+    def grader(self) -> EngineChoice:
+        """Who answers the questions."""
+        option, given = "--reader-arg", self.reader_arg
+        return self.captioner.second(self.reader, self.reader_engine, option, given, same=False, sees=False)
+
+
+@dataclass(frozen=True)
+class EvalConfigs:
+    """The configs of both stages."""
+
+    annotate: AnnotateConfig
+    grade: GradeConfig
+
+
+def check(options: EvalOptions) -> EvalConfigs:
+    """The configs of both stages, with the prompts of a model that is asked with words.
+
+    Looks at no model and no data. Raises BadInput.
+    """
+    from ...stages.annotate.captioner import AnnotateConfig
+    from ...stages.questions.grade import GradeConfig
+    from ..jobs.annotate import parse_prompts
+
+    if (options.model is None) == (options.captions is None):
+        raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
+    if options.model is None:
+        options.captioner.refuse_own("--captions has no captioner: give it to the reader, by --reader-arg")
+    else:
+        options.captioner.check()
+    options.grader.check()
+    prompts = parse_prompts(options.prompt)
+    refuse_controls([prompt.name for prompt in prompts])
+    annotate = o.validated(
+        AnnotateConfig,
+        prompts=prompts,
+        samples=options.samples,
+        max_attempts=1,  # what the captioner writes is what is measured
+        **settings(options.sampling),
+    )
+    generic = {} if options.generic is None else {"generic": options.generic}
+    presentations = options.reading.presentations
+    grade = o.validated(GradeConfig, presentations=presentations, controls=options.controls, **generic)
+    return EvalConfigs(annotate, grade)
+
+
+@flattened
+def evaluate(options: EvalOptions) -> None:
     """Measure a captioner by how well a reader answers quiz questions from its captions alone."""
     from ...manifests.artifact import Artifact
     from ...models.engines.context import quiz_room
     from ...models.reader import ReaderConfig
-    from ...models.scorers.clip_source import clip_place
-    from ...models.scorers.lm_scores import load_text_scorer
-    from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.questions import grade, screen
-    from ..jobs.annotate import AnnotateStage, chosen_prompts
+    from ..jobs.annotate import chosen_prompts
     from ..jobs.engine import plan
-    from ..jobs.eval import EvaluationModels, load_cosine, report_on, write_report
     from ..jobs.grade import GradeStage
     from ..jobs.reader_checks import asked_of, caption_texts, check_captions, check_limit, oracle_texts, rewarded_by
 
-    if (model is None) == (captions is None):
-        raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
-    asked = question_artifact(questions)
-    if clip is not None:
-        clip_place(clip)  # raises where there is none such, before anything is captioned
-    if cosine is not None:
-        load_cosine(cosine)
-    if language_model is not None:
-        load_text_scorer(language_model)
-    config = o.validated(
-        grade.GradeConfig,
-        presentations=presentations,
-        controls=controls,
-        **({} if generic is None else {"generic": generic}),
-    )
-    options = o.engine_options(
-        adapter=adapter,
-        engine_arg=engine_arg,
-        template_arg=template_arg,
-        tensor_parallel=tensor_parallel,
-        gpu_memory=gpu_memory,
-        timeout=timeout,
-        decode_workers=decode_workers,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        concurrency=concurrency,
-    )
-    if model is None:
-        refuse_own(options, "--captions has no captioner: give it to the reader, by --reader-arg")
-    prompts = chosen_prompts(prompt, model, engine)
-    refuse_controls([each.name for each in prompts])
-    own = second_model("--reader-arg", options, reader_arg, same=False, sees=False)
-    kind = reader_engine or engine
-    reader_place = o.placement(kind, gpus, runner, ray_address, ray_workers, own["tensor_parallel_size"])
-    mode = reader_mode or "choose"
-    written = None if captions is None else captions_artifact(captions)
-    longest = max_tokens if written is None else written.config["semantic"]["annotate"]["max_tokens"]
-    reads = ReaderConfig(presentations=config.presentations, mode=mode)
-    setup = o.engine_setup(
-        reader,
-        kind,
-        reader_place,
-        sees=False,
-        options=own,
-        room=quiz_room(longest, reads.answer_tokens),
-        option="--reader-arg",
-    )
-    reading = GradeStage(config, setup, mode, asked_of(asked))
-    runs: dict[str, Any] = {"fresh": fresh, "retry": retry, "share": share}
+    config = check(options)
+    questions = question_artifact(options.questions)
+    check_measures(options)
+    prompts = chosen_prompts(options.prompt, options.model, options.engine)
+    captioning = config.annotate.model_copy(update={"prompts": prompts})
+    place = options.grader.placement()
+    mode = options.reading.reader_mode or "choose"
+    captions = None if options.captions is None else captions_artifact(options.captions)
+    longest = captioning.max_tokens if captions is None else captions.config["semantic"]["annotate"]["max_tokens"]
+    reads = ReaderConfig(presentations=config.grade.presentations, mode=mode)
+    setup = options.grader.setup(place, quiz_room(longest, reads.answer_tokens))
+    grading = GradeStage(config.grade, setup, mode, asked_of(questions))
     codes = [Exit.OK]
-    if model is not None:
-        check_limit(reading, max_tokens)
-        place = o.placement(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
-        asks = o.validated(
-            AnnotateConfig,
-            prompts=prompts,
-            samples=samples,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_tokens,
-            seed=seed,
-            max_attempts=1,  # what the captioner writes is what is measured
-        )
-        setup = o.engine_setup(model, engine, place, sees=True, options=options, room=asks.room)
-        captions = str(out / CAPTIONED)
-        codes.append(run_job(plan(AnnotateStage(asks, setup, model), shards, captions, **runs), place))
-        if codes[-1] is Exit.INTERRUPTED:
-            raise typer.Exit(codes[-1])
-        written = captions_artifact(captions)
-    assert written is not None
-    beside = {screen.QUESTIONS: asked, grade.CAPTIONS: written}
-    lengths = check_captions(reading, chain(caption_texts(written), oracle_texts(asked) if controls else ()))
-    warnings = [*lengths.cautions, *rewarded_by(written, reading)]
+    if captions is None:
+        check_limit(grading, captioning.max_tokens)
+        code, captions = caption(options, captioning)
+        codes.append(code)
+    lengths = check_captions(
+        grading, chain(caption_texts(captions), oracle_texts(questions) if options.controls else ())
+    )
+    warnings = [*lengths.cautions, *rewarded_by(captions, grading)]
     say_warnings(warnings)
-    graded = str(out / GRADED)
-    reading = reading.with_room(lengths.longest)
-    codes.append(run_job(plan(reading, shards, graded, beside=beside, **runs), reader_place))
+    graded = str(options.out / GRADED)
+    grading = grading.with_room(lengths.longest)
+    beside = {screen.QUESTIONS: questions, grade.CAPTIONS: captions}
+    made = plan(grading, options.shards, graded, beside=beside, **options.run.plan_options(options.retry))
+    codes.append(run_job(made, place))
     if codes[-1] is Exit.INTERRUPTED:
         raise typer.Exit(codes[-1])
-    done = Artifact.open(graded)
-    if not done.committed():  # what kept every shard from being graded has been said
-        raise typer.Exit(max(codes))
-    report = report_on(done, EvaluationModels(clip, cosine, language_model), warnings)
-    write_report(report, out)
-    show(report)
-    say_warnings(report.warnings)
-    print_line(f"report: {out / 'report.md'}")
+    if Artifact.open(graded).committed():  # else what kept every shard from being graded has been said
+        report(options, graded, warnings)
     raise typer.Exit(max(codes))
+
+
+def report(options: EvalOptions, graded: str, warnings: Sequence[Caution]) -> None:
+    """Compute the figures; write and show them."""
+    from ...manifests.artifact import Artifact
+    from ..jobs.eval import EvaluationModels, report_on, write_report
+
+    models = EvaluationModels(options.clip, options.cosine, options.language_model)
+    figures = report_on(Artifact.open(graded), models, warnings)
+    write_report(figures, options.out)
+    show(figures)
+    say_warnings(figures.warnings)
+    print_line(f"report: {options.out / 'report.md'}")
+
+
+def check_measures(options: EvalOptions) -> None:
+    """Raise BadInput where a model that is only asked at the end cannot be had: before anything is captioned."""
+    from ...models.scorers.clip_source import clip_place
+    from ...models.scorers.lm_scores import load_text_scorer
+    from ..jobs.eval import load_cosine
+
+    if options.clip is not None:
+        clip_place(options.clip)
+    if options.cosine is not None:
+        load_cosine(options.cosine)
+    if options.language_model is not None:
+        load_text_scorer(options.language_model)
+
+
+def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifact]:
+    """Have the captioner write what is graded. Raises Exit where that was interrupted."""
+    from ..jobs.annotate import AnnotateStage
+    from ..jobs.engine import plan
+
+    captioner = options.captioner
+    place = captioner.placement()
+    stage = AnnotateStage(config, captioner.setup(place, config.room), captioner.model)
+    out = str(options.out / CAPTIONED)
+    code = run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), place)
+    if code is Exit.INTERRUPTED:
+        raise typer.Exit(code)
+    return code, captions_artifact(out)
 
 
 def compare(

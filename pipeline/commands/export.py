@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,52 +15,71 @@ from ...errors import BadInput
 from ...terminal import print_err
 from ..runners.interrupts import interrupts
 from . import options as o
+from .option_groups import flattened
 from .run_job import conclude
 
+if TYPE_CHECKING:
+    from ...stages.export.card import CardWords
 
-def export(
-    artifact: Annotated[str, typer.Argument(help="Final shards; or any artifact that has tars.")],
-    out: o.Out,
-    format: Annotated[str, typer.Option(help="webdataset, parquet, llava, folder or messages.")] = "webdataset",
-    license: Annotated[
-        str, typer.Option(help="The Hub's identifier, such as cc-by-4.0; other if you do not say.")
-    ] = "other",
-    title: Annotated[str | None, typer.Option(help="Of the card; the name of --out by default.")] = None,
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The options of `capipe export`."""
+
+    artifact: Annotated[str, typer.Argument(help="Final shards; or any artifact that has tars.")]
+    out: o.Out
+    format: Annotated[str, typer.Option(help="webdataset, parquet, llava, folder or messages.")] = "webdataset"
+    license: Annotated[str, typer.Option(help="The Hub's identifier, such as cc-by-4.0; other if you do not say.")] = (
+        "other"
+    )
+    title: Annotated[str | None, typer.Option(help="Of the card; the name of --out by default.")] = None
     language: Annotated[
         list[str] | None,
         typer.Option(help="ISO 639 code for the card; by default what the scores found. May be repeated."),
-    ] = None,
+    ] = None
     image_extension: Annotated[
         str,
         typer.Option(help="webdataset: auto (one name for all images where theirs differ), keep, jpg, png or webp."),
-    ] = "auto",
+    ] = "auto"
     shard_size: Annotated[
         int | None, typer.Option(min=1, help="Most pairs of a shard; by default the shards stay as they are.")
-    ] = None,
+    ] = None
     link: Annotated[
         bool, typer.Option("--link", help="webdataset: hard-link tars instead of copying. Never edit either side then.")
-    ] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
-    fresh: o.Fresh = False,
-) -> None:
-    """Write finished shards in the files that trainers read, with a dataset card; image bytes stay what they are."""
+    ] = False
+    workers: o.Workers = None
+    fresh: o.Fresh = False
+
+
+def check(options: ExportOptions) -> CardWords:
+    """What the card says. Looks at no data. Raises BadInput, also for a format or an extension that is none."""
     from ...stages.export.card import CardWords
+    from ...stages.export.formats import writer_class
+    from ..jobs.export import check_extension
+
+    writer_class(options.format, "--format")
+    check_extension(options.image_extension)
+    title = options.title or options.out.rstrip("/").rpartition("/")[2]
+    return CardWords(title, checked_license(options.license), checked_languages(options.language or []))
+
+
+@flattened
+def export(options: ExportOptions) -> None:
+    """Write finished shards in the files that trainers read, with a dataset card; image bytes stay what they are."""
     from ..jobs.export import execute_export, finish, plan_export
     from ..runners.progress import Progress
 
-    words = CardWords(
-        title or out.rstrip("/").rpartition("/")[2], checked_license(license), checked_languages(language or [])
-    )
+    words = check(options)
     made = plan_export(
-        artifact,
-        out,
-        format,
+        options.artifact,
+        options.out,
+        options.format,
         words,
-        image_extension=image_extension,
-        shard_size=shard_size,
-        link=link,
-        workers=workers,
-        fresh=fresh,
+        image_extension=options.image_extension,
+        shard_size=options.shard_size,
+        link=options.link,
+        workers=options.workers,
+        fresh=options.fresh,
     )
     stop = threading.Event()
     done = made.artifact.committed().values()
@@ -72,7 +92,7 @@ def export(
             print_err(note)
     finally:
         made.artifact.close()
-    raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))
+    raise typer.Exit(conclude(options.out, outcome.interrupted, progress.finished_line()))
 
 
 def checked_license(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +17,7 @@ from ..runners.interrupts import interrupts
 from ..runners.placement import Placement
 from ..runners.progress import Progress
 from . import options as o
+from .option_groups import flattened
 from .run_job import Exit, conclude, run_job
 
 if TYPE_CHECKING:
@@ -24,96 +25,104 @@ if TYPE_CHECKING:
     from ..jobs.score import ScoreSetup
 
 
-def filter_(
-    shards: o.Shards,
-    out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL): scores go to scores/, tars to shards/.")],
+@dataclass(frozen=True, kw_only=True)
+class FilterRunOptions(o.RunOptions):
+    """Where scoring runs, and whether selecting starts over."""
+
+    fresh: Annotated[bool, typer.Option("--fresh", help="Write the final shards anew; scores stay.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions:
+    """The options of `capipe filter`."""
+
+    shards: o.Shards
+    out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL): scores go to scores/, tars to shards/.")]
     captions: Annotated[
         str | None, typer.Option(help="Artifact of `capipe annotate`; without it the tars' own texts are scored.")
-    ] = None,
+    ] = None
     clip: Annotated[
         str | None, typer.Option(help="tiny/clip, a folder, ARCHITECTURE:PRETRAINED of open_clip, or a hub id.")
-    ] = None,
+    ] = None
     itm: Annotated[
         str | None, typer.Option(help="BLIP or BLIP-2 for image-text matching: tiny/itm, a folder or a hub id.")
-    ] = None,
-    safety: Annotated[
-        bool, typer.Option("--safety", help="Also look for nudity (column unsafe); needs nudenet.")
-    ] = False,
-    scores: Annotated[str | None, typer.Option(help="Scores of an earlier run, instead of any models.")] = None,
+    ] = None
+    safety: Annotated[bool, typer.Option("--safety", help="Also look for nudity (column unsafe); needs nudenet.")] = (
+        False
+    )
+    scores: Annotated[str | None, typer.Option(help="Scores of an earlier run, instead of any models.")] = None
     keep: Annotated[
         str | None,
         typer.Option(
             help="What to keep: a condition over the columns of the scores, e.g. 'clip_score > 0.28 and "
             '(itm_score_min >= 0.5 or language == "en")\'. A missing value keeps nothing.'
         ),
-    ] = None,
-    top: Annotated[float | None, typer.Option(help="Fraction to keep of what --keep leaves, best first.")] = None,
-    by: Annotated[str | None, typer.Option(help="Column by which --top ranks; clip_score by default.")] = None,
+    ] = None
+    top: Annotated[float | None, typer.Option(help="Fraction to keep of what --keep leaves, best first.")] = None
+    by: Annotated[str | None, typer.Option(help="Column by which --top ranks; clip_score by default.")] = None
     text: Annotated[
         str, typer.Option(help="Caption to write: re (new), org (original), auto (new where there are any).")
-    ] = "auto",
-    shard_size: Annotated[int, typer.Option(help="Kept rows per final shard; input shards stay whole.")] = 10_000,
-    marks: Annotated[str | None, typer.Option(help="Marks of `capipe dedup`: rows not ok there are not kept.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that copy; one per core by default.")] = None,
-    dtype: o.Dtype = "auto",
-    gpus: o.Gpus = None,
-    decode_workers: o.DecodeWorkers = None,
-    retry: o.Retry = False,
-    runner: o.Runner = "local",
-    ray_address: o.RayAddress = None,
-    ray_workers: o.RayWorkers = None,
-    share: o.Share = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Write the final shards anew; scores stay.")] = False,
-) -> None:
-    """Keep what the scores believe: final shards, with a row for every input row, and a report with pictures."""
+    ] = "auto"
+    shard_size: Annotated[int, typer.Option(help="Kept rows per final shard; input shards stay whole.")] = 10_000
+    marks: Annotated[str | None, typer.Option(help="Marks of `capipe dedup`: rows not ok there are not kept.")] = None
+    workers: Annotated[int | None, typer.Option(help="Processes that copy; one per core by default.")] = None
+    scorer_options: o.ScorerOptions
+    retry: o.Retry = False
+    run: FilterRunOptions
+
+
+def check(options: FilterOptions) -> SelectConfig:
+    """The config of selecting. Looks at no model and no data. Raises BadInput."""
     from ...stages.filter.select import SelectConfig
 
-    if by is not None and top is None:
-        raise BadInput(f"--by {by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
-    ranked = {} if by is None else {"by": by}
-    config = o.validated(SelectConfig, keep=keep, top=top, text=text, shard_size=shard_size, **ranked)
-    marked = None if marks is None else Artifact.open(marks)
-    models = {kind: model for kind, model in (("clip", clip), ("itm", itm)) if model is not None}
-    scored = Exit.OK
+    if options.by is not None and options.top is None:
+        raise BadInput(f"--by {options.by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
+    models = options.clip is not None or options.itm is not None
+    if options.scores is not None and (models or options.captions is not None or options.safety):
+        raise BadInput("--scores: these are scored already; leave out --captions, --clip, --itm and --safety")
+    if options.scores is None:
+        if not models:
+            raise BadInput(
+                "name what is to score: --clip and --itm (tiny/clip, tiny/itm), or --scores of an earlier run"
+            )
+        options.scorer_options.check(options.run)
+    ranked = {} if options.by is None else {"by": options.by}
+    text, size = options.text, options.shard_size
+    return o.validated(SelectConfig, keep=options.keep, top=options.top, text=text, shard_size=size, **ranked)
+
+
+@flattened
+def filter_(options: FilterOptions) -> None:
+    """Keep what the scores believe: final shards, with a row for every input row, and a report with pictures."""
+    config = check(options)
+    marks = None if options.marks is None else Artifact.open(options.marks)
+    out, scores = options.out.rstrip("/"), options.scores
     if scores is None:
-        place = o.placement("", gpus, runner, ray_address, ray_workers)
-        setup = score_setup(models, safety, dtype, decode_workers, place)
-        scores = f"{out.rstrip('/')}/scores"
-        scored = score_step(setup, shards, scores, captions, place, retry, share)
+        scores = f"{out}/scores"
+        scored = score_step(options, scores)
         if scored is not Exit.OK:  # what is missing would be missing in the final shards
             raise typer.Exit(scored)
-        if share:  # selecting is one process's, and takes seconds
+        if options.run.share:  # selecting is one process's, and takes seconds
             print_err(f"scored; to select: the same command without --share, or with --scores {scores}")
             raise typer.Exit(scored)
-    elif models or captions is not None or safety:
-        raise BadInput("--scores: these are scored already; leave out --captions, --clip, --itm and --safety")
-    final = f"{out.rstrip('/')}/shards"
-    raise typer.Exit(select_step(Artifact.open(scores), shards, final, config, marked, workers, fresh))
+    made = Artifact.open(scores)
+    final = f"{out}/shards"
+    raise typer.Exit(select_step(made, options.shards, final, config, marks, options.workers, options.run.fresh))
 
 
-def score_setup(
-    models: Mapping[str, str], safety: bool, dtype: str, decode_workers: int | None, place: Placement
-) -> ScoreSetup:
-    """The scorers as options name them, by kind. Raises BadInput where there is none."""
+def score_setup(options: FilterOptions, place: Placement) -> ScoreSetup:
+    """The scorers as options name them, by kind."""
     from ...models.scorers.loading import ScorerConfig
     from ..jobs.score import ScoreSetup
 
-    if not models:
-        raise BadInput("name what is to score: --clip and --itm (tiny/clip, tiny/itm), or --scores of an earlier run")
-    scorers = tuple(ScorerConfig(kind, model, dtype) for kind, model in models.items())
-    return ScoreSetup(scorers, decode_workers or o.default_decode_workers(len(place.gpus)), safety)
+    scorer = options.scorer_options
+    named = (("clip", options.clip), ("itm", options.itm))
+    scorers = tuple(ScorerConfig(kind, model, scorer.dtype) for kind, model in named if model is not None)
+    return ScoreSetup(scorers, scorer.decoders(place), options.safety)
 
 
-def score_step(
-    setup: ScoreSetup,
-    shards: str,
-    out: str,
-    captions: str | None,
-    place: Placement,
-    retry: bool,
-    share: bool = False,
-) -> Exit:
-    """Score what ``shards`` (and the annotate artifact ``captions``) hold into the artifact ``out``.
+def score_step(options: FilterOptions, out: str) -> Exit:
+    """Score what the shards (and the annotate artifact beside them) hold into the artifact ``out``.
 
     Loads no model where all is scored. Scores by other models, or of other captions, are refused and not replaced.
     """
@@ -121,13 +130,16 @@ def score_step(
     from ..jobs.engine import plan
     from ..jobs.score import ScoreStage
 
+    place = options.run.placement("", options.scorer_options.gpus)
     beside = {}
-    if captions is not None:
-        beside[CAPTIONS] = Artifact.open(captions)
-        if beside[CAPTIONS].stage != "annotate":
-            stage = beside[CAPTIONS].stage
-            raise BadInput(f"{captions}: an artifact of stage {stage!r}; --captions takes one of `capipe annotate`")
-    return run_job(plan(ScoreStage(setup), shards, out, beside=beside, retry=retry, share=share), place)
+    if options.captions is not None:
+        captions = beside[CAPTIONS] = Artifact.open(options.captions)
+        if captions.stage != "annotate":
+            text = f"{options.captions}: an artifact of stage {captions.stage!r}"
+            raise BadInput(f"{text}; --captions takes one of `capipe annotate`")
+    stage = ScoreStage(score_setup(options, place))
+    made = plan(stage, options.shards, out, beside=beside, retry=options.retry, share=options.run.share)
+    return run_job(made, place)
 
 
 def select_step(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -14,96 +15,111 @@ from ...errors import BadInput
 from ...models.tiny.world.scenes import Split
 from ...terminal import print_line
 from ..runners.interrupts import interrupts
-from .options import Fresh, Out, validated
+from .option_groups import flattened, settings
+from .options import Fresh, Out, Workers, validated
 from .run_job import conclude
 
+if TYPE_CHECKING:
+    from ...stages.ingest.shard import IngestConfig
 
-def render(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures, their alt texts and their truth.")],
-    images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 400,
-    split: Annotated[str, typer.Option(help="Whose scenes: train or heldout; no scene is in both.")] = "train",
-    seed: Annotated[int, typer.Option(help="Source of every draw.")] = 0,
-) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """The options of `capipe render`."""
+
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures, their alt texts and their truth.")]
+    images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 400
+    split: Annotated[str, typer.Option(help="Whose scenes: train or heldout; no scene is in both.")] = "train"
+    seed: Annotated[int, typer.Option(help="Source of every draw.")] = 0
+
+
+def check_render(options: RenderOptions) -> Split:
+    """Whose scenes to render. Raises BadInput where there is no such split."""
+    for split in get_args(Split):
+        if options.split == split:
+            return split  # type: ignore[no-any-return]
+    raise BadInput(f"--split {options.split!r}: there are {' and '.join(get_args(Split))}")
+
+
+@flattened
+def render(options: RenderOptions) -> None:
     """Render pictures of the bundled models' world, as a crawl would leave them: to try everything on."""
     from ...models.tiny.world.corpus import write_corpus
 
-    write_corpus(out, images, known_split(split), seed)
-    print_line(f"{images} pictures in {out}")
+    write_corpus(options.out, options.images, check_render(options), options.seed)
+    print_line(f"{options.images} pictures in {options.out}")
 
 
-def known_split(name: str) -> Split:
-    """Raises BadInput where there is no such one."""
-    for split in get_args(Split):
-        if name == split:
-            return split  # type: ignore[no-any-return]
-    raise BadInput(f"--split {name!r}: there are {' and '.join(get_args(Split))}")
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions:
+    """What goes into shards and how, by the names of IngestConfig."""
+
+    shard_size: Annotated[int, typer.Option(help="Items per shard, usable or not.")] = 10_000
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Make PNGs of GIF, BMP, TIFF, ICO, JPEG 2000, AVIF and HEIF pictures.")
+    ] = False
+    min_side: Annotated[int, typer.Option(help="Images with a shorter side of fewer pixels are too_small.")] = 16
+    max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8
+    max_aspect: Annotated[float, typer.Option(help="Longest over shortest side; beyond it, unsupported.")] = 200.0
+    path_column: Annotated[
+        str | None, typer.Option(help="Column of paths or images in tables, if it has no usual name.")
+    ] = None
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of captions in tables, datasets and .json sidecars; text, caption or txt by default."
+        ),
+    ] = None
+    image_folder: Annotated[
+        str | None, typer.Option(help="Where the paths in tables begin; by default in the table's own folder.")
+    ] = None
+    image_key: Annotated[
+        str | None, typer.Option(help="Extension of the one image of each key in tars: jpg, or 'jpg,png' for either.")
+    ] = None
+    within: Annotated[
+        str | None,
+        typer.Option(help="Folder that the paths in tables and datasets must lie in; then no URLs."),
+    ] = None
+    public_only: Annotated[
+        bool, typer.Option("--public-only", help="No URLs of private and loopback addresses in tables and datasets.")
+    ] = False
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Take what a folder's links and lists name outside of it as well.")
+    ] = False
 
 
-def ingest(
+@dataclass(frozen=True, kw_only=True)
+class IngestOptions:
+    """The options of `capipe ingest`."""
+
     sources: Annotated[
         list[str],
         typer.Argument(
             help="Folders of images, tars, tables (Parquet, CSV, JSON, JSONL), saved datasets, or "
             "hf://name[@revision][:split]."
         ),
-    ],
-    out: Out,
-    shard_size: Annotated[int, typer.Option(help="Items per shard, usable or not.")] = 10_000,
-    convert: Annotated[
-        bool, typer.Option("--convert", help="Make PNGs of GIF, BMP, TIFF, ICO, JPEG 2000, AVIF and HEIF pictures.")
-    ] = False,
-    min_side: Annotated[int, typer.Option(help="Images with a shorter side of fewer pixels are too_small.")] = 16,
-    max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8,
-    max_aspect: Annotated[float, typer.Option(help="Longest over shortest side; beyond it, unsupported.")] = 200.0,
-    path_column: Annotated[
-        str | None, typer.Option(help="Column of paths or images in tables, if it has no usual name.")
-    ] = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of captions in tables, datasets and .json sidecars; text, caption or txt by default."
-        ),
-    ] = None,
-    image_folder: Annotated[
-        str | None, typer.Option(help="Where the paths in tables begin; by default in the table's own folder.")
-    ] = None,
-    image_key: Annotated[
-        str | None, typer.Option(help="Extension of the one image of each key in tars: jpg, or 'jpg,png' for either.")
-    ] = None,
-    within: Annotated[
-        str | None,
-        typer.Option(help="Folder that the paths in tables and datasets must lie in; then no URLs."),
-    ] = None,
-    public_only: Annotated[
-        bool, typer.Option("--public-only", help="No URLs of private and loopback addresses in tables and datasets.")
-    ] = False,
-    follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Take what a folder's links and lists name outside of it as well.")
-    ] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
-    fresh: Fresh = False,
-) -> None:
-    """Turn images from anywhere into checked, hashed shards; every file, member and table row becomes a row."""
+    ]
+    out: Out
+    sharding: ShardOptions
+    workers: Workers = None
+    fresh: Fresh = False
+
+
+def check(options: IngestOptions) -> IngestConfig:
+    """The stage's config. Looks at no data. Raises BadInput."""
     from ...stages.ingest.shard import IngestConfig
+
+    return validated(IngestConfig, **settings(options.sharding))
+
+
+@flattened
+def ingest(options: IngestOptions) -> None:
+    """Turn images from anywhere into checked, hashed shards; every file, member and table row becomes a row."""
     from ..jobs.ingest import execute_ingest, plan_ingest
     from ..runners.progress import Progress
 
-    config = validated(
-        IngestConfig,
-        shard_size=shard_size,
-        convert=convert,
-        min_side=min_side,
-        max_image_pixels=max_image_pixels,
-        max_aspect=max_aspect,
-        path_column=path_column,
-        image_key=image_key,
-        text_column=text_column,
-        image_folder=image_folder,
-        within=within,
-        public_only=public_only,
-        follow_links=follow_links,
-    )
-    plan = plan_ingest(sources, out, config, workers=workers, fresh=fresh)
+    config = check(options)
+    plan = plan_ingest(options.sources, options.out, config, workers=options.workers, fresh=options.fresh)
     stop = threading.Event()
     progress = Progress("ingest", None, len(plan.artifact.committed()), ready=time.monotonic())
     try:
@@ -111,4 +127,4 @@ def ingest(
             outcome = execute_ingest(plan, report, stop)
     finally:
         plan.artifact.close()
-    raise typer.Exit(conclude(out, outcome.interrupted, progress.finished_line()))
+    raise typer.Exit(conclude(options.out, outcome.interrupted, progress.finished_line()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +18,12 @@ from ...errors import BadInput
 from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.schema import BASE
 from ...stages.stage_spec import CHECKPOINT, SHARDS, Output, StageSpec
-from ..jobs.engine import plan
+from ..jobs.engine import EngineSetup, plan
 from ..jobs.row_stage import RowFunction, RowStage
 from ..specs import ARTIFACTS, STAGES
 from . import options as o
+from .engine_choice import EngineChoice
+from .option_groups import call, single_options
 from .run_job import run_job
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -41,10 +44,11 @@ def row_stage(
 
     def command(**given: Any) -> None:
         own = o.validated(options, **{key: given.pop(key) for key in options.model_fields})
-        _run(lambda setup: RowStage(name, function, own, schema, setup), **given)
+        call(_run, {**given, "stage": lambda setup: RowStage(name, function, own, schema, setup)})
 
     def check(given: Mapping[str, Any]) -> None:
         o.validated(options, **{key: value for key, value in given.items() if key in options.model_fields})
+        call(_check, given)
 
     _sign(command, function, options)
     output = Output(ArtifactSpec(name, label or name, schema))
@@ -53,8 +57,8 @@ def row_stage(
 
 
 def _sign(command: Callable[..., None], function: RowFunction, options: type[BaseModel]) -> None:
-    """Give ``command`` the parameters of :func:`_run` and one for each option, as Typer and recipes read them."""
-    _, *common = inspect.signature(_run, eval_str=True).parameters.values()
+    """Give ``command`` the options of all such stages and one for each of its own, as Typer and recipes read them."""
+    common = single_options(_check)
     taken = {parameter.name for parameter in common} & options.model_fields.keys()
     if taken:
         raise BadInput(f"option {min(taken)} of {options.__name__}: every engine stage has it; give it another name")
@@ -69,49 +73,31 @@ def _sign(command: Callable[..., None], function: RowFunction, options: type[Bas
     command.__doc__ = function.__doc__
 
 
-def _run(
-    stage: Callable[[Any], RowStage],
-    *,
-    shards: o.Shards,
-    out: o.Out,
-    model: Annotated[str, typer.Option(help="A bundled model, a folder, or a Hugging Face id.")],
-    engine: o.EngineName = "auto",
-    max_pixels: o.MaxPixels = None,
-    min_pixels: o.MinPixels = None,
-    dtype: o.Dtype = "auto",
-    max_model_len: o.MaxModelLen = None,
-    concurrency: o.Concurrency = None,
-    gpus: o.Gpus = None,
-    gpu_memory: o.GpuMemory = 0.9,
-    tensor_parallel: o.TensorParallel = 1,
-    adapter: o.Adapter = None,
-    template_arg: o.TemplateArg = None,
-    engine_arg: o.EngineArg = None,
-    decode_workers: o.DecodeWorkers = None,
-    timeout: o.Timeout = 300.0,
-    retry: o.Retry = False,
-    trace: Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.")] = None,
-    runner: o.Runner = "local",
-    ray_address: o.RayAddress = None,
-    ray_workers: o.RayWorkers = None,
-    share: o.Share = False,
-    fresh: o.Fresh = False,
-) -> None:
-    place = o.placement(engine, gpus, runner, ray_address, ray_workers, tensor_parallel)
-    settings = o.engine_options(
-        adapter=adapter,
-        engine_arg=engine_arg,
-        template_arg=template_arg,
-        tensor_parallel=tensor_parallel,
-        gpu_memory=gpu_memory,
-        timeout=timeout,
-        decode_workers=decode_workers,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        concurrency=concurrency,
-    )
-    setup = o.engine_setup(model, engine, place, sees=True, options=settings, trace=trace)
-    made = plan(stage(setup), shards, out, fresh=fresh, retry=retry, share=share)
-    raise typer.Exit(run_job(made, place))
+@dataclass(frozen=True, kw_only=True)
+class RowStageOptions:
+    """The options that every engine stage of one function per row has."""
+
+    shards: o.Shards
+    out: o.Out
+    model: Annotated[str, typer.Option(help="A bundled model, a folder, or a Hugging Face id.")]
+    engine: o.EngineName = "auto"
+    engine_options: o.EngineOptions
+    retry: o.Retry = False
+    trace: Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.")] = None
+    run: o.RunOptions
+
+    @property
+    def choice(self) -> EngineChoice:
+        return EngineChoice.of(self.model, self.engine, self.engine_options, self.run)
+
+
+def _check(options: RowStageOptions) -> None:
+    options.choice.check()
+
+
+def _run(options: RowStageOptions, stage: Callable[[EngineSetup], RowStage]) -> None:
+    _check(options)
+    placement = options.choice.placement()
+    setup = options.choice.setup(placement, None, options.trace)
+    made = plan(stage(setup), options.shards, options.out, **options.run.plan_options(options.retry))
+    raise typer.Exit(run_job(made, placement))

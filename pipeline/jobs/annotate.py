@@ -31,12 +31,17 @@ def chosen_prompts(
     Raises BadInput for one that the model cannot be asked with; what a server's model takes is not known here.
     """
     if model is None or "://" in engine or is_import_path(engine):
-        return tuple(parse_prompt(option) for option in options or ["plain"])
+        return parse_prompts(options)
     path = resolve_model(model)
-    prompts = tuple(parse_prompt(option) for option in options or ["plain" if kind_of(path) is None else "none"])
+    prompts = parse_prompts(options, "plain" if kind_of(path) is None else "none")
     for prompt in prompts:
         check_prompt(model, path, prompt.text, system)
     return prompts
+
+
+def parse_prompts(options: Sequence[str] | None, default: str = "plain") -> tuple[NamedPrompt, ...]:
+    """The prompts of ``--prompt``, whoever is asked. Raises BadInput."""
+    return tuple(parse_prompt(option) for option in options or [default])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from ...manifests.files.overwriting import refuse_overwriting
 from ...manifests.manifest import ShardRecord
 from ...manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ...stages.dedup import marks as dedup
-from ...stages.dedup.cosine import require_faiss
 from ...stages.dedup.embeddings import check_embeddings, near_embeddings
 from ...stages.dedup.hash_sets import HashSet, read_hash_set
 from ...stages.dedup.marks import DedupConfig
@@ -65,7 +64,6 @@ def plan_dedup(
     found = expand(shards)
     beside = None
     if embeddings is not None:
-        require_faiss()
         beside = Artifact.open(embeddings)
         check_embeddings(beside, [shard.name for shard in found])
     open_sources(against, follow_links=True)  # refuses what holds no image to compare with

@@ -56,6 +56,12 @@ class ExportPlan:
         return sum(record.count for task in self.tasks for record in task.sources)
 
 
+def check_extension(name: str) -> None:
+    """Raises BadInput for what no image can be called."""
+    if name not in ("auto", "keep", *EXTENSIONS):
+        raise BadInput(f"--image-extension {name}: use auto, keep, or one of {', '.join(EXTENSIONS)}")
+
+
 def plan_export(
     url: str,
     out: str,
@@ -158,8 +164,7 @@ def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | 
     if wish == "keep":
         return None
     if wish != "auto":
-        if wish not in EXTENSIONS:
-            raise BadInput(f"--image-extension {wish}: use auto, keep, or one of {', '.join(EXTENSIONS)}")
+        check_extension(wish)
         return wish
     found: set[str] = set()
     for record in shards:

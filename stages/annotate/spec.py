@@ -15,4 +15,5 @@ ANNOTATE = StageSpec(
     {"captions": "", SHARDS: ""},
     (Output(CAPTIONS),),
     optional={SHARDS: "pack"},
+    check="capipe.pipeline.commands.annotate:check",
 )

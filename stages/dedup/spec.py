@@ -17,6 +17,7 @@ EMBED = StageSpec(
     {"shards": (SHARDS,)},
     {"embeddings": ""},
     (Output(EMBEDDINGS),),
+    check="capipe.pipeline.commands.embed:check",
 )
 DEDUP = StageSpec(
     "dedup",
@@ -29,4 +30,5 @@ DEDUP = StageSpec(
         Output(MARKS, "marked"),
     ),
     (OutputFolder("hashes", keys("shards")), OutputFolder("against", keys("against")), OutputFolder("marked")),
+    check="capipe.pipeline.commands.dedup:check",
 )

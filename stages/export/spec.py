@@ -15,4 +15,5 @@ EXPORT = StageSpec(
     (Output(EXPORTED),),
     (OutputFolder("", without=keys("title license language")), OutputFolder(None)),
     rows="artifact",
+    check="capipe.pipeline.commands.export:check",
 )

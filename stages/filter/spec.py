@@ -29,4 +29,5 @@ FILTER = StageSpec(
     ),
     (OutputFolder("scores", without=keys("keep top by text shard-size marks")), OutputFolder("shards")),
     selects=True,
+    check="capipe.pipeline.commands.filter:check",
 )

@@ -9,7 +9,14 @@ from .shard import STAGE
 
 IMAGES = ArtifactSpec(STAGE, "images checked and hashed", COLUMNS, own_rows=True, shown="text")
 
-RENDER = StageSpec("render", "capipe.pipeline.commands.ingest:render", {}, {PICTURES: ""}, rows="")
+RENDER = StageSpec(
+    "render",
+    "capipe.pipeline.commands.ingest:render",
+    {},
+    {PICTURES: ""},
+    rows="",
+    check="capipe.pipeline.commands.ingest:check_render",
+)
 INGEST = StageSpec(
     "ingest",
     "capipe.pipeline.commands.ingest:ingest",
@@ -17,4 +24,5 @@ INGEST = StageSpec(
     {SHARDS: ""},
     (Output(IMAGES),),
     rows="sources",
+    check="capipe.pipeline.commands.ingest:check",
 )

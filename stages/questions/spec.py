@@ -35,6 +35,7 @@ QA = StageSpec(
         ),
         OutputFolder("screened"),
     ),
+    check="capipe.pipeline.commands.qa:check",
 )
 EVAL = StageSpec(
     "eval",
@@ -56,4 +57,5 @@ EVAL = StageSpec(
         OutputFolder("graded", without=keys("clip cosine language-model")),
         OutputFolder(None),
     ),
+    check="capipe.pipeline.commands.eval:check",
 )

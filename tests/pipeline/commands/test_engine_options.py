@@ -14,6 +14,9 @@ from capipe.models.engines.loading import EngineConfig
 from capipe.pipeline.chain.identity import meaning
 from capipe.pipeline.chain.validate import check_chain
 from capipe.pipeline.commands import options as o
+from capipe.pipeline.commands.gpus import gpu_groups
+from capipe.pipeline.commands.key_values import FIELDS
+from capipe.pipeline.commands.option_groups import settings
 from capipe.pipeline.jobs.engine import EngineSetup
 from capipe.pipeline.runners.placement import Placement
 from capipe.pipeline.runners.ray import Ray, Size, size_of
@@ -24,20 +27,29 @@ from ..conftest import capipe, one_line, table
 MODEL = "tiny/captioner"
 
 
+def test_a_second_model_can_be_given_each_setting_of_the_first() -> None:
+    apart = {"gpus", "engine_arg", "template_arg"}  # one for both models; written by keys of their own
+    assert set(settings(o.EngineOptions())) - apart == {key.replace("-", "_") for key in FIELDS}
+    named = o.EngineOptions(gpu_memory=0.5, adapter="a", engine_arg=["block-size=16"]).engine_settings()
+    del named["decode_workers"]  # of the stage, not of its engine
+    config = EngineConfig("vllm", MODEL, **named)
+    assert (config.gpu_memory_utilization, config.adapter, config.engine_args) == (0.5, "a", {"block_size": 16})
+
+
 def test_gpus_are_grouped_and_what_is_left_over_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert o.gpu_groups(["0", "1", "2", "3"], 1) == ("0", "1", "2", "3")
-    assert o.gpu_groups(["0", "1", "2", "3"], 2) == ("0,1", "2,3")
+    assert gpu_groups(["0", "1", "2", "3"], 1) == ("0", "1", "2", "3")
+    assert gpu_groups(["0", "1", "2", "3"], 2) == ("0,1", "2,3")
     assert capsys.readouterr().err == ""
-    assert o.gpu_groups(["0", "1", "4", "5", "6"], 2) == ("0,1", "4,5")
+    assert gpu_groups(["0", "1", "4", "5", "6"], 2) == ("0,1", "4,5")
     assert "--tensor-parallel 2: GPU 6 left over" in capsys.readouterr().err
 
 
 def test_more_gpus_than_there_are() -> None:
     with pytest.raises(BadInput, match="--tensor-parallel 4: there is only GPU 0, 1"):
-        o.placement("vllm", "0,1", tensor_parallel=4)
+        o.RunOptions().placement("vllm", "0,1", 4)
     with pytest.raises(BadInput, match="--tensor-parallel 2: there is no GPU"):
-        o.placement("vllm", "none", tensor_parallel=2)
-    assert o.placement("vllm", "0,1,2,3", tensor_parallel=2) == Placement(("0,1", "2,3"))
+        o.RunOptions().placement("vllm", "none", 2)
+    assert o.RunOptions().placement("vllm", "0,1,2,3", 2) == Placement(("0,1", "2,3"))
 
 
 def test_on_a_cluster_each_worker_has_so_many_of_one_machine() -> None:
@@ -133,7 +145,7 @@ def test_a_second_models_options_hang_on_its_own_part_alone(tmp_path: Path) -> N
     [
         ({"engine-arg": {"block_sise": 1}}, "did you mean block_size?"),
         ({"engine-arg": ["x"]}, "write key=value"),
-        ({"adapter": "/no/such/adapter"}, "nothing is there; put the adapter there"),
+        ({"adapter": "/no/such/adapter"}, "--adapter /no/such/adapter: no such folder; download the adapter"),
         ({"tensor-parallel": 2, "engine": "transformers"}, "--tensor-parallel 2: is for vLLM"),
     ],
 )

@@ -19,15 +19,13 @@ from capipe.models.hub import hub_name
 from capipe.models.scorers.clip_source import Tag, clip_place, clip_source
 from capipe.pipeline.chain import validate
 from capipe.pipeline.chain.recipe import load_chain_recipe
-from capipe.pipeline.commands import export, options, qa
-from capipe.stages.annotate.prompts import parse_prompt
-from capipe.stages.filter.select import SelectConfig
+from capipe.pipeline.commands.stage_check import check_of
+from capipe.pipeline.specs import STAGES
 from capipe.trainer.recipe import load_recipe
 from capipe.trainer.recipe_file import read_mapping
 
 from ..test_docs import FENCE, PAGES, RECIPES, ROOT, command_lines, commands
 
-ENGINE_COMMANDS = ("annotate", "qa", "eval")
 MODELS = ("model", "screen_model", "reader", "itm", "language_model", "adapter")
 CLIPS = ("clip", "cosine")
 PLACES = re.compile(r"(runs|data|demo|models)/.+|[A-Z_]+")  # folders that a page's own commands make, and MODEL
@@ -90,23 +88,15 @@ def value_faults(words: list[str]) -> Iterator[str]:
             check_model(str(model))
         for clip in (given[key] for key in CLIPS if isinstance(given.get(key), str)):
             check_clip(clip)
-    except (BadInput, validate._Absent) as error:
+    except BadInput as error:
         yield f"capipe {name}: {error}"
 
 
 def check_values(name: str, given: dict[str, Any]) -> None:
     """Raises BadInput."""
-    if name in ENGINE_COMMANDS:
-        validate._engine({key: value for key, value in given.items() if key != "adapter"})
-        for prompt in given.get("prompt") or ():
-            parse_prompt(prompt)
-    if name == "qa":
-        bounds = (given.get("with_image"), given.get("without_image"), given.get("presentations"))
-        qa.screen_config(given["screen"], *bounds)
-    if name == "filter":
-        options.validated(SelectConfig, **{key: given[key] for key in SelectConfig.model_fields if key in given})
-    if name == "export":
-        export.checked_license(given["license"])
+    check = check_of(STAGES[name]) if name in STAGES else None
+    if check is not None:
+        check({key: value for key, value in given.items() if key != "adapter"})
     if name in ("train", "run") and Path(given["recipe"]).suffix != ".yaml":  # else one of the reader's own
         overrides = given["overrides"] or ()
         if name == "train":

@@ -1,0 +1,93 @@
+"""A command's model with what its engine is told: checked by rule, placed, and described for workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import BadInput
+from ..jobs.engine import EngineSetup
+from ..runners.placement import Placement
+from .gpus import default_decode_workers
+from .key_values import second_model
+from .options import EngineOptions, RunOptions
+
+if TYPE_CHECKING:
+    from ...models.engines.loading import EngineConfig
+
+_OF_IMAGES = ("min_pixels", "max_pixels")
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """``settings``: those of :meth:`.EngineOptions.engine_settings`, None for an engine's own default. ``sees``: images
+    go to it. ``option``: where a second model's settings came from."""
+
+    model: str
+    engine: str
+    settings: Mapping[str, Any]
+    gpus: str | None
+    run: RunOptions
+    sees: bool = True
+    option: str | None = None
+
+    @classmethod
+    def of(cls, model: str, engine: str, options: EngineOptions, run: RunOptions) -> EngineChoice:
+        """A command's first model. Raises BadInput for what is no key=value."""
+        return cls(model, engine, options.engine_settings(), options.gpus, run)
+
+    def second(
+        self, model: str, engine: str | None, option: str, given: Sequence[str] | None, *, same: bool, sees: bool
+    ) -> EngineChoice:
+        """Another model with these settings, but for what ``option`` gives in their place. Raises BadInput."""
+        settings = second_model(option, self.settings, given, same=same, sees=sees)
+        return EngineChoice(model, engine or self.engine, settings, self.gpus, self.run, sees, option)
+
+    def check(self) -> None:
+        """Raises BadInput for what no engine of this kind takes, Missing where the adapter's folder is not there."""
+        from ...models.engines.lora import check_adapter
+
+        self.run.check(self.engine, self.gpus, self.settings["tensor_parallel_size"])
+        self._config(None)
+        if self.settings["adapter"]:
+            check_adapter(self.settings["adapter"])
+
+    def placement(self) -> Placement:
+        """Where its workers are to be. Raises BadInput."""
+        return self.run.placement(self.engine, self.gpus, self.settings["tensor_parallel_size"])
+
+    def setup(self, place: Placement, room: int | None, trace: Path | None = None) -> EngineSetup:
+        """What workers need of it; ``room``: tokens beside an image, None for all of the model's. Raises BadInput."""
+        from ...models.engines.loading import vllm_runs
+
+        config = self._config(room)
+        if config.engine_args and config.kind == "auto" and place.ray is None and not vllm_runs():
+            option = self.option or "--engine-arg"
+            raise BadInput(f"{option}: is for vLLM, which does not run here; `capipe doctor` says why")
+        workers = self.settings["decode_workers"] or default_decode_workers(len(place.gpus))
+        return EngineSetup(config, decode_workers=workers if self.sees else 0, trace=trace)
+
+    def refuse_own(self, why: str) -> None:
+        """Raises BadInput for settings of this model alone, where a command has none in its place."""
+        for option, name in (
+            ("--engine-arg", "engine_args"),
+            ("--template-arg", "template_args"),
+            ("--adapter", "adapter"),
+        ):
+            if self.settings[name]:
+                raise BadInput(f"{option}: {why}")
+
+    def _config(self, room: int | None) -> EngineConfig:
+        from ...models.engines.loading import EngineConfig
+        from ...models.engines.vllm.arguments import check_engine_args
+
+        unused = ("decode_workers", *(() if self.sees else _OF_IMAGES))
+        settings = {name: value for name, value in self.settings.items() if name not in unused}
+        try:
+            config = EngineConfig(kind=self.engine, model=self.model, room=room, **settings)
+            check_engine_args(config.engine_args)
+        except BadInput as error:
+            raise BadInput(f"{self.option}: {error}") if self.option else error from None
+        return config

@@ -1,0 +1,52 @@
+"""Which GPUs a command's engines get, and how many processes decode for each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+
+from ...errors import BadInput
+from ...terminal import print_err
+
+
+def visible_gpus(option: str | None) -> list[str]:
+    """GPUs to use by their CUDA numbers: ``--gpus``, else all that are visible; an empty list where there are none."""
+    if option is not None:
+        names = [name.strip() for name in option.split(",") if name.strip()]
+        return [""] if names in ([], ["none"]) else names  # one worker that sees no GPU
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name and name != "-1"]
+    import torch  # asks the driver without starting CUDA in this process
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def default_decode_workers(gpus: int) -> int:
+    """Decoding processes per engine: the cores shared out, one kept for the engine, never more than 16."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(16, cores // max(1, gpus) - 1))
+
+
+def gpu_groups(names: Sequence[str], size: int) -> tuple[str, ...]:
+    """GPUs in groups for one engine each, as CUDA_VISIBLE_DEVICES has them; says which are left over.
+
+    Raises BadInput where there are not enough for one group.
+    """
+    if size == 1:
+        return tuple(names)
+    names = [name for name in names if name]
+    if len(names) < size:
+        there = f"only GPU {', '.join(names)}" if names else "no GPU; vLLM's CPU backend is run by one process here"
+        raise BadInput(f"--tensor-parallel {size}: there is {there}")
+    whole = len(names) - len(names) % size
+    if names[whole:]:
+        _say_once(f"capipe: --tensor-parallel {size}: GPU {', '.join(names[whole:])} left over")
+    return tuple(",".join(names[at : at + size]) for at in range(0, whole, size))
+
+
+@cache
+def _say_once(line: str) -> None:
+    """A command may ask for the places of two models."""
+    print_err(line)
