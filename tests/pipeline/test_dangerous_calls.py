@@ -41,6 +41,7 @@ ALLOWED = {
     ("models/images/worker_process.py", "subprocess.Popen"): "this Python, with code of ours and a number",
     ("models/torchvision_shim.py", "subprocess.run"): "this Python, with code of ours",
     ("models/images/convert.py", "importlib.import_module"): "modules of a table of ours, by the format of the bytes",
+    ("manifests/import_path.py", "importlib.import_module"): "code that the user names, in a recipe; never from data",
     ("pipeline/commands/doctor.py", "importlib.import_module"): "torch, and only where it is asked for",
     ("pipeline/chain/run.py", "subprocess.Popen"): "capipe, by its recipe, whose author is trusted; no shell",
     ("pipeline/commands/gpu_driver.py", "subprocess.run"): "nvidia-smi, with fixed words",

@@ -1,0 +1,45 @@
+"""Code that a user names as ``package.module:name`` on the command line or in a recipe, never in data."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+_PATH = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*)")
+
+
+def is_import_path(text: str) -> bool:
+    """Whether a name is to be imported, rather than one of the built-in ones."""
+    return ":" in text
+
+
+def load_object(path: str) -> Any:
+    """The object at ``package.module:name``. Raises ValueError, in words for a person, where there is none."""
+    module_name, name = _parts(path)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            reason = f"there is no module {error.name}; install it, or add its folder to PYTHONPATH"
+        else:
+            reason = f"{module_name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+        raise ValueError(f"{path}: {reason}") from None
+    if not hasattr(module, name):
+        raise ValueError(f"{path}: {module_name} has no {name}")
+    return getattr(module, name)
+
+
+def source_digest(path: str) -> str | None:
+    """sha256 (hex) of the source of the module in ``path``, for fingerprints; None of a module without a file."""
+    file = getattr(importlib.import_module(_parts(path)[0]), "__file__", None)
+    return None if file is None else sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _parts(path: str) -> tuple[str, str]:
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise ValueError(f"{path!r} is no import path; write package.module:name")
+    return match["module"], match["name"]
