@@ -116,11 +116,15 @@ def _by_place(places: Mapping[int, float]) -> str:
     return ", ".join(f"{LETTERS[place]} {value:.3f}" for place, value in places.items())
 
 
-async def ability_of(reader: QuizReader, tasks: Sequence[Example]) -> Ability | None:
-    """What a reader makes of the tasks' questions; None where nothing could be scored. Raises EngineDead."""
-    blind, _ = await _read(reader, [(task, None) for task in tasks])
-    told = {SELF_ORACLE: await _read(reader, [(task, self_oracle(task.questions)) for task in tasks])}
-    known = [(task, dense_caption(task.scene, Random(task.uid))) for task in tasks if task.scene is not None]
+async def ability_of(reader: QuizReader, examples: Sequence[Example]) -> Ability | None:
+    """What a reader makes of the examples' questions; None where nothing could be scored. Raises EngineDead."""
+    blind, _ = await _read(reader, [(example, None) for example in examples])
+    told = {SELF_ORACLE: await _read(reader, [(example, self_oracle(example.questions)) for example in examples])}
+    known = [
+        (example, dense_caption(example.scene, Random(example.uid)))
+        for example in examples
+        if example.scene is not None
+    ]
     if known:
         told[ORACLE] = await _read(reader, known)
     means = {name: mean for name, (mean, _) in told.items() if mean is not None}
@@ -134,7 +138,7 @@ async def _read(
     reader: QuizReader, captions: Sequence[tuple[Example, str | None]]
 ) -> tuple[float | None, PositionCounts]:
     """Mean accuracy over questions, and by place."""
-    read = await asyncio.gather(*(reader.read(caption, task.questions) for task, caption in captions))
+    read = await asyncio.gather(*(reader.read(caption, example.questions) for example, caption in captions))
     readings = [reading for each in read for reading in each]
     places = PositionCounts()
     for reading in readings:
