@@ -66,12 +66,12 @@ async def measured(choose: object, truth: bool = False) -> Ability:
 
 async def test_who_reads_is_told_from_who_guesses() -> None:
     able, chance = await measured(reads), await measured(guesses)
-    assert able.told["self-oracle"] == 1 and able.blind == 0 and cautions(able) == []
+    assert able.by_control["self-oracle"] == 1 and able.blind == 0 and cautions(able) == []
     assert abs(chance.gain) < 0.1 and 0.1 < chance.blind < 0.4
     (caution, *_) = cautions(chance)
     assert caution.kind == "cannot_read"
-    assert caution.figures == {"self-oracle": chance.told["self-oracle"], "blind": chance.blind, "threshold": 0.2}
-    figures = f"self-oracle {chance.told['self-oracle']:.3f}, blind {chance.blind:.3f}"
+    assert caution.figures == {"self-oracle": chance.by_control["self-oracle"], "blind": chance.blind, "threshold": 0.2}
+    figures = f"self-oracle {chance.by_control['self-oracle']:.3f}, blind {chance.blind:.3f}"
     assert figures in caution.text and "less than 0.20" in caution.text and "more capable reader" in caution.text
 
 
@@ -96,7 +96,7 @@ async def test_where_the_truth_is_known_a_true_caption_counts_too() -> None:
 
     assert cautions(await measured(of_truth))[0].kind == "cannot_read"
     found = await measured(of_truth, truth=True)
-    assert found.best == "oracle" and found.told["self-oracle"] == 0 and found.gain > 0.2
+    assert found.best == "oracle" and found.by_control["self-oracle"] == 0 and found.gain > 0.2
     assert [each.kind for each in cautions(found)] in ([], ["prefers_places"])
 
 
