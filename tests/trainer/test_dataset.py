@@ -39,7 +39,7 @@ def test_a_task_reads_its_image_and_notices_another_one(tmp_path: Path) -> None:
         examples[0].read()
 
 
-def test_images_alone_are_tasks_without_questions(tmp_path: Path) -> None:
+def test_images_alone_are_examples_without_questions(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(
         tar_bytes({"one.jpg": b"first image", "one.txt": b"t", "none.txt": b"no image", "two.jpg": b"second"})
@@ -51,7 +51,7 @@ def test_images_alone_are_tasks_without_questions(tmp_path: Path) -> None:
     ]
     assert found.without == 1
     assert load_examples(str(path), None, found.fingerprint) == found
-    with pytest.raises(BadInput, match=r"a\.tar: the images' fingerprint is .*, not 0123; .*mend `data\.fingerprint`"):
+    with pytest.raises(BadInput, match=r"a\.tar: the images' fingerprint is .*, not 0123; .*fix `data\.fingerprint`"):
         load_examples(str(path), None, "0123")
     path.write_bytes(tar_bytes({"one.jpg": b"first image", "two.jpg": b"another"}))
     assert load_examples(str(path), None).fingerprint != found.fingerprint
