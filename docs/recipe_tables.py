@@ -18,7 +18,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from capipe.trainer.recipe import Recipe, RewardConfig
+from capipe.trainer.recipe import Recipe
+from capipe.trainer.rewards.kinds import BUILT_IN
 
 PAGE = Path(__file__).resolve().parent / "recipes.md"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,8 +30,8 @@ HEAD = "| key | default | |\n|---|---|---|\n"
 def tables() -> dict[str, str]:
     """Every table by its name: ``recipe``, and one for each kind of reward."""
     found = {"recipe": _table(_rows(Recipe, ""))}
-    for kind in get_args(get_args(RewardConfig)[0]):
-        found[kind.model_fields["kind"].default] = _table(_rows(kind, ""))
+    for kind, spec in BUILT_IN.items():
+        found[kind] = _table(_rows(spec.config, ""))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Objects named by an import path, ``package.module:NAME``: a stage, an engine, an export format of the user's own.
+"""Objects named by an import path, ``package.module:name``: a stage, an engine, an export format, a reward, a loss.
 
 Importing runs the module. So a path comes from a command line, a recipe or this package, never from data.
 """
@@ -7,32 +7,52 @@ from __future__ import annotations
 
 import importlib
 import re
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
 
-_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_PATH = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*)")
 
 
 def is_import_path(text: str) -> bool:
-    """Whether ``text`` has the form of an import path."""
+    """Whether a name is to be imported: it has the form of an import path, which no URL has."""
     return _PATH.fullmatch(text) is not None
 
 
 def import_object(path: str) -> Any:
-    """The object at an import path.
-
-    Raises BadInput where there is no such module or object, or the module's own code fails.
-    """
-    if not is_import_path(path):
-        raise BadInput(f"{path}: no import path; write package.module:NAME")
-    module, _, name = path.partition(":")
+    """As :func:`load_object`, for a path on the command line or in a chain. Raises BadInput where there is none."""
     try:
-        loaded = importlib.import_module(module)
-    except ImportError as error:
-        raise BadInput(f"{path}: {error}; install the package, or add its folder to PYTHONPATH") from error
-    except Exception as error:
-        raise BadInput(f"{path}: importing {module} failed ({type(error).__name__}: {error})") from error
-    if not hasattr(loaded, name):
-        raise BadInput(f"{path}: module {module} has no {name}")
-    return getattr(loaded, name)
+        return load_object(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def load_object(path: str) -> Any:
+    """The object at ``package.module:name``. Raises ValueError, in words for a person, where there is none."""
+    module_name, name = _parts(path)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            reason = f"there is no module {error.name}; install it, or add its folder to PYTHONPATH"
+        else:
+            reason = f"{module_name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+        raise ValueError(f"{path}: {reason}") from None
+    if not hasattr(module, name):
+        raise ValueError(f"{path}: module {module_name} has no {name}")
+    return getattr(module, name)
+
+
+def source_digest(path: str) -> str | None:
+    """sha256 (hex) of the source of the module in ``path``, for fingerprints; None of a module without a file."""
+    file = getattr(importlib.import_module(_parts(path)[0]), "__file__", None)
+    return None if file is None else sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _parts(path: str) -> tuple[str, str]:
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise ValueError(f"{path!r} is no import path; write package.module:name")
+    return match["module"], match["name"]

@@ -23,7 +23,7 @@ def advantages(rewards: Tensor, baseline: Baseline) -> Tensor:
 
     ``group_std``: (r - mean) / std, the unbiased one (GRPO, arXiv 2402.03300 §4.1.2); ``group_mean``: r - mean (Dr.
     GRPO, arXiv 2503.20783); ``leave_one_out``: r - mean of the others (RLOO, arXiv 2402.14740 eq. 7). A group with
-    fewer than two scored completions, or with all scores equal, says nothing: zeros.
+    fewer than two scored completions, or with all scores equal, has no gradient: zeros.
     """
     scored = ~rewards.isnan()
     count = int(scored.sum())
@@ -38,29 +38,29 @@ def advantages(rewards: Tensor, baseline: Baseline) -> Tensor:
 
 
 def tied(rewards: Tensor) -> bool:
-    """Whether a group's scores are all the same, or fewer than two: there is nothing to learn from it."""
+    """Whether a group's scores are all equal, or fewer than two: its advantages are zero."""
     known = rewards[~rewards.isnan()]
     return len(known) < 2 or float(known.max() - known.min()) < TIED
 
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """How a reward enters the sum: times ``weight``, after being normalised within its group where ``normalise``."""
+    """A reward's term in the sum: times ``weight``, normalised within its group first where ``normalise``."""
 
     weight: float = 1.0
     normalise: bool = False
 
 
-def combine(components: Mapping[str, Tensor], parts: Mapping[str, RewardTerm]) -> Tensor:
+def combine(components: Mapping[str, Tensor], terms: Mapping[str, RewardTerm]) -> Tensor:
     """A group's rewards from those of its components, each (completions,) and NaN where unscored; the sum is NaN there.
 
     A component is normalised before summing (arXiv 2605.07394) so that none drowns the others by its mere spread.
     """
     total: Tensor | None = None
     for name, values in components.items():
-        part = parts[name]
-        term = part.weight * (normalised(values) if part.normalise else values)
-        total = term if total is None else total + term
+        term = terms[name]
+        weighted = term.weight * (normalised(values) if term.normalise else values)
+        total = weighted if total is None else total + weighted
     if total is None:
         raise ValueError("there is no reward to combine")
     return total
@@ -75,8 +75,8 @@ def normalised(values: Tensor) -> Tensor:
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns of padded rows, each (rows, longest) (arXiv 1506.02438 eq. 16); 0 beyond a row's length.
 
-    ``rewards``, ``values``: (rows, longest), what the token at a place earned, and what was to be expected before it;
-    ``lengths``: (rows,). A completion's end is the end of all rewards. ``lam`` 1: returns are the discounted sums.
+    ``rewards``, ``values``: (rows, longest), each token's reward, and the value expected before it;
+    ``lengths``: (rows,). No reward follows a completion's end. ``lam`` 1: returns are the discounted sums.
     """
     inside = torch.arange(rewards.shape[1], device=rewards.device) < lengths[:, None]
     rewards, values = rewards * inside, values * inside
@@ -84,8 +84,8 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
     errors = rewards + gamma * following - values
     result = torch.zeros_like(values)
     carried = torch.zeros_like(values[:, 0])
-    for place in reversed(range(values.shape[1])):
-        carried = errors[:, place] + gamma * lam * carried
-        result[:, place] = carried
+    for column in reversed(range(values.shape[1])):
+        carried = errors[:, column] + gamma * lam * carried
+        result[:, column] = carried
     result = result * inside
     return result, (result + values) * inside

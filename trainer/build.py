@@ -1,11 +1,11 @@
-"""From a recipe to the parts of a run: the policy, its engine, rewards, tasks, optimiser."""
+"""From a recipe to the parts of a run: the policy, its engine, optimizer, checkpoints' files."""
 
 from __future__ import annotations
 
 import copy
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -18,16 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..models.engines.base import Engine
 from ..models.engines.captioner_registry import check_prompt
-from ..models.engines.context import image_tokens, quiz_room, text_room
+from ..models.engines.context import image_tokens, text_room
 from ..models.engines.hf.batched_lm import BatchedLM
 from ..models.engines.hf.captioner_adapter import barred_ids, is_blip2, is_captioner, language_model
 from ..models.engines.hf.engine import batched_lm, load_model
-from ..models.engines.loading import EngineConfig, load_engine
 from ..models.engines.model_folder import image_grid, resolve_model
 from ..models.images.grid import ImageGrid
-from ..models.reader import ReaderConfig
 from .distributed import ALONE, Distributed
 from .images import Pictures
 from .policy.batch import Batch
@@ -64,10 +61,10 @@ READERS = (
 
 @dataclass
 class PolicyParts:
-    """The model in training with all that reads from it. ``preparing`` is not the engine's, which its thread uses.
+    """The model in training and what depends on it. ``preparing`` is not the engine's, which its thread uses.
 
-    ``sampled``: the whole model that captions are drawn from: the policy's own, or a copy where that is split over
-    processes or learns while captions are drawn. ``folder``: what it was loaded from.
+    ``sampled``: the whole model that captions are sampled from: the policy's own, or a copy where that is split over
+    processes or learns while captions are sampled. ``folder``: what it was loaded from.
     """
 
     policy: DecoderPolicy
@@ -77,11 +74,11 @@ class PolicyParts:
     pictures: Pictures
     reference: Callable[[Any], Tensor] | None
     folder: Path
-    ranks: Distributed
+    distributed: Distributed
     learning: str  # which parts do, in words
 
 
-def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Distributed = ALONE) -> PolicyParts:
+def build_policy(recipe: Recipe, weights: Path | None = None, distributed: Distributed = ALONE) -> PolicyParts:
     """Load ``recipe.model``, or ``weights``, a checkpoint of it, and freeze what is not to learn.
 
     Raises BadInput for models and prompts that the trainer cannot do with.
@@ -117,19 +114,19 @@ def build_policy(recipe: Recipe, weights: Path | None = None, ranks: Distributed
     policy = policy_of(model, value_head=value_head(recipe, model, weights))
     if recipe.algorithm.kl and lora is not None:
         reference = _scorer(policy, without_adapter=True)
-    apart = ranks.sharded or (recipe.rollout.overlap and recipe.rollout.engine == "transformers")
+    apart = distributed.sharded or (recipe.rollout.overlap and recipe.rollout.engine == "transformers")
     sampled = copy.deepcopy(model).requires_grad_(False) if apart else model
-    if ranks.sharded:
+    if distributed.sharded:
         shard(policy)
     preparing = batched_lm(sampled, str(folder), grid, template_args=recipe.template_args)
     pictures = Pictures(grid, recipe.rollout.decoders, lossless="://" in recipe.rollout.engine)
-    return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, ranks, learning)
+    return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, distributed, learning)
 
 
 def whole_policy(parts: PolicyParts) -> DecoderPolicy:
     """The policy, or where its weights are split over processes one of the whole copy, for a single process to ask."""
     policy = parts.policy
-    if not parts.ranks.sharded:
+    if not parts.distributed.sharded:
         return policy
     banned = policy.get_buffer("banned").tolist()
     return type(policy)(parts.sampled, banned=banned, temperature=policy.temperature, dtype=policy.dtype)
@@ -145,10 +142,10 @@ def refuse_large_images(recipe: Recipe, grid: ImageGrid) -> None:
     tokens = image + prompt + limit
     if tokens > recipe.budget:
         room = (recipe.budget - prompt - limit) * grid.factor**2
-        mend = f"set max_pixels to {room} or less" if room >= grid.factor**2 else "lower rollout.max_tokens"
+        fix = f"set max_pixels to {room} or less" if room >= grid.factor**2 else "lower rollout.max_tokens"
         raise BadInput(
             f"max_pixels: an image of {grid.max_pixels} pixels is {image} tokens; with up to {prompt} of the prompt "
-            f"and {limit} of a caption that is {tokens}, more than budget ({recipe.budget}): {mend}, or raise budget"
+            f"and {limit} of a caption that is {tokens}, more than budget ({recipe.budget}): {fix}, or raise budget"
         )
 
 
@@ -213,17 +210,17 @@ def _scorer(policy: DecoderPolicy, without_adapter: bool = False) -> Callable[[A
 
 
 def freeze(model: Any, trained: TrainedConfig) -> str:
-    """Freeze all but the chosen parts, or all where an adapter is to learn; returns what became of each, in words."""
-    told = []
+    """Freeze all but the chosen parts, or all where an adapter is to learn; returns each part's state, in words."""
+    states = []
     for name, weights in parts_of(model).items():
         learns = getattr(trained, name) and trained.lora is None
         for weight in weights:
             weight.requires_grad_(learns)
         count = sum(weight.numel() for weight in weights)
-        told.append(f"{name} {'learns' if learns else 'frozen'} ({count:,} weights)")
+        states.append(f"{name} {'learns' if learns else 'frozen'} ({count:,} weights)")
     if trained.lora is None and not any(weight.requires_grad for weight in model.parameters()):
-        raise BadInput(f"trained: of {type(model).__name__} nothing learns ({', '.join(told)}); choose another part")
-    return ", ".join(told)
+        raise BadInput(f"trained: of {type(model).__name__} nothing learns ({', '.join(states)}); choose another part")
+    return ", ".join(states)
 
 
 def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
@@ -262,18 +259,6 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
     left = 1 - min(1.0, max(0, step - config.warmup) / max(1, steps - config.warmup))
     shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.schedule]
     return config.lr * warm * shape
-
-
-async def load_reader(
-    model: str,
-    engine: str,
-    caption_tokens: int | None = None,
-    config: ReaderConfig | None = None,
-    template_args: Mapping[str, Any] | None = None,
-) -> Engine:
-    """An engine for a model that reads captions of so many tokens at most, and questions put as ``config`` says."""
-    room = None if caption_tokens is None else quiz_room(caption_tokens, (config or ReaderConfig()).answer_tokens)
-    return await load_engine(EngineConfig(engine, model, room=room, template_args=template_args or {}))
 
 
 def value_weights(parts: PolicyParts) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint says of itself: steps done, the run's fingerprint, running figures that later steps need."""
+    """A checkpoint's own facts: steps done, the run's fingerprint, ``figures`` for later steps and `capipe eval`."""
 
     step: int
     fingerprint: str
@@ -42,8 +42,8 @@ def save(
     Keeps the newest ``keep``.
     """
     run.mkdir(parents=True, exist_ok=True)
-    for left in run.glob(f"step-*{PARTIAL}"):
-        remove(left)
+    for unfinished in run.glob(f"step-*{PARTIAL}"):
+        remove(unfinished)
     final = folder_of(run, facts.step)
     partial = final.with_name(final.name + PARTIAL)
     write_model(partial)
@@ -64,7 +64,7 @@ def save(
 
 
 def canonical(value: Any) -> Any:
-    """The same state, so built that equal states give equal bytes.
+    """The same state, built so that equal states give equal bytes.
 
     A resumed run's differed: betas are a tuple at first and a list once restored, and pickle tells a string that it has
     seen from one that is equal to it.
@@ -82,21 +82,21 @@ def folder_of(run: Path, step: int) -> Path:
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole ones, oldest first."""
-    found = [path for path in run.glob("step-*") if _NAME.fullmatch(path.name) and (path / FACTS).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    folders = [path for path in run.glob("step-*") if _NAME.fullmatch(path.name) and (path / FACTS).is_file()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest(run: Path, fingerprint: str) -> tuple[Path, Facts] | None:
     """The checkpoint to go on from. Raises ArtifactMismatch where it was made by another recipe or other questions."""
-    found = checkpoints(run)
-    if not found:
+    folders = checkpoints(run)
+    if not folders:
         return None
-    facts = read_facts(found[-1])
+    facts = read_facts(folders[-1])
     if facts.fingerprint != fingerprint:
         raise ArtifactMismatch(
-            f"{found[-1]}: made by another recipe, model or question set; use another --out, or --fresh to start over"
+            f"{folders[-1]}: made by another recipe, model or question set; use another --out, or --fresh to start over"
         )
-    return found[-1], facts
+    return folders[-1], facts
 
 
 def read_facts(checkpoint: Path) -> Facts:

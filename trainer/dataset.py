@@ -1,4 +1,4 @@
-"""What is trained on: images, for a quiz with questions, by reference, in an order that the step alone decides."""
+"""Training examples: images by reference, for a quiz with questions, in an order that depends on the step alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ExampleList:
     which have no question to ask or are none.
     """
 
-    tasks: tuple[Example, ...]
+    examples: tuple[Example, ...]
     fingerprint: str
     without: int
 
@@ -67,42 +67,44 @@ def load_examples(shards: str, questions: str | None, expected: str | None = Non
     if expected is not None and artifact.fingerprint != expected:
         raise BadInput(
             f"{questions}: its fingerprint is {artifact.fingerprint}, not {expected}; these questions were written or "
-            "screened otherwise: give the folder that was meant, or mend `data.fingerprint`"
+            "screened otherwise: give the folder that was meant, or fix `data.fingerprint`"
         )
     source = input_artifact(shards)
-    made_of = artifact.config["semantic"].get("input")
-    if source is not None and made_of is not None and source.fingerprint != made_of:
+    images = artifact.config["semantic"].get("input")
+    if source is not None and images is not None and source.fingerprint != images:
         raise ArtifactMismatch(
-            f"{questions}: made of images with fingerprint {made_of}, {shards} has {source.fingerprint}; "
+            f"{questions}: made of images with fingerprint {images}, {shards} has {source.fingerprint}; "
             "give the shards that the questions are about"
         )
-    tasks: list[Example] = []
+    examples: list[Example] = []
     without = 0
     for shard in join(expand(shards), {QUESTIONS: artifact}):
         for row in RowReader(shard):
-            asked = kept_questions(row.beside[QUESTIONS])
-            task = _example(shard, row, tuple(asked)) if asked else None
-            tasks += [] if task is None else [task]
-            without += task is None
-    if not tasks:
+            kept = kept_questions(row.beside[QUESTIONS])
+            example = _example(shard, row, tuple(kept)) if kept else None
+            examples += [] if example is None else [example]
+            without += example is None
+    if not examples:
         raise BadInput(f"{questions}: none of the {without} images has a question to ask; screen with other thresholds")
-    return ExampleList(tuple(tasks), artifact.fingerprint, without)
+    return ExampleList(tuple(examples), artifact.fingerprint, without)
 
 
 def _images_alone(shards: str, expected: str | None) -> ExampleList:
-    """The images of shards, with nothing to ask; foreign tars have no fingerprint, so their images' uids make one."""
-    found = [_example(shard, row, ()) for shard in expand(shards) for row in RowReader(shard)]
-    tasks = tuple(task for task in found if task is not None)
-    if not tasks:
-        raise BadInput(f"{shards}: none of its {len(found)} rows is an image to train on")
+    """The images of shards without questions; foreign tars have no fingerprint, so their images' uids make one."""
+    rows = [_example(shard, row, ()) for shard in expand(shards) for row in RowReader(shard)]
+    examples = tuple(example for example in rows if example is not None)
+    if not examples:
+        raise BadInput(f"{shards}: none of its {len(rows)} rows is an image to train on")
     source = input_artifact(shards)
-    mark = source.fingerprint if source is not None else fingerprint({"images": [task.uid for task in tasks]})
-    if expected is not None and mark != expected:
+    actual = (
+        source.fingerprint if source is not None else fingerprint({"images": [example.uid for example in examples]})
+    )
+    if expected is not None and actual != expected:
         raise BadInput(
-            f"{shards}: the images' fingerprint is {mark}, not {expected}; give the shards that were meant, or mend "
+            f"{shards}: the images' fingerprint is {actual}, not {expected}; give the shards that were meant, or fix "
             "`data.fingerprint`"
         )
-    return ExampleList(tasks, mark, len(found) - len(tasks))
+    return ExampleList(examples, actual, len(rows) - len(examples))
 
 
 def _example(shard: InputShard, row: Row, questions: tuple[Question, ...]) -> Example | None:
@@ -114,14 +116,14 @@ def _example(shard: InputShard, row: Row, questions: tuple[Question, ...]) -> Ex
 
 @dataclass(frozen=True)
 class PromptSampler:
-    """Which tasks a step takes: each epoch is a new permutation, and steps run on across epochs."""
+    """The examples of each step: each epoch is a new permutation, and steps run on across epochs."""
 
     count: int
     batch: int
     seed: int
 
     def indices(self, step: int) -> list[int]:
-        """The tasks of ``step``, counted from 0; the same ones whenever and wherever it is asked."""
+        """The examples of ``step``, counted from 0; a function of the step alone."""
         first = step * self.batch
         return [
             _permutation(self.count, self.seed, at // self.count)[at % self.count]
@@ -131,11 +133,11 @@ class PromptSampler:
     def sample(self, step: int) -> list[tuple[int, int]]:
         """:meth:`indices`, each with how often the step has it before: not 0 where a batch is larger than the data."""
         seen: Counter[int] = Counter()
-        found = []
+        prompts = []
         for index in self.indices(step):
-            found.append((index, seen[index]))
+            prompts.append((index, seen[index]))
             seen[index] += 1
-        return found
+        return prompts
 
 
 @lru_cache(maxsize=4)

@@ -22,7 +22,7 @@ from ..models.child_processes import follow
 Item = TypeVar("Item")
 
 PATIENCE = timedelta(minutes=30)  # one process may wait for another's rollouts
-# What it tells the processes it starts, and they whatever they start.
+# The environment that torchrun gives its processes, and they whatever they start.
 TORCHRUN = {
     *(
         "RANK",
@@ -54,7 +54,7 @@ class Distributed:
 
     @property
     def loss_scale(self) -> float:
-        """What a loss is multiplied with, so that its gradients sum up: FSDP2 divides by the number of processes."""
+        """Factor on a loss that makes its gradients sum up: FSDP2 divides by the number of processes."""
         return float(self.count) if self.sharded else 1.0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _device() -> torch.device:
 
 @contextmanager
 def alone_on(device: torch.device) -> Iterator[None]:
-    """What is started meanwhile has ``device`` for its only GPU and knows nothing of `torchrun`.
+    """Start processes inside with ``device`` as their only GPU and without `torchrun`'s environment.
 
     vLLM would take the first GPU in every process, and wait for a rendezvous that is not its own.
     """

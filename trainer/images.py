@@ -1,4 +1,4 @@
-"""The images of tasks as models take them, each read and decoded once for all captions that are drawn or judged."""
+"""The images of examples as models take them, each read and decoded once for all captions sampled or scored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEPT = 256  # images; more than a step has on one process
 
 
 class Pictures:
-    """Images on ``grid``; without one as the bytes they came as, for servers. Holds ``processes`` that decode.
+    """Images on ``grid``; without one as the bytes they came as, for servers. Holds ``processes`` for decoding.
 
     ``lossless``: the bytes are a PNG of the pixels, so that a server sees what a policy here learns from.
     """
@@ -32,23 +32,25 @@ class Pictures:
         self._pool = None if grid is None else DecodePool(processes, grid_decoder(grid, ImageLimits()))
         self._recent: OrderedDict[str, asyncio.Task[ImageInput]] = OrderedDict()
 
-    async def of(self, task: Example) -> ImageInput:
-        """The task's image. Raises RunFailed where one that was fine when listed cannot be decoded any more."""
-        if task.uid not in self._recent:
-            self._recent[task.uid] = asyncio.create_task(self._read(task))
+    async def of(self, example: Example) -> ImageInput:
+        """The example's image. Raises RunFailed where one that was fine when listed cannot be decoded any more."""
+        if example.uid not in self._recent:
+            self._recent[example.uid] = asyncio.create_task(self._read(example))
             if len(self._recent) > KEPT:
                 self._recent.popitem(last=False)
-        self._recent.move_to_end(task.uid)
-        return await asyncio.shield(self._recent[task.uid])
+        self._recent.move_to_end(example.uid)
+        return await asyncio.shield(self._recent[example.uid])
 
-    async def _read(self, task: Example) -> ImageInput:
-        data = await asyncio.to_thread(task.read)
+    async def _read(self, example: Example) -> ImageInput:
+        data = await asyncio.to_thread(example.read)
         pixels = None if self._pool is None else await self._pool.decode(data)
         if isinstance(pixels, ImageProblem):
-            raise RunFailed(f"{task.url}: {task.key!r} cannot be decoded: {pixels.reason}; leave it out by `capipe qa`")
+            raise RunFailed(
+                f"{example.url}: {example.key!r} cannot be decoded: {pixels.reason}; leave it out by `capipe qa`"
+            )
         if pixels is not None and self._lossless:
             data = await asyncio.to_thread(_png, pixels)
-        return ImageInput(task.uid, pixels=pixels, encoded=data)
+        return ImageInput(example.uid, pixels=pixels, encoded=data)
 
     def close(self) -> None:
         if self._pool is not None:

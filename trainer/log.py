@@ -1,13 +1,15 @@
-"""What a run writes down: figures per step, captions with their rewards; TensorBoard, and Weights & Biases if asked.
+"""The log of a run: metrics per step, captions with their rewards; TensorBoard, and Weights & Biases if asked.
 
-How long a step took is in a file of its own, ``times.jsonl``: two runs alike write the same bytes into the others.
+A step's seconds go to a file of their own, ``times.jsonl``: two runs alike write the same bytes into the others.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,11 +21,11 @@ if TYPE_CHECKING:  # who reads logs needs no torch
     from .policy.batch import Group
 
 STEPS, CAPTIONS, TIMES = "steps.jsonl", "captions.jsonl", "times.jsonl"
-SECONDS = "seconds/"  # how figures that are times are called
+SECONDS = "seconds/"  # prefix of the names of times
 
 
 class Sink(Protocol):
-    def write(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -39,8 +41,8 @@ class TensorBoard:
 
         self._writer: Any = SummaryWriter(str(folder))
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -48,7 +50,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Figures by step to a project of Weights & Biases, or with WANDB_MODE=offline to ``folder`` alone.
+    """Metrics by step to a project of Weights & Biases, or with WANDB_MODE=offline to ``folder`` alone.
 
     Raises BadInput where wandb is not installed, or nobody is logged in.
     """
@@ -64,22 +66,52 @@ class WandB:
         try:
             self._run: Any = wandb.init(project=project, name=name, dir=str(folder), config=dict(config))
         except wandb.Error as error:
-            told = " ".join(str(error).split())
-            raise BadInput(f"wandb: {told}; to log without a server set WANDB_MODE=offline") from None
+            reason = " ".join(str(error).split())
+            raise BadInput(f"wandb: {reason}; to log without a server set WANDB_MODE=offline") from None
         # Not wandb's own count of steps, which only grows: validation before the first step has -1.
         self._run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **figures})
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
         self._run.finish()
 
 
+class Clock:
+    """Seconds by phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"{SECONDS}{name}"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def progress_line(step: int, steps: int, metrics: Mapping[str, Any], clock: Clock) -> str:
+    """A step in a line for the terminal."""
+    reward = "none" if metrics["reward"] is None else f"{metrics['reward']:.3f}"
+    skipped = f" skipped: {metrics['skipped']}" if metrics["skipped"] else ""
+    return (
+        f"step {step}/{steps} reward {reward} tokens {metrics['tokens_per_caption']:.0f} "
+        f"entropy {metrics['entropy']:.2f} norm {metrics['norm']:.2f} tied {metrics['tied']}/{metrics['groups']} "
+        f"{clock.total():.1f} s{skipped}"
+    )
+
+
 class RunLog:
     """JSON lines in ``folder``. A resumed run cuts off what was logged after the step it goes on from.
 
-    Of several processes each writes down its own captions, and the first one the figures.
+    Each of several processes logs its own captions, the first one the metrics.
     """
 
     def __init__(self, folder: Path, start: int, sinks: Sequence[Sink] = (), rank: int = 0) -> None:
@@ -91,20 +123,20 @@ class RunLog:
             _cut(file, start)
         self._sinks = sinks
 
-    def step(self, step: int, figures: Mapping[str, float | int | str | None]) -> None:
-        """The figures of a step, by name; numbers go to the sinks, too. They are all processes', so one writes them."""
+    def step(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
+        """A step's metrics over all processes; numbers go to the sinks, too."""
         if not self._first:
             return
-        taken = {name: value for name, value in figures.items() if name.startswith(SECONDS)}
-        if taken:
-            self._append(TIMES, [{"step": step, **taken}])
-        self._append(STEPS, [{"step": step, **{k: v for k, v in figures.items() if k not in taken}}])
-        numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
+        times = {name: value for name, value in metrics.items() if name.startswith(SECONDS)}
+        if times:
+            self._append(TIMES, [{"step": step, **times}])
+        self._append(STEPS, [{"step": step, **{k: v for k, v in metrics.items() if k not in times}}])
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
         for sink in self._sinks:
             sink.write(step, numbers)
 
     def captions(self, step: int, groups: Sequence[Group]) -> None:
-        """Every caption of a step with what it earned and why."""
+        """Every caption of a step with its rewards and their details."""
         self._append(CAPTIONS, [entry for group in groups for entry in _entries(step, group)])
 
     def close(self) -> None:
@@ -136,7 +168,7 @@ def _entries(step: int, group: Group) -> list[dict[str, Any]]:
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """The figures of all steps so far; a line that a kill left unfinished is not among them."""
+    """The metrics of all steps so far, without a line that a kill left unfinished."""
     return _read(folder / STEPS)
 
 

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..manifests.import_path import load_object
+
 Aggregation = Literal["sequence", "token", "constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
-LossName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "ppo", "a2c"]
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ def _pessimistic(ratio: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """What a name stands for: the value of a token, and how tokens are averaged."""
+    """A policy loss: its value per token, (tokens,), and how tokens are averaged."""
 
     of_token: Callable[[Tokens, ClipRange], Tensor]
     aggregation: Aggregation
 
 
-LOSSES: dict[LossName, PolicyLoss] = {
+LOSSES: dict[str, PolicyLoss] = {
     "grpo": PolicyLoss(clipped, "sequence"),  # arXiv 2402.03300 eq. 3
     "dr_grpo": PolicyLoss(clipped, "constant"),  # arXiv 2503.20783: no advantage to the short or the long
     "dapo": PolicyLoss(clipped, "token"),  # arXiv 2503.14476 eq. 8, with clip.high above clip.low
@@ -93,9 +94,21 @@ LOSSES: dict[LossName, PolicyLoss] = {
 }
 
 
+def find_loss(name: str) -> PolicyLoss:
+    """A built-in loss, or a :class:`PolicyLoss` by its import path. Raises ValueError where there is none."""
+    if ":" not in name:
+        if name not in LOSSES:
+            raise ValueError(f"there is no loss {name!r}; take {', '.join(LOSSES)} or package.module:name")
+        return LOSSES[name]
+    loss = load_object(name)
+    if not isinstance(loss, PolicyLoss):
+        raise ValueError(f"{name}: is no loss, a capipe.trainer.losses.PolicyLoss")
+    return loss
+
+
 @dataclass(frozen=True)
 class Totals:
-    """What averages are over, of a whole update and all processes: completions, their tokens, the length limit."""
+    """Denominators over a whole update and all processes: completions, their tokens, the length limit."""
 
     rows: int
     tokens: int
@@ -103,7 +116,7 @@ class Totals:
 
 
 def token_weights(row: Tensor, lengths: Tensor, how: Aggregation, totals: Totals) -> Tensor:
-    """What each token counts for, (tokens,); ``row`` as in :class:`Tokens`, ``lengths`` (rows,) of whole completions.
+    """The weight of each token, (tokens,); ``row`` as in :class:`Tokens`, ``lengths`` (rows,) of whole completions.
 
     ``sequence``: the mean over completions of the mean over their tokens; ``token``: over all tokens; ``constant``: the
     sum over tokens by completions times the length limit.
@@ -119,7 +132,7 @@ def kl_tokens(logp: Tensor, ref: Tensor, estimator: KLEstimator) -> Tensor:
 
     k1 = log p - log q is unbiased, k2 = k1² / 2 has little variance, k3 = q/p - 1 - log q/p is both and never negative.
     That is of their values. As a loss, with no ratio before it (arXiv 2402.03300 eq. 4), k2 has on average the gradient
-    of KL(policy || reference), k3 that of KL(reference || policy), and k1 none: it is for looking at.
+    of KL(policy || reference), k3 that of KL(reference || policy), and k1 none: it is a diagnostic.
     """
     difference = logp - ref
     if estimator == "k1":
@@ -132,10 +145,10 @@ def kl_tokens(logp: Tensor, ref: Tensor, estimator: KLEstimator) -> Tensor:
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Half the squared error of the value head, per token; all (tokens,).
 
-    With ``clip`` the larger of the errors with and without holding the change since sampling within it.
+    With ``clip`` the larger of the errors with and without clipping the change since sampling to it.
     """
     errors = (values - returns).square()
     if clip is not None:
-        held = old_values + (values - old_values).clamp(-clip, clip)
-        errors = torch.maximum(errors, (held - returns).square())
+        clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+        errors = torch.maximum(errors, (clipped_values - returns).square())
     return errors / 2

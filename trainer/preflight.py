@@ -1,8 +1,8 @@
-"""Before training: a caption that says nothing must earn what a guess earns, or a template will win.
+"""Checks before training: a caption that says nothing must earn what a guess earns, or a template will win.
 
-And one that tells the answers must earn more, or the reader cannot read and the reward is noise. Of a quiz it is known
-what a guess earns: training is refused where a template earns more. Of other rewards it is said what templates earn,
-and warned where that is more than the first captions of the policy do.
+A caption that states the answers must earn more, or the reader cannot read and the reward is noise. A quiz's guess is
+known: training is refused where a template earns more. For other rewards the templates' means are logged, with a
+warning where they are above the policy's first captions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from ..models.tiny.world.captions import dense_caption
 from .dataset import Example
 from .evaluation.ability import Ability, ability_of, cautions
 from .rewards.base import RewardManager
+from .rewards.kinds import BUILT_IN
 from .rewards.quiz import QuizReward
 
 GENERIC = "The image shows several objects on a plain background."
 TOLERANCE = 0.1  # of accuracy above that of a reader without any caption
 IMAGES = 64
-OF_THE_IMAGE = ("judge", "clip", "blip", "itm", "reconstruction")  # what a caption of any image should not win
+OF_IMAGE = [kind for kind, spec in BUILT_IN.items() if spec.of_image]  # a caption of any image should not win them
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ class Floors:
     blind: float
 
 
-async def floors(reward: QuizReward, tasks: Sequence[Example]) -> Floors:
+async def floors(reward: QuizReward, examples: Sequence[Example]) -> Floors:
     """The quiz reward of three controls over the first images. Raises BadInput where nothing could be scored."""
     means = []
     for text in (GENERIC, "", None):
         scored = await asyncio.gather(
-            *(reward.score_text(task, text, f"preflight/{task.uid}") for task in tasks[:IMAGES])
+            *(reward.score_text(example, text, f"preflight/{example.uid}") for example in examples[:IMAGES])
         )
-        known = [each.value for each in scored if each.value is not None]
+        known = [result.value for result in scored if result.value is not None]
         if not known:
             raise BadInput(
                 "preflight: the reader scored none of the questions; is it a model that answers with letters?"
@@ -52,31 +53,31 @@ async def floors(reward: QuizReward, tasks: Sequence[Example]) -> Floors:
     return Floors(*means)
 
 
-def refuse_templates(found: Floors, tolerance: float = TOLERANCE) -> None:
+def refuse_templates(measured: Floors, tolerance: float = TOLERANCE) -> None:
     """Raise BadInput where a template earns more than a guess."""
-    for name, value in (("generic", found.generic), ("empty", found.empty)):
-        if value > found.blind + tolerance:
+    for name, value in (("generic", measured.generic), ("empty", measured.empty)):
+        if value > measured.blind + tolerance:
             raise BadInput(
-                f"preflight: a {name} caption earns {value:.2f}, the reader alone {found.blind:.2f}: training would "
+                f"preflight: a {name} caption earns {value:.2f}, the reader alone {measured.blind:.2f}: training would "
                 "find that template; screen the questions more strictly, or take another reader"
             )
 
 
-async def ability(reader: QuizReader, tasks: Sequence[Example]) -> Ability:
-    """What the reader makes of captions that tell the answers. Raises BadInput where nothing could be scored."""
-    found = await ability_of(reader, tasks[:IMAGES])
-    if found is None:
+async def ability(reader: QuizReader, examples: Sequence[Example]) -> Ability:
+    """The reader's accuracy on captions that state the answers. Raises BadInput where nothing could be scored."""
+    measured = await ability_of(reader, examples[:IMAGES])
+    if measured is None:
         raise BadInput("preflight: the reader scored none of the questions; is it a model that answers with letters?")
-    return found
+    return measured
 
 
-def refuse_reader(found: Ability, name: str) -> list[str]:
+def refuse_reader(measured: Ability, name: str) -> list[str]:
     """Warnings about a reader that is to reward. Raises BadInput where it cannot read: then the reward is noise."""
-    wrong = cautions(found)
-    for each in wrong:
-        if each.kind == "cannot_read":
-            raise BadInput(f"preflight: {name}: {each.text}; set the quiz's `reader` in the recipe")
-    return [f"warning: {name}: {each.text}" for each in wrong]
+    warnings = cautions(measured)
+    for caution in warnings:
+        if caution.kind == "cannot_read":
+            raise BadInput(f"preflight: {name}: {caution.text}; set the quiz's `reader` in the recipe")
+    return [f"warning: {name}: {caution.text}" for caution in warnings]
 
 
 @dataclass(frozen=True)
@@ -92,31 +93,36 @@ class Control:
 
     def lines(self) -> list[str]:
         """A line for each reward."""
-        told = []
+        lines = []
         for name in dict.fromkeys([*self.generic, *self.empty, *self.true]):
             means = {"generic": self.generic, "empty": self.empty, "true": self.true}
-            known = [f"{control} {found[name]:.3f}" for control, found in means.items() if name in found]
-            told.append(f"preflight: {name}: {', '.join(known)}")
-        return told
+            known = [f"{control} {mean[name]:.3f}" for control, mean in means.items() if name in mean]
+            lines.append(f"preflight: {name}: {', '.join(known)}")
+        return lines
 
 
-async def controls(judge: RewardManager, tasks: Sequence[Example], ids: Callable[[str], list[int]]) -> Control:
-    """What a judge's rewards, its quiz apart, say of controls on the first images. ``ids``: the policy's, of a text."""
-    apart = RewardManager({name: each for name, each in judge.rewards.items() if name != "quiz"}, judge.parts)
-    first = tasks[:IMAGES]
-    truth = [(task, dense_caption(task.scene, Random(task.uid))) for task in first if task.scene is not None]
+async def controls(rewards: RewardManager, examples: Sequence[Example], ids: Callable[[str], list[int]]) -> Control:
+    """Controls on the first images by all rewards but the quiz. ``ids``: a text to the policy's token ids."""
+    others = RewardManager({name: reward for name, reward in rewards.rewards.items() if name != "quiz"}, rewards.terms)
+    first = examples[:IMAGES]
+    true = [
+        (example, dense_caption(example.scene, Random(example.uid))) for example in first if example.scene is not None
+    ]
 
     async def means(captions: Sequence[tuple[Example, str]]) -> dict[str, float]:
-        found = await asyncio.gather(
-            *(apart.score(task, completion(text, ids), f"preflight/{task.uid}") for task, text in captions)
+        scores = await asyncio.gather(
+            *(others.score(example, completion(text, ids), f"preflight/{example.uid}") for example, text in captions)
         )
-        known = {name: [value for each in found if (value := each[name].value) is not None] for name in apart.rewards}
+        known = {
+            name: [value for of_caption in scores if (value := of_caption[name].value) is not None]
+            for name in others.rewards
+        }
         return {name: sum(values) / len(values) for name, values in known.items() if values}
 
     return Control(
-        await means([(task, GENERIC) for task in first]),
-        await means([(task, "") for task in first]),
-        await means(truth),
+        await means([(example, GENERIC) for example in first]),
+        await means([(example, "") for example in first]),
+        await means(true),
     )
 
 
@@ -126,11 +132,11 @@ def completion(text: str, ids: Callable[[str], list[int]]) -> Completion:
     return Completion(text, tokens, "stop", len(tokens))
 
 
-def template_warnings(generic: Mapping[str, float], figures: Mapping[str, float]) -> list[str]:
-    """Where a caption of any image earned more than the first step's captions did (``reward/NAME`` of ``figures``)."""
+def template_warnings(generic: Mapping[str, float], metrics: Mapping[str, float]) -> list[str]:
+    """Where a caption of any image earned more than the first step's captions did (``reward/NAME`` of ``metrics``)."""
     return [
         f"warning: {name}: a generic caption earns {generic[name]:.3f}, the first step's captions {mean:.3f}: training "
         "may find that template; mind what the captions become"
-        for name in OF_THE_IMAGE
-        if name in generic and (mean := figures.get(f"reward/{name}")) is not None and generic[name] > mean
+        for name in OF_IMAGE
+        if name in generic and (mean := metrics.get(f"reward/{name}")) is not None and generic[name] > mean
     ]

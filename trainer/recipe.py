@@ -1,4 +1,4 @@
-"""A training run in writing: every setting, typed, documented and refused where nobody reads it."""
+"""The recipe of a training run: every setting, typed and documented; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -6,39 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import BadInput
 from ..manifests.configuration import Growing
 from ..manifests.files.redaction import identity_of
+from ..manifests.import_path import is_import_path, source_digest
 from ..models.tiny.world.prompts import DENSE
 from .advantages import Baseline
-from .losses import KLEstimator, LossName
+from .losses import LOSSES, KLEstimator, find_loss
 from .policy.lora import LoRAConfig
-from .recipe_file import find_recipe, read_recipe
-from .rewards.image_text import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
-from .rewards.judge import JudgeRewardConfig
-from .rewards.naturalness import NaturalnessConfig
+from .recipe_file import find_recipe, first_problem, read_recipe
+from .rewards.kinds import RewardEntry
 from .rewards.quiz import QuizRewardConfig
-from .rewards.reconstruction import ReconstructionConfig
-from .rewards.text import BoilerplateConfig, LengthConfig, RepetitionConfig
-from .rewards.token_penalties import PhrasesConfig, RepeatsConfig
-
-RewardConfig = Annotated[
-    QuizRewardConfig
-    | JudgeRewardConfig
-    | ClipRewardConfig
-    | BlipRewardConfig
-    | ItmRewardConfig
-    | NaturalnessConfig
-    | ReconstructionConfig
-    | PhrasesConfig
-    | RepeatsConfig
-    | LengthConfig
-    | RepetitionConfig
-    | BoilerplateConfig,
-    Field(discriminator="kind"),
-]
 
 
 class Section(Growing):
@@ -59,7 +39,7 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    """How captions are drawn."""
+    """Sampling of captions."""
 
     images: int = Field(16, ge=1, description="images per step, over all processes")
     group: int = Field(8, ge=2, description="captions per image")
@@ -69,12 +49,12 @@ class RolloutConfig(Section):
     engine: str = Field(
         "transformers",
         pattern=r"^(transformers|vllm|https?://\S+(,\s*https?://\S+)*)$",
-        description="who draws captions: transformers, vllm, or URLs of vLLM servers, separated by commas",
+        description="the rollout engine: transformers, vllm, or URLs of vLLM servers, separated by commas",
     )
     overlap: bool = Field(
-        False, description="draw the next step's captions while the policy learns from this one's, a step behind"
+        False, description="sample the next step's captions during the update by this one's, a step off-policy"
     )
-    gpu_memory: float = Field(0.4, gt=0, le=1, description="vllm: its share of the GPU, which the policy needs, too")
+    gpu_memory: float = Field(0.4, gt=0, le=1, description="vllm: its share of the GPU, which the policy needs as well")
     sleep: bool = Field(False, description="vllm: it gives its GPU memory back while the policy learns")
     sync_folder: str | None = Field(
         None, description="vllm and servers: where they read new weights; in --out by default"
@@ -86,17 +66,24 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _sampled_soundly(self) -> RolloutConfig:
         if self.overlap and self.temperature != 1:
-            raise ValueError("overlap takes the log-probabilities of sampling, which engines tell for temperature 1")
+            raise ValueError("overlap takes the log-probabilities of sampling, which engines report for temperature 1")
         if self.sleep and (self.engine != "vllm" or self.overlap):
             raise ValueError("sleep is for engine vllm, and an engine cannot sleep that is to overlap")
         return self
 
 
+def _known_loss(name: str) -> str:
+    find_loss(name)
+    return name
+
+
 class AlgorithmConfig(Section):
     """Advantages and loss (docs/architecture.md, trainer)."""
 
-    loss: LossName = "grpo"
-    baseline: Baseline = Field("group_std", description="what a caption's reward is compared with, without a critic")
+    loss: Annotated[str, AfterValidator(_known_loss)] = Field(
+        "grpo", description=f"{', '.join(LOSSES)}, or the import path of another: package.module:name"
+    )
+    baseline: Baseline = Field("group_std", description="the baseline of a caption's reward, without a critic")
     critic: CriticSection | None = None
     epochs: int = Field(1, ge=1, description="times that an update goes over a step's captions")
     minibatches: int = Field(1, ge=1, description="optimiser steps that each time is cut into")
@@ -171,13 +158,13 @@ class AlarmConfig(Section):
     kl: float = Field(50.0, gt=0, description="mean per caption, where a reference is loaded")
     unscored: float = Field(0.5, gt=0, le=1, description="captions without a score")
     mismatch: float = Field(
-        0.3, gt=0, description="mean distance per token, in nats, of the policy from who drew the captions"
+        0.3, gt=0, description="mean distance per token, in nats, of the policy from the rollout engine"
     )
     patience: int = Field(3, ge=1, description="steps in a row before an alarm ends the run")
 
 
 class Recipe(Section):
-    """Everything that decides what a run does."""
+    """All settings of a run."""
 
     later = ("template_args", "max_pixels", "min_pixels")
 
@@ -191,7 +178,7 @@ class Recipe(Section):
     )
     min_pixels: int | None = Field(None, ge=1, description="smallest image area; its processor's by default")
     data: DataConfig
-    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    rewards: tuple[RewardEntry, ...] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     trained: TrainedConfig = TrainedConfig()
@@ -211,10 +198,10 @@ class Recipe(Section):
     )
     preflight: bool = Field(
         True,
-        description="refuse to train where a quiz rewards a caption of any image, or its reader cannot read; tell what "
-        "other rewards make of such captions",
+        description="refuse to train where a quiz rewards a caption of any image, or its reader cannot read; log what "
+        "other rewards give such captions",
     )
-    wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that figures go to as well")
+    wandb: str | None = Field(None, min_length=1, description="Weights & Biases project that metrics go to as well")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -228,13 +215,15 @@ class Recipe(Section):
         if self.algorithm.loss in ("ppo", "a2c") and self.algorithm.critic is None:
             raise ValueError(f"{self.algorithm.loss} takes its advantages from a value head: add `critic: {{}}`")
         if self.algorithm.loss == "a2c" and self.algorithm.epochs * self.algorithm.minibatches > 1:
-            raise ValueError("a2c makes one step of captions that the policy itself drew: epochs and minibatches are 1")
+            raise ValueError(
+                "a2c makes one step of captions that the policy itself sampled: epochs and minibatches are 1"
+            )
         if self.algorithm.kl and self.algorithm.estimator == "k1":
             raise ValueError("estimator k1 has no gradient on average, so kl would do nothing: take k2 or k3")
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
         if quiz is not None and self.data.questions is None:
             raise ValueError("a quiz asks questions: add data.questions, the folder of a `capipe qa`")
-        # By name, which a recipe alone can tell; two names of one model are found when the run starts.
+        # By name, as a recipe alone knows no more; two names of one model are found when the run starts.
         if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader != "":
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
@@ -249,15 +238,17 @@ class Recipe(Section):
             raise ValueError("trained.lora: an adapter is too small to be split; set parallel: replicated")
 
     def semantic(self) -> dict[str, Any]:
-        """What decides the weights: all but where and how fast they are computed."""
+        """All that decides the weights, the code of imported rewards and losses included; not where, nor how fast."""
         fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
         if self.rollout.overlap:
-            fast -= {"save_every"}  # nothing is drawn ahead over a checkpoint
+            fast -= {"save_every"}  # no rollout overlaps across a checkpoint
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
         left_out: Any = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
-        meant: dict[str, Any] = identity_of(self.model_dump(mode="json", exclude=left_out))
-        return meant
+        semantic: dict[str, Any] = identity_of(self.model_dump(mode="json", exclude=left_out))
+        names = (self.algorithm.loss, *(reward.kind for reward in self.rewards))
+        code = {name: source_digest(name) for name in names if is_import_path(name)}
+        return semantic | ({"code": code} if code else {})
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -269,13 +260,4 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(loaded)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the recipe"
-        reason = f"{first['msg'].removeprefix('Value error, ')}{_known(first)}"
-        raise BadInput(f"{find_recipe(path)}: {key}: {reason}") from None
-
-
-def _known(error: Any) -> str:
-    if error["type"] == "value_error":  # ours, of keys that do not go together, and says which
-        return ""
-    return "; no such key" if error["type"] == "extra_forbidden" else f" (got {error['input']!r})"
+        raise BadInput(f"{find_recipe(path)}: {first_problem(error)}") from None

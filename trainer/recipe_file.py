@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import yaml
 
 from ..errors import BadInput
 from ..manifests.files.redaction import note
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 MAX_BYTES = 2**20
@@ -24,10 +27,10 @@ Kind = Literal["training", "chain"]
 _COMMANDS = {"training": "train", "chain": "run"}
 
 
-def find_recipe(given: Path) -> Path:
+def find_recipe(named: Path) -> Path:
     """The YAML file meant: itself, or the bundled recipe of that name (``tiny``) where there is no such file."""
-    bundled = RECIPES / f"{given}.yaml"
-    return bundled if given.name == str(given) and bundled.is_file() and not given.is_file() else given
+    bundled = RECIPES / f"{named}.yaml"
+    return bundled if named.name == str(named) and bundled.is_file() and not named.is_file() else named
 
 
 def bundled(kind: Kind) -> str:
@@ -36,18 +39,18 @@ def bundled(kind: Kind) -> str:
     return ", ".join(file.stem for file in files if _kind(read_mapping(file)) == kind)
 
 
-def read_recipe(given: Path, overrides: Sequence[str], kind: Kind) -> dict[str, Any]:
+def read_recipe(named: Path, overrides: Sequence[str], kind: Kind) -> dict[str, Any]:
     """The mapping in a recipe's file with its overrides. Raises BadInput, also for a recipe of the other kind."""
-    path = find_recipe(given)
+    path = find_recipe(named)
     try:
         loaded = read_mapping(path)
     except OSError as error:
         reason = f"no recipe there ({error.strerror}); give a YAML file or a bundled one: {bundled(kind)}"
         raise BadInput(f"{path}: {reason}") from None
-    found = _kind(loaded)
-    if found != kind:
-        shown = given if given.name == str(given) else path
-        raise BadInput(f"{path}: this is the recipe of a {found}; run it by: capipe {_COMMANDS[found]} {shown}")
+    actual = _kind(loaded)
+    if actual != kind:
+        shown = named if named.name == str(named) else path
+        raise BadInput(f"{path}: this is the recipe of a {actual}; run it by: capipe {_COMMANDS[actual]} {shown}")
     for override in overrides:
         apply_override(loaded, override)
     return loaded
@@ -72,17 +75,29 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def first_problem(error: ValidationError) -> str:
+    """The first key that a recipe's model refuses, with the reason."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the recipe"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # our own message, which names the value
+        return f"{key}: {reason}"
+    return f"{key}: {reason}" + (
+        "; no such key" if first["type"] == "extra_forbidden" else f" (got {first['input']!r})"
+    )
+
+
 def engines_of(value: Any) -> Iterator[str]:
     """All that a recipe, or a part of one, names as an engine."""
     if isinstance(value, dict):
-        for key, each in value.items():
-            if isinstance(each, str) and str(key).rpartition("-")[2] == "engine":
-                yield each
+        for key, entry in value.items():
+            if isinstance(entry, str) and str(key).rpartition("-")[2] == "engine":
+                yield entry
             else:
-                yield from engines_of(each)
+                yield from engines_of(entry)
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from engines_of(each)
+        for entry in value:
+            yield from engines_of(entry)
 
 
 def apply_override(recipe: dict[str, Any], override: str) -> None:

@@ -1,4 +1,4 @@
-"""Rollouts: several captions of each image from the current policy, each scored the moment it ends."""
+"""Rollouts: several captions of each image from the current policy, each scored as soon as it ends."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Prepare = Callable[[Prompt], PreparedPrompt]  # the ids, positions and patches t
 
 @dataclass(frozen=True)
 class RolloutSampling:
-    """How captions are drawn: always from the policy's whole distribution, as cut ones would bias the gradient.
+    """Sampling of captions: always from the policy's whole distribution, as top-p or top-k would bias the gradient.
 
-    ``seed``: the run's; draws depend on it, the step, the image and the number of its caption in the step alone.
+    ``seed``: the run's. A caption's own seed depends on it, the step, the image and the caption's number in the step.
     """
 
     prompt: str
@@ -30,39 +30,45 @@ class RolloutSampling:
     temperature: float = 1.0
     seed: int = 0
 
-    def sampling(self, draw: str) -> Sampling:
-        seed = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "big") >> 1
+    def of(self, sample_id: str) -> Sampling:
+        seed = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") >> 1
         return Sampling(self.temperature, 1.0, self.max_tokens, seed)
+
+    def sample_ids(self, step: int, uid: str, repeat: int) -> list[str]:
+        """The names of a group's captions; ``repeat``: how often the step has had the image before."""
+        numbers = range(repeat * self.group, (repeat + 1) * self.group)
+        return [f"{self.seed}/{step}/{uid}/{number}" for number in numbers]
 
 
 class Rollouts:
     """Samples groups from an engine that has the policy's weights."""
 
-    def __init__(self, engine: Engine, prepare: Prepare, pictures: Pictures, drawing: RolloutSampling) -> None:
-        self.engine, self.drawing = engine, drawing
+    def __init__(self, engine: Engine, prepare: Prepare, pictures: Pictures, sampling: RolloutSampling) -> None:
+        self.engine, self.sampling = engine, sampling
         self._prepare, self._pictures = prepare, pictures
 
-    async def collect(self, turns: Sequence[tuple[Example, int]], step: int, judge: RewardManager) -> list[Group]:
-        """One group per task, in order, with rewards; a caption that could not be sampled is left out of its group,
-        which has the reason.
+    async def collect(self, examples: Sequence[tuple[Example, int]], step: int, rewards: RewardManager) -> list[Group]:
+        """One group per example, in order, with rewards; a caption that failed is missing in its group, which has the
+        reason.
 
-        ``turns``: tasks, each with how often the step has had it before, since its captions are to be others then.
+        ``examples``: each with how often the step has had it before, as its captions then have other seeds.
         All images are decoded before the first caption is asked for, so that the engine's batches, and with them the
-        last bits of what is sampled, do not depend on who decoded first. Raises EngineDead, and RunFailed where an
-        image that was fine when listed cannot be decoded any more.
+        last bits of what is sampled, do not depend on which image was decoded first. Raises EngineDead, and RunFailed
+        where an image that was fine when listed cannot be decoded any more.
         """
-        images = await asyncio.gather(*(self._pictures.of(task) for task, _ in turns))
-        prompts = [Prompt(self.drawing.prompt, image) for image in images]
+        images = await asyncio.gather(*(self._pictures.of(example) for example, _ in examples))
         groups = (
-            self._group(task, turn, prompt, step, judge) for (task, turn), prompt in zip(turns, prompts, strict=True)
+            self._group(example, repeat, Prompt(self.sampling.prompt, image), step, rewards)
+            for (example, repeat), image in zip(examples, images, strict=True)
         )
         return await asyncio.gather(*groups)
 
-    async def greedy(self, tasks: Sequence[Example]) -> list[Completion | RequestError]:
-        """The likeliest caption of each task, for validation, or why there is none. Raises EngineDead."""
-        sampling = Sampling(max_tokens=self.drawing.max_tokens)
-        prompts = [Prompt(self.drawing.prompt, image) for image in await asyncio.gather(*map(self._pictures.of, tasks))]
-        return await asyncio.gather(*(self._greedy(GenerationRequest(each, sampling)) for each in prompts))
+    async def greedy(self, examples: Sequence[Example]) -> list[Completion | RequestError]:
+        """The likeliest caption of each example, for validation, or why there is none. Raises EngineDead."""
+        sampling = Sampling(max_tokens=self.sampling.max_tokens)
+        images = await asyncio.gather(*map(self._pictures.of, examples))
+        prompts = [Prompt(self.sampling.prompt, image) for image in images]
+        return await asyncio.gather(*(self._greedy(GenerationRequest(prompt, sampling)) for prompt in prompts))
 
     async def _greedy(self, request: GenerationRequest) -> Completion | RequestError:
         try:
@@ -70,23 +76,22 @@ class Rollouts:
         except RequestError as error:
             return error
 
-    async def _group(self, task: Example, turn: int, prompt: Prompt, step: int, judge: RewardManager) -> Group:
-        size = self.drawing.group
-        draws = [f"{self.drawing.seed}/{step}/{task.uid}/{number}" for number in range(turn * size, (turn + 1) * size)]
-        outcomes = await asyncio.gather(*(self._caption(prompt, task, draw, judge) for draw in draws))
-        kept = [outcome for outcome in outcomes if not isinstance(outcome, RequestError)]
-        group = Group(task.uid, task.key, self._prepare(prompt), [caption for caption, _ in kept])
+    async def _group(self, example: Example, repeat: int, prompt: Prompt, step: int, rewards: RewardManager) -> Group:
+        sample_ids = self.sampling.sample_ids(step, example.uid, repeat)
+        outcomes = await asyncio.gather(*(self._caption(prompt, example, name, rewards) for name in sample_ids))
+        scored = [outcome for outcome in outcomes if not isinstance(outcome, RequestError)]
+        group = Group(example.uid, example.key, self._prepare(prompt), [caption for caption, _ in scored])
         group.failures = [str(outcome) for outcome in outcomes if isinstance(outcome, RequestError)]
-        if kept:
-            group.rewards = judge.results([scored for _, scored in kept])
+        if scored:
+            group.rewards = rewards.results([scores for _, scores in scored])
         return group
 
     async def _caption(
-        self, prompt: Prompt, task: Example, draw: str, judge: RewardManager
+        self, prompt: Prompt, example: Example, sample_id: str, rewards: RewardManager
     ) -> tuple[Completion, dict[str, Scored]] | RequestError:
-        request = GenerationRequest(prompt, self.drawing.sampling(draw), logprobs=True)
+        request = GenerationRequest(prompt, self.sampling.of(sample_id), logprobs=True)
         try:
             caption = await self.engine.generate(request)
         except RequestError as error:
             return error
-        return caption, await judge.score(task, caption, draw)
+        return caption, await rewards.score(example, caption, sample_id)

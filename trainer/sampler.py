@@ -1,7 +1,7 @@
-"""Who draws captions, and how the policy's weights get there.
+"""The rollout engine, and how the policy's weights get there.
 
 The transformers engine computes with the policy's own modules, or with a copy of them. vLLM, in this process or behind
-a URL, reads each step's weights from a folder; after that a probe must show that it answers with them.
+a URL, reads each step's weights from a folder; then a probe must show that it answers with them.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Sampler:
     """``copy``: brings the modules that the engine computes with up to date, where they are not the policy's own.
 
     ``write``: puts the weights into ``folder``, for engines that read them there. ``probe``: None where the engine and
-    the policy share their modules, so that there is nothing to doubt. ``sleeps``: the engine gives its memory back
+    the policy share their modules, so that there is nothing to check. ``sleeps``: the engine gives its memory back
     while the policy learns.
     """
 
     engine: Engine
-    ranks: Distributed
+    distributed: Distributed
     copy: Callable[[], None] | None = None
     write: Callable[[Path], None] | None = None
     folder: Path | None = None
@@ -61,24 +61,24 @@ class Sampler:
     shared: bool = False  # one engine for all processes, which the first one brings up to date
 
     async def sync(self, step: int) -> float | None:
-        """Let captions be drawn from the weights as they are now; returns the probe's difference, where there is one.
+        """Give the engine the weights as they are now; returns the probe's difference, where there is one.
 
-        All processes have to call it, while nothing is being drawn. Raises RunFailed and EngineDead.
+        All processes have to call it, while nothing is being sampled. Raises RunFailed and EngineDead.
         """
         if self.copy is not None:
             self.copy()
         if self.write is not None and self.folder is not None:
-            if self.ranks.first:
+            if self.distributed.first:
                 await asyncio.to_thread(self.write, self.folder)
-            self.ranks.wait()
+            self.distributed.wait()
             await self._reload(self.folder)
-            self.ranks.wait()
+            self.distributed.wait()
         return await self.check(step)
 
     async def _reload(self, folder: Path) -> None:
         if self.sleeps and isinstance(self.engine, VLLMEngine):
             await self.engine.wake()
-        if isinstance(self.engine, Reloadable) and (self.ranks.first or not self.shared):
+        if isinstance(self.engine, Reloadable) and (self.distributed.first or not self.shared):
             await self.engine.reload(folder)
 
     async def check(self, step: int) -> float | None:
@@ -86,7 +86,7 @@ class Sampler:
         return None if self.probe is None else await self.probe.check(self.engine, step)
 
     async def rest(self) -> None:
-        """The captions of a step are drawn; the memory may be used for learning."""
+        """Free the engine's memory for the update, after a step's rollout."""
         if self.sleeps and isinstance(self.engine, VLLMEngine):
             await self.engine.sleep()
 
@@ -95,7 +95,7 @@ class Sampler:
 
 
 async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Prompt) -> Sampler:
-    """Start whoever draws captions by ``recipe.rollout``; ``shown``: what a probe is put to.
+    """Start the rollout engine of ``recipe.rollout``; ``shown``: the probe's prompt.
 
     Raises BadInput where vLLM is not installed or no server answers, RunFailed where the engine has other weights.
     """
@@ -105,15 +105,15 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     if rollout.engine == "transformers":
         lm = batched_lm(model, str(parts.folder), parts.grid, template_args=recipe.template_args)
         lm.computes_in = parts.policy.dtype
-        return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.ranks, copy)
+        return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.distributed, copy)
     engine: Engine = _vllm(recipe, parts) if rollout.engine == "vllm" else await _connected(recipe, parts)
     folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER
-    probing = DecoderPolicy(model)  # untempered, nothing barred: as vLLM tells log-probabilities
-    exact = next(model.parameters()).device.type == "cpu"
-    tolerance = rollout.probe or (PROBE_EXACT if exact else PROBE_BF16)
+    probing = DecoderPolicy(model)  # untempered, nothing barred: as vLLM reports log-probabilities
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    tolerance = rollout.probe or (PROBE_EXACT if on_cpu else PROBE_BF16)
     probe = WeightSyncCheck(shown, parts.preparing.prepare(shown), probing, tolerance)
     write = partial(write_model, parts)
-    sampler = Sampler(engine, parts.ranks, copy, write, folder, probe, rollout.sleep, rollout.engine != "vllm")
+    sampler = Sampler(engine, parts.distributed, copy, write, folder, probe, rollout.sleep, rollout.engine != "vllm")
     try:
         if sampler.shared:  # a server may have any weights of this architecture: those that an earlier run gave it
             await sampler.sync(0)

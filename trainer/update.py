@@ -1,8 +1,9 @@
-"""One update of the policy from scored groups: log-probabilities, loss, gradients, the optimiser's step."""
+"""One update of the policy from scored groups: advantages, loss, gradients, the optimizer's step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import RunFailed
 from .advantages import Baseline, advantages, tied
 from .distributed import ALONE, Distributed
-from .losses import LOSSES, ClipRange, KLEstimator, LossName, Tokens, Totals, kl_tokens, token_weights, value_losses
+from .losses import ClipRange, KLEstimator, Tokens, Totals, find_loss, kl_tokens, token_weights, value_losses
+from .metrics import Metrics
 from .policy.batch import Batch, Group, micro_batches, pack
 from .policy.critic import CriticConfig, Targets, moments, targets_of, whitened
 from .policy.decoder import DecoderPolicy, Scores
@@ -24,11 +26,11 @@ Reference = Callable[[Batch], Tensor]  # log-probabilities (tokens,) under the f
 class UpdateConfig:
     """``limit``: the longest completion; ``budget``: packed columns in a micro-batch; ``kl``: beta of the KL term.
 
-    ``critic``: advantages from a value head instead of ``baseline``. ``epochs`` times over the groups, in
-    ``minibatches`` optimiser steps each.
+    ``critic``: advantages from a value head instead of ``baseline``. ``epochs`` passes over the groups, of
+    ``minibatches`` optimizer steps each.
     """
 
-    loss: LossName = "grpo"
+    loss: str = "grpo"  # a name of LOSSES or an import path
     baseline: Baseline = "group_std"
     critic: CriticConfig | None = None
     clip: ClipRange = field(default_factory=ClipRange)
@@ -44,11 +46,11 @@ class UpdateConfig:
 
 
 @dataclass(frozen=True)
-class UpdateReport:
-    """Figures of an update, over all processes. ``skipped``: why a step changed nothing, where one did not.
+class UpdateMetrics:
+    """Metrics of an update over all processes. ``skipped``: why a step changed no weight, where one did not.
 
-    ``mismatch``: mean of |log-probability when drawn - the policy's|, before it changed, over the tokens computed; None
-    where none was kept, or captions are drawn at another temperature than 1, which what was kept leaves out.
+    ``mismatch``: mean of |log-probability when sampled - the policy's|, before it changed, over the tokens computed;
+    None where none was kept, or captions are sampled at another temperature than 1, which what was kept leaves out.
     """
 
     loss: float
@@ -73,7 +75,7 @@ def assign_advantages(groups: Sequence[Group], config: UpdateConfig) -> None:
 
 
 def is_tied(group: Group, config: UpdateConfig) -> bool:
-    """Whether the group has nothing to teach: no two scores that differ."""
+    """Whether no two scores of the group differ, so that it has no gradient."""
     return tied(scores_of(group, config))
 
 
@@ -89,23 +91,53 @@ def scores_of(group: Group, config: UpdateConfig) -> Tensor:
 
 
 def sampled_logps(group: Group) -> Tensor:
-    """Log-probabilities (tokens,) of a group's tokens when they were drawn. Raises ValueError where none were kept."""
+    """Log-probabilities (tokens,) of a group's tokens when sampled. Raises ValueError where none were kept."""
     rows = [completion.logprobs for completion in group.completions]
     if any(row is None for row in rows):
-        raise ValueError(f"{group.key}: captions of older weights need the log-probabilities they were drawn with")
+        raise ValueError(f"{group.key}: captions of older weights need the log-probabilities they were sampled with")
     return torch.tensor([value for row in rows if row is not None for value in row])
 
 
-def mismatch(part: Sequence[Group], logp: Tensor) -> Tensor:
-    """Sum and count, float64 (2,), of how far packed ``logp`` (tokens,) is from that of drawing, where it was kept."""
-    drawn = [each.logprobs or (float("nan"),) * len(each.token_ids) for group in part for each in group.completions]
-    gaps = (torch.tensor([value for row in drawn for value in row], dtype=torch.float64) - logp.double().cpu()).abs()
-    known = gaps[~gaps.isnan()]
-    return torch.stack([known.sum(), torch.tensor(float(len(known)), dtype=torch.float64)])
+def sampling_gaps(groups: Sequence[Group], logp: Tensor) -> Tensor:
+    """|log-probability when sampled - ``logp``| of packed tokens, float64, of those tokens whose own was kept."""
+    rows = [
+        completion.logprobs or (float("nan"),) * len(completion.token_ids)
+        for group in groups
+        for completion in group.completions
+    ]
+    sampled = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+    gaps = (sampled - logp.double().cpu()).abs()
+    return gaps[~gaps.isnan()]
+
+
+@dataclass
+class RatioRange:
+    """The smallest and the largest probability ratio of a step's tokens, on this process."""
+
+    low: float = 1.0
+    high: float = 1.0
+
+    def include(self, ratios: Tensor) -> None:
+        self.low, self.high = min(self.low, float(ratios.min())), max(self.high, float(ratios.max()))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A micro-batch's loss ``total`` with its graph; detached, the sums over its tokens that make it up.
+
+    ``logp``, ``old``: (tokens,), detached.
+    """
+
+    total: Tensor
+    entropy: Tensor
+    kl: Tensor
+    value_loss: Tensor
+    logp: Tensor
+    old: Tensor
 
 
 class Updater:
-    """Changes ``policy`` by ``optimizer``. ``reference``: the KL term's frozen policy, needed where ``kl`` is not 0.
+    """Updates ``policy`` by ``optimizer``. ``reference``: the KL term's frozen policy, needed where ``kl`` is not 0.
 
     On-policy, with one step per rollout, the sampling policy is the policy itself: its log-probabilities are those just
     computed, detached, and no pass is spent on them (the ratio is 1 and its gradient exact).
@@ -117,174 +149,196 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         config: UpdateConfig,
         reference: Reference | None = None,
-        ranks: Distributed = ALONE,
+        distributed: Distributed = ALONE,
     ) -> None:
         if config.kl and reference is None:
             raise ValueError("a KL term needs the reference policy")
         if config.critic is not None and policy.value_head is None:
             raise ValueError("advantages from a critic need a policy with a value head")
         self.policy, self.optimizer, self.config = policy, optimizer, config
-        self._reference, self._ranks = reference, ranks
+        self._reference, self._distributed = reference, distributed
         self._targets: dict[int, Targets] = {}  # by id of the group
-        self._stale = False
-        self._spare: Group | None = None  # the cheapest to compute of an update's groups
+        self._off_policy = False  # older weights sampled the captions
+        self._smallest: Group | None = None  # of an update's groups, the cheapest to compute
 
-    def update(self, groups: Sequence[Group], sampled_by_other: bool = False) -> UpdateReport:
-        """All optimiser steps on scored ``groups``; the report is the last step's.
+    def update(self, groups: Sequence[Group], off_policy: bool = False) -> UpdateMetrics:
+        """All optimizer steps on scored ``groups``; the metrics are the last step's, the mismatch the first one's.
 
-        ``sampled_by_other``: the captions are of older weights, so their own log-probabilities are the old ones.
+        ``off_policy``: older weights sampled the captions, so the log-probabilities of sampling are the old ones.
         """
         config = self.config
         assign_advantages(groups, config)
-        self._targets, self._stale = {}, sampled_by_other
-        self._spare = min((group for group in groups if group.completions), key=Group.tokens, default=None)
-        several = config.epochs * config.minibatches > 1
-        if several or (config.critic is not None and config.critic.whiten):
-            self._remember(groups)
-        report = gap = None
+        self._targets, self._off_policy = {}, off_policy
+        self._smallest = min((group for group in groups if group.completions), key=Group.tokens, default=None)
+        if config.epochs * config.minibatches > 1 or (config.critic is not None and config.critic.whiten):
+            self._fix_targets(groups)
         self.policy.train()  # gradient checkpointing and an adapter's dropout are on in training alone
         try:
-            for epoch in range(config.epochs):
-                order = Random(f"minibatches:{epoch}").sample(range(len(groups)), len(groups))
-                for part in range(config.minibatches):
-                    chosen = [groups[index] for index in order[part :: config.minibatches]] if several else groups
-                    report = self.step(chosen)
-                    gap = report.mismatch if epoch == part == 0 else gap
+            metrics = [self.step(minibatch) for minibatch in self._minibatches(groups)]
         finally:
             self.policy.eval()
-        assert report is not None
-        return replace(report, mismatch=gap)
+        return replace(metrics[-1], mismatch=metrics[0].mismatch)
 
-    @torch.no_grad()
-    def _remember(self, groups: Sequence[Group]) -> None:
-        """What the policy thinks of the captions before it changes."""
-        for part, _ in self._parts([group for group in groups if group.completions]):
-            batch = pack(part, self.policy.device)
-            scores = self.policy(batch)
-            values = torch.zeros_like(scores.logp) if scores.values is None else scores.values
-            self._targets |= {
-                id(group): self._targets_of(group, logp, expected)
-                for group, logp, expected in zip(part, _split(scores.logp, part), _split(values, part), strict=True)
-            }
-        if self.config.critic is not None and self.config.critic.whiten:
-            found = list(self._targets.values())
-            whitened(found, self._ranks.sum(moments(found)))
+    def step(self, groups: Sequence[Group]) -> UpdateMetrics:
+        """One optimizer step on ``groups``, whose advantages are set.
 
-    def _targets_of(self, group: Group, logp: Tensor, values: Tensor) -> Targets:
-        if self._stale:
-            logp = sampled_logps(group).to(logp)
-        if self.config.critic is not None:
-            return targets_of(group, scores_of(group, self.config), logp, values, self.config.critic)
-        lengths = torch.tensor([len(each.token_ids) for each in group.completions])
-        per_token = group.advantages.repeat_interleave(lengths).to(logp)
-        return Targets(logp, values, per_token, values, torch.ones_like(values))
-
-    def step(self, groups: Sequence[Group]) -> UpdateReport:
-        """One optimiser step on ``groups``, whose advantages are set.
-
-        Groups that teach nothing cost nothing but count in the averages; where a KL term or a value head has something
-        to say of them they take part. A gradient that is not finite changes nothing and is reported.
+        Groups without a gradient are not computed but count in the averages; with a KL term or a value head they have
+        one. A gradient that is not finite changes nothing and is reported.
         """
-        config = self.config
-        usable = [group for group in groups if group.completions]
-        always = bool(config.kl) or config.critic is not None
-        chosen = [group for group in usable if always or bool(group.advantages.any())]
-        counts = [
-            sum(len(group.completions) for group in usable),
-            sum(group.tokens() for group in usable),
-            sum(is_tied(group, config) for group in groups),
-            sum(each.score is None for group in groups for each in group.rewards),
-            len(chosen),
-            len(groups),
-        ]
-        summed = self._ranks.sum(torch.tensor(counts, dtype=torch.float64))
-        rows, tokens, ties, unscored, teaching, drawn = (int(count) for count in summed)
-        totals = Totals(rows, tokens, config.limit)
+        contributing = self._contributing(groups)
+        counts = self._counts(groups, contributing).over(self._distributed)
+        totals = Totals(int(counts.total("completions")), int(counts.total("tokens")), self.config.limit)
+        metrics, ratios = Metrics(("loss", "entropy", "kl", "value_loss", "mismatch")), RatioRange()
         self.optimizer.zero_grad(set_to_none=True)
-        # Loss, entropy, KL, value loss, scored tokens; then the mismatch, and of how many tokens it is known.
-        sums = torch.zeros(7, dtype=torch.float64)
-        ratios = [1.0, 1.0]
-        for part, counted in self._parts(chosen):
-            sums += counted * self._backward(part, totals, ratios, counted)
-        self._ranks.sum_gradients(self.policy.parameters())
-        sums = self._ranks.sum(sums)
-        norm = self._norm()
+        for micro_batch, weight in self._micro_batches(contributing):
+            losses = self._losses(micro_batch, totals)
+            (losses.total * weight * self._distributed.loss_scale).backward()
+            self._record(losses, micro_batch, weight, metrics, ratios)
+        self._distributed.sum_gradients(self.policy.parameters())
+        metrics = metrics.over(self._distributed)
+        norm = self._clip_gradients()
         skipped = None
-        if not teaching:
+        if not counts.total("contributing"):
             skipped = "no group has scores that differ"
-        elif not (torch.tensor(norm).isfinite() and bool(sums.isfinite().all())):
+        elif not (math.isfinite(norm) and metrics.finite()):
             skipped = f"the gradient is not finite (norm {norm})"
         if skipped is None:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        seen = max(1.0, float(sums[4]))
-        loss, entropy, kl, value_loss = (sums[:4] / torch.tensor([1.0, seen, seen, seen], dtype=torch.float64)).tolist()
-        figures = (loss, norm, entropy, kl, value_loss, ratios[0], ratios[1], tokens, ties, unscored, skipped)
-        return UpdateReport(*figures, float(sums[5] / sums[6]) if sums[6] else None, drawn)
+        return UpdateMetrics(
+            loss=metrics.total("loss"),
+            norm=norm,
+            entropy=metrics.mean("entropy") or 0.0,
+            kl=metrics.mean("kl") or 0.0,
+            value_loss=metrics.mean("value_loss") or 0.0,
+            ratio_min=ratios.low,
+            ratio_max=ratios.high,
+            tokens=totals.tokens,
+            tied=int(counts.total("tied")),
+            unscored=int(counts.total("unscored")),
+            skipped=skipped,
+            mismatch=metrics.mean("mismatch"),
+            groups=int(counts.total("groups")),
+        )
 
-    def _parts(self, chosen: list[Group]) -> list[tuple[list[Group], float]]:
-        """Micro-batches, and what each counts.
+    def _minibatches(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+        """All groups in every epoch, shuffled and split; in their own order where there is one step alone."""
+        epochs, count = self.config.epochs, self.config.minibatches
+        if epochs * count == 1:
+            yield groups
+            return
+        for epoch in range(epochs):
+            order = Random(f"minibatches:{epoch}").sample(range(len(groups)), len(groups))
+            for part in range(count):
+                yield [groups[index] for index in order[part::count]]
 
-        Processes that share sharded weights must compute equally often: who has less to do repeats something for 0.
+    def _contributing(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that have a gradient."""
+        always = bool(self.config.kl) or self.config.critic is not None
+        return [group for group in groups if group.completions and (always or bool(group.advantages.any()))]
+
+    def _counts(self, groups: Sequence[Group], contributing: Sequence[Group]) -> Metrics:
+        counts = Metrics(("completions", "tokens", "tied", "unscored", "contributing", "groups"))
+        numbers = {
+            "completions": sum(len(group.completions) for group in groups),
+            "tokens": sum(group.tokens() for group in groups),
+            "tied": sum(is_tied(group, self.config) for group in groups),
+            "unscored": sum(reward.score is None for group in groups for reward in group.rewards),
+            "contributing": len(contributing),
+            "groups": len(groups),
+        }
+        for name, number in numbers.items():
+            counts.add(name, number)
+        return counts
+
+    def _micro_batches(self, groups: list[Group]) -> list[tuple[list[Group], float]]:
+        """Micro-batches, each with its weight in the step.
+
+        Processes that share sharded weights must compute equally often; who has less to do repeats a group at weight 0.
         """
-        parts = [(part, 1.0) for part in micro_batches(chosen, self.config.budget)]
-        if not self._ranks.sharded:
-            return parts
-        missing = self._ranks.most(len(parts)) - len(parts)
-        if missing and self._spare is None:
+        batches = [(batch, 1.0) for batch in micro_batches(groups, self.config.budget)]
+        if not self._distributed.sharded:
+            return batches
+        missing = self._distributed.most(len(batches)) - len(batches)
+        if missing and self._smallest is None:
             raise RunFailed("none of this process's captions could be sampled, and split weights need some of each")
-        return parts + [([self._spare], 0.0)] * missing if self._spare else parts
+        return batches + [([self._smallest], 0.0)] * missing if self._smallest else batches
 
-    def _backward(self, part: list[Group], totals: Totals, ratios: list[float], counted: float) -> Tensor:
-        config, loss = self.config, LOSSES[self.config.loss]
-        batch = pack(part, self.policy.device)
+    def _losses(self, groups: list[Group], totals: Totals) -> Losses:
+        """The policy's loss on a micro-batch, plus its divergence, plus its values' loss, minus its entropy."""
+        config, policy_loss = self.config, find_loss(self.config.loss)
+        batch = pack(groups, self.policy.device)
         scores = self.policy(batch)
-        targets = self._known(part, scores)
+        targets = self._targets_for(groups, scores)
         tokens = Tokens(scores.logp, targets.old, targets.advantages, batch.row, len(batch.lengths))
-        values = loss.of_token(tokens, config.clip)
-        divergence = value_error = torch.zeros((), device=scores.logp.device)
+        per_token = policy_loss.of_token(tokens, config.clip)
+        kl = value_loss = torch.zeros((), device=scores.logp.device)
         if config.kl:
             assert self._reference is not None
-            of_token = kl_tokens(scores.logp, self._reference(batch), config.estimator)
-            values = values + config.kl * of_token
-            divergence = of_token.detach().sum()
+            divergences = kl_tokens(scores.logp, self._reference(batch), config.estimator)
+            per_token = per_token + config.kl * divergences
+            kl = divergences.detach().sum()
         if config.critic is not None and scores.values is not None:
             errors = value_losses(scores.values, targets.values, targets.returns, config.critic.clip) * targets.scored
-            values = values + config.critic.weight * errors
-            value_error = errors.detach().sum()
+            per_token = per_token + config.critic.weight * errors
+            value_loss = errors.detach().sum()
         if config.entropy:
-            values = values - config.entropy * scores.entropy
-        total = (values * token_weights(batch.row, batch.lengths, loss.aggregation, totals)).sum()
-        (total * counted * self._ranks.loss_scale).backward()
-        ratio = (scores.logp.detach() - targets.old).exp()
-        ratios[0], ratios[1] = min(ratios[0], float(ratio.min())), max(ratios[1], float(ratio.max()))
-        count = torch.tensor(float(len(ratio)))
-        figures = [total.detach(), scores.entropy.detach().sum(), divergence, value_error, count]
-        gap = mismatch(part, scores.logp.detach()) if self.policy.temperature == 1 else torch.zeros(2)
-        return torch.cat([torch.stack([each.double().cpu() for each in figures]), gap])
+            per_token = per_token - config.entropy * scores.entropy
+        total = (per_token * token_weights(batch.row, batch.lengths, policy_loss.aggregation, totals)).sum()
+        return Losses(total, scores.entropy.detach().sum(), kl, value_loss, scores.logp.detach(), targets.old)
 
-    def _known(self, part: list[Group], scores: Scores) -> Targets:
-        """The part's targets, from before the first step where that was asked for, else from this very pass."""
-        if not self._targets:
-            logp = scores.logp.detach()
-            values = torch.zeros_like(logp) if scores.values is None else scores.values.detach()
-            found = [
-                self._targets_of(group, old, expected)
-                for group, old, expected in zip(part, _split(logp, part), _split(values, part), strict=True)
-            ]
+    def _record(self, losses: Losses, groups: list[Group], weight: float, metrics: Metrics, ratios: RatioRange) -> None:
+        """Add a micro-batch to the metrics, after its backward pass, as reading a GPU's numbers waits for it."""
+        ratios.include((losses.logp - losses.old).exp())
+        tokens = weight * len(losses.logp)
+        metrics.add("loss", weight * float(losses.total.detach()))
+        metrics.add("entropy", weight * float(losses.entropy), tokens)
+        metrics.add("kl", weight * float(losses.kl), tokens)
+        metrics.add("value_loss", weight * float(losses.value_loss), tokens)
+        if self.policy.temperature == 1:
+            gaps = sampling_gaps(groups, losses.logp)
+            metrics.add("mismatch", weight * float(gaps.sum()), weight * len(gaps))
+
+    @torch.no_grad()
+    def _fix_targets(self, groups: Sequence[Group]) -> None:
+        """Compute the targets of all groups before the policy changes."""
+        for batch, _ in self._micro_batches([group for group in groups if group.completions]):
+            targets = self._group_targets(batch, self.policy(pack(batch, self.policy.device)))
+            self._targets |= zip(map(id, batch), targets, strict=True)
+        if self.config.critic is not None and self.config.critic.whiten:
+            all_targets = list(self._targets.values())
+            whitened(all_targets, self._distributed.sum(moments(all_targets)))
+
+    def _targets_for(self, groups: list[Group], scores: Scores) -> Targets:
+        """The packed groups' targets: those fixed before the first step, else from this forward pass itself."""
+        if self._targets:
+            targets = [self._targets[id(group)] for group in groups]
         else:
-            found = [self._targets[id(group)] for group in part]
+            targets = self._group_targets(groups, scores)
         names = ("old", "values", "advantages", "returns", "scored")
-        return Targets(*(torch.cat([getattr(each, name) for each in found]) for name in names))
+        return Targets(*(torch.cat([getattr(target, name) for target in targets]) for name in names))
 
-    def _norm(self) -> float:
+    def _group_targets(self, groups: list[Group], scores: Scores) -> list[Targets]:
+        """The targets of each of the packed groups by a forward pass of the policy."""
+        sizes = [group.tokens() for group in groups]
+        logps = scores.logp.detach()
+        values = torch.zeros_like(logps) if scores.values is None else scores.values.detach()
+        split = zip(groups, logps.split(sizes), values.split(sizes), strict=True)
+        return [self._targets_of(group, logp, expected) for group, logp, expected in split]
+
+    def _targets_of(self, group: Group, logp: Tensor, values: Tensor) -> Targets:
+        if self._off_policy:
+            logp = sampled_logps(group).to(logp)
+        if self.config.critic is not None:
+            return targets_of(group, scores_of(group, self.config), logp, values, self.config.critic)
+        lengths = torch.tensor([len(completion.token_ids) for completion in group.completions])
+        per_token = group.advantages.repeat_interleave(lengths).to(logp)
+        return Targets(logp, values, per_token, values, torch.ones_like(values))
+
+    def _clip_gradients(self) -> float:
+        """Clip the gradients in place; returns their norm before that."""
         weights = [weight for weight in self.policy.parameters() if weight.grad is not None]
         if not weights:
             return 0.0
         norm = nn.utils.clip_grad_norm_(weights, self.config.max_norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def _split(values: Tensor, part: list[Group]) -> list[Tensor]:
-    """(tokens,) of packed groups -> one (tokens,) for each."""
-    return list(values.split([group.tokens() for group in part]))

@@ -1,4 +1,4 @@
-"""How good captions are, by who was never a reward: a hold-out reader, and the truth where it is known."""
+"""Validation of captions by what was never a reward: a hold-out reader, and the true scene where it is known."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from .evaluation.text_statistics import loops
 
 @dataclass(frozen=True)
 class Validation:
-    """Figures of one caption per image, of those ``images`` that got one; ``failed`` did not, and are in no mean.
+    """Metrics of one caption per image, over the ``images`` that got one; ``failed`` did not, and are in no mean.
 
     ``accuracy``: share of scored presentations answered right; ``hallucinated``: stated attributes that are not in the
-    scene, per caption, ``recalled``: the share of the scene's that is told, both None without scenes; ``tokens``: mean
-    length; ``truncated``, ``repeating``: shares. None where there is nothing to take a mean of. ``reason``: why the
-    first one failed.
+    scene, per caption, ``recalled``: share of the scene's that is stated, both None without scenes; ``tokens``: mean
+    length; ``truncated``, ``repeating``: shares. None for a mean of nothing. ``reason``: why the first one failed.
     """
 
     accuracy: float | None
@@ -33,31 +32,35 @@ class Validation:
     failed: int
     reason: str = ""
 
-    def figures(self) -> dict[str, float]:
-        """What is a number, by name."""
+    def metrics(self) -> dict[str, float]:
+        """The numbers by name."""
         return {name: value for name, value in asdict(self).items() if value is not None and name != "reason"}
 
 
 async def validate(
-    tasks: Sequence[Example], captions: Sequence[Completion | RequestError], reader: QuizReader
+    examples: Sequence[Example], captions: Sequence[Completion | RequestError], reader: QuizReader
 ) -> Validation:
-    """Grade one caption per task, where there is one. Raises EngineDead alone."""
-    pairs = [(task, each) for task, each in zip(tasks, captions, strict=True) if isinstance(each, Completion)]
-    failures = [str(each) for each in captions if isinstance(each, RequestError)]
-    readings = await asyncio.gather(*(reader.read(caption.text, task.questions) for task, caption in pairs))
-    known = [(task.scene, caption) for task, caption in pairs if task.scene is not None]
+    """Grade one caption per example, where there is one. Raises EngineDead alone."""
+    pairs = [
+        (example, caption)
+        for example, caption in zip(examples, captions, strict=True)
+        if isinstance(caption, Completion)
+    ]
+    failures = [str(error) for error in captions if isinstance(error, RequestError)]
+    readings = await asyncio.gather(*(reader.read(caption.text, example.questions) for example, caption in pairs))
+    known = [(example.scene, caption) for example, caption in pairs if example.scene is not None]
     grades = [grade(scene, caption.text) for scene, caption in known]
-    expected = sum(each.expected.total() for each in grades)
+    expected = sum(graded.expected.total() for graded in grades)
     written = [caption for _, caption in pairs]
     return Validation(
-        accuracy=accuracy([reading for each in readings for reading in each]),
-        hallucinated=sum(each.stated.total() - each.correct.total() for each in grades) / len(grades)
+        accuracy=accuracy([reading for of_caption in readings for reading in of_caption]),
+        hallucinated=sum(graded.stated.total() - graded.correct.total() for graded in grades) / len(grades)
         if grades
         else None,
-        recalled=sum(each.recalled.total() for each in grades) / expected if expected else None,
-        tokens=_mean([len(each.token_ids) for each in written]),
-        truncated=_mean([each.finish_reason == "length" for each in written]),
-        repeating=_mean([loops(each.text) for each in written]),
+        recalled=sum(graded.recalled.total() for graded in grades) / expected if expected else None,
+        tokens=_mean([len(caption.token_ids) for caption in written]),
+        truncated=_mean([caption.finish_reason == "length" for caption in written]),
+        repeating=_mean([loops(caption.text) for caption in written]),
         images=len(written),
         failed=len(failures),
         reason=next(iter(failures), ""),

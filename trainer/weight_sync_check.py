@@ -1,8 +1,8 @@
-"""Whether an engine has the weights it should have: the only proof is what it says of its own tokens.
+"""Check of an engine's weights: the only proof is the log-probabilities that it gives its own tokens.
 
 vLLM has been seen to report a finished reload and to answer with neither the old nor the new weights, and a cache that
-was computed with old weights is as silent. So after every change the engine writes a short text, and the policy says
-what each of its tokens is worth.
+was computed with old weights is as silent. So after every change the engine writes a short text, and the policy scores
+its tokens.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class WeightSyncCheck:
         """The mean difference of log-probabilities. Raises RunFailed where it is above the tolerance."""
         sampling = Sampling(HEAT, 1.0, TOKENS, seed)
         written = await engine.generate(GenerationRequest(self.prompt, sampling, logprobs=True))
-        found = self.difference(written)
-        if not found <= self.tolerance:  # NaN is none
+        difference = self.difference(written)
+        if not difference <= self.tolerance:  # NaN is none
             raise RunFailed(
-                f"the engine that draws captions has other weights than the policy, or kept caches of older ones: "
-                f"log-probabilities of a probe differ by {found:.2g} on average, by at most {self.tolerance:.2g} "
+                f"the rollout engine has other weights than the policy, or kept caches of older ones: "
+                f"log-probabilities of a probe differ by {difference:.2g} on average, by at most {self.tolerance:.2g} "
                 "where all is well (rollout.probe)"
             )
-        return found
+        return difference
 
     @torch.no_grad()
     def difference(self, written: Completion) -> float:
-        """Mean absolute difference, in nats, of what the engine and the policy say of the same tokens.
+        """Mean absolute difference, in nats, of the engine's and the policy's log-probabilities of the same tokens.
 
         The text is packed behind itself, as captions of a group are, and the worse of the two counts: a layer that
         lets one leak into the next shows in the second alone.

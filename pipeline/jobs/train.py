@@ -23,8 +23,7 @@ from ...models.engines.hf.model_adapter import PreparedPrompt
 from ...models.engines.loading import model_identity
 from ...models.reader import QuizReader, ReaderConfig
 from ...models.scorers.loading import ScorerConfig, scorer_identity
-from ...trainer.build import PolicyParts, build_optimizer, build_policy, load_reader, whole_policy
-from ...trainer.build_rewards import build_reward_manager
+from ...trainer.build import PolicyParts, build_optimizer, build_policy, whole_policy
 from ...trainer.checkpoint import Facts, newest, optimizer_state
 from ...trainer.dataset import ExampleList, load_examples
 from ...trainer.distributed import join
@@ -37,8 +36,10 @@ from ...trainer.policy.fsdp import restore_optimizer
 from ...trainer.policy.packing_check import check_packing
 from ...trainer.preflight import IMAGES, ability, controls, floors, refuse_reader, refuse_templates
 from ...trainer.recipe import Recipe
+from ...trainer.rewards.base import RewardManager
+from ...trainer.rewards.build import build_reward_manager
 from ...trainer.rewards.image_text import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
-from ...trainer.rewards.quiz import QuizReward
+from ...trainer.rewards.quiz import QuizReward, load_reader
 from ...trainer.rollouts import Rollouts, RolloutSampling
 from ...trainer.sampler import Sampler, build_sampler
 from ...trainer.update import UpdateConfig, Updater
@@ -58,12 +59,13 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     Returns the last checkpoint: of the step at which a signal asked for the end, or ``out`` if that was none yet.
     """
     disable_progress_bar()  # or each checkpoint, and each set of weights on its way to vLLM, draws one
-    ranks = join(recipe.parallel == "sharded")
-    if recipe.rollout.images < ranks.count:
+    distributed = join(recipe.parallel == "sharded")
+    if recipe.rollout.images < distributed.count:
         raise BadInput(
-            f"{ranks.count} processes for {recipe.rollout.images} images a step: start fewer, or raise rollout.images"
+            f"{distributed.count} processes for {recipe.rollout.images} images a step: start fewer, or raise "
+            "rollout.images"
         )
-    if not ranks.first:
+    if not distributed.first:
         say = _quiet
     refuse_overwriting(str(out), _read(recipe))
     training, held_out = load_data(recipe)
@@ -76,9 +78,9 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         ("images" if recipe.data.questions is None else "questions"): training.fingerprint,
     }
     mark, found = fingerprint(semantic), _look(out, semantic, fresh)
-    parts = build_policy(recipe, found[0] if found else None, ranks)
+    parts = build_policy(recipe, found[0] if found else None, distributed)
     say(parts.learning)
-    judge = await build_reward_manager(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
+    rewards = await build_reward_manager(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
     grader: QuizReader | None = None
     sampler: Sampler | None = None
     try:
@@ -89,17 +91,17 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
             grader = QuizReader(reader, asks)
             if "://" in validation.engine:
                 await grader.check()
-        await check_fits(recipe, judge, grader, training, held_out, parts.preparing.encoder)
-        ranks.wait()  # all have looked before one writes
-        if ranks.first:
+        await check_fits(recipe, rewards, grader, training, held_out, parts.preparing.encoder)
+        distributed.wait()  # all have looked before one writes
+        if distributed.first:
             _claim(out, semantic, fresh)
-        ranks.wait()
+        distributed.wait()
         start = found[1].step if found else 0
-        shown = Prompt(recipe.prompt, await parts.pictures.of(training.tasks[0]))
+        shown = Prompt(recipe.prompt, await parts.pictures.of(training.examples[0]))
         sampler = await build_sampler(recipe, parts, out, shown)
         packing = check_packing(whole_policy(parts), _prepare(parts, recipe.rollout.max_tokens)(shown), recipe.model)
-        run = _assemble(recipe, out, mark, training, held_out, parts, sampler, judge, grader, start, say)
-        run.reader = None if rewarding is None else asdict(rewarding)
+        run = _assemble(recipe, out, mark, training, held_out, parts, sampler, rewards, grader, start, say)
+        run.reward_reader = None if rewarding is None else asdict(rewarding)
         if found:
             restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(found[0]))
             run.step, run.alarms = found[1].step, dict(found[1].figures.get("alarms", {}))
@@ -122,7 +124,7 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         parts.pictures.close()
         if sampler is not None:
             await sampler.aclose()
-        await judge.aclose()
+        await rewards.aclose()
         if grader is not None:
             await grader.engine.aclose()
 
@@ -140,7 +142,7 @@ def _scorers(recipe: Recipe) -> dict[str, Any]:
 
 def _stop(run: TrainingRun) -> None:
     run.stopping = True
-    if run.parts.ranks.first:  # a signal may come while a line is being written
+    if run.parts.distributed.first:  # a signal may come while a line is being written
         say_at_once("stopping: this step is finished, then a checkpoint written; a second signal ends it at once")
 
 
@@ -164,8 +166,8 @@ def load_data(recipe: Recipe) -> tuple[ExampleList, ExampleList | None]:
     if recipe.validation is None:
         return training, None
     held_out = load_examples(recipe.validation.shards, question_artifact(recipe.validation.questions).url)
-    known = {task.uid for task in training.tasks}
-    shared = next((task.key for task in held_out.tasks if task.uid in known), None)
+    known = {example.uid for example in training.examples}
+    shared = next((example.key for example in held_out.examples if example.uid in known), None)
     if shared is not None:
         raise BadInput(f"{recipe.validation.shards}: {shared!r} is trained on, too; validate on other images")
     return training, held_out
@@ -212,13 +214,13 @@ def _assemble(
     held_out: ExampleList | None,
     parts: PolicyParts,
     sampler: Sampler,
-    judge: Any,
+    rewards: RewardManager,
     grader: QuizReader | None,
     start: int,
     say: Say,
 ) -> TrainingRun:
     rollout, algorithm = recipe.rollout, recipe.algorithm
-    drawing = RolloutSampling(recipe.prompt, rollout.group, rollout.max_tokens, rollout.temperature, recipe.seed)
+    sampling = RolloutSampling(recipe.prompt, rollout.group, rollout.max_tokens, rollout.temperature, recipe.seed)
     config = UpdateConfig(
         loss=algorithm.loss,
         baseline=algorithm.baseline,
@@ -235,25 +237,25 @@ def _assemble(
         mask_truncated=algorithm.mask_truncated,
     )
     optimizer = build_optimizer(parts.policy, recipe.optimizer, algorithm.critic.rate if algorithm.critic else 1.0)
-    updater = Updater(parts.policy, optimizer, config, parts.reference, parts.ranks)
-    validated = held_out.tasks[: recipe.validation.images] if held_out and recipe.validation else ()
-    sinks = _sinks(recipe, out) if parts.ranks.first else []
-    log = RunLog(out, start, sinks, parts.ranks.rank)
+    updater = Updater(parts.policy, optimizer, config, parts.reference, parts.distributed)
+    validated = held_out.examples[: recipe.validation.images] if held_out and recipe.validation else ()
+    sinks = _sinks(recipe, out) if parts.distributed.first else []
+    log = RunLog(out, start, sinks, parts.distributed.rank)
     found = ("images", "left out") if recipe.data.questions is None else ("images with questions", "without")
-    tasks = training.tasks[: recipe.data.images]
-    cut = f" (the first {len(tasks)} are used)" if len(tasks) < len(training.tasks) else ""
-    say(f"{len(training.tasks)} {found[0]}{cut}, {training.without} {found[1]}; {len(validated)} to validate on")
+    examples = training.examples[: recipe.data.images]
+    cut = f" (the first {len(examples)} are used)" if len(examples) < len(training.examples) else ""
+    say(f"{len(training.examples)} {found[0]}{cut}, {training.without} {found[1]}; {len(validated)} to validate on")
     return TrainingRun(
         recipe=recipe,
         out=out,
         fingerprint=mark,
-        tasks=tasks,
+        examples=examples,
         held_out=validated,
         parts=parts,
         sampler=sampler,
-        rollouts=Rollouts(sampler.engine, _prepare(parts, rollout.max_tokens), parts.pictures, drawing),
-        judge=judge,
-        grader=grader,
+        rollouts=Rollouts(sampler.engine, _prepare(parts, rollout.max_tokens), parts.pictures, sampling),
+        rewards=rewards,
+        validation_reader=grader,
         updater=updater,
         log=log,
         say=say,
@@ -289,21 +291,21 @@ def _sinks(recipe: Recipe, out: Path) -> list[Sink]:
 async def _preflight(run: TrainingRun) -> None:
     if not run.recipe.preflight or run.step:
         return
-    reward = run.judge.rewards.get("quiz")
+    reward = run.rewards.rewards.get("quiz")
     if isinstance(reward, QuizReward):
-        found = await floors(reward, run.tasks)
+        found = await floors(reward, run.examples)
         run.say(f"preflight: generic {found.generic:.3f}, empty {found.empty:.3f}, blind {found.blind:.3f}")
         refuse_templates(found)
-        able = await ability(reward.reader, run.tasks)
+        able = await ability(reward.reader, run.examples)
         run.say(f"preflight: {able.line()}")
         for warning in refuse_reader(able, reward.config.reader):
             run.say(warning)
-    if run.grader is not None and run.held_out:
-        held = await ability_of(run.grader, run.held_out[:IMAGES])
+    if run.validation_reader is not None and run.held_out:
+        held = await ability_of(run.validation_reader, run.held_out[:IMAGES])
         for each in cautions(held) if held else ():
             run.say(f"warning: validation: {each.text}")
-    if len(run.judge.rewards) > isinstance(reward, QuizReward):
-        control = await controls(run.judge, run.tasks, run.parts.preparing.encoder.text_ids)
+    if len(run.rewards.rewards) > isinstance(reward, QuizReward):
+        control = await controls(run.rewards, run.examples, run.parts.preparing.encoder.text_ids)
         for told in control.lines():
             run.say(told)
-        run.generic = control.generic
+        run.template_rewards = control.generic

@@ -37,7 +37,7 @@ def reward_reader(recipe: Recipe) -> ModelIdentity | None:
 
 async def check_fits(
     recipe: Recipe,
-    judge: RewardManager,
+    rewards: RewardManager,
     grader: QuizReader | None,
     training: ExampleList,
     held_out: ExampleList | None,
@@ -47,24 +47,24 @@ async def check_fits(
 
     A caption that is too long for its reader would have no score: it could never be punished for its length.
     """
-    reward = judge.rewards.get("quiz")
+    reward = rewards.rewards.get("quiz")
     if isinstance(reward, QuizReward):
-        await _fits(recipe, reward.reader, reward.config.reader, training.tasks, encoder)
+        await _fits(recipe, reward.reader, reward.config.reader, training.examples, encoder)
     if grader is not None and recipe.validation is not None and held_out is not None:
-        await _fits(recipe, grader, recipe.validation.reader, held_out.tasks, encoder)
+        await _fits(recipe, grader, recipe.validation.reader, held_out.examples, encoder)
 
 
 async def _fits(
-    recipe: Recipe, reader: QuizReader, name: str, tasks: tuple[Example, ...], encoder: PromptEncoder
+    recipe: Recipe, reader: QuizReader, name: str, examples: tuple[Example, ...], encoder: PromptEncoder
 ) -> None:
     most = recipe.rollout.max_tokens
-    asked = telling(question for task in tasks for question in task.questions)
+    asked = telling(question for example in examples for question in example.questions)
     await check_asked(reader, name, asked)
     left = await room(reader, asked)
     if left is None:
         await _try(reader, name, most, asked[0])
         return
-    texts = [self_oracle(task.questions) for task in tasks[:LONGEST]]
+    texts = [self_oracle(example.questions) for example in examples[:LONGEST]]
     needed = await tokens_for(reader, most, texts, lambda text: len(encoder.text_ids(text)), asked[0])
     if needed > left:
         raise BadInput(

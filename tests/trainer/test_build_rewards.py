@@ -13,14 +13,15 @@ from capipe.models.bundled import folder_of
 from capipe.models.engines.base import Completion
 from capipe.models.engines.prompting import PromptEncoder
 from capipe.models.tiny.world.corpus import samples
-from capipe.trainer.build_rewards import build_reward_manager
 from capipe.trainer.dataset import Example
 from capipe.trainer.preflight import GENERIC, Control, controls, template_warnings
-from capipe.trainer.recipe import RewardConfig
+from capipe.trainer.rewards.base import RewardConfig
+from capipe.trainer.rewards.build import build_reward_manager
 from capipe.trainer.rewards.image_text import ImageTextReward
+from capipe.trainer.rewards.kinds import RewardEntry
 
 from ..small_models import opt
-from .rewards.test_judge import tasks
+from .rewards.test_judge import examples
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +31,16 @@ def encoder() -> PromptEncoder:
     return PromptEncoder(AutoTokenizer.from_pretrained(folder_of("captioner")), None)
 
 
-def configs(*given: dict[str, Any]) -> list[RewardConfig]:
-    return [TypeAdapter(RewardConfig).validate_python(each) for each in given]
+def configs(*entries: dict[str, Any]) -> list[RewardConfig]:
+    return [TypeAdapter(RewardEntry).validate_python(entry) for entry in entries]
 
 
 async def test_controls_are_scored_by_every_reward(tmp_path: Path, encoder: PromptEncoder) -> None:
     rendered = [(sample.image, sample.scene) for sample in samples(4, "heldout", seed=5)]
-    plain = tasks(tmp_path / "a.tar", **{f"n{number}": image for number, (image, _) in enumerate(rendered)})
+    plain = examples(tmp_path / "a.tar", **{f"n{number}": image for number, (image, _) in enumerate(rendered)})
     shown = [
-        Example(task.uid, task.key, task.url, task.offset, task.size, (), scene)
-        for task, (_, scene) in zip(plain, rendered, strict=True)
+        Example(example.uid, example.key, example.url, example.offset, example.size, (), scene)
+        for example, (_, scene) in zip(plain, rendered, strict=True)
     ]
     judge = await build_reward_manager(
         configs(
@@ -52,7 +53,7 @@ async def test_controls_are_scored_by_every_reward(tmp_path: Path, encoder: Prom
         encoder.decode,
     )
     try:
-        assert list(judge.rewards) == judge.figures == ["clip", "naturalness", "repeats", "phrases", "repetition"]
+        assert list(judge.rewards) == judge.metrics == ["clip", "naturalness", "repeats", "phrases", "repetition"]
         found = await controls(judge, shown, encoder.text_ids)
         assert found.true["clip"] > found.generic["clip"] + 0.1  # tiny/clip has seen such images
         assert "naturalness" in found.generic and "naturalness" not in found.empty

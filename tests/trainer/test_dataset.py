@@ -32,26 +32,26 @@ def test_a_task_reads_its_image_and_notices_another_one(tmp_path: Path) -> None:
     path.write_bytes(tar_bytes({"one.jpg": b"first image", "one.txt": b"t", "two.jpg": b"second"}))
     (shard,) = expand(str(path))
     rows = list(RowReader(shard))
-    tasks = [Example(row.uid or "", row.key, shard.url, row.offset, len(row.image or b""), ()) for row in rows]
-    assert [task.read() for task in tasks] == [b"first image", b"second"]
+    examples = [Example(row.uid or "", row.key, shard.url, row.offset, len(row.image or b""), ()) for row in rows]
+    assert [example.read() for example in examples] == [b"first image", b"second"]
     path.write_bytes(tar_bytes({"one.jpg": b"other image", "two.jpg": b"second"}))
     with pytest.raises(ArtifactMismatch, match=r"one.*has changed"):
-        tasks[0].read()
+        examples[0].read()
 
 
-def test_images_alone_are_tasks_without_questions(tmp_path: Path) -> None:
+def test_images_alone_are_examples_without_questions(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(
         tar_bytes({"one.jpg": b"first image", "one.txt": b"t", "none.txt": b"no image", "two.jpg": b"second"})
     )
     found = load_examples(str(path), None)
-    assert [(task.key, task.questions, task.read()) for task in found.tasks] == [
+    assert [(example.key, example.questions, example.read()) for example in found.examples] == [
         ("one", (), b"first image"),
         ("two", (), b"second"),
     ]
     assert found.without == 1
     assert load_examples(str(path), None, found.fingerprint) == found
-    with pytest.raises(BadInput, match=r"a\.tar: the images' fingerprint is .*, not 0123; .*mend `data\.fingerprint`"):
+    with pytest.raises(BadInput, match=r"a\.tar: the images' fingerprint is .*, not 0123; .*fix `data\.fingerprint`"):
         load_examples(str(path), None, "0123")
     path.write_bytes(tar_bytes({"one.jpg": b"first image", "two.jpg": b"another"}))
     assert load_examples(str(path), None).fingerprint != found.fingerprint

@@ -17,7 +17,7 @@ from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.policy.critic import CriticConfig, ValueHead
 from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.policy.fsdp import copy_weights, optimizer_state, restore_optimizer, shard, whole
-from capipe.trainer.update import UpdateConfig, Updater, UpdateReport
+from capipe.trainer.update import UpdateConfig, UpdateMetrics, Updater
 
 from .policies import IMAGE, groups, random_model
 
@@ -35,20 +35,20 @@ def policy_of(config: UpdateConfig) -> DecoderPolicy:
     return DecoderPolicy(random_model(FAMILY), [IMAGE], value_head=head)
 
 
-def train(config: UpdateConfig, ranks: Distributed) -> tuple[DecoderPolicy, torch.optim.Optimizer, UpdateReport]:
+def train(config: UpdateConfig, distributed: Distributed) -> tuple[DecoderPolicy, torch.optim.Optimizer, UpdateMetrics]:
     policy = policy_of(config)
     policy.base.visual.requires_grad_(False)
-    if ranks.sharded:
+    if distributed.sharded:
         shard(policy)
     learning = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-2, weight_decay=0.1)
-    updater = Updater(policy, optimizer, config, ranks=ranks)
+    updater = Updater(policy, optimizer, config, distributed=distributed)
     for _ in range(STEPS):
-        report = updater.update(mine(policy, ranks))
+        report = updater.update(mine(policy, distributed))
     return policy, optimizer, report
 
 
-def mine(policy: DecoderPolicy, ranks: Distributed) -> list[Group]:
+def mine(policy: DecoderPolicy, distributed: Distributed) -> list[Group]:
     """Two groups for the first of two processes, one for the second, which so has fewer micro-batches.
 
     All have images: whoever shares a split tower has to look as often as the others.
@@ -57,9 +57,9 @@ def mine(policy: DecoderPolicy, ranks: Distributed) -> list[Group]:
     made = groups(template, FAMILY)[:3]
     for group, values in zip(made, SCORES, strict=True):
         group.rewards = [RewardResult(value) for value in values]
-    if ranks.count == 1:
+    if distributed.count == 1:
         return made
-    return made[:2] if ranks.first else made[2:]
+    return made[:2] if distributed.first else made[2:]
 
 
 def weights(policy: DecoderPolicy) -> dict[str, torch.Tensor]:
@@ -68,19 +68,19 @@ def weights(policy: DecoderPolicy) -> dict[str, torch.Tensor]:
 
 def work(folder: str, name: str, sharded: bool) -> None:
     """What each of the processes does that `torchrun` starts."""
-    ranks = join(sharded)
-    policy, optimizer, report = train(CONFIGS[name], ranks)
+    distributed = join(sharded)
+    policy, optimizer, report = train(CONFIGS[name], distributed)
     found = weights(policy)
     state = optimizer_state(policy, optimizer)
-    if ranks.first:
+    if distributed.first:
         torch.save(state, f"{folder}/state.pt")
-    ranks.wait()
+    distributed.wait()
     restore_optimizer(policy, optimizer, torch.load(f"{folder}/state.pt", weights_only=True))  # as a resumed run does
     again = optimizer_state(policy, optimizer)
     copy = policy_of(CONFIGS[name])
     copy_weights(policy, copy.model)
     assert all(torch.equal(weight, found[f"model.{name}"]) for name, weight in copy.model.named_parameters())
-    if ranks.first:
+    if distributed.first:
         torch.save({"weights": found, "state": state, "again": again, "report": report.__dict__}, f"{folder}/found.pt")
     dist.destroy_process_group()
 

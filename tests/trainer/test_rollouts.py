@@ -22,9 +22,9 @@ from capipe.trainer.rollouts import Rollouts, RolloutSampling
 from capipe.trainer.validation import validate
 
 from ..scripted import Scripted, knows
-from .rewards.test_judge import jpeg, tasks
+from .rewards.test_judge import examples, jpeg
 
-DRAWING = RolloutSampling("Describe.", 3, 20, 0.9, seed=5)
+SAMPLING = RolloutSampling("Describe.", 3, 20, 0.9, seed=5)
 
 
 def prepared(prompt: Prompt) -> PreparedPrompt:
@@ -37,8 +37,8 @@ class Lengths:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
-        self.asked.append(draw)
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
+        self.asked.append(sample_id)
         return Scored(float(caption.n_tokens))
 
     async def aclose(self) -> None: ...
@@ -50,13 +50,13 @@ def writes(request: GenerationRequest) -> Completion | RequestError:
 
 @pytest.fixture
 def two(tmp_path: Path) -> list[Example]:
-    return tasks(tmp_path / "a.tar", one=jpeg("red"), two=jpeg("blue"))
+    return examples(tmp_path / "a.tar", one=jpeg("red"), two=jpeg("blue"))
 
 
 async def collect(two: list[Example], step: int, engine: Any, reward: Lengths) -> Any:
-    rollouts = Rollouts(engine, prepared, Pictures(None), DRAWING)
+    rollouts = Rollouts(engine, prepared, Pictures(None), SAMPLING)
     return await rollouts.collect(
-        [(task, 0) for task in two], step, RewardManager({"length": reward}, {"length": RewardTerm()})
+        [(example, 0) for example in two], step, RewardManager({"length": reward}, {"length": RewardTerm()})
     )
 
 
@@ -71,10 +71,10 @@ async def test_draws_have_full_support_and_a_seed_each(two: list[Example]) -> No
 
 async def test_an_image_that_a_step_has_twice_gets_other_captions_the_second_time(two: list[Example]) -> None:
     engine = Scripted(generate=writes)
-    rollouts = Rollouts(engine, prepared, Pictures(None), DRAWING)
+    rollouts = Rollouts(engine, prepared, Pictures(None), SAMPLING)
     turns = [(two[0], 0), (two[0], 1), (two[1], 0)]
     await rollouts.collect(turns, 0, RewardManager({"length": Lengths()}, {"length": RewardTerm()}))
-    assert len({request.sampling.seed for request in engine.generations}) == 3 * DRAWING.group
+    assert len({request.sampling.seed for request in engine.generations}) == 3 * SAMPLING.group
 
 
 async def test_a_caption_is_scored_when_it_ends(two: list[Example]) -> None:
@@ -116,14 +116,14 @@ async def test_a_caption_that_fails_in_validation_is_left_out_and_counted(two: l
         count += 1
         return RequestError("timed out") if count == 1 else Completion("a star", (1, 2), "length", 2)
 
-    rollouts = Rollouts(Scripted(generate=fails), prepared, Pictures(None), DRAWING)
+    rollouts = Rollouts(Scripted(generate=fails), prepared, Pictures(None), SAMPLING)
     captions = await rollouts.greedy(two)
     assert isinstance(captions[0], RequestError) and isinstance(captions[1], Completion)
     question = Question("What?", ("star", "circle"), 0)
-    asked = [replace(task, questions=(question,)) for task in two]
+    asked = [replace(example, questions=(question,)) for example in two]
     reader = QuizReader(Scripted(lambda request: knows(request, "star")), ReaderConfig())
     found = await validate(asked, captions, reader)
     assert (found.images, found.failed, found.reason, found.accuracy) == (1, 1, "timed out", 1.0)
-    assert (found.tokens, found.truncated) == (2, 1) and "reason" not in found.figures()
+    assert (found.tokens, found.truncated) == (2, 1) and "reason" not in found.metrics()
     none = await validate(asked, [RequestError("gone"), RequestError("too")], reader)
-    assert none.figures() == {"images": 0, "failed": 2} and none.reason == "gone"
+    assert none.metrics() == {"images": 0, "failed": 2} and none.reason == "gone"

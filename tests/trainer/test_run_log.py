@@ -16,10 +16,10 @@ from capipe.models.engines.base import Completion
 from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.trainer.distributed import ALONE
 from capipe.trainer.log import CAPTIONS, TIMES, RunLog, TensorBoard, WandB, read_steps
-from capipe.trainer.loop import raised, step_metrics
 from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.recipe import AlarmConfig
-from capipe.trainer.update import UpdateReport
+from capipe.trainer.step_metrics import raised_alarm, step_metrics
+from capipe.trainer.update import UpdateMetrics
 
 
 class Kept:
@@ -129,28 +129,28 @@ def figures(**changed: float | str) -> dict[str, Any]:
 
 def test_a_step_whose_captions_all_fail_is_an_alarm_of_its_own_at_once() -> None:
     config = AlarmConfig()
-    said = raised(figures(captions=0, captions_failed=6, failure="no template"), config, {})
+    said = raised_alarm(figures(captions=0, captions_failed=6, failure="no template"), config, {})
     assert said == "all 6 captions of the step failed: no template"
-    assert raised(figures(captions=5, captions_failed=1, failure="too long"), config, {}) is None
+    assert raised_alarm(figures(captions=5, captions_failed=1, failure="too long"), config, {}) is None
 
 
 def test_captions_that_fail_are_counted_with_the_first_reason() -> None:
     prompt = PreparedPrompt(torch.arange(4), torch.arange(4)[None], 4, None)
     groups = [Group("a", "one", prompt), Group("b", "two", prompt, failures=["no template", "too long"])]
-    found = step_metrics(groups, UpdateReport(*[0.0] * 7, tokens=0, tied=0, unscored=0), [], ALONE)
+    found = step_metrics(groups, UpdateMetrics(*[0.0] * 7, tokens=0, tied=0, unscored=0), [], ALONE)
     assert (found["captions"], found["captions_failed"], found["failure"]) == (0, 2, "no template")
 
 
 def test_an_alarm_ends_a_run_that_diverges_for_some_steps_in_a_row() -> None:
     config, counts = AlarmConfig(truncated=0.5, patience=2, kl=5.0), dict[str, int]()
-    assert raised(figures(truncated=0.6), config, counts) is None
-    assert raised(figures(), config, counts) is None  # it has come back
-    assert raised(figures(truncated=0.6), config, counts) is None
-    said = raised(figures(truncated=0.7), config, counts)
+    assert raised_alarm(figures(truncated=0.6), config, counts) is None
+    assert raised_alarm(figures(), config, counts) is None  # it has come back
+    assert raised_alarm(figures(truncated=0.6), config, counts) is None
+    said = raised_alarm(figures(truncated=0.7), config, counts)
     assert said == "0.70 of the captions are cut at their limit (alarms.truncated: 0.5), 2 steps in a row"
     wrong = {"kl": (0.6, "nats"), "repeating": (0.9, "loop"), "unscored_share": (0.9, "no score")}
     wrong["mismatch"] = (0.5, r"alarms.mismatch: 0.3")
     for name, (value, words) in wrong.items():
         counts = {}
-        raised(figures(**{name: value}), config, counts)
-        assert words in (raised(figures(**{name: value}), config, counts) or "")
+        raised_alarm(figures(**{name: value}), config, counts)
+        assert words in (raised_alarm(figures(**{name: value}), config, counts) or "")

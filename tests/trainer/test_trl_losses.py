@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from capipe.trainer.advantages import Baseline, advantages
-from capipe.trainer.losses import LOSSES, ClipRange, LossName, Tokens, Totals, kl_tokens, token_weights
+from capipe.trainer.losses import LOSSES, ClipRange, Tokens, Totals, kl_tokens, token_weights
 
 MEND = "to compare with TRL: pip install --no-deps trl==1.16.0 accelerate"
 pytest.importorskip("accelerate", reason=MEND)
@@ -31,7 +31,7 @@ CLIP = ClipRange(0.2, 0.28, cap=1.25)
 # Ours by TRL's options. GSPO is GRPO's mean over completions with one ratio for each. CISPO's cap is ``epsilon_high``
 # itself, as in arXiv 2510.13786, where arXiv 2506.13585 writes 1 + epsilon (and sets no lower bound either). Averages
 # over tokens are over those of all micro-batches (``num_items_in_batch``), Dr. GRPO's over ``max_completion_length``.
-OPTIONS: dict[LossName, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "epsilon_high": CLIP.high},
     "dr_grpo": {"loss_type": "dr_grpo", "epsilon_high": CLIP.high},
     "dapo": {"loss_type": "dapo", "epsilon_high": CLIP.high},
@@ -128,7 +128,7 @@ def theirs(trainer: Any, batch: Padded, parts: int, on_policy: bool) -> tuple[fl
     return total, logp.grad
 
 
-def ours(name: LossName, batch: Padded, beta: float, parts: int, on_policy: bool) -> tuple[float, Tensor]:
+def ours(name: str, batch: Padded, beta: float, parts: int, on_policy: bool) -> tuple[float, Tensor]:
     """The same of ours, put together as the updater does it: flat tokens, totals of the whole batch."""
     logp = batch.logp.clone().requires_grad_()
     totals = Totals(ROWS, int(batch.mask.sum()), LIMIT)
@@ -152,7 +152,7 @@ def ours(name: LossName, batch: Padded, beta: float, parts: int, on_policy: bool
 @pytest.mark.parametrize("beta", [0.0, BETA])
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_value_and_gradient_are_those_of_trl(
-    make: Make, batch: Padded, name: LossName, beta: float, parts: int, on_policy: bool
+    make: Make, batch: Padded, name: str, beta: float, parts: int, on_policy: bool
 ) -> None:
     trainer = make(
         beta=beta,

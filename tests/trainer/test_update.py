@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from capipe.models.engines.base import Completion
-from capipe.trainer.losses import LOSSES, LossName
+from capipe.trainer.losses import LOSSES
 from capipe.trainer.policy.batch import Group, RewardResult, pack
 from capipe.trainer.policy.critic import CriticConfig, ValueHead, token_rewards
 from capipe.trainer.policy.decoder import DecoderPolicy
-from capipe.trainer.update import UpdateConfig, Updater, UpdateReport, scores_of
+from capipe.trainer.update import UpdateConfig, UpdateMetrics, Updater, scores_of
 
 from .policies import IMAGE, groups, random_model
 
@@ -40,7 +40,7 @@ def weights(policy: DecoderPolicy) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in policy.parameters()])
 
 
-def after(scores: list[list[float | None]], config: UpdateConfig | None = None) -> tuple[torch.Tensor, UpdateReport]:
+def after(scores: list[list[float | None]], config: UpdateConfig | None = None) -> tuple[torch.Tensor, UpdateMetrics]:
     """The change of the weights, and the report."""
     policy, updater = make(config)
     before = weights(policy)
@@ -49,7 +49,7 @@ def after(scores: list[list[float | None]], config: UpdateConfig | None = None) 
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
-def test_better_captions_get_likelier(loss: LossName) -> None:
+def test_better_captions_get_likelier(loss: str) -> None:
     policy, updater = make(UpdateConfig(loss=loss, limit=8))
     made = scored(policy, [[1.0, 0.0, 0.0]])
     before = policy(pack(made)).logp.detach()
@@ -151,7 +151,7 @@ def with_critic(config: UpdateConfig, **options: Any) -> tuple[DecoderPolicy, Up
 
 
 @pytest.mark.parametrize(("loss", "whiten"), [("ppo", True), ("a2c", False)])
-def test_a_value_head_learns_what_captions_earn(loss: LossName, whiten: bool) -> None:
+def test_a_value_head_learns_what_captions_earn(loss: str, whiten: bool) -> None:
     config = UpdateConfig(loss=loss, critic=CriticConfig(lam=1.0, whiten=whiten, weight=1.0), max_norm=1e9)
     policy, updater = with_critic(config)
     made = scored(policy, [[1.0, 1.0, 1.0], [1.0, 1.0]])
@@ -207,15 +207,15 @@ def test_minibatches_take_every_group_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_captions_of_older_weights_are_weighed_by_how_they_were_drawn() -> None:
     policy, updater = make(UpdateConfig(loss="cispo", max_norm=1e9))
     made = scored(policy, SCORES)
-    with pytest.raises(ValueError, match="drawn with"):
-        updater.update(made, sampled_by_other=True)
+    with pytest.raises(ValueError, match="sampled with"):
+        updater.update(made, off_policy=True)
     for group in made:
         drawn = policy(pack([group])).logp.detach().split([each.n_tokens for each in group.completions])
         group.completions = [
             Completion(each.text, each.token_ids, "stop", each.n_tokens, tuple((row + 0.1).tolist()))
             for each, row in zip(group.completions, drawn, strict=True)
         ]
-    report = updater.update(made, sampled_by_other=True)
+    report = updater.update(made, off_policy=True)
     assert report.ratio_min == pytest.approx(math.exp(-0.1), rel=1e-5)
 
 

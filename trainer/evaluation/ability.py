@@ -1,4 +1,4 @@
-"""Whether a reader can read: accuracy from captions that tell the answers, against accuracy without any caption.
+"""A reader's ability: accuracy from captions that state the answers, against accuracy without any caption.
 
 The self-oracle caption (each question followed by its right option) needs no truth about the image. A reader that is
 right no more often with it than without measures nothing, and a captioner rewarded by it learns noise.
@@ -21,7 +21,7 @@ from .results import Caution
 SELF_ORACLE, ORACLE, BLIND = "self-oracle", "oracle", "blind"  # as the controls of an evaluation are called
 LEAST_GAIN = 0.2  # of accuracy over that without a caption
 MOST_APART = 0.2  # of accuracies by the place of the right option
-LEAST_OF_PLACE = 20  # presentations: with fewer, a place has no figure
+LEAST_OF_PLACE = 20  # presentations: with fewer, a place has no accuracy
 
 
 @dataclass
@@ -59,47 +59,49 @@ class PositionCounts:
 
 @dataclass(frozen=True)
 class Ability:
-    """``told``: accuracies from captions that tell the answers, by control; ``places``: of the best, by place."""
+    """Accuracies: ``blind`` without a caption; ``by_control`` from captions that state the answers; ``places``:
+    the best control's by the place of the right option.
+    """
 
     blind: float
-    told: Mapping[str, float]
+    by_control: Mapping[str, float]
     places: Mapping[int, float]
 
     @property
     def best(self) -> str:
-        return max(self.told, key=lambda name: self.told[name])
+        return max(self.by_control, key=lambda name: self.by_control[name])
 
     @property
     def gain(self) -> float:
-        return self.told[self.best] - self.blind
+        return self.by_control[self.best] - self.blind
 
     @property
-    def figures(self) -> dict[str, float]:
-        return {**self.told, BLIND: self.blind}
+    def accuracies(self) -> dict[str, float]:
+        return {**self.by_control, BLIND: self.blind}
 
     def line(self) -> str:
-        """All figures."""
-        told = ", ".join(f"{name} {value:.3f}" for name, value in self.figures.items())
+        """All accuracies, for the terminal."""
+        accuracies = ", ".join(f"{name} {value:.3f}" for name, value in self.accuracies.items())
         by_place = f"; {self.best} by place of the right option: {_by_place(self.places)}" if self.places else ""
-        return told + by_place
+        return accuracies + by_place
 
 
 def cautions(ability: Ability) -> list[Caution]:
-    """What is wrong with a reader, if anything."""
-    found = []
+    """Warnings about a reader, none for a good one."""
+    warnings = []
     if ability.gain < LEAST_GAIN:
-        told = ", ".join(f"{name} {value:.3f}" for name, value in ability.told.items())
+        means = ", ".join(f"{name} {value:.3f}" for name, value in ability.by_control.items())
         advice = (
             "screen the questions, which it answers without any caption"
             if ability.blind > 1 - LEAST_GAIN
             else "take a more capable reader"
         )
         text = (
-            f"the reader does not find in captions what they tell: {told}, blind {ability.blind:.3f}, so the best "
+            f"the reader does not find in captions what they tell: {means}, blind {ability.blind:.3f}, so the best "
             f"caption gains {ability.gain:+.3f} over none, less than {LEAST_GAIN:.2f} (self-oracle: each question "
             f"followed by its right option); {advice}"
         )
-        found.append(Caution("cannot_read", text, {**ability.figures, "threshold": LEAST_GAIN}))
+        warnings.append(Caution("cannot_read", text, {**ability.accuracies, "threshold": LEAST_GAIN}))
     apart = max(ability.places.values()) - min(ability.places.values()) if ability.places else 0.0
     if apart > MOST_APART:
         text = (
@@ -108,33 +110,37 @@ def cautions(ability: Ability) -> list[Caution]:
             "in all orders, or take another reader"
         )
         by_letter = {LETTERS[place]: value for place, value in ability.places.items()}
-        found.append(Caution("prefers_places", text, {**by_letter, "threshold": MOST_APART}))
-    return found
+        warnings.append(Caution("prefers_places", text, {**by_letter, "threshold": MOST_APART}))
+    return warnings
 
 
 def _by_place(places: Mapping[int, float]) -> str:
     return ", ".join(f"{LETTERS[place]} {value:.3f}" for place, value in places.items())
 
 
-async def ability_of(reader: QuizReader, tasks: Sequence[Example]) -> Ability | None:
-    """What a reader makes of the tasks' questions; None where nothing could be scored. Raises EngineDead."""
-    blind, _ = await _read(reader, [(task, None) for task in tasks])
-    told = {SELF_ORACLE: await _read(reader, [(task, self_oracle(task.questions)) for task in tasks])}
-    known = [(task, dense_caption(task.scene, Random(task.uid))) for task in tasks if task.scene is not None]
+async def ability_of(reader: QuizReader, examples: Sequence[Example]) -> Ability | None:
+    """A reader's ability on the examples' questions; None where nothing could be scored. Raises EngineDead."""
+    blind, _ = await _read(reader, [(example, None) for example in examples])
+    readings = {SELF_ORACLE: await _read(reader, [(example, self_oracle(example.questions)) for example in examples])}
+    known = [
+        (example, dense_caption(example.scene, Random(example.uid)))
+        for example in examples
+        if example.scene is not None
+    ]
     if known:
-        told[ORACLE] = await _read(reader, known)
-    means = {name: mean for name, (mean, _) in told.items() if mean is not None}
+        readings[ORACLE] = await _read(reader, known)
+    means = {name: mean for name, (mean, _) in readings.items() if mean is not None}
     if blind is None or not means:
         return None
     best = max(means, key=lambda name: means[name])
-    return Ability(blind, means, told[best][1].accuracies())
+    return Ability(blind, means, readings[best][1].accuracies())
 
 
 async def _read(
     reader: QuizReader, captions: Sequence[tuple[Example, str | None]]
 ) -> tuple[float | None, PositionCounts]:
     """Mean accuracy over questions, and by place."""
-    read = await asyncio.gather(*(reader.read(caption, task.questions) for task, caption in captions))
+    read = await asyncio.gather(*(reader.read(caption, example.questions) for example, caption in captions))
     readings = [reading for each in read for reading in each]
     places = PositionCounts()
     for reading in readings:

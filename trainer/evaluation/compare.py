@@ -33,7 +33,7 @@ def compare(first: EvaluationRun, second: EvaluationRun, *, resamples: int = RES
     """Accuracy of ``second`` minus ``first`` on common questions of common images, overall and by kind.
 
     Both runs see the same resampled images, so that what makes an image hard is in neither interval. Raises BadInput
-    where the readers differ, since their answers cannot be held against each other, where a run lacks the system, and
+    where the readers differ, since their answers cannot be compared with each other, where a run lacks the system, and
     where the runs have no question in common.
     """
     reader = _common_reader(first, second)

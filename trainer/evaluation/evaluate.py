@@ -31,7 +31,7 @@ from .results import (
 from .text_statistics import TextTally
 
 EXAMPLES = 3  # images of which the report shows captions
-_UNTRUE = (SELF_ORACLE, "empty", BLIND)  # controls that state nothing by themselves, to be held against the truth
+_UNTRUE = (SELF_ORACLE, "empty", BLIND)  # controls that state nothing by themselves, to be compared with the truth
 
 
 def evaluate(
@@ -80,11 +80,11 @@ def evaluate(
 def _of_reader(systems: Sequence[System], places: Mapping[str, PositionCounts]) -> list[Caution]:
     """What the controls say against the reader; nothing where they were not graded."""
     means = {each.name: value for each in systems if (value := each.quiz.accuracy.value) is not None}
-    told = {name: means[name] for name in (SELF_ORACLE, ORACLE) if name in means}
-    if BLIND not in means or not told:
+    by_control = {name: means[name] for name in (SELF_ORACLE, ORACLE) if name in means}
+    if BLIND not in means or not by_control:
         return []
-    best = max(told, key=lambda name: told[name])
-    return cautions(Ability(means[BLIND], told, places[best].accuracies()))
+    best = max(by_control, key=lambda name: by_control[name])
+    return cautions(Ability(means[BLIND], by_control, places[best].accuracies()))
 
 
 def ordered(systems: Iterable[str]) -> list[str]:
@@ -105,7 +105,7 @@ class _SystemTally:
     samples: int = 0
     captions: int = 0
     unscored: int = 0
-    graded: int = 0  # captions held against a scene
+    graded: int = 0  # captions compared with a scene
     ranked: int = 0  # captions that searched a gallery
     excluded: Counter[str] = field(default_factory=Counter)
     right: Counter[int] = field(default_factory=Counter)  # presentations, by the place of the right option

@@ -75,7 +75,7 @@ class Quiz:
 
 @dataclass(frozen=True)
 class Truth:
-    """Captions held against scenes whose truth is known; all but ``hallucinated`` are shares.
+    """Captions compared with scenes whose truth is known; all but ``hallucinated`` are shares.
 
     ``chair_i`` and ``chair_s`` are named after CHAIR (Rohrbach et al. 2018), per instance and per caption.
     """

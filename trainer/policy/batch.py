@@ -1,4 +1,4 @@
-"""One image and everything that happens to it in a training step; and how such groups become a model's input."""
+"""Groups (an image's completions with their rewards), and their packing into a model's input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tree_attention import Tree, make_tree
 
 @dataclass
 class RewardResult:
-    """What a caption earned: ``score`` None where it could not be scored; ``components`` by reward, before weights.
+    """A caption's reward: ``score`` None where it could not be scored; ``components`` by reward, before weights.
 
     ``per_token``: the parts of ``score`` that single tokens earned (penalties that enter the returns where they occur),
     after weights; empty where there are none.
@@ -44,7 +44,7 @@ class Group:
 
     def tokens(self) -> int:
         """Completion tokens in all."""
-        return sum(len(each.token_ids) for each in self.completions)
+        return sum(len(completion.token_ids) for completion in self.completions)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Batch:
     """Some groups as one packed input; columns: ``[prompt | completion 1 | ...]``, see :class:`.tree_attention.Tree`.
 
     ``ids``: (groups, columns); ``positions``: (axes, groups, columns); ``predicts``: (tokens,), for each completion
-    token the index into flattened hidden states (groups x columns) of what foretells it; ``targets``, ``row``:
+    token the index into flattened hidden states (groups x columns) of what predicts it; ``targets``, ``row``:
     (tokens,), the token and which completion it is of; ``lengths``: (completions,).
     """
 
@@ -77,7 +77,7 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
     branches = max(len(group.completions) for group in groups)
     length = (
         max(len(each.token_ids) for group in groups for each in group.completions) - 1
-    )  # the last one foretells nothing
+    )  # the last one predicts nothing
     columns = prefix + branches * length
     axes = groups[0].prompt.positions.shape[0]
     ids = torch.zeros(len(groups), columns, dtype=torch.long)

@@ -17,8 +17,8 @@ from .decoder import DecoderPolicy
 class CaptionerPolicy(DecoderPolicy):
     """A policy that looks at pictures of one size, each distinct one once.
 
-    The dropout that these models came with is off: captions are drawn without it, and log-probabilities that differ
-    from those of drawing would be taken for a policy that has changed.
+    The dropout that these models came with is off: captions are sampled without it, and log-probabilities that differ
+    from those of sampling would be taken for a policy that has changed.
     """
 
     def __init__(self, model: Any, *arguments: Any, **options: Any) -> None:
@@ -53,10 +53,10 @@ def _before_text(model: Any) -> Iterator[nn.Parameter]:
 
 
 def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
-    """The weights of a captioner by part; the projector is whatever lies between tower and text (a Q-Former, too)."""
+    """The weights of a captioner by part; the projector is all between vision encoder and text (a Q-Former, too)."""
     vision = list(vision_model(model).parameters())
-    tower = {id(weight) for weight in vision}
-    projector = [weight for weight in _before_text(model) if id(weight) not in tower]
+    encoder = {id(weight) for weight in vision}
+    projector = [weight for weight in _before_text(model) if id(weight) not in encoder]
     return {"vision": vision, "projector": projector, "llm": list(language_model(model).parameters())}
 
 
@@ -81,8 +81,8 @@ def whole_logps(policy: CaptionerPolicy, prompt: PreparedPrompt, tokens: Sequenc
     model, device = policy.model, policy.device
     ids = torch.cat([prompt.ids, torch.tensor(tokens)])[None].to(device)
     weight = next(vision_model(model).parameters())
-    given = {"pixel_values": prompt.image.patches.to(weight.device, weight.dtype), name: ids}
-    logits = model(**given).logits[0, len(prompt.ids) - 1 : -1].float() / policy.temperature
+    inputs = {"pixel_values": prompt.image.patches.to(weight.device, weight.dtype), name: ids}
+    logits = model(**inputs).logits[0, len(prompt.ids) - 1 : -1].float() / policy.temperature
     logps = logits.index_fill(1, policy.get_buffer("banned"), float("-inf")).log_softmax(dim=-1)
-    found: Tensor = logps.gather(1, torch.tensor(tokens, device=device)[:, None])[:, 0]
-    return found
+    chosen: Tensor = logps.gather(1, torch.tensor(tokens, device=device)[:, None])[:, 0]
+    return chosen

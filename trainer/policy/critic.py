@@ -1,4 +1,4 @@
-"""Advantages from a value head (PPO, A2C): what each token earned, what was to be expected, what each is told by it."""
+"""Value head, GAE targets and per-token advantages (PPO, A2C)."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def _first_layer(width: int, hidden: int) -> nn.Module:
 
 @dataclass
 class Targets:
-    """What an update holds each completion token of a group to, all float32 (tokens,).
+    """Training targets of a group's completion tokens, all float32 (tokens,).
 
-    ``old``, ``values``: log-probability and expectation when it was sampled; ``returns``: what the values should have
-    been; ``scored``: 1 where the completion has a score, 0 where it is to have no part.
+    ``old``, ``values``: log-probability and value when sampled; ``returns``: the values' targets; ``scored``: 1 where
+    the completion has a score, else 0.
     """
 
     old: Tensor
@@ -70,10 +70,10 @@ class Targets:
 
 
 def token_rewards(group: Group, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """What each token of a group's completions earned, and whether its completion was scored, both (tokens,).
+    """The reward of each token of a group's completions, and whether its completion was scored, both (tokens,).
 
-    ``scores``: (completions,), NaN for one that is to have no part.
-    Rewards of single tokens stand where they occur; the rest of a completion's score is its last token's.
+    ``scores``: (completions,), NaN for an unscored one.
+    Per-token rewards stay where they occur; the rest of a completion's score goes to its last token.
     """
     earned, scored = [], []
     for completion, reward, score in zip(group.completions, group.rewards, scores.tolist(), strict=True):
@@ -93,10 +93,10 @@ def targets_of(group: Group, scores: Tensor, old: Tensor, values: Tensor, config
 
     An unscored completion has advantages of 0.
     """
-    earned, scored = (each.to(values) for each in token_rewards(group, scores))
-    lengths = torch.tensor([len(each.token_ids) for each in group.completions], device=values.device)
+    earned, scored = (tensor.to(values) for tensor in token_rewards(group, scores))
+    lengths = torch.tensor([len(completion.token_ids) for completion in group.completions], device=values.device)
     rewards, expected = (
-        pad_sequence(list(each.split(lengths.tolist())), batch_first=True) for each in (earned, values)
+        pad_sequence(list(tensor.split(lengths.tolist())), batch_first=True) for tensor in (earned, values)
     )
     advantages, returns = gae(rewards, expected, lengths, config.gamma, config.lam)
     inside = torch.arange(rewards.shape[1], device=values.device) < lengths[:, None]
@@ -113,11 +113,13 @@ def whitened(targets: list[Targets], sums: Tensor) -> None:
         return
     mean = total / count
     deviation = max(0.0, (squares - count * mean * mean) / (count - 1)) ** 0.5
-    for each in targets:
-        each.advantages = (each.advantages - mean) / (deviation + 1e-8) * each.scored
+    for target in targets:
+        target.advantages = (target.advantages - mean) / (deviation + 1e-8) * target.scored
 
 
 def moments(targets: list[Targets]) -> Tensor:
     """Count, sum and sum of squares of the scored advantages, float64 (3,)."""
-    known = torch.cat([torch.zeros(0).double(), *(each.advantages[each.scored > 0].double().cpu() for each in targets)])
+    known = torch.cat(
+        [torch.zeros(0).double(), *(target.advantages[target.scored > 0].double().cpu() for target in targets)]
+    )
     return torch.stack([torch.tensor(float(len(known)), dtype=torch.float64), known.sum(), known.square().sum()])

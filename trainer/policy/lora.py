@@ -146,16 +146,16 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Fill ``model``'s adapter from the files of :func:`save_adapter`. Raises BadInput where they do not fit."""
     file = folder / WEIGHTS
     try:
-        found = load_file(file)
+        loaded = load_file(file)
     except OSError as error:
         raise BadInput(
             f"{file}: cannot be read ({error}); remove the checkpoint to go on from the one before"
         ) from None
-    mine = adapter_weights(model)
-    if found.keys() != mine.keys() or any(found[name].shape != mine[name].shape for name in mine):
+    own = adapter_weights(model)
+    if loaded.keys() != own.keys() or any(loaded[name].shape != own[name].shape for name in own):
         raise BadInput(f"{file}: is of another adapter than the recipe's trained.lora; use another --out")
-    for name, weight in mine.items():
-        weight.copy_(found[name])
+    for name, weight in own.items():
+        weight.copy_(loaded[name])
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:

@@ -52,9 +52,9 @@ def unknown_layers(model: Any) -> str | None:
 
 def refuse_unknown_layers(model: Any, called: str) -> None:
     """Raise BadInput for a model whose captions cannot be packed."""
-    if (found := unknown_layers(model)) is not None:
+    if (layers := unknown_layers(model)) is not None:
         raise BadInput(
-            f"{called}: {type(model).__name__} has {found}, which the trainer's packing of captions does not know; "
+            f"{called}: {type(model).__name__} has {layers}, which the trainer's packing of captions does not know; "
             "train a model with full attention in all layers (Qwen2.5-VL, Qwen3-VL, BLIP, BLIP-2 with OPT, ViT-GPT2)"
         )
 
@@ -89,23 +89,23 @@ def check_packing(policy: DecoderPolicy, prompt: PreparedPrompt, called: str) ->
         (packed[at] - plain_logps(policy, prompt, completions[at])).abs().float().cpu() for at in (0, COMPLETIONS - 1)
     ]
     first, last = (float(gap.max()) for gap in gaps)
-    found = PackingCheck(first, last, float(torch.cat(gaps).mean()), policy.dtype is not None)
-    if not found.holds:
+    check = PackingCheck(first, last, float(torch.cat(gaps).mean()), policy.dtype is not None)
+    if not check.holds:
         raise BadInput(
             f"{called}: {type(policy.model).__name__} gives packed captions other log-probabilities than single ones "
             f"(by {first:.2g} nats the first, {last:.2g} the last of {COMPLETIONS}), so training it here would be wrong"
         )
-    return found
+    return check
 
 
 def random_completions(policy: DecoderPolicy, seed: int = 0) -> list[Completion]:
-    """Captions of tokens that may be drawn, which no model need have written."""
+    """Captions of random allowed tokens."""
     vocabulary = len(language_model(policy.model).get_output_embeddings().weight)
     banned = set(policy.get_buffer("banned").tolist())
     allowed = [token for token in range(vocabulary) if token not in banned]
     rng = Random(seed)
-    drawn = [tuple(rng.choice(allowed) for _ in range(TOKENS)) for _ in range(COMPLETIONS)]
-    return [Completion("", tokens, "stop", TOKENS) for tokens in drawn]
+    sequences = [tuple(rng.choice(allowed) for _ in range(TOKENS)) for _ in range(COMPLETIONS)]
+    return [Completion("", tokens, "stop", TOKENS) for tokens in sequences]
 
 
 def plain_logps(policy: DecoderPolicy, prompt: PreparedPrompt, completion: Completion) -> Tensor:

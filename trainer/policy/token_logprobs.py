@@ -29,7 +29,7 @@ def token_scores(
     """Log-probability of each target and entropy of its distribution, both float32 (tokens,), with gradients.
 
     ``hidden``: (tokens, width), before the head; ``weight``: (vocabulary, width), the head's; ``targets``: (tokens,);
-    ``banned``: ids that can never be drawn and so have no probability; ``bias``: (vocabulary,), the head's.
+    ``banned``: ids that are never sampled and so have no probability; ``bias``: (vocabulary,), the head's.
     """
     size = max(1, chunk_logits // len(weight))
     if len(hidden) <= size:

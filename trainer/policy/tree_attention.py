@@ -2,8 +2,8 @@
 
 A row is ``[prompt | completion 1 | completion 2 | ...]``, so that everything but attention (nine tenths of the work of
 a large model) is done once for the prompt, with gradients, in one ordinary forward pass: gradient checkpointing, DDP
-and FSDP see nothing unusual. Registered with transformers under :data:`NAME`; without a tree (an engine that draws from
-the model in training) it is :func:`...models.engines.hf.folded_attention.folded_attention`.
+and FSDP see nothing unusual. Registered with transformers under :data:`NAME`; without a tree (an engine that samples
+from the model in training) it is :func:`...models.engines.hf.folded_attention.folded_attention`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def tree_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    (own_q, q), (own_k, k), (own_v, v) = (_split(each, tree) for each in (query, key, value))
+    (own_q, q), (own_k, k), (own_v, v) = (_split(states, tree) for states in (query, key, value))
     options: Any = {"scale": scaling, "dropout_p": dropout}
     of_prefix = functional.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=tree.prefix_mask, **options)
     if not tree.length:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
+from ...manifests.configuration import Growing
 from ...models.engines.base import Completion, EngineDead
 from ..advantages import RewardTerm, combine
 from ..dataset import Example
@@ -21,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scored:
-    """What one reward says of a caption: ``value`` None where it could not be told, which is never zero.
+    """One reward of a caption: ``value`` None where it could not be computed, which is never zero.
 
-    ``details`` go to the log; ``per_token``: what the caption's single tokens earned of ``value``, where it can tell.
+    ``details`` go to the log; ``per_token``: the parts of ``value`` that single tokens earned, if it has such.
     """
 
     value: float | None
@@ -31,68 +33,112 @@ class Scored:
     per_token: tuple[float, ...] = ()
 
 
-class Reward(Protocol):
-    """``draw`` names the caption uniquely (run's seed, step, image, number): the source of whatever is drawn at random.
+class RewardConfig(Growing):
+    """An entry of a recipe's ``rewards``. A kind with options of its own adds them in a subclass.
 
-    May raise anything: the caption then counts as unscored. EngineDead ends the run. ``figures``, where a reward has
-    them: names of numbers in its ``details`` whose means over a step are logged, too.
+    ``kind``: a built-in name or an import path; ``weight``: factor in a caption's score; ``normalise``: bring the
+    reward to mean 0 and standard deviation 1 within each group first.
     """
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> Scored: ...
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    async def aclose(self) -> None: ...
+    kind: str
+    weight: float = 1.0
+    normalise: bool = False
+
+
+class Reward(Protocol):
+    """The plug-in interface. ``sample_id`` names the caption uniquely (run's seed, step, image, number): seed whatever
+    is random with it.
+
+    May raise anything: the caption then counts as unscored. EngineDead ends the run. An optional attribute ``metrics``
+    names numbers in ``details`` whose means over a step are logged as well.
+    """
+
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored: ...
+
+    async def aclose(self) -> None:
+        """Free what the reward holds."""
+        return None
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """The run that rewards are built for: ``decode``, a completion's ids to text by the policy's tokenizer, without
+
+    special tokens; ``caption_tokens``, the longest caption, None where unknown.
+    """
+
+    decode: Callable[[list[int]], str]
+    caption_tokens: int | None
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """A kind of reward: its config class and how to build it from such a config.
+
+    ``of_image``: compares caption and image, so that a caption of any image must not win; ``imported``: the user's.
+    """
+
+    config: type[RewardConfig]
+    build: Callable[[Any, RewardContext], Reward | Awaitable[Reward]]
+    of_image: bool = False
+    imported: bool = False
 
 
 class RewardManager:
-    """Scores captions by all rewards, each weighed by its part."""
+    """Scores captions by all rewards, each weighed by its term."""
 
-    def __init__(self, rewards: Mapping[str, Reward], parts: Mapping[str, RewardTerm]) -> None:
-        self.rewards, self.parts = dict(rewards), dict(parts)
-        told = {name: getattr(reward, "figures", ()) for name, reward in rewards.items()}
-        self._more = {f"{name}_{figure}": (name, figure) for name, figures in told.items() for figure in figures}
+    def __init__(self, rewards: Mapping[str, Reward], terms: Mapping[str, RewardTerm]) -> None:
+        self.rewards, self.terms = dict(rewards), dict(terms)
+        self._details = {
+            f"{name}_{detail}": (name, detail)
+            for name, reward in rewards.items()
+            for detail in getattr(reward, "metrics", ())
+        }
 
     @property
-    def figures(self) -> list[str]:
-        """What results have components of: each reward by name, and what more a reward tells (``NAME_FIGURE``)."""
-        return [*self.rewards, *self._more]
+    def metrics(self) -> list[str]:
+        """The names of results' components: each reward, and ``NAME_DETAIL`` of a reward's ``metrics``."""
+        return [*self.rewards, *self._details]
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> dict[str, Scored]:
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> dict[str, Scored]:
         """All rewards of one caption, by name; raises EngineDead alone."""
-        scored = await asyncio.gather(*(self._one(name, task, caption, draw) for name in self.rewards))
+        scored = await asyncio.gather(*(self._one(name, example, caption, sample_id) for name in self.rewards))
         return dict(zip(self.rewards, scored, strict=True))
 
-    async def _one(self, name: str, task: Example, caption: Completion, draw: str) -> Scored:
+    async def _one(self, name: str, example: Example, caption: Completion, sample_id: str) -> Scored:
         try:
-            return await self.rewards[name].score(task, caption, draw)
+            return await self.rewards[name].score(example, caption, sample_id)
         except EngineDead:
             raise
-        except Exception as error:  # a plug-in's fault costs one caption's score, and is said
+        except Exception as error:  # a plug-in's fault costs one caption's score, and is logged
             reason = f"{type(error).__name__}: {error}"
-            logger.warning("reward %s could not score a caption of %s: %s", name, task.key, reason)
+            logger.warning("reward %s could not score a caption of %s: %s", name, example.key, reason)
             return Scored(None, {"error": reason})
 
     def results(self, captions: Sequence[Mapping[str, Scored]]) -> list[RewardResult]:
-        """A group's results: components weighed and summed, normalised within the group first where a part says so."""
-        components = {name: _column([each[name].value for each in captions]) for name in self.rewards}
-        totals = combine(components, self.parts).tolist()
+        """A group's results: components weighed and summed, normalised within the group first where a term says so."""
+        components = {name: _column([caption[name].value for caption in captions]) for name in self.rewards}
+        totals = combine(components, self.terms).tolist()
         return [
             RewardResult(
                 score=None if total != total else total,
-                components={name: scored.value for name, scored in caption.items()} | self._more_components(caption),
+                components={name: scored.value for name, scored in caption.items()} | self._detail_components(caption),
                 per_token=self._per_token(caption),
                 details={name: dict(scored.details) for name, scored in caption.items() if scored.details},
             )
             for total, caption in zip(totals, captions, strict=True)
         ]
 
-    def _more_components(self, caption: Mapping[str, Scored]) -> dict[str, float | None]:
-        return {told: caption[name].details.get(figure) for told, (name, figure) in self._more.items()}
+    def _detail_components(self, caption: Mapping[str, Scored]) -> dict[str, float | None]:
+        return {metric: caption[name].details.get(detail) for metric, (name, detail) in self._details.items()}
 
     def _per_token(self, caption: Mapping[str, Scored]) -> list[float]:
-        rows = [(self.parts[name].weight, scored.per_token) for name, scored in caption.items() if scored.per_token]
+        rows = [(self.terms[name].weight, scored.per_token) for name, scored in caption.items() if scored.per_token]
         return [
-            sum(weight * value for (weight, _), value in zip(rows, place, strict=True))
-            for place in zip(*(row for _, row in rows), strict=True)
+            sum(weight * value for (weight, _), value in zip(rows, values, strict=True))
+            for values in zip(*(row for _, row in rows), strict=True)
         ]
 
     async def aclose(self) -> None:

@@ -1,4 +1,4 @@
-"""The images of tasks as a scoring model sees them, each read and decoded once for all of its captions."""
+"""Preprocessed images for a scoring model, each read and decoded once for all of its captions."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ KEPT = 256  # images; more than a step has on one process
 
 
 class ImageCache:
-    """Images of tasks in ``view``, from a process that decodes. Use from one event loop."""
+    """Images after ``preprocess``, decoded in a process of its own. Use from one event loop."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         decode = functools.partial(decode_preprocessed, preprocesses=(preprocess,), limits=ImageLimits())
         self._pool: DecodePool[tuple[Pixels, ...]] = DecodePool(1, decode)
         self._recent: LRUCache[str, asyncio.Task[Pixels]] = LRUCache(KEPT)
 
-    async def of(self, task: Example) -> Pixels:
+    async def of(self, example: Example) -> Pixels:
         """(height, width, 3) uint8. Raises RunFailed where an image that was fine when listed cannot be decoded."""
-        reading = self._recent.get(task.uid)
+        reading = self._recent.get(example.uid)
         if reading is None:
-            reading = asyncio.create_task(self._read(task))
-            self._recent.put(task.uid, reading)
+            reading = asyncio.create_task(self._read(example))
+            self._recent.put(example.uid, reading)
         try:
             return await asyncio.shield(reading)
         except Exception:
-            self._recent.drop(task.uid)  # the next caption tries again
+            self._recent.drop(example.uid)  # the next caption tries again
             raise
 
-    async def _read(self, task: Example) -> Pixels:
-        views = await self._pool.decode(await asyncio.to_thread(task.read))
+    async def _read(self, example: Example) -> Pixels:
+        views = await self._pool.decode(await asyncio.to_thread(example.read))
         if isinstance(views, ImageProblem):
-            raise RunFailed(f"{task.url}: {task.key!r} cannot be decoded: {views.reason}")
+            raise RunFailed(f"{example.url}: {example.key!r} cannot be decoded: {views.reason}")
         return views[0]
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ...models.dynamic_batcher import MOST, DynamicBatcher, most_on
@@ -24,23 +24,19 @@ from ...models.scorers.clip import load_clip
 from ...models.scorers.itm import ItmScorer, load_itm
 from ...models.scorers.sentences import split_sentences
 from ..dataset import Example
-from .base import Scored
+from .base import RewardConfig, RewardSpec, Scored
 from .image_cache import KEPT, ImageCache
 
-IMAGES_AT_ONCE = 32  # through a vision tower
+IMAGES_AT_ONCE = 32  # through a vision encoder
 Values = Callable[[Tensor, Sequence[Pair]], list[float]]
 
 
-class _ImageTextConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _ImageTextConfig(RewardConfig):
     by: Literal["whole", "sentences_mean", "sentences_min"] = Field(
         "whole", description="what is scored: as much of the caption as the model reads, or each sentence by itself"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
-    weight: float = 1.0
-    normalise: bool = False
 
 
 class ClipRewardConfig(_ImageTextConfig):
@@ -73,7 +69,7 @@ ImageTextConfig = ClipRewardConfig | BlipRewardConfig | ItmRewardConfig
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Request:
     uid: str
     pixels: Pixels
     texts: tuple[str, ...]
@@ -86,28 +82,28 @@ class ImageTextReward:
         self._scorer, self._values, self._by = scorer, values, by
         self._views = ImageCache(scorer.preprocess)
         self._encoded: LRUCache[str, Tensor] = LRUCache(KEPT)
-        self._model: DynamicBatcher[_Asked, list[float]] = DynamicBatcher(self._scores, most)
+        self._model: DynamicBatcher[_Request, list[float]] = DynamicBatcher(self._scores, most)
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
         texts = [caption.text] if self._by == "whole" else split_sentences(caption.text) or [caption.text]
-        scores = await self._model.ask(_Asked(task.uid, await self._views.of(task), tuple(texts)))
+        scores = await self._model.ask(_Request(example.uid, await self._views.of(example), tuple(texts)))
         value = min(scores) if self._by == "sentences_min" else sum(scores) / len(scores)
         if not all(map(math.isfinite, scores)):
             return Scored(None, {"error": "the model's score is no number"})
         return Scored(value, {} if self._by == "whole" else {"sentences": scores})
 
-    def _scores(self, asked: Sequence[_Asked]) -> list[list[float]]:
+    def _scores(self, requests: Sequence[_Request]) -> list[list[float]]:
         """Of each text of each caption. Runs on the computing thread."""
-        images = self._images({each.uid: each.pixels for each in asked})
+        images = self._images({request.uid: request.pixels for request in requests})
         numbers = {uid: number for number, uid in enumerate(images)}
-        wanted = [[Pair(numbers[each.uid], text) for text in each.texts] for each in asked]
+        wanted = [[Pair(numbers[request.uid], text) for text in request.texts] for request in requests]
         pairs = list(dict.fromkeys(pair for of_one in wanted for pair in of_one))
-        found = dict(zip(pairs, self._values(torch.stack(list(images.values())), pairs), strict=True))
-        return [[found[pair] for pair in of_one] for of_one in wanted]
+        scores = dict(zip(pairs, self._values(torch.stack(list(images.values())), pairs), strict=True))
+        return [[scores[pair] for pair in of_one] for of_one in wanted]
 
     def _images(self, pixels: dict[str, Pixels]) -> dict[str, Tensor]:
-        """What the vision tower makes of images by uid, of those alone that it has not seen lately."""
-        known = {uid: found for uid in pixels if (found := self._encoded.get(uid)) is not None}
+        """Encoded images by uid; only those that are not cached are computed."""
+        known = {uid: cached for uid in pixels if (cached := self._encoded.get(uid)) is not None}
         new = [uid for uid in pixels if uid not in known]
         for start in range(0, len(new), IMAGES_AT_ONCE):
             batch = new[start : start + IMAGES_AT_ONCE]
@@ -142,7 +138,13 @@ def itm_values(scorer: ItmScorer, logit: str) -> Values:
             "difference": logits[:, 1] - logits[:, 0],
             "probability": logits.softmax(-1)[:, 1],
         }
-        found: list[float] = of_kind[logit].tolist()
-        return found
+        scores: list[float] = of_kind[logit].tolist()
+        return scores
 
     return values
+
+
+CLIP, BLIP, ITM = (
+    RewardSpec(config, lambda config, context: build_image_text_reward(config), of_image=True)
+    for config in (ClipRewardConfig, BlipRewardConfig, ItmRewardConfig)
+)

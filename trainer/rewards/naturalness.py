@@ -5,24 +5,20 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ...models.dynamic_batcher import DynamicBatcher, most_on
 from ...models.engines.base import Completion
 from ...models.scorers.lm_scores import TextScorer, load_text_scorer
 from ..dataset import Example
-from .base import Scored
+from .base import RewardConfig, RewardSpec, Scored
 
 
-class NaturalnessConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class NaturalnessConfig(RewardConfig):
     kind: Literal["naturalness"] = "naturalness"
     model: str = Field(description="a causal language model: bundled, a folder, a hub id; VLRM's is OPT-2.7B")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
-    weight: float = 1.0
-    normalise: bool = False
 
 
 class NaturalnessReward:
@@ -35,7 +31,7 @@ class NaturalnessReward:
     def __init__(self, scorer: TextScorer) -> None:
         self._model: DynamicBatcher[str, list[float]] = DynamicBatcher(scorer.logps, most_on(scorer.device))
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
         logps = await self._model.ask(caption.text.strip())
         if not logps:
             return Scored(None, {"error": "an empty caption has no token to be likely"})
@@ -51,3 +47,6 @@ class NaturalnessReward:
 def build_naturalness_reward(config: NaturalnessConfig) -> NaturalnessReward:
     """The reward with its model loaded. Raises BadInput where that is no causal language model."""
     return NaturalnessReward(load_text_scorer(config.model, config.dtype, config.device))
+
+
+SPEC = RewardSpec(NaturalnessConfig, lambda config, context: build_naturalness_reward(config))

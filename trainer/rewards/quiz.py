@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from ...manifests.configuration import Growing
-from ...models.engines.base import Completion
+from ...models.engines.base import Completion, Engine
+from ...models.engines.context import quiz_room
+from ...models.engines.loading import EngineConfig, load_engine
 from ...models.quiz import Question
 from ...models.reader import THOUGHT_TOKENS, Order, QuizReader, ReaderConfig
 from ..dataset import Example
-from .base import Scored
+from .base import RewardConfig, RewardContext, RewardSpec, Scored
 
 
-class QuizRewardConfig(Growing):
+class QuizRewardConfig(RewardConfig):
     """``sampled``: as CapRL (arXiv 2509.22647 eq. 1-3); ``rotated``: every question in every cyclic order."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     later = ("template_args", "thought_tokens", "mode")
 
     kind: Literal["quiz"] = "quiz"
@@ -33,8 +34,6 @@ class QuizRewardConfig(Growing):
     )
     questions: int | None = Field(None, ge=1, description="how many are put for a caption; all by default")
     least_scored: float = Field(0.5, gt=0, le=1, description="share of answers without which a caption is unscored")
-    weight: float = 1.0
-    normalise: bool = False
     template_args: dict[str, Any] = Field(
         {}, description="given to the reader's chat template besides the chat, e.g. {enable_thinking: false}"
     )
@@ -49,35 +48,39 @@ class QuizReward:
     def __init__(self, reader: QuizReader, config: QuizRewardConfig) -> None:
         self.reader, self.config = reader, config
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
-        return await self.score_text(task, caption.text, draw)
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
+        return await self.score_text(example, caption.text, sample_id)
 
-    async def score_text(self, task: Example, caption: str | None, draw: str) -> Scored:
+    async def score_text(self, example: Example, caption: str | None, sample_id: str) -> Scored:
         """The same for a text, or for none at all (blind)."""
-        put = self.presentations(task, draw)
-        answers = await self.reader.answer(caption, put)
+        asked = self.presentations(example, sample_id)
+        answers = await self.reader.answer(caption, asked)
         known = [
-            (question, answer) for (question, _), answer in zip(put, answers, strict=True) if isinstance(answer, int)
+            (question, answer) for (question, _), answer in zip(asked, answers, strict=True) if isinstance(answer, int)
         ]
         details = {
-            "asked": [question.id for question, _ in put],
+            "asked": [question.id for question, _ in asked],
             "chosen": [answer if isinstance(answer, int) else None for answer in answers],
         }
         errors = [answer for answer in answers if isinstance(answer, str)]
         if errors:
             details["errors"] = errors[:1]
-        if len(known) < self.config.least_scored * len(put):
+        if len(known) < self.config.least_scored * len(asked):
             return Scored(None, details)
         return Scored(sum(answer == question.answer for question, answer in known) / len(known), details)
 
-    def presentations(self, task: Example, draw: str) -> list[tuple[Question, Order]]:
-        """Which questions are put in which orders for the caption that ``draw`` names."""
-        rng = Random(f"quiz:{draw}")
+    def presentations(self, example: Example, sample_id: str) -> list[tuple[Question, Order]]:
+        """The questions asked of a caption, each with the order of its options."""
+        rng = Random(f"quiz:{sample_id}")
         count = self.config.questions
         if self.config.presentations == "sampled":
-            drawn = [rng.choice(task.questions) for _ in range(count or len(task.questions))]
-            return [(each, tuple(rng.sample(range(len(each.options) + 1), len(each.options) + 1))) for each in drawn]
-        chosen = task.questions if count is None else rng.sample(task.questions, min(count, len(task.questions)))
+            questions = [rng.choice(example.questions) for _ in range(count or len(example.questions))]
+            return [
+                (each, tuple(rng.sample(range(len(each.options) + 1), len(each.options) + 1))) for each in questions
+            ]
+        chosen = (
+            example.questions if count is None else rng.sample(example.questions, min(count, len(example.questions)))
+        )
         return [(each, order) for each in chosen for order in self.reader.orders(each)]
 
     async def aclose(self) -> None:
@@ -87,3 +90,32 @@ class QuizReward:
 def reader_config(config: QuizRewardConfig) -> ReaderConfig:
     """How the reward's reader is asked: in all orders."""
     return ReaderConfig(mode=config.mode, thought_tokens=config.thought_tokens)
+
+
+async def load_reader(
+    model: str,
+    engine: str,
+    caption_tokens: int | None = None,
+    config: ReaderConfig | None = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> Engine:
+    """An engine for a model that reads captions of so many tokens at most, and answers questions by ``config``."""
+    room = None if caption_tokens is None else quiz_room(caption_tokens, (config or ReaderConfig()).answer_tokens)
+    return await load_engine(EngineConfig(engine, model, room=room, template_args=template_args or {}))
+
+
+async def build_quiz_reward(config: QuizRewardConfig, context: RewardContext) -> QuizReward:
+    """The reward with its reader started. Raises BadInput where a URL's model cannot be a reader."""
+    asks = reader_config(config)
+    engine = await load_reader(config.reader, config.engine, context.caption_tokens, asks, config.template_args)
+    reader = QuizReader(engine, asks)
+    try:
+        if "://" in config.engine:
+            await reader.check()
+    except BaseException:
+        await engine.aclose()
+        raise
+    return QuizReward(reader, config)
+
+
+SPEC = RewardSpec(QuizRewardConfig, build_quiz_reward)

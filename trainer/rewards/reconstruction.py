@@ -1,7 +1,7 @@
-"""What a caption lets one draw: pictures drawn from it are held against the image (Luo, Song and Ma, UVA report).
+"""Reconstruction: pictures generated from the caption are compared with the image (Luo, Song and Ma, UVA report).
 
-They draw five pictures by Stable Diffusion and compare VGG features. Its version, the layer, the resolution, guidance
-and the similarity are not stated; here they are keys.
+They generate five pictures by Stable Diffusion and compare VGG features. Its version, the layer, the resolution,
+guidance and the similarity are not stated; here they are keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ...errors import BadInput
@@ -30,16 +30,14 @@ from ...models.images.decode import Pixels
 from ...models.lru_cache import LRUCache
 from ...models.scorers.vgg import PerceptualNet, load_perceptual
 from ..dataset import Example
-from .base import Scored
+from .base import RewardConfig, RewardSpec, Scored
 from .image_cache import KEPT, ImageCache
 
 CAPTIONS_KEPT = 1024
 MOST = 32  # captions drawn at most before those who wait for them are told
 
 
-class ReconstructionConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class ReconstructionConfig(RewardConfig):
     kind: Literal["reconstruction"] = "reconstruction"
     model: str = Field(description="who draws: a diffusers text-to-image pipeline, bundled, a folder, a hub id")
     features: str = Field(description="who compares: a VGG net, bundled or a folder (models/scorers/vgg.py)")
@@ -56,8 +54,6 @@ class ReconstructionConfig(BaseModel):
     cache: str | None = Field(None, description="folder that keeps features of what was drawn, for later runs")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
-    weight: float = 1.0
-    normalise: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class ReconstructionReward:
     these vectors, for files that outlive the run.
     """
 
-    figures = ("se",)
+    metrics = ("se",)
 
     def __init__(self, painter: Painter, net: PerceptualNet, config: ReconstructionConfig, identity: str = "") -> None:
         self._painter, self._net, self._config, self._identity = painter, net, config, identity
@@ -94,9 +90,9 @@ class ReconstructionReward:
             self._similarities, min(MOST, most_on(net.device))
         )
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
         text = caption.text.strip()
-        found = await self._model.ask(_Asked(task.uid, await self._views.of(task), text))
+        found = await self._model.ask(_Asked(example.uid, await self._views.of(example), text))
         if not all(map(math.isfinite, found)):
             return Scored(None, {"error": "a similarity is no number"})
         mean, error = mean_and_error(found)
@@ -191,3 +187,6 @@ def _identity(config: ReconstructionConfig) -> str:
     speed = {"kind", "model", "features", "crop", "batch", "cache", "device", "weight", "normalise"}
     models = [folder_digest(pipeline_folder(config.model)), folder_digest(resolve_model(config.features))]
     return json.dumps([models, config.model_dump(mode="json", exclude=speed)], sort_keys=True)
+
+
+SPEC = RewardSpec(ReconstructionConfig, lambda config, context: build_reconstruction_reward(config), of_image=True)

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ...models.engines.base import Completion
 from ...stages.filter.ngrams import repeats, word_ends
 from ..dataset import Example
-from .base import Scored
+from .base import RewardConfig, RewardSpec, Scored
 
 Decode = Callable[[list[int]], str]  # the policy's tokenizer: ids -> text, without special tokens
 YEAR = r"\b(?:1[5-9]|20)\d\d\b"
@@ -58,14 +58,14 @@ def _agreeing(first: str, second: str) -> int:
     return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
-def charged(caption: Completion, places: Iterable[int]) -> tuple[float, ...]:
-    """One number per token of the caption: minus how often its place is among ``places``."""
-    times = Counter(places)
-    return tuple(0.0 - times[place] for place in range(len(caption.token_ids)))
+def charged(caption: Completion, tokens: Iterable[int]) -> tuple[float, ...]:
+    """One number per token of the caption: minus how often its index is among ``tokens``."""
+    counts = Counter(tokens)
+    return tuple(0.0 - counts[token] for token in range(len(caption.token_ids)))
 
 
 def _penalty(caption: Completion, places: Sequence[int], details: Mapping[str, object]) -> Scored:
-    """Engines that tell no token ids (some servers) leave the penalty to the caption as a whole."""
+    """Engines that report no token ids (some servers) leave the penalty to the caption as a whole."""
     return Scored(0.0 - len(places), details, charged(caption, places))
 
 
@@ -85,10 +85,8 @@ def _says_something(phrase: str) -> str:
     return phrase
 
 
-class PhrasesConfig(BaseModel):
+class PhrasesConfig(RewardConfig):
     """Words that say nothing of an image; VLRM's list is not published beyond its examples, which are the defaults."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["phrases"] = "phrases"
     phrases: tuple[Annotated[str, AfterValidator(_says_something)], ...] = Field(
@@ -121,7 +119,7 @@ class PhrasesReward:
         self._patterns = patterns_of(config)
         self._decode = decode
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
         found = find_all(self._patterns, caption.text)
         places = tokens_at(caption, (end for _, end in found), self._decode)
         return _penalty(caption, places, {"phrases": dict(Counter(name for name, _ in found))} if found else {})
@@ -129,10 +127,8 @@ class PhrasesReward:
     async def aclose(self) -> None: ...
 
 
-class RepeatsConfig(BaseModel):
+class RepeatsConfig(RewardConfig):
     """VLRM draws with no_repeat_ngram_size 2, which transformers counts in tokens; its penalty is not published."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["repeats"] = "repeats"
     n: int = Field(2, ge=1, description="length of the runs that are not to come again")
@@ -147,7 +143,7 @@ class RepeatsReward:
     def __init__(self, config: RepeatsConfig, decode: Decode) -> None:
         self._config, self._decode = config, decode
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
         if self._config.of == "tokens":
             return _penalty(caption, repeats(caption.token_ids, self._config.n), {})
         words = word_ends(caption.text)
@@ -156,3 +152,7 @@ class RepeatsReward:
         return _penalty(caption, tokens_at(caption, (end for _, end in again), self._decode), details)
 
     async def aclose(self) -> None: ...
+
+
+PHRASES = RewardSpec(PhrasesConfig, lambda config, context: PhrasesReward(config, context.decode))
+REPEATS = RewardSpec(RepeatsConfig, lambda config, context: RepeatsReward(config, context.decode))

@@ -61,10 +61,10 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
     """The quiz raises where ``fails`` says so of a caption's name."""
     score = QuizReward.score
 
-    async def scored(self: QuizReward, task: Example, caption: Completion, draw: str) -> Scored:
-        if fails(draw):
+    async def scored(self: QuizReward, example: Example, caption: Completion, sample_id: str) -> Scored:
+        if fails(sample_id):
             raise RequestError("the reader timed out")
-        return await score(self, task, caption, draw)
+        return await score(self, example, caption, sample_id)
 
     monkeypatch.setattr(QuizReward, "score", scored)
 
@@ -72,7 +72,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
 async def test_captions_that_cannot_be_scored_are_left_out(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, lambda draw: draw.endswith("/0"))
+    failing(monkeypatch, lambda sample_id: sample_id.endswith("/0"))
     out = tmp_path / "run"
     await train(recipe, out)
     assert [line["unscored"] for line in steps(out)] == [2, 2, 2]  # one of three captions of each of two images
@@ -84,7 +84,7 @@ async def test_captions_that_cannot_be_scored_are_left_out(
 async def test_a_run_without_any_score_ends_with_a_checkpoint(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, lambda draw: True)
+    failing(monkeypatch, lambda sample_id: True)
     out = tmp_path / "run"
     with pytest.raises(RunFailed, match=r"1\.00 of the captions have no score \(alarms\.unscored: 0\.5\), 2 steps"):
         await train(recipe, out, "alarms.patience=2")
@@ -93,7 +93,7 @@ async def test_a_run_without_any_score_ends_with_a_checkpoint(
 
 
 async def test_equal_rewards_teach_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def same(self: QuizReward, task: Example, caption: Completion, draw: str) -> Scored:
+    async def same(self: QuizReward, example: Example, caption: Completion, sample_id: str) -> Scored:
         return Scored(0.5)
 
     monkeypatch.setattr(QuizReward, "score", same)

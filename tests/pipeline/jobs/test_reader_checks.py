@@ -219,7 +219,7 @@ async def test_a_request_that_fails_in_validation_costs_one_caption(
     await run_training(
         load_recipe(recipe, ["preflight=false", "steps=2"]), tmp_path / "run", fresh=False, say=said.append
     )
-    assert "warning: validation: 1 captions could not be drawn and are left out: the engine timed out" in said
+    assert "warning: validation: 1 captions could not be sampled and are left out: the engine timed out" in said
     (line,) = (each for each in said if each.startswith("validation after 2 steps"))
     assert "images 3.000 failed 1.000" in line and (tmp_path / "run/step-000002/model.safetensors").exists()
 

@@ -20,7 +20,7 @@ from capipe.trainer.preflight import ability, refuse_reader
 from ...scripted import Scripted, knows, pick
 
 
-def tasks(count: int, truth: bool = False) -> list[Example]:
+def examples(count: int, truth: bool = False) -> list[Example]:
     """Scenes with three questions each."""
     rng, made = Random(4), []
     for number in range(count):
@@ -59,33 +59,33 @@ def reader(choose: object) -> QuizReader:
 
 
 async def measured(choose: object, truth: bool = False) -> Ability:
-    found = await ability_of(reader(choose), tasks(30, truth))
+    found = await ability_of(reader(choose), examples(30, truth))
     assert found is not None
     return found
 
 
 async def test_who_reads_is_told_from_who_guesses() -> None:
     able, chance = await measured(reads), await measured(guesses)
-    assert able.told["self-oracle"] == 1 and able.blind == 0 and cautions(able) == []
+    assert able.by_control["self-oracle"] == 1 and able.blind == 0 and cautions(able) == []
     assert abs(chance.gain) < 0.1 and 0.1 < chance.blind < 0.4
     (caution, *_) = cautions(chance)
     assert caution.kind == "cannot_read"
-    assert caution.figures == {"self-oracle": chance.told["self-oracle"], "blind": chance.blind, "threshold": 0.2}
-    figures = f"self-oracle {chance.told['self-oracle']:.3f}, blind {chance.blind:.3f}"
+    assert caution.figures == {"self-oracle": chance.by_control["self-oracle"], "blind": chance.blind, "threshold": 0.2}
+    figures = f"self-oracle {chance.by_control['self-oracle']:.3f}, blind {chance.blind:.3f}"
     assert figures in caution.text and "less than 0.20" in caution.text and "more capable reader" in caution.text
 
 
 async def test_training_is_refused_with_the_figures_and_what_to_do() -> None:
-    found = await ability(reader(guesses), tasks(30))
+    found = await ability(reader(guesses), examples(30))
     with pytest.raises(BadInput) as caught:
         refuse_reader(found, "some/reader")
     text = str(caught.value)
     assert text.startswith("preflight: some/reader: ") and f"blind {found.blind:.3f}" in text and "0.20" in text
     assert "set the quiz's `reader` in the recipe" in text and "\n" not in text
-    assert refuse_reader(await ability(reader(reads), tasks(30)), "r") == []
+    assert refuse_reader(await ability(reader(reads), examples(30)), "r") == []
     silent = reader(lambda request: [-20.0] * len(request.choices))
     with pytest.raises(BadInput, match="scored none of the questions"):
-        await ability(silent, tasks(3))
+        await ability(silent, examples(3))
 
 
 async def test_where_the_truth_is_known_a_true_caption_counts_too() -> None:
@@ -96,7 +96,7 @@ async def test_where_the_truth_is_known_a_true_caption_counts_too() -> None:
 
     assert cautions(await measured(of_truth))[0].kind == "cannot_read"
     found = await measured(of_truth, truth=True)
-    assert found.best == "oracle" and found.told["self-oracle"] == 0 and found.gain > 0.2
+    assert found.best == "oracle" and found.by_control["self-oracle"] == 0 and found.gain > 0.2
     assert [each.kind for each in cautions(found)] in ([], ["prefers_places"])
 
 
@@ -138,5 +138,5 @@ def test_questions_that_anybody_answers_are_to_be_screened() -> None:
 
 
 async def test_nothing_scored_is_nothing_known() -> None:
-    task = Example("u" * 32, "k", "memory://x", 0, 1, (Question("What?", ("a", "b"), 0),))
-    assert await ability_of(reader(lambda request: [None] * 3), [task]) is None
+    example = Example("u" * 32, "k", "memory://x", 0, 1, (Question("What?", ("a", "b"), 0),))
+    assert await ability_of(reader(lambda request: [None] * 3), [example]) is None

@@ -19,7 +19,6 @@ from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, load
 from capipe.models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
 from capipe.models.engines.model_folder import image_grid
 from capipe.trainer.build import build_optimizer, build_policy, parts_of, value_weights, write_policy
-from capipe.trainer.losses import LossName
 from capipe.trainer.policy import blip2, encoder_decoder
 from capipe.trainer.policy.batch import Group, RewardResult, pack
 from capipe.trainer.policy.captioner import CaptionerPolicy
@@ -161,7 +160,7 @@ async def test_captions_are_drawn_with_the_policys_log_probabilities(kind: str, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", ["ppo", "a2c"])
-def test_a_step_with_a_value_head_makes_better_captions_likelier(kind: str, loss: LossName) -> None:
+def test_a_step_with_a_value_head_makes_better_captions_likelier(kind: str, loss: str) -> None:
     policy = policy_of(kind, value_head=ValueHead(HIDDEN, hidden=16).double())
     for weight in parts_of(policy.model)["vision"]:
         weight.requires_grad_(False)

@@ -13,9 +13,9 @@ from capipe.models.bundled import folder_of
 from capipe.models.engines.base import Completion, ImageInput, Prompt
 from capipe.models.engines.hf.engine import TransformersEngine
 from capipe.trainer.build import build_policy, write_policy
-from capipe.trainer.build_rewards import build_reward_manager
 from capipe.trainer.dataset import Example
 from capipe.trainer.recipe import Recipe
+from capipe.trainer.rewards.build import build_reward_manager
 from capipe.trainer.rewards.judge import JudgeReward, JudgeRewardConfig
 from capipe.trainer.rewards.quiz import QuizReward, QuizRewardConfig, reader_config
 
@@ -105,12 +105,12 @@ async def test_a_judge_marks_after_its_thought(tmp_path: Path, monkeypatch: pyte
     engine = Thoughtful(lambda request: [0.0, -50.0], writes("<think>Bad.</think>1"))
     reward = JudgeReward(engine, JudgeRewardConfig(model="any", marks=("1", "2"), thought_tokens=33))
 
-    async def pixels(task: Example) -> ImageInput:
-        return ImageInput(task.uid)
+    async def pixels(example: Example) -> ImageInput:
+        return ImageInput(example.uid)
 
     monkeypatch.setattr(reward._pictures, "of", pixels)
-    task = Example("u" * 32, "k", "a.tar", 0, 1, ())
-    scored = await reward.score(task, Completion("a dog", (1,), "stop", 1), "draw")
+    example = Example("u" * 32, "k", "a.tar", 0, 1, ())
+    scored = await reward.score(example, Completion("a dog", (1,), "stop", 1), "draw")
     assert (scored.value, scored.details) == (pytest.approx(0.0), {"thought_cut": False})
     assert [each.prompt.thought for each in engine.choices] == ["Bad."]
     assert [each.sampling.max_tokens for each in engine.generations] == [33]

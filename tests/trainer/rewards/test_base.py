@@ -93,7 +93,7 @@ class Fixed:
     def __init__(self, *values: float | Exception | None) -> None:
         self.values = list(values)
 
-    async def score(self, task: Example, caption: Completion, draw: str) -> Scored:
+    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
         value = self.values.pop(0)
         if isinstance(value, Exception):
             raise value

@@ -29,7 +29,7 @@ from capipe.trainer.rewards.image_text import (
 )
 
 from ...small_models import blip_retrieval
-from .test_judge import jpeg, tasks
+from .test_judge import examples, jpeg
 
 TEXTS = ("A red star.", "Two shapes on a white background. A large red star is in the center.", "word " * 90, "")
 
@@ -41,7 +41,7 @@ def images() -> list[bytes]:
 
 @pytest.fixture
 def shown(tmp_path: Path, images: list[bytes]) -> list[Example]:
-    return tasks(tmp_path / "a.tar", **{f"image{number}": image for number, image in enumerate(images)})
+    return examples(tmp_path / "a.tar", **{f"image{number}": image for number, image in enumerate(images)})
 
 
 def caption(text: str) -> Completion:
@@ -57,7 +57,7 @@ def config(kind: str, folder: Path, **settings: Any) -> Any:
 
 
 async def values(reward: ImageTextReward, asked: Sequence[tuple[Example, str]]) -> list[float]:
-    scored = await asyncio.gather(*(reward.score(task, caption(text), "d") for task, text in asked))
+    scored = await asyncio.gather(*(reward.score(example, caption(text), "d") for example, text in asked))
     return [float(each.value) for each in scored if each.value is not None]
 
 
@@ -69,7 +69,7 @@ async def test_a_reward_is_the_scorers_value_alone_and_together(
     reward = build_image_text_reward(made)  # one by one on a CPU
     batched = ImageTextReward(reward._scorer, reward._values)
     try:
-        asked = [(task, text) for task in shown for text in TEXTS]
+        asked = [(example, text) for example in shown for text in TEXTS]
         together = await values(batched, asked)
         assert len(together) == len(asked) and len(set(together)) > 6
         for each, value in zip(asked[::3], together[::3], strict=True):
@@ -88,7 +88,7 @@ async def test_a_reward_is_the_scorers_value_alone_and_together(
 
 
 async def test_matching_tells_a_logit_a_difference_or_a_probability(shown: list[Example]) -> None:
-    asked = [(task, text) for task in shown for text in TEXTS[:2]]
+    asked = [(example, text) for example in shown for text in TEXTS[:2]]
     told: dict[str, Tensor] = {}
     for logit in ("positive", "difference", "probability"):
         reward = build_image_text_reward(ItmRewardConfig(model="tiny/itm", logit=logit))  # type: ignore[arg-type]
@@ -148,8 +148,8 @@ async def test_an_image_is_read_and_encoded_once_and_captions_that_end_together_
     whole = Example.read
     monkeypatch.setattr(Example, "read", lambda self: read.append(self.key) or whole(self))  # type: ignore[func-returns-value]
     reward = ImageTextReward(counting, counting.score)
-    await values(reward, [(task, f"caption {n}") for task in shown for n in range(4)])
-    asked = [(task, text) for task in shown for text in ("one", "other", "one")]
+    await values(reward, [(example, f"caption {n}") for example in shown for n in range(4)])
+    asked = [(example, text) for example in shown for text in ("one", "other", "one")]
     assert await values(reward, asked) == [3, 5, 3] * 3
     assert sorted(read) == ["image0", "image1", "image2"] and sum(counting.encoded) == 3
     assert counting.scored[-1] == 6  # of nine captions the six that differ
@@ -165,11 +165,11 @@ async def test_what_is_no_number_is_unscored_and_said(counting: Counting, shown:
 
 
 async def test_an_image_that_breaks_is_tried_again_for_the_next_caption(counting: Counting, tmp_path: Path) -> None:
-    (task,) = tasks(tmp_path / "a.tar", one=jpeg("red")[:200])
+    (example,) = examples(tmp_path / "a.tar", one=jpeg("red")[:200])
     reward = ImageTextReward(counting, counting.score)
     for _ in range(2):
         with pytest.raises(Exception, match="'one' cannot be decoded"):
-            await reward.score(task, caption("x"), "d")
+            await reward.score(example, caption("x"), "d")
     await reward.aclose()
 
 

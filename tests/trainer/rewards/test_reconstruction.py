@@ -33,7 +33,7 @@ from capipe.trainer.rewards.reconstruction import (
 )
 
 from ...small_models import diffusion, vgg_net
-from .test_judge import tasks
+from .test_judge import examples
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def shown(tmp_path: Path) -> list[Example]:
     images = [sample.image for sample in samples(2, "heldout", seed=5)]
-    return tasks(tmp_path / "a.tar", one=images[0], two=images[1])
+    return examples(tmp_path / "a.tar", one=images[0], two=images[1])
 
 
 @pytest.fixture
@@ -79,16 +79,16 @@ def caption(text: str) -> Completion:
 
 async def test_it_is_the_mean_similarity_of_seeded_pictures(reward: ReconstructionReward, shown: list[Example]) -> None:
     captions = ("a red star", "two blue circles on a white background")
-    asked = [(task, text) for task in shown for text in captions]
-    found = await asyncio.gather(*(reward.score(task, caption(text), "d") for task, text in asked))
+    asked = [(example, text) for example in shown for text in captions]
+    found = await asyncio.gather(*(reward.score(example, caption(text), "d") for example, text in asked))
     net, painter = reward._net, reward._painter
     other = ReconstructionReward(painter, net, reward._config)
-    batch = [_Asked(task.uid, await reward._views.of(task), text) for task, text in asked]
+    batch = [_Asked(example.uid, await reward._views.of(example), text) for example, text in asked]
     for similarities, scored in zip(other._similarities(batch), found, strict=True):  # as on a GPU
         assert similarities == pytest.approx(scored.details["similarities"], abs=1e-4)
     await other.aclose()
-    for (task, text), scored in zip(asked, found, strict=True):
-        views = decode_preprocessed(task.read(), preprocesses=(net.preprocess(),), limits=ImageLimits())
+    for (example, text), scored in zip(asked, found, strict=True):
+        views = decode_preprocessed(example.read(), preprocesses=(net.preprocess(),), limits=ImageLimits())
         assert isinstance(views, tuple)
         original = net.vectors_of_pixels([views[0]])[0]
         drawn = torch.cat([painter.paint([(text, seed_of(text, number))]) for number in range(3)])
@@ -102,7 +102,9 @@ async def test_what_was_drawn_is_not_drawn_again(
     reward: ReconstructionReward, shown: list[Example], painted: list[tuple[str, int]]
 ) -> None:
     same = [(shown[0], "a red star"), (shown[0], "a red star"), (shown[1], " a red star ")]
-    first = await asyncio.gather(*(reward.score(task, caption(text), f"{n}") for n, (task, text) in enumerate(same)))
+    first = await asyncio.gather(
+        *(reward.score(example, caption(text), f"{n}") for n, (example, text) in enumerate(same))
+    )
     assert [text for text, _ in painted] == ["a red star"] * 3 and len({seed for _, seed in painted}) == 3
     assert first[0] == first[1] != first[2]  # the same pictures, another image
     again = await reward.score(shown[0], caption("a red star"), "later")
@@ -139,7 +141,7 @@ async def test_a_folder_keeps_what_was_drawn_for_later_runs(
 
 async def test_its_standard_error_is_a_component_of_the_log(reward: ReconstructionReward, shown: list[Example]) -> None:
     judge = RewardManager({"reconstruction": reward}, {"reconstruction": RewardTerm(2.0)})
-    assert judge.figures == ["reconstruction", "reconstruction_se"]
+    assert judge.metrics == ["reconstruction", "reconstruction_se"]
     scored = await judge.score(shown[0], caption("a red star"), "d")
     (result,) = judge.results([scored])
     value = scored["reconstruction"].value

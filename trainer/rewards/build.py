@@ -1,0 +1,46 @@
+"""From a recipe's list of rewards to a reward manager with its models loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+from ...errors import BadInput, CapipeError
+from ..advantages import RewardTerm
+from .base import Reward, RewardConfig, RewardContext, RewardManager
+from .kinds import spec_of
+from .token_penalties import Decode
+
+
+async def build_reward_manager(
+    configs: Sequence[RewardConfig], decode: Decode, caption_tokens: int | None = None
+) -> RewardManager:
+    """The rewards of a recipe, engines started. ``decode``: a completion's ids to text by the policy's tokenizer.
+
+    ``caption_tokens``: the longest caption, by which engines make room; as much as their models take where None.
+    Raises BadInput for a model that is not there or of a wrong kind; what was started by then is closed.
+    """
+    context = RewardContext(decode, caption_tokens)
+    rewards: dict[str, Reward] = {}
+    try:
+        for config in configs:
+            rewards[config.kind] = await _build(config, context)
+    except BaseException:
+        for reward in rewards.values():
+            await reward.aclose()
+        raise
+    return RewardManager(rewards, {config.kind: RewardTerm(config.weight, config.normalise) for config in configs})
+
+
+async def _build(config: RewardConfig, context: RewardContext) -> Reward:
+    spec = spec_of(config.kind)
+    try:
+        reward = spec.build(config, context)
+        return await reward if inspect.isawaitable(reward) else reward
+    except CapipeError:
+        raise
+    except Exception as error:
+        if not spec.imported:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise BadInput(f"rewards: {config.kind} cannot be built ({reason}); change its options, or its code") from error
