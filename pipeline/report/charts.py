@@ -81,7 +81,7 @@ def interval_chart(title: str, bars: Sequence[Bar]) -> Markup:
 
 
 def histogram_chart(histogram: Histogram) -> Markup:
-    """Rows by a score, new and original captions over each other; dashed where something is held against it."""
+    """Rows by a score, new and original captions over each other; thresholds dashed, in the colour of their series."""
     edges = [float(edge) for edge in histogram.edges]
     highest = max((int(counts.max()) for counts in histogram.counts.values()), default=0)
     if not highest:
@@ -98,15 +98,29 @@ def histogram_chart(histogram: Histogram) -> Markup:
             path.append(f"L{xs.at(low):.1f},{ys.at(int(count)):.1f}L{xs.at(high):.1f},{ys.at(int(count)):.1f}")
         path.append(f"L{xs.at(edges[-1]):.1f},{base:.1f}Z")
         body += Markup('<path class="area s{}" d="{}"/>').format(number, "".join(path))
+    body += _thresholds(histogram, xs)
+    rows = sum(int(counts.sum()) for counts in histogram.counts.values())
+    summary = f"{rows} values from {_short(edges[0])} to {_short(edges[-1])}"
     for _, bound in histogram.bounds:
-        if edges[0] <= bound <= edges[-1]:
-            x = f"{xs.at(bound):.1f}"
-            body += Markup('<line class="bound" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
-                x, _TOP, _HEIGHT - _BOTTOM
+        summary += f"; threshold {_short(bound)}"
+    return _figure(histogram.name, summary, body, names if len(names) > 1 else [])
+
+
+def _thresholds(histogram: Histogram, xs: _Scale) -> Markup:
+    """Those within the scale, each with its value at a height of its own."""
+    body = Markup("")
+    series = list(histogram.counts)
+    for number, (key, bound) in enumerate(histogram.bounds):
+        if histogram.edges[0] <= bound <= histogram.edges[-1]:
+            x = xs.at(bound)
+            body += Markup('<line class="bound s{0}" x1="{1}" x2="{1}" y1="{2}" y2="{3}"/>').format(
+                series.index(key), f"{x:.1f}", _TOP, _HEIGHT - _BOTTOM
             )
-            body += _label(xs.at(bound) + 4, _TOP + 10, _short(bound), "start")
-    told = f"{sum(int(counts.sum()) for counts in histogram.counts.values())} values from {_short(edges[0])}"
-    return _figure(histogram.name, f"{told} to {_short(edges[-1])}", body, names if len(names) > 1 else [])
+            right = x > (xs.start + xs.end) / 2
+            body += _label(
+                x - 4 if right else x + 4, _TOP + 10 + 13 * number, _short(bound), "end" if right else "start"
+            )
+    return body
 
 
 def status_bar(rows: Mapping[str, int]) -> Markup:

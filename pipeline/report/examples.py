@@ -6,7 +6,6 @@ their row groups are.
 
 from __future__ import annotations
 
-import base64
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,16 +19,15 @@ from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.status import QuestionStatus, Status
 from ...stages.questions.grade import CONTROLS
-from ..inspect.images import Pictures, small_jpeg
+from ..inspect.images import Pictures
 from ..inspect.shard_join import ShardJoin, ShardName
 from .facts import sampled
+from .render import cut, data_uri
 
 PICTURES = 12
 LOST = 3  # examples for each reason
 _ROWS = 256  # of a shard that pictures are chosen from
 _SHARDS = 8  # of an artifact in which reasons are counted
-_SIDE = 256
-_LONGEST = 1500  # characters of a caption
 _TELLING = ("grade", "screen", "score", "annotate", "questions")
 _SCORES = re.compile(r"(re|org)_(clip|itm)_score(_min)?|unsafe")
 
@@ -239,15 +237,10 @@ def _losses(joins: ShardJoin, pictures: Pictures, name: str, artifact: Artifact,
 
 
 def _reason(row: Mapping[str, Any]) -> str:
-    """What is common to rows that are gone for the same cause: the condition that failed, without the row's value."""
-    return cut((row["error"] or "").partition(": ")[0]) if row["status"] == Status.FILTERED else ""
+    """What rows that are gone for the same cause have in common."""
+    return failed_condition(row["error"]) if row["status"] == Status.FILTERED else ""
 
 
-def data_uri(image: bytes | None) -> str | None:
-    """A small copy of an image to put into a page."""
-    small = None if image is None else small_jpeg(image, _SIDE, 78)
-    return None if small is None else f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
-
-
-def cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+def failed_condition(error: str | None) -> str:
+    """The condition that a filtered row failed, without the row's value."""
+    return cut((error or "").partition(": ")[0])

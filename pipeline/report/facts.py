@@ -13,20 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
-
-from ...errors import BadInput, CapipeError
+from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files import bounded_json
 from ...stages.export.provenance import last_part, public
 from ...stages.filter.select import Rule, SelectConfig
-from ...stages.questions.grade import CONTROLS
-from ...trainer.evaluation.bootstrap import Estimate
-from ..inspect.discover import EVALUATION, Found
+from ..inspect.discover import Found
 from ..inspect.histograms import Histogram, histograms
 from ..inspect.shared_captions import shared_captions
 from ..inspect.status import RunState, State, read_metrics, run_state, state_of, validation_of
-from .charts import Bar, Line
+from .charts import Line
+from .evaluations import Evaluation, read_evaluations
 
 SHARDS = 32  # read of an artifact for histograms
 _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_min")] + ["length", "unsafe"]
@@ -65,20 +62,6 @@ class Training:
     state: RunState
     charts: dict[str, list[Line]]
     settings: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Quiz accuracies of one evaluation. ``after``: the training run whose checkpoint wrote the captions, if any."""
-
-    name: str
-    captioner: str
-    reader: str
-    images: int
-    questions: int
-    after: str | None
-    bars: list[Bar]
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,12 +129,8 @@ def gather(found: Found) -> Facts:
             facts.damaged[f"{name} ({part})"] = str(error)
     facts.scores = _informative(facts.scores)
     facts.trainings = [_training(name, run) for name, run in found.runs.items()]
-    for name, folder in found.evaluations.items():
-        try:
-            facts.evaluations.append(_evaluation(name, folder, list(found.runs)))
-        except (CapipeError, OSError, ValueError) as error:
-            facts.damaged[name] = str(error)
-    facts.evaluations.sort(key=lambda each: each.after is not None)
+    facts.evaluations, damaged = read_evaluations(found)
+    facts.damaged |= damaged
     for stage in found.chain.stages if found.chain else ():
         facts.commands.append((stage.name, stage.state, shlex.join(map(str, public(list(stage.arguments))))))
     return facts
@@ -220,7 +199,7 @@ def _informative(scores: list[Scores]) -> list[Scores]:
     return [each for each in selected or scores if each.histograms]
 
 
-# --- training and evaluation -----------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def _training(name: str, run: Path) -> Training:
@@ -246,50 +225,3 @@ def _training(name: str, run: Path) -> Training:
 def _line(entries: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
     values = ((entry["step"] + 1, entry.get(key)) for entry in entries)
     return Line(name, [(step, float(value)) for step, value in values if isinstance(value, int | float)])
-
-
-@dataclass(frozen=True)
-class _Quiz:
-    accuracy: Estimate
-
-
-@dataclass(frozen=True)
-class _System:
-    name: str
-    quiz: _Quiz
-
-
-@dataclass(frozen=True)
-class _Caution:
-    text: str
-
-
-@dataclass(frozen=True)
-class _Report:
-    """Fields of trainer/evaluation/results.py's Report that are shown; importing that would take seconds for torch."""
-
-    images: int
-    questions: int
-    settings: dict[str, JsonValue]
-    systems: tuple[_System, ...]
-    warnings: tuple[_Caution, ...] = ()
-
-
-def _evaluation(name: str, folder: Path, runs: Sequence[str]) -> Evaluation:
-    try:
-        read = TypeAdapter(_Report).validate_json((folder / EVALUATION).read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BadInput(f"{EVALUATION}: {place}: {first['msg']}; `capipe eval` writes it anew") from None
-    captioner = str(read.settings.get("captioner", "")).rpartition("@")[0]
-    after = next((run for run in runs if f"/{run}/step-" in f"/{captioner}"), None)
-    bars = []
-    for system in read.systems:
-        quiz = system.quiz.accuracy
-        if quiz.value is not None:
-            bars.append(Bar(system.name, quiz.value, quiz.low, quiz.high, int(system.name not in CONTROLS)))
-    reader = str(read.settings.get("reader", "")).partition("@")[0]
-    shown = last_part(captioner) if "/step-" in captioner else captioner
-    warnings = tuple(each.text for each in read.warnings)
-    return Evaluation(name, shown, public(reader), read.images, read.questions, after, bars, warnings)

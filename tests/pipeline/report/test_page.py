@@ -207,7 +207,7 @@ def test_what_is_damaged_is_told_and_costs_nothing_else(tmp_path: Path) -> None:
     assert "What could not be read" in text
     for name in ("captions (captions): ", "filtered/scores: ", "other: ", "eval: ", "chain.json: "):
         assert name in text, name
-    assert "images checked and hashed" in text and "no picture" in text
+    assert "images checked and hashed" in text and "no image" in text
 
 
 def test_large_artifacts_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
