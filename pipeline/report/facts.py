@@ -1,7 +1,7 @@
-"""What a report says, gathered from a folder: figures from manifests and logs, examples from a few shards.
+"""The figures of a chain's report, from manifests, logs and a few shards.
 
-However large an artifact is, only its manifest is read whole; of its Parquets at most :data:`SHARDS`, evenly spread.
-What cannot be read is left out, and said so in ``damaged``.
+Of an artifact, only its manifest is read whole, and at most :data:`SHARDS` Parquets, evenly spread. Whatever cannot be
+read is left out and listed in ``damaged``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
@@ -25,6 +25,7 @@ from ..inspect.status import RunState, State, read_metrics, run_state, state_of,
 from .charts import Line
 from .evaluations import Evaluation, read_evaluations
 
+Item = TypeVar("Item")
 SHARDS = 32  # read of an artifact for histograms
 _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_min")] + ["length", "unsafe"]
 _TITLES = {
@@ -44,7 +45,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Link:
-    """An artifact in the chain: where it stands, what it was made of, and by which models."""
+    """An artifact in the chain: its state, its inputs by role, and its models."""
 
     name: str
     stage: str
@@ -56,7 +57,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: where it stands, its curves by chart, and what it was asked to do."""
+    """A training run: its state, its curves by chart, and its settings."""
 
     name: str
     state: RunState
@@ -76,7 +77,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an artifact comes from, without the paths of the machine that made it."""
+    """An artifact's provenance, without paths of its machine."""
 
     name: str
     stage: str
@@ -88,7 +89,7 @@ class Origin:
 
 @dataclass
 class Facts:
-    """All of it. ``commands``: of a chain, by stage; ``shared``: captions that many pictures share."""
+    """All figures. ``commands``: stage, state and command of a chain; ``shared``: captions that many images share."""
 
     title: str
     links: list[Link] = field(default_factory=list)
@@ -109,7 +110,7 @@ class Facts:
 
 
 def gather(found: Found) -> Facts:
-    """Everything but the pictures."""
+    """Everything but images and captions."""
     recipe = found.chain.recipe if found.chain else None
     facts = Facts(recipe or last_part(str(found.root.resolve())), damaged=dict(found.damaged))
     for name, artifact in found.artifacts.items():
@@ -136,11 +137,11 @@ def gather(found: Found) -> Facts:
     return facts
 
 
-def sampled(shards: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` of them, evenly spread, the first among them."""
-    if len(shards) <= count:
-        return list(shards)
-    return [shards[number * len(shards) // count] for number in range(count)]
+def sampled(items: Sequence[Item], count: int) -> list[Item]:
+    """At most ``count`` of them, evenly spread, including the first."""
+    if len(items) <= count:
+        return list(items)
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def _link(found: Found, name: str, artifact: Artifact) -> Link:
@@ -149,7 +150,7 @@ def _link(found: Found, name: str, artifact: Artifact) -> Link:
 
 
 def _shared(artifact: Artifact) -> str | None:
-    """What many pictures have the same caption, if any, in an artifact's sampled shards."""
+    """A warning where many images have the same caption in an artifact's sampled shards."""
     shards = list(artifact.committed())
     seen = sampled(shards, SHARDS)
     shared = shared_captions(artifact, seen)
@@ -158,7 +159,7 @@ def _shared(artifact: Artifact) -> str | None:
 
 
 def models_of(artifact: Artifact) -> tuple[str, ...]:
-    """The models at work, as they were asked for."""
+    """The models of an artifact, as its command named them."""
     run = artifact.config["run"]
     named = [run.get("model"), *(run.get("models") or {}).values()]
     return tuple(dict.fromkeys(str(public(each)) for each in named if isinstance(each, str)))
@@ -176,7 +177,7 @@ def _origin(name: str, artifact: Artifact) -> Origin:
 
 
 def rule_of(artifact: Artifact) -> Rule | None:
-    """The rule of a selection, None of anything else or where it cannot be understood any more."""
+    """The rule of a selection; None for other stages, or where this version cannot read it."""
     semantic = artifact.config["semantic"]
     if artifact.stage != "select":
         return None
@@ -194,7 +195,7 @@ def _scores(name: str, artifact: Artifact) -> Scores:
 
 
 def _informative(scores: list[Scores]) -> list[Scores]:
-    """Those of selections, which know the thresholds; bare scores only where nothing was selected yet."""
+    """Those of selections, which have thresholds; bare scores only before any selection."""
     selected = [each for each in scores if any(histogram.bounds for histogram in each.histograms)]
     return [each for each in selected or scores if each.histograms]
 

@@ -1,8 +1,7 @@
-"""`capipe report`: one HTML file that says what a chain made, to be read anywhere, with nothing beside it.
+"""`capipe report`: a chain's results in one HTML file.
 
-The page has no script and may load nothing; whatever came from data or models is text. It is put together from the
-folder as it is at that moment: parts that are missing are left out, parts that are being written are as far as they
-are committed.
+The page shows the folder at this moment: missing parts are left out, unfinished ones appear as far as they are
+committed.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from pathlib import Path
 from ...manifests.files.allowed import Allowed
 from ...manifests.files.storage import write_new
 from ..inspect.discover import find
-from ..inspect.images import Pictures, refusals
+from ..inspect.images import RowImages, refusals
 from ..inspect.shard_join import ShardJoin
+from .before_after import caption_pairs
 from .charts import histogram_chart, interval_chart, line_chart
 from .evaluations import gain_of, quiz_bars
 from .examples import gallery, losses
@@ -36,12 +36,13 @@ def write_report(
     """
     target = folder / REPORT if out is None else out
     found = find(folder)
-    joins, pictures = ShardJoin(found.artifacts), Pictures(Allowed(str(folder), tuple(images)))
-    facts, shown, lost = gather(found), gallery(joins, pictures), losses(joins, pictures)
-    if (refused := refusals(pictures.refused)) is not None:
-        facts.damaged["pictures"] = refused
-        say(f"pictures {refused}")
-    bars = quiz_bars(facts.evaluations)
+    join, row_images = ShardJoin(found.artifacts), RowImages(Allowed(str(folder), tuple(images)))
+    facts, shown, lost = gather(found), gallery(join, row_images), losses(join, row_images)
+    bars, gain = quiz_bars(facts.evaluations), gain_of(facts.evaluations)
+    pairs = caption_pairs(join, gain, row_images) if gain is not None else []
+    if (refused := refusals(row_images.refused)) is not None:
+        facts.damaged["images"] = refused
+        say(f"images {refused}")
     page = render(
         "page.html.j2",
         title=facts.title,
@@ -52,7 +53,8 @@ def write_report(
             for training in facts.trainings
         ],
         quiz=interval_chart("Questions answered right", bars) if facts.evaluations else None,
-        gain=gain_of(facts.evaluations),
+        gain=gain,
+        pairs=pairs,
         histograms=[(scores, list(map(histogram_chart, scores.histograms))) for scores in facts.scores],
         gallery=shown,
         losses=lost,
@@ -63,9 +65,9 @@ def write_report(
 
 
 def _common(packages: list[dict[str, str]]) -> dict[str, str]:
-    """Versions that were the same wherever they are named; others are all of them."""
-    found: dict[str, list[str]] = {}
-    for each in packages:
-        for name, version in each.items():
-            found.setdefault(name, []).append(version)
-    return {name: ", ".join(sorted(set(versions))) for name, versions in found.items()}
+    """Package versions; different ones of the same package joined by commas."""
+    versions: dict[str, set[str]] = {}
+    for named in packages:
+        for name, version in named.items():
+            versions.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(several)) for name, several in versions.items()}
