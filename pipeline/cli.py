@@ -115,7 +115,7 @@ def demo(
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
     train_steps: Annotated[int, typer.Option(min=0, help="Steps of training; 0 trains nothing.")] = 12,
 ) -> None:
-    """Run the chain of `recipes/tiny.yaml`: render, caption, ask, train, filter, export; verify, and say what came."""
+    """Run the chain of `recipes/tiny.yaml`: render, ask, train, caption, filter, export; verify, and say what came."""
     from .chain.demo import run_demo
     from .report.demo import lines
 

@@ -1,4 +1,4 @@
-"""`capipe demo`: the chain of ``recipes/tiny.yaml``, every artifact of it verified, and what came of it told."""
+"""`capipe demo`: the chain of ``recipes/tiny.yaml``, verification of all its artifacts, and the report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from .command import checked, run_checked
 
 RECIPE = RECIPES / "tiny.yaml"
 SCENES = 100  # to train on, at most
+CAPTIONER = "tiny/captioner"  # writes the final captions where nothing is trained
 TRAINING = ("train-pictures", "train-shards", "train-questions", "train", "eval-trained")
 
 
 def overrides(images: int, engine: str, train_steps: int) -> list[str]:
-    """What the demo's options change in its recipe. The small steps take an engine that is up at once."""
+    """What the demo's options change in its recipe. The small stages take an engine that starts at once."""
     quick = "transformers" if engine == "auto" else engine
     small = ["questions", "eval", *(["train-questions", "eval-trained"] if train_steps else [])]
     sets = {
@@ -33,13 +34,15 @@ def overrides(images: int, engine: str, train_steps: int) -> list[str]:
         sets |= {f"train.config.set.{key}": train_steps for key in ("steps", "save_every")}
     else:
         sets |= dict.fromkeys(TRAINING, "null")
+        sets |= {"captions.inputs": "{shards: shards}", "captions.config.model": CAPTIONER}
     return [f"stages.{key}={value}" for key, value in sets.items()]
 
 
 def run_demo(out: Path, images: int, engine: str, train_steps: int, say: Callable[[str], None]) -> tuple[int, Path]:
-    """Run or go on with the chain in ``out``; returns its exit code and the path of the report, there if that is 0.
+    """Run or resume the chain in ``out``; returns its exit code and the report's path, which exists if that is 0.
 
-    Without ``train_steps`` nothing is trained. Raises CapipeError, also where an artifact is not what it promises.
+    ``train_steps`` 0: no training, captions by the untrained captioner. Raises CapipeError, also for an artifact that
+    fails verification.
     """
     chain, absent = checked(RECIPE, overrides(images, engine, train_steps))
     if absent:
@@ -52,10 +55,10 @@ def run_demo(out: Path, images: int, engine: str, train_steps: int, say: Callabl
 
 
 def _verify(out: Path, say: Callable[[str], None]) -> None:
-    """Re-read all that the chain has made."""
+    """Verify all artifacts of the chain."""
     state = load_chain(out)
     assert state is not None
-    artifacts = [out / place for stage in state.stages for place in stage.artifacts]
+    artifacts = [out / folder for stage in state.stages for folder in stage.artifacts]
     for artifact in artifacts:
         if faults := verify(str(artifact)).faults:
             raise RunFailed(f"{artifact}: {len(faults)} faults: {faults[0]}; `capipe verify` lists them")

@@ -1,4 +1,4 @@
-"""Where a chain stands: ``chain.json`` in its folder, written by `capipe run`, read by whoever shows a chain.
+"""The state of a chain: ``chain.json`` in its folder, written by `capipe run`, read by status, report and viewer.
 
 The file is replaced whole at every change of state, so a reader never sees half of one. Folders in it are relative to
 the chain's own, which may be moved.
@@ -53,7 +53,7 @@ class StageState:
 
 @dataclass
 class ChainState:
-    """A whole chain, its stages in an order in which each comes after its inputs. ``made``: folders it has made."""
+    """A whole chain, each stage after its inputs. ``made``: folders it has created."""
 
     recipe: str
     started: str

@@ -1,6 +1,6 @@
-"""What a folder holds: artifacts, training runs, evaluations, a chain. For status, report and viewer, which only read.
+"""Artifacts, training runs, evaluations and the chain of a folder, for status, report and viewer.
 
-Nothing is locked and nothing is written. What is damaged, or vanishes while one looks, is a reason beside its name.
+Nothing is locked or written. Whatever is damaged, or vanishes meanwhile, is listed with the reason.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ...stages.export.provenance import inputs
 from . import chain_state
 from .chain_state import ChainState, load_chain
 
-DEPTH = 6  # folders below the one that is looked into
+DEPTH = 6  # of folders that are searched
 RUN, EVALUATION = "run.json", "report.json"
-HERE = "."  # the name of what lies in the folder itself
+HERE = "."  # the name of the folder itself
 
 
 @dataclass
 class Found:
     """Everything by its name: the path below ``root``, with ``/``; ``.`` is ``root`` itself.
 
-    ``artifacts`` stand after what they were made of. ``damaged``: what could not be opened, and why.
+    ``artifacts`` come after their inputs. ``damaged``: reasons by name.
     """
 
     root: Path
@@ -45,19 +45,19 @@ class Found:
         return next((name for name, each in self.artifacts.items() if each.fingerprint == fingerprint), None)
 
     def parents(self, name: str) -> dict[str, str]:
-        """The artifacts that one was made of, by role."""
+        """The input artifacts of one, by role."""
         read = inputs(self.artifacts[name].config)
         asked = ((role, self.of_fingerprint(mark) if mark else self._holding(url)) for role, url, mark in read)
         return {role: parent for role, parent in asked if parent is not None and parent != name}
 
     def _holding(self, url: str) -> str | None:
-        """The artifact in whose folder the tars lie that ``url`` names."""
+        """The artifact whose folder holds the tars of ``url``."""
         folder = os.path.realpath(url.rpartition("/")[0])
         return next((name for name in self.artifacts if os.path.realpath(self.root / name) == folder), None)
 
 
 def find(root: Path) -> Found:
-    """Look through ``root`` without following links. Raises BadInput where nothing of ours is there."""
+    """Search ``root`` without following links. Raises BadInput where it holds nothing of capipe."""
     if not root.is_dir():
         raise BadInput(f"{root}: no such folder; give one with artifacts of capipe in it")
     found = Found(root)
@@ -74,7 +74,7 @@ def find(root: Path) -> Found:
 
 
 def _folders(folder: Path, name: str, depth: int) -> Iterator[tuple[str, Path]]:
-    """The folder and those below it that may hold something of ours; not what lies inside of artifacts."""
+    """The folder and those below it, but none inside an artifact or a run."""
     yield name, folder
     if depth == 0 or (folder / CONFIG).exists() or (folder / RUN).exists():
         return

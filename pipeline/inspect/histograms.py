@@ -1,8 +1,7 @@
-"""Score columns as pictures: how they are spread for new and original captions, and where the threshold lies."""
+"""Distributions of score columns, for new and original captions, with the thresholds they are compared with."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,22 +14,12 @@ from ...stages.filter.select import scores_of
 
 BINS = 60
 SERIES = {"re": "new captions", "org": "original captions"}
-_COLORS = {"re": "#0072b2", "org": "#d55e00", "": "#009e73"}  # Okabe and Ito's: for all eyes
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text: a small file
-    "svg.hashsalt": "capipe",  # ids, and with them the file, are the same every time
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 @dataclass(frozen=True)
 class Histogram:
     """Rows by a score. ``edges``: :data:`BINS` + 1 of them; ``counts``: by series, ``""`` where a column has none;
-    ``bounds``: what the series are held against, each with its series."""
+    ``bounds``: the thresholds, each with its series."""
 
     name: str
     edges: npt.NDArray[np.float64]
@@ -98,26 +87,3 @@ def _edges(ranges: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
     """Bins over all of the ranges; series that are drawn together have the same."""
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     return np.linspace(low, high, BINS + 1) if low < high else np.linspace(low - 0.5, high + 0.5, BINS + 1)
-
-
-def draw(histogram: Histogram) -> bytes:
-    """An SVG file. The same histogram gives the same bytes, with the same matplotlib."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
-        axes = figure.add_subplot()
-        for key, counts in histogram.counts.items():
-            label = SERIES.get(key)
-            axes.stairs(counts, histogram.edges, fill=True, alpha=0.35, color=_COLORS[key])
-            axes.stairs(counts, histogram.edges, color=_COLORS[key], label=label)
-        for key, bound in histogram.bounds:
-            axes.axvline(bound, color=_COLORS[key], linestyle="--", linewidth=1.4, label=str(np.float32(bound)))
-        axes.set_title(histogram.name)
-        axes.set_ylabel("rows")
-        if any(SERIES.get(key) for key in histogram.counts) or histogram.bounds:
-            axes.legend(frameon=False, fontsize=8)
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()

@@ -1,4 +1,4 @@
-"""Single images out of tars, without reading the rest of them; and small copies of images to show."""
+"""Single images out of tars, without reading the rest; small copies of images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 
 
 class Cache(Generic[Key, Value]):
-    """What was used last, up to ``budget`` by ``weigh``; safe to share between threads."""
+    """A least-recently-used cache of ``budget`` by ``weigh``; safe to share between threads."""
 
     def __init__(self, budget: int, weigh: Callable[[Value], int] = lambda _: 1) -> None:
         self._budget, self._weigh, self._weight = budget, weigh, 0
@@ -56,7 +56,7 @@ class Cache(Generic[Key, Value]):
 
 
 class TarImages:
-    """The images of one tar by key. Its headers are read only as far as was needed so far, and never its data."""
+    """The images of one tar by key. Headers are read only as far as needed, other members' data never."""
 
     def __init__(self, open_tar: Callable[[], BinaryIO]) -> None:
         self._open, self._lock = open_tar, threading.Lock()
@@ -85,10 +85,10 @@ class TarImages:
             return self._places[key]
 
 
-class Pictures:
-    """Images of artifacts' rows, wherever among their tars these lie and ``allowed`` lets them be read.
+class RowImages:
+    """Images of artifacts' rows, from any tar that may hold them and that ``allowed`` permits.
 
-    ``refused``: why pictures were left out, each reason once.
+    ``refused``: reasons for images that were left out, each once.
     """
 
     def __init__(self, allowed: Allowed) -> None:
@@ -97,12 +97,12 @@ class Pictures:
         self._lock = threading.Lock()
         self.refused: list[str] = []
 
-    def of(self, joins: ShardJoin, place: ShardName, row: Mapping[str, Any]) -> bytes | None:
+    def of(self, join: ShardJoin, place: ShardName, row: Mapping[str, Any]) -> bytes | None:
         """The image of a row (``key``, and of final shards ``source_shard``, ``source_key``); None without one."""
-        tars = [(tar, str(row["key"])) for tar in joins.tars(place)]
-        selected = joins.selected_from(place)
+        tars = [(tar, str(row["key"])) for tar in join.tars(place)]
+        selected = join.selected_from(place)
         if selected is not None and row.get("source_shard") is not None:
-            tars += [(tar, str(row["source_key"])) for tar in joins.sources(selected, str(row["source_shard"]))]
+            tars += [(tar, str(row["source_key"])) for tar in join.sources(selected, str(row["source_shard"]))]
         reason = None
         for tar, key in tars:
             try:
@@ -121,10 +121,10 @@ class Pictures:
             self.refused.append(reason)
         return None
 
-    def refusal(self, joins: ShardJoin, place: ShardName) -> str | None:
-        """Why the images of a shard are not shown, where they lie nowhere that may be read; nothing is opened."""
+    def refusal(self, join: ShardJoin, place: ShardName) -> str | None:
+        """Why the images of a shard are not shown, if no tar of theirs may be read; opens nothing."""
         reason = None
-        for tar in joins.tars(place):
+        for tar in join.tars(place):
             try:
                 location = self._allowed.place(tar.location)
             except Refused as error:
@@ -155,7 +155,7 @@ class Pictures:
             return None
 
     def _tar(self, location: str, size: int | None) -> TarImages | None:
-        """The tar, opened anew where it is another one by now."""
+        """The tar, reopened if the file was replaced."""
         stamp = stamp_of(location)
         if size not in (None, stamp[0]):
             return None
@@ -168,7 +168,7 @@ class Pictures:
 
 
 def refusals(refused: Sequence[str]) -> str | None:
-    """What :attr:`Pictures.refused` lists, in one line."""
+    """What :attr:`RowImages.refused` lists, in one line."""
     if not refused:
         return None
     more = f" (and {len(refused) - 1} more such places)" if len(refused) > 1 else ""

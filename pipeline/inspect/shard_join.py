@@ -1,7 +1,7 @@
-"""Which shards of which artifacts tell of the same images, row by row: what lets a caption stand beside its picture.
+"""Shards of different artifacts joined by their images, row by row.
 
-A sidecar's manifest names the tar that each of its shards was made of by hash, so artifacts find each other wherever
-they were moved together, and one that was made of other bytes is never joined.
+A sidecar's manifest names the input tar of each of its shards by hash, so artifacts that were moved together still
+join, and one with other input bytes never does.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Tar:
 
 
 class ShardJoin:
-    """A snapshot of what is committed in some artifacts. ``records``: by artifact and shard; ``damaged``: reasons."""
+    """A snapshot of committed shards. ``records``: by artifact and shard; ``damaged``: reasons by artifact."""
 
     def __init__(self, artifacts: Mapping[str, Artifact]) -> None:
         self.artifacts = dict(artifacts)
@@ -74,74 +74,75 @@ class ShardJoin:
     def _all(self) -> Iterator[tuple[str, str, ShardRecord]]:
         return ((name, shard, record) for name, shards in self.records.items() for shard, record in shards.items())
 
-    def record(self, place: ShardName) -> ShardRecord:
-        return self.records[place.artifact][place.shard]
+    def record(self, shard_name: ShardName) -> ShardRecord:
+        return self.records[shard_name.artifact][shard_name.shard]
 
-    def identity(self, place: ShardName, _depth: int = 8) -> str:
-        """The hash of the tar whose rows a shard's are; of what cannot be traced, a name that is nobody else's."""
-        record, artifact = self.record(place), self.artifacts[place.artifact]
-        own = record.files.get(f"{place.shard}.tar")
-        if self._spec(place.artifact).own_rows or "shards" in record.input:  # an export's that is cut otherwise
-            return str(own["sha256"]) if own else f"{artifact.fingerprint}/{place.shard}"
-        made_of = str(record.input.get("digest"))
-        source = self._tars.get(made_of)
+    def identity(self, shard_name: ShardName, _depth: int = 8) -> str:
+        """The hash of the tar with a shard's rows; a unique name where that cannot be traced."""
+        record, artifact = self.record(shard_name), self.artifacts[shard_name.artifact]
+        own = record.files.get(f"{shard_name.shard}.tar")
+        if self._spec(shard_name.artifact).own_rows or "shards" in record.input:  # an export's that is cut otherwise
+            return str(own["sha256"]) if own else f"{artifact.fingerprint}/{shard_name.shard}"
+        digest = str(record.input.get("digest"))
+        source = self._tars.get(digest)
         if source is None and "url" in record.input:
-            return made_of  # tars of another tool, or an artifact that is elsewhere
+            return digest  # tars of another tool, or an artifact that is elsewhere
         if source is None:
             parent = self._fingerprints.get(str(artifact.config["semantic"].get("input")))
-            if parent is not None and place.shard in self.records[parent]:
-                source = ShardName(parent, place.shard)
-        if source is None or source == place or _depth == 0:
-            return f"{artifact.fingerprint}/{place.shard}"
+            if parent is not None and shard_name.shard in self.records[parent]:
+                source = ShardName(parent, shard_name.shard)
+        if source is None or source == shard_name or _depth == 0:
+            return f"{artifact.fingerprint}/{shard_name.shard}"
         return self.identity(source, _depth - 1)
 
-    def beside(self, place: ShardName) -> list[ShardName]:
+    def beside(self, shard_name: ShardName) -> list[ShardName]:
         """The shards of other artifacts with as many rows of the same images."""
-        count = self.record(place).count
-        others = self._same[self.identity(place)]
-        return [each for each in others if each != place and self.record(each).count == count]
+        count = self.record(shard_name).count
+        others = self._same[self.identity(shard_name)]
+        return [each for each in others if each != shard_name and self.record(each).count == count]
 
-    def tars(self, place: ShardName) -> Iterator[Tar]:
-        """Where the images of a shard may lie, the likeliest first."""
-        for each in (place, *self.beside(place)):
+    def tars(self, shard_name: ShardName) -> Iterator[Tar]:
+        """Tars that may hold a shard's images, the likeliest first."""
+        for each in (shard_name, *self.beside(shard_name)):
             if f"{each.shard}.tar" in self.record(each).files:
                 yield self._own(each)
-        yield from _named(self.record(place).input)
-        if self._spec(place.artifact).copies:  # under the same keys
-            for made_of in self._inputs(place):
-                yield from self._tars_of(made_of)
+        yield from _named(self.record(shard_name).input)
+        if self._spec(shard_name.artifact).copies:  # under the same keys
+            for source in self._inputs(shard_name):
+                yield from self._tars_of(source)
 
-    def _own(self, place: ShardName) -> Tar:
-        file = f"{place.shard}.tar"
-        size = self.record(place).files.get(file, {}).get("bytes")
-        return Tar(f"{self.artifacts[place.artifact].url}/{file}", size)
+    def _own(self, shard_name: ShardName) -> Tar:
+        file = f"{shard_name.shard}.tar"
+        size = self.record(shard_name).files.get(file, {}).get("bytes")
+        return Tar(f"{self.artifacts[shard_name.artifact].url}/{file}", size)
 
-    def sources(self, place: ShardName, shard: str) -> Iterator[Tar]:
-        """Where the images of a selected shard's rows were before, by ``source_shard``: of those filtered out, too."""
-        for each in self._inputs(place):
+    def sources(self, shard_name: ShardName, shard: str) -> Iterator[Tar]:
+        """Source tars of a selected shard's rows, by ``source_shard``, including filtered rows."""
+        for each in self._inputs(shard_name):
             if each.get("name") == shard:
                 yield from self._tars_of(each)
 
-    def _inputs(self, place: ShardName) -> Iterator[Mapping[str, Any]]:
-        """The shards that one was made of, where it is of several or of parts of one."""
-        listed = self.record(place).input.get("shards")
+    def _inputs(self, shard_name: ShardName) -> Iterator[Mapping[str, Any]]:
+        """The input shards of one that was made of several, or of parts of one."""
+        listed = self.record(shard_name).input.get("shards")
         yield from (each for each in (listed if isinstance(listed, list) else []) if isinstance(each, Mapping))
 
-    def _tars_of(self, made_of: Mapping[str, Any]) -> Iterator[Tar]:
-        known = self._tars.get(str(made_of.get("digest")))
+    def _tars_of(self, source: Mapping[str, Any]) -> Iterator[Tar]:
+        known = self._tars.get(str(source.get("digest")))
         if known is not None:
             yield self._own(known)
-        yield from _named(made_of)
+        yield from _named(source)
 
-    def selected_from(self, place: ShardName) -> ShardName | None:
+    def selected_from(self, shard_name: ShardName) -> ShardName | None:
         """The select shard that an export copied, itself where it is one, else None."""
-        if self._spec(place.artifact).source_key is not None:
-            return place
-        return next((each for each in self.beside(place) if self._spec(each.artifact).source_key is not None), None)
+        if self._spec(shard_name.artifact).source_key is not None:
+            return shard_name
+        beside = self.beside(shard_name)
+        return next((each for each in beside if self._spec(each.artifact).source_key is not None), None)
 
 
-def _named(made_of: Mapping[str, Any]) -> Iterator[Tar]:
-    """The tar that a manifest says a shard was made of."""
-    url, size = made_of.get("url"), made_of.get("bytes")
+def _named(source: Mapping[str, Any]) -> Iterator[Tar]:
+    """The input tar that a manifest names."""
+    url, size = source.get("url"), source.get("bytes")
     if isinstance(url, str) and tar_stem(url) is not None:
         yield Tar(url, size if isinstance(size, int) else None, named=True)

@@ -1,7 +1,7 @@
-"""Captions that many pictures share, word for word: a gateway that answers from its cache, a model that sees nothing.
+"""Captions that many images share, word for word: signs of a gateway's cache, or of a model without the image.
 
-Counted in one pass over what is on disk and in bounded memory, by digests; where there are too many of them, those
-seen least often so far are forgotten (lossy counting; Manku and Motwani, 2002), so a count is never too high.
+Counted by digests, in one pass and in bounded memory; of too many digests, the rarest so far are dropped (lossy
+counting; Manku and Motwani, 2002), so a count is never too high.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import pyarrow.compute as pc
 from ...manifests.artifact import Artifact
 from ...manifests.status import Status
 
-SHARED = 20  # pictures that may have the same caption: short ones do, of pictures that are alike
+SHARED = 20  # images that may have the same caption: short ones do, of images that are alike
 _DIGESTS = 1 << 18  # counted at a time: some 30 MB
 _LONGEST = 60  # characters of a caption in a message
 
 
 @dataclass(frozen=True)
 class SharedCaptions:
-    """``texts`` captions stand under more than :data:`SHARED` of ``seen`` pictures each, ``pictures`` times in all.
+    """``texts`` captions stand under more than :data:`SHARED` of ``seen`` images each, ``images`` times in all.
 
     ``commonest``: the one that stands under most, ``times``.
     """
 
     texts: int
-    pictures: int
+    images: int
     seen: int
     commonest: str
     times: int
@@ -40,24 +40,24 @@ class SharedCaptions:
         shown = " ".join(self.commonest.split())
         shown = shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
         if self.texts == 1:
-            return f"one caption stands under {self.times} of {self.seen} pictures: {shown!r}"
-        shared = f"{self.texts} captions stand under more than {SHARED} pictures each"
-        return f"{shared}, {self.pictures} times in all; the commonest under {self.times} of {self.seen}: {shown!r}"
+            return f"one caption stands under {self.times} of {self.seen} images: {shown!r}"
+        shared = f"{self.texts} captions stand under more than {SHARED} images each"
+        return f"{shared}, {self.images} times in all; the commonest under {self.times} of {self.seen}: {shown!r}"
 
 
 def shared_captions(artifact: Artifact, shards: Sequence[str]) -> SharedCaptions | None:
-    """What the pictures of these shards of an annotate artifact share; None where no caption is under so many.
+    """Captions that many images of these annotate shards share; None where no caption has so many.
 
-    Only healthy captions count, and a picture once for each text. Raises OSError and ValueError for damaged files.
+    Only healthy captions count, and an image once for each text. Raises OSError and ValueError for damaged files.
     """
     return count_shared(texts for shard in shards for texts in _texts(artifact, shard))
 
 
-def count_shared(pictures: Iterable[set[str]], digests: int = _DIGESTS) -> SharedCaptions | None:
-    """The same of texts, a set for each picture. ``digests``: how many distinct ones are kept count of."""
+def count_shared(images: Iterable[set[str]], digests: int = _DIGESTS) -> SharedCaptions | None:
+    """The same from sets of texts, one for each image. ``digests``: the most that are counted at a time."""
     counts: Counter[bytes] = Counter()
     seen, floor, commonest, most = 0, 1, "", 0
-    for texts in pictures:
+    for texts in images:
         seen += bool(texts)
         for text in texts:
             digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()

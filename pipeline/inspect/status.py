@@ -1,4 +1,4 @@
-"""`capipe status`: where a run stands, read from its files alone, so on any machine that sees them."""
+"""`capipe status`: the state of a run, read from its files alone, so on any machine that sees them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .throughput import rows_of_input, throughput
 class State:
     """Counts of an artifact. ``journaled``: rows finished in shards that are not committed yet.
 
-    ``rate`` (rows per second) and ``eta`` (seconds left) are None where nothing is under way or nothing tells;
+    ``rate`` (rows per second) and ``eta`` (seconds left) are None where nothing is under way or they are unknown;
     ``idle``: seconds since something was last finished, by this machine's clock.
     """
 
@@ -44,7 +44,7 @@ class State:
 
     @property
     def complete(self) -> bool:
-        """Every shard committed, every row's fate final."""
+        """Every shard committed, every row resolved."""
         return self.shards == self.shards_total and not self.unresolved and not self.quarantined
 
     def as_json(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def state(url: str) -> State:
 
 
 def state_of(artifact: Artifact) -> State:
-    """The state of an artifact that may be written meanwhile: what is committed at this moment."""
+    """The state of an artifact at this moment; it may be written meanwhile."""
     records = list(artifact.committed().values())
     said = artifact.config["run"].get("shards_total")
     total = None if said is None else int(said)
@@ -83,7 +83,7 @@ def state_of(artifact: Artifact) -> State:
 
 
 def _rows_total(artifact: Artifact, records: list[ShardRecord], shards: int | None) -> int | None:
-    """Rows there will be: the input's where it can be seen, else as many in each shard still to come as so far."""
+    """Expected rows: the input's where it can be read, else extrapolated from the shards so far."""
     known = rows_of_input(artifact)
     if known is not None or not records or shards is None:
         return known
@@ -118,7 +118,7 @@ def _lines(path: Path) -> int:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a training run stands after ``step`` of ``steps`` steps. ``rate`` in steps per second.
+    """A training run after ``step`` of ``steps`` steps. ``rate`` in steps per second.
 
     ``reward``: of the last step's captions; ``tokens``: of one of them, on average; ``validation``: the last figures.
     """
@@ -143,7 +143,7 @@ class RunState:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """What a run logged, an entry a step and one more where it validated; lines that are no JSON are passed over."""
+    """The log of a run: an entry for each step and each validation; lines that are no JSON are skipped."""
     return _entries(run / STEPS)
 
 
@@ -164,7 +164,7 @@ def _entries(file: Path) -> list[dict[str, Any]]:
 
 
 def validation_of(entry: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an entry that validation logged, by their names."""
+    """The validation metrics of a log entry, by name."""
     named = {name.removeprefix("validation/"): value for name, value in entry.items() if name.startswith("validation/")}
     return {name: float(value) for name, value in named.items() if isinstance(value, int | float)}
 

@@ -1,4 +1,4 @@
-"""`capipe status` in lines: one artifact, a training run, or all that a folder holds; once, or again and again."""
+"""`capipe status` in lines: an artifact, a training run or a whole folder, once or live."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STYLES = {"done": "green", "running": "cyan", "failed": "red", "stopped": "yell
 
 @dataclass
 class Overview:
-    """What a folder holds and where each part of it stands, by name. ``alone``: the folder is one artifact or run."""
+    """The states of a folder's parts by name. ``alone``: the folder is one artifact or run."""
 
     url: str
     alone: bool
@@ -64,7 +64,7 @@ def _stage_json(stage: StageState) -> dict[str, Any]:
 
 
 def overview(url: str) -> Overview:
-    """Look at a folder or URL. Raises BadInput where nothing of ours is there."""
+    """Read a folder or URL. Raises BadInput where it holds nothing of capipe."""
     folder = Path(url)
     if "://" in url or not folder.is_dir():
         return Overview(url, True, artifacts={HERE: state(url)})
@@ -82,7 +82,7 @@ def overview(url: str) -> Overview:
 
 
 def _alone(found: Found) -> bool:
-    """Whether the folder is itself the one thing that is in it."""
+    """Whether the folder itself is its only artifact or run."""
     named = [*found.artifacts, *found.runs, *found.damaged]
     return found.chain is None and named == [HERE]
 
@@ -132,14 +132,14 @@ def _part_lines(view: Overview, name: str, indent: str) -> Iterator[tuple[str, s
 
 
 def shards_committed(count: int, total: int | None) -> str:
-    """How far an artifact is. Its input may have fewer shards by now than were made of it."""
+    """Progress of an artifact. Its input may have fewer shards by now than it has itself."""
     if total is not None and count > total:
         return f"{count} shards committed, of an input that has {total} now"
     return f"{count}/{'?' if total is None else total} shards committed"
 
 
 def artifact_lines(name: str, found: State) -> Iterator[tuple[str, str]]:
-    """An artifact: shards and rows, then how fast it goes, what is unfinished, what is quarantined."""
+    """An artifact: shards and rows, then throughput, unfinished rows, quarantined shards."""
     rows = ", ".join(f"{count} {status}" for status, count in sorted(found.rows.items())) or "none"
     yield f"{name}: {found.stage}, {shards_committed(found.shards, found.shards_total)}, rows: {rows}", ""
     if found.shards != found.shards_total and found.rate is not None:
@@ -153,7 +153,7 @@ def artifact_lines(name: str, found: State) -> Iterator[tuple[str, str]]:
 
 
 def run_lines(name: str, found: RunState) -> Iterator[tuple[str, str]]:
-    """A training run: steps, reward, tokens; its pace while it goes on; what validation said last."""
+    """A training run: steps, reward, tokens; throughput while it runs; the last validation."""
     reward = "" if found.reward is None else f", reward {found.reward:.3f}"
     tokens = "" if found.tokens is None else f", {found.tokens:.1f} tokens a caption"
     kept = f", checkpoint {found.checkpoint}" if found.checkpoint else ", no checkpoint yet"

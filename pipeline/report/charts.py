@@ -1,4 +1,4 @@
-"""Charts as inline SVG: text that stays text, colours from the page's own light and dark scheme, a description each."""
+"""Charts as inline SVG: real text, the page's light and dark colours, a description for screen readers each."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..inspect.histograms import SERIES, Histogram
 
 _WIDTH, _HEIGHT = 560, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 30
-_DOTS = 40  # points up to which each is marked
-_POINTS = 400  # that a line is thinned out to
+_DOTS = 40  # the most points that are marked
+_POINTS = 400  # the most of a line
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure with the ends of its interval, all shares from 0 to 1. ``emphasis``: 0 for what is only a yardstick."""
+    """A share from 0 to 1 with its interval. ``emphasis``: 0 for a control."""
 
     name: str
     value: float
@@ -45,16 +45,18 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str) -> Markup:
     ys = _scale([y for _, y in points], _HEIGHT - _BOTTOM, _TOP)
     body = _grid(xs, ys, x_name)
     for number, line in enumerate(lines):
-        places = [(xs.at(x), ys.at(y)) for x, y in _thinned(line.points)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        pixels = [(xs.at(x), ys.at(y)) for x, y in _thinned(line.points)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
         body += Markup('<polyline class="line s{}" points="{}"/>').format(number % 5, path)
-        if len(places) <= _DOTS:
-            for x, y in places:
+        if len(pixels) <= _DOTS:
+            for x, y in pixels:
                 body += Markup('<circle class="dot s{}" cx="{}" cy="{}" r="2.5"/>').format(
                     number % 5, f"{x:.1f}", f"{y:.1f}"
                 )
-    told = "; ".join(f"{line.name}: from {_short(line.points[0][1])} to {_short(line.points[-1][1])}" for line in lines)
-    return _figure(title, told, body, [line.name for line in lines] if len(lines) > 1 else [])
+    summary = "; ".join(
+        f"{line.name}: from {_short(line.points[0][1])} to {_short(line.points[-1][1])}" for line in lines
+    )
+    return _figure(title, summary, body, [line.name for line in lines] if len(lines) > 1 else [])
 
 
 def interval_chart(title: str, bars: Sequence[Bar]) -> Markup:
@@ -76,12 +78,12 @@ def interval_chart(title: str, bars: Sequence[Bar]) -> Markup:
             body += Markup('<line class="line {0}" x1="{1}" x2="{2}" y1="{3}" y2="{3}"/>').format(kind, *ends, y)
         body += Markup('<circle class="dot {}" cx="{}" cy="{}" r="5"/>').format(kind, f"{xs.at(bar.value):.1f}", y)
         body += _label(_WIDTH - 4, y + 4, f"{100 * bar.value:.1f} %", "end")
-    told = "; ".join(f"{bar.name} {100 * bar.value:.1f} %" for bar in bars)
-    return _figure(title, told, body, [], height)
+    summary = "; ".join(f"{bar.name} {100 * bar.value:.1f} %" for bar in bars)
+    return _figure(title, summary, body, [], height)
 
 
 def histogram_chart(histogram: Histogram) -> Markup:
-    """Rows by a score, new and original captions over each other; dashed where something is held against it."""
+    """Rows by a score, new and original captions over each other; thresholds dashed, in the colour of their series."""
     edges = [float(edge) for edge in histogram.edges]
     highest = max((int(counts.max()) for counts in histogram.counts.values()), default=0)
     if not highest:
@@ -98,19 +100,33 @@ def histogram_chart(histogram: Histogram) -> Markup:
             path.append(f"L{xs.at(low):.1f},{ys.at(int(count)):.1f}L{xs.at(high):.1f},{ys.at(int(count)):.1f}")
         path.append(f"L{xs.at(edges[-1]):.1f},{base:.1f}Z")
         body += Markup('<path class="area s{}" d="{}"/>').format(number, "".join(path))
+    body += _thresholds(histogram, xs)
+    rows = sum(int(counts.sum()) for counts in histogram.counts.values())
+    summary = f"{rows} values from {_short(edges[0])} to {_short(edges[-1])}"
     for _, bound in histogram.bounds:
-        if edges[0] <= bound <= edges[-1]:
-            x = f"{xs.at(bound):.1f}"
-            body += Markup('<line class="bound" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
-                x, _TOP, _HEIGHT - _BOTTOM
+        summary += f"; threshold {_short(bound)}"
+    return _figure(histogram.name, summary, body, names if len(names) > 1 else [])
+
+
+def _thresholds(histogram: Histogram, xs: _Scale) -> Markup:
+    """Those within the scale, each with its value at a height of its own."""
+    body = Markup("")
+    series = list(histogram.counts)
+    for number, (key, bound) in enumerate(histogram.bounds):
+        if histogram.edges[0] <= bound <= histogram.edges[-1]:
+            x = xs.at(bound)
+            body += Markup('<line class="bound s{0}" x1="{1}" x2="{1}" y1="{2}" y2="{3}"/>').format(
+                series.index(key), f"{x:.1f}", _TOP, _HEIGHT - _BOTTOM
             )
-            body += _label(xs.at(bound) + 4, _TOP + 10, _short(bound), "start")
-    told = f"{sum(int(counts.sum()) for counts in histogram.counts.values())} values from {_short(edges[0])}"
-    return _figure(histogram.name, f"{told} to {_short(edges[-1])}", body, names if len(names) > 1 else [])
+            right = x > (xs.start + xs.end) / 2
+            body += _label(
+                x - 4 if right else x + 4, _TOP + 10 + 13 * number, _short(bound), "end" if right else "start"
+            )
+    return body
 
 
 def status_bar(rows: Mapping[str, int]) -> Markup:
-    """Rows by status as one stacked bar; the figures stand beside it in words, so it is hidden from screen readers."""
+    """Rows by status as one stacked bar, hidden from screen readers: the page has the same figures in words."""
     total = sum(rows.values())
     body, x = Markup(""), 0.0
     for status, count in sorted(rows.items(), key=lambda each: each[0] != "ok"):
@@ -140,13 +156,13 @@ class _Scale:
 
 
 def _scale(values: Sequence[float], start: float, end: float) -> _Scale:
-    """A scale that holds all values and ends at round numbers."""
+    """A scale over all values that ends at round numbers."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low - abs(low) / 2, high + abs(high) / 2 + (high == 0)
     rough = (high - low) / 4
     size = 10 ** math.floor(math.log10(rough))
-    step = next(size * each for each in (1, 2, 2.5, 5, 10) if size * each >= rough)
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough)
     first, last = math.floor(low / step), math.ceil(high / step)
     ticks = [number * step for number in range(first, last + 1)]
     return _Scale(ticks[0], ticks[-1], start, end, ticks)
@@ -167,7 +183,7 @@ def _label(x: float, y: float, text: str, anchor: str) -> Markup:
     return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(f"{x:.1f}", f"{y:.1f}", anchor, text)
 
 
-def _figure(title: str, told: str, body: Markup, names: Sequence[str], height: int = _HEIGHT) -> Markup:
+def _figure(title: str, summary: str, body: Markup, names: Sequence[str], height: int = _HEIGHT) -> Markup:
     """The chart under its title, with a legend where it has several series."""
     keys = Markup("").join(
         Markup(
@@ -179,11 +195,11 @@ def _figure(title: str, told: str, body: Markup, names: Sequence[str], height: i
     return Markup(
         '<figure class="chart"><figcaption>{} {}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}'
         "</svg></figure>"
-    ).format(title, keys, _WIDTH, height, escape(f"{title}. {told}"), body)
+    ).format(title, keys, _WIDTH, height, escape(f"{title}. {summary}"), body)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most :data:`_POINTS` of them: means of neighbours, so that no trend is lost."""
+    """At most :data:`_POINTS` of them, as means of neighbours."""
     size = -(-len(points) // _POINTS)
     if size <= 1:
         return list(points)

@@ -1,127 +1,83 @@
-"""What `capipe demo` made, read back from its folder for its last lines."""
+"""The last lines of `capipe demo`, read from its folder."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from ...manifests.artifact import Artifact
+from ...manifests.files.allowed import Allowed
 from ...manifests.shards import expand
 from ...manifests.status import QuestionStatus, Status
-from ...trainer.evaluation.graded_rows import system_of
-from ...trainer.evaluation.results import EvaluationReport
+from ...stages.annotate.captioner import chosen_caption
 from ...trainer.log import read_steps
-from ..inspect.chain_state import load_chain
+from ..inspect.discover import Found, find
+from ..inspect.images import RowImages
+from ..inspect.shard_join import ShardJoin
 from ..inspect.status import state
+from .before_after import caption_pairs
+from .evaluations import Evaluation, gain_of, read_evaluations
 
-PROMPT = "plain"  # what the captioner is trained under
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A picture of the demo and what was said about it."""
-
-    file: str
-    dense: str
-
-
-@dataclass(frozen=True)
-class Gain:
-    """What training did: quiz accuracies of held-out pictures, and the first one's caption before and after."""
-
-    steps: int
-    before: float
-    after: float
-    oracle: float
-    file: str
-    told_before: str
-    told_after: str
-
-    def line(self) -> str:
-        return (
-            f"training: quiz accuracy {self.before:.2f} -> {self.after:.2f} in {self.steps} steps "
-            f"(oracle captions {self.oracle:.2f})"
-        )
+_CAPTIONS = 3
 
 
 def lines(report: Path) -> list[str]:
-    """What the demo ends with: three captions, the quiz in two lines, what training gained, where everything is."""
+    """Three of the final captions, the quiz in two lines, the gain of training, the folders."""
     folder = report.parent
-    gain, final = _gain(folder), folder / "final"
-    trained = [] if gain is None else _before_and_after(gain)
-    texts = [f"  {s.file}: {s.dense}" for s in _show(folder, 3)]
+    final = folder / "final"
+    found = find(folder)
+    evaluations, _ = read_evaluations(found)
     kept = [_kept(folder), f"report: {report}", f"card: {final / 'README.md'}", f"shards: {final}"]
-    return ["three captions:", *texts, *_quiz(folder), *trained, *kept]
+    return ["three captions:", *_captions(folder), *_quiz(folder, evaluations), *_gain(found, evaluations), *kept]
 
 
-def _kept(folder: Path) -> str:
-    """What filtering left, and why the rest is gone."""
-    rows = state(str(folder / "filtered/shards")).rows
-    gone = ", ".join(f"{count} {status}" for status, count in sorted(rows.items()) if status != Status.OK)
-    return f"filter: {rows.get(Status.OK, 0)} of {sum(rows.values())} rows kept ({gone or 'none'} removed)"
+def _captions(folder: Path) -> Iterator[str]:
+    """The captions that filtering sees, of the first images."""
+    artifact = Artifact.open(str(folder / "captions"))
+    rows = (row for shard in expand(str(folder / "shards")) for row in artifact.read_rows(shard.name))
+    for number, row in enumerate(islice(rows, _CAPTIONS)):
+        yield f"  {_file(number)}: {chosen_caption(row)}"
 
 
-def _before_and_after(gain: Gain) -> list[str]:
-    return [f"  {gain.file} before: {gain.told_before}", f"  {gain.file} after: {gain.told_after}", gain.line()]
-
-
-def _quiz(folder: Path) -> list[str]:
-    """What the quiz steps gave, in lines."""
+def _quiz(folder: Path, evaluations: list[Evaluation]) -> list[str]:
+    """Questions kept, and quiz accuracies before training."""
     artifact = Artifact.open(str(folder / "questions/screened"))
-    entries = [e for shard in artifact.committed() for row in artifact.read_rows(shard) for e in row["questions"]]
-    kept = [entry for entry in entries if entry["status"] == QuestionStatus.OK]
-    accuracies = [f"{name} {accuracy:.2f}" for name, accuracy in _accuracies(folder / "eval").items()]
-    shown = [f"{entry['question']} ({', '.join(entry['options'])})" for entry in kept[:2]]
+    rows = (row for shard in artifact.committed() for row in artifact.read_rows(shard))
+    questions = [question for row in rows for question in row["questions"]]
+    kept = [question for question in questions if question["status"] == QuestionStatus.OK]
+    examples = [f"{question['question']} ({', '.join(question['options'])})" for question in kept[:2]]
+    accuracies = [f"{name} {accuracy:.2f}" for name, accuracy in evaluations[0].accuracies.items()]
     return [
-        f"{len(kept)} of {len(entries)} questions kept, e.g. {' '.join(shown)}",
+        f"{len(kept)} of {len(questions)} questions kept, e.g. {' '.join(examples)}",
         f"quiz accuracy: {', '.join(accuracies)}",
     ]
 
 
-def _accuracies(evaluation: Path) -> dict[str, float]:
-    """Quiz accuracy by system of a `capipe eval`."""
-    report = EvaluationReport.from_dict(json.loads((evaluation / "report.json").read_text(encoding="utf-8")))
-    return {each.name: each.quiz.accuracy.value for each in report.systems if each.quiz.accuracy.value is not None}
+def _gain(found: Found, evaluations: list[Evaluation]) -> list[str]:
+    """The first held-out image's captions before and after training, and the quiz accuracies; nothing untrained."""
+    gain = gain_of(evaluations)
+    if gain is None or found.chain is None or found.chain.stage("train") is None:  # of an earlier run with training
+        return []
+    pairs = caption_pairs(ShardJoin(found.artifacts), gain, RowImages(Allowed(str(found.root))), 1)
+    captions = [
+        line
+        for pair in pairs
+        for line in (f"  {_file(0)} before: {pair.before.text}", f"  {_file(0)} after: {pair.after.text}")
+    ]
+    steps = len(read_steps(found.root / "train"))
+    oracle = gain.before.accuracies["oracle"]
+    accuracies = f"{gain.accuracy_before:.2f} -> {gain.accuracy_after:.2f}"
+    return [*captions, f"training: quiz accuracy {accuracies} in {steps} steps (oracle captions {oracle:.2f})"]
 
 
-def _gain(folder: Path) -> Gain | None:
-    """What training did, None where nothing was trained or nothing could be measured."""
-    chain = load_chain(folder)
-    if chain is None or chain.stage("train") is None:
-        return None
-    before, after = _accuracies(folder / "eval"), _accuracies(folder / "eval-trained")
-    if PROMPT not in before or PROMPT not in after or "oracle" not in before:
-        return None
-    return Gain(
-        steps=len(read_steps(folder / "train")),
-        before=before[PROMPT],
-        after=after[PROMPT],
-        oracle=before["oracle"],
-        file=_file(0),
-        told_before=_first_caption(folder / "eval"),
-        told_after=_first_caption(folder / "eval-trained"),
-    )
-
-
-def _first_caption(evaluation: Path) -> str:
-    """The first caption of the first picture in a `capipe eval`, by the prompt that is trained."""
-    artifact = Artifact.open(str(evaluation / "captions"))
-    row = next(row for shard in artifact.committed() for row in artifact.read_rows(shard))
-    return next(each["text"] for each in row["captions"] if system_of(each["name"]) == PROMPT) or ""
-
-
-def _show(folder: Path, count: int) -> Iterator[Shown]:
-    """The first pictures of the corpus with their captions."""
-    artifact = Artifact.open(str(folder / "captions"))
-    rows = (row for shard in expand(str(folder / "shards")) for row in artifact.read_rows(shard.name))
-    for number, row in enumerate(islice(rows, count)):
-        texts = {caption["name"]: caption["text"] for caption in row["captions"]}
-        yield Shown(_file(number), texts.get("dense", ""))
+def _kept(folder: Path) -> str:
+    """Rows that filtering kept, and the others by status."""
+    rows = state(str(folder / "filtered/shards")).rows
+    removed = ", ".join(f"{count} {status}" for status, count in sorted(rows.items()) if status != Status.OK)
+    return f"filter: {rows.get(Status.OK, 0)} of {sum(rows.values())} rows kept ({removed or 'none'} removed)"
 
 
 def _file(number: int) -> str:
-    """A picture's file in the demo's folder; they were ingested in this order."""
+    """An image's file in the demo's folder; they were ingested in this order."""
     return f"pictures/{number:06d}.jpg"

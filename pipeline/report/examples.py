@@ -1,15 +1,14 @@
-"""Pictures with all that was said, asked and answered about them, and pictures that filtering took out, with why.
+"""Images with their captions, questions and answers, and rows that were removed, with the reason.
 
-Rows of one image lie at the same place in each artifact's shard, so a few of them are read from a few shards; only
-their row groups are.
+Rows of one image lie at the same index of each artifact's shard, so a few of them are read from a few shards, and of
+these only the first row groups.
 """
 
 from __future__ import annotations
 
-import base64
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,123 +20,129 @@ from ...manifests.artifact import Artifact
 from ...manifests.artifact_spec import RowPart
 from ...manifests.status import QuestionStatus, Status
 from ...stages.questions.grade import CONTROLS
-from ..inspect.images import Pictures, small_jpeg
+from ..inspect.images import RowImages
 from ..inspect.shard_join import ShardJoin, ShardName
 from ..specs import artifact_spec
 from .facts import sampled
+from .render import cut, data_uri
 
-PICTURES = 12
+IMAGES = 12
 LOST = 3  # examples for each reason
-_ROWS = 256  # of a shard that pictures are chosen from
+_ROWS = 256  # of a shard that images are chosen from
 _SHARDS = 8  # of an artifact in which reasons are counted
-_SIDE = 256
-_LONGEST = 1500  # characters of a caption
-_TELLING = ("answers", "screened questions", "scores", "captions", "questions")  # beside the text that came along
+_INFORMATIVE = ("answers", "screened questions", "scores", "captions", "questions")  # beside the text that came along
 _SCORES = re.compile(r"(re|org)_(clip|itm)_score(_min)?|unsafe")
 
 
 @dataclass(frozen=True)
-class Said:
-    """A caption and whose it is; ``status`` where it is not ok."""
+class ShownCaption:
+    """A caption with its artifact; ``status`` where it is not ok."""
 
-    source: str
+    artifact: str
     name: str
     text: str
     status: str | None = None
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question with its options; ``right`` is the index of the right one. ``answers``: by captions, of so many
-    presentations how many were answered right."""
+class ShownQuestion:
+    """A question with its options; ``right`` is the index of the right one. ``answers``: right and scored presentations
+    by captions."""
 
-    kind: str
     question: str
-    options: Sequence[str]
+    options: list[str]
     right: int | None
     status: str
     answers: dict[str, tuple[int, int]]
 
 
 @dataclass
-class Shown:
-    """One picture. ``image`` is a data URI, None where there is none."""
+class ShownImage:
+    """One image of the gallery. ``image`` is a data URI, None where the image cannot be read."""
 
     key: str
     image: str | None
-    said: list[Said] = field(default_factory=list)
-    asked: list[Asked] = field(default_factory=list)
+    captions: list[ShownCaption] = field(default_factory=list)
+    questions: list[ShownQuestion] = field(default_factory=list)
     scores: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
+class LostRow:
+    """A removed row. ``image`` is a data URI, None where the image cannot be read."""
+
+    key: str
+    error: str
+    caption: str | None
+    image: str | None
+
+
+@dataclass(frozen=True)
 class Loss:
-    """Rows of an artifact that a reason took out; ``examples``: key, the whole reason, caption, picture."""
+    """The rows of an artifact that were removed for one reason, with a few examples."""
 
     status: str
     reason: str
     count: int
-    examples: list[tuple[str, str, str | None, str | None]]
+    examples: list[LostRow]
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What an artifact lost, by reason, counted in ``seen`` of its ``shards``."""
+    """Removed rows of an artifact by reason, counted in ``seen`` of its ``shards`` that have any."""
 
     name: str
-    stage: str
     losses: list[Loss]
     seen: int
     shards: int
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- the gallery -----------------------------------------------------------------------------------------------------
 
 
-def gallery(joins: ShardJoin, pictures: Pictures, count: int = PICTURES) -> list[Shown]:
-    """Pictures of the shard that most is known about, evenly spread over its first rows."""
-    place = _best(joins)
-    if place is None:
+def gallery(join: ShardJoin, images: RowImages, count: int = IMAGES) -> list[ShownImage]:
+    """Images of the shard with the most kinds of artifacts beside it, evenly spread over its first rows."""
+    base = _best(join)
+    if base is None:
         return []
-    places = [place, *joins.beside(place)]
-    tables = {each: table for each in places if (table := _head(joins, each)) is not None}
-    if place not in tables:
+    tables = {each: table for each in (base, *join.beside(base)) if (table := head(join, each)) is not None}
+    if base not in tables:
         return []
-    base = tables[place].select(["key", "uid", "status"]).to_pylist()
-    sound = [index for index, row in enumerate(base) if row["status"] == Status.OK]
+    names = tables[base].select(["key", "uid", "status"]).to_pylist()
+    sound = [index for index, row in enumerate(names) if row["status"] == Status.OK]
     shown = []
     for index in sound[:: max(1, len(sound) // count)][:count]:
         rows = {
             each: table.slice(index, 1).to_pylist()[0]
             for each, table in tables.items()
-            if index < len(table) and table["uid"][index].as_py() == base[index]["uid"]
+            if index < len(table) and table["uid"][index].as_py() == names[index]["uid"]
         }
-        shown.append(_shown(joins, pictures, place, base[index], rows))
+        shown.append(_shown(join, images, base, names[index], rows))
     return shown
 
 
-def _best(joins: ShardJoin) -> ShardName | None:
-    """The shard with the most telling artifacts beside it; its own artifact is the most telling one."""
+def _best(join: ShardJoin) -> ShardName | None:
+    """The first shard of the artifact with the most kinds of informative artifacts beside it."""
     ranked: list[tuple[int, str, str]] = []
-    for name, shards in joins.records.items():
+    for name, shards in join.records.items():
         first = next(iter(shards), None)
-        if first is None or _shown_of(joins, name) is None:
+        if first is None or _shown_of(join, name) is None:
             continue
-        place = ShardName(name, first)
-        there = {_shown_of(joins, each.artifact) for each in (place, *joins.beside(place))}
-        ranked.append((-sum(kind in there for kind in _TELLING), name, first))
-    # A training set's shards have captions of nobody: a grade beside them decides, then the order of names.
+        shard = ShardName(name, first)
+        parts = {_shown_of(join, each.artifact) for each in (shard, *join.beside(shard))}
+        ranked.append((-sum(part in parts for part in _INFORMATIVE), name, first))
+    # A training set's shards have no captions and no grades beside them; equals are ordered by name.
     return ShardName(min(ranked)[1], min(ranked)[2]) if ranked else None
 
 
-def _shown_of(joins: ShardJoin, name: str) -> RowPart | None:
-    return artifact_spec(joins.artifacts[name].stage).shown
+def _shown_of(join: ShardJoin, name: str) -> RowPart | None:
+    return artifact_spec(join.artifacts[name].stage).shown
 
 
-def _head(joins: ShardJoin, place: ShardName) -> pa.Table | None:
+def head(join: ShardJoin, shard: ShardName) -> pa.Table | None:
     """The first rows of a shard; None where its Parquet cannot be read."""
     try:
-        parquet = joins.artifacts[place.artifact].parquet(place.shard)
+        parquet = join.artifacts[shard.artifact].parquet(shard.shard)
         columns = [name for name in parquet.schema_arrow.names if name not in ("signature", "raw", "image_embedding")]
         batch = next(iter(parquet.iter_batches(_ROWS, columns=columns, use_threads=False)), None)
         return None if batch is None else pa.Table.from_batches([batch])
@@ -146,88 +151,88 @@ def _head(joins: ShardJoin, place: ShardName) -> pa.Table | None:
 
 
 def _shown(
-    joins: ShardJoin,
-    pictures: Pictures,
-    place: ShardName,
-    base: Mapping[str, Any],
+    join: ShardJoin,
+    images: RowImages,
+    base: ShardName,
+    name: Mapping[str, Any],
     rows: Mapping[ShardName, dict[str, Any]],
-) -> Shown:
-    shown = Shown(str(base["key"]), data_uri(pictures.of(joins, place, base)))
-    questions: dict[str, Asked] = {}
-    for each, row in rows.items():
-        kind = _shown_of(joins, each.artifact)
-        if kind == "text" and row.get("text"):
-            shown.said.insert(0, Said(each.artifact, "came with the image", cut(row["text"])))
-        elif kind == "captions":
-            shown.said += _captions(each.artifact, row)
-        elif kind == "scores":
+) -> ShownImage:
+    shown = ShownImage(str(name["key"]), data_uri(images.of(join, base, name)))
+    questions: dict[str, ShownQuestion] = {}
+    for shard, row in rows.items():
+        part = _shown_of(join, shard.artifact)
+        if part == "text" and row.get("text"):
+            shown.captions.insert(0, ShownCaption(shard.artifact, "came with the image", cut(row["text"])))
+        elif part == "captions":
+            shown.captions += _captions(shard.artifact, row)
+        elif part == "scores":
             scores = ((key, value) for key, value in row.items() if _SCORES.fullmatch(key) and value is not None)
             shown.scores += [(key, f"{value:.3f}") for key, value in scores]
-        elif kind in ("questions", "screened questions"):
-            for asked in row["questions"] or []:
-                known = questions.get(asked["id"])
-                if asked["question"] and (known is None or kind == "screened questions"):
-                    questions[asked["id"]] = _asked(asked, known.answers if known else {})
-    for each, row in rows.items():
-        if _shown_of(joins, each.artifact) == "answers":
-            _take_answers(questions, each.artifact, row)
-    shown.asked = sorted(questions.values(), key=lambda each: each.status != QuestionStatus.OK)
+        elif part in ("questions", "screened questions"):
+            for question in row["questions"] or []:
+                known = questions.get(question["id"])
+                if question["question"] and (known is None or part == "screened questions"):
+                    questions[question["id"]] = _question(question, known.answers if known else {})
+    for shard, row in rows.items():
+        if _shown_of(join, shard.artifact) == "answers":
+            _add_answers(questions, shard.artifact, row)
+    shown.questions = sorted(questions.values(), key=lambda question: question.status != QuestionStatus.OK)
     return shown
 
 
-def _captions(source: str, row: Mapping[str, Any]) -> Iterator[Said]:
+def _captions(artifact: str, row: Mapping[str, Any]) -> Iterator[ShownCaption]:
     for caption in row["captions"] or []:
         if caption["text"] and "#" not in caption["name"]:
             status = None if caption["status"] == Status.OK else caption["status"]
-            yield Said(source, caption["name"], cut(caption["text"]), status)
+            yield ShownCaption(artifact, caption["name"], cut(caption["text"]), status)
 
 
-def _asked(asked: Mapping[str, Any], answers: dict[str, tuple[int, int]]) -> Asked:
-    options = asked["options"] or []
-    return Asked(asked["kind"] or "", asked["question"], options, asked["answer"], asked["status"], answers)
+def _question(question: Mapping[str, Any], answers: dict[str, tuple[int, int]]) -> ShownQuestion:
+    options = question["options"] or []
+    return ShownQuestion(question["question"], options, question["answer"], question["status"], answers)
 
 
-def _take_answers(questions: Mapping[str, Asked], source: str, row: Mapping[str, Any]) -> None:
-    """Put beside each question how often it was answered right from each system's captions."""
+def _add_answers(questions: Mapping[str, ShownQuestion], artifact: str, row: Mapping[str, Any]) -> None:
+    """Add to each question how often it was answered right from each system's captions."""
     for caption in row["captions"] or []:
         system = caption["name"].partition("#")[0]
         if system in CONTROLS:
             continue
         for answer in caption["answers"] or []:
             if answer["id"] in questions and answer["scored"]:
-                name = f"{source.rpartition('/')[0] or source}: {system}"
+                name = f"{artifact.rpartition('/')[0] or artifact}: {system}"
                 right, scored = questions[answer["id"]].answers.get(name, (0, 0))
                 questions[answer["id"]].answers[name] = right + answer["right"], scored + answer["scored"]
 
 
-# --- what was lost ---------------------------------------------------------------------------------------------------
+# --- removed rows ----------------------------------------------------------------------------------------------------
 
 
-def losses(joins: ShardJoin, pictures: Pictures) -> list[Losses]:
-    """Why rows are gone, artifact by artifact; rows that were lost before (an export's, say) are named there alone."""
-    found = []
-    for name, records in joins.records.items():
-        artifact = joins.artifacts[name]
+def losses(join: ShardJoin, images: RowImages) -> list[Losses]:
+    """Removed rows by artifact and reason; an export's are those of its input and stand there alone."""
+    by_artifact = []
+    for name, records in join.records.items():
+        artifact = join.artifacts[name]
         marked = [shard for shard, record in records.items() if any(s != Status.OK for s in record.rows)]
         if not marked or artifact_spec(artifact.stage).copies:
             continue
         try:
-            found.append(_losses(joins, pictures, name, artifact, marked))
+            by_artifact.append(_losses(join, images, name, artifact, marked))
         except (OSError, ValueError, KeyError, CapipeError):
             continue
-    return found
+    return by_artifact
 
 
-def _losses(joins: ShardJoin, pictures: Pictures, name: str, artifact: Artifact, marked: list[str]) -> Losses:
+def _losses(join: ShardJoin, images: RowImages, name: str, artifact: Artifact, marked: list[str]) -> Losses:
     counts: Counter[tuple[str, str]] = Counter()
-    examples: dict[tuple[str, str], list[tuple[str, str, str | None, str | None]]] = defaultdict(list)
+    examples: dict[tuple[str, str], list[LostRow]] = defaultdict(list)
     seen = sampled(marked, _SHARDS)
     for shard in seen:
         parquet = artifact.parquet(shard)
         table = parquet.read(columns=["status", "error"], use_threads=False)
-        gone = pc.indices_nonzero(pc.not_equal(table["status"], str(Status.OK))).to_pylist()
+        removed = pc.indices_nonzero(pc.not_equal(table["status"], str(Status.OK))).to_pylist()
         chosen: dict[int, tuple[str, str]] = {}
-        for index, row in zip(gone, table.take(gone).to_pylist(), strict=True):
+        for index, row in zip(removed, table.take(removed).to_pylist(), strict=True):
             reason = row["status"], _reason(row)
             counts[reason] += 1
             if len(examples[reason]) + list(chosen.values()).count(reason) < LOST and len(chosen) < 100:
@@ -236,24 +241,19 @@ def _losses(joins: ShardJoin, pictures: Pictures, name: str, artifact: Artifact,
         columns = [column for column in parquet.schema_arrow.names if column in wanted]
         rows = parquet.read(columns=columns, use_threads=False).take(list(chosen)).to_pylist()
         for row, reason in zip(rows, chosen.values(), strict=True):
-            picture = data_uri(pictures.of(joins, ShardName(name, shard), row))
+            image = data_uri(images.of(join, ShardName(name, shard), row))
             caption = row.get("re_caption") or row.get("org_caption") or row.get("text")
-            told = cut(caption) if caption else None
-            examples[reason].append((str(row["key"]), cut(row["error"] or ""), told, picture))
+            lost = LostRow(str(row["key"]), cut(row["error"] or ""), cut(caption) if caption else None, image)
+            examples[reason].append(lost)
     ranked = [Loss(*reason, count, examples[reason]) for reason, count in counts.most_common(12)]
-    return Losses(name, artifact.stage, ranked, len(seen), len(marked))
+    return Losses(name, ranked, len(seen), len(marked))
 
 
 def _reason(row: Mapping[str, Any]) -> str:
-    """What is common to rows that are gone for the same cause: the condition that failed, without the row's value."""
-    return cut((row["error"] or "").partition(": ")[0]) if row["status"] == Status.FILTERED else ""
+    """The condition that a filtered row failed; other statuses are reasons themselves."""
+    return failed_condition(row["error"]) if row["status"] == Status.FILTERED else ""
 
 
-def data_uri(image: bytes | None) -> str | None:
-    """A small copy of an image to put into a page."""
-    small = None if image is None else small_jpeg(image, _SIDE, 78)
-    return None if small is None else f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
-
-
-def cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+def failed_condition(error: str | None) -> str:
+    """The condition that a filtered row failed, without the row's value."""
+    return cut((error or "").partition(": ")[0])

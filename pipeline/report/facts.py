@@ -1,7 +1,7 @@
-"""What a report says, gathered from a folder: figures from manifests and logs, examples from a few shards.
+"""The figures of a chain's report, from manifests, logs and a few shards.
 
-However large an artifact is, only its manifest is read whole; of its Parquets at most :data:`SHARDS`, evenly spread.
-What cannot be read is left out, and said so in ``damaged``.
+Of an artifact, only its manifest is read whole, and at most :data:`SHARDS` Parquets, evenly spread. Whatever cannot be
+read is left out and listed in ``damaged``.
 """
 
 from __future__ import annotations
@@ -11,32 +11,30 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
-
-from ...errors import BadInput, CapipeError
+from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files import bounded_json
 from ...stages.export.provenance import last_part, public
 from ...stages.filter.select import Rule, SelectConfig
 from ...stages.filter.spec import SELECTION
-from ...stages.questions.grade import CONTROLS
-from ...trainer.evaluation.bootstrap import Estimate
-from ..inspect.discover import EVALUATION, Found
+from ..inspect.discover import Found
 from ..inspect.histograms import Histogram, histograms
 from ..inspect.shared_captions import shared_captions
 from ..inspect.status import RunState, State, read_metrics, run_state, state_of, validation_of
 from ..specs import artifact_spec
-from .charts import Bar, Line
+from .charts import Line
+from .evaluations import Evaluation, read_evaluations
 
+Item = TypeVar("Item")
 SHARDS = 32  # read of an artifact for histograms
 _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_min")] + ["length", "unsafe"]
 
 
 @dataclass(frozen=True)
 class Link:
-    """An artifact in the chain: where it stands, what it was made of, and by which models."""
+    """An artifact in the chain: its state, its inputs by role, and its models."""
 
     name: str
     stage: str
@@ -48,26 +46,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: where it stands, its curves by chart, and what it was asked to do."""
+    """A training run: its state, its curves by chart, and its settings."""
 
     name: str
     state: RunState
     charts: dict[str, list[Line]]
     settings: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Quiz accuracies of one evaluation. ``after``: the training run whose checkpoint wrote the captions, if any."""
-
-    name: str
-    captioner: str
-    reader: str
-    images: int
-    questions: int
-    after: str | None
-    bars: list[Bar]
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +66,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an artifact comes from, without the paths of the machine that made it."""
+    """An artifact's provenance, without paths of its machine."""
 
     name: str
     stage: str
@@ -94,7 +78,7 @@ class Origin:
 
 @dataclass
 class Facts:
-    """All of it. ``commands``: of a chain, by stage; ``shared``: captions that many pictures share."""
+    """All figures. ``commands``: stage, state and command of a chain; ``shared``: captions that many images share."""
 
     title: str
     links: list[Link] = field(default_factory=list)
@@ -115,7 +99,7 @@ class Facts:
 
 
 def gather(found: Found) -> Facts:
-    """Everything but the pictures."""
+    """Everything but images and captions."""
     recipe = found.chain.recipe if found.chain else None
     facts = Facts(recipe or last_part(str(found.root.resolve())), damaged=dict(found.damaged))
     for name, artifact in found.artifacts.items():
@@ -135,22 +119,18 @@ def gather(found: Found) -> Facts:
             facts.damaged[f"{name} ({part})"] = str(error)
     facts.scores = _informative(facts.scores)
     facts.trainings = [_training(name, run) for name, run in found.runs.items()]
-    for name, folder in found.evaluations.items():
-        try:
-            facts.evaluations.append(_evaluation(name, folder, list(found.runs)))
-        except (CapipeError, OSError, ValueError) as error:
-            facts.damaged[name] = str(error)
-    facts.evaluations.sort(key=lambda each: each.after is not None)
+    facts.evaluations, damaged = read_evaluations(found)
+    facts.damaged |= damaged
     for stage in found.chain.stages if found.chain else ():
         facts.commands.append((stage.name, stage.state, shlex.join(map(str, public(list(stage.arguments))))))
     return facts
 
 
-def sampled(shards: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` of them, evenly spread, the first among them."""
-    if len(shards) <= count:
-        return list(shards)
-    return [shards[number * len(shards) // count] for number in range(count)]
+def sampled(items: Sequence[Item], count: int) -> list[Item]:
+    """At most ``count`` of them, evenly spread, including the first."""
+    if len(items) <= count:
+        return list(items)
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def _link(found: Found, name: str, artifact: Artifact) -> Link:
@@ -159,7 +139,7 @@ def _link(found: Found, name: str, artifact: Artifact) -> Link:
 
 
 def _shared(artifact: Artifact) -> str | None:
-    """What many pictures have the same caption, if any, in an artifact's sampled shards."""
+    """A warning where many images have the same caption in an artifact's sampled shards."""
     shards = list(artifact.committed())
     seen = sampled(shards, SHARDS)
     shared = shared_captions(artifact, seen)
@@ -168,7 +148,7 @@ def _shared(artifact: Artifact) -> str | None:
 
 
 def models_of(artifact: Artifact) -> tuple[str, ...]:
-    """The models at work, as they were asked for."""
+    """The models of an artifact, as its command named them."""
     run = artifact.config["run"]
     named = [run.get("model"), *(run.get("models") or {}).values()]
     return tuple(dict.fromkeys(str(public(each)) for each in named if isinstance(each, str)))
@@ -186,7 +166,7 @@ def _origin(name: str, artifact: Artifact) -> Origin:
 
 
 def rule_of(artifact: Artifact) -> Rule | None:
-    """The rule of a selection, None of anything else or where it cannot be understood any more."""
+    """The rule of a selection; None for other stages, or where this version cannot read it."""
     semantic = artifact.config["semantic"]
     if artifact.stage != SELECTION.stage:
         return None
@@ -204,12 +184,12 @@ def _scores(name: str, artifact: Artifact) -> Scores:
 
 
 def _informative(scores: list[Scores]) -> list[Scores]:
-    """Those of selections, which know the thresholds; bare scores only where nothing was selected yet."""
+    """Those of selections, which have thresholds; bare scores only before any selection."""
     selected = [each for each in scores if any(histogram.bounds for histogram in each.histograms)]
     return [each for each in selected or scores if each.histograms]
 
 
-# --- training and evaluation -----------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def _training(name: str, run: Path) -> Training:
@@ -235,50 +215,3 @@ def _training(name: str, run: Path) -> Training:
 def _line(entries: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
     values = ((entry["step"] + 1, entry.get(key)) for entry in entries)
     return Line(name, [(step, float(value)) for step, value in values if isinstance(value, int | float)])
-
-
-@dataclass(frozen=True)
-class _Quiz:
-    accuracy: Estimate
-
-
-@dataclass(frozen=True)
-class _System:
-    name: str
-    quiz: _Quiz
-
-
-@dataclass(frozen=True)
-class _Caution:
-    text: str
-
-
-@dataclass(frozen=True)
-class _Report:
-    """Fields of trainer/evaluation/results.py's Report that are shown; importing that would take seconds for torch."""
-
-    images: int
-    questions: int
-    settings: dict[str, JsonValue]
-    systems: tuple[_System, ...]
-    warnings: tuple[_Caution, ...] = ()
-
-
-def _evaluation(name: str, folder: Path, runs: Sequence[str]) -> Evaluation:
-    try:
-        read = TypeAdapter(_Report).validate_json((folder / EVALUATION).read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BadInput(f"{EVALUATION}: {place}: {first['msg']}; `capipe eval` writes it anew") from None
-    captioner = str(read.settings.get("captioner", "")).rpartition("@")[0]
-    after = next((run for run in runs if f"/{run}/step-" in f"/{captioner}"), None)
-    bars = []
-    for system in read.systems:
-        quiz = system.quiz.accuracy
-        if quiz.value is not None:
-            bars.append(Bar(system.name, quiz.value, quiz.low, quiz.high, int(system.name not in CONTROLS)))
-    reader = str(read.settings.get("reader", "")).partition("@")[0]
-    shown = last_part(captioner) if "/step-" in captioner else captioner
-    warnings = tuple(each.text for each in read.warnings)
-    return Evaluation(name, shown, public(reader), read.images, read.questions, after, bars, warnings)

@@ -1,4 +1,4 @@
-"""The viewer's addresses: the page, and what it asks for as JSON and images."""
+"""The viewer's routes: its page, JSON and images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FILES |= {
     for name in ("state.js", "dom.js", "rows.js", "threshold.js", "compare.js", "detail.js")
 }
 _FILES |= {"style.css": ("style.css", "text/css"), "icon.svg": ("icon.svg", "image/svg+xml")}
-_TEXTS = 3  # that a row should show, if need be of artifacts beside it
+_TEXTS = 3  # that a row should show, including joined artifacts'
 _LISTED = 6  # texts and numbers that a row shows unless the page asks for others
 _NUMBERS = tuple(map(re.compile, ("re_.*_score", "re_.*_score_min", "org_.*_score", "(.*_)?right_.*")))
 _MOST_COLUMNS = 24
@@ -125,13 +125,13 @@ def create_app(library: Library) -> FastAPI:
 
 
 def answer(value: Any, code: int = 200) -> Response:
-    """JSON that is never kept, with null for NaN."""
+    """JSON without caching, with null for NaN."""
     body = json.dumps(jsonable(value), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
     return Response(body, code, media_type="application/json", headers={"cache-control": "no-store"})
 
 
 def default_columns(table: Table) -> list[str]:
-    """What a row shows unless asked otherwise: its captions, its own first, and the scores that matter most."""
+    """The default columns of a row: captions, its own first, and the most informative scores."""
     prose: list[str] = []
     numbers: list[str] = []
     for name, column in table.columns.items():
@@ -144,7 +144,7 @@ def default_columns(table: Table) -> list[str]:
 
 
 def _rank(name: str) -> int:
-    """How much a column of numbers tells of a caption: the less the more; beyond all of them, nothing."""
+    """Rank of a column of numbers as a caption's score, best first; ``len(_NUMBERS)`` for others."""
     return next((rank for rank, part in enumerate(_NUMBERS) if part.fullmatch(name)), len(_NUMBERS))
 
 
@@ -177,7 +177,7 @@ def _listed(table: Table, page: Page, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _rows(table: Table, places: Sequence[tuple[str, int]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """What a list shows of rows: who they are, and the columns asked for."""
+    """Rows of a list: their names, and the columns asked for."""
     names = list(dict.fromkeys(["key", "uid", "status", "error", *columns]))
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for shard in dict.fromkeys(shard for shard, _ in places):

@@ -1,4 +1,4 @@
-"""Parquet columns as flat ones that can be shown, searched, filtered and compared: a text or a number for every row.
+"""Parquet columns flattened to a text or a number for every row, to show, search, filter and compare.
 
 A list of captions becomes a text for each caption's name (``caption_dense``) with its status and length; graded
 captions, also the share of answers that were right; questions, how many there are and what they ask.
@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-_LEARNT = 64  # rows that captions' names are learnt from
+_LEARNT = 64  # rows that are read for captions' names
 _SHOWN_TEXTS = ("text", "caption", "re_caption", "org_caption")
-_LEFT_OUT = ("raw", "scene", "signature")  # words of machines, and what is no text
+_LEFT_OUT = ("raw", "scene", "signature")  # not for people
 
 
 @dataclass(frozen=True)

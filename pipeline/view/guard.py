@@ -1,4 +1,4 @@
-"""What stands before the viewer: who may ask, under which name, and what browsers may do with the answers.
+"""The viewer's access control: tokens, host names, and headers that bind browsers.
 
 Only reading is answered. A page of another site cannot ask (its requests say where they come from, and are refused;
 a name that it made resolve to this machine is no name of ours), and nothing that comes from data can run or load.

@@ -1,4 +1,4 @@
-"""The artifacts below one folder, by ids; looked at again when their manifests change, so that a refresh shows more."""
+"""The artifacts below one folder by id, read again when their manifests change, so that a refresh shows more."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from ...manifests.files.allowed import Allowed
 from ...manifests.manifest import LINES
 from ...models.images.formats import HEAD_BYTES, sniff
 from ..inspect.discover import Found, find
-from ..inspect.images import Cache, Pictures, small_jpeg
+from ..inspect.images import Cache, RowImages, small_jpeg
 from ..inspect.shard_join import ShardJoin, ShardName
 from ..report.facts import models_of
 from .table import Arrays, Table, Unknown
 
-_LOOK = 1.0  # seconds that manifests are taken to be as they were
-_WALK = 10.0  # seconds after which the folders are looked through again
+_LOOK = 1.0  # seconds between two looks at the manifests
+_WALK = 10.0  # seconds between two walks through the folders
 _THUMBNAIL = 256  # pixels
 _TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 
 class Library:
-    """All that the viewer shows. Safe to share between threads."""
+    """The viewer's artifacts, tables and images. Safe to share between threads."""
 
     def __init__(self, root: Path, images: Sequence[str] = ()) -> None:
         """``images``: folders and URLs below which tars may be read. Raises BadInput where ``root`` has no artifact."""
         self.root = root
         self._lock = threading.Lock()
-        self._pictures = Pictures(Allowed(str(root), tuple(images)))
+        self._images = RowImages(Allowed(str(root), tuple(images)))
         self._small: Cache[tuple[str, str], bytes] = Cache(64 << 20, len)
         self._arrays: Arrays = Cache(512 << 20, lambda array: int(array.nbytes))
         self._tables: dict[str, Table] = {}
-        self._found, self._joins, self._stamps = self._walk()
+        self._found, self._join, self._stamps = self._walk()
         self._walked = self._looked = time.monotonic()
         if not self._found.artifacts:
             raise BadInput(f"{root}: no artifact that could be read in it; `capipe status` says what is there")
@@ -58,7 +58,7 @@ class Library:
         return tuple(stamps)
 
     def refresh(self) -> None:
-        """Take notice of what was committed since."""
+        """Notice new commits."""
         with self._lock:
             now = time.monotonic()
             if now - self._looked < _LOOK:
@@ -66,23 +66,23 @@ class Library:
             changed = any(self._stamp(name) != stamp for name, stamp in self._stamps.items())
             if changed or now - self._walked > _WALK:
                 try:
-                    self._found, self._joins, self._stamps = self._walk()
-                except BadInput:  # the folder is being moved, or emptied: what was seen last still stands
+                    self._found, self._join, self._stamps = self._walk()
+                except BadInput:  # the folder is being moved or emptied: keep the last state
                     pass
                 else:
                     self._tables = {}
                 self._walked = now
             self._looked = time.monotonic()
 
-    # --- what is there -----------------------------------------------------------------------------------------------
+    # --- artifacts ---------------------------------------------------------------------------------------------------
 
     def catalog(self) -> dict[str, Any]:
-        """All artifacts with their counts, in the order in which they were made of each other."""
+        """All artifacts with their counts, inputs first."""
         self.refresh()
-        joins, found = self._joins, self._found
+        join, found = self._join, self._found
         entries = []
-        for name, records in joins.records.items():
-            artifact = joins.artifacts[name]
+        for name, records in join.records.items():
+            artifact = join.artifacts[name]
             rows: dict[str, int] = {}
             for record in records.values():
                 for status, count in record.rows.items():
@@ -98,7 +98,7 @@ class Library:
                     "shards_total": artifact.config["run"].get("shards_total"),
                 }
             )
-        damaged = {**found.damaged, **joins.damaged}
+        damaged = {**found.damaged, **join.damaged}
         return {"folder": self.root.resolve().name, "artifacts": entries, "damaged": damaged}
 
     def table(self, artifact_id: str) -> Table:
@@ -108,46 +108,46 @@ class Library:
             known = self._tables.get(artifact_id)
             if known is not None:
                 return known
-            joins = self._joins
-        name = next((name for name in joins.records if id_of(name) == artifact_id), None)
+            join = self._join
+        name = next((name for name in join.records if id_of(name) == artifact_id), None)
         if name is None:
             raise Unknown("no such artifact; the list on the left has those that are there")
-        table = Table(joins, name, self._arrays)
+        table = Table(join, name, self._arrays)
         with self._lock:
-            if joins is self._joins:
+            if join is self._join:
                 self._tables[artifact_id] = table
         return table
 
     # --- images ------------------------------------------------------------------------------------------------------
 
     def refusals(self, table: Table, shards: Iterable[str]) -> list[str]:
-        """Why the images of some of these shards are not shown, where that is not for want of them."""
-        found = (self._pictures.refusal(table.joins, ShardName(table.name, shard)) for shard in dict.fromkeys(shards))
+        """Why images of some of these shards are not shown, for reasons other than missing images."""
+        found = (self._images.refusal(table.join, ShardName(table.name, shard)) for shard in dict.fromkeys(shards))
         reasons = [reason for reason in found if reason is not None]
-        return [f"Pictures are not shown: {reasons[0]}."] if reasons else []
+        return [f"Images are not shown: {reasons[0]}."] if reasons else []
 
     def image(self, artifact_id: str, shard: str, row: int, small: bool) -> tuple[bytes, str]:
-        """A row's image and its media type: a small JPEG, or the bytes as they were collected. Raises Unknown."""
+        """A row's image and its media type: a small JPEG, or the original bytes. Raises Unknown."""
         table = self.table(artifact_id)
         named = table.row_name(shard, row)
         stamp = f"{table.stamp(shard)}/{row}"
         if small and (known := self._small.get((artifact_id, stamp))) is not None:
             return known, "image/jpeg"
-        data = self._pictures.of(table.joins, ShardName(table.name, shard), named)
+        data = self._images.of(table.join, ShardName(table.name, shard), named)
         if data is None:
-            reason = self._pictures.refusal(table.joins, ShardName(table.name, shard))
-            raise Unknown("there is no picture of this row" + (f": {reason}" if reason else ""))
+            reason = self._images.refusal(table.join, ShardName(table.name, shard))
+            raise Unknown("there is no image of this row" + (f": {reason}" if reason else ""))
         kind = sniff(data[:HEAD_BYTES])
         if not small and isinstance(kind, str) and kind in _TYPES:
             return data, _TYPES[kind]
         shown = small_jpeg(data, _THUMBNAIL if small else 2048)
         if shown is None:
-            raise Unknown("the picture of this row cannot be decoded")
+            raise Unknown("the image of this row cannot be decoded")
         if small:
             self._small.put((artifact_id, stamp), shown)
         return shown, "image/jpeg"
 
 
 def id_of(name: str) -> str:
-    """An artifact's id: the same each time, so that an address can be kept."""
+    """An artifact's id, the same every time, so that addresses stay valid."""
     return hashlib.sha256(name.encode()).hexdigest()[:12]

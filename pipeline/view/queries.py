@@ -1,7 +1,7 @@
-"""Rows for which a filter holds and in which a text is found: page by page, counted, and by a score.
+"""Rows that match a filter and a search: pages, counts, histograms, thresholds.
 
-Shards are gone through in order, within a budget of time for each request; what was found in a shard is kept, so the
-next request goes on where this one stopped and says how far it came.
+A request scans shards in order within a time budget. Matches are cached by shard, so the next request goes on where
+this one stopped.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Spread:
 
 
 class Finder:
-    """Answers queries over tables; remembers what it found. Safe to share between threads."""
+    """Answers queries over tables and caches matches. Safe to share between threads."""
 
     def __init__(self) -> None:
         self._matches: Cache[tuple[str, Query], Rows] = Cache(128 << 20, lambda rows: int(rows.nbytes) + 64)
@@ -128,7 +128,7 @@ class Finder:
         return Page(shown, start if start and start != _first(table) else None, beyond, stopped, faults)
 
     def count(self, table: Table, query: Query, budget: float = BUDGET) -> dict[str, Any]:
-        """How many rows there are, as far as was looked. Raises BadInput."""
+        """Matching rows among those scanned within the budget. Raises BadInput."""
         check(table, query)
         end = time.monotonic() + budget
         matched = scanned = 0
@@ -148,7 +148,7 @@ class Finder:
     # --- scores ------------------------------------------------------------------------------------------------------
 
     def spread(self, table: Table, column: str, query: Query, budget: float = BUDGET) -> tuple[Spread, int, bool]:
-        """The values of a column, the rows that were looked at for them, and whether those are all."""
+        """The values of a column, the number of rows scanned, and whether those are all."""
         check(table, query)
         if column not in table.columns or kind_of(table.columns[column].flat.type) != "number":
             raise BadInput(f"{column[:80]!r} is no column of numbers")
@@ -195,7 +195,7 @@ class Finder:
         return Spread(whole[order], where[order], rows_seen - len(whole)), seen, done
 
     def histogram(self, table: Table, column: str, query: Query) -> dict[str, Any]:
-        """Counts by bins over the whole range of a column, as far as was looked."""
+        """Counts by bins over the whole range of a column, of the rows scanned."""
         spread, seen, done = self.spread(table, column, query)
         values = spread.values
         low, high = (float(values[0]), float(values[-1])) if len(values) else (0.0, 1.0)
@@ -213,7 +213,7 @@ class Finder:
         }
 
     def threshold(self, table: Table, column: str, query: Query, value: float, at_least: bool) -> dict[str, Any]:
-        """What would stay at a threshold, exactly, and the rows nearest to it on both sides.
+        """The exact number of rows kept at a threshold, and the nearest rows on both sides.
 
         The value is taken in the column's precision, as `capipe filter --keep` does.
         """

@@ -1,7 +1,7 @@
-"""One artifact as a table: its own columns, and beside them those of every artifact that tells of the same images.
+"""One artifact as a table: its own columns, then those of all artifacts with rows of the same images.
 
-Nothing is read before it is asked for, and then only the columns that are needed, a shard at a time; what was read
-last is kept up to a budget. A table is a snapshot of what was committed when it was made.
+Columns are read on demand, a shard at a time, and cached up to a budget. A table is a snapshot of the commits at its
+creation.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Column:
 
 
 class Table:
-    def __init__(self, joins: ShardJoin, name: str, arrays: Arrays) -> None:
-        self.joins, self.name, self._arrays = joins, name, arrays
-        self.shards = list(joins.records[name])
-        self.counts = {shard: record.count for shard, record in joins.records[name].items()}
+    def __init__(self, join: ShardJoin, name: str, arrays: Arrays) -> None:
+        self.join, self.name, self._arrays = join, name, arrays
+        self.shards = list(join.records[name])
+        self.counts = {shard: record.count for shard, record in join.records[name].items()}
         self._index = {shard: number for number, shard in enumerate(self.shards)}
         self._beside = {
-            shard: {each.artifact: each for each in reversed(joins.beside(ShardName(name, shard)))}
+            shard: {each.artifact: each for each in reversed(join.beside(ShardName(name, shard)))}
             for shard in self.shards
         }
         self._fitting: dict[tuple[ShardName, ShardName], bool] = {}
@@ -74,7 +74,7 @@ class Table:
         return self._index[shard]
 
     def stamp(self, shard: str) -> str:
-        """Changes whenever what a shard shows does: its own rows, or those of an artifact beside it."""
+        """A digest of a shard's rows and of those joined to it."""
         self.number(shard)
         if shard not in self._stamps:
             places = [ShardName(self.name, shard), *self._beside[shard].values()]
@@ -83,19 +83,19 @@ class Table:
 
     @cached_property
     def whole_stamp(self) -> str:
-        """Changes whenever any shard's stamp does."""
+        """A digest of all shards' stamps."""
         return _hashed([self.name, *map(self.stamp, self.shards)])
 
     def _digest(self, place: ShardName) -> str:
-        return str(self.joins.record(place).files[f"{place.shard}.parquet"]["sha256"])
+        return str(self.join.record(place).files[f"{place.shard}.parquet"]["sha256"])
 
     # --- columns -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """Its own columns first, then others', the older artifacts' before the newer ones'.
+        """Its own columns first, then others', older artifacts' before newer ones'.
 
-        Where a name is taken, the artifact's stands before it: so what is written later renames nothing.
+        Where a name is taken, the artifact's name precedes it, so later artifacts rename nothing.
         """
         found: dict[str, Column] = {}
         for artifact, places in self._sources().items():
@@ -104,7 +104,7 @@ class Table:
                     found.setdefault(flat.name, Column(flat.name, artifact, flat))
                 elif not self._repeated(artifact, flat.name):
                     name = flat.name
-                    if name in found and artifact_spec(self.joins.artifacts[artifact].stage).shown == "text":
+                    if name in found and artifact_spec(self.join.artifacts[artifact].stage).shown == "text":
                         continue  # what came with the images was handed on
                     if name in found or name == "status":
                         name = f"{identifier(artifact)}_{name}"
@@ -112,7 +112,7 @@ class Table:
         return found
 
     def _repeated(self, artifact: str, name: str) -> bool:
-        repeated = artifact_spec(self.joins.artifacts[artifact].stage).repeated
+        repeated = artifact_spec(self.join.artifacts[artifact].stage).repeated
         return any(re.fullmatch(pattern, name) for pattern in (_SAME, repeated))
 
     def _sources(self) -> dict[str, list[ShardName]]:
@@ -122,7 +122,7 @@ class Table:
             for artifact, place in self._beside[shard].items():
                 if len(places := found.setdefault(artifact, [])) < 3:
                     places.append(place)
-        order = {name: number for number, name in enumerate(self.joins.records)}
+        order = {name: number for number, name in enumerate(self.join.records)}
         return dict(sorted(found.items(), key=lambda each: (each[0] != self.name, order[each[0]])))
 
     def _flats(self, places: Sequence[ShardName]) -> list[Flat]:
@@ -135,7 +135,7 @@ class Table:
         return []
 
     def _parquet(self, place: ShardName) -> pq.ParquetFile:
-        return self.joins.artifacts[place.artifact].parquet(place.shard)
+        return self.join.artifacts[place.artifact].parquet(place.shard)
 
     @property
     def types(self) -> dict[str, pa.DataType]:
@@ -211,8 +211,8 @@ class Table:
                 table = parquet.read(columns=leaves, use_threads=False)
             for each in missing:
                 array = _whole(each.flat.make(table))
-                if len(array) != self.joins.record(place).count:
-                    raise BadInput(f"{len(array)} rows, {self.joins.record(place).count} in the manifest")
+                if len(array) != self.join.record(place).count:
+                    raise BadInput(f"{len(array)} rows, {self.join.record(place).count} in the manifest")
                 found[each.name] = array
                 self._arrays.put((digest, each.flat.name), array)
         return found
@@ -232,7 +232,7 @@ class Table:
         return name in self.columns and self.columns[name].artifact == self.name
 
     def whole(self, shard: str, row: int) -> dict[str, dict[str, Any]]:
-        """All that is known of a row, by artifact, its own first; without bytes."""
+        """A row with those joined to it, by artifact, its own first; without bytes."""
         own = ShardName(self.name, shard)
         self.row_name(shard, row)
         found = {self.name: self._row(own, row)}

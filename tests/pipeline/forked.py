@@ -27,7 +27,7 @@ from .viewing import client_of
 _Popen: Any = subprocess.Popen
 MEGABYTE = 1 << 20
 DEADLINE = 120.0  # seconds for one command on a few images
-IMPORTED = ("datasets", "open_clip", "transformers.models.auto", "py3langid", "matplotlib.pyplot", "webdataset")
+IMPORTED = ("datasets", "open_clip", "transformers.models.auto", "py3langid", "jinja2", "webdataset")
 
 
 @dataclass

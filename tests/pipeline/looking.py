@@ -81,7 +81,9 @@ def caption(name: str, text: str, model: str = "m") -> dict[str, Any]:
     return {"name": name, "text": text, "model": model, **more}
 
 
-def write_quiz(shards: Path, folder: Path, right: Callable[[int], int], controls: bool = True) -> Artifact:
+def write_quiz(
+    shards: Path, folder: Path, right: Callable[[int], int], controls: bool = True, text: Text = words
+) -> Artifact:
     """Screened questions, and answers graded from captions: of four presentations ``right`` of an index are."""
     source = Artifact.open(str(shards))
     screened = Artifact.create(
@@ -107,7 +109,7 @@ def write_quiz(shards: Path, folder: Path, right: Callable[[int], int], controls
                 sound = row.image is not None
                 asked.write({**base, "questions": [_question(number)] if sound else [], "screener": "s"})
                 names = ["plain", *(["blind"] if controls else [])]
-                captions = [_graded(name, number, right(number) if name == "plain" else 0) for name in names]
+                captions = [_graded(name, text(number), number, right(number) * (name == "plain")) for name in names]
                 told = {"id": f"q{number}", "kind": "color", "options": 3, "answer": 1}
                 answered.write({**base, "questions": [told] if sound else [], "captions": captions if sound else []})
                 number += 1
@@ -123,11 +125,10 @@ def _question(number: int) -> dict[str, Any]:
     return {**text, "answer": 1, "status": "ok", "with_image": [1, 1], "without_image": [0, 2], "image_accuracy": 1.0}
 
 
-def _graded(name: str, number: int, right: int) -> dict[str, Any]:
+def _graded(name: str, text: str, number: int, right: int) -> dict[str, Any]:
     chosen = [1] * right + [0] * (4 - right)
     answer = {"id": f"q{number}", "chosen": chosen, "right": right, "abstained": 0, "scored": 4}
-    text = None if name == "blind" else words(number)
-    return {"name": name, "text": text, "n_tokens": 5, "status": "ok", "answers": [answer]}
+    return {"name": name, "text": None if name == "blind" else text, "n_tokens": 5, "status": "ok", "answers": [answer]}
 
 
 def write_run(folder: Path, steps: int, done: int) -> Path:
@@ -152,8 +153,10 @@ def write_chain(folder: Path, sizes: list[int], text: Text = words) -> Path:
     write_images(shards, sizes, text=text)
     write_captions(shards, folder / "captions", text)
     write_captions(shards, folder / "other", lambda index: text(index).replace("red", "crimson"), "other")
-    write_quiz(shards, folder / "eval", lambda index: 2 * (index % 2))
-    write_quiz(shards, folder / "eval-trained", lambda index: 4 - 2 * (index % 4 == 0), controls=False)
+    write_quiz(shards, folder / "eval", lambda index: 2 * (index % 2), text=text)
+    write_quiz(
+        shards, folder / "eval-trained", lambda index: 4 - 2 * (index % 4 == 0), False, lambda i: f"Trained: {text(i)}"
+    )
     write_run(folder / "run", 10, 7)
 
     def values(index: int, row: Any) -> dict[str, Any]:

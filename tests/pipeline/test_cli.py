@@ -169,11 +169,21 @@ def test_demo_ends_with_captions_report_and_shards(tmp_path: Path) -> None:
     )
     assert "<script" not in report
     assert float(accuracies["oracle"]) > float(accuracies["plain"]) and float(accuracies["empty"]) < 0.2
-    assert {row["status"] for row in table(tmp_path / "demo/captions")} == {"ok"}
+    assert "Captions before and after training" in report and report.count("After (step-000001): ") > 0
+    captions = table(at / "captions")
+    assert {row["status"] for row in captions} == {"ok"}
+    models = {caption["model"].rpartition("/")[2] for row in captions for caption in row["captions"]}
+    assert models == {"step-000001"}
+    assert {row["uid"]: row["re_caption"] for row in table(at / "filtered/shards")} == {
+        row["uid"]: row["captions"][0]["text"] for row in captions
+    }
+    assert lines[-12].endswith(f": {captions[0]['captions'][0]['text']}")
     again = capipe("demo", *small, 1, limit_s=600)
     assert again.stderr.count("done before") == 13 and again.stdout.strip().splitlines()[-12:] == lines[-12:]
     untrained = capipe("demo", *small, 0, limit_s=600)
-    assert untrained.stderr.count("done before") == 8 and "training" not in untrained.stdout
+    assert untrained.stderr.count("done before") == 5 and "training" not in untrained.stdout
+    models = {caption["model"] for row in table(at / "captions") for caption in row["captions"]}
+    assert models == {"tiny/captioner"}
     refused = capipe("demo", *small, 0, "--engine", "none", code=2).stderr
     assert "tiny.yaml: stages.captions.config: --engine 'none' is none of auto" in refused
     (tmp_path / "other/pictures").mkdir(parents=True)

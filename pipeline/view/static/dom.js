@@ -34,10 +34,10 @@ export function short(value) {
   return Math.abs(value) >= 1000 ? number(Math.round(value)) : String(+value.toPrecision(4));
 }
 
-/** A row's picture; words where there is none. */
+/** A row's image; words where there is none. */
 export function picture(source, key, large = false) {
-  const image = make("img", { src: source, alt: `Picture ${key}`, decoding: "async" });
-  image.addEventListener("error", () => image.replaceWith(make("span", { class: "none" }, "no picture")));
+  const image = make("img", { src: source, alt: `Image ${key}`, decoding: "async" });
+  image.addEventListener("error", () => image.replaceWith(make("span", { class: "none" }, "no image")));
   if (large) image.className = "large";
   return image;
 }

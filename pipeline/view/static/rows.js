@@ -1,4 +1,4 @@
-// Rows page by page, with their pictures.
+// Rows page by page, with their images.
 
 import { byId, make, number, picture, short } from "./dom.js";
 import { ask, imageOf, query, set, state } from "./state.js";

@@ -99,7 +99,7 @@ def test_a_caption_that_many_pictures_share_is_named(make_tar: MakeTar, tmp_path
     path = make_tar({f"{i:03}.jpg": photo(i) for i in range(24)})
     server.says = "A beautiful picture."
     told = annotate(path, tmp_path / "out", server)
-    assert "warning: one caption stands under 24 of 24 pictures: 'A beautiful picture.'; look whether" in told
+    assert "warning: one caption stands under 24 of 24 images: 'A beautiful picture.'; look whether" in told
     assert "warning" not in annotate(path, tmp_path / "out", server)  # nothing was done
     server.says = None
     assert "warning" not in annotate(path, tmp_path / "others", server)

@@ -22,7 +22,7 @@ from capipe.manifests.files.outside import Refused
 from capipe.manifests.files.storage import Folder
 from capipe.manifests.fingerprint import canonical
 from capipe.manifests.manifest import LINES, _checksum
-from capipe.pipeline.inspect.images import Pictures
+from capipe.pipeline.inspect.images import RowImages
 from capipe.pipeline.inspect.shard_join import ShardJoin, ShardName
 from capipe.pipeline.inspect.status_view import overview
 from capipe.pipeline.inspect.verify import verify
@@ -119,7 +119,7 @@ def test_of_a_local_folder_nothing_on_the_network_is_asked_for(
     url = url.format(store=store.url)
     name(captions, url, shards=url.removesuffix("/00000.tar"))
     shown, page = pictures_in(captions.parent)
-    assert shown == 0 and "pictures: not shown: " in page
+    assert shown == 0 and "images: not shown: " in page
     assert verify(str(captions)).notes[0].startswith("rows were not compared with its input (")
     assert overview(str(captions.parent)).artifacts and overview(str(captions)).artifacts
     fastapi = pytest.importorskip("fastapi", reason="the viewer needs capipe[view]")
@@ -130,8 +130,8 @@ def test_of_a_local_folder_nothing_on_the_network_is_asked_for(
         a = get(client, "catalog")["artifacts"][0]["id"]
         for size in ("small", "full"):
             answer = client.get("/api/image", params={"a": a, "shard": "00000", "row": 0, "size": size})
-            assert answer.status_code == 404 and "no picture of this row: " in answer.json()["error"]
-        assert get(client, "rows", a=a)["faults"][0].startswith("Pictures are not shown: ")
+            assert answer.status_code == 404 and "no image of this row: " in answer.json()["error"]
+        assert get(client, "rows", a=a)["faults"][0].startswith("Images are not shown: ")
     assert store.asked == []
 
 
@@ -155,7 +155,7 @@ def test_the_option_is_on_the_command_line(tmp_path: Path, captions: Path, store
     served(tmp_path)
     name(captions, f"{store.url}/elsewhere/00000.tar", shards=f"{store.url}/elsewhere")
     said = capipe("report", captions.parent)
-    assert "pictures not shown: " in said.stderr and "--images" in said.stderr and store.asked == []
+    assert "images not shown: " in said.stderr and "--images" in said.stderr and store.asked == []
     done = capipe("report", captions.parent, "--images", f"{store.url}/x", "--images", store.url)
     assert (
         "not shown" not in done.stderr and (captions.parent / "report.html").read_text().count("data:image/jpeg") == 2
@@ -239,10 +239,10 @@ def test_of_a_folder_in_a_store_its_own_store_is_read(tmp_path: Path, captions: 
         ("s3://another/elsewhere/00000.tar", f"{s3}/named", False),
     ):
         name(captions, url)
-        joins = ShardJoin({"captions": Artifact.open(str(captions))})
-        pictures = Pictures(Allowed(given))
+        join = ShardJoin({"captions": Artifact.open(str(captions))})
+        pictures = RowImages(Allowed(given))
         row: dict[str, Any] = table(captions)[0]
-        found = pictures.of(joins, ShardName("captions", "00000"), row)
+        found = pictures.of(join, ShardName("captions", "00000"), row)
         assert (found is not None) == shown and bool(pictures.refused) != shown
     assert Folder(f"{s3}/named").exists("elsewhere/00000.tar")
 

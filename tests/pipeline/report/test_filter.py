@@ -15,7 +15,8 @@ from PIL import Image
 
 from capipe.manifests.artifact import Artifact
 from capipe.pipeline.commands.filter import select_step
-from capipe.pipeline.inspect.histograms import draw, histograms
+from capipe.pipeline.inspect.histograms import histograms
+from capipe.pipeline.report.charts import histogram_chart
 from capipe.stages.filter.select import SelectConfig
 
 from ...stages.scored import clip, foreign_shards, plain, write_scores
@@ -31,18 +32,26 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.articles: list[list[str]] = []
         self.sides: list[int] = []
+        self.in_sides = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag == "section":
+        if tag == "section" and self.in_sides:
             self.sides.append(len(self.articles))
+        self.in_sides = self.in_sides or dict(attrs).get("class") == "sides"
         if tag == "article":
             self.articles.append([])
 
     def handle_data(self, data: str) -> None:
         if self.articles:
             self.articles[-1].append(data)
+
+    @property
+    def charts(self) -> list[str]:
+        """The score of each chart."""
+        labels = [attributes["aria-label"] or "" for tag, attributes in self.tags if attributes.get("role") == "img"]
+        return [label.partition(". ")[0] for label in labels]
 
     def images(self, kind: str) -> list[bytes]:
         sources = [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
@@ -81,7 +90,8 @@ def test_kept_and_filtered_side_by_side(shards: Path, tmp_path: Path) -> None:
             assert (row["error"] in told) if row["error"] else "clip_score >" not in told
     pictures = [Image.open(io.BytesIO(data)) for data in page.images("jpeg")]
     assert len(pictures) == 24 and all(max(picture.size) <= 300 for picture in pictures)
-    assert len(page.images("svg+xml")) == 2  # clip_score and clip_score_min: the others have no values
+    assert page.charts == ["clip_score", "clip_score_min"]  # the others have no values
+    assert "threshold 0.4; threshold 0.42" in text and text.count('class="bound s0"') == 2  # and that of --top
     assert "Filtered by" in text and "clip_score &gt; 0.4" in text
 
 
@@ -90,9 +100,9 @@ def test_nothing_from_the_data_is_markup(shards: Path, tmp_path: Path) -> None:
         return {**plain(index, row), "re_caption": EVIL, "org_caption": EVIL, "re_language": EVIL, "re_sentences": 1}
 
     page = Page(report(shards, tmp_path, evil, keep=f"clip_score > 0.5 and language != {'<b>'!r}"))
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "a"}) and "\x1b" not in str(
-        page.articles
-    )
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "form"})
+    assert all((attributes["href"] or "").startswith("#") for tag, attributes in page.tags if tag == "a")
+    assert "\x1b" not in str(page.articles)
     assert all((attributes["src"] or "").startswith("data:") for tag, attributes in page.tags if tag == "img")
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert all("".join(article).count("<script>") >= 2 for article in page.articles)  # shown, word for word
@@ -108,7 +118,7 @@ def test_what_a_report_cannot_show_it_does_without(shards: Path, tmp_path: Path)
     text = report(shards, tmp_path, odd)
     page = Page(text)
     assert len(page.articles) == 12 and "sentence 4 of 7" in text
-    assert page.images("svg+xml") == [] and len(text) < 400_000
+    assert page.charts == [] and len(text) < 400_000
 
 
 def test_repeated_images_are_shown_once(tmp_path: Path) -> None:
@@ -136,4 +146,6 @@ def test_histograms_count_every_row(shards: Path, tmp_path: Path) -> None:
         expected = np.histogram(scores.astype(np.float32), found[0].edges)[0]
         assert found[0].counts[key].tolist() == expected.tolist() and expected.sum() == 40
     assert found[0].bounds == (("re", 0.5), ("org", 0.1)) and found[1].bounds == (("re", 7.0),)
-    assert draw(found[0]) == draw(found[0]) and b"original captions" in draw(found[0])
+    chart = str(histogram_chart(found[0]))
+    assert chart == str(histogram_chart(found[0])) and "original captions" in chart
+    assert 'class="bound s0"' in chart and 'class="bound s1"' in chart and "threshold 0.5; threshold 0.1" in chart

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from capipe.pipeline.inspect.discover import find
 from capipe.pipeline.jobs.eval import report_on
 from capipe.pipeline.jobs.eval import write_report as write_evaluation
 from capipe.pipeline.report.charts import Line, line_chart
+from capipe.pipeline.report.demo import lines
 from capipe.pipeline.report.facts import SHARDS, gather, sampled
 from capipe.pipeline.report.page import write_report
 
@@ -116,6 +118,51 @@ def test_quiz_figures_are_those_of_the_evaluations(chain: Path) -> None:
     assert [each.after for each in facts.evaluations] == [None, "run"]
 
 
+def test_both_captioners_stand_beside_each_other(chain: Path, tmp_path: Path) -> None:
+    text = read(chain).text
+    section = text.partition("by both captioners")[2].partition("2 of 2 shards")[0]
+    assert section.count("Before (tiny/captioner): ") == section.count("After (step-000010): ") == 4
+    for number in (0, 2, 5, 8):  # of the eleven sound rows of the first shard
+        before = f"Before (tiny/captioner): {2 * (number % 2)} of 4 answered right {words(number)}"
+        after = f"After (step-000010): {4 - 2 * (number % 4 == 0)} of 4 answered right Trained: {words(number)}"
+        assert f"{before} {after}" in section
+    assert section.count("Trained: ") == 4
+    only = Path(shutil.copytree(chain, tmp_path / "chain"))
+    shutil.rmtree(only / "eval-trained")
+    assert "Quiz: " in read(only).text and "Before (" not in read(only).text
+
+
+def test_the_demo_ends_with_both_captions_and_the_gain(chain: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(chain, tmp_path / "demo"))
+    (folder / "run").rename(folder / "train")
+    shutil.copytree(folder / "eval/screened", folder / "questions/screened")
+    for name, old, new in (
+        ("eval", '"name": "blind"', '"name": "oracle"'),
+        ("eval-trained", "run/step-", "train/step-"),
+    ):
+        report = folder / name / "report.json"
+        report.write_text(report.read_text().replace(old, new))
+    trained = [StageState(name, name, name) for name in ("train", "export")]
+    save_chain(folder, ChainState("tiny", "2026-01-01T00:00:00Z", "", trained))
+    told = lines(folder / "report.html")
+    assert told[:2] == ["three captions:", f"  pictures/000000.jpg: {words(0)}"]
+    assert told[4].startswith("19 of 19 questions kept, e.g. What is number 0? (a, b, c) What is number 1?")
+    before, after = f"pictures/000000.jpg before: {words(0)}", f"pictures/000000.jpg after: Trained: {words(0)}"
+    assert told[6:8] == [f"  {before}", f"  {after}"]
+    values = {
+        name: {
+            system["name"]: system["quiz"]["accuracy"]["value"]
+            for system in json.loads((folder / name / "report.json").read_text())["systems"]
+        }
+        for name in ("eval", "eval-trained")
+    }
+    gain = f"{values['eval']['plain']:.2f} -> {values['eval-trained']['plain']:.2f}"
+    assert told[8].startswith(f"training: quiz accuracy {gain} in ")
+    assert told[9].startswith("filter: ") and told[-1] == f"shards: {folder}/final"
+    save_chain(folder, ChainState("tiny", "2026-01-01T00:00:00Z", "", trained[1:]))
+    assert lines(folder / "report.html") == told[:6] + told[9:]  # of a folder that was trained in before
+
+
 def test_the_file_needs_nothing_and_runs_nothing(chain: Path) -> None:
     page = read(chain)
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "form", "base"})
@@ -164,7 +211,7 @@ def test_nothing_from_the_data_is_markup(tmp_path: Path) -> None:
 def test_captions_that_many_pictures_share_are_named(tmp_path: Path) -> None:
     shards = write_images(tmp_path / "shards", [30])
     write_captions(tmp_path / "shards", tmp_path / "captions", lambda number: "A picture." if number else "A dog.")
-    assert "2 captions stand under more than 20 pictures each" in read(tmp_path).text, shards
+    assert "2 captions stand under more than 20 images each" in read(tmp_path).text, shards
     write_captions(tmp_path / "shards", tmp_path / "others" / "captions")
     assert "stand" not in read(tmp_path / "others").text
 
@@ -207,7 +254,7 @@ def test_what_is_damaged_is_told_and_costs_nothing_else(tmp_path: Path) -> None:
     assert "What could not be read" in text
     for name in ("captions (captions): ", "filtered/scores: ", "other: ", "eval: ", "chain.json: "):
         assert name in text, name
-    assert "images checked and hashed" in text and "no picture" in text
+    assert "images checked and hashed" in text and "no image" in text
 
 
 def test_large_artifacts_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.files.allowed import Allowed
 from capipe.manifests.shards import uid_of
 from capipe.manifests.verify import verify
-from capipe.pipeline.inspect.images import Pictures
+from capipe.pipeline.inspect.images import RowImages
 from capipe.pipeline.inspect.shard_join import ShardJoin, ShardName
 from capipe.stages.export.formats import FORMATS
 from capipe.stages.filter.select import STAGE
@@ -180,11 +180,11 @@ def test_the_viewer_finds_the_pictures(tmp_path: Path, format: str) -> None:
     source = final_shards(tmp_path / "final")
     export(source, tmp_path / "out", format, shard_size=3)
     found = {name: Artifact.open(str(tmp_path / name)) for name in ("final", "out")}
-    for joins in (ShardJoin(found), ShardJoin({"out": found["out"]})):
-        pictures = Pictures(Allowed(str(tmp_path)))
-        for shard in joins.records["out"]:
+    for join in (ShardJoin(found), ShardJoin({"out": found["out"]})):
+        pictures = RowImages(Allowed(str(tmp_path)))
+        for shard in join.records["out"]:
             place = ShardName("out", shard)
-            assert joins.beside(place) == []
+            assert join.beside(place) == []
             for row in found["out"].read_rows(shard):
-                data = pictures.of(joins, place, row)
+                data = pictures.of(join, place, row)
                 assert (data and uid_of(data)) == (row["uid"] if row["status"] == "ok" else None)

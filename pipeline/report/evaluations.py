@@ -1,0 +1,134 @@
+"""Quiz accuracies of a folder's evaluations, and what training gained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from ...errors import BadInput, CapipeError
+from ...stages.export.provenance import last_part, public
+from ...stages.questions.grade import CONTROLS
+from ...trainer.evaluation.bootstrap import Estimate
+from ..inspect.discover import EVALUATION, Found
+from .charts import Bar
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quiz accuracies of one evaluation. ``after``: the training run whose checkpoint wrote the captions, if any."""
+
+    name: str
+    captioner: str
+    reader: str
+    images: int
+    questions: int
+    after: str | None
+    bars: list[Bar]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """By system: an annotate caption's name, or a control."""
+        return {bar.name: bar.value for bar in self.bars}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The same system's captions by the captioner before and after training."""
+
+    system: str
+    before: Evaluation
+    after: Evaluation
+
+    @property
+    def accuracy_before(self) -> float:
+        return self.before.accuracies[self.system]
+
+    @property
+    def accuracy_after(self) -> float:
+        return self.after.accuracies[self.system]
+
+
+def read_evaluations(found: Found) -> tuple[list[Evaluation], dict[str, str]]:
+    """The evaluations of a folder, those of trained captioners last, and why others could not be read, by name."""
+    evaluations: list[Evaluation] = []
+    damaged: dict[str, str] = {}
+    for name, folder in found.evaluations.items():
+        try:
+            evaluations.append(_evaluation(name, folder, list(found.runs)))
+        except (CapipeError, OSError, ValueError) as error:
+            damaged[name] = str(error)
+    return sorted(evaluations, key=lambda evaluation: evaluation.after is not None), damaged
+
+
+def gain_of(evaluations: Sequence[Evaluation]) -> Gain | None:
+    """The first evaluations before and after training, if they share a system that is no control."""
+    after = next((evaluation for evaluation in evaluations if evaluation.after is not None), None)
+    before = next((evaluation for evaluation in evaluations if evaluation.after is None), None)
+    if after is None or before is None:
+        return None
+    shared = (name for name in after.accuracies if name in before.accuracies and name not in CONTROLS)
+    system = next(shared, None)
+    return None if system is None else Gain(system, before, after)
+
+
+def quiz_bars(evaluations: Sequence[Evaluation]) -> list[Bar]:
+    """All evaluations in one chart: captions before and after training first, the controls below them."""
+    named = [
+        Bar(bar.name if not bar.emphasis else f"{each.name}: {bar.name}", bar.value, bar.low, bar.high, bar.emphasis)
+        for each in evaluations
+        for bar in each.bars
+    ]
+    order = {bar.name: None for bar in sorted(named, key=lambda bar: (-bar.emphasis, bar.name.rpartition(": ")[2]))}
+    by_name = {bar.name: bar for bar in named}
+    return [by_name[name] for name in order]
+
+
+@dataclass(frozen=True)
+class _Quiz:
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class _System:
+    name: str
+    quiz: _Quiz
+
+
+@dataclass(frozen=True)
+class _Caution:
+    text: str
+
+
+@dataclass(frozen=True)
+class _Report:
+    """The fields that are shown of trainer/evaluation/results.py's report; importing that takes seconds for torch."""
+
+    images: int
+    questions: int
+    settings: dict[str, JsonValue]
+    systems: tuple[_System, ...]
+    warnings: tuple[_Caution, ...] = ()
+
+
+def _evaluation(name: str, folder: Path, runs: Sequence[str]) -> Evaluation:
+    try:
+        report = TypeAdapter(_Report).validate_json((folder / EVALUATION).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BadInput(f"{EVALUATION}: {field}: {first['msg']}; `capipe eval` writes it anew") from None
+    captioner = str(report.settings.get("captioner", "")).rpartition("@")[0]
+    after = next((run for run in runs if f"/{run}/step-" in f"/{captioner}"), None)
+    bars = []
+    for system in report.systems:
+        quiz = system.quiz.accuracy
+        if quiz.value is not None:
+            bars.append(Bar(system.name, quiz.value, quiz.low, quiz.high, int(system.name not in CONTROLS)))
+    reader = str(report.settings.get("reader", "")).partition("@")[0]
+    shown = last_part(captioner) if "/step-" in captioner else captioner
+    warnings = tuple(warning.text for warning in report.warnings)
+    return Evaluation(name, shown, public(reader), report.images, report.questions, after, bars, warnings)
