@@ -176,7 +176,7 @@ class RayWorkerHandle:
         self.coming = actor.hello.remote()
 
     def send(self, order: Order) -> None:
-        self.actor.send.remote(order)
+        self.actor.send_order.remote(order)
 
     def end(self) -> str | None:
         self.kill()
