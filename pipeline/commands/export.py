@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ...errors import BadInput
 from ...terminal import print_err
-from ..runners.interrupts import interrupts
 from . import options as o
 from .run_job import conclude
 
@@ -45,6 +42,7 @@ def export(
     """Write finished shards in the files that trainers read, with a dataset card; image bytes stay what they are."""
     from ...stages.export.card import CardWords
     from ..jobs.export import execute_export, finish, plan_export
+    from ..runners.pool_job import job_session
     from ..runners.progress import Progress
 
     words = CardWords(
@@ -61,12 +59,11 @@ def export(
         workers=workers,
         fresh=fresh,
     )
-    stop = threading.Event()
     done = made.artifact.committed().values()
     before = sum(record.count for record in done)
     progress = Progress("export", made.shards, len(done), made.rows, before, ready=time.monotonic())
     try:
-        with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
+        with job_session(progress) as (report, stop):
             outcome = execute_export(made, report, stop)
         for note in finish(made, words) or []:
             print_err(note)

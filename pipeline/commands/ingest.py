@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from rich.console import Console
 
 from ...errors import BadInput
 from ...models.tiny.world.scenes import Split
 from ...terminal import print_line
-from ..runners.interrupts import interrupts
 from .options import Fresh, Out, validated
 from .run_job import conclude
 
@@ -86,6 +83,7 @@ def ingest(
     """Turn images from anywhere into checked, hashed shards; every file, member and table row becomes a row."""
     from ...stages.ingest.shard import IngestConfig
     from ..jobs.ingest import execute_ingest, plan_ingest
+    from ..runners.pool_job import job_session
     from ..runners.progress import Progress
 
     config = validated(
@@ -104,10 +102,9 @@ def ingest(
         follow_links=follow_links,
     )
     plan = plan_ingest(sources, out, config, workers=workers, fresh=fresh)
-    stop = threading.Event()
     progress = Progress("ingest", None, len(plan.artifact.committed()), ready=time.monotonic())
     try:
-        with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
+        with job_session(progress) as (report, stop):
             outcome = execute_ingest(plan, report, stop)
     finally:
         plan.artifact.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import threading
 import traceback
@@ -34,6 +35,13 @@ class Failed(Generic[Task]):
     task: Task
     error: str
     details: str = ""
+
+
+def worker_count(requested: int | None, shared: bool) -> int:
+    """Processes for :func:`run_pool`: one per core by default, 0 where other processes cannot see the files."""
+    if not shared:
+        return 0
+    return requested if requested is not None else len(os.sched_getaffinity(0))
 
 
 def run_pool(
