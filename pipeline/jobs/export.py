@@ -151,18 +151,18 @@ def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
-def _extension(source: Artifact, shards: list[ShardRecord], requested: str) -> str | None:
+def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | None:
     """The extension that all images get, or None where they keep theirs.
 
     Where they differ, `datasets` refuses the tars, or silently reads null for every image with another extension than
     the first five. Readers decode by content, so one extension does for all.
     """
-    if requested == "keep":
+    if wish == "keep":
         return None
-    if requested != "auto":
-        if requested not in EXTENSIONS:
-            raise BadInput(f"--image-extension {requested}: use auto, keep, or one of {', '.join(EXTENSIONS)}")
-        return requested
+    if wish != "auto":
+        if wish not in EXTENSIONS:
+            raise BadInput(f"--image-extension {wish}: use auto, keep, or one of {', '.join(EXTENSIONS)}")
+        return wish
     present: set[str] = set()
     for record in shards:
         present |= image_extensions(source, record)

@@ -23,21 +23,21 @@ from .messages import Event, Want, WorkerFailed
 from .scheduler import Order
 from .worker import Answer, Channel, Stage, work_with
 
-EXIT_SECONDS = 20.0  # a finished worker's libraries have to tidy up
-CLOSING_SECONDS = 10.0  # a dismissed worker has to close its engine
+EXIT_SECONDS = 20.0  # for the exit handlers of a finished worker's libraries
+CLOSING_SECONDS = 10.0  # for a dismissed worker to close its engine
 
 
 class PipeChannel:
-    """The worker's end: requests shards and reports through one duplex pipe; a thread reads what comes back.
+    """The worker's end of a duplex pipe: requests shards and sends events; a thread reads the runner's orders.
 
-    ``leave`` is called in the event loop when the runner says so.
+    ``leave``: called in the event loop on the order "leave".
     """
 
     def __init__(self, connection: Connection, leave: Callable[[], object]) -> None:
         self.stopping = asyncio.Event()
         self._connection, self._leave = connection, leave
         self._answers: asyncio.Queue[Answer] = asyncio.Queue()
-        self._asked = False  # and not answered but by "wait"
+        self._asked = False  # without an answer other than "wait"
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -48,15 +48,15 @@ class PipeChannel:
                 message = self._connection.recv()
             except (EOFError, OSError, TypeError):  # TypeError: our own end was closed while this read from it
                 if self._connection.closed:
-                    return  # our own end: the work is over
-                # The runner is gone, and with it the lock on the output: stop at once, and the engine first. Mostly
-                # the kernel was quicker, for us as for the engine.
+                    return  # our own end: the work is done
+                # The runner is gone, and with it the lock on the output: exit at once, the engine first. Usually the
+                # kernel's death signal was quicker.
                 end(descendants(os.getpid()), grace=0)
                 os._exit(3)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the work just ended by itself
-                self._heed(message)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the work just ended
+                self._handle(message)
 
-    def _heed(self, message: Any) -> None:
+    def _handle(self, message: Any) -> None:
         if message == "leave":
             self._loop.call_soon_threadsafe(self._leave)
             return
@@ -79,10 +79,9 @@ class PipeChannel:
 def worker_main(connection: Connection, stage: Stage, artifact: Artifact, gpu: str | None) -> None:
     """Entry point of a worker process."""
     redact_output()
-    # A terminal sends Ctrl-C, and its own end, to the whole group, engine processes included. Blocked signals are
-    # inherited, so only the runner hears it, and lets us finish what is in the engine. A scheduler sends SIGTERM
-    # to all processes of a job; children of ours are to hear it from their engine, so it is not blocked: only we do
-    # nothing then.
+    # A terminal sends SIGINT and SIGHUP to the whole process group, engine processes included. Blocked signals are
+    # inherited, so only the runner gets them, and lets us finish the rows in the engine. A batch system sends SIGTERM
+    # to all processes of a job; an engine ends its own processes by SIGTERM, so it is not blocked, only ignored here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
@@ -104,18 +103,18 @@ async def _worker(connection: Connection, stage: Stage, artifact: Artifact) -> W
     assert task is not None
     try:
         return await work_or_failure(stage, artifact, PipeChannel(connection, task.cancel))
-    except asyncio.CancelledError:  # dismissed, and the engine is closed
+    except asyncio.CancelledError:  # by "leave"; the engine is closed
         return None
 
 
 async def work_or_failure(stage: Stage, artifact: Artifact, channel: Channel) -> WorkerFailed | None:
-    """Work to the end; what ended it early is what a runner is to be told last."""
+    """Work to the end; returns what ended it early, the worker's last event."""
     started = time.monotonic()
     try:
         processor = await stage.load()
     except CapipeError as error:
         return WorkerFailed(str(error), error.exit_code, final=error.exit_code != RunFailed.exit_code)
-    except Exception as error:  # a card without room, a broken library: a later try, or another place, may fare better
+    except Exception as error:  # no GPU memory, a broken library: a later try, or another slot, may do
         text = next(iter(str(error).splitlines()), "")
         return WorkerFailed(f"{type(error).__name__}: {text}", RunFailed.exit_code, final=False)
     try:
@@ -128,7 +127,7 @@ async def work_or_failure(stage: Stage, artifact: Artifact, channel: Channel) ->
 
 
 class ProcessWorkerHandle:
-    """A worker process and our end of its pipe."""
+    """A worker process and the runner's end of its pipe."""
 
     started = True
 
@@ -137,7 +136,7 @@ class ProcessWorkerHandle:
         self._dismissed: float | None = None
 
     def send(self, order: Order) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end of the pipe says so to who listens
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # listen() sees the end of the pipe
             self.connection.send(order)
 
     def end(self) -> str | None:
@@ -162,12 +161,12 @@ class ProcessWorkerHandle:
         end(processes)
 
     def _descendants(self) -> set[Identity]:
-        """What it started; of a dead one nothing, as its pid may be another's."""
+        """Its live descendants; none of a dead process, whose pid may be reused."""
         return descendants(self._process.pid) if self._process.is_alive() else set()
 
 
 class ProcessWorkerPool:
-    """Worker processes on this machine. ``gpus``: one worker each, an empty list means one on CPU."""
+    """Worker processes on this machine. ``gpus``: one worker each; empty: one on CPU."""
 
     def __init__(self, stage: Stage, artifact: Artifact, gpus: Sequence[str] = ()) -> None:
         self._stage, self._artifact = stage, artifact
@@ -176,14 +175,14 @@ class ProcessWorkerPool:
         self._handles: list[ProcessWorkerHandle] = []
         self._context = multiprocessing.get_context("spawn")
 
-    def start(self, place: int) -> ProcessWorkerHandle:
+    def start(self, slot: int) -> ProcessWorkerHandle:
         ours, theirs = self._context.Pipe()
-        arguments = (theirs, self._stage, self._artifact.attach(), self._gpus[place])
+        arguments = (theirs, self._stage, self._artifact.attach(), self._gpus[slot])
         process = self._context.Process(target=worker_main, args=arguments)
         with spawned_follow():
             process.start()
         theirs.close()
-        gpu = self._gpus[place]
+        gpu = self._gpus[slot]
         self._handles.append(ProcessWorkerHandle(process, ours, "this machine" if gpu is None else f"GPU {gpu}"))
         return self._handles[-1]
 
@@ -199,4 +198,4 @@ class ProcessWorkerPool:
             yield handle, event
 
     def close(self) -> None:
-        """Nothing is left of it once its workers are gone."""
+        """Holds nothing but its workers."""
