@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import selectors
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ...errors import CapipeError, RunFailed
-from ...models.images.worker_process import Worker, WorkerDiedError
+from ...models.worker_process import Worker, WorkerDiedError, readable
 from ...terminal import print_err
 
 Task = TypeVar("Task")
@@ -99,6 +98,9 @@ class _Attempt(Generic[Task, Result]):
     number: int
     ready: bool
 
+    def fileno(self) -> int:
+        return self.worker.fileno()
+
 
 class _Pool(Generic[Task, Result]):
     def __init__(self, function: Callable[[Task], Result], careful: Callable[[Task], Task]) -> None:
@@ -119,7 +121,7 @@ class _Pool(Generic[Task, Result]):
                 self._start(task, 1)
             if not self._running:
                 break
-            for attempt in self._readable():
+            for attempt in readable(self._running, _POLL_SECONDS):
                 if not attempt.ready:
                     self._await_ready(attempt)
                     continue
@@ -155,12 +157,6 @@ class _Pool(Generic[Task, Result]):
     def _send(self, attempt: _Attempt[Task, Result]) -> None:
         with contextlib.suppress(WorkerDiedError):  # raised again, and handled, when the answer is collected
             attempt.worker.send(attempt.task)
-
-    def _readable(self) -> list[_Attempt[Task, Result]]:
-        with selectors.DefaultSelector() as selector:
-            for attempt in self._running:
-                selector.register(attempt.worker.fileno(), selectors.EVENT_READ, attempt)
-            return [key.data for key, _ in selector.select(_POLL_SECONDS)]
 
     def _collect(self, attempt: _Attempt[Task, Result]) -> Done[Task, Result] | Failed[Task]:
         """The attempt's result. Its worker, unless it died, becomes idle."""

@@ -1,6 +1,6 @@
 """A program for tests: the real runners with a stage whose loads fail, and whose decoders hang, where they are told to.
 
-Imported as a module by the processes it starts: run `python -c 'import staged_run; staged_run.main()' JSON`.
+Imported as a module by the processes it starts: :func:`.leftovers.staged` is the command that runs it.
 """
 
 from __future__ import annotations
