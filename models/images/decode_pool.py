@@ -14,10 +14,10 @@ from typing import Generic, TypeGuard, TypeVar
 
 from ...errors import BadInput, RunFailed
 from ...manifests.status import Status
+from ..worker_process import Worker, WorkerDiedError
 from .decode import ImageLimits, Pixels, decode_rgb, grid_size, is_plain, plain_copy
 from .formats import ImageProblem
 from .grid import ImageGrid
-from .worker_process import Worker, WorkerDiedError
 
 Result = TypeVar("Result")
 Batch = Sequence[bytes]

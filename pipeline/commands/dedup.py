@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
 from ...terminal import print_err
-from ..runners.interrupts import interrupts
+from ..runners.pool_job import job_session
 from ..runners.progress import Progress
 from . import options as o
 from .option_groups import flattened
@@ -97,9 +95,8 @@ def dedup(options: DedupOptions) -> None:
 
 def _step(name: str, total: int | None, artifacts: list[Artifact], run: Callable[..., tuple[Artifact, Any]]) -> Exit:
     """Run one pass under its progress display, keep its artifact's lock, and say what came of it."""
-    stop = threading.Event()
     progress = Progress(name, total, ready=time.monotonic())
-    with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
+    with job_session(progress) as (report, stop):
         artifact, outcome = run(report, stop)
     artifacts.append(artifact)
     return conclude(artifact.url, outcome.interrupted, progress.finished_line())

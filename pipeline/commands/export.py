@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ...errors import BadInput
 from ...terminal import print_err
-from ..runners.interrupts import interrupts
 from . import options as o
 from .option_groups import flattened
 from .run_job import conclude
@@ -67,6 +64,7 @@ def check(options: ExportOptions) -> CardWords:
 def export(options: ExportOptions) -> None:
     """Write finished shards in the files that trainers read, with a dataset card; image bytes stay what they are."""
     from ..jobs.export import execute_export, finish, plan_export
+    from ..runners.pool_job import job_session
     from ..runners.progress import Progress
 
     words = check(options)
@@ -81,12 +79,11 @@ def export(options: ExportOptions) -> None:
         workers=options.workers,
         fresh=options.fresh,
     )
-    stop = threading.Event()
     done = made.artifact.committed().values()
     before = sum(record.count for record in done)
     progress = Progress("export", made.shards, len(done), made.rows, before, ready=time.monotonic())
     try:
-        with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
+        with job_session(progress) as (report, stop):
             outcome = execute_export(made, report, stop)
         for note in finish(made, words) or []:
             print_err(note)

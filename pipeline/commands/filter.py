@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
 from ...terminal import print_err
-from ..runners.interrupts import interrupts
 from ..runners.placement import Placement
+from ..runners.pool_job import job_session
 from ..runners.progress import Progress
 from . import options as o
 from .option_groups import flattened
@@ -159,18 +157,17 @@ def select_step(
     from ..report.filter import write_filter_report
 
     plan = plan_select(scores, shards, out, config, marks=marks, workers=workers, fresh=fresh)
-    print_err(plan.found.line())
-    if warning := plan.found.warning():
+    print_err(plan.selection.line())
+    if warning := plan.selection.warning():
         print_err(f"warning: {warning}")
-    stop = threading.Event()
     before = sum(task.rows for task in plan.tasks) - sum(task.rows for task in plan.todo)
     done = len(plan.tasks) - len(plan.todo)
-    progress = Progress("select", len(plan.tasks), done, sum(plan.found.sizes), before, ready=time.monotonic())
+    progress = Progress("select", len(plan.tasks), done, sum(plan.selection.sizes), before, ready=time.monotonic())
     try:
-        with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
+        with job_session(progress) as (report, stop):
             outcome = execute_select(plan, report, stop)
         if len(plan.artifact.committed()) == len(plan.tasks):
-            print_err(f"report: {write_filter_report(plan.artifact, plan.found.rule, plan.shards)}")
+            print_err(f"report: {write_filter_report(plan.artifact, plan.selection.rule, plan.shards)}")
             write_uids(plan.artifact)
     finally:
         plan.artifact.close()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from rich.console import Console
 
 from ...errors import BadInput
 from ...models.tiny.world.scenes import Split
 from ...terminal import print_line
-from ..runners.interrupts import interrupts
 from .option_groups import flattened, settings
 from .options import Fresh, Out, Workers, validated
 from .run_job import conclude
@@ -116,14 +113,14 @@ def check(options: IngestOptions) -> IngestConfig:
 def ingest(options: IngestOptions) -> None:
     """Turn images from anywhere into checked, hashed shards; every file, member and table row becomes a row."""
     from ..jobs.ingest import execute_ingest, plan_ingest
+    from ..runners.pool_job import job_session
     from ..runners.progress import Progress
 
     config = check(options)
     plan = plan_ingest(options.sources, options.out, config, workers=options.workers, fresh=options.fresh)
-    stop = threading.Event()
     progress = Progress("ingest", None, len(plan.artifact.committed()), ready=time.monotonic())
     try:
-        with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
+        with job_session(progress) as (report, stop):
             outcome = execute_ingest(plan, report, stop)
     finally:
         plan.artifact.close()

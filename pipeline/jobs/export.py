@@ -1,11 +1,10 @@
-"""`capipe export`, put together: a finished artifact checked, then its shards over the pool."""
+"""The job of `capipe export`: a finished artifact checked, then its shards written by the worker pool."""
 
 from __future__ import annotations
 
 import errno
 import functools
 import hashlib
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import ArtifactMismatch, BadInput, CapipeError, RunFailed
+from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
 from ...manifests.status import Status
@@ -24,19 +23,18 @@ from ...stages.export.parquet import JSON, URL
 from ...stages.export.plan import ExportTask, as_they_are, of_size
 from ...stages.export.source import column_of, image_extensions
 from ...stages.export.write import STAGE, ExportConfig, export_shards
-from ..runners.messages import Event, Pulse, ShardDone, ShardFailed
-from ..runners.pool import Done, run_pool
+from ..runners.messages import Event
+from ..runners.pool import worker_count
+from ..runners.pool_job import run_pool_job
 from ..runners.shard_queue import JobResult
-from ..runners.worker import disk_text
 from .export_files import extras, write_files
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # what OpenCLIP looks for
-_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """An export before its first shard: the locked output and what of the source is still to do."""
+    """An export before its first shard: the locked output and the tasks still to do."""
 
     config: ExportConfig
     source: Artifact
@@ -48,7 +46,7 @@ class ExportPlan:
 
     @property
     def shards(self) -> int:
-        """Shards that there are to be."""
+        """Shards of the finished export."""
         return sum(len(task.pieces) for task in self.tasks)
 
     @property
@@ -74,9 +72,9 @@ def plan_export(
     workers: int | None = None,
     fresh: bool = False,
 ) -> ExportPlan:
-    """Check the source, settle how images are called, lock the output. Raises CapipeError; then nothing was written.
+    """Check the source, choose the images' extension, lock the output. Raises CapipeError; then nothing was written.
 
-    ``image_extension``: auto (one name for all where they differ), keep, or a name. ``shard_size``: most pairs of a
+    ``image_extension``: auto (one for all where they differ), keep, or an extension. ``shard_size``: most pairs of a
     shard; None for the source's own shards.
     """
     writer = writer_class(format, "--format")
@@ -108,9 +106,8 @@ def plan_export(
     except CapipeError:
         artifact.close()
         raise
-    count = workers if workers is not None else len(os.sched_getaffinity(0))
-    shared = artifact.folder.is_shared and source.folder.is_shared
-    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)) if shared else 0, link)
+    count = worker_count(workers, artifact.folder.is_shared and source.folder.is_shared)
+    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)), link)
 
 
 def _complete(source: Artifact) -> list[ShardRecord]:
@@ -120,10 +117,10 @@ def _complete(source: Artifact) -> list[ShardRecord]:
     if total is None or len(records) != total:
         text = f"{source.url}: {len(records)} of {'?' if total is None else total} shards are committed"
         raise BadInput(f"{text}; run its stage ({source.stage}) to the end first")
-    bare = next((r.shard for r in records if f"{r.shard}.tar" not in r.files), None)
-    if bare is not None or not records:
+    tarless = next((r.shard for r in records if f"{r.shard}.tar" not in r.files), None)
+    if tarless is not None or not records:
         text = f"{source.url}: an artifact of stage {source.stage!r} without tars" + (
-            f" (shard {bare})" if bare else ""
+            f" (shard {tarless})" if tarless else ""
         )
         raise BadInput(f"{text}; export what `filter`, `annotate --pack` or `ingest` wrote")
     if not any(record.rows.get(Status.OK) for record in records):
@@ -132,18 +129,20 @@ def _complete(source: Artifact) -> list[ShardRecord]:
 
 
 def _refuse_repeated_keys(source: Artifact, shards: list[ShardRecord], what: str, *, pairs_only: bool) -> None:
-    """Energon finds samples, and LLaVA's list names them, by key alone; shards put together are one. Remembers eight
-    bytes a key. ``what`` needs them to be unique."""
-    marks = [
-        np.array([_mark(key) for key in column_of(source, record, "key", pairs_only=pairs_only)], np.uint64)
+    """Refuse keys that occur twice: Energon and LLaVA find samples by key alone, and so does a merged shard.
+
+    Holds eight bytes a key in memory. ``what``: the option that needs unique keys.
+    """
+    hashes = [
+        np.array([_hash(key) for key in column_of(source, record, "key", pairs_only=pairs_only)], np.uint64)
         for record in shards
     ]
-    values, counts = np.unique(np.concatenate(marks), return_counts=True)
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
     suspects = set(values[counts > 1].tolist())
     where: dict[str, str] = {}
     for record in shards if suspects else []:
         for key in column_of(source, record, "key", pairs_only=pairs_only):
-            if _mark(key) not in suspects:
+            if _hash(key) not in suspects:
                 continue
             if key in where:
                 text = f"{source.url}: key {key!r} is in shard {where[key]} and in {record.shard}; {what} needs unique"
@@ -151,27 +150,27 @@ def _refuse_repeated_keys(source: Artifact, shards: list[ShardRecord], what: str
             where[key] = record.shard
 
 
-def _mark(key: str) -> int:
+def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | None:
-    """The name that all images get, or None where they keep theirs.
+    """The extension that all images get, or None where they keep theirs.
 
-    Where they differ, `datasets` refuses the tars, or reads null for every image that is called otherwise than the
-    first five, and says nothing. Readers decode by content, so one name does for all.
+    Where they differ, `datasets` refuses the tars, or silently reads null for every image with another extension than
+    the first five. Readers decode by content, so one extension does for all.
     """
     if wish == "keep":
         return None
     if wish != "auto":
         check_extension(wish)
         return wish
-    found: set[str] = set()
+    present: set[str] = set()
     for record in shards:
-        found |= image_extensions(source, record)
-        if len(found) > 1:
+        present |= image_extensions(source, record)
+        if len(present) > 1:
             break
-    return None if len(found) == 1 and found <= set(EXTENSIONS) else EXTENSIONS[0]
+    return None if len(present) == 1 and present <= set(EXTENSIONS) else EXTENSIONS[0]
 
 
 def _check_link(source: Artifact, out: str, config: ExportConfig) -> None:
@@ -184,17 +183,17 @@ def _check_link(source: Artifact, out: str, config: ExportConfig) -> None:
 
 
 def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask]) -> list[ExportTask]:
-    """What is not committed, of each task the pieces that are not."""
+    """The tasks with uncommitted pieces, reduced to these."""
     committed = artifact.committed()
     todo = []
     for task in tasks:
         missing = []
         for piece in task.pieces:
-            made = committed.pop(piece.shard, None)
-            if made is None:
+            record = committed.pop(piece.shard, None)
+            if record is None:
                 missing.append(piece)
-            elif _without_urls(made.input) != _without_urls(task.made_of(source, piece)):
-                shards = ", ".join(record.shard for record in task.sources)
+            elif _without_urls(record.input) != _without_urls(task.made_of(source, piece)):
+                shards = ", ".join(source_record.shard for source_record in task.sources)
                 raise _changed(artifact, f"shard {shards} of {source.url} changed")
         if missing:
             todo.append(replace(task, pieces=tuple(missing)))
@@ -203,10 +202,10 @@ def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask]) -> list
     return todo
 
 
-def _without_urls(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the source lies may change."""
-    parts = [{**part, "url": ""} for part in made_of.get("shards", ())]
-    return {**made_of, "url": "", "shards": parts}
+def _without_urls(input_info: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's input without its locations: a source may be moved."""
+    parts = [{**part, "url": ""} for part in input_info.get("shards", ())]
+    return {**input_info, "url": "", "shards": parts}
 
 
 def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
@@ -214,50 +213,34 @@ def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
     return ArtifactMismatch(f"{text}; use another --out, or --fresh to start over")
 
 
-def execute_export(made: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
-    """Export what is not committed yet; shards that cannot be done are quarantined. Ends early once ``stop`` is set."""
-    outcome = JobResult()
-    function = functools.partial(
-        _write_shard, source=made.source, artifact=made.artifact.attach(), config=made.config, link=made.link
-    )
-    for result in run_pool(made.todo, function, made.workers, stop):
-        if isinstance(result, Done):
-            for record in result.result:
-                report(Pulse(rows=record.rows))
-                report(ShardDone(record))
-        else:
-            made.artifact.quarantine(result.task.shard, result.error)
-            outcome.quarantined[result.task.shard] = result.error
-            report(ShardFailed(result.task.shard, result.error))
-    outcome.interrupted = stop.is_set()
-    return outcome
+def execute_export(plan: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
+    """Export what is not committed yet; returns when all shards are committed or quarantined, or ``stop`` is set."""
+    write = functools.partial(_write_shards, source=plan.source, config=plan.config, link=plan.link)
+    return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
 
 
-def _write_shard(
-    task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, link: bool
+def _write_shards(
+    task: ExportTask, source: Artifact, config: ExportConfig, link: bool, artifact: Artifact
 ) -> list[ShardRecord]:
-    """A full disk ends the run: neither a retry nor another shard would mend it. The rest is tried again."""
     try:
         return export_shards(task, source, artifact, config, link=link)
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise BadInput("--link: the shards and --out are on different file systems; leave it out to copy") from None
-        if error.errno in _HOPELESS:
-            raise RunFailed(disk_text(error, artifact.url)) from error
         raise
 
 
-def finish(made: ExportPlan, words: CardWords) -> list[str] | None:
-    """Once every shard is there, write the files over all of them; returns what readers should know, else None."""
-    if len(made.artifact.committed()) < made.shards:
+def finish(plan: ExportPlan, words: CardWords) -> list[str] | None:
+    """Once every shard is committed, write the files over all of them; returns notes for a reader, else None."""
+    if len(plan.artifact.committed()) < plan.shards:
         return None
-    said = list(_notes(made.artifact, made.config))
-    write_files(made.artifact, made.source, words, made.config.format, said)
-    return said
+    notes = list(_notes(plan.artifact, plan.config))
+    write_files(plan.artifact, plan.source, words, plan.config.format, notes)
+    return notes
 
 
 def _notes(artifact: Artifact, config: ExportConfig) -> Iterator[str]:
-    """What a reader of the export should know, a sentence each; they are in the card, too."""
+    """Notes for a reader of the export, a sentence each; the card has them, too."""
     sums: Counter[str] = Counter()
     for record in artifact.committed().values():
         sums.update({name: n for name, n in record.stats.items() if isinstance(n, int)})

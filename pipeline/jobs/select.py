@@ -1,9 +1,8 @@
 """The second step of `capipe filter`: scored rows into final shards. One task is one final shard, made of whole input
-shards, written by one process from start to end.
+shards and written by one process.
 
-First the scores alone are looked at (:mod:`.select_plan`): what is kept, the exact threshold, which input shards
-go into which final one. Then images are copied. No model is loaded in either; another threshold costs the copying
-alone.
+First the scores alone are read (:mod:`.select_plan`): the kept rows, the exact threshold, the input shards of each
+final one. Then images are copied. Neither loads a model; another threshold costs the copying alone.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,9 +40,9 @@ from ...stages.filter.select import (
     uid_list,
 )
 from ..runners.messages import Event
-from ..runners.pool import run_pool
+from ..runners.pool import worker_count
+from ..runners.pool_job import run_pool_job
 from ..runners.shard_queue import JobResult
-from .ingest import settle, writing
 from .select_plan import MARKS, SCORES, ShardPlan, ok_uids, plan_shards, read_columns
 
 UIDS = f"{PRIVATE}/uids.npy"
@@ -53,9 +51,9 @@ _START_OVER = "use another --out, or --fresh to start over"
 
 @dataclass(frozen=True)
 class GroupTask:
-    """One final shard: the input shards it is made of, in order, and how many rows these have and are kept.
+    """One final shard: its input shards in order, how many rows they have, and how many of these are kept.
 
-    ``over``: the committed one that it takes the place of, made before some of these rows were done again.
+    ``over``: the committed shard that it replaces, made before some of these rows were done again.
     """
 
     shard: str
@@ -69,7 +67,7 @@ class GroupTask:
 class SelectPlan:
     """A selection before its first image is read: the locked output and the final shards still to write."""
 
-    found: ShardPlan
+    selection: ShardPlan
     artifact: Artifact
     tasks: list[GroupTask]
     todo: list[GroupTask]
@@ -96,28 +94,28 @@ def plan_select(
     """
     if scores.stage != "score":
         raise BadInput(f"{scores.url}: an artifact of stage {scores.stage!r}; give --scores those of `capipe filter`")
-    beside = {SCORES: scores} | ({MARKS: marks} if marks is not None else {})
-    shards = join(expand(pattern), beside)
-    reads = read_places(pattern, shards, beside.values())
+    sidecars = {SCORES: scores} | ({MARKS: marks} if marks is not None else {})
+    shards = join(expand(pattern), sidecars)
+    reads = read_places(pattern, shards, sidecars.values())
     refuse_overwriting(out, reads)
     _refuse_another_stage(out)
-    found = plan_shards(shards, scores, config)
-    tasks = _tasks(shards, found)
+    selection = plan_shards(shards, scores, config)
+    tasks = _tasks(shards, selection)
     source = input_artifact(pattern)
     semantic = {
         "select": config.model_dump(mode="json"),
-        "text": found.rule.text,
-        "threshold": found.rule.threshold_text,
+        "text": selection.rule.text,
+        "threshold": selection.rule.threshold_text,
         "input": source.fingerprint if source else None,
-        **{name: artifact.fingerprint for name, artifact in beside.items()},
+        **{name: artifact.fingerprint for name, artifact in sidecars.items()},
     }
     run = {
         "shards": pattern,
         "shards_total": len(tasks),
-        "candidates": found.candidates,
-        "eligible": found.eligible,
-        "kept": sum(found.kept),
-        **{name: artifact.url for name, artifact in beside.items()},
+        "candidates": selection.candidates,
+        "eligible": selection.eligible,
+        "kept": sum(selection.kept),
+        **{name: artifact.url for name, artifact in sidecars.items()},
     }
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
     try:
@@ -127,8 +125,7 @@ def plan_select(
         artifact.close()
         raise
     shared = artifact.folder.is_shared and all(shard.is_shared for shard in shards)
-    count = workers if workers is not None else len(os.sched_getaffinity(0))
-    return SelectPlan(found, artifact, tasks, todo, min(count, len(todo)) if shared else 0)
+    return SelectPlan(selection, artifact, tasks, todo, min(worker_count(workers, shared), len(todo)))
 
 
 def _refuse_another_stage(out: str) -> None:
@@ -137,16 +134,16 @@ def _refuse_another_stage(out: str) -> None:
         raise BadInput(f"{out}: holds an artifact of stage {stage!r}; choose another --out")
 
 
-def _tasks(shards: Sequence[InputShard], found: ShardPlan) -> list[GroupTask]:
-    size = found.rule.config.shard_size
+def _tasks(shards: Sequence[InputShard], selection: ShardPlan) -> list[GroupTask]:
+    size = selection.rule.config.shard_size
     return [
         GroupTask(
             f"{index:05d}",
             tuple(shards[at] for at in run),
-            sum(found.sizes[at] for at in run),
-            sum(found.kept[at] for at in run),
+            sum(selection.sizes[at] for at in run),
+            sum(selection.kept[at] for at in run),
         )
-        for index, run in enumerate(group(found.kept, size))
+        for index, run in enumerate(group(selection.kept, size))
     ]
 
 
@@ -157,12 +154,12 @@ def _todo(artifact: Artifact, tasks: Sequence[GroupTask]) -> list[GroupTask]:
     """
     committed = artifact.committed()
     present = {shard.name: shard for task in tasks for shard in task.shards}
-    mended = {name for name, record in committed.items() if _is_repaired(artifact, record, present)}
+    repaired = {name for name, record in committed.items() if _is_repaired(artifact, record, present)}
     todo = []
     for task in tasks:
         record = committed.pop(task.shard, None)
-        made = [] if record is None else [entry["name"] for entry in record.input["shards"]]
-        if task.shard in mended or made != [shard.name for shard in task.shards]:
+        names = [] if record is None else [entry["name"] for entry in record.input["shards"]]
+        if task.shard in repaired or names != [shard.name for shard in task.shards]:
             todo.append(replace(task, over=record))
     for record in committed.values():  # fewer rows are kept by now
         artifact.retract(record)
@@ -172,47 +169,43 @@ def _todo(artifact: Artifact, tasks: Sequence[GroupTask]) -> list[GroupTask]:
 
 
 def _is_repaired(artifact: Artifact, record: ShardRecord, present: Mapping[str, InputShard]) -> bool:
-    mended = False
+    repaired = False
     for entry in record.input["shards"]:
-        shard, made = present.get(entry["name"]), replace(record, input=entry)
+        shard, part = present.get(entry["name"]), replace(record, input=entry)
         if shard is None:
             text = f"{artifact.url}: shard {record.shard} was made of other input shards"
             raise ArtifactMismatch(f"{text}; {_START_OVER}")
-        mended |= shard.is_repaired(made) | shard.has_repaired_companions(made)
-    return mended
+        repaired |= shard.is_repaired(part) | shard.has_repaired_companions(part)
+    return repaired
 
 
-def execute_select(made: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
+def execute_select(plan: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Write what is not committed yet; returns when all shards are committed or quarantined, or ``stop`` is set."""
-    outcome = JobResult()
-    function = functools.partial(write_group, rule=made.found.rule, artifact=made.artifact.attach())
-    for result in run_pool(made.todo, function, made.workers, stop):
-        settle(made.artifact, result, outcome, report)
-    outcome.interrupted = stop.is_set()
-    return outcome
+    write = functools.partial(write_group, rule=plan.selection.rule)
+    return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
 
 
 def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:
     """Write and commit one final shard. Runs in a worker process. Keeps one input shard's scores in memory."""
-    own = [_scored(shard, ["key"]).column("key").to_pylist() for shard in task.shards]
-    keys = final_keys([shard.name for shard in task.shards], own)
-    with writing(artifact), artifact.begin(task.shard, SELECT, tar=True, over=task.over) as out:
+    input_keys = [_scores(shard, ["key"]).column("key").to_pylist() for shard in task.shards]
+    keys = final_keys([shard.name for shard in task.shards], input_keys)
+    with artifact.begin(task.shard, SELECT, tar=True, over=task.over) as out:
         copied = [_copy(shard, names, rule, out) for shard, names in zip(task.shards, keys, strict=True)]
         if sum(kept for _, kept in copied) != task.kept:
             raise ArtifactMismatch(f"{task.shards[0].companions[0].url}: the scores changed while they were read")
-        made = [{"name": shard.name, **info} for shard, (info, _) in zip(task.shards, copied, strict=True)]
-        digest = hashlib.sha256(canonical([entry["digest"] for entry in made]).encode()).hexdigest()
-        return out.commit(rows_in=task.rows, input_info={"digest": digest, "shards": made})
+        inputs = [{"name": shard.name, **info} for shard, (info, _) in zip(task.shards, copied, strict=True)]
+        digest = hashlib.sha256(canonical([entry["digest"] for entry in inputs]).encode()).hexdigest()
+        return out.commit(rows_in=task.rows, input_info={"digest": digest, "shards": inputs})
 
 
-def _scored(shard: InputShard, columns: list[str]) -> pa.Table:
+def _scores(shard: InputShard, columns: list[str]) -> pa.Table:
     companion = next(companion for companion in shard.companions if companion.name == SCORES)
-    return read_columns(companion, SCORE, columns)  # whether it is the one that was committed is seen by the reader
+    return read_columns(companion, SCORE, columns)  # the row reader checks that it is the committed one
 
 
 def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction) -> tuple[dict[str, Any], int]:
-    """All rows of an input shard, the kept ones with their samples. What was read, and how many were kept."""
-    failed = [-1] * len(keys) if rule.keep is None else rule.keep.failures(_scored(shard, rule.columns)).tolist()
+    """Copy an input shard's rows, the kept ones with their samples; returns the reader's info and the kept count."""
+    failed = [-1] * len(keys) if rule.keep is None else rule.keep.failures(_scores(shard, rule.columns)).tolist()
     reader, kept = RowReader(shard), 0
     for source, key, term in zip(reader, keys, failed, strict=True):  # the reader first: it checks that this was all
         row = source.beside[SCORES]

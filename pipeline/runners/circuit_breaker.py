@@ -1,9 +1,9 @@
-"""The circuit breaker: a run in which everything fails for one reason ends, instead of recording it for every row.
+"""The circuit breaker: ends a run in which everything fails for one reason, before every row records it.
 
-Three things end it, at any time of a run and in each worker for itself: :data:`MOST_REFUSALS` requests in a row that
-the engine refused for good (a key, a quota); as many images or texts in a row about which it rejected requests for one
-reason (a field that it does not know, a prompt that is too long); :data:`MOST_FAILED_ROWS` rows in a row that ended in
-``engine_error`` for one reason. Ids and numbers do not count in reasons; in a row means in the order of their ends.
+Each worker counts for itself, throughout the run. Any of these ends it: :data:`MOST_REFUSALS` consecutive requests that
+the engine refused for good (a key, a quota); as many consecutive images or texts whose requests it rejected for one
+reason (an unknown field, a prompt that is too long); :data:`MOST_FAILED_ROWS` consecutive rows in ``engine_error`` for
+one reason. Reasons are compared without ids and numbers; the order is that of completion.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Shard = TypeVar("Shard")
 
 @dataclass
 class Answers:
-    """How often a model answered since :func:`counting_answers`."""
+    """Answers of models since :func:`counting_answers`."""
 
     count: int = 0
 
@@ -36,9 +36,9 @@ _ANSWERS: ContextVar[Answers | None] = ContextVar("capipe_answers", default=None
 
 
 def counting_answers() -> Answers:
-    """Count what this task, and those that it starts, get from models: so a row is known that none was asked about."""
-    _ANSWERS.set(made := Answers())
-    return made
+    """Count the answers of models to this task and its subtasks: a row without any proves nothing about the engine."""
+    _ANSWERS.set(answers := Answers())
+    return answers
 
 
 def answered() -> None:
@@ -48,16 +48,16 @@ def answered() -> None:
 
 
 def general_reason(reason: str, names: Sequence[str] = ()) -> str:
-    """An error's text without ``names`` (a row's key and uid) and without ids and numbers: any word with a digit."""
+    """An error's text without ``names`` (a row's key and uid) and without words that have a digit (ids, numbers)."""
     for name in filter(None, names):
         reason = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "#", reason)
     return _WITH_A_DIGIT.sub("#", reason)
 
 
 class Refusals:
-    """Requests that the engine would not do since it last did one: refused for good, or rejected for one reason.
+    """Consecutive requests that the engine refused for good, or rejected for one reason.
 
-    Of those about one image or text, which may all be rejected for what that one is, only the first counts.
+    Rejections about one image or text count once: its content may be the cause of all of them.
     """
 
     def __init__(self) -> None:
@@ -65,9 +65,9 @@ class Refusals:
         self._rejected, self._reason = set[str](), ""
 
     def failed(self, error: RequestError, about: str = "") -> None:
-        """Raises RunFailed where that makes too many; one that may do better next time neither counts nor resets.
+        """Count a failed request; transient errors neither count nor reset. Raises RunFailed at the limit.
 
-        ``about``: what requests about one image or text have in common.
+        ``about``: identifies the request's image or text.
         """
         if error.final:
             self._refused += 1
@@ -86,16 +86,16 @@ class Refusals:
 
 
 class ErrorStreak(Generic[Shard]):
-    """Rows that failed one after the other for one reason. ``shards``: those with such rows, to be committed later."""
+    """Consecutive rows that failed for one reason. ``shards``: those with such rows, whose commit waits."""
 
     def __init__(self) -> None:
         self.shards = set[Shard]()
         self._reason, self._count = "", 0
 
     def failed(self, shard: Shard, reason: str, names: Sequence[str]) -> set[Shard]:
-        """One more; where its reason is another one a new streak begins, and the shards of the last are returned.
+        """Count a failed row; another reason begins a new streak. Returns the shards that need not wait any more.
 
-        Raises RunFailed where that makes too many.
+        Raises RunFailed at the limit.
         """
         general = general_reason(reason, names)
         before = set[Shard]() if general == self._reason else self.over()
@@ -106,7 +106,7 @@ class ErrorStreak(Generic[Shard]):
         return before - self.shards
 
     def over(self) -> set[Shard]:
-        """The streak ends; returns the shards that had to wait for that."""
+        """End the streak; returns the shards that waited for that."""
         before, self.shards = self.shards, set()
         self._reason, self._count = "", 0
         return before
@@ -114,4 +114,4 @@ class ErrorStreak(Generic[Shard]):
 
 def _ending(what: str, reason: str) -> str:
     reason = " ".join(reason.split())[:LONGEST_REASON]
-    return f"{what}: {reason}; these rows are not recorded: mend that, and run the same command to have them done"
+    return f"{what}: {reason}; these rows are not recorded: fix that, and run the same command to have them done"

@@ -1,4 +1,4 @@
-"""The same worker inside this process: for stages without a model, and filesystems that other processes cannot see."""
+"""The inline runner: the worker in this process, for filesystems that other processes cannot see."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .worker import Answer, Stage, work
 
 
 class DirectChannel:
-    """Hands shards to a worker in the same event loop; failed ones come back until they are quarantined."""
+    """Assigns shards to a worker in the same event loop; failed ones come back until they are quarantined."""
 
     def __init__(self, shards: Sequence[InputShard], artifact: Artifact, report: Callable[[Event], None]) -> None:
         self.stopping = asyncio.Event()
         self.queue = ShardQueue(artifact, report, shards)
-        self._report, self._waits = report, False
+        self._report, self._said_wait = report, False
 
     async def next_shard(self) -> Answer:
         while (assignment := self.queue.next()) is None and not self.queue.empty:
-            if not self._waits:
-                self._waits = True
+            if not self._said_wait:
+                self._said_wait = True
                 return "wait"
-            await asyncio.sleep(POLL_SECONDS)  # others, who share the folder, have the rest: one of them may die
-        self._waits = False
+            await asyncio.sleep(POLL_SECONDS)  # processes that share the folder hold the rest, and may die
+        self._said_wait = False
         return assignment
 
     def send(self, event: Event) -> None:
@@ -49,7 +49,7 @@ def run_inline(
 
     async def run() -> JobResult:
         channel = DirectChannel(shards, artifact, report)
-        while not channel.queue.empty:  # a shard that failed last comes back after the worker saw an empty desk
+        while not channel.queue.empty:  # a shard that failed last comes back after the worker saw an empty queue
             await work(stage, artifact, channel)
         return channel.queue.result
 

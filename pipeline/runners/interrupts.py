@@ -1,7 +1,7 @@
 """Signals that end a command: Ctrl-C (SIGINT), a scheduler's SIGTERM, the SIGHUP of a terminal that closes.
 
-Before a command has begun they end it at once. Of a run that can drain, the first asks it to and the second ends it;
-anything else ends where it is. Journals have all that was finished. Light: it is imported before anything else.
+Before a command has begun they end it at once. A run that can drain does so at the first and ends at the second; other
+commands end where they are. Journals hold all finished rows. Imported before anything else, so without heavy imports.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ CODES = frozenset(128 + number for number in SIGNALS)  # exit codes of commands 
 
 Handler = Callable[[int, FrameType | None], object] | int | None  # as :func:`signal.signal` takes and returns them
 _received = signal.SIGINT  # the last one; SIGINT where a library's own handler got it
-_broke_off = False
+_interrupted = False
 
 
 def begin() -> None:
-    """Until the command begins: imports take seconds, and one that is broken off leaves a traceback."""
+    """Until the command begins, exit at once: an interrupted import would leave a traceback."""
     _install(_end_at_once)
 
 
 def raise_on_signals() -> None:
-    """From here on signals raise KeyboardInterrupt, so that what is open is closed."""
+    """From here on signals raise KeyboardInterrupt, so that open files and processes are closed."""
     _install(_raise)
 
 
 def end() -> None:
-    """The command is over: a signal ends what is left of it, atexit handlers and threads, without a word."""
+    """The command is over: a signal ends its remaining threads and exit handlers silently."""
     _install(lambda number, frame: os._exit(128 + number))
 
 
@@ -46,34 +46,34 @@ def exit_code() -> int:
 
 
 def broke_off() -> bool:
-    """Whether a signal raised KeyboardInterrupt, so that nobody has said yet that the command was stopped."""
-    return _broke_off
+    """Whether a signal raised KeyboardInterrupt; then the caller has still to report the stop."""
+    return _interrupted
 
 
 def say(line: str) -> None:
-    """Write to stderr, or nowhere: a terminal that was closed takes nothing, nor a stream that is being written to."""
+    """Write to stderr, where possible: not on a closed terminal, nor while another write is under way."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         print_err(line)
 
 
 @contextmanager
-def interrupts(ask_to_stop: Callable[[], None]) -> Iterator[None]:
-    """While the body runs, the first signal calls ``ask_to_stop``; the second raises KeyboardInterrupt.
+def interrupts(request_stop: Callable[[], None]) -> Iterator[None]:
+    """While the body runs, the first signal calls ``request_stop``; the second raises KeyboardInterrupt.
 
-    Only the main thread of a program gets signals; elsewhere this does nothing.
+    Does nothing outside the main thread, which alone gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = False
+    requested = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal requested
+        if requested:
             _raise(number, frame)
         _note(number)
-        asked = True
-        ask_to_stop()
+        requested = True
+        request_stop()
 
     before = _install(handle)
     try:
@@ -84,9 +84,9 @@ def interrupts(ask_to_stop: Callable[[], None]) -> Iterator[None]:
 
 
 def _install(handler: Handler) -> dict[signal.Signals, Handler]:
-    """Returns the handlers there were. A hangup that is ignored, as `nohup` has it, stays ignored.
+    """Returns the previous handlers. An ignored SIGHUP stays ignored, for `nohup`.
 
-    Not so Ctrl-C: a script's shell has what it starts by `&` ignore it, and a chain stops its commands by it.
+    Not so SIGINT: a script's shell ignores it for commands started with `&`, and a chain stops its commands by it.
     """
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set[signal.Signals]()
     return {number: signal.signal(number, handler) for number in SIGNALS if number not in ignored}
@@ -98,15 +98,15 @@ def _note(number: int) -> None:
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")
-        except OSError:  # of a terminal that is gone: each line to it would raise, and the run is to be drained
+        except OSError:  # the terminal is gone: each line to it would raise while the run drains
             with open(os.devnull, "w") as nowhere:  # noqa: PTH123
                 os.dup2(nowhere.fileno(), descriptor)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    global _broke_off
+    global _interrupted
     _note(number)
-    _broke_off = True
+    _interrupted = True
     raise KeyboardInterrupt
 
 

@@ -1,43 +1,44 @@
-"""The local runner: one worker process per GPU, or one on CPU, each on a pipe of its own."""
+"""The local runner: one worker process per GPU, or one on CPU, each on a socket of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
+import functools
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ...errors import CapipeError, RunFailed
 from ...manifests.artifact import Artifact
 from ...manifests.files.redaction import redact_output
-from ...models.child_processes import Identity, descendants, end, spawned_follow
+from ...models.child_processes import Identity, descendants, end
 from ...models.engines.base import EngineDead
+from ...models.worker_process import MessageSocket, WorkerProcess, readable
 from .messages import Event, Want, WorkerFailed
 from .scheduler import Order
 from .worker import Answer, Channel, Stage, work_with
 
-EXIT_SECONDS = 20.0  # a finished worker's libraries have to tidy up
-CLOSING_SECONDS = 10.0  # a dismissed worker has to close its engine
+WORKER_NAME = "capipe-worker"  # in the process list
+EXIT_SECONDS = 20.0  # for the exit handlers of a finished worker's libraries
+CLOSING_SECONDS = 10.0  # for a dismissed worker to close its engine
 
 
-class PipeChannel:
-    """The worker's end: requests shards and reports through one duplex pipe; a thread reads what comes back.
+class SocketChannel:
+    """The worker's end of its socket: requests shards and sends events; a thread reads the runner's orders.
 
-    ``leave`` is called in the event loop when the runner says so.
+    ``leave``: called in the event loop on the order "leave".
     """
 
-    def __init__(self, connection: Connection, leave: Callable[[], object]) -> None:
+    def __init__(self, connection: MessageSocket, leave: Callable[[], object]) -> None:
         self.stopping = asyncio.Event()
         self._connection, self._leave = connection, leave
         self._answers: asyncio.Queue[Answer] = asyncio.Queue()
-        self._asked = False  # and not answered but by "wait"
+        self._asked = False  # without an answer other than "wait"
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -46,17 +47,17 @@ class PipeChannel:
         while True:
             try:
                 message = self._connection.recv()
-            except (EOFError, OSError, TypeError):  # TypeError: our own end was closed while this read from it
+            except (EOFError, OSError):
                 if self._connection.closed:
-                    return  # our own end: the work is over
-                # The runner is gone, and with it the lock on the output: stop at once, and the engine first. Mostly
-                # the kernel was quicker, for us as for the engine.
+                    return  # our own end: the work is done
+                # The runner is gone, and with it the lock on the output: exit at once, the engine first. Usually the
+                # kernel's death signal was quicker.
                 end(descendants(os.getpid()), grace=0)
                 os._exit(3)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the work just ended by itself
-                self._heed(message)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the work just ended
+                self._handle(message)
 
-    def _heed(self, message: Any) -> None:
+    def _handle(self, message: Any) -> None:
         if message == "leave":
             self._loop.call_soon_threadsafe(self._leave)
             return
@@ -76,17 +77,17 @@ class PipeChannel:
             self._connection.send(event)
 
 
-def worker_main(connection: Connection, stage: Stage, artifact: Artifact, gpu: str | None) -> None:
-    """Entry point of a worker process."""
+def worker_main(connection: MessageSocket, *, stage: Stage, artifact: Artifact, gpu: str | None) -> None:
+    """Main function of a worker process."""
     redact_output()
-    # A terminal sends Ctrl-C, and its own end, to the whole group, engine processes included. Blocked signals are
-    # inherited, so only the runner hears it, and lets us finish what is in the engine. A scheduler sends SIGTERM
-    # to all processes of a job; children of ours are to hear it from their engine, so it is not blocked: only we do
-    # nothing then.
+    # All three are blocked so far. A terminal sends SIGINT and SIGHUP to the whole process group, engine processes
+    # included; blocked signals are inherited, so only the runner gets them, and lets us finish the rows in the engine.
+    # A batch system sends SIGTERM to all processes of a job; an engine ends its own processes by SIGTERM, so it is not
+    # blocked, only ignored here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT, signal.SIGHUP})
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     failure = asyncio.run(_worker(connection, stage, artifact))
@@ -99,23 +100,23 @@ def worker_main(connection: Connection, stage: Stage, artifact: Artifact, gpu: s
     sys.exit(int(failure is not None))
 
 
-async def _worker(connection: Connection, stage: Stage, artifact: Artifact) -> WorkerFailed | None:
+async def _worker(connection: MessageSocket, stage: Stage, artifact: Artifact) -> WorkerFailed | None:
     task = asyncio.current_task()
     assert task is not None
     try:
-        return await work_or_failure(stage, artifact, PipeChannel(connection, task.cancel))
-    except asyncio.CancelledError:  # dismissed, and the engine is closed
+        return await work_or_failure(stage, artifact, SocketChannel(connection, task.cancel))
+    except asyncio.CancelledError:  # by "leave"; the engine is closed
         return None
 
 
 async def work_or_failure(stage: Stage, artifact: Artifact, channel: Channel) -> WorkerFailed | None:
-    """Work to the end; what ended it early is what a runner is to be told last."""
+    """Work to the end; returns what ended it early, the worker's last event."""
     started = time.monotonic()
     try:
         processor = await stage.load()
     except CapipeError as error:
         return WorkerFailed(str(error), error.exit_code, final=error.exit_code != RunFailed.exit_code)
-    except Exception as error:  # a card without room, a broken library: a later try, or another place, may fare better
+    except Exception as error:  # no GPU memory, a broken library: a later try, or another slot, may do
         text = next(iter(str(error).splitlines()), "")
         return WorkerFailed(f"{type(error).__name__}: {text}", RunFailed.exit_code, final=False)
     try:
@@ -128,24 +129,27 @@ async def work_or_failure(stage: Stage, artifact: Artifact, channel: Channel) ->
 
 
 class ProcessWorkerHandle:
-    """A worker process and our end of its pipe."""
+    """A worker process."""
 
     started = True
 
-    def __init__(self, process: Any, connection: Connection, name: str) -> None:
-        self.connection, self._process, self.name = connection, process, name
+    def __init__(self, process: WorkerProcess, name: str) -> None:
+        self.connection, self._process, self.name = process.socket, process, name
         self._dismissed: float | None = None
 
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
     def send(self, order: Order) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end of the pipe says so to who listens
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # listen() sees the end of the socket
             self.connection.send(order)
 
     def end(self) -> str | None:
-        self._process.join(timeout=30)
-        if self._process.is_alive():
+        code = self._process.wait(timeout=30)
+        if code is None:
             self.kill()
+            code = self._process.wait()
         self.connection.close()
-        code = self._process.exitcode
         return None if code == 0 else f"the worker process died (exit code {code})"
 
     def dismiss(self) -> None:
@@ -155,43 +159,35 @@ class ProcessWorkerHandle:
     def kill(self) -> None:
         processes = self._descendants()
         if self._dismissed is not None:
-            self._process.join(timeout=max(0.0, self._dismissed + CLOSING_SECONDS - time.monotonic()))
+            self._process.wait(timeout=max(0.0, self._dismissed + CLOSING_SECONDS - time.monotonic()))
             processes |= self._descendants()
         self._process.kill()
-        self._process.join()
         end(processes)
 
     def _descendants(self) -> set[Identity]:
-        """What it started; of a dead one nothing, as its pid may be another's."""
-        return descendants(self._process.pid) if self._process.is_alive() else set()
+        """Its live descendants; none of a dead process, whose pid may be reused."""
+        return descendants(self._process.pid) if self._process.alive else set()
 
 
 class ProcessWorkerPool:
-    """Worker processes on this machine. ``gpus``: one worker each, an empty list means one on CPU."""
+    """Worker processes on this machine. ``gpus``: one worker each; empty: one on CPU."""
 
     def __init__(self, stage: Stage, artifact: Artifact, gpus: Sequence[str] = ()) -> None:
         self._stage, self._artifact = stage, artifact
         self._gpus: list[str | None] = list(gpus) or [None]
         self.size = len(self._gpus)
         self._handles: list[ProcessWorkerHandle] = []
-        self._context = multiprocessing.get_context("spawn")
 
-    def start(self, place: int) -> ProcessWorkerHandle:
-        ours, theirs = self._context.Pipe()
-        arguments = (theirs, self._stage, self._artifact.attach(), self._gpus[place])
-        process = self._context.Process(target=worker_main, args=arguments)
-        with spawned_follow():
-            process.start()
-        theirs.close()
-        gpu = self._gpus[place]
-        self._handles.append(ProcessWorkerHandle(process, ours, "this machine" if gpu is None else f"GPU {gpu}"))
+    def start(self, slot: int) -> ProcessWorkerHandle:
+        gpu, artifact = self._gpus[slot], self._artifact.attach()
+        main = functools.partial(worker_main, stage=self._stage, artifact=artifact, gpu=gpu)
+        process = WorkerProcess(main, WORKER_NAME)
+        self._handles.append(ProcessWorkerHandle(process, "this machine" if gpu is None else f"GPU {gpu}"))
         return self._handles[-1]
 
     def listen(self, seconds: float) -> Iterator[tuple[ProcessWorkerHandle, Event | None]]:
         self._handles = [handle for handle in self._handles if not handle.connection.closed]
-        by_connection = {handle.connection: handle for handle in self._handles}
-        for connection in wait(list(by_connection), timeout=seconds):
-            handle = by_connection[connection]  # type: ignore[index]
+        for handle in readable(self._handles, seconds):
             try:
                 event = handle.connection.recv()
             except (EOFError, ConnectionResetError):
@@ -199,4 +195,4 @@ class ProcessWorkerPool:
             yield handle, event
 
     def close(self) -> None:
-        """Nothing is left of it once its workers are gone."""
+        """Holds nothing but its workers."""

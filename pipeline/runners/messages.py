@@ -1,4 +1,4 @@
-"""What a worker and its runner say to each other. All of it is small and picklable; no pixels, no rows."""
+"""Messages between a worker and its runner: small and picklable, without pixels or rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...manifests.shards import InputShard
 
 @dataclass(frozen=True)
 class Assignment:
-    """A shard to do. ``claim``: the token that its commit must still find, where several workers could have it."""
+    """A shard to do. ``claim``: in a shared folder, the token that must still be valid at commit."""
 
     shard: InputShard
     claim: str | None = None
@@ -19,7 +19,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Ready:
-    """The model is loaded and rows are being taken."""
+    """The model is loaded and rows are accepted."""
 
     seconds: float
 
@@ -31,7 +31,7 @@ class Want:
 
 @dataclass(frozen=True)
 class Pulse:
-    """What happened since the last pulse, and how full the worker's pipeline is now.
+    """Progress since the last pulse, and how full the worker's pipeline is now.
 
     ``rows``: finished rows by status. ``recalled``: those of them taken from the journal. ``decoding`` and
     ``in_engine``: rows at each station; ``concurrency``: what the engine takes; ``committing``: shards being written.
@@ -60,28 +60,28 @@ class ShardFailed:
 
 @dataclass(frozen=True)
 class ShardLost:
-    """Not committed, because it is another worker's by now."""
+    """Not committed, because another worker took it over."""
 
     shard: str
 
 
 @dataclass(frozen=True)
 class DoneElsewhere:
-    """Another process that shares the folder committed a shard of ours. (Runners say this, not workers.)"""
+    """Another process that shares the folder committed a shard of ours. Sent by runners, not workers."""
 
     record: ShardRecord
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something a person should know. (Runners say this, not workers.)"""
+    """A notice for the user. Sent by runners, not workers."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class WorkerFailed:
-    """The worker ends. ``final``: another one would fare no better (a model that does not exist, a full disk)."""
+    """The worker exits. ``final``: a retry would not help (a missing model, a full disk)."""
 
     reason: str
     exit_code: int

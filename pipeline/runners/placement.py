@@ -1,4 +1,4 @@
-"""Where a stage's workers are to be: this machine's processes, or actors of a Ray cluster."""
+"""Placement of a stage's workers: processes on this machine, or actors on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .worker import Stage
 
 @dataclass(frozen=True)
 class Placement:
-    """``gpus``: of this machine, one worker each, by their CUDA numbers (``0,1``: both); none: one worker on CPU."""
+    """``gpus``: this machine's CUDA devices, one worker each (``0,1``: one worker with both); none: one on CPU."""
 
     gpus: tuple[str, ...] = ()
     ray: Ray | None = None

@@ -1,9 +1,9 @@
-"""Tasks over worker processes for stages that live on the CPU: lazily drawn, retried, and drained on Ctrl-C."""
+"""A pool of worker processes for CPU stages: tasks drawn lazily, retried, and drained on Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
-import selectors
+import os
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ...errors import CapipeError, RunFailed
-from ...models.images.worker_process import Worker, WorkerDiedError
+from ...models.worker_process import Worker, WorkerDiedError, readable
 from ...terminal import print_err
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 ATTEMPTS = 3
-_POLL_SECONDS = 0.5  # how late a stop request may be noticed
+_POLL_SECONDS = 0.5  # between looks for a stop request
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,13 @@ class Failed(Generic[Task]):
     details: str = ""
 
 
+def worker_count(requested: int | None, shared: bool) -> int:
+    """Processes for :func:`run_pool`: one per core by default, 0 where other processes cannot see the files."""
+    if not shared:
+        return 0
+    return requested if requested is not None else len(os.sched_getaffinity(0))
+
+
 def run_pool(
     tasks: Iterable[Task],
     function: Callable[[Task], Result],
@@ -43,13 +50,13 @@ def run_pool(
     stop: threading.Event | None = None,
     careful: Callable[[Task], Task] | None = None,
 ) -> Iterator[Done[Task, Result] | Failed[Task]]:
-    """Run ``function`` on every task in ``workers`` processes; outcomes come as they finish.
+    """Run ``function`` on every task in ``workers`` processes; yields results in the order of completion.
 
-    A task is drawn from ``tasks`` when a worker is free for it, never earlier. One whose worker died, or that raised,
-    is tried again at once, in all :data:`ATTEMPTS` times; a :class:`CapipeError` is no accident: what is under way is
-    finished, then it is raised. ``careful`` makes of a task whose worker died the one that is tried next.
-    Once ``stop`` is set no task is drawn or retried, and what is under way is finished.
-    ``workers=0`` runs everything in this process, for inputs and outputs that no other process can see.
+    A task is drawn from ``tasks`` only when a worker is free. A task that raised or whose worker died is retried at
+    once, up to :data:`ATTEMPTS` times in all; a :class:`CapipeError` is raised once the running tasks are finished.
+    ``careful``: maps a task whose worker died to the one to retry.
+    Once ``stop`` is set no task is drawn or retried, and the running ones are finished.
+    ``workers=0`` runs everything in this process, for files that other processes cannot see.
     """
     stop = stop or threading.Event()
     if workers == 0:
@@ -83,19 +90,22 @@ def _run_here(
 
 
 @dataclass
-class _Slot(Generic[Task, Result]):
-    """A worker and the task it is on for the ``attempt``-th time; the task is sent when the worker is ``ready``."""
+class _Attempt(Generic[Task, Result]):
+    """A worker and its task, tried for the ``number``-th time; the task is sent when the worker is ``ready``."""
 
     worker: Worker[Task, Result]
     task: Task
-    attempt: int
+    number: int
     ready: bool
+
+    def fileno(self) -> int:
+        return self.worker.fileno()
 
 
 class _Pool(Generic[Task, Result]):
     def __init__(self, function: Callable[[Task], Result], careful: Callable[[Task], Task]) -> None:
         self._function, self._careful = function, careful
-        self._slots: list[_Slot[Task, Result]] = []
+        self._running: list[_Attempt[Task, Result]] = []
         self._idle: list[Worker[Task, Result]] = []
 
     def run(
@@ -103,80 +113,74 @@ class _Pool(Generic[Task, Result]):
     ) -> Iterator[Done[Task, Result] | Failed[Task]]:
         fatal: CapipeError | None = None
         while True:
-            while not stop.is_set() and fatal is None and len(self._slots) < workers:
+            while not stop.is_set() and fatal is None and len(self._running) < workers:
                 try:
                     task = next(tasks)
                 except StopIteration:
                     break
                 self._start(task, 1)
-            if not self._slots:
+            if not self._running:
                 break
-            for slot in self._readable():
-                if not slot.ready:
-                    self._await_ready(slot)
+            for attempt in readable(self._running, _POLL_SECONDS):
+                if not attempt.ready:
+                    self._await_ready(attempt)
                     continue
                 try:
-                    outcome = self._collect(slot)
-                except CapipeError as error:  # the others may finish: killed, they would leave their scratch files
+                    outcome = self._collect(attempt)
+                except CapipeError as error:  # the others finish: killed, they would leave their temporary files
                     fatal = fatal or error
                     continue
-                if isinstance(outcome, Failed) and slot.attempt < ATTEMPTS and not stop.is_set() and fatal is None:
-                    _warn(outcome, slot.attempt)
-                    self._start(outcome.task, slot.attempt + 1)
+                if isinstance(outcome, Failed) and attempt.number < ATTEMPTS and not stop.is_set() and fatal is None:
+                    _warn(outcome, attempt.number)
+                    self._start(outcome.task, attempt.number + 1)
                 else:
                     yield outcome
         if fatal is not None:
             raise fatal
 
-    def _start(self, task: Task, attempt: int) -> None:
-        """Put a task on an idle worker, or on a new one, which takes a moment to come up."""
+    def _start(self, task: Task, number: int) -> None:
+        """Assign a task to an idle worker, or to a new one, which takes a moment to start."""
         if self._idle:
-            self._slots.append(_Slot(self._idle.pop(), task, attempt, ready=True))
-            self._send(self._slots[-1])
+            self._running.append(_Attempt(self._idle.pop(), task, number, ready=True))
+            self._send(self._running[-1])
         else:
-            self._slots.append(_Slot(Worker(self._function), task, attempt, ready=False))
+            self._running.append(_Attempt(Worker(self._function), task, number, ready=False))
 
-    def _await_ready(self, slot: _Slot[Task, Result]) -> None:
+    def _await_ready(self, attempt: _Attempt[Task, Result]) -> None:
         try:
-            slot.worker.wait_ready()
-        except Exception as error:  # its imports may raise anything; no task is to blame
+            attempt.worker.wait_ready()
+        except Exception as error:  # its imports may raise anything; not the task's fault
             raise RunFailed(f"a worker process did not start: {error}") from error
-        slot.ready = True
-        self._send(slot)
+        attempt.ready = True
+        self._send(attempt)
 
-    def _send(self, slot: _Slot[Task, Result]) -> None:
-        with contextlib.suppress(WorkerDiedError):  # raised again, and handled, when its answer is collected
-            slot.worker.send(slot.task)
+    def _send(self, attempt: _Attempt[Task, Result]) -> None:
+        with contextlib.suppress(WorkerDiedError):  # raised again, and handled, when the answer is collected
+            attempt.worker.send(attempt.task)
 
-    def _readable(self) -> list[_Slot[Task, Result]]:
-        with selectors.DefaultSelector() as selector:
-            for slot in self._slots:
-                selector.register(slot.worker.fileno(), selectors.EVENT_READ, slot)
-            return [key.data for key, _ in selector.select(_POLL_SECONDS)]
-
-    def _collect(self, slot: _Slot[Task, Result]) -> Done[Task, Result] | Failed[Task]:
-        """What became of a slot's task. Its worker, if it lives on, is idle then."""
+    def _collect(self, attempt: _Attempt[Task, Result]) -> Done[Task, Result] | Failed[Task]:
+        """The attempt's result. Its worker, unless it died, becomes idle."""
         outcome: Done[Task, Result] | Failed[Task]
         try:
-            outcome = Done(slot.task, slot.worker.recv())
+            outcome = Done(attempt.task, attempt.worker.recv())
         except WorkerDiedError as death:
-            slot.worker.kill()
-            self._slots.remove(slot)
-            return Failed(self._careful(slot.task), f"its worker process died: {death}")
+            attempt.worker.kill()
+            self._running.remove(attempt)
+            return Failed(self._careful(attempt.task), f"its worker process died: {death}")
         except CapipeError:
-            self._release(slot)
+            self._release(attempt)
             raise
-        except Exception as error:  # the stage's own, from over there
-            outcome = _failed(slot.task, error)
-        self._release(slot)
+        except Exception as error:  # the stage's own, from the worker
+            outcome = _failed(attempt.task, error)
+        self._release(attempt)
         return outcome
 
-    def _release(self, slot: _Slot[Task, Result]) -> None:
-        self._slots.remove(slot)
-        self._idle.append(slot.worker)
+    def _release(self, attempt: _Attempt[Task, Result]) -> None:
+        self._running.remove(attempt)
+        self._idle.append(attempt.worker)
 
     def kill(self) -> None:
-        for worker in [*self._idle, *(slot.worker for slot in self._slots)]:
+        for worker in [*self._idle, *(attempt.worker for attempt in self._running)]:
             worker.kill()
 
 

@@ -1,4 +1,4 @@
-"""Progress of a run: what is done, how fast, how long still, and which station holds the rest up."""
+"""Progress of a run: counts, throughput, ETA and bottleneck."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LOG_SECONDS = 10.0  # between lines where the output is no terminal
 
 @dataclass
 class Progress:
-    """Feed it a run's events; :meth:`line` is the state in words.
+    """A run's state, updated by its events.
 
-    ``rows_total`` is None where the input does not say (foreign tars); then the ETA goes by the shards seen so far.
+    ``rows_total``: None where unknown (tars of other tools); the ETA is then estimated from the committed shards.
     """
 
     stage: str
-    shards_total: int | None  # None where a source is still being read
+    shards_total: int | None  # None while a source is still being read
     shards_done: int = 0
     rows_total: int | None = None
     rows_before: int = 0  # committed by earlier runs, or by others that share the folder
@@ -39,10 +39,10 @@ class Progress:
     tokens: int = 0
     requests: int = 0
     notes: list[str] = field(default_factory=list)
-    _last: float | None = None  # when something was last finished
+    _last: float | None = None  # when rows or a shard were last finished
     _committed_rows: int = 0
     _committed_shards: int = 0
-    _stations: Counter[str] = field(default_factory=Counter)
+    _bottlenecks: Counter[str] = field(default_factory=Counter)
 
     def update(self, event: Event) -> None:
         if isinstance(event, Ready):
@@ -53,7 +53,7 @@ class Progress:
             self.recalled += event.recalled
             self.tokens += event.tokens
             self.requests += event.requests
-            self._stations[_station(event)] += 1
+            self._bottlenecks[_bottleneck(event)] += 1
             if event.rows:
                 self._last = time.monotonic()
         elif isinstance(event, ShardDone):
@@ -75,12 +75,12 @@ class Progress:
 
     @property
     def finished_rows(self) -> int:
-        """Rows finished by this run, those found in journals not counted."""
+        """Rows finished by this run, without those recalled from journals."""
         return sum(self.rows.values()) - self.recalled
 
     @property
     def seconds(self) -> float:
-        """Working time: since the first engine was ready."""
+        """Time since the first engine was ready."""
         return time.monotonic() - (self.ready or self.started)
 
     def rate(self) -> float:
@@ -88,7 +88,7 @@ class Progress:
         return self.finished_rows / max(self.seconds, 1e-9) if self.ready else 0.0
 
     def eta(self) -> float | None:
-        """Seconds left, or None while there is nothing to go by."""
+        """Seconds left, or None while unknown."""
         total = self.rows_total
         if total is None and self._committed_shards and self.shards_total is not None:
             total = round(self._committed_rows / self._committed_shards * self.shards_total)
@@ -97,8 +97,8 @@ class Progress:
         return max(0, total - self.rows_before - sum(self.rows.values())) / self.rate()
 
     def bottleneck(self) -> str:
-        """The station that was the narrow one most of the time: read, decode, engine or write."""
-        return self._stations.most_common(1)[0][0] if self._stations else "loading the model"
+        """The pipeline stage that was the bottleneck at most pulses: read, decode, engine or write."""
+        return self._bottlenecks.most_common(1)[0][0] if self._bottlenecks else "loading the model"
 
     def line(self) -> str:
         """One line for logs: shards, rows by status, rates, ETA, bottleneck."""
@@ -110,12 +110,12 @@ class Progress:
         )
 
     def finished_line(self) -> str:
-        """The last line of a run; its clock stopped at the last commit."""
+        """The last line of a run; the time is up to the last commit."""
         seconds = max((self._last or 0.0) - (self.ready or self.started), 1e-9)
-        asked = f", {self.requests} engine requests, {self.tokens} tokens" if self.requests else ""
+        requests = f", {self.requests} engine requests, {self.tokens} tokens" if self.requests else ""
         recalled = f", {self.recalled} taken from journals" if self.recalled else ""
         rate = self.finished_rows / seconds
-        return f"{self.stage}: {self.finished_rows} images in {seconds:.1f} s ({rate:.1f} images/s{asked}){recalled}"
+        return f"{self.stage}: {self.finished_rows} images in {seconds:.1f} s ({rate:.1f} images/s{requests}){recalled}"
 
     def panel(self) -> Group:
         """The live display."""
@@ -131,7 +131,7 @@ class Progress:
 
     @contextmanager
     def shown(self, console: Console) -> Iterator[Callable[[Event], None]]:
-        """Show it while the body runs, which gets what to report events to: live on a terminal, else line by line."""
+        """Show progress while the body runs, live on a terminal, else as log lines; yields the ``report`` callback."""
         if console.is_terminal:
             with Live(get_renderable=self.panel, console=console, refresh_per_second=4, transient=True):
                 yield self.update
@@ -140,7 +140,7 @@ class Progress:
 
 
 class _LineLogger:
-    """Passes events on to a progress and prints its line every :data:`LOG_SECONDS`, and every note at once."""
+    """Updates a progress by events; prints its line every :data:`LOG_SECONDS` and its notes at once."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._last, self._notes = progress, time.monotonic(), 0
@@ -155,8 +155,8 @@ class _LineLogger:
             print_err(self._progress.line())
 
 
-def _station(pulse: Pulse) -> str:
-    """Where the flow was narrow at a pulse: a full engine is the engine; an idle one waits for what is before it."""
+def _bottleneck(pulse: Pulse) -> str:
+    """The bottleneck at a pulse: the engine where it is full; else a stage before or after it."""
     if pulse.in_engine >= pulse.concurrency > 0:
         return "engine"
     if pulse.committing > 1:

@@ -1,8 +1,8 @@
 """The Ray runner: the same worker as an actor with a GPU of its own, on as many machines as the cluster has.
 
 Shards travel as references and events as small lists; images go from storage to the worker that needs them, and never
-through Ray's object store. A machine that is lost takes its actors along; the scheduler hires others and hands their
-shards out again. Should the machine only have been slow, its claims are another's by then, and it can commit nothing.
+through Ray's object store. A lost machine takes its actors along; the scheduler starts others and assigns their
+shards again. If the machine was only slow, its claims are void by then, and it cannot commit.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ from ...terminal import print_err
 from .local import CLOSING_SECONDS
 from .messages import Event, Note, WorkerFailed
 from .ray_folders import address_problem, private_folder, read_note
-from .ray_worker import Home, Placed, RayWorker
+from .ray_worker import ActorName, DriverContext, RayWorker
 from .scheduler import Order
 from .worker import Stage
 
-STORE_BYTES = 80 * 2**20  # for a cluster started here: nothing large goes through its object store
-PATIENCE_SECONDS = 20.0  # without any worker on a machine, before that is said
+STORE_BYTES = 80 * 2**20  # of a cluster started here: nothing large goes through its object store
+PATIENCE_SECONDS = 20.0  # without any started worker, before the user is told
 
 
 @dataclass(frozen=True)
 class Ray:
-    """A cluster. ``address``: HOST:PORT of its head, None for one to be started here. ``workers`` None: one per GPU, or
-    one per machine where there is none. ``gpu``: whether workers need one where the cluster has some, or ``gpus_each``
-    of one machine, where that is more than 1."""
+    """A cluster. ``address``: HOST:PORT of its head; None: start one here. ``workers``: None: one per GPU, or one per
+    machine without GPUs. ``gpu``: whether a worker takes ``gpus_each`` GPUs of a machine where the cluster has any."""
 
     address: str | None
     workers: int | None = None
@@ -49,7 +48,7 @@ class Ray:
 
 @dataclass(frozen=True)
 class Size:
-    """How many workers a cluster is to have, and how many GPUs each."""
+    """A run's number of workers on a cluster, and the GPUs of each."""
 
     workers: int
     gpus: int
@@ -64,28 +63,28 @@ def ray_place(address: str | None, workers: int | None, gpu: bool, gpus_each: in
         raise BadInput("--runner ray: Ray is not installed; pip install 'capipe[ray]'")
     if workers is not None and workers < 1:
         raise BadInput(f"--ray-workers {workers}: at least 1")
-    asked = address or os.environ.get("RAY_ADDRESS") or None
-    if asked == "local":
+    requested = address or os.environ.get("RAY_ADDRESS") or None
+    if requested == "local":
         return Ray(None, workers, gpu, gpus_each)
-    if asked not in (None, "auto"):
+    if requested not in (None, "auto"):
         where = "--ray-address" if address else "RAY_ADDRESS"
-        problem = address_problem(asked)
+        problem = address_problem(requested)
         if problem is not None:
-            text = f"{where} {asked}: {problem}; start one (`ray start --head`), or leave the address out"
+            text = f"{where} {requested}: {problem}; start one (`ray start --head`), or leave the address out"
             raise BadInput(f"{text} to have one started here")
-        return Ray(asked, workers, gpu, gpus_each)
-    found, ignored = _started_here()
-    if found is None and asked == "auto":
+        return Ray(requested, workers, gpu, gpus_each)
+    running, ignored = _started_here()
+    if running is None and requested == "auto":
         why = "no cluster runs on this machine" if ignored is None else f"its note is ignored, for {ignored}"
         raise BadInput(f"--ray-address auto: {why}; `ray start --head`, or leave it out")
     if ignored is not None:
-        _say_ignored(ignored)
-    return Ray(found, workers, gpu, gpus_each)
+        _warn_ignored(ignored)
+    return Ray(running, workers, gpu, gpus_each)
 
 
 def _started_here() -> tuple[str | None, str | None]:
-    """The head of the cluster that `ray start` left a note about, None where there is none or it does not answer; and
-    why a note that is there is ignored."""
+    """The head in the note of `ray start`, None without one or where it does not answer; and why the note is
+    ignored, if so."""
     address, ignored = read_note(Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray")
     if address is not None and address_problem(address) is not None:
         address = None
@@ -93,90 +92,90 @@ def _started_here() -> tuple[str | None, str | None]:
 
 
 @cache
-def _say_ignored(reason: str) -> None:
-    """A command may ask for the places of two models."""
+def _warn_ignored(reason: str) -> None:
+    """Once a process: a command may place two models."""
     text = f"capipe: --runner ray: the note of a running cluster is ignored: {printable(reason)}"
     print_err(f"{text}; if it is yours, name it: --ray-address HOST:PORT")
 
 
 @contextmanager
-def cluster(place: Ray) -> Iterator[Size]:
-    """Be connected to a cluster, started here where ``place`` names none. Raises BadInput where that fails."""
-    if place.address is None:  # before Ray is imported
-        _keep_to_ourselves()
+def cluster(config: Ray) -> Iterator[Size]:
+    """Connect to a cluster, started here where ``config`` names none. Raises BadInput where that fails."""
+    if config.address is None:  # before Ray is imported
+        _isolate()
     import ray
 
     if ray.is_initialized():
-        yield _size(place)
+        yield _size(config)
         return
-    folder = private_folder() if place.address is None else None
+    folder = private_folder() if config.address is None else None
     try:
-        _connect(place, folder)
-        yield _size(place)
+        _connect(config, folder)
+        yield _size(config)
     finally:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _keep_to_ourselves() -> None:
-    """A cluster that is started here listens on loopback alone, to who has its token, and reports to nobody."""
+def _isolate() -> None:
+    """A cluster started here listens on loopback alone, requires its token, and reports no usage."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: behind all else that runs here
-    if "RAY_AUTH_MODE" not in os.environ:  # else every user of this machine could have it run code
+    os.environ.setdefault("RAY_worker_niceness", "0")  # the default 15 would yield to every other process here
+    if "RAY_AUTH_MODE" not in os.environ:  # without it any user of this machine could run code on it
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def _connect(place: Ray, folder: Path | None) -> None:
-    """``folder``: where a cluster is started, None where one is named."""
+def _connect(config: Ray, folder: Path | None) -> None:
+    """``folder``: of a cluster to start; None where one is named."""
     import logging
 
     import ray
 
-    more: dict[str, Any] = {"address": place.address}
+    more: dict[str, Any] = {"address": config.address}
     if folder is not None:
-        cores = max(place.workers or 1, len(os.sched_getaffinity(0)))
+        cores = max(config.workers or 1, len(os.sched_getaffinity(0)))
         more = {"address": "local", "num_cpus": cores, "include_dashboard": False, "_temp_dir": str(folder / "r")}
         more["object_store_memory"] = STORE_BYTES
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **more)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"--ray-address {place.address or 'local'}: Ray does not answer ({reason})") from None
+        raise BadInput(f"--ray-address {config.address or 'local'}: Ray does not answer ({reason})") from None
 
 
-def _size(place: Ray) -> Size:
+def _size(config: Ray) -> Size:
     import ray
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    return size_of(place, [round(machine.get("GPU", 0)) for machine in machines])
+    return size_of(config, [round(machine.get("GPU", 0)) for machine in machines])
 
 
-def size_of(place: Ray, gpus: Sequence[int]) -> Size:
-    """For machines with so many GPUs each. Raises BadInput where none has as many as a worker needs."""
-    each = place.gpus_each
-    room = sum(count // each for count in gpus) if place.gpu else 0
-    if each > 1 and not room:
+def size_of(config: Ray, gpus: Sequence[int]) -> Size:
+    """The size by the machines' GPU counts. Raises BadInput where no machine has enough for a worker."""
+    per_worker = config.gpus_each
+    room = sum(count // per_worker for count in gpus) if config.gpu else 0
+    if per_worker > 1 and not room:
         raise BadInput(
-            f"--tensor-parallel {each}: no machine of the cluster has so many GPUs (most: {max(gpus, default=0)})"
+            f"--tensor-parallel {per_worker}: no machine of the cluster has so many GPUs (most: {max(gpus, default=0)})"
         )
-    return Size(place.workers or room or max(1, len(gpus)), each if room else 0)
+    return Size(config.workers or room or max(1, len(gpus)), per_worker if room else 0)
 
 
 class RayWorkerHandle:
-    """An actor and the call that its next events will answer."""
+    """An actor and the pending call that returns its next events."""
 
     def __init__(self, actor: Any) -> None:
         self.actor, self.started, self.name = actor, False, "a machine of the cluster"
         self.death: str | None = None
         self._leaving: Any = None
         self._dismissed = 0.0
-        self.coming = actor.hello.remote()
+        self.pending_call = actor.hello.remote()
 
     def send(self, order: Order) -> None:
-        self.actor.send.remote(order)
+        self.actor.send_order.remote(order)
 
     def end(self) -> str | None:
         self.kill()
@@ -187,7 +186,7 @@ class RayWorkerHandle:
             self._leaving, self._dismissed = self.actor.leave.remote(), time.monotonic()
 
     def kill(self) -> None:
-        """Its engine and decoders follow it, by the kernel's hand."""
+        """The kernel's death signal ends its engine and decoders."""
         import ray
 
         if self._leaving is not None:
@@ -196,7 +195,7 @@ class RayWorkerHandle:
 
 
 class RayWorkerPool:
-    """Actors on a cluster, one per place; Ray chooses their machines, as far apart as it can."""
+    """Actors on a cluster, one per slot, which Ray spreads over its machines."""
 
     def __init__(self, stage: Stage, artifact: Artifact, size: Size, report: Callable[[Event], None]) -> None:
         import ray
@@ -207,10 +206,10 @@ class RayWorkerPool:
             RayWorker
         )
         self._handles: list[RayWorkerHandle] = []
-        self._lonely = time.monotonic()
+        self._last_started = time.monotonic()
 
-    def start(self, place: int) -> RayWorkerHandle:
-        actor: Any = self._class.remote(Home.here())
+    def start(self, slot: int) -> RayWorkerHandle:
+        actor: Any = self._class.remote(DriverContext.current())
         self._handles.append(RayWorkerHandle(actor))
         actor.work.remote(self._stage, self._artifact)
         return self._handles[-1]
@@ -219,21 +218,21 @@ class RayWorkerPool:
         import ray
 
         if not self._handles:
-            time.sleep(seconds)  # until a place is to be tried again
+            time.sleep(seconds)  # until a slot is retried
             return
-        by_call = {handle.coming: handle for handle in self._handles}
+        by_call = {handle.pending_call: handle for handle in self._handles}
         ready, _ = ray.wait(list(by_call), num_returns=len(by_call), timeout=0)
         if not ready:
             ready, _ = ray.wait(list(by_call), num_returns=1, timeout=seconds)
         for call in ready:
-            yield from self._said(by_call[call])
-        self._say_when_alone()
+            yield from self._events(by_call[call])
+        self._report_waiting()
 
-    def _said(self, handle: RayWorkerHandle) -> Iterator[tuple[RayWorkerHandle, Event | None]]:
+    def _events(self, handle: RayWorkerHandle) -> Iterator[tuple[RayWorkerHandle, Event | None]]:
         import ray
 
         try:
-            events = ray.get(handle.coming)
+            events = ray.get(handle.pending_call)
         except ray.exceptions.RayError as error:
             self._handles.remove(handle)
             handle.death = _death(error)
@@ -246,19 +245,19 @@ class RayWorkerPool:
         if events and events[-1] is None:
             self._handles.remove(handle)
         else:
-            handle.coming = handle.actor.events.remote()
+            handle.pending_call = handle.actor.events.remote()
         for event in events:
-            if isinstance(event, Placed):
+            if isinstance(event, ActorName):
                 handle.name = event.name
             else:
                 yield handle, event
 
-    def _say_when_alone(self) -> None:
-        """A cluster without room makes a run wait, which a person should know."""
+    def _report_waiting(self) -> None:
+        """Tell the user that the run waits for room on the cluster."""
         if any(handle.started for handle in self._handles):
-            self._lonely = time.monotonic()
-        elif self._handles and time.monotonic() - self._lonely > PATIENCE_SECONDS:
-            self._lonely = float("inf")
+            self._last_started = time.monotonic()
+        elif self._handles and time.monotonic() - self._last_started > PATIENCE_SECONDS:
+            self._last_started = float("inf")
             self._report(Note("waiting for the cluster to have room for a worker (`ray status` says what is taken)"))
 
     def close(self) -> None:
@@ -268,5 +267,5 @@ class RayWorkerPool:
 def _death(error: Exception) -> str:
     """One line of Ray's many about a lost actor."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = next((line for line in lines if "died" in line or "node" in line.lower()), lines[0] if lines else "")
-    return f"a worker of the cluster was lost ({kept[:160] or type(error).__name__})"
+    reason = next((line for line in lines if "died" in line or "node" in line.lower()), lines[0] if lines else "")
+    return f"a worker of the cluster was lost ({reason[:160] or type(error).__name__})"

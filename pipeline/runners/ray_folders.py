@@ -1,7 +1,7 @@
-"""What Ray leaves in folders that others share: whose note of a running cluster is believed, and a folder of our own.
+"""Ray's files in shared temporary folders: when to trust the note of a running cluster, and a private session folder.
 
-Ray's folder in the temporary one can be written by everybody. Who can put a note there names the machine that a run
-sends its code, paths and keys to; who can write a cluster's folder can replace what its workers read.
+Ray's folder in the temporary folder is world-writable. The author of a note there chooses the machine to which a run
+sends its code, paths and keys; a writer in a cluster's folder can replace files that its workers read.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def read_note(folder: Path) -> tuple[str | None, str | None]:
 
 
 def note_problem(note: os.stat_result, folder: os.stat_result, uid: int) -> str | None:
-    """Why a note is not believed, by what is known of the opened file and its folder (links not followed).
+    """Why a note is not trusted, by the status of the opened file and of its folder (links not followed).
 
-    Ray makes its folder writable to everybody: others can remove a note there, but none of theirs becomes the user's.
+    Ray makes its folder world-writable: others can remove a note there, but cannot make theirs the user's.
     """
     if not stat.S_ISREG(note.st_mode) or not stat.S_ISDIR(folder.st_mode):
         return "no file in a folder, but a link or something else"
-    for what, found in (("it", note), ("its folder", folder)):
-        if found.st_uid not in (uid, 0):
-            return f"{what} belongs to another user (uid {found.st_uid})"
+    for what, status in (("it", note), ("its folder", folder)):
+        if status.st_uid not in (uid, 0):
+            return f"{what} belongs to another user (uid {status.st_uid})"
     if note.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"others may write it (mode {stat.S_IMODE(note.st_mode):o})"
     return "it has other names, too (hard links)" if note.st_nlink > 1 else None
@@ -68,7 +68,7 @@ def address_problem(address: str) -> str | None:
 
 
 def listener_problem(address: str, uid: int) -> str | None:
-    """Whether at an address of this machine another user listens: a note outlives its cluster, whose port is free."""
+    """Whether another user listens at an address of this machine: a note outlives its cluster, which frees the port."""
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return None
@@ -84,26 +84,26 @@ def listener_problem(address: str, uid: int) -> str | None:
 
 
 def listeners(lines: Iterable[str], port: int) -> set[int]:
-    """The users that listen at a port, by lines of ``/proc/net/tcp``."""
+    """Uids of the listeners at a port, by lines of ``/proc/net/tcp``."""
     rows = (line.split() for line in lines)
     return {int(row[7]) for row in rows if row[3:4] == [_LISTENING] and int(row[1].rpartition(":")[2], 16) == port}
 
 
 def private_folder() -> Path:
-    """A new folder of this user alone, in $RAY_TMPDIR or the temporary folder, short enough for the sockets that Ray
-    puts below it. Ray is given ``r`` in it: of the folder that it is given it makes one for everybody.
+    """A new folder of this user alone, in $RAY_TMPDIR or the temporary folder, with a path short enough for Ray's
+    sockets. Ray gets ``r`` in it, since it makes its own folder world-writable.
 
-    Not $XDG_RUNTIME_DIR, which goes when the user logs out. Raises BadInput.
+    Not in $XDG_RUNTIME_DIR, which is removed at logout. Raises BadInput.
     """
     room = SOCKET_BYTES - len(_SOCKET)
-    places = [place for place in (os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp") if place]
-    for place in places:
-        if len(os.fsencode(Path(place).absolute())) <= room:
+    folders = [folder for folder in (os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp") if folder]
+    for folder in folders:
+        if len(os.fsencode(Path(folder).absolute())) <= room:
             try:
-                return Path(tempfile.mkdtemp(prefix="ray-", dir=Path(place).absolute()))
+                return Path(tempfile.mkdtemp(prefix="ray-", dir=Path(folder).absolute()))
             except OSError:
                 continue
     text = (
-        f"--runner ray: no folder for a cluster ({', '.join(places)}: missing, not writable or over {room} bytes long"
+        f"--runner ray: no folder for a cluster ({', '.join(folders)}: missing, not writable or over {room} bytes long"
     )
     raise BadInput(f"{text}, with which Ray's sockets have no room); set RAY_TMPDIR")

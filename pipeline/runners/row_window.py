@@ -1,4 +1,4 @@
-"""How many rows a worker keeps alive at a time."""
+"""The bound on a worker's rows in flight."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Window:
-    """Room for as many rows as ``size`` says at the moment. One task acquires, any may release."""
+    """A semaphore whose size may change at any time. One task acquires, any may release."""
 
     def __init__(self, size: Callable[[], int]) -> None:
         self._size, self._held, self._freed = size, 0, asyncio.Event()

@@ -1,9 +1,9 @@
-"""The scheduler: hands shards to workers one by one, replaces workers that die, and drains on Ctrl-C.
+"""The scheduler: assigns shards to workers one by one, replaces workers that die, and drains on Ctrl-C.
 
-It never touches a row, and does not know where its workers live: a :class:`WorkerPool` of local processes
-(:mod:`.local`) or of actors on a cluster (:mod:`.ray`). It knows at every moment which worker has which shard, so one
-that dies takes nothing with it: its shards go to the next one, which finds their finished rows in the journals. A place
-where workers fail before they finish a row is tried again and then given up; the others go on (:mod:`.places`).
+It never touches a row, and works with any :class:`WorkerPool`: local processes (:mod:`.local`) or actors on a cluster
+(:mod:`.ray`). It tracks the shards assigned to each worker, so a death loses nothing: the shards go to the next worker,
+which reads their finished rows from the journals. A slot whose workers exit before they finish a row is retried and
+then given up; the others go on (:mod:`.worker_slots`).
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ from ...manifests.artifact import Artifact
 from ...manifests.shards import InputShard
 from .interrupts import interrupts
 from .messages import Assignment, Event, Note, Pulse, Ready, ShardDone, ShardFailed, ShardLost, Want, WorkerFailed
-from .places import Places
 from .shard_queue import JobResult, ShardQueue
+from .worker_slots import WorkerSlots
 
 POLL_SECONDS = 0.5  # how late a stop request may be noticed
 
-# A shard, there is none just now, a request to drain, a request to close the engine and leave, or: there are no more.
+# A shard; none at the moment; drain; close the engine and exit; None: no more shards.
 Order = Assignment | Literal["wait", "stop", "leave"] | None
 
 
 class WorkerHandle(Protocol):
-    """A worker as its scheduler sees it. ``started``: it lives; one on a cluster may still wait for a machine.
+    """The scheduler's handle of a worker.
 
-    ``name``: of its place, for a person.
+    ``started``: whether it runs; an actor may still wait for a machine. ``name``: of its GPU or machine, for messages.
     """
 
     started: bool
     name: str
 
     def send(self, order: Order) -> None:
-        """Send it an order; nothing where it just died, which is seen elsewhere."""
+        """Send an order; ignored where the worker just died, which :meth:`WorkerPool.listen` reports."""
 
     def end(self) -> str | None:
-        """Wait until it is gone, which is about to happen; None for a clean end, else how it died."""
+        """Wait for its exit, which is imminent; None for a clean exit, else how it died."""
 
     def dismiss(self) -> None:
-        """Ask it to close its engine and leave: what a :meth:`kill` that follows gives it some seconds for."""
+        """Ask it to close its engine and exit; a :meth:`kill` that follows allows some seconds for that."""
 
     def kill(self) -> None:
-        """End it with all that it started, and wait until they are gone."""
+        """Kill it and all its descendants, and wait until they are gone."""
 
 
 class WorkerPool(Protocol):
-    """Where workers come from. ``size``: how many there are to be at most."""
+    """Starts workers and receives their events. ``size``: its slots, for one worker each."""
 
     size: int
 
-    def start(self, place: int) -> WorkerHandle:
-        """Start a worker in one of the ``size`` places, of those before it there or none."""
+    def start(self, slot: int) -> WorkerHandle:
+        """Start a worker in a slot that is free."""
 
     def listen(self, seconds: float) -> Iterable[tuple[WorkerHandle, Event | None]]:
-        """What workers say within so many seconds; None: this one will never say anything again."""
+        """Events that arrive within ``seconds``; None: the worker's connection is closed."""
 
     def close(self) -> None: ...
 
@@ -66,33 +66,33 @@ class WorkerPool(Protocol):
 @dataclass(eq=False)
 class _Member:
     handle: WorkerHandle
-    place: int
-    shards: set[str] = field(default_factory=set)  # handed out, neither done nor failed
+    slot: int
+    shards: set[str] = field(default_factory=set)  # assigned, neither done nor failed
     wants: int = 0
-    waits: bool = False  # it was told that there is no shard just now
+    waits: bool = False  # "wait" was sent
     ready: bool = False  # its model is loaded
     made_progress: bool = False  # a row is finished
 
 
 class Scheduler:
-    """Runs shards through a crew of workers. ``report`` gets every event."""
+    """Runs shards through a pool of workers. ``report`` gets every event."""
 
     def __init__(self, pool: WorkerPool, artifact: Artifact, report: Callable[[Event], None]) -> None:
         self._pool, self._artifact, self._report = pool, artifact, report
         self._members: list[_Member] = []
-        self._places = Places(pool.size)
-        self._stop_asked = self._stopping = False
+        self._slots = WorkerSlots(pool.size)
+        self._stop_requested = self._stopping = False
 
     def run(self, shards: Sequence[InputShard]) -> JobResult:
         """Work until all shards are committed or quarantined, or Ctrl-C. Raises CapipeError when it cannot go on."""
         self._queue = ShardQueue(self._artifact, self._report, shards)
         if not shards:
             return self._queue.result
-        with interrupts(self._ask_to_stop):
+        with interrupts(self._request_stop):
             try:
                 for _ in range(min(self._pool.size, len(shards))):
-                    self._start_elsewhere()
-                while self._members or self._places.due:
+                    self._start_in_unused_slot()
+                while self._members or self._slots.retry_at:
                     self._round()
             except CapipeError:
                 for member in self._members:  # all at once: each then has the same seconds for it
@@ -105,25 +105,25 @@ class Scheduler:
         self._queue.result.interrupted = self._stopping
         return self._queue.result
 
-    def _start(self, place: int) -> None:
-        self._members.append(_Member(self._pool.start(place), place))
+    def _start(self, slot: int) -> None:
+        self._members.append(_Member(self._pool.start(slot), slot))
 
-    def _start_elsewhere(self) -> None:
-        if (place := self._places.fresh()) is not None:
-            self._start(place)
+    def _start_in_unused_slot(self) -> None:
+        if (slot := self._slots.take_unused()) is not None:
+            self._start(slot)
 
     def _round(self) -> None:
-        if self._stop_asked and not self._stopping:
+        if self._stop_requested and not self._stopping:
             self._drain()
         if self._is_over:
-            self._places.due.clear()
+            self._slots.retry_at.clear()
         elif not self._queue.empty:
-            for place in self._places.ready(time.monotonic()):
-                self._start(place)
+            for slot in self._slots.take_due(time.monotonic()):
+                self._start(slot)
         for handle, event in self._pool.listen(POLL_SECONDS):
             member = next((member for member in self._members if member.handle is handle), None)
             if member is None:
-                continue  # what it said before its end, which is known
+                continue  # events from before an exit that was handled
             if event is None:
                 self._on_exit(member, None)
             else:
@@ -153,11 +153,11 @@ class Scheduler:
             member.ready = True
         elif isinstance(event, Pulse) and sum(event.rows.values()) > event.recalled:
             member.made_progress = True
-            self._places.worked(member.place)
+            self._slots.succeeded(member.slot)
         self._report(event)
 
     def _assign(self, member: _Member) -> None:
-        """Answer a worker's wish: a shard, or, when there are none and nobody may fail one back, the end."""
+        """Answer a worker's requests: a shard, "wait", or None once no shard can come back."""
         while member.wants and not self._stopping and (assignment := self._queue.next()) is not None:
             member.shards.add(assignment.shard.name)
             member.handle.send(assignment)
@@ -171,53 +171,53 @@ class Scheduler:
 
     @property
     def _is_over(self) -> bool:
-        """Nothing is in work, and nothing is left to hand out, or it must not be any more."""
+        """No shard is assigned, and none is left to assign, or the run is stopping."""
         return not any(member.shards for member in self._members) and (self._stopping or self._queue.empty)
 
     def _release_unstarted(self) -> None:
-        """When all is done, those that still wait for a machine of the cluster are not needed."""
+        """When all is done, workers that still wait for a machine of the cluster are not needed."""
         if self._is_over:
             for member in [member for member in self._members if not member.handle.started]:
                 member.handle.kill()
                 self._members.remove(member)
 
     def _on_exit(self, member: _Member, reason: str | None) -> None:
-        """A worker is gone. Clean end, or death: then its shards are tried again by a new one."""
+        """Handle a worker's exit: after a death its shards are retried by another worker."""
         death = member.handle.end()
         self._members.remove(member)
         if self._stopping or (not member.shards and death is None and reason is None):
             return
         reason = reason or death or "the worker ended before its shards were done"
         if not member.made_progress:
-            self._place_failed(member, reason)
+            self._slot_failed(member, reason)
         else:
             self._report(WorkerFailed(reason, 0, final=False))
         for shard in member.shards:
             if (record := self._queue.abandoned(shard, reason)) is not None:
                 self._report(ShardDone(record))
         if member.made_progress and not self._queue.empty:
-            self._start(member.place)
+            self._start(member.slot)
 
-    def _place_failed(self, member: _Member, reason: str) -> None:
-        """Have a place tried again, or give it up. Raises RunFailed where none is left and something is to do."""
-        pause = self._places.failed(member.place, time.monotonic())
+    def _slot_failed(self, member: _Member, reason: str) -> None:
+        """Schedule a slot's retry, or give it up. Raises RunFailed where no slot is left and shards are."""
+        pause = self._slots.failed(member.slot, time.monotonic())
         name, what = member.handle.name, "ended before it finished a row" if member.ready else "could not start"
         if pause is not None:
             self._report(Note(f"a worker on {name} {what}: {reason}; another one is tried there in {pause:g} s"))
             return
-        tries = f"{self._places.failures[member.place]} workers in a row"
+        tries = f"{self._slots.failures[member.slot]} workers in a row"
         if member.shards or not self._queue.empty:
-            self._start_elsewhere()
-            if not self._members and not self._places.due:
+            self._start_in_unused_slot()
+            if not self._members and not self._slots.retry_at:
                 last = "the last place that was left" if self._pool.size > 1 else "and there is no other place"
                 raise RunFailed(f"{reason}; {tries} on {name} ended before they finished a row, {last}")
         self._report(Note(f"{name} is given up, as {tries} ended there before they finished a row: {reason}"))
 
-    def _ask_to_stop(self) -> None:
-        self._stop_asked = True  # the main loop acts on it: a handler may interrupt a half-sent message
+    def _request_stop(self) -> None:
+        self._stop_requested = True  # the main loop acts on it: a signal handler may interrupt a half-sent message
 
     def _drain(self) -> None:
-        """Have what is in the engines finished, and nothing more begun."""
+        """Let the rows in the engines finish, and start nothing more."""
         self._stopping = True
         for member in self._members:
             member.handle.send("stop")

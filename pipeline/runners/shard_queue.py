@@ -1,6 +1,6 @@
-"""The desk of a run: which shards are still to do, which failed how often, and, in a shared folder, who has the others.
+"""A run's queue of shards: what is left to do, how often each failed, and what other processes hold in a shared folder.
 
-Whoever runs workers (:mod:`.scheduler`, :mod:`.inline`) takes shards here and says what became of them.
+The runners (:mod:`.scheduler`, :mod:`.inline`) take shards from it and report their results to it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class JobResult:
 
 
 class ShardQueue:
-    """Shards to hand out. Where the artifact has claims, each is claimed first, and those of others are waited for."""
+    """Shards to assign. In a shared folder each is claimed first, and those that others hold are waited for."""
 
     def __init__(self, artifact: Artifact, report: Callable[[Event], None], shards: Sequence[InputShard]) -> None:
         self.result = JobResult()
         self._artifact, self._report = artifact, report
         self._queue = deque(shards)
-        self._out: dict[str, InputShard] = {}  # handed out, and not back
+        self._assigned: dict[str, InputShard] = {}  # assigned, without a result
         self._elsewhere: dict[str, InputShard] = {}  # with another process that shares the folder
         self._failures: Counter[str] = Counter()
         self._tail = Tail(artifact.folder) if artifact.shared else None
@@ -44,11 +44,11 @@ class ShardQueue:
 
     @property
     def empty(self) -> bool:
-        """Nothing is to be handed out any more, unless what is out comes back."""
+        """Nothing is left to assign, unless an assigned shard comes back."""
         return not self._queue and not self._elsewhere
 
     def next(self) -> Assignment | None:
-        """A shard to do, or None where there is none just now."""
+        """A shard to do, or None where none is free at the moment."""
         self._look()
         while self._queue:
             shard = self._queue.popleft()
@@ -61,13 +61,13 @@ class ShardQueue:
                 if self._is_over(shard):
                     self._artifact.claims.release(shard.name)
                     continue
-            self._out[shard.name] = shard
+            self._assigned[shard.name] = shard
             return Assignment(shard, token)
         self._report_waiting()
         return None
 
     def _look(self) -> None:
-        """Now and then, have shards that others had tried again: done by now, or free because their run died."""
+        """Every :data:`LOOK_SECONDS`, requeue shards that others held: done by now, or free because their run died."""
         if self._elsewhere and time.monotonic() - self._looked > LOOK_SECONDS:
             self._looked = time.monotonic()
             self._queue.extend(self._elsewhere.values())
@@ -76,7 +76,7 @@ class ShardQueue:
             self._queue = deque(shard for shard in self._queue if not self._is_known(shard))
 
     def _is_over(self, shard: InputShard) -> bool:
-        """Whether another process did a shard, or gave it up, before we could claim it."""
+        """Whether another process committed or quarantined a shard before we claimed it."""
         if self._tail is None:
             return False
         self._read_tail()
@@ -92,14 +92,14 @@ class ShardQueue:
             self._committed |= {record.shard: record for record in self._tail.news()}
 
     def _is_known(self, shard: InputShard) -> bool:
-        """Whether a shard of the queue was committed by another process; said once, since it leaves the queue then."""
+        """Whether another process committed a queued shard; reported once, since the shard leaves the queue then."""
         record = self._committed.get(shard.name)
         if record is not None:
             self._report(DoneElsewhere(record))
         return record is not None
 
     def _report_waiting(self) -> None:
-        if not self._elsewhere or self._out or self._artifact.claims is None:
+        if not self._elsewhere or self._assigned or self._artifact.claims is None:
             return
         holders = {str(self._artifact.claims.holder(shard) or "a process that just ended") for shard in self._elsewhere}
         text = f"waiting for {len(self._elsewhere)} shards that others work on: {', '.join(sorted(holders))}"
@@ -108,14 +108,14 @@ class ShardQueue:
             self._report(Note(text))
 
     def done(self, shard: str) -> None:
-        """A shard that was handed out is committed."""
+        """An assigned shard is committed."""
         self._back(shard)
 
     def abandoned(self, shard: str, reason: str) -> ShardRecord | None:
-        """The worker that had it is gone; its record, where it could still commit, else it counts as failed."""
+        """The shard's worker is gone. Returns the record if it was committed before; else it counts as failed."""
         claims = self._artifact.claims
         if claims is not None:
-            claims.release(shard)  # from here on nothing of it can be committed, should that worker not be dead
+            claims.release(shard)  # from here on the worker, should it still live, cannot commit it
         record = self._artifact.committed().get(shard)
         if record is None:
             self.failed(shard, reason)
@@ -124,11 +124,11 @@ class ShardQueue:
         return record
 
     def lost(self, shard: str) -> None:
-        """Another process has it by now: our own was thought dead."""
+        """Another process took the shard over: ours was thought dead."""
         self._elsewhere[shard] = self._back(shard)
 
     def failed(self, shard: str, reason: str) -> None:
-        """To be tried again at the end of the queue; the third time it is quarantined."""
+        """Requeue a shard at the end; after :data:`MAX_FAILURES` failures it is quarantined."""
         self._failures[shard] += 1
         if self._failures[shard] >= MAX_FAILURES:
             self._artifact.quarantine(shard, reason)
@@ -140,4 +140,4 @@ class ShardQueue:
     def _back(self, shard: str) -> InputShard:
         if self._artifact.claims is not None:
             self._artifact.claims.release(shard)
-        return self._out.pop(shard)
+        return self._assigned.pop(shard)

@@ -1,4 +1,4 @@
-"""A shard in a worker's hands: what is read of it, what is finished, and its commit."""
+"""A shard in a worker: its reader, its finished rows and its commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .messages import Assignment
 
 
 class Commits(Protocol):
-    """What a commit needs of a :class:`.worker.Processor`."""
+    """The part of a :class:`.worker.Processor` that a commit needs."""
 
     schema: pa.Schema
     writes_tar: bool
@@ -26,7 +26,7 @@ class Commits(Protocol):
 
 
 class ShardRun:
-    """A shard in work: its reader, its journal and the rows finished so far."""
+    """A shard in progress: its reader, its journal and its finished rows."""
 
     def __init__(self, artifact: Artifact, assignment: Assignment) -> None:
         self.artifact, self.started = artifact, time.time()
@@ -39,7 +39,7 @@ class ShardRun:
         self.pending = 0  # rows in the pipeline
 
     def recall(self, rows: Sequence[Row]) -> bool:
-        """Take the results that an earlier run left in the journal for these very rows; whether it left all of them."""
+        """Take these rows' results of an earlier run from the journal; returns whether it has all of them."""
         for row in rows:
             result = self.journal.rows.pop(row.index, None)
             if result is not None and (result["key"], result["uid"]) == (row.key, row.uid):
@@ -47,11 +47,11 @@ class ShardRun:
         return all(row.index in self.rows for row in rows)
 
     def finish(self, index: int, row: dict[str, Any]) -> None:
-        """Keep a row's result, unless it has one from an earlier run and was done again for its neighbours' sake."""
+        """Keep a row's result, unless an earlier run left one (the row was then repeated for its chunk)."""
         if index in self.rows:
             return
         self.rows[index] = row
-        if Status(row["status"]).resolved:  # an unresolved row is to be tried again after a crash
+        if Status(row["status"]).resolved:  # an unresolved row is retried after a crash
             self.journal.append(index, row)
 
     @property
@@ -61,7 +61,7 @@ class ShardRun:
 
     @property
     def over(self) -> bool:
-        """All read and nothing in the pipeline: to be committed, or given up."""
+        """All read and nothing in the pipeline: to be committed, or reported as failed."""
         return self.total is not None and self.pending == 0
 
     def commit(self, processor: Commits) -> ShardRecord:
@@ -83,7 +83,7 @@ class ShardRun:
         return record
 
     def _sources(self) -> Iterator[Row]:
-        """The input's rows once more; that it cannot be read is this shard's fault, not the output disk's."""
+        """The input's rows once more. An OSError here is the input's, so it fails this shard, not the run."""
         try:
             yield from RowReader(self.shard)
         except OSError as error:

@@ -1,11 +1,11 @@
 """The worker: rows of many shards through one engine, without a pause between shards.
 
-A feeder reads shards in order and lets at most ``window`` rows be alive; each row is a task that decodes, asks the
-engine and journals its result; a shard whose rows are all there is committed while the next ones are in the engine.
-Runners (local processes, a cluster) differ only in the :class:`Channel` they hand to :func:`work`.
+A feeder reads shards in order and keeps at most ``window`` rows in flight; each row is a task that decodes, requests
+the engine and journals the result; a finished shard is committed while the rows of the next ones are in the engine.
+Runners (local processes, a cluster) differ only in the :class:`Channel` that they pass to :func:`work`.
 
-A shard with rows of a streak of engine errors waits for its end: where the streak grows long enough to end the run
-(:mod:`.circuit_breaker`), none of these rows is recorded, and the same command does them once the cause is gone.
+A shard with rows of a streak of engine errors is committed when the streak ends: one that is long enough to end the run
+(:mod:`.circuit_breaker`) records none of its rows, and the same command repeats them once the cause is fixed.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from .messages import Assignment, Event, Pulse, Ready, ShardDone, ShardFailed, S
 from .row_window import Window
 from .shard_run import ShardRun
 
-READ_AHEAD = 16  # rows read from a tar in one go, where a stage takes them one by one
-OPEN_SHARDS = 4  # fed or being fed and not yet committed: bounds what finished rows can pile up (more where small)
-HELD_ROWS = 50_000  # of finished shards that wait for the end of a streak: with more, they are recorded as they are
+READ_AHEAD = 16  # rows read from a tar at a time, where a stage takes them one by one
+OPEN_SHARDS = 4  # fed and not yet committed: bounds the finished rows in memory (more where shards are small)
+HELD_ROWS = 50_000  # of finished shards that wait for the end of a streak; with more they are committed
 PULSE_SECONDS = 0.5
-UNREAD = frozenset(  # seen before any model
+UNREAD = frozenset(  # decided before any model
     {Status.CORRUPT, Status.MISSING, Status.READ_ERROR, Status.UNSUPPORTED, Status.TOO_SMALL, Status.TOO_LARGE}
 )
 
-Answer = Assignment | Literal["wait"] | None  # a shard, there is none just now, there are no more
+Answer = Assignment | Literal["wait"] | None  # a shard; none at the moment; no more
 
 
 class Processor(Protocol):
-    """A stage, loaded: what turns readable rows into their output rows.
+    """A loaded stage: turns readable rows into output rows.
 
-    ``window``: rows to keep alive so that the engine never waits; may change at any time. ``chunk``: rows that are
-    processed together, counted from a shard's start, so that what shares a batch is the same whenever a run was
-    stopped; 1 where rows do not matter to each other. ``process`` raises EngineDead or RunFailed when all is over; any
-    other exception becomes the rows' ``engine_error``. Who asks a model says so by
-    :func:`.circuit_breaker.answered` once it got an answer. ``members`` supplies a tar where ``writes_tar``.
+    ``window``: rows to keep in flight so that the engine never waits; may change at any time. ``chunk``: rows that are
+    processed together, counted from a shard's start, so that batches do not depend on where a run was stopped; 1 where
+    rows are independent. ``process`` raises EngineDead or RunFailed to end the worker; any other exception becomes the
+    rows' ``engine_error``. It calls :func:`.circuit_breaker.answered` for every answer of a model. ``members``: a row's
+    tar members, where ``writes_tar``.
     """
 
     schema: pa.Schema
@@ -71,7 +71,7 @@ class Processor(Protocol):
 
 
 class RowByRow:
-    """For processors whose rows do not matter to each other: they give ``process_row``."""
+    """Base of processors with independent rows: they implement ``process_row``."""
 
     chunk = 1
 
@@ -83,13 +83,13 @@ class RowByRow:
 
 
 class Stage(Protocol):
-    """A stage's picklable description, sent to the worker that loads it."""
+    """A stage's picklable description, loaded in the worker."""
 
     async def load(self) -> Processor: ...
 
 
 class Channel(Protocol):
-    """A worker's line to its runner. ``next_shard`` is asked again after "wait", and not after None."""
+    """A worker's connection to its runner. ``next_shard`` is called again after "wait", never after None."""
 
     stopping: asyncio.Event
 
@@ -99,7 +99,7 @@ class Channel(Protocol):
 
 
 class Worker:
-    """See the module's text. ``run`` returns when there are no more shards or the channel says stop."""
+    """See the module's docstring. ``run`` returns when there are no more shards, or on a stop."""
 
     def __init__(self, processor: Processor, artifact: Artifact, channel: Channel) -> None:
         self.processor, self.artifact, self.channel = processor, artifact, channel
@@ -113,10 +113,10 @@ class Worker:
         self.counts: Counter[str] = Counter()
         self.recalled = self.committing = 0
         self.streak = ErrorStreak[ShardRun]()
-        self.starved = False  # there is no shard just now
+        self.starved = False  # no shard is available at the moment
 
     async def run(self) -> None:
-        """Feed until the end; raises what ended the worker, once nothing of it runs any more."""
+        """Feed until the end; raises what ended the worker, after all its tasks are done."""
         pulse = asyncio.create_task(self._pulse())
         feeder = asyncio.create_task(self._feed())
         failed = asyncio.create_task(self.failed.wait())
@@ -126,7 +126,7 @@ class Worker:
                 feeder.result()
                 await self._until_settled(failed)
                 if not self.failed.is_set() and not self.channel.stopping.is_set():
-                    self._settle_all(self.streak.over())  # the input's end is this streak's, too
+                    self._settle_all(self.streak.over())  # the streak ends with the input
                     await self._until_settled(failed)
         finally:
             for task in (feeder, failed, pulse, *self.tasks):
@@ -144,10 +144,10 @@ class Worker:
 
     async def _feed(self) -> None:
         while not self.channel.stopping.is_set():
-            await self._room_for_a_shard()
+            await self._await_room()
             while (assignment := await self.channel.next_shard()) == "wait":
                 self.starved = True
-                self._look_for_the_end()
+                self._end_streak_if_idle()
             self.starved = False
             if assignment is None:
                 return
@@ -160,8 +160,8 @@ class Worker:
             await self._feed_rows(run)
             self._settle(run)
 
-    async def _room_for_a_shard(self) -> None:
-        """Wait until few enough shards are open; small ones may be many, as long as the engine could use their rows."""
+    async def _await_room(self) -> None:
+        """Wait until few enough shards are open; more may be open while they hold too few rows for the engine."""
         while True:
             waiting = {run for run in self.streak.shards if run.over}
             if sum(run.held for run in waiting) > HELD_ROWS:
@@ -173,7 +173,7 @@ class Worker:
             await self.concluded.wait()
 
     async def _feed_rows(self, run: ShardRun) -> None:
-        """Start a task for every chunk that still needs one; on a stop leave the shard unfinished."""
+        """Start a task for every chunk without a result; a stop leaves the shard unfinished."""
         rows, count = iter(run.reader), 0
         chunk = self.processor.chunk
         ahead = chunk if chunk > 1 else READ_AHEAD
@@ -189,26 +189,26 @@ class Worker:
             run.total = count
 
     async def _feed_chunk(self, run: ShardRun, rows: Sequence[Row]) -> bool:
-        """Recall the rows' results, or start their task as soon as the window has room. False: a stop was asked for."""
-        asked = [row for row in rows if row.status is Status.OK]
+        """Recall the rows' results, or start their task once the window has room. False: a stop was requested."""
+        readable = [row for row in rows if row.status is Status.OK]
         for row in rows:
             if row.status is not Status.OK:
                 run.rows[row.index] = self.processor.passed_on(row)
                 self.counts[row.status] += 1
-        if not asked:
+        if not readable:
             return True
-        if run.recall(asked):
-            self.recalled += len(asked)
-            self.counts.update(run.rows[row.index]["status"] for row in asked)
+        if run.recall(readable):
+            self.recalled += len(readable)
+            self.counts.update(run.rows[row.index]["status"] for row in readable)
             return True
-        for taken in range(len(asked)):
+        for taken in range(len(readable)):
             await self.window.acquire()
             if self.channel.stopping.is_set():
                 for _ in range(taken + 1):
                     self.window.release()
                 return False
-        run.pending += len(asked)
-        self._start(self._process(run, asked))
+        run.pending += len(readable)
+        self._start(self._process(run, readable))
         return True
 
     def _start(self, coroutine: Any) -> None:
@@ -223,7 +223,7 @@ class Worker:
                 results = await self.processor.process(rows)
             except (EngineDead, RunFailed):
                 raise
-            except Exception as error:  # whatever it is, it is recorded, and the other rows go on
+            except Exception as error:  # recorded in the rows; the others go on
                 failed = {"status": str(Status.ENGINE_ERROR), "error": f"{type(error).__name__}: {error}"}
                 results = [{**self.processor.passed_on(row), **failed} for row in rows]
             for row, result in zip(rows, results, strict=True):
@@ -237,41 +237,41 @@ class Worker:
             for _ in rows:
                 self.window.release()
         self._settle(run)
-        self._look_for_the_end()
+        self._end_streak_if_idle()
 
     def _note_streak(self, run: ShardRun, row: Row, result: dict[str, Any], answered: bool) -> None:
-        """See whether a row goes on with a streak of errors, or ends it; one that no model saw does neither.
+        """Extend or end the streak of errors by a row's result; a row that no model answered does neither.
 
         Raises RunFailed where the streak is too long.
         """
-        fate = (result["status"], result["error"])
-        if fate[0] != Status.ENGINE_ERROR:
-            if answered and fate[0] not in UNREAD:
+        status, error = result["status"], result["error"]
+        if status != Status.ENGINE_ERROR:
+            if answered and status not in UNREAD:
                 self._settle_all(self.streak.over())
-        elif all((each.get("status"), each.get("error")) != fate for each in row.beside.values()):  # or it is passed on
-            self._settle_all(self.streak.failed(run, fate[1] or "", (row.key, row.uid or "")))
+        elif all((side.get("status"), side.get("error")) != (status, error) for side in row.beside.values()):
+            self._settle_all(self.streak.failed(run, error or "", (row.key, row.uid or "")))  # not a passed-on error
 
-    def _look_for_the_end(self) -> None:
-        """With nothing in work and no shard to be had, errors are recorded: others may wait for these shards."""
+    def _end_streak_if_idle(self) -> None:
+        """With nothing in progress and no shard available, commit: other processes may wait for these shards."""
         if self.starved and all(run.over for run in self.runs):
             self._settle_all(self.streak.over())
 
     def _settle_all(self, runs: Iterable[ShardRun]) -> None:
         for run in runs:
             self._settle(run)
-        self.concluded.set()  # there may be room for another shard
+        self.concluded.set()  # there may be room for another shard now
 
     def _settle(self, run: ShardRun) -> None:
         if self.failure is not None or not run.over:
             return
         if run.failure is None and run in self.streak.shards:
-            self.concluded.set()  # not yet, but it takes no room from others meanwhile
+            self.concluded.set()  # not yet, but it leaves room for others
         else:
-            run.pending = -1  # settled: only one task may see the end
+            run.pending = -1  # settled: only one task may conclude it
             self._start(self._conclude(run))
 
     async def _conclude(self, run: ShardRun) -> None:
-        """Commit a finished shard, or report one that could not be read; its journal stays for the next try."""
+        """Commit a finished shard, or report an unreadable one, whose journal stays for the retry."""
         self.committing += 1
         try:
             if run.failure is None:
@@ -285,7 +285,7 @@ class Worker:
             self.channel.send(ShardLost(run.shard.name))
         except (OSError, RunFailed) as error:
             self._fail(error)
-        except Exception as error:  # of this shard alone: the others go on
+        except Exception as error:  # fails this shard alone
             reason = str(error) if isinstance(error, CapipeError) else f"{type(error).__name__}: {error}"
             self.channel.send(ShardFailed(run.shard.name, reason))
         finally:
@@ -293,7 +293,7 @@ class Worker:
             self.runs.discard(run)
             self.committing -= 1
             self.concluded.set()
-            self._look_for_the_end()
+            self._end_streak_if_idle()
 
     def _fail(self, error: BaseException) -> None:
         if self.failure is None:
@@ -319,22 +319,22 @@ def _take(rows: Iterator[Row], count: int) -> list[Row]:
 
 
 def disk_text(error: OSError, where: str | None = None) -> str:
-    """One line about a disk that cannot be written (or read), with the mend."""
+    """One line about a disk that cannot be written (or read), with the fix."""
     where = where or error.filename or "the disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}: no space left; free some and run the same command: it goes on where it was"
-    return f"{where}: {error.strerror or error}; mend that and run the same command: it goes on where it was"
+    return f"{where}: {error.strerror or error}; fix that and run the same command: it goes on where it was"
 
 
 async def work(stage: Stage, artifact: Artifact, channel: Channel) -> None:
-    """Load the stage's processor and run shards through it until the channel has no more, or says stop."""
+    """Load the stage's processor and run shards through it until the channel has no more, or a stop."""
     started = time.monotonic()
     processor = await stage.load()
     await work_with(processor, artifact, channel, time.monotonic() - started)
 
 
 async def work_with(processor: Processor, artifact: Artifact, channel: Channel, seconds: float) -> None:
-    """The same with a processor that took so many seconds to load; closes it, however the work ends."""
+    """The same with a loaded processor, which is closed in the end. ``seconds``: its load time."""
     try:
         channel.send(Ready(seconds))
         await Worker(processor, artifact, channel).run()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from capipe.pipeline.runners.local import WORKER_NAME
+
 MARK = "CAPIPE_TEST_COMMAND"
 SECONDS = 10.0  # for everything to be gone
 
@@ -106,7 +108,7 @@ def is_engine(member: Member) -> bool:
 
 
 def is_worker(member: Member) -> bool:
-    return "spawn_main" in member.command and not is_engine(member)
+    return member.command.endswith(f" {WORKER_NAME}")
 
 
 def lines(path: Path) -> int:
@@ -115,9 +117,9 @@ def lines(path: Path) -> int:
 
 def staged(**options: object) -> list[str]:
     """The command of a run of :mod:`.staged_run`, to be started in :func:`staged_environment`."""
-    return [sys.executable, "-c", "import staged_run; staged_run.main()", json.dumps(options)]
+    return [sys.executable, "-c", "from tests.pipeline import staged_run; staged_run.main()", json.dumps(options)]
 
 
 def staged_environment() -> dict[str, str]:
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

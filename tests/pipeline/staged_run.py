@@ -1,6 +1,6 @@
 """A program for tests: the real runners with a stage whose loads fail, and whose decoders hang, where they are told to.
 
-Imported as a module by the processes it starts: run `python -c 'import staged_run; staged_run.main()' JSON`.
+Imported as a module by the processes it starts: :func:`.leftovers.staged` is the command that runs it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.shards import Row, expand
 from capipe.models.engines.loading import EngineConfig, load_engine
 from capipe.models.images.decode_pool import DecodePool
-from capipe.pipeline.runners import places
+from capipe.pipeline.runners import worker_slots
 from capipe.pipeline.runners.placement import Placement
 from capipe.pipeline.runners.progress import Progress
 from capipe.pipeline.runners.ray import Ray
@@ -129,7 +129,7 @@ def hang(data: bytes, path: str) -> int:
 
 def main(words: Sequence[str] | None = None) -> None:
     options = json.loads((words or sys.argv[1:])[0])
-    places.PAUSES = tuple(options.pop("pauses", [0.2, 0.2]))
+    worker_slots.PAUSES = tuple(options.pop("pauses", [0.2, 0.2]))
     shards, out, gpus = options.pop("shards"), options.pop("out"), options.pop("gpus", [])
     ray = Ray(options.pop("address"), options.pop("workers")) if "address" in options else None
     stage = Staged(**options, cluster=ray is not None)

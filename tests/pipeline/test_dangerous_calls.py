@@ -35,10 +35,10 @@ FORBIDDEN = (
 SAFE = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
 ALLOWED = {
     (
-        "models/images/worker_process.py",
+        "models/worker_process.py",
         "pickle.loads",
     ): "a process and its own children, over an inherited socket pair",
-    ("models/images/worker_process.py", "subprocess.Popen"): "this Python, with code of ours and a number",
+    ("models/worker_process.py", "subprocess.Popen"): "this Python, with code of ours and a number",
     ("models/torchvision_shim.py", "subprocess.run"): "this Python, with code of ours",
     ("models/images/convert.py", "importlib.import_module"): "modules of a table of ours, by the format of the bytes",
     ("manifests/import_path.py", "importlib.import_module"): "what a command line or a recipe names, never data",

@@ -143,7 +143,7 @@ def test_what_modules_log_and_errors_that_nobody_catches() -> None:
     """In the command's own process, and in the workers that it starts."""
     body = f"""
 import logging
-from capipe.models.images.worker_process import Worker
+from capipe.models.worker_process import Worker
 from capipe.terminal import escape_logs
 escape_logs()
 logging.getLogger("capipe.x").warning("%s is odd", {EVIL!r})

@@ -236,7 +236,7 @@ def test_workers_import_no_torch_and_end_with_their_parent(tmp_path: Path) -> No
         textwrap.dedent(
             """
             import os, signal
-            from capipe.models.images.worker_process import Worker
+            from capipe.models.worker_process import Worker
             import worker_side
 
             worker = Worker(worker_side.modules)

@@ -102,7 +102,7 @@ def test_both_captions_are_scored_and_another_threshold_loads_no_model(
     def no_worker(*_: object) -> None:
         raise AssertionError("a worker was started, which loads the models")
 
-    monkeypatch.setattr(local.ProcessWorkerPool, "hire", no_worker)
+    monkeypatch.setattr(local.ProcessWorkerPool, "start", no_worker)
     from capipe.pipeline.cli import app
 
     with pytest.raises(SystemExit) as ended:

@@ -12,6 +12,7 @@ import pytest
 
 from capipe.models.tiny.world.corpus import write_corpus
 from capipe.pipeline.inspect.verify import verify
+from capipe.pipeline.runners.local import WORKER_NAME
 
 from ..conftest import COMMAND, capipe, table
 
@@ -48,5 +49,5 @@ def test_vllm_dies_half_way(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_worker_dies_half_way(tmp_path: Path) -> None:
-    stderr = kill_in_the_middle(tmp_path, "transformers", lambda process: "spawn_main" in " ".join(process.cmdline()))
+    stderr = kill_in_the_middle(tmp_path, "transformers", lambda process: process.cmdline()[-1:] == [WORKER_NAME])
     assert "the worker process died (exit code -9)" in stderr

@@ -17,7 +17,7 @@ import pytest
 
 from capipe.manifests.artifact import Artifact
 from capipe.pipeline.runners import ray_worker
-from capipe.pipeline.runners.ray_worker import Home, RayWorker
+from capipe.pipeline.runners.ray_worker import DriverContext, RayWorker
 
 from ..conftest import COMMAND, CaptionServer, capipe, one_line, table
 from ..sharing import CAPTIONS, IMAGES, lines, rendered, same_shards, wait_until
@@ -209,13 +209,13 @@ def test_without_a_cluster_one_is_started_on_loopback(shards: Path, alone: Path,
 
 
 async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_worker, "SEE_SECONDS", 1)
+    monkeypatch.setattr(ray_worker, "VISIBLE_SECONDS", 1)
     artifact = Artifact.create(str(tmp_path / "out"), "test", {}, {})
     artifact.close()
-    assert await RayWorker(Home.here())._problem(artifact) is None
+    assert await RayWorker(DriverContext.current())._problem(artifact) is None
     (tmp_path / "out/_capipe/config.json").unlink()  # as where the folder is another disk's
-    failure = await RayWorker(Home.here())._problem(artifact)
+    failure = await RayWorker(DriverContext.current())._problem(artifact)
     assert failure is not None and failure.final and failure.exit_code == 2
     assert "does not see what was begun there; give --out a folder that all machines" in failure.reason
-    other = await RayWorker(Home("0.0.0", str(tmp_path), {}))._problem(artifact)
+    other = await RayWorker(DriverContext("0.0.0", str(tmp_path), {}))._problem(artifact)
     assert other is not None and "and 0.0.0 was started; install that there, too" in other.reason

@@ -56,7 +56,7 @@ def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where Ray looks for a note, and a command, too."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    ray_runner._say_ignored.cache_clear()
+    ray_runner._warn_ignored.cache_clear()
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray").chmod(0o777)
     return tmp_path / "ray"

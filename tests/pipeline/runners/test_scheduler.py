@@ -1,4 +1,4 @@
-"""The scheduler with workers that do as they are told: no process, no model."""
+"""The scheduler with scripted workers: no process, no model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import INGEST
 from capipe.manifests.shards import InputShard
-from capipe.pipeline.runners import inline, places, shard_queue
+from capipe.pipeline.runners import inline, shard_queue, worker_slots
 from capipe.pipeline.runners.inline import DirectChannel
 from capipe.pipeline.runners.messages import (
     Assignment,
@@ -69,14 +69,14 @@ class ScriptedHandle:
 
 
 class ScriptedPool:
-    """Hires workers with the scripts in turn, the last one again and again."""
+    """Starts workers with the scripts in turn, the last one again and again."""
 
     def __init__(self, size: int, *handles: Callable[[], ScriptedHandle]) -> None:
         self.size, self._handles, self.workers = size, list(handles), list[ScriptedHandle]()
-        self.places = list[int]()
+        self.slots = list[int]()
 
-    def start(self, place: int) -> ScriptedHandle:
-        self.places.append(place)
+    def start(self, slot: int) -> ScriptedHandle:
+        self.slots.append(slot)
         self.workers.append(self._handles[min(len(self.workers), len(self._handles) - 1)]())
         return self.workers[-1]
 
@@ -159,7 +159,7 @@ def test_a_poison_shard_is_quarantined_whether_it_fails_or_kills(artifact: Artif
 
 
 def test_workers_that_die_before_any_row_end_the_run(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(worker_slots, "PAUSES", (0.0, 0.0))
     pool = ScriptedPool(1, lambda: ScriptedHandle(lambda assignment: [None]))
     with pytest.raises(RunFailed, match="3 workers in a row on this machine ended before they finished a row"):
         run(pool, artifact, 9)
@@ -174,10 +174,10 @@ def busy() -> ScriptedHandle:
     return handle
 
 
-def test_a_place_that_never_starts_is_given_up_and_the_others_go_on(
+def test_a_slot_that_never_starts_is_given_up_and_the_others_go_on(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(worker_slots, "PAUSES", (0.0, 0.0))
     pool = ScriptedPool(2, busy, lambda: ScriptedHandle(well, started=False), busy, busy)
     events: list[Event] = []
 
@@ -188,29 +188,29 @@ def test_a_place_that_never_starts_is_given_up_and_the_others_go_on(
 
     assert Scheduler(pool, artifact, report).run(shards(4)) == JobResult()
     told = [event.text for event in events if isinstance(event, Note)]
-    assert len(done(events)) == 4 and len(pool.workers) == 4 and pool.places == [0, 1, 0, 0]
+    assert len(done(events)) == 4 and len(pool.workers) == 4 and pool.slots == [0, 1, 0, 0]
     assert told[:2] == ["a worker on GPU 0 could not start: no memory; another one is tried there in 0 s"] * 2
     assert told[2].startswith("GPU 0 is given up, as 3 workers in a row ended there") and told[2].endswith("no memory")
 
 
-def test_a_place_that_nobody_needed_stands_in(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "PAUSES", (0.0,))
+def test_an_unused_slot_replaces_a_broken_one(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_slots, "PAUSES", (0.0,))
     pool = ScriptedPool(3, busy, busy, good)
     outcome, events = run(pool, artifact, 1)
-    assert outcome == JobResult() and done(events) == ["00000"] and pool.places == [0, 0, 1]
+    assert outcome == JobResult() and done(events) == ["00000"] and pool.slots == [0, 0, 1]
 
 
-def test_the_last_place_takes_the_run_along(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "PAUSES", (0.0,))
+def test_the_run_ends_with_its_last_slot(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_slots, "PAUSES", (0.0,))
     pool = ScriptedPool(2, busy)
     with pytest.raises(RunFailed, match=r"no memory; 2 workers in a row on GPU 0 .* the last place that was left"):
         run(pool, artifact, 5)
-    assert sorted(pool.places) == [0, 0, 1, 1]
+    assert sorted(pool.slots) == [0, 0, 1, 1]
 
 
-def test_rows_that_are_finished_make_a_place_sound_again(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its worker dies now and then, but never before it did something: that costs no place."""
-    monkeypatch.setattr(places, "PAUSES", (0.0,))
+def test_finished_rows_reset_the_failures_of_a_slot(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker dies now and then, but never before it did something: that costs no slot."""
+    monkeypatch.setattr(worker_slots, "PAUSES", (0.0,))
     tried = set[str]()
 
     def dies(assignment: Assignment) -> list[Event | None]:
@@ -238,7 +238,7 @@ def test_a_worker_that_never_gets_a_machine_is_not_waited_for(artifact: Artifact
 
 def test_draining_hands_out_nothing_more(artifact: Artifact) -> None:
     pool = ScriptedPool(1, good)
-    scheduler = Scheduler(pool, artifact, lambda event: isinstance(event, ShardDone) and scheduler._ask_to_stop())
+    scheduler = Scheduler(pool, artifact, lambda event: isinstance(event, ShardDone) and scheduler._request_stop())
     assert scheduler.run(shards(5)).interrupted
     assert "stop" in pool.workers[0].orders and len(pool.workers[0].orders) <= 4
 

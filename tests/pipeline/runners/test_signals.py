@@ -99,7 +99,8 @@ def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     """As `nohup` starts a command."""
     code = (
         "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from capipe.pipeline import interrupts; interrupts.raise_on_signals(); os.kill(os.getpid(), signal.SIGHUP)\n"
+        "from capipe.pipeline.runners.interrupts import raise_on_signals\n"
+        "raise_on_signals(); os.kill(os.getpid(), signal.SIGHUP)\n"
         "print('goes on')"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "goes on\n"
@@ -109,7 +110,7 @@ def test_what_a_scripts_shell_starts_hears_an_interrupt() -> None:
     """It is started with `&`, and so with SIGINT ignored; a chain passes that to the command it is to stop."""
     code = (
         "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from capipe.pipeline import interrupts; interrupts.begin(); os.kill(os.getpid(), signal.SIGINT)\n"
+        "from capipe.pipeline.runners.interrupts import begin; begin(); os.kill(os.getpid(), signal.SIGINT)\n"
         "print('goes on')"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 130

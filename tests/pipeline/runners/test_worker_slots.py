@@ -1,4 +1,4 @@
-"""Places that cannot start: one bad GPU costs one GPU, here and on a cluster, and all of them the run."""
+"""Worker slots that cannot start: one bad GPU costs one GPU, here and on a cluster; only all of them cost the run."""
 
 from __future__ import annotations
 
