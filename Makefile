@@ -1,6 +1,6 @@
 # `make demo` and `make test` each do the whole set-up first. Needs python3.11 or newer, pip and make.
-# TEST_OPTIONS: more of pytest's, e.g. --slow-minutes 14: slow tests begin no later than that.
-# JOBS: test files run at the same time; a file's tests share engines, so they stay together.
+# TEST_OPTIONS: more of pytest's, e.g. "-x tests/stages".
+# JOBS: test files run at the same time; the tests of a file, and files that share an engine, stay together.
 PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
@@ -9,14 +9,16 @@ PEERS := .venv-peers
 AUDIT := .venv-audit
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast lint docs peers constraints audit doctor clean
+.PHONY: setup demo test test-all lint docs peers constraints audit doctor clean
 
 setup: $(READY)
 
 # A CPU machine gets torch's CPU build first, so that nothing pulls gigabytes of CUDA; a CUDA machine gets vLLM's choice.
+# setuptools warns of every editable installation; this one is meant.
 $(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	export PYTHONWARNINGS='ignore:Editable installation'; \
 	if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
 		$(BIN)/pip install --quiet -e '.[vllm,dev,docs]'; \
 	else \
@@ -28,11 +30,15 @@ $(READY): pyproject.toml Makefile
 demo: setup
 	$(BIN)/capipe demo --out demo
 
+# Every command and both in-process engines, in twelve minutes on two cores; slow tests are for test-all.
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 25 $(TEST_OPTIONS)
+	$(PYTEST) --quick $(TEST_OPTIONS)
 
-test-fast: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow'
+# Everything, up to an hour.
+test-all: setup
+	$(PYTEST) --durations 25 $(TEST_OPTIONS)
+
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -65,8 +65,10 @@ def load_painter(
     """``tiny/diffusion``, a folder with a ``model_index.json``, or a hub id. Raises BadInput where none loads."""
     need_diffusers()
     from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
     ask_nothing()
+    disable_progress_bar()  # of loading its parts
     where, number_type = device_and_type(device, dtype)
     try:
         folder = pipeline_folder(name)
@@ -90,7 +92,14 @@ def load_painter(
         raise BadInput(f"{name}: {type(pipeline).__name__} draws no pictures from a prompt; name a text-to-image one")
     if size is not None and "height" not in takes:
         raise BadInput(f"{name}: draws pictures of one size only; leave `size` out")
-    return Painter(pipeline.to(where, number_type), steps, guidance, size, batch)
+    return Painter(_placed(pipeline, where, number_type), steps, guidance, size, batch)
+
+
+def _placed(pipeline: Any, where: torch.device, number_type: torch.dtype) -> Any:
+    """The pipeline on its device. Numbers are cast only where they differ: diffusers warns of every cast."""
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    differ = any(weight.dtype != number_type for module in modules for weight in module.parameters())
+    return pipeline.to(where, number_type) if differ else pipeline.to(where)
 
 
 def _parts(folder: Path, name: str) -> dict[str, Any]:

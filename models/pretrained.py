@@ -54,8 +54,7 @@ def check_weights(path: Path, called: str) -> None:
     if loader is None or not hasattr(loader, "from_pretrained") or "quantization_config" in config:
         return
     try:
-        with _without_bar():
-            model, report = load_reported(loader, path, dtype=torch.bfloat16, called=called, device_map={"": "meta"})
+        model, report = load_reported(loader, path, dtype=torch.bfloat16, called=called, device_map={"": "meta"})
     except (OSError, ValueError, ImportError):
         return
     refuse_random(report, called, type(model).__name__, UNUSED.get(model.config.model_type, ()))
@@ -132,7 +131,7 @@ def load_reported(
     from safetensors import SafetensorError
 
     try:
-        with _quiet():
+        with _quiet(), without_bars():
             found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
                 path,
                 dtype=dtype,
@@ -169,7 +168,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _without_bar() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars of reading and writing weights."""
     from transformers.utils import logging as told
 
     shown = told.is_progress_bar_enabled()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,19 +17,34 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for commands, too: tiny models are no faster with two, and often slower
 
 
-_STARTED = time.monotonic()
+SHARED = {"vllm_engine": "vllm"}  # fixtures that several files share -> the group that runs in one process
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """For CI, which has so many minutes: what is left out is told in the summary."""
-    parser.addoption("--slow-minutes", type=float, help="start no slow test later than so many minutes into the run")
+    """`make test` has twelve minutes; `make test-all` leaves nothing out."""
+    parser.addoption("--quick", action="store_true", help="leave out tests marked slow, and kill less often in trials")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the engine is started that the test would need
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    limit = item.config.getoption("--slow-minutes")
-    if limit is not None and item.get_closest_marker("slow") and time.monotonic() - _STARTED > 60 * limit:
-        pytest.skip(f"the {limit:g} minutes for slow tests are over")
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process (`--dist loadgroup`), and files that share an engine in the same one."""
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+    groups: dict[Path, str] = {}
+    for item in items:
+        for fixture in SHARED.keys() & set(getattr(item, "fixturenames", ())):
+            groups[item.path] = SHARED[fixture]
+    for item in items:
+        group = groups.get(item.path) or item.path.relative_to(config.rootpath).as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session")
+def kills(pytestconfig: pytest.Config) -> Callable[[int], int]:
+    """How often a trial kills: as many times as asked for, half as often in a quick run."""
+    return lambda wanted: (wanted + 1) // 2 if pytestconfig.getoption("--quick") else wanted
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 64), fmt: str = "JPEG") -> bytes:

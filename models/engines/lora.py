@@ -95,6 +95,7 @@ def _locked(made: Path) -> Iterator[None]:
 
 
 def _make(base: Path, adapter: Path, dtype: Any, made: Path, facts: dict[str, str]) -> None:
+    from ..pretrained import without_bars
     from .hf.engine import load_model
     from .model_folder import image_grid
 
@@ -108,7 +109,9 @@ def _make(base: Path, adapter: Path, dtype: Any, made: Path, facts: dict[str, st
             if file.is_file() and file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, partial / file.name)
         model.config.dtype = dtype
-        model.save_pretrained(partial, state_dict={name: w.to(dtype) for name, w in model.state_dict().items()})
+        weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        with without_bars():
+            model.save_pretrained(partial, state_dict=weights)
         (partial / DONE).write_text(json.dumps(facts))
         clear(made)
         partial.replace(made)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import capipe
 from capipe.errors import BadInput
 from capipe.models.bundled import folder_of
+from capipe.models.diffusion import load_painter
 from capipe.models.engines.hf.engine import load_model
 from capipe.models.engines.loading import EngineConfig, load_engine
 from capipe.models.pretrained import check_weights, load_weights
@@ -249,3 +250,13 @@ def calls(root: Path) -> Iterator[tuple[ast.Call, Path]]:
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == LOADS:
                     yield node, file
+
+
+def test_loading_draws_no_progress_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of weights that lie on the disk nobody has to wait, and a log shows each of its states."""
+    pytest.importorskip("diffusers")
+    folder = str(diffusion(tmp_path))
+    capfd.readouterr()  # of making it
+    load_model(str(folder_of("captioner")), sees=True, dtype="float32", device="cpu")
+    load_painter(folder, steps=1, guidance=1.0)
+    assert capfd.readouterr().err == ""

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+
+from .fork_server import ForkServer
 
 COMMAND = [sys.executable, "-m", "capipe.pipeline"]
 
@@ -81,13 +84,29 @@ def server() -> Iterator[CaptionServer]:
     made.close()
 
 
+_fork_server: ForkServer | None = None  # the session's; started by the first command
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server_ends() -> Iterator[None]:
+    yield
+    if _fork_server is not None:
+        _fork_server.close()
+
+
 def capipe(
     *arguments: object, code: int = 0, limit_s: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and check its exit code."""
-    command = [*COMMAND, *map(str, arguments)]
-    environ = {**os.environ, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environ)
+    """Run a command to its end and check its exit code: as a fork of one process where that can be, for its imports."""
+    global _fork_server
+    words, environ = [*map(str, arguments)], {**os.environ, **environment}
+    if _fork_server is None:
+        _fork_server = ForkServer()
+    if _fork_server.takes(words, environ):
+        with tempfile.TemporaryDirectory() as said:
+            done = _fork_server.run(words, environ, limit_s, Path(said))
+    else:
+        done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=limit_s, env=environ)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

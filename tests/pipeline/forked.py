@@ -27,6 +27,7 @@ from .viewing import client_of
 _Popen: Any = subprocess.Popen
 MEGABYTE = 1 << 20
 DEADLINE = 120.0  # seconds for one command on a few images
+COMMAND = ["-m", "capipe.pipeline"]
 IMPORTED = ("datasets", "open_clip", "transformers.models.auto", "py3langid", "jinja2", "webdataset")
 
 
@@ -77,14 +78,15 @@ def _in_child(words: list[str], cwd: Path, output: int) -> None:
         subprocess.Popen = ForkedInterpreter  # type: ignore[assignment,misc]
         forked = multiprocessing.get_context("fork")
         multiprocessing.get_context = lambda method=None: forked  # type: ignore[assignment]
-        code = _viewed(Path(words[1])) if words[0] == "view" else _commanded(words)
+        code = _viewed(Path(words[1])) if words[0] == "view" else run_entry_point(words)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
-def _commanded(words: list[str]) -> int:
+def run_entry_point(words: Sequence[str]) -> int:
+    """`capipe` in this process; its exit code."""
     sys.argv = ["capipe", *words]
     try:
         __main__.main()
@@ -111,37 +113,71 @@ def _viewed(place: Path) -> int:
     return 0
 
 
-class ForkedInterpreter(_Popen):
-    """`subprocess.Popen` for ``python -c code arguments``: a fork that runs the code. Anything else is refused."""
+def can_fork(words: Sequence[str]) -> bool:
+    """Whether a command line is one of our interpreters."""
+    return words[0] == sys.executable and ("-c" in words or list(words[1:3]) == COMMAND)
 
-    def __init__(self, command: Sequence[str], pass_fds: Sequence[int] = (), env: Any = None, **more: Any) -> None:
+
+class ForkedInterpreter(_Popen):
+    """`subprocess.Popen` for ``python -c code`` and ``python -m capipe.pipeline``: a fork that runs it.
+
+    Anything else is refused.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        pass_fds: Sequence[int] = (),
+        env: Any = None,
+        start_new_session: bool = False,
+        preexec_fn: Callable[[], object] | None = None,
+        **more: Any,
+    ) -> None:
         words = list(map(str, command))
-        if words[0] != sys.executable or "-c" not in words:
+        if not can_fork(words):
             raise AssertionError(f"a command was run: {words}")
         self.args, self.returncode, self.stdin, self.stdout, self.stderr = command, None, None, None, None
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(words, pass_fds, env)
+            self._run(words, pass_fds, env, start_new_session, preexec_fn)
 
-    def _run(self, words: list[str], pass_fds: Sequence[int], env: Any) -> None:
+    def _run(
+        self,
+        words: list[str],
+        pass_fds: Sequence[int],
+        env: Any,
+        start_new_session: bool,
+        preexec_fn: Callable[[], object] | None,
+    ) -> None:
         code = 70
         try:
+            if start_new_session:
+                os.setsid()
+            if preexec_fn is not None:
+                preexec_fn()
             keep = {0, 1, 2, *pass_fds}
             for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
                 if fd not in keep:
                     with contextlib.suppress(OSError):
                         os.close(fd)
-            os.environ.clear()
-            os.environ.update(env or {})
-            place = words.index("-c")
-            sys.argv = ["-c", *words[place + 2 :]]
-            exec(words[place + 1], {"__name__": "__main__"})
-            code = 0
+            if env is not None:
+                os.environ.clear()
+                os.environ.update(env)
+            if words[1:3] == COMMAND:
+                code = run_entry_point(words[3:])
+            else:
+                place = words.index("-c")
+                sys.argv = ["-c", *words[place + 2 :]]
+                exec(words[place + 1], {"__name__": "__main__"})
+                code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 0
         except BaseException:
             traceback.print_exc()
         finally:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
 
     def poll(self) -> int | None:
@@ -179,10 +215,10 @@ class ForkedInterpreter(_Popen):
 
 def import_all() -> None:
     """Everything that a command may import, once, before the forks; a package that is not installed is passed over."""
-    for package in ("manifests", "models", "stages", "pipeline", "pipeline.view"):
-        name = f"capipe.{package}"
-        for module in pkgutil.iter_modules(importlib.import_module(name).__path__, f"{name}."):
-            if not {"__main__", "vllm", "ray"} & set(module.name.replace("_", ".").split(".")):
+    for package in ("manifests", "models", "stages", "trainer", "pipeline"):
+        path = importlib.import_module(f"capipe.{package}").__path__
+        for module in pkgutil.walk_packages(path, f"capipe.{package}.", onerror=lambda name: None):
+            if not {"__main__", "vllm", "ray", "train"} & set(module.name.replace("_", ".").split(".")[2:]):
                 with contextlib.suppress(ImportError):
                     importlib.import_module(module.name)
     for name in IMPORTED:

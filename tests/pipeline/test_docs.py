@@ -19,7 +19,7 @@ from capipe.pipeline.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CLI: Any = typer.main.get_command(app)  # typer has a click of its own, or the installed one
 OURS = {"capipe", "capipe.pipeline"}  # as a program, and as the module that torchrun starts
 

@@ -147,6 +147,7 @@ def test_nonsense_between_members_is_one_problem_and_the_rest_is_read() -> None:
     assert bad.damaged and bad.size == len(noise)
 
 
+@pytest.mark.slow
 def test_a_million_blocks_of_header_nonsense_cost_one_row() -> None:
     class Nonsense(io.RawIOBase):
         """512 MB of blocks that look like headers and are none, made as they are read."""

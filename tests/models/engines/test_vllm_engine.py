@@ -30,7 +30,7 @@ from ..conftest import DETAILED, MODEL, PLAIN, ROOM, many
 from .test_hf_engine import bad_requests_fail_alone
 
 pytest.importorskip("vllm")
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def captions(engine: Engine, requests: list[GenerationRequest]) -> list[Completion]:
@@ -51,6 +51,7 @@ async def test_greedy_captions_agree(
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
 
 
+@pytest.mark.slow
 async def test_sampled_draws_agree_whatever_shares_the_batch(
     vllm_engine: Engine, reference: TransformersEngine, pictures: list[ImageInput]
 ) -> None:
@@ -75,6 +76,7 @@ async def test_choices_agree(vllm_engine: Engine, reference: TransformersEngine,
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
+@pytest.mark.slow
 async def test_expanded_prompts_equal_the_processors(vllm_engine: Engine, pictures: list[ImageInput]) -> None:
     """vLLM expands our single placeholder to just the ids that the model's own processor makes of chat and image."""
     from transformers import AutoProcessor
@@ -94,6 +96,7 @@ async def test_expanded_prompts_equal_the_processors(vllm_engine: Engine, pictur
     assert rendered["mm_hashes"] == {"image": [pictures[0].uid]}  # the uid is the identity; no pixels were hashed
 
 
+@pytest.mark.slow
 async def test_bad_requests_fail_alone(vllm_engine: Engine, pictures: list[ImageInput]) -> None:
     await bad_requests_fail_alone(vllm_engine, pictures[0])
 
@@ -108,6 +111,7 @@ COLOR = json.dumps(
 )
 
 
+@pytest.mark.slow
 async def test_a_schema_is_kept_to(vllm_engine: Engine, pictures: list[ImageInput]) -> None:
     """The captioner never saw JSON, so nothing but the mask can make it write any; noise must not lift the mask."""
     assert vllm_engine.guides
@@ -161,6 +165,7 @@ def test_guided_json_has_a_space_or_none(text: str, accepted: bool) -> None:
     assert (matcher.validate_tokens(ids) == len(ids)) == accepted
 
 
+@pytest.mark.slow
 async def test_a_bad_schema_fails_its_request_alone(vllm_engine: Engine, pictures: list[ImageInput]) -> None:
     bad = ["", "{", "[]", '{"type": "bogus"}', '{"$ref": "#/nowhere"}', '{"type": "string", "pattern": "("}']
     prompt, sampling = Prompt(PLAIN, pictures[0]), Sampling(max_tokens=20)
@@ -172,6 +177,7 @@ async def test_a_bad_schema_fails_its_request_alone(vllm_engine: Engine, picture
     assert after == alone
 
 
+@pytest.mark.slow
 async def test_a_killed_engine_process_fails_all_in_flight(pictures: list[ImageInput]) -> None:
     engine = await load_engine(EngineConfig("vllm", MODEL, max_model_len=ROOM, concurrency=4))
     assert isinstance(engine, VLLMEngine)

@@ -25,7 +25,6 @@ from ..chains import PLAIN, chain_of, verdicts, written
 from ..conftest import COMMAND, CaptionServer, capipe, one_line, table
 from ..killing import run_killed
 
-pytestmark = pytest.mark.slow
 CAPTIONED: dict[str, Any] = {
     **{name: PLAIN[name] for name in ("pictures", "shards")},
     "captions": {
@@ -109,6 +108,7 @@ def test_an_edit_is_for_what_hangs_on_it_alone(done: Path, override: str, again:
     assert verdicts(chain_of(done.parent, override), done.resolve()) == found  # wherever it lies
 
 
+@pytest.mark.slow
 def test_what_did_not_change_is_not_touched(done: Path) -> None:
     before = files(done)
     assert commands(run(done)) == [] and files(done) == before
@@ -136,6 +136,7 @@ def test_an_edit_is_done_again_with_what_hangs_on_it(done: Path) -> None:
         assert "clean" in capipe("verify", done / place).stdout
 
 
+@pytest.mark.slow
 def test_new_data_from_outside_is_noticed(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -150,6 +151,7 @@ def test_new_data_from_outside_is_noticed(tmp_path: Path) -> None:
     assert commands(run(out, stages=stages)) == ["ingest", "dedup", "export"] and len(table(out / "final")) == 4
 
 
+@pytest.mark.slow
 def test_an_edited_manifest_is_refused(done: Path) -> None:
     manifest = done / "shards/_capipe/manifest.jsonl"
     text = manifest.read_text()
@@ -168,6 +170,7 @@ def test_an_edited_manifest_is_refused(done: Path) -> None:
     assert commands(run(done)) == ["ingest"]  # and it holds what it held, so nothing else has to be done again
 
 
+@pytest.mark.slow
 def test_an_artifact_made_anew_by_hand_is_taken_as_it_is(done: Path) -> None:
     capipe("ingest", done / "pictures", "--out", done / "shards", "--shard-size", 2, "--fresh")
     finished = run(done)
@@ -176,6 +179,7 @@ def test_an_artifact_made_anew_by_hand_is_taken_as_it_is(done: Path) -> None:
     assert commands(run(done)) == []
 
 
+@pytest.mark.slow
 def test_what_the_chain_did_not_make_is_not_touched(done: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "new/final"
     theirs.mkdir(parents=True)
@@ -190,6 +194,7 @@ def test_what_the_chain_did_not_make_is_not_touched(done: Path, tmp_path: Path) 
     assert "this chain did not make" in one_line(run(done, code=2))
 
 
+@pytest.mark.slow
 def test_a_plan_tells_rows_and_cost(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain = chain_of(done.parent, "stages.marks.config.radius=5")
     before = files(done)
@@ -209,6 +214,7 @@ def test_a_plan_tells_rows_and_cost(done: Path, capsys: pytest.CaptureFixture[st
     assert "33.3 min, 4.4 GPU-hours" in told and "cost unknown of: pictures, shards" in told
 
 
+@pytest.mark.slow
 def test_kills_cost_nothing_but_time(ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     out = Path("out")
@@ -248,6 +254,7 @@ def served(url: str) -> dict[str, Any]:
     return {**CAPTIONED, "captions": {**captions, "config": {**captions["config"], "engine": url}}}
 
 
+@pytest.mark.slow
 def test_ctrl_c_drains_the_stage_and_the_same_command_goes_on(tmp_path: Path, server: CaptionServer) -> None:
     out = tmp_path / "out"
     many = {**PLAIN["pictures"], "config": {**PLAIN["pictures"]["config"], "images": 40}}  # more than are begun at once
@@ -278,6 +285,7 @@ def test_ctrl_c_drains_the_stage_and_the_same_command_goes_on(tmp_path: Path, se
     assert server.requests == 40  # what was captioned before was not asked again
 
 
+@pytest.mark.slow
 def test_a_failed_stage_is_told_and_tried_again(tmp_path: Path, server: CaptionServer) -> None:
     out, stages = tmp_path / "out", served(server.url)
     server.fails = lambda number, image: 400 if number == 3 else 200

@@ -20,7 +20,6 @@ from ..conftest import capipe, one_line, table
 from .test_filter_scoring import write_shards
 
 
-@pytest.mark.slow
 def test_embeddings_are_the_clips_own_and_dedup_takes_them(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     shown = list(samples(24, "heldout", seed=41))

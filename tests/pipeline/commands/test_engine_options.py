@@ -89,6 +89,15 @@ def test_an_adapter_is_known_by_its_content(tmp_path: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One picture."""
+    at = tmp_path_factory.mktemp("one")
+    capipe("render", "--out", at / "scenes", "--images", 1)
+    capipe("ingest", at / "scenes", "--out", at / "shards")
+    return at / "shards"
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -101,11 +110,9 @@ def test_an_adapter_is_known_by_its_content(tmp_path: Path) -> None:
         (["--adapter", "nowhere"], "--adapter nowhere: no such folder"),
     ],
 )
-def test_what_annotate_refuses_before_it_begins(tmp_path: Path, words: list[str], reason: str) -> None:
+def test_what_annotate_refuses_before_it_begins(shards: Path, tmp_path: Path, words: list[str], reason: str) -> None:
     pytest.importorskip("vllm")
-    capipe("render", "--out", tmp_path / "scenes", "--images", 1)
-    capipe("ingest", tmp_path / "scenes", "--out", tmp_path / "shards")
-    common = ("annotate", "--shards", tmp_path / "shards", "--out", tmp_path / "out", "--model", MODEL)
+    common = ("annotate", "--shards", shards, "--out", tmp_path / "out", "--model", MODEL)
     assert reason in one_line(capipe(*common, *words, code=2))
     assert not (tmp_path / "out").exists()
 

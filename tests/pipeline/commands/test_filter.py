@@ -25,7 +25,6 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "shards"
 
 
-@pytest.mark.slow
 def test_from_scores_to_final_shards(shards: Path, tmp_path: Path) -> None:
     write_marks(shards, tmp_path / "marks", lambda i, row: {"status": "duplicate", "error": "again"} if i == 3 else {})
     common = ["filter", "--shards", shards, "--scores", tmp_path / "scores", "--marks", tmp_path / "marks"]

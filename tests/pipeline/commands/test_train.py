@@ -21,7 +21,6 @@ from capipe.trainer.recipe import load_recipe
 from ..conftest import capipe, one_line, table
 from ..training import steps, weights
 
-pytestmark = pytest.mark.slow
 needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
 
 
@@ -50,6 +49,7 @@ ADAPTER = ("trained.lora={rank: 4, dropout: 0.1}", "algorithm.kl=0.05", "optimiz
 CRITIC = ("algorithm.loss=ppo", "algorithm.critic={rate: 20}", "algorithm.kl=0.05")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", [(), CRITIC, pytest.param(ADAPTER, marks=needs_peft)])
 async def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     recipe: Path, tmp_path: Path, sets: tuple[str, ...]
@@ -74,6 +74,7 @@ async def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
         assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_critics_learn_by_the_same_loop(recipe: Path, tmp_path: Path) -> None:
     sets = ("algorithm.loss=ppo", "algorithm.critic={lam: 1.0}", "algorithm.epochs=2", "algorithm.kl=0.05", "steps=2")
     flags = [part for each in sets for part in ("--set", each)]
@@ -103,6 +104,7 @@ def test_what_cannot_be_meant_is_refused(recipe: Path, tmp_path: Path, change: s
     assert not list((tmp_path / "run").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_captions_longer_than_the_captioner_writes_are_refused(recipe: Path, tmp_path: Path) -> None:
     unread = ("--set", "rewards=[{kind: clip, model: tiny/clip}]", "--set", "validation=null")
     sets = ("--set", "rollout.max_tokens=5000", *unread)
@@ -110,6 +112,7 @@ def test_captions_longer_than_the_captioner_writes_are_refused(recipe: Path, tmp
     assert "than the 2048 that the model takes" in said
 
 
+@pytest.mark.slow
 def test_held_out_images_are_not_trained_on(recipe: Path, training_data: Path, tmp_path: Path) -> None:
     same = [
         word
@@ -119,6 +122,7 @@ def test_held_out_images_are_not_trained_on(recipe: Path, training_data: Path, t
     assert "trained on, too" in one_line(capipe("train", recipe, "--out", tmp_path / "run", *same, code=2))
 
 
+@pytest.mark.slow
 def test_another_recipe_leaves_a_run_alone(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     capipe("train", recipe, "--out", out, "--set", "steps=2")
@@ -129,6 +133,7 @@ def test_another_recipe_leaves_a_run_alone(recipe: Path, tmp_path: Path) -> None
     assert weights(out / "step-000002") != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "change"),
     [
@@ -159,6 +164,7 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path, parallel: str,
     assert [len(file.read_text().splitlines()) for file in captions] == [12, 12]
 
 
+@pytest.mark.slow
 async def test_more_processes_than_images_are_refused(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

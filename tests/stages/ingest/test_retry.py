@@ -244,7 +244,14 @@ def killer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes, 
     return wish
 
 
-@pytest.mark.parametrize(("kills", "status"), [(1, "ok"), (2, "ok"), (3, "read_error")])
+@pytest.mark.parametrize(
+    ("kills", "status"),
+    [
+        pytest.param(1, "ok", marks=pytest.mark.slow),
+        pytest.param(2, "ok", marks=pytest.mark.slow),
+        (3, "read_error"),
+    ],
+)
 def test_a_decoder_that_is_killed_says_nothing_of_the_image(
     share: Path, tmp_path: Path, killer: Callable[[bytes, int], None], kills: int, status: str
 ) -> None:

@@ -255,6 +255,7 @@ def test_a_list_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path:
             list(json_files.list_items(file))
 
 
+@pytest.mark.slow
 def test_lists_are_streamed(photos: Path) -> None:
     """A list that is broken far on gives all that is before."""
     with (photos / "long.json").open("w") as file:

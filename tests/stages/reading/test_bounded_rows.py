@@ -143,7 +143,7 @@ def test_passing_over_a_value_in_chunks_of_any_size(
             list(json_files.list_items(file))
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.json"])
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", pytest.param("t.json", marks=pytest.mark.slow)])
 def test_a_line_of_hundreds_of_megabytes_takes_bounded_memory(photos: Path, name: str) -> None:
     start, end = {"t.csv": ('b.png,"', '"'), "t.jsonl": ('{"path": "', '"}'), "t.json": (', {"path": "', '"}')}[name]
     head = {"t.csv": "path,text\na.jpg,one\n", "t.jsonl": '{"path": "a.jpg"}\n', "t.json": '[{"path": "a.jpg"}'}[name]
