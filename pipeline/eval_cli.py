@@ -132,7 +132,7 @@ def evaluate(
     reader_place = o.workplace(kind, gpus, runner, ray_address, ray_workers, own["tensor_parallel_size"])
     mode = reader_mode or "choose"
     written = None if captions is None else captions_artifact(captions)
-    longest = max_tokens if written is None else written.config["semantic"]["annotate"]["max_tokens"]
+    longest = max_tokens if written is None else written.setting("semantic", "annotate", "max_tokens", kind=int)
     reads = ReaderConfig(presentations=config.presentations, mode=mode)
     setup = o.engine_setup(
         reader,
@@ -249,5 +249,5 @@ def captions_artifact(url: str) -> Any:
     artifact = Artifact.open(url)
     if artifact.stage != "annotate":
         raise BadInput(f"{url}: an artifact of stage {artifact.stage!r}; --captions takes one of `capipe annotate`")
-    refuse_controls([prompt["name"] for prompt in artifact.config["semantic"]["annotate"]["prompts"]])
+    refuse_controls([name for name, _ in artifact.prompts()])
     return artifact
