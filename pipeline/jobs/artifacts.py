@@ -39,5 +39,5 @@ def captions_artifact(url: str) -> Artifact:
     artifact = Artifact.open(url)
     if artifact.stage != "annotate":
         raise BadInput(f"{url}: an artifact of stage {artifact.stage!r}; --captions takes one of `capipe annotate`")
-    refuse_controls([prompt["name"] for prompt in artifact.config["semantic"]["annotate"]["prompts"]])
+    refuse_controls([name for name, _ in artifact.prompts()])
     return artifact

@@ -91,7 +91,7 @@ def _captions(graded: Artifact) -> dict[tuple[str, str], None]:
 def _gallery(graded: Artifact, scorer: ClipScorer | BlipScorer) -> tuple[Gallery, dict[tuple[str, str], None]]:
     """The images whose captions were graded, and these captions."""
     captions = _captions(graded)
-    shards = expand(graded.config["run"]["shards"])
+    shards = expand(graded.setting("run", "shards", kind=str))
     images = (row for shard in shards for row in RowReader(shard))
     return gallery_of(images, {image for image, _ in captions}, scorer), captions
 
@@ -113,22 +113,22 @@ def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]
 
     ``allowed``: where the captions may be; None for an artifact whose inputs this command line named.
     """
-    semantic, run = graded.config["semantic"], graded.config["run"]
-    reader = f"{run['model']}@{str(semantic['model'])[:12]}, {_presented(semantic['grade']['presentations'])}"
-    identity = fingerprint({"model": semantic["model"], "asked": semantic["reader"]})[:16]
-    facts = {
-        "reader": reader,
-        "reader identity": identity,
-        "questions": f"{run['questions']}@{str(semantic['questions'])[:12]}",
+    reader = f"{graded.setting('run', 'model', kind=str)}@{graded.setting('semantic', 'model', kind=str)[:12]}"
+    asked = graded.setting("semantic", "reader", kind=dict)
+    facts: dict[str, Any] = {
+        "reader": f"{reader}, {_presented(graded.setting('semantic', 'grade', kind=dict).get('presentations'))}",
+        "reader identity": fingerprint({"model": graded.setting("semantic", "model", kind=str), "asked": asked})[:16],
     }
-    facts |= {"captions": f"{run['captions']}@{str(semantic['captions'])[:12]}", "shards": run["shards"]}
-    if (captions := _captions_of(run["captions"], allowed)) is not None:
-        asked = captions.config
-        named = asked["semantic"]["annotate"]
-        facts |= {"captioner": f"{asked['run']['model']}@{str(asked['semantic']['model'])[:12]}"}
-        facts |= {"temperature": named["temperature"], "captions per prompt": named["samples"]}
-        facts |= {f"prompt {each['name']}": each["text"] for each in named["prompts"]}
-    return {**facts, "generic caption": semantic["grade"]["generic"]}
+    for role in ("questions", "captions"):
+        facts[role] = f"{graded.setting('run', role, kind=str)}@{graded.setting('semantic', role, kind=str)[:12]}"
+    facts["shards"] = graded.setting("run", "shards", kind=str)
+    if (captions := _captions_of(graded.setting("run", "captions", kind=str), allowed)) is not None:
+        named = captions.setting("semantic", "annotate", kind=dict)
+        model = captions.setting("semantic", "model", kind=str)[:12]
+        facts |= {"captioner": f"{captions.setting('run', 'model', kind=str)}@{model}"}
+        facts |= {"temperature": named.get("temperature"), "captions per prompt": named.get("samples")}
+        facts |= {f"prompt {name}": text for name, text in captions.prompts()}
+    return {**facts, "generic caption": graded.setting("semantic", "grade", "generic", kind=str)}
 
 
 def _captions_of(url: str, allowed: Allowed | None) -> Artifact | None:

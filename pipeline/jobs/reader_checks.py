@@ -123,7 +123,7 @@ def rewarded_by(captions: Artifact, stage: Asking) -> list[Caution]:
     from ...trainer.checkpoint import FACTS, read_facts
 
     captioner = captions.config["run"].get("model")
-    if not captioner or not (Path(captioner).expanduser() / FACTS).is_file():
+    if not isinstance(captioner, str) or not (Path(captioner).expanduser() / FACTS).is_file():
         return []
     told = read_facts(Path(captioner).expanduser()).figures.get("reader")
     if not told or not same_model(ModelIdentity(**told), stage.identity):

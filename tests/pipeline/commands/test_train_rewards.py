@@ -17,6 +17,7 @@ from capipe.trainer.recipe import load_recipe
 
 from ...small_models import blip_retrieval, diffusion, opt, vgg_net
 from ..conftest import capipe, one_line, table
+from ..test_extending import EXAMPLES
 from ..training import steps, weights
 
 pytestmark = pytest.mark.slow
@@ -106,49 +107,11 @@ def test_the_other_systems_train_at_the_bundled_models_scale(name: str, training
     assert {row["status"] for row in table(tmp_path / "captions")} <= {"ok", "filtered"}
 
 
-COLORS = '''
-from capipe.models.engines.base import Completion
-from capipe.trainer.dataset import Example
-from capipe.trainer.rewards.base import Reward, RewardConfig, Scored
-
-
-class ColorConfig(RewardConfig):
-    words: tuple[str, ...] = ("red", "green", "blue", "yellow")
-    enough: int = 2
-
-
-class ColorReward(Reward):
-    """Colours that a caption names, 1 for ``enough`` of them."""
-
-    Config = ColorConfig
-
-    def __init__(self, config: ColorConfig) -> None:
-        self.config = config
-
-    async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
-        colors = sorted(set(self.config.words) & set(caption.text.lower().split()))
-        return Scored(min(1.0, len(colors) / self.config.enough), {"colors": colors})
-'''
-SPO = '''
-from torch import Tensor
-
-from capipe.trainer.losses import ClipRange, PolicyLoss, Tokens
-
-
-def quadratic(tokens: Tokens, clip: ClipRange) -> Tensor:
-    """Per token, with a quadratic penalty on its ratio instead of clipping (SPO, arXiv 2401.16025). (tokens,)."""
-    ratio = (tokens.logp - tokens.old).exp()
-    penalty = tokens.advantages.abs() / (2 * clip.high) * (ratio - 1).square()
-    return penalty - ratio * tokens.advantages
-
-
-spo = PolicyLoss(quadratic, "token")
-'''
-
-
 def test_a_reward_and_a_loss_of_the_users_own_train(alone: Path, tmp_path: Path) -> None:
-    (tmp_path / "my_rewards.py").write_text(COLORS)
-    (tmp_path / "my_losses.py").write_text(SPO)
+    """As they stand in docs/extending.md."""
+    (reward,), (loss,) = EXAMPLES["A reward"], EXAMPLES["A loss"]
+    (tmp_path / "my_rewards.py").write_text(reward)
+    (tmp_path / "my_losses.py").write_text(loss)
     rewards = [{"kind": "my_rewards:ColorReward", "enough": 4, "weight": 2.0}, {"kind": "length"}]
     sets = [f"rewards={json.dumps(rewards)}", "algorithm.loss=my_losses:spo", "algorithm.epochs=2", "steps=2"]
     flags = [word for each in sets for word in ("--set", each)]
@@ -161,7 +124,7 @@ def test_a_reward_and_a_loss_of_the_users_own_train(alone: Path, tmp_path: Path)
     entries = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
     assert all("colors" in entry["details"]["my_rewards:ColorReward"] for entry in entries)
     assert set(json.loads((out / "run.json").read_text())["code"]) == {"my_rewards:ColorReward", "my_losses:spo"}
-    (tmp_path / "my_losses.py").write_text(SPO + "\nchanged = True\n")
+    (tmp_path / "my_losses.py").write_text(loss + "\nchanged = True\n")
     assert "code.my_losses:spo: " in one_line(capipe("train", alone, "--out", out, *flags, code=2, **path))
     missing = one_line(capipe("train", alone, "--out", tmp_path / "other", *flags, code=2))
     assert "rewards.0: my_rewards:ColorReward: there is no module my_rewards; install it" in missing
