@@ -18,6 +18,7 @@ from ..models.reader import QuizReader
 from .build import PolicyParts, rate, value_weights, write_policy
 from .checkpoint import Facts, folder_of, save
 from .dataset import Example, PromptSampler
+from .evaluation.validation import validate
 from .log import Clock, RunLog, progress_line
 from .policy.batch import Group
 from .policy.fsdp import optimizer_state
@@ -28,7 +29,6 @@ from .rollouts import Rollouts
 from .sampler import Sampler
 from .step_metrics import raised_alarm, step_metrics
 from .update import UpdateMetrics, Updater
-from .validation import validate
 
 
 @dataclass

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...models.torchvision_shim import import_error
-from .gpu_driver import found_driver, memory_line, taken, unfit
+from ..inspect.gpu_driver import found_driver, memory_line, taken, unfit
 
 _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 

@@ -22,7 +22,7 @@ _OF_IMAGES = ("min_pixels", "max_pixels")
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """``settings``: those of :meth:`.EngineOptions.engine_settings`, None for an engine's own default. ``sees``: images
+    """``settings``: those of :meth:`.options.EngineOptions.engine_settings`, None for an engine's own default. ``sees``: images
     go to it. ``option``: where a second model's settings came from."""
 
     model: str

@@ -44,7 +44,7 @@ ALLOWED = {
     ("manifests/import_path.py", "importlib.import_module"): "what a command line or a recipe names, never data",
     ("pipeline/commands/doctor.py", "importlib.import_module"): "torch, and only where it is asked for",
     ("pipeline/chain/run.py", "subprocess.Popen"): "capipe, by its recipe, whose author is trusted; no shell",
-    ("pipeline/commands/gpu_driver.py", "subprocess.run"): "nvidia-smi, with fixed words",
+    ("pipeline/inspect/gpu_driver.py", "subprocess.run"): "nvidia-smi, with fixed words",
     ("models/tiny/train/architectures.py", "?.chmod"): "the bundled weights are everybody's to read",
     ("trainer/recipe_file.py", "yaml.load"): "with a loader that is a SafeLoader within bounds",
 }

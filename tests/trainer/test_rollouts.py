@@ -16,10 +16,10 @@ from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.trainer.advantages import RewardTerm
 from capipe.trainer.dataset import Example
+from capipe.trainer.evaluation.validation import validate
 from capipe.trainer.images import Pictures
 from capipe.trainer.rewards.base import RewardManager, Scored
 from capipe.trainer.rollouts import Rollouts, RolloutSampling
-from capipe.trainer.validation import validate
 
 from ..scripted import Scripted, knows
 from .rewards.test_judge import examples, jpeg

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..models.engines.base import Completion, RequestError
-from ..models.reader import QuizReader, Reading
-from ..models.tiny.world.grade import grade
-from .dataset import Example
-from .evaluation.text_statistics import loops
+from ...models.engines.base import Completion, RequestError
+from ...models.reader import QuizReader, Reading
+from ...models.tiny.world.grade import grade
+from ..dataset import Example
+from .text_statistics import loops
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from capipe.pipeline.commands import gpu_driver
 from capipe.pipeline.commands.doctor import _gpus
-from capipe.pipeline.commands.gpu_driver import MIB, Driver, Gpu, found_driver, memory_line, parse_smi, taken, unfit
+from capipe.pipeline.inspect import gpu_driver
+from capipe.pipeline.inspect.gpu_driver import MIB, Driver, Gpu, found_driver, memory_line, parse_smi, taken, unfit
 
 QUERY = """\
 0, NVIDIA H100 80GB HBM3, 580.95.05, 81079, 81559
