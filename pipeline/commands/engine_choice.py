@@ -22,8 +22,10 @@ _OF_IMAGES = ("min_pixels", "max_pixels")
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """``settings``: those of :meth:`.options.EngineOptions.engine_settings`, None for an engine's own default. ``sees``: images
-    go to it. ``option``: where a second model's settings came from."""
+    """``settings``: those of :meth:`.options.EngineOptions.engine_settings`, None for an engine's own default.
+
+    ``sees``: images go to it. ``option``: where a second model's settings came from.
+    """
 
     model: str
     engine: str
