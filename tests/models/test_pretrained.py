@@ -236,11 +236,11 @@ def test_nothing_loads_weights_past_the_helper() -> None:
             found[f"{where.name}: {owner}"] = found.get(f"{where.name}: {owner}", 0) + 1
     assert found == {
         "pretrained.py: loader": 1,
-        "adapters.py: PeftConfig": 1,  # settings alone
+        "lora.py: PeftConfig": 1,  # settings alone
         "diffusion.py: kind": 1,  # diffusers', with its own report
         "diffusion.py: loader": 1,
-        "drawing.py: BertTokenizer": 1,  # while tiny/diffusion is made, from bundled files
-        "drawing.py: PixelDiffusionPipeline": 1,
+        "train_diffusion.py: BertTokenizer": 1,  # while tiny/diffusion is made, from bundled files
+        "train_diffusion.py: PixelDiffusionPipeline": 1,
     }
 
 

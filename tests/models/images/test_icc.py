@@ -70,8 +70,8 @@ def test_a_picture_is_seen_as_its_srgb_twin(
     small = thumbnail(data, LIMITS, 32)
     twin = thumbnail(encode(picture, fmt, **options), LIMITS, 32)
     assert apart(np.asarray(small.image), np.asarray(twin.image)) <= 16
-    views = decode_preprocessed(data, views=(Preprocess(64, 64),), limits=LIMITS)
-    twins = decode_preprocessed(encode(picture, fmt, **options), views=(Preprocess(64, 64),), limits=LIMITS)
+    views = decode_preprocessed(data, preprocesses=(Preprocess(64, 64),), limits=LIMITS)
+    twins = decode_preprocessed(encode(picture, fmt, **options), preprocesses=(Preprocess(64, 64),), limits=LIMITS)
     assert apart(views[0], twins[0]) <= 16
 
 
@@ -174,17 +174,17 @@ def test_a_profile_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = list[str]()
     transform = icc._transform
     monkeypatch.setattr(icc, "_transform", lambda source, mode: made.append(mode) or transform(source, mode))
-    monkeypatch.setattr(icc, "_conversions", icc.Recent(3))
+    monkeypatch.setattr(icc, "_conversions", icc.LRUCache(3))
     pictures = [opened(encode(scene(32, 32), icc_profile=rgb_profile(PROPHOTO, gamma))) for gamma in (1.1, 1.2, 1.3)]
     plain = opened(encode(scene(32, 32), icc_profile=rgb_profile(SRGB, SRGB_CURVE)))
     threads = [threading.Thread(target=srgb_conversion, args=(each,)) for each in [*pictures, plain] for _ in range(8)]
-    monkeypatch.setattr(icc, "_conversions", icc.Recent(4))
+    monkeypatch.setattr(icc, "_conversions", icc.LRUCache(4))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert made == ["RGB"] * 4
-    monkeypatch.setattr(icc, "_conversions", icc.Recent(2))
+    monkeypatch.setattr(icc, "_conversions", icc.LRUCache(2))
     for image in itertools.islice(itertools.cycle(pictures), 6):
         srgb_conversion(image)
     assert len(made) == 10  # of three in turn, two are kept: the oldest goes

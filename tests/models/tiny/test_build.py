@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer of fifty lessons' text instead of thousands'."""
-    monkeypatch.setattr(quiz_models, "lessons_text", partial(curriculum_text, count=50))
+    monkeypatch.setattr(quiz_models, "curriculum_text", partial(curriculum_text, count=50))
 
 
 def test_a_reader_is_trained_exported_and_gone_on_with(

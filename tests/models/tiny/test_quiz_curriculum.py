@@ -48,7 +48,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Told:
         kept.append(augmented_caption(scene, rng))
         return kept[-1]
 
-    monkeypatch.setattr(quiz_curriculum, "told", listen)
+    monkeypatch.setattr(quiz_curriculum, "augmented_caption", listen)
     return kept
 
 

@@ -23,7 +23,7 @@ def test_other_names_are_returned_unchanged(name: str) -> None:
 
 def test_missing_weights_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("capipe.models.bundled.folder_of", lambda model: tmp_path / model)
-    with pytest.raises(ValueError, match=r"capipe\.models\.tiny\.build reader"):
+    with pytest.raises(ValueError, match=r"capipe\.models\.tiny\.train\.build reader"):
         resolve("tiny/reader")
 
 
@@ -35,5 +35,5 @@ def test_unknown_tiny_names_tell_the_known_ones(name: str) -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = "import sys, capipe.models.tiny as t; t.resolve('tiny/captioner'); sys.exit('torch' in sys.modules)"
+    code = "import sys, capipe.models.bundled as b; b.resolve('tiny/captioner'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

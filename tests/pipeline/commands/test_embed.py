@@ -29,7 +29,7 @@ def test_embeddings_are_the_clips_own_and_dedup_takes_them(tmp_path: Path) -> No
     assert [row["status"] for row in rows].count("unsupported") == 2
     assert verify(str(out)).faults == []
     clip = load_clip("tiny/clip")
-    views = decode_preprocessed(shown[3].image, views=(clip.view,), limits=ImageLimits())
+    views = decode_preprocessed(shown[3].image, preprocesses=(clip.preprocess,), limits=ImageLimits())
     assert not isinstance(views, ImageProblem)
     assert np.allclose(rows[3]["image_embedding"], clip.encode_images(list(views))[0].numpy(), atol=1e-3)
     marks = tmp_path / "marks"
