@@ -142,7 +142,7 @@ def test_a_second_models_options_hang_on_its_own_part_alone(tmp_path: Path) -> N
     stages = {"q": {"stage": "qa", "inputs": {"shards": {"path": "shards"}}, "config": given}}
     stage = chain_of(tmp_path, stages=stages).stages[0]
     assert meaning(stage)["screen-arg"] == {"dtype": "float32"}
-    written, screened = stage.command.parts
+    written, screened = stage.command.spec.parts
     assert not written.depends_on("screen-arg") and screened.depends_on("screen-arg")
     assert written.depends_on("engine-arg") and not written.depends_on("reader-mode")
 
