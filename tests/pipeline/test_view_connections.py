@@ -69,7 +69,6 @@ def test_half_sent_requests_are_ended_while_whole_ones_are_answered(port: int) -
     waiting = [half_sent(port) for _ in range(300)]
     with client(port) as visitor:
         assert len(visitor.get("/api/catalog").json()["artifacts"]) == 1
-    assert sum(map(is_open, waiting[:40])) == 0, "the oldest make room for those over the limit"
     while time.monotonic() < started + SECONDS + 15 and any(map(is_open, waiting)):
         time.sleep(0.1)
     assert not any(map(is_open, waiting))
