@@ -33,6 +33,18 @@ class Facts:
     fingerprint: str
     figures: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        """Raises TypeError where the file that it was read from says something else than ours do."""
+        if not (isinstance(self.step, int) and isinstance(self.fingerprint, str) and isinstance(self.figures, dict)):
+            raise TypeError("step, fingerprint or figures are of another kind")
+        alarms, reader = self.figures.get("alarms", {}), self.figures.get("reader")
+        if not (isinstance(alarms, dict) and all(isinstance(count, int) for count in alarms.values())):
+            raise TypeError("alarms are no counts")
+        match reader:
+            case None | {"name": str(), "digest": str() | None} if len(reader or ()) in (0, 2):
+                return
+        raise TypeError("reader is no name with a digest")
+
 
 def save(
     run: Path, facts: Facts, write_model: Callable[[Path], None], optimizer: Mapping[str, Any], keep: int = 3

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from capipe.errors import ArtifactMismatch, BadInput
-from capipe.trainer.checkpoint import FACTS, STATE, Facts, checkpoints, newest, optimizer_state, save
+from capipe.trainer.checkpoint import FACTS, STATE, Facts, checkpoints, newest, optimizer_state, read_facts, save
 
 
 def write(folder: Path) -> None:
@@ -69,3 +70,26 @@ def test_another_recipe_does_not_go_on_from_it(tmp_path: Path) -> None:
     (made / FACTS).write_text("{")
     with pytest.raises(BadInput, match=r"trainer\.json: cannot be read"):
         newest(tmp_path, "mark")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "7"},
+        {"fingerprint": None},
+        {"figures": []},
+        {"figures": {"alarms": ["kl"]}},
+        {"figures": {"alarms": {"kl": "x"}}},
+        {"figures": {"reader": "tiny/reader"}},
+        {"figures": {"reader": {"name": 1, "digest": None}}},
+        {"figures": {"reader": {"name": "a", "digest": None, "more": 1}}},
+        {"more": 1},
+    ],
+)
+def test_facts_of_somebody_elses_making_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    sound = {"step": 7, "fingerprint": "mark", "figures": {"reader": {"name": "a", "digest": None}}}
+    (tmp_path / FACTS).write_text(json.dumps(sound))
+    assert read_facts(tmp_path).step == 7
+    (tmp_path / FACTS).write_text(json.dumps(sound | change))
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_facts(tmp_path)
