@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..inspect.discover import Found, find
 from ..inspect.images import Cache, RowImages, small_jpeg
 from ..inspect.shard_join import ShardJoin, ShardName
 from ..report.facts import models_of
+from ..specs import artifact_spec
 from .table import Arrays, Table, Unknown
 
 _LOOK = 1.0  # seconds between two looks at the manifests
@@ -99,7 +100,12 @@ class Library:
                 }
             )
         damaged = {**found.damaged, **join.damaged}
-        return {"folder": self.root.resolve().name, "artifacts": entries, "damaged": damaged}
+        return {
+            "folder": self.root.resolve().name,
+            "artifacts": entries,
+            "start": _start(entries),
+            "damaged": damaged,
+        }
 
     def table(self, artifact_id: str) -> Table:
         """An artifact by its id. Raises Unknown: an id is looked up in the list of artifacts and never made a path."""
@@ -151,3 +157,11 @@ class Library:
 def id_of(name: str) -> str:
     """An artifact's id, the same every time, so that addresses stay valid."""
     return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def _start(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Id of the artifact to show first: captions, else scores or a selection, else any; "" without artifacts."""
+    committed = [(entry["id"], artifact_spec(entry["stage"])) for entry in entries if entry["shards"]]
+    captioned = [name for name, spec in committed if spec.shown == "captions"]
+    scored = [name for name, spec in committed if spec.histograms]
+    return next(iter([*captioned, *scored, *(entry["id"] for entry in entries)]), "")

@@ -29,15 +29,8 @@ async function refresh() {
   } catch (error) {
     return problem(error);
   }
-  if (!catalog.artifacts.some((each) => each.id === state.a)) set({ a: likeliest() });
+  if (!catalog.artifacts.some((each) => each.id === state.a)) set({ a: catalog.start });
   await show({ artifact: true });
-}
-
-/** The artifact to begin with: the newest that has captions or scores. */
-function likeliest() {
-  const telling = catalog.artifacts.filter((each) => ["annotate", "score", "select"].includes(each.stage) && each.shards);
-  const main = telling.find((each) => each.stage === "annotate") ?? telling[0] ?? catalog.artifacts[0];
-  return main?.id ?? "";
 }
 
 async function show({ artifact = false, back = false } = {}) {
