@@ -25,7 +25,9 @@ class ExportOptions:
 
     artifact: Annotated[str, typer.Argument(help="Final shards; or any artifact that has tars.")]
     out: o.Out
-    format: Annotated[str, typer.Option(help="webdataset, parquet, llava, folder, messages, or the import path of your own.")] = "webdataset"
+    format: Annotated[
+        str, typer.Option(help="webdataset, parquet, llava, folder, messages, or the import path of your own.")
+    ] = "webdataset"
     license: Annotated[str, typer.Option(help="The Hub's identifier, such as cc-by-4.0; other if you do not say.")] = (
         "other"
     )

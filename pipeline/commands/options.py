@@ -28,7 +28,9 @@ Images = Annotated[
 Out = Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) of the artifact to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: remove what another configuration left in --out.")]
 Retry = Annotated[bool, typer.Option(help="Do rows again that ended in engine_error.")]
-EngineName = Annotated[str, typer.Option(help="auto, vllm, transformers, URLs of servers, or the import path of your own.")]
+EngineName = Annotated[
+    str, typer.Option(help="auto, vllm, transformers, URLs of servers, or the import path of your own.")
+]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float16.")]
 Gpus = Annotated[str | None, typer.Option(help="GPUs to use, e.g. 0,1; all by default; none for CPU.")]
 DecodeWorkers = Annotated[int | None, typer.Option(help="Image decoding processes per engine.")]
