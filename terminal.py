@@ -33,8 +33,7 @@ def print_line(line: object = "") -> None:
 
 
 def print_err(text: object) -> None:
-    """Print a message to stderr. Further lines (a traceback's) are indented, so that none looks like one of capipe's
-    own."""
+    """Print a message to stderr. Further lines (a traceback's) are indented, so none looks like one of capipe's own."""
     print(_set_in(str(text)), file=sys.stderr, flush=True)
 
 
@@ -43,7 +42,7 @@ def _set_in(text: str) -> str:
 
 
 class _EscapingHandler(_Handler):
-    """Handler of last resort (:data:`logging.lastResort`) that escapes records and writes to the current
+    """Last-resort log handler (:data:`logging.lastResort`): escapes records and writes to the current
     ``sys.stderr``."""
 
     def __init__(self) -> None:

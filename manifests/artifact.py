@@ -356,8 +356,7 @@ class Artifact:
             return file.read(columns=columns, use_threads=False)
 
     def parquet(self, shard: str) -> pq.ParquetFile:
-        """A committed shard's Parquet file, opened but not read. Raises ArtifactMismatch if its row count differs from
-        the manifest's, OSError."""
+        """A committed shard's Parquet file, not yet read. Raises ArtifactMismatch for another row count, OSError."""
         name = f"{checked_name(shard)}.parquet"
         file = parquet_file(self.folder, name)
         if self._rows.get(shard) != file.metadata.num_rows:  # not known yet, or committed again since

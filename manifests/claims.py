@@ -47,8 +47,7 @@ class ClaimLost(CapipeError):
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that runs a stage. ``machine``: its boot and process namespace; ``born``: start time in ticks since
-    boot."""
+    """A process that runs a stage. ``machine``: its boot and process namespace; ``born``: start in ticks since boot."""
 
     run: str
     host: str
@@ -62,8 +61,7 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """True if certainly dead: it ran on this machine, and its pid no longer exists or belongs to another
-        process."""
+        """True if certainly dead: it ran on this machine, and its pid is gone or belongs to another process."""
         return self.machine is not None and self.machine == _machine() and self.born != _born(self.pid)
 
     def __str__(self) -> str:
@@ -102,8 +100,7 @@ def guard(folder: Folder) -> Iterator[None]:
 
 @contextmanager
 def holding(folder: Folder, shard: str, token: str | None) -> Iterator[None]:
-    """Commit inside this context: the shard's claim cannot change. Raises ClaimLost if its token is not ``token``
-    (None: no claims).
+    """Commit inside this context: the claim cannot change. Raises ClaimLost if ``token`` is outdated (None: no claims).
 
     An object store has no locks; there the claim is only checked.
     """
@@ -156,8 +153,7 @@ def _lives(folder: Folder, owner: Owner | None) -> bool:
 
 
 def _now(folder: Folder) -> float:
-    """The time by the clock that stamps this folder's files: clocks of other machines may be wrong, this one is common
-    to all."""
+    """The time by the clock that stamps this folder's files: the clocks of machines may differ, this one is common."""
     handle = open_own(folder.private_to_write("guard"))
     try:
         os.utime(handle)

@@ -29,8 +29,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def setting(file: str, config: Mapping[str, Any], path: tuple[str, ...], kind: type[T]) -> T:
-    """Value at a path of a configuration read from ``file``. Raises ArtifactMismatch if it is missing or of another
-    type."""
+    """Value at a path of a configuration read from ``file``. Raises ArtifactMismatch if it is missing or mistyped."""
     value: Any = config
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None

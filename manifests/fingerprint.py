@@ -20,8 +20,7 @@ def fingerprint(semantic: Mapping[str, Any]) -> str:
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text. Raises TypeError for values that JSON cannot
-    hold."""
+    """JSON with sorted keys and no spaces: equal values give equal text. Raises TypeError for non-JSON values."""
     return encodable(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
 
 

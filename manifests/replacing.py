@@ -50,8 +50,7 @@ def finish(folder: Folder) -> None:
 
 
 def _carry_out(folder: Folder, aside: Path) -> None:
-    """Complete a replacement. May be interrupted and repeated at any point: a file missing here is already in its
-    place."""
+    """Complete a replacement. May be interrupted and repeated at any point: a file missing here was already moved."""
     try:
         old, new = (manifest.record_of(line) for line in bounded_json.load(aside / _LINE))
         if not old.shard == new.shard == aside.name:

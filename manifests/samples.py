@@ -68,8 +68,7 @@ def is_sidecar(extension: str) -> bool:
 
 
 def same_name(name: str) -> str:
-    """NFC form of a name, equal for names that look the same: macOS writes ``é`` as two characters, most writers as
-    one."""
+    """NFC form of a name: macOS writes ``é`` as two characters, most writers as one."""
     return unicodedata.normalize("NFC", name)
 
 

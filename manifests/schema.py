@@ -64,8 +64,7 @@ EMBEDDING_COLUMN = "image_embedding"
 
 
 def embedding(width: int) -> pa.Schema:
-    """Schema of embeddings, one row for each row of the shards; null if an image has none. ``width``: vector
-    dimension."""
+    """Schema of embeddings, one row per row of the shards; null if an image has none. ``width``: vector dimension."""
     return pa.schema([*BASE, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), width))])
 
 

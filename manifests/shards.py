@@ -127,8 +127,7 @@ class InputShard:
         return ArtifactMismatch(f"{self.url}: the shard changed since this output was made; {_START_OVER}")
 
     def has_repaired_companions(self, made: ShardRecord) -> bool:
-        """The same for its sidecars. Raises ArtifactMismatch if one differs from the one that ``made`` was made
-        from."""
+        """The same for its sidecars. Raises ArtifactMismatch if one is not the one that ``made`` was made from."""
         repaired = False
         for companion in self.companions:
             was = made.input.get("companions", {}).get(companion.name)
@@ -167,7 +166,7 @@ def expand(pattern: str) -> list[InputShard]:
 
 
 def read_places(pattern: str, shards: Iterable[InputShard], beside: Iterable[Artifact] = ()) -> list[str]:
-    """Inputs of a stage, for :func:`refuse_overwriting`: the folder or tar that ``pattern`` names, each tar,
+    """Inputs of a stage, for :func:`refuse_overwriting`: the folder or tar named by ``pattern``, all tars,
     artifacts."""
     named = [] if is_pattern(pattern) else [pattern]
     return [*named, *(shard.url for shard in shards), *(artifact.url for artifact in beside)]

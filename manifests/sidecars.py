@@ -88,8 +88,8 @@ def repaired(text: str, notes: list[str]) -> str:
 
 
 def decode_meta(data: bytes | None, notes: list[str], most: int = MAX_OWN_BYTES) -> dict[str, Any] | None:
-    """The metadata object, or None with a note if it is not a JSON object, over ``most`` bytes, or nested too deeply
-    for later readers."""
+    """The metadata object, or None with a note if it is not a JSON object, over ``most`` bytes, or nested too
+    deeply."""
     if data is None or not fits("json", len(data), notes, most):
         return None
     try:

@@ -183,8 +183,7 @@ def _stats(artifact: Artifact, name: str, counts: Counter[str]) -> Iterator[str]
 
 
 def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Faults unless the tar has exactly the ok rows, in order, all with the same members, each image matching its
-    uid."""
+    """Faults unless the tar has exactly the ok rows, in order, with the same members, each image matching its uid."""
     name, shapes = f"{record.shard}.tar", set()
     with artifact.folder.open(name) as stream:
         for sample, row in itertools.zip_longest(read_samples(stream), rows):
@@ -201,8 +200,8 @@ def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) ->
 
 
 def _loose_images(artifact: Artifact, part: str, uids: Mapping[str, str]) -> Iterator[str]:
-    """Faults unless every image in an export's list exists and matches its uid, and likewise any caption file beside
-    it."""
+    """Faults unless each image in an export's list exists and matches its uid, and likewise caption files beside
+    them."""
     with artifact.folder.open(part) as lines:
         for number, line in enumerate(lines, 1):
             try:
