@@ -42,8 +42,7 @@ def _set_in(text: str) -> str:
 
 
 class _EscapingHandler(_Handler):
-    """Last-resort log handler (:data:`logging.lastResort`): escapes records and writes to the current
-    ``sys.stderr``."""
+    """Last-resort log handler (:data:`logging.lastResort`): escapes records and writes to ``sys.stderr``."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)

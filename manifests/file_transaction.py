@@ -51,8 +51,7 @@ class FileTransaction:
             file.abandon()
 
     def copy(self, source: BinaryIO, name: str, sha256: str, where: str) -> None:
-        """Copy a file byte for byte. Raises ArtifactMismatch, naming ``where``, if its bytes do not match
-        ``sha256``."""
+        """Copy a file byte for byte. Raises ArtifactMismatch, naming ``where``, if it does not match ``sha256``."""
         with self.writing(name) as file:
             while data := source.read(_CHUNK):
                 file.write(data)

@@ -166,8 +166,7 @@ def expand(pattern: str) -> list[InputShard]:
 
 
 def read_places(pattern: str, shards: Iterable[InputShard], beside: Iterable[Artifact] = ()) -> list[str]:
-    """Inputs of a stage, for :func:`refuse_overwriting`: the folder or tar named by ``pattern``, all tars,
-    artifacts."""
+    """Inputs of a stage, for :func:`refuse_overwriting`: the folder or tar of ``pattern``, all tars, artifacts."""
     named = [] if is_pattern(pattern) else [pattern]
     return [*named, *(shard.url for shard in shards), *(artifact.url for artifact in beside)]
 

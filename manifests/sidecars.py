@@ -88,8 +88,7 @@ def repaired(text: str, notes: list[str]) -> str:
 
 
 def decode_meta(data: bytes | None, notes: list[str], most: int = MAX_OWN_BYTES) -> dict[str, Any] | None:
-    """The metadata object, or None with a note if it is not a JSON object, over ``most`` bytes, or nested too
-    deeply."""
+    """The metadata object, or None with a note if it is no JSON object, over ``most`` bytes, or nested too deeply."""
     if data is None or not fits("json", len(data), notes, most):
         return None
     try:

@@ -200,8 +200,7 @@ def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) ->
 
 
 def _loose_images(artifact: Artifact, part: str, uids: Mapping[str, str]) -> Iterator[str]:
-    """Faults unless each image in an export's list exists and matches its uid, and likewise caption files beside
-    them."""
+    """Faults unless each image in an export's list exists and matches its uid, and likewise its caption file."""
     with artifact.folder.open(part) as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -89,8 +89,7 @@ def open_place(place: str) -> BinaryIO:
 
 
 def read_log(path: Path) -> bytes:
-    """Read a log from a folder of unknown origin. Raises OSError, also if it is no file or over :data:`MAX_LOG`
-    bytes."""
+    """Read a log from a folder of unknown origin. Raises OSError, also if it is no file or over MAX_LOG bytes."""
     try:
         with open_local(str(path)) as file:
             data = file.read(MAX_LOG + 1)

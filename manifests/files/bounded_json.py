@@ -18,8 +18,7 @@ MAX_BYTES = 64 * 2**20  # of a document that is read in full: a configuration, a
 
 
 def parse(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, worded for users, if it is invalid or nested over MAX_NESTING
-    deep."""
+    """The value of a JSON text. Raises ValueError if it is invalid or nested over :data:`MAX_NESTING` deep."""
     try:
         value = json.loads(text)
     except RecursionError:

@@ -226,8 +226,7 @@ def _oversize(footer: pq.FileMetaData, rows: int) -> str | None:
 
 
 def create(path: Path) -> BinaryIO:
-    """Create a local file for writing, and its folder if missing. Raises FileExistsError for any existing name or
-    link."""
+    """Create a local file for writing, and its folder if missing. Raises FileExistsError for any existing entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return cast(BinaryIO, os.fdopen(os.open(path, _NEW, 0o666), "wb"))
 
