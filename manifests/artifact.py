@@ -188,7 +188,7 @@ class Artifact:
             changed = "; ".join(differences(old["semantic"], config["semantic"])) or "schema_version"
             text = f"{self.url}: made by another configuration ({changed}); use another --out, or --fresh to start over"
             raise ArtifactMismatch(text)
-        resumed = {**old, "run": {**old["run"], **config["run"]}}  # there may be more shards to do by now
+        resumed = {**old, "run": {**old["run"], **config["run"]}}  # the number of shards may have grown
         if resumed != old:
             self._write(resumed)
         return resumed

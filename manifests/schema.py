@@ -52,7 +52,7 @@ DEDUP = pa.schema(
         pa.field("phash", pa.string()),  # 16 hex
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
-        pa.field("group", pa.string()),  # uid of the group's keeper; a row's own uid if it is alone
+        pa.field("group", pa.string()),  # uid of the group's keeper; the row's own uid if it has no duplicates
         pa.field("copies", pa.int32()),  # rows with identical bytes, this one included
         pa.field("duplicate_of", pa.string()),  # key of the row that is kept instead
         pa.field("matched", pa.string()),  # the reference image that it, or one of its group, duplicates

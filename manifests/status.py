@@ -38,7 +38,7 @@ class QuestionStatus(StrEnum):
     MALFORMED = "malformed"  # no question could be parsed
     BAD_OPTIONS = "bad_options"  # too few or too many, empty, identical, or referring to other options ("both A and B")
     BAD_ANSWER = "bad_answer"  # none of the options, or several
-    DUPLICATE = "duplicate"  # asked before about the same image
+    DUPLICATE = "duplicate"  # repeats a question about the same image
     LEAKED = "leaked"  # answered without the image
     UNSUPPORTED = "unsupported"  # not answered as required with the image
     UNSCORED = "unscored"  # the engine failed on it, or too few answers name an option to decide
