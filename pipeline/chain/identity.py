@@ -40,7 +40,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-# --- what a configuration means ---------------------------------------------------------------------------------------
+# --- meaning of a configuration ---------------------------------------------------------------------------------------
 
 
 def meaning(stage: ChainStage) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [*keys, *sorted({f"{SET} {item.partition('=')[0]}" for item in sets})]
 
 
-# --- what lies in a folder --------------------------------------------------------------------------------------------
+# --- contents of a folder ---------------------------------------------------------------------------------------------
 
 
 def identity(url: str) -> str:

@@ -125,7 +125,7 @@ def _parts(
 
 
 def _why(stage: ChainStage, known: StageState, mark: str) -> str:
-    """What changed since a stage was started, in few words."""
+    """Changes since a stage was started, in a few words."""
     keys = changed_keys(known.config, written(stage))
     if keys:
         return ", ".join(keys)

@@ -75,7 +75,7 @@ def _state(chain: Chain, folder: Path) -> ChainState:
         known = old.stage(stage.name)
         if known is None or known.stage != stage.command.name or known.out != stage.out:
             known = StageState(stage.name, stage.command.name, stage.out)
-        if known.state == RUNNING:  # not running: we hold the lock
+        if known.state == RUNNING:  # not running any more: this process has the lock
             known.state, known.seconds = STOPPED, None
         stages.append(known)
     return ChainState(chain.name, old.started, now(), stages, old.made)
