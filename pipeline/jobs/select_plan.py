@@ -109,8 +109,7 @@ def _same_images(one: pa.Table, other: pa.Table) -> bool:
 
 
 def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) -> pa.Table:
-    """Some columns of a sidecar, after a check of its schema; its checksum, which needs all of them, is not
-    compared."""
+    """Some columns of a sidecar, after a check of its schema. Its checksum, which needs all columns, is not checked."""
     try:
         with companion.open() as parquet:
             check(parquet.schema_arrow, schema, companion.url)
