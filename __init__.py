@@ -1,3 +1,3 @@
-"""capipe: image shards in, verified caption datasets out. ``docs/architecture.md`` is the map of the house."""
+"""capipe: image shards in, verified caption datasets out. ``docs/architecture.md`` describes the layout of the code."""
 
 __version__ = "0.1.0"

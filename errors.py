@@ -1,4 +1,4 @@
-"""The errors a person is meant to read: one line that names the thing, the reason and the mend."""
+"""Errors for users: one line each, with the subject, the reason and the fix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class CapipeError(Exception):
-    """Something the user can mend; the CLI prints the message as one line and exits with :attr:`exit_code`."""
+    """An error that the user can fix; the CLI prints the message as one line and exits with :attr:`exit_code`."""
 
     exit_code = 2
 
@@ -16,11 +16,11 @@ class BadInput(CapipeError):
 
 
 class Missing(BadInput):
-    """Something that a run needs and that may yet come to be: data, a folder of weights (exit 2)."""
+    """Something a run needs that does not exist yet: data, a folder of weights (exit 2)."""
 
 
 class Problems(BadInput):
-    """Several things that cannot be used as they are, found together; ``lines`` has one for each."""
+    """Several input errors, reported together; ``lines`` has one message for each."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("; ".join(lines))
@@ -28,10 +28,10 @@ class Problems(BadInput):
 
 
 class ArtifactMismatch(CapipeError):
-    """An output folder of another configuration, or one whose files contradict its manifest (exit 2)."""
+    """An output folder of another configuration, or one with files that contradict its manifest (exit 2)."""
 
 
 class RunFailed(CapipeError):
-    """A run that could not go on, through no fault of its input: a dead engine, a full disk (exit 3)."""
+    """A run that cannot continue although its input is valid: a dead engine, a full disk (exit 3)."""
 
     exit_code = 3

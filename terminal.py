@@ -1,7 +1,7 @@
-"""What leaves for a terminal or a log: lines whose text may come from data, and can make a terminal do nothing.
+"""Escaped output for terminals and logs: text from data may contain control characters.
 
-Escape sequences move the cursor, set titles and hide text; overrides of direction show a line as another one; a line
-break begins a line that looks like ours. All of them are shown as ``\\x1b`` and the like.
+Escape sequences move the cursor, set titles and hide text; direction overrides reorder the text shown; a line break
+starts a line that looks like one of capipe's own. All of them are written as ``\\x1b`` and the like.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 else:
     _Handler = logging.StreamHandler
 
-# Controls of ASCII and Latin-1, marks and overrides of direction, separators of lines and paragraphs.
+# ASCII and Latin-1 controls, direction marks and overrides, line and paragraph separators.
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def escaped(text: str) -> str:
-    """``text`` on one line, with all that a terminal obeys spelled out. Any letter stays as it is."""
-    return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+    """``text`` on one line, with control characters escaped. Letters are unchanged."""
+    return _OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def print_line(line: object = "") -> None:
-    """A result, on stdout."""
+    """Print a result to stdout."""
     print(escaped(str(line)), flush=True)
 
 
 def print_err(text: object) -> None:
-    """A word to who watches, on stderr. Further lines (a traceback's) are set in, so that none looks like ours."""
+    """Print a message to stderr. Further lines (a traceback's) are indented, so none looks like one of capipe's own."""
     print(_set_in(str(text)), file=sys.stderr, flush=True)
 
 
@@ -42,7 +42,7 @@ def _set_in(text: str) -> str:
 
 
 class _EscapingHandler(_Handler):
-    """Where records go that no handler takes, as :data:`logging.lastResort`: stderr as it is at that moment."""
+    """Last-resort log handler (:data:`logging.lastResort`): escapes records and writes to ``sys.stderr``."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -57,7 +57,7 @@ class _EscapingHandler(_Handler):
 
 
 def escape_logs() -> None:
-    """Let warnings of our modules and uncaught errors of this process leave as :func:`print_err` writes."""
+    """Escape warnings of our modules and uncaught errors of this process, as :func:`print_err` does."""
     logging.lastResort = _EscapingHandler()
     sys.excepthook = _show_error
 

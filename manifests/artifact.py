@@ -1,4 +1,4 @@
-"""An artifact: a folder of shards with the configuration that made them and the manifest of what is committed."""
+"""Artifacts: folders of shards, each with its configuration and a manifest of the committed shards."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Artifact:
 
     folder: Folder
     config: dict[str, Any]
-    claims: Claims | None = None  # whose shards are whose, where several workers could have the same
+    claims: Claims | None = None  # assignment of shards, if several workers may take the same one
     shared: bool = False
     _lock: int = -1
     _retracted: dict[str, ShardRecord] | None = None  # read from the manifest when the first shard is begun
-    _rows: dict[str, int] = field(default_factory=dict, repr=False)  # of the shards, as the manifest said last
+    _rows: dict[str, int] = field(default_factory=dict, repr=False)  # row counts, as last read from the manifest
 
     @property
     def url(self) -> str:
@@ -60,15 +60,15 @@ class Artifact:
 
     @property
     def created(self) -> str:
-        """When, as ISO 8601 in UTC; empty where nothing says. Configurations from before ``times.jsonl`` have it."""
+        """Creation time, ISO 8601 in UTC; empty if unknown. Configurations older than ``times.jsonl`` contain it."""
         return str(self.config.get("created") or times.read(self.folder).created)
 
     def setting(self, *path: str, kind: type[T]) -> T:
-        """What the configuration says at a path. Raises ArtifactMismatch where it says nothing, or of another kind."""
+        """The configuration's value at a path. Raises ArtifactMismatch if it is missing or of another type."""
         return config_file.setting(f"{self.url}/{CONFIG}", self.config, path, kind)
 
     def prompts(self) -> list[tuple[str, str]]:
-        """Names and texts of the prompts that captions were asked for with. Raises ArtifactMismatch where none are."""
+        """Names and texts of the captioning prompts. Raises ArtifactMismatch if there are none."""
         return config_file.prompts(f"{self.url}/{CONFIG}", self.config)
 
     @classmethod
@@ -77,7 +77,7 @@ class Artifact:
 
     @classmethod
     def open(cls, url: str) -> Artifact:
-        """Open an existing artifact for reading. Raises BadInput where there is none."""
+        """Open an existing artifact for reading. Raises BadInput if there is none."""
         folder = Folder(url)
         if not folder.exists(CONFIG):
             raise BadInput(f"{url}: not an artifact of capipe (no {CONFIG}); check the path")
@@ -103,7 +103,7 @@ class Artifact:
 
     @property
     def is_as_written(self) -> bool:
-        """Whether ``config.json`` is what capipe wrote, to the last value. One from before digests has none."""
+        """True if ``config.json`` is exactly as capipe wrote it. Configurations older than digests have none."""
         known = {"stage", "fingerprint", "semantic", "run", "packages", "created", config_file.DIGEST}
         return self.config.keys() <= known and self.config.get(config_file.DIGEST) in (
             None,
@@ -124,11 +124,12 @@ class Artifact:
     ) -> Artifact:
         """Open ``url`` for writing under a lock: a new artifact, or an existing one of the same fingerprint.
 
-        ``semantic`` is what the fingerprint covers; ``run`` is kept for the record (paths, workers, engine).
-        ``share``: together with other processes that say so, too; :attr:`claims` keep their shards apart.
-        ``reads``: paths and URLs of all that goes into it, which it may neither be, hold, nor lie in.
-        Raises ArtifactMismatch, naming the keys, where the folder was made by another configuration, and BadInput
-        where another process is writing, or would share a folder that cannot be locked.
+        ``semantic``: settings covered by the fingerprint; ``run``: settings that are only recorded (paths, workers,
+        engine).
+        ``share``: write together with other processes that also set it; :attr:`claims` assigns shards to them.
+        ``reads``: paths and URLs of all inputs; ``url`` must not equal, contain or lie inside any of them.
+        Raises ArtifactMismatch, naming the keys, if the folder was made by another configuration, and BadInput if
+        another process is writing, or if a folder to be shared cannot be locked.
         """
         refuse_overwriting(url, reads)
         folder = Folder(url)
@@ -162,7 +163,7 @@ class Artifact:
         return artifact
 
     def _settle(self, config: dict[str, Any], fresh: bool, alone: bool) -> None:
-        """Begin the artifact, or go on with the one that is there; the lock is held. ``alone``: nobody shares it."""
+        """Start the artifact, or resume the existing one; the lock is held. ``alone``: no other process uses it."""
         if fresh:
             self._erase()
         if not self.folder.exists(CONFIG):
@@ -173,11 +174,11 @@ class Artifact:
         if alone:
             replacing.finish(self.folder)
             self._drop_journals()
-            if self.shared:  # later others may have added to it
+            if self.shared:  # later, other processes may have added to it
                 self.release_quarantine()
 
     def fence(self) -> Claims:
-        """Have shards claimed: by each worker for itself, so that a lost one's commit is refused when it comes back."""
+        """Enable claims: each worker claims its shards, so a late commit of a worker presumed dead is refused."""
         self.claims = self.claims or Claims(self.folder)
         return self.claims
 
@@ -187,7 +188,7 @@ class Artifact:
             changed = "; ".join(differences(old["semantic"], config["semantic"])) or "schema_version"
             text = f"{self.url}: made by another configuration ({changed}); use another --out, or --fresh to start over"
             raise ArtifactMismatch(text)
-        resumed = {**old, "run": {**old["run"], **config["run"]}}  # there may be more shards to do by now
+        resumed = {**old, "run": {**old["run"], **config["run"]}}  # the number of shards may have grown
         if resumed != old:
             self._write(resumed)
         return resumed
@@ -203,21 +204,22 @@ class Artifact:
         self._write(self.config)
 
     def _drop_journals(self) -> None:
-        """Remove journals of committed shards: a crash came between the commit and their deletion."""
+        """Remove journals of committed shards, left by a crash between the commit and their deletion."""
         if not self.folder.private("journal").is_dir():
             return
         folder, committed = self.folder.private_folder("journal"), self.committed()
         for path in folder.glob("*.jsonl"):
             if path.stem in committed:
                 path.unlink()
-        for path in folder.glob("*.new"):  # begun, and never put in its place
+        for path in folder.glob("*.new"):  # started, never renamed to its final name
             path.unlink()
 
     def _acquire(self) -> bool:
-        """Lock the artifact: against all others, or, shared, against those that would have it for themselves.
+        """Lock the artifact: exclusively or, if shared, against processes that want it exclusively.
 
-        Returns whether nobody else is there; then what dead runs left is cleared. The lock dies with its process, so
-        nothing stale is ever left. Where locks do not reach other machines, their runs are still known by their beat.
+        Returns True if no other process uses it; leftovers of dead runs are then removed. The lock ends with its
+        process, so it is never stale. Where locks do not reach other machines, runs there are still detected by their
+        heartbeat.
         """
         self._lock = open_own(self.folder.private_to_write("lock"))
         alone = self._locked(fcntl.LOCK_EX)
@@ -232,7 +234,7 @@ class Artifact:
         return alone and not others
 
     def _clear(self) -> None:
-        """Remove what dead runs left; nobody else is here."""
+        """Remove leftovers of dead runs; no other process uses the folder."""
         for name in ("tmp", CLAIMS, OWNERS):
             clear(self.folder.private_to_write(name))
 
@@ -244,10 +246,10 @@ class Artifact:
         return True
 
     def _erase(self) -> None:
-        """Remove what earlier runs wrote here: files that the manifest or the configuration's ``extras`` names, and the
-        private folder but for the locks."""
+        """Remove the output of earlier runs: files named by the manifest or by the configuration's ``extras``, and the
+        private folder except for the locks."""
         named = [name for record in manifest.read(self.folder).values() for name in record.files]
-        for name in [*named, *self._extras()]:  # all of them known to be sound before the first is removed
+        for name in [*named, *self._extras()]:  # all names are validated before the first file is removed
             self.folder.remove(name)
         for name in self.folder.names(PRIVATE):
             if name not in ("lock", "guard"):
@@ -256,9 +258,9 @@ class Artifact:
             clear(self.folder.private_to_write(name))
 
     def _extras(self) -> list[str]:
-        """What an earlier run wrote that belongs to no shard; nothing where its configuration is gone or unreadable.
+        """Files of an earlier run that belong to no shard; empty if its configuration is missing or unreadable.
 
-        Raises ArtifactMismatch where one leads out of the folder.
+        Raises ArtifactMismatch if one leads out of the folder.
         """
         try:
             extras = bounded_json.load_from(self.folder, CONFIG)["run"].get("extras", [])
@@ -270,7 +272,7 @@ class Artifact:
         return [*extras] if isinstance(extras, list) else []
 
     def close(self) -> None:
-        """Give the lock back and tidy up; safe to call twice."""
+        """Release the lock and clean up; safe to call twice."""
         if self._lock < 0:
             return
         if self.claims is not None:
@@ -278,7 +280,7 @@ class Artifact:
             self.claims = None
         with guard(self.folder) if self.shared else nullcontext():
             alone = not self.shared or self._locked(fcntl.LOCK_EX)
-            if alone and not living(self.folder):  # else others work on
+            if alone and not living(self.folder):  # otherwise other processes are still working
                 self._clear()
                 for name in ("tmp", "journal", replacing.REDO):
                     folder = self.folder.private(name)
@@ -292,7 +294,7 @@ class Artifact:
         return Artifact(Folder(self.url), self.config)
 
     def committed(self) -> dict[str, ShardRecord]:
-        """The committed shards by name. Raises ArtifactMismatch where one belongs to another configuration."""
+        """The committed shards by name. Raises ArtifactMismatch if one belongs to another configuration."""
         records = manifest.read(self.folder)
         for record in records.values():
             if record.fingerprint != self.fingerprint:
@@ -312,7 +314,7 @@ class Artifact:
     ) -> ShardTransaction:
         """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim.
 
-        ``over``: the committed version whose place it takes, which stays until then.
+        ``over``: the committed version to replace, which stays until the commit.
         """
         if self._retracted is None:
             self._retracted = manifest.retracted(self.folder)
@@ -321,16 +323,16 @@ class Artifact:
         return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar, claim, replaces, over)
 
     def begin_files(self, shard: str) -> FileTransaction:
-        """Start a shard of files that are made one by one (an export's); nothing is visible before its commit."""
+        """Start a shard of files written one by one (for an export); nothing is visible before its commit."""
         return FileTransaction(self.folder, self.fingerprint, shard)
 
     def journal(self, shard: str) -> Journal:
         return Journal(self.folder.private_to_write(f"journal/{checked_name(shard)}.jsonl"), self.fingerprint)
 
     def reopen(self, record: ShardRecord, rows: Mapping[int, dict[str, Any]]) -> None:
-        """Take a committed shard back to have some of its rows done again; ``rows`` are those to keep, by index.
+        """Retract a committed shard to redo some of its rows; ``rows``: those to keep, by index.
 
-        They go to the journal first: at no moment is a finished row known to nobody.
+        They are written to the journal first, so that no finished row is lost at any moment.
         """
         journal = self.journal(record.shard)
         for index, row in rows.items():
@@ -339,7 +341,7 @@ class Artifact:
         self.retract(record)
 
     def retract(self, record: ShardRecord) -> None:
-        """Take a committed shard back to have all of it done again."""
+        """Retract a committed shard to redo all of its rows."""
         manifest.append(self.folder, record.retraction())
         self._retracted = None
 
@@ -354,36 +356,35 @@ class Artifact:
             return file.read(columns=columns, use_threads=False)
 
     def parquet(self, shard: str) -> pq.ParquetFile:
-        """A committed shard's rows, unread. Raises ArtifactMismatch where they are not as many as by the manifest,
-        OSError."""
+        """A committed shard's Parquet file, not yet read. Raises ArtifactMismatch for another row count, OSError."""
         name = f"{checked_name(shard)}.parquet"
         file = parquet_file(self.folder, name)
-        if self._rows.get(shard) != file.metadata.num_rows:  # not known yet, or committed anew since
+        if self._rows.get(shard) != file.metadata.num_rows:  # not known yet, or committed again since
             self._rows = {record.shard: record.count for record in manifest.read(self.folder).values()}
         return expecting(file, self._rows.get(shard, 0), f"{self.url}/{name}")
 
     def manifest_digest(self) -> str:
-        """sha256 over what is committed now, whenever that was: readers with the same digest saw the same shards."""
+        """sha256 over the committed records without their times: readers with the same digest saw the same shards."""
         records = [asdict(replace(record, seconds=None)) for record in self.committed().values()]
         return hashlib.sha256(canonical(records).encode()).hexdigest()
 
     def quarantine(self, shard: str, reason: str) -> None:
-        """Note that a shard could not be done, and why; the next run tries it again."""
+        """Record that a shard failed, and why; the next run tries it again."""
         entry = {"shard": shard, "error": redacted(reason)}
         self.folder.write(f"{QUARANTINE}/{shard}.json", encodable(json.dumps(entry, ensure_ascii=False)).encode())
 
     def quarantined(self) -> dict[str, str]:
-        """Shards that failed for good, with their errors."""
-        found = {}
+        """Quarantined shards with their errors."""
+        errors = {}
         for name in self.folder.names(QUARANTINE):
             file = f"{QUARANTINE}/{name}"
             try:
                 entry = bounded_json.load_from(self.folder, file)
-                found[str(entry["shard"])] = str(entry["error"])
+                errors[str(entry["shard"])] = str(entry["error"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 text = f"{self.url}/{file}: not a quarantined shard ({error}); remove the file to have it tried again"
                 raise ArtifactMismatch(text) from None
-        return found
+        return errors
 
     def is_quarantined(self, shard: str) -> bool:
         return self.folder.exists(f"{QUARANTINE}/{shard}.json")

@@ -1,4 +1,4 @@
-"""What is known of all artifacts of one stage: their columns, and how other tools show and join them."""
+"""Properties of all artifacts of one stage: their columns, and how other tools show and join them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ RowPart = Literal["text", "captions", "questions", "screened questions", "answer
 
 @dataclass(frozen=True)
 class ArtifactSpec:
-    """``stage``: its name in ``config.json``. ``label``: what its rows are, in a report.
+    """``stage``: its name in ``config.json``. ``label``: a description of its rows, for reports.
 
-    ``schema``: columns that every shard has; None where they vary. ``own_rows``: its rows are no other shard's, one by
-    one. ``source_key``: the column with a row's key in the input, for stages that change keys. ``copies``: shards of
-    the input under the same keys, recut or not. ``shown``: what the report's gallery takes from a row. ``histograms``:
-    the report draws its scores. ``repeated``: a pattern of columns that say nothing new beside the input's; the viewer
-    leaves them out.
+    ``schema``: columns of every shard; None if they vary. ``own_rows``: its shards have rows of their own, not one for
+    each row of another artifact's shard. ``source_key``: the column with a row's key in the input, for stages that
+    change keys. ``copies``: shards of the input under the same keys, resharded or not. ``shown``: the part of a row
+    shown in the report's gallery. ``histograms``: the report plots its scores. ``repeated``: a pattern of columns that
+    repeat the input's; the viewer omits them.
     """
 
     stage: str

@@ -1,13 +1,14 @@
-"""Claims: who works on which shard, so that several runs can share one output folder and no shard is committed twice.
+"""Claims: assignment of shards to runs that share one output folder, so that no shard is committed twice.
 
-Three kinds of small files in ``_capipe/``. ``owners/<run>.json`` says which process a run is; its modification time is
-the run's heartbeat. ``claims/<shard>.json`` says which run has a shard, by a token that is new each time the shard is
-handed to a worker. ``guard`` is empty and locked for moments: who changes a claim holds it, and who commits holds it
-from the look at the claim to the line in the manifest. A worker that was thought dead and was only slow finds another
+Three kinds of small files in ``_capipe/``. ``owners/<run>.json`` identifies a run's process; its modification time is
+the run's heartbeat. ``claims/<shard>.json`` names the run that holds a shard, by a token that is new each time the
+shard is assigned to a worker. ``guard`` is empty and locked briefly: by a process that changes a claim, and by one that
+commits, from the check of the claim to the line in the manifest. A slow worker that was presumed dead finds another
 token there, and commits nothing.
 
-A run is dead when its process is gone (seen at once on the machine it ran on) or its heart has not beaten for
-:data:`LEASE_SECONDS`, by the clock that stamps the folder's files. Then whoever wants its shard replaces the claim.
+A run is dead if its process is gone (detected at once on the same machine) or if it has had no heartbeat for
+:data:`LEASE_SECONDS`, by the clock that stamps the folder's files. Any run that needs its shard then replaces the
+claim.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ LEASE_SECONDS = 60.0  # without a heartbeat, before a run on another machine cou
 BEAT_SECONDS = 10.0
 CLAIMS, OWNERS = "claims", "owners"
 _RUN = re.compile(r"[0-9a-f]{16}")
-_TOKEN = re.compile(r"([0-9a-f]{16})-[0-9]{1,18}")  # its run, and a number that is new in it
+_TOKEN = re.compile(r"([0-9a-f]{16})-[0-9]{1,18}")  # run id, and a number unique within the run
 
 
 class ClaimLost(CapipeError):
-    """The shard belongs to another worker by now; what this one made of it must not be committed."""
+    """The shard now belongs to another worker; this worker's version must not be committed."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that runs a stage. ``machine``: of this boot and process namespace; ``born``: ticks since the boot."""
+    """A process that runs a stage. ``machine``: its boot and process namespace; ``born``: start in ticks since boot."""
 
     run: str
     host: str
@@ -60,7 +61,7 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """Surely dead: it ran on this very machine, and its process is no more, or its number is another one's."""
+        """True if certainly dead: it ran on this machine, and its pid is gone or belongs to another process."""
         return self.machine is not None and self.machine == _machine() and self.born != _born(self.pid)
 
     def __str__(self) -> str:
@@ -69,7 +70,7 @@ class Owner:
 
 @cache
 def _machine() -> str | None:
-    """Equal in two processes exactly where they see each other's process numbers; None where that cannot be said."""
+    """Identifier that is equal in two processes exactly if they see each other's pids; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -78,7 +79,7 @@ def _machine() -> str | None:
 
 
 def _born(pid: int) -> str | None:
-    """When a process started; None where there is none. One that was killed and not yet waited for is none."""
+    """Start time of a process; None if there is none. A killed process not yet waited for counts as none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -88,7 +89,7 @@ def _born(pid: int) -> str | None:
 
 @contextmanager
 def guard(folder: Folder) -> Iterator[None]:
-    """Be the only one to change claims or to commit, on all machines whose locks reach this folder."""
+    """Exclusive right to change claims or to commit, on all machines whose locks reach this folder."""
     handle = open_own(folder.private_to_write("guard"))
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -99,9 +100,9 @@ def guard(folder: Folder) -> Iterator[None]:
 
 @contextmanager
 def holding(folder: Folder, shard: str, token: str | None) -> Iterator[None]:
-    """Commit inside: the shard's claim cannot change. Raises ClaimLost where it is not ``token``'s (None: no claims).
+    """Commit inside this context: the claim cannot change. Raises ClaimLost if ``token`` is outdated (None: no claims).
 
-    An object store has no locks; there a claim is only looked at.
+    An object store has no locks; there the claim is only checked.
     """
     if token is None:
         yield
@@ -114,7 +115,7 @@ def holding(folder: Folder, shard: str, token: str | None) -> Iterator[None]:
 
 
 def scratch_of(token: str | None) -> str:
-    """The private folder where a shard is written before its commit: each claim has a place of its own."""
+    """The private folder where a shard is written before its commit: one for each claim."""
     return "tmp" if token is None else f"tmp/{token}"
 
 
@@ -126,18 +127,18 @@ def living(folder: Folder) -> list[Owner]:
 
 def _names(folder: Folder) -> list[str]:
     path = folder.private(OWNERS)
-    return sorted(each.stem for each in path.glob("*.json") if _RUN.fullmatch(each.stem)) if path.is_dir() else []
+    return sorted(file.stem for file in path.glob("*.json") if _RUN.fullmatch(file.stem)) if path.is_dir() else []
 
 
 def _owner(folder: Folder, run: str) -> Owner | None:
-    """A run by its owner file; None where it left, or its file was never finished (a power cut) or is none of ours."""
+    """A run by its owner file; None if it has ended, or its file is incomplete (power loss) or not one of ours."""
     if not _RUN.fullmatch(run):
         return None
     try:
         owner = Owner(**bounded_json.load(folder.private(f"{OWNERS}/{run}.json")))
     except (OSError, ValueError, TypeError):
         return None
-    texts = isinstance(owner.host, str), *(isinstance(each, str | None) for each in (owner.machine, owner.born))
+    texts = isinstance(owner.host, str), *(isinstance(value, str | None) for value in (owner.machine, owner.born))
     return owner if owner.run == run and type(owner.pid) is int and owner.pid > 0 and all(texts) else None
 
 
@@ -152,7 +153,7 @@ def _lives(folder: Folder, owner: Owner | None) -> bool:
 
 
 def _now(folder: Folder) -> float:
-    """The time by the clock that stamps this folder's files: another machine's may go wrong, theirs is the same."""
+    """The time by the clock that stamps this folder's files: the clocks of machines may differ, this one is common."""
     handle = open_own(folder.private_to_write("guard"))
     try:
         os.utime(handle)
@@ -162,21 +163,20 @@ def _now(folder: Folder) -> float:
 
 
 def _claim(folder: Folder, shard: str) -> dict[str, Any]:
-    """A shard's claim; empty where there is none, or none that was written to its end, or one that is not of our form:
-    its token is the name of a folder."""
+    """A shard's claim; empty if there is none, or it is incomplete or malformed: its token is used as a folder name."""
     name = f"{PRIVATE}/{CLAIMS}/{shard}.json"
     try:
-        found = bounded_json.load_from(folder, name)
-        token = _TOKEN.fullmatch(found["token"])
-        return found if token is not None and token[1] == found["run"] else {}
+        claim = bounded_json.load_from(folder, name)
+        token = _TOKEN.fullmatch(claim["token"])
+        return claim if token is not None and token[1] == claim["run"] else {}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
 
 
 class Claims:
-    """A run's own claims, and the thread that keeps them alive. All methods may be called from any thread.
+    """A run's own claims, and the thread that renews them. All methods may be called from any thread.
 
-    On an object store there is no sharing: claims only tell a run's own workers apart, and the run is their one writer.
+    Object stores are not shared: there, claims only tell a run's own workers apart, and the run is their only writer.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -190,7 +190,7 @@ class Claims:
             self._sign()
             threading.Thread(target=self._beat, daemon=True).start()
         else:
-            folder.remove(f"{PRIVATE}/{CLAIMS}")  # of a run that is over: whoever still works for it commits nothing
+            folder.remove(f"{PRIVATE}/{CLAIMS}")  # of a run that has ended: its remaining workers commit nothing
 
     @property
     def _card(self) -> Path:
@@ -203,16 +203,16 @@ class Claims:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a share that is away for a moment; for longer, the lease runs out
+            with contextlib.suppress(OSError):  # a short outage of a share; a longer one ends the lease
                 try:
                     os.utime(self._card)
                 except FileNotFoundError:
                     self._sign()
 
     def take(self, shard: str) -> str | None:
-        """Claim a shard; returns the claim's token, or None where a living run has it.
+        """Claim a shard; returns the claim's token, or None if a living run has it.
 
-        Whether it is committed by now is to be looked up afterwards: a commit comes before its claim's end.
+        Whether it is already committed must be checked afterwards: a run commits before it releases its claim.
         """
         token = f"{self.owner.run}-{next(self._count)}"
         data = json.dumps({"token": token, "run": self.owner.run, "host": self.owner.host, "pid": self.owner.pid})
@@ -241,11 +241,11 @@ class Claims:
         return True
 
     def holder(self, shard: str) -> Owner | None:
-        """Who has a shard, if anybody."""
+        """The run that has a shard, if any."""
         return _owner(self._folder, str(_claim(self._folder, shard).get("run")))
 
     def release(self, shard: str) -> None:
-        """Give a shard back, done or not; nothing where another run took it over."""
+        """Release a shard, done or not; does nothing if another run has taken it over."""
         token = self._tokens.pop(shard, None)
         if token is None:
             return
@@ -254,7 +254,7 @@ class Claims:
                 self._folder.remove(f"{PRIVATE}/{CLAIMS}/{shard}.json")
 
     def close(self) -> None:
-        """Give everything back and leave; safe to call twice."""
+        """Release everything and leave; safe to call twice."""
         self._over.set()
         for shard in list(self._tokens):
             self.release(shard)

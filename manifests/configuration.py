@@ -1,6 +1,6 @@
-"""Configurations that grow: a key that came later is written only where it says something.
+"""Configurations with keys added later: such a key is written only if it differs from its default.
 
-Fingerprints are made of what is written, so those of folders from before the key stay what they were.
+Fingerprints cover only what is written, so those of older folders do not change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 
 class Growing(BaseModel):
-    """``later``: keys that are left out of what is written while they have their defaults."""
+    """``later``: keys that are omitted from the output while they have their defaults."""
 
     later: ClassVar[tuple[str, ...]] = ()
 

@@ -1,6 +1,6 @@
-"""One shard of whole files, one transaction: made under scratch names, then renamed, then declared.
+"""Transaction for one shard of whole files: written under scratch names, renamed, then added to the manifest.
 
-For stages whose product is files as they are (an export), where :class:`~.transaction.ShardTransaction` is for rows.
+For stages that produce complete files (an export); :class:`~.transaction.ShardTransaction` is the one for rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CHUNK = 1 << 20
 
 
 class FileTransaction:
-    """Context manager: make files, ``commit`` once; leaving without a commit removes every trace."""
+    """Context manager: create files, ``commit`` once; leaving without a commit removes every trace."""
 
     def __init__(self, folder: Folder, fingerprint: str, shard: str) -> None:
         self.shard, self._folder, self._fingerprint = shard, folder, fingerprint
@@ -35,14 +35,14 @@ class FileTransaction:
         self._started = time.time()
 
     def path(self, name: str) -> Path:
-        """Where ``name`` lies until the commit."""
+        """Path of ``name`` until the commit."""
         path = self._scratch / checked_name(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     @contextmanager
     def writing(self, name: str) -> Iterator[HashedFile]:
-        """A file to write from its start to its end; it belongs to the shard when the body is through."""
+        """A file to write from start to end; it is added to the shard when the body completes."""
         file = HashedFile(self.path(name))
         try:
             yield file
@@ -51,21 +51,21 @@ class FileTransaction:
             file.abandon()
 
     def copy(self, source: BinaryIO, name: str, sha256: str, where: str) -> None:
-        """A byte-for-byte copy. Raises ArtifactMismatch, naming ``where``, if the bytes are not those of ``sha256``."""
+        """Copy a file byte for byte. Raises ArtifactMismatch, naming ``where``, if it does not match ``sha256``."""
         with self.writing(name) as file:
             while data := source.read(_CHUNK):
                 file.write(data)
         _compare(str(self._files[name]["sha256"]), sha256, where)
 
     def link(self, source: Path, name: str, sha256: str) -> None:
-        """The same file under a second name, on one file system; its bytes are compared as in :meth:`copy`."""
+        """Hard-link a file under a second name, on the same file system; its bytes are checked as in :meth:`copy`."""
         path = self.path(name)
-        os.link(source.resolve(), path)  # of a link the file that it leads to: a link would lead elsewhere from here
+        os.link(source.resolve(), path)  # the target of a symbolic link: a relative link would resolve differently here
         self.adopt(name)
         _compare(str(self._files[name]["sha256"]), sha256, str(source))
 
     def adopt(self, name: str) -> None:
-        """Take a file that something else made at :meth:`path`."""
+        """Add a file that other code wrote to :meth:`path`."""
         path, digest = self.path(name), hashlib.sha256()
         with path.open("rb") as file:
             while data := file.read(_CHUNK):
@@ -74,14 +74,14 @@ class FileTransaction:
         self._files[name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
     def tree(self, name: str) -> Path:
-        """A folder to fill with loose files, published as a whole. The manifest does not list what is in it."""
+        """A folder to fill with loose files, published as a whole. The manifest does not list its files."""
         self._trees.append(name)
         path = self.path(name)
         path.mkdir()
         return path
 
     def publish(self) -> dict[str, dict[str, Any]]:
-        """Give everything its final name, in the order it was made; returns size and sha256 of each file."""
+        """Move all files to their final names, in the order of creation; returns size and sha256 of each file."""
         for name in self._trees:
             self._folder.publish_tree(self._scratch / name, name)
         for name in self._files:
@@ -91,7 +91,7 @@ class FileTransaction:
     def commit(
         self, *, rows: Mapping[str, int], input_info: Mapping[str, Any], stats: Mapping[str, Any] | None = None
     ) -> ShardRecord:
-        """Publish the shard. ``rows``: its rows by status; ``input_info`` needs a ``digest``."""
+        """Publish the shard. ``rows``: row counts by status; ``input_info`` needs a ``digest``."""
         self.publish()
         record = ShardRecord(
             shard=self.shard,
@@ -112,7 +112,7 @@ class FileTransaction:
         clear(self._scratch)
 
 
-def _compare(found: str, expected: str, where: str) -> None:
-    if found != expected:
+def _compare(actual: str, expected: str, where: str) -> None:
+    if actual != expected:
         text = f"{where}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
         raise ArtifactMismatch(text)

@@ -1,4 +1,4 @@
-"""Fingerprints: which configurations give the same rows.
+"""Fingerprints: hashes of the settings that determine an artifact's rows.
 
 A fingerprint covers what changes a row's content (model, prompt, sampling, pixel cap, thresholds, input, schema) and
 nothing that only changes speed (batch sizes, workers, devices).
@@ -20,25 +20,25 @@ def fingerprint(semantic: Mapping[str, Any]) -> str:
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no blanks: equal values give equal text. Raises TypeError on anything not JSON."""
+    """JSON with sorted keys and no spaces: equal values give equal text. Raises TypeError for non-JSON values."""
     return encodable(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
 
 
 def encodable(text: str) -> str:
-    """JSON that UTF-8 can hold: names of files that are no UTF-8 are escaped in it, and read back as they were."""
+    """JSON text that can be encoded as UTF-8: file names that are not UTF-8 are escaped, and read back unchanged."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Readable ``key: old -> new`` entries for every leaf in which two configurations differ."""
-    found: list[str] = []
+    """Readable ``key: old -> new`` entries for every leaf that differs between two configurations."""
+    changes: list[str] = []
     for key in sorted({*old, *new}):
         name, before, after = f"{prefix}{key}", old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{name}.")
+            changes += differences(before, after, f"{name}.")
         elif before != after:
-            found.append(f"{name}: {_short(before)} -> {_short(after)}")
-    return found
+            changes.append(f"{name}: {_short(before)} -> {_short(after)}")
+    return changes
 
 
 def _short(value: Any, limit: int = 60) -> str:

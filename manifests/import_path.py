@@ -1,6 +1,6 @@
 """Objects named by an import path, ``package.module:name``: a stage, an engine, an export format, a reward, a loss.
 
-Importing runs the module. So a path comes from a command line, a recipe or this package, never from data.
+Importing runs the module, so a path comes from a command line, a recipe or this package, never from data.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _PATH = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*)"
 
 
 def is_import_path(text: str) -> bool:
-    """Whether a name is to be imported: it has the form of an import path, which no URL has."""
+    """True if a name has the form of an import path, which no URL has."""
     return _PATH.fullmatch(text) is not None
 
 
 def import_object(path: str) -> Any:
-    """As :func:`load_object`, for a path on the command line or in a chain. Raises BadInput where there is none."""
+    """:func:`load_object` for a path on the command line or in a chain. Raises BadInput if there is no such object."""
     try:
         return load_object(path)
     except ValueError as error:
@@ -30,7 +30,7 @@ def import_object(path: str) -> Any:
 
 
 def load_object(path: str) -> Any:
-    """The object at ``package.module:name``. Raises ValueError, in words for a person, where there is none."""
+    """The object at ``package.module:name``. Raises ValueError, with a message for users, if there is none."""
     module_name, name = _parts(path)
     try:
         module = importlib.import_module(module_name)
@@ -46,7 +46,7 @@ def load_object(path: str) -> Any:
 
 
 def source_digest(path: str) -> str | None:
-    """sha256 (hex) of the source of the module in ``path``, for fingerprints; None of a module without a file."""
+    """sha256 (hex) of the source of the module in ``path``, for fingerprints; None for a module without a file."""
     file = getattr(importlib.import_module(_parts(path)[0]), "__file__", None)
     return None if file is None else sha256(Path(file).read_bytes()).hexdigest()
 

@@ -1,11 +1,11 @@
-"""The journal: finished rows of a shard that is not committed yet, so that a crash costs seconds of engine time.
+"""Journal of the finished rows of an uncommitted shard: a crash costs only seconds of engine time.
 
-One line a row, ``crc32 json``, appended as rows finish and deleted at commit. A line that a crash cut short fails its
-checksum and is dropped; so is any that somebody edited. Appends reach the operating system at once (a killed process
-loses nothing) and the disk once a second (a power cut loses a second).
+One line per row, ``crc32 json``, appended as rows finish and deleted at commit. A line cut short by a crash fails its
+checksum and is dropped; so is any edited line. Appends reach the operating system at once (a killed process loses
+nothing) and the disk once a second (a power loss costs a second).
 
-Who opens a journal that is there goes on in a copy of it, put in its place: an earlier writer, thought dead and only
-slow, then appends to a file without a name, and the two do not write over each other.
+Opening an existing journal copies it and replaces the original: an earlier writer, presumed dead but only slow, then
+appends to an unlinked file, and the two do not overwrite each other.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SYNC_SECONDS = 1.0
 
 
 class Journal:
-    """The journal of one shard. ``rows``: what earlier runs finished, by input row index."""
+    """The journal of one shard. ``rows``: rows finished by earlier runs, by input row index."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
-        """Read what is there; rows of another configuration (by ``fingerprint``) are discarded with their file."""
+        """Read the existing file; rows of another configuration (by ``fingerprint``) are discarded with their file."""
         self.path, self.fingerprint = path, fingerprint
         self.rows: dict[int, dict[str, Any]] = {}
         self._synced = time.monotonic()
@@ -41,17 +41,17 @@ class Journal:
         try:
             if sound == 0:
                 self._write({"fingerprint": fingerprint})
-            else:  # without a torn tail, which would make the next line unreadable, too
+            else:  # without a torn last line, which would make the next line unreadable, too
                 self._write_all(memoryview(data)[:sound])
                 os.fdatasync(self._handle)
             new.replace(path)
-        except OSError:  # a full disk: what was there stays
+        except OSError:  # a full disk: the existing file stays
             self.close()
             new.unlink(missing_ok=True)
             raise
 
     def _read(self, data: bytes) -> int:
-        """Fill ``rows``; returns the length of the sound prefix in bytes."""
+        """Fill ``rows``; returns the length of the valid prefix in bytes."""
         sound = 0
         for line in data.splitlines(keepends=True):
             checksum, _, body = line.rstrip(b"\n").partition(b" ")
@@ -64,7 +64,7 @@ class Journal:
                 if "index" in entry:
                     self.rows[entry["index"]] = entry["row"]
             except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-                break  # no line of ours, whatever its checksum: the rows from here on are done again
+                break  # not one of our lines, despite its checksum: the rows from here on are redone
             sound += len(line)
         return sound
 

@@ -1,8 +1,8 @@
-"""The manifest: an append-only list of committed shards. A shard without its line does not exist.
+"""The manifest: an append-only list of committed shards. A shard without a line in it does not exist.
 
-Locally it is ``_capipe/manifest.jsonl``, one line a commit. Object stores cannot append, so there each line is an
-object of its own in ``_capipe/manifest.d/``. The last line about a shard counts; a line ``retracted`` takes a shard
-back before it is done again.
+Locally it is ``_capipe/manifest.jsonl``, one line per commit. Object stores cannot append, so there each line is an
+object of its own in ``_capipe/manifest.d/``. The last line about a shard counts; a line with ``retracted`` takes a
+shard back before it is redone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .status import Status
 
 LINES = f"{PRIVATE}/manifest.jsonl"
 OBJECTS = f"{PRIVATE}/manifest.d"
-CHECKSUM = "checksum"  # key of a line: of all its others
+CHECKSUM = "checksum"  # key of a line: checksum over its other keys
 REPLACES = "replaces"  # key of ``stats``: see ShardRecord.replaces
 
 
@@ -31,7 +31,7 @@ class ShardRecord:
     """One committed shard.
 
     ``rows``: count by status. ``files``: ``{name: {"bytes": n, "sha256": hex}}``. ``input``: what it was made from,
-    at least ``digest``. ``seconds``: from its first row to its commit, in lines from before :mod:`.times` alone.
+    with at least ``digest``. ``seconds``: from first row to commit, only in lines older than :mod:`.times`.
     """
 
     shard: str
@@ -49,37 +49,37 @@ class ShardRecord:
 
     @property
     def unresolved(self) -> int:
-        """Rows that are to be tried again."""
+        """Number of rows to try again."""
         return sum(count for status, count in self.rows.items() if not Status(status).resolved)
 
     @property
     def replaces(self) -> tuple[str, ...]:
-        """sha256 of the tars and Parquets that this shard had before some of its rows were done again."""
+        """sha256 of the tars and Parquets of this shard's earlier versions, before some of its rows were redone."""
         return tuple(self.stats.get(REPLACES, ()))
 
     @property
     def current(self) -> tuple[str, ...]:
-        """The same of those that it has."""
+        """sha256 of its current tar and Parquet."""
         names = (f"{self.shard}.parquet", f"{self.shard}.tar")
         return tuple(self.files[name]["sha256"] for name in names if name in self.files)
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """Both: what a version that takes its place replaces."""
+        """Both: the versions that a replacement supersedes."""
         return (*self.replaces, *self.current)
 
     def retraction(self) -> ShardRecord:
-        """The line that takes this shard back; it remembers what the next version replaces."""
+        """The line that retracts this shard; it records what the next version replaces."""
         return replace(self, rows={}, files={}, input={}, retracted=True, stats={REPLACES: list(self.versions)})
 
 
 def read(folder: Folder) -> dict[str, ShardRecord]:
-    """The committed shards by name, in name order. A torn last line (a crash while appending) is no commit."""
+    """The committed shards by name, in name order. A torn last line (a crash while appending) does not count."""
     return {shard: record for shard, record in _last_lines(folder).items() if not record.retracted}
 
 
 def retracted(folder: Folder) -> dict[str, ShardRecord]:
-    """The lines of shards that were taken back and are not committed again, by name."""
+    """The lines of retracted shards that are not committed again, by name."""
     return {shard: record for shard, record in _last_lines(folder).items() if record.retracted}
 
 
@@ -98,14 +98,14 @@ def _last_lines(folder: Folder) -> dict[str, ShardRecord]:
 
 
 def _written(record: ShardRecord) -> bytes:
-    """A line of the manifest, without its end."""
+    """A line of the manifest, without its newline."""
     entry = {k: v for k, v in asdict(record).items() if v or k not in ("retracted", "seconds")}
     entry["input"] = redacted_data(entry["input"])
     return canonical({**entry, CHECKSUM: _checksum(entry)}).encode()
 
 
 def _parsed(line: bytes) -> ShardRecord:
-    """Raises ValueError, TypeError or KeyError where it is not what was written. Older lines have no checksum."""
+    """Raises ValueError, TypeError or KeyError if the line is not as it was written. Older lines have no checksum."""
     entry = bounded_json.parse(line)
     checksum = entry.pop(CHECKSUM, None)
     if checksum not in (None, _checksum(entry)):
@@ -114,8 +114,8 @@ def _parsed(line: bytes) -> ShardRecord:
 
 
 def record_of(entry: Mapping[str, Any]) -> ShardRecord:
-    """A shard's line, without its checksum. Raises ValueError, TypeError or KeyError where it is not of the shape that
-    ours have, or gives a shard or a file a name that leads out of the artifact."""
+    """A shard's line, without its checksum. Raises ValueError, TypeError or KeyError if it is malformed, or if a shard
+    or file name leads out of the artifact."""
     record = ShardRecord(**entry)
     _check(record)
     return record
@@ -128,9 +128,9 @@ def _checksum(entry: Mapping[str, Any]) -> str:
 def _check(record: ShardRecord) -> None:
     if "/" in checked_name(record.shard):
         raise ValueError(f"the shard's name {record.shard!r} has a folder in it")
-    if not all(isinstance(each, dict) for each in (record.rows, record.files, record.input, record.stats)):
+    if not all(isinstance(value, dict) for value in (record.rows, record.files, record.input, record.stats)):
         raise TypeError("rows, files, input or stats are no objects")
-    record.unresolved  # noqa: B018  (raises on a status that is none of ours)
+    record.unresolved  # noqa: B018  (raises on an unknown status)
     check_files(record.files)
     if not all(type(count) is int and count >= 0 for count in record.rows.values()):
         raise TypeError("rows are no numbers")
@@ -138,7 +138,7 @@ def _check(record: ShardRecord) -> None:
         checked_name(shard["name"])
         if not record.retracted and not isinstance(shard["digest"], str):
             raise TypeError("the digest of what it was made of is no text")
-    if not all(isinstance(each, str) for each in (record.fingerprint, *record.replaces)):
+    if not all(isinstance(value, str) for value in (record.fingerprint, *record.replaces)):
         raise TypeError("the fingerprint, or what the shard replaces, is no text")
     if not record.retracted and not (
         isinstance(record.input["digest"], str) and f"{record.shard}.parquet" in record.files
@@ -147,7 +147,7 @@ def _check(record: ShardRecord) -> None:
 
 
 def check_files(files: Mapping[str, Any]) -> None:
-    """Raise ValueError, TypeError or KeyError where a list of files, with size and hash, is not of our form."""
+    """Raise ValueError, TypeError or KeyError if a list of files, with size and hash, is malformed."""
     for name, file in files.items():
         checked_name(name)
         if not (type(file["bytes"]) is int and file["bytes"] >= 0 and isinstance(file["sha256"], str)):
@@ -155,19 +155,19 @@ def check_files(files: Mapping[str, Any]) -> None:
 
 
 def made_of(record: ShardRecord) -> list[Mapping[str, Any]]:
-    """What a line says of each input shard: one, several, or rows from one to another."""
-    found: list[Mapping[str, Any]] = record.input.get("shards") or [{**record.input, "name": record.shard}]
-    return found
+    """Entries of a line for its input shards: one, several, or ranges of rows."""
+    entries: list[Mapping[str, Any]] = record.input.get("shards") or [{**record.input, "name": record.shard}]
+    return entries
 
 
 def _lines(folder: Folder) -> list[tuple[str, bytes]]:
-    """All lines, the newest last. One that was copied to a store, or from one, has both kinds: what it had before the
-    copy, and what was committed there."""
+    """All lines, the newest last. An artifact copied to or from a store has both kinds: those from before the copy, and
+    those committed after it."""
     objects = [(f"{OBJECTS}/{name}", folder.read_bytes(f"{OBJECTS}/{name}")) for name in folder.names(OBJECTS)]
     if not folder.exists(LINES):
         return objects
     try:
-        lines = folder.read_bytes(LINES).split(b"\n")[:-1]  # what follows the last newline is torn, or nothing
+        lines = folder.read_bytes(LINES).split(b"\n")[:-1]  # after the last newline: empty, or a torn line
     except NotAFile as error:
         raise ArtifactMismatch(f"{folder.url}/{LINES}: {error.strerror}; restore it, or clear the folder") from None
     numbered = [(f"{LINES}:{number}", line) for number, line in enumerate(lines, 1) if line]
@@ -175,7 +175,7 @@ def _lines(folder: Folder) -> list[tuple[str, bytes]]:
 
 
 class Tail:
-    """What was committed since the last look, by whomever; for local folders, whose manifest only grows."""
+    """Commits since the last call, by any process; for local folders, whose manifest only grows."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder, self._seen = folder, 0

@@ -1,8 +1,8 @@
-"""A committed shard that another version takes the place of, some of its rows having been done again.
+"""Replacement of a committed shard by a new version in which some rows were redone.
 
-At every moment one of the two is whole. The new version's files and its manifest line are put aside first, synced; only
-then is the old one retracted, the files renamed over it and the line appended. What a crash interrupts before that
-leaves the old version as it was; what it interrupts after that the next run finishes.
+One complete version exists at any moment. The new version's files and manifest line are first written to a side folder
+and synced; only then is the old version retracted, the files renamed over it and the line appended. A crash before that
+leaves the old version unchanged; after a later crash, the next run finishes the replacement.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .files.tar import printable
 from .manifest import ShardRecord
 
 REDO = "redo"
-_LINE = "line.json"  # of the new version, with the retraction of the old one; written last
+_LINE = "line.json"  # retraction of the old version and line of the new one; written last
 
 
 def replace(folder: Folder, scratch: Path, old: ShardRecord, new: ShardRecord) -> None:
-    """Publish ``new``, whose files lie finished in ``scratch``, in the place of ``old``."""
+    """Publish ``new``, whose finished files are in ``scratch``, in place of ``old``."""
     aside = folder.private_to_write(f"{REDO}/{new.shard}")
     clear(aside)
     aside.mkdir()
@@ -37,7 +37,7 @@ def replace(folder: Folder, scratch: Path, old: ShardRecord, new: ShardRecord) -
 
 
 def finish(folder: Folder) -> None:
-    """Carry out what a crash interrupted, and drop what it left unfinished."""
+    """Complete replacements that a crash interrupted, and remove incomplete ones."""
     if not folder.private(REDO).is_dir():
         return
     root = folder.private_folder(REDO)
@@ -50,7 +50,7 @@ def finish(folder: Folder) -> None:
 
 
 def _carry_out(folder: Folder, aside: Path) -> None:
-    """May be interrupted and begun again at any point: a file that is not here any more is in its place."""
+    """Complete a replacement. May be interrupted and repeated at any point: a file missing here was already moved."""
     try:
         old, new = (manifest.record_of(line) for line in bounded_json.load(aside / _LINE))
         if not old.shard == new.shard == aside.name:

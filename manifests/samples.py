@@ -1,7 +1,7 @@
-"""Samples of a tar: members grouped by key the way webdataset does it, with nothing trusted and nothing dropped.
+"""Samples of a tar: members grouped by key as in webdataset, with nothing trusted and nothing dropped.
 
-A sample is a run of neighbouring members whose names agree up to the first dot of the file name. What breaks that
-becomes a sample of its own with a problem: damaged members, unsafe names, links, keys that come back later.
+A sample is a run of adjacent members whose names agree up to the first dot of the file name. Exceptions become samples
+of their own with a problem: damaged members, unsafe names, links, keys that recur later.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .files.tar import Member, scan, without_controls
 from .status import Status
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jfif", "ppm")
-TEXT_EXTENSIONS = ("txt", "caption")  # of captions that lie beside their image, the likelier first
+TEXT_EXTENSIONS = ("txt", "caption")  # of caption files beside an image, the more likely first
 META_EXTENSIONS = ("json",)
 SIDECAR_EXTENSIONS = (*TEXT_EXTENSIONS, *META_EXTENSIONS)
 _TEXT_MEMBERS = (*TEXT_EXTENSIONS, "caption.txt")  # a.image.jpg with a.caption.txt, as some writers name them
@@ -26,7 +26,7 @@ _META_MEMBERS = (*META_EXTENSIONS, "meta.json")
 
 @dataclass(slots=True)
 class Sample:
-    """Members by extension. ``problems``: why it cannot be used as a whole, in which case ``status`` is not ok."""
+    """Members by extension. ``error``: why the sample cannot be used; ``status`` is then not ok."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Sample:
     error: str | None = None
 
     def image(self) -> Member | None:
-        """The first member that is named like an image (``jpg``, or ``seg.jpg``)."""
+        """The first member with the name of an image (``jpg``, or ``seg.jpg``)."""
         return next((m for ext, m in self.members.items() if is_image(ext)), None)
 
 
@@ -46,8 +46,8 @@ class Sidecars(NamedTuple):
 
 
 def sidecars(image: str, extensions: Collection[str]) -> Sidecars:
-    """Which of a key's members belong to its member ``image``: those named like it (``left.txt`` to ``left.jpg``),
-    else those of the whole key. The one rule for tars, whether they are ingested or read in place."""
+    """The members of a key that belong to its member ``image``: those named like it (``left.txt`` for ``left.jpg``),
+    else those of the whole key. Used for all tars, whether they are ingested or read in place."""
     prefix = image.rpartition(".")[0]
 
     def first(own: tuple[str, ...], shared: tuple[str, ...]) -> str | None:
@@ -58,22 +58,22 @@ def sidecars(image: str, extensions: Collection[str]) -> Sidecars:
 
 
 def is_image(extension: str) -> bool:
-    """Whether a member is named like an image: ``jpg``, or ``seg.jpg``."""
+    """True if a member is named like an image: ``jpg``, or ``seg.jpg``."""
     return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 def is_sidecar(extension: str) -> bool:
-    """Whether a member is named like a caption or metadata: ``txt``, or ``ocr.txt``."""
+    """True if a member is named like a caption or metadata: ``txt``, or ``ocr.txt``."""
     return extension.rpartition(".")[2] in SIDECAR_EXTENSIONS
 
 
 def same_name(name: str) -> str:
-    """What names that look the same have in common: macOS writes ``é`` as two characters, most writers as one."""
+    """NFC form of a name: macOS writes ``é`` as two characters, most writers as one."""
     return unicodedata.normalize("NFC", name)
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """``folder/a.left.jpg`` to (``folder/a``, ``left.jpg``): webdataset's rule, extension in lower case."""
+    """Split ``folder/a.left.jpg`` into (``folder/a``, ``left.jpg``): webdataset's rule, extension in lower case."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
@@ -82,7 +82,7 @@ def split_name(name: str) -> tuple[str, str]:
 def read_samples(
     stream: BinaryIO, *, read_data: bool = True, digest: Digest | None = None, max_samples: int | None = None
 ) -> Iterator[Sample]:
-    """Every sample of a tar, in order, keys unique. ``digest`` is fed the whole file. Never raises on content."""
+    """Every sample of a tar, in order, with unique keys. ``digest`` gets the whole file. Never raises on content."""
     seen: set[bytes] = set()
     for count, sample in enumerate(_group(scan(stream, read_data=read_data, digest=digest))):
         if max_samples is not None and count >= max_samples:
@@ -91,7 +91,7 @@ def read_samples(
 
 
 def _unique(sample: Sample, seen: set[bytes]) -> Sample:
-    """Mark a key that came before, and give the sample a key of its own. Remembers 8 bytes a key, not the key."""
+    """Mark a repeated key, and give the sample a new one. Stores 8 bytes per key, not the key."""
     original, number = sample.key, 1
     while (mark := hashlib.blake2b(sample.key.encode("utf-8", "replace"), digest_size=8).digest()) in seen:
         number += 1
@@ -124,7 +124,7 @@ def _group(members: Iterator[Member]) -> Iterator[Sample]:
 
 
 def _alone(member: Member) -> Sample | None:
-    """A sample of one for a member that cannot be used, or None. Its key is its name where it has a sound one."""
+    """A sample of its own for an unusable member, or None. Its key is the member's name if that is valid."""
     if member.problem is not None:
         key = split_name(member.name)[0] if member.name and member.damaged else ""
         status = Status.CORRUPT if member.damaged else Status.UNSUPPORTED

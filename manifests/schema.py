@@ -1,4 +1,4 @@
-"""The columns of every artifact, written once. Readers check what they are given against these."""
+"""The columns of all artifacts. Readers check their input against these schemas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..errors import ArtifactMismatch
 
 SCHEMA_VERSION = 1
 
-#: What every row of every artifact has. ``uid``: first 32 hex of the image bytes' sha256, null if there are no bytes.
+#: Columns of every row. ``uid``: first 32 hex digits of the image bytes' sha256, null if there are no bytes.
 BASE = [
     pa.field("key", pa.string(), nullable=False),
     pa.field("uid", pa.string()),
@@ -26,22 +26,22 @@ INGEST = pa.schema(
         pa.field("format", pa.string()),  # jpg, png or webp, by content
         pa.field("text", pa.string()),  # the original caption
         pa.field("url", pa.string()),
-        pa.field("source", pa.string()),  # file, tar member or table row it came from
+        pa.field("source", pa.string()),  # the file, tar member or table row of origin
     ]
 )
 
-#: What dedup remembers of an image between its two passes.
+#: Data about an image that dedup keeps between its two passes.
 HASHES = pa.schema(
     [
         *BASE,
         pa.field("sha256", pa.string()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
-        pa.field("phash", pa.uint64()),  # of the picture
-        pa.field("inner", pa.uint64()),  # of the picture without its margins: a copy's phash if that was cropped
-        pa.field("signature", pa.binary(6144)),  # the picture in 64x64 cells; see stages/dedup/perceptual_hash.py
+        pa.field("phash", pa.uint64()),  # of the image
+        pa.field("inner", pa.uint64()),  # of the image without its margins: equals the phash of a cropped copy
+        pa.field("signature", pa.binary(6144)),  # the image in 64x64 cells; see stages/dedup/perceptual_hash.py
         pa.field("look", pa.uint64()),  # digest of the signature
-        pa.field("source", pa.string()),  # of a reference image: where it lies
+        pa.field("source", pa.string()),  # of a reference image: its location
     ]
 )
 
@@ -52,33 +52,33 @@ DEDUP = pa.schema(
         pa.field("phash", pa.string()),  # 16 hex
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
-        pa.field("group", pa.string()),  # uid of the group's keeper, a row's own where it is alone
-        pa.field("copies", pa.int32()),  # rows with these very bytes, this one included
-        pa.field("duplicate_of", pa.string()),  # key of the row that is kept for it
-        pa.field("matched", pa.string()),  # the reference image that it, or one of its group, repeats
+        pa.field("group", pa.string()),  # uid of the group's keeper; the row's own uid if it has no duplicates
+        pa.field("copies", pa.int32()),  # rows with identical bytes, this one included
+        pa.field("duplicate_of", pa.string()),  # key of the row that is kept instead
+        pa.field("matched", pa.string()),  # the reference image that it, or one of its group, duplicates
     ]
 )
 
-#: Of embeddings: the column that `capipe dedup --embeddings` compares.
+#: Embedding column that `capipe dedup --embeddings` compares.
 EMBEDDING_COLUMN = "image_embedding"
 
 
 def embedding(width: int) -> pa.Schema:
-    """Rows one to one with the shards'; null where an image has no embedding. ``width``: numbers of a vector."""
+    """Schema of embeddings, one row per row of the shards; null if an image has none. ``width``: vector dimension."""
     return pa.schema([*BASE, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), width))])
 
 
 def embedding_width(actual: pa.Schema, where: str) -> int:
-    """The width of the embeddings in a file. Raises ArtifactMismatch where it has none of the kind."""
+    """Dimension of the embeddings in a file. Raises ArtifactMismatch if it has no valid embedding column."""
     position = actual.get_field_index(EMBEDDING_COLUMN)
-    found = "missing"
+    problem = "missing"
     if position >= 0:
         kind = actual.field(position).type
         if pa.types.is_fixed_size_list(kind) and kind.list_size >= 1:
             check(actual, embedding(kind.list_size), where)
             return int(kind.list_size)
-        found = f"{kind}, not a fixed_size_list<float16>"
-    raise ArtifactMismatch(f"{where}: column {EMBEDDING_COLUMN!r} is {found}; --embeddings takes an artifact with it")
+        problem = f"{kind}, not a fixed_size_list<float16>"
+    raise ArtifactMismatch(f"{where}: column {EMBEDDING_COLUMN!r} is {problem}; --embeddings takes an artifact with it")
 
 
 CAPTION = pa.struct(
@@ -90,18 +90,18 @@ CAPTION = pa.struct(
         pa.field("finish_reason", pa.string()),
         pa.field("n_tokens", pa.int32()),
         pa.field("attempts", pa.int32()),
-        pa.field("status", pa.string()),  # of this caption: a row is ok only when all of its captions are
+        pa.field("status", pa.string()),  # of this caption: a row is ok only if all of its captions are
     ]
 )
 
 ANNOTATE = pa.schema([*BASE, pa.field("text", pa.string()), pa.field("captions", pa.list_(CAPTION))])
 
 QUESTION_FIELDS = [
-    pa.field("id", pa.string()),  # of its content; null where nothing could be read
+    pa.field("id", pa.string()),  # hash of its content; null if nothing could be parsed
     pa.field("kind", pa.string()),
     pa.field("question", pa.string()),
     pa.field("options", pa.list_(pa.string())),
-    pa.field("answer", pa.int32()),  # index into options; null where no option is the answer
+    pa.field("answer", pa.int32()),  # index into options; null if no option is the answer
     pa.field("status", pa.string()),  # a QuestionStatus
     pa.field("error", pa.string()),
 ]
@@ -111,7 +111,7 @@ QUESTIONS = pa.schema(
     [
         *BASE,
         pa.field("questions", pa.list_(QUESTION)),
-        pa.field("raw", pa.list_(pa.string())),  # what was written (or imported), word for word, attempt by attempt
+        pa.field("raw", pa.list_(pa.string())),  # the raw output (or import), verbatim, one entry per attempt
         pa.field("writer", pa.string()),  # the model, or the file it was imported from
         pa.field("prompt_id", pa.string()),
         pa.field("finish_reason", pa.string()),
@@ -120,14 +120,14 @@ QUESTIONS = pa.schema(
     ]
 )
 
-#: An answer is the index of the chosen option, the number of options for "Cannot tell", null where it was not scored.
+#: An answer is the index of the chosen option, the number of options for "Cannot tell", null if it was not scored.
 ANSWERS = pa.list_(pa.int32())
 SCREENED_QUESTION = pa.struct(
     [
         *QUESTION_FIELDS,
         pa.field("with_image", ANSWERS),  # one per presentation
         pa.field("without_image", ANSWERS),
-        pa.field("image_accuracy", pa.float32()),  # share of presentations answered right, null if unscored
+        pa.field("image_accuracy", pa.float32()),  # share of presentations answered correctly, null if unscored
         pa.field("text_accuracy", pa.float32()),
     ]
 )
@@ -137,8 +137,8 @@ GRADED_QUESTION = pa.struct(
     [
         pa.field("id", pa.string()),
         pa.field("kind", pa.string()),
-        pa.field("options", pa.int32()),  # how many there are, without "Cannot tell"
-        pa.field("answer", pa.int32()),  # index of the right one
+        pa.field("options", pa.int32()),  # number of options, without "Cannot tell"
+        pa.field("answer", pa.int32()),  # index of the correct option
     ]
 )
 GRADED_CAPTION = pa.struct(
@@ -154,7 +154,7 @@ GRADED_CAPTION = pa.struct(
                     [
                         pa.field("id", pa.string()),  # the question's
                         pa.field("chosen", ANSWERS),  # one per presentation
-                        pa.field("right", pa.int32()),  # presentations answered right
+                        pa.field("right", pa.int32()),  # presentations answered correctly
                         pa.field("abstained", pa.int32()),
                         pa.field("scored", pa.int32()),  # presentations that could be scored
                     ]
@@ -168,18 +168,18 @@ GRADE = pa.schema(
         *BASE,
         pa.field("questions", pa.list_(GRADED_QUESTION)),
         pa.field("captions", pa.list_(GRADED_CAPTION)),
-        pa.field("scene", pa.string()),  # the truth as JSON where the image carries one
+        pa.field("scene", pa.string()),  # ground truth as JSON, if the image contains it
     ]
 )
 
 
 def _scored(prefix: str) -> list[pa.Field]:
-    """What is known of one caption of an image. Scores of long captions are by sentence beside the first window's."""
+    """Columns for one caption of an image. Long captions have scores by sentence beside that of the first window."""
     scores = [
         field
         for scorer in ("clip", "itm")
         for field in (
-            pa.field(f"{prefix}_{scorer}_score", pa.float32()),  # of as much of the caption as the model reads
+            pa.field(f"{prefix}_{scorer}_score", pa.float32()),  # of the part of the caption that the model reads
             pa.field(f"{prefix}_{scorer}_score_mean", pa.float32()),  # over its sentences
             pa.field(f"{prefix}_{scorer}_score_min", pa.float32()),
             pa.field(f"{prefix}_{scorer}_lowest", pa.int32()),  # index of the sentence with that score
@@ -189,13 +189,13 @@ def _scored(prefix: str) -> list[pa.Field]:
         pa.field(f"{prefix}_caption", pa.string()),
         pa.field(f"{prefix}_length", pa.int32()),  # words
         pa.field(f"{prefix}_sentences", pa.int32()),
-        pa.field(f"{prefix}_repetition", pa.float32()),  # share of its four-word sequences that it said before
+        pa.field(f"{prefix}_repetition", pa.float32()),  # share of repeated 4-grams (words)
         pa.field(f"{prefix}_language", pa.string()),  # ISO 639-1
         *scores,
     ]
 
 
-#: ``re_`` is the new caption, ``org_`` the one that came with the image; null where there is none or no such scorer.
+#: ``re_`` is the new caption, ``org_`` the original one; null if there is none or no such scorer.
 SCORE = pa.schema(
     [
         *BASE,
@@ -205,11 +205,11 @@ SCORE = pa.schema(
         pa.field("unsafe_labels", pa.list_(pa.string())),
     ]
 )
-#: Final shards: a row for every row of the scores. Only the ``ok`` ones have a sample in the tar.
+#: Final shards: a row for every row of the scores. Only ``ok`` rows have a sample in the tar.
 SELECT = pa.schema(
     [
         *SCORE,
-        pa.field("caption", pa.string()),  # what the tar's txt holds: re_caption or org_caption
+        pa.field("caption", pa.string()),  # content of the tar's txt: re_caption or org_caption
         pa.field("source_shard", pa.string()),
         pa.field("source_key", pa.string()),
     ]
@@ -223,5 +223,5 @@ def check(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
         if position < 0:
             raise ArtifactMismatch(f"{where}: column {field.name!r} is missing; it was not written by this stage")
         if actual.field(position).type != field.type:
-            found = actual.field(position).type
-            raise ArtifactMismatch(f"{where}: column {field.name!r} is {found}, expected {field.type}")
+            actual_type = actual.field(position).type
+            raise ArtifactMismatch(f"{where}: column {field.name!r} is {actual_type}, expected {field.type}")

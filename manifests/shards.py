@@ -1,7 +1,7 @@
-"""Input shards: from what a user points at to rows, whoever wrote the tars.
+"""Input shards: rows from the tars a user names, whether written by capipe or by other tools.
 
-A shard of ours has a Parquet beside it that lists every row, failures included; then those are the rows, in that order,
-and the tar supplies the images. A foreign tar's rows are its samples, with uids made on the fly.
+A shard of ours has a Parquet beside it that lists every row, failures included; these are then the rows, in that order,
+and the tar supplies the images. Rows of a foreign tar are its samples, with uids computed while reading.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .samples import Sample, read_samples, sidecars
 from .sidecars import MAX_BYTES, MAX_OWN_BYTES, read_sidecars
 from .status import Status
 
-ROWS = "rows"  # key of what a manifest says of a shard's input: sha256 of the Parquet beside its tar
-OPEN = "open"  # likewise: numbers of the rows that had something beside them that was to be tried again
+ROWS = "rows"  # key of a shard's input in the manifest: sha256 of the Parquet beside its tar
+OPEN = "open"  # likewise: indices of the rows with a companion row that was to be tried again
 _START_OVER = "use another --out, or --fresh to start over"
 
 
 @dataclass(slots=True)
 class Row:
-    """One input row. ``image`` is set exactly where ``status`` is ok; ``error`` may carry a note even then."""
+    """One input row. ``image`` is set exactly if ``status`` is ok; ``error`` may contain a note even then."""
 
     index: int
     key: str
@@ -45,15 +45,15 @@ class Row:
     format: str = ""
     text: str | None = None
     meta: dict[str, Any] | None = None
-    beside: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)  # companions' rows by their name
+    beside: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)  # rows of companions, by companion name
     offset: int = -1  # of the image's bytes in its tar
 
 
 @dataclass(frozen=True)
 class Companion:
-    """A sidecar's Parquet of one shard, to be read along with it: same rows, same order.
+    """A sidecar's Parquet for one shard, read along with it: same rows, same order.
 
-    ``rows``: how many it has by its manifest. ``replaces``: sha256 of what it was before some were done again.
+    ``rows``: row count by its manifest. ``replaces``: sha256 of its earlier versions, before some rows were redone.
     """
 
     name: str
@@ -63,11 +63,11 @@ class Companion:
     replaces: tuple[str, ...] = ()
 
     def open(self) -> pq.ParquetFile:
-        """The file, unread; its checksum is not compared. Raises ArtifactMismatch where it has other rows, OSError."""
+        """The file, not read; its checksum is not compared. Raises ArtifactMismatch if it has other rows, OSError."""
         return expecting(open_parquet(self.url), self.rows, self.url)
 
     def read(self) -> bytes:
-        """The file. Raises ArtifactMismatch where it is not the one that was committed."""
+        """The file's bytes. Raises ArtifactMismatch if they are not the committed ones."""
         fs, path = url_to_fs(self.url)
         try:
             data: bytes = fs.cat_file(path)
@@ -82,7 +82,7 @@ class Companion:
 
 @dataclass(frozen=True)
 class InputShard:
-    """A tar to read. ``record`` is its manifest line where it belongs to an artifact of ours."""
+    """A tar to read. ``record``: its manifest line if it belongs to an artifact of ours."""
 
     name: str
     url: str
@@ -91,7 +91,7 @@ class InputShard:
 
     @property
     def is_shared(self) -> bool:
-        """Whether other processes see it, too."""
+        """True if other processes can read it."""
         return not self.url.startswith("memory:")
 
     def open(self) -> BinaryIO:
@@ -101,12 +101,12 @@ class InputShard:
         return fs.open(path, "rb")  # type: ignore[no-any-return]
 
     def listing(self) -> pq.ParquetFile:
-        """The Parquet beside a tar of ours. Raises ArtifactMismatch where it has other rows than its manifest says."""
+        """The Parquet beside a tar of ours. Raises ArtifactMismatch if its rows differ from the manifest."""
         url = self.url.removesuffix(".tar") + ".parquet"
         return expecting(open_parquet(url), 0 if self.record is None else self.record.count, url)
 
     def is_repaired(self, made: ShardRecord) -> bool:
-        """Whether some of its rows were done again since ``made`` was made of it; the others are what they were.
+        """True if some of its rows were redone since ``made`` was made from it; the others are unchanged.
 
         Raises ArtifactMismatch if this is not the tar that ``made`` came from: by size, or by our manifest.
         """
@@ -127,14 +127,14 @@ class InputShard:
         return ArtifactMismatch(f"{self.url}: the shard changed since this output was made; {_START_OVER}")
 
     def has_repaired_companions(self, made: ShardRecord) -> bool:
-        """The same of the sidecars beside it. Raises ArtifactMismatch if one is another than ``made`` was made of."""
-        mended = False
+        """The same for its sidecars. Raises ArtifactMismatch if one is not the one that ``made`` was made from."""
+        repaired = False
         for companion in self.companions:
             was = made.input.get("companions", {}).get(companion.name)
             if was not in (companion.sha256, *companion.replaces):
                 raise ArtifactMismatch(f"{companion.url}: changed since this output was made; {_START_OVER}")
-            mended |= was != companion.sha256
-        return mended
+            repaired |= was != companion.sha256
+        return repaired
 
 
 def uid_of(image: bytes) -> str:
@@ -143,9 +143,9 @@ def uid_of(image: bytes) -> str:
 
 
 def expand(pattern: str) -> list[InputShard]:
-    """The shards ``pattern`` names: an artifact or folder, a glob, ``{000..099}.tar``, one tar; any fsspec URL.
+    """The shards that ``pattern`` names: an artifact or folder, a glob, ``{000..099}.tar``, one tar; any fsspec URL.
 
-    Raises BadInput where a named shard is missing, nothing matches, or two shards would share a name.
+    Raises BadInput if a named shard is missing, nothing matches, or two shards have the same name.
     """
     fs, path = _filesystem(pattern)
     if is_pattern(pattern):
@@ -166,20 +166,20 @@ def expand(pattern: str) -> list[InputShard]:
 
 
 def read_places(pattern: str, shards: Iterable[InputShard], beside: Iterable[Artifact] = ()) -> list[str]:
-    """What a stage reads, for :func:`refuse_overwriting`: the folder or tar ``pattern`` names, each tar, artifacts."""
+    """Inputs of a stage, for :func:`refuse_overwriting`: the folder or tar of ``pattern``, all tars, artifacts."""
     named = [] if is_pattern(pattern) else [pattern]
     return [*named, *(shard.url for shard in shards), *(artifact.url for artifact in beside)]
 
 
 def input_artifact(pattern: str) -> Artifact | None:
-    """The artifact that ``pattern`` is, if it is one of ours as a whole."""
+    """The artifact that ``pattern`` names, if it is one of ours as a whole."""
     return Artifact.open(pattern) if Artifact.exists(pattern) else None
 
 
 def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[InputShard]:
-    """The shards with artifacts' rows beside theirs, by the name each is to have in :attr:`Row.beside`.
+    """The shards joined with rows of artifacts, by the names used in :attr:`Row.beside`.
 
-    Raises BadInput where an artifact lacks a shard; that its rows are of the same images is seen when they are read.
+    Raises BadInput if an artifact lacks a shard; that its rows are of the same images is checked when they are read.
     """
     joined = []
     committed = {name: artifact.committed() for name, artifact in artifacts.items()}
@@ -217,8 +217,8 @@ def _artifact_shards(artifact: Artifact) -> list[InputShard]:
 
 
 def _shards(urls: list[str]) -> list[InputShard]:
-    """Single tars; those that lie in an artifact of ours with their manifest lines."""
-    records: dict[str, dict[str, ShardRecord] | None] = {}  # by folder: looked at once each
+    """Single tars; those in an artifact of ours have their manifest lines."""
+    records: dict[str, dict[str, ShardRecord] | None] = {}  # by folder: each is read once
     shards = []
     for url in urls:
         folder, _, file = url.rpartition("/")
@@ -233,14 +233,14 @@ def _shards(urls: list[str]) -> list[InputShard]:
 
 
 def _glob(url: str) -> list[str]:
-    """URLs that ``url`` matches, sorted. A name without wildcards must exist: a gap in a range is no small matter."""
+    """URLs matching ``url``, sorted. A name without wildcards must exist: a gap in a range is an error."""
     fs, path = _filesystem(url)
     if not any(c in url for c in "*?["):
         if not fs.exists(path):
             raise BadInput(f"{url}: no such shard; narrow the pattern to those that exist, or restore it")
         return [url]
-    found = sorted(str(p) for p in fs.glob(path))
-    return [fs.unstrip_protocol(p) if "://" in url else p for p in found]
+    paths = sorted(str(p) for p in fs.glob(path))
+    return [fs.unstrip_protocol(p) if "://" in url else p for p in paths]
 
 
 def _refuse_namesakes(shards: list[InputShard]) -> None:
@@ -252,7 +252,7 @@ def _refuse_namesakes(shards: list[InputShard]) -> None:
 
 
 class _SizedDigest:
-    """sha256 that also counts."""
+    """sha256 that also counts bytes."""
 
     def __init__(self) -> None:
         self._sha, self.size = hashlib.sha256(), 0
@@ -266,7 +266,7 @@ class _SizedDigest:
 
 
 class RowReader:
-    """Iterates a shard's rows once; afterwards :attr:`info` is what the output's manifest says of its input."""
+    """Iterates over a shard's rows once; afterwards :attr:`info` is the input entry for the output's manifest."""
 
     def __init__(self, shard: InputShard) -> None:
         self.shard = shard
@@ -275,7 +275,7 @@ class RowReader:
 
     @property
     def info(self) -> dict[str, Any]:
-        """``digest``: sha256 of the tar, known when the iteration is over; ``companions``: those of what lay beside."""
+        """``digest``: sha256 of the tar, known after the iteration; ``companions``: sha256 of each companion."""
         info = {"url": self.shard.url, "digest": self._digest.hexdigest(), "bytes": self._digest.size}
         beside = {companion.name: companion.sha256 for companion in self.shard.companions}
         if self.shard.record is not None:
@@ -316,7 +316,7 @@ class RowReader:
 
 
 def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
-    """Rows as the Parquet lists them, with images from the tar, which holds the ok ones in the same order."""
+    """Rows as the Parquet lists them, with images from the tar, which has the ok ones in the same order."""
     index = 0
     columns = ["key", "uid", "status", "error", "text"]
     for batch in _parquet(shard, columns):
@@ -325,13 +325,13 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
             if row.status is Status.OK:
                 sample = next(samples, None)
                 if sample is None or sample.key != row.key:
-                    found = "nothing" if sample is None else f"{sample.key!r}"
-                    text = f"{shard.url}: row {row.key!r} expected, {found} found; the tar does not fit its Parquet"
+                    actual = "nothing" if sample is None else f"{sample.key!r}"
+                    text = f"{shard.url}: row {row.key!r} expected, {actual} found; the tar does not fit its Parquet"
                     raise ArtifactMismatch(f"{text}, restore both (`capipe verify` lists what is damaged)")
                 row = to_row(index, sample, MAX_OWN_BYTES)
                 if row.uid != listed["uid"]:
                     raise ArtifactMismatch(f"{shard.url}: the image of {row.key!r} is not the one that was ingested")
-                row.text, row.error = listed.get("text", row.text), listed["error"]  # final shards list captions
+                row.text, row.error = listed.get("text", row.text), listed["error"]  # final shards contain captions
             yield row
             index += 1
     if next(samples, None) is not None:
@@ -339,14 +339,14 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
 
 
 def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
-    """The rows with their companion's beside them. Raises ArtifactMismatch where the two are not of the same images."""
+    """Rows joined with their companion's rows. Raises ArtifactMismatch if the two are not of the same images."""
     beside = _companion_rows(companion)
     for row in rows:
         other = next(beside, None)
         if other is None or (other["key"], other["uid"]) != (row.key, row.uid):
-            found = "nothing" if other is None else f"{other['key']!r}"
-            found += " of another image" if other is not None and other["key"] == row.key else ""
-            text = f"{companion.url}: row {row.key!r} expected, {found} found; it was not made of these shards"
+            actual = "nothing" if other is None else f"{other['key']!r}"
+            actual += " of another image" if other is not None and other["key"] == row.key else ""
+            text = f"{companion.url}: row {row.key!r} expected, {actual} found; it was not made of these shards"
             raise ArtifactMismatch(f"{text}: give --shards those it was made of")
         row.beside[companion.name] = other
         yield row
@@ -367,9 +367,9 @@ def _parquet(shard: InputShard, columns: list[str]) -> Iterator[list[dict[str, A
 
 
 def to_row(index: int, sample: Sample, most: int = MAX_BYTES) -> Row:
-    """A tar's sample as a row: uid computed, text and metadata decoded, their faults noted without losing the image.
+    """A tar's sample as a row: uid computed, text and metadata decoded, their errors noted without losing the image.
 
-    ``most``: bytes that a sidecar may have to be read.
+    ``most``: largest sidecar to read, in bytes.
     """
     image = sample.image()
     data = image.data if image is not None else None

@@ -1,6 +1,6 @@
-"""What a sample carries beside its image, text and metadata: nothing wrong with them costs the image.
+"""Sidecars of a sample, text and metadata: errors in them never cost the image.
 
-Reading replaces what cannot be read and notes it; writing keeps what was there beside what we add.
+Reading replaces what cannot be decoded and notes it; writing keeps existing keys beside those we add.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 from .files.bounded_json import is_deeper
 
-MAX_BYTES = 1 << 20  # of a sidecar: real ones have a few kilobytes
-MAX_OWN_BYTES = 16 << 20  # of one in a tar of ours, to which stages add, and tables have given what they had
-META_TEXT_KEYS = ("caption", "text")  # where a metadata object may hold the caption, if there is no text beside it
-_MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
+MAX_BYTES = 1 << 20  # largest sidecar; real ones have a few kilobytes
+MAX_OWN_BYTES = 16 << 20  # largest sidecar in a tar of ours: stages add keys, and rows of tables may be large
+META_TEXT_KEYS = ("caption", "text")  # keys of the caption in a metadata object, if there is no text file
+_MARKS = (  # UTF-32's little-endian mark starts with UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -32,9 +32,9 @@ _ESCAPED = re.compile("[\udc80-\udcff]+")
 def read_sidecars(
     text: bytes | None, meta: bytes | None, notes: list[str], most: int = MAX_BYTES
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """The caption and the metadata from an image's ``.txt`` and ``.json``; without a text, the metadata's caption.
+    """Caption and metadata from an image's ``.txt`` and ``.json``; without a text, the metadata's caption.
 
-    One of more than ``most`` bytes is left out, and ``notes`` says so.
+    A sidecar of more than ``most`` bytes is skipped, with an entry in ``notes``.
     """
     caption = decode_text(text, notes) if text is not None and fits("text", len(text), notes, most) else None
     decoded = decode_meta(meta, notes, most)
@@ -42,7 +42,7 @@ def read_sidecars(
 
 
 def fits(kind: str, size: int, notes: list[str], most: int = MAX_BYTES) -> bool:
-    """Whether a sidecar of so many bytes is to be read; where not, ``notes`` gets the reason."""
+    """True if a sidecar of this size is to be read; otherwise ``notes`` gets the reason."""
     if size > most:
         notes.append(f"{kind} of {size} bytes, over the limit of {most}: left out")
     return size <= most
@@ -54,12 +54,12 @@ def first_text(values: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding that a text's first bytes, its byte-order mark, tell; UTF-8 where there is none."""
+    """Encoding by a text's byte-order mark (its first bytes); UTF-8 if there is none."""
     return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8")
 
 
 def decode_text(data: bytes, notes: list[str]) -> str:
-    """A text without its byte-order mark; what is not of its encoding is replaced, and ``notes`` says so."""
+    """A text without its byte-order mark; undecodable bytes are replaced, with an entry in ``notes``."""
     encoding = encoding_of(data)
     try:
         return data.decode(encoding)
@@ -69,9 +69,9 @@ def decode_text(data: bytes, notes: list[str]) -> str:
 
 
 def text_stream(stream: BinaryIO) -> io.TextIOWrapper:
-    """The text of a file from its first byte on, without its byte-order mark; lines end as they do in the file.
+    """A file's text from its first byte on, without its byte-order mark; line ends are kept.
 
-    Bytes that are not UTF-8 come as the surrogates of ``surrogateescape``: :func:`repaired` tells and replaces them.
+    Bytes that are not UTF-8 are returned as ``surrogateescape`` surrogates: :func:`repaired` notes and replaces them.
     """
     encoding = encoding_of(stream.read(4))
     stream.seek(0)
@@ -80,7 +80,7 @@ def text_stream(stream: BinaryIO) -> io.TextIOWrapper:
 
 
 def repaired(text: str, notes: list[str]) -> str:
-    """A text, or the JSON of many, that was read by :func:`text_stream`, as :func:`decode_text` would have given it."""
+    """A text, or JSON of many texts, read by :func:`text_stream`, as :func:`decode_text` would return it."""
     replaced = _ESCAPED.sub(lambda run: run[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), text)
     if replaced != text and (note := "text is not UTF-8: replaced") not in notes:
         notes.append(note)
@@ -88,8 +88,7 @@ def repaired(text: str, notes: list[str]) -> str:
 
 
 def decode_meta(data: bytes | None, notes: list[str], most: int = MAX_OWN_BYTES) -> dict[str, Any] | None:
-    """The metadata object, or None with a note where it is no JSON object, over ``most`` bytes, or nested too deeply
-    for who reads it after us."""
+    """The metadata object, or None with a note if it is no JSON object, over ``most`` bytes, or nested too deeply."""
     if data is None or not fits("json", len(data), notes, most):
         return None
     try:
@@ -110,7 +109,7 @@ def decode_meta(data: bytes | None, notes: list[str], most: int = MAX_OWN_BYTES)
 
 
 def _parsed(data: bytes, notes: list[str]) -> Any:
-    """JSON in any UTF, marked or not; other bytes are replaced, and ``notes`` says so."""
+    """JSON in any UTF, with or without a mark; other bytes are replaced, with an entry in ``notes``."""
     try:
         return json.loads(data)
     except UnicodeDecodeError:
@@ -119,11 +118,11 @@ def _parsed(data: bytes, notes: list[str]) -> Any:
 
 
 def encode_meta(meta: Mapping[str, Any], ours: Mapping[str, Any]) -> bytes:
-    """``meta`` with ``ours`` added, as JSON; other values that it had under our names move to ``original_*``.
+    """``meta`` with ``ours`` added, as JSON; different values that it had under our names move to ``original_*``.
 
-    Keys are sorted on every level, so that equal rows give equal bytes: one that comes back from the journal has its
-    keys in another order. Half a surrogate pair, which JSON may bring, becomes a question mark. Raises RecursionError
-    where ``meta`` is nested too deeply, which what :func:`decode_meta` gives never is.
+    Keys are sorted on every level, so that equal rows give equal bytes: a row read back from the journal has its keys
+    in another order. Unpaired surrogates, which JSON may contain, become question marks. Raises RecursionError if
+    ``meta`` is nested too deeply, which results of :func:`decode_meta` never are.
     """
     kept: dict[str, Any] = jsonable(meta)
     moved = {f"original_{name}": kept[name] for name in ours if name in kept and kept[name] != ours[name]}
@@ -131,8 +130,8 @@ def encode_meta(meta: Mapping[str, Any], ours: Mapping[str, Any]) -> bytes:
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` with everything JSON has no word for replaced: NaN by null, bytes left out, dates as ISO text. An
-    integer of more than 64 bits becomes its digits as text: `datasets` and others stop at such a number."""
+    """``value`` with everything that JSON cannot express replaced: NaN by null, bytes omitted, dates as ISO text. An
+    integer of more than 64 bits becomes text: `datasets` and others fail on such a number."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items() if not isinstance(item, bytes)}
     if isinstance(value, (list, tuple)):

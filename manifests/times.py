@@ -1,4 +1,4 @@
-"""When an artifact was made, in the one file of it that holds times: all others are equal after two runs alike.
+"""Creation and commit times of an artifact, in the only file with times: all other files are equal for identical runs.
 
 Locally ``_capipe/times.jsonl``, a line for the artifact and one for each commit; object stores cannot append, so there
 each line is an object of its own in ``_capipe/times.d/``. The last line about a shard counts. No digest covers it, and
@@ -22,7 +22,7 @@ OBJECTS = f"{PRIVATE}/times.d"
 
 @dataclass(frozen=True)
 class Times:
-    """``created``: ISO 8601 in UTC, empty where nothing says. ``seconds``: by shard, from first row to commit."""
+    """``created``: ISO 8601 in UTC, empty if unknown. ``seconds``: by shard, from first row to commit."""
 
     created: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -33,14 +33,14 @@ def note_created(folder: Folder) -> None:
 
 
 def note_shard(folder: Folder, shard: str, started: float) -> None:
-    """A shard that is committed right after; ``started`` in epoch seconds, as the end."""
+    """Record the times of a shard that is committed right afterwards; ``started`` in epoch seconds, as the end."""
     ended = time.time()
     spent = round(ended - started, 3)
     _append(folder, f"shards/{shard}", {"shard": shard, "started": started, "ended": ended, "seconds": spent})
 
 
 def read(folder: Folder) -> Times:
-    """All that is known. Lines that cannot be read are passed over: nothing hangs on them."""
+    """All recorded times. Unreadable lines are skipped: nothing depends on them."""
     created, seconds = "", {}
     for line in _lines(folder):
         try:

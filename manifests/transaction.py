@@ -1,9 +1,9 @@
-"""One shard, one transaction: everything is written and synced under scratch names, then renamed, then declared.
+"""Transaction for one shard: everything is written and synced under scratch names, renamed, then added to the manifest.
 
-Where several workers could have the same shard, all from the renames to the declaration is done under a lock, after a
-look at whose the shard is (:mod:`.claims`). Where a crash strikes: before the renames nothing of the shard is visible;
-between them, or before the manifest line, files without a line lie about, which do not exist for any reader and are
-replaced when the shard is done again. A shard that takes the place of a committed one goes by :mod:`.replacing`.
+If several workers may have the same shard, the steps from the first rename to the manifest line run under a lock, after
+a check of the claim (:mod:`.claims`). Crashes: before the renames nothing of the shard is visible; between them, or
+before the manifest line, files without a line remain, which readers ignore and which are replaced when the shard is
+redone. A shard that replaces a committed one uses :mod:`.replacing`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ShardTransaction:
         return self._scratch / f"{self.shard}.{extension}"
 
     def write(self, row: Mapping[str, Any], members: Mapping[str, bytes] | None = None) -> None:
-        """Add a row; ``members`` (extension to bytes) puts its sample into the tar under ``<key>.<extension>``."""
+        """Add a row; ``members`` (extension to bytes) adds its sample to the tar under ``<key>.<extension>``."""
         key = row["key"]
         if key in self._keys:
             raise ValueError(f"shard {self.shard}: two rows have the key {key!r}")
@@ -95,11 +95,11 @@ class ShardTransaction:
         stats: Mapping[str, Any] | None = None,
         beside: Mapping[str, bytes] | None = None,
     ) -> ShardRecord:
-        """Publish the shard. ``rows_in`` rows must have been written: the conservation of rows is asserted here.
+        """Publish the shard. ``rows_in`` rows must have been written: conservation of rows is asserted here.
 
-        ``input_info`` needs a ``digest``; ``started`` (epoch seconds) backdates the clock; ``stats`` join the manifest;
-        ``beside``: more files of the shard, by name.
-        Raises ClaimLost, and publishes nothing, where the shard is another worker's by now.
+        ``input_info`` needs a ``digest``; ``started`` (epoch seconds) overrides the start time; ``stats`` go into the
+        manifest; ``beside``: more files of the shard, by name.
+        Raises ClaimLost, and publishes nothing, if the shard now belongs to another worker.
         """
         if sum(self._counts.values()) != rows_in:
             text = f"shard {self.shard}: {rows_in} rows in, {sum(self._counts.values())} rows out"
@@ -149,13 +149,13 @@ class ShardTransaction:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Close what is open and remove what was not published."""
+        """Close open files and remove what was not published."""
         try:
             for close in (self._close_tar, self._close_parquet, self._parquet_file.abandon):
                 try:
                     close()
                 except OSError:
-                    if error is None:  # on a full disk closing fails again; the first error is the one to see
+                    if error is None:  # on a full disk closing fails again; the first error is the one to report
                         raise
         finally:
             clear(self._scratch if self._claim is None else self._scratch.parent)
@@ -170,8 +170,8 @@ class ShardTransaction:
 
 
 def shard_stats(counts: Mapping[str, int]) -> bytes:
-    """The ``_stats.json`` of a shard with these rows by status: the counts that img2dataset's own tools read, under
-    their names. Times are in a file of their own."""
+    """The ``_stats.json`` of a shard with these row counts by status: the counts that img2dataset's tools read, under
+    their names. Times are in a separate file."""
     count, good = sum(counts.values()), counts.get(Status.OK, 0)
     status_dict = {("success" if status == Status.OK else str(status)): n for status, n in counts.items()}
     unread = sum(counts.get(status, 0) for status in (Status.CORRUPT, Status.MISSING, Status.READ_ERROR))
@@ -192,20 +192,20 @@ def _sync(file: BinaryIO) -> None:
 
 
 def new_scratch(folder: Folder, place: str, shard: str) -> Path:
-    """A new folder in the private folder ``place`` to make a shard in, by a name that nobody foresees; what an earlier
-    attempt at the shard left there is removed. Raises ValueError where the shard's name is none."""
+    """A new folder in the private folder ``place`` for writing a shard, with an unpredictable name; leftovers of an
+    earlier attempt at the shard are removed. Raises ValueError if the shard's name is invalid."""
     scratch = folder.private_folder(place)
     earlier = re.compile(re.escape(checked_name(shard)) + r"\.[0-9a-f]{16}")
-    for each in list(scratch.iterdir()):
-        if earlier.fullmatch(each.name):
-            clear(each)
-    made = scratch / f"{shard}.{uuid.uuid4().hex[:16]}"
-    made.mkdir()
-    return made
+    for leftover in list(scratch.iterdir()):
+        if earlier.fullmatch(leftover.name):
+            clear(leftover)
+    path = scratch / f"{shard}.{uuid.uuid4().hex[:16]}"
+    path.mkdir()
+    return path
 
 
 class HashedFile:
-    """A new local file, written forward (as pyarrow writes Parquet), that hashes what passes."""
+    """A new local file, written sequentially (as pyarrow writes Parquet) and hashed while writing."""
 
     def __init__(self, path: Path) -> None:
         self._file = create(path)

@@ -1,4 +1,4 @@
-"""Verification: every promise of an artifact, checked against its bytes."""
+"""Verification of an artifact's guarantees against its bytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ROW = ("key", "uid", "status")
 
 @dataclass
 class VerifyReport:
-    """What was read and every fault found, one line each; no faults means the artifact keeps its promises."""
+    """What was read, and every fault, one line each; without faults the artifact is valid."""
 
     shards: int = 0
     bytes: int = 0
@@ -44,8 +44,8 @@ class VerifyReport:
 def verify(url: str, images: Sequence[str] = (), specs: Mapping[str, ArtifactSpec] = NO_SPECS) -> VerifyReport:
     """Re-read an artifact: checksums, sizes, schemas, counts, keys, tars against Parquets, rows against its input.
 
-    ``images``: folders and URLs below which its input may be read, where it is in another store. ``specs``: what is
-    known of artifacts by stage; of any other stage, rows are as in the input and columns beyond the common ones free.
+    ``images``: folders and URLs below which its input may be read, if it is in another store. ``specs``: artifact specs
+    by stage; for any other stage, rows must match the input and extra columns are not checked.
     """
     artifact = Artifact.open(url)
     spec = specs.get(artifact.stage, _UNKNOWN)
@@ -77,13 +77,13 @@ def verify(url: str, images: Sequence[str] = (), specs: Mapping[str, ArtifactSpe
 
 
 class _KeySet:
-    """Keys seen so far, 8 bytes each: artifacts have more keys than memory has room for strings."""
+    """Set of keys, 8 bytes each: an artifact's keys may not fit into memory as strings."""
 
     def __init__(self) -> None:
         self._marks: set[int] = set()
 
     def add(self, key: str) -> bool:
-        """Whether ``key`` is new."""
+        """Add ``key``; returns True if it is new."""
         mark = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
         before = len(self._marks)
         self._marks.add(mark)
@@ -94,8 +94,8 @@ def _files(artifact: Artifact, files: Mapping[str, Mapping[str, Any]], report: V
     for name, expected in files.items():
         digest, size = hashlib.sha256(), 0
         try:
-            if (found := artifact.folder.size(name)) != expected["bytes"]:
-                yield f"{name}: {found} bytes, {expected['bytes']} were committed"
+            if (actual := artifact.folder.size(name)) != expected["bytes"]:
+                yield f"{name}: {actual} bytes, {expected['bytes']} were committed"
                 continue
             with artifact.folder.open(name) as file:
                 while data := file.read(_CHUNK):
@@ -113,7 +113,7 @@ def _files(artifact: Artifact, files: Mapping[str, Mapping[str, Any]], report: V
 
 
 def _finals(artifact: Artifact, report: VerifyReport) -> Iterator[str]:
-    """The files over all shards of an export."""
+    """Faults in the files over all shards of an export."""
     if "extras" not in artifact.config["run"]:
         return
     finals = artifact.config["run"].get("finals")
@@ -125,8 +125,8 @@ def _finals(artifact: Artifact, report: VerifyReport) -> Iterator[str]:
 def _unique_keys(
     artifact: Artifact, record: ShardRecord, spec: ArtifactSpec, keys: _KeySet, report: VerifyReport
 ) -> None:
-    """Keys that ingest gave are unique in the artifact. Tars of other tools may use a key again in another tar, which
-    final shards, whose rows are compared with those of their input below, may have passed on through several stages."""
+    """Keys assigned by ingest are unique in the artifact. Tars of other tools may repeat a key in another tar; final
+    shards, whose rows are compared with their input below, may inherit that through several stages."""
     column = artifact.table(record.shard, ["key"]).column("key").to_pylist()
     repeated = [key for key in column if not keys.add(key)]
     if not repeated:
@@ -140,7 +140,7 @@ def _unique_keys(
 
 
 def _readable(artifact: Artifact, record: ShardRecord, spec: ArtifactSpec) -> Iterator[str]:
-    """Why a shard's Parquet is not to be read: it has other rows than the manifest says, or is not of its stage."""
+    """Reasons not to read a shard's Parquet: rows other than the manifest's, or a wrong schema for its stage."""
     name = f"{record.shard}.parquet"
     try:
         with artifact.parquet(record.shard) as parquet:
@@ -183,13 +183,13 @@ def _stats(artifact: Artifact, name: str, counts: Counter[str]) -> Iterator[str]
 
 
 def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The tar holds exactly the ok rows, in order, all with the same members, each image being its uid's."""
+    """Faults unless the tar has exactly the ok rows, in order, with the same members, each image matching its uid."""
     name, shapes = f"{record.shard}.tar", set()
     with artifact.folder.open(name) as stream:
         for sample, row in itertools.zip_longest(read_samples(stream), rows):
             if sample is None or row is None or sample.key != row["key"]:
-                found, wanted = sample and sample.key, row and row["key"]
-                yield f"{name}: holds {found!r} where the Parquet has {wanted!r}"
+                actual, wanted = sample and sample.key, row and row["key"]
+                yield f"{name}: holds {actual!r} where the Parquet has {wanted!r}"
                 return
             image = sample.image()
             if image is None or image.data is None or uid_of(image.data) != row["uid"]:
@@ -200,7 +200,7 @@ def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) ->
 
 
 def _loose_images(artifact: Artifact, part: str, uids: Mapping[str, str]) -> Iterator[str]:
-    """Every image that a list of an export names is there, and is its uid's; so is a caption in a file beside it."""
+    """Faults unless each image in an export's list exists and matches its uid, and likewise its caption file."""
     with artifact.folder.open(part) as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -232,7 +232,7 @@ def _loose_caption(artifact: Artifact, name: str, caption: str) -> Iterator[str]
 
 
 def _source(artifact: Artifact, report: VerifyReport, allowed: Allowed) -> Artifact | None:
-    """The artifact this one was made from, if it was one of ours and still is where it was."""
+    """The artifact this one was made from, if it was one of ours and still exists at its place."""
     pattern = artifact.config["run"].get("shards")
     if artifact.config["semantic"].get("input") is None or not isinstance(pattern, str):
         return None
@@ -264,14 +264,14 @@ def _conservation(
 
 
 def _rows_of(source: Artifact, entry: Mapping[str, Any]) -> pa.Table:
-    """Keys and uids of what went into a shard of one of the input's."""
+    """Keys and uids of one input shard's rows that went into a shard."""
     table = _identity(source, entry["name"], "key")
     start = entry.get("from", 0)
     return table.slice(start, entry.get("to", len(table)) - start)
 
 
 def _is_older(entry: Mapping[str, Any], replaced: Mapping[str, set[str]]) -> bool:
-    """Whether an input shard was ``replaced`` by another version since."""
+    """True if an input shard was ``replaced`` by another version since."""
     return bool({entry["digest"], entry.get(ROWS)} & replaced.get(entry["name"], set()))
 
 

@@ -1,4 +1,4 @@
-"""The program: `capipe`, and `python -m capipe.pipeline`."""
+"""Entry point of `capipe` and `python -m capipe.pipeline`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .runners import interrupts
 
 
 def main() -> None:
-    """Run the command. Signals are heard from the first line on, though the commands take seconds to import."""
+    """Run the command. Signals are handled from the start, although importing the commands takes seconds."""
     interrupts.begin()
     from .cli import main as command
     from .commands.run_job import Exit

@@ -1,4 +1,4 @@
-"""The command line. Each command checks its options, hands them on, prints what came of it and sets the exit code.
+"""The command line. Each command checks its options, runs its job, prints the result and sets the exit code.
 
 Exit codes: 0 all done and every row's fate is final; 1 done, but rows or shards are to be tried again, or verification
 found faults; 2 something given cannot be used; 3 the run could not go on; 130 stopped by Ctrl-C, 143 by SIGTERM, 129
@@ -31,7 +31,7 @@ from .specs import STAGES, command_of, stage_spec
 
 
 class Commands(TyperGroup):
-    """The commands, and stages of the user's own by their import paths: ``capipe my_package.my_module:SPEC``."""
+    """The built-in commands, and custom stages by import path: ``capipe my_package.my_module:SPEC``."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if not is_import_path(cmd_name):
@@ -53,9 +53,9 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The command line: errors meant for people become one line on stderr and their exit code.
+    """Run the command line: errors for users become one line on stderr and their exit code.
 
-    A KeyboardInterrupt ends it with that of Ctrl-C; :mod:`.__main__` says so, and knows which signal it was.
+    A KeyboardInterrupt exits with the code of Ctrl-C; :mod:`.__main__` reports it, and knows which signal it was.
     """
     escape_logs()
     redact_output()
@@ -68,7 +68,7 @@ def main() -> None:
     except CapipeError as error:
         _end_with(str(error))
         raise SystemExit(error.exit_code) from None
-    except OSError as error:  # a full disk, a folder that is not ours: nothing a traceback would explain
+    except OSError as error:  # a full disk, missing permissions: a traceback would not help
         _end_with(disk_text(error))
         raise SystemExit(Exit.FAILED) from None
 
@@ -83,7 +83,7 @@ app.command()(inspect.view)
 
 
 def _end_with(line: str) -> None:
-    """Say why a command ends, also to the chain that runs it."""
+    """Report why a command ends, also to the chain that runs it."""
     line = redacted(line)
     print_err(f"capipe: {line}")
     if file := os.environ.get(LAST_WORDS):
@@ -135,8 +135,8 @@ def doctor() -> None:
     findings = run_checks()
     for finding in findings:
         mark = "ok" if finding.mend is None else ("MISSING" if finding.required else "-")
-        found = finding.found + (f"  ->  {finding.mend}" if finding.mend else "")
-        table.add_row(mark, *(Text(escaped(each)) for each in (finding.name, found)))
+        text = finding.found + (f"  ->  {finding.mend}" if finding.mend else "")
+        table.add_row(mark, *(Text(escaped(cell)) for cell in (finding.name, text)))
     Console(soft_wrap=True).print(table)
     raise typer.Exit(Exit.UNRESOLVED if any(f.mend and f.required for f in findings) else Exit.OK)
 

@@ -1,4 +1,4 @@
-"""The stages of this package, by their specs, and stages of a user's own by their import paths."""
+"""Registry of stages: the built-in ones by name, custom ones by import path."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ..stages.questions.spec import EVAL, QA
 from ..stages.stage_spec import StageSpec
 from ..trainer.spec import TRAIN
 
-#: By name, in the order of `capipe --help`.
+#: Stages by name, in the order of `capipe --help`.
 STAGES: Mapping[str, StageSpec] = {
     spec.name: spec for spec in (RENDER, INGEST, EMBED, DEDUP, QA, TRAIN, ANNOTATE, FILTER, EXPORT, EVAL)
 }
-#: By the stage that their ``config.json`` names.
+#: Artifact specs by the stage named in ``config.json``.
 ARTIFACTS: Mapping[str, ArtifactSpec] = {
     output.artifact.stage: output.artifact for spec in STAGES.values() for output in spec.outputs
 }
 
 
 def artifact_spec(stage: str) -> ArtifactSpec:
-    """What is known of a stage's artifacts; of one from elsewhere its name alone."""
+    """The spec of a stage's artifacts; for an unknown stage, one with the name alone."""
     return ARTIFACTS.get(stage) or ArtifactSpec(stage, stage)
 
 
 def stage_spec(name: str) -> StageSpec:
-    """A stage by its name, or by its import path. Raises BadInput."""
+    """A stage by its name or import path. Raises BadInput."""
     if name in STAGES:
         return STAGES[name]
     if not is_import_path(name):

@@ -1,7 +1,7 @@
-"""Where a command follows what a manifest names: to local files and to stores that the user named, and no further.
+"""Access check for locations named in a manifest: only local files and stores that the user named are opened.
 
-The command line is the user's own; a manifest was written by anybody, and what its URLs name is asked for on the
-network in the user's name. How a location may be spelled at all says :mod:`.outside`.
+The command line is the user's own; a manifest may come from anybody, and opening its URLs sends requests in the user's
+name. Which spellings are allowed is checked in :mod:`.outside`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .storage import Folder
 from .tar import printable
 
 _LOCAL = ("file://", "local://")
-_WRAPPING = ("reference",)  # file systems that lead to whatever URLs a file names
-MAX_LOG = 1 << 30  # bytes; a step of training takes some hundred
-_MEMORY = "memory"  # of this process
+_WRAPPING = ("reference",)  # file systems that open the URLs listed in a file
+MAX_LOG = 1 << 30  # bytes; a training step takes a few hundred
+_MEMORY = "memory"  # fsspec's file system in this process's memory
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """``given``: the folder or URL that the command is about. ``named``: folders and URLs named beside it, below which
-    all may be opened."""
+    """``given``: the folder or URL that the command works on. ``named``: further folders and URLs from the command
+    line, below which everything may be opened."""
 
     given: str
     named: tuple[str, ...] = ()
 
     def place(self, location: object) -> str:
-        """``location`` as it is to be opened: a local path (absolute) or a URL. Raises Refused."""
+        """``location`` in the form to open: a local path (absolute) or a URL. Raises Refused."""
         if not isinstance(location, str):
             raise Refused(f"no path or URL: a {type(location).__name__}")
         if location.lower().startswith(_LOCAL) or not is_url(location):
@@ -45,7 +45,7 @@ class Allowed:
         scheme = location.partition("://")[0].lower()
         if "::" in location or scheme in _WRAPPING:
             raise Refused(f"{printable(location[:200])}: a chain of file systems is not opened from a manifest")
-        if scheme == _MEMORY or self._of_given(location) or any(_lies_below(location, each) for each in self.named):
+        if scheme == _MEMORY or self._of_given(location) or any(_lies_below(location, prefix) for prefix in self.named):
             return _spelled(location)
         check(location)
         hint = printable((location if tar_stem(location) is None else location.rpartition("/")[0])[:200])
@@ -55,33 +55,33 @@ class Allowed:
         return is_url(self.given) and store(url) == store(self.given)
 
     def elsewhere(self, location: str) -> Iterator[str]:
-        """Where the file of ``location`` may lie by now: directly below what the user named."""
+        """Candidate locations if the file of ``location`` has moved: directly below the folders that the user named."""
         file = location.rpartition("/")[2]
-        yield from (f"{_spelled(each).rstrip('/')}/{file}" for each in self.named)
+        yield from (f"{_spelled(prefix).rstrip('/')}/{file}" for prefix in self.named)
 
 
 def _lies_below(url: str, prefix: str) -> bool:
-    """Whether a URL is ``prefix`` or below it, as the server will see it: ``..`` may be written in several ways."""
+    """True if a URL is ``prefix`` or below it, as the server resolves it: ``..`` can be encoded in several ways."""
     url, prefix = _spelled(url), _spelled(prefix).rstrip("/")
     rest = unquote(unquote(url.removeprefix(prefix)))
     return is_url(prefix + "/") and (url == prefix or url.startswith(prefix + "/")) and ".." not in rest.split("/")
 
 
 def _spelled(url: str) -> str:
-    """With scheme and host in lower case."""
+    """The URL with scheme and host in lower case."""
     scheme, _, rest = url.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme.lower()}://{host.lower()}{slash}{path}" if is_url(url) else url
 
 
 def split(place: str) -> tuple[Folder, str]:
-    """The folder of a place that :meth:`Allowed.place` gave, and its file. Raises BadInput without a driver for it."""
+    """Folder and file name of a place from :meth:`Allowed.place`. Raises BadInput if there is no driver for it."""
     folder, _, file = place.rpartition("/")
     return Folder(folder or "/"), file
 
 
 def open_place(place: str) -> BinaryIO:
-    """A file of a place that :meth:`Allowed.place` gave. Raises Refused where it is no regular file; OSError."""
+    """Open a place returned by :meth:`Allowed.place`. Raises Refused if it is not a regular file; OSError."""
     if not is_url(place):
         return open_local(place)
     folder, file = split(place)
@@ -89,7 +89,7 @@ def open_place(place: str) -> BinaryIO:
 
 
 def read_log(path: Path) -> bytes:
-    """A log in a folder of anybody's. Raises OSError, also for what is no file, or over :data:`MAX_LOG` bytes."""
+    """Read a log from a folder of unknown origin. Raises OSError, also if it is no file or over MAX_LOG bytes."""
     try:
         with open_local(str(path)) as file:
             data = file.read(MAX_LOG + 1)
@@ -101,7 +101,7 @@ def read_log(path: Path) -> bytes:
 
 
 def stamp_of(place: str) -> tuple[int, int]:
-    """Size and time of change (of remote files 0): another where there is another file by now. Raises OSError."""
+    """Size and modification time (0 for remote files), which change if the file is replaced. Raises OSError."""
     folder, file = split(place)
     if not is_url(place):
         stat = folder.local(file).stat()

@@ -1,8 +1,8 @@
-"""JSON that somebody else may have written, read within bounds: size, nesting, digits. One error for all: ValueError.
+"""Untrusted JSON, read with limits on size, nesting and digits. All errors are ValueError.
 
-Python's own reader raises RecursionError for deep nesting, at a depth that hangs on who called it, and what it has let
-through stops whatever walks the value later. Rows, lines and answers, of which there are many, have readers of their
-own that turn both into one row's problem.
+Python's own parser raises RecursionError for deep nesting, at a depth that depends on the caller, and values that it
+accepts can overflow code that walks them later. Rows, lines and answers, which are numerous, have readers of their own
+that turn both into a problem of one row.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, BinaryIO
 
 from .storage import Folder, refuse_irregular
 
-MAX_NESTING = 100  # lists and objects in each other; what capipe writes has under 10
-MAX_BYTES = 64 * 2**20  # of a document that is read whole: a configuration, a claim, a chain's state
+MAX_NESTING = 100  # nested lists and objects; files written by capipe have under 10
+MAX_BYTES = 64 * 2**20  # of a document that is read in full: a configuration, a claim, a chain's state
 
 
 def parse(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, in words, where it is none or nested over MAX_NESTING deep."""
+    """The value of a JSON text. Raises ValueError if it is invalid or nested over :data:`MAX_NESTING` deep."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -37,13 +37,13 @@ def load(path: Path) -> Any:
 
 
 def load_from(folder: Folder, name: str) -> Any:
-    """The value of a JSON file of a folder, as of :func:`load`."""
+    """The value of a JSON file in a folder, like :func:`load`."""
     with folder.open(name) as file:
         return _whole(file)
 
 
 def is_deeper(value: Any, most: int = MAX_NESTING) -> bool:
-    """Whether a value of lists and dictionaries nests over ``most`` of them; no recursion."""
+    """True if a value of lists and dictionaries is nested over ``most`` deep; without recursion."""
     level = [value]
     for _ in range(most):
         level = [

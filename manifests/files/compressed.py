@@ -1,4 +1,4 @@
-"""Compressed tars, told by their first bytes and never by their name, and read as if they were plain."""
+"""Compressed tars, detected by their first bytes and never by their name, and read as if uncompressed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any, BinaryIO, Protocol, cast
 import pyarrow as pa
 
 _CHUNK = 1 << 20
-_IN_MEMORY = 64 << 20  # bytes of a copy that are held in memory before it goes to a temporary file
+_IN_MEMORY = 64 << 20  # bytes of a copy kept in memory before it moves to a temporary file
 _NAME = re.compile(r"(?<=[^/])\.(?:tar(?:\.(?:gz|bz2|xz|zst|zstd))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 class Digest(Protocol):
-    """What ``hashlib`` objects offer and we use."""
+    """The part of the interface of ``hashlib`` objects that is used here."""
 
     def update(self, data: bytes, /) -> None: ...
 
@@ -46,33 +46,33 @@ _KINDS: tuple[tuple[bytes, str, Callable[[Any], _Reader]], ...] = (
 
 
 def tar_stem(name: str) -> str | None:
-    """``00000.tar`` or ``00000.tar.gz`` to ``00000``; None for what is not called a tar."""
+    """Map ``00000.tar`` or ``00000.tar.gz`` to ``00000``; None if the name is not that of a tar."""
     stem = _NAME.sub("", name)
     return stem if stem != name else None
 
 
 def unpacked(stream: BinaryIO, digest: Digest | None = None) -> Unpacked | None:
-    """What a compressed ``stream`` holds; None where it is not compressed, and at its start again.
+    """The decompressed ``stream``; None if it is not compressed, with the position back at its start.
 
-    ``digest`` is fed the bytes of ``stream`` itself as they are read; all of them after :meth:`Unpacked.drain`.
+    ``digest`` gets the bytes of ``stream`` itself as they are read; all of them after :meth:`Unpacked.drain`.
     """
     if not stream.seekable():
         return None
     start = stream.tell()
     head = stream.read(6)
     stream.seek(start)
-    found = next((kind for kind in _KINDS if head.startswith(kind[0])), None)
-    return Unpacked(stream, found[1], found[2], digest) if found is not None else None
+    match = next((kind for kind in _KINDS if head.startswith(kind[0])), None)
+    return Unpacked(stream, match[1], match[2], digest) if match is not None else None
 
 
 def plain(stream: BinaryIO) -> BinaryIO:
-    """``stream``, or what it holds where it is compressed, to be read at any offset."""
-    found = unpacked(stream)
-    return stream if found is None else cast(BinaryIO, found)
+    """``stream``, decompressed if necessary, readable at any offset."""
+    decompressed = unpacked(stream)
+    return stream if decompressed is None else cast(BinaryIO, decompressed)
 
 
 class _Packed(io.RawIOBase):
-    """The compressed bytes, hashed as they are read. ``error``: why they could not be, which is no damage to them."""
+    """The compressed bytes, hashed as they are read. ``error``: a failure to read them, as opposed to damaged data."""
 
     def __init__(self, stream: BinaryIO, digest: Digest | None) -> None:
         self._stream, self._digest = stream, digest
@@ -94,10 +94,10 @@ class _Packed(io.RawIOBase):
 
 
 class Unpacked:
-    """The bytes in a compressed stream. Going forward costs no memory and no disk; the first step back makes a copy of
-    the whole (a temporary file if it is large). Damage ends it: then ``fault`` says what.
+    """The decompressed bytes of a stream. Reading forward costs no memory and no disk; the first seek backward makes a
+    full copy (a temporary file if it is large). Damage ends the stream; ``fault`` then has the reason.
 
-    It calls itself not seekable, because where it ends is not known; :meth:`seek` works all the same.
+    It reports itself as not seekable, because its end is not known; :meth:`seek` still works.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Unpacked:
         return self._position
 
     def seek(self, offset: int) -> int:
-        """Go to ``offset`` bytes from the start."""
+        """Seek to ``offset`` bytes from the start."""
         if offset < self._position and self._copy is None:
             self._copy = self._copied()
         if self._copy is not None:
@@ -135,7 +135,7 @@ class Unpacked:
         return self._position
 
     def read(self, size: int) -> bytes:
-        """Up to ``size`` bytes; fewer only at the end. Raises OSError where the compressed bytes cannot be read."""
+        """Up to ``size`` bytes; fewer only at the end. Raises OSError if the compressed bytes cannot be read."""
         parts: list[bytes] = []
         while size > 0 and (data := self._some(size)):
             parts.append(data)
@@ -144,7 +144,7 @@ class Unpacked:
         return b"".join(parts)
 
     def drain(self) -> None:
-        """Read the compressed stream itself to its end, for the digest."""
+        """Read the compressed stream to its end, for the digest."""
         while self._buffered.read(_CHUNK):
             pass
 
@@ -175,7 +175,7 @@ class Unpacked:
             return b""
 
     def _copied(self) -> BinaryIO:
-        """All there is in a temporary file, which goes with its last reference."""
+        """A full copy in a temporary file, deleted with its last reference."""
         copy = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, prefix="capipe-")  # noqa: SIM115
         self._begin(None)
         while data := self.read(_CHUNK):

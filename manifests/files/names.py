@@ -1,7 +1,7 @@
-"""The door for names that come out of data: what a manifest, a configuration, a claim or a table may call a file.
+"""Validation of file names that come from data: a manifest, a configuration, a claim or a table.
 
-Whoever reads such a name asks here at once, before anything is done with it: a name leads to a file below the folder
-that it was found in, or it is refused. Paths and URLs that may lead elsewhere have their own door, :mod:`.outside`.
+Every reader of such a name validates it here before using it: a name refers to a file below the folder in which it was
+found, or it is refused. Paths and URLs that may refer to other places are checked in :mod:`.outside`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from .tar import printable
 MAX_NAME = 1024  # characters of a name with its folders
 MAX_PART = 255  # bytes of a file's name on the usual file systems
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-MAX_FILE = 160  # bytes of a name made of a key, with room for an ending
-_HARMFUL = re.compile(  # what some file system does not take, or takes for another name; and our own escapes
+MAX_FILE = 160  # bytes of a name made from a key, with room for an extension
+_HARMFUL = re.compile(  # characters that some file system rejects or maps to another name; and our own escapes
     r"""[\x00-\x1f\x7f-\x9f\u2028\u2029<>:"/\\|?*]|%(?=[0-9A-Fa-f]{2})|^[ .]|[ .]\Z"""
     r"""|^[cpanlCPANL](?=(?i:on|rn|ux|ul|om[0-9¹²³]|pt[0-9¹²³]|onin\$|onout\$)\ *(?:\.|$))"""
 )
 _ANY_BUT_PLAIN = re.compile(r"[^a-z0-9_]|^[cpanl](?=(?:on|rn|ux|ul|om[0-9]|pt[0-9])$)")
 _ANY = re.compile(".", re.DOTALL)
-_ELSEWHERE = re.compile(r"/|~[^/]*/|~$|[A-Za-z]:/|[A-Za-z]:$")  # of the root, a user, a drive
+_ELSEWHERE = re.compile(r"/|~[^/]*/|~$|[A-Za-z]:/|[A-Za-z]:$")  # relative to the root, a home folder, a drive
 
 
 def name_problem(name: object) -> str | None:
-    """Why ``name`` is no name of a file below a folder (``a.tar``, ``images/00000/a.jpg``), or None where it is one."""
+    """Why ``name`` is not a valid name of a file below a folder (``a.tar``, ``images/00000/a.jpg``), or None."""
     if not isinstance(name, str):
         return f"a name is {type(name).__name__}, not text"
     shown = printable(name[:80])
@@ -54,7 +54,7 @@ def name_problem(name: object) -> str | None:
 
 
 def checked_name(name: object) -> str:
-    """``name``, where it is the name of a file below its folder. Raises ValueError, in words, where it is none."""
+    """``name``, if it is the name of a file below its folder. Raises ValueError, with a message for users, if not."""
     problem = name_problem(name)
     if problem is not None:
         raise ValueError(problem)
@@ -62,12 +62,12 @@ def checked_name(name: object) -> str:
 
 
 def file_name(key: str, taken: Container[str] = ()) -> str:
-    """A file's name, without an ending, for a key of data: one that every file system takes, and Windows, too.
+    """A file name, without extension, for a key from data: valid on every file system, including Windows.
 
-    A key that is such a name is its own. What harms becomes ``%`` and two hexadecimal digits for each of its bytes, as
-    in URLs, so that two keys never have one name, and ``urllib.parse.unquote`` gives the key back; one of over
-    :data:`MAX_FILE` bytes ends in a digest. ``taken`` holds the names in the same folder, casefolded: a key whose name
-    differs in small and large letters alone has more of its letters escaped.
+    A key that is a valid name stays unchanged. Harmful characters become ``%`` and two hexadecimal digits per byte, as
+    in URLs, so that two keys never share a name, and ``urllib.parse.unquote`` restores the key; a name of over
+    :data:`MAX_FILE` bytes ends in a digest. ``taken``: casefolded names in the same folder; of a key that differs from
+    one only in case, more letters are escaped.
     """
     for harmful in (_HARMFUL, _ANY_BUT_PLAIN, _ANY):
         name = _fitting(harmful.sub(_escaped, key) or "%", key)
@@ -77,12 +77,12 @@ def file_name(key: str, taken: Container[str] = ()) -> str:
 
 
 def same_file(name: str) -> str:
-    """What the names of one file have in common where letters are small or large, composed or not, as one."""
+    """Common form of names that denote one file on case-insensitive or normalizing file systems."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def _escaped(found: re.Match[str]) -> str:
-    return "".join(f"%{byte:02X}" for byte in found[0].encode("utf-8", "surrogatepass"))
+def _escaped(match: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass"))
 
 
 def _fitting(name: str, key: str) -> str:
@@ -93,9 +93,9 @@ def _fitting(name: str, key: str) -> str:
 
 
 def linked_parent(folder: Path, name: str) -> Path | None:
-    """The first folder of ``name`` below ``folder`` that is a symbolic link; None where what it names lies below.
+    """The first folder of ``name`` below ``folder`` that is a symbolic link; None if the path has no links.
 
-    The last part of ``name`` is not asked: a rename or a removal meets a link itself, not what it leads to.
+    The last part of ``name`` is not checked: a rename or a removal affects a link itself, not its target.
     """
     here = folder
     for part in name.split("/")[:-1]:

@@ -1,8 +1,8 @@
-"""The door for paths and URLs that come out of data: a table's row, a data set's ``path``, a manifest's ``url``.
+"""Access check for paths and URLs that come from data: a table's row, a data set's ``path``, a manifest's ``url``.
 
-What the command line names is the user's own and passes freely. What data names was written by anybody: it leads to a
-regular local file or to an object of a plain store, is of a known size before it is read, and never to a device, to
-what the kernel shows as files, or through a chain of file systems (fsspec's ``a::b`` and ``reference:`` have run code).
+Locations on the command line are the user's own and are not restricted. Those from data may come from anybody: they
+must be a regular local file or an object of a plain store, with a size known before reading, and never a device, a
+kernel file, or a chain of file systems (fsspec's ``a::b`` and ``reference:`` have executed code).
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from urllib.parse import urlsplit
 
 from .tar import printable
 
-SCHEMES = ("https", "http", "s3", "s3a", "gs", "gcs", "hf")  # of stores that name one object each
-KERNEL = ("/proc", "/sys", "/dev")  # their files are no data: devices, other processes' memory, settings
-MEMORY_DISK = "/dev/shm"  # but for this one, which holds regular files like any disk
-_SAME = {"s3a": "s3", "gcs": "gs"}  # schemes of the same stores
+SCHEMES = ("https", "http", "s3", "s3a", "gs", "gcs", "hf")  # stores whose URLs name one object each
+KERNEL = ("/proc", "/sys", "/dev")  # devices, memory of other processes, settings: not data
+MEMORY_DISK = "/dev/shm"  # the exception: regular files, as on a disk
+_SAME = {"s3a": "s3", "gcs": "gs"}  # aliases of schemes
 MAX_LOCATION = 8192  # characters
 
 
 class Refused(Exception):
-    """A path or URL out of data that this command does not open; its text says why, and what would let it."""
+    """A path or URL from data that this command does not open; the message has the reason, and what would allow it."""
 
 
 class Outside(Refused):
-    """A path that leads out of the folder that binds it."""
+    """A path that leads out of its allowed folder."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far data may lead. ``within``: a local folder that all its paths must lie in, links resolved, and no URL at
-    all. ``public_only``: no URLs of loopback and private addresses (link-local ones never are). ``source``: the folder
-    (or its URL) that a user named to be read, which its own links and lists do not lead out of, likewise."""
+    """Limits on locations from data. ``within``: a local folder that all paths must lie in, links resolved, and no URLs
+    at all. ``public_only``: no URLs of loopback and private addresses (link-local ones are always refused). ``source``:
+    the folder (or its URL) that a user named as input, which its own links and lists must not leave either."""
 
     within: str | None = None
     public_only: bool = False
     source: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("within", "source"):  # resolved once: a folder is asked about for each of its files
+        for name in ("within", "source"):  # resolved once: needed for each file of a folder
             folder = getattr(self, name)
             if folder is not None and not is_url(folder):
                 object.__setattr__(self, name, os.path.realpath(folder))
@@ -56,7 +56,7 @@ def is_url(location: str) -> bool:
 
 
 def check(location: str, reach: Reach = ANYWHERE) -> None:
-    """Raise Refused where ``location`` cannot be meant, by its spelling alone; nothing is looked at."""
+    """Raise Refused if ``location`` is invalid by its spelling alone; nothing is accessed."""
     _check_text(location)
     if "::" in location and (is_url(location) or ":/" in location or location.partition("::")[0].isalnum()):
         raise Refused(f"{_shown(location)}: a chain of file systems (::) is not opened from data")
@@ -76,7 +76,7 @@ def check(location: str, reach: Reach = ANYWHERE) -> None:
 
 
 def check_below(name: str, url: str, reach: Reach = ANYWHERE) -> None:
-    """Raise Refused where ``name``, relative to a ``url`` that a user named, leads to another file system or store."""
+    """Raise Refused if ``name``, relative to a ``url`` that a user named, leads to another file system or store."""
     _check_text(name)
     if "::" in name:
         raise Refused(f"{_shown(name)}: a chain of file systems (::) is not opened from data")
@@ -92,22 +92,22 @@ def _check_text(location: str) -> None:
 
 
 def _shown(location: str) -> str:
-    """A path or URL in a message; not made before there is one, for it takes as long as opening a file."""
+    """A path or URL for a message; made only when needed, since it takes as long as opening a file."""
     return printable(location[:200])
 
 
 def open_local(path: str, reach: Reach = ANYWHERE) -> BinaryIO:
-    """A regular local file, opened to be read. Raises Refused where it is none or lies where it may not; OSError.
+    """Open a regular local file for reading. Raises Refused if it is not one or lies outside the limits; OSError.
 
-    What was opened is what is asked: nothing can be put in its place between the question and the reading.
+    The checks are made on the opened file: it cannot be replaced between check and reading.
     """
     check(path, reach)
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116
     except OSError:
-        _check_place(os.path.realpath(path), path, reach)  # of a link that leads out, not even whether it is there
+        _check_place(os.path.realpath(path), path, reach)  # does not reveal whether a link's outside target exists
         raise
-    if not stat.S_ISREG(mode):  # before opening: a device may act on that, a pipe may wait for ever
+    if not stat.S_ISREG(mode):  # before opening: that may trigger a device, or block forever on a pipe
         raise Refused(f"{_shown(path)}: not a regular file (a folder, pipe, socket or device)")
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -119,13 +119,13 @@ def open_local(path: str, reach: Reach = ANYWHERE) -> BinaryIO:
 
 
 def refusal(path: str, reach: Reach = ANYWHERE) -> str | None:
-    """Why a local file of a listing is not read, or None: for those that a library opens by name."""
+    """Why a listed local file is not read, or None: for files that a library opens by name."""
     try:
         if not is_url(path):
             open_local(path, reach).close()
     except Refused as error:
         return str(error)
-    except OSError:  # who reads it says more
+    except OSError:  # its reader gives a better message
         return None
     return None
 
@@ -137,7 +137,7 @@ def _check_opened(handle: int, path: str, reach: Reach) -> None:
 
 
 def _check_place(real: str, path: str, reach: Reach) -> None:
-    """Raise Refused where ``path``, which is ``real`` with links resolved, lies where it may not."""
+    """Raise Refused if ``path``, which is ``real`` with links resolved, lies outside the limits."""
     if _is_kernel(real):
         raise Refused(f"{_shown(path)}: lies in {', '.join(KERNEL)}, which hold no data")
     if reach.within is not None and not _lies_in(real, reach.within):
@@ -148,7 +148,7 @@ def _check_place(real: str, path: str, reach: Reach) -> None:
 
 
 def _real_path(handle: int, path: str) -> str:
-    """Where an open file lies, links resolved: by the kernel where it tells (a link can change meanwhile)."""
+    """Path of an open file, links resolved: by the kernel if possible (a link can change meanwhile)."""
     try:
         return os.readlink(f"/proc/self/fd/{handle}")  # noqa: PTH115
     except OSError:
@@ -167,25 +167,25 @@ def _lies_in(path: str, folder: str) -> bool:
 
 
 def source_folder(folder: str) -> str:
-    """The folder that counts as the source of which ``folder`` was named: itself, links resolved.
+    """The folder that counts as the source if ``folder`` was named: itself, links resolved.
 
-    Of a snapshot in a Hugging Face cache (``models--a/snapshots/<revision>/…``), whose files are links into ``blobs``
+    For a snapshot in a Hugging Face cache (``models--a/snapshots/<revision>/…``), whose files are links into ``blobs``
     beside ``snapshots``, it is the repository's folder.
     """
     real = Path(os.path.realpath(folder))
-    for place in (real, *real.parents):
-        if place.parent.name == "snapshots" and (place.parent.parent / "blobs").is_dir():
-            return str(place.parent.parent)
+    for parent in (real, *real.parents):
+        if parent.parent.name == "snapshots" and (parent.parent.parent / "blobs").is_dir():
+            return str(parent.parent.parent)
     return str(real)
 
 
 def leaves(path: str, folder: str) -> bool:
-    """Whether a local path leads out of ``folder`` by a link: both are resolved. A missing file leads where it says."""
+    """True if a local path leads out of ``folder`` by a link: both are resolved. Missing files are resolved by name."""
     return not _lies_in(os.path.realpath(path), os.path.realpath(folder))
 
 
 def store(url: str) -> tuple[str, str]:
-    """Scheme and host, bucket or repository: what two URLs of one store share. Local paths share ``("", "")``."""
+    """Scheme and host, bucket or repository: equal for two URLs of one store. ``("", "")`` for local paths."""
     if not is_url(url):
         return "", ""
     parts = urlsplit(url)

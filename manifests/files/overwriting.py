@@ -1,4 +1,4 @@
-"""Whether an output is its own input: what `--fresh` removes, or a commit replaces, must never be what is read."""
+"""Refuses an output that is also an input: `--fresh` or a commit would delete the data being read."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _SAME_STORE = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 
 
 def refuse_overwriting(out: str, read: Iterable[str]) -> None:
-    """Raise BadInput where the folder ``out`` is, holds, or lies in something of ``read``: paths or fsspec URLs.
+    """Raise BadInput if the folder ``out`` equals, contains, or lies in one of ``read``: paths or fsspec URLs.
 
-    Links are followed, those of ``out`` and those that are read; a link inside ``out`` is also its own to remove.
-    Patterns are the caller's to resolve: what is read are the files that they name.
+    Links are followed, in ``out`` and in the inputs; a link inside ``out`` also counts as part of it.
+    Patterns are resolved by the caller: the inputs are the files that they match.
     """
     target = _resolved(out)
     for source in read:
-        for place in _places(source):
-            if place == target:
+        for location in _places(source):
+            if location == target:
                 raise _refusal(out, "is", source)
-            if _is_within(place, target):
+            if _is_within(location, target):
                 raise _refusal(out, "holds", source)
-            if _is_within(target, place):
+            if _is_within(target, location):
                 raise _refusal(out, "lies in", source)
 
 
@@ -36,7 +36,7 @@ def _refusal(out: str, relation: str, source: str) -> BadInput:
 
 
 def _places(source: str) -> Iterator[str]:
-    """Where ``source`` is: at its own name, in the folder that this stands in, and where a link of that name leads."""
+    """Locations of ``source``: its name in the resolved parent folder, and the target if that name is a link."""
     yield _resolved(source)
     path = _local_path(source)
     if path is not None:
@@ -53,13 +53,13 @@ def _resolved(url: str) -> str:
 
 
 def _local_path(url: str) -> str | None:
-    """The path of a local file; None where it is elsewhere. Of a chained URL what counts is where it ends."""
+    """The path of a local file; None if it is remote. For a chained URL, the last part counts."""
     last = url.rpartition("::")[2]
-    scheme, found, rest = last.partition("://")
-    if not found:
+    scheme, separator, rest = last.partition("://")
+    if not separator:
         return last.removeprefix("file:").removeprefix("local:")
     return rest if scheme in _LOCAL else None
 
 
-def _is_within(place: str, folder: str) -> bool:
-    return place.startswith(folder.rstrip("/") + "/")
+def _is_within(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")

@@ -1,4 +1,4 @@
-"""Patterns that name several files: braces, written out here, and the wildcards of file systems."""
+"""Patterns that match several files: braces, which are expanded here, and file system wildcards."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def is_pattern(url: str) -> bool:
-    """Whether ``url`` names files by a pattern, instead of one file or folder."""
+    """True if ``url`` is a pattern instead of one file or folder."""
     return any(c in url for c in "{*?[")
 
 
 def braced(pattern: str) -> list[str]:
-    """``a{01..03}.tar`` and ``{a,b}.tar`` written out, zero padding kept."""
+    """Expand ``a{01..03}.tar`` and ``{a,b}.tar``, keeping zero padding."""
     match = _RANGE.search(pattern)
     if match:
         first, last = match.group(1), match.group(2)

@@ -1,10 +1,10 @@
-"""One folder on any fsspec filesystem, with the few operations an artifact needs and how durable each one is.
+"""A folder on any fsspec file system, with the operations an artifact needs and their durability.
 
-Locally a file appears by rename after fsync. Object stores have no rename and need none: an upload becomes visible
+Locally a file appears by rename after fsync. Object stores have no rename and need none: an upload becomes visible as a
 whole. Scratch files, the journal and the lock are always on a local disk.
 
-A folder may come from elsewhere, with links in it: nothing is written, replaced or removed through one. Scratch files
-have names that nobody can foresee and are new; a link where a file is to be is replaced, or removed, itself.
+A folder may come from elsewhere and contain links: nothing is written, replaced or removed through one. Scratch files
+are new and have unpredictable names; a link in the place of a file is itself replaced or removed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from .names import linked_parent
 PRIVATE = "_capipe"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _ATTEMPTS = 5
-MAX_GROUP_BYTES, MAX_GROUP_VALUES = 8 << 30, 1 << 27  # of a row group, unpacked, and of a column in it; ours: 1000 rows
+MAX_GROUP_BYTES, MAX_GROUP_VALUES = 8 << 30, 1 << 27  # per row group, unpacked, and per column; ours: 1000 rows
 
 
 class NotAFile(OSError):
-    """A pipe, a socket or a device in the place of a file that is to be read."""
+    """A pipe, a socket or a device in place of a file to read."""
 
 
 class Folder:
@@ -60,7 +60,7 @@ class Folder:
         return bool(self.fs.exists(self.full(name)))
 
     def names(self, folder: str = "") -> list[str]:
-        """Names of the files and folders directly in ``folder`` (sorted, without its path); empty if it is missing."""
+        """Names of the files and folders directly in ``folder`` (sorted, without path); empty if it does not exist."""
         self.fs.invalidate_cache()
         try:
             entries = self.fs.ls(self.full(folder), detail=False)
@@ -70,7 +70,7 @@ class Folder:
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != here)
 
     def open(self, name: str) -> BinaryIO:
-        """A file to read. Raises OSError where there is none, or a pipe or device in its place."""
+        """Open a file for reading. Raises OSError if there is none, or a pipe or device in its place."""
         if self.is_local:
             refuse_irregular(self.local(name))
         return cast(BinaryIO, self.fs.open(self.full(name), "rb"))
@@ -83,24 +83,24 @@ class Folder:
         return int(self.fs.size(self.full(name)))
 
     def make(self) -> None:
-        """Create the folder where the filesystem has folders."""
+        """Create the folder, if the file system has folders."""
         self.fs.makedirs(self.path, exist_ok=True)
         if self.is_local:
             self.local("").mkdir(parents=True, exist_ok=True)
 
     def local(self, name: str) -> Path:
-        """The local path of ``name``; only meaningful where :attr:`is_local`."""
+        """The local path of ``name``; only valid if :attr:`is_local`."""
         return Path(self.full(name))
 
     def private(self, name: str) -> Path:
-        """A local path for scratch, journal and lock: in a local artifact, else in the user's cache."""
+        """A local path for scratch, journal and lock: inside a local artifact, else in the user's cache."""
         if self.is_local:
             return self.local(f"{PRIVATE}/{name}")
         cache = Path(os.environ.get("CAPIPE_CACHE", Path.home() / ".cache" / "capipe"))
         return cache / hashlib.sha256(self.url.encode()).hexdigest()[:32] / name
 
     def to_write(self, name: str) -> Path:
-        """The local path of ``name``, to be written or removed. Raises BadInput where one of its folders is a link."""
+        """The local path of ``name``, for writing or removing. Raises BadInput if one of its folders is a link."""
         link = linked_parent(self.local(""), name)
         if link is not None:
             raise BadInput(
@@ -109,17 +109,17 @@ class Folder:
         return self.local(name)
 
     def private_to_write(self, name: str) -> Path:
-        """:meth:`private`, to be written or removed, with the folder it lies in. Raises as :meth:`to_write`."""
+        """:meth:`private`, for writing or removing; its parent folder is created. Raises as :meth:`to_write`."""
         path = self.to_write(f"{PRIVATE}/{name}") if self.is_local else self.private(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def private_folder(self, name: str) -> Path:
-        """A private folder to write in, made where it is missing. Raises as :meth:`to_write`."""
+        """A private folder to write in, created if missing. Raises as :meth:`to_write`."""
         return self.private_to_write(f"{name}/-").parent
 
     def publish(self, scratch: Path, name: str) -> None:
-        """Make a finished, fsynced scratch file visible under its final name; replaces an older one atomically."""
+        """Move a finished, fsynced scratch file to its final name; replaces an older one atomically."""
         if self.is_local:
             target = self.to_write(name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,9 +130,9 @@ class Folder:
             scratch.unlink()
 
     def publish_tree(self, scratch: Path, name: str) -> None:
-        """Make a finished scratch folder visible under its final name, in the place of what a crash left there."""
+        """Move a finished scratch folder to its final name, replacing leftovers of a crash."""
         if self.is_local:
-            os.sync()  # one for all: an fsync for each of ten thousand small files would take minutes on a disk
+            os.sync()  # one sync for all: an fsync for each of ten thousand small files would take minutes on a disk
             target = self.to_write(name)
             clear(target)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,13 +144,13 @@ class Folder:
             clear(scratch)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file in one visible step."""
+        """Write a small file, visible in one step."""
         scratch = self.private_folder("tmp") / f"{scratch_name(name)}.{uuid.uuid4().hex[:8]}"
         write_synced(scratch, data)
         self.publish(scratch, name)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all in it, if it is there; of a link the link itself."""
+        """Remove a file or a folder with its contents, if it exists; a link itself, not its target."""
         if not self.is_local:
             if self.exists(name):
                 self.fs.rm(self.full(name), recursive=True)
@@ -159,7 +159,7 @@ class Folder:
 
 
 def scratch_name(name: str) -> str:
-    """What a file is called while it is written: scratch folders have no folders in them."""
+    """A file's name while it is being written: scratch folders have no subfolders."""
     return name.replace("/", "+")
 
 
@@ -174,17 +174,17 @@ def read_parquet(folder: Folder, name: str, columns: Sequence[str] | None = None
 
 
 def parquet_file(folder: Folder, name: str) -> pq.ParquetFile:
-    """A Parquet file of ours, as of :func:`open_parquet`."""
+    """A Parquet file of ours, opened by :func:`open_parquet`."""
     return open_parquet(str(folder.local(name)) if folder.is_local else f"{folder.url}/{name}")
 
 
 def open_parquet(url: str) -> pq.ParquetFile:
-    """A Parquet file, local or remote, to be read in a ``with`` and with ``use_threads=False``. Raises OSError.
+    """Open a Parquet file, local or remote, for reading in a ``with`` and with ``use_threads=False``. Raises OSError.
 
-    The one place where Parquet is opened to be read, and never by a Python file: Arrow's threads call back into one,
-    and a thread that is not done when the interpreter ends aborts the process ("terminate called without an active
-    exception", in one of nine `verify` that had printed "clean"). So a local file is Arrow's own to open, and a remote
-    one, or one whose name is not UTF-8, is held in memory.
+    All Parquet files are opened for reading here, and never as a Python file: Arrow's threads call back into one, and a
+    thread still running when the interpreter exits aborts the process ("terminate called without an active exception",
+    in one of nine runs of `verify` that had printed "clean"). So Arrow itself opens local files, and a remote file, or
+    one whose name is not UTF-8, is loaded into memory.
     """
     fs, path = (None, url) if "://" not in url else url_to_fs(url)
     if fs is not None and not isinstance(fs, LocalFileSystem):
@@ -196,15 +196,15 @@ def open_parquet(url: str) -> pq.ParquetFile:
 
 
 def parquet_of(data: bytes) -> pq.ParquetFile:
-    """A Parquet file that is in memory already."""
+    """A Parquet file from bytes in memory."""
     return pq.ParquetFile(pa.BufferReader(data))
 
 
 def expecting(parquet: pq.ParquetFile, rows: int, where: str) -> pq.ParquetFile:
-    """The file, where its footer tells what it unpacks to as it must be: by the manifest it has so many ``rows``.
+    """The file, if its footer has the expected number of ``rows`` (by the manifest) and row groups of readable size.
 
-    A file of a megabyte can hold a thousand million rows that are alike. Closes it and raises ArtifactMismatch, before
-    anything is unpacked, where it has others, or a row group too large to be read.
+    Otherwise closes it and raises ArtifactMismatch, before anything is decompressed: a file of a megabyte can contain a
+    billion identical rows.
     """
     problem = _oversize(parquet.metadata, rows)
     if problem is None:
@@ -215,9 +215,9 @@ def expecting(parquet: pq.ParquetFile, rows: int, where: str) -> pq.ParquetFile:
 
 def _oversize(footer: pq.FileMetaData, rows: int) -> str | None:
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    found = max(footer.num_rows, sum(group.num_rows for group in groups))
-    if footer.num_rows != rows or found != rows:
-        return f"{found} rows, {rows} in the manifest"
+    actual = max(footer.num_rows, sum(group.num_rows for group in groups))
+    if footer.num_rows != rows or actual != rows:
+        return f"{actual} rows, {rows} in the manifest"
     for group in groups:
         values = max((group.column(number).num_values for number in range(group.num_columns)), default=0)
         if group.total_byte_size > MAX_GROUP_BYTES or values > MAX_GROUP_VALUES:
@@ -226,16 +226,15 @@ def _oversize(footer: pq.FileMetaData, rows: int) -> str | None:
 
 
 def create(path: Path) -> BinaryIO:
-    """A new local file to write, in a folder that is made where it is missing. Raises FileExistsError where anything,
-    be it a link that leads nowhere, has its name."""
+    """Create a local file for writing, and its folder if missing. Raises FileExistsError for any existing entry."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return cast(BinaryIO, os.fdopen(os.open(path, _NEW, 0o666), "wb"))
 
 
 def open_own(path: Path, flags: int = os.O_RDWR) -> int:
-    """The handle of a local file of ours that stays (a lock, a log), made where it is missing.
+    """File handle of a persistent local file of ours (a lock, a log), created if missing.
 
-    Raises BadInput where there is a link in its place.
+    Raises BadInput if there is a link in its place.
     """
     try:
         return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -246,7 +245,7 @@ def open_own(path: Path, flags: int = os.O_RDWR) -> int:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write and fsync a new local file (as :func:`create`); nothing is left behind when that fails (a full disk)."""
+    """Write and fsync a new local file (as :func:`create`); nothing is left behind on failure (a full disk)."""
     file = create(path)
     try:
         with file:
@@ -259,20 +258,20 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Put a local file in its place whole, synced, whatever was there: an older one, or a link, which is not followed.
+    """Replace or create a local file atomically and synced; a link in its place is replaced, not followed.
 
-    It is written beside that under a random name; those that killed processes left of it are removed.
+    It is written beside the target under a random name; partial files left by killed processes are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(_ATTEMPTS):
-        for each in unfinished(path):
-            each.unlink(missing_ok=True)
+        for leftover in unfinished(path):
+            leftover.unlink(missing_ok=True)
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.partial")
         write_synced(scratch, data)
         try:
             scratch.replace(path)
             break
-        except FileNotFoundError:  # another process that writes the same file took it for one that was left
+        except FileNotFoundError:  # removed as a leftover by another process that writes the same file
             if attempt == _ATTEMPTS - 1:
                 raise
         except OSError:
@@ -282,22 +281,22 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def unfinished(path: Path) -> list[Path]:
-    """What killed processes left of a file that :func:`write_new` writes; its next writing removes that."""
+    """Partial files that killed processes left of a file written by :func:`write_new`; its next write removes them."""
     scratch = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.partial")
-    return [each for each in path.parent.iterdir() if scratch.fullmatch(each.name)]
+    return [file for file in path.parent.iterdir() if scratch.fullmatch(file.name)]
 
 
 def refuse_irregular(path: Path) -> None:
-    """Raise NotAFile where a path leads to such: reading it may wait, or go on, for ever."""
+    """Raise NotAFile if a path leads to a pipe, socket or device: reading it may block or never end."""
     kind = path.stat().st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         raise NotAFile(errno.EINVAL, "not a regular file", str(path))
 
 
 def append_line(path: Path, line: bytes, *, durable: bool = False) -> None:
-    """Add a line to a local file that several processes add to; what a crash left behind its last line is cut off.
+    """Append a line to a local file shared by several processes; a partial last line, left by a crash, is cut off.
 
-    ``durable``: fsync it. Where that or the writing fails (a full disk) nothing was added.
+    ``durable``: fsync it. If that or the write fails (a full disk), nothing is added.
     """
     handle = open_own(path)
     try:
@@ -319,7 +318,7 @@ def append_line(path: Path, line: bytes, *, durable: bool = False) -> None:
 
 
 def _sound_end(handle: int, end: int, chunk: int = 1 << 16) -> int:
-    """Where the last whole line ends."""
+    """Offset of the end of the last complete line."""
     while end:
         start = max(0, end - chunk)
         newline = os.pread(handle, end - start, start).rfind(b"\n")
@@ -330,7 +329,7 @@ def _sound_end(handle: int, end: int, chunk: int = 1 << 16) -> int:
 
 
 def sync(path: Path) -> None:
-    """Make what a file holds, or the renames inside a folder, survive a power cut."""
+    """Make a file's contents, or the renames inside a folder, survive a power loss."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -339,7 +338,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a local file, or a folder and all in it, if it is there; of a link the link itself. Raises OSError."""
+    """Remove a local file, or a folder with its contents; a link itself, not its target. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -347,6 +346,6 @@ def remove(path: Path) -> None:
 
 
 def clear(path: Path) -> None:
-    """:func:`remove`, as far as it can be done."""
+    """:func:`remove`, ignoring errors."""
     with contextlib.suppress(OSError):
         remove(path)

@@ -1,8 +1,8 @@
-"""Tar files, read without trust and written reproducibly.
+"""Tar files, read defensively and written reproducibly.
 
-:func:`scan` goes forward through a tar of any provenance and never raises on its content: every member comes out, those
-that cannot be used with the problem named, and damage costs the damaged stretch alone. :class:`TarWriter` writes the
-same bytes for the same members on any day and any machine.
+:func:`scan` reads a tar of any origin forward and never raises on its content: every member is returned, unusable ones
+with their problem, and damage affects only the damaged part. :class:`TarWriter` writes the same bytes for the same
+members at any time and on any machine.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One entry of a tar: ``size`` bytes of data at ``offset``. ``problem`` says why it must not be used, if so.
+    """One entry of a tar: ``size`` bytes of data at ``offset``. ``problem``: why it must not be used, if so.
 
-    Offsets are those of the plain tar, also where it is compressed.
+    Offsets refer to the uncompressed tar.
 
-    ``damaged`` separates broken bytes (truncation, header nonsense) from sound entries we do not take (links, names).
+    ``damaged`` distinguishes broken bytes (truncation, invalid headers) from valid entries that are refused (links,
+    names).
     """
 
     name: str
@@ -45,7 +46,7 @@ class Member:
 
 
 class _Forward:
-    """A stream read strictly forward, hashed on the way where asked; knows where it is and, mostly, where it ends."""
+    """A stream read strictly forward and optionally hashed; tracks its position and, usually, its length."""
 
     def __init__(self, stream: BinaryIO, digest: Digest | None) -> None:
         self.unpacked = stream if isinstance(stream, Unpacked) else unpacked(stream, digest)
@@ -60,14 +61,14 @@ class _Forward:
 
     @property
     def fault(self) -> str | None:
-        """What damage of the compression ended the tar, if any did."""
+        """Damage in the compression that ended the tar, if any."""
         if self.unpacked is None or self.unpacked.fault is None:
             return None
         text = f"the {self.unpacked.kind} data is damaged after {self.position} bytes of the tar"
         return f"{text} ({self.unpacked.fault}): members may be missing"
 
     def drain(self) -> None:
-        """Read on to the file's end, for the digest."""
+        """Read to the end of the file, for the digest."""
         if self.unpacked is not None:
             self.unpacked.drain()
         while self.digest is not None and self.read(_SKIP_CHUNK):
@@ -75,7 +76,7 @@ class _Forward:
 
     def read(self, size: int) -> bytes:
         data = self.stream.read(size)
-        while 0 < len(data) < size:  # raw and remote streams may return less than asked before their end
+        while 0 < len(data) < size:  # raw and remote streams may return less than requested before their end
             more = self.stream.read(size - len(data))
             if not more:
                 break
@@ -86,7 +87,7 @@ class _Forward:
         return data
 
     def skip(self, size: int) -> int:
-        """Bytes really skipped: fewer than ``size`` where the stream ends."""
+        """Skip bytes; returns the number skipped: fewer than ``size`` at the end of the stream."""
         if self.digest is None and self.seekable and self.total is not None:
             size = min(size, self.total - self.position)
             self.stream.seek(size, 1)
@@ -99,26 +100,26 @@ class _Forward:
 
 
 def scan(stream: BinaryIO, *, read_data: bool = False, digest: Digest | None = None) -> Iterator[Member]:
-    """Every entry of the tar in ``stream``, compressed or not, in order; directories are passed over.
+    """Every entry of the tar in ``stream``, compressed or not, in order; directories are skipped.
 
-    With ``read_data`` each sound member carries its bytes. ``digest`` is fed every byte of the file, to its very end.
-    Beyond a bad header the scan goes on at the next block that is a valid one; the whole stretch is one problem.
+    With ``read_data`` each valid member has its bytes. ``digest`` gets every byte of the file, to its end.
+    After a bad header the scan continues at the next valid header block; the skipped part is one problem.
     """
     source = _Forward(stream, digest)
-    ended = False  # whether the end-of-archive mark was the last thing seen
-    cut_short = False  # whether the last member claimed more bytes than there are
+    ended = False  # whether the last block was the end-of-archive mark
+    cut_short = False  # whether the last member claimed more bytes than available
     overrides: dict[str, str] = {}
     while header := source.read(BLOCK):
         at = source.position - len(header)
         if header == _ZERO_BLOCK:
-            ended = True  # read on: concatenated tars continue after the mark
+            ended = True  # continue: concatenated tars go on after the mark
             continue
         info = _parse(header)
         if info is None:
             size, (header, skipped) = len(header), _resync(source)
             info = _parse(header)
             if info is None and cut_short:
-                break  # the rest of the member that was just reported as cut short
+                break  # the rest of the member just reported as truncated
             text = f"no valid tar header in {size + skipped} bytes at byte {at}"
             yield Member("", at, size + skipped, text, damaged=True)
             if info is None:
@@ -158,10 +159,10 @@ def _parse(header: bytes) -> tarfile.TarInfo | None:
 
 
 def _resync(source: _Forward) -> tuple[bytes, int]:
-    """Look block by block for the next valid header; also the bytes passed over. Empty at the end of the stream."""
+    """Search block by block for the next valid header; also returns the bytes skipped. Empty at the stream's end."""
     skipped = 0
     while block := source.read(BLOCK):
-        cheap = block[257:262] == b"ustar" or len(block) < BLOCK  # nonsense may be gigabytes
+        cheap = block[257:262] == b"ustar" or len(block) < BLOCK  # invalid data may be gigabytes
         if cheap and _parse(block) is not None:
             return block, skipped
         skipped += len(block)
@@ -169,7 +170,7 @@ def _resync(source: _Forward) -> tuple[bytes, int]:
 
 
 def _skip_sparse_map(source: _Forward, header: bytes) -> None:
-    """Pass over what follows an old GNU sparse header: blocks with more of the map of holes, which no size counts."""
+    """Skip the blocks after an old GNU sparse header: the rest of the map of holes, not included in the size."""
     more = header[482]
     while more and (block := source.read(BLOCK)):
         more = block[504] if len(block) == BLOCK else 0
@@ -180,7 +181,7 @@ def _padded(size: int) -> int:
 
 
 def _read_override(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str]) -> Member | None:
-    """Read a long-name or pax header into ``overrides``; a problem member where it is nonsense."""
+    """Read a long-name or pax header into ``overrides``; returns a problem member if it is invalid."""
     at = source.position
     if info.size > MAX_HEADER_DATA:
         return Member("", at, 0, f"extended header of {info.size} bytes at byte {at}", damaged=True)
@@ -215,11 +216,11 @@ def _take(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str], re
         source.skip(_padded(max(size, 0)) if info.type not in _KINDS else 0)
         return Member(shown, offset, 0, f"member {shown!r} is {kind}, not a file")
     if size < 0 or (source.total is not None and size > source.total - offset):
-        # Not skipped: if the size is a lie, the members behind it are found again by the search for a header.
+        # Not skipped: if the size is wrong, the search for a header finds the members after it.
         left = "" if source.total is None else f", {source.total - offset} are left"
         return Member(shown, offset, 0, f"member {shown!r} claims {size} bytes{left}: the tar ends early", damaged=True)
     problem = unsafe_name(name)
-    if problem is None and "sparse" in overrides:  # its bytes are not the file's: holes are left out
+    if problem is None and "sparse" in overrides:  # its bytes differ from the file's: holes are omitted
         problem = f"member {shown!r} is a sparse member: pack it without --sparse"
     if problem is None and size > MAX_MEMBER_BYTES:
         problem = f"member {shown!r} has {size} bytes, over the limit of {MAX_MEMBER_BYTES}"
@@ -234,7 +235,7 @@ def _take(source: _Forward, info: tarfile.TarInfo, overrides: dict[str, str], re
 
 
 def unsafe_name(name: str) -> str | None:
-    """Why a member's name is not to be trusted, or None. Nothing is ever extracted; readers of our output might."""
+    """Why a member's name is unsafe, or None. Nothing is extracted here, but readers of our output might."""
     shown = printable(name[:MAX_NAME])
     if any("\udc80" <= c <= "\udcff" for c in name):
         return f"member name {shown!r} is not UTF-8"
@@ -252,25 +253,25 @@ def unsafe_name(name: str) -> str | None:
 
 
 def printable(text: str) -> str:
-    """``text`` with everything that is not printable UTF-8 escaped: fit for a log, a Parquet cell or a terminal."""
+    """``text`` with everything that is not printable UTF-8 escaped: safe for a log, a Parquet cell or a terminal."""
     return "".join(c if c.isprintable() and not "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
 
 
 def without_controls(text: str) -> str:
-    """``text`` with control characters and line separators escaped: fit for a key, where any other letter stays."""
+    """``text`` with control characters and line separators escaped: safe for a key; other letters stay."""
     if text.isprintable():
         return text
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 class TarWriter:
-    """Writes members one after the other with fixed metadata, so equal input gives equal bytes; hashes as it goes."""
+    """Writes members sequentially with fixed metadata, so equal input gives equal bytes; hashes while writing."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._digest, self.size = stream, hashlib.sha256(), 0
 
     def add(self, name: str, data: bytes) -> int:
-        """Append a file; returns the byte offset of its header (what an index of the tar stores)."""
+        """Append a file; returns the byte offset of its header (for an index of the tar)."""
         at = self.size
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.mtime = len(data), 0o644, 0
@@ -280,7 +281,7 @@ class TarWriter:
         return at
 
     def finish(self) -> str:
-        """Write the end mark; returns the file's sha256 in hex. The stream stays open: syncing it is the caller's."""
+        """Write the end mark; returns the file's sha256 in hex. The stream stays open: the caller syncs it."""
         self._write(bytes(2 * BLOCK))
         return self._digest.hexdigest()
 

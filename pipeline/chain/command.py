@@ -1,4 +1,4 @@
-"""`capipe run`: a whole chain, planned or done."""
+"""`capipe run`: plans or runs a whole chain."""
 
 from __future__ import annotations
 
@@ -48,27 +48,27 @@ def run(
 
 
 def checked(recipe: Path, overrides: list[str]) -> tuple[Chain, list[str]]:
-    """The chain, and what a run of it needs that is not there yet. Raises Problems with all that is wrong."""
+    """The chain, and a list of missing inputs, models or data. Raises Problems with all errors."""
     from ...models.engines.http.api_key import check_recipe_hosts
     from ...trainer.recipe_file import engines_of
     from .recipe import load_chain_recipe
     from .validate import check_chain
 
     chain = load_chain_recipe(recipe, overrides)
-    found = check_chain(chain)
+    result = check_chain(chain)
     for stage in chain.stages:
         asked = stage.config if stage.recipe is None else stage.recipe.model_dump()
         try:
             check_recipe_hosts(f"{chain.file}: stages.{stage.name}", engines_of(dict(asked)), overrides)
         except BadInput as error:
-            found.problems.append(str(error))
-    if found.problems:
-        raise Problems([*found.problems, *found.absent])
-    return chain, found.absent
+            result.problems.append(str(error))
+    if result.problems:
+        raise Problems([*result.problems, *result.absent])
+    return chain, result.absent
 
 
 def run_checked(chain: Chain, out: Path) -> int:
-    """Run it, telling what is done; returns the exit code."""
+    """Run a chain and report its result; returns the exit code."""
     from .run import run_chain
 
     code = run_chain(chain, out, print_err)
@@ -82,49 +82,49 @@ def run_checked(chain: Chain, out: Path) -> int:
 
 
 def show_plan(chain: Chain, out: Path, state: ChainState | None, absent: list[str], say: Callable[[str], None]) -> None:
-    """The plan in lines: each stage with what is to be done, its rows, its cost and its command line; then the sums."""
+    """Print the plan: each stage with its state, rows, cost and command line; then the totals."""
     from .estimate import estimate
     from .plan import arguments, look, outside, shown_command
 
     planned = look(chain, out, state, outside(chain))
-    found = estimate(chain, planned, out, state)
+    estimates = estimate(chain, planned, out, state)
     say(f"chain {chain.name} ({chain.file}): {len(chain.stages)} stages into {out}")
     for number, stage in enumerate(chain.stages, start=1):
-        say(_line(number, len(chain.stages), planned[stage.name], found[stage.name]))
+        say(_line(number, len(chain.stages), planned[stage.name], estimates[stage.name]))
         say(f"    $ {shown_command(stage, arguments(chain, stage, out))}")
-    for line in _sums(planned, found):
+    for line in _sums(planned, estimates):
         say(line)
     for line in absent:
         say(f"not there yet: {line}")
 
 
-def _line(number: int, total: int, planned: Planned, found: Estimate) -> str:
+def _line(number: int, total: int, planned: Planned, estimate: Estimate) -> str:
     stage = planned.stage
     why = f" ({planned.why})" if planned.why else ""
     line = f"{number}/{total} {stage.name}: {stage.command.name}, {planned.verdict}{why}"
-    if found.rows is None:
+    if estimate.rows is None:
         line += "; rows unknown"
     else:
-        line += f"; {'at most ' if found.at_most_in else ''}{found.rows:,} rows"
+        line += f"; {'at most ' if estimate.at_most_in else ''}{estimate.rows:,} rows"
     if planned.settled:
         return line
-    return f"{line}; {found.cost.line(found.rows or 0) if found.cost else 'cost unknown'}"
+    return f"{line}; {estimate.cost.line(estimate.rows or 0) if estimate.cost else 'cost unknown'}"
 
 
-def _sums(planned: Mapping[str, Planned], found: Mapping[str, Estimate]) -> list[str]:
-    """What is left to do, and what that costs as far as it is known."""
+def _sums(planned: Mapping[str, Planned], estimates: Mapping[str, Estimate]) -> list[str]:
+    """Stages left to do, and their cost as far as it is known."""
     from .estimate import MACHINE, shown
 
-    left = [name for name, each in planned.items() if not each.settled]
+    left = [name for name, stage in planned.items() if not stage.settled]
     if not left:
         return ["nothing to do"]
-    costs = [cost for name in left if (cost := found[name].cost) is not None]
+    costs = [cost for name in left if (cost := estimates[name].cost) is not None]
     lines = [f"to do: {len(left)} of {len(planned)} stages"]
     if costs:
         units = dict.fromkeys(cost.unit for cost in costs if cost.unit != MACHINE)
         sums = [f", {sum(c.device_hours for c in costs if c.unit == unit):,.1f} {unit}-hours" for unit in units]
         lines.append(f"cost, one stage after the other: {shown(sum(c.hours for c in costs))}{''.join(sums)}")
-    unknown = [name for name in left if found[name].cost is None]
+    unknown = [name for name in left if estimates[name].cost is None]
     if unknown:
         lines.append(f"cost unknown of: {', '.join(unknown)}; a rate: in the recipe, or one run, tells it")
     return lines

@@ -14,13 +14,13 @@ from ..report.page import write_report
 from .command import checked, run_checked
 
 RECIPE = RECIPES / "tiny.yaml"
-SCENES = 100  # to train on, at most
-CAPTIONER = "tiny/captioner"  # writes the final captions where nothing is trained
+SCENES = 100  # for training, at most
+CAPTIONER = "tiny/captioner"  # writes the final captions if nothing is trained
 TRAINING = ("train-pictures", "train-shards", "train-questions", "train", "eval-trained")
 
 
 def overrides(images: int, engine: str, train_steps: int) -> list[str]:
-    """What the demo's options change in its recipe. The small stages take an engine that starts at once."""
+    """Recipe overrides for the demo's options. Small stages use an engine with a fast start."""
     quick = "transformers" if engine == "auto" else engine
     small = ["questions", "eval", *(["train-questions", "eval-trained"] if train_steps else [])]
     sets = {
@@ -39,10 +39,10 @@ def overrides(images: int, engine: str, train_steps: int) -> list[str]:
 
 
 def run_demo(out: Path, images: int, engine: str, train_steps: int, say: Callable[[str], None]) -> tuple[int, Path]:
-    """Run or resume the chain in ``out``; returns its exit code and the report's path, which exists if that is 0.
+    """Run or resume the chain in ``out``; returns its exit code and the report's path, which exists if the code is 0.
 
-    ``train_steps`` 0: no training, captions by the untrained captioner. Raises CapipeError, also for an artifact that
-    fails verification.
+    ``train_steps`` 0: no training, captions by the untrained captioner. Raises CapipeError, also if an artifact fails
+    verification.
     """
     chain, absent = checked(RECIPE, overrides(images, engine, train_steps))
     if absent:

@@ -1,5 +1,8 @@
-"""How many rows a chain's stages go over, and what that costs: counted where there is something to count, else told by
-the recipe. Rates are those measured in this folder, else the recipe's own, with its word for where they are from."""
+"""Row counts and cost of a chain's stages.
+
+Rows are counted where possible, else taken from the recipe. Rates are those measured in this folder, else the recipe's,
+with the source that it states.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from ..inspect.chain_state import ChainState
 from .plan import Planned, artifact_folders, committed_rows
 from .recipe import Chain, ChainStage, Source
 
-MACHINE = "machine"  # the unit of what was measured here, where the recipe names no other
+MACHINE = "machine"  # the unit of rates measured here, unless the recipe names another
 _SHARD = 10_000  # ingest's default
 
 
 @dataclass(frozen=True)
 class Cost:
-    """``rate``: rows per second of all devices; ``hours``: of wall time. ``source``: where the rate is from."""
+    """``rate``: rows per second of all devices; ``hours``: wall time. ``source``: origin of the rate."""
 
     rate: float
     devices: int
@@ -34,16 +37,16 @@ class Cost:
         return self.hours * self.devices
 
     def line(self, rows: int) -> str:
-        told = f"{rows:,} / {self.rate:,.4g} a second = {shown(self.hours)}"
+        text = f"{rows:,} / {self.rate:,.4g} a second = {shown(self.hours)}"
         if self.unit == MACHINE:
-            return f"{told}; {self.source}"
+            return f"{text}; {self.source}"
         many = "s" if self.devices > 1 else ""
-        return f"{told} on {self.devices} {self.unit}{many}, {self.device_hours:,.1f} {self.unit}-hours; {self.source}"
+        return f"{text} on {self.devices} {self.unit}{many}, {self.device_hours:,.1f} {self.unit}-hours; {self.source}"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rows a stage goes over and leaves for others, None where unknown; of both, whether there may be fewer."""
+    """Rows into a stage (``rows``) and out of it (``leaves``), None if unknown; ``at_most…``: it is an upper bound."""
 
     rows: int | None
     at_most_in: bool
@@ -55,18 +58,18 @@ class Estimate:
 def estimate(
     chain: Chain, planned: Mapping[str, Planned], folder: Path, state: ChainState | None
 ) -> dict[str, Estimate]:
-    """For every stage by name, in the chain's order."""
-    found: dict[str, Estimate] = {}
+    """Estimates of all stages by name, in the chain's order."""
+    estimates: dict[str, Estimate] = {}
     for stage in chain.stages:
         known = state.stage(stage.name) if state is not None else None
-        rows, at_most = _rows(chain, stage, found)
+        rows, at_most = _rows(chain, stage, estimates)
         leaves, fewer = rows, at_most or stage.command.spec.selects
         if planned[stage.name].settled and (counts := _main(stage, folder)) is not None:
             rows, at_most, fewer = sum(counts.values()), False, False
             leaves = counts.get("ok", 0) if stage.command.spec.selects else rows
         cost = _cost(stage, rows, known.measured if known else None)
-        found[stage.name] = Estimate(rows, at_most, leaves, fewer, cost)
-    return found
+        estimates[stage.name] = Estimate(rows, at_most, leaves, fewer, cost)
+    return estimates
 
 
 def _main(stage: ChainStage, folder: Path) -> dict[str, int] | None:
@@ -75,7 +78,7 @@ def _main(stage: ChainStage, folder: Path) -> dict[str, int] | None:
 
 
 def _rows(chain: Chain, stage: ChainStage, before: Mapping[str, Estimate]) -> tuple[int | None, bool]:
-    """Rows that go in, and whether they may be fewer."""
+    """Number of input rows, and whether it is an upper bound."""
     if stage.recipe is not None:
         return stage.recipe.steps * stage.recipe.rollout.images, False
     if stage.command.name == "render":
@@ -98,7 +101,7 @@ def _rows(chain: Chain, stage: ChainStage, before: Mapping[str, Estimate]) -> tu
 
 
 def _counted(source: Source) -> int | None:
-    """Rows of data from outside, where they can be told without reading it."""
+    """Number of rows of external data, if it is known without reading them."""
     path = source.path or ""
     try:
         if Artifact.exists(path):
@@ -108,7 +111,7 @@ def _counted(source: Source) -> int | None:
         return None
     local = Path(path)
     if local.is_dir():
-        names = [each.name for each in local.rglob("*") if each.is_file()]
+        names = [file.name for file in local.rglob("*") if file.is_file()]
         images = sum(name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for name in names)
         return images or None
     if local.is_file() and local.suffix == ".parquet":
@@ -131,7 +134,7 @@ def _cost(stage: ChainStage, rows: int | None, measured: Mapping[str, float] | N
 
 
 def shown(hours: float) -> str:
-    """A time for people."""
+    """A duration for display."""
     if hours < 1 / 60:
         return f"{hours * 3600:.1f} s"
     if hours < 1:

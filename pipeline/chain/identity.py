@@ -1,7 +1,7 @@
-"""What makes two runs of a stage the same: its configuration's meaning, its inputs, and what lies in folders.
+"""Identity of a stage's run: digests of its configuration's meaning, its inputs, and the contents of folders.
 
-Cheap on purpose: an artifact is what its manifest says, other files are their names, sizes and times. Nothing here
-reads an image or a weight, but for the bundled models', which are small.
+Designed to be cheap: an artifact is identified by its manifest, other files by name, size and time. No image or weight
+is read, except those of the bundled models, which are small.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from .options import KEY_VALUES, SET
 from .recipe import ChainStage
 from .registry import ENGINES, MODELS, SPEED
 
-#: Fields of an engine's configuration that decide no row.
+#: Fields of an engine's configuration that do not affect rows.
 SPEED_FIELDS = frozenset(field for key, (field, _) in FIELDS.items() if key in SPEED)
 
 
 def digest(value: Any) -> str:
-    """sha256 (hex) of anything JSON can hold."""
+    """sha256 (hex) of any JSON value."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-# --- what a configuration means ---------------------------------------------------------------------------------------
+# --- meaning of a configuration ---------------------------------------------------------------------------------------
 
 
 def meaning(stage: ChainStage) -> dict[str, Any]:
-    """What of a stage's options decides its rows, by key: models by what they are, prompts by their text."""
+    """A stage's options that affect its rows, by key: models by identity, prompts by their text."""
     if stage.recipe is not None:
         return {"recipe": _trained(stage)}
-    given = {key: value for key, value in stage.config.items() if value is not None and key not in SPEED}
-    found = {key: _meant(key, value) for key, value in given.items() if key not in ENGINES}
-    found = {key: value for key, value in found.items() if value or key not in KEY_VALUES}  # all of it about speed
-    return found | _engines(stage, given)
+    options = {key: value for key, value in stage.config.items() if value is not None and key not in SPEED}
+    meanings = {key: _meant(key, value) for key, value in options.items() if key not in ENGINES}
+    meanings = {key: value for key, value in meanings.items() if value or key not in KEY_VALUES}  # only speed settings
+    return meanings | _engines(stage, options)
 
 
 def _meant(key: str, value: Any) -> Any:
     if key in MODELS and isinstance(value, str):  # dedup's cosine is a number
         return model_meaning(value)
     if key == "prompt":
-        return [asdict(parse_prompt(each)) for each in value]
+        return [asdict(parse_prompt(text)) for text in value]
     if key == "adapter":
         return model_meaning(value)
     if key in KEY_VALUES:
@@ -65,11 +65,11 @@ def _meant(key: str, value: Any) -> Any:
     return value
 
 
-def _arguments(key: str, given: Sequence[str]) -> dict[str, Any]:
-    """What of key=value options decides rows: not their order, nor those that are about speed alone."""
+def _arguments(key: str, assignments: Sequence[str]) -> dict[str, Any]:
+    """The key=value options that affect rows, regardless of order and of those that only affect speed."""
     if key not in ("engine-arg", "screen-arg", "reader-arg"):
-        return key_values(f"--{key}", given)
-    options = second_model(f"--{key}", {}, given, same=True)
+        return key_values(f"--{key}", assignments)
+    options = second_model(f"--{key}", {}, assignments, same=True)
     rows = {name: value for name, value in options.items() if name not in SPEED_FIELDS}
     if "adapter" in rows:
         rows["adapter"] = model_meaning(rows["adapter"])
@@ -78,22 +78,22 @@ def _arguments(key: str, given: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value}
 
 
-def _engines(stage: ChainStage, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every built-in engine gives the same rows; a server hides its weights, and is another one for its artifact, as is
-    an engine of the user's own. Only questions are asked in another way of an engine that can hold them to a form,
-    unless ``guided`` says which."""
-    found: dict[str, Any] = {}
-    for key in ENGINES & set(given):
-        whole = stage.command.name == "qa" and key == "engine" and given.get("guided") is None
-        whole |= is_import_path(str(given[key]))
-        served = "://" in str(given[key])
+def _engines(stage: ChainStage, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Engines as far as they affect rows. All built-in engines give the same rows; a server hides its weights, so its
+    artifacts differ, as do those of a custom engine. Only `qa` prompts an engine with guided decoding differently,
+    unless ``guided`` sets it."""
+    engines: dict[str, Any] = {}
+    for key in ENGINES & set(options):
+        whole = stage.command.name == "qa" and key == "engine" and options.get("guided") is None
+        whole |= is_import_path(str(options[key]))
+        served = "://" in str(options[key])
         if whole or served:
-            found[key] = without_secrets(given[key]) if whole else "served"
-    return found
+            engines[key] = without_secrets(options[key]) if whole else "served"
+    return engines
 
 
 def _trained(stage: ChainStage) -> dict[str, Any]:
-    """What a training recipe means, without the places of its data: those are inputs."""
+    """The meaning of a training recipe, without the locations of its data: those are inputs."""
     assert stage.recipe is not None
     semantic = stage.recipe.semantic()
     semantic["data"] = {key: v for key, v in semantic["data"].items() if key not in ("shards", "questions")}
@@ -105,7 +105,7 @@ def _trained(stage: ChainStage) -> dict[str, Any]:
 
 
 def model_meaning(name: str) -> Any:
-    """A model's name, and what is in its folder where that is cheap to say."""
+    """A model's name, and its folder's contents if they are cheap to identify."""
     if name.startswith(PREFIX):
         try:
             return [name, _bundled_digest(resolve(name))]
@@ -121,18 +121,18 @@ def _bundled_digest(folder: str) -> str:
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Which options differ between two configurations as they were written; nested ``set`` by its assignments."""
-    before, after = ({**each, SET: None} if SET in each else dict(each) for each in (old, new))
+    """Options that differ between two configurations as written; nested ``set`` by its assignments."""
+    before, after = ({**item, SET: None} if SET in item else dict(item) for item in (old, new))
     keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     sets = set(old.get(SET) or []) ^ set(new.get(SET) or [])
-    return [*keys, *sorted({f"{SET} {each.partition('=')[0]}" for each in sets})]
+    return [*keys, *sorted({f"{SET} {item.partition('=')[0]}" for item in sets})]
 
 
-# --- what lies in a folder --------------------------------------------------------------------------------------------
+# --- contents of a folder ---------------------------------------------------------------------------------------------
 
 
 def identity(url: str) -> str:
-    """Of data, whoever made it. Raises BadInput where it is not there."""
+    """Identity of data from any source. Raises BadInput if it does not exist."""
     if url.startswith("hf://"):
         return digest(["hub", without_secrets(url)])
     if not any(c in url for c in "{*?[") and Artifact.exists(url):
@@ -144,12 +144,12 @@ def identity(url: str) -> str:
 
 
 def is_there(url: str) -> bool:
-    """Whether there is anything at all; the hub is not asked."""
+    """True if there is any data at all; the hub is not queried."""
     return url.startswith("hf://") or next(_files(url), None) is not None
 
 
 def contents(artifact: Artifact) -> str:
-    """Of what an artifact holds: what was committed, but not when and how fast, which older ``_stats.json`` tell."""
+    """Identity of an artifact's contents: the committed shards, without the times in older ``_stats.json``."""
     records = [
         [r.shard, dict(r.rows), {name: dict(f) for name, f in r.files.items() if not name.endswith("_stats.json")}]
         for r in artifact.committed().values()
@@ -158,18 +158,18 @@ def contents(artifact: Artifact) -> str:
 
 
 def product(folder: Path, places: Sequence[str]) -> str | None:
-    """Of what a stage has made in these places; None where one of them is gone. Raises ArtifactMismatch."""
-    found = []
-    for place in places:
-        path = folder / place
+    """Identity of a stage's output in these places; None if one of them is missing. Raises ArtifactMismatch."""
+    identities = []
+    for name in places:
+        path = folder / name
         if not path.exists():
             return None
-        found.append(identity(str(path)))
-    return digest(found)
+        identities.append(identity(str(path)))
+    return digest(identities)
 
 
 def _files(url: str) -> Iterator[list[Any]]:
-    """Name, size and time of every file, in order; hidden ones and the folder's own name have no part."""
+    """Name, size and time of every file, in order; hidden files and the folder's own name are left out."""
     if "://" in url:
         yield from _remote_files(url)
         return
@@ -181,13 +181,13 @@ def _files(url: str) -> Iterator[list[Any]]:
             yield _entry(path, path.name)
         elif any(c in pattern for c in "*?["):
             anchor = Path(path.anchor or ".")
-            for each in sorted(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path))):
-                yield _entry(each, str(each))
+            for file in sorted(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path))):
+                yield _entry(file, str(file))
 
 
 def _walk(root: Path, folder: Path) -> Iterator[list[Any]]:
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -208,6 +208,6 @@ def _remote_files(url: str) -> Iterator[list[Any]]:
             fs, path = url_to_fs(pattern)
         except (ValueError, ImportError) as error:
             raise BadInput(f"{url}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
-        found = fs.glob(path, detail=True) if any(c in path for c in "*?[") else fs.find(path, detail=True)
-        for name, facts in sorted(found.items()):
+        files = fs.glob(path, detail=True) if any(c in path for c in "*?[") else fs.find(path, detail=True)
+        for name, facts in sorted(files.items()):
             yield [without_secrets(str(name)), facts.get("size"), str(facts.get("ETag") or facts.get("mtime") or "")]

@@ -1,4 +1,4 @@
-"""One `capipe run` on a folder at a time, and what a killed one leaves behind."""
+"""Lock for one `capipe run` per folder, and handling of stages that a killed run left running."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LOCK = ".chain.lock"
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[int]:
-    """Hold the folder while the body runs, which gets the lock's file handle, for its commands to inherit.
+    """Hold the folder's lock during the body, which gets its file handle, so that commands can inherit it.
 
-    A command that outlives a killed run keeps the lock until it ends; that is waited for. A run that is at work is not:
-    BadInput.
+    A command that outlives a killed run keeps the lock until it ends; this waits for it. If the run itself is active,
+    raises BadInput.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = open_own(folder / LOCK)

@@ -1,4 +1,4 @@
-"""A command's options as a recipe may name them, read from the command's own signature: names, types, what repeats."""
+"""A command's options for use in recipes, read from its signature: names, types, repetition."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typer.models import ArgumentInfo, OptionInfo
 
-SET = "set"  # of train
-#: Options that are key=value on the command line; a recipe may have a mapping in their place.
+SET = "set"  # option of train
+#: Options that are key=value on the command line; a recipe may use a mapping instead.
 KEY_VALUES = frozenset({SET, "engine-arg", "template-arg", "screen-arg", "reader-arg"})
-_OURS = ("out", "fresh", "retry", "allow_host")  # the chain decides about these, and who starts it
+_OURS = ("out", "fresh", "retry", "allow_host")  # set by the chain, or by the user who starts it
 
 
 @dataclass(frozen=True)
 class Option:
-    """``name``: the long option without its dashes, or the positional argument's name. ``kind``: its Python type."""
+    """``name``: the long option without dashes, or the positional argument's name. ``kind``: its Python type."""
 
     name: str
     parameter: str
@@ -42,26 +42,26 @@ class Option:
         return _bare(self.kind) is bool
 
     def checked(self, value: Any) -> Any:
-        """The value as the command will have it. Raises ValueError with the reason in words."""
+        """The value in the type that the command expects. Raises ValueError, with a message for users."""
         if self.many and not isinstance(value, list) and value is not None:
             value = [value]
         try:
-            found = TypeAdapter(_plain(self.kind), config=ConfigDict(strict=True)).validate_python(value)
+            result = TypeAdapter(_plain(self.kind), config=ConfigDict(strict=True)).validate_python(value)
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{first['msg']} (got {first['input']!r})") from None
         for bound, over in ((self.least, False), (self.most, True)):
-            if bound is not None and found is not None and (found > bound if over else found < bound):
-                raise ValueError(f"{'at most' if over else 'at least'} {bound:g} (got {found})")
-        return found
+            if bound is not None and result is not None and (result > bound if over else result < bound):
+                raise ValueError(f"{'at most' if over else 'at least'} {bound:g} (got {result})")
+        return result
 
     def words(self, value: Any) -> list[str]:
-        """A checked value as command-line words; none where the command does that by itself."""
+        """A checked value as command-line words; none if it is the command's default."""
         if value is None:
             return []
         if self.switch:
             return [f"--{self.name}"] if value else [f"--{self.negation}"] if self.negation else []
-        texts = [str(each) for each in (value if self.many else [value])]
+        texts = [str(item) for item in (value if self.many else [value])]
         if self.positional:
             return texts
         # A value that begins with a dash would be taken for an option.
@@ -70,8 +70,8 @@ class Option:
 
 @cache
 def options_of(command: Callable[..., Any]) -> Mapping[str, Option]:
-    """All options and arguments of a command that a recipe can give, by their names."""
-    found = {}
+    """Options and arguments of a command that a recipe may set, by name."""
+    options = {}
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         if get_origin(parameter.annotation) is not Annotated:
             continue
@@ -80,13 +80,13 @@ def options_of(command: Callable[..., Any]) -> Mapping[str, Option]:
         if info is None or parameter.name in _OURS:
             continue
         option = _option(parameter, kind, info)
-        found[option.name] = option
-    return types.MappingProxyType(found)
+        options[option.name] = option
+    return types.MappingProxyType(options)
 
 
 def _option(parameter: inspect.Parameter, kind: Any, info: OptionInfo | ArgumentInfo) -> Option:
     positional = isinstance(info, ArgumentInfo)
-    # In an Annotated, typer has the first name where a default would be.
+    # In an Annotated, typer stores the first name in place of the default.
     named = (info.default, *(info.param_decls or ()))
     written = [name for name in named if isinstance(name, str) and name.startswith("--")]
     name = written[0].removeprefix("--") if written else parameter.name
@@ -106,26 +106,26 @@ def _option(parameter: inspect.Parameter, kind: Any, info: OptionInfo | Argument
 
 
 def assignments(given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The leaves of a mapping as ``section.key=value``, values in JSON (which is YAML)."""
-    found = []
+    """The leaves of a mapping as ``section.key=value``, with values in JSON (which is YAML)."""
+    lines = []
     for key, value in given.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            found += assignments(value, f"{name}.")
+            lines += assignments(value, f"{name}.")
         else:
-            found.append(f"{name}={json.dumps(value, ensure_ascii=False)}")
-    return found
+            lines.append(f"{name}={json.dumps(value, ensure_ascii=False)}")
+    return lines
 
 
 def _bare(kind: Any) -> Any:
-    """A type without its None."""
+    """A type without None."""
     if get_origin(kind) in (Union, types.UnionType):
-        return next(each for each in get_args(kind) if each is not type(None))
+        return next(member for member in get_args(kind) if member is not type(None))
     return kind
 
 
 def _plain(kind: Any) -> Any:
-    """The type that YAML has for it: a path is a text there."""
+    """The corresponding YAML type: a path is a string there."""
     bare = _bare(kind)
     plain = str if bare is Path else bare
     return plain if bare is kind else plain | None

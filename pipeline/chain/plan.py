@@ -1,7 +1,7 @@
-"""What a chain has done and has to do: each stage held against what lies in its folder and what it was begun with.
+"""State of each stage of a chain, from its folder's contents and the inputs recorded when it was started.
 
-Nothing here writes. A stage is done where its configuration, its inputs and its output are those that the state file
-tells of; where its own digest changed it starts over, and with it all that hang on it.
+Nothing here writes. A stage is done if its configuration, inputs and output match the state file; if its own digest
+changed it starts over, and so do all its dependents.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Verdict = Literal["done", "to do", "goes on", "changed", "edited"]
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage, what it is made of and how it stands. ``parts``: digests by part, None while an input is to be made.
+    """A stage, its inputs and its state. ``parts``: digests by part, None while an input is not made yet.
 
-    ``verdict`` ``edited``: done, but its output is not what it was when it ended. ``why``: of what changed.
+    ``verdict`` ``edited``: done, but its output changed afterwards. ``why``: the change.
     """
 
     stage: ChainStage
@@ -36,37 +36,37 @@ class Planned:
     parts: Mapping[str, str] | None
     verdict: Verdict
     why: str = ""
-    product: str | None = field(default=None, repr=False)  # what its folder holds now, where it is done
+    product: str | None = field(default=None, repr=False)  # identity of its current output, if it is done
 
     @property
     def settled(self) -> bool:
-        """Nothing is left to do in it."""
+        """True if nothing is left to do."""
         return self.verdict in ("done", "edited")
 
 
 def outside(chain: Chain) -> dict[str, str]:
-    """What the data from outside is now, by path; looked at once, since it may be millions of files."""
-    sources = [source for stage in chain.stages for given in stage.inputs.values() for source in given]
+    """Current identity of external data, by path; computed once, since it may be millions of files."""
+    sources = [source for stage in chain.stages for group in stage.inputs.values() for source in group]
     return {source.path: _outside(source.path) for source in sources if source.path is not None}
 
 
 def look(chain: Chain, folder: Path, state: ChainState | None, data: Mapping[str, str]) -> dict[str, Planned]:
-    """Every stage as it stands, by name, in order; ``data`` as of :func:`outside`.
+    """Current state of every stage, by name, in order; ``data`` is the result of :func:`outside`.
 
-    Raises CapipeError where a recorded output cannot be read.
+    Raises CapipeError if a recorded output cannot be read.
     """
-    found: dict[str, Planned] = {}
+    plans: dict[str, Planned] = {}
     for stage in chain.stages:
-        found[stage.name] = inspect_outputs(stage, folder, state.stage(stage.name) if state else None, found, data)
-    return found
+        plans[stage.name] = inspect_outputs(stage, folder, state.stage(stage.name) if state else None, plans, data)
+    return plans
 
 
 def inspect_outputs(
     stage: ChainStage, folder: Path, known: StageState | None, before: Mapping[str, Planned], data: Mapping[str, str]
 ) -> Planned:
-    """One stage; ``before`` has at least those it comes after."""
+    """State of one stage; ``before`` must include the stages that it depends on."""
     meant = meaning(stage)
-    inputs = {role: [_named(each, before, data) for each in sources] for role, sources in stage.inputs.items()}
+    inputs = {role: [_named(source, before, data) for source in sources] for role, sources in stage.inputs.items()}
     mark = digest({"stage": stage.command.name, "config": meant, "inputs": inputs})
     if known is not None and known.stage != stage.command.name:
         known = None
@@ -75,8 +75,8 @@ def inspect_outputs(
     if waits_for:
         verdict: Verdict = "changed" if begun else "to do"
         return Planned(stage, mark, None, verdict, f"its input {waits_for[0]}" if begun else "")
-    made = {name: before[name].product for name in stage.needs}
-    parts = _parts(stage, meant, inputs, made)
+    products = {name: before[name].product for name in stage.needs}
+    parts = _parts(stage, meant, inputs, products)
     if known is None or not begun:
         return Planned(stage, mark, parts, "to do")
     if known.begun != parts:
@@ -106,11 +106,11 @@ def _named(source: Source, before: Mapping[str, Planned], data: Mapping[str, str
 
 
 def _parts(
-    stage: ChainStage, meant: Mapping[str, Any], inputs: Mapping[str, Any], made: Mapping[str, Any]
+    stage: ChainStage, meant: Mapping[str, Any], inputs: Mapping[str, Any], products: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Of each part of a stage's folder, what decides it: options, inputs, and what these have turned out to be."""
+    """Digest for each part of a stage's folder: options, inputs, and identities of the inputs' data."""
     own = {
-        role: [[*named, made.get(source.stage or "")] for named, source in zip(inputs[role], sources, strict=True)]
+        role: [[*named, products.get(source.stage or "")] for named, source in zip(inputs[role], sources, strict=True)]
         for role, sources in stage.inputs.items()
     }
     return {
@@ -125,7 +125,7 @@ def _parts(
 
 
 def _why(stage: ChainStage, known: StageState, mark: str) -> str:
-    """What changed since a stage was begun, in few words."""
+    """Changes since a stage was started, in a few words."""
     keys = changed_keys(known.config, written(stage))
     if keys:
         return ", ".join(keys)
@@ -135,7 +135,7 @@ def _why(stage: ChainStage, known: StageState, mark: str) -> str:
 
 
 def places(stage: ChainStage) -> list[str]:
-    """What a stage leaves, as folders relative to the chain's, the main one last."""
+    """Output folders of a stage, relative to the chain's, the main one last."""
     artifacts = artifact_folders(stage)
     if artifacts:
         return artifacts
@@ -143,18 +143,18 @@ def places(stage: ChainStage) -> list[str]:
 
 
 def artifact_folders(stage: ChainStage) -> list[str]:
-    """The folders relative to the chain's that will hold artifacts, the main one last."""
-    found = stage.command.spec.folders(stage.config, frozenset(stage.inputs))
-    return [f"{stage.out}/{each}" if each else stage.out for each in found]
+    """Folders for artifacts, relative to the chain's, the main one last."""
+    folders = stage.command.spec.folders(stage.config, frozenset(stage.inputs))
+    return [f"{stage.out}/{sub}" if sub else stage.out for sub in folders]
 
 
 def written(stage: ChainStage) -> dict[str, Any]:
-    """A stage's configuration as it goes into the state file."""
+    """A stage's configuration as stored in the state file."""
     return {key: redacted_data(value) for key, value in stage.config.items() if value is not None}
 
 
 def named_inputs(stage: ChainStage) -> dict[str, str]:
-    """Inputs by role: the stages they come from, or the paths."""
+    """Inputs by role: the stages they come from, or paths."""
     return {
         role: ",".join(source.stage or redacted_data(source.path or "") for source in sources)
         for role, sources in stage.inputs.items()
@@ -162,19 +162,19 @@ def named_inputs(stage: ChainStage) -> dict[str, str]:
 
 
 def arguments(chain: Chain, stage: ChainStage, folder: Path) -> list[str]:
-    """The command line of a stage, without what resuming adds."""
+    """The command line of a stage, without options for resuming."""
     placed = {
         role: [_place(chain, stage, role, source, folder) for source in sources]
         for role, sources in stage.inputs.items()
     }
-    options, given = stage.command.options, dict(stage.config)
+    options, merged = stage.command.options, dict(stage.config)
     if stage.recipe is not None:
         own = [f"{TRAINS_ON[role]}={urls[0]}" for role, urls in placed.items()]
-        given[SET] = [*(given.get(SET) or []), *own]
+        merged[SET] = [*(merged.get(SET) or []), *own]
     else:
-        given |= {role: urls if options[role].many else urls[0] for role, urls in placed.items()}
+        merged |= {role: urls if options[role].many else urls[0] for role, urls in placed.items()}
     ordered = sorted(options.values(), key=lambda option: not option.positional)
-    words = [word for option in ordered for word in option.words(given.get(option.name))]
+    words = [word for option in ordered for word in option.words(merged.get(option.name))]
     return [stage.command.name, *words, "--out", str(folder / stage.out)]
 
 
@@ -187,7 +187,7 @@ def shown_command(stage: ChainStage, words: Sequence[str]) -> str:
 
 
 def started_command(stage: ChainStage, words: Sequence[str]) -> list[str]:
-    """The same for this very Python."""
+    """The same command line for this Python interpreter."""
     if stage.processes is not None:
         return [sys.executable, "-m", "torch.distributed.run", *_torchrun(stage.processes), *words]
     return [sys.executable, "-m", "capipe.pipeline", *words]
@@ -198,42 +198,42 @@ def _torchrun(processes: int) -> list[str]:
 
 
 def _place(chain: Chain, stage: ChainStage, role: str, source: Source, folder: Path) -> str:
-    """Where an input lies, or will."""
+    """Current or future location of an input."""
     if source.stage is None:
-        place = source.path or ""
-        if place.startswith("-"):  # a path, also where it stands for itself on a command line
-            place = f"./{place}"
+        url = source.path or ""
+        if url.startswith("-"):  # a path, also as a positional argument
+            url = f"./{url}"
     else:
         maker = chain.stage(source.stage)
         kind = kind_between(maker, stage.command.spec.inputs[role])
-        place = str(folder / (maker.product(kind or "") or maker.out))
+        url = str(folder / (maker.product(kind or "") or maker.out))
     if source.first is None:
-        return place
-    return f"{place.rstrip('/')}/{{{0:05d}..{source.first - 1:05d}}}.tar"
+        return url
+    return f"{url.rstrip('/')}/{{{0:05d}..{source.first - 1:05d}}}.tar"
 
 
 def trustworthy(stage: ChainStage, folder: Path) -> list[str]:
-    """What is wrong with a stage's output, whose manifest or files changed after it was done: nothing, where somebody
-    else finished it (`--retry` by hand); faults, where it was edited. Reads all of it."""
+    """Faults in a stage's output, whose manifest or files changed after it was done: none if the stage was continued
+    elsewhere (`--retry` by hand), some if files were edited. Reads all of it."""
     from ..inspect.verify import verify
 
     faults = []
-    for place in artifact_folders(stage):
+    for sub in artifact_folders(stage):
         try:
-            faults += [f"{folder / place}: {fault}" for fault in verify(str(folder / place)).faults]
+            faults += [f"{folder / sub}: {fault}" for fault in verify(str(folder / sub)).faults]
         except CapipeError as error:
             faults.append(str(error))
     return faults
 
 
 def committed_rows(folder: Path, place: str) -> dict[str, int] | None:
-    """Rows by status of an artifact, None where there is none to be read."""
+    """Row counts by status of an artifact, None if there is no readable one."""
     try:
         records = Artifact.open(str(folder / place)).committed().values()
     except CapipeError:
         return None
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for record in records:
         for status, count in record.rows.items():
-            found[status] = found.get(status, 0) + count
-    return found
+            counts[status] = counts.get(status, 0) + count
+    return counts

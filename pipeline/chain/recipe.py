@@ -1,13 +1,13 @@
-"""A chain in writing: stages by name, each a command with its inputs and options; read, resolved and put in order.
+"""Chain recipes: stages by name, each a command with inputs and options; parsed, resolved and sorted.
 
     stages:
       photos: {stage: ingest, inputs: {sources: {path: /data/photos}}}
       captions: {stage: annotate, inputs: {shards: photos}, config: {model: tiny/captioner, prompt: [plain, dense]}}
 
 An input is the name of another stage, ``{stage: photos, first: 3}`` for its first three shards, or ``{path: ...}`` for
-data from outside, relative to where `capipe run` is started. Keys of ``config`` are the command's long options. A stage
-may also have ``out`` (its folder in the chain's; its name by default), ``expects`` (rows that will go in, where nothing
-counts them), ``rate`` (:class:`Rate`) and, to train by torchrun, ``processes``.
+external data, relative to the working directory of `capipe run`. Keys of ``config`` are the command's long options. A
+stage may also have ``out`` (its folder in the chain's; its name by default), ``expects`` (the number of input rows, if
+it cannot be counted), ``rate`` (:class:`Rate`) and, for training with torchrun, ``processes``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .options import KEY_VALUES, SET, assignments
 from .registry import Command, command_named
 
 if TYPE_CHECKING:
-    from ...trainer.recipe import Recipe  # which imports torch: only chains that train need it
+    from ...trainer.recipe import Recipe  # imports torch: only chains that train need it
 
-MAX_PIXELS = "max-pixels"  # of train, which its recipe may have, too
-_SELECTED = (SHARDS, *ANYTHING)  # kinds of which the first so many shards can be taken
+MAX_PIXELS = "max-pixels"  # option of train, also a key of its recipe
+_SELECTED = (SHARDS, *ANYTHING)  # kinds that support ``first``
 
 
 class _Section(BaseModel):
@@ -39,7 +39,7 @@ class _Section(BaseModel):
 
 
 class Rate(_Section):
-    """How fast a stage is expected to be."""
+    """Expected speed of a stage."""
 
     per_device: float = Field(gt=0, description="rows (for train: images drawn for) per second and device")
     devices: int = Field(1, ge=1)
@@ -48,7 +48,7 @@ class Rate(_Section):
 
 
 class Source(_Section):
-    """Where an input comes from: another stage, or a path outside. ``first``: only its first so many shards."""
+    """Source of an input: another stage, or an external path. ``first``: use only this many shards, from the start."""
 
     stage: str | None = None
     path: str | None = Field(None, min_length=1)
@@ -85,8 +85,8 @@ class _File(_Section):
 
 @dataclass(frozen=True)
 class ChainStage:
-    """A stage with everything resolved. ``expects``: rows that will go in; ``recipe``: what a train stage trains by;
-    ``processes``: of torchrun, which trains in so many."""
+    """A resolved stage. ``expects``: number of input rows; ``recipe``: the training recipe of a train stage;
+    ``processes``: number of torchrun processes for training."""
 
     name: str
     command: Command
@@ -100,12 +100,12 @@ class ChainStage:
 
     @property
     def needs(self) -> list[str]:
-        """Names of the stages it comes after."""
+        """Names of the stages that it depends on."""
         names = [source.stage for sources in self.inputs.values() for source in sources]
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def product(self, kind: str) -> str | None:
-        """The folder, relative to the chain's, of what it makes of this kind; None where it makes none."""
+        """Folder of its product of this kind, relative to the chain's; None if it has none."""
         products, switch = self.command.spec.products, self.command.spec.optional.get(kind)
         if kind not in products or (switch is not None and not self.config.get(switch)):
             return None
@@ -119,7 +119,7 @@ class ChainStage:
 
 @dataclass(frozen=True)
 class Chain:
-    """A whole recipe, its stages in an order in which each comes after its inputs."""
+    """A whole recipe, with the stages sorted so that each follows its inputs."""
 
     name: str
     file: Path
@@ -130,24 +130,24 @@ class Chain:
 
 
 def load_chain_recipe(given: Path, overrides: Sequence[str] = ()) -> Chain:
-    """The chain in a YAML file, or a bundled one by its name. Raises BadInput, :class:`Problems` for all of its faults.
+    """The chain in a YAML file, or a bundled one by name. Raises BadInput, or :class:`Problems` with all errors.
 
-    Names, types, inputs and order are settled here; what values mean is for :mod:`.validate`.
+    Names, types, inputs and order are checked here; values are checked in :mod:`.validate`.
     """
     file = find_recipe(given)
     loaded = read_recipe(given, overrides, "chain")
     try:
         written = _File.model_validate(loaded)
     except ValidationError as error:
-        raise Problems([_shape(file, each) for each in error.errors()]) from None
+        raise Problems([_shape(file, detail) for detail in error.errors()]) from None
     entries = {name: entry for name, entry in written.stages.items() if entry is not None}
-    found = _Reader(file, entries)
-    stages = [stage for name, entry in entries.items() if (stage := found.stage(name, entry)) is not None]
-    found.kinds(stages)
-    found.folders(stages)
-    ordered = found.order(stages)
-    if found.problems:
-        raise Problems(found.problems)
+    reader = _Reader(file, entries)
+    stages = [stage for name, entry in entries.items() if (stage := reader.stage(name, entry)) is not None]
+    reader.kinds(stages)
+    reader.folders(stages)
+    ordered = reader.order(stages)
+    if reader.problems:
+        raise Problems(reader.problems)
     return Chain(file.stem, file, tuple(ordered))
 
 
@@ -158,14 +158,14 @@ def _shape(file: Path, error: Any) -> str:
 
 
 class _Reader:
-    """Resolves entries and collects what is wrong with them, one line each."""
+    """Resolves entries and collects errors, one line each."""
 
     def __init__(self, file: Path, entries: Mapping[str, _Entry]) -> None:
         self.file, self.entries = file, entries
         self.problems: list[str] = []
 
-    def say(self, place: str, reason: str) -> None:
-        self.problems.append(f"{self.file}: stages.{place}: {reason}")
+    def say(self, key: str, reason: str) -> None:
+        self.problems.append(f"{self.file}: stages.{key}: {reason}")
 
     def stage(self, name: str, entry: _Entry) -> ChainStage | None:
         try:
@@ -174,7 +174,7 @@ class _Reader:
             self.say(f"{name}.stage", str(error))
             return None
         before = len(self.problems)
-        inputs = {role: self._sources(name, role, given) for role, given in entry.inputs.items()}
+        inputs = {role: self._sources(name, role, sources) for role, sources in entry.inputs.items()}
         self._roles(name, command, inputs)
         config = self._config(name, command, entry, inputs)
         recipe = (
@@ -185,46 +185,46 @@ class _Reader:
         own = (entry.expects, entry.rate, recipe, entry.processes)
         return ChainStage(name, command, inputs, config, entry.out or name, *own)
 
-    def _sources(self, name: str, role: str, given: Any) -> tuple[Source, ...]:
-        many = given if isinstance(given, list) else [given]
-        return tuple(Source(stage=each) if isinstance(each, str) else each for each in many)
+    def _sources(self, name: str, role: str, value: Any) -> tuple[Source, ...]:
+        many = value if isinstance(value, list) else [value]
+        return tuple(Source(stage=item) if isinstance(item, str) else item for item in many)
 
     def _roles(self, name: str, command: Command, inputs: Mapping[str, tuple[Source, ...]]) -> None:
         for role, sources in inputs.items():
-            place = f"{name}.inputs.{role}"
+            where = f"{name}.inputs.{role}"
             if role not in command.spec.inputs:
                 known = ", ".join(command.spec.inputs) or "none"
-                self.say(place, f"{command.name} has no such input; its inputs: {known}")
+                self.say(where, f"{command.name} has no such input; its inputs: {known}")
                 continue
             option = command.options.get(role)
             if len(sources) > 1 and (option is None or not option.many):
-                self.say(place, f"takes one, not {len(sources)}")
+                self.say(where, f"takes one, not {len(sources)}")
             for source in sources:
                 if source.first is not None and not set(command.spec.inputs[role]) & set(_SELECTED):
-                    self.say(place, "first: is for shards alone; leave it out")
+                    self.say(where, "first: is for shards alone; leave it out")
                 if source.stage is not None and source.stage not in self.entries:
                     known = ", ".join(other for other in self.entries if other != name)
-                    mend = f"there are {known}; data from outside is written {{path: {source.stage}}}"
-                    self.say(place, f"no stage is called {source.stage!r}; {mend}")
+                    hint = f"there are {known}; data from outside is written {{path: {source.stage}}}"
+                    self.say(where, f"no stage is called {source.stage!r}; {hint}")
 
     def _config(
         self, name: str, command: Command, entry: _Entry, inputs: Mapping[str, tuple[Source, ...]]
     ) -> dict[str, Any]:
         config = {}
         for key, value in entry.config.items():
-            place, option = f"{name}.config.{key}", command.options.get(key)
+            location, option = f"{name}.config.{key}", command.options.get(key)
             if option is None:
-                self.say(place, f"capipe {command.name} has no such option that a recipe may give; see its --help")
+                self.say(location, f"capipe {command.name} has no such option that a recipe may give; see its --help")
             elif key in command.spec.inputs and CHECKPOINT not in command.spec.inputs[key]:
-                self.say(place, f"is an input; write it under inputs, as a stage's name or {{path: {value}}}")
+                self.say(location, f"is an input; write it under inputs, as a stage's name or {{path: {value}}}")
             elif key in inputs:
-                self.say(place, "is among the inputs, too; keep one of them")
+                self.say(location, "is among the inputs, too; keep one of them")
             else:
                 try:
-                    given = assignments(value) if key in KEY_VALUES and isinstance(value, Mapping) else value
-                    config[key] = option.checked(given)
+                    argument = assignments(value) if key in KEY_VALUES and isinstance(value, Mapping) else value
+                    config[key] = option.checked(argument)
                 except ValueError as error:
-                    self.say(place, str(error))
+                    self.say(location, str(error))
         for key, option in command.options.items():
             if option.required and key not in entry.config and key not in inputs:
                 kinds = command.spec.inputs.get(key, (CHECKPOINT,))
@@ -233,11 +233,11 @@ class _Reader:
         return config
 
     def _recipe(self, name: str, config: Mapping[str, Any], inputs: Mapping[str, tuple[Source, ...]]) -> Recipe | None:
-        """A train stage's recipe with its overrides; data that is yet to be made stands in it by its stage's name."""
+        """A train stage's recipe with its overrides; data that is not made yet is named by its stage."""
         from ...trainer.recipe import load_recipe
 
         named = {TRAINS_ON[role]: sources[0].stage or sources[0].path for role, sources in inputs.items()}
-        sets = [*(config.get(SET) or []), *(f"{key}={json.dumps(place)}" for key, place in named.items())]
+        sets = [*(config.get(SET) or []), *(f"{key}={json.dumps(source)}" for key, source in named.items())]
         if config.get(MAX_PIXELS) is not None:
             sets.append(f"max_pixels={config[MAX_PIXELS]}")
         try:
@@ -247,24 +247,24 @@ class _Reader:
             return None
 
     def kinds(self, stages: Sequence[ChainStage]) -> None:
-        """Whether what one stage makes is what the other takes."""
-        made = {stage.name: stage for stage in stages}
+        """Check that the product of one stage is of a kind that the other accepts."""
+        by_name = {stage.name: stage for stage in stages}
         for stage in stages:
             for role, sources in stage.inputs.items():
                 wanted = stage.command.spec.inputs.get(role)
                 for source in sources:
-                    maker = made.get(source.stage or "")
+                    maker = by_name.get(source.stage or "")
                     if wanted is not None and maker is not None and kind_between(maker, wanted) is None:
                         self.say(f"{stage.name}.inputs.{role}", _unfit(maker, wanted))
 
     def folders(self, stages: Sequence[ChainStage]) -> None:
-        """Whether each stage has a folder of its own, inside the chain's."""
+        """Check that each stage has a folder of its own, inside the chain's."""
         taken: dict[Path, str] = {}
         for stage in stages:
             path = Path(stage.out)
             if path.is_absolute() or ".." in path.parts or not path.parts or path.parts[0].startswith("."):
-                mend = "write a folder inside --out, without a leading dot"
-                self.say(f"{stage.name}.out", f"{stage.out!r} is no place for it; {mend}")
+                hint = "write a folder inside --out, without a leading dot"
+                self.say(f"{stage.name}.out", f"{stage.out!r} is no place for it; {hint}")
                 continue
             for other, owner in taken.items():
                 if path.is_relative_to(other) or other.is_relative_to(path):
@@ -273,21 +273,21 @@ class _Reader:
             taken.setdefault(path, stage.name)
 
     def order(self, stages: Sequence[ChainStage]) -> list[ChainStage]:
-        """Each after its inputs, else as they are written. Notes a cycle by its members."""
+        """Stages sorted so that each follows its inputs, else in the given order. Reports a cycle by its members."""
         left = {stage.name: stage for stage in stages}
         ordered: list[ChainStage] = []
         while left:
             ready = next((s for s in left.values() if not any(name in left for name in s.needs)), None)
             if ready is None:
                 members = _cycle(left)
-                told = " -> ".join([*members, members[0]])
-                self.problems.append(f"{self.file}: stages: a cycle, each waits for the next: {told}; cut it somewhere")
+                loop = " -> ".join([*members, members[0]])
+                self.problems.append(f"{self.file}: stages: a cycle, each waits for the next: {loop}; cut it somewhere")
                 return ordered
             ordered.append(left.pop(ready.name))
         return ordered
 
 
-#: What a training recipe calls the inputs of a train stage.
+#: Keys of a training recipe for the inputs of a train stage.
 TRAINS_ON = {
     "shards": "data.shards",
     "questions": "data.questions",
@@ -298,7 +298,7 @@ TRAINS_ON = {
 
 
 def _own_data(recipe: Recipe, inputs: Mapping[str, Any]) -> dict[str, tuple[Source, ...]]:
-    """Data that a training recipe names itself: it is from outside."""
+    """Data named by the training recipe itself: it is external."""
     named = {"shards": recipe.data.shards, "questions": recipe.data.questions}
     if recipe.validation is not None:
         named |= {"validation-shards": recipe.validation.shards, "validation-questions": recipe.validation.questions}
@@ -306,25 +306,25 @@ def _own_data(recipe: Recipe, inputs: Mapping[str, Any]) -> dict[str, tuple[Sour
 
 
 def kind_between(maker: ChainStage, wanted: Sequence[str]) -> str | None:
-    """The kind of product that one stage makes and another takes."""
+    """The kind of product that one stage makes and another accepts."""
     return next((kind for kind in wanted if maker.product(kind) is not None), None)
 
 
 def _unfit(maker: ChainStage, wanted: Sequence[str]) -> str:
     if not wanted:
         return f"no stage makes this; write {{path: ...}} instead of {maker.name!r}"
-    made = maker.command.spec.products
+    products = maker.command.spec.products
     switch = next((switch for kind, switch in maker.command.spec.optional.items() if kind in wanted), None)
     if switch is not None:
-        what = next(iter(made))
+        what = next(iter(products))
         return f"stage {maker.name} writes {what} without tars; set its {switch}: true, or name the shards it reads"
     makers = [name for name, spec in STAGES.items() if set(wanted) & set(spec.products)]
-    makes = ", ".join(made)
+    makes = ", ".join(products)
     return f"stage {maker.name} ({maker.command.name}) makes {makes}; this takes what {' or '.join(makers)} makes"
 
 
 def _cycle(left: Mapping[str, ChainStage]) -> list[str]:
-    """The members of one cycle among stages that all wait for one another, in the order in which they wait."""
+    """The members of one cycle among stages that all have unmet dependencies, in dependency order."""
     path = [next(iter(left))]
     while True:
         following = next(name for name in left[path[-1]].needs if name in left)

@@ -1,6 +1,6 @@
-"""What a chain knows of each command beside its spec: its options, and which of them decide no row.
+"""Properties of a command that a chain needs beside its spec: its options, and which of them do not affect rows.
 
-The options themselves are the command's own (:mod:`.options`).
+The options come from the command itself (:mod:`.options`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ...stages.stage_spec import StageSpec, keys
 from ..specs import command_of, stage_spec
 from .options import Option, options_of
 
-#: Options that change how fast rows come, where, or what is told meanwhile, and never the rows. Engines are apart: see
+#: Options that affect speed, placement or logging, and never the rows. Engines are handled separately: see
 #: :func:`.identity.meaning`.
 SPEED = keys(
     "workers concurrency gpus gpu-memory decode-workers timeout trace max-model-len link "
@@ -26,7 +26,7 @@ MODELS = keys("model screen-model reader clip itm cosine language-model")
 
 @dataclass(frozen=True)
 class Command:
-    """A stage's command. ``name``: as recipes and command lines have it, an import path for one of the user's own."""
+    """A stage's command. ``name``: as in recipes and command lines; an import path for a custom stage."""
 
     name: str
     spec: StageSpec
@@ -41,5 +41,5 @@ class Command:
 
 
 def command_named(name: str) -> Command:
-    """Raises BadInput where there is none."""
+    """A command by name. Raises BadInput if there is none."""
     return Command(name, stage_spec(name))

@@ -1,8 +1,8 @@
-"""A chain, run: each stage the user's own command in a process of its own, its state on disk before and after.
+"""Execution of a chain: each stage runs as a command in its own process; its state is saved before and after.
 
-Stages resume by themselves, so a chain that was stopped, failed or killed goes on by the same command. What a change
-made wrong is removed before its stage starts, in folders that this chain has made and in no others; that is noted
-first, so that a kill at any moment leaves nothing that would be taken for something else.
+Stages resume by themselves, so a chain that was stopped, failed or killed continues with the same command. Output
+invalidated by a change is removed before its stage starts, only in folders that this chain created; that is recorded
+first, so that a kill at any moment leaves no stale output that would pass as valid.
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ Say = Callable[[str], None]
 
 
 def run_chain(chain: Chain, folder: Path, say: Say) -> int:
-    """Do what is left of the chain; returns the exit code: 0 done, 130 stopped by Ctrl-C, else that of who failed."""
+    """Run the remaining stages; returns the exit code: 0 done, 130 stopped by Ctrl-C, else that of the failed stage."""
     with locked(folder, say) as lock:
         run = _Run(chain, folder, _state(chain, folder), say, lock)
         return run.go()
 
 
 def _state(chain: Chain, folder: Path) -> ChainState:
-    """The chain's state with the recipe's stages: known ones as they were, new ones waiting."""
+    """The chain's state with the recipe's stages: known ones unchanged, new ones waiting."""
     old = load_chain(folder) or ChainState(chain.name, now(), now())
     stages = []
     for stage in chain.stages:
         known = old.stage(stage.name)
         if known is None or known.stage != stage.command.name or known.out != stage.out:
             known = StageState(stage.name, stage.command.name, stage.out)
-        if known.state == RUNNING:  # nobody runs it: the lock is ours
+        if known.state == RUNNING:  # not running any more: this process has the lock
             known.state, known.seconds = STOPPED, None
         stages.append(known)
     return ChainState(chain.name, old.started, now(), stages, old.made)
@@ -102,22 +102,22 @@ class _Run:
         with interrupts(self._stop):
             for number, stage in enumerate(self.chain.stages, start=1):
                 known = self._known(stage)
-                found = inspect_outputs(stage, self.folder, known, planned, data)
-                planned[stage.name] = found
+                plan = inspect_outputs(stage, self.folder, known, planned, data)
+                planned[stage.name] = plan
                 title = f"{number}/{total} {stage.name} ({stage.command.name})"
-                if found.settled:
-                    self._describe(stage, found)
+                if plan.settled:
+                    self._describe(stage, plan)
                     self.say(f"== {title}: done before")
                     continue
                 if self.stopping:
                     return Exit.INTERRUPTED
-                why = f": {found.verdict}, {found.why}" if found.why else ""
+                why = f": {plan.verdict}, {plan.why}" if plan.why else ""
                 self.say(f"== {title}{why}")
-                code = self._stage(stage, found, known)
+                code = self._stage(stage, plan, known)
                 if known.state != DONE:
                     return code
-                planned[stage.name] = replace(found, verdict="done", product=known.product)
-        save_chain(self.folder, self.state)  # some may have turned out to be done
+                planned[stage.name] = replace(plan, verdict="done", product=known.product)
+        save_chain(self.folder, self.state)  # some stages may have been found done
         return Exit.OK
 
     def _stop(self) -> None:
@@ -129,21 +129,20 @@ class _Run:
         return known
 
     def _trust(self, planned: dict[str, Planned]) -> None:
-        """Take an output as it is that changed after it was done, if it keeps its promises; else refuse."""
+        """Accept an output that changed after it was done, if it passes verification; else refuse."""
         for stage in self.chain.stages:
             if planned[stage.name].verdict != "edited":
                 continue
-            place = self.folder / places(stage)[-1]
+            path = self.folder / places(stage)[-1]
             faults = trustworthy(stage, self.folder)
             if faults:
-                mend = f"restore it, or remove {self.folder / stage.out} to have stage {stage.name} done again"
-                raise ArtifactMismatch(f"{place}: not what stage {stage.name} made, and not sound: {faults[0]}; {mend}")
-            self.say(f"{place}: changed since stage {stage.name} was done, but sound: what hangs on it is done again")
+                hint = f"restore it, or remove {self.folder / stage.out} to have stage {stage.name} done again"
+                raise ArtifactMismatch(f"{path}: not what stage {stage.name} made, and not sound: {faults[0]}; {hint}")
+            self.say(f"{path}: changed since stage {stage.name} was done, but sound: what hangs on it is done again")
             self._known(stage).product = product(self.folder, places(stage))
 
     def _refuse_strangers(self, read: Iterable[str]) -> None:
-        """Raise BadInput where a stage is to write into a folder with something in it that this chain did not make, or
-        over what the chain is to ``read``."""
+        """Raise BadInput if a stage would write into a folder with other files, or over data in ``read``."""
         read = list(read)
         for stage in self.chain.stages:
             path = self.folder / stage.out
@@ -152,22 +151,22 @@ class _Run:
                 text = f"{path}: holds something that this chain did not make"
                 raise BadInput(f"{text}; move it away, or choose another --out")
 
-    def _describe(self, stage: ChainStage, found: Planned) -> None:
-        """What the state file says of a stage's place in the chain. What it was begun with stays as it is."""
+    def _describe(self, stage: ChainStage, plan: Planned) -> None:
+        """Update a stage's entry in the state file. The inputs recorded at its start stay unchanged."""
         known = self._known(stage)
         known.inputs = named_inputs(stage)
         known.artifacts = artifact_folders(stage)
         known.arguments = arguments(self.chain, stage, self.folder)
-        if found.settled or found.verdict == "goes on":
-            known.config, known.digest = written(stage), found.digest
-        if found.settled:
+        if plan.settled or plan.verdict == "goes on":
+            known.config, known.digest = written(stage), plan.digest
+        if plan.settled:
             known.state = DONE
         elif known.state == DONE:
             known.state = WAITING
 
-    def _stage(self, stage: ChainStage, found: Planned, known: StageState) -> int:
-        """Run one stage to its end, whatever that is."""
-        going_on = self._begin(stage, found, known)
+    def _stage(self, stage: ChainStage, plan: Planned, known: StageState) -> int:
+        """Run one stage until it ends or fails."""
+        going_on = self._begin(stage, plan, known)
         known.state, known.error, known.started = RUNNING, None, now()
         save_chain(self.folder, self.state)
         words = [*known.arguments]
@@ -178,9 +177,7 @@ class _Run:
         code, last_words = self._command(started_command(stage, words))
         if known.seconds is not None:
             known.seconds = round(known.seconds + time.monotonic() - started, 1)
-        if (
-            code != Exit.OK and self.stopping
-        ):  # however it has put that: torchrun and a killed command have codes of their own
+        if code != Exit.OK and self.stopping:  # whatever the code: torchrun and a killed command have their own
             code = Exit.INTERRUPTED
         known.state = DONE if code == Exit.OK else STOPPED if code in CODES else FAILED
         if known.state == DONE:
@@ -190,16 +187,16 @@ class _Run:
             known.error = redacted(last_words or _exit_text(code))
         save_chain(self.folder, self.state)
         if known.state == FAILED:
-            mend = "mend that, and run the same command to go on"
-            self.say(f"capipe: stage {stage.name} failed (exit code {code}): {known.error}; {mend}")
+            hint = "mend that, and run the same command to go on"
+            self.say(f"capipe: stage {stage.name} failed (exit code {code}): {known.error}; {hint}")
         return code if code > 0 else Exit.FAILED
 
-    def _begin(self, stage: ChainStage, found: Planned, known: StageState) -> bool:
-        """Clear what no longer holds and note what the folder is begun with; True where the stage goes on instead."""
-        assert found.parts is not None
-        going_on = known.begun == dict(found.parts)
+    def _begin(self, stage: ChainStage, plan: Planned, known: StageState) -> bool:
+        """Remove stale parts and record the inputs at the start; returns True if the stage continues instead."""
+        assert plan.parts is not None
+        going_on = known.begun == dict(plan.parts)
         if not going_on:
-            stale = {name for name, mark in known.begun.items() if found.parts.get(name) != mark}
+            stale = {name for name, mark in known.begun.items() if plan.parts.get(name) != mark}
             for part in stage.command.spec.parts:
                 if part.name in stale and part.folder is not None:
                     self._clear(stage, part.folder)
@@ -209,7 +206,7 @@ class _Run:
             known.seconds = 0.0 if whole else None
             if whole:
                 known.measured = None
-        known.begun, known.digest, known.config = dict(found.parts), found.digest, written(stage)
+        known.begun, known.digest, known.config = dict(plan.parts), plan.digest, written(stage)
         known.product = None
         if stage.out not in self.state.made:
             self.state.made.append(stage.out)
@@ -227,7 +224,7 @@ class _Run:
             remove(path)
 
     def _measure(self, stage: ChainStage, known: StageState) -> None:
-        """Rows and seconds of a stage that is done, if all of its time is known."""
+        """Record rows and seconds of a finished stage, if all of its time is known."""
         if stage.recipe is not None:
             rows = stage.recipe.steps * stage.recipe.rollout.images
         elif known.artifacts:
@@ -238,9 +235,9 @@ class _Run:
             known.measured = {"rows": rows, "seconds": known.seconds}
 
     def _command(self, command: Sequence[str]) -> tuple[int, str]:
-        """Run a command in a session of its own; returns its exit code and the line it ended with.
+        """Run a command in its own session; returns its exit code and its last message.
 
-        A Ctrl-C in the terminal reaches us alone that way, and is passed on, once for each.
+        A Ctrl-C in the terminal then reaches only this process, and is forwarded once per press.
         """
         with tempfile.TemporaryDirectory() as scratch:
             last = Path(scratch) / "said"
@@ -265,14 +262,14 @@ class _Run:
                         self.say("stopping: the running stage finishes what it has begun")
                         process.send_signal(signal.SIGINT)
                         passed_on = True
-        except KeyboardInterrupt:  # the second one
+        except KeyboardInterrupt:  # second Ctrl-C
             process.send_signal(signal.SIGINT)
             process.wait()
             return Exit.INTERRUPTED
 
 
 def known_option(stage: ChainStage, name: str) -> bool:
-    """Whether a stage's command has an option that the chain decides about."""
+    """True if a stage's command has an option that the chain sets."""
     return name in inspect.signature(stage.command.function).parameters
 
 

@@ -1,4 +1,4 @@
-"""Whether a chain's values can be meant: by the checks that its commands make themselves, before any of them starts."""
+"""Validation of a chain's values by the commands' own checks, before any stage starts."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from .recipe import Chain, ChainStage, Source
 
 @dataclass
 class Problems:
-    """What is wrong, and what a run needs that is not there yet: a line each. The latter does not stop a plan."""
+    """Errors, and requirements that do not exist yet, one line each. The latter do not prevent planning."""
 
     problems: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
 
 
 def check_chain(chain: Chain) -> Problems:
-    """Look at every stage's values, models and data from outside. Loads no model and asks no network."""
-    found = Problems()
+    """Check every stage's values, models and external data. Loads no model and uses no network."""
+    result = Problems()
     for stage in chain.stages:
-        for place, check in _checks(chain, stage):
+        for key, check in _checks(chain, stage):
             try:
                 check()
             except Missing as error:
-                found.absent.append(f"{chain.file}: stages.{stage.name}.{place}: {error}")
+                result.absent.append(f"{chain.file}: stages.{stage.name}.{key}: {error}")
             except BadInput as error:
-                found.problems.append(f"{chain.file}: stages.{stage.name}.{place}: {error}")
-    return found
+                result.problems.append(f"{chain.file}: stages.{stage.name}.{key}: {error}")
+    return result
 
 
 def _checks(chain: Chain, stage: ChainStage) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Each thing to look at, with the key it stands under."""
+    """All checks of a stage, with the key that each belongs to."""
     yield "config", lambda: _options(chain, stage)
     for key, name, look in _models(stage):
         yield f"config.{key}", lambda name=name, look=look: look(name)  # type: ignore[misc]
@@ -62,7 +62,7 @@ def _data(source: Source) -> None:
 
 
 def _options(chain: Chain, stage: ChainStage) -> None:
-    """The command's own check, and whether its model, where that is here, can be asked with the prompts."""
+    """The command's own check, and whether its model, if it is local, accepts the prompts."""
     check = check_of(stage.command.spec)
     if check is None:
         return
@@ -79,7 +79,8 @@ def _options(chain: Chain, stage: ChainStage) -> None:
 def _values(chain: Chain, stage: ChainStage) -> dict[str, Any]:
     """A stage's options by the names of its command's parameters.
 
-    What another stage is yet to make stands by that stage's name; a model, by the one that its training starts from.
+    Output that another stage has yet to make is represented by that stage's name; a model, by the one its training
+    starts from.
     """
     options = stage.command.options
     values = {options[key].parameter: value for key, value in stage.config.items() if value is not None}
@@ -91,7 +92,7 @@ def _values(chain: Chain, stage: ChainStage) -> dict[str, Any]:
 
 
 def _base_model(chain: Chain, stage: ChainStage, key: str) -> str | None:
-    """The model that a stage has under ``key``; of one that is yet to be trained, the one that training starts from."""
+    """The model of a stage under ``key``; for one yet to be trained, the model that training starts from."""
     if key not in stage.inputs:
         name = stage.config.get(key) if stage.recipe is None else stage.recipe.model
         return name if isinstance(name, str) else None
@@ -103,7 +104,7 @@ def _base_model(chain: Chain, stage: ChainStage, key: str) -> str | None:
 
 
 def _models(stage: ChainStage) -> Iterator[tuple[str, str, Callable[[str], None]]]:
-    """Models that a stage names, by key, and how each kind is looked for."""
+    """Models that a stage names, by key, with the check for each kind."""
     if stage.recipe is not None:
         if "model" not in stage.inputs:
             yield "recipe", stage.recipe.model, _model
@@ -118,7 +119,7 @@ def _models(stage: ChainStage) -> Iterator[tuple[str, str, Callable[[str], None]
     asked_of = {"model": "engine", "screen-model": "screen-engine", "reader": "reader-engine"}
     for key, engine in asked_of.items():
         kind = config.get(engine) or config.get("engine") or ""
-        if config.get(key) is not None and "://" not in kind and not is_import_path(kind):  # these have their own
+        if config.get(key) is not None and "://" not in kind and not is_import_path(kind):  # no local model to check
             yield key, config[key], _model
     for key, look in (("itm", _model), ("clip", _clip)):
         if config.get(key) is not None:
@@ -129,7 +130,7 @@ def _models(stage: ChainStage) -> Iterator[tuple[str, str, Callable[[str], None]
 
 
 def _model(name: str) -> None:
-    """A bundled model, a folder or a hub id, as the engines take them; nothing is downloaded."""
+    """Check a bundled model, a folder or a hub id, as engines accept them; nothing is downloaded."""
     if _is_hub_id(name):
         _hub(name)
     else:
@@ -145,7 +146,7 @@ def _clip(name: str) -> None:
 
 
 def _anything(name: str) -> None:
-    """A model of any library: bundled, a folder, or named as on the hub."""
+    """Check a model of any library: bundled, a folder, or a hub id."""
     if name.startswith(PREFIX):
         _known(name)
     elif HUB_ID.fullmatch(name):
@@ -168,7 +169,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _hub(name: str) -> None:
-    """Where the hub may be asked, it is when the stage runs; else the model has to be here already."""
+    """Check that a hub model is cached if the hub is offline; otherwise it is fetched when the stage runs."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):

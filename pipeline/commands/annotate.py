@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class QualityGateOptions:
-    """Which captions are degenerate, by the names of QualityGateConfig."""
+    """Thresholds for degenerate captions, named as in QualityGateConfig."""
 
     loop_repeats: Annotated[
         int, typer.Option(help="Copies in a row of a sentence that make a caption degenerate; short phrases need more.")
@@ -36,7 +36,7 @@ class QualityGateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateOptions:
-    """The options of `capipe annotate`."""
+    """Options of `capipe annotate`."""
 
     shards: o.Shards
     out: o.Out
@@ -67,9 +67,9 @@ class AnnotateOptions:
 
 
 def check(options: AnnotateOptions) -> AnnotateConfig:
-    """The stage's config, with the prompts of a model that is asked with words.
+    """The stage's config, with the prompts for a chat model.
 
-    Looks at no model and no data. Raises BadInput.
+    Does not access the model or the data. Raises BadInput.
     """
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.annotate.quality_gate import QualityGateConfig
@@ -96,25 +96,25 @@ def annotate(options: AnnotateOptions) -> None:
     config = check(options)
     prompts = chosen_prompts(options.prompt, options.model, options.engine, options.system)
     config = config.model_copy(update={"prompts": prompts})
-    place = options.captioner.placement()
-    setup = options.captioner.setup(place, config.room, options.trace)
+    placement = options.captioner.placement()
+    setup = options.captioner.setup(placement, config.room, options.trace)
     stage = AnnotateStage(config, setup, options.model, options.pack)
-    made = plan(stage, options.shards, options.out, **options.run.plan_options(options.retry))
-    code = run_job(made, place)
-    if made.todo and code is not Exit.INTERRUPTED:
+    job = plan(stage, options.shards, options.out, **options.run.plan_options(options.retry))
+    code = run_job(job, placement)
+    if job.todo and code is not Exit.INTERRUPTED:
         _warn_of_shared(options.out)
     raise typer.Exit(code)
 
 
 def _warn_of_shared(out: str) -> None:
-    """A line on stderr where many pictures have the same caption."""
+    """Warn on stderr if many images have the same caption."""
     from ...manifests.artifact import Artifact
     from ..inspect.shared_captions import shared_captions
 
     artifact = Artifact.open(out)
     try:
         shared = shared_captions(artifact, list(artifact.committed()))
-    except (OSError, ValueError) as error:  # all is committed by now; `capipe verify` looks for what is wrong
+    except (OSError, ValueError) as error:  # everything is committed; `capipe verify` finds such errors
         print_err(f"warning: captions that pictures share were not counted: {error}")
         return
     if shared is not None:

@@ -26,7 +26,7 @@ COSINE = 0.96
 
 @dataclass(frozen=True, kw_only=True)
 class DedupOptions:
-    """The options of `capipe dedup`."""
+    """Options of `capipe dedup`."""
 
     shards: o.Shards
     out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for artifacts: hashes, against, marked.")]
@@ -48,7 +48,7 @@ class DedupOptions:
 
 
 def check(options: DedupOptions) -> DedupConfig:
-    """The config of marking. Looks at no data. Raises BadInput."""
+    """The config for marking duplicates. Does not access the data. Raises BadInput."""
     from ...stages.dedup.cosine import require_faiss
     from ...stages.dedup.marks import DedupConfig
 
@@ -67,7 +67,7 @@ def dedup(options: DedupOptions) -> None:
     from ..jobs import dedup as steps
 
     config = check(options)
-    made = steps.plan_dedup(
+    plan = steps.plan_dedup(
         options.shards,
         options.out,
         config,
@@ -78,13 +78,13 @@ def dedup(options: DedupOptions) -> None:
     )
     artifacts: list[Artifact] = []
     try:
-        code = _step("hash", len(made.shards), artifacts, lambda *told: steps.hash_images(made, *told))
-        if code is Exit.OK and made.against:
-            code = _step("hash", None, artifacts, lambda *told: steps.hash_references(made, *told))
+        code = _step("hash", len(plan.shards), artifacts, lambda *args: steps.hash_images(plan, *args))
+        if code is Exit.OK and plan.against:
+            code = _step("hash", None, artifacts, lambda *args: steps.hash_references(plan, *args))
         if code is Exit.OK:
-            hashes, references = artifacts[0], artifacts[1] if made.against else None
-            total = len(made.shards)
-            code = _step("dedup", total, artifacts, lambda *told: steps.mark(made, hashes, references, *told))
+            hashes, references = artifacts[0], artifacts[1] if plan.against else None
+            total = len(plan.shards)
+            code = _step("dedup", total, artifacts, lambda *args: steps.mark(plan, hashes, references, *args))
             if skipped := artifacts[-1].config["run"].get("embeddings_skipped"):
                 print_err(f"{skipped} images have no usable embedding: compared by their hashes alone")
     finally:
@@ -94,7 +94,7 @@ def dedup(options: DedupOptions) -> None:
 
 
 def _step(name: str, total: int | None, artifacts: list[Artifact], run: Callable[..., tuple[Artifact, Any]]) -> Exit:
-    """Run one pass under its progress display, keep its artifact's lock, and say what came of it."""
+    """Run one pass with a progress display, keep its artifact's lock, and print the result."""
     progress = Progress(name, total, ready=time.monotonic())
     with job_session(progress) as (report, stop):
         artifact, outcome = run(report, stop)

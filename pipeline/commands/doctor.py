@@ -1,4 +1,4 @@
-"""`capipe doctor`: what this machine can run, what is missing, and how to get it."""
+"""`capipe doctor`: report of what this machine can run, what is missing, and how to install it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. ``mend`` says how to get what is missing; None where nothing is."""
+    """One line of the report. ``mend``: how to install what is missing; None if nothing is."""
 
     name: str
     found: str
@@ -28,7 +28,7 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """All findings, in the order they are shown. Imports torch; loads no model."""
+    """All findings, in display order. Imports torch; loads no model."""
     return [finding for check in _CHECKS for finding in check()]
 
 
@@ -43,8 +43,8 @@ def _torch() -> Iterator[Check]:
     try:
         torch = import_module("torch")
     except ImportError as error:
-        mend = f"make setup; where no CPU build is at hand: pip install torch --index-url {_CPU_INDEX}"
-        yield Check("torch", f"does not import ({error})", mend)
+        fix = f"make setup; where no CPU build is at hand: pip install torch --index-url {_CPU_INDEX}"
+        yield Check("torch", f"does not import ({error})", fix)
         return
     yield Check("torch", torch.__version__)
     if torch.cuda.is_available():
@@ -74,7 +74,7 @@ def _gpus() -> Iterator[Check]:
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA that the installed torch was built for; None for a CPU build, or where it does not import."""
+    """CUDA version that the installed torch was built for; None for a CPU build, or if the import fails."""
     try:
         cuda: str | None = import_module("torch").version.cuda
     except ImportError:
@@ -90,8 +90,8 @@ def _engines() -> Iterator[Check]:
     if vllm and error is None:
         yield Check("engine vllm", vllm)
     else:
-        mend = "pip install 'capipe[vllm]' (CUDA) or pip install 'capipe[cpu]'"
-        yield Check("engine vllm", f"does not import ({error})" if error else "absent", mend, required=False)
+        fix = "pip install 'capipe[vllm]' (CUDA) or pip install 'capipe[cpu]'"
+        yield Check("engine vllm", f"does not import ({error})" if error else "absent", fix, required=False)
     yield Check("engine http", "any OpenAI-compatible server: --engine http://127.0.0.1:8000")
 
 

@@ -14,7 +14,7 @@ from .run_job import run_job
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions:
-    """The options of `capipe embed`."""
+    """Options of `capipe embed`."""
 
     shards: o.Shards
     out: o.Out
@@ -25,7 +25,7 @@ class EmbedOptions:
 
 
 def check(options: EmbedOptions) -> None:
-    """Looks at no model and no data. Raises BadInput."""
+    """Check the options without access to model or data. Raises BadInput."""
     options.scorer_options.check(options.run)
 
 
@@ -38,7 +38,7 @@ def embed(options: EmbedOptions) -> None:
 
     check(options)
     scorer = options.scorer_options
-    place = options.run.placement("", scorer.gpus)
-    setup = ScoreSetup((ScorerConfig("clip", options.clip, scorer.dtype),), scorer.decoders(place))
-    made = plan(EmbedStage(setup), options.shards, options.out, **options.run.plan_options(options.retry))
-    raise typer.Exit(run_job(made, place))
+    placement = options.run.placement("", scorer.gpus)
+    setup = ScoreSetup((ScorerConfig("clip", options.clip, scorer.dtype),), scorer.decoders(placement))
+    job = plan(EmbedStage(setup), options.shards, options.out, **options.run.plan_options(options.retry))
+    raise typer.Exit(run_job(job, placement))

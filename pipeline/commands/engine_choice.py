@@ -1,4 +1,4 @@
-"""A command's model with what its engine is told: checked by rule, placed, and described for workers."""
+"""A command's model with its engine options: checked, placed, and described for workers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _OF_IMAGES = ("min_pixels", "max_pixels")
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """``settings``: those of :meth:`.options.EngineOptions.engine_settings`, None for an engine's own default.
+    """``settings``: as of :meth:`.options.EngineOptions.engine_settings`, None for an engine's own default.
 
-    ``sees``: images go to it. ``option``: where a second model's settings came from.
+    ``sees``: the model gets images. ``option``: the option with a second model's settings.
     """
 
     model: str
@@ -37,18 +37,18 @@ class EngineChoice:
 
     @classmethod
     def of(cls, model: str, engine: str, options: EngineOptions, run: RunOptions) -> EngineChoice:
-        """A command's first model. Raises BadInput for what is no key=value."""
+        """A command's first model. Raises BadInput for a malformed key=value."""
         return cls(model, engine, options.engine_settings(), options.gpus, run)
 
     def second(
         self, model: str, engine: str | None, option: str, given: Sequence[str] | None, *, same: bool, sees: bool
     ) -> EngineChoice:
-        """Another model with these settings, but for what ``option`` gives in their place. Raises BadInput."""
+        """Another model with these settings, overridden by ``option``. Raises BadInput."""
         settings = second_model(option, self.settings, given, same=same, sees=sees)
         return EngineChoice(model, engine or self.engine, settings, self.gpus, self.run, sees, option)
 
     def check(self) -> None:
-        """Raises BadInput for what no engine of this kind takes, Missing where the adapter's folder is not there."""
+        """Raises BadInput for settings that no engine of this kind accepts, Missing if the adapter does not exist."""
         from ...models.engines.lora import check_adapter
 
         self.run.check(self.engine, self.gpus, self.settings["tensor_parallel_size"])
@@ -57,11 +57,11 @@ class EngineChoice:
             check_adapter(self.settings["adapter"])
 
     def placement(self) -> Placement:
-        """Where its workers are to be. Raises BadInput."""
+        """Placement of its workers. Raises BadInput."""
         return self.run.placement(self.engine, self.gpus, self.settings["tensor_parallel_size"])
 
     def setup(self, place: Placement, room: int | None, trace: Path | None = None) -> EngineSetup:
-        """What workers need of it; ``room``: tokens beside an image, None for all of the model's. Raises BadInput."""
+        """The setup for workers; ``room``: tokens beside an image, None for the full context. Raises BadInput."""
         from ...models.engines.loading import vllm_runs
 
         config = self._config(room)
@@ -72,7 +72,7 @@ class EngineChoice:
         return EngineSetup(config, decode_workers=workers if self.sees else 0, trace=trace)
 
     def refuse_own(self, why: str) -> None:
-        """Raises BadInput for settings of this model alone, where a command has none in its place."""
+        """Raises BadInput for settings that only apply to this model, if the command runs without it."""
         for option, name in (
             ("--engine-arg", "engine_args"),
             ("--template-arg", "template_args"),

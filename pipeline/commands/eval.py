@@ -1,4 +1,4 @@
-"""`capipe eval`: captions, graded by a reader, in figures; and `capipe compare`, two such runs against each other."""
+"""`capipe eval`: metrics of captions graded by a reader; and `capipe compare`: comparison of two such runs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from ...stages.questions.grade import GradeConfig
     from ...trainer.evaluation.results import Caution, Comparison, EvaluationReport
 
-CAPTIONED, GRADED = "captions", "graded"  # the artifacts in --out; the report lies beside them
+CAPTIONED, GRADED = "captions", "graded"  # the artifacts in --out; the report is beside them
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionerSampling(o.SamplingOptions):
-    """How captions to evaluate are drawn."""
+    """Sampling options for the captions to evaluate."""
 
     temperature: Annotated[float, typer.Option(help="Of the captioner; 0 is greedy.")] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """The options of `capipe eval`."""
+    """Options of `capipe eval`."""
 
     shards: o.Shards
     questions: Annotated[str, typer.Option(help="Folder of `capipe qa`, or an artifact of questions.")]
@@ -77,28 +77,28 @@ class EvalOptions:
 
     @property
     def captioner(self) -> EngineChoice:
-        """Who captions; of no model where captions were made before."""
+        """The captioning model; its name is empty if captions already exist."""
         return EngineChoice.of(self.model or "", self.engine, self.engine_options, self.run)
 
     @property
     def grader(self) -> EngineChoice:
-        """Who answers the questions."""
-        option, given = "--reader-arg", self.reader_arg
-        return self.captioner.second(self.reader, self.reader_engine, option, given, same=False, sees=False)
+        """The model that answers the questions."""
+        option, values = "--reader-arg", self.reader_arg
+        return self.captioner.second(self.reader, self.reader_engine, option, values, same=False, sees=False)
 
 
 @dataclass(frozen=True)
 class EvalConfigs:
-    """The configs of both stages."""
+    """Configs of both stages."""
 
     annotate: AnnotateConfig
     grade: GradeConfig
 
 
 def check(options: EvalOptions) -> EvalConfigs:
-    """The configs of both stages, with the prompts of a model that is asked with words.
+    """Configs of both stages, with the prompts for a chat model.
 
-    Looks at no model and no data. Raises BadInput.
+    Does not access the models or the data. Raises BadInput.
     """
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.questions.grade import GradeConfig
@@ -117,7 +117,7 @@ def check(options: EvalOptions) -> EvalConfigs:
         AnnotateConfig,
         prompts=prompts,
         samples=options.samples,
-        max_attempts=1,  # what the captioner writes is what is measured
+        max_attempts=1,  # the captioner's first output is measured
         **settings(options.sampling),
     )
     generic = {} if options.generic is None else {"generic": options.generic}
@@ -143,14 +143,14 @@ def evaluate(options: EvalOptions) -> None:
     check_measures(options)
     prompts = chosen_prompts(options.prompt, options.model, options.engine)
     captioning = config.annotate.model_copy(update={"prompts": prompts})
-    place = options.grader.placement()
+    placement = options.grader.placement()
     mode = options.reading.reader_mode or "choose"
     captions = None if options.captions is None else captions_artifact(options.captions)
     longest = (
         captioning.max_tokens if captions is None else captions.setting("semantic", "annotate", "max_tokens", kind=int)
     )
     reads = ReaderConfig(presentations=config.grade.presentations, mode=mode)
-    setup = options.grader.setup(place, quiz_room(longest, reads.answer_tokens))
+    setup = options.grader.setup(placement, quiz_room(longest, reads.answer_tokens))
     grading = GradeStage(config.grade, setup, mode, asked_of(questions))
     codes = [Exit.OK]
     if captions is None:
@@ -165,17 +165,17 @@ def evaluate(options: EvalOptions) -> None:
     graded = str(options.out / GRADED)
     grading = grading.with_room(lengths.longest)
     beside = {screen.QUESTIONS: questions, grade.CAPTIONS: captions}
-    made = plan(grading, options.shards, graded, beside=beside, **options.run.plan_options(options.retry))
-    codes.append(run_job(made, place))
+    job = plan(grading, options.shards, graded, beside=beside, **options.run.plan_options(options.retry))
+    codes.append(run_job(job, placement))
     if codes[-1] is Exit.INTERRUPTED:
         raise typer.Exit(codes[-1])
-    if Artifact.open(graded).committed():  # else what kept every shard from being graded has been said
+    if Artifact.open(graded).committed():  # otherwise the reason why no shard was graded has been printed
         report(options, graded, warnings)
     raise typer.Exit(max(codes))
 
 
 def report(options: EvalOptions, graded: str, warnings: Sequence[Caution]) -> None:
-    """Compute the figures; write and show them."""
+    """Compute the metrics; write and show them."""
     from ...manifests.artifact import Artifact
     from ..jobs.eval import EvaluationModels, report_on, write_report
 
@@ -188,7 +188,7 @@ def report(options: EvalOptions, graded: str, warnings: Sequence[Caution]) -> No
 
 
 def check_measures(options: EvalOptions) -> None:
-    """Raise BadInput where a model that is only asked at the end cannot be had: before anything is captioned."""
+    """Raise BadInput early, before captioning, if a model used only for the final metrics is not available."""
     from ...models.scorers.clip_source import clip_place
     from ...models.scorers.lm_scores import load_text_scorer
     from ..jobs.eval import load_cosine
@@ -202,15 +202,15 @@ def check_measures(options: EvalOptions) -> None:
 
 
 def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifact]:
-    """Have the captioner write what is graded. Raises Exit where that was interrupted."""
+    """Write the captions to grade. Raises Exit if interrupted."""
     from ..jobs.annotate import AnnotateStage
     from ..jobs.engine import plan
 
     captioner = options.captioner
-    place = captioner.placement()
-    stage = AnnotateStage(config, captioner.setup(place, config.room), captioner.model)
+    placement = captioner.placement()
+    stage = AnnotateStage(config, captioner.setup(placement, config.room), captioner.model)
     out = str(options.out / CAPTIONED)
-    code = run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), place)
+    code = run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), placement)
     if code is Exit.INTERRUPTED:
         raise typer.Exit(code)
     return code, captions_artifact(out)
@@ -237,7 +237,7 @@ def compare(
 
 
 def show(value: EvaluationReport | Comparison) -> None:
-    """The tables on stdout."""
+    """Print the tables to stdout."""
     from ...trainer.evaluation.tables import terminal
 
     console = Console(soft_wrap=False)
@@ -246,6 +246,6 @@ def show(value: EvaluationReport | Comparison) -> None:
 
 
 def say_warnings(warnings: Sequence[Caution]) -> None:
-    """A line each on stderr."""
+    """Print warnings to stderr, one line each."""
     for warning in warnings:
         print_err(f"warning: {warning.text}")

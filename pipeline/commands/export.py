@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """The options of `capipe export`."""
+    """Options of `capipe export`."""
 
     artifact: Annotated[str, typer.Argument(help="Final shards; or any artifact that has tars.")]
     out: o.Out
@@ -51,7 +51,7 @@ class ExportOptions:
 
 
 def check(options: ExportOptions) -> CardWords:
-    """What the card says. Looks at no data. Raises BadInput, also for a format or an extension that is none."""
+    """User-provided fields of the card. Does not access the data. Raises BadInput, also for a bad format option."""
     from ...stages.export.card import CardWords
     from ...stages.export.formats import writer_class
     from ..jobs.export import check_extension
@@ -70,7 +70,7 @@ def export(options: ExportOptions) -> None:
     from ..runners.progress import Progress
 
     words = check(options)
-    made = plan_export(
+    plan = plan_export(
         options.artifact,
         options.out,
         options.format,
@@ -81,16 +81,16 @@ def export(options: ExportOptions) -> None:
         workers=options.workers,
         fresh=options.fresh,
     )
-    done = made.artifact.committed().values()
+    done = plan.artifact.committed().values()
     before = sum(record.count for record in done)
-    progress = Progress("export", made.shards, len(done), made.rows, before, ready=time.monotonic())
+    progress = Progress("export", plan.shards, len(done), plan.rows, before, ready=time.monotonic())
     try:
         with job_session(progress) as (report, stop):
-            outcome = execute_export(made, report, stop)
-        for note in finish(made, words) or []:
+            outcome = execute_export(plan, report, stop)
+        for note in finish(plan, words) or []:
             print_err(note)
     finally:
-        made.artifact.close()
+        plan.artifact.close()
     raise typer.Exit(conclude(options.out, outcome.interrupted, progress.finished_line()))
 
 

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FilterRunOptions(o.RunOptions):
-    """Where scoring runs, and whether selecting starts over."""
+    """Options for the placement of scoring, and for restarting the selection."""
 
     fresh: Annotated[bool, typer.Option("--fresh", help="Write the final shards anew; scores stay.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterOptions:
-    """The options of `capipe filter`."""
+    """Options of `capipe filter`."""
 
     shards: o.Shards
     out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL): scores go to scores/, tars to shards/.")]
@@ -70,7 +70,7 @@ class FilterOptions:
 
 
 def check(options: FilterOptions) -> SelectConfig:
-    """The config of selecting. Looks at no model and no data. Raises BadInput."""
+    """The config for selection. Does not access models or data. Raises BadInput."""
     from ...stages.filter.select import SelectConfig
 
     if options.by is not None and options.top is None:
@@ -98,18 +98,18 @@ def filter_(options: FilterOptions) -> None:
     if scores is None:
         scores = f"{out}/scores"
         scored = score_step(options, scores)
-        if scored is not Exit.OK:  # what is missing would be missing in the final shards
+        if scored is not Exit.OK:  # missing scores would be missing in the final shards
             raise typer.Exit(scored)
-        if options.run.share:  # selecting is one process's, and takes seconds
+        if options.run.share:  # selection runs in one process, and takes seconds
             print_err(f"scored; to select: the same command without --share, or with --scores {scores}")
             raise typer.Exit(scored)
-    made = Artifact.open(scores)
+    artifact = Artifact.open(scores)
     final = f"{out}/shards"
-    raise typer.Exit(select_step(made, options.shards, final, config, marks, options.workers, options.run.fresh))
+    raise typer.Exit(select_step(artifact, options.shards, final, config, marks, options.workers, options.run.fresh))
 
 
 def score_setup(options: FilterOptions, place: Placement) -> ScoreSetup:
-    """The scorers as options name them, by kind."""
+    """The scorers named by the options, by kind."""
     from ...models.scorers.loading import ScorerConfig
     from ..jobs.score import ScoreSetup
 
@@ -120,24 +120,24 @@ def score_setup(options: FilterOptions, place: Placement) -> ScoreSetup:
 
 
 def score_step(options: FilterOptions, out: str) -> Exit:
-    """Score what the shards (and the annotate artifact beside them) hold into the artifact ``out``.
+    """Score the captions of the shards and of the annotate artifact joined with them into the artifact ``out``.
 
-    Loads no model where all is scored. Scores by other models, or of other captions, are refused and not replaced.
+    Loads no model if everything is scored. Scores by other models, or of other captions, are refused and not replaced.
     """
     from ...stages.filter.score import CAPTIONS
     from ..jobs.engine import plan
     from ..jobs.score import ScoreStage
 
-    place = options.run.placement("", options.scorer_options.gpus)
+    placement = options.run.placement("", options.scorer_options.gpus)
     beside = {}
     if options.captions is not None:
         captions = beside[CAPTIONS] = Artifact.open(options.captions)
         if captions.stage != "annotate":
             text = f"{options.captions}: an artifact of stage {captions.stage!r}"
             raise BadInput(f"{text}; --captions takes one of `capipe annotate`")
-    stage = ScoreStage(score_setup(options, place))
-    made = plan(stage, options.shards, out, beside=beside, retry=options.retry, share=options.run.share)
-    return run_job(made, place)
+    stage = ScoreStage(score_setup(options, placement))
+    job = plan(stage, options.shards, out, beside=beside, retry=options.retry, share=options.run.share)
+    return run_job(job, placement)
 
 
 def select_step(
@@ -149,9 +149,9 @@ def select_step(
     workers: int | None = None,
     fresh: bool = False,
 ) -> Exit:
-    """Select from ``shards`` by their scores into the artifact ``out``; its report and uid list come last.
+    """Select from ``shards`` by their scores into the artifact ``out``; its report and uid list are written last.
 
-    Loads no model. Raises CapipeError before anything is written where the input cannot be used.
+    Loads no model. Raises CapipeError before anything is written if the input cannot be used.
     """
     from ..jobs.select import execute_select, plan_select, write_uids
     from ..report.filter import write_filter_report

@@ -1,4 +1,4 @@
-"""Which GPUs a command's engines get, and how many processes decode for each."""
+"""Assignment of GPUs to a command's engines, and the number of decoding processes for each."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from ...terminal import print_err
 
 
 def visible_gpus(option: str | None) -> list[str]:
-    """GPUs to use by their CUDA numbers: ``--gpus``, else all that are visible; an empty list where there are none."""
+    """CUDA numbers of the GPUs to use: ``--gpus``, else all visible ones; an empty list if there are none."""
     if option is not None:
         names = [name.strip() for name in option.split(",") if name.strip()]
-        return [""] if names in ([], ["none"]) else names  # one worker that sees no GPU
+        return [""] if names in ([], ["none"]) else names  # one worker without GPU
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name and name != "-1"]
-    import torch  # asks the driver without starting CUDA in this process
+    import torch  # queries the driver without initializing CUDA in this process
 
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def default_decode_workers(gpus: int) -> int:
-    """Decoding processes per engine: the cores shared out, one kept for the engine, never more than 16."""
+    """Decoding processes per engine: the cores divided among engines, minus one for each engine, at most 16."""
     cores = len(os.sched_getaffinity(0))
     return max(1, min(16, cores // max(1, gpus) - 1))
 
 
 def gpu_groups(names: Sequence[str], size: int) -> tuple[str, ...]:
-    """GPUs in groups for one engine each, as CUDA_VISIBLE_DEVICES has them; says which are left over.
+    """Groups of GPUs, one per engine, in the format of CUDA_VISIBLE_DEVICES; prints which are left over.
 
-    Raises BadInput where there are not enough for one group.
+    Raises BadInput if there are not enough for one group.
     """
     if size == 1:
         return tuple(names)
@@ -48,5 +48,5 @@ def gpu_groups(names: Sequence[str], size: int) -> tuple[str, ...]:
 
 @cache
 def _say_once(line: str) -> None:
-    """A command may ask for the places of two models."""
+    """Print a line once: a command may request placements for two models."""
     print_err(line)

@@ -1,4 +1,4 @@
-"""`capipe ingest`, and `capipe render`, which makes pictures to ingest."""
+"""`capipe ingest`, and `capipe render`, which makes images to ingest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderOptions:
-    """The options of `capipe render`."""
+    """Options of `capipe render`."""
 
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures, their alt texts and their truth.")]
     images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 400
@@ -31,7 +31,7 @@ class RenderOptions:
 
 
 def check_render(options: RenderOptions) -> Split:
-    """Whose scenes to render. Raises BadInput where there is no such split."""
+    """The split of scenes to render. Raises BadInput if it does not exist."""
     for split in get_args(Split):
         if options.split == split:
             return split  # type: ignore[no-any-return]
@@ -49,7 +49,7 @@ def render(options: RenderOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
-    """What goes into shards and how, by the names of IngestConfig."""
+    """Options for the contents of shards, named as in IngestConfig."""
 
     shard_size: Annotated[int, typer.Option(help="Items per shard, usable or not.")] = 10_000
     convert: Annotated[
@@ -87,7 +87,7 @@ class ShardOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class IngestOptions:
-    """The options of `capipe ingest`."""
+    """Options of `capipe ingest`."""
 
     sources: Annotated[
         list[str],
@@ -103,7 +103,7 @@ class IngestOptions:
 
 
 def check(options: IngestOptions) -> IngestConfig:
-    """The stage's config. Looks at no data. Raises BadInput."""
+    """The stage's config. Does not access the data. Raises BadInput."""
     from ...stages.ingest.shard import IngestConfig
 
     return validated(IngestConfig, **settings(options.sharding))

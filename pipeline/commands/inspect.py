@@ -1,4 +1,4 @@
-"""`capipe status`, `capipe report`, `capipe view`: commands that look and change nothing."""
+"""`capipe status`, `capipe report`, `capipe view`: read-only commands."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def status(
     if live:
         try:
             follow(lambda: overview(folder), every, Console())
-        except KeyboardInterrupt:  # the way to end it: nothing was stopped by it
+        except KeyboardInterrupt:  # the normal way to exit: no run is stopped by it
             raise typer.Exit(Exit.OK) from None
         return
-    found = overview(folder)
+    result = overview(folder)
     if as_json:
-        print(json.dumps(found.as_json(), indent=1))
+        print(json.dumps(result.as_json(), indent=1))
         return
-    for line, _ in lines(found):
+    for line, _ in lines(result):
         print_line(line)
 
 

@@ -1,4 +1,4 @@
-"""``key=value`` options: read once, the same for all of them; and what such an option of a second model sets."""
+"""Parsing of ``key=value`` options, and the engine settings of a second model given by such an option."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ...errors import BadInput
 from ...manifests.files.bounded_json import MAX_NESTING, is_deeper
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
-TEMPLATE = "template"  # the section of a second model's options that its chat template gets
+TEMPLATE = "template"  # section of a second model's options for its chat template
 
-#: Options of an engine by their long names: the field that each sets (of EngineConfig, but for ``decode_workers``), and
-#: what it takes.
+#: Engine options by their long names: the field that each sets (of EngineConfig, except ``decode_workers``) and its
+#: type.
 FIELDS: Mapping[str, tuple[str, type]] = {
     "gpu-memory": ("gpu_memory_utilization", float),
     "dtype": ("dtype", str),
@@ -28,17 +28,17 @@ FIELDS: Mapping[str, tuple[str, type]] = {
     "decode-workers": ("decode_workers", int),
 }
 OF_IMAGES = ("max-pixels", "min-pixels", "decode-workers")
-#: Those of one model alone: another one named beside it does not get them.
+#: Settings of one model only: a second model does not inherit them.
 OWN: Mapping[str, Any] = {"template_args": {}, "engine_args": {}, "adapter": ""}
 _WORDS = {float: "a number", int: "a whole number", str: "a text"}
 
 
 def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
-    """``["a=1", "b.c=x"]`` as ``{"a": 1, "b": {"c": "x"}}``; values are JSON where that parses, else texts.
+    """Parse ``["a=1", "b.c=x"]`` into ``{"a": 1, "b": {"c": "x"}}``; values are JSON if they parse, else strings.
 
-    Raises BadInput, naming ``option``, for what is no key=value, and for a key that is given twice.
+    Raises BadInput, naming ``option``, for a malformed key=value, and for a repeated key.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for text in given or ():
         key, equals, value = text.partition("=")
         if not equals or not _KEY.fullmatch(key):
@@ -46,7 +46,7 @@ def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
                 f"{option} {text!r}: write key=value, the key of letters, digits and _; dots go into objects"
             )
         *path, last = key.split(".")
-        inner = found
+        inner = result
         for name in path:
             inner = inner.setdefault(name, {})
             if not isinstance(inner, dict):
@@ -54,21 +54,21 @@ def key_values(option: str, given: Sequence[str] | None) -> dict[str, Any]:
         if last in inner:
             raise BadInput(f"{option} {text!r}: {key} is given twice")
         inner[last] = _value(value)
-    return found
+    return result
 
 
 def engine_args(option: str, given: Sequence[str] | None) -> dict[str, Any]:
-    """Arguments by vLLM's own names, which may be written as on its command line: ``block-size=32``."""
+    """vLLM arguments by their own names, which may be written as on its command line: ``block-size=32``."""
     return _underscored(option, key_values(option, given))
 
 
 def second_model(
     option: str, first: Mapping[str, Any], given: Sequence[str] | None, *, same: bool, sees: bool = True
 ) -> dict[str, Any]:
-    """The engine options of a command's second model: the first one's, with what ``option`` gives in their place.
+    """Engine options of a command's second model: the first one's, overridden by ``option``.
 
     A key is one of :data:`FIELDS`, ``template.KEY``, or an argument of vLLM. ``same``: it is the first model again,
-    adapter and all. Raises BadInput.
+    including the adapter. Raises BadInput.
     """
     options = {**first, **({} if same else OWN)}
     rest: dict[str, Any] = {}
@@ -89,14 +89,14 @@ def second_model(
     return options
 
 
-def _underscored(option: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in given.items():
+def _underscored(option: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in arguments.items():
         name = key.replace("-", "_")
-        if name in found:
+        if name in result:
             raise BadInput(f"{option} {key}: is given twice")
-        found[name] = value
-    return found
+        result[name] = value
+    return result
 
 
 def _value(text: str) -> Any:

@@ -1,7 +1,7 @@
-"""Option groups: frozen dataclasses whose fields are the single options of a command.
+"""Option groups: frozen dataclasses whose fields are single options of a command.
 
-A field has its type, its help and its default as a parameter of a Typer command would. A field that is such a dataclass
-itself stands for that group's options, in this place. A group declared once may be part of any number of commands::
+A field has type, help and default like a parameter of a Typer command. A field whose type is such a dataclass stands
+for that group's options, in this position. A group declared once can be used in any number of commands::
 
     @dataclass(frozen=True, kw_only=True)
     class Sampling:
@@ -27,9 +27,9 @@ Result = TypeVar("Result")
 
 
 def flattened(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes single options in place of its groups, in their order; as keyword arguments alone.
+    """A command that takes single options instead of its groups, in their order, as keyword arguments only.
 
-    Its signature is what Typer and `capipe run` read. Raises TypeError where two groups have an option of one name.
+    Its signature is read by Typer and `capipe run`. Raises TypeError if two groups have an option of the same name.
     """
     signature = inspect.Signature(single_options(command))
 
@@ -40,21 +40,21 @@ def flattened(command: Callable[..., None]) -> Callable[..., None]:
         call(command, bound.arguments)
 
     flat.__signature__ = signature  # type: ignore[attr-defined]
-    flat.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()} | {"return": None}
+    flat.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()} | {"return": None}
     return flat
 
 
 def call(function: Callable[..., Result], values: Mapping[str, Any]) -> Result:
-    """Call a function with groups among its parameters by the values of single options.
+    """Call a function that has groups among its parameters, given the values of single options.
 
-    Options without a value have their defaults; values of other options are left out.
+    Missing options get their defaults; values of other options are ignored.
     """
     hints = _hints(function)
     return function(**_arguments(((name, hints[name]) for name in inspect.signature(function).parameters), values))
 
 
 def settings(group: Any) -> dict[str, Any]:
-    """A group's options by name; groups inside it stay what they are."""
+    """A group's options by name; nested groups are kept as they are."""
     return {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
 
 
@@ -63,27 +63,27 @@ def is_group(kind: Any) -> TypeGuard[type]:
 
 
 def _arguments(names: Iterator[tuple[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
+    arguments = {}
     for name, kind in names:
         if is_group(kind):
             hints = get_type_hints(kind)
-            found[name] = kind(**_arguments(((f.name, hints[f.name]) for f in dataclasses.fields(kind)), values))
+            arguments[name] = kind(**_arguments(((f.name, hints[f.name]) for f in dataclasses.fields(kind)), values))
         elif name in values:
-            found[name] = values[name]
-    return found
+            arguments[name] = values[name]
+    return arguments
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The types of its parameters alone: that of its result may be there for type checkers only."""
+    """Types of the parameters only: the return type may be available to type checkers only."""
     own = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
     return get_type_hints(SimpleNamespace(__annotations__=own), function.__globals__, include_extras=True)
 
 
 def single_options(command: Callable[..., None]) -> list[Parameter]:
-    """The options of a command, each in the place of its group. Raises TypeError where two have one name."""
+    """The options of a command, each in the position of its group. Raises TypeError if two have the same name."""
     hints = _hints(command)
     declared = inspect.signature(command).parameters.values()
-    options = [option for each in declared for option in _expanded(each.name, hints[each.name], each.default)]
+    options = [option for p in declared for option in _expanded(p.name, hints[p.name], p.default)]
     shared = [name for name, count in Counter(option.name for option in options).items() if count > 1]
     if shared:
         raise TypeError(f"{command.__qualname__}: more than one of its option groups has {', '.join(shared)}")

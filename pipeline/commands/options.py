@@ -1,4 +1,4 @@
-"""Options that mean the same in every command, one by one or in groups (:mod:`.option_groups`)."""
+"""Options with the same meaning in every command, single or in groups (:mod:`.option_groups`)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ AllowHost = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How a model's texts are drawn."""
+    """Sampling options of a model."""
 
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0
@@ -53,7 +53,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderOptions:
-    """How a model answers quiz questions."""
+    """Options for answering quiz questions with a model."""
 
     presentations: Annotated[int | None, typer.Option(help="Orders of options per question; all by default.")] = None
     reader_mode: Annotated[
@@ -66,7 +66,7 @@ class ReaderOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a command's first model is run. Some are vLLM's alone, and a server has its own."""
+    """Engine options of a command's first model. Some apply only to vLLM; a server has its own settings."""
 
     max_pixels: Annotated[int | None, typer.Option(help="Largest image area the model sees; its own by default.")] = (
         None
@@ -93,9 +93,9 @@ class EngineOptions:
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a server's whole answer.")] = 300.0
 
     def engine_settings(self) -> dict[str, Any]:
-        """What the model's engine gets, by the names of EngineConfig, and ``decode_workers``.
+        """Settings for the model's engine, named as in EngineConfig, and ``decode_workers``.
 
-        Raises BadInput for what is no key=value.
+        Raises BadInput for a malformed key=value.
         """
         named = {field: getattr(self, key.replace("-", "_")) for key, (field, _) in FIELDS.items()}
         return {
@@ -108,7 +108,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where a job runs, who works on it, and whether it starts over."""
+    """Options for the placement of a job, its workers, and restarting."""
 
     runner: Annotated[
         Literal["local", "ray"], typer.Option(help="Processes of this machine, or actors of a Ray cluster.")
@@ -126,7 +126,7 @@ class RunOptions:
     fresh: Fresh = False
 
     def check(self, engine: str, gpus: str | None, tensor_parallel: int = 1) -> None:
-        """Raises BadInput for places that exclude each other; ``engine``: empty for scorers, which have none."""
+        """Raises BadInput for conflicting placements; ``engine``: empty for scorers, which have none."""
         from ...models.engines.loading import check_kind
 
         if engine:
@@ -144,11 +144,11 @@ class RunOptions:
             )
 
     def plan_options(self, retry: bool) -> dict[str, Any]:
-        """What planning a job takes of them."""
+        """The options used for planning a job."""
         return {"fresh": self.fresh, "retry": retry, "share": self.share}
 
     def placement(self, engine: str, gpus: str | None, tensor_parallel: int = 1) -> Placement:
-        """Where an engine's workers are to be, each with ``tensor_parallel`` GPUs; a server has its own.
+        """Placement of an engine's workers, each with ``tensor_parallel`` GPUs; a server has its own.
 
         Raises BadInput.
         """
@@ -162,7 +162,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerOptions:
-    """How scorers (CLIP, image-text matching) are run."""
+    """Options for running scorers (CLIP, image-text matching)."""
 
     dtype: Dtype = "auto"
     gpus: Gpus = None
@@ -176,12 +176,12 @@ class ScorerOptions:
         check_dtype(self.dtype)
 
     def decoders(self, place: Placement) -> int:
-        """Decoding processes for each worker."""
+        """Number of decoding processes per worker."""
         return self.decode_workers or default_decode_workers(len(place.gpus))
 
 
 def validated(kind: type[Config], **values: Any) -> Config:
-    """A stage's config from options; what pydantic refuses becomes one line that names the option."""
+    """A stage's config from options; pydantic errors become one line that names the option."""
     try:
         return kind(**values)
     except ValidationError as error:
@@ -191,7 +191,7 @@ def validated(kind: type[Config], **values: Any) -> Config:
 
 
 def parse_bound(option: str, text: str, sign: str) -> tuple[float, bool]:
-    """``>=0.75`` as (0.75, True), ``>0.75`` as (0.75, False); ``sign``: > or <. Raises BadInput."""
+    """Parse ``>=0.75`` into (0.75, True), ``>0.75`` into (0.75, False); ``sign``: > or <. Raises BadInput."""
     match = re.fullmatch(rf"\s*{sign}(=?)\s*(\d+(?:\.\d+)?|\.\d+)\s*", text)
     if match is None or not 0 <= float(match[2]) <= 1:
         raise BadInput(f"{option} {text!r}: write {sign} or {sign}= and a share from 0 to 1, e.g. '{sign}=0.5'")

@@ -1,4 +1,4 @@
-"""`capipe qa`: questions written or imported, then screened."""
+"""`capipe qa`: writes or imports questions, then screens them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WriterSampling(o.SamplingOptions):
-    """How questions are drawn."""
+    """Sampling options for questions."""
 
     temperature: Annotated[float, typer.Option(help="Of the writer; 0 is greedy.")] = 0.7
     max_tokens: Annotated[int, typer.Option(help="Longest answer of the writer in tokens.")] = 2048
@@ -31,7 +31,7 @@ class WriterSampling(o.SamplingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenOptions:
-    """Which questions are kept."""
+    """Criteria for keeping questions."""
 
     screen: Annotated[
         str, typer.Option(help="strict (right in all orders with the image, in none without), caprl, or none.")
@@ -46,7 +46,7 @@ class ScreenOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class QaOptions:
-    """The options of `capipe qa`."""
+    """Options of `capipe qa`."""
 
     shards: o.Shards
     out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for two artifacts: written and screened.")]
@@ -83,26 +83,26 @@ class QaOptions:
 
     @property
     def writer(self) -> EngineChoice:
-        """Who writes; of no model where questions are imported."""
+        """The model that writes; its name is empty if questions are imported."""
         return EngineChoice.of(self.model or "", self.engine, self.engine_options, self.run)
 
     @property
     def screener(self) -> EngineChoice:
-        """Who screens, by default who writes."""
+        """The model that screens, by default the writer."""
         model, same = self.screen_model or self.model or "", self.screen_model is None
         return self.writer.second(model, self.screen_engine, "--screen-arg", self.screen_arg, same=same, sees=True)
 
 
 @dataclass(frozen=True)
 class QaConfigs:
-    """The configs of both stages; ``screen``: None where nothing is screened."""
+    """Configs of both stages; ``screen``: None without screening."""
 
     write: QuestionsConfig
     screen: ScreenConfig | None
 
 
 def check(options: QaOptions) -> QaConfigs:
-    """The configs of both stages. Looks at no model and no data. Raises BadInput."""
+    """Configs of both stages. Does not access the models or the data. Raises BadInput."""
     from ...models.quiz import MOST_OPTIONS
     from ...stages.questions.write import QuestionsConfig
 
@@ -147,32 +147,32 @@ def qa(options: QaOptions) -> None:
     config = check(options)
     screener = options.screener
     if config.screen is not None:
-        place = screener.placement()
-        setup = screener.setup(place, config.screen.room)  # before anything is written
+        placement = screener.placement()
+        setup = screener.setup(placement, config.screen.room)  # raises before anything is written
     written, screened = (f"{options.out.rstrip('/')}/{name}" for name in (WRITTEN, SCREENED))
     code = write_questions(options, config.write, written) if options.model else import_questions(options, written)
     if config.screen is None or code not in (Exit.OK, Exit.UNRESOLVED):
         raise typer.Exit(code)
     stage = ScreenStage(config.screen, setup, screener.model)
     beside = {QUESTIONS: Artifact.open(written)}
-    made = plan(stage, options.shards, screened, beside=beside, **options.run.plan_options(options.retry))
-    raise typer.Exit(max(code, run_job(made, place)))
+    job = plan(stage, options.shards, screened, beside=beside, **options.run.plan_options(options.retry))
+    raise typer.Exit(max(code, run_job(job, placement)))
 
 
 def write_questions(options: QaOptions, config: QuestionsConfig, out: str) -> Exit:
-    """Have a model write questions into an artifact."""
+    """Write questions with a model into an artifact."""
     from ..jobs.engine import plan
     from ..jobs.qa import QuestionsStage, engine_guides
 
-    place = options.writer.placement()
-    setup = options.writer.setup(place, config.room)
+    placement = options.writer.placement()
+    setup = options.writer.setup(placement, config.room)
     guided = engine_guides(setup.engine) if options.guided is None else options.guided
     stage = QuestionsStage(config, setup, options.writer.model, guided)
-    return run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), place)
+    return run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), placement)
 
 
 def import_questions(options: QaOptions, out: str) -> Exit:
-    """Import a set into an artifact; records that no image of the shards gets are listed beside it."""
+    """Import a set into an artifact; records that match no image of the shards are listed beside it."""
     from ...manifests.files.storage import PRIVATE
     from ...manifests.shards import expand
     from ..jobs.engine import plan
@@ -180,22 +180,22 @@ def import_questions(options: QaOptions, out: str) -> Exit:
 
     assert options.import_ is not None
     stage = ImportStage(options.import_, tuple(expand(options.shards)), options.distractors, options.sampling.seed)
-    refused = stage.refused()  # reads the whole set: what is wrong with it is found before anything is written
+    refused = stage.refused()  # reads the whole set: its errors are found before anything is written
     strangers = stage.unmatched()
     runs = options.run.plan_options(options.retry)
-    made = plan(stage, options.shards, out, also_read=[options.import_], **runs)
-    made.artifact.folder.write(f"{PRIVATE}/unmatched.jsonl", unmatched_lines(strangers))
+    job = plan(stage, options.shards, out, also_read=[options.import_], **runs)
+    job.artifact.folder.write(f"{PRIVATE}/unmatched.jsonl", unmatched_lines(strangers))
     if strangers:
         first = strangers[0]
         text = f"capipe: {first.where}: {first.reason} ({first.image!r}); {len(strangers)} such records are listed in "
         print_err(f"{text}{out}/{PRIVATE}/unmatched.jsonl, give --shards that hold their images")
     if refused is not None:
         print_err(f"capipe: {refused}")
-    return run_job(made, Placement())
+    return run_job(job, Placement())
 
 
 def screen_config(options: ScreenOptions, reader: o.ReaderOptions) -> ScreenConfig | None:
-    """The screen that the options describe; None for none. Raises BadInput."""
+    """The screening config for the options; None for no screening. Raises BadInput."""
     from ...stages.questions.screen import PRESETS
 
     if options.screen == "none":

@@ -1,4 +1,4 @@
-"""The command and the spec of an engine stage of one function per row: what a stage of the user's own is made of."""
+"""Command and spec for an engine stage defined by one function per row, for custom stages."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 def row_stage(
     name: str, function: RowFunction, options: type[BaseModel], columns: Sequence[pa.Field], label: str | None = None
 ) -> StageSpec:
-    """The spec of a stage that asks an engine about every image.
+    """The spec of a stage that queries an engine about every image.
 
-    ``function``: makes the ``columns`` of one row, beside key, uid, status and error; its docstring is the command's
-    help. ``options``: the command's own options, in the fingerprint. ``label``: what the rows are, in a report.
-    Raises BadInput for a name that another stage has.
+    ``function``: returns the ``columns`` of one row, beside key, uid, status and error; its docstring is the command's
+    help. ``options``: the command's own options, covered by the fingerprint. ``label``: description of the rows, for
+    reports.
+    Raises BadInput if the name is that of another stage.
     """
     if not _NAME.fullmatch(name) or name in STAGES or name in ARTIFACTS:
         raise BadInput(f"stage {name!r}: taken, or no name; use small letters, digits, - and _")
     schema = pa.schema([*BASE, *columns])
 
-    def command(**given: Any) -> None:
-        own = o.validated(options, **{key: given.pop(key) for key in options.model_fields})
-        call(_run, {**given, "stage": lambda setup: RowStage(name, function, own, schema, setup)})
+    def command(**kwargs: Any) -> None:
+        own = o.validated(options, **{key: kwargs.pop(key) for key in options.model_fields})
+        call(_run, {**kwargs, "stage": lambda setup: RowStage(name, function, own, schema, setup)})
 
-    def check(given: Mapping[str, Any]) -> None:
-        o.validated(options, **{key: value for key, value in given.items() if key in options.model_fields})
-        call(_check, given)
+    def check(values: Mapping[str, Any]) -> None:
+        o.validated(options, **{key: value for key, value in values.items() if key in options.model_fields})
+        call(_check, values)
 
     _sign(command, function, options)
     output = Output(ArtifactSpec(name, label or name, schema))
@@ -57,7 +58,7 @@ def row_stage(
 
 
 def _sign(command: Callable[..., None], function: RowFunction, options: type[BaseModel]) -> None:
-    """Give ``command`` the options of all such stages and one for each of its own, as Typer and recipes read them."""
+    """Set the signature of ``command``: the common options of such stages and its own, as read by Typer and recipes."""
     common = single_options(_check)
     taken = {parameter.name for parameter in common} & options.model_fields.keys()
     if taken:
@@ -69,13 +70,13 @@ def _sign(command: Callable[..., None], function: RowFunction, options: type[Bas
         own.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     signature = inspect.Signature([*common[:4], *own, *common[4:]])
     command.__signature__ = signature  # type: ignore[attr-defined]
-    command.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
+    command.__annotations__ = {name: option.annotation for name, option in signature.parameters.items()}
     command.__doc__ = function.__doc__
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowStageOptions:
-    """The options that every engine stage of one function per row has."""
+    """Common options of engine stages with one function per row."""
 
     shards: o.Shards
     out: o.Out
@@ -99,5 +100,5 @@ def _run(options: RowStageOptions, stage: Callable[[EngineSetup], RowStage]) -> 
     _check(options)
     placement = options.choice.placement()
     setup = options.choice.setup(placement, None, options.trace)
-    made = plan(stage(setup), options.shards, options.out, **options.run.plan_options(options.retry))
-    raise typer.Exit(run_job(made, placement))
+    job = plan(stage(setup), options.shards, options.out, **options.run.plan_options(options.retry))
+    raise typer.Exit(run_job(job, placement))

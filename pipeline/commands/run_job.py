@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and what it says of the artifact it worked on."""
+"""End of a command: its exit code, and the summary of the artifact that it wrote."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..runners.placement import Placement
 from ..runners.progress import Progress
 
 LONGEST_REASON = 200  # characters of a row's reason on the console
-LAST_WORDS = "CAPIPE_LAST_WORDS"  # names a file to which a command in a chain repeats the line it ends with
+LAST_WORDS = "CAPIPE_LAST_WORDS"  # environment variable: file for the last message of a command in a chain
 
 
 class Exit(IntEnum):
-    """See the text of :mod:`..cli`, which is also what `capipe --help` shows."""
+    """Exit codes, explained in the docstring of :mod:`..cli`, which `capipe --help` shows."""
 
     OK = 0
     UNRESOLVED = 1
@@ -32,7 +32,7 @@ class Exit(IntEnum):
 
 
 def run_job(made: StagePlan, workplace: Placement) -> Exit:
-    """Do a plan under its progress display, give its output back, say what came of it."""
+    """Execute a plan with a progress display, release its output, and print the result."""
     try:
         progress = progress_of(made)
         with progress.shown(Console(stderr=True)) as report:
@@ -43,7 +43,7 @@ def run_job(made: StagePlan, workplace: Placement) -> Exit:
 
 
 def progress_of(made: StagePlan) -> Progress:
-    """The progress display for a plan: totals known from the input's manifest, and what earlier runs did."""
+    """The progress display for a plan: totals from the input's manifest, and progress of earlier runs."""
     records = [shard.record for shard in made.shards]
     known = [record.count for record in records if record is not None]
     total = sum(known) if len(known) == len(records) else None
@@ -53,22 +53,22 @@ def progress_of(made: StagePlan) -> Progress:
 
 
 def conclude(out: str, interrupted: bool, line: str) -> Exit:
-    """Print a run's last lines and choose its exit code."""
-    found = state(out)
+    """Print a run's last lines and return its exit code."""
+    result = state(out)
     print_err(line)
-    print_state(out, found)
-    if interrupted and not found.complete:
+    print_state(out, result)
+    if interrupted and not result.complete:
         say("stopped; run the same command to go on")
         return Exit.INTERRUPTED
-    if failed := found.rows[Status.ENGINE_ERROR]:
-        mend = "mend what can be mended, then add --retry to do them again"
-        print_err(f"{failed} rows ended in engine_error{_why(out, Status.ENGINE_ERROR)}; {mend}")
-    if unread := found.rows[Status.READ_ERROR]:
-        mend = "mend what their error says (a share, a server, memory), and run the same command: it tries them again"
-        if found.stage != INGEST:
-            mend += "; where their images were never ingested, run `capipe ingest` first"
-        print_err(f"{unread} rows ended in read_error{_why(out, Status.READ_ERROR)}; {mend}")
-    return Exit.OK if found.complete else Exit.UNRESOLVED
+    if failed := result.rows[Status.ENGINE_ERROR]:
+        hint = "mend what can be mended, then add --retry to do them again"
+        print_err(f"{failed} rows ended in engine_error{_why(out, Status.ENGINE_ERROR)}; {hint}")
+    if unread := result.rows[Status.READ_ERROR]:
+        hint = "mend what their error says (a share, a server, memory), and run the same command: it tries them again"
+        if result.stage != INGEST:
+            hint += "; where their images were never ingested, run `capipe ingest` first"
+        print_err(f"{unread} rows ended in read_error{_why(out, Status.READ_ERROR)}; {hint}")
+    return Exit.OK if result.complete else Exit.UNRESOLVED
 
 
 def _why(out: str, status: Status) -> str:
@@ -77,7 +77,7 @@ def _why(out: str, status: Status) -> str:
 
 
 def first_error(out: str, status: Status) -> str:
-    """Why an artifact's first row of an unresolved ``status`` is one, in short: it shows whether trying again helps."""
+    """Error of the first row with an unresolved ``status``, shortened: it shows whether retrying helps."""
     artifact = Artifact.open(out)
     shard = next((name for name, record in artifact.committed().items() if record.rows.get(status)), None)
     if shard is None:
@@ -88,6 +88,6 @@ def first_error(out: str, status: Status) -> str:
 
 
 def print_state(url: str, found: State) -> None:
-    """An artifact's state on stdout."""
+    """Print an artifact's state to stdout."""
     for line, _ in artifact_lines(url, found):
         print_line(line)

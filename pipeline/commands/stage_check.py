@@ -1,4 +1,4 @@
-"""A stage's own check of its options, whoever wrote the stage."""
+"""Access to a stage's own check of its options, built-in or custom."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .option_groups import call
 
 
 def check_of(spec: StageSpec) -> Callable[[Mapping[str, Any]], object] | None:
-    """What raises BadInput for values of a stage's options, by parameter; None where nothing is to be checked."""
+    """The function that raises BadInput for values of a stage's options, by parameter; None if there is no check."""
     if spec.check is None or callable(spec.check):
         return spec.check
     function: Callable[..., object] = import_object(spec.check)

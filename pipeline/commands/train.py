@@ -1,4 +1,4 @@
-"""`capipe train`: reinforcement learning of a captioner, by a recipe."""
+"""`capipe train`: reinforcement learning of a captioner, configured by a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`capipe annotate`: the described stage, and the same loaded."""
+"""`capipe annotate`: the stage's description, and its loaded form."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .engine import EngineSetup, LoadedEngine
 def chosen_prompts(
     options: Sequence[str] | None, model: str | None, engine: str, system: str | None = None
 ) -> tuple[NamedPrompt, ...]:
-    """The prompts of ``--prompt``; by default the plain one, or none for captioners that are no chat models.
+    """Prompts of ``--prompt``; by default the plain one, or none for captioners that are not chat models.
 
-    Raises BadInput for one that the model cannot be asked with; what a server's model takes is not known here.
+    Raises BadInput for a prompt that the model does not support; prompts for a server's model are not checked here.
     """
     if model is None or "://" in engine or is_import_path(engine):
         return parse_prompts(options)
@@ -40,7 +40,7 @@ def chosen_prompts(
 
 
 def parse_prompts(options: Sequence[str] | None, default: str = "plain") -> tuple[NamedPrompt, ...]:
-    """The prompts of ``--prompt``, whoever is asked. Raises BadInput."""
+    """Prompts of ``--prompt``, for any model. Raises BadInput."""
     return tuple(parse_prompt(option) for option in options or [default])
 
 
@@ -68,9 +68,10 @@ class AnnotateStage:
 
 
 async def check_prompts(engine: Engine, config: AnnotateConfig) -> None:
-    """Raise BadInput for a prompt that no image could be asked with: before the first one, not once for each.
+    """Raise BadInput for a prompt that can work with no image: once, before the first image.
 
-    A server refuses such a prompt request by request; the run then ends after some (:mod:`..runners.circuit_breaker`).
+    A server refuses such a prompt request by request; the run then ends after a number of them
+    (:mod:`..runners.circuit_breaker`).
     """
     for prompt in config.prompts:
         try:
@@ -82,7 +83,7 @@ async def check_prompts(engine: Engine, config: AnnotateConfig) -> None:
 
 
 class AnnotateProcessor(RowByRow):
-    """The loaded stage: decode in the pool, caption through the engine."""
+    """The loaded stage: decodes in the pool, captions with the engine."""
 
     schema = ANNOTATE
 
@@ -105,7 +106,7 @@ class AnnotateProcessor(RowByRow):
         return passed_on(row)
 
     def members(self, source: Row, row: dict[str, Any]) -> dict[str, bytes] | None:
-        """The sample of a packed tar: image bytes as they came, the chosen caption, all captions as JSON."""
+        """The sample of a packed tar: original image bytes, the chosen caption, all captions as JSON."""
         if row["status"] != Status.OK or source.image is None:
             return None
         ours = {name: row[name] for name in ("uid", "text", "captions")}

@@ -1,4 +1,4 @@
-"""Artifacts that one command makes and others are given: questions and captions."""
+"""Artifacts of questions and captions, made by one command and read by others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WRITTEN, SCREENED = "written", "screened"  # the two artifacts in --out
 
 
 def refuse_controls(names: list[str]) -> None:
-    """Raise BadInput for captions that could not be told from the controls beside them."""
+    """Raise BadInput for captions with the name of a control, which would be ambiguous."""
     from ...stages.questions.grade import CONTROLS
 
     taken = next((name for name in names if name in CONTROLS), None)
@@ -22,18 +22,18 @@ def refuse_controls(names: list[str]) -> None:
 
 
 def question_artifact(url: str) -> Artifact:
-    """The questions to ask: those that were screened, where the folder is one of `capipe qa`. Raises BadInput."""
+    """The questions to use: the screened ones, if the folder is one of `capipe qa`. Raises BadInput."""
     from ...manifests.artifact import Artifact
 
-    found = next((each for each in (url, f"{url}/{SCREENED}", f"{url}/{WRITTEN}") if Artifact.exists(each)), None)
-    artifact = Artifact.open(found) if found is not None else None
+    existing = next((path for path in (url, f"{url}/{SCREENED}", f"{url}/{WRITTEN}") if Artifact.exists(path)), None)
+    artifact = Artifact.open(existing) if existing is not None else None
     if artifact is None or artifact.stage not in ("questions", "screen"):
         raise BadInput(f"{url}: no questions of `capipe qa` there; name its --out folder")
     return artifact
 
 
 def captions_artifact(url: str) -> Artifact:
-    """Captions made before. Raises BadInput where the artifact is of another stage."""
+    """Existing captions. Raises BadInput if the artifact is of another stage."""
     from ...manifests.artifact import Artifact
 
     artifact = Artifact.open(url)

@@ -1,7 +1,7 @@
-"""The job of `capipe dedup`: hash every image (in parallel), then group the copies (all at once).
+"""Job of `capipe dedup`: hashes every image (in parallel), then groups duplicates (in one step).
 
-Three artifacts in the output folder: ``hashes`` of the shards, ``against`` of the reference sets, and ``marked``, which
-has a row for every row of the shards. Each is resumed by itself.
+Three artifacts in the output folder: ``hashes`` of the shards, ``against`` for the reference sets, and ``marked``, with
+a row for every row of the shards. Each is resumed independently.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Task = TypeVar("Task", InputShard, IngestTask)
 
 @dataclass(frozen=True)
 class DedupPlan:
-    """A dedup before its first image. ``against``: reference sets, possibly none."""
+    """A dedup run before its first image. ``against``: reference sets, possibly none."""
 
     config: DedupConfig
     pattern: str
@@ -56,13 +56,13 @@ def plan_dedup(
     workers: int | None = None,
     fresh: bool = False,
 ) -> DedupPlan:
-    """Check shards, reference sets and embeddings. Raises BadInput; nothing is written here."""
+    """Check shards, reference sets and embeddings. Raises BadInput; nothing is written."""
     inputs = expand(shards)
     embedded = None
     if embeddings is not None:
         embedded = Artifact.open(embeddings)
         check_embeddings(embedded, [shard.name for shard in inputs])
-    open_sources(against, follow_links=True)  # refuses what holds no image to compare with
+    open_sources(against, follow_links=True)  # raises if a set contains no images
     reads = [*read_places(shards, inputs, () if embedded is None else [embedded]), *source_places(against)]
     for name in (HASHES, AGAINST, MARKED):
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
@@ -72,7 +72,7 @@ def plan_dedup(
 
 
 def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, JobResult]:
-    """The first pass over the shards; what is committed and unchanged is not done again."""
+    """First pass over the shards; committed, unchanged shards are skipped."""
     source = input_artifact(plan.pattern)
     semantic = {"input": source.fingerprint if source else None}
     run = {"shards": plan.pattern, "shards_total": len(plan.shards)}
@@ -92,8 +92,8 @@ def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threadin
 def hash_references(
     plan: DedupPlan, report: Callable[[Event], None], stop: threading.Event
 ) -> tuple[Artifact, JobResult]:
-    """The first pass over the reference sets. Raises BadInput where not one of their images can be decoded."""
-    # Links may lead anywhere: nothing but hashes is kept of a reference set.
+    """First pass over the reference sets. Raises BadInput if none of their images can be decoded."""
+    # Links may lead anywhere: only hashes of a reference set are kept.
     tasks = list(cut(open_sources(plan.against, follow_links=True), dedup.REFERENCES))
     run = {"sources": list(plan.against), "shards_total": len(tasks)}
     artifact, todo = _open(
@@ -116,9 +116,9 @@ def mark(
     report: Callable[[Event], None],
     stop: threading.Event,
 ) -> tuple[Artifact, JobResult]:
-    """The second pass: group all images and mark every row; skipped where all marks are committed.
+    """Second pass: group all images and mark every row; skipped if all marks are committed.
 
-    Where images were added or read since, all are grouped again and every shard is marked anew.
+    If images were added or read since, all are grouped again and every shard is marked again.
     """
     names = [shard.name for shard in plan.shards]
     references = sorted(against.committed()) if against is not None else []
@@ -127,7 +127,7 @@ def mark(
         "input": hashes.config["semantic"]["input"],
         "against": dedup.digest_of(against, references) if against is not None else None,
     }
-    grouped = dedup.digest_of(hashes, names)  # digest of all that a mark depends on beside the configuration
+    grouped = dedup.digest_of(hashes, names)  # digest of everything that marks depend on beside the configuration
     if plan.embeddings is not None:
         semantic["embeddings"] = plan.embeddings.fingerprint
         grouped += dedup.digest_of(plan.embeddings, names)
@@ -138,7 +138,7 @@ def mark(
         shards = join(plan.shards, {"embeddings": plan.embeddings} if plan.embeddings is not None else {})
         for shard in shards:
             if shard.name in committed:
-                shard.has_repaired_companions(committed[shard.name])  # raises where they are others
+                shard.has_repaired_companions(committed[shard.name])  # raises if they are different ones
         if removed := sorted(set(committed) - set(names)):
             text = f"{artifact.url}: holds marks of shard {removed[0]}, which --shards does not name"
             raise ArtifactMismatch(f"{text}; name all of them, or use --fresh to start over")
@@ -162,7 +162,7 @@ def mark(
 
 
 def _near_embeddings(plan: DedupPlan, hash_set: HashSet, artifact: Artifact) -> tuple[Indices, Indices] | None:
-    """Pairs of files that are copies by their embeddings; the artifact notes how many files have none."""
+    """Pairs of duplicate files by their embeddings; the number of files without one is noted in the artifact."""
     if plan.embeddings is None or plan.config.cosine is None:
         return None
     left, right, skipped = near_embeddings(plan.embeddings, hash_set, plan.config.cosine)
@@ -177,8 +177,8 @@ def _open(
     todo: Callable[[Artifact], list[Task]],
     fresh: bool,
 ) -> tuple[Artifact, list[Task]]:
-    """The artifact of hashes and the tasks it lacks. ``fresh`` starts over only where the images are others: another
-    radius is no reason to hash all images again."""
+    """The artifact of hashes and its missing tasks. ``fresh`` only starts over if the images differ: another radius
+    does not require hashing all images again."""
     try:
         return _create(url, semantic, run, todo, fresh=False)
     except ArtifactMismatch:

@@ -1,4 +1,4 @@
-"""What stages that ask an engine have in common: engine and decoders loaded, counted, planned and run."""
+"""Common parts of stages that use an engine: loading engine and decoders, counting, planning and running."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ from ..runners.worker import RowByRow, Stage
 
 Got = TypeVar("Got")
 
-REQUESTS_PER_ROW = 25  # of a row with a quiz: five questions in five orders at a time
+REQUESTS_PER_ROW = 25  # for a row with a quiz: five questions in five orders
 
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """Which engine a stage asks, and how images come to it; picklable. ``decode_workers`` 0: it reads text alone."""
+    """The engine of a stage, and how it gets images; picklable. ``decode_workers`` 0: it reads text only."""
 
     engine: EngineConfig
     limits: ImageLimits = field(default_factory=ImageLimits)
     decode_workers: int = 0
-    trace: Path | None = None  # a file that gets one line per request
+    trace: Path | None = None  # log file with one line per request
 
     def semantic(self) -> dict[str, Any]:
-        """What fingerprints cover. Greedy or sampled, every engine gives the same answers; so it is not among it."""
+        """Settings covered by fingerprints. The engine is not one: all give the same answers, greedy or sampled."""
         if self.engine.is_http:
-            served_model(self.engine.kind, self.engine.model)  # raises where none answers, before anything is written
-        elif not self.engine.is_own:  # refused here, nothing is written for a model that cannot be asked
+            served_model(self.engine.kind, self.engine.model)  # raises if no server answers, before anything is written
+        elif not self.engine.is_own:  # an unusable model is refused here, before anything is written
             path = resolve_model(self.engine.model)
             sees = image_grid(path, self.engine.min_pixels, self.engine.max_pixels) is not None
             check_template(path, sees, self.engine.template_args)
@@ -81,7 +81,7 @@ class EngineSetup:
         return {**facts, "pixels": asked if grid is None else (grid.min_pixels, grid.max_pixels), "limits": limits}
 
     def _more(self) -> dict[str, Any]:
-        """What most runs do not ask for: where it is not given, fingerprints are as they were without it."""
+        """Settings that most runs do not use: if they are not set, fingerprints stay as before they existed."""
         engine = self.engine
         more: dict[str, Any] = {"template_args": dict(engine.template_args)}
         more["engine_args"] = changing_rows(engine.engine_args)
@@ -107,13 +107,13 @@ class EngineSetup:
         pool: DecodePool[Pixels] | DecodePool[bytes] | None = None
         if self.decode_workers and engine.grid is not None:
             pool = DecodePool(self.decode_workers, grid_decoder(engine.grid, self.limits))
-        elif self.decode_workers:  # a server resizes by itself
+        elif self.decode_workers:  # a server resizes images itself
             pool = DecodePool(self.decode_workers, functools.partial(check_for_server, limits=self.limits))
         return LoadedEngine(engine, pool, self.engine.is_http)
 
 
 class LoadedEngine:
-    """An engine that counts what goes through it, with the decoders before it."""
+    """An engine that counts its requests, with the image decoders in front of it."""
 
     def __init__(
         self, engine: Engine, pool: DecodePool[Pixels] | DecodePool[bytes] | None, served: bool = False
@@ -122,9 +122,9 @@ class LoadedEngine:
         self._pool, self._decoding, self._served = pool, 0, served
 
     async def check(self, config: ReaderConfig) -> LoadedEngine:
-        """Find out whether what answers at a URL can be a reader at all; raises BadInput where not, and is closed then.
+        """Check that a server can be used as a reader; if not, closes the engine and raises BadInput.
 
-        What an engine of our own can do is known without asking.
+        The capabilities of built-in engines are known without requests.
         """
         try:
             if self._served:
@@ -135,7 +135,7 @@ class LoadedEngine:
         return self
 
     async def image(self, row: Row) -> ImageInput | ImageProblem:
-        """A row's image in the form its engine wants, or what is wrong with it."""
+        """A row's image in the form that its engine expects, or its problem."""
         assert row.image is not None and row.uid is not None and self._pool is not None
         self._decoding += 1
         try:
@@ -166,9 +166,9 @@ class LoadedEngine:
 
 
 class CountingEngine:
-    """An engine with counters for the progress display and for the breaker.
+    """An engine with counters for the progress display and the circuit breaker.
 
-    Raises RunFailed, too: where the engine refuses one request after the other for good.
+    Also raises RunFailed: if the engine permanently refuses one request after another.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -194,7 +194,7 @@ class CountingEngine:
         self.requests += 1
         try:
             got = await asked
-        except Refused:  # an answer, too, if not the one that was hoped for
+        except Refused:  # also an answer, if not the desired one
             self._answered()
             raise
         except RequestError as error:
@@ -220,7 +220,7 @@ class CountingEngine:
 
 
 class TracedEngine(CountingEngine):
-    """Writes a line per generation to a file before it goes to the engine: uid, seed, temperature, prompt."""
+    """Logs each generation to a file before sending it to the engine: uid, seed, temperature, prompt."""
 
     def __init__(self, engine: Engine, path: Path) -> None:
         super().__init__(engine)
@@ -238,9 +238,9 @@ class TracedEngine(CountingEngine):
 
 
 class SidecarProcessor(RowByRow):
-    """What processors share that write no tars: their engine, and the rows they keep alive.
+    """Common parts of processors that write no tars: their engine, and the number of rows in progress.
 
-    ``rows``: how many for an engine of such a concurrency, which changes while a server shows what it takes.
+    ``rows``: their number for an engine of a given concurrency, which changes while a server's capacity is explored.
     """
 
     writes_tar = False
@@ -263,13 +263,13 @@ class SidecarProcessor(RowByRow):
 
 
 class Setup(Protocol):
-    """The models a stage needs. ``provenance``: what of them an artifact records beside its fingerprint."""
+    """The models of a stage. ``provenance``: facts about them that an artifact records beside its fingerprint."""
 
     def provenance(self) -> dict[str, Any]: ...
 
 
 class EngineStage(Stage, Protocol):
-    """A stage as a command describes it. ``name``: its artifact's stage; ``setup`` None: it needs no model."""
+    """A stage as described by a command. ``name``: its artifact's stage; ``setup`` None: it needs no model."""
 
     @property
     def name(self) -> str: ...
@@ -282,7 +282,7 @@ class EngineStage(Stage, Protocol):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A run before its first row: the locked output and the shards still to do."""
+    """A run before its first row: the locked output and the shards left to do."""
 
     stage: EngineStage
     artifact: Artifact
@@ -301,12 +301,12 @@ def plan(
     share: bool = False,
     also_read: Sequence[str] = (),
 ) -> StagePlan:
-    """Check everything that can be checked before a model is loaded, lock the output, and find what is left to do.
+    """Check everything that can be checked before loading a model, lock the output, and find the shards left to do.
 
-    Shards some of whose input's rows were done again since are taken back; rows of the same images keep what they have.
-    ``beside``: artifacts whose rows the stage wants with each row, by name. ``retry`` reopens committed shards with
-    unresolved rows; ``share`` lets other processes work on the same output; ``also_read`` names files that are neither
-    shards nor artifacts. Raises CapipeError; then nothing was written.
+    Shards with input rows that were redone since are retracted; rows of unchanged images keep their results.
+    ``beside``: artifacts whose rows are joined with each row, by name. ``retry`` reopens committed shards with
+    unresolved rows; ``share`` lets other processes work on the same output; ``also_read`` names input files that are
+    neither shards nor artifacts. Raises CapipeError; then nothing was written.
     """
     if share and (fresh or retry):
         word = "--fresh" if fresh else "--retry"
@@ -340,13 +340,13 @@ def _todo(artifact: Artifact, shards: list[InputShard], retry: bool) -> list[Inp
         record = committed.get(shard.name)
         if record is None:
             continue
-        mended, again = shard.is_repaired(record), retry and record.unresolved > 0
-        if not again:  # else sidecars may have changed in any way: what they had left open may be there by now
-            mended |= shard.has_repaired_companions(record)
-        if mended and artifact.shared:
+        repaired, again = shard.is_repaired(record), retry and record.unresolved > 0
+        if not again:  # with retry, sidecars may have changed in any way: unresolved rows may be resolved
+            repaired |= shard.has_repaired_companions(record)
+        if repaired and artifact.shared:
             text = f"{shard.url}: some of its rows were done again since; run the command once without --share"
             raise BadInput(f"{text}, which takes the shards made of it back")
-        if again or mended or (not artifact.shared and _read_in_vain(artifact, record, shard)):
+        if again or repaired or (not artifact.shared and _read_in_vain(artifact, record, shard)):
             open_rows = set(record.input.get(OPEN, ()))
             kept = resolved_rows(artifact, record.shard)
             artifact.reopen(record, {index: row for index, row in kept.items() if index not in open_rows})
@@ -355,32 +355,32 @@ def _todo(artifact: Artifact, shards: list[InputShard], retry: bool) -> list[Inp
 
 
 def _read_in_vain(artifact: Artifact, record: ShardRecord, shard: InputShard) -> bool:
-    """Whether a row is a ``read_error`` of this stage's own, not one that was passed on to it."""
+    """True if a row is a ``read_error`` of this stage itself, not one passed on from its input."""
     if not record.rows.get(Status.READ_ERROR):
         return False
     own = [row["status"] for row in artifact.read_rows(record.shard)]
     listed = [] if shard.record is None else [shard.listing]
-    given = [_statuses(opened) for opened in (*listed, *(companion.open for companion in shard.companions))]
+    inputs = [_statuses(opened) for opened in (*listed, *(companion.open for companion in shard.companions))]
     return any(
         status == Status.READ_ERROR and Status.READ_ERROR not in before
-        for status, *before in zip(own, *given, strict=True)
+        for status, *before in zip(own, *inputs, strict=True)
     )
 
 
 def _statuses(opened: Callable[[], pq.ParquetFile]) -> list[str]:
     with opened() as parquet:
-        found: list[str] = parquet.read(columns=["status"], use_threads=False).column("status").to_pylist()
-    return found
+        statuses: list[str] = parquet.read(columns=["status"], use_threads=False).column("status").to_pylist()
+    return statuses
 
 
 def resolved_rows(artifact: Artifact, shard: str) -> dict[int, dict[str, Any]]:
-    """The rows of a committed shard whose fate is final, by index."""
+    """Rows of a committed shard with a final status, by index."""
     rows = artifact.read_rows(shard)
     return {index: row for index, row in enumerate(rows) if Status(row["status"]).resolved}
 
 
 def execute(made: StagePlan, report: Callable[[Event], None], workplace: Placement) -> JobResult:
-    """Do the plan's shards; returns when all are committed or quarantined, or on Ctrl-C."""
+    """Run the plan's shards; returns when all are committed or quarantined, or on Ctrl-C."""
     if made.stage.setup is None:
         return run_inline(made.stage, made.artifact, report, made.todo)
     return workplace.run(made.stage, made.artifact, report, made.todo)

@@ -1,4 +1,4 @@
-"""From graded artifacts to reports and comparisons on disk."""
+"""Reports and comparisons on disk, computed from graded artifacts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ...trainer.evaluation.tables import to_json, to_markdown
 
 @dataclass(frozen=True)
 class EvaluationModels:
-    """Models that an evaluation asks about captions, by name. ``cosine``: a CLIP or a BLIP, maybe the reward's own."""
+    """Models that score captions in an evaluation, by name. ``cosine``: a CLIP or a BLIP, possibly the reward's."""
 
     clip: str | None = None
     cosine: str | None = None
@@ -37,12 +37,12 @@ class EvaluationModels:
 
 
 def load_cosine(name: str) -> ClipScorer | BlipScorer:
-    """A BLIP with contrastive heads, or any open_clip model. Raises BadInput where it is neither."""
+    """A BLIP with contrastive heads, or any open_clip model. Raises BadInput if it is neither."""
     from ...models.scorers.blip_contrastive import load_blip
 
     try:
-        if isinstance(place := clip_place(name), HubName):
-            snapshot(place, "open_clip")
+        if isinstance(source := clip_place(name), HubName):
+            snapshot(source, "open_clip")
     except BadInput:
         return load_blip(name)
     return load_clip(name)
@@ -51,9 +51,9 @@ def load_cosine(name: str) -> ClipScorer | BlipScorer:
 def report_on(
     graded: Artifact, judges: EvaluationModels = EvaluationModels(), warnings: Sequence[Caution] = ()
 ) -> EvaluationReport:
-    """The figures of a graded artifact, with those of the models that are named. Raises BadInput without any row.
+    """Metrics of a graded artifact, including those of the given models. Raises BadInput if it has no rows.
 
-    ``warnings``: what is known to be wrong with them, beside what they show themselves.
+    ``warnings``: known problems, in addition to those that the metrics show.
     """
     facts, more = settings(graded), dict[str, Any]()
     if judges.clip is not None:
@@ -73,7 +73,7 @@ def report_on(
 
 
 def _identified(kind: str, model: str) -> str:
-    """A scorer's name with what makes it the scorer it is, so that reports by another one are told apart."""
+    """A scorer's name with its identity, so that reports by different scorers can be distinguished."""
     identity = scorer_identity(ScorerConfig(kind, model))
     return f"{model}@{str(identity['model'])[:12]}, {identity['activation']}"
 
@@ -89,7 +89,7 @@ def _captions(graded: Artifact) -> dict[tuple[str, str], None]:
 
 
 def _gallery(graded: Artifact, scorer: ClipScorer | BlipScorer) -> tuple[Gallery, dict[tuple[str, str], None]]:
-    """The images whose captions were graded, and these captions."""
+    """The images of the graded captions, and these captions."""
     captions = _captions(graded)
     shards = expand(graded.setting("run", "shards", kind=str))
     images = (row for shard in shards for row in RowReader(shard))
@@ -103,15 +103,15 @@ def run_of(folder: Path, system: str | None) -> EvaluationRun:
 
 
 def rows_of(graded: Artifact) -> Iterator[dict[str, Any]]:
-    """All rows, shard after shard."""
+    """All rows, shard by shard."""
     for shard in graded.committed():
         yield from graded.read_rows(shard)
 
 
 def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]:
-    """What the figures depend on. ``reader identity``: all that decides how it answers, whatever it is called.
+    """Settings that the metrics depend on. ``reader identity``: all that determines its answers, whatever its name.
 
-    ``allowed``: where the captions may be; None for an artifact whose inputs this command line named.
+    ``allowed``: permitted locations of the captions; None for an artifact whose inputs this command line named.
     """
     reader = f"{graded.setting('run', 'model', kind=str)}@{graded.setting('semantic', 'model', kind=str)[:12]}"
     asked = graded.setting("semantic", "reader", kind=dict)
@@ -132,12 +132,12 @@ def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]
 
 
 def _captions_of(url: str, allowed: Allowed | None) -> Artifact | None:
-    """The captions that were graded, where they still are and may be opened."""
+    """The captions that were graded, if they still exist and may be opened."""
     try:
-        place = url if allowed is None else allowed.place(url)
+        location = url if allowed is None else allowed.place(url)
     except Refused:
         return None
-    return Artifact.open(place) if Artifact.exists(place) else None
+    return Artifact.open(location) if Artifact.exists(location) else None
 
 
 def _presented(presentations: int | None) -> str:
@@ -145,7 +145,7 @@ def _presented(presentations: int | None) -> str:
 
 
 def write_report(value: EvaluationReport | Comparison, folder: Path, name: str = "report") -> None:
-    """``name``.json and ``name``.md."""
+    """Write ``name``.json and ``name``.md."""
     folder.mkdir(parents=True, exist_ok=True)
     write_new(folder / f"{name}.json", to_json(value).encode())
     write_new(folder / f"{name}.md", to_markdown(value).encode())

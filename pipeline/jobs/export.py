@@ -1,4 +1,4 @@
-"""The job of `capipe export`: a finished artifact checked, then its shards written by the worker pool."""
+"""Job of `capipe export`: checks a finished artifact, then writes its shards in the worker pool."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from ..runners.pool_job import run_pool_job
 from ..runners.shard_queue import JobResult
 from .export_files import extras, write_files
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # what OpenCLIP looks for
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the extensions that OpenCLIP reads
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """An export before its first shard: the locked output and the tasks still to do."""
+    """An export before its first shard: the locked output and the tasks left to do."""
 
     config: ExportConfig
     source: Artifact
@@ -46,7 +46,7 @@ class ExportPlan:
 
     @property
     def shards(self) -> int:
-        """Shards of the finished export."""
+        """Number of shards of the finished export."""
         return sum(len(task.pieces) for task in self.tasks)
 
     @property
@@ -55,7 +55,7 @@ class ExportPlan:
 
 
 def check_extension(name: str) -> None:
-    """Raises BadInput for what no image can be called."""
+    """Raises BadInput for an invalid image extension."""
     if name not in ("auto", "keep", *EXTENSIONS):
         raise BadInput(f"--image-extension {name}: use auto, keep, or one of {', '.join(EXTENSIONS)}")
 
@@ -74,8 +74,8 @@ def plan_export(
 ) -> ExportPlan:
     """Check the source, choose the images' extension, lock the output. Raises CapipeError; then nothing was written.
 
-    ``image_extension``: auto (one for all where they differ), keep, or an extension. ``shard_size``: most pairs of a
-    shard; None for the source's own shards.
+    ``image_extension``: auto (a single one if they differ), keep, or an extension. ``shard_size``: maximum number of
+    pairs per shard; None for the source's own shards.
     """
     writer = writer_class(format, "--format")
     source = Artifact.open(url)
@@ -97,7 +97,7 @@ def plan_export(
         "card": asdict(words),
     }
     semantic: dict[str, Any] = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
-    if format == "parquet":  # exports from before these columns are not gone on with: all files have the same
+    if format == "parquet":  # exports older than these columns are not resumed: all files must have the same columns
         semantic["columns"] = [URL, JSON]
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=[url])
     try:
@@ -129,9 +129,9 @@ def _complete(source: Artifact) -> list[ShardRecord]:
 
 
 def _refuse_repeated_keys(source: Artifact, shards: list[ShardRecord], what: str, *, pairs_only: bool) -> None:
-    """Refuse keys that occur twice: Energon and LLaVA find samples by key alone, and so does a merged shard.
+    """Refuse duplicate keys: Energon and LLaVA find samples by key alone, and so does a merged shard.
 
-    Holds eight bytes a key in memory. ``what``: the option that needs unique keys.
+    Uses eight bytes of memory per key. ``what``: the option that needs unique keys.
     """
     hashes = [
         np.array([_hash(key) for key in column_of(source, record, "key", pairs_only=pairs_only)], np.uint64)
@@ -155,10 +155,10 @@ def _hash(key: str) -> int:
 
 
 def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | None:
-    """The extension that all images get, or None where they keep theirs.
+    """The extension for all images, or None if they keep theirs.
 
-    Where they differ, `datasets` refuses the tars, or silently reads null for every image with another extension than
-    the first five. Readers decode by content, so one extension does for all.
+    If they differ, `datasets` rejects the tars, or silently reads null for every image with another extension than the
+    first five. Readers decode by content, so one extension works for all.
     """
     if wish == "keep":
         return None
@@ -183,7 +183,7 @@ def _check_link(source: Artifact, out: str, config: ExportConfig) -> None:
 
 
 def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask]) -> list[ExportTask]:
-    """The tasks with uncommitted pieces, reduced to these."""
+    """Tasks with uncommitted pieces, reduced to these pieces."""
     committed = artifact.committed()
     todo = []
     for task in tasks:
@@ -214,7 +214,7 @@ def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
 
 
 def execute_export(plan: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
-    """Export what is not committed yet; returns when all shards are committed or quarantined, or ``stop`` is set."""
+    """Export uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
     write = functools.partial(_write_shards, source=plan.source, config=plan.config, link=plan.link)
     return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
 
@@ -231,7 +231,7 @@ def _write_shards(
 
 
 def finish(plan: ExportPlan, words: CardWords) -> list[str] | None:
-    """Once every shard is committed, write the files over all of them; returns notes for a reader, else None."""
+    """Once every shard is committed, write the files over all shards; returns notes for users, else None."""
     if len(plan.artifact.committed()) < plan.shards:
         return None
     notes = list(_notes(plan.artifact, plan.config))
@@ -240,7 +240,7 @@ def finish(plan: ExportPlan, words: CardWords) -> list[str] | None:
 
 
 def _notes(artifact: Artifact, config: ExportConfig) -> Iterator[str]:
-    """Notes for a reader of the export, a sentence each; the card has them, too."""
+    """Notes for users of the export, one sentence each; they are also on the card."""
     sums: Counter[str] = Counter()
     for record in artifact.committed().values():
         sums.update({name: n for name, n in record.stats.items() if isinstance(n, int)})

@@ -1,5 +1,7 @@
-"""The files over all shards of an export: indexes, sizes, the conversations' list, the card. Made anew from what is
-committed whenever an export is run, so the same bytes whatever happened before."""
+"""Files over all shards of an export: indexes, sizes, the list of conversations, the card.
+
+They are rewritten from the committed shards on every run, so their bytes do not depend on earlier runs.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,12 @@ CARD = "README.md"
 
 
 def extras(writer: type[ShardWriter]) -> list[str]:
-    """What an export writes beside its shards' files; `--fresh` removes it, too."""
+    """Files of an export that belong to no shard; `--fresh` removes them, too."""
     return [CARD, *writer.extras]
 
 
 def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: str, notes: Sequence[str]) -> None:
-    """Write everything that stands for all shards at once; each file appears whole, what makes it an index last."""
+    """Write the files over all shards; each appears as a whole, the one that completes an index last."""
     records = list(artifact.committed().values())
     with artifact.begin_files("extras") as files:
         _write(files, CARD, _card(artifact, source, words, format, records, notes).encode())
@@ -73,16 +75,16 @@ def _card(
 
 
 def _images(records: Sequence[ShardRecord]) -> Counter[str]:
-    """Images of all tars by extension, the most frequent first."""
-    found: Counter[str] = Counter()
+    """Number of images of all tars by extension, most frequent first."""
+    counts: Counter[str] = Counter()
     for record in records:
-        found.update(record.stats.get("images", {}))
-    return Counter(dict(found.most_common()))
+        counts.update(record.stats.get("images", {}))
+    return Counter(dict(counts.most_common()))
 
 
 def _write_webdataset(artifact: Artifact, records: Sequence[ShardRecord], files: FileTransaction) -> None:
-    """Sizes and Energon's folder; a ``sizes.json`` beside the shards would stop img2dataset's reruns into a folder, but
-    nothing is ever downloaded into an export."""
+    """Write sizes and Energon's folder. A ``sizes.json`` beside the shards would block img2dataset's reruns into a
+    folder, but nothing is ever downloaded into an export."""
     counts = {f"{r.shard}.tar": int(r.stats["samples"]) for r in records if r.stats["samples"]}
     digests = [str(r.files[name]["sha256"]) for r in records for name in r.files if name.endswith(".tar")]
     _write(files, SIZES, json.dumps(counts, indent=1).encode())
@@ -92,7 +94,7 @@ def _write_webdataset(artifact: Artifact, records: Sequence[ShardRecord], files:
     energon.write_database(files.path(database), (_indexed(artifact, r) for r in records if r.stats["samples"]))
     files.adopt(database)
     _write(files, f"{energon.META}/index.uuid", energon.index_uuid(digests))
-    _write(files, f"{energon.META}/.info.json", energon.info_json(counts))  # last: a folder with it counts as prepared
+    _write(files, f"{energon.META}/.info.json", energon.info_json(counts))  # last: marks the folder as prepared
 
 
 def _indexed(artifact: Artifact, record: ShardRecord) -> energon.IndexedTar:

@@ -1,4 +1,4 @@
-"""The grading stage of `capipe eval`, described, checked against its reader, and loaded."""
+"""The grading stage of `capipe eval`: description, checks against its reader, and loaded form."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ...stages.questions.grade import GradeConfig, Grader
 from .engine import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
 from .reader_checks import too_long
 
-ROWS = 4  # rows a reader works on beyond those that fill its engine
+ROWS = 4  # rows in progress beyond those that fill the engine
 
 
 @dataclass(frozen=True)
 class GradeStage:
     """Everything a worker needs to grade captions; picklable.
 
-    ``asked``: those questions that show whether the reader can be asked all; ``longest``: the most tokens of a caption
-    that it is to read beside them.
+    ``asked``: questions sufficient to check that the reader can answer all; ``longest``: the most tokens of a caption
+    to be read with them.
     """
 
     config: GradeConfig
@@ -53,7 +53,7 @@ class GradeStage:
 
     @property
     def identity(self) -> ModelIdentity:
-        """Of the model that reads. Raises BadInput where there is none such, or no server."""
+        """Identity of the reader model. Raises BadInput if the model or its server does not exist."""
         return model_identity(self.engine.model, self.engine.kind)
 
     async def load(self) -> GradeProcessor:
@@ -66,26 +66,26 @@ class GradeStage:
         return GradeProcessor(self, loaded)
 
     def with_room(self, longest: int) -> GradeStage:
-        """For captions of up to ``longest`` of the reader's tokens, or longer ones where those were expected."""
+        """The stage for captions of up to ``longest`` tokens of the reader, or its previous room if that is larger."""
         engine = self.setup.engine
         if engine.room is not None:
             engine = replace(engine, room=max(engine.room, quiz_room(longest, self.reader.answer_tokens)))
         return replace(self, setup=replace(self.setup, engine=engine), longest=longest)
 
     async def _check(self, engine: Engine) -> None:
-        """What only the running engine knows for sure. Raises BadInput."""
+        """Checks that need the running engine. Raises BadInput."""
         if not self.asked:
             return
         reader, name = QuizReader(engine, self.reader), self.engine.model or self.engine.kind
         left = await room(reader, self.asked)
         if left is not None and left < self.longest:
             raise too_long(name, engine.context, self.longest, left)
-        if not self.engine.is_http:  # what a server cannot do it says of each request, maybe for a while only
+        if not self.engine.is_http:  # a server reports unsupported requests one by one, and they may be temporary
             await check_asked(reader, name, self.asked)
 
 
 class GradeProcessor(SidecarProcessor):
-    """The loaded stage; it needs no image."""
+    """The loaded stage; it uses no images."""
 
     schema = GRADE
 

@@ -1,4 +1,4 @@
-"""The job of `capipe ingest`: sources cut into tasks, one per shard, for the worker pool."""
+"""Job of `capipe ingest`: splits sources into tasks, one per shard, for the worker pool."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..runners.shard_queue import JobResult
 
 @dataclass(frozen=True)
 class IngestPlan:
-    """An ingest before its first item is read: the locked output and the opened sources."""
+    """An ingest run before its first item is read: the locked output and the opened sources."""
 
     config: IngestConfig
     artifact: Artifact
@@ -51,7 +51,7 @@ def plan_ingest(
 
 
 def execute_ingest(plan: IngestPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
-    """Ingest what is not committed yet; returns when all shards are committed or quarantined, or ``stop`` is set."""
+    """Ingest uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
     return run_pool_job(
         _tasks(plan),
         functools.partial(ingest_shard, config=plan.config),
@@ -65,7 +65,7 @@ def execute_ingest(plan: IngestPlan, report: Callable[[Event], None], stop: thre
 
 
 def _tasks(plan: IngestPlan) -> Iterator[IngestTask]:
-    """The shards to write; once the sources are read to their end, the artifact learns of how many shards."""
+    """The shards to write; their total number is noted in the artifact once the sources are read to the end."""
     shards, items = set(plan.artifact.committed()), 0
 
     def counted() -> Iterator[ItemRef]:

@@ -1,4 +1,4 @@
-"""`capipe qa`: the stages that write (or import) questions and screen them, described and loaded."""
+"""`capipe qa`: the stages that write (or import) and screen questions, as descriptions and in loaded form."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from ...stages.questions.write import QuestionsConfig, QuestionWriter
 from ..runners.worker import RowByRow
 from .engine import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
 
-_PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\[.*\]|\d+")  # what differs between reasons of one kind
+_PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\[.*\]|\d+")  # details that differ between reasons of one kind
 
 
 @dataclass(frozen=True)
 class QuestionsStage:
-    """Everything a worker needs to write questions; picklable. ``guided``: hold the model to the JSON schema."""
+    """Everything a worker needs to write questions; picklable. ``guided``: constrain the model to the JSON schema."""
 
     config: QuestionsConfig
     setup: EngineSetup
@@ -43,7 +43,7 @@ class QuestionsStage:
     name: str = "questions"
 
     def semantic(self) -> dict[str, Any]:
-        """Guided and free answers differ, so that is part of it."""
+        """Settings covered by the fingerprint; ``guided`` is one, since guided and free answers differ."""
         config = self.config.model_dump(mode="json")
         return {**self.setup.semantic(), "questions": config, "prompt": self.config.prompt.text, "guided": self.guided}
 
@@ -88,7 +88,7 @@ class ScreenStage:
 
 
 class ScreenProcessor(SidecarProcessor):
-    """The loaded stage. A row that has no question to screen is not decoded."""
+    """The loaded stage. Images of rows without questions are not decoded."""
 
     schema = SCREEN
 
@@ -112,7 +112,7 @@ class ScreenProcessor(SidecarProcessor):
 
 @dataclass(frozen=True)
 class ImportStage:
-    """Takes questions from a set made elsewhere. ``distractors``: options for open-ended ones, 0 leaves them alone."""
+    """Imports questions from an existing set. ``distractors``: wrong options for open-ended ones, 0 for none."""
 
     path: str
     shards: tuple[InputShard, ...]
@@ -126,38 +126,38 @@ class ImportStage:
 
     @cached_property
     def index(self) -> QuestionIndex:
-        """The whole set, joined with all images. Raises BadInput where it cannot be read."""
+        """The whole set, joined with all images. Raises BadInput if it cannot be read."""
         records = read_question_set(self.path)
         if self.distractors:
             records = iter(close_sets(records, seed=self.seed, distractors=self.distractors))
         return QuestionIndex(records, self.names.values())
 
     def refused(self) -> str | None:
-        """How many questions about the images cannot be used and why; None where all can.
+        """Number of unusable questions about the images, and why; None if all can be used.
 
-        Raises BadInput where none can, or there is none.
+        Raises BadInput if none can be used, or there are none.
         """
-        found = (self.index.lookup(each.uid, each.key, each.source) for each in self.names.values())
-        about = [each for each in found if each is not None]
+        matches = (self.index.lookup(names.uid, names.key, names.source) for names in self.names.values())
+        about = [match for match in matches if match is not None]
         if not about:
             first = next(iter(self.index.unmatched()), None)
             named = f": {first.where} names {first.image!r}, {first.reason}" if first else ""
             raise BadInput(
                 f"{self.path}: no question is about an image of the shards{named}; give those that hold them"
             )
-        entries = [entry for each in about for entry in each.questions]
+        entries = [entry for match in about for entry in match.questions]
         bad = [entry for entry in entries if entry["status"] != Status.OK]
         if len(bad) == len(entries):
-            why = commonest_reasons(bad) or next((each.error for each in about if each.error), "no question is left")
+            why = commonest_reasons(bad) or next((match.error for match in about if match.error), "no question is left")
             raise BadInput(f"{self.path}: none of its {len(entries)} questions about the images can be used: {why}")
         return f"{len(bad)} of {len(entries)} questions cannot be used: {commonest_reasons(bad)}" if bad else None
 
     @cached_property
     def names(self) -> dict[str, ImageNames]:
-        return {each.key: each for shard in self.shards for each in image_names(shard)}
+        return {names.key: names for shard in self.shards for names in image_names(shard)}
 
     def unmatched(self) -> list[Unmatched]:
-        """Records that no image gets."""
+        """Records that match no image."""
         return self.index.unmatched()
 
     async def load(self) -> ImportProcessor:
@@ -165,7 +165,7 @@ class ImportStage:
 
 
 class ImportProcessor(RowByRow):
-    """The loaded stage: look-ups alone."""
+    """The loaded stage: lookups only."""
 
     schema = QUESTIONS
     window = 64
@@ -177,10 +177,10 @@ class ImportProcessor(RowByRow):
     async def process_row(self, row: Row) -> dict[str, Any]:
         out = write.passed_on(row)
         names = self._stage.names[row.key]
-        found = self._stage.index.lookup(row.uid, row.key, names.source)
-        if found is None:
+        match = self._stage.index.lookup(row.uid, row.key, names.source)
+        if match is None:
             return {**out, "status": str(Status.EMPTY), "error": "the set has no question about this image"}
-        return {**out, **_imported(found), "writer": self._stage.path}
+        return {**out, **_imported(match), "writer": self._stage.path}
 
     def passed_on(self, row: Row) -> dict[str, Any]:
         return write.passed_on(row)
@@ -194,33 +194,33 @@ class ImportProcessor(RowByRow):
     async def aclose(self) -> None: ...
 
 
-def _imported(found: Found) -> dict[str, Any]:
-    usable = any(entry["status"] == Status.OK for entry in found.questions)
-    status, error = (Status.OK, found.error) if usable else (Status.EMPTY, found.error or "no question can be used")
-    return {"status": str(status), "error": error, "questions": found.questions, "raw": found.raw.splitlines()}
+def _imported(match: Found) -> dict[str, Any]:
+    usable = any(entry["status"] == Status.OK for entry in match.questions)
+    status, error = (Status.OK, match.error) if usable else (Status.EMPTY, match.error or "no question can be used")
+    return {"status": str(status), "error": error, "questions": match.questions, "raw": match.raw.splitlines()}
 
 
 def commonest_reasons(write: Sequence[Mapping[str, Any]], most: int = 3) -> str:
-    """The commonest reasons for which questions were refused, each with its number and, of many alike, the first."""
+    """The most common reasons for refused questions, each with its count and, for several of a kind, the first."""
     kinds = Counter[str]()
     first: dict[str, str] = {}
     for entry in write:
         kind = _PARTICULARS.sub("", f"{entry['status']}: {entry['error']}")
         kinds[kind] += 1
         first.setdefault(kind, f"{entry['status']}: {entry['error']}")
-    told = [f"{count} {first[kind]}" for kind, count in kinds.most_common(most)]
+    texts = [f"{count} {first[kind]}" for kind, count in kinds.most_common(most)]
     others = sum(count for _, count in kinds.most_common()[most:])
-    return "; ".join(told + ([f"{others} for other reasons"] if others else []))
+    return "; ".join(texts + ([f"{others} for other reasons"] if others else []))
 
 
 def unmatched_lines(records: list[Unmatched]) -> bytes:
-    """The records that no image got, as JSON lines to be kept beside the artifact."""
+    """Unmatched records as JSON lines, stored beside the artifact."""
     lines = [json.dumps({"where": r.where, "image": r.image, "reason": r.reason}, ensure_ascii=False) for r in records]
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
 
 
 def image_names(shard: InputShard) -> Iterator[ImageNames]:
-    """What the images of a shard are called. A foreign tar is read for it, one of ours has a list."""
+    """Names of a shard's images. A foreign tar is read for them; one of ours has a list."""
     if shard.record is None:
         yield from (ImageNames(row.key, None, row.uid) for row in RowReader(shard))
         return
@@ -244,5 +244,5 @@ def _digest(path: str) -> str:
 
 
 def engine_guides(config: EngineConfig) -> bool:
-    """Whether the engine that ``config`` will start holds answers to a JSON schema."""
+    """True if the engine that ``config`` starts supports guided decoding by a JSON schema."""
     return config.is_http or config.kind == "vllm" or (config.kind == "auto" and vllm_runs())

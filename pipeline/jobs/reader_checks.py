@@ -1,4 +1,4 @@
-"""Before an evaluation: do the captions fit the reader that is to answer from them? Did it reward the captioner?"""
+"""Checks before an evaluation: captions fit the reader's context; the reader was not the captioner's reward."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ...models.reader import ReaderConfig
 from ...stages.questions.grade import kept_questions
 from ...trainer.evaluation.results import Caution
 
-MOST_TOO_LONG = 0.1  # of the captions; one alone is never too many
+MOST_TOO_LONG = 0.1  # share of the captions; a single one is always accepted
 
-Text = tuple[str, str, int | None]  # the row's key, a caption, and its tokens as the captioner counts them
+Text = tuple[str, str, int | None]  # the row's key, a caption, and its token count by the captioner
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How captions fit a reader: the most tokens of one that does, and how many of ``all`` do not."""
+    """Caption lengths for a reader: the most tokens of a caption that fits, and how many of ``all`` do not."""
 
     longest: int = 0
     all: int = 0
     too_long: int = 0
-    first: str = ""  # of those, where it is
+    first: str = ""  # location of the first of those
     room: int = 0
 
     @property
@@ -43,7 +43,7 @@ class Lengths:
 
 
 class Asking(Protocol):
-    """Who reads, how, and what it is asked (:func:`asked_of`)."""
+    """A reader, its configuration, and its questions (:func:`asked_of`)."""
 
     @property
     def engine(self) -> EngineConfig: ...
@@ -59,15 +59,15 @@ class Asking(Protocol):
 
 
 def check_limit(stage: Asking, max_tokens: int) -> None:
-    """Raise BadInput where a caption as long as it may become would not fit the reader.
+    """Raise BadInput if a caption of the maximum length would not fit the reader.
 
-    The reader's tokens are taken to be as many as the captioner's; the captions are measured once they exist.
+    The reader's token count is assumed to equal the captioner's; the captions are measured once they exist.
     """
     engine = stage.engine
     try:
         context = context_of(engine)
     except BadInput:
-        if engine.is_http:  # it may be started while captions are written; before it is asked, this is looked at again
+        if engine.is_http:  # it may be started while captions are written; checked again before use
             return
         raise
     if context is None or not stage.asked:
@@ -78,7 +78,7 @@ def check_limit(stage: Asking, max_tokens: int) -> None:
 
 
 def check_captions(stage: Asking, texts: Iterable[Text]) -> Lengths:
-    """Hold the captions' real lengths against the reader's context. Raises BadInput where many do not fit."""
+    """Compare the captions' actual lengths with the reader's context. Raises BadInput if many do not fit."""
     engine = stage.engine
     context = context_of(engine)
     if context is None or not stage.asked:
@@ -101,11 +101,11 @@ def check_captions(stage: Asking, texts: Iterable[Text]) -> Lengths:
 
 
 def caption_texts(captions: Artifact) -> Iterator[Text]:
-    """Of captions made before."""
+    """Texts of existing captions."""
     for shard in captions.committed():
         for row in captions.read_rows(shard):
-            for each in row["captions"] or []:
-                yield row["key"], each["text"] or "", each["n_tokens"]
+            for caption in row["captions"] or []:
+                yield row["key"], caption["text"] or "", caption["n_tokens"]
 
 
 def too_long(reader: str, context: int | None, tokens: int, left: int, whose: str = "captions") -> BadInput:
@@ -116,17 +116,17 @@ def too_long(reader: str, context: int | None, tokens: int, left: int, whose: st
 
 
 def rewarded_by(captions: Artifact, stage: Asking) -> list[Caution]:
-    """A caution where the captioner's checkpoint says that its training was rewarded by this very reader.
+    """A caution if the captioner's checkpoint records that it was trained with this reader as reward.
 
-    Nothing is known of captioners that are no checkpoint of ours, or have been moved to a server.
+    Nothing is known about captioners that are not checkpoints of ours, or that were moved to a server.
     """
     from ...trainer.checkpoint import FACTS, read_facts
 
     captioner = captions.config["run"].get("model")
     if not isinstance(captioner, str) or not (Path(captioner).expanduser() / FACTS).is_file():
         return []
-    told = read_facts(Path(captioner).expanduser()).figures.get("reader")
-    if not told or not same_model(ModelIdentity(**told), stage.identity):
+    reader = read_facts(Path(captioner).expanduser()).figures.get("reader")
+    if not reader or not same_model(ModelIdentity(**reader), stage.identity):
         return []
     text = (
         "the captioner was trained with this very reader as its reward, and may have learnt what this one likes; "
@@ -136,13 +136,13 @@ def rewarded_by(captions: Artifact, stage: Asking) -> list[Caution]:
 
 
 def oracle_texts(questions: Artifact) -> Iterator[Text]:
-    """The control that tells all answers, of every image."""
+    """The control caption with all answers, for every image."""
     for key, asked in _questions(questions):
         yield key, self_oracle(asked), None
 
 
 def asked_of(questions: Artifact) -> tuple[Question, ...]:
-    """All of the questions that checks need."""
+    """The questions that the checks need."""
     return telling(question for _, asked in _questions(questions) for question in asked)
 
 

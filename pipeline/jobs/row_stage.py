@@ -1,4 +1,4 @@
-"""An engine stage of one function per row: described, and the same loaded."""
+"""An engine stage of one function per row: its description, and its loaded form."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ...models.engines.base import Engine, ImageInput, Refused, RequestError
 from ...models.images.formats import ImageProblem
 from .engine import EngineSetup, LoadedEngine, SidecarProcessor
 
-#: The columns of one row; its image and the options are given. ``status`` and ``error`` may be among them.
+#: Returns the columns of one row, from its image and the options. They may include ``status`` and ``error``.
 RowFunction = Callable[[Engine, Row, ImageInput, Any], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class RowStage:
-    """Everything a worker needs to call ``function`` for each row; picklable, so ``function`` is one of a module."""
+    """Everything a worker needs to call ``function`` for each row; picklable, so it must be defined in a module."""
 
     name: str
     function: RowFunction
@@ -38,7 +38,7 @@ class RowStage:
 
 
 class RowStageProcessor(SidecarProcessor):
-    """The loaded stage. Columns that the function leaves out are null; a refused or failed request is a status."""
+    """The loaded stage. Columns that the function omits are null; a refused or failed request becomes a status."""
 
     def __init__(self, stage: RowStage, loaded: LoadedEngine) -> None:
         super().__init__(loaded, lambda concurrency: 2 * concurrency + 4 * stage.setup.decode_workers)

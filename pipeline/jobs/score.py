@@ -1,4 +1,4 @@
-"""The scoring stage of `capipe filter`, and that of `capipe embed`, described and loaded."""
+"""The stages of `capipe filter` (scoring) and `capipe embed`: descriptions and loaded forms."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Views = tuple[Pixels, ...]
 
 @dataclass(frozen=True)
 class ScoreSetup:
-    """Which models score, and how images come to them; picklable."""
+    """The scorer models, and how they get images; picklable."""
 
     scorers: tuple[ScorerConfig, ...]
     decode_workers: int
@@ -73,16 +73,16 @@ class ScoreStage:
 
 
 Prepared = TypeVar("Prepared")
-Subject = tuple[Row, int]  # and the number of its image
+Subject = tuple[Row, int]  # with the index of its image
 
-CHUNKS_COMPUTED = 4  # at a time, at most: each holds its pictures and its activations
+CHUNKS_COMPUTED = 4  # at a time, at most: each keeps its images and activations in memory
 
 
 class ImageTextProcessor(Generic[Prepared]):
-    """What processors share whose models look at pictures: chunks of rows, decoding processes, computing threads.
+    """Common parts of processors with image models: chunks of rows, decoding processes, computing threads.
 
-    Another thread prepares the next chunk's texts meanwhile: tokenizers, too, take a tenth of a small model's time.
-    A chunk is one thread's from its first layer to its last, so its figures are the same however many compute.
+    Another thread prepares the next chunk's texts in the meantime: tokenizers, too, take a tenth of a small model's
+    time. A chunk is computed by one thread from first to last layer, so results do not depend on the number of threads.
     """
 
     schema: pa.Schema
@@ -91,7 +91,7 @@ class ImageTextProcessor(Generic[Prepared]):
 
     def __init__(self, preprocesses: tuple[Preprocess, ...], setup: ScoreSetup) -> None:
         decode = functools.partial(decode_preprocessed, preprocesses=preprocesses, limits=setup.limits)
-        devices = [device_and_type(each.device, each.dtype)[0] for each in setup.scorers]
+        devices = [device_and_type(scorer.device, scorer.dtype)[0] for scorer in setup.scorers]
         self._computers, threads = computing_threads(devices, CHUNKS_COMPUTED)
         self.window = (self._computers + 3) * CHUNK
         in_flight = (self._computers + 1) * CHUNK
@@ -101,9 +101,9 @@ class ImageTextProcessor(Generic[Prepared]):
         self._decoding = self._computing = 0
 
     async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        out = {row.index: given for row in rows if (given := self.unasked(row)) is not None}
+        out = {row.index: finished for row in rows if (finished := self.unasked(row)) is not None}
         asked = [row for row in rows if row.index not in out]
-        distinct = {row.uid: row for row in asked}  # an image that several rows show is decoded once
+        distinct = {row.uid: row for row in asked}  # an image shared by several rows is decoded once
         decoded = dict(zip(distinct, await asyncio.gather(*map(self._decode, distinct.values())), strict=True))
         seen = {uid: views for uid, views in decoded.items() if not isinstance(views, ImageProblem)}
         numbers = {uid: number for number, uid in enumerate(seen)}
@@ -121,28 +121,28 @@ class ImageTextProcessor(Generic[Prepared]):
         return [out[row.index] for row in rows]
 
     async def _computed(self, subjects: Sequence[Subject], images: Sequence[Views]) -> list[dict[str, Any]]:
-        """The output rows. Where the chunk fails, the rows that are to blame fail alone, unless it is the device."""
+        """The output rows. If the chunk fails, only the rows that cause it fail, unless it is a device error."""
         loop = asyncio.get_running_loop()
         try:
             prepared = await loop.run_in_executor(self._preparer, self.prepare, subjects)
             computed = await loop.run_in_executor(self._threads, self.compute, prepared, images)
         except OF_DEVICES:
             raise
-        except Exception:  # told of the rows that are to blame, outside of here: the error holds the chunk's tensors
+        except Exception:  # handled outside this block: the exception references the chunk's tensors
             pass
         else:
             answered()
             return computed
-        computed, some = await loop.run_in_executor(self._threads, self._apart, subjects, images)
-        if some:
+        computed, any_ok = await loop.run_in_executor(self._threads, self._apart, subjects, images)
+        if any_ok:
             answered()
         return computed
 
     def _apart(self, subjects: Sequence[Subject], images: Sequence[Views]) -> tuple[list[dict[str, Any]], bool]:
-        """The output rows of a chunk that failed, and whether any did not; runs in a computing thread."""
+        """The output rows of a failed chunk, and whether any succeeded; runs in a computing thread."""
 
         def compute(some: Sequence[Subject]) -> list[dict[str, Any]]:
-            places = {number: place for place, number in enumerate(dict.fromkeys(number for _, number in some))}
+            places = {number: index for index, number in enumerate(dict.fromkeys(number for _, number in some))}
             asked = [(row, places[number]) for row, number in some]
             prepared = self._preparer.submit(self.prepare, asked).result()
             return self.compute(prepared, [images[number] for number in places])
@@ -156,19 +156,19 @@ class ImageTextProcessor(Generic[Prepared]):
         return rows, not all(isinstance(outcome, Exception) for outcome in outcomes)
 
     def reason(self, row: Row, image: Views, error: Exception) -> str:
-        """Why a row has no result even by itself; runs in a computing thread."""
+        """Why a row fails even by itself; runs in a computing thread."""
         return f"{type(error).__name__}: {error}"
 
     def unasked(self, row: Row) -> dict[str, Any] | None:
-        """The output row of one that no model need look at; None for others."""
+        """The output row for a row that needs no model; None for others."""
         raise NotImplementedError
 
     def prepare(self, subjects: Sequence[Subject]) -> Prepared:
-        """What no model takes part in; runs in the preparing thread."""
+        """The part that needs no model; runs in the preparing thread."""
         raise NotImplementedError
 
     def compute(self, prepared: Prepared, images: Sequence[Views]) -> list[dict[str, Any]]:
-        """The output rows of what was prepared; runs in a computing thread, beside others: models keep nothing."""
+        """Output rows for prepared rows; runs in a computing thread, in parallel with others: models are stateless."""
         raise NotImplementedError
 
     def passed_on(self, row: Row) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class ScoreProcessor(ImageTextProcessor[PreparedRows]):
             from ...models.scorers.safety import NudeNetDetector
 
             safety = NudeNetDetector()
-        self._scorer = CaptionScorer(tuple(load_scorer(each) for each in setup.scorers), safety)
+        self._scorer = CaptionScorer(tuple(load_scorer(config) for config in setup.scorers), safety)
         super().__init__(self._scorer.preprocesses, setup)
 
     def unasked(self, row: Row) -> dict[str, Any] | None:
@@ -239,7 +239,7 @@ class EmbedStage:
 
 
 class EmbedProcessor(ImageTextProcessor[Sequence[Subject]]):
-    """The loaded stage: unit vectors of the image tower in half precision."""
+    """The loaded stage: unit vectors of the vision encoder in half precision."""
 
     def __init__(self, setup: ScoreSetup) -> None:
         (config,) = setup.scorers

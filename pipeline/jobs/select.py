@@ -1,8 +1,8 @@
-"""The second step of `capipe filter`: scored rows into final shards. One task is one final shard, made of whole input
-shards and written by one process.
+"""Second step of `capipe filter`: turns scored rows into final shards.
 
-First the scores alone are read (:mod:`.select_plan`): the kept rows, the exact threshold, the input shards of each
-final one. Then images are copied. Neither loads a model; another threshold costs the copying alone.
+One task is one final shard, made of whole input shards and written by one process. First only the scores are read
+(:mod:`.select_plan`): this gives the kept rows, the exact threshold, and the input shards of each final one. Then
+images are copied. No model is loaded in either part; another threshold only costs the copying.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ _START_OVER = "use another --out, or --fresh to start over"
 
 @dataclass(frozen=True)
 class GroupTask:
-    """One final shard: its input shards in order, how many rows they have, and how many of these are kept.
+    """One final shard: its input shards in order, their number of rows, and how many of these are kept.
 
-    ``over``: the committed shard that it replaces, made before some of these rows were done again.
+    ``over``: the committed shard that it replaces, made before some of these rows were redone.
     """
 
     shard: str
@@ -65,7 +65,7 @@ class GroupTask:
 
 @dataclass(frozen=True)
 class SelectPlan:
-    """A selection before its first image is read: the locked output and the final shards still to write."""
+    """A selection before its first image is read: the locked output and the final shards left to write."""
 
     selection: ShardPlan
     artifact: Artifact
@@ -88,9 +88,9 @@ def plan_select(
     workers: int | None = None,
     fresh: bool = False,
 ) -> SelectPlan:
-    """Decide what is kept, lock ``out`` and find what is left to write. Raises CapipeError; then nothing was written.
+    """Select rows, lock ``out`` and find the shards left to write. Raises CapipeError; then nothing was written.
 
-    ``marks``: an artifact with a row for each input row, of which those that are not ok are not kept.
+    ``marks``: an artifact with a row for each input row; rows that are not ok there are not kept.
     """
     if scores.stage != "score":
         raise BadInput(f"{scores.url}: an artifact of stage {scores.stage!r}; give --scores those of `capipe filter`")
@@ -129,7 +129,7 @@ def plan_select(
 
 
 def _refuse_another_stage(out: str) -> None:
-    """`--fresh` removes what is in ``out``: that must never be anything but a selection."""
+    """Raise BadInput if ``out`` has an artifact of another stage: `--fresh` removes its contents."""
     if Artifact.exists(out) and (stage := Artifact.open(out).stage) != STAGE:
         raise BadInput(f"{out}: holds an artifact of stage {stage!r}; choose another --out")
 
@@ -148,9 +148,9 @@ def _tasks(shards: Sequence[InputShard], selection: ShardPlan) -> list[GroupTask
 
 
 def _todo(artifact: Artifact, tasks: Sequence[GroupTask]) -> list[GroupTask]:
-    """The tasks that are not committed, or not as they would be now: rows were done again since, or shards came.
+    """Tasks not committed, or outdated: rows were redone since, or shards were added.
 
-    Raises ArtifactMismatch where a committed one was made of something else.
+    Raises ArtifactMismatch if a committed one has other inputs.
     """
     committed = artifact.committed()
     present = {shard.name: shard for task in tasks for shard in task.shards}
@@ -161,7 +161,7 @@ def _todo(artifact: Artifact, tasks: Sequence[GroupTask]) -> list[GroupTask]:
         names = [] if record is None else [entry["name"] for entry in record.input["shards"]]
         if task.shard in repaired or names != [shard.name for shard in task.shards]:
             todo.append(replace(task, over=record))
-    for record in committed.values():  # fewer rows are kept by now
+    for record in committed.values():  # fewer rows are kept now
         artifact.retract(record)
         for name in record.files:
             artifact.folder.remove(name)
@@ -180,13 +180,13 @@ def _is_repaired(artifact: Artifact, record: ShardRecord, present: Mapping[str, 
 
 
 def execute_select(plan: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
-    """Write what is not committed yet; returns when all shards are committed or quarantined, or ``stop`` is set."""
+    """Write uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
     write = functools.partial(write_group, rule=plan.selection.rule)
     return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
 
 
 def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:
-    """Write and commit one final shard. Runs in a worker process. Keeps one input shard's scores in memory."""
+    """Write and commit one final shard, in a worker process. Keeps one input shard's scores in memory."""
     input_keys = [_scores(shard, ["key"]).column("key").to_pylist() for shard in task.shards]
     keys = final_keys([shard.name for shard in task.shards], input_keys)
     with artifact.begin(task.shard, SELECT, tar=True, over=task.over) as out:
@@ -200,14 +200,14 @@ def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:
 
 def _scores(shard: InputShard, columns: list[str]) -> pa.Table:
     companion = next(companion for companion in shard.companions if companion.name == SCORES)
-    return read_columns(companion, SCORE, columns)  # the row reader checks that it is the committed one
+    return read_columns(companion, SCORE, columns)  # the row reader checks that it is the committed file
 
 
 def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction) -> tuple[dict[str, Any], int]:
     """Copy an input shard's rows, the kept ones with their samples; returns the reader's info and the kept count."""
     failed = [-1] * len(keys) if rule.keep is None else rule.keep.failures(_scores(shard, rule.columns)).tolist()
     reader, kept = RowReader(shard), 0
-    for source, key, term in zip(reader, keys, failed, strict=True):  # the reader first: it checks that this was all
+    for source, key, term in zip(reader, keys, failed, strict=True):  # the reader first: at its end it checks the tar
         row = source.beside[SCORES]
         status, error = selection_status(row, source.beside.get(MARKS), rule, term)
         final = final_row(row, status, error, key, shard.name, rule.text)
@@ -220,7 +220,7 @@ def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction)
 
 
 def write_uids(artifact: Artifact) -> None:
-    """DataComp's list of what was kept; the last file of a selection that is complete."""
+    """Write DataComp's list of kept uids, the last file of a complete selection."""
     data = io.BytesIO()
     np.save(data, uid_list(ok_uids(artifact)), allow_pickle=False)
     artifact.folder.write(UIDS, data.getvalue())

@@ -1,8 +1,8 @@
-"""What a selection will keep, found from the scores' columns alone: no image is opened, no model loaded.
+"""Planning of a selection from the columns of the scores: no image is opened, no model loaded.
 
-Only the columns that the decision reads are loaded, one input shard at a time. What stays in memory is, with ``top``,
-the score of each eligible row: 4 bytes a row (8 for a column of integers), twice that while the threshold is found.
-Without ``top`` it is a count for each shard.
+Only the columns needed for the decision are loaded, one input shard at a time. Memory with ``top``: the score of each
+eligible row, 4 bytes (8 for a column of integers), twice that while the threshold is computed. Without ``top``: a count
+for each shard.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _BASE = pa.schema(BASE)
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """``kept``: rows of each input shard that are kept under ``rule``; the others count rows of all of them.
+    """``kept``: number of kept rows of each input shard under ``rule``; the other counts are over all shards.
 
-    ``eligible``: candidates for which `keep` holds, and which `top` can rank.
+    ``eligible``: candidates that satisfy `keep` and that `top` can rank.
     """
 
     rule: Rule
@@ -50,7 +50,7 @@ class ShardPlan:
         return f"select ({rule.config.shown}): {counts}, {sum(self.sizes):,} rows in all{threshold}"
 
     def warning(self) -> str | None:
-        """One line where the conditions sort nothing out."""
+        """A one-line warning if the conditions filter nothing out."""
         asked = self.rule.config
         if (asked.keep is None and asked.top is None) or sum(self.kept) < self.candidates:
             return None
@@ -60,19 +60,19 @@ class ShardPlan:
 def plan_shards(shards: Sequence[InputShard], scores: Artifact, config: SelectConfig) -> ShardPlan:
     """Decide about all rows of ``shards``, each joined with its scores (and marks).
 
-    Raises BadInput where the scores are of other images, and where nothing would be kept.
+    Raises BadInput if the scores are of other images, or if nothing would be kept.
     """
     committed = scores.committed()
     rule = Rule.of(config, _text(shards, config))
     counted, sizes, candidates, ranked = [], [], 0, []
     for shard, (table, marks) in zip(shards, _tables(shards, rule.columns), strict=True):
         _check_images(shard, table, committed[shard.name].input.get("bytes"))
-        found = decide(table, marks, rule)
+        decision = decide(table, marks, rule)
         sizes.append(len(table))
-        candidates += int(found.candidate.sum())
-        counted.append(int(found.eligible.sum()))
-        if found.by is not None:
-            ranked.append(found.by[found.eligible])
+        candidates += int(decision.candidate.sum())
+        counted.append(int(decision.eligible.sum()))
+        if decision.by is not None:
+            ranked.append(decision.by[decision.eligible])
     if not sum(counted):
         raise _nothing(shards, rule)
     kept = counted
@@ -93,7 +93,7 @@ def _text(shards: Sequence[InputShard], config: SelectConfig) -> Text:
 
 
 def _tables(shards: Sequence[InputShard], columns: list[str]) -> Iterator[tuple[pa.Table, list[str] | None]]:
-    """Each shard's scores, the columns asked for beside key and uid, and the statuses of its marks."""
+    """Each shard's scores, with the requested columns, key and uid, and the statuses of its marks."""
     for shard in shards:
         beside = {companion.name: companion for companion in shard.companions}
         table = read_columns(beside[SCORES], SCORE, [*_IDENTITY, *columns])
@@ -109,7 +109,7 @@ def _same_images(one: pa.Table, other: pa.Table) -> bool:
 
 
 def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) -> pa.Table:
-    """Some columns of a sidecar, after its schema was checked; its checksum is not, which would take all columns."""
+    """Some columns of a sidecar, after a check of its schema. Its checksum, which needs all columns, is not checked."""
     try:
         with companion.open() as parquet:
             check(parquet.schema_arrow, schema, companion.url)
@@ -120,14 +120,14 @@ def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) ->
 
 
 def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) -> None:
-    """Raise BadInput unless the scores are of this shard's images: by key and uid where a Parquet lists these, by the
-    tar's size where not (then each row is compared when its image is read)."""
+    """Raise BadInput unless the scores are of this shard's images: by key and uid if a Parquet lists them, else by the
+    tar's size (then each row is compared when its image is read)."""
     scores = next(c.url for c in shard.companions if c.name == SCORES)
-    mend = "give --shards those that were scored, or score these"
+    hint = "give --shards those that were scored, or score these"
     if shard.record is None:
         fs, path = url_to_fs(shard.url)
         if scored_bytes is not None and fs.size(path) != scored_bytes:
-            raise BadInput(f"{scores}: made of another tar than {shard.url} (its size differs); {mend}")
+            raise BadInput(f"{scores}: made of another tar than {shard.url} (its size differs); {hint}")
         return
     url = shard.url.removesuffix(".tar") + ".parquet"
     listed = read_columns(Companion("images", url, "", shard.record.count), _BASE, _IDENTITY)
@@ -138,11 +138,11 @@ def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) 
         if (ours["key"], ours["uid"]) != (theirs["key"], theirs["uid"]):
             where = f"row {index}, {ours['key']!r}, is another image than {theirs['key']!r} there"
             break
-    raise BadInput(f"{scores}: its rows are not those of {shard.url}, by key and uid ({where}); {mend}")
+    raise BadInput(f"{scores}: its rows are not those of {shard.url}, by key and uid ({where}); {hint}")
 
 
 def _nothing(shards: Sequence[InputShard], rule: Rule) -> BadInput:
-    """What to say when no row is kept: what the candidates' columns hold, read once more for it."""
+    """The error if no row is kept: shows the values of the candidates' columns, which are read again for it."""
     named = {column.name: column.shown for column in (rule.keep.columns if rule.keep else ())}
     if rule.by is not None:
         named.setdefault(rule.by, rule.config.by)
@@ -159,12 +159,12 @@ def _nothing(shards: Sequence[InputShard], rule: Rule) -> BadInput:
         left = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items())) or "none at all"
         text = f"no row has a {rule.text}_caption to write and is not marked (rows by status: {left})"
         return BadInput(f"{shards[0].companions[0].url} and the rest: {text}; nothing can be kept")
-    found = "; ".join(f"{shown} {_range(gather(lambda d: d.candidate, name))}" for name, shown in named.items())
-    return BadInput(f"{rule.config.shown}: keeps none of {candidates:,} candidates; among them {found}")
+    ranges = "; ".join(f"{shown} {_range(gather(lambda d: d.candidate, name))}" for name, shown in named.items())
+    return BadInput(f"{rule.config.shown}: keeps none of {candidates:,} candidates; among them {ranges}")
 
 
 def _range(parts: list[pa.ChunkedArray]) -> str:
-    """What a column holds, in words."""
+    """Description of a column's values."""
     column = pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
     if kind_of(column.type) != "number":
         common = Counter(str(value) for value in column.to_pylist() if value is not None).most_common(3)
@@ -180,7 +180,7 @@ def _range(parts: list[pa.ChunkedArray]) -> str:
 
 
 def ok_uids(artifact: Artifact) -> Iterator[str]:
-    """The uids of a committed artifact's kept rows, in order."""
+    """Uids of a committed artifact's kept rows, in order."""
     for shard in artifact.committed():
         table = artifact.table(shard, ["uid", "status"])
         yield from table.filter(pc.equal(table.column("status"), str(Status.OK))).column("uid").to_pylist()

@@ -1,4 +1,4 @@
-"""From a recipe to a run that is about to do its first, or its next, step."""
+"""Setup of a training run from a recipe, up to its first or next step."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ from ..runners.interrupts import say as say_at_once
 from .artifacts import question_artifact
 from .train_checks import check_fits, reward_reader
 
-RUN = "run.json"  # what a run was started with
-MARK = "step-"  # how everything is called that a run makes beside it, logs apart
+RUN = "run.json"  # a run's settings at its start
+MARK = "step-"  # prefix of a run's other outputs, except logs
 Say = Callable[[str], None]
 
 
 async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> Path:
-    """Train to the recipe's end, from the newest checkpoint in ``out`` where there is one.
+    """Train to the recipe's end, from the newest checkpoint in ``out`` if there is one.
 
-    Returns the last checkpoint: of the step at which a signal asked for the end, or ``out`` if that was none yet.
+    Returns the last checkpoint: that of the step at which a signal requested the end, or ``out`` if there is none yet.
     """
-    disable_progress_bar()  # or each checkpoint, and each set of weights on its way to vLLM, draws one
+    disable_progress_bar()  # otherwise each checkpoint, and each weight sync to vLLM, shows one
     distributed = join(recipe.parallel == "sharded")
     if recipe.rollout.images < distributed.count:
         raise BadInput(
@@ -77,8 +77,8 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         **_scorers(recipe),
         ("images" if recipe.data.questions is None else "questions"): training.fingerprint,
     }
-    mark, found = fingerprint(semantic), _look(out, semantic, fresh)
-    parts = build_policy(recipe, found[0] if found else None, distributed)
+    mark, resumed = fingerprint(semantic), _look(out, semantic, fresh)
+    parts = build_policy(recipe, resumed[0] if resumed else None, distributed)
     say(parts.learning)
     rewards = await build_reward_manager(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
     grader: QuizReader | None = None
@@ -92,20 +92,20 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
             if "://" in validation.engine:
                 await grader.check()
         await check_fits(recipe, rewards, grader, training, held_out, parts.preparing.encoder)
-        distributed.wait()  # all have looked before one writes
+        distributed.wait()  # all processes have read before one writes
         if distributed.first:
             _claim(out, semantic, fresh)
         distributed.wait()
-        start = found[1].step if found else 0
+        start = resumed[1].step if resumed else 0
         shown = Prompt(recipe.prompt, await parts.pictures.of(training.examples[0]))
         sampler = await build_sampler(recipe, parts, out, shown)
         packing = check_packing(whole_policy(parts), _prepare(parts, recipe.rollout.max_tokens)(shown), recipe.model)
         run = _assemble(recipe, out, mark, training, held_out, parts, sampler, rewards, grader, start, say)
         run.reward_reader = None if rewarding is None else asdict(rewarding)
-        if found:
-            restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(found[0]))
-            run.step, run.alarms = found[1].step, dict(found[1].figures.get("alarms", {}))
-            say(f"going on from {found[0]}")
+        if resumed:
+            restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(resumed[0]))
+            run.step, run.alarms = resumed[1].step, dict(resumed[1].figures.get("alarms", {}))
+            say(f"going on from {resumed[0]}")
         if recipe.preflight:
             say(packing.line())
         await _preflight(run)
@@ -130,37 +130,37 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
 
 
 def _scorers(recipe: Recipe) -> dict[str, Any]:
-    """What decides the scores of rewards that look at images, by their kind; empty without any."""
+    """Settings that determine the scores of image rewards, by kind; empty without any."""
     scored = (ClipRewardConfig, BlipRewardConfig, ItmRewardConfig)
-    found = {
+    scorers = {
         reward.kind: scorer_identity(ScorerConfig(reward.kind, reward.model, reward.dtype))
         for reward in recipe.rewards
         if isinstance(reward, scored)
     }
-    return {"scorers": found} if found else {}
+    return {"scorers": scorers} if scorers else {}
 
 
 def _stop(run: TrainingRun) -> None:
     run.stopping = True
-    if run.parts.distributed.first:  # a signal may come while a line is being written
+    if run.parts.distributed.first:  # a signal may arrive while a line is being written
         say_at_once("stopping: this step is finished, then a checkpoint written; a second signal ends it at once")
 
 
 def _quiet(line: str) -> None:
-    """What is said once is said by the first process."""
+    """Discard a line: only the first process logs."""
 
 
 def _read(recipe: Recipe) -> list[str]:
-    """What training reads and an output must not be: data, and a model that an earlier run may have left there."""
+    """Inputs that the output must not overwrite: data, and a model that an earlier run may have written there."""
     shards = [recipe.data.shards, *([] if recipe.validation is None else [recipe.validation.shards])]
     questions = [recipe.data.questions, None if recipe.validation is None else recipe.validation.questions]
     local = [recipe.model] if Path(recipe.model).is_dir() else []
-    places = [place for pattern in shards for place in read_places(pattern, expand(pattern))]
-    return [*places, *(each for each in questions if each is not None), *local]
+    places = [url for pattern in shards for url in read_places(pattern, expand(pattern))]
+    return [*places, *(path for path in questions if path is not None), *local]
 
 
 def load_data(recipe: Recipe) -> tuple[ExampleList, ExampleList | None]:
-    """What is trained on and what is validated on. Raises BadInput where an image is in both."""
+    """Training and validation data. Raises BadInput if an image is in both."""
     asked = None if recipe.data.questions is None else question_artifact(recipe.data.questions).url
     training = load_examples(recipe.data.shards, asked, recipe.data.fingerprint)
     if recipe.validation is None:
@@ -174,9 +174,9 @@ def load_data(recipe: Recipe) -> tuple[ExampleList, ExampleList | None]:
 
 
 def _look(out: Path, semantic: dict[str, Any], fresh: bool) -> tuple[Path, Facts] | None:
-    """The checkpoint in ``out`` to go on from, None to begin. Changes nothing.
+    """The checkpoint in ``out`` to resume from, None to start. Changes nothing.
 
-    Raises ArtifactMismatch where another recipe has been at work there, BadInput where it is no training run's folder.
+    Raises ArtifactMismatch if another recipe was used there, BadInput if it is not a training run's folder.
     """
     file = out / RUN
     if not file.exists():
@@ -198,7 +198,7 @@ def _look(out: Path, semantic: dict[str, Any], fresh: bool) -> tuple[Path, Facts
 
 
 def _claim(out: Path, semantic: dict[str, Any], fresh: bool) -> None:
-    """Make ``out`` this run's folder, emptied of an earlier run's checkpoints where ``fresh``."""
+    """Make ``out`` this run's folder; with ``fresh``, checkpoints of an earlier run are removed."""
     out.mkdir(parents=True, exist_ok=True)
     if fresh:
         for path in out.glob(f"{MARK}*"):
@@ -241,10 +241,10 @@ def _assemble(
     validated = held_out.examples[: recipe.validation.images] if held_out and recipe.validation else ()
     sinks = _sinks(recipe, out) if parts.distributed.first else []
     log = RunLog(out, start, sinks, parts.distributed.rank)
-    found = ("images", "left out") if recipe.data.questions is None else ("images with questions", "without")
+    words = ("images", "left out") if recipe.data.questions is None else ("images with questions", "without")
     examples = training.examples[: recipe.data.images]
     cut = f" (the first {len(examples)} are used)" if len(examples) < len(training.examples) else ""
-    say(f"{len(training.examples)} {found[0]}{cut}, {training.without} {found[1]}; {len(validated)} to validate on")
+    say(f"{len(training.examples)} {words[0]}{cut}, {training.without} {words[1]}; {len(validated)} to validate on")
     return TrainingRun(
         recipe=recipe,
         out=out,
@@ -263,7 +263,7 @@ def _assemble(
 
 
 def _prepare(parts: PolicyParts, max_tokens: int) -> Callable[[Prompt], PreparedPrompt]:
-    """Prompts for the policy; one that leaves no room for a whole caption is refused, since neither must be cut."""
+    """Prepare prompts for the policy; refuses one that leaves no room for a full caption: neither is truncated."""
     room = parts.preparing.max_model_len
 
     def prepare(prompt: Prompt) -> PreparedPrompt:
@@ -293,19 +293,19 @@ async def _preflight(run: TrainingRun) -> None:
         return
     reward = run.rewards.rewards.get("quiz")
     if isinstance(reward, QuizReward):
-        found = await floors(reward, run.examples)
-        run.say(f"preflight: generic {found.generic:.3f}, empty {found.empty:.3f}, blind {found.blind:.3f}")
-        refuse_templates(found)
+        scores = await floors(reward, run.examples)
+        run.say(f"preflight: generic {scores.generic:.3f}, empty {scores.empty:.3f}, blind {scores.blind:.3f}")
+        refuse_templates(scores)
         able = await ability(reward.reader, run.examples)
         run.say(f"preflight: {able.line()}")
         for warning in refuse_reader(able, reward.config.reader):
             run.say(warning)
     if run.validation_reader is not None and run.held_out:
         held = await ability_of(run.validation_reader, run.held_out[:IMAGES])
-        for each in cautions(held) if held else ():
-            run.say(f"warning: validation: {each.text}")
+        for caution in cautions(held) if held else ():
+            run.say(f"warning: validation: {caution.text}")
     if len(run.rewards.rewards) > isinstance(reward, QuizReward):
         control = await controls(run.rewards, run.examples, run.parts.preparing.encoder.text_ids)
-        for told in control.lines():
-            run.say(told)
+        for line in control.lines():
+            run.say(line)
         run.template_rewards = control.generic

@@ -1,4 +1,4 @@
-"""Before training: is the hold-out reader another model than the reward's, and do captions fit those who read them?"""
+"""Checks before training: the validation reader differs from the reward's, and captions fit their readers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 def reward_reader(recipe: Recipe) -> ModelIdentity | None:
-    """Who reads for the quiz, None without one. Raises BadInput where the validation's reader is the same model."""
-    quiz = next((each for each in recipe.rewards if isinstance(each, QuizRewardConfig)), None)
+    """The reader of the quiz reward, None without one. Raises BadInput if validation uses the same model."""
+    quiz = next((reward for reward in recipe.rewards if isinstance(reward, QuizRewardConfig)), None)
     if quiz is None:
         return None
-    found = model_identity(quiz.reader, quiz.engine)
+    reader = model_identity(quiz.reader, quiz.engine)
     if recipe.validation is None:
-        return found
+        return reader
     other = model_identity(recipe.validation.reader, recipe.validation.engine)
-    if same_model(found, other):
+    if same_model(reader, other):
         raise BadInput(
-            f"validation.reader: {other.name} is the reward's reader, {found.name}, under another name; take a model "
+            f"validation.reader: {other.name} is the reward's reader, {reader.name}, under another name; take a model "
             "that was never a reward"
         )
-    return found
+    return reader
 
 
 async def check_fits(
@@ -43,9 +43,9 @@ async def check_fits(
     held_out: ExampleList | None,
     encoder: PromptEncoder,
 ) -> None:
-    """Raise BadInput where a reader cannot be asked the questions, or not beside the longest caption of the policy.
+    """Raise BadInput if a reader cannot answer the questions, or not with the policy's longest caption.
 
-    A caption that is too long for its reader would have no score: it could never be punished for its length.
+    A caption that is too long for its reader would have no score: its length could never be penalized.
     """
     reward = rewards.rewards.get("quiz")
     if isinstance(reward, QuizReward):
@@ -75,7 +75,7 @@ async def _fits(
 
 
 async def _try(reader: QuizReader, name: str, most: int, question: Question) -> None:
-    """Ask a server that does not tell its context with a caption of ``most`` words, a token each. Raises BadInput."""
+    """Test a server that does not report its context with a caption of ``most`` one-token words. Raises BadInput."""
     order = tuple(range(len(question.options) + 1))
     (answer,) = await reader.answer(" ".join(["a"] * most), [(question, order)])
     if isinstance(answer, str):
