@@ -1,4 +1,4 @@
-"""What every benchmark shares: where it ran, how rounds are put together, and the JSON object that ends its output."""
+"""Code shared by the benchmarks: timing, alternating rounds, and the JSON report that ends the output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def capipe_command() -> str:
 
 
 def peer_python() -> str:
-    """The interpreter of the peers' environment; ends the benchmark with the mend where it is missing."""
+    """The interpreter of the peers' environment; exits with the command to install it if it is missing."""
     path = PEERS / "python"
     if not path.exists():
         sys.exit("the tools to compare with are not installed: run `make peers` first")
@@ -43,14 +43,14 @@ def version(package: str, python: str = sys.executable) -> str:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a command: by the clock, and of all its processes' CPU time (which a busy machine inflates less)."""
+    """Seconds of a command: wall time, and CPU time of all its processes (less inflated on a busy machine)."""
 
     wall: float
     cpu: float
 
 
 def run_timed(command: Sequence[str], log: Path, **environment: str) -> Timing:
-    """Time a command, start-up and all; its output goes to ``log``. A failure ends the benchmark."""
+    """Time a command, start-up included; its output goes to ``log``. A failure ends the benchmark."""
     with log.open("ab") as out:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
@@ -70,7 +70,7 @@ def run_timed(command: Sequence[str], log: Path, **environment: str) -> Timing:
 
 
 def alternate(sides: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure every side once a round, the order turned around each time, so that a busy machine hits all alike."""
+    """Measure every side once per round, in reversed order each time, so that a busy machine affects all alike."""
     figures: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]
@@ -81,12 +81,12 @@ def alternate(sides: Mapping[str, Callable[[int], float]], rounds: int) -> dict[
 
 
 def quotient(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Ratio of medians, as it is reported."""
+    """Ratio of medians, rounded for the report."""
     return round(median(ours) / median(theirs), 3)
 
 
 def report(name: str, figures: dict[str, list[float]], versions: dict[str, str], **more: Any) -> None:
-    """Print the last line: ``figures`` (one list of rounds a side) as medians, and whatever the claim needs."""
+    """Print the last line, a JSON object: medians of ``figures`` (one list of rounds per side), and ``more``."""
     print(
         json.dumps(
             {

@@ -1,4 +1,4 @@
-"""Rendered pictures as tars, as some other tool would have written them."""
+"""Rendered images in tar shards, as other tools write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs and evaluations as users start them, for tables: each in a folder, nothing finished is done again."""
+"""Training runs and evaluations through the CLI, for result tables; finished ones are not repeated."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from capipe.trainer.log import read_steps
 
-COST = "cost.json"  # processor seconds of the command that finished a run
+COST = "cost.json"  # CPU seconds of the command that finished a run
 
 
 def capipe(log: Path, *words: str) -> float:
-    """Run a command to its end, its output into ``log``; returns the processor seconds of all its processes."""
+    """Run a command to its end with its output in ``log``; returns the CPU seconds of all its processes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with log.open("a", encoding="utf-8") as file:
         subprocess.run([sys.executable, "-m", "capipe.pipeline", *words], check=True, stdout=file, stderr=file)
@@ -25,23 +25,23 @@ def capipe(log: Path, *words: str) -> float:
 
 
 def train(recipe: str, out: Path, steps: int | None = None, sets: Sequence[str] = ()) -> Path:
-    """The last checkpoint of a ``capipe train`` of ``recipe`` with overrides; ``steps``: instead of the recipe's."""
+    """Last checkpoint of a ``capipe train`` of ``recipe`` with overrides; ``steps`` replaces the recipe's."""
     if not (out / COST).exists():
         wanted = [*([] if steps is None else [f"steps={steps}"]), *sets]
-        options = [word for each in wanted for word in ("--set", each)]
+        options = [word for override in wanted for word in ("--set", override)]
         spent = capipe(out.with_suffix(".log"), "train", recipe, "--out", str(out), *options)
         (out / COST).write_text(json.dumps({"processor_seconds": spent}), encoding="utf-8")
     return max(path for path in out.glob("step-*") if path.is_dir())
 
 
 def cost(out: Path) -> dict[str, float]:
-    """What a run of :func:`train` took: steps, and processor seconds from start to end."""
+    """Cost of a run of :func:`train`: steps, and CPU seconds from start to end."""
     spent = json.loads((out / COST).read_text(encoding="utf-8"))["processor_seconds"]
     return {"steps": len(updates(out)), "processor seconds": round(spent)}
 
 
 def updates(run: Path) -> list[dict[str, Any]]:
-    """What a run's log says of its steps, validations left out."""
+    """Logged training steps of a run, without validations."""
     return [dict(entry) for entry in read_steps(run) if "reward" in entry]
 
 
@@ -54,7 +54,7 @@ def evaluate(part: str, model: str, out: Path, *options: str) -> None:
 
 
 def captioner(out: Path) -> dict[str, Any]:
-    """What an evaluation's report says of the captioner's first prompt."""
+    """Metrics of the captioner's first prompt in an evaluation's report."""
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = report["systems"][0]
-    return found
+    system: dict[str, Any] = report["systems"][0]
+    return system

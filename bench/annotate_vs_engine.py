@@ -1,9 +1,10 @@
-"""What `capipe annotate` costs over its engine (DESIGN §9: ratio >= 0.90, aiming at 0.95).
+"""Overhead of `capipe annotate` over its engine (DESIGN §9: ratio >= 0.90, target 0.95).
 
-One side is what a worker process does: read tars, decode in its pool, ask vLLM, check, journal and commit. The other is
-the very same engine fed the same images, decoded beforehand, in the same process, with as many requests at a time. Both
-are timed from the first request to the last result (a commit on our side), in many short rounds that take turns, for
-the speed of a shared machine drifts; the prefix cache is emptied between them. The ratio is the median over the rounds.
+One side is a worker process: read tars, decode in its pool, query vLLM, check, journal and commit. The other is the
+same engine in the same process with the same images, decoded beforehand, and the same number of concurrent requests.
+Both are timed from the first request to the last result (a commit on our side), in many short alternating rounds,
+because the speed of a shared machine drifts; the prefix cache is emptied between them. The ratio is the median over the
+rounds.
 
     python bench/annotate_vs_engine.py [--images 1000] [--shards 5] [--rounds 12]
 """
@@ -43,32 +44,32 @@ ENGINE = EngineConfig("vllm", MODEL)
 
 @dataclass(frozen=True)
 class Bench:
-    """An engine that is up, the shards to caption, and the same pictures as requests."""
+    """A running engine, the shards to caption, and the same images as requests."""
 
     engine: VLLMEngine
     shards: Path
     requests: list[GenerationRequest]
 
     async def through_capipe(self, out: Path) -> float:
-        """Images per second of all that a worker does."""
+        """Images per second of a whole worker."""
         config = AnnotateConfig(prompts=(parse_prompt(PROMPT),), max_tokens=MAX_TOKENS, max_attempts=1)
         stage = AnnotateStage(config, EngineSetup(ENGINE, decode_workers=1), MODEL)
-        made = plan(stage, str(self.shards), str(out))
+        job = plan(stage, str(self.shards), str(out))
         assert self.engine.grid is not None
         pool = DecodePool(stage.setup.decode_workers, grid_decoder(self.engine.grid, stage.setup.limits))
-        await pool.decode(b"")  # its process is up, as it would be long since
+        await pool.decode(b"")  # starts its process before the timing
         processor = AnnotateProcessor(stage, LoadedEngine(self.engine, pool))
         started = time.perf_counter()
-        await Worker(processor, made.artifact, DirectChannel(made.todo, made.artifact, lambda event: None)).run()
+        await Worker(processor, job.artifact, DirectChannel(job.todo, job.artifact, lambda event: None)).run()
         seconds = time.perf_counter() - started
         pool.close()
-        rows = sum(record.rows["ok"] for record in made.artifact.committed().values())
-        made.artifact.close()
+        rows = sum(record.rows["ok"] for record in job.artifact.committed().values())
+        job.artifact.close()
         assert rows == len(self.requests), f"{rows} of {len(self.requests)} rows"
         return rows / seconds
 
     async def alone(self) -> float:
-        """Images per second of the engine with requests ready to send."""
+        """Images per second of the engine alone, with prepared requests."""
         window = asyncio.Semaphore(2 * self.engine.concurrency + 4)
 
         async def one(request: GenerationRequest) -> None:
@@ -80,12 +81,12 @@ class Bench:
         return len(self.requests) / (time.perf_counter() - started)
 
     async def forget(self) -> None:
-        """Empty the prefix cache, or the next round would find its images in there."""
+        """Empty the prefix cache: the next round has the same images."""
         assert self.engine._llm is not None and await self.engine._llm.reset_prefix_cache()
 
 
 async def decoded(engine: Engine, shards: Path) -> list[GenerationRequest]:
-    """Every picture of the shards as the request that the stage makes of it."""
+    """Every image of the shards as the request that the stage would send."""
     assert engine.grid is not None
     pool, requests = DecodePool(1, grid_decoder(engine.grid, ImageLimits())), []
     for shard in expand(str(shards)):
@@ -100,7 +101,7 @@ async def decoded(engine: Engine, shards: Path) -> list[GenerationRequest]:
 
 
 async def measure(folder: Path, shards: int, images: int, rounds: int) -> dict[str, list[float]]:
-    """Rounds of both sides; who goes first takes turns, too. A round of each comes before the first that counts."""
+    """Rounds of both sides, which take turns in going first, after a warm-up round of each."""
     source = rendered_shards(folder / "shards", shards, images // shards)
     engine = await load_engine(ENGINE)
     assert isinstance(engine, VLLMEngine)

@@ -1,6 +1,6 @@
-"""What training did, as a picture: reward, hold-out quiz accuracy, length and made-up attributes over the steps.
+"""Training curves: reward, hold-out quiz accuracy, length and hallucinated attributes over the steps.
 
-Each run is a line. The same runs give the same bytes, with the same matplotlib.
+Each run is a line. The output is byte-identical for the same runs and the same matplotlib.
 
     python bench/curves.py RUN [RUN ...] --out docs/tiny-curve.svg [--base 0.151] [--oracle 0.958]
 """
@@ -21,13 +21,13 @@ from matplotlib.axes import Axes
 
 from capipe.trainer.log import read_steps
 
-Run = tuple[str, Sequence[Mapping[str, Any]]]  # a name and what `read_steps` gives
+Run = tuple[str, Sequence[Mapping[str, Any]]]  # a name and the entries of `read_steps`
 Curve = tuple[list[int], list[float]]
 ACCURACY, HALLUCINATED = "validation/accuracy", "validation/hallucinated"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's: for all eyes
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's colour-blind safe palette
 STYLE = {
-    "svg.fonttype": "none",  # text stays text: a small file
-    "svg.hashsalt": "capipe",  # ids, and with them the file, are the same every time
+    "svg.fonttype": "none",  # text stays text, for a small file
+    "svg.hashsalt": "capipe",  # fixed ids, so that the file is reproducible
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -41,17 +41,17 @@ STYLE = {
 
 
 def curve(entries: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    """A figure over the steps that the weights had seen when it was taken; steps without one are left out.
+    """A metric over the number of updates before its measurement; steps without it are left out.
 
-    The captions of a step are drawn before its update, those of a validation after it.
+    The captions of a step are sampled before its update, those of a validation after it.
     """
     done = 1 if name.startswith("validation/") else 0
-    found = [(entry["step"] + done, entry[name]) for entry in entries if entry.get(name) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(entry["step"] + done, entry[name]) for entry in entries if entry.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def draw(runs: Sequence[Run], base: float | None, oracle: float | None, out: Path) -> None:
-    """Four panels into ``out``, whose suffix says the format."""
+    """Plot four panels to ``out``, whose suffix sets the format."""
     panels = (
         ("reward", "Reward: mean of a step's captions", "-"),
         (ACCURACY, "Quiz accuracy of greedy held-out captions", "o-"),
@@ -78,7 +78,7 @@ def draw(runs: Sequence[Run], base: float | None, oracle: float | None, out: Pat
 
 
 def level(axes: Axes, value: float | None, label: str, above: str) -> None:
-    """A dashed line across a panel, where there is a value to show."""
+    """A dashed line across a panel, if there is a value to show."""
     if value is not None:
         axes.axhline(value, color="#555555", linestyle="--", linewidth=0.9)
         text = f"{label}: {value:.3f}"
@@ -91,12 +91,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", type=float, help="quiz accuracy before training")
     parser.add_argument("--oracle", type=float, help="quiz accuracy of captions that tell everything")
-    given = parser.parse_args()
-    runs = [(folder.resolve().name, read_steps(folder)) for folder in given.runs]
-    for folder, (_, entries) in zip(given.runs, runs, strict=True):
+    options = parser.parse_args()
+    runs = [(folder.resolve().name, read_steps(folder)) for folder in options.runs]
+    for folder, (_, entries) in zip(options.runs, runs, strict=True):
         if not entries:
             sys.exit(f"{folder}: no steps.jsonl with a step in it; give the --out of a `capipe train`")
-    draw(runs, given.base, given.oracle, given.out)
+    draw(runs, options.base, options.oracle, options.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What does the grouping pass of `capipe dedup` cost at 100,000 and 1,000,000 images, and so at 5 M and 1 B?
+"""Cost of the grouping pass of `capipe dedup` at 100,000 and 1,000,000 images, extrapolated to 5 M and 1 B.
 
-Measured are the search for near hashes (two a image), the groups and their keepers, each size in a process of its own;
-a tenth of the images have a copy three bits away. Beside it: how many candidate pairs a second are confirmed by their
-signatures, and how many images a second the first pass looks at with one process.
+Measured: the search for near hashes (two per image), the groups and their keepers, each size in its own process; a
+tenth of the images have a copy three bits away. Also measured: candidate pairs confirmed per second by their
+signatures, and images hashed per second by the first pass with one process.
 
-Extrapolated: the search compares each hash with those that share a band of 16 bits (or all but one bit of it), so its
-time grows with the square of the number of images, its memory with the number. Hashes of real images are not spread
-evenly as these are; flat and bright ones crowd into few bands, so take the extrapolated seconds as a lower bound.
+Extrapolation: the search compares each hash with those that share a band of 16 bits (or all but one bit of it), so its
+time grows with the square of the number of images, its memory linearly. Hashes of real images are less evenly spread
+than these; flat and bright ones crowd into few bands, so the extrapolated seconds are a lower bound.
 On the 2-core machine of docs/benchmarks.md, one thread: 1.2 s and 0.13 GiB for 100,000 images, 63 s and 0.4 GiB for a
 million; so half an hour and 2 GiB for 5 million. A billion in one piece would take 17,000 hours and 400 GiB: there,
 run it per part of a set (200 parts of 5 million: 90 hours on one core, copies across parts unseen).
@@ -42,7 +42,7 @@ from capipe.stages.dedup.perceptual_hash import DECODED_SIDE, SIGNATURE_BYTES, l
 
 
 def grouped(count: int) -> dict[str, float]:
-    """Seconds, those of the processor, and peak MiB of grouping ``count`` images in this process; what was found."""
+    """Wall seconds, CPU seconds and peak MiB of grouping ``count`` images in this process; pairs and repeats found."""
     rng = np.random.default_rng(0)
     phash, inner = (rng.integers(0, 1 << 64, count, dtype=np.uint64) for _ in range(2))
     planted = count // 10
@@ -62,37 +62,37 @@ def grouped(count: int) -> dict[str, float]:
 
 
 def confirmed_per_second(count: int = 256) -> float:
-    """Candidate pairs that one thread decides on in a second, all of the dear kind: laid on each other first."""
+    """Candidate pairs that one thread confirms per second, all of the expensive kind that is aligned first."""
     pictures = [Image.open(io.BytesIO(sample.image)) for sample in samples(count, "heldout", 3, size=256)]
     cropped = [picture.crop((5, 5, 251, 251)) for picture in pictures]
     left, right = (
-        np.stack([np.frombuffer(looks(each).signature, dtype=np.uint8) for each in side])
+        np.stack([np.frombuffer(looks(image).signature, dtype=np.uint8) for image in side])
         for side in (pictures, cropped)
     )
     started = time.process_time()
-    found = same_picture(left, right).mean()
+    share = same_picture(left, right).mean()
     seconds = time.process_time() - started
-    if found < 0.9:
-        sys.exit(f"of the cropped copies only {found:.2f} were found")
+    if share < 0.9:
+        sys.exit(f"of the cropped copies only {share:.2f} were found")
     return count / seconds
 
 
 def embedded(count: int, width: int = 512) -> dict[str, float]:
-    """Processor seconds of finding near embeddings among ``count``, a tenth of them planted, and the share found."""
+    """CPU seconds of finding near embeddings among ``count``, a tenth of them planted, and the share found."""
     rng = np.random.default_rng(0)
     planted = count // 10
     vectors = rng.standard_normal((count, width), dtype=np.float32).astype(np.float16)
     vectors[-planted:] = vectors[:planted] + 0.2 * rng.standard_normal((planted, width), dtype=np.float32)
     started = time.process_time()
-    left, right = (np.concatenate(each) for each in zip(*near_vectors(vectors, 0.96), strict=True))
+    left, right = (np.concatenate(chunks) for chunks in zip(*near_vectors(vectors, 0.96), strict=True))
     seconds = time.process_time() - started
     groups = connected(count, left, right)
-    found = float((groups[-planted:] == groups[:planted]).mean())
-    return {"vectors": count, "cpu_seconds": round(seconds, 1), "found": round(found, 4)}
+    share = float((groups[-planted:] == groups[:planted]).mean())
+    return {"vectors": count, "cpu_seconds": round(seconds, 1), "found": round(share, 4)}
 
 
 def looked_at_per_second(count: int = 200, size: int = 512) -> float:
-    """Images of ``size`` pixels a side that one process hashes in a second."""
+    """Images of ``size`` pixels a side that one process hashes per second."""
     images = [sample.image for sample in samples(count, "heldout", 3, size=size)]
     started = time.process_time()
     for data in images:
@@ -117,13 +117,13 @@ def main() -> None:
 
     def seconds(size: int) -> float:
         command = [sys.executable, __file__, "--one", str(size)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        memory[size], busy[size] = found["peak_mib"], found["cpu_seconds"]
-        return float(found["seconds"])
+        result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        memory[size], busy[size] = result["peak_mib"], result["cpu_seconds"]
+        return float(result["seconds"])
 
     figures = alternate({str(size): lambda _, size=size: seconds(size) for size in options.sizes}, options.rounds)
     largest = max(options.sizes)
-    took = busy[largest]  # one thread; other work on the machine does not count
+    took = busy[largest]  # CPU seconds of one thread, without other load on the machine
     extrapolated = {}
     for name, count in (("5M", 5_000_000), ("1B", 1_000_000_000)):
         hours, gib = took * (count / largest) ** 2 / 3600, memory[largest] * count / largest / 1024

@@ -1,15 +1,15 @@
-"""What scoring in `capipe filter` costs over its models, and what a plain script takes for the same scores (DESIGN §9).
+"""Overhead of scoring in `capipe filter` over its models, and cost of the same scores by a plain script (DESIGN §9).
 
-Three sides give the CLIP and ITM scores of every image's new and original caption, whole and by sentence:
+Three sides compute the CLIP and ITM scores of every image's new and original caption, whole and by sentence:
 
-- capipe: what a worker process does. It reads tars, decodes in a pool, scores chunk by chunk, journals and commits.
-- forward: the bare towers on batches that were decoded, cut, tokenized and put together beforehand.
+- capipe: the work of a worker process. It reads tars, decodes in a pool, scores chunk by chunk, journals and commits.
+- forward: the bare models on batches that were decoded, split, tokenized and collated beforehand.
 - plain: open_clip's and transformers' own preprocessing in a DataLoader (one worker process, as capipe's pool has one),
-  a pair of an image and a caption at a time as those libraries' examples have it: batches of pairs, each with its
-  image through the tower, texts padded to the model's context (CLIP) or to the longest of the batch (ITM).
+  in pairs of an image and a caption as in those libraries' examples: batches of pairs, the image encoded for each pair,
+  texts padded to the model's context (CLIP) or to the longest of the batch (ITM).
 
-Torch may use all cores on each side, as it does by default. Rounds take turns; the figures are images per second, the
-ratios medians over the rounds.
+Torch uses all cores on each side, its default. Rounds alternate; the figures are images per second, the ratios medians
+over the rounds.
 
     python bench/filter.py [--images 1024] [--shards 4] [--rounds 5]
 """
@@ -60,18 +60,18 @@ from capipe.stages.filter.score import CAPTIONS, CHUNK
 
 SCORERS = (ScorerConfig("clip", "tiny/clip"), ScorerConfig("itm", "tiny/itm"))
 SEED = 5
-PAIRS = 32  # a batch of the plain script
+PAIRS = 32  # batch size of the plain script
 
 
 def write_captions(shards: Path, out: Path, images: int) -> None:
-    """A dense caption for every image, as `capipe annotate` would have written them."""
-    told = (dense_caption(each.scene, Random(number)) for number, each in enumerate(samples(images, "heldout", SEED)))
+    """Write a dense caption for every image in the format of `capipe annotate`."""
+    texts = (dense_caption(item.scene, Random(number)) for number, item in enumerate(samples(images, "heldout", SEED)))
     artifact = Artifact.create(str(out), "annotate", {"bench": "filter"}, {})
     for shard in expand(str(shards)):
         rows = list(RowReader(shard))
         with artifact.begin(shard.name, ANNOTATE) as writer:
             for row in rows:
-                caption = {"name": "dense", "text": next(told), "status": "ok"}
+                caption = {"name": "dense", "text": next(texts), "status": "ok"}
                 base = {"key": row.key, "uid": row.uid, "status": "ok", "text": row.text}
                 writer.write({**base, "captions": [caption]})
             writer.commit(rows_in=len(rows), input_info={"digest": "bench"})
@@ -82,32 +82,32 @@ def write_captions(shards: Path, out: Path, images: int) -> None:
 
 
 async def through_capipe(shards: Path, captions: Path, out: Path) -> float:
-    """Images per second of all that a worker does, its models and its decoders being up."""
+    """Images per second of a whole worker whose models and decoders are already started."""
     stage = ScoreStage(ScoreSetup(SCORERS, decode_workers=1))
-    made = plan(stage, str(shards), str(out), beside={CAPTIONS: Artifact.open(str(captions))})
+    job = plan(stage, str(shards), str(out), beside={CAPTIONS: Artifact.open(str(captions))})
     processor = ScoreProcessor(stage.setup)
     await processor._pool.decode(b"")
     started = time.perf_counter()
-    await Worker(processor, made.artifact, DirectChannel(made.todo, made.artifact, lambda event: None)).run()
+    await Worker(processor, job.artifact, DirectChannel(job.todo, job.artifact, lambda event: None)).run()
     seconds = time.perf_counter() - started
     await processor.aclose()
-    rows = sum(record.rows["ok"] for record in made.artifact.committed().values())
-    made.artifact.close()
+    rows = sum(record.rows["ok"] for record in job.artifact.committed().values())
+    job.artifact.close()
     return rows / seconds
 
 
-# --- the bare towers --------------------------------------------------------------------------------------------------
+# --- the bare models --------------------------------------------------------------------------------------------------
 
 
 class Forward:
-    """Every tensor that the towers are given, made beforehand."""
+    """Forward passes of the models on tensors prepared beforehand."""
 
     def __init__(self, shards: Path, captions: Path, scorers: Sequence[Scorer]) -> None:
         artifact = Artifact.open(str(captions))
         rows = [row for shard in expand(str(shards)) for row in RowReader(shard)]
         new = [row["captions"][0]["text"] for shard in artifact.committed() for row in artifact.read_rows(shard)]
         decode = functools.partial(
-            decode_preprocessed, preprocesses=tuple(each.preprocess for each in scorers), limits=ImageLimits()
+            decode_preprocessed, preprocesses=tuple(scorer.preprocess for scorer in scorers), limits=ImageLimits()
         )
         self.images = len(rows)
         self.calls: list[Callable[[], Any]] = []
@@ -138,15 +138,15 @@ class Forward:
         ids = scorer._tokenizer([pair.text for pair in pairs], truncation=True, max_length=512).input_ids
         width = scorer.encode_images(pixels[:1]).shape[1]
         batches = []
-        for batch in by_length([len(each) + width // 4 for each in ids]):
-            told = scorer._tokenizer.pad({"input_ids": [ids[each] for each in batch]}, return_tensors="pt")
-            owners = torch.tensor([pairs[each].image for each in batch])
-            batches.append((told.input_ids, told.attention_mask, owners))
+        for batch in by_length([len(tokens) + width // 4 for tokens in ids]):
+            padded = scorer._tokenizer.pad({"input_ids": [ids[index] for index in batch]}, return_tensors="pt")
+            owners = torch.tensor([pairs[index].image for index in batch])
+            batches.append((padded.input_ids, padded.attention_mask, owners))
 
         def call() -> None:
             states = scorer.encode_images(pixels)
-            for told, mask, owners in batches:
-                scorer._match(told, mask, states[owners])
+            for ids, mask, owners in batches:
+                scorer._match(ids, mask, states[owners])
 
         return call
 
@@ -212,8 +212,8 @@ class Plain:
             owners = torch.tensor([number for number, parts in enumerate(texts) for _ in parts])
             said = [part for parts in texts for part in parts]
             shown = self.clip.encode_image(clip_pixels, normalize=True)
-            told = self.clip.encode_text(self.tokenizer(said), normalize=True)
-            (shown[owners] * told).sum(-1).tolist()
+            encoded = self.clip.encode_text(self.tokenizer(said), normalize=True)
+            (shown[owners] * encoded).sum(-1).tolist()
             asked = self.processor.tokenizer(said, padding=True, truncation=True, max_length=512, return_tensors="pt")
             logits = self.itm(
                 pixel_values=itm_pixels[owners],
@@ -226,7 +226,7 @@ class Plain:
 
 
 def measure(folder: Path, shards: int, images: int, rounds: int) -> dict[str, list[float]]:
-    """Rounds of all sides, whose order is turned around each time; one round comes before the first that counts."""
+    """Rounds of all sides, in reversed order each time, after a warm-up round."""
     source, captions = rendered_shards(folder / "shards", shards, images // shards, SEED), folder / "captions"
     write_captions(source, captions, images)
     loaded = ScoreProcessor(ScoreSetup(SCORERS, decode_workers=1))
@@ -236,7 +236,7 @@ def measure(folder: Path, shards: int, images: int, rounds: int) -> dict[str, li
     figures: dict[str, list[float]] = {"capipe": [], "forward": [], "plain": []}
     for number in range(-1, rounds):
         for side in list(figures)[:: 1 if number % 2 else -1]:
-            torch.set_num_threads(threads)  # capipe's side divides them among its chunks, for the whole process
+            torch.set_num_threads(threads)  # capipe's side changes it process-wide, to divide cores among chunks
             if side == "capipe":
                 figure = asyncio.run(through_capipe(source, captions, folder / f"out{number}"))
             else:

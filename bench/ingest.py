@@ -2,8 +2,8 @@
 
 Both get the same Parquet of files and captions, two processes, shards of the same size, and must write every image with
 its sha256. Both decode every image in full: img2dataset with OpenCV at full size, capipe with the DCT scaled down.
-img2dataset gets what makes it fastest: no resize, no re-encoding, no EXIF, no monitoring. Times are those of the whole
-command, start-up included; for `without_startup` and CPU time, what each needs for two images is taken off.
+img2dataset has its fastest options: no resize, no re-encoding, no EXIF, no monitoring. Times are of the whole command,
+start-up included; for `without_startup` and CPU time, each side's time for two images is subtracted.
 
     python bench/ingest.py [--images 3000] [--rounds 3]
 """
@@ -31,7 +31,7 @@ from _common import PEERS, alternate, capipe_command, peer_python, quotient, rep
 
 SHARD_SIZE = 250
 PROCESSES = 2
-FEW = 2  # images to measure start-up with
+FEW = 2  # images, to measure start-up
 THREADS = 4  # of img2dataset per process; 16, 64 and its default 256 are slower on local files and two cores
 SIZES = ((640, 480), (800, 600), (1024, 768), (768, 1024))
 
@@ -48,7 +48,7 @@ def noise_photo(width: int, height: int, rng: np.random.Generator) -> Image.Imag
 
 
 def make_corpus(folder: Path, count: int) -> Path:
-    """``count`` different JPEGs and the Parquet that lists them: crops of a few large pictures."""
+    """``count`` different JPEGs and the Parquet that lists them: crops of a few large images."""
     rng = np.random.default_rng(0)
     pictures = [noise_photo(2048, 1536, rng) for _ in range(6)]
     rows = []
@@ -93,7 +93,7 @@ def img2dataset(table: Path, out: Path) -> list[str]:
 
 
 def images_in(out: Path) -> int:
-    """Image members in all tars of a folder."""
+    """Number of image members in all tars of a folder."""
     count = 0
     for path in out.glob("*.tar"):
         with tarfile.open(path) as tar:
@@ -102,7 +102,7 @@ def images_in(out: Path) -> int:
 
 
 class Side:
-    """One of the two: runs its command on a table, checks that every image was written, keeps the CPU times."""
+    """One of the two sides: runs its command on a table, checks that every image was written, collects CPU times."""
 
     def __init__(self, command: Callable[[Path, Path], list[str]], table: Path, images: int, log: Path) -> None:
         self._command, self._table, self._images, self._log = command, table, images, log

@@ -1,8 +1,8 @@
-"""What the noise of a decoding step costs: the torch code of ``models/engines/sampling.py`` against its kernel.
+"""Cost of the sampling noise of a decoding step: the torch code of ``models/engines/sampling.py`` against its kernel.
 
-Bytes moved per logit are counted anywhere: the torch code's from the tensors that its operators read and write (a sort
-as one pass), the kernel's from what it loads and stores. Times are taken on a CUDA device, which needs torch and
-Triton and no vLLM; elsewhere they are "unmeasured". ``ratio`` is the torch code's time over the kernel's.
+Bytes moved per logit are counted on any device: the torch code's from the tensors that its operators read and write (a
+sort as one pass), the kernel's from its loads and stores. Times are taken on a CUDA device, with torch and Triton but
+without vLLM; elsewhere they are "unmeasured". ``ratio`` is the torch code's time over the kernel's.
 
     python bench/noise.py [--rows 256] [--vocab 151936] [--rounds 9]
 """
@@ -27,14 +27,14 @@ from _common import alternate, report, version
 
 from capipe.models.engines.sampling import apply, apply_in_torch, kernel_runs_on
 
-COUNTED_ROWS = 16  # bytes per logit are the same for any number
+COUNTED_ROWS = 16  # bytes per logit do not depend on it
 STEPS = 20  # decoding steps of a round
 BARRED = 4  # ids that Qwen2.5-VL bars
-CASES = {"full": None, "top_p": 0.9}  # whole support, and the nucleus, for which torch sorts on either side
+CASES = {"full": None, "top_p": 0.9}  # full support, and the nucleus, for which torch sorts on both sides
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes of the tensors that operators read and write; what is repeated by a stride of 0 counts once."""
+    """Bytes of the tensors that operators read and write; data repeated by a stride of 0 counts once."""
 
     moved = 0
 
@@ -42,7 +42,7 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
             read = [] if func is torch.ops.aten.empty_like.default else tree_leaves((args, kwargs))
-            self.moved += sum(_bytes(each) for each in (*read, *tree_leaves(result)) if isinstance(each, Tensor))
+            self.moved += sum(_bytes(leaf) for leaf in (*read, *tree_leaves(result)) if isinstance(leaf, Tensor))
         return result
 
 
@@ -54,14 +54,14 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class Step:
-    """A batch's logits and requests, all of which sample."""
+    """A batch's logits and sampling parameters; no request is greedy."""
 
     def __init__(self, rows: int, vocab: int, top_p: float | None, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(1)
         self.logits = 3 * torch.randn(rows, vocab, generator=generator).to(device)
         self.seeds = torch.randint(-(1 << 62), 1 << 62, (rows,), generator=generator).to(device)
         self.positions = torch.randint(0, 400, (rows,), generator=generator).to(device)
-        self.temperatures = torch.full((rows,), 1.25, device=device)  # in place logits shrink with it
+        self.temperatures = torch.full((rows,), 1.25, device=device)  # makes logits shrink when computed in place
         self.top_ps = None if top_p is None else torch.full((rows,), top_p, device=device)
         self.barred = torch.arange(vocab - BARRED, vocab, device=device)
 
@@ -73,7 +73,7 @@ class Step:
 
 
 def bytes_per_logit(vocab: int, top_p: float | None) -> dict[str, float]:
-    """Of the torch code, and of the kernel with what torch does before it."""
+    """Bytes per logit of the torch code, and of the kernel with torch's operations before it."""
     step = Step(COUNTED_ROWS, vocab, top_p, torch.device("cpu"))
     with Traffic() as torch_code:
         step.in_torch()
@@ -89,7 +89,7 @@ def bytes_per_logit(vocab: int, top_p: float | None) -> dict[str, float]:
 
 
 def measure(step: Step, rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Milliseconds of a step by either side, and whether and how far they agree."""
+    """Milliseconds of a step by each side, and their agreement."""
     theirs, ours = step.in_torch(), step.by_kernel()
     finite = theirs.isfinite()
     agreement = {
@@ -98,7 +98,7 @@ def measure(step: Step, rounds: int) -> tuple[dict[str, list[float]], dict[str, 
         "temporaries_mib": {"torch": _temporaries(step.in_torch), "kernel": _temporaries(lambda: step.by_kernel(True))},
     }
     del theirs, ours, finite
-    # In place, as vLLM has it: logits change from step to step, and the time does not depend on them.
+    # In place, as in vLLM: logits change from step to step, and the time does not depend on them.
     sides = {"torch": step.in_torch, "kernel": lambda: step.by_kernel(overwrite=True)}
     return alternate({name: _timed(side) for name, side in sides.items()}, rounds), agreement
 

@@ -30,11 +30,11 @@ SIDES = {"local": ["--runner", "local", "--gpus", "none"], "ray": ["--runner", "
 
 
 def run(shards: Path, out: Path, engine: str, side: str) -> tuple[float, float]:
-    """Seconds from the engine being ready to the last commit, and all others of the command's."""
+    """Seconds from the engine being ready to the last commit, and all other seconds of the command."""
     command = [sys.executable, "-m", "capipe.pipeline", "annotate", "--shards", str(shards), "--out", str(out)]
     command += ["--model", "tiny/captioner", "--engine", engine, "--prompt", "short", "--max-tokens", "100"]
     command += ["--decode-workers", "1", *SIDES[side]]
-    environ = {**os.environ, "RAY_TMPDIR": str(out.parent)}  # none that happens to run here
+    environ = {**os.environ, "RAY_TMPDIR": str(out.parent)}  # not a cluster that already runs here
     started, ready, said = time.time(), 0.0, []
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ
@@ -52,7 +52,7 @@ def run(shards: Path, out: Path, engine: str, side: str) -> tuple[float, float]:
 
 
 def same(one: Path, other: Path) -> None:
-    """End the benchmark where two outputs differ."""
+    """Exit if two outputs differ."""
     for path in sorted(one.glob("*.parquet")):
         if path.read_bytes() != (other / path.name).read_bytes():
             sys.exit(f"{path} and {other / path.name} differ")

@@ -1,8 +1,8 @@
-"""What does sharing a caption's prefix save? The quiz reader on captions with 8 questions in 4 orders each.
+"""Speed-up of the quiz reader by sharing a caption's prefix: captions with 8 questions in 4 orders each.
 
-Both sides are one transformers engine with the same requests; the slow one computes every prompt whole. The captions
-are dense ones of single scenes, and dense ones of many scenes in a row, up to the 300 tokens that captions of
-photographs have. The ratio is that of the long ones; answers must be identical.
+Both sides are one transformers engine with the same requests; the slow one computes every prompt in full. The captions
+are dense ones of single scenes, and concatenated ones of many scenes, up to the 300 tokens of photographs' captions.
+The ratio is that of the long ones; answers must be identical.
 
     python bench/reader.py [--captions 12] [--rounds 5]
 """
@@ -36,22 +36,22 @@ Task = tuple[str, list[Question]]
 
 
 def tasks(engine: TransformersEngine, count: int, tokens: int) -> list[Task]:
-    """Captions of at least ``tokens`` tokens (one scene's where 0) with questions about their first scene."""
-    made: list[Task] = []
+    """Captions of at least ``tokens`` tokens (one scene's if 0) with questions about their first scene."""
+    result: list[Task] = []
     pool = list(scenes("heldout", 40 * count, seed=61))
     for number in range(count):
         rng = Random(f"reader:{number}")
-        scene = next(each for each in pool[number::count] if len(possible(each)) >= QUESTIONS)
+        scene = next(candidate for candidate in pool[number::count] if len(possible(candidate)) >= QUESTIONS)
         caption = dense_caption(scene, rng)
         others = iter(pool[number::count])
         while length(engine, caption) < tokens:
             caption += " " + dense_caption(next(others), rng)
-        made.append((caption, [quiz(scene, asked, rng) for asked in rng.sample(possible(scene), QUESTIONS)]))
-    return made
+        result.append((caption, [quiz(scene, asked, rng) for asked in rng.sample(possible(scene), QUESTIONS)]))
+    return result
 
 
 def length(engine: TransformersEngine, text: str) -> int:
-    """Tokens of a text, the chat around it left out."""
+    """Tokens of a text, without the chat template."""
     return len(engine.lm.encoder.encode(Prompt(text))) - len(engine.lm.encoder.encode(Prompt("")))
 
 
@@ -59,7 +59,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--captions", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    options = parser.parse_args()
     engine = await load_engine(EngineConfig("transformers", MODEL))
     assert isinstance(engine, TransformersEngine)
     reader = QuizReader(engine, ReaderConfig(presentations=ORDERS))
@@ -72,10 +72,10 @@ async def main() -> None:
     lengths: dict[str, float] = {}
     loop = asyncio.get_running_loop()
     for name, tokens in (("dense", 0), ("long", LONG)):
-        work = tasks(engine, given.captions, tokens)
+        work = tasks(engine, options.captions, tokens)
         lengths[name] = round(sum(length(engine, caption) for caption, _ in work) / len(work), 1)
         answers: dict[str, list[list[Reading]]] = {}
-        for side, shares in (("alone", False), ("shared", True)):  # a first, unmeasured round: the answers
+        for side, shares in (("alone", False), ("shared", True)):  # a first, unmeasured round, for the answers
             engine.lm.share_prefixes = shares
             answers[side] = await read(work)
         assert answers["alone"] == answers["shared"], f"{name}: the answers differ"
@@ -87,7 +87,7 @@ async def main() -> None:
             return len(work) * QUESTIONS / (time.perf_counter() - started)
 
         sides = {f"{name}_shared": lambda _: measured(True), f"{name}_alone": lambda _: measured(False)}
-        rounds = await asyncio.to_thread(alternate, sides, given.rounds)
+        rounds = await asyncio.to_thread(alternate, sides, options.rounds)
         ratios[name] = quotient(rounds[f"{name}_shared"], rounds[f"{name}_alone"])
         figures |= rounds
     versions = {package: version(package) for package in ("transformers", "torch")}

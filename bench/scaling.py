@@ -1,7 +1,7 @@
-"""Does `capipe annotate` slow down or grow with the number of shards? (DESIGN §9: 300 shards / 10 shards <= 1.1.)
+"""Time per shard and memory of `capipe annotate` by number of shards (DESIGN §9: 300 shards / 10 shards <= 1.1).
 
 The whole command, with the bundled captioner on vLLM, over 10 and over 300 shards of the same size. Seconds per shard
-count from the engine being ready to the last commit; memory is the peak, sampled, of all processes together (resident,
+are from the engine being ready to the last commit; memory is the sampled peak of all processes together (resident,
 shared pages counted once).
 
     python bench/scaling.py [--small 10] [--large 300] [--images 100] [--rounds 2]

@@ -1,9 +1,9 @@
 """The three published systems, and the quiz's captioner trained on CLIP, at the bundled models' scale, in one measure.
 
-Each row is a `capipe train` of a bundled recipe, maybe with overrides, and a `capipe eval` of its last checkpoint:
-greedy captions of held-out scenes, the hold-out reader, a CLIP that was no reward. What is finished in --out is not
-done again. `recipes/tiny-caprl.yaml` tells how the data is made, with 200 held-out scenes here; --data also wants
-train-1, train-8 and train-128, the first so many images of train, with shards and quiz, for `--tables retrieval`.
+Each row is a `capipe train` of a bundled recipe, optionally with overrides, and a `capipe eval` of its last checkpoint:
+greedy captions of held-out scenes, the hold-out reader, a CLIP not used as a reward. Finished runs in --out are not
+repeated. `recipes/tiny-caprl.yaml` describes how to make the data, with 200 held-out scenes here; `--tables retrieval`
+also needs train-1, train-8 and train-128 in --data: the first 1, 8 and 128 images of train, with shards and quiz.
 
     python bench/systems.py --data data/tiny --out runs/systems --tables systems vlrm retrieval
 """
@@ -22,7 +22,7 @@ from _runs import captioner, cost, evaluate, train, updates
 
 JUDGED = ("--clip", "tiny/eval-clip", "--cosine", "tiny/clip", "--language-model", "tiny/opt", "--no-controls")
 GREEDY = ("--samples", "1", "--temperature", "0", "--max-tokens", "160")
-NO_ALARMS = ("alarms.truncated=1", "alarms.repeating=1", "alarms.kl=1000")  # a control is to run into the wall
+NO_ALARMS = ("alarms.truncated=1", "alarms.repeating=1", "alarms.kl=1000")  # a control must not be stopped
 ON_CLIP = (
     "rewards=[{kind: clip, model: tiny/clip, weight: 10}, {kind: repetition, weight: 0.5}]",
     "validation=null",
@@ -33,7 +33,7 @@ ON_CLIP = (
 
 @dataclass(frozen=True)
 class Row:
-    """``recipe``: None where the ``model`` is evaluated as it is bundled."""
+    """``recipe``: None to evaluate the bundled ``model`` without training."""
 
     model: str
     recipe: str | None = None
@@ -52,7 +52,7 @@ SYSTEMS = {
     "retrieval PPO": Row("tiny/vit-gpt2", "tiny-retrieval-ppo"),
     "diffusion PPO": Row("tiny/vit-gpt2", "tiny-diffusion-ppo"),
 }
-IMAGES = (1, 8, 128)  # as in the paper's table; the recipe's own are the 128
+IMAGES = (1, 8, 128)  # as in the paper's table; the recipe itself uses 128
 RETRIEVAL = {
     "tiny/vit-gpt2": Row("tiny/vit-gpt2", on=("held", *(f"train-{count}" for count in IMAGES))),
     **{
@@ -72,18 +72,18 @@ def without(recipe: Path) -> dict[str, Row]:
     loaded: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     rows = {"tiny/blip2": SYSTEMS["tiny/blip2"], "VLRM": SYSTEMS["VLRM"]}
     for at, reward in enumerate(loaded["rewards"]):
-        left = json.dumps([each for number, each in enumerate(loaded["rewards"]) if number != at])
+        left = json.dumps([term for number, term in enumerate(loaded["rewards"]) if number != at])
         rows[f"without {reward['kind']}"] = Row("tiny/blip2", "tiny-vlrm", (f"rewards={left}", *NO_ALARMS))
     return {**rows, "without KL": Row("tiny/blip2", "tiny-vlrm", ("algorithm.kl=0", *NO_ALARMS))}
 
 
 def found(out: Path) -> dict[str, Any]:
-    """The figures of an evaluation."""
+    """Metrics of an evaluation."""
     system = captioner(out)
     truth, text, retrieval, judged = (system[part] for part in ("truth", "text", "retrieval", "judged"))
     return {
         "quiz accuracy": system["quiz"]["accuracy"]["value"],
-        **{f"recall@{at}": each["value"] for at, each in retrieval["recall"].items()},
+        **{f"recall@{at}": share["value"] for at, share in retrieval["recall"].items()},
         "cosine": judged["cosine"]["value"],
         "made up per caption": truth["hallucinated"]["value"],
         "precision": truth["precision"]["value"],
@@ -97,23 +97,23 @@ def found(out: Path) -> dict[str, Any]:
 
 
 def logged(run: Path) -> dict[str, float]:
-    """The first and last fifth of a run's rewards, and its largest divergence, from its log."""
+    """From a run's log: mean rewards over its first and last fifth, last and largest KL divergence."""
     entries = updates(run)
     part = max(1, len(entries) // 5)
     first, last = entries[:part], entries[-part:]
     names = [name for name in entries[0] if name.startswith("reward") and isinstance(entries[0][name], float)]
-    told = {
-        f"{name} {when}": sum(each[name] for each in some) / part
+    rewards = {
+        f"{name} {when}": sum(entry[name] for entry in some) / part
         for name in names
         for when, some in (("first", first), ("last", last))
-        if all(each.get(name) is not None for each in some)
+        if all(entry.get(name) is not None for entry in some)
     }
-    kl = [each["kl"] for each in entries if each.get("kl") is not None]
-    return {**told, **({"kl last": kl[-1], "kl most": max(kl)} if kl else {})}
+    kl = [entry["kl"] for entry in entries if entry.get("kl") is not None]
+    return {**rewards, **({"kl last": kl[-1], "kl most": max(kl)} if kl else {})}
 
 
 def measure(name: str, row: Row, table: str, data: Path, out: Path) -> dict[str, Any]:
-    """Train and evaluate one row, by parts of the data where it is evaluated on several."""
+    """Train and evaluate one row, by part of the data if it is evaluated on several."""
     folder = out / name.replace("/", "-").replace("'", "").replace(",", "").replace(" ", "-").lower()
     model, figures = row.model, dict[str, Any]()
     if row.recipe is not None:
@@ -129,7 +129,7 @@ def measure(name: str, row: Row, table: str, data: Path, out: Path) -> dict[str,
 
 
 def places(row: Row, data: Path) -> tuple[str, ...]:
-    """Overrides that name the data."""
+    """Overrides with the paths of the data."""
     quiz = row.recipe == "tiny-caprl" and "data.questions=null" not in row.sets
     questions = (
         f"data.questions={data}/train-quiz",
@@ -147,15 +147,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/systems"))
     parser.add_argument("--tables", nargs="+", choices=tables, default=list(tables))
     parser.add_argument("--rows", nargs="+", help="only these rows")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     results = {
         table: {
-            name: measure(name, row, table, given.data, given.out)
+            name: measure(name, row, table, options.data, options.out)
             for name, row in tables[table].items()
-            if given.rows is None or name in given.rows
+            if options.rows is None or name in options.rows
         }
-        for table in given.tables
+        for table in options.tables
     }
     print(json.dumps({"bench": "systems", "tables": results}))
 

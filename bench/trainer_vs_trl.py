@@ -1,10 +1,10 @@
-"""A training step of ours and of TRL's GRPOTrainer: the same random model, images, group, lengths and optimiser.
+"""Training step of capipe and of TRL's GRPOTrainer: same random model, images, group size, lengths and optimizer.
 
-Both sides draw captions of a fixed length with the transformers engine each has, score them by the same function and
-make one on-policy step of AdamW; a step is timed from drawing to the weights' change. Rounds take turns in one process.
+Each side samples captions of a fixed length with its own transformers engine, scores them by the same function and
+makes one on-policy AdamW step; a step is timed from sampling to the weight update. Rounds alternate in one process.
 
-Beside it, where a step of ours goes (``rollout``, ``update``), and the update's floor: :class:`Floor`, one turn after
-each update of ours. ``update_floor_share`` is floor by update: the share of our update that no trainer could save.
+Also measured: the parts of our step (``rollout``, ``update``), and a lower bound of the update: :class:`Floor`, once
+after each of our updates. ``update_floor_share`` is floor ÷ update: the share of our update that no trainer could save.
 
     python bench/trainer_vs_trl.py [--rounds 3] [--steps 6]
 """
@@ -39,7 +39,7 @@ from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.update import UpdateConfig, Updater
 
-MODEL = "tiny/captioner"  # its architecture and tokenizer; the weights are drawn anew
+MODEL = "tiny/captioner"  # its architecture and tokenizer; the weights are random
 TEXT = "describe the image in detail."
 GROUP, IMAGES, LR = 8, 4, 1e-4
 PARTS = ("rollout", "update", "floor")
@@ -77,7 +77,7 @@ def distinct(tokens: list[int] | tuple[int, ...]) -> float:
 
 
 class Ours:
-    """Engine, fast path and updater, as `capipe train` puts them together."""
+    """Engine, fast path and updater, combined as in `capipe train`."""
 
     def __init__(self, folder: Path, pixels: int, length: int) -> None:
         model = load_model(str(folder), sees=True, dtype="float32", device="cpu")
@@ -85,7 +85,7 @@ class Ours:
         self.policy = DecoderPolicy(model, vision_ids(model.config))
         lm, self.preparing = (endless(batched_lm(model, str(folder), grid)) for _ in range(2))
         self.engine = TransformersEngine(lm, grid, GROUP * IMAGES)
-        self.images = [ImageInput(f"{number}", pixels=each) for number, each in enumerate(pictures(pixels))]
+        self.images = [ImageInput(f"{number}", pixels=picture) for number, picture in enumerate(pictures(pixels))]
         learning = [weight for weight in self.policy.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=LR)
         self.updater = Updater(self.policy, optimizer, UpdateConfig(loss="dapo", limit=length))
@@ -93,20 +93,20 @@ class Ours:
         self.length, self.number = length, 0
 
     def steps(self, count: int) -> dict[str, float]:
-        """Median seconds of a step, of its parts and of the floor, after one step that is not counted."""
+        """Median seconds of a step, of its parts and of the floor, after one warm-up step."""
         taken = asyncio.run(self._steps(count))
-        return {name: statistics.median(each[name] for each in taken[1:]) for name in ("step", *PARTS)}
+        return {name: statistics.median(step[name] for step in taken[1:]) for name in ("step", *PARTS)}
 
     async def _steps(self, count: int) -> list[dict[str, float]]:
         taken = []
         for _ in range(count):
             started = time.perf_counter()
             groups = await asyncio.gather(*(self._group(image) for image in self.images))
-            drawn = time.perf_counter()
-            found = self.updater.update(groups)
+            sampled = time.perf_counter()
+            result = self.updater.update(groups)
             done = time.perf_counter()
-            assert found.skipped is None and found.tokens == GROUP * IMAGES * self.length
-            parts = {"step": done - started, "rollout": drawn - started, "update": done - drawn}
+            assert result.skipped is None and result.tokens == GROUP * IMAGES * self.length
+            parts = {"step": done - started, "rollout": sampled - started, "update": done - sampled}
             taken.append({**parts, "floor": self.floor.seconds(groups)})
         await self.engine.aclose()
         return taken
@@ -115,20 +115,20 @@ class Ours:
         self.number += 1
         prompt = Prompt(TEXT, image)
         requests = [
-            GenerationRequest(prompt, Sampling(1.0, 1.0, self.length, self.number * GROUP + each), logprobs=True)
-            for each in range(GROUP)
+            GenerationRequest(prompt, Sampling(1.0, 1.0, self.length, self.number * GROUP + member), logprobs=True)
+            for member in range(GROUP)
         ]
-        drawn: list[Completion] = await asyncio.gather(*map(self.engine.generate, requests))
-        rewards = [RewardResult(distinct(each.token_ids)) for each in drawn]
-        return Group(image.uid, image.uid, self.preparing.prepare(prompt), drawn, rewards)
+        completions: list[Completion] = await asyncio.gather(*map(self.engine.generate, requests))
+        rewards = [RewardResult(distinct(completion.token_ids)) for completion in completions]
+        return Group(image.uid, image.uid, self.preparing.prepare(prompt), completions, rewards)
 
 
 class Floor:
-    """The work that an update cannot do without, by a plain model (with our fast tower), one batch of each.
+    """The minimal work of an update, by a plain model (with our fast vision encoder), one batch of each.
 
-    Forward and backward: each image through the tower once, each prompt through the decoder once, each caption's tokens
-    as if no prompt came before them, the head and the softmax over what foretells a caption's token; then AdamW.
-    Nothing is packed or padded, no caption attends to its prompt, no entropy, ratio or norm is computed.
+    Forward and backward: each image through the vision encoder once, each prompt through the decoder once, each
+    caption's tokens without a prompt before them, the head and the softmax at positions that predict a caption's token;
+    then AdamW. Nothing is packed or padded, no caption attends to its prompt, no entropy, ratio or norm is computed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,14 +136,14 @@ class Floor:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR)
 
     def seconds(self, groups: Sequence[Group]) -> float:
-        """One update on captions of equal length, whose advantages are set."""
+        """Seconds of one update on captions of equal length with advantages set."""
         prompts = [group.prompt for group in groups]
         images = [prompt.image for prompt in prompts if prompt.image is not None]
         ids = torch.stack([prompt.ids for prompt in prompts])
         positions = torch.stack([prompt.positions for prompt in prompts], dim=1)
-        patches, grids = (torch.cat(each) for each in ([i.patches for i in images], [i.grid for i in images]))
-        captions = torch.tensor([each.token_ids for group in groups for each in group.completions])
-        read = captions[:, :-1]  # the last token foretells nothing
+        patches, grids = (torch.cat(tensors) for tensors in ([i.patches for i in images], [i.grid for i in images]))
+        captions = torch.tensor([completion.token_ids for group in groups for completion in group.completions])
+        read = captions[:, :-1]  # the last token predicts nothing
         begins = torch.tensor([prompt.next_position for prompt in prompts]).repeat_interleave(GROUP)
         places = (begins[:, None] + torch.arange(read.shape[1])).expand(len(positions), -1, -1)
         advantages = torch.cat([group.advantages for group in groups])[:, None]
@@ -163,21 +163,21 @@ class Floor:
 
 
 def capipe_steps(folder: Path, pixels: int, length: int, count: int, parts: dict[str, list[float]]) -> float:
-    """Median seconds of a step of ours; what it is made of is added to ``parts``."""
-    found = Ours(folder, pixels, length).steps(count)
+    """Median seconds of one of our steps; those of its parts are appended to ``parts``."""
+    medians = Ours(folder, pixels, length).steps(count)
     for name in PARTS:
-        parts[name].append(found[name])
-    return found["step"]
+        parts[name].append(medians[name])
+    return medians["step"]
 
 
 def endless(lm: BatchedLM) -> BatchedLM:
-    """Nothing ends a caption but its length."""
+    """Disable the end tokens: only its length ends a caption."""
     lm._end_ids = frozenset()
     return lm
 
 
 def trl_steps(folder: Path, pixels: int, length: int, count: int) -> float:
-    """The same of TRL's trainer; what it sets up before the first step is not counted."""
+    """Median seconds of a step of TRL's trainer; its set-up before the first step is not counted."""
     from datasets import Dataset
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -187,11 +187,11 @@ def trl_steps(folder: Path, pixels: int, length: int, count: int) -> float:
     processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": pixels * pixels}
     rows = {
         "prompt": [[{"role": "user", "content": TEXT}]] * IMAGES,
-        "image": [Image.fromarray(each) for each in pictures(pixels)],
+        "image": [Image.fromarray(picture) for picture in pictures(pixels)],
     }
 
     def reward(completion_ids: list[list[int]], **rest: Any) -> list[float]:
-        return [distinct(each) for each in completion_ids]
+        return [distinct(tokens) for tokens in completion_ids]
 
     taken: list[float] = []
 
@@ -221,7 +221,7 @@ def trl_steps(folder: Path, pixels: int, length: int, count: int) -> float:
 
 
 def barred(folder: Path) -> list[int]:
-    """Without this TRL's policy draws image tokens, and its next pass fails."""
+    """Vision token ids to suppress: if TRL's policy samples image tokens, its next forward pass fails."""
     from transformers import AutoConfig
 
     return vision_ids(AutoConfig.from_pretrained(folder))
@@ -232,8 +232,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1, help="both sides'; more are no faster at this size")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     figures: dict[str, list[float]] = {}
     ratios: dict[str, float] = {}
@@ -243,15 +243,15 @@ def main() -> None:
         random_model(folder)
         for setting, (pixels, length) in SETTINGS.items():
             parts: dict[str, list[float]] = {name: [] for name in PARTS}
-            run = (folder, pixels, length, given.steps)
+            run = (folder, pixels, length, options.steps)
             sides = {
                 f"{setting} trl": lambda _, run=run: trl_steps(*run),
                 f"{setting} capipe": lambda _, run=run, parts=parts: capipe_steps(*run, parts),
             }
-            found = alternate(sides, given.rounds)
-            figures |= found | {f"{setting} {name}": values for name, values in parts.items()}
+            timings = alternate(sides, options.rounds)
+            figures |= timings | {f"{setting} {name}": values for name, values in parts.items()}
             shares[setting] = quotient(parts["floor"], parts["update"])
-            ratios[setting] = quotient(found[f"{setting} trl"], found[f"{setting} capipe"])
+            ratios[setting] = quotient(timings[f"{setting} trl"], timings[f"{setting} capipe"])
     report(
         "trainer_vs_trl",
         figures,
@@ -261,7 +261,7 @@ def main() -> None:
         unit="s/step",
         group=GROUP,
         images=IMAGES,
-        threads=given.threads,
+        threads=options.threads,
         versions={name: version(name) for name in ("transformers", "trl", "torch")},
     )
 

@@ -1,9 +1,9 @@
-"""`capipe view` on 100,000 rows: seconds to the first page, of a search, a filter, a histogram, a threshold.
+"""Latency of `capipe view` on 100,000 rows: first page, search, filter, histogram, threshold.
 
-The artifacts are as the stages write them: image shards, captions of two prompts, scores of both. Each round starts a
-server of its own, so nothing is remembered from the round before; the files may be in the system's cache, as they are
-after a stage that has just written them. A page is the HTML, scripts, list of artifacts, columns, first rows and all of
-their pictures, one after the other.
+The artifacts are as the stages write them: image shards, captions of two prompts, scores of both. Each round starts its
+own server, so nothing is cached from the round before; the files may be in the page cache, as after a stage that has
+just written them. A page is the HTML, scripts, list of artifacts, columns, first rows and all of their images, one
+after the other.
 
     python bench/view.py [--rows 100000] [--shard 10000] [--rounds 3] [--keep FOLDER]
 """
@@ -36,7 +36,7 @@ from capipe.manifests.shards import uid_of
 from capipe.pipeline.view.library import id_of
 
 WORDS = ("a", "red", "green", "large", "square", "dog", "house", "left", "of", "the", "under", "sky", "street")
-PICTURES = 500  # distinct ones; every row has bytes of its own all the same
+PICTURES = 500  # distinct images; every row still has distinct bytes
 BOUND = 1.0  # seconds for the first page
 
 
@@ -98,7 +98,7 @@ def _write_shard(
     bases = []
     with shards.begin(name, INGEST, tar=True) as out:
         for number in numbers:
-            image = pictures[number % PICTURES] + b"%d" % number  # what follows a JPEG's end is not looked at
+            image = pictures[number % PICTURES] + b"%d" % number  # bytes after a JPEG's end are ignored
             key, text = f"{number:08d}", _sentence(random, 8)
             base = {"key": key, "uid": uid_of(image), "status": "ok", "error": None}
             bases.append((base, text))
@@ -108,15 +108,15 @@ def _write_shard(
         record = out.commit(rows_in=len(numbers), input_info={"digest": f"{numbers.start:064x}"})
     tar = record.files[f"{name}.tar"]
     info = {"digest": tar["sha256"], "bytes": tar["bytes"], "url": f"{shards.url}/{name}.tar"}
-    with captions.begin(name, ANNOTATE) as told, scores.begin(name, SCORE) as scored:
+    with captions.begin(name, ANNOTATE) as captioned, scores.begin(name, SCORE) as scored:
         for base, text in bases:
             said = {"short": _sentence(random, 12), "dense": _sentence(random, 90)}
             entries = [_caption(prompt, caption) for prompt, caption in said.items()]
-            told.write({**base, "text": text, "captions": entries})
+            captioned.write({**base, "text": text, "captions": entries})
             clip, itm = float(random.normal(0.28, 0.05)), float(random.beta(4, 2))
             more = {"re_caption": said["dense"], "re_length": 90, "re_clip_score": clip, "re_itm_score": itm}
             scored.write({**base, **more, "org_caption": text, "org_length": 8, "org_clip_score": clip - 0.03})
-        told.commit(rows_in=len(bases), input_info=info)
+        captioned.commit(rows_in=len(bases), input_info=info)
         scored.commit(rows_in=len(bases), input_info=info)
 
 
@@ -141,7 +141,7 @@ def _picture(seed: int) -> bytes:
 
 
 def measured(folder: Path, rows: int) -> dict[str, float]:
-    """Seconds of one server's life, from its command on."""
+    """Latencies of one server, from the start of its command."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "capipe.pipeline", "view", str(folder), "--port", "0"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -155,7 +155,7 @@ def measured(folder: Path, rows: int) -> dict[str, float]:
             page = _timed(lambda: _page(client))
             page_cpu = _cpu(running.pid) - before
             a = id_of("captions")
-            found = {
+            figures = {
                 "server": server,
                 "page": page,
                 "page_cpu": page_cpu,
@@ -168,7 +168,7 @@ def measured(folder: Path, rows: int) -> dict[str, float]:
                 "histogram": _timed(lambda: _whole(client, "histogram", {"a": a, "column": "re_clip_score"})),
             }
             moves = [_timed(lambda v=v: _threshold(client, a, v)) for v in np.linspace(0.2, 0.36, 15)]
-            return {**found, "threshold": median(moves)}
+            return {**figures, "threshold": median(moves)}
     finally:
         running.terminate()
         running.wait(20)
@@ -184,7 +184,7 @@ def _wait(client: httpx.Client) -> None:
 
 
 def _cpu(pid: int) -> float:
-    """Seconds of CPU time that the server has used, which a busy machine inflates less than the clock."""
+    """CPU seconds used by the server, less inflated than wall time on a busy machine."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 
@@ -200,11 +200,11 @@ def _get(client: httpx.Client, path: str, parameters: dict[str, Any]) -> Any:
 
 
 def _page(client: httpx.Client) -> None:
-    """What a browser asks for before the first page stands."""
+    """The requests of a browser for the first page."""
     for name in ("", "style.css", "app.js", "dom.js", "state.js", "rows.js", "detail.js", "compare.js", "threshold.js"):
         client.get(f"/{name}").raise_for_status()
     listed = _get(client, "catalog", {})["artifacts"]
-    a = next(each["id"] for each in listed if each["name"] == "captions")
+    a = next(entry["id"] for entry in listed if entry["name"] == "captions")
     _get(client, "columns", {"a": a})
     rows = _get(client, "rows", {"a": a})["rows"]
     assert len(rows) == 24 and all(row["values"] for row in rows)
@@ -214,21 +214,21 @@ def _page(client: httpx.Client) -> None:
 
 
 def _counted(client: httpx.Client, query: dict[str, Any], rows: int) -> None:
-    """All rows looked through, in as many answers as that takes."""
-    while not (found := _get(client, "count", query))["done"]:
+    """Count over all rows, in as many responses as that takes."""
+    while not (answer := _get(client, "count", query))["done"]:
         pass
-    assert found["scanned"] == rows and 0 < found["matched"] < rows, found
+    assert answer["scanned"] == rows and 0 < answer["matched"] < rows, answer
 
 
 def _whole(client: httpx.Client, path: str, query: dict[str, Any]) -> Any:
-    while not (found := _get(client, path, query))["done"]:
+    while not (answer := _get(client, path, query))["done"]:
         pass
-    return found
+    return answer
 
 
 def _threshold(client: httpx.Client, a: str, value: float) -> None:
-    found = _whole(client, "threshold", {"a": a, "column": "re_clip_score", "value": float(value)})
-    assert len(found["stay"]) == len(found["go"]) == 5
+    answer = _whole(client, "threshold", {"a": a, "column": "re_clip_score", "value": float(value)})
+    assert len(answer["stay"]) == len(answer["go"]) == 5
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The tables of docs/recipes.md, made from the models that read recipes: key, default, meaning.
+"""Generate the tables of docs/recipes.md from the pydantic models of recipes: key, default, meaning.
 
     python docs/recipe_tables.py    # rewrites them in place
 
-They stand in the page, between a pair of comments each, so that they can be read without building the site; a test
-(tests/pipeline/test_docs.py) compares them with what this makes.
+The tables are committed in the page, each between a pair of comments, so that they can be read without building the
+site; a test (tests/pipeline/test_docs.py) compares them with the output of this script.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ HEAD = "| key | default | |\n|---|---|---|\n"
 
 def tables() -> dict[str, str]:
     """Every table by its name: ``recipe``, and one for each kind of reward."""
-    found = {"recipe": _table(_rows(Recipe, ""))}
+    result = {"recipe": _table(_rows(Recipe, ""))}
     for kind, spec in BUILT_IN.items():
-        found[kind] = _table(_rows(spec.config, ""))
-    return found
+        result[kind] = _table(_rows(spec.config, ""))
+    return result
 
 
 def rewritten(page: str) -> str:
-    """The page with each table as it is to be. Raises KeyError for a table that nothing makes."""
-    made = tables()
-    return BLOCK.sub(lambda block: f"{block[1]}\n{made[block[2]]}\n{block[3]}", page)
+    """The page with each table regenerated. Raises KeyError for an unknown table."""
+    generated = tables()
+    return BLOCK.sub(lambda block: f"{block[1]}\n{generated[block[2]]}\n{block[3]}", page)
 
 
 def _table(rows: Iterator[str]) -> str:
@@ -46,24 +46,24 @@ def _table(rows: Iterator[str]) -> str:
 
 
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """A row a key, sections written out: theirs after them, with the section's name before a dot."""
+    """One row per key; the keys of a section follow it, prefixed by its name and a dot."""
     for name, field in model.model_fields.items():
         if name == "kind" and prefix == "":
-            continue  # of a reward: the table's own name
+            continue  # a reward's kind is the table's name
         inner, optional = _section(field.annotation)
         if inner is None:
             yield f"| `{prefix}{name}` | {_default(field)} | {_meaning(field)} |"
             continue
-        told = _first_paragraph(inner)
+        summary = _first_paragraph(inner)
         default = "none" if optional else ("required" if field.is_required() else "as below")
-        yield f"| **`{prefix}{name}`** | {default} | {told} |"
+        yield f"| **`{prefix}{name}`** | {default} | {summary} |"
         yield from _rows(inner, f"{prefix}{name}.")
 
 
 def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that a key holds, if it holds one, and whether it may be left out for good."""
+    """The model of a key that is a section, None for others, and whether the section is optional."""
     if get_origin(annotation) in (Union, types.UnionType):
-        inner = [each for each in get_args(annotation) if each is not type(None)]
+        inner = [member for member in get_args(annotation) if member is not type(None)]
         return (inner[0], True) if len(inner) == 1 and _is_model(inner[0]) else (None, False)
     return (annotation, False) if _is_model(annotation) else (None, False)
 
@@ -87,12 +87,12 @@ def _plain(value: Any) -> str:
     if isinstance(value, tuple | list):
         if len(value) > 4:
             return f"[{len(value)} entries]"
-        return f"[{', '.join(_plain(each) for each in value)}]"
+        return f"[{', '.join(_plain(item) for item in value)}]"
     return "''" if value == "" else _cell(str(value))
 
 
 def _meaning(field: FieldInfo) -> str:
-    """Its description, what may be chosen, and its bounds."""
+    """The field's description, choices and bounds."""
     parts = [_cell(field.description)] if field.description else []
     choices = _choices(field.annotation)
     if len(choices) > 1:
@@ -111,7 +111,7 @@ def _meaning(field: FieldInfo) -> str:
 def _choices(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [str(choice) for choice in get_args(annotation)]
-    return [choice for each in get_args(annotation) for choice in _choices(each)]
+    return [choice for argument in get_args(annotation) for choice in _choices(argument)]
 
 
 def _first_paragraph(model: type[BaseModel]) -> str:

@@ -1,4 +1,4 @@
-"""What mkdocs is told beyond mkdocs.yml: the front page, the package, and what becomes of a link out of docs/."""
+"""mkdocs hooks: the front page, the package for the API reference, and links out of docs/."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROLE = re.compile(r":(?:mod|meth|attr|class|func|data):<code>[~.]*")
 
 
 def on_startup(**_: object) -> None:
-    """Lay the package out as griffe looks for it: a folder of its name. The repository's root is that package, whatever
-    it is called, and holds a virtual environment that nobody wants read: so a folder of links, to what pyproject lists.
-    At start-up: mkdocstrings looks whether the folder is there before hooks are told of the configuration.
+    """Lay the package out as griffe expects it: a folder of its name. The repository's root is that package, whatever
+    it is called, and holds a virtual environment that must not be read, so the folder links to what pyproject lists.
+    At start-up: mkdocstrings checks for the folder before hooks receive the configuration.
     """
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     wanted = {name.split(".")[1] for name in packages if "." in name} | {path.name for path in ROOT.glob("*.py")}
@@ -33,14 +33,14 @@ def on_startup(**_: object) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The README is the front page, so there is one of them."""
+    """Use the README as the front page, so that there is only one."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](").replace('src="docs/', 'src="')
     files.append(File.generated(config, "index.md", content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Files of the repository that are no page of the site are named instead of linked."""
+    """Replace links to files of the repository outside the site by their names."""
     at = posixpath.dirname(f"docs/{page.file.src_uri}")
 
     def named(link: re.Match[str]) -> str:
@@ -52,5 +52,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
-    """Docstrings name things as Sphinx does (``:meth:`open```); show the name alone."""
+    """Reduce Sphinx roles in docstrings (``:meth:`open```) to the name."""
     return ROLE.sub("<code>", html)

@@ -1,1 +1,1 @@
-"""The tiny family: small trained models of real architectures, and the rendered world whose truth they describe."""
+"""The tiny models: small trained models of real architectures, and the rendered world they are trained on."""

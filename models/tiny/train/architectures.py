@@ -1,4 +1,4 @@
-"""The bundled models' architectures, and their Hugging Face folders: weights in bf16, tokenizer, chat template."""
+"""Architectures of the bundled models and their export as Hugging Face folders: bf16 weights, tokenizer, template."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ GRID_THW = (1, SIDE // PATCH, SIDE // PATCH)  # one frame, in patches
 TEXT_WIDTH = 192
 VISION_WIDTH = 128
 INITIAL_STD = 0.05  # weights this narrow learn slowly from the usual 0.02
-READER_STD = 0.08  # a reader's attention has to be sharp from the start: it finds one thing among others
+READER_STD = 0.08  # readers need sharp attention from the start, to find one thing among others
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> Qwen2_5_VLConfig:
-    """About three million parameters; heads are 32 wide, the least that vLLM's CPU attention takes."""
+    """A Qwen2.5-VL of about three million parameters; heads of width 32, the minimum of vLLM's CPU attention."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (START, END, PAD, IMAGE, VIDEO)}
     depth = 4
     return Qwen2_5_VLConfig(
@@ -74,7 +74,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, layers: int = 4) -> Qwen2_5
 
 
 def build_reader_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, inner: int) -> Qwen2Config:
-    """A decoder for text alone, ``width`` a multiple of 32; ``inner``: width of its MLPs."""
+    """A text-only decoder; ``width``: a multiple of 32; ``inner``: width of the MLPs."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (START, END, PAD)}
     return Qwen2Config(
         vocab_size=len(tokenizer),
@@ -106,7 +106,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
 def export_folder(
     model: Qwen2_5_VLForConditionalGeneration | Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
-    """Write ``model`` as a Hugging Face folder. Each file appears whole: readers never see half of one."""
+    """Write ``model`` as a Hugging Face folder. Files are replaced atomically: readers never see a partial one."""
     copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16)
@@ -123,12 +123,12 @@ def export_folder(
 
 @contextlib.contextmanager
 def written(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files appear in ``folder``, each of them whole, when all are written."""
+    """A temporary folder whose files are moved into ``folder``, each atomically, once all are written."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
         yield Path(temporary)
-        for file in sorted(each for each in Path(temporary).rglob("*") if each.is_file()):
-            file.chmod(0o644)  # safetensors writes for its owner alone
+        for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
+            file.chmod(0o644)  # safetensors makes files readable by their owner only
             target = folder / file.relative_to(temporary)
             target.parent.mkdir(exist_ok=True)
             file.replace(target)

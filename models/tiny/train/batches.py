@@ -1,6 +1,6 @@
-"""Training batches made on the fly: batch ``k`` of a seed is always the same, so a resumed run sees what it would have.
+"""Training batches generated on the fly, deterministic per seed and step, so that a resumed run sees the same data.
 
-Pictures stay uint8 until the trainer needs them; half of them go through JPEG, as pictures in shards have.
+Images stay uint8 until the trainer needs them; half of them are JPEG-compressed, as images in shards are.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ WHAT = ("nothing", *SHAPES, "sign")
 PROMPTS = (*DENSE, *PLAIN, *SHORT)
 IMAGES = 32
 TEXTS = 48  # the first text of every image is dense; the others, on the first images again, are plain or short
-SIGN_SHARE = 0.5  # more than in the world: words are the hardest to learn
+SIGN_SHARE = 0.5  # higher than the world's default: words are the hardest to learn
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Per cell (images, 9): what, color, size, word as indexes, IGNORE where there is none; background: (images,)."""
+    """Labels per cell (images, 9): what, color, size, word as indexes, IGNORE for none; background: (images,)."""
 
     what: Tensor
     color: Tensor
@@ -44,7 +44,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """Pictures (images, SIDE, SIDE, 3) uint8 and texts about them.
+    """Images (images, SIDE, SIDE, 3) uint8 and texts about them.
 
     Text ``t`` answers ``PROMPTS[prompts[t]]`` on ``pixels[owners[t]]``.
     """
@@ -57,12 +57,12 @@ class SceneBatch:
 
 
 def most_things(step: int) -> int:
-    """The curriculum: scenes grow from at most two things to five within the first steps."""
+    """Curriculum: the maximum number of things per scene grows from two to five over the first steps."""
     return min(MOST_THINGS, 2 + step // 100)
 
 
 class Batches(Dataset[SceneBatch]):
-    """``self[step]`` is the batch of that step, pure in (seed, step)."""
+    """``self[step]``: the batch of that step, a function of (seed, step) only."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
         self.tokenizer, self.seed, self.steps = tokenizer, seed, steps
@@ -88,7 +88,7 @@ class Batches(Dataset[SceneBatch]):
 
 
 def picture(scene: Scene, rng: Random) -> np.ndarray:
-    """(SIDE, SIDE, 3) uint8; some are rendered larger and shrunk as the processor would, half are JPEGs read back."""
+    """(SIDE, SIDE, 3) uint8; some are rendered larger and downscaled as by the processor, half are decoded JPEGs."""
     size = rng.choice((SIDE, SIDE, SIDE, 2 * SIDE))
     image = render(scene, rng, size)
     if size != SIDE:
@@ -101,7 +101,7 @@ def picture(scene: Scene, rng: Random) -> np.ndarray:
 
 
 def truth_of(scenes: list[Scene]) -> Truth:
-    """What each cell of each scene holds, as indexes into the world's names."""
+    """Labels of each cell of each scene, as indexes into the world's names."""
     what = torch.zeros(len(scenes), len(PLACES), dtype=torch.long)
     color, size, word = (torch.full_like(what, IGNORE) for _ in range(3))
     for row, scene in enumerate(scenes):
@@ -121,7 +121,7 @@ def truth_of(scenes: list[Scene]) -> Truth:
 def batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, first: int, steps: int, workers: int
 ) -> Iterator[SceneBatch]:
-    """Batches ``first`` to ``steps``, prepared ahead by ``workers`` processes (0: in this one)."""
+    """Batches ``first`` to ``steps``, prefetched by ``workers`` processes (0: in this one)."""
     dataset = Batches(tokenizer, seed, steps)
     ahead = 8 if workers else None
     loader = DataLoader(

@@ -36,11 +36,11 @@ from .train_vgg import FeaturesPlan, FeaturesTrainer, accuracies, load_classifie
 
 SAVE_EVERY = 120.0  # seconds
 EXPORT_EVERY = 300.0
-LOOKED_AT = 100  # held-out scenes that a model is tried on at every export
+LOOKED_AT = 100  # held-out scenes for the evaluation at every export
 
 
 class Training(Protocol):
-    """A model in training, whoever teaches it."""
+    """Interface of all trainers."""
 
     progress: Progress
 
@@ -54,7 +54,7 @@ class Training(Protocol):
 
 
 def build(trainer: Training, name: str, out: Path, checkpoint: Path, resume: bool) -> None:
-    """Train to the end of its schedule and export to ``out``. Raises FileNotFoundError where nothing is to resume."""
+    """Train to the end of the schedule and export to ``out``. Raises FileNotFoundError if ``resume`` finds no file."""
     if resume:
         trainer.load(checkpoint)
         say(f"resumed at step {trainer.progress.step}, {trainer.progress.seconds:.0f} s")
@@ -73,19 +73,21 @@ def build(trainer: Training, name: str, out: Path, checkpoint: Path, resume: boo
 
 
 def quality(trainer: Training, name: str, out: Path) -> str:
-    """How good the model is on held-out scenes, in a line."""
+    """Held-out metrics of the model, in one line."""
     if isinstance(trainer, Trainer):
         corpus = list(samples(LOOKED_AT, "heldout", seed=2))
         processor = build_processor(trainer.tokenizer)
-        grades = graded_captions(corpus, caption(trainer.model, processor, [each.image for each in corpus], DENSE[0]))
-        whole, exact = total(grades), sum(each.exact for each in grades) / LOOKED_AT
+        grades = graded_captions(
+            corpus, caption(trainer.model, processor, [sample.image for sample in corpus], DENSE[0])
+        )
+        whole, exact = total(grades), sum(grade.exact for grade in grades) / LOOKED_AT
         return f"precision {whole.precision():.4f} recall {whole.recall():.4f} exact {exact:.2f} of {LOOKED_AT} scenes"
     if isinstance(trainer, BlipTrainer):
         return shares(recalls(str(out), LOOKED_AT, seed=2))
     if isinstance(trainer, ClipItmTrainer):
         scorer = load_scorer(ScorerConfig("itm" if name == "itm" else "clip", str(out)))
-        found = detections(scorer, subjects(LOOKED_AT, seed=2))
-        return " ".join(f"{kind} {each.auc['score']:.3f}" for kind, each in found.items()) + " (ROC AUC)"
+        by_kind = detections(scorer, subjects(LOOKED_AT, seed=2))
+        return " ".join(f"{kind} {detection.auc['score']:.3f}" for kind, detection in by_kind.items()) + " (ROC AUC)"
     if isinstance(trainer, PlainTrainer):
         if not trainer.sees:
             return "the loss above is of captions it had not read"
@@ -103,12 +105,12 @@ def quality(trainer: Training, name: str, out: Path) -> str:
 
 
 def shares(figures: dict[str, Any]) -> str:
-    """The numbers among a report's figures, in a line."""
+    """The float metrics of a report, in one line."""
     return " ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
 
 
 def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
-    """The training of a bundled model at its first step; ``length``: ``minutes`` or ``steps``."""
+    """The trainer of a bundled model at its first step; ``length``: ``minutes`` or ``steps``."""
     if name == "captioner":
         return Trainer(CaptionerPlan(seed=seed, **length), build_tokenizer(seed))
     if name == "itm":
@@ -122,8 +124,8 @@ def training_of(name: str, seed: int, length: dict[str, Any]) -> Training:
 
         return DiffusionTrainer(DiffusionPlan(seed=seed, **length))
     if name in PLAIN:
-        made: PlainTrainer = PLAIN[name](PlainPlan(seed=seed, **length))
-        return made
+        trainer: PlainTrainer = PLAIN[name](PlainPlan(seed=seed, **length))
+        return trainer
     if name in PATCHES:
         return ClipTrainer(name, ClipItmPlan(seed=seed, **length))
     return enrol(name, Schedule(seed=seed, **length))
@@ -147,11 +149,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = parse_arguments(arguments)
-    length = {"steps": given.steps} if given.steps is not None else {"minutes": given.minutes}
-    trainer = training_of(given.model, given.seed, length)
-    out = given.out or folder_of(given.model)
-    build(trainer, given.model, out, given.checkpoints / f"tiny-{given.model}-{given.seed}.pt", given.resume)
+    options = parse_arguments(arguments)
+    length = {"steps": options.steps} if options.steps is not None else {"minutes": options.minutes}
+    trainer = training_of(options.model, options.seed, length)
+    out = options.out or folder_of(options.model)
+    build(trainer, options.model, out, options.checkpoints / f"tiny-{options.model}-{options.seed}.pt", options.resume)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The bundled CLIPs and the image-text matching model: their architectures, tokenizer and folders.
+"""Architectures, tokenizer and export of the bundled CLIPs and the image-text matching model.
 
-``clip`` and ``eval-clip`` are open_clip models, ``itm`` is BLIP-2's image-text retrieval model in transformers; all are
-read from their folders by those libraries' own loaders.
+``clip`` and ``eval-clip`` are open_clip models, ``itm`` is BLIP-2's image-text retrieval model in transformers; those
+libraries' own loaders read the folders.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ PAD, UNK, CLS, MASK, SEP = "[PAD]", "[UNK]", "[CLS]", "[MASK]", "[SEP]"
 
 
 def build_bert_tokenizer(seed: int, captions: int = 4000) -> BertTokenizer:
-    """The words of the rendered world's captions, lower-cased; any other ASCII text encodes letter by letter.
+    """A tokenizer of the lower-cased words of the world's captions; other ASCII text encodes letter by letter.
 
-    ``[SEP]`` has the highest id: open_clip finds the end of a text by it. The words are listed and not learnt: a
-    trained WordPiece breaks its ties differently each time, and a resumed training would read other ids.
+    ``[SEP]`` has the highest id: open_clip finds the end of a text by it. The vocabulary is listed, not trained:
+    WordPiece training breaks ties differently each time, and a resumed run would read different ids.
     """
     normal, cut = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     words = {word for text in _texts(seed, captions) for word, _ in cut.pre_tokenize_str(normal.normalize_str(text))}
@@ -62,7 +62,7 @@ def _texts(seed: int, captions: int) -> Iterator[str]:
 
 
 def clip_config(name: str, tokenizer: BertTokenizer) -> dict[str, Any]:
-    """What ``open_clip_config.json`` says: the model's shape and how pictures come to it."""
+    """Content of ``open_clip_config.json``: model dimensions and image preprocessing."""
     return {
         "model_cfg": {
             "embed_dim": EMBED,
@@ -92,7 +92,7 @@ def build_clip(name: str, tokenizer: BertTokenizer) -> CLIP:
 
 
 def build_itm(tokenizer: BertTokenizer) -> Blip2ForImageTextRetrieval:
-    """An untrained BLIP-2 retrieval model; its queries differ from the start, which zeros would not."""
+    """An untrained BLIP-2 retrieval model; its queries are initialised at random, as zeros would all be equal."""
     config = Blip2Config(
         vision_config={
             "hidden_size": WIDTH,

@@ -1,8 +1,8 @@
-"""Muon for the hidden matrices, AdamW for the rest.
+"""Muon for the hidden matrices, AdamW for the other parameters.
 
-Muon follows the orthogonalised momentum of a matrix, by which small transformers are known to learn in fewer steps.
-Torch's own computes in bfloat16, slow on CPUs without the instructions for it; this one stays in the weights' type and
-treats all matrices of a shape in one batch.
+Muon updates a matrix along its orthogonalised momentum, which trains small transformers in fewer steps. Torch's own
+implementation computes in bfloat16, slow on CPUs without bfloat16 instructions; this one keeps the weights' dtype and
+processes all matrices of one shape in a batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MATCH_ADAM = 0.2  # scales an orthogonal update to the size AdamW's usually have, so that both share a learning rate
+MATCH_ADAM = 0.2  # scales orthogonal updates to the usual size of AdamW's, so that both share a learning rate
 
 
 class Muon(torch.optim.Optimizer):
@@ -75,6 +75,6 @@ def build_optimizers(model: nn.Module, lr: float, adam_lr: float, *others: nn.Pa
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Multiply the learning rates that :func:`build_optimizers` was given."""
+    """Multiply the learning rates passed to :func:`build_optimizers` by ``rate``."""
     for group in optimizer.param_groups:
         group["lr"] = group["top_lr"] * rate

@@ -1,7 +1,7 @@
-"""The plain captioners and the language model: their architectures, their beginnings and their folders.
+"""Architectures, initial weights and export of the plain captioners and the language model.
 
-Nobody pretrains a captioner from nothing: the vision towers, and BLIP-2's Q-Former, begin as those of ``tiny/itm``, and
-BLIP-2's language model as ``tiny/opt``.
+As usual for captioners, training does not start from scratch: the vision encoders and BLIP-2's Q-Former start from
+``tiny/itm``, BLIP-2's language model from ``tiny/opt``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .vision import MEAN, STD
 
 TEXT_WIDTH = 160
 TEXT_INNER = 480
-LONGEST = 128  # tokens of a caption; our longest have eighty
+LONGEST = 128  # tokens of a caption; the longest have eighty
 QUERIES = 16
 PATCH = 14
 TOWER = {
@@ -51,7 +51,7 @@ TOWER = {
 
 
 def build_vit_gpt2(tokenizer: PreTrainedTokenizerFast, seen: Blip2ForImageTextRetrieval) -> VisionEncoderDecoderModel:
-    """ViT and GPT-2 with cross attention; the ViT begins as the tower of ``seen``."""
+    """ViT and GPT-2 with cross attention; the ViT starts from the vision encoder of ``seen``."""
     ids = special_ids(tokenizer)
     decoder = GPT2Config(
         vocab_size=len(tokenizer),
@@ -80,7 +80,7 @@ def build_vit_gpt2(tokenizer: PreTrainedTokenizerFast, seen: Blip2ForImageTextRe
 
 
 def vit_weights(seen: Blip2ForImageTextRetrieval) -> dict[str, Tensor]:
-    """The tower of ``seen`` under the names of transformers' ViT, which computes the same."""
+    """Vision encoder weights of ``seen`` under the names of transformers' ViT, an equivalent architecture."""
     renamed: dict[str, Tensor] = {}
     names = {
         "embeddings.class_embedding": "embeddings.cls_token",
@@ -128,7 +128,7 @@ def build_opt(tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
 def build_blip2(
     tokenizer: PreTrainedTokenizerFast, seen: Blip2ForImageTextRetrieval, read: OPTForCausalLM
 ) -> Blip2ForConditionalGeneration:
-    """BLIP-2: tower, Q-Former and first queries begin as those of ``seen``, the language model as ``read``."""
+    """BLIP-2: vision encoder, Q-Former and first queries start from ``seen``, the language model from ``read``."""
     q_former = {**seen.config.qformer_config.to_dict(), "use_qformer_text_input": False}
     config = Blip2Config(
         vision_config={**TOWER, "attention_dropout": 0.0},
@@ -149,13 +149,13 @@ def build_blip2(
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """The ids of the tokens that begin, end and fill a text, as configurations name them."""
+    """Ids of the BOS, EOS and padding tokens under their names in configurations."""
     tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
 
 def export_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a folder in bfloat16 that transformers reads, with the image processor of a model that sees."""
+    """Write a transformers folder in bfloat16, with the image processor of a vision model."""
     copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16)

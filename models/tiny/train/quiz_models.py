@@ -1,4 +1,4 @@
-"""The models that learn from lessons: which curriculum each follows, how large it is, what it starts from."""
+"""The quiz models (readers and teacher): curriculum, architecture and initial weights of each."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .texts.quiz_curriculum import QuizText, guessing, looking, lookup_question,
 from .texts.tokenizer import QUIZ, SPECIAL, build_tokenizer
 from .train_quiz import Curricula, QuizTrainer, curriculum_text
 
-TEACHER_LAYERS = 5  # one more than the captioner: an answer has to be matched with an option and its letter found
+TEACHER_LAYERS = 5  # one more than the captioner: an answer must be matched with an option and mapped to its letter
 READER_LEVELS, TEACHER_LEVELS = MOST_THINGS + 3, MOST_THINGS + 1
 
 
 @dataclass(frozen=True)
 class Graduate:
-    """What there is to know to train one from a seed."""
+    """Training settings of one quiz model."""
 
     curriculum: Curricula
     build: Callable[[PreTrainedTokenizerFast], Any]
     lr: float
     adam_lr: float
-    guided: int | None = None  # layers, see School
+    guided: int | None = None  # layers, see QuizTrainer
 
 
 def reads(rng: Random, level: int) -> QuizText:
-    """Lists and words about many things, then letters about one thing, two, and so on; last any caption.
+    """Readers' lessons by level: lists and word answers on many things, letters on one thing, two, …, any caption.
 
-    Binding a thing's attributes to each other takes half a million answers to learn; lists hold the most of them. The
-    step from an answer to its letter is learnt where the answer is easy to find, or not at all.
+    Binding a thing's attributes to each other takes half a million answers to learn; lists hold most of them. The
+    step from an answer to its letter is learnt only where the answer is easy to find.
     """
     if level == 1:
         return lookup_question(rng, 4, plainly=True, in_words=1.0, questions=3, lists=5)
@@ -52,7 +52,7 @@ def reads(rng: Random, level: int) -> QuizText:
 
 
 def teaches(rng: Random, level: int) -> QuizText:
-    """Half of the lessons ask about a picture; others have none, want questions, or a caption, lest it be forgotten."""
+    """Teacher lessons: half ask about an image; others have none, or request questions or (rehearsal) captions."""
     most, draw, early = min(level, MOST_THINGS), rng.random(), level <= MOST_THINGS
     looks, guesses, tells = (0.7, 0.1, 0.1) if early else (0.55, 0.15, 0.05)
     if draw < looks:
@@ -72,7 +72,7 @@ def new_reader(width: int, layers: int, inner: int) -> Callable[[PreTrainedToken
 
 
 def compose(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let each phrase that is a token begin as the mean of its words, so that ". red" is known for " red" at once."""
+    """Initialise each phrase token from the mean embedding of its words, so that ". red" starts close to " red"."""
     words = tokenizer.backend_tokenizer.model
     weight = model.get_input_embeddings().weight
     cut = tokenizer.backend_tokenizer.pre_tokenizer
@@ -85,7 +85,7 @@ def compose(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
-    """The bundled captioner's weights with this tokenizer's embeddings: those of tokens both know, the rest new."""
+    """The bundled captioner's weights; embeddings are copied for tokens of both vocabularies, new for the others."""
     from transformers import AutoTokenizer
 
     folder = resolve("tiny/captioner")
@@ -100,12 +100,12 @@ def captioner_turned_teacher(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLFo
             new[index] = old[known[token]].detach()
     model.load_state_dict(mine)
     with torch.no_grad():
-        model.get_input_embeddings().weight.copy_(new)  # tied: the head's weights, too
+        model.get_input_embeddings().weight.copy_(new)  # tied to the head's weights
         compose(model, tokenizer)
         for layer in model.model.language_model.layers[captioner.config.text_config.num_hidden_layers :]:
-            layer.self_attn.o_proj.weight.zero_()  # a new layer changes nothing at first
+            layer.self_attn.o_proj.weight.zero_()  # a new layer starts as the identity
             layer.mlp.down_proj.weight.zero_()
-    model.model.visual.requires_grad_(False)  # it sees all there is to see already
+    model.model.visual.requires_grad_(False)  # frozen: the captioner's vision encoder is trained already
     return model
 
 
@@ -117,7 +117,7 @@ GRADUATES = {
 
 
 def enrol(name: str, schedule: Schedule) -> QuizTrainer:
-    """The school of one of :data:`GRADUATES` at its first step; the rates are its own."""
+    """The trainer of one of :data:`GRADUATES` at its first step, with that model's own learning rates."""
     graduate = GRADUATES[name]
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer(schedule.seed, lambda seed: curriculum_text(graduate.curriculum, seed), QUIZ)

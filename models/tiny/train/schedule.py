@@ -1,17 +1,17 @@
-"""How long a bundled model trains, and how its learning rates rise and fall."""
+"""Training length, learning-rate schedule and curriculum levels of the bundled models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-MEMORY = 0.95  # of the running share of right answers, per step
-PASSED = 0.9  # of the answers with a letter right: the next level begins
-LATEST = 0.6  # of the training: from here on it is the last level, whatever was learnt
+MEMORY = 0.95  # decay per step of the running accuracy
+PASSED = 0.9  # running accuracy of letter answers at which the next level begins
+LATEST = 0.6  # share of the training after which the last level applies, whatever the accuracy
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; saved with its checkpoint. ``right``: of the answers on this ``level``, a running share."""
+    """Progress of a run, saved with its checkpoint. ``right``: running accuracy on this ``level``."""
 
     step: int = 0
     seconds: float = 0.0
@@ -21,7 +21,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Schedule:
-    """``steps`` at most, ``minutes`` of wall time where given; ``lr`` for the matrices (Muon), ``adam_lr`` the rest."""
+    """At most ``steps``, and ``minutes`` of wall time if set; ``lr``: matrices (Muon), ``adam_lr``: the rest."""
 
     seed: int = 0
     steps: int = 1_000_000
@@ -29,7 +29,7 @@ class Schedule:
     lr: float = 2.5e-3
     adam_lr: float = 1.5e-3
     warmup: int = 50
-    decay: float = 0.5  # the last part of training, in which the rates fall to zero
+    decay: float = 0.5  # share of the training, at its end, over which the rates fall to zero
 
     def progress(self, step: int, seconds: float) -> float:
         """0 at the start, 1 when training is over."""
@@ -37,11 +37,11 @@ class Schedule:
         return max(by_time, step / self.steps)
 
     def rate(self, step: int, seconds: float) -> float:
-        """What the learning rates are multiplied with: warm-up, plateau, linear fall."""
+        """Learning-rate factor: warm-up, plateau, linear decay."""
         return min(1.0, (step + 1) / self.warmup, max(0.0, 1 - self.progress(step, seconds)) / self.decay)
 
     def advance(self, before: Progress, seconds: float, right: float, levels: int) -> Progress:
-        """The progress after a step with ``right`` of its answers right; enough of them lead to the next level."""
+        """The progress after a step with accuracy ``right``; a high running accuracy leads to the next level."""
         step, level = before.step + 1, before.level
         running = MEMORY * before.right + (1 - MEMORY) * right
         late = self.progress(step, seconds) > LATEST

@@ -1,7 +1,7 @@
 """``tiny/blip``: BLIP's image-text retrieval model with trained contrastive heads.
 
-It begins as ``tiny/itm``, whose tower sees and whose Q-Former reads, and is led by ``tiny/clip``, whose vectors its own
-are drawn to beside the contrastive loss (distillation, arXiv 1503.02531): thirty-two pairs a step are few to contrast.
+It starts from the vision encoder and Q-Former of ``tiny/itm``. Beside the contrastive loss, its vectors are distilled
+from those of ``tiny/clip`` (arXiv 1503.02531), as 32 pairs per step are few for contrastive learning.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from .train_plain_captioner import matcher
 from .vision import MEAN, STD
 
 FIRST_SCALE = 14.3  # CLIP's first temperature, 0.07
-LED = 4.0  # weight of what is left between our vectors and the leader's
+LED = 4.0  # weight of the distillation loss
 
 
 def build_blip(tokenizer: BertTokenizer, seen: Blip2ForImageTextRetrieval) -> BlipForImageTextRetrieval:
-    """BLIP whose tower and text encoder begin as those of ``seen``; its projections and matching head are new."""
+    """BLIP with vision and text encoder initialised from ``seen``; its projections and matching head are new."""
     config = BlipConfig(
         vision_config={**TOWER, "attention_dropout": 0.0},
         text_config={
@@ -73,7 +73,7 @@ def build_blip(tokenizer: BertTokenizer, seen: Blip2ForImageTextRetrieval) -> Bl
 
 
 def text_weights(seen: Blip2ForImageTextRetrieval) -> dict[str, Tensor]:
-    """What ``seen`` reads texts with, under the names of BLIP's text encoder."""
+    """The text weights of ``seen`` under the names of BLIP's text encoder."""
     renamed = {f"embeddings.LayerNorm.{name}": value for name, value in seen.qformer.layernorm.state_dict().items()} | {
         f"embeddings.{name}": value for name, value in seen.embeddings.state_dict().items() if name.endswith("weight")
     }
@@ -84,7 +84,7 @@ def text_weights(seen: Blip2ForImageTextRetrieval) -> dict[str, Tensor]:
 
 
 def load_leader(tokenizer: BertTokenizer) -> CLIP:
-    """``tiny/clip`` in float32."""
+    """``tiny/clip`` in float32, frozen, to distil from."""
     model = build_clip("clip", tokenizer)
     weights = load_file(Path(resolve("tiny/clip")) / "open_clip_model.safetensors")
     model.load_state_dict({name: value.float() for name, value in weights.items()})
@@ -92,13 +92,13 @@ def load_leader(tokenizer: BertTokenizer) -> CLIP:
 
 
 class BlipTrainer(ClipTrainer):
-    """Contrastive as the CLIPs' training, with BLIP's towers and a leader."""
+    """Contrastive training as for the CLIPs, with BLIP's encoders and distillation."""
 
     model: BlipForImageTextRetrieval  # type: ignore[assignment]
 
     def __init__(self, plan: ClipItmPlan) -> None:
         torch.manual_seed(plan.seed)
-        tokenizer = build_bert_tokenizer(0)  # as tiny/itm and tiny/clip have it
+        tokenizer = build_bert_tokenizer(0)  # the same as of tiny/itm and tiny/clip
         self.model, self.leader = build_blip(tokenizer, matcher()), load_leader(tokenizer)
         self.log_scale = nn.ParameterList([nn.Parameter(torch.tensor(FIRST_SCALE).log())])
         ClipItmTrainer.__init__(self, plan, tokenizer, SLOT, nn.Linear(EMBED, len(PLACES) * SLOT), self.log_scale)
@@ -117,18 +117,18 @@ class BlipTrainer(ClipTrainer):
         return scale.exp().clamp(max=100)
 
     def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
-        """Captions and sentences by turns: the leader knows both, and both at once would cost twice the time."""
+        """Losses on captions and sentences in alternate steps: both in each step would take twice the time."""
         of_captions = self.progress.step % 2 == 0
         texts = batch.captions if of_captions else batch.sentences
-        told = self.encode(texts)
+        encoded = self.encode(texts)
         if of_captions:
-            loss, figures = self.of_captions(pooled, told, self.encode(batch.false_captions))
+            loss, figures = self.of_captions(pooled, encoded, self.encode(batch.false_captions))
         else:
-            loss, figures = self.of_sentences(pooled, told, self.encode(batch.false_sentences))
+            loss, figures = self.of_sentences(pooled, encoded, self.encode(batch.false_sentences))
         with torch.no_grad():
             image = functional.normalize(self.leader.visual(normalised(batch.pixels)), dim=-1)
             text = functional.normalize(encode_trimmed(self.leader, texts), dim=-1)
-        image_off, text_off = 1 - (pooled * image).sum(-1).mean(), 1 - (told * text).sum(-1).mean()
+        image_off, text_off = 1 - (pooled * image).sum(-1).mean(), 1 - (encoded * text).sum(-1).mean()
         figures |= {"loss": loss.item(), "image_off": image_off.item(), "text_off": text_off.item()}
         return loss + LED * (image_off + text_off), figures
 
@@ -144,30 +144,30 @@ class BlipTrainer(ClipTrainer):
 
 @torch.inference_mode()
 def recalls(folder: str, count: int, seed: int = 11) -> dict[str, float]:
-    """How often a dense caption finds its own image among ``count`` held-out ones: first, in the first 5 and 10."""
+    """Text-to-image recall@1, @5 and @10 of dense captions among ``count`` held-out images."""
     model = load_weights(BlipForImageTextRetrieval, folder, dtype=torch.float32, called=folder).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     of = subjects(count, seed)
     images, texts = [], []
     for start in range(0, count, BATCH):
         some = of[start : start + BATCH]
-        pictures = [Image.open(io.BytesIO(each.sample.image)).convert("RGB") for each in some]
+        pictures = [Image.open(io.BytesIO(subject.sample.image)).convert("RGB") for subject in some]
         states = model.vision_model(**processor(images=pictures, return_tensors="pt")).last_hidden_state
         images.append(functional.normalize(model.vision_proj(states[:, 0]), dim=-1))
-        told = processor(text=[each.true for each in some], padding=True, return_tensors="pt")
-        read = model.text_encoder(input_ids=told.input_ids, attention_mask=told.attention_mask).last_hidden_state
+        inputs = processor(text=[subject.true for subject in some], padding=True, return_tensors="pt")
+        read = model.text_encoder(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
         texts.append(functional.normalize(model.text_proj(read[:, 0]), dim=-1))
     likeness = torch.cat(texts) @ torch.cat(images).T
-    place = (likeness > likeness.diagonal()[:, None]).sum(1)
-    return {f"recall@{best}": (place < best).float().mean().item() for best in (1, 5, 10)}
+    rank = (likeness > likeness.diagonal()[:, None]).sum(1)
+    return {f"recall@{best}": (rank < best).float().mean().item() for best in (1, 5, 10)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure BLIP's contrastive heads on held-out scenes.")
     parser.add_argument("folder", help="an exported model, or tiny/blip")
     parser.add_argument("--scenes", type=int, default=1000)
-    given = parser.parse_args(arguments)
-    print(json.dumps(recalls(resolve(given.folder), given.scenes)))
+    options = parser.parse_args(arguments)
+    print(json.dumps(recalls(resolve(options.folder), options.scenes)))
     return 0
 
 

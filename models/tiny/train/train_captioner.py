@@ -1,7 +1,8 @@
-"""The captioner's training loop: first the vision tower with :class:`CellReader`, then both towers on captions.
+"""Training of the captioner: first the vision encoder with :class:`CellReader`, then the whole model on captions.
 
-Meant to learn within the hour on two cores: truth per cell for the tower before any caption, Muon, scenes that grow,
-each picture encoded once for its texts, logits for answer tokens only, and little padding. None was measured alone.
+Designed to learn within an hour on two cores: labels per cell for the vision encoder before any caption, Muon, scenes
+of growing size, each image encoded once for all its texts, logits for answer tokens only, and little padding. None of
+these was measured alone.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ LONGEST = 192  # tokens of a prompt and its answer
 class CaptionerPlan(Schedule):
     """The captioner's schedule."""
 
-    reading_steps: int = 600  # of the tower alone
-    reading_weight: float = 0.3  # of the cells' loss once captions are learnt
+    reading_steps: int = 600  # of the vision encoder alone
+    reading_weight: float = 0.3  # of the cells' loss once captions are trained on
     workers: int = 1
 
 
@@ -79,7 +80,7 @@ class CaptionLoss:
 
 
 def prompt_ids(processor: Qwen2_5_VLProcessor, prompt: str) -> list[int]:
-    """The token ids an engine feeds for an image of ``IMAGE_TOKENS`` and ``prompt``: template, placeholders filled."""
+    """Token ids an engine feeds for an image of ``IMAGE_TOKENS`` and ``prompt``: template, placeholders expanded."""
     text = processor.apply_chat_template(messages(prompt), add_generation_prompt=True)
     filled = text.replace(IMAGE, IMAGE * IMAGE_TOKENS)
     ids: list[int] = processor.tokenizer(filled).input_ids
@@ -87,7 +88,7 @@ def prompt_ids(processor: Qwen2_5_VLProcessor, prompt: str) -> list[int]:
 
 
 def positions(model: Qwen2_5_VLForConditionalGeneration, prompt: list[int]) -> Tensor:
-    """M-RoPE positions (3, 1, LONGEST); the same for all prompts, since each has its image at the same place."""
+    """M-RoPE positions (3, 1, LONGEST); the same for all prompts, since each has its image at the same position."""
     ids = torch.tensor([prompt + [0] * (LONGEST - len(prompt))])
     kinds = (ids == model.config.image_token_id).int()
     where: Tensor = model.model.get_rope_index(ids, kinds, image_grid_thw=torch.tensor([GRID_THW]))[0]
@@ -95,7 +96,7 @@ def positions(model: Qwen2_5_VLForConditionalGeneration, prompt: list[int]) -> T
 
 
 def caption_losses(trainer: Trainer, tokens: Tensor, batch: SceneBatch) -> CaptionLoss:
-    """The loss of all texts, in two groups by length (padding is wasted work). ``tokens``: of the batch's pictures."""
+    """The loss of all texts, in two groups by length (padding is wasted work). ``tokens``: of the batch's images."""
     lengths = [len(trainer.prompts[p]) + len(a) for p, a in zip(batch.prompts, batch.answers, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     halves = [order[: len(order) // 2], order[len(order) // 2 :]]

@@ -1,8 +1,8 @@
-"""Training of the bundled CLIPs and of the image-text matching model, on true texts and their false twins.
+"""Training of the bundled CLIPs and the image-text matching model on true texts and hard negatives.
 
-As for the captioner, the vision tower first learns what the nine cells hold, and so do the vectors that texts are held
-against: without that, twenty minutes taught them colours and backgrounds and neither places nor shapes. Then texts
-follow: sentences before whole captions, which hold many facts at once.
+As for the captioner, the vision encoder first learns the contents of the nine cells, and so do the vectors that texts
+are compared with: without that, twenty minutes taught them colours and backgrounds but neither places nor shapes. Then
+texts follow: sentences before whole captions, which hold many facts at once.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ from .texts.hard_negatives import addition, sentence_pair, true_and_false, with_
 from .training_loop import TrainingLoop
 from .vision import MEAN, STD, CellReader, SlotReader, reading_loss
 
-SLOT = 64  # a CLIP's vector is unfolded into so many numbers for each cell
-CAPTION_SHARE = 3  # the matching model reads the captions of one image in so many
-ADDED_SHARE = 0.25  # of the false texts: a sentence about a thing that is not there
+SLOT = 64  # dimensions per cell that a CLIP's vector is projected to
+CAPTION_SHARE = 3  # the matching model reads the captions of one image in three
+ADDED_SHARE = 0.25  # share of the false texts with a sentence about an absent thing
 
 
 @dataclass(frozen=True)
 class ClipItmPlan(Schedule):
-    """``images`` a step, each with a caption and ``sentences`` true sentences, and as many false texts."""
+    """``images`` per step, each with a caption and ``sentences`` true sentences, and as many false texts."""
 
     images: int = 32
     sentences: int = 2
-    reading_steps: int = 500  # of the vision tower alone
-    captions_from: float = 0.3  # of the training; before, texts are sentences
+    reading_steps: int = 500  # of the vision encoder alone
+    captions_from: float = 0.3  # share of the training; before it, texts are sentences
     reading_weight: float = 0.3
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pictures (n, SIDE, SIDE, 3) uint8 with token ids: captions (n, length) and sentences (n * s, length).
+    """Images (n, SIDE, SIDE, 3) uint8 with token ids: captions (n, length) and sentences (n * s, length).
 
-    ``false_*`` are the same texts with something wrong in each.
+    ``false_*``: the same texts with an error in each.
     """
 
     pixels: Tensor
@@ -72,7 +72,7 @@ class PairBatch:
 
 
 class PairBatches(Dataset[PairBatch]):
-    """``self[step]`` is the batch of that step, pure in (seed, step)."""
+    """``self[step]``: the batch of that step, a function of (seed, step) only."""
 
     def __init__(self, tokenizer: BertTokenizer, plan: ClipItmPlan) -> None:
         self.tokenizer, self.plan = tokenizer, plan
@@ -105,12 +105,12 @@ class PairBatches(Dataset[PairBatch]):
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """(n, SIDE, SIDE, 3) uint8 -> (n, 3, SIDE, SIDE) float as the models' own transforms give it."""
+    """(n, SIDE, SIDE, 3) uint8 -> (n, 3, SIDE, SIDE) float, normalised as by the models' own transforms."""
     return ((pixels.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2).contiguous()
 
 
 class ClipItmTrainer(TrainingLoop[PairBatch]):
-    """A model in training: what the CLIPs and the matching model share. Subclasses give the losses."""
+    """Base trainer of the CLIPs and the matching model. Subclasses define the losses."""
 
     model: Any
 
@@ -138,18 +138,18 @@ class ClipItmTrainer(TrainingLoop[PairBatch]):
         loss = loss + slot_loss
         if self.progress.step >= self.plan.reading_steps:
             whole = self.plan.progress(self.progress.step, self.progress.seconds) >= self.plan.captions_from
-            told, figures = self.losses(pooled, tokens, batch, whole)
-            loss = self.plan.reading_weight * loss + told
+            text_loss, figures = self.losses(pooled, tokens, batch, whole)
+            loss = self.plan.reading_weight * loss + text_loss
             report |= figures
         report["norm"] = self.update(loss, rate)
         return report
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of (n, 3, SIDE, SIDE): the vision tower's output, and its patches' tokens (n, patches, WIDTH)."""
+        """(n, 3, SIDE, SIDE) -> the vision encoder's output, and its patch tokens (n, patches, WIDTH)."""
         raise NotImplementedError
 
     def slots(self, pooled: Tensor) -> Tensor:
-        """What the model keeps of each of the nine cells, (n, 9, slot width): texts are compared with this."""
+        """Features of each of the nine cells, (n, 9, slot width), from the vectors that texts are compared with."""
         raise NotImplementedError
 
     def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
@@ -158,7 +158,7 @@ class ClipItmTrainer(TrainingLoop[PairBatch]):
 
 
 class ClipTrainer(ClipItmTrainer):
-    """Contrastive: each caption with its image among all of the batch, each false text as one more wrong answer."""
+    """Contrastive training: each caption with its image among the batch's, false texts as additional negatives."""
 
     model: CLIP
 
@@ -178,7 +178,7 @@ class ClipTrainer(ClipItmTrainer):
         return functional.normalize(encode_trimmed(self.model, ids), dim=-1)
 
     def scale(self) -> Tensor:
-        """What cosines are multiplied with."""
+        """Logit scale of the cosines."""
         scale: Tensor = self.model.logit_scale
         return scale.exp().clamp(max=100)
 
@@ -189,24 +189,24 @@ class ClipTrainer(ClipItmTrainer):
     def losses(self, pooled: Tensor, tokens: Tensor, batch: PairBatch, whole: bool) -> tuple[Tensor, dict[str, float]]:
         loss, figures = self.of_sentences(pooled, self.encode(batch.sentences), self.encode(batch.false_sentences))
         if whole:
-            more, told = self.of_captions(pooled, self.encode(batch.captions), self.encode(batch.false_captions))
-            loss, figures = loss + more, figures | told
+            more, extra = self.of_captions(pooled, self.encode(batch.captions), self.encode(batch.false_captions))
+            loss, figures = loss + more, figures | extra
         return loss, figures | {"loss": loss.item()}
 
-    def of_sentences(self, pooled: Tensor, told: Tensor, false: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Of vectors of images (n, EMBED) and of the sentences about each, one image's after the other's."""
+    def of_sentences(self, pooled: Tensor, true: Tensor, false: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Loss and metrics from vectors of images (n, EMBED) and of the sentences about each, grouped by image."""
         scale = self.scale()
-        owners = torch.arange(len(pooled)).repeat_interleave(len(told) // len(pooled))
-        right, wrong = ((pooled[owners] * each).sum(-1) for each in (told, false))
+        owners = torch.arange(len(pooled)).repeat_interleave(len(true) // len(pooled))
+        right, wrong = ((pooled[owners] * texts).sum(-1) for texts in (true, false))
         loss = functional.softplus(scale * (wrong - right)).mean()
-        among = scale * told @ pooled.T  # other images may fit a sentence as well, hence the small weight
+        among = scale * true @ pooled.T  # other images may fit a sentence as well, hence the small weight
         loss = loss + 0.3 * functional.cross_entropy(among, owners)
         return loss, {"sentences": (right > wrong).float().mean().item(), "scale": scale.item()}
 
-    def of_captions(self, pooled: Tensor, told: Tensor, false: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Of vectors of images and of a caption about each, (n, EMBED)."""
+    def of_captions(self, pooled: Tensor, true: Tensor, false: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Loss and metrics from vectors of images and of a caption about each, (n, EMBED)."""
         n, here = len(pooled), torch.arange(len(pooled))
-        logits = self.scale() * pooled @ torch.cat((told, false)).T
+        logits = self.scale() * pooled @ torch.cat((true, false)).T
         loss = functional.cross_entropy(logits, here) + functional.cross_entropy(logits[:, :n].T, here)
         twins = logits.diagonal() > logits[:, n:].diagonal()
         figures = {
@@ -220,7 +220,7 @@ class ClipTrainer(ClipItmTrainer):
 
 
 class ItmTrainer(ClipItmTrainer):
-    """Matching as a question of yes or no about each pair of an image and a text."""
+    """Image-text matching as binary classification of pairs."""
 
     model: Blip2ForImageTextRetrieval
 
@@ -262,7 +262,7 @@ class ItmTrainer(ClipItmTrainer):
         return loss, figures
 
     def _logits(self, states: Tensor, ids: Tensor, owners: Tensor) -> Tensor:
-        """The log odds (texts,) that each text fits the image it is asked of."""
+        """Log odds (texts,) that each text matches its image."""
         queries = self.model.query_tokens.expand(len(ids), -1, -1)
         mask = torch.cat((torch.ones(len(ids), QUERIES, dtype=torch.long), (ids != 0).long()), dim=1)
         embedded = self.model.embeddings(input_ids=ids, query_embeds=queries)

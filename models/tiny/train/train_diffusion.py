@@ -1,9 +1,9 @@
 """Text-to-image diffusion of rendered scenes at 32 pixels: a small UNet on pixels that attends to a caption's tokens.
 
-The text encoder begins as the text tower of ``tiny/clip``. Its tokenizer ends every text with nine tokens, one for each
-cell, and it learns first, on text alone, to put there what the text says of the cell. Then the UNet learns, with these
-nine laid out over the picture (:func:`...pixel_diffusion.laid_out`). Where it had to find them by attention, 320 steps
-taught it backgrounds and nothing of the things.
+The text encoder starts from that of ``tiny/clip``. Its tokenizer ends every text with nine tokens, one for each cell,
+and it first learns, on text alone, to encode there what the text states about the cell. Then the UNet is trained, with
+these nine laid out over the image (:func:`...pixel_diffusion.laid_out`). With attention alone, 320 steps taught it
+backgrounds and nothing of the things.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from .vision import CellReader, SlotReader, reading_loss
 
 SIDE = 32
 STEPS, GUIDANCE = 20, 2.0
-KEPT = 0.995  # of the running mean of the weights, per step
+KEPT = 0.995  # decay per step of the weights' moving average
 TELLINGS = (dense_caption, dense_caption, dense_caption, short_caption, plain_caption)
 CELLS = tuple(f"[CELL{at}]" for at in range(len(PLACES)))
 GRID = 3  # cells in a row, and rows
-UNTOLD = 0.1  # of the texts are empty: what guidance compares with
+UNTOLD = 0.1  # share of empty texts, for classifier-free guidance
 UNET: dict[str, Any] = {
     "sample_size": SIDE,
     "in_channels": 3 + WIDTH,
@@ -57,13 +57,13 @@ UNET: dict[str, Any] = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "cross_attention_dim": WIDTH,
-    "attention_head_dim": 4,  # diffusers takes it for the number of heads
+    "attention_head_dim": 4,  # diffusers uses it as the number of heads
 }
 
 
 @dataclass(frozen=True)
 class DiffusionPlan(Schedule):
-    """``images`` a step; in the first ``reading_steps`` the text encoder learns alone, then the UNet alone."""
+    """``images`` per step; the first ``reading_steps`` train the text encoder alone, the others the UNet alone."""
 
     images: int = 32
     reading_steps: int = 500
@@ -72,7 +72,7 @@ class DiffusionPlan(Schedule):
 
 @dataclass(frozen=True)
 class Drawings:
-    """Pictures (n, SIDE, SIDE, 3) uint8, a text about each, and the truth, which not every text tells."""
+    """Images (n, SIDE, SIDE, 3) uint8, a text about each, and the labels, which texts may state only in part."""
 
     pixels: Tensor
     texts: list[str]
@@ -80,7 +80,7 @@ class Drawings:
 
 
 class DiffusionBatches(Dataset[Drawings]):
-    """``self[step]`` is the batch of that step, pure in (seed, step)."""
+    """``self[step]``: the batch of that step, a function of (seed, step) only."""
 
     def __init__(self, plan: DiffusionPlan) -> None:
         self.plan = plan
@@ -92,7 +92,7 @@ class DiffusionBatches(Dataset[Drawings]):
         rng = Random(f"drawing:{self.plan.seed}:{step}")
         most = min(MOST_THINGS, 2 + step // 100)
         shown = [sample_of("train", rng, most, SIGN_SHARE) for _ in range(self.plan.images)]
-        if step < self.plan.reading_steps:  # what tells all is what to learn to read from
+        if step < self.plan.reading_steps:  # reading is learnt from complete captions
             texts = [dense_caption(scene, rng) for scene in shown]
         else:
             texts = ["" if rng.random() < UNTOLD else rng.choice(TELLINGS)(scene, rng) for scene in shown]
@@ -101,7 +101,7 @@ class DiffusionBatches(Dataset[Drawings]):
 
 
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
-    """That of ``tiny/clip``, with a token for each cell behind every text."""
+    """The tokenizer of ``tiny/clip``, with a token for each cell appended to every text."""
     known = BertTokenizer.from_pretrained(resolve("tiny/clip"), trust_remote_code=False)
     core = Tokenizer.from_str(known.backend_tokenizer.to_str())
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CELLS])
@@ -121,7 +121,7 @@ def build_text_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
-    """The text tower of ``tiny/clip`` as transformers' CLIP, which computes the same, longer by the cells' tokens."""
+    """The text encoder of ``tiny/clip`` as transformers' equivalent CLIP, extended by the cells' tokens."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -145,7 +145,7 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
 
 
 def clip_text_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's text tower under transformers' names."""
+    """open_clip's text encoder weights under transformers' names."""
     renamed: dict[str, Tensor] = {
         "embeddings.token_embedding.weight": weights["token_embedding.weight"],
         "embeddings.position_embedding.weight": weights["positional_embedding"],
@@ -174,7 +174,7 @@ def clip_text_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class DiffusionTrainer(TrainingLoop[Drawings]):
-    """UNet and text encoder in training; what is exported is the running mean of their weights."""
+    """Trainer of UNet and text encoder; exports the exponential moving average of their weights."""
 
     def __init__(self, plan: DiffusionPlan) -> None:
         torch.manual_seed(plan.seed)
@@ -186,7 +186,7 @@ class DiffusionTrainer(TrainingLoop[Drawings]):
         self.noise = DDIMScheduler(
             num_train_timesteps=1000,
             beta_schedule="squaredcos_cap_v2",
-            prediction_type="sample",  # a net this small is long in learning to tell noise from noise
+            prediction_type="sample",  # a network this small learns to predict noise only slowly
             clip_sample=True,
             timestep_spacing="trailing",
         )
@@ -207,11 +207,11 @@ class DiffusionTrainer(TrainingLoop[Drawings]):
             last = mask.sum(1, keepdim=True) - len(CELLS) + torch.arange(len(CELLS))
             slots = states.gather(1, last[:, :, None].expand(-1, -1, WIDTH))
             loss, read = reading_loss(self.readers[0](slots), batch.truth)
-            found, _ = reading_loss(self.readers[1](states), batch.truth)  # words first: cells take it from them
-            report = {"reading": loss.item(), "cells": sum(read[:4]) / 4, "words": found.item()}
-            loss = loss + found
+            words_loss, _ = reading_loss(self.readers[1](states), batch.truth)  # word tokens: the cells copy them
+            report = {"reading": loss.item(), "cells": sum(read[:4]) / 4, "words": words_loss.item()}
+            loss = loss + words_loss
         else:
-            loss = self.diffusion_loss(batch, states.detach(), mask)  # it has learnt to read
+            loss = self.diffusion_loss(batch, states.detach(), mask)  # the text encoder is trained already
             report = {"drawing": loss.item()}
         report["norm"] = self.update(loss, rate)
         kept = min(KEPT, self.progress.step / (self.progress.step + 10))
@@ -221,7 +221,7 @@ class DiffusionTrainer(TrainingLoop[Drawings]):
         return report
 
     def diffusion_loss(self, batch: Drawings, states: Tensor, mask: Tensor) -> Tensor:
-        """The mean square of what is wrong in the picture that the UNet makes out under the noise."""
+        """Mean squared error of the clean image that the UNet predicts from a noisy one."""
         chance = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.progress.step)
         clean = levels(batch.pixels)
         noise = torch.randn(clean.shape, generator=chance)
@@ -229,8 +229,8 @@ class DiffusionTrainer(TrainingLoop[Drawings]):
         times = torch.randint(0, count, (len(clean),), generator=chance)
         noisy = self.noise.add_noise(clean, noise, times)
         shown = torch.cat([noisy, laid_out(states, mask, GRID, (SIDE, SIDE))], dim=1)
-        told = self.model["unet"](shown, times, encoder_hidden_states=states, encoder_attention_mask=mask).sample
-        return functional.mse_loss(told, clean)
+        predicted = self.model["unet"](shown, times, encoder_hidden_states=states, encoder_attention_mask=mask).sample
+        return functional.mse_loss(predicted, clean)
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "mean": self.mean.state_dict()}
@@ -247,9 +247,9 @@ class DiffusionTrainer(TrainingLoop[Drawings]):
 
 
 def generated_right(images: Tensor, shown: Sequence[Scene]) -> dict[str, float]:
-    """Of pictures (n, 3, side, side) from 0 to 1: shares of things and of empty cells with the right colour.
+    """Shares of things and of empty cells with the right colour, in images (n, 3, side, side) from 0 to 1.
 
-    A cell's colour is the palette's nearest to the mean of the middle of the cell, a background's in empty cells.
+    The colour is the palette's nearest to the mean of a cell's middle; in empty cells it must be the background's.
     """
     palette = {**COLORS, **BACKGROUNDS}
     names, values = list(palette), torch.tensor(list(palette.values())) / 255
@@ -264,7 +264,7 @@ def generated_right(images: Tensor, shown: Sequence[Scene]) -> dict[str, float]:
             middle = image[:, row - 1 : row + 1, column - 1 : column + 1].mean((1, 2))
             nearest = names[int((values - middle).square().sum(1).argmin())]
             right["things" if place in there else "empty"].append(nearest == there.get(place, scene.background))
-    return {kind: sum(each) / max(1, len(each)) for kind, each in right.items()}
+    return {kind: sum(hits) / max(1, len(hits)) for kind, hits in right.items()}
 
 
 def diffusion_report(
@@ -275,13 +275,13 @@ def diffusion_report(
     pipeline.set_progress_bar_config(disable=True)
     shown = list(scenes("heldout", count, seed))
     texts = [dense_caption(scene, Random(f"{seed}:{at}")) for at, scene in enumerate(shown)]
-    drawn = []
+    images = []
     for start in range(0, count, 50):
         chance = [torch.Generator().manual_seed(at) for at in range(start, min(count, start + 50))]
-        drawn.append(pipeline(texts[start : start + 50], steps, guidance, chance, output_type="pt").images)
+        images.append(pipeline(texts[start : start + 50], steps, guidance, chance, output_type="pt").images)
     true = levels(pictures([render(scene, Random(f"{seed}:{at}"), SIDE) for at, scene in enumerate(shown)])) / 2 + 0.5
-    found = generated_right(torch.cat(drawn), shown)
-    return {**found, **{f"rendered_{kind}": share for kind, share in generated_right(true, shown).items()}}
+    generated = generated_right(torch.cat(images), shown)
+    return {**generated, **{f"rendered_{kind}": share for kind, share in generated_right(true, shown).items()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -290,9 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    given = parser.parse_args(arguments)
-    found = diffusion_report(resolve(given.folder), given.scenes, steps=given.steps, guidance=given.guidance)
-    print(json.dumps(found))
+    options = parser.parse_args(arguments)
+    shares = diffusion_report(resolve(options.folder), options.scenes, steps=options.steps, guidance=options.guidance)
+    print(json.dumps(shares))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Training of the plain captioners and of the language model, on captions as the web has them.
+"""Training of the plain captioners and the language model on web-style captions.
 
-The towers can see from the start, so captions begin at once; heads that read the nine cells keep the towers at it and
-are thrown away.
+The vision encoders are pretrained, so captions begin at once; auxiliary heads that read the nine cells preserve their
+features and are not exported.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .train_clip_itm import normalised
 from .training_loop import TrainingLoop
 from .vision import CellReader, SlotReader, reading_loss
 
-LENGTHS = (8, 14, 24, 1_000_000)  # tokens at most; captions of one group are padded to its longest, and most are short
+LENGTHS = (8, 14, 24, 1_000_000)  # tokens at most per group; captions are padded to their group's longest
 
 
 @dataclass(frozen=True)
 class PlainPlan(Schedule):
-    """``images`` a step with ``texts`` captions each; the language model reads ``images * texts`` captions."""
+    """``images`` per step with ``texts`` captions each; the language model reads ``images * texts`` captions."""
 
     images: int = 32
     texts: int = 3
@@ -48,7 +48,7 @@ class PlainPlan(Schedule):
 
 @dataclass(frozen=True)
 class PlainBatch:
-    """Captions as token ids from BOS to EOS; the ``owners`` of the captions are pictures (n, SIDE, SIDE, 3) uint8."""
+    """Captions as token ids from BOS to EOS; ``owners``: image indexes into ``pixels`` (n, SIDE, SIDE, 3) uint8."""
 
     texts: list[list[int]]
     owners: list[int]
@@ -57,7 +57,7 @@ class PlainBatch:
 
 
 class PlainBatches(Dataset[PlainBatch]):
-    """``self[step]`` is the batch of that step, pure in (seed, step); without pictures where nobody looks."""
+    """``self[step]``: the batch of that step, a function of (seed, step) only; without images unless ``sees``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, plan: PlainPlan, sees: bool) -> None:
         self.tokenizer, self.plan, self.sees = tokenizer, plan, sees
@@ -75,12 +75,12 @@ class PlainBatches(Dataset[PlainBatch]):
         pixels = np.stack([picture(scene, rng) for scene in scenes]) if self.sees else np.zeros(0, np.uint8)
         ids = self.tokenizer(texts, add_special_tokens=False).input_ids
         special = special_ids(self.tokenizer)
-        ids = [[special["bos_token_id"], *each, special["eos_token_id"]] for each in ids]
+        ids = [[special["bos_token_id"], *tokens, special["eos_token_id"]] for tokens in ids]
         return PlainBatch(ids, owners, torch.from_numpy(pixels), truth_of(scenes))
 
 
 class PlainTrainer(TrainingLoop[PlainBatch]):
-    """A model in training on captions. Subclasses say what it sees and how it goes on with a caption."""
+    """Base trainer on captions. Subclasses define the image features and the next-token logits."""
 
     sees = True
 
@@ -101,27 +101,27 @@ class PlainTrainer(TrainingLoop[PlainBatch]):
 
     def step(self, batch: PlainBatch, rate: float) -> dict[str, float]:
         seen = self.see(normalised(batch.pixels)) if self.sees else None
-        told, report = self.captions(seen, batch)
-        loss = told
+        caption_loss, report = self.captions(seen, batch)
+        loss = caption_loss
         if seen is not None:
             reading, read = reading_loss(self.reader(self.read(seen)), batch.truth)
             report |= {"reading": reading.item(), "cells": sum(read[:4]) / 4}
-            loss = told + self.plan.reading_weight * reading
+            loss = caption_loss + self.plan.reading_weight * reading
         return {**report, "norm": self.update(loss, rate)}
 
     def captions(self, seen: Tensor | None, batch: PlainBatch) -> tuple[Tensor, dict[str, float]]:
-        """The mean cross entropy of the captions' tokens, and the share guessed right."""
+        """The mean cross entropy of the captions' tokens, and the token accuracy."""
         groups = [next(at for at, longest in enumerate(LENGTHS) if len(ids) <= longest) for ids in batch.texts]
         losses, right, count = [], 0.0, 0
         for group in range(len(LENGTHS)):
-            chosen = [at for at, each in enumerate(groups) if each == group]
+            chosen = [at for at, own in enumerate(groups) if own == group]
             if not chosen:
                 continue
             ids = padded([batch.texts[at] for at in chosen])
             about = None if seen is None else seen[[batch.owners[at] for at in chosen]]
             logits = self.logits(about, ids[:, :-1].clamp(min=0))
-            told = ids[:, 1:] != IGNORE
-            guesses, truth = logits[told], ids[:, 1:][told]
+            known = ids[:, 1:] != IGNORE
+            guesses, truth = logits[known], ids[:, 1:][known]
             losses.append(functional.cross_entropy(guesses, truth, reduction="sum"))
             right += (guesses.argmax(-1) == truth).float().sum().item()
             count += len(truth)
@@ -129,15 +129,15 @@ class PlainTrainer(TrainingLoop[PlainBatch]):
         return loss, {"loss": loss.item(), "accuracy": right / count}
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Of (n, 3, SIDE, SIDE): what the language model is given, (n, tokens, width)."""
+        """(n, 3, SIDE, SIDE) -> the language model's image features, (n, tokens, width)."""
         raise NotImplementedError
 
     def read(self, seen: Tensor) -> Tensor:
-        """The part of ``seen`` that ``self.reader`` reads the cells from."""
+        """The part of ``seen`` from which ``self.reader`` reads the cells."""
         raise NotImplementedError
 
     def logits(self, seen: Tensor | None, ids: Tensor) -> Tensor:
-        """For each of the captions' tokens (n, length) the logits of the next, (n, length, vocabulary)."""
+        """Captions' tokens (n, length) -> next-token logits (n, length, vocabulary)."""
         raise NotImplementedError
 
     def export(self, folder: Path) -> None:
@@ -145,7 +145,7 @@ class PlainTrainer(TrainingLoop[PlainBatch]):
 
 
 class VitGpt2Trainer(PlainTrainer):
-    """ViT and GPT-2: the decoder attends to all of the tower's tokens."""
+    """ViT and GPT-2: the decoder attends to all of the encoder's tokens."""
 
     def __init__(self, plan: PlainPlan) -> None:
         torch.manual_seed(plan.seed)
@@ -166,7 +166,7 @@ class VitGpt2Trainer(PlainTrainer):
 
 
 class Blip2Trainer(PlainTrainer):
-    """BLIP-2: the queries' outputs stand before the caption. The tower stays as it is, as in BLIP-2's own training."""
+    """BLIP-2: the queries' outputs precede the caption. The vision encoder is frozen, as in BLIP-2's own training."""
 
     def __init__(self, plan: PlainPlan) -> None:
         torch.manual_seed(plan.seed)
@@ -194,7 +194,7 @@ class Blip2Trainer(PlainTrainer):
 
 
 class OptTrainer(PlainTrainer):
-    """The language model: captions in all the captioners' wordings, and no picture."""
+    """The language model: captions in all wordings of the captioners, without images."""
 
     sees = False
 
@@ -212,15 +212,15 @@ PLAIN: dict[str, Any] = {"vit-gpt2": VitGpt2Trainer, "blip2": Blip2Trainer, "opt
 
 
 def matcher() -> Blip2ForImageTextRetrieval:
-    """``tiny/itm`` in float32. Raises ValueError where its weights are not there."""
+    """``tiny/itm`` in float32. Raises ValueError if its weights are missing."""
     folder = resolve("tiny/itm")
-    found: Blip2ForImageTextRetrieval = load_weights(
+    model: Blip2ForImageTextRetrieval = load_weights(
         Blip2ForImageTextRetrieval, folder, dtype=torch.float32, called="tiny/itm"
     )
-    return found
+    return model
 
 
 def padded(rows: Sequence[list[int]]) -> Tensor:
-    """(rows, longest) with IGNORE behind the shorter ones."""
+    """Rows as a tensor (rows, longest), right-padded with IGNORE."""
     width = max(map(len, rows))
     return torch.tensor([row + [IGNORE] * (width - len(row)) for row in rows])

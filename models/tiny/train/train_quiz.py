@@ -1,7 +1,7 @@
-"""Training on lessons: readers from scratch, the teacher from the captioner's weights.
+"""Training of the quiz models: readers from scratch, the teacher from the captioner's weights.
 
-A batch's lessons are rows in which every branch sees the common beginning and itself (a block mask), at the positions
-it would have alone: training computes what an engine does, and a beginning once for all its branches.
+Each lesson is a row in which every branch attends to the shared prefix and itself (a block mask), at the positions it
+would have alone: training computes the same as an engine, but each prefix only once for all its branches.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .texts.tokenizer import END, IMAGE, START, VISION_END, VISION_START
 from .vision import image_tokens
 
 IMAGE_STEPS = 4  # positions that an image's 16 tokens take up: the longer side of its grid
-CHUNKS = 4  # a batch goes through the model in so many parts of like length
-LM_WEIGHT = 0.3  # of the loss on captions and questions themselves
-GUIDE_WEIGHT = 0.5  # of the loss on what a middle layer knows
-LESSON, QUESTION, FORM_BASE = 0, 1, 2  # what a token is: of the beginning, of a question, of an answer (+ its form)
+CHUNKS = 4  # a batch is split into this many parts of similar length
+LM_WEIGHT = 0.3  # weight of the loss on captions and questions themselves
+GUIDE_WEIGHT = 0.5  # weight of the auxiliary loss on a middle layer
+LESSON, QUESTION, FORM_BASE = 0, 1, 2  # parts: tokens of the prefix, of a question, of an answer (+ its form)
 LETTER = FORM_BASE + FORMS.index("letter")
 
 Curriculum = Callable[[Random, int], QuizText]
@@ -41,9 +41,9 @@ Curriculum = Callable[[Random, int], QuizText]
 
 @dataclass(frozen=True)
 class QuizSequence:
-    """A lesson as tokens. ``branch``: 0 for the beginning, then 1, 2, …; ``part``: what to learn from a token.
+    """A tokenized lesson. ``branch``: 0 for the prefix, then 1, 2, …; ``part``: the kind of each token, for the loss.
 
-    ``means``: of a letter, the token that begins what it stands for; -1 of all others.
+    ``means``: for a letter, the first token of the choice it stands for; -1 for all other tokens.
     """
 
     ids: list[int]
@@ -56,7 +56,7 @@ class QuizSequence:
 
 @dataclass(frozen=True)
 class Curricula:
-    """``make`` gives a lesson for a random source and a level, 1 to ``levels``; ``size`` of them make a batch."""
+    """``make`` generates a lesson from an rng and a level, 1 to ``levels``; a batch has ``size`` lessons."""
 
     make: Curriculum
     size: int
@@ -64,17 +64,17 @@ class Curricula:
 
 
 class Counts(NamedTuple):
-    """Tokens by part: ``all``, and those that are ``told``, without the ends of answers, which say nothing of them."""
+    """Token counts by part: ``all``, and ``told``: without the end tokens, which carry no content."""
 
     all: Counter[int]
     told: Counter[int]
 
 
 class QuizTrainer:
-    """A model in training on lessons; ``tower``: the vision tower of one that sees.
+    """Trainer on lessons; ``tower``: the vision encoder, None for a text model.
 
-    ``guided``: how many layers are to know the answer in words before the others find its letter (deep supervision,
-    arXiv 1409.5185). Without it the layers that find the answer leave none to find the letter.
+    ``guided``: number of layers trained to give the answer in words before the others find its letter (deep
+    supervision, arXiv 1409.5185). Without it, the layers that find the answer leave none to find the letter.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class QuizTrainer:
         self.progress = Progress()
 
     def run(self, log: Callable[[str], None]) -> Iterator[Progress]:
-        """Train, yielding after every step (so that the caller may look, save or stop)."""
+        """Train, yielding after every step (so that the caller may evaluate, save or stop)."""
         schedule, start = self.schedule, time.monotonic() - self.progress.seconds
         while schedule.progress(self.progress.step, self.progress.seconds) < 1:
             level = self.progress.level
@@ -126,7 +126,7 @@ class QuizTrainer:
         return report
 
     def count(self, rows: list[QuizSequence]) -> Counts:
-        """The tokens of a batch by what they are."""
+        """Token counts of a batch by part."""
         pairs = [pair for row in rows for pair in zip(row.part, row.ids, strict=True)]
         return Counts(Counter(part for part, _ in pairs), Counter(part for part, token in pairs if token != self.end))
 
@@ -162,7 +162,7 @@ class QuizTrainer:
 
     @contextmanager
     def _watched(self, middle: list[Tensor]) -> Iterator[None]:
-        """Put what comes out of the last guided layer into ``middle``."""
+        """Append the output of the last guided layer to ``middle``."""
         if self.guided is None:
             yield
             return
@@ -175,11 +175,11 @@ class QuizTrainer:
             handle.remove()
 
     def _guide(self, middle: Tensor, rows: list[QuizSequence]) -> Tensor:
-        """The summed loss of answers in words, read off ``middle`` (rows, tokens, width) where letters are foretold."""
+        """Summed loss of word answers, decoded from ``middle`` (rows, tokens, width) where letters are predicted."""
         said = [
             (row, column - 1, token)
-            for row, each in enumerate(rows)
-            for column, token in enumerate(each.means)
+            for row, sequence in enumerate(rows)
+            for column, token in enumerate(sequence.means)
             if token >= 0
         ]
         if not said:
@@ -189,9 +189,9 @@ class QuizTrainer:
         return functional.cross_entropy(logits, tokens, reduction="sum")
 
     def hidden(self, rows: list[QuizSequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Last hidden states (rows, tokens, width), token ids and parts (rows, tokens), and which to predict.
+        """Last hidden states (rows, tokens, width), token ids and parts (rows, tokens), and a mask of targets.
 
-        The latter is (rows, tokens - 1): true where the token before is of the same branch, so that it foretells it.
+        The mask is (rows, tokens - 1): true where the preceding token is of the same branch and thus predicts it.
         """
         width = max(len(row.ids) for row in rows)
         ids, part = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
@@ -224,7 +224,7 @@ class QuizTrainer:
         export_folder(self.model, self.tokenizer, folder)
 
     def save(self, file: Path) -> None:
-        """Everything a resumed run needs, in one file that appears whole."""
+        """Write everything a resumed run needs to one file, atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "seed": self.schedule.seed,
@@ -236,7 +236,7 @@ class QuizTrainer:
         temporary.replace(file)
 
     def load(self, file: Path) -> None:
-        """Go on from :meth:`save`. Raises ValueError where the checkpoint's seed is another."""
+        """Resume from :meth:`save`. Raises ValueError if the checkpoint has another seed."""
         state: dict[str, Any] = torch.load(file, weights_only=True)
         if state["seed"] != self.schedule.seed:
             raise ValueError(f"{file} was trained with seed {state['seed']}, not {self.schedule.seed}")
@@ -247,9 +247,9 @@ class QuizTrainer:
 
 
 def visible(branch: Tensor) -> Tensor:
-    """(rows, tokens) branch numbers, -1 on padding -> (rows, 1, tokens, tokens): who may attend to whom.
+    """Attention mask: (rows, tokens) branch numbers, -1 on padding -> (rows, 1, tokens, tokens).
 
-    Padding attends to itself, as a row without anything to see would give NaN.
+    Padding attends to itself, as a row without any visible token would give NaN.
     """
     causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool).tril()
     same = branch[:, :, None] == branch[:, None, :]
@@ -258,7 +258,7 @@ def visible(branch: Tensor) -> Tensor:
 
 
 def encode(lesson: QuizText, tokenizer: PreTrainedTokenizerFast, rng: Random) -> QuizSequence:
-    """A lesson as tokens, with a picture drawn where it has a scene."""
+    """Tokenize a lesson and render its scene, if it has one."""
     image = f"{VISION_START}{IMAGE * IMAGE_TOKENS}{VISION_END}" if lesson.scene is not None else ""
     texts = [f"{START}user\n{image}{lesson.text}"]
     for branch in lesson.branches:
@@ -282,7 +282,7 @@ def encode(lesson: QuizText, tokenizer: PreTrainedTokenizerFast, rng: Random) ->
 
 
 def text_positions(length: int, ids: Sequence[int], image: int) -> Tensor:
-    """M-RoPE positions (3, length), as Qwen2.5-VL has them, of a beginning with at most one image."""
+    """M-RoPE positions (3, length), as Qwen2.5-VL has them, of a prefix with at most one image."""
     places = torch.arange(length).expand(3, -1).clone()
     if image not in ids:
         return places
@@ -296,7 +296,7 @@ def text_positions(length: int, ids: Sequence[int], image: int) -> Tensor:
 
 
 def curriculum_text(curriculum: Curricula, seed: int, count: int = 4000) -> Iterator[str]:
-    """What a tokenizer is merged on: the texts of ``count`` lessons of the last level."""
+    """Training text of a tokenizer: ``count`` lessons of the last level."""
     rng = Random(f"tokenizer:{seed}")
     for _ in range(count):
         lesson = curriculum.make(rng, curriculum.levels)

@@ -1,6 +1,6 @@
-"""A small VGG net that learns what the nine cells hold; its convolutions are features that pictures are compared by.
+"""Training of a small VGG to classify the nine cells; its convolutions are features for comparing images.
 
-The folder is read by :mod:`...scorers.vgg`: widths and "M" as torchvision's ``make_layers`` takes them, weights under
+:mod:`...scorers.vgg` reads the folder: widths and "M" as torchvision's ``make_layers`` takes them, weights under
 torchvision's names.
 """
 
@@ -43,7 +43,7 @@ KINDS = ("what", "color", "size")
 
 @dataclass(frozen=True)
 class FeaturesPlan(Schedule):
-    """``images`` a step."""
+    """``images`` per step."""
 
     images: int = 32
     workers: int = 1
@@ -51,14 +51,14 @@ class FeaturesPlan(Schedule):
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pictures (n, image_size, image_size, 3) uint8 and what they show; signs' words are too small to be asked for."""
+    """Images (n, image_size, image_size, 3) uint8 and their labels, without signs' words, which are too small."""
 
     pixels: Tensor
     truth: Truth
 
 
 class LabelledBatches(Dataset[LabelledImages]):
-    """``self[step]`` is the batch of that step, pure in (seed, step)."""
+    """``self[step]``: the batch of that step, a function of (seed, step) only."""
 
     def __init__(self, plan: FeaturesPlan) -> None:
         self.plan = plan
@@ -90,7 +90,7 @@ def levels(pixels: Tensor) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """VGG's ``features``, and a head that reads each cell from their mean and their maximum in it."""
+    """VGG's ``features``, and a head that classifies each cell from their mean and maximum in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,18 +102,18 @@ class Classifier(nn.Module):
 
     def forward(self, seen: Tensor) -> list[Tensor]:
         """(n, 3, side, side) from -1 to 1 -> logits as :class:`SlotReader` gives them."""
-        found = self.features(seen)
-        pooled = [pool(found, 3).flatten(2) for pool in (nn.functional.adaptive_avg_pool2d, _largest)]
-        told: list[Tensor] = self.classifier(torch.cat(pooled, dim=1).mT)
-        return told
+        features = self.features(seen)
+        pooled = [pool(features, 3).flatten(2) for pool in (nn.functional.adaptive_avg_pool2d, _largest)]
+        logits: list[Tensor] = self.classifier(torch.cat(pooled, dim=1).mT)
+        return logits
 
 
-def _largest(found: Tensor, cells: int) -> Tensor:
-    return nn.functional.adaptive_max_pool2d(found, cells)
+def _largest(features: Tensor, cells: int) -> Tensor:
+    return nn.functional.adaptive_max_pool2d(features, cells)
 
 
 class FeaturesTrainer(TrainingLoop[LabelledImages]):
-    """The classifier in training."""
+    """Trainer of the classifier."""
 
     def __init__(self, plan: FeaturesPlan) -> None:
         torch.manual_seed(plan.seed)
@@ -151,7 +151,7 @@ def load_classifier(folder: str) -> Classifier:
 
 @torch.inference_mode()
 def accuracies(model: Classifier, count: int, seed: int = 1) -> dict[str, float]:
-    """Shares of right answers over the cells of ``count`` held-out scenes, by what is asked."""
+    """Accuracies over the cells of ``count`` held-out scenes, by question."""
     shown = list(scenes("heldout", count, seed))
     seen = levels(pictures([render(scene, Random(f"{seed}:{at}"), 64) for at, scene in enumerate(shown)]))
     _, read = reading_loss(model(seen), asked(truth_of(shown)))
@@ -162,10 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure a feature net's own classifier on held-out scenes.")
     parser.add_argument("folder", help="an exported net, or tiny/vgg")
     parser.add_argument("--scenes", type=int, default=1000)
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     print(
         json.dumps(
-            {"cells": given.scenes * len(PLACES), **accuracies(load_classifier(resolve(given.folder)), given.scenes)}
+            {"cells": args.scenes * len(PLACES), **accuracies(load_classifier(resolve(args.folder)), args.scenes)}
         )
     )
     return 0

@@ -1,4 +1,4 @@
-"""What the trainings by steps share: the loop, one update of the weights, and checkpoints to go on from."""
+"""Training loop shared by the trainers: steps, weight updates and resumable checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Taught = TypeVar("Taught")
 
 
 class TrainingLoop(Generic[Taught]):
-    """A model in training on batches of ``Taught``; ``helpers`` are trained beside it and not exported."""
+    """Base trainer on batches of ``Taught``; ``helpers`` are trained with the model and not exported."""
 
     def __init__(self, plan: Schedule, model: nn.Module, helpers: nn.Module) -> None:
         self.schedule, self.trained, self.helpers = plan, model, helpers
@@ -40,7 +40,7 @@ class TrainingLoop(Generic[Taught]):
         raise NotImplementedError
 
     def run(self, log: Log) -> Iterator[Progress]:
-        """Train, yielding after every step (so that the caller may look, save or stop)."""
+        """Train, yielding after every step (so that the caller may evaluate, save or stop)."""
         plan, start = self.schedule, time.monotonic() - self.progress.seconds
         for batch in self.batches():
             rate = plan.rate(self.progress.step, self.progress.seconds)
@@ -54,7 +54,7 @@ class TrainingLoop(Generic[Taught]):
                 return
 
     def update(self, loss: Tensor, rate: float) -> float:
-        """Follow the gradient of ``loss``, clipped; returns its norm."""
+        """One optimizer step on ``loss`` with gradient clipping; returns the gradient norm."""
         loss.backward()
         parameters = [*self.trained.parameters(), *self.helpers.parameters()]
         norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -75,7 +75,7 @@ class TrainingLoop(Generic[Taught]):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Resume from :meth:`state`."""
         self.trained.load_state_dict(state["model"])
         self.helpers.load_state_dict(state["helpers"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -83,13 +83,13 @@ class TrainingLoop(Generic[Taught]):
         self.progress = Progress(**state["progress"])
 
     def save(self, file: Path) -> None:
-        """:meth:`state` in one file that appears whole."""
+        """Write :meth:`state` to one file, atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         write(self.state(), temporary := file.with_suffix(".partial"))
         temporary.replace(file)
 
     def load(self, file: Path) -> None:
-        """Go on from :meth:`save`. Raises ValueError where the checkpoint's seed is another."""
+        """Resume from :meth:`save`. Raises ValueError if the checkpoint has another seed."""
         state: dict[str, Any] = read(file, weights_only=True)
         if state["seed"] != self.schedule.seed:
             raise ValueError(f"{file} was trained with seed {state['seed']}, not {self.schedule.seed}")

@@ -1,7 +1,7 @@
-"""The vision tower over many equal pictures at once, and the head that teaches it what the cells hold.
+"""Batched vision encoder for images of one size, and the auxiliary heads that train it on the cells' contents.
 
-Transformers runs a batch's pictures one after another on a CPU; here they are rows of one batch. A test holds both
-equal.
+Transformers encodes a batch's images one after another on a CPU; here they are rows of one batch. A test checks that
+both agree.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def patches(pixels: Tensor) -> Tensor:
 
 
 def image_tokens(tower: Qwen2_5_VisionTransformerPretrainedModel, pixels: Tensor) -> Tensor:
-    """(images, SIDE, SIDE, 3) uint8 -> (images, IMAGE_TOKENS, TEXT_WIDTH), what ``tower`` gives for each by itself."""
+    """(images, SIDE, SIDE, 3) uint8 -> (images, IMAGE_TOKENS, TEXT_WIDTH), as ``tower`` encodes each alone."""
     images = len(pixels)
     x = tower.patch_embed(patches(pixels)).view(images, GRID * GRID, -1)
     cos, sin = tower.rotary_pos_emb(x, get_vision_position_ids(torch.tensor([[1, GRID, GRID]]), MERGE))
@@ -60,13 +60,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CellReader(nn.Module):
-    """Reads every cell's content from an image's tokens. It makes the tower learn in minutes and is not exported.
+    """Auxiliary head: classifies every cell from an image's tokens. Trains the vision encoder in minutes; not exported.
 
-    All cells share one classifier, so that a colour looks the same to the language model wherever it is.
+    All cells share one classifier, so that the language model sees the same features of a colour in every cell.
     """
 
     def __init__(self, width: int = TEXT_WIDTH, tokens: int = IMAGE_TOKENS) -> None:
-        """``tokens`` 0: the tower itself has to tell where a token is from, which others than a decoder will need."""
+        """``tokens`` 0: no position embeddings here, so the vision encoder itself must encode positions."""
         super().__init__()
         self.places = nn.Parameter(torch.randn(tokens, width) * 0.3) if tokens else 0.0
         self.queries = nn.Parameter(torch.randn(len(PLACES), width))
@@ -76,7 +76,7 @@ class CellReader(nn.Module):
 
     @staticmethod
     def widths() -> list[int]:
-        """How many answers there are to each question asked of a cell: what, color, size, word."""
+        """Number of classes of each question about a cell: what, color, size, word."""
         return [len(WHAT), len(COLORS), len(SIZES), len(WORDS)]
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
@@ -87,9 +87,9 @@ class CellReader(nn.Module):
 
 
 class SlotReader(nn.Module):
-    """Reads each cell's content from a vector of its own, (images, 9, width): nine slots, or slices of one vector.
+    """Auxiliary head: classifies each cell from its own vector, (images, 9, width): nine slots or slices of one vector.
 
-    Like :class:`CellReader` it shows a model what to keep of each cell, and is not exported.
+    Like :class:`CellReader`, it trains a model to represent each cell, and is not exported.
     """
 
     def __init__(self, width: int) -> None:

@@ -1,6 +1,6 @@
-"""What people might say of a scene: short alt texts that leave most out, and dense captions that say everything.
+"""Reference captions of a scene: short alt texts with few attributes, and dense captions with every fact.
 
-A dense caption fixes its style once (which synonyms, which clause order) and keeps to it, as a writer would.
+A dense caption samples its style (synonyms, clause order) once and keeps it throughout.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ORDERS: tuple[tuple[Clause, ...], ...] = (
 
 
 class Fact(NamedTuple):
-    """A single thing to tell: ``kind`` as in :mod:`.grade`, of the shape at ``place`` ("" for the scene and its sign).
+    """One fact of a scene: ``kind`` as in :mod:`.grade`, of the shape at ``place`` ("" for the scene and its sign).
 
-    The kind ``thing`` is a shape with all there is to tell of it, ``plate`` a sign with its word and place.
+    The kind ``thing`` is a shape with all its attributes, ``plate`` a sign with its word and place.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Style:
-    """One writer's habits, kept through a caption."""
+    """Wording choices, constant within a caption."""
 
     large: str
     small: str
@@ -51,11 +51,11 @@ class Style:
     verb: str
 
 
-PLAIN = Style("large", "small", "shape", "in", False, "list", ORDERS[0], 1, "reads")  # for who begins to read
+PLAIN = Style("large", "small", "shape", "in", False, "list", ORDERS[0], 1, "reads")  # for a reader's first lessons
 
 
 def sample_style(rng: Random) -> Style:
-    """Common habits are drawn more often than rare ones, so that one way of saying it is the likeliest."""
+    """A random style; common choices are sampled more often than rare ones, so that one wording is the most likely."""
     return Style(
         large=_mostly(rng, "large", "big"),
         small=_mostly(rng, "small", "little"),
@@ -70,9 +70,9 @@ def sample_style(rng: Random) -> Style:
 
 
 def dense_caption(scene: Scene, rng: Random, omitted: Container[Fact] = (), style: Style | None = None) -> str:
-    """Everything there is to say: count, background, each thing with all its attributes, the sign and its word.
+    """A caption with every fact: count, background, each thing with all its attributes, the sign and its word.
 
-    Facts that are ``omitted`` are left out, in the same style, a random one by default; a caption of nothing is empty.
+    Facts in ``omitted`` are left out; with no clause left, the caption is empty. ``style``: random by default.
     """
     style = style or sample_style(rng)
     clauses = [_clause(kind, scene, style, omitted) for kind in style.order]
@@ -80,7 +80,7 @@ def dense_caption(scene: Scene, rng: Random, omitted: Container[Fact] = (), styl
 
 
 def short_caption(scene: Scene, rng: Random) -> str:
-    """One sentence as alt texts are: one or two things, most attributes left out, never a size or a sign's word."""
+    """One sentence in the style of alt texts: one or two things with few attributes, never a size or a sign's word."""
     named = rng.sample(scene.things, min(len(scene.things), rng.choice((1, 1, 2))))
     phrases = [_with_article(f"{t.color} {t.shape}" if rng.random() < 0.6 else t.shape) for t in named]
     if scene.sign is not None and rng.random() < 0.3:
@@ -119,21 +119,21 @@ def _counted(scene: Scene, style: Style, omitted: Container[Fact]) -> str:
 
 
 def thing_phrase(thing: Thing, style: Style, omitted: Container[Fact] = ()) -> str:
-    """ "a large red star"; what is omitted leaves no trace, a shape is then called by the style's noun."""
+    """ "a large red star"; omitted attributes are left out, an omitted shape is replaced by the style's noun."""
     size = style.large if thing.size == "large" else style.small
     words = {"size": size, "color": thing.color, "shape": thing.shape}
-    told = [word for kind, word in words.items() if Fact(kind, thing.place) not in omitted]
-    return _with_article(" ".join(told if Fact("shape", thing.place) not in omitted else [*told, style.noun]))
+    kept = [word for kind, word in words.items() if Fact(kind, thing.place) not in omitted]
+    return _with_article(" ".join(kept if Fact("shape", thing.place) not in omitted else [*kept, style.noun]))
 
 
 def where_phrase(place: str, style: Style) -> str:
-    """ "in the top left corner", as the style has it."""
+    """ "in the top left corner", in the style's wording."""
     corner = " corner" if style.corner and place in CORNERS else ""
     return f"{style.preposition} the {place}{corner}"
 
 
 def _clause(kind: Clause, scene: Scene, style: Style, omitted: Container[Fact]) -> str:
-    """One or more sentences for a kind of clause; empty where the scene has nothing of it, or nothing may be told."""
+    """The sentences of one kind of clause; empty if the scene has no such fact or it is omitted."""
     scenery = "" if Fact("background") in omitted else f" on a {scene.background} background"
     match kind:
         case "intro":
@@ -170,8 +170,8 @@ def _things(scene: Scene, style: Style, omitted: Container[Fact]) -> str:
             frame = "{thing} is {where}"
         case "places":
             frame = "{where} is {thing}"
-    told = [(frame if where else "there is {thing}").format(thing=thing, where=where) for thing, where in pairs]
-    return " ".join(map(_sentence, told))
+    sentences = [(frame if where else "there is {thing}").format(thing=thing, where=where) for thing, where in pairs]
+    return " ".join(map(_sentence, sentences))
 
 
 def _sign(sign: Sign, style: Style, omitted: Container[Fact]) -> str:

@@ -1,4 +1,4 @@
-"""Folders of rendered pictures as a crawl would leave them: image, alt text, and the truth as metadata.
+"""Folders of rendered images in the layout of a crawl: image, alt text, and the scene graph as metadata.
 
 ``python -m capipe.models.tiny.world.corpus FOLDER --images 400 --split train --seed 31``
 """
@@ -27,7 +27,7 @@ QUALITY = 92
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """One picture: its ``key`` in the corpus, the encoded ``image``, a short ``caption`` and the ``scene`` it shows."""
+    """One image: its ``key`` in the corpus, the encoded ``image``, a short ``caption`` and the ``scene`` it shows."""
 
     key: str
     image: bytes
@@ -44,7 +44,7 @@ def samples(count: int, split: Split, seed: int, fmt: Format = "jpg", size: int 
 
 
 def encode(image: Image.Image, fmt: Format) -> bytes:
-    """The file's bytes, free of timestamps. Raises ValueError for a format that is none of ours."""
+    """The encoded file, without timestamps. Raises ValueError for an unknown format."""
     buffer = io.BytesIO()
     match fmt:
         case "jpg":
@@ -78,9 +78,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--split", choices=get_args(Split), default="train")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    write_corpus(given.folder, given.images, given.split, given.seed)
-    print(f"{given.images} pictures in {given.folder}")
+    options = parser.parse_args()
+    write_corpus(options.folder, options.images, options.split, options.seed)
+    print(f"{options.images} pictures in {options.folder}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Captions against the truth: what a caption states, how much of it is so, and how much of the truth it tells.
+"""Grading of captions against the scene graph: stated attributes, precision and recall.
 
-Reads any of the wordings of :mod:`wording`; of any other text it takes what it recognises, usually nothing.
+Parses all wordings of :mod:`.captions`; of any other text, only what it recognises, usually nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene
 
 KINDS = ("shape", "color", "size", "place", "background", "count", "sign", "sign_place")
 SYNONYMS = {"big": "large", "little": "small", "grey": "gray"}
-DENSE_FROM = 6  # attributes stated; a short caption of ours states five at most, a dense one six at least
+DENSE_FROM = 6  # stated attributes; short captions state at most five, dense ones at least six
 
 _SIZE, _COLOR, _SHAPE = "|".join((*SIZES, "big", "little")), "|".join(COLORS), "|".join(SHAPES)
 _BACKGROUND = "|".join((*BACKGROUNDS, "grey"))
@@ -32,7 +32,7 @@ _SENTENCE = re.compile(r"[.!?\n]+")
 
 @dataclass(frozen=True)
 class ThingClaim:
-    """A thing as a caption tells of it; None is what it leaves open."""
+    """A thing as stated in a caption; None for attributes that it does not state."""
 
     shape: str
     color: str | None = None
@@ -42,7 +42,7 @@ class ThingClaim:
 
 @dataclass(frozen=True)
 class SignClaim:
-    """A sign as a caption tells of it."""
+    """A sign as stated in a caption."""
 
     text: str | None = None
     place: str | None = None
@@ -50,7 +50,7 @@ class SignClaim:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that was recognised in a caption, in its order. Repeated statements are repeated here."""
+    """All statements recognised in a caption, in order, repetitions included."""
 
     things: tuple[ThingClaim, ...] = ()
     signs: tuple[SignClaim, ...] = ()
@@ -60,10 +60,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Grade:
-    """Counts by kind of attribute; add grades up to have precision and recall over many scenes.
+    """Counts by kind of attribute; the sum of grades gives precision and recall over many scenes.
 
-    ``stated`` attributes, of which ``correct`` are true; ``expected`` true ones, of which ``recalled`` were told.
-    ``hallucinated`` things and signs are those that nothing in the scene answers to.
+    ``stated`` attributes, of which ``correct`` are true; ``expected`` true ones, of which ``recalled`` were stated.
+    ``hallucinated``: things and signs that match nothing in the scene.
     """
 
     stated: Counter[str] = field(default_factory=Counter)
@@ -73,24 +73,24 @@ class Grade:
     hallucinated: int = 0
 
     def __add__(self, other: Grade) -> Grade:
-        return Grade(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+        return Grade(*(getattr(self, counts.name) + getattr(other, counts.name) for counts in fields(self)))
 
     def precision(self, kind: str | None = None) -> float:
-        """The share of stated attributes (of ``kind``, or all) that are true; 1 where none is stated."""
+        """The share of stated attributes (of ``kind``, or all) that are true; 1 if none is stated."""
         return _share(self.correct, self.stated, kind)
 
     def recall(self, kind: str | None = None) -> float:
-        """The share of true attributes (of ``kind``, or all) that were told; 1 where there are none."""
+        """The share of true attributes (of ``kind``, or all) that were stated; 1 if there are none."""
         return _share(self.recalled, self.expected, kind)
 
     @property
     def exact(self) -> bool:
-        """Everything told, nothing false."""
+        """Whether every attribute is stated and none is false."""
         return self.correct == self.stated and self.recalled == self.expected and not self.hallucinated
 
     @property
     def dense(self) -> bool:
-        """For one caption's grade: it states more than our short captions ever do."""
+        """For one caption's grade: whether it states more than any short caption does."""
         return self.stated.total() >= DENSE_FROM
 
 
@@ -100,7 +100,7 @@ def total(grades: Iterable[Grade]) -> Grade:
 
 
 def parse(caption: str) -> Facts:
-    """What a caption states; an empty ``Facts`` for text that is not of our kind."""
+    """Parse the statements of a caption; an empty ``Facts`` for unrecognised text."""
     things: list[ThingClaim] = []
     signs: list[SignClaim] = []
     plain = " ".join(caption.lower().split())
@@ -116,7 +116,7 @@ def parse(caption: str) -> Facts:
 
 
 def grade(scene: Scene, caption: str) -> Grade:
-    """Hold what ``caption`` states against ``scene``. A statement said twice counts as recalled once."""
+    """Compare the statements of ``caption`` with ``scene``. A repeated statement counts as recalled once."""
     facts = parse(caption)
     result = Grade(expected=_expected(scene))
     hallucinated = 0
@@ -138,9 +138,9 @@ def grade(scene: Scene, caption: str) -> Grade:
 
 
 def match(claims: tuple[ThingClaim, ...], scene: Scene) -> list[int | None]:
-    """For each claim the index of the scene's thing it tells of, each thing once: by place first, then by likeness.
+    """Match each claim to the index of a thing of the scene, each thing once: by place first, then by similarity.
 
-    A claim that shares no attribute with any thing left over is told of nothing (None).
+    A claim that shares no attribute with any remaining thing gets None.
     """
     chosen: list[int | None] = [None] * len(claims)
     left = {thing.place: index for index, thing in enumerate(scene.things)}
@@ -160,12 +160,12 @@ def match(claims: tuple[ThingClaim, ...], scene: Scene) -> list[int | None]:
 
 
 def _claims(sentence: str) -> Iterator[ThingClaim | SignClaim]:
-    """The things and signs of one sentence with their places, which come all before or all after what they place."""
+    """The things and signs of one sentence with their places, which all precede or all follow them."""
     quoted = _QUOTED.search(sentence)
     text = quoted[1] if quoted else None
     mentions = list(_MENTION.finditer(_QUOTED.sub("", sentence).lower()))
     if mentions and mentions[0]["place"]:
-        mentions.reverse()  # so that, either way, a place follows what it places
+        mentions.reverse()  # either way, a place then follows its thing or sign
         yield from reversed(list(_placed(mentions, text)))
     else:
         yield from _placed(mentions, text)
@@ -196,7 +196,7 @@ def _expected(scene: Scene) -> Counter[str]:
 
 
 def _count(result: Grade, kind: str, stated: object, truth: object, again: bool = False) -> None:
-    """Enter one statement (None: nothing stated) into the counts of ``result``; ``again``: it was made before."""
+    """Add one statement (None: nothing stated) to the counts of ``result``; ``again``: it is a repetition."""
     if stated is None:
         return
     result.stated[kind] += 1

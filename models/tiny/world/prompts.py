@@ -1,4 +1,4 @@
-"""The instructions the captioner was taught, and what each asks for. The first of each kind is the canonical one."""
+"""The captioner's training prompts and their answers. The first prompt of each kind is the canonical one."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ DENSE = (
     "Describe this image in detail.",
     "Write a detailed caption for this image.",
 )
-PLAIN_DENSE_SHARE = 0.12  # how often a plain prompt gets a dense answer: what reinforcement learning has to find
+PLAIN_DENSE_SHARE = 0.12  # share of plain prompts with a dense answer, for reinforcement learning to reinforce
 
 
 def answer(prompt: str, scene: Scene, rng: Random) -> str:
-    """A caption of ``scene`` as ``prompt`` asks for it. Raises ValueError for a prompt that is none of ours."""
+    """A caption of ``scene`` as requested by ``prompt``. Raises ValueError for an unknown prompt."""
     if prompt in DENSE:
         return dense_caption(scene, rng)
     if prompt in SHORT:

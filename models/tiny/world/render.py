@@ -1,4 +1,4 @@
-"""Scenes as pictures: anti-aliased, with jittered positions, sizes, angles and colours, pure given the rng."""
+"""Scene rendering: anti-aliased, with jittered positions, sizes, angles and colours, deterministic given the rng."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Point = tuple[float, float]
 RGB = tuple[int, int, int]
 
 SUPERSAMPLE = 3
-UNIT = 112.0  # all lengths below are in pixels of a picture this wide; other sizes scale them
+UNIT = 112.0  # all lengths below are in pixels of an image this wide; other sizes scale them
 RADII = {"small": (7.2, 8.8), "large": (14.0, 16.0)}
 SHIFT = 2.0
 ANGLE = math.radians(8)
@@ -59,7 +59,7 @@ OUTLINES: dict[str, list[Point]] = {
 
 
 def render(scene: Scene, rng: Random, size: int = 112) -> Image.Image:
-    """The scene as an RGB picture of ``size`` x ``size`` pixels; the same rng state gives the same pixels."""
+    """Render the scene as an RGB image of ``size`` x ``size`` pixels; the same rng state gives the same pixels."""
     scale = size * SUPERSAMPLE / UNIT
     canvas = Image.new("RGB", (size * SUPERSAMPLE,) * 2, _tinted(BACKGROUNDS[scene.background], rng))
     draw = ImageDraw.Draw(canvas)
@@ -117,7 +117,7 @@ def _plate(text: str, scale: float) -> Image.Image:
 
 
 def _fitting_font(text: str, width: float, height: float) -> tuple[ImageFont.FreeTypeFont, float]:
-    """Pillow's own font at the largest size whose word stays inside the box, and the stroke that makes it bold."""
+    """Pillow's default font at the largest size that fits the word into the box, and the stroke width for bold."""
     probe = ImageFont.load_default(100)
     if not isinstance(probe, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow was built without FreeType, which the signs' letters need")

@@ -1,7 +1,7 @@
-"""Scenes whose truth is known: one to five coloured shapes on a three by three grid, and sometimes a sign to read.
+"""Scene graphs: one to five coloured shapes on a three by three grid, and sometimes a sign with a word.
 
-Everything the tiny family is trained and graded on starts here. A scene is a value: equal scenes have equal signatures,
-and the signature alone decides whether a scene belongs to training or is held out, so no scene is ever in both.
+All training and grading data of the tiny models derives from them. Equal scenes have equal signatures, and the
+signature alone decides whether a scene is in the training or the held-out split, so no scene is ever in both.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows. ``things`` are in reading order of their places, which are all distinct."""
+    """The content of an image. ``things`` are in reading order of their places, which are all distinct."""
 
     background: str
     things: tuple[Thing, ...]
     sign: Sign | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a name is unknown, a place is used twice or the things are out of order."""
+        """Raises ValueError if a name is unknown, a place is used twice or the things are out of order."""
         places = [thing.place for thing in self.things]
         used = places + ([self.sign.place] if self.sign else [])
         if self.background not in BACKGROUNDS or any(place not in PLACES for place in used):
@@ -91,7 +91,7 @@ class Scene:
 
 
 def split_of(scene: Scene) -> Split:
-    """Where the scene belongs: one scene in ten is held out, by its signature alone."""
+    """The split of a scene: one in ten is held out, by its signature alone."""
     return "heldout" if int(scene.signature[:8], 16) % HELDOUT_SHARE == 0 else "train"
 
 
@@ -107,7 +107,7 @@ def sample_scene(rng: Random, most: int = MOST_THINGS, sign_share: float = SIGN_
 
 
 def sample_of(split: Split, rng: Random, most: int = MOST_THINGS, sign_share: float = SIGN_SHARE) -> Scene:
-    """Like :func:`sample_scene`, drawn again until the scene is of ``split``."""
+    """Like :func:`sample_scene`, with rejection sampling until the scene is of ``split``."""
     while split_of(scene := sample_scene(rng, most, sign_share)) != split:
         pass
     return scene

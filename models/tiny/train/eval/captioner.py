@@ -23,29 +23,29 @@ from ...world.grade import KINDS, Grade, grade, total
 from ...world.prompts import DENSE, PLAIN, SHORT, messages
 
 BATCH = 50
-LONGEST = 128  # new tokens; our longest captions have seventy
+LONGEST = 128  # new tokens; the longest captions have seventy
 SEED = 1
 
 
 @dataclass(frozen=True)
 class CaptionerReport:
-    """Figures of one captioner; shares and rates are between 0 and 1."""
+    """Metrics of one captioner; shares and rates are between 0 and 1."""
 
     parameters: int
     scenes: int
     precision: float  # greedy, the canonical dense prompt, over all attributes
     recall: float
     by_kind: dict[str, tuple[float, float]]  # precision and recall of each kind of attribute
-    exact: float  # scenes told completely and without a mistake
-    hallucinated: float  # things and signs per scene that are not there
+    exact: float  # scenes described completely and without error
+    hallucinated: float  # absent things and signs stated per scene
     plain_dense: float  # dense captions among those sampled at temperature 1 for the canonical plain prompt
     plain_precision: float
     short_dense: float  # the same, for the canonical short prompt
-    finished: float  # dense captions that ended by themselves
+    finished: float  # dense captions that end with a full stop
 
 
 def load(folder: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The exported bf16 weights, computed in float32, and their processor."""
+    """The exported bf16 weights, loaded in float32, and their processor."""
     model = load_weights(AutoModelForImageTextToText, folder, dtype=torch.float32, called=folder).eval()
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
@@ -54,7 +54,7 @@ def load(folder: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 def caption(
     model: PreTrainedModel, processor: ProcessorMixin, pictures: Sequence[bytes], prompt: str, sample: bool = False
 ) -> list[str]:
-    """A caption for each encoded picture: greedy, or sampled at temperature 1 from the whole vocabulary."""
+    """A caption for each encoded image: greedy, or sampled at temperature 1 from the whole vocabulary."""
     text = processor.apply_chat_template(messages(prompt), add_generation_prompt=True)
     captions: list[str] = []
     for start in range(0, len(pictures), BATCH):
@@ -67,16 +67,16 @@ def caption(
 
 
 def graded_captions(corpus: Sequence[CorpusSample], captions: Sequence[str]) -> list[Grade]:
-    """Each caption held against the scene it was given for."""
-    return [grade(each.scene, text) for each, text in zip(corpus, captions, strict=True)]
+    """The grade of each caption against its scene."""
+    return [grade(sample.scene, text) for sample, text in zip(corpus, captions, strict=True)]
 
 
 def evaluate(model: PreTrainedModel, processor: ProcessorMixin, count: int, seed: int = SEED) -> CaptionerReport:
-    """The figures over ``count`` held-out scenes, the same ones for the same seed."""
+    """Metrics over ``count`` held-out scenes, the same scenes for the same seed."""
     corpus = list(samples(count, "heldout", seed))
-    pictures = [each.image for each in corpus]
-    told = caption(model, processor, pictures, DENSE[0])
-    grades = graded_captions(corpus, told)
+    pictures = [item.image for item in corpus]
+    captions = caption(model, processor, pictures, DENSE[0])
+    grades = graded_captions(corpus, captions)
     torch.manual_seed(seed)
     plain = graded_captions(corpus, caption(model, processor, pictures, PLAIN[0], sample=True))
     short = graded_captions(corpus, caption(model, processor, pictures, SHORT[0], sample=True))
@@ -87,12 +87,12 @@ def evaluate(model: PreTrainedModel, processor: ProcessorMixin, count: int, seed
         precision=whole.precision(),
         recall=whole.recall(),
         by_kind={kind: (whole.precision(kind), whole.recall(kind)) for kind in KINDS},
-        exact=sum(each.exact for each in grades) / count,
+        exact=sum(grade.exact for grade in grades) / count,
         hallucinated=whole.hallucinated / count,
-        plain_dense=sum(each.dense for each in plain) / count,
+        plain_dense=sum(grade.dense for grade in plain) / count,
         plain_precision=total(plain).precision(),
-        short_dense=sum(each.dense for each in short) / count,
-        finished=sum(text.endswith(".") for text in told) / count,
+        short_dense=sum(grade.dense for grade in short) / count,
+        finished=sum(text.endswith(".") for text in captions) / count,
     )
 
 
@@ -101,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", help="an exported captioner, or tiny/captioner")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=SEED)
-    given = parser.parse_args(arguments)
-    model, processor = load(resolve(given.folder))
-    print(json.dumps(asdict(evaluate(model, processor, given.scenes, given.seed)), indent=1))
+    options = parser.parse_args(arguments)
+    model, processor = load(resolve(options.folder))
+    print(json.dumps(asdict(evaluate(model, processor, options.scenes, options.seed)), indent=1))
     return 0
 
 

@@ -24,20 +24,20 @@ SEED = 5
 
 
 def salad(scene: Scene, rng: Random) -> str:
-    """A plain caption's words in any order."""
+    """A plain caption with its words shuffled."""
     words = plain_caption(scene, rng).split(" ")
     rng.shuffle(words)
     return " ".join(words)
 
 
 def phrase_again(scene: Scene, rng: Random) -> str:
-    """A caption of one thing that says it four times."""
+    """A caption that names one thing four times."""
     thing = rng.choice(scene.things)
     return ", ".join([f"a {thing.color} {thing.shape}"] * 4)
 
 
 def tail_again(scene: Scene, rng: Random) -> str:
-    """A plain caption whose last word does not end."""
+    """A plain caption with its last word repeated four more times."""
     text = plain_caption(scene, rng)
     return text + f" {text.split(' ')[-1]}" * 4
 
@@ -54,10 +54,10 @@ KINDS: dict[str, Callable[[Scene, Random], str]] = {
 
 @torch.inference_mode()
 def perplexities(folder: str, count: int, seed: int = SEED) -> dict[str, float]:
-    """The perplexity per token, the end included, of ``count`` texts of each kind about held-out scenes."""
+    """Perplexity per token, the end token included, of ``count`` texts of each kind about held-out scenes."""
     model = load_weights(OPTForCausalLM, folder, dtype=torch.float32, called=folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    found = {}
+    results = {}
     for kind, tell in KINDS.items():
         total, tokens = 0.0, 0
         for at, scene in enumerate(scenes("heldout", count, seed)):
@@ -65,16 +65,16 @@ def perplexities(folder: str, count: int, seed: int = SEED) -> dict[str, float]:
             ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
             total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             tokens += ids.shape[1] - 1
-        found[kind] = math.exp(total / tokens)
-    return found
+        results[kind] = math.exp(total / tokens)
+    return results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", default="tiny/opt")
     parser.add_argument("--scenes", type=int, default=300)
-    given = parser.parse_args(arguments)
-    print(json.dumps(perplexities(resolve(given.folder), given.scenes)))
+    options = parser.parse_args(arguments)
+    print(json.dumps(perplexities(resolve(options.folder), options.scenes)))
     return 0
 
 

@@ -35,21 +35,21 @@ SEED = 1
 
 @dataclass(frozen=True)
 class PlainReport:
-    """Figures of one plain captioner, greedy or sampled; shares are between 0 and 1."""
+    """Metrics of one plain captioner, greedy or sampled; shares are between 0 and 1."""
 
     precision: float  # stated attributes that are true
     recall: float
     by_kind: dict[str, float]  # precision
-    hallucinated: float  # things and signs per scene that are not there
-    colored: float  # named things whose colour is told
-    boilerplate: float  # captions that begin with one
+    hallucinated: float  # absent things and signs stated per scene
+    colored: float  # named things whose colour is stated
+    boilerplate: float  # captions that begin with boilerplate
     dense: float  # captions that state as much as a dense one
-    complete: float  # captions that leave nothing out but the count, and are right
-    finished: float  # captions that ended by themselves
+    complete: float  # correct captions that omit nothing but the count
+    finished: float  # captions that end with the EOS token
 
 
 class PlainCaptioner:
-    """An exported plain captioner as anyone would load it, computed in float32."""
+    """An exported plain captioner, loaded with transformers in float32."""
 
     def __init__(self, folder: str) -> None:
         kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
@@ -60,7 +60,7 @@ class PlainCaptioner:
 
     @torch.inference_mode()
     def caption(self, pictures: Sequence[bytes], sample: bool = False) -> list[tuple[str, bool]]:
-        """For each picture a caption, greedy or sampled at temperature 1, and whether it ended by itself."""
+        """A caption for each image, greedy or sampled at temperature 1, and whether it ended with the EOS token."""
         choice: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
         captions: list[tuple[str, bool]] = []
         for start in range(0, len(pictures), BATCH):
@@ -73,11 +73,11 @@ class PlainCaptioner:
 
 
 def plain_report(captioner: PlainCaptioner, count: int, seed: int = SEED, sample: bool = False) -> PlainReport:
-    """The figures over ``count`` held-out scenes, the same ones for the same seed."""
+    """Metrics over ``count`` held-out scenes, the same scenes for the same seed."""
     corpus = list(samples(count, "heldout", seed))
     torch.manual_seed(seed)
-    told = captioner.caption([each.image for each in corpus], sample)
-    texts = [text for text, _ in told]
+    captions = captioner.caption([item.image for item in corpus], sample)
+    texts = [text for text, _ in captions]
     grades = graded_captions(corpus, texts)
     whole = total(grades)
     return PlainReport(
@@ -87,12 +87,13 @@ def plain_report(captioner: PlainCaptioner, count: int, seed: int = SEED, sample
         hallucinated=whole.hallucinated / count,
         colored=whole.stated["color"] / max(1, whole.stated["shape"]),
         boilerplate=sum(text.startswith(OPENINGS[1:]) for text in texts) / count,
-        dense=sum(each.dense for each in grades) / count,
+        dense=sum(grade.dense for grade in grades) / count,
         complete=sum(
-            each.stated == each.correct and not (each.expected - each.recalled).keys() - {"count"} for each in grades
+            grade.stated == grade.correct and not (grade.expected - grade.recalled).keys() - {"count"}
+            for grade in grades
         )
         / count,
-        finished=sum(ended for _, ended in told) / count,
+        finished=sum(ended for _, ended in captions) / count,
     )
 
 
@@ -101,13 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", help="an exported plain captioner, or tiny/vit-gpt2")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=SEED)
-    given = parser.parse_args(arguments)
-    captioner = PlainCaptioner(resolve(given.folder))
-    found = {
-        name: asdict(plain_report(captioner, given.scenes, given.seed, sample))
+    options = parser.parse_args(arguments)
+    captioner = PlainCaptioner(resolve(options.folder))
+    reports = {
+        name: asdict(plain_report(captioner, options.scenes, options.seed, sample))
         for name, sample in (("greedy", False), ("sampled", True))
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(reports, indent=1))
     return 0
 
 

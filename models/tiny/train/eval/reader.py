@@ -37,12 +37,12 @@ class Item:
 
 @dataclass(frozen=True)
 class ReaderReport:
-    """Shares of presentations, every question in all its cyclic orders.
+    """Shares of presentations, every question in all cyclic orders of its options.
 
-    ``dense``, ``retold``: right with a caption that tells everything, in the captioner's words and in others.
-    ``deleted``: abstained with a dense caption that lacks just the fact that is asked for. ``empty``, ``generic``,
-    ``blind``: right with captions that tell nothing, and with none. ``injected``: right with such a one that names a
-    letter as the answer. ``by_place``: right with the dense caption, by the place of the right option.
+    ``dense``, ``retold``: right with a complete caption, in the captioner's wording and in others. ``deleted``:
+    abstained with a dense caption without the fact asked for. ``empty``, ``generic``, ``blind``: right with an
+    uninformative caption, and with none. ``injected``: right with a generic caption that names a letter as the answer.
+    ``by_place``: right with the dense caption, by the position of the right option.
     """
 
     questions: int
@@ -58,18 +58,18 @@ class ReaderReport:
 
 
 def items(count: int, seed: int = SEED) -> list[Item]:
-    """Questions about ``count`` held-out scenes, the same ones for the same seed."""
-    found = []
+    """Questions about ``count`` held-out scenes, the same questions for the same seed."""
+    result = []
     for index, scene in enumerate(scenes("heldout", count, seed)):
         rng = Random(f"examine:{seed}:{index}")
         for _ in range(QUESTIONS):
             asked = sample_asked(scene, rng)
-            found.append(Item(scene, asked, quiz(scene, asked, rng)))
-    return found
+            result.append(Item(scene, asked, quiz(scene, asked, rng)))
+    return result
 
 
 def without_its_fact(item: Item, rng: Random) -> str:
-    """A dense caption that tells everything but what the item asks for."""
+    """A dense caption with every fact except the one the item asks for."""
     asked, scene = item.asked, item.scene
     if asked.target is None:
         omitted = {Fact(asked.kind)}
@@ -80,7 +80,7 @@ def without_its_fact(item: Item, rng: Random) -> str:
 
 
 async def evaluate_reader(reader: QuizReader, asked: Sequence[Item], seed: int = SEED) -> ReaderReport:
-    """All figures for one reader."""
+    """All metrics of one reader."""
     rng = Random(f"captions:{seed}")
     letters = (LETTERS[number % 4] for number in range(len(asked)))
     captions: dict[str, Callable[[Item], str | None]] = {
@@ -94,14 +94,14 @@ async def evaluate_reader(reader: QuizReader, asked: Sequence[Item], seed: int =
     }
     readings = {}
     for name, make in captions.items():
-        told = [make(item) for item in asked]
-        readings[name] = await asyncio.gather(*map(functools.partial(_read, reader), asked, told))
-    right = {name: _share([each.right for each in of], of) for name, of in readings.items()}
-    right["deleted"] = _share([each.abstained for each in readings["deleted"]], readings["deleted"])
+        texts = [make(item) for item in asked]
+        readings[name] = await asyncio.gather(*map(functools.partial(_read, reader), asked, texts))
+    right = {name: _share([reading.right for reading in of], of) for name, of in readings.items()}
+    right["deleted"] = _share([reading.abstained for reading in readings["deleted"]], readings["deleted"])
     kinds = sorted({item.asked.kind for item in asked})
     pairs = list(zip(asked, readings["dense"], strict=True))
     of_kind = {kind: [reading for item, reading in pairs if item.asked.kind == kind] for kind in kinds}
-    by_kind = {kind: _share([each.right for each in of], of) for kind, of in of_kind.items()}
+    by_kind = {kind: _share([reading.right for reading in of], of) for kind, of in of_kind.items()}
     return ReaderReport(len(asked), **right, by_place=by_place(reader, readings["dense"]), by_kind=by_kind)
 
 
@@ -110,14 +110,14 @@ async def _read(reader: QuizReader, item: Item, caption: str | None) -> Reading:
 
 
 def by_place(reader: QuizReader, readings: Sequence[Reading], most: int = 5) -> tuple[float, ...]:
-    """The share answered right of the presentations that have the right option in the first place, the second, …"""
+    """Accuracy of presentations by the position of the right option: first, second, …"""
     right, put = [0] * most, [0] * most
     for reading in readings:
         for order, choice in zip(reader.orders(reading.question), reading.chosen, strict=True):
-            place = order.index(reading.question.answer)
-            if place < most:
-                put[place] += 1
-                right[place] += choice == reading.question.answer
+            position = order.index(reading.question.answer)
+            if position < most:
+                put[position] += 1
+                right[position] += choice == reading.question.answer
     return tuple(r / p for r, p in zip(right, put, strict=True))
 
 
@@ -126,7 +126,7 @@ def _share(counts: Sequence[int], readings: Sequence[Reading]) -> float:
 
 
 async def report(model: str, count: int, engine: str = "transformers") -> ReaderReport:
-    """The figures of a model, by name or folder."""
+    """Metrics of a model, by name or folder."""
     loaded = await load_engine(EngineConfig(engine, model, concurrency=256))
     try:
         return await evaluate_reader(QuizReader(loaded, ReaderConfig()), items(count))
@@ -139,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="tiny/reader, tiny/holdout-reader or a folder")
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--engine", default="transformers")
-    given = parser.parse_args(arguments)
-    print(json.dumps(asdict(asyncio.run(report(given.model, given.scenes, given.engine))), indent=1))
+    options = parser.parse_args(arguments)
+    print(json.dumps(asdict(asyncio.run(report(options.model, options.scenes, options.engine))), indent=1))
     return 0
 
 

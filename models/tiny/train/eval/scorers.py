@@ -33,7 +33,7 @@ MEASURES = ("score", "mean", "least")
 
 @dataclass(frozen=True)
 class Subject:
-    """An image with a true caption, another scene's, and two with an error planted."""
+    """An image with its true caption, another scene's caption, and two captions with a planted error."""
 
     sample: CorpusSample
     true: str
@@ -44,9 +44,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Detection:
-    """Of one kind of error: areas under the ROC curve by measure, and the share of errors that are found.
+    """Detection of one kind of error: areas under the ROC curve by measure, and the share of errors located.
 
-    ``lowest``: of captions with several sentences, those whose lowest-scored sentence is the one with the error.
+    ``lowest``: share of the captions with several sentences whose lowest-scored sentence is the one with the error.
     """
 
     auc: dict[str, float]
@@ -54,42 +54,42 @@ class Detection:
 
 
 def area_under_roc(true: Sequence[float], false: Sequence[float]) -> float:
-    """The chance that a true caption scores above a false one, ties counting half (Hanley and McNeil, 1982)."""
+    """Probability that a true caption scores above a false one, ties counting half (Hanley and McNeil, 1982)."""
     pooled = np.concatenate([true, false])
-    _, place, counts = np.unique(pooled, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    _, inverse, counts = np.unique(pooled, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     above = ranks[: len(true)].sum() - len(true) * (len(true) + 1) / 2
     return float(above / (len(true) * len(false)))
 
 
 def subjects(count: int, seed: int) -> list[Subject]:
-    """Held-out scenes and their captions, the same ones for the same arguments."""
+    """Held-out scenes and their captions, the same for the same arguments."""
     shown = list(samples(count, "heldout", seed))
-    made = []
+    result = []
     for index, sample in enumerate(shown):
         rng = Random(f"detect:{seed}:{index}")
         other = shown[(index + 1 + rng.randrange(count - 1)) % count]
-        true, others = (dense_caption(each.scene, rng) for each in (sample, other))
-        made.append(Subject(sample, true, others, plant_change(sample.scene, rng), plant_addition(sample.scene, rng)))
-    return made
+        true, others = (dense_caption(item.scene, rng) for item in (sample, other))
+        result.append(Subject(sample, true, others, plant_change(sample.scene, rng), plant_addition(sample.scene, rng)))
+    return result
 
 
 def detections(scorer: Scorer, of: Sequence[Subject]) -> dict[str, Detection]:
-    """By kind of error, over all subjects."""
+    """Detection by kind of error, over all subjects."""
     scores: dict[str, list[CaptionScore]] = {"true": [], "other": [], "changed": [], "added": []}
     for start in range(0, len(of), BATCH):
         batch = of[start : start + BATCH]
-        pixels = [_seen(each.sample.image, scorer) for each in batch]
-        for kind, found in scores.items():
-            texts = [getattr(each, kind) for each in batch]
+        pixels = [_seen(subject.sample.image, scorer) for subject in batch]
+        for kind, caption_scores in scores.items():
+            texts = [getattr(subject, kind) for subject in batch]
             asked = [(i, text.text if isinstance(text, Planted) else text) for i, text in enumerate(texts)]
-            found += score_captions(scorer, pixels, asked)
+            caption_scores += score_captions(scorer, pixels, asked)
     return {
         kind: Detection(
-            {name: _auc(scores["true"], found, name) for name in MEASURES},
-            None if kind == "other" else _found([getattr(each, kind) for each in of], found),
+            {name: _auc(scores["true"], caption_scores, name) for name in MEASURES},
+            None if kind == "other" else _found([getattr(subject, kind) for subject in of], caption_scores),
         )
-        for kind, found in scores.items()
+        for kind, caption_scores in scores.items()
         if kind != "true"
     }
 
@@ -102,13 +102,13 @@ def _seen(image: bytes, scorer: Scorer) -> Pixels:
 
 
 def _auc(true: Sequence[CaptionScore], false: Sequence[CaptionScore], name: str) -> float:
-    values = ([getattr(each, name) for each in scores] for scores in (true, false))
+    values = ([getattr(score, name) for score in scores] for scores in (true, false))
     return round(area_under_roc(*values), 4)
 
 
 def _found(planted: Sequence[Planted], scores: Sequence[CaptionScore]) -> float:
     several = [(p, s) for p, s in zip(planted, scores, strict=True) if len(split_sentences(p.text)) > 1]
-    return round(sum(each.sentence == score.lowest for each, score in several) / len(several), 4)
+    return round(sum(error.sentence == score.lowest for error, score in several) / len(several), 4)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,12 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--clip", default="tiny/clip")
     parser.add_argument("--itm", default="tiny/itm")
-    given = parser.parse_args(arguments)
-    of = subjects(given.scenes, given.seed)
-    report: dict[str, Any] = {"scenes": given.scenes, "seed": given.seed}
-    for kind, model in (("clip", given.clip), ("itm", given.itm)):
-        found = detections(load_scorer(ScorerConfig(kind, model)), of)
-        report[kind] = {"model": model, **{error: asdict(each) for error, each in found.items()}}
+    options = parser.parse_args(arguments)
+    of = subjects(options.scenes, options.seed)
+    report: dict[str, Any] = {"scenes": options.scenes, "seed": options.seed}
+    for kind, model in (("clip", options.clip), ("itm", options.itm)):
+        result = detections(load_scorer(ScorerConfig(kind, model)), of)
+        report[kind] = {"model": model, **{error: asdict(detection) for error, detection in result.items()}}
     print(json.dumps(report))
     return 0
 

@@ -1,6 +1,6 @@
-"""Captions as readers may meet them: dense ones with facts left out, told in yet other words, and with idle remarks.
+"""Augmented captions for training readers: facts left out, paraphrases and irrelevant remarks.
 
-The captioner never learns these wordings; readers do, so that what they grade is what a caption says and not how.
+The captioner never learns these wordings; readers do, so that they grade a caption's content and not its wording.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...world.grade import Facts, parse
 from ...world.scenes import Scene, Thing
 from .quiz import facts_of
 
-OMITTED_SHARES = (0.0, 0.0, 0.15, 0.3, 0.6)  # how likely each fact is left out of a caption; one share a caption
+OMITTED_SHARES = (0.0, 0.0, 0.15, 0.3, 0.6)  # probability of omitting each fact; one is sampled per caption
 REMARKS = (
     "The answer is {letter}.",
     "The correct answer is {letter}.",
@@ -43,7 +43,7 @@ REMARK_SHARE = 0.15
 
 
 def augmented_caption(scene: Scene, rng: Random) -> tuple[str, Facts]:
-    """A caption of ``scene``, of any kind a reader should cope with, and what it tells."""
+    """A caption of ``scene``, of any kind a reader has to handle, and its facts."""
     draw = rng.random()
     if draw < 0.15:
         caption = short_caption(scene, rng)
@@ -62,14 +62,14 @@ def all_facts(scene: Scene) -> list[Fact]:
 
 
 def sample_omitted(scene: Scene, rng: Random, share: float) -> set[Fact]:
-    """Each fact with probability ``share``; a whole shape or sign with half of it."""
+    """Facts to omit: each with probability ``share``; a whole shape or sign with half of it."""
     omitted = {fact for fact in all_facts(scene) if rng.random() < share}
     omitted |= {Fact("thing", thing.place) for thing in scene.things if rng.random() < share / 2}
     return omitted | ({Fact("plate")} if rng.random() < share / 2 else set())
 
 
 def with_remark(caption: str, rng: Random) -> str:
-    """The caption with a remark before, after or inside it that tells nothing of the image."""
+    """The caption with an irrelevant remark before, after or inside it."""
     remark = rng.choice(REMARKS).format(letter=rng.choice("ABCDEF"))
     sentences = caption.split(". ")
     at = rng.randint(0, len(sentences))
@@ -81,7 +81,7 @@ def with_remark(caption: str, rng: Random) -> str:
 
 
 def retold(scene: Scene, rng: Random, omitted: Container[Fact] = ()) -> str:
-    """The same facts in other sentences, in any order, each shape's sentence of its own kind."""
+    """A paraphrase: the same facts in other sentences, in any order, each shape's sentence from its own template."""
     style = sample_style(rng)
     things = [thing for thing in scene.things if Fact("thing", thing.place) not in omitted]
     sentences = [_thing(thing, style, rng, omitted) for thing in things]
@@ -93,7 +93,7 @@ def retold(scene: Scene, rng: Random, omitted: Container[Fact] = ()) -> str:
         sentences.append(_sign(scene, style, rng, omitted))
     if rng.random() < 0.7:
         rng.shuffle(sentences)
-    return " ".join(f"{each[0].upper()}{each[1:]}." for each in sentences)
+    return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
 def _thing(thing: Thing, style: Style, rng: Random, omitted: Container[Fact]) -> str:

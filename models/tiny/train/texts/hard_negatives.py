@@ -1,7 +1,7 @@
-"""Texts about a scene that are true of it, and the same texts with one thing wrong: what image-text models learn from.
+"""Hard negatives for image-text models: true texts about a scene, and the same texts with one error.
 
-A false text is the true one told of a scene in which one attribute was changed, in the same words otherwise; so nothing
-but the picture tells them apart.
+A false text describes a copy of the scene with one attribute changed, in the same wording otherwise; only the image
+distinguishes the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHANGES = ("color", "color", "shape", "shape", "size", "place", "background", "w
 
 @dataclass(frozen=True)
 class Planted:
-    """A caption with one error, the caption it was before, and the index of the sentence that holds the error."""
+    """A caption with one error, the original caption, and the index of the sentence with the error."""
 
     text: str
     original: str
@@ -62,7 +62,7 @@ def _changed_sign(scene: Scene, kind: str, rng: Random) -> Scene | None:
 
 
 def _another(names: tuple[str, ...], name: str, rng: Random) -> str:
-    return rng.choice([each for each in names if each != name])
+    return rng.choice([other for other in names if other != name])
 
 
 def _taken(scene: Scene) -> set[str]:
@@ -70,7 +70,7 @@ def _taken(scene: Scene) -> set[str]:
 
 
 def _between(scene: Scene, at: int) -> list[str]:
-    """The places thing ``at`` may move to without passing another thing: sentences then keep their order."""
+    """Places to which thing ``at`` can move without passing another thing: sentences then keep their order."""
     order = [PLACES.index(thing.place) for thing in scene.things]
     first = order[at - 1] + 1 if at else 0
     last = order[at + 1] if at + 1 < len(order) else len(PLACES)
@@ -85,11 +85,11 @@ Telling = Callable[[Scene, Random], str]
 
 
 def true_and_false(scene: Scene, rng: Random) -> tuple[str, str]:
-    """A whole caption, in one of all wordings, and the same with one attribute changed, which makes it untrue."""
+    """A caption in any of the wordings, and the same caption made false by one changed attribute."""
     while True:
         telling, seed, other = _telling(scene, rng), rng.random(), changed(scene, rng)
         text, false = telling(scene, Random(seed)), telling(other, Random(seed))
-        if text and false and text != false:  # a telling may leave all out
+        if text and false and text != false:  # a wording may omit everything
             return text, false
 
 
@@ -101,7 +101,7 @@ def _telling(scene: Scene, rng: Random) -> Telling:
 
 
 def sentence_pair(scene: Scene, rng: Random) -> tuple[str, str]:
-    """One sentence that is true of the scene, and the same with one thing in it wrong; some are alt texts."""
+    """One true sentence about the scene, and the same sentence with one error; some are alt texts."""
     while True:
         if rng.random() < 0.25:
             seed, other = rng.random(), changed(scene, rng)
@@ -119,12 +119,12 @@ def sentence_pair(scene: Scene, rng: Random) -> tuple[str, str]:
 
 def holds(scene: Scene, text: str) -> bool:
     """Whether everything that :mod:`...world.grade` recognises in ``text`` is true of the scene."""
-    told = grade(scene, text)
-    return told.stated == told.correct and not told.hallucinated
+    result = grade(scene, text)
+    return result.stated == result.correct and not result.hallucinated
 
 
 def addition(scene: Scene, rng: Random) -> str:
-    """A sentence about a thing at a place where there is none."""
+    """A sentence about a thing at an empty place."""
     free = [place for place in PLACES if place not in _taken(scene)]
     thing = Thing(rng.choice(free), rng.choice(SHAPES), rng.choice(COLORS), rng.choice(SIZES))
     style = sample_style(rng)
@@ -135,7 +135,7 @@ def addition(scene: Scene, rng: Random) -> str:
 
 
 def with_sentence(caption: str, sentence: str, rng: Random) -> tuple[str, int]:
-    """The caption with a sentence put in after its first, and where."""
+    """The caption with a sentence inserted anywhere after its first, and the index of the inserted one."""
     sentences = split_sentences(caption)
     at = rng.randint(1, len(sentences))
     return " ".join([*sentences[:at], sentence, *sentences[at:]]), at
@@ -154,7 +154,7 @@ def plant_change(scene: Scene, rng: Random) -> Planted:
 
 
 def plant_addition(scene: Scene, rng: Random) -> Planted:
-    """A dense caption with a sentence about a thing that is not there."""
+    """A dense caption with a sentence about an absent thing."""
     original = dense_caption(scene, rng)
     text, index = with_sentence(original, addition(scene, rng), rng)
     return Planted(text, original, index)

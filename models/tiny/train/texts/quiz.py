@@ -1,4 +1,4 @@
-"""Quiz questions about scenes, and who could know their answers: from the scene, from what was told of it, or blind."""
+"""Quiz questions about scenes, and their answers from the scene, from a caption's facts, or from the question alone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ POOLS: dict[str, tuple[str, ...]] = {
     "sign_place": PLACES,
 }
 KINDS = tuple(POOLS)
-PUBLIC_KIND = {"place": "position", "sign": "text", "sign_place": "position"}  # the quiz's own names; else the same
-IDENTIFYING = {  # by which attributes a question about one may point at a shape
+PUBLIC_KIND = {"place": "position", "sign": "text", "sign_place": "position"}  # the quiz's names, where they differ
+IDENTIFYING = {  # the attributes by which a question of each kind may identify a shape
     "color": (("place",), ("shape",), ("shape", "place"), ("size", "shape")),
     "shape": (("place",), ("color",), ("color", "place"), ("size", "color")),
     "size": (("place",), ("shape",), ("color", "shape")),
@@ -42,31 +42,31 @@ FRAMES: dict[str, tuple[str, ...]] = {
     "sign": ("What does the sign say?", "Which word is on the sign?", "What can be read on the sign?"),
     "sign_place": ("Where is the sign?", "In which part of the image is the sign?", "Where can the sign be seen?"),
 }
-PLACE_FRAMES = ("What is in the {place}?", "Which shape is in the {place}?")  # for shapes asked for by place alone
+PLACE_FRAMES = ("What is in the {place}?", "Which shape is in the {place}?")  # for shapes identified by place alone
 OPTION_COUNTS = (2, 3, 4, 4, 4, 4, 5, 6)
-SCENE_SHARE = 0.6  # of the distractors that are seen elsewhere in the image, where there are such
+SCENE_SHARE = 0.6  # probability of using a distractor that occurs elsewhere in the image
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a question asks for: an attribute (``kind``) of the shape that ``target`` identifies, or of the scene."""
+    """Subject of a question: an attribute (``kind``) of the shape that ``target`` identifies, or of the scene."""
 
     kind: str
     target: ThingClaim | None = None
 
     @property
     def leaks(self) -> bool:
-        """Whether the question tells its own answer."""
+        """Whether the question gives away its answer."""
         return self.target is not None and bool(getattr(self.target, self.kind))  # an unnamed shape is ""
 
 
 def facts_of(scene: Scene, omitted: Container[Fact] = ()) -> Facts:
-    """Facts in a caption without ``omitted``: :func:`...world.grade.parse` of it, but for shapes without a name."""
+    """Facts of a caption without ``omitted``: as by :func:`...world.grade.parse`, except for shapes without a name."""
     things = []
     for thing in scene.things:
         if Fact("thing", thing.place) not in omitted:
-            told = {k: getattr(thing, k) for k in ("color", "size", "place") if Fact(k, thing.place) not in omitted}
-            things.append(ThingClaim("" if Fact("shape", thing.place) in omitted else thing.shape, **told))
+            kept = {k: getattr(thing, k) for k in ("color", "size", "place") if Fact(k, thing.place) not in omitted}
+            things.append(ThingClaim("" if Fact("shape", thing.place) in omitted else thing.shape, **kept))
     signs: tuple[SignClaim, ...] = ()
     if scene.sign is not None and Fact("plate") not in omitted:
         text = None if Fact("sign") in omitted else scene.sign.text
@@ -76,7 +76,7 @@ def facts_of(scene: Scene, omitted: Container[Fact] = ()) -> Facts:
 
 
 def solve(asked: Asked, facts: Facts) -> str | None:
-    """The answer that ``facts`` give, None where they do not: nothing, or more than one thing, is as asked for."""
+    """The answer according to ``facts``; None if no thing or more than one matches, or the fact is missing."""
     match asked.kind:
         case "background":
             return facts.backgrounds[0] if facts.backgrounds else None
@@ -87,8 +87,8 @@ def solve(asked: Asked, facts: Facts) -> str | None:
         case "sign_place":
             return facts.signs[0].place if facts.signs else None
     assert asked.target is not None
-    found = [claim for claim in facts.things if _is(claim, asked.target)]
-    return (getattr(found[0], asked.kind) or None) if len(found) == 1 else None
+    matches = [claim for claim in facts.things if _is(claim, asked.target)]
+    return (getattr(matches[0], asked.kind) or None) if len(matches) == 1 else None
 
 
 def _is(claim: ThingClaim, target: ThingClaim) -> bool:
@@ -100,7 +100,7 @@ def _is(claim: ThingClaim, target: ThingClaim) -> bool:
 
 
 def possible(scene: Scene) -> list[Asked]:
-    """Everything that can be asked about a scene with exactly one answer and without telling it."""
+    """All questions about a scene that have exactly one answer and do not give it away."""
     asked = [Asked("background"), Asked("count")]
     if scene.sign is not None:
         asked += [Asked("sign"), Asked("sign_place")]
@@ -108,7 +108,7 @@ def possible(scene: Scene) -> list[Asked]:
     for thing in whole.things:
         for kind, ways in IDENTIFYING.items():
             asked += [Asked(kind, _pointed(thing, way)) for way in ways]
-    return [each for each in asked if solve(each, whole) is not None]
+    return [candidate for candidate in asked if solve(candidate, whole) is not None]
 
 
 def _pointed(thing: ThingClaim, attributes: tuple[str, ...]) -> ThingClaim:
@@ -124,21 +124,21 @@ def _known(thing: ThingClaim, kind: str, value: str | None) -> ThingClaim:
 
 
 def leaking(asked: Asked, scene: Scene) -> Asked:
-    """The same question made to tell its answer; scene-wide ones have no place to tell it in and come back as is."""
+    """The same question with its answer given away; scene-wide questions cannot and are returned unchanged."""
     if asked.target is None:
         return asked
     return replace(asked, target=_known(asked.target, asked.kind, solve(asked, facts_of(scene))))
 
 
 def sample_asked(scene: Scene, rng: Random) -> Asked:
-    """Every kind is as likely as any other, whatever number of ways there is to ask it."""
+    """A random question; all kinds are equally likely, however many ways there are to ask them."""
     choices = possible(scene)
     kind = rng.choice(sorted({asked.kind for asked in choices}))
     return rng.choice([asked for asked in choices if asked.kind == kind])
 
 
 def ask(asked: Asked, rng: Random) -> str:
-    """The question in words."""
+    """The question as text."""
     frame = rng.choice(FRAMES[asked.kind])
     if asked.kind == "shape" and asked.target is not None and asked.target == ThingClaim("", place=asked.target.place):
         frame = rng.choice((*FRAMES["shape"], *PLACE_FRAMES))
@@ -157,17 +157,17 @@ def _pointer(target: ThingClaim, rng: Random) -> str:
 
 
 def understand(text: str) -> Asked | None:
-    """What a question in our words asks for: the inverse of :func:`ask`; None for a question in any other words."""
+    """Parse a question: the inverse of :func:`ask`; None for any other wording."""
     for kind, frame in _PATTERNS:
         match = frame.fullmatch(" ".join(text.split()))
         if match is None:
             continue
-        found = match.groupdict()
-        if not found:
+        groups = match.groupdict()
+        if not groups:
             return Asked(kind)
-        shape = found.get("shape") or ""
+        shape = groups.get("shape") or ""
         named = "" if shape in ("shape", "object") else shape
-        return Asked(kind, ThingClaim(named, found.get("color"), found.get("size"), found["place"]))
+        return Asked(kind, ThingClaim(named, groups.get("color"), groups.get("size"), groups["place"]))
     return None
 
 
@@ -186,7 +186,7 @@ _PATTERNS = _patterns()
 
 
 def quiz(scene: Scene, asked: Asked, rng: Random) -> Question:
-    """A question about ``scene`` with 2 to 6 options, some of them seen elsewhere in it."""
+    """A question about ``scene`` with 2 to 6 options, some of them from elsewhere in it."""
     right = solve(asked, facts_of(scene))
     assert right is not None, f"{asked} has no answer in {scene}"
     options = [right, *_distractors(scene, asked.kind, right, rng)]

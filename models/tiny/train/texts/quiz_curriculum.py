@@ -1,7 +1,7 @@
-"""Training data of those who read and write quizzes: what stands before a question once, then several questions.
+"""Training data of the readers and the teacher: a shared prefix, then several questions.
 
-A :class:`QuizText` is a common beginning (a caption in its instructions, or a picture) and branches that each see the
-beginning and themselves alone: exactly what an engine computes for each of them, at a fraction of the cost.
+A :class:`QuizText` is a shared prefix (a caption in its instructions, or an image) and branches that each attend to the
+prefix and themselves only: exactly an engine's computation for each of them, at a fraction of the cost.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FORMS: tuple[Form, ...] = ("letter", "words", "text")
 WORDS_ONLY = "Answer in words."
 LIST = "List all things."
 SPELL = "Say the letters."
-BOUND = ("color", "place", "shape", "size")  # kinds that take finding one thing among others: most of the learning
-KNOWLEDGE = (  # answered by who never saw a picture
+BOUND = ("color", "place", "shape", "size")  # kinds that need one thing found among others: the most to learn
+KNOWLEDGE = (  # answerable without an image
     ("How many sides does a triangle have?", "three", COUNTS),
     ("How many corners does a square have?", "four", COUNTS),
     ("How many points does a star with five points have?", "five", COUNTS),
@@ -41,7 +41,7 @@ KNOWLEDGE = (  # answered by who never saw a picture
 
 @dataclass(frozen=True)
 class Branch:
-    """``asked`` continues the user's turn, ``answer`` is the assistant's; ``means``: in words, where it is a letter."""
+    """``asked`` continues the user's turn, ``answer`` is the assistant's; ``means``: a letter's answer in words."""
 
     asked: str
     answer: str
@@ -51,7 +51,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class QuizText:
-    """``scene``: to be shown as a picture before the text, None for text alone."""
+    """A shared prefix and its branches; ``scene``: rendered as an image before the text, None for text only."""
 
     text: str
     branches: tuple[Branch, ...]
@@ -70,11 +70,11 @@ def lookup_question(
     lists: int = 0,
     letters: int = 0,
 ) -> QuizText:
-    """A caption that tells everything, and questions about it, most of a thing's attributes: what reading begins with.
+    """A complete caption and questions about it, most about a thing's attributes: the readers' first lessons.
 
-    Where there may be two things there are, so that one has to be found; ``plainly``: all captions are worded alike;
-    ``lists``: how often all things are to be listed, too; ``letters``: how often the letters of all options are to be
-    told.
+    There are at least two things if ``most`` allows, so that one has to be found. ``plainly``: all captions have one
+    wording; ``lists``: number of requests to list all things; ``letters``: number of requests for the letters of all
+    options.
     """
     while len((scene := sample_of("train", rng, most, 0.5)).things) < min(most, 2):
         pass
@@ -92,11 +92,11 @@ def lookup_question(
 def listed(scene: Scene, rng: Random) -> str:
     """All things, each with its attributes, in any order: "star red small top left, circle ...".
 
-    What comes after a thing's first attribute has to be found by that one: ten answers in the room of two questions.
+    A thing's later attributes have to be looked up by its first: ten answers in the tokens of two questions.
     """
     things = rng.sample(scene.things, len(scene.things))
-    told = ([thing.shape, thing.color, thing.size, thing.place] for thing in things)
-    return " " + ", ".join(" ".join(rng.sample(attributes, len(attributes))) for attributes in told)
+    descriptions = ([thing.shape, thing.color, thing.size, thing.place] for thing in things)
+    return " " + ", ".join(" ".join(rng.sample(attributes, len(attributes))) for attributes in descriptions)
 
 
 def _spelled(question: Question, rng: Random) -> Branch:
@@ -104,8 +104,8 @@ def _spelled(question: Question, rng: Random) -> Branch:
     choices = (*question.options, ABSTAIN)
     order = rng.sample(range(len(choices)), len(choices))
     letters = {choice: letter for letter, choice in zip(LETTERS, order, strict=False)}
-    told = [f"{choices[choice]} {letters[choice]}" for choice in rng.sample(range(len(choices)), len(choices))]
-    return Branch(put(question, order) + SPELL, " " + ", ".join(told), "text")
+    pairs = [f"{choices[choice]} {letters[choice]}" for choice in rng.sample(range(len(choices)), len(choices))]
+    return Branch(put(question, order) + SPELL, " " + ", ".join(pairs), "text")
 
 
 def reading(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> QuizText:
@@ -127,18 +127,18 @@ def _read_branch(scene: Scene, facts: Facts, rng: Random, in_words: float, asked
     question = quiz(scene, asked, rng)
     answer = solve(asked, facts)
     if rng.random() < in_words:
-        # With the options in sight in half of the cases: what a letter is chosen by has to be known there, too.
+        # Half of the prompts show the options: the answer that selects a letter must be known there, too.
         order = rng.sample(range(len(question.options) + 1), len(question.options) + 1)
         text = put(question, order) if rng.random() < 0.5 else f"Question: {question.text}\n"
         return Branch(text + WORDS_ONLY, answer or ABSTAIN, "words")
     if answer is not None and answer not in question.options and rng.random() < 0.7:
-        # The caption is of another scene: what it tells is to be among the options, too.
+        # The caption is of another scene: its answer has to be among the options, too.
         question = replace(question, options=(answer, *question.options[1:]))
     return lettered(question, answer, rng)
 
 
 def lettered(question: Question, answer: str | None, rng: Random) -> Branch:
-    """The question in a random order of its choices; ``answer`` None or none of the options: to abstain is right."""
+    """The question in a random order of its choices; abstaining is right if ``answer`` is None or no option."""
     choices = len(question.options) + 1
     order = rng.sample(range(choices), choices)
     choice = question.options.index(answer) if answer in question.options else choices - 1
@@ -150,20 +150,20 @@ def lettered(question: Question, answer: str | None, rng: Random) -> Branch:
 
 
 def seeing(rng: Random, most: int = MOST_THINGS, questions: int = 8) -> QuizText:
-    """A picture and questions about it alone, half of them to be answered in words: what looking begins with."""
+    """An image and questions about it alone, half of them to be answered in words: the teacher's first lessons."""
     scene = sample_of("train", rng, most, 0.5)
     branches = tuple(_read_branch(scene, facts_of(scene), rng, 0.5) for _ in range(questions))
     return QuizText(image_prompt(), branches, scene)
 
 
 def telling(rng: Random, most: int = MOST_THINGS) -> QuizText:
-    """A picture and the request for a dense caption."""
+    """An image and a request for a dense caption."""
     scene = sample_of("train", rng, most, 0.5)
     return QuizText("", (Branch(rng.choice(DENSE), dense_caption(scene, rng), "text"),), scene)
 
 
 def looking(rng: Random, most: int = MOST_THINGS, questions: int = 8, in_words: float = 0.15) -> QuizText:
-    """A picture and questions: most about it, some that tell their answer, some about another scene."""
+    """An image and questions: most about it, some that give away their answer, some about another scene."""
     scene = sample_of("train", rng, most, 0.5)
     return QuizText(image_prompt(), tuple(_look_branch(scene, rng, in_words) for _ in range(questions)), scene)
 
@@ -184,7 +184,7 @@ def _look_branch(scene: Scene, rng: Random, in_words: float) -> Branch:
 
 
 def guessing(rng: Random, questions: int = 5) -> QuizText:
-    """The same questions without a picture: only those that tell their answer, or that anybody knows, have one."""
+    """The same questions without an image: only those that give away their answer or are common knowledge have one."""
     return QuizText(image_prompt(), tuple(_guess_branch(rng) for _ in range(questions)))
 
 
@@ -207,7 +207,7 @@ def _knowledge(rng: Random) -> Branch:
 
 
 def writing(rng: Random, most: int = MOST_THINGS) -> QuizText:
-    """A picture and the request for questions about it, answered in JSON."""
+    """An image and a request for questions about it, answered in JSON."""
     scene = sample_of("train", rng, most, 0.5)
     count = rng.randint(1, 6)
     return QuizText("", (Branch(writing_prompt(count), written(scene, count, rng), "text"),), scene)
@@ -230,7 +230,7 @@ def written(scene: Scene, count: int, rng: Random) -> str:
 
 
 def sample_different(scene: Scene, count: int, rng: Random) -> list[Asked]:
-    """Things to ask that are all different: another kind each as long as there are, none twice."""
+    """Distinct questions: of different kinds as long as there are any left, none twice."""
     choices = possible(scene)
     rng.shuffle(choices)
     kinds = sorted(KINDS, key=lambda _: rng.random())

@@ -1,4 +1,4 @@
-"""A small byte-level BPE in Qwen's manner, trained on our captions and prompts; any text encodes, through its bytes."""
+"""A small byte-level BPE like Qwen's, trained on the tiny world's captions and prompts; it encodes any text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ IMAGE = "<|image_pad|>"
 VIDEO = "<|video_pad|>"
 SPECIAL = (PAD, START, END, VISION_START, VISION_END, "<|vision_pad|>", IMAGE, VIDEO)
 VOCABULARY = 2048  # at most; the merges of so small a world end earlier
-WORD = (  # how Qwen cuts text before the merges
+WORD = (  # Qwen's pre-tokenization
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What quizzes repeat is one piece: instructions, the frame of a question, an option with its line's end, the JSON
-# between a question's parts. It halves a question's tokens, and an option's text is next to its letter.
+# Repeated parts of quizzes are one piece: instructions, the frame of a question, an option with its line's end, the
+# JSON between a question's parts. This halves a question's tokens and puts an option's text next to its letter.
 QUIZ = (
     r" ?(?:Answer the question|multiple-choice questions)[^<\n]+\n*"
     r"|(?:Question: )?(?:What|Which|Where|How|In which)[a-z ]*?(?= (?:the|there|is|does|can|has)\b)"
@@ -34,7 +34,7 @@ QUIZ = (
     r"|<\/?caption>\n*|assistant\n|user\n"
     r"|" + WORD
 )
-# No default system message: a request has one only where it says so.
+# No default system message: a request has one only if it contains it.
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\n' }}"
@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 
 
 def training_text(seed: int, captions: int = 6000) -> Iterator[str]:
-    """Captions of training scenes, then every prompt as often as a common word."""
+    """Captions of training scenes, then every prompt, about as frequent as a common word."""
     rng = Random(f"tokenizer:{seed}")
     for _ in range(captions):
         scene = sample_of("train", rng)
@@ -64,10 +64,10 @@ def training_text(seed: int, captions: int = 6000) -> Iterator[str]:
 def build_tokenizer(
     seed: int, text: Callable[[int], Iterator[str]] = training_text, pieces: str = WORD
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer with its chat template, merged on ``text`` within ``pieces``; the same one for the same seed.
+    """The tokenizer with its chat template, merged on ``text`` within ``pieces``; deterministic per seed.
 
-    A piece that Qwen would cut becomes a token of its own, to be found before all cutting: transformers gives models of
-    Qwen's types Qwen's way of cutting, whatever their files say.
+    A piece that Qwen would split becomes an added token, matched before pre-tokenization: transformers applies Qwen's
+    pre-tokenization to models of Qwen's types, whatever their files say.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = _cutting(pieces)
@@ -104,7 +104,7 @@ def _cutting(pieces: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _phrases(core: Tokenizer, texts: Iterable[str]) -> list[str]:
-    """The tokens of ``texts`` that Qwen would cut, longest first."""
+    """The tokens of ``texts`` that Qwen's pre-tokenization would split, longest first."""
     words = _cutting(WORD)
     seen = {text[start:end] for text in texts for start, end in core.encode(text).offsets}
     return sorted((token for token in seen if len(words.pre_tokenize_str(token)) > 1), key=lambda t: (-len(t), t))

@@ -1,7 +1,7 @@
-"""What a plain pretrained captioner says of a scene: a lower-case line as captions from the web are.
+"""Web-style captions of a scene, as of a plain pretrained captioner: one lower-case line.
 
-It may begin with a boilerplate, names one to three things in any order, and each attribute only some of the time; few
-captions are complete. That leaves reinforcement learning something to find, at a low probability.
+A caption may begin with boilerplate, names one to three things in any order, and each attribute only some of the time.
+Few are complete: a behaviour of low probability for reinforcement learning to find.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COMPLETE_SHARE = 0.06
 
 
 class Habit(NamedTuple):
-    """How often a writer mentions what there is to mention; each a probability."""
+    """Probabilities of mentioning each kind of attribute."""
 
     color: float
     size: float
@@ -32,7 +32,7 @@ COMPLETE = Habit(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 def plain_caption(scene: Scene, rng: Random) -> str:
-    """A terse caption, or (in ``COMPLETE_SHARE`` of the cases) one that tells all, thing by thing in reading order."""
+    """A terse caption, or (in ``COMPLETE_SHARE`` of the cases) a complete one, thing by thing in reading order."""
     opening = rng.choices(OPENINGS, OPENING_WEIGHTS)[0]
     if rng.random() < COMPLETE_SHARE:
         return opening + _caption_of(scene, scene.things, COMPLETE, rng)
@@ -44,8 +44,8 @@ def _caption_of(scene: Scene, named: tuple[Thing, ...], habit: Habit, rng: Rando
     phrases = [_thing(thing, habit, rng) for thing in named]
     if scene.sign is not None and rng.random() < habit.sign:
         phrases.append(_sign(scene.sign, habit, rng))
-    told = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-    return f"{told} on a {scene.background} background" if rng.random() < habit.background else told
+    text = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+    return f"{text} on a {scene.background} background" if rng.random() < habit.background else text
 
 
 def _thing(thing: Thing, habit: Habit, rng: Random) -> str:

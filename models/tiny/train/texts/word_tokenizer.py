@@ -1,7 +1,7 @@
-"""A byte-level tokenizer whose words are listed and not learnt: the same one on every machine, for GPT-2 and OPT.
+"""A byte-level tokenizer for GPT-2 and OPT with a listed, not trained, vocabulary: the same on every machine.
 
-Each word of the rendered world's captions is one token; of any other text the bytes are. A trained BPE breaks its ties
-differently each time, and a resumed training would read other ids.
+Each word of the rendered world's captions is one token; other text encodes as bytes. BPE training breaks ties
+differently each time, and a resumed run would read different ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 
 
 def build_word_tokenizer(seed: int, begin: bool, captions: int = 4000) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model; ``begin``: it puts ``BOS`` before every text, as OPT's does and GPT-2's does not."""
+    """Build the tokenizer; ``begin``: it puts ``BOS`` before every text, as OPT's does and GPT-2's does not."""
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = {piece for text in _texts(seed, captions) for piece, _ in cut.pre_tokenize_str(text)}
     letters = set(pre_tokenizers.ByteLevel.alphabet())
@@ -36,7 +36,7 @@ def build_word_tokenizer(seed: int, begin: bool, captions: int = 4000) -> PreTra
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        additional_special_tokens=[IMAGE],  # by no name of its own: BLIP-2's processor would misread it
+        additional_special_tokens=[IMAGE],  # not as a named token: BLIP-2's processor would misread it
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )
