@@ -116,7 +116,7 @@ class Table:
         return any(re.fullmatch(pattern, name) for pattern in (_SAME, repeated))
 
     def _sources(self) -> dict[str, list[ShardName]]:
-        """Artifacts with rows in this table, this one first, item with a few of its shards."""
+        """Artifacts with rows in this table, this one first, each with a few of its shards."""
         sources: dict[str, list[ShardName]] = {self.name: [ShardName(self.name, shard) for shard in self.shards[:3]]}
         for shard in self.shards:
             for artifact, shard_name in self._beside[shard].items():
