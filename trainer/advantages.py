@@ -1,7 +1,7 @@
-"""From rewards to advantages: baselines within a group, or a value head's. Pure functions.
+"""Advantages from rewards: baselines within a group, or GAE with a value head. Pure functions.
 
-Rewards of a group are (completions,); NaN marks one that could not be scored. It has no part in any baseline, and its
-advantage is 0: it neither rewards nor punishes.
+Rewards of a group are (completions,); NaN marks an unscored completion. It is left out of every baseline, and its
+advantage is 0.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 Baseline = Literal["group_std", "group_mean", "leave_one_out"]
-EPSILON = 1e-4  # below a standard deviation, as TRL and OpenRLHF have it
-TIED = 1e-6  # rewards that differ by less do so by rounding
+EPSILON = 1e-4  # added to a standard deviation in a denominator, as in TRL and OpenRLHF
+TIED = 1e-6  # smaller differences of rewards are rounding errors
 
 
 def advantages(rewards: Tensor, baseline: Baseline) -> Tensor:
     """Advantages of a group's completions, (completions,).
 
-    ``group_std``: (r - mean) / std, the unbiased one (GRPO, arXiv 2402.03300 §4.1.2); ``group_mean``: r - mean (Dr.
-    GRPO, arXiv 2503.20783); ``leave_one_out``: r - mean of the others (RLOO, arXiv 2402.14740 eq. 7). A group with
+    ``group_std``: (r - mean) / std, unbiased std (GRPO, arXiv 2402.03300 §4.1.2); ``group_mean``: r - mean
+    (Dr. GRPO, arXiv 2503.20783); ``leave_one_out``: r - mean of the others (RLOO, arXiv 2402.14740 eq. 7). A group with
     fewer than two scored completions, or with all scores equal, has no gradient: zeros.
     """
     scored = ~rewards.isnan()
@@ -38,23 +38,23 @@ def advantages(rewards: Tensor, baseline: Baseline) -> Tensor:
 
 
 def tied(rewards: Tensor) -> bool:
-    """Whether a group's scores are all equal, or fewer than two: its advantages are zero."""
+    """Whether a group's scores are all equal, or fewer than two, so that its advantages are zero."""
     known = rewards[~rewards.isnan()]
     return len(known) < 2 or float(known.max() - known.min()) < TIED
 
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """A reward's term in the sum: times ``weight``, normalised within its group first where ``normalise``."""
+    """A reward's term in the sum: multiplied by ``weight``, after normalisation within its group if ``normalise``."""
 
     weight: float = 1.0
     normalise: bool = False
 
 
 def combine(components: Mapping[str, Tensor], terms: Mapping[str, RewardTerm]) -> Tensor:
-    """A group's rewards from those of its components, each (completions,) and NaN where unscored; the sum is NaN there.
+    """Weighted sum of a group's reward components, each (completions,); NaN where any component is unscored (NaN).
 
-    A component is normalised before summing (arXiv 2605.07394) so that none drowns the others by its mere spread.
+    A component is normalised before summing (arXiv 2605.07394) so that none dominates the others by its spread alone.
     """
     total: Tensor | None = None
     for name, values in components.items():
@@ -67,7 +67,7 @@ def combine(components: Mapping[str, Tensor], terms: Mapping[str, RewardTerm]) -
 
 
 def normalised(values: Tensor) -> Tensor:
-    """Mean 0, standard deviation 1 over the scored ones, zeros where these are all equal; NaN stays. (completions,)."""
+    """Values with mean 0 and standard deviation 1, (completions,); zeros if all are equal. NaN is ignored and kept."""
     result = advantages(values, "group_std")
     return torch.where(values.isnan(), values, result)
 
@@ -75,7 +75,7 @@ def normalised(values: Tensor) -> Tensor:
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns of padded rows, each (rows, longest) (arXiv 1506.02438 eq. 16); 0 beyond a row's length.
 
-    ``rewards``, ``values``: (rows, longest), each token's reward, and the value expected before it;
+    ``rewards``, ``values``: (rows, longest), each token's reward, and the value predicted before it;
     ``lengths``: (rows,). No reward follows a completion's end. ``lam`` 1: returns are the discounted sums.
     """
     inside = torch.arange(rewards.shape[1], device=rewards.device) < lengths[:, None]

@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: the policy, its engine, optimizer, checkpoints' files."""
+"""Builds the parts of a run from its recipe: policy, optimizer, learning rate, model files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from .policy.lora import (
 from .policy.packing_check import refuse_unknown_layers
 from .recipe import OptimizerConfig, Recipe, TrainedConfig
 
-VALUE_HEAD = "critic/value_head.safetensors"  # beside the weights vLLM would take it for one of them
+VALUE_HEAD = "critic/value_head.safetensors"  # in a subfolder: beside the weights, vLLM would load it as one of them
 READERS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -61,10 +61,10 @@ READERS = (
 
 @dataclass
 class PolicyParts:
-    """The model in training and what depends on it. ``preparing`` is not the engine's, which its thread uses.
+    """The model in training and its dependents. ``preparing``: not shared with the engine's thread.
 
-    ``sampled``: the whole model that captions are sampled from: the policy's own, or a copy where that is split over
-    processes or learns while captions are sampled. ``folder``: what it was loaded from.
+    ``sampled``: the whole model that captions are sampled from: the policy's own, or a copy if the policy is sharded or
+    updated while captions are sampled. ``folder``: the folder it was loaded from.
     """
 
     policy: DecoderPolicy
@@ -75,13 +75,13 @@ class PolicyParts:
     reference: Callable[[Any], Tensor] | None
     folder: Path
     distributed: Distributed
-    learning: str  # which parts do, in words
+    learning: str  # which parts are trained, in words
 
 
 def build_policy(recipe: Recipe, weights: Path | None = None, distributed: Distributed = ALONE) -> PolicyParts:
-    """Load ``recipe.model``, or ``weights``, a checkpoint of it, and freeze what is not to learn.
+    """Load ``recipe.model``, or its checkpoint ``weights``, and freeze the parts that are not trained.
 
-    Raises BadInput for models and prompts that the trainer cannot do with.
+    Raises BadInput for models and prompts that the trainer does not support.
     """
     start = resolve_model(recipe.model)
     folder = weights or start
@@ -93,7 +93,7 @@ def build_policy(recipe: Recipe, weights: Path | None = None, distributed: Distr
     lora = recipe.trained.lora
     if lora is not None:
         need_peft()
-    of_model = folder if lora is None else start  # whose weights an adapter leaves as they are
+    of_model = folder if lora is None else start  # an adapter does not change the base weights
     model: Any = load_model(str(of_model), sees=True, called=recipe.model, dtype="float32", device=recipe.device)
     dtype = computed_in(recipe.dtype, model.device)
     banned, kind = barred_ids(model), policy_class(model, recipe)
@@ -124,7 +124,7 @@ def build_policy(recipe: Recipe, weights: Path | None = None, distributed: Distr
 
 
 def whole_policy(parts: PolicyParts) -> DecoderPolicy:
-    """The policy, or where its weights are split over processes one of the whole copy, for a single process to ask."""
+    """The policy; if it is sharded, a policy of the unsharded copy, which a single process can use."""
     policy = parts.policy
     if not parts.distributed.sharded:
         return policy
@@ -133,9 +133,10 @@ def whole_policy(parts: PolicyParts) -> DecoderPolicy:
 
 
 def refuse_large_images(recipe: Recipe, grid: ImageGrid) -> None:
-    """Raise BadInput where one caption of the largest image is more than the packed tokens memory was worked out for.
+    """Raise BadInput if the largest image with one caption exceeds ``budget``, the packed tokens of a micro-batch.
 
-    A group's captions are packed beside their image once; whole groups may be longer than ``budget``, one row may not.
+    A group's captions are packed after one copy of their image; a whole group may exceed ``budget``, one caption may
+    not.
     """
     image, limit = image_tokens(grid), recipe.rollout.max_tokens
     prompt = text_room([recipe.prompt], 0)
@@ -150,7 +151,7 @@ def refuse_large_images(recipe: Recipe, grid: ImageGrid) -> None:
 
 
 def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
-    """What scores captions of a model. Raises BadInput for models, and settings with them, that nothing here can do."""
+    """Policy class for a model. Raises BadInput for unsupported models, or unsupported settings with a model."""
     refuse_unknown_layers(model, recipe.model)
     if is_captioner(model):
         if recipe.parallel == "sharded":
@@ -167,23 +168,23 @@ def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
 
 
 def value_head(recipe: Recipe, model: Any, weights: Path | None) -> ValueHead | None:
-    """The head of a critic, new or a checkpoint's; None where the recipe has no critic."""
+    """Value head of a critic, new or from a checkpoint; None if the recipe has no critic."""
     critic = recipe.algorithm.critic
     if critic is None:
         return None
     width = language_model(model).get_output_embeddings().weight.shape[1]
     with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)  # all processes begin alike
+        torch.manual_seed(recipe.seed)  # the same initial weights in all processes
         head = ValueHead(width, critic.detach, critic.hidden).to(model.device)
     if weights is not None:
         file = weights / VALUE_HEAD
-        file = file if file.exists() else weights / file.name  # where it lay before
+        file = file if file.exists() else weights / file.name  # its location in older checkpoints
         head.load_state_dict(load_file(file, device=str(model.device)))
     return head
 
 
 def adapt(model: Any, recipe: Recipe, lora: LoRAConfig, weights: Path | None) -> str:
-    """Put an adapter into ``model``, new or a checkpoint's; returns what it is, in words."""
+    """Insert an adapter into ``model``, new or from a checkpoint; returns a description."""
     count = insert_adapter(model, lora, recipe.model, recipe.seed)
     if weights is not None:
         load_adapter(model, weights / FOLDER)
@@ -191,14 +192,14 @@ def adapt(model: Any, recipe: Recipe, lora: LoRAConfig, weights: Path | None) ->
 
 
 def computed_in(dtype: str, device: torch.device) -> torch.dtype | None:
-    """What matrices are multiplied in, None for the weights' own float32; ``dtype`` is a recipe's."""
+    """Autocast dtype for a recipe's ``dtype``; None for the weights' own float32."""
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return torch.bfloat16 if dtype == "bfloat16" else None
 
 
 def _scorer(policy: DecoderPolicy, without_adapter: bool = False) -> Callable[[Any], Tensor]:
-    """The log-probabilities of a policy, or of the one that its adapter was put on."""
+    """Function that computes log-probabilities of a policy, or of its base model without the adapter."""
 
     @torch.no_grad()
     def score(batch: Batch) -> Tensor:
@@ -210,7 +211,7 @@ def _scorer(policy: DecoderPolicy, without_adapter: bool = False) -> Callable[[A
 
 
 def freeze(model: Any, trained: TrainedConfig) -> str:
-    """Freeze all but the chosen parts, or all where an adapter is to learn; returns each part's state, in words."""
+    """Freeze all but the trained parts, or everything if an adapter is trained; returns each part's state, in words."""
     states = []
     for name, weights in parts_of(model).items():
         learns = getattr(trained, name) and trained.lora is None
@@ -224,7 +225,7 @@ def freeze(model: Any, trained: TrainedConfig) -> str:
 
 
 def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
-    """The weights by part; a Qwen-VL's projector is what merges patches into tokens (deepstack's, too)."""
+    """Weights by part; a Qwen-VL's projector is its patch mergers (deepstack's, too)."""
     if is_captioner(model):
         return captioner_parts(model)
     visual = model.model.visual
@@ -237,9 +238,9 @@ def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
 
 
 def build_optimizer(policy: DecoderPolicy, config: OptimizerConfig, head_rate: float = 1.0) -> torch.optim.Optimizer:
-    """AdamW over what learns; matrices decay, vectors do not. ``scale`` of a group: how many times :func:`rate` it has,
+    """AdamW over the trainable weights, with weight decay on matrices only.
 
-    ``head_rate`` in the value head's.
+    ``scale`` of a parameter group: factor on :func:`rate`; ``head_rate``: that of the value head.
     """
     head = {id(weight) for weight in (policy.value_head.parameters() if policy.value_head else ())}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -254,7 +255,7 @@ def build_optimizer(policy: DecoderPolicy, config: OptimizerConfig, head_rate: f
 
 
 def rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of ``step``, counted from 0."""
+    """Learning rate of ``step``, counted from 0."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     left = 1 - min(1.0, max(0, step - config.warmup) / max(1, steps - config.warmup))
     shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.schedule]
@@ -262,34 +263,34 @@ def rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def value_weights(parts: PolicyParts) -> dict[str, Tensor]:
-    """The whole value head, empty without one; all processes have to ask for it."""
+    """Unsharded weights of the value head, empty without one; a collective call for all processes."""
     head = parts.policy.value_head
     return {} if head is None else {name: whole(weight) for name, weight in head.state_dict().items()}
 
 
 def write_model(parts: PolicyParts, folder: Path) -> None:
-    """The weights, an adapter merged into them, and their configuration alone."""
+    """Write weights (with an adapter merged in) and configuration only."""
     model = parts.sampled
     config = language_model(model).config.get_text_config()
     implementation = config._attn_implementation
-    # The sums of weights and adapter go to main memory, as a GPU may have no room for a second set.
+    # Merged weights go to main memory, as a GPU may have no room for a second set.
     merged = dict(merged_weights(model, "cpu")) if has_adapter(model) else None
     model.save_pretrained(folder, state_dict=merged)
     config._attn_implementation = implementation
 
 
 def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) -> None:
-    """The policy as a Hugging Face folder: weights in safetensors, tokenizer and processor as it came.
+    """Write the policy as a Hugging Face folder: weights in safetensors, original tokenizer and processor.
 
-    An adapter is merged into the weights, which any engine loads, and lies beside them for who goes on training it.
-    ``values``: of the value head, which lies beside them.
+    An adapter is merged into the weights, so that any engine can load them, and also saved separately to resume its
+    training. ``values``: weights of the value head, saved separately.
     """
     from transformers import AutoProcessor
 
     write_model(parts, folder)
     if has_adapter(parts.sampled):
         save_adapter(parts.sampled, folder / FOLDER)
-    if is_captioner(parts.sampled):  # for some of which there is no processor
+    if is_captioner(parts.sampled):  # some of these have no processor
         copy_readers(parts.folder, folder)
     else:
         AutoProcessor.from_pretrained(str(parts.folder), trust_remote_code=False).save_pretrained(folder)
@@ -299,7 +300,7 @@ def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) ->
 
 
 def copy_readers(start: Path, folder: Path) -> None:
-    """Give ``folder`` the files by which a tokenizer and an image processor are loaded from ``start``."""
+    """Copy the files of the tokenizer and the image processor from ``start`` to ``folder``."""
     for file in sorted(start.iterdir()):
         if any(fnmatch(file.name, pattern) for pattern in READERS):
             shutil.copyfile(file, folder / file.name)

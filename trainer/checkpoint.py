@@ -1,7 +1,7 @@
-"""Checkpoints: a Hugging Face folder that any engine loads, and beside the weights what a resumed run needs.
+"""Checkpoints: a Hugging Face folder that any engine loads, plus the trainer's state for a resumed run.
 
-A checkpoint is a folder ``step-000050`` that appears whole: it is written under another name, synced and renamed. What
-a kill left half-written has that other name, is never read, and is removed by the next save.
+A checkpoint is a folder ``step-000050``, created atomically: it is written under a temporary name, synced and renamed.
+A folder left incomplete by a kill keeps the temporary name, is never read, and is removed by the next save.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Facts:
-    """A checkpoint's own facts: steps done, the run's fingerprint, ``figures`` for later steps and `capipe eval`."""
+    """Metadata of a checkpoint: steps done, the run's fingerprint, ``figures`` for later steps and `capipe eval`."""
 
     step: int
     fingerprint: str
     figures: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Raises TypeError where the file that it was read from says something else than ours do."""
+        """Validate values read from a file. Raises TypeError for other types than we write."""
         if not (isinstance(self.step, int) and isinstance(self.fingerprint, str) and isinstance(self.figures, dict)):
             raise TypeError("step, fingerprint or figures are of another kind")
         alarms, reader = self.figures.get("alarms", {}), self.figures.get("reader")
@@ -49,9 +49,9 @@ class Facts:
 def save(
     run: Path, facts: Facts, write_model: Callable[[Path], None], optimizer: Mapping[str, Any], keep: int = 3
 ) -> Path:
-    """Write ``run/step-…``: ``write_model`` puts the model's files into a folder, ``optimizer`` is that one's state.
+    """Write ``run/step-…``. ``write_model``: writes the model's files into a folder; ``optimizer``: its state.
 
-    Keeps the newest ``keep``.
+    Keeps the newest ``keep`` checkpoints.
     """
     run.mkdir(parents=True, exist_ok=True)
     for unfinished in run.glob(f"step-*{PARTIAL}"):
@@ -66,7 +66,7 @@ def save(
     for file in partial.rglob("*"):
         if file.is_file():
             sync(file)
-    if final.exists():  # made by a run that was killed after the rename and before it went on
+    if final.exists():  # left by a run that was killed just after the rename
         remove(final)
     partial.rename(final)
     sync(run)
@@ -76,15 +76,15 @@ def save(
 
 
 def canonical(value: Any) -> Any:
-    """The same state, built so that equal states give equal bytes.
+    """Normalise a state so that equal states serialise to equal bytes.
 
-    A resumed run's differed: betas are a tuple at first and a list once restored, and pickle tells a string that it has
-    seen from one that is equal to it.
+    Needed for resumed runs: betas are a tuple at first and a list once restored, and pickle distinguishes a repeated
+    string object from an equal one.
     """
     if isinstance(value, Mapping):
-        return {canonical(key): canonical(each) for key, each in value.items()}
+        return {canonical(key): canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [canonical(each) for each in value]
+        return [canonical(item) for item in value]
     return sys.intern(value) if isinstance(value, str) else value
 
 
@@ -93,13 +93,13 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole ones, oldest first."""
+    """Complete checkpoints, oldest first."""
     folders = [path for path in run.glob("step-*") if _NAME.fullmatch(path.name) and (path / FACTS).is_file()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest(run: Path, fingerprint: str) -> tuple[Path, Facts] | None:
-    """The checkpoint to go on from. Raises ArtifactMismatch where it was made by another recipe or other questions."""
+    """Checkpoint to resume from. Raises ArtifactMismatch if it is from another recipe or other questions."""
     folders = checkpoints(run)
     if not folders:
         return None
@@ -112,7 +112,7 @@ def newest(run: Path, fingerprint: str) -> tuple[Path, Facts] | None:
 
 
 def read_facts(checkpoint: Path) -> Facts:
-    """Raises BadInput where the file is not one of ours."""
+    """Read a checkpoint's metadata. Raises BadInput if the file is invalid."""
     try:
         return Facts(**bounded_json.load(checkpoint / FACTS))
     except (OSError, ValueError, TypeError) as error:
@@ -122,6 +122,6 @@ def read_facts(checkpoint: Path) -> Facts:
 
 
 def optimizer_state(checkpoint: Path) -> dict[str, Any]:
-    """The optimiser's state of a checkpoint (read as plain tensors, nothing in it is executed)."""
+    """Optimizer state of a checkpoint (loaded as plain tensors; no code in it is executed)."""
     state: dict[str, Any] = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
     return dict(state["optimizer"])

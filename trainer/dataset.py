@@ -1,4 +1,4 @@
-"""Training examples: images by reference, for a quiz with questions, in an order that depends on the step alone."""
+"""Training examples: images by reference, with questions for a quiz; the order depends on the step only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..stages.questions.screen import QUESTIONS
 
 @dataclass(frozen=True)
 class Example:
-    """An image and its questions, if any. The bytes stay in their tar: ``size`` of them at ``offset`` of ``url``."""
+    """An image and its questions, if any. The bytes stay in the tar ``url``: ``size`` bytes at ``offset``."""
 
     uid: str
     key: str
@@ -31,10 +31,10 @@ class Example:
     offset: int
     size: int
     questions: tuple[Question, ...]
-    scene: Scene | None = None  # the truth, where the image is a rendered one
+    scene: Scene | None = None  # ground truth, if the image is rendered
 
     def read(self) -> bytes:
-        """The encoded image. Raises ArtifactMismatch where the tar changed since it was listed."""
+        """Encoded image. Raises ArtifactMismatch if the tar changed since it was listed."""
         fs, path = url_to_fs(self.url)
         data: bytes = fs.cat_file(path, self.offset, self.offset + self.size)
         if uid_of(data) != self.uid:
@@ -44,9 +44,10 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleList:
-    """``fingerprint``: of the questions, or without them of the images, for checkpoints; ``without``: images left out,
+    """Training examples of a run.
 
-    which have no question to ask or are none.
+    ``fingerprint``: of the questions, or without them of the images, for checkpoints; ``without``: number of rows left
+    out, without a question or a valid image.
     """
 
     examples: tuple[Example, ...]
@@ -55,11 +56,10 @@ class ExampleList:
 
 
 def load_examples(shards: str, questions: str | None, expected: str | None = None) -> ExampleList:
-    """Images of ``shards`` with what may be asked about them; all that are images where no ``questions`` are named.
+    """Images of ``shards`` that have questions; all valid images if ``questions`` is None.
 
-    ``expected``: the fingerprint that the questions, or the images without them, must have. Raises BadInput where there
-    is nothing to train on or the fingerprint is another one, ArtifactMismatch where questions are not about these
-    images.
+    ``expected``: required fingerprint of the questions, or of the images without questions. Raises BadInput if there is
+    nothing to train on or the fingerprint differs, ArtifactMismatch if the questions are about other images.
     """
     if questions is None:
         return _images_alone(shards, expected)
@@ -90,7 +90,7 @@ def load_examples(shards: str, questions: str | None, expected: str | None = Non
 
 
 def _images_alone(shards: str, expected: str | None) -> ExampleList:
-    """The images of shards without questions; foreign tars have no fingerprint, so their images' uids make one."""
+    """Images without questions. Tars of other tools have no fingerprint: it is computed from their images' uids."""
     rows = [_example(shard, row, ()) for shard in expand(shards) for row in RowReader(shard)]
     examples = tuple(example for example in rows if example is not None)
     if not examples:
@@ -108,7 +108,7 @@ def _images_alone(shards: str, expected: str | None) -> ExampleList:
 
 
 def _example(shard: InputShard, row: Row, questions: tuple[Question, ...]) -> Example | None:
-    """The row's image by reference, None where it is none."""
+    """Reference to a row's image; None without a valid image."""
     if row.status is not Status.OK or row.image is None or row.uid is None:
         return None
     return Example(row.uid, row.key, shard.url, row.offset, len(row.image), questions, scene_of(row))
@@ -116,14 +116,14 @@ def _example(shard: InputShard, row: Row, questions: tuple[Question, ...]) -> Ex
 
 @dataclass(frozen=True)
 class PromptSampler:
-    """The examples of each step: each epoch is a new permutation, and steps run on across epochs."""
+    """Sampler of each step's examples: every epoch is a new permutation; steps may cross epochs."""
 
     count: int
     batch: int
     seed: int
 
     def indices(self, step: int) -> list[int]:
-        """The examples of ``step``, counted from 0; a function of the step alone."""
+        """Example indices of ``step``, counted from 0; depends on the step only."""
         first = step * self.batch
         return [
             _permutation(self.count, self.seed, at // self.count)[at % self.count]
@@ -131,7 +131,7 @@ class PromptSampler:
         ]
 
     def sample(self, step: int) -> list[tuple[int, int]]:
-        """:meth:`indices`, each with how often the step has it before: not 0 where a batch is larger than the data."""
+        """Pairs of :meth:`indices` and previous occurrences in the step (above 0 only if a batch exceeds the data)."""
         seen: Counter[int] = Counter()
         prompts = []
         for index in self.indices(step):

@@ -1,7 +1,7 @@
-"""The processes that train together (`torchrun`): sums over them, and gradients that equal a single process's.
+"""Data-parallel processes (`torchrun`): all-reduced sums, and gradients equal to those of a single process.
 
-A step's loss is a sum over the completions of all processes, weighed by totals over all of them. So gradients are
-summed, never averaged, and it does not matter how many completions each process has, or in how many micro-batches.
+A step's loss is a sum over the completions of all processes, weighted with totals over all of them. So gradients are
+summed, never averaged, and the number of completions or micro-batches per process does not matter.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..models.child_processes import follow
 
 Item = TypeVar("Item")
 
-PATIENCE = timedelta(minutes=30)  # one process may wait for another's rollouts
-# The environment that torchrun gives its processes, and they whatever they start.
+PATIENCE = timedelta(minutes=30)  # timeout: a process may wait for another's rollouts
+# Environment variables set by torchrun and inherited by child processes.
 TORCHRUN = {
     *(
         "RANK",
@@ -36,12 +36,12 @@ TORCHRUN = {
     ),
     *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 }
-BUCKET = 1 << 25  # weights whose gradients travel together: 128 MB of float32
+BUCKET = 1 << 25  # weights per all-reduce of gradients: 128 MB of float32
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """``rank`` of ``count`` processes; ``sharded``: weights are split over them (FSDP2), gradients summed by that."""
+    """``rank`` of ``count`` processes; ``sharded``: FSDP2 shards the weights and sums the gradients."""
 
     rank: int = 0
     count: int = 1
@@ -49,20 +49,20 @@ class Distributed:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes shared output."""
         return self.rank == 0
 
     @property
     def loss_scale(self) -> float:
-        """Factor on a loss that makes its gradients sum up: FSDP2 divides by the number of processes."""
+        """Factor on the loss so that gradients are summed: FSDP2 divides by the number of processes."""
         return float(self.count) if self.sharded else 1.0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, on a copy."""
+        """Sum over all processes, not in place."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def most(self, value: int) -> int:
-        """The largest ``value`` of all processes."""
+        """Largest ``value`` of all processes."""
         return int(self._reduced(torch.tensor(value), dist.ReduceOp.MAX))
 
     def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
@@ -73,7 +73,7 @@ class Distributed:
         return on_device.to(values.device)
 
     def share(self, items: list[Item]) -> list[Item]:
-        """This process's part of a step's items; parts differ by one at most."""
+        """This process's share of a step's items; shares differ by one item at most."""
         return items[self.rank :: self.count]
 
     def sum_gradients(self, weights: Iterable[nn.Parameter]) -> None:
@@ -94,7 +94,7 @@ class Distributed:
             _sum_bucket(bucket)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
 
@@ -116,9 +116,9 @@ def _device() -> torch.device:
 
 @contextmanager
 def alone_on(device: torch.device) -> Iterator[None]:
-    """Start processes inside with ``device`` as their only GPU and without `torchrun`'s environment.
+    """Environment for child processes with ``device`` as their only GPU and without `torchrun`'s variables.
 
-    vLLM would take the first GPU in every process, and wait for a rendezvous that is not its own.
+    Otherwise vLLM would use the first GPU in every process, and wait for torchrun's rendezvous.
     """
     before = dict(os.environ)
     for name in before:
@@ -136,9 +136,9 @@ def alone_on(device: torch.device) -> Iterator[None]:
 
 
 def join(sharded: bool) -> Distributed:
-    """The processes that `torchrun` started, or this one alone. Ranks of one machine take its GPUs in order."""
+    """Join the process group of `torchrun`, if any. Ranks on one machine use its GPUs in order."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        follow(os.getppid())  # a killed torchrun leaves none of us
+        follow(os.getppid())  # exit with torchrun, even if it is killed
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return ALONE

@@ -1,4 +1,4 @@
-"""The images of examples as models take them, each read and decoded once for all captions sampled or scored."""
+"""Model inputs for the examples' images, each read and decoded once for all captions sampled or scored."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..models.images.formats import ImageProblem
 from ..models.images.grid import ImageGrid
 from .dataset import Example
 
-KEPT = 256  # images; more than a step has on one process
+KEPT = 256  # images in the cache; more than a step of one process has
 
 
 class Pictures:
-    """Images on ``grid``; without one as the bytes they came as, for servers. Holds ``processes`` for decoding.
+    """Images resized to ``grid``; without one, the original bytes, for servers. ``processes``: decoding processes.
 
-    ``lossless``: the bytes are a PNG of the pixels, so that a server sees what a policy here learns from.
+    ``lossless``: send a PNG of the pixels, so that a server gets the same pixels as the policy here.
     """
 
     def __init__(self, grid: ImageGrid | None, processes: int = 1, lossless: bool = False) -> None:
@@ -33,7 +33,7 @@ class Pictures:
         self._recent: OrderedDict[str, asyncio.Task[ImageInput]] = OrderedDict()
 
     async def of(self, example: Example) -> ImageInput:
-        """The example's image. Raises RunFailed where one that was fine when listed cannot be decoded any more."""
+        """Image of an example. Raises RunFailed if it was valid when listed but cannot be decoded any more."""
         if example.uid not in self._recent:
             self._recent[example.uid] = asyncio.create_task(self._read(example))
             if len(self._recent) > KEPT:

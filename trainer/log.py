@@ -1,6 +1,6 @@
-"""The log of a run: metrics per step, captions with their rewards; TensorBoard, and Weights & Biases if asked.
+"""Log of a run: metrics per step, captions with their rewards; TensorBoard; optionally Weights & Biases.
 
-A step's seconds go to a file of their own, ``times.jsonl``: two runs alike write the same bytes into the others.
+Timings go to a separate file, ``times.jsonl``, so that two identical runs write identical bytes to the other files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import BadInput
 from ..manifests.files import bounded_json
 from ..manifests.files.storage import open_own, write_new
 
-if TYPE_CHECKING:  # who reads logs needs no torch
+if TYPE_CHECKING:  # reading logs must not import torch
     from .policy.batch import Group
 
 STEPS, CAPTIONS, TIMES = "steps.jsonl", "captions.jsonl", "times.jsonl"
@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Scalars by step. Raises BadInput where tensorboard is not installed."""
+    """Scalars by step. Raises BadInput if tensorboard is not installed."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -50,9 +50,9 @@ class TensorBoard:
 
 
 class WandB:
-    """Metrics by step to a project of Weights & Biases, or with WANDB_MODE=offline to ``folder`` alone.
+    """Metrics by step to a Weights & Biases project; with WANDB_MODE=offline to ``folder`` only.
 
-    Raises BadInput where wandb is not installed, or nobody is logged in.
+    Raises BadInput if wandb is not installed or not logged in.
     """
 
     def __init__(self, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ class WandB:
         except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise BadInput(f"wandb: {reason}; to log without a server set WANDB_MODE=offline") from None
-        # Not wandb's own count of steps, which only grows: validation before the first step has -1.
+        # Not wandb's own step counter, which only grows: validation before the first step is step -1.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -98,7 +98,7 @@ class Clock:
 
 
 def progress_line(step: int, steps: int, metrics: Mapping[str, Any], clock: Clock) -> str:
-    """A step in a line for the terminal."""
+    """One line about a step, for the terminal."""
     reward = "none" if metrics["reward"] is None else f"{metrics['reward']:.3f}"
     skipped = f" skipped: {metrics['skipped']}" if metrics["skipped"] else ""
     return (
@@ -109,9 +109,9 @@ def progress_line(step: int, steps: int, metrics: Mapping[str, Any], clock: Cloc
 
 
 class RunLog:
-    """JSON lines in ``folder``. A resumed run cuts off what was logged after the step it goes on from.
+    """JSON lines in ``folder``. A resumed run truncates the log to the step it resumes from.
 
-    Each of several processes logs its own captions, the first one the metrics.
+    Every process logs its own captions; only the first logs metrics.
     """
 
     def __init__(self, folder: Path, start: int, sinks: Sequence[Sink] = (), rank: int = 0) -> None:
@@ -124,7 +124,7 @@ class RunLog:
         self._sinks = sinks
 
     def step(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
-        """A step's metrics over all processes; numbers go to the sinks, too."""
+        """Log a step's metrics over all processes; numbers go to the sinks, too."""
         if not self._first:
             return
         times = {name: value for name, value in metrics.items() if name.startswith(SECONDS)}
@@ -136,7 +136,7 @@ class RunLog:
             sink.write(step, numbers)
 
     def captions(self, step: int, groups: Sequence[Group]) -> None:
-        """Every caption of a step with its rewards and their details."""
+        """Log every caption of a step with its rewards and their details."""
         self._append(CAPTIONS, [entry for group in groups for entry in _entries(step, group)])
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ def _entries(step: int, group: Group) -> list[dict[str, Any]]:
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of all steps so far, without a line that a kill left unfinished."""
+    """Metrics of all steps so far, without an incomplete last line left by a kill."""
     return _read(folder / STEPS)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: rollout, reward, advantage, loss, step; then weight sync, log, validation, checkpoint."""
+"""Training loop: rollout, reward, advantage, loss, optimizer step; then weight sync, log, validation, checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .update import UpdateMetrics, Updater
 
 @dataclass
 class TrainingRun:
-    """A run with all its parts; ``step`` is the next one."""
+    """A run with all its parts; ``step``: the next step."""
 
     recipe: Recipe
     out: Path
@@ -48,12 +48,12 @@ class TrainingRun:
     updater: Updater
     log: RunLog
     say: Callable[[str], None]
-    reward_reader: dict[str, str | None] | None = None  # the quiz's name and digest, for `capipe eval`
+    reward_reader: dict[str, str | None] | None = None  # name and digest of the quiz reader, for `capipe eval`
     step: int = 0
-    alarms: dict[str, int] = field(default_factory=dict)  # by name, the steps in a row that raised it
-    template_rewards: dict[str, float] = field(default_factory=dict)  # by reward, of a caption that fits any image
-    next_groups: list[Group] | None = None  # the next step's rollout, where it ran during the last update
-    stopping: bool = False  # a signal asked for the end: finish the step, write a checkpoint
+    alarms: dict[str, int] = field(default_factory=dict)  # consecutive steps that raised an alarm, by name
+    template_rewards: dict[str, float] = field(default_factory=dict)  # mean reward of a generic caption, by reward
+    next_groups: list[Group] | None = None  # the next step's rollout, if it ran during the last update
+    stopping: bool = False  # after a signal: finish the step, write a checkpoint, end
 
 
 async def train(run: TrainingRun) -> Path:
@@ -66,13 +66,13 @@ async def train(run: TrainingRun) -> Path:
     if run.step == 0:
         await _validate(run)
     while run.step < recipe.steps:
-        if distributed.most(int(run.stopping)):  # agreed on, as processes get their signals at different moments
+        if distributed.most(int(run.stopping)):  # agreed by all, as processes get signals at different moments
             return last if run.step == 0 or last == folder_of(run.out, run.step) else checkpoint(run)
         clock = Clock()
         try:
             groups, update = await _step(run, clock)
         except EngineDead:
-            if _stopped_by_signal(run):  # the weights are those of the step before
+            if _stopped_by_signal(run):  # the weights are still those of the previous step
                 continue
             raise
         probe = await _sync_weights(run, clock)
@@ -93,7 +93,7 @@ async def train(run: TrainingRun) -> Path:
 
 
 async def _step(run: TrainingRun, clock: Clock) -> tuple[list[Group], UpdateMetrics]:
-    """Rollout with rewards, then the update by them: advantages, loss, gradients, optimizer step."""
+    """Rollout with rewards, then the update: advantages, loss, gradients, optimizer step."""
     with clock.phase("rollout"):
         off_policy = run.next_groups is not None
         groups = run.next_groups or await _rollout(run, run.step)
@@ -108,7 +108,7 @@ async def _step(run: TrainingRun, clock: Clock) -> tuple[list[Group], UpdateMetr
 
 
 async def _rollout(run: TrainingRun, step: int) -> list[Group]:
-    """This process's share of a step's captions with their rewards; each is scored as soon as it is sampled."""
+    """This process's share of a step's captions with rewards; each caption is scored as soon as it is sampled."""
     prompts = PromptSampler(len(run.examples), run.recipe.rollout.images, run.recipe.seed).sample(step)
     share = [(run.examples[index], repeat) for index, repeat in run.parts.distributed.share(prompts)]
     return await run.rollouts.collect(share, step, run.rewards)
@@ -120,20 +120,20 @@ def _set_learning_rate(run: TrainingRun) -> None:
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Make an adapter's dropout depend on the step alone, so that a resumed run has the same."""
+    """Make an adapter's dropout depend on the step only, so that a resumed run repeats it."""
     torch.manual_seed(Random(f"dropout:{seed}:{step}:{rank}").getrandbits(63))
 
 
 def _overlaps(recipe: Recipe, step: int) -> bool:
-    """Whether ``step``'s rollout runs during the update before it; never across a checkpoint.
+    """Whether ``step``'s rollout runs during the previous update; never across a checkpoint.
 
-    So a run resumed there goes on as if it had not stopped.
+    So a run resumed from a checkpoint is identical to an uninterrupted one.
     """
     return recipe.rollout.overlap and step % recipe.save_every != 0 and step != recipe.steps
 
 
 async def _update_during_rollout(run: TrainingRun, groups: list[Group], off_policy: bool) -> UpdateMetrics:
-    """The update in a thread of its own, while the next step's captions are sampled."""
+    """Run the update in a thread while the next step's captions are sampled."""
     rollout = asyncio.create_task(_rollout(run, run.step + 1))
     try:
         update = await asyncio.to_thread(_update_in_thread, run, groups, off_policy)
@@ -148,29 +148,29 @@ async def _update_during_rollout(run: TrainingRun, groups: list[Group], off_poli
 
 def _update_in_thread(run: TrainingRun, groups: list[Group], off_policy: bool) -> UpdateMetrics:
     device = run.parts.policy.device
-    if device.type == "cuda":  # the current device is a thread's own
+    if device.type == "cuda":  # the current device is set per thread
         torch.cuda.set_device(device)
     return run.updater.update(groups, off_policy)
 
 
 async def _sync_weights(run: TrainingRun, clock: Clock) -> float | None:
-    """Give the rollout engine the new weights; returns the probe's difference, where there is a probe."""
+    """Send the new weights to the rollout engine; returns the probe's difference, if there is a probe."""
     with clock.phase("sync"), _engine_may_be_stopped(run):
         return await run.sampler.sync(run.step + 1)
     return None
 
 
 def _stopped_by_signal(run: TrainingRun) -> bool:
-    """Whether an engine's end is that of the run: a scheduler sends its signal to all processes of a job.
+    """Whether the signal that stops the run also ended its engine: a scheduler signals all processes of a job.
 
-    Of several processes that train together one must not leave a step that the others wait in.
+    False with several training processes: one must not leave a step in which the others wait.
     """
     return run.stopping and run.parts.distributed.count == 1
 
 
 @contextmanager
 def _engine_may_be_stopped(run: TrainingRun) -> Iterator[None]:
-    """Skip what follows a step's update where the signal that stops the run ended the engine as well."""
+    """Ignore the engine's death after a step's update if the signal that stops the run caused it."""
     try:
         yield
     except EngineDead:
@@ -179,7 +179,7 @@ def _engine_may_be_stopped(run: TrainingRun) -> Iterator[None]:
 
 
 def _report(run: TrainingRun, metrics: dict[str, Any], clock: Clock) -> None:
-    """Log the step before ``run.step``, with its line and its warnings for the terminal."""
+    """Log the step before ``run.step``; print its line and warnings."""
     run.log.step(run.step - 1, {**metrics, **clock.seconds})
     run.say(progress_line(run.step, run.recipe.steps, metrics, clock))
     if metrics["captions_failed"]:
@@ -195,7 +195,7 @@ async def _validate(run: TrainingRun) -> None:
     captions = await run.rollouts.greedy(run.held_out)
     validation = await validate(run.held_out, captions, run.validation_reader)
     metrics = validation.metrics()
-    # Under the last step that was done, -1 for none: a resumed run does not repeat that step.
+    # Logged under the last completed step, -1 for none: a resumed run does not repeat it.
     run.log.step(run.step - 1, {f"validation/{name}": value for name, value in metrics.items()})
     shown = " ".join(f"{name} {value:.3f}" for name, value in metrics.items())
     run.say(f"validation after {run.step} steps: {shown}")
@@ -207,7 +207,7 @@ async def _validate(run: TrainingRun) -> None:
 
 
 def checkpoint(run: TrainingRun) -> Path:
-    """Write one; all processes take part, as none may have all of the weights."""
+    """Write a checkpoint; a collective call, as no process may hold all weights."""
     facts = Facts(run.step, run.fingerprint, {"alarms": run.alarms, "reader": run.reward_reader})
     state = optimizer_state(run.parts.policy, run.updater.optimizer)
     head = value_weights(run.parts)

@@ -1,7 +1,7 @@
 """Policy losses over flat streams of completion tokens. Pure functions: tensors in, tensors out.
 
-A batch's completions lie one after another in one dimension; nothing is padded. Each loss gives a value per token, and
-:func:`token_weights` says what each token counts for, so that micro-batches may simply be summed.
+A batch's completions are concatenated without padding. Each loss returns a value per token; :func:`token_weights`
+gives the weight of each token, so that micro-batches can simply be summed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Tokens:
     """Completion tokens of some rows, all (tokens,).
 
     ``logp``: log-probability under the policy, with its gradient; ``old``: under the policy that sampled them;
-    ``advantages``: per token; ``row``: which completion a token is of, 0 to ``rows`` - 1.
+    ``advantages``: per token; ``row``: index of a token's completion, 0 to ``rows`` - 1.
     """
 
     logp: Tensor
@@ -36,7 +36,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class ClipRange:
-    """Ratios are kept from ``1 - low`` to ``1 + high``; ``cap`` is the largest weight of a token in CISPO."""
+    """Ratios are clipped to ``1 - low`` … ``1 + high``; ``cap``: largest weight of a token in CISPO."""
 
     low: float = 0.2
     high: float = 0.2
@@ -44,12 +44,12 @@ class ClipRange:
 
 
 def clipped(tokens: Tokens, clip: ClipRange) -> Tensor:
-    """Per token, -min(r A, clip(r) A) with r its own probability ratio (PPO, arXiv 1707.06347 eq. 7). (tokens,)."""
+    """Per token, -min(r A, clip(r) A) with r the token's probability ratio (PPO, arXiv 1707.06347 eq. 7). (tokens,)."""
     return _pessimistic((tokens.logp - tokens.old).exp(), tokens.advantages, clip)
 
 
 def sequence_clipped(tokens: Tokens, clip: ClipRange) -> Tensor:
-    """As :func:`clipped`, with one ratio per completion: the geometric mean of its tokens' (arXiv 2507.18071 eq. 7).
+    """Like :func:`clipped`, with one ratio per completion: its tokens' geometric mean (GSPO, arXiv 2507.18071 eq. 7).
 
     (tokens,); all tokens of a completion have the same value.
     """
@@ -61,7 +61,7 @@ def sequence_clipped(tokens: Tokens, clip: ClipRange) -> Tensor:
 
 
 def cispo(tokens: Tokens, clip: ClipRange) -> Tensor:
-    """-min(r, cap) A log p, no gradient through the weight, so no token is mute (arXiv 2506.13585 eq. 4). (tokens,)."""
+    """-min(r, cap) A log p, no gradient through the weight; clips no token out (arXiv 2506.13585 eq. 4). (tokens,)."""
     weight = (tokens.logp - tokens.old).exp().clamp(max=clip.cap).detach()
     return -weight * tokens.advantages * tokens.logp
 
@@ -85,7 +85,7 @@ class PolicyLoss:
 
 LOSSES: dict[str, PolicyLoss] = {
     "grpo": PolicyLoss(clipped, "sequence"),  # arXiv 2402.03300 eq. 3
-    "dr_grpo": PolicyLoss(clipped, "constant"),  # arXiv 2503.20783: no advantage to the short or the long
+    "dr_grpo": PolicyLoss(clipped, "constant"),  # arXiv 2503.20783: no length bias
     "dapo": PolicyLoss(clipped, "token"),  # arXiv 2503.14476 eq. 8, with clip.high above clip.low
     "gspo": PolicyLoss(sequence_clipped, "sequence"),
     "cispo": PolicyLoss(cispo, "token"),
@@ -95,7 +95,7 @@ LOSSES: dict[str, PolicyLoss] = {
 
 
 def find_loss(name: str) -> PolicyLoss:
-    """A built-in loss, or a :class:`PolicyLoss` by its import path. Raises ValueError where there is none."""
+    """A built-in loss, or a :class:`PolicyLoss` by import path. Raises ValueError if there is none."""
     if ":" not in name:
         if name not in LOSSES:
             raise ValueError(f"there is no loss {name!r}; take {', '.join(LOSSES)} or package.module:name")
@@ -116,7 +116,7 @@ class Totals:
 
 
 def token_weights(row: Tensor, lengths: Tensor, how: Aggregation, totals: Totals) -> Tensor:
-    """The weight of each token, (tokens,); ``row`` as in :class:`Tokens`, ``lengths`` (rows,) of whole completions.
+    """Weight of each token, (tokens,). ``row``: as in :class:`Tokens`; ``lengths``: (rows,), of whole completions.
 
     ``sequence``: the mean over completions of the mean over their tokens; ``token``: over all tokens; ``constant``: the
     sum over tokens by completions times the length limit.
@@ -130,9 +130,9 @@ def token_weights(row: Tensor, lengths: Tensor, how: Aggregation, totals: Totals
 def kl_tokens(logp: Tensor, ref: Tensor, estimator: KLEstimator) -> Tensor:
     """Estimates of KL(policy || reference) from each sampled token, (tokens,) (Schulman 2020, "Approximating KL").
 
-    k1 = log p - log q is unbiased, k2 = k1² / 2 has little variance, k3 = q/p - 1 - log q/p is both and never negative.
-    That is of their values. As a loss, with no ratio before it (arXiv 2402.03300 eq. 4), k2 has on average the gradient
-    of KL(policy || reference), k3 that of KL(reference || policy), and k1 none: it is a diagnostic.
+    As values: k1 = log p - log q is unbiased, k2 = k1² / 2 has low variance, k3 = q/p - 1 - log q/p has both properties
+    and is never negative. As losses, without a ratio (arXiv 2402.03300 eq. 4): on average k2 has the gradient of
+    KL(policy || reference), k3 that of KL(reference || policy), and k1 none: it is a diagnostic.
     """
     difference = logp - ref
     if estimator == "k1":
@@ -145,7 +145,7 @@ def kl_tokens(logp: Tensor, ref: Tensor, estimator: KLEstimator) -> Tensor:
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Half the squared error of the value head, per token; all (tokens,).
 
-    With ``clip`` the larger of the errors with and without clipping the change since sampling to it.
+    With ``clip``: the larger of the errors with and without clipping the change since sampling to ``clip``.
     """
     errors = (values - returns).square()
     if clip is not None:

@@ -1,4 +1,4 @@
-"""Named sums with the counts they are averaged over, added up over all processes by one all-reduce."""
+"""Named sums with counts for averaging, summed over all processes by one all-reduce."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .distributed import Distributed
 
 
 class Metrics:
-    """Float64 sums and counts by name. All processes name the same metrics in the same order, before the first one."""
+    """Float64 sums and counts by name. All processes declare the same metrics in the same order at construction."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._sums = dict.fromkeys(names, 0.0)
@@ -26,7 +26,7 @@ class Metrics:
         self.add(name, sum(values), len(values))
 
     def over(self, processes: Distributed) -> Metrics:
-        """The metrics of all processes together, equal on each of them."""
+        """Metrics summed over all processes, equal on each."""
         local = torch.tensor([*self._sums.values(), *self._counts.values()], dtype=torch.float64)
         totals = processes.sum(local).tolist()
         metrics = Metrics(self._sums)
@@ -41,7 +41,7 @@ class Metrics:
         return int(self._counts[name])
 
     def mean(self, name: str) -> float | None:
-        """The sum over its count; None of nothing."""
+        """Sum divided by count; None without items."""
         return self._sums[name] / self._counts[name] if self._counts[name] else None
 
     def finite(self) -> bool:

@@ -1,8 +1,8 @@
-"""Checks before training: a caption that says nothing must earn what a guess earns, or a template will win.
+"""Checks before training: an uninformative caption must earn no more than a guess, or training would find a template.
 
-A caption that states the answers must earn more, or the reader cannot read and the reward is noise. A quiz's guess is
-known: training is refused where a template earns more. For other rewards the templates' means are logged, with a
-warning where they are above the policy's first captions.
+A caption that states the answers must earn more, else the reader does not use captions and the reward is noise. For a
+quiz the reward of a guess is measured, and training is refused if a template earns more. For other rewards the
+templates' means are logged, with a warning if they exceed those of the policy's first captions.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .rewards.kinds import BUILT_IN
 from .rewards.quiz import QuizReward
 
 GENERIC = "The image shows several objects on a plain background."
-TOLERANCE = 0.1  # of accuracy above that of a reader without any caption
+TOLERANCE = 0.1  # in accuracy, above a reader without any caption
 IMAGES = 64
-OF_IMAGE = [kind for kind, spec in BUILT_IN.items() if spec.of_image]  # a caption of any image should not win them
+OF_IMAGE = [kind for kind, spec in BUILT_IN.items() if spec.of_image]  # rewards that a generic caption should not win
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Mean rewards of captions that fit any image, and of none."""
+    """Mean quiz rewards of a generic caption, an empty one, and no caption (blind)."""
 
     generic: float
     empty: float
@@ -38,7 +38,7 @@ class Floors:
 
 
 async def floors(reward: QuizReward, examples: Sequence[Example]) -> Floors:
-    """The quiz reward of three controls over the first images. Raises BadInput where nothing could be scored."""
+    """Quiz reward of three controls over the first images. Raises BadInput if nothing could be scored."""
     means = []
     for text in (GENERIC, "", None):
         scored = await asyncio.gather(
@@ -54,7 +54,7 @@ async def floors(reward: QuizReward, examples: Sequence[Example]) -> Floors:
 
 
 def refuse_templates(measured: Floors, tolerance: float = TOLERANCE) -> None:
-    """Raise BadInput where a template earns more than a guess."""
+    """Raise BadInput if a template earns more than a guess."""
     for name, value in (("generic", measured.generic), ("empty", measured.empty)):
         if value > measured.blind + tolerance:
             raise BadInput(
@@ -64,7 +64,7 @@ def refuse_templates(measured: Floors, tolerance: float = TOLERANCE) -> None:
 
 
 async def ability(reader: QuizReader, examples: Sequence[Example]) -> Ability:
-    """The reader's accuracy on captions that state the answers. Raises BadInput where nothing could be scored."""
+    """The reader's accuracy on captions that state the answers. Raises BadInput if nothing could be scored."""
     measured = await ability_of(reader, examples[:IMAGES])
     if measured is None:
         raise BadInput("preflight: the reader scored none of the questions; is it a model that answers with letters?")
@@ -72,7 +72,7 @@ async def ability(reader: QuizReader, examples: Sequence[Example]) -> Ability:
 
 
 def refuse_reader(measured: Ability, name: str) -> list[str]:
-    """Warnings about a reader that is to reward. Raises BadInput where it cannot read: then the reward is noise."""
+    """Warnings about a reward's reader. Raises BadInput if it does not use captions: the reward would be noise."""
     warnings = cautions(measured)
     for caution in warnings:
         if caution.kind == "cannot_read":
@@ -82,9 +82,9 @@ def refuse_reader(measured: Ability, name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Control:
-    """Mean rewards by name of a caption that fits any image, of none, and of true ones where the images are rendered.
+    """Mean rewards, by name, of a generic caption, an empty one, and true ones (rendered images only).
 
-    Names that could not be scored are left out.
+    Rewards that could not be scored are left out.
     """
 
     generic: dict[str, float]
@@ -92,7 +92,7 @@ class Control:
     true: dict[str, float]
 
     def lines(self) -> list[str]:
-        """A line for each reward."""
+        """One line per reward."""
         lines = []
         for name in dict.fromkeys([*self.generic, *self.empty, *self.true]):
             means = {"generic": self.generic, "empty": self.empty, "true": self.true}
@@ -102,7 +102,7 @@ class Control:
 
 
 async def controls(rewards: RewardManager, examples: Sequence[Example], ids: Callable[[str], list[int]]) -> Control:
-    """Controls on the first images by all rewards but the quiz. ``ids``: a text to the policy's token ids."""
+    """Controls on the first images, for all rewards except the quiz. ``ids``: text to the policy's token ids."""
     others = RewardManager({name: reward for name, reward in rewards.rewards.items() if name != "quiz"}, rewards.terms)
     first = examples[:IMAGES]
     true = [
@@ -127,13 +127,16 @@ async def controls(rewards: RewardManager, examples: Sequence[Example], ids: Cal
 
 
 def completion(text: str, ids: Callable[[str], list[int]]) -> Completion:
-    """A text as if the policy had written it."""
+    """A text as a completion of the policy."""
     tokens = tuple(ids(text))
     return Completion(text, tokens, "stop", len(tokens))
 
 
 def template_warnings(generic: Mapping[str, float], metrics: Mapping[str, float]) -> list[str]:
-    """Where a caption of any image earned more than the first step's captions did (``reward/NAME`` of ``metrics``)."""
+    """Warnings for rewards with which a generic caption earned more than the first step's captions.
+
+    ``metrics``: their means as ``reward/NAME``.
+    """
     return [
         f"warning: {name}: a generic caption earns {generic[name]:.3f}, the first step's captions {mean:.3f}: training "
         "may find that template; mind what the captions become"

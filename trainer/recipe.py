@@ -223,7 +223,7 @@ class Recipe(Section):
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
         if quiz is not None and self.data.questions is None:
             raise ValueError("a quiz asks questions: add data.questions, the folder of a `capipe qa`")
-        # By name, as a recipe alone knows no more; two names of one model are found when the run starts.
+        # Compared by name: a recipe knows no more. Two names of the same model are detected when the run starts.
         if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader != "":
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
@@ -238,10 +238,10 @@ class Recipe(Section):
             raise ValueError("trained.lora: an adapter is too small to be split; set parallel: replicated")
 
     def semantic(self) -> dict[str, Any]:
-        """All that decides the weights, the code of imported rewards and losses included; not where, nor how fast."""
+        """Settings that determine the weights, with the code of imported rewards and losses; not location or speed."""
         fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
         if self.rollout.overlap:
-            fast -= {"save_every"}  # no rollout overlaps across a checkpoint
+            fast -= {"save_every"}  # no rollout overlaps a checkpoint, so its interval matters
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
         left_out: Any = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
@@ -252,7 +252,7 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, or a bundled one by its name, with ``section.key=value`` overrides.
+    """Load a recipe from a YAML file, or a bundled one by name, with ``section.key=value`` overrides.
 
     Raises BadInput with the key and the reason.
     """

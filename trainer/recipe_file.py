@@ -1,7 +1,7 @@
-"""Recipes as files: a YAML mapping found by path or bundled name, with ``section.key=value`` overrides.
+"""Recipe files: YAML mappings found by path or bundled name, with ``section.key=value`` overrides.
 
-Two kinds lie in ``recipes/``: those of a training run (`capipe train`) and those of a chain of commands (`capipe run`),
-which have ``stages``.
+``recipes/`` holds two kinds: recipes of a training run (`capipe train`), and of a chain of commands (`capipe run`),
+which have the key ``stages``.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 MAX_BYTES = 2**20
 MAX_VALUES = 100_000
-MAX_NESTING = 50  # lists and mappings in each other; a chain with a training recipe in it has under 10
-CHAIN_KEY = "stages"  # what only a chain has
+MAX_NESTING = 50  # depth of nested lists and mappings; a chain that contains a training recipe has under 10
+CHAIN_KEY = "stages"  # only in chains
 Kind = Literal["training", "chain"]
 _COMMANDS = {"training": "train", "chain": "run"}
 
 
 def find_recipe(named: Path) -> Path:
-    """The YAML file meant: itself, or the bundled recipe of that name (``tiny``) where there is no such file."""
+    """Path of a recipe: the file itself, or the bundled recipe of this name (``tiny``) if there is no such file."""
     bundled = RECIPES / f"{named}.yaml"
     return bundled if named.name == str(named) and bundled.is_file() and not named.is_file() else named
 
 
 def bundled(kind: Kind) -> str:
-    """The names of the recipes of a kind that come along, for people."""
+    """Names of the bundled recipes of a kind, for messages."""
     files = sorted(RECIPES.glob("*.yaml"))
     return ", ".join(file.stem for file in files if _kind(read_mapping(file)) == kind)
 
 
 def read_recipe(named: Path, overrides: Sequence[str], kind: Kind) -> dict[str, Any]:
-    """The mapping in a recipe's file with its overrides. Raises BadInput, also for a recipe of the other kind."""
+    """Mapping of a recipe file with overrides applied. Raises BadInput, also for a recipe of the other kind."""
     path = find_recipe(named)
     try:
         loaded = read_mapping(path)
@@ -57,7 +57,7 @@ def read_recipe(named: Path, overrides: Sequence[str], kind: Kind) -> dict[str, 
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises OSError where there is none, BadInput where it is something else."""
+    """Read a YAML mapping. Raises OSError if there is no file, BadInput if it is not a YAML mapping."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -68,7 +68,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         loaded = _parsed(text)
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except ValueError as error:  # bytes that are no UTF-8, numbers and dates that there are not
+    except ValueError as error:  # invalid UTF-8, invalid numbers or dates
         raise BadInput(f"{path}: not YAML: {error}") from None
     if not isinstance(loaded, dict):
         raise BadInput(f"{path}: a recipe is a mapping of keys, this is {type(loaded).__name__}")
@@ -76,11 +76,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first key that a recipe's model refuses, with the reason."""
+    """First invalid key of a recipe, with the reason."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "the recipe"
     reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # our own message, which names the value
+    if first["type"] == "value_error":  # our own message already names the value
         return f"{key}: {reason}"
     return f"{key}: {reason}" + (
         "; no such key" if first["type"] == "extra_forbidden" else f" (got {first['input']!r})"
@@ -88,7 +88,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def engines_of(value: Any) -> Iterator[str]:
-    """All that a recipe, or a part of one, names as an engine."""
+    """Values of all engine keys in a recipe, or a part of one."""
     if isinstance(value, dict):
         for key, entry in value.items():
             if isinstance(entry, str) and str(key).rpartition("-")[2] == "engine":
@@ -101,7 +101,7 @@ def engines_of(value: Any) -> Iterator[str]:
 
 
 def apply_override(recipe: dict[str, Any], override: str) -> None:
-    """Set ``section.key=value`` in place; the value is YAML. Raises BadInput where there is no such place."""
+    """Set ``section.key=value`` in place; the value is YAML. Raises BadInput if there is no such section."""
     key, sign, text = override.partition("=")
     shown = repr(override if len(override) <= 200 else override[:199] + "…")
     if not sign or not key:
@@ -136,19 +136,19 @@ def _kind(loaded: dict[str, Any]) -> Kind:
 
 
 def _parsed(text: str) -> Any:
-    """Raises YAMLError; ValueError where a value is of a type's form and beyond it (32 March)."""
+    """Parse YAML. Raises YAMLError; ValueError for a well-formed but impossible value (32 March)."""
     return yaml.load(text, _Loader)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice: YAML's own answer, that the last one counts, loses a stage in silence.
-    Refuses what is nested over MAX_NESTING deep, where YAML's recursion would end, and later everybody else's, or has
-    over MAX_VALUES; aliases count as what they stand for, and none stands for what it lies in."""
+    """Safe YAML loader with limits. Refuses duplicate keys, since YAML would silently keep the last one and lose a
+    stage; nesting over MAX_NESTING (recursion limits, here and later) and over MAX_VALUES values, with aliases
+    expanded; and aliases of a node that contains them."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._open = 0
-        self._extents: dict[int, tuple[int, int]] = {}  # depth and values of each finished node, by its id
+        self._extents: dict[int, tuple[int, int]] = {}  # depth and number of values of each finished node, by id
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()

@@ -1,4 +1,4 @@
-"""Rollouts: several captions of each image from the current policy, each scored as soon as it ends."""
+"""Rollouts: a group of captions per image from the current policy, each scored as soon as it is complete."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .images import Pictures
 from .policy.batch import Group
 from .rewards.base import RewardManager, Scored
 
-Prepare = Callable[[Prompt], PreparedPrompt]  # the ids, positions and patches that the policy reads
+Prepare = Callable[[Prompt], PreparedPrompt]  # to the policy's inputs: ids, positions, patches
 
 
 @dataclass(frozen=True)
 class RolloutSampling:
-    """Sampling of captions: always from the policy's whole distribution, as top-p or top-k would bias the gradient.
+    """Sampling parameters: always the policy's full distribution, as top-p or top-k would bias the gradient.
 
-    ``seed``: the run's. A caption's own seed depends on it, the step, the image and the caption's number in the step.
+    ``seed``: the run's. A caption's seed depends on it, the step, the image and the caption's number in the step.
     """
 
     prompt: str
@@ -35,7 +35,7 @@ class RolloutSampling:
         return Sampling(self.temperature, 1.0, self.max_tokens, seed)
 
     def sample_ids(self, step: int, uid: str, repeat: int) -> list[str]:
-        """The names of a group's captions; ``repeat``: how often the step has had the image before."""
+        """Ids of a group's captions. ``repeat``: previous occurrences of the image in the step."""
         numbers = range(repeat * self.group, (repeat + 1) * self.group)
         return [f"{self.seed}/{step}/{uid}/{number}" for number in numbers]
 
@@ -48,13 +48,12 @@ class Rollouts:
         self._prepare, self._pictures = prepare, pictures
 
     async def collect(self, examples: Sequence[tuple[Example, int]], step: int, rewards: RewardManager) -> list[Group]:
-        """One group per example, in order, with rewards; a caption that failed is missing in its group, which has the
-        reason.
+        """One group per example, in order, with rewards. A failed caption is left out; its group records the reason.
 
-        ``examples``: each with how often the step has had it before, as its captions then have other seeds.
-        All images are decoded before the first caption is asked for, so that the engine's batches, and with them the
-        last bits of what is sampled, do not depend on which image was decoded first. Raises EngineDead, and RunFailed
-        where an image that was fine when listed cannot be decoded any more.
+        ``examples``: each with its previous occurrences in the step, which change its captions' seeds.
+        All images are decoded before the first request, so that the engine's batches, and with them the last bits of
+        the log-probabilities, do not depend on the order of decoding. Raises EngineDead, and RunFailed if an image that
+        was valid when listed cannot be decoded any more.
         """
         images = await asyncio.gather(*(self._pictures.of(example) for example, _ in examples))
         groups = (
@@ -64,7 +63,7 @@ class Rollouts:
         return await asyncio.gather(*groups)
 
     async def greedy(self, examples: Sequence[Example]) -> list[Completion | RequestError]:
-        """The likeliest caption of each example, for validation, or why there is none. Raises EngineDead."""
+        """Greedy caption of each example, for validation, or its error. Raises EngineDead."""
         sampling = Sampling(max_tokens=self.sampling.max_tokens)
         images = await asyncio.gather(*map(self._pictures.of, examples))
         prompts = [Prompt(self.sampling.prompt, image) for image in images]

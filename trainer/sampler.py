@@ -1,7 +1,7 @@
-"""The rollout engine, and how the policy's weights get there.
+"""Rollout engine and its weight sync with the policy.
 
 The transformers engine computes with the policy's own modules, or with a copy of them. vLLM, in this process or behind
-a URL, reads each step's weights from a folder; then a probe must show that it answers with them.
+a URL, reads each step's weights from a folder; then a probe checks that it uses them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .recipe import Recipe
 from .weight_sync_check import WeightSyncCheck
 
 SYNC_FOLDER = "sampling"  # in a run's --out
-PROBE_EXACT, PROBE_BF16 = 1e-3, 0.1  # nats; where all was well 1e-4 was seen in float32
+PROBE_EXACT, PROBE_BF16 = 1e-3, 0.1  # nats; 1e-4 was observed in float32 with correct weights
 
 
 @runtime_checkable
@@ -44,11 +44,11 @@ class Reloadable(Engine, Protocol):
 
 @dataclass
 class Sampler:
-    """``copy``: brings the modules that the engine computes with up to date, where they are not the policy's own.
+    """The rollout engine with its weight sync.
 
-    ``write``: puts the weights into ``folder``, for engines that read them there. ``probe``: None where the engine and
-    the policy share their modules, so that there is nothing to check. ``sleeps``: the engine gives its memory back
-    while the policy learns.
+    ``copy``: updates the engine's modules, if they are not the policy's own. ``write``: writes the weights to
+    ``folder``, for engines that read them there. ``probe``: None if engine and policy share their modules, so that
+    there is nothing to check. ``sleeps``: the engine frees its memory during updates.
     """
 
     engine: Engine
@@ -58,12 +58,12 @@ class Sampler:
     folder: Path | None = None
     probe: WeightSyncCheck | None = None
     sleeps: bool = False
-    shared: bool = False  # one engine for all processes, which the first one brings up to date
+    shared: bool = False  # one engine for all processes, updated by the first
 
     async def sync(self, step: int) -> float | None:
-        """Give the engine the weights as they are now; returns the probe's difference, where there is one.
+        """Send the current weights to the engine; returns the probe's difference, if there is a probe.
 
-        All processes have to call it, while nothing is being sampled. Raises RunFailed and EngineDead.
+        A collective call for all processes, while nothing is being sampled. Raises RunFailed and EngineDead.
         """
         if self.copy is not None:
             self.copy()
@@ -82,7 +82,7 @@ class Sampler:
             await self.engine.reload(folder)
 
     async def check(self, step: int) -> float | None:
-        """The probe alone."""
+        """Run the probe only."""
         return None if self.probe is None else await self.probe.check(self.engine, step)
 
     async def rest(self) -> None:
@@ -97,7 +97,7 @@ class Sampler:
 async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Prompt) -> Sampler:
     """Start the rollout engine of ``recipe.rollout``; ``shown``: the probe's prompt.
 
-    Raises BadInput where vLLM is not installed or no server answers, RunFailed where the engine has other weights.
+    Raises BadInput if vLLM is not installed or no server answers, RunFailed if the engine has other weights.
     """
     rollout, model = recipe.rollout, parts.sampled
     separate = model is not parts.policy.model
@@ -108,14 +108,14 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
         return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.distributed, copy)
     engine: Engine = _vllm(recipe, parts) if rollout.engine == "vllm" else await _connected(recipe, parts)
     folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER
-    probing = DecoderPolicy(model)  # untempered, nothing barred: as vLLM reports log-probabilities
+    probing = DecoderPolicy(model)  # temperature 1, no banned ids: as in vLLM's log-probabilities
     on_cpu = next(model.parameters()).device.type == "cpu"
     tolerance = rollout.probe or (PROBE_EXACT if on_cpu else PROBE_BF16)
     probe = WeightSyncCheck(shown, parts.preparing.prepare(shown), probing, tolerance)
     write = partial(write_model, parts)
     sampler = Sampler(engine, parts.distributed, copy, write, folder, probe, rollout.sleep, rollout.engine != "vllm")
     try:
-        if sampler.shared:  # a server may have any weights of this architecture: those that an earlier run gave it
+        if sampler.shared:  # a server may hold other weights, from an earlier run
             await sampler.sync(0)
         else:
             await sampler.check(0)

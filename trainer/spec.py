@@ -14,5 +14,5 @@ TRAIN = StageSpec(
         "validation-questions": ("questions",),
         "model": (CHECKPOINT,),
     },
-    {CHECKPOINT: ""},  # the last checkpoint below it
+    {CHECKPOINT: ""},  # the last checkpoint in its folder
 )

@@ -1,4 +1,4 @@
-"""Metrics of a training step over its captions and its update, and the alarms that they raise."""
+"""Metrics of a training step (captions and update), and alarms on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .update import UpdateMetrics
 def step_metrics(
     groups: Sequence[Group], update: UpdateMetrics, rewards: Sequence[str], distributed: Distributed
 ) -> dict[str, Any]:
-    """Means over a step's captions of all processes, and the update's own metrics. ``rewards``: components' names."""
+    """Means over a step's captions of all processes, and the update's metrics. ``rewards``: names of components."""
     metrics = caption_metrics(groups, rewards).over(distributed)
     captions, scored = metrics.count("tokens_per_caption"), metrics.count("reward")
     means = {f"reward/{name}": metrics.mean(f"reward/{name}") for name in rewards}
@@ -30,13 +30,13 @@ def step_metrics(
         "unscored_share": 1 - scored / captions if captions else 1.0,
         "captions": captions,
         "captions_failed": int(metrics.total("captions_failed")),
-        "failure": next((reason for group in groups for reason in group.failures), None),  # of this process
+        "failure": next((reason for group in groups for reason in group.failures), None),  # in this process
         **asdict(update),
     }
 
 
 def caption_metrics(groups: Sequence[Group], rewards: Sequence[str]) -> Metrics:
-    """The metrics of this process's captions; a reward's count is of the captions that it could score."""
+    """Metrics of this process's captions; a reward's count is the number of captions that it scored."""
     per_caption = ("tokens_per_caption", "truncated", "repeating", "reward", "captions_failed")
     metrics = Metrics([*per_caption, *(f"reward/{name}" for name in rewards)])
     captions = [caption for group in groups for caption in group.completions]
@@ -53,9 +53,9 @@ def caption_metrics(groups: Sequence[Group], rewards: Sequence[str]) -> Metrics:
 
 
 def raised_alarm(metrics: dict[str, Any], config: AlarmConfig, counts: dict[str, int]) -> str | None:
-    """The alarm that has been raised ``patience`` steps in a row, in words; updates ``counts``.
+    """Message of an alarm raised ``patience`` steps in a row, if any; updates ``counts``.
 
-    A step without a single caption raises one at once: it taught nothing, and the next one would fail as well.
+    A step without any caption raises one at once: nothing was learned, and the next step would fail as well.
     """
     if metrics["captions_failed"] and not metrics["captions"]:
         reason = metrics["failure"] or "another process has the reasons"

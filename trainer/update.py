@@ -1,4 +1,4 @@
-"""One update of the policy from scored groups: advantages, loss, gradients, the optimizer's step."""
+"""Policy update from scored groups: advantages, loss, gradients, optimizer step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Reference = Callable[[Batch], Tensor]  # log-probabilities (tokens,) under the f
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """``limit``: the longest completion; ``budget``: packed columns in a micro-batch; ``kl``: beta of the KL term.
+    """``limit``: longest completion; ``budget``: packed columns in a micro-batch; ``kl``: beta of the KL term.
 
     ``critic``: advantages from a value head instead of ``baseline``. ``epochs`` passes over the groups, of
     ``minibatches`` optimizer steps each.
@@ -47,10 +47,10 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class UpdateMetrics:
-    """Metrics of an update over all processes. ``skipped``: why a step changed no weight, where one did not.
+    """Metrics of an update over all processes. ``skipped``: reason for a step that changed no weights.
 
-    ``mismatch``: mean of |log-probability when sampled - the policy's|, before it changed, over the tokens computed;
-    None where none was kept, or captions are sampled at another temperature than 1, which what was kept leaves out.
+    ``mismatch``: mean of |log-probability when sampled - the policy's|, before the update, over the tokens computed;
+    None if none was kept, or at a sampling temperature other than 1, which kept log-probabilities do not include.
     """
 
     loss: float
@@ -69,18 +69,18 @@ class UpdateMetrics:
 
 
 def assign_advantages(groups: Sequence[Group], config: UpdateConfig) -> None:
-    """Set each group's advantages from its rewards; an unscored completion, or a cut one where masked, gets 0."""
+    """Set each group's advantages from its rewards; 0 for unscored completions, and for truncated ones if masked."""
     for group in groups:
         group.advantages = advantages(scores_of(group, config), config.baseline).float()
 
 
 def is_tied(group: Group, config: UpdateConfig) -> bool:
-    """Whether no two scores of the group differ, so that it has no gradient."""
+    """Whether all scores of the group are equal, so that it has no gradient."""
     return tied(scores_of(group, config))
 
 
 def scores_of(group: Group, config: UpdateConfig) -> Tensor:
-    """Scores (completions,), float64; NaN where there is none, and for cut captions where these are masked."""
+    """Scores (completions,), float64; NaN for unscored captions, and for truncated ones if masked."""
     values = [
         float("nan")
         if reward.score is None or (config.mask_truncated and completion.finish_reason == "length")
@@ -91,7 +91,7 @@ def scores_of(group: Group, config: UpdateConfig) -> Tensor:
 
 
 def sampled_logps(group: Group) -> Tensor:
-    """Log-probabilities (tokens,) of a group's tokens when sampled. Raises ValueError where none were kept."""
+    """Log-probabilities (tokens,) of a group's tokens when sampled. Raises ValueError if none were kept."""
     rows = [completion.logprobs for completion in group.completions]
     if any(row is None for row in rows):
         raise ValueError(f"{group.key}: captions of older weights need the log-probabilities they were sampled with")
@@ -99,7 +99,7 @@ def sampled_logps(group: Group) -> Tensor:
 
 
 def sampling_gaps(groups: Sequence[Group], logp: Tensor) -> Tensor:
-    """|log-probability when sampled - ``logp``| of packed tokens, float64, of those tokens whose own was kept."""
+    """|log-probability when sampled - ``logp``| of packed tokens, float64; only tokens with a kept one."""
     rows = [
         completion.logprobs or (float("nan"),) * len(completion.token_ids)
         for group in groups
@@ -112,7 +112,7 @@ def sampling_gaps(groups: Sequence[Group], logp: Tensor) -> Tensor:
 
 @dataclass
 class RatioRange:
-    """The smallest and the largest probability ratio of a step's tokens, on this process."""
+    """Smallest and largest probability ratio of a step's tokens, in this process."""
 
     low: float = 1.0
     high: float = 1.0
@@ -123,7 +123,7 @@ class RatioRange:
 
 @dataclass(frozen=True)
 class Losses:
-    """A micro-batch's loss ``total`` with its graph; detached, the sums over its tokens that make it up.
+    """A micro-batch's loss ``total`` with its graph; the detached sums of its parts over tokens.
 
     ``logp``, ``old``: (tokens,), detached.
     """
@@ -137,10 +137,10 @@ class Losses:
 
 
 class Updater:
-    """Updates ``policy`` by ``optimizer``. ``reference``: the KL term's frozen policy, needed where ``kl`` is not 0.
+    """Updates ``policy`` with ``optimizer``. ``reference``: frozen policy of the KL term, required if ``kl`` is not 0.
 
-    On-policy, with one step per rollout, the sampling policy is the policy itself: its log-probabilities are those just
-    computed, detached, and no pass is spent on them (the ratio is 1 and its gradient exact).
+    On-policy, with one step per rollout, the sampling policy is the policy itself: its log-probabilities are the
+    detached ones of the same forward pass, at no extra cost (the ratio is 1 and its gradient exact).
     """
 
     def __init__(
@@ -157,14 +157,14 @@ class Updater:
             raise ValueError("advantages from a critic need a policy with a value head")
         self.policy, self.optimizer, self.config = policy, optimizer, config
         self._reference, self._distributed = reference, distributed
-        self._targets: dict[int, Targets] = {}  # by id of the group
-        self._off_policy = False  # older weights sampled the captions
-        self._smallest: Group | None = None  # of an update's groups, the cheapest to compute
+        self._targets: dict[int, Targets] = {}  # by id() of the group
+        self._off_policy = False  # captions were sampled with older weights
+        self._smallest: Group | None = None  # an update's cheapest group to compute
 
     def update(self, groups: Sequence[Group], off_policy: bool = False) -> UpdateMetrics:
-        """All optimizer steps on scored ``groups``; the metrics are the last step's, the mismatch the first one's.
+        """All optimizer steps on scored ``groups``. Returns the last step's metrics, with the first one's mismatch.
 
-        ``off_policy``: older weights sampled the captions, so the log-probabilities of sampling are the old ones.
+        ``off_policy``: captions were sampled with older weights, so their sampling log-probabilities are the old ones.
         """
         config = self.config
         assign_advantages(groups, config)
@@ -172,7 +172,7 @@ class Updater:
         self._smallest = min((group for group in groups if group.completions), key=Group.tokens, default=None)
         if config.epochs * config.minibatches > 1 or (config.critic is not None and config.critic.whiten):
             self._fix_targets(groups)
-        self.policy.train()  # gradient checkpointing and an adapter's dropout are on in training alone
+        self.policy.train()  # gradient checkpointing and an adapter's dropout are active in training mode only
         try:
             metrics = [self.step(minibatch) for minibatch in self._minibatches(groups)]
         finally:
@@ -180,10 +180,10 @@ class Updater:
         return replace(metrics[-1], mismatch=metrics[0].mismatch)
 
     def step(self, groups: Sequence[Group]) -> UpdateMetrics:
-        """One optimizer step on ``groups``, whose advantages are set.
+        """One optimizer step on ``groups`` with assigned advantages.
 
-        Groups without a gradient are not computed but count in the averages; with a KL term or a value head they have
-        one. A gradient that is not finite changes nothing and is reported.
+        Groups without a gradient are not computed but count in the averages; with a KL term or a value head every group
+        has one. A non-finite gradient changes nothing and is reported.
         """
         contributing = self._contributing(groups)
         counts = self._counts(groups, contributing).over(self._distributed)
@@ -222,7 +222,7 @@ class Updater:
         )
 
     def _minibatches(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
-        """All groups in every epoch, shuffled and split; in their own order where there is one step alone."""
+        """All groups in every epoch, shuffled and split; in their original order if there is only one step."""
         epochs, count = self.config.epochs, self.config.minibatches
         if epochs * count == 1:
             yield groups
@@ -233,7 +233,7 @@ class Updater:
                 yield [groups[index] for index in order[part::count]]
 
     def _contributing(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups that have a gradient."""
+        """Groups with a gradient."""
         always = bool(self.config.kl) or self.config.critic is not None
         return [group for group in groups if group.completions and (always or bool(group.advantages.any()))]
 
@@ -254,7 +254,7 @@ class Updater:
     def _micro_batches(self, groups: list[Group]) -> list[tuple[list[Group], float]]:
         """Micro-batches, each with its weight in the step.
 
-        Processes that share sharded weights must compute equally often; who has less to do repeats a group at weight 0.
+        With sharded weights all processes must run equally many passes; one with fewer repeats a group at weight 0.
         """
         batches = [(batch, 1.0) for batch in micro_batches(groups, self.config.budget)]
         if not self._distributed.sharded:
@@ -265,7 +265,7 @@ class Updater:
         return batches + [([self._smallest], 0.0)] * missing if self._smallest else batches
 
     def _losses(self, groups: list[Group], totals: Totals) -> Losses:
-        """The policy's loss on a micro-batch, plus its divergence, plus its values' loss, minus its entropy."""
+        """Loss of a micro-batch: policy loss, plus KL term, plus value loss, minus entropy bonus."""
         config, policy_loss = self.config, find_loss(self.config.loss)
         batch = pack(groups, self.policy.device)
         scores = self.policy(batch)
@@ -288,7 +288,7 @@ class Updater:
         return Losses(total, scores.entropy.detach().sum(), kl, value_loss, scores.logp.detach(), targets.old)
 
     def _record(self, losses: Losses, groups: list[Group], weight: float, metrics: Metrics, ratios: RatioRange) -> None:
-        """Add a micro-batch to the metrics, after its backward pass, as reading a GPU's numbers waits for it."""
+        """Add a micro-batch to the metrics, after its backward pass, since reading values from a GPU synchronises."""
         ratios.include((losses.logp - losses.old).exp())
         tokens = weight * len(losses.logp)
         metrics.add("loss", weight * float(losses.total.detach()))
@@ -310,7 +310,7 @@ class Updater:
             whitened(all_targets, self._distributed.sum(moments(all_targets)))
 
     def _targets_for(self, groups: list[Group], scores: Scores) -> Targets:
-        """The packed groups' targets: those fixed before the first step, else from this forward pass itself."""
+        """Targets of the packed groups: fixed before the first step, else from this forward pass."""
         if self._targets:
             targets = [self._targets[id(group)] for group in groups]
         else:
@@ -319,7 +319,7 @@ class Updater:
         return Targets(*(torch.cat([getattr(target, name) for target in targets]) for name in names))
 
     def _group_targets(self, groups: list[Group], scores: Scores) -> list[Targets]:
-        """The targets of each of the packed groups by a forward pass of the policy."""
+        """Targets of each packed group from a forward pass of the policy."""
         sizes = [group.tokens() for group in groups]
         logps = scores.logp.detach()
         values = torch.zeros_like(logps) if scores.values is None else scores.values.detach()
@@ -336,7 +336,7 @@ class Updater:
         return Targets(logp, values, per_token, values, torch.ones_like(values))
 
     def _clip_gradients(self) -> float:
-        """Clip the gradients in place; returns their norm before that."""
+        """Clip the gradients in place; returns their norm before clipping."""
         weights = [weight for weight in self.policy.parameters() if weight.grad is not None]
         if not weights:
             return 0.0

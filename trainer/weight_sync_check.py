@@ -1,8 +1,8 @@
-"""Check of an engine's weights: the only proof is the log-probabilities that it gives its own tokens.
+"""Check of an engine's weights by the log-probabilities of its own tokens, the only proof.
 
-vLLM has been seen to report a finished reload and to answer with neither the old nor the new weights, and a cache that
-was computed with old weights is as silent. So after every change the engine writes a short text, and the policy scores
-its tokens.
+vLLM was observed to report a finished reload while using neither the old nor the new weights, and a stale cache from
+old weights raises no error either. So after every sync the engine generates a short text, and the policy scores its
+tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .policy.batch import Group, pack
 from .policy.decoder import DecoderPolicy
 
 TOKENS = 32
-HEAT = 1.5  # unlikely tokens tell weights apart better than those that any weights are sure of
+HEAT = 1.5  # temperature: unlikely tokens distinguish weights better than those that any weights predict
 
 
 @dataclass(frozen=True)
 class WeightSyncCheck:
-    """``policy``: without temperature or barred ids, as engines report log-probabilities. ``tolerance``: mean nats."""
+    """``policy``: without temperature or banned ids, as in engines' log-probabilities. ``tolerance``: mean nats."""
 
     prompt: Prompt
     prepared: PreparedPrompt
@@ -31,11 +31,11 @@ class WeightSyncCheck:
     tolerance: float
 
     async def check(self, engine: Engine, seed: int) -> float:
-        """The mean difference of log-probabilities. Raises RunFailed where it is above the tolerance."""
+        """Mean difference of log-probabilities. Raises RunFailed above the tolerance."""
         sampling = Sampling(HEAT, 1.0, TOKENS, seed)
         written = await engine.generate(GenerationRequest(self.prompt, sampling, logprobs=True))
         difference = self.difference(written)
-        if not difference <= self.tolerance:  # NaN is none
+        if not difference <= self.tolerance:  # NaN fails, too
             raise RunFailed(
                 f"the rollout engine has other weights than the policy, or kept caches of older ones: "
                 f"log-probabilities of a probe differ by {difference:.2g} on average, by at most {self.tolerance:.2g} "
@@ -47,8 +47,8 @@ class WeightSyncCheck:
     def difference(self, written: Completion) -> float:
         """Mean absolute difference, in nats, of the engine's and the policy's log-probabilities of the same tokens.
 
-        The text is packed behind itself, as captions of a group are, and the worse of the two counts: a layer that
-        lets one leak into the next shows in the second alone.
+        The text is packed twice, like the captions of a group, and the worse copy counts: a layer that leaks from one
+        caption into the next shows in the second copy only.
         """
         assert written.logprobs is not None
         group = Group("probe", "probe", self.prepared, [written, written])

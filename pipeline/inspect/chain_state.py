@@ -1,7 +1,7 @@
-"""The state of a chain: ``chain.json`` in its folder, written by `capipe run`, read by status, report and viewer.
+"""State of a chain: ``chain.json`` in its folder, written by `capipe run`, read by status, report and viewer.
 
-The file is replaced whole at every change of state, so a reader never sees half of one. Folders in it are relative to
-the chain's own, which may be moved.
+The file is replaced atomically at every change of state. Folders in it are relative to the chain's folder, which may be
+moved.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ WAITING, RUNNING, DONE, FAILED, STOPPED = STATES = ("waiting", "running", "done"
 
 @dataclass
 class StageState:
-    """One stage of a chain. ``name`` is the recipe's, ``stage`` the command.
+    """One stage of a chain. ``name``: its name in the recipe; ``stage``: its command.
 
-    ``inputs``: role -> name of the stage it comes from, several separated by commas. ``artifacts``: folders that hold
-    capipe artifacts, the main one last. ``digest``: of command, configuration and its inputs' digests. ``seconds``: it
-    has run so far, None where that is not known (a kill).
-    Only `capipe run` needs the rest. ``begun``: digests by part of what its folder was begun with. ``product``: what
-    its output was when it was done, None until then. ``measured``: rows and seconds of its last whole run.
+    ``inputs``: role -> name of the stage that produces it, several separated by commas. ``artifacts``: folders that
+    hold capipe artifacts, the main one last. ``digest``: hash of command, configuration and its inputs' digests.
+    ``seconds``: run time so far; None if unknown (after a kill).
+    The rest is for `capipe run` only. ``begun``: digests, by part, of the settings its folder was begun with.
+    ``product``: digest of its finished output, None until then. ``measured``: rows and seconds of its last whole run.
     """
 
     name: str
@@ -53,7 +53,7 @@ class StageState:
 
 @dataclass
 class ChainState:
-    """A whole chain, each stage after its inputs. ``made``: folders it has created."""
+    """A whole chain; each stage comes after its inputs. ``made``: folders that it created."""
 
     recipe: str
     started: str
@@ -66,12 +66,12 @@ class ChainState:
 
 
 def now() -> str:
-    """The time as it stands in the file: UTC, to the second."""
+    """Current time in the file's format: UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def load_chain(folder: Path) -> ChainState | None:
-    """The state of the chain in ``folder``, None where there is none. Raises BadInput where the file is damaged."""
+    """State of the chain in ``folder``; None without one. Raises BadInput if the file is damaged."""
     file = folder / FILE
     try:
         loaded = bounded_json.load(file)
@@ -80,8 +80,8 @@ def load_chain(folder: Path) -> ChainState | None:
     except (OSError, ValueError) as error:
         raise _damaged(file, str(error)) from None
     if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
-        found = loaded.get("format") if isinstance(loaded, dict) else type(loaded).__name__
-        raise _damaged(file, f"format {FORMAT} is known here, this is {found}")
+        version = loaded.get("format") if isinstance(loaded, dict) else type(loaded).__name__
+        raise _damaged(file, f"format {FORMAT} is known here, this is {version}")
     try:
         stages = [StageState(**_known(StageState, stage)) for stage in loaded["stages"]]
         state = ChainState(**{**_known(ChainState, loaded), "stages": stages})
@@ -97,7 +97,7 @@ def load_chain(folder: Path) -> ChainState | None:
 
 
 def save_chain(folder: Path, state: ChainState) -> None:
-    """Replace the file in one step that survives a power cut."""
+    """Replace the file atomically and durably (fsync)."""
     state.updated = now()
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, **redacted_data(asdict(state))}, indent=1, ensure_ascii=False)
@@ -105,21 +105,21 @@ def save_chain(folder: Path, state: ChainState) -> None:
 
 
 def _check(state: ChainState) -> None:
-    """Raise TypeError where something is of another type than it is written with, ValueError where a folder lies
-    outside of the chain's."""
+    """Validate a loaded state. Raises TypeError for a value of the wrong type, ValueError for a folder outside the
+    chain's."""
     texts = [state.recipe, state.started, state.updated]
     for stage in state.stages:
         texts += [stage.name, stage.stage, *stage.arguments, *stage.inputs.values(), stage.digest, stage.state]
-    folders = [*state.made, *(each for stage in state.stages for each in (stage.out, *stage.artifacts))]
-    if not all(isinstance(each, str) for each in (*texts, *folders)):
+    folders = [*state.made, *(folder for stage in state.stages for folder in (stage.out, *stage.artifacts))]
+    if not all(isinstance(text, str) for text in (*texts, *folders)):
         raise TypeError("a name or a time is no text")
-    for each in folders:
-        checked_name(str(PurePosixPath(each)))  # a recipe may have ./NAME/
+    for folder in folders:
+        checked_name(str(PurePosixPath(folder)))  # a recipe may have ./NAME/
 
 
 def _known(kind: type[Any], loaded: dict[str, Any]) -> dict[str, Any]:
-    """A later version may write more keys than this one reads."""
-    names = {each.name for each in fields(kind)}
+    """The keys that this version knows; a later version may write more."""
+    names = {known.name for known in fields(kind)}
     return {key: value for key, value in loaded.items() if key in names}
 
 

@@ -1,6 +1,6 @@
 """Artifacts, training runs, evaluations and the chain of a folder, for status, report and viewer.
 
-Nothing is locked or written. Whatever is damaged, or vanishes meanwhile, is listed with the reason.
+Nothing is locked or written. Parts that are damaged, or vanish meanwhile, are listed with the reason.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ...stages.export.provenance import inputs
 from . import chain_state
 from .chain_state import ChainState, load_chain
 
-DEPTH = 6  # of folders that are searched
+DEPTH = 6  # maximum depth of the search
 RUN, EVALUATION = "run.json", "report.json"
 HERE = "."  # the name of the folder itself
 
 
 @dataclass
 class Found:
-    """Everything by its name: the path below ``root``, with ``/``; ``.`` is ``root`` itself.
+    """Contents of a folder, by name: the path below ``root``, with ``/``; ``.`` is ``root`` itself.
 
     ``artifacts`` come after their inputs. ``damaged``: reasons by name.
     """
@@ -41,76 +41,76 @@ class Found:
         return not (self.artifacts or self.runs or self.evaluations or self.chain or self.damaged)
 
     def of_fingerprint(self, fingerprint: object) -> str | None:
-        """The name of the artifact with that fingerprint."""
-        return next((name for name, each in self.artifacts.items() if each.fingerprint == fingerprint), None)
+        """Name of the artifact with this fingerprint."""
+        return next((name for name, artifact in self.artifacts.items() if artifact.fingerprint == fingerprint), None)
 
     def parents(self, name: str) -> dict[str, str]:
-        """The input artifacts of one, by role."""
+        """Input artifacts of an artifact, by role."""
         read = inputs(self.artifacts[name].config)
         asked = ((role, self.of_fingerprint(mark) if mark else self._holding(url)) for role, url, mark in read)
         return {role: parent for role, parent in asked if parent is not None and parent != name}
 
     def _holding(self, url: str) -> str | None:
-        """The artifact whose folder holds the tars of ``url``."""
+        """Artifact whose folder holds the tars of ``url``."""
         folder = os.path.realpath(url.rpartition("/")[0])
         return next((name for name in self.artifacts if os.path.realpath(self.root / name) == folder), None)
 
 
 def find(root: Path) -> Found:
-    """Search ``root`` without following links. Raises BadInput where it holds nothing of capipe."""
+    """Search ``root`` without following links. Raises BadInput if it holds nothing of capipe."""
     if not root.is_dir():
         raise BadInput(f"{root}: no such folder; give one with artifacts of capipe in it")
-    found = Found(root)
+    contents = Found(root)
     for name, folder in _folders(root, HERE, DEPTH):
-        _look(found, name, folder)
+        _look(contents, name, folder)
     try:
-        found.chain = load_chain(root)
+        contents.chain = load_chain(root)
     except CapipeError as error:
-        found.damaged[chain_state.FILE] = str(error)
-    if found.empty:
+        contents.damaged[chain_state.FILE] = str(error)
+    if contents.empty:
         raise BadInput(f"{root}: no artifact, training run or chain of capipe in it; check the path")
-    found.artifacts = _ordered(found)
-    return found
+    contents.artifacts = _ordered(contents)
+    return contents
 
 
 def _folders(folder: Path, name: str, depth: int) -> Iterator[tuple[str, Path]]:
-    """The folder and those below it, but none inside an artifact or a run."""
+    """The folder and its subfolders, except those inside an artifact or a run."""
     yield name, folder
     if depth == 0 or (folder / CONFIG).exists() or (folder / RUN).exists():
         return
     try:
         with os.scandir(folder) as entries:
-            names = sorted(each.name for each in entries if each.is_dir(follow_symlinks=False))
+            names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
     except OSError:
         return
-    for each in names:
-        if each != PRIVATE and not each.startswith("."):
-            yield from _folders(folder / each, each if name == HERE else f"{name}/{each}", depth - 1)
+    for child in names:
+        if child != PRIVATE and not child.startswith("."):
+            yield from _folders(folder / child, child if name == HERE else f"{name}/{child}", depth - 1)
 
 
-def _look(found: Found, name: str, folder: Path) -> None:
+def _look(contents: Found, name: str, folder: Path) -> None:
     if (folder / CONFIG).exists():
         try:
-            found.artifacts[name] = Artifact.open(str(folder))
+            contents.artifacts[name] = Artifact.open(str(folder))
         except (CapipeError, OSError) as error:
-            found.damaged[name] = str(error)
+            contents.damaged[name] = str(error)
     if (folder / RUN).is_file():
-        found.runs[name] = folder
+        contents.runs[name] = folder
     if (folder / EVALUATION).is_file():
-        found.evaluations[name] = folder
+        contents.evaluations[name] = folder
 
 
-def _ordered(found: Found) -> dict[str, Artifact]:
-    """Inputs first; of those that do not depend on each other, the older first."""
-    names = sorted(found.artifacts, key=lambda name: (found.artifacts[name].created, name))
+def _ordered(contents: Found) -> dict[str, Artifact]:
+    """Artifacts in topological order, inputs first; independent ones by age, oldest first."""
+    names = sorted(contents.artifacts, key=lambda name: (contents.artifacts[name].created, name))
     ordered: dict[str, Artifact] = {}
 
     def take(name: str, above: tuple[str, ...]) -> None:
         if name in ordered or name in above:
             return
-        for parent in found.parents(name).values():
+        for parent in contents.parents(name).values():
             take(parent, (*above, name))
-        ordered[name] = found.artifacts[name]
+        ordered[name] = contents.artifacts[name]
 
     for name in names:
         take(name, ())

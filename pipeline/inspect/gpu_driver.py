@@ -1,4 +1,4 @@
-"""What the GPU driver of this machine says: its version, the CUDA it supports, and each GPU's memory."""
+"""Query of this machine's GPU driver: version, supported CUDA, memory of each GPU."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import subprocess
 from dataclasses import dataclass
 
 QUERY = ("--query-gpu=index,name,driver_version,memory.free,memory.total", "--format=csv,noheader,nounits")
-SECONDS = 20.0  # a driver that hangs is one more thing to be told of
+SECONDS = 20.0  # timeout of nvidia-smi: a hanging driver is reported, too
 MIB, GIB = 1 << 20, 1 << 30
-#: CUDA that `capipe[vllm]` resolves to (its wheels of torch and vLLM), and the first driver for it.
+#: CUDA version of the torch and vLLM wheels of `capipe[vllm]`, and the first driver that supports it.
 WHEELS_CUDA, WHEELS_DRIVER = (13, 0), "580"
 CUDA_12_DRIVER = "525"
-LEAST_FREE = 0.9  # of a GPU's memory, which is what vLLM asks for by default
+LEAST_FREE = 0.9  # of a GPU's memory: vLLM's default request
 
 Version = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``free``, ``total``: bytes; None where the driver does not tell (memory shared with the CPU)."""
+    """``free``, ``total``: bytes; None if the driver does not report them (memory shared with the CPU)."""
 
     index: int
     name: str
@@ -30,7 +30,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Driver:
-    """``cuda``: the newest CUDA that it supports."""
+    """``cuda``: newest supported CUDA version."""
 
     version: str
     cuda: Version | None
@@ -38,7 +38,7 @@ class Driver:
 
 
 def found_driver() -> Driver | str | None:
-    """The driver by NVML where that is installed, else by nvidia-smi; why it does not answer; None without one."""
+    """Query the driver by NVML if installed, else by nvidia-smi; its error text if it fails; None without a driver."""
     by_library = _by_nvml()
     if by_library is not None:
         return by_library
@@ -58,7 +58,7 @@ def _output(*arguments: str) -> str:
 
 
 def parse_smi(query: str, banner: str) -> Driver | None:
-    """From what `nvidia-smi` prints for :data:`QUERY` and without arguments; None where it lists no GPU."""
+    """Parse the output of `nvidia-smi` for :data:`QUERY` and without arguments; None if it lists no GPU."""
     rows = [[cell.strip() for cell in line.split(",")] for line in query.splitlines() if line.count(",") >= 4]
     if not rows:
         return None
@@ -108,10 +108,10 @@ def _text(value: str | bytes) -> str:
 
 
 def unfit(driver: Driver, torch_cuda: str | None) -> str | None:
-    """Why the wheels that are installed cannot use the driver, and the way out; None where they can.
+    """Reason that the installed wheels cannot use the driver, with the fix; None if they can.
 
-    ``torch_cuda``: the CUDA that the installed torch was built for, None for a CPU build. Within one major version any
-    driver will do, later minor versions' features apart.
+    ``torch_cuda``: CUDA version of the installed torch, None for a CPU build. Within one major version any driver
+    works, except for features of later minor versions.
     """
     needed = WHEELS_CUDA if torch_cuda is None else _version(torch_cuda)
     late = driver.cuda is not None and driver.cuda[0] < needed[0]
@@ -132,14 +132,14 @@ def _version(text: str) -> Version:
 
 
 def memory_line(gpu: Gpu) -> str:
-    """A GPU in words: its name and how much of its memory is free."""
+    """One-line description of a GPU: name and free memory."""
     if gpu.free is None or gpu.total is None:
         return f"{gpu.name}, memory not told"
     return f"{gpu.name}, {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free"
 
 
 def taken(gpu: Gpu) -> str | None:
-    """What to do about memory that something else holds; None where vLLM would have what it asks for."""
+    """Advice on memory held by other processes; None if vLLM's default request fits."""
     if gpu.free is None or gpu.total is None or gpu.free >= LEAST_FREE * gpu.total:
         return None
     share = int(100 * gpu.free / gpu.total) / 100

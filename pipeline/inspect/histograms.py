@@ -1,4 +1,4 @@
-"""Distributions of score columns, for new and original captions, with the thresholds they are compared with."""
+"""Histograms of score columns for new and original captions, with the selection's thresholds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SERIES = {"re": "new captions", "org": "original captions"}
 
 @dataclass(frozen=True)
 class Histogram:
-    """Rows by a score. ``edges``: :data:`BINS` + 1 of them; ``counts``: by series, ``""`` where a column has none;
-    ``bounds``: the thresholds, each with its series."""
+    """Histogram of a score. ``edges``: :data:`BINS` + 1 bin edges; ``counts``: by series, ``""`` for a column without
+    series; ``bounds``: thresholds, each with its series."""
 
     name: str
     edges: npt.NDArray[np.float64]
@@ -33,35 +33,35 @@ def histograms(
     bounds: Sequence[tuple[str, float]],
     shards: Sequence[str] | None = None,
 ) -> list[Histogram]:
-    """Of each named score that any row has. ``names`` without prefix; ``bounds`` by whole column names.
+    """Histograms of the named scores that any row has. ``names``: without prefix; ``bounds``: by full column names.
 
-    Two passes over these columns, a shard at a time: one for the range, one for the counts. ``shards``: only these.
+    Two passes over these columns, a shard at a time: one for the range, one for the counts. ``shards``: limit to these.
     """
     shards = list(artifact.committed()) if shards is None else shards
     ranges = _ranges(artifact, shards, [column for name in names for column in _columns(name).values()])
-    found = []
+    result = []
     for name in names:
         columns = {key: column for key, column in _columns(name).items() if column in ranges}
         if columns:
             edges = _edges([ranges[column] for column in columns.values()])
             held = tuple((key, bound) for key, column in columns.items() for named, bound in bounds if named == column)
-            found.append(Histogram(name, edges, {key: np.zeros(BINS, np.int64) for key in columns}, held))
+            result.append(Histogram(name, edges, {key: np.zeros(BINS, np.int64) for key in columns}, held))
     for column, values in _values(artifact, shards, list(ranges)):
-        for each in found:
-            for key, counts in each.counts.items():
-                if _columns(each.name)[key] == column:
-                    counts += np.histogram(values, each.edges)[0]
-    return found
+        for histogram in result:
+            for key, counts in histogram.counts.items():
+                if _columns(histogram.name)[key] == column:
+                    counts += np.histogram(values, histogram.edges)[0]
+    return result
 
 
 def _columns(name: str) -> dict[str, str]:
-    """The columns of a score by series."""
-    found = {prefix: f"{prefix}_{name}" for prefix in SERIES if f"{prefix}_{name}" in SELECT.names}
-    return found or {"": name}
+    """Columns of a score, by series."""
+    by_series = {prefix: f"{prefix}_{name}" for prefix in SERIES if f"{prefix}_{name}" in SELECT.names}
+    return by_series or {"": name}
 
 
 def _ranges(artifact: Artifact, shards: Sequence[str], columns: list[str]) -> dict[str, tuple[float, float]]:
-    """Least and greatest value of each column that has any."""
+    """Minimum and maximum of each column that has values."""
     ranges: dict[str, tuple[float, float]] = {}
     for column, values in _values(artifact, shards, columns):
         if len(values):
@@ -73,7 +73,7 @@ def _ranges(artifact: Artifact, shards: Sequence[str], columns: list[str]) -> di
 def _values(
     artifact: Artifact, shards: Sequence[str], columns: list[str]
 ) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
-    """The finite values of columns, shard by shard."""
+    """Finite values of columns, shard by shard."""
     for shard in shards:
         parquet = artifact.parquet(shard)
         known = [column for column in columns if column in parquet.schema_arrow.names]
@@ -84,6 +84,6 @@ def _values(
 
 
 def _edges(ranges: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
-    """Bins over all of the ranges; series that are drawn together have the same."""
+    """Bin edges over all ranges; series plotted together share them."""
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     return np.linspace(low, high, BINS + 1) if low < high else np.linspace(low - 0.5, high + 0.5, BINS + 1)

@@ -1,4 +1,4 @@
-"""Single images out of tars, without reading the rest; small copies of images."""
+"""Random access to single images in tars; thumbnails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 
 
 class Cache(Generic[Key, Value]):
-    """A least-recently-used cache of ``budget`` by ``weigh``; safe to share between threads."""
+    """LRU cache, limited to ``budget`` as measured by ``weigh``; thread-safe."""
 
     def __init__(self, budget: int, weigh: Callable[[Value], int] = lambda _: 1) -> None:
         self._budget, self._weigh, self._weight = budget, weigh, 0
@@ -56,7 +56,7 @@ class Cache(Generic[Key, Value]):
 
 
 class TarImages:
-    """The images of one tar by key. Headers are read only as far as needed, other members' data never."""
+    """Images of one tar, by key. Headers are read only as far as needed, other members' data never."""
 
     def __init__(self, open_tar: Callable[[], BinaryIO]) -> None:
         self._open, self._lock = open_tar, threading.Lock()
@@ -64,14 +64,14 @@ class TarImages:
         self._places: dict[str, tuple[int, int]] = {}
 
     def read(self, key: str) -> bytes | None:
-        """An image's bytes, None where the tar has no sound image of that key. Raises OSError."""
-        place = self._find(key)
-        if place is None:
+        """Bytes of an image; None if the tar has no sound image of this key. Raises OSError."""
+        extent = self._find(key)
+        if extent is None:
             return None
         with plain(self._open()) as stream:
-            stream.seek(place[0])
-            data = stream.read(place[1])
-        return data if len(data) == place[1] else None
+            stream.seek(extent[0])
+            data = stream.read(extent[1])
+        return data if len(data) == extent[1] else None
 
     def _find(self, key: str) -> tuple[int, int] | None:
         with self._lock:
@@ -88,7 +88,7 @@ class TarImages:
 class RowImages:
     """Images of artifacts' rows, from any tar that may hold them and that ``allowed`` permits.
 
-    ``refused``: reasons for images that were left out, each once.
+    ``refused``: distinct reasons for images that were left out.
     """
 
     def __init__(self, allowed: Allowed) -> None:
@@ -97,10 +97,10 @@ class RowImages:
         self._lock = threading.Lock()
         self.refused: list[str] = []
 
-    def of(self, join: ShardJoin, place: ShardName, row: Mapping[str, Any]) -> bytes | None:
-        """The image of a row (``key``, and of final shards ``source_shard``, ``source_key``); None without one."""
-        tars = [(tar, str(row["key"])) for tar in join.tars(place)]
-        selected = join.selected_from(place)
+    def of(self, join: ShardJoin, shard_name: ShardName, row: Mapping[str, Any]) -> bytes | None:
+        """Image of a row (``key``; in final shards also ``source_shard``, ``source_key``); None without one."""
+        tars = [(tar, str(row["key"])) for tar in join.tars(shard_name)]
+        selected = join.selected_from(shard_name)
         if selected is not None and row.get("source_shard") is not None:
             tars += [(tar, str(row["source_key"])) for tar in join.sources(selected, str(row["source_shard"]))]
         reason = None
@@ -121,10 +121,10 @@ class RowImages:
             self.refused.append(reason)
         return None
 
-    def refusal(self, join: ShardJoin, place: ShardName) -> str | None:
-        """Why the images of a shard are not shown, if no tar of theirs may be read; opens nothing."""
+    def refusal(self, join: ShardJoin, shard_name: ShardName) -> str | None:
+        """Reason for not showing a shard's images, if none of their tars may be read; opens nothing."""
         reason = None
-        for tar in join.tars(place):
+        for tar in join.tars(shard_name):
             try:
                 location = self._allowed.place(tar.location)
             except Refused as error:
@@ -135,8 +135,8 @@ class RowImages:
         return None if self._allowed.named else reason
 
     def _read(self, location: str, key: str, size: int | None = None) -> bytes | None:
-        """An image; None where it is not there, or the tar is not of ``size``. Raises Refused for a tar of no file, and
-        for one of a store that cannot be reached."""
+        """An image; None if it is missing, or the tar's size is not ``size``. Raises Refused for a tar that is not a
+        regular file, or in an unreachable store."""
         try:
             tar = self._tar(location, size)
             return None if tar is None else tar.read(key)
@@ -146,7 +146,7 @@ class RowImages:
             problem = read_problem(error)
             if problem is None and not isinstance(error, CapipeError):
                 raise
-            # fsspec calls a server that does not answer a missing file, too; where one was only tried, it may be none
+            # fsspec also reports an unreachable server as a missing file; at a guessed location it may be just that
             tried = isinstance(error, FileNotFoundError) and size is not None
             missing = problem is not None and problem.status is Status.MISSING
             if is_url(location) and not tried and not missing:
@@ -168,7 +168,7 @@ class RowImages:
 
 
 def refusals(refused: Sequence[str]) -> str | None:
-    """What :attr:`RowImages.refused` lists, in one line."""
+    """One-line summary of :attr:`RowImages.refused`."""
     if not refused:
         return None
     more = f" (and {len(refused) - 1} more such places)" if len(refused) > 1 else ""
@@ -176,7 +176,7 @@ def refusals(refused: Sequence[str]) -> str | None:
 
 
 def small_jpeg(data: bytes, side: int, quality: int = 80) -> bytes | None:
-    """A JPEG of at most ``side`` x ``side`` pixels; None where the image cannot be decoded."""
+    """JPEG thumbnail of at most ``side`` x ``side`` pixels; None if the image cannot be decoded."""
     whole = thumbnail(data, LIMITS, side)
     if isinstance(whole, ImageProblem):
         return None

@@ -1,7 +1,7 @@
-"""Shards of different artifacts joined by their images, row by row.
+"""Row-by-row join of different artifacts' shards with the same images.
 
-A sidecar's manifest names the input tar of each of its shards by hash, so artifacts that were moved together still
-join, and one with other input bytes never does.
+A sidecar's manifest records the hash of each shard's input tar, so artifacts that were moved together still join, and
+an artifact with different input bytes never does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..specs import artifact_spec
 
 @dataclass(frozen=True)
 class ShardName:
-    """A shard of an artifact, by their names."""
+    """A shard of an artifact, by name."""
 
     artifact: str
     shard: str
@@ -30,9 +30,9 @@ class ShardName:
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar that may hold a shard's images: path or URL, and how many bytes it has where that is known.
+    """A tar that may hold a shard's images: path or URL, and size in bytes if known.
 
-    ``named``: by a manifest, so that it may be anywhere; else it lies in the folder of an artifact that was found.
+    ``named``: a manifest names it, so it may be anywhere; else it lies in the folder of a known artifact.
     """
 
     location: str
@@ -60,8 +60,8 @@ class ShardJoin:
                 self.damaged[name] = str(error)
         self._fingerprints = {self.artifacts[name].fingerprint: name for name in self.records}
         self._tars: dict[str, ShardName] = {}
-        # Roots first: an export's tar may be the very tar of the selection that it copied.
-        for name, shard, record in sorted(self._all(), key=lambda each: not self._spec(each[0]).own_rows):
+        # Roots first: an export's tar may be identical to the tar of the selection that it copied.
+        for name, shard, record in sorted(self._all(), key=lambda item: not self._spec(item[0]).own_rows):
             if f"{shard}.tar" in record.files:
                 self._tars.setdefault(str(record.files[f"{shard}.tar"]["sha256"]), ShardName(name, shard))
         self._same: dict[str, list[ShardName]] = defaultdict(list)
@@ -78,15 +78,15 @@ class ShardJoin:
         return self.records[shard_name.artifact][shard_name.shard]
 
     def identity(self, shard_name: ShardName, _depth: int = 8) -> str:
-        """The hash of the tar with a shard's rows; a unique name where that cannot be traced."""
+        """Hash of the tar with a shard's rows; a unique name if it cannot be traced."""
         record, artifact = self.record(shard_name), self.artifacts[shard_name.artifact]
         own = record.files.get(f"{shard_name.shard}.tar")
-        if self._spec(shard_name.artifact).own_rows or "shards" in record.input:  # an export's that is cut otherwise
+        if self._spec(shard_name.artifact).own_rows or "shards" in record.input:  # an export with other shard bounds
             return str(own["sha256"]) if own else f"{artifact.fingerprint}/{shard_name.shard}"
         digest = str(record.input.get("digest"))
         source = self._tars.get(digest)
         if source is None and "url" in record.input:
-            return digest  # tars of another tool, or an artifact that is elsewhere
+            return digest  # tars of another tool, or an artifact in another folder
         if source is None:
             parent = self._fingerprints.get(str(artifact.config["semantic"].get("input")))
             if parent is not None and shard_name.shard in self.records[parent]:
@@ -96,16 +96,16 @@ class ShardJoin:
         return self.identity(source, _depth - 1)
 
     def beside(self, shard_name: ShardName) -> list[ShardName]:
-        """The shards of other artifacts with as many rows of the same images."""
+        """Shards of other artifacts with the same images and number of rows."""
         count = self.record(shard_name).count
         others = self._same[self.identity(shard_name)]
-        return [each for each in others if each != shard_name and self.record(each).count == count]
+        return [other for other in others if other != shard_name and self.record(other).count == count]
 
     def tars(self, shard_name: ShardName) -> Iterator[Tar]:
-        """Tars that may hold a shard's images, the likeliest first."""
-        for each in (shard_name, *self.beside(shard_name)):
-            if f"{each.shard}.tar" in self.record(each).files:
-                yield self._own(each)
+        """Tars that may hold a shard's images, most likely first."""
+        for holder in (shard_name, *self.beside(shard_name)):
+            if f"{holder.shard}.tar" in self.record(holder).files:
+                yield self._own(holder)
         yield from _named(self.record(shard_name).input)
         if self._spec(shard_name.artifact).copies:  # under the same keys
             for source in self._inputs(shard_name):
@@ -118,14 +118,14 @@ class ShardJoin:
 
     def sources(self, shard_name: ShardName, shard: str) -> Iterator[Tar]:
         """Source tars of a selected shard's rows, by ``source_shard``, including filtered rows."""
-        for each in self._inputs(shard_name):
-            if each.get("name") == shard:
-                yield from self._tars_of(each)
+        for source in self._inputs(shard_name):
+            if source.get("name") == shard:
+                yield from self._tars_of(source)
 
     def _inputs(self, shard_name: ShardName) -> Iterator[Mapping[str, Any]]:
-        """The input shards of one that was made of several, or of parts of one."""
+        """Input shards of a shard made from several, or from parts of one."""
         listed = self.record(shard_name).input.get("shards")
-        yield from (each for each in (listed if isinstance(listed, list) else []) if isinstance(each, Mapping))
+        yield from (entry for entry in (listed if isinstance(listed, list) else []) if isinstance(entry, Mapping))
 
     def _tars_of(self, source: Mapping[str, Any]) -> Iterator[Tar]:
         known = self._tars.get(str(source.get("digest")))
@@ -134,15 +134,15 @@ class ShardJoin:
         yield from _named(source)
 
     def selected_from(self, shard_name: ShardName) -> ShardName | None:
-        """The select shard that an export copied, itself where it is one, else None."""
+        """The select shard that an export copied; the shard itself if it is one; else None."""
         if self._spec(shard_name.artifact).source_key is not None:
             return shard_name
         beside = self.beside(shard_name)
-        return next((each for each in beside if self._spec(each.artifact).source_key is not None), None)
+        return next((other for other in beside if self._spec(other.artifact).source_key is not None), None)
 
 
 def _named(source: Mapping[str, Any]) -> Iterator[Tar]:
-    """The input tar that a manifest names."""
+    """Input tar named by a manifest."""
     url, size = source.get("url"), source.get("bytes")
     if isinstance(url, str) and tar_stem(url) is not None:
         yield Tar(url, size if isinstance(size, int) else None, named=True)

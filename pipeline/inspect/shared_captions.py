@@ -1,7 +1,7 @@
-"""Captions that many images share, word for word: signs of a gateway's cache, or of a model without the image.
+"""Identical captions of many images: a sign of a gateway's cache, or of a model that does not see the image.
 
-Counted by digests, in one pass and in bounded memory; of too many digests, the rarest so far are dropped (lossy
-counting; Manku and Motwani, 2002), so a count is never too high.
+Counted by digest, in one pass and in bounded memory: beyond a limit the rarest digests are dropped (lossy counting;
+Manku and Motwani, 2002), so a count is never too high.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import pyarrow.compute as pc
 from ...manifests.artifact import Artifact
 from ...manifests.status import Status
 
-SHARED = 20  # images that may have the same caption: short ones do, of images that are alike
-_DIGESTS = 1 << 18  # counted at a time: some 30 MB
+SHARED = 20  # images that may share a caption: similar images get the same short captions
+_DIGESTS = 1 << 18  # digests in memory: some 30 MB
 _LONGEST = 60  # characters of a caption in a message
 
 
 @dataclass(frozen=True)
 class SharedCaptions:
-    """``texts`` captions stand under more than :data:`SHARED` of ``seen`` images each, ``images`` times in all.
+    """``texts`` captions occur on more than :data:`SHARED` of ``seen`` images each, ``images`` times in all.
 
-    ``commonest``: the one that stands under most, ``times``.
+    ``commonest``: the most frequent one, which occurs ``times`` times.
     """
 
     texts: int
@@ -46,15 +46,15 @@ class SharedCaptions:
 
 
 def shared_captions(artifact: Artifact, shards: Sequence[str]) -> SharedCaptions | None:
-    """Captions that many images of these annotate shards share; None where no caption has so many.
+    """Captions shared by many images of these annotate shards; None if there are none.
 
-    Only healthy captions count, and an image once for each text. Raises OSError and ValueError for damaged files.
+    Counts only captions with status ok, and each text once per image. Raises OSError and ValueError for damaged files.
     """
     return count_shared(texts for shard in shards for texts in _texts(artifact, shard))
 
 
 def count_shared(images: Iterable[set[str]], digests: int = _DIGESTS) -> SharedCaptions | None:
-    """The same from sets of texts, one for each image. ``digests``: the most that are counted at a time."""
+    """Shared captions from sets of texts, one per image. ``digests``: maximum number in memory."""
     counts: Counter[bytes] = Counter()
     seen, floor, commonest, most = 0, 1, "", 0
     for texts in images:
@@ -72,7 +72,7 @@ def count_shared(images: Iterable[set[str]], digests: int = _DIGESTS) -> SharedC
 
 
 def _texts(artifact: Artifact, shard: str) -> Iterator[set[str]]:
-    """The distinct healthy captions of each row that has any."""
+    """Distinct captions with status ok of each row that has any."""
     with artifact.parquet(shard) as parquet:
         for batch in parquet.iter_batches(1000, columns=["captions"], use_threads=False):
             captions = batch.column("captions")

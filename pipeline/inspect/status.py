@@ -1,4 +1,4 @@
-"""`capipe status`: the state of a run, read from its files alone, so on any machine that sees them."""
+"""`capipe status`: state of a run, read from its files only, so from any machine that can read them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .throughput import rows_of_input, throughput
 
 @dataclass(frozen=True)
 class State:
-    """Counts of an artifact. ``journaled``: rows finished in shards that are not committed yet.
+    """Counts of an artifact. ``journaled``: finished rows in shards that are not committed yet.
 
-    ``rate`` (rows per second) and ``eta`` (seconds left) are None where nothing is under way or they are unknown;
-    ``idle``: seconds since something was last finished, by this machine's clock.
+    ``rate`` (rows per second) and ``eta`` (seconds left) are None if nothing is running or they are unknown;
+    ``idle``: seconds since the last finished row or commit, by this machine's clock.
     """
 
     stage: str
@@ -44,7 +44,7 @@ class State:
 
     @property
     def complete(self) -> bool:
-        """Every shard committed, every row resolved."""
+        """Whether every shard is committed and every row resolved."""
         return self.shards == self.shards_total and not self.unresolved and not self.quarantined
 
     def as_json(self) -> dict[str, Any]:
@@ -52,18 +52,18 @@ class State:
 
 
 def state(url: str) -> State:
-    """Read an artifact's state. Raises BadInput where there is none."""
+    """Read an artifact's state. Raises BadInput without an artifact."""
     return state_of(Artifact.open(url))
 
 
 def state_of(artifact: Artifact) -> State:
-    """The state of an artifact at this moment; it may be written meanwhile."""
+    """Current state of an artifact, which may be written meanwhile."""
     records = list(artifact.committed().values())
-    said = artifact.config["run"].get("shards_total")
-    total = None if said is None else int(said)
+    recorded = artifact.config["run"].get("shards_total")
+    total = None if recorded is None else int(recorded)
     done, journaled = len(records) == total, _journaled(artifact)
     rows_total = None if done else _rows_total(artifact, records, total)
-    found, spent = throughput(artifact, records, journaled, rows_total), times.read(artifact.folder).seconds
+    speed, spent = throughput(artifact, records, journaled, rows_total), times.read(artifact.folder).seconds
     return State(
         stage=artifact.stage,
         fingerprint=artifact.fingerprint,
@@ -76,14 +76,14 @@ def state_of(artifact: Artifact) -> State:
         seconds=round(sum(spent.get(r.shard, r.seconds or 0.0) for r in records), 1),
         quarantined=_quarantined(artifact),
         rows_total=rows_total if not done else sum(record.count for record in records),
-        rate=None if done or found.rate is None else round(found.rate, 3),
-        eta=None if done or found.eta is None else round(found.eta, 1),
-        idle=None if found.changed is None else round(max(0.0, time.time() - found.changed), 1),
+        rate=None if done or speed.rate is None else round(speed.rate, 3),
+        eta=None if done or speed.eta is None else round(speed.eta, 1),
+        idle=None if speed.changed is None else round(max(0.0, time.time() - speed.changed), 1),
     )
 
 
 def _rows_total(artifact: Artifact, records: list[ShardRecord], shards: int | None) -> int | None:
-    """Expected rows: the input's where it can be read, else extrapolated from the shards so far."""
+    """Expected rows: the input's if it can be read, else extrapolated from the committed shards."""
     known = rows_of_input(artifact)
     if known is not None or not records or shards is None:
         return known
@@ -91,7 +91,7 @@ def _rows_total(artifact: Artifact, records: list[ShardRecord], shards: int | No
 
 
 def _quarantined(artifact: Artifact) -> dict[str, str]:
-    """Shards that failed for good; those of which a new run tries again at this moment are not among them."""
+    """Quarantined shards, by name; without those that a new run is retrying at the moment."""
     try:
         return artifact.quarantined()
     except (OSError, ValueError):
@@ -99,13 +99,13 @@ def _quarantined(artifact: Artifact) -> dict[str, str]:
 
 
 def _journaled(artifact: Artifact) -> int:
-    """Lines in journals, but for each one's header. Only counted: a writer may be appending right now."""
+    """Lines in journals, without headers. Only counted, since a writer may be appending right now."""
     folder = artifact.folder.private("journal")
     return sum(max(0, _lines(path) - 1) for path in folder.glob("*.jsonl")) if folder.is_dir() else 0
 
 
 def _lines(path: Path) -> int:
-    """Whole lines of a file; none where it is gone, as a journal is after its commit."""
+    """Number of whole lines of a file; 0 if it is gone, like a journal after its commit."""
     try:
         with open_local(str(path)) as file:
             return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
@@ -118,9 +118,9 @@ def _lines(path: Path) -> int:
 
 @dataclass(frozen=True)
 class RunState:
-    """A training run after ``step`` of ``steps`` steps. ``rate`` in steps per second.
+    """A training run after ``step`` of ``steps`` steps. ``rate``: steps per second.
 
-    ``reward``: of the last step's captions; ``tokens``: of one of them, on average; ``validation``: the last figures.
+    ``reward``: mean of the last step's captions; ``tokens``: their mean length; ``validation``: latest metrics.
     """
 
     step: int
@@ -135,7 +135,7 @@ class RunState:
 
     @property
     def complete(self) -> bool:
-        """Whether the last checkpoint is that of the last step."""
+        """Whether the last step's checkpoint exists."""
         return self.checkpoint is not None and self.steps == int(self.checkpoint.rpartition("-")[2])
 
     def as_json(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class RunState:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The log of a run: an entry for each step and each validation; lines that are no JSON are skipped."""
+    """Log of a run: an entry per step and validation; lines that are not JSON are skipped."""
     return _entries(run / STEPS)
 
 
@@ -152,19 +152,19 @@ def _entries(file: Path) -> list[dict[str, Any]]:
         lines = read_log(file).split(b"\n")[:-1]
     except OSError:
         return []
-    found = []
+    entries = []
     for line in lines:
         try:
             entry = bounded_json.parse(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def validation_of(entry: dict[str, Any]) -> dict[str, float]:
-    """The validation metrics of a log entry, by name."""
+    """Validation metrics of a log entry, by name."""
     named = {name.removeprefix("validation/"): value for name, value in entry.items() if name.startswith("validation/")}
     return {name: float(value) for name, value in named.items() if isinstance(value, int | float)}
 
@@ -172,12 +172,12 @@ def validation_of(entry: dict[str, Any]) -> dict[str, float]:
 def run_state(run: Path) -> RunState:
     """Read a training run's state."""
     entries = read_metrics(run)
-    trained = [each for each in entries if "reward" in each]
+    trained = [entry for entry in entries if "reward" in entry]
     last: dict[str, Any] = trained[-1] if trained else {}
     done = int(last["step"]) + 1 if last else 0
     steps = _steps(run)
-    timed = _entries(run / TIMES) or trained  # runs from before that file have times among their figures
-    spent = [sum(v for k, v in each.items() if k.startswith(SECONDS) and v) for each in timed[-20:]]
+    timed = _entries(run / TIMES) or trained  # runs from before that file have times among their metrics
+    spent = [sum(v for k, v in entry.items() if k.startswith(SECONDS) and v) for entry in timed[-20:]]
     rate = len(spent) / sum(spent) if sum(spent) > 0 else None
     ended = steps is not None and done >= steps
     try:
@@ -190,7 +190,7 @@ def run_state(run: Path) -> RunState:
         checkpoint=max((p.name for p in run.glob("step-*") if p.name.removeprefix("step-").isdigit()), default=None),
         reward=last.get("reward"),
         tokens=last.get("tokens_per_caption"),
-        validation=next((found for each in reversed(entries) if (found := validation_of(each))), {}),
+        validation=next((metrics for entry in reversed(entries) if (metrics := validation_of(entry))), {}),
         rate=None if rate is None or ended else round(rate, 5),
         eta=round((steps - done) / rate, 1) if rate and steps is not None and not ended else None,
         idle=idle,

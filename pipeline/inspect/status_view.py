@@ -1,4 +1,4 @@
-"""`capipe status` in lines: an artifact, a training run or a whole folder, once or live."""
+"""Text output of `capipe status`: an artifact, a training run or a whole folder, once or live."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .chain_state import DONE, FAILED, STOPPED, ChainState, StageState
 from .discover import HERE, Found, find
 from .status import RunState, State, run_state, state, state_of
 
-_FRESH = 120.0  # seconds: what was written later than this is taken to be under way
+_FRESH = 120.0  # seconds without a write before a part counts as idle
 _STYLES = {"done": "green", "running": "cyan", "failed": "red", "stopped": "yellow", "damaged": "red"}
 
 
 @dataclass
 class Overview:
-    """The states of a folder's parts by name. ``alone``: the folder is one artifact or run."""
+    """States of a folder's parts, by name. ``alone``: the folder is a single artifact or run."""
 
     url: str
     alone: bool
@@ -36,23 +36,23 @@ class Overview:
 
     @property
     def complete(self) -> bool:
-        """Nothing is to be waited for. A chain knows best: a stage that has not begun has no folder yet."""
+        """Whether nothing is left to wait for. A chain, if any, decides: a stage that has not begun has no folder."""
         if self.chain is not None:
             return all(stage.state in (DONE, FAILED, STOPPED) for stage in self.chain.stages)
-        return all(each.complete for each in self._parts())
+        return all(part.complete for part in self._parts())
 
     def _parts(self) -> list[State | RunState]:
         return [*self.artifacts.values(), *self.runs.values()]
 
     def as_json(self) -> dict[str, Any]:
-        """One artifact's or run's own figures, or all of them by name."""
+        """Counts of a single artifact or run, or of all parts by name."""
         if self.alone:
-            return next(each.as_json() for each in self._parts())
-        stages = None if self.chain is None else [_stage_json(each) for each in self.chain.stages]
+            return next(part.as_json() for part in self._parts())
+        stages = None if self.chain is None else [_stage_json(stage) for stage in self.chain.stages]
         return {
             "chain": None if self.chain is None else {"recipe": self.chain.recipe, "stages": stages},
-            "artifacts": {name: each.as_json() for name, each in self.artifacts.items()},
-            "training": {name: each.as_json() for name, each in self.runs.items()},
+            "artifacts": {name: artifact.as_json() for name, artifact in self.artifacts.items()},
+            "training": {name: run.as_json() for name, run in self.runs.items()},
             "damaged": self.damaged,
             "complete": self.complete,
         }
@@ -64,34 +64,34 @@ def _stage_json(stage: StageState) -> dict[str, Any]:
 
 
 def overview(url: str) -> Overview:
-    """Read a folder or URL. Raises BadInput where it holds nothing of capipe."""
+    """Read a folder or URL. Raises BadInput if it holds nothing of capipe."""
     folder = Path(url)
     if "://" in url or not folder.is_dir():
         return Overview(url, True, artifacts={HERE: state(url)})
-    found = find(folder)
-    view = Overview(url, _alone(found), chain=found.chain, damaged=dict(found.damaged))
-    for name, artifact in found.artifacts.items():
+    contents = find(folder)
+    view = Overview(url, _alone(contents), chain=contents.chain, damaged=dict(contents.damaged))
+    for name, artifact in contents.artifacts.items():
         try:
             view.artifacts[name] = state_of(artifact)
         except (CapipeError, OSError) as error:
             view.damaged[name] = str(error)
-    view.runs = {name: run_state(run) for name, run in found.runs.items()}
+    view.runs = {name: run_state(run) for name, run in contents.runs.items()}
     if view.alone and not (view.artifacts or view.runs):
         raise CapipeError(next(iter(view.damaged.values())))
     return view
 
 
-def _alone(found: Found) -> bool:
-    """Whether the folder itself is its only artifact or run."""
-    named = [*found.artifacts, *found.runs, *found.damaged]
-    return found.chain is None and named == [HERE]
+def _alone(contents: Found) -> bool:
+    """Whether the folder is itself its only artifact or run."""
+    named = [*contents.artifacts, *contents.runs, *contents.damaged]
+    return contents.chain is None and named == [HERE]
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
 
 
 def lines(view: Overview) -> Iterator[tuple[str, str]]:
-    """The overview, line by line, each with a rich style."""
+    """Lines of the overview, each with a rich style."""
     if view.alone:
         for artifact in view.artifacts.values():
             yield from artifact_lines(view.url, artifact)
@@ -123,56 +123,56 @@ def _stage_lines(view: Overview, stage: StageState) -> Iterator[tuple[str, str]]
 
 def _part_lines(view: Overview, name: str, indent: str) -> Iterator[tuple[str, str]]:
     if name in view.artifacts:
-        found = artifact_lines(name, view.artifacts[name])
+        part = artifact_lines(name, view.artifacts[name])
     elif name in view.runs:
-        found = run_lines(name, view.runs[name])
+        part = run_lines(name, view.runs[name])
     else:
         return
-    yield from ((indent + text, style) for text, style in found)
+    yield from ((indent + text, style) for text, style in part)
 
 
 def shards_committed(count: int, total: int | None) -> str:
-    """Progress of an artifact. Its input may have fewer shards by now than it has itself."""
+    """Progress of an artifact. Its input may by now have fewer shards than the artifact."""
     if total is not None and count > total:
         return f"{count} shards committed, of an input that has {total} now"
     return f"{count}/{'?' if total is None else total} shards committed"
 
 
-def artifact_lines(name: str, found: State) -> Iterator[tuple[str, str]]:
-    """An artifact: shards and rows, then throughput, unfinished rows, quarantined shards."""
-    rows = ", ".join(f"{count} {status}" for status, count in sorted(found.rows.items())) or "none"
-    yield f"{name}: {found.stage}, {shards_committed(found.shards, found.shards_total)}, rows: {rows}", ""
-    if found.shards != found.shards_total and found.rate is not None:
-        seen = sum(found.rows.values()) + found.journaled
-        share = f"{seen} of {found.rows_total} rows, " if found.rows_total else ""
-        yield f"  {share}{found.rate:.1f} rows/s, ETA {clock(found.eta)}{_idle(found.idle)}", "cyan"
-    if found.journaled:
-        yield f"  {found.journaled} more rows are finished in shards that are not committed yet", ""
-    for shard, reason in found.quarantined.items():
+def artifact_lines(name: str, counts: State) -> Iterator[tuple[str, str]]:
+    """Lines about an artifact: shards and rows, then throughput, unfinished rows, quarantined shards."""
+    rows = ", ".join(f"{count} {status}" for status, count in sorted(counts.rows.items())) or "none"
+    yield f"{name}: {counts.stage}, {shards_committed(counts.shards, counts.shards_total)}, rows: {rows}", ""
+    if counts.shards != counts.shards_total and counts.rate is not None:
+        seen = sum(counts.rows.values()) + counts.journaled
+        share = f"{seen} of {counts.rows_total} rows, " if counts.rows_total else ""
+        yield f"  {share}{counts.rate:.1f} rows/s, ETA {clock(counts.eta)}{_idle(counts.idle)}", "cyan"
+    if counts.journaled:
+        yield f"  {counts.journaled} more rows are finished in shards that are not committed yet", ""
+    for shard, reason in counts.quarantined.items():
         yield f"  shard {shard} quarantined: {reason}", "red"
 
 
-def run_lines(name: str, found: RunState) -> Iterator[tuple[str, str]]:
-    """A training run: steps, reward, tokens; throughput while it runs; the last validation."""
-    reward = "" if found.reward is None else f", reward {found.reward:.3f}"
-    tokens = "" if found.tokens is None else f", {found.tokens:.1f} tokens a caption"
-    kept = f", checkpoint {found.checkpoint}" if found.checkpoint else ", no checkpoint yet"
-    yield f"{name}: training, step {found.step}/{found.steps or '?'}{reward}{tokens}{kept}", ""
-    if found.rate is not None:
-        yield f"  {1 / found.rate:.1f} s a step, ETA {clock(found.eta)}{_idle(found.idle)}", "cyan"
-    if found.validation:
-        yield "  validation: " + ", ".join(f"{key} {value:.3f}" for key, value in found.validation.items()), ""
+def run_lines(name: str, run: RunState) -> Iterator[tuple[str, str]]:
+    """Lines about a training run: steps, reward, tokens; throughput while it runs; last validation."""
+    reward = "" if run.reward is None else f", reward {run.reward:.3f}"
+    tokens = "" if run.tokens is None else f", {run.tokens:.1f} tokens a caption"
+    kept = f", checkpoint {run.checkpoint}" if run.checkpoint else ", no checkpoint yet"
+    yield f"{name}: training, step {run.step}/{run.steps or '?'}{reward}{tokens}{kept}", ""
+    if run.rate is not None:
+        yield f"  {1 / run.rate:.1f} s a step, ETA {clock(run.eta)}{_idle(run.idle)}", "cyan"
+    if run.validation:
+        yield "  validation: " + ", ".join(f"{key} {value:.3f}" for key, value in run.validation.items()), ""
 
 
 def _idle(seconds: float | None) -> str:
     return "" if seconds is None or seconds < _FRESH else f"; nothing was finished for {clock(seconds)}"
 
 
-# --- again and again -------------------------------------------------------------------------------------------------
+# --- following -------------------------------------------------------------------------------------------------------
 
 
 def follow(look: Callable[[], Overview], every: float, console: Console) -> Overview:
-    """Show it anew until all is done: in place on a terminal, else whenever a line changes. Returns the last look.
+    """Refresh until all is done: in place on a terminal, else whenever a line changes. Returns the last overview.
 
     Ctrl-C ends it (KeyboardInterrupt).
     """
@@ -180,21 +180,21 @@ def follow(look: Callable[[], Overview], every: float, console: Console) -> Over
     with Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else _Plain() as live:
         while True:
             view = look()
-            told = [(text, style) for text, style in lines(view)]
+            styled = [(text, style) for text, style in lines(view)]
             if isinstance(live, Live):
-                live.update(Group(*(Text(escaped(text), style, no_wrap=True) for text, style in told)), refresh=True)
+                live.update(Group(*(Text(escaped(text), style, no_wrap=True) for text, style in styled)), refresh=True)
             else:
-                for text, _ in told:
+                for text, _ in styled:
                     if text not in shown:
                         console.print(Text(escaped(text)), soft_wrap=True)
-                shown = [text for text, _ in told]
+                shown = [text for text, _ in styled]
             if view.complete:
                 return view
             time.sleep(every)
 
 
 class _Plain:
-    """Stands where a live display would, for output that is no terminal."""
+    """Placeholder for the live display if the output is not a terminal."""
 
     def __enter__(self) -> _Plain:
         return self

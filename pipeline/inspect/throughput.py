@@ -1,4 +1,4 @@
-"""Rate and time left of a run, read from the times of its files: from any machine, without a lock."""
+"""Rate and time left of a run, from its files' modification times: from any machine, without a lock."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ...manifests.files.allowed import Allowed
 from ...manifests.files.outside import Refused
 from ...manifests.manifest import LINES, ShardRecord
 
-WINDOW = 64  # commits that count
-_PAUSE = 600.0  # seconds without a commit that end the window, unless commits are always so rare
-_RARE = 10.0  # times the median gap, a pause for rare commits
+WINDOW = 64  # most recent commits that count
+_PAUSE = 600.0  # seconds without a commit that start a new window, unless commits are always this rare
+_RARE = 10.0  # multiple of the median gap that counts as a pause for rare commits
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """``rate`` in rows per second over the last commits, ``eta`` in seconds: None where unknown.
+    """``rate``: rows per second over the last commits; ``eta``: seconds; None if unknown.
 
-    ``changed``: when something was last finished, in epoch seconds of the clock that stamped the files.
+    ``changed``: time of the last finished row or commit, in epoch seconds of the clock that stamped the files.
     """
 
     rate: float | None = None
@@ -31,7 +31,7 @@ class Throughput:
 
 
 def rows_of_input(artifact: Artifact) -> int | None:
-    """Rows of the whole input, where it is an artifact that can be opened from here."""
+    """Rows of the whole input; None unless it is an artifact that can be opened from here."""
     url = artifact.config["run"].get("shards")
     if not isinstance(url, str) or "://" in url:
         return None
@@ -45,7 +45,7 @@ def rows_of_input(artifact: Artifact) -> int | None:
 
 
 def throughput(artifact: Artifact, records: Sequence[ShardRecord], journaled: int, total: int | None) -> Throughput:
-    """Throughput of an artifact. ``journaled``: finished rows of uncommitted shards; ``total``: expected."""
+    """Throughput of an artifact. ``journaled``: finished rows of uncommitted shards; ``total``: expected rows."""
     if not artifact.folder.is_local:
         return Throughput()
     moments = _moments(artifact, records, journaled)
@@ -58,7 +58,7 @@ def throughput(artifact: Artifact, records: Sequence[ShardRecord], journaled: in
 
 
 def _moments(artifact: Artifact, records: Sequence[ShardRecord], journaled: int) -> list[tuple[float, int]]:
-    """Times and counts of finished rows, in order: each commit by its Parquet's time, then journals."""
+    """Times and counts of finished rows, in order: each commit with its Parquet's time, then journals."""
     known = []
     for record in records:
         for name in record.files:

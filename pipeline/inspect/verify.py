@@ -1,4 +1,4 @@
-"""`capipe verify`: an artifact checked against its promises and what is known of its stage."""
+"""`capipe verify`: checks of an artifact against its manifest and its stage's schema."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ PAIRS = 4  # images
 
 @dataclass(frozen=True)
 class GradedText:
-    """A caption; of ``scored`` presentations of its image's questions, ``right`` were answered right from it."""
+    """A caption with quiz counts: ``right`` of ``scored`` presentations of its image's questions answered right."""
 
     text: str
     right: int
@@ -28,7 +28,7 @@ class GradedText:
 
 @dataclass(frozen=True)
 class CaptionPair:
-    """One image with both captions. ``image`` is a data URI, None where the image cannot be read."""
+    """One image with both captions. ``image``: data URI; None if the image cannot be read."""
 
     key: str
     image: str | None
@@ -37,17 +37,17 @@ class CaptionPair:
 
 
 def caption_pairs(join: ShardJoin, gain: Gain, images: RowImages, count: int = PAIRS) -> list[CaptionPair]:
-    """Pairs from the first shard that both evaluations graded, evenly spread over its first rows; none is picked."""
+    """Pairs from the first shard that both evaluations graded, evenly spaced over its first rows, not hand-picked."""
     for shard in join.records.get(_graded(gain.before.name), ()):
         before = ShardName(_graded(gain.before.name), shard)
-        after = next((each for each in join.beside(before) if each.artifact == _graded(gain.after.name)), None)
+        after = next((other for other in join.beside(before) if other.artifact == _graded(gain.after.name)), None)
         if after is not None:
             return _pairs(join, gain.system, before, after, images, count)
     return []
 
 
 def _graded(evaluation: str) -> str:
-    """The artifact in an evaluation's folder that holds its captions with the answers."""
+    """Artifact in an evaluation's folder with its captions and answers."""
     return "graded" if evaluation == HERE else f"{evaluation}/graded"
 
 
@@ -69,7 +69,7 @@ def _pairs(
 
 
 def _first(row: Mapping[str, Any], system: str) -> GradedText | None:
-    """The first caption of a system, None without one."""
+    """First caption of a system; None without one."""
     for caption in row["captions"] or []:
         if caption["name"].partition("#")[0] == system and caption["text"]:
             answers = caption["answers"] or []

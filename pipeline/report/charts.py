@@ -1,4 +1,4 @@
-"""Charts as inline SVG: real text, the page's light and dark colours, a description for screen readers each."""
+"""Charts as inline SVG: real text, the page's light and dark colours, descriptions for screen readers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..inspect.histograms import SERIES, Histogram
 
 _WIDTH, _HEIGHT = 560, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 30
-_DOTS = 40  # the most points that are marked
-_POINTS = 400  # the most of a line
+_DOTS = 40  # most points of a line with markers
+_POINTS = 400  # most points of a line
 
 
 @dataclass(frozen=True)
 class Line:
-    """A named series of points (x, y) in order of x."""
+    """A named series of points (x, y), sorted by x."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -37,7 +37,7 @@ class Bar:
 
 
 def line_chart(title: str, lines: Sequence[Line], x_name: str) -> Markup:
-    """Lines over a common x. Lines differ by colour and by dashes."""
+    """Line chart over a common x axis. Lines differ by colour and by dashes."""
     points = [point for line in lines for point in line.points]
     if not points:
         return Markup("")
@@ -60,7 +60,7 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str) -> Markup:
 
 
 def interval_chart(title: str, bars: Sequence[Bar]) -> Markup:
-    """Shares as dots with their intervals, one below the other, on a scale from 0 to 100 %."""
+    """Dot plot of shares with their intervals, one per row, on a scale from 0 to 100 %."""
     left, step = 210, 26
     height = _TOP + step * len(bars) + _BOTTOM
     xs = _Scale(0.0, 1.0, left, _WIDTH - 70, (0.0, 0.25, 0.5, 0.75, 1.0))
@@ -83,7 +83,7 @@ def interval_chart(title: str, bars: Sequence[Bar]) -> Markup:
 
 
 def histogram_chart(histogram: Histogram) -> Markup:
-    """Rows by a score, new and original captions over each other; thresholds dashed, in the colour of their series."""
+    """Histogram of a score, new and original captions overlaid; thresholds dashed, in the colour of their series."""
     edges = [float(edge) for edge in histogram.edges]
     highest = max((int(counts.max()) for counts in histogram.counts.values()), default=0)
     if not highest:
@@ -109,7 +109,7 @@ def histogram_chart(histogram: Histogram) -> Markup:
 
 
 def _thresholds(histogram: Histogram, xs: _Scale) -> Markup:
-    """Those within the scale, each with its value at a height of its own."""
+    """Threshold lines within the scale, each labelled with its value at a separate height."""
     body = Markup("")
     series = list(histogram.counts)
     for number, (key, bound) in enumerate(histogram.bounds):
@@ -129,7 +129,7 @@ def status_bar(rows: Mapping[str, int]) -> Markup:
     """Rows by status as one stacked bar, hidden from screen readers: the page has the same figures in words."""
     total = sum(rows.values())
     body, x = Markup(""), 0.0
-    for status, count in sorted(rows.items(), key=lambda each: each[0] != "ok"):
+    for status, count in sorted(rows.items(), key=lambda item: item[0] != "ok"):
         width = 100 * count / total if total else 0.0
         kind = "ok" if status == "ok" else "lost" if Status(status).resolved else "unresolved"
         body += Markup('<rect class="{}" x="{}" width="{}" height="8"/>').format(kind, f"{x:.3f}", f"{width:.3f}")
@@ -143,7 +143,7 @@ def status_bar(rows: Mapping[str, int]) -> Markup:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Values from ``low`` to ``high`` onto pixels from ``start`` to ``end``."""
+    """Linear map of values from ``low`` to ``high`` onto pixels from ``start`` to ``end``."""
 
     low: float
     high: float
@@ -156,7 +156,7 @@ class _Scale:
 
 
 def _scale(values: Sequence[float], start: float, end: float) -> _Scale:
-    """A scale over all values that ends at round numbers."""
+    """Scale over all values, with round numbers at both ends."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low - abs(low) / 2, high + abs(high) / 2 + (high == 0)
@@ -184,7 +184,7 @@ def _label(x: float, y: float, text: str, anchor: str) -> Markup:
 
 
 def _figure(title: str, summary: str, body: Markup, names: Sequence[str], height: int = _HEIGHT) -> Markup:
-    """The chart under its title, with a legend where it has several series."""
+    """The chart with its title, and a legend if it has several series."""
     keys = Markup("").join(
         Markup(
             '<span class="key"><svg viewBox="0 0 24 8" aria-hidden="true"><line class="line s{}" x1="0" x2="24" y1="4" '
@@ -199,7 +199,7 @@ def _figure(title: str, summary: str, body: Markup, names: Sequence[str], height
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most :data:`_POINTS` of them, as means of neighbours."""
+    """At most :data:`_POINTS` points, as means of neighbours."""
     size = -(-len(points) // _POINTS)
     if size <= 1:
         return list(points)

@@ -23,17 +23,17 @@ _CAPTIONS = 3
 
 
 def lines(report: Path) -> list[str]:
-    """Three of the final captions, the quiz in two lines, the gain of training, the folders."""
+    """Three final captions, two lines about the quiz, the gain from training, the folders."""
     folder = report.parent
     final = folder / "final"
-    found = find(folder)
-    evaluations, _ = read_evaluations(found)
+    contents = find(folder)
+    evaluations, _ = read_evaluations(contents)
     kept = [_kept(folder), f"report: {report}", f"card: {final / 'README.md'}", f"shards: {final}"]
-    return ["three captions:", *_captions(folder), *_quiz(folder, evaluations), *_gain(found, evaluations), *kept]
+    return ["three captions:", *_captions(folder), *_quiz(folder, evaluations), *_gain(contents, evaluations), *kept]
 
 
 def _captions(folder: Path) -> Iterator[str]:
-    """The captions that filtering sees, of the first images."""
+    """Captions of the first images, as filtering gets them."""
     artifact = Artifact.open(str(folder / "captions"))
     rows = (row for shard in expand(str(folder / "shards")) for row in artifact.read_rows(shard.name))
     for number, row in enumerate(islice(rows, _CAPTIONS)):
@@ -41,7 +41,7 @@ def _captions(folder: Path) -> Iterator[str]:
 
 
 def _quiz(folder: Path, evaluations: list[Evaluation]) -> list[str]:
-    """Questions kept, and quiz accuracies before training."""
+    """Kept questions, and quiz accuracies before training."""
     artifact = Artifact.open(str(folder / "questions/screened"))
     rows = (row for shard in artifact.committed() for row in artifact.read_rows(shard))
     questions = [question for row in rows for question in row["questions"]]
@@ -54,30 +54,30 @@ def _quiz(folder: Path, evaluations: list[Evaluation]) -> list[str]:
     ]
 
 
-def _gain(found: Found, evaluations: list[Evaluation]) -> list[str]:
-    """The first held-out image's captions before and after training, and the quiz accuracies; nothing untrained."""
+def _gain(contents: Found, evaluations: list[Evaluation]) -> list[str]:
+    """Captions of the first held-out image before and after training, and quiz accuracies; empty without training."""
     gain = gain_of(evaluations)
-    if gain is None or found.chain is None or found.chain.stage("train") is None:  # of an earlier run with training
+    if gain is None or contents.chain is None or contents.chain.stage("train") is None:  # left by an earlier run
         return []
-    pairs = caption_pairs(ShardJoin(found.artifacts), gain, RowImages(Allowed(str(found.root))), 1)
+    pairs = caption_pairs(ShardJoin(contents.artifacts), gain, RowImages(Allowed(str(contents.root))), 1)
     captions = [
         line
         for pair in pairs
         for line in (f"  {_file(0)} before: {pair.before.text}", f"  {_file(0)} after: {pair.after.text}")
     ]
-    steps = len(read_steps(found.root / "train"))
+    steps = len(read_steps(contents.root / "train"))
     oracle = gain.before.accuracies["oracle"]
     accuracies = f"{gain.accuracy_before:.2f} -> {gain.accuracy_after:.2f}"
     return [*captions, f"training: quiz accuracy {accuracies} in {steps} steps (oracle captions {oracle:.2f})"]
 
 
 def _kept(folder: Path) -> str:
-    """Rows that filtering kept, and the others by status."""
+    """Rows kept by filtering, and the others by status."""
     rows = state(str(folder / "filtered/shards")).rows
     removed = ", ".join(f"{count} {status}" for status, count in sorted(rows.items()) if status != Status.OK)
     return f"filter: {rows.get(Status.OK, 0)} of {sum(rows.values())} rows kept ({removed or 'none'} removed)"
 
 
 def _file(number: int) -> str:
-    """An image's file in the demo's folder; they were ingested in this order."""
+    """File of an image in the demo's folder; images were ingested in this order."""
     return f"pictures/{number:06d}.jpg"

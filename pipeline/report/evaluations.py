@@ -1,4 +1,4 @@
-"""Quiz accuracies of a folder's evaluations, and what training gained."""
+"""Quiz accuracies of a folder's evaluations, and the gain from training."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Evaluation:
 
     @property
     def accuracies(self) -> dict[str, float]:
-        """By system: an annotate caption's name, or a control."""
+        """Accuracies by system: an annotate caption's name, or a control."""
         return {bar.name: bar.value for bar in self.bars}
 
 
 @dataclass(frozen=True)
 class Gain:
-    """The same system's captions by the captioner before and after training."""
+    """Evaluations of one system's captions by the captioner before and after training."""
 
     system: str
     before: Evaluation
@@ -52,20 +52,20 @@ class Gain:
         return self.after.accuracies[self.system]
 
 
-def read_evaluations(found: Found) -> tuple[list[Evaluation], dict[str, str]]:
-    """The evaluations of a folder, those of trained captioners last, and why others could not be read, by name."""
+def read_evaluations(contents: Found) -> tuple[list[Evaluation], dict[str, str]]:
+    """Evaluations of a folder, those of trained captioners last, and reasons for unreadable ones, by name."""
     evaluations: list[Evaluation] = []
     damaged: dict[str, str] = {}
-    for name, folder in found.evaluations.items():
+    for name, folder in contents.evaluations.items():
         try:
-            evaluations.append(_evaluation(name, folder, list(found.runs)))
+            evaluations.append(_evaluation(name, folder, list(contents.runs)))
         except (CapipeError, OSError, ValueError) as error:
             damaged[name] = str(error)
     return sorted(evaluations, key=lambda evaluation: evaluation.after is not None), damaged
 
 
 def gain_of(evaluations: Sequence[Evaluation]) -> Gain | None:
-    """The first evaluations before and after training, if they share a system that is no control."""
+    """The first evaluations before and after training, if they share a system other than a control."""
     after = next((evaluation for evaluation in evaluations if evaluation.after is not None), None)
     before = next((evaluation for evaluation in evaluations if evaluation.after is None), None)
     if after is None or before is None:
@@ -78,9 +78,9 @@ def gain_of(evaluations: Sequence[Evaluation]) -> Gain | None:
 def quiz_bars(evaluations: Sequence[Evaluation]) -> list[Bar]:
     """All evaluations in one chart: captions before and after training first, the controls below them."""
     named = [
-        Bar(bar.name if not bar.emphasis else f"{each.name}: {bar.name}", bar.value, bar.low, bar.high, bar.emphasis)
-        for each in evaluations
-        for bar in each.bars
+        Bar(bar.name if not bar.emphasis else f"{item.name}: {bar.name}", bar.value, bar.low, bar.high, bar.emphasis)
+        for item in evaluations
+        for bar in item.bars
     ]
     order = {bar.name: None for bar in sorted(named, key=lambda bar: (-bar.emphasis, bar.name.rpartition(": ")[2]))}
     by_name = {bar.name: bar for bar in named}
@@ -105,7 +105,7 @@ class _Caution:
 
 @dataclass(frozen=True)
 class _Report:
-    """The fields that are shown of trainer/evaluation/results.py's report; importing that takes seconds for torch."""
+    """Displayed fields of the report in trainer/evaluation/results.py; importing that module loads torch (seconds)."""
 
     images: int
     questions: int

@@ -1,7 +1,7 @@
-"""Images with their captions, questions and answers, and rows that were removed, with the reason.
+"""Example images with captions, questions and answers; removed rows with the reason.
 
-Rows of one image lie at the same index of each artifact's shard, so a few of them are read from a few shards, and of
-these only the first row groups.
+Rows of one image have the same index in each artifact's shard, so a few rows are read from the first row groups of a
+few shards.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .render import cut, data_uri
 
 IMAGES = 12
 LOST = 3  # examples for each reason
-_ROWS = 256  # of a shard that images are chosen from
-_SHARDS = 8  # of an artifact in which reasons are counted
-_INFORMATIVE = ("answers", "screened questions", "scores", "captions", "questions")  # beside the text that came along
+_ROWS = 256  # of a shard, to choose images from
+_SHARDS = 8  # of an artifact, to count reasons in
+_INFORMATIVE = ("answers", "screened questions", "scores", "captions", "questions")  # beside the original text
 _SCORES = re.compile(r"(re|org)_(clip|itm)_score(_min)?|unsafe")
 
 
 @dataclass(frozen=True)
 class ShownCaption:
-    """A caption with its artifact; ``status`` where it is not ok."""
+    """A caption with its artifact; ``status`` only if it is not ok."""
 
     artifact: str
     name: str
@@ -46,7 +46,7 @@ class ShownCaption:
 
 @dataclass(frozen=True)
 class ShownQuestion:
-    """A question with its options; ``right`` is the index of the right one. ``answers``: right and scored presentations
+    """A question with its options; ``right``: index of the right one. ``answers``: right and scored presentations,
     by captions."""
 
     question: str
@@ -58,7 +58,7 @@ class ShownQuestion:
 
 @dataclass
 class ShownImage:
-    """One image of the gallery. ``image`` is a data URI, None where the image cannot be read."""
+    """One image of the gallery. ``image``: data URI; None if the image cannot be read."""
 
     key: str
     image: str | None
@@ -69,7 +69,7 @@ class ShownImage:
 
 @dataclass(frozen=True)
 class LostRow:
-    """A removed row. ``image`` is a data URI, None where the image cannot be read."""
+    """A removed row. ``image``: data URI; None if the image cannot be read."""
 
     key: str
     error: str
@@ -79,7 +79,7 @@ class LostRow:
 
 @dataclass(frozen=True)
 class Loss:
-    """The rows of an artifact that were removed for one reason, with a few examples."""
+    """Rows of an artifact removed for one reason, with a few examples."""
 
     status: str
     reason: str
@@ -89,7 +89,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Losses:
-    """Removed rows of an artifact by reason, counted in ``seen`` of its ``shards`` that have any."""
+    """Removed rows of an artifact by reason, counted in ``seen`` of its ``shards`` with removed rows."""
 
     name: str
     losses: list[Loss]
@@ -101,11 +101,11 @@ class Losses:
 
 
 def gallery(join: ShardJoin, images: RowImages, count: int = IMAGES) -> list[ShownImage]:
-    """Images of the shard with the most kinds of artifacts beside it, evenly spread over its first rows."""
+    """Images of the shard joined to the most kinds of artifacts, evenly spaced over its first rows."""
     base = _best(join)
     if base is None:
         return []
-    tables = {each: table for each in (base, *join.beside(base)) if (table := head(join, each)) is not None}
+    tables = {shard: table for shard in (base, *join.beside(base)) if (table := head(join, shard)) is not None}
     if base not in tables:
         return []
     names = tables[base].select(["key", "uid", "status"]).to_pylist()
@@ -113,8 +113,8 @@ def gallery(join: ShardJoin, images: RowImages, count: int = IMAGES) -> list[Sho
     shown = []
     for index in sound[:: max(1, len(sound) // count)][:count]:
         rows = {
-            each: table.slice(index, 1).to_pylist()[0]
-            for each, table in tables.items()
+            shard: table.slice(index, 1).to_pylist()[0]
+            for shard, table in tables.items()
             if index < len(table) and table["uid"][index].as_py() == names[index]["uid"]
         }
         shown.append(_shown(join, images, base, names[index], rows))
@@ -122,16 +122,16 @@ def gallery(join: ShardJoin, images: RowImages, count: int = IMAGES) -> list[Sho
 
 
 def _best(join: ShardJoin) -> ShardName | None:
-    """The first shard of the artifact with the most kinds of informative artifacts beside it."""
+    """First shard of the artifact joined to the most kinds of informative artifacts."""
     ranked: list[tuple[int, str, str]] = []
     for name, shards in join.records.items():
         first = next(iter(shards), None)
         if first is None or _shown_of(join, name) is None:
             continue
         shard = ShardName(name, first)
-        parts = {_shown_of(join, each.artifact) for each in (shard, *join.beside(shard))}
+        parts = {_shown_of(join, other.artifact) for other in (shard, *join.beside(shard))}
         ranked.append((-sum(part in parts for part in _INFORMATIVE), name, first))
-    # A training set's shards have no captions and no grades beside them; equals are ordered by name.
+    # A training set's shards are joined to no captions or grades; ties are broken by name.
     return ShardName(min(ranked)[1], min(ranked)[2]) if ranked else None
 
 
@@ -140,7 +140,7 @@ def _shown_of(join: ShardJoin, name: str) -> RowPart | None:
 
 
 def head(join: ShardJoin, shard: ShardName) -> pa.Table | None:
-    """The first rows of a shard; None where its Parquet cannot be read."""
+    """First rows of a shard; None if its Parquet cannot be read."""
     try:
         parquet = join.artifacts[shard.artifact].parquet(shard.shard)
         columns = [name for name in parquet.schema_arrow.names if name not in ("signature", "raw", "image_embedding")]
@@ -193,7 +193,7 @@ def _question(question: Mapping[str, Any], answers: dict[str, tuple[int, int]]) 
 
 
 def _add_answers(questions: Mapping[str, ShownQuestion], artifact: str, row: Mapping[str, Any]) -> None:
-    """Add to each question how often it was answered right from each system's captions."""
+    """Add to each question the number of right answers from each system's captions."""
     for caption in row["captions"] or []:
         system = caption["name"].partition("#")[0]
         if system in CONTROLS:
@@ -209,7 +209,7 @@ def _add_answers(questions: Mapping[str, ShownQuestion], artifact: str, row: Map
 
 
 def losses(join: ShardJoin, images: RowImages) -> list[Losses]:
-    """Removed rows by artifact and reason; an export's are those of its input and stand there alone."""
+    """Removed rows by artifact and reason; exports are skipped, since their removed rows are those of their input."""
     by_artifact = []
     for name, records in join.records.items():
         artifact = join.artifacts[name]
@@ -250,10 +250,10 @@ def _losses(join: ShardJoin, images: RowImages, name: str, artifact: Artifact, m
 
 
 def _reason(row: Mapping[str, Any]) -> str:
-    """The condition that a filtered row failed; other statuses are reasons themselves."""
+    """Condition that a filtered row failed; empty for other statuses, which are reasons themselves."""
     return failed_condition(row["error"]) if row["status"] == Status.FILTERED else ""
 
 
 def failed_condition(error: str | None) -> str:
-    """The condition that a filtered row failed, without the row's value."""
+    """Condition that a filtered row failed, without the row's value."""
     return cut((error or "").partition(": ")[0])

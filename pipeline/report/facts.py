@@ -1,7 +1,7 @@
-"""The figures of a chain's report, from manifests, logs and a few shards.
+"""Data of a chain's report, from manifests, logs and a few shards.
 
-Of an artifact, only its manifest is read whole, and at most :data:`SHARDS` Parquets, evenly spread. Whatever cannot be
-read is left out and listed in ``damaged``.
+Of an artifact, the manifest and at most :data:`SHARDS` evenly spaced Parquets are read. Unreadable parts are left out
+and listed in ``damaged``.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .charts import Line
 from .evaluations import Evaluation, read_evaluations
 
 Item = TypeVar("Item")
-SHARDS = 32  # read of an artifact for histograms
+SHARDS = 32  # of an artifact, read for histograms
 _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_min")] + ["length", "unsafe"]
 
 
 @dataclass(frozen=True)
 class Link:
-    """An artifact in the chain: its state, its inputs by role, and its models."""
+    """An artifact in the chain: state, inputs by role, models."""
 
     name: str
     stage: str
@@ -46,7 +46,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: its state, its curves by chart, and its settings."""
+    """A training run: state, curves by chart, settings."""
 
     name: str
     state: RunState
@@ -56,7 +56,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Scores:
-    """Histograms of an artifact's scores, made of ``seen`` of its ``shards``."""
+    """Histograms of an artifact's scores, from ``seen`` of its ``shards``."""
 
     name: str
     histograms: list[Histogram]
@@ -66,7 +66,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Origin:
-    """An artifact's provenance, without paths of its machine."""
+    """Provenance of an artifact, without machine paths."""
 
     name: str
     stage: str
@@ -78,7 +78,7 @@ class Origin:
 
 @dataclass
 class Facts:
-    """All figures. ``commands``: stage, state and command of a chain; ``shared``: captions that many images share."""
+    """All data. ``commands``: stage, state and command of a chain; ``shared``: captions shared by many images."""
 
     title: str
     links: list[Link] = field(default_factory=list)
@@ -91,20 +91,20 @@ class Facts:
     shared: dict[str, str] = field(default_factory=dict)
 
     def first(self, *stages: str) -> Link | None:
-        """The first artifact of these stages."""
+        """First artifact of these stages."""
         return next((link for link in self.links if link.stage in stages), None)
 
     def last(self, *stages: str) -> Link | None:
         return next((link for link in reversed(self.links) if link.stage in stages), None)
 
 
-def gather(found: Found) -> Facts:
-    """Everything but images and captions."""
-    recipe = found.chain.recipe if found.chain else None
-    facts = Facts(recipe or last_part(str(found.root.resolve())), damaged=dict(found.damaged))
-    for name, artifact in found.artifacts.items():
+def gather(contents: Found) -> Facts:
+    """Collect all data except images and captions."""
+    recipe = contents.chain.recipe if contents.chain else None
+    facts = Facts(recipe or last_part(str(contents.root.resolve())), damaged=dict(contents.damaged))
+    for name, artifact in contents.artifacts.items():
         try:
-            facts.links.append(_link(found, name, artifact))
+            facts.links.append(_link(contents, name, artifact))
             facts.origins.append(_origin(name, artifact))
         except (CapipeError, OSError, ValueError) as error:
             facts.damaged[name] = str(error)
@@ -118,28 +118,28 @@ def gather(found: Found) -> Facts:
             part = "scores" if artifact_spec(artifact.stage).histograms else "captions"
             facts.damaged[f"{name} ({part})"] = str(error)
     facts.scores = _informative(facts.scores)
-    facts.trainings = [_training(name, run) for name, run in found.runs.items()]
-    facts.evaluations, damaged = read_evaluations(found)
+    facts.trainings = [_training(name, run) for name, run in contents.runs.items()]
+    facts.evaluations, damaged = read_evaluations(contents)
     facts.damaged |= damaged
-    for stage in found.chain.stages if found.chain else ():
+    for stage in contents.chain.stages if contents.chain else ():
         facts.commands.append((stage.name, stage.state, shlex.join(map(str, public(list(stage.arguments))))))
     return facts
 
 
 def sampled(items: Sequence[Item], count: int) -> list[Item]:
-    """At most ``count`` of them, evenly spread, including the first."""
+    """At most ``count`` items, evenly spaced, including the first."""
     if len(items) <= count:
         return list(items)
     return [items[number * len(items) // count] for number in range(count)]
 
 
-def _link(found: Found, name: str, artifact: Artifact) -> Link:
+def _link(contents: Found, name: str, artifact: Artifact) -> Link:
     label = artifact_spec(artifact.stage).label
-    return Link(name, artifact.stage, label, state_of(artifact), found.parents(name), models_of(artifact))
+    return Link(name, artifact.stage, label, state_of(artifact), contents.parents(name), models_of(artifact))
 
 
 def _shared(artifact: Artifact) -> str | None:
-    """A warning where many images have the same caption in an artifact's sampled shards."""
+    """Warning if many images have the same caption in an artifact's sampled shards."""
     shards = list(artifact.committed())
     seen = sampled(shards, SHARDS)
     shared = shared_captions(artifact, seen)
@@ -148,10 +148,10 @@ def _shared(artifact: Artifact) -> str | None:
 
 
 def models_of(artifact: Artifact) -> tuple[str, ...]:
-    """The models of an artifact, as its command named them."""
+    """Models of an artifact, as named in its command."""
     run = artifact.config["run"]
     named = [run.get("model"), *(run.get("models") or {}).values()]
-    return tuple(dict.fromkeys(str(public(each)) for each in named if isinstance(each, str)))
+    return tuple(dict.fromkeys(str(public(model)) for model in named if isinstance(model, str)))
 
 
 def _origin(name: str, artifact: Artifact) -> Origin:
@@ -166,7 +166,7 @@ def _origin(name: str, artifact: Artifact) -> Origin:
 
 
 def rule_of(artifact: Artifact) -> Rule | None:
-    """The rule of a selection; None for other stages, or where this version cannot read it."""
+    """Rule of a selection; None for other stages, or if this version cannot read it."""
     semantic = artifact.config["semantic"]
     if artifact.stage != SELECTION.stage:
         return None
@@ -184,9 +184,9 @@ def _scores(name: str, artifact: Artifact) -> Scores:
 
 
 def _informative(scores: list[Scores]) -> list[Scores]:
-    """Those of selections, which have thresholds; bare scores only before any selection."""
-    selected = [each for each in scores if any(histogram.bounds for histogram in each.histograms)]
-    return [each for each in selected or scores if each.histograms]
+    """Scores of selections, which have thresholds; other scores only if there is no selection."""
+    selected = [item for item in scores if any(histogram.bounds for histogram in item.histograms)]
+    return [item for item in selected or scores if item.histograms]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _informative(scores: list[Scores]) -> list[Scores]:
 
 def _training(name: str, run: Path) -> Training:
     entries = read_metrics(run)
-    rewards = sorted({key for each in entries for key in each if key.startswith("reward/") and not key.endswith("_se")})
+    rewards = sorted({key for item in entries for key in item if key.startswith("reward/") and not key.endswith("_se")})
     charts = {
         "Reward": [_line(entries, "reward", "weighted sum")] + [_line(entries, key, key[7:]) for key in rewards],
         "Tokens a caption": [_line(entries, "tokens_per_caption", "tokens")],

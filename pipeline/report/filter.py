@@ -1,7 +1,7 @@
-"""The report of a selection: settings, counts, scores with thresholds, and kept rows beside filtered ones.
+"""Report of a selection: settings, counts, scores with thresholds, and kept rows beside filtered ones.
 
-The same selection gives the same page. Its samples are the rows with the smallest uids, which are hashes, so another
-threshold shows the same images.
+Deterministic: the same selection gives the same page. Samples are the rows with the smallest uids, which are hashes, so
+another threshold shows the same images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .examples import failed_condition
 from .render import cut, data_uri, render
 
 REPORT = f"{PRIVATE}/report.html"
-SAMPLES = 12  # of the kept, and of the filtered
+SAMPLES = 12  # of kept rows, and of filtered rows
 _CONDITIONS = 20  # the most frequent ones
 _TITLES = {Status.OK: "Kept", Status.FILTERED: "Filtered"}
 _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_mean", "_min")]
@@ -38,7 +38,7 @@ _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in (""
 
 @dataclass(frozen=True)
 class ScoredCaption:
-    """A caption with its scores; ``lowest``: by scorer, the sentence with the lowest one."""
+    """A caption with its scores; ``lowest``: lowest-scoring sentence, by scorer."""
 
     series: str
     text: str
@@ -48,7 +48,7 @@ class ScoredCaption:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of the final shards. ``image``: a data URI, None where the image could not be read."""
+    """A row of the final shards. ``image``: data URI; None if the image could not be read."""
 
     key: str
     uid: str
@@ -58,7 +58,7 @@ class Sample:
 
 
 def write_filter_report(artifact: Artifact, rule: Rule, shards: Sequence[InputShard]) -> str:
-    """Write the report of a complete selection from ``shards``; returns where it is."""
+    """Write the report of a complete selection from ``shards``; returns its path or URL."""
     statuses, conditions = _counts(artifact)
     run = artifact.config["run"]
     page = render(
@@ -88,7 +88,7 @@ def _settings(artifact: Artifact, rule: Rule) -> dict[str, str]:
 
 
 def _counts(artifact: Artifact) -> tuple[Counter[str], Counter[str]]:
-    """Rows by status, and filtered ones by the condition that they failed."""
+    """Rows by status, and filtered rows by failed condition."""
     statuses: Counter[str] = Counter()
     conditions: Counter[str] = Counter()
     for record in artifact.committed().values():
@@ -100,7 +100,7 @@ def _counts(artifact: Artifact) -> tuple[Counter[str], Counter[str]]:
 
 
 def _charts(artifact: Artifact, rule: Rule) -> list[Markup]:
-    """Histograms of the scores, of whatever else the rule compares, and of ``unsafe``."""
+    """Histograms of the scores, of other numeric columns in the rule, and of ``unsafe``."""
     used = [column.name for column in (rule.keep.columns if rule.keep else ()) if column.kind == "number"]
     used += [rule.by] if rule.by else []
     names = [*_SCORES, *(re.sub("^(re|org)_", "", name) for name in used), "unsafe"]
@@ -118,7 +118,7 @@ def _sides(artifact: Artifact, shards: Sequence[InputShard]) -> dict[str, list[S
 
 
 def _sampled(artifact: Artifact, status: Status) -> list[dict[str, Any]]:
-    """The rows of a status with the smallest uids, one for each uid. Keeps a few rows a shard in memory."""
+    """Rows of a status with the smallest uids, one per uid. Keeps a few rows per shard in memory."""
     chosen: dict[str, tuple[str, int]] = {}  # uid -> shard and index
     for shard in artifact.committed():
         table = artifact.table(shard, ["uid", "status"])
@@ -133,7 +133,7 @@ def _sampled(artifact: Artifact, status: Status) -> list[dict[str, Any]]:
 
 
 def _rows(artifact: Artifact, shard: str, wanted: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
-    """The rows wanted of a shard."""
+    """Wanted rows of a shard."""
     indices = [index for other, index in wanted if other == shard]
     if not indices:
         return []
@@ -150,7 +150,7 @@ def _source(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _images(shards: Sequence[InputShard], rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str | None]:
-    """Data URIs by shard and key, from the input shards: the final ones have no rejected images."""
+    """Data URIs by shard and key, from the input shards: final shards have no rejected images."""
     wanted: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         wanted[row["source_shard"]].add(row["source_key"])
@@ -162,7 +162,7 @@ def _images(shards: Sequence[InputShard], rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _read_images(shard: InputShard, keys: set[str]) -> Iterator[tuple[str, bytes]]:
-    """The named images of a shard: headers are read up to the last of them, and these images."""
+    """Named images of a shard. Reads headers up to the last of them, and the images' data only."""
     if not keys:
         return
     with plain(shard.open()) as stream:
@@ -201,7 +201,7 @@ def _caption(row: Mapping[str, Any], prefix: str) -> ScoredCaption:
 
 
 def _sentence(caption: str, index: int, count: int | None) -> str:
-    """A sentence of a caption by its index; only its number where ``count`` says that it was cut otherwise."""
+    """A sentence of a caption by index; only its number if ``count`` shows that the caption was split differently."""
     sentences = split_sentences(caption)
     if len(sentences) != count or not 0 <= index < len(sentences):
         return f"sentence {index + 1} of {count if count is not None else 'an unknown number'}"

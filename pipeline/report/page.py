@@ -1,6 +1,6 @@
 """`capipe report`: a chain's results in one HTML file.
 
-The page shows the folder at this moment: missing parts are left out, unfinished ones appear as far as they are
+The page shows the current state of the folder: missing parts are left out, unfinished parts appear as far as they are
 committed.
 """
 
@@ -31,13 +31,13 @@ def write_report(
     """Write the report of a chain's folder, or of any folder with artifacts; returns its path.
 
     ``out`` is ``folder/report.html`` by default and is replaced in one step. ``images``: folders and URLs below which
-    tars that manifests name may be read; images that lie elsewhere are left out, which the page and a line to ``say``
-    report. Raises BadInput where the folder holds nothing of capipe.
+    tars named by manifests may be read; images elsewhere are left out, as reported by the page and a line to ``say``.
+    Raises BadInput if the folder holds nothing of capipe.
     """
     target = folder / REPORT if out is None else out
-    found = find(folder)
-    join, row_images = ShardJoin(found.artifacts), RowImages(Allowed(str(folder), tuple(images)))
-    facts, shown, lost = gather(found), gallery(join, row_images), losses(join, row_images)
+    contents = find(folder)
+    join, row_images = ShardJoin(contents.artifacts), RowImages(Allowed(str(folder), tuple(images)))
+    facts, shown, lost = gather(contents), gallery(join, row_images), losses(join, row_images)
     bars, gain = quiz_bars(facts.evaluations), gain_of(facts.evaluations)
     pairs = caption_pairs(join, gain, row_images) if gain is not None else []
     if (refused := refusals(row_images.refused)) is not None:
@@ -65,7 +65,7 @@ def write_report(
 
 
 def _common(packages: list[dict[str, str]]) -> dict[str, str]:
-    """Package versions; different ones of the same package joined by commas."""
+    """Package versions; several versions of a package are joined by commas."""
     versions: dict[str, set[str]] = {}
     for named in packages:
         for name, version in named.items():

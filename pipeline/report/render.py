@@ -1,7 +1,7 @@
-"""What every report is made with: the templates, texts of bounded length, images inside the page.
+"""Rendering of HTML reports: templates, text truncation, inline images.
 
-A report is one HTML file that needs nothing else, has no script and may load nothing. Whatever comes from data or
-models is escaped.
+A report is one self-contained HTML file without scripts, which may not load anything. Text from data or models is
+escaped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LONGEST = 1500  # characters of a caption
 
 
 def render(template: str, **values: Any) -> bytes:
-    """A page from one of the templates beside this file."""
+    """Render one of the templates in this folder."""
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -41,18 +41,18 @@ def render(template: str, **values: Any) -> bytes:
 
 
 def data_uri(image: bytes | None) -> str | None:
-    """A small copy of an image as a ``data:`` URI; None where there is none or it cannot be decoded."""
+    """Thumbnail of an image as a ``data:`` URI; None without an image, or if it cannot be decoded."""
     small = None if image is None else small_jpeg(image, _SIDE, _QUALITY)
     return None if small is None else f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
 
 
 def cut(text: str) -> str:
-    """A text of at most :data:`_LONGEST` characters."""
+    """Truncate a text to :data:`_LONGEST` characters."""
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def _printable(value: Any) -> Any:
-    """Text without control characters and bidirectional overrides; the templates' own markup unchanged."""
+    """Replace control characters and bidirectional overrides in text; leave the templates' markup unchanged."""
     if isinstance(value, Markup):
         return value
     return _CONTROL.sub("\ufffd", value) if isinstance(value, str) else value

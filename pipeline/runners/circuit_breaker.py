@@ -1,9 +1,9 @@
-"""The circuit breaker: ends a run in which everything fails for one reason, before every row records it.
+"""Circuit breaker: ends a run that fails everywhere for one reason, before every row records the error.
 
 Each worker counts for itself, throughout the run. Any of these ends it: :data:`MOST_REFUSALS` consecutive requests that
 the engine refused for good (a key, a quota); as many consecutive images or texts whose requests it rejected for one
 reason (an unknown field, a prompt that is too long); :data:`MOST_FAILED_ROWS` consecutive rows in ``engine_error`` for
-one reason. Reasons are compared without ids and numbers; the order is that of completion.
+one reason. Reasons are compared without ids and numbers, in the order of completion.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Shard = TypeVar("Shard")
 
 @dataclass
 class Answers:
-    """Answers of models since :func:`counting_answers`."""
+    """Number of model answers since :func:`counting_answers`."""
 
     count: int = 0
 
@@ -36,13 +36,13 @@ _ANSWERS: ContextVar[Answers | None] = ContextVar("capipe_answers", default=None
 
 
 def counting_answers() -> Answers:
-    """Count the answers of models to this task and its subtasks: a row without any proves nothing about the engine."""
+    """Count model answers to this task and its subtasks: a row without any says nothing about the engine."""
     _ANSWERS.set(answers := Answers())
     return answers
 
 
 def answered() -> None:
-    """A model gave an answer."""
+    """Count an answer of a model."""
     if (answers := _ANSWERS.get()) is not None:
         answers.count += 1
 
@@ -86,14 +86,14 @@ class Refusals:
 
 
 class ErrorStreak(Generic[Shard]):
-    """Consecutive rows that failed for one reason. ``shards``: those with such rows, whose commit waits."""
+    """Consecutive rows that failed for one reason. ``shards``: shards with such rows; their commits wait."""
 
     def __init__(self) -> None:
         self.shards = set[Shard]()
         self._reason, self._count = "", 0
 
     def failed(self, shard: Shard, reason: str, names: Sequence[str]) -> set[Shard]:
-        """Count a failed row; another reason begins a new streak. Returns the shards that need not wait any more.
+        """Count a failed row; another reason begins a new streak. Returns the shards that no longer have to wait.
 
         Raises RunFailed at the limit.
         """
@@ -106,7 +106,7 @@ class ErrorStreak(Generic[Shard]):
         return before - self.shards
 
     def over(self) -> set[Shard]:
-        """End the streak; returns the shards that waited for that."""
+        """End the streak. Returns the shards that waited for its end."""
         before, self.shards = self.shards, set()
         self._reason, self._count = "", 0
         return before

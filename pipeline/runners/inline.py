@@ -1,4 +1,4 @@
-"""The inline runner: the worker in this process, for filesystems that other processes cannot see."""
+"""Inline runner: the worker in this process, for filesystems that other processes cannot see."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .worker import Answer, Stage, work
 
 
 class DirectChannel:
-    """Assigns shards to a worker in the same event loop; failed ones come back until they are quarantined."""
+    """Assigns shards to a worker in the same event loop; failed shards are requeued until they are quarantined."""
 
     def __init__(self, shards: Sequence[InputShard], artifact: Artifact, report: Callable[[Event], None]) -> None:
         self.stopping = asyncio.Event()
@@ -45,7 +45,7 @@ class DirectChannel:
 def run_inline(
     stage: Stage, artifact: Artifact, report: Callable[[Event], None], shards: Sequence[InputShard]
 ) -> JobResult:
-    """Run ``stage`` over ``shards`` in this process. Raises RunFailed where the engine dies."""
+    """Run ``stage`` over ``shards`` in this process. Raises RunFailed if the engine dies."""
 
     async def run() -> JobResult:
         channel = DirectChannel(shards, artifact, report)

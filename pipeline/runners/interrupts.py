@@ -1,7 +1,7 @@
-"""Signals that end a command: Ctrl-C (SIGINT), a scheduler's SIGTERM, the SIGHUP of a terminal that closes.
+"""Handlers of the signals that end a command: Ctrl-C (SIGINT), a scheduler's SIGTERM, a closing terminal's SIGHUP.
 
-Before a command has begun they end it at once. A run that can drain does so at the first and ends at the second; other
-commands end where they are. Journals hold all finished rows. Imported before anything else, so without heavy imports.
+Before a command has begun, a signal ends it at once. A run that can drain does so at the first signal and ends at the
+second; other commands end at once. Journals hold all finished rows. Imported before anything else: no heavy imports.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ STOPPED = "stopped; what was finished is kept, run the same command to go on"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CODES = frozenset(128 + number for number in SIGNALS)  # exit codes of commands that were stopped
 
-Handler = Callable[[int, FrameType | None], object] | int | None  # as :func:`signal.signal` takes and returns them
-_received = signal.SIGINT  # the last one; SIGINT where a library's own handler got it
+Handler = Callable[[int, FrameType | None], object] | int | None  # accepted and returned by :func:`signal.signal`
+_received = signal.SIGINT  # last signal; SIGINT if a library's own handler got it
 _interrupted = False
 
 
@@ -31,27 +31,27 @@ def begin() -> None:
 
 
 def raise_on_signals() -> None:
-    """From here on signals raise KeyboardInterrupt, so that open files and processes are closed."""
+    """Make signals raise KeyboardInterrupt from here on, so that open files and processes are closed."""
     _install(_raise)
 
 
 def end() -> None:
-    """The command is over: a signal ends its remaining threads and exit handlers silently."""
+    """Mark the command as over: a signal then ends its remaining threads and exit handlers silently."""
     _install(lambda number, frame: os._exit(128 + number))
 
 
 def exit_code() -> int:
-    """Of a command that was stopped: 130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP."""
+    """Exit code of a stopped command: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
     return 128 + _received
 
 
 def broke_off() -> bool:
-    """Whether a signal raised KeyboardInterrupt; then the caller has still to report the stop."""
+    """Whether a signal raised KeyboardInterrupt; the caller must then report the stop."""
     return _interrupted
 
 
 def say(line: str) -> None:
-    """Write to stderr, where possible: not on a closed terminal, nor while another write is under way."""
+    """Write to stderr if possible: fails silently on a closed terminal or during another write."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         print_err(line)
 
@@ -60,7 +60,7 @@ def say(line: str) -> None:
 def interrupts(request_stop: Callable[[], None]) -> Iterator[None]:
     """While the body runs, the first signal calls ``request_stop``; the second raises KeyboardInterrupt.
 
-    Does nothing outside the main thread, which alone gets signals.
+    Does nothing outside the main thread: only that one receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -84,9 +84,10 @@ def interrupts(request_stop: Callable[[], None]) -> Iterator[None]:
 
 
 def _install(handler: Handler) -> dict[signal.Signals, Handler]:
-    """Returns the previous handlers. An ignored SIGHUP stays ignored, for `nohup`.
+    """Install a handler for all signals; returns the previous handlers. An ignored SIGHUP stays ignored, for `nohup`.
 
-    Not so SIGINT: a script's shell ignores it for commands started with `&`, and a chain stops its commands by it.
+    An ignored SIGINT does not: a script's shell ignores it for commands started with `&`, and a chain stops its
+    commands with it.
     """
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set[signal.Signals]()
     return {number: signal.signal(number, handler) for number in SIGNALS if number not in ignored}

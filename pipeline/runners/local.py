@@ -1,4 +1,4 @@
-"""The local runner: one worker process per GPU, or one on CPU, each on a socket of its own."""
+"""Local runner: one worker process per GPU, or one on CPU, each with its own socket."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class SocketChannel:
                 message = self._connection.recv()
             except (EOFError, OSError):
                 if self._connection.closed:
-                    return  # our own end: the work is done
-                # The runner is gone, and with it the lock on the output: exit at once, the engine first. Usually the
-                # kernel's death signal was quicker.
+                    return  # closed on our side: the work is done
+                # The runner is gone, and with it the lock on the output: end the engine and exit at once. Usually the
+                # kernel's death signal came first.
                 end(descendants(os.getpid()), grace=0)
                 os._exit(3)
             with contextlib.suppress(RuntimeError):  # the loop is closed: the work just ended
@@ -80,10 +80,10 @@ class SocketChannel:
 def worker_main(connection: MessageSocket, *, stage: Stage, artifact: Artifact, gpu: str | None) -> None:
     """Main function of a worker process."""
     redact_output()
-    # All three are blocked so far. A terminal sends SIGINT and SIGHUP to the whole process group, engine processes
-    # included; blocked signals are inherited, so only the runner gets them, and lets us finish the rows in the engine.
-    # A batch system sends SIGTERM to all processes of a job; an engine ends its own processes by SIGTERM, so it is not
-    # blocked, only ignored here.
+    # All three signals are blocked so far. A terminal sends SIGINT and SIGHUP to the whole process group, engine
+    # processes included; blocked signals are inherited, so only the runner gets them, and it lets us finish the rows in
+    # the engine. A batch system sends SIGTERM to all processes of a job; an engine ends its own processes with SIGTERM,
+    # so it is not blocked, only ignored here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
@@ -110,13 +110,13 @@ async def _worker(connection: MessageSocket, stage: Stage, artifact: Artifact) -
 
 
 async def work_or_failure(stage: Stage, artifact: Artifact, channel: Channel) -> WorkerFailed | None:
-    """Work to the end; returns what ended it early, the worker's last event."""
+    """Run the worker to its end. Returns the failure that ended it early, if any: the worker's last event."""
     started = time.monotonic()
     try:
         processor = await stage.load()
     except CapipeError as error:
         return WorkerFailed(str(error), error.exit_code, final=error.exit_code != RunFailed.exit_code)
-    except Exception as error:  # no GPU memory, a broken library: a later try, or another slot, may do
+    except Exception as error:  # no GPU memory, a broken library: a later try, or another slot, may succeed
         text = next(iter(str(error).splitlines()), "")
         return WorkerFailed(f"{type(error).__name__}: {text}", RunFailed.exit_code, final=False)
     try:
@@ -129,7 +129,7 @@ async def work_or_failure(stage: Stage, artifact: Artifact, channel: Channel) ->
 
 
 class ProcessWorkerHandle:
-    """A worker process."""
+    """Handle of a worker process."""
 
     started = True
 
@@ -165,7 +165,7 @@ class ProcessWorkerHandle:
         end(processes)
 
     def _descendants(self) -> set[Identity]:
-        """Its live descendants; none of a dead process, whose pid may be reused."""
+        """Live descendants; none if the process is dead, since its pid may be reused."""
         return descendants(self._process.pid) if self._process.alive else set()
 
 
@@ -195,4 +195,4 @@ class ProcessWorkerPool:
             yield handle, event
 
     def close(self) -> None:
-        """Holds nothing but its workers."""
+        """Nothing to release besides the workers."""

@@ -33,8 +33,9 @@ class Want:
 class Pulse:
     """Progress since the last pulse, and how full the worker's pipeline is now.
 
-    ``rows``: finished rows by status. ``recalled``: those of them taken from the journal. ``decoding`` and
-    ``in_engine``: rows at each station; ``concurrency``: what the engine takes; ``committing``: shards being written.
+    ``rows``: finished rows by status. ``recalled``: of these, rows taken from the journal. ``decoding`` and
+    ``in_engine``: rows in that stage; ``concurrency``: rows that the engine accepts at once;
+    ``committing``: shards being written.
     """
 
     rows: Mapping[str, int] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class ShardFailed:
 
 @dataclass(frozen=True)
 class ShardLost:
-    """Not committed, because another worker took it over."""
+    """The shard was not committed, because another worker took it over."""
 
     shard: str
 

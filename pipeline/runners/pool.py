@@ -1,4 +1,4 @@
-"""A pool of worker processes for CPU stages: tasks drawn lazily, retried, and drained on Ctrl-C."""
+"""Pool of worker processes for CPU stages: lazy task iteration, retries, draining on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 ATTEMPTS = 3
-_POLL_SECONDS = 0.5  # between looks for a stop request
+_POLL_SECONDS = 0.5  # between checks for a stop request
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Done(Generic[Task, Result]):
 
 @dataclass(frozen=True, slots=True)
 class Failed(Generic[Task]):
-    """A task that failed :data:`ATTEMPTS` times. ``error``: the last reason in one line; ``details``: its traceback."""
+    """A task that failed :data:`ATTEMPTS` times. ``error``: last reason, one line; ``details``: its traceback."""
 
     task: Task
     error: str
@@ -52,10 +52,10 @@ def run_pool(
 ) -> Iterator[Done[Task, Result] | Failed[Task]]:
     """Run ``function`` on every task in ``workers`` processes; yields results in the order of completion.
 
-    A task is drawn from ``tasks`` only when a worker is free. A task that raised or whose worker died is retried at
-    once, up to :data:`ATTEMPTS` times in all; a :class:`CapipeError` is raised once the running tasks are finished.
-    ``careful``: maps a task whose worker died to the one to retry.
-    Once ``stop`` is set no task is drawn or retried, and the running ones are finished.
+    The next task is taken from ``tasks`` only when a worker is free. A task that raised or whose worker died is retried
+    at once, up to :data:`ATTEMPTS` times in all; a :class:`CapipeError` is raised once the running tasks are finished.
+    ``careful``: maps a task whose worker died to the task to retry.
+    Once ``stop`` is set no task is started or retried, and running tasks are finished.
     ``workers=0`` runs everything in this process, for files that other processes cannot see.
     """
     stop = stop or threading.Event()
@@ -91,7 +91,7 @@ def _run_here(
 
 @dataclass
 class _Attempt(Generic[Task, Result]):
-    """A worker and its task, tried for the ``number``-th time; the task is sent when the worker is ``ready``."""
+    """The ``number``-th attempt at a task by a worker; the task is sent once the worker is ``ready``."""
 
     worker: Worker[Task, Result]
     task: Task
@@ -149,7 +149,7 @@ class _Pool(Generic[Task, Result]):
     def _await_ready(self, attempt: _Attempt[Task, Result]) -> None:
         try:
             attempt.worker.wait_ready()
-        except Exception as error:  # its imports may raise anything; not the task's fault
+        except Exception as error:  # the worker's imports may raise anything; not the task's fault
             raise RunFailed(f"a worker process did not start: {error}") from error
         attempt.ready = True
         self._send(attempt)
@@ -159,7 +159,7 @@ class _Pool(Generic[Task, Result]):
             attempt.worker.send(attempt.task)
 
     def _collect(self, attempt: _Attempt[Task, Result]) -> Done[Task, Result] | Failed[Task]:
-        """The attempt's result. Its worker, unless it died, becomes idle."""
+        """Result of an attempt. Its worker becomes idle, unless it died."""
         outcome: Done[Task, Result] | Failed[Task]
         try:
             outcome = Done(attempt.task, attempt.worker.recv())
@@ -170,7 +170,7 @@ class _Pool(Generic[Task, Result]):
         except CapipeError:
             self._release(attempt)
             raise
-        except Exception as error:  # the stage's own, from the worker
+        except Exception as error:  # raised by the stage in the worker
             outcome = _failed(attempt.task, error)
         self._release(attempt)
         return outcome

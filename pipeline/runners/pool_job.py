@@ -1,7 +1,7 @@
 """Jobs of stages without a model (ingest, dedup, select, export): shards written by a pool of worker processes.
 
-A task that keeps failing is quarantined and the others go on; a full disk ends the run; once a stop is requested, what
-is under way is finished and nothing more is begun.
+A task that keeps failing is quarantined and the others go on; a full disk ends the run; once a stop is requested,
+running tasks are finished and none is started.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .worker import disk_text
 if TYPE_CHECKING:
     from .progress import Progress
 
-FATAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # neither a retry nor another shard would fare better
+FATAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # neither a retry nor another shard would succeed
 
 Task = TypeVar("Task")
 TaskIn = TypeVar("TaskIn", contravariant=True)
 
 
 class ShardWriter(Protocol[TaskIn]):
-    """Writes and commits a task's shards. Pickled: a module's function, or a partial of one.
+    """Writes and commits a task's shards. Must be picklable: a module's function, or a partial of one.
 
-    An OSError is the output's: what a source's items do wrong is recorded in their rows.
+    An OSError concerns the output: errors of a source's items are recorded in their rows.
     """
 
     def __call__(self, task: TaskIn, /, *, artifact: Artifact) -> ShardRecord | Sequence[ShardRecord]: ...
@@ -44,7 +44,7 @@ class ShardWriter(Protocol[TaskIn]):
 
 @contextmanager
 def job_session(progress: Progress) -> Iterator[tuple[Callable[[Event], None], threading.Event]]:
-    """Show a job's progress while the body runs; yields its ``report`` and the ``stop`` that the first signal sets."""
+    """Show a job's progress while the body runs; yields ``report`` and ``stop``, which the first signal sets."""
     stop = threading.Event()
     with progress.shown(Console(stderr=True)) as report, interrupts(stop.set):
         yield report, stop
@@ -63,7 +63,7 @@ def run_pool_job(
 ) -> JobResult:
     """Write every task's shards into ``artifact``. Returns when all are committed or quarantined, or ``stop`` is set.
 
-    ``shard_name``: under which a task is quarantined. ``workers`` and ``careful``: see :func:`.pool.run_pool`.
+    ``shard_name``: name under which a task is quarantined. ``workers`` and ``careful``: see :func:`.pool.run_pool`.
     """
     result = JobResult()
     function = functools.partial(_write, write=write, artifact=artifact.attach())
@@ -82,7 +82,7 @@ def run_pool_job(
 
 
 def _write(task: Task, *, write: ShardWriter[Task], artifact: Artifact) -> Sequence[ShardRecord]:
-    """Runs in a worker process. Most errors of the output, as an object store's bad minute, are worth a retry."""
+    """Write a task's shards in a worker process. Most output errors (a brief outage of a store) are worth a retry."""
     try:
         written = write(task, artifact=artifact)
     except OSError as error:

@@ -17,23 +17,23 @@ from rich.text import Text
 from ...terminal import escaped, print_err
 from .messages import DoneElsewhere, Event, Note, Pulse, Ready, ShardDone, ShardFailed, ShardLost, WorkerFailed
 
-LOG_SECONDS = 10.0  # between lines where the output is no terminal
+LOG_SECONDS = 10.0  # between log lines if the output is not a terminal
 
 
 @dataclass
 class Progress:
     """A run's state, updated by its events.
 
-    ``rows_total``: None where unknown (tars of other tools); the ETA is then estimated from the committed shards.
+    ``rows_total``: None if unknown (tars of other tools); the ETA is then estimated from the committed shards.
     """
 
     stage: str
     shards_total: int | None  # None while a source is still being read
     shards_done: int = 0
     rows_total: int | None = None
-    rows_before: int = 0  # committed by earlier runs, or by others that share the folder
+    rows_before: int = 0  # committed by earlier runs, or by other processes that share the folder
     started: float = field(default_factory=time.monotonic)
-    ready: float | None = None  # when the first worker had its model
+    ready: float | None = None  # when the first worker's model was loaded
     rows: Counter[str] = field(default_factory=Counter)
     recalled: int = 0
     tokens: int = 0
@@ -88,7 +88,7 @@ class Progress:
         return self.finished_rows / max(self.seconds, 1e-9) if self.ready else 0.0
 
     def eta(self) -> float | None:
-        """Seconds left, or None while unknown."""
+        """Seconds left; None while unknown."""
         total = self.rows_total
         if total is None and self._committed_shards and self.shards_total is not None:
             total = round(self._committed_rows / self._committed_shards * self.shards_total)
@@ -97,7 +97,7 @@ class Progress:
         return max(0, total - self.rows_before - sum(self.rows.values())) / self.rate()
 
     def bottleneck(self) -> str:
-        """The pipeline stage that was the bottleneck at most pulses: read, decode, engine or write."""
+        """Most frequent bottleneck over all pulses: read, decode, engine or write."""
         return self._bottlenecks.most_common(1)[0][0] if self._bottlenecks else "loading the model"
 
     def line(self) -> str:
@@ -110,7 +110,7 @@ class Progress:
         )
 
     def finished_line(self) -> str:
-        """The last line of a run; the time is up to the last commit."""
+        """Last line of a run; its time ends at the last commit."""
         seconds = max((self._last or 0.0) - (self.ready or self.started), 1e-9)
         requests = f", {self.requests} engine requests, {self.tokens} tokens" if self.requests else ""
         recalled = f", {self.recalled} taken from journals" if self.recalled else ""
@@ -140,7 +140,7 @@ class Progress:
 
 
 class _LineLogger:
-    """Updates a progress by events; prints its line every :data:`LOG_SECONDS` and its notes at once."""
+    """Updates a :class:`Progress`; prints its line every :data:`LOG_SECONDS` and its notes at once."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._last, self._notes = progress, time.monotonic(), 0
@@ -156,7 +156,7 @@ class _LineLogger:
 
 
 def _bottleneck(pulse: Pulse) -> str:
-    """The bottleneck at a pulse: the engine where it is full; else a stage before or after it."""
+    """Bottleneck at a pulse: the engine if it is full, else a stage before or after it."""
     if pulse.in_engine >= pulse.concurrency > 0:
         return "engine"
     if pulse.committing > 1:

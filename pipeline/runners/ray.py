@@ -1,7 +1,7 @@
-"""The Ray runner: the same worker as an actor with a GPU of its own, on as many machines as the cluster has.
+"""Ray runner: the same worker as an actor with its own GPU, on all machines of a cluster.
 
 Shards travel as references and events as small lists; images go from storage to the worker that needs them, and never
-through Ray's object store. A lost machine takes its actors along; the scheduler starts others and assigns their
+through Ray's object store. The actors of a lost machine are lost too; the scheduler starts others and assigns their
 shards again. If the machine was only slow, its claims are void by then, and it cannot commit.
 """
 
@@ -32,13 +32,14 @@ from .scheduler import Order
 from .worker import Stage
 
 STORE_BYTES = 80 * 2**20  # of a cluster started here: nothing large goes through its object store
-PATIENCE_SECONDS = 20.0  # without any started worker, before the user is told
+PATIENCE_SECONDS = 20.0  # without any started worker, before the user is notified
 
 
 @dataclass(frozen=True)
 class Ray:
-    """A cluster. ``address``: HOST:PORT of its head; None: start one here. ``workers``: None: one per GPU, or one per
-    machine without GPUs. ``gpu``: whether a worker takes ``gpus_each`` GPUs of a machine where the cluster has any."""
+    """Cluster settings. ``address``: HOST:PORT of the head; None: start one here. ``workers``: None: one per GPU, or
+    one per machine without GPUs. ``gpu``: whether a worker takes ``gpus_each`` GPUs of a machine if the cluster has
+    any."""
 
     address: str | None
     workers: int | None = None
@@ -48,16 +49,16 @@ class Ray:
 
 @dataclass(frozen=True)
 class Size:
-    """A run's number of workers on a cluster, and the GPUs of each."""
+    """Number of a run's workers on a cluster, and GPUs per worker."""
 
     workers: int
     gpus: int
 
 
 def ray_place(address: str | None, workers: int | None, gpu: bool, gpus_each: int = 1) -> Ray:
-    """The cluster of ``--ray-address``, or of $RAY_ADDRESS, or the one of `ray start` here, or one to be started.
+    """The cluster named by ``--ray-address`` or $RAY_ADDRESS, else the one of `ray start` here, else one to be started.
 
-    Raises BadInput where Ray is missing, or a head that was named does not answer.
+    Raises BadInput if Ray is missing, or a named head does not answer.
     """
     if find_spec("ray") is None:
         raise BadInput("--runner ray: Ray is not installed; pip install 'capipe[ray]'")
@@ -83,8 +84,8 @@ def ray_place(address: str | None, workers: int | None, gpu: bool, gpus_each: in
 
 
 def _started_here() -> tuple[str | None, str | None]:
-    """The head in the note of `ray start`, None without one or where it does not answer; and why the note is
-    ignored, if so."""
+    """Address in the note of `ray start` (None without a note, or if the head does not answer), and the reason for
+    ignoring the note, if any."""
     address, ignored = read_note(Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray")
     if address is not None and address_problem(address) is not None:
         address = None
@@ -93,14 +94,14 @@ def _started_here() -> tuple[str | None, str | None]:
 
 @cache
 def _warn_ignored(reason: str) -> None:
-    """Once a process: a command may place two models."""
+    """Warn once per process: a command may place two models."""
     text = f"capipe: --runner ray: the note of a running cluster is ignored: {printable(reason)}"
     print_err(f"{text}; if it is yours, name it: --ray-address HOST:PORT")
 
 
 @contextmanager
 def cluster(config: Ray) -> Iterator[Size]:
-    """Connect to a cluster, started here where ``config`` names none. Raises BadInput where that fails."""
+    """Connect to a cluster; start one here if ``config`` names none. Raises BadInput if that fails."""
     if config.address is None:  # before Ray is imported
         _isolate()
     import ray
@@ -119,17 +120,17 @@ def cluster(config: Ray) -> Iterator[Size]:
 
 
 def _isolate() -> None:
-    """A cluster started here listens on loopback alone, requires its token, and reports no usage."""
+    """Make a cluster started here listen on loopback only, require its token, and report no usage."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # the default 15 would yield to every other process here
-    if "RAY_AUTH_MODE" not in os.environ:  # without it any user of this machine could run code on it
+    if "RAY_AUTH_MODE" not in os.environ:  # without a token any user of this machine could run code on the cluster
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _connect(config: Ray, folder: Path | None) -> None:
-    """``folder``: of a cluster to start; None where one is named."""
+    """``folder``: temporary folder of a cluster to start; None for a running one."""
     import logging
 
     import ray
@@ -154,7 +155,7 @@ def _size(config: Ray) -> Size:
 
 
 def size_of(config: Ray, gpus: Sequence[int]) -> Size:
-    """The size by the machines' GPU counts. Raises BadInput where no machine has enough for a worker."""
+    """Size from the machines' GPU counts. Raises BadInput if no machine has enough GPUs for a worker."""
     per_worker = config.gpus_each
     room = sum(count // per_worker for count in gpus) if config.gpu else 0
     if per_worker > 1 and not room:
@@ -165,7 +166,7 @@ def size_of(config: Ray, gpus: Sequence[int]) -> Size:
 
 
 class RayWorkerHandle:
-    """An actor and the pending call that returns its next events."""
+    """An actor, and the pending call for its next events."""
 
     def __init__(self, actor: Any) -> None:
         self.actor, self.started, self.name = actor, False, "a machine of the cluster"
@@ -186,7 +187,7 @@ class RayWorkerHandle:
             self._leaving, self._dismissed = self.actor.leave.remote(), time.monotonic()
 
     def kill(self) -> None:
-        """The kernel's death signal ends its engine and decoders."""
+        """Kill the actor; the kernel's death signal then ends its engine and decoders."""
         import ray
 
         if self._leaving is not None:
@@ -195,7 +196,7 @@ class RayWorkerHandle:
 
 
 class RayWorkerPool:
-    """Actors on a cluster, one per slot, which Ray spreads over its machines."""
+    """Actors on a cluster, one per slot, spread over its machines by Ray."""
 
     def __init__(self, stage: Stage, artifact: Artifact, size: Size, report: Callable[[Event], None]) -> None:
         import ray
@@ -253,7 +254,7 @@ class RayWorkerPool:
                 yield handle, event
 
     def _report_waiting(self) -> None:
-        """Tell the user that the run waits for room on the cluster."""
+        """Notify the user that the run waits for room on the cluster."""
         if any(handle.started for handle in self._handles):
             self._last_started = time.monotonic()
         elif self._handles and time.monotonic() - self._last_started > PATIENCE_SECONDS:
@@ -261,11 +262,11 @@ class RayWorkerPool:
             self._report(Note("waiting for the cluster to have room for a worker (`ray status` says what is taken)"))
 
     def close(self) -> None:
-        """Actors end with the connection, if not before."""
+        """Nothing to release: actors end with the connection at the latest."""
 
 
 def _death(error: Exception) -> str:
-    """One line of Ray's many about a lost actor."""
+    """Most telling line of Ray's long message about a lost actor."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = next((line for line in lines if "died" in line or "node" in line.lower()), lines[0] if lines else "")
     return f"a worker of the cluster was lost ({reason[:160] or type(error).__name__})"

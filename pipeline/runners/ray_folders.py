@@ -1,7 +1,7 @@
-"""Ray's files in shared temporary folders: when to trust the note of a running cluster, and a private session folder.
+"""Ray's files in shared temporary folders: checks of a running cluster's address note, and a private session folder.
 
-Ray's folder in the temporary folder is world-writable. The author of a note there chooses the machine to which a run
-sends its code, paths and keys; a writer in a cluster's folder can replace files that its workers read.
+Ray's folder in the temporary folder is world-writable. The author of a note there chooses the machine that receives a
+run's code, paths and keys; a user who can write to a cluster's folder can replace files that its workers read.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ...errors import BadInput
 
 CONNECT_SECONDS = 5.0
 MAX_NOTE_BYTES = 512
-SOCKET_BYTES = 107  # of the path of a Unix socket
-_SOCKET = "/ray-12345678/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.12"  # of Ray's, the longest
+SOCKET_BYTES = 107  # longest path of a Unix socket
+_SOCKET = "/ray-12345678/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.12"  # Ray's longest
 _LISTENING = "0A"  # in /proc/net/tcp
 
 
 def read_note(folder: Path) -> tuple[str | None, str | None]:
-    """The address in the note of the cluster that `ray start` began here, or why the note that is there is ignored."""
+    """Address in the note of a cluster started by `ray start` here, or the reason for ignoring the note."""
     note = folder / "ray_current_cluster"
     try:
         handle = os.open(note, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -41,9 +41,9 @@ def read_note(folder: Path) -> tuple[str | None, str | None]:
 
 
 def note_problem(note: os.stat_result, folder: os.stat_result, uid: int) -> str | None:
-    """Why a note is not trusted, by the status of the opened file and of its folder (links not followed).
+    """Reason not to trust a note, from the status of the opened file and of its folder (links not followed).
 
-    Ray makes its folder world-writable: others can remove a note there, but cannot make theirs the user's.
+    Ray makes its folder world-writable: other users can remove a note there, but cannot create one owned by the user.
     """
     if not stat.S_ISREG(note.st_mode) or not stat.S_ISDIR(folder.st_mode):
         return "no file in a folder, but a link or something else"
@@ -56,7 +56,7 @@ def note_problem(note: os.stat_result, folder: os.stat_result, uid: int) -> str 
 
 
 def address_problem(address: str) -> str | None:
-    """Why no head can be reached at an address, in a few words."""
+    """Reason that no head can be reached at an address, in a few words."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         return "not HOST:PORT of a Ray head"
@@ -68,7 +68,7 @@ def address_problem(address: str) -> str | None:
 
 
 def listener_problem(address: str, uid: int) -> str | None:
-    """Whether another user listens at an address of this machine: a note outlives its cluster, which frees the port."""
+    """Warning if another user listens at a local address: a note outlives its cluster, whose port is then free."""
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return None
@@ -84,14 +84,14 @@ def listener_problem(address: str, uid: int) -> str | None:
 
 
 def listeners(lines: Iterable[str], port: int) -> set[int]:
-    """Uids of the listeners at a port, by lines of ``/proc/net/tcp``."""
+    """Uids of the listeners at a port, from lines of ``/proc/net/tcp``."""
     rows = (line.split() for line in lines)
     return {int(row[7]) for row in rows if row[3:4] == [_LISTENING] and int(row[1].rpartition(":")[2], 16) == port}
 
 
 def private_folder() -> Path:
-    """A new folder of this user alone, in $RAY_TMPDIR or the temporary folder, with a path short enough for Ray's
-    sockets. Ray gets ``r`` in it, since it makes its own folder world-writable.
+    """Create a folder private to this user, in $RAY_TMPDIR or the temporary folder, with a path short enough for Ray's
+    sockets. Ray gets the subfolder ``r``, since it makes its own folder world-writable.
 
     Not in $XDG_RUNTIME_DIR, which is removed at logout. Raises BadInput.
     """

@@ -1,4 +1,4 @@
-"""The worker as an actor of a Ray cluster. Imports no torch before its environment is set."""
+"""Worker as an actor of a Ray cluster. Does not import torch before its environment is set."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .messages import Event, WorkerFailed
     from .worker import Answer, Stage
 
-VISIBLE_SECONDS = 10.0  # for a folder that another machine just created to appear here
-# Thread counts change the order of sums, and so their last bits; the hosts are those that the user allowed.
+VISIBLE_SECONDS = 10.0  # wait for a folder that another machine just created to appear here
+# Copied from the driver. Thread counts change the order of sums, and so their last bits; hosts are the user's choice.
 SAME_EVERYWHERE = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", HOSTS_VARIABLE)
 
 
@@ -31,7 +31,7 @@ class ActorName:
 
 @dataclass(frozen=True)
 class DriverContext:
-    """What an actor takes from the driver process: version, working folder (of relative paths), environment."""
+    """State of the driver process that an actor copies: version, working folder (for relative paths), environment."""
 
     version: str
     folder: str
@@ -44,7 +44,7 @@ class DriverContext:
 
 
 class ListChannel:
-    """Buffers events until the runner fetches them; the actor puts the runner's answers in."""
+    """Channel that buffers events until the runner fetches them; the actor puts the runner's answers in."""
 
     def __init__(self) -> None:
         self.stopping = asyncio.Event()
@@ -79,7 +79,7 @@ class RayWorker:
 
     def __init__(self, driver: DriverContext) -> None:
         escape_logs()
-        for name in SAME_EVERYWHERE:  # Ray sets a number of threads of its own
+        for name in SAME_EVERYWHERE:  # Ray sets its own number of threads
             os.environ.pop(name, None)
         os.environ.update(driver.environment)
         self._driver = driver
@@ -98,21 +98,21 @@ class RayWorker:
                 failure = await self._working
         except asyncio.CancelledError:  # by leave(); the engine is closed
             failure = None
-        except Exception as error:  # as of a worker process that dies of it: another may do
+        except Exception as error:  # like a worker process that dies: another may succeed
             failure = WorkerFailed(f"a worker of the cluster ended by {type(error).__name__}: {error}", 3, final=False)
         if failure is not None:
             self._channel.send(failure)
         self._channel.send(None)
 
     async def hello(self) -> list[ActorName]:
-        """Answers as soon as the actor has a machine."""
+        """Name of the actor's machine and GPUs; returns as soon as the actor has a machine."""
         import ray
 
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return [ActorName(", ".join([os.uname().nodename, *(f"GPU {gpu}" for gpu in gpus)]))]
 
     async def leave(self) -> None:
-        """Close the engine and stop; returns when both are done."""
+        """Close the engine and stop; returns when both have finished."""
         if self._working is not None:
             self._working.cancel()
             await asyncio.wait([self._working])
@@ -128,7 +128,7 @@ class RayWorker:
         self._channel.answers.put_nowait(order)
 
     async def _problem(self, artifact: Artifact) -> WorkerFailed | None:
-        """Why this machine cannot work for the run, if so: another version of capipe, or an unshared folder."""
+        """Reason that this machine cannot work for the run, if any: another version of capipe, an unshared folder."""
         from .messages import WorkerFailed
 
         where = os.uname().nodename
@@ -144,7 +144,7 @@ class RayWorker:
 
 
 async def _is_visible(artifact: Artifact) -> bool:
-    """Whether this machine sees the artifact that the run began."""
+    """Whether this machine can read the artifact of the run."""
     from ...errors import CapipeError
     from ...manifests.artifact import Artifact
 

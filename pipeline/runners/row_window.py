@@ -1,4 +1,4 @@
-"""The bound on a worker's rows in flight."""
+"""Limit on a worker's rows in flight."""
 
 from __future__ import annotations
 

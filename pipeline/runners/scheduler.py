@@ -1,9 +1,9 @@
-"""The scheduler: assigns shards to workers one by one, replaces workers that die, and drains on Ctrl-C.
+"""Scheduler: assigns shards to workers one by one, replaces workers that die, drains on Ctrl-C.
 
 It never touches a row, and works with any :class:`WorkerPool`: local processes (:mod:`.local`) or actors on a cluster
 (:mod:`.ray`). It tracks the shards assigned to each worker, so a death loses nothing: the shards go to the next worker,
-which reads their finished rows from the journals. A slot whose workers exit before they finish a row is retried and
-then given up; the others go on (:mod:`.worker_slots`).
+which reads their finished rows from the journals. A slot whose workers exit before they finish a row is retried, then
+abandoned; the other slots go on (:mod:`.worker_slots`).
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from .messages import Assignment, Event, Note, Pulse, Ready, ShardDone, ShardFai
 from .shard_queue import JobResult, ShardQueue
 from .worker_slots import WorkerSlots
 
-POLL_SECONDS = 0.5  # how late a stop request may be noticed
+POLL_SECONDS = 0.5  # longest delay before a stop request is noticed
 
-# A shard; none at the moment; drain; close the engine and exit; None: no more shards.
+# A shard; "wait": none available now; "stop": drain; "leave": close the engine and exit; None: no more shards.
 Order = Assignment | Literal["wait", "stop", "leave"] | None
 
 
 class WorkerHandle(Protocol):
     """The scheduler's handle of a worker.
 
-    ``started``: whether it runs; an actor may still wait for a machine. ``name``: of its GPU or machine, for messages.
+    ``started``: whether it runs; an actor may still wait for a machine. ``name``: its GPU or machine, for messages.
     """
 
     started: bool
     name: str
 
     def send(self, order: Order) -> None:
-        """Send an order; ignored where the worker just died, which :meth:`WorkerPool.listen` reports."""
+        """Send an order; ignored if the worker just died, which :meth:`WorkerPool.listen` reports."""
 
     def end(self) -> str | None:
-        """Wait for its exit, which is imminent; None for a clean exit, else how it died."""
+        """Wait for its imminent exit; None for a clean exit, else the cause of death."""
 
     def dismiss(self) -> None:
-        """Ask it to close its engine and exit; a :meth:`kill` that follows allows some seconds for that."""
+        """Ask it to close its engine and exit; a later :meth:`kill` allows some seconds for that."""
 
     def kill(self) -> None:
         """Kill it and all its descendants, and wait until they are gone."""
 
 
 class WorkerPool(Protocol):
-    """Starts workers and receives their events. ``size``: its slots, for one worker each."""
+    """Starts workers and receives their events. ``size``: number of slots, one worker each."""
 
     size: int
 
     def start(self, slot: int) -> WorkerHandle:
-        """Start a worker in a slot that is free."""
+        """Start a worker in a free slot."""
 
     def listen(self, seconds: float) -> Iterable[tuple[WorkerHandle, Event | None]]:
         """Events that arrive within ``seconds``; None: the worker's connection is closed."""
@@ -67,7 +67,7 @@ class WorkerPool(Protocol):
 class _Member:
     handle: WorkerHandle
     slot: int
-    shards: set[str] = field(default_factory=set)  # assigned, neither done nor failed
+    shards: set[str] = field(default_factory=set)  # assigned, not yet done or failed
     wants: int = 0
     waits: bool = False  # "wait" was sent
     ready: bool = False  # its model is loaded
@@ -95,7 +95,7 @@ class Scheduler:
                 while self._members or self._slots.retry_at:
                     self._round()
             except CapipeError:
-                for member in self._members:  # all at once: each then has the same seconds for it
+                for member in self._members:  # all at once, so that each has the same time for it
                     member.handle.dismiss()
                 raise
             finally:
@@ -123,7 +123,7 @@ class Scheduler:
         for handle, event in self._pool.listen(POLL_SECONDS):
             member = next((member for member in self._members if member.handle is handle), None)
             if member is None:
-                continue  # events from before an exit that was handled
+                continue  # its exit was already handled
             if event is None:
                 self._on_exit(member, None)
             else:
@@ -171,18 +171,18 @@ class Scheduler:
 
     @property
     def _is_over(self) -> bool:
-        """No shard is assigned, and none is left to assign, or the run is stopping."""
+        """Whether no shard is assigned and none is left to assign, or the run is stopping."""
         return not any(member.shards for member in self._members) and (self._stopping or self._queue.empty)
 
     def _release_unstarted(self) -> None:
-        """When all is done, workers that still wait for a machine of the cluster are not needed."""
+        """Once all shards are done, kill workers that still wait for a machine of the cluster."""
         if self._is_over:
             for member in [member for member in self._members if not member.handle.started]:
                 member.handle.kill()
                 self._members.remove(member)
 
     def _on_exit(self, member: _Member, reason: str | None) -> None:
-        """Handle a worker's exit: after a death its shards are retried by another worker."""
+        """Handle a worker's exit: after a crash another worker retries its shards."""
         death = member.handle.end()
         self._members.remove(member)
         if self._stopping or (not member.shards and death is None and reason is None):
@@ -199,7 +199,7 @@ class Scheduler:
             self._start(member.slot)
 
     def _slot_failed(self, member: _Member, reason: str) -> None:
-        """Schedule a slot's retry, or give it up. Raises RunFailed where no slot is left and shards are."""
+        """Schedule a slot's retry, or abandon it. Raises RunFailed if no slot is left but shards are."""
         pause = self._slots.failed(member.slot, time.monotonic())
         name, what = member.handle.name, "ended before it finished a row" if member.ready else "could not start"
         if pause is not None:

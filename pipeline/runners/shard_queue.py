@@ -1,4 +1,4 @@
-"""A run's queue of shards: what is left to do, how often each failed, and what other processes hold in a shared folder.
+"""Shard queue of a run: remaining shards, failures per shard, shards claimed by other processes in a shared folder.
 
 The runners (:mod:`.scheduler`, :mod:`.inline`) take shards from it and report their results to it.
 """
@@ -15,40 +15,40 @@ from ...manifests.manifest import ShardRecord, Tail
 from ...manifests.shards import InputShard
 from .messages import Assignment, DoneElsewhere, Event, Note
 
-MAX_FAILURES = 3  # of one shard, before it is quarantined
-LOOK_SECONDS = 2.0  # between looks at shards that others have
+MAX_FAILURES = 3  # failures of a shard before it is quarantined
+LOOK_SECONDS = 2.0  # between checks of shards that other processes hold
 
 
 @dataclass
 class JobResult:
-    """How a run ended. ``quarantined``: reasons by shard; ``interrupted``: Ctrl-C stopped it."""
+    """Result of a run. ``quarantined``: reasons by shard; ``interrupted``: Ctrl-C stopped it."""
 
     quarantined: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
 
 class ShardQueue:
-    """Shards to assign. In a shared folder each is claimed first, and those that others hold are waited for."""
+    """Shards to assign. In a shared folder each is claimed first; shards claimed by other processes are waited for."""
 
     def __init__(self, artifact: Artifact, report: Callable[[Event], None], shards: Sequence[InputShard]) -> None:
         self.result = JobResult()
         self._artifact, self._report = artifact, report
         self._queue = deque(shards)
-        self._assigned: dict[str, InputShard] = {}  # assigned, without a result
-        self._elsewhere: dict[str, InputShard] = {}  # with another process that shares the folder
+        self._assigned: dict[str, InputShard] = {}  # assigned, no result yet
+        self._elsewhere: dict[str, InputShard] = {}  # claimed by another process that shares the folder
         self._failures: Counter[str] = Counter()
         self._tail = Tail(artifact.folder) if artifact.shared else None
-        self._committed: dict[str, ShardRecord] = {}  # by others
+        self._committed: dict[str, ShardRecord] = {}  # by other processes
         self._looked = 0.0
         self._waiting = ""
 
     @property
     def empty(self) -> bool:
-        """Nothing is left to assign, unless an assigned shard comes back."""
+        """Whether nothing is left to assign, unless an assigned shard is requeued."""
         return not self._queue and not self._elsewhere
 
     def next(self) -> Assignment | None:
-        """A shard to do, or None where none is free at the moment."""
+        """The next shard to do; None if none is free at the moment."""
         self._look()
         while self._queue:
             shard = self._queue.popleft()
@@ -67,7 +67,7 @@ class ShardQueue:
         return None
 
     def _look(self) -> None:
-        """Every :data:`LOOK_SECONDS`, requeue shards that others held: done by now, or free because their run died."""
+        """Every :data:`LOOK_SECONDS`, requeue shards claimed by others: done by now, or free because their run died."""
         if self._elsewhere and time.monotonic() - self._looked > LOOK_SECONDS:
             self._looked = time.monotonic()
             self._queue.extend(self._elsewhere.values())
@@ -92,7 +92,7 @@ class ShardQueue:
             self._committed |= {record.shard: record for record in self._tail.news()}
 
     def _is_known(self, shard: InputShard) -> bool:
-        """Whether another process committed a queued shard; reported once, since the shard leaves the queue then."""
+        """Whether another process committed a queued shard; reported once, since the shard then leaves the queue."""
         record = self._committed.get(shard.name)
         if record is not None:
             self._report(DoneElsewhere(record))
@@ -108,14 +108,14 @@ class ShardQueue:
             self._report(Note(text))
 
     def done(self, shard: str) -> None:
-        """An assigned shard is committed."""
+        """Record that an assigned shard is committed."""
         self._back(shard)
 
     def abandoned(self, shard: str, reason: str) -> ShardRecord | None:
-        """The shard's worker is gone. Returns the record if it was committed before; else it counts as failed."""
+        """Handle the loss of a shard's worker. Returns its record if it was committed before; else it failed."""
         claims = self._artifact.claims
         if claims is not None:
-            claims.release(shard)  # from here on the worker, should it still live, cannot commit it
+            claims.release(shard)  # a worker that is still alive cannot commit it from here on
         record = self._artifact.committed().get(shard)
         if record is None:
             self.failed(shard, reason)
@@ -124,7 +124,7 @@ class ShardQueue:
         return record
 
     def lost(self, shard: str) -> None:
-        """Another process took the shard over: ours was thought dead."""
+        """Record that another process took the shard over, taking ours for dead."""
         self._elsewhere[shard] = self._back(shard)
 
     def failed(self, shard: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""A shard in a worker: its reader, its finished rows and its commit."""
+"""State of a shard in a worker: reader, finished rows, commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Commits(Protocol):
 
 
 class ShardRun:
-    """A shard in progress: its reader, its journal and its finished rows."""
+    """A shard in progress: reader, journal and finished rows."""
 
     def __init__(self, artifact: Artifact, assignment: Assignment) -> None:
         self.artifact, self.started = artifact, time.time()
@@ -39,7 +39,7 @@ class ShardRun:
         self.pending = 0  # rows in the pipeline
 
     def recall(self, rows: Sequence[Row]) -> bool:
-        """Take these rows' results of an earlier run from the journal; returns whether it has all of them."""
+        """Take an earlier run's results for these rows from the journal; returns whether it has all of them."""
         for row in rows:
             result = self.journal.rows.pop(row.index, None)
             if result is not None and (result["key"], result["uid"]) == (row.key, row.uid):
@@ -47,7 +47,7 @@ class ShardRun:
         return all(row.index in self.rows for row in rows)
 
     def finish(self, index: int, row: dict[str, Any]) -> None:
-        """Keep a row's result, unless an earlier run left one (the row was then repeated for its chunk)."""
+        """Keep a row's result, unless an earlier run left one (such a row was repeated because of its chunk)."""
         if index in self.rows:
             return
         self.rows[index] = row
@@ -61,7 +61,7 @@ class ShardRun:
 
     @property
     def over(self) -> bool:
-        """All read and nothing in the pipeline: to be committed, or reported as failed."""
+        """Whether all rows are read and none is in the pipeline: ready to commit, or to report as failed."""
         return self.total is not None and self.pending == 0
 
     def commit(self, processor: Commits) -> ShardRecord:
@@ -70,7 +70,7 @@ class ShardRun:
         name, tar = self.shard.name, processor.writes_tar
         with self.artifact.begin(name, processor.schema, tar=tar, claim=self.claim) as shard:
             if processor.writes_tar:
-                for source in self._sources():  # the images are read again: keeping them would cost memory
+                for source in self._sources():  # images are read again: keeping them would cost memory
                     row = self.rows.get(source.index)
                     if row is None or row["uid"] != source.uid:
                         raise CapipeError(f"{self.shard.url}: the shard changed while it was captioned")
@@ -83,7 +83,7 @@ class ShardRun:
         return record
 
     def _sources(self) -> Iterator[Row]:
-        """The input's rows once more. An OSError here is the input's, so it fails this shard, not the run."""
+        """Read the input's rows again. An OSError here concerns the input, so it fails this shard, not the run."""
         try:
             yield from RowReader(self.shard)
         except OSError as error:

@@ -1,11 +1,12 @@
-"""The worker: rows of many shards through one engine, without a pause between shards.
+"""Worker: processes the rows of many shards with one engine, without a pause between shards.
 
-A feeder reads shards in order and keeps at most ``window`` rows in flight; each row is a task that decodes, requests
-the engine and journals the result; a finished shard is committed while the rows of the next ones are in the engine.
+A feeder reads shards in order and keeps at most ``window`` rows in flight; each row is a task that decodes, calls the
+engine and journals the result; a finished shard is committed while the rows of the next ones are in the engine.
 Runners (local processes, a cluster) differ only in the :class:`Channel` that they pass to :func:`work`.
 
-A shard with rows of a streak of engine errors is committed when the streak ends: one that is long enough to end the run
-(:mod:`.circuit_breaker`) records none of its rows, and the same command repeats them once the cause is fixed.
+A shard with rows of a streak of engine errors is committed when the streak ends: if the streak grows long enough to end
+the run (:mod:`.circuit_breaker`), none of its rows are recorded, and the same command repeats them once the cause is
+fixed.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from .messages import Assignment, Event, Pulse, Ready, ShardDone, ShardFailed, S
 from .row_window import Window
 from .shard_run import ShardRun
 
-READ_AHEAD = 16  # rows read from a tar at a time, where a stage takes them one by one
-OPEN_SHARDS = 4  # fed and not yet committed: bounds the finished rows in memory (more where shards are small)
-HELD_ROWS = 50_000  # of finished shards that wait for the end of a streak; with more they are committed
+READ_AHEAD = 16  # rows read from a tar at a time, for stages that take single rows
+OPEN_SHARDS = 4  # fed and not yet committed: bounds the finished rows in memory (more if shards are small)
+HELD_ROWS = 50_000  # of finished shards that wait for a streak's end; beyond that they are committed
 PULSE_SECONDS = 0.5
-UNREAD = frozenset(  # decided before any model
+UNREAD = frozenset(  # set before any model runs
     {Status.CORRUPT, Status.MISSING, Status.READ_ERROR, Status.UNSUPPORTED, Status.TOO_SMALL, Status.TOO_LARGE}
 )
 
-Answer = Assignment | Literal["wait"] | None  # a shard; none at the moment; no more
+Answer = Assignment | Literal["wait"] | None  # a shard; none at the moment; no more shards
 
 
 class Processor(Protocol):
     """A loaded stage: turns readable rows into output rows.
 
-    ``window``: rows to keep in flight so that the engine never waits; may change at any time. ``chunk``: rows that are
-    processed together, counted from a shard's start, so that batches do not depend on where a run was stopped; 1 where
-    rows are independent. ``process`` raises EngineDead or RunFailed to end the worker; any other exception becomes the
+    ``window``: rows to keep in flight so that the engine never waits; may change at any time. ``chunk``: rows processed
+    together, counted from a shard's start, so that batches do not depend on where a run was stopped; 1 if rows are
+    independent. ``process`` raises EngineDead or RunFailed to end the worker; any other exception becomes the
     rows' ``engine_error``. It calls :func:`.circuit_breaker.answered` for every answer of a model. ``members``: a row's
     tar members, where ``writes_tar``.
     """
@@ -71,7 +72,7 @@ class Processor(Protocol):
 
 
 class RowByRow:
-    """Base of processors with independent rows: they implement ``process_row``."""
+    """Base class of processors with independent rows; subclasses implement ``process_row``."""
 
     chunk = 1
 
@@ -83,7 +84,7 @@ class RowByRow:
 
 
 class Stage(Protocol):
-    """A stage's picklable description, loaded in the worker."""
+    """Picklable description of a stage; its model is loaded in the worker."""
 
     async def load(self) -> Processor: ...
 
@@ -99,7 +100,7 @@ class Channel(Protocol):
 
 
 class Worker:
-    """See the module's docstring. ``run`` returns when there are no more shards, or on a stop."""
+    """Worker loop, described in the module's docstring. ``run`` returns after the last shard, or on a stop."""
 
     def __init__(self, processor: Processor, artifact: Artifact, channel: Channel) -> None:
         self.processor, self.artifact, self.channel = processor, artifact, channel
@@ -116,7 +117,7 @@ class Worker:
         self.starved = False  # no shard is available at the moment
 
     async def run(self) -> None:
-        """Feed until the end; raises what ended the worker, after all its tasks are done."""
+        """Process shards to the end; raises the error that ended the worker, after all its tasks are done."""
         pulse = asyncio.create_task(self._pulse())
         feeder = asyncio.create_task(self._feed())
         failed = asyncio.create_task(self.failed.wait())
@@ -153,7 +154,7 @@ class Worker:
                 return
             try:
                 run = ShardRun(self.artifact, assignment)
-            except OSError as error:  # the journal cannot be written: no shard's could
+            except OSError as error:  # the journal cannot be written: nor could any other shard's
                 self._fail(error)
                 return
             self.runs.add(run)
@@ -161,7 +162,7 @@ class Worker:
             self._settle(run)
 
     async def _await_room(self) -> None:
-        """Wait until few enough shards are open; more may be open while they hold too few rows for the engine."""
+        """Wait until few enough shards are open; more may be open if they hold too few rows to fill the engine."""
         while True:
             waiting = {run for run in self.streak.shards if run.over}
             if sum(run.held for run in waiting) > HELD_ROWS:
@@ -173,7 +174,7 @@ class Worker:
             await self.concluded.wait()
 
     async def _feed_rows(self, run: ShardRun) -> None:
-        """Start a task for every chunk without a result; a stop leaves the shard unfinished."""
+        """Start a task for every chunk without results; a stop leaves the shard unfinished."""
         rows, count = iter(run.reader), 0
         chunk = self.processor.chunk
         ahead = chunk if chunk > 1 else READ_AHEAD
@@ -189,7 +190,7 @@ class Worker:
             run.total = count
 
     async def _feed_chunk(self, run: ShardRun, rows: Sequence[Row]) -> bool:
-        """Recall the rows' results, or start their task once the window has room. False: a stop was requested."""
+        """Recall the rows' results, or start a task for them once the window has room. False: a stop was requested."""
         readable = [row for row in rows if row.status is Status.OK]
         for row in rows:
             if row.status is not Status.OK:
@@ -240,9 +241,9 @@ class Worker:
         self._end_streak_if_idle()
 
     def _note_streak(self, run: ShardRun, row: Row, result: dict[str, Any], answered: bool) -> None:
-        """Extend or end the streak of errors by a row's result; a row that no model answered does neither.
+        """Extend or end the streak of errors with a row's result; a row without a model's answer does neither.
 
-        Raises RunFailed where the streak is too long.
+        Raises RunFailed if the streak is too long.
         """
         status, error = result["status"], result["error"]
         if status != Status.ENGINE_ERROR:
@@ -252,7 +253,7 @@ class Worker:
             self._settle_all(self.streak.failed(run, error or "", (row.key, row.uid or "")))  # not a passed-on error
 
     def _end_streak_if_idle(self) -> None:
-        """With nothing in progress and no shard available, commit: other processes may wait for these shards."""
+        """Commit if nothing is in progress and no shard is available: other processes may wait for these shards."""
         if self.starved and all(run.over for run in self.runs):
             self._settle_all(self.streak.over())
 
@@ -265,13 +266,13 @@ class Worker:
         if self.failure is not None or not run.over:
             return
         if run.failure is None and run in self.streak.shards:
-            self.concluded.set()  # not yet, but it leaves room for others
+            self.concluded.set()  # commits later, but leaves room for others
         else:
             run.pending = -1  # settled: only one task may conclude it
             self._start(self._conclude(run))
 
     async def _conclude(self, run: ShardRun) -> None:
-        """Commit a finished shard, or report an unreadable one, whose journal stays for the retry."""
+        """Commit a finished shard, or report an unreadable one; its journal is kept for the retry."""
         self.committing += 1
         try:
             if run.failure is None:
@@ -319,7 +320,7 @@ def _take(rows: Iterator[Row], count: int) -> list[Row]:
 
 
 def disk_text(error: OSError, where: str | None = None) -> str:
-    """One line about a disk that cannot be written (or read), with the fix."""
+    """One-line message about a disk that cannot be written (or read), with the fix."""
     where = where or error.filename or "the disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}: no space left; free some and run the same command: it goes on where it was"
@@ -327,14 +328,14 @@ def disk_text(error: OSError, where: str | None = None) -> str:
 
 
 async def work(stage: Stage, artifact: Artifact, channel: Channel) -> None:
-    """Load the stage's processor and run shards through it until the channel has no more, or a stop."""
+    """Load the stage's processor and process shards until the channel has no more, or a stop."""
     started = time.monotonic()
     processor = await stage.load()
     await work_with(processor, artifact, channel, time.monotonic() - started)
 
 
 async def work_with(processor: Processor, artifact: Artifact, channel: Channel, seconds: float) -> None:
-    """The same with a loaded processor, which is closed in the end. ``seconds``: its load time."""
+    """Like :func:`work`, with a loaded processor, which is closed at the end. ``seconds``: its load time."""
     try:
         channel.send(Ready(seconds))
         await Worker(processor, artifact, channel).run()

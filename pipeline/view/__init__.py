@@ -1,1 +1,1 @@
-"""`capipe view`: a page on this machine that shows what artifacts hold. It reads and never writes."""
+"""`capipe view`: a read-only local web page for browsing artifacts."""

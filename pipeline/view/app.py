@@ -26,8 +26,8 @@ _FILES |= {
     for name in ("state.js", "dom.js", "rows.js", "threshold.js", "compare.js", "detail.js")
 }
 _FILES |= {"style.css": ("style.css", "text/css"), "icon.svg": ("icon.svg", "image/svg+xml")}
-_TEXTS = 3  # that a row should show, including joined artifacts'
-_LISTED = 6  # texts and numbers that a row shows unless the page asks for others
+_TEXTS = 3  # to show in a row, including joined artifacts'
+_LISTED = 6  # texts and numbers shown in a row by default
 _NUMBERS = tuple(map(re.compile, ("re_.*_score", "re_.*_score_min", "org_.*_score", "(.*_)?right_.*")))
 _MOST_COLUMNS = 24
 
@@ -38,7 +38,7 @@ Number = Annotated[int, Query(ge=0)]
 
 
 def create_app(library: Library) -> FastAPI:
-    """The app over a library; who may ask is :class:`~.guard.Guard`'s business."""
+    """The app over a library; access control is in :class:`~.guard.Guard`."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     finder = Finder()
 
@@ -98,13 +98,13 @@ def create_app(library: Library) -> FastAPI:
         a: Id, column: Text, value: float, at_least: bool = True, filter: Text = "", search: Text = ""
     ) -> Response:
         table = library.table(a)
-        found = finder.threshold(table, column, Asked(filter, search), value, at_least)
+        result = finder.threshold(table, column, Asked(filter, search), value, at_least)
         names = list(dict.fromkeys([*default_columns(table), column]))
         for side in ("stay", "go"):
-            places = [(each["shard"], each["row"]) for each in found[side]]
+            places = [(item["shard"], item["row"]) for item in result[side]]
             shown = _rows(table, places, names)
-            found[side] = [{**each, **more} for each, more in zip(found[side], shown, strict=True)]
-        return answer(found)
+            result[side] = [{**item, **more} for item, more in zip(result[side], shown, strict=True)]
+        return answer(result)
 
     @app.get("/api/image")
     def image(
@@ -131,7 +131,7 @@ def answer(value: Any, code: int = 200) -> Response:
 
 
 def default_columns(table: Table) -> list[str]:
-    """The default columns of a row: captions, its own first, and the most informative scores."""
+    """Default columns of a row: captions, the artifact's own first, and the most informative scores."""
     prose: list[str] = []
     numbers: list[str] = []
     for name, column in table.columns.items():
@@ -144,7 +144,7 @@ def default_columns(table: Table) -> list[str]:
 
 
 def _rank(name: str) -> int:
-    """Rank of a column of numbers as a caption's score, best first; ``len(_NUMBERS)`` for others."""
+    """Rank of a numeric column as a caption score, best first; ``len(_NUMBERS)`` for others."""
     return next((rank for rank, part in enumerate(_NUMBERS) if part.fullmatch(name)), len(_NUMBERS))
 
 
@@ -177,21 +177,21 @@ def _listed(table: Table, page: Page, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _rows(table: Table, places: Sequence[tuple[str, int]], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a list: their names, and the columns asked for."""
+    """Rows of a list: their names, and the requested columns."""
     names = list(dict.fromkeys(["key", "uid", "status", "error", *columns]))
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     for shard in dict.fromkeys(shard for shard, _ in places):
-        wanted = [row for each, row in places if each == shard]
+        wanted = [row for other, row in places if other == shard]
         try:
             read = table.read(shard, names).take(wanted).to_pylist()
         except Unreadable:
             read = [{"key": "?", "status": "unreadable"} for _ in wanted]
         for row, values in zip(wanted, read, strict=True):
             own = {name: values.get(name) for name in ("key", "uid", "status", "error")}
-            found[shard, row] = {
+            rows[shard, row] = {
                 "shard": shard,
                 "row": row,
                 **own,
                 "values": {name: values.get(name) for name in columns},
             }
-    return [found[place] for place in places]
+    return [rows[key] for key in places]

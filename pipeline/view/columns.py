@@ -1,7 +1,7 @@
-"""Parquet columns flattened to a text or a number for every row, to show, search, filter and compare.
+"""Parquet columns flattened to one text or number per row, to show, search, filter and compare.
 
-A list of captions becomes a text for each caption's name (``caption_dense``) with its status and length; graded
-captions, also the share of answers that were right; questions, how many there are and what they ask.
+A list of captions becomes a text column per caption name (``caption_dense``), with status and length; graded captions
+also get the share of right answers; questions become their number and their text.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-_LEARNT = 64  # rows that are read for captions' names
+_LEARNT = 64  # rows read to learn the captions' names
 _SHOWN_TEXTS = ("text", "caption", "re_caption", "org_caption")
-_LEFT_OUT = ("raw", "scene", "signature")  # not for people
+_LEFT_OUT = ("raw", "scene", "signature")  # not human-readable
 
 
 @dataclass(frozen=True)
 class Flat:
-    """A flat column. ``leaves``: the Parquet columns it is made of; ``make``: of a table of them, one value a row.
+    """A flat column. ``leaves``: its Parquet columns; ``make``: computes one value per row from a table of them.
 
-    ``prose``: what a person reads: searched, and compared with other captions.
+    ``prose``: human-readable text: searched, and compared with other captions.
     """
 
     name: str
@@ -36,23 +36,23 @@ class Flat:
 
 
 def flat_columns(parquet: pq.ParquetFile) -> list[Flat]:
-    """The flat columns of a file. Looks at its first rows, for the names of captions."""
+    """Flat columns of a file. Reads its first rows for the captions' names."""
     paths = [parquet.schema.column(index).path for index in range(len(parquet.schema.names))]
-    found: list[Flat] = []
+    columns: list[Flat] = []
     for field in parquet.schema_arrow:
         if field.name in _LEFT_OUT:
             continue
         if _is_number(field.type) or pa.types.is_string(field.type):
-            found.append(
+            columns.append(
                 Flat(field.name, field.type, (field.name,), partial(_plain, field.name), _is_prose(field.name))
             )
         elif pa.types.is_list(field.type):
-            found += _of_list(parquet, field, [path for path in paths if path.split(".")[0] == field.name])
-    return found
+            columns += _of_list(parquet, field, [path for path in paths if path.split(".")[0] == field.name])
+    return columns
 
 
 def identifier(text: str) -> str:
-    """``text`` as a name that filter expressions know."""
+    """``text`` as an identifier for filter expressions."""
     name = re.sub(r"[^A-Za-z0-9_]+", "_", text).strip("_")
     return name if name and not name[0].isdigit() else f"_{name}"
 
@@ -84,8 +84,8 @@ def _of_list(parquet: pq.ParquetFile, field: pa.Field, paths: list[str]) -> Iter
         if "status" in leaves:
             yield Flat("questions_ok", pa.int32(), (leaves["status"],), partial(_count, field.name, "ok"))
         if "question" in leaves:
-            made = partial(_joined, field.name, "question")
-            yield Flat("questions_text", pa.string(), (leaves["question"],), made, prose=True)
+            make = partial(_joined, field.name, "question")
+            yield Flat("questions_text", pa.string(), (leaves["question"],), make, prose=True)
 
 
 def _captions(parquet: pq.ParquetFile, inside: pa.StructType, paths: list[str]) -> Iterator[Flat]:
@@ -93,20 +93,20 @@ def _captions(parquet: pq.ParquetFile, inside: pa.StructType, paths: list[str]) 
     answers = tuple(path for path in paths if path.endswith((".right", ".scored")))
     batch = next(iter(parquet.iter_batches(_LEARNT, columns=[leaves["name"]], use_threads=False)), None)
     lists = [] if batch is None else batch.column(0).to_pylist()
-    names = dict.fromkeys(each["name"] for each_row in lists for each in each_row or [] if each["name"])
+    names = dict.fromkeys(caption["name"] for row in lists for caption in row or [] if caption["name"])
     for name in names:
         word = identifier(name)
         for field, title in (("text", "caption"), ("status", "status"), ("n_tokens", "tokens")):
             if field in leaves:
-                made, type_ = partial(_of_caption, name, field), inside.field(field).type
+                make, type_ = partial(_of_caption, name, field), inside.field(field).type
                 needed = (leaves["name"], leaves[field])
-                yield Flat(f"{title}_{word}", type_, needed, made, prose=field == "text")
+                yield Flat(f"{title}_{word}", type_, needed, make, prose=field == "text")
         if answers:
             yield Flat(f"right_{word}", pa.float64(), (leaves["name"], *answers), partial(_share_right, name))
 
 
 def _list(table: pa.Table, name: str) -> tuple[pa.ListArray, np.ndarray]:
-    """A list column as one array, and where each row's values begin, with the end of the last."""
+    """A list column as one array, and its offsets (rows + 1)."""
     column = table.column(name).combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
@@ -114,14 +114,14 @@ def _list(table: pa.Table, name: str) -> tuple[pa.ListArray, np.ndarray]:
 
 
 def _places(lists: pa.ListArray, offsets: np.ndarray, name: str) -> pa.Array:
-    """For every row the place of its caption of that name among all values, null where it has none."""
+    """For each row, the index of its caption of this name among all values; null without one."""
     named = pc.equal(pc.struct_field(lists.values, "name"), name)
     mask = np.asarray(pc.fill_null(named, False))[offsets[0] : offsets[-1]]
     places = np.flatnonzero(mask) + offsets[0]
     rows = np.searchsorted(offsets, places, side="right") - 1
-    found = np.full(len(lists), -1, np.int64)
-    found[rows[::-1]] = places[::-1]  # the first of that name, should there be two
-    return pa.array(found, mask=found < 0)
+    indices = np.full(len(lists), -1, np.int64)
+    indices[rows[::-1]] = places[::-1]  # the first of this name, if there are two
+    return pa.array(indices, mask=indices < 0)
 
 
 def _of_caption(name: str, field: str, table: pa.Table) -> pa.Array:
@@ -130,7 +130,7 @@ def _of_caption(name: str, field: str, table: pa.Table) -> pa.Array:
 
 
 def _share_right(name: str, table: pa.Table) -> pa.Array:
-    """Of the presentations that were scored, the share answered right from the caption of that name."""
+    """Share of scored presentations answered right from the caption of this name."""
     lists, offsets = _list(table, "captions")
     places = _places(lists, offsets, name)
     answers = pc.struct_field(lists.values, "answers")

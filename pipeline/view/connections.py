@@ -1,6 +1,6 @@
-"""The viewer's connections: none waits for its request for ever, and there are only so many of them.
+"""Limits on the viewer's connections: request and response timeouts, maximum number.
 
-uvicorn ends a connection that is silent between two requests; one whose request never becomes whole it keeps for ever.
+uvicorn closes a connection that is idle between two requests, but keeps one with an incomplete request forever.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .guard import App
 
-REQUEST_SECONDS = 10.0  # from the connection, or the answer before, to the last header; over uvicorn's 5 s of silence
-ANSWER_SECONDS = 600.0  # until an answer is with whoever asked
+REQUEST_SECONDS = 10.0  # from connection or last response to the last header; over uvicorn's 5 s keep-alive
+ANSWER_SECONDS = 600.0  # until a response is delivered
 CONNECTIONS = 256  # a browser opens six
 
 
 def server_of(app: App) -> uvicorn.Server:
-    """A server for the app, quiet and with bounded connections; who asks is the other end, whatever headers say."""
+    """A quiet server with bounded connections. Proxy headers are ignored: the client is the other end of the socket."""
     config = uvicorn.Config(
         app,
         http=BoundedProtocol,
@@ -33,7 +33,7 @@ def server_of(app: App) -> uvicorn.Server:
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol with deadlines. Beyond :data:`CONNECTIONS` the one that has waited longest makes room."""
+    """uvicorn's protocol with deadlines. Beyond :data:`CONNECTIONS` the longest idle one is closed."""
 
     request_seconds, answer_seconds, most = REQUEST_SECONDS, ANSWER_SECONDS, CONNECTIONS
     _since = 0.0
@@ -48,9 +48,9 @@ class BoundedProtocol(H11Protocol):
         self._since = self.loop.time()
         self._timer = self.loop.call_later(self.request_seconds, self._check)
         if len(self.connections) > self.most:
-            waiting = [each for each in self.connections if isinstance(each, BoundedProtocol) and not each.is_answering]
-            oldest = min(waiting, key=lambda each: each._since)
-            self.connections.discard(oldest)  # now: others may come before the loop says that this one is gone
+            waiting = [peer for peer in self.connections if isinstance(peer, BoundedProtocol) and not peer.is_answering]
+            oldest = min(waiting, key=lambda peer: peer._since)
+            self.connections.discard(oldest)  # now: others may arrive before the loop reports that this one is gone
             oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -63,7 +63,7 @@ class BoundedProtocol(H11Protocol):
         super().on_response_complete()
 
     def _check(self) -> None:
-        """End the connection where its time is over, first politely: what was written may still be on its way."""
+        """Close a connection whose time is over, gracefully first: written data may still be in transit."""
         limit = self.answer_seconds if self.is_answering else self.request_seconds
         left = self._since + limit - self.loop.time()
         if self.transport.is_closing() or (left <= 0 and self.is_answering):

@@ -1,7 +1,7 @@
-"""The viewer's access control: tokens, host names, and headers that bind browsers.
+"""Access control of the viewer: tokens, host names, security headers.
 
-Only reading is answered. A page of another site cannot ask (its requests say where they come from, and are refused;
-a name that it made resolve to this machine is no name of ours), and nothing that comes from data can run or load.
+Only GET and HEAD are answered. Other sites' pages cannot send requests (cross-site requests are refused by their
+Sec-Fetch headers, DNS rebinding by the check of the host name), and nothing from data can run or load.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d+)?")
 
 
 class Guard:
-    """Wraps an app. ``hosts``: names it may be asked by; ``any_address``: also by a numeric address, which no DNS
-    record can stand behind; ``token``: to be brought along, None to ask for none."""
+    """ASGI middleware. ``hosts``: accepted host names; ``any_address``: also accept numeric addresses, which are safe
+    from DNS rebinding; ``token``: required token, None for none."""
 
     def __init__(
         self, app: App, hosts: Iterable[str], token: str | None, *, any_address: bool = False, cookie: str = "capipe"
@@ -86,20 +86,20 @@ class Guard:
         if kind.lower() == "bearer" and self._is_token(bearer.strip()):
             return True
         try:
-            found = SimpleCookie(headers.get(b"cookie", "")).get(self._cookie)
+            cookie = SimpleCookie(headers.get(b"cookie", "")).get(self._cookie)
         except CookieError:
             return False
-        return found is not None and self._is_token(found.value)
+        return cookie is not None and self._is_token(cookie.value)
 
     def _is_token(self, text: str) -> bool:
         return hmac.compare_digest(text.encode("utf-8", "replace"), (self._token or "").encode())
 
     async def _admit(self, scope: Scope, send: Send) -> None:
-        """The first visit brings the token in its address; the answer is a cookie and an address without it."""
+        """Exchange the token in the first visit's URL for a cookie, and redirect to the URL without it."""
         pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if scope["path"] == "/" and any(name == "token" and self._is_token(value) for name, value in pairs):
             rest = urlencode([pair for pair in pairs if pair[0] != "token"])
-            # Lax, not Strict: an address that somebody sends is followed from another site, and there is only reading.
+            # Lax, not Strict: shared links are followed from other sites, and the page is read-only.
             cookie = f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Lax"
             target = f"/?{rest}" if rest else "/"
             await _answer(send, 303, "", (b"location", target.encode()), (b"set-cookie", cookie.encode()))

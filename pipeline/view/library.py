@@ -1,4 +1,4 @@
-"""The artifacts below one folder by id, read again when their manifests change, so that a refresh shows more."""
+"""Artifacts below one folder, by id; reloaded when their manifests change, so that a refresh shows new commits."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from ..report.facts import models_of
 from ..specs import artifact_spec
 from .table import Arrays, Table, Unknown
 
-_LOOK = 1.0  # seconds between two looks at the manifests
-_WALK = 10.0  # seconds between two walks through the folders
+_LOOK = 1.0  # seconds between two checks of the manifests
+_WALK = 10.0  # seconds between two scans of the folders
 _THUMBNAIL = 256  # pixels
 _TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 
 class Library:
-    """The viewer's artifacts, tables and images. Safe to share between threads."""
+    """Artifacts, tables and images of the viewer; thread-safe."""
 
     def __init__(self, root: Path, images: Sequence[str] = ()) -> None:
-        """``images``: folders and URLs below which tars may be read. Raises BadInput where ``root`` has no artifact."""
+        """``images``: folders and URLs below which tars may be read. Raises BadInput if ``root`` has no artifact."""
         self.root = root
         self._lock = threading.Lock()
         self._images = RowImages(Allowed(str(root), tuple(images)))
@@ -44,9 +44,9 @@ class Library:
             raise BadInput(f"{root}: no artifact that could be read in it; `capipe status` says what is there")
 
     def _walk(self) -> tuple[Found, ShardJoin, dict[str, object]]:
-        found = find(self.root)
-        stamps = {name: self._stamp(name) for name in found.artifacts}  # first: what comes after it is seen next time
-        return found, ShardJoin(found.artifacts), stamps
+        contents = find(self.root)
+        stamps = {name: self._stamp(name) for name in contents.artifacts}  # first: later changes are noticed next time
+        return contents, ShardJoin(contents.artifacts), stamps
 
     def _stamp(self, name: str) -> object:
         stamps = []
@@ -59,7 +59,7 @@ class Library:
         return tuple(stamps)
 
     def refresh(self) -> None:
-        """Notice new commits."""
+        """Reload if there are new commits."""
         with self._lock:
             now = time.monotonic()
             if now - self._looked < _LOOK:
@@ -80,7 +80,7 @@ class Library:
     def catalog(self) -> dict[str, Any]:
         """All artifacts with their counts, inputs first."""
         self.refresh()
-        join, found = self._join, self._found
+        join, contents = self._join, self._found
         entries = []
         for name, records in join.records.items():
             artifact = join.artifacts[name]
@@ -99,6 +99,7 @@ class Library:
                     "shards_total": artifact.config["run"].get("shards_total"),
                 }
             )
+<<<<<<< HEAD
         damaged = {**found.damaged, **join.damaged}
         return {
             "folder": self.root.resolve().name,
@@ -106,9 +107,13 @@ class Library:
             "start": _start(entries),
             "damaged": damaged,
         }
+=======
+        damaged = {**contents.damaged, **join.damaged}
+        return {"folder": self.root.resolve().name, "artifacts": entries, "damaged": damaged}
+>>>>>>> words-e
 
     def table(self, artifact_id: str) -> Table:
-        """An artifact by its id. Raises Unknown: an id is looked up in the list of artifacts and never made a path."""
+        """An artifact by id. Raises Unknown. An id is looked up in the list of artifacts and never used as a path."""
         self.refresh()
         with self._lock:
             known = self._tables.get(artifact_id)
@@ -127,13 +132,13 @@ class Library:
     # --- images ------------------------------------------------------------------------------------------------------
 
     def refusals(self, table: Table, shards: Iterable[str]) -> list[str]:
-        """Why images of some of these shards are not shown, for reasons other than missing images."""
-        found = (self._images.refusal(table.join, ShardName(table.name, shard)) for shard in dict.fromkeys(shards))
-        reasons = [reason for reason in found if reason is not None]
+        """Reasons for not showing images of these shards, other than missing images."""
+        refused = (self._images.refusal(table.join, ShardName(table.name, shard)) for shard in dict.fromkeys(shards))
+        reasons = [reason for reason in refused if reason is not None]
         return [f"Images are not shown: {reasons[0]}."] if reasons else []
 
     def image(self, artifact_id: str, shard: str, row: int, small: bool) -> tuple[bytes, str]:
-        """A row's image and its media type: a small JPEG, or the original bytes. Raises Unknown."""
+        """A row's image and its media type: a thumbnail JPEG, or the original bytes. Raises Unknown."""
         table = self.table(artifact_id)
         named = table.row_name(shard, row)
         stamp = f"{table.stamp(shard)}/{row}"
@@ -155,7 +160,7 @@ class Library:
 
 
 def id_of(name: str) -> str:
-    """An artifact's id, the same every time, so that addresses stay valid."""
+    """Id of an artifact: a hash of its name, so that URLs stay valid."""
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 

@@ -1,6 +1,6 @@
 """Rows that match a filter and a search: pages, counts, histograms, thresholds.
 
-A request scans shards in order within a time budget. Matches are cached by shard, so the next request goes on where
+A request scans shards in order within a time budget. Matches are cached by shard, so the next request resumes where
 this one stopped.
 """
 
@@ -24,7 +24,7 @@ from .table import Rows, Table, Unreadable
 
 BINS = 120
 _BORDER = 5  # examples on each side of a threshold
-BUDGET = 1.0  # seconds that a request looks through shards
+BUDGET = 1.0  # seconds that a request may scan shards
 _SEARCHED = ("key", "uid")
 
 Where = tuple[str, int]  # shard and row
@@ -32,7 +32,7 @@ Where = tuple[str, int]  # shard and row
 
 @dataclass(frozen=True)
 class Query:
-    """``filter``: a condition over columns; ``search``: text that some caption, question, key or uid has in it."""
+    """``filter``: a condition over columns; ``search``: substring of a caption, question, key or uid."""
 
     filter: str = ""
     search: str = ""
@@ -44,8 +44,8 @@ class Query:
 
 @dataclass(frozen=True)
 class Page:
-    """Rows in order. ``before`` and ``after``: where a further page begins, None at an end; ``stopped``: the time was
-    over before the page was full, ``after`` (or ``before``, going back) is where to go on."""
+    """Rows in order. ``before`` and ``after``: start of the previous and next page, None at an end; ``stopped``: the
+    time ran out before the page was full; resume at ``after`` (``before`` when going back)."""
 
     rows: list[Where]
     before: Where | None
@@ -56,7 +56,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Spread:
-    """All values of a column for a query, sorted. ``places``: of each its shard's number and row."""
+    """All values of a column for a query, sorted. ``places``: shard number and row of each."""
 
     values: npt.NDArray[Any]
     places: npt.NDArray[np.int64]  # shard number << 32 | row
@@ -68,7 +68,7 @@ class Spread:
 
 
 class Finder:
-    """Answers queries over tables and caches matches. Safe to share between threads."""
+    """Answers queries over tables and caches matches; thread-safe."""
 
     def __init__(self) -> None:
         self._matches: Cache[tuple[str, Query], Rows] = Cache(128 << 20, lambda rows: int(rows.nbytes) + 64)
@@ -76,7 +76,7 @@ class Finder:
         self._building = threading.Lock()
 
     def _rows(self, table: Table, shard: str, query: Query) -> Rows:
-        """The rows of a shard. Raises Unreadable, and BadInput for a filter that is none."""
+        """Matching rows of a shard. Raises Unreadable, and BadInput for an invalid filter."""
         if query.everything:
             return np.arange(table.counts[shard], dtype=np.int32)
         key = (table.stamp(shard), query)
@@ -91,7 +91,7 @@ class Finder:
     def page(
         self, table: Table, query: Query, start: Where | None, limit: int, back: bool = False, budget: float = BUDGET
     ) -> Page:
-        """The rows from ``start`` on (itself included), or those before it. Raises BadInput."""
+        """Rows from ``start`` on (inclusive), or the rows before it. Raises BadInput."""
         check(table, query)
         end = time.monotonic() + budget
         number = (len(table.shards) - 1 if back else 0) if start is None else table.number(start[0])
@@ -121,7 +121,7 @@ class Finder:
             beyond = (shard, table.counts[shard] if back else 0)
         if back:
             shown.reverse()
-            # ``before`` is exclusive: a page back from the first row that is shown.
+            # ``before`` is exclusive: the page that ends before the first row shown.
             return Page(
                 shown, (shown[0] if shown and not stopped else beyond) if beyond else None, start, stopped, faults
             )
@@ -148,7 +148,7 @@ class Finder:
     # --- scores ------------------------------------------------------------------------------------------------------
 
     def spread(self, table: Table, column: str, query: Query, budget: float = BUDGET) -> tuple[Spread, int, bool]:
-        """The values of a column, the number of rows scanned, and whether those are all."""
+        """Values of a column, number of rows scanned, and whether these are all."""
         check(table, query)
         if column not in table.columns or kind_of(table.columns[column].flat.type) != "number":
             raise BadInput(f"{column[:80]!r} is no column of numbers")
@@ -156,7 +156,7 @@ class Finder:
         known = self._spreads.get(key)
         if known is not None:
             return known, table.rows, True
-        with self._building:  # sorting millions of values twice at once would only be slower
+        with self._building:  # two threads sorting the same millions of values would only be slower
             known = self._spreads.get(key)
             if known is None:
                 known, seen, done = self._gathered(table, column, query, budget)
@@ -195,7 +195,7 @@ class Finder:
         return Spread(whole[order], where[order], rows_seen - len(whole)), seen, done
 
     def histogram(self, table: Table, column: str, query: Query) -> dict[str, Any]:
-        """Counts by bins over the whole range of a column, of the rows scanned."""
+        """Histogram of a column over the whole range of the rows scanned."""
         spread, seen, done = self.spread(table, column, query)
         values = spread.values
         low, high = (float(values[0]), float(values[-1])) if len(values) else (0.0, 1.0)
@@ -213,9 +213,9 @@ class Finder:
         }
 
     def threshold(self, table: Table, column: str, query: Query, value: float, at_least: bool) -> dict[str, Any]:
-        """The exact number of rows kept at a threshold, and the nearest rows on both sides.
+        """Exact number of rows kept at a threshold, and the nearest rows on both sides.
 
-        The value is taken in the column's precision, as `capipe filter --keep` does.
+        The value is rounded to the column's precision, as in `capipe filter --keep`.
         """
         spread, seen, done = self.spread(table, column, query)
         single = spread.values.dtype == np.float32
@@ -244,12 +244,12 @@ def _first(table: Table) -> Where | None:
 
 
 def _where(table: Table, spread: Spread, index: int) -> dict[str, Any]:
-    place = int(spread.places[index])
-    return {"shard": table.shards[place >> 32], "row": place & 0xFFFFFFFF, "value": float(spread.values[index])}
+    packed = int(spread.places[index])
+    return {"shard": table.shards[packed >> 32], "row": packed & 0xFFFFFFFF, "value": float(spread.values[index])}
 
 
 def check(table: Table, query: Query) -> None:
-    """Raises BadInput where the filter is none, also of a table without shards."""
+    """Raise BadInput for an invalid filter, even if the table has no shards."""
     if query.filter.strip():
         table.expression(query.filter)
 
@@ -265,11 +265,11 @@ def _mask(table: Table, shard: str, query: Query) -> npt.NDArray[np.bool_]:
 
 
 def _found(table: Table, shard: str, text: str) -> npt.NDArray[np.bool_]:
-    found = np.zeros(table.counts[shard], bool)
+    matches = np.zeros(table.counts[shard], bool)
     for array in _texts(table, shard):
         hit = pc.match_substring(array, text, ignore_case=True)
-        found |= np.asarray(pc.fill_null(hit, False).to_numpy(zero_copy_only=False), bool)
-    return found
+        matches |= np.asarray(pc.fill_null(hit, False).to_numpy(zero_copy_only=False), bool)
+    return matches
 
 
 def _texts(table: Table, shard: str) -> Iterator[pa.Array]:

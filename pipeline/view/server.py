@@ -20,9 +20,9 @@ _SHORTEST = 16  # characters of a token
 
 
 def serve(folder: Path, host: str, port: int, token: str | None, images: Sequence[str] = ()) -> None:
-    """Serve until Ctrl-C. ``token``: as :func:`chosen_token` gives it; ``images``: as of :class:`.library.Library`.
+    """Serve until Ctrl-C. ``token``: from :func:`chosen_token`; ``images``: see :class:`.library.Library`.
 
-    Raises BadInput where the folder has no artifact, or the address cannot be listened at.
+    Raises BadInput if the folder has no artifact, or the address cannot be bound.
     """
     try:
         from .app import create_app
@@ -30,7 +30,7 @@ def serve(folder: Path, host: str, port: int, token: str | None, images: Sequenc
     except ImportError as error:
         raise BadInput(f"capipe view needs {error.name}; pip install 'capipe[view]'") from None
     library = Library(folder, images)
-    pa.table({"rows": [0]}).take([0])  # pyarrow imports pandas at the first one: here, not in the first visitor's page
+    pa.table({"rows": [0]}).take([0])  # pyarrow imports pandas on its first take: here, not in the first request
     listening = listen(host, port)
     bound = int(listening.getsockname()[1])
     app = guarded(create_app(library), host, bound, token)
@@ -40,9 +40,10 @@ def serve(folder: Path, host: str, port: int, token: str | None, images: Sequenc
 
 
 def chosen_token(host: str, token: str | None, no_token: bool = False) -> str | None:
-    """The token to ask for: the one given, else a random one; with ``no_token`` none, which loopback alone may do.
+    """Token to require: the given one, else a random one; none with ``no_token``, which is allowed on loopback only.
 
-    Others who work on this machine reach its loopback, too. Raises BadInput for a short token and for a contradiction.
+    Required on loopback by default, since other users of this machine can reach it. Raises BadInput for a short token
+    and for contradictory options.
     """
     if no_token and token is not None:
         raise BadInput("--token and --no-token: give one of them")
@@ -58,7 +59,7 @@ def chosen_token(host: str, token: str | None, no_token: bool = False) -> str | 
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """Whether a host name or address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -66,7 +67,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises BadInput in one line where that cannot be."""
+    """A listening socket at an address. Raises BadInput if it cannot be bound."""
     try:
         family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
@@ -85,12 +86,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def guarded(app: App, host: str, port: int, token: str | None) -> Guard:
-    """The app behind its guard, for an address that it listens at."""
+    """The app behind its guard, configured for the address it listens at."""
     hosts: Sequence[str] = (*LOOPBACK, host) if is_loopback(host) else (*LOOPBACK, host, socket.gethostname())
     return Guard(app, hosts, token, any_address=not is_loopback(host), cookie=f"capipe-{port}")
 
 
 def address(host: str, port: int, token: str | None) -> str:
-    """What to open."""
+    """URL to open."""
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}/" + (f"?token={token}" if token else "")

@@ -1,4 +1,4 @@
-"""One artifact as a table: its own columns, then those of all artifacts with rows of the same images.
+"""One artifact as a table: its own columns, joined with those of all artifacts with the same images.
 
 Columns are read on demand, a shard at a time, and cached up to a budget. A table is a snapshot of the commits at its
 creation.
@@ -28,13 +28,13 @@ from .columns import Flat, flat_columns, identifier
 
 Rows = npt.NDArray[np.int32]
 Arrays = Cache[tuple[str, str], pa.Array]
-_SAME = "key|uid|error"  # columns that say nothing new beside another artifact's, whatever its stage
-_REASON = 300  # characters of what is wrong with a filter
+_SAME = "key|uid|error"  # columns that repeat another artifact's, in every stage
+_REASON = 300  # longest reason for an invalid filter, in characters
 _UNREADABLE = (OSError, ValueError, KeyError, CapipeError)
 
 
 class Unknown(BadInput):
-    """Something asked for that is not there (404)."""
+    """Something requested that does not exist (404)."""
 
 
 class Unreadable(BadInput):
@@ -43,7 +43,7 @@ class Unreadable(BadInput):
 
 @dataclass(frozen=True)
 class Column:
-    """A column under the name that filters know it by. ``artifact``: whose it is."""
+    """A column with its name in filters. ``artifact``: the artifact it belongs to."""
 
     name: str
     artifact: str
@@ -57,7 +57,7 @@ class Table:
         self.counts = {shard: record.count for shard, record in join.records[name].items()}
         self._index = {shard: number for number, shard in enumerate(self.shards)}
         self._beside = {
-            shard: {each.artifact: each for each in reversed(join.beside(ShardName(name, shard)))}
+            shard: {other.artifact: other for other in reversed(join.beside(ShardName(name, shard)))}
             for shard in self.shards
         }
         self._fitting: dict[tuple[ShardName, ShardName], bool] = {}
@@ -68,94 +68,94 @@ class Table:
         return sum(self.counts.values())
 
     def number(self, shard: str) -> int:
-        """The place of a shard in the table. Raises Unknown."""
+        """Index of a shard in the table. Raises Unknown."""
         if shard not in self._index:
             raise Unknown(f"no shard {shard[:80]!r} is committed here")
         return self._index[shard]
 
     def stamp(self, shard: str) -> str:
-        """A digest of a shard's rows and of those joined to it."""
+        """Digest of a shard's rows and the rows joined to it."""
         self.number(shard)
         if shard not in self._stamps:
             places = [ShardName(self.name, shard), *self._beside[shard].values()]
-            self._stamps[shard] = _hashed([f"{each.artifact}={self._digest(each)}" for each in places])
+            self._stamps[shard] = _hashed([f"{part.artifact}={self._digest(part)}" for part in places])
         return self._stamps[shard]
 
     @cached_property
     def whole_stamp(self) -> str:
-        """A digest of all shards' stamps."""
+        """Digest of all shards' stamps."""
         return _hashed([self.name, *map(self.stamp, self.shards)])
 
-    def _digest(self, place: ShardName) -> str:
-        return str(self.join.record(place).files[f"{place.shard}.parquet"]["sha256"])
+    def _digest(self, shard_name: ShardName) -> str:
+        return str(self.join.record(shard_name).files[f"{shard_name.shard}.parquet"]["sha256"])
 
     # --- columns -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """Its own columns first, then others', older artifacts' before newer ones'.
+        """The artifact's own columns, then those of the others, oldest artifact first.
 
-        Where a name is taken, the artifact's name precedes it, so later artifacts rename nothing.
+        A name that is already taken gets its artifact's name as a prefix, so later artifacts rename nothing.
         """
-        found: dict[str, Column] = {}
+        columns: dict[str, Column] = {}
         for artifact, places in self._sources().items():
             for flat in self._flats(places):
                 if artifact == self.name:
-                    found.setdefault(flat.name, Column(flat.name, artifact, flat))
+                    columns.setdefault(flat.name, Column(flat.name, artifact, flat))
                 elif not self._repeated(artifact, flat.name):
                     name = flat.name
-                    if name in found and artifact_spec(self.join.artifacts[artifact].stage).shown == "text":
-                        continue  # what came with the images was handed on
-                    if name in found or name == "status":
+                    if name in columns and artifact_spec(self.join.artifacts[artifact].stage).shown == "text":
+                        continue  # the images' original text, copied on by later stages
+                    if name in columns or name == "status":
                         name = f"{identifier(artifact)}_{name}"
-                    found.setdefault(name, Column(name, artifact, flat))
-        return found
+                    columns.setdefault(name, Column(name, artifact, flat))
+        return columns
 
     def _repeated(self, artifact: str, name: str) -> bool:
         repeated = artifact_spec(self.join.artifacts[artifact].stage).repeated
         return any(re.fullmatch(pattern, name) for pattern in (_SAME, repeated))
 
     def _sources(self) -> dict[str, list[ShardName]]:
-        """The artifacts that have rows here, this one first, with a few of their shards."""
-        found: dict[str, list[ShardName]] = {self.name: [ShardName(self.name, shard) for shard in self.shards[:3]]}
+        """Artifacts with rows in this table, this one first, each with a few of its shards."""
+        sources: dict[str, list[ShardName]] = {self.name: [ShardName(self.name, shard) for shard in self.shards[:3]]}
         for shard in self.shards:
-            for artifact, place in self._beside[shard].items():
-                if len(places := found.setdefault(artifact, [])) < 3:
-                    places.append(place)
+            for artifact, shard_name in self._beside[shard].items():
+                if len(places := sources.setdefault(artifact, [])) < 3:
+                    places.append(shard_name)
         order = {name: number for number, name in enumerate(self.join.records)}
-        return dict(sorted(found.items(), key=lambda each: (each[0] != self.name, order[each[0]])))
+        return dict(sorted(sources.items(), key=lambda item: (item[0] != self.name, order[item[0]])))
 
     def _flats(self, places: Sequence[ShardName]) -> list[Flat]:
-        for place in places:
+        for shard_name in places:
             try:
-                with self._parquet(place) as parquet:
+                with self._parquet(shard_name) as parquet:
                     return flat_columns(parquet)
             except _UNREADABLE:
                 continue
         return []
 
-    def _parquet(self, place: ShardName) -> pq.ParquetFile:
-        return self.join.artifacts[place.artifact].parquet(place.shard)
+    def _parquet(self, shard_name: ShardName) -> pq.ParquetFile:
+        return self.join.artifacts[shard_name.artifact].parquet(shard_name.shard)
 
     @property
     def types(self) -> dict[str, pa.DataType]:
         return {name: column.flat.type for name, column in self.columns.items()}
 
     def expression(self, text: str) -> Expression:
-        """A filter over these columns. Raises BadInput in one line; scores may go without their ``re_``."""
+        """Parse a filter over these columns; the prefix ``re_`` of scores is optional. Raises BadInput, in one line."""
         shared = {name.removeprefix("re_"): name for name in self.columns if name.startswith("re_")}
         aliases = {short: name for short, name in shared.items() if short not in self.columns}
         try:
             return parse(text, self.types, aliases)
         except BadInput as error:
-            # What comes before the reason repeats the text, which stands in the field that is being typed into.
+            # Drop what precedes the reason: it repeats the text, which the input field already shows.
             reason = str(error).partition(f"{_quoted(text)}: ")[2] or str(error)
             raise BadInput(reason if len(reason) <= _REASON else reason[: _REASON - 1] + "…") from None
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def read(self, shard: str, names: Sequence[str]) -> pa.Table:
-        """Columns of a shard. Raises Unreadable where its own cannot be read; what is beside it is null then."""
+        """Columns of a shard. Raises Unreadable if its own cannot be read; unreadable columns of others become null."""
         self.number(shard)
         by_artifact: dict[str, list[Column]] = {}
         for name in dict.fromkeys(names):
@@ -175,52 +175,52 @@ class Table:
             raise Unreadable(f"{shard}.parquet cannot be read ({reason}); `capipe verify` says what is wrong") from None
 
     def _others(self, shard: str, artifact: str, columns: list[Column]) -> dict[str, pa.Array]:
-        place = self._beside[shard].get(artifact)
+        shard_name = self._beside[shard].get(artifact)
         try:
-            if place is not None and self._fits(ShardName(self.name, shard), place):
-                return self._made(place, columns)
+            if shard_name is not None and self._fits(ShardName(self.name, shard), shard_name):
+                return self._made(shard_name, columns)
         except _UNREADABLE:
             pass
         return {column.name: pa.nulls(self.counts[shard], column.flat.type) for column in columns}
 
     def _fits(self, own: ShardName, other: ShardName) -> bool:
-        """Whether the rows beside are of the same images, one by one."""
+        """Whether the rows of both shards are of the same images, one by one."""
         known = self._fitting.get((own, other))
         if known is None:
-            ours, theirs = (self._plain(place, "uid") for place in (own, other))
+            ours, theirs = (self._plain(shard_name, "uid") for shard_name in (own, other))
             known = self._fitting[own, other] = bool(ours.equals(theirs))
         return known
 
-    def _plain(self, place: ShardName, name: str) -> pa.Array:
-        key = (self._digest(place), name)
+    def _plain(self, shard_name: ShardName, name: str) -> pa.Array:
+        key = (self._digest(shard_name), name)
         array = self._arrays.get(key)
         if array is None:
-            with self._parquet(place) as parquet:
+            with self._parquet(shard_name) as parquet:
                 array = _whole(parquet.read(columns=[name], use_threads=False).column(0))
             self._arrays.put(key, array)
         return array
 
-    def _made(self, place: ShardName, columns: list[Column]) -> dict[str, pa.Array]:
-        """Columns of one file, from the cache or in one go."""
-        digest = self._digest(place)
-        found = {each.name: self._arrays.get((digest, each.flat.name)) for each in columns}
-        missing = [each for each in columns if found[each.name] is None]
+    def _made(self, shard_name: ShardName, columns: list[Column]) -> dict[str, pa.Array]:
+        """Columns of one file, from the cache or read at once."""
+        digest = self._digest(shard_name)
+        loaded = {column.name: self._arrays.get((digest, column.flat.name)) for column in columns}
+        missing = [column for column in columns if loaded[column.name] is None]
         if missing:
-            with self._parquet(place) as parquet:
-                leaves = list(dict.fromkeys(leaf for each in missing for leaf in each.flat.leaves))
+            with self._parquet(shard_name) as parquet:
+                leaves = list(dict.fromkeys(leaf for column in missing for leaf in column.flat.leaves))
                 table = parquet.read(columns=leaves, use_threads=False)
-            for each in missing:
-                array = _whole(each.flat.make(table))
-                if len(array) != self.join.record(place).count:
-                    raise BadInput(f"{len(array)} rows, {self.join.record(place).count} in the manifest")
-                found[each.name] = array
-                self._arrays.put((digest, each.flat.name), array)
-        return found
+            for column in missing:
+                array = _whole(column.flat.make(table))
+                if len(array) != self.join.record(shard_name).count:
+                    raise BadInput(f"{len(array)} rows, {self.join.record(shard_name).count} in the manifest")
+                loaded[column.name] = array
+                self._arrays.put((digest, column.flat.name), array)
+        return loaded
 
     # --- single rows -------------------------------------------------------------------------------------------------
 
     def row_name(self, shard: str, row: int) -> dict[str, Any]:
-        """``key`` of a row, and of final shards where it was before. Raises Unknown."""
+        """``key`` of a row; in final shards also its source shard and key. Raises Unknown."""
         self.number(shard)
         if not 0 <= row < self.counts[shard]:
             raise Unknown(f"shard {shard} has {self.counts[shard]} rows")
@@ -232,26 +232,26 @@ class Table:
         return name in self.columns and self.columns[name].artifact == self.name
 
     def whole(self, shard: str, row: int) -> dict[str, dict[str, Any]]:
-        """A row with those joined to it, by artifact, its own first; without bytes."""
+        """A row with the rows joined to it, by artifact, its own first; without bytes."""
         own = ShardName(self.name, shard)
         self.row_name(shard, row)
-        found = {self.name: self._row(own, row)}
-        for artifact, place in self._beside[shard].items():
+        rows = {self.name: self._row(own, row)}
+        for artifact, shard_name in self._beside[shard].items():
             try:
-                if self._fits(own, place):
-                    found[artifact] = self._row(place, row)
+                if self._fits(own, shard_name):
+                    rows[artifact] = self._row(shard_name, row)
             except _UNREADABLE:
                 continue
-        return found
+        return rows
 
-    def _row(self, place: ShardName, row: int) -> dict[str, Any]:
-        """One row, of whose file only its row group is read."""
-        with self._parquet(place) as parquet:
+    def _row(self, shard_name: ShardName, row: int) -> dict[str, Any]:
+        """Read one row; only its row group is read."""
+        with self._parquet(shard_name) as parquet:
             for group in range(parquet.metadata.num_row_groups):
                 count = parquet.metadata.row_group(group).num_rows
                 if row < count:
                     read = parquet.read_row_group(group, use_threads=False).slice(row, 1).to_pylist()[0]
-                    values: dict[str, Any] = jsonable(read)  # which leaves bytes out
+                    values: dict[str, Any] = jsonable(read)  # without bytes
                     return values
                 row -= count
         raise Unknown("the shard has fewer rows than its manifest says")
@@ -268,5 +268,5 @@ def _hashed(parts: Sequence[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A filter's text as its errors repeat it."""
+    """A filter's text as repeated in its errors."""
     return repr(text if len(text) <= 200 else text[:199] + "…")

@@ -1,7 +1,7 @@
 """A reader's ability: accuracy from captions that state the answers, against accuracy without any caption.
 
-The self-oracle caption (each question followed by its right option) needs no truth about the image. A reader that is
-right no more often with it than without measures nothing, and a captioner rewarded by it learns noise.
+The self-oracle caption (each question followed by its right option) needs no truth about the image. A reader that
+gains nothing from it measures nothing, and a captioner rewarded by it learns noise.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ from ...models.tiny.world.captions import dense_caption
 from ..dataset import Example
 from .results import Caution
 
-SELF_ORACLE, ORACLE, BLIND = "self-oracle", "oracle", "blind"  # as the controls of an evaluation are called
-LEAST_GAIN = 0.2  # of accuracy over that without a caption
-MOST_APART = 0.2  # of accuracies by the place of the right option
-LEAST_OF_PLACE = 20  # presentations: with fewer, a place has no accuracy
+SELF_ORACLE, ORACLE, BLIND = "self-oracle", "oracle", "blind"  # names of an evaluation's controls
+LEAST_GAIN = 0.2  # minimum gain in accuracy over no caption
+MOST_APART = 0.2  # maximum range of accuracies by position of the right option
+LEAST_OF_PLACE = 20  # minimum presentations for the accuracy of a position
 
 
 @dataclass
 class PositionCounts:
-    """Right answers by the place in which the right option stood.
+    """Right answers by position of the right option.
 
-    Each question is compared with itself: those with many options are harder, and alone in the later places.
+    Relative to each question's own mean: questions with many options are harder, and only they have late positions.
     """
 
-    above: dict[int, float] = field(default_factory=dict)  # right, less the question's own mean, summed
+    above: dict[int, float] = field(default_factory=dict)  # sum of (right - the question's own mean)
     count: Counter[int] = field(default_factory=Counter)
     right: int = 0
 
     def add(self, places: Sequence[int], hits: Sequence[bool | None]) -> None:
-        """One question's presentations: where its right option stood, and whether it was chosen (None: no answer)."""
-        known = [(place, hit) for place, hit in zip(places, hits, strict=True) if hit is not None]
+        """Add a question's presentations: positions of the right option, whether it was chosen (None: no answer)."""
+        known = [(position, hit) for position, hit in zip(places, hits, strict=True) if hit is not None]
         own = sum(hit for _, hit in known) / len(known) if known else 0.0
-        for place, hit in known:
-            self.above[place] = self.above.get(place, 0.0) + hit - own
-            self.count[place] += 1
+        for position, hit in known:
+            self.above[position] = self.above.get(position, 0.0) + hit - own
+            self.count[position] += 1
             self.right += hit
 
     def accuracies(self) -> dict[int, float]:
-        """By place, as if all had the same questions; places with too few presentations are left out.
+        """Accuracies by position, adjusted for the questions; positions with too few presentations are left out.
 
-        A mean plus an effect may leave what accuracies can be, by a hair: where a place is always right, or never.
+        Clamped, since a mean plus an effect can slightly exceed [0, 1] if a position is always right, or never.
         """
         mean = self.right / max(1, self.count.total())
         return {
-            place: min(1.0, max(0.0, mean + self.above[place] / self.count[place]))
-            for place in sorted(self.count)
-            if self.count[place] >= LEAST_OF_PLACE
+            position: min(1.0, max(0.0, mean + self.above[position] / self.count[position]))
+            for position in sorted(self.count)
+            if self.count[position] >= LEAST_OF_PLACE
         }
 
 
 @dataclass(frozen=True)
 class Ability:
-    """Accuracies: ``blind`` without a caption; ``by_control`` from captions that state the answers; ``places``:
-    the best control's by the place of the right option.
+    """Accuracies: ``blind``: without a caption; ``by_control``: from captions that state the answers; ``places``: the
+    best control's, by position of the right option.
     """
 
     blind: float
@@ -87,7 +87,7 @@ class Ability:
 
 
 def cautions(ability: Ability) -> list[Caution]:
-    """Warnings about a reader, none for a good one."""
+    """Warnings about a reader; none for a good one."""
     warnings = []
     if ability.gain < LEAST_GAIN:
         means = ", ".join(f"{name} {value:.3f}" for name, value in ability.by_control.items())
@@ -109,17 +109,17 @@ def cautions(ability: Ability) -> list[Caution]:
             f"ranges over {apart:.3f}, more than {MOST_APART:.2f} ({_by_place(ability.places)}); put every question "
             "in all orders, or take another reader"
         )
-        by_letter = {LETTERS[place]: value for place, value in ability.places.items()}
+        by_letter = {LETTERS[position]: value for position, value in ability.places.items()}
         warnings.append(Caution("prefers_places", text, {**by_letter, "threshold": MOST_APART}))
     return warnings
 
 
 def _by_place(places: Mapping[int, float]) -> str:
-    return ", ".join(f"{LETTERS[place]} {value:.3f}" for place, value in places.items())
+    return ", ".join(f"{LETTERS[position]} {value:.3f}" for position, value in places.items())
 
 
 async def ability_of(reader: QuizReader, examples: Sequence[Example]) -> Ability | None:
-    """A reader's ability on the examples' questions; None where nothing could be scored. Raises EngineDead."""
+    """A reader's ability on the examples' questions; None if nothing could be scored. Raises EngineDead."""
     blind, _ = await _read(reader, [(example, None) for example in examples])
     readings = {SELF_ORACLE: await _read(reader, [(example, self_oracle(example.questions)) for example in examples])}
     known = [
@@ -139,13 +139,13 @@ async def ability_of(reader: QuizReader, examples: Sequence[Example]) -> Ability
 async def _read(
     reader: QuizReader, captions: Sequence[tuple[Example, str | None]]
 ) -> tuple[float | None, PositionCounts]:
-    """Mean accuracy over questions, and by place."""
+    """Mean accuracy over questions, and counts by position."""
     read = await asyncio.gather(*(reader.read(caption, example.questions) for example, caption in captions))
-    readings = [reading for each in read for reading in each]
+    readings = [reading for of_caption in read for reading in of_caption]
     places = PositionCounts()
     for reading in readings:
         places.add(*_hits(reader, reading))
-    known = [each.accuracy for each in readings if each.accuracy is not None]
+    known = [reading.accuracy for reading in readings if reading.accuracy is not None]
     return (sum(known) / len(known) if known else None), places
 
 

@@ -1,4 +1,4 @@
-"""Figures that are ratios of sums over images, with bootstrap intervals. Pure mathematics on numpy arrays."""
+"""Bootstrap intervals for ratios of sums over images. Pure functions on numpy arrays."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Figure = tuple[str, str, str]  # system, measure, question kind ("" for all kind
 LEVEL = 0.95
 RESAMPLES = 1000
 RECALL_AT = (1, 5, 10)
-_BLOCK = 4_000_000  # weights held at a time, so that memory does not grow with images times resamples
+_BLOCK = 4_000_000  # weights in memory at a time, so that it does not grow with images times resamples
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with the ends of its 95 % interval and ``n``, what it is a share of or a mean over.
+    """A figure with its 95 % interval and ``n``, its denominator.
 
-    ``value`` is None where ``n`` is 0; ``low`` and ``high`` are None where fewer than two images are behind it.
+    ``value``: None if ``n`` is 0; ``low``, ``high``: None with fewer than two images.
     """
 
     value: float | None
@@ -35,21 +35,21 @@ NOTHING = Estimate(None, None, None, 0)
 
 
 def found_at(rank: int) -> dict[int, bool]:
-    """Whether what was found at ``rank`` (1 is the best) is among the first k, for each k of :data:`RECALL_AT`."""
+    """Whether ``rank`` (1 is the best) is among the first k, for each k of :data:`RECALL_AT`."""
     return {k: rank <= k for k in RECALL_AT}
 
 
 class Ratios:
-    """Collects a part and a whole by figure and image; a figure is the sum of its parts over the sum of its wholes.
+    """Collects numerators and denominators by figure and image; a figure is the ratio of their sums.
 
-    Kept as flat arrays, 20 bytes an entry, since there are millions of entries in a large evaluation.
+    Stored as flat arrays, 20 bytes per entry, since a large evaluation has millions of entries.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Figure, tuple[array[int], array[float], array[float]]] = {}
 
     def add(self, figure: Figure, image: int, part: float, whole: float = 1.0) -> None:
-        """Add to what image number ``image`` contributes to ``figure``; a mean has a whole of 1 for each term."""
+        """Add numerator and denominator of image number ``image`` to ``figure``; for a mean the denominator is 1."""
         if figure not in self._entries:
             self._entries[figure] = (array("i"), array("d"), array("d"))
         images, parts, wholes = self._entries[figure]
@@ -58,7 +58,7 @@ class Ratios:
         wholes.append(whole)
 
     def sums(self, images: int) -> tuple[Array, Array]:
-        """Parts and wholes, each (images, figures), the figures in the order of their first entry."""
+        """Sums of numerators and denominators, each (images, figures); figures in the order of their first entry."""
         parts = np.zeros((images, len(self._entries)))
         wholes = np.zeros_like(parts)
         for column, (where, part, whole) in enumerate(self._entries.values()):
@@ -68,7 +68,7 @@ class Ratios:
         return parts, wholes
 
     def estimates(self, images: int, resamples: int, seed: int) -> dict[Figure, tuple[Estimate, Array]]:
-        """Every figure with its draws (resamples,). All figures see the same resampled images."""
+        """Estimate of every figure, with bootstrap values (resamples,). All figures use the same resampled images."""
         if not self._entries:
             return {}
         parts, wholes = self.sums(images)
@@ -80,7 +80,7 @@ class Ratios:
 
 
 def estimate(parts: Array, wholes: Array, draws: Array) -> Estimate:
-    """One figure from its sums by image, both (images,), and the figure in each resample (resamples,)."""
+    """Estimate of one figure from its sums by image, both (images,), and its bootstrap values (resamples,)."""
     whole = float(wholes.sum())
     if whole == 0:
         return NOTHING
@@ -93,10 +93,10 @@ def estimate(parts: Array, wholes: Array, draws: Array) -> Estimate:
 
 
 def resampled_ratios(parts: Array, wholes: Array, resamples: int, seed: int) -> Array:
-    """Ratios of sums in samples of as many images, drawn with replacement: (resamples, figures), nan over no whole.
+    """Bootstrap values of ratios, images sampled with replacement: (resamples, figures), nan for denominator 0.
 
-    ``parts`` and ``wholes`` are (images, figures). The unit is the image, since questions about one image, and answers
-    to one question, rise and fall together (the cluster bootstrap; Efron and Tibshirani 1993, chapter 8).
+    ``parts``, ``wholes``: (images, figures). The unit is the image, since questions about one image, and answers to one
+    question, are correlated (cluster bootstrap; Efron and Tibshirani 1993, chapter 8).
     """
     blocks = [
         np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
@@ -107,11 +107,11 @@ def resampled_ratios(parts: Array, wholes: Array, resamples: int, seed: int) -> 
 
 
 def two_sided_p(draws: Array) -> float | None:
-    """The bootstrap p of no difference: twice the share of draws on the far side of zero; None where there are none.
+    """Two-sided bootstrap p of no difference: twice the share of values beyond zero; None without values.
 
-    One is added above and below, so that no finite number of draws gives a p of 0 (Davison and Hinkley 1997, eq. 4.11).
+    1 is added to numerator and denominator, so that p is never 0 (Davison and Hinkley 1997, eq. 4.11).
     """
-    known = np.round(draws[~np.isnan(draws)], 12)  # what should cancel to 0 does, whatever the order of the sums
+    known = np.round(draws[~np.isnan(draws)], 12)  # differences that should cancel to 0 do so in any order of summation
     if not known.size:
         return None
     tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
@@ -119,7 +119,7 @@ def two_sided_p(draws: Array) -> float | None:
 
 
 def _weights(images: int, resamples: int, seed: int) -> Iterator[Array]:
-    """How often each image is drawn, in blocks of (some resamples, images)."""
+    """Number of times that each image is sampled, in blocks of (some resamples, images)."""
     rng = np.random.default_rng(seed)
     most = max(1, _BLOCK // images)
     for start in range(0, resamples, most):

@@ -1,4 +1,4 @@
-"""Two runs on the questions that both were graded on: a paired bootstrap over the images they share."""
+"""Comparison of two runs on common questions: paired bootstrap over common images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Questions = dict[str, tuple[str, float | None]]  # kind and score by question id
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """Graded rows under a name, read once. ``settings`` must name the ``reader``; its ``reader identity`` is compared.
+    """A named run: graded rows, read once. ``settings`` must name the ``reader``; its ``reader identity`` is compared.
 
-    ``system``: what is compared; None takes the first captioner prompt of the rows.
+    ``system``: the system to compare; None: the first captioner prompt of the rows.
     """
 
     name: str
@@ -32,9 +32,8 @@ class EvaluationRun:
 def compare(first: EvaluationRun, second: EvaluationRun, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """Accuracy of ``second`` minus ``first`` on common questions of common images, overall and by kind.
 
-    Both runs see the same resampled images, so that what makes an image hard is in neither interval. Raises BadInput
-    where the readers differ, since their answers cannot be compared with each other, where a run lacks the system, and
-    where the runs have no question in common.
+    Both runs use the same resampled images, so that the images' difficulty cancels in the difference. Raises BadInput
+    if the readers differ (their answers are not comparable), a run lacks the system, or there is no common question.
     """
     reader = _common_reader(first, second)
     first_system, first_scores = _scores(first)
@@ -77,7 +76,7 @@ def _common_reader(first: EvaluationRun, second: EvaluationRun) -> str:
 
 
 def _scores(run: EvaluationRun) -> tuple[str, dict[str, Questions]]:
-    """The system compared and, for each image, the kind and score of its questions, None where it has no score."""
+    """The compared system and, by image, kind and score of its questions (None if unscored)."""
     system = run.system
     seen: dict[str, None] = {}
     scores: dict[str, Questions] = {}
@@ -92,7 +91,7 @@ def _scores(run: EvaluationRun) -> tuple[str, dict[str, Questions]]:
         questions = scores.setdefault(graded.image, {})
         for question in graded.questions:
             answers = scored_answers(captions, question.id)
-            score = mean([each.accuracy for each in answers]) if answers else None
+            score = mean([answer.accuracy for answer in answers]) if answers else None
             questions.setdefault(question.id, (question.kind, score))
     if system is None or system not in seen:
         wanted = f"no captions named {system!r}" if system else "no captions of a prompt"
@@ -101,7 +100,7 @@ def _scores(run: EvaluationRun) -> tuple[str, dict[str, Questions]]:
 
 
 def _paired(first: Mapping[str, Questions], second: Mapping[str, Questions]) -> tuple[Ratios, int, LeftOut]:
-    """Both scores of every common question and their difference, the number of images, and what is not common."""
+    """Both scores of every common question and their difference, number of images, and counts of left-out items."""
     ratios = Ratios()
     common = [image for image in first if image in second]
     numbers: dict[str, int] = {}
@@ -110,16 +109,16 @@ def _paired(first: Mapping[str, Questions], second: Mapping[str, Questions]) -> 
         ours, theirs = first[image], second[image]
         only_first += len(ours.keys() - theirs.keys())
         only_second += len(theirs.keys() - ours.keys())
-        for question in (each for each in ours if each in theirs):
+        for question in (id_ for id_ in ours if id_ in theirs):
             (kind, score), (_, other) = ours[question], theirs[question]
             if score is None or other is None:
                 unscored += 1
                 continue
             number = numbers.setdefault(image, len(numbers))
-            for each in ("", kind):
-                ratios.add(("first", "accuracy", each), number, score)
-                ratios.add(("second", "accuracy", each), number, other)
-                ratios.add(("second", "difference", each), number, other - score)
+            for label in ("", kind):
+                ratios.add(("first", "accuracy", label), number, score)
+                ratios.add(("second", "accuracy", label), number, other)
+                ratios.add(("second", "difference", label), number, other - score)
     lost = LeftOut(len(first) - len(common), len(second) - len(common), only_first, only_second, unscored)
     return ratios, len(numbers), lost
 

@@ -1,4 +1,4 @@
-"""From graded rows to a report: quiz accuracy, truth, text, by system, with intervals over images."""
+"""Evaluation report from graded rows: quiz accuracy, truth, text, by system, with intervals over images."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .results import (
 )
 from .text_statistics import TextTally
 
-EXAMPLES = 3  # images of which the report shows captions
-_UNTRUE = (SELF_ORACLE, "empty", BLIND)  # controls that state nothing by themselves, to be compared with the truth
+EXAMPLES = 3  # images whose captions the report shows
+_UNTRUE = (SELF_ORACLE, "empty", BLIND)  # controls without statements of their own to compare with the truth
 
 
 def evaluate(
@@ -47,13 +47,12 @@ def evaluate(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> EvaluationReport:
-    """The report on rows of the GRADE schema, read once.
+    """Evaluate rows of the GRADE schema, read once.
 
-    ``settings``: JSON-ready facts for the reader of the report (model, reader, fingerprints); ``ranks``: by uid and
-    caption, from :mod:`.retrieval`, in a ``gallery`` of so many images; ``cosines``: the same way, of a caption's and
-    its image's features; ``logps``: of each caption's tokens under a language model, by its text; ``where``: the rows'
-    name in errors; ``warnings``: what is known to be wrong already. Raises BadInput where there is no row,
-    no question, or no answer with a score.
+    ``settings``: JSON-ready facts shown in the report (model, reader, fingerprints); ``ranks``: by uid and caption,
+    from :mod:`.retrieval`; ``gallery``: its number of images; ``cosines``: of caption and image features, by uid and
+    caption; ``logps``: of each caption's tokens under a language model, by text; ``where``: name of the rows in errors;
+    ``warnings``: warnings known already. Raises BadInput without rows, without questions, or without a scored answer.
     """
     tally = _Tally(ranks=ranks or {}, cosines=cosines or {}, logps=logps or {})
     for row in rows:
@@ -73,13 +72,13 @@ def evaluate(
         seed=seed,
         systems=systems,
         examples=tuple(tally.examples),
-        warnings=(*warnings, *_of_reader(systems, {name: each.places for name, each in tally.systems.items()})),
+        warnings=(*warnings, *_of_reader(systems, {name: system.places for name, system in tally.systems.items()})),
     )
 
 
 def _of_reader(systems: Sequence[System], places: Mapping[str, PositionCounts]) -> list[Caution]:
-    """What the controls say against the reader; nothing where they were not graded."""
-    means = {each.name: value for each in systems if (value := each.quiz.accuracy.value) is not None}
+    """Warnings about the reader from the controls; none if the controls were not graded."""
+    means = {system.name: value for system in systems if (value := system.quiz.accuracy.value) is not None}
     by_control = {name: means[name] for name in (SELF_ORACLE, ORACLE) if name in means}
     if BLIND not in means or not by_control:
         return []
@@ -88,33 +87,33 @@ def _of_reader(systems: Sequence[System], places: Mapping[str, PositionCounts]) 
 
 
 def ordered(systems: Iterable[str]) -> list[str]:
-    """Prompts as they come, then the controls from the best to the worst."""
+    """Prompts in the given order, then the controls from best to worst."""
     names = list(systems)
     return [name for name in names if name not in CONTROLS] + [name for name in CONTROLS if name in names]
 
 
 def kinds_in_order(kinds: Iterable[str]) -> list[str]:
-    """The kinds that we know in our order, then others by name."""
+    """Known kinds in the order of ``KINDS``, then others by name."""
     return sorted(set(kinds), key=lambda kind: (KINDS.index(kind) if kind in KINDS else len(KINDS), kind))
 
 
 @dataclass
 class _SystemTally:
-    """What is counted of one system, beside the ratios."""
+    """Counts of one system, beside the ratios."""
 
     samples: int = 0
     captions: int = 0
     unscored: int = 0
     graded: int = 0  # captions compared with a scene
-    ranked: int = 0  # captions that searched a gallery
+    ranked: int = 0  # captions with a rank in the gallery
     excluded: Counter[str] = field(default_factory=Counter)
-    right: Counter[int] = field(default_factory=Counter)  # presentations, by the place of the right option
+    right: Counter[int] = field(default_factory=Counter)  # presentations, by position of the right option
     scored: Counter[int] = field(default_factory=Counter)
     places: PositionCounts = field(default_factory=PositionCounts)
     text: TextTally = field(default_factory=TextTally)
 
     def system(self, name: str, figures: Mapping[Figure, Estimate], gallery: int) -> System:
-        """The figures of this system, ``name``."""
+        """Figures of this system, whose name is ``name``."""
 
         def figure(measure: str) -> Estimate:
             return figures.get((name, measure, ""), NOTHING)
@@ -126,23 +125,23 @@ class _SystemTally:
             abstained=figure("abstained"),
             by_kind={kind: figures[name, "accuracy", kind] for kind in kinds},
             by_place=tuple(
-                PositionAccuracy(place, self.right[place], self.scored[place]) for place in sorted(self.scored)
+                PositionAccuracy(index, self.right[index], self.scored[index]) for index in sorted(self.scored)
             ),
             unscored=self.unscored,
         )
         measures = ("precision", "recall", "hallucinated", "chair_i", "chair_s")
         truth = Truth(self.graded, *(figure(measure) for measure in measures)) if self.graded else None
         text = self.text.statistics() if name != "blind" else None
-        found = {k: figure(f"recall@{k}") for k in RECALL_AT}
-        retrieval = Retrieval(gallery, self.ranked, found) if self.ranked else None
-        said = Judged(figure("cosine"), figure("logp"))
-        judged = None if said == Judged(NOTHING, NOTHING) else said
+        recall = {k: figure(f"recall@{k}") for k in RECALL_AT}
+        retrieval = Retrieval(gallery, self.ranked, recall) if self.ranked else None
+        scores = Judged(figure("cosine"), figure("logp"))
+        judged = None if scores == Judged(NOTHING, NOTHING) else scores
         return System(name, self.samples, self.captions, dict(self.excluded), quiz, truth, text, retrieval, judged)
 
 
 @dataclass
 class _Tally:
-    """All that is counted while the rows go by."""
+    """Counts over all rows."""
 
     ranks: Mapping[tuple[str, str], int] = field(default_factory=dict)
     cosines: Mapping[tuple[str, str], float] = field(default_factory=dict)
@@ -151,14 +150,14 @@ class _Tally:
     questions: int = 0
     unscored: int = 0
     excluded: Counter[str] = field(default_factory=Counter)
-    said: str = ""  # the first reason of a row that it is not graded, or not with a score
+    said: str = ""  # first error of a row that is not graded, or not scored
     images: dict[str, int] = field(default_factory=dict)  # numbers, in the order of their first row
     systems: dict[str, _SystemTally] = field(default_factory=dict)
     ratios: Ratios = field(default_factory=Ratios)
     examples: list[ShownCaption] = field(default_factory=list)
 
     def add(self, row: Mapping[str, Any], where: str) -> None:
-        """Count one row, or the reason why it is excluded."""
+        """Count one row, or the reason for its exclusion."""
         graded = read_row(row, where)
         self.said = self.said or row["error"] or ""
         if isinstance(graded, str):
@@ -175,24 +174,24 @@ class _Tally:
             self.examples += [_example(name, graded) for name in ordered(graded.captions) if graded.captions[name]]
 
     def check(self, where: str) -> None:
-        """Raise BadInput where nothing was counted that a figure could be made of."""
+        """Raise BadInput if there is nothing to compute a figure from."""
         if not self.rows:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.excluded.items()))
             reasons = f"{reasons}; the first says: {self.said}" if self.said else reasons
-            found = f"no row with questions and captions ({reasons})" if reasons else "no row at all"
-            raise BadInput(f"{where}: {found}; give captions and questions of the same images")
+            problem = f"no row with questions and captions ({reasons})" if reasons else "no row at all"
+            raise BadInput(f"{where}: {problem}; give captions and questions of the same images")
         if not any(system.scored for system in self.systems.values()):
             why = f": {self.said}; take another --reader or --reader-mode" if self.said else "; take another --reader"
             raise BadInput(f"{where}: none of the {self.questions} questions has a score{why}")
 
     def _add_system(self, name: str, graded: GradedImage, image: int) -> set[str]:
-        """Count one system's captions of an image; the ids of the questions that it has no score for."""
+        """Count one system's captions of an image; returns the ids of its unscored questions."""
         captions = graded.captions[name]
         tally = self.systems.setdefault(name, _SystemTally())
         tally.samples = max(tally.samples, len(captions))
         tally.captions += len(captions)
         tally.excluded += graded.excluded.get(name, Counter())
-        unscored = {each.id for each in graded.questions if not self._add_question(name, captions, each, image)}
+        unscored = {item.id for item in graded.questions if not self._add_question(name, captions, item, image)}
         tally.unscored += len(unscored)
         for caption in captions:
             tally.text.add(caption.text, caption.n_tokens, image)
@@ -210,28 +209,28 @@ class _Tally:
         return unscored
 
     def _add_question(self, name: str, captions: Iterable[GradedCaption], question: GradedQuestion, image: int) -> bool:
-        """Count one question's answers, and say whether it has any score."""
+        """Count one question's answers; returns whether it has any score."""
         answers = scored_answers(captions, question.id)
         if not answers:
             return False
-        accuracy = mean([each.accuracy for each in answers])
+        accuracy = mean([answer.accuracy for answer in answers])
         self.ratios.add((name, "accuracy", ""), image, accuracy)
         self.ratios.add((name, "accuracy", question.kind), image, accuracy)
-        self.ratios.add((name, "best", ""), image, max(each.accuracy for each in answers))
-        self.ratios.add((name, "abstained", ""), image, mean([each.abstention for each in answers]))
+        self.ratios.add((name, "best", ""), image, max(answer.accuracy for answer in answers))
+        self.ratios.add((name, "abstained", ""), image, mean([answer.abstention for answer in answers]))
         tally = self.systems[name]
         for answer in answers:
             places = places_of_answer(question.options, question.answer, len(answer.chosen))
             hits = [None if chosen is None else chosen == question.answer for chosen in answer.chosen]
             tally.places.add(places, hits)
-            for place, chosen in zip(places, answer.chosen, strict=True):
+            for position, chosen in zip(places, answer.chosen, strict=True):
                 if chosen is not None:
-                    tally.scored[place] += 1
-                    tally.right[place] += chosen == question.answer
+                    tally.scored[position] += 1
+                    tally.right[position] += chosen == question.answer
         return True
 
     def _add_truth(self, name: str, text: str, scene: Scene, image: int) -> None:
-        """Count what one caption states of a scene."""
+        """Count one caption's statements about a scene."""
         graded, facts = grade(scene, text), parse(text)
         stated, mentioned = graded.stated.total(), len(facts.things) + len(facts.signs)
         self.ratios.add((name, "precision", ""), image, graded.correct.total(), stated)
@@ -242,8 +241,10 @@ class _Tally:
 
 
 def _example(name: str, graded: GradedImage) -> ShownCaption:
-    """The system's first caption of the image with its answers."""
+    """A system's first caption of an image, with its answers."""
     caption = graded.captions[name][0]
-    found = [(each.kind, caption.answers[each.id]) for each in graded.questions if each.id in caption.answers]
-    answers = tuple(ShownAnswer(kind, each.right, each.abstained, each.scored) for kind, each in found)
+    by_kind = [
+        (question.kind, caption.answers[question.id]) for question in graded.questions if question.id in caption.answers
+    ]
+    answers = tuple(ShownAnswer(kind, answer.right, answer.abstained, answer.scored) for kind, answer in by_kind)
     return ShownCaption(graded.key, name, None if name == "blind" else caption.text, answers)

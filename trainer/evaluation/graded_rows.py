@@ -1,4 +1,4 @@
-"""Rows of graded captions as typed values, and what a system's captions of one image score on a question."""
+"""Typed access to rows of graded captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...models.tiny.world.scenes import Scene
 
 @dataclass(frozen=True)
 class GradedQuestion:
-    """A question with the number of its options and the index of the right one."""
+    """A question with its number of options and the index of the right one."""
 
     id: str
     kind: str
@@ -27,7 +27,7 @@ class GradedQuestion:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reader of one caption answered: ``chosen`` by presentation, and how many were what (``scored`` > 0)."""
+    """A reader's answers from one caption: ``chosen`` option by presentation, and counts (``scored`` > 0)."""
 
     chosen: tuple[int | None, ...]
     right: int
@@ -36,18 +36,18 @@ class Answer:
 
     @property
     def accuracy(self) -> float:
-        """The share of scored presentations that were answered right."""
+        """Share of scored presentations answered right."""
         return self.right / self.scored
 
     @property
     def abstention(self) -> float:
-        """The share of scored presentations in which the reader abstained."""
+        """Share of scored presentations in which the reader abstained."""
         return self.abstained / self.scored
 
 
 @dataclass(frozen=True)
 class GradedCaption:
-    """One caption ("" where there was none) with those answers read from it that have a score, by question id."""
+    """One caption ("" if there was none) with its scored answers, by question id."""
 
     text: str
     n_tokens: int | None
@@ -56,9 +56,9 @@ class GradedCaption:
 
 @dataclass(frozen=True)
 class GradedImage:
-    """One row. ``image``: the uid, so that a repeated image is one unit, or the key where there is none.
+    """One row. ``image``: the uid, so that a repeated image is one unit, or the key without a uid.
 
-    ``captions`` by system; captions that an engine error kept from being written are counted in ``excluded`` instead.
+    ``captions``: by system; captions that failed with an engine error are counted in ``excluded`` instead.
     """
 
     key: str
@@ -70,7 +70,7 @@ class GradedImage:
 
 
 def read_row(row: Mapping[str, Any], where: str) -> GradedImage | str:
-    """A row of the GRADE schema, or the reason why there is nothing to measure in it.
+    """Parse a row of the GRADE schema; returns the reason instead if there is nothing to measure.
 
     Raises BadInput, naming ``where``, for a scene that cannot be read or answers that do not fit their question.
     """
@@ -78,38 +78,38 @@ def read_row(row: Mapping[str, Any], where: str) -> GradedImage | str:
         return row["status"] if row["status"] != Status.OK else "no_question"
     if not row["captions"]:
         return row["status"] if row["status"] != Status.OK else "no_caption"
-    questions = {each["id"]: _question(each) for each in row["questions"]}
+    questions = {question["id"]: _question(question) for question in row["questions"]}
     captions: dict[str, list[GradedCaption]] = {}
     excluded: dict[str, Counter[str]] = {}
-    for each in row["captions"]:
-        system = system_of(each["name"])
+    for caption in row["captions"]:
+        system = system_of(caption["name"])
         of_system = captions.setdefault(system, [])
-        if each["status"] == Status.ENGINE_ERROR:
-            excluded.setdefault(system, Counter())[each["status"]] += 1
+        if caption["status"] == Status.ENGINE_ERROR:
+            excluded.setdefault(system, Counter())[caption["status"]] += 1
         else:
-            of_system.append(_caption(each, questions, f"{where}: row {row['key']!r}, caption {each['name']!r}"))
+            of_system.append(_caption(caption, questions, f"{where}: row {row['key']!r}, caption {caption['name']!r}"))
     image = row["uid"] or f"key:{row['key']}"
     return GradedImage(row["key"], image, tuple(questions.values()), captions, excluded, _scene(row, where))
 
 
 def system_of(name: str) -> str:
-    """The system that a caption's name tells of: the prompt's name without the number of the sample, or a control."""
+    """System of a caption's name: the prompt's name without the sample number, or a control."""
     return name.partition("#")[0]
 
 
 def scored_answers(captions: Iterable[GradedCaption], question: str) -> list[Answer]:
-    """The answers to one question, of those captions that have a score for it."""
-    return [each.answers[question] for each in captions if question in each.answers]
+    """Scored answers to one question from several captions."""
+    return [caption.answers[question] for caption in captions if question in caption.answers]
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of one value or more."""
+    """Mean of at least one value."""
     return sum(values) / len(values)
 
 
 @cache
 def places_of_answer(options: int, answer: int, presentations: int) -> tuple[int, ...]:
-    """Where the right option stands in each presentation. Raises ValueError where there cannot be so many."""
+    """Position of the right option in each presentation. Raises ValueError for an impossible number of them."""
     orders = rotations(options + 1, presentations)
     if len(orders) != presentations or not 0 <= answer < options:
         raise ValueError(f"{presentations} presentations of option {answer} of {options}")
@@ -122,10 +122,10 @@ def _question(record: Mapping[str, Any]) -> GradedQuestion:
 
 def _caption(record: Mapping[str, Any], questions: Mapping[str, GradedQuestion], where: str) -> GradedCaption:
     answers = {}
-    for each in record["answers"] or ():
-        question = questions.get(each["id"])
-        if question is not None and each["scored"]:
-            answers[question.id] = _answer(each, question, where)
+    for answer in record["answers"] or ():
+        question = questions.get(answer["id"])
+        if question is not None and answer["scored"]:
+            answers[question.id] = _answer(answer, question, where)
     return GradedCaption(record["text"] or "", record["n_tokens"], answers)
 
 

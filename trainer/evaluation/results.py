@@ -1,4 +1,4 @@
-"""What an evaluation and a comparison say, as values that go to JSON and back unchanged."""
+"""Results of an evaluation and of a comparison, as dataclasses with a lossless JSON form."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .text_statistics import TextStatistics
 
 
 class JsonForm:
-    """The dictionary of JSON values that stands for a value of the class, and the way back."""
+    """Mixin for conversion to and from JSON-ready dictionaries."""
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form that :meth:`from_dict` reads back to an equal value."""
+        """JSON-ready form that :meth:`from_dict` reads back to an equal value."""
         form: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
         return form
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """The value that :meth:`to_dict` wrote. Raises BadInput naming the first field that is missing or wrong."""
+        """Read a value of :meth:`to_dict`. Raises BadInput with the first missing or wrong field."""
         try:
             value: Self = TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
@@ -35,7 +35,7 @@ class JsonForm:
 
 
 def json_ready(settings: Mapping[str, Any]) -> dict[str, JsonValue]:
-    """``settings`` as JSON would give them back: tuples are lists. Raises TypeError for what JSON has no form of."""
+    """``settings`` after a JSON round trip: tuples become lists. Raises TypeError for values without a JSON form."""
     ready: dict[str, JsonValue] = json.loads(json.dumps(dict(settings)))
     return ready
 
@@ -45,7 +45,7 @@ def json_ready(settings: Mapping[str, Any]) -> dict[str, JsonValue]:
 
 @dataclass(frozen=True)
 class PositionAccuracy:
-    """How presentations with the right option in ``place`` (0 is the first) were answered."""
+    """Answers to presentations with the right option in position ``place`` (0 is the first)."""
 
     place: int
     right: int
@@ -58,15 +58,14 @@ class PositionAccuracy:
 
 @dataclass(frozen=True)
 class Quiz:
-    """How well the questions are answered from a system's captions.
+    """Quiz results from a system's captions.
 
-    A question's score is the share of its scored presentations that were answered right, averaged over the captions of
-    the image; ``accuracy`` is the mean over questions. ``unscored`` questions have no score from any caption and are in
-    no figure.
+    A question's score is the share of its scored presentations answered right, averaged over the captions of the image;
+    ``accuracy``: mean over questions. ``unscored``: number of questions without a score from any caption, in no figure.
     """
 
     accuracy: Estimate
-    best: Estimate  # of the best of the captions for each question ("best of n" of Prism and CapRL)
+    best: Estimate  # with the best caption for each question ("best of n" of Prism and CapRL)
     abstained: Estimate
     by_kind: dict[str, Estimate]
     by_place: tuple[PositionAccuracy, ...]
@@ -75,22 +74,22 @@ class Quiz:
 
 @dataclass(frozen=True)
 class Truth:
-    """Captions compared with scenes whose truth is known; all but ``hallucinated`` are shares.
+    """Captions compared with the true scenes; all but ``hallucinated`` are shares.
 
     ``chair_i`` and ``chair_s`` are named after CHAIR (Rohrbach et al. 2018), per instance and per caption.
     """
 
     captions: int
-    precision: Estimate  # of the attributes stated, those that are true
-    recall: Estimate  # of the true attributes, those that are stated
-    hallucinated: Estimate  # things and signs that are not there, per caption
-    chair_i: Estimate  # of the things and signs mentioned, those that are not there
-    chair_s: Estimate  # of the captions, those with any such
+    precision: Estimate  # share of stated attributes that are true
+    recall: Estimate  # share of true attributes that are stated
+    hallucinated: Estimate  # objects and signs not in the scene, per caption
+    chair_i: Estimate  # share of mentioned objects and signs not in the scene
+    chair_s: Estimate  # share of captions with any of these
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How often captions find their own image among those of the ``gallery``: recall at k, by k."""
+    """Recall at k, by k: share of captions that retrieve their own image from the ``gallery``."""
 
     gallery: int
     captions: int
@@ -99,10 +98,10 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Judged:
-    """What other models say of a system's captions; each may have no figure, where no such model was asked.
+    """Scores of a system's captions by other models; empty estimates without such a model.
 
-    ``cosine``: of a caption's and its image's features, as Luo, Song and Ma measure; the model may be the reward's own.
-    ``logp``: mean natural log-probability of a token under a language model; its perplexity is exp(-logp).
+    ``cosine``: of caption and image features, as in Luo, Song and Ma; the model may be the reward's own.
+    ``logp``: mean natural log-probability of a token under a language model; perplexity is exp(-logp).
     """
 
     cosine: Estimate
@@ -111,11 +110,11 @@ class Judged:
 
 @dataclass(frozen=True)
 class System:
-    """The figures of one prompt's captions, or of one control.
+    """Figures of one prompt's captions, or of one control.
 
-    ``samples``: the most captions that an image has. ``excluded``: captions that are in no figure, by status.
-    ``truth`` is None where no scene is known or there is no caption to hold against it, ``text`` is None for blind,
-    ``retrieval`` and ``judged`` where no model was asked.
+    ``samples``: largest number of captions of an image. ``excluded``: captions in no figure, by status. ``truth``: None
+    without known scenes or captions to compare with them; ``text``: None for blind; ``retrieval``, ``judged``: None
+    without such a model.
     """
 
     name: str
@@ -131,10 +130,10 @@ class System:
 
 @dataclass(frozen=True)
 class Caution:
-    """What makes the figures doubtful: ``kind`` for machines, ``text`` for people, the ``figures`` that it is about.
+    """A warning about the figures: ``kind``, machine-readable; ``text``, for people; the ``figures`` concerned.
 
-    Kinds: ``cannot_read``, ``prefers_places``, ``reward_reader`` (the reader is the one that training was rewarded by),
-    ``too_long`` (captions that the reader's context does not hold).
+    Kinds: ``cannot_read``, ``prefers_places``, ``reward_reader`` (the reader was the training reward's), ``too_long``
+    (captions that exceed the reader's context).
     """
 
     kind: str
@@ -144,7 +143,7 @@ class Caution:
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """How one question fared, in presentations."""
+    """Answers to one question, counted in presentations."""
 
     kind: str
     right: int
@@ -154,7 +153,7 @@ class ShownAnswer:
 
 @dataclass(frozen=True)
 class ShownCaption:
-    """The first caption of a system for one image and what was answered from it. ``text`` is None for blind."""
+    """A system's first caption of an image, with the answers from it. ``text``: None for blind."""
 
     key: str
     system: str
@@ -166,7 +165,7 @@ class ShownCaption:
 class EvaluationReport(JsonForm):
     """A whole evaluation. ``systems``: the captioner's prompts first, then the controls.
 
-    ``excluded``: rows that are in no figure, by reason. ``unscored``: questions that some system has no score for.
+    ``excluded``: rows in no figure, by reason. ``unscored``: questions without a score from some system.
     """
 
     images: int
@@ -187,7 +186,7 @@ class EvaluationReport(JsonForm):
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracies on the same questions; ``difference`` is second minus first, ``p`` two-sided, None as its interval."""
+    """Accuracies on the same questions; ``difference``: second - first; ``p``: two-sided, None without an interval."""
 
     first: Estimate
     second: Estimate
@@ -197,7 +196,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Side:
-    """A run under comparison, and which of its systems is compared."""
+    """A compared run and its system."""
 
     name: str
     system: str
@@ -206,7 +205,7 @@ class Side:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What is not compared: images in one run only; on common images, questions in one run only or without a score."""
+    """Items not compared: images in one run only; on common images, questions in one run only or unscored."""
 
     images_first: int
     images_second: int
@@ -217,7 +216,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Comparison(JsonForm):
-    """Two runs on what they have in common."""
+    """Comparison of two runs on common images and questions."""
 
     reader: str
     first: Side

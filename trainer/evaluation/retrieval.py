@@ -1,6 +1,6 @@
-"""Recall at k: how often a caption finds its own image in a gallery, by a CLIP that was neither reward nor filter.
+"""Recall at k: retrieval of a caption's own image from a gallery, with a CLIP that was neither reward nor filter.
 
-And the cosine of captions with their own images, by whichever model.
+Also the cosine of captions with their own images, with any such model.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Scorer = ClipScorer | BlipScorer
 
 @dataclass(frozen=True)
 class Gallery:
-    """Distinct images: ``names`` (uids) and unit vectors ``(n, width)``, 4 bytes a number."""
+    """Distinct images: ``names`` (uids) and unit vectors ``(n, width)``, float32."""
 
     names: Sequence[str]
     features: Tensor
 
 
 def gallery_of(rows: Iterable[Row], wanted: set[str], clip: Scorer) -> Gallery:
-    """The images of ``rows`` whose uid is ``wanted`` and that can be decoded, each once."""
+    """Decodable images of ``rows`` with a ``wanted`` uid, without repeats."""
     names: list[str] = []
     parts: list[Tensor] = []
     for batch in _in_batches(_decoded(rows, wanted, clip)):
@@ -60,38 +60,38 @@ def _in_batches(images: Iterator[tuple[str, Pixels]]) -> Iterator[list[tuple[str
 
 
 def ranks_of(gallery: Gallery, captions: Iterable[tuple[str, str]], clip: Scorer) -> dict[tuple[str, str], int]:
-    """By image and caption, the place of the image (1 is the best) when the gallery is sorted by cosine to the caption.
+    """Rank of the image (1 is the best) in the gallery sorted by cosine to the caption, by image and caption.
 
-    Ties count against it: a caption that fits everything equally finds nothing. Captions of images that are not in the
-    gallery have no rank.
+    Ties count against it: a caption that fits all images equally retrieves none. Captions of images outside the gallery
+    have no rank.
     """
-    found: dict[tuple[str, str], int] = {}
-    for batch, said, own in _asked(gallery, captions, clip):
-        found |= zip(batch, ranks(said @ gallery.features.T, own), strict=True)
-    return found
+    by_pair: dict[tuple[str, str], int] = {}
+    for batch, vectors, own in _asked(gallery, captions, clip):
+        by_pair |= zip(batch, ranks(vectors @ gallery.features.T, own), strict=True)
+    return by_pair
 
 
 def cosines_of(gallery: Gallery, captions: Iterable[tuple[str, str]], scorer: Scorer) -> dict[tuple[str, str], float]:
-    """By image and caption, the cosine of the two, in [-1, 1]; none for images that are not in the gallery."""
-    found: dict[tuple[str, str], float] = {}
-    for batch, said, own in _asked(gallery, captions, scorer):
-        found |= zip(batch, (said * gallery.features[own]).sum(-1).tolist(), strict=True)
-    return found
+    """Cosine, in [-1, 1], by image and caption; images outside the gallery are left out."""
+    by_pair: dict[tuple[str, str], float] = {}
+    for batch, vectors, own in _asked(gallery, captions, scorer):
+        by_pair |= zip(batch, (vectors * gallery.features[own]).sum(-1).tolist(), strict=True)
+    return by_pair
 
 
 def _asked(
     gallery: Gallery, captions: Iterable[tuple[str, str]], scorer: Scorer
 ) -> Iterator[tuple[list[tuple[str, str]], Tensor, Tensor]]:
-    """Distinct captions of the gallery's images in batches: their vectors (n, width), their images' places (n,)."""
+    """Batches of distinct captions of the gallery's images: captions, vectors (n, width), image indices (n,)."""
     where = {name: number for number, name in enumerate(gallery.names)}
     asked = [(image, text) for image, text in dict.fromkeys(captions) if image in where]
     for batch in (asked[start : start + TEXTS] for start in range(0, len(asked), TEXTS)):
-        said = scorer.encode_texts([text for _, text in batch])
-        yield batch, said, torch.tensor([where[image] for image, _ in batch], device=said.device)
+        vectors = scorer.encode_texts([text for _, text in batch])
+        yield batch, vectors, torch.tensor([where[image] for image, _ in batch], device=vectors.device)
 
 
 def ranks(similarity: Tensor, own: Tensor) -> list[int]:
-    """Of ``similarity`` (texts, images) and each text's own image ``(texts,)``: its rank from 1, ties against it."""
+    """Rank (from 1, ties against it) of each text's own image ``(texts,)`` in ``similarity`` (texts, images)."""
     of_own = similarity.gather(1, own[:, None])
     places: list[int] = (similarity >= of_own).sum(1).tolist()
     return places

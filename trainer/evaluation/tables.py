@@ -18,21 +18,21 @@ from .bootstrap import Estimate
 from .evaluate import kinds_in_order
 from .results import Comparison, Difference, EvaluationReport, ShownCaption, System
 
-NONE = "–"  # there is nothing that a figure could be made of
+NONE = "–"  # shown for a figure without data
 _LONGEST = 1000  # characters of a caption in Markdown; the JSON has all of it
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_MARKDOWN = re.compile(r"([\\`*_\[|~$])")  # what has a meaning inside a line
+_MARKDOWN = re.compile(r"([\\`*_\[|~$])")  # characters with a meaning inside a line
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as plain text: a name and figures, or ``words``, in each row. ``note`` says what they mean."""
+    """A table as plain text: a name and figures, or ``words``, per row. ``note``: explanation of the columns."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-    words: bool = False  # so that cells begin on the left
+    words: bool = False  # left-aligned cells
 
 
 def to_json(value: EvaluationReport | Comparison) -> str:
@@ -41,7 +41,7 @@ def to_json(value: EvaluationReport | Comparison) -> str:
 
 
 def terminal(value: EvaluationReport | Comparison) -> list[Table]:
-    """The tables for a terminal: all but the places of the right option and the examples."""
+    """Tables for a terminal: all except positions of the right option and examples."""
     if isinstance(value, Comparison):
         return [_rich(_difference_grid(value))]
     return [
@@ -59,7 +59,7 @@ def terminal(value: EvaluationReport | Comparison) -> list[Table]:
 
 
 def to_markdown(value: EvaluationReport | Comparison) -> str:
-    """A Markdown page. Whatever a model wrote is shown as text: nothing in it can be markup."""
+    """A Markdown page. Text from models is escaped, so that it cannot be markup."""
     return "\n\n".join(_comparison_page(value) if isinstance(value, Comparison) else _report_page(value)) + "\n"
 
 
@@ -169,10 +169,10 @@ def _truth_grid(report: EvaluationReport) -> Grid:
 
 
 def _retrieval_grid(report: EvaluationReport) -> Grid:
-    found = [(system.name, system.retrieval) for system in report.systems if system.retrieval is not None]
-    rows = [(name, *map(_percent, each.recall.values()), str(each.captions)) for name, each in found]
-    header = ("system", *(f"recall@{k} %" for k in found[0][1].recall), "captions") if found else ()
-    gallery = found[0][1].gallery if found else 0
+    retrievals = [(system.name, system.retrieval) for system in report.systems if system.retrieval is not None]
+    rows = [(name, *map(_percent, entry.recall.values()), str(entry.captions)) for name, entry in retrievals]
+    header = ("system", *(f"recall@{k} %" for k in retrievals[0][1].recall), "captions") if retrievals else ()
+    gallery = retrievals[0][1].gallery if retrievals else 0
     note = f"Captions that find their own image among the first k of {gallery}, by cosine; ties count against them."
     return Grid("Retrieval", header, tuple(rows), note)
 
@@ -181,12 +181,12 @@ def _judged_grid(report: EvaluationReport) -> Grid:
     rows = [
         (
             system.name,
-            _interval(each.cosine, 3),
-            NONE if each.logp.value is None else f"{math.exp(-each.logp.value):.2f}",
-            _interval(each.logp, 3),
+            _interval(judged.cosine, 3),
+            NONE if judged.logp.value is None else f"{math.exp(-judged.logp.value):.2f}",
+            _interval(judged.logp, 3),
         )
         for system in report.systems
-        if (each := system.judged) is not None
+        if (judged := system.judged) is not None
     ]
     note = (
         "Cosine: of a caption's features and its image's, mean over captions. Perplexity: exp of minus the mean "
@@ -247,27 +247,27 @@ def _kinds_grid(report: EvaluationReport) -> Grid:
 
 
 def _places_grid(report: EvaluationReport) -> Grid:
-    shown = {system.name: {each.place: each for each in system.quiz.by_place} for system in report.systems}
-    places = sorted({place for by_place in shown.values() for place in by_place})
+    shown = {system.name: {entry.place: entry for entry in system.quiz.by_place} for system in report.systems}
+    places = sorted({position for by_place in shown.values() for position in by_place})
     rows = []
-    for place in places:
-        found = [by_place.get(place) for by_place in shown.values()]
-        cells = [NONE if each is None else f"{100 * each.accuracy:.1f} (n={each.scored})" for each in found]
-        rows.append((str(place + 1), *cells))
+    for position in places:
+        entries = [by_place.get(position) for by_place in shown.values()]
+        cells = [NONE if entry is None else f"{100 * entry.accuracy:.1f} (n={entry.scored})" for entry in entries]
+        rows.append((str(position + 1), *cells))
     note = "n: presentations. Figures that differ between places show a reader that prefers some of them."
     return Grid("Right % by place of the right option", ("place", *shown), tuple(rows), note)
 
 
 def _examples_grid(examples: Sequence[ShownCaption]) -> Grid:
     rows = []
-    for each in examples:
+    for example in examples:
         answers = [
             f"{a.kind} {a.right}/{a.scored}" + (f" ({a.abstained} cannot tell)" if a.abstained else "")
-            for a in each.answers
+            for a in example.answers
         ]
-        text = NONE if each.text is None else each.text
+        text = NONE if example.text is None else example.text
         cut = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
-        rows.append((each.key, each.system, cut, ", ".join(answers) or NONE))
+        rows.append((example.key, example.system, cut, ", ".join(answers) or NONE))
     note = "Beside each caption: presentations answered right, of those scored."
     return Grid("Examples", ("image", "system", "caption", "questions"), tuple(rows), note, words=True)
 
@@ -280,7 +280,7 @@ def _settings_grid(settings: Mapping[str, Mapping[str, Any]]) -> Grid:
 
 def _difference_grid(comparison: Comparison) -> Grid:
     rows = [_difference_row("all", comparison.overall)]
-    rows += [_difference_row(kind, each) for kind, each in comparison.by_kind.items()]
+    rows += [_difference_row(kind, difference) for kind, difference in comparison.by_kind.items()]
     header = ("kind", "n", "first %", "second %", "second - first", "p")
     return Grid("Difference in right answers, in points", header, tuple(rows), _left_out(comparison))
 
@@ -300,7 +300,7 @@ def _difference_row(name: str, difference: Difference) -> tuple[str, ...]:
 
 
 def escape(text: str) -> str:
-    """``text`` as one line of Markdown that shows it word for word: no markup, no HTML, no cell of its own."""
+    """Escape ``text`` to one line of Markdown without markup, HTML or table cells."""
     shown = _MARKDOWN.sub(r"\\\1", html.escape(text, quote=False))
     return "<br>".join(" ".join(_CONTROL.sub(" ", line).split()) for line in shown.splitlines())
 
@@ -322,7 +322,7 @@ def _rich(grid: Grid) -> Table:
 
 
 def _text(cell: str) -> Text:
-    """Not rich's markup, and nothing that a terminal obeys: names may have anything in them."""
+    """Text without rich markup and terminal control sequences, which names may contain."""
     return Text(escaped(cell))
 
 

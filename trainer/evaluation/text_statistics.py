@@ -1,4 +1,4 @@
-"""What the captions of one system look like as text: length, distinct words, repetition, sameness."""
+"""Text statistics of one system's captions: length, distinct words, repetition, identical captions."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _LOOP_REPEATS = QualityGateConfig().loop_repeats
 
 @dataclass(frozen=True)
 class TextStatistics:
-    """Figures over all captions of a system; shares are between 0 and 1, None where nothing could be counted."""
+    """Figures over all captions of a system; shares are between 0 and 1, None if nothing could be counted."""
 
     captions: int
     words: float | None  # mean length
-    tokens: float | None  # mean length in tokens of the captioner, over captions for which it is known
+    tokens: float | None  # mean length in tokens of the captioner, over captions with a known length
     vocabulary: int  # distinct words
     distinct_1: float | None  # share of distinct words among all words (Li et al. 2016)
-    distinct_2: float | None  # the same of pairs of neighbouring words
+    distinct_2: float | None  # the same for bigrams
     loops: float | None  # share of captions in which a phrase loops
     rep_4: float | None  # mean share of repeated 4-grams in a caption, of those with four words (Welleck et al. 2020)
-    identical: float | None  # share of captions that are, word for word, also another image's
+    identical: float | None  # share of captions identical to another image's
     colors: float | None = None  # mean number of distinct colour words in a caption (VLRM counts these)
-    phrases: float | None = None  # share of captions with boilerplate as the `phrases` reward finds it by default
+    phrases: float | None = None  # share of captions with boilerplate (defaults of the `phrases` reward)
 
 
 @dataclass
 class TextTally:
-    """Takes captions one by one; keeps counts, distinct words and pairs, and digests, not the captions."""
+    """Accumulates statistics caption by caption; keeps counts, distinct words and bigrams, digests, but no captions."""
 
     captions: int = 0
     words: int = 0
@@ -48,7 +48,7 @@ class TextTally:
     vocabulary: set[str] = field(default_factory=set)
     distinct_pairs: set[tuple[str, str]] = field(default_factory=set)
     copies: Counter[bytes] = field(default_factory=Counter)
-    image_of: dict[bytes, int | None] = field(default_factory=dict)  # None: of several images
+    image_of: dict[bytes, int | None] = field(default_factory=dict)  # None: several images
 
     def add(self, text: str, n_tokens: int | None, image: int) -> None:
         """Count one caption of image number ``image``."""
@@ -72,7 +72,7 @@ class TextTally:
             self.image_of[digest] = None
 
     def statistics(self) -> TextStatistics:
-        """The figures over what was added."""
+        """Figures over all added captions."""
         identical = sum(count for digest, count in self.copies.items() if self.image_of[digest] is None)
         return TextStatistics(
             captions=self.captions,
@@ -90,8 +90,8 @@ class TextTally:
 
 
 def loops(text: str) -> bool:
-    """Whether a phrase loops, by the health gate's default threshold; a table's equal cells do, too."""
-    # Any loop repeats a 4-gram; most captions repeat none, and searching them for loops would take most of the time.
+    """Whether a phrase loops, by the quality gate's default threshold; equal cells of a table count, too."""
+    # Fast check first: any loop repeats a 4-gram, and most captions repeat none; the search for loops is slow.
     return repeated_share([unit.text for unit in units_of(text)]) > 0 and find_loop(text, _LOOP_REPEATS) is not None
 
 

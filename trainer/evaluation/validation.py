@@ -1,4 +1,4 @@
-"""Validation of captions by what was never a reward: a hold-out reader, and the true scene where it is known."""
+"""Validation of captions by measures that were never rewards: a hold-out reader, and the true scene if known."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .text_statistics import loops
 
 @dataclass(frozen=True)
 class Validation:
-    """Metrics of one caption per image, over the ``images`` that got one; ``failed`` did not, and are in no mean.
+    """Metrics of one caption per image, over ``images`` images; ``failed`` others got none and are in no mean.
 
-    ``accuracy``: share of scored presentations answered right; ``hallucinated``: stated attributes that are not in the
-    scene, per caption, ``recalled``: share of the scene's that is stated, both None without scenes; ``tokens``: mean
-    length; ``truncated``, ``repeating``: shares. None for a mean of nothing. ``reason``: why the first one failed.
+    ``accuracy``: share of scored presentations answered right; ``hallucinated``: stated attributes not in the scene,
+    per caption; ``recalled``: share of the scene's attributes that are stated; both None without scenes; ``tokens``:
+    mean length; ``truncated``, ``repeating``: shares. None for a mean of nothing. ``reason``: the first failure's.
     """
 
     accuracy: float | None
@@ -33,14 +33,14 @@ class Validation:
     reason: str = ""
 
     def metrics(self) -> dict[str, float]:
-        """The numbers by name."""
+        """Numeric metrics by name."""
         return {name: value for name, value in asdict(self).items() if value is not None and name != "reason"}
 
 
 async def validate(
     examples: Sequence[Example], captions: Sequence[Completion | RequestError], reader: QuizReader
 ) -> Validation:
-    """Grade one caption per example, where there is one. Raises EngineDead alone."""
+    """Grade one caption per example, if there is one. Raises only EngineDead."""
     pairs = [
         (example, caption)
         for example, caption in zip(examples, captions, strict=True)

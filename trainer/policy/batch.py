@@ -1,4 +1,4 @@
-"""Groups (an image's completions with their rewards), and their packing into a model's input."""
+"""Groups (an image's completions with their rewards), and their packing into a model's inputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .tree_attention import Tree, make_tree
 
 @dataclass
 class RewardResult:
-    """A caption's reward: ``score`` None where it could not be scored; ``components`` by reward, before weights.
+    """A caption's reward: ``score``, None if unscored; ``components`` by reward, before weights.
 
-    ``per_token``: the parts of ``score`` that single tokens earned (penalties that enter the returns where they occur),
-    after weights; empty where there are none.
+    ``per_token``: per-token parts of ``score`` (penalties that enter the returns where they occur), after weights;
+    empty if there are none.
     """
 
     score: float | None
@@ -29,9 +29,9 @@ class RewardResult:
 
 @dataclass
 class Group:
-    """An image's prompt, the completions sampled for it, what became of them. ``key``: its name in its shard.
+    """An image's prompt, its sampled completions, their rewards and advantages. ``key``: the image's name in its shard.
 
-    ``failures``: why captions are missing that could not be sampled.
+    ``failures``: reasons for captions that could not be sampled.
     """
 
     uid: str
@@ -43,7 +43,7 @@ class Group:
     failures: list[str] = field(default_factory=list)
 
     def tokens(self) -> int:
-        """Completion tokens in all."""
+        """Total number of completion tokens."""
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
@@ -52,8 +52,8 @@ class Batch:
     """Some groups as one packed input; columns: ``[prompt | completion 1 | ...]``, see :class:`.tree_attention.Tree`.
 
     ``ids``: (groups, columns); ``positions``: (axes, groups, columns); ``predicts``: (tokens,), for each completion
-    token the index into flattened hidden states (groups x columns) of what predicts it; ``targets``, ``row``:
-    (tokens,), the token and which completion it is of; ``lengths``: (completions,).
+    token the index, in the flattened hidden states (groups x columns), of the state that predicts it; ``targets``,
+    ``row``: (tokens,), the token and the index of its completion; ``lengths``: (completions,).
     """
 
     prompts: list[PreparedPrompt]
@@ -67,17 +67,17 @@ class Batch:
 
 
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
-    """Lay groups out side by side. All completions of all groups take part; groups may differ in every length.
+    """Pack groups into one batch, with all their completions; groups may differ in all lengths.
 
-    Raises ValueError where a group has no completion, or one without a token.
+    Raises ValueError if a group has no completion, or an empty one.
     """
-    if any(not group.completions or min(len(each.token_ids) for each in group.completions) < 1 for group in groups):
+    if any(not group.completions or min(len(item.token_ids) for item in group.completions) < 1 for group in groups):
         raise ValueError("a group without completions, or with one that has no token, cannot be packed")
     prefix = max(len(group.prompt.ids) for group in groups)
     branches = max(len(group.completions) for group in groups)
     length = (
-        max(len(each.token_ids) for group in groups for each in group.completions) - 1
-    )  # the last one predicts nothing
+        max(len(completion.token_ids) for group in groups for completion in group.completions) - 1
+    )  # the last token predicts nothing
     columns = prefix + branches * length
     axes = groups[0].prompt.positions.shape[0]
     ids = torch.zeros(len(groups), columns, dtype=torch.long)
@@ -95,8 +95,8 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
             places = torch.cat([torch.tensor([prefix - 1]), torch.arange(start, start + read)])
             predicts.append(places + number * columns)
     completions = [completion for group in groups for completion in group.completions]
-    lengths = torch.tensor([len(each.token_ids) for each in completions])
-    targets = torch.tensor([token for each in completions for token in each.token_ids])
+    lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+    targets = torch.tensor([token for completion in completions for token in completion.token_ids])
     row = torch.arange(len(completions)).repeat_interleave(lengths)
     return Batch(
         [group.prompt for group in groups],
@@ -111,9 +111,9 @@ def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
 
 
 def micro_batches(groups: Sequence[Group], budget: int) -> list[list[Group]]:
-    """Groups of like size together, each list within ``budget`` columns when packed, or a single group.
+    """Micro-batches of groups of similar size, each within ``budget`` packed columns, or a single group.
 
-    Long ones come first: what does not fit into memory fails at once. The order within a size is that given.
+    Longest first, so that running out of memory fails at once. The sort is stable.
     """
     ordered = sorted(groups, key=_columns, reverse=True)
     batches: list[list[Group]] = []
@@ -126,10 +126,10 @@ def micro_batches(groups: Sequence[Group], budget: int) -> list[list[Group]]:
 
 
 def packed_columns(groups: Sequence[Group]) -> int:
-    """Tokens that a packed batch has, padding among them."""
+    """Number of tokens in a packed batch, including padding."""
     prefix = max(len(group.prompt.ids) for group in groups)
     branches = max(len(group.completions) for group in groups)
-    length = max(len(each.token_ids) for group in groups for each in group.completions)
+    length = max(len(completion.token_ids) for group in groups for completion in group.completions)
     return len(groups) * (prefix + branches * (length - 1))
 
 

@@ -1,6 +1,6 @@
-"""The policy of BLIP-2 with OPT (VLRM's): a causal decoder's, with what the Q-Former makes of an image before its text.
+"""Policy of BLIP-2 with OPT (as in VLRM): a causal decoder, with the Q-Former's image embeddings before the text.
 
-Image, prompt and head are computed as in :mod:`.decoder`, each once. :func:`reference_logps` is the slow twin.
+Image, prompt and head are computed once each, as in :mod:`.decoder`. :func:`reference_logps` is the slow reference.
 """
 
 from __future__ import annotations

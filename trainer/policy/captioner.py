@@ -1,4 +1,4 @@
-"""What the policies of captioners that are no chat models (BLIP-2, encoder-decoders) have in common."""
+"""Common base of policies for captioners that are not chat models (BLIP-2, encoder-decoders)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .decoder import DecoderPolicy
 
 
 class CaptionerPolicy(DecoderPolicy):
-    """A policy that looks at pictures of one size, each distinct one once.
+    """A policy for images of a fixed size, each distinct image encoded once.
 
-    The dropout that these models came with is off: captions are sampled without it, and log-probabilities that differ
-    from those of sampling would be taken for a policy that has changed.
+    The models' own dropout is off: captions are sampled without it, and different log-probabilities would look like a
+    changed policy.
     """
 
     def __init__(self, model: Any, *arguments: Any, **options: Any) -> None:
@@ -30,30 +30,30 @@ class CaptionerPolicy(DecoderPolicy):
 
     @property
     def base(self) -> Any:
-        """The text decoder without its head."""
+        """Text decoder without its head."""
         return body_of(self.model)
 
     def look(self, prompts: Sequence[PreparedPrompt]) -> Tensor:
-        """What the text of each prompt is written from (prompts, tokens, width), each distinct image seen once."""
+        """Image embeddings of each prompt, (prompts, tokens, width); each distinct image is encoded once."""
         images = [prompt.image for prompt in prompts if prompt.image is not None]
         assert len(images) == len(prompts)  # no prompt without an image is prepared
         distinct: dict[str, PreparedImage] = {image.uid: image for image in images}
         trains = any(weight.requires_grad for weight in _before_text(self.model))
         with nullcontext() if trains else torch.no_grad():
             seen = encode_images(self.model, list(distinct.values()))
-        places = {uid: place for place, uid in enumerate(distinct)}
+        places = {uid: index for index, uid in enumerate(distinct)}
         chosen = torch.tensor([places[image.uid] for image in images], device=seen.device)
-        return seen.index_select(0, chosen)  # gradients of an image seen twice add up in one order, see decoder.pick
+        return seen.index_select(0, chosen)  # deterministic sum of a repeated image's gradients, see decoder.pick
 
 
 def _before_text(model: Any) -> Iterator[nn.Parameter]:
-    """All weights that are none of the text decoder's."""
+    """All weights except the text decoder's."""
     own = {id(weight) for weight in language_model(model).parameters()}
     return (weight for weight in model.parameters() if id(weight) not in own)
 
 
 def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
-    """The weights of a captioner by part; the projector is all between vision encoder and text (a Q-Former, too)."""
+    """Weights of a captioner by part; the projector is everything between vision encoder and text (also a Q-Former)."""
     vision = list(vision_model(model).parameters())
     encoder = {id(weight) for weight in vision}
     projector = [weight for weight in _before_text(model) if id(weight) not in encoder]
@@ -61,7 +61,7 @@ def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
 
 
 def no_dropout(model: nn.Module) -> None:
-    """Turn off, in place, the dropout of modules and of whole layers; an adapter's own stays."""
+    """Turn off dropout and layer dropout in place, except an adapter's dropout."""
     for name, module in model.named_modules():
         if "lora_" in name:
             continue
@@ -73,9 +73,9 @@ def no_dropout(model: nn.Module) -> None:
 
 
 def whole_logps(policy: CaptionerPolicy, prompt: PreparedPrompt, tokens: Sequence[int], name: str) -> Tensor:
-    """The slow twin: log-probabilities (tokens,) of one completion by the model's own forward pass.
+    """Slow reference: log-probabilities (tokens,) of one completion from the model's own forward pass.
 
-    ``name``: what that calls the ids of its text.
+    ``name``: the forward pass's argument for the text's ids.
     """
     assert prompt.image is not None
     model, device = policy.model, policy.device

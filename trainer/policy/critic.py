@@ -15,7 +15,7 @@ from .batch import Group
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """``gamma``, ``lam``: of GAE; ``weight``: of the value loss; ``clip``: how far a value may move in an update.
+    """``gamma``, ``lam``: of GAE; ``weight``: of the value loss; ``clip``: largest change of a value in an update.
 
     ``whiten``: advantages of a step get mean 0 and standard deviation 1; ``detach``: the head learns from hidden states
     without changing them.
@@ -30,9 +30,9 @@ class CriticConfig:
 
 
 class ValueHead(nn.Module):
-    """The expected sum of rewards still to come, from the policy's last hidden state before a token. Begins as 0.
+    """Predicts the sum of future rewards from the policy's last hidden state before a token. Initialised to 0.
 
-    Linear, or where ``hidden`` is given two layers of which the first is so wide.
+    Linear, or two layers if ``hidden``, the width of the first, is given.
     """
 
     def __init__(self, width: int, detach: bool = False, hidden: int | None = None) -> None:
@@ -58,7 +58,7 @@ def _first_layer(width: int, hidden: int) -> nn.Module:
 class Targets:
     """Training targets of a group's completion tokens, all float32 (tokens,).
 
-    ``old``, ``values``: log-probability and value when sampled; ``returns``: the values' targets; ``scored``: 1 where
+    ``old``, ``values``: log-probability and value when sampled; ``returns``: targets of the values; ``scored``: 1 if
     the completion has a score, else 0.
     """
 
@@ -70,10 +70,10 @@ class Targets:
 
 
 def token_rewards(group: Group, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The reward of each token of a group's completions, and whether its completion was scored, both (tokens,).
+    """Reward of each token of a group's completions, and whether its completion was scored, both (tokens,).
 
-    ``scores``: (completions,), NaN for an unscored one.
-    Per-token rewards stay where they occur; the rest of a completion's score goes to its last token.
+    ``scores``: (completions,), NaN if unscored.
+    Per-token rewards stay at their tokens; the rest of a completion's score goes to its last token.
     """
     earned, scored = [], []
     for completion, reward, score in zip(group.completions, group.rewards, scores.tolist(), strict=True):
@@ -104,9 +104,9 @@ def targets_of(group: Group, scores: Tensor, old: Tensor, values: Tensor, config
 
 
 def whitened(targets: list[Targets], sums: Tensor) -> None:
-    """Give all scored advantages mean 0 and standard deviation 1, in place.
+    """Normalise all scored advantages to mean 0 and standard deviation 1, in place.
 
-    ``sums``: count, sum and sum of squares over all processes, of :func:`moments`.
+    ``sums``: :func:`moments` (count, sum, sum of squares) summed over all processes.
     """
     count, total, squares = sums.tolist()
     if count < 2:

@@ -1,7 +1,8 @@
-"""The policy of decoder VLMs (Qwen2.5-VL, Qwen3-VL): log-probabilities of completions by the fast path.
+"""Policy of decoder VLMs (Qwen2.5-VL, Qwen3-VL): log-probabilities of packed completions.
 
-The vision tower sees each image once, the decoder each prompt once with gradients, the head nothing but what foretells
-completion tokens. :func:`reference_logps` is the slow twin: a caption at a time, nothing shared, transformers' own way.
+The vision encoder processes each image once, the decoder each prompt once (with gradients), the head only the states
+that predict completion tokens. :func:`reference_logps` is the slow reference: transformers' own forward pass, one
+caption at a time, nothing shared.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from .tree_attention import NAME
 
 
 class Scores(NamedTuple):
-    """Of each completion token, float32 (tokens,): log-probability, entropy, and the value head's expectation.
+    """Log-probability, entropy and value of each completion token, float32 (tokens,).
 
-    A tuple, since FSDP2 looks for tensors in what a forward pass returns, and sees into nothing else.
+    A tuple, since FSDP2 looks for tensors in a forward pass's output, and does not look into dataclasses.
     """
 
     logp: Tensor
@@ -36,9 +37,9 @@ class Scores(NamedTuple):
 class DecoderPolicy(nn.Module):
     """A VLM whose forward pass scores the completions of packed groups.
 
-    ``banned``: ids with no probability, the same ones that sampling leaves out: those that stand for pixels.
-    ``value_head``: what it expects of its own captions, for losses with a critic.
-    ``dtype``: what the body computes in by autocast, None for the weights' own; logits and all after them are float32.
+    ``banned``: ids with no probability, the same as in sampling: image placeholder ids.
+    ``value_head``: predicts its captions' rewards, for losses with a critic.
+    ``dtype``: autocast dtype of the body, None for the weights' own; logits and everything after them are float32.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class DecoderPolicy(nn.Module):
         model.config.use_cache = False
 
     def attend(self, implementation: str) -> None:
-        """Let the text decoder attend by this one of transformers' implementations."""
+        """Set the text decoder's attention implementation (transformers' name)."""
         self.model.config.get_text_config()._attn_implementation = implementation
 
     @property
@@ -68,7 +69,7 @@ class DecoderPolicy(nn.Module):
 
     def forward(self, batch: Batch) -> Scores:
         """Score all completion tokens of ``batch``."""
-        # Each weight is used once: kept casts would only hold a second set of weights until the pass is over.
+        # Each weight is used once: cached casts would only hold a second set of weights during the pass.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
             hidden = pick(self.hidden(batch).flatten(0, 1), batch.predicts)
         states, head, bias = self.before_head(hidden)
@@ -79,7 +80,7 @@ class DecoderPolicy(nn.Module):
         return Scores(logp, entropy, None if self.value_head is None else self.value_head(hidden))
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The last hidden states (groups, columns, width)."""
+        """Last hidden states (groups, columns, width)."""
         seen = self.look(batch.prompts)
         vision = {} if seen is None else {"mm_encoder_outputs": {"image": seen}}
         out = self.base(
@@ -93,11 +94,11 @@ class DecoderPolicy(nn.Module):
         return states
 
     def before_head(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``hidden`` (tokens, width) as the head's matrix takes it, that matrix (vocabulary, width), and its bias."""
+        """Inputs of the head's matrix (tokens, width), the matrix (vocabulary, width), and its bias."""
         return hidden, self.model.lm_head.weight, None
 
     def look(self, prompts: Sequence[PreparedPrompt]) -> Any:
-        """What the tower makes of the prompts' images, each distinct one once; None without images."""
+        """Vision encoder's output for the prompts' images, each distinct image encoded once; None without images."""
         images = [prompt.image for prompt in prompts if prompt.image is not None]
         if not images:
             return None
@@ -108,7 +109,7 @@ class DecoderPolicy(nn.Module):
         trains = any(weight.requires_grad for weight in base.visual.parameters())
         with nullcontext() if trains else torch.no_grad():
             seen = base.get_image_features(patches, grids, return_dict=True)
-        places = {uid: place for place, uid in enumerate(distinct)}
+        places = {uid: index for index, uid in enumerate(distinct)}
         return _rows(seen, [places[image.uid] for image in images])
 
     @property
@@ -118,25 +119,25 @@ class DecoderPolicy(nn.Module):
 
 
 def pick(rows: Tensor, places: Tensor) -> Tensor:
-    """Rows (places, width) of ``rows`` (all, width), each as often as asked for.
+    """Select rows: (places, width) from ``rows`` (all, width), with repeats.
 
-    The gradients of a row that is picked more than once add up in one order. Indexing adds them in whichever order
-    threads arrive, so that a run's weights differed in their last bits from those of the same run done again.
+    The gradients of a repeated row are summed in a fixed order. Indexing sums them in the order in which threads
+    arrive, so that the weights of a repeated run differed in their last bits.
     """
     return functional.embedding(places, rows)
 
 
 def _rows(seen: Any, places: list[int]) -> Any:
-    """The tower's output for each prompt in turn, from that for distinct images."""
+    """Vision encoder's output per prompt, from the output for distinct images."""
     out = copy(seen)
-    out.pooler_output = tuple(seen.pooler_output[place] for place in places)
-    if getattr(seen, "deepstack_features", None) is not None:  # Qwen3-VL feeds several layers of the tower
-        out.deepstack_features = [tuple(layer[place] for place in places) for layer in seen.deepstack_features]
+    out.pooler_output = tuple(seen.pooler_output[index] for index in places)
+    if getattr(seen, "deepstack_features", None) is not None:  # Qwen3-VL uses several layers of the encoder
+        out.deepstack_features = [tuple(layer[index] for index in places) for layer in seen.deepstack_features]
     return out
 
 
 def reference_logps(policy: DecoderPolicy, prompt: PreparedPrompt, tokens: Sequence[int]) -> Tensor:
-    """The slow twin: log-probabilities (tokens,) of one completion, from the whole sequence and all its logits."""
+    """Slow reference: log-probabilities (tokens,) of one completion, from the whole sequence and all its logits."""
     model, device = policy.model, policy.device
     ids = torch.cat([prompt.ids, torch.tensor(tokens)])[None].to(device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -148,5 +149,5 @@ def reference_logps(policy: DecoderPolicy, prompt: PreparedPrompt, tokens: Seque
     banned = policy.get_buffer("banned")
     logps = logits.index_fill(1, banned, float("-inf")).log_softmax(dim=-1)
     targets = torch.tensor(tokens, device=device)
-    found: Tensor = logps.gather(1, targets[:, None])[:, 0]
-    return found
+    chosen: Tensor = logps.gather(1, targets[:, None])[:, 0]
+    return chosen

@@ -1,8 +1,7 @@
-"""The policy of encoder-decoders (ViT-GPT2, BLIP): a group's captions lie side by side, as in :mod:`.decoder`.
+"""Policy of encoder-decoders (ViT-GPT2, BLIP): a group's captions are packed into one row, as in :mod:`.decoder`.
 
-Attention to the image needs no tree, since every token of a group attends to the same states: what a decoder makes of
-them is computed once per group, where a row for each caption would compute and hold it once per caption.
-:func:`reference_logps` is the slow twin.
+Cross-attention to the image needs no tree, since every token of a group attends to the same states: their keys and
+values are computed once per group, not once per caption. :func:`reference_logps` is the slow reference.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ class EncoderDecoderPolicy(CaptionerPolicy):
     """
 
     def attend(self, implementation: str) -> None:
-        if not is_blip(self.model):  # whose attention is written out, and takes masks alone
+        if not is_blip(self.model):  # BLIP has its own attention code, which only takes masks
             super().attend(implementation)
 
     def hidden(self, batch: Batch) -> Tensor:
         out = self.base(
-            inputs_embeds=self.base.get_input_embeddings()(batch.ids),  # of ids, GPT-2 would warn of padding
+            inputs_embeds=self.base.get_input_embeddings()(batch.ids),  # given ids, GPT-2 would warn about padding
             position_ids=batch.positions[0],
             encoder_hidden_states=self.look(batch.prompts),
             use_cache=False,
@@ -42,7 +41,7 @@ class EncoderDecoderPolicy(CaptionerPolicy):
         return states
 
     def _beside(self, tree: Tree) -> dict[str, Any]:
-        """How columns are to see each other, in the decoder's own terms."""
+        """Attention pattern of the packed row, as the decoder's arguments."""
         if not is_blip(self.model):
             return {"tree": tree}
         sees, like = dense_mask(tree), language_model(self.model).get_input_embeddings().weight
@@ -57,7 +56,7 @@ class EncoderDecoderPolicy(CaptionerPolicy):
         return head.transform(hidden.to(head.decoder.weight.dtype)), head.decoder.weight, head.decoder.bias
 
 
-_LEAST = torch.finfo(torch.float32).min / 2  # added to what attention sees of others: nothing is left of it
+_LEAST = torch.finfo(torch.float32).min / 2  # added to the scores of masked positions: their weights become 0
 
 
 def reference_logps(policy: EncoderDecoderPolicy, prompt: PreparedPrompt, tokens: Sequence[int]) -> Tensor:

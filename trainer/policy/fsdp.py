@@ -1,4 +1,4 @@
-"""Weights split over the processes that train together (FSDP2), and whole again for whoever samples or saves."""
+"""Weights sharded over the training processes (FSDP2), and gathered for sampling and saving."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard(policy: DecoderPolicy) -> None:
-    """Split the weights of ``policy`` over all processes, in place: layer by layer, what is left with the whole."""
+    """Shard the weights of ``policy`` over all processes, in place: each layer, then the rest as one unit."""
     for layer in layers_of(policy):
         fully_shard(layer)
     fully_shard(policy)
 
 
 def layers_of(policy: DecoderPolicy) -> list[Any]:
-    """The blocks that a forward pass goes through one after another: of the tower, then of the decoder."""
+    """Layers in the order of the forward pass: vision encoder, then decoder."""
     base = policy.base
     return [*base.visual.blocks, *base.language_model.layers]
 
 
 def whole(weight: Tensor) -> Tensor:
-    """The whole of a weight that may be split; all processes have to ask for it."""
+    """Unsharded copy of a weight that may be sharded; a collective call for all processes."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 @torch.no_grad()
 def copy_weights(policy: DecoderPolicy, to: Any) -> None:
-    """Give the model ``to`` the weights of the policy's; both are of one architecture."""
+    """Copy the policy's weights to the model ``to`` of the same architecture."""
     mine = dict(to.named_parameters())
     for name, weight in policy.model.named_parameters():
         mine[name].copy_(whole(weight))
 
 
 def optimizer_state(policy: DecoderPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The whole state of the optimiser by weights' names, in main memory, for the first process; all have to ask.
+    """Unsharded optimizer state by weight name, in main memory, for the first process; a collective call.
 
-    Names, not numbers: a run may go on with its weights split over more or fewer processes.
+    Names, not indices: a run may resume with more or fewer processes.
     """
     return dict(get_optimizer_state_dict(policy, optimizer, options=WHOLE))
 
 
 def restore_optimizer(policy: DecoderPolicy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The way back from :func:`optimizer_state`."""
+    """Load a state of :func:`optimizer_state`."""
     set_optimizer_state_dict(policy, optimizer, state, options=WHOLE)

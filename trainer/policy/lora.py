@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on the language model's matrices, by peft, put into the model in place.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the language model's matrices, inserted in place by peft.
 
-The model keeps its class and the names of its parts, so that whoever samples from it or trains it sees the adapted one.
+The model keeps its class and the names of its modules, so that sampling and training use the adapted model unchanged.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ...errors import BadInput
 
-FOLDER, WEIGHTS = "adapter", "adapter_model.safetensors"  # within a checkpoint; the file's name is peft's
+FOLDER, WEIGHTS = "adapter", "adapter_model.safetensors"  # in a checkpoint; the file name is peft's
 NAME = "default"
-PREFIX = "base_model.model."  # what peft puts before a weight's name in its files
+PREFIX = "base_model.model."  # prefix of weight names in peft's files
 
 
 class LoRAConfig(BaseModel):
@@ -39,32 +39,32 @@ class LoRAConfig(BaseModel):
 
 
 def insert_adapter(model: Any, config: LoRAConfig, start: str, seed: int) -> int:
-    """Give the frozen ``model`` an adapter that changes nothing yet; returns how many weights it has.
+    """Insert an adapter, initially without effect, into the frozen ``model``; returns its number of weights.
 
-    ``start``: what the model is called, for the adapter's file; ``seed``: of its first weights.
-    Raises BadInput without peft, and where a target is none of the language model's.
+    ``start``: name of the base model, for the adapter's file; ``seed``: of the initial weights.
+    Raises BadInput without peft, or if a target is not in the language model.
     """
     need_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
     _known_targets(model, config.targets)
     names = "|".join(map(re.escape, config.targets))
-    made = LoraConfig(
+    peft_config = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # peft says int, and only ever divides it
+        lora_alpha=config.alpha,  # annotated as int, but peft only divides it
         lora_dropout=config.dropout,
         target_modules=rf".*\blanguage_model\..*\b({names})",
         base_model_name_or_path=start,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # all processes begin alike
-        inject_adapter_in_model(made, model, NAME)
-    model.train(model.training)  # peft's new modules are in training, and would sample with dropout
+        torch.manual_seed(seed)  # the same initial weights in all processes
+        inject_adapter_in_model(peft_config, model, NAME)
+    model.train(model.training)  # peft's new modules are in training mode, so sampling would use dropout
     return sum(weight.numel() for weight in adapter_weights(model).values())
 
 
 def need_peft() -> None:
-    """Raises BadInput where peft is not installed."""
+    """Raise BadInput if peft is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -75,7 +75,7 @@ def need_peft() -> None:
 
 def _known_targets(model: Any, targets: Sequence[str]) -> None:
     within = [name.partition("language_model.") for name, module in model.named_modules() if _adaptable(name, module)]
-    linear = {inside.rpartition(".")[2] for _, found, inside in within if found}
+    linear = {inside.rpartition(".")[2] for _, separator, inside in within if separator}
     if not linear:
         raise BadInput(f"trained.lora: nothing of {type(model).__name__} takes an adapter; train its weights instead")
     missing = [target for target in targets if target not in linear]
@@ -86,12 +86,12 @@ def _known_targets(model: Any, targets: Sequence[str]) -> None:
 
 
 def _adaptable(name: str, module: nn.Module) -> bool:
-    """The head is not: log-probabilities are computed from its matrix alone."""
+    """Whether a module can get an adapter: not the head, since log-probabilities use its matrix only."""
     return isinstance(module, nn.Linear) and not name.endswith("lm_head")
 
 
 def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's weights by the names that peft's files have."""
+    """Weights of the adapter, by their names in peft's files."""
     return {
         PREFIX + name.replace(f".{NAME}.", "."): weight
         for name, weight in model.named_parameters()
@@ -105,7 +105,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before training."""
+    """Disable the adapter while the body runs: the model before training."""
     layers = list(_layers(model).values())
     for layer in layers:
         layer.enable_adapters(False)
@@ -118,9 +118,9 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, device: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """All weights under the plain model's names, the adapter's part added to each; ``model`` is left as it is.
+    """All weights under the base model's names, with the adapter's part added; ``model`` is unchanged.
 
-    Those that an adapter changes are new tensors, on ``device`` where one is named; the others are the model's own.
+    Adapted weights are new tensors, on ``device`` if given; the others are the model's own.
     """
     layers = _layers(model)
     for name, weight in model.state_dict().items():
@@ -134,7 +134,7 @@ def merged_weights(model: nn.Module, device: str | None = None) -> Iterator[tupl
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Weights and settings as peft loads them (``PeftModel.from_pretrained``)."""
+    """Write weights and settings in peft's format (``PeftModel.from_pretrained``)."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.detach().contiguous() for name, weight in adapter_weights(model).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -143,7 +143,7 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Fill ``model``'s adapter from the files of :func:`save_adapter`. Raises BadInput where they do not fit."""
+    """Load ``model``'s adapter from the files of :func:`save_adapter`. Raises BadInput if they do not fit."""
     file = folder / WEIGHTS
     try:
         loaded = load_file(file)
@@ -159,5 +159,5 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """The layers that have an adapter, by name."""
+    """Layers with an adapter, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}

@@ -1,9 +1,8 @@
-"""Whether packing holds for a model: captions laid side by side must be worth what each is worth by itself.
+"""Check that a model supports packing: packed captions must get the same log-probabilities as single ones.
 
-The tree of :mod:`.tree_attention` stands for plain attention to all that came before. A layer that looks at a window,
-keeps a running state, adds sinks or caps its scores would be computed as if it did not, or let one caption leak into
-the next, and training would go on with wrong log-probabilities. So such models are refused by their configuration, and
-the rest is tried.
+The tree of :mod:`.tree_attention` implements full causal attention only. Sliding windows, recurrent states, attention
+sinks or capped scores would be ignored, or would leak one caption into the next, and training would continue with wrong
+log-probabilities. So such models are refused by their configuration, and the others are tested.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from .encoder_decoder import EncoderDecoderPolicy
 
 FULL = "full_attention"
 COMPLETIONS, TOKENS = 3, 12
-EXACT, AUTOCAST = 1e-3, 0.1  # nats: the largest difference in float32, the mean one under autocast
+EXACT, AUTOCAST = 1e-3, 0.1  # nats: limit on the largest difference in float32, and on the mean under autocast
 
 
 def unknown_layers(model: Any) -> str | None:
-    """What of a loaded model's text decoder packing does not know, in words; None where nothing is."""
+    """Feature of a loaded model's text decoder that packing does not support, in words; None without any."""
     lm = language_model(model)
     config = lm.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -61,7 +60,7 @@ def refuse_unknown_layers(model: Any, called: str) -> None:
 
 @dataclass(frozen=True)
 class PackingCheck:
-    """Differences of packed and plain log-probabilities of the first and the last caption, in nats: largest, mean."""
+    """Differences of packed and plain log-probabilities, in nats: largest of the first and the last caption, mean."""
 
     first: float
     last: float
@@ -70,7 +69,7 @@ class PackingCheck:
 
     @property
     def holds(self) -> bool:
-        """NaN does not."""
+        """Whether the differences are within the limits; False for NaN."""
         return self.mean <= AUTOCAST if self.autocast else self.first <= EXACT and self.last <= EXACT
 
     def line(self) -> str:
@@ -79,9 +78,9 @@ class PackingCheck:
 
 @torch.no_grad()
 def check_packing(policy: DecoderPolicy, prompt: PreparedPrompt, called: str) -> PackingCheck:
-    """Score random captions packed and one at a time; the last is the one that a leak from the others reaches.
+    """Score random captions packed and one at a time; leaks from the other captions show in the last one.
 
-    Raises BadInput where they differ.
+    Raises BadInput if they differ.
     """
     completions = random_completions(policy)
     packed = policy(pack([Group("packing", "packing", prompt, completions)], policy.device)).logp.split(TOKENS)
@@ -109,7 +108,7 @@ def random_completions(policy: DecoderPolicy, seed: int = 0) -> list[Completion]
 
 
 def plain_logps(policy: DecoderPolicy, prompt: PreparedPrompt, completion: Completion) -> Tensor:
-    """Log-probabilities (tokens,) of one completion by the model's own forward pass, in the policy's precision."""
+    """Log-probabilities (tokens,) of one completion from the model's own forward pass, in the policy's precision."""
     with torch.autocast(policy.device.type, policy.dtype) if policy.dtype is not None else nullcontext():
         if isinstance(policy, Blip2Policy):
             return blip2.reference_logps(policy, prompt, completion.token_ids)

@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies of given tokens, without ever holding the logits of all of them.
+"""Log-probabilities and entropies of given tokens, computed in chunks to limit the memory for logits.
 
 A vocabulary of 152,000 times 3,200 completion tokens is 1.9 GB of logits in float32, and as much again for gradients;
-in chunks that are computed again on the way back it is what one chunk takes.
+with chunks that are recomputed in the backward pass, only one chunk is in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 1 << 26  # in one chunk: 256 MB of float32
+CHUNK_LOGITS = 1 << 26  # per chunk: 256 MB of float32
 
 
 def token_scores(
@@ -28,8 +28,8 @@ def token_scores(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, both float32 (tokens,), with gradients.
 
-    ``hidden``: (tokens, width), before the head; ``weight``: (vocabulary, width), the head's; ``targets``: (tokens,);
-    ``banned``: ids that are never sampled and so have no probability; ``bias``: (vocabulary,), the head's.
+    ``hidden``: (tokens, width), inputs of the head; ``weight``: (vocabulary, width), the head's; ``targets``:
+    (tokens,); ``banned``: ids that are never sampled and so have no probability; ``bias``: (vocabulary,), the head's.
     """
     size = max(1, chunk_logits // len(weight))
     if len(hidden) <= size:
@@ -59,6 +59,6 @@ def _scores(
         logits = logits.index_fill(1, banned, float("-inf"))
     logps = logits.log_softmax(dim=-1)
     chances = logps.exp()
-    # 0 log 0 = 0, where the product of 0 and -inf would be NaN.
+    # 0 log 0 = 0: the product of 0 and -inf would be NaN.
     entropy = -(chances * logps.masked_fill(chances == 0, 0.0)).sum(dim=-1)
     return logps.gather(1, targets[:, None])[:, 0], entropy

@@ -1,9 +1,9 @@
-"""Attention over a prompt and its completions packed into one row: each completion sees the prompt and itself.
+"""Attention over a prompt and its completions packed into one row: each completion attends to the prompt and itself.
 
-A row is ``[prompt | completion 1 | completion 2 | ...]``, so that everything but attention (nine tenths of the work of
-a large model) is done once for the prompt, with gradients, in one ordinary forward pass: gradient checkpointing, DDP
-and FSDP see nothing unusual. Registered with transformers under :data:`NAME`; without a tree (an engine that samples
-from the model in training) it is :func:`...models.engines.hf.folded_attention.folded_attention`.
+A row is ``[prompt | completion 1 | completion 2 | ...]``, so that everything except attention (nine tenths of the work
+of a large model) is computed once for the prompt, with gradients, in one ordinary forward pass: gradient checkpointing,
+DDP and FSDP work as usual. Registered with transformers under :data:`NAME`; without a tree (an engine that samples from
+the model in training) it is :func:`...models.engines.hf.folded_attention.folded_attention`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ...errors import BadInput
 from ...models.engines.hf.folded_attention import folded_attention
 
 NAME = "capipe_tree"
-# What transformers hands to attention that is not plain and full; a tree's masks leave it out.
+# Arguments of transformers for attention other than full attention; a tree's masks do not support them.
 NOT_PACKED = ("sliding_window", "softcap", "s_aux")
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Where the parts of packed rows lie: ``prefix`` columns of prompt, then ``branches`` times ``length`` columns.
+    """Layout of packed rows: ``prefix`` columns of prompt, then ``branches`` times ``length`` columns.
 
     ``prefix_mask``: bool (rows, 1, prefix, prefix); ``branch_mask``: bool (rows x branches, 1, length, prefix +
-    length); true where a query may see a key.
+    length); true if a query may attend to a key.
     """
 
     prefix: int
@@ -41,12 +41,12 @@ class Tree:
 
 
 def make_tree(inside: Tensor, branches: int, length: int) -> Tree:
-    """``inside``: bool (rows, prefix), false on the padding to the left of a shorter prompt.
+    """Layout and masks of packed rows. ``inside``: bool (rows, prefix), false on the left padding of shorter prompts.
 
-    Completions are padded to the right, where causality hides the padding from all that counts.
+    Completions are padded on the right, where the causal mask hides the padding from real tokens.
     """
     rows, prefix = inside.shape
-    # A row of padding may see itself, since a softmax over nothing is NaN.
+    # A padding position attends to itself, since a softmax over nothing is NaN.
     itself = torch.eye(prefix, dtype=torch.bool, device=inside.device)
     prefix_mask = (inside[:, None, :] & _causal(prefix, inside) | itself)[:, None]
     before = inside[:, None, None, :].expand(rows, branches, length, prefix)
@@ -55,7 +55,7 @@ def make_tree(inside: Tensor, branches: int, length: int) -> Tree:
 
 
 def dense_mask(tree: Tree) -> Tensor:
-    """Bool (rows, 1, columns, columns): the same for attention that takes one mask over whole rows."""
+    """The tree as one dense mask, bool (rows, 1, columns, columns), for attention that takes a single mask."""
     rows, p, n = len(tree.prefix_mask), tree.prefix, tree.length
     columns = p + tree.branches * n
     mask = tree.prefix_mask.new_zeros(rows, 1, columns, columns)
@@ -83,9 +83,9 @@ def tree_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``query`` (rows, heads, columns, head width), ``key`` and ``value`` with their own, maybe fewer, heads.
+    """Attention with a tree. ``query``: (rows, heads, columns, head width); ``key``, ``value``: possibly fewer heads.
 
-    Returns (rows, columns, heads, head width), as transformers wants it, and no weights.
+    Returns (rows, columns, heads, head width), transformers' format, and no weights.
     """
     if tree is not None and (unknown := [name for name in NOT_PACKED if kwargs.get(name) is not None]):
         raise BadInput(
@@ -109,14 +109,14 @@ def tree_attention(
 
 
 def _split(states: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-    """(rows, heads, columns, width) -> the prompt's, and (rows x branches, heads, length, width)."""
+    """(rows, heads, columns, width) -> (rows, heads, prefix, width), (rows x branches, heads, length, width)."""
     own, rest = states[:, :, : tree.prefix], states[:, :, tree.prefix :]
     branches = rest.unflatten(2, (tree.branches, tree.length)).permute(0, 2, 1, 3, 4)
     return own, branches.flatten(0, 1)
 
 
 def _to_branches(states: Tensor, tree: Tree) -> Tensor:
-    """The prompt's keys or values for each of its branches."""
+    """The prompt's keys or values, repeated for each of its branches."""
     return states[:, None].expand(-1, tree.branches, -1, -1, -1).flatten(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The plug-in interface of rewards, and how a step's captions are scored by several of them at once."""
+"""Plug-in interface of rewards, and the manager that scores captions with several of them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scored:
-    """One reward of a caption: ``value`` None where it could not be computed, which is never zero.
+    """One reward of a caption: ``value``, None (never 0) if it could not be computed.
 
-    ``details`` go to the log; ``per_token``: the parts of ``value`` that single tokens earned, if it has such.
+    ``details``: for the log; ``per_token``: per-token parts of ``value``, if any.
     """
 
     value: float | None
@@ -48,25 +48,26 @@ class RewardConfig(Growing):
 
 
 class Reward(Protocol):
-    """The plug-in interface. ``sample_id`` names the caption uniquely (run's seed, step, image, number): seed whatever
-    is random with it.
+    """Plug-in interface. ``sample_id``: unique id of the caption (run's seed, step, image, number); use it to seed all
+    randomness.
 
-    May raise anything: the caption then counts as unscored. EngineDead ends the run. An optional attribute ``metrics``
-    names numbers in ``details`` whose means over a step are logged as well.
+    May raise any exception: the caption then counts as unscored. EngineDead ends the run. An optional attribute
+    ``metrics`` names numbers in ``details`` whose means over a step are logged as well.
     """
 
     async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored: ...
 
     async def aclose(self) -> None:
-        """Free what the reward holds."""
+        """Release the reward's resources."""
         return None
 
 
 @dataclass(frozen=True)
 class RewardContext:
-    """The run that rewards are built for: ``decode``, a completion's ids to text by the policy's tokenizer, without
+    """The run that rewards are built for.
 
-    special tokens; ``caption_tokens``, the longest caption, None where unknown.
+    ``decode``: a completion's ids to text with the policy's tokenizer, without special tokens; ``caption_tokens``:
+    longest caption, None if unknown.
     """
 
     decode: Callable[[list[int]], str]
@@ -75,9 +76,9 @@ class RewardContext:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A kind of reward: its config class and how to build it from such a config.
+    """A kind of reward: its config class and its builder.
 
-    ``of_image``: compares caption and image, so that a caption of any image must not win; ``imported``: the user's.
+    ``of_image``: compares caption and image, so that a generic caption must not win; ``imported``: a user's own.
     """
 
     config: type[RewardConfig]
@@ -87,7 +88,7 @@ class RewardSpec:
 
 
 class RewardManager:
-    """Scores captions by all rewards, each weighed by its term."""
+    """Scores captions with all rewards, each weighted by its term."""
 
     def __init__(self, rewards: Mapping[str, Reward], terms: Mapping[str, RewardTerm]) -> None:
         self.rewards, self.terms = dict(rewards), dict(terms)
@@ -99,11 +100,11 @@ class RewardManager:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of results' components: each reward, and ``NAME_DETAIL`` of a reward's ``metrics``."""
+        """Names of the results' components: each reward, and ``NAME_DETAIL`` for a reward's ``metrics``."""
         return [*self.rewards, *self._details]
 
     async def score(self, example: Example, caption: Completion, sample_id: str) -> dict[str, Scored]:
-        """All rewards of one caption, by name; raises EngineDead alone."""
+        """All rewards of one caption, by name. Raises only EngineDead."""
         scored = await asyncio.gather(*(self._one(name, example, caption, sample_id) for name in self.rewards))
         return dict(zip(self.rewards, scored, strict=True))
 
@@ -112,13 +113,13 @@ class RewardManager:
             return await self.rewards[name].score(example, caption, sample_id)
         except EngineDead:
             raise
-        except Exception as error:  # a plug-in's fault costs one caption's score, and is logged
+        except Exception as error:  # an error in a plug-in costs one caption's score, and is logged
             reason = f"{type(error).__name__}: {error}"
             logger.warning("reward %s could not score a caption of %s: %s", name, example.key, reason)
             return Scored(None, {"error": reason})
 
     def results(self, captions: Sequence[Mapping[str, Scored]]) -> list[RewardResult]:
-        """A group's results: components weighed and summed, normalised within the group first where a term says so."""
+        """Results of a group: weighted sum of components, first normalised within the group if the term says so."""
         components = {name: _column([caption[name].value for caption in captions]) for name in self.rewards}
         totals = combine(components, self.terms).tolist()
         return [

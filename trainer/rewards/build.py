@@ -1,4 +1,4 @@
-"""From a recipe's list of rewards to a reward manager with its models loaded."""
+"""Builds a reward manager, with its models loaded, from a recipe's list of rewards."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .token_penalties import Decode
 async def build_reward_manager(
     configs: Sequence[RewardConfig], decode: Decode, caption_tokens: int | None = None
 ) -> RewardManager:
-    """The rewards of a recipe, engines started. ``decode``: a completion's ids to text by the policy's tokenizer.
+    """Build a recipe's rewards and start their engines. ``decode``: token ids to text, with the policy's tokenizer.
 
-    ``caption_tokens``: the longest caption, by which engines make room; as much as their models take where None.
-    Raises BadInput for a model that is not there or of a wrong kind; what was started by then is closed.
+    ``caption_tokens``: longest caption, which determines the engines' context length; None: the models' maximum.
+    Raises BadInput for a missing model or one of a wrong kind; rewards built before are closed.
     """
     context = RewardContext(decode, caption_tokens)
     rewards: dict[str, Reward] = {}

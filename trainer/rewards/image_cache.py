@@ -13,11 +13,11 @@ from ...models.images.preprocess import Preprocess, decode_preprocessed
 from ...models.lru_cache import LRUCache
 from ..dataset import Example
 
-KEPT = 256  # images; more than a step has on one process
+KEPT = 256  # images in the cache; more than a step of one process has
 
 
 class ImageCache:
-    """Images after ``preprocess``, decoded in a process of its own. Use from one event loop."""
+    """Images after ``preprocess``, decoded in a separate process. Use from one event loop."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         decode = functools.partial(decode_preprocessed, preprocesses=(preprocess,), limits=ImageLimits())
@@ -25,7 +25,7 @@ class ImageCache:
         self._recent: LRUCache[str, asyncio.Task[Pixels]] = LRUCache(KEPT)
 
     async def of(self, example: Example) -> Pixels:
-        """(height, width, 3) uint8. Raises RunFailed where an image that was fine when listed cannot be decoded."""
+        """Pixels, (height, width, 3) uint8. Raises RunFailed if an image valid when listed cannot be decoded."""
         reading = self._recent.get(example.uid)
         if reading is None:
             reading = asyncio.create_task(self._read(example))

@@ -1,6 +1,6 @@
-"""How well a caption fits its image by a model trained on pairs: CLIP's and BLIP's cosine, BLIP's matching logit.
+"""Image-text similarity rewards: cosine of CLIP and BLIP, matching logit of BLIP.
 
-VLRM (arXiv 2404.01911) takes BLIP-2's positive matching logit before softmax, Luo, Song and Ma BLIP's cosine.
+VLRM (arXiv 2404.01911) uses BLIP-2's positive matching logit before softmax, Luo, Song and Ma BLIP's cosine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..dataset import Example
 from .base import RewardConfig, RewardSpec, Scored
 from .image_cache import KEPT, ImageCache
 
-IMAGES_AT_ONCE = 32  # through a vision encoder
+IMAGES_AT_ONCE = 32  # batch size of the vision encoder
 Values = Callable[[Tensor, Sequence[Pair]], list[float]]
 
 
@@ -76,7 +76,7 @@ class _Request:
 
 
 class ImageTextReward:
-    """``values``: the score of each pair of an encoded image and a text; ``most``: captions scored at once."""
+    """Reward of an image-text model. ``values``: scores pairs of encoded image and text; ``most``: batch size."""
 
     def __init__(self, scorer: Scorer, values: Values, by: str = "whole", most: int = MOST) -> None:
         self._scorer, self._values, self._by = scorer, values, by
@@ -93,7 +93,7 @@ class ImageTextReward:
         return Scored(value, {} if self._by == "whole" else {"sentences": scores})
 
     def _scores(self, requests: Sequence[_Request]) -> list[list[float]]:
-        """Of each text of each caption. Runs on the computing thread."""
+        """Scores of each text of each caption. Runs on the batcher's thread."""
         images = self._images({request.uid: request.pixels for request in requests})
         numbers = {uid: number for number, uid in enumerate(images)}
         wanted = [[Pair(numbers[request.uid], text) for text in request.texts] for request in requests]
@@ -102,7 +102,7 @@ class ImageTextReward:
         return [[scores[pair] for pair in of_one] for of_one in wanted]
 
     def _images(self, pixels: dict[str, Pixels]) -> dict[str, Tensor]:
-        """Encoded images by uid; only those that are not cached are computed."""
+        """Encoded images by uid; only uncached ones are computed."""
         known = {uid: cached for uid in pixels if (cached := self._encoded.get(uid)) is not None}
         new = [uid for uid in pixels if uid not in known]
         for start in range(0, len(new), IMAGES_AT_ONCE):
@@ -118,7 +118,7 @@ class ImageTextReward:
 
 
 def build_image_text_reward(config: ImageTextConfig) -> ImageTextReward:
-    """The reward with its model loaded. Raises BadInput where the model is none, or of another kind."""
+    """The reward with its model loaded. Raises BadInput for a missing model, or one of another kind."""
     named = (config.model, config.dtype, config.device)
     most = most_on(device_and_type(config.device, config.dtype)[0])
     if isinstance(config, ItmRewardConfig):
@@ -129,7 +129,7 @@ def build_image_text_reward(config: ImageTextConfig) -> ImageTextReward:
 
 
 def itm_values(scorer: ItmScorer, logit: str) -> Values:
-    """What an :class:`ItmRewardConfig` calls ``logit``, of pairs."""
+    """Function that computes :attr:`ItmRewardConfig.logit` of pairs."""
 
     def values(images: Tensor, pairs: Sequence[Pair]) -> list[float]:
         logits = scorer.logits(images, pairs)

@@ -1,7 +1,7 @@
-"""A model that sees the image rates the caption. CapRL's negative control: what it likes is learned, true or not.
+"""Judge reward: a VLM that sees the image rates the caption. CapRL's negative control: its biases are learned.
 
-CapRL (arXiv 2509.22647 §4.2, Table 3) trained with two such judges: with one, captions shrank to a word, with the
-other they grew and praised themselves. Here it is for measuring that, and for judges that are better.
+CapRL (arXiv 2509.22647 §4.2, Table 3) trained with two such judges: with one, captions shrank to a word; with the
+other, they grew and praised themselves. Provided to measure that, and for better judges.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class JudgeRewardConfig(RewardConfig):
 
 
 class JudgeReward:
-    """The mark that the judge is expected to give, from 0 (worst) to 1 (best)."""
+    """Expected mark of the judge, from 0 (worst) to 1 (best)."""
 
     def __init__(self, engine: Engine, config: JudgeRewardConfig) -> None:
         self.engine, self.config = engine, config
@@ -58,8 +58,8 @@ class JudgeReward:
         if await thinks(self.engine):
             prompt, thought = await after_thought(self.engine, prompt, self._thinking(sample_id))
             details = {"thought_cut": thought is not None and not thought.closed}
-        found = await self.engine.choose(ChoiceRequest(prompt, marks))
-        return Scored(expected_mark(found.logprobs), details)
+        choice = await self.engine.choose(ChoiceRequest(prompt, marks))
+        return Scored(expected_mark(choice.logprobs), details)
 
     def _thinking(self, sample_id: str) -> Sampling:
         return Sampling(THOUGHT_TEMPERATURE, 1.0, self.config.thought_tokens, seed_of(f"judge/{sample_id}"))
@@ -70,16 +70,16 @@ class JudgeReward:
 
 
 def expected_mark(logprobs: tuple[float | None, ...]) -> float | None:
-    """The mean of marks spread evenly from 0 to 1, by their probability among themselves; None where none is known."""
+    """Mean of marks spaced evenly from 0 to 1, weighted by their normalised probabilities; None if none is known."""
     chances = [0.0 if value is None else math.exp(value) for value in logprobs]
     total = sum(chances)
     if total == 0:
         return None
-    return sum(chance * place for place, chance in enumerate(chances)) / (total * (len(chances) - 1))
+    return sum(chance * index for index, chance in enumerate(chances)) / (total * (len(chances) - 1))
 
 
 async def build_judge_reward(config: JudgeRewardConfig, context: RewardContext) -> JudgeReward:
-    """The reward with its engine started. Raises BadInput for a model that is not there."""
+    """The reward with its engine started. Raises BadInput for a missing model."""
     longest = context.caption_tokens
     room = None if longest is None else quiz_room(longest, 1 + config.thought_tokens)
     engine = EngineConfig(config.engine, config.model, room=room, template_args=config.template_args)

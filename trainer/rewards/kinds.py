@@ -1,4 +1,4 @@
-"""The kinds of rewards: built-in ones by name, others by import path (``package.module:Class``)."""
+"""Kinds of rewards: built-in ones by name, others by import path (``package.module:Class``)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ BUILT_IN: dict[str, RewardSpec] = {
 
 
 def spec_of(kind: str) -> RewardSpec:
-    """A kind's config class and builder. Raises ValueError for an import path where there is no reward class."""
+    """Config class and builder of a kind. Raises ValueError for an import path without a reward class."""
     return _imported(kind) if ":" in kind else BUILT_IN[kind]
 
 
 def _imported(path: str) -> RewardSpec:
-    """A reward class as a kind: built from its config, which is of its ``Config`` where it has options of its own."""
+    """Spec of a user's reward class, built from its ``Config`` if it has own options, else from the base config."""
     reward = load_object(path)
     methods = [getattr(reward, name, None) for name in ("score", "aclose")]
     if not isinstance(reward, type) or not all(map(inspect.iscoroutinefunction, methods)):
@@ -49,7 +49,7 @@ def _imported(path: str) -> RewardSpec:
 
 
 class _ByKind:
-    """Validates an entry of a recipe's rewards by the config class of its kind, and writes it as that class does."""
+    """Validates and serialises an entry of a recipe's rewards with the config class of its kind."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         configs = reduce(or_, (spec.config for spec in BUILT_IN.values()))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How natural a caption reads: its mean token log-probability by a frozen language model (VLRM, arXiv 2404.01911)."""
+"""Naturalness reward: mean token log-probability under a frozen language model (VLRM, arXiv 2404.01911)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class NaturalnessConfig(RewardConfig):
 class NaturalnessReward:
     """(1/n) sum of log p over the caption's n tokens: minus the log of its perplexity.
 
-    Blanks around a caption do not count, and what is longer than the model reads is cut. A caption without a token has
-    no mean: it is unscored.
+    Surrounding whitespace is stripped, and captions are truncated to the model's context. A caption without tokens is
+    unscored.
     """
 
     def __init__(self, scorer: TextScorer) -> None:
@@ -45,7 +45,7 @@ class NaturalnessReward:
 
 
 def build_naturalness_reward(config: NaturalnessConfig) -> NaturalnessReward:
-    """The reward with its model loaded. Raises BadInput where that is no causal language model."""
+    """The reward with its model loaded. Raises BadInput if it is not a causal language model."""
     return NaturalnessReward(load_text_scorer(config.model, config.dtype, config.device))
 
 

@@ -1,4 +1,4 @@
-"""The quiz as reward: how well a text-only reader answers an image's questions from the caption alone."""
+"""Quiz reward: accuracy of a text-only reader on an image's questions, from the caption alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class QuizReward:
         return await self.score_text(example, caption.text, sample_id)
 
     async def score_text(self, example: Example, caption: str | None, sample_id: str) -> Scored:
-        """The same for a text, or for none at all (blind)."""
+        """Like :meth:`score`, for a text, or None for no caption (blind)."""
         asked = self.presentations(example, sample_id)
         answers = await self.reader.answer(caption, asked)
         known = [
@@ -70,25 +70,25 @@ class QuizReward:
         return Scored(sum(answer == question.answer for question, answer in known) / len(known), details)
 
     def presentations(self, example: Example, sample_id: str) -> list[tuple[Question, Order]]:
-        """The questions asked of a caption, each with the order of its options."""
+        """Questions for a caption, each with an order of its options."""
         rng = Random(f"quiz:{sample_id}")
         count = self.config.questions
         if self.config.presentations == "sampled":
             questions = [rng.choice(example.questions) for _ in range(count or len(example.questions))]
             return [
-                (each, tuple(rng.sample(range(len(each.options) + 1), len(each.options) + 1))) for each in questions
+                (item, tuple(rng.sample(range(len(item.options) + 1), len(item.options) + 1))) for item in questions
             ]
         chosen = (
             example.questions if count is None else rng.sample(example.questions, min(count, len(example.questions)))
         )
-        return [(each, order) for each in chosen for order in self.reader.orders(each)]
+        return [(question, order) for question in chosen for order in self.reader.orders(question)]
 
     async def aclose(self) -> None:
         await self.reader.engine.aclose()
 
 
 def reader_config(config: QuizRewardConfig) -> ReaderConfig:
-    """How the reward's reader is asked: in all orders."""
+    """Reader settings of the reward; options in all orders."""
     return ReaderConfig(mode=config.mode, thought_tokens=config.thought_tokens)
 
 
@@ -99,13 +99,13 @@ async def load_reader(
     config: ReaderConfig | None = None,
     template_args: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """An engine for a model that reads captions of so many tokens at most, and answers questions by ``config``."""
+    """Engine of a reader for captions up to ``caption_tokens``, which answers questions according to ``config``."""
     room = None if caption_tokens is None else quiz_room(caption_tokens, (config or ReaderConfig()).answer_tokens)
     return await load_engine(EngineConfig(engine, model, room=room, template_args=template_args or {}))
 
 
 async def build_quiz_reward(config: QuizRewardConfig, context: RewardContext) -> QuizReward:
-    """The reward with its reader started. Raises BadInput where a URL's model cannot be a reader."""
+    """The reward with its reader started. Raises BadInput if the model at a URL cannot be a reader."""
     asks = reader_config(config)
     engine = await load_reader(config.reader, config.engine, context.caption_tokens, asks, config.template_args)
     reader = QuizReader(engine, asks)

@@ -1,7 +1,7 @@
-"""Reconstruction: pictures generated from the caption are compared with the image (Luo, Song and Ma, UVA report).
+"""Reconstruction reward: similarity of the image and images generated from its caption (Luo, Song and Ma, UVA report).
 
-They generate five pictures by Stable Diffusion and compare VGG features. Its version, the layer, the resolution,
-guidance and the similarity are not stated; here they are keys.
+They generate five images with Stable Diffusion and compare VGG features. Its version, the layer, the resolution,
+guidance and the similarity are not stated there; here they are settings.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .base import RewardConfig, RewardSpec, Scored
 from .image_cache import KEPT, ImageCache
 
 CAPTIONS_KEPT = 1024
-MOST = 32  # captions drawn at most before those who wait for them are told
+MOST = 32  # captions per batch; results are returned after each batch
 
 
 class ReconstructionConfig(RewardConfig):
@@ -64,7 +64,7 @@ class _Asked:
 
 
 def seed_of(caption: str, number: int) -> int:
-    """The seed of a caption's ``number``-th picture: of these two alone, 63 bits."""
+    """Seed (63 bits) of a caption's ``number``-th generated image; depends on these two only."""
     return int.from_bytes(hashlib.sha256(f"{_hash(caption)}:{number}".encode()).digest()[:8], "big") >> 1
 
 
@@ -73,10 +73,10 @@ def _hash(caption: str) -> str:
 
 
 class ReconstructionReward:
-    """The mean similarity of ``samples`` pictures; ``details`` have each and the mean's standard error.
+    """Mean similarity of ``samples`` generated images; ``details``: each similarity and the mean's standard error.
 
-    What was drawn for a caption is kept, by the caption's hash, as feature vectors. ``identity``: of all that decides
-    these vectors, for files that outlive the run.
+    Feature vectors of generated images are cached by the caption's hash. ``identity``: text of all settings that
+    determine these vectors, for cache files that outlive the run.
     """
 
     metrics = ("se",)
@@ -92,20 +92,20 @@ class ReconstructionReward:
 
     async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
         text = caption.text.strip()
-        found = await self._model.ask(_Asked(example.uid, await self._views.of(example), text))
-        if not all(map(math.isfinite, found)):
+        similarities = await self._model.ask(_Asked(example.uid, await self._views.of(example), text))
+        if not all(map(math.isfinite, similarities)):
             return Scored(None, {"error": "a similarity is no number"})
-        mean, error = mean_and_error(found)
-        return Scored(mean, {"similarities": found, "se": error})
+        mean, error = mean_and_error(similarities)
+        return Scored(mean, {"similarities": similarities, "se": error})
 
     def _similarities(self, asked: Sequence[_Asked]) -> list[list[float]]:
-        """Of each caption's pictures with its image. Runs on the computing thread."""
-        originals = self._vectors_of_images({each.uid: each.pixels for each in asked})
-        drawn = self._vectors_of_captions(list(dict.fromkeys(each.caption for each in asked)))
-        return [(drawn[each.caption] @ originals[each.uid]).tolist() for each in asked]
+        """Similarities of each caption's generated images with its image. Runs on the batcher's thread."""
+        originals = self._vectors_of_images({request.uid: request.pixels for request in asked})
+        drawn = self._vectors_of_captions(list(dict.fromkeys(request.caption for request in asked)))
+        return [(drawn[request.caption] @ originals[request.uid]).tolist() for request in asked]
 
     def _vectors_of_images(self, pixels: dict[str, Pixels]) -> dict[str, Tensor]:
-        known = {uid: found for uid in pixels if (found := self._originals.get(uid)) is not None}
+        known = {uid: cached for uid in pixels if (cached := self._originals.get(uid)) is not None}
         new = [uid for uid in pixels if uid not in known]
         if new:
             vectors = self._net.vectors_of_pixels([pixels[uid] for uid in new]).cpu()
@@ -115,8 +115,8 @@ class ReconstructionReward:
         return known
 
     def _vectors_of_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Of each caption's pictures (samples, width); those that are kept nowhere are drawn."""
-        known = {text: found for text in captions if (found := self._kept(text)) is not None}
+        """Feature vectors (samples, width) of each caption's generated images; uncached ones are generated."""
+        known = {text: kept for text in captions if (kept := self._kept(text)) is not None}
         new = [text for text in captions if text not in known]
         count = self._config.samples
         wanted = [(text, seed_of(text, number)) for text in new for number in range(count)]
@@ -129,14 +129,14 @@ class ReconstructionReward:
 
     def _kept(self, caption: str) -> Tensor | None:
         key = _hash(caption)
-        found = self._drawn.get(key)
-        if found is None and (file := self._file(caption)) is not None and file.is_file():
+        vectors = self._drawn.get(key)
+        if vectors is None and (file := self._file(caption)) is not None and file.is_file():
             try:
-                found = torch.from_numpy(np.load(file, allow_pickle=False))
-            except (OSError, ValueError):  # cut short by a full disk, say: it is drawn again
+                vectors = torch.from_numpy(np.load(file, allow_pickle=False))
+            except (OSError, ValueError):  # truncated, e.g. by a full disk: generated again
                 return None
-            self._drawn.put(key, found)
-        return found
+            self._drawn.put(key, vectors)
+        return vectors
 
     def _keep(self, caption: str, vectors: Tensor) -> None:
         self._drawn.put(_hash(caption), vectors)
@@ -157,7 +157,7 @@ class ReconstructionReward:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its Monte-Carlo standard error, sqrt(variance / n), unknown of a single value."""
+    """Mean and its Monte Carlo standard error, sqrt(variance / n), which is None for a single value."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, None
@@ -165,7 +165,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def build_reconstruction_reward(config: ReconstructionConfig) -> ReconstructionReward:
-    """The reward with its models loaded. Raises BadInput where one is none, or diffusers is not installed."""
+    """The reward with its models loaded. Raises BadInput for a missing model, or if diffusers is not installed."""
     need_diffusers()
     if config.cache is not None and Path(config.cache).expanduser().is_file():
         raise BadInput(f"rewards: reconstruction: cache: {config.cache} is a file, not a folder")
@@ -183,7 +183,7 @@ def build_reconstruction_reward(config: ReconstructionConfig) -> ReconstructionR
 
 
 def _identity(config: ReconstructionConfig) -> str:
-    """What decides the vectors of a caption's pictures, as text."""
+    """Settings that determine the vectors of a caption's generated images, as text."""
     speed = {"kind", "model", "features", "crop", "batch", "cache", "device", "weight", "normalise"}
     models = [folder_digest(pipeline_folder(config.model)), folder_digest(resolve_model(config.features))]
     return json.dumps([models, config.model_dump(mode="json", exclude=speed)], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Rewards that read the caption's text alone: length, repetition, boilerplate. Penalties are negative."""
+"""Rewards from the caption's text only: length, repetition, boilerplate. Penalties are negative."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LengthReward:
 
 
 def length_value(tokens: int, config: LengthConfig) -> float:
-    """From 0 to 1."""
+    """Length reward, from 0 to 1."""
     if config.shape == "longer":
         return min(1.0, tokens / config.most)
     if tokens <= config.free:

@@ -1,6 +1,6 @@
-"""Rewards of single tokens: listed phrases and repetition cost where they occur (VLRM, arXiv 2404.01911: bad, repeat).
+"""Per-token penalties for listed phrases and repetition (VLRM, arXiv 2404.01911: bad, repeat).
 
-What a penalty amounts to the paper does not say: here it is 1 for each occurrence, times the reward's weight.
+The paper does not state the size of a penalty: here it is 1 per occurrence, times the reward's weight.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ YEAR = r"\b(?:1[5-9]|20)\d\d\b"
 
 
 def phrase_pattern(phrase: str) -> re.Pattern[str]:
-    """Finds ``phrase`` as whole words, whatever its case and its blanks."""
+    """Pattern that matches ``phrase`` as whole words, ignoring case and the amount of whitespace."""
     words = r"\s+".join(map(re.escape, phrase.split()))
     before, after = (r"(?<!\w)" if phrase[0].isalnum() else ""), (r"(?!\w)" if phrase[-1].isalnum() else "")
     return re.compile(f"{before}{words}{after}", re.IGNORECASE)
 
 
 def find_all(patterns: Mapping[str, re.Pattern[str]], text: str) -> list[tuple[str, int]]:
-    """The name of each pattern that is found, as often as it is, and where in ``text`` that ends."""
-    return [(name, found.end()) for name, pattern in patterns.items() for found in pattern.finditer(text)]
+    """Name and end position in ``text`` of every match of the patterns."""
+    return [(name, match.end()) for name, pattern in patterns.items() for match in pattern.finditer(text)]
 
 
 def tokens_at(caption: Completion, ends: Iterable[int], decode: Decode) -> list[int]:
-    """For each place in the caption's text the token that brought the text up to it.
+    """Index of the token that completes the caption's text up to each end position.
 
-    Found from what the first tokens decode to: the first one with which that agrees with the text as far as the place.
-    Where a thought comes before the text, from how much of the text the last tokens are.
+    Found by decoding prefixes of the ids: the shortest prefix that agrees with the text up to the position.
+    If a thought precedes the text: by the length of the decoded suffix.
     """
     ids = list(caption.token_ids)
 
     def reach(count: int) -> int:
         if caption.thought is not None:
             return len(caption.text) - len(decode(ids[count:]))
-        # What a token begins and its successor ends (bytes of a character) is another text until then.
+        # A character split over two tokens decodes to other text until it is complete.
         return _agreeing(decode(ids[:count]), caption.text)
 
     counts = range(1, len(ids) + 1)
@@ -53,28 +53,28 @@ def tokens_at(caption: Completion, ends: Iterable[int], decode: Decode) -> list[
 
 
 def _agreeing(first: str, second: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Length of the common prefix of two texts."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def charged(caption: Completion, tokens: Iterable[int]) -> tuple[float, ...]:
-    """One number per token of the caption: minus how often its index is among ``tokens``."""
+    """Reward per token of the caption: minus the number of times its index is among ``tokens``."""
     counts = Counter(tokens)
     return tuple(0.0 - counts[token] for token in range(len(caption.token_ids)))
 
 
 def _penalty(caption: Completion, places: Sequence[int], details: Mapping[str, object]) -> Scored:
-    """Engines that report no token ids (some servers) leave the penalty to the caption as a whole."""
+    """Penalty with its per-token parts; on the caption as a whole if the engine reports no token ids (some servers)."""
     return Scored(0.0 - len(places), details, charged(caption, places))
 
 
 def _compiles(pattern: str) -> str:
     try:
-        found = re.compile(pattern)
+        compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
-    if found.search("") is not None:
+    if compiled.search("") is not None:
         raise ValueError(f"{pattern!r} is found in an empty text, so everywhere")
     return pattern
 
@@ -107,9 +107,9 @@ class PhrasesConfig(RewardConfig):
 
 
 def patterns_of(config: PhrasesConfig) -> dict[str, re.Pattern[str]]:
-    """What finds each of the listed phrases and patterns, by how it is written in ``config``."""
-    found = {phrase: phrase_pattern(phrase) for phrase in config.phrases}
-    return found | {pattern: re.compile(pattern, re.IGNORECASE) for pattern in config.patterns}
+    """Compiled patterns of the listed phrases and patterns, by their text in ``config``."""
+    patterns = {phrase: phrase_pattern(phrase) for phrase in config.phrases}
+    return patterns | {pattern: re.compile(pattern, re.IGNORECASE) for pattern in config.patterns}
 
 
 class PhrasesReward:
@@ -120,9 +120,9 @@ class PhrasesReward:
         self._decode = decode
 
     async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
-        found = find_all(self._patterns, caption.text)
-        places = tokens_at(caption, (end for _, end in found), self._decode)
-        return _penalty(caption, places, {"phrases": dict(Counter(name for name, _ in found))} if found else {})
+        matches = find_all(self._patterns, caption.text)
+        places = tokens_at(caption, (end for _, end in matches), self._decode)
+        return _penalty(caption, places, {"phrases": dict(Counter(name for name, _ in matches))} if matches else {})
 
     async def aclose(self) -> None: ...
 
@@ -147,7 +147,7 @@ class RepeatsReward:
         if self._config.of == "tokens":
             return _penalty(caption, repeats(caption.token_ids, self._config.n), {})
         words = word_ends(caption.text)
-        again = [words[place] for place in repeats([word for word, _ in words], self._config.n)]
+        again = [words[index] for index in repeats([word for word, _ in words], self._config.n)]
         details = {"words": [word for word, _ in again]} if again else {}
         return _penalty(caption, tokens_at(caption, (end for _, end in again), self._decode), details)
 

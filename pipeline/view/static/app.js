@@ -1,4 +1,4 @@
-// The viewer's frame: the list of artifacts, the fields above the rows, tabs and keys.
+// Frame of the viewer: list of artifacts, search and filter fields, tabs, keyboard shortcuts.
 
 import { byId, make, number } from "./dom.js";
 import { openDetail, watchDetail } from "./detail.js";
@@ -22,7 +22,7 @@ async function start() {
   }
 }
 
-/** Ask for all anew: what was committed since is shown. */
+/** Reload everything, including new commits. */
 async function refresh() {
   try {
     catalog = await ask("catalog");
@@ -60,7 +60,7 @@ async function show({ artifact = false, back = false } = {}) {
   }
 }
 
-/** How many rows there are; of large artifacts in several answers. */
+/** Show the number of rows; large artifacts take several requests. */
 async function count() {
   for (;;) {
     const found = await ask("count", query());
@@ -128,7 +128,7 @@ function pressed(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const field = event.target.closest?.("input, select, textarea");
   if (event.key === "Escape" && field) {
-    event.preventDefault(); // or a browser empties a search field, and tells nobody
+    event.preventDefault(); // else the browser clears a search field without an event
     return field.blur();
   }
   if (field || document.querySelector("dialog[open]")) return;

@@ -1,11 +1,11 @@
-// Two captions of the same image side by side, with the words that only one of them has.
+// Two captions of the same image side by side, with their differing words marked.
 
 import { make } from "./dom.js";
 import { frame, showRows } from "./rows.js";
 import { set, state } from "./state.js";
 
-const LONGEST = 800; // pieces of a text that are aligned; longer ones are compared as bags
-const PIECES = /(\s+|[.,;:!?"“”()]+)/; // what stands between words
+const LONGEST = 800; // longest text to align, in pieces; longer texts are compared as bags of words
+const PIECES = /(\s+|[.,;:!?"“”()]+)/; // separators of words
 
 export async function showCompare(facts, body, back) {
   const names = facts.columns.filter((each) => each.prose && each.name !== "questions_text");
@@ -47,7 +47,7 @@ function card(row) {
   return frame(row, make("div", { class: "sides" }, side(state.left, left, texts[0]), side(state.right, right, texts[1])));
 }
 
-/** The words of both, those marked that are not common to them in order. */
+/** Words of both texts, marked unless they are in the common subsequence. */
 function marked(one, other) {
   const common = one.length > LONGEST || other.length > LONGEST ? bags(one, other) : aligned(one, other);
   const show = (words, kept) => words.map((word, index) => (kept.has(index) || !word.trim() ? word : make("mark", {}, word)));
@@ -59,7 +59,7 @@ function bags(one, other) {
   return [keep(one, new Set(other)), keep(other, new Set(one))];
 }
 
-/** The longest common subsequence, by places. */
+/** Longest common subsequence, as sets of indices. */
 function aligned(one, other) {
   const rows = one.length + 1;
   const columns = other.length + 1;

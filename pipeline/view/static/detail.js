@@ -1,4 +1,4 @@
-// All that is known of one row, artifact by artifact, in a dialog.
+// Dialog with all data of one row, by artifact.
 
 import { byId, make, picture, short } from "./dom.js";
 import { ask, imageOf, set, state } from "./state.js";
@@ -6,10 +6,10 @@ import { ask, imageOf, set, state } from "./state.js";
 export async function openDetail(row) {
   set({ open: `${row.shard}:${row.row}` });
   const dialog = byId("detail");
-  const told = await ask("row", { a: state.a, shard: row.shard, row: row.row });
-  const parts = Object.entries(told.parts).map(([name, values]) => part(name, values));
+  const reply = await ask("row", { a: state.a, shard: row.shard, row: row.row });
+  const parts = Object.entries(reply.parts).map(([name, values]) => part(name, values));
   const close = make("button", { type: "button", class: "close", click: () => dialog.close() }, "Close");
-  const title = make("h2", {}, `${row.shard} / ${Object.values(told.parts)[0].key}`);
+  const title = make("h2", {}, `${row.shard} / ${Object.values(reply.parts)[0].key}`);
   dialog.replaceChildren(close, title, picture(imageOf(row, "full"), row.key ?? "", true), ...parts);
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;

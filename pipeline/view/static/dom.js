@@ -1,8 +1,8 @@
-// Elements made by hand. Text only ever becomes text: nothing here, or anywhere else, sets markup from data.
+// Helpers to create elements. Data is only ever inserted as text: no code here or elsewhere sets markup from data.
 
 export const byId = (id) => document.getElementById(id);
 
-/** An element with attributes (functions become listeners) and children (elements or texts). */
+/** Create an element with attributes (functions become listeners) and children (elements or texts). */
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   assign(element, attributes);
@@ -27,14 +27,14 @@ function assign(element, attributes) {
 
 export const number = (value) => new Intl.NumberFormat("en").format(value);
 
-/** A figure as short as is useful. */
+/** Format a number briefly: four significant digits, or an integer from 1000 on. */
 export function short(value) {
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value)) return number(value);
   return Math.abs(value) >= 1000 ? number(Math.round(value)) : String(+value.toPrecision(4));
 }
 
-/** A row's image; words where there is none. */
+/** Image of a row; a text if it cannot be loaded. */
 export function picture(source, key, large = false) {
   const image = make("img", { src: source, alt: `Image ${key}`, decoding: "async" });
   image.addEventListener("error", () => image.replaceWith(make("span", { class: "none" }, "no image")));

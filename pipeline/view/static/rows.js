@@ -8,7 +8,7 @@ const LIMIT = 24;
 let before = null;
 let after = null;
 
-/** Show the page that the address names. ``back``: the one that ends there. */
+/** Show the page that starts at the row in the URL. ``back``: the page that ends before it. */
 export async function showRows(facts, body, card = rowCard, columns = undefined, back = false) {
   let page;
   let rows = [];
@@ -66,7 +66,7 @@ function rowCard(row, columns) {
   return frame(row, texts, figures);
 }
 
-/** A row's card around what is said of it. */
+/** Card of a row, with ``inside`` as its content. */
 export function frame(row, ...inside) {
   const open = () => openDetail(row).catch((error) => (byId("faults").textContent = error.message));
   const state_ = row.status === "ok" ? null : make("p", { class: "warn" }, `${row.status}${row.error ? `: ${row.error}` : ""}`);

@@ -1,4 +1,4 @@
-// What is shown, kept in the address; and how the server is asked.
+// View state, kept in the URL; requests to the server.
 
 const DEFAULTS = { a: "", tab: "rows", filter: "", search: "", shard: "", row: "", open: "", column: "", value: "", side: ">=", left: "", right: "", differ: "" };
 
@@ -9,19 +9,19 @@ export function readAddress() {
   for (const name of Object.keys(DEFAULTS)) state[name] = asked.get(name) ?? DEFAULTS[name];
 }
 
-/** Change what is shown. ``step``: a new entry in the browser's history, else the present one is replaced. */
+/** Change the state. ``step``: add an entry to the browser's history instead of replacing the current one. */
 export function set(changes, step = false) {
   Object.assign(state, changes);
-  const told = new URLSearchParams();
-  for (const [name, value] of Object.entries(state)) if (value !== DEFAULTS[name]) told.set(name, value);
-  const address = told.size ? `?${told}` : location.pathname;
+  const encoded = new URLSearchParams();
+  for (const [name, value] of Object.entries(state)) if (value !== DEFAULTS[name]) encoded.set(name, value);
+  const address = encoded.size ? `?${encoded}` : location.pathname;
   if (`${location.search || location.pathname}` === address) return;
   history[step ? "pushState" : "replaceState"](null, "", address);
 }
 
 const pending = new Map();
 
-/** Ask the server. A newer question of the same kind calls an older one off (AbortError). */
+/** Send a request. A newer request of the same kind aborts an older one (AbortError). */
 export async function ask(path, parameters = {}, kind = path) {
   pending.get(kind)?.abort();
   const control = new AbortController();
@@ -33,21 +33,21 @@ export async function ask(path, parameters = {}, kind = path) {
     if (error.name === "AbortError") throw error;
     throw new Error("the server does not answer; is `capipe view` still running?");
   }
-  const told = response.headers.get("content-type")?.startsWith("application/json") ? await response.json() : { error: await response.text() };
-  if (!response.ok) throw Object.assign(new Error(told.error ?? `error ${response.status}`), { status: response.status });
-  return told;
+  const reply = response.headers.get("content-type")?.startsWith("application/json") ? await response.json() : { error: await response.text() };
+  if (!response.ok) throw Object.assign(new Error(reply.error ?? `error ${response.status}`), { status: response.status });
+  return reply;
 }
 
 export function address(path, parameters = {}) {
-  const told = new URLSearchParams();
+  const encoded = new URLSearchParams();
   for (const [name, value] of Object.entries(parameters)) {
-    if (Array.isArray(value)) value.forEach((each) => told.append(name, each));
-    else if (value !== "" && value !== null && value !== undefined) told.set(name, value);
+    if (Array.isArray(value)) value.forEach((item) => encoded.append(name, item));
+    else if (value !== "" && value !== null && value !== undefined) encoded.set(name, value);
   }
-  return `/api/${path}?${told}`;
+  return `/api/${path}?${encoded}`;
 }
 
-/** The rows that are asked about: the artifact, filter and search of the moment. */
+/** Parameters of the current rows: artifact, filter and search. */
 export const query = () => ({ a: state.a, filter: fullFilter(), search: state.search });
 
 function fullFilter() {

@@ -1,4 +1,4 @@
-// Move a threshold on a score and see at once what would stay, and which rows are just above and below it.
+// Interactive threshold on a score: number of rows kept, and the rows just above and below it.
 
 import { byId, draw, make, number, short } from "./dom.js";
 import { frame } from "./rows.js";
@@ -25,7 +25,7 @@ export async function showThreshold(facts, body) {
   await settle();
 }
 
-/** The histogram; of large artifacts in several answers. */
+/** Fetch the histogram; large artifacts take several requests. */
 async function gathered(body) {
   for (;;) {
     const found = await ask("histogram", { ...query(), column: state.column });
@@ -82,7 +82,7 @@ function moved(changes) {
   waiting = setTimeout(() => settle().catch(() => {}), 80);
 }
 
-/** Rows that would stay, by the histogram alone: what is shown while the slider moves. */
+/** Number of rows kept, estimated from the histogram while the slider moves. */
 function estimate() {
   const at = Number(state.value);
   let kept = 0;
