@@ -99,18 +99,13 @@ class Library:
                     "shards_total": artifact.config["run"].get("shards_total"),
                 }
             )
-<<<<<<< HEAD
-        damaged = {**found.damaged, **join.damaged}
+        damaged = {**contents.damaged, **join.damaged}
         return {
             "folder": self.root.resolve().name,
             "artifacts": entries,
             "start": _start(entries),
             "damaged": damaged,
         }
-=======
-        damaged = {**contents.damaged, **join.damaged}
-        return {"folder": self.root.resolve().name, "artifacts": entries, "damaged": damaged}
->>>>>>> words-e
 
     def table(self, artifact_id: str) -> Table:
         """An artifact by id. Raises Unknown. An id is looked up in the list of artifacts and never used as a path."""
