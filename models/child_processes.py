@@ -37,7 +37,7 @@ def follow(parent: int) -> None:
 
 
 def first_words() -> str:
-    """Python code that a child runs first: sets our import path, and makes it and what it spawns end with its parent."""
+    """Python code that a child runs first: sets our import path, makes it and what it spawns end with its parent."""
     return (
         f"import sys; sys.path[:] = {sys.path!r}; "
         f"from capipe.models.child_processes import begin; begin({os.getpid()}); "
