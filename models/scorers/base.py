@@ -60,7 +60,7 @@ class Scorer(Protocol):
 
 
 def device_and_type(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype; ``auto``: the first GPU in bfloat16 if there is one, else the CPU in float32. Raises BadInput."""
+    """Device and dtype; ``auto``: the first GPU in bfloat16, or a CPU in float32. Raises BadInput"""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if dtype == "auto":
         return where, torch.bfloat16 if where.type == "cuda" else torch.float32
