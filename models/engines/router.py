@@ -259,7 +259,7 @@ async def connect_servers(
 
 
 def _agreed(engines: dict[str, HTTPEngine], faults: dict[str, BaseException], all_needed: bool) -> str:
-    """The servers' common model. Raises faults other than a server that is down, or NoAnswer where too many are down."""
+    """The servers' common model. Raises faults other than a server that is down, or NoAnswer for too many of those."""
     down = [fault for fault in faults.values() if isinstance(fault, NoAnswer)]
     for fault in faults.values():
         if not isinstance(fault, NoAnswer):
