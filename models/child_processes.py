@@ -45,7 +45,7 @@ def first_words() -> str:
 
 
 def begin(parent: int) -> None:
-    """See :func:`first_words`."""
+    """Set up a child process; called by the code of :func:`first_words`."""
     follow(parent)
     escape_logs()
     multiprocessing.spawn.get_command_line = _following_command

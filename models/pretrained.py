@@ -38,7 +38,7 @@ def load_weights(loader: Any, path: str | Path, *, dtype: torch.dtype, called: s
 def check_weights(path: Path, called: str) -> None:
     """Raise BadInput where a folder lacks weights of its model, for engines of other libraries; nothing is loaded.
 
-    transformers compares the names in the files with the model's, on the meta device. For quantised models, and those
+    The files' weights are compared with the model's by transformers on the meta device. For quantised models, and those
     that transformers cannot load, only the index is compared with the files; the engine reports the rest.
     """
     import transformers

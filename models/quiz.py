@@ -118,7 +118,7 @@ def put(question: Question, order: Sequence[int], abstain: str = ABSTAIN) -> str
 
 
 def letters(choices: int) -> tuple[str, ...]:
-    """The letters of so many choices. Raises ValueError where there are not enough."""
+    """The letters for that many choices. Raises ValueError where there are not enough."""
     if choices > len(LETTERS):
         raise ValueError(f"{choices} choices, and letters for {len(LETTERS)}")
     return tuple(LETTERS[:choices])

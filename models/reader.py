@@ -281,7 +281,7 @@ def best_place(scores: ChoiceScores, least_mass: float) -> int | None:
 
 
 def instead_of_letters(scores: ChoiceScores) -> str:
-    """What a model would say where letters are too unlikely."""
+    """Description of the model's answer where letters are too unlikely."""
     known = [score for score in scores.logprobs if score is not None]
     mass = sum(math.exp(min(score, 0.0)) for score in known)
     if math.isnan(mass):

@@ -95,7 +95,7 @@ class MessageSocket:
 
 
 def readable(sources: Iterable[Source], seconds: float) -> list[Source]:
-    """The sources that have a message, or whose other end is closed, within so many seconds."""
+    """Sources that have a message, or whose other end is closed, within ``seconds``."""
     with selectors.DefaultSelector() as selector:
         for source in sources:
             selector.register(source, selectors.EVENT_READ, source)

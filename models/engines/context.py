@@ -29,7 +29,7 @@ def text_room(texts: Iterable[str | None], answer_tokens: int) -> int:
 
 
 def quiz_room(caption_tokens: int, answer_tokens: int) -> int:
-    """Upper bound on the tokens of a question about a caption of so many tokens (0: none), and of the answer."""
+    """Upper bound on the tokens of a question about a caption of ``caption_tokens`` (0: none), and of the answer."""
     return TEMPLATE_ROOM + QUESTION_ROOM + OTHER_VOCABULARY * caption_tokens + answer_tokens
 
 

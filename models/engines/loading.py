@@ -204,7 +204,7 @@ def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None, context
     from .vllm.config import VLLMOptions
     from .vllm.engine import start_vllm_engine
 
-    check_weights(path, config.model)  # vLLM itself does not notice that a part of a packed weight is missing
+    check_weights(path, config.model)  # vLLM itself does not notice when a part of a packed weight is missing
     options = VLLMOptions(
         path=str(path),
         grid=grid,

@@ -212,7 +212,7 @@ def plain_copy(data: bytes, limits: ImageLimits) -> bytes | ImageProblem:
 
 
 def _accept(data: bytes, limits: ImageLimits) -> Header | ImageProblem:
-    """The header of an image that may be decoded; whatever can be refused without decoding is refused here."""
+    """Header of an image that may be decoded; problems that show without decoding are refused here."""
     header = read_header(data)
     if isinstance(header, ImageProblem):
         return header

@@ -61,7 +61,7 @@ def preprocessed(image: Image.Image, preprocess: Preprocess) -> Image.Image:
             if preprocess.height == preprocess.width:
                 short = preprocess.height
                 size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-            else:  # open_clip takes bicubic here, whatever was asked for
+            else:  # open_clip always uses bicubic here
                 how = Image.Resampling.BICUBIC
                 ratio = min(width / preprocess.width, height / preprocess.height)
                 size = (round(width / ratio), round(height / ratio))

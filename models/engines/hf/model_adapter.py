@@ -84,7 +84,7 @@ class ModelAdapter(Protocol):
         ...
 
     def vision(self, prompts: Sequence[PreparedPrompt], level: Level, seen: Any, places: dict[str, int]) -> Any:
-        """What of ``seen`` the rows of a level need, None for nothing; ``places``: each image's index in it, by uid."""
+        """The part of ``seen`` that the rows of a level need, or None; ``places``: each image's index in it, by uid."""
         ...
 
     def inputs(self, ids: Tensor, positions: Tensor, cache: Any, vision: Any) -> dict[str, Any]:

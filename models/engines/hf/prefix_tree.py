@@ -38,7 +38,7 @@ Level = list[Segment]
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """Where each of some sorted sequences is cut, which of the prefixes it continues, and how those are split."""
+    """Cut positions of sorted sequences, the prefix that each continues, and how those prefixes are split."""
 
     cost: int
     cuts: list[int]

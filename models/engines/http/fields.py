@@ -115,7 +115,7 @@ class Fields:
 
 
 def blamed_fields(sent: Mapping[str, Any], complaint: Complaint) -> list[str]:
-    """The fields of ``sent`` that the server says it does not accept; not those whose value alone is out of range."""
+    """Fields of ``sent`` that the server says it does not accept; not those whose value is merely out of range."""
     text = f"{complaint.message} {complaint.code}"
     if not _UNTAKEN.search(text):
         return []

@@ -14,7 +14,7 @@ _LIMITS = ImageLimits(min_side=1)
 
 
 async def shown(prompt: Prompt) -> Prompt:
-    """``prompt`` with its image as our own engines see it: rotated, converted, on a white background where necessary."""
+    """``prompt`` with its image as in-process engines see it: rotated, converted, on white where necessary."""
     image = prompt.image
     if image is None or image.encoded is None or is_plain(image.encoded):
         return prompt

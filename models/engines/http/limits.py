@@ -50,7 +50,7 @@ class AdaptiveLimit:
         self._begin_round()
 
     def full(self) -> None:
-        """As many requests as allowed are in flight: the limit is the bottleneck, not the demand."""
+        """Called when as many requests as allowed are in flight: the limit is the bottleneck, not the demand."""
         self._full = True
 
     def answered(self, generation: int, seconds: float) -> None:
@@ -188,7 +188,7 @@ class Limiter:
             self._limit.refused(slot.generation)
 
     def pause(self, seconds: float) -> None:
-        """Admit no request for so long: the server's own wish."""
+        """Admit no request for ``seconds``, as the server asked."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
         asyncio.get_running_loop().call_later(seconds + 0.001, self._admit)  # never before the pause is over
 

@@ -95,7 +95,7 @@ def _shown(text: str) -> str:
 
 
 def _fault(url: str) -> str:
-    """What is wrong with a URL, empty where nothing is."""
+    """The fault of a URL, empty where it has none."""
     if not url:
         return "is no URL"
     try:

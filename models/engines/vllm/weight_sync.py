@@ -1,6 +1,6 @@
 """New weights for a running vLLM: the extension of its worker processes, loaded by ``worker_extension_cls``.
 
-vLLM's ``reload_weights`` reads a Hugging Face folder into the running model. On a CPU that is not all: linear layers
+vLLM's ``reload_weights`` reads a Hugging Face folder into the running model. On a CPU that is not enough: linear layers
 keep a copy packed by oneDNN, and where head and embedding are tied, the head's copy keeps the old weights, as no weight
 of its own is loaded. The model then answers with neither the old nor the new weights' tokens. The head is repacked
 here; the caller must check with a probe that it worked, since nothing else shows it.
