@@ -1,4 +1,4 @@
-"""The bundled models' names (``tiny/captioner``) and folders. Importing this loads nothing heavy."""
+"""Names and folders of the bundled models (``tiny/captioner``). Importing this loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ NAMES: tuple[str, ...] = (
     "vgg", "diffusion",
 )  # fmt: skip
 UNTRAINED = ("blip",)  # can be trained; their weights are not bundled
-CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")  # of transformers, of open_clip, of diffusers
+CONFIGS = ("config.json", "open_clip_config.json", "model_index.json")  # of transformers, open_clip and diffusers
 
 
 def folder_of(model: str) -> Path:
-    """Where the weights of one of :data:`NAMES` lie, or are to."""
+    """The weights folder of one of :data:`NAMES`, whether or not it exists."""
     return Path(__file__).resolve().parent / "tiny" / model
 
 
 def is_bundled(model: str) -> bool:
-    """Whether the weights of one of :data:`NAMES` are there."""
+    """Whether the weights of one of :data:`NAMES` exist."""
     return any((folder_of(model) / config).is_file() for config in CONFIGS)
 
 
 def resolve(name: str) -> str:
     """The absolute folder of a bundled model (``tiny/captioner``); any name outside ``tiny/`` is returned unchanged.
 
-    Raises ValueError for a ``tiny/`` name that is unknown, naming the known ones, or whose weights are not there.
+    Raises ValueError for a ``tiny/`` name that is unknown (listing the known ones) or whose weights are missing.
     """
     if not name.startswith(PREFIX):
         return name
     model = name.removeprefix(PREFIX)
     if model not in (*NAMES, *UNTRAINED):
-        known = ", ".join(PREFIX + each for each in NAMES)
+        known = ", ".join(PREFIX + bundled for bundled in NAMES)
         raise ValueError(f"no bundled model is called {name!r}; the known ones are: {known}")
     if not is_bundled(model):
         mend = f"train it: python -m capipe.models.tiny.train.build {model} --minutes 60"

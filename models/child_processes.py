@@ -1,8 +1,8 @@
-"""Children that end with their parent, however that one ends: `kill -9` of a process leaves none of its children.
+"""Child processes that end with their parent, even when it is killed by SIGKILL.
 
-The kernel sees to it (Linux, ``PR_SET_PDEATHSIG``): it kills a child as soon as the *thread* that started it is gone,
-even one that hangs in a system call, where no message would reach it. Start children from a thread that lives as long
-as they are wanted: the main one, an event loop's, or one that waits for them.
+The kernel does this (Linux, ``PR_SET_PDEATHSIG``): it kills a child when the *thread* that started it ends, even a
+child that hangs in a system call, where no message would reach it. Start children from a thread that lives as long as
+they are needed: the main thread, an event loop's, or one that waits for them.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from pathlib import Path
 
 from ..terminal import escape_logs
 
-GRACE_SECONDS = 2.0  # for a family whose head was killed to end by itself, as the kernel and closed pipes tell it to
+GRACE_SECONDS = 2.0  # for descendants of a killed process to end by themselves (death signal, closed pipes)
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked process must not load anything
 _spawned_command = multiprocessing.spawn.get_command_line
 
-Identity = tuple[int, str]  # pid and start time: a pid alone may be another process's by now
+Identity = tuple[int, str]  # pid and start time; a pid alone may have been reused
 
 
 def follow(parent: int) -> None:
-    """In a child: be killed when ``parent`` is, and at once where it is gone already. Nothing where it is no Linux."""
+    """In a child: end with ``parent``, or at once where it is already gone. Does nothing outside Linux."""
     if _LIBC is None:
         return
     _LIBC.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # it died before prctl took effect
         os._exit(1)
 
 
 def first_words() -> str:
-    """What a Python child runs first: it has our import path and follows us, as what it spawns follows it."""
+    """Python code that a child runs first: sets our import path, makes it and what it spawns end with its parent."""
     return (
         f"import sys; sys.path[:] = {sys.path!r}; "
         f"from capipe.models.child_processes import begin; begin({os.getpid()}); "
@@ -45,7 +45,7 @@ def first_words() -> str:
 
 
 def begin(parent: int) -> None:
-    """See :func:`first_words`."""
+    """Set up a child process; called by the code of :func:`first_words`."""
     follow(parent)
     escape_logs()
     multiprocessing.spawn.get_command_line = _following_command
@@ -53,10 +53,11 @@ def begin(parent: int) -> None:
 
 @contextlib.contextmanager
 def spawned_follow() -> Iterator[None]:
-    """What :mod:`multiprocessing` spawns in the body, by whichever library, follows its parent from its first line on.
+    """Makes processes spawned by :mod:`multiprocessing` in the body, by any library, follow their parent at once.
 
-    Later would be too late: a killed command would leave an engine that is still loading its model. multiprocessing has
-    no hook for it, so the program that its children are given on their command line gets :func:`first_words`.
+    Later would be too late: a killed command would leave behind an engine that is still loading its model.
+    multiprocessing has no hook for this, so :func:`first_words` is prepended to the program on the children's command
+    line.
     """
     before = multiprocessing.spawn.get_command_line
     multiprocessing.spawn.get_command_line = _following_command
@@ -66,49 +67,49 @@ def spawned_follow() -> Iterator[None]:
         multiprocessing.spawn.get_command_line = before
 
 
-def _following_command(**given: object) -> list[str]:
-    command: list[str] = _spawned_command(**given)
-    if "-c" in command:  # not so in a frozen program
-        place = command.index("-c") + 1
-        command[place] = first_words() + command[place]
+def _following_command(**options: object) -> list[str]:
+    command: list[str] = _spawned_command(**options)
+    if "-c" in command:  # absent in a frozen program
+        index = command.index("-c") + 1
+        command[index] = first_words() + command[index]
     return command
 
 
 def descendants(pid: int) -> set[Identity]:
-    """All live processes below one; empty where the system has no /proc."""
+    """All live descendants of a process; empty where the system has no /proc."""
     children: dict[int, list[Identity]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        if (found := _stat(path)) is not None:
-            identity, parent = found
+        if (stat := _stat(path)) is not None:
+            identity, parent = stat
             children.setdefault(parent, []).append(identity)
     family, heads = set[Identity](), [pid]
     while heads:
         below = children.get(heads.pop(), [])
         family.update(below)
-        heads += [each for each, _ in below]
+        heads += [child for child, _ in below]
     return family
 
 
 def end(family: Iterable[Identity], grace: float = GRACE_SECONDS) -> None:
-    """Wait for processes to end, kill those that do not within ``grace`` seconds, and wait until all are gone."""
+    """Wait for processes to end, kill those that have not within ``grace`` seconds, and wait until all are gone."""
     left, deadline = set(family), time.monotonic() + grace
-    while left := {each for each in left if _lives(each)}:
+    while left := {identity for identity in left if _lives(identity)}:
         if time.monotonic() > deadline:
             for pid, _ in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             if time.monotonic() > deadline + GRACE_SECONDS:
-                return  # in the kernel, where not even that reaches it: a driver's matter
+                return  # stuck in the kernel (a driver), where SIGKILL has no effect
         time.sleep(0.02)
 
 
 def _lives(identity: Identity) -> bool:
-    found = _stat(Path(f"/proc/{identity[0]}/stat"))
-    return found is not None and found[0] == identity
+    stat = _stat(Path(f"/proc/{identity[0]}/stat"))
+    return stat is not None and stat[0] == identity
 
 
 def _stat(path: Path) -> tuple[Identity, int] | None:
-    """Who a process is and its parent's pid; None where it is gone, be it a zombie that waits to be collected."""
+    """A process's identity and its parent's pid; None where it is gone or a zombie."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

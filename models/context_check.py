@@ -1,8 +1,8 @@
-"""Whether captions fit the context of the model that is to answer from them: arithmetic, before anything is asked.
+"""Checks that captions fit the context of the reader's model, before any request is sent.
 
-A prompt is the chat's frame with the instructions, the caption, a question with its options, and room for the answer.
-Tokens are counted by the reader's own tokenizer. Where a server keeps it to itself they are taken from the text's
-bytes, rather too many than too few.
+A prompt is the chat frame with the instructions, the caption, a question with its options, and room for the answer.
+Tokens are counted by the reader's own tokenizer. Where a server does not expose it, they are estimated from the number
+of bytes, too high rather than too low.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 Count = Callable[[str], int]  # tokens of a text
 
-LONGEST = 32  # questions of a set whose tokens are counted, those with the most bytes; and texts that are compared
-BYTES_PER_TOKEN = 2  # where the tokenizer is hidden; text in any language has more
-FRAME = 64  # tokens of a chat's frame (a default system message among them), where only the text can be counted
+LONGEST = 32  # questions of a set whose tokens are counted (those with the most bytes), and texts that are compared
+BYTES_PER_TOKEN = 2  # where the tokenizer is not available; text in any language has more
+FRAME = 64  # tokens of the chat frame (including a default system message), where only the text can be counted
 
 
 def telling(questions: Iterable[Question]) -> tuple[Question, ...]:
-    """All of a set that these checks need: the longest ones, and one with the most options. Empty for none."""
+    """The questions that these checks need: the longest ones, and one with the most options. Empty for none."""
     wide: list[Question] = []
 
     def noted() -> Iterator[Question]:
@@ -44,7 +44,7 @@ def telling(questions: Iterable[Question]) -> tuple[Question, ...]:
                 wide[:] = [question]
             yield question
 
-    long = heapq.nlargest(LONGEST, noted(), key=lambda each: len(_put(each).encode()))
+    long = heapq.nlargest(LONGEST, noted(), key=lambda question: len(_put(question).encode()))
     return (*long, *wide)
 
 
@@ -53,19 +53,19 @@ def _put(question: Question) -> str:
 
 
 def _answer(config: ReaderConfig, thinks: bool = False) -> int:
-    """Tokens that an answer, with the thought before it, needs room for."""
+    """Tokens to reserve for an answer and the thought before it."""
     if thinks:
         return config.answer_tokens
     return config.max_tokens if config.mode == "sampled" else 1
 
 
-# --- by a running engine ---------------------------------------------------------------------------------------------
+# --- with a running engine -------------------------------------------------------------------------------------------
 
 
 async def room(reader: QuizReader, questions: Sequence[Question]) -> int | None:
-    """Tokens that a caption may have beside any of ``questions`` (:func:`telling`), below 0 where not even they fit.
+    """Tokens left for a caption beside any of ``questions`` (:func:`telling`); negative where not even they fit.
 
-    None where the reader is a server that does not tell its context.
+    None where the reader is a server that does not report its context.
     """
     context = reader.engine.context
     if context is None:
@@ -75,7 +75,7 @@ async def room(reader: QuizReader, questions: Sequence[Question]) -> int | None:
 
 
 async def caption_tokens(reader: QuizReader, caption: str, question: Question) -> int:
-    """What a caption adds to the reader's prompt, in its tokens."""
+    """Tokens that a caption adds to the reader's prompt."""
     return await _tokens(reader, caption, question) - await _tokens(reader, "", question)
 
 
@@ -86,10 +86,10 @@ async def _tokens(reader: QuizReader, caption: str, question: Question) -> int:
 
 
 async def tokens_for(reader: QuizReader, most: int, texts: Sequence[str], count: Count, question: Question) -> int:
-    """A caption of ``most`` tokens of the model that writes it, in the reader's tokens.
+    """The reader's tokens for a caption of ``most`` tokens of the model that writes it.
 
-    ``count``: the writer's tokens of a text. The reader needs as many for each of the writer's as it does for
-    ``texts``, such as captions have, and never fewer than the writer: its captions may be of other words.
+    ``count``: the writer's tokens of a text. The ratio of reader to writer tokens is that of ``texts``, which resemble
+    captions, and at least 1: new captions may use other words.
     """
     texts = sorted(texts, key=lambda text: -len(text))[:LONGEST]
     theirs = sum([await caption_tokens(reader, text, question) for text in texts])
@@ -99,11 +99,11 @@ async def tokens_for(reader: QuizReader, most: int, texts: Sequence[str], count:
 
 
 async def check_asked(reader: QuizReader, name: str, questions: Sequence[Question]) -> None:
-    """Put the question with the most options once. Raises BadInput where the reader cannot be asked it.
+    """Ask the question with the most options once. Raises BadInput where the reader cannot answer it.
 
-    It cannot where a letter is no single token of its, or where a server does not report log-probabilities.
+    That is so where a letter is not a single token of its model, or where a server does not report log-probabilities.
     """
-    question = max(questions, key=lambda each: len(each.options))
+    question = max(questions, key=lambda question: len(question.options))
     (answer,) = await reader.answer(None, [(question, tuple(range(len(question.options) + 1)))])
     if isinstance(answer, str):
         raise BadInput(
@@ -112,11 +112,11 @@ async def check_asked(reader: QuizReader, name: str, questions: Sequence[Questio
         )
 
 
-# --- by its folder, before it is started -----------------------------------------------------------------------------
+# --- from the model folder, before the engine starts -----------------------------------------------------------------
 
 
 def context_of(config: EngineConfig) -> int | None:
-    """The longest context that the engine can come to have; None where a server does not tell, or a folder.
+    """The longest context that the engine can have; None where a server or a folder does not say.
 
     Raises BadInput where there is no such model or no server.
     """
@@ -129,14 +129,14 @@ def context_of(config: EngineConfig) -> int | None:
     most = own.get("max_position_embeddings") or folder.get("max_position_embeddings")
     if type(most) is not int:
         return config.max_model_len
-    if config.kind != "transformers":  # vLLM takes what positions are stretched to; transformers' engine does not
+    if config.kind != "transformers":  # vLLM accepts the length after RoPE scaling; the transformers engine does not
         rope = own.get("rope_scaling") or own.get("rope_parameters") or {}
         most = math.ceil(most * max(1.0, float(rope.get("factor") or 1.0)))
     return min(most, config.max_model_len or most)
 
 
 def counter_of(config: EngineConfig) -> Count:
-    """Counts a text's tokens by the tokenizer of an engine's model, by its bytes where that is not at hand."""
+    """Counts tokens with the tokenizer of an engine's model, or estimates them from bytes where there is none."""
     if config.is_http or config.is_own:
         return by_bytes
     from transformers import AutoTokenizer
@@ -155,7 +155,7 @@ def by_bytes(text: str) -> int:
 
 
 def room_of(context: int, config: ReaderConfig, questions: Sequence[Question], count: Count) -> int:
-    """As :func:`room`, of a reader that is not started yet and may, for all that is known, think first."""
+    """Like :func:`room`, for a reader that is not started yet; it is unknown whether it thinks first."""
     prompts = (caption_prompt("", config.abstain) + _put(question) for question in questions)
     beside = max(map(count, prompts), default=0)
     return context - beside - FRAME - _answer(config)

@@ -1,4 +1,4 @@
-"""Pictures from text by a diffusers pipeline: a folder or a hub id, weights in safetensors alone, nobody's code run."""
+"""Text-to-image with a diffusers pipeline: a folder or a hub id, safetensors weights only, no custom code is run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ OWN = "PixelDiffusionPipeline"
 
 
 class Painter:
-    """Draws pictures, each from a text and a seed of its own: the same ones, but for float rounding, in any batch.
+    """Generates images from (text, seed) pairs; the same in any batch, except for float rounding.
 
-    ``size``: height and width in pixels, the pipeline's own where None.
+    ``size``: height and width in pixels; None for the pipeline's own.
     """
 
     def __init__(self, pipeline: Any, steps: int, guidance: float, size: int | None = None, batch: int = 8) -> None:
@@ -40,15 +40,15 @@ class Painter:
 
     @torch.inference_mode()
     def paint(self, wanted: Sequence[tuple[str, int]]) -> Tensor:
-        """Pictures (n, 3, height, width), float32 from 0 to 1 on the CPU, of (text, seed) pairs."""
+        """Images (n, 3, height, width), float32 in [0, 1] on the CPU, of (text, seed) pairs."""
         pictures = []
         for start in range(0, len(wanted), self._batch):
             texts, seeds = zip(*wanted[start : start + self._batch], strict=True)
-            drawn = [torch.Generator().manual_seed(seed) for seed in seeds]  # of the CPU: the same noise on any device
-            found = self._pipeline(
+            drawn = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise for any device
+            output = self._pipeline(
                 prompt=[*map(self._plain, texts)], generator=drawn, output_type="pt", **self._settings
             )
-            pictures.append(found.images.float().cpu())
+            pictures.append(output.images.float().cpu())
         return torch.cat(pictures)
 
 
@@ -62,13 +62,13 @@ def load_painter(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Painter:
-    """``tiny/diffusion``, a folder with a ``model_index.json``, or a hub id. Raises BadInput where none loads."""
+    """Load ``tiny/diffusion``, a folder with a ``model_index.json``, or a hub id. Raises BadInput where none loads."""
     need_diffusers()
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
     ask_nothing()
-    disable_progress_bar()  # of loading its parts
+    disable_progress_bar()  # the bar for loading its parts
     where, number_type = device_and_type(device, dtype)
     try:
         folder = pipeline_folder(name)
@@ -83,7 +83,7 @@ def load_painter(
         AttributeError,
         RuntimeError,
         TypeError,
-    ) as error:  # as diffusers reports what is amiss
+    ) as error:  # raised by diffusers for broken pipelines
         reason = " ".join(reason_in_words(error, whole=True).split())
         raise BadInput(f"{name}: does not load as a diffusion pipeline ({reason})") from error
     assert isinstance(pipeline, DiffusionPipeline)
@@ -96,23 +96,23 @@ def load_painter(
 
 
 def _placed(pipeline: Any, where: torch.device, number_type: torch.dtype) -> Any:
-    """The pipeline on its device. Numbers are cast only where they differ: diffusers warns of every cast."""
+    """The pipeline on its device, cast only where dtypes differ: diffusers warns of every cast."""
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     differ = any(weight.dtype != number_type for module in modules for weight in module.parameters())
     return pipeline.to(where, number_type) if differ else pipeline.to(where)
 
 
 def _parts(folder: Path, name: str) -> dict[str, Any]:
-    """The models of a pipeline, each with all of its weights, which diffusers itself would make up with a warning.
+    """The pipeline's models with all of their weights; diffusers itself would initialise missing ones with a warning.
 
     Raises BadInput where some are missing.
     """
     import diffusers
     import transformers
 
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for part, entry in read_json(folder / INDEX).items():
-        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(each, str) for each in entry)):
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(value, str) for value in entry)):
             continue
         library, named = entry
         home = {"diffusers": diffusers, "transformers": transformers}.get(library)
@@ -121,16 +121,16 @@ def _parts(folder: Path, name: str) -> dict[str, Any]:
             continue  # a scheduler, a tokenizer
         called = f"{name}: {part}"
         if issubclass(kind, transformers.PreTrainedModel):
-            found[part], report = load_reported(
+            parts[part], report = load_reported(
                 kind, folder / part, dtype=torch.float32, called=called, use_safetensors=True
             )
         else:
             loader: Any = kind
-            found[part], report = loader.from_pretrained(
+            parts[part], report = loader.from_pretrained(
                 folder / part, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
         refuse_random(report, called, named)
-    return found
+    return parts
 
 
 def need_diffusers() -> None:
@@ -144,7 +144,7 @@ def need_diffusers() -> None:
 
 
 def pipeline_folder(name: str) -> Path:
-    """Where the pipeline lies, fetched from the hub where that is allowed. Raises BadInput."""
+    """The pipeline's folder, downloaded from the hub where that is allowed. Raises BadInput."""
     from diffusers import DiffusionPipeline
 
     try:
@@ -166,7 +166,7 @@ def pipeline_folder(name: str) -> Path:
 
 
 def _pipeline_class(folder: Path, name: str) -> Any:
-    """The class that the folder names, one of diffusers' or our own. Raises BadInput for others, and for code."""
+    """The class named by the folder, one of diffusers' or our own. Raises BadInput for others, and for custom code."""
     import diffusers
 
     named = read_json(folder / INDEX).get("_class_name")
@@ -176,7 +176,7 @@ def _pipeline_class(folder: Path, name: str) -> Any:
         from .pixel_diffusion import PixelDiffusionPipeline
 
         return PixelDiffusionPipeline
-    found = getattr(diffusers, named, None)
-    if found is None or not issubclass(found, diffusers.DiffusionPipeline):
+    pipeline_class = getattr(diffusers, named, None)
+    if pipeline_class is None or not issubclass(pipeline_class, diffusers.DiffusionPipeline):
         raise BadInput(f"{name}: diffusers {diffusers.__version__} has no pipeline {named}")
-    return found
+    return pipeline_class

@@ -1,4 +1,4 @@
-"""Calls that wait at the same time are computed together, on a thread of their own."""
+"""Dynamic batching: calls that wait at the same time are computed together, on a separate thread."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from .halving import by_halves
 
 Asked = TypeVar("Asked")
 Told = TypeVar("Told")
-MOST = 256  # calls in a batch; a model cuts it further where its memory asks for that
+MOST = 256  # calls per batch; a model splits it further where its memory requires
 
 
 def most_on(device: torch.device) -> int:
-    """How many calls a model on ``device`` is to compute at once.
+    """The maximum batch size for a model on ``device``.
 
-    On a CPU one: which calls wait together is chance, and sums in another order differ in their last bits; so a run
-    gives the same weights again. On a GPU, where it would not anyway, batches are worth more.
+    On a CPU it is 1: which calls wait together depends on timing, and sums in another order differ in their last bits,
+    so only unbatched calls make a run reproduce its weights. GPU runs are not reproducible anyway, and gain more from
+    batches.
     """
     return 1 if device.type == "cpu" else MOST
 
 
 class DynamicBatcher(Generic[Asked, Told]):
-    """``compute`` answers a batch of calls, in order. Where it fails on one, only the calls that are to blame fail.
+    """Batches calls to ``compute``, which returns results in order. Where a batch fails, only the calls at fault fail.
 
-    Use from one event loop. What is computed must not depend on what else is in the batch, but for float rounding.
+    Use from one event loop. Results must not depend on what else is in the batch, except for float rounding.
     """
 
     def __init__(self, compute: Callable[[Sequence[Asked]], Sequence[Told]], most: int = MOST) -> None:
@@ -40,7 +41,7 @@ class DynamicBatcher(Generic[Asked, Told]):
         self._dead: str | None = None
 
     async def ask(self, asked: Asked) -> Told:
-        """What ``compute`` tells of it. Raises what that raised, EngineDead where the device is gone or this closed."""
+        """The result for one call. Raises its error, or EngineDead where the device is gone or this was closed."""
         if self._dead is not None:
             raise EngineDead(self._dead)
         future: asyncio.Future[Told] = asyncio.get_running_loop().create_future()
@@ -50,18 +51,18 @@ class DynamicBatcher(Generic[Asked, Told]):
         return await future
 
     async def aclose(self) -> None:
-        """Let the running batch end, fail what waits, free the thread."""
+        """Let the running batch finish, fail waiting calls, free the thread."""
         self._dead = self._dead or "the reward's model was closed"
         if self._batcher is not None:
             await asyncio.gather(self._batcher, return_exceptions=True)
         await asyncio.to_thread(self._thread.shutdown)
 
     async def _answer_all(self) -> None:
-        """Batch after batch until nobody waits."""
-        await asyncio.sleep(0)  # callers that were started together get to queue before the first batch closes
+        """Compute batches until no call is waiting."""
+        await asyncio.sleep(0)  # lets callers that were started together queue before the first batch closes
         while self._waiting:
             jobs, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
-            jobs = [job for job in jobs if not job[1].done()]  # a caller may have gone away
+            jobs = [job for job in jobs if not job[1].done()]  # a caller may have been cancelled
             results = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._results, [job[0] for job in jobs]
             )
@@ -74,13 +75,13 @@ class DynamicBatcher(Generic[Asked, Told]):
                     future.set_result(outcome)
 
     def _results(self, asked: Sequence[Asked]) -> list[Told | Exception]:
-        """One outcome per call. Where a batch fails its halves are tried, down to the call that is to blame."""
+        """One outcome per call. A failing batch is halved, down to the call at fault."""
         return by_halves(asked, self._computed)
 
     def _computed(self, asked: Sequence[Asked]) -> Sequence[Told | Exception]:
         if self._dead is None:
             try:
                 return self._compute(asked)
-            except torch.AcceleratorError as error:  # a faulted device computes nothing any more in this process
+            except torch.AcceleratorError as error:  # after a device fault nothing can be computed in this process
                 self._dead = f"{type(error).__name__}: {error}"
         return [EngineDead(self._dead)] * len(asked)

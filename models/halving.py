@@ -1,4 +1,4 @@
-"""Batches that fail are halved, down to the item at fault: one bad row costs its neighbours nothing."""
+"""Error isolation by bisection: a failing batch is halved down to the item at fault, so other items still succeed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-OF_DEVICES = (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError)  # no item's own fault
+OF_DEVICES = (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError)  # not caused by a single item
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -17,9 +17,9 @@ def by_halves(
     compute: Callable[[Sequence[Item]], Sequence[Result]],
     shared: tuple[type[Exception], ...] = (),
 ) -> list[Result | Exception]:
-    """What ``compute`` makes of ``items``, in order; where it raises on a single one, that error in its place.
+    """Results of ``compute`` for ``items``, in order; where it raises on a single one, that error in its position.
 
-    ``shared``: errors that are no item's fault, such as :data:`OF_DEVICES`; raised as they are.
+    ``shared``: errors that no item causes, such as :data:`OF_DEVICES`; raised as they are.
     """
     if not items:
         return []
@@ -28,7 +28,7 @@ def by_halves(
     except shared:
         raise
     except Exception as error:
-        # Without the traceback, which holds the batch's tensors, whose room the halves may need.
+        # Drop the traceback: it holds the batch's tensors, whose memory the halves may need.
         failure = error.with_traceback(None)
         failure.__context__ = failure.__cause__ = None
     if len(items) == 1:

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, named ``org/name`` or ``org/name@revision``: only what is loaded is downloaded."""
+"""Hugging Face hub models, named ``org/name`` or ``org/name@revision``: only what is loaded is downloaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..manifests.files import bounded_json
 
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 Library = Literal["transformers", "open_clip", "tokenizer"]
-# Settings, vocabularies and chat templates, at the top of a repository; what lies in folders is other formats.
+# Configs, vocabularies and chat templates, at the top level of a repository; its folders hold other formats.
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab")
 MORE_TEMPLATES = "additional_chat_templates/"
 SHARDS = ".index.json"
-# Weights by library, the best first: what torch's weights-only loader reads only where there are no safetensors.
+# Weights by library, in order of preference: files for torch's weights-only loader only where there are no safetensors.
 WEIGHTS: dict[Library, tuple[str, ...]] = {
     "transformers": ("model.safetensors", "pytorch_model.bin"),
     "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
@@ -29,12 +29,12 @@ MARKERS: dict[Library, tuple[str, ...]] = {
     "open_clip": ("open_clip_config.json",),
     "tokenizer": ("tokenizer_config.json", "tokenizer.json"),
 }
-PIPELINE = "model_index.json"  # of diffusers, which chooses the files by itself
+PIPELINE = "model_index.json"  # of diffusers, which selects the files itself
 
 
 @dataclass(frozen=True)
 class HubName:
-    """``revision``: a branch, a tag or a commit; None is the repository's main branch."""
+    """``revision``: a branch, a tag or a commit; None for the repository's main branch."""
 
     repo: str
     revision: str | None = None
@@ -44,17 +44,17 @@ class HubName:
 
 
 def hub_name(text: str) -> HubName | None:
-    """What ``text`` names on the hub; None where it is no hub id."""
-    found = HUB_ID.fullmatch(text)
-    return None if found is None else HubName(*found.groups())
+    """Parse a hub id; None where ``text`` is none."""
+    match = HUB_ID.fullmatch(text)
+    return None if match is None else HubName(*match.groups())
 
 
 @cache
 def snapshot(name: HubName, library: Library = "transformers") -> Path:
-    """The folder of a repository at a commit, downloaded as far as ``library`` loads it; named after the commit.
+    """The folder of a repository at a commit (named after it), with the files that ``library`` loads downloaded.
 
     A process asks the hub once, so that a branch that moves meanwhile changes nothing. Where the hub cannot be reached,
-    what was downloaded before is taken. Raises BadInput where there is neither.
+    an earlier download is used. Raises BadInput where there is none.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
@@ -68,7 +68,7 @@ def snapshot(name: HubName, library: Library = "transformers") -> Path:
         raise BadInput(
             f"{name}: the hub's {name.repo} has no revision {name.revision!r}; name a branch, a tag or a commit of it"
         ) from None
-    except (OSError, HFValidationError) as error:  # offline, no such repository, or one that wants a login
+    except (OSError, HFValidationError) as error:  # offline, no such repository, or one that requires a login
         if (known := cached(name, library)) is not None:
             return known
         reason = str(error).strip().splitlines()[0]
@@ -77,7 +77,7 @@ def snapshot(name: HubName, library: Library = "transformers") -> Path:
     def shards(index: str) -> Iterable[str]:
         return _named_in(Path(hf_hub_download(name.repo, index, revision=info.sha)))
 
-    files = wanted([each.rfilename for each in info.siblings or ()], library, shards)
+    files = wanted([sibling.rfilename for sibling in info.siblings or ()], library, shards)
     if files is None:
         looked_for = " or ".join(MARKERS[library] if library == "tokenizer" else WEIGHTS[library])
         raise BadInput(f"{name}: the hub's {name.repo} holds no {looked_for}; name a repository of {library}")
@@ -89,35 +89,35 @@ def snapshot(name: HubName, library: Library = "transformers") -> Path:
 
 
 def cached(name: HubName, library: Library = "transformers") -> Path | None:
-    """The folder as it was downloaded before; None where it was not, or not all of it. Asks nobody."""
+    """The folder of an earlier download; None where it is missing or incomplete. Makes no request."""
     from huggingface_hub import try_to_load_from_cache
 
     for marker in MARKERS[library]:
-        found = try_to_load_from_cache(name.repo, marker, revision=name.revision)
-        if isinstance(found, str):
-            folder = Path(found).parent
-            here = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file())
+        path = try_to_load_from_cache(name.repo, marker, revision=name.revision)
+        if isinstance(path, str):
+            folder = Path(path).parent
+            here = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
             files = wanted(here, library, lambda index, folder=folder: _named_in(folder / index))  # type: ignore[misc]
             return folder if files is not None and set(files) <= set(here) else None
     return None
 
 
 def is_cached(name: HubName) -> bool:
-    """Whether something that any library here loads was downloaded from there before."""
+    """Whether anything that a library here loads was downloaded from this repository before."""
     from huggingface_hub import try_to_load_from_cache
 
-    markers = [*(marker for each in MARKERS.values() for marker in each), PIPELINE]
-    return any(isinstance(try_to_load_from_cache(name.repo, each, revision=name.revision), str) for each in markers)
+    markers = [*(marker for names in MARKERS.values() for marker in names), PIPELINE]
+    return any(isinstance(try_to_load_from_cache(name.repo, marker, revision=name.revision), str) for marker in markers)
 
 
 def wanted(files: Sequence[str], library: Library, shards: Callable[[str], Iterable[str]]) -> list[str] | None:
-    """Those of a repository's ``files`` that are loaded; None where it has no weights, or nothing, of ``library``.
+    """Those of a repository's ``files`` to load; None where it has no weights, or nothing, of ``library``.
 
-    ``shards``: the files that an index of weights names.
+    ``shards``: the files named by an index of weights.
     """
-    top = [each for each in files if "/" not in each]
-    beside = [each for each in top if each.endswith(BESIDE) and not each.endswith(SHARDS)]
-    beside += [each for each in files if each.startswith(MORE_TEMPLATES) and each.endswith(".jinja")]
+    top = [name for name in files if "/" not in name]
+    beside = [name for name in top if name.endswith(BESIDE) and not name.endswith(SHARDS)]
+    beside += [name for name in files if name.startswith(MORE_TEMPLATES) and name.endswith(".jinja")]
     if library == "tokenizer":
         return beside if any(marker in top for marker in MARKERS[library]) else None
     weights = _weights(top, library, shards)
@@ -132,8 +132,8 @@ def _weights(top: Sequence[str], library: Library, shards: Callable[[str], Itera
             return [index, *sorted(set(shards(index)))]
     if library == "open_clip":
         return None
-    # Under another name: vLLM reads them whatever they are called.
-    return next((found for end in (".safetensors", ".bin") if (found := [e for e in top if e.endswith(end)])), None)
+    # Other file names: vLLM reads weights whatever they are called.
+    return next((files for end in (".safetensors", ".bin") if (files := [e for e in top if e.endswith(end)])), None)
 
 
 def _named_in(index: Path) -> Iterable[str]:
@@ -141,7 +141,7 @@ def _named_in(index: Path) -> Iterable[str]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The file of each weight, by an index of weights. Raises BadInput."""
+    """The file of each weight, from an index of weights. Raises BadInput."""
     try:
         weights = bounded_json.load(index)["weight_map"]
         return {str(weight): str(file) for weight, file in weights.items()}

@@ -1,4 +1,4 @@
-"""What was made lately, by key: the oldest goes where there are too many."""
+"""A least-recently-used cache."""
 
 from __future__ import annotations
 

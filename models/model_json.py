@@ -1,4 +1,4 @@
-"""The JSON files of a model's folder."""
+"""JSON files of a model folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..manifests.files import bounded_json
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises BadInput."""
+    """Read a JSON object from a file. Raises BadInput."""
     try:
         content = bounded_json.load(path)
     except (OSError, ValueError) as error:

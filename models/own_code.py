@@ -1,7 +1,7 @@
-"""Models that bring Python files of their own (``auto_map`` in their configuration): never run, never asked about.
+"""Models with custom Python code (``auto_map`` in their configuration): it is never run, without any prompt.
 
-Every load says ``trust_remote_code=False``. Libraries that load by transformers for us may not say so; transformers
-would then ask on standard input, and run what it was told to by whatever stands there.
+Every load passes ``trust_remote_code=False``. Libraries that load through transformers may not; transformers would then
+prompt on standard input, and run the code if the answer is yes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ ADVICE = (
 
 
 def ask_nothing() -> None:
-    """Have transformers refuse such a model, whoever loads it in this process."""
+    """Make transformers refuse such models without a prompt, in the whole process."""
     from transformers import dynamic_module_utils
 
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds for an answer
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds to wait for an answer
 
 
 def reason_in_words(error: Exception, *, whole: bool = False) -> str:
-    """Why a model does not load: what the error says, its first line or the ``whole``.
+    """Reason why a model does not load: the error's message, its first line or the ``whole``.
 
-    transformers' own advice about such a model is an argument that nobody can give here.
+    transformers' own advice about custom code names an argument that is not available here, so it is replaced.
     """
     if NEEDS_CODE in str(error):
         return ADVICE

@@ -1,5 +1,4 @@
-"""Everything that transformers loads from a folder goes through here: no code of the folder's own is run, and no model
-begins with weights that are not there."""
+"""Loading through transformers: every load from a folder goes through here; no custom code, no missing weights."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ from .hub import weight_map
 from .model_json import read_json
 from .own_code import ADVICE, NEEDS_CODE
 
-NAMED = 3  # weights that a message names; of the rest it gives the number
-# Parts that a class has and nothing here computes with, so that weights for them need not be there: by model_type.
+NAMED = 3  # weights named in a message; the rest are counted
+# Parts of a class that nothing here uses, so that their weights may be missing: by model_type.
 UNUSED = {"vision-encoder-decoder": (r"encoder\.pooler\.",)}
 logger = logging.getLogger(__name__)
 
@@ -27,9 +26,9 @@ logger = logging.getLogger(__name__)
 def load_weights(loader: Any, path: str | Path, *, dtype: torch.dtype, called: str) -> Any:
     """The model of a folder, on the CPU, with all of its weights: ``loader`` is one of transformers' classes.
 
-    ``called``: the model as the user named it. Weights of no part of the model are told. Raises BadInput where weights
-    are missing or of other shapes, by name, or cannot be read; OSError and ValueError as transformers does for files
-    that are missing or of no known model.
+    ``called``: the model as the user named it. Weights of no part of the model are logged. Raises BadInput where
+    weights are missing or of other shapes, by name, or cannot be read; OSError and ValueError as transformers does for
+    files that are missing or of an unknown model.
     """
     model, report = load_reported(loader, path, dtype=dtype, called=called)
     refuse_random(report, called, type(model).__name__, UNUSED.get(model.config.model_type, ()))
@@ -39,8 +38,8 @@ def load_weights(loader: Any, path: str | Path, *, dtype: torch.dtype, called: s
 def check_weights(path: Path, called: str) -> None:
     """Raise BadInput where a folder lacks weights of its model, for engines of other libraries; nothing is loaded.
 
-    transformers lays the files' names over the model's, on a device that holds no numbers. Of what is quantised, and
-    of what transformers itself cannot load, only the index is held against the files; the rest is the engine's to say.
+    The files' weights are compared with the model's by transformers on the meta device. For quantised models, and those
+    that transformers cannot load, only the index is compared with the files; the engine reports the rest.
     """
     import transformers
 
@@ -61,10 +60,10 @@ def check_weights(path: Path, called: str) -> None:
 
 
 def refuse_random(report: Any, called: str, kind: str, unused: Sequence[str] = ()) -> None:
-    """Raise BadInput where transformers' ``report`` of loading a ``kind`` says that some weights are random.
+    """Raise BadInput where transformers' ``report`` of loading a ``kind`` lists randomly initialised weights.
 
-    ``unused``: patterns (``re``) of weights that nothing computes with. What the files hold beside the model's own is
-    told in a line.
+    ``unused``: patterns (``re``) of weights that nothing uses. Weights in the files that the model does not have are
+    logged in one line.
     """
     pattern = re.compile("|".join(unused)) if unused else None
     missing = [key for key in report["missing_keys"] if pattern is None or not pattern.match(key)]
@@ -87,7 +86,7 @@ def refuse_random(report: Any, called: str, kind: str, unused: Sequence[str] = (
 
 
 def _absent(path: Path) -> list[str]:
-    """Weights that an index names and the file that it names for them lacks."""
+    """Weights that an index assigns to a file that does not have them."""
     from safetensors import SafetensorError, safe_open
 
     index = path / "model.safetensors.index.json"
@@ -110,7 +109,7 @@ def _absent(path: Path) -> list[str]:
 
 
 def names(keys: Iterable[str]) -> str:
-    """The first few of some weights' names, in order, and how many more there are."""
+    """The first few weight names, sorted, and how many more there are."""
     ordered = sorted(keys)
     more = f", and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
     return f"{', '.join(ordered[:NAMED])}{more}"
@@ -127,16 +126,16 @@ def _by(shape: Iterable[int]) -> str:
 def load_reported(
     loader: Any, path: str | Path, *, dtype: torch.dtype, called: str, **more: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The model and transformers' report, for :func:`refuse_random`. Raises BadInput for weights that are broken."""
+    """The model and transformers' report, for :func:`refuse_random`. Raises BadInput for corrupt weights."""
     from safetensors import SafetensorError
 
     try:
         with _quiet(), without_bars():
-            found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
+            loaded: tuple[Any, dict[str, Any]] = loader.from_pretrained(
                 path,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused here, all of them by name
+                ignore_mismatched_sizes=True,  # refused below instead, all of them by name
                 trust_remote_code=False,
                 weights_only=True,
                 local_files_only=True,
@@ -149,12 +148,12 @@ def load_reported(
         if NEEDS_CODE in str(error):
             raise BadInput(f"{called}: does not load as a model: {ADVICE}") from error
         raise
-    return found
+    return loaded
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own table of what is missing, which calls that harmless."""
+    """Suppresses transformers' own table of missing weights, which calls them harmless."""
     of_loading = logging.getLogger("transformers.modeling_utils")
 
     def passes(record: logging.LogRecord) -> bool:
@@ -169,13 +168,13 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Without transformers' progress bars of reading and writing weights."""
-    from transformers.utils import logging as told
+    """Suppresses transformers' progress bars of reading and writing weights."""
+    from transformers.utils import logging as transformers_logging
 
-    shown = told.is_progress_bar_enabled()
-    told.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            told.enable_progress_bar()
+            transformers_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: their form, the prompts that ask for and put them, and how answers are read back.
+"""Multiple-choice questions: data format, prompts for writing and asking them, parsing of answers.
 
 Everything here is pure. The bundled tiny models are trained on these very prompts, so a changed word means new weights.
 """
@@ -15,10 +15,10 @@ from functools import cache
 from random import Random
 from typing import Any
 
-LETTERS = "ABCDEFGHIJK"  # ten options and the one to abstain
+LETTERS = "ABCDEFGHIJK"  # ten options and abstaining
 FEWEST_OPTIONS, MOST_OPTIONS = 2, 10
-MOST_WRITTEN = 6  # options of a question that we ask for; imported ones may have more
-ABSTAIN = "Cannot tell"  # the option that every presentation has, with an image, a caption or neither
+MOST_WRITTEN = 6  # options of a question that a model writes; imported ones may have more
+ABSTAIN = "Cannot tell"  # the option added to every presentation, with an image, a caption or neither
 KINDS = ("object", "color", "shape", "size", "material", "position", "count", "text", "background", "action", "other")
 
 READ_CAPTION = (
@@ -27,7 +27,7 @@ READ_CAPTION = (
 )
 READ_NOTHING = 'Answer the question with the letter of one option. If you do not know, choose "{abstain}".'
 LOOK = 'Answer the question about the image with the letter of one option. If you cannot know, choose "{abstain}".'
-SELF_ORACLE = "{question} {answer}."  # a caption that tells every answer, one question after the other
+SELF_ORACLE = "{question} {answer}."  # a caption that gives every answer, one question after the other
 WRITE = (
     "Write {count} multiple-choice questions about the image that only somebody who sees it can answer. "
     "Give each 2 to 6 short options of which exactly one is right. Reply in JSON: "
@@ -35,8 +35,8 @@ WRITE = (
     "Kinds: {kinds}."
 )
 
-# One letter that stands by itself: "B", "B.", "(B)", "B) red", "The answer is B". Not "Because", "A red circle", "e.g."
-# or "C'est", nor the first of several: "A, B".
+# A letter on its own: "B", "B.", "(B)", "B) red", "The answer is B". Not "Because", "A red circle", "e.g." or "C'est",
+# nor the first of several: "A, B".
 _LETTER = re.compile(
     r"^\W*(?i:the answer is|answer)?[\s:*(\[\"']*(?P<letter>[A-Ka-k])"
     r"(?=$|[):,;*\]\"\n]|\.(?!\w\.)|'(?!\w))"
@@ -47,9 +47,9 @@ _SPECIAL_TOKEN = re.compile(r"<(?=[|｜/!]|[^\W\d])")  # "<|im_end|>", "<end_of_
 
 @dataclass(frozen=True)
 class Question:
-    """A question with at least two options. ``answer``: the index of the right one.
+    """A question with at least two options. ``answer``: the index of the correct one.
 
-    Raises ValueError where the options are too few or too many, empty or alike, or the answer is none of them.
+    Raises ValueError where options are too few or too many, empty or equal, or the answer is none of them.
     """
 
     text: str
@@ -72,32 +72,31 @@ class Question:
 
     @property
     def id(self) -> str:
-        """16 hex digits of the question's content; the order of the options counts, the kind does not."""
+        """16 hex digits of a hash of the question's content; the order of the options counts, the kind does not."""
         content = json.dumps([self.text, self.options, self.answer], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def fold(text: str) -> str:
-    """What is compared when texts are said to be alike: without case, spaces, a final stop, how accents are coded."""
+    """Normal form for comparing texts: ignores case, white space, a final full stop and the coding of accents."""
     return " ".join(unicodedata.normalize("NFC", text.casefold()).split()).rstrip(" .")
 
 
-# --- the orders in which options are put -----------------------------------------------------------------------------
+# --- orders of options -----------------------------------------------------------------------------------------------
 
 
 def rotations(choices: int, count: int | None = None) -> list[tuple[int, ...]]:
-    """Cyclic orders of ``choices`` (abstaining included), each a tuple of choice by place; all of them, or ``count``.
+    """Cyclic orders of ``choices`` (abstaining included): tuples of choice by position; all of them, or ``count``.
 
-    Over all rotations every choice stands in every place once, so that a preference for a place cancels. Fewer are
-    spread evenly.
+    Over all rotations every choice is in every position once, which cancels position bias. Fewer are spread evenly.
     """
     count = choices if count is None else min(count, choices)
     starts = [round(k * choices / count) for k in range(count)]
-    return [tuple((start + place) % choices for place in range(choices)) for start in starts]
+    return [tuple((start + position) % choices for position in range(choices)) for start in starts]
 
 
 def shuffles(choices: int, count: int, seed: str) -> list[tuple[int, ...]]:
-    """``count`` random orders, the same ones for the same seed (CapRL, eq. 2: options are shuffled anew each time)."""
+    """``count`` random orders, the same for the same seed (CapRL, eq. 2: options are shuffled anew each time)."""
     rng = Random(seed)
     return [tuple(rng.sample(range(choices), choices)) for _ in range(count)]
 
@@ -108,7 +107,7 @@ def shuffles(choices: int, count: int, seed: str) -> list[tuple[int, ...]]:
 def put(question: Question, order: Sequence[int], abstain: str = ABSTAIN) -> str:
     """The question with its lettered options in ``order``; choice ``len(options)`` is to abstain.
 
-    Raises ValueError where ``order`` does not have every choice once.
+    Raises ValueError where ``order`` is no permutation of the choices.
     """
     choices = (*question.options, abstain)
     if sorted(order) != list(range(len(choices))):
@@ -119,23 +118,25 @@ def put(question: Question, order: Sequence[int], abstain: str = ABSTAIN) -> str
 
 
 def letters(choices: int) -> tuple[str, ...]:
-    """The letters of so many choices. Raises ValueError where there are not enough."""
+    """The letters for that many choices. Raises ValueError where there are not enough."""
     if choices > len(LETTERS):
         raise ValueError(f"{choices} choices, and letters for {len(LETTERS)}")
     return tuple(LETTERS[:choices])
 
 
 def self_oracle(questions: Sequence[Question], template: str = SELF_ORACLE) -> str:
-    """A caption that tells the answers to all of ``questions``: each of them, followed by its right option.
+    """A caption that answers all of ``questions``: each of them, followed by its correct option.
 
-    No truth about the image is needed for it, and a model that can read answers from it.
+    Needs no ground truth about the image, only a model that can read answers from a caption.
     """
-    told = ((one_line(each.text), one_line(each.options[each.answer]).rstrip(" .")) for each in questions)
-    return " ".join(template.format(question=question, answer=answer) for question, answer in told)
+    pairs = (
+        (one_line(question.text), one_line(question.options[question.answer]).rstrip(" .")) for question in questions
+    )
+    return " ".join(template.format(question=question, answer=answer) for question, answer in pairs)
 
 
 def caption_prompt(caption: str | None, abstain: str = ABSTAIN) -> str:
-    """What stands before a question put to a reader of captions; None: it is to answer without any caption."""
+    """The prompt before a question about a caption; None: the question is answered without any caption."""
     if caption is None:
         return READ_NOTHING.format(abstain=abstain) + "\n\n"
     task = READ_CAPTION.format(abstain=abstain)
@@ -143,18 +144,18 @@ def caption_prompt(caption: str | None, abstain: str = ABSTAIN) -> str:
 
 
 def image_prompt(abstain: str = ABSTAIN) -> str:
-    """What stands before a question put to a model that sees the image, or is to answer as if it did."""
+    """The prompt before a question to a model that sees the image, or is to answer as if it did."""
     return LOOK.format(abstain=abstain) + "\n\n"
 
 
 def writing_prompt(count: int, kinds: Sequence[str] = KINDS) -> str:
-    """Asks for ``count`` questions about the image before it."""
+    """The prompt that asks for ``count`` questions about the image before it."""
     return WRITE.format(count=count, kinds=", ".join(kinds))
 
 
 @cache
 def writing_schema(count: int, kinds: tuple[str, ...] = KINDS) -> str:
-    """The JSON schema of the answer to :func:`writing_prompt`, as text: what a guided engine holds the model to."""
+    """The JSON schema of the answer to :func:`writing_prompt`, as text, for guided decoding."""
     text = {"type": "string", "minLength": 1, "maxLength": 300}
     options = {"type": "array", "items": text, "minItems": FEWEST_OPTIONS, "maxItems": MOST_WRITTEN}
     question: dict[str, Any] = {
@@ -179,12 +180,12 @@ def writing_schema(count: int, kinds: tuple[str, ...] = KINDS) -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` that can be nothing but text: what would be a control token or end the caption gets a space inside."""
+    """``text`` as mere text: anything that could be a control token or end the caption gets a space inside."""
     return _SPECIAL_TOKEN.sub("< ", text)
 
 
 def one_line(text: str) -> str:
-    """A question or an option as one line: a line of its own could pass for another option."""
+    """A question or an option as one line: a separate line could pass for another option."""
     return plain(" ".join(text.split()))
 
 
@@ -192,12 +193,12 @@ def one_line(text: str) -> str:
 
 
 def parse_letter(answer: str, choices: int) -> int | None:
-    """The place that a sampled answer names, None where it names none.
+    """The position that a sampled answer names, None where it names none.
 
-    Only a letter that stands by itself counts: taking the first capital would read "Because" as B and "I see" as I.
+    Only a letter on its own counts: taking the first capital would read "Because" as B and "I see" as I.
     """
     match = _LETTER.match(answer.strip())
     if match is None:
         return None
-    place = LETTERS.index(match["letter"].upper())
-    return place if place < choices else None
+    index = LETTERS.index(match["letter"].upper())
+    return index if index < choices else None

@@ -1,7 +1,7 @@
-"""The quiz reader: puts multiple-choice questions to a model about a caption, an image, or nothing at all.
+"""Quiz reader: asks a model multiple-choice questions about a caption, an image, or nothing at all.
 
 One reader serves screening, the reward and evaluation. All questions about a caption (or an image) in all their orders
-share its prompt's beginning, which engines compute once; what could not be scored is None, never a wrong answer.
+share a prompt prefix, which engines compute once; what could not be scored is None, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from .engines.thinking import after_thought, thinks
 from .quiz import ABSTAIN, Question, caption_prompt, image_prompt, letters, parse_letter, put, rotations, shuffles
 
 Order = tuple[int, ...]
-Place = int | None  # of a letter
-Answer = int | str | None  # a choice, why its request failed, or None where the reader named no option
+Place = int | None  # index of a letter
+Answer = int | str | None  # a choice, the error of a failed request, or None where the reader named no option
 THOUGHT_TOKENS, THOUGHT_TEMPERATURE = 512, 0.6
-LONGEST_INSTEAD = 80  # characters of an answer that names no option
-TOLD_AT = frozenset(10**power for power in range(9))  # cut thoughts, unread answers at which the count is logged
+LONGEST_INSTEAD = 80  # characters shown of an answer that names no option
+TOLD_AT = frozenset(10**power for power in range(9))  # counts of cut thoughts and unread answers that are logged
 
 logger = logging.getLogger(__name__)
 
 
 class ReaderConfig(Growing):
-    """How questions are put and answers taken. All of it changes outcomes, so all of it is in fingerprints."""
+    """Settings for asking questions and reading answers. All of them change outcomes, so all are in fingerprints."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     later = ("thought_tokens", "thought_temperature")
@@ -83,12 +83,12 @@ class ReaderConfig(Growing):
 
 @dataclass(frozen=True)
 class Reading:
-    """What became of one question: the choice of each presentation, None where there is none.
+    """The result of one question: the choice of each presentation, None where there is none.
 
-    A choice is an option's index; ``len(question.options)`` is to abstain. ``errors``: of requests that failed, to be
-    made again; a None without one is a reader's answer that names no option, which would not change: ``instead`` is the
-    first of these, and ``refused`` how many of them are refusals. ``cut``: presentations before whose answer a thought
-    was cut at its limit.
+    A choice is an option's index; ``len(question.options)`` is to abstain. ``errors``: of failed requests, which are to
+    be repeated; a None without one is an answer that names no option, which would not change: ``instead`` is the first
+    of these, and ``refused`` how many of them are refusals. ``cut``: presentations whose thought was truncated at its
+    limit.
     """
 
     question: Question
@@ -112,14 +112,14 @@ class Reading:
 
     @property
     def accuracy(self) -> float | None:
-        """The share of scored presentations answered right (CapRL, eq. 3, over presentations); None without any."""
+        """The share of scored presentations answered correctly (CapRL, eq. 3, over presentations); None without any."""
         return self.right / self.scored if self.scored else None
 
 
 class _Reply(NamedTuple):
     answer: Answer
-    cut: bool = False  # a thought before it was, at its limit
-    instead: str = ""  # what came where the answer is None
+    cut: bool = False  # the thought before it was truncated at its limit
+    instead: str = ""  # the text received where the answer is None
     refused: bool = False
 
 
@@ -130,39 +130,39 @@ class _Placed(NamedTuple):
 
 
 class QuizReader:
-    """Asks through an engine. Raises EngineDead alone; a request that fails is a None with its reason.
+    """Asks questions through an engine. Raises EngineDead only; a failed request is a None with its reason.
 
-    A model that thinks first is let think, and its answer is taken after the thought. ``thoughts``, ``cut``: how many
-    there were, and how many of them came to their limit and were closed there.
+    A model that thinks first may do so, and its answer is taken after the thought. ``thoughts``: how many there were;
+    ``cut``: how many of them were truncated at their limit.
     """
 
     def __init__(self, engine: Engine, config: ReaderConfig) -> None:
         self.engine, self.config = engine, config
         self.thoughts = self.cut = 0
-        self._reads, self._unread = False, 0  # whether any answer named an option; how many did not before
+        self._reads, self._unread = False, 0  # whether any answer named an option; how many did not before that
 
     async def read(self, caption: str | None, questions: Sequence[Question]) -> list[Reading]:
-        """Answers from ``caption`` alone; None puts the questions blind."""
+        """Answers from ``caption`` alone; None asks the questions blind."""
         return await self._ask(caption_prompt(caption, self.config.abstain), None, questions)
 
     async def look(self, image: ImageInput | None, questions: Sequence[Question]) -> list[Reading]:
-        """Answers from the image, or by the same words without it: both arms have the same options."""
+        """Answers from the image, or to the same prompt without it: both arms have the same options."""
         return await self._ask(image_prompt(self.config.abstain), image, questions)
 
     def orders(self, question: Question) -> list[Order]:
-        """The orders in which ``question`` is put, abstaining among the choices."""
+        """The orders in which ``question`` is asked, abstaining among the choices."""
         choices, count = len(question.options) + 1, self.config.presentations
         if self.config.orders == "cyclic":
             return rotations(choices, count)
         return shuffles(choices, count or 4, f"{self.config.seed}/{question.id}")
 
     async def answer(self, caption: str | None, asked: Sequence[tuple[Question, Order]]) -> list[Answer]:
-        """Answers from ``caption`` alone (None: blind) to questions, each in the one order that is given with it.
+        """Answers from ``caption`` alone (None: blind) to questions, each in the one order given with it.
 
-        Raises ValueError for an order that does not have every choice of its question once.
+        Raises ValueError for an order that is no permutation of its question's choices.
         """
-        told = await self._answers(caption_prompt(caption, self.config.abstain), None, asked)
-        return [each.answer for each in told]
+        replies = await self._answers(caption_prompt(caption, self.config.abstain), None, asked)
+        return [reply.answer for reply in replies]
 
     async def _answers(
         self, beginning: str, image: ImageInput | None, asked: Sequence[tuple[Question, Order]]
@@ -173,7 +173,7 @@ class QuizReader:
         for (question, order), prompt in zip(asked, prompts, strict=True):
             waiting.append(self._answer(prompt, question, order, numbers[question.id]))
             numbers[question.id] += 1
-        outcomes = await asyncio.gather(*waiting, return_exceptions=True)  # at once: engines see what they can share
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)  # concurrently: engines can share prefixes
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -184,36 +184,36 @@ class QuizReader:
         asked = [
             (question, order) for question, its_orders in zip(questions, orders, strict=True) for order in its_orders
         ]
-        told = iter(await self._answers(beginning, image, asked))
+        replies = iter(await self._answers(beginning, image, asked))
         readings = []
         for question, its_orders in zip(questions, orders, strict=True):
-            mine = [next(told) for _ in its_orders]
-            chosen = tuple(None if isinstance(each.answer, str) else each.answer for each in mine)
-            errors = tuple(each.answer for each in mine if isinstance(each.answer, str))
-            instead = next((each.instead for each in mine if each.instead), "")
-            cut, refused = sum(each.cut for each in mine), sum(each.refused for each in mine)
+            mine = [next(replies) for _ in its_orders]
+            chosen = tuple(None if isinstance(reply.answer, str) else reply.answer for reply in mine)
+            errors = tuple(reply.answer for reply in mine if isinstance(reply.answer, str))
+            instead = next((reply.instead for reply in mine if reply.instead), "")
+            cut, refused = sum(reply.cut for reply in mine), sum(reply.refused for reply in mine)
             readings.append(Reading(question, chosen, errors, cut, instead, refused))
         return readings
 
     async def _answer(self, prompt: Prompt, question: Question, order: Order, number: int) -> _Reply:
-        """The choice of one presentation, None where the reader made none, or why its request failed."""
+        """The choice of one presentation, None where the reader made none, or the error of its failed request."""
         seed = seed_of(f"{self.config.seed}/{question.id}/{number}/{prompt.text}")
         try:
-            place, thought, instead = await self._place(prompt, len(order), seed)
+            index, thought, instead = await self._place(prompt, len(order), seed)
         except Refused as error:
             self._count_read(None, str(error))
             return _Reply(None, instead=str(error), refused=True)
         except RequestError as error:
             return _Reply(str(error))
         self._count(thought)
-        self._count_read(place, instead)
+        self._count_read(index, instead)
         cut = thought is not None and not thought.closed
-        return _Reply(None, cut, instead) if place is None else _Reply(order[place], cut)
+        return _Reply(None, cut, instead) if index is None else _Reply(order[index], cut)
 
     async def check(self) -> None:
-        """Put one question to a reader behind a server. Raises BadInput where it says that it can never answer any.
+        """Ask a reader behind a server one question. Raises BadInput where the server says that it can answer none.
 
-        What may be better in a moment is not held against it.
+        Transient errors are ignored.
         """
         question = Question("Is one and one two?", ("Yes", "No"), 0)
         text = caption_prompt(None, self.config.abstain) + put(question, (0, 1, 2), self.config.abstain)
@@ -228,7 +228,7 @@ class QuizReader:
         return await answered(prompt, choices, seed, await thinks(self.engine))
 
     async def _chosen(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> _Placed:
-        """The place of the likeliest letter where the model's answer begins, and the thought before it."""
+        """The position of the most likely letter at the start of the answer, and the thought before it."""
         config, thought = self.config, None
         if thinking:
             sampling = Sampling(config.thought_temperature, 1.0, config.thought_tokens, seed)
@@ -237,20 +237,20 @@ class QuizReader:
         return _Placed(best_place(scores, config.least_mass), thought, instead_of_letters(scores))
 
     async def _sampled(self, prompt: Prompt, choices: int, seed: int, thinking: bool) -> _Placed:
-        """The place of the letter that a drawn answer names, and the thought before it."""
+        """The position of the letter that a sampled answer names, and the thought before it."""
         config = self.config
         sampling = Sampling(config.temperature, 1.0, config.max_tokens, seed)
         room = replace(sampling, max_tokens=config.thought_tokens + config.max_tokens) if thinking else sampling
         answer = await self.engine.generate(GenerationRequest(prompt, room))
         thought = answer.thought
-        if thought is not None and not answer.text:  # cut before the answer
+        if thought is not None and not answer.text:  # truncated before the answer
             closed = replace(prompt, thought=thought.text)
             answer = await self.engine.generate(GenerationRequest(closed, sampling))
         return _Placed(parse_letter(answer.text, choices), thought, repr(answer.text.strip()[:LONGEST_INSTEAD]))
 
-    def _count_read(self, place: Place, instead: str) -> None:
-        """Say it where no answer at all names an option: a few may be the model's, all of them are a wrong setting."""
-        self._reads |= place is not None
+    def _count_read(self, index: Place, instead: str) -> None:
+        """Log where no answer at all names an option: a few may be the model's fault, all of them a wrong setting."""
+        self._reads |= index is not None
         if self._reads:
             return
         self._unread += 1
@@ -273,7 +273,7 @@ class QuizReader:
 
 
 def best_place(scores: ChoiceScores, least_mass: float) -> int | None:
-    """The likeliest letter's place; None where scores are no numbers or all letters together are hardly ever meant."""
+    """The most likely letter's position; None where scores are no numbers or all letters together are too unlikely."""
     known = [score for score in scores.logprobs if score is not None]
     if any(math.isnan(score) for score in known) or all(score == -math.inf for score in known):
         return None
@@ -281,7 +281,7 @@ def best_place(scores: ChoiceScores, least_mass: float) -> int | None:
 
 
 def instead_of_letters(scores: ChoiceScores) -> str:
-    """What a model would say where letters are hardly ever meant."""
+    """Description of the model's answer where letters are too unlikely."""
     known = [score for score in scores.logprobs if score is not None]
     mass = sum(math.exp(min(score, 0.0)) for score in known)
     if math.isnan(mass):
@@ -291,5 +291,5 @@ def instead_of_letters(scores: ChoiceScores) -> str:
 
 
 def seed_of(text: str) -> int:
-    """A 63-bit seed from a text that identifies a draw."""
+    """A 63-bit seed from a text that identifies a sample."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,12 +1,12 @@
-"""Mend an environment where PyPI's torchvision or torchaudio, linked against CUDA, lies beside a CPU-only torch.
+"""Fixes environments where PyPI's torchvision or torchaudio, linked against CUDA, is beside a CPU-only torch.
 
 torchvision: its Python side registers fake kernels for the operators ``nms`` and ``qnms``, whose schemas the CUDA
-library would have defined; without that library the import stops with "operator torchvision::nms does not exist".
+library would have defined; without that library the import fails with "operator torchvision::nms does not exist".
 Defining the two schemas first is enough for the transforms that processors use (the operators stay unusable).
 torchaudio and torchcodec: nothing here needs them, but transformers imports them when it finds them, and fails; they
-are hidden. So is triton beside a CPU-only torch, for which it compiles nothing: every process of vLLM's would say so.
-It stays in sight where ``TRITON_INTERPRET=1`` is set: its interpreter runs kernels on a CPU.
-All this has to happen in every process, vLLM's children included, so it hangs on a ``.pth`` file.
+are hidden. So is triton beside a CPU-only torch, for which it compiles nothing: every process of vLLM's would log that.
+It stays visible where ``TRITON_INTERPRET=1`` is set: its interpreter runs kernels on a CPU. All this has to happen in
+every process, vLLM's children included, so a ``.pth`` file activates it.
 
 ``python -m capipe.models.torchvision_shim`` tries the imports and installs the hook only where one fails; the set-up
 runs it. This file is copied as it is, so it must not import anything of capipe.
@@ -30,7 +30,7 @@ _libraries: list[Any] = []  # torch unregisters the schemas when their Library i
 
 
 class SchemaHook(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: defines the missing schemas when torchvision is first looked for, then steps aside."""
+    """Defines the missing schemas when torchvision is first imported, then removes itself; finds no modules."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         if fullname != "torchvision":
@@ -61,7 +61,7 @@ def import_error(name: str) -> str | None:
 
 
 def complaint(code: str) -> str | None:
-    """The last line of what a fresh interpreter says when it fails on ``code``; None where it does not fail."""
+    """The last line of the error output of a fresh interpreter that fails on ``code``; None where it does not fail."""
     probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return None if probe.returncode == 0 else (probe.stderr.strip().splitlines() or ["unknown error"])[-1]
 
@@ -76,8 +76,8 @@ def install(schemas: bool, hidden: Sequence[str]) -> Path:
 
 
 def main() -> int:
-    """Look, mend, look again. Exit status 1 where an import still fails."""
-    (Path(sysconfig.get_paths()["purelib"]) / f"{MODULE}.pth").unlink(missing_ok=True)  # see the environment as it is
+    """Try the imports, fix them, try again. Exit status 1 where an import still fails."""
+    (Path(sysconfig.get_paths()["purelib"]) / f"{MODULE}.pth").unlink(missing_ok=True)  # test without the hook
     vision = import_error("torchvision")
     if vision is not None and "operator torchvision::" not in vision:
         print(f"capipe: torchvision does not import, and not for the reason we can mend: {vision}", file=sys.stderr)

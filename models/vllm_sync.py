@@ -1,6 +1,6 @@
-"""The name by which users start vLLM servers that training loads weights into: ``--worker-extension-cls``.
+"""Public name of the worker extension for vLLM servers that training loads weights into (``--worker-extension-cls``).
 
-The class stands in :mod:`.engines.vllm.weight_sync`.
+The class is defined in :mod:`.engines.vllm.weight_sync`.
 """
 
 from .engines.vllm.weight_sync import WeightSync

@@ -5,8 +5,8 @@ one task at a time, so that a caller knows which task killed it (image decoders,
 
 Workers are fresh interpreters that never import the caller's ``__main__``: a script needs no ``if __name__`` guard, and
 a worker imports what its function needs and nothing else (no torch in an image decoder). They exit with their parent,
-at the end of the socket or, where they hang, by the kernel's death signal (:mod:`.child_processes`). They start with
-SIGINT, SIGTERM and SIGHUP blocked: signals are the parent's business.
+when the socket closes or, where they hang, by the kernel's death signal (:mod:`.child_processes`). They start with
+SIGINT, SIGTERM and SIGHUP blocked: the parent handles signals.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from .child_processes import first_words
 
 _BOOT = "from capipe.models.worker_process import run_worker; run_worker(int(sys.argv[1]))"
-# One thread each: there are as many workers as cores already.
+# One thread each: there are already as many workers as cores.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 Task = TypeVar("Task")
@@ -43,7 +43,7 @@ Source = TypeVar("Source", bound=HasFileno)
 
 
 class WorkerDiedError(Exception):
-    """The process exited, or was killed, before it answered; the message says how."""
+    """The process exited or was killed before it answered; the message says how."""
 
 
 class MessageSocket:
@@ -74,7 +74,7 @@ class MessageSocket:
             self._socket.sendall(view)
 
     def recv(self) -> Any:
-        """The next object. Raises EOFError where the other side is gone."""
+        """The next object. Raises EOFError where the other end is closed."""
         (count,) = struct.unpack("<I", self._read(4))
         sizes = struct.unpack(f"<{count}Q", self._read(8 * count))
         payload, *buffers = [self._read(size) for size in sizes]
@@ -95,7 +95,7 @@ class MessageSocket:
 
 
 def readable(sources: Iterable[Source], seconds: float) -> list[Source]:
-    """The sources that have a message, or whose other side is gone, within so many seconds."""
+    """Sources that have a message, or whose other end is closed, within ``seconds``."""
     with selectors.DefaultSelector() as selector:
         for source in sources:
             selector.register(source, selectors.EVENT_READ, source)
@@ -123,7 +123,7 @@ class WorkerProcess:
                 env={**os.environ, **(environment or {})},
             )
         self.pid = self._process.pid
-        with contextlib.suppress(OSError):  # it may be dead already, which receiving shows
+        with contextlib.suppress(OSError):  # it may already be dead, which receiving shows
             self.socket.send(main)
 
     @property
@@ -152,7 +152,7 @@ class Worker(Generic[Task, Result]):
     def __init__(self, function: Callable[[Task], Result]) -> None:
         self._process = WorkerProcess(answer_tasks, "capipe-task-worker", _ENVIRONMENT)
         self._socket = self._process.socket
-        with contextlib.suppress(OSError):  # it may be dead already, which receiving shows
+        with contextlib.suppress(OSError):  # it may already be dead, which receiving shows
             self._socket.send(function)
 
     def fileno(self) -> int:
@@ -168,7 +168,7 @@ class Worker(Generic[Task, Result]):
         self.recv()
 
     def send(self, task: Task) -> None:
-        """Hand over a task. Raises WorkerDiedError if there is nobody to take it."""
+        """Send a task. Raises WorkerDiedError where the process is gone."""
         try:
             self._socket.send(task)
         except OSError:
@@ -191,7 +191,7 @@ class Worker(Generic[Task, Result]):
 
     def _ending(self) -> str:
         code = self._process.wait(timeout=5)
-        if code is None:  # its socket is closed, but it runs on: of no use any more
+        if code is None:  # its socket is closed but it still runs, unusable
             self.kill()
             return "it closed its connection"
         if code >= 0:
@@ -199,7 +199,7 @@ class Worker(Generic[Task, Result]):
         return f"it was killed by {signal.Signals(-code).name}"
 
     def close(self) -> None:
-        """Let the process exit once its present task is done, and wait for that."""
+        """Let the process exit once its current task is done, and wait for that."""
         self._socket.close()
         self._process.wait()
 
@@ -210,10 +210,10 @@ class Worker(Generic[Task, Result]):
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """A child started in the body inherits the signal mask: no Ctrl-C ends it, not even before its first line.
+    """Children started in the body inherit the signal mask: Ctrl-C does not end them, even before their first line.
 
-    Nor do SIGTERM, which a batch system sends to all processes of a job, and SIGHUP, which a terminal sends: the
-    parent drains then, and needs its workers.
+    Nor do SIGTERM, which a batch system sends to all processes of a job, and SIGHUP, which a terminal sends: the parent
+    then drains its work, and needs its workers.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
@@ -224,7 +224,7 @@ def _signals_blocked() -> Iterator[None]:
 
 def run_worker(descriptor: int) -> None:
     """Entry point of a worker process: receive its main function, and run it."""
-    os.set_inheritable(descriptor, False)  # in a child of ours it would hide our end from the parent
+    os.set_inheritable(descriptor, False)  # an inherited copy in a child of ours would hide our end from the parent
     connection = MessageSocket(socket.socket(fileno=descriptor))
     try:
         main = connection.recv()
@@ -246,7 +246,7 @@ def answer_tasks(connection: MessageSocket) -> None:
 
 
 def _result(call: Callable[[], Any]) -> tuple[bool, Any]:
-    """``(True, value)``, or ``(False, exception)``: any exception is the parent's to see."""
+    """``(True, value)``, or ``(False, exception)``: the parent handles any exception."""
     try:
         return True, call()
     except Exception as error:
@@ -258,6 +258,6 @@ def _portable(error: Exception) -> Exception:
     error.add_note("".join(traceback.format_exception(error)).rstrip())
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception as reason:  # any class can fail here, in any way
+    except Exception as reason:  # pickling can fail in any way
         return RuntimeError(f"{type(error).__name__}: {error} (not picklable: {reason})")
     return error

@@ -1,7 +1,7 @@
-"""The engine contract: one model, many concurrent callers; batching is the engine's own business.
+"""The engine interface: one model, many concurrent callers; batching is up to the engine.
 
-Stages, the quiz reader and rewards are written against :class:`Engine` alone. Three implementations exist: ``vllm``
-(in process), ``transformers`` (own micro-batcher) and ``http`` (any OpenAI-compatible server).
+Stages, the quiz reader and rewards use :class:`Engine` only. Three implementations exist: ``vllm`` (in process),
+``transformers`` (own micro-batcher) and ``http`` (any OpenAI-compatible server).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PromptKey = tuple[str | None, str, str | None, str, str | None]
 
 
 class RequestError(Exception):
-    """One request failed; the engine lives on and the others are untouched. The message is the row's reason.
+    """One request failed; the engine and other requests are unaffected. The message is the row's reason.
 
-    ``final``: the reason is shared by all requests (a refused key, a spent quota, a field the server does not know), so
+    ``final``: all requests share the reason (a refused key, an exhausted quota, a field the server does not know), so
     that none can succeed until somebody changes something.
     """
 
@@ -32,9 +32,9 @@ class RequestError(Exception):
 
 
 class Refused(RequestError):
-    """The model, or a filter around it, declines to answer this request. Asking again is no use.
+    """The model, or a filter around it, declines to answer this request. Retrying is useless.
 
-    ``words``: what was written instead of an answer, if anything.
+    ``words``: the text written instead of an answer, if any.
     """
 
     def __init__(self, message: str, words: str = "", *, final: bool = False) -> None:
@@ -43,19 +43,19 @@ class Refused(RequestError):
 
 
 class Rejected(RequestError):
-    """The engine does not take this request as it is: the same one will fare no better. Others may."""
+    """The engine does not accept this request as it is; a retry fails, too. Other requests may succeed."""
 
 
 class EngineDead(Exception):
-    """The engine itself is gone: every request in flight is void and a new engine is needed."""
+    """The engine itself is gone: every request in flight is lost and a new engine is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to draw a completion. ``temperature=0`` is greedy.
+    """Sampling parameters of a completion. ``temperature=0`` is greedy.
 
-    Draws are a pure function of ``(seed, position)``: the same request gives the same text whatever shares its batch.
-    Raises ValueError for numbers that no engine can sample with.
+    Samples are a pure function of ``(seed, position)``: the same request gives the same text in any batch. Raises
+    ValueError for numbers that no engine can sample with.
     """
 
     temperature: float = 0.0
@@ -74,11 +74,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """One image on its way to a model.
+    """One image for a model.
 
     ``pixels``: uint8 ``(height, width, 3)`` RGB, upright, already on the model's pixel grid (in-process engines).
-    ``encoded``: the original file's bytes, for HTTP engines, or a copy of them that any reader shows as it should be.
-    ``uid``: content hash, lets engines cache and share by identity instead of hashing pixels again.
+    ``encoded``: the original file's bytes, for HTTP engines, or a copy of them that any reader shows correctly.
+    ``uid``: content hash; lets engines cache and share by identity instead of hashing pixels again.
     """
 
     uid: str
@@ -90,8 +90,8 @@ class ImageInput:
 class Prompt:
     """A single-turn chat: optional system text, optional image (placed before the text), the user's text.
 
-    ``answer_prefix`` is put at the start of the assistant's turn, for models that are to continue it; ``thought``, of a
-    model that thinks, before it, between the model's own tags.
+    ``answer_prefix``: start of the assistant's turn, for models that are to continue it; ``thought``: a thinking
+    model's thought, placed before that between the model's own tags.
     """
 
     text: str
@@ -102,7 +102,7 @@ class Prompt:
 
     @property
     def key(self) -> PromptKey:
-        """What tells prompts apart; an image counts by its content hash."""
+        """Identity of the prompt; an image counts by its content hash."""
         image = None if self.image is None else self.image.uid
         return self.system, self.text, self.thought, self.answer_prefix, image
 
@@ -111,8 +111,8 @@ class Prompt:
 class GenerationRequest:
     """``logprobs``: fill Completion.logprobs, the log-probability of each sampled token under the untempered model.
 
-    ``json_schema``: as JSON text; an engine that ``guides`` lets the model write nothing but JSON of this schema, in
-    its order of properties, and takes log-probabilities among the tokens that it allows. Others ignore it.
+    ``json_schema``: as JSON text; an engine that ``guides`` constrains decoding to JSON of this schema, in its order of
+    properties, and takes log-probabilities among the allowed tokens. Others ignore it.
     """
 
     prompt: Prompt
@@ -123,7 +123,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """What a model wrote between its tags before the answer. ``closed``: it came to its end, and not to the limit."""
+    """Text that a model wrote between its thinking tags, before the answer. ``closed``: it ended before the limit."""
 
     text: str
     closed: bool
@@ -131,11 +131,11 @@ class Thought:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """``token_ids`` and ``logprobs`` run in parallel and include the end-of-turn token where the model wrote it.
+    """``token_ids`` and ``logprobs`` are parallel and include the end-of-turn token where the model wrote it.
 
-    ``thought``: what the model thought first, which is no part of ``text``; its tokens are among the others.
-    HTTP servers do not return token ids: there ``token_ids`` is empty and ``n_tokens`` is the server's own count, None
-    where it does not count.
+    ``thought``: the thought before the answer, which is not part of ``text``; its tokens are among the others. HTTP
+    servers do not return token ids: there ``token_ids`` is empty and ``n_tokens`` is the server's own count, None where
+    it does not count.
     """
 
     text: str
@@ -158,7 +158,7 @@ class ChoiceRequest:
 class ChoiceScores:
     """Log-probabilities, parallel to the request's choices. ``None`` where a server did not report that choice.
 
-    ``first``: what would come first whether it is a choice or not, where that is known.
+    ``first``: the most likely first token, whether it is a choice or not, where known.
     """
 
     logprobs: tuple[float | None, ...]
@@ -166,7 +166,7 @@ class ChoiceScores:
 
     @property
     def best(self) -> int | None:
-        """Index of the likeliest reported choice; None when nothing was reported."""
+        """Index of the most likely reported choice; None when nothing was reported."""
         scored = [(value, -index) for index, value in enumerate(self.logprobs) if value is not None]
         return -max(scored)[1] if scored else None
 
@@ -175,11 +175,11 @@ class ChoiceScores:
 class Engine(Protocol):
     """``generate`` and ``choose`` raise :class:`RequestError` or :class:`EngineDead`, nothing else.
 
-    ``concurrency``: requests the engine works on at once; callers keep at least twice as many queued. What a server
-    takes is found while it works, so it changes: read it again for each decision.
-    ``grid``: where pixels must lie, or None when the engine wants the encoded bytes instead.
-    ``guides``: whether it heeds ``GenerationRequest.json_schema``; what was cut off at its length is not valid even so.
-    ``context``: the most tokens that a prompt and its answer may have together, None where a server does not say.
+    ``concurrency``: requests the engine works on at once; callers keep at least twice as many queued. For servers it
+    adapts while they work: read it again for each decision. ``grid``: the pixel grid of images, or None when the engine
+    takes the encoded bytes instead. ``guides``: whether it applies ``GenerationRequest.json_schema``; output truncated
+    at its length is not valid even so. ``context``: the maximum number of tokens of a prompt and its answer together,
+    None where a server does not say.
     """
 
     grid: ImageGrid | None
@@ -196,7 +196,7 @@ class Engine(Protocol):
     async def choose(self, request: ChoiceRequest) -> ChoiceScores: ...
 
     async def count_tokens(self, prompt: Prompt) -> int | None:
-        """How many tokens a prompt without an image is as the model gets it; None where a server has the tokenizer."""
+        """Number of tokens of a prompt without an image, as the model gets it; None where only a server can count."""
         ...
 
     async def aclose(self) -> None: ...

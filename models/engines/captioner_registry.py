@@ -1,6 +1,6 @@
-"""Captioners that are no chat models (BLIP, BLIP-2, ViT-GPT2), as their folders describe them; nothing is loaded.
+"""Captioners that are not chat models (BLIP, BLIP-2, ViT-GPT2), identified from their folders; nothing is loaded.
 
-Each looks at pictures of one size, and reads no chat: a few words that the caption is to go on from, or none at all.
+Each takes images of one size, and no chat: a few words that the caption continues, or no text at all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..model_json import read_json
 
 @dataclass(frozen=True)
 class CaptionerKind:
-    """``architecture``: the class of transformers that writes captions; ``prompted``: it can be given first words."""
+    """``architecture``: transformers' class that writes captions; ``prompted``: whether it takes a text prefix."""
 
     architecture: str
     prompted: bool
@@ -30,7 +30,7 @@ KINDS = {  # by config.json's model_type
 
 
 def kind_of(model_path: Path) -> CaptionerKind | None:
-    """Which of them a folder holds; None for all other models. Raises BadInput for a sibling that writes no text."""
+    """The captioner kind of a folder; None for other models. Raises BadInput for a related one that writes no text."""
     config = read_json(model_path / "config.json")
     kind = KINDS.get(config.get("model_type", ""))
     written = config.get("architectures") or []
@@ -40,24 +40,24 @@ def kind_of(model_path: Path) -> CaptionerKind | None:
 
 
 def one_size(model_path: Path, min_pixels: int | None, max_pixels: int | None) -> ImageGrid:
-    """The grid of a captioner: one cell, of the size that its image processor makes of every picture.
+    """The grid of a captioner: one cell, of the size that its image processor makes of every image.
 
-    Raises BadInput where it names none, one that is no square, or the caller wants another.
+    Raises BadInput where the size is missing or not square, or the caller wants another.
     """
     file, processor = _image_processor(model_path)
     side = _side(processor.get("crop_size") if processor.get("do_center_crop") else processor["size"])
     if side is None:
         raise BadInput(f"{file}: 'size' is {processor['size']!r}; write a square one, height and width in pixels")
-    for name, given in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-        if given is not None:
+    for name, limit in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if limit is not None:
             raise BadInput(
-                f"{name} {given}: {model_path} looks at {side} x {side} pixels and nothing else; leave it out"
+                f"{name} {limit}: {model_path} looks at {side} x {side} pixels and nothing else; leave it out"
             )
     return ImageGrid(side, side * side, side * side)
 
 
 def _image_processor(model_path: Path) -> tuple[Path, dict[str, Any]]:
-    """Of the two files it may be written in, the newer wins, as in transformers."""
+    """The image processor's configuration; of the two possible files the newer wins, as in transformers."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (model_path / name).is_file():
             written = read_json(model_path / name)
@@ -74,7 +74,7 @@ def _side(size: Any) -> int | None:
 
 
 def check_prompt(model: str, model_path: Path, text: str, system: str | None = None) -> None:
-    """Raises BadInput where the model cannot be asked with these words, or needs some and gets none."""
+    """Raise BadInput where the model does not take this text, or needs some and gets none."""
     kind = kind_of(model_path)
     if kind is None:
         if not text.strip():

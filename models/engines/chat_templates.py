@@ -1,9 +1,9 @@
-"""Which chat template a model folder is asked with, and whether it works: one place for engines, readers and training.
+"""Chat templates of model folders: which one applies, and whether it works. Shared by engines, readers and training.
 
-A model that sees has its processor's template, as in ``AutoProcessor.apply_chat_template``: folders of Qwen2.5-VL have
-that one in ``chat_template.json`` and a second, for text alone, in ``tokenizer_config.json``. Everything else, and a
-processor without one, has its tokenizer's. Where each is written is transformers' rule; it is followed here without
-loading anything, so that a command can look before it starts.
+A vision model uses its processor's template, as in ``AutoProcessor.apply_chat_template``: folders of Qwen2.5-VL have
+that one in ``chat_template.json`` and a second, for text alone, in ``tokenizer_config.json``. All other models, and
+processors without one, use their tokenizer's. Files are looked up by transformers' rules, but without loading anything,
+so that a command can check before it starts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .thinking import CLOSING, GAP, OPENING, Tags
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Names that the rendering gives, or that mean something to transformers' function that renders.
+# Names that the rendering sets, or that mean something to transformers' rendering function.
 _TAKEN = (
     "messages conversation tools documents chat_template add_generation_prompt continue_final_message tokenize padding "
     "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs raise_exception "
@@ -47,10 +47,10 @@ def open_encoder(
     image_token_id: int | None,
     arguments: Mapping[str, Any] | None = None,
 ) -> PromptEncoder:
-    """The encoder of a folder's prompts, after a probe chat, with an image where the model sees (``image_token_id``).
+    """The prompt encoder of a folder, tested on a probe chat, with an image where the model sees (``image_token_id``).
 
-    ``arguments``: what the template is given besides the chat. Raises BadInput for a template that is missing or fails,
-    that does not put the image exactly once or leaves the text out, and for an argument that it never reads.
+    ``arguments``: template arguments besides the chat. Raises BadInput for a template that is missing or fails, that
+    does not place the image exactly once or leaves the text out, and for an argument that it never reads.
     """
     text, file = find_template(folder, sees=image_token_id is not None)
     arguments = dict(arguments or {})
@@ -64,16 +64,16 @@ def open_encoder(
 
 
 def find_template(folder: Path, sees: bool) -> tuple[str, Path]:
-    """The template and the file that it is written in. Raises BadInput where there is none, or none by default."""
-    found = (_of_processor(folder) if sees else None) or _of_files(folder) or _in_json(folder / TOKENIZER)
-    if found is None:
+    """The template and its file. Raises BadInput where there is none, or no default one."""
+    template = (_of_processor(folder) if sees else None) or _of_files(folder) or _in_json(folder / TOKENIZER)
+    if template is None:
         raise BadInput(
             f"{folder}: no chat template, neither in {TOKENIZER} nor in a file of its own; if this is a chat model, "
             "copy the original's chat_template.jinja into the folder"
         )
-    written, file = found
-    if isinstance(written, list):  # of tokenizers with several
-        written = {str(each.get("name")): each.get("template") for each in written if isinstance(each, dict)}
+    written, file = template
+    if isinstance(written, list):  # tokenizers with several templates
+        written = {str(entry.get("name")): entry.get("template") for entry in written if isinstance(entry, dict)}
     if isinstance(written, dict):
         if "default" not in written:
             raise BadInput(f"{file}: of its chat templates ({', '.join(written)}) none is named default; {MEND}")
@@ -84,7 +84,7 @@ def find_template(folder: Path, sees: bool) -> tuple[str, Path]:
 
 
 def _of_processor(folder: Path) -> tuple[Any, Path] | None:
-    """The processor's template, or several by name, and its file; None where it has no own one."""
+    """The processor's template, or several by name, and its file; None where it has none."""
     legacy = folder / "chat_template.json"
     if legacy.is_file() and _named(folder):
         raise BadInput(f"{folder}: {legacy.name} and {NAMED} do not go together in transformers; {MEND}")
@@ -95,7 +95,7 @@ def _of_processor(folder: Path) -> tuple[Any, Path] | None:
 
 
 def _of_files(folder: Path) -> tuple[Any, Path] | None:
-    """Templates in files of their own, by name; the one without a name is the default."""
+    """Templates in separate files, by name; the one without a name is the default."""
     default = folder / "chat_template.jinja"
     files = {path.stem: path for path in _named(folder)} | ({"default": default} if default.is_file() else {})
     try:
@@ -121,7 +121,7 @@ def _probe(
     chat = "a chat with an image" if prompt.image is not None else "a chat of text alone"
     try:
         text = template.render(tokenizer, messages(prompt))
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInput(f"{where} fails on {chat} ({reason}); {MEND}") from error
     if text.count(PROBE) != 1:
@@ -136,18 +136,18 @@ def _probe(
 
 
 def _check_arguments(arguments: Mapping[str, Any], template: str, file: Path) -> None:
-    """Raises BadInput for an argument that the template never reads, or that is not the user's to give."""
+    """Raise BadInput for an argument that the template never reads, or that users may not set."""
     known = variables(template, file) - RESERVED
     for name, value in arguments.items():
         if name not in known:
             offered = f"it reads {', '.join(sorted(known))}" if known else "it reads none"
             raise BadInput(f"{name}: no argument of the chat template in {file}; {offered}")
-        if isinstance(value, str) and value.lower() in ("true", "false"):  # a text, which templates take for true
+        if isinstance(value, str) and value.lower() in ("true", "false"):  # a text, which templates take as true
             raise BadInput(f"{name}: {value!r} is a text to the chat template in {file}; write {value.lower()}, bare")
 
 
 def variables(template: str, file: Path) -> set[str]:
-    """The names that a template reads and does not set itself. Raises BadInput where it is no Jinja."""
+    """The names that a template reads and does not set itself. Raises BadInput where it is not valid Jinja."""
     try:
         return find_undeclared_variables(_environment().parse(template))
     except TemplateError as error:
@@ -156,14 +156,14 @@ def variables(template: str, file: Path) -> set[str]:
 
 @cache
 def _environment() -> Environment:
-    """Jinja as transformers sets it up, to look at templates; they are rendered by transformers itself."""
+    """Jinja set up as in transformers, for inspecting templates; transformers itself renders them."""
     return ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
 
 
 class _Generation(Extension):
-    """transformers' own ``{% generation %}``, which marks what an assistant wrote."""
+    """transformers' own ``{% generation %}`` tag, which marks the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it on the instance)
 
@@ -172,30 +172,30 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-# --- thoughts --------------------------------------------------------------------------------------------------------
+# --- thinking --------------------------------------------------------------------------------------------------------
 
 
 def find_thinking(template: str, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tags | None:
-    """How the model's thoughts are written; None for one that the template, with these arguments, keeps from thinking.
+    """The tags of the model's thoughts; None for a model that the template, with these arguments, keeps from thinking.
 
-    A model that may think has the tags as tokens and a template that knows them; the template's end may have opened a
-    thought already (DeepSeek-R1), or leaves that to the model (Qwen3).
+    A model that may think has the tags as tokens and a template that contains them; the template's end may have opened
+    a thought already (DeepSeek-R1), or leaves that to the model (Qwen3).
     """
     tokens = [tokenizer.encode(tag, add_special_tokens=False) for tag in (OPENING, CLOSING)]
     if CLOSING not in template or any(len(ids) != 1 for ids in tokens):
         return None
     end = _end(template, arguments, tokenizer)
     if end.rfind(CLOSING) > end.rfind(OPENING):
-        return None  # a thought that is over: the answer comes next
+        return None  # the thought is closed: the answer comes next
     return Tags(begun=OPENING in end, gap=_gap(template, arguments, tokenizer))
 
 
 def _gap(template: str, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands between a thought and the answer: seen where the template can be told to close the thought itself."""
+    """Text between a thought and the answer, found where an argument makes the template close the thought itself."""
     for name in sorted(find_undeclared_variables(_environment().parse(template)) - RESERVED):
         try:
             end = _end(template, {**arguments, name: False}, tokenizer)
-        except Exception:  # it is no switch
+        except Exception:  # not a switch
             continue
         if OPENING in end and CLOSING in end:
             return end.rpartition(CLOSING)[2]
@@ -203,14 +203,13 @@ def _gap(template: str, arguments: Mapping[str, Any], tokenizer: PreTrainedToken
 
 
 def _end(template: str, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes after the user's text."""
+    """The template's text after the user's message."""
     text = ChatTemplate(template, arguments).render(tokenizer, messages(Prompt(PROBE)))
     return text.rpartition(PROBE)[2]
 
 
 def check_template(folder: Path, sees: bool, arguments: Mapping[str, Any]) -> None:
-    """Raises BadInput for what shows in a folder's files alone: a template that is missing or no Jinja, arguments that
-    it never reads. Cheap: nothing is loaded."""
+    """Raise BadInput for a missing or invalid template, or arguments that it never reads. Cheap: nothing is loaded."""
     if (kind := kind_of(folder)) is not None:
         refuse_arguments(arguments, kind.architecture)
         return
@@ -219,6 +218,6 @@ def check_template(folder: Path, sees: bool, arguments: Mapping[str, Any]) -> No
 
 
 def refuse_arguments(arguments: Mapping[str, Any], model: str) -> None:
-    """Raises BadInput for template arguments given to a captioner that is no chat model."""
+    """Raise BadInput for template arguments given to a captioner that is not a chat model."""
     if arguments:
         raise BadInput(f"{next(iter(arguments))}: {model} reads no chat template; leave template arguments out")

@@ -1,6 +1,6 @@
-"""How many tokens a model needs room for: its context follows from what it is asked, not from the most it could take.
+"""Context length from the prompts a model gets, instead of the maximum it supports.
 
-vLLM sets memory aside for one request of the whole context before it starts: 36 GiB for the 262,144 tokens of a
+vLLM reserves memory for one request of the whole context before it starts: 36 GiB for the 262,144 tokens of a
 Qwen3-VL-4B, for prompts of some thousand.
 """
 
@@ -13,33 +13,33 @@ from ..images.grid import ImageGrid
 from ..model_json import read_json
 from .base import Rejected
 
-TEMPLATE_ROOM = 512  # tokens that a chat template puts around the text, a default system message among them
+TEMPLATE_ROOM = 512  # tokens that a chat template adds to the text, a default system message included
 QUESTION_ROOM = 4096  # tokens of a question with its options; written ones have a hundred, imported ones may be long
-#: A caption's tokens in another model's vocabulary, per token of the one that wrote it.
+#: Tokens of a caption in another model's vocabulary, per token of the model that wrote it.
 OTHER_VOCABULARY = 2
 
 
 def text_room(texts: Iterable[str | None], answer_tokens: int) -> int:
-    """Tokens, at most, of one of the ``texts`` (the longest), the chat around it and the answer.
+    """Upper bound on the tokens of the longest of ``texts``, the chat around it and the answer.
 
-    A token of a byte-level vocabulary stands for at least one byte, so no tokenizer is needed to bound them.
+    A token of a byte-level vocabulary stands for at least one byte, so no tokenizer is needed.
     """
     longest = max((len(text.encode()) for text in texts if text), default=0)
     return TEMPLATE_ROOM + longest + answer_tokens
 
 
 def quiz_room(caption_tokens: int, answer_tokens: int) -> int:
-    """Tokens, at most, of a question put about a caption of so many tokens (0: none), and of the answer."""
+    """Upper bound on the tokens of a question about a caption of ``caption_tokens`` (0: none), and of the answer."""
     return TEMPLATE_ROOM + QUESTION_ROOM + OTHER_VOCABULARY * caption_tokens + answer_tokens
 
 
 def image_tokens(grid: ImageGrid | None) -> int:
-    """Tokens of the largest image that a model sees."""
+    """Tokens of the largest image that a model takes."""
     return 0 if grid is None else grid.max_pixels // grid.factor**2
 
 
 def context_length(model_path: Path, grid: ImageGrid | None, room: int | None) -> int | None:
-    """Tokens of context for an image and ``room`` tokens beside it, never more than the model's own; None: its own."""
+    """Context for an image and ``room`` tokens beside it, at most the model's own; None: the model's own."""
     if room is None:
         return None
     config = read_json(model_path / "config.json")
@@ -50,5 +50,5 @@ def context_length(model_path: Path, grid: ImageGrid | None, room: int | None) -
 
 
 def too_long(tokens: int, context: int) -> Rejected:
-    """The refusal of a prompt that a context has no room for."""
+    """The error for a prompt that leaves no room in the context."""
     return Rejected(f"the prompt's {tokens} tokens leave no room to answer in {context}; give a larger --max-model-len")

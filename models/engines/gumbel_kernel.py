@@ -1,8 +1,8 @@
 """The noise of :mod:`.sampling` as one Triton kernel: each logit is read once and written once.
 
-The torch code there is the reference and makes some seventy passes over the matrix. Random bits are the same ones; the
-two logarithms are each library's own and differ in their last bits, so values agree within :data:`TOLERANCE` and draws
-are the same except where two tokens come as near to each other as that.
+The torch code there is the reference and makes some seventy passes over the matrix. Random bits are the same; the two
+logarithms are each library's own and differ in their last bits, so values agree within :data:`TOLERANCE` and samples
+are the same except where two tokens are that close to each other.
 
 For CUDA and ROCm. With ``TRITON_INTERPRET=1`` in the environment before Triton is imported it runs on CPU tensors, very
 slowly, for tests. Launched outside of CUDA graphs: vLLM captures the model's forward pass, and its sampler, logits
@@ -32,7 +32,7 @@ from .gumbel_bits import (
 )
 
 TOLERANCE = 3e-7, 3e-7  # absolute and relative difference of the noise to the torch code's, on a CPU or CUDA
-BLOCK = 2048  # logits of a program
+BLOCK = 2048  # logits per program
 WARPS = 4
 
 _WORD_64, _WORD_32 = (1 << 64) - 1, (1 << 32) - 1  # the torch code has these numbers as signed ones
@@ -52,7 +52,7 @@ def add_noise(
 ) -> Tensor:
     """:func:`.sampling.apply` without the cut by ``top_p``: float32 ``(rows, vocab)``, all tensors on one device.
 
-    ``logits``: any floating type. Rows of temperature 0 come back as they were; in place they are not even read.
+    ``logits``: any floating type. Rows of temperature 0 are unchanged; in place they are not even read.
     """
     rows, vocab_size = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -102,8 +102,8 @@ def _noise(seed, position, tokens):
     hashed = _mix32(hashed ^ (key >> 32).to(tl.uint32))
     uniform = ((hashed & _MASK).to(tl.int32).to(tl.float32) + 0.5) * _SCALE
     uniform = tl.minimum(uniform, _LARGEST)
-    # log1p by log, which the interpreter has, too: the log of the rounded difference plus what rounding took. Exact to
-    # the last bits also where the variate is tiny and the noise large, which is what decides draws.
+    # log1p via log, which the interpreter has, too: the log of the rounded difference plus the rounding error. Exact to
+    # the last bits also where the variate is tiny and the noise large, which is what decides samples.
     rest = 1.0 - uniform
     return -tl.log(-(tl.log(rest) + ((1.0 - rest) - uniform)))
 
@@ -123,7 +123,7 @@ def _noise_kernel(
     in_place: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program for each row and block of its logits."""
+    """One program per row and block of its logits."""
     row = tl.program_id(0).to(tl.int64)
     tokens = tl.program_id(1) * block + tl.arange(0, block)
     inside = tokens < vocab_size

@@ -1,4 +1,4 @@
-"""From what a user names (a bundled model, a folder, a hub id, a server's URL) to a running engine and its identity.
+"""Loading of engines: from a bundled model, folder, hub id or server URL to a running engine and the model's identity.
 
 Heavy imports happen inside the functions, so that a command's ``--help`` needs none of them.
 """
@@ -27,7 +27,7 @@ from .vllm.arguments import in_words, refuse_ours
 
 KINDS = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# How vLLM and torch say that memory does not suffice; of an engine process that failed, the reason stands further up.
+# vLLM's and torch's messages for too little memory; for an engine process that failed, the reason is further up.
 NO_MEMORY = re.compile(r"out of memory|KV cache|cache blocks|Free memory on device", re.IGNORECASE)
 FAILED_ABOVE = "engine core init"
 LESS_MEMORY = "give a smaller --max-model-len or --max-pixels, or another --gpu-memory"
@@ -37,16 +37,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Which engine, which model, within what limits. Raises BadInput for values that cannot be meant.
+    """Which engine, which model, within what limits. Raises BadInput for values that cannot be valid.
 
-    ``kind``: ``auto``, ``vllm``, ``transformers``, an import path (:func:`load_engine`) or servers' URLs with commas
-    between; with URLs, ``model=""`` takes what they serve, and ``concurrency`` is that of each (as many requests as it
-    takes where None).
-    ``concurrency``: the engine's own where None. ``max_model_len``: where None what the largest image and ``room``,
-    tokens of text and answer beside it, take, or without ``room`` the model's own. ``timeout_s``: one HTTP attempt.
-    ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``). ``template_args``: what
-    the chat template is given besides the chat (``{"enable_thinking": False}``). ``engine_args``: of vLLM, by its own
-    names. ``adapter``: a folder of peft's, or empty.
+    ``kind``: ``auto``, ``vllm``, ``transformers``, an import path (:func:`load_engine`) or comma-separated URLs of
+    servers; with URLs, ``model=""`` takes what they serve, and ``concurrency`` is per server (adaptive where None).
+    ``concurrency``: the engine's own where None. ``max_model_len``: None for the tokens of the largest image and of
+    ``room`` (text and answer beside it), or the model's own without ``room``. ``timeout_s``: per HTTP attempt.
+    ``device``: ``auto``, or where the transformers engine runs (``cpu``, ``cuda``, ``cuda:1``). ``template_args``: chat
+    template arguments besides the chat (``{"enable_thinking": False}``). ``engine_args``: vLLM's, by its own names.
+    ``adapter``: a peft folder, or empty.
     """
 
     kind: str = "auto"
@@ -97,7 +96,7 @@ class EngineConfig:
 
     @property
     def is_own(self) -> bool:
-        """An engine of the user's own, by an import path: what it calls its model only it knows."""
+        """A user's own engine, by an import path; only it knows what its model names mean."""
         return is_import_path(self.kind)
 
     @property
@@ -106,14 +105,14 @@ class EngineConfig:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """The servers' URLs. Raises BadInput for one that cannot be meant."""
+        """The servers' URLs. Raises BadInput for an invalid one."""
         from .http.server import server_urls
 
         return server_urls(self.kind)
 
 
 def check_kind(kind: str) -> None:
-    """Raise BadInput for what is no engine and no servers' URLs."""
+    """Raise BadInput for what is neither an engine nor URLs of servers."""
     if kind.startswith(("http://", "https://")):
         from .http.server import server_urls
 
@@ -125,7 +124,7 @@ def check_kind(kind: str) -> None:
 
 
 def _maker(kind: str) -> Callable[[EngineConfig], Engine | Awaitable[Engine]]:
-    """What makes an engine of the user's own. Raises BadInput."""
+    """The factory of a user's own engine. Raises BadInput."""
     maker = import_object(kind)
     if not callable(maker):
         raise BadInput(f"--engine {kind}: a {type(maker).__name__}, not a function that makes an engine")
@@ -133,23 +132,23 @@ def _maker(kind: str) -> Callable[[EngineConfig], Engine | Awaitable[Engine]]:
 
 
 def check_dtype(name: str) -> None:
-    """Raise BadInput for what is no number type of an engine or a scorer."""
+    """Raise BadInput for an unknown dtype of an engine or a scorer."""
     if name not in DTYPES:
         raise BadInput(f"dtype {name!r} is none of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """``digest``: sha256 of the folder's content, a hub snapshot's commit, or None for what a server hides."""
+    """``digest``: sha256 of the folder's content, a hub snapshot's commit, or None where a server hides it."""
 
     name: str
     digest: str | None
 
 
 async def load_engine(config: EngineConfig) -> Engine:
-    """Start the engine; returns when it can take requests. vLLM's start holds the event loop up for some seconds.
+    """Start the engine; returns when it can take requests. vLLM's start blocks the event loop for some seconds.
 
-    An import path names a function or coroutine function that makes an engine of a config.
+    An import path names a function or coroutine function that makes an engine from a config.
     """
     if config.is_http:
         return await _load_http(config)
@@ -177,8 +176,8 @@ async def load_engine(config: EngineConfig) -> Engine:
 
 
 async def _load_own(config: EngineConfig) -> Engine:
-    made = _maker(config.kind)(config)
-    engine = await made if inspect.isawaitable(made) else made
+    result = _maker(config.kind)(config)
+    engine = await result if inspect.isawaitable(result) else result
     if not isinstance(engine, Engine):
         raise BadInput(f"--engine {config.kind}: made a {type(engine).__name__}, which lacks methods of an Engine")
     return engine
@@ -205,7 +204,7 @@ def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None, context
     from .vllm.config import VLLMOptions
     from .vllm.engine import start_vllm_engine
 
-    check_weights(path, config.model)  # vLLM itself does not see that a part of a packed one is missing
+    check_weights(path, config.model)  # vLLM itself does not notice when a part of a packed weight is missing
     options = VLLMOptions(
         path=str(path),
         grid=grid,
@@ -221,16 +220,16 @@ def _load_vllm(config: EngineConfig, path: Path, grid: ImageGrid | None, context
         return start_vllm_engine(options)
     except BadInput:
         raise
-    except Exception as error:  # anything from a missing library to a card without room
+    except Exception as error:  # anything from a missing library to a GPU without memory
         if NEEDS_CODE in str(error):
             raise BadInput(f"{path} does not load as a model: {reason_in_words(error)}") from error
         reason = f"{type(error).__name__}: {error}"
-        given = f" with {in_words(config.engine_args)}" if config.engine_args else ""
-        raise RunFailed(f"vLLM could not start on {path}{given} ({reason}); {advice(reason)}") from error
+        arguments = f" with {in_words(config.engine_args)}" if config.engine_args else ""
+        raise RunFailed(f"vLLM could not start on {path}{arguments} ({reason}); {advice(reason)}") from error
 
 
 def advice(reason: str) -> str:
-    """What helps an engine that did not start for this reason."""
+    """Advice for an engine that did not start for this reason."""
     if NO_MEMORY.search(reason):
         return LESS_MEMORY
     if FAILED_ABOVE in reason.lower():
@@ -259,12 +258,12 @@ def _load_transformers(config: EngineConfig, path: Path, grid: ImageGrid | None,
         raise RunFailed(
             f"{path} does not fit into the GPU's memory ({reason}); give --dtype bfloat16, or other --gpus"
         ) from error
-    except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
+    except (OSError, ValueError) as error:  # raised by transformers for missing files and unknown models
         raise BadInput(f"{path} does not load as a model: {reason_in_words(error, whole=True)}") from error
 
 
 def vllm_runs() -> bool:
-    """Whether vLLM is installed and finds a platform it was built for. The reason is logged where it is installed."""
+    """Whether vLLM is installed and finds a platform it was built for. Logs why not where it is installed."""
     if importlib.util.find_spec("vllm") is None:
         return False
     from .vllm.environment import prepare_environment
@@ -280,7 +279,7 @@ def vllm_runs() -> bool:
 
 
 def model_identity(model: str, kind: str = "auto") -> ModelIdentity:
-    """What goes into fingerprints. Asks servers for their model where ``kind`` is URLs and no model is named."""
+    """Model identity for fingerprints. Asks servers for their model where ``kind`` is URLs and no model is named."""
     if kind.startswith(("http://", "https://")):
         from .http.server import served_model
 
@@ -291,17 +290,17 @@ def model_identity(model: str, kind: str = "auto") -> ModelIdentity:
 
 
 def same_model(first: ModelIdentity, second: ModelIdentity) -> bool:
-    """Whether two names stand for one model: by content, by the name alone where a server hides that of either."""
+    """Whether two names mean the same model: by content, or by name where a server hides the content of either."""
     ours, theirs = _known_digest(first), _known_digest(second)
     if ours is None or theirs is None:
         return first.name == second.name
-    if len(ours) != len(theirs):  # the commit of a snapshot, and what a folder holds, maybe a copy of that snapshot
-        ours, theirs = (folder_digest(resolve_model(each.name)) for each in (first, second))
+    if len(ours) != len(theirs):  # a snapshot's commit and a folder's digest, maybe of a copy of that snapshot
+        ours, theirs = (folder_digest(resolve_model(identity.name)) for identity in (first, second))
     return ours == theirs
 
 
 def _known_digest(identity: ModelIdentity) -> str | None:
-    """The digest, also of what a server calls by a folder's name that is here."""
+    """The digest, also where a server's model name is a folder that exists here."""
     if identity.digest is not None:
         return identity.digest
     try:

@@ -1,7 +1,7 @@
-"""Adapters (LoRA and its kin) in peft's folders, merged into the weights that an engine loads.
+"""Adapters (LoRA and other peft methods), merged into the weights that an engine loads.
 
-Merged once, in float32, into a folder of the cache, so that both engines compute with the very same weights, no token
-costs more than the plain model's, and nothing depends on what of an adapter an engine can serve.
+Merged once, in float32, into a folder of the cache, so that both engines use exactly the same weights, tokens cost no
+more than the plain model's, and nothing depends on which adapters an engine can serve.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_adapter(name: str) -> Path:
     if not folder.is_dir():
         raise Missing(f"--adapter {name}: no such folder; download the adapter, and name its folder")
     if not (folder / CONFIG).is_file():
-        inside = next((each.parent.name for each in sorted(folder.glob(f"*/{CONFIG}"))), None)
+        inside = next((path.parent.name for path in sorted(folder.glob(f"*/{CONFIG}"))), None)
         mend = f"name {folder / inside}" if inside else "name the folder of a peft adapter"
         raise BadInput(f"--adapter {name}: the folder has no {CONFIG}; {mend}")
     if not (folder / WEIGHTS).is_file():
@@ -48,10 +48,10 @@ def check_adapter(name: str) -> Path:
 
 
 def merged_folder(base: Path, adapter: Path, dtype: str) -> Path:
-    """The folder of ``base`` with the adapter merged into its weights, made where the cache has none.
+    """The folder of ``base`` with the adapter merged into its weights, created where the cache has none.
 
-    ``dtype``: what the engine is asked to compute in, ``auto``: bfloat16 on CUDA, float32 on a CPU; the merged weights
-    are rounded to it once. Raises BadInput for an adapter that is not of this model.
+    ``dtype``: the engine's, ``auto``: bfloat16 on CUDA, float32 on a CPU; the merged weights are rounded to it once.
+    Raises BadInput for an adapter that is not of this model.
     """
     import torch
 
@@ -64,29 +64,31 @@ def merged_folder(base: Path, adapter: Path, dtype: str) -> Path:
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     facts = {"base": folder_digest(base), "adapter": folder_digest(folder), "dtype": dtype}
-    made = cache() / "merged" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    if not (made / DONE).is_file():
-        with _locked(made):
-            if not (made / DONE).is_file():  # another worker's, which we waited for
-                _make(base, folder, getattr(torch, dtype), made, facts)
-    return made
+    merged = cache() / "merged" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    if not (merged / DONE).is_file():
+        with _locked(merged):
+            if not (merged / DONE).is_file():  # another worker may have made it meanwhile
+                _make(base, folder, getattr(torch, dtype), merged, facts)
+    return merged
 
 
 def cache() -> Path:
-    """Where what is computed from models is kept: $CAPIPE_CACHE, by default ``capipe`` in the user's cache."""
+    """Cache folder for what is computed from models: $CAPIPE_CACHE, by default ``capipe`` in the user's cache."""
     named = os.environ.get(CACHE_VARIABLE)
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (Path(named) if named else Path(home) / "capipe").expanduser()
 
 
 @contextmanager
-def _locked(made: Path) -> Iterator[None]:
-    """One process at a time makes a folder; the kernel frees the lock of one that dies."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets one process at a time create a folder; the kernel frees the lock of one that dies."""
     try:
-        made.parent.mkdir(parents=True, exist_ok=True)
-        lock = open_own(made.parent / f"{made.name}.lock")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open_own(folder.parent / f"{folder.name}.lock")
     except OSError as error:
-        raise RunFailed(f"{made.parent}: cannot be written ({error}); set {CACHE_VARIABLE} to another folder") from None
+        raise RunFailed(
+            f"{folder.parent}: cannot be written ({error}); set {CACHE_VARIABLE} to another folder"
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -94,15 +96,15 @@ def _locked(made: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _make(base: Path, adapter: Path, dtype: Any, made: Path, facts: dict[str, str]) -> None:
+def _make(base: Path, adapter: Path, dtype: Any, merged: Path, facts: dict[str, str]) -> None:
     from ..pretrained import without_bars
     from .hf.engine import load_model
     from .model_folder import image_grid
 
     model: Any = load_model(str(base), sees=image_grid(base) is not None, dtype="float32", device="cpu")
     model = merge(model, adapter)
-    partial = made.with_suffix(".partial")
-    clear(partial)  # of one that was killed
+    partial = merged.with_suffix(".partial")
+    clear(partial)  # left by a killed process
     try:
         partial.mkdir()
         for file in sorted(base.iterdir()):
@@ -113,15 +115,15 @@ def _make(base: Path, adapter: Path, dtype: Any, made: Path, facts: dict[str, st
         with without_bars():
             model.save_pretrained(partial, state_dict=weights)
         (partial / DONE).write_text(json.dumps(facts))
-        clear(made)
-        partial.replace(made)
+        clear(merged)
+        partial.replace(merged)
     except OSError as error:
         clear(partial)
-        raise RunFailed(f"{made}: cannot be written ({error}); set {CACHE_VARIABLE} to a folder with room") from None
+        raise RunFailed(f"{merged}: cannot be written ({error}); set {CACHE_VARIABLE} to a folder with room") from None
 
 
 def merge(model: Any, adapter: Path) -> Any:
-    """The model with an adapter merged into its weights. Raises BadInput where they do not go together."""
+    """The model with an adapter merged into its weights. Raises BadInput where they do not fit together."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A model's folder: where its name leads, the digest of what it holds, and the sizes of images that it takes."""
+"""Model folders: resolving their names, digests of their content, and the image sizes they take."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..images.grid import ImageGrid
 from ..model_json import read_json
 from .captioner_registry import kind_of, one_size
 
-# What makes a model the model it is; pictures, readmes and licences beside it do not count.
+# Files that define a model; images, readmes and licences beside them do not count.
 IDENTIFYING = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 CHUNK_BYTES = 1 << 22
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a bundled model, a folder or a hub id, ``org/name`` or ``org/name@revision``, which is downloaded.
+    """The folder of a bundled model, a folder or a hub id (``org/name`` or ``org/name@revision``, downloaded).
 
     Raises BadInput.
     """
@@ -38,9 +38,9 @@ def resolve_model(name: str) -> Path:
 
 
 def image_grid(model_path: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageGrid | None:
-    """The model's pixel grid from its processor's configuration; None for a model that reads text only.
+    """The model's pixel grid from its processor's configuration; None for a text-only model.
 
-    The caller's limits win over the processor's. Raises BadInput where no image could lie within them.
+    The caller's limits override the processor's. Raises BadInput where no image could lie within them.
     """
     if kind_of(model_path) is not None:
         return one_size(model_path, min_pixels, max_pixels)
@@ -63,7 +63,7 @@ def image_grid(model_path: Path, min_pixels: int | None = None, max_pixels: int 
 
 
 def _image_processor_config(model_path: Path) -> dict[str, Any]:
-    """Of the two places it may be written in, the newer wins, as in transformers."""
+    """The image processor's configuration; of the two possible files the newer wins, as in transformers."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (model_path / name).is_file():
             written = read_json(model_path / name)
@@ -74,14 +74,14 @@ def _image_processor_config(model_path: Path) -> dict[str, Any]:
 
 
 def content_digest(folder: Path) -> str:
-    """The commit of a folder in the hub's cache, which is named after it; else :func:`folder_digest`."""
+    """The commit of a folder in the hub's cache, which is named after it; otherwise :func:`folder_digest`."""
     return folder.name if folder.parent.name == "snapshots" else folder_digest(folder)
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over names and contents of the files that make the model, in hex; the folder's own name has no part."""
+    """sha256, in hex, over names and contents of the files that define the model; the folder's name does not count."""
     digest = hashlib.sha256()
-    for path in sorted(each for each in folder.rglob("*") if each.is_file() and each.suffix in IDENTIFYING):
+    for path in sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in IDENTIFYING):
         content = hashlib.sha256()
         with path.open("rb") as stream:
             while chunk := stream.read(CHUNK_BYTES):

@@ -1,9 +1,9 @@
-"""Texts from data as plain characters, whatever token they spell.
+"""Text from data is read as plain characters, whatever control token it spells.
 
 A tokenizer reads the spelling of any token that was added to its vocabulary as that token: ``<|im_end|>`` in a caption
-would end the reader's turn, ``<image>`` claim a picture or have no row in a scorer's table. So every spelling gets a
-blank behind its first character before the text is tokenized; all other text stays as it is, byte for byte. What is
-stored is the text as it came.
+would end the reader's turn, ``<image>`` claim an image or have no row in a scorer's table. So every spelling gets a
+space after its first character before the text is tokenized; all other text stays as it is, byte for byte. The stored
+text is unchanged.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from typing import Any
 
 from .base import Prompt
 
-# Of servers, whose tokenizers are not known here: control tokens as common families write them.
+# For servers, whose tokenizers are not known here: control tokens of common model families.
 _COMMON = re.compile(
     r"<[|｜][^<>|｜\s]+[|｜]>|</?s>|◁/?\w+▷"
     r"|<(?:bos|eos|pad|unk|mask|cls|sep|img|image|video|audio|image_soft_token|(?:start|end)_of_(?:turn|image|text))>"
     r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|THINK)\]"
     r"|\[(?:TOOL_CALLS|TOOL_CONTENT|IMG|IMG_BREAK|IMG_END|CLS|SEP|PAD|UNK|MASK|gMASK|sMASK|sop|eop)\]"
 )
-BLANKS = " \t\n\r\u2581"  # the last is how sentencepiece writes one
+BLANKS = " \t\n\r\u2581"  # the last is sentencepiece's space
 _WORD = re.compile(r"[\w\u2581]+")
-ROUNDS = 4  # a normaliser that is done changes nothing more, so the second finds nothing
+ROUNDS = 4  # a normaliser that has converged changes nothing more, so the second finds nothing
 
 TextMap = Callable[[str], str]
 
 
 @dataclass(frozen=True)
 class PlainText:
-    """Breaks tokens' spellings up. ``written``: those to look for in the text as it is; ``normalised``: in what a
-    function makes of it, which is where their tokenizer looks."""
+    """Breaks up spellings of tokens.
+
+    ``written``: spellings to look for in the text as it is; ``normalised``: spellings to look for in normalised text,
+    which is where their tokenizer looks.
+    """
 
     written: re.Pattern[str] | None
     normalised: Sequence[tuple[TextMap, re.Pattern[str]]] = ()
 
     def __call__(self, text: str) -> str:
-        """``text`` with none of the spellings in it."""
+        """``text`` without any of the spellings."""
         for _ in range(ROUNDS):
             if self.written is not None:
                 text = broken(self.written, text)
@@ -52,25 +55,25 @@ class PlainText:
 
 
 def broken(spellings: re.Pattern[str], text: str) -> str:
-    """``text`` with a blank behind the first character of each match, until nothing matches.
+    """``text`` with a space after the first character of each match, until nothing matches.
 
-    That ends: a spelling begins with no blank, so each blank makes a gap longer, and none has gaps without end.
+    That ends: no spelling begins with a space, so each space widens a gap, and no spelling has gaps without end.
     """
     while spellings.search(text):
-        text = spellings.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        text = spellings.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
     return text
 
 
 def plain_text(*tokenizers: Any) -> PlainText:
-    """For texts that all of these tokenizers (transformers') are to read as plain characters."""
+    """A filter for texts that all of these tokenizers (transformers') are to read as plain characters."""
     written, normalised = list[str](), list[tuple[TextMap, re.Pattern[str]]]()
     for tokenizer in tokenizers:
         control = [token for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if is_control(token)]
         written += [token.content for token in control]
         normaliser = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         if normaliser is not None:
-            made = spelled(normaliser.normalize_str(token.content) for token in control if token.normalized)
-            normalised += [] if made is None else [(normaliser.normalize_str, made)]
+            pattern = spelled(normaliser.normalize_str(token.content) for token in control if token.normalized)
+            normalised += [] if pattern is None else [(normaliser.normalize_str, pattern)]
     return PlainText(spelled(written), normalised)
 
 
@@ -78,24 +81,26 @@ def is_control(token: Any) -> bool:
     """Whether an AddedToken is more than a piece of text, as ``<think>`` is, though it is not marked special.
 
     One that is not marked, and is a word or has white space, is vocabulary: the phrases of the bundled readers, runs of
-    line breaks, words that a fine-tuning added.
+    line breaks, words added by fine-tuning.
     """
     content = str(token.content)
     return bool(token.special) or not (_WORD.fullmatch(content) or re.search(r"\s", content))
 
 
 def spelled(tokens: Iterable[str]) -> re.Pattern[str] | None:
-    """What matches any of ``tokens`` without the blanks around them, the longest first; None without any.
+    """A pattern for any of ``tokens`` without the spaces around them, the longest first; None without any.
 
-    One character alone ("!" pads some CLIPs) cannot be broken, and is no sign of anything: it is left out.
+    A single character ("!" pads some CLIPs) cannot be broken up, and is no sign of a control token: it is left out.
     """
     spellings = {token.strip(BLANKS) for token in tokens}
-    longest = sorted((each for each in spellings if len(each) > 1), key=lambda each: (-len(each), each))
+    longest = sorted(
+        (spelling for spelling in spellings if len(spelling) > 1), key=lambda spelling: (-len(spelling), spelling)
+    )
     return re.compile("|".join(map(re.escape, longest))) if longest else None
 
 
 def plain_prompt(prompt: Prompt, plain: TextMap) -> Prompt:
-    """The prompt with ``plain`` of each of its texts."""
+    """The prompt with ``plain`` applied to each of its texts."""
     return replace(
         prompt,
         text=plain(prompt.text),
@@ -106,5 +111,5 @@ def plain_prompt(prompt: Prompt, plain: TextMap) -> Prompt:
 
 
 def plain_for_servers(text: str) -> str:
-    """For a server's tokenizer, which is not known: common spellings of control tokens are broken up."""
+    """For a server's unknown tokenizer: breaks up common spellings of control tokens."""
     return broken(_COMMON, text)

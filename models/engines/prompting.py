@@ -1,4 +1,4 @@
-"""From a :class:`~.base.Prompt` to token ids, the same ones in every in-process engine."""
+"""Encoding of a :class:`~.base.Prompt` as token ids, the same in every in-process engine."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CACHED_PROMPTS = 1024  # captioning repeats a handful of prompts for millions of
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template with what it is given besides the chat; made by :func:`.chat_templates.open_encoder`.
+    """A chat template with its arguments besides the chat; made by :func:`.chat_templates.open_encoder`.
 
-    ``text`` None: the tokenizer's own. ``thinking``: how the model's thoughts are written where the template lets it
+    ``text`` None: the tokenizer's own. ``thinking``: the tags of the model's thoughts, where the template lets it
     think.
     """
 
@@ -33,7 +33,7 @@ class ChatTemplate:
     thinking: Tags | None = None
 
     def render(self, tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> str:
-        """The chat as text up to where the model goes on (transformers' sandbox). Raises whatever a template does."""
+        """The chat as text up to the model's turn (transformers' sandbox). Raises whatever a template does."""
         text = tokenizer.apply_chat_template(
             chat, chat_template=self.text, tokenize=False, add_generation_prompt=True, **self.arguments
         )
@@ -41,10 +41,10 @@ class ChatTemplate:
 
 
 class PromptEncoder:
-    """Renders chats with a model's own template and remembers the ids of recent ones. Not thread-safe.
+    """Renders chats with a model's own template and caches the ids of recent ones. Not thread-safe.
 
-    Control tokens come from the template alone: what a prompt spells is put as plain characters (:mod:`.plain_text`).
-    ``image_token_id``: the placeholder that an image stands for in the ids, None for a model without eyes.
+    Control tokens come from the template alone: text in a prompt is encoded as plain characters (:mod:`.plain_text`).
+    ``image_token_id``: the placeholder token of an image, None for a text-only model.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class PromptEncoder:
         self._recent: OrderedDict[PromptKey, tuple[int, ...]] = OrderedDict()
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt's ids up to where the model goes on; an image is a single placeholder, not expanded yet.
+        """The prompt's ids up to the model's turn; an image is a single placeholder, not expanded yet.
 
-        Raises Rejected for an image given to a text-only model, and for a chat that the template does not take.
+        Raises Rejected for an image given to a text-only model, and for a chat that the template does not accept.
         """
-        image = None if prompt.image is None else ""  # whichever it is, it is one placeholder
+        image = None if prompt.image is None else ""  # any image is one placeholder
         key = (prompt.system, prompt.text, prompt.thought, prompt.answer_prefix, image)
         if (known := self._recent.get(key)) is not None:
             self._recent.move_to_end(key)
@@ -84,7 +84,7 @@ class PromptEncoder:
             raise Rejected("the prompt has an image, but the model reads text only")
         try:
             text = self._template.render(self._tokenizer, messages(prompt))
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates may raise anything
             raise Rejected(f"the chat template refuses the prompt: {type(error).__name__}: {error}") from error
         if prompt.system is not None and prompt.system.strip() not in text:
             raise Rejected("the model's chat template leaves the system message out; do without one")
@@ -102,7 +102,7 @@ class PromptEncoder:
         return ids
 
     def choice_ids(self, choices: tuple[str, ...]) -> list[int]:
-        """The one token of each choice. Raises Rejected where a choice is not exactly one token."""
+        """The token id of each choice. Raises Rejected where a choice is not exactly one token."""
         ids = [self._tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
         split = [choice for choice, tokens in zip(choices, ids, strict=True) if len(tokens) != 1]
         if split:
@@ -116,24 +116,24 @@ class PromptEncoder:
     def answer(self, token_ids: list[int]) -> tuple[str, Thought | None]:
         """The text of a completion without the thought before it, and that thought."""
         text, start = "", 0
-        for place, token in enumerate(token_ids):
+        for index, token in enumerate(token_ids):
             if token in self._hidden_tags:
-                text += self.decode(token_ids[start:place]) + self._hidden_tags[token]
-                start = place + 1
+                text += self.decode(token_ids[start:index]) + self._hidden_tags[token]
+                start = index + 1
         text += self.decode(token_ids[start:])
         return split_thought(text, self.thinking is not None and self.thinking.begun)
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of a completion, special tokens left out and spaces exactly as the model wrote them."""
+        """The text of a completion, without special tokens and with spaces exactly as the model wrote them."""
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
 
 class CaptionerEncoder(PromptEncoder):
-    """For captioners that are no chat models: ``start``, and the words that a caption is to go on from.
+    """For captioners that are not chat models: the token ``start``, and the words that a caption continues.
 
     ``image_token_id``: the placeholder before them, None where no id stands for the image. ``prompted``: whether the
-    model can be given words.
+    model takes words.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class CaptionerEncoder(PromptEncoder):
 
 
 def hidden_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The tags of a thought by their ids, where a vocabulary has them as special tokens, which decoding leaves out."""
+    """The tags of a thought by their ids, where they are special tokens of the vocabulary, which decoding omits."""
     hidden: dict[int, str] = {}
     for tag in (OPENING, CLOSING):
         ids: list[int] = tokenizer.encode(tag, add_special_tokens=False)
@@ -165,7 +165,7 @@ def hidden_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """The chat in the form that templates take; the image, where there is one, comes before the text."""
+    """The chat in the form that templates take; an image comes before the text."""
     chat: list[dict[str, Any]] = []
     if prompt.system is not None:
         chat.append({"role": "system", "content": prompt.system})
@@ -177,7 +177,7 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def rgb_pixels(image: ImageInput) -> npt.NDArray[np.uint8]:
-    """The image's pixels, ``(height, width, 3)``. Raises Rejected where they are missing or of another form."""
+    """The image's pixels, ``(height, width, 3)``. Raises Rejected where they are missing or malformed."""
     pixels = image.pixels
     if pixels is None:
         raise Rejected(f"image {image.uid} has no pixels; an in-process engine reads pixels, not encoded bytes")

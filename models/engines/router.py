@@ -1,4 +1,4 @@
-"""Several servers of one model as one engine: what belongs to an image goes to the same one, as long as it is there."""
+"""Routing over several servers of one model, with failover: requests about an image go to the same live server."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .http.answers import SentAway, Unavailable
 from .http.engine import THOUGHT_PROBE, HTTPEngine, HTTPOptions, connect_http_engine
 from .http.server import NoAnswer, NotReady, common_model, none_answers
 
-ATTEMPTS = 2  # at one server; then another one has its turn
-CROWDED = 1.5  # so much fuller than the emptiest server may one be before its images go there
+ATTEMPTS = 2  # at one server, before another one is tried
+CROWDED = 1.5  # how many times as loaded as the least loaded server one may be before its images go there
 
 Answer = TypeVar("Answer")
 
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 class Failover:
     """Seconds. ``patience``: how long a request waits at a busy server before it tries another one.
 
-    ``probe``: until a server that was left out is asked again, doubled up to ``longest_probe``. ``gone``: how long to
-    look for one that can be connected where none is left. ``returns``: whether servers that were left out are taken
-    back by themselves; else by the next reload alone, since they may have other weights.
+    ``probe``: until an excluded server is asked again, doubled up to ``longest_probe``. ``gone``: how long to look for
+    a reachable server where none is left. ``returns``: whether excluded servers rejoin by themselves; otherwise only at
+    the next reload, since they may have other weights.
     """
 
     patience: float = 30.0
@@ -43,25 +43,25 @@ class Failover:
 
 
 class Server:
-    """One of the servers. ``engine``: None as long as it never answered; ``out``: why it is left out, empty if not."""
+    """One of the servers. ``engine``: None until it first answers; ``out``: why it is excluded, empty if it is not."""
 
     def __init__(self, options: HTTPOptions, engine: HTTPEngine | None, out: str, failover: Failover) -> None:
         self.options, self.engine, self.out = options, engine, out
         self.pause = failover.probe
         self.probe_at = time.monotonic() + self.pause
         self.probing: asyncio.Task[None] | None = None
-        self.starting = False  # when it was asked last, it answered, but was not ready
+        self.starting = False  # at the last probe it answered, but was not ready
 
     @property
     def pressure(self) -> float:
-        """Requests there for each one that it takes at once."""
+        """Load: requests at the server per request that it takes at once."""
         return 0.0 if self.engine is None else self.engine.load / self.engine.concurrency
 
 
 class EngineRouter:
     """Implements :class:`~.base.Engine` over several servers; made by :func:`connect_servers`.
 
-    A server that is gone, or busy for long without an answer to anybody, is left out and its requests go to the others.
+    A server that is gone, or busy for long without any answer, is excluded and its requests go to the others.
     EngineDead only where none is left.
     """
 
@@ -78,9 +78,9 @@ class EngineRouter:
 
     @property
     def context(self) -> int | None:
-        """The shortest that one of them tells."""
-        told = [server.engine.context for server in self._servers if server.engine is not None]
-        return min((each for each in told if each is not None), default=None)
+        """The shortest context that a server reports."""
+        contexts = [server.engine.context for server in self._servers if server.engine is not None]
+        return min((context for context in contexts if context is not None), default=None)
 
     async def generate(self, request: GenerationRequest) -> Completion:
         return await self._route(request.prompt, lambda engine: engine.generate(request))
@@ -89,14 +89,14 @@ class EngineRouter:
         return await self._route(request.prompt, lambda engine: engine.choose(request))
 
     async def thinks(self) -> bool:
-        """Of any of them, since they serve one model."""
+        """Asks any one server, since all serve one model."""
         return await self._route(THOUGHT_PROBE, lambda engine: engine.thinks())
 
     async def count_tokens(self, prompt: Prompt) -> int | None:
         return None
 
     async def reload(self, folder: Path) -> None:
-        """New weights for all, at once, those that were left out among them. Raises EngineDead where one is gone."""
+        """New weights for all servers at once, excluded ones included. Raises EngineDead where one is gone."""
         absent = [server.options.url for server in self._servers if server.engine is None]
         if absent:
             raise EngineDead(f"{', '.join(absent)}: no server answers, and all need the new weights")
@@ -115,7 +115,7 @@ class EngineRouter:
                 await server.engine.aclose()
 
     def _live(self) -> list[tuple[Server, HTTPEngine]]:
-        return [(each, each.engine) for each in self._servers if not each.out and each.engine is not None]
+        return [(server, server.engine) for server in self._servers if not server.out and server.engine is not None]
 
     async def _route(self, prompt: Prompt, ask: Callable[[HTTPEngine], Awaitable[Answer]]) -> Answer:
         """The answer of the prompt's own server, or of another one where that fails."""
@@ -135,22 +135,22 @@ class EngineRouter:
                 failing_since = began if failing_since is None else failing_since
                 if error.busy and time.monotonic() - failing_since > self._patience_s:
                     raise
-                if server.out:  # somebody else found out
+                if server.out:  # another request excluded it already
                     continue
                 if error.final or not engine.works_since(began, error.busy):
                     if error.final and len(self._live()) == 1:
                         raise
                     self._leave_out(server, str(error))
-                elif not error.busy:  # the server answers others: it is this request
+                elif not error.busy:  # the server answers others: this request is at fault
                     tried.append(server)
-                    if all(each in tried for each, _ in self._live()):
+                    if all(candidate in tried for candidate, _ in self._live()):
                         raise
                 continue
             server.pause = self._failover.probe
             return answer
 
     async def _choose_server(self, prompt: Prompt, tried: Sequence[Server]) -> tuple[Server, HTTPEngine]:
-        """The first of the prompt's servers that is there; the emptiest where that one has far more to do."""
+        """The prompt's first live server by rendezvous hashing; the least loaded one where that has far more to do."""
         self._probe_some()
         if not self._live():
             await self._revive()
@@ -180,7 +180,7 @@ class EngineRouter:
         logger.warning("%s is back", server.options.url)
 
     def _probe_some(self) -> None:
-        """Ask servers that were left out for long enough, in the background."""
+        """Probe servers that were excluded for long enough, in the background."""
         for server in self._servers:
             due = server.out and self._failover.returns and time.monotonic() >= server.probe_at
             if due and (server.probing is None or server.probing.done()):
@@ -188,7 +188,7 @@ class EngineRouter:
                 server.probing = asyncio.create_task(self._probe(server))
 
     async def _probe(self, server: Server) -> None:
-        """Take a server back that answers and has the model; else say when to ask again."""
+        """Readmit a server that answers and has the model; otherwise schedule the next probe."""
         try:
             if server.engine is None:
                 server.engine = await connect_http_engine(server.options)
@@ -202,7 +202,7 @@ class EngineRouter:
                 self._take_back(server)
 
     async def _revive(self) -> None:
-        """Wait for a server to come back where all are out. Raises EngineDead where none does."""
+        """Wait for a server to come back where all are excluded. Raises EngineDead where none does."""
         async with self._reviving:
             began = time.monotonic()
             while self._failover.returns and not self._live():
@@ -218,7 +218,7 @@ class EngineRouter:
 
 
 def home_of(prompt: Prompt) -> str:
-    """What prompts that share computed work have in common: the image, or the text before the last paragraph."""
+    """Routing key, shared by prompts that share computed work: the image, or the text before the last paragraph."""
     if prompt.image is not None:
         return prompt.image.uid
     beginning, _, _ = prompt.text.rpartition("\n\n")
@@ -228,20 +228,22 @@ def home_of(prompt: Prompt) -> str:
 async def connect_servers(
     options: HTTPOptions, urls: Sequence[str], *, all_needed: bool = False, failover: Failover | None = None
 ) -> Engine:
-    """An engine over the servers at ``urls``; ``options`` are for each, but for its URL.
+    """An engine over the servers at ``urls``; ``options`` are for each, except for its URL.
 
     Raises BadInput where they have different models, and NoAnswer where none of them answers (``all_needed``: or one
-    does not). Some may be down: one warning says which, and they are taken in when they answer.
+    does not). Some may be down: one warning lists them, and they join when they answer.
     """
     if len(urls) == 1:
         return await connect_http_engine(replace(options, url=urls[0]))
     failover = failover or Failover(returns=not all_needed)
-    each = replace(
+    common = replace(
         options, attempts=min(options.attempts, ATTEMPTS), patience_s=min(options.patience_s, failover.patience)
     )
-    found = await asyncio.gather(*(connect_http_engine(replace(each, url=url)) for url in urls), return_exceptions=True)
-    engines = {url: engine for url, engine in zip(urls, found, strict=True) if isinstance(engine, HTTPEngine)}
-    faults = {url: fault for url, fault in zip(urls, found, strict=True) if isinstance(fault, BaseException)}
+    results = await asyncio.gather(
+        *(connect_http_engine(replace(common, url=url)) for url in urls), return_exceptions=True
+    )
+    engines = {url: engine for url, engine in zip(urls, results, strict=True) if isinstance(engine, HTTPEngine)}
+    faults = {url: fault for url, fault in zip(urls, results, strict=True) if isinstance(fault, BaseException)}
     try:
         model = _agreed(engines, faults, all_needed)
     except BaseException:
@@ -251,13 +253,13 @@ async def connect_servers(
     if faults:
         reasons = "; ".join(str(fault) for fault in faults.values())
         logger.warning("%d of %d servers are down and left out: %s", len(faults), len(urls), reasons)
-    each = replace(each, model=model)
-    servers = [Server(replace(each, url=url), engines.get(url), str(faults.get(url, "")), failover) for url in urls]
+    common = replace(common, model=model)
+    servers = [Server(replace(common, url=url), engines.get(url), str(faults.get(url, "")), failover) for url in urls]
     return EngineRouter(servers, options.patience_s, failover)
 
 
 def _agreed(engines: dict[str, HTTPEngine], faults: dict[str, BaseException], all_needed: bool) -> str:
-    """The servers' model. Raises the fault that is more than a server that is down, or that it is too many of them."""
+    """The servers' common model. Raises faults other than a server that is down, or NoAnswer for too many of those."""
     down = [fault for fault in faults.values() if isinstance(fault, NoAnswer)]
     for fault in faults.values():
         if not isinstance(fault, NoAnswer):

@@ -1,11 +1,11 @@
-"""Sampling whose draws are a pure function of (seed, position): Gumbel noise from a counter instead of a generator.
+"""Counter-based sampling, a pure function of (seed, position): Gumbel noise from a hash instead of a generator.
 
 ``argmax(logits / temperature + gumbel)`` is a sample of ``softmax(logits / temperature)``. With the noise hashed from
-``(seed, position, token id)`` the same request draws the same tokens in every engine, whatever shares its batch, and
-no request needs a generator of its own (a ``torch.Generator`` per request makes vLLM 30 times slower on a CPU).
+``(seed, position, token id)`` the same request samples the same tokens in every engine and any batch, and no request
+needs a generator of its own (a ``torch.Generator`` per request makes vLLM 30 times slower on a CPU).
 
-Here is the mathematics in torch, for any device; :mod:`.gumbel_kernel` is the same in one pass over the logits, and
-:func:`apply` takes it where it runs.
+This is the torch implementation, for any device; :mod:`.gumbel_kernel` does the same in one pass over the logits, and
+:func:`apply` uses it where it runs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .gumbel_bits import BITS, GOLDEN_32, GOLDEN_64, LARGEST_BELOW_ONE, MURMUR_1
 
 
 def fold_seed(seed: int) -> int:
-    """Any integer as a signed 64-bit one (modulo 2**64), which is what tensors and vLLM's messages can carry."""
+    """Any integer as a signed 64-bit one (modulo 2**64), as tensors and vLLM's messages require."""
     folded = seed & (1 << 64) - 1
     return folded - (1 << 64) if folded >= 1 << 63 else folded
 
 
 def vision_ids(config: Any) -> list[int]:
-    """The tokens that stand for pixels or frame them, of a model that has any: never to be generated."""
+    """The tokens that stand for pixels or frame them, if the model has any: never to be generated."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
 
@@ -37,7 +37,7 @@ def vision_ids(config: Any) -> list[int]:
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, device: torch.device | str) -> Tensor:
     """Standard Gumbel noise, float32 ``(rows, vocab_size)`` on ``device``; finite everywhere.
 
-    ``seeds``, ``positions``: int64 ``(rows,)``; the position is the number of tokens the row has drawn before.
+    ``seeds``, ``positions``: int64 ``(rows,)``; the position is the number of tokens the row has sampled before.
     """
     device = torch.device(device)
     key = _row_keys(seeds.to(device), positions.to(device))
@@ -45,10 +45,10 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, device: torc
     low = torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)  # the same 32 bits, as a signed number
     high = (key >> 32).to(torch.int32)
     hashed = torch.arange(vocab_size, dtype=torch.int32, device=device).mul_(GOLDEN_32) + low[:, None]
-    # Two rounds with one half of the key each: after one, rows whose keys are near would repeat each other shifted.
+    # Two rounds with one half of the key each: after one, rows with close keys would be shifted copies of each other.
     hashed = _mix32_(_mix32_(hashed).bitwise_xor_(high[:, None]))
     uniform = hashed.bitwise_and_((1 << BITS) - 1).to(torch.float32)
-    # The noise of rare, large values must be fine-grained (they decide draws from a flat distribution over a large
+    # Rare, large values of the noise must be fine-grained (they decide samples from a flat distribution over a large
     # vocabulary), so it is taken from the variate's end near 0, where float32 is dense, not from the one near 1.
     uniform.add_(0.5).mul_(2.0**-BITS).clamp_(max=LARGEST_BELOW_ONE)
     return uniform.neg_().log1p_().neg_().log_().neg_()
@@ -56,7 +56,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, device: torc
 
 @lru_cache(maxsize=16)
 def kernel_runs_on(device: torch.device) -> bool:
-    """Whether Triton compiles and starts the kernel for ``device``: tried once. A warning says why it does not on CUDA.
+    """Whether Triton compiles and launches the kernel on ``device``: tried once. On CUDA a warning says why not.
 
     On a CPU only by Triton's interpreter, for tests: with ``TRITON_INTERPRET=1`` in the environment from the start.
     """
@@ -67,7 +67,7 @@ def kernel_runs_on(device: torch.device) -> bool:
 
         one = torch.ones(1, dtype=torch.long, device=device)
         add_noise(torch.zeros(1, 16, device=device), one, one, one.float())
-    except Exception as error:  # no Triton, no compiler for its launcher, a device too old: torch does it then
+    except Exception as error:  # no Triton, no compiler for its launcher, a device too old: torch is used
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(f"the noise of sampling is made by torch, slower, as its kernel fails ({reason})", stacklevel=2)
         return False
@@ -83,11 +83,11 @@ def apply(
     barred: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor:
-    """Float32 ``(rows, vocab)`` whose argmax is each row's sample. Rows of temperature 0 come back as they were.
+    """Float32 ``(rows, vocab)`` whose argmax is each row's sample. Rows of temperature 0 are unchanged.
 
     ``seeds``, ``positions``: int64 ``(rows,)``; ``temperatures``, ``top_ps``: float32 ``(rows,)``, temperature first.
-    ``top_ps=None`` says that every row has full support, which saves sorting. ``barred``: int64 ids that no row with a
-    temperature draws. ``overwrite``: the result may take the place of ``logits``. Nothing here waits for the device.
+    ``top_ps=None`` means that every row has full support, which saves sorting. ``barred``: int64 ids that no row with a
+    temperature samples. ``overwrite``: the result may be written into ``logits``. Never synchronises with the device.
     """
     if not kernel_runs_on(logits.device):
         return apply_in_torch(logits, seeds, positions, temperatures, top_ps, barred)
@@ -107,7 +107,7 @@ def apply_in_torch(
     top_ps: Tensor | None,
     barred: Tensor | None = None,
 ) -> Tensor:
-    """:func:`apply` without the kernel, which is tested against it."""
+    """:func:`apply` without the kernel; the kernel is tested against it."""
     noise = gumbel_noise(seeds, positions, logits.shape[-1], logits.device)
     return with_noise(logits, noise, temperatures, top_ps, barred)
 
@@ -115,13 +115,13 @@ def apply_in_torch(
 def with_noise(
     logits: Tensor, noise: Tensor, temperatures: Tensor, top_ps: Tensor | None, barred: Tensor | None = None
 ) -> Tensor:
-    """As :func:`apply_in_torch`, with the noise ``(rows, vocab)`` that was made before."""
+    """Like :func:`apply_in_torch`, with precomputed noise ``(rows, vocab)``."""
     scaled = _scaled(logits, temperatures, top_ps, barred)
     return torch.where((temperatures <= 0)[:, None], scaled, scaled + noise)
 
 
 def _scaled(logits: Tensor, temperatures: Tensor, top_ps: Tensor | None, barred: Tensor | None) -> Tensor:
-    """A new float32 matrix of what the noise is added to. Rows of temperature 0 are as they were."""
+    """A new float32 matrix to add the noise to. Rows of temperature 0 are unchanged."""
     greedy = temperatures <= 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
     if barred is not None:
@@ -131,16 +131,16 @@ def _scaled(logits: Tensor, temperatures: Tensor, top_ps: Tensor | None, barred:
 
 
 def _keep_nucleus(logits: Tensor, top_ps: Tensor) -> Tensor:
-    """``logits`` with -inf outside each row's smallest set of likeliest tokens that holds ``top_p`` of probability."""
+    """``logits`` with -inf outside each row's smallest set of most likely tokens with ``top_p`` of probability."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probability = ordered.softmax(dim=-1)
-    before = probability.cumsum(dim=-1) - probability  # held by the likelier ones alone; 0 for the first, always kept
+    before = probability.cumsum(dim=-1) - probability  # that of the likelier tokens; 0 for the first, always kept
     full = top_ps[:, None] >= 1.0  # rounding in the sum must not cut the tail of a row that asked for all of it
     return logits.scatter(-1, order, ordered.masked_fill((before >= top_ps[:, None]) & ~full, -math.inf))
 
 
 def _row_keys(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One well mixed int64 key per row; the seed is mixed first, so that near seeds and positions share nothing."""
+    """One well mixed int64 key per row; the seed is mixed first, so that close seeds and positions share nothing."""
     return _mix64(_mix64(seeds + GOLDEN_64) + (positions + 1) * GOLDEN_64)
 
 

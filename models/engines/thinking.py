@@ -1,6 +1,6 @@
-"""Thoughts: what some models write between tags before their answer, and how an answer is asked for after one.
+"""Thinking models: thoughts between tags before an answer, and how to ask for the answer after one.
 
-Whether a model thinks shows in its template (:mod:`.chat_templates`); a server hides it, so there one answer tells.
+Whether a model thinks shows in its template (:mod:`.chat_templates`); a server hides it, so there it is probed once.
 """
 
 from __future__ import annotations
@@ -12,40 +12,40 @@ from typing import Protocol, runtime_checkable
 from .base import Engine, GenerationRequest, Prompt, Sampling, Thought
 
 OPENING, CLOSING = "<think>", "</think>"
-# How other models write them: Kimi-VL, and those that learned from Claude.
+# Other models' tags: Kimi-VL's, and those of models that learned from Claude.
 _OPENING, _CLOSING = re.compile(r"<think(?:ing)?>|◁think▷"), re.compile(r"</think(?:ing)?>|◁/think▷")
 GAP = "\n\n"  # between the closing tag and the answer, as in Qwen's and DeepSeek's templates
 
 
 @dataclass(frozen=True)
 class Tags:
-    """How a model's thought is written. ``begun``: the template's end opens it already. ``gap``: what follows it."""
+    """Format of a model's thoughts. ``begun``: the template's end already opens one. ``gap``: the text after it."""
 
     begun: bool = False
     gap: str = GAP
 
     def closed(self, thought: str) -> str:
-        """What the assistant's turn has before its answer, after whatever the template opened."""
+        """The assistant's turn up to its answer, after whatever the template opened."""
         opening = "" if self.begun else f"{OPENING}\n"
         return f"{opening}{thought.strip()}\n{CLOSING}{self.gap}"
 
 
 @runtime_checkable
 class Thinker(Protocol):
-    """An engine that can tell whether its model may think before it answers. Raises RequestError and EngineDead."""
+    """An engine that reports whether its model may think before it answers. Raises RequestError and EngineDead."""
 
     async def thinks(self) -> bool: ...
 
 
 async def thinks(engine: Engine) -> bool:
-    """Whether the engine's model may think first; one that cannot tell does not."""
+    """Whether the engine's model may think first; False for engines that do not report it."""
     return isinstance(engine, Thinker) and await engine.thinks()
 
 
 async def after_thought(engine: Engine, prompt: Prompt, sampling: Sampling) -> tuple[Prompt, Thought | None]:
-    """The prompt with the model's thought about it, at whose end the answer begins; unchanged where it had none.
+    """The prompt with the model's thought about it, after which the answer begins; unchanged where it had none.
 
-    ``sampling``: of the thought, whose tokens are bounded by ``max_tokens``; one that was cut there is closed as it is.
+    ``sampling``: of the thought, limited to ``max_tokens``; one truncated there is closed as it is.
     """
     thought = (await engine.generate(GenerationRequest(prompt, sampling))).thought
     return (prompt if thought is None else replace(prompt, thought=thought.text)), thought
@@ -54,7 +54,7 @@ async def after_thought(engine: Engine, prompt: Prompt, sampling: Sampling) -> t
 def split_thought(text: str, begun: bool = False) -> tuple[str, Thought | None]:
     """An answer without the thought before it, and that thought. ``begun``: the prompt had opened it.
 
-    A closing tag with no opening one before it ends a thought as well: not everybody knows the model's template.
+    A closing tag with no opening one before it ends a thought as well: not every server knows the model's template.
     """
     thoughts, closed = list[str](), True
     while closed:

@@ -1,6 +1,7 @@
-"""Pictures in formats that are not kept, as the PNG of what they show: what `capipe ingest --convert` does.
+"""Conversion of images in formats that are not kept to PNG (`capipe ingest --convert`).
 
-Still pictures only. What Pillow or a plugin of it can read here depends on the installation; the rest keeps its reason.
+Still images only. What Pillow or one of its plugins can read depends on the installation; other files keep their
+reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ...manifests.status import Status
 from .decode import DECODE_ERRORS, ImageLimits, as_shown, refusal
 from .formats import Header, ImageProblem, described
 
-# By what :func:`.formats.described` calls a file: its short name, the module that reads it, Pillow's name for it.
+# By the description of :func:`.formats.described`: short name, module that reads it, Pillow's name for it.
 _READERS = {
     "a GIF image": ("gif", "PIL.GifImagePlugin", "GIF"),
     "a BMP image": ("bmp", "PIL.BmpImagePlugin", "BMP"),
@@ -29,24 +30,24 @@ _READERS = {
 }
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L")
 _UNREADABLE = (*DECODE_ERRORS, Image.DecompressionBombError, NotImplementedError, LookupError, RuntimeError)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit on pixels is ours
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # we apply our own pixel limit
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """``data``: a PNG, upright, in sRGB, of eight bits, transparency over white. ``format``: what it was."""
+    """``data``: a PNG, upright, in sRGB, 8-bit, transparency over white. ``format``: the original format."""
 
     data: bytes
     format: str
 
 
 def is_convertible(data: bytes) -> bool:
-    """Whether a file looks like one of a format that can become a PNG, still or not."""
+    """Whether a file looks like a format that can be converted to PNG, still or animated."""
     return described(data) in _READERS
 
 
 def to_png(data: bytes, limits: ImageLimits) -> Converted | ImageProblem | None:
-    """The picture as a PNG, or why not; None for what is no picture in one of these formats."""
+    """The image as a PNG, or why not; None for files that are no image in one of these formats."""
     kind = described(data)
     if kind not in _READERS:
         return None

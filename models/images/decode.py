@@ -1,6 +1,6 @@
-"""Encoded image bytes in; a verdict, a perceptual hash or model-ready pixels out. Pure functions, nothing kept.
+"""Decoding of image bytes: a verdict, a perceptual hash or model-ready pixels. Pure functions, nothing is cached.
 
-Pixels are what a viewer shows: upright, in sRGB, eight bits a channel, transparency over white.
+Pixels are what a viewer shows: upright, in sRGB, eight bits per channel, transparency over white.
 
 JPEGs are scaled inside the DCT while they are decoded, which is where most of the time goes. Imported by decoding
 processes, so it must stay light: numpy and Pillow, no torch.
@@ -34,7 +34,7 @@ Pixels = npt.NDArray[np.uint8]
 MAX_GRID_ASPECT = 200.0  # Qwen's processors refuse longer strips
 
 # Opened by class instead of Image.open: the format is known, Image.open's own pixel limit raises or warns at sizes that
-# are not ours, and it would read a phone's two-picture JPEG (MPO) as an animation.
+# are not ours, and it would read a phone's two-image JPEG (MPO) as an animation.
 _OPENERS: dict[Format, Callable[[bytes], ImageFile]] = {
     "jpg": lambda data: JpegImageFile(io.BytesIO(data)),
     "png": open_png,
@@ -43,7 +43,7 @@ _OPENERS: dict[Format, Callable[[bytes], ImageFile]] = {
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
 _EXIF_ERRORS = (*DECODE_ERRORS, LookupError, TypeError, AttributeError)
 _EXIF_ORIENTATION = 0x0112
-# Said of every photo with a scratched EXIF block, once a process, into the middle of the progress display.
+# Pillow warns of every photo with damaged EXIF, once per process, in the middle of the progress display.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,8 +55,8 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _PLAIN_MODES = ("RGB", "L", "P", "1")
-_PNG_DEPTH_AT = 24  # bits a channel
-_LOSSLESS_PIXELS = 4_000_000  # PNGs of so many are 5 to 10 MB
+_PNG_DEPTH_AT = 24  # offset of the bits per channel
+_LOSSLESS_PIXELS = 4_000_000  # PNGs of this many pixels are 5 to 10 MB
 _HASH_SIDE, _HASH_BITS = 32, 8
 # The first 8 rows of the 32-point DCT-II, unnormalised.
 _DCT: npt.NDArray[np.float64] = 2 * np.cos(
@@ -66,7 +66,7 @@ _DCT: npt.NDArray[np.float64] = 2 * np.cos(
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What is taken as an image: lengths in pixels, ``max_aspect`` is the longer side over the shorter."""
+    """Limits for accepted images: sides in pixels, ``max_aspect`` is the longer side over the shorter."""
 
     max_image_pixels: int = 100_000_000
     min_side: int = 16
@@ -75,7 +75,7 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """A sound image. ``width`` and ``height`` are upright (after EXIF rotation); ``phash`` is 16 hex digits."""
+    """A valid image. ``width`` and ``height`` are upright (after EXIF rotation); ``phash`` is 16 hex digits."""
 
     format: Format
     width: int
@@ -85,7 +85,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """A picture decoded small. ``image`` is RGB; ``width`` and ``height`` are those of the whole picture, upright."""
+    """An image decoded small. ``image`` is RGB; ``width`` and ``height`` are those of the whole image, upright."""
 
     image: Image.Image
     width: int
@@ -93,7 +93,7 @@ class Thumbnail:
 
 
 def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
-    """Decode all of ``data`` (every entropy-coded byte, so truncation shows), scaled down as far as hashing allows."""
+    """Decode all of ``data`` (every entropy-coded byte, to detect truncation), scaled down as far as hashing allows."""
     header = _accept(data, limits)
     if isinstance(header, ImageProblem):
         return header
@@ -114,13 +114,13 @@ def check(data: bytes, limits: ImageLimits) -> ImageInfo | ImageProblem:
 
 
 def decode_upright(data: bytes, limits: ImageLimits) -> Image.Image | ImageProblem:
-    """The whole picture at its full size: upright, RGB, transparency over white."""
+    """The whole image at full size: upright, RGB, transparency over white."""
     whole = thumbnail(data, limits, None)
     return whole if isinstance(whole, ImageProblem) else whole.image
 
 
 def thumbnail(data: bytes, limits: ImageLimits, side: int | None) -> Thumbnail | ImageProblem:
-    """The whole picture, upright and in RGB, as small as decoding makes it without a side under ``side`` pixels."""
+    """The whole image, upright and in RGB, as small as decoding makes it without a side under ``side`` pixels."""
     header = _accept(data, limits)
     if isinstance(header, ImageProblem):
         return header
@@ -137,13 +137,13 @@ def thumbnail(data: bytes, limits: ImageLimits, side: int | None) -> Thumbnail |
 
 
 def as_shown(image: ImageFile) -> Image.Image:
-    """An opened picture, upright and in RGB. Raises :data:`DECODE_ERRORS`."""
+    """An opened image, upright and in RGB. Raises :data:`DECODE_ERRORS`."""
     image.load()
     return _upright(_to_rgb(image, srgb_conversion(image)), _orientation(image))
 
 
 def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling: bool = True) -> Pixels | ImageProblem:
-    """Upright RGB pixels ``(height, width, 3)`` on the model's grid: its own processor has nothing left to resize.
+    """Upright RGB pixels ``(height, width, 3)`` on the model's grid, so that its own processor need not resize.
 
     ``dct_scaling=False`` decodes JPEGs at full size first: slower, for models that are sensitive to the difference.
     """
@@ -166,15 +166,15 @@ def decode_rgb(data: bytes, grid: ImageGrid, limits: ImageLimits, *, dct_scaling
     except DECODE_ERRORS as error:
         return _undecodable(error)
     if rgb.size != (width, height):
-        # Half of 333 pixels are decoded to 167, of which 166.5 are picture: without the box everything would shift.
+        # Half of 333 pixels are decoded to 167, of which 166.5 are image: without the box everything would shift.
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC, box=drafted[1] if drafted else None)
     return np.array(_upright(rgb, orientation), dtype=np.uint8, order="C")
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether every reader shows of ``data`` what is shown here: upright, sRGB, eight bits, no transparency, not CMYK.
+    """Whether all readers show ``data`` as it is shown here: upright, sRGB, eight bits, no transparency, not CMYK.
 
-    Decodes only where metadata may turn the picture. True for what cannot be opened: there is nothing to show.
+    Decodes only where metadata may rotate the image. True for what cannot be opened: there is nothing to show.
     """
     header = read_header(data)
     if isinstance(header, ImageProblem) or not header.complete or header.frames > 1:
@@ -193,9 +193,9 @@ def is_plain(data: bytes) -> bool:
 
 
 def plain_copy(data: bytes, limits: ImageLimits) -> bytes | ImageProblem:
-    """The picture for readers that know no EXIF, profile or transparency: ``data`` itself where it is plain.
+    """The image for readers that ignore EXIF, profile and transparency: ``data`` itself where it is plain.
 
-    Else a PNG, or a JPEG of hardly any loss where a PNG would be many megabytes.
+    Otherwise a PNG, or a nearly lossless JPEG where a PNG would be many megabytes.
     """
     if is_plain(data):
         return data
@@ -212,7 +212,7 @@ def plain_copy(data: bytes, limits: ImageLimits) -> bytes | ImageProblem:
 
 
 def _accept(data: bytes, limits: ImageLimits) -> Header | ImageProblem:
-    """The header of an image that may be decoded: everything that can be refused without decoding is refused here."""
+    """Header of an image that may be decoded; problems that show without decoding are refused here."""
     header = read_header(data)
     if isinstance(header, ImageProblem):
         return header
@@ -220,7 +220,7 @@ def _accept(data: bytes, limits: ImageLimits) -> Header | ImageProblem:
 
 
 def refusal(header: Header, limits: ImageLimits, length: int) -> ImageProblem | None:
-    """Why an image of such a header, in a file of ``length`` bytes, is not to be decoded."""
+    """Why an image with this header, in a file of ``length`` bytes, is not to be decoded; None where it may be."""
     width, height = header.width, header.height
     if width * height > limits.max_image_pixels:
         size = f"{width}x{height} is {width * height / 1e6:.0f} megapixels"
@@ -242,7 +242,7 @@ def _too_thin(header: Header, limit: float) -> ImageProblem:
 
 
 def _undecodable(error: Exception) -> ImageProblem:
-    if "out of memory" in str(error):  # Pillow's words for libjpeg's and zlib's failed allocations
+    if "out of memory" in str(error):  # Pillow's message for failed allocations of libjpeg and zlib
         return ImageProblem(Status.READ_ERROR, f"cannot be decoded now: {error}")
     return ImageProblem(Status.CORRUPT, f"cannot be decoded: {error or type(error).__name__}")
 
@@ -261,7 +261,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, conversion: Conversion | None) -> Image.Image:
-    """As it would be seen: sRGB, transparency over white, 16 bits scaled to 8 (Pillow's convert clips them)."""
+    """As displayed: sRGB, transparency over white, 16 bits scaled to 8 (Pillow's convert clips them)."""
     if image.mode.startswith("I"):
         scaled = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
         image = Image.fromarray(scaled.astype(np.uint8))
@@ -278,7 +278,8 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None) -> Image.Image:
 def phash(grey: Image.Image) -> str:
     """64-bit perceptual hash of an ``L`` image as 16 hex digits; near-duplicates differ in few bits.
 
-    The algorithm of ``imagehash.phash``: 32x32 (Lanczos), DCT-II, the 8x8 lowest frequencies against their median.
+    The algorithm of ``imagehash.phash``: 32x32 (Lanczos), DCT-II, the 8x8 lowest frequencies thresholded at their
+    median.
     """
     small = np.asarray(grey.resize((_HASH_SIDE, _HASH_SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
     low = np.round(_DCT @ small @ _DCT.T, 3)  # rounded: in flat images all but the first are noise around zero
@@ -290,9 +291,9 @@ def phash(grey: Image.Image) -> str:
 def grid_size(height: int, width: int, grid: ImageGrid) -> tuple[int, int]:
     """``(height, width)`` on the grid by Qwen's smart-resize rule: near-equal aspect, multiples of ``factor``.
 
-    Where that rule's own answer breaks its own limits (thin strips, or limits so close that no rounding fits) a second
-    resize would follow in the model's processor; there the size within the limits that is closest in aspect is taken.
-    Raises ValueError over an aspect of 200, or where no size at all fits the limits.
+    Where that rule's result breaks its own limits (thin strips, or limits so close that no rounding fits), the model's
+    processor would resize again; there the size within the limits that is closest in aspect is used. Raises ValueError
+    over an aspect of 200, or where no size fits the limits.
     """
     if max(height, width) > MAX_GRID_ASPECT * min(height, width):
         raise ValueError(f"{width}x{height}: one side is more than {MAX_GRID_ASPECT:g} times the other")
@@ -312,7 +313,7 @@ def grid_size(height: int, width: int, grid: ImageGrid) -> tuple[int, int]:
 
 
 def _nearest_cells(aspect: float, grid: ImageGrid) -> tuple[int, int]:
-    """Rows and columns within the grid's limits whose ratio is nearest to ``aspect``; of equals, the largest."""
+    """Rows and columns within the grid's limits whose ratio is closest to ``aspect``; of equals, the largest."""
     low, high = -(-grid.min_pixels // grid.factor**2), grid.max_pixels // grid.factor**2
     best: tuple[float, int, int, int] | None = None
     for rows in range(1, high + 1):

@@ -1,4 +1,4 @@
-"""Image decoding in a pool of processes, so that the engine's process spends none of its time (nor its GIL) on it."""
+"""Image decoding in a pool of processes, so that it takes no time (nor the GIL) of the engine's process."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Result = TypeVar("Result")
 Batch = Sequence[bytes]
 
 SECONDS_PER_IMAGE = 60.0  # a decoder that takes longer than this is stuck
-_CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)  # very small: only whether it is sound
-STARTS = 5  # of a decoder: what kills processes may kill one that is just starting
-DEATHS = 2  # of decoders that had an image to themselves, before it is left for another run
-_BATCH_IMAGES = 16  # small images share a message: at 112 pixels a message costs a good part of a decode
+_CHECK_GRID = ImageGrid(factor=28, min_pixels=28 * 28, max_pixels=28 * 28)  # tiny: only to check that it decodes
+STARTS = 5  # attempts to start a decoder: what kills processes may kill one that is just starting
+DEATHS = 2  # of decoders that had a single image, before it is left for another run
+_BATCH_IMAGES = 16  # images per message: at 112 pixels a message costs a good part of a decode
 _BATCH_BYTES = 256 << 10
 
 
 def decode_batch(
     images: Batch, *, decode: Callable[[bytes], Result | ImageProblem]
 ) -> tuple[list[Result | ImageProblem], float]:
-    """Runs in the worker; one result per image, and the seconds they took. An image's fault becomes its problem.
+    """Runs in the worker; one result per image, and the seconds they took. An image's error becomes its problem.
 
-    Too little memory says nothing of the image: a ``read_error``, as whatever kills the process.
+    Out of memory says nothing about the image: a ``read_error``, like anything that kills the process.
     """
     started = time.perf_counter()
     results: list[Result | ImageProblem] = []
@@ -44,7 +44,7 @@ def decode_batch(
             results.append(decode(data))
         except MemoryError as error:
             results.append(ImageProblem(Status.READ_ERROR, f"out of memory: {error}".rstrip(": ")))
-        except Exception as error:  # a decoder's bug: the row says so, the others go on
+        except Exception as error:  # a decoder's bug: recorded in the row, the others go on
             results.append(ImageProblem(Status.CORRUPT, f"cannot be decoded: {type(error).__name__}: {error}"))
     return results, time.perf_counter() - started
 
@@ -52,7 +52,7 @@ def decode_batch(
 def grid_decoder(
     grid: ImageGrid, limits: ImageLimits, *, dct_scaling: bool = True
 ) -> Callable[[bytes], Pixels | ImageProblem]:
-    """Decoding to a vision-language model's pixel grid, for a pool. Raises BadInput where no size fits the grid."""
+    """A decoder to a vision-language model's pixel grid, for a pool. Raises BadInput where no size fits the grid."""
     try:
         grid_size(grid.factor, grid.factor, grid)
     except ValueError as error:
@@ -61,7 +61,7 @@ def grid_decoder(
 
 
 def check_for_server(data: bytes, *, limits: ImageLimits) -> bytes | ImageProblem:
-    """What to send a server instead of a sound image's own bytes; empty where it gets those."""
+    """Bytes to send to a server instead of a valid image's own; empty where it gets those."""
     small = decode_rgb(data, _CHECK_GRID, limits)
     if isinstance(small, ImageProblem):
         return small
@@ -75,12 +75,13 @@ class _Job(Generic[Result]):
 
 
 class DecodePool(Generic[Result]):
-    """Runs ``decode`` on images in ``workers`` processes. At most ``in_flight`` images wait or are worked on at once.
+    """Runs ``decode`` on images in ``workers`` processes, with at most ``in_flight`` images queued or being decoded.
 
     ``decode`` must be importable there: a module's function, or a partial of one with picklable arguments.
 
-    A decoder that dies is replaced, and images that shared its message are tried again one by one; see
-    :meth:`Decoder.alone`. Use from one event loop; ``busy_seconds`` ÷ (workers × wall time) is how busy decoding is.
+    A decoder that dies is replaced, and images that shared its message are retried one by one; see
+    :meth:`Decoder.alone`. Use from one event loop; ``busy_seconds`` ÷ (workers × wall time) is the utilisation of the
+    workers.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class DecodePool(Generic[Result]):
         self._lanes = [_Lane(self, Decoder(decode)) for _ in range(workers)]
 
     async def decode(self, data: bytes) -> Result | ImageProblem:
-        """What ``decode`` makes of the image, or why nothing. Raises RunFailed where no worker starts."""
+        """The result of ``decode`` for the image, or its problem. Raises RunFailed where no worker starts."""
         async with self._slots:
             if self._closed:
                 raise RunFailed("the decoding pool is closed")
@@ -104,7 +105,7 @@ class DecodePool(Generic[Result]):
             return await future
 
     def close(self) -> None:
-        """Stop the processes at once; what still waits fails with RunFailed."""
+        """Stop the processes at once; waiting images fail with RunFailed."""
         self._closed = True
         for lane in self._lanes:
             lane.decoder.kill()
@@ -117,7 +118,7 @@ class DecodePool(Generic[Result]):
                 _settle([job], RunFailed("the decoding pool is closed"))
 
     def _take(self) -> list[_Job[Result]] | None:
-        """Jobs for one message: never more than a fair share, so that no lane idles beside a long message."""
+        """Jobs for one message: never more than a fair share, so that no lane is idle beside a long message."""
         job = self._jobs.get()
         if job is None:
             return None
@@ -129,7 +130,7 @@ class DecodePool(Generic[Result]):
             except queue.Empty:
                 break
             if job is None:
-                self._jobs.put(None)  # the sign to stop is for everyone; these jobs come first
+                self._jobs.put(None)  # the stop signal is for all lanes; these jobs come first
                 break
             jobs.append(job)
             size += len(job.data)
@@ -141,7 +142,7 @@ class DecodePool(Generic[Result]):
 
 
 class Decoder(Generic[Result]):
-    """A process that decodes, replaced when it dies. For one thread, but for :meth:`kill`."""
+    """A decoding process, replaced when it dies. For use by one thread, except :meth:`kill`."""
 
     def __init__(self, decode: Callable[[bytes], Result | ImageProblem]) -> None:
         self._function = functools.partial(decode_batch, decode=decode)
@@ -149,25 +150,26 @@ class Decoder(Generic[Result]):
         self._killed = False
 
     def await_start(self) -> None:
-        """Call before the first image. Raises RunFailed where the process does not start, even when tried again."""
+        """Call before the first image. Raises RunFailed where the process does not start, even after retries."""
         for left in reversed(range(STARTS)):
             try:
                 return self._worker.wait_ready()
-            except Exception as error:  # a failed import can be anything; it fails the run, not an image
+            except Exception as error:  # a failed import can raise anything; it fails the run, not an image
                 if not left or self._killed or not isinstance(error, WorkerDiedError):
                     raise RunFailed(f"an image decoding process did not start: {error}") from error
             self._fresh()
 
     def batch(self, images: Batch) -> tuple[list[Result | ImageProblem], float]:
-        """As :func:`decode_batch`. Raises WorkerDiedError; then :meth:`replace` before the next one."""
+        """Like :func:`decode_batch`. Raises WorkerDiedError; call :meth:`replace` before the next batch then."""
         self._worker.send(images)
         return self._worker.recv(timeout=SECONDS_PER_IMAGE * len(images))
 
     def alone(self, image: bytes, deaths: int = 0) -> tuple[Result | ImageProblem, float]:
-        """One image, and the seconds it took: in a fresh process where one died of it, or ran out of memory.
+        """One image, and the seconds it took: in a fresh process where one died on it, or ran out of memory.
 
         What kills a process (the kernel, where memory runs out) may have nothing to do with the image, and a slow
-        machine is no damage: after so many deaths it is a ``read_error``, to be tried again by another run.
+        machine does not mean a damaged file: after :data:`DEATHS` deaths it is a ``read_error``, to be retried by
+        another run.
         """
         while True:
             try:
@@ -183,7 +185,7 @@ class Decoder(Generic[Result]):
                 return ImageProblem(Status.READ_ERROR, f"cannot be decoded now, tried {deaths} times: {reason}"), 0.0
 
     def replace(self) -> None:
-        """A fresh process. Raises RunFailed where none starts, or where this one was killed by us."""
+        """Start a fresh process. Raises RunFailed where none starts, or where this one was killed by us."""
         self._fresh()
         self.await_start()
 
@@ -191,12 +193,12 @@ class Decoder(Generic[Result]):
         self._worker.kill()
         if not self._killed:
             self._worker = Worker(self._function)
-        if self._killed:  # perhaps meanwhile
+        if self._killed:  # perhaps killed meanwhile
             self._worker.kill()
             raise RunFailed("the decoding pool is closed")
 
     def close(self) -> None:
-        """End the process once its present images are done."""
+        """End the process once its current images are done."""
         self._worker.close()
 
     def kill(self) -> None:
@@ -210,7 +212,7 @@ def _is_passing(result: object) -> TypeGuard[ImageProblem]:
 
 
 class _Lane(Generic[Result]):
-    """One thread and its decoder: takes jobs, hands them over, settles their futures."""
+    """One thread and its decoder: takes jobs, has them decoded, settles their futures."""
 
     def __init__(self, pool: DecodePool[Result], decoder: Decoder[Result]) -> None:
         self._pool, self.decoder = pool, decoder
@@ -254,7 +256,7 @@ class _Lane(Generic[Result]):
 
 
 def _settle(jobs: Sequence[_Job[Result]], outcome: Sequence[Result | ImageProblem] | Exception) -> None:
-    """Hand results (or one error to all) to the futures, in their own loop and with one wake-up of it."""
+    """Set results (or one error for all) on the futures, in their own loop and with a single wake-up of it."""
 
     def deliver() -> None:
         for index, job in enumerate(jobs):
@@ -267,5 +269,5 @@ def _settle(jobs: Sequence[_Job[Result]], outcome: Sequence[Result | ImageProble
 
     if not jobs:
         return
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+    with contextlib.suppress(RuntimeError):  # the loop is closed: no caller is waiting
         jobs[0].future.get_loop().call_soon_threadsafe(deliver)

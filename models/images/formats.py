@@ -1,6 +1,6 @@
-"""What encoded image bytes claim to be, read from their structure alone: nothing is decoded, no pixel is allocated.
+"""Image headers, read from the structure of encoded bytes alone: nothing is decoded, no pixel is allocated.
 
-So a pixel bomb costs a few microseconds, and files are known by content, never by name.
+So a pixel bomb costs a few microseconds, and files are identified by content, never by name.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ...manifests.status import Status
 Format = Literal["jpg", "png", "webp"]
 
 MEDIA_TYPES: dict[str, str] = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
-HEAD_BYTES = 4096  # as many bytes tell any file's kind
-MAX_JPEG_SCANS = 500  # every scan is a pass over the whole image; encoders write 1 to 20, bombs write thousands
+HEAD_BYTES = 4096  # enough bytes to identify any file's kind
+MAX_JPEG_SCANS = 500  # every scan is a pass over the whole image; encoders write 1 to 20, bombs thousands
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-# What web crawls hold instead of photographs, by the first bytes. Order matters only where one entry begins another.
+# Other files found in web crawls, by their first bytes. Order matters only where one entry is a prefix of another.
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"GIF8", "a GIF image"),
     (b"BM", "a BMP image"),
@@ -40,7 +40,7 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"(\xb5/\xfd", "zstandard data"),
     (b"PAR1", "a Parquet file"),
     (b"ARROW1", "Arrow data"),
-    (b"\xff\xff\xff\xff", "Arrow data"),  # a stream of it, as `datasets` saves
+    (b"\xff\xff\xff\xff", "Arrow data"),  # the stream format, as `datasets` saves it
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer"),
     (b"\x7fELF", "a program"),
     (b"\x1aE\xdf\xa3", "a Matroska video"),
@@ -71,7 +71,7 @@ class ImageProblem:
 class Header:
     """``width`` and ``height`` in pixels as stored (before EXIF rotation); ``frames`` > 1 for an animation.
 
-    ``complete``: whether the file reaches the end that its structure has; known for PNG only.
+    ``complete``: whether the file contains the end of its structure; known for PNG only.
     """
 
     format: Format
@@ -82,7 +82,7 @@ class Header:
 
 
 def sniff(data: bytes) -> Format | ImageProblem:
-    """The format of an image by its first bytes; for all else a problem that names what it looks like."""
+    """The format of an image by its first bytes; for other files a problem that names what they look like."""
     if not data:
         return ImageProblem(Status.CORRUPT, "zero bytes")
     if data[:3] == b"\xff\xd8\xff":
@@ -99,15 +99,17 @@ def sniff(data: bytes) -> Format | ImageProblem:
 
 
 def described(data: bytes) -> str:
-    """What a file that is no JPEG, PNG or WebP looks like, in words."""
+    """Description of a file that is no JPEG, PNG or WebP."""
     return _describe(data[:HEAD_BYTES])
 
 
 def no_image(head: bytes) -> str | None:
-    """What a file is that begins like this and is no image at all. None for images, also of formats we do not take
-    and damaged ones."""
-    found = sniff(head)
-    if not isinstance(found, ImageProblem) or found.status is not Status.UNSUPPORTED:
+    """Description of a file that is no image at all, by its first bytes.
+
+    None for images, also damaged ones and those in unsupported formats.
+    """
+    sniffed = sniff(head)
+    if not isinstance(sniffed, ImageProblem) or sniffed.status is not Status.UNSUPPORTED:
         return None
     kind = _describe(head[:HEAD_BYTES])
     return None if kind.endswith((" image", "(ICO)", " drawing", "Photoshop file")) else kind
@@ -138,7 +140,7 @@ def _describe(head: bytes) -> str:
 
 
 def read_header(data: bytes) -> Header | ImageProblem:
-    """Format, stored size and frames from the headers; files that end before their own structure says are corrupt."""
+    """Format, stored size and number of frames from the headers; files that end too early are corrupt."""
     kind = sniff(data)
     if isinstance(kind, ImageProblem):
         return kind
@@ -178,7 +180,7 @@ def _jpeg_header(data: bytes) -> Header | ImageProblem:
 
 
 def _png_header(data: bytes) -> Header | ImageProblem:
-    """Walks all chunks: Pillow is content with a PNG whose last bytes are missing."""
+    """Walks all chunks: Pillow accepts a PNG whose last bytes are missing."""
     if data[12:16] != b"IHDR":
         return ImageProblem(Status.CORRUPT, "a PNG whose first chunk is not IHDR")
     width, height = struct.unpack_from(">II", data, 16)
@@ -191,7 +193,7 @@ def _png_header(data: bytes) -> Header | ImageProblem:
         if kind == b"acTL":
             (frames,) = struct.unpack_from(">I", data, at + 8)
         at += 12 + length
-    # The size still counts: a bomb is to be named a bomb even though its file holds nothing but a header.
+    # The size still counts: a bomb must be reported as one even where its file holds nothing but a header.
     return Header("png", width, height, frames, complete=False)
 
 

@@ -1,4 +1,4 @@
-"""The sizes of images that a vision model takes."""
+"""Image sizes that a vision model takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ImageGrid:
-    """The sizes a model really looks at: multiples of ``factor`` pixels, within an area of min to max pixels."""
+    """Sizes that a model sees: multiples of ``factor`` pixels, within an area of min to max pixels."""
 
     factor: int
     min_pixels: int

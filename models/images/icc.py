@@ -1,4 +1,4 @@
-"""Embedded ICC profiles: pixels become sRGB, which is what models, hashes and scorers take all pixels for.
+"""Embedded ICC profiles: conversion of pixels to sRGB, which models, hashes and scorers assume.
 
 Relative colorimetric with black point compensation: by that intent every usual sRGB profile is the identity (ICC's own
 v4 profile is not by the perceptual one), and a matrix profile has no other.
@@ -25,37 +25,37 @@ if TYPE_CHECKING:
 MAX_PROFILE_BYTES = 16 << 20  # a JPEG cannot hold more: 255 segments of 64 kB
 SRGB_TOLERANCE = 2  # levels of 255; sRGB's many profiles are within 1 of each other, Rec. 709's is 16 away
 _KEPT_CONVERSIONS = 64  # half a megabyte each for CMYK, some kilobytes for RGB
-_LEAST_CONTRAST = 64  # levels between black and white, with less of which a profile cannot be meant
+_LEAST_CONTRAST = 64  # least levels between black and white of a valid profile
 
-# By the profile's color space: the mode that its pixels have, and which pictures may carry it. Gray ones may have an
-# RGB profile: their three channels are equal.
+# By the profile's color space: the pixel mode it applies to, and the image modes that may carry it. Gray images may
+# have an RGB profile: their three channels are equal.
 _GRAY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")
 _SPACES = {
     "RGB ": ("RGB", ("RGB", "RGBA", "RGBX", "YCbCr", "P", "PA", *_GRAY)),
     "GRAY": ("L", _GRAY),
     "CMYK": ("CMYK", ("CMYK",)),
 }
-_DEVICES = ("scnr", "mntr", "prtr", "spac")  # the others are no description of a picture's colors
+_DEVICES = ("scnr", "mntr", "prtr", "spac")  # the other classes do not describe an image's colors
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """From pixels in ``mode`` under one profile to sRGB. Safe to share between threads."""
+    """From pixels in ``mode`` under one profile to sRGB. Thread-safe."""
 
     mode: str
     to_rgb: Callable[[Image.Image], Image.Image]
 
     def apply(self, image: Image.Image) -> Image.Image:
-        """The RGB of ``image``, which has eight bits a channel and no transparency."""
+        """The RGB of ``image``, which has eight bits per channel and no transparency."""
         converted = self.to_rgb(image if image.mode == self.mode else image.convert(self.mode))
         converted.info = {}
         return converted
 
 
 def srgb_conversion(image: Image.Image) -> Conversion | None:
-    """What ``image`` (not necessarily loaded) needs to become sRGB.
+    """The conversion that ``image`` (not necessarily loaded) needs to become sRGB.
 
-    None where that is nothing: without a profile, with sRGB's, with one that is broken or for another kind of picture.
+    None where it needs none: without a profile, with sRGB's, with one that is broken or for another kind of image.
     Decided once per profile and process.
     """
     profile = image.info.get("icc_profile")
@@ -69,7 +69,7 @@ def srgb_conversion(image: Image.Image) -> Conversion | None:
 
 
 def _conversion(profile: bytes, mode: str) -> Conversion | None:
-    from PIL import ImageCms  # only pictures with a profile need it
+    from PIL import ImageCms  # only images with a profile need it
 
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -87,19 +87,19 @@ def _transform(source: ImageCmsProfile, mode: str) -> ImageCmsTransform:
 
     intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
     if mode == "L":
-        flags |= ImageCms.Flags.NOOPTIMIZE  # which reads every eighth level and is 10 off between
+        flags |= ImageCms.Flags.NOOPTIMIZE  # the optimised path reads every eighth level and is 10 off between
     target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     return ImageCms.ImageCmsTransform(source, target, mode, "RGB", intent, flags=flags)
 
 
 def _by_table(transform: ImageCmsTransform) -> Callable[[Image.Image], Image.Image]:
-    """The same for gray pictures: 256 levels are looked up faster than they are computed."""
+    """The same for gray images: 256 levels are looked up faster than they are computed."""
     levels = _levels(transform.apply(_ramp()))[:, 1].tolist()
     return lambda image: image.point(levels).convert("RGB")
 
 
 def _unless_identity(conversion: Conversion) -> Conversion | None:
-    """None for a profile of sRGB, and for one by which nothing could be seen."""
+    """None for a profile of sRGB, and for one with too little contrast to be valid."""
     if conversion.mode == "CMYK":
         ends = Image.fromarray(np.array([[[0, 0, 0, 0], [255, 255, 255, 255]]], np.uint8), "CMYK")
         white, black = _levels(conversion.apply(ends))
@@ -125,7 +125,7 @@ def _cube() -> Image.Image:
 
 
 def _levels(image: Image.Image) -> npt.NDArray[np.int64]:
-    """``(n, 3)`` signed levels of a picture of one row."""
+    """``(n, 3)`` signed levels of an image of one row."""
     levels: npt.NDArray[np.int64] = np.asarray(image.convert("RGB"))[0].astype(np.int64)
     return levels
 

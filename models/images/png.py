@@ -1,7 +1,7 @@
-"""PNGs without the metadata that Pillow would unpack: large profiles and texts are sound, and none of them is a pixel.
+"""Opening PNGs without the metadata that Pillow would decompress: large profiles and texts are valid, but no pixels.
 
-Pillow refuses a whole PNG for a profile or a compressed text over a megabyte. Here texts are never unpacked, except for
-a small one that may say which way is up.
+Pillow refuses a whole PNG for a profile or a compressed text over a megabyte. Here texts are never decompressed, except
+for a small one that may hold the orientation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 from .icc import MAX_PROFILE_BYTES
 
 _SIGNATURE_BYTES = 8
-_MAX_ORIENTING_BYTES = 1 << 20  # unpacked, of a text that Pillow is to see
+_MAX_ORIENTING_BYTES = 1 << 20  # decompressed, of a text that Pillow may read
 _ORIENTING = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts in which Pillow looks for the orientation
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
@@ -47,7 +47,7 @@ def open_png(data: bytes) -> PngImageFile:
 
 
 def may_be_turned(data: bytes) -> bool:
-    """Whether anything in a PNG could say which way is up."""
+    """Whether a PNG has metadata that could rotate it."""
     return any(
         kind == b"eXIf" or (kind in _TEXTS and _keyword(memoryview(data)[at + 8 : end - 4]) in _ORIENTING)
         for kind, at, end in _chunks(data)
@@ -55,7 +55,7 @@ def may_be_turned(data: bytes) -> bool:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, begin and end of the chunks before the last."""
+    """Type, start and end of all chunks before the last."""
     at = _SIGNATURE_BYTES
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
@@ -67,18 +67,18 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _keyword(body: memoryview) -> bytes:
-    """What a text is called; keywords have at most 79 bytes."""
+    """The keyword of a text chunk, at most 79 bytes."""
     return bytes(body[:80]).partition(b"\0")[0]
 
 
 def _unpacked_profile(body: bytes) -> bytes | None:
-    """The profile of an ``iCCP`` chunk, None for one that is broken or larger than any picture's profile is."""
+    """The profile of an ``iCCP`` chunk, None for one that is broken or too large."""
     _, _, packed = body.partition(b"\0")
     return _unpacked(packed[1:], MAX_PROFILE_BYTES) if packed[:1] == b"\0" else None
 
 
 def _is_small(kind: bytes, body: bytes) -> bool:
-    """Whether a text can be read, and stays under the limit when it is unpacked."""
+    """Whether a text can be read, and stays under the limit when decompressed."""
     _, _, text = body.partition(b"\0")
     if kind == b"zTXt":
         return text[:1] == b"\0" and _unpacked(text[1:], _MAX_ORIENTING_BYTES) is not None
@@ -89,7 +89,7 @@ def _is_small(kind: bytes, body: bytes) -> bool:
 
 
 def _unpacked(packed: bytes, limit: int) -> bytes | None:
-    """At most ``limit`` bytes; None where there are more, or where ``packed`` is damaged."""
+    """Decompress at most ``limit`` bytes; None where there are more, or where ``packed`` is damaged."""
     inflate = zlib.decompressobj()
     try:
         out = inflate.decompress(packed, limit + 1)

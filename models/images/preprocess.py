@@ -1,7 +1,7 @@
-"""One decode, several views: an image's pixels as each scoring model wants them, in bytes, not yet normalised.
+"""Preprocessing for scoring models: one decode, an image's pixels for each model, as bytes, not yet normalised.
 
-Imported by decoding processes, so it must stay light: numpy and Pillow; torch only where a view asks for it. JPEGs are
-decoded at full size: a score is to be the library's own, and scaling within the DCT would shift it.
+Imported by decoding processes, so it must stay light: numpy and Pillow; torch only where a model needs it. JPEGs are
+decoded at full size: scores must be the library's own, and scaling within the DCT would shift them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ Resize = Literal["shortest", "longest", "squash"]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model's pictures are made, in open_clip's terms (``preprocess_cfg``): target size in pixels.
+    """A model's image preprocessing, in open_clip's terms (``preprocess_cfg``): target size in pixels.
 
-    ``shortest``: the shorter side to the target's, then the middle; ``longest``: all of the picture, ``fill`` (a gray
-    level) around it; ``squash``: to the target's very size. ``by``: who resizes; transformers has torchvision do it,
-    whose pixels are another level than Pillow's in two of a thousand places, which moved ITM scores by up to 1e-3.
+    ``shortest``: resize the shorter side to the target's, then centre-crop; ``longest``: fit the whole image, padded
+    with ``fill`` (a gray level); ``squash``: resize to exactly the target's size. ``by``: the resizing library;
+    transformers uses torchvision, whose pixels are another level than Pillow's in two of a thousand positions, which
+    moved ITM scores by up to 1e-3.
     """
 
     height: int
@@ -38,7 +39,7 @@ class Preprocess:
 def decode_preprocessed(
     data: bytes, *, preprocesses: tuple[Preprocess, ...], limits: ImageLimits
 ) -> tuple[Pixels, ...] | ImageProblem:
-    """The image in every view, each ``(height, width, 3)`` uint8, or what is wrong with it."""
+    """The image by each preprocessing, each ``(height, width, 3)`` uint8, or its problem."""
     image = decode_upright(data, limits)
     if isinstance(image, ImageProblem):
         return image
@@ -46,7 +47,7 @@ def decode_preprocessed(
 
 
 def preprocessed(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """``image`` (RGB) resized and cropped; equal to open_clip's own transforms, to the bit."""
+    """``image`` (RGB) resized and cropped; bit-identical to open_clip's own transforms."""
     how = Image.Resampling.BICUBIC if preprocess.interpolation == "bicubic" else Image.Resampling.BILINEAR
     width, height = image.size
     match preprocess.resize:
@@ -60,7 +61,7 @@ def preprocessed(image: Image.Image, preprocess: Preprocess) -> Image.Image:
             if preprocess.height == preprocess.width:
                 short = preprocess.height
                 size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-            else:  # open_clip takes bicubic here, whatever was asked for
+            else:  # open_clip always uses bicubic here
                 how = Image.Resampling.BICUBIC
                 ratio = min(width / preprocess.width, height / preprocess.height)
                 size = (round(width / ratio), round(height / ratio))
@@ -71,7 +72,7 @@ def preprocessed(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 
 
 def _centered(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """The middle of ``image``, with ``fill`` where it does not reach."""
+    """Centre crop of ``image``, padded with ``fill`` where it does not reach."""
     width, height = image.size
     if width < preprocess.width or height < preprocess.height:
         left, top = max(0, (preprocess.width - width) // 2), max(0, (preprocess.height - height) // 2)
@@ -84,7 +85,7 @@ def _centered(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 
 
 def _squashed_by_torchvision(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    import torch  # this process has it only for such a view
+    import torch  # imported only for this resizing
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resize
 

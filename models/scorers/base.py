@@ -1,7 +1,7 @@
-"""Image-text scorers: what CLIP and matching models have in common, and captions scored by sentence.
+"""Image-text scorers: code shared by CLIP and matching models, and caption scores by sentence.
 
-A scorer works on batches whose composition its caller decides: sums in another order differ in their last bits, so who
-wants the same scores again must ask in the same batches.
+A scorer works on batches composed by its caller. Sums in another order differ in their last bits, so the same scores
+again need the same batches.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ from ..images.decode import Pixels
 from ..images.preprocess import Preprocess
 from .sentences import split_sentences
 
-TOKENS_PER_BATCH = 4096  # of texts that go through a tower together; enough to keep a core's caches and a GPU busy
+TOKENS_PER_BATCH = 4096  # of texts encoded together; enough to keep a core's caches and a GPU busy
 
 
 class Pair(NamedTuple):
-    """A text asked of the ``image``-th image of a batch."""
+    """A text to score against the ``image``-th image of a batch."""
 
     image: int
     text: str
 
 
 def distinct_texts(pairs: Sequence[Pair]) -> dict[str, int]:
-    """The texts of ``pairs``, each once, numbered in the order of their first."""
+    """The distinct texts of ``pairs``, numbered by first occurrence."""
     return {text: number for number, text in enumerate(dict.fromkeys(pair.text for pair in pairs))}
 
 
 class Scorer(Protocol):
-    """``name``: prefix of its columns; ``view``: the pixels it wants of an image."""
+    """``name``: prefix of its columns; ``preprocess``: how its input pixels are made."""
 
     name: str
     preprocess: Preprocess
 
     def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
-        """What the image tower makes of n images of ``view``, each once: (n, ...)."""
+        """Vision encoder output (n, ...) for n distinct images, preprocessed by ``preprocess``."""
         ...
 
     def tokenize(self, texts: Sequence[str]) -> Any:
-        """What the model reads of texts. No model takes part: another thread can do it while one computes."""
+        """Tokenizer output for texts. The model takes no part: another thread can tokenize while one computes."""
         ...
 
     def score(self, images: Tensor, pairs: Sequence[Pair], tokens: Any = None) -> list[float]:
-        """How well each text fits its image, higher is better; texts are cut to what the model reads.
+        """How well each text fits its image, higher is better; texts are truncated to what the model reads.
 
-        ``tokens``: what ``tokenize`` gave for ``distinct_texts(pairs)``, where that was done before.
+        ``tokens``: the result of ``tokenize`` for ``distinct_texts(pairs)``, where that was done before.
         """
         ...
 
 
 def device_and_type(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """``auto`` is the first GPU in bfloat16 where there is one, else the CPU in float32. Raises BadInput."""
+    """Device and dtype; ``auto``: the first GPU in bfloat16, or a CPU in float32. Raises BadInput"""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if dtype == "auto":
         return where, torch.bfloat16 if where.type == "cuda" else torch.float32
@@ -71,10 +71,10 @@ def device_and_type(device: str, dtype: str) -> tuple[torch.device, torch.dtype]
 
 
 def computing_threads(devices: Iterable[torch.device], most: int) -> tuple[int, int]:
-    """How many batches to compute at a time, at most ``most``, and how many threads torch may use for each.
+    """Number of batches to compute at a time, at most ``most``, and of torch threads for each.
 
-    On a CPU batches side by side share no step at whose end one core waits for another, as torch's threads do in every
-    layer; small models gain a good part of a core. A device of its own is kept busy by one thread.
+    On a CPU, batches computed side by side avoid the synchronisation of torch's threads at the end of every layer;
+    small models gain a good part of a core. A separate device is kept busy by one thread.
     """
     cores = torch.get_num_threads()
     beside = max(1, min(most, cores)) if all(device.type == "cpu" for device in devices) else 1
@@ -87,14 +87,14 @@ def normalised(
     """n images (height, width, 3) uint8 -> (n, 3, height, width), moved as bytes and normalised on the device."""
     batch = torch.from_numpy(np.stack(pixels)).to(device)
     levels = batch.permute(0, 3, 1, 2).to(torch.float32) / 255
-    shift, scale = (torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std))
+    shift, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
     return ((levels - shift) / scale).to(dtype).contiguous()
 
 
 def by_length(lengths: Sequence[int], budget: int = TOKENS_PER_BATCH) -> list[list[int]]:
-    """Indices in batches of alike lengths, each at most ``budget`` tokens when padded (or one text)."""
+    """Indices in batches of similar lengths, each at most ``budget`` tokens when padded (or one text)."""
     batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         longest = lengths[batches[-1][0]] if batches else 0
         if batches and (len(batches[-1]) + 1) * longest <= budget:
             batches[-1].append(index)
@@ -105,30 +105,30 @@ def by_length(lengths: Sequence[int], budget: int = TOKENS_PER_BATCH) -> list[li
 
 @torch.inference_mode()
 def cosines(images: Tensor, texts: Tensor, pairs: Sequence[Pair]) -> list[float]:
-    """Of each pair, from unit vectors (images, width) and (texts, width), these in the order of ``distinct_texts``."""
+    """Cosine of each pair, from unit vectors (images, width) and (texts, width), ordered as by ``distinct_texts``."""
     numbers = distinct_texts(pairs)
     shown = images[torch.tensor([pair.image for pair in pairs], device=images.device)]
     said = texts[torch.tensor([numbers[pair.text] for pair in pairs], device=images.device)]
-    found: list[float] = (shown * said).sum(-1).tolist()
-    return found
+    scores: list[float] = (shown * said).sum(-1).tolist()
+    return scores
 
 
 def padded(ids: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Token ids of n texts as (n, longest) int64, ``fill`` behind the shorter ones, and the mask of what is not fill.
+    """Token ids of n texts as (n, longest) int64, right-padded with ``fill``, and the mask of non-padding tokens.
 
-    transformers' own padding makes tensors of nested lists number by number: a tenth of the time of a small model.
+    transformers' own padding builds tensors from nested lists number by number: a tenth of the time of a small model.
     """
-    lengths = np.array([len(each) for each in ids])
+    lengths = np.array([len(tokens) for tokens in ids])
     out = np.full((len(ids), int(lengths.max())), fill, dtype=np.int64)
-    for row, each in zip(out, ids, strict=True):
-        row[: len(each)] = each
+    for row, tokens in zip(out, ids, strict=True):
+        row[: len(tokens)] = tokens
     mask = np.arange(out.shape[1]) < lengths[:, None]
     return torch.from_numpy(out), torch.from_numpy(mask.astype(np.int64))
 
 
 @dataclass(frozen=True)
 class PlainCleaning:
-    """One of open_clip's functions that clean texts, after which ``plain`` leaves no token's spelling in them."""
+    """One of open_clip's text cleaning functions, followed by ``plain``, which breaks up spellings of tokens."""
 
     clean: Callable[[str], str]
     plain: PlainText
@@ -138,9 +138,9 @@ class PlainCleaning:
 
 
 def cleaned(clean: Callable[[str], str], text: str) -> str:
-    """``clean(text)``, one of open_clip's functions, without ftfy where it has nothing to mend: in plain ASCII.
+    """``clean(text)``, one of open_clip's functions, without ftfy where it has nothing to fix: in plain ASCII.
 
-    ftfy is most of the work, and looks for broken encodings, entities and control characters.
+    ftfy takes most of the time, and looks for broken encodings, entities and control characters.
     """
     from open_clip.tokenizer import canonicalize_text, get_clean_fn, whitespace_clean
 
@@ -160,7 +160,10 @@ def cleaned(clean: Callable[[str], str], text: str) -> str:
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """``score`` of as much of the caption as the model reads; mean and least over its sentences; which one that is."""
+    """``score``: of the caption, truncated to what the model reads.
+
+    ``mean``, ``least``: over its sentences; ``lowest``: the index of the sentence with the least.
+    """
 
     score: float
     mean: float
@@ -174,14 +177,14 @@ class CaptionScore:
 
 @dataclass(frozen=True)
 class AskedCaptions:
-    """What captions come to: distinct ``pairs``, and of each caption the numbers of its own and of its sentences'."""
+    """Distinct ``pairs`` to score, and for each caption the indices of its own pair and of its sentences'."""
 
     pairs: list[Pair]
     parts: list[list[int]]
 
 
 def ask_captions(captions: Sequence[tuple[int, str]]) -> AskedCaptions:
-    """Of ``(image, caption)``; a caption must have at least one sentence: empty ones are the caller's to sort out."""
+    """Pairs of ``(image, caption)``; a caption must have at least one sentence: callers filter out empty ones."""
     wanted = [[Pair(image, text), *(Pair(image, part) for part in split_sentences(text))] for image, text in captions]
     numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pair for pairs in wanted for pair in pairs))}
     return AskedCaptions(list(numbers), [[numbers[pair] for pair in pairs] for pairs in wanted])
@@ -190,7 +193,7 @@ def ask_captions(captions: Sequence[tuple[int, str]]) -> AskedCaptions:
 def score_asked(
     scorer: Scorer, pixels: Sequence[Pixels], asked: AskedCaptions, tokens: Any = None
 ) -> list[CaptionScore]:
-    """Scores of the captions that were asked; every image is encoded once and every distinct pair scored once."""
+    """Scores of the requested captions; every image is encoded once and every distinct pair scored once."""
     scores = scorer.score(scorer.encode_images(pixels), asked.pairs, tokens)
     return [_summary([scores[number] for number in numbers]) for numbers in asked.parts]
 
@@ -201,6 +204,6 @@ def score_captions(scorer: Scorer, pixels: Sequence[Pixels], captions: Sequence[
 
 
 def _summary(scores: Sequence[float]) -> CaptionScore:
-    """Of the whole caption's score, first, and its sentences'."""
+    """Summarise scores: the whole caption's, first, and its sentences'."""
     parts: npt.NDArray[np.float64] = np.asarray(scores[1:], dtype=np.float64)
     return CaptionScore(scores[0], float(parts.mean()), float(parts.min()), int(parts.argmin()))

@@ -16,17 +16,18 @@ from .itm import CONTRASTIVE, RetrievalModel, load_retrieval
 
 
 class BlipScorer:
-    """``score`` is the cosine of the two heads' vectors in [-1, 1] (Li et al., BLIP, 2022, section 3.2, ITC): the
+    """``score`` is the cosine of the two heads' vectors in [-1, 1] (Li et al., BLIP, 2022, section 3.2, ITC).
 
-    image's from the vision tower's first state, the text's from that of the text tower, which sees no image.
+    The image's vector is from the vision encoder's first state, the text's from that of the text encoder, without
+    image.
     """
 
     name = "blip"
 
-    def __init__(self, found: RetrievalModel) -> None:
-        self._model, self._tokenizer = found.model, found.tokenizer
-        self._plain = plain_text(found.tokenizer)
-        self.preprocess, self._mean, self._std = found.preprocess, found.mean, found.std
+    def __init__(self, retrieval: RetrievalModel) -> None:
+        self._model, self._tokenizer = retrieval.model, retrieval.tokenizer
+        self._plain = plain_text(retrieval.tokenizer)
+        self.preprocess, self._mean, self._std = retrieval.preprocess, retrieval.mean, retrieval.std
         weight = next(self._model.vision_model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         on_gpu = self._device.type == "cuda"
@@ -40,7 +41,7 @@ class BlipScorer:
         return functional.normalize(self._model.vision_proj(states[:, 0]).float(), dim=-1)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut to what the model reads."""
+        """Token ids of each text, truncated to what the model reads."""
         longest = self._model.config.text_config.max_position_embeddings
         texts = [*map(self._plain, texts)]
         ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=longest).input_ids
@@ -52,10 +53,10 @@ class BlipScorer:
 
     @torch.inference_mode()
     def encode_tokens(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Unit vectors (n, width), float32, of texts that were tokenized."""
+        """Unit vectors (n, width), float32, of tokenized texts."""
         out = torch.empty(len(tokens), self._model.text_proj.out_features, device=self._device)
-        for batch in by_length([len(each) for each in tokens]):
-            ids, mask = padded([tokens[each] for each in batch], self._tokenizer.pad_token_id)
+        for batch in by_length([len(text) for text in tokens]):
+            ids, mask = padded([tokens[index] for index in batch], self._tokenizer.pad_token_id)
             read: dict[str, Any] = {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
             states = self._model.text_encoder(**read).last_hidden_state
             vectors = functional.normalize(self._model.text_proj(states[:, 0]).float(), dim=-1)
@@ -63,12 +64,12 @@ class BlipScorer:
         return out
 
     def score(self, images: Tensor, pairs: Sequence[Pair], tokens: list[list[int]] | None = None) -> list[float]:
-        """The cosine of each pair; a text that is asked of several images is encoded once."""
+        """The cosine of each pair; a text used with several images is encoded once."""
         texts = distinct_texts(pairs)
-        told = self.encode_tokens(self.tokenize(list(texts)) if tokens is None else tokens)
-        return cosines(images, told, pairs)
+        features = self.encode_tokens(self.tokenize(list(texts)) if tokens is None else tokens)
+        return cosines(images, features, pairs)
 
 
 def load_blip(name: str, dtype: str = "auto", device: str = "auto") -> BlipScorer:
-    """A folder or a hub id of a BLIP retrieval model. Raises BadInput where it is none, or has no contrastive heads."""
+    """Load a BLIP retrieval model, a folder or a hub id. Raises BadInput for others, or without contrastive heads."""
     return BlipScorer(load_retrieval(name, dtype, device, kinds=("blip",), heads=CONTRASTIVE))

@@ -20,7 +20,7 @@ from ..own_code import ask_nothing, reason_in_words
 from .base import Pair, PlainCleaning, by_length, cleaned, cosines, device_and_type, distinct_texts, normalised, padded
 from .clip_source import CONFIG, Activation, ClipSource, Tag, clip_source
 
-OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")  # how their files' names begin
+OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")  # prefixes of tokenizer files
 
 
 class ClipScorer:
@@ -40,7 +40,7 @@ class ClipScorer:
 
     @property
     def width(self) -> int:
-        """Numbers in a feature vector."""
+        """Width of a feature vector."""
         return self.encode_images([np.zeros((self.preprocess.height, self.preprocess.width, 3), dtype=np.uint8)]).shape[
             1
         ]
@@ -52,16 +52,16 @@ class ClipScorer:
         return functional.normalize(self._see(batch).float(), dim=-1)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (n, context) as open_clip's tokenizer gives them."""
+        """Token ids (n, context) from open_clip's tokenizer."""
         return token_ids(self._tokenizer, texts)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (n, width), float32, of as many tokens as the model reads."""
+        """Unit vectors (n, width), float32, of texts truncated to what the model reads."""
         return self.encode_tokens(self.tokenize(texts))
 
     @torch.inference_mode()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Unit vectors (n, width), float32, of texts that were tokenized."""
+        """Unit vectors (n, width), float32, of tokenized texts."""
         ids = tokens.to(self._device)
         lengths = (ids.argmax(-1) + 1).tolist() if self._trims else [ids.shape[1]] * len(ids)
         out = torch.empty(len(ids), 0, device=self._device)
@@ -77,14 +77,14 @@ class ClipScorer:
 
     @torch.inference_mode()
     def score(self, images: Tensor, pairs: Sequence[Pair], tokens: Tensor | None = None) -> list[float]:
-        """The cosine of each pair; a text that is asked of several images is encoded once."""
+        """The cosine of each pair; a text used with several images is encoded once."""
         texts = distinct_texts(pairs)
-        told = self.encode_tokens(self.tokenize(list(texts)) if tokens is None else tokens)
-        return cosines(images, told, pairs)
+        features = self.encode_tokens(self.tokenize(list(texts)) if tokens is None else tokens)
+        return cosines(images, features, pairs)
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """What open_clip's ``tokenizer`` makes of ``texts``, (n, context), sooner where it is one of transformers'."""
+    """Token ids (n, context) as from open_clip's ``tokenizer``, but faster where it is one of transformers'."""
     from open_clip.tokenizer import HFTokenizer
 
     usual = type(tokenizer) is HFTokenizer and not tokenizer.tokenizer_mode and not tokenizer.strip_sep_token
@@ -93,15 +93,15 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
         return ids
     inner, length = tokenizer.tokenizer, tokenizer.context_length
     texts = [cleaned(tokenizer.clean_fn, text) for text in texts]
-    found = inner(texts, max_length=length, truncation=True).input_ids
-    ids, _ = padded(found, inner.pad_token_id)
+    token_lists = inner(texts, max_length=length, truncation=True).input_ids
+    ids, _ = padded(token_lists, inner.pad_token_id)
     return functional.pad(ids, (0, length - ids.shape[1]), value=inner.pad_token_id)
 
 
 def encode_trimmed(model: Any, ids: Tensor) -> Tensor:
-    """Text features (n, width) of ids (n, length) that end before the model's context does.
+    """Text features (n, width) of ids (n, length) shorter than the model's context.
 
-    What ``model.encode_text`` gives for them padded: attention is causal, so what follows a text's end changes nothing.
+    Equal to ``model.encode_text`` of the padded ids: attention is causal, so what follows a text's end changes nothing.
     """
     length = ids.shape[1]
     x = model.token_embedding(ids) + model.positional_embedding[:length]
@@ -116,7 +116,7 @@ def _encode_whole(model: Any, ids: Tensor) -> Tensor:
 
 
 def _ends_early(model: Any) -> bool:
-    """Whether it is a CLIP as OpenAI built it: a causal text tower whose answer is at the end token."""
+    """Whether this is OpenAI's CLIP architecture: a causal text encoder, read at the end token."""
     from open_clip import CLIP
 
     return (
@@ -129,7 +129,7 @@ def _ends_early(model: Any) -> bool:
 
 @torch.inference_mode()
 def _trimming_changes_nothing(model: Any, tokenizer: Any) -> bool:
-    """Tried on a text, since open_clip's configs can change a tower in many ways."""
+    """Tested on one text, since open_clip's configs can change an encoder in many ways."""
     ids = tokenizer(["a photo of two dogs"]).to(next(model.parameters()).device)
     length = int(ids.argmax()) + 1
     whole, trimmed = model.encode_text(ids).float(), encode_trimmed(model, ids[:, :length]).float()
@@ -137,9 +137,9 @@ def _trimming_changes_nothing(model: Any, tokenizer: Any) -> bool:
 
 
 def load_clip(name: str, dtype: str = "auto", device: str = "auto") -> ClipScorer:
-    """``tiny/clip``, a folder with an ``open_clip_config.json``, ``ARCHITECTURE:PRETRAINED`` of open_clip, or a hub id.
+    """Load ``tiny/clip``, a folder with ``open_clip_config.json``, ``ARCHITECTURE:PRETRAINED``, or a hub id.
 
-    Raises BadInput where there is none such, or it does not load, or not with the activation it was trained with.
+    Raises BadInput where there is none such, it does not load, or not with the activation it was trained with.
     """
     import open_clip
 
@@ -167,22 +167,22 @@ def load_clip(name: str, dtype: str = "auto", device: str = "auto") -> ClipScore
 
 
 def built_activation(model: Any) -> Activation | None:
-    """What open_clip's own transformer blocks in a model compute with; None where it has none of them."""
+    """The activation of open_clip's own transformer blocks in a model; None where it has none of them."""
     from open_clip.transformer import QuickGELU
 
-    found = {isinstance(module, QuickGELU) for name, module in model.named_modules() if name.endswith("mlp.gelu")}
-    return None if not found else "quick_gelu" if True in found else "gelu"
+    quick = {isinstance(module, QuickGELU) for name, module in model.named_modules() if name.endswith("mlp.gelu")}
+    return None if not quick else "quick_gelu" if True in quick else "gelu"
 
 
 def _tokenizer(source: ClipSource) -> Any:
-    """That of a tag or a folder, or that its configuration names; it reads texts as plain characters."""
+    """The source's tokenizer, made to read texts as plain characters."""
     return read_plainly(_own_tokenizer(source))
 
 
 def read_plainly(tokenizer: Any) -> Any:
-    """open_clip's ``tokenizer``, to which no text spells a token any more.
+    """Make open_clip's ``tokenizer`` read texts as plain characters, whatever token they spell.
 
-    Tokens are broken up in texts that it has cleaned, which makes ``<end_of_text>`` of ``&lt;END_of_text&gt;``.
+    Tokens are broken up after cleaning, which turns ``&lt;END_of_text&gt;`` into ``<end_of_text>``.
     """
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
@@ -195,7 +195,7 @@ def read_plainly(tokenizer: Any) -> Any:
 
 
 def _own_tokenizer(source: ClipSource) -> Any:
-    """That of a tag or a folder; where a folder has none, the one that its configuration names on the hub."""
+    """The tokenizer of a tag or a folder; where a folder has none, the one its configuration names on the hub."""
     import open_clip
     from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 
@@ -203,7 +203,7 @@ def _own_tokenizer(source: ClipSource) -> Any:
         return open_clip.get_tokenizer(source.place.architecture)
     text = read_json(source.place / CONFIG)["model_cfg"].get("text_cfg") or {}
     named = hub_name(text.get("hf_tokenizer_name") or "")
-    if named is None or any(each.name.startswith(OF_TOKENIZERS) for each in source.place.iterdir()):
+    if named is None or any(file.name.startswith(OF_TOKENIZERS) for file in source.place.iterdir()):
         return open_clip.get_tokenizer(f"local-dir:{source.place}")
     return HFTokenizer(
         str(snapshot(named, "tokenizer")),

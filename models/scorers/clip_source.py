@@ -1,8 +1,8 @@
-"""Which open_clip model a name means, and all that decides its features beside the weights; nothing heavy is loaded.
+"""Resolving names of open_clip models, and all that decides their features beside the weights; loads nothing heavy.
 
-The activation that weights were trained with stands in their tag's entry, or in the configuration beside them.
-open_clip goes by the architecture alone, and only warns: OpenAI's weights in ``ViT-L-14`` are then computed with
-another function, and every score is off.
+The activation that weights were trained with is in their tag's entry, or in the configuration beside them. open_clip
+goes by the architecture alone, and only warns: OpenAI's weights in ``ViT-L-14`` are then computed with another
+function, and every score is off.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..images.preprocess import Preprocess
 
 CONFIG = "open_clip_config.json"
 Activation = Literal["gelu", "quick_gelu"]
-IMAGE_SIZE = 224  # of a configuration that says nothing
+IMAGE_SIZE = 224  # of configurations without one
 
 
 @dataclass(frozen=True)
 class Tag:
-    """Weights that open_clip knows by an architecture and a tag."""
+    """Weights that open_clip knows by architecture and tag."""
 
     architecture: str
     pretrained: str
@@ -34,7 +34,7 @@ class Tag:
 
 @dataclass(frozen=True)
 class ClipSource:
-    """``place``: a folder, or a tag of open_clip; ``mean``, ``std``: of levels from 0 to 1."""
+    """``place``: a folder, or a tag of open_clip; ``mean``, ``std``: of levels in [0, 1]."""
 
     name: str
     place: Path | Tag
@@ -44,7 +44,7 @@ class ClipSource:
     std: tuple[float, ...]
 
     def seen_as(self) -> dict[str, Any]:
-        """How pictures come to the model and what it computes with, for fingerprints."""
+        """Preprocessing and activation, for fingerprints."""
         return {
             "activation": self.activation,
             "view": asdict(self.preprocess),
@@ -78,7 +78,7 @@ def clip_place(name: str) -> Path | Tag | HubName:
 
 
 def clip_source(name: str) -> ClipSource:
-    """What a name means, a hub id's folder downloaded. Raises BadInput where that is not clear."""
+    """Resolve a name, downloading a hub id's folder. Raises BadInput where that fails."""
     place = clip_place(name)
     if isinstance(place, Tag):
         return _of_tag(name, place)
@@ -112,7 +112,7 @@ def _of_folder(name: str, folder: Path) -> ClipSource:
 
 
 def _agree(name: str, activation: Activation, beside: Mapping[str, Any]) -> None:
-    """Refuse a folder whose other configuration, transformers', has its CLIP compute with another function."""
+    """Refuse a folder whose transformers configuration gives its CLIP another activation."""
     if beside.get("model_type") != "clip":
         return
     for tower in ("vision_config", "text_config"):
@@ -127,7 +127,7 @@ def _agree(name: str, activation: Activation, beside: Mapping[str, Any]) -> None
 def _source(
     name: str, place: Path | Tag, activation: Activation, model: Mapping[str, Any], preprocess: Mapping[str, Any]
 ) -> ClipSource:
-    """As open_clip puts ``preprocess`` together; the pictures' size is always the vision tower's own."""
+    """Merges ``preprocess`` as open_clip does; the image size is always the vision encoder's own."""
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     size = model["vision_cfg"].get("image_size", IMAGE_SIZE)

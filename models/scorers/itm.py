@@ -1,4 +1,4 @@
-"""Image-text matching by BLIP and BLIP-2 (transformers): the probability that a text is of an image."""
+"""Image-text matching by BLIP and BLIP-2 (transformers): the probability that a text describes an image."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from ..pretrained import load_reported, refuse_random
 from .base import Pair, by_length, device_and_type, distinct_texts, normalised, padded
 
 KINDS = ("blip", "blip-2")
-MATCHING, CONTRASTIVE = ("itm_head",), ("vision_proj", "text_proj")  # how the weights of heads are called
+MATCHING, CONTRASTIVE = ("itm_head",), ("vision_proj", "text_proj")  # prefixes of the heads' weights
 HEADS = (*MATCHING, *CONTRASTIVE)
-# As Pillow counts the ways to resize, and transformers with it.
+# Pillow's codes of resampling filters, which transformers uses, too.
 RESAMPLING: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
-LONGEST = 512  # tokens of a text at most; the models' position tables end there
+LONGEST = 512  # maximum tokens of a text; the models' position tables end there
 
 
 class ItmScorer:
-    """``score`` is softmax(itm_head)[match] (Li et al., BLIP-2, 2023, section 3.2). Images are encoded once, then texts
-    attend to them."""
+    """``score`` is softmax(itm_head)[match] (Li et al., BLIP-2, 2023, section 3.2).
+
+    Images are encoded once, then texts attend to them.
+    """
 
     name = "itm"
 
@@ -47,13 +49,13 @@ class ItmScorer:
 
     @torch.inference_mode()
     def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
-        """The vision tower's states (n, patches + 1, width)."""
+        """The vision encoder's states (n, patches + 1, width)."""
         batch = normalised(pixels, self._mean, self._std, self._device, self._dtype)
         states: Tensor = self._see(pixel_values=batch).last_hidden_state
         return states
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut to what the model reads."""
+        """Token ids of each text, truncated to what the model reads."""
         texts = [*map(self._plain, texts)]
         ids: list[list[int]] = self._tokenizer(texts, truncation=True, max_length=self._longest).input_ids
         return ids
@@ -72,10 +74,10 @@ class ItmScorer:
         told_of = self.tokenize(list(texts)) if tokens is None else tokens
         ids = [told_of[texts[pair.text]] for pair in pairs]
         out = torch.empty(len(pairs), 2, device=self._device)
-        for batch in by_length([len(each) + images.shape[1] // 4 for each in ids]):  # queries cost, too
-            told, mask = padded([ids[each] for each in batch], self._tokenizer.pad_token_id)
-            shown = images[torch.tensor([pairs[each].image for each in batch], device=images.device)]
-            asked = (told.to(self._device), mask.to(self._device), shown)
+        for batch in by_length([len(text_ids) + images.shape[1] // 4 for text_ids in ids]):  # queries cost, too
+            batch_ids, mask = padded([ids[index] for index in batch], self._tokenizer.pad_token_id)
+            shown = images[torch.tensor([pairs[index].image for index in batch], device=images.device)]
+            asked = (batch_ids.to(self._device), mask.to(self._device), shown)
             out[torch.tensor(batch, device=self._device)] = self._match(*asked).float()
         return out
 
@@ -83,31 +85,31 @@ class ItmScorer:
         everything = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
         model = self._model
         if model.config.model_type == "blip":
-            told = model.text_encoder(
+            output = model.text_encoder(
                 input_ids=ids,
                 attention_mask=mask,
                 encoder_hidden_states=states,
                 encoder_attention_mask=everything,
                 return_dict=True,
             )
-            logits: Tensor = model.itm_head(told.last_hidden_state[:, 0])
+            logits: Tensor = model.itm_head(output.last_hidden_state[:, 0])
             return logits
         queries = model.query_tokens.expand(len(ids), -1, -1)
         count = queries.shape[1]
-        told = model.qformer(
+        output = model.qformer(
             query_embeds=model.embeddings(input_ids=ids, query_embeds=queries),
             query_length=count,
             attention_mask=torch.cat((mask.new_ones(len(ids), count), mask), dim=1),
             encoder_hidden_states=states,
             encoder_attention_mask=everything,
         )
-        logits = model.itm_head(told.last_hidden_state[:, :count].to(model.itm_head.weight.dtype)).mean(dim=1)
+        logits = model.itm_head(output.last_hidden_state[:, :count].to(model.itm_head.weight.dtype)).mean(dim=1)
         return logits
 
 
 @dataclass(frozen=True)
 class RetrievalSource:
-    """A folder of a BLIP or BLIP-2 retrieval model; ``kind``: its model_type; ``activation``: of which tower which."""
+    """A folder of a BLIP or BLIP-2 retrieval model; ``kind``: its model_type; ``activation``: of either encoder."""
 
     folder: Path
     kind: str
@@ -117,7 +119,7 @@ class RetrievalSource:
     std: Sequence[float]
 
     def seen_as(self) -> dict[str, Any]:
-        """How pictures come to the model and what it computes with, for fingerprints."""
+        """Preprocessing and activations, for fingerprints."""
         return {
             "activation": self.activation,
             "view": asdict(self.preprocess),
@@ -128,7 +130,7 @@ class RetrievalSource:
 
 @dataclass(frozen=True)
 class RetrievalModel:
-    """A BLIP or BLIP-2 retrieval model, its tokenizer and how its pictures are made."""
+    """A BLIP or BLIP-2 retrieval model, its tokenizer and its image preprocessing."""
 
     model: Any
     tokenizer: Any
@@ -138,7 +140,7 @@ class RetrievalModel:
 
 
 def retrieval_source(name: str, kinds: Sequence[str] = KINDS) -> RetrievalSource:
-    """What ``tiny/itm``, a folder or a hub id of one of ``kinds`` means; no weights are loaded. Raises BadInput."""
+    """Resolve ``tiny/itm``, a folder or a hub id of one of ``kinds``; no weights are loaded. Raises BadInput."""
     from transformers import AutoConfig, AutoImageProcessor
 
     folder = resolve_model(name)
@@ -170,7 +172,7 @@ def load_retrieval(
     kinds: Sequence[str] = KINDS,
     heads: Sequence[str] = MATCHING,
 ) -> RetrievalModel:
-    """``tiny/itm``, a folder or a hub id, of one of ``kinds``. ``heads``: which of them the caller computes with.
+    """Load ``tiny/itm``, a folder or a hub id, of one of ``kinds``. ``heads``: those that the caller uses.
 
     Raises BadInput where it is none, or lacks weights.
     """
@@ -182,16 +184,16 @@ def load_retrieval(
     try:
         model, report = load_reported(loader, source.folder, dtype=number_type, called=name)
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
+    except (OSError, ValueError) as error:  # raised by transformers for missing files and unknown models
         raise BadInput(f"{name}: does not load as an image-text matching model ({reason_in_words(error)})") from error
     if lacking := [head for head in heads if any(key.startswith(head) for key in report["missing_keys"])]:
-        told = "matching head (itm_head)" if heads == MATCHING else " and ".join(lacking)
-        raise BadInput(f"{name}: has no trained {told}; name an image-text retrieval checkpoint")
+        missing = "matching head (itm_head)" if heads == MATCHING else " and ".join(lacking)
+        raise BadInput(f"{name}: has no trained {missing}; name an image-text retrieval checkpoint")
     refuse_random(report, name, loader.__name__, [re.escape(head) for head in HEADS if head not in heads])
     return RetrievalModel(model.to(where).eval(), tokenizer, source.preprocess, source.mean, source.std)
 
 
 def load_itm(name: str, dtype: str = "auto", device: str = "auto") -> ItmScorer:
-    """``tiny/itm``, a folder or a hub id of a BLIP or BLIP-2 retrieval model. Raises BadInput where it is none."""
-    found = load_retrieval(name, dtype, device)
-    return ItmScorer(found.model, found.tokenizer, found.preprocess, found.mean, found.std)
+    """Load ``tiny/itm``, a folder or a hub id of a BLIP or BLIP-2 retrieval model. Raises BadInput where it is none."""
+    retrieval = load_retrieval(name, dtype, device)
+    return ItmScorer(retrieval.model, retrieval.tokenizer, retrieval.preprocess, retrieval.mean, retrieval.std)

@@ -1,4 +1,4 @@
-"""How likely a text is to a causal language model: the log-probability of each of its tokens."""
+"""Likelihood of texts under a causal language model: the log-probability of each token."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..own_code import reason_in_words
 from ..pretrained import load_weights
 from .base import by_length, device_and_type, padded
 
-TOKENS_PER_BATCH = 1024  # each has a row of logits as long as the vocabulary
+TOKENS_PER_BATCH = 1024  # each has a row of logits of vocabulary size
 
 
 class TextScorer:
-    """A frozen causal model. Texts are read from its token of beginning on, so that their first token counts, too."""
+    """A frozen causal model. Texts follow its beginning-of-sequence token, so that their first token is scored, too."""
 
     def __init__(self, model: Any, tokenizer: Any, start: int, longest: int) -> None:
         self._model, self._tokenizer, self._start, self.longest = model.eval(), tokenizer, start, longest
@@ -28,35 +28,37 @@ class TextScorer:
         self.device = next(model.parameters()).device
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens, cut to the ``longest`` that the model reads."""
+        """Token ids of each text, without special tokens, truncated to ``longest``."""
         texts = [*map(self._plain, texts)]
-        found = self._tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.longest)
-        ids: list[list[int]] = found.input_ids
+        encoded = self._tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.longest)
+        ids: list[list[int]] = encoded.input_ids
         return ids
 
     @torch.inference_mode()
     def logps(self, texts: Sequence[str]) -> list[list[float]]:
         """Natural log-probability of each token of each text, given those before it."""
-        ids = [[self._start, *each] for each in self.tokenize(texts)]
+        ids = [[self._start, *tokens] for tokens in self.tokenize(texts)]
         out: list[list[float]] = [[] for _ in ids]
-        for batch in by_length([len(each) for each in ids], TOKENS_PER_BATCH):
-            told, mask = (each.to(self.device) for each in padded([ids[each] for each in batch], self._start))
-            logits = self._model(input_ids=told, attention_mask=mask).logits
-            found = token_logps(logits[:, :-1], told[:, 1:]).cpu()
-            for at, row in zip(batch, found, strict=True):
+        for batch in by_length([len(tokens) for tokens in ids], TOKENS_PER_BATCH):
+            batch_ids, mask = (
+                tensor.to(self.device) for tensor in padded([ids[index] for index in batch], self._start)
+            )
+            logits = self._model(input_ids=batch_ids, attention_mask=mask).logits
+            logps = token_logps(logits[:, :-1], batch_ids[:, 1:]).cpu()
+            for at, row in zip(batch, logps, strict=True):
                 out[at] = row[: len(ids[at]) - 1].tolist()
         return out
 
 
 def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
-    """float32 (n, tokens) of logits (n, tokens, vocabulary) and what came, (n, tokens)."""
+    """float32 (n, tokens), from logits (n, tokens, vocabulary) and the ids of the tokens that followed, (n, tokens)."""
     chosen = logits.gather(-1, ids[..., None])[..., 0].float()
     normalisers = torch.stack([row.float().logsumexp(-1) for row in logits])  # one text's logits in float32 at a time
     return chosen - normalisers
 
 
 def load_text_scorer(name: str, dtype: str = "auto", device: str = "auto") -> TextScorer:
-    """``tiny/opt``, a folder or a hub id. Raises BadInput where it is no causal language model with a first token."""
+    """Load ``tiny/opt``, a folder or a hub id. Raises BadInput where it is no causal model with a bos token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, number_type = device_and_type(device, dtype)
@@ -64,7 +66,7 @@ def load_text_scorer(name: str, dtype: str = "auto", device: str = "auto") -> Te
     try:
         model = load_weights(AutoModelForCausalLM, path, dtype=number_type, called=name).to(where).eval()
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:  # how transformers reports files that are missing or of no known model
+    except (OSError, ValueError) as error:  # raised by transformers for missing files and unknown models
         raise BadInput(f"{name}: does not load as a causal language model ({reason_in_words(error)})") from error
     of_config, of_tokenizer = model.config.get_text_config().bos_token_id, tokenizer.bos_token_id
     start = of_tokenizer if of_tokenizer is not None else of_config
@@ -79,7 +81,7 @@ def load_text_scorer(name: str, dtype: str = "auto", device: str = "auto") -> Te
 
 @torch.inference_mode()
 def _causal(model: Any, start: int) -> bool:
-    """Whether what comes later changes nothing. Tried, since transformers loads models that read both ways as well."""
+    """Whether later tokens change nothing before them. Tested: transformers loads bidirectional models as well."""
     ids = torch.tensor([[start, 5, 6], [start, 5, 7]], device=model.device)
     first, second = model(input_ids=ids).logits[:, 1].float()
     rounding = 1e-5 if model.dtype == torch.float32 else 1e-2

@@ -1,4 +1,4 @@
-"""Scorers by name: which model a name stands for, and the model, loaded."""
+"""Scorers by name: resolving and loading their models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import Scorer
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """A scorer as options name it. ``kind``: clip or itm; ``model``: bundled, a folder or a name of its library."""
+    """A scorer as given by options. ``kind``: clip or itm; ``model``: bundled, a folder or a name of its library."""
 
     kind: str
     model: str
@@ -20,7 +20,7 @@ class ScorerConfig:
 
 
 def load_scorer(config: ScorerConfig) -> Scorer:
-    """The model, ready. Raises BadInput for one that is not there or of another kind."""
+    """Load the model. Raises BadInput for one that does not exist or is of another kind."""
     if config.kind == "clip":
         from .clip import load_clip
 
@@ -33,9 +33,9 @@ def load_scorer(config: ScorerConfig) -> Scorer:
 
 
 def scorer_identity(config: ScorerConfig) -> dict[str, Any]:
-    """What fingerprints cover: the weights' digest (or the library's name of them), the number type, the activation,
+    """What fingerprints cover: the weights' digest (or the library's name), dtype, activation and preprocessing.
 
-    and how pictures are made. Beside clip and itm it knows blip, which is a reward alone. Raises BadInput.
+    Besides clip and itm it knows blip, which is a reward only. Raises BadInput.
     """
     from ..engines.model_folder import content_digest
     from .clip_source import Tag, clip_source
@@ -46,5 +46,5 @@ def scorer_identity(config: ScorerConfig) -> dict[str, Any]:
         tag = clip.place
         model = f"{tag.architecture}|{tag.pretrained}" if isinstance(tag, Tag) else content_digest(tag)
         return {"model": model, "dtype": config.dtype, **clip.seen_as()}
-    found = retrieval_source(config.model, ("blip",) if config.kind == "blip" else ("blip", "blip-2"))
-    return {"model": content_digest(found.folder), "dtype": config.dtype, **found.seen_as()}
+    source = retrieval_source(config.model, ("blip",) if config.kind == "blip" else ("blip", "blip-2"))
+    return {"model": content_digest(source.folder), "dtype": config.dtype, **source.seen_as()}

@@ -1,4 +1,4 @@
-"""The optional safety detector: NudeNet, whose ONNX model comes with its package (extra ``safety``)."""
+"""Optional safety detector: NudeNet, whose ONNX model comes with its package (extra ``safety``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...errors import BadInput
 from ..images.decode import Pixels
 from ..images.preprocess import Preprocess
 
-SIDE = 320  # the model's input
+SIDE = 320  # side of the model's input, in pixels
 UNSAFE = (
     "FEMALE_GENITALIA_EXPOSED",
     "MALE_GENITALIA_EXPOSED",
@@ -20,7 +20,7 @@ UNSAFE = (
 
 
 class NudeNetDetector:
-    """Scores in [0, 1] by NudeNet's own class names, of the unsafe classes alone."""
+    """Scores in [0, 1] by NudeNet's class names, of the unsafe classes only."""
 
     preprocess = Preprocess(SIDE, SIDE, "longest")
 
@@ -32,12 +32,12 @@ class NudeNetDetector:
         self._detector: Any = NudeDetector(inference_resolution=SIDE)
 
     def detect(self, pixels: Sequence[Pixels]) -> list[dict[str, float]]:
-        """For each image (320, 320, 3) RGB the unsafe classes found in it, each with its highest score."""
-        found = []
+        """For each image (320, 320, 3) RGB, the unsafe classes detected in it, each with its highest score."""
+        detections = []
         for image in pixels:
             best: dict[str, float] = {}
-            for each in self._detector.detect(image[:, :, ::-1].copy()):  # it takes OpenCV's order of the colours
-                if each["class"] in UNSAFE:
-                    best[each["class"]] = max(best.get(each["class"], 0.0), float(each["score"]))
-            found.append(best)
-        return found
+            for detection in self._detector.detect(image[:, :, ::-1].copy()):  # BGR, as in OpenCV
+                if detection["class"] in UNSAFE:
+                    best[detection["class"]] = max(best.get(detection["class"], 0.0), float(detection["score"]))
+            detections.append(best)
+        return detections

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 
-# A sentence ends at . ! ? … (with closing quotes or brackets) before a blank and what may begin another; at a line
-# break that ends a line of a list or a paragraph; and after the full-width marks, which no blank follows.
+# A sentence ends at . ! ? … (with closing quotes or brackets) before white space and what may begin another; at a line
+# break that ends a line of a list or a paragraph; and after the full-width marks, which no white space follows.
 _END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|\s*\n\s*|(?<=[。！？])\s*")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|No|vs|approx|etc|e\.g|i\.e|[A-Z])\.)$")
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of ``text`` in order, without surrounding blanks; an empty text has none.
+    """The sentences of ``text`` in order, stripped; an empty text has none.
 
     Abbreviations and initials ("Dr. Who", "J. S. Bach") do not end one, nor does a point inside a number.
     """

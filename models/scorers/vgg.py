@@ -1,4 +1,4 @@
-"""Features of a VGG net (Simonyan and Zisserman, 2015), by which pictures are compared."""
+"""VGG features (Simonyan and Zisserman, 2015), for comparing images."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ Similarity = Literal["cosine", "pooled"]
 
 
 class VGGConfig(BaseModel):
-    """A feature net's ``config.json``. ``layers``: widths of 3 x 3 convolutions (each with a ReLU) and "M", a 2 x 2
+    """A feature net's ``config.json``.
 
-    maximum; or a name of torchvision's. Weights lie beside it, in safetensors, named as in torchvision (``features.``).
+    ``layers``: widths of 3 x 3 convolutions (each with a ReLU) and "M", a 2 x 2 max pooling; or a name of
+    torchvision's. Weights are beside it, in safetensors, named as in torchvision (``features.``).
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -41,9 +42,10 @@ class VGGConfig(BaseModel):
 
 
 class PerceptualNet:
-    """``features``: the net up to the chosen layer; ``similarity``: what :meth:`vectors` are to be held against by a
+    """Feature vectors of images, to be compared by their cosine.
 
-    cosine: all features where they are (``cosine``), or their means over places (``pooled``).
+    ``features``: the net up to the chosen layer; ``similarity``: whether :meth:`vectors` hold all features at their
+    positions (``cosine``) or their means over positions (``pooled``).
     """
 
     def __init__(self, features: nn.Module, config: VGGConfig, similarity: Similarity = "cosine") -> None:
@@ -51,25 +53,26 @@ class PerceptualNet:
         weight = next(features.parameters())
         self.device, self._dtype, self._size = weight.device, weight.dtype, config.image_size
         self._mean, self._std = (
-            torch.tensor(each, device=self.device).view(1, 3, 1, 1) for each in (config.image_mean, config.image_std)
+            torch.tensor(values, device=self.device).view(1, 3, 1, 1)
+            for values in (config.image_mean, config.image_std)
         )
 
     def preprocess(self, crop: bool = True) -> Preprocess:
-        """How an image becomes what the net reads: its middle square, or all of it made square."""
+        """The net's preprocessing: the image's centre square, or all of it squashed to a square."""
         return Preprocess(self._size, self._size, "shortest" if crop else "squash")
 
     @torch.inference_mode()
     def vectors(self, pictures: Tensor) -> Tensor:
-        """Unit vectors (n, width), float32, of float pictures (n, 3, height, width) from 0 to 1; resized as needed."""
+        """Unit vectors (n, width), float32, of float images (n, 3, height, width) in [0, 1]; resized as needed."""
         levels = pictures.to(self.device, torch.float32)
         if levels.shape[-2:] != (self._size, self._size):
             levels = resize(levels, [self._size, self._size], antialias=True)
-        found = self._features(((levels - self._mean) / self._std).to(self._dtype)).float()
-        return functional.normalize(found.mean((2, 3)) if self._similarity == "pooled" else found.flatten(1), dim=-1)
+        maps = self._features(((levels - self._mean) / self._std).to(self._dtype)).float()
+        return functional.normalize(maps.mean((2, 3)) if self._similarity == "pooled" else maps.flatten(1), dim=-1)
 
     def vectors_of_pixels(self, pixels: Sequence[Pixels]) -> Tensor:
-        """The same of images (height, width, 3) uint8 of one size."""
-        return self.vectors(torch.stack([torch.from_numpy(each.copy()) for each in pixels]).permute(0, 3, 1, 2) / 255)
+        """The same for images (height, width, 3) uint8 of one size."""
+        return self.vectors(torch.stack([torch.from_numpy(image.copy()) for image in pixels]).permute(0, 3, 1, 2) / 255)
 
 
 def load_perceptual(
@@ -79,7 +82,7 @@ def load_perceptual(
     dtype: str = "auto",
     device: str = "auto",
 ) -> PerceptualNet:
-    """``tiny/vgg`` or a folder with a ``config.json`` (:class:`VGGConfig`) and ``model.safetensors``.
+    """Load ``tiny/vgg`` or a folder with a ``config.json`` (:class:`VGGConfig`) and ``model.safetensors``.
 
     ``layer``: the index in torchvision's ``features`` after which they are read, the last by default. Raises BadInput
     for a folder that holds no such net.
@@ -117,11 +120,11 @@ def _load(net: nn.Module, folder: Path, name: str) -> None:
     from safetensors.torch import load_file
 
     try:
-        found = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{name}: its model.safetensors cannot be read ({error})") from None
     mark = "features."
-    weights = {key.removeprefix(mark): value for key, value in found.items() if key.startswith(mark)}
+    weights = {key.removeprefix(mark): value for key, value in tensors.items() if key.startswith(mark)}
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""A transformers model that answers many prompts at once: what prompts share is computed once for all their samples.
+"""Batched generation with a transformers model: prefixes that prompts share are computed once for all their samples.
 
-A :class:`~.model_adapter.ModelAdapter` hides what differs between models. Positions are always computed before and
-passed: without them models fall back to plain ones in silence.
+A :class:`~.model_adapter.ModelAdapter` hides what differs between models. Positions are always computed beforehand and
+passed: without them models silently fall back to plain ones.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
 
-NOISE_VALUES, MOST_AHEAD = 1 << 18, 16  # noise made at once, in values and in tokens; a small model's is overhead
+NOISE_VALUES, MOST_AHEAD = 1 << 18, 16  # noise computed at once, in values and in tokens; overhead for a small model
 
 
 @dataclass
 class Prefix:
-    """Computed prompts, padded to a common length, also in between. Decoding uses the cache up.
+    """Prefilled prompts, padded to a common length, also between tokens. Decoding consumes the cache.
 
     ``logits``: float32 ``(prompts, vocab)`` after the last token; ``mask``: ``(prompts, length)``, 0 on padding.
     ``lengths``: tokens without padding.
@@ -63,7 +63,7 @@ class SequenceRow:
 
 @dataclass
 class SampledTokens:
-    """What a row drew. ``stopped``: an end-of-turn token is the last one; otherwise the length limit was met."""
+    """Tokens sampled for a row. ``stopped``: the last one is an end-of-turn token, else the limit was reached."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -73,7 +73,7 @@ class SampledTokens:
 class BatchedLM:
     """The model-facing half of the transformers engine: synchronous, for one thread at a time.
 
-    ``share_prefixes=False`` computes every prompt whole: the slow twin, for tests and benchmarks.
+    ``share_prefixes=False`` computes every prompt whole: a slow reference, for tests and benchmarks.
     """
 
     def __init__(
@@ -91,18 +91,19 @@ class BatchedLM:
         self._end_ids = end_ids
         self.max_model_len = max_model_len
         self.share_prefixes = share_prefixes
-        # By autocast, for a model in training whose weights are float32; its head computes in float32 as the trainer's.
+        # Autocast dtype, for a model in training whose weights are float32; its head computes in float32, as the
+        # trainer's.
         self.computes_in: torch.dtype | None = None
         self._barred = torch.tensor(barred_ids(model), dtype=torch.long, device=model.device)
 
     def precision(self) -> torch.autocast:
-        """What a batch is computed under; casts of weights are kept for all of its tokens."""
+        """The autocast context of a batch; casts of weights are kept for all of its tokens."""
         return torch.autocast(self._model.device.type, self.computes_in, enabled=self.computes_in is not None)
 
     def prepare(self, prompt: Prompt, images: dict[str, PreparedImage] | None = None) -> PreparedPrompt:
         """Everything about one prompt that needs no model. Raises RequestError, also for one that is too long.
 
-        ``images`` remembers by uid what was prepared for other prompts of the batch.
+        ``images`` caches by uid what was prepared for other prompts of the batch.
         """
         ids = torch.tensor(self.encoder.encode(prompt))
         image = None if prompt.image is None else self._prepare_image(prompt.image, {} if images is None else images)
@@ -120,16 +121,16 @@ class BatchedLM:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[PreparedPrompt]) -> Prefix:
-        """Compute the prompts, one padded batch per level of their plan; each distinct image is looked at once."""
+        """Compute the prompts, one padded batch per level of their plan; each distinct image is encoded once."""
         device = self._model.device
         seen, places = self._look(prompts)
         cache = self.family.new_cache()
         mask = torch.zeros(1, 0, dtype=torch.long, device=device)
         logits = mask
         for level in self._plan(prompts):
-            # A segment with nothing before it takes over any row, and hides it.
-            parents = torch.tensor([each.parent or 0 for each in level], device=device)
-            follows = torch.tensor([each.start > 0 for each in level], device=device)
+            # A segment without a parent takes over any row, and masks it.
+            parents = torch.tensor([segment.parent or 0 for segment in level], device=device)
+            follows = torch.tensor([segment.start > 0 for segment in level], device=device)
             if mask.shape[1]:
                 select_rows(cache, parents)
             ids, own, positions = _padded(prompts, level)
@@ -146,17 +147,17 @@ class BatchedLM:
         return plan([self._identity(prompt, numbers) for prompt in prompts])
 
     def _identity(self, prompt: PreparedPrompt, numbers: dict[str, int]) -> list[int]:
-        """The prompt's ids with a number of the image's own in its place: where these agree, so do the positions."""
+        """The prompt's ids with a number unique to its image in place of it: where these agree, so do the positions."""
         if prompt.image is None:
             return prompt.ids.tolist()
         number = numbers.setdefault(prompt.image.uid, -1 - len(numbers))
         return torch.where(self.family.is_image(prompt.ids), number, prompt.ids).tolist()
 
     def _look(self, prompts: Sequence[PreparedPrompt]) -> tuple[Any, dict[str, int]]:
-        """What the vision tower makes of the distinct images, and the place of each in it by its uid."""
+        """Vision encoder output for the distinct images, and each image's index in it by uid."""
         images = {prompt.image.uid: prompt.image for prompt in prompts if prompt.image is not None}
         seen = self.family.look(list(images.values())) if images else None
-        return seen, {uid: place for place, uid in enumerate(images)}
+        return seen, {uid: index for index, uid in enumerate(images)}
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, vision: Any = None) -> Tensor:
         family = self.family
@@ -182,7 +183,7 @@ class BatchedLM:
         rows: Sequence[SequenceRow],
         ended: Callable[[int, SampledTokens], None] = lambda row, drawn: None,
     ) -> list[SampledTokens]:
-        """Draw every row to its end; rows leave the batch as they finish, and ``ended`` is told of each at once."""
+        """Sample every row to its end; rows leave the batch as they finish, and ``ended`` is called for each then."""
         drawn = [SampledTokens() for _ in rows]
         limits = [min(row.sampling.max_tokens, self.max_model_len - prefix.lengths[row.prompt]) for row in rows]
         alive = list(range(len(rows)))
@@ -217,12 +218,12 @@ class BatchedLM:
             positions = positions + 1
 
     def _bar(self, logits: Tensor) -> Tensor:
-        """``logits`` (rows, vocab) without what is never drawn, such as ids that stand for pixels; changed in place."""
+        """``logits`` (rows, vocab) with -inf for ids that are never sampled, such as those of pixels; in place."""
         return logits.index_fill_(1, self._barred, -math.inf)
 
     @torch.inference_mode()
     def generate_reference(self, prompt: PreparedPrompt, sampling: Sampling) -> SampledTokens:
-        """The slow twin of prefill and decode: ``generate`` of transformers, one prompt, nothing shared or padded."""
+        """Slow reference for prefill and decode: ``generate`` of transformers, one prompt, nothing shared or padded."""
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(sampling.max_tokens, self.max_model_len - len(prompt.ids)),
@@ -241,40 +242,40 @@ class BatchedLM:
 
 def _padded(prompts: Sequence[PreparedPrompt], level: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
     """A level's ids ``(rows, width)``, mask of the same shape and positions ``(axes, rows, width)``, left-padded."""
-    width = max(each.end - each.start for each in level)
+    width = max(segment.end - segment.start for segment in level)
     ids = torch.zeros(len(level), width, dtype=torch.long)
     mask = torch.zeros(len(level), width, dtype=torch.long)
     positions = torch.zeros(prompts[0].positions.shape[0], len(level), width, dtype=torch.long)
-    for row, each in enumerate(level):
-        prompt, at = prompts[each.of], width - (each.end - each.start)
-        ids[row, at:], mask[row, at:] = prompt.ids[each.start : each.end], 1
-        positions[:, row, at:] = prompt.positions[:, each.start : each.end]
+    for row, segment in enumerate(level):
+        prompt, at = prompts[segment.of], width - (segment.end - segment.start)
+        ids[row, at:], mask[row, at:] = prompt.ids[segment.start : segment.end], 1
+        positions[:, row, at:] = prompt.positions[:, segment.start : segment.end]
     return ids, mask, positions
 
 
 class _Picker:
-    """The next token of each row: the argmax, after noise where a row samples. Rows may leave, and never come."""
+    """The next token of each row: the argmax, after adding noise where a row samples. Rows may leave, but not join."""
 
     def __init__(self, samplings: list[Sampling], device: torch.device) -> None:
-        self._greedy = all(each.temperature == 0 for each in samplings)
-        self._cut = any(each.top_p < 1 for each in samplings)
-        self._seeds = torch.tensor([fold_seed(each.seed) for each in samplings], device=device)
-        self._temperatures = torch.tensor([each.temperature for each in samplings], device=device)
-        self._top_ps = torch.tensor([each.top_p for each in samplings], device=device)
+        self._greedy = all(sampling.temperature == 0 for sampling in samplings)
+        self._cut = any(sampling.top_p < 1 for sampling in samplings)
+        self._seeds = torch.tensor([fold_seed(sampling.seed) for sampling in samplings], device=device)
+        self._temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=device)
+        self._top_ps = torch.tensor([sampling.top_p for sampling in samplings], device=device)
         self._rows: list[int] = []
         self._at = torch.zeros(0, dtype=torch.long)
         self._first = 0
-        self._noise = torch.zeros(0)  # (tokens ahead, rows, vocab), of the tokens from the first on
+        self._noise = torch.zeros(0)  # (tokens ahead, rows, vocab), from token ``_first`` on
 
     def pick(self, logits: Tensor, rows: list[int], position: int) -> Tensor:
-        """Tokens ``(rows,)`` from ``logits`` ``(rows, vocab)``; all rows have drawn ``position`` tokens so far."""
+        """Tokens ``(rows,)`` from ``logits`` ``(rows, vocab)``; all rows have sampled ``position`` tokens so far."""
         if self._greedy:
             return logits.argmax(dim=-1)
         if rows != self._rows:
             self._keep(rows)
         temperatures = self._temperatures[self._at]
         top_ps = self._top_ps[self._at] if self._cut else None
-        if kernel_runs_on(logits.device):  # it makes the noise while it adds it, and nothing is gained by looking ahead
+        if kernel_runs_on(logits.device):  # the kernel computes noise while adding it: no need to look ahead
             positions = torch.full_like(self._at, position)
             return apply(logits, self._seeds[self._at], positions, temperatures, top_ps).argmax(dim=-1)
         if not self._first <= position < self._first + len(self._noise):
@@ -283,12 +284,12 @@ class _Picker:
 
     def _keep(self, rows: list[int]) -> None:
         if len(self._noise):
-            places = {row: place for place, row in enumerate(self._rows)}
+            places = {row: index for index, row in enumerate(self._rows)}
             self._noise = self._noise[:, [places[row] for row in rows]]
         self._rows, self._at = list(rows), torch.tensor(rows, device=self._seeds.device)
 
     def _look_ahead(self, position: int, vocab_size: int) -> None:
-        """The noise of the rows' next tokens at once: it depends on nothing that is drawn."""
+        """Precompute the noise of the rows' next tokens: it does not depend on what is sampled."""
         rows, device = len(self._rows), self._seeds.device
         ahead = min(max(1, NOISE_VALUES // (rows * vocab_size)), MOST_AHEAD)
         places = torch.arange(position, position + ahead, device=device).repeat_interleave(rows)
@@ -297,7 +298,7 @@ class _Picker:
 
 
 class _ReferenceNoise(LogitsProcessor):
-    """The same noise, for transformers' own loop."""
+    """The same noise, for transformers' own generation loop."""
 
     def __init__(self, prompt_length: int, sampling: Sampling) -> None:
         self._prompt_length = prompt_length

@@ -1,7 +1,7 @@
-"""Captioners that are no chat models in the engine: BLIP-2 with OPT, and encoder-decoders (ViT-GPT2, BLIP).
+"""Adapters for captioners that are not chat models: BLIP-2 with OPT, and encoder-decoders (ViT-GPT2, BLIP).
 
-BLIP-2 puts what its Q-Former makes of an image before a causal decoder's text, so that all that holds for chat models
-holds for it. A decoder of the others attends to the encoder's states: its keys and values are made of them once.
+BLIP-2 puts its Q-Former's output before a causal decoder's text, so whatever holds for chat models holds for it.
+Decoders of the others attend to the encoder's states, whose keys and values are computed once.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 
 def is_captioner(model: Any) -> bool:
-    """Whether a loaded model is one of the captioners that are no chat models."""
+    """Whether a loaded model is a captioner that is not a chat model."""
     return model.config.model_type in KINDS
 
 
 def adapter_of(model: PreTrainedModel, image_processor: BaseImageProcessor | None) -> ModelAdapter:
-    """How the engine is to treat a model."""
+    """The adapter for a model."""
     if not is_captioner(model):
         return ChatAdapter(model, image_processor)
     return Blip2Adapter(model, image_processor) if is_blip2(model) else EncoderDecoderAdapter(model, image_processor)
@@ -47,7 +47,7 @@ def is_blip(model: Any) -> bool:
 
 
 def check_parts(model: Any, side: int) -> None:
-    """Raises BadInput for a captioner with parts that nothing here knows, or of another size than ``side`` pixels."""
+    """Raise BadInput for a captioner with unknown parts, or of another size than ``side`` pixels."""
     decoder = language_model(model).config.model_type
     known = {"blip-2": "opt", "vision-encoder-decoder": "gpt2"}.get(model.config.model_type, decoder)
     if decoder != known:
@@ -63,18 +63,18 @@ def check_parts(model: Any, side: int) -> None:
 
 
 def image_size(model: Any) -> int:
-    """The side of the pictures that a captioner looks at, in pixels."""
+    """Side of a captioner's input images, in pixels."""
     size = vision_model(model).config.image_size
     return int(size if isinstance(size, int) else size[0])
 
 
 def vision_model(model: Any) -> Any:
-    """The tower of a captioner."""
+    """The vision encoder of a captioner."""
     return model.vision_model if hasattr(model, "vision_model") else model.encoder
 
 
 def language_model(model: Any) -> Any:
-    """What writes a model's text, with its head: a part of captioners, of chat models the whole."""
+    """The model that writes text, with its head: a part of captioners, the whole of chat models."""
     if not is_captioner(model):
         return model
     if is_blip2(model):
@@ -89,8 +89,10 @@ def body_of(model: Any) -> Any:
 
 
 def encode_images(model: Any, images: Sequence[PreparedImage]) -> Tensor:
-    """What a captioner's text is written from, ``(images, tokens, width)``: the projected queries of a Q-Former, or an
-    encoder's states, as wide as the decoder attends to them."""
+    """The image features that a captioner's text is generated from, ``(images, tokens, width)``.
+
+    The projected queries of a Q-Former, or an encoder's states, as wide as the decoder attends to.
+    """
     weight = next(vision_model(model).parameters())
     pixels = torch.cat([image.patches for image in images]).to(weight.device, weight.dtype)
     seen: Tensor
@@ -102,15 +104,16 @@ def encode_images(model: Any, images: Sequence[PreparedImage]) -> Tensor:
 
 
 def put_in(embedded: Tensor, is_image: Tensor, seen: Tensor) -> Tensor:
-    """``embedded`` (rows, columns, width) with ``seen`` (tokens, width) where ``is_image`` (rows, columns) says so."""
+    """``embedded`` (rows, columns, width) with ``seen`` (tokens, width) where ``is_image`` (rows, columns) is true."""
     return embedded.masked_scatter(is_image[..., None], seen.to(embedded.dtype))
 
 
 def end_ids(model: PreTrainedModel, tokenizer_end: int | None) -> frozenset[int]:
-    """What ends a text: of chat models the tokenizer's own token and those of the generation config, as in vLLM; of
-    captioners those of the generation config alone, or what BLIP's own ``generate`` ends at.
+    """Token ids that end a text.
 
-    Raises BadInput where a captioner names none.
+    Of chat models the tokenizer's own token and those of the generation config, as in vLLM; of captioners those of the
+    generation config alone, or the one at which BLIP's own ``generate`` ends. Raises BadInput where a captioner names
+    none.
     """
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = configured if isinstance(configured, list) else [configured]
@@ -118,14 +121,14 @@ def end_ids(model: PreTrainedModel, tokenizer_end: int | None) -> frozenset[int]
         return frozenset(token for token in [*listed, tokenizer_end] if token is not None)
     if is_blip(model):
         listed = [model.config.text_config.sep_token_id]
-    found = frozenset(token for token in listed if token is not None)
-    if not found:
+    ends = frozenset(token for token in listed if token is not None)
+    if not ends:
         raise BadInput(f"{model.name_or_path}: no token ends a caption; write eos_token_id into generation_config.json")
-    return found
+    return ends
 
 
 def barred_ids(model: PreTrainedModel) -> list[int]:
-    """What is never drawn: what stands for pixels; of captioners what pads and begins a text as well, ends apart."""
+    """Token ids that are never sampled: those of pixels; of captioners also padding and start tokens, but not ends."""
     barred = vision_ids(model.config)
     if not is_captioner(model):
         return barred
@@ -144,16 +147,16 @@ def start_id(model: Any) -> int:
     if not hasattr(whole, "text_config"):
         said = [(config, name) for name in ("decoder_start_token_id", "bos_token_id") for config in (generation, whole)]
         starts = [getattr(config, name, None) for config, name in said]
-    found = next((token for token in starts if token is not None), None)
-    if found is None:
+    start = next((token for token in starts if token is not None), None)
+    if start is None:
         raise BadInput(
             f"{model.name_or_path}: no token begins a caption; write decoder_start_token_id into config.json"
         )
-    return int(found)
+    return int(start)
 
 
 class CaptionerAdapter:
-    """What they have in common: pictures of one size, positions on one axis."""
+    """Code shared by captioners: images of one size, positions on one axis."""
 
     axes = 1
     shares = True
@@ -171,8 +174,8 @@ class CaptionerAdapter:
             raise RequestError(
                 f"image {image.uid} has {size} pixels, and the model looks at {self._side} x {self._side}"
             )
-        made = self.image_processor(images=[pixels], return_tensors="pt")
-        return PreparedImage(image.uid, made["pixel_values"], torch.ones(1, 3, dtype=torch.long))
+        processed = self.image_processor(images=[pixels], return_tensors="pt")
+        return PreparedImage(image.uid, processed["pixel_values"], torch.ones(1, 3, dtype=torch.long))
 
     def expand(self, ids: Tensor, image: PreparedImage) -> Tensor:
         return ids
@@ -199,8 +202,8 @@ class Blip2Adapter(CaptionerAdapter):
         return ids.repeat_interleave(torch.where(self.is_image(ids), int(self._model.config.num_query_tokens), 1))
 
     def is_image(self, ids: Tensor) -> Tensor:
-        found: Tensor = ids == self._model.config.image_token_id
-        return found
+        mask: Tensor = ids == self._model.config.image_token_id
+        return mask
 
     def new_cache(self) -> Cache:
         return new_cache(self.lm.config, growing=True)
@@ -209,7 +212,7 @@ class Blip2Adapter(CaptionerAdapter):
         self, prompts: Sequence[PreparedPrompt], level: Level, seen: Tensor, places: dict[str, int]
     ) -> Tensor | None:
         parts = image_parts(self, prompts, level, places)
-        return torch.cat([seen[place, tokens] for place, tokens in parts]) if parts else None
+        return torch.cat([seen[index, tokens] for index, tokens in parts]) if parts else None
 
     def inputs(self, ids: Tensor, positions: Tensor, cache: Any, vision: Tensor | None) -> dict[str, Any]:
         embedded = self.lm.get_input_embeddings()(ids)
@@ -222,7 +225,7 @@ class Blip2Adapter(CaptionerAdapter):
 
 
 class EncoderDecoderAdapter(CaptionerAdapter):
-    """Encoder-decoders. A token depends on the image from the first on, so prompts share nothing."""
+    """Encoder-decoders. Tokens depend on the image from the first on, so prompts share nothing."""
 
     shares = False
 
@@ -230,23 +233,23 @@ class EncoderDecoderAdapter(CaptionerAdapter):
         return CrossCache(self.lm.config)
 
     def vision(self, prompts: Sequence[PreparedPrompt], level: Level, seen: Tensor, places: dict[str, int]) -> Tensor:
-        images = [prompts[each.of].image for each in level]
+        images = [prompts[segment.of].image for segment in level]
         return seen[[places[image.uid] for image in images if image is not None]]
 
     def inputs(self, ids: Tensor, positions: Tensor, cache: Any, vision: Tensor | None) -> dict[str, Any]:
         if vision is None:
-            vision = cache.seen.expand(len(ids), -1, -1)  # their keys and values are in the cache, these are not read
+            vision = cache.seen.expand(len(ids), -1, -1)  # their keys and values are cached, these are not read
         else:
             cache.seen = vision[:1]
         return {"input_ids": ids, "position_ids": positions[0], "encoder_hidden_states": vision, **self.mode}
 
     @property
     def mode(self) -> dict[str, bool]:
-        """BLIP's body is an encoder unless told otherwise."""
+        """BLIP's body is an encoder by default."""
         return {"is_decoder": True} if is_blip(self._model) else {}
 
     def generate(self, prompt: PreparedPrompt, config: GenerationConfig, processors: LogitsProcessorList) -> Any:
-        if is_blip(self._model):  # which takes away the last token: its tokenizer ends every text
+        if is_blip(self._model):  # it drops the last token, as its tokenizer ends every text
             ended = torch.cat([prompt.ids, prompt.ids[:1]])
             return _generate(self._model, prompt, ended, "input_ids", config, processors)
         config.decoder_start_token_id = int(prompt.ids[0])
@@ -259,5 +262,5 @@ def _generate(
     assert prompt.image is not None  # the encoder refuses prompts without one
     weight = next(vision_model(model).parameters())
     pixels = prompt.image.patches.to(weight.device, weight.dtype)
-    given = {"pixel_values": pixels, name: ids[None].to(weight.device)}
-    return model.generate(**given, generation_config=config, logits_processor=processors)
+    inputs = {"pixel_values": pixels, name: ids[None].to(weight.device)}
+    return model.generate(**inputs, generation_config=config, logits_processor=processors)

@@ -1,4 +1,4 @@
-"""The engine that runs anywhere torch does: waiting requests are batched, and batches run on one worker thread."""
+"""Transformers engine, for any device of torch: waiting requests are batched, and batches run on one worker thread."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Request = GenerationRequest | ChoiceRequest
 Answer = Completion | ChoiceScores
 
 DEFAULT_CONCURRENCY = {"cpu": 32, "cuda": 64}
-CHOICE_ROOM = 0.5  # of a generation's place in a batch: a choice is over after the prompt, and shares most of that
+CHOICE_ROOM = 0.5  # of a generation's share of a batch: a choice is over after the prompt, and shares most of that
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Job:
 
 @dataclass
 class _Known:
-    """What was prepared for a batch so far: each image once for all its prompts, each prompt once for all requests."""
+    """Preparations for a batch so far: each image once for all its prompts, each prompt once for all requests."""
 
     prompts: dict[PromptKey, PreparedPrompt | RequestError] = field(default_factory=dict)
     images: dict[str, PreparedImage] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class _Ready:
 
 
 class TransformersEngine:
-    """Implements :class:`~.engine.Engine`. Requests that wait together share a batch and the prompts' beginnings."""
+    """Implements :class:`~.engine.Engine`. Requests that wait together share a batch and the prompts' prefixes."""
 
     guides = False
 
@@ -102,7 +102,7 @@ class TransformersEngine:
         return len(ids)
 
     async def aclose(self) -> None:
-        """Let the running batch end, fail what waits, free the thread."""
+        """Let the running batch finish, fail waiting requests, free the thread."""
         self._die("the engine was closed")
         if self._batcher is not None:
             self._batcher.cancel()
@@ -110,7 +110,7 @@ class TransformersEngine:
         await asyncio.to_thread(self._thread.shutdown)
 
     async def generate_reference(self, request: GenerationRequest) -> Completion:
-        """The slow twin of :meth:`generate`, for tests: transformers' own loop, one request, nothing shared."""
+        """Slow reference for :meth:`generate`, for tests: transformers' own loop, one request, nothing shared."""
 
         def run() -> Completion:
             drawn = self.lm.generate_reference(self.lm.prepare(request.prompt), request.sampling)
@@ -133,17 +133,17 @@ class TransformersEngine:
         try:
             while True:
                 jobs = [await self._waiting.get()]
-                await asyncio.sleep(0)  # callers that were started together get to queue before the batch closes
+                await asyncio.sleep(0)  # lets callers that were started together queue before the batch closes
                 room = self.concurrency - _room(jobs[0])
                 while room > 0 and not self._waiting.empty():
                     jobs.append(self._waiting.get_nowait())
                     room -= _room(jobs[-1])
-                jobs = [job for job in jobs if not job.future.done()]  # a caller may have gone away
+                jobs = [job for job in jobs if not job.future.done()]  # a caller may have been cancelled
                 outcomes = await asyncio.get_running_loop().run_in_executor(self._thread, self._outcomes, jobs)
                 for job, outcome in zip(jobs, outcomes, strict=True):
                     _settle(job, outcome)
         except BaseException as error:
-            # Cancelled by aclose, or a fault of this loop itself: nobody may be left waiting.
+            # Cancelled by aclose, or a fault of this loop itself: fail all requests.
             self._die(self._dead or f"{type(error).__name__}: {error}")
             for job in jobs:
                 _settle(job, EngineDead(self._dead))
@@ -158,8 +158,8 @@ class TransformersEngine:
         """One outcome per job, in order. Runs on the worker thread."""
         known = _Known()
         prepared = [self._prepare(job, known) for job in jobs]
-        answers = iter(self._answers([each for each in prepared if isinstance(each, _Ready)]))
-        return [next(answers) if isinstance(each, _Ready) else each for each in prepared]
+        answers = iter(self._answers([item for item in prepared if isinstance(item, _Ready)]))
+        return [next(answers) if isinstance(item, _Ready) else item for item in prepared]
 
     def _prepare(self, job: _Job, known: _Known) -> _Ready | Exception:
         request = job.request
@@ -169,7 +169,7 @@ class TransformersEngine:
                 known.prompts[key] = self.lm.prepare(request.prompt, known.images)
             except RequestError as error:
                 known.prompts[key] = error
-            except Exception as error:  # a processor's refusal of this image or text is this request's error alone
+            except Exception as error:  # a processor that rejects an image or text: an error of this request alone
                 known.prompts[key] = Rejected(f"{type(error).__name__}: {error}")
         prompt = known.prompts[key]
         if isinstance(prompt, RequestError):
@@ -183,38 +183,38 @@ class TransformersEngine:
         return _Ready(job, key, prompt, known.choices[choices])
 
     def _answers(self, ready: Sequence[_Ready]) -> list[Answer | Exception]:
-        """Answer a batch; where the model fails on it, its halves, down to the request that is to blame."""
+        """Answer a batch; where the model fails on it, its halves, down to the request at fault."""
         outcomes = by_halves(ready, self._computed)
-        return [_refusal(each) if isinstance(each, Exception) else each for each in outcomes]
+        return [_refusal(outcome) if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
     def _computed(self, ready: Sequence[_Ready]) -> Sequence[Answer | Exception]:
         if self._dead is None:
             try:
                 with self.lm.precision():
                     return self._compute(ready)
-            except torch.AcceleratorError as error:  # a faulted device answers nothing any more in this process
+            except torch.AcceleratorError as error:  # after a device fault nothing can be computed in this process
                 self._dead = f"{type(error).__name__}: {error}"
         return [EngineDead(self._dead)] * len(ready)
 
     def _compute(self, ready: Sequence[_Ready]) -> list[Answer]:
-        distinct = {each.key: each.prompt for each in ready}
+        distinct = {item.key: item.prompt for item in ready}
         index_of = {key: index for index, key in enumerate(distinct)}
         prefix = self.lm.prefill(list(distinct.values()))
         answers: dict[int, Answer] = {}
         rows: dict[int, SequenceRow] = {}
-        for at, each in enumerate(ready):
-            request = each.job.request
+        for at, item in enumerate(ready):
+            request = item.job.request
             if isinstance(request, GenerationRequest):
-                rows[at] = SequenceRow(index_of[each.key], request.sampling, request.logprobs)
+                rows[at] = SequenceRow(index_of[item.key], request.sampling, request.logprobs)
             else:
-                scores = prefix.logits[index_of[each.key]].log_softmax(dim=-1)[each.choice_ids]
+                scores = prefix.logits[index_of[item.key]].log_softmax(dim=-1)[item.choice_ids]
                 answers[at] = ChoiceScores(tuple(scores.tolist()))
         places = list(rows)
 
         def ended(row: int, drawn: SampledTokens) -> None:
             at = places[row]
             answers[at] = self._completion(drawn, rows[at].logprobs)
-            # Who waits for this one need not wait for the rest of the batch.
+            # The caller of this request need not wait for the rest of the batch.
             self._loop.call_soon_threadsafe(_settle, ready[at].job, answers[at])
 
         if rows:
@@ -234,7 +234,7 @@ class TransformersEngine:
 
 
 def _refusal(error: Exception) -> Exception:
-    """What is told of a request on which the model failed."""
+    """The error reported for a request on which the model failed."""
     if isinstance(error, EngineDead):
         return error
     reason = f"{type(error).__name__}: {error}"
@@ -268,9 +268,9 @@ def load_transformers_engine(
     share_prefixes: bool = True,
     template_args: Mapping[str, Any] | None = None,
 ) -> TransformersEngine:
-    """Load a model folder, ``called`` so by the user. ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU.
+    """Load a model folder, named ``called`` by the user. ``dtype="auto"``: bfloat16 on CUDA, float32 on a CPU.
 
-    ``share_prefixes=False`` computes every distinct prompt whole, which is slower and nothing else.
+    ``share_prefixes=False`` computes every distinct prompt whole, which is only slower.
     """
     model = load_model(path, sees=grid is not None, called=called, dtype=dtype, device=device)
     lm = batched_lm(model, path, grid, max_model_len, share_prefixes, template_args)
@@ -298,7 +298,7 @@ def load_model(
 
 
 def _refuse_states(model: PreTrainedModel, path: str) -> None:
-    """Raise BadInput for a model whose layers keep a running state, of which a batch's rows cannot be picked."""
+    """Raise BadInput for a model whose layers keep a running state, from which a batch's rows cannot be selected."""
     config = model.config.get_text_config()
     if stateful_layers(new_cache(config, growing=False)):
         kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
@@ -318,7 +318,7 @@ def batched_lm(
 ) -> BatchedLM:
     """The model with the tokenizer, the chat template and the image processor of its folder.
 
-    Raises BadInput for captioners with parts that do not go together, and for templates as
+    Raises BadInput for captioners with parts that do not fit together, and for templates as
     :func:`..chat_templates.open_encoder`.
     """
     from transformers import AutoImageProcessor, AutoTokenizer

@@ -1,4 +1,4 @@
-"""Attention for models whose heads share keys: while single tokens are drawn, the heads of a key are its queries.
+"""Decoding attention for grouped-query models: the query heads that share a key head are folded into its queries.
 
 SDPA otherwise reads (on CPUs) or copies (where it has no grouped kernel) each key once per head: folding takes 0.7 of
 the time. Registered with transformers under :data:`NAME`; for prompts it is SDPA.
@@ -30,7 +30,7 @@ def folded_attention(
 ) -> tuple[Tensor, None]:
     """``query`` (rows, heads, columns, width), ``key`` and ``value`` with their own, maybe fewer, heads.
 
-    Returns (rows, columns, heads, width), as transformers wants it, and no weights.
+    Returns (rows, columns, heads, width), as transformers expects, and no weights.
     """
     rows, heads, columns, width = query.shape
     if columns > 1 or heads == key.shape[1]:
@@ -46,7 +46,7 @@ def folded_attention(
 
 
 def fold_heads(model: Any) -> None:
-    """Let ``model``, a text decoder or one that sees, draw its tokens so, where it would by SDPA."""
+    """Make ``model``, a text decoder or a vision-language model, decode with folded heads, where it would use SDPA."""
     config = model.config.get_text_config()
     if getattr(model, "_supports_attention_backend", False) and config._attn_implementation == "sdpa":
         config._attn_implementation = NAME

@@ -1,4 +1,4 @@
-"""A cache of keys and values with room for the tokens to come: drawing one does not copy all that came before it."""
+"""KV cache with room for tokens to come: appending one does not copy all that came before it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-LEAST_ROOM = 64  # tokens; a quarter of what is there already, where that is more
+LEAST_ROOM = 64  # tokens; or a quarter of the current length, where that is more
 
 
 class KVCacheLayer(DynamicLayer):
-    """Implements transformers' cache layer. ``keys``, ``values``: (rows, heads, tokens, width), views of the room."""
+    """Implements transformers' cache layer. ``keys``, ``values``: (rows, heads, tokens, width), views of buffers."""
 
     def __init__(self, *arguments: Any, **rest: Any) -> None:
         super().__init__(*arguments, **rest)
@@ -21,7 +21,7 @@ class KVCacheLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *arguments: Any, **rest: Any) -> tuple[Tensor, Tensor]:
         used, new = self.get_seq_length(), key_states.shape[-2]
-        if used == 0:  # a prompt; its rows are taken over before the first token is drawn
+        if used == 0:  # a prompt; its rows are selected before the first token is sampled
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
             return key_states, value_states
@@ -34,7 +34,7 @@ class KVCacheLayer(DynamicLayer):
         return self.keys, self.values
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, (rows,) of indices, in this order; one may come several times."""
+        """Keep these rows, (rows,) of indices, in this order; indices may repeat."""
         used = self.get_seq_length()
         if self._room is None:
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
@@ -52,7 +52,7 @@ def _enlarged(states: Tensor, size: int) -> Tensor:
 
 
 def new_cache(config: Any, growing: bool) -> DynamicCache:
-    """An empty cache for a text model's ``config``; ``growing`` where all of its layers attend to everything."""
+    """An empty cache for a text model's ``config``; ``growing`` where all of its layers have full attention."""
     cache = DynamicCache(config=config)
     if growing:
         cache.layers = [KVCacheLayer() for _ in cache.layers]
@@ -60,9 +60,9 @@ def new_cache(config: Any, growing: bool) -> DynamicCache:
 
 
 class CrossCache(EncoderDecoderCache):
-    """Of a decoder that attends to an encoder: what it made of the encoder's states is kept, computed once.
+    """Cache of a decoder that attends to an encoder: keys and values of the encoder's states are computed once.
 
-    ``seen``: (1, states, width), from which later tokens learn nothing but how many states there are.
+    ``seen``: (1, states, width), of which later tokens use nothing but the number of states.
     """
 
     def __init__(self, config: Any) -> None:
@@ -71,13 +71,13 @@ class CrossCache(EncoderDecoderCache):
 
 
 def stateful_layers(cache: Cache) -> list[str]:
-    """The classes of a cache's layers that :func:`select_rows` cannot pick rows of, as they keep a running state.
+    """The classes of a cache's layers from which :func:`select_rows` cannot select rows, as they keep a running state.
 
-    Those of transformers that keep one beside keys and values would pick rows of the latter alone, in silence.
+    transformers' layers that keep one beside keys and values would silently select rows of the latter alone.
     """
-    kinds = {type(each) for each in cache.layers}
-    running = {each for each in kinds if any(base.__name__.startswith("LinearAttention") for base in each.__mro__)}
-    return sorted(each.__name__ for each in kinds if each in running or not hasattr(each, "batch_select_indices"))
+    kinds = {type(layer) for layer in cache.layers}
+    running = {kind for kind in kinds if any(base.__name__.startswith("LinearAttention") for base in kind.__mro__)}
+    return sorted(kind.__name__ for kind in kinds if kind in running or not hasattr(kind, "batch_select_indices"))
 
 
 def select_rows(cache: Cache, rows: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""What a model's family decides for the engine: pixels, image features, positions, how the decoder is called.
+"""Adapters for model families: pixels, image features, positions, and how the decoder is called.
 
-:class:`ChatAdapter` is for chat models, text-only or of the Qwen-VL family; those of captioners that are no chat models
-are in :mod:`.captioner_adapter`.
+:class:`ChatAdapter` is for chat models, text-only or of the Qwen-VL family; those of captioners that are not chat
+models are in :mod:`.captioner_adapter`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class PreparedImage:
     """``patches``: ``(patches, patch values)``; ``grid``: ``(1, 3)`` its time, height and width in patches.
 
-    For captioners that look at one size alone, ``patches`` is the picture, ``(1, 3, side, side)``.
+    For captioners that take images of one size, ``patches`` is the image, ``(1, 3, side, side)``.
     """
 
     uid: str
@@ -40,7 +40,7 @@ class PreparedImage:
 class PreparedPrompt:
     """``ids``: ``(length,)`` with the image placeholder repeated; ``positions``: ``(axes, length)``.
 
-    ``next_position``: where the first generated token stands, on every axis.
+    ``next_position``: position of the first generated token, on every axis.
     """
 
     ids: Tensor
@@ -50,10 +50,10 @@ class PreparedPrompt:
 
 
 class ModelAdapter(Protocol):
-    """``lm``: what foretells tokens, ``body``: the same up to its last hidden states, which :meth:`head` reads.
+    """``lm``: the model that predicts tokens; ``body``: the same up to its last hidden states, the input of ``head``.
 
-    ``axes``: of positions; ``shares``: beginnings that prompts have in common may be computed once, and padding may
-    stand between tokens.
+    ``axes``: of positions; ``shares``: whether prefixes that prompts share may be computed once, with padding between
+    tokens.
     """
 
     axes: int
@@ -62,7 +62,7 @@ class ModelAdapter(Protocol):
     body: Any
 
     def prepare_image(self, image: ImageInput) -> PreparedImage:
-        """Pixels as the vision tower takes them. Raises RequestError."""
+        """Pixels as the vision encoder takes them. Raises RequestError."""
         ...
 
     def expand(self, ids: Tensor, image: PreparedImage) -> Tensor:
@@ -74,22 +74,24 @@ class ModelAdapter(Protocol):
         ...
 
     def is_image(self, ids: Tensor) -> Tensor:
-        """Which ids, of any shape, stand for pixels."""
+        """Mask of the ids, of any shape, that stand for pixels."""
         ...
 
     def new_cache(self) -> Cache: ...
 
     def look(self, images: Sequence[PreparedImage]) -> Any:
-        """What the vision tower makes of distinct images, in order."""
+        """Vision encoder output for distinct images, in order."""
         ...
 
     def vision(self, prompts: Sequence[PreparedPrompt], level: Level, seen: Any, places: dict[str, int]) -> Any:
-        """What of ``seen`` the rows of a level need; ``places``: of each image in it, by uid. None for nothing."""
+        """The part of ``seen`` that the rows of a level need, or None; ``places``: each image's index in it, by uid."""
         ...
 
     def inputs(self, ids: Tensor, positions: Tensor, cache: Any, vision: Any) -> dict[str, Any]:
-        """Arguments of ``lm`` and ``body`` for ``ids`` (rows, width), ``positions`` (axes, rows, width), beside cache
-        and mask."""
+        """Arguments of ``lm`` and ``body``, other than cache and mask.
+
+        For ``ids`` (rows, width) and ``positions`` (axes, rows, width).
+        """
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ class ModelAdapter(Protocol):
         ...
 
     def generate(self, prompt: PreparedPrompt, config: GenerationConfig, processors: LogitsProcessorList) -> Any:
-        """``generate`` of transformers on one prompt, for the slow twin; ``sequences`` begin with the prompt's ids."""
+        """transformers' ``generate`` on one prompt, the slow reference; ``sequences`` begin with the prompt's ids."""
         ...
 
 
@@ -117,8 +119,8 @@ class ChatAdapter:
 
     def prepare_image(self, image: ImageInput) -> PreparedImage:
         assert self.image_processor is not None  # the encoder refuses images to models without one
-        made = self.image_processor(images=[rgb_pixels(image)], return_tensors="pt")
-        return PreparedImage(image.uid, made["pixel_values"], made["image_grid_thw"])
+        processed = self.image_processor(images=[rgb_pixels(image)], return_tensors="pt")
+        return PreparedImage(image.uid, processed["pixel_values"], processed["image_grid_thw"])
 
     def expand(self, ids: Tensor, image: PreparedImage) -> Tensor:
         merged = int(image.grid.prod()) // self.body.config.vision_config.spatial_merge_size**2
@@ -133,8 +135,8 @@ class ChatAdapter:
         return positions[:, 0]
 
     def is_image(self, ids: Tensor) -> Tensor:
-        found: Tensor = ids == self._model.config.image_token_id
-        return found
+        mask: Tensor = ids == self._model.config.image_token_id
+        return mask
 
     def new_cache(self) -> Cache:
         return new_cache(self._model.config.get_text_config(), self.shares)
@@ -149,10 +151,10 @@ class ChatAdapter:
         if not parts:
             return None
         of_level = copy(seen)
-        of_level.pooler_output = tuple(seen.pooler_output[place][rows] for place, rows in parts)
-        if getattr(seen, "deepstack_features", None) is not None:  # Qwen3-VL feeds several layers of the tower
+        of_level.pooler_output = tuple(seen.pooler_output[index][rows] for index, rows in parts)
+        if getattr(seen, "deepstack_features", None) is not None:  # Qwen3-VL uses several layers
             of_level.deepstack_features = [
-                tuple(layer[place][rows] for place, rows in parts) for layer in seen.deepstack_features
+                tuple(layer[index][rows] for index, rows in parts) for layer in seen.deepstack_features
             ]
         return of_level
 
@@ -178,16 +180,16 @@ class ChatAdapter:
 def image_parts(
     family: ModelAdapter, prompts: Sequence[PreparedPrompt], level: Level, places: dict[str, int]
 ) -> list[tuple[int, slice]]:
-    """The image tokens within a level, row by row: the image's place and which of its tokens.
+    """The image tokens within a level, row by row: the image's index and the slice of its tokens.
 
-    A cut may lie inside of an image.
+    A cut may be inside an image.
     """
     parts: list[tuple[int, slice]] = []
-    for each in level:
-        prompt = prompts[each.of]
+    for segment in level:
+        prompt = prompts[segment.of]
         if prompt.image is not None:
-            is_image = family.is_image(prompt.ids[: each.end])
-            start, end = int(is_image[: each.start].sum()), int(is_image.sum())
+            is_image = family.is_image(prompt.ids[: segment.end])
+            start, end = int(is_image[: segment.start].sum()), int(is_image.sum())
             if end > start:
                 parts.append((places[prompt.image.uid], slice(start, end)))
     return parts

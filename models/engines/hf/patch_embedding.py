@@ -1,7 +1,7 @@
-"""A vision tower's first layer as the matrix product it is.
+"""Patch embedding of a vision encoder, computed as a matrix product.
 
-Qwen-VL's patches come cut out, one row each, and a convolution whose kernel is a whole patch multiplies each by one
-matrix. As a convolution that takes several times as long on CPUs, forward and backward.
+Qwen-VL's patches come already cut out, one per row, and a convolution whose kernel is a whole patch multiplies each by
+one matrix. As a convolution that takes several times as long on CPUs, forward and backward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 def multiply_patches(visual: Any) -> None:
-    """Let ``visual`` embed patches by a matrix product with the same weights; changes nothing where it does not fit."""
+    """Make ``visual`` embed patches by a matrix product with the same weights; no change where that does not apply."""
     embed = getattr(visual, "patch_embed", None)
     proj = getattr(embed, "proj", None)
     if embed is not None and isinstance(proj, nn.Conv3d) and proj.kernel_size == proj.stride and proj.groups == 1:

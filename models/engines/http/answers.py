@@ -1,4 +1,4 @@
-"""What servers answer, read: completions, choices and complaints in the many forms that OpenAI's protocol is spoken."""
+"""Parsing of server responses: completions, choices and errors, in the many variants of OpenAI's protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ....manifests.files.redaction import redacted, without_known
 from ..base import ChoiceScores, Completion, FinishReason, Refused, Rejected, RequestError, Thought
 from ..thinking import OPENING, split_thought
 
-#: How servers say that an answer was cut at its limit, and that it came to no end. All else is an end that was meant.
+#: Finish reasons for an answer truncated at its limit, and for one that was aborted. All others are regular ends.
 CUT = ("length", "max_tokens", "max_length", "model_length")
 BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "canceled", "timeout", "insufficient_system_resource")
 FILTERED = (
@@ -29,7 +29,7 @@ FILTERED = (
     "prohibited_content",
     "blocklist",
 )
-LONGEST_SAID = 65_536  # characters of a message that are looked at
+LONGEST_SAID = 65_536  # characters of a message that are examined
 NO_LOGPROBS = (
     "the server reports no log-probabilities, from which letters are read; take sampled ones (--reader-mode sampled, "
     "in a recipe `mode: sampled`), or a server that reports them"
@@ -39,7 +39,7 @@ THINKS = (
     "or take a model that does not think"
 )
 
-# A minute's limit is passing, and providers advertise their billing page in its message: only what says "spent" counts.
+# A rate limit is transient, and providers advertise their billing page in its message: only an exhausted quota counts.
 _QUOTA = re.compile(
     r"insufficient[ _](quota|credits?|balance|funds)|billing_hard_limit|credit balance is too low", re.I
 )
@@ -51,9 +51,9 @@ _FILTER = re.compile(
 
 
 class Unavailable(RequestError):
-    """The server, not the request, is why it failed: another server may answer it.
+    """The server, not the request, is at fault: another server may answer it.
 
-    ``busy``: it said itself that it has no room (429, 502, 503, 529).
+    ``busy``: it reported that it has no room (429, 502, 503, 529).
     """
 
     def __init__(self, message: str, *, final: bool = False, busy: bool = False) -> None:
@@ -62,14 +62,14 @@ class Unavailable(RequestError):
 
 
 class SentAway(Unavailable):
-    """The request was never at the server, which was left out while it waited."""
+    """The request never reached the server, which was excluded while it waited."""
 
 
 # --- completions -----------------------------------------------------------------------------------------------------
 
 
 def read_completion(answer: dict[str, Any], *, logprobs: bool, token_ids: bool) -> Completion:
-    """The answer's text and the thought before it. Raises RequestError, Refused where it was declined."""
+    """The answer's text and the thought before it. Raises RequestError, or Refused where it was declined."""
     choice = first_choice(answer)
     message = _message(choice)
     reason = finish_reason(choice, message)
@@ -86,7 +86,7 @@ def first_choice(answer: dict[str, Any]) -> dict[str, Any]:
     choices = answer.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
         return choices[0]
-    if error := answer.get("error"):  # some gateways say it with status 200
+    if error := answer.get("error"):  # some gateways report errors with status 200
         complaint = Complaint(200, *_said(error))
         said = str(complaint.message)
         raise Refused(f"refused: {said}", said) if complaint.filtered else RequestError(said)
@@ -94,9 +94,9 @@ def first_choice(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def finish_reason(choice: dict[str, Any], message: dict[str, Any]) -> FinishReason:
-    """How the answer ended; a word for it that is not known, or none, stands for an end that was meant.
+    """How the answer ended; an unknown finish reason, or none, is a regular end.
 
-    Raises Refused, and RequestError where the server says that it broke off.
+    Raises Refused, and RequestError where the server reports that it aborted.
     """
     _check_not_refused(choice, message)
     said = str(choice.get("finish_reason")).lower()
@@ -123,11 +123,11 @@ def _refused_by_model(words: Any) -> Refused:
 
 
 def _answer(message: dict[str, Any], reason: FinishReason) -> tuple[str, Thought | None]:
-    """A message's text, and the thought before it, which servers that know the tags tell apart by themselves."""
+    """A message's text, and the thought before it, which servers that know the tags return separately."""
     content, reasoning = message.get("content"), _reasoning(message)
     if isinstance(content, list):
         content = _joined(content)
-    if content is None and (reasoning or reason == "length"):  # all of it went into a thought
+    if content is None and (reasoning or reason == "length"):  # all tokens went into a thought
         content = ""
     if content is None:
         raise RequestError(f"the server ended the answer with {reason!r} and null content: it wrote nothing")
@@ -140,7 +140,7 @@ def _answer(message: dict[str, Any], reason: FinishReason) -> tuple[str, Thought
 
 
 def _joined(parts: Sequence[Any]) -> str:
-    """The text of content in parts; what is no text (a thought, a citation) is left out."""
+    """The text of content in parts; other parts (a thought, a citation) are left out."""
     texts = list[str]()
     for part in parts:
         if isinstance(part, str):
@@ -153,9 +153,9 @@ def _joined(parts: Sequence[Any]) -> str:
 
 
 def _reasoning(message: dict[str, Any]) -> str:
-    """A thought that the server tells apart from the answer, under either of its names."""
-    found = message.get("reasoning_content") or message.get("reasoning")
-    return found if isinstance(found, str) else ""
+    """A thought that the server returns separately from the answer, under either of its names."""
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    return reasoning if isinstance(reasoning, str) else ""
 
 
 def _message(choice: dict[str, Any]) -> dict[str, Any]:
@@ -164,15 +164,15 @@ def _message(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _written(text: str) -> str:
-    """What a server says the model wrote, without half surrogate pairs: JSON may bring them and UTF-8 has none.
+    """The model's text in a response, without unpaired surrogates: JSON may contain them and UTF-8 cannot.
 
-    Nor with our key, where a server answers with what it was sent.
+    Also without our key, in case a server echoes what it was sent.
     """
     return without_known(text.encode("utf-8", "replace").decode())
 
 
 def _count(answer: dict[str, Any]) -> int | None:
-    """How many tokens the server counted, None where it does not say."""
+    """Number of tokens the server counted, None where it does not say."""
     usage = answer.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return count if isinstance(count, int) and count >= 0 else None
@@ -190,10 +190,10 @@ def _token_ids(choice: dict[str, Any], count: int | None) -> tuple[int, ...]:
 
 
 def read_choice(answer: dict[str, Any], choices: Sequence[str]) -> ChoiceScores:
-    """What the first token's reported alternatives say of ``choices``; None for one that is not among them.
+    """Scores of ``choices`` among the first token's reported alternatives; None for one that is not among them.
 
-    A letter with a blank before it is that letter: both are what the model would say. Raises RequestError, a final one
-    where the server reports no log-probabilities or the model thinks first.
+    A letter with a space before it counts as that letter. Raises RequestError, a final one where the server reports no
+    log-probabilities or the model thinks first.
     """
     choice = first_choice(answer)
     message = _message(choice)
@@ -206,26 +206,26 @@ def read_choice(answer: dict[str, Any], choices: Sequence[str]) -> ChoiceScores:
     if said == OPENING:
         raise RequestError(THINKS, final=True)
     reported = first.get("top_logprobs")
-    alternatives = [each for each in reported if isinstance(each, dict)] if isinstance(reported, list) else []
-    tokens = {str(each.get("token")): _number(each, "logprob") for each in (first, *alternatives)}
-    scores = tuple(_log_sum(value for token, value in tokens.items() if _bare(token) == each) for each in choices)
+    alternatives = [entry for entry in reported if isinstance(entry, dict)] if isinstance(reported, list) else []
+    tokens = {str(entry.get("token")): _number(entry, "logprob") for entry in (first, *alternatives)}
+    scores = tuple(_log_sum(value for token, value in tokens.items() if _bare(token) == letter) for letter in choices)
     if _reasoning(message) and all(score is None for score in scores):
         raise RequestError(THINKS, final=True)
     return ChoiceScores(scores, said)
 
 
 def _bare(token: Any) -> str:
-    """A reported token without the blank before it, which some servers write as their tokenizer does."""
+    """A reported token without the space before it, which some servers write in their tokenizer's form."""
     return str(token).replace("▁", " ").replace("Ġ", " ").strip()
 
 
 def _log_sum(logprobs: Iterable[float]) -> float | None:
-    """The log-probability of any of several tokens; None for none."""
+    """Log-probability of any of several tokens; None for none."""
     known = list(logprobs)
     highest = max(known, default=-math.inf)
     if not math.isfinite(highest):  # none, or no number
         return highest if known else None
-    return highest + math.log(sum(math.exp(each - highest) for each in known))
+    return highest + math.log(sum(math.exp(value - highest) for value in known))
 
 
 def _steps(choice: dict[str, Any]) -> list[dict[str, Any]]:
@@ -244,12 +244,12 @@ def _number(step: dict[str, Any], name: str) -> float:
     return float(value)
 
 
-# --- complaints ------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Complaint:
-    """An answer that is none. ``param``: the field that the server names; ``fields``: those that a validator lists."""
+    """An error response. ``param``: the field that the server names; ``fields``: those that a validator lists."""
 
     status: int
     message: str
@@ -259,12 +259,12 @@ class Complaint:
 
     @property
     def busy(self) -> bool:
-        """Whether the same request may be answered a little later, as the server itself says."""
+        """Whether the same request may be answered later, as the server itself reports."""
         return self.status in (429, 502, 503, 529) and not self.quota
 
     @property
     def passing(self) -> bool:
-        """Whether it is worth another attempt."""
+        """Whether a retry is worthwhile."""
         return self.busy or self.status == 408 or self.status >= 500
 
     @property
@@ -277,7 +277,7 @@ class Complaint:
         return self.status in (200, 400, 403, 422) and bool(_FILTER.search(f"{self.code} {self.message}"))
 
     def error(self) -> RequestError:
-        """What a refusal means for the request, and for those after it."""
+        """The exception for this request, which also says whether later requests will fail."""
         text = f"HTTP {self.status}: {self.message}"
         if self.filtered:
             return Refused(f"refused: {text}", self.message)
@@ -298,27 +298,27 @@ def read_complaint(response: httpx.Response) -> Complaint:
 
 
 def cut(said: Any, length: int) -> str:
-    """The beginning of what a server says, without secrets: cut first, a part of one would be left."""
+    """The beginning of a server's text, without secrets: redacted before it is cut, or part of one could remain."""
     try:
         return redacted(str(said)[:LONGEST_SAID])[:length]
-    except RecursionError:  # nested as deep as no message is
+    except RecursionError:  # nested deeper than any real message
         return type(said).__name__
 
 
 def _said(error: Any) -> tuple[str, str, str, tuple[str, ...]]:
-    """Message, code, parameter and listed fields of an error's body in any of its usual forms."""
+    """Message, code, parameter and listed fields of an error body in any of its usual forms."""
     if not isinstance(error, dict):
         return cut(error, 500), "", "", ()
     detail = error.get("detail")
-    listed = [each for each in detail if isinstance(each, dict)] if isinstance(detail, list) else []
-    fields = tuple(str(each["loc"][-1]) for each in listed if each.get("loc"))
+    listed = [item for item in detail if isinstance(item, dict)] if isinstance(detail, list) else []
+    fields = tuple(str(item["loc"][-1]) for item in listed if item.get("loc"))
     code = " ".join(str(error[key]) for key in ("code", "type") if error.get(key) is not None)
     message = error.get("message") or detail or error
     return cut(message, 500), cut(code, 500), str(error.get("param") or ""), fields
 
 
 def retry_after(response: httpx.Response) -> float | None:
-    """Seconds the server asks to wait, None where it says nothing intelligible; the header is a number or a date."""
+    """Seconds the server asks to wait, None for a missing or invalid header; it is a number or a date."""
     value = response.headers.get("retry-after", "")
     try:
         seconds = float(value)
@@ -331,7 +331,7 @@ def retry_after(response: httpx.Response) -> float | None:
 
 
 def json_object(response: httpx.Response) -> dict[str, Any] | None:
-    """A good answer's body; None where it is one that broke on its way. Raises RequestError where it never was one."""
+    """A successful response's body; None where it broke on its way. Raises RequestError where it never was JSON."""
     try:
         answer = response.json()
     except (ValueError, RecursionError) as error:

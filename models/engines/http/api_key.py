@@ -1,8 +1,8 @@
-"""The API key of servers: what it may look like, and which hosts get it.
+"""The API key of servers: its validity, and which hosts receive it.
 
-A host gets it that the user named: on a command line, or for a recipe, which others may have written, by
-``--allow-host`` or ``$CAPIPE_API_HOSTS``; this computer always does. Over plain http, where all between can read it,
-it goes to private networks alone, and to hosts that were allowed by name.
+It is sent to hosts that the user named: on a command line, or for a recipe, which others may have written, by
+``--allow-host`` or ``$CAPIPE_API_HOSTS``; this computer always receives it. Over plain http, where anyone on the path
+can read it, it is sent only to private networks, and to hosts that were allowed by name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ....manifests.files.redaction import API_KEY_VARIABLE, api_key
 HOSTS_VARIABLE = "CAPIPE_API_HOSTS"
 #: Endings of names that no public server has (RFC 6761, 6762, 8375; ICANN's .internal).
 PRIVATE_NAMES = (".local", ".internal", ".lan", ".home.arpa", ".localhost", ".test")
-_SHARED = ipaddress.ip_network("100.64.0.0/10")  # of providers and overlay networks (RFC 6598)
+_SHARED = ipaddress.ip_network("100.64.0.0/10")  # carrier-grade NAT and overlay networks (RFC 6598)
 _URL = re.compile(r"https?://[^\s,\"'\]}]+", re.I)
 
 
 def checked_key() -> str:
-    """The key, empty where there is none. Raises BadInput for one that no server can have given out."""
+    """The key, empty where there is none. Raises BadInput for one that cannot be valid."""
     key = api_key()
     wrong = [character for character in key if not "!" <= character <= "~"]
     if wrong:
@@ -35,9 +35,9 @@ def checked_key() -> str:
 
 
 def authorization(url: str) -> dict[str, str]:
-    """The header that shows the key to the server at ``url``; empty without a key. Raises BadInput where it may not.
+    """The header with the key for the server at ``url``; empty without a key. Raises BadInput where it must not go.
 
-    A URL with a user of its own gets that instead, by httpx.
+    A URL with a user gets that instead, by httpx.
     """
     key = checked_key()
     if not key or has_user(url):
@@ -52,12 +52,12 @@ def authorization(url: str) -> dict[str, str]:
 
 
 def allowed_hosts() -> tuple[str, ...]:
-    """The hosts that the user allowed by name."""
+    """Hosts that the user allowed by name."""
     return tuple(name.strip().lower() for name in os.environ.get(HOSTS_VARIABLE, "").split(",") if name.strip())
 
 
 def allow(hosts: Iterable[str]) -> None:
-    """Let ``hosts`` have the key, in this process and those that it starts. Raises BadInput for what is no host."""
+    """Let ``hosts`` receive the key, in this process and its children. Raises BadInput for what is no host name."""
     for host in hosts:
         if not host.strip() or any(character in host for character in "/,@ ") or _has_port(host):
             raise BadInput(f"--allow-host {host!r}: is no name of a host; write it alone, as in api.example.com")
@@ -65,9 +65,9 @@ def allow(hosts: Iterable[str]) -> None:
 
 
 def check_recipe_hosts(where: str, engines: Iterable[str], named: Sequence[str] = ()) -> None:
-    """Raise BadInput where a recipe has a host asked that is to get the key without the user's having named it.
+    """Raise BadInput where a recipe uses a host that would receive the key although the user has not named it.
 
-    ``engines``: what the recipe ``where`` gives as engines. ``named``: texts of the command line, with hosts or not.
+    ``engines``: engines given in the recipe ``where``. ``named``: texts of the command line, with hosts or not.
     """
     if not checked_key():
         return
@@ -83,7 +83,7 @@ def check_recipe_hosts(where: str, engines: Iterable[str], named: Sequence[str] 
 
 
 def host_of(url: str) -> str:
-    """In lower case; empty where a URL has none."""
+    """The host in lower case; empty where a URL has none."""
     try:
         return (urlsplit(url.strip()).hostname or "").lower()
     except ValueError:
@@ -100,17 +100,17 @@ def is_loopback(host: str) -> bool:
 
 
 def is_private(host: str) -> bool:
-    """Whether a host is of a private network: by its address, its name, or all that its name resolves to."""
+    """Whether a host is in a private network: by its address, its name, or all that its name resolves to."""
     address = _address(host)
     if address is not None:
         return _is_private(address)
     if "." not in host or host.endswith(PRIVATE_NAMES):
         return True
     try:
-        found = [str(each[4][0]) for each in socket.getaddrinfo(host, None)]
-    except OSError:  # nobody will get anything
+        resolved = [str(info[4][0]) for info in socket.getaddrinfo(host, None)]
+    except OSError:  # nothing will be sent
         return True
-    addresses = [_address(each.partition("%")[0]) for each in found]
+    addresses = [_address(text.partition("%")[0]) for text in resolved]
     return all(address is not None and _is_private(address) for address in addresses)
 
 

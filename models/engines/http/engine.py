@@ -1,6 +1,6 @@
-"""Any server that speaks OpenAI's chat completions (vLLM, SGLang, a gateway): image bytes out, text back.
+"""Engine for any server with OpenAI's chat completions (vLLM, SGLang, a gateway): sends image bytes, receives text.
 
-The server draws with its own generator, so a seed makes its answers repeatable at most on that server; only greedy
+The server samples with its own generator, so a seed makes its answers repeatable at most on that server; only greedy
 answers are comparable with the in-process engines.
 """
 
@@ -60,18 +60,18 @@ from .server import (
 
 LONGEST_BACKOFF_SECONDS = 15.0
 THOUGHT_PROBE, PROBE_TOKENS = Prompt("Is one and one two? Answer with yes or no."), 256
-EXTENDED_SERVERS = ("vllm", "sglang")  # as they name themselves in /v1/models: they take more than OpenAI's fields
+EXTENDED_SERVERS = ("vllm", "sglang")  # as named in /v1/models: they take more than OpenAI's fields
 
 
 @dataclass(frozen=True)
 class HTTPOptions:
     """``model=""``: the server's first one. ``timeout_s``: for one attempt, to the last byte of its answer.
 
-    ``attempts``: how often to try in all.
-    ``concurrency``: requests in flight, None for as many as the server takes (at most ``most``). ``patience_s``: how
-    long a request puts up with a server that says it is busy (429, 502, 503, 529). ``gone_after``: so many requests in
-    a row that could not even connect mean that the server is gone. ``token_ids``: ask for the ids of what was written,
-    which vLLM alone tells; ``barred``: ids that are never to be drawn. ``template_args``: for the chat template.
+    ``attempts``: the maximum number of attempts. ``concurrency``: requests in flight, None for adaptive (at most
+    ``most``). ``patience_s``: how long a request waits for a server that reports it is busy (429, 502, 503, 529).
+    ``gone_after``: so many requests in a row that could not even connect mean that the server is gone. ``token_ids``:
+    ask for the ids of generated tokens, which only vLLM returns; ``barred``: ids that are never sampled.
+    ``template_args``: for the chat template.
     """
 
     url: str
@@ -92,7 +92,7 @@ class HTTPOptions:
 
 @dataclass(frozen=True)
 class Setback:
-    """An attempt without an answer. ``wait``: seconds that the server asks for."""
+    """A failed attempt. ``wait``: seconds that the server asks for."""
 
     reason: str
     busy: bool = False
@@ -103,7 +103,7 @@ class Setback:
 class HTTPEngine:
     """Implements :class:`~.engine.Engine`; made by :func:`connect_http_engine`."""
 
-    guides = True  # or the server refuses the request, which is then its error
+    guides = True  # otherwise the server refuses the request, which fails it
 
     def __init__(
         self,
@@ -116,14 +116,14 @@ class HTTPEngine:
         self.grid: ImageGrid | None = None  # the server resizes; it gets the encoded bytes
         self.context = context
         self.model = model
-        self.load = 0  # requests in flight, in line and between two attempts
+        self.load = 0  # requests in flight, queued and between two attempts
         self._options = options
         self._connections = connections
         self._extended = extended
         self._fields = Fields(options.url)
         self._limiter = Limiter(options.concurrency or AdaptiveLimit(most=options.most))
         self._places = itertools.count()
-        self._unconnected = 0  # requests in a row that never reached the server
+        self._unconnected = 0  # consecutive requests that never reached the server
         self._answered_at = 0.0  # monotonic seconds of the last answer
         self._thinks: asyncio.Task[bool] | None = None
 
@@ -157,11 +157,11 @@ class HTTPEngine:
         chosen_model(listed_models(response, base), self.model, base)
 
     def works_since(self, moment: float, busy: bool) -> bool:
-        """Whether the server has answered anybody since; where it is ``busy``: or is at a request from before that."""
+        """Whether the server has answered a request since; if ``busy``, also whether one from before is still there."""
         return self._answered_at >= moment or (busy and self._limiter.oldest < moment)
 
     def shut(self, reason: str) -> None:
-        """Fail what waits for the server and what comes, until ``reopen``; what is at the server may still succeed."""
+        """Fail waiting and new requests, until ``reopen``; requests already at the server may still succeed."""
         self._limiter.shut(lambda: SentAway(reason))
 
     def reopen(self) -> None:
@@ -169,13 +169,13 @@ class HTTPEngine:
         self._limiter.reopen()
 
     async def thinks(self) -> bool:
-        """Whether the server's model thinks before it answers: asked once, as a server does not tell its template."""
+        """Whether the server's model thinks before it answers: probed once, as servers do not expose templates."""
         asked = self._thinks = self._thinks or asyncio.create_task(self._thinks_before(THOUGHT_PROBE))
         try:
             return await asyncio.shield(asked)
         except (RequestError, EngineDead):
             if self._thinks is asked:
-                self._thinks = None  # the next one asks again
+                self._thinks = None  # the next call probes again
             raise
 
     async def _thinks_before(self, prompt: Prompt) -> bool:
@@ -185,7 +185,7 @@ class HTTPEngine:
         return None
 
     async def reload(self, folder: Path) -> None:
-        """Let the server read new weights from a folder that it sees, too, and forget what the old ones computed.
+        """Make the server read new weights from a folder that it can access, and drop what the old ones computed.
 
         For an idle vLLM server in development mode with :class:`..vllm.weight_sync.WeightSync` in its workers. Raises
         EngineDead.
@@ -198,7 +198,7 @@ class HTTPEngine:
             raise EngineDead(f"{self._options.url}: its prefix cache is in use and could not be emptied")
 
     async def _command(self, name: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        """One of the server's own commands, which lie beside the protocol's root."""
+        """One of the server's own commands, which are outside the protocol's root."""
         url = base_url(self._options.url).removesuffix("v1/") + name
         try:
             with self._connections.pool() as client:
@@ -245,7 +245,7 @@ class HTTPEngine:
         return body | self._extensions(prompt, chat)
 
     def _extensions(self, prompt: Prompt, chat: list[dict[str, Any]]) -> dict[str, Any]:
-        """The fields beyond OpenAI's. ``chat`` gets the answer's beginning where there is one."""
+        """The fields beyond OpenAI's. Appends the answer's start to ``chat`` where there is one."""
         options, fields = self._options, dict[str, Any]()
         limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         limits = {name: value for name, value in limits.items() if value is not None}
@@ -262,7 +262,7 @@ class HTTPEngine:
                 f"the server is neither vLLM nor SGLang and would not heed {', '.join(fields)}", final=True
             )
         if self._extended:
-            # Or the server would apply what the model's generation_config.json recommends, as no other engine does.
+            # Otherwise the server would apply the model's generation_config.json, as no other engine does.
             fields |= {"top_k": -1, "repetition_penalty": 1.0}
         if options.token_ids:
             fields["return_token_ids"] = True
@@ -273,17 +273,17 @@ class HTTPEngine:
     # --- attempts ----------------------------------------------------------------------------------------------------
 
     async def _post(self, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The server's answer to one chat completion, after as many attempts as it takes and the options allow.
+        """The server's answer to one chat completion, retried as the options allow.
 
-        The body is built anew for each: a line of thousands would hold as many encoded images.
+        The body is rebuilt for each attempt: a queue of thousands would hold as many encoded images.
         """
-        trial, place = Trial(self._options), next(self._places)
+        trial, priority = Trial(self._options), next(self._places)
         self.load += 1
         try:
             while True:
                 if self._unconnected >= self._options.gone_after:
                     raise EngineDead(f"{self._options.url}: {self._unconnected} requests in a row could not connect")
-                outcome = await self._attempt(build, place)
+                outcome = await self._attempt(build, priority)
                 if not isinstance(outcome, Setback):
                     return outcome
                 await self._limiter.sleep(trial.wait_after(outcome))
@@ -294,11 +294,11 @@ class HTTPEngine:
         finally:
             self.load -= 1
 
-    async def _attempt(self, build: Callable[[], dict[str, Any]], place: int) -> dict[str, Any] | Setback:
-        """One attempt, or as many as it takes to find the fields that the server knows."""
+    async def _attempt(self, build: Callable[[], dict[str, Any]], priority: int) -> dict[str, Any] | Setback:
+        """One attempt, or as many as it takes to find the fields that the server accepts."""
         limiter = self._limiter
         while True:
-            async with limiter.slot(place) as slot:
+            async with limiter.slot(priority) as slot:
                 body = build()
                 sent = self._fields.spelled(body)
                 try:
@@ -331,7 +331,7 @@ class HTTPEngine:
 
 
 class Trial:
-    """The attempts at one request: how many are left, and how long it still puts up with a busy server."""
+    """The attempts at one request: how many are left, and how long it still waits for a busy server."""
 
     def __init__(self, options: HTTPOptions) -> None:
         self._options = options
@@ -340,7 +340,7 @@ class Trial:
         self._busy_since: float | None = None
 
     def wait_after(self, setback: Setback) -> float:
-        """Seconds until the next attempt. Raises Unavailable where there is to be none."""
+        """Seconds until the next attempt. Raises Unavailable where none is left."""
         options, now = self._options, time.monotonic()
         wait: float = random.uniform(0.5, 1.0) * min(options.backoff_s * 2**self.setbacks, LONGEST_BACKOFF_SECONDS)
         wait = max(wait, setback.wait or 0.0)
@@ -359,14 +359,14 @@ class Trial:
 
 
 async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
-    """Find the server and its model. Raises BadInput where it does not have the model, NoAnswer where it is down."""
+    """Find a server and its model. Raises BadInput where it does not have the model, NoAnswer where it is down."""
     base = base_url(options.url)
     room = room_for_connections(options.concurrency or options.most)
     if options.concurrency and room < options.concurrency:
         reason = f"needs as many open files; `ulimit -n` leaves {room} to {base}"
         raise BadInput(f"--concurrency {options.concurrency} {reason}")
     options = replace(options, most=room)
-    connect = min(CONNECT_SECONDS, 0.9 * options.timeout_s)  # to be told from a server that does not answer
+    connect = min(CONNECT_SECONDS, 0.9 * options.timeout_s)  # to distinguish it from a server that does not answer
     connections = Connections(base, httpx.Timeout(options.timeout_s, connect=connect))
     try:
         with connections.pool() as client:
@@ -383,10 +383,10 @@ async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
 
 
 def _response_format(json_schema: str) -> dict[str, Any]:
-    """OpenAI's form of a schema to keep to. Raises RequestError for text that is not JSON.
+    """OpenAI's response format for a schema. Raises RequestError for text that is not JSON.
 
-    What white space is allowed is the server's own setting (vLLM: ``--structured-outputs-config``); the protocol has
-    no word for it, and a weak model may fill its answer with it.
+    The allowed white space is the server's own setting (vLLM: ``--structured-outputs-config``); the protocol has no
+    field for it, and a weak model may fill its answer with it.
     """
     try:
         schema = json.loads(json_schema)

@@ -1,6 +1,6 @@
-"""A request and its whole answer within bounds: a deadline from first to last byte, and a limit to what it unpacks to.
+"""HTTP requests within bounds: a deadline from first to last byte, and a limit on the decompressed size.
 
-httpx alone has a deadline for each read, which a byte now and then never meets, and unpacks whatever arrives at once.
+httpx alone has a timeout for each read, which a slow trickle of bytes never hits, and decompresses whatever arrives.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import httpx
 
 from ..base import RequestError
 
-MOST_BYTES = 16 << 20  # of an answer, unpacked
-ENCODINGS = "gzip, deflate"  # that zlib unpacks piece by piece
-_UNPACKED = (b"content-encoding", b"content-length", b"transfer-encoding")  # headers of the body as it came
+MOST_BYTES = 16 << 20  # of a decompressed response
+ENCODINGS = "gzip, deflate"  # that zlib decompresses incrementally
+_UNPACKED = (b"content-encoding", b"content-length", b"transfer-encoding")  # headers that describe the compressed body
 
 Got = TypeVar("Got")
 
 
 class TooLarge(RequestError):
-    """An answer that no request here can have."""
+    """A response larger than any request here can have."""
 
     def __init__(self, message: str = f"the server's answer is over {MOST_BYTES >> 20} MB") -> None:
         super().__init__(message)
@@ -32,10 +32,10 @@ class TooLarge(RequestError):
 async def exchange(
     client: httpx.AsyncClient, method: str, url: str, timeout_s: float, body: Any = None
 ) -> httpx.Response:
-    """The answer, read and unpacked; redirects are answers, too.
+    """The response, read and decompressed; redirects are returned, not followed.
 
-    Raises httpx.HTTPError (ReadTimeout where it is not whole within ``timeout_s``), and RequestError for one that is
-    too large or packed in a way that was not asked for.
+    Raises httpx.HTTPError (ReadTimeout where it is not complete within ``timeout_s``), and RequestError for one that is
+    too large or compressed in a way that was not asked for.
     """
     request = client.stream(method, url, json=body, headers={"accept-encoding": ENCODINGS}, follow_redirects=False)
     try:
@@ -57,7 +57,7 @@ async def _content(response: httpx.Response) -> bytes:
 
 
 class Unpacking:
-    """The bytes of a body as they come, unpacked no further than ``most``."""
+    """Incremental decompression of a body, to at most ``most`` bytes."""
 
     def __init__(self, encoding: str, most: int = MOST_BYTES) -> None:
         self._encoding, self._most = encoding.strip().lower(), most
@@ -67,7 +67,7 @@ class Unpacking:
         self._packed = self._size = 0
 
     def add(self, piece: bytes) -> bytes:
-        """Raises TooLarge, and httpx.DecodingError for what is not packed as it says."""
+        """Decompress a piece. Raises TooLarge, and httpx.DecodingError for invalid data."""
         self._packed += len(piece)
         if self._encoding not in ("", "identity") and piece:
             self._unpacker = self._unpacker or zlib.decompressobj(self._window(piece))
@@ -86,7 +86,7 @@ class Unpacking:
             raise httpx.DecodingError("the answer broke on its way: its end is missing")
 
     def _window(self, piece: bytes) -> int:
-        """What zlib is to expect; "deflate" is sent with zlib's header and, by some, without."""
+        """zlib's window bits; "deflate" is sent with zlib's header and, by some, without."""
         if self._encoding != "deflate":
             return 16 + zlib.MAX_WBITS
         headed = piece[0] & 0x0F == 8 and int.from_bytes(piece[:2], "big") % 31 == 0
@@ -94,6 +94,6 @@ class Unpacking:
 
 
 def run_apart(work: Coroutine[Any, Any, Got]) -> Got:
-    """The result of a coroutine, for code that may itself run in an event loop."""
+    """The result of a coroutine, run in another thread, for code that may itself run in an event loop."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()

@@ -1,4 +1,4 @@
-"""Which fields of a request a server takes: found out from its complaints, remembered for the requests after them."""
+"""Request fields that a server accepts: learnt from its error messages, remembered for later requests."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from ..base import RequestError
 from .answers import Complaint
 
-REPORTED_CHOICES = 20  # the most alternatives that OpenAI's protocol reports for a token
+REPORTED_CHOICES = 20  # maximum alternatives that OpenAI's protocol reports for a token
 FEWER_CHOICES = (10, 5, 2, 1)
 TOKENS, NEWER_TOKENS = "max_tokens", "max_completion_tokens"
 ALTERNATIVES = "top_logprobs"
-#: Values that say no more than leaving the field out does, or that a server may lack without a wrong answer.
+#: Values that mean the same as leaving the field out, or that a server may ignore without a wrong answer.
 DEFAULTS: Mapping[str, Any] = {
     "top_p": 1.0, "temperature": 1.0, "logprobs": False, "top_k": -1, "repetition_penalty": 1.0,
 }  # fmt: skip
-ALWAYS_SENT = ("model", "messages")  # words that stand in any message
-#: What to do where a server does not take what has to be sent.
+ALWAYS_SENT = ("model", "messages")  # words that occur in any message
+#: Advice where a server does not accept a field that has to be sent.
 REMEDIES: Mapping[str, str] = {
     "temperature": "give --temperature 1 if that is the server's own: it is then left out",
     "top_p": "give --top-p 1: it is then left out",
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class UntakenField(RequestError):
-    """The server does not take a field, or its value, that the request cannot do without."""
+    """The server does not accept a field, or its value, that the request cannot do without."""
 
     def __init__(self, message: str, field: str) -> None:
         super().__init__(message, final=True)
@@ -51,7 +51,7 @@ class UntakenField(RequestError):
 
 
 class Fields:
-    """How one server wants its requests."""
+    """The request fields of one server."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -60,7 +60,7 @@ class Fields:
         self._left_out = set[str]()
 
     def spelled(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """``body`` as this server takes it."""
+        """``body`` in the form that this server accepts."""
         sent = {name: value for name, value in body.items() if not self._omits(name, value)}
         if self._tokens != TOKENS and TOKENS in sent:
             sent[self._tokens] = sent.pop(TOKENS)
@@ -71,7 +71,7 @@ class Fields:
     def adapt(self, body: Mapping[str, Any], sent: Mapping[str, Any], complaint: Complaint) -> bool:
         """Learn from a refusal of ``sent``; True where ``body`` is now worth sending once more.
 
-        Raises UntakenField where the server does not take what has to be sent.
+        Raises UntakenField where the server does not accept what has to be sent.
         """
         if complaint.status not in (400, 422):
             return False
@@ -91,11 +91,11 @@ class Fields:
         return name in self._left_out and _spare(name, value)
 
     def _fewer_alternatives(self, asked: int, message: str) -> bool:
-        """Ask for as many as the server says it reports, or for a step fewer."""
+        """Reduce the alternatives to as many as the server says it reports, or by a step."""
         if "logprobs" not in message or not _TOO_MANY.search(message):
             return False
         said = [number for number in map(int, re.findall(r"\d{1,3}", message)) if 0 < number < asked]
-        fewer = max(said, default=next((each for each in FEWER_CHOICES if each < asked), 0))
+        fewer = max(said, default=next((count for count in FEWER_CHOICES if count < asked), 0))
         if not fewer:
             return False
         self._alternatives = fewer
@@ -115,7 +115,7 @@ class Fields:
 
 
 def blamed_fields(sent: Mapping[str, Any], complaint: Complaint) -> list[str]:
-    """The fields of ``sent`` that the server says it does not take; not those whose value alone is out of bounds."""
+    """Fields of ``sent`` that the server says it does not accept; not those whose value is merely out of range."""
     text = f"{complaint.message} {complaint.code}"
     if not _UNTAKEN.search(text):
         return []

@@ -1,4 +1,4 @@
-"""Images on their way to a server, which may show its model the bare pixels: many know no EXIF, profile or 16 bits."""
+"""Images for servers, as plain pixels where necessary: many servers ignore EXIF, profiles or 16 bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LIMITS = ImageLimits(min_side=1)
 
 
 async def shown(prompt: Prompt) -> Prompt:
-    """``prompt`` with its image as engines of our own see it: turned, converted and laid on white where need be."""
+    """``prompt`` with its image as in-process engines see it: rotated, converted, on white where necessary."""
     image = prompt.image
     if image is None or image.encoded is None or is_plain(image.encoded):
         return prompt
@@ -23,7 +23,7 @@ async def shown(prompt: Prompt) -> Prompt:
 
 
 def data_url(image: ImageInput) -> str:
-    """The image's encoded bytes. Raises Rejected for what servers do not read."""
+    """The image's encoded bytes as a data URL. Raises Rejected for formats that servers do not read."""
     if image.encoded is None:
         raise Rejected(f"image {image.uid} has no encoded bytes; an HTTP engine sends the file")
     kind = sniff(image.encoded)

@@ -1,8 +1,9 @@
-"""How many requests a server gets at once: a fixed number, or one that follows what the server takes.
+"""Concurrency limit of a server: fixed, or adapted to what the server takes.
 
-A server that refuses (429, 503, a timeout) gets fewer. One that answers gets more as long as its batches pay: with
-twice the requests in flight, latency must grow by less than twice. vLLM, SGLang and the like queue what they cannot
-batch instead of refusing it, so latency is the only sign. Cf. TCP's congestion control: slow start, AIMD, delay.
+A server that refuses (429, 503, a timeout) gets fewer requests. One that answers gets more as long as larger batches
+pay: with twice the requests in flight, latency must grow by less than twice. vLLM, SGLang and the like queue what they
+cannot batch instead of refusing it, so latency is the only signal. Cf. TCP's congestion control: slow start, AIMD,
+delay.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-START, MOST = 32, 2048  # requests in flight: at first, and the most for one server
+START, MOST = 32, 2048  # requests in flight: initially, and the maximum for one server
 LEAST_GAIN = 0.1  # share of the ideal gain in throughput that a higher limit must bring to be kept
-COMPARABLE = 1.25  # limits that differ by less than this factor are not told apart by their latency
-WARY_ROUNDS = 4  # rounds without a raise after a refusal
-HOLD_ROUNDS, LONGEST_HOLD = 20, 160  # the same after a raise that brought nothing; doubled each time
+COMPARABLE = 1.25  # limits closer than this factor are not distinguished by their latency
+WARY_ROUNDS = 4  # rounds without an increase after a refusal
+HOLD_ROUNDS, LONGEST_HOLD = 20, 160  # the same after an increase that brought nothing; doubled each time
 HARD_CUT, SOFT_CUT = 0.5, 0.85
-OTHER_FILES = 512  # file descriptors left to everything but a server's connections
+OTHER_FILES = 512  # file descriptors reserved for everything but a server's connections
 ENOUGH_FILES = 65_536
 
 
 class AdaptiveLimit:
-    """The search for the limit. Pure: it is told what happened to requests and never looks at a clock.
+    """The search for the limit. Pure: it is notified of outcomes and never reads a clock.
 
     A round is over when about half a limit's worth of the requests that began under it were answered. Requests that
-    began under an earlier limit (``generation``) say nothing about the present one.
+    began under an earlier limit (``generation``) are ignored.
     """
 
     def __init__(self, start: int = START, most: int = MOST) -> None:
@@ -39,17 +40,17 @@ class AdaptiveLimit:
         self.value = min(start, most)
         self.generation = 0
         self._step = self.value
-        self._level: tuple[int, float] | None = None  # the last limit that paid, with its mean latency
+        self._level: tuple[int, float] | None = None  # the last limit that paid off, with its mean latency
         self._hold, self._next_hold = 0, HOLD_ROUNDS
         self._rounds = 0  # since the last cut
         self._searching = True  # nothing was refused yet
-        self._good: int | None = None  # the last limit under which nothing was
-        self._ceiling: int | None = None  # the limit under which something was last
+        self._good: int | None = None  # the last limit without a refusal
+        self._ceiling: int | None = None  # the limit at the last refusal
         self._probing = False
         self._begin_round()
 
     def full(self) -> None:
-        """As many requests as allowed are in flight: the limit is what bounds them, not the demand."""
+        """Called when as many requests as allowed are in flight: the limit is the bottleneck, not the demand."""
         self._full = True
 
     def answered(self, generation: int, seconds: float) -> None:
@@ -62,7 +63,7 @@ class AdaptiveLimit:
             self._end_round(self._seconds / self._answers)
 
     def refused(self, generation: int) -> None:
-        """A request was refused as one too many. Those that were sent together with it are refused by the same cut."""
+        """A request was refused as one too many. Those sent under the same limit are covered by the same cut."""
         if generation != self.generation:
             return
         cut = HARD_CUT if self._searching or self._rounds == 0 else SOFT_CUT
@@ -75,7 +76,7 @@ class AdaptiveLimit:
         self._set(lower)
 
     def restart(self) -> None:
-        """Begin again with one request: the server was away."""
+        """Start over with one request: the server was away."""
         self._level, self._step, self._hold, self._next_hold = None, 1, 0, HOLD_ROUNDS
         self._good, self._ceiling, self._searching, self._probing = None, None, True, False
         self._set(1)
@@ -87,7 +88,7 @@ class AdaptiveLimit:
             self._begin_round()
             return
         self._good = self.value
-        if self._ceiling is not None and self.value >= self._ceiling:  # there is more room than there was
+        if self._ceiling is not None and self.value >= self._ceiling:  # there is more capacity than before
             self._ceiling, self._step = None, 1
         if self._hold > 0:
             self._hold -= 1
@@ -104,7 +105,7 @@ class AdaptiveLimit:
             self._raise()
 
     def _raise(self) -> None:
-        """By twice the last step, but half the way to where something was refused; from close below it seldom."""
+        """Increase by twice the last step, or half the way to the last refusal; from just below that only rarely."""
         if self._ceiling is not None:
             if self._ceiling - self.value == 1 and not self._probing:
                 self._probing, self._hold = True, HOLD_ROUNDS
@@ -126,7 +127,7 @@ class AdaptiveLimit:
 
 
 def pays(lower: tuple[int, float], higher: tuple[int, float]) -> bool:
-    """Whether the higher of two (limit, mean latency) brings throughput; True where they are too close to tell."""
+    """Whether the higher of two (limit, mean latency) brings throughput; True where they are too close to say."""
     ratio = higher[0] / lower[0]
     if ratio < COMPARABLE:
         return True
@@ -143,9 +144,9 @@ class Slot:
 
 
 class Limiter:
-    """The line before a server. Requests that were refused keep their place in it.
+    """Queue in front of a server. Requests that were refused keep their position in it.
 
-    ``limit``: a fixed one as an int.
+    ``limit``: an int for a fixed one.
     """
 
     def __init__(self, limit: AdaptiveLimit | int) -> None:
@@ -163,13 +164,13 @@ class Limiter:
 
     @property
     def oldest(self) -> float:
-        """When the oldest request that is still at the server was sent, in monotonic seconds; infinite without any."""
+        """Send time of the oldest request still at the server, in monotonic seconds; infinite without any."""
         return min((slot.began for slot in self._turns), default=float("inf"))
 
     @asynccontextmanager
-    async def slot(self, place: int) -> AsyncIterator[Slot]:
-        """Wait for a turn; the lowest ``place`` is next. Raises what ``shut`` was given."""
-        slot = Slot(await self._enter(place), time.monotonic())
+    async def slot(self, priority: int) -> AsyncIterator[Slot]:
+        """Wait for a turn; the lowest ``priority`` is next. Raises what ``shut`` was given."""
+        slot = Slot(await self._enter(priority), time.monotonic())
         self._turns.add(slot)
         try:
             yield slot
@@ -187,25 +188,25 @@ class Limiter:
             self._limit.refused(slot.generation)
 
     def pause(self, seconds: float) -> None:
-        """Nobody gets a turn for so long: the server's own wish."""
+        """Admit no request for ``seconds``, as the server asked."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
         asyncio.get_running_loop().call_later(seconds + 0.001, self._admit)  # never before the pause is over
 
     async def sleep(self, seconds: float) -> None:
-        """Wait between two attempts. Raises what ``shut`` was given, as soon as it is."""
+        """Wait between two attempts. Raises what ``shut`` was given, as soon as it is called."""
         if self._shut is not None:
             raise self._shut()
         future = asyncio.get_running_loop().create_future()
         self._sleepers.add(future)
         try:
             done, _ = await asyncio.wait({future}, timeout=seconds)
-            for each in done:
-                each.result()
+            for finished in done:
+                finished.result()
         finally:
             self._sleepers.discard(future)
 
     def shut(self, error: Callable[[], Exception]) -> None:
-        """Send away everybody who waits or comes, each with an ``error`` of its own."""
+        """Fail all waiting and new requests, each with an ``error`` of its own."""
         self._shut = error
         waiting: list[asyncio.Future[Any]] = [*self._sleepers, *(future for _, _, future in self._line)]
         self._line.clear()
@@ -214,24 +215,24 @@ class Limiter:
                 future.set_exception(error())
 
     def reopen(self) -> None:
-        """Begin again after ``shut``, with one request where the limit adapts."""
+        """Resume after ``shut``, with one request where the limit adapts."""
         self._shut, self._paused_until = None, 0.0
         if not isinstance(self._limit, int):
             self._limit.restart()
 
-    async def _enter(self, place: int) -> int:
-        """Wait for a turn; returns the generation of the limit that allowed it, which may be another one by then."""
+    async def _enter(self, priority: int) -> int:
+        """Wait for a turn; returns the generation of the limit that admitted it, which may have changed by then."""
         if self._shut is not None:
             raise self._shut()
         if not self._line and self._free():
             return self._take()
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._line, (place, next(self._order), future))
+        heapq.heappush(self._line, (priority, next(self._order), future))
         self._admit()
         try:
             return await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:  # it had its turn already
+            if future.done() and not future.cancelled() and future.exception() is None:  # it was admitted already
                 self._in_flight -= 1
                 self._admit()
             raise
@@ -255,7 +256,7 @@ class Limiter:
 
 
 def room_for_connections(wanted: int) -> int:
-    """How many of ``wanted`` connections this process may open, at least one; raises its soft limit of files for it."""
+    """How many of ``wanted`` connections this process may open, at least one; raises its soft file limit for them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + OTHER_FILES:
         higher = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_FILES)

@@ -1,4 +1,4 @@
-"""Servers by their URLs: which ones are meant, whether they answer, and what they serve."""
+"""Server URLs: their validity, whether servers answer, and what they serve."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .api_key import authorization
 from .exchange import exchange, run_apart
 
 CONNECT_SECONDS = 10.0
-POOL = 8  # connections
+POOL = 8  # connections per pool
 
 
 class NoAnswer(BadInput):
-    """No server answers at a URL, or one that is not ready; another of several may do."""
+    """No server answers at a URL, or it is not ready; of several servers, another may answer."""
 
 
 class NotReady(NoAnswer):
@@ -29,16 +29,16 @@ class NotReady(NoAnswer):
 
 
 class Connections:
-    """A server's connections, in small pools: httpx looks at every connection of a pool for each request and its end.
+    """A server's connections, in small pools: httpx scans all connections of a pool twice for each request.
 
-    With all in one, 256 requests at once took fourteen times as long as the server that answered them.
+    With a single pool, 256 concurrent requests took fourteen times as long as the server that answered them.
     """
 
     def __init__(self, base: str, timeout: httpx.Timeout) -> None:
         self._base, self._timeout, self._headers = base, timeout, authorization(base)
         self._certificates = httpx.create_ssl_context()  # read once: it takes longer than a request
         self._pools = list[httpx.AsyncClient]()
-        self._free = list[int]()  # a heap: the lowest are used, so that few are open
+        self._free = list[int]()  # a heap: the lowest are reused, so that few connections are open
         self._taken = 0
 
     @contextmanager
@@ -72,7 +72,7 @@ class Connections:
 
 
 def server_urls(option: str) -> tuple[str, ...]:
-    """The URLs of ``http://one:8000,http://two:8000``. Raises BadInput with the one that cannot be meant."""
+    """The URLs of ``http://one:8000,http://two:8000``. Raises BadInput with the first invalid one."""
     note([option])
     urls = tuple(part.strip() for part in option.split(","))
     for url in urls:
@@ -82,20 +82,20 @@ def server_urls(option: str) -> tuple[str, ...]:
                 "between"
             )
     bases = [base_url(url) for url in urls]
-    for place, base in enumerate(bases):
-        if base in bases[:place]:
-            text = f"--engine {_shown(option)!r}: names {_shown(urls[place])!r} twice"
+    for index, base in enumerate(bases):
+        if base in bases[:index]:
+            text = f"--engine {_shown(option)!r}: names {_shown(urls[index])!r} twice"
             raise BadInput(f"{text}; a server is asked for all it takes anyway")
     return urls
 
 
 def _shown(text: str) -> str:
-    """URLs to be complained of: what stands before an @ may be any part of a password that is not spelled right."""
+    """URLs for error messages, redacted: text before an @ may be any part of a malformed password."""
     return re.sub(r"//.*@", f"//{HIDDEN}@", text)
 
 
 def _fault(url: str) -> str:
-    """What is wrong with a URL, empty where nothing is."""
+    """The fault of a URL, empty where it has none."""
     if not url:
         return "is no URL"
     try:
@@ -108,19 +108,19 @@ def _fault(url: str) -> str:
         return "is no http:// or https:// URL"
     if not host or any(character.isspace() for character in url):
         return "names no host" if not host else "has a space in it"
-    if "@" in parts.path:  # a slash in a password ends it
+    if "@" in parts.path:  # a slash in a password ends the host part
         return "has an @ in its path; percent-encode what is special in user and password"
     return "has a query or a fragment" if parts.query or parts.fragment else ""
 
 
 def base_url(url: str) -> str:
-    """``http://host:8000`` and ``http://host:8000/v1/`` both as ``http://host:8000/v1/``."""
+    """``http://host:8000`` and ``http://host:8000/v1/`` normalised to ``http://host:8000/v1/``."""
     trimmed = url.rstrip("/")
     return f"{trimmed}/" if trimmed.endswith("/v1") else f"{trimmed}/v1/"
 
 
 def served_model(option: str, model: str = "") -> str:
-    """The model that the servers of ``option`` serve: ``model``, or the first one of all of them.
+    """The model that the servers of ``option`` serve: ``model``, or their first one.
 
     Asks each server. Raises BadInput where none answers, one does not have the model, or they have different ones; of
     several, some may be down.
@@ -129,29 +129,29 @@ def served_model(option: str, model: str = "") -> str:
 
 
 def served_context(option: str, model: str = "") -> int | None:
-    """The shortest context that the servers of ``option`` tell of their model; None where none does.
+    """The shortest context that the servers of ``option`` report for their model; None where none does.
 
     Raises BadInput as :func:`served_model` does.
     """
-    told = [model_context(response, chosen) for response, chosen in _asked(option, model).values()]
-    return min((each for each in told if each is not None), default=None)
+    contexts = [model_context(response, chosen) for response, chosen in _asked(option, model).values()]
+    return min((length for length in contexts if length is not None), default=None)
 
 
 def _asked(option: str, model: str) -> dict[str, tuple[httpx.Response, str]]:
-    """What the servers that answer list, and which of it is meant, by URL; at least one."""
-    found, down = dict[str, tuple[httpx.Response, str]](), list[NoAnswer]()
+    """Model list and chosen model of the servers that answer, by URL; at least one."""
+    answers, down = dict[str, tuple[httpx.Response, str]](), list[NoAnswer]()
     for url in server_urls(option):
         base = base_url(url)
         try:
             response = run_apart(_models_of(base))
-            found[url] = response, chosen_model(listed_models(response, base), model, base)
+            answers[url] = response, chosen_model(listed_models(response, base), model, base)
         except httpx.HTTPError as error:
             down.append(no_answer(base, error))
         except NoAnswer as error:
             down.append(error)
-    if not found:
+    if not answers:
         raise none_answers(down)
-    return found
+    return answers
 
 
 async def _models_of(base: str) -> httpx.Response:
@@ -160,7 +160,7 @@ async def _models_of(base: str) -> httpx.Response:
 
 
 async def models(client: httpx.AsyncClient) -> httpx.Response:
-    """What a server lists. Raises httpx.HTTPError, and BadInput where that has no end."""
+    """A server's model list. Raises httpx.HTTPError, and BadInput where the response is too large."""
     try:
         return await exchange(client, "GET", "models", CONNECT_SECONDS)
     except RequestError as error:
@@ -183,20 +183,20 @@ def chosen_model(models: Mapping[str, str], model: str, base: str) -> str:
 
 
 def none_answers(reasons: Sequence[NoAnswer]) -> NoAnswer:
-    """Of several servers all are down."""
+    """The error where all of several servers are down."""
     if len(reasons) == 1:
         return reasons[0]
     return NoAnswer("none of the servers answers: " + "; ".join(map(str, reasons)))
 
 
 def listed_models(response: httpx.Response, base: str) -> dict[str, str]:
-    """Model names and who serves them, at least one. Raises BadInput."""
+    """Model names and their owners, at least one. Raises BadInput."""
     if response.status_code in (401, 403):
         raise BadInput(f"{base} refuses the key (HTTP {response.status_code}); set {API_KEY_VARIABLE}")
     if response.status_code in (429, *range(500, 600)):
         raise NotReady(f"{base}models: HTTP {response.status_code}; wait until the server is ready")
     try:
-        listed = {each["id"]: str(each.get("owned_by", "")) for each in response.raise_for_status().json()["data"]}
+        listed = {entry["id"]: str(entry.get("owned_by", "")) for entry in response.raise_for_status().json()["data"]}
     except (httpx.HTTPStatusError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{base}models lists no models ({type(error).__name__}); is the URL an OpenAI API?") from error
     if not listed:
@@ -205,9 +205,9 @@ def listed_models(response: httpx.Response, base: str) -> dict[str, str]:
 
 
 def model_context(response: httpx.Response, model: str) -> int | None:
-    """The context of one of the listed models; vLLM tells it, OpenAI's protocol has no field."""
-    told = next((each.get("max_model_len") for each in response.json()["data"] if each["id"] == model), None)
-    return told if type(told) is int and told > 0 else None
+    """The context of a listed model; vLLM reports it, OpenAI's protocol has no field for it."""
+    context = next((entry.get("max_model_len") for entry in response.json()["data"] if entry["id"] == model), None)
+    return context if type(context) is int and context > 0 else None
 
 
 def no_answer(base: str, error: httpx.HTTPError) -> NoAnswer:

@@ -1,4 +1,4 @@
-"""Arguments that users hand to vLLM (``--engine-arg key=value``): which are refused, and which can change rows."""
+"""vLLM arguments given by users (``--engine-arg key=value``): which are refused, and which can change rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ....errors import BadInput
 
-#: Arguments that capipe sets itself, with the way to set them.
+#: Arguments that capipe sets itself, with the option that sets them.
 OURS: Mapping[str, str] = {
     "model": "--model",
     "model_weights": "--model",
@@ -31,7 +31,7 @@ OURS: Mapping[str, str] = {
     "default_mm_loras": "--adapter",
     "seed": "--seed",
 }
-#: Arguments without which capipe's requests would mean something else, with the reason.
+#: Arguments that capipe's requests depend on, with the reason.
 FIXED: Mapping[str, str] = {
     "limit_mm_per_prompt": "every prompt has one image at most",
     "language_model_only": "images are part of the prompts",
@@ -51,8 +51,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-#: Arguments that change speed, memory or logging and never a row. All others are part of the fingerprint.
-#: That sums in another order differ in their last bits is true of all of these and of batches anyway.
+#: Arguments that change speed, memory or logging and never a row. All others are part of the fingerprint. (That sums in
+#: another order differ in their last bits is true of all of these, and of batches anyway.)
 SPEED = _names(
     """
     max_num_batched_tokens max_num_scheduled_tokens long_prefill_token_threshold long_prefill_token_threshold_adaptive
@@ -74,7 +74,7 @@ SPEED = _names(
     enable_cumem_allocator ray_workers_use_nsight
     """
 )
-_CLOSE = 0.6  # how alike a known name must be to be meant, 0 to 1
+_CLOSE = 0.6  # minimum similarity of a suggested name, 0 to 1
 
 
 def refuse_ours(given: Iterable[str]) -> None:
@@ -87,9 +87,9 @@ def refuse_ours(given: Iterable[str]) -> None:
 
 
 def check_engine_args(given: Mapping[str, Any]) -> None:
-    """Raise BadInput for arguments that vLLM does not know, or of a form that it does not take.
+    """Raise BadInput for arguments that vLLM does not know, or with values that it does not accept.
 
-    Looks at vLLM itself (some seconds), where it is installed; else nothing can be said yet.
+    Imports vLLM (some seconds) where it is installed; otherwise nothing can be checked yet.
     """
     refuse_ours(given)
     if not given or importlib.util.find_spec("vllm") is None:
@@ -102,14 +102,14 @@ def check_engine_args(given: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(AsyncEngineArgs) if not field.name.startswith("_")}
     refuse_unknown(given, known)
     try:
-        # Offline vLLM looks its model up at once, a default one of its own without any; a folder is taken as it is.
+        # vLLM looks its model up at once (a default one if none is named), even offline; a folder is taken as it is.
         AsyncEngineArgs(model=str(Path(__file__).parent), **given)
-    except Exception as error:  # pydantic's and vLLM's own, which share no class
+    except Exception as error:  # pydantic's and vLLM's own errors, which share no class
         raise BadInput(f"engine arguments that vLLM does not take: {reason_of(error)}") from None
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise BadInput naming those of ``given`` that are not ``known``, each with the closest name that is."""
+    """Raise BadInput naming those of ``given`` that are not ``known``, each with the closest known name."""
     names = sorted(known)
     unknown = [name for name in given if name not in names]
     if unknown:
@@ -126,7 +126,7 @@ def changing_rows(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reason_of(error: Exception) -> str:
-    """The line of an error that says what is wrong."""
+    """The line of an error that states the problem."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # pydantic: a headline with the count, the argument's name, then what is wrong with it
     if len(lines) > 2 and "validation error" in lines[0]:
@@ -135,5 +135,5 @@ def reason_of(error: Exception) -> str:
 
 
 def in_words(given: Mapping[str, Any]) -> str:
-    """Arguments in words, as they are given."""
+    """Arguments as text, in the form in which they are given."""
     return ", ".join(f"{name}={value!r}" for name, value in given.items())

@@ -1,4 +1,4 @@
-"""How vLLM is set up: our choices, and the user's own arguments over them."""
+"""vLLM's configuration: our settings, overridden by the user's own arguments."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 CPU_CACHE_BYTES = GIB  # vLLM's own default is a large share of the machine's memory
-CPU_BLOCK_TOKENS = 32  # its default on a CPU, 128, is longer than a small image's prompt, which then never is shared
-TRAINED_BATCH_TOKENS = 8192  # computed at once beside a policy that shares the GPU; vLLM alone takes twice as many
-# Of vLLM's libraries for grammars, the one whose whitespace can be set with the schema. vLLM's own choices are white
-# space without end, which a model may fall for, or none at all, which forbids what json.dumps writes.
+CPU_BLOCK_TOKENS = 32  # its default on a CPU, 128, is longer than a small image's prompt, which then is never shared
+TRAINED_BATCH_TOKENS = 8192  # per batch beside a policy that shares the GPU; vLLM's own default is twice as many
+# The one of vLLM's guided decoding backends whose whitespace can be set with the schema. vLLM's own choices are
+# unlimited white space, in which a model may get stuck, or none at all, which forbids what json.dumps writes.
 GUIDANCE_BACKEND = "guidance"
 
 
 @dataclass(frozen=True)
 class VLLMOptions:
-    """``concurrency``: sequences in the running batch. ``gpu_memory_utilization``: a share of the card, 0 to 1.
+    """``concurrency``: sequences in the running batch. ``gpu_memory_utilization``: a share of the GPU's memory, 0 to 1.
 
-    ``engine_args``: the user's own, by vLLM's names; they win over ours.
-    ``trained``: the model is in training, in this process: it is to get new weights, may sleep on a GPU, and keeps no
-    core to itself.
+    ``engine_args``: the user's own, by vLLM's names; they override ours. ``trained``: the model is being trained, in
+    this process: it receives new weights, may sleep on a GPU, and reserves no core for itself.
     """
 
     path: str
@@ -45,7 +44,7 @@ class VLLMOptions:
 
 
 def engine_config(options: VLLMOptions, on_cpu: bool, concurrency: int) -> VllmConfig:
-    """vLLM's settings. As for its own offline use: by default it takes small batches, for a server's latency."""
+    """vLLM's configuration, as for its own offline use: its default is small batches, for a server's latency."""
     from vllm import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
@@ -55,15 +54,15 @@ def engine_config(options: VLLMOptions, on_cpu: bool, concurrency: int) -> VllmC
     except Exception as error:
         if not options.engine_args:
             raise
-        given, reason = in_words(options.engine_args), reason_of(error)
-        raise BadInput(f"vLLM refuses its settings, with the engine arguments {given}: {reason}") from error
+        user_args, reason = in_words(options.engine_args), reason_of(error)
+        raise BadInput(f"vLLM refuses its settings, with the engine arguments {user_args}: {reason}") from error
     if on_cpu and "kv_cache_memory_bytes" not in options.engine_args:
         config.cache_config.kv_cache_memory_bytes = max(CPU_CACHE_BYTES, request_bytes(config))
     return config
 
 
 def request_bytes(config: VllmConfig) -> int:
-    """Keys and values of one request that fills the context, which vLLM wants room for before it starts."""
+    """Bytes of keys and values of one request that fills the context, which vLLM requires before it starts."""
     model, parallel = config.model_config, config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
     tokens = model.max_model_len + config.cache_config.block_size
@@ -87,8 +86,8 @@ def _arguments(options: VLLMOptions, on_cpu: bool, concurrency: int) -> dict[str
         arguments |= {"worker_extension_cls": EXTENSION, "enable_sleep_mode": not on_cpu}
         arguments |= {} if on_cpu else {"max_num_batched_tokens": TRAINED_BATCH_TOKENS}
     if options.tensor_parallel_size > 1:
-        arguments["distributed_executor_backend"] = "mp"  # else vLLM may ask Ray, whose worker this process may be
-    if on_cpu:  # compiling, which is no faster once it runs, would cost ten to twenty seconds at every start
+        arguments["distributed_executor_backend"] = "mp"  # otherwise vLLM may use Ray, whose worker this process may be
+    if on_cpu:  # compiling makes nothing faster here, and costs ten to twenty seconds at every start
         arguments |= {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "block_size": CPU_BLOCK_TOKENS, "enforce_eager": True}
     else:
         arguments |= {"gpu_memory_utilization": options.gpu_memory_utilization}
@@ -97,6 +96,6 @@ def _arguments(options: VLLMOptions, on_cpu: bool, concurrency: int) -> dict[str
         arguments |= {
             "limit_mm_per_prompt": {"image": 1, "video": 0},
             "mm_processor_kwargs": {"size": size},
-            "mm_processor_cache_gb": 0,  # an image is seen once; its several prompts share it through the prefix
+            "mm_processor_cache_gb": 0,  # an image is processed once; its prompts share it through the prefix
         }
     return arguments

@@ -1,4 +1,4 @@
-"""vLLM, in process: this side renders prompts and images, child processes of ours hold the scheduler and the model."""
+"""vLLM, in process: this side renders prompts and images; child processes run the scheduler and the model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class VLLMEngine:
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
         self._on_cpu = on_cpu
-        self._cores = cores  # where this process might run before
+        self._cores = cores  # the cores of this process before
         self._encoder = encoder
         self._numbers = itertools.count()
         self._rendering: dict[PromptKey, asyncio.Task[Any]] = {}
@@ -78,12 +78,12 @@ class VLLMEngine:
         from .sampling import extra_args
 
         schema = request.json_schema
-        # The grammar's mask comes before our noise, and what it forbids is -inf, which no noise lifts.
+        # The grammar's mask is applied before our noise, and what it forbids is -inf, which no noise can lift.
         guide = None if schema is None else StructuredOutputsParams(json=_with_form(schema))
         params = SamplingParams(
             temperature=0.0,
             max_tokens=request.sampling.max_tokens,
-            logprobs=0 if request.logprobs else None,  # the drawn token's own and no others
+            logprobs=0 if request.logprobs else None,  # the sampled token's own only
             extra_args=extra_args(request.sampling),
             structured_outputs=guide,
         )
@@ -93,7 +93,7 @@ class VLLMEngine:
         if request.logprobs:
             assert output.logprobs is not None
             logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
-        # JSON to a schema is an answer from its first token on, also where the template had opened a thought.
+        # Guided JSON is an answer from its first token on, even where the template has opened a thought.
         text, thought = self._encoder.answer(ids) if schema is None else (self._encoder.decode(ids), None)
         return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs, thought)
 
@@ -113,10 +113,10 @@ class VLLMEngine:
         return len(self._encoder.encode(prompt))
 
     async def reload(self, folder: Path) -> None:
-        """Read new weights of the same model from a Hugging Face folder, and forget what the old ones computed.
+        """Read new weights of the same model from a Hugging Face folder, and drop what the old ones computed.
 
-        For an engine that was started as ``trained``, while it has nothing to do. Raises EngineDead. That the new
-        weights are in place is for the caller to see: vLLM has been seen to say so and to answer with others.
+        For an engine that was started as ``trained``, while it is idle. Raises EngineDead. The caller must check that
+        the new weights are in place: vLLM has been seen to report success and answer with others.
         """
         llm = self._alive()
         try:
@@ -130,12 +130,12 @@ class VLLMEngine:
             raise EngineDead("vLLM's prefix cache is in use and could not be emptied for new weights")
 
     async def sleep(self) -> None:
-        """Give the GPU's memory to others: weights go to main memory, the cache is dropped. Nothing on a CPU."""
+        """Free the GPU's memory: weights go to main memory, the cache is dropped. Does nothing on a CPU."""
         if not self._on_cpu:
             await self._alive().sleep(level=1)
 
     async def wake(self) -> None:
-        """Take the memory back; the next request may come. Nothing where it is awake."""
+        """Take the memory back, before the next request. Does nothing where it is awake."""
         if not self._on_cpu and await self._alive().is_sleeping():
             await self._alive().wake_up()
 
@@ -151,7 +151,7 @@ class VLLMEngine:
             return
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        # Nobody may be left waiting: neither those in flight nor those whose image was just being prepared.
+        # Fail all requests: those in flight, and those whose image is still being prepared.
         llm.output_processor.propagate_error(EngineDeadError())
         if (listener := llm.output_handler) is not None:  # or it reports the end of what it listens to as a death
             listener.cancel()
@@ -161,7 +161,7 @@ class VLLMEngine:
         await asyncio.to_thread(_see_off, self._processes)
         move_to(self._cores, [os.getpid()])
         del llm
-        gc.collect()  # it lies in cycles, and its destructor complains when it first runs at the interpreter's end
+        gc.collect()  # it is in reference cycles, and its destructor complains when it first runs at interpreter exit
 
     async def _run(self, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
         """Send one request and wait for its end. Raises RequestError or EngineDead, nothing else."""
@@ -170,7 +170,7 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        params.output_kind = RequestOutputKind.FINAL_ONLY  # or each token would wake this process
+        params.output_kind = RequestOutputKind.FINAL_ONLY  # otherwise each token would wake this process
         params.detokenize = False  # done once, at the end
         try:
             rendered = await self._rendered(llm, prompt)
@@ -180,7 +180,7 @@ class VLLMEngine:
             raise error if isinstance(error, RequestError) else Rejected(str(error)) from error
         except EngineDeadError as error:
             raise EngineDead("vLLM's engine process is gone") from error
-        except Exception as error:  # the processor's refusal of an image, or a fault that took the engine along
+        except Exception as error:  # a processor that rejects an image, or a fault that killed the engine
             reason = f"{type(error).__name__}: {error.__cause__ or error}"
             raise self._failure(llm, reason) from error
         completion = outputs[-1].outputs[0] if outputs else None
@@ -190,9 +190,9 @@ class VLLMEngine:
         return completion
 
     async def _rendered(self, llm: AsyncLLM, prompt: Prompt) -> Any:
-        """The prompt as vLLM takes it; who asks at the same time for the same one (a group's captions) shares it.
+        """The prompt as vLLM takes it; concurrent requests with the same prompt (a group's captions) share it.
 
-        That is vLLM's ``n`` of a request, but each caption is answered when it ends and not with the last.
+        Equivalent to vLLM's ``n`` of a request, but each caption is returned when it ends and not with the last.
         """
         if (task := self._rendering.get(prompt.key)) is None:
             task = asyncio.create_task(llm.renderer.render_cmpl_async([self._vllm_prompt(prompt)]))
@@ -202,7 +202,7 @@ class VLLMEngine:
         return rendered
 
     def _failure(self, llm: AsyncLLM, reason: str) -> RequestError | EngineDead:
-        """Whose fault it is that a request failed: an engine that dies or is closed aborts what it was working on."""
+        """The error of a failed request: EngineDead for an engine that dies or is closed, which aborts its requests."""
         return EngineDead(reason) if llm.errored or self._llm is None else RequestError(reason)
 
     def _vllm_prompt(self, prompt: Prompt) -> Any:
@@ -216,8 +216,8 @@ class VLLMEngine:
             raise too_long(length, self.context)
         if prompt.image is None:
             return TokensPrompt(prompt_token_ids=ids)
-        # The content hash stands for the pixels, which vLLM then need not hash: one engine has one pixel grid, so the
-        # same bytes always come as the same pixels.
+        # The content hash replaces vLLM's own of the pixels: one engine has one pixel grid, so the same bytes always
+        # give the same pixels.
         return TokensPrompt(
             prompt_token_ids=ids,
             multi_modal_data={"image": pixels},
@@ -227,7 +227,7 @@ class VLLMEngine:
 
 @lru_cache(maxsize=16)
 def _with_form(schema: str) -> str:
-    """The schema with the form of the JSON added. Raises RequestError for text that is no JSON object."""
+    """The schema with the JSON's format added. Raises RequestError for text that is no JSON object."""
     try:
         parsed = json.loads(schema)
     except ValueError as error:
@@ -240,9 +240,9 @@ def _with_form(schema: str) -> str:
 def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
     """Start vLLM's processes and wait until the model is loaded (7 s to minutes). Call it where an event loop runs.
 
-    They end with this process, and with the thread that calls. Raises BadInput for a chat template that does not work,
-    before anything is started, and for arguments of the user's that vLLM refuses; anything, where it cannot start for
-    other reasons, naming who else has the device.
+    They end with this process, and with the calling thread. Raises BadInput for a chat template that does not work,
+    before anything is started, and for user arguments that vLLM refuses; any exception where it cannot start for other
+    reasons, naming other processes that hold the device.
     """
     prepare_environment()
     from transformers import AutoTokenizer
@@ -261,7 +261,7 @@ def start_vllm_engine(options: VLLMOptions) -> VLLMEngine:
 
 
 def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder: PromptEncoder) -> VLLMEngine:
-    # A function of its own: where an optional library of vLLM's does not import, vLLM keeps that error, with it the
+    # A separate function: where an optional library of vLLM's does not import, vLLM keeps that error and with it the
     # frames it passed, :func:`start_vllm_engine`'s among them, and an engine held there would never be collected.
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -274,26 +274,26 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder:
         if not (others_there := device_holders(on_gpu)):
             raise
         raise RuntimeError(f"{error}; the device is taken by {', '.join(others_there)}") from error
-    # Noted while all live: an orphan of a killed engine process is no descendant of ours any more.
-    processes = [each for each in _vllm_processes() if each not in others]
+    # Recorded while all live: an orphan of a killed engine process is no longer a descendant of ours.
+    processes = [process for process in _vllm_processes() if process not in others]
     pids = [process.pid for process in processes]
     cores = os.sched_getaffinity(0)
-    if not options.trained:  # training takes turns with it, and wants all cores in its own
+    if not options.trained:  # training alternates with it, and then needs all cores
         move_off(bound_cores(pids), [os.getpid(), *pids])
     on_cpu = config.device_config.device_type == "cpu"
-    context = int(config.model_config.max_model_len)  # as vLLM settled it
+    context = int(config.model_config.max_model_len)  # as determined by vLLM
     return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context)
 
 
 def _vllm_processes() -> list[Process]:
-    """The live descendants of this process that vLLM named after itself (Python's resource tracker is not of them)."""
+    """The live descendants of this process that vLLM named after itself (which excludes Python's resource tracker)."""
     import psutil
 
-    return [each for each in psutil.Process().children(recursive=True) if each.name().startswith("VLLM")]
+    return [process for process in psutil.Process().children(recursive=True) if process.name().startswith("VLLM")]
 
 
 def _see_off(processes: list[Process]) -> None:
-    """Wait for them to be gone, killing what lingers, and collect their exit codes so that no zombie stays."""
+    """Wait for them to end, kill those that remain, and collect their exit codes so that no zombie stays."""
     import psutil
 
     _, lingering = psutil.wait_procs(processes, timeout=CLOSING_SECONDS)

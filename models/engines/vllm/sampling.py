@@ -1,8 +1,8 @@
-"""Counter-based sampling inside vLLM: the logits processors its engine process loads by their import path.
+"""Counter-based sampling inside vLLM: logits processors that its engine process loads by import path.
 
-A request that samples goes to vLLM as a greedy one (``temperature=0``) whose real parameters travel in
-``extra_args``; the processor adds the noise of :mod:`.sampling` and vLLM's own argmax is then the draw. vLLM has two
-model runners with an interface each: the first runs on CPUs, the second wherever Triton does.
+A sampled request goes to vLLM as a greedy one (``temperature=0``) whose real parameters are in ``extra_args``; the
+processor adds the noise of :mod:`.sampling`, and vLLM's own argmax is then the sample. vLLM has two model runners with
+an interface each: the first runs on CPUs, the second wherever Triton does.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ EXTRA_KEY = "capipe_sampling"
 
 
 def extra_args(sampling: Sampling) -> dict[str, Any] | None:
-    """What :class:`vllm.SamplingParams` must carry for ``sampling``; None for a greedy request."""
+    """The ``extra_args`` of :class:`vllm.SamplingParams` for ``sampling``; None for a greedy request."""
     if sampling.temperature == 0:
         return None
     return {EXTRA_KEY: [fold_seed(sampling.seed), sampling.temperature, sampling.top_p]}
 
 
 def processor_path(second_runner: bool) -> str:
-    """The import path to hand to ``AsyncEngineArgs.logits_processors`` for the runner that will be used."""
+    """The import path for ``AsyncEngineArgs.logits_processors``, of the runner that will be used."""
     return f"{__name__}:{(SecondRunnerGumbel if second_runner else FirstRunnerGumbel).__name__}"
 
 
@@ -46,7 +46,7 @@ def _parameters(params: SamplingParams) -> tuple[int, float, float] | None:
 
 
 def _barred(vllm_config: VllmConfig, device: torch.device) -> Tensor:
-    """What is never to be drawn: an image token in a caption would claim pixels that are not there."""
+    """Ids that are never sampled: an image token in a caption would claim pixels that do not exist."""
     return torch.tensor(vision_ids(vllm_config.model_config.hf_config), dtype=torch.long, device=device)
 
 
@@ -82,8 +82,8 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
             return logits
         if self._stale:
             self._rebuild()
-        # Counted at each step and not kept: a preempted request comes back with what it had drawn.
-        positions = torch.tensor([len(each.drawn) for each in self._drawing.values()], device=self._device)
+        # Counted at each step instead of kept: a preempted request returns with what it had sampled.
+        positions = torch.tensor([len(row.drawn) for row in self._drawing.values()], device=self._device)
         drawn = apply(
             logits[self._rows],  # a copy
             self._seeds,
@@ -104,18 +104,18 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
     def _rebuild(self) -> None:
         drawing = self._drawing.values()
         self._rows = torch.tensor(list(self._drawing), device=self._device)
-        self._seeds = torch.tensor([each.seed for each in drawing], device=self._device)
-        self._temperatures = torch.tensor([each.temperature for each in drawing], device=self._device)
-        cut = any(each.top_p < 1 for each in drawing)
-        self._top_ps = torch.tensor([each.top_p for each in drawing], device=self._device) if cut else None
+        self._seeds = torch.tensor([row.seed for row in drawing], device=self._device)
+        self._temperatures = torch.tensor([row.temperature for row in drawing], device=self._device)
+        cut = any(row.top_p < 1 for row in drawing)
+        self._top_ps = torch.tensor([row.top_p for row in drawing], device=self._device) if cut else None
         self._stale = False
 
 
 class SecondRunnerGumbel(SecondRunnerProcessor):
     """Keeps parameters by request slot; slots are reused, and a slot's temperature of 0 means that it is greedy.
 
-    vLLM calls it between its CUDA graphs, never inside one, and schedules ahead of the device, so nothing here may wait
-    for it.
+    vLLM calls it between its CUDA graphs, never inside one, and schedules ahead of the device, so nothing here may
+    synchronise with it.
     """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
@@ -125,7 +125,7 @@ class SecondRunnerGumbel(SecondRunnerProcessor):
         self._seeds = np.zeros(slots, dtype=np.int64)
         self._temperatures = np.zeros(slots, dtype=np.float32)
         self._top_ps = np.ones(slots, dtype=np.float32)
-        self._stale = False  # what is in the columns is not yet on the device
+        self._stale = False  # the columns are not on the device yet
         self._on_device = self._sent()
         if kernel_runs_on(req_states.device):  # compiled here, not in the first step that samples
             one = torch.ones(1, dtype=torch.long, device=req_states.device)
@@ -150,10 +150,10 @@ class SecondRunnerGumbel(SecondRunnerProcessor):
             return logits
         seeds, temperatures, top_ps = self._on_device
         slots = ctx.expanded_idx_mapping.long()
-        # A row's input sits at ``pos``, so what is drawn now is the sequence's token at ``pos + 1``.
+        # A row's input is at ``pos``, so the token sampled now is the sequence's token at ``pos + 1``.
         positions = ctx.pos.long() + 1 - self._states.prompt_len.gpu[slots]
         cut = bool((self._top_ps[ctx.idx_mapping_np] < 1).any())
-        # A greedy row keeps its barred ids, too: it is vLLM's own business. The matrix is a copy that vLLM made for us.
+        # Greedy rows keep their barred ids: vLLM handles those rows. The matrix is a copy that vLLM made for us.
         return apply(
             logits,
             seeds[slots],
@@ -165,14 +165,14 @@ class SecondRunnerGumbel(SecondRunnerProcessor):
         )
 
     def _sent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The columns on the device, by copies that nothing waits for.
+        """The columns on the device, by asynchronous copies.
 
-        From page-locked memory, fresh each time: torch hands it out again only when the copy from it is over.
+        From page-locked memory, fresh each time: torch reuses it only when the copy from it is complete.
         """
         device = self._states.device
-        columns = [torch.from_numpy(each) for each in (self._seeds, self._temperatures, self._top_ps)]
+        columns = [torch.from_numpy(column) for column in (self._seeds, self._temperatures, self._top_ps)]
         if device.type == "cuda":
-            seeds, temperatures, top_ps = (each.pin_memory().to(device, non_blocking=True) for each in columns)
+            seeds, temperatures, top_ps = (column.pin_memory().to(device, non_blocking=True) for column in columns)
         else:
-            seeds, temperatures, top_ps = (each.clone().to(device) for each in columns)
+            seeds, temperatures, top_ps = (column.clone().to(device) for column in columns)
         return seeds, temperatures, top_ps
