@@ -16,19 +16,19 @@ ItemRow = tuple[dict[str, Any], dict[str, bytes] | None]  # a row, and its sampl
 
 
 def repaired_rows(
-    artifact: Artifact, committed: ShardRecord, ingested: Callable[[int], ItemRow]
+    artifact: Artifact, made: ShardRecord, ingested: Callable[[int], ItemRow]
 ) -> Iterator[ItemRow] | None:
-    """All rows of the shard ``committed``, those without a final status by ``ingested`` (item number to its row).
+    """All rows of the committed shard ``made``, those without a final status by ``ingested`` (item number to its row).
 
     None if no retried item gets a final status: then there is nothing to write.
     """
-    listed = artifact.read_rows(committed.shard)
+    listed = artifact.read_rows(made.shard)
     tried: dict[int, ItemRow] = {}
     for number, row in enumerate(listed):
         if not Status(row["status"]).resolved:
             tried[number] = ingested(number)
             if Status(tried[number][0]["status"]).resolved:
-                return _merged(artifact, committed, listed, tried, ingested)
+                return _merged(artifact, made, listed, tried, ingested)
     return None
 
 

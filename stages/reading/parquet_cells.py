@@ -22,17 +22,17 @@ class ParquetCells:
         self._rows: Iterator[Any] = iter(())
         self._next = 0
 
-    def value(self, group: int, index: int) -> object:
-        """The cell at ``index`` of a row group. Raises OSError if the file has no such row, or is damaged."""
-        if group != self._group or index < self._next:
+    def value(self, group: int, place: int) -> object:
+        """The cell at position ``place`` of a row group. Raises OSError if the file has no such row, or is damaged."""
+        if group != self._group or place < self._next:
             self._group, self._next, self._rows = group, 0, self._cells(group)
         try:
-            while self._next <= index:
+            while self._next <= place:
                 cell = next(self._rows)
                 self._next += 1
         except (StopIteration, pa.ArrowException) as error:
             self._group = -1
-            raise OSError(f"row {index} of row group {group} cannot be read: did the file change? {error}") from None
+            raise OSError(f"row {place} of row group {group} cannot be read: did the file change? {error}") from None
         return cell
 
     def _cells(self, group: int) -> Iterator[Any]:
