@@ -115,8 +115,8 @@ def pairs(source: Artifact, record: ShardRecord, listed: pq.ParquetFile) -> Iter
 def _pair(index: int, row: Mapping[str, Any], sample: Sample | None, where: str) -> Pair:
     image = sample.image() if sample is not None else None
     if sample is None or sample.key != row["key"] or image is None or image.data is None:
-        found = "nothing" if sample is None else f"{sample.key!r} ({sample.error or 'another sample'})"
-        text = f"{where}: row {row['key']!r} expected, {found} found; the tar does not fit its Parquet"
+        actual = "nothing" if sample is None else f"{sample.key!r} ({sample.error or 'another sample'})"
+        text = f"{where}: row {row['key']!r} expected, {actual} found; the tar does not fit its Parquet"
         raise ArtifactMismatch(f"{text}, restore both (`capipe verify` lists what is damaged)")
     extension = next(ext for ext, member in sample.members.items() if member is image)
     txt = sample.members.get("txt")

@@ -97,11 +97,11 @@ def plan(refs: Iterable[ItemRef], config: IngestConfig) -> Iterator[IngestTask]:
         index += 1
 
 
-def _task(index: int, refs: tuple[ItemRef, ...], made: ShardRecord | None = None) -> IngestTask:
+def _task(index: int, refs: tuple[ItemRef, ...], committed: ShardRecord | None = None) -> IngestTask:
     digest = hashlib.sha256()
     for ref in refs:
         digest.update(ref.identity().encode() + b"\n")
-    return IngestTask(index, refs, digest.hexdigest(), made)
+    return IngestTask(index, refs, digest.hexdigest(), committed)
 
 
 def pending(tasks: Iterable[IngestTask], artifact: Artifact) -> Iterator[IngestTask]:

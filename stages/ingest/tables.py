@@ -113,7 +113,7 @@ def _ref(
         encoded = repaired(json.dumps(meta, ensure_ascii=False), notes)
     except RecursionError:
         return ProblemRef(f"{table}[{number}]", Status.UNSUPPORTED, TOO_DEEP)
-    caption, url = (repaired(each, notes) if isinstance(each, str) else None for each in (text, url))
+    caption, url = (repaired(value, notes) if isinstance(value, str) else None for value in (text, url))
     return TableRef(table, number, root, paths[0], caption, url, encoded, tuple(notes), reach)
 
 
