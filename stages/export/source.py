@@ -1,4 +1,4 @@
-"""Export input: the listing of a finished shard and its tar's samples, read in parallel and verified."""
+"""Export input: the listing of a finished shard and its tar's samples, read row by row and verified."""
 
 from __future__ import annotations
 

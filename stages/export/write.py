@@ -1,5 +1,4 @@
-"""Export of final shards to training formats. One task copies one source shard, merges several, or splits one; image
-bytes are never changed.
+"""Export of final shards to training formats: shards are copied, merged or split; image bytes never change.
 
 Besides the files of the format, every shard keeps its Parquet with a row for every input row, so that an export is an
 artifact like any other: resumable, verifiable, and (as webdataset) an input.
@@ -102,7 +101,7 @@ def _cut(task: ExportTask, source: Artifact, artifact: Artifact, config: ExportC
 
 
 class _Part:
-    """One of the shards that a task writes in parallel."""
+    """One of the shards that a task writes simultaneously."""
 
     def __init__(self, piece: Piece, artifact: Artifact, config: ExportConfig) -> None:
         self._piece, self._config, self._artifact = piece, config, artifact
