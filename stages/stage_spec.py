@@ -1,6 +1,6 @@
-"""A stage as everything above it knows it: its command, what it reads, what it writes, what decides which of that.
+"""Stage specifications: command, inputs, products, output artifacts and the options that they depend on.
 
-A spec stands beside its stage. The command line, chains, the report, the viewer and verification read it.
+Each stage has a ``spec.py``. The command line, chains, the report, the viewer and verification read it.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from typing import Any
 
 from ..manifests.artifact_spec import ArtifactSpec
 
-#: Whether an artifact is written, given the command's options by their long names and the inputs it has.
+#: Predicate: True if an artifact is written, given the command's options (by long name) and its inputs.
 Condition = Callable[[Mapping[str, Any], frozenset[str]], bool]
 
-#: What ``inputs`` and ``products`` are made of: kinds of folders.
+#: Kinds of folders, used in ``inputs`` and ``products``.
 PICTURES, SHARDS, FINAL, CHECKPOINT = "pictures", "shards", "final", "model"
-ANYTHING = (PICTURES, SHARDS, FINAL)  # all that holds images
+ANYTHING = (PICTURES, SHARDS, FINAL)  # every kind that holds images
 
 
 def keys(text: str) -> frozenset[str]:
-    """Words as a set."""
+    """Set of the whitespace-separated words."""
     return frozenset(text.split())
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A piece of a stage's folder that stays as long as what it was made of does.
+    """A part of a stage's folder that is reused while the options and inputs it depends on are unchanged.
 
-    ``folder``: below the stage's own, empty for all of it; None for files that every run writes anew. It depends on the
-    options and inputs ``only``, or on all but those ``without``.
+    ``folder``: relative to the stage's folder, empty for all of it; None for files that every run rewrites. It depends
+    on the options and inputs in ``only``, or on all except those in ``without``.
     """
 
     folder: str | None
@@ -46,7 +46,7 @@ class OutputFolder:
 
 @dataclass(frozen=True)
 class Output:
-    """An artifact in ``folder`` below the stage's own, written where ``when`` holds."""
+    """An artifact in ``folder`` (relative to the stage's folder), written if ``when`` holds."""
 
     artifact: ArtifactSpec
     folder: str = ""
@@ -55,13 +55,13 @@ class Output:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """``name``: the command's word. ``command``: its function, or the import path of it.
+    """Specification of a stage. ``name``: command name. ``command``: its function, or the function's import path.
 
-    ``inputs``: options that take what other stages make, with the kinds that each takes. ``products``: kind -> folder
-    below --out; a kind in ``optional`` is made only with the switch that it names there. ``outputs``: artifacts, the
-    main one last. ``rows``: the input whose rows it goes over, empty where it makes them. ``selects``: rows may be
-    fewer after it. ``check``: raises BadInput for options that cannot be meant, before a chain begins: a function of
-    their values by parameter, or the import path of one whose parameters are the command's option groups.
+    ``inputs``: options that take outputs of other stages, with the accepted kinds. ``products``: kind -> folder below
+    --out; a kind in ``optional`` is produced only with the switch named there. ``outputs``: artifacts, the main one
+    last. ``rows``: the input whose rows the stage processes, empty if it creates them. ``selects``: the stage may drop
+    rows. ``check``: raises BadInput for invalid options before a chain starts: a function of the option values by
+    parameter name, or the import path of a function whose parameters are the command's option groups.
     """
 
     name: str
@@ -76,5 +76,5 @@ class StageSpec:
     check: str | Callable[[Mapping[str, Any]], object] | None = None
 
     def folders(self, config: Mapping[str, Any], inputs: frozenset[str]) -> list[str]:
-        """Folders below the stage's own that will hold artifacts, the main one last."""
+        """Subfolders of the stage's folder that will hold artifacts, the main one last."""
         return [output.folder for output in self.outputs if output.when(config, inputs)]

@@ -1,4 +1,4 @@
-"""Annotate: named captions for every image, each through the health gate, one row out for every row in."""
+"""Captioning stage: named captions for every image, each checked by the quality gate; one output row per row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SEVERITY = [Status.ENGINE_ERROR, Status.REFUSED, Status.DEGENERATE, Status.EMPT
 
 
 class AnnotateConfig(BaseModel):
-    """What is asked of the model. All of it changes the captions, so all of it is in the fingerprint."""
+    """Options of captioning. All of them affect the captions, so all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,23 +49,23 @@ class AnnotateConfig(BaseModel):
 
     @property
     def room(self) -> int:
-        """Tokens of context that a prompt and its caption take, beside the image."""
+        """Context tokens for a prompt and its caption, without the image."""
         return text_room([(self.system or "") + prompt.text for prompt in self.prompts], self.max_tokens)
 
 
 @dataclass(frozen=True)
 class Annotator:
-    """Captions rows with one engine. ``model``: the name that the captions carry."""
+    """Captions rows with one engine. ``model``: its name in the captions."""
 
     engine: Engine
     model: str
     config: AnnotateConfig
 
     async def annotate(self, row: Row, image: ImageInput) -> dict[str, Any]:
-        """The output row for a readable image. Raises only EngineDead; a failed request is a status."""
+        """Output row for a readable image. Raises only EngineDead; a failed request is a status."""
         captions = []
         reasons: list[str] = []
-        for prompt in self.config.prompts:  # one after the other: the second finds the image in the prefix cache
+        for prompt in self.config.prompts:  # sequentially: later prompts reuse the image from the prefix cache
             for k in range(self.config.samples):
                 caption, reason = await self._caption(image, prompt, k)
                 captions.append(caption)
@@ -76,9 +76,9 @@ class Annotator:
         return {**passed_on(row), "status": str(status), "error": error, "captions": captions}
 
     async def _caption(self, image: ImageInput, prompt: NamedPrompt, k: int) -> tuple[dict[str, Any], str | None]:
-        """One caption, rolled until healthy or out of attempts (then the last one is kept, with its fault)."""
+        """One caption, resampled until it passes the gate or attempts run out (the last is kept, with its fault)."""
         completion: Completion | None = None
-        words = ""  # of a refusal
+        words = ""  # text of a refusal
         verdict = GateResult(Status.ENGINE_ERROR, "not tried")
         attempt = 0
         while attempt < self.config.max_attempts:
@@ -87,10 +87,10 @@ class Annotator:
             request = GenerationRequest(Prompt(prompt.text, image, self.config.system), sampling)
             try:
                 completion = await self.engine.generate(request)
-            except Refused as error:  # final: to roll again would be to ask again
+            except Refused as error:  # final: not resampled
                 completion, words, verdict = None, error.words, GateResult(Status.REFUSED, str(error))
                 break
-            except RequestError as error:  # the engine has tried what it could; `--retry` is for later
+            except RequestError as error:  # the engine has retried already; `--retry` is for a later run
                 completion, verdict = None, GateResult(Status.ENGINE_ERROR, str(error))
                 break
             verdict = self._judged(completion, prompt)
@@ -123,13 +123,13 @@ class Annotator:
 
 
 def derive_seed(seed: int, uid: str, prompt_id: str, sample: int, attempt: int) -> int:
-    """A 63-bit seed from what identifies a draw, and nothing else: rows fare alike in any order, batch or run."""
+    """63-bit seed of a sample, from its identity alone: results do not depend on row order, batch or run."""
     text = f"{seed}/{uid}/{prompt_id}/{sample}/{attempt}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def passed_on(row: Row) -> dict[str, Any]:
-    """An output row for an input row that gets no caption: its own status and reason, and the original text."""
+    """Output row for an input row without captions: its own status and error, and the original text."""
     return {
         "key": row.key,
         "uid": row.uid,
@@ -141,5 +141,5 @@ def passed_on(row: Row) -> dict[str, Any]:
 
 
 def chosen_caption(row: Mapping[str, Any]) -> str:
-    """The caption a training tar carries as ``txt``: the first healthy one, else the empty string."""
+    """The caption written as ``txt`` to training tars: the first ok one, else the empty string."""
     return next((c["text"] for c in row["captions"] or [] if c["status"] == Status.OK), "")

@@ -1,7 +1,7 @@
-"""Loops in a text: phrases that occur over and over in a row, in scripts with spaces between words and without.
+"""Repetition loops in a text: consecutive copies of a phrase, in scripts with and without spaces between words.
 
-A text is read as units: words between blanks; single characters where a script puts no blanks (Chinese, Japanese, Thai,
-Lao, Khmer, Burmese, Tibetan), and where a "word" is longer than any language's (a row of tags, a digest).
+A text is split into units: words between spaces; single characters in scripts without spaces (Chinese, Japanese, Thai,
+Lao, Khmer, Burmese, Tibetan), and in "words" longer than those of any language (a sequence of tags, a digest).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _PIECES = re.compile(
     f"(?P<ideograph>[{_IDEOGRAPHIC}])|(?P<syllabic>[{_SYLLABIC}])|(?P<mark>[{_FULL_WIDTH}])"
     f"|[^{_IDEOGRAPHIC}{_SYLLABIC}{_FULL_WIDTH}]+"
 )
-#: How much of a word a unit is, roughly: Chinese words have two characters, Thai words four.
+#: Words per unit, roughly: Chinese words have two characters, Thai words four.
 _WORDS = {"ideograph": 0.5, "syllabic": 0.25, "mark": 0.0}
 _LONGEST_WORD = 40  # characters
 _ROW_CELLS = 64
-SHORT = 3  # words: lists and rhetoric repeat a word or two in earnest
+SHORT = 3  # words: lists and rhetoric legitimately repeat a word or two
 LONGEST_PHRASE = 200  # units
 
 
 class Unit(NamedTuple):
-    """A piece of a text, between its offsets ``start`` and ``end``, and how many words it amounts to.
+    """A piece of a text between offsets ``start`` and ``end``; ``words``: its length in words.
 
     ``row``: it is a whole line, the row of a table.
     """
@@ -45,12 +45,12 @@ class Unit(NamedTuple):
 
     @property
     def of_long_word(self) -> bool:
-        """Whether it is a letter of a "word" that is longer than any language's."""
+        """True for a character of a "word" longer than those of any language."""
         return 0 < self.words < 1 / _LONGEST_WORD
 
 
 class Loop(NamedTuple):
-    """A phrase, as the text's units, and how often it occurs in a row."""
+    """A phrase, as units of the text, and its number of consecutive copies."""
 
     phrase: Sequence[Unit]
     copies: int
@@ -60,12 +60,12 @@ class Loop(NamedTuple):
         return sum(unit.words for unit in self.phrase)
 
     def of(self, text: str) -> str:
-        """The phrase as it stands in the text."""
+        """The phrase as written in the text."""
         return text[self.phrase[0].start : self.phrase[-1].end]
 
 
 def find_loop(text: str, repeats: int) -> str | None:
-    """A phrase that occurs ``repeats`` times in a row, or None. Phrases under three words need twice as many copies."""
+    """A phrase with ``repeats`` consecutive copies, or None. Phrases under three words need twice as many."""
     for loop in loops_in(units_of(text), repeats):
         if loop.copies >= (repeats if loop.words >= SHORT else 2 * repeats):
             return loop.of(text)
@@ -73,21 +73,21 @@ def find_loop(text: str, repeats: int) -> str | None:
 
 
 def units_of(text: str, *, rows: bool = False) -> list[Unit]:
-    """The text's units, in order. ``rows``: a table's rows (and lines of signs alone) are one unit each."""
+    """Units of the text, in order. ``rows``: table rows (and lines without letters or digits) are one unit each."""
     if not rows:
         return list(_units_between(text, 0, len(text)))
-    found: list[Unit] = []
+    units: list[Unit] = []
     for line in re.finditer(r"[^\n]+", text):
         start, end = line.span()
         if is_row(line[0]):
-            found.append(Unit(line[0].strip(), 1.0, start, end, row=True))
+            units.append(Unit(line[0].strip(), 1.0, start, end, row=True))
         else:
-            found += _units_between(text, start, end)
-    return found
+            units += _units_between(text, start, end)
+    return units
 
 
 def is_row(line: str) -> bool:
-    """Whether a line is the row of a Markdown table, or has neither letter nor digit; endless rows are no rows."""
+    """True for a row of a Markdown table or a line without letters and digits, unless it is extremely long."""
     shown = line.strip()
     bars = shown.count("|")
     if bars > _ROW_CELLS or not shown or len(shown) > _ROW_CELLS * _LONGEST_WORD:
@@ -103,17 +103,17 @@ def _units_between(text: str, start: int, end: int) -> Iterator[Unit]:
                 words = _WORDS[piece.lastgroup] if piece.lastgroup else 1.0
                 yield Unit(piece[0], words, begin + piece.start(), begin + piece.end())
         elif len(word[0]) > _LONGEST_WORD:
-            for place, letter in enumerate(word[0], begin):
-                yield Unit(letter, 1 / len(word[0]), place, place + 1)  # in all, it is still one word
+            for offset, letter in enumerate(word[0], begin):
+                yield Unit(letter, 1 / len(word[0]), offset, offset + 1)  # together still one word
         else:
             yield Unit(word[0], 1.0, begin, word.end())
 
 
 def loops_in(units: Sequence[Unit], repeats: int, longest: int = LONGEST_PHRASE) -> Iterator[Loop]:
-    """All phrases of up to ``longest`` units that occur ``repeats`` times or more in a row, the shortest first.
+    """All phrases of up to ``longest`` units with at least ``repeats`` consecutive copies, shortest first.
 
-    A text that equals itself ``length`` units earlier for ``length * (repeats - 1)`` units in a row holds ``repeats``
-    copies. A phrase that is itself a shorter one repeated is not told of again.
+    A text that equals itself shifted by ``length`` units over ``length * (repeats - 1)`` consecutive units holds
+    ``repeats`` copies. A phrase that is itself a repetition of a shorter one is skipped.
     """
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(unit.text, len(numbers)) for unit in units], np.int64)
@@ -130,7 +130,7 @@ def loops_in(units: Sequence[Unit], repeats: int, longest: int = LONGEST_PHRASE)
 
 
 def _runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Where the flags are set in a row: begin and end of each run."""
+    """Begin and end of each run of set flags."""
     edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
     return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
@@ -142,19 +142,19 @@ def _repeats_itself(ids: npt.NDArray[np.int64]) -> bool:
 
 
 def distinct_share(units: Sequence[Unit]) -> tuple[int, int]:
-    """How many distinct words (and figures) the units have, and how many in all.
+    """Number of distinct words (and numbers) in the units, and their total.
 
-    Without blanks between words, overlapping runs of as many characters as a word has stand in for them.
+    In scripts without spaces, overlapping n-grams of an average word's length are used instead of words.
     """
     words = [word.lower() for at in range(len(units)) if (word := _word_at(units, at)) and any(map(str.isalnum, word))]
     return len(set(words)), len(words)
 
 
 def _word_at(units: Sequence[Unit], at: int) -> str | None:
-    """The word that begins with a unit; none for punctuation, and for the later letters of a long word."""
+    """The word that starts at a unit; None for punctuation, and for all but the first letter of a long word."""
     unit = units[at]
     if not unit.words:
         return None
     if unit.of_long_word and at and units[at - 1].of_long_word and units[at - 1].end == unit.start:
         return None
-    return "".join(each.text for each in units[at : at + round(1 / unit.words)])
+    return "".join(piece.text for piece in units[at : at + round(1 / unit.words)])

@@ -1,4 +1,4 @@
-"""Named prompts. A caption's ``prompt_id`` is the name and a hash of the very text that was sent."""
+"""Named prompts. A caption's ``prompt_id`` is the name and a hash of the exact text that was sent."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ NAMED = {
     "short": "Describe the image in one short sentence.",
     "dense": "Describe the image in detail.",
     "caprl": "Please describe this image in detail.",  # the prompt CapRL trains and evaluates with
-    "none": "",  # the image alone, for captioners that are no chat models
+    "none": "",  # the image alone, for captioners that are not chat models
 }
 
 
 @dataclass(frozen=True)
 class NamedPrompt:
-    """A prompt under the name its captions will carry."""
+    """A prompt and the name of its captions."""
 
     name: str
     text: str
@@ -31,7 +31,7 @@ class NamedPrompt:
 
 
 def parse_prompt(option: str) -> NamedPrompt:
-    """A ``--prompt`` option: a known name, ``name=text``, or ``name=@file``. Raises BadInput with the known names."""
+    """Parse a ``--prompt`` option: a known name, ``name=text``, or ``name=@file``. Raises BadInput."""
     name, equals, text = option.partition("=")
     if not name or not name.replace("-", "_").isidentifier():
         raise BadInput(f"--prompt {option!r}: a name is letters, digits, - and _; write name=text, e.g. ocr='Read it.'")

@@ -1,8 +1,8 @@
-"""The health gate: faults of a caption that show in its text alone, whatever the image.
+"""Quality gate: detects faulty captions from their text alone, independent of the image.
 
-Engines at scale write loops, rows of exclamation marks (a sign of numerical overflow), refusals and captions cut at the
-token limit, at rates up to tens of per cent; each is found here and rolled again before it is recorded. What pictures
-full of text say (tables, forms, dot leaders, rules, figures, laughter, quoted apologies) is no such fault.
+At scale, engines produce loops, runs of exclamation marks (a sign of numerical overflow), refusals and captions cut at
+the token limit, at rates up to tens of per cent; each is detected here and resampled before it is recorded. The text of
+images full of text (tables, forms, dot leaders, rules, figures, laughter, quoted apologies) must pass.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _SMALL_WORDS = (
     "di и в на с по из على من في एक और में है"
 )
 _FUNCTION_WORDS = frozenset(_SMALL_WORDS.split())
-_OVERFLOW = 12  # "!" in a row: the first token of many vocabularies, written where all scores are NaN
-_RULE = 5  # rules, dot leaders and blanks to fill in may be so many times as long as other runs
-_TABLE = 6  # a table has equal rows in earnest
-_FEW_WORDS = 40  # fewer tell nothing about how distinct words are
+_OVERFLOW = 12  # consecutive "!": the first token of many vocabularies, produced if all logits are NaN
+_RULE = 5  # factor by which rules, dot leaders and blanks to fill in may be longer than other runs
+_TABLE = 6  # factor for table rows, which may legitimately be equal
+_FEW_WORDS = 40  # the share of distinct words needs at least as many words
 
 _OPENERS = (
     "sure,|sure!|certainly,|certainly!|certainly.|certainly:|certainly here|absolutely|okay,|here is a|here's a"
@@ -43,7 +43,7 @@ _OPENERS = (
 
 
 class QualityGateConfig(BaseModel):
-    """Thresholds of the gate. They decide statuses, so they are part of the fingerprint."""
+    """Thresholds of the gate. They affect statuses, so they are part of the fingerprint."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,7 +66,7 @@ class QualityGateConfig(BaseModel):
 
 @dataclass(frozen=True)
 class GateResult:
-    """``status`` ok, or the fault with its reason."""
+    """Result of the gate: ``status`` ok, or the fault with its reason."""
 
     status: Status
     reason: str | None = None
@@ -75,9 +75,9 @@ class GateResult:
 def check_caption(
     text: str, finish_reason: FinishReason, config: QualityGateConfig, thought: Thought | None = None
 ) -> GateResult:
-    """Judge one caption. The first fault in the order nothing written, degenerate, refused, truncated is reported.
+    """Check one caption; reports the first fault in the order unwritten, degenerate, refused, truncated.
 
-    ``thought``: what the model wrote before it, of which nothing is in ``text``.
+    ``thought``: the model's reasoning before the caption, which is not part of ``text``.
     """
     stripped = text.strip()
     if not stripped:
@@ -96,7 +96,7 @@ def check_caption(
 
 
 def unwritten(finish_reason: FinishReason, thought: Thought | None) -> GateResult:
-    """The fault of an answer without text: cut before it came, a thought that ends nowhere, or nothing."""
+    """Fault of an answer without text: cut before any text, an unclosed thought, or empty."""
     reason = nothing_written(thought, finish_reason)
     if finish_reason == "length":
         return GateResult(Status.TRUNCATED, reason)
@@ -105,7 +105,7 @@ def unwritten(finish_reason: FinishReason, thought: Thought | None) -> GateResul
 
 
 def nothing_written(thought: Thought | None, finish_reason: FinishReason = "stop") -> str:
-    """Why there is no text."""
+    """Reason why there is no text."""
     if finish_reason == "length" and (thought is None or thought.closed):
         return "reasoning that is not shown took all tokens before any text came; allow more by --max-tokens"
     if thought is None:
@@ -119,7 +119,7 @@ def nothing_written(thought: Thought | None, finish_reason: FinishReason = "stop
 
 
 def find_repetition(text: str, config: QualityGateConfig) -> str | None:
-    """Why a text is degenerate, or None: a loop, a run of one character or of signs, few distinct words."""
+    """Reason why a text is degenerate, or None: a loop, a run of one character or of signs, few distinct words."""
     units = units_of(text, rows=True)
     for loop in loops_in(units, config.loop_repeats):
         if loop.copies >= _copies_allowed(loop, config):
@@ -135,16 +135,16 @@ def find_repetition(text: str, config: QualityGateConfig) -> str | None:
 
 
 def _copies_allowed(loop: Loop, config: QualityGateConfig) -> float:
-    """From how many copies on a phrase loops: fewest of prose, which nobody repeats in earnest."""
+    """Number of copies from which on a phrase is a loop: smallest for prose, which is rarely repeated on purpose."""
     repeats, phrase = config.loop_repeats, loop.phrase
     if all(unit.row for unit in phrase):
         return _TABLE * repeats
     signs = [c for unit in phrase for c in unit.text]
-    if not any(c.isalpha() for c in signs):  # figures of a table, a rule of two signs
+    if not any(c.isalpha() for c in signs):  # numbers of a table, a rule of two signs
         return _RULE * config.longest_run / len(signs)
-    if len(signs) == 1:  # a run of one character, of which more below
+    if len(signs) == 1:  # a run of one character, see _find_run
         return config.longest_run
-    if loop.words < 0.5 and all(unit.of_long_word for unit in phrase):  # in one word: tags, "ATATAT" of a sequence
+    if loop.words < 0.5 and all(unit.of_long_word for unit in phrase):  # within a long word: tags, DNA ("ATATAT")
         return 2 * config.longest_run / len(signs)
     if loop.words < SHORT:
         return 3 * repeats
@@ -152,28 +152,28 @@ def _copies_allowed(loop: Loop, config: QualityGateConfig) -> float:
 
 
 def _is_prose(word: str) -> bool:
-    """Whether a word ends a clause or is one that labels, weekdays and keys in rows do without."""
+    """True if a word ends a clause or is a function word, which lists of labels, weekdays or keys lack."""
     return _CLAUSE_END.search(word) is not None or word.lower() in _FUNCTION_WORDS
 
 
 def _find_run(text: str, longest: int) -> str | None:
-    """A run of one character, blanks between or not, or of signs alone, that no picture's text has."""
+    """A run of one character (spaces allowed) or of signs alone that is too long for the text of any image."""
     written = sum(not c.isspace() for c in text)
-    for found in _RUN.finditer(text.replace("\ufe0f", "")):
-        character, times = found[1], found[0].count(found[1])
+    for match in _RUN.finditer(text.replace("\ufe0f", "")):
+        character, times = match[1], match[0].count(match[1])
         rule = _is_rule(character)
         if times > (_RULE * longest if rule else longest) or (character == "!" and times >= _OVERFLOW):
             return f"a run of {times} {character!r}"
-        if 2 * times >= longest and times > written * (0.8 if rule else 0.5):  # hardly anything beside it
+        if 2 * times >= longest and times > written * (0.8 if rule else 0.5):  # most of the text
             return f"a run of {times} {character!r}"
-    for found in _SIGNS.finditer(text):
-        times = sum(not c.isspace() for c in found[0])
+    for match in _SIGNS.finditer(text):
+        times = sum(not c.isspace() for c in match[0])
         if times > _RULE * longest:
             return f"a run of {times} signs"
     return None
 
 
 def _is_rule(character: str) -> bool:
-    """Whether rules, leaders and blanks are drawn with it: punctuation, ASCII signs, box drawing; no emoji or star."""
+    """True for characters of rules, leaders and blanks: punctuation, ASCII signs, box drawing; not emoji or stars."""
     category = unicodedata.category(character)
     return category[0] in "PS" and (category != "So" or "\u2500" <= character <= "\u25ff")

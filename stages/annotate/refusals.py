@@ -1,13 +1,13 @@
-"""Refusals in fourteen languages, told apart from captions that begin with what is written in the picture."""
+"""Refusal detection in fourteen languages; captions that begin with text quoted from the image are exempt."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-_OPENING = 240  # characters in which a refusal has said what it is
+_OPENING = 240  # characters within which a refusal is recognisable
 
-#: A refusal begins so: an apology or "I cannot". The English ones may go on in any way.
+#: Beginnings of refusals: an apology or "I cannot". English ones may continue in any way.
 _ENGLISH = (
     r"i['’]?m (?:sorry|unable|not able|afraid i)|i am (?:sorry|unable|not able|afraid i)|sorry,"
     r"|i (?:cannot|can['’]?t|can not)\b|as an? (?:ai|language model)|i apologi[sz]e|unfortunately, i\b"
@@ -26,7 +26,7 @@ _NO_IMAGE_EN = (
     r"|please (?:upload|provide|attach|share|send|re-?upload) (?:the|an|your|a) (?:\w+ )?(?:image|picture|photo)"
 )
 
-#: In other languages what cannot be done has to follow: help, see, describe, ...
+#: In other languages the verb that is refused must follow: help, see, describe, ...
 _ZH_CANNOT = "无法|無法|不能|不可以|没有办法|沒有辦法|没办法|沒辦法|未能|拒绝|拒絕"
 _ZH_HELP = (
     "协助|協助|帮|幫|识别|識別|辨认|辨認|提供|描述|查看|看到|看见|看見|处理|處理|回答|满足|滿足|完成|分析|判断|判斷|生成"
@@ -88,7 +88,7 @@ _OTHERS = (
 )
 _REFUSAL = re.compile(r"^\W*(?:" + "|".join((_ENGLISH, _NO_IMAGE_EN, *_OTHERS)) + ")", re.IGNORECASE)
 
-#: What follows says that the words before it stand in the picture; "what is written" is not such a statement.
+#: Statements that the words before them are text in the image; "what is written" is not such a statement.
 _WRITTEN = re.compile(
     r"(?<!what )(?<!which )(?<!that )(?<!who )\b(?:is|are|was|were|has been|appears?)(?: \w+ly| clearly| all)?"
     r" (?:hand)?-?(?:written|printed|painted|engraved|carved|scrawled|scribbled|sprayed|spelled|stencil\w*|embroidered"
@@ -108,23 +108,23 @@ _SENTENCE_END = re.compile(r"[.!?。！？؟]+(?=\s|$|[^\W\d_])|\n")
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a text declines to describe the picture, or says that it has none."""
+    """True if a text declines to describe the image, or says that there is none."""
     opening = unicodedata.normalize("NFC", text.strip())[:_OPENING]
     return _REFUSAL.match(opening) is not None and not begins_with_inscription(opening)
 
 
 def begins_with_inscription(text: str) -> bool:
-    """Whether a text begins with words of the picture: in quotation marks, or with "... is written" after them."""
+    """True if a text begins with text from the image: in quotation marks, or followed by "... is written"."""
     return _quotes_at_the_start(text) or _WRITTEN.search(_SENTENCE_END.split(text, maxsplit=1)[0]) is not None
 
 
 def _quotes_at_the_start(text: str) -> bool:
-    """Whether the text begins with something in quotation marks and goes on after it."""
+    """True if the text begins with a quotation and continues after it."""
     closing = _QUOTES.get(text[:1])
     if closing is None:
         return False
     for end in re.finditer(re.escape(closing), text[1:]):
         rest = text[1 + end.end() :]
-        if closing not in "'’" or not rest[:1].isalnum():  # an apostrophe within a word closes nothing
+        if closing not in "'’" or not rest[:1].isalnum():  # an apostrophe within a word is not a closing quote
             return any(c.isalnum() for c in rest)
     return False

@@ -1,6 +1,6 @@
-"""What a caption must not come in: a chat's control tokens, a thought's tags, JSON. Shows in the text alone.
+"""Detection of unwanted wrappers around a caption: chat control tokens, reasoning tags, JSON. From the text alone.
 
-Servers with a wrong chat template, and models that were tuned to call tools or to ground what they see, write these.
+Caused by a wrong chat template of the server, and by models tuned for tool calls or grounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _JSON_BEGUN = re.compile(r"\[?\s*\{\s*[\"'][^\"'\n]{1,60}[\"']\s*:")
 
 
 def find_wrapper(text: str, json_wanted: bool = False) -> str | None:
-    """What a caption is wrapped in, or None. ``json_wanted``: the prompt asks for JSON."""
+    """Description of the wrapper around a caption, or None. ``json_wanted``: the prompt asks for JSON."""
     stripped = text.strip()
     if (markup := _MARKUP.search(stripped) or _OPENING_MARKUP.match(stripped)) is not None:
         return f"chat markup {markup[0].strip()!r}"
@@ -33,7 +33,7 @@ def find_wrapper(text: str, json_wanted: bool = False) -> str | None:
 
 
 def _is_json(text: str) -> bool:
-    """Whether all of it is a JSON object or list."""
+    """True if the whole text is a JSON object or list."""
     if text[:1] not in ("{", "["):
         return False
     try:

@@ -1,10 +1,10 @@
-"""Whether two signatures are of one picture: re-encoded, resized, brightened or cropped a little, or another picture.
+"""Confirmation of duplicate pairs by signature: copies (re-encoded, resized, brightened, slightly cropped) or not.
 
-What a copy went through shows all over it, or where the picture is busy: along edges, in texture. Another shape, word
-or colour shows in one place, also where one of the pictures is calm. So the two are laid on each other, made equally
-bright, and judged by the one place where they differ most, against what the calmer of them has going on there. Luma
-and chroma count together: what differs little in the one mostly differs in the other.
-The bounds are fitted to rendered scenes of known copies (docs/benchmarks.md has what they give on others, and on
+Traces of copying are spread over the image, or follow its detail: edges, texture. Another shape, word or colour is a
+local difference, also where one of the images is flat. So the two are aligned, matched in brightness, and judged by the
+largest local difference, relative to the local detail of the flatter one. Luma and chroma differences are combined, as
+a change that is small in one is mostly visible in the other.
+The bounds are fitted to rendered scenes with known copies (docs/benchmarks.md has results on others, and on
 photographs).
 """
 
@@ -17,20 +17,20 @@ import numpy as np
 from .perceptual_hash import CHROMA, LUMA, Signatures
 from .registration import Bools, Floats, displacement, fitted, gain, halved, is_crop, warped
 
-HOPELESS = 40.0  # levels of 255: mean difference over which no crop of so little makes two pictures one
-LARGEST_CROP = 0.045  # of a side that was cut off, at either end of it
-ALIGNED = 0.004  # of a side: what two frames may be beside each other by an inexact fit
+HOPELESS = 40.0  # levels of 255: mean difference above which no crop of this size can explain the difference
+LARGEST_CROP = 0.045  # fraction of a side, cropped at either end
+ALIGNED = 0.004  # fraction of a side: tolerance of frames for inexact fits
 
-_NOISE = np.float32(10)  # levels of 255 that a copy may differ by where nothing goes on
-_BUSY = np.float32(0.15)  # and by which share of the range of levels nearby
-_MIXED = np.float32(0.6)  # of what neighbours lost by clipping, how much a cell of both may have lost
-_RIM = 2  # cells along the edge of either picture, which a crop changes: their triangles end there
-_PAIRS = 128  # compared in one go: some 100 MB
+_NOISE = np.float32(10)  # levels of 255 that a copy may differ by in flat areas
+_BUSY = np.float32(0.15)  # plus this fraction of the local range of levels
+_MIXED = np.float32(0.6)  # fraction of the neighbours' clipping loss that a mixed cell may have lost
+_RIM = 2  # cells along the edges, which a crop changes: their filters end at the edge
+_PAIRS = 128  # per batch: some 100 MB
 
 
 @dataclass(frozen=True)
 class _Pictures:
-    """RGB in cells ``(n, 3, 64, 64)`` and its luma ``(n, 64, 64)``."""
+    """RGB cells ``(n, 3, 64, 64)`` and their luma ``(n, 64, 64)``."""
 
     rgb: Floats
     luma: Floats
@@ -40,7 +40,7 @@ class _Pictures:
 
 
 def same_picture(a: Signatures, b: Signatures) -> Bools:
-    """Which pairs ``(a[i], b[i])`` show one picture, ``(n,)``. Symmetric."""
+    """True for pairs ``(a[i], b[i])`` that show the same image, ``(n,)``. Symmetric."""
     a, b = _ordered(a, b)
     parts = [
         _same(_pictures(a[start : start + _PAIRS]), _pictures(b[start : start + _PAIRS]))
@@ -50,7 +50,7 @@ def same_picture(a: Signatures, b: Signatures) -> Bools:
 
 
 def _ordered(a: Signatures, b: Signatures) -> tuple[Signatures, Signatures]:
-    """The lower of each pair first: which one is laid on the other must not depend on who asks."""
+    """Sort each pair, so that the result does not depend on the order of the arguments."""
     first = (a != b).argmax(axis=1)
     rows = np.arange(len(a))
     swap = (a[rows, first] > b[rows, first])[:, None]
@@ -76,15 +76,15 @@ def _same_cropped(a: _Pictures, b: _Pictures) -> Bools:
 
 
 def _difference(a: _Pictures, b: _Pictures, inside: Bools) -> Floats:
-    """How much more than a copy would two pictures differ in the place where they differ most; 1 is the bound."""
+    """Largest local difference of two images, relative to what a copy may differ by; 1 is the bound."""
     brighter = gain(a.luma, b.luma, inside)[:, None, None, None]
     left, right = a.rgb * np.maximum(brighter, 1), b.rgb * np.maximum(1 / brighter, 1)
     lost_left, lost_right = _lost(left), _lost(right)
     left, right = np.minimum(left, 255), np.minimum(right, 255)
-    apart = left - right  # where the brightened one clips, it can only have become less than it is here
+    apart = left - right  # clipping of the brightened one can only have lowered its values
     apart = np.maximum(apart - lost_left, 0) + np.minimum(apart + lost_right, 0)
     apart *= inside[:, None]
-    (luma, chroma), (luma_l, chroma_l), (luma_r, chroma_r) = (_opponents(each) for each in (apart, left, right))
+    (luma, chroma), (luma_l, chroma_l), (luma_r, chroma_r) = (_opponents(plane) for plane in (apart, left, right))
     busy = np.minimum(_range(luma_l), _range(luma_r))
     in_luma = np.abs(_mean_of_four(luma)) / (_NOISE + _BUSY * _mean_of_four(busy))
     colourful = np.minimum(_length(_range(chroma_l)), _length(_range(chroma_r)))
@@ -95,7 +95,7 @@ def _difference(a: _Pictures, b: _Pictures, inside: Bools) -> Floats:
 
 
 def _lost(rgb: Floats) -> Floats:
-    """By how much cells may be less than ``rgb`` cut off at 255: each mixes what was clipped with what was not."""
+    """Upper bound of the loss by clipping beyond ``min(rgb, 255)``: cells mix clipped and unclipped pixels."""
     excess = np.maximum(rgb - 255, 0)
     if not excess.any():
         return excess
@@ -104,7 +104,7 @@ def _lost(rgb: Floats) -> Floats:
 
 
 def _opponents(rgb: Floats) -> tuple[Floats, Floats]:
-    """Luma ``(n, 64, 64)`` and chroma ``(n, 2, 32, 32)``, which is all that is known of it."""
+    """Luma ``(n, 64, 64)`` and chroma ``(n, 2, 32, 32)``, the resolution of the signature."""
     luma = _luma(rgb)
     return luma, halved(np.stack([(rgb[:, 2] - luma) / 1.772, (rgb[:, 0] - luma) / 1.402], axis=1))
 
@@ -120,19 +120,19 @@ def _length(chroma: Floats) -> Floats:
 
 
 def _mean_of_four(plane: Floats) -> Floats:
-    """Means of all 2x2 neighbours: one row and one column less."""
+    """Means of all 2x2 neighbourhoods: one row and one column fewer."""
     mean: Floats = (plane[:, 1:, 1:] + plane[:, :-1, 1:] + plane[:, 1:, :-1] + plane[:, :-1, :-1]) / np.float32(4)
     return mean
 
 
 def _range(plane: Floats) -> Floats:
-    """The highest less the lowest of each cell and its eight neighbours."""
+    """Maximum minus minimum of each cell's 3x3 neighbourhood."""
     wide: Floats = _extreme(plane, np.maximum) - _extreme(plane, np.minimum)
     return wide
 
 
 def _extreme(plane: Floats, pick: np.ufunc) -> Floats:
-    """The highest or lowest of each cell and its eight neighbours, ``(..., rows, columns)``."""
+    """Maximum or minimum of each cell's 3x3 neighbourhood, ``(..., rows, columns)``."""
     out = plane.copy()
     pick(out[..., 1:, :], plane[..., :-1, :], out=out[..., 1:, :])
     pick(out[..., :-1, :], plane[..., 1:, :], out=out[..., :-1, :])
@@ -143,7 +143,7 @@ def _extreme(plane: Floats, pick: np.ufunc) -> Floats:
 
 
 def _pictures(signatures: Signatures) -> _Pictures:
-    """RGB out of the signatures' luma and chroma, the latter interpolated between its cells."""
+    """RGB from the signatures' luma and chroma, with chroma upsampled linearly."""
     values = signatures.astype(np.float32)
     luma = values[:, : LUMA**2].reshape(-1, LUMA, LUMA)
     chroma = values[:, LUMA**2 :].reshape(-1, 2, CHROMA, CHROMA) - np.float32(128)
@@ -154,7 +154,7 @@ def _pictures(signatures: Signatures) -> _Pictures:
 
 
 def _between() -> Floats:
-    """``(64, 32)``: luma's cells read from chroma's, linearly. Rows sum to 1."""
+    """Linear upsampling matrix ``(64, 32)`` from chroma to luma cells. Rows sum to 1."""
     at = (np.arange(LUMA) + 0.5) * CHROMA / LUMA - 0.5
     weights = np.clip(1 - np.abs(at[:, None] - np.arange(CHROMA)), 0, None)
     out: Floats = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)

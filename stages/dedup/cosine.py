@@ -1,9 +1,9 @@
 """All pairs of vectors whose cosine reaches a bound, with faiss and in bounded memory.
 
-Up to :data:`EXACT_UP_TO` vectors each is compared with every other, block by block: exact. Beyond, each goes to the
-:data:`CELLS_EACH` nearest of many centroids and is compared with those that share one with it. Near vectors mostly do
-(docs/benchmarks.md says how many); a pair that does not is missed, and none is invented: what faiss proposes is decided
-in double precision, from the vectors as they were stored.
+Up to :data:`EXACT_UP_TO` vectors: brute force, block by block, exact. Beyond: each vector is assigned to its
+:data:`CELLS_EACH` nearest centroids and compared with those that share one. Near vectors mostly do (docs/benchmarks.md
+has the recall); a pair that does not is missed. There are no false positives: candidates from faiss are verified in
+double precision, from the stored vectors.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import numpy.typing as npt
 from ...errors import BadInput
 from .near_hashes import Indices
 
-Vectors = npt.NDArray[np.float16]  # (n, width), of any length but 0
+Vectors = npt.NDArray[np.float16]  # (n, width), of any non-zero length
 Floats = npt.NDArray[np.float32]
 
 EXACT_UP_TO = 200_000
-BLOCK = 4096  # vectors compared with as many others in one go: at most 16 million pairs, some 200 MB
-PER_CELL = 1000  # vectors on average for each centroid
+BLOCK = 4096  # vectors per block, compared block by block: at most 16 million pairs, some 200 MB
+PER_CELL = 1000  # average vectors per centroid
 CELLS_EACH = 3
-_SAMPLE = 64  # vectors per centroid that the centroids are learnt from
-_ROUNDING = 1e-3  # what single precision may take from a cosine
-_LAST_BITS = 1e-9  # and double precision: a vector's cosine with itself is 1
+_SAMPLE = 64  # training vectors per centroid
+_ROUNDING = 1e-3  # rounding error of a cosine in single precision
+_LAST_BITS = 1e-9  # and in double precision: a vector's cosine with itself is 1
 
 
 def require_faiss() -> Any:
-    """The module. Raises BadInput, with the mend, where it is not installed."""
+    """Import faiss. Raises BadInput, with install instructions, if it is missing."""
     try:
         import faiss
     except ImportError as error:
@@ -41,9 +41,9 @@ def require_faiss() -> Any:
 
 
 def near_vectors(vectors: Vectors, cosine: float, exact_up_to: int = EXACT_UP_TO) -> Iterator[tuple[Indices, Indices]]:
-    """Blocks of pairs ``i < j``, enough of them to connect all that are connected by cosines of ``cosine`` or more.
+    """Blocks of pairs ``i < j``, enough of them to connect all vectors with cosines of at least ``cosine``.
 
-    Of three that are all near each other two pairs will do: a thousand alike are not half a million pairs.
+    Two pairs are enough for three mutually near vectors: a thousand similar ones do not yield half a million pairs.
     """
     faiss = require_faiss()
     if len(vectors) <= exact_up_to:
@@ -59,15 +59,15 @@ def _all_with_all(faiss: Any, vectors: Vectors, rows: Indices, cosine: float) ->
         index = faiss.IndexFlatIP(vectors.shape[1])
         index.add(_unit(vectors[part]))
         for other in parts[number:]:
-            limits, _, found = index.range_search(_unit(vectors[other]), cosine - _ROUNDING)
-            i, j = part[found], np.repeat(other, np.diff(limits.astype(np.int64)))
+            limits, _, hits = index.range_search(_unit(vectors[other]), cosine - _ROUNDING)
+            i, j = part[hits], np.repeat(other, np.diff(limits.astype(np.int64)))
             i, j = spanning(*_decided(vectors, i[i < j], j[i < j], cosine))
             if len(i):
                 yield i, j
 
 
 def _decided(vectors: Vectors, i: Indices, j: Indices, cosine: float) -> tuple[Indices, Indices]:
-    """The pairs that do reach ``cosine``."""
+    """Pairs that reach ``cosine`` in double precision."""
     near = np.zeros(len(i), dtype=bool)
     for start in range(0, len(i), BLOCK):
         part = slice(start, start + BLOCK)
@@ -78,7 +78,7 @@ def _decided(vectors: Vectors, i: Indices, j: Indices, cosine: float) -> tuple[I
 
 
 def spanning(i: Indices, j: Indices) -> tuple[Indices, Indices]:
-    """Pairs that connect what ``i < j`` connect, at most one for each index."""
+    """Spanning forest of pairs ``i < j``: the same components, at most one pair per index."""
     if not len(i):
         return i, j
     nodes, ends = np.unique(np.concatenate([i, j]), return_inverse=True)
@@ -96,24 +96,22 @@ def spanning(i: Indices, j: Indices) -> tuple[Indices, Indices]:
 
 
 def _cells(faiss: Any, vectors: Vectors) -> Iterator[Indices]:
-    """The vectors, rising, that are near each centroid."""
+    """Sorted vector indices assigned to each centroid."""
     count, width = vectors.shape
     cells = max(1, count // PER_CELL)
-    chosen = np.linspace(0, count - 1, min(count, _SAMPLE * cells)).astype(
-        np.int64
-    )  # the order is that of uids: random
+    chosen = np.linspace(0, count - 1, min(count, _SAMPLE * cells)).astype(np.int64)  # sorted by uid, hence random
     trained = faiss.Kmeans(width, cells, niter=10, seed=0, spherical=True, min_points_per_centroid=1)
     trained.train(_unit(vectors[chosen]))
     index = faiss.IndexFlatIP(width)
     index.add(trained.centroids)
-    each = min(CELLS_EACH, cells)
-    nearest = np.empty((count, each), dtype=np.int32)
+    per_vector = min(CELLS_EACH, cells)
+    nearest = np.empty((count, per_vector), dtype=np.int32)
     for start in range(0, count, BLOCK):
-        nearest[start : start + BLOCK] = index.search(_unit(vectors[start : start + BLOCK]), each)[1]
+        nearest[start : start + BLOCK] = index.search(_unit(vectors[start : start + BLOCK]), per_vector)[1]
     order = np.argsort(nearest.ravel(), kind="stable")
     ends = np.searchsorted(nearest.ravel()[order], np.arange(cells + 1))
     for low, high in pairwise(ends.tolist()):
-        yield order[low:high] // each
+        yield order[low:high] // per_vector
 
 
 def _unit(vectors: Vectors) -> Floats:

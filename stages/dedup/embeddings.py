@@ -1,4 +1,4 @@
-"""Image embeddings beside the hashes: read from an artifact that has a row for every row of the shards."""
+"""Image embeddings for dedup, read from an artifact with one row per row of the shards."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .cosine import Vectors, near_vectors
 from .hash_sets import HashSet
 from .near_hashes import Indices
 
-_BATCH = 1000  # rows in memory at once
+_BATCH = 1000  # rows per batch
 
 
 @dataclass(frozen=True)
 class EmbeddingSet:
-    """``vectors``: ``(n, width)`` float16, in a scratch file; ``files``: which file of the hashes each is of.
+    """``vectors``: ``(n, width)`` float16, in a scratch file; ``files``: the file index in the hashes of each.
 
-    ``skipped``: files whose embedding is missing, has a NaN or an infinity, or is all zeros.
+    ``skipped``: number of files whose embedding is missing, has a NaN or an infinity, or is all zeros.
     """
 
     vectors: Vectors
@@ -35,7 +35,7 @@ class EmbeddingSet:
 
 
 def check_embeddings(artifact: Artifact, shards: Sequence[str]) -> None:
-    """Raise BadInput where a shard has no embeddings, ArtifactMismatch where what is there is none."""
+    """Raise BadInput if a shard has no embeddings, ArtifactMismatch if those present are not valid."""
     committed = artifact.committed()
     for name in shards:
         if name not in committed:
@@ -46,23 +46,23 @@ def check_embeddings(artifact: Artifact, shards: Sequence[str]) -> None:
 
 
 def read_embeddings(artifact: Artifact, hashed: HashSet, scratch: Path) -> EmbeddingSet:
-    """One vector for each file. Raises ArtifactMismatch unless the rows are those of the hashes, one to one."""
+    """One vector per file. Raises ArtifactMismatch unless rows match those of the hashes one to one."""
     count = len(hashed.contents)
     shape = max(count, 1), _width(artifact, hashed.shards[0])
     vectors: Vectors = np.memmap(scratch, dtype=np.float16, mode="w+", shape=shape)[:count]
-    found = np.zeros(count, dtype=bool)
+    usable = np.zeros(count, dtype=bool)
     for shard in hashed.shards:
         for files, numbers in _shard_vectors(artifact, hashed, shard):
-            vectors[files], found[files] = numbers, True
-    kept = np.flatnonzero(found)
-    for start in range(0, len(kept), _BATCH):  # to the front, part by part: none is overwritten before it was read
+            vectors[files], usable[files] = numbers, True
+    kept = np.flatnonzero(usable)
+    for start in range(0, len(kept), _BATCH):  # compact in place, part by part: none is overwritten before it is read
         part = kept[start : start + _BATCH]
         vectors[start : start + len(part)] = vectors[part]
     return EmbeddingSet(vectors[: len(kept)], kept, count - len(kept))
 
 
 def _shard_vectors(artifact: Artifact, hashed: HashSet, shard: str) -> Iterator[tuple[Indices, Vectors]]:
-    """Files and their vectors, row by row."""
+    """File indices and their vectors, batch by batch, in row order."""
     files, at, where = hashed.files_of(shard), 0, f"{artifact.url}/{shard}.parquet"
     rows = hashed.artifact.table(shard, ["key", "uid"])
     with artifact.parquet(shard) as file:
@@ -78,13 +78,13 @@ def _shard_vectors(artifact: Artifact, hashed: HashSet, shard: str) -> Iterator[
 
 
 def near_embeddings(artifact: Artifact, hashed: HashSet, cosine: float) -> tuple[Indices, Indices, int]:
-    """Pairs of files that connect all whose cosine is ``cosine`` or more, and how many files had none to compare."""
+    """Pairs that connect all files with a cosine of at least ``cosine``, and the number of files without embedding."""
     with tempfile.TemporaryDirectory(prefix="capipe-dedup-") as folder:
-        found = read_embeddings(artifact, hashed, Path(folder) / "vectors")
-        blocks = list(near_vectors(found.vectors, cosine))
+        embedded = read_embeddings(artifact, hashed, Path(folder) / "vectors")
+        blocks = list(near_vectors(embedded.vectors, cosine))
     none = np.empty(0, dtype=np.int64)
     i, j = (np.concatenate([none, *(block[k] for block in blocks)]) for k in (0, 1))
-    return found.files[i], found.files[j], found.skipped
+    return embedded.files[i], embedded.files[j], embedded.skipped
 
 
 def _width(artifact: Artifact, shard: str) -> int:
@@ -105,7 +105,7 @@ def _other_images(where: str, what: str) -> ArtifactMismatch:
 
 
 def _sound(column: pa.Array) -> tuple[npt.NDArray[np.bool_], Vectors]:
-    """Which rows have a vector to compare, and those rows' vectors."""
+    """Mask of the rows with a usable vector, and those vectors."""
     sound = pc.is_valid(column).to_numpy(zero_copy_only=False).astype(bool)
     flat = column.filter(pa.array(sound)).flatten().to_numpy(zero_copy_only=False)
     numbers = flat.astype(np.float16).reshape(-1, column.type.list_size)

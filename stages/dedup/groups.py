@@ -1,7 +1,6 @@
-"""Who repeats whom: candidates by their hashes, groups of what is confirmed, one keeper a group.
+"""Groups of duplicates: candidates from hashes, confirmed pairs joined by union-find, one keeper per group.
 
-Pure functions of the images' contents, which are in the order of their uids; so no order of shards or rows changes
-anything.
+Pure functions of the images' contents, sorted by uid; so the order of shards and rows does not matter.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ U64 = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Contents:
-    """Distinct image files in the order of their uids, by what is known of each. All arrays ``(n,)``; 48 bytes a file.
+    """Distinct image files sorted by uid, with their pixel counts and hashes. All arrays ``(n,)``; 48 bytes a file.
 
     ``uids``: 16 bytes; ``pixels``: width times height; ``phash``, ``inner``, ``look``: see :mod:`.perceptual_hash`.
     """
@@ -34,13 +33,13 @@ class Contents:
         return len(self.uids)
 
     def take(self, chosen: Indices) -> Contents:
-        """Some of them, in the order of ``chosen``."""
+        """Subset, in the order of ``chosen``."""
         hashes = self.phash[chosen], self.inner[chosen], self.look[chosen]
         return Contents(self.uids[chosen], self.pixels[chosen], *hashes)
 
 
 def lookalikes(contents: Contents) -> Indices:
-    """For each file the first one with the very same hashes and signature, ``(n,)``: no search is needed for those."""
+    """For each file the first one with identical hashes and signature, ``(n,)``: these need no search."""
     order = np.lexsort((contents.look, contents.inner, contents.phash))
     ordered = contents.take(order)
     starts = np.ones(len(order), dtype=bool)
@@ -58,7 +57,7 @@ def lookalikes(contents: Contents) -> Indices:
 def candidates(contents: Contents, radius: int) -> tuple[Indices, Indices]:
     """All pairs ``i < j`` whose hashes are within ``radius``, each once, in order.
 
-    Compared are the pictures, and each picture with each other one's middle, which finds copies that were cropped.
+    Compares whole images with each other, and with the centres of the others, which finds cropped copies.
     """
     return _collected(
         len(contents),
@@ -80,12 +79,12 @@ def _collected(width: int, blocks: Iterator[tuple[Indices, Indices]]) -> tuple[I
     codes = [np.unique(i * width + j) for i, j in blocks]
     if not codes:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    found = np.unique(np.concatenate(codes))
-    return found // width, found % width
+    distinct = np.unique(np.concatenate(codes))
+    return distinct // width, distinct % width
 
 
 def connected(count: int, left: Indices, right: Indices) -> Indices:
-    """The groups that pairs ``(left[k], right[k])`` make of ``count`` files: each file's root, ``(count,)``."""
+    """Connected components (union-find) of ``count`` files under pairs ``(left[k], right[k])``: root of each file."""
     parents = list(range(count))
 
     def root(node: int) -> int:
@@ -101,7 +100,7 @@ def connected(count: int, left: Indices, right: Indices) -> Indices:
 
 
 def keepers(contents: Contents, groups: Indices) -> Indices:
-    """For each file the one that is kept of its group, ``(n,)``: most pixels, then lowest uid."""
+    """For each file the keeper of its group, ``(n,)``: most pixels, then lowest uid."""
     order = np.lexsort((np.arange(len(groups)), -contents.pixels, groups))
     ordered = groups[order]
     starts = np.ones(len(order), dtype=bool)

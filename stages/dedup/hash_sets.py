@@ -1,4 +1,4 @@
-"""What the first pass of dedup wrote, read for the second: numbers of all files at once, the rest where needed."""
+"""Reader of dedup's hash artifacts for the second pass: numbers of all files at once, signatures on demand."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .near_hashes import Indices
 from .perceptual_hash import SIGNATURE_BYTES, Signatures
 
 _NUMBERS = ["uid", "phash", "inner", "look", "width", "height"]
-_BATCH = 1000  # rows whose signatures are in memory: 6 MB
-_PAIRS = 4096  # whose signatures are in memory at once: 50 MB
+_BATCH = 1000  # rows of signatures per read: 6 MB
+_PAIRS = 4096  # pairs of signatures per batch: 50 MB
 
 
 @dataclass(frozen=True)
 class HashSet:
-    """The files of an artifact of hashes. A file is a distinct sequence of bytes; rows that hold none have file -1.
+    """The files of a hash artifact. A file is a distinct sequence of bytes; rows without one have file -1.
 
-    ``counts``: rows by file. ``rows``: file by row, all shards one after the other; ``starts``: where each shard's
-    begin. ``first``: of each file some row that holds it.
+    ``counts``: number of rows per file. ``rows``: file of each row, shards concatenated; ``starts``: first row of each
+    shard. ``first``: one row of each file.
     """
 
     artifact: Artifact
@@ -42,12 +42,12 @@ class HashSet:
     first: Indices
 
     def files_of(self, shard: str) -> Indices:
-        """The file of each of a shard's rows."""
+        """File of each row of a shard."""
         number = self.shards.index(shard)
         return self.rows[self.starts[number] : self.starts[number + 1]]
 
     def first_keys(self, wanted: npt.NDArray[np.bool_], column: str = "key") -> dict[int, tuple[str, str]]:
-        """For each wanted file the lowest ``(key, shard)``, or other column, of its rows."""
+        """For each wanted file the lowest ``(key, shard)`` of its rows; ``column`` in place of the key."""
         lowest: dict[int, tuple[str, str]] = {}
         for shard in self.shards:
             files = self.files_of(shard)
@@ -62,7 +62,7 @@ class HashSet:
         return lowest
 
     def signatures(self, files: Indices, scratch: Path) -> Signatures:
-        """``(len(files), SIGNATURE_BYTES)``, in a file at ``scratch``: not all of them need fit into memory."""
+        """Signatures ``(len(files), SIGNATURE_BYTES)``, memory-mapped at ``scratch``: they may exceed memory."""
         if not len(files):
             return np.empty((0, SIGNATURE_BYTES), dtype=np.uint8)
         out: Signatures = np.memmap(scratch, dtype=np.uint8, mode="w+", shape=(len(files), SIGNATURE_BYTES))
@@ -81,7 +81,7 @@ class HashSet:
 
 
 def read_hash_set(artifact: Artifact, shards: Sequence[str]) -> HashSet:
-    """Read all of it but keys and signatures. Raises ArtifactMismatch where a file is not of this stage."""
+    """Read all columns but keys and signatures. Raises ArtifactMismatch if a file is not of this stage."""
     parts = [_numbers(artifact, shard) for shard in shards]
     uids, pixels, phash, inner, look = (np.concatenate([part[k] for part in parts]) for k in range(5))
     has_file = np.concatenate([part[5] for part in parts])
@@ -94,7 +94,7 @@ def read_hash_set(artifact: Artifact, shards: Sequence[str]) -> HashSet:
 
 
 def confirmed(left: HashSet, i: Indices, right: HashSet, j: Indices) -> npt.NDArray[np.bool_]:
-    """Which pairs of files ``(i[k], j[k])`` show one picture, ``(k,)``: their signatures read and compared."""
+    """True for pairs of files ``(i[k], j[k])`` whose signatures show the same image, ``(k,)``."""
     same = np.zeros(len(i), dtype=bool)
     with tempfile.TemporaryDirectory(prefix="capipe-dedup-") as folder:
         files_i, at_i = np.unique(i, return_inverse=True)
@@ -115,7 +115,7 @@ def hash_rows(artifact: Artifact, shard: str, columns: list[str]) -> Iterator[di
 
 
 def _numbers(artifact: Artifact, shard: str) -> tuple[Any, ...]:
-    """``uids, pixels, phash, inner, look`` of a shard's sound images, and which of its rows those are."""
+    """``uids, pixels, phash, inner, look`` of a shard's valid images, and the mask of their rows."""
     with artifact.parquet(shard) as parquet:
         check(parquet.schema_arrow, HASHES, f"{artifact.url}/{shard}.parquet")
         table = parquet.read(columns=_NUMBERS, use_threads=False)

@@ -1,7 +1,7 @@
-"""Dedup: which images repeat others, which are placeholders, which leak a reference set. Marks, never deletes.
+"""Dedup marks: near-duplicates, placeholders, and contamination by a reference set. Marks rows, never deletes.
 
-Two passes. The first looks at every image, shard by shard, and writes what it looks like. The second reads that alone:
-it groups all images at once and writes a mark for every row. So the groups depend on the images and on nothing else.
+Two passes. The first hashes every image, shard by shard. The second reads the hashes only: it groups all images at once
+and writes a mark for every row. So the groups depend on the images and on nothing else.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .near_hashes import Indices
 from .perceptual_hash import DECODED_SIDE, looks
 
 STAGE, HASH_STAGE = "dedup", "hash"
-LIMITS = ImageLimits(min_side=1)  # ingest has sorted out the small ones, or nobody minds them
+LIMITS = ImageLimits(min_side=1)  # small images: ingest has rejected them, or they are accepted
 REFERENCES = IngestConfig(shard_size=1000)  # how a reference set is cut into tasks
 
 
 class DedupConfig(BaseModel):
-    """What decides the marks; all of it is in the fingerprint."""
+    """Options that determine the marks; all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,7 +48,7 @@ class DedupConfig(BaseModel):
 
 
 def hash_shard(task: InputShard, artifact: Artifact) -> ShardRecord:
-    """Write and commit what the images of one shard look like."""
+    """Hash the images of one shard; write and commit."""
     reader, rows = RowReader(task), 0
     with artifact.begin(task.name, HASHES) as shard:
         for row in reader:
@@ -59,7 +59,7 @@ def hash_shard(task: InputShard, artifact: Artifact) -> ShardRecord:
 
 
 def hash_references(task: IngestTask, artifact: Artifact) -> ShardRecord:
-    """The same for a part of a reference set, whose items may lie anywhere that can be ingested."""
+    """Hash a part of a reference set, whose items may come from any source that can be ingested."""
     with Handles() as handles, artifact.begin(task.shard, HASHES, over=task.made) as shard:
         for number, ref in enumerate(task.refs):
             row = {"key": f"{task.index:05d}{number:03d}", "source": ref.source}
@@ -101,10 +101,10 @@ def _seen(data: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Marks:
-    """What became of each distinct file. ``keeper``: index of the file kept of its group, which stands for the group.
+    """Result for each distinct file. ``keeper``: index of the file kept of its group; it identifies the group.
 
-    ``originals``: key and shard of the row kept of a file, where more rows than that one have to do with it.
-    ``matched``: a reference image by group. ``placeholders``: by group that is or looks like one, how often it occurs.
+    ``originals``: key and shard of the row kept of a file, for files with further rows or near-duplicates.
+    ``matched``: reference image by group. ``placeholders``: number of occurrences, by group that has a placeholder.
     """
 
     hashed: HashSet
@@ -120,7 +120,7 @@ def find_marks(
     config: DedupConfig,
     embedded: tuple[Indices, Indices] | None = None,
 ) -> Marks:
-    """Group the images. No order of the shards changes a group or its keeper.
+    """Group the images. Groups and keepers do not depend on the order of the shards.
 
     ``embedded``: pairs of files that are copies by their embeddings.
     """
@@ -143,7 +143,7 @@ def find_marks(
 
 
 def _copies(hashed: HashSet, radius: int) -> tuple[Indices, Indices]:
-    """Pairs of files that show one picture: enough of them to connect every group."""
+    """Pairs of files that show the same image: enough of them to connect every group."""
     first = lookalikes(hashed.contents)
     distinct = np.unique(first)
     i, j = candidates(hashed.contents.take(distinct), radius)
@@ -154,16 +154,16 @@ def _copies(hashed: HashSet, radius: int) -> tuple[Indices, Indices]:
 
 
 def _matches(hashed: HashSet, references: HashSet, radius: int, keeper: Indices) -> dict[int, str]:
-    """By group, the reference image it repeats: of several the one with the lowest uid."""
+    """Reference image that each group repeats; the one with the lowest uid of several."""
     i, j = _between(hashed.contents, references.contents, radius)
     same = confirmed(hashed, i, references, j)
     _, of_file, of_reference = np.intersect1d(
         hashed.contents.uids, references.contents.uids, assume_unique=True, return_indices=True
     )
     groups = keeper[np.concatenate([i[same], of_file])]
-    found = np.concatenate([j[same], of_reference])
+    matches = np.concatenate([j[same], of_reference])
     lowest: dict[int, int] = {}
-    for group, reference in zip(groups.tolist(), found.tolist(), strict=True):
+    for group, reference in zip(groups.tolist(), matches.tolist(), strict=True):
         lowest[group] = min(lowest.get(group, reference), reference)
     wanted = np.zeros(len(references.contents), dtype=bool)
     wanted[list(lowest.values())] = True
@@ -172,7 +172,7 @@ def _matches(hashed: HashSet, references: HashSet, radius: int, keeper: Indices)
 
 
 def _between(contents: Contents, others: Contents, radius: int) -> tuple[Indices, Indices]:
-    """Candidates among files and references. Of files that look the very same one will do: they are one group."""
+    """Candidates among files and references. One of several lookalikes is enough: they are one group."""
     mine, theirs = np.unique(lookalikes(contents)), np.unique(lookalikes(others))
     i, j = candidates_between(contents.take(mine), others.take(theirs), radius)
     return mine[i], theirs[j]
@@ -186,10 +186,9 @@ def mark_shard(
     by: Mapping[str, Any] | None = None,
     over: ShardRecord | None = None,
 ) -> ShardRecord:
-    """Write and commit the marks of one shard's rows, in the place of older ones (``over``) where there are any.
+    """Write and commit the marks of one shard's rows, replacing older ones (``over``), if any.
 
-    ``record``: the shard's line in the hashes' manifest; ``by``: what the manifest is to say of what images were
-    grouped by.
+    ``record``: the shard's record in the hashes' manifest; ``by``: what the groups depend on, for the manifest.
     """
     with artifact.begin(shard, DEDUP, over=over) as out:
         for row, file in _rows(shard, marks.hashed):
@@ -208,7 +207,7 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mark(row: Mapping[str, Any], shard: str, file: int, marks: Marks) -> dict[str, Any]:
-    """The verdict on a row that holds a sound image; leaking a reference weighs more than repeating another row."""
+    """Mark of a row with a valid image; contamination takes precedence over duplication."""
     hashed, kept = marks.hashed, int(marks.keeper[file])
     copies = int(hashed.counts[file])
     out = {"group": hashed.contents.uids[kept].ljust(16, b"\0").hex(), "copies": copies}
@@ -231,7 +230,7 @@ def _mark(row: Mapping[str, Any], shard: str, file: int, marks: Marks) -> dict[s
 
 
 def digest_of(artifact: Artifact, shards: Sequence[str]) -> str:
-    """sha256 over the committed contents of ``shards``: the same for the same rows, whenever they were written."""
+    """sha256 over the committed contents of ``shards``; independent of the time of writing."""
     committed = artifact.committed()
     digest = hashlib.sha256()
     for name in shards:

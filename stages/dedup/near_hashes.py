@@ -1,8 +1,8 @@
 """All pairs of 64-bit hashes within a Hamming radius, exactly, in bounded memory (multi-index hashing, pigeonhole).
 
-A hash is four bands of 16 bits. Two hashes that differ in at most ``radius`` bits differ in at most ``radius // 4`` of
-them in one band at least; so for each band and each way of turning so many bits, the partners of a hash are those that
-a table of that band lists. Under a radius of 4 no bit is turned and a partner shares a whole band.
+A hash has four bands of 16 bits. Two hashes that differ in at most ``radius`` bits differ in at most ``radius // 4``
+bits in at least one band; so a hash's partners are found by flipping up to that many bits of each band and looking the
+result up in a table of that band. For a radius below 4 no bit is flipped: partners share a whole band.
 After Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index Hashing" (CVPR 2012).
 """
 
@@ -18,14 +18,14 @@ U64 = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
 
 BANDS, BITS = 4, 16
-PAIRS_AT_ONCE = 1 << 21  # compared in one go: some 100 MB
+PAIRS_AT_ONCE = 1 << 21  # per batch: some 100 MB
 
 
 def near_pairs(left: U64, right: U64, radius: int) -> Iterator[tuple[Indices, Indices]]:
     """Blocks of ``(i, j)`` with ``left[i]`` and ``right[j]`` at most ``radius`` bits apart; every such pair once."""
     for band in range(BANDS):
         table = _Table(right, band)
-        order = np.argsort(_band(left, band), kind="stable")  # neighbours look their partners up in the same place
+        order = np.argsort(_band(left, band), kind="stable")  # sorted, so that look-ups have locality
         keys = _band(left[order], band)
         for mask in _masks(radius // BANDS):
             for i, j in table.partners(keys ^ mask):
@@ -48,7 +48,7 @@ def _masks(bits: int) -> list[int]:
 
 
 def _first_found(apart: U64, band: int, bits: int) -> npt.NDArray[np.bool_]:
-    """Which pairs no earlier band has found. Within a band a pair is found under one mask only."""
+    """True for pairs not found by an earlier band. Within a band a pair is found under one mask only."""
     new = np.ones(len(apart), dtype=bool)
     for earlier in range(band):
         new &= np.bitwise_count(_band(apart, earlier)) > bits

@@ -1,9 +1,9 @@
-"""What an image looks like, in three sizes: two 64-bit hashes to find candidates by, and a signature to confirm them.
+"""Perceptual hashes: two 64-bit hashes to find candidate pairs, and a signature to confirm them.
 
-A pHash is blind to colour and to what is small: scenes that differ in one object have the same one. So a pair that it
-proposes counts only if the signatures agree (``same_picture.py``): the picture's luma in 64x64 cells and its chroma in
-32x32, each cell read through a triangle two cells wide. So cells change smoothly as a picture is moved under them, and
-what they would be under a small crop can be computed from what they are.
+A pHash ignores colour and small details: scenes that differ in one object have the same one. So a candidate pair counts
+only if the signatures agree (:mod:`.confirm`): the image's luma in 64x64 cells and its chroma in 32x32, each cell
+filtered by a triangle two cells wide. Thus cells vary smoothly as the image moves, and their values under a small crop
+can be interpolated.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Signatures = npt.NDArray[np.uint8]  # (n, SIGNATURE_BYTES)
 
 LUMA, CHROMA = 64, 32  # cells a side
 SIGNATURE_BYTES = LUMA**2 + 2 * CHROMA**2
-DECODED_SIDE = 128  # pixels: from fewer, a picture and its smaller copy give different cells
-INNER_MARGIN = 0.02  # of each side: the second hash is that of a copy which lost so much
+DECODED_SIDE = 128  # pixels; with fewer, an image and its downscaled copy get different cells
+INNER_MARGIN = 0.02  # fraction cropped from each side for the second hash
 _HASHED = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Looks:
-    """``phash`` of the picture, ``inner``: of its middle; ``signature``: :data:`SIGNATURE_BYTES` bytes."""
+    """``phash``: of the image; ``inner``: of its centre; ``signature``: :data:`SIGNATURE_BYTES` bytes."""
 
     phash: int
     inner: int
@@ -36,7 +36,7 @@ class Looks:
 
     @property
     def look(self) -> int:
-        """Equal for equal signatures: 64 bits of their digest."""
+        """64-bit digest of the signature."""
         return int.from_bytes(hashlib.blake2b(self.signature, digest_size=8).digest())
 
 
@@ -49,4 +49,4 @@ def looks(image: Image.Image) -> Looks:
     luma, blue, red = image.convert("YCbCr").split()
     cells = [luma.resize((LUMA, LUMA), Image.Resampling.BILINEAR)]
     cells += [band.resize((CHROMA, CHROMA), Image.Resampling.BILINEAR) for band in (blue, red)]
-    return Looks(int(phash(grey), 16), int(phash(inner), 16), b"".join(each.tobytes() for each in cells))
+    return Looks(int(phash(grey), 16), int(phash(inner), 16), b"".join(plane.tobytes() for plane in cells))

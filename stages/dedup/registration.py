@@ -1,8 +1,8 @@
-"""Where one picture lies in another, if one was cropped or resized a little: Lucas and Kanade's method on small lumas.
+"""Registration of image pairs that differ by a small crop or resize: Lucas-Kanade on small luma planes.
 
-A fit is ``(n, 4)``: stretch in x, shift in x, stretch in y, shift in y, in shares of the picture, of the second
-picture's window that the first one shows. All zero: they lie on each other. Gauss-Newton steps with robust weights, for
-what differs between two pictures must not pull on what they share; coarse cells first, then fine ones.
+A fit is ``(n, 4)``: stretch in x, shift in x, stretch in y, shift in y, as fractions of the image; it describes the
+window of the second image that the first one shows. All zero: identical frames. Gauss-Newton steps with robust weights,
+so that differing content does not bias the fit; coarse cells first, then fine ones.
 After Lucas and Kanade, "An Iterative Image Registration Technique" (IJCAI 1981).
 """
 
@@ -14,15 +14,15 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
-CLIPPED = 235.0  # luma of 255: brighter cells may have been cut off, and say nothing of a change in brightness
-GAIN = 4 / 3  # the largest change in brightness, up or down
-_STARTS = (0.0, -0.04, 0.04)  # stretches that the search begins with: none, and either picture a crop
+CLIPPED = 235.0  # luma of 255: brighter cells may be clipped, so they are ignored in brightness estimates
+GAIN = 4 / 3  # largest brightness change, up or down
+_STARTS = (0.0, -0.04, 0.04)  # initial stretches of the search: none, and a crop of either image
 _COARSE_STEPS, _FINE_STEPS = 5, 2
-_LARGEST = 0.08  # of a stretch or shift
+_LARGEST = 0.08  # bound of a stretch or shift
 
 
 def fitted(a: Floats, b: Floats) -> Floats:
-    """The fits ``(n, 4)`` under which lumas ``b`` ``(n, cells, cells)`` agree best with ``a``."""
+    """Fits ``(n, 4)`` that align lumas ``b`` ``(n, cells, cells)`` best with ``a``."""
     coarse_a, coarse_b = halved(a), halved(b)
     best: Floats = np.zeros((len(a), 4), np.float32)
     error: Floats = np.full(len(a), np.inf, np.float32)
@@ -31,17 +31,17 @@ def fitted(a: Floats, b: Floats) -> Floats:
         fit[:, [0, 2]] = stretch
         for _ in range(_COARSE_STEPS):
             fit = _step(coarse_a, coarse_b, fit)
-        found = _error(coarse_a, coarse_b, fit)
-        better = found < error
-        best[better], error[better] = fit[better], found[better]
+        trial_error = _error(coarse_a, coarse_b, fit)
+        better = trial_error < error
+        best[better], error[better] = fit[better], trial_error[better]
     for _ in range(_FINE_STEPS):
         best = _step(a, b, best)
     return best
 
 
 def warped(planes: Floats, fit: Floats, rim: float = -0.25) -> tuple[Floats, Bools]:
-    """Planes ``(n, channels, cells, cells)`` through the fits' windows, between cells by cubic convolution (Keys 1981);
-    and which cells were read ``rim`` cells or more inside the planes' edge, ``(n, cells, cells)``."""
+    """Planes ``(n, channels, cells, cells)`` warped by the fits, interpolated by cubic convolution (Keys 1981); and a
+    mask ``(n, cells, cells)`` of the cells sampled at least ``rim`` cells inside the planes' edge."""
     cells = planes.shape[-1]
     (across, at_x), (down, at_y) = (_sampling(cells, fit[:, k], fit[:, k + 1]) for k in (0, 2))
     inside_x, inside_y = ((at >= rim) & (at <= cells - 1 - rim) for at in (at_x, at_y))
@@ -50,13 +50,13 @@ def warped(planes: Floats, fit: Floats, rim: float = -0.25) -> tuple[Floats, Boo
 
 
 def displacement(fit: Floats) -> Floats:
-    """How far the fit moves the edge that it moves most, ``(n,)``."""
+    """Largest displacement of an image edge by the fit, ``(n,)``."""
     moved: Floats = np.maximum(*(np.abs(fit[:, k]) / 2 + np.abs(fit[:, k + 1]) for k in (0, 2)))
     return moved
 
 
 def is_crop(fit: Floats, slack: float) -> Bools:
-    """Whether the one picture's frame lies within the other's, give or take ``slack``, ``(n,)``."""
+    """True where one image's frame is inside the other's, within ``slack``, ``(n,)``."""
     first = np.ones(len(fit), dtype=bool)
     second = first.copy()
     for k in (0, 2):
@@ -68,11 +68,11 @@ def is_crop(fit: Floats, slack: float) -> Bools:
 
 
 def gain(a: Floats, b: Floats, counted: Bools | None = None) -> Floats:
-    """What lumas ``a`` ``(n, cells, cells)`` are to be multiplied by to be as bright as ``b``, ``(n,)``."""
+    """Factor by which to multiply lumas ``a`` ``(n, cells, cells)`` to match the brightness of ``b``, ``(n,)``."""
     clear = (a < CLIPPED) & (b < CLIPPED)
     if counted is not None:
         clear &= counted
-    of_a, of_b = (np.sum(each * each * clear, axis=(1, 2)) + 1 for each in (a, b))
+    of_a, of_b = (np.sum(luma * luma * clear, axis=(1, 2)) + 1 for luma in (a, b))
     ratio: Floats = np.clip(np.sqrt(of_b / of_a), 1 / GAIN, GAIN)
     return ratio
 
@@ -85,7 +85,7 @@ def halved(plane: Floats) -> Floats:
 
 
 def _sampling(cells: int, stretch: Floats, shift: Floats) -> tuple[Floats, Floats]:
-    """Weights ``(n, cells, cells)`` that read a line of cells at the fit's places, and the places, ``(n, cells)``."""
+    """Interpolation weights ``(n, cells, cells)`` along one axis, and the sampled positions ``(n, cells)``."""
     line = (np.arange(cells, dtype=np.float32) + 0.5) / cells - 0.5
     at = ((1 + stretch[:, None]) * line + shift[:, None] + 0.5) * cells - 0.5
     apart = np.abs(at[..., None] - np.arange(cells, dtype=np.float32))
@@ -98,17 +98,17 @@ def _sampling(cells: int, stretch: Floats, shift: Floats) -> tuple[Floats, Float
 
 
 def _step(a: Floats, b: Floats, fit: Floats) -> Floats:
-    """One Gauss-Newton step for each pair."""
+    """One Gauss-Newton step per pair."""
     count, cells, _ = a.shape
     seen, apart, counted = _compared(a, b, fit)
     typical = 3 * np.abs(apart).mean(axis=(1, 2))[:, None, None] + 2
     weight = (counted / (1 + (apart / typical) ** 2)).astype(np.float32)
     line = (np.arange(cells, dtype=np.float32) + 0.5) / cells - 0.5
-    down, across = (each * np.float32(cells) for each in np.gradient(seen, axis=(1, 2)))
+    down, across = (slope * np.float32(cells) for slope in np.gradient(seen, axis=(1, 2)))
     slopes = np.stack([across * line, across, down * line[:, None], down], axis=-1).reshape(count, -1, 4)
     weighted = slopes * weight.reshape(count, -1, 1)
     curvature = weighted.transpose(0, 2, 1) @ slopes
-    damping = 1e-3 * np.trace(curvature, axis1=1, axis2=2) + 100  # flat pictures have no slope to go by
+    damping = 1e-3 * np.trace(curvature, axis1=1, axis2=2) + 100  # flat images have no gradient
     curvature += damping[:, None, None] * np.eye(4, dtype=np.float32)
     wanted = (weighted * apart.reshape(count, -1, 1)).sum(axis=1)
     step = np.linalg.solve(curvature, wanted[..., None])[..., 0]
@@ -117,14 +117,14 @@ def _step(a: Floats, b: Floats, fit: Floats) -> Floats:
 
 
 def _error(a: Floats, b: Floats, fit: Floats) -> Floats:
-    """Mean difference of luma where both pictures are known and neither is clipped, ``(n,)``."""
+    """Mean absolute luma difference where both images are defined and neither is clipped, ``(n,)``."""
     _, apart, counted = _compared(a, b, fit)
     mean: Floats = (np.abs(apart) * counted).sum(axis=(1, 2)) / np.maximum(counted.sum(axis=(1, 2)), 1)
     return mean
 
 
 def _compared(a: Floats, b: Floats, fit: Floats) -> tuple[Floats, Floats, Bools]:
-    """``b`` as the fit sees it, what ``a`` has more than that, and the cells that can be compared."""
+    """``b`` warped by the fit, the difference of ``a`` from it, and the mask of comparable cells."""
     planes, inside = warped(b[:, None], fit)
     seen = planes[:, 0]
     counted = inside & (a < CLIPPED) & (seen < CLIPPED)

@@ -1,6 +1,6 @@
-"""The dataset card: a README.md whose YAML header the Hugging Face Hub and `datasets` read, and a person the rest.
+"""Dataset card: README.md with a YAML header for the Hugging Face Hub and `datasets`, and text for people.
 
-Captions, prompts and names come from anywhere; they are escaped, so none of them can change what the page is.
+Captions, prompts and names are untrusted; they are escaped, so that they cannot inject markup.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .provenance import Step, public
 
 _SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
 _SIZES += ["10B<n<100B", "100B<n<1T"]
-_LANGUAGE_SHARE = 0.01  # a language that fewer captions have is more likely the detector's mistake
+_LANGUAGE_SHARE = 0.01  # rarer languages are more likely errors of the detector
 _LONGEST_EXAMPLE = 400  # characters
-_SPECIAL = re.compile(r"([\\`*_\[\]|~$])")  # inside a line; `plain` text never begins one
+_SPECIAL = re.compile(r"([\\`*_\[\]|~$])")  # within a line; `plain` text never starts one
 
 
 @dataclass(frozen=True)
 class CardWords:
-    """What its author says of a dataset. Not in any fingerprint: changing it rewrites the card alone."""
+    """Author's information on a dataset. Not in any fingerprint: changing it rewrites only the card."""
 
     title: str
     license: str
@@ -36,8 +36,8 @@ class CardWords:
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies beside the card. ``shards``: how many hold pairs, made of tars of so many ``bytes``; ``images``: counts
-    by extension in tars; ``notes``: sentences to know before use."""
+    """Contents of the export. ``shards``: number of those with pairs; ``bytes``: total size of their source tars;
+    ``images``: counts by extension in tars; ``notes``: sentences to read before use."""
 
     format: str
     shards: int
@@ -47,7 +47,7 @@ class Contents:
 
 
 def render(words: CardWords, contents: Contents, statistics: Statistics, steps: Sequence[Step]) -> str:
-    """The whole README.md. Raises ValueError where its header is not one that the Hub's own library reads."""
+    """Render README.md. Raises ValueError if the Hub's own library cannot read its header back."""
     header = card_data(words, contents, statistics)
     parts = [
         f"# {plain(words.title)}",
@@ -66,14 +66,14 @@ def render(words: CardWords, contents: Contents, statistics: Statistics, steps: 
 
 
 def card_data(words: CardWords, contents: Contents, statistics: Statistics) -> DatasetCardData:
-    """The YAML header: what the Hub sorts by, and what makes ``load_dataset(folder)`` find the data."""
+    """YAML header: metadata for the Hub's search, and the data files for ``load_dataset(folder)``."""
     path = _data_files(contents)
     data = {"config_name": "default", "data_files": [{"split": "train", "path": path}]}
     common = statistics.languages.total() * _LANGUAGE_SHARE
-    found = [code for code, n in statistics.languages.most_common() if n >= common and re.fullmatch("[a-z]{2,3}", code)]
+    codes = [code for code, n in statistics.languages.most_common() if n >= common and re.fullmatch("[a-z]{2,3}", code)]
     return DatasetCardData(
         license=words.license,
-        language=list(words.languages) or found or None,
+        language=list(words.languages) or codes or None,
         pretty_name=words.title,
         task_categories=["image-to-text", "image-text-to-text"],
         size_categories=[size_category(statistics.pairs)],
@@ -84,14 +84,14 @@ def card_data(words: CardWords, contents: Contents, statistics: Statistics) -> D
 
 
 def _data_files(contents: Contents) -> str | list[str]:
-    """What `datasets` is to read; of loose pictures not the text files, or it would take them for the data."""
+    """Files for `datasets`; for the folder format without the text files, which it would read as data."""
     if contents.format == "folder":
         return ["metadata.jsonl", *(f"images/**/*.{extension}" for extension in contents.images)]
     return writer_class(contents.format).data_files
 
 
 def _tar_features(contents: Contents) -> dict[str, Any]:
-    """What is in a sample, spelt out: `datasets` would guess it from the first five, and fail on the first row later on
+    """Explicit features of a sample: `datasets` would infer them from the first five, and fail on the first later row
     whose JSON has text where those had null."""
     names = [(extension, "image") for extension in contents.images]
     names += [("txt", "string"), ("json", "json"), ("__key__", "string"), ("__url__", "string")]
@@ -99,7 +99,7 @@ def _tar_features(contents: Contents) -> dict[str, Any]:
 
 
 def size_category(count: int) -> str:
-    """The Hub's word for so many samples."""
+    """The Hub's size category for a number of samples."""
     for power, name in enumerate(_SIZES, 3):
         if count < 10**power:
             return name
@@ -107,20 +107,20 @@ def size_category(count: int) -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` as it is, wherever it stands in Markdown: one line, no markup, no HTML."""
+    """``text`` escaped for Markdown: one line, no markup, no HTML."""
     flat = " ".join(text.split())
     return _SPECIAL.sub(r"\\\1", html.escape(flat, quote=False))
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A code block that nothing inside it can end."""
+    """A code block whose fence does not occur in ``text``."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; figures are to the right of their column."""
+    """A Markdown table; all columns but the first are right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -162,8 +162,8 @@ def _captions(statistics: Statistics) -> str:
     if statistics.without_caption:
         parts.append(f"{statistics.without_caption:,} pairs have an empty caption.")
     if statistics.languages:
-        found = statistics.languages.most_common(10)
-        parts.append(table(["language", "captions"], [(f"`{plain(code)}`", f"{n:,}") for code, n in found]))
+        common = statistics.languages.most_common(10)
+        parts.append(table(["language", "captions"], [(f"`{plain(code)}`", f"{n:,}") for code, n in common]))
     examples = [(plain(key), plain(_cut(caption))) for key, caption in statistics.examples]
     if examples:
         parts.append("| key | caption |\n| --- | --- |\n" + "\n".join(f"| {key} | {text} |" for key, text in examples))
@@ -179,9 +179,9 @@ def _counted(column: Column) -> int:
 
 
 def _scores(statistics: Statistics) -> str:
-    found = {name: column for name, column in statistics.scores.items() if _counted(column)}
+    used = {name: column for name, column in statistics.scores.items() if _counted(column)}
     rows = []
-    for name, column in found.items():
+    for name, column in used.items():
         tally = column.kept
         figures = (
             [f"{tally.mean:.3f}", *(f"{tally.quantile(s):.2f}" for s in (0.05, 0.5, 0.95))]
@@ -191,7 +191,7 @@ def _scores(statistics: Statistics) -> str:
         rows.append([f"`{name}`", f"{tally.count:,}", *figures, f"{column.others.count:,}"])
     head = ["kept pairs", "scored", "mean", "5 %", "median", "95 %", "others scored"]
     shown = [
-        _bars(f"`{n}`", c, "{:.2f} to {:.2f}".format) for n, c in found.items() if n.endswith("_score") or n == "unsafe"
+        _bars(f"`{n}`", c, "{:.2f} to {:.2f}".format) for n, c in used.items() if n.endswith("_score") or n == "unsafe"
     ]
     return "\n\n".join([table(head, rows), *shown])
 
@@ -201,7 +201,7 @@ def _words(low: float, high: float) -> str:
 
 
 def _bars(name: str, column: Column, span: Callable[[float, float], str]) -> str:
-    """A histogram as a table; what was left out has a column of its own where there is any."""
+    """A histogram as a table; rows that were not kept have their own column, if there are any."""
     rows = histogram(column)
     drawn = bars([kept for _, _, kept, _ in rows])
     others = any(other for *_, other in rows)
@@ -236,7 +236,7 @@ def _step(number: int, step: Step) -> Iterator[str]:
 
 
 def _prompts(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Every prompt in a configuration, however deep: an object with a text in a list called prompts."""
+    """All prompts in a configuration, at any depth: objects with a text in a list called prompts."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             if name == "prompts" and isinstance(item, list):

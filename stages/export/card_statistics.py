@@ -1,4 +1,4 @@
-"""What a dataset card says in figures: read once over all listings, in memory that does not grow with them."""
+"""Statistics of a dataset card: one pass over all listings, in constant memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .source import caption_of
 
 EXAMPLES = 3
 _BARS = 12  # rows of a histogram
-_BAR = 24  # characters of its longest bar
+_BAR = 24  # characters of the longest bar
 
 
 @dataclass
 class Tally:
-    """A distribution in bins of ``width``: exact for counts of words, to a hundredth for scores."""
+    """Histogram with bins of ``width``: exact for word counts, to a hundredth for scores."""
 
     width: float
     bins: Counter[int] = field(default_factory=Counter)
@@ -41,7 +41,7 @@ class Tally:
         return self.total / self.count
 
     def quantile(self, share: float) -> float:
-        """The lower edge of the bin that holds the value at ``share`` (0 to 1) of the sorted ones; needs a value."""
+        """Lower edge of the bin with the quantile ``share`` (0 to 1); needs at least one value."""
         left = share * (self.count - 1)
         for bin_, count in sorted(self.bins.items()):
             left -= count
@@ -52,7 +52,7 @@ class Tally:
 
 @dataclass
 class Column:
-    """One figure per row, kept rows and others apart."""
+    """Histograms of a numeric column, separately for kept and other rows."""
 
     kept: Tally
     others: Tally
@@ -64,7 +64,7 @@ class Column:
 
 @dataclass
 class Statistics:
-    """Everything counted. ``words``: of the kept rows' captions; ``scores``: by column."""
+    """All statistics. ``words``: word counts of the kept rows' captions; ``scores``: by column."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     words: Tally = field(default_factory=lambda: Tally(1.0))
@@ -75,7 +75,7 @@ class Statistics:
 
     @property
     def examples(self) -> list[tuple[str, str]]:
-        """A few pairs as (key, caption), those of the smallest uids: the same ones whatever the shards' order."""
+        """Example pairs as (key, caption), those with the smallest uids: independent of the order of shards."""
         return [(key, caption) for _, key, caption in sorted(self._smallest, reverse=True)]
 
     @property
@@ -118,13 +118,13 @@ _TEXTS = ("caption", "captions", "text", "re_caption", "re_language", "org_langu
 
 
 def _language(row: Mapping[str, Any], caption: str) -> str | None:
-    """ISO 639-1 of the caption where the scores say it."""
+    """ISO 639-1 code of the caption, if the scores have it."""
     prefix = "re" if caption == row.get("re_caption") else "org"
     return row.get(f"{prefix}_language")
 
 
 def histogram(column: Column) -> list[tuple[float, float, int, int]]:
-    """At most a dozen equal steps from the smallest bin to the largest: (from, to, kept, others). Needs a value."""
+    """At most a dozen equal steps over the range of the bins: (from, to, kept, others). Needs at least one value."""
     used = [*column.kept.bins, *column.others.bins]
     low, high, width = min(used), max(used), column.kept.width
     step = -(-(high - low + 1) // _BARS)
@@ -137,6 +137,6 @@ def histogram(column: Column) -> list[tuple[float, float, int, int]]:
 
 
 def bars(counts: Sequence[int]) -> list[str]:
-    """Counts as bars of blocks, the longest of one width; what is there shows, however little it is."""
+    """Counts as text bars, scaled to the largest; every non-zero count has at least one block."""
     most = max(counts, default=0) or 1
     return ["█" * (max(1, round(_BAR * count / most)) if count else 0) for count in counts]

@@ -1,8 +1,8 @@
-"""The index Megatron-Energon reads tars by: what its own ``energon prepare`` writes, made while the tars are copied.
+"""Megatron-Energon index of tars: the output of its ``energon prepare``, written while the tars are copied.
 
-``X.tar.idx`` beside each tar holds native 64-bit offsets: of the header of each sample's first member, and of where the
-last one ends. ``.nv-meta/`` names the shards with their counts, the split, and how a sample becomes image and caption;
-its SQLite file finds samples and members by key. These are the formats of megatron-energon 7.4.
+``X.tar.idx`` next to each tar has native 64-bit offsets: of the header of each sample's first member, and of the end of
+the last sample. ``.nv-meta/`` has the shards with their counts, the split, and the field map of samples; its SQLite
+file indexes samples and members by key. The formats are those of megatron-energon 7.4.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...manifests.samples import split_name
 
 META = ".nv-meta"
 
-#: One row per member of a tar, in order: what the SQLite file is made of once all tars are there.
+#: One row per member of a tar, in order: the input of the SQLite file, written once all tars exist.
 PARTS = pa.schema(
     [
         pa.field("sample", pa.int32(), nullable=False),  # index of its sample in the tar
@@ -55,14 +55,14 @@ create index idx_sample_parts_full on sample_parts
 
 @dataclass
 class TarIndex:
-    """Where everything in one tar lies. ``starts`` has one entry more than ``keys``: the end of the last sample."""
+    """Offsets in one tar. ``starts`` has one entry more than ``keys``: the end of the last sample."""
 
     keys: list[str] = field(default_factory=list)
     starts: array[int] = field(default_factory=lambda: array("Q"))
     parts: list[tuple[int, str, int, int]] = field(default_factory=list)  # rows of PARTS
 
     def offsets(self) -> bytes:
-        """The contents of the ``.tar.idx``."""
+        """Contents of the ``.tar.idx``."""
         return self.starts.tobytes()
 
     def table(self) -> pa.Table:
@@ -71,9 +71,9 @@ class TarIndex:
 
 
 def index_tar(stream: BinaryIO, where: str) -> TarIndex:
-    """Index a tar that capipe wrote: members lie one behind the other, so each header begins where the last one ended.
+    """Index a tar written by capipe: members are contiguous, so each header begins at the end of the previous member.
 
-    Reads headers only. Raises ArtifactMismatch, naming ``where``, on a damaged tar.
+    Reads headers only. Raises ArtifactMismatch, with ``where``, for a damaged tar.
     """
     index, end = TarIndex(), 0
     for member in scan(stream):
@@ -91,7 +91,7 @@ def index_tar(stream: BinaryIO, where: str) -> TarIndex:
 
 @dataclass(frozen=True)
 class IndexedTar:
-    """An exported tar as the meta folder lists it. ``parts``: a table of :data:`PARTS`."""
+    """An exported tar for the meta folder. ``parts``: a table of :data:`PARTS`."""
 
     name: str
     sha256: str
@@ -101,7 +101,7 @@ class IndexedTar:
 
 
 def write_database(path: Path, tars: Iterable[IndexedTar]) -> None:
-    """Write ``index.sqlite``. Raises sqlite3.IntegrityError where two samples have one key."""
+    """Write ``index.sqlite``. Raises sqlite3.IntegrityError for duplicate keys."""
     path.unlink(missing_ok=True)
     database = sqlite3.connect(path, isolation_level=None)
     try:
@@ -129,7 +129,7 @@ def _part_rows(number: int, tar: IndexedTar) -> Iterator[tuple[int, int, str, in
 
 
 def dataset_yaml(extensions: Sequence[str]) -> bytes:
-    """How a sample becomes Energon's image and caption; ``extensions``: names that images have."""
+    """Energon's field map to image and caption; ``extensions``: those of the images."""
     loader = {
         "sample_type": {"__module__": "megatron.energon", "__class__": "CaptioningSample"},
         "field_map": {"image": ",".join(extensions), "caption": "txt"},
@@ -138,17 +138,17 @@ def dataset_yaml(extensions: Sequence[str]) -> bytes:
 
 
 def split_yaml(tars: Iterable[str]) -> bytes:
-    """All shards are for training; ``exclude`` takes ``00000.tar`` or ``00000.tar/key`` without rewriting anything."""
+    """Split with all shards for training; users may add ``00000.tar`` or ``00000.tar/key`` to ``exclude``."""
     split = {"split_parts": {"train": list(tars), "val": [], "test": []}, "exclude": []}
     return yaml.safe_dump(split, sort_keys=False).encode()
 
 
 def info_json(counts: Mapping[str, int]) -> bytes:
-    """Samples per tar, in the order that the database numbers them."""
+    """Samples per tar, in the database's order."""
     return json.dumps({"shard_counts": dict(counts)}, indent=2).encode()
 
 
 def index_uuid(digests: Iterable[str]) -> bytes:
-    """The index's identity for Energon's caches: random in its own tool, here of the tars' sha256, so repeatable."""
+    """UUID of the index for Energon's caches: random in its own tool, here from the tars' sha256, so reproducible."""
     digest = hashlib.sha256("\n".join(digests).encode()).digest()
     return str(uuid.UUID(bytes=digest[:16], version=4)).encode()

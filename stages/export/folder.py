@@ -1,4 +1,4 @@
-"""Loose pictures with their captions beside them: ``NAME.jpg`` and ``NAME.txt``, and what `datasets` reads of both."""
+"""Image files with caption files: ``NAME.jpg`` and ``NAME.txt``, and ``metadata.jsonl`` for `datasets`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ...manifests.files.names import file_name
 from .source import Pair
 from .writer import IMAGES, LooseWriter
 
-METADATA = "metadata.jsonl"  # the name that the ImageFolder of `datasets` looks for
+METADATA = "metadata.jsonl"  # file name expected by the ImageFolder loader of `datasets`
 
 
 class FolderWriter(LooseWriter):
-    """Counts images by extension, empty captions, and captions of several lines, of which some trainers read one."""
+    """Folder format. Counts images by extension, empty captions, and multi-line ones (some trainers read one line)."""
 
     extras = (METADATA, IMAGES)
     listed = METADATA

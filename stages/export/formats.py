@@ -1,4 +1,4 @@
-"""The formats of an export by name, and those of a user's own by their import paths."""
+"""Registry of export formats by name; a user's own are given by import path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMATS: Mapping[str, type[ShardWriter]] = {
 
 
 def writer_class(name: str, option: str = "format") -> type[ShardWriter]:
-    """What writes the shards of a format. ``option``: where the user named it. Raises BadInput."""
+    """Writer class of a format. ``option``: the option that names it. Raises BadInput."""
     if name in FORMATS:
         return FORMATS[name]
     if not is_import_path(name):

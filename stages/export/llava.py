@@ -1,4 +1,4 @@
-"""Conversations about images, the images beside them under ``images/``: LLaVA's list, and chat messages in lines."""
+"""Conversation formats with image files under ``images/``: LLaVA's JSON list, and chat messages as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .writer import IMAGES, LooseWriter
 
 CONVERSATIONS, MESSAGES, DATASET_INFO = "llava.json", "messages.jsonl", "dataset_info.json"
 
-#: What a person might say to get a caption. Which one a pair gets depends on its image's uid alone.
+#: User turns that ask for a caption; the choice depends on the image's uid alone.
 INSTRUCTIONS = (
     "Describe this picture in detail.",
     "Put what you see here into words.",
@@ -26,19 +26,19 @@ INSTRUCTIONS = (
     "Say what is here, what it looks like and where it is.",
 )
 
-MARK = "<image>"  # trainers put an image wherever they read this, in answers too
+MARK = "<image>"  # image placeholder: trainers replace it wherever it occurs, also in answers
 
 
 def instruction(uid: str) -> str:
-    """The instruction for an image: the same one in every export."""
+    """The instruction for an image, the same in every export."""
     return INSTRUCTIONS[int(uid[:8], 16) % len(INSTRUCTIONS)]
 
 
 class Conversations(LooseWriter):
-    """What asks for a caption and is answered by it. ``<image>`` in a caption becomes ``[image]``, or trainers would
-    look for a second one.
+    """Instruction-caption conversations. ``<image>`` in a caption becomes ``[image]``, or trainers would expect another
+    image.
 
-    Counts pairs left out because their caption is empty (there is no answer to learn), and captions with ``<image>``.
+    Counts pairs omitted for an empty caption (no answer to learn), and captions with ``<image>``.
     """
 
     def __init__(self, out: FileTransaction, shard: str) -> None:
@@ -57,14 +57,14 @@ class Conversations(LooseWriter):
 
     @abstractmethod
     def name(self, pair: Pair) -> str:
-        """What the image's file is called, without its ending."""
+        """File name of the image, without extension."""
 
     @abstractmethod
     def entry(self, pair: Pair, image: str, question: str, answer: str) -> dict[str, Any]: ...
 
 
 class LlavaWriter(Conversations):
-    """LLaVA's records."""
+    """LLaVA's JSON records."""
 
     extras = (CONVERSATIONS, IMAGES)
     listed = CONVERSATIONS
@@ -91,7 +91,7 @@ datasets.load_dataset("path/of/this/folder", split="train")
 
 
 class MessagesWriter(Conversations):
-    """Chat messages with the image beside them, as LLaMA-Factory and TRL take them."""
+    """Chat messages with image paths, as read by LLaMA-Factory and TRL."""
 
     extras = (MESSAGES, DATASET_INFO, IMAGES)
     listed = MESSAGES
@@ -123,7 +123,7 @@ def dataset_info() -> bytes:
 
 
 def as_list(parts: Iterable[BinaryIO]) -> Iterator[bytes]:
-    """The lines of all parts as pieces of one JSON list; no more than a line is in memory."""
+    """The lines of all parts as chunks of one JSON list, with one line in memory at a time."""
     before = b"[\n"
     for part in parts:
         for line in part:

@@ -1,4 +1,4 @@
-"""Parquet with the images inside, as `datasets` and the Hugging Face Hub read it."""
+"""Parquet with embedded images, as read by `datasets` and the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..ingest.shard import clean
 from .source import Pair
 from .writer import ShardWriter
 
-#: Row groups are what the Hub's viewer reads at once: it takes a few hundred MB at most, and shows a hundred rows.
+#: Row group limits for the Hub's viewer, which reads whole groups of at most a few hundred MB, and shows 100 rows.
 GROUP_ROWS = 100
 GROUP_BYTES = 32 << 20
 
 _IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
-URL, JSON = "url", "json"  # columns of what came with the image
-_LEFT_OUT = ("status", "error", "image", "caption")  # every row is ok; the last two are the product itself
+URL, JSON = "url", "json"  # columns of the image's metadata
+_LEFT_OUT = ("status", "error", "image", "caption")  # every row is ok; the last two are columns of the export itself
 
 
 def training_file(shard: str) -> str:
@@ -27,21 +27,21 @@ def training_file(shard: str) -> str:
 
 
 def training_schema(rows: pa.Schema) -> pa.Schema:
-    """Image, caption, the listing's columns and the sample's JSON, with the metadata by which `datasets` knows the
-    image for one. Of the JSON, which has other keys and types from row to row, ``url`` alone is a column of its own."""
+    """Schema of image, caption, the listing's columns and the sample's JSON, with the metadata that makes `datasets`
+    decode the image. Of the JSON, whose keys and types vary from row to row, only ``url`` is a separate column."""
     import datasets
 
     rest = [pa.field(field.name, field.type) for field in rows if field.name not in _LEFT_OUT]
     known = {field.name for field in rest}
-    told = [pa.field(name, pa.string()) for name in (URL, JSON) if name not in known]
-    plain = pa.schema([pa.field("image", _IMAGE), pa.field("caption", pa.string()), *rest, *told])
+    extra = [pa.field(name, pa.string()) for name in (URL, JSON) if name not in known]
+    plain = pa.schema([pa.field("image", _IMAGE), pa.field("caption", pa.string()), *rest, *extra])
     features = datasets.Features.from_arrow_schema(plain)
     features["image"] = datasets.Image()
     return plain.with_metadata(features.arrow_schema.metadata)
 
 
 class TrainingParquet(ShardWriter):
-    """The shard's ok rows with image and caption. A shard without one gets no file. ``rows``: the listing's schema."""
+    """The shard's ok rows with image and caption. A shard without any gets no file. ``rows``: the listing's schema."""
 
     extras = ("data",)
     data_files = "data/*.parquet"
@@ -76,8 +76,8 @@ datasets.load_dataset("parquet", data_files="path/data/*.parquet", split="train"
     def _flush(self) -> None:
         if self._writer is None:
             file = self.open.enter_context(self.out.writing(training_file(self.shard)))
-            made = pq.ParquetWriter(file, self._schema, compression="zstd", write_page_index=True)
-            self._writer = self.open.enter_context(made)
+            writer = pq.ParquetWriter(file, self._schema, compression="zstd", write_page_index=True)
+            self._writer = self.open.enter_context(writer)
         self._writer.write_table(pa.Table.from_pylist(self._group, schema=self._schema))
         self._group, self._size = [], 0
 
@@ -89,7 +89,7 @@ datasets.load_dataset("parquet", data_files="path/data/*.parquet", split="train"
 
 
 def _metadata(pair: Pair) -> dict[str, str | None]:
-    """The JSON of a sample as it is in the tar, and the address in it where that is a text."""
+    """JSON of a sample as in the tar, and its ``url`` if that is a text."""
     member = pair.sample.members.get("json")
     meta = decode_meta(member.data if member else None, [])
     if meta is None:

@@ -1,7 +1,7 @@
-"""Which shards an export writes: the source's own, or others of at most so many pairs each. Nothing is read of images.
+"""Plan of an export's shards: those of the source, or new ones of at most a given number of pairs. Reads no images.
 
-A source's shard is read once, whole, by one process: others are either several of its neighbours put together, or parts
-of one. So its bytes are checked, and memory and disk for what is unfinished do not grow with the data set.
+Each source shard is read once, whole, by one process: new shards are either several consecutive ones merged, or parts
+of one. So its bytes are verified, and memory and disk for unfinished work do not grow with the dataset.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .source import column_of, listing
 
 @dataclass(frozen=True)
 class Piece:
-    """A shard to write: rows ``start`` to ``stop`` of its task's."""
+    """A shard to write: rows ``start`` to ``stop`` of its task."""
 
     shard: str
     start: int
@@ -31,9 +31,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class ExportTask:
-    """What one process does: the rows of ``sources``, one after the other, cut into ``pieces``.
+    """Work of one process: the concatenated rows of ``sources``, split into ``pieces``.
 
-    ``copied``: it is one of the source's shards as it is, under its own name.
+    ``copied``: a single source shard, unchanged and under its own name.
     """
 
     sources: tuple[ShardRecord, ...]
@@ -45,7 +45,7 @@ class ExportTask:
         return self.pieces[0].shard
 
     def made_of(self, source: Artifact, piece: Piece) -> dict[str, Any]:
-        """What the manifest says of a piece's input; a source that was done again has other digests."""
+        """Input of a piece for the manifest; its digests change if the source is rebuilt."""
         if self.copied:
             return _whole(source, self.sources[0])
         parts, offset = [], 0
@@ -54,7 +54,7 @@ class ExportTask:
             if start < stop:
                 parts.append({**_whole(source, record), "name": record.shard, "from": start, "to": stop})
             offset += record.count
-        # Without where they lie: the same rows of the same shards are the same input.
+        # Without locations: the same rows of the same shards are the same input.
         marks = [[part["digest"], part["rows"], part["from"], part["to"]] for part in parts]
         return {"digest": hashlib.sha256(canonical(marks).encode()).hexdigest(), "shards": parts}
 
@@ -66,13 +66,13 @@ def _whole(source: Artifact, record: ShardRecord) -> dict[str, Any]:
 
 
 def as_they_are(records: Sequence[ShardRecord]) -> list[ExportTask]:
-    """Every shard of the source by itself."""
+    """One task per shard of the source."""
     return [ExportTask((record,), (Piece(record.shard, 0, record.count),)) for record in records]
 
 
 def of_size(source: Artifact, records: Sequence[ShardRecord], size: int) -> list[ExportTask]:
-    """Shards with at most ``size`` pairs, numbered. Neighbours are put together as long as they fit; a larger one is
-    cut into equal parts. Rows that are no pair stay behind the pair they follow."""
+    """Numbered shards of at most ``size`` pairs. Consecutive ones are merged as long as they fit; a larger one is split
+    into equal parts. Rows that are not pairs stay with the pair before them."""
     tasks, number = [], 0
     for run in group([_pairs(record) for record in records], size):
         sources = [records[index] for index in run]
@@ -89,7 +89,7 @@ def _pairs(record: ShardRecord) -> int:
 
 
 def _cuts(source: Artifact, records: Sequence[ShardRecord], size: int) -> list[int]:
-    """The rows at which parts of at most ``size`` pairs begin, the first one being 0."""
+    """First rows of the parts of at most ``size`` pairs, starting with 0."""
     pairs = sum(map(_pairs, records))
     count = max(1, -(-pairs // size))
     if count == 1:
@@ -99,7 +99,7 @@ def _cuts(source: Artifact, records: Sequence[ShardRecord], size: int) -> list[i
 
 
 def _pair_rows(source: Artifact, records: Sequence[ShardRecord]) -> Iterator[int]:
-    """The numbers of the rows that are pairs."""
+    """Row numbers of the pairs."""
     offset = 0
     for record in records:
         statuses = column_of(source, record, "status")

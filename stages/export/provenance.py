@@ -1,4 +1,4 @@
-"""Where an artifact comes from: its own configuration and its inputs', as far as they are there."""
+"""Provenance of an artifact: its configuration and those of its inputs, as far as they exist."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of the chain. ``config`` is None where its artifact is gone or another one by now; ``note`` says so."""
+    """One stage of the chain. ``config`` is None if its artifact is gone or has been replaced; ``note`` says which."""
 
-    name: str  # of its folder, without the path, which would tell of somebody's machine
+    name: str  # of its folder, without the path, which would reveal details of a machine
     stage: str
     fingerprint: str | None
     config: dict[str, Any] | None = None
@@ -27,7 +27,7 @@ class Step:
 
 
 def chain(artifact: Artifact) -> list[Step]:
-    """The stages that led to ``artifact``, itself last, each once, inputs before what was made of them."""
+    """Stages that led to ``artifact``, itself last, each once, in topological order."""
     steps: list[Step] = []
     _walk(artifact, steps, set())
     return steps
@@ -38,19 +38,19 @@ def _walk(artifact: Artifact, steps: list[Step], seen: set[str]) -> None:
     for role, url, wanted in inputs(artifact.config):
         if wanted in seen:
             continue
-        found = _find(url, wanted, artifact.url)
-        if isinstance(found, Artifact):
-            _walk(found, steps, seen)
+        origin = _find(url, wanted, artifact.url)
+        if isinstance(origin, Artifact):
+            _walk(origin, steps, seen)
         else:
-            step = Step(last_part(url), role, wanted, note=found)
+            step = Step(last_part(url), role, wanted, note=origin)
             steps += [step] if step not in steps else []
     steps.append(Step(last_part(artifact.url), artifact.stage, artifact.fingerprint, artifact.config))
 
 
 def inputs(config: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
-    """What a configuration says it was made of: role, url, fingerprint (None for tars that are no artifact of ours).
+    """Inputs in a configuration: role, url, fingerprint (None for tars that are not a capipe artifact).
 
-    A run notes the url under a role, and the fingerprint under the same name, but for ``shards``: those are ``input``.
+    A run has the url under its role, and the fingerprint under the same name, or under ``input`` for ``shards``.
     """
     semantic, run = config["semantic"], config["run"]
     for role, url in run.items():
@@ -64,21 +64,21 @@ def inputs(config: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _find(url: str, wanted: str | None, beside: str) -> Artifact | str:
-    """The artifact of that fingerprint: where it was, or beside the one made of it (they may have moved together)."""
+    """Artifact with that fingerprint: at its url, or next to its dependent (they may have been moved together)."""
     if wanted is None:
         return "tars that are no artifact of capipe"
     moved = f"{beside.rpartition('/')[0] or '.'}/{last_part(url)}"
     other = refused = False
-    for place in dict.fromkeys((url, moved)):
+    for location in dict.fromkeys((url, moved)):
         try:
-            found = Artifact.open(Allowed(beside).place(place))
+            candidate = Artifact.open(Allowed(beside).place(location))
         except Refused:
             refused = True
             continue
-        except (CapipeError, OSError, ImportError, ValueError):  # gone, or in a store that is out of reach
+        except (CapipeError, OSError, ImportError, ValueError):  # gone, or in an unreachable store
             continue
-        if found.fingerprint == wanted:
-            return found
+        if candidate.fingerprint == wanted:
+            return candidate
         other = True
     if refused:
         return "not looked at: in another store than what was made of it"
@@ -90,7 +90,7 @@ def last_part(url: str) -> str:
 
 
 def public(value: Any) -> Any:
-    """``value`` with every path in it cut down to its last part: a card is read by strangers."""
+    """``value`` with every path reduced to its last part, as cards are public."""
     if isinstance(value, dict):
         return {name: public(item) for name, item in value.items()}
     if isinstance(value, list):

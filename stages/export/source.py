@@ -1,4 +1,4 @@
-"""What an export reads: the listing of a finished shard and the samples of its tar, side by side and checked."""
+"""Export input: the listing of a finished shard and its tar's samples, read row by row and verified."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ...manifests.samples import Sample, read_samples
 from ...manifests.status import Status
 from ..annotate.captioner import chosen_caption
 
-PARTS = "_capipe/parts"  # what the files over all shards are put together from
+PARTS = "_capipe/parts"  # per-shard parts of the files that span all shards
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One image with its caption. ``extension``: what its tar member was called; ``row``: its Parquet row, the
-    ``index``-th of its shard."""
+    """One image with its caption. ``extension``: that of its tar member; ``row``: its Parquet row, number ``index`` of
+    its shard."""
 
     index: int
     row: Mapping[str, Any]
@@ -37,18 +37,18 @@ class Pair:
 
 
 def listing(shard: str) -> str:
-    """The Parquet with a row for every input row."""
+    """File name of the Parquet with one row per input row."""
     return f"{shard}.parquet"
 
 
 def copy(source: Artifact, record: ShardRecord, name: str, out: FileTransaction) -> None:
-    """A file of the source's shard as it is."""
+    """Copy a file of the source's shard unchanged."""
     with source.folder.open(name) as file:
         out.copy(file, name, str(record.files[name]["sha256"]), f"{source.url}/{name}")
 
 
 def committed_listing(source: Artifact, record: ShardRecord) -> pq.ParquetFile:
-    """The listing of a source's shard. Raises ArtifactMismatch where it is not the one that was committed."""
+    """Open the listing of a source's shard. Raises ArtifactMismatch if it differs from the committed one."""
     name, digest = listing(record.shard), hashlib.sha256()
     if not source.folder.is_local:
         data = source.folder.read_bytes(name)
@@ -62,7 +62,7 @@ def committed_listing(source: Artifact, record: ShardRecord) -> pq.ParquetFile:
 
 
 def column_of(source: Artifact, record: ShardRecord, name: str, *, pairs_only: bool = False) -> list[str]:
-    """A column of a source's listing, of all rows or of those that are pairs."""
+    """A column of a source's listing, for all rows or only those that are pairs."""
     with committed_listing(source, record) as listed:
         table = listed.read(columns=[*dict.fromkeys((name, "status"))], use_threads=False)
     rows = table.filter(pc.equal(table["status"], str(Status.OK))) if pairs_only else table
@@ -71,14 +71,14 @@ def column_of(source: Artifact, record: ShardRecord, name: str, *, pairs_only: b
 
 
 def check_digest(found: str, record: ShardRecord, name: str, source: Artifact) -> None:
-    """Raise ArtifactMismatch where a file of the source's shard is not the one that was committed."""
+    """Raise ArtifactMismatch if a file of the source's shard differs from the committed one."""
     if found != record.files[name]["sha256"]:
         text = f"{source.url}/{name}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
         raise ArtifactMismatch(text)
 
 
 def ok_rows(listed: pq.ParquetFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a listing that have a sample in the tar, in order, with their numbers among all rows."""
+    """Rows of a listing that have a sample in the tar, in order, with their row numbers."""
     index = 0
     for batch in listed.iter_batches(1000, use_threads=False):
         for row in batch.to_pylist():
@@ -88,7 +88,7 @@ def ok_rows(listed: pq.ParquetFile) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def caption_of(row: Mapping[str, Any]) -> str:
-    """What the tar's ``txt`` holds: the selected caption, else the first healthy written one, else the original."""
+    """Caption in the tar's ``txt``: the selected one, else the first generated one that is ok, else the original."""
     if "caption" in row:
         return row["caption"] or ""
     if "captions" in row:
@@ -97,9 +97,9 @@ def caption_of(row: Mapping[str, Any]) -> str:
 
 
 def pairs(source: Artifact, record: ShardRecord, listed: pq.ParquetFile) -> Iterator[Pair]:
-    """The pairs of one shard with this listing. Iterate to the end: only then are the tar's bytes checked.
+    """Pairs of one shard with this listing. Iterate to the end: only then are the tar's bytes verified.
 
-    Raises ArtifactMismatch where tar and listing do not tell the same, or the tar is not the committed one.
+    Raises ArtifactMismatch if tar and listing disagree, or the tar differs from the committed one.
     """
     name, digest = f"{record.shard}.tar", hashlib.sha256()
     where = f"{source.url}/{name}"
@@ -115,8 +115,8 @@ def pairs(source: Artifact, record: ShardRecord, listed: pq.ParquetFile) -> Iter
 def _pair(index: int, row: Mapping[str, Any], sample: Sample | None, where: str) -> Pair:
     image = sample.image() if sample is not None else None
     if sample is None or sample.key != row["key"] or image is None or image.data is None:
-        found = "nothing" if sample is None else f"{sample.key!r} ({sample.error or 'another sample'})"
-        text = f"{where}: row {row['key']!r} expected, {found} found; the tar does not fit its Parquet"
+        actual = "nothing" if sample is None else f"{sample.key!r} ({sample.error or 'another sample'})"
+        text = f"{where}: row {row['key']!r} expected, {actual} found; the tar does not fit its Parquet"
         raise ArtifactMismatch(f"{text}, restore both (`capipe verify` lists what is damaged)")
     extension = next(ext for ext, member in sample.members.items() if member is image)
     txt = sample.members.get("txt")
@@ -127,7 +127,7 @@ def _pair(index: int, row: Mapping[str, Any], sample: Sample | None, where: str)
 
 
 def image_extensions(source: Artifact, record: ShardRecord) -> set[str]:
-    """How the image members of one shard are called: from its listing where that says, else from the tar's headers."""
+    """Extensions of a shard's image members: from its listing if it has formats, else from the tar's headers."""
     if not record.rows.get(Status.OK):
         return set()
     with committed_listing(source, record) as listed:
@@ -135,5 +135,5 @@ def image_extensions(source: Artifact, record: ShardRecord) -> set[str]:
     if "format" in names:
         return set(column_of(source, record, "format", pairs_only=True))
     with source.folder.open(f"{record.shard}.tar") as stream:
-        found = {member.name.rpartition("/")[2].partition(".")[2].lower() for member in scan(stream)}
-    return found - {"txt", "json"}
+        extensions = {member.name.rpartition("/")[2].partition(".")[2].lower() for member in scan(stream)}
+    return extensions - {"txt", "json"}

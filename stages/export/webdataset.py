@@ -1,4 +1,4 @@
-"""Tars for webdataset, OpenCLIP, Hugging Face and Energon: copies of ours with the index of where samples lie."""
+"""Tars for webdataset, OpenCLIP, Hugging Face and Energon: copies of the source's tars, with Energon's index."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SIZES = "sizes.json"
 
 
 class RewrittenTar(ShardWriter):
-    """Samples with every image called ``<key>.<extension>``, or as they were where that is None. Readers decode by
-    content: PNG bytes stay PNG. A shard without a sample gets no tar, as in :func:`copy_tar`."""
+    """Tar with every image named ``<key>.<extension>``, or names unchanged if that is None. Readers decode by content:
+    PNG bytes stay PNG. A shard without samples gets no tar, as in :func:`copy_tar`."""
 
     extras = (SIZES, META)
     data_files = "*.tar"
@@ -64,9 +64,9 @@ OpenCLIP finds the number of samples in `sizes.json`; Megatron-Energon reads the
 
 
 def copy_tar(source: Artifact, record: ShardRecord, out: FileTransaction, *, link: bool) -> dict[str, Any]:
-    """The shard's tar as it is, and its index; returns its sample count and images by extension.
+    """Copy or link the shard's tar, and write its index; returns its sample count and images by extension.
 
-    A shard without a sample gets no tar: an empty one stops `datasets` and Energon, and tells readers nothing.
+    A shard without samples gets no tar: `datasets` and Energon fail on an empty one.
     """
     if not record.rows.get(Status.OK):
         return _EMPTY
@@ -82,7 +82,7 @@ _EMPTY: dict[str, Any] = {"samples": 0, "images": {}}
 
 
 def _indexed(out: FileTransaction, shard: str, where: str) -> dict[str, Any]:
-    """Write the index of the shard's tar, which is there with its listing."""
+    """Write the index of the shard's tar; tar and listing must exist."""
     with out.path(f"{shard}.tar").open("rb") as stream:
         index = index_tar(stream, where)
     with open_parquet(str(out.path(listing(shard)))) as listed:

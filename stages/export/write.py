@@ -1,7 +1,6 @@
-"""Export: final shards in the files that trainers read. One task is one shard of the source, or a few of which one is
-made, or one that is cut up; image bytes are never touched.
+"""Export of final shards to training formats: shards are copied, merged or split; image bytes never change.
 
-Beside what the format asks for, every shard keeps its Parquet with a row for every input row, so that an export is an
+Besides the files of the format, every shard keeps its Parquet with a row for every input row, so that an export is an
 artifact like any other: resumable, verifiable, and (as webdataset) an input.
 """
 
@@ -32,7 +31,7 @@ STAGE = "export"
 
 
 class ExportConfig(Growing):
-    """What decides the shards of an export; the card's words are not among it."""
+    """Options that determine the shards of an export; the card's text is not among them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     later: ClassVar[tuple[str, ...]] = ("shard_size",)
@@ -47,12 +46,12 @@ class ExportConfig(Growing):
 def export_shards(
     task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, *, link: bool = False
 ) -> list[ShardRecord]:
-    """Write and commit the task's shards. Raises ArtifactMismatch where the source's bytes are not those committed."""
+    """Write and commit the task's shards. Raises ArtifactMismatch if the source differs from its manifest."""
     return [_whole(task, source, artifact, config, link)] if task.copied else _cut(task, source, artifact, config)
 
 
 def _whole(task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, link: bool) -> ShardRecord:
-    """A shard of the source, its listing as it is and, where nothing is renamed, its tar."""
+    """Export one source shard; its listing is copied and, if nothing is renamed, its tar."""
     record = task.sources[0]
     with artifact.begin_files(record.shard) as out:
         for name in (listing(record.shard), f"{record.shard}_stats.json"):
@@ -71,38 +70,38 @@ def _whole(task: ExportTask, source: Artifact, artifact: Artifact, config: Expor
 
 
 def _writer(config: ExportConfig, out: FileTransaction, shard: str, rows: pa.Schema) -> ShardWriter:
-    """``rows``: the listing's schema."""
+    """Writer of the configured format. ``rows``: the listing's schema."""
     return writer_class(config.format).for_shard(out, shard, rows, config.image_extension)
 
 
 def _cut(task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig) -> list[ShardRecord]:
-    """Several shards made one, or one made several: the listings first, then the pairs, each read once and in order.
+    """Merge several shards, or split one: the listings first, then the pairs, each read once and in order.
 
-    None is committed before the last byte of the source was read, and so was checked.
+    Nothing is committed before the last byte of the source has been read and verified.
     """
     with ExitStack() as stack:
-        made = [stack.enter_context(_Part(piece, artifact, config)) for piece in task.pieces]
+        outputs = [stack.enter_context(_Part(piece, artifact, config)) for piece in task.pieces]
         offset = 0
         for record in task.sources:
             with committed_listing(source, record) as listed:
                 for batch in listed.iter_batches(ROW_GROUP, use_threads=False):
-                    for part in made:
+                    for part in outputs:
                         part.list(batch, offset)
                     offset += batch.num_rows
-        for part in made:
+        for part in outputs:
             part.end_listing()
         offset = 0
         for record in task.sources:
             with committed_listing(source, record) as listed:
                 for pair in pairs(source, record, listed):
-                    for part in made:
+                    for part in outputs:
                         part.add(pair, offset + pair.index)
             offset += record.count
-        return [part.commit(task, source) for part in made]
+        return [part.commit(task, source) for part in outputs]
 
 
 class _Part:
-    """One of the shards that a task writes at once."""
+    """One of the shards that a task writes simultaneously."""
 
     def __init__(self, piece: Piece, artifact: Artifact, config: ExportConfig) -> None:
         self._piece, self._config, self._artifact = piece, config, artifact
@@ -119,7 +118,7 @@ class _Part:
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
     def list(self, batch: pa.RecordBatch, offset: int) -> None:
-        """Take what is ours of a batch of rows, of which the first one has the number ``offset``."""
+        """Write this part's rows of a batch; ``offset``: number of its first row."""
         start, stop = max(0, self._piece.start - offset), min(batch.num_rows, self._piece.stop - offset)
         if start >= stop:
             return

@@ -1,4 +1,4 @@
-"""What writes the pairs of one shard into the files of a format; and what formats of loose images have in common."""
+"""Base classes of export formats: writers of one shard's pairs, and of formats with image files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from ...manifests.files.storage import create
 from .source import PARTS, Pair
 
 IMAGES = "images"
-_LONGEST_FOLDER = 600  # characters: longer ones would make names that are none
+_LONGEST_FOLDER = 600  # characters: longer ones would make invalid paths
 
 
 class ShardWriter(ABC):
-    """Context manager: ``add`` pairs in order, ``finish`` once; leaving before that gives up what is open.
+    """Writer of one shard, a context manager: ``add`` pairs in order, ``finish`` once; leaving before that discards.
 
-    ``extras``: files and folders of an export beside its shards' and its card; `--fresh` removes them. ``data_files``:
-    what `datasets` reads, a pattern, empty for nothing. ``loading``: the card's words on reading it, in Markdown.
+    ``extras``: files and folders of an export apart from its shards' and its card; `--fresh` removes them.
+    ``data_files``: pattern of the files that `datasets` reads, empty for none. ``loading``: the card's section on
+    loading, in Markdown.
     """
 
     extras: ClassVar[tuple[str, ...]] = ()
@@ -38,7 +39,7 @@ class ShardWriter(ABC):
 
     @classmethod
     def for_shard(cls, out: FileTransaction, shard: str, rows: pa.Schema, extension: str | None) -> ShardWriter:
-        """``rows``: the schema of the shard's listing; ``extension``: how all images are to be called, if alike."""
+        """Writer of a shard. ``rows``: schema of its listing; ``extension``: for all images, if it is to be uniform."""
         return cls(out, shard)
 
     @abstractmethod
@@ -46,7 +47,7 @@ class ShardWriter(ABC):
 
     @abstractmethod
     def finish(self) -> dict[str, Any]:
-        """Complete all files; returns what the manifest says of the shard, ``samples`` at least."""
+        """Complete all files; returns the shard's statistics for the manifest, at least ``samples``."""
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -56,28 +57,28 @@ class ShardWriter(ABC):
 
 
 class LooseWriter(ShardWriter):
-    """Images as files in a folder of the shard's, and a line about each that is put together with other shards' later.
+    """Image files in a folder per shard, and one JSON line per image; all shards' lines are joined later.
 
-    The folder appears whole, before the shard is declared. Counts: ``samples``, and what formats count beside.
-    ``listed``: the file that all shards' lines become, put together by ``joined``.
+    The folder appears atomically, before the shard is committed. Counts: ``samples``, and those of the format.
+    ``listed``: the file of all shards' lines, made by ``joined``.
     """
 
     listed: ClassVar[str]
 
     @staticmethod
     def joined(parts: Iterable[BinaryIO]) -> Iterator[bytes]:
-        """The contents of ``listed``, made of the shards' lines."""
+        """Contents of ``listed`` from the shards' lines."""
         return chain.from_iterable(parts)
 
     def __init__(self, out: FileTransaction, shard: str) -> None:
         super().__init__(out, shard)
         self.folder = f"{IMAGES}/{shard}"
         self.counts: Counter[str] = Counter(samples=0)
-        self._tree, self._names = out.tree(self.folder), defaultdict[str, set[str]](set)  # of files, by folder
+        self._tree, self._names = out.tree(self.folder), defaultdict[str, set[str]](set)  # file names by folder
         self._lines = self.open.enter_context(out.writing(part_file(shard)))
 
     def write(self, name: str, data: bytes) -> str:
-        """A file of the shard's folder; returns its path from the export's."""
+        """Write a file of the shard's folder; returns its path relative to the export."""
         path = self._tree / name
         if "/" in name:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,13 +91,13 @@ class LooseWriter(ShardWriter):
         self.counts["samples"] += 1
 
     def safe_name(self, key: str) -> str:
-        """A name without ending for a key's files, as :func:`file_name` makes it; no other of the folder has it."""
+        """File name for a key, without extension, by :func:`file_name`; unique in the folder."""
         return self._new_name("", key)
 
     def safe_path(self, key: str) -> str:
-        """The same, where a key with slashes, which another tool gave, is a file in folders."""
+        """As :meth:`safe_name`, with subfolders for keys with slashes, as some tools write."""
         *folders, last = key.split("/")
-        folder = "".join(f"{file_name(each)}/" for each in folders)
+        folder = "".join(f"{file_name(part)}/" for part in folders)
         return self.safe_name(key) if len(folder) > _LONGEST_FOLDER else self._new_name(folder, last)
 
     def _new_name(self, folder: str, key: str) -> str:
@@ -111,5 +112,5 @@ class LooseWriter(ShardWriter):
 
 
 def part_file(shard: str) -> str:
-    """A shard's lines, until they are put together."""
+    """File of a shard's lines, until they are joined."""
     return f"{PARTS}/{shard}.jsonl"

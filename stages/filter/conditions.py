@@ -1,11 +1,11 @@
-"""Conditions over columns: typed nodes that are computed with Arrow, whole columns at a time.
+"""Conditions over columns: typed expression nodes, evaluated with Arrow on whole columns.
 
-Nulls are SQL's: whatever is computed from a null is null, a comparison with one is unknown, ``not unknown`` is unknown,
-and only what is known to hold holds. So a row without a score is never kept by a condition on that score, negated or
-not. NaN, and what a division by zero gives, counts as null.
+Nulls follow SQL's three-valued logic: arithmetic with null is null, a comparison with null is unknown, ``not unknown``
+is unknown, and a row is kept only if the condition is true. So a row without a score is never kept by a condition on
+that score, negated or not. NaN and division by zero count as null.
 
-Numbers are compared in the precision of the column beside them: in ``clip_score > 0.28``, 0.28 is the float32 next to
-it, so a score that is shown as 0.28 is not above it.
+Literals are compared in the precision of the column: in ``clip_score > 0.28``, 0.28 is rounded to float32, so a score
+that is shown as 0.28 is not above it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COMPUTE = {"+": pc.add, "-": pc.subtract, "*": pc.multiply, "/": pc.divide}
 
 @dataclass(frozen=True)
 class Constant:
-    """A number or a text."""
+    """A number or text literal."""
 
     value: float | str
 
@@ -53,7 +53,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Column:
-    """A column under its own name; ``shown`` is the name it was asked for by."""
+    """A column by its actual name; ``shown``: the name used in the expression."""
 
     name: str
     shown: str
@@ -73,8 +73,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Sums and differences, or products and quotients, of numbers, from left to right: a thousand terms are no deeper
-    than two. ``rest``: each further operand behind its operator."""
+    """Sums and differences, or products and quotients, of numbers, as a flat left-associative chain: depth does not
+    grow with the number of terms. ``rest``: pairs of operator and operand."""
 
     first: Node
     rest: tuple[tuple[str, Node], ...]
@@ -93,7 +93,7 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``text`` of this and the following nodes: how it was written."""
+    """Comparison of two values. ``text``, here and in the following nodes: the source text."""
 
     text: str
     operator: str
@@ -108,7 +108,7 @@ class Comparison:
         return _COMPARE[self.operator](*_alike(self.left.values(table), self.right.values(table)))
 
     def bound(self) -> tuple[str, float] | None:
-        """The column and the number where one is held against the other."""
+        """Column name and number, if one is compared with the other."""
         for one, other in ((self.left, self.right), (self.right, self.left)):
             if isinstance(one, Column) and isinstance(other, Constant) and isinstance(other.value, float):
                 return one.name, other.value
@@ -182,7 +182,7 @@ Found = TypeVar("Found", bound=Node)
 
 
 def within(node: Node, kind: type[Found]) -> Iterator[Found]:
-    """The node and all below it that are of a kind, from left to right."""
+    """All nodes of a type in the tree of ``node``, from left to right."""
     if isinstance(node, kind):
         yield node
     for part in node.parts():
@@ -190,14 +190,14 @@ def within(node: Node, kind: type[Found]) -> Iterator[Found]:
 
 
 def conjuncts(condition: Condition) -> list[Condition]:
-    """What must hold for ``condition`` to hold, one by one: the terms of an outermost ``and``, else itself."""
+    """Conjuncts of ``condition``: the terms of an outermost ``and``, nested ones flattened; else itself."""
     if isinstance(condition, Junction) and condition.word == "and":
-        return [each for term in condition.terms if isinstance(term, Condition) for each in conjuncts(term)]
+        return [part for term in condition.terms if isinstance(term, Condition) for part in conjuncts(term)]
     return [condition]
 
 
 def holds(condition: Condition, table: pa.Table) -> Mask:
-    """Where ``condition`` is known to hold: a boolean for every row."""
+    """Mask of the rows for which ``condition`` is true."""
     mask: Mask = np.asarray(pc.fill_null(condition.values(table), False).to_numpy(zero_copy_only=False), dtype=bool)
     return mask
 
@@ -208,7 +208,7 @@ def _known(values: Values, where: Values) -> Values:
 
 
 def _alike(left: Values, right: Values) -> tuple[Values, Values]:
-    """A literal in the precision of the column beside it."""
+    """Cast a literal to the precision of the column that it is combined with."""
     if isinstance(right, pa.Scalar) and pa.types.is_float32(left.type):
         return left, _single(right)
     if isinstance(left, pa.Scalar) and pa.types.is_float32(right.type):
@@ -217,5 +217,5 @@ def _alike(left: Values, right: Values) -> tuple[Values, Values]:
 
 
 def _single(number: pa.Scalar) -> pa.Scalar:
-    with np.errstate(over="ignore"):  # beyond every float32: infinite, which compares as it should
+    with np.errstate(over="ignore"):  # overflow: infinity, which compares correctly
         return pa.scalar(np.float32(number.as_py()))

@@ -6,8 +6,8 @@
     factor    = "-" factor | number | "text" | 'text' | column | "(" condition ")"
     list      = "(" factor {"," factor} ")"
 
-Parsed here into typed nodes (:mod:`.conditions`, which also says what nulls do); nothing of it ever reaches Python's
-own parser. Words are known in any case. What cannot be understood is refused with its place and its mend.
+Parsed here into typed nodes (:mod:`.conditions`, which also defines null semantics); never passed to Python's
+parser. Keywords are case-insensitive. Syntax errors give the position and a fix.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from .conditions import (
     within,
 )
 
-MAX_DEPTH = 50  # of parentheses, negations and minus signs in each other
-_SHOWN = 60  # characters of a text in a reason
+MAX_DEPTH = 50  # nesting of parentheses, negations and minus signs
+_SHOWN = 60  # maximum characters of a text in a reason
 _TOKEN = re.compile(
     r"""\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
     | (?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
@@ -61,51 +61,51 @@ _PIECES = "an expression has columns, numbers, quoted texts, < <= > >= == != + -
 
 @dataclass(frozen=True)
 class Expression:
-    """A parsed expression. ``terms``: what must all hold, in the order in which they are named as reasons."""
+    """A parsed expression. ``terms``: its conjuncts, in the order in which they are reported as reasons."""
 
     text: str
     terms: tuple[Condition, ...]
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The columns it reads, each once."""
-        found = {column.name: column for term in self.terms for column in within(term, Column)}
-        return tuple(found.values())
+        """Distinct columns that it reads."""
+        by_name = {column.name: column for term in self.terms for column in within(term, Column)}
+        return tuple(by_name.values())
 
     def failures(self, table: pa.Table) -> npt.NDArray[np.int32]:
-        """For every row the index of the first term that is not known to hold, -1 where all do."""
+        """For every row the index of the first term that is not true, -1 if all are."""
         failed = np.full(len(table), -1, np.int32)
         for index in reversed(range(len(self.terms))):
             failed[~holds(self.terms[index], table)] = index
         return failed
 
     def mask(self, table: pa.Table) -> Mask:
-        """The rows for which it is known to hold."""
+        """Mask of the rows for which it is true."""
         mask: Mask = self.failures(table) < 0
         return mask
 
     def reason(self, term: int, row: Mapping[str, Any]) -> str:
-        """Why ``row`` fails ``term``: the term as it was written and the row's values of its columns."""
+        """Reason why ``row`` fails ``term``: the term's source text and the row's values of its columns."""
         columns = {column.shown: column.name for column in within(self.terms[term], Column)}
         values = ", ".join(f"{shown} is {shown_value(row[name])}" for shown, name in columns.items())
         return f"{self.terms[term].text}: {values}"
 
     def bounds(self) -> list[tuple[str, float]]:
-        """The numbers that columns are held against, for pictures."""
-        found = (each.bound() for term in self.terms for each in within(term, Comparison))
-        return [bound for bound in found if bound is not None]
+        """Columns and the numbers that they are compared with, for plots."""
+        candidates = (comparison.bound() for term in self.terms for comparison in within(term, Comparison))
+        return [bound for bound in candidates if bound is not None]
 
 
 def parse(text: str, types: Mapping[str, pa.DataType], aliases: Mapping[str, str] | None = None) -> Expression:
-    """Parse a condition over columns of the given Arrow types; ``aliases`` are further names of them.
+    """Parse a condition over columns of the given Arrow types; ``aliases``: further names of columns.
 
-    Raises BadInput on anything else, in one line.
+    Raises BadInput, with a one-line message, for anything else.
     """
     return Expression(text, tuple(conjuncts(_Parser(text, types, aliases or {}).condition())))
 
 
 def shown_value(value: Any) -> str:
-    """A value for a reason: floats as short as float32 allows, long texts cut."""
+    """A value formatted for a reason: floats in shortest float32 form, long texts truncated."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "missing"
     if isinstance(value, float):
@@ -115,14 +115,14 @@ def shown_value(value: Any) -> str:
 
 
 def unknown_column(name: str, known: list[str]) -> str:
-    """What to say of a name that is no column's."""
+    """Error text for an unknown column, with suggestions."""
     close = difflib.get_close_matches(name, known, 3)
     return f"no column {name!r}; " + (f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
 class _Token:
-    """``kind``: number, text, name, word, sign, other, or end."""
+    """A token. ``kind``: number, text, name, word (keyword), sign, other, or end."""
 
     kind: str
     value: str
@@ -131,18 +131,18 @@ class _Token:
 
 
 def _tokens(text: str) -> list[_Token]:
-    found = []
+    tokens = []
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup or "other"
         token = _Token(kind, match[kind], *match.span(kind))
         if kind == "name" and token.value.lower() in _WORDS:
             token = replace(token, kind="word", value=token.value.lower())
-        found.append(token)
-    return [*found, _Token("end", "", len(text), len(text))]
+        tokens.append(token)
+    return [*tokens, _Token("end", "", len(text), len(text))]
 
 
 class _Parser:
-    """Recursive descent, a method for each line of the grammar above."""
+    """Recursive-descent parser, one method per rule of the grammar above."""
 
     def __init__(self, text: str, types: Mapping[str, pa.DataType], aliases: Mapping[str, str]) -> None:
         self._text, self._types, self._aliases = text, types, aliases
@@ -153,7 +153,7 @@ class _Parser:
         return self._tokens[self._at]
 
     def _take(self, kind: str, *values: str) -> str | None:
-        """The next token's value if it is one of these, else None; it is passed over then."""
+        """Consume the next token and return its value if it matches, else return None."""
         token = self._next
         if token.kind != kind or (values and token.value not in values):
             return None
@@ -171,7 +171,7 @@ class _Parser:
         self._fail(f"{token.value!r} at character {token.start + 1}: {_MENDS.get(token.value, wanted)}")
 
     def condition(self) -> Condition:
-        """The whole text."""
+        """Parse the whole text."""
         node = self._condition()
         if self._next.kind != "end":
             self._unexpected()
@@ -190,7 +190,7 @@ class _Parser:
         return self._junction("or")
 
     def _since(self, start: int) -> str:
-        """The text from a token up to where we are, on one line."""
+        """Source text from token ``start`` to the current position, on one line."""
         return " ".join(self._text[self._tokens[start].start : self._tokens[self._at - 1].end].split())
 
     def _truth(self, node: Node) -> Condition:
@@ -220,8 +220,8 @@ class _Parser:
         if self._take("word", "in"):
             choices = self._choices(left)
             text = self._since(start)
-            found = Membership(text, left, choices)
-            return Not(text, found) if negated else found
+            membership = Membership(text, left, choices)
+            return Not(text, membership) if negated else membership
         if negated:
             self._unexpected("after a value, `not` is followed by `in`")
         return left
@@ -252,7 +252,7 @@ class _Parser:
         return Not(text, IsNull(text, item)) if negated else IsNull(text, item)
 
     def _choices(self, item: Node) -> tuple[float | str, ...]:
-        """The list of an ``in``, each of the kind of its item."""
+        """Parse the list of an ``in``; all elements must have the kind of the item."""
         self._value(item)
         self._needs_column(item)
         if not self._take("sign", "("):
@@ -285,7 +285,7 @@ class _Parser:
         return self._chain(("+", "-"), lambda: self._chain(("*", "/"), self._factor))
 
     def _chain(self, operators: tuple[str, ...], part: Callable[[], Node]) -> Node:
-        """Operands with these operators between them; constants at the start become one."""
+        """Parse operands joined by these operators; leading constants are folded."""
         first, rest = part(), list[tuple[str, Node]]()
         while operator := self._take("sign", *operators):
             operand = part()
@@ -343,7 +343,7 @@ class _Parser:
 
 
 def kind_of(type_: pa.DataType) -> Kind:
-    """What can be done with values of an Arrow type."""
+    """Kind of values of an Arrow type, which decides the permitted operations."""
     if pa.types.is_integer(type_) or pa.types.is_floating(type_):
         return "number"
     return "text" if pa.types.is_string(type_) else "list"

@@ -1,4 +1,4 @@
-"""A caption as words: what counts as one, and how much of a caption says again what it said before."""
+"""Word tokenization of captions, and n-gram repetition."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ COLORS = frozenset(_COLORS.split())
 
 
 def words_of(text: str) -> list[str]:
-    """Words without case and punctuation; "it's" and "T-shirt" are one word each."""
+    """Case-folded words without punctuation; "it's" and "T-shirt" are one word each."""
     return _WORD.findall(text.casefold())
 
 
 def word_ends(text: str) -> list[tuple[str, int]]:
-    """Each word, without case, and where in ``text`` it ends."""
-    return [(found[0].casefold(), found.end()) for found in _WORD.finditer(text)]
+    """Each case-folded word with its end offset in ``text``."""
+    return [(match[0].casefold(), match.end()) for match in _WORD.finditer(text)]
 
 
 def repeated_share(words: list[str], size: int = GRAM) -> float:
-    """The share of the ``size``-grams that occurred before; 0 where there is none."""
-    found = grams(words, size)
-    return 1 - len(set(found)) / len(found) if found else 0.0
+    """Fraction of ``size``-grams that repeat an earlier one; 0 if there are none."""
+    all_grams = grams(words, size)
+    return 1 - len(set(all_grams)) / len(all_grams) if all_grams else 0.0
 
 
 def repeats(items: Sequence[Hashable], size: int = GRAM) -> list[int]:
-    """The places of the items that complete a ``size``-gram which occurred before."""
+    """Indices of the items that complete a repeated ``size``-gram."""
     seen: set[tuple[Hashable, ...]] = set()
     places = []
     for start, gram in enumerate(grams(items, size)):
@@ -44,5 +44,5 @@ def repeats(items: Sequence[Hashable], size: int = GRAM) -> list[int]:
 
 
 def grams(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
-    """All runs of ``size`` neighbours."""
+    """All ``size``-grams."""
     return list(zip(*(items[start:] for start in range(size)), strict=False))

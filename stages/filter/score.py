@@ -1,7 +1,7 @@
-"""Score: how well each image's captions fit it, the new one and the one it came with; thresholds are for later.
+"""Image-text scoring of each image's new and original caption; thresholds are applied later, by selection.
 
-Rows are scored in chunks that begin at the shard's start, so that the same rows share a batch however often a run was
-interrupted: sums in another order would differ in their last bits, and with them the final shards' bytes.
+Rows are scored in chunks aligned to the shard's start, so that the same rows share a batch however often a run is
+interrupted: another summation order would change the last bits, and with them the final shards' bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ...models.scorers.sentences import split_sentences
 from ..annotate.captioner import chosen_caption
 from .ngrams import repeated_share, words_of
 
-CAPTIONS = "captions"  # the annotate artifact, in a row's ``beside``
+CAPTIONS = "captions"  # name of the annotate artifact in a row's ``beside``
 CHUNK = 64
 NEW, ORIGINAL = "re", "org"
 
 
 class SafetyDetector(Protocol):
-    """Finds what must not be shown. ``detect``: for n images of ``view`` the labels found, each with its score."""
+    """Detector of unsafe images. ``detect``: for each of n images the labels found, with their scores."""
 
     preprocess: Preprocess
 
@@ -34,7 +34,7 @@ class SafetyDetector(Protocol):
 
 @dataclass(frozen=True)
 class SeenRow:
-    """A row with its captions by prefix and its image, by its index among the chunk's distinct ones."""
+    """A row with its captions by prefix, and its image as an index into the chunk's distinct images."""
 
     row: Row
     captions: Mapping[str, str]
@@ -43,7 +43,7 @@ class SeenRow:
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows that only models have yet to look at: their images, output rows, captions by row and prefix, and tokens."""
+    """Rows ready for the models: image indices, output rows, captions by row and prefix, and tokens."""
 
     images: list[int]
     described: list[dict[str, Any]]
@@ -54,19 +54,19 @@ class PreparedRows:
 
 @dataclass(frozen=True)
 class CaptionScorer:
-    """Scores chunks of rows with all scorers. An image's views are those of the scorers, then the detector's."""
+    """Scores chunks of rows with all scorers. An image has one view per scorer, then the detector's."""
 
     scorers: tuple[Scorer, ...]
     safety: SafetyDetector | None = None
 
     @property
     def preprocesses(self) -> tuple[Preprocess, ...]:
-        """The pixels wanted of every image."""
+        """Preprocessing of each view."""
         seen = tuple(scorer.preprocess for scorer in self.scorers)
         return seen if self.safety is None else (*seen, self.safety.preprocess)
 
     def prepare(self, rows: Sequence[SeenRow]) -> PreparedRows:
-        """All that needs no model: words counted, sentences split, texts tokenized for every scorer."""
+        """Work that needs no model: word counts, sentence splitting, tokenization for every scorer."""
         asked = [(number, prefix) for number, seen in enumerate(rows) for prefix in seen.captions]
         captions = ask_captions([(rows[number].image, rows[number].captions[prefix]) for number, prefix in asked])
         texts = list(distinct_texts(captions.pairs))
@@ -75,7 +75,7 @@ class CaptionScorer:
         return PreparedRows([seen.image for seen in rows], described_rows, asked, captions, tokens)
 
     def score(self, rows: PreparedRows, images: Sequence[tuple[Pixels, ...]]) -> list[dict[str, Any]]:
-        """The output rows. A score that is no number makes its row an ``engine_error``, to be tried again."""
+        """Output rows. A NaN or infinite score makes its row an ``engine_error``, to be retried."""
         out = rows.described
         for position, scorer in enumerate(self.scorers):
             pixels = [views[position] for views in images]
@@ -83,14 +83,14 @@ class CaptionScorer:
             for (number, prefix), score in zip(rows.asked, scores, strict=True):
                 _enter(out[number], scorer.name, prefix, score)
         if self.safety is not None:
-            found = self.safety.detect([views[-1] for views in images])
+            labels_by_image = self.safety.detect([views[-1] for views in images])
             for image, row in zip(rows.images, out, strict=True):
-                labels = found[image]
+                labels = labels_by_image[image]
                 row |= {"unsafe": max(labels.values(), default=0.0), "unsafe_labels": sorted(labels)}
         return out
 
     def reason(self, row: SeenRow, image: tuple[Pixels, ...], error: Exception) -> str:
-        """Why a row cannot be scored even by itself: the scorer that fails, and on what: its image or a caption."""
+        """Reason why a row cannot be scored even alone: the failing scorer, and whether on the image or a caption."""
         for scorer, pixels in zip(self.scorers, image, strict=False):
             subject = "the image"
             try:
@@ -115,17 +115,17 @@ def _enter(row: dict[str, Any], scorer: str, prefix: str, score: CaptionScore) -
 
 
 def captions_of(row: Row) -> dict[str, str]:
-    """A row's captions by prefix: the new one where an annotate row lies beside it, the original where it has one."""
-    found = {}
+    """Captions of a row by prefix: the new one from its annotate row, and the original, if present."""
+    captions = {}
     if CAPTIONS in row.beside and (text := chosen_caption(row.beside[CAPTIONS])).strip():
-        found[NEW] = text
+        captions[NEW] = text
     if row.text is not None and row.text.strip():
-        found[ORIGINAL] = row.text
-    return found
+        captions[ORIGINAL] = row.text
+    return captions
 
 
 def unscored(row: Row) -> dict[str, Any] | None:
-    """The output row of one that has nothing to be scored, or that its captions' run gave up; None for others."""
+    """Output row if there is nothing to score, or captioning failed; None otherwise."""
     if row.status is not Status.OK:
         return passed_on(row)
     beside = row.beside.get(CAPTIONS)
@@ -139,12 +139,12 @@ def unscored(row: Row) -> dict[str, Any] | None:
 
 
 def passed_on(row: Row) -> dict[str, Any]:
-    """An output row without scores: the row's own status and reason, and its captions."""
+    """Output row without scores: the row's own status and error, and its captions."""
     return described(row, captions_of(row))
 
 
 def described(row: Row, captions: Mapping[str, str]) -> dict[str, Any]:
-    """What can be said of a row without a model."""
+    """Output row with the columns that need no model."""
     out: dict[str, Any] = {"key": row.key, "uid": row.uid, "status": str(row.status), "error": row.error}
     for prefix, text in captions.items():
         words = words_of(text)
@@ -159,8 +159,8 @@ def described(row: Row, captions: Mapping[str, str]) -> dict[str, Any]:
 
 
 def language_of(text: str) -> str:
-    """ISO 639-1, the likeliest of the 97 that py3langid knows (Lui and Baldwin, 2012); a guess for a few words."""
-    import py3langid  # loads its model, which takes a moment
+    """ISO 639-1 code by py3langid (97 languages; Lui and Baldwin, 2012); unreliable for a few words."""
+    import py3langid  # deferred: loads its model
 
     language: str = py3langid.classify(text[:2000])[0]
     return language

@@ -1,8 +1,8 @@
-"""Select: which scored rows go into the final shards, and what these hold. Pure functions; nothing here opens a file.
+"""Selection of scored rows for the final shards, and the contents of these. Pure functions without file access.
 
-A row is a candidate where its scores are ok, no mark speaks against it and there is a caption to write. A candidate is
-kept where ``keep`` holds and, with ``top``, its score is in the top fraction of those candidates for which ``keep``
-holds and which have one. Every row comes out, the rejected ones with their scores and the reason.
+A row is a candidate if its scores are ok, no dedup mark excludes it and it has a caption. A candidate is kept if
+``keep`` holds and, with ``top``, its score is in the top fraction of the candidates for which ``keep`` holds and which
+have a score. Every row is written out, rejected ones with their scores and the reason.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ Text = Literal["re", "org"]
 Scores = npt.NDArray[np.floating[Any]]
 
 _TYPES: dict[str, pa.DataType] = {field.name: field.type for field in SCORE}
-#: What the txt of a final sample is called in expressions: ``clip_score`` for ``re_clip_score`` or ``org_clip_score``.
+#: Unprefixed names in expressions, of the caption that is written: ``clip_score`` for ``re_clip_score`` or ``org_…``.
 _SHARED = tuple(name.removeprefix("re_") for name in _TYPES if name.startswith("re_"))
 _NAMES = [*_SHARED, *_TYPES]
 
 
 def aliases(text: Text) -> dict[str, str]:
-    """The unprefixed names of columns, for the caption that is written."""
+    """Unprefixed column names, mapped to those of the caption that is written."""
     return {name: f"{text}_{name}" for name in _SHARED}
 
 
 class SelectConfig(BaseModel):
-    """What decides which rows are kept and how they are packed; all of it is in the fingerprint."""
+    """Options of selection and packing; all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -77,14 +77,14 @@ class SelectConfig(BaseModel):
 
     @property
     def shown(self) -> str:
-        """The conditions in words."""
+        """The conditions as command-line options."""
         top = "" if self.top is None else f"--top {self.top:g} --by {self.by}"
         return " ".join(part for part in ("" if self.keep is None else f"--keep {self.keep!r}", top) if part) or "all"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A config made definite. ``text``: the caption to write; ``threshold``: least score of ``top``, once known."""
+    """A resolved config. ``text``: the caption to write; ``threshold``: minimum score for ``top``, once known."""
 
     config: SelectConfig
     text: Text
@@ -93,43 +93,43 @@ class Rule:
 
     @classmethod
     def of(cls, config: SelectConfig, text: Text, threshold: str | None = None) -> Rule:
-        """``threshold`` as in :attr:`threshold_text`."""
+        """Rule of a config; ``threshold`` as in :attr:`threshold_text`."""
         keep = None if config.keep is None else parse(config.keep, _TYPES, aliases(text))
         rule = cls(config, text, keep)
         return rule if threshold is None else replace(rule, threshold=float(rule.precision(threshold)))
 
     def precision(self, number: float | str) -> np.floating[Any]:
-        """A number in the precision of the column that ``top`` ranks by."""
+        """Cast a number to the precision of the column that ``top`` ranks by."""
         single = self.by is not None and pa.types.is_float32(_TYPES[self.by])
         return np.float32(number) if single else np.float64(number)
 
     @property
     def threshold_text(self) -> str | None:
-        """The threshold's shortest decimal that reads back to the very same number."""
+        """Shortest decimal of the threshold that round-trips exactly."""
         return None if self.threshold is None else str(self.precision(self.threshold))
 
     @property
     def by(self) -> str | None:
-        """The column by which ``top`` ranks; None without ``top``."""
+        """Column by which ``top`` ranks; None without ``top``."""
         return None if self.config.top is None else aliases(self.text).get(self.config.by, self.config.by)
 
     @property
     def columns(self) -> list[str]:
-        """The columns that the decision reads."""
+        """Columns needed for the decision."""
         used = {"status": None, f"{self.text}_length": None}
         used |= {column.name: None for column in (self.keep.columns if self.keep else ())}
         return list(used | ({self.by: None} if self.by else {}))
 
     def bounds(self) -> list[tuple[str, float]]:
-        """Columns and the numbers they are held against, for pictures."""
-        found = self.keep.bounds() if self.keep else []
-        return found if self.by is None or self.threshold is None else [*found, (self.by, self.threshold)]
+        """Columns and the numbers that they are compared with, for plots."""
+        bounds = self.keep.bounds() if self.keep else []
+        return bounds if self.by is None or self.threshold is None else [*bounds, (self.by, self.threshold)]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is known of each row of a table before a threshold is. ``failed``: index of the first term of ``keep`` that
-    fails, else -1. ``by``: what ``top`` ranks by, NaN where there is none."""
+    """Per-row decision before the threshold of ``top`` is known. ``failed``: index of the first term of ``keep`` that
+    fails, else -1. ``by``: score that ``top`` ranks by, NaN if missing."""
 
     candidate: Mask
     failed: npt.NDArray[np.int32]
@@ -137,12 +137,12 @@ class Decision:
 
     @property
     def eligible(self) -> Mask:
-        """Rows that are kept but for ``top``; those that it cannot rank are not among them."""
+        """Rows that are kept before ``top``, without those that it cannot rank."""
         mask: Mask = self.candidate & (self.failed < 0)
         return mask if self.by is None else mask & ~np.isnan(self.by)
 
     def kept(self, rule: Rule) -> Mask:
-        """Rows that are kept under the rule's threshold; ties with it are."""
+        """Rows that are kept under the rule's threshold, ties included."""
         if self.by is None:
             return self.eligible
         assert rule.threshold is not None
@@ -151,7 +151,7 @@ class Decision:
 
 
 def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule) -> Decision:
-    """Look at the rows of ``table``, which has at least :attr:`Rule.columns`; ``marks``: their statuses, if any."""
+    """Decide on the rows of ``table``, which has at least :attr:`Rule.columns`; ``marks``: dedup statuses, if any."""
     candidate = _where(pc.equal(table.column("status"), str(Status.OK)))
     candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
     if marks is not None:
@@ -167,7 +167,7 @@ def _where(column: pa.ChunkedArray) -> Mask:
 
 
 def scores_of(table: pa.Table, name: str) -> Scores:
-    """A column of numbers, NaN for null: floats as they are, integers as float64."""
+    """A numeric column with NaN for null: floats unchanged, integers as float64."""
     column = table.column(name)
     if pa.types.is_integer(column.type):
         column = column.cast(pa.float64())
@@ -176,19 +176,19 @@ def scores_of(table: pa.Table, name: str) -> Scores:
 
 
 def top_threshold(scores: Scores, top: float) -> float:
-    """The least score among the best ``top`` of ``scores``, rounded up to whole rows; there must be some, none NaN.
+    """Lowest score in the top fraction ``top`` of ``scores``, rounded up to whole rows; needs scores, without NaN.
 
-    It is one of the scores, so it is exact. Whatever equals it is kept, so more than ``top`` may be.
+    It is one of the scores, so it is exact. Ties are kept, so the kept fraction may exceed ``top``.
     """
     count = math.ceil(Fraction(repr(top)) * len(scores))  # 0.07 of 100 rows is 7, not 8
-    place = len(scores) - count
-    return float(np.partition(scores, place)[place])
+    index = len(scores) - count
+    return float(np.partition(scores, index)[index])
 
 
 def group(kept: Sequence[int], size: int) -> list[range]:
-    """Input shards, of which each has so many ``kept`` rows, as runs of neighbours with at most ``size`` kept rows.
+    """Group consecutive input shards, given their numbers of ``kept`` rows, into runs of at most ``size`` kept rows.
 
-    A shard with more of them is a group of its own. None of the groups is without kept rows, unless all are.
+    A shard with more is a group of its own. Every group has kept rows, unless there are none at all.
     """
     groups, start, total = [], 0, 0
     for index, count in enumerate(kept):
@@ -200,9 +200,9 @@ def group(kept: Sequence[int], size: int) -> list[range]:
 
 
 def final_keys(shards: Sequence[str], keys: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Keys of a final shard made of the named shards: their own, unless two rows of different shards share one.
+    """Keys of a final shard merged from ``shards``: unchanged, unless two rows of different shards share one.
 
-    Then all get their shard's name before them; and its number, too, should even that leave two alike.
+    In that case all are prefixed with their shard's name; if that still leaves duplicates, also with its number.
     """
     prefixes = ([""] * len(shards), [f"{_plain(shard)}_" for shard in shards])
     numbered = [f"{number:05d}_{prefix}" for number, prefix in enumerate(prefixes[1])]
@@ -214,14 +214,14 @@ def final_keys(shards: Sequence[str], keys: Sequence[Sequence[str]]) -> list[lis
 
 
 def _plain(shard: str) -> str:
-    """A shard's name without what ends a key (a dot) or makes a folder of it."""
+    """A shard's name without dots, which end a key, and slashes."""
     return shard.replace(".", "_").replace("/", "_")
 
 
 def selection_status(
     row: Mapping[str, Any], mark: Mapping[str, Any] | None, rule: Rule, failed: int
 ) -> tuple[str, str | None]:
-    """Status and error of a row of the scores by the same rule as :func:`decide`; ``failed`` is what that found."""
+    """Status and error of a scored row, by the same rule as :func:`decide`, which gives ``failed``."""
     if row["status"] != Status.OK:
         return row["status"], row["error"]
     if mark is not None and mark["status"] != Status.OK:
@@ -248,20 +248,20 @@ def _rejected(row: Mapping[str, Any], rule: Rule, failed: int) -> str | None:
 def final_row(
     row: Mapping[str, Any], status: str, error: str | None, key: str, shard: str, text: Text
 ) -> dict[str, Any]:
-    """A row of the final shards from one of the scores. ``caption`` is set where the row is ok."""
+    """Row of the final shards from a scored row. ``caption`` is set if the row is ok."""
     caption = row[f"{text}_caption"] if status == Status.OK else None
     own = {"key": key, "status": status, "error": error, "caption": caption}
     return {**row, **own, "source_shard": shard, "source_key": row["key"]}
 
 
 def members(source: Row, row: Mapping[str, Any]) -> dict[str, bytes] | None:
-    """The sample of a final row: image bytes as they came, the caption, all else as JSON; None unless it is ok."""
+    """Tar members of a final row: unchanged image bytes, the caption, the rest as JSON; None unless it is ok."""
     if row["status"] != Status.OK or source.image is None:
         return None
     header = read_header(source.image)
     extension = header.format if isinstance(header, Header) else source.format
     ours = {name: _decimal(row[name]) for name in _TYPES if name not in ("key", "status", "error")}
-    # Without those that are null: `datasets` takes a column's type from the first samples, and null is a type to it.
+    # Without nulls: `datasets` infers a column's type from the first samples, and would infer the null type.
     ours = {name: value for name, value in ours.items() if value is not None and value != []}
     try:
         meta = encode_meta(source.meta or {}, ours)
@@ -271,13 +271,13 @@ def members(source: Row, row: Mapping[str, Any]) -> dict[str, bytes] | None:
 
 
 def _decimal(value: Any) -> Any:
-    """A float32 by its shortest decimal, which reads back to the same float32; None where JSON has no word for it."""
+    """A float32 as its shortest round-trip decimal; None for NaN and infinity, which JSON lacks."""
     if not isinstance(value, float):
         return value
     return float(str(np.float32(value))) if math.isfinite(value) else None
 
 
 def uid_list(uids: Iterable[str]) -> npt.NDArray[np.void]:
-    """DataComp's list of samples: each uid once as two big-endian halves (``u8,u8``), sorted."""
+    """DataComp's list of samples: distinct uids as two big-endian halves (``u8,u8``), sorted."""
     halves = np.frombuffer(bytes.fromhex("".join(uids)), ">u8").astype("<u8")
     return np.unique(halves.view(np.dtype("u8,u8")))

@@ -1,4 +1,4 @@
-"""Captions of images that are files: rows of ImageFolder's ``metadata.jsonl``, or fields of a ``.json`` beside one."""
+"""Captions of image files: rows of ImageFolder's ``metadata.jsonl``, or fields of a ``.json`` sidecar."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from . import tables
 from .source_refs import FileRef, Handles, Item, ItemRef, ProblemRef, TarRef
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-FILE_NAME = "file_name"  # the column that names an image, from where the metadata lies
+FILE_NAME = "file_name"  # column of image paths, relative to the metadata's folder
 
 
 @dataclass(frozen=True, slots=True)
 class DescribedRef:
-    """A file with its row of the metadata: ``meta`` is all of it but the caption, as JSON. ``named``: the caption is of
-    the column that a user named, and goes before the file's own."""
+    """A file with its metadata row: ``meta`` is the row without the caption, as JSON. ``named``: the caption is from
+    the column given by the user, and takes precedence over the file's own."""
 
     file: FileRef
     named: bool
@@ -48,7 +48,7 @@ class DescribedRef:
         return json.dumps(["described", self.file.identity_unread(), self.text, self.url, self.meta])
 
     def load(self, handles: Handles) -> Item:
-        """The file's own sidecars go before a row of a file that is about many."""
+        """Load the file; its own sidecars take precedence over the metadata row."""
         item = self.file.load(handles)
         item.text = self.text if self.named or item.text is None else item.text
         item.url = item.url or self.url
@@ -58,7 +58,7 @@ class DescribedRef:
 
 @dataclass(frozen=True, slots=True)
 class CaptionedRef:
-    """An image whose caption is a field of the ``.json`` that belongs to it."""
+    """An image whose caption is a field of its ``.json`` sidecar."""
 
     image: FileRef | TarRef
     field: str
@@ -84,7 +84,7 @@ class CaptionedRef:
 
 
 def with_sidecar_captions(refs: Iterator[ItemRef], columns: Columns) -> Iterator[ItemRef]:
-    """``refs``, the caption of files and members taken from the field of their JSON that a user named."""
+    """Take the captions of files and tar members from the JSON field given by the user."""
     if columns.text is None:
         return refs
     field = columns.text
@@ -94,29 +94,30 @@ def with_sidecar_captions(refs: Iterator[ItemRef], columns: Columns) -> Iterator
 def with_metadata(
     root: str, refs: Iterator[ItemRef], columns: Columns, inside: Reach = ANYWHERE, names: Reach = ANYWHERE
 ) -> Iterator[ItemRef]:
-    """The items of a folder, its images joined with the metadata of their folder or of one above it.
+    """Join a folder's images with the metadata of their folder or of a parent folder.
 
-    Metadata is no item itself; its rows about files that are not there, or that cannot be read, are items at the end.
-    It is held in memory. ``inside``: how far it may lead; ``names``: how far those in it may.
+    Metadata files are not items; their rows for missing files, and rows that cannot be read, are items at the end. All
+    metadata is held in memory. ``inside``: the permitted locations of metadata files; ``names``: those of the paths in
+    them.
 
-    Raises BadInput where it cannot be read, at once for that of ``root`` itself.
+    Raises BadInput if metadata cannot be read; for that of ``root`` itself before the first item.
     """
-    found = _Found(root, columns, inside, names)
-    found.of("")
-    return _joined(found, refs)
+    metadata = _Found(root, columns, inside, names)
+    metadata.of("")
+    return _joined(metadata, refs)
 
 
-def _joined(found: _Found, refs: Iterator[ItemRef]) -> Iterator[ItemRef]:
+def _joined(metadata: _Found, refs: Iterator[ItemRef]) -> Iterator[ItemRef]:
     for ref in refs:
         if not isinstance(ref, FileRef):
             yield ref
-        elif not found.is_metadata(ref.name):
-            yield found.described(ref)
-    yield from found.rest()
+        elif not metadata.is_metadata(ref.name):
+            yield metadata.described(ref)
+    yield from metadata.rest()
 
 
 class _Metadata:
-    """One metadata file, ``name`` from the source's root, in ``folder``."""
+    """One metadata file; ``name`` and its ``folder`` are relative to the source's root."""
 
     def __init__(self, root: str, folder: str, name: str, rows: tables.Rows) -> None:
         self.name, self.folder = name, folder
@@ -137,7 +138,7 @@ class _Metadata:
 
 
 class _Found:
-    """The metadata of a source's folders, each looked for once."""
+    """Metadata of a source's folders, each looked up once."""
 
     def __init__(self, root: str, columns: Columns, inside: Reach, names: Reach) -> None:
         self._root, self._columns, self._inside, self._names = root, columns, inside, names
@@ -149,29 +150,29 @@ class _Found:
         return self._by_folder[folder]
 
     def is_metadata(self, name: str) -> bool:
-        found = self.of(posixpath.dirname(name)) if posixpath.basename(name) in METADATA else None
-        return found is not None and found.name == name
+        metadata = self.of(posixpath.dirname(name)) if posixpath.basename(name) in METADATA else None
+        return metadata is not None and metadata.name == name
 
     def described(self, ref: FileRef) -> ItemRef:
-        """The file with its row, that of the nearest folder; the file alone where none is about it."""
+        """The file with its row from the nearest folder; the file alone if it has no row."""
         folder, row = posixpath.dirname(ref.name), None
         while True:
-            found = self.of(folder)
-            if found is not None:
+            metadata = self.of(folder)
+            if metadata is not None:
                 name = _plain(ref.name[len(folder) :].lstrip("/"))
-                found.unused.pop(name, None)
-                row = found.rows.get(name) if row is None else row
+                metadata.unused.pop(name, None)
+                row = metadata.rows.get(name) if row is None else row
             if not folder:
                 return ref if row is None else self._joined(ref, row)
             folder = posixpath.dirname(folder)
 
     def rest(self) -> Iterator[ItemRef]:
-        """What the metadata has beside rows about the files that are there."""
-        for found in [each for each in self._by_folder.values() if each is not None]:
-            yield from found.faults
-            for name in found.unused:
-                row = found.rows[name]
-                name = row[FILE_NAME] if is_url(row[FILE_NAME]) else join(found.folder, row[FILE_NAME])
+        """Faulty rows, and rows for files that do not exist."""
+        for metadata in [entry for entry in self._by_folder.values() if entry is not None]:
+            yield from metadata.faults
+            for name in metadata.unused:
+                row = metadata.rows[name]
+                name = row[FILE_NAME] if is_url(row[FILE_NAME]) else join(metadata.folder, row[FILE_NAME])
                 yield self._joined(FileRef(self._root, name, None, reach=self._names), row)
 
     def _joined(self, ref: FileRef, row: Mapping[str, Any]) -> DescribedRef:
@@ -187,7 +188,7 @@ class _Found:
             if not _is_file(path, self._inside):
                 continue
             columns, rows = tables.rows_of(path)
-            if FILE_NAME in columns:  # else it is a table of another kind
+            if FILE_NAME in columns:  # else it is some other table
                 self._columns.check_text(path, columns)
                 try:
                     return _Metadata(self._root, folder, join(folder, name), rows)
@@ -197,7 +198,7 @@ class _Found:
 
 
 def _is_file(path: str, inside: Reach) -> bool:
-    """Whether there is a file, and of its folder: a link that leaves it is an item, and says so."""
+    """True if there is a file inside its folder: a link that leaves the folder is an item with that error."""
     if "://" not in path:
         return Path(path).is_file() and refusal(path, inside) is None
     fs, inner = url_to_fs(path)
@@ -205,7 +206,7 @@ def _is_file(path: str, inside: Reach) -> bool:
 
 
 def _jsonable(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A row as JSON has it; None where that is too deep."""
+    """A row as JSON values; None if it is nested too deeply."""
     try:
         plain: dict[str, Any] = jsonable(row)
         json.dumps(plain)
@@ -215,5 +216,5 @@ def _jsonable(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _plain(name: str) -> str:
-    """A name as it is compared: macOS writes accents in another form than most tables do."""
+    """A name normalised for comparison: macOS and most tables use different Unicode forms for accents."""
     return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))

@@ -1,9 +1,8 @@
-"""A source that has other items than when it was ingested: the new ones are told from those that were there.
+"""Incremental ingest of a source that has changed: new items are distinguished from those already ingested.
 
-Beside each shard of an ingest lie 8 bytes of every item's identity, in the order of its rows. By these an item is found
-again wherever it stands among the others now, so files that were added to a folder begin new shards, and no shard that
-is there changes. In memory are 17 bytes for each item of the shards that are not as they were cut before, and the new
-items that come before the last of the old ones.
+Each ingested shard has a file with 8 bytes of every item's identity hash, in row order. They identify an item wherever
+it is in the source now, so files added to a folder start new shards, and no existing shard changes. Memory: 17 bytes
+per item of the shards whose cut differs now, and the new items that come before the last of the old ones.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ...manifests.status import Status
 from .source_refs import GoneRef, ItemRef, identities
 
 _BYTES = 8
-_UNREAD = (Status.READ_ERROR, Status.MISSING)  # rows whose items may leave the source: nothing of them was kept
+_UNREAD = (Status.READ_ERROR, Status.MISSING)  # rows whose items may leave the source: none of their bytes are kept
 
 Found = tuple[tuple[ItemRef, ...], ShardRecord | None]
 
@@ -32,7 +31,7 @@ def items_file(shard: str) -> str:
 
 
 def marks_of(refs: Iterable[ItemRef]) -> bytes:
-    """What :func:`items_file` holds."""
+    """Contents of :func:`items_file`."""
     return b"".join(_mark(ref.identity()) for ref in refs)
 
 
@@ -41,9 +40,9 @@ def _mark(identity: str) -> bytes:
 
 
 def grown(artifact: Artifact, committed: Mapping[str, ShardRecord], refs: Iterable[ItemRef]) -> Iterator[Found]:
-    """The items of shards still to be written: of new ones, or of ``committed`` ones with rows to be tried again.
+    """Items of the shards still to be written: new shards, or ``committed`` ones with rows to retry.
 
-    Raises ArtifactMismatch where an item of a committed shard is gone, unless it could not be read then.
+    Raises ArtifactMismatch if an item of a committed shard is gone, unless it could not be read at that time.
     """
     size = int(artifact.config["semantic"].get("shard_size", 0))
     slots = _Slots(artifact, list(committed.values()))
@@ -61,7 +60,7 @@ def grown(artifact: Artifact, committed: Mapping[str, ShardRecord], refs: Iterab
 
 
 class _Slots:
-    """The rows of committed shards, each to be claimed by its item. ``left``: rows whose item has not come yet."""
+    """Rows of committed shards, each to be claimed by its item. ``left``: number of rows not claimed yet."""
 
     def __init__(self, artifact: Artifact, records: Sequence[ShardRecord]) -> None:
         self._artifact, self._records = artifact, records
@@ -72,17 +71,17 @@ class _Slots:
         self._sorted = marks[self._order]
         self._free = np.ones(len(marks), dtype=bool)
         self._open = np.repeat([record.unresolved > 0 for record in records], np.diff(self._starts))
-        self._refs: dict[int, ItemRef] = {}  # of shards with rows to be tried again, by row
+        self._refs: dict[int, ItemRef] = {}  # by row, for shards with rows to retry
         self.left = len(marks)
 
     def _read(self, record: ShardRecord) -> npt.NDArray[np.uint64]:
         name = items_file(record.shard)
-        if name not in record.files:  # an artifact of an earlier version
+        if name not in record.files:  # artifact of an earlier version of capipe
             raise self._changed(record.shard, "has other items now")
         return np.frombuffer(self._artifact.folder.read_bytes(name), ">u8").astype(np.uint64)
 
     def claim(self, ref: ItemRef) -> bool:
-        """Whether the item is one of these; then its row has its item."""
+        """Assign the item to its row; False if it has none."""
         for identity in identities(ref):
             mark = np.uint64(int.from_bytes(_mark(identity), "big"))
             at = int(np.searchsorted(self._sorted, mark))
@@ -98,7 +97,7 @@ class _Slots:
         return False
 
     def settle(self, others: bool) -> None:
-        """All items came. ``others``: there are some beside these."""
+        """Handle the rows that no item has claimed, once all items are known. ``others``: there are new items."""
         for number, record in enumerate(self._records):
             free = np.flatnonzero(self._free[self._starts[number] : self._starts[number + 1]]).tolist()
             if not free:

@@ -1,7 +1,7 @@
-"""Hugging Face datasets as a source: a folder written by ``save_to_disk``, or one loaded by name.
+"""Hugging Face datasets as a source: a folder written by ``save_to_disk``, or a dataset loaded by name.
 
-Apart from :mod:`.source_refs`, because importing ``datasets`` takes seconds. Images stay encoded (``decode=False``),
-and no column is decoded by ``datasets``, which would open whatever path or URL it finds in one.
+Separate from :mod:`.source_refs`, because importing ``datasets`` takes seconds. Images stay encoded (``decode=False``),
+and ``datasets`` decodes no column, as it would open any path or URL in it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from .parquet_images import image_bytes
 from .source_refs import Handles, Item
 
 SCHEME = "hf://"
-_REVISION = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)@(\w[\w./-]*)")  # name@branch, tag or commit, as of a model
+_REVISION = re.compile(r"(\w[\w.-]*(?:/\w[\w.-]*)?)@(\w[\w./-]*)")  # name@revision: branch, tag or commit
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOADED: dict[tuple[str, str | None], Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetRef:
-    """A row of a Hugging Face dataset; ``version`` is the fingerprint `datasets` keeps of the split. ``text_column``:
-    what a user named as the caption. ``reach``: how far the paths of images may lead that are named, not held."""
+    """A row of a Hugging Face dataset; ``version`` is the split's fingerprint in `datasets`. ``text_column``: the
+    caption column given by the user. ``reach``: the permitted locations of images that are paths instead of bytes."""
 
     location: str
     split: str
@@ -57,10 +57,10 @@ class DatasetRef:
 
 
 def refs(src: str, columns: Columns, reach: Reach = ANYWHERE, inside: Reach = ANYWHERE) -> Iterator[DatasetRef]:
-    """Every row of a dataset. ``src``: a saved folder, or ``hf://name[@revision][:split]`` (else all splits).
+    """All rows of a dataset. ``src``: a saved folder, or ``hf://name[@revision][:split]`` (all splits by default).
 
-    ``reach``: how far the paths of its images may lead that are named instead of held; ``inside``: those of its files.
-    Raises BadInput at once where it cannot be loaded, has no column of images or not the text column that is wanted.
+    ``reach``: the permitted locations of images that are paths instead of bytes; ``inside``: those of the data files.
+    Raises BadInput at once if it cannot be loaded, or has no image column or not the requested text column.
     """
     if not src.startswith(SCHEME):
         check_files(Path(src), inside)
@@ -97,50 +97,50 @@ def _load(location: str) -> Any:
         return datasets.load_from_disk(location)
     except BadInput:
         raise
-    except Exception as error:  # loaders and hubs raise whatever they like; the user needs the name and the reason
+    except Exception as error:  # loaders and the hub raise errors of any type; report name and reason
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{location}: cannot be loaded as a dataset ({reason})") from error
 
 
 def _named(name: str) -> Any:
-    """``org/name``, the same ``@revision``, or a local folder in the form of a dataset of the hub."""
+    """Load ``org/name``, ``org/name@revision``, or a local folder laid out like a dataset on the hub."""
     return datasets.load_dataset(name) if Path(name).exists() else _of_hub(*_revised(name))
 
 
 def _revised(name: str) -> tuple[str, str | None]:
-    """A dataset's name on the hub, and the revision that it is asked for at, if any."""
-    found = _REVISION.fullmatch(name)
-    return (found[1], found[2]) if found is not None else (name, None)
+    """Split ``name@revision`` into a dataset's hub name and its revision, if any."""
+    match = _REVISION.fullmatch(name)
+    return (match[1], match[2]) if match is not None else (name, None)
 
 
 def _of_hub(name: str, revision: str | None) -> Any:
-    """A process asks the hub once: a branch that moves meanwhile changes nothing."""
+    """Load from the hub once per process, so that a branch that moves meanwhile has no effect."""
     if (name, revision) not in _LOADED:
         _LOADED[name, revision] = datasets.load_dataset(name, revision=revision)
     return _LOADED[name, revision]
 
 
 def commits() -> dict[str, str]:
-    """The commits of the hub at which this process has loaded datasets, by what was asked for; where `datasets` tells:
-    in the names of its files, ``…/name/configuration/version/COMMIT/name-train.arrow``."""
-    found: dict[str, str] = {}
+    """Hub commits of the datasets loaded by this process, by requested name; read from the cache paths of `datasets`,
+    ``…/name/configuration/version/COMMIT/name-train.arrow``, where these have one."""
+    by_name: dict[str, str] = {}
     for (name, revision), loaded in _LOADED.items():
         for dataset in loaded.values() if isinstance(loaded, dict) else [loaded]:
             for folder in (Path(file["filename"]).parent.name for file in dataset.cache_files):
                 if _COMMIT.fullmatch(folder):
-                    found[f"{SCHEME}{name}" if revision is None else f"{SCHEME}{name}@{revision}"] = folder
-    return found
+                    by_name[f"{SCHEME}{name}" if revision is None else f"{SCHEME}{name}@{revision}"] = folder
+    return by_name
 
 
 class Split:
-    """One split as :func:`refs` saw it, its images left encoded."""
+    """One split as listed by :func:`refs`, with images left encoded."""
 
     def __init__(self, location: str, split: str) -> None:
         dataset = _splits(location)[1][split]
         self._column = image_column(dataset, location)
         image, listed = datasets.Image(decode=False), _of_list(dataset.features[self._column]) is not None
         dataset = dataset.cast_column(self._column, datasets.Sequence(image) if listed else image)
-        self._features = datasets.Features({name: undecoded(each) for name, each in dataset.features.items()})
+        self._features = datasets.Features({name: undecoded(feature) for name, feature in dataset.features.items()})
         self._dataset = dataset.with_format("arrow")
 
     def read(self, index: int, source: str, text_column: str | None, reach: Reach = ANYWHERE) -> Item:
@@ -154,11 +154,11 @@ class Split:
 
 
 def undecoded(feature: Any) -> Any:
-    """A feature and all in it without the decoding that opens files: images, sounds, films, documents."""
+    """A feature, nested ones included, without the decoding that opens files (image, audio, video, PDF)."""
     if isinstance(feature, dict):
-        return {name: undecoded(each) for name, each in feature.items()}
+        return {name: undecoded(element) for name, element in feature.items()}
     if isinstance(feature, list | tuple):
-        return [undecoded(each) for each in feature]
+        return [undecoded(element) for element in feature]
     if (inner := getattr(feature, "feature", None)) is not None:
         return dataclasses.replace(feature, feature=undecoded(inner))
     opens = hasattr(feature, "decode") and not isinstance(feature, getattr(datasets, "Json", ()))
@@ -166,12 +166,12 @@ def undecoded(feature: Any) -> Any:
 
 
 def check_card(location: str) -> None:
-    """Raise BadInput where a dataset's card names data files elsewhere: `datasets` fetches whatever it names."""
+    """Raise BadInput if a dataset card has data files elsewhere: `datasets` would fetch any of them."""
     for file, text in _cards(location.removeprefix(SCHEME)):
         try:
             card = huggingface_hub.DatasetCard(text).data if file.endswith(".md") else yaml.safe_load(text)
             configs = card.get("configs")
-        except Exception:  # `datasets` reads it likewise, and says what is wrong
+        except Exception:  # `datasets` reads it in the same way, and reports the error
             continue
         for name in _texts_in(configs):
             own = "::" not in name and (name.startswith(SCHEME) or "://" not in name)
@@ -181,7 +181,7 @@ def check_card(location: str) -> None:
 
 
 def _cards(name: str) -> Iterator[tuple[str, str]]:
-    """A dataset's card and what may stand in its place, by name with its text."""
+    """Name and text of a dataset's card and of the YAML file that may replace it."""
     for file in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
         path = Path(name) / file
         try:
@@ -189,14 +189,14 @@ def _cards(name: str) -> Iterator[tuple[str, str]]:
                 on_hub, revision = _revised(name)
                 path = Path(huggingface_hub.hf_hub_download(on_hub, file, repo_type="dataset", revision=revision))
             text = path.read_bytes().decode("utf-8", "replace")
-        except Exception:  # there is none, or no hub to be reached: then `datasets` cannot read it either
+        except Exception:  # missing, or the hub is unreachable: then `datasets` cannot read it either
             continue
         yield file, text
 
 
 def _texts_in(configs: object) -> Iterator[str]:
-    """The texts under ``data_files`` and ``data_dir`` of each configuration; YAML may name one value many times."""
-    entries = [each for each in configs if isinstance(each, dict)] if isinstance(configs, list) else []
+    """Strings in ``data_files`` and ``data_dir`` of each configuration; YAML aliases are visited once."""
+    entries = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
     waiting = [entry.get(key) for entry in entries for key in ("data_files", "data_dir")]
     seen: set[int] = set()
     while waiting:
@@ -209,7 +209,7 @@ def _texts_in(configs: object) -> Iterator[str]:
 
 
 def check_files(folder: Path, inside: Reach) -> None:
-    """Raise BadInput where a saved dataset names files that are not its own: `datasets` opens any that it names."""
+    """Raise BadInput if a saved dataset refers to files outside its folder: `datasets` would open any of them."""
     splits = _json(folder / "dataset_dict.json", inside).get("splits")
     names = splits if isinstance(splits, list) else [""]
     for name in names:
@@ -225,32 +225,32 @@ def check_files(folder: Path, inside: Reach) -> None:
 
 
 def _json(path: Path, inside: Reach) -> dict[str, Any]:
-    """An object that `datasets` is going to read; without it, nothing. Raises BadInput where it is not to be opened."""
+    """A JSON object that `datasets` will read; empty if there is none. Raises BadInput if access is not permitted."""
     if (reason := refusal(str(path), inside)) is not None:
         raise BadInput(reason)
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # `datasets` says what is wrong
+    except (OSError, ValueError, RecursionError):  # `datasets` reports the error
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def image_column(dataset: datasets.Dataset, where: str) -> str:
-    """The column of type Image, or of lists of it; else one of the usual names. Raises BadInput where there is none."""
+    """The column of type Image or list of Image, else one with a usual name. Raises BadInput if there is none."""
     features = dataset.features
     kinds = {name: _of_list(feature) or feature for name, feature in features.items()}
     typed = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
     named = [name for name in IMAGE_COLUMNS if name in features]
     if len(typed) > 1 and not set(typed) & set(named):
         raise BadInput(f"{where}: several columns of images ({', '.join(typed)}); rename the one to take to 'image'")
-    found = [name for name in named if name in typed] or typed or named
-    if not found:
+    usable = [name for name in named if name in typed] or typed or named
+    if not usable:
         raise BadInput(f"{where}: no column of images; its columns are {', '.join(features)}")
-    return found[0]
+    return usable[0]
 
 
 def _of_list(feature: Any) -> Any:
-    """What a list is of; None for any other feature. `datasets` has had three ways to write one."""
+    """Element feature of a list; None for other features. `datasets` has had three notations for lists."""
     if isinstance(feature, list):
         return feature[0]
     return getattr(feature, "feature", None)

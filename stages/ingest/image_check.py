@@ -1,4 +1,4 @@
-"""The check that every ingested image passes, in this process or, where that is no safe place, in one of its own."""
+"""Check of every ingested image: in this process or, where that is not safe, in a separate one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ...models.images.formats import ImageProblem
 class ImageCheck:
     """:func:`...models.images.decode.check` under ``limits``; a context manager.
 
-    ``careful``: every image in a decoding process of its own; else one for which memory ran out here. Such an image is
-    a ``read_error`` where that does not help.
+    ``careful``: decode every image in a process of its own; by default only one for which memory ran out here. If that
+    fails as well, the image is a ``read_error``.
     """
 
     def __init__(self, limits: ImageLimits, careful: bool = False) -> None:
@@ -25,11 +25,11 @@ class ImageCheck:
     def __call__(self, data: bytes) -> ImageInfo | ImageProblem:
         if not self._careful:
             try:
-                found = self._check(data)
+                verdict = self._check(data)
             except MemoryError:
-                found = None
-            if found is not None and not (isinstance(found, ImageProblem) and found.status is Status.READ_ERROR):
-                return found
+                verdict = None
+            if verdict is not None and not (isinstance(verdict, ImageProblem) and verdict.status is Status.READ_ERROR):
+                return verdict
         if self._decoder is None:
             self._decoder = Decoder(self._check)
             self._decoder.await_start()

@@ -1,6 +1,6 @@
-"""Parquet files that hold the images themselves: Hugging Face's ``{bytes, path}``, bare bytes, or lists of one of them.
+"""Parquet files with embedded images: Hugging Face's ``{bytes, path}``, plain bytes, or one-element lists of either.
 
-The rows are listed without their images, which a worker reads from the file a few at a time. Bytes stay as they are.
+Rows are listed without their images, which a worker reads from the file a few at a time. Bytes are not re-encoded.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from ..reading.columns import IMAGE_COLUMNS, PATH_COLUMNS, Columns, take_caption
 from ..reading.files import read_file
 from .source_refs import Handles, Item, ItemRef
 
-_BATCH = 2_000  # rows at a time, without images
+_BATCH = 2_000  # rows per batch, without images
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetImageRef:
-    """Row ``row`` of a table, which is number ``place`` of row group ``group``, with its image in ``column``.
+    """Row ``row`` of a table, number ``place`` in row group ``group``, with its image in ``column``.
 
-    ``size``: compressed bytes of the group's images, by which a file that was written anew is told. ``root``: where the
-    paths of images begin that are named instead of held. ``meta``: the other columns as JSON. ``reach``: how far those
-    paths may lead.
+    ``size``: compressed bytes of the group's images, to detect a rewritten file. ``root``: root of image paths, for
+    cells with a path instead of bytes; ``reach``: the permitted locations of those. ``meta``: other columns as JSON.
     """
 
     table: str
@@ -64,9 +63,9 @@ class ParquetImageRef:
 def image_bytes(
     value: object, column: str, root: str = "", reach: Reach = ANYWHERE
 ) -> tuple[bytes | None, ImageProblem | None]:
-    """The one image of a cell, or why there is none. A path in the place of bytes is relative to ``root``, and leads no
-    farther than ``reach``."""
-    values = [each for each in value if each is not None] if isinstance(value, list) else [value]
+    """The single image of a cell, or the problem. A path instead of bytes is relative to ``root``, and limited to
+    ``reach``."""
+    values = [element for element in value if element is not None] if isinstance(value, list) else [value]
     if len(values) > 1:
         reason = f"{len(values)} images in column {column!r}; a row is one image with its caption"
         return None, ImageProblem(Status.UNSUPPORTED, reason)
@@ -80,7 +79,7 @@ def image_bytes(
 
 
 def image_column(table: str, wanted: str | None) -> str | None:
-    """The column that holds images; None where none does, or where ``wanted`` is another one. Raises OSError."""
+    """The column that holds images; None if there is none, or if ``wanted`` is not one. Raises OSError."""
     with open_parquet(table) as file:
         schema = file.schema_arrow
     images = [field.name for field in schema if _is_image(field)]
@@ -105,7 +104,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def image_refs(table: str, column: str, columns: Columns, root: str, reach: Reach) -> Iterator[ItemRef]:
-    """The rows of a table whose images are in ``column``. Raises BadInput at once for an unknown text column."""
+    """Rows of a table with images in ``column``. Raises BadInput at once for an unknown text column."""
     with open_parquet(table) as file:
         columns.check_text(table, file.schema_arrow.names)
     return (replace(ref, reach=reach) for ref in _refs(table, column, columns.text, root))
@@ -118,8 +117,8 @@ def _refs(table: str, column: str, text_column: str | None, root: str) -> Iterat
             listed = [field.name for field in file.schema_arrow if not _is_image(field)]
             for group in range(file.num_row_groups):
                 size = _compressed(file.metadata.row_group(group), column)
-                for place, row in enumerate(_rows(file, group, listed)):
-                    yield _ref(table, column, root, number, group, place, size, row, text_column)
+                for position, row in enumerate(_rows(file, group, listed)):
+                    yield _ref(table, column, root, number, group, position, size, row, text_column)
                     number += 1
     except (OSError, pa.ArrowException) as error:
         raise BadInput(f"{table}: damaged after row {number} ({error}); restore it") from None
@@ -144,7 +143,7 @@ def _ref(
     root: str,
     number: int,
     group: int,
-    place: int,
+    position: int,
     size: int,
     row: Mapping[str, Any],
     text_column: str | None,
@@ -153,5 +152,5 @@ def _ref(
     url = row.get("url")
     meta = json.dumps(jsonable({name: value for name, value in row.items() if name != whole}), ensure_ascii=False)
     return ParquetImageRef(
-        table, column, root, number, group, place, size, text, url if isinstance(url, str) else None, meta
+        table, column, root, number, group, position, size, text, url if isinstance(url, str) else None, meta
     )

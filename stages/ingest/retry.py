@@ -1,4 +1,4 @@
-"""A committed shard of which some items could not be read: these are tried again, the others keep their bytes."""
+"""Retry of a committed shard's unreadable items; the other samples keep their bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...manifests.manifest import ShardRecord
 from ...manifests.samples import read_samples
 from ...manifests.status import Status
 
-ItemRow = tuple[dict[str, Any], dict[str, bytes] | None]  # a row, and the members of its sample where it has one
+ItemRow = tuple[dict[str, Any], dict[str, bytes] | None]  # a row, and its sample's members if it has a sample
 
 
 def repaired_rows(
     artifact: Artifact, made: ShardRecord, ingested: Callable[[int], ItemRow]
 ) -> Iterator[ItemRow] | None:
-    """All rows of the shard ``made``, those without a final status by ``ingested`` (number of the item to its row).
+    """All rows of the committed shard ``made``, those without a final status by ``ingested`` (item number to its row).
 
-    None where the first look finds that each of those would be what it was: then there is nothing to write.
+    None if no retried item gets a final status: then there is nothing to write.
     """
     listed = artifact.read_rows(made.shard)
     tried: dict[int, ItemRow] = {}
@@ -34,12 +34,12 @@ def repaired_rows(
 
 def _merged(
     artifact: Artifact,
-    made: ShardRecord,
+    committed: ShardRecord,
     listed: list[dict[str, Any]],
     tried: dict[int, ItemRow],
     ingested: Callable[[int], ItemRow],
 ) -> Iterator[ItemRow]:
-    name, digest = f"{made.shard}.tar", hashlib.sha256()
+    name, digest = f"{committed.shard}.tar", hashlib.sha256()
     with artifact.folder.open(name) as stream:
         samples = read_samples(stream, digest=digest)
         for number, row in enumerate(listed):
@@ -53,7 +53,7 @@ def _merged(
             if sample is None or sample.key != row["key"]:
                 raise _damaged(artifact, name)
             yield row, {extension: member.data or b"" for extension, member in sample.members.items()}
-        if next(samples, None) is not None or digest.hexdigest() != made.files[name]["sha256"]:
+        if next(samples, None) is not None or digest.hexdigest() != committed.files[name]["sha256"]:
             raise _damaged(artifact, name)
 
 

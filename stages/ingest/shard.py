@@ -1,7 +1,7 @@
-"""Ingest: items of any source become image shards. One task is one output shard, done by one process from start to end.
+"""Ingest of items from any source into image shards. One task is one output shard, written by one process.
 
-Every item becomes exactly one row. Sound images are copied untouched into the tar beside their text and metadata (with
-``convert`` those in other formats as PNGs); what is not sound stays in the Parquet with its reason.
+Every item becomes exactly one row. Valid images are copied unchanged into the tar with their text and metadata (with
+``convert``, other formats become PNGs); items that are not valid are only in the Parquet, with their error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STAGE = "ingest"
 
 
 class IngestConfig(Growing):
-    """What decides the rows of an ingest; all of it is in the fingerprint."""
+    """Options that determine the rows of an ingest; all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     later = ("convert", "text_column", "image_folder", "image_key", "within", "public_only", "follow_links")
@@ -72,10 +72,10 @@ class IngestConfig(Growing):
 
 @dataclass(frozen=True, slots=True)
 class IngestTask:
-    """One output shard: its items in order. ``digest``: sha256 over their identities, which resuming compares.
+    """One output shard: its items in order. ``digest``: sha256 over their identities, compared on resume.
 
-    ``made``: the committed version, of which the rows that could not be read are tried again. ``careful``: a worker
-    died of it, so each image is decoded in a process of its own.
+    ``made``: the committed version, whose unreadable rows are retried. ``careful``: a worker died of this task, so each
+    image is decoded in a process of its own.
     """
 
     index: int
@@ -90,25 +90,25 @@ class IngestTask:
 
 
 def plan(refs: Iterable[ItemRef], config: IngestConfig) -> Iterator[IngestTask]:
-    """Cut the items into tasks, lazily: shard i has items i*shard_size up to (i+1)*shard_size."""
+    """Split the items into tasks, lazily: shard i has items i*shard_size up to (i+1)*shard_size."""
     stream, index = iter(refs), 0
     while chunk := tuple(islice(stream, config.shard_size)):
         yield _task(index, chunk)
         index += 1
 
 
-def _task(index: int, refs: tuple[ItemRef, ...], made: ShardRecord | None = None) -> IngestTask:
+def _task(index: int, refs: tuple[ItemRef, ...], committed: ShardRecord | None = None) -> IngestTask:
     digest = hashlib.sha256()
     for ref in refs:
         digest.update(ref.identity().encode() + b"\n")
-    return IngestTask(index, refs, digest.hexdigest(), made)
+    return IngestTask(index, refs, digest.hexdigest(), committed)
 
 
 def pending(tasks: Iterable[IngestTask], artifact: Artifact) -> Iterator[IngestTask]:
-    """The tasks that are not committed yet, and those of committed shards with rows that could not be read.
+    """Tasks that are not committed yet, and tasks of committed shards with unreadable rows.
 
-    Items that came to the source since begin new shards, wherever they stand among the others (:mod:`.growth`).
-    Raises ArtifactMismatch where an ingested item is gone, or another one now.
+    Items added to the source since start new shards, whatever their position (:mod:`.growth`).
+    Raises ArtifactMismatch if an ingested item is gone or has changed.
     """
     committed, tasks = artifact.committed(), iter(tasks)
     taken = {int(shard) for shard in committed}
@@ -137,8 +137,8 @@ def pending(tasks: Iterable[IngestTask], artifact: Artifact) -> Iterator[IngestT
 def ingest_shard(task: IngestTask, config: IngestConfig, artifact: Artifact) -> ShardRecord:
     """Write and commit one shard. Runs in a worker process, which reads the images itself.
 
-    Of a shard that was committed before, rows that were read keep their bytes; where none of the others can be read
-    this time either, it stays as it is.
+    In a shard committed before, rows that were read keep their bytes; if none of the others can be read this time
+    either, the shard stays unchanged.
     """
     digits = len(str(config.shard_size - 1))
     convert = partial(to_plain_format, limits=config.limits) if config.convert else None
@@ -172,9 +172,9 @@ def ingest_item(
     handles: Handles,
     convert: Callable[[Item], dict[str, str]] | None = None,
 ) -> ItemRow:
-    """One item as ``(row, tar members)``; no members unless the row is ok. Never raises on what the item holds.
+    """One item as ``(row, tar members)``; no members unless the row is ok. Never raises because of an item's content.
 
-    ``convert``: puts a PNG in place of a picture in another format, see :func:`to_plain_format`.
+    ``convert``: replaces an image in another format with a PNG, see :func:`to_plain_format`.
     """
     try:
         item = ref.load(handles)
@@ -185,13 +185,13 @@ def ingest_item(
         sha256 = hashlib.sha256(item.data).hexdigest() if item.data else None
         members = _members(item, verdict, sha256, original) if isinstance(verdict, ImageInfo) and sha256 else None
         return _row(item, key, verdict, sha256), members
-    except Exception as error:  # one item must not cost its shard: whatever it did becomes its reason
+    except Exception as error:  # one bad item must not fail its shard: its error goes into the row
         unexpected = ImageProblem(Status.CORRUPT, f"unexpected {type(error).__name__}: {error}")
         return _row(Item(ref.source), key, read_problem(error) or unexpected, None), None
 
 
 def to_plain_format(item: Item, limits: ImageLimits) -> dict[str, str]:
-    """Put a PNG in place of a picture in another format; returns what it was, for the row's metadata."""
+    """Replace an image in another format with a PNG; returns the original's hash and format for the metadata."""
     if item.data is None or item.problem is not None:
         return {}
     converted = to_png(item.data, limits)
@@ -215,12 +215,12 @@ def _row(item: Item, key: str, verdict: ImageInfo | ImageProblem, sha256: str | 
     }
     if isinstance(verdict, ImageProblem):
         return {**row, "status": verdict.status, "error": clean("; ".join([verdict.reason, *item.notes]))}
-    found = {"phash": verdict.phash, "width": verdict.width, "height": verdict.height, "format": verdict.format}
-    return {**row, **found, "status": Status.OK, "error": clean("; ".join(item.notes)) or None}
+    image = {"phash": verdict.phash, "width": verdict.width, "height": verdict.height, "format": verdict.format}
+    return {**row, **image, "status": Status.OK, "error": clean("; ".join(item.notes)) or None}
 
 
 def _members(item: Item, info: ImageInfo, sha256: str, original: Mapping[str, str]) -> dict[str, bytes]:
-    """Every sample has the same three members, or the webdataset reader of `datasets` would refuse the shard."""
+    """Tar members of a sample: always the same three, as the webdataset reader of `datasets` requires."""
     ours = {"uid": sha256[:32], "width": info.width, "height": info.height, "source": item.source, **original}
     try:
         meta = encode_meta(item.meta, ours)
@@ -232,5 +232,5 @@ def _members(item: Item, info: ImageInfo, sha256: str, original: Mapping[str, st
 
 
 def clean(text: str | None) -> str | None:
-    """Text that UTF-8 can hold: JSON may bring half of a surrogate pair."""
+    """Text made valid for UTF-8: JSON may have unpaired surrogates."""
     return None if text is None else text.encode("utf-8", "replace").decode()

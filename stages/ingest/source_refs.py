@@ -1,7 +1,7 @@
-"""Items: what one row of an ingest comes from, first as a light reference, then as bytes.
+"""Items, the inputs of ingest's rows: first a lightweight reference, then bytes.
 
-A reference says where an item lies and carries no image, so ten thousand of them travel to a worker in one message. Its
-``identity`` is what resuming compares: it changes when the item does, not when the whole source moves to another place.
+A reference has an item's location but no image, so ten thousand of them fit into one message to a worker. Resuming
+compares its ``identity``, which changes with the item, but not when the whole source is moved.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Item:
-    """One item read: the image's bytes, or the ``problem`` that left none. ``notes`` are faults that cost no image."""
+    """A loaded item: the image's bytes, or the ``problem`` instead. ``notes``: faults that do not affect the image."""
 
     source: str
     data: bytes | None = field(default=None, repr=False)
@@ -37,13 +37,13 @@ class Item:
 
     def take_sidecars(self, text: bytes | None, meta: bytes | None) -> None:
         """Fill text, url and metadata from a ``.txt`` and a ``.json``."""
-        self.text, found = read_sidecars(text, meta, self.notes)
-        self.meta = found or {}
+        self.text, parsed = read_sidecars(text, meta, self.notes)
+        self.meta = parsed or {}
         self.url = self.url or first_text(self.meta, ("url",))
 
 
 class Handles:
-    """What a worker keeps open from item to item: the tar, the table and the dataset it is in. A context manager."""
+    """Open tar, table and dataset of a worker, cached from item to item. A context manager."""
 
     def __init__(self) -> None:
         self._tar: tuple[str, BinaryIO] | None = None
@@ -57,7 +57,7 @@ class Handles:
         return self._tar[1]
 
     def dataset(self, split: tuple[str, str], load: Callable[[str, str], T]) -> T:
-        """``load(*split)``, where ``split`` (a location and a name there) is not the one that is kept."""
+        """The cached dataset, or ``load(*split)`` if ``split`` (location and split name) is another one."""
         if self._dataset is None or self._dataset[0] != split:
             self._dataset = split, load(*split)
         kept: T = self._dataset[1]
@@ -88,7 +88,7 @@ class Handles:
 
 
 class ItemRef(Protocol):
-    """Where an item lies. What ``load`` raises becomes the row's reason (:mod:`..reading.faults`)."""
+    """Location of an item. An error raised by ``load`` becomes the row's error (:mod:`..reading.faults`)."""
 
     @property
     def source(self) -> str: ...
@@ -100,16 +100,16 @@ class ItemRef(Protocol):
 
 @runtime_checkable
 class Rereadable(Protocol):
-    """An item that an earlier run may not have been able to look at."""
+    """An item whose size an earlier run may not have been able to read."""
 
     def identity_unread(self) -> str:
-        """The identity that it had then."""
+        """The identity that it had in that run."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemRef:
-    """An item known to be unusable before it is read: a damaged stretch of a tar, a folder that cannot be listed."""
+    """An item known to be unusable before reading: a damaged part of a tar, a folder that cannot be listed."""
 
     name: str
     status: Status
@@ -128,7 +128,7 @@ class ProblemRef:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """A file beside an image that belongs to it: its ``name`` in the image's folder, and its size in bytes."""
+    """A sidecar file of an image: its ``name`` in the image's folder, and its size in bytes."""
 
     name: str
     size: int
@@ -136,7 +136,7 @@ class Sidecar:
 
 @dataclass(frozen=True, slots=True)
 class GoneRef:
-    """An item that could not be read when it was ingested, and which its source has no more."""
+    """An item that could not be read when it was ingested, and is no longer in its source."""
 
     name: str
 
@@ -153,10 +153,10 @@ class GoneRef:
 
 @dataclass(frozen=True, slots=True)
 class FileRef:
-    """A file ``name`` under ``root``; ``text`` and ``meta`` are its sidecars, where it has them.
+    """A file ``name`` under ``root``; ``text`` and ``meta`` are its sidecars, if any.
 
-    ``size`` None: it could not be looked at, so its sidecars are not known either. ``reach``: how far its links lead.
-    ``own``: a user named the file itself, which may be a link to anywhere; its sidecars may not.
+    ``size`` None: stat failed, so its sidecars are unknown as well. ``reach``: the permitted targets of its links.
+    ``own``: the user gave the file itself, which may be a link to anywhere; its sidecars may not.
     """
 
     root: str
@@ -187,7 +187,7 @@ class FileRef:
         return item
 
     def head(self) -> bytes | None:
-        """As :func:`read_head`."""
+        """First bytes, see :func:`read_head`."""
         return read_head(self.name, self.root, None if self.own else self.reach)
 
     def _sidecar(self, folder: str, sidecar: Sidecar | None, notes: list[str]) -> bytes | None:
@@ -213,7 +213,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class TarRef:
-    """An image in a tar with the members that belong to it. ``ignored``: extensions of members that are not kept."""
+    """An image in a tar with its sidecar members. ``ignored``: extensions of members that are not kept."""
 
     url: str
     image: Extent
@@ -242,7 +242,7 @@ class TarRef:
             for kind, extent in (("text", self.text), ("json", self.meta))
         )
         extents = {extent for extent in (self.image, text, meta) if extent is not None}
-        # In the order of the tar: a compressed one is dear to go back in.
+        # In tar order: seeking backwards in a compressed one is expensive.
         read = {extent: _read_extent(stream, extent) for extent in sorted(extents, key=lambda extent: extent.offset)}
         item.take_sidecars(*(read[extent] if extent else None for extent in (text, meta)))
         if self.ignored:
@@ -254,7 +254,7 @@ class TarRef:
 @dataclass(frozen=True, slots=True)
 class TableRef:
     """A row of a table; ``path`` is relative to ``root`` unless absolute, ``meta`` the other columns as JSON.
-    ``reach``: how far the path may lead."""
+    ``reach``: the permitted locations of the path."""
 
     table: str
     row: int
@@ -274,7 +274,7 @@ class TableRef:
         return json.dumps(["table", self.path, self.text, self.url, self.meta])
 
     def head(self) -> bytes | None:
-        """As :func:`read_head`."""
+        """First bytes, see :func:`read_head`."""
         return read_head(self.path, self.root, self.reach)
 
     def load(self, handles: Handles) -> Item:
@@ -283,14 +283,14 @@ class TableRef:
 
 
 def identities(ref: ItemRef) -> Iterator[str]:
-    """An item's identity, then those it may have had in an earlier run."""
+    """An item's identity, then the one it may have had in an earlier run."""
     yield ref.identity()
     if isinstance(ref, Rereadable):
         yield ref.identity_unread()
 
 
 def stem_of(name: str) -> str:
-    """``a/b.c.jpg`` to ``a/b.c``: what a file shares with its sidecars."""
+    """``a/b.c.jpg`` to ``a/b.c``: the name that a file shares with its sidecars."""
     folder, slash, file = name.rpartition("/")
     return f"{folder}{slash}{file.rpartition('.')[0] or file}"
 

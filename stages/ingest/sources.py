@@ -1,7 +1,7 @@
-"""What ``capipe ingest`` can be pointed at, told apart by look, as a deterministic stream of item references.
+"""Sources of ``capipe ingest``, their kind detected automatically, as a deterministic stream of item references.
 
-Every file, member and row becomes an item, usable or not; only sidecars (``.txt``, ``.caption``, ``.json``) ride with
-their image.
+Every file, tar member and row becomes an item, usable or not; only sidecars (``.txt``, ``.caption``, ``.json``) are
+part of their image's item.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def open_sources(
     reach: Reach = ANYWHERE,
     follow_links: bool = False,
 ) -> Iterator[ItemRef]:
-    """The items of all ``sources``, one source after the other, in an order that depends on their content alone.
+    """Items of all ``sources``, one source after the other, in an order that depends on their content alone.
 
     Each may be a folder of images, tars (one, a glob, ``{00..99}.tar``, a folder of them), a table (Parquet, CSV, TSV,
-    JSON or JSON lines; a folder of Parquet), a saved dataset of Hugging Face or ``hf://name[:split]``, or a single
-    file; local or fsspec. Tars may be compressed. ``columns``: what the user says about those of tables and datasets.
-    ``reach``: how far their rows may lead; a folder's links and lists of files leave it only where ``follow_links``.
-    Raises BadInput at once where one is missing or holds nothing of these (:mod:`.usable`).
+    JSON or JSON lines; a folder of Parquet), a saved Hugging Face dataset or ``hf://name[:split]``, or a single file;
+    local or fsspec. Tars may be compressed. ``columns``: the user's column options for tables and datasets. ``reach``:
+    the permitted locations of paths in rows; a folder's links and file lists may leave it only with ``follow_links``.
+    Raises BadInput at once if a source is missing or is none of these (:mod:`.usable`).
     """
     if columns.folder is not None and not (_exists(columns.folder) and _is_folder(columns.folder)):
         raise BadInput(f"--image-folder {columns.folder}: no such folder")
@@ -100,20 +100,20 @@ def _open(src: str, columns: Columns, image_key: str | None, reach: Reach, follo
 
 
 def _inside(folder: str, reach: Reach, follow_links: bool) -> Reach:
-    """How far what lies in a folder that was given may lead: --within is about what is named in files alone."""
+    """The permitted locations for links in a folder given by the user: --within is only for paths in files."""
     source = None if follow_links or is_url(folder) else source_folder(folder or ".")
     return Reach(public_only=reach.public_only, source=source)
 
 
 def _part(table: str, columns: Columns, reach: Reach, inside: Reach) -> Iterator[ItemRef]:
-    """The rows of a table that lies in a folder given as a source; of one that leaves it, why it is not read."""
+    """Rows of a table in a source folder; for a link that leaves the folder, one item with that problem."""
     reason = refusal(table, inside)
     return iter([ProblemRef(table, Status.UNSUPPORTED, reason)]) if reason else tables.refs(table, columns, reach)
 
 
 def source_places(sources: Sequence[str]) -> list[str]:
-    """What ``sources`` are, for :func:`refuse_overwriting`: each as it is named, and the tars that a pattern or a
-    folder of links names. Raises BadInput where one is missing."""
+    """Paths of ``sources`` for :func:`refuse_overwriting`: each as given, with the tars of a pattern or of a folder of
+    links. Raises BadInput if one is missing."""
     places: list[str] = []
     for src in sources:
         places += read_places(src, expand(src)) if _is_of_tars(src) else [src]
@@ -144,7 +144,7 @@ def _is_folder(src: str) -> bool:
 
 
 def _dataset(src: str, columns: Columns, reach: Reach, inside: Reach = ANYWHERE) -> Iterator[ItemRef]:
-    from . import huggingface  # imports the `datasets` package, which takes seconds
+    from . import huggingface  # deferred: importing `datasets` takes seconds
 
     return huggingface.refs(src, columns, reach, inside)
 
@@ -153,7 +153,7 @@ def _dataset(src: str, columns: Columns, reach: Reach, inside: Reach = ANYWHERE)
 
 
 def _listed(src: str) -> list[str]:
-    """The names of what lies directly in a folder, in order."""
+    """Sorted names of a folder's direct entries."""
     if "://" not in src:
         return sorted(entry.name for entry in os.scandir(src))
     fs, path = url_to_fs(src)
@@ -161,7 +161,7 @@ def _listed(src: str) -> list[str]:
 
 
 def _holds_tars(src: str, names: Sequence[str]) -> bool:
-    """Whether a folder is one of shards. Raises BadInput where it is that and a folder of images as well."""
+    """True if a folder holds shards. Raises BadInput if it holds images as well."""
     if not any(tar_stem(name) for name in names):
         return False
     image = next((name for name in names if _is_image_name(name)), None)
@@ -175,25 +175,25 @@ def _is_image_name(name: str) -> bool:
 
 
 def _parquets(src: str, names: Sequence[str]) -> list[str]:
-    """The Parquet files of a folder that is a table in parts: no image is beside them, nor a folder of images."""
+    """Parquet files of a folder that is a partitioned table; none if it also has images or other folders."""
     seen = [name for name in names if not name.startswith((".", "_"))]
-    found = [name for name in seen if name.endswith(".parquet") and name not in METADATA]
-    if not found or any(_is_image_name(name) for name in seen):
+    parts = [name for name in seen if name.endswith(".parquet") and name not in METADATA]
+    if not parts or any(_is_image_name(name) for name in seen):
         return []
-    return [] if any(_is_folder(join(src, name)) for name in seen if name not in found) else found
+    return [] if any(_is_folder(join(src, name)) for name in seen if name not in parts) else parts
 
 
 def _is_of_an_image(src: str) -> bool:
-    """Whether a ``.json`` is the metadata of an image beside it: ``photos/*`` names both."""
+    """True if a ``.json`` is the sidecar of an image: ``photos/*`` expands to both."""
     if "://" in src or not src.lower().endswith(".json"):
         return False
     return any(Path(f"{stem_of(src)}.{extension}").is_file() for extension in IMAGE_EXTENSIONS)
 
 
 def _single_file(src: str, reach: Reach, follow_links: bool) -> Iterator[ItemRef]:
-    """One file given by itself, with its sidecars; shells expand ``photos/*`` to these.
+    """A single file with its sidecars; shells expand ``photos/*`` to such files.
 
-    The file may be a link to anywhere, for it was named; its sidecars are those of its folder.
+    The file may be a link to anywhere, as the user gave it; its sidecars must be inside its folder.
     """
     root, _, name = src.rpartition("/")
     if "://" in src:
@@ -201,13 +201,13 @@ def _single_file(src: str, reach: Reach, follow_links: bool) -> Iterator[ItemRef
         return iter([FileRef(root, name, int(fs.size(path)), own=True)])
     root = "/" if src.startswith("/") and not root else root
     others = (other for other in _sidecar_names(name) if other != name and Path(join(root, other)).is_file())
-    sizes = {each: _local_entry(join(root, each)) for each in (name, *others)}
-    refs = islice(_file_refs(root, "", sizes, _inside(root, reach, follow_links)), 1)  # the file itself comes first
+    sizes = {file: _local_entry(join(root, file)) for file in (name, *others)}
+    refs = islice(_file_refs(root, "", sizes, _inside(root, reach, follow_links)), 1)  # the file itself is first
     return (replace(ref, own=True) if isinstance(ref, FileRef) else ref for ref in refs)
 
 
 def _sidecar_names(name: str) -> Iterator[str]:
-    """The names that sidecars of a file may have: its folder is not listed, for it may hold a million others."""
+    """Possible names of a file's sidecars: its folder is not listed, as it may have a million files."""
     stem = stem_of(name)
     for same in dict.fromkeys([stem, *(unicodedata.normalize(form, stem) for form in ("NFC", "NFD"))]):
         for extension in SIDECAR_EXTENSIONS:
@@ -219,11 +219,11 @@ def _folder(src: str, inside: Reach) -> Iterator[ItemRef]:
 
 
 def _local_folder(root: str, folder: str, inside: Reach) -> Iterator[ItemRef]:
-    """Depth first, each folder's files before its sub-folders, both by name; hidden ones are passed over."""
+    """Items of a folder, depth first, files before sub-folders, both by name; hidden ones are skipped."""
     here = join(root, folder) if folder else root
     try:
-        with os.scandir(here) as found:
-            entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
+        with os.scandir(here) as listing:
+            entries = sorted((e for e in listing if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
     except OSError as error:
         yield ProblemRef(here, Status.READ_ERROR, f"folder cannot be listed: {error.strerror}")
         return
@@ -234,14 +234,14 @@ def _local_folder(root: str, folder: str, inside: Reach) -> Iterator[ItemRef]:
         yield from _local_folder(root, join(folder, name), inside)
 
 
-Entry = int | None | tuple[Status, str]  # a file's size; None: it cannot be looked at now; or why it is no file
+Entry = int | None | tuple[Status, str]  # a file's size; None if stat fails; or why it is not a file
 
 
 def _local_entry(path: str) -> Entry:
-    """The size of a regular file, or why there is nothing to read (a pipe would block for ever)."""
+    """Size of a regular file, or why it cannot be read (a pipe would block forever)."""
     try:
         info = Path(path).stat()
-    except OSError:  # a link whose share is not mounted, for instance: reading it will say why
+    except OSError:  # for instance a link to an unmounted share: reading it will give the error
         return None
     if stat.S_ISREG(info.st_mode):
         return info.st_size
@@ -252,10 +252,10 @@ def _local_entry(path: str) -> Entry:
 
 def _remote_folder(src: str, inside: Reach) -> Iterator[ItemRef]:
     fs, path = url_to_fs(src)
-    found = fs.find(path, detail=True)
+    listing = fs.find(path, detail=True)
     prefix = len(path.rstrip("/")) + 1
     folders: dict[str, dict[str, Entry]] = defaultdict(dict)
-    for full, info in sorted(found.items()):
+    for full, info in sorted(listing.items()):
         folder, _, name = str(full)[prefix:].rpartition("/")
         if not any(part.startswith(".") for part in (*folder.split("/"), name)):
             elsewhere = _leads_elsewhere(str(full)[prefix:])
@@ -268,24 +268,24 @@ _ELSEWHERE = "its name is a path or URL of its own"
 
 
 def _leads_elsewhere(name: str) -> bool:
-    """Whether the name of an object, put behind its folder's URL, would mean something else: stores allow any names."""
+    """True if an object's name, appended to its folder's URL, would lead elsewhere: stores allow any names."""
     return name.startswith("/") or "::" in name or "://" in name or ".." in name.split("/")
 
 
 def _file_refs(root: str, folder: str, files: Mapping[str, Entry], inside: Reach) -> Iterator[ItemRef]:
-    """The items among one folder's files (sizes, or why unreadable): each file, but for sidecars of another one."""
+    """Items of one folder's files (name to size or problem): every file except the sidecars of another one."""
     beside: dict[str, list[Sidecar]] = defaultdict(list)
     for name, size in files.items():
         if _names_sidecar(name) and isinstance(size, int):
             beside[same_name(stem_of(name))].append(Sidecar(name, size))
-    found = {
+    pairs = {
         name: [_nearest(name, beside.get(same_name(stem_of(name)), []), kind) for kind in _KINDS]
         for name in files
         if not _names_sidecar(name)
     }
-    taken = {sidecar.name for pair in found.values() for sidecar in pair if sidecar is not None}
-    away = {same_name(stem_of(name)) for name in found if files[name] is None}
-    taken |= {name for name in files if name not in found and files[name] is None and same_name(stem_of(name)) in away}
+    taken = {sidecar.name for pair in pairs.values() for sidecar in pair if sidecar is not None}
+    away = {same_name(stem_of(name)) for name in pairs if files[name] is None}
+    taken |= {name for name in files if name not in pairs and files[name] is None and same_name(stem_of(name)) in away}
     for name, size in files.items():
         if name in taken:
             continue
@@ -295,7 +295,7 @@ def _file_refs(root: str, folder: str, files: Mapping[str, Entry], inside: Reach
         elif size is None:
             yield FileRef(root, path, None, reach=inside)
         else:
-            text, meta = found.get(name, (None, None))
+            text, meta = pairs.get(name, (None, None))
             yield FileRef(root, path, size, text, meta, inside)
 
 
@@ -304,7 +304,7 @@ def _names_sidecar(name: str) -> bool:
 
 
 def _nearest(image: str, beside: Iterable[Sidecar], kind: tuple[str, ...]) -> Sidecar | None:
-    """The sidecar of a kind whose name is most like the image's; others of that kind are items of their own."""
+    """The sidecar of a kind whose name is closest to the image's; others of that kind are separate items."""
     stem = stem_of(image)
 
     def distance(sidecar: Sidecar) -> tuple[bool, int, str]:

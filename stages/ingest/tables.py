@@ -1,4 +1,4 @@
-"""Tables of images as a source: Parquet, CSV, TSV, JSON lines and JSON files, read as a stream."""
+"""Tables of images as a source: Parquet, CSV, TSV, JSON lines and JSON files, streamed."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from .source_refs import ItemRef, ProblemRef, TableRef
 EXTENSIONS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json")
 _BATCH = 2000
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
-_LOOKED_AT = 100  # rows of JSON whose columns are taken for the table's
+_LOOKED_AT = 100  # JSON rows from which a table's columns are inferred
 
-DAMAGE = (OSError, pa.ArrowException, csv.Error, ValueError, RecursionError)  # what reading a table may raise
-Rows = Iterator[Mapping[str, Any] | str]  # a row, or what is wrong with it
+DAMAGE = (OSError, pa.ArrowException, csv.Error, ValueError, RecursionError)  # errors that reading a table may raise
+Rows = Iterator[Mapping[str, Any] | str]  # a row, or its error
 
 
 def refs(table: str, columns: Columns, reach: Reach = ANYWHERE) -> Iterator[ItemRef]:
-    """Every row of a table. ``reach``: how far the paths in it may lead.
+    """All rows of a table. ``reach``: the permitted locations of the paths in it.
 
-    Raises BadInput at once where it cannot be opened or has no column of images.
+    Raises BadInput at once if it cannot be opened or has no image column.
     """
     root = columns.folder if columns.folder is not None else table.rpartition("/")[0]
     if _extension(table) == "parquet":
@@ -53,7 +53,7 @@ def refs(table: str, columns: Columns, reach: Reach = ANYWHERE) -> Iterator[Item
 
 
 def rows_of(table: str) -> tuple[list[str], Rows]:
-    """The columns of a table and its rows, which raise one of DAMAGE. Raises BadInput where it cannot be opened."""
+    """Columns of a table and its rows, which may raise DAMAGE. Raises BadInput if it cannot be opened."""
     readers = {"parquet": _parquet, "jsonl": _jsonl, "ndjson": _jsonl, "json": _json}
     with _readable(table):
         return readers.get(_extension(table), csv_rows)(table)
@@ -113,23 +113,23 @@ def _ref(
         encoded = repaired(json.dumps(meta, ensure_ascii=False), notes)
     except RecursionError:
         return ProblemRef(f"{table}[{number}]", Status.UNSUPPORTED, TOO_DEEP)
-    caption, url = (repaired(each, notes) if isinstance(each, str) else None for each in (text, url))
+    caption, url = (repaired(value, notes) if isinstance(value, str) else None for value in (text, url))
     return TableRef(table, number, root, paths[0], caption, url, encoded, tuple(notes), reach)
 
 
 def status_of(row: str) -> Status:
-    """The status of a row that is what is wrong with it."""
+    """Status of a row that is an error."""
     return Status.UNSUPPORTED if isinstance(row, Beyond) else Status.CORRUPT
 
 
 def _paths(row: Mapping[str, Any], column: str) -> list[str]:
-    """The paths in a column: itself, a list of them, those in a conversation, or such an object as {"path": ...}."""
-    value = row.get(column)  # a name may be of any bytes
+    """Paths in a column: a string, a list, the images of a conversation, or objects such as {"path": ...}."""
+    value = row.get(column)  # a name may have any bytes
     if column in CONVERSATION_COLUMNS:
         return images_in(value)
     values = value if isinstance(value, list) else [value]
-    found = [each.get("path") if isinstance(each, Mapping) else each for each in values]
-    return [path for path in found if isinstance(path, str) and path]
+    paths = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in values]
+    return [path for path in paths if isinstance(path, str) and path]
 
 
 def _parquet(table: str) -> tuple[list[str], Rows]:
@@ -140,7 +140,7 @@ def _parquet(table: str) -> tuple[list[str], Rows]:
 
 
 def csv_rows(table: str) -> tuple[list[str], Rows]:
-    """The columns of a CSV or TSV file, and its rows, faulty ones as their reasons."""
+    """Columns and rows of a CSV or TSV file, with errors in place of faulty rows."""
     stream = text_stream(open_binary(table))
     heading = stream.readline(MAX_HEADING + 1)
     if len(heading) > MAX_HEADING:
@@ -167,9 +167,9 @@ def csv_rows(table: str) -> tuple[list[str], Rows]:
 
 
 def delimiter(heading: str) -> str:
-    """Which of comma, tab and semicolon the heading of a CSV has most of outside of quotes; the former of equal ones.
+    """The delimiter of a CSV: comma, tab or semicolon, whichever is most frequent in the header outside quotes.
 
-    Of the heading alone, for captions have commas and tabs of their own.
+    In that order for ties. From the header alone, as captions contain commas and tabs.
     """
     bare = _QUOTED.sub("", heading)
     return max(",\t;", key=bare.count)
@@ -186,13 +186,13 @@ def _jsonl(table: str) -> tuple[list[str], Rows]:
 
 
 def _names(rows: Rows) -> list[str]:
-    """The columns of the first sound rows; later ones may have others."""
+    """Columns of the first valid rows; later rows may have others."""
     sound = (row for row in rows if not isinstance(row, str))
     return list(dict.fromkeys(name for row in islice(sound, _LOOKED_AT) for name in row))
 
 
 def _json(table: str) -> tuple[list[str], Rows]:
-    """A list of objects, COCO's captions, or JSON lines by another name. Raises BadInput for what is none of them."""
+    """A list of objects, COCO captions, a single object, or JSON lines in a .json. Raises BadInput for other JSON."""
     if begins_list(table):
         names = _names(json_list_rows(table))
         if not names:
@@ -212,7 +212,7 @@ def _json(table: str) -> tuple[list[str], Rows]:
 
 
 def json_list_rows(table: str) -> Rows:
-    """The rows of a JSON list. Raises ValueError or RecursionError where it is broken."""
+    """Rows of a JSON list. Raises ValueError or RecursionError if it is invalid."""
     with open_binary(table) as file:
         for value in list_items(file):
             yield value if isinstance(value, dict | Beyond) else f"a JSON {type(value).__name__}, not an object"

@@ -1,4 +1,4 @@
-"""Tars as a source: their members joined to items by name, wherever in the tar they lie."""
+"""Tars as a source: members joined to items by name, regardless of their order in the tar."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .source_refs import Extent, ItemRef, ProblemRef, TarRef
 
 
 def refs(pattern: str, image_key: str | None, reach: Reach = ANYWHERE) -> Iterator[ItemRef]:
-    """The items of the tars that ``pattern`` names. Raises BadInput at once where it names none.
+    """Items of the tars that match ``pattern``. Raises BadInput at once if there are none.
 
-    ``reach``: how far those may lead that a folder lists. One that was named itself is a user's own.
+    ``reach``: the permitted targets of tars listed by a folder. A tar given by the user itself is not restricted.
     """
     shards = expand(pattern)
     return chain.from_iterable(_refs(shard.url, pattern, image_key, reach) for shard in shards)
@@ -38,19 +38,19 @@ def _refusal(url: str, pattern: str, reach: Reach) -> str | None:
 
 
 def tar_refs(url: str, image_key: str | None = None) -> Iterator[ItemRef]:
-    """The items of one tar, found by its headers: no image is read.
+    """Items of one tar, listed from its headers: no image is read.
 
-    ``image_key``: extensions, by commas, of which a key's first one is its only image; without, each image is an item.
+    ``image_key``: comma-separated extensions; a key's first match is its only image. Without it, each image is an item.
 
-    Unlike a reader that goes forward, this joins sidecars that do not lie beside their image (``tar`` of a folder), and
-    keys may repeat: the rows get keys of their own.
+    Unlike a sequential webdataset reader, this joins sidecars that are not next to their image (``tar`` of a folder),
+    and keys may repeat: the rows get keys of their own.
     """
     for entry in _entries(url):
         yield from [entry] if isinstance(entry, ProblemRef) else _group_refs(url, entry, image_key)
 
 
 def _entries(url: str) -> list[dict[str, Member] | ProblemRef]:
-    """The members of each key by extension, and what cannot be used, in the order of the tar."""
+    """Members of each key by extension, and unusable members, in tar order."""
     groups: dict[str, list[dict[str, Member]]] = {}
     order: list[dict[str, Member] | ProblemRef] = []
     try:
@@ -76,14 +76,14 @@ def _entries(url: str) -> list[dict[str, Member] | ProblemRef]:
 
 
 def _other_kind(url: str) -> str | None:
-    """What a file without one member is that is only called a tar."""
+    """Actual format of a file that is named like a tar but has no members."""
     with plain(open_binary(url)) as stream:
         kind = no_image(stream.read(HEAD_BYTES))
     return None if kind is None or kind == "a tar archive" or kind.startswith("unknown data") else kind
 
 
 def _image_members(group: Mapping[str, Member], image_key: str | None) -> list[str]:
-    """The extensions of a key's images. What is no image by name is tried where nothing else is there."""
+    """Extensions of a key's images; members without an image extension are tried if there is nothing else."""
     if image_key is not None:
         wanted = (extension.strip().lower().removeprefix(".") for extension in image_key.split(","))
         return [extension for extension in wanted if extension in group][:1]

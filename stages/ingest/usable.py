@@ -1,4 +1,4 @@
-"""Whether a source holds images at all, by what its first items look like: success with nothing usable helps nobody."""
+"""Refuses sources without any image, judged by the first bytes of their items."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ...models.images.formats import no_image
 from .folder_metadata import CaptionedRef, DescribedRef
 from .source_refs import FileRef, Handles, ItemRef, ProblemRef, TableRef, TarRef
 
-_TOLD = 3  # kinds of files that a refusal counts
+_TOLD = 3  # kinds of files listed in an error
 _UNPACK = (
     "unpack it first; of archives capipe reads tars alone, also compressed ones (.tar.gz, .tgz, .tar.xz, .tar.zst)"
 )
 _OUTSIDE = "a path or link that leads out of the source, or out of --within"
-_HINTS = {  # what to do, by what lies there; the first one that fits
+_HINTS = {  # hint by kind of file found; the first match is used
     "a Git LFS pointer": "fetch the files that these stand for: git lfs pull",
     "a Parquet file": "load it as a dataset: hf://{source}",
     "Arrow data": "load it as a dataset: name the folder that save_to_disk wrote, or hf://{source}",
@@ -39,7 +39,7 @@ _ANY = "give a folder of images, tars, a table of paths or hf://name"
 
 @dataclass(slots=True)
 class Opened:
-    """A source and its items. ``one_of_many``: whether it is such as a shell's ``*`` names, by the thousand."""
+    """A source and its items. ``one_of_many``: a single file or tar, as a shell's ``*`` expands to in thousands."""
 
     name: str
     items: Iterator[ItemRef]
@@ -47,11 +47,11 @@ class Opened:
 
 
 def with_images(sources: Sequence[Opened]) -> Iterator[ItemRef]:
-    """The items of all sources, in order.
+    """Items of all sources, in order.
 
-    Raises BadInput for a source that is empty, or of which every item is something else than an image; sources that
-    are one of many count as one. Only heads are read, and only up to the first one that is an image, of a format we
-    take or not, or that cannot be told: damaged and unreadable ones are rows, which say more.
+    Raises BadInput for a source that is empty or has no item that may be an image; sources that are one of many count
+    as one. Only first bytes are read, and only up to the first item that is an image (of a supported format or not) or
+    undetermined: damaged and unreadable items become rows, which have the detailed error.
     """
     groups: dict[str, list[Opened]] = {}
     for source in sources:
@@ -63,7 +63,7 @@ def with_images(sources: Sequence[Opened]) -> Iterator[ItemRef]:
 
 
 def _check(group: Sequence[Opened], handles: Handles) -> None:
-    found: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     for source in group:
         seen: list[ItemRef] = []
         for ref in source.items:
@@ -72,13 +72,13 @@ def _check(group: Sequence[Opened], handles: Handles) -> None:
             if kind is None:
                 source.items = chain(seen, source.items)
                 return
-            found[kind] += 1
+            kinds[kind] += 1
         source.items = iter(seen)
-    raise BadInput(_refusal(group, found))
+    raise BadInput(_refusal(group, kinds))
 
 
 def _no_image(ref: ItemRef, handles: Handles) -> str | None:
-    """What an item is that is certainly no image."""
+    """Kind of an item that is certainly not an image; None if it may be one."""
     if isinstance(ref, ProblemRef):
         return ref.reason if ref.status is Status.UNSUPPORTED else None
     try:
@@ -102,20 +102,20 @@ def _head(ref: ItemRef, handles: Handles) -> bytes | None:
             return ref.head(handles)
     except Refused:
         raise
-    except Exception:  # remote storage raises what it likes; it will be a row with this reason
+    except Exception:  # remote storage raises errors of any type; the item's row will have it
         return None
-    return None  # of a dataset, whose column is one of images
+    return None  # an item of a dataset, whose column has images
 
 
-def _refusal(group: Sequence[Opened], found: Counter[str]) -> str:
+def _refusal(group: Sequence[Opened], counts: Counter[str]) -> str:
     name = group[0].name + (f" and {len(group) - 1} others" if len(group) > 1 else "")
-    if not found:
+    if not counts:
         return f"{name}: holds no image, it is empty; {_ANY}"
-    kinds = [f"{kind} ({count})" if count > 1 else kind for kind, count in found.most_common(_TOLD)]
-    more = ", …" if len(found) > _TOLD else ""
-    total = found.total()
+    kinds = [f"{kind} ({count})" if count > 1 else kind for kind, count in counts.most_common(_TOLD)]
+    more = ", …" if len(counts) > _TOLD else ""
+    total = counts.total()
     text = f"{name}: holds no image: {f'of {total} items ' if total > 1 else ''}{', '.join(kinds)}{more}"
     if "://" not in group[0].name and Artifact.exists(group[0].name):
         return f"{text}; it is an artifact of capipe without images: give the shards that it was made of"
-    hint = next((hint for kind, hint in _HINTS.items() if kind in found), _ANY)
+    hint = next((hint for kind, hint in _HINTS.items() if kind in counts), _ANY)
     return f"{text}; {hint.format(source=group[0].name)}"

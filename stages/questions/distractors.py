@@ -1,6 +1,6 @@
-"""Open-ended questions made multiple choice: the wrong options are what the same question is answered elsewhere.
+"""Conversion of open-ended questions to multiple choice: distractors are other answers to the same question.
 
-Pure: the options depend on the seed, the image, the question and the set's answers, never on the order of records.
+Pure: the options depend on the seed, the image, the question and the set's answers, not on the order of records.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...models.quiz import LETTERS, MOST_OPTIONS, fold
 from .import_sets import QuestionRecord
 from .validate import MAX_CHARS, RawQuestion, abstains
 
-MOST_WORDS = 5  # of an answer: beside short ones, a long one is told by its length alone
+MOST_WORDS = 5  # of an answer: a long one would stand out among short ones by its length
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
@@ -40,7 +40,7 @@ _SAME_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS.split())
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """``spoken``: by group, the answers it has, by form. ``right``: the forms given to a question about an image."""
+    """``spoken``: answers by group and form. ``right``: forms of all answers to a question about an image."""
 
     spoken: dict[str, dict[str, str]]
     right: dict[tuple[tuple[str, ...], str], set[str]]
@@ -49,13 +49,13 @@ class _Answers:
 def close_sets(
     records: Iterable[QuestionRecord], *, seed: int = 0, fewest: int = 4, distractors: int = 3
 ) -> list[QuestionRecord]:
-    """The records with options for those questions that have an answer but none. Everything else stays as it is.
+    """Add options to the questions that have an answer but no options. Everything else is unchanged.
 
-    Questions are one group where they have the same kind, or no kind and the same text after ``fold``. Wrong options
-    are ``distractors`` answers of the group that are variants neither of the right one nor of any other answer to this
-    question about this image. Where the group has fewer than ``fewest`` different answers, or too few of them are left,
-    or the answer has over MOST_WORDS words, the question gets a fault: bad_options. All records are held in memory.
-    Raises ValueError where so many distractors do not fit beside the right option.
+    Questions form a group if they have the same kind, or no kind and the same text after ``fold``. Wrong options are
+    ``distractors`` answers of the group that are not variants of the right one or of any other answer to this question
+    about this image. If the group has fewer than ``fewest`` different answers, or too few of them are left, or the
+    answer has over MOST_WORDS words, the question gets a fault: bad_options. All records are held in memory.
+    Raises ValueError if that many distractors do not fit beside the right option.
     """
     if not 1 <= distractors < MOST_OPTIONS:
         raise ValueError(f"{distractors} distractors, not 1 to {MOST_OPTIONS - 1}")
@@ -78,16 +78,16 @@ def close_sets(
         rng = Random(repr((seed, *_place(record, entry), answer_form(answer))))
         options = [answer, *(known[form] for form in rng.sample(others, distractors))]
         rng.shuffle(options)
-        # by letter and text: either alone can be read as another option where the answers are letters or numbers
+        # as letter and text: either alone is ambiguous if the answers are letters or numbers
         return replace(entry, options=options, answer=f"{LETTERS[options.index(answer)]}. {answer}")
 
     return [replace(record, questions=tuple(closed(record, entry) for entry in record.questions)) for record in held]
 
 
 def answer_form(answer: str) -> str:
-    """What variants of an answer have in common: "Two dogs.", "2 dog" and "the two dogs" are one.
+    """Normalised form of an answer: "Two dogs.", "2 dog" and "the two dogs" have the same one.
 
-    Endings in s, es and e are cut, which merges a few words too many: that costs a distractor, never a right option.
+    Endings in s, es and e are cut, which merges a few words too many: that loses a distractor, never a right option.
     """
     words = fold(answer).replace(",", "").split()
     words = words[1:] if len(words) > 1 and words[0] in _ARTICLES else words
@@ -100,7 +100,7 @@ def _stem(word: str) -> str:
 
 
 def _collect(records: Iterable[QuestionRecord]) -> _Answers:
-    """Of the ways to write an answer the commonest stands for all; by alphabet where several are."""
+    """Collect answers by group and form; the most common spelling represents a form, alphabetically first for ties."""
     counts: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     right: dict[tuple[tuple[str, ...], str], set[str]] = defaultdict(set)
     for record, entry, answer in _open_questions(records):
@@ -122,10 +122,10 @@ def _open_questions(records: Iterable[QuestionRecord]) -> Iterator[tuple[Questio
 
 
 def _open_answer(entry: RawQuestion) -> str | None:
-    """The answer of a question without options; None for every other question, and where it has no answer either."""
+    """Answer of a question without options; None for other questions, and if there is no answer."""
     if entry.fault is not None or entry.options not in (None, [], "") or not isinstance(entry.text, str):
         return None
-    answer = str(entry.answer) if type(entry.answer) is int else entry.answer  # no options: no index either
+    answer = str(entry.answer) if type(entry.answer) is int else entry.answer  # without options it is not an index
     return " ".join(answer.split()) or None if isinstance(answer, str) and len(answer) <= MAX_CHARS else None
 
 

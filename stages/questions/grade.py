@@ -1,8 +1,8 @@
-"""Grading: a reader answers an image's questions from each of its captions, and from the controls beside them.
+"""Caption grading: a reader answers an image's questions from each of its captions, and from control captions.
 
-The controls tell what the figures mean: blind, empty and generic captions are the floor (what can be guessed), one that
-is written from the truth, where the image carries its scene, is the ceiling. One made of the questions with their right
-options, which needs no truth, shows whether the reader can read at all.
+The controls give the scale: blind, empty and generic captions are the floor (guessing); the oracle caption, written
+from ground truth if the image has its scene, is the ceiling. The self-oracle caption, made of the questions with their
+right options, needs no ground truth and measures the reader alone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ...models.tiny.world.captions import dense_caption
 from ...models.tiny.world.scenes import Scene
 from .screen import QUESTIONS, question_of
 
-CAPTIONS = "captions"  # the companion's name
-#: What is graded beside the captions, from the best to be expected to the worst.
+CAPTIONS = "captions"  # name of the companion artifact
+#: Control captions, graded beside the captions, from the best expected to the worst.
 CONTROLS = ("oracle", "self-oracle", "generic", "empty", "blind")
 
 
 class GradeConfig(BaseModel):
-    """What is graded beside the captions. All of it is in the fingerprint."""
+    """Options of grading and its controls. All of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,7 +53,7 @@ class GradeConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Subject:
-    """A caption to grade; ``text`` None is to answer without any."""
+    """A caption to grade; ``text`` None: answer without a caption."""
 
     name: str
     text: str | None
@@ -63,13 +63,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Grader:
-    """Grades rows with one reader of text."""
+    """Grades rows with a text-only reader."""
 
     reader: QuizReader
     config: GradeConfig
 
     async def grade(self, row: Row) -> dict[str, Any]:
-        """The output row for an image with its captions and questions beside it. Raises only EngineDead."""
+        """Output row for an image with its captions and questions. Raises only EngineDead."""
         out = passed_on(row)
         questions = kept_questions(row.beside[QUESTIONS])
         subjects = captions_of(row.beside[CAPTIONS])
@@ -87,18 +87,18 @@ class Grader:
         if unscored:
             reason = f"{len(unscored)} answers were not scored: {unscored[0]}"
             return {**out, "status": str(Status.ENGINE_ERROR), "error": reason}
-        if not any(each["answers"] for each in out["captions"]):
+        if not any(graded["answers"] for graded in out["captions"]):
             return out
         return {**out, "status": str(Status.OK), "error": _note(read) or out["error"]}
 
     async def _readings(self, subject: Subject, questions: list[Question]) -> list[Reading]:
-        if subject.status == Status.ENGINE_ERROR:  # there is no caption, and none is not an empty one
+        if subject.status == Status.ENGINE_ERROR:  # no caption at all, which differs from an empty one
             return []
         return await self.reader.read(subject.text, questions)
 
 
 def _note(readings: Sequence[Reading]) -> str | None:
-    """What is worth knowing of a row that was graded."""
+    """Note on a graded row: no readable answer, or truncated thoughts."""
     if not any(reading.scored for reading in readings):
         return f"no answer names an option; the first is {next(reading.instead for reading in readings)}"
     cut = sum(reading.cut for reading in readings)
@@ -106,27 +106,28 @@ def _note(readings: Sequence[Reading]) -> str | None:
 
 
 def kept_questions(beside: Mapping[str, Any]) -> list[Question]:
-    """The questions of a question artifact's row that may be asked."""
+    """Usable questions of a question artifact's row."""
     return [question_of(entry) for entry in beside["questions"] or [] if entry["status"] == QuestionStatus.OK]
 
 
 def captions_of(beside: Mapping[str, Any]) -> list[Subject]:
-    """The captions of an annotate row, in its order."""
+    """Captions of an annotate row, in order."""
     return [
-        Subject(each["name"], each["text"] or "", each["n_tokens"], each["status"]) for each in beside["captions"] or []
+        Subject(entry["name"], entry["text"] or "", entry["n_tokens"], entry["status"])
+        for entry in beside["captions"] or []
     ]
 
 
 def controls(row: Row, questions: Sequence[Question], config: GradeConfig) -> list[Subject]:
-    """What a captioner's figures are held against."""
+    """Control captions to compare a captioner with."""
     scene = scene_of(row)
     oracle = [Subject("oracle", dense_caption(scene, Random(f"oracle:{row.uid}")))] if scene is not None else []
-    told = Subject("self-oracle", self_oracle(questions, config.self_oracle))
-    return [*oracle, told, Subject("generic", config.generic), Subject("empty", ""), Subject("blind", None)]
+    answered = Subject("self-oracle", self_oracle(questions, config.self_oracle))
+    return [*oracle, answered, Subject("generic", config.generic), Subject("empty", ""), Subject("blind", None)]
 
 
 def scene_of(row: Row) -> Scene | None:
-    """The truth about a rendered image, which its metadata carries; None for any other image."""
+    """Ground-truth scene of a rendered image, from its metadata; None for other images."""
     try:
         return Scene.from_dict((row.meta or {})["scene"])
     except (KeyError, TypeError, ValueError):
@@ -154,12 +155,12 @@ def _graded(subject: Subject, readings: list[Reading]) -> dict[str, Any]:
 
 
 def passed_on(row: Row) -> dict[str, Any]:
-    """The row without any caption graded: its questions, and the status of whatever kept it from being graded."""
+    """Output row without grades: its questions, and the status that prevented grading."""
     scene = scene_of(row)
     fates = [row.beside[name] for name in (QUESTIONS, CAPTIONS) if name in row.beside]
     fate: Mapping[str, Any] = {"status": str(row.status), "error": row.error}
     if row.status is Status.OK:
-        fate = next((each for each in fates if each["status"] != Status.OK), fate)
+        fate = next((entry for entry in fates if entry["status"] != Status.OK), fate)
     questions = kept_questions(row.beside[QUESTIONS]) if QUESTIONS in row.beside else []
     return {
         "key": row.key,
@@ -167,8 +168,8 @@ def passed_on(row: Row) -> dict[str, Any]:
         "status": fate["status"],
         "error": fate["error"],
         "questions": [
-            {"id": each.id, "kind": each.kind, "options": len(each.options), "answer": each.answer}
-            for each in questions
+            {"id": entry.id, "kind": entry.kind, "options": len(entry.options), "answer": entry.answer}
+            for entry in questions
         ],
         "captions": [],
         "scene": None if scene is None else json.dumps(scene.to_dict(), sort_keys=True),

@@ -1,6 +1,6 @@
-"""Question sets made elsewhere, read as a stream: CapRL's layouts, and one question a row as JSON, Parquet or CSV.
+"""Streaming import of external question sets: CapRL's layouts, and one question per row as JSON, Parquet or CSV.
 
-Nothing wrong with a record is fatal: it becomes a question that :func:`checked` refuses with its reason.
+No fault of a record is fatal: it becomes a question that :func:`checked` refuses with its reason.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from .validate import RawQuestion
 
 EXTENSIONS = ("json", "jsonl", "ndjson", "parquet", "csv", "tsv")
 IMAGE_FIELDS = ("uid", "key", "image_path", "image", "images", "path", "file", "file_name", "filename", "filepath")
-ID_FIELDS = ("image_id", "data_id")  # only where nothing else names the image: they may be numbers, as keys are
+ID_FIELDS = ("image_id", "data_id")  # only if nothing else names the image: they may be numbers, like keys
 LIST_FIELDS = ("qa_list", "questions", "qa", "message", "reward_model", "ground_truth", *CONVERSATION_COLUMNS)
-_BATCH = 100  # rows of a Parquet file at a time: images may lie in them
-_MAX_NAME = 4_096  # characters; a longer "image" is no path but the image itself, as base64
+_BATCH = 100  # rows of a Parquet file per batch: they may hold images
+_MAX_NAME = 4_096  # characters; a longer "image" is not a path but the image as base64
 _DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionRecord:
-    """What one record of a set asks about one image.
+    """A record of a set: the questions about one image.
 
-    ``images``: all that it says of which image that is, the surest first: uid, key, file name or path. Empty where it
-    says nothing. ``raw``: the record as JSON without the image's bytes. ``where``: "file:line" or "file[row]".
+    ``images``: all names that it gives for the image, most specific first: uid, key, file name or path; empty if it
+    gives none. ``raw``: the record as JSON without the image's bytes. ``where``: "file:line" or "file[row]".
     """
 
     images: tuple[str, ...]
@@ -55,19 +55,18 @@ class QuestionRecord:
     where: str
 
 
-Located = Iterator[tuple[str, Mapping[str, Any] | str]]  # a row, or what is wrong with it, and where it stands
+Located = Iterator[tuple[str, Mapping[str, Any] | str]]  # location, and a row or its error
 
 
 def read_question_set(path: str) -> Iterator[QuestionRecord]:
-    """The records of a file, or of all files of a folder by name; local or fsspec.
+    """Records of a file, or of all files of a folder in name order; local or fsspec.
 
-    A row has fields of IMAGE_FIELDS and either a list of questions or a conversation in one of LIST_FIELDS, or it is
-    itself a question as :func:`read_question` takes it, as is each in a list. Of a conversation, what the user says is
-    a question and what the assistant says its answer. Where the row has the image's bytes, their uid names it. An
-    object that holds a list of rows is held in memory, all else is streamed.
+    A row has fields of IMAGE_FIELDS and either a list of questions or a conversation in one of LIST_FIELDS, or is
+    itself a question. Questions have the formats of :func:`read_question`. In a conversation, user turns are questions
+    and assistant turns their answers. If the row has the image's bytes, their uid names it. An object that holds a list
+    of rows is held in memory; everything else is streamed.
 
-    Raises BadInput at once where a file cannot be read, is empty or holds nothing of the kind; later where it is found
-    to be damaged.
+    Raises BadInput at once if a file cannot be read, is empty or is not a question set; later if it is damaged.
     """
     return chain.from_iterable([_records(file) for file in _files(path)])
 
@@ -76,23 +75,23 @@ def _files(path: str) -> list[str]:
     try:
         fs, inner = url_to_fs(path)
         if fs.isfile(inner):
-            found = [path]
+            files = [path]
         elif fs.isdir(inner):
             names = sorted(str(name) for name in fs.find(inner))
             names = [name for name in names if _extension(name) in EXTENSIONS]
-            found = [fs.unstrip_protocol(name) if "://" in path else name for name in names]
-            _refuse_others(path, found)
+            files = [fs.unstrip_protocol(name) if "://" in path else name for name in names]
+            _refuse_others(path, files)
         else:
             raise BadInput(f"{path}: no such file or folder; name a question set ({', '.join(EXTENSIONS)})")
     except (OSError, ValueError, ImportError) as error:
         raise BadInput(f"{path}: cannot be opened ({error}); check the path") from None
-    if not found or _extension(found[0]) not in EXTENSIONS:
+    if not files or _extension(files[0]) not in EXTENSIONS:
         raise BadInput(f"{path}: no question set; give a file or folder of {', '.join(EXTENSIONS)}")
-    return found
+    return files
 
 
 def _refuse_others(folder: str, files: Iterable[str]) -> None:
-    """Raise BadInput where a folder lists a file that lies elsewhere, or something else than a file."""
+    """Raise BadInput if a folder lists a link that leaves it, or an entry that is not a regular file."""
     reach = ANYWHERE if is_url(folder) else Reach(source=source_folder(folder))
     for file in files:
         chained = is_url(file) and "::" in file and "::" not in folder
@@ -115,7 +114,7 @@ def _extension(path: str) -> str:
 
 
 def _records(file: str) -> Iterator[QuestionRecord]:
-    """The records of one file, which is looked into at once, up to its first record that is what we take."""
+    """Records of one file; it is checked at once, up to its first record in a supported layout."""
     read = _reader(file)
     count = 0
     for _, row in _guarded(file, read):
@@ -133,7 +132,7 @@ def _asks(row: Mapping[str, Any]) -> bool:
 
 
 def _names_image(row: Mapping[str, Any]) -> bool:
-    """Whether a row has a place for the name of its image, filled or not."""
+    """True if a row has a field for the name of its image, filled or not."""
     return any(name in row for name in (*IMAGE_FIELDS, *ID_FIELDS)) or bool(_images(row))
 
 
@@ -174,7 +173,7 @@ def _csv(file: str) -> Rows:
 
 
 def _json(file: str) -> Located:
-    """A list, an object that has one, or an object a line."""
+    """Rows of a JSON list, of an object that has one, or of JSON lines."""
     if begins_list(file):
         with open_binary(file) as stream:
             for number, row in enumerate(list_items(stream)):
@@ -192,12 +191,12 @@ def _json(file: str) -> Located:
 
 
 def _of_object(file: str, whole: Mapping[str, Any]) -> Located:
-    """The rows under ``questions``, ``annotations`` or ``data``; VQA's answers and COCO's file names joined to them."""
+    """Rows of ``questions``, ``annotations`` or ``data``, joined with VQA answers and COCO file names."""
     field = next((field for field in ("questions", "annotations", "data") if _objects(whole, field)), None)
     if field is None or _images(whole):
         yield f"{file}:1", whole
         return
-    answers = {str(each["question_id"]): each for each in _objects(whole, "annotations") if "question_id" in each}
+    answers = {str(entry["question_id"]): entry for entry in _objects(whole, "annotations") if "question_id" in entry}
     files = coco.file_names(whole)
     for number, row in enumerate(whole[field]):
         if not isinstance(row, dict):
@@ -232,14 +231,14 @@ def _raw(row: Mapping[str, Any]) -> str:
 
 
 def _images(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the record's image, its uid first; none where it has several images."""
+    """Names of the record's image, its uid first; empty if it has several images."""
     values = [row.get(field) for field in IMAGE_FIELDS]
     if not any(value for value in values):
         values = [images_in(row.get(field)) for field in CONVERSATION_COLUMNS]
     if not any(value for value in values):
         values = [row.get(field) for field in ID_FIELDS]
         number = row.get("image_id")
-        values += [f"{number:012d}.jpg"] if type(number) is int and number >= 0 else []  # COCO's file of this number
+        values += [f"{number:012d}.jpg"] if type(number) is int and number >= 0 else []  # COCO's file name for this id
     names: list[str] = []
     for value in values:
         if isinstance(value, list):
@@ -257,7 +256,7 @@ def _images(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _decoded(text: str) -> bytes | None:
-    """An image written as text, in base64; None for anything else."""
+    """Bytes of an image in base64; None for any other text."""
     uri = _DATA_URI.match(text)
     if uri is None and len(text) <= _MAX_NAME:
         return None

@@ -1,4 +1,4 @@
-"""Which images the records of a question set are about: by uid, key or file name, and never by a guess."""
+"""Matching of question-set records to images by uid, key or file name; ambiguous names are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True)
 class ImageNames:
-    """What an image of the shards is known by. ``source``: the file it was ingested from, None in tars of others."""
+    """Names of an image in the shards. ``source``: the file it was ingested from, None in foreign tars."""
 
     key: str
     source: str | None = None
@@ -30,9 +30,9 @@ class ImageNames:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the set asks about an image, as dicts of QUESTION_FIELDS in the set's order.
+    """The set's questions about an image, as dicts of QUESTION_FIELDS in the set's order.
 
-    ``raw``: the records it came from, one a line. ``error``: why other records that name the image were not taken.
+    ``raw``: their records, one per line. ``error``: why other records that name the image were refused.
     """
 
     questions: list[dict[str, Any]]
@@ -42,7 +42,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Unmatched:
-    """A record that no image of the shards gets. ``image``: the surest name that it gives."""
+    """A record without a matching image. ``image``: the most specific name that it gives."""
 
     where: str
     image: str
@@ -50,25 +50,25 @@ class Unmatched:
 
 
 class _Level(IntEnum):
-    """How surely a record names an image."""
+    """Specificity of a match between record and image."""
 
-    SHARED = 0  # by the file's name alone, and the set has other files of this name
-    NAME = 1  # by the file's name alone: the folders differ
-    PATH = 2  # one path ends in the other
+    SHARED = 0  # by file name alone, and the set has other files of this name
+    NAME = 1  # by file name alone: the folders differ
+    PATH = 2  # one path is a suffix of the other
     KEY = 3
     UID = 4
 
 
 class QuestionIndex:
-    """A whole set in memory, joined with the names of all images that will be looked up.
+    """Index of a whole set in memory, joined with the names of all images that will be looked up.
 
-    Both sides must be known to see that a name does not tell one image from another; such records are refused. Each
-    record is given to the images that it names most surely, and to no other. Images with one uid are one image.
-    Memory: 1 to 2 KB a question.
+    Both sides are needed to detect names that match several images; such records are refused. Each record goes to the
+    images with its most specific match, and to no others. Images with the same uid are one image.
+    Memory: 1 to 2 KB per question.
     """
 
     def __init__(self, records: Iterable[QuestionRecord], images: Iterable[ImageNames]) -> None:
-        """``images``: each once; the uid may be missing where it is not known yet: look-ups then still go by it."""
+        """``images``: each once; a uid that is not known yet may be missing: look-ups still use it."""
         self._records = list(records)
         self._by_name: dict[str, list[int]] = defaultdict(list)
         self._by_file: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -76,17 +76,17 @@ class QuestionIndex:
             for name in record.images:
                 path = _path(name)
                 self._by_name[_composed(name)].append(number)
-                for file in {posixpath.basename(path), _stem(path)}:  # tars of others have the stem alone
+                for file in {posixpath.basename(path), _stem(path)}:  # foreign tars have only the stem
                     self._by_file[file][path].append(number)
         self._best: dict[int, _Level] = {}
-        self._claims: dict[int, set[str]] = defaultdict(set)  # by record: the images that it names most surely
+        self._claims: dict[int, set[str]] = defaultdict(set)  # by record: the images with its most specific match
         self._given: set[int] = set()
-        for place, image in enumerate(images):
+        for position, image in enumerate(images):
             for number, level in self._candidates(image).items():
-                self._claim(number, level, image.uid or str(place))
+                self._claim(number, level, image.uid or str(position))
 
     def lookup(self, uid: str | None, key: str, source: str | None = None) -> Found | None:
-        """What the set asks about an image, checked, each question once; None where no record names it."""
+        """The set's questions about an image, checked and deduplicated; None if no record names it."""
         candidates = self._candidates(ImageNames(key, source, uid))
         numbers = sorted(n for n, level in candidates.items() if level >= self._best.get(n, level))
         if not numbers:
@@ -100,7 +100,7 @@ class QuestionIndex:
         return Found(questions, "\n".join(self._records[n].raw for n in taken), notes[0] if notes else None)
 
     def unmatched(self) -> list[Unmatched]:
-        """The records that no image of the shards gets, in the set's order, each with its reason."""
+        """Records without a matching image, in the set's order, each with its reason."""
         return [
             Unmatched(record.where, record.images[0] if record.images else "", reason)
             for number, record in enumerate(self._records)
@@ -116,11 +116,11 @@ class QuestionIndex:
             self._claims[number].add(image)
 
     def _candidates(self, image: ImageNames) -> dict[int, _Level]:
-        """The records that may be about an image, each with the surest of its names."""
-        found: dict[int, _Level] = {}
+        """Records that may be about an image, each with its most specific match."""
+        levels: dict[int, _Level] = {}
         for number, level in self._named(image):
-            found[number] = max(level, found.get(number, level))
-        return found
+            levels[number] = max(level, levels.get(number, level))
+        return levels
 
     def _named(self, image: ImageNames) -> Iterator[tuple[int, _Level]]:
         if image.uid is not None and _UID.fullmatch(image.uid):
@@ -135,7 +135,7 @@ class QuestionIndex:
             yield from ((number, level) for number in numbers)
 
     def _doubt(self, number: int) -> str | None:
-        """Why a record can be given to no image."""
+        """Reason why a record matches no image; None if it matches one."""
         record = self._records[number]
         if not record.images:
             fault = record.questions[0].fault if record.questions else None
@@ -150,12 +150,12 @@ class QuestionIndex:
 
 
 def _path(name: str) -> str:
-    """A name as a path that can be compared; ``source`` is kept printable, so must be what is compared with it."""
+    """A name normalised as a path; made printable, because ``source`` is."""
     return _composed(posixpath.normpath(printable(name).replace("\\", "/")))
 
 
 def _composed(name: str) -> str:
-    """Accents as one character: macOS writes file names with two, most sets do not."""
+    """NFC form: macOS decomposes accents in file names, most sets do not."""
     return unicodedata.normalize("NFC", name)
 
 

@@ -1,7 +1,7 @@
-"""Screening: a question stays when a model answers it with the image and does not without, in every order of options.
+"""Question screening: keep questions that a model answers with the image and not without, in every option order.
 
-CapRL keeps 4 of 4 with the image and none of 4 without (arXiv 2509.22647 App. C; the released 0.75 and 0.25 read
-strictly). Both arms are put in the same words with the same option to abstain, so neither is the easier one.
+CapRL keeps 4 of 4 with the image and 0 of 4 without (arXiv 2509.22647 App. C; the released 0.75 and 0.25 with strict
+comparisons). Both arms use the same prompt with the same option to abstain, so neither is easier.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ...models.engines.context import quiz_room
 from ...models.quiz import Question
 from ...models.reader import QuizReader, ReaderConfig, Reading
 
-QUESTIONS = "questions"  # the companion's name
+QUESTIONS = "questions"  # name of the companion artifact
 
 
 class ScreenConfig(BaseModel):
-    """Who may stay. All of it changes statuses, so all of it is in the fingerprint."""
+    """Criteria for keeping a question. All of them affect statuses, so all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,13 +34,13 @@ class ScreenConfig(BaseModel):
 
     @property
     def room(self) -> int:
-        """Tokens of context that a question and its answer take, beside the image."""
+        """Context tokens for a question and its answer, without the image."""
         return quiz_room(0, self.reader.answer_tokens)
 
 
 PRESETS = {
     "strict": ScreenConfig(),
-    # The released curation: four shuffled presentations, drawn answers of at most four tokens at temperature 0.1.
+    # The released curation: four shuffled presentations, sampled answers of at most four tokens at temperature 0.1.
     "caprl": ScreenConfig(
         image_min=0.75,
         image_inclusive=False,
@@ -53,34 +53,34 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Screener:
-    """Screens rows with one reader that sees. ``model``: the name the rows carry."""
+    """Screens rows with a vision-language reader. ``model``: its name in the output rows."""
 
     reader: QuizReader
     model: str
     config: ScreenConfig
 
     async def screen(self, row: Row, image: ImageInput) -> dict[str, Any]:
-        """The output row for a readable image with its questions beside it. Raises only EngineDead."""
+        """Output row for a readable image with its questions. Raises only EngineDead."""
         out = passed_on(row)
         entries = out["questions"]
-        at = [place for place, entry in enumerate(entries) if entry["status"] == QuestionStatus.OK]
+        at = [index for index, entry in enumerate(entries) if entry["status"] == QuestionStatus.OK]
         if out["status"] != Status.OK or not at:
             return out
-        questions = [question_of(entries[place]) for place in at]
+        questions = [question_of(entries[index]) for index in at]
         seen = await self.reader.look(image, questions)
         blind = await self.reader.look(None, questions)
-        for place, with_image, without in zip(at, seen, blind, strict=True):
+        for index, with_image, without in zip(at, seen, blind, strict=True):
             status, reason = judge(with_image, without, self.config)
-            entries[place] |= {"status": str(status), "error": reason} | _outcomes(with_image, without)
+            entries[index] |= {"status": str(status), "error": reason} | _outcomes(with_image, without)
         out["screener"] = self.model
-        return out | _fate([entries[place] for place in at], [*seen, *blind])
+        return out | _fate([entries[index] for index in at], [*seen, *blind])
 
 
 def _fate(entries: list[dict[str, Any]], readings: list[Reading]) -> dict[str, Any]:
-    """A row's status by its screened questions and all of their readings.
+    """Status of a row from its screened questions and all of their readings.
 
-    It is to be asked again where a request failed, and where nothing could be scored; not for some answers without a
-    letter among others, which would come again.
+    A retry is due if a request failed, or if nothing could be scored; not if only some answers name no option, as they
+    would repeat.
     """
     statuses = [entry["status"] for entry in entries]
     unscored = next((entry["error"] for entry in entries if entry["status"] == QuestionStatus.UNSCORED), None)
@@ -96,10 +96,10 @@ def _fate(entries: list[dict[str, Any]], readings: list[Reading]) -> dict[str, A
 
 
 def judge(with_image: Reading, without: Reading, config: ScreenConfig) -> tuple[QuestionStatus, str | None]:
-    """A question's status after both arms, with the reason where it does not stay.
+    """Status of a question after both arms, with the reason if it is not kept.
 
-    With the image an answer that names no option may be a right one in other words: it counts neither way, and where
-    the outcome depends on it the question is unscored. Without the image it is what is hoped for: no answer.
+    With the image, an answer that names no option may be a correct one in other words: it counts neither way, and if
+    the outcome depends on it, the question is unscored. Without the image it is the desired result: no answer.
     """
     errors = with_image.errors + without.errors
     if errors:
@@ -122,12 +122,12 @@ def judge(with_image: Reading, without: Reading, config: ScreenConfig) -> tuple[
 
 
 def share_right(reading: Reading) -> float:
-    """Right answers over all presentations, those that name no option among them."""
+    """Fraction of right answers among all presentations, including those that name no option."""
     return reading.right / len(reading.chosen)
 
 
 def _above(value: float, bound: float, inclusive: bool) -> bool:
-    """Compared with room for rounding: two thirds of three presentations are to equal a bound of 0.6667."""
+    """Comparison with a tolerance for rounding: 2 of 3 presentations equal a bound of 0.6667."""
     return value > bound - 1e-4 if inclusive else value > bound + 1e-4
 
 
@@ -141,12 +141,12 @@ def _outcomes(with_image: Reading, without: Reading) -> dict[str, Any]:
 
 
 def question_of(entry: dict[str, Any]) -> Question:
-    """A stored question whose status is ok. Raises ValueError where it is none."""
+    """The question of a stored entry with status ok. Raises ValueError if it is invalid."""
     return Question(entry["question"], tuple(entry["options"]), entry["answer"], entry["kind"])
 
 
 def passed_on(row: Row) -> dict[str, Any]:
-    """The row as it was written, its questions not screened: what becomes of rows that have none, or no image."""
+    """Output row with unscreened questions, for rows without an image or usable questions."""
     beside = row.beside.get(QUESTIONS, {})
     fate = beside if row.status is Status.OK and beside else {"status": str(row.status), "error": row.error}
     unscreened = {"with_image": None, "without_image": None, "image_accuracy": None, "text_accuracy": None}

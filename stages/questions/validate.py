@@ -1,6 +1,6 @@
-"""What makes a multiple-choice question usable, whoever wrote it: one strict reading for a VLM's and imported ones.
+"""Validation of multiple-choice questions: one strict parser for generated and imported ones.
 
-Pure, and raises on nothing: whatever is wrong with an entry becomes its status and reason.
+Pure, and never raises: any fault of an entry becomes its status and reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ...manifests.status import QuestionStatus
 from ...models.quiz import ABSTAIN, FEWEST_OPTIONS, KINDS, LETTERS, MOST_OPTIONS, Question, fold
 
-MAX_CHARS = 2_000  # of a question or an option; what is longer is refused and kept cut
+MAX_CHARS = 2_000  # of a question or an option; longer ones are refused, and stored truncated
 
 _SYNONYMS = {
     "objects": "object",
@@ -37,15 +37,15 @@ _SYNONYMS = {
     "actions": "action",
 }
 
-_ONE = "[A-Ka-kＡ-Ｋａ-ｋ]"  # a letter; keyboards for Chinese and Japanese write the wide ones
+_ONE = "[A-Ka-kＡ-Ｋａ-ｋ]"  # a letter; full-width ones are common in Chinese and Japanese
 
-# "A) red", "B. blue", "- (C) green", "d：黄"; not "A.M.", which is no label but an abbreviation.
+# "A) red", "B. blue", "- (C) green", "d：黄"; not "A.M.", which is an abbreviation.
 _LABELLED = re.compile(
     rf"[-*•]?\s*[(（]?(?P<label>{_ONE})\s*(?P<end>[)）]|[.．:：、](?!\w\.))\s*(?P<rest>.*)", re.DOTALL
 )
 _LETTER = re.compile(
     r"[\s*(（\[]*(?i:(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?[\s:*(]*)?"
-    rf"(?P<letter>{_ONE})[\s*.):．）：\]]*"  # not by ignoring case, which takes a dotted capital I for an i
+    rf"(?P<letter>{_ONE})[\s*.):．）：\]]*"  # not with IGNORECASE, which matches a dotted capital I as an i
 )
 
 _WHY = r"(?: (?:this|that|it|(?:this|the) question))?(?: (?:based on|from|given|with|without|by) .{0,80})?"
@@ -72,17 +72,17 @@ _SAYS_OTHERS = re.compile("|".join(_OTHERS), re.IGNORECASE)
 
 @dataclass(frozen=True)
 class RawQuestion:
-    """A question as it was read, of whatever types came in.
+    """A question as read, with unchecked types.
 
     ``answer``: the right option's text, its letter or label ("B", "B)", "B. blue"), a bool (yes or true, no or false),
-    or an int: its index from 0. ``also``: answers from other fields, which have to name the same option.
+    or an int: its index from 0. ``also``: answers from other fields, which must name the same option.
     """
 
     text: object
     options: object
     answer: object
     kind: object = None
-    fault: tuple[QuestionStatus, str] | None = None  # what was wrong with it before it could be looked at
+    fault: tuple[QuestionStatus, str] | None = None  # fault found before validation
     also: tuple[object, ...] = ()
 
 
@@ -95,9 +95,9 @@ class _Bad(Exception):
 def checked(entry: RawQuestion, seen: set[str], most: int = MOST_OPTIONS) -> dict[str, Any]:
     """``entry`` as a dict of QUESTION_FIELDS with its status and, unless that is ok, a short reason. Never raises.
 
-    Options lose labels that all of them have in order, and those that abstain, which every presentation adds itself.
-    ``seen`` has the folded texts of the ok questions about the same image; an ok one is added to it. ``most``: options
-    that a question may have beside those that abstain.
+    Labels are stripped if all options have them in order; options to abstain are dropped, as every presentation adds
+    one. ``seen``: folded texts of the ok questions about the same image; an ok one is added to it. ``most``: maximum
+    number of options, not counting those to abstain.
     """
     kind = kind_of(entry.kind)
     text = _clean(entry.text) if isinstance(entry.text, str) else None
@@ -108,15 +108,15 @@ def checked(entry: RawQuestion, seen: set[str], most: int = MOST_OPTIONS) -> dic
         _check_text(text)
         options = _without_labels(_option_texts(entry.options))
         kept = _kept_options(options)
-        question = _question(text or "", [options[place] for place in kept], kind, most)
+        question = _question(text or "", [options[index] for index in kept], kind, most)
         if isinstance(entry.options, list) and any(isinstance(option, bool) for option in entry.options):
             _refuse_number(entry.answer)
-        place = _answer_place(entry.answer, options)
-        if any(_answer_place(other, options) != place for other in entry.also):
+        right_index = _answer_place(entry.answer, options)
+        if any(_answer_place(other, options) != right_index for other in entry.also):
             raise _Bad(QuestionStatus.BAD_ANSWER, "several fields have answers, and they are not the same option")
-        if place not in kept:
+        if right_index not in kept:
             raise _Bad(QuestionStatus.BAD_ANSWER, "the answer is to abstain")
-        question = replace(question, answer=kept.index(place))
+        question = replace(question, answer=kept.index(right_index))
     except _Bad as bad:
         cut = [option[:MAX_CHARS] for option in options]
         return _fields(None, kind, text and text[:MAX_CHARS], cut, None, bad.status, str(bad)[:300])
@@ -128,7 +128,7 @@ def checked(entry: RawQuestion, seen: set[str], most: int = MOST_OPTIONS) -> dic
 
 
 def kind_of(kind: object) -> str:
-    """One of ``quiz.KINDS``; "other" for what is none of them, nor another word for one."""
+    """One of ``quiz.KINDS``, synonyms resolved; "other" for anything else."""
     if not isinstance(kind, str) or len(kind) > MAX_CHARS:
         return "other"
     word = " ".join(re.split(r"[\s_-]+", kind.strip().lower()))
@@ -137,13 +137,13 @@ def kind_of(kind: object) -> str:
 
 
 def abstains(option: str) -> bool:
-    """Whether an option is to give no answer: our own text for it, or such as "Can not answer based on the caption"."""
+    """True for an option to abstain: capipe's own text, or similar to "Can not answer based on the caption"."""
     folded = fold(option).replace("’", "'")
     return folded == fold(ABSTAIN) or _ABSTAIN.fullmatch(folded) is not None
 
 
 def refers_to_others(option: str, choices: int) -> bool:
-    """Whether an option speaks of other ones of ``choices``, by letter or place: it breaks when they change places."""
+    """True if an option refers to others of ``choices`` by letter or position, and so is invalid once shuffled."""
     plain = re.sub(r"[\s\"'“”‘’().]+", " ", option).strip()
     letter = f"[A-{LETTERS[choices - 1]}]"
     several = rf"{letter}(?:(?: ?, ?| ?, ?(?:and|or|nor) | (?:and|or|nor|&) ){letter})+"
@@ -179,12 +179,12 @@ def _option_texts(options: object) -> list[str]:
 
 
 def _number_text(number: float) -> str:
-    """Of JSON, or of Parquet, which may have made floats of ints. A bool is "True" or "False"."""
+    """A number as text; Parquet may have converted ints to floats. A bool is "True" or "False"."""
     return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number)
 
 
 def _without_labels(options: list[str]) -> list[str]:
-    """The options without "A)", "B)", ..., where each has its own; else as they are: "A" may be all that one says."""
+    """Options without "A)", "B)", ... if all have them in order; else unchanged: "A" may be a whole option."""
     matches = [_LABELLED.fullmatch(option) for option in options]
     labels = [_letter(match["label"]) if match else "" for match in matches]
     rests = [match["rest"] if match else "" for match in matches]
@@ -192,7 +192,7 @@ def _without_labels(options: list[str]) -> list[str]:
 
 
 def _kept_options(options: list[str]) -> list[int]:
-    """The places of those that are answers, after a look at each one by itself."""
+    """Check each option; returns the indices of those that do not abstain."""
     for option in options:
         if len(option) > MAX_CHARS:
             raise _Bad(QuestionStatus.BAD_OPTIONS, f"an option has {len(option)} characters, over {MAX_CHARS}")
@@ -201,11 +201,11 @@ def _kept_options(options: list[str]) -> list[int]:
             raise _Bad(QuestionStatus.BAD_OPTIONS, reason)
         if refers_to_others(option, len(options)):
             raise _Bad(QuestionStatus.BAD_OPTIONS, f"an option speaks of others: {option!r}")
-    return [place for place, option in enumerate(options) if not abstains(option)]
+    return [index for index, option in enumerate(options) if not abstains(option)]
 
 
 def _question(text: str, options: list[str], kind: str, most: int) -> Question:
-    """With the first option for an answer, until it is known. Options are refused where Question refuses them."""
+    """Question with the first option as preliminary answer. Raises _Bad for options that Question refuses."""
     if len(options) > most:
         raise _Bad(QuestionStatus.BAD_OPTIONS, f"{len(options)} options, not {FEWEST_OPTIONS} to {most}")
     try:
@@ -218,12 +218,12 @@ def _question(text: str, options: list[str], kind: str, most: int) -> Question:
 
 
 def _answer_place(answer: object, options: list[str]) -> int:
-    """The place among ``options``, those that abstain included, that the answer names in every way it can be read."""
-    if isinstance(answer, float) and math.isfinite(answer):  # pandas makes them of indices where one is missing
+    """Index among ``options``, including those to abstain, that every reading of the answer agrees on."""
+    if isinstance(answer, float) and math.isfinite(answer):  # pandas converts indices to floats if one is missing
         answer = int(answer) if answer.is_integer() else str(answer)
     if isinstance(answer, bool):
         said = ("yes", "true") if answer else ("no", "false")
-        return _agreed({place for word in said for place in _places_of(word, options)}, str(answer))
+        return _agreed({index for word in said for index in _places_of(word, options)}, str(answer))
     if isinstance(answer, int):
         return _agreed(_places_by_number(answer, options), str(answer))
     if not isinstance(answer, str):
@@ -238,13 +238,13 @@ def _answer_place(answer: object, options: list[str]) -> int:
 
 
 def _refuse_number(answer: object) -> None:
-    """Beside options that are true and false, 1 may be an index or mean true."""
+    """Refuse numeric answers if options are booleans: 1 may be an index or mean true."""
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         raise _Bad(QuestionStatus.BAD_ANSWER, f"the answer {answer!r} is ambiguous: an index, or true or false")
 
 
 def _places_by_number(number: int, options: list[str]) -> set[int]:
-    """By index, and by the option that is this number; by counting from 1 where only that and the latter can be."""
+    """Candidate indices for a number: from 0, and the option with this number; also from 1, if it is the last."""
     named = {*_places_of(str(number), options), *_places_of(f"{number}.0", options)}
     if 0 <= number < len(options):
         return {number, *named}
@@ -254,7 +254,7 @@ def _places_by_number(number: int, options: list[str]) -> set[int]:
 
 
 def _readings(text: str, options: list[str]) -> set[int]:
-    """All places that a text may name: as an option's text, as a letter, or as a letter with its option's text."""
+    """Candidate indices for a text: as an option's text, as a letter, or as a letter with its option's text."""
     places = set(_places_of(text, options))
     if (letter := _LETTER.fullmatch(text)) is not None:
         return places | _places_by_letter(_letter(letter["letter"]), options)
@@ -267,10 +267,10 @@ def _readings(text: str, options: list[str]) -> set[int]:
 
 
 def _places_by_letter(letter: str, options: list[str]) -> set[int]:
-    """By counting, and by labels that were left in place because not all options have theirs."""
+    """Candidate indices for a letter: by position, and by labels that were not stripped."""
     labels = [(_letter(label["label"]) if label else "") for label in map(_LABELLED.fullmatch, options)]
     counted = LETTERS.index(letter)
-    own = {place for place, label in enumerate(labels) if label == letter}
+    own = {index for index, label in enumerate(labels) if label == letter}
     return own | ({counted} if counted < len(options) else set())
 
 
@@ -280,12 +280,12 @@ def _letter(label: str) -> str:
 
 def _places_of(text: str, options: list[str]) -> list[int]:
     folded = fold(text)
-    return [place for place, option in enumerate(options) if fold(option) == folded]
+    return [index for index, option in enumerate(options) if fold(option) == folded]
 
 
 def _agreed(places: set[int], answer: str) -> int:
     if len(places) > 1:
-        letters = " or ".join(LETTERS[place] for place in sorted(places))
+        letters = " or ".join(LETTERS[index] for index in sorted(places))
         reason = f"the answer {answer[:100]!r} is ambiguous: as a letter or index and as a text it names {letters}"
         raise _Bad(QuestionStatus.BAD_ANSWER, reason)
     if not places:
@@ -297,7 +297,7 @@ def _agreed(places: set[int], answer: str) -> int:
 
 
 def _clean(text: str) -> str:
-    """Stripped, and without half surrogate pairs, which JSON may bring and UTF-8 cannot hold."""
+    """Text stripped and made valid for UTF-8: JSON may have unpaired surrogates."""
     return text.strip().encode("utf-8", "replace").decode()
 
 

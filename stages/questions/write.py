@@ -1,7 +1,7 @@
-"""Questions: a vision-language model writes multiple-choice questions about an image, one row out for every row in.
+"""Question generation: a vision-language model writes multiple-choice questions per image; one output row per row.
 
-CapRL asks for five an image in one call and keeps what a pattern matches (arXiv 2509.22647 §3.1); here the answer is
-JSON, held to its schema where the engine can, and what cannot be used is kept with a status and the raw text.
+CapRL asks for five per image in one call and keeps regex matches (arXiv 2509.22647 §3.1); here the answer is JSON, with
+guided decoding if the engine supports it, and unusable questions are kept with a status and the raw text.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from ..annotate.quality_gate import nothing_written
 from .layouts import faulty, read_question
 from .validate import RawQuestion, checked
 
-MOST_FAILURES = 100  # braces in one answer that open no object
+MOST_FAILURES = 100  # braces in one answer that do not start an object
 _KEY = re.compile(r'"question"\s*:')
 
 
 class QuestionsConfig(BaseModel):
-    """What is asked of the writer. All of it changes the questions, so all of it is in the fingerprint."""
+    """Options of the writer. All of them affect the questions, so all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,13 +64,13 @@ class QuestionsConfig(BaseModel):
 
     @property
     def room(self) -> int:
-        """Tokens of context that the prompt and its answer take, beside the image."""
+        """Context tokens for the prompt and its answer, without the image."""
         return text_room([self.prompt.text], self.max_tokens)
 
 
 @dataclass(frozen=True)
 class QuestionWriter:
-    """Writes with one engine. ``model``: the name its questions carry; ``guided``: hold it to the JSON schema."""
+    """Writes questions with one engine. ``model``: its name in the output rows; ``guided``: decode by JSON schema."""
 
     engine: Engine
     model: str
@@ -78,7 +78,7 @@ class QuestionWriter:
     guided: bool
 
     async def write(self, row: Row, image: ImageInput) -> dict[str, Any]:
-        """The output row for a readable image. Raises only EngineDead; a failed request is a status."""
+        """Output row for a readable image. Raises only EngineDead; a failed request is a status."""
         out = {**passed_on(row), "writer": self.model, "prompt_id": self.config.prompt.prompt_id}
         seen: set[str] = set()
         while out["attempts"] < self.config.max_attempts:
@@ -111,7 +111,7 @@ class QuestionWriter:
 
 
 def passed_on(row: Row) -> dict[str, Any]:
-    """An output row for an input row that gets no questions: its own status and reason."""
+    """Output row for an input row without questions: its own status and error."""
     return {
         "key": row.key,
         "uid": row.uid,
@@ -128,21 +128,21 @@ def passed_on(row: Row) -> dict[str, Any]:
 
 
 def _added(tokens: int | None, more: int | None) -> int | None:
-    """A sum that is unknown as soon as one of its parts is."""
+    """Sum; None if either part is unknown."""
     return None if tokens is None or more is None else tokens + more
 
 
 def written_questions(completion: Completion) -> list[RawQuestion]:
-    """The questions in a writer's answer, those it left unfinished or unreadable as such with their fault."""
+    """Questions in a writer's answer, including faults for unfinished and unreadable ones."""
     text = completion.text.strip()
     cut = completion.finish_reason == "length"
     listed = _listed(_decoded(text))
     if listed is not None:
-        entries, unreadable, cut = [_entry(each) for each in listed], 0, False
+        entries, unreadable, cut = [_entry(piece) for piece in listed], 0, False
     else:
-        found, between = _scattered(text)
-        entries = [_entry(each) for each in found]
-        unreadable = sum(len(_KEY.findall(each)) for each in (between[:-1] if cut else between))
+        objects, between = _scattered(text)
+        entries = [_entry(piece) for piece in objects]
+        unreadable = sum(len(_KEY.findall(piece)) for piece in (between[:-1] if cut else between))
     if unreadable:
         entries.append(faulty(f"JSON that cannot be read, of {unreadable} question{'s' if unreadable > 1 else ''}"))
     if completion.thought is not None and not text:
@@ -155,17 +155,17 @@ def written_questions(completion: Completion) -> list[RawQuestion]:
 
 
 def _listed(whole: Any) -> list[Any] | None:
-    """The questions of a value that has the form that was asked for, or is their bare list."""
+    """Questions of a value in the requested format, or of a bare list."""
     questions = whole.get("questions") if isinstance(whole, dict) else whole
     return questions if isinstance(questions, list) else None
 
 
 def _scattered(text: str) -> tuple[list[Any], list[str]]:
-    """The question objects in JSON that is not whole, or has words around it; and the text before, between and after.
+    """Question objects in truncated JSON or JSON within prose; and the text before, between and after them.
 
-    After ``MOST_FAILURES`` braces that open no object it gives up: each costs a look at all that follows.
+    Stops after ``MOST_FAILURES`` braces that do not start an object: each may scan the rest of the text.
     """
-    decoder, found, between = json.JSONDecoder(), list[Any](), list[str]()
+    decoder, objects, between = json.JSONDecoder(), list[Any](), list[str]()
     start, at, failures = 0, text.find("{"), 0
     while at >= 0 and failures < MOST_FAILURES:
         try:
@@ -176,11 +176,11 @@ def _scattered(text: str) -> tuple[list[Any], list[str]]:
             continue
         questions = _listed(value) or ([value] if "question" in value else [])
         if questions:
-            found += questions
+            objects += questions
             between.append(text[start:at])
             start = end
         at = text.find("{", end)
-    return found, [*between, text[start:]]
+    return objects, [*between, text[start:]]
 
 
 def _decoded(text: str) -> Any:
@@ -190,7 +190,7 @@ def _decoded(text: str) -> Any:
         return None
 
 
-def _entry(found: Any) -> RawQuestion:
-    if not isinstance(found, dict):
-        return faulty(f"a {type(found).__name__} where a question was expected")
-    return read_question(found)
+def _entry(value: Any) -> RawQuestion:
+    if not isinstance(value, dict):
+        return faulty(f"a {type(value).__name__} where a question was expected")
+    return read_question(value)

@@ -1,6 +1,6 @@
-"""Rows of text files, each of bounded size: one that is longer, or nested deeper, is one row with its reason.
+"""Size-bounded rows of text files: a row that is too long or nested too deeply yields its error instead.
 
-Whatever the length of a row, at most twice MAX_ROW characters of the file are in memory.
+At most 2 * MAX_ROW characters of the file are in memory, whatever the length of a row.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import IO, Any, AnyStr
 
 from ...manifests.files.bounded_json import MAX_NESTING, is_deeper
 
-MAX_ROW = 1 << 24  # characters (of JSON lines in bytes: bytes); an image of 12 MB is as long in base64
-MAX_HEADING = 1 << 20  # characters of a CSV's first line
+MAX_ROW = 1 << 24  # characters (bytes for JSON lines read as bytes); a 12 MB image in base64 is as long
+MAX_HEADING = 1 << 20  # characters of a CSV header
 _QUOTE = '"'
-csv.field_size_limit(MAX_ROW + 1)  # Python's own 131,072 are fewer than an image in base64 has
+csv.field_size_limit(MAX_ROW + 1)  # Python's default of 131,072 is too small for images in base64
 
 
 class Beyond(str):
-    """Why a row is not taken that may be sound: it is more than is held in memory for one."""
+    """Error of a row that may be valid, but exceeds the memory limit of a row."""
 
     __slots__ = ()
 
@@ -28,13 +28,13 @@ TOO_DEEP = Beyond(f"the row is nested too deeply (over {MAX_NESTING} lists and o
 
 
 def too_long(lines: int = 1) -> Beyond:
-    """``lines``: of the file, that the row takes up."""
+    """Error of a row that is too long. ``lines``: number of lines that it spans."""
     over = f"the row is too long (over {MAX_ROW} characters"
     return Beyond(f"{over} in {lines} lines; is a quote not closed?)" if lines > 1 else f"{over})")
 
 
 def may_be_too_deep(text: str | bytes, start: int = 0, end: int | None = None) -> bool:
-    """Whether JSON has so many brackets that its value is worth asking about."""
+    """True if JSON has enough brackets to exceed MAX_NESTING: a cheap test before the exact one."""
     stop = len(text) if end is None else end
     if isinstance(text, bytes):
         return text.count(b"[", start, stop) + text.count(b"{", start, stop) > MAX_NESTING
@@ -42,7 +42,7 @@ def may_be_too_deep(text: str | bytes, start: int = 0, end: int | None = None) -
 
 
 def bounded_lines(stream: IO[AnyStr]) -> Iterator[AnyStr | Beyond]:
-    """The lines of a file."""
+    """Lines of a file, with an error in place of each line that is too long."""
     while line := stream.readline(MAX_ROW + 1):
         if len(line) <= MAX_ROW:
             yield line
@@ -57,7 +57,7 @@ def _is_ended(line: str | bytes) -> bool:
 
 
 def json_row(line: bytes | str) -> Mapping[str, Any] | str:
-    """A line of JSONL as a row, or what is wrong with it."""
+    """A JSONL line parsed to a row, or its error."""
     if isinstance(line, Beyond):
         return line
     try:
@@ -72,7 +72,7 @@ def json_row(line: bytes | str) -> Mapping[str, Any] | str:
 
 
 def csv_records(stream: IO[str], heading: str, delimiter: str) -> Iterator[list[str] | str]:
-    """The records of a CSV whose first line was read already, or what is wrong with one."""
+    """CSV records, or an error in place of a record; the first line has been read already."""
     feed = _Feed(stream, heading)
     reader = csv.reader(feed, delimiter=delimiter)
     while True:
@@ -92,9 +92,9 @@ class _TooLong(Exception):
 
 
 class _Feed:
-    """The lines of a CSV for Python's reader, which asks for another one while a quoted field is open.
+    """Line iterator for ``csv.reader``, which requests further lines while a quoted field is open.
 
-    ``held``: those of the record that is being read. Raises _TooLong with the one that makes it too long.
+    ``held``: lines of the current record. Raises _TooLong at the line that makes the record too long.
     """
 
     def __init__(self, stream: IO[str], first: str) -> None:
@@ -114,12 +114,12 @@ class _Feed:
         return line
 
     def more(self) -> str:
-        """Some more of a line or the next one, empty at the end."""
+        """The next piece of the current line, or of the next line; empty at the end."""
         return self._stream.readline(1 << 20)
 
 
 def _skip(feed: _Feed, delimiter: str) -> int:
-    """Go on to the end of a record that is too long; returns how many lines it took up."""
+    """Skip to the end of a record that is too long; returns the number of lines it spans."""
     state, lines = _START, 0
     pieces = iter(feed.held)
     while piece := next(pieces, None) or feed.more():
@@ -130,18 +130,18 @@ def _skip(feed: _Feed, delimiter: str) -> int:
     return lines + 1
 
 
-_START, _PLAIN, _QUOTED, _CLOSED = range(4)  # at a field's start, in a bare one, in a quoted one, after a quote in it
+_START, _PLAIN, _QUOTED, _CLOSED = range(4)  # start of a field, unquoted field, quoted field, after a quote in one
 
 
 def _after(text: str, state: int, delimiter: str) -> int:
-    """What Python's reader would be in after some more of a record."""
+    """State of Python's CSV reader after ``text``."""
     at, end = 0, len(text)
     while at < end:
         if state in (_PLAIN, _QUOTED):
-            found = text.find(delimiter if state == _PLAIN else _QUOTE, at)
-            if found < 0:
+            index = text.find(delimiter if state == _PLAIN else _QUOTE, at)
+            if index < 0:
                 return state
-            at, state = found + 1, _START if state == _PLAIN else _CLOSED
+            at, state = index + 1, _START if state == _PLAIN else _CLOSED
             continue
         if text[at] == _QUOTE:
             at, state = at + 1, _QUOTED

@@ -1,4 +1,4 @@
-"""COCO's annotation files: ``images`` with an id and a file name each, ``annotations`` that name them by id."""
+"""COCO annotation files: ``images`` with id and file name, ``annotations`` that refer to images by id."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ COLUMNS = ["file_name", "captions", "caption"]
 
 
 def is_captions(whole: Mapping[str, Any]) -> bool:
-    """Whether an object has COCO's images and captions of them."""
-    return bool(_objects(whole, "images")) and any("caption" in each for each in _objects(whole, "annotations"))
+    """True if an object has COCO images and captions."""
+    return bool(_objects(whole, "images")) and any("caption" in entry for entry in _objects(whole, "annotations"))
 
 
 def caption_rows(whole: Mapping[str, Any]) -> Iterator[Mapping[str, Any] | str]:
-    """A row for each image in the file's order, ``captions`` all of it, ``caption`` the first, both None if none.
+    """One row per image in file order: ``captions`` has all captions, ``caption`` the first; both None if none.
 
-    Then what is wrong with each annotation that names no image of the file.
+    An error for each image id that has captions but is not in the file follows at the end.
     """
     captions: dict[Any, list[str]] = defaultdict(list)
-    for each in _objects(whole, "annotations"):
-        if isinstance(each.get("caption"), str):
-            captions[_id(each.get("image_id"))].append(each["caption"])
+    for entry in _objects(whole, "annotations"):
+        if isinstance(entry.get("caption"), str):
+            captions[_id(entry.get("image_id"))].append(entry["caption"])
     for image in _objects(whole, "images"):
-        found = captions.get(_id(image.get("id")))
-        yield {**image, "captions": found, "caption": found[0] if found else None}
+        texts = captions.get(_id(image.get("id")))
+        yield {**image, "captions": texts, "caption": texts[0] if texts else None}
     known = {_id(image.get("id")) for image in _objects(whole, "images")}
     for image_id in captions:
         if image_id not in known:
@@ -33,7 +33,7 @@ def caption_rows(whole: Mapping[str, Any]) -> Iterator[Mapping[str, Any] | str]:
 
 
 def file_names(whole: Mapping[str, Any]) -> dict[Any, str]:
-    """The file names of a COCO file's images by their ids."""
+    """Map from image id to file name."""
     named = [(image.get("id"), image.get("file_name")) for image in _objects(whole, "images")]
     return {_id(image_id): name for image_id, name in named if image_id is not None and isinstance(name, str)}
 
@@ -44,5 +44,5 @@ def _objects(whole: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
 
 
 def _id(value: object) -> str:
-    """An id as it is compared: some files have it as a number in one list and as text in the other."""
+    """An id normalised to text: some files have numbers in one list and text in the other."""
     return str(value)

@@ -1,4 +1,4 @@
-"""Files read whole or by their heads: those that a user named, and through their door those that data names."""
+"""File reading, whole or first bytes: paths given by the user, and access-checked paths that occur in data."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def join(root: str, name: str) -> str:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """Open a path or URL that a user named; local files without fsspec's detour."""
+    """Open a path or URL given by the user; local files without fsspec."""
     if not is_url(path):
         return cast(BinaryIO, open(path, "rb"))  # noqa: PTH123
     return cast(BinaryIO, fsspec.open(path, "rb").open())
 
 
 def read_file(name: str, root: str = "", reach: Reach | None = ANYWHERE) -> tuple[bytes | None, ImageProblem | None]:
-    """A file's bytes, or why not: unreadable, or far beyond any image's size (then only its head is looked at).
+    """A file's bytes, or the problem: unreadable, or far larger than any image (then only its first bytes are read).
 
-    ``name`` is what data or a listing says, from ``root``, which a user named, unless it is absolute or a URL.
-    ``reach``: how far it may lead; None where the user named it as well.
+    ``name`` comes from data or a listing and is relative to ``root``, which the user gave, unless it is absolute or a
+    URL. ``reach``: the locations it may lead to; None if the user gave the name as well.
     """
     try:
         opened = _opened(name, root, reach, MAX_MEMBER_BYTES)
         data, size, whole = opened if isinstance(opened, tuple) else _read(opened, MAX_MEMBER_BYTES)
     except Refused as refusal:
         return None, ImageProblem(Status.UNSUPPORTED, str(refusal))
-    except Exception as error:  # the libraries of remote storage raise what they like
+    except Exception as error:  # remote storage libraries raise errors of any type
         return None, read_problem(error) or ImageProblem(Status.UNSUPPORTED, f"cannot be read: {error}")
     if whole:
         return data, None
@@ -51,9 +51,9 @@ def read_file(name: str, root: str = "", reach: Reach | None = ANYWHERE) -> tupl
 
 
 def read_head(name: str, root: str = "", reach: Reach | None = ANYWHERE) -> bytes | None:
-    """A file's first bytes, which tell its kind; None for what a user named and is no file (a pipe would block).
+    """A file's first bytes, to detect its format; None for a user's path that is not a file (a pipe would block).
 
-    Raises Refused, OSError, and what the libraries of remote storage raise.
+    Raises Refused, OSError, and any error of the remote storage libraries.
     """
     if reach is None and not is_url(root) and not Path(join(root, name)).is_file():
         return None
@@ -64,11 +64,11 @@ def read_head(name: str, root: str = "", reach: Reach | None = ANYWHERE) -> byte
         return opened.read(HEAD_BYTES)
 
 
-_Read = tuple[bytes, int | None, bool]  # bytes; the file's size, where that is known; whether these are all
+_Read = tuple[bytes, int | None, bool]  # bytes; file size if known; True if the bytes are the whole file
 
 
 def _opened(name: str, root: str, reach: Reach | None, limit: int) -> BinaryIO | _Read:
-    """A file of :func:`read_file`, opened; of a web server, read up to ``limit``. Raises Refused, and what it may."""
+    """Open a file for :func:`read_file`; over HTTP, read up to ``limit``. Raises Refused and any storage error."""
     if reach is None:
         return open_binary(join(root, name))
     if is_url(name):
@@ -82,7 +82,7 @@ def _opened(name: str, root: str, reach: Reach | None, limit: int) -> BinaryIO |
     scheme, _, rest = url.partition("://")
     scheme = scheme.lower()
     if scheme in ("http", "https"):
-        from .http import fetch  # imports aiohttp, which takes a third of a second
+        from .http import fetch  # deferred: importing aiohttp takes a third of a second
 
         answer = fetch(f"{scheme}://{rest}", limit, reach)
         return answer.data, answer.size, answer.whole
@@ -92,7 +92,7 @@ def _opened(name: str, root: str, reach: Reach | None, limit: int) -> BinaryIO |
 
 
 def _read(file: BinaryIO, limit: int) -> _Read:
-    """A file up to ``limit``; of a larger one its head alone, where its size is known. Raises OSError."""
+    """Read a file up to ``limit``; only the first bytes of one known to be larger. Raises OSError."""
     with file:
         size = _size(file)
         if size is None:
@@ -107,10 +107,10 @@ def _read(file: BinaryIO, limit: int) -> _Read:
 
 
 def _size(file: BinaryIO) -> int | None:
-    """None: a server that does not tell it, and cannot be sought in."""
-    told = getattr(file, "size", 0)
-    if told is None or isinstance(file, io.BufferedReader):
-        return None if told is None else os.fstat(file.fileno()).st_size
+    """Size of an open file; None if the server does not report it and the stream is not seekable."""
+    reported = getattr(file, "size", 0)
+    if reported is None or isinstance(file, io.BufferedReader):
+        return None if reported is None else os.fstat(file.fileno()).st_size
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     return size

@@ -1,7 +1,7 @@
-"""Files by HTTP whose URLs data names: one GET of bounded size and duration, from addresses that it may name.
+"""HTTP downloads of URLs found in data: one GET of bounded size and duration, from permitted addresses only.
 
-Addresses are looked at when a socket is made for one, so that a name, a redirect or a name that resolves to something
-else the second time leads nowhere else. Sessions are those of fsspec, with the client that its configuration sets up.
+Addresses are checked when their socket is created, so that no host name, redirect or DNS rebinding bypasses the check
+(SSRF). Sessions are those of fsspec, with the client of its configuration.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fsspec.implementations.http import HTTPFileSystem
 from ...manifests.files.outside import ANYWHERE, Reach, Refused
 from ...manifests.files.tar import printable
 
-DEADLINE_S = 120.0  # for a whole answer, redirects and all
+DEADLINE_S = 120.0  # for the whole response, redirects included
 CONNECT_S = 30.0
 MAX_REDIRECTS = 5
-_PART = 1 << 20  # bytes read at once
-#: Where clouds answer with a machine's credentials, beside the link-local addresses: AWS, Google, Alibaba, Azure.
+_PART = 1 << 20  # bytes per read
+#: Cloud metadata services (credentials) outside the link-local range: AWS, Google, Alibaba, Azure.
 _METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16")))
 _METADATA_NAMES = frozenset({"metadata.google.internal", "metadata.goog", "instance-data.ec2.internal"})
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -34,7 +34,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The bytes of a file, or its first ones. ``size``: of all, where the server says it; ``whole``: these are all."""
+    """A file's bytes, or its first ones. ``size``: file size if the server reports it; ``whole``: not truncated."""
 
     data: bytes
     size: int | None
@@ -42,39 +42,39 @@ class Answer:
 
 
 class _RefusedAddress(OSError):
-    """As an OSError, which has the next address of a name tried."""
+    """Refused address; an OSError, so that the next address of the host is tried."""
 
 
 def address_problem(address: str, public_only: bool = False) -> str | None:
-    """Why no connection is made to an IP address that data led to, or None where one is."""
+    """Reason to refuse a connection to an IP address that comes from data; None if it is permitted."""
     try:
-        found = ipaddress.ip_address(address.strip("[]").partition("%")[0])
+        parsed = ipaddress.ip_address(address.strip("[]").partition("%")[0])
     except ValueError:
-        return None  # a name: its addresses are asked about when they are known
-    for each in _meant(found):
-        if each.is_link_local or each in _METADATA:
+        return None  # a host name: its addresses are checked once resolved
+    for candidate in _meant(parsed):
+        if candidate.is_link_local or candidate in _METADATA:
             return "a link-local address, where clouds keep credentials"
-        if public_only and (not each.is_global or each.is_multicast):
+        if public_only and (not candidate.is_global or candidate.is_multicast):
             return "a private or loopback address, refused by --public-only"
     return None
 
 
 def _meant(address: Address) -> list[Address]:
-    """An address, and those of IPv4 that it stands for."""
+    """An address, and the IPv4 addresses embedded in it (mapped, 6to4, Teredo, NAT64)."""
     if isinstance(address, ipaddress.IPv4Address):
         return [address]
     held = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
     if address in _NAT64 or (int(address) >> 32 == 0 and int(address) > 1):
         held.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    found = [each for each in held if each is not None]
-    # What is asked of ::ffff:8.8.8.8 is whether 8.8.8.8 is public, for as a whole it is in a reserved range.
-    return list(found) if address.ipv4_mapped is not None or address in _NAT64 else [address, *found]
+    embedded = [candidate for candidate in held if candidate is not None]
+    # ::ffff:8.8.8.8 as such is in a reserved range: only the embedded 8.8.8.8 counts.
+    return list(embedded) if address.ipv4_mapped is not None or address in _NAT64 else [address, *embedded]
 
 
 def fetch(url: str, limit: int, reach: Reach = ANYWHERE) -> Answer:
-    """The file at an http(s) URL, or its first bytes where it has more than ``limit``.
+    """Download the file at an http(s) URL; only its first bytes if it has more than ``limit``.
 
-    Raises Refused where it may not be named, OSError past DEADLINE_S, and what aiohttp raises.
+    Raises Refused for an address that is not permitted, OSError past DEADLINE_S, and the errors of aiohttp.
     """
     fs = _filesystem(os.getpid(), reach.public_only)
     return cast(Answer, sync(fs.loop, _fetch, fs, url, limit, reach.public_only))
@@ -82,18 +82,18 @@ def fetch(url: str, limit: int, reach: Reach = ANYWHERE) -> Answer:
 
 @functools.cache
 def _filesystem(process: int, public_only: bool) -> HTTPFileSystem:
-    """A session of this process: one that was forked has no loop of its own yet."""
+    """File system of this process: a forked process has no event loop of its own yet."""
     client = functools.partial(_client, public_only=public_only)
     return HTTPFileSystem(get_client=client, skip_instance_cache=True)
 
 
 async def _client(public_only: bool, **options: Any) -> aiohttp.ClientSession:
-    made = functools.partial(_socket, public_only=public_only)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=made), **options)
+    factory = functools.partial(_socket, public_only=public_only)
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=factory), **options)
 
 
-def _socket(place: tuple[Any, ...], public_only: bool) -> socket.socket:
-    family, kind, protocol, _, address = place
+def _socket(endpoint: tuple[Any, ...], public_only: bool) -> socket.socket:
+    family, kind, protocol, _, address = endpoint
     problem = address_problem(str(address[0]), public_only)
     if problem is not None:
         raise _RefusedAddress(problem)
@@ -102,7 +102,7 @@ def _socket(place: tuple[Any, ...], public_only: bool) -> socket.socket:
 
 async def _fetch(fs: HTTPFileSystem, url: str, limit: int, public_only: bool) -> Answer:
     async def checked(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        """Each request by its spelling: a proxy would resolve the name by itself."""
+        """Check the host of each request as written: a proxy would resolve the name itself."""
         host = (request.url.host or "").rstrip(".").lower()
         problem = "a server of credentials" if host in _METADATA_NAMES else address_problem(host, public_only)
         if problem is not None:
@@ -131,16 +131,16 @@ async def _fetch(fs: HTTPFileSystem, url: str, limit: int, public_only: bool) ->
     except aiohttp.ClientConnectorError as error:
         if isinstance(error.os_error, _RefusedAddress):
             raise Refused(f"{shown}: it, or what it redirects to, has {error.os_error}") from None
-        raise OSError(str(error)) from None  # which names the host
+        raise OSError(str(error)) from None  # its message has the host
 
 
 async def _answer(response: aiohttp.ClientResponse, limit: int) -> Answer:
-    told = None if response.headers.get("Content-Encoding") else response.content_length
-    wanted = limit if told is None or told <= limit else min(limit, _PART)
+    reported = None if response.headers.get("Content-Encoding") else response.content_length
+    wanted = limit if reported is None or reported <= limit else min(limit, _PART)
     data = bytearray()
     while len(data) <= wanted and (part := await response.content.read(_PART)):
         data += part
-    whole = len(data) <= limit and (told is None or told <= limit)
+    whole = len(data) <= limit and (reported is None or reported <= limit)
     if not whole:
-        response.close()  # the rest is not waited for
-    return Answer(bytes(data[:limit]), told, whole)
+        response.close()  # do not wait for the rest
+    return Answer(bytes(data[:limit]), reported, whole)

@@ -1,4 +1,4 @@
-"""JSON files of many records: a list, read as a stream, or one object, held in memory as a whole."""
+"""JSON files of many records: a list, parsed as a stream, or one object, held in memory as a whole."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ...manifests.files.bounded_json import is_deeper
 from .bounded_rows import MAX_ROW, TOO_DEEP, may_be_too_deep, too_long
 from .files import open_binary
 
-MAX_OBJECT_BYTES = 1 << 31  # of a JSON object, which is read whole: some five times as much memory
+MAX_OBJECT_BYTES = 1 << 31  # of a JSON object, which is read whole and takes some five times as much memory
 _CHUNK = 1 << 20  # characters
 _MARKS, _IN_TEXT = re.compile(r'["\[\]{}]'), re.compile(r'["\\]')
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 def begins_list(path: str) -> bool:
-    """Whether a file begins like a JSON list. Raises OSError."""
+    """True if a file starts like a JSON list. Raises OSError."""
     with open_binary(path) as file:
         return file.read(100).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def whole_object(path: str) -> Mapping[str, Any] | None:
-    """The object that a file is as a whole; None where it is something else, such as JSON lines.
+    """The JSON object that a whole file holds; None for anything else, such as JSON lines.
 
-    Raises OSError, and BadInput where it may be one and is larger than MAX_OBJECT_BYTES.
+    Raises OSError, and BadInput if it may be an object and is larger than MAX_OBJECT_BYTES.
     """
     with open_binary(path) as file:
         first = b"\n"
@@ -55,15 +55,15 @@ def _object(data: bytes) -> Mapping[str, Any] | None:
 
 
 def list_items(stream: BinaryIO) -> Iterator[Any]:
-    """The values of a JSON list, one after the other; Beyond for one that is too long or deep.
+    """Values of a JSON list, one by one; Beyond for one that is too long or too deep.
 
-    Raises ValueError at what is broken.
+    Raises ValueError at invalid JSON.
     """
     return _ListReader(stream).items()
 
 
 class _ListReader:
-    """A buffer of text that grows only while one value needs it."""
+    """Streaming parser: its text buffer grows only while a single value needs it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -92,29 +92,29 @@ class _ListReader:
                 return TOO_DEEP
             except ValueError:
                 if len(self._text) - self._at > MAX_ROW and self._peek() in '[{"':
-                    if self._skip() <= MAX_ROW:  # it was broken, and what comes after it is long
+                    if self._skip() <= MAX_ROW:  # the value is invalid, and what follows it is long
                         raise
                     return too_long()
                 if not self._fill():
                     raise
                 continue
             after = _blank_end(self._text, end)
-            if self._text[after : after + 1] in (",", "]") or not self._fill():  # a number may go on in the next chunk
+            if self._text[after : after + 1] in (",", "]") or not self._fill():  # a number may go on in the next one
                 length, deep = end - self._at, may_be_too_deep(self._text, self._at, end) and is_deeper(value)
                 self._at = end
                 return too_long() if length > MAX_ROW else TOO_DEEP if deep else value
 
     def _skip(self) -> int:
-        """Pass over a list, object or text by its brackets and quotes alone; returns its length in characters.
+        """Skip a list, object or string by its brackets and quotes alone; returns its length in characters.
 
-        Raises ValueError where it does not end.
+        Raises ValueError if it does not end.
         """
         depth, quoted, escaped, passed = 0, False, False, 0
         while True:
             at = self._at + escaped
             escaped = False
-            while found := (_IN_TEXT if quoted else _MARKS).search(self._text, at):
-                mark, at = found[0], found.end()
+            while match := (_IN_TEXT if quoted else _MARKS).search(self._text, at):
+                mark, at = match[0], match.end()
                 if mark == "\\":
                     escaped = at == len(self._text)
                     at += 1
@@ -130,19 +130,19 @@ class _ListReader:
                 raise ValueError("it ends in the middle of a value")
 
     def _take(self, wanted: str) -> None:
-        if (found := self._peek()) != wanted:
-            raise ValueError(f"{found!r} where {wanted!r} was expected" if found else "it ends in the middle")
+        if (character := self._peek()) != wanted:
+            raise ValueError(f"{character!r} where {wanted!r} was expected" if character else "it ends in the middle")
         self._at += 1
 
     def _peek(self) -> str:
-        """The next character that is not blank; none at the end."""
+        """The next non-blank character; empty at the end."""
         while True:
             self._at = _blank_end(self._text, self._at)
             if self._at < len(self._text) or not self._fill():
                 return self._text[self._at : self._at + 1]
 
     def _fill(self) -> bool:
-        """Read on, twice as much as is held, so that a long value is not scanned too often; False at the end."""
+        """Double the buffer, so that a long value is not rescanned too often; False at the end."""
         if self._ended:
             return False
         rest = self._text[self._at :]
@@ -153,5 +153,5 @@ class _ListReader:
 
 
 def _blank_end(text: str, start: int) -> int:
-    found = _BLANK.match(text, start)
-    return found.end() if found is not None else start
+    match = _BLANK.match(text, start)
+    return match.end() if match is not None else start

@@ -1,4 +1,4 @@
-"""Single cells of a column of a Parquet file, without more of it in memory than a few rows."""
+"""Access to single cells of a Parquet column, with only a few rows in memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pyarrow as pa
 
 from ...manifests.files.storage import open_parquet
 
-_READ = 16  # rows at a time: images may lie in them
+_READ = 16  # rows per batch: they may hold images
 
 
 class ParquetCells:
-    """The cells of a column, read forwards: a worker asks for one row after the other. Raises OSError."""
+    """Forward reader of a column's cells: a worker reads rows in order. Raises OSError."""
 
     def __init__(self, table: str, column: str) -> None:
         self._file = open_parquet(table)
@@ -23,7 +23,7 @@ class ParquetCells:
         self._next = 0
 
     def value(self, group: int, place: int) -> object:
-        """The cell at ``place`` of a row group. Raises OSError where the file has no such row, or is damaged."""
+        """The cell at position ``place`` of a row group. Raises OSError if the file has no such row, or is damaged."""
         if group != self._group or place < self._next:
             self._group, self._next, self._rows = group, 0, self._cells(group)
         try:
