@@ -89,9 +89,9 @@ def load_painter(
     assert isinstance(pipeline, DiffusionPipeline)
     takes = inspect.signature(pipeline.__call__).parameters
     if "prompt" not in takes or "guidance_scale" not in takes:
-        raise BadInput(f"{name}: {type(pipeline).__name__} draws no pictures from a prompt; name a text-to-image one")
+        raise BadInput(f"{name}: {type(pipeline).__name__} makes no images from a prompt; name a text-to-image one")
     if size is not None and "height" not in takes:
-        raise BadInput(f"{name}: draws pictures of one size only; leave `size` out")
+        raise BadInput(f"{name}: makes images of one size only; leave `size` out")
     return Painter(_placed(pipeline, where, number_type), steps, guidance, size, batch)
 
 

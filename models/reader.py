@@ -57,7 +57,8 @@ class ReaderConfig(Growing):
         "cyclic", description="cyclic: over all of them every choice stands in every place once; shuffled: at random"
     )
     mode: Literal["choose", "sampled"] = Field(
-        "choose", description="choose: the likeliest option letter; sampled: a drawn text, from which a letter is read"
+        "choose",
+        description="choose: the likeliest option letter; sampled: a sampled text, from which a letter is read",
     )
     least_mass: float = Field(
         0.01, ge=0, lt=1, description="choose: letters less likely than this together are no answer at all"

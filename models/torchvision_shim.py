@@ -80,7 +80,7 @@ def main() -> int:
     (Path(sysconfig.get_paths()["purelib"]) / f"{MODULE}.pth").unlink(missing_ok=True)  # test without the hook
     vision = import_error("torchvision")
     if vision is not None and "operator torchvision::" not in vision:
-        print(f"capipe: torchvision does not import, and not for the reason we can mend: {vision}", file=sys.stderr)
+        print(f"capipe: torchvision does not import, and not for the reason we can fix: {vision}", file=sys.stderr)
         return 1
     broken = {name: error for name in UNUSED if (error := import_error(name)) is not None}
     if complaint("import torch, importlib.util as u; assert u.find_spec('triton') and not torch.version.cuda") is None:

@@ -111,11 +111,11 @@ def verify(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to fill.")] = Path("demo"),
-    images: Annotated[int, typer.Option(min=3, help="Rendered pictures.")] = 400,
+    images: Annotated[int, typer.Option(min=3, help="Rendered images.")] = 400,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
     train_steps: Annotated[int, typer.Option(min=0, help="Steps of training; 0 trains nothing.")] = 12,
 ) -> None:
-    """Run the chain of `recipes/tiny.yaml`: render, ask, train, caption, filter, export; verify, and say what came."""
+    """Run the chain of `recipes/tiny.yaml`: render, ask, train, caption, filter, export; verify and print results."""
     from .chain.demo import run_demo
     from .report.demo import lines
 

@@ -157,7 +157,7 @@ def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
         if recipe.parallel == "sharded":
             raise BadInput(f"parallel: {type(model).__name__} cannot be split over processes; set it to replicated")
         if recipe.rollout.engine != "transformers":
-            raise BadInput(f"rollout.engine: captions of {type(model).__name__} are drawn by transformers alone")
+            raise BadInput(f"rollout.engine: captions of {type(model).__name__} are sampled by transformers alone")
         return Blip2Policy if is_blip2(model) else EncoderDecoderPolicy
     if not hasattr(model, "model") or not hasattr(model.model, "visual"):
         raise BadInput(

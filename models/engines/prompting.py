@@ -73,7 +73,7 @@ class PromptEncoder:
             return known
         ids = tuple(self._encoded(plain_prompt(prompt, self._plain)))
         if self._image_token_id is not None and (put := ids.count(self._image_token_id)) != (prompt.image is not None):
-            raise Rejected(f"the chat template puts {put} image placeholders around this text; mend the template")
+            raise Rejected(f"the chat template puts {put} image placeholders around this text; fix the template")
         self._recent[key] = ids
         if len(self._recent) > CACHED_PROMPTS:
             self._recent.popitem(last=False)

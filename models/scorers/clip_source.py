@@ -120,7 +120,7 @@ def _agree(name: str, activation: Activation, beside: Mapping[str, Any]) -> None
         if (other == "quick_gelu") != (activation == "quick_gelu"):
             raise BadInput(
                 f"{name}: {CONFIG} has it compute with {activation}, config.json ({tower}) with {other}; which one the "
-                f"weights were trained with is not known here: mend model_cfg.quick_gelu, or remove config.json"
+                f"weights were trained with is not known here: fix model_cfg.quick_gelu, or remove config.json"
             )
 
 

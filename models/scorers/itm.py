@@ -155,9 +155,9 @@ def retrieval_source(name: str, kinds: Sequence[str] = KINDS) -> RetrievalSource
         raise BadInput(f"{name}: does not load as an image-text matching model ({reason_in_words(error)})") from error
     size, crop = images.size, getattr(images, "do_center_crop", False)
     if crop or "height" not in size:
-        raise BadInput(f"{name}: its pictures are not resized to one height and width; that is not supported")
+        raise BadInput(f"{name}: its images are not resized to one height and width; that is not supported")
     if int(images.resample) not in RESAMPLING:
-        raise BadInput(f"{name}: its pictures are resized in way {int(images.resample)} of Pillow's; not supported")
+        raise BadInput(f"{name}: its images are resized in way {int(images.resample)} of Pillow's; not supported")
     preprocess = Preprocess(size["height"], size["width"], "squash", RESAMPLING[int(images.resample)], by="torchvision")
     text = config.qformer_config if config.model_type == "blip-2" else config.text_config
     activation = f"vision {config.vision_config.hidden_act}, text {text.hidden_act}"

@@ -33,7 +33,7 @@ def run(
     allow_host: o.AllowHost = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")] = False,
 ) -> None:
-    """Run a chain of commands: what is done stays, what changed is done again with all that hangs on it."""
+    """Run a chain of commands: finished stages are kept, changed ones run again with their dependents."""
     from ...models.engines.http.api_key import allow
     from ..inspect.chain_state import load_chain
 

@@ -41,7 +41,7 @@ class _Section(BaseModel):
 class Rate(_Section):
     """Expected speed of a stage."""
 
-    per_device: float = Field(gt=0, description="rows (for train: images drawn for) per second and device")
+    per_device: float = Field(gt=0, description="rows (for train: images sampled for) per second and device")
     devices: int = Field(1, ge=1)
     unit: Literal["GPU", "core"] = "GPU"
     source: str = Field(min_length=1, description="where the figure is from")

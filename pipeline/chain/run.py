@@ -138,7 +138,7 @@ class _Run:
             if faults:
                 hint = f"restore it, or remove {self.folder / stage.out} to have stage {stage.name} done again"
                 raise ArtifactMismatch(f"{path}: not what stage {stage.name} made, and not sound: {faults[0]}; {hint}")
-            self.say(f"{path}: changed since stage {stage.name} was done, but sound: what hangs on it is done again")
+            self.say(f"{path}: changed since stage {stage.name} was done, but sound: its dependents are done again")
             self._known(stage).product = product(self.folder, places(stage))
 
     def _refuse_strangers(self, read: Iterable[str]) -> None:
@@ -187,7 +187,7 @@ class _Run:
             known.error = redacted(last_words or _exit_text(code))
         save_chain(self.folder, self.state)
         if known.state == FAILED:
-            hint = "mend that, and run the same command to go on"
+            hint = "fix that, and run the same command to resume"
             self.say(f"capipe: stage {stage.name} failed (exit code {code}): {known.error}; {hint}")
         return code if code > 0 else Exit.FAILED
 

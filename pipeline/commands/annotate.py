@@ -26,12 +26,12 @@ class QualityGateOptions:
         int, typer.Option(help="Copies in a row of a sentence that make a caption degenerate; short phrases need more.")
     ] = 4
     longest_run: Annotated[
-        int, typer.Option(help="Longest sound run of one character; rules and dot leaders may be 5 times as long.")
+        int, typer.Option(help="Longest accepted run of one character; rules and dot leaders may be 5 times as long.")
     ] = 40
     distinct_words: Annotated[
-        float, typer.Option(help="Smallest sound share of distinct words in a caption of 40 words or more.")
+        float, typer.Option(help="Smallest accepted share of distinct words in a caption of 40 words or more.")
     ] = 0.15
-    keep_truncated: Annotated[bool, typer.Option("--keep-truncated", help="Take captions that were cut.")] = False
+    keep_truncated: Annotated[bool, typer.Option("--keep-truncated", help="Accept truncated captions.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,9 @@ class AnnotateOptions:
     samples: Annotated[int, typer.Option(help="Captions per prompt and image.")] = 1
     system: Annotated[str | None, typer.Option(help="System message.")] = None
     sampling: o.SamplingOptions
-    max_attempts: Annotated[int, typer.Option(help="Rolls of an unhealthy caption, the first included.")] = 3
+    max_attempts: Annotated[
+        int, typer.Option(help="Attempts per caption that fails the quality gate, the first included.")
+    ] = 3
     quality: QualityGateOptions
     engine_options: o.EngineOptions
     pack: Annotated[bool, typer.Option(help="Also write tars with the images (bytes as they came) and captions.")] = (
@@ -89,7 +91,7 @@ def check(options: AnnotateOptions) -> AnnotateConfig:
 
 @flattened
 def annotate(options: AnnotateOptions) -> None:
-    """Caption every image of the shards; one row out for every row in, whatever became of it."""
+    """Caption every image of the shards; one row out for every row in, failures included."""
     from ..jobs.annotate import AnnotateStage, chosen_prompts
     from ..jobs.engine import plan
 
@@ -115,7 +117,7 @@ def _warn_of_shared(out: str) -> None:
     try:
         shared = shared_captions(artifact, list(artifact.committed()))
     except (OSError, ValueError) as error:  # everything is committed; `capipe verify` finds such errors
-        print_err(f"warning: captions that pictures share were not counted: {error}")
+        print_err(f"warning: captions that images share were not counted: {error}")
         return
     if shared is not None:
         advice = "look whether the model sees them, and whether a cache answers in its place"

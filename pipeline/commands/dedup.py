@@ -63,7 +63,7 @@ def check(options: DedupOptions) -> DedupConfig:
 
 @flattened
 def dedup(options: DedupOptions) -> None:
-    """Mark images that repeat others, are placeholders, or leak a reference set; every row stays, with its mark."""
+    """Mark duplicates, placeholders and images that leak a reference set; every row stays, with its mark."""
     from ..jobs import dedup as steps
 
     config = check(options)

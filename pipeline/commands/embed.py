@@ -31,7 +31,7 @@ def check(options: EmbedOptions) -> None:
 
 @flattened
 def embed(options: EmbedOptions) -> None:
-    """Image embeddings by a CLIP, one row for every row in: for `capipe dedup --embeddings`, and whoever needs them."""
+    """Compute CLIP image embeddings, one row per input row, for `capipe dedup --embeddings` and other uses."""
     from ...models.scorers.loading import ScorerConfig
     from ..jobs.engine import plan
     from ..jobs.score import EmbedStage, ScoreSetup

@@ -42,7 +42,9 @@ class EvalOptions:
     shards: o.Shards
     questions: Annotated[str, typer.Option(help="Folder of `capipe qa`, or an artifact of questions.")]
     out: Annotated[Path, typer.Option("--out", help="Folder for captions, grades and the report.")]
-    reader: Annotated[str, typer.Option(help="Who answers from captions: tiny/holdout-reader, a folder or an id.")]
+    reader: Annotated[
+        str, typer.Option(help="Model that answers from captions: tiny/holdout-reader, a folder or an id.")
+    ]
     model: Annotated[str | None, typer.Option(help="Captioner to evaluate; or give --captions.")] = None
     captions: Annotated[str | None, typer.Option(help="Artifact of captions made before.")] = None
     engine: o.EngineName = "auto"
@@ -225,7 +227,7 @@ def compare(
     second_system: Annotated[str | None, typer.Option(help="The same of the second.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for comparison.md and comparison.json.")] = None,
 ) -> None:
-    """Hold two evaluations against each other: the difference in quiz accuracy, by a paired bootstrap over images."""
+    """Compare two evaluations: the difference in quiz accuracy, by a paired bootstrap over images."""
     from ...trainer.evaluation.compare import compare as compared
     from ..jobs.eval import run_of, write_report
 

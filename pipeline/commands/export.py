@@ -28,9 +28,7 @@ class ExportOptions:
     format: Annotated[
         str, typer.Option(help="webdataset, parquet, llava, folder, messages, or the import path of your own.")
     ] = "webdataset"
-    license: Annotated[str, typer.Option(help="The Hub's identifier, such as cc-by-4.0; other if you do not say.")] = (
-        "other"
-    )
+    license: Annotated[str, typer.Option(help="The Hub's identifier, such as cc-by-4.0; other by default.")] = "other"
     title: Annotated[str | None, typer.Option(help="Of the card; the name of --out by default.")] = None
     language: Annotated[
         list[str] | None,
@@ -64,7 +62,7 @@ def check(options: ExportOptions) -> CardWords:
 
 @flattened
 def export(options: ExportOptions) -> None:
-    """Write finished shards in the files that trainers read, with a dataset card; image bytes stay what they are."""
+    """Write finished shards in formats that trainers read, with a dataset card; image bytes are unchanged."""
     from ..jobs.export import execute_export, finish, plan_export
     from ..runners.pool_job import job_session
     from ..runners.progress import Progress

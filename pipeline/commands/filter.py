@@ -91,7 +91,7 @@ def check(options: FilterOptions) -> SelectConfig:
 
 @flattened
 def filter_(options: FilterOptions) -> None:
-    """Keep what the scores believe: final shards, with a row for every input row, and a report with pictures."""
+    """Score captions and select rows by the scores: final shards, a row for every input row, and a report."""
     config = check(options)
     marks = None if options.marks is None else Artifact.open(options.marks)
     out, scores = options.out.rstrip("/"), options.scores

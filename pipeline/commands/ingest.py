@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class RenderOptions:
     """Options of `capipe render`."""
 
-    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures, their alt texts and their truth.")]
-    images: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 400
-    split: Annotated[str, typer.Option(help="Whose scenes: train or heldout; no scene is in both.")] = "train"
-    seed: Annotated[int, typer.Option(help="Source of every draw.")] = 0
+    out: Annotated[Path, typer.Option("--out", help="Folder for the images, their alt texts and their ground truth.")]
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 400
+    split: Annotated[str, typer.Option(help="Split of scenes: train or heldout; no scene is in both.")] = "train"
+    seed: Annotated[int, typer.Option(help="Seed of all sampling.")] = 0
 
 
 def check_render(options: RenderOptions) -> Split:
@@ -40,7 +40,7 @@ def check_render(options: RenderOptions) -> Split:
 
 @flattened
 def render(options: RenderOptions) -> None:
-    """Render pictures of the bundled models' world, as a crawl would leave them: to try everything on."""
+    """Render images of the bundled models' world, laid out like a crawl's, as input to try everything on."""
     from ...models.tiny.world.corpus import write_corpus
 
     write_corpus(options.out, options.images, check_render(options), options.seed)
@@ -53,7 +53,7 @@ class ShardOptions:
 
     shard_size: Annotated[int, typer.Option(help="Items per shard, usable or not.")] = 10_000
     convert: Annotated[
-        bool, typer.Option("--convert", help="Make PNGs of GIF, BMP, TIFF, ICO, JPEG 2000, AVIF and HEIF pictures.")
+        bool, typer.Option("--convert", help="Convert GIF, BMP, TIFF, ICO, JPEG 2000, AVIF and HEIF images to PNG.")
     ] = False
     min_side: Annotated[int, typer.Option(help="Images with a shorter side of fewer pixels are too_small.")] = 16
     max_image_pixels: Annotated[int, typer.Option(help="Larger images are too_large; they are not decoded.")] = 10**8

@@ -18,11 +18,11 @@ def status(
     folder: Annotated[
         str, typer.Argument(help="An artifact (or its URL), a training run, or a folder of them, as a chain's is.")
     ],
-    live: Annotated[bool, typer.Option("--live", help="Show it anew until all is done; Ctrl-C ends it.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --live.")] = 2.0,
+    live: Annotated[bool, typer.Option("--live", help="Update until all is done; Ctrl-C ends it.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates of --live.")] = 2.0,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show where runs stand, from any machine that sees their files: shards, rows by status, speed, what is left."""
+    """Show the progress of runs, from any machine that sees their files: shards, rows by status, rate, time left."""
     from ..inspect.status_view import follow, lines, overview
 
     if live and as_json:
@@ -46,7 +46,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="File to write; report.html in the folder.")] = None,
     images: Images = None,
 ) -> None:
-    """Write one HTML file that says what a chain made: counts, curves, quiz, scores, pictures, where it comes from."""
+    """Write the results of a chain as one HTML file: counts, curves, quiz, scores, images, provenance."""
     from ..report.page import write_report
 
     print_line(write_report(folder, out, images or (), print_err))
@@ -55,14 +55,15 @@ def report(
 def view(
     folder: Annotated[Path, typer.Argument(help="A folder with artifacts, at any depth.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8642,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     token: Annotated[str | None, typer.Option(help="Token to ask for; a random one by default, in the link.")] = None,
     no_token: Annotated[
-        bool, typer.Option("--no-token", help="Ask for none: all users of this machine may look (on loopback alone).")
+        bool,
+        typer.Option("--no-token", help="Ask for none: all users of this machine have access (on loopback alone)."),
     ] = False,
     images: Images = None,
 ) -> None:
-    """Look through artifacts in a browser: pictures, captions, scores; search, filters, thresholds, comparisons."""
+    """Browse artifacts in a browser: images, captions, scores; search, filters, thresholds, comparisons."""
     from ..view.server import chosen_token, serve
 
     serve(folder, host, port, chosen_token(host, token, no_token), images or ())

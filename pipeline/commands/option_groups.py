@@ -6,7 +6,7 @@ for that group's options, in this position. A group declared once can be used in
     @dataclass(frozen=True, kw_only=True)
     class Sampling:
         temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
-        seed: Annotated[int, typer.Option(help="Source of every draw.")] = 0
+        seed: Annotated[int, typer.Option(help="Seed of all sampling.")] = 0
 
     @flattened
     def caption(sampling: Sampling) -> None: ...  # caption --temperature 0.7 --seed 1

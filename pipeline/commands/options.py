@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from ...errors import BadInput
 from ..runners.placement import Placement
-from ..runners.ray import ray_place
+from ..runners.ray import ray_cluster
 from .gpus import default_decode_workers, gpu_groups, visible_gpus
 from .key_values import FIELDS, engine_args, key_values
 
@@ -48,7 +48,7 @@ class SamplingOptions:
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0
     max_tokens: Annotated[int, typer.Option(help="Longest caption in tokens.")] = 1024
-    seed: Annotated[int, typer.Option(help="Source of every draw, with each image's uid.")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of all sampling, combined with each image's uid.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class ReaderOptions:
     reader_mode: Annotated[
         Literal["choose", "sampled"] | None,
         typer.Option(
-            help="Answers as the likeliest letter, or read from drawn text (servers without log-probabilities)."
+            help="Answers as the likeliest letter, or read from sampled text (servers without log-probabilities)."
         ),
     ] = None
 
@@ -157,7 +157,7 @@ class RunOptions:
         if self.runner == "local":
             return Placement(() if served else gpu_groups(visible_gpus(gpus), tensor_parallel))
         gpu = not served and gpus is None
-        return Placement(ray=ray_place(self.ray_address, self.ray_workers, gpu, 1 if served else tensor_parallel))
+        return Placement(ray=ray_cluster(self.ray_address, self.ray_workers, gpu, 1 if served else tensor_parallel))
 
 
 @dataclass(frozen=True, kw_only=True)

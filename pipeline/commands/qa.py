@@ -50,7 +50,9 @@ class QaOptions:
 
     shards: o.Shards
     out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for two artifacts: written and screened.")]
-    model: Annotated[str | None, typer.Option(help="Who writes: tiny/teacher, a folder, or a Hugging Face id.")] = None
+    model: Annotated[
+        str | None, typer.Option(help="Model that writes: tiny/teacher, a folder, or a Hugging Face id.")
+    ] = None
     import_: Annotated[
         str | None, typer.Option("--import", help="Take questions from this set (JSON, JSONL, Parquet, CSV) instead.")
     ] = None
@@ -58,7 +60,7 @@ class QaOptions:
         int, typer.Option(help="--import: wrong options for open-ended questions, from the set's other answers.")
     ] = 0
     engine: o.EngineName = "auto"
-    screen_model: Annotated[str | None, typer.Option(help="Who screens; who writes by default.")] = None
+    screen_model: Annotated[str | None, typer.Option(help="Model that screens; the writer by default.")] = None
     screen_engine: Annotated[str | None, typer.Option(help="Its engine; the writer's kind by default.")] = None
     per_image: Annotated[int, typer.Option(help="Questions asked for per image.")] = 5
     fewest: Annotated[int, typer.Option(help="Ask again while an image has fewer usable ones.")] = 1
@@ -73,8 +75,8 @@ class QaOptions:
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="For who screens, in place of the writer's: gpu-memory=0.4, max-pixels=…, template.KEY=…, or vLLM's; "
-            "may be repeated.",
+            help="For the screening model, in place of the writer's: gpu-memory=0.4, max-pixels=…, template.KEY=…, or "
+            "vLLM's; may be repeated.",
         ),
     ] = None
     engine_options: o.EngineOptions
@@ -138,7 +140,7 @@ def check(options: QaOptions) -> QaConfigs:
 
 @flattened
 def qa(options: QaOptions) -> None:
-    """Write quiz questions about every image, or import them, and keep those that need the image and no more."""
+    """Write quiz questions about every image, or import them, and keep those answerable only with the image."""
     from ...manifests.artifact import Artifact
     from ...stages.questions.screen import QUESTIONS
     from ..jobs.engine import plan

@@ -61,10 +61,10 @@ def conclude(out: str, interrupted: bool, line: str) -> Exit:
         say("stopped; run the same command to go on")
         return Exit.INTERRUPTED
     if failed := result.rows[Status.ENGINE_ERROR]:
-        hint = "mend what can be mended, then add --retry to do them again"
+        hint = "fix what can be fixed, then add --retry to do them again"
         print_err(f"{failed} rows ended in engine_error{_why(out, Status.ENGINE_ERROR)}; {hint}")
     if unread := result.rows[Status.READ_ERROR]:
-        hint = "mend what their error says (a share, a server, memory), and run the same command: it tries them again"
+        hint = "fix what their error says (a share, a server, memory), and run the same command: it tries them again"
         if result.stage != INGEST:
             hint += "; where their images were never ingested, run `capipe ingest` first"
         print_err(f"{unread} rows ended in read_error{_why(out, Status.READ_ERROR)}; {hint}")

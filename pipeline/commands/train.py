@@ -23,7 +23,7 @@ def train(
     fresh: o.Fresh = False,
     allow_host: o.AllowHost = None,
 ) -> None:
-    """Train a captioner so that what it writes answers questions about the image."""
+    """Train a captioner by reinforcement learning, e.g. with quiz accuracy from its captions as reward."""
     from ...models.engines.http.api_key import allow, check_recipe_hosts
     from ...trainer.checkpoint import folder_of
     from ...trainer.recipe import load_recipe

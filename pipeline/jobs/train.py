@@ -119,7 +119,7 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         finally:
             run.log.close()
     except EngineDead as error:
-        raise RunFailed(f"{error}; started again, the run goes on from its newest checkpoint") from error
+        raise RunFailed(f"{error}; started again, the run resumes from its newest checkpoint") from error
     finally:
         parts.pictures.close()
         if sampler is not None:

@@ -10,7 +10,7 @@ from ...manifests.shards import InputShard
 from .inline import run_inline
 from .local import ProcessWorkerPool
 from .messages import Event
-from .ray import Ray, RayWorkerPool, cluster
+from .ray import RayCluster, RayWorkerPool, cluster
 from .scheduler import Scheduler
 from .shard_queue import JobResult
 from .worker import Stage
@@ -21,7 +21,7 @@ class Placement:
     """``gpus``: this machine's CUDA devices, one worker each (``0,1``: one worker with both); none: one on CPU."""
 
     gpus: tuple[str, ...] = ()
-    ray: Ray | None = None
+    ray: RayCluster | None = None
 
     def run(
         self, stage: Stage, artifact: Artifact, report: Callable[[Event], None], shards: list[InputShard]

@@ -71,7 +71,7 @@ class Progress:
         elif isinstance(event, ShardFailed):
             self.notes.append(f"shard {event.shard} failed: {event.reason}")
         elif isinstance(event, WorkerFailed):
-            self.notes.append(f"{event.reason}; another worker goes on")
+            self.notes.append(f"{event.reason}; another worker takes over")
 
     @property
     def finished_rows(self) -> int:

@@ -36,7 +36,7 @@ PATIENCE_SECONDS = 20.0  # without any started worker, before the user is notifi
 
 
 @dataclass(frozen=True)
-class Ray:
+class RayCluster:
     """Cluster settings. ``address``: HOST:PORT of the head; None: start one here. ``workers``: None: one per GPU, or
     one per machine without GPUs. ``gpu``: whether a worker takes ``gpus_each`` GPUs of a machine if the cluster has
     any."""
@@ -48,39 +48,39 @@ class Ray:
 
 
 @dataclass(frozen=True)
-class Size:
+class ClusterSize:
     """Number of a run's workers on a cluster, and GPUs per worker."""
 
     workers: int
     gpus: int
 
 
-def ray_place(address: str | None, workers: int | None, gpu: bool, gpus_each: int = 1) -> Ray:
+def ray_cluster(address: str | None, workers: int | None, gpu: bool, gpus_each: int = 1) -> RayCluster:
     """The cluster named by ``--ray-address`` or $RAY_ADDRESS, else the one of `ray start` here, else one to be started.
 
     Raises BadInput if Ray is missing, or a named head does not answer.
     """
     if find_spec("ray") is None:
-        raise BadInput("--runner ray: Ray is not installed; pip install 'capipe[ray]'")
+        raise BadInput("--runner ray: RayCluster is not installed; pip install 'capipe[ray]'")
     if workers is not None and workers < 1:
         raise BadInput(f"--ray-workers {workers}: at least 1")
     requested = address or os.environ.get("RAY_ADDRESS") or None
     if requested == "local":
-        return Ray(None, workers, gpu, gpus_each)
+        return RayCluster(None, workers, gpu, gpus_each)
     if requested not in (None, "auto"):
         where = "--ray-address" if address else "RAY_ADDRESS"
         problem = address_problem(requested)
         if problem is not None:
             text = f"{where} {requested}: {problem}; start one (`ray start --head`), or leave the address out"
             raise BadInput(f"{text} to have one started here")
-        return Ray(requested, workers, gpu, gpus_each)
+        return RayCluster(requested, workers, gpu, gpus_each)
     running, ignored = _started_here()
     if running is None and requested == "auto":
         why = "no cluster runs on this machine" if ignored is None else f"its note is ignored, for {ignored}"
         raise BadInput(f"--ray-address auto: {why}; `ray start --head`, or leave it out")
     if ignored is not None:
         _warn_ignored(ignored)
-    return Ray(running, workers, gpu, gpus_each)
+    return RayCluster(running, workers, gpu, gpus_each)
 
 
 def _started_here() -> tuple[str | None, str | None]:
@@ -100,7 +100,7 @@ def _warn_ignored(reason: str) -> None:
 
 
 @contextmanager
-def cluster(config: Ray) -> Iterator[Size]:
+def cluster(config: RayCluster) -> Iterator[ClusterSize]:
     """Connect to a cluster; start one here if ``config`` names none. Raises BadInput if that fails."""
     if config.address is None:  # before Ray is imported
         _isolate()
@@ -129,7 +129,7 @@ def _isolate() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def _connect(config: Ray, folder: Path | None) -> None:
+def _connect(config: RayCluster, folder: Path | None) -> None:
     """``folder``: temporary folder of a cluster to start; None for a running one."""
     import logging
 
@@ -147,14 +147,14 @@ def _connect(config: Ray, folder: Path | None) -> None:
         raise BadInput(f"--ray-address {config.address or 'local'}: Ray does not answer ({reason})") from None
 
 
-def _size(config: Ray) -> Size:
+def _size(config: RayCluster) -> ClusterSize:
     import ray
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    return size_of(config, [round(machine.get("GPU", 0)) for machine in machines])
+    return cluster_size(config, [round(machine.get("GPU", 0)) for machine in machines])
 
 
-def size_of(config: Ray, gpus: Sequence[int]) -> Size:
+def cluster_size(config: RayCluster, gpus: Sequence[int]) -> ClusterSize:
     """Size from the machines' GPU counts. Raises BadInput if no machine has enough GPUs for a worker."""
     per_worker = config.gpus_each
     room = sum(count // per_worker for count in gpus) if config.gpu else 0
@@ -162,7 +162,7 @@ def size_of(config: Ray, gpus: Sequence[int]) -> Size:
         raise BadInput(
             f"--tensor-parallel {per_worker}: no machine of the cluster has so many GPUs (most: {max(gpus, default=0)})"
         )
-    return Size(config.workers or room or max(1, len(gpus)), per_worker if room else 0)
+    return ClusterSize(config.workers or room or max(1, len(gpus)), per_worker if room else 0)
 
 
 class RayWorkerHandle:
@@ -198,7 +198,7 @@ class RayWorkerHandle:
 class RayWorkerPool:
     """Actors on a cluster, one per slot, spread over its machines by Ray."""
 
-    def __init__(self, stage: Stage, artifact: Artifact, size: Size, report: Callable[[Event], None]) -> None:
+    def __init__(self, stage: Stage, artifact: Artifact, size: ClusterSize, report: Callable[[Event], None]) -> None:
         import ray
 
         self._stage, self._artifact, self._report = stage, artifact.attach(), report

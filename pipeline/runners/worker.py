@@ -323,8 +323,8 @@ def disk_text(error: OSError, where: str | None = None) -> str:
     """One-line message about a disk that cannot be written (or read), with the fix."""
     where = where or error.filename or "the disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}: no space left; free some and run the same command: it goes on where it was"
-    return f"{where}: {error.strerror or error}; fix that and run the same command: it goes on where it was"
+        return f"{where}: no space left; free some and run the same command: it resumes where it was"
+    return f"{where}: {error.strerror or error}; fix that and run the same command: it resumes where it was"
 
 
 async def work(stage: Stage, artifact: Artifact, channel: Channel) -> None:

@@ -40,7 +40,7 @@ class AnnotateConfig(BaseModel):
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(1024, ge=1, description="longest caption in tokens of the model")
-    seed: int = Field(0, description="with the image's uid, the source of every random draw")
+    seed: int = Field(0, description="seed of all sampling, combined with the image's uid")
     max_attempts: int = Field(3, ge=1, description="rolls of an unhealthy caption, the first included")
     reroll_temperature: float = Field(
         0.7, gt=0, description="least temperature of a re-roll: a greedy one would repeat itself"

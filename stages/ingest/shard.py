@@ -42,7 +42,7 @@ class IngestConfig(Growing):
     later = ("convert", "text_column", "image_folder", "image_key", "within", "public_only", "follow_links")
 
     shard_size: int = Field(10_000, ge=1, le=1_000_000, description="items per shard, usable or not")
-    convert: bool = Field(False, description="pictures in other formats than JPEG, PNG and WebP become PNGs")
+    convert: bool = Field(False, description="images in other formats than JPEG, PNG and WebP become PNGs")
     min_side: int = Field(16, ge=1, description="images whose shorter side has fewer pixels are too_small")
     max_image_pixels: int = Field(100_000_000, ge=1, description="images with more pixels are too_large, undecoded")
     max_aspect: float = Field(MAX_GRID_ASPECT, ge=1, description="longest side over shortest; beyond it unsupported")

@@ -49,7 +49,7 @@ class QuestionsConfig(BaseModel):
     temperature: float = Field(0.7, ge=0, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(2048, ge=1, description="longest answer: all questions of one request")
-    seed: int = Field(0, description="with the image's uid, the source of every random draw")
+    seed: int = Field(0, description="seed of all sampling, combined with the image's uid")
 
     @field_validator("kinds")
     @classmethod

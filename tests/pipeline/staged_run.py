@@ -28,7 +28,7 @@ from capipe.models.images.decode_pool import DecodePool
 from capipe.pipeline.runners import worker_slots
 from capipe.pipeline.runners.placement import Placement
 from capipe.pipeline.runners.progress import Progress
-from capipe.pipeline.runners.ray import Ray
+from capipe.pipeline.runners.ray import RayCluster
 from capipe.pipeline.runners.worker import RowByRow
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "uid", "status", "error")])
@@ -131,7 +131,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = json.loads((words or sys.argv[1:])[0])
     worker_slots.PAUSES = tuple(options.pop("pauses", [0.2, 0.2]))
     shards, out, gpus = options.pop("shards"), options.pop("out"), options.pop("gpus", [])
-    ray = Ray(options.pop("address"), options.pop("workers")) if "address" in options else None
+    ray = RayCluster(options.pop("address"), options.pop("workers")) if "address" in options else None
     stage = Staged(**options, cluster=ray is not None)
     artifact = Artifact.create(out, stage.name, {}, {})
     todo = [shard for shard in expand(shards) if shard.name not in artifact.committed()]

@@ -100,7 +100,7 @@ def test_it_is_asked_to_stop(annotating: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_worker_is_killed(annotating: Run, tmp_path: Path) -> None:
-    """Its engine goes with it, another worker goes on, and the run ends well."""
+    """Its engine goes with it, another worker takes over, and the run ends well."""
     run = annotating()
     at_work(run, tmp_path / "trace")
     worker, engine = run.wait_for(is_worker), run.wait_for(is_engine)
@@ -112,7 +112,7 @@ def test_one_worker_is_killed(annotating: Run, tmp_path: Path) -> None:
     print(f"engine gone after {time.monotonic() - started:.2f} s")
     assert run.process.wait(240) == 0, run.said
     print(f"all gone after {run.gone():.2f} s")
-    assert "another worker goes on" in run.said
+    assert "another worker takes over" in run.said
     assert [row["status"] for row in table(tmp_path / "out")] == ["ok"] * IMAGES
 
 

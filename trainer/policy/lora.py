@@ -34,7 +34,7 @@ class LoRAConfig(BaseModel):
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
-        description="names of the language model's matrices that get one; the vision tower's never do",
+        description="names of the language model's matrices that get one; the vision encoder's never do",
     )
 
 

@@ -26,11 +26,12 @@ class QuizRewardConfig(RewardConfig):
     reader: str = Field("tiny/reader", description="who answers: a bundled model, a folder, a hub id")
     engine: str = Field("auto", description="auto, vllm, transformers or URLs of servers, separated by commas")
     mode: Literal["choose", "sampled"] = Field(
-        "choose", description="choose: the likeliest letter; sampled: drawn ones, for servers without log-probabilities"
+        "choose",
+        description="choose: the likeliest letter; sampled: sampled ones, for servers without log-probabilities",
     )
     presentations: Literal["rotated", "sampled"] = Field(
         "rotated",
-        description="rotated: every question in every cyclic order; sampled: drawn with replacement, shuffled",
+        description="rotated: every question in every cyclic order; sampled: with replacement, shuffled",
     )
     questions: int | None = Field(None, ge=1, description="how many are put for a caption; all by default")
     least_scored: float = Field(0.5, gt=0, le=1, description="share of answers without which a caption is unscored")

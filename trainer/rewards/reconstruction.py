@@ -39,19 +39,21 @@ MOST = 32  # captions per batch; results are returned after each batch
 
 class ReconstructionConfig(RewardConfig):
     kind: Literal["reconstruction"] = "reconstruction"
-    model: str = Field(description="who draws: a diffusers text-to-image pipeline, bundled, a folder, a hub id")
+    model: str = Field(description="a diffusers text-to-image pipeline: bundled, a folder, a hub id")
     features: str = Field(description="who compares: a VGG net, bundled or a folder (models/scorers/vgg.py)")
-    samples: int = Field(5, ge=1, description="pictures for a caption")
-    steps: int = Field(20, ge=1, description="denoising steps of a picture")
+    samples: int = Field(5, ge=1, description="images per caption")
+    steps: int = Field(20, ge=1, description="denoising steps per image")
     guidance: float = Field(7.5, ge=0, description="how much the text counts; 1 is without guidance")
-    size: int | None = Field(None, ge=8, description="height and width of the pictures; the pipeline's own by default")
+    size: int | None = Field(
+        None, ge=8, description="height and width of the generated images; the pipeline's own by default"
+    )
     layer: int | None = Field(None, ge=0, description="index in the net's features after which they are read; the last")
     similarity: Literal["cosine", "pooled"] = Field(
         "cosine", description="of all features where they are, or of their means over places"
     )
     crop: bool = Field(True, description="compare with the image's middle square; false: with all of it made square")
-    batch: int = Field(8, ge=1, description="pictures drawn at once")
-    cache: str | None = Field(None, description="folder that keeps features of what was drawn, for later runs")
+    batch: int = Field(8, ge=1, description="images generated at once")
+    cache: str | None = Field(None, description="folder that keeps features of generated images, for later runs")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
 

@@ -304,7 +304,7 @@ def _refuse_states(model: PreTrainedModel, path: str) -> None:
         kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
         raise BadInput(
             f"{path}: {type(model).__name__} has layers that keep a running state ({', '.join(kinds) or 'recurrent'}), "
-            "which the transformers engine cannot draw with; take --engine vllm, or the URL of a server"
+            "which the transformers engine does not support; take --engine vllm, or the URL of a server"
         )
 
 

@@ -181,7 +181,7 @@ def _count(answer: dict[str, Any]) -> int | None:
 def _token_ids(choice: dict[str, Any], count: int | None) -> tuple[int, ...]:
     ids = choice.get("token_ids")
     if not isinstance(ids, list) or count not in (None, len(ids)):
-        reason = "the server does not tell the ids of its tokens; training draws from a vLLM server"
+        reason = "the server does not return token ids; training samples from a vLLM server"
         raise RequestError(reason, final=not isinstance(ids, list))
     return tuple(ids)
 

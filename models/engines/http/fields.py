@@ -110,7 +110,7 @@ class Fields:
             return False
         self._left_out.add(name)
         if name == "seed":
-            logger.warning("%s takes no seed: what it draws cannot be drawn again", self._url)
+            logger.warning("%s takes no seed: its samples cannot be reproduced", self._url)
         return True
 
 

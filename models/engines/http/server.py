@@ -211,4 +211,4 @@ def model_context(response: httpx.Response, model: str) -> int | None:
 
 
 def no_answer(base: str, error: httpx.HTTPError) -> NoAnswer:
-    return NoAnswer(f"{base}: no server answers ({type(error).__name__}: {error}); start it or mend --engine")
+    return NoAnswer(f"{base}: no server answers ({type(error).__name__}: {error}); start it or fix --engine")

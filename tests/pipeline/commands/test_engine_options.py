@@ -19,7 +19,7 @@ from capipe.pipeline.commands.key_values import FIELDS
 from capipe.pipeline.commands.option_groups import settings
 from capipe.pipeline.jobs.engine import EngineSetup
 from capipe.pipeline.runners.placement import Placement
-from capipe.pipeline.runners.ray import Ray, Size, size_of
+from capipe.pipeline.runners.ray import ClusterSize, RayCluster, cluster_size
 
 from ..chains import chain_of
 from ..conftest import capipe, one_line, table
@@ -53,13 +53,13 @@ def test_more_gpus_than_there_are() -> None:
 
 
 def test_on_a_cluster_each_worker_has_so_many_of_one_machine() -> None:
-    assert size_of(Ray("a:1", gpus_each=2), [8, 8, 3]) == Size(9, 2)
-    assert size_of(Ray("a:1", workers=3, gpus_each=4), [8, 8]) == Size(3, 4)
-    assert size_of(Ray("a:1"), [8, 0]) == Size(8, 1)
-    assert size_of(Ray("a:1", gpu=False), [8, 8]) == Size(2, 0)
-    assert size_of(Ray("a:1"), [0, 0]) == Size(2, 0)
+    assert cluster_size(RayCluster("a:1", gpus_each=2), [8, 8, 3]) == ClusterSize(9, 2)
+    assert cluster_size(RayCluster("a:1", workers=3, gpus_each=4), [8, 8]) == ClusterSize(3, 4)
+    assert cluster_size(RayCluster("a:1"), [8, 0]) == ClusterSize(8, 1)
+    assert cluster_size(RayCluster("a:1", gpu=False), [8, 8]) == ClusterSize(2, 0)
+    assert cluster_size(RayCluster("a:1"), [0, 0]) == ClusterSize(2, 0)
     with pytest.raises(BadInput, match=r"--tensor-parallel 4: no machine of the cluster has so many GPUs \(most: 2\)"):
-        size_of(Ray("a:1", gpus_each=4), [2, 2])
+        cluster_size(RayCluster("a:1", gpus_each=4), [2, 2])
 
 
 def semantic(**more: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0
-    seed: Annotated[int, typer.Option(min=0, help="Source of every draw.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all sampling.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def write_out(
     shards: Annotated[str, typer.Option(help="What to read.")],
     prompt: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
     temperature: Annotated[float, typer.Option(help="Of the writer.")] = 0.7,
-    seed: Annotated[int, typer.Option(min=0, help="Source of every draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all sampling.")] = 0,
     tags: Annotated[Path | None, typer.Option("--from", help="A file.")] = None,
     runner: Annotated[Literal["local", "ray"], typer.Option(help="Processes or actors.")] = "local",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,

@@ -44,7 +44,7 @@ def kill_in_the_middle(tmp_path: Path, engine: str, victim: Callable[[psutil.Pro
 @pytest.mark.slow
 def test_vllm_dies_half_way(tmp_path: Path) -> None:
     stderr = kill_in_the_middle(tmp_path, "vllm", lambda process: process.name().startswith("VLLM"))
-    assert "the engine died" in stderr and "another worker goes on" in stderr
+    assert "the engine died" in stderr and "another worker takes over" in stderr
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_each_shard_is_reported_and_a_failing_one_quarantined(
 def test_a_disk_that_takes_nothing_more_ends_the_job(
     writers: ModuleType, artifact: Artifact, workers: int, name: str
 ) -> None:
-    with pytest.raises(RunFailed, match="run the same command: it goes on where it was"):
+    with pytest.raises(RunFailed, match="run the same command: it resumes where it was"):
         run(writers, artifact, workers, name, "one")
     assert Path(artifact.url, "tries.0").read_text() == "." and artifact.quarantined() == {}
 

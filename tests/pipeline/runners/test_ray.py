@@ -109,7 +109,7 @@ def with_a_loss(
     assert process.returncode == 0, stderr
     assert "a worker of the cluster was lost" in stderr
     # One that was lost before its first row is one that could not start.
-    assert "another worker goes on" in stderr or "another one is tried there" in stderr
+    assert "another worker takes over" in stderr or "another one is tried there" in stderr
 
 
 @pytest.mark.slow

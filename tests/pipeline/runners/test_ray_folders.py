@@ -13,7 +13,7 @@ import pytest
 from capipe.errors import BadInput
 from capipe.pipeline.runners import ray as ray_runner
 from capipe.pipeline.runners import ray_folders
-from capipe.pipeline.runners.ray import ray_place
+from capipe.pipeline.runners.ray import ray_cluster
 from capipe.pipeline.runners.ray_folders import (
     SOCKET_BYTES,
     listener_problem,
@@ -85,12 +85,12 @@ def was_tried(head: socket.socket) -> bool:
 def test_an_own_note_is_followed(ray: Path, head: socket.socket, capsys: pytest.CaptureFixture[str]) -> None:
     (ray / "ray_current_cluster").write_text(address_of(head))
     assert read_note(ray) == (address_of(head), None)
-    assert ray_place(None, None, False).address == address_of(head) and was_tried(head)
+    assert ray_cluster(None, None, False).address == address_of(head) and was_tried(head)
     assert capsys.readouterr().err == ""
 
 
 def test_without_a_note_nothing_is_said(ray: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ray_place(None, None, False).address is None and capsys.readouterr().err == ""
+    assert ray_cluster(None, None, False).address is None and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "hard link", "writable", "another user's", "pipe"])
@@ -116,13 +116,13 @@ def test_others_are_ignored_unasked(
             if os.getuid() != 0:
                 pytest.skip("only root can give files away")
             os.chown(note, OTHER, OTHER)
-    assert ray_place(None, 2, False).address is None
+    assert ray_cluster(None, 2, False).address is None
     assert not was_tried(head)
     (line,) = capsys.readouterr().err.splitlines()
     assert str(note) in line and "is ignored" in line and "--ray-address HOST:PORT" in line
     with pytest.raises(BadInput, match="--ray-address auto: its note is ignored, for "):
-        ray_place("auto", None, False)
-    assert ray_place(address_of(head), None, False).address == address_of(head)  # what is named is followed
+        ray_cluster("auto", None, False)
+    assert ray_cluster(address_of(head), None, False).address == address_of(head)  # what is named is followed
 
 
 def test_a_note_outlives_its_cluster(head: socket.socket) -> None:
