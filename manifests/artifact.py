@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -282,6 +282,9 @@ class Artifact:
             alone = not self.shared or self._locked(fcntl.LOCK_EX)
             if alone and not living(self.folder):  # otherwise other processes are still working
                 self._clear()
+                if self.shared:  # a process killed since we started may have left the journal of a committed shard
+                    with suppress(ArtifactMismatch):  # of a damaged manifest, which its readers report
+                        self._drop_journals()
                 for name in ("tmp", "journal", replacing.REDO):
                     folder = self.folder.private(name)
                     if folder.is_dir() and not any(folder.iterdir()):

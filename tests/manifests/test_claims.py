@@ -248,6 +248,23 @@ def test_only_the_first_of_those_that_share_releases_the_quarantine(tmp_path: Pa
     third.close()
 
 
+def test_the_last_process_drops_the_journal_of_one_that_was_killed_after_its_commit(tmp_path: Path) -> None:
+    """A journal is deleted right after the commit of its shard; the other process is at work by then."""
+    code = (
+        "import signal; from capipe.manifests.artifact import Artifact; from capipe.manifests.schema import INGEST\n"
+        f"artifact = Artifact.create({str(tmp_path)!r}, 'test', {SEMANTIC!r}, {{}}, share=True)\n"
+        "for shard in ('00000', '00001'): artifact.journal(shard).close()\n"
+        "with artifact.begin('00000', INGEST) as shard: shard.commit(rows_in=0, input_info={'digest': 'd'})\n"
+        "print('committed', flush=True); signal.pause()"
+    )
+    last = shared(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "committed\n"
+        other.kill()
+    last.close()
+    assert [path.name for path in (tmp_path / "_capipe/journal").iterdir()] == ["00001.jsonl"]
+
+
 def test_object_stores_are_not_shared() -> None:
     with pytest.raises(BadInput, match="--share needs a file system that has locks"):
         Artifact.create("memory://shared", "test", SEMANTIC, {}, share=True)
