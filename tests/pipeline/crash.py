@@ -2,7 +2,7 @@
 
 The test runs a short version; the long one is a command:
 
-    python tests/pipeline/crash.py --kills 20 --shards 40 --images 250 --engine vllm
+    python -m tests.pipeline.crash --kills 20 --shards 40 --images 250 --engine vllm
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ its strings are used for. Beside it lie canaries, watched by the kernel (inotify
 connects.
 The test does a few; the long trial is a command:
 
-    python tests/pipeline/fuzz_artifacts.py --cases 2000 --seed 1
+    python -m tests.pipeline.fuzz_artifacts --cases 2000 --seed 1
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import random
 import shutil
 import socket
-import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -28,13 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a program
-
 from capipe.manifests import manifest
 from capipe.manifests.config_file import DIGEST, digest
 from capipe.manifests.fingerprint import canonical, fingerprint
-from tests.pipeline.forked import MEGABYTE, import_all, run, watched
-from tests.pipeline.sound_artifacts import KINDS, commands, prepare
+
+from .forked import MEGABYTE, import_all, run, watched
+from .sound_artifacts import KINDS, commands, prepare
 
 MOST_MEMORY = 1 << 30  # bytes
 Json = Any

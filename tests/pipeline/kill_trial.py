@@ -2,7 +2,7 @@
 
 The test kills a few times; the long trial is a command:
 
-    python tests/pipeline/kill_trial.py --kills 100 --seed 1
+    python -m tests.pipeline.kill_trial --kills 100 --seed 1
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -23,13 +22,12 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a program
-
 from capipe.models.tiny.world.corpus import write_corpus
 from capipe.pipeline.inspect.verify import verify
-from tests.pipeline.conftest import COMMAND, capipe
-from tests.pipeline.leftovers import Watched
-from tests.pipeline.training import quizzed
+
+from .conftest import COMMAND, capipe
+from .leftovers import Watched
+from .training import quizzed
 
 # Who is at work and since when; a summary writer's own files have times in their names.
 NOT_COMPARED = {"lock", "guard", "times.jsonl", "tensorboard", "chain.json", ".chain.lock"}

@@ -2,7 +2,7 @@
 
 The test runs a short version; the long one is a command:
 
-    python tests/pipeline/quality.py --scenes 500 --planted 200 --engine vllm
+    python -m tests.pipeline.quality --scenes 500 --planted 200 --engine vllm
 """
 
 from __future__ import annotations

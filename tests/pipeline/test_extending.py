@@ -125,4 +125,5 @@ def test_an_import_path_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
             check("no_such_module:Thing")
     with pytest.raises(BadInput, match="not a subclass"):
         writer_class("json:dumps")
-    assert "No module" in one_line(capipe("no_such_module:SPEC", "--out", tmp_path / "out", code=2))
+    refused = one_line(capipe("no_such_module:SPEC", "--out", tmp_path / "out", code=2))
+    assert "there is no module no_such_module" in refused
