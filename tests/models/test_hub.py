@@ -154,7 +154,7 @@ def test_half_a_download_is_no_model_offline(hub: Hub, tmp_path: Path) -> None:
 CLIP = """
 import json
 from capipe.models.scorers.clip import load_clip
-from capipe.models.scorers.base import ScorerConfig, scorer_identity
+from capipe.models.scorers.loading import ScorerConfig, scorer_identity
 scorer = load_clip("org/clip@v1")
 identity = scorer_identity(ScorerConfig("clip", "org/clip@v1"))
 print(json.dumps([scorer.encode_texts(["a red star"])[0].tolist(), identity]))
