@@ -38,7 +38,7 @@ test: setup
 test-all: setup
 	$(PYTEST) --durations 25 $(TEST_OPTIONS)
 
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -17,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for commands, too: tiny models are no faster with two, and often slower
 
 
-SHARED = {"vllm_engine": "vllm"}  # fixtures that several files share -> the group that runs in one process
+SHARED = ("vllm_engine",)  # session fixtures that several files use, and that take long to start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,20 +28,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out tests marked slow, and kill less often in trials")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process (`--dist loadgroup`), and files that share an engine in the same one."""
+    """Leave out slow tests in a quick run."""
     if config.getoption("--quick"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
-    groups: dict[Path, str] = {}
-    for item in items:
-        for fixture in SHARED.keys() & set(getattr(item, "fixturenames", ())):
-            groups[item.path] = SHARED[fixture]
-    for item in items:
-        group = groups.get(item.path) or item.path.relative_to(config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (`-n 2`), keep a file's tests in one of them, and files that share a fixture in the same.
+
+    Not by `--dist loadgroup`: xdist 3.8 names groups in node ids, which pytest 9.2 does not let it change.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return next((name for name in SHARED if name in _parameters(config.rootpath / file)), file)
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _parameters(file: Path) -> frozenset[str]:
+    """Words of a file that can be parameters."""
+    return frozenset(re.findall(r"\b(\w+): ", file.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")

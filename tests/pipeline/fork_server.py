@@ -21,12 +21,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from capipe.models.engines.vllm import environment
+
 from .forked import ForkedInterpreter, can_fork, import_all, run_entry_point
 
 _Popen: Any = subprocess.Popen
 ROOT = Path(__file__).resolve().parents[2]
 OWN_INTERPRETER = ("vllm", "ray")  # words of commands that start processes which a fork would confuse
-READ_LATE = ("CAPIPE_CACHE", "PYTEST_CURRENT_TEST", "AWS_")  # variables, or beginnings of them, that no import reads
+#: Variables, or beginnings of them, that no import of a command reads. Loading vLLM or Ray sets some for their processes,
+#: and they stay set in the process of the tests.
+READ_LATE = ("CAPIPE_CACHE", "PYTEST_CURRENT_TEST", "AWS_", "RAY_", *environment.REQUIRED, *environment.ENVIRONMENT)
 
 
 class ForkServer:

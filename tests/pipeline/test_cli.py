@@ -147,11 +147,11 @@ def wds_names(folder: Path) -> list[str]:
 
 
 def test_a_demo_without_training_ends_with_shards(tmp_path: Path) -> None:
-    small = ("--images", 6, "--engine", "transformers", "--train-steps", 0)
+    small = ("--images", 3, "--engine", "transformers", "--train-steps", 0)
     lines = capipe("demo", "--out", tmp_path / "demo", *small, limit_s=600).stdout.strip().splitlines()
     at = tmp_path / "demo"
     assert lines[-3:] == [f"report: {at}/report.html", f"card: {at}/final/README.md", f"shards: {at}/final"]
-    left = re.match(r"filter: (\d+) of 6 rows kept \(", lines[-4])
+    left = re.match(r"filter: (\d+) of 3 rows kept \(", lines[-4])
     assert left is not None and int(left[1]) == len(wds_names(at / "final")) > 0
 
 
