@@ -90,7 +90,7 @@ def test_what_is_no_such_pipeline_is_refused(folder: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(BadInput, match=said):
             painter(Path(name))
-    with pytest.raises(BadInput, match="pictures of one size only"):
+    with pytest.raises(BadInput, match="images of one size only"):
         painter(folder, size=32)
     for index, said in (
         ({"_class_name": "Nonsense"}, "has no pipeline Nonsense"),

@@ -23,12 +23,12 @@ from typing import Any, TextIO
 
 from capipe.models.engines.vllm import environment
 
-from .forked import ForkedInterpreter, can_fork, import_all, run_entry_point
+from .forked import COMMAND, ForkedInterpreter, can_fork, import_all, run_entry_point
 
 _Popen: Any = subprocess.Popen
 ROOT = Path(__file__).resolve().parents[2]
 OWN_INTERPRETER = ("vllm", "ray")  # words of commands that start processes which a fork would confuse
-#: Variables, or beginnings of them, that no import of a command reads. Loading vLLM or Ray sets some for their processes,
+#: Variables, or beginnings of them, that no import of a command reads. Loading vLLM or Ray sets some for its processes,
 #: and they stay set in the process of the tests.
 READ_LATE = ("CAPIPE_CACHE", "PYTEST_CURRENT_TEST", "AWS_", "RAY_", *environment.REQUIRED, *environment.ENVIRONMENT)
 
@@ -68,9 +68,10 @@ class ForkServer:
             self._process.stdin.flush()
             code = json.loads(self._process.stdout.readline())
             out, err = (Path(name).read_text(encoding="utf-8") for name in files)
+        command = [sys.executable, *COMMAND, *words]
         if code is None:
-            raise subprocess.TimeoutExpired([*words], limit_s, out, err)
-        return subprocess.CompletedProcess([*words], code, out, err)
+            raise subprocess.TimeoutExpired(command, limit_s, out, err)
+        return subprocess.CompletedProcess(command, code, out, err)
 
     def close(self) -> None:
         assert self._process.stdin is not None

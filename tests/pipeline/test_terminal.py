@@ -164,7 +164,7 @@ def test_there_is_one_way_to_the_terminal() -> None:
             if isinstance(node, ast.Call) and _name(node.func) in ("print", "echo", "secho", "write"):
                 found.append(f"{path.relative_to(ROOT)}: {ast.unparse(node)}")
     direct = [each for each in found if re.search(r": (print|.*sys\.std(out|err)\.write|typer\.s?echo)\(", each)]
-    assert direct == ["pipeline/commands/inspect.py: print(json.dumps(found.as_json(), indent=1))"]
+    assert direct == ["pipeline/commands/inspect.py: print(json.dumps(result.as_json(), indent=1))"]
     assert any("console.print(" in each for each in found), "the search sees what it looks for"
 
 

@@ -258,4 +258,4 @@ async def test_training_gets_ids_and_bars_what_stands_for_pixels() -> None:
     assert double.bodies[0]["logit_bias"] == {"7": -100.0, "9": -100.0}
     del content["choices"][0]["token_ids"]
     refused = await ask(Double(lambda n, body: (200, {}, content)), request, token_ids=True)
-    assert isinstance(refused, RequestError) and "ids of its tokens" in str(refused)
+    assert isinstance(refused, RequestError) and "does not return token ids" in str(refused)

@@ -210,6 +210,7 @@ def test_without_a_cluster_one_is_started_on_loopback(shards: Path, alone: Path,
 
 async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_worker, "VISIBLE_SECONDS", 1)
+    monkeypatch.setattr(os, "environ", {**os.environ})  # an actor's becomes its driver's
     artifact = Artifact.create(str(tmp_path / "out"), "test", {}, {})
     artifact.close()
     assert await RayWorker(DriverContext.current())._problem(artifact) is None

@@ -249,7 +249,7 @@ async def test_a_checkpoint_is_a_folder_like_the_first_one(kind: str, tmp_path: 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("vit-gpt2", {"prompt": "Describe the image."}, "reads no prompt"),
     ("blip", {"trained": {"projector": True, "llm": False}}, "nothing learns"),
-    ("blip2", {"rollout": {"engine": "vllm"}}, "drawn by transformers alone"),
+    ("blip2", {"rollout": {"engine": "vllm"}}, "sampled by transformers alone"),
     ("blip2", {"parallel": "sharded"}, "cannot be split"),
     ("blip", {"trained": {"lora": {}}}, "takes an adapter"),
     ("blip2", {"trained": {"lora": {}}}, "no o_proj, gate_proj.*it has fc1, fc2, k_proj, out_proj, q_proj, v_proj"),
