@@ -66,7 +66,7 @@ def _training(place: Path) -> list[object]:
         "preflight": False,
         "steps": 1,
     }
-    if place.is_dir():
+    if (place / "shards").exists():  # not where only names are asked for
         (place / "recipe.yaml").write_text(json.dumps(recipe))
     return ["train", place / "recipe.yaml"]
 
