@@ -58,7 +58,7 @@ class ReaderConfig(Growing):
     )
     mode: Literal["choose", "sampled"] = Field(
         "choose",
-        description="choose: the likeliest option letter; sampled: a sampled text, from which a letter is read",
+        description="choose: the likeliest option letter; sampled: a letter read from generated text",
     )
     least_mass: float = Field(
         0.01, ge=0, lt=1, description="choose: letters less likely than this together are no answer at all"

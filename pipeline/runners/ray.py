@@ -61,7 +61,7 @@ def ray_cluster(address: str | None, workers: int | None, gpu: bool, gpus_each: 
     Raises BadInput if Ray is missing, or a named head does not answer.
     """
     if find_spec("ray") is None:
-        raise BadInput("--runner ray: RayCluster is not installed; pip install 'capipe[ray]'")
+        raise BadInput("--runner ray: Ray is not installed; pip install 'capipe[ray]'")
     if workers is not None and workers < 1:
         raise BadInput(f"--ray-workers {workers}: at least 1")
     requested = address or os.environ.get("RAY_ADDRESS") or None

@@ -27,7 +27,8 @@ class QuizRewardConfig(RewardConfig):
     engine: str = Field("auto", description="auto, vllm, transformers or URLs of servers, separated by commas")
     mode: Literal["choose", "sampled"] = Field(
         "choose",
-        description="choose: the likeliest letter; sampled: sampled ones, for servers without log-probabilities",
+        description="choose: the likeliest letter; sampled: letters read from generated text, for servers without "
+        "log-probabilities",
     )
     presentations: Literal["rotated", "sampled"] = Field(
         "rotated",

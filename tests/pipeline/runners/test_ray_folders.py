@@ -153,3 +153,9 @@ def test_an_own_folder_is_private_and_has_room_for_sockets(tmp_path: Path, monke
                 folder.rmdir()
     finally:
         os.umask(before)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_runner, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"^--runner ray: Ray is not installed; pip install 'capipe\[ray\]'$"):
+        ray_cluster(None, None, False)
