@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from capipe.trainer.distributed import ALONE, Distributed, alone_on, join
+from capipe.trainer.metrics import UpdateMetrics
 from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.policy.critic import CriticConfig, ValueHead
 from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.policy.fsdp import copy_weights, optimizer_state, restore_optimizer, shard, whole
-from capipe.trainer.update import UpdateConfig, UpdateMetrics, Updater
+from capipe.trainer.update import UpdateConfig, Updater
 
 from .policies import IMAGE, groups, random_model
 
