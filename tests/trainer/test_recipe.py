@@ -183,7 +183,7 @@ def test_log_probabilities_of_another_temperature_are_not_taken_for_those_of_sam
 def test_a2c_takes_no_captions_of_older_weights_for_its_own(recipe: Path) -> None:
     a2c = ["algorithm={loss: a2c, critic: {}}", "rollout.overlap=true"]
     assert load_recipe(recipe, a2c).correction() is not None
-    with pytest.raises(BadInput, match="a2c takes captions as the policy's own.* set algorithm.correction to auto"):
+    with pytest.raises(BadInput, match=r"a2c takes captions .* set algorithm\.correction to auto"):
         load_recipe(recipe, [*a2c, "algorithm.correction=none"])
 
 
