@@ -355,8 +355,8 @@ class Updater:
             self._targets_of(*parts)
             for parts in zip(groups, old.split(sizes), values.split(sizes), by_group(penalties), strict=True)
         ]
-        for target, weights, ref in zip(targets, by_group(gap.weights), by_group(reference), strict=True):
-            target.weights, target.reference = weights, ref
+        for target, of_group, ref in zip(targets, by_group(gap.weights), by_group(reference), strict=True):
+            target.weights, target.reference = of_group, ref
         return targets
 
     def _targets_of(self, group: Group, old: Tensor, values: Tensor, penalties: Tensor | None) -> Targets:

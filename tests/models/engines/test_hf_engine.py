@@ -62,7 +62,7 @@ async def test_log_probabilities_are_of_the_model_or_of_what_was_sampled_from(
 ) -> None:
     """Of the first token, from the prompt's logits: all ids but the barred, their temperature, the nucleus."""
     lm, prompt = reference.lm, Prompt(PLAIN, pictures[0])
-    logits = lm.prefill([lm.prepare(prompt)]).logits[0]
+    logits = lm.prefill([lm.prepare(prompt)]).logits[0].clone()
     barred = vision_ids(lm._model.config)
     logits[barred] = -torch.inf
     sampled = [Sampling(1.7, top_p, 1, seed) for top_p in (1.0, 0.6) for seed in range(8)]
