@@ -141,7 +141,7 @@ def kl_tokens(logp: Tensor, ref: Tensor, estimator: KLEstimator) -> Tensor:
     the gradient of KL(policy || reference), k3 that of KL(reference || policy), and k1 none: it is a diagnostic.
     These are gradients of each token's divergence given the tokens before it. That a token also decides which states
     follow, and how far from the reference these are, has no part in them; it has in a penalty in the reward
-    (k1 per token, :func:`..policy.critic.token_rewards`), whose expectation is the divergence of whole completions.
+    (k1 per token, :func:`.policy.critic.token_rewards`), whose expectation is the divergence of whole completions.
     """
     difference = logp - ref
     if estimator == "k1":

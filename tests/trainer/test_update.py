@@ -347,5 +347,5 @@ def test_an_entropy_bonus_covers_tied_groups() -> None:
     assert report.skipped is None and report.tied == 1 and change.abs().max() > 0 and report.entropy > 0
     _, both = after(SCORES, UpdateConfig(entropy=0.1, max_norm=1e9))
     policy, _ = make()
-    entropies = policy(pack(scored(policy, SCORES))).entropy  # of all groups, the tied one among them
+    entropies = policy(pack(scored(policy, SCORES))).entropy.detach()  # of all groups, the tied one among them
     assert both.entropy == pytest.approx(float(entropies.mean()), rel=1e-5)
