@@ -52,7 +52,8 @@ class RolloutConfig(Section):
         description="the rollout engine: transformers, vllm, or URLs of vLLM servers, separated by commas",
     )
     overlap: bool = Field(
-        False, description="sample the next step's captions during the update by this one's, a step off-policy"
+        False,
+        description="sample the next step's captions during the update by this one's, a step off-policy (corrected)",
     )
     gpu_memory: float = Field(0.4, gt=0, le=1, description="vllm: its share of the GPU, which the policy needs as well")
     sleep: bool = Field(False, description="vllm: it gives its GPU memory back while the policy learns")
