@@ -55,9 +55,6 @@ class Metrics:
         """Sum divided by count; None without items."""
         return self._sums[name] / self._counts[name] if self._counts[name] else None
 
-    def finite(self) -> bool:
-        return all(map(math.isfinite, self._sums.values()))
-
 
 @dataclass
 class RatioRange:

@@ -219,7 +219,7 @@ class Updater:
         skipped = None
         if not counts.total("contributing"):
             skipped = "no group has scores that differ"
-        elif not (math.isfinite(norm) and metrics.finite()):
+        elif not (math.isfinite(norm) and math.isfinite(metrics.total("loss"))):
             skipped = f"the gradient is not finite (norm {norm})"
         if skipped is None:
             self.optimizer.step()

@@ -297,6 +297,14 @@ def test_the_divergence_that_is_reported_is_k3(where: dict[str, Any]) -> None:
     assert report.kl == pytest.approx(math.exp(-2) - 1 + 2, rel=1e-4)
 
 
+def test_a_divergence_beyond_all_numbers_is_reported_and_stops_no_step() -> None:
+    """k3 grows as q/p does: a token that the reference finds far likelier is enough; what is learnt is finite."""
+    config = UpdateConfig(max_norm=1e9, kl=1e-6, estimator="k2")
+    policy, updater = make(config, reference=lambda batch: policy(batch).logp.detach() + 100)
+    report = updater.update(scored(policy, [[1.0, 0.0, 0.5]]))
+    assert math.isinf(report.kl) and report.skipped is None
+
+
 def test_a_divergence_in_the_reward_is_part_of_the_score_before_the_baseline() -> None:
     """By hand: log p - log q is 0.1, 0.2, ... by token, so captions of 7, 3 and 1 tokens lose 2.8, 2.7 and 1.1 beta."""
     config = UpdateConfig(kl=0.5, kl_in="reward", baseline="group_mean", max_norm=1e9)

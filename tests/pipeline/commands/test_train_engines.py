@@ -35,7 +35,8 @@ def train(recipe: Path, out: Path, *changes: str, code: int = 0) -> str:
 
 
 async def test_a_step_ahead_is_off_policy_and_resumes_exactly(recipe: Path, tmp_path: Path) -> None:
-    loaded = load_recipe(recipe, ["rollout.overlap=true", "optimizer.lr=1e-3", "steps=5", "save_every=3"])
+    changes = ["rollout.overlap=true", "rollout.temperature=0.8", "optimizer.lr=1e-3", "steps=5", "save_every=3"]
+    loaded = load_recipe(recipe, changes)
     whole = await run_training(loaded, tmp_path / "whole", fresh=False, say=lambda line: None)
     done = [line for line in steps(tmp_path / "whole") if "loss" in line]
     weights_apart = [abs(line["correction"] - 1) for line in done]
