@@ -29,7 +29,6 @@ from capipe.models.engines.model_folder import image_grid
 from capipe.models.shared_weights import share
 from capipe.trainer.rollout_processes import ModelSource, ProcessEngine
 
-
 pytestmark = pytest.mark.slow  # each process imports transformers
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from ...models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
 from .batch import Batch
 from .critic import ValueHead
+from .fused_norm import fuse_norms
 from .token_logprobs import token_scores
 from .tree_attention import NAME, no_mask
 
@@ -57,6 +58,7 @@ class DecoderPolicy(nn.Module):
         self.temperature = temperature
         self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
         self.attend(NAME)
+        fuse_norms(model)
         model.config.use_cache = False
 
     def attend(self, implementation: str) -> None:
