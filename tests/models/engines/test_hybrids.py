@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from capipe.errors import BadInput
 from capipe.models.bundled import folder_of
-from capipe.models.engines.base import ChoiceRequest, ImageInput, Prompt, Sampling
+from capipe.models.engines.base import ChoiceRequest, GenerationRequest, ImageInput, Prompt, Sampling
 from capipe.models.engines.hf.batched_lm import BatchedLM, SequenceRow
 from capipe.models.engines.hf.engine import TransformersEngine
 from capipe.models.engines.hf.kv_cache import KVCacheLayer, is_recurrent, new_cache, stateful_layers
@@ -20,7 +28,7 @@ from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.models.engines.loading import EngineConfig, load_engine
 
 from ..conftest import PLAIN
-from ..hybrids import random_hybrid, write_hybrid
+from ..hybrids import TEXT, random_hybrid, remember, write_hybrid
 from .test_hf_engine import mixed
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -94,6 +102,27 @@ async def test_rows_that_leave_take_their_states_with_them() -> None:
         slow = lm.generate_reference(prompts[row.prompt], row.sampling)
         assert (drawn.token_ids, drawn.stopped) == (slow.token_ids, slow.stopped)
         assert drawn.logprobs == pytest.approx(slow.logprobs, abs=EXACT)
+
+
+async def test_a_reader_without_images_is_one_too(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder_of("reader"))
+    torch.manual_seed(0)
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT, vocab_size=len(tokenizer), eos_token_id=1))
+    remember(model)
+    model.save_pretrained(tmp_path)
+    for file in folder_of("reader").iterdir():
+        if not (tmp_path / file.name).exists():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    engine = await load_engine(EngineConfig("transformers", str(tmp_path), device="cpu"))
+    assert isinstance(engine, TransformersEngine)
+    requests = [
+        GenerationRequest(Prompt("A red star. " * (1 + number)), Sampling(1.0, 1.0, 6, number), True)
+        for number in range(4)
+    ]
+    for request, fast in zip(requests, await asyncio.gather(*map(engine.generate, requests)), strict=True):
+        slow = await engine.generate_reference(request)
+        assert fast.token_ids == slow.token_ids and fast.logprobs == pytest.approx(slow.logprobs, abs=EXACT)
+    await engine.aclose()
 
 
 def unlike(kind: str) -> Any:
