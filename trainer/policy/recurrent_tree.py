@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import groupby
 from types import MethodType
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .tree_attention import Tree
+from .tree import Tree
 
 LAYERS = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")  # transformers' classes
 CHUNK = 64  # tokens that the delta rule computes at once; what a shorter piece lacks is padded there
@@ -113,9 +113,9 @@ def _plan(tree: Tree, device: torch.device) -> _Plan:
     prompts, branches = [], []
     for group, span in enumerate(tree.spans):
         prompts.append(_Piece(group, span.start, span.prompt))
-        starts = accumulate(span.branches, initial=span.start + span.prompt)
-        branches += [_Piece(group, start, length) for start, length in zip(starts, span.branches, strict=False)]
-    batches = [_batches(prompts, left=True), _batches([piece for piece in branches if piece.length], left=False)]
+        starts = zip(span.branch_starts(), span.branches, strict=True)
+        branches += [_Piece(group, start, length) for start, length in starts if length]
+    batches = [_batches(prompts, left=True), _batches(branches, left=False)]
     columns, cells, size = [], [], 0
     for batch in (*batches[0], *batches[1]):
         columns.append(batch.columns)
