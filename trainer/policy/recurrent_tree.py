@@ -47,11 +47,12 @@ def recurrent_tree(layer: Any, hidden: Tensor, tree: Tree) -> Tensor:
     gate = layer.in_proj_z(hidden).unflatten(-1, (-1, layer.head_v_dim))
     decay = -layer.A_log.float().exp() * functional.softplus(layer.in_proj_a(hidden).float() + layer.dt_bias)
     row = _Columns(layer.in_proj_qkv(hidden)[0], decay[0], layer.in_proj_b(hidden).sigmoid()[0])
-    results, ends = [], {}
+    results: list[Tensor] = []
+    ends: dict[int, tuple[Tensor, Tensor]] = {}
     for batch in plan.prompts:
-        result, *end = _recur(layer, row, batch, None)
-        results.append(result)
-        ends.update(zip(batch.groups, zip(*(states.unbind() for states in end), strict=True), strict=True))
+        values, windows, states = _recur(layer, row, batch, None)
+        results.append(values)
+        ends.update(zip(batch.groups, zip(windows.unbind(), states.unbind(), strict=True), strict=True))
     for batch in plan.branches:
         results.append(_recur(layer, row, batch, _begin(ends, batch.groups))[0])
     values = torch.cat([result.flatten(0, 1) for result in results]).index_select(0, plan.order)
@@ -95,7 +96,8 @@ class _Padded:
     def spread(self, states: Tensor) -> Tensor:
         """(columns of the flat row, width) -> (rows, width of the batch, width), zeros as padding."""
         rows = states.new_zeros(len(self.groups) * self.width, states.shape[1])
-        return rows.index_copy(0, self.cells, states.index_select(0, self.columns)).unflatten(0, (-1, self.width))
+        filled = rows.index_copy(0, self.cells, states.index_select(0, self.columns))
+        return filled.view(-1, self.width, states.shape[1])
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # or a later pass with gradients could not use what is kept
 def _plan(tree: Tree, device: torch.device) -> _Plan:
     """How the layers of a forward pass batch the pieces of its row."""
     prompts, branches = [], []
@@ -115,22 +118,18 @@ def _plan(tree: Tree, device: torch.device) -> _Plan:
         prompts.append(_Piece(group, span.start, span.prompt))
         starts = zip(span.branch_starts(), span.branches, strict=True)
         branches += [_Piece(group, start, length) for start, length in starts if length]
-    batches = [_batches(prompts, left=True), _batches(branches, left=False)]
+    before, after = _batches(prompts, device, left=True), _batches(branches, device, left=False)
     columns, cells, size = [], [], 0
-    for batch in (*batches[0], *batches[1]):
+    for batch in (*before, *after):
         columns.append(batch.columns)
         cells.append(batch.cells + size)
         size += len(batch.groups) * batch.width
-    order = torch.empty(sum(map(len, columns)), dtype=torch.long)
+    order = torch.empty(tree.columns, dtype=torch.long, device=device)
     order[torch.cat(columns)] = torch.cat(cells)
-    on_device = [
-        [_Padded(each.groups, each.width, each.columns.to(device), each.cells.to(device)) for each in part]
-        for part in batches
-    ]
-    return _Plan(*on_device, order.to(device))
+    return _Plan(before, after, order)
 
 
-def _batches(pieces: Sequence[_Piece], left: bool) -> list[_Padded]:
+def _batches(pieces: Sequence[_Piece], device: torch.device, left: bool) -> list[_Padded]:
     """Batches of pieces, one per number of chunks, padded on the left or on the right."""
     by_chunks = defaultdict(list)
     for piece in pieces:
@@ -139,9 +138,10 @@ def _batches(pieces: Sequence[_Piece], left: bool) -> list[_Padded]:
     for _, rows in sorted(by_chunks.items()):
         width = max(piece.length for piece in rows)
         firsts = [row * width + (width - piece.length if left else 0) for row, piece in enumerate(rows)]
-        columns = [torch.arange(piece.start, piece.start + piece.length) for piece in rows]
-        cells = [torch.arange(first, first + piece.length) for first, piece in zip(firsts, rows, strict=True)]
-        batches.append(_Padded(tuple(piece.group for piece in rows), width, torch.cat(columns), torch.cat(cells)))
+        columns = torch.cat([torch.arange(piece.start, piece.start + piece.length) for piece in rows])
+        cells = torch.cat([torch.arange(at, at + piece.length) for at, piece in zip(firsts, rows, strict=True)])
+        groups = tuple(piece.group for piece in rows)
+        batches.append(_Padded(groups, width, columns.to(device), cells.to(device)))
     return batches
 
 
