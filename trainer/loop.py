@@ -20,6 +20,7 @@ from .checkpoint import Facts, folder_of, save
 from .dataset import Example, PromptSampler
 from .evaluation.validation import validate
 from .log import Clock, RunLog, progress_line
+from .metrics import UpdateMetrics
 from .policy.batch import Group
 from .policy.fsdp import optimizer_state
 from .preflight import template_warnings
@@ -28,7 +29,7 @@ from .rewards.base import RewardManager
 from .rollouts import Rollouts
 from .sampler import Sampler
 from .step_metrics import raised_alarm, step_metrics
-from .update import UpdateMetrics, Updater
+from .update import Updater
 
 
 @dataclass

@@ -14,7 +14,7 @@ from ..manifests.files.redaction import identity_of
 from ..manifests.import_path import is_import_path, source_digest
 from ..models.tiny.world.prompts import DENSE
 from .advantages import Baseline
-from .losses import LOSSES, KLEstimator, find_loss
+from .losses import LOSSES, Correction, CorrectionMode, KLEstimator, find_loss
 from .policy.lora import LoRAConfig
 from .recipe_file import find_recipe, first_problem, read_recipe
 from .rewards.kinds import RewardEntry
@@ -52,7 +52,8 @@ class RolloutConfig(Section):
         description="the rollout engine: transformers, vllm, or URLs of vLLM servers, separated by commas",
     )
     overlap: bool = Field(
-        False, description="sample the next step's captions during the update by this one's, a step off-policy"
+        False,
+        description="sample the next step's captions during the update by this one's, a step off-policy (corrected)",
     )
     gpu_memory: float = Field(0.4, gt=0, le=1, description="vllm: its share of the GPU, which the policy needs as well")
     sleep: bool = Field(False, description="vllm: it gives its GPU memory back while the policy learns")
@@ -63,10 +64,13 @@ class RolloutConfig(Section):
         None, gt=0, description="how far a synced engine's log-probabilities may be off; 0.001 on CPUs, 0.1 on GPUs"
     )
 
+    @property
+    def reports_logprobs(self) -> bool:
+        """Whether the engine reports log-probabilities of the distribution that captions are sampled from."""
+        return self.engine == "transformers" or self.temperature == 1
+
     @model_validator(mode="after")
     def _sampled_soundly(self) -> RolloutConfig:
-        if self.overlap and self.temperature != 1:
-            raise ValueError("overlap takes the log-probabilities of sampling, which engines report for temperature 1")
         if self.sleep and (self.engine != "vllm" or self.overlap):
             raise ValueError("sleep is for engine vllm, and an engine cannot sleep that is to overlap")
         return self
@@ -79,6 +83,8 @@ def _known_loss(name: str) -> str:
 
 class AlgorithmConfig(Section):
     """Advantages and loss (docs/architecture.md, trainer)."""
+
+    later = ("kl_in", "correction", "correction_cap")
 
     loss: Annotated[str, AfterValidator(_known_loss)] = Field(
         "grpo", description=f"{', '.join(LOSSES)}, or the import path of another: package.module:name"
@@ -93,9 +99,23 @@ class AlgorithmConfig(Section):
     kl: float = Field(
         0.0, ge=0, description="weight of the divergence from the model trained from; 0 loads no reference"
     )
-    estimator: KLEstimator = Field(
-        "k3", description="k2 pulls as KL(policy, start) does, k3 as KL(start, policy); k1 on average not at all"
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss",
+        description="a loss of each token, or a penalty in the reward: kl (log p - log q) of each token before the "
+        "critic's advantages (PPO as of 2019 to 2024), or summed over a caption before the baseline",
     )
+    estimator: KLEstimator = Field(
+        "k3",
+        description="of the loss: k2 pulls as KL(policy, start) does, k3 as KL(start, policy); k1 on average not "
+        "at all. Logs and alarms take k3",
+    )
+    correction: Literal["auto", "none"] | CorrectionMode = Field(
+        "auto",
+        description="importance weights for captions that vllm, a server or older weights (overlap) sampled, by token "
+        "or by caption (sequence), truncated at correction_cap or masked above it; auto: sequence_mask wherever one "
+        "of these samples",
+    )
+    correction_cap: float = Field(3.0, gt=0, description="largest importance weight")
     entropy: float = Field(0.0, description="weight of an entropy bonus")
     mask_truncated: bool = Field(False, description="captions cut at the limit neither reward nor punish")
 
@@ -218,8 +238,8 @@ class Recipe(Section):
             raise ValueError(
                 "a2c makes one step of captions that the policy itself sampled: epochs and minibatches are 1"
             )
-        if self.algorithm.kl and self.algorithm.estimator == "k1":
-            raise ValueError("estimator k1 has no gradient on average, so kl would do nothing: take k2 or k3")
+        self._sound_divergence()
+        self._sound_correction()
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
         if quiz is not None and self.data.questions is None:
             raise ValueError("a quiz asks questions: add data.questions, the folder of a `capipe qa`")
@@ -227,6 +247,34 @@ class Recipe(Section):
         if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader != "":
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
+
+    def _sound_divergence(self) -> None:
+        algorithm = self.algorithm
+        if algorithm.kl and algorithm.kl_in == "loss" and algorithm.estimator == "k1":
+            raise ValueError("estimator k1 has no gradient on average, so kl would do nothing: take k2 or k3")
+        if algorithm.kl_in == "reward" and "estimator" in algorithm.model_fields_set and algorithm.estimator != "k1":
+            raise ValueError("kl_in reward takes log p - log q of each token (k1): leave algorithm.estimator out")
+
+    def correction(self) -> Correction | None:
+        """The correction for captions that something else than the policy's own modules sampled."""
+        mode = self.algorithm.correction
+        if mode == "none" or (mode == "auto" and self.rollout.engine == "transformers" and not self.rollout.overlap):
+            return None
+        return Correction("sequence_mask" if mode == "auto" else mode, self.algorithm.correction_cap)
+
+    def _sound_correction(self) -> None:
+        rollout, corrected = self.rollout, self.correction() is not None
+        if self.algorithm.loss == "a2c" and rollout.overlap and not corrected:
+            raise ValueError(
+                "a2c takes captions as the policy's own, and with rollout.overlap they are of older weights: set "
+                "algorithm.correction to auto, or overlap to false"
+            )
+        if (corrected or rollout.overlap) and not rollout.reports_logprobs:
+            raise ValueError(
+                f"captions of {rollout.engine} are weighted by the log-probabilities of their sampling, which it "
+                f"reports for temperature 1, not for {rollout.temperature:g}: set rollout.temperature to 1 or "
+                "rollout.engine to transformers" + ("" if rollout.overlap else ", or algorithm.correction to none")
+            )
 
     def _sound_adapter(self) -> None:
         trained = self.trained

@@ -22,6 +22,7 @@ class RolloutSampling:
     """Sampling parameters: always the policy's full distribution, as top-p or top-k would bias the gradient.
 
     ``seed``: the run's. A caption's seed depends on it, the step, the image and the caption's number in the step.
+    ``logprobs``: whether the engine reports log-probabilities of that distribution; those of another are not kept.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class RolloutSampling:
     max_tokens: int
     temperature: float = 1.0
     seed: int = 0
+    logprobs: bool = True
 
     def of(self, sample_id: str) -> Sampling:
         seed = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") >> 1
@@ -88,7 +90,7 @@ class Rollouts:
     async def _caption(
         self, prompt: Prompt, example: Example, sample_id: str, rewards: RewardManager
     ) -> tuple[Completion, dict[str, Scored]] | RequestError:
-        request = GenerationRequest(prompt, self.sampling.of(sample_id), logprobs=True)
+        request = GenerationRequest(prompt, self.sampling.of(sample_id), self.sampling.logprobs, tempered=True)
         try:
             caption = await self.engine.generate(request)
         except RequestError as error:

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 from ..errors import BadInput
 from ..models.engines.base import Engine, Prompt
 from ..models.engines.context import image_tokens, text_room
+from ..models.engines.hf.captioner_adapter import barred_ids
 from ..models.engines.hf.engine import TransformersEngine, batched_lm
 from ..models.engines.http.engine import HTTPOptions
 from ..models.engines.http.server import server_urls
@@ -108,7 +109,7 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
         return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.distributed, copy)
     engine: Engine = _vllm(recipe, parts) if rollout.engine == "vllm" else await _connected(recipe, parts)
     folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER
-    probing = DecoderPolicy(model)  # temperature 1, no banned ids: as in vLLM's log-probabilities
+    probing = DecoderPolicy(model, barred_ids(model))  # temperature 1: as in the engines' log-probabilities
     on_cpu = next(model.parameters()).device.type == "cpu"
     tolerance = rollout.probe or (PROBE_EXACT if on_cpu else PROBE_BF16)
     probe = WeightSyncCheck(shown, parts.preparing.prepare(shown), probing, tolerance)

@@ -8,10 +8,9 @@ from typing import Any
 
 from .distributed import Distributed
 from .evaluation.text_statistics import loops
-from .metrics import Metrics
+from .metrics import Metrics, UpdateMetrics
 from .policy.batch import Group
 from .recipe import AlarmConfig
-from .update import UpdateMetrics
 
 
 def step_metrics(

@@ -23,7 +23,7 @@ HEAT = 1.5  # temperature: unlikely tokens distinguish weights better than those
 
 @dataclass(frozen=True)
 class WeightSyncCheck:
-    """``policy``: without temperature or banned ids, as in engines' log-probabilities. ``tolerance``: mean nats."""
+    """``policy``: without temperature, as in engines' log-probabilities. ``tolerance``: mean nats."""
 
     prompt: Prompt
     prepared: PreparedPrompt

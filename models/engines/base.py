@@ -7,6 +7,7 @@ Stages, the quiz reader and rewards use :class:`Engine` only. Three implementati
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from ..images.grid import ImageGrid
 
 FinishReason = Literal["stop", "length"]
+LARGEST_SHARE = 1 - 2**-24  # of barred ids; float32 rounds to 1 where they have nearly everything
 PromptKey = tuple[str | None, str, str | None, str, str | None]
 
 
@@ -111,6 +113,9 @@ class Prompt:
 class GenerationRequest:
     """``logprobs``: fill Completion.logprobs, the log-probability of each sampled token under the untempered model.
 
+    Ids that are never sampled (those of pixels) have no part of the probability. ``tempered``: under the distribution
+    that was sampled from instead, with its temperature and nucleus. vLLM and servers report the former alone: they
+    reject such a request, unless both are the same.
     ``json_schema``: as JSON text; an engine that ``guides`` constrains decoding to JSON of this schema, in its order of
     properties, and takes log-probabilities among the allowed tokens. Others ignore it.
     """
@@ -118,7 +123,22 @@ class GenerationRequest:
     prompt: Prompt
     sampling: Sampling = Sampling()
     logprobs: bool = False
+    tempered: bool = False
     json_schema: str | None = None
+
+    def refuse_tempered(self, engine: str) -> None:
+        """Raise Rejected if log-probabilities are wanted that ``engine`` does not report."""
+        sampling = self.sampling
+        if self.logprobs and self.tempered and (sampling.temperature not in (0, 1) or sampling.top_p < 1):
+            raise Rejected(f"{engine} reports log-probabilities of the untempered model only")
+
+
+def among_allowed(logprob: float, barred: Iterable[float]) -> float:
+    """Log-probability among the ids that may be sampled, from that among all ids and those of the barred ids.
+
+    log p - log(1 - sum of the barred ids' probabilities).
+    """
+    return logprob - math.log1p(-min(sum(map(math.exp, barred)), LARGEST_SHARE))
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,7 +220,14 @@ def _assemble(
     say: Say,
 ) -> TrainingRun:
     rollout, algorithm = recipe.rollout, recipe.algorithm
-    sampling = RolloutSampling(recipe.prompt, rollout.group, rollout.max_tokens, rollout.temperature, recipe.seed)
+    sampling = RolloutSampling(
+        recipe.prompt,
+        rollout.group,
+        rollout.max_tokens,
+        rollout.temperature,
+        recipe.seed,
+        logprobs=rollout.reports_logprobs,
+    )
     config = UpdateConfig(
         loss=algorithm.loss,
         baseline=algorithm.baseline,
@@ -229,7 +236,9 @@ def _assemble(
         minibatches=algorithm.minibatches,
         clip=ClipRange(algorithm.clip_low, algorithm.clip_high, algorithm.cap),
         kl=algorithm.kl,
+        kl_in=algorithm.kl_in,
         estimator=algorithm.estimator,
+        correction=recipe.correction(),
         entropy=algorithm.entropy,
         limit=rollout.max_tokens,
         budget=recipe.budget,

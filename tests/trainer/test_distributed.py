@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 
 from capipe.trainer.distributed import ALONE, Distributed, alone_on, join
-from capipe.trainer.policy.batch import Group, RewardResult
+from capipe.trainer.losses import Correction
+from capipe.trainer.metrics import UpdateMetrics
+from capipe.trainer.policy.batch import Group, RewardResult, pack
 from capipe.trainer.policy.critic import CriticConfig, ValueHead
 from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.policy.fsdp import copy_weights, optimizer_state, restore_optimizer, shard, whole
-from capipe.trainer.update import UpdateConfig, UpdateMetrics, Updater
+from capipe.trainer.update import UpdateConfig, Updater
 
 from .policies import IMAGE, groups, random_model
 
@@ -26,6 +29,9 @@ SCORES: list[list[float | None]] = [[1.0, 0.0, 0.5], [0.2, 0.9], [0.3, None, 0.4
 CONFIGS = {
     "grpo": UpdateConfig(max_norm=0.1, budget=1),
     "ppo": UpdateConfig(loss="ppo", critic=CriticConfig(weight=0.3), max_norm=1e9, epochs=2, budget=1),
+    "corrected": UpdateConfig(
+        correction=Correction("sequence_mask", 1.2), kl=0.1, kl_in="reward", entropy=0.01, max_norm=1e9, budget=1
+    ),
 }
 STEPS = 2
 
@@ -42,7 +48,8 @@ def train(config: UpdateConfig, distributed: Distributed) -> tuple[DecoderPolicy
         shard(policy)
     learning = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-2, weight_decay=0.1)
-    updater = Updater(policy, optimizer, config, distributed=distributed)
+    frozen = DecoderPolicy(random_model(FAMILY, seed=5).requires_grad_(False), [IMAGE])
+    updater = Updater(policy, optimizer, config, lambda batch: frozen(batch).logp, distributed)
     for _ in range(STEPS):
         report = updater.update(mine(policy, distributed))
     return policy, optimizer, report
@@ -55,8 +62,13 @@ def mine(policy: DecoderPolicy, distributed: Distributed) -> list[Group]:
     """
     template = DecoderPolicy(random_model(FAMILY), [IMAGE])
     made = groups(template, FAMILY)[:3]
-    for group, values in zip(made, SCORES, strict=True):
+    for number, (group, values) in enumerate(zip(made, SCORES, strict=True)):
         group.rewards = [RewardResult(value) for value in values]
+        logp = template(pack([group])).logp.detach().split([len(each.token_ids) for each in group.completions])
+        group.completions = [
+            replace(each, logprobs=tuple((row - 0.1 * (number + place - 1)).tolist()))
+            for place, (each, row) in enumerate(zip(group.completions, logp, strict=True))
+        ]
     if distributed.count == 1:
         return made
     return made[:2] if distributed.first else made[2:]
@@ -89,8 +101,11 @@ def flat(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": value for name, entry in state["state"].items() for key, value in entry.items()}
 
 
+SPREAD = [("grpo", False), ("grpo", True), ("ppo", False), ("ppo", True), ("corrected", True)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sharded"), [("grpo", False), ("grpo", True), ("ppo", False), ("ppo", True)])
+@pytest.mark.parametrize(("name", "sharded"), SPREAD)
 def test_two_processes_equal_one(tmp_path: Path, name: str, sharded: bool) -> None:
     policy, optimizer, report = train(CONFIGS[name], ALONE)
     alone, state = weights(policy), optimizer_state(policy, optimizer)
@@ -106,8 +121,10 @@ def test_two_processes_equal_one(tmp_path: Path, name: str, sharded: bool) -> No
     for key, value in flat(state).items():
         assert torch.allclose(flat(found["state"])[key].double(), value.double(), rtol=1e-6, atol=1e-9), key
         assert torch.equal(flat(found["again"])[key], flat(found["state"])[key])
-    for key in ("loss", "norm", "entropy", "value_loss"):
-        assert found["report"][key] == pytest.approx(getattr(report, key), rel=1e-9, abs=1e-12)
+    for key in ("loss", "norm", "entropy", "value_loss", "kl", "mismatch", "correction"):
+        expected = getattr(report, key)
+        assert found["report"][key] == (expected if expected is None else pytest.approx(expected, 1e-9, 1e-12)), key
+    assert found["report"]["capped"] == report.capped and bool(report.capped) == (name == "corrected")
     assert found["report"]["tokens"] == report.tokens and found["report"]["unscored"] == report.unscored
 
 

@@ -10,6 +10,7 @@ import pytest
 from capipe.errors import BadInput
 from capipe.pipeline.chain.recipe import load_chain_recipe
 from capipe.trainer.build import rate
+from capipe.trainer.losses import Correction
 from capipe.trainer.recipe import OptimizerConfig, Recipe, load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
 
@@ -53,6 +54,9 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("trained.lora.rank=0", r"trained\.lora\.rank"),
         ("dtype=float16", "dtype: "),
         ("algorithm={kl: 0.1, estimator: k1}", "k1 has no gradient on average"),
+        ("algorithm={kl: 0.1, kl_in: reward, estimator: k3}", r"log p - log q .* leave algorithm\.estimator out"),
+        ("algorithm.correction=sometimes", "algorithm.correction"),
+        ("algorithm.correction_cap=0", r"algorithm\.correction_cap"),
         ("data.questions=null", "a quiz asks questions: add data.questions"),
         ("rewards=[{kind: phrases, phrases: [], patterns: []}]", r"rewards\.0\.phrases: phrases and patterns are both"),
         (
@@ -141,6 +145,53 @@ def test_the_judge_of_the_run_is_not_the_reward(recipe: Path) -> None:
     recipe.write_text(TEXT + "validation: {shards: c, questions: d, reader: tiny/reader}\n")
     with pytest.raises(BadInput, match="never a reward"):
         load_recipe(recipe)
+
+
+def test_a_correction_is_made_where_another_engine_or_older_weights_sample(recipe: Path) -> None:
+    def correction(*overrides: str) -> Correction | None:
+        return load_recipe(recipe, overrides).correction()
+
+    assert correction() is None and correction("rollout.temperature=0.7") is None
+    for sampled in ("rollout.engine=vllm", "rollout.engine=http://a", "rollout.overlap=true"):
+        assert correction(sampled) == Correction("sequence_mask", 3.0)  # TRL's defaults
+        assert correction(sampled, "algorithm.correction=none") is None
+    assert correction("algorithm.correction=token_truncate", "algorithm.correction_cap=2") == Correction(
+        "token_truncate", 2.0
+    )
+    assert correction("rollout.overlap=true", "rollout.temperature=0.7") is not None  # transformers reports all
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.engine=vllm"], "reports for temperature 1, not for 0.7.*or algorithm.correction to none$"),
+        (
+            ["rollout={engine: vllm, overlap: true, temperature: 0.7}", "algorithm.correction=none"],
+            "or .* transformers$",
+        ),
+    ],
+)
+def test_log_probabilities_of_another_temperature_are_not_taken_for_those_of_sampling(
+    recipe: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        load_recipe(recipe, ["rollout.temperature=0.7", *overrides])
+    made = load_recipe(recipe, ["rollout={engine: vllm, temperature: 0.7}", "algorithm.correction=none"])
+    assert not made.rollout.reports_logprobs  # so none are kept, and the mismatch is unknown
+
+
+def test_a2c_takes_no_captions_of_older_weights_for_its_own(recipe: Path) -> None:
+    a2c = ["algorithm={loss: a2c, critic: {}}", "rollout.overlap=true"]
+    assert load_recipe(recipe, a2c).correction() is not None
+    with pytest.raises(BadInput, match=r"a2c takes captions .* set algorithm\.correction to auto"):
+        load_recipe(recipe, [*a2c, "algorithm.correction=none"])
+
+
+def test_keys_added_later_leave_the_fingerprint_as_it_was(recipe: Path) -> None:
+    settings = load_recipe(recipe).semantic()["algorithm"]
+    assert not {"kl_in", "correction", "correction_cap"} & settings.keys()
+    changed = load_recipe(recipe, ["algorithm={kl_in: reward, correction: none, correction_cap: 2}"]).semantic()
+    assert {"kl_in", "correction", "correction_cap"} <= changed["algorithm"].keys()
 
 
 def test_an_adapter_is_not_split(recipe: Path) -> None:

@@ -16,10 +16,10 @@ from capipe.models.engines.base import Completion
 from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.trainer.distributed import ALONE
 from capipe.trainer.log import CAPTIONS, TIMES, RunLog, TensorBoard, WandB, read_steps
+from capipe.trainer.metrics import UpdateMetrics
 from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.recipe import AlarmConfig
 from capipe.trainer.step_metrics import raised_alarm, step_metrics
-from capipe.trainer.update import UpdateMetrics
 
 
 class Kept:

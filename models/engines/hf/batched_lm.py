@@ -24,7 +24,7 @@ from transformers import (
 from ..base import ImageInput, Prompt, Sampling
 from ..context import too_long
 from ..prompting import PromptEncoder
-from ..sampling import apply, fold_seed, gumbel_noise, kernel_runs_on, with_noise
+from ..sampling import apply, fold_seed, gumbel_noise, kernel_runs_on, scaled, with_noise
 from .captioner_adapter import adapter_of, barred_ids
 from .kv_cache import select_rows
 from .model_adapter import PreparedImage, PreparedPrompt
@@ -59,6 +59,7 @@ class SequenceRow:
     prompt: int
     sampling: Sampling
     logprobs: bool
+    tempered: bool = False  # log-probabilities under the distribution sampled from
 
 
 @dataclass
@@ -193,7 +194,9 @@ class BatchedLM:
         select_rows(prefix.cache, at)
         while True:
             tokens = picker.pick(logits, alive, len(drawn[alive[0]].token_ids))
-            scores = _scores(logits, tokens) if any(rows[row].logprobs for row in alive) else None
+            scores = None
+            if any(rows[row].logprobs for row in alive):
+                scores = _scores(_tempered(logits, [rows[row] for row in alive]), tokens)
             for index, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
                 drawn[row].token_ids.append(token)
                 drawn[row].stopped = token in self._end_ids
@@ -222,7 +225,7 @@ class BatchedLM:
         return logits.index_fill_(1, self._barred, -math.inf)
 
     @torch.inference_mode()
-    def generate_reference(self, prompt: PreparedPrompt, sampling: Sampling) -> SampledTokens:
+    def generate_reference(self, prompt: PreparedPrompt, sampling: Sampling, tempered: bool = False) -> SampledTokens:
         """Slow reference for prefill and decode: ``generate`` of transformers, one prompt, nothing shared or padded."""
         config = GenerationConfig(
             do_sample=False,
@@ -236,7 +239,8 @@ class BatchedLM:
         noise = LogitsProcessorList([*barred, _ReferenceNoise(len(prompt.ids), sampling)])
         out = self.family.generate(prompt, config, noise)
         tokens = out.sequences[0, len(prompt.ids) :]
-        scores = _scores(self._bar(torch.cat(out.logits).float()), tokens)
+        rows = [SequenceRow(0, sampling, True, tempered)] * len(tokens)
+        scores = _scores(_tempered(self._bar(torch.cat(out.logits).float()), rows), tokens)
         return SampledTokens(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
 
 
@@ -312,7 +316,17 @@ class _ReferenceNoise(LogitsProcessor):
         return apply(scores, seed, position, temperature, torch.tensor([sampling.top_p], device=device))
 
 
+def _tempered(logits: Tensor, rows: Sequence[SequenceRow]) -> Tensor:
+    """``logits`` as they were sampled from, for the rows that report log-probabilities of that."""
+    samplings = [row.sampling if row.tempered else Sampling() for row in rows]
+    if all(sampling.temperature in (0, 1) and sampling.top_p == 1 for sampling in samplings):
+        return logits
+    temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=logits.device)
+    top_ps = torch.tensor([sampling.top_p for sampling in samplings], device=logits.device)
+    return scaled(logits, temperatures, top_ps if bool((top_ps < 1).any()) else None)
+
+
 def _scores(logits: Tensor, tokens: Tensor) -> list[float]:
-    """Log-probability of each row's token under the untempered model."""
+    """Log-probability of each row's token, from the logits as they are."""
     scores: list[float] = logits.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()
     return scores

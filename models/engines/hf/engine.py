@@ -113,7 +113,7 @@ class TransformersEngine:
         """Slow reference for :meth:`generate`, for tests: transformers' own loop, one request, nothing shared."""
 
         def run() -> Completion:
-            drawn = self.lm.generate_reference(self.lm.prepare(request.prompt), request.sampling)
+            drawn = self.lm.generate_reference(self.lm.prepare(request.prompt), request.sampling, request.tempered)
             return self._completion(drawn, request.logprobs)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
@@ -205,7 +205,7 @@ class TransformersEngine:
         for at, item in enumerate(ready):
             request = item.job.request
             if isinstance(request, GenerationRequest):
-                rows[at] = SequenceRow(index_of[item.key], request.sampling, request.logprobs)
+                rows[at] = SequenceRow(index_of[item.key], request.sampling, request.logprobs, request.tempered)
             else:
                 scores = prefix.logits[index_of[item.key]].log_softmax(dim=-1)[item.choice_ids]
                 answers[at] = ChoiceScores(tuple(scores.tolist()))

@@ -132,9 +132,10 @@ class HTTPEngine:
         return self._limiter.limit
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        request = replace(request, prompt=await shown(request.prompt))
+        request.refuse_tempered("a server")
+        request, options = replace(request, prompt=await shown(request.prompt)), self._options
         answer = await self._post(lambda: self._generation(request))
-        return read_completion(answer, logprobs=request.logprobs, token_ids=self._options.token_ids)
+        return read_completion(answer, request.logprobs, options.token_ids, options.barred)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         request = replace(request, prompt=await shown(request.prompt))
@@ -223,6 +224,8 @@ class HTTPEngine:
         sampling = request.sampling
         body = self._body(request.prompt, sampling.max_tokens, sampling.temperature)
         body |= {"top_p": sampling.top_p, "seed": sampling.seed, "logprobs": request.logprobs}
+        if request.logprobs and self._options.barred:  # a server reports probabilities among all ids, these included
+            body |= {"logprob_token_ids": list(self._options.barred), "return_tokens_as_token_ids": True}
         if request.json_schema is not None:
             body["response_format"] = _response_format(request.json_schema)
         return body

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,12 @@ from ..base import (
     PromptKey,
     Rejected,
     RequestError,
+    among_allowed,
 )
 from ..chat_templates import open_encoder
 from ..context import too_long
 from ..prompting import PromptEncoder, rgb_pixels
+from ..sampling import vision_ids
 from .config import VLLMOptions, engine_config
 from .cpu_affinity import bound_cores, move_off, move_to
 from .device_holders import device_holders
@@ -59,8 +62,10 @@ class VLLMEngine:
         cores: set[int],
         on_cpu: bool,
         context: int,
+        barred: Sequence[int] = (),
     ) -> None:
         self.grid = grid
+        self._barred = barred  # ids that are never sampled
         self.context = context
         self.concurrency = concurrency
         self._llm: AsyncLLM | None = llm  # None once it is closed
@@ -77,13 +82,17 @@ class VLLMEngine:
 
         from .sampling import extra_args
 
+        request.refuse_tempered("vLLM")
         schema = request.json_schema
+        # vLLM reports probabilities among all ids, before those that are never sampled are barred.
+        barred = list(self._barred) if request.logprobs and request.sampling.temperature > 0 else []
         # The grammar's mask is applied before our noise, and what it forbids is -inf, which no noise can lift.
         guide = None if schema is None else StructuredOutputsParams(json=_with_form(schema))
         params = SamplingParams(
             temperature=0.0,
             max_tokens=request.sampling.max_tokens,
-            logprobs=0 if request.logprobs else None,  # the sampled token's own only
+            logprobs=0 if request.logprobs and not barred else None,  # the sampled token's own only
+            logprob_token_ids=barred or None,
             extra_args=extra_args(request.sampling),
             structured_outputs=guide,
         )
@@ -92,7 +101,10 @@ class VLLMEngine:
         logprobs: tuple[float, ...] | None = None
         if request.logprobs:
             assert output.logprobs is not None
-            logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
+            logprobs = tuple(
+                among_allowed(step[token].logprob, (step[other].logprob for other in barred))
+                for step, token in zip(output.logprobs, ids, strict=True)
+            )
         # Guided JSON is an answer from its first token on, even where the template has opened a thought.
         text, thought = self._encoder.answer(ids) if schema is None else (self._encoder.decode(ids), None)
         return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs, thought)
@@ -282,7 +294,8 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder:
         move_off(bound_cores(pids), [os.getpid(), *pids])
     on_cpu = config.device_config.device_type == "cpu"
     context = int(config.model_config.max_model_len)  # as determined by vLLM
-    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context)
+    barred = vision_ids(config.model_config.hf_config)
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context, barred)
 
 
 def _vllm_processes() -> list[Process]:

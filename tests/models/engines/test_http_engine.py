@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,13 +251,22 @@ async def test_a_server_without_new_weights_is_no_engine_any_more(answer: Answer
 
 async def test_training_gets_ids_and_bars_what_stands_for_pixels() -> None:
     _, _, content = completion(" a dog.")
-    content["choices"][0] |= {"token_ids": [3, 4, 5, 6], "logprobs": {"content": [{"logprob": -0.5}] * 4}}
+    reported = [{"token": "token_id:7", "logprob": math.log(0.2)}, {"token": "token_id:9", "logprob": math.log(0.05)}]
+    steps = [{"logprob": math.log(0.3), "top_logprobs": [{"token": "token_id:3", "logprob": -1.2}, *reported]}] * 4
+    content["choices"][0] |= {"token_ids": [3, 4, 5, 6], "logprobs": {"content": steps}}
     double = Double(lambda n, body: (200, {}, content))
     request = GenerationRequest(Prompt("Describe."), Sampling(1.0), logprobs=True)
     found = await ask(double, request, token_ids=True, barred=(7, 9))
-    assert found.token_ids == (3, 4, 5, 6) and found.logprobs == (-0.5,) * 4
+    assert found.token_ids == (3, 4, 5, 6)
+    assert found.logprobs == pytest.approx([math.log(0.3 / 0.75)] * 4)  # what the barred had is the others'
+    assert double.bodies[0]["logprob_token_ids"] == [7, 9] and double.bodies[0]["return_tokens_as_token_ids"] is True
     assert double.bodies[0]["return_token_ids"] is True
     assert double.bodies[0]["logit_bias"] == {"7": -100.0, "9": -100.0}
+    steps[0]["top_logprobs"].pop()
+    unreported = await ask(Double(lambda n, body: (200, {}, content)), request, token_ids=True, barred=(7, 9))
+    assert isinstance(unreported, RequestError) and unreported.final and "of token 9" in str(unreported)
+    tempered = await ask(double, replace(request, sampling=Sampling(0.7), tempered=True), token_ids=True)
+    assert isinstance(tempered, RequestError) and "untempered model only" in str(tempered)
     del content["choices"][0]["token_ids"]
     refused = await ask(Double(lambda n, body: (200, {}, content)), request, token_ids=True)
     assert isinstance(refused, RequestError) and "does not return token ids" in str(refused)

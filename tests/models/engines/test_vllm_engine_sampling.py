@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +17,9 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from capipe.models.engines.base import Sampling
+from capipe.models.engines.base import GenerationRequest, Prompt, Rejected, Sampling
 from capipe.models.engines.sampling import apply
+from capipe.models.engines.vllm.engine import VLLMEngine
 from capipe.models.engines.vllm.sampling import FirstRunnerGumbel, SecondRunnerGumbel, extra_args
 
 CPU = torch.device("cpu")
@@ -44,6 +47,30 @@ def expected(logits: torch.Tensor, rows: list[tuple[Sampling, int]]) -> torch.Te
             )
         )
     return torch.cat(outcome)
+
+
+async def test_log_probabilities_are_among_the_ids_that_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM reports those of all ids, before ours bars any: their share is asked for and goes to the others."""
+    encoder: Any = SimpleNamespace(answer=lambda ids: ("", None))
+    engine = VLLMEngine(None, encoder, None, 1, [], set(), True, 100, [IMAGE, IMAGE + 1])  # type: ignore[arg-type]
+    asked: list[SamplingParams] = []
+    shares = {3: 0.3, IMAGE: 0.25, IMAGE + 1: 0.15}
+
+    async def run(prompt: Prompt, params: SamplingParams) -> Any:
+        asked.append(params)
+        listed = [3, *(params.logprob_token_ids or [])]
+        step = {token: SimpleNamespace(logprob=math.log(shares[token])) for token in listed}
+        return SimpleNamespace(token_ids=[3, 3], logprobs=[step, step], finish_reason="length")
+
+    monkeypatch.setattr(engine, "_run", run)
+    request = GenerationRequest(Prompt("Describe."), Sampling(1.0), logprobs=True, tempered=True)
+    drawn = await engine.generate(request)
+    assert drawn.logprobs == pytest.approx([math.log(0.3 / 0.6)] * 2)
+    assert asked[0].logprob_token_ids == [IMAGE, IMAGE + 1] and asked[0].logprobs is None
+    greedy = await engine.generate(GenerationRequest(Prompt("Describe."), logprobs=True))  # vLLM's own: bars nothing
+    assert greedy.logprobs == pytest.approx([math.log(0.3)] * 2) and asked[1].logprob_token_ids is None
+    with pytest.raises(Rejected, match="untempered model only"):
+        await engine.generate(replace(request, sampling=Sampling(0.7)))
 
 
 def first_runner() -> FirstRunnerGumbel:

@@ -13,6 +13,7 @@ import torch
 
 from capipe.errors import RunFailed
 from capipe.models.engines.base import Completion, Engine, EngineDead, GenerationRequest, ImageInput, Prompt, Sampling
+from capipe.models.engines.hf.captioner_adapter import barred_ids
 from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, load_model
 from capipe.models.engines.model_folder import image_grid, resolve_model
 from capipe.models.engines.sampling import vision_ids
@@ -72,7 +73,7 @@ def agree(ours: list[Completion], theirs: list[Completion]) -> None:
 
 def probe_of(model: Any, image: ImageInput) -> WeightSyncCheck:
     prompt = Prompt(" ".join([PLAIN] * 8), image)  # longer than a block of the cache, which holds whole ones alone
-    return WeightSyncCheck(prompt, reader_of(model).lm.prepare(prompt), DecoderPolicy(model), 1e-3)
+    return WeightSyncCheck(prompt, reader_of(model).lm.prepare(prompt), DecoderPolicy(model, barred_ids(model)), 1e-3)
 
 
 async def test_answers_are_those_of_the_new_weights(engine: Any, pictures: list[ImageInput], tmp_path: Path) -> None:

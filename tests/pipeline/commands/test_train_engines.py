@@ -35,12 +35,14 @@ def train(recipe: Path, out: Path, *changes: str, code: int = 0) -> str:
 
 
 async def test_a_step_ahead_is_off_policy_and_resumes_exactly(recipe: Path, tmp_path: Path) -> None:
-    loaded = load_recipe(recipe, ["rollout.overlap=true", "optimizer.lr=1e-3", "steps=5", "save_every=3"])
+    changes = ["rollout.overlap=true", "rollout.temperature=0.8", "optimizer.lr=1e-3", "steps=5", "save_every=3"]
+    loaded = load_recipe(recipe, changes)
     whole = await run_training(loaded, tmp_path / "whole", fresh=False, say=lambda line: None)
     done = [line for line in steps(tmp_path / "whole") if "loss" in line]
-    spread = [line["ratio_max"] - line["ratio_min"] for line in done]
-    assert spread[0] < 1e-6 and spread[3] < 1e-6  # the first of all, and the first after a checkpoint
-    assert min(spread[1], spread[2], spread[4]) > 1e-3  # the others' captions are of weights one step older
+    weights_apart = [abs(line["correction"] - 1) for line in done]
+    assert weights_apart[0] < 1e-5 and weights_apart[3] < 1e-5  # the first of all, and the first after a checkpoint
+    assert min(weights_apart[at] for at in (1, 2, 4)) > 1e-3  # the others' captions are of weights one step older
+    assert min(done[at]["mismatch"] for at in (1, 2, 4)) > 1e-3
 
     def stops(line: str) -> None:
         if line.startswith("step 4/"):
@@ -85,7 +87,7 @@ def test_a_server_draws_captions_and_gets_each_steps_weights(
     [
         ("rollout.engine=sglang", "rollout.engine: "),
         ("rollout.engine=http://127.0.0.1:9/v1", "no server answers"),
-        ("rollout={overlap: true, temperature: 0.7}", "for temperature 1"),
+        ("rollout={engine: vllm, temperature: 0.7}", "for temperature 1"),
         ("rollout.sleep=true", "sleep is for engine vllm"),
     ],
 )

@@ -137,18 +137,23 @@ def test_parts_are_all_of_the_model(kind: str) -> None:
         )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_captions_are_drawn_with_the_policys_log_probabilities(kind: str, tmp_path: Path) -> None:
+async def test_captions_are_drawn_with_the_policys_log_probabilities(
+    kind: str, temperature: float, tmp_path: Path
+) -> None:
     folder = write_captioner(tmp_path / kind, kind)
     model: Any = load_model(str(folder), sees=True, dtype="float32", device="cpu")
-    kept = type(policy_of(kind))(model, barred_ids(model)).train()
+    kept = type(policy_of(kind))(model, barred_ids(model), temperature).train()
     lm = batched_lm(model, str(folder), image_grid(folder))
     engine = TransformersEngine(lm, image_grid(folder), 8)
     kept.eval()  # as an update leaves it
     text = "" if kind == "vit-gpt2" else "a red"
     prompts = [Prompt(text, picture(seed)) for seed in range(2)]
     draws = [
-        GenerationRequest(each, Sampling(1.0, 1.0, 3 * seed + 4, seed), True) for each in prompts for seed in range(4)
+        GenerationRequest(each, Sampling(temperature, 1.0, 3 * seed + 4, seed), True, tempered=True)
+        for each in prompts
+        for seed in range(4)
     ]
     drawn = await asyncio.gather(*map(engine.generate, draws))
     await engine.aclose()
