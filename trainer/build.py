@@ -162,7 +162,7 @@ def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
     if not hasattr(model, "model") or not hasattr(model.model, "visual"):
         raise BadInput(
             f"{recipe.model}: {type(model).__name__} is no captioner that the trainer knows "
-            "(Qwen-VL, BLIP, BLIP-2 with OPT, ViT-GPT2)"
+            "(Qwen-VL, Qwen3.5, BLIP, BLIP-2 with OPT, ViT-GPT2)"
         )
     return DecoderPolicy
 

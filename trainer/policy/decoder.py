@@ -1,4 +1,4 @@
-"""Policy of decoder VLMs (Qwen2.5-VL, Qwen3-VL): log-probabilities of packed completions.
+"""Policy of decoder VLMs (Qwen2.5-VL, Qwen3-VL, Qwen3.5): log-probabilities of packed completions.
 
 The vision encoder processes each image once, the decoder each prompt once (with gradients), the head only the states
 that predict completion tokens. :func:`reference_logps` is the slow reference: transformers' own forward pass, one
@@ -20,6 +20,7 @@ from ...models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
 from .batch import Batch
 from .critic import ValueHead
 from .fused_norm import fuse_norms
+from .recurrent_tree import follow_trees
 from .token_logprobs import token_scores
 from .tree_attention import NAME, no_mask
 
@@ -59,6 +60,7 @@ class DecoderPolicy(nn.Module):
         self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
         self.attend(NAME)
         fuse_norms(model)
+        follow_trees(model)
         model.config.use_cache = False
 
     def attend(self, implementation: str) -> None:

@@ -19,7 +19,8 @@ class _RMSNorm(torch.autograd.Function):
         width = hidden.shape[-1]
         inverse = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, inverse)
-        return (hidden * inverse).mul_(weight)
+        out: Tensor = (hidden * inverse).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -32,8 +32,8 @@ from ..prompting import CaptionerEncoder, PromptEncoder
 from .batched_lm import BatchedLM, SampledTokens, SequenceRow
 from .captioner_adapter import check_parts, end_ids, is_captioner, start_id
 from .folded_attention import fold_heads
-from .kv_cache import new_cache, stateful_layers
-from .model_adapter import PreparedImage, PreparedPrompt
+from .kv_cache import is_recurrent, new_cache, stateful_layers
+from .model_adapter import HYBRIDS, PreparedImage, PreparedPrompt
 from .patch_embedding import multiply_patches
 from .window_attention import batch_windows
 
@@ -298,13 +298,17 @@ def load_model(
 
 
 def _refuse_states(model: PreTrainedModel, path: str) -> None:
-    """Raise BadInput for a model whose layers keep a running state, from which a batch's rows cannot be selected."""
+    """Raise BadInput for a model whose layers keep a running state, unless its prompts may be padded.
+
+    A recurrent layer reads padding, and a batch's rows can be selected from some states alone.
+    """
     config = model.config.get_text_config()
-    if stateful_layers(new_cache(config, growing=False)):
+    cache = new_cache(config, growing=False)
+    if stateful_layers(cache) or (is_recurrent(cache) and config.model_type not in HYBRIDS):
         kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
         raise BadInput(
             f"{path}: {type(model).__name__} has layers that keep a running state ({', '.join(kinds) or 'recurrent'}), "
-            "which the transformers engine does not support; take --engine vllm, or the URL of a server"
+            "which the transformers engine supports for Qwen3.5 alone; take --engine vllm, or the URL of a server"
         )
 
 

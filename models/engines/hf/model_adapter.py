@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 
+# Text models of attention and gated delta layers whose prompts may be padded on the left. The model zeroes the input of
+# such columns; without biases their keys and values are 0, the convolution reads them as its own zeros before a prompt,
+# and a state of 0 stays 0, as 0 decays to 0 and each update is a multiple of its key. Padding after a token would decay
+# that token's state: so nothing is shared.
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text")
+
+
 @dataclass(frozen=True)
 class PreparedImage:
     """``patches``: ``(patches, patch values)``; ``grid``: ``(1, 3)`` its time, height and width in patches.
