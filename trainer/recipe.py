@@ -55,7 +55,9 @@ class RolloutConfig(Section):
         False, description="sample the next step's captions during the update by this one's, a step off-policy"
     )
     gpu_memory: float = Field(0.4, gt=0, le=1, description="vllm: its share of the GPU, which the policy needs as well")
-    sleep: bool = Field(False, description="vllm: it gives its GPU memory back while the policy learns")
+    sleep: bool = Field(
+        False, description="vllm: it drops weights and cache while the policy learns, and gets all weights anew"
+    )
     sync: Literal["folder", "direct"] = Field(
         "folder",
         description="how vllm and servers get new weights: through files, or from GPU to GPU by vLLM's weight transfer",

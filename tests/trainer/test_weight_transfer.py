@@ -193,24 +193,33 @@ def test_direct_is_refused_where_it_cannot_work() -> None:
             RolloutConfig(sync="direct", **wrong)  # type: ignore[arg-type]
 
 
+class Sender:
+    """What vLLM's trainer side is, to who calls it."""
+
+    def __init__(self, calls: list[str], fails: bool = False) -> None:
+        self.calls, self.fails, self.source = calls, fails, ""
+
+    def send_weights(self) -> None:
+        if self.fails:
+            raise RuntimeError("NCCL error 5")
+        self.calls.append(f"send {self.source}")
+
+
 async def test_an_error_while_sending_is_the_engines_death() -> None:
-    class Source:
-        everything = True
-
-    def broken() -> None:
-        raise RuntimeError("NCCL error 5")
-
-    calls, source = list[str](), Source()
+    calls = list[str]()
     model = PolicyModel(language_model_learns(), HALF)
-    transfer = DirectTransfer(model, Recording(calls), source, broken, ALONE, shared=True)  # type: ignore[arg-type]
+
+    def transfer(distributed: Distributed, fails: bool = False) -> DirectTransfer:
+        return DirectTransfer(
+            model, Recording(calls), Sender(calls, fails), "all", "learning", distributed, shared=True
+        )
+
     with pytest.raises(EngineDead, match="took no new weights: RuntimeError: NCCL error 5"):
-        await transfer.send(everything=False)
-    assert calls == [] and source.everything is False
-    sent = DirectTransfer(model, Recording(calls), source, lambda: calls.append("sent"), ALONE, shared=True)  # type: ignore[arg-type]
-    await sent.send(everything=False)
-    other = Distributed(1, 2)
-    await DirectTransfer(model, Recording(calls), source, lambda: None, other, shared=True).send(True)  # type: ignore[arg-type]
-    assert calls == ["sent", "forget"]  # by the first process alone
+        await transfer(ALONE, fails=True).send(everything=False)
+    assert calls == []
+    await transfer(ALONE).send(everything=False)
+    await transfer(Distributed(1, 2)).send(everything=True)
+    assert calls == ["send learning", "forget", "send all"]  # caches are emptied by the first process alone
 
 
 def check_of(policy: DecoderPolicy) -> tuple[WeightSyncCheck, Completion, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -21,36 +21,44 @@ from ..distributed import Distributed
 from ..recipe import RolloutConfig
 from .base import PolicyModel
 
-if TYPE_CHECKING:
-    from ...models.engines.vllm.weight_transfer import PolicyWeights
-
 Result = TypeVar("Result")
+
+
+class Sender(Protocol):
+    """vLLM's trainer side: sends what ``source`` yields, by a blocking call."""
+
+    source: Any
+
+    def send_weights(self) -> None: ...
 
 
 class DirectTransfer:
     """vLLM's own weight transfer, connected by :func:`open_direct`.
 
-    ``send_source``: send what ``source`` has to give, a blocking call. ``shared``: one engine for all processes.
+    ``everything``, ``learning``: sources of all weights, and of those that training changes. ``shared``: one engine for
+    all processes.
     """
 
     def __init__(
         self,
         model: PolicyModel,
         engine: Trained,
-        source: PolicyWeights,
-        send_source: Callable[[], None],
+        sender: Sender,
+        everything: Any,
+        learning: Any,
         distributed: Distributed,
         shared: bool,
     ) -> None:
-        self._model, self._engine, self._source, self._send_source = model, engine, source, send_source
+        self._model, self._engine, self._sender = model, engine, sender
+        self._everything, self._learning = everything, learning
         self._distributed, self._shared = distributed, shared
 
     async def prepare(self, everything: bool) -> None:
         """Nothing: the weights are read while they are sent."""
 
     async def send(self, everything: bool) -> None:
-        self._source.everything = everything
-        await self._model.in_thread(partial(_or_dead, self._send_source))
+        self._sender.source = self._everything if everything else self._learning
+        await self._model.in_thread(partial(_or_dead, self._sender.send_weights))
         if self._distributed.first or not self._shared:
             await self._engine.forget()
 
@@ -83,16 +91,18 @@ async def open_direct(
         open_nccl,
     )
 
-    source = PolicyWeights(model.shapes, model.learning, model.read, model.dtype)
+    changing = {name: shape for name, shape in model.shapes.items() if name in model.learning}
+    everything = PolicyWeights(model.shapes, partial(model.read, True), model.dtype)
+    learning = PolicyWeights(changing, partial(model.read, False), model.dtype)
     client = EngineClient(engine, asyncio.get_running_loop())
     shared = rollout.engine != "vllm"
-    opening: Callable[[], Any] = partial(open_ipc, client, source)
+    opening: Callable[[], Any] = partial(open_ipc, client, everything)
     if shared:
         workers = await client.workers() if distributed.first else 0
         address = address_towards(server_urls(rollout.engine)[0])
-        opening = partial(open_nccl, client, source, distributed.rank, address, workers)
+        opening = partial(open_nccl, client, everything, distributed.rank, address, workers)
     sender = await model.in_thread(partial(_or_dead, opening))
-    return DirectTransfer(model, engine, source, sender.send_weights, distributed, shared)
+    return DirectTransfer(model, engine, sender, everything, learning, distributed, shared)
 
 
 def _or_dead(work: Callable[[], Result]) -> Result:

@@ -2,7 +2,7 @@
 
 vLLM's trainer side drives it: it announces names and shapes, sends the weights, and has the engine finish the update.
 Its calls block, so they run in a thread and reach the engine through the event loop. Needs vLLM in this process too,
-even where servers receive the weights.
+even where servers receive the weights. Written for vLLM 0.32 and 0.33, whose trainer sides differ.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,31 +28,35 @@ from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER
 
 from .weight_sync import Served, Trained
 
-Read = Callable[[bool], Iterator[tuple[str, Tensor]]]
+Read = Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+class Declared(list[ParamMeta]):
+    """Names, types and shapes of weights: a list, which vLLM 0.32 also calls."""
+
+    def __call__(self) -> Declared:
+        return self
 
 
 class PolicyWeights(WeightSource):
-    """The policy's weights as vLLM asks for them, all or those that training changes, in one type.
+    """Weights as vLLM asks for them: ``shapes`` by name, in the order in which ``read`` yields them, in one type.
 
-    ``shapes``: of all weights, by name, in the order in which ``read(True)`` yields them; ``learning``: names of those
-    that ``read(False)`` yields. ``everything``: what the next update sends.
+    vLLM 0.32 iterates it, later ones ask for ``iter_full``; ``metadata`` must not change, so that all weights and those
+    that training changes are two sources.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], learning: frozenset[str], read: Read, dtype: torch.dtype
-    ) -> None:
-        self.everything = True
-        self._shapes, self._learning, self._read, self._dtype = shapes, learning, read, dtype
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Read, dtype: torch.dtype) -> None:
+        self._shapes, self._read, self._dtype = dict(shapes), read, dtype
 
-    def metadata(self) -> list[ParamMeta]:
-        return [
-            ParamMeta(name, self._dtype, shape)
-            for name, shape in self._shapes.items()
-            if self.everything or name in self._learning
-        ]
+    @cached_property
+    def metadata(self) -> Declared:
+        return Declared(ParamMeta(name, self._dtype, shape) for name, shape in self._shapes.items())
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self._read(self.everything)
+        return self._read()
+
+    def iter_full(self) -> Iterator[tuple[str, Tensor]]:
+        return self._read()
 
     @property
     def largest(self) -> int:

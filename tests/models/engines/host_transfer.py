@@ -23,8 +23,8 @@ class HostTransfer(IPCWeightTransferEngine):
         self.receive_weights(self.parse_update_info(update_info))  # without waiting for a device
 
     def receive_weights(self, update_info: Any) -> None:
-        handles = (handle[BACKEND] for handle in update_info.ipc_handles)
-        self.model.load_weights([(name, rebuild_tensor(*it)) for name, it in zip(update_info.names, handles)])
+        weights = [rebuild_tensor(*handle[BACKEND]) for handle in update_info.ipc_handles]
+        self.model.load_weights(list(zip(update_info.names, weights, strict=True)))
 
     def finish_weight_update(self) -> None:
         super().finish_weight_update()

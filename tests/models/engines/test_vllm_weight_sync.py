@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from capipe.models.engines.vllm.weight_sync import Precision
 from capipe.trainer.build import freeze
 from capipe.trainer.distributed import ALONE
 from capipe.trainer.policy.decoder import DecoderPolicy
-from capipe.trainer.recipe import TrainedConfig
+from capipe.trainer.recipe import RolloutConfig, TrainedConfig
 from capipe.trainer.weight_sync_check import WeightSyncCheck, tolerance
 from capipe.trainer.weight_transfer.base import PolicyModel
-from capipe.trainer.weight_transfer.direct import DirectTransfer
+from capipe.trainer.weight_transfer.direct import open_direct
 from capipe.trainer.weight_transfer.folder import FolderTransfer
 
 from ..conftest import MODEL, PLAIN, ROOM
@@ -100,9 +101,9 @@ def agree(ours: list[Completion], theirs: list[Completion]) -> None:
         assert one.logprobs == pytest.approx(other.logprobs, abs=2e-3)
 
 
-def probe_of(model: Any, image: ImageInput) -> WeightSyncCheck:
+def probe_of(model: Any, image: ImageInput, bound: float = 1e-3) -> WeightSyncCheck:
     prompt = Prompt(" ".join([PLAIN] * 8), image)  # longer than a block of the cache, which holds whole ones alone
-    return WeightSyncCheck(prompt, reader_of(model).lm.prepare(prompt), DecoderPolicy(model), 1e-3)
+    return WeightSyncCheck(prompt, reader_of(model).lm.prepare(prompt), DecoderPolicy(model), bound)
 
 
 async def test_answers_are_those_of_the_new_weights(engine: Any, pictures: list[ImageInput], tmp_path: Path) -> None:
@@ -155,7 +156,6 @@ LLM_ONLY, VISION_TOO = TrainedConfig(), TrainedConfig(vision=True)
 
 
 async def test_only_what_learns_is_written_and_read(engine: Any, pictures: list[ImageInput], tmp_path: Path) -> None:
-    await hand_over(engine, changed(0, TrainedConfig(llm=False, projector=True)), tmp_path / "other")  # a new tower
     await hand_over(engine, changed(1, LLM_ONLY), tmp_path / "start")
     model = changed(2, LLM_ONLY)
     await hand_over(engine, model, tmp_path, everything=False)
@@ -167,6 +167,27 @@ async def test_only_what_learns_is_written_and_read(engine: Any, pictures: list[
     await hand_over(engine, tower, tmp_path / "without", everything=False)
     with pytest.raises(RunFailed, match="differ by"):  # its tower was not sent
         await probe_of(tower, pictures[0]).check(engine, 0)
+
+
+async def test_a_fused_matrix_is_given_whole(engine: Any, pictures: list[ImageInput], tmp_path: Path) -> None:
+    """vLLM has queries, keys and values in one matrix, of which it keeps nothing that it is not given."""
+    start = changed(1, LLM_ONLY)
+    await hand_over(engine, start, tmp_path / "start")
+    start.requires_grad_(False)
+    layer = start.model.language_model.layers[0].self_attn
+    layer.q_proj.weight.requires_grad_(True)
+    layer.q_proj.weight.data.mul_(1.2)
+    alone = PolicyModel(start, await engine.precision())
+    assert {name.split(".")[-2] for name in alone.learning} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    await hand_over(engine, start, tmp_path / "with", everything=False)
+    assert await probe_of(start, pictures[0]).check(engine, 0) < 1e-4
+    alone.learning = frozenset(name for name in alone.learning if name.endswith("q_proj.weight"))
+    transfer = FolderTransfer(alone, engine, ALONE, tmp_path / "alone", shared=False)
+    await transfer.prepare(everything=False)
+    await transfer.send(everything=False)
+    with pytest.raises(RunFailed, match="differ by"):
+        await probe_of(start, pictures[0]).check(engine, 0)
+    await hand_over(engine, start, tmp_path / "start")
 
 
 async def test_after_all_weights_were_dropped_all_are_read(
@@ -186,18 +207,16 @@ async def test_vllms_own_transfer_ends_in_the_same_weights(
     engine: Any, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With main memory in the place of CUDA's handles; see `host_transfer.py`."""
-    from capipe.models.engines.vllm.weight_transfer import EngineClient, PolicyWeights, open_ipc
+    from capipe.models.engines.vllm import weight_transfer
 
     from .host_transfer import no_cuda
 
     no_cuda(monkeypatch)
+    monkeypatch.setattr(weight_transfer, "open_ipc", partial(weight_transfer.open_ipc, packed=False))
     for seed, everything in ((6, True), (7, False)):
         model = changed(seed, LLM_ONLY)
         policy = PolicyModel(model, await engine.precision())
-        source = PolicyWeights(policy.shapes, policy.learning, policy.read, policy.dtype)
-        client = EngineClient(engine, asyncio.get_running_loop())
-        sender = await policy.in_thread(lambda: open_ipc(client, source, packed=False))  # noqa: B023
-        transfer = DirectTransfer(policy, engine, source, sender.send_weights, ALONE, shared=False)
+        transfer = await open_direct(policy, engine, ALONE, RolloutConfig(engine="vllm", sync="direct"))
         await transfer.send(everything)
         assert await probe_of(model, pictures[0]).check(engine, seed) < 1e-4
 
