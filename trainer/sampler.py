@@ -75,10 +75,10 @@ class Sampler:
         if self.copy is not None:
             self.copy()
         if self.transfer is not None:
-            await self._hand_over(self.transfer)
+            await self._send_weights(self.transfer)
         return await self.check(step)
 
-    async def _hand_over(self, transfer: WeightTransfer) -> None:
+    async def _send_weights(self, transfer: WeightTransfer) -> None:
         await transfer.prepare(self.everything)
         await self._wake("weights")
         await transfer.send(self.everything)

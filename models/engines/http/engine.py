@@ -116,7 +116,7 @@ class HTTPEngine(TrainedServer):
         self.context = context
         self.model = model
         self.load = 0  # requests in flight, queued and between two attempts
-        self._options = options
+        self._options: HTTPOptions = options
         self._connections = connections
         self._extended = extended
         self._fields = Fields(options.url)

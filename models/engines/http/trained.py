@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -13,14 +13,21 @@ from .answers import read_complaint
 from .exchange import exchange
 from .server import Connections, base_url
 
-if TYPE_CHECKING:
-    from .engine import HTTPOptions
+
+class Address(Protocol):
+    """A server's URL, and the seconds that an answer may take."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def timeout_s(self) -> float: ...
 
 
 class TrainedServer:
     """Implements :class:`..vllm.weight_sync.Trained` for an idle server with our extension in its workers."""
 
-    _options: HTTPOptions
+    _options: Address
     _connections: Connections
 
     async def precision(self) -> Precision:

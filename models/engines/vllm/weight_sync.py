@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -69,7 +69,7 @@ class WeightSync:
         """Load the weights of the folder ``path`` and empty the worker's caches of what older ones computed."""
         from vllm.config import set_current_vllm_config
 
-        with set_current_vllm_config(self.vllm_config), _quiet(RELOADING):
+        with set_current_vllm_config(self.vllm_config), nullcontext() if everything else _quiet(RELOADING):
             self.model_runner.reload_weights(weights_iterator=read_weights(Path(path), everything))
         _pack_tied_heads(self.model_runner.get_model())
 

@@ -12,7 +12,7 @@ from capipe.models.engines.base import ImageInput
 from capipe.models.engines.vllm.weight_sync import Precision, read_weights
 from capipe.trainer.weight_sync_check import tolerance
 
-from .test_vllm_weight_sync import LLM_ONLY, changed, hand_over, probe_of, started
+from .test_vllm_weight_sync import LLM_ONLY, changed, probe_of, send_weights, started
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -27,7 +27,7 @@ async def test_it_gets_its_own_type(
         precision = await engine.precision()
         assert precision == Precision("bfloat16", "bfloat16")
         model = changed(1, LLM_ONLY)
-        await hand_over(engine, model, tmp_path, everything=False)
+        await send_weights(engine, model, tmp_path, everything=False)
         assert {weight.dtype for _, weight in read_weights(tmp_path, everything=False)} == {torch.bfloat16}
         probe = probe_of(model, pictures[0])
         with pytest.raises(RunFailed, match="differ by"):

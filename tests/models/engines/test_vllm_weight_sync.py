@@ -72,7 +72,7 @@ def changed(seed: int, learns: TrainedConfig | None = None) -> Any:
     return model
 
 
-async def hand_over(engine: Any, model: Any, folder: Path, everything: bool = True) -> None:
+async def send_weights(engine: Any, model: Any, folder: Path, everything: bool = True) -> None:
     """As a step of training does."""
     transfer = FolderTransfer(PolicyModel(model, await engine.precision()), engine, ALONE, folder, shared=False)
     await transfer.prepare(everything)
@@ -110,7 +110,7 @@ async def test_answers_are_those_of_the_new_weights(engine: Any, pictures: list[
     before = await draw(engine, pictures[:4])  # so that its caches are full of these prompts
     for seed in (1, 2):
         model = changed(seed)
-        await hand_over(engine, model, tmp_path)
+        await send_weights(engine, model, tmp_path)
         after, reference = await draw(engine, pictures[:4]), reader_of(model)
         agree(after, await draw(reference, pictures[:4]))
         await reference.aclose()
@@ -124,7 +124,7 @@ async def test_the_probe_catches_what_a_reload_leaves_behind(
 ) -> None:
     image = pictures[5]
     old, new = changed(3), changed(4)
-    await hand_over(engine, old, tmp_path)
+    await send_weights(engine, old, tmp_path)
     assert await probe_of(old, image).check(engine, 0) < 1e-4
     probe = probe_of(new, image)
     with pytest.raises(RunFailed, match=r"other weights than the policy.*rollout\.probe"):
@@ -135,7 +135,7 @@ async def test_the_probe_catches_what_a_reload_leaves_behind(
 
     with monkeypatch.context() as patch:  # the prefix cache alone: without the others' reset vLLM itself fails aloud
         patch.setattr(engine._llm, "reset_prefix_cache", forged)
-        await hand_over(engine, new, tmp_path)
+        await send_weights(engine, new, tmp_path)
     with pytest.raises(RunFailed, match="kept caches of older ones"):
         await probe.check(engine, 0)
     await engine.reload(tmp_path)
@@ -156,15 +156,15 @@ LLM_ONLY, VISION_TOO = TrainedConfig(), TrainedConfig(vision=True)
 
 
 async def test_only_what_learns_is_written_and_read(engine: Any, pictures: list[ImageInput], tmp_path: Path) -> None:
-    await hand_over(engine, changed(1, LLM_ONLY), tmp_path / "start")
+    await send_weights(engine, changed(1, LLM_ONLY), tmp_path / "start")
     model = changed(2, LLM_ONLY)
-    await hand_over(engine, model, tmp_path, everything=False)
+    await send_weights(engine, model, tmp_path, everything=False)
     assert [file.name for file in tmp_path.glob("*.safetensors")] == ["learning-00000.safetensors"]
     assert await probe_of(model, pictures[0]).check(engine, 0) < 1e-4
     tower = changed(3, VISION_TOO)
     for weight in tower.model.visual.parameters():
         weight.requires_grad_(False)
-    await hand_over(engine, tower, tmp_path / "without", everything=False)
+    await send_weights(engine, tower, tmp_path / "without", everything=False)
     with pytest.raises(RunFailed, match="differ by"):  # its tower was not sent
         await probe_of(tower, pictures[0]).check(engine, 0)
 
@@ -172,14 +172,14 @@ async def test_only_what_learns_is_written_and_read(engine: Any, pictures: list[
 async def test_a_fused_matrix_is_given_whole(engine: Any, pictures: list[ImageInput], tmp_path: Path) -> None:
     """vLLM has queries, keys and values in one matrix, of which it keeps nothing that it is not given."""
     start = changed(1, LLM_ONLY)
-    await hand_over(engine, start, tmp_path / "start")
+    await send_weights(engine, start, tmp_path / "start")
     start.requires_grad_(False)
     layer = start.model.language_model.layers[0].self_attn
     layer.q_proj.weight.requires_grad_(True)
     layer.q_proj.weight.data.mul_(1.2)
     alone = PolicyModel(start, await engine.precision())
     assert {name.split(".")[-2] for name in alone.learning} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    await hand_over(engine, start, tmp_path / "with", everything=False)
+    await send_weights(engine, start, tmp_path / "with", everything=False)
     assert await probe_of(start, pictures[0]).check(engine, 0) < 1e-4
     alone.learning = frozenset(name for name in alone.learning if name.endswith("q_proj.weight"))
     transfer = FolderTransfer(alone, engine, ALONE, tmp_path / "alone", shared=False)
@@ -187,19 +187,19 @@ async def test_a_fused_matrix_is_given_whole(engine: Any, pictures: list[ImageIn
     await transfer.send(everything=False)
     with pytest.raises(RunFailed, match="differ by"):
         await probe_of(start, pictures[0]).check(engine, 0)
-    await hand_over(engine, start, tmp_path / "start")
+    await send_weights(engine, start, tmp_path / "start")
 
 
 async def test_after_all_weights_were_dropped_all_are_read(
     engine: Any, pictures: list[ImageInput], tmp_path: Path
 ) -> None:
     model = changed(1, LLM_ONLY)
-    await hand_over(engine, model, tmp_path)
+    await send_weights(engine, model, tmp_path)
     await engine._llm.collective_rpc("reset_weights")  # zeros: what a sleep of level 2 leaves behind, or worse
-    await hand_over(engine, model, tmp_path, everything=False)
+    await send_weights(engine, model, tmp_path, everything=False)
     with pytest.raises(RunFailed, match="differ by"):
         await probe_of(model, pictures[0]).check(engine, 0)
-    await hand_over(engine, model, tmp_path)
+    await send_weights(engine, model, tmp_path)
     assert await probe_of(model, pictures[0]).check(engine, 0) < 1e-4
 
 
