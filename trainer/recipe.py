@@ -56,12 +56,21 @@ class RolloutConfig(Section):
         description="sample the next step's captions during the update by this one's, a step off-policy (corrected)",
     )
     gpu_memory: float = Field(0.4, gt=0, le=1, description="vllm: its share of the GPU, which the policy needs as well")
-    sleep: bool = Field(False, description="vllm: it gives its GPU memory back while the policy learns")
+    sleep: bool = Field(
+        False, description="vllm: it drops weights and cache while the policy learns, and gets all weights anew"
+    )
+    sync: Literal["folder", "direct"] = Field(
+        "folder",
+        description="how vllm and servers get new weights: through files, or from GPU to GPU by vLLM's weight transfer",
+    )
     sync_folder: str | None = Field(
         None, description="vllm and servers: where they read new weights; in --out by default"
     )
     probe: float | None = Field(
-        None, gt=0, description="how far a synced engine's log-probabilities may be off; 0.001 on CPUs, 0.1 on GPUs"
+        None,
+        gt=0,
+        description="how far a synced engine's log-probabilities may be off; 0.001 where engine and policy compute in "
+        "float32, 0.1 where one does not, 0.2 where the engine's head does not",
     )
 
     @property
@@ -73,6 +82,8 @@ class RolloutConfig(Section):
     def _sampled_soundly(self) -> RolloutConfig:
         if self.sleep and (self.engine != "vllm" or self.overlap):
             raise ValueError("sleep is for engine vllm, and an engine cannot sleep that is to overlap")
+        if self.sync == "direct" and (self.engine == "transformers" or self.sync_folder is not None):
+            raise ValueError("sync: direct is for engine vllm and servers, and uses no sync_folder")
         return self
 
 
@@ -290,7 +301,7 @@ class Recipe(Section):
         fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
         if self.rollout.overlap:
             fast -= {"save_every"}  # no rollout overlaps a checkpoint, so its interval matters
-        rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
+        rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
         left_out: Any = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
         semantic: dict[str, Any] = identity_of(self.model_dump(mode="json", exclude=left_out))

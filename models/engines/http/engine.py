@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -32,7 +31,6 @@ from ..base import (
 )
 from ..plain_text import plain_for_servers, plain_prompt
 from ..thinking import Tags
-from ..vllm.weight_sync import EXTENSION, RELOAD
 from .answers import (
     NO_LOGPROBS,
     SentAway,
@@ -57,6 +55,7 @@ from .server import (
     models,
     no_answer,
 )
+from .trained import TrainedServer
 
 LONGEST_BACKOFF_SECONDS = 15.0
 THOUGHT_PROBE, PROBE_TOKENS = Prompt("Is one and one two? Answer with yes or no."), 256
@@ -100,7 +99,7 @@ class Setback:
     wait: float | None = None
 
 
-class HTTPEngine:
+class HTTPEngine(TrainedServer):
     """Implements :class:`~.engine.Engine`; made by :func:`connect_http_engine`."""
 
     guides = True  # otherwise the server refuses the request, which fails it
@@ -117,7 +116,7 @@ class HTTPEngine:
         self.context = context
         self.model = model
         self.load = 0  # requests in flight, queued and between two attempts
-        self._options = options
+        self._options: HTTPOptions = options
         self._connections = connections
         self._extended = extended
         self._fields = Fields(options.url)
@@ -184,36 +183,6 @@ class HTTPEngine:
 
     async def count_tokens(self, prompt: Prompt) -> int | None:
         return None
-
-    async def reload(self, folder: Path) -> None:
-        """Make the server read new weights from a folder that it can access, and drop what the old ones computed.
-
-        For an idle vLLM server in development mode with :class:`..vllm.weight_sync.WeightSync` in its workers. Raises
-        EngineDead.
-        """
-        await self._command("collective_rpc", {"method": RELOAD, "args": [str(folder)]})
-        emptied = await self._command("reset_prefix_cache")
-        await self._command("reset_mm_cache")
-        await self._command("reset_encoder_cache")
-        if b"true" not in emptied.content:
-            raise EngineDead(f"{self._options.url}: its prefix cache is in use and could not be emptied")
-
-    async def _command(self, name: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        """One of the server's own commands, which are outside the protocol's root."""
-        url = base_url(self._options.url).removesuffix("v1/") + name
-        try:
-            with self._connections.pool() as client:
-                response = await exchange(client, "POST", url, self._options.timeout_s, body)
-        except (httpx.HTTPError, RequestError) as error:
-            raise EngineDead(f"{url}: {type(error).__name__}: {error}") from error
-        if response.status_code == httpx.codes.NOT_FOUND:
-            raise EngineDead(
-                f"{url}: no such command; start the server with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls "
-                f"{EXTENSION}"
-            )
-        if not response.is_success:
-            raise EngineDead(f"{url}: HTTP {response.status_code}: {read_complaint(response).message}")
-        return response
 
     async def aclose(self) -> None:
         await self._connections.aclose()

@@ -7,10 +7,11 @@ import gc
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...child_processes import spawned_follow
 from ...images.grid import ImageGrid
@@ -34,7 +35,7 @@ from .config import VLLMOptions, engine_config
 from .cpu_affinity import bound_cores, move_off, move_to
 from .device_holders import device_holders
 from .environment import prepare_environment
-from .weight_sync import RELOAD
+from .weight_sync import PRECISION, RELOAD, Precision
 
 if TYPE_CHECKING:
     from psutil import Process  # type: ignore[import-untyped]
@@ -124,32 +125,56 @@ class VLLMEngine:
     async def count_tokens(self, prompt: Prompt) -> int | None:
         return len(self._encoder.encode(prompt))
 
-    async def reload(self, folder: Path) -> None:
-        """Read new weights of the same model from a Hugging Face folder, and drop what the old ones computed.
+    async def precision(self) -> Precision:
+        """What the engine computes in. Raises EngineDead."""
+        with _or_dead("vLLM does not say what it computes in"):
+            (answer, *_) = await self._alive().collective_rpc(PRECISION)
+            return Precision(**answer)
 
-        For an engine that was started as ``trained``, while it is idle. Raises EngineDead. The caller must check that
-        the new weights are in place: vLLM has been seen to report success and answer with others.
+    async def reload(self, folder: Path, everything: bool = True) -> None:
+        """Read new weights of the same model from a folder, and drop what the old ones computed.
+
+        ``everything``: or only those that training changes (:mod:`.weight_sync`). For an engine that was started as
+        ``trained``, while it is idle. Raises EngineDead. The caller must check that the new weights are in place: vLLM
+        has been seen to report success and answer with others.
         """
-        llm = self._alive()
-        try:
-            await llm.collective_rpc(RELOAD, args=(str(folder),))
-            emptied = await llm.reset_prefix_cache()
-            await llm.reset_mm_cache()
-            await llm.reset_encoder_cache()
-        except Exception as error:
-            raise EngineDead(f"vLLM took no new weights from {folder}: {type(error).__name__}: {error}") from error
+        with _or_dead(f"vLLM took no new weights from {folder}"):
+            await self._alive().collective_rpc(RELOAD, args=(str(folder), everything))
+        await self.forget()
+
+    async def weight_update(self, command: str, **arguments: Any) -> None:
+        """A command of vLLM's own weight transfer. Raises EngineDead."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+        requests = {
+            "init_weight_transfer_engine": WeightTransferInitRequest,
+            "update_weights": WeightTransferUpdateRequest,
+        }
+        with _or_dead(f"vLLM took no new weights ({command})"):
+            call = getattr(self._alive(), command)
+            await (call(requests[command](**arguments)) if command in requests else call())
+
+    async def forget(self) -> None:
+        """Empty the caches that older weights filled. Raises EngineDead."""
+        with _or_dead("vLLM's caches could not be emptied for new weights"):
+            emptied = await self._alive().reset_prefix_cache()
+            await self._alive().reset_mm_cache()
+            await self._alive().reset_encoder_cache()
         if not emptied:
             raise EngineDead("vLLM's prefix cache is in use and could not be emptied for new weights")
 
     async def sleep(self) -> None:
-        """Free the GPU's memory: weights go to main memory, the cache is dropped. Does nothing on a CPU."""
+        """Free the GPU's memory, weights included: all of them are needed anew. Does nothing on a CPU."""
         if not self._on_cpu:
-            await self._alive().sleep(level=1)
+            with _or_dead("vLLM did not give its memory back"):
+                await self._alive().sleep(level=2)
 
-    async def wake(self) -> None:
-        """Take the memory back, before the next request. Does nothing where it is awake."""
-        if not self._on_cpu and await self._alive().is_sleeping():
-            await self._alive().wake_up()
+    async def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory back: for the weights, and after they are loaded, for the cache. Nothing where it is awake."""
+        if not self._on_cpu:
+            with _or_dead(f"vLLM did not wake ({part}); lower rollout.gpu_memory if memory is short"):
+                if await self._alive().is_sleeping():
+                    await self._alive().wake_up(tags=[part])
 
     def _alive(self) -> AsyncLLM:
         if self._llm is None:
@@ -235,6 +260,17 @@ class VLLMEngine:
             multi_modal_data={"image": pixels},
             multi_modal_uuids={"image": [prompt.image.uid]},
         )
+
+
+@contextmanager
+def _or_dead(what: str) -> Iterator[None]:
+    """Raise EngineDead for any error of vLLM's."""
+    try:
+        yield
+    except EngineDead:
+        raise
+    except Exception as error:
+        raise EngineDead(f"{what}: {type(error).__name__}: {error}") from error
 
 
 @lru_cache(maxsize=16)

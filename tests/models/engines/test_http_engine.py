@@ -27,6 +27,7 @@ from capipe.models.engines.base import (
 )
 from capipe.models.engines.http.engine import connect_http_engine
 from capipe.models.engines.http.server import base_url, served_model
+from capipe.models.engines.vllm.weight_sync import Precision
 
 from ...conftest import photo
 from ..chat_server import ASK, Answer, Double, ask, completion, options, serving
@@ -233,7 +234,20 @@ async def test_new_weights_are_read_and_all_caches_emptied() -> None:
     double = Double(lambda n, body: (200, {}, {"success": True}))
     await reload(double)
     assert double.paths == ["/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
-    assert double.bodies[0] == {"method": "capipe_reload", "args": ["/shared/weights"]}
+    assert double.bodies[0] == {"method": "capipe_reload", "args": ["/shared/weights", True]}
+
+
+async def test_a_server_says_what_it_computes_in() -> None:
+    types = {"weights": "bfloat16", "head": "float32"}
+    for content in ({"results": [types]}, {"results": []}, {"results": ["no such method"]}):
+        with serving(Double(lambda n, body, content=content: (200, {}, content))) as url:  # type: ignore[misc]
+            engine = await connect_http_engine(options(url))
+            if content == {"results": [types]}:
+                assert await engine.precision() == Precision("bfloat16", "float32")
+            else:
+                with pytest.raises(EngineDead, match="does not say what it computes in"):
+                    await engine.precision()
+            await engine.aclose()
 
 
 @pytest.mark.parametrize(

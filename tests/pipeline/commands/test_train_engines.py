@@ -19,6 +19,7 @@ from ..training import steps, weights
 
 pytestmark = pytest.mark.slow
 
+WRITTEN = ["frozen-00000.safetensors", "learning-00000.safetensors"]
 SETS = ("steps=2", "rollout.images=2", "validation.every=2")
 
 
@@ -76,7 +77,8 @@ def test_a_server_draws_captions_and_gets_each_steps_weights(
         train(recipe, tmp_path / "first", f"rollout.engine={url}", "optimizer.lr=1e-3")
         # Another run from the start: the server still has the first one's weights until the run gives it its own.
         train(recipe, tmp_path / "second", f"rollout.engine={url}", f"rollout.sync_folder={tmp_path / 'shared'}")
-    assert (tmp_path / "first/sampling/model.safetensors").exists() and (tmp_path / "shared/config.json").exists()
+    for folder in ("first/sampling", "shared"):  # all weights before the first caption, the frozen tower's only then
+        assert sorted(file.name for file in (tmp_path / folder).iterdir()) == WRITTEN
     for run in ("first", "second"):
         found = [line for line in steps(tmp_path / run) if "loss" in line]
         assert len(found) == 2 and all(0 <= line["probe"] < 1e-3 for line in found)
@@ -89,6 +91,8 @@ def test_a_server_draws_captions_and_gets_each_steps_weights(
         ("rollout.engine=http://127.0.0.1:9/v1", "no server answers"),
         ("rollout={engine: vllm, temperature: 0.7}", "for temperature 1"),
         ("rollout.sleep=true", "sleep is for engine vllm"),
+        ("rollout={engine: vllm, sync: direct}", "the policy is on the cpu; set rollout.sync: folder"),
+        ("rollout.sync=direct", "direct is for engine vllm and servers"),
     ],
 )
 def test_engines_that_cannot_be_meant_are_refused(recipe: Path, tmp_path: Path, change: str, says: str) -> None:
