@@ -223,10 +223,11 @@ async def test_an_error_while_sending_is_the_engines_death() -> None:
 
 
 def check_of(policy: DecoderPolicy) -> tuple[WeightSyncCheck, Completion, float]:
-    """The check of a policy, a text with other log-probabilities, and their distance from those of a plain policy."""
+    """The check of a policy, a text with other log-probabilities, and their distance from those of an untempered policy."""
     group = groups(DecoderPolicy(random_model(FAMILY), [IMAGE]), FAMILY)[0]
     check = WeightSyncCheck(None, group.prompt, policy, 1e-3)  # type: ignore[arg-type]
-    plain = WeightSyncCheck(None, group.prompt, DecoderPolicy(random_model(FAMILY)), 1e-3)  # type: ignore[arg-type]
+    untempered = DecoderPolicy(random_model(FAMILY), policy.get_buffer("banned").tolist())
+    plain = WeightSyncCheck(None, group.prompt, untempered, 1e-3)  # type: ignore[arg-type]
     tokens = group.completions[0].token_ids
     zeros = Completion("", tokens, "stop", len(tokens), (0.0,) * len(tokens))
     return check, zeros, plain.difference(zeros)
