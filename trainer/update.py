@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RunFailed
-from .advantages import Baseline, advantages, tied
+from .advantages import Baseline, advantages, best_only, tied
 from .distributed import ALONE, Distributed
 from .losses import ClipRange, KLEstimator, Tokens, Totals, find_loss, kl_tokens, token_weights, value_losses
 from .metrics import Metrics
@@ -69,14 +70,30 @@ class UpdateMetrics:
 
 
 def assign_advantages(groups: Sequence[Group], config: UpdateConfig) -> None:
-    """Set each group's advantages from its rewards; 0 for unscored completions, and for truncated ones if masked."""
+    """Set each group's advantages from its rewards; 0 for unscored completions, and for truncated ones if masked.
+
+    For a loss on given captions they are all 1, for one on the best captions 1 for these and 0 for the others.
+    """
+    captions = find_loss(config.loss).captions
     for group in groups:
-        group.advantages = advantages(scores_of(group, config), config.baseline).float()
+        if captions == "given":
+            group.advantages = torch.ones(len(group.completions))
+        elif captions == "best":
+            group.advantages = best_only(scores_of(group, config)).float()
+        else:
+            group.advantages = advantages(scores_of(group, config), config.baseline).float()
+
+
+def only_best(group: Group) -> Group:
+    """A group of those completions that have an advantage: the best one, or none."""
+    kept = group.advantages.nonzero()[:, 0].tolist()
+    completions, rewards = ([values[index] for index in kept] for values in (group.completions, group.rewards))
+    return replace(group, completions=completions, rewards=rewards, advantages=group.advantages[kept])
 
 
 def is_tied(group: Group, config: UpdateConfig) -> bool:
-    """Whether all scores of the group are equal, so that it has no gradient."""
-    return tied(scores_of(group, config))
+    """Whether all scores of the group are equal, so that it has no gradient; given captions have no scores."""
+    return find_loss(config.loss).captions != "given" and tied(scores_of(group, config))
 
 
 def scores_of(group: Group, config: UpdateConfig) -> Tensor:
@@ -160,6 +177,8 @@ class Updater:
         self._targets: dict[int, Targets] = {}  # by id() of the group
         self._off_policy = False  # captions were sampled with older weights
         self._smallest: Group | None = None  # an update's cheapest group to compute
+        self._best: dict[int, Group] | None = None  # by id() of the group: only its best caption, for a loss on these
+        self.incomplete = False  # an update has changed weights and has not ended
 
     def update(self, groups: Sequence[Group], off_policy: bool = False) -> UpdateMetrics:
         """All optimizer steps on scored ``groups``. Returns the last step's metrics, with the first one's mismatch.
@@ -169,14 +188,18 @@ class Updater:
         config = self.config
         assign_advantages(groups, config)
         self._targets, self._off_policy = {}, off_policy
+        self._best = None
+        if find_loss(config.loss).captions == "best":
+            self._best = {id(group): only_best(group) for group in groups}
         self._smallest = min((group for group in groups if group.completions), key=Group.tokens, default=None)
         if config.epochs * config.minibatches > 1 or (config.critic is not None and config.critic.whiten):
-            self._fix_targets(groups)
+            self._fix_targets(self._learned(groups))
         self.policy.train()  # gradient checkpointing and an adapter's dropout are active in training mode only
         try:
             metrics = [self.step(minibatch) for minibatch in self._minibatches(groups)]
         finally:
             self.policy.eval()
+        self.incomplete = False
         return replace(metrics[-1], mismatch=metrics[0].mismatch)
 
     def step(self, groups: Sequence[Group]) -> UpdateMetrics:
@@ -190,10 +213,11 @@ class Updater:
         totals = Totals(int(counts.total("completions")), int(counts.total("tokens")), self.config.limit)
         metrics, ratios = Metrics(("loss", "entropy", "kl", "value_loss", "mismatch")), RatioRange()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro_batch, weight in self._micro_batches(contributing):
-            losses = self._losses(micro_batch, totals)
-            (losses.total * weight * self._distributed.loss_scale).backward()
-            self._record(losses, micro_batch, weight, metrics, ratios)
+        with nullcontext() if self._distributed.sharded else self._distributed.agreed():
+            for micro_batch, weight in self._micro_batches(contributing):
+                losses = self._losses(micro_batch, totals)
+                (losses.total * weight * self._distributed.loss_scale).backward()
+                self._record(losses, micro_batch, weight, metrics, ratios)
         self._distributed.sum_gradients(self.policy.parameters())
         metrics = metrics.over(self._distributed)
         norm = self._clip_gradients()
@@ -203,6 +227,7 @@ class Updater:
         elif not (math.isfinite(norm) and metrics.finite()):
             skipped = f"the gradient is not finite (norm {norm})"
         if skipped is None:
+            self.incomplete = True
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateMetrics(
@@ -232,16 +257,22 @@ class Updater:
             for part in range(count):
                 yield [groups[index] for index in order[part::count]]
 
+    def _learned(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups with the captions that the loss is computed on, without those that have none."""
+        learned = groups if self._best is None else [self._best[id(group)] for group in groups]
+        return [group for group in learned if group.completions]
+
     def _contributing(self, groups: Sequence[Group]) -> list[Group]:
         """Groups with a gradient."""
         always = bool(self.config.kl) or self.config.critic is not None
-        return [group for group in groups if group.completions and (always or bool(group.advantages.any()))]
+        return [group for group in self._learned(groups) if always or bool(group.advantages.any())]
 
     def _counts(self, groups: Sequence[Group], contributing: Sequence[Group]) -> Metrics:
         counts = Metrics(("completions", "tokens", "tied", "unscored", "contributing", "groups"))
+        learned = self._learned(groups)
         numbers = {
-            "completions": sum(len(group.completions) for group in groups),
-            "tokens": sum(group.tokens() for group in groups),
+            "completions": sum(len(group.completions) for group in learned),
+            "tokens": sum(group.tokens() for group in learned),
             "tied": sum(is_tied(group, self.config) for group in groups),
             "unscored": sum(reward.score is None for group in groups for reward in group.rewards),
             "contributing": len(contributing),
@@ -301,8 +332,8 @@ class Updater:
 
     @torch.no_grad()
     def _fix_targets(self, groups: Sequence[Group]) -> None:
-        """Compute the targets of all groups before the policy changes."""
-        for batch, _ in self._micro_batches([group for group in groups if group.completions]):
+        """Compute the targets of all ``groups``, which have completions, before the policy changes."""
+        for batch, _ in self._micro_batches(list(groups)):
             targets = self._group_targets(batch, self.policy(pack(batch, self.policy.device)))
             self._targets |= zip(map(id, batch), targets, strict=True)
         if self.config.critic is not None and self.config.critic.whiten:
