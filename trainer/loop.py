@@ -107,18 +107,19 @@ async def _complete_step(run: TrainingRun, last: Path) -> tuple[Path, str | None
     rollout, update = await _step(run, clock)
     run.step += 1
     run.unlogged = metrics = _metrics(run, rollout, update)
+    alarm = raised_alarm(metrics, recipe.alarms, run.alarms)
+    with distributed.agreed():
+        if run.demonstrations is None:
+            run.log.captions(run.step - 1, rollout.groups, rollout.replaced)
     probe = await _sync_weights(run, clock)
     metrics |= {} if probe is None else {"probe": probe}
     improved = False
     with distributed.agreed():
-        if run.demonstrations is None:
-            run.log.captions(run.step - 1, rollout.groups, rollout.replaced)
         if _validates(recipe, run.step):
             with clock.phase("validation"), _engine_may_be_stopped(run):
                 improved = await _validate(run)
         _report(run, metrics, clock)
         run.unlogged = None
-    alarm = raised_alarm(metrics, recipe.alarms, run.alarms)
     improved = bool(distributed.most(int(improved)))
     if run.step % recipe.save_every == 0 or run.step == recipe.steps or alarm or improved:
         last = checkpoint(run)

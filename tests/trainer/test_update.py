@@ -142,7 +142,7 @@ def test_divergence_holds_the_policy_back() -> None:
         make(config)
 
 
-# --- imitation: of the best captions, of given ones --------------------------------------------------------------------
+# --- imitation: of the best captions, of given ones -------------------------------------------------------------------
 
 
 def change_by_hand(rows: list[tuple[int, int]], weight_of: float) -> torch.Tensor:
