@@ -17,6 +17,7 @@ import yaml
 
 from capipe.errors import BadInput, RunFailed
 from capipe.models.engines.base import EngineDead
+from capipe.models.tiny.world.corpus import write_corpus
 from capipe.pipeline.jobs.train import run_training
 from capipe.trainer import loop
 from capipe.trainer.checkpoint import checkpoints
@@ -27,18 +28,27 @@ from capipe.trainer.rollouts import Rollout
 from capipe.trainer.sampler import Sampler
 from capipe.trainer.update import Updater
 
+from ..conftest import capipe
 from ..training import steps
 
 ACCURACIES = [0.1, 0.3, 0.9, 0.5, 0.7]  # before the first step, and after each of four
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_corpus(folder / "corpus", 8, "train", 3)
+    capipe("ingest", folder / "corpus", "--out", folder / "shards")
+    return folder / "shards"
+
+
 @pytest.fixture
-def short(training_data: Path, tmp_path: Path) -> Path:
+def short(shards: Path, tmp_path: Path) -> Path:
     """Four short steps, rewarded by rules: many groups are tied."""
     settings: dict[str, Any] = {
         "model": "tiny/captioner",
         "prompt": "Describe the image.",
-        "data": {"shards": str(training_data / "train/shards")},
+        "data": {"shards": str(shards)},
         "rewards": [{"kind": "phrases", "phrases": ["red", "blue", "top"]}],
         "rollout": {"images": 2, "group": 3, "max_tokens": 24},
         "algorithm": {"loss": "dr_grpo"},
