@@ -128,5 +128,5 @@ def test_captions_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         load_captioned(tar, captions, "long")
     other = Artifact.create(str(tmp_path / "other"), "embed", {}, {})
     other.close()
-    with pytest.raises(BadInput, match="an artifact of stage 'embed'; data.captions takes `capipe annotate`'s"):
+    with pytest.raises(BadInput, match=r"an artifact of stage 'embed'; data\.captions takes `capipe annotate`'s"):
         load_captioned(tar, other.url)

@@ -134,9 +134,9 @@ def test_captions_are_imitated_by_the_bundled_recipes(name: str, training_data: 
     else:
         entries = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
         for step in (0, 1):
-            groups = {entry["key"]: [] for entry in entries if entry["step"] == step}
+            groups: dict[str, list[tuple[float, float]]] = {}
             for entry in (entry for entry in entries if entry["step"] == step):
-                groups[entry["key"]].append((entry["advantage"], entry["score"]))
+                groups.setdefault(entry["key"], []).append((entry["advantage"], entry["score"]))
             for captions in groups.values():
                 chosen = [score for advantage, score in captions if advantage]
                 assert chosen in ([], [max(score for _, score in captions)])
