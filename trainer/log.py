@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # reading logs must not import torch
 STEPS, CAPTIONS, TIMES = "steps.jsonl", "captions.jsonl", "times.jsonl"
 BEST = "best.json"  # names the best checkpoint by validation
 VALIDATION, ACCURACY = "validation/", "accuracy"  # prefix of validation metrics; the one that checkpoints compete in
+BEFORE = -1  # step of a validation before the first
 SECONDS = "seconds/"  # prefix of the names of times
 
 
@@ -116,7 +117,7 @@ def progress_line(step: int, steps: int, metrics: Mapping[str, Any], clock: Cloc
 
 
 class RunLog:
-    """JSON lines in ``folder``. A resumed run truncates the log to the step it resumes from.
+    """JSON lines in ``folder``, truncated to the step that a run resumes from; empty where a run starts.
 
     Every process logs its own captions; only the first logs metrics.
     """
@@ -127,7 +128,7 @@ class RunLog:
         captions = CAPTIONS if self._first else f"captions-{rank}.jsonl"
         self._files = {STEPS: folder / STEPS, TIMES: folder / TIMES, CAPTIONS: folder / captions}
         for file in self._files.values() if self._first else [folder / captions]:
-            _cut(file, start)
+            _cut(file, start or BEFORE)
         self._sinks = sinks
 
     def step(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:

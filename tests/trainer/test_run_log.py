@@ -107,6 +107,14 @@ def test_the_best_checkpoint_is_the_first_of_the_best_validated_ones(tmp_path: P
         assert read_best(tmp_path) is None
 
 
+def test_a_run_that_starts_has_no_validation_of_an_earlier_one(tmp_path: Path) -> None:
+    RunLog(tmp_path, 0).step(-1, {"validation/accuracy": 0.5})
+    RunLog(tmp_path, 3)
+    assert len(read_steps(tmp_path)) == 1
+    RunLog(tmp_path, 0)
+    assert read_steps(tmp_path) == []
+
+
 def test_times_are_in_a_file_of_their_own(tmp_path: Path) -> None:
     """What two runs alike log differs in one file; curves show times all the same."""
     sink = Kept()
