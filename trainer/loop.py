@@ -121,7 +121,7 @@ async def _complete_step(run: TrainingRun, last: Path) -> tuple[Path, str | None
         _report(run, metrics, clock)
         run.unlogged = None
     improved = bool(distributed.most(int(improved)))
-    if run.step % recipe.save_every == 0 or run.step == recipe.steps or alarm or improved:
+    if _saves(recipe, run.step) or alarm or improved:
         last = checkpoint(run)
     return last, alarm
 
@@ -187,12 +187,16 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 def _overlaps(recipe: Recipe, step: int) -> bool:
-    """Whether ``step``'s rollout runs during the previous update; never across a checkpoint, nor a validation.
+    """Whether ``step``'s rollout runs during the previous update; never across a checkpoint.
 
-    So a run resumed from a checkpoint is identical to an uninterrupted one; a validation may lead to a checkpoint.
+    So a run resumed from a checkpoint is identical to an uninterrupted one.
     """
-    saves = step % recipe.save_every == 0 or _validates(recipe, step)
-    return recipe.rollout.overlap and step != recipe.steps and not saves
+    return recipe.rollout.overlap and not _saves(recipe, step)
+
+
+def _saves(recipe: Recipe, step: int) -> bool:
+    """Whether there is a checkpoint after ``step`` steps, whatever their results."""
+    return step % recipe.save_every == 0 or step == recipe.steps
 
 
 def _validates(recipe: Recipe, step: int) -> bool:
@@ -269,7 +273,10 @@ def _validated(run: TrainingRun) -> bool:
 
 
 async def _validate(run: TrainingRun) -> bool:
-    """Validate in the first process; returns whether this is the best checkpoint so far, which then has to be one."""
+    """Validate in the first process; returns whether this is the best checkpoint so far, which then has to be one.
+
+    With ``rollout.overlap`` only steps that have a checkpoint anyway compete: the next step's captions are sampled.
+    """
     if run.validation_reader is None or not run.held_out or not run.parts.distributed.first:
         return False
     captions = await run.rollouts.greedy(run.held_out)
@@ -285,7 +292,8 @@ async def _validate(run: TrainingRun) -> bool:
             f"{validation.reason}"
         )
     value = metrics.get(ACCURACY)
-    if not run.step or value is None or (run.best is not None and value <= run.best.value):
+    competes = run.step and (_saves(run.recipe, run.step) or not run.recipe.rollout.overlap)
+    if not competes or value is None or (run.best is not None and value <= run.best.value):
         return False
     run.best = Best(run.step, value)
     return True

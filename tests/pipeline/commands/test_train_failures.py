@@ -188,6 +188,9 @@ async def test_the_best_checkpoint_is_kept_and_named(
     monkeypatch.setattr(loop, "validate", graded(ACCURACIES[3:]))
     _, said = await train(short, parts, *changes)  # the validation that failed is made first
     assert same(parts, out) and read_best(parts) == best and said[-2].startswith("best checkpoint: step-000002 ")
+    monkeypatch.setattr(loop, "validate", graded(ACCURACIES))
+    _, said = await train(short, tmp_path / "ahead", *changes, "rollout.overlap=true", "save_every=3")
+    assert said[-2].startswith("best checkpoint: step-000004 ")  # of those that there are anyway
     (parts / "best.json").unlink()
     _, said = await train(short, parts, *changes)  # and nothing when all is done
     assert not [line for line in said if line.startswith("validation after")] and "step-000002" in said[-2]
