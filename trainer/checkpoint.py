@@ -47,11 +47,16 @@ class Facts:
 
 
 def save(
-    run: Path, facts: Facts, write_model: Callable[[Path], None], optimizer: Mapping[str, Any], keep: int = 3
+    run: Path,
+    facts: Facts,
+    write_model: Callable[[Path], None],
+    optimizer: Mapping[str, Any],
+    keep: int = 3,
+    best: int | None = None,
 ) -> Path:
     """Write ``run/step-…``. ``write_model``: writes the model's files into a folder; ``optimizer``: its state.
 
-    Keeps the newest ``keep`` checkpoints.
+    Keeps the newest ``keep`` checkpoints, and that of step ``best``.
     """
     run.mkdir(parents=True, exist_ok=True)
     for unfinished in run.glob(f"step-*{PARTIAL}"):
@@ -71,7 +76,8 @@ def save(
     partial.rename(final)
     sync(run)
     for old in checkpoints(run)[:-keep]:
-        remove(old)
+        if best is None or old != folder_of(run, best):
+            remove(old)
     return final
 
 
@@ -95,7 +101,11 @@ def folder_of(run: Path, step: int) -> Path:
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     folders = [path for path in run.glob("step-*") if _NAME.fullmatch(path.name) and (path / FACTS).is_file()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest(run: Path, fingerprint: str) -> tuple[Path, Facts] | None:

@@ -39,6 +39,14 @@ TORCHRUN = {
 BUCKET = 1 << 25  # weights per all-reduce of gradients: 128 MB of float32
 
 
+class Agreed(Exception):
+    """An error that all processes raise at the same place. ``error``: this process's own, None for another's."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__(str(error) if error is not None else "another process failed")
+        self.error = error
+
+
 @dataclass(frozen=True)
 class Distributed:
     """``rank`` of ``count`` processes; ``sharded``: FSDP2 shards the weights and sums the gradients."""
@@ -92,6 +100,23 @@ class Distributed:
             size += weight.numel()
         if bucket:
             _sum_bucket(bucket)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raise an error of the body in all processes, as :class:`Agreed`: else the others would wait for this one.
+
+        A single process raises the error itself. The body has no collective calls.
+        """
+        if self.count == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as own:
+            error = own
+        if self.most(int(error is not None)):
+            raise Agreed(error) from error
 
     def wait(self) -> None:
         """Wait until all processes are here."""

@@ -18,6 +18,7 @@ from ..manifests.import_path import load_object
 Aggregation = Literal["sequence", "token", "constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+Captions = Literal["sampled", "best", "given"]
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,15 @@ def _pessimistic(ratio: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A policy loss: its value per token, (tokens,), and how tokens are averaged."""
+    """A policy loss: its value per token, (tokens,), and how tokens are averaged.
+
+    ``captions`` it is computed on: all ``sampled`` ones, with their advantages; only the ``best`` of each group; or
+    those ``given`` in an artifact, without rollouts and rewards. Advantages of the last two are 1.
+    """
 
     of_token: Callable[[Tokens, ClipRange], Tensor]
     aggregation: Aggregation
+    captions: Captions = "sampled"
 
 
 LOSSES: dict[str, PolicyLoss] = {
@@ -96,6 +102,9 @@ LOSSES: dict[str, PolicyLoss] = {
     "cispo": PolicyLoss(cispo, "token"),
     "ppo": PolicyLoss(clipped, "token"),
     "a2c": PolicyLoss(policy_gradient, "token"),
+    # With advantages of 1 the policy gradient's loss is the negative log-likelihood.
+    "best_of_n": PolicyLoss(policy_gradient, "token", "best"),  # RAFT, arXiv 2304.06767
+    "sft": PolicyLoss(policy_gradient, "token", "given"),
 }
 
 

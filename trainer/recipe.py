@@ -26,14 +26,20 @@ class Section(Growing):
 
 
 class DataConfig(Section):
-    """Images, and for a quiz the questions about them."""
+    """Images, for a quiz the questions about them, and for sft the captions to imitate."""
+
+    later = ("captions", "prompt_name")
 
     shards: str = Field(description="folder, glob or URL of image shards")
     questions: str | None = Field(
         None, description="artifact of questions, or the folder of a `capipe qa`; without a quiz none are needed"
     )
+    captions: str | None = Field(None, description="sft: artifact of captions of a `capipe annotate`")
+    prompt_name: str | None = Field(
+        None, description="sft: the prompt whose captions are imitated, all its samples; needed if there are several"
+    )
     fingerprint: str | None = Field(
-        None, description="of the questions, or without them of the images, where it must be this one"
+        None, description="of the questions or captions, or without them of the images, where it must be this one"
     )
     images: int | None = Field(None, ge=1, description="use the first so many images; all by default")
 
@@ -41,8 +47,16 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """Sampling of captions."""
 
+    later = ("refill",)
+
     images: int = Field(16, ge=1, description="images per step, over all processes")
     group: int = Field(8, ge=2, description="captions per image")
+    refill: int = Field(
+        0,
+        ge=0,
+        description="rounds in which groups whose scores are all equal are replaced by groups of further images, as "
+        "in DAPO; 0 for none",
+    )
     max_tokens: int = Field(256, ge=1, description="longest caption")
     temperature: float = Field(1.0, gt=0)
     decoders: int = Field(1, ge=1, description="image decoding processes")
@@ -209,7 +223,7 @@ class Recipe(Section):
     )
     min_pixels: int | None = Field(None, ge=1, description="smallest image area; its processor's by default")
     data: DataConfig
-    rewards: tuple[RewardEntry, ...] = Field(min_length=1)
+    rewards: tuple[RewardEntry, ...] = Field((), description="at least one, but none for sft")
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     trained: TrainedConfig = TrainedConfig()
@@ -243,6 +257,7 @@ class Recipe(Section):
         if not (self.trained.vision or self.trained.projector or self.trained.llm or self.trained.lora):
             raise ValueError("no part of the model is trained")
         self._sound_adapter()
+        self._sound_captions()
         if self.algorithm.loss in ("ppo", "a2c") and self.algorithm.critic is None:
             raise ValueError(f"{self.algorithm.loss} takes its advantages from a value head: add `critic: {{}}`")
         if self.algorithm.loss == "a2c" and self.algorithm.epochs * self.algorithm.minibatches > 1:
@@ -295,6 +310,33 @@ class Recipe(Section):
             raise ValueError("trained.lora is an adapter of the language model and learns alone: leave the rest out")
         if self.parallel == "sharded":
             raise ValueError("trained.lora: an adapter is too small to be split; set parallel: replicated")
+
+    def _sound_captions(self) -> None:
+        """What goes with a loss on sampled captions, on the best ones, or on given ones."""
+        loss, algorithm = find_loss(self.algorithm.loss), self.algorithm
+        name = algorithm.loss
+        if loss.captions != "sampled" and algorithm.critic is not None:
+            raise ValueError(f"{name} imitates captions, for which a critic has no use: leave algorithm.critic out")
+        if self.rollout.refill and algorithm.critic is not None:
+            raise ValueError("rollout.refill: with a critic a group of equal scores has a gradient; set it to 0")
+        if loss.captions != "given":
+            if not self.rewards:
+                raise ValueError(f"rewards: {name} needs at least one reward to score captions by")
+            if self.data.captions is not None or self.data.prompt_name is not None:
+                raise ValueError(f"data.captions are for loss sft, {name} samples its own: leave them out")
+            return
+        if self.data.captions is None:
+            raise ValueError(f"{name} imitates captions: add data.captions, the folder of a `capipe annotate`")
+        unused = {
+            "rewards": bool(self.rewards),
+            "data.questions": self.data.questions is not None,
+            "rollout.refill": self.rollout.refill > 0,
+            "rollout.overlap": self.rollout.overlap,
+            "rollout.temperature": self.rollout.temperature != 1,
+            "algorithm.kl": algorithm.kl > 0,
+        }
+        if wrong := next((key for key, is_set in unused.items() if is_set), None):
+            raise ValueError(f"{name} samples and scores nothing: leave {wrong} out")
 
     def semantic(self) -> dict[str, Any]:
         """Settings that determine the weights, with the code of imported rewards and losses; not location or speed."""

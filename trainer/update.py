@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RunFailed
-from .advantages import Baseline, advantages, tied
+from .advantages import Baseline, advantages, best_only, tied
 from .distributed import ALONE, Distributed
 from .losses import (
     ClipRange,
@@ -75,20 +76,32 @@ def assign_advantages(groups: Sequence[Group], config: UpdateConfig, penalties: 
 
     ``penalties``: (tokens,), summed over each completion and taken off its score before the baseline.
     """
+
+    For a loss on given captions they are all 1, for one on the best captions 1 for these and 0 for the others.
+    """
+    captions = find_loss(config.loss).captions
     for group in groups:
+        if captions == "given":
+            group.advantages = torch.ones(len(group.completions))
+            continue
         scores = scores_of(group, config)
         if penalties is not None:
-            sums = [
-                part.sum()
-                for part in penalties.double().cpu().split([len(each.token_ids) for each in group.completions])
-            ]
-            scores = scores - torch.stack(sums)
-        group.advantages = advantages(scores, config.baseline).float()
+            lengths = [len(completion.token_ids) for completion in group.completions]
+            scores = scores - torch.stack([part.sum() for part in penalties.double().cpu().split(lengths)])
+        chosen = best_only(scores) if captions == "best" else advantages(scores, config.baseline)
+        group.advantages = chosen.float()
+
+
+def only_best(group: Group) -> Group:
+    """A group of those completions that have an advantage: the best one, or none."""
+    kept = group.advantages.nonzero()[:, 0].tolist()
+    completions, rewards = ([values[index] for index in kept] for values in (group.completions, group.rewards))
+    return replace(group, completions=completions, rewards=rewards, advantages=group.advantages[kept])
 
 
 def is_tied(group: Group, config: UpdateConfig) -> bool:
-    """Whether all scores of the group are equal, so that it has no gradient."""
-    return tied(scores_of(group, config))
+    """Whether all scores of the group are equal, so that it has no gradient; given captions have no scores."""
+    return find_loss(config.loss).captions != "given" and tied(scores_of(group, config))
 
 
 def scores_of(group: Group, config: UpdateConfig) -> Tensor:
@@ -177,6 +190,8 @@ class Updater:
         self._gaps: list[SamplingGap] = []
         self._off_policy = False  # captions were sampled with older weights
         self._smallest: Group | None = None  # an update's cheapest group to compute
+        self._best: dict[int, Group] | None = None  # by id() of the group: only its best caption, for a loss on these
+        self.incomplete = False  # an update has changed weights and has not ended
 
     def update(self, groups: Sequence[Group], off_policy: bool = False) -> UpdateMetrics:
         """All optimizer steps on scored ``groups``.
@@ -187,15 +202,19 @@ class Updater:
         config = self.config
         assign_advantages(groups, config)
         self._targets, self._gaps, self._off_policy = {}, [], off_policy
+        self._best = None
+        if find_loss(config.loss).captions == "best":
+            self._best = {id(group): only_best(group) for group in groups}
         self._smallest = min((group for group in groups if group.completions), key=Group.tokens, default=None)
         whiten = config.critic is not None and config.critic.whiten
         if config.several_steps or whiten or (config.critic is None and config.in_reward):
-            self._fix_targets(groups)
+            self._fix_targets(self._learned(groups))
         self.policy.train()  # gradient checkpointing and an adapter's dropout are active in training mode only
         try:
             steps = [self.step(minibatch) for minibatch in self._minibatches(groups)]
         finally:
             self.policy.eval()
+        self.incomplete = False
         return update_metrics(steps, config.epochs, self._sampling_metrics().over(self._distributed))
 
     def step(self, groups: Sequence[Group]) -> OptimizerStep:
@@ -209,10 +228,11 @@ class Updater:
         totals = Totals(int(counts.total("completions")), int(counts.total("tokens")), self.config.limit)
         metrics, ratios = Metrics(("loss", "entropy", "kl", "value_loss")), RatioRange()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro_batch, weight in self._micro_batches(contributing):
-            losses = self._losses(micro_batch, totals, weight)
-            (losses.total * weight * self._distributed.loss_scale).backward()
-            self._record(losses, weight, metrics, ratios)
+        with nullcontext() if self._distributed.sharded else self._distributed.agreed():
+            for micro_batch, weight in self._micro_batches(contributing):
+                losses = self._losses(micro_batch, totals, weight)
+                (losses.total * weight * self._distributed.loss_scale).backward()
+                self._record(losses, weight, metrics, ratios)
         self._distributed.sum_gradients(self.policy.parameters())
         metrics = metrics.over(self._distributed)
         norm = self._clip_gradients()
@@ -222,6 +242,7 @@ class Updater:
         elif not (math.isfinite(norm) and math.isfinite(metrics.total("loss"))):
             skipped = f"the gradient is not finite (norm {norm})"
         if skipped is None:
+            self.incomplete = True
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return OptimizerStep(metrics, counts, ratios, norm, skipped)
@@ -237,17 +258,23 @@ class Updater:
             for part in range(count):
                 yield [groups[index] for index in order[part::count]]
 
+    def _learned(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups with the captions that the loss is computed on, without those that have none."""
+        learned = groups if self._best is None else [self._best[id(group)] for group in groups]
+        return [group for group in learned if group.completions]
+
     def _contributing(self, groups: Sequence[Group]) -> list[Group]:
         """Groups with a gradient."""
         config = self.config
         always = bool(config.kl and config.kl_in == "loss") or bool(config.entropy) or config.critic is not None
-        return [group for group in groups if group.completions and (always or bool(group.advantages.any()))]
+        return [group for group in self._learned(groups) if always or bool(group.advantages.any())]
 
     def _counts(self, groups: Sequence[Group], contributing: Sequence[Group]) -> Metrics:
         counts = Metrics(("completions", "tokens", "tied", "unscored", "contributing", "groups"))
+        learned = self._learned(groups)
         numbers = {
-            "completions": sum(len(group.completions) for group in groups),
-            "tokens": sum(group.tokens() for group in groups),
+            "completions": sum(len(group.completions) for group in learned),
+            "tokens": sum(group.tokens() for group in learned),
             "tied": sum(is_tied(group, self.config) for group in groups),
             "unscored": sum(reward.score is None for group in groups for reward in group.rewards),
             "contributing": len(contributing),
@@ -317,8 +344,8 @@ class Updater:
 
     @torch.no_grad()
     def _fix_targets(self, groups: Sequence[Group]) -> None:
-        """Compute the targets of all groups before the policy changes."""
-        for micro_batch, weight in self._micro_batches([group for group in groups if group.completions]):
+        """Compute the targets of all ``groups``, which have completions, before the policy changes."""
+        for micro_batch, weight in self._micro_batches(list(groups)):
             batch = pack(micro_batch, self.policy.device)
             targets = self._group_targets(micro_batch, batch, self.policy(batch), weight)
             self._targets |= zip(map(id, micro_batch), targets, strict=True)

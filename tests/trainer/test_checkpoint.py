@@ -63,6 +63,15 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000011"]
 
 
+def test_the_best_one_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 11):
+        save(tmp_path, Facts(step, "mark", {}), write, {}, keep=2, best=1 if step < 11 else 10)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000011"]
+    for step in (12, 13):
+        save(tmp_path, Facts(step, "mark", {}), write, {}, keep=2, best=10)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000012", "step-000013"]
+
+
 def test_another_recipe_does_not_go_on_from_it(tmp_path: Path) -> None:
     made = save(tmp_path, Facts(1, "mark", {}), write, {})
     with pytest.raises(ArtifactMismatch, match=r"another recipe.*--fresh"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from capipe.trainer.distributed import ALONE, Distributed, alone_on, join
+from capipe.trainer.distributed import ALONE, Agreed, Distributed, alone_on, join
 from capipe.trainer.losses import Correction
 from capipe.trainer.metrics import UpdateMetrics
 from capipe.trainer.policy.batch import Group, RewardResult, pack
@@ -132,6 +132,30 @@ def test_shares_cover_a_step() -> None:
     shares = [Distributed(rank, 3).share(list(range(8))) for rank in range(3)]
     assert sorted(index for share in shares for index in share) == list(range(8))
     assert max(map(len, shares)) - min(map(len, shares)) == 1
+
+
+class Peers(Distributed):
+    """Two processes, of which the other one fails or not."""
+
+    fails = False
+
+    def most(self, value: int) -> int:
+        return max(value, int(self.fails))
+
+
+def test_an_error_of_one_process_is_raised_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, peers = ValueError("odd"), Peers(0, 2)
+    with pytest.raises(ValueError, match="odd"), ALONE.agreed():
+        raise own
+    with pytest.raises(Agreed, match="odd") as raised, peers.agreed():
+        raise own
+    assert raised.value.error is own
+    with peers.agreed():
+        pass
+    monkeypatch.setattr(Peers, "fails", True)
+    with pytest.raises(Agreed, match="another process failed") as raised, peers.agreed():
+        pass
+    assert raised.value.error is None
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("4,6", "6"), ("", "1")])

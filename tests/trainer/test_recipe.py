@@ -57,6 +57,11 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("algorithm={kl: 0.1, kl_in: reward, estimator: k3}", r"log p - log q .* leave algorithm\.estimator out"),
         ("algorithm.correction=sometimes", "algorithm.correction"),
         ("algorithm.correction_cap=0", r"algorithm\.correction_cap"),
+        ("rewards=[]", "rewards: grpo needs at least one reward to score captions by$"),
+        ("data.captions=c", r"data\.captions are for loss sft, grpo samples its own"),
+        ("algorithm.loss=sft", r"sft imitates captions: add data\.captions, the folder of a `capipe annotate`$"),
+        ("algorithm={loss: best_of_n, critic: {}}", r"best_of_n imitates captions, .*: leave algorithm\.critic out$"),
+        ("rollout.refill=-1", r"rollout\.refill: .*greater than or equal to 0"),
         ("data.questions=null", "a quiz asks questions: add data.questions"),
         ("rewards=[{kind: phrases, phrases: [], patterns: []}]", r"rewards\.0\.phrases: phrases and patterns are both"),
         (
@@ -76,6 +81,37 @@ def test_what_cannot_be_meant_is_refused_in_one_line(recipe: Path, override: str
 def test_without_a_quiz_no_questions_are_needed(recipe: Path) -> None:
     made = load_recipe(recipe, ["data.questions=null", "rewards=[{kind: itm, model: tiny/itm}]"])
     assert made.data.questions is None and made.rewards[0].kind == "itm"
+
+
+GIVEN = ["rewards=[]", "data={shards: a, captions: c}", "algorithm.loss=sft"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("rewards=[{kind: length}]", "rewards"),
+        ("data.questions=b", "data.questions"),
+        ("rollout.refill=1", "rollout.refill"),
+        ("rollout.overlap=true", "rollout.overlap"),
+        ("rollout.temperature=0.7", "rollout.temperature"),
+        ("algorithm.kl=0.1", "algorithm.kl"),
+    ],
+)
+def test_given_captions_need_no_rollouts_and_no_rewards(recipe: Path, override: str, key: str) -> None:
+    made = load_recipe(recipe, GIVEN)
+    assert made.rewards == () and made.data.captions == "c"
+    assert load_recipe(recipe, [*GIVEN, "data.prompt_name=dense"]).semantic() != made.semantic()
+    with pytest.raises(BadInput, match=f"sft samples and scores nothing: leave {key} out$"):
+        load_recipe(recipe, [*GIVEN, override])
+
+
+def test_dynamic_sampling_is_part_of_what_a_run_is_only_where_it_is_used(recipe: Path) -> None:
+    first = load_recipe(recipe).semantic()
+    assert "refill" not in first["rollout"] and "captions" not in first["data"]  # as of runs from before these keys
+    assert load_recipe(recipe, ["rollout.refill=0"]).semantic() == first
+    assert load_recipe(recipe, ["rollout.refill=2"]).semantic() != first
+    with pytest.raises(BadInput, match=r"rollout\.refill: with a critic"):
+        load_recipe(recipe, ["rollout.refill=2", "algorithm={loss: ppo, critic: {}}"])
 
 
 def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from capipe.trainer.losses import LOSSES, Correction, CorrectionMode
 from capipe.trainer.metrics import UpdateMetrics
 from capipe.trainer.policy.batch import Group, RewardResult, pack
 from capipe.trainer.policy.critic import CriticConfig, ValueHead, token_rewards
-from capipe.trainer.policy.decoder import DecoderPolicy
+from capipe.trainer.policy.decoder import DecoderPolicy, reference_logps
 from capipe.trainer.update import UpdateConfig, Updater, scores_of
 
 from .policies import IMAGE, groups, random_model
@@ -49,7 +49,7 @@ def after(scores: list[list[float | None]], config: UpdateConfig | None = None) 
     return weights(policy) - before, report
 
 
-@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.captions == "sampled"])
 def test_better_captions_get_likelier(loss: str) -> None:
     policy, updater = make(UpdateConfig(loss=loss, limit=8))
     made = scored(policy, [[1.0, 0.0, 0.0]])
@@ -141,6 +141,63 @@ def test_divergence_holds_the_policy_back() -> None:
     assert divergences[-1] < divergences[0] / 2
     with pytest.raises(ValueError, match="reference"):
         make(config)
+
+
+# --- imitation: of the best captions, of given ones -------------------------------------------------------------------
+
+
+def change_by_hand(rows: list[tuple[int, int]], weight_of: float) -> torch.Tensor:
+    """A plain SGD step on ``weight_of`` times the summed negative log-likelihood of completions (group, number)."""
+    policy = DecoderPolicy(random_model(FAMILY), [IMAGE])
+    before, made = weights(policy), groups(policy, FAMILY)
+    for group, number in rows:
+        tokens = made[group].completions[number].token_ids
+        (-reference_logps(policy, made[group].prompt, tokens).sum() * weight_of).backward()
+    torch.optim.SGD(policy.parameters(), lr=0.01).step()
+    return weights(policy) - before
+
+
+@pytest.mark.parametrize("config", [{}, {"minibatches": 1, "epochs": 1, "budget": 1}])
+def test_the_best_caption_of_each_group_is_imitated(config: dict[str, Any]) -> None:
+    """The likelihood's gradient by another way, a caption at a time; a tied group has no best one."""
+    scores: list[list[float | None]] = [[0.1, 0.5, 0.5], [0.2, 0.9], [0.3, 0.3, 0.3], [None]]
+    change, report = after(scores, UpdateConfig(loss="best_of_n", max_norm=1e9, **config))
+    by_hand = change_by_hand([(0, 1), (1, 1)], 1 / (3 + 5))  # the first of equals; a mean over their tokens
+    assert torch.allclose(change, by_hand, atol=1e-7) and by_hand.abs().max() > 1e-3
+    assert (report.tokens, report.tied, report.unscored, report.skipped) == (8, 2, 1, None)
+
+
+def test_given_captions_are_imitated_without_scores() -> None:
+    policy, updater = make(UpdateConfig(loss="sft", max_norm=1e9))
+    before, made = weights(policy), groups(policy, FAMILY)[:2]
+    report = updater.update(made)
+    rows = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert torch.allclose(weights(policy) - before, change_by_hand(rows, 1 / 18), atol=1e-7)
+    assert (report.tokens, report.tied, report.unscored, report.mismatch) == (18, 0, 0, None)
+
+
+@pytest.mark.parametrize("loss", ["best_of_n", "sft"])
+def test_imitation_in_several_steps_gets_there(loss: str) -> None:
+    policy, updater = make(UpdateConfig(loss=loss, epochs=2, minibatches=2, max_norm=1e9))
+    made = scored(policy, [[1.0, 0.0, 0.0], [0.0, 1.0]]) if loss == "best_of_n" else groups(policy, FAMILY)[:2]
+    losses = [updater.update(made).loss for _ in range(4)]
+    assert losses[-1] < losses[0] and not updater.incomplete
+
+
+def test_an_update_that_breaks_off_after_a_step_is_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, updater = make(UpdateConfig(minibatches=2, max_norm=1e9))
+    made = scored(updater.policy, SCORES[:2])
+    steps = iter([updater.optimizer.step, None])
+    monkeypatch.setattr(updater.optimizer, "step", lambda: next(steps)())  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        updater.update(made)
+    assert updater.incomplete
+    monkeypatch.undo()
+    monkeypatch.setattr(updater, "_losses", None)
+    updater.incomplete = False
+    with pytest.raises(TypeError):
+        updater.update(made)
+    assert not updater.incomplete  # nothing had changed
 
 
 # --- several steps, older captions, value heads -----------------------------------------------------------------------

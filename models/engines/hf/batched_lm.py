@@ -115,6 +115,14 @@ class BatchedLM:
         positions = self.family.positions(ids, image)
         return PreparedPrompt(ids, positions, int(positions.max()) + 1, image)
 
+    def caption_ids(self, text: str) -> list[int]:
+        """The ids of a caption as if the model had written it, with the token that ends it.
+
+        That is the tokenizer's own end where it ends the model's texts, as of chat models, else the first that does.
+        """
+        own = self.encoder.end_id
+        return [*self.encoder.text_ids(text), own if own in self._end_ids else min(self._end_ids)]
+
     def _prepare_image(self, image: ImageInput, images: dict[str, PreparedImage]) -> PreparedImage:
         if image.uid not in images:
             images[image.uid] = self.family.prepare_image(image)

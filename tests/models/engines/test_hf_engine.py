@@ -152,6 +152,20 @@ async def test_the_end_of_turn_token_is_reported(reference: TransformersEngine, 
     assert (cut.finish_reason, cut.token_ids) == ("length", whole.token_ids[:-1])
 
 
+async def test_a_given_captions_ids_are_those_that_the_model_writes(
+    reference: TransformersEngine, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [GenerationRequest(Prompt(PLAIN, image), Sampling(max_tokens=80)) for image in pictures[:4]]
+    for written in await asyncio.gather(*map(reference.generate, requests)):
+        assert written.finish_reason == "stop" and reference.lm.caption_ids(written.text) == list(written.token_ids)
+    own = reference.lm.encoder.end_id
+    assert own is not None
+    monkeypatch.setattr(reference.lm, "_end_ids", frozenset({own, own - 1}))
+    assert reference.lm.caption_ids("A star.")[-1] == own  # of several ends the tokenizer's
+    monkeypatch.setattr(reference.lm, "_end_ids", frozenset({40, 41}))
+    assert reference.lm.caption_ids("A star.")[-1] == 40  # where the model does not end at it, one at which it does
+
+
 async def test_choices_are_read_from_the_whole_distribution(
     reference: TransformersEngine, pictures: list[ImageInput]
 ) -> None:

@@ -72,6 +72,17 @@ def test_a_sound_chain_is_resolved_by_role(tmp_path: Path) -> None:
     assert lines["train"] == f"train tiny-caprl --set validation=null --set steps=7 {trained} --out {at}/train"
 
 
+def test_a_captioner_imitates_what_another_stage_wrote(tmp_path: Path) -> None:
+    config = {"recipe": "tiny-sft", "set": {"validation": None}}
+    tuned = {"stage": "train", "inputs": {"shards": "shards", "captions": "captions"}, "config": config}
+    chain = chain_of(tmp_path, stages={**PLAIN, "captions": CAPTIONS, "tuned": tuned})
+    assert not check_chain(chain).problems
+    at = tmp_path / "out"
+    words = " ".join(arguments(chain, chain.stage("tuned"), at))
+    given = f"--set data.shards={at}/shards --set data.captions={at}/captions"
+    assert words == f"train tiny-sft --set validation=null {given} --out {at}/tuned"
+
+
 def test_a_path_is_no_option(tmp_path: Path) -> None:
     photos = {"photos": {"stage": "ingest", "inputs": {"sources": {"path": "--fresh"}}}}
     chain = chain_of(tmp_path, stages=photos)
