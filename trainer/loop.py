@@ -30,8 +30,8 @@ from .policy.fsdp import optimizer_state
 from .preflight import template_warnings
 from .recipe import Recipe
 from .rewards.base import RewardManager
-from .rollouts import Demonstrations, Rollout, Rollouts
-from .sampler import Sampler
+from .sampling.rollouts import Demonstrations, Rollout, Rollouts
+from .sampling.sampler import Sampler
 from .step_metrics import raised_alarm, refill_metrics, step_metrics
 from .update import Updater, is_tied
 

@@ -31,6 +31,7 @@ from .metrics import Metrics, OptimizerStep, RatioRange, UpdateMetrics, update_m
 from .policy.batch import Batch, Group, micro_batches, pack
 from .policy.critic import CriticConfig, Targets, joined, moments, targets_of, whitened
 from .policy.decoder import DecoderPolicy, Scores
+from .sampling.logprobs import SamplingGap, sampled_logps, sampling_metrics
 
 Reference = Callable[[Batch], Tensor]  # log-probabilities (tokens,) under the frozen policy, without gradients
 
@@ -75,8 +76,6 @@ def assign_advantages(groups: Sequence[Group], config: UpdateConfig, penalties: 
     """Set each group's advantages from its rewards; 0 for unscored completions, and for truncated ones if masked.
 
     ``penalties``: (tokens,), summed over each completion and taken off its score before the baseline.
-    """
-
     For a loss on given captions they are all 1, for one on the best captions 1 for these and 0 for the others.
     """
     captions = find_loss(config.loss).captions
@@ -115,26 +114,6 @@ def scores_of(group: Group, config: UpdateConfig) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def sampled_logps(group: Group) -> Tensor:
-    """Log-probabilities (tokens,) of a group's tokens when sampled. Raises ValueError if none were kept."""
-    rows = [completion.logprobs for completion in group.completions]
-    if any(row is None for row in rows):
-        raise ValueError(f"{group.key}: captions of older weights need the log-probabilities they were sampled with")
-    return torch.tensor([value for row in rows if row is not None for value in row])
-
-
-def sampling_gaps(groups: Sequence[Group], logp: Tensor) -> Tensor:
-    """|log-probability when sampled - ``logp``| of packed tokens, float64; only tokens with a kept one."""
-    rows = [
-        completion.logprobs or (float("nan"),) * len(completion.token_ids)
-        for group in groups
-        for completion in group.completions
-    ]
-    sampled = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
-    gaps = (sampled - logp.double().cpu()).abs()
-    return gaps[~gaps.isnan()]
-
-
 @dataclass(frozen=True)
 class Losses:
     """A micro-batch's loss ``total`` with its graph; the detached sums of its parts over tokens.
@@ -148,20 +127,6 @@ class Losses:
     value_loss: Tensor
     logp: Tensor
     old: Tensor
-
-
-@dataclass(frozen=True)
-class SamplingGap:
-    """A micro-batch before the update: ``logp``, correction ``weights``, both (tokens,), ``capped``; see Correction.
-
-    Kept on the device until the update is over: reading it synchronises. ``weight``: of the micro-batch in a step.
-    """
-
-    groups: list[Group]
-    logp: Tensor
-    weight: float
-    weights: Tensor | None = None
-    capped: Tensor | None = None
 
 
 class Updater:
@@ -215,7 +180,7 @@ class Updater:
         finally:
             self.policy.eval()
         self.incomplete = False
-        return update_metrics(steps, config.epochs, self._sampling_metrics().over(self._distributed))
+        return update_metrics(steps, config.epochs, sampling_metrics(self._gaps).over(self._distributed))
 
     def step(self, groups: Sequence[Group]) -> OptimizerStep:
         """One optimizer step on ``groups`` with assigned advantages.
@@ -330,17 +295,6 @@ class Updater:
         metrics.add("entropy", weight * float(losses.entropy), tokens)
         metrics.add("kl", weight * float(losses.kl), tokens)
         metrics.add("value_loss", weight * float(losses.value_loss), tokens)
-
-    def _sampling_metrics(self) -> Metrics:
-        """How far the policy before the update was from whoever sampled, over the tokens computed."""
-        metrics = Metrics(("mismatch", "correction", "capped"))
-        for gap in self._gaps:
-            distances = sampling_gaps(gap.groups, gap.logp)
-            metrics.add("mismatch", gap.weight * float(distances.sum()), gap.weight * len(distances))
-            if gap.weights is not None and gap.capped is not None:
-                metrics.add("correction", gap.weight * float(gap.weights.sum()), gap.weight * len(gap.weights))
-                metrics.add("capped", gap.weight * float(gap.capped.sum()), gap.weight * len(gap.capped))
-        return metrics
 
     @torch.no_grad()
     def _fix_targets(self, groups: Sequence[Group]) -> None:

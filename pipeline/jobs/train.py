@@ -40,8 +40,8 @@ from ...trainer.rewards.base import RewardManager
 from ...trainer.rewards.build import build_reward_manager
 from ...trainer.rewards.image_text import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
 from ...trainer.rewards.quiz import QuizReward, load_reader
-from ...trainer.rollouts import Demonstrations, Rollouts, RolloutSampling
-from ...trainer.sampler import Sampler, build_sampler
+from ...trainer.sampling.rollouts import Demonstrations, Rollouts, RolloutSampling
+from ...trainer.sampling.sampler import Sampler, build_sampler
 from ...trainer.update import UpdateConfig, Updater
 from ..runners.interrupts import interrupts
 from ..runners.interrupts import say as say_at_once

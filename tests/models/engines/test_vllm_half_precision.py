@@ -10,7 +10,7 @@ import torch
 from capipe.errors import RunFailed
 from capipe.models.engines.base import ImageInput
 from capipe.models.engines.vllm.weight_sync import Precision, read_weights
-from capipe.trainer.weight_sync_check import tolerance
+from capipe.trainer.sampling.weight_sync_check import tolerance
 
 from .test_vllm_weight_sync import LLM_ONLY, changed, probe_of, send_weights, started
 

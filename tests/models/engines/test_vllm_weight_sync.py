@@ -23,10 +23,10 @@ from capipe.trainer.build import freeze
 from capipe.trainer.distributed import ALONE
 from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.recipe import RolloutConfig, TrainedConfig
-from capipe.trainer.weight_sync_check import WeightSyncCheck, tolerance
-from capipe.trainer.weight_transfer.base import PolicyModel
-from capipe.trainer.weight_transfer.direct import open_direct
-from capipe.trainer.weight_transfer.folder import FolderTransfer
+from capipe.trainer.sampling.weight_sync_check import WeightSyncCheck, tolerance
+from capipe.trainer.sampling.weight_transfer.base import PolicyModel
+from capipe.trainer.sampling.weight_transfer.direct import open_direct
+from capipe.trainer.sampling.weight_transfer.folder import FolderTransfer
 
 from ..conftest import MODEL, PLAIN, ROOM
 

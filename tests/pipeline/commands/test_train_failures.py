@@ -24,8 +24,8 @@ from capipe.trainer.checkpoint import checkpoints
 from capipe.trainer.evaluation.validation import Validation
 from capipe.trainer.log import read_best
 from capipe.trainer.recipe import load_recipe
-from capipe.trainer.rollouts import Rollout
-from capipe.trainer.sampler import Sampler
+from capipe.trainer.sampling.rollouts import Rollout
+from capipe.trainer.sampling.sampler import Sampler
 from capipe.trainer.update import Updater
 
 from ..conftest import capipe

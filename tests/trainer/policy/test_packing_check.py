@@ -15,7 +15,7 @@ from capipe.trainer.build import policy_class
 from capipe.trainer.policy.batch import Group, pack
 from capipe.trainer.policy.decoder import DecoderPolicy, reference_logps
 from capipe.trainer.policy.packing_check import PackingCheck, check_packing, random_completions, unknown_layers
-from capipe.trainer.weight_sync_check import WeightSyncCheck
+from capipe.trainer.sampling.weight_sync_check import WeightSyncCheck
 
 from ...models.captioners import KINDS, random_captioner
 from ..policies import IMAGE, VIDEO, image, prompt, random_model

@@ -15,8 +15,8 @@ from capipe.trainer.build import build_policy, computed_in
 from capipe.trainer.policy.batch import Group, pack
 from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.recipe import Recipe
-from capipe.trainer.sampler import build_sampler
-from capipe.trainer.update import sampling_gaps
+from capipe.trainer.sampling.logprobs import sampling_gaps
+from capipe.trainer.sampling.sampler import build_sampler
 
 from ..policies import IMAGE, groups, random_model
 from .test_decoder import gradients

@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...models.engines.vllm.weight_sync import FROZEN, LEARNING, Trained
-from ..distributed import Distributed
+from ....models.engines.vllm.weight_sync import FROZEN, LEARNING, Trained
+from ...distributed import Distributed
 from .base import PolicyModel
 
 LARGEST_FILE = 2 << 30  # bytes; as much is held in main memory while it is collected

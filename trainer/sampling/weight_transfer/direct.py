@@ -12,13 +12,13 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from ...errors import BadInput
-from ...models.engines.base import EngineDead
-from ...models.engines.http.server import server_urls
-from ...models.engines.loading import vllm_runs
-from ...models.engines.vllm.weight_sync import Trained
-from ..distributed import Distributed
-from ..recipe import RolloutConfig
+from ....errors import BadInput
+from ....models.engines.base import EngineDead
+from ....models.engines.http.server import server_urls
+from ....models.engines.loading import vllm_runs
+from ....models.engines.vllm.weight_sync import Trained
+from ...distributed import Distributed
+from ...recipe import RolloutConfig
 from .base import PolicyModel
 
 Result = TypeVar("Result")
@@ -83,7 +83,7 @@ async def open_direct(
     model: PolicyModel, engine: Trained, distributed: Distributed, rollout: RolloutConfig
 ) -> DirectTransfer:
     """Connect policy and engine; a collective call. Raises EngineDead."""
-    from ...models.engines.vllm.weight_transfer import (
+    from ....models.engines.vllm.weight_transfer import (
         EngineClient,
         PolicyWeights,
         address_towards,

@@ -21,11 +21,11 @@ from capipe.trainer.evaluation.validation import validate
 from capipe.trainer.images import Pictures
 from capipe.trainer.policy.batch import Group
 from capipe.trainer.rewards.base import RewardManager, Scored
-from capipe.trainer.rollouts import Demonstrations, Rollouts, RolloutSampling
+from capipe.trainer.sampling.rollouts import Demonstrations, Rollouts, RolloutSampling
 from capipe.trainer.step_metrics import refill_metrics
 
-from ..scripted import Scripted, knows
-from .rewards.test_judge import examples, jpeg
+from ...scripted import Scripted, knows
+from ..rewards.test_judge import examples, jpeg
 
 SAMPLING = RolloutSampling("Describe.", 3, 20, 0.9, seed=5)
 

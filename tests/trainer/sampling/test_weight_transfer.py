@@ -25,16 +25,16 @@ from capipe.trainer.policy.fsdp import shard
 from capipe.trainer.policy.lora import LoRAConfig, insert_adapter, merged_weights
 from capipe.trainer.policy.weights import learning_names, weight_shapes, whole_weights
 from capipe.trainer.recipe import RolloutConfig, TrainedConfig
-from capipe.trainer.sampler import Sampler, Sleeper
+from capipe.trainer.sampling.sampler import Sampler, Sleeper
+from capipe.trainer.sampling.weight_sync_check import WeightSyncCheck, tolerance
+from capipe.trainer.sampling.weight_transfer import folder as folder_transfer
+from capipe.trainer.sampling.weight_transfer.base import PolicyModel
+from capipe.trainer.sampling.weight_transfer.direct import DirectTransfer, refuse_direct
+from capipe.trainer.sampling.weight_transfer.folder import FolderTransfer
 from capipe.trainer.update import UpdateConfig, Updater
-from capipe.trainer.weight_sync_check import WeightSyncCheck, tolerance
-from capipe.trainer.weight_transfer import folder as folder_transfer
-from capipe.trainer.weight_transfer.base import PolicyModel
-from capipe.trainer.weight_transfer.direct import DirectTransfer, refuse_direct
-from capipe.trainer.weight_transfer.folder import FolderTransfer
 
-from .policies import IMAGE, groups, random_model
-from .test_update import SCORES, scored
+from ..policies import IMAGE, groups, random_model
+from ..test_update import SCORES, scored
 
 FAMILY = "qwen2.5"
 HALF = Precision("bfloat16", "bfloat16")
@@ -223,7 +223,7 @@ async def test_an_error_while_sending_is_the_engines_death() -> None:
 
 
 def check_of(policy: DecoderPolicy) -> tuple[WeightSyncCheck, Completion, float]:
-    """The check of a policy, a text with other log-probabilities, and their distance from those of an untempered policy."""
+    """The check of a policy, a text with other log-probabilities, and their distance from an untempered policy's."""
     group = groups(DecoderPolicy(random_model(FAMILY), [IMAGE]), FAMILY)[0]
     check = WeightSyncCheck(None, group.prompt, policy, 1e-3)  # type: ignore[arg-type]
     untempered = DecoderPolicy(random_model(FAMILY), policy.get_buffer("banned").tolist())

@@ -13,10 +13,10 @@ from capipe.models.engines.router import connect_servers
 from capipe.models.engines.vllm.weight_sync import Precision
 from capipe.trainer.distributed import ALONE, Distributed
 from capipe.trainer.recipe import RolloutConfig
-from capipe.trainer.weight_transfer.base import PolicyModel
-from capipe.trainer.weight_transfer.direct import open_direct
+from capipe.trainer.sampling.weight_transfer.base import PolicyModel
+from capipe.trainer.sampling.weight_transfer.direct import open_direct
 
-from ..models.chat_server import Double, options, serving
+from ...models.chat_server import Double, options, serving
 from .test_weight_transfer import Recording, language_model_learns
 
 pytest.importorskip("vllm")

@@ -10,12 +10,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..models.engines.base import Completion, Engine, GenerationRequest, Prompt, RequestError, Sampling
-from ..models.engines.hf.model_adapter import PreparedPrompt
-from .dataset import Example
-from .images import Pictures
-from .policy.batch import Group
-from .rewards.base import RewardManager, Scored
+from ...models.engines.base import Completion, Engine, GenerationRequest, Prompt, RequestError, Sampling
+from ...models.engines.hf.model_adapter import PreparedPrompt
+from ..dataset import Example
+from ..images import Pictures
+from ..policy.batch import Group
+from ..rewards.base import RewardManager, Scored
 
 Prepare = Callable[[Prompt], PreparedPrompt]  # to the policy's inputs: ids, positions, patches
 

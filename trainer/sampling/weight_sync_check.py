@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import RunFailed
-from ..models.engines.base import Completion, Engine, GenerationRequest, Prompt, Sampling
-from ..models.engines.hf.model_adapter import PreparedPrompt
-from ..models.engines.vllm.weight_sync import Precision
-from .policy.batch import Group, pack
-from .policy.decoder import DecoderPolicy
+from ...errors import RunFailed
+from ...models.engines.base import Completion, Engine, GenerationRequest, Prompt, Sampling
+from ...models.engines.hf.model_adapter import PreparedPrompt
+from ...models.engines.vllm.weight_sync import Precision
+from ..policy.batch import Group, pack
+from ..policy.decoder import DecoderPolicy
 
 TOKENS = 32
 HEAT = 1.5  # temperature: unlikely tokens distinguish weights better than those that any weights predict

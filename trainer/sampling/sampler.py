@@ -15,23 +15,23 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
-from ..errors import BadInput
-from ..models.engines.base import Engine, Prompt
-from ..models.engines.context import image_tokens, text_room
-from ..models.engines.hf.engine import TransformersEngine, batched_lm
-from ..models.engines.http.engine import HTTPOptions
-from ..models.engines.http.server import server_urls
-from ..models.engines.loading import vllm_runs
-from ..models.engines.router import connect_servers
-from ..models.engines.sampling import vision_ids
-from ..models.engines.vllm.config import VLLMOptions
-from ..models.engines.vllm.engine import VLLMEngine, start_vllm_engine
-from ..models.engines.vllm.environment import allow_handles
-from ..models.engines.vllm.weight_sync import Trained
-from .build import PolicyParts
-from .distributed import Distributed, alone_on
-from .policy.fsdp import copy_weights
-from .recipe import Recipe
+from ...errors import BadInput
+from ...models.engines.base import Engine, Prompt
+from ...models.engines.context import image_tokens, text_room
+from ...models.engines.hf.engine import TransformersEngine, batched_lm
+from ...models.engines.http.engine import HTTPOptions
+from ...models.engines.http.server import server_urls
+from ...models.engines.loading import vllm_runs
+from ...models.engines.router import connect_servers
+from ...models.engines.sampling import vision_ids
+from ...models.engines.vllm.config import VLLMOptions
+from ...models.engines.vllm.engine import VLLMEngine, start_vllm_engine
+from ...models.engines.vllm.environment import allow_handles
+from ...models.engines.vllm.weight_sync import Trained
+from ..build import PolicyParts
+from ..distributed import Distributed, alone_on
+from ..policy.fsdp import copy_weights
+from ..recipe import Recipe
 from .weight_sync_check import WeightSyncCheck, tolerance
 from .weight_transfer.base import PolicyModel, WeightTransfer
 from .weight_transfer.direct import open_direct, refuse_direct

@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ...models.engines.vllm.weight_sync import Precision
-from ..policy.weights import learning_names, weight_shapes, whole_weights
+from ....models.engines.vllm.weight_sync import Precision
+from ...policy.weights import learning_names, weight_shapes, whole_weights
 
 Result = TypeVar("Result")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models.engines.base import (
+from ...models.engines.base import (
     ChoiceRequest,
     ChoiceScores,
     Completion,
@@ -22,12 +22,12 @@ from ..models.engines.base import (
     Prompt,
     PromptKey,
 )
-from ..models.engines.hf.batched_lm import BatchedLM
-from ..models.engines.hf.engine import TransformersEngine, batched_lm, load_model
-from ..models.images.grid import ImageGrid
-from ..models.shared_weights import SharedWeights, attach
-from ..models.worker_process import Worker
-from .policy.lora import LoRAConfig, insert_adapter
+from ...models.engines.hf.batched_lm import BatchedLM
+from ...models.engines.hf.engine import TransformersEngine, batched_lm, load_model
+from ...models.images.grid import ImageGrid
+from ...models.shared_weights import SharedWeights, attach
+from ...models.worker_process import Worker
+from ..policy.lora import LoRAConfig, insert_adapter
 
 Request = GenerationRequest | ChoiceRequest
 Answer = Completion | ChoiceScores
@@ -57,7 +57,7 @@ class ModelSource:
 
 
 class AnsweringProcess:
-    """The function of a :class:`..models.worker_process.Worker`: answers to a list of requests, in order."""
+    """The function of a :class:`...models.worker_process.Worker`: answers to a list of requests, in order."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
@@ -79,7 +79,7 @@ class AnsweringProcess:
 
 
 class ProcessEngine:
-    """Implements :class:`..models.engines.base.Engine` over ``count`` processes. ``lm``: for counting tokens only.
+    """Implements :class:`...models.engines.base.Engine` over ``count`` processes. ``lm``: for counting tokens only.
 
     Requests made together are split by prompt, in turn: the same requests always meet in the same batch, so a resumed
     run samples the same captions to the last bit.
