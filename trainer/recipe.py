@@ -284,7 +284,8 @@ class Recipe(Section):
     def correction(self) -> Correction | None:
         """The correction for captions that something else than the policy's own modules sampled."""
         mode = self.algorithm.correction
-        if mode == "none" or (mode == "auto" and self.rollout.engine == "transformers" and not self.rollout.overlap):
+        own = self.rollout.engine == "transformers" and not self.rollout.overlap
+        if mode == "none" or (mode == "auto" and (own or find_loss(self.algorithm.loss).captions != "sampled")):
             return None
         return Correction("sequence_mask" if mode == "auto" else mode, self.algorithm.correction_cap)
 
@@ -317,6 +318,10 @@ class Recipe(Section):
         name = algorithm.loss
         if loss.captions != "sampled" and algorithm.critic is not None:
             raise ValueError(f"{name} imitates captions, for which a critic has no use: leave algorithm.critic out")
+        if loss.captions != "sampled" and algorithm.correction not in ("auto", "none"):
+            raise ValueError(f"{name} imitates captions whoever sampled them: leave algorithm.correction out")
+        if loss.captions != "sampled" and algorithm.kl and algorithm.kl_in == "reward":
+            raise ValueError(f"{name} imitates captions, which a penalty in the reward would choose: set kl_in to loss")
         if self.rollout.refill and algorithm.critic is not None:
             raise ValueError("rollout.refill: with a critic a group of equal scores has a gradient; set it to 0")
         if loss.captions != "given":

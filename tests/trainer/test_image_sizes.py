@@ -14,7 +14,7 @@ from capipe.models.engines.model_folder import image_grid, resolve_model
 from capipe.models.images.decode import ImageLimits, decode_rgb
 from capipe.models.images.grid import ImageGrid
 from capipe.models.tiny.world.corpus import samples
-from capipe.trainer import sampler
+from capipe.trainer.sampling import sampler
 from capipe.trainer.build import build_policy, refuse_large_images
 from capipe.trainer.recipe import Recipe, load_recipe
 

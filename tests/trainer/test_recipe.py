@@ -61,6 +61,8 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("data.captions=c", r"data\.captions are for loss sft, grpo samples its own"),
         ("algorithm.loss=sft", r"sft imitates captions: add data\.captions, the folder of a `capipe annotate`$"),
         ("algorithm={loss: best_of_n, critic: {}}", r"best_of_n imitates captions, .*: leave algorithm\.critic out$"),
+        ("algorithm={loss: best_of_n, correction: token_mask}", r"whoever sampled them: leave algorithm\.correction out"),
+        ("algorithm={loss: best_of_n, kl: 0.1, kl_in: reward}", r"best_of_n imitates captions, .* set kl_in to loss"),
         ("rollout.refill=-1", r"rollout\.refill: .*greater than or equal to 0"),
         ("data.questions=null", "a quiz asks questions: add data.questions"),
         ("rewards=[{kind: phrases, phrases: [], patterns: []}]", r"rewards\.0\.phrases: phrases and patterns are both"),
