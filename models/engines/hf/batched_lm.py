@@ -25,8 +25,10 @@ from ..base import ImageInput, Prompt, Sampling
 from ..context import too_long
 from ..prompting import PromptEncoder
 from ..sampling import apply, fold_seed, gumbel_noise, kernel_runs_on, with_noise
+from .beam_search import BeamSearch, Step
 from .captioner_adapter import adapter_of, barred_ids
 from .kv_cache import select_rows
+from .logits_processors import LogitsProcessors
 from .model_adapter import PreparedImage, PreparedPrompt
 from .prefix_tree import Level, Segment, plan, unshared
 
@@ -42,14 +44,18 @@ class Prefix:
     """Prefilled prompts, padded to a common length, also between tokens. Decoding consumes the cache.
 
     ``logits``: float32 ``(prompts, vocab)`` after the last token; ``mask``: ``(prompts, length)``, 0 on padding.
-    ``lengths``: tokens without padding.
+    ``ids``: each prompt's own, without padding.
     """
 
     logits: Tensor
     cache: Cache
     mask: Tensor
     next_positions: Tensor
-    lengths: list[int]
+    ids: list[Tensor]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class BatchedLM:
             vision = self.family.vision(prompts, level, seen, places)
             logits = self._forward(ids.to(device), mask, positions.to(device), cache, vision=vision)
         next_positions = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-        return Prefix(logits, cache, mask, next_positions, [len(prompt.ids) for prompt in prompts])
+        return Prefix(logits, cache, mask, next_positions, [prompt.ids for prompt in prompts])
 
     def _plan(self, prompts: Sequence[PreparedPrompt]) -> list[Level]:
         if not (self.share_prefixes and self.family.shares) or len(prompts) == 1:
@@ -183,16 +189,23 @@ class BatchedLM:
         rows: Sequence[SequenceRow],
         ended: Callable[[int, SampledTokens], None] = lambda row, drawn: None,
     ) -> list[SampledTokens]:
-        """Sample every row to its end; rows leave the batch as they finish, and ``ended`` is called for each then."""
-        drawn = [SampledTokens() for _ in rows]
+        """Sample every row to its end; rows leave the batch as they finish, and ``ended`` is called for each then.
+
+        Raises ValueError for rows with different numbers of beams.
+        """
         limits = [min(row.sampling.max_tokens, self.max_model_len - prefix.lengths[row.prompt]) for row in rows]
+        processors = self._processors(prefix, rows)
+        if any(row.sampling.beams > 1 for row in rows):
+            return self._search(prefix, rows, limits, processors, ended)
+        drawn = [SampledTokens() for _ in rows]
         alive = list(range(len(rows)))
         picker = _Picker([row.sampling for row in rows], self._model.device)
         at = torch.tensor([row.prompt for row in rows], device=self._model.device)
         logits, mask, positions = self._bar(prefix.logits[at]), prefix.mask[at], prefix.next_positions[at]
         select_rows(prefix.cache, at)
         while True:
-            tokens = picker.pick(logits, alive, len(drawn[alive[0]].token_ids))
+            position = len(drawn[alive[0]].token_ids)
+            tokens = picker.pick(processors(logits, position), alive, position)
             scores = _scores(logits, tokens) if any(rows[row].logprobs for row in alive) else None
             for index, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
                 drawn[row].token_ids.append(token)
@@ -207,15 +220,59 @@ class BatchedLM:
                     going.append(index)
             if not going:
                 return drawn
+            processors.append(tokens)
             if len(going) < len(alive):
                 kept = torch.tensor(going, device=self._model.device)
                 select_rows(prefix.cache, kept)
+                processors.select(kept)
                 tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
                 alive = [alive[index] for index in going]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             places = positions.expand(self.family.axes, -1)[..., None]
             logits = self._bar(self._forward(tokens[:, None], mask, places, prefix.cache))
             positions = positions + 1
+
+    def _search(
+        self,
+        prefix: Prefix,
+        rows: Sequence[SequenceRow],
+        limits: list[int],
+        processors: LogitsProcessors,
+        ended: Callable[[int, SampledTokens], None],
+    ) -> list[SampledTokens]:
+        """:meth:`decode` by beams: every running beam is a row of the cache, and follows the beam that it continues."""
+        (width,) = {row.sampling.beams for row in rows}
+        search = BeamSearch(limits, width, self._end_ids)
+        found = [SampledTokens() for _ in rows]
+        at = torch.tensor([row.prompt for row in rows], device=self._model.device)
+        logits, mask, positions = prefix.logits[at], prefix.mask[at], prefix.next_positions[at]
+        select_rows(prefix.cache, at)
+        while True:
+            step = self._advanced(search, processors, logits)
+            for row in step.done:
+                best = search.beams[row].finished[0]
+                path = best.last.path()
+                found[row] = SampledTokens([node.token for node in path], [node.logprob for node in path], best.stopped)
+                ended(row, found[row])
+            if not len(step.rows):
+                return found
+            select_rows(prefix.cache, step.rows)
+            processors.select(step.rows)
+            processors.append(step.tokens)
+            mask = torch.cat([mask[step.rows], mask.new_ones(len(step.rows), 1)], dim=1)
+            positions = positions[step.rows]
+            places = positions.expand(self.family.axes, -1)[..., None]
+            logits = self._forward(step.tokens[:, None], mask, places, prefix.cache)
+            positions = positions + 1
+
+    def _advanced(self, search: BeamSearch, processors: LogitsProcessors, logits: Tensor) -> Step:
+        """One step of a search. As in transformers, rules are applied to log-probabilities, which are of all tokens."""
+        logprobs = self._bar(processors(logits.log_softmax(dim=-1), search.position))
+        return search.advance(logprobs, self._bar(logits))
+
+    def _processors(self, prefix: Prefix, rows: Sequence[SequenceRow]) -> LogitsProcessors:
+        prompts = [prefix.ids[row.prompt] for row in rows]
+        return LogitsProcessors([row.sampling for row in rows], prompts, sorted(self._end_ids), self._model.device)
 
     def _bar(self, logits: Tensor) -> Tensor:
         """``logits`` (rows, vocab) with -inf for ids that are never sampled, such as those of pixels; in place."""
@@ -226,6 +283,12 @@ class BatchedLM:
         """Slow reference for prefill and decode: ``generate`` of transformers, one prompt, nothing shared or padded."""
         config = GenerationConfig(
             do_sample=False,
+            num_beams=sampling.beams,
+            early_stopping=False,
+            length_penalty=1.0,
+            repetition_penalty=sampling.repetition_penalty,
+            no_repeat_ngram_size=sampling.no_repeat_ngram,
+            min_new_tokens=sampling.min_tokens,
             max_new_tokens=min(sampling.max_tokens, self.max_model_len - len(prompt.ids)),
             eos_token_id=sorted(self._end_ids),
             pad_token_id=min(self._end_ids),
@@ -236,7 +299,12 @@ class BatchedLM:
         noise = LogitsProcessorList([*barred, _ReferenceNoise(len(prompt.ids), sampling)])
         out = self.family.generate(prompt, config, noise)
         tokens = out.sequences[0, len(prompt.ids) :]
-        scores = _scores(self._bar(torch.cat(out.logits).float()), tokens)
+        if sampling.beams > 1:
+            steps = zip(out.logits, out.beam_indices[0].tolist(), tokens, strict=False)  # it goes on beside the best
+            logits = torch.stack([step[beam] for step, beam, _ in steps])
+        else:
+            logits = torch.cat(out.logits)
+        scores = _scores(self._bar(logits.float()), tokens)
         return SampledTokens(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
 
 
