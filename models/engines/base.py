@@ -82,7 +82,9 @@ class Sampling:
         if self.beams < 1 or self.no_repeat_ngram < 0:
             raise ValueError("beams must be at least 1 and no_repeat_ngram at least 0")
         if self.beams > 1 and self.temperature > 0:
-            raise ValueError(f"{self.beams} beams search for the likeliest text: temperature must be 0")
+            raise ValueError(
+                f"beams {self.beams}: a search takes the likeliest text; set temperature to 0, or beams to 1"
+            )
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), not {self.min_tokens}")
 

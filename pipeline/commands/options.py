@@ -52,6 +52,17 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """Rules for captions, beside their sampling, named as in AnnotateConfig."""
+
+    beams: Annotated[int, typer.Option(help="Width of a beam search, by transformers; 1 is none.")] = 1
+    no_repeat_ngram: Annotated[
+        int, typer.Option(help="No n-gram of so many tokens occurs twice, by transformers; 0 is no rule.")
+    ] = 0
+    min_tokens: Annotated[int, typer.Option(help="Shortest caption in tokens.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReaderOptions:
     """Options for answering quiz questions with a model."""
 
@@ -186,6 +197,8 @@ def validated(kind: type[Config], **values: Any) -> Config:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # options that do not go together
+            raise BadInput(first["msg"].removeprefix("Value error, ")) from None
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise BadInput(f"{option}: {first['msg']} (got {first['input']!r})") from None
 

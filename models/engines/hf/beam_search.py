@@ -1,8 +1,8 @@
 """Beam search over a batch: the likeliest texts of several prompts at once, as transformers' ``generate`` finds them.
 
 With ``do_sample=False, length_penalty=1, early_stopping=False``: the score of a text is the mean log-probability of its
-tokens, the end included, and a prompt is done when its best running beam could no longer enter its best finished ones at
-its present length. Every prompt has the same number of beams; :func:`~.batched_lm.BatchedLM.generate_reference` is the
+tokens, the end included, and a prompt is done when its best running beam, at its present length, would not enter its
+best finished ones. Every prompt has the same number of beams; :func:`~.batched_lm.BatchedLM.generate_reference` is the
 slow twin.
 """
 
@@ -97,9 +97,7 @@ class BeamSearch:
         rows = kept.indices // vocab + torch.arange(len(alive), device=totals.device)[:, None] * widths
         tokens = kept.indices % vocab
         reported = (logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]).tolist()
-        candidates = zip(
-            kept.values.tolist(), (kept.indices // vocab).tolist(), tokens.tolist(), reported, strict=True
-        )
+        candidates = zip(kept.values.tolist(), (kept.indices // vocab).tolist(), tokens.tolist(), reported, strict=True)
         next_rows, next_tokens, done = list[int](), list[int](), list[int]()
         for place, (at, columns) in enumerate(zip(alive, candidates, strict=True)):
             chosen = self._continued(self.beams[at], [Candidate(*values) for values in zip(*columns, strict=True)])
@@ -131,8 +129,6 @@ class BeamSearch:
         full = len(beams.finished) == self._width
         if not running or (full and running[0].score / length <= beams.finished[-1].score):
             return []
-        nodes = [
-            Node(candidate.token, candidate.logprob, beams.running[candidate.beam]) for candidate in running
-        ]
+        nodes = [Node(candidate.token, candidate.logprob, beams.running[candidate.beam]) for candidate in running]
         beams.running, beams.scores = list(nodes), [candidate.score for candidate in running]
         return running

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base import Sampling
-
-NO_TOKEN = -1  # padding before a row's first token
+from ..sampling import NO_TOKEN, penalise_
 
 
 class LogitsProcessors:
@@ -71,16 +70,6 @@ def padded_left(prompts: Sequence[Tensor], device: torch.device) -> Tensor:
     for row, prompt in zip(rows, prompts, strict=True):
         row[longest - len(prompt) :] = prompt
     return rows.to(device)
-
-
-def penalise_(logits: Tensor, history: Tensor, penalties: Tensor) -> None:
-    """Divide the logits of tokens in each row's history by its penalty, or multiply where negative; in place.
-
-    ``history``: (rows, tokens), the last one no padding; ``penalties``: (rows,).
-    """
-    seen = torch.where(history == NO_TOKEN, history[:, -1:], history)  # a token may count twice: once is written
-    scores, factors = logits.gather(1, seen), penalties[:, None].to(logits.dtype)
-    logits.scatter_(1, seen, torch.where(scores < 0, scores * factors, scores / factors))
 
 
 def ban_ngrams_(logits: Tensor, history: Tensor, size: int, rows: Tensor) -> None:

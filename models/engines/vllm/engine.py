@@ -23,9 +23,11 @@ from ..base import (
     PromptKey,
     Rejected,
     RequestError,
+    Sampling,
 )
 from ..chat_templates import open_encoder
 from ..context import too_long
+from ..decoding import no_search
 from ..prompting import PromptEncoder, rgb_pixels
 from .config import VLLMOptions, engine_config
 from .cpu_affinity import bound_cores, move_off, move_to
@@ -59,6 +61,7 @@ class VLLMEngine:
         cores: set[int],
         on_cpu: bool,
         context: int,
+        second_runner: bool = False,
     ) -> None:
         self.grid = grid
         self.context = context
@@ -66,6 +69,7 @@ class VLLMEngine:
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
         self._on_cpu = on_cpu
+        self._second_runner = second_runner
         self._cores = cores  # the cores of this process before
         self._encoder = encoder
         self._numbers = itertools.count()
@@ -75,16 +79,16 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        from .sampling import extra_args
+        from .sampling import parameters
 
+        if (why := self.unsupported(request.sampling)) is not None:
+            raise Rejected(why, final=True)
         schema = request.json_schema
         # The grammar's mask is applied before our noise, and what it forbids is -inf, which no noise can lift.
         guide = None if schema is None else StructuredOutputsParams(json=_with_form(schema))
         params = SamplingParams(
-            temperature=0.0,
-            max_tokens=request.sampling.max_tokens,
+            **parameters(request.sampling, self._second_runner),
             logprobs=0 if request.logprobs else None,  # the sampled token's own only
-            extra_args=extra_args(request.sampling),
             structured_outputs=guide,
         )
         output = await self._run(request.prompt, params)
@@ -100,11 +104,14 @@ class VLLMEngine:
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         from vllm import SamplingParams
 
-        ids = self._encoder.choice_ids(request.choices)
+        ids = self._encoder.choice_ids(request.continuations)
         params = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=ids)
         output = await self._run(request.prompt, params)
         assert output.logprobs is not None
         return ChoiceScores(tuple(output.logprobs[0][token].logprob for token in ids))
+
+    def unsupported(self, sampling: Sampling) -> str | None:
+        return no_search(sampling, "vLLM")
 
     async def thinks(self) -> bool:
         return self._encoder.thinking is not None
@@ -282,7 +289,8 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder:
         move_off(bound_cores(pids), [os.getpid(), *pids])
     on_cpu = config.device_config.device_type == "cpu"
     context = int(config.model_config.max_model_len)  # as determined by vLLM
-    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context)
+    second_runner = bool(config.use_v2_model_runner)
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context, second_runner)
 
 
 def _vllm_processes() -> list[Process]:

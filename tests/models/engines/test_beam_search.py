@@ -174,7 +174,7 @@ async def test_a_search_by_hand() -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"beams": 2, "temperature": 0.5}, "temperature must be 0"),
+        ({"beams": 2, "temperature": 0.5}, "set temperature to 0"),
         ({"beams": 0}, "beams"),
         ({"min_tokens": 300}, "min_tokens"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
