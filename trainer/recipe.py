@@ -42,7 +42,7 @@ class RolloutConfig(Section):
     """Sampling of captions."""
 
     images: int = Field(16, ge=1, description="images per step, over all processes")
-    group: int = Field(8, ge=2, description="captions per image")
+    group: int = Field(8, ge=1, description="captions per image; 1 with a critic")
     max_tokens: int = Field(256, ge=1, description="longest caption")
     temperature: float = Field(1.0, gt=0)
     decoders: int = Field(1, ge=1, description="image decoding processes")
@@ -218,6 +218,7 @@ class Recipe(Section):
             raise ValueError(
                 "a2c makes one step of captions that the policy itself sampled: epochs and minibatches are 1"
             )
+        self._sound_group()
         if self.algorithm.kl and self.algorithm.estimator == "k1":
             raise ValueError("estimator k1 has no gradient on average, so kl would do nothing: take k2 or k3")
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
@@ -227,6 +228,18 @@ class Recipe(Section):
         if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader != "":
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
+
+    def _sound_group(self) -> None:
+        if self.rollout.group > 1:
+            return
+        if self.algorithm.critic is None:
+            raise ValueError(
+                "rollout.group: a single caption has no others to be compared with; take 2 or more, or add a critic"
+            )
+        if any(reward.normalise for reward in self.rewards):
+            raise ValueError(
+                "rollout.group: `normalise` is within an image's captions, and 1 would always be 0: leave it out"
+            )
 
     def _sound_adapter(self) -> None:
         trained = self.trained

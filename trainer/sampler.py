@@ -105,7 +105,7 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     if rollout.engine == "transformers":
         lm = batched_lm(model, str(parts.folder), parts.grid, template_args=recipe.template_args)
         lm.computes_in = parts.policy.dtype
-        return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.distributed, copy)
+        return Sampler(TransformersEngine(lm, parts.grid, max(2, rollout.group) * 16), parts.distributed, copy)
     engine: Engine = _vllm(recipe, parts) if rollout.engine == "vllm" else await _connected(recipe, parts)
     folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER
     probing = DecoderPolicy(model)  # temperature 1, no banned ids: as in vLLM's log-probabilities

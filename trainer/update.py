@@ -75,8 +75,8 @@ def assign_advantages(groups: Sequence[Group], config: UpdateConfig) -> None:
 
 
 def is_tied(group: Group, config: UpdateConfig) -> bool:
-    """Whether all scores of the group are equal, so that it has no gradient."""
-    return tied(scores_of(group, config))
+    """Whether all scores of the group are equal, so that it has no gradient; with a critic it has one."""
+    return config.critic is None and tied(scores_of(group, config))
 
 
 def scores_of(group: Group, config: UpdateConfig) -> Tensor:

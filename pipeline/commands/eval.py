@@ -153,9 +153,10 @@ def evaluate(options: EvalOptions) -> None:
     longest = (
         captioning.max_tokens if captions is None else captions.setting("semantic", "annotate", "max_tokens", kind=int)
     )
-    reads = ReaderConfig(presentations=config.grade.presentations, mode=mode)
+    style = options.reading.reader_prompt
+    reads = ReaderConfig(presentations=config.grade.presentations, mode=mode, prompt=style)
     setup = options.grader.setup(placement, quiz_room(longest, reads.answer_tokens))
-    grading = GradeStage(config.grade, setup, mode, asked_of(questions))
+    grading = GradeStage(config.grade, setup, mode, asked_of(questions), prompt=style)
     codes = [Exit.OK]
     if captions is None:
         check_limit(grading, captioning.max_tokens)

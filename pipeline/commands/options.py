@@ -73,6 +73,10 @@ class ReaderOptions:
             help="Answers as the likeliest letter, or read from sampled text (servers without log-probabilities)."
         ),
     ] = None
+    reader_prompt: Annotated[
+        Literal["own", "caprl"],
+        typer.Option(help="caprl: about captions with two worked examples; the option to abstain is always last."),
+    ] = "own"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,8 +204,9 @@ def screen_config(options: ScreenOptions, reader: o.ReaderOptions) -> ScreenConf
     from ...stages.questions.screen import PRESETS
 
     if options.screen == "none":
-        if reader.reader_mode is not None:
-            raise BadInput("--reader-mode: --screen none has nobody screen; leave one of them out")
+        if reader.reader_mode is not None or reader.reader_prompt != "own":
+            option = "--reader-prompt" if reader.reader_mode is None else "--reader-mode"
+            raise BadInput(f"{option}: --screen none has nobody screen; leave one of them out")
         return None
     if options.screen not in PRESETS:
         raise BadInput(f"--screen {options.screen!r}: there are {', '.join(PRESETS)} and none")
@@ -214,7 +215,7 @@ def screen_config(options: ScreenOptions, reader: o.ReaderOptions) -> ScreenConf
         bounds["image_min"], bounds["image_inclusive"] = o.parse_bound("--with-image", options.with_image, ">")
     if options.without_image is not None:
         bounds["text_max"], bounds["text_inclusive"] = o.parse_bound("--without-image", options.without_image, "<")
-    reads: dict[str, Any] = {}
+    reads: dict[str, Any] = {"prompt": reader.reader_prompt}
     if reader.presentations is not None:
         if reader.presentations < 1:
             raise BadInput(f"--presentations {reader.presentations}: at least 1")

@@ -120,6 +120,8 @@ def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]
         "reader": f"{reader}, {_presented(graded.setting('semantic', 'grade', kind=dict).get('presentations'))}",
         "reader identity": fingerprint({"model": graded.setting("semantic", "model", kind=str), "asked": asked})[:16],
     }
+    if "prompt" in asked:
+        facts["reader prompt"] = asked["prompt"]
     for role in ("questions", "captions"):
         facts[role] = f"{graded.setting('run', role, kind=str)}@{graded.setting('semantic', role, kind=str)[:12]}"
     facts["shards"] = graded.setting("run", "shards", kind=str)

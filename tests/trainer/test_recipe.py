@@ -40,7 +40,8 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
     ("override", "said"),
     [
         ("rollout.gruop=4", r"rollout\.gruop: Extra inputs.*no such key"),
-        ("rollout.group=1", r"rollout\.group: .*greater than or equal to 2 \(got 1\)"),
+        ("rollout.group=0", r"rollout\.group: .*greater than or equal to 1 \(got 0\)"),
+        ("rollout.group=1", r"rollout\.group: a single caption has no others to be compared with; .*add a critic"),
         ("rewards.0.kind=beauty", "rewards.0"),
         ("rewards.5.weight=1", "entries 0 to 1"),
         ("nonsense", "section.key=value"),
