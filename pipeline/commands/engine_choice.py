@@ -76,7 +76,7 @@ class EngineChoice:
         if config.engine_args and config.kind == "auto" and place.ray is None and not vllm_runs():
             option = self.option or "--engine-arg"
             raise BadInput(f"{option}: is for vLLM, which does not run here; `capipe doctor` says why")
-        workers = self.settings["decode_workers"] or default_decode_workers(len(place.gpus))
+        workers = self.settings["decode_workers"] or default_decode_workers(place)
         return EngineSetup(config, decode_workers=workers if self.sees else 0, trace=trace)
 
     def refuse_own(self, why: str) -> None:

@@ -33,7 +33,9 @@ EngineName = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float16.")]
 Gpus = Annotated[str | None, typer.Option(help="GPUs to use, e.g. 0,1; all by default; none for CPU.")]
-DecodeWorkers = Annotated[int | None, typer.Option(help="Image decoding processes per engine.")]
+DecodeWorkers = Annotated[
+    int | None, typer.Option(min=1, help="Image decoding processes per engine; a machine's cores ÷ engines by default.")
+]
 Workers = Annotated[int | None, typer.Option(help="Processes; one per core by default.")]
 AllowHost = Annotated[
     list[str] | None,
@@ -192,7 +194,7 @@ class ScorerOptions:
 
     def decoders(self, place: Placement) -> int:
         """Number of decoding processes per worker."""
-        return self.decode_workers or default_decode_workers(len(place.gpus))
+        return self.decode_workers or default_decode_workers(place)
 
 
 def validated(kind: type[Config], **values: Any) -> Config:
