@@ -36,6 +36,14 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
     assert load_recipe(recipe).steps == 3
 
 
+def test_a_critic_stands_in_for_an_images_other_captions(recipe: Path) -> None:
+    alone = ["rollout.group=1", "algorithm.critic={}"]
+    assert load_recipe(recipe, alone).rollout.group == 1
+    length = "rewards=[{kind: length, free: 2, most: 9, normalise: true}]"
+    with pytest.raises(BadInput, match="`normalise` is within an image's captions"):
+        load_recipe(recipe, [*alone, length, "validation=null", "data.questions=null"])
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

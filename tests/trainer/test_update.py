@@ -172,6 +172,20 @@ def test_a_critic_tells_better_from_worse_without_a_group() -> None:
     assert report.skipped is None and change[:first].mean() > 0
 
 
+def test_a_critic_learns_from_one_caption_an_image() -> None:
+    """As VLRM does: nothing is tied, and the better caption gets likelier."""
+    config = UpdateConfig(loss="a2c", critic=CriticConfig(lam=1.0, whiten=False, detach=True), max_norm=1e9)
+    policy, updater = with_critic(config)
+    made = scored(policy, [[1.0], [0.0]])
+    for group in made:
+        group.completions, group.rewards = group.completions[:1], group.rewards[:1]
+    before = policy(pack(made)).logp.detach()
+    report = updater.update(made)
+    change = policy(pack(made)).logp.detach() - before
+    assert (report.tied, report.groups, report.skipped) == (0, 2, None)
+    assert change[: made[0].completions[0].n_tokens].mean() > 0
+
+
 def test_an_unscored_caption_teaches_the_value_head_nothing() -> None:
     config = UpdateConfig(loss="a2c", critic=CriticConfig(whiten=False), max_norm=1e9)
     policy, updater = with_critic(config)
