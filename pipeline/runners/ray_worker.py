@@ -116,7 +116,7 @@ class RayWorker:
         import ray
 
         own = ray.get_runtime_context().get_node_id()
-        machine = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == own), {})
+        machine: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == own), {})
         return decoders_of(int(machine.get("CPU", 1)), actors_on(int(machine.get("GPU", 0)), *self._cluster))
 
     async def hello(self) -> list[ActorName]:
