@@ -50,7 +50,7 @@ class RolloutConfig(Section):
     later = ("refill",)
 
     images: int = Field(16, ge=1, description="images per step, over all processes")
-    group: int = Field(8, ge=2, description="captions per image")
+    group: int = Field(8, ge=1, description="captions per image; 1 with a critic")
     refill: int = Field(
         0,
         ge=0,
@@ -264,6 +264,7 @@ class Recipe(Section):
             raise ValueError(
                 "a2c makes one step of captions that the policy itself sampled: epochs and minibatches are 1"
             )
+        self._sound_group()
         self._sound_divergence()
         self._sound_correction()
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
@@ -301,6 +302,18 @@ class Recipe(Section):
                 f"captions of {rollout.engine} are weighted by the log-probabilities of their sampling, which it "
                 f"reports for temperature 1, not for {rollout.temperature:g}: set rollout.temperature to 1 or "
                 "rollout.engine to transformers" + ("" if rollout.overlap else ", or algorithm.correction to none")
+            )
+
+    def _sound_group(self) -> None:
+        if self.rollout.group > 1:
+            return
+        if self.algorithm.critic is None:
+            raise ValueError(
+                "rollout.group: a single caption has no others to be compared with; take 2 or more, or add a critic"
+            )
+        if any(reward.normalise for reward in self.rewards):
+            raise ValueError(
+                "rollout.group: `normalise` is within an image's captions, and 1 would always be 0: leave it out"
             )
 
     def _sound_adapter(self) -> None:

@@ -99,8 +99,12 @@ def only_best(group: Group) -> Group:
 
 
 def is_tied(group: Group, config: UpdateConfig) -> bool:
-    """Whether all scores of the group are equal, so that it has no gradient; given captions have no scores."""
-    return find_loss(config.loss).captions != "given" and tied(scores_of(group, config))
+    """Whether all scores of the group are equal, so that it has no gradient.
+
+    With a critic it has one; given captions have no scores.
+    """
+    scored = config.critic is None and find_loss(config.loss).captions != "given"
+    return scored and tied(scores_of(group, config))
 
 
 def scores_of(group: Group, config: UpdateConfig) -> Tensor:

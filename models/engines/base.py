@@ -56,14 +56,21 @@ class EngineDead(Exception):
 class Sampling:
     """Sampling parameters of a completion. ``temperature=0`` is greedy.
 
-    Samples are a pure function of ``(seed, position)``: the same request gives the same text in any batch. Raises
-    ValueError for numbers that no engine can sample with.
+    Samples are a pure function of ``(seed, position)``: the same request gives the same text in any batch.
+    ``repetition_penalty``: logits of tokens in prompt and answer are divided by it, or multiplied where negative
+    (CTRL, arXiv 1909.05858 §4.1); ``beams``: width of a beam search, 1 for none; ``no_repeat_ngram``: n-grams of this
+    size occur once, 0 for no such rule; ``min_tokens``: the answer does not end before. An engine that does not support
+    one of these says so (:class:`Selective`). Raises ValueError for numbers that no engine can sample with.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 256
     seed: int = 0
+    repetition_penalty: float = 1.0
+    beams: int = 1
+    no_repeat_ngram: int = 0
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -72,6 +79,16 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise ValueError(f"repetition_penalty must be a positive number, 1 for none, not {self.repetition_penalty}")
+        if self.beams < 1 or self.no_repeat_ngram < 0:
+            raise ValueError("beams must be at least 1 and no_repeat_ngram at least 0")
+        if self.beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"beams {self.beams}: a search takes the likeliest text; set temperature to 0, or beams to 1"
+            )
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), not {self.min_tokens}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +190,12 @@ class ChoiceRequest:
     prompt: Prompt
     choices: tuple[str, ...]
 
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        """The choices as the model would write them: with a space before, where the answer has begun without one."""
+        begun = self.prompt.answer_prefix
+        return tuple(f" {choice}" for choice in self.choices) if begun and not begun[-1].isspace() else self.choices
+
 
 @dataclass(frozen=True, slots=True)
 class ChoiceScores:
@@ -220,3 +243,17 @@ class Engine(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """An engine that does not support every way of sampling."""
+
+    def unsupported(self, sampling: Sampling) -> str | None:
+        """Why requests with ``sampling`` would fail, and what to do; None where they would not."""
+        ...
+
+
+def unsupported(engine: Engine, sampling: Sampling) -> str | None:
+    """Why the engine would refuse requests with ``sampling``; None for one that does not say."""
+    return engine.unsupported(sampling) if isinstance(engine, Selective) else None

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ...errors import BadInput
 from ..images.grid import ImageGrid
-from .base import ChoiceRequest, ChoiceScores, Completion, Engine, EngineDead, GenerationRequest, Prompt
+from .base import ChoiceRequest, ChoiceScores, Completion, Engine, EngineDead, GenerationRequest, Prompt, Sampling
 from .http.answers import SentAway, Unavailable
 from .http.engine import THOUGHT_PROBE, HTTPEngine, HTTPOptions, connect_http_engine
 from .http.server import NoAnswer, NotReady, common_model, none_answers
@@ -88,6 +88,10 @@ class EngineRouter:
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         return await self._route(request.prompt, lambda engine: engine.choose(request))
+
+    def unsupported(self, sampling: Sampling) -> str | None:
+        live = (engine.unsupported(sampling) for _, engine in self._live())
+        return next((why for why in live if why is not None), None)
 
     async def thinks(self) -> bool:
         """Asks any one server, since all serve one model."""

@@ -120,6 +120,20 @@ def with_noise(
     return torch.where((temperatures <= 0)[:, None], tempered, tempered + noise)
 
 
+NO_TOKEN = -1  # padding before a row's first token
+
+
+def penalise_(logits: Tensor, history: Tensor, penalties: Tensor) -> None:
+    """Divide the logits of tokens in each row's history by its penalty, or multiply where negative; in place.
+
+    ``history``: (rows, tokens), padded by NO_TOKEN, the last one a token; ``penalties``: (rows,). CTRL, arXiv
+    1909.05858 §4.1, with the sign rule of transformers and vLLM.
+    """
+    seen = torch.where(history == NO_TOKEN, history[:, -1:], history)  # a token may count twice: once is written
+    scores, factors = logits.gather(1, seen), penalties[:, None].to(logits.dtype)
+    logits.scatter_(1, seen, torch.where(scores < 0, scores * factors, scores / factors))
+
+
 def scaled(logits: Tensor, temperatures: Tensor, top_ps: Tensor | None = None, barred: Tensor | None = None) -> Tensor:
     """The logits that are sampled from, a new float32 matrix. Rows of temperature 0 are unchanged."""
     greedy = temperatures <= 0

@@ -37,11 +37,20 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
     assert load_recipe(recipe).steps == 3
 
 
+def test_a_critic_stands_in_for_an_images_other_captions(recipe: Path) -> None:
+    alone = ["rollout.group=1", "algorithm.critic={}"]
+    assert load_recipe(recipe, alone).rollout.group == 1
+    length = "rewards=[{kind: length, free: 2, most: 9, normalise: true}]"
+    with pytest.raises(BadInput, match="`normalise` is within an image's captions"):
+        load_recipe(recipe, [*alone, length, "validation=null", "data.questions=null"])
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("rollout.gruop=4", r"rollout\.gruop: Extra inputs.*no such key"),
-        ("rollout.group=1", r"rollout\.group: .*greater than or equal to 2 \(got 1\)"),
+        ("rollout.group=0", r"rollout\.group: .*greater than or equal to 1 \(got 0\)"),
+        ("rollout.group=1", r"rollout\.group: a single caption has no others to be compared with; .*add a critic"),
         ("rewards.0.kind=beauty", "rewards.0"),
         ("rewards.5.weight=1", "entries 0 to 1"),
         ("nonsense", "section.key=value"),
@@ -61,7 +70,10 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("data.captions=c", r"data\.captions are for loss sft, grpo samples its own"),
         ("algorithm.loss=sft", r"sft imitates captions: add data\.captions, the folder of a `capipe annotate`$"),
         ("algorithm={loss: best_of_n, critic: {}}", r"best_of_n imitates captions, .*: leave algorithm\.critic out$"),
-        ("algorithm={loss: best_of_n, correction: token_mask}", r"whoever sampled them: leave algorithm\.correction out"),
+        (
+            "algorithm={loss: best_of_n, correction: token_mask}",
+            r"sampled them: leave algorithm\.correction out",
+        ),
         ("algorithm={loss: best_of_n, kl: 0.1, kl_in: reward}", r"best_of_n imitates captions, .* set kl_in to loss"),
         ("rollout.refill=-1", r"rollout\.refill: .*greater than or equal to 0"),
         ("data.questions=null", "a quiz asks questions: add data.questions"),

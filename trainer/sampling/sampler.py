@@ -123,7 +123,7 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     if rollout.engine == "transformers":
         lm = batched_lm(model, str(parts.folder), parts.grid, template_args=recipe.template_args)
         lm.computes_in = parts.policy.dtype
-        return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.distributed, copy)
+        return Sampler(TransformersEngine(lm, parts.grid, max(2, rollout.group) * 16), parts.distributed, copy)
     device = parts.policy.device
     refuse_direct(rollout, device)
     if rollout.engine == "vllm":

@@ -174,7 +174,7 @@ class TransformersEngine:
         prompt = known.prompts[key]
         if isinstance(prompt, RequestError):
             return prompt
-        choices = request.choices if isinstance(request, ChoiceRequest) else ()
+        choices = request.continuations if isinstance(request, ChoiceRequest) else ()
         try:
             if choices not in known.choices:
                 known.choices[choices] = self.lm.encoder.choice_ids(choices)
@@ -197,6 +197,18 @@ class TransformersEngine:
         return [EngineDead(self._dead)] * len(ready)
 
     def _compute(self, ready: Sequence[_Ready]) -> list[Answer]:
+        """Answer a batch, in parts of requests with the same number of beams."""
+        parts: dict[int, list[int]] = {}
+        for at, item in enumerate(ready):
+            request = item.job.request
+            beams = request.sampling.beams if isinstance(request, GenerationRequest) else 1
+            parts.setdefault(beams, []).append(at)
+        answers: dict[int, Answer] = {}
+        for places in parts.values():
+            answers |= zip(places, self._compute_part([ready[at] for at in places]), strict=True)
+        return [answers[at] for at in range(len(ready))]
+
+    def _compute_part(self, ready: Sequence[_Ready]) -> list[Answer]:
         distinct = {item.key: item.prompt for item in ready}
         index_of = {key: index for index, key in enumerate(distinct)}
         prefix = self.lm.prefill(list(distinct.values()))
@@ -244,7 +256,8 @@ def _refusal(error: Exception) -> Exception:
 
 
 def _room(job: _Job) -> float:
-    return CHOICE_ROOM if isinstance(job.request, ChoiceRequest) else 1.0
+    """A request's share of a batch: each of its beams is a row."""
+    return CHOICE_ROOM if isinstance(job.request, ChoiceRequest) else float(job.request.sampling.beams)
 
 
 def _settle(job: _Job, outcome: Answer | Exception) -> None:

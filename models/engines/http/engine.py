@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from ..base import (
     RequestError,
     Sampling,
 )
+from ..decoding import refused_by_server, server_fields
 from ..plain_text import plain_for_servers, plain_prompt
 from ..thinking import Tags
 from .answers import (
@@ -42,11 +42,12 @@ from .answers import (
     retry_after,
 )
 from .exchange import exchange
-from .fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField
+from .fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField, response_format
 from .images import data_url, shown
 from .limits import MOST, AdaptiveLimit, Limiter, room_for_connections
 from .server import (
     CONNECT_SECONDS,
+    EXTENDED_SERVERS,
     Connections,
     base_url,
     chosen_model,
@@ -59,7 +60,6 @@ from .trained import TrainedServer
 
 LONGEST_BACKOFF_SECONDS = 15.0
 THOUGHT_PROBE, PROBE_TOKENS = Prompt("Is one and one two? Answer with yes or no."), 256
-EXTENDED_SERVERS = ("vllm", "sglang")  # as named in /v1/models: they take more than OpenAI's fields
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,9 @@ class HTTPEngine(TrainedServer):
         self._unconnected = 0
         self._limiter.reopen()
 
+    def unsupported(self, sampling: Sampling) -> str | None:
+        return refused_by_server(sampling, self._extended)
+
     async def thinks(self) -> bool:
         """Whether the server's model thinks before it answers: probed once, as servers do not expose templates."""
         asked = self._thinks = self._thinks or asyncio.create_task(self._thinks_before(THOUGHT_PROBE))
@@ -195,8 +198,9 @@ class HTTPEngine(TrainedServer):
         body |= {"top_p": sampling.top_p, "seed": sampling.seed, "logprobs": request.logprobs}
         if request.logprobs and self._options.barred:  # a server reports probabilities among all ids, these included
             body |= {"logprob_token_ids": list(self._options.barred), "return_tokens_as_token_ids": True}
+        body |= server_fields(sampling, self._extended)
         if request.json_schema is not None:
-            body["response_format"] = _response_format(request.json_schema)
+            body["response_format"] = response_format(request.json_schema)
         return body
 
     def _choice(self, request: ChoiceRequest) -> dict[str, Any]:
@@ -352,16 +356,3 @@ async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
         await connections.aclose()
         raise
     return HTTPEngine(options, connections, model, served[model] in EXTENDED_SERVERS, model_context(response, model))
-
-
-def _response_format(json_schema: str) -> dict[str, Any]:
-    """OpenAI's response format for a schema. Raises RequestError for text that is not JSON.
-
-    The allowed white space is the server's own setting (vLLM: ``--structured-outputs-config``); the protocol has no
-    field for it, and a weak model may fill its answer with it.
-    """
-    try:
-        schema = json.loads(json_schema)
-    except ValueError as error:
-        raise RequestError(f"the JSON schema is not JSON: {error}") from error
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}

@@ -25,10 +25,12 @@ from ..base import (
     PromptKey,
     Rejected,
     RequestError,
+    Sampling,
     among_allowed,
 )
 from ..chat_templates import open_encoder
 from ..context import too_long
+from ..decoding import no_search
 from ..prompting import PromptEncoder, rgb_pixels
 from ..sampling import vision_ids
 from .config import VLLMOptions, engine_config
@@ -64,6 +66,7 @@ class VLLMEngine:
         on_cpu: bool,
         context: int,
         barred: Sequence[int] = (),
+        second_runner: bool = False,
     ) -> None:
         self.grid = grid
         self._barred = barred  # ids that are never sampled
@@ -72,6 +75,7 @@ class VLLMEngine:
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
         self._on_cpu = on_cpu
+        self._second_runner = second_runner
         self._cores = cores  # the cores of this process before
         self._encoder = encoder
         self._numbers = itertools.count()
@@ -81,20 +85,20 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        from .sampling import extra_args
+        from .sampling import parameters
 
         request.refuse_tempered("vLLM")
+        if (why := self.unsupported(request.sampling)) is not None:
+            raise Rejected(why, final=True)
         schema = request.json_schema
         # vLLM reports probabilities among all ids, before those that are never sampled are barred.
         barred = list(self._barred) if request.logprobs and request.sampling.temperature > 0 else []
         # The grammar's mask is applied before our noise, and what it forbids is -inf, which no noise can lift.
         guide = None if schema is None else StructuredOutputsParams(json=_with_form(schema))
         params = SamplingParams(
-            temperature=0.0,
-            max_tokens=request.sampling.max_tokens,
+            **parameters(request.sampling, self._second_runner),
             logprobs=0 if request.logprobs and not barred else None,  # the sampled token's own only
             logprob_token_ids=barred or None,
-            extra_args=extra_args(request.sampling),
             structured_outputs=guide,
         )
         output = await self._run(request.prompt, params)
@@ -113,11 +117,14 @@ class VLLMEngine:
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         from vllm import SamplingParams
 
-        ids = self._encoder.choice_ids(request.choices)
+        ids = self._encoder.choice_ids(request.continuations)
         params = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=ids)
         output = await self._run(request.prompt, params)
         assert output.logprobs is not None
         return ChoiceScores(tuple(output.logprobs[0][token].logprob for token in ids))
+
+    def unsupported(self, sampling: Sampling) -> str | None:
+        return no_search(sampling, "vLLM")
 
     async def thinks(self) -> bool:
         return self._encoder.thinking is not None
@@ -330,8 +337,8 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder:
         move_off(bound_cores(pids), [os.getpid(), *pids])
     on_cpu = config.device_config.device_type == "cpu"
     context = int(config.model_config.max_model_len)  # as determined by vLLM
-    barred = vision_ids(config.model_config.hf_config)
-    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context, barred)
+    barred, second_runner = vision_ids(config.model_config.hf_config), bool(config.use_v2_model_runner)
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context, barred, second_runner)
 
 
 def _vllm_processes() -> list[Process]:

@@ -24,6 +24,7 @@ from capipe.models.engines.base import (
     Prompt,
     RequestError,
     Sampling,
+    unsupported,
 )
 from capipe.models.engines.http.engine import connect_http_engine
 from capipe.models.engines.http.server import base_url, served_model
@@ -70,6 +71,27 @@ async def test_a_plain_openai_server_gets_no_foreign_fields() -> None:
     }  # fmt: skip
     refused = await ask(double, GenerationRequest(Prompt("Describe.", answer_prefix="I")))
     assert "neither vLLM nor SGLang" in str(refused)
+
+
+async def test_only_vllm_and_sglang_are_sent_a_penalty_and_a_least_length() -> None:
+    sampling = Sampling(max_tokens=7, repetition_penalty=1.05, min_tokens=4)
+    double = Double(lambda n, body: completion("x"))
+    await ask(double, GenerationRequest(Prompt("Describe."), sampling))
+    assert (double.bodies[0]["repetition_penalty"], double.bodies[0]["min_tokens"]) == (1.05, 4)
+    other = Double(lambda n, body: completion("x"), owner="somebody")
+    refused = await ask(other, GenerationRequest(Prompt("Describe."), sampling))
+    assert "--min-tokens 4: the server is neither vLLM nor SGLang" in str(refused) and not other.bodies
+
+
+async def test_no_server_searches_by_beams() -> None:
+    double = Double(lambda n, body: completion("x"))
+    refused = await ask(double, GenerationRequest(Prompt("Describe."), Sampling(beams=5)))
+    assert "--beams 5: a server does not decode so; give --engine transformers" in str(refused) and not double.bodies
+    with serving(double) as url:
+        engine = await connect_http_engine(options(url))
+        assert unsupported(engine, Sampling(min_tokens=4)) is None
+        assert "--no-repeat-ngram 2" in str(unsupported(engine, Sampling(no_repeat_ngram=2)))
+        await engine.aclose()
 
 
 async def test_a_schema_goes_in_openais_form() -> None:

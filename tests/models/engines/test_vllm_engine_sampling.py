@@ -18,9 +18,9 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from capipe.models.engines.base import GenerationRequest, Prompt, Rejected, Sampling
-from capipe.models.engines.sampling import apply
+from capipe.models.engines.sampling import apply, penalise_
 from capipe.models.engines.vllm.engine import VLLMEngine
-from capipe.models.engines.vllm.sampling import FirstRunnerGumbel, SecondRunnerGumbel, extra_args
+from capipe.models.engines.vllm.sampling import FirstRunnerGumbel, SecondRunnerGumbel, extra_args, parameters
 
 CPU = torch.device("cpu")
 VOCAB, IMAGE = 50, 20
@@ -185,3 +185,21 @@ def test_what_was_sent_stays_as_it_was_sent() -> None:
     in_use = processor._on_device
     processor.add_request(0, params(Sampling(0.4, 1.0, 9, 8)))  # while the device may still be reading
     assert [column.item() for column in in_use] == [3, pytest.approx(0.7), pytest.approx(0.9)]
+
+
+def test_a_penalty_scales_logits_and_not_the_noise() -> None:
+    """The first runner's penalties come after its processors, so a sampling request carries its own there."""
+    sampling = Sampling(0.7, 1.0, 9, 5, repetition_penalty=1.5, min_tokens=2)
+    ours, theirs = parameters(sampling, False), parameters(sampling, True)
+    assert (ours["repetition_penalty"], theirs["repetition_penalty"]) == (1.0, 1.5)
+    assert ours["min_tokens"] == theirs["min_tokens"] == 2
+    assert parameters(Sampling(repetition_penalty=1.5), False)["repetition_penalty"] == 1.5  # greedy: no noise
+    processor, plain, logits = first_runner(), Sampling(1.0, 1.0, 9, 8), torch.randn(3, VOCAB)
+    rows = [(Sampling(), []), (sampling, [7, 3]), (plain, [1])]
+    added = [(at, SamplingParams(**parameters(one, False)), [2, 7, 7], drawn) for at, (one, drawn) in enumerate(rows)]
+    processor.update_state(BatchUpdate(3, [], added, []))
+    penalised = logits.clone()
+    penalise_(penalised[1:2], torch.tensor([[2, 3, 7]]), torch.tensor([1.5]))
+    wanted = expected(penalised, [(one, len(drawn)) for one, drawn in rows])
+    assert torch.equal(processor.apply(logits.clone()), wanted)
+    assert not torch.equal(penalised, logits)
