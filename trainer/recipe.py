@@ -60,6 +60,12 @@ class RolloutConfig(Section):
     max_tokens: int = Field(256, ge=1, description="longest caption")
     temperature: float = Field(1.0, gt=0)
     decoders: int = Field(1, ge=1, description="image decoding processes")
+    processes: int | None = Field(
+        None,
+        ge=0,
+        description="transformers on a CPU: processes that sample captions; one for each of torch's threads, by "
+        "default, or half as many with overlap; 0 for none but the training process",
+    )
     engine: str = Field(
         "transformers",
         pattern=r"^(transformers|vllm|https?://\S+(,\s*https?://\S+)*)$",
@@ -361,7 +367,7 @@ class Recipe(Section):
         fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
         if self.rollout.overlap:
             fast -= {"save_every"}  # no rollout overlaps a checkpoint, so its interval matters
-        rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync", "sync_folder", "probe"}
+        rollout = {"decoders", "processes", "engine", "gpu_memory", "sleep", "sync", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
         left_out: Any = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
         semantic: dict[str, Any] = identity_of(self.model_dump(mode="json", exclude=left_out))

@@ -32,6 +32,7 @@ from ..build import PolicyParts
 from ..distributed import Distributed, alone_on
 from ..policy.fsdp import copy_weights
 from ..recipe import Recipe
+from .processes import cores_of, start_processes
 from .weight_sync_check import WeightSyncCheck, tolerance
 from .weight_transfer.base import PolicyModel, WeightTransfer
 from .weight_transfer.direct import open_direct, refuse_direct
@@ -121,9 +122,7 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
     separate = model is not None and model is not parts.policy.model
     copy = partial(copy_weights, parts.policy, model) if separate else None
     if rollout.engine == "transformers":
-        lm = batched_lm(model, str(parts.folder), parts.grid, template_args=recipe.template_args)
-        lm.computes_in = parts.policy.dtype
-        return Sampler(TransformersEngine(lm, parts.grid, max(2, rollout.group) * 16), parts.distributed, copy)
+        return Sampler(_transformers(recipe, parts), parts.distributed, copy)
     device = parts.policy.device
     refuse_direct(rollout, device)
     if rollout.engine == "vllm":
@@ -140,6 +139,18 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
         await engine.aclose()
         raise
     return sampler
+
+
+def _transformers(recipe: Recipe, parts: PolicyParts) -> Engine:
+    """The engine in this process, or on a CPU with several threads in processes of its own."""
+    concurrency = max(2, recipe.rollout.group) * 16
+    cores = cores_of(recipe, parts.policy.device, torch.get_num_threads())
+    torch.set_num_threads(cores.update)
+    if cores.processes:
+        return start_processes(recipe, parts, cores.processes, concurrency)
+    lm = batched_lm(parts.sampled, str(parts.folder), parts.grid, template_args=recipe.template_args)
+    lm.computes_in = parts.policy.dtype
+    return TransformersEngine(lm, parts.grid, concurrency)
 
 
 async def _connect(recipe: Recipe, parts: PolicyParts, engine: Engine, out: Path, shown: Prompt) -> Sampler:
