@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,13 +16,14 @@ import torch
 from ..errors import RunFailed
 from ..models.engines.base import EngineDead
 from ..models.reader import QuizReader
-from .build import PolicyParts, rate, value_weights, write_policy
-from .checkpoint import Facts, folder_of, save
+from .build import PolicyParts, model_weights, value_weights, write_policy
+from .checkpoint import CheckpointWriter, Facts, folder_of
 from .dataset import Example, PromptSampler
 from .evaluation.validation import validate
 from .log import Clock, RunLog, progress_line
 from .policy.batch import Group
-from .policy.fsdp import optimizer_state
+from .policy.optimizer import rate
+from .policy.state import state_tensors
 from .preflight import template_warnings
 from .recipe import Recipe
 from .rewards.base import RewardManager
@@ -48,8 +50,10 @@ class TrainingRun:
     updater: Updater
     log: RunLog
     say: Callable[[str], None]
+    checkpoints: CheckpointWriter
     reward_reader: dict[str, str | None] | None = None  # name and digest of the quiz reader, for `capipe eval`
     step: int = 0
+    model_step: int = 0  # of the last checkpoint that is a Hugging Face folder
     alarms: dict[str, int] = field(default_factory=dict)  # consecutive steps that raised an alarm, by name
     template_rewards: dict[str, float] = field(default_factory=dict)  # mean reward of a generic caption, by reward
     next_groups: list[Group] | None = None  # the next step's rollout, if it ran during the last update
@@ -59,15 +63,22 @@ class TrainingRun:
 async def train(run: TrainingRun) -> Path:
     """Train to the recipe's last step, or until ``run.stopping``; returns the last checkpoint, --out without any.
 
-    Raises RunFailed on an alarm, after a checkpoint.
+    Raises RunFailed on an alarm, after a checkpoint, which is complete by then, however this ends.
     """
+    try:
+        return await _train(run)
+    finally:
+        run.checkpoints.finish()
+
+
+async def _train(run: TrainingRun) -> Path:
     recipe, distributed = run.recipe, run.parts.distributed
     last = folder_of(run.out, run.step) if run.step else run.out
     if run.step == 0:
         await _validate(run)
     while run.step < recipe.steps:
         if distributed.most(int(run.stopping)):  # agreed by all, as processes get signals at different moments
-            return last if run.step == 0 or last == folder_of(run.out, run.step) else checkpoint(run)
+            return last if run.step in (0, run.model_step) else checkpoint(run, True)
         clock = Clock()
         try:
             groups, update = await _step(run, clock)
@@ -86,7 +97,7 @@ async def train(run: TrainingRun) -> Path:
         _report(run, metrics, clock)
         alarm = raised_alarm(metrics, recipe.alarms, run.alarms)
         if run.step % recipe.save_every == 0 or run.step == recipe.steps or alarm:
-            last = checkpoint(run)
+            last = checkpoint(run, bool(alarm) or run.step == recipe.steps)
         if alarm:
             raise RunFailed(f"step {run.step}: {alarm}; {last} is as far as it came, and --out has the captions")
     return last
@@ -206,12 +217,17 @@ async def _validate(run: TrainingRun) -> None:
         )
 
 
-def checkpoint(run: TrainingRun) -> Path:
-    """Write a checkpoint; a collective call, as no process may hold all weights."""
-    facts = Facts(run.step, run.fingerprint, {"alarms": run.alarms, "reader": run.reward_reader})
-    state = optimizer_state(run.parts.policy, run.updater.optimizer)
-    head = value_weights(run.parts)
-    if run.parts.distributed.first:
-        save(run.out, facts, lambda folder: write_policy(run.parts, folder, head), state)
-    run.parts.distributed.wait()
-    return folder_of(run.out, run.step)
+def checkpoint(run: TrainingRun, model_files: bool = False) -> Path:
+    """Begin to write a checkpoint, which training need not wait for; a collective call for all processes.
+
+    ``model_files``: as a Hugging Face folder, too, even where the recipe writes one for the last step only.
+    """
+    parts, write = run.parts, None
+    state = state_tensors(parts.policy, run.updater.optimizer)
+    if model_files or run.recipe.every_is_model(parts.policy.model_bytes()):
+        weights, head = model_weights(parts), value_weights(parts)
+        write = partial(write_policy, parts, values=head, weights=weights)
+        run.model_step = run.step
+    return run.checkpoints.save(
+        Facts(run.step, run.fingerprint, {"alarms": run.alarms, "reader": run.reward_reader}), state, write
+    )

@@ -20,6 +20,8 @@ from .recipe_file import find_recipe, first_problem, read_recipe
 from .rewards.kinds import RewardEntry
 from .rewards.quiz import QuizRewardConfig
 
+LARGE = 2 << 30  # bytes of a model's files, from which on not every checkpoint has them
+
 
 class Section(Growing):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -166,7 +168,7 @@ class AlarmConfig(Section):
 class Recipe(Section):
     """All settings of a run."""
 
-    later = ("template_args", "max_pixels", "min_pixels")
+    later = ("template_args", "max_pixels", "min_pixels", "model_files")
 
     model: str = Field(description="where training starts: a bundled model, a folder or a hub id")
     prompt: str = Field(DENSE[0], description="empty for models that read none, or nothing but the image")
@@ -187,6 +189,11 @@ class Recipe(Section):
     alarms: AlarmConfig = AlarmConfig()
     steps: int = Field(100, ge=1)
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    model_files: Literal["auto", "every", "last"] = Field(
+        "auto",
+        description="checkpoints that are Hugging Face folders, which engines load: every one, or the last and the "
+        "best; auto: every one of models up to 2 GiB",
+    )
     budget: int = Field(16384, ge=1, description="packed tokens in one forward pass")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of computation, weights are float32; auto: bfloat16 (autocast) on CUDA, float32 on a CPU"
@@ -194,7 +201,9 @@ class Recipe(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     gradient_checkpointing: bool = False
     parallel: Literal["replicated", "sharded"] = Field(
-        "replicated", description="under torchrun: weights whole in every process (DDP), or split over them (FSDP2)"
+        "replicated",
+        description="under torchrun: weights whole in every process (DDP), or split over those of a node (FSDP2) and "
+        "replicated between nodes",
     )
     preflight: bool = Field(
         True,
@@ -237,9 +246,13 @@ class Recipe(Section):
         if self.parallel == "sharded":
             raise ValueError("trained.lora: an adapter is too small to be split; set parallel: replicated")
 
+    def every_is_model(self, size: int) -> bool:
+        """Whether every checkpoint of a model of ``size`` bytes is a Hugging Face folder."""
+        return self.model_files == "every" or (self.model_files == "auto" and size <= LARGE)
+
     def semantic(self) -> dict[str, Any]:
         """Settings that determine the weights, with the code of imported rewards and losses; not location or speed."""
-        fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
+        fast: Any = {"budget", "device", "gradient_checkpointing", "model_files", "parallel", "save_every", "wandb"}
         if self.rollout.overlap:
             fast -= {"save_every"}  # no rollout overlaps a checkpoint, so its interval matters
         rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}

@@ -9,7 +9,7 @@ import pytest
 
 from capipe.errors import BadInput
 from capipe.pipeline.chain.recipe import load_chain_recipe
-from capipe.trainer.build import rate
+from capipe.trainer.policy.optimizer import rate
 from capipe.trainer.recipe import OptimizerConfig, Recipe, load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
 

@@ -10,8 +10,9 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from ...models.engines.hf.mixed_precision import head_product
 
 CHUNK_LOGITS = 1 << 26  # per chunk: 256 MB of float32
 
@@ -24,21 +25,27 @@ def token_scores(
     temperature: float = 1.0,
     banned: Tensor | None = None,
     bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, both float32 (tokens,), with gradients.
 
     ``hidden``: (tokens, width), inputs of the head; ``weight``: (vocabulary, width), the head's; ``targets``:
-    (tokens,); ``banned``: ids that are never sampled and so have no probability; ``bias``: (vocabulary,), the head's.
+    (tokens,); ``banned``: ids that are never sampled and so have no probability; ``bias``: (vocabulary,), the head's;
+    ``dtype``: of the factors of the head's product, whose sums are float32 (:func:`.head_product`).
     """
     size = max(1, chunk_logits // len(weight))
+    rounded = None if dtype is None else weight.detach().to(dtype)  # once, not for every chunk
     if len(hidden) <= size:
-        return _scores(hidden, weight, targets, temperature, banned, bias)
+        return _scores(hidden, weight, rounded, targets, temperature, banned, bias)
     parts = [
         cast(
             tuple[Tensor, Tensor],
             checkpoint(
-                _scores, rows, weight, ids, temperature, banned, bias, use_reentrant=False, preserve_rng_state=False
+                _scores,
+                *(rows, weight, rounded, ids, temperature, banned, bias),
+                use_reentrant=False,
+                preserve_rng_state=False,
             ),
         )
         for rows, ids in zip(hidden.split(size), targets.split(size), strict=True)
@@ -49,12 +56,13 @@ def token_scores(
 def _scores(
     hidden: Tensor,
     weight: Tensor,
+    rounded: Tensor | None,
     targets: Tensor,
     temperature: float,
     banned: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    logits = functional.linear(hidden, weight, bias).float() / temperature
+    logits = head_product(hidden, weight, bias, rounded).float() / temperature
     if banned is not None and len(banned):
         logits = logits.index_fill(1, banned, float("-inf"))
     logps = logits.log_softmax(dim=-1)
