@@ -108,14 +108,18 @@ async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Pr
         return Sampler(TransformersEngine(lm, parts.grid, rollout.group * 16), parts.distributed, copy)
     engine: Engine = _vllm(recipe, parts) if rollout.engine == "vllm" else await _connected(recipe, parts)
     folder = Path(rollout.sync_folder) if rollout.sync_folder else out / SYNC_FOLDER
-    probing = DecoderPolicy(model, dtype=parts.policy.dtype)  # temperature 1, no banned ids: as in vLLM's log-probabilities
+    probing = DecoderPolicy(
+        model, dtype=parts.policy.dtype
+    )  # temperature 1, no banned ids: as in vLLM's log-probabilities
     on_cpu = next(model.parameters()).device.type == "cpu"
     tolerance = rollout.probe or (PROBE_EXACT if on_cpu else PROBE_BF16)
     probe = WeightSyncCheck(shown, parts.preparing.prepare(shown), probing, tolerance)
     write = partial(write_model, parts)
     sampler = Sampler(engine, parts.distributed, copy, write, folder, probe, rollout.sleep, rollout.engine != "vllm")
     try:
-        if sampler.shared or parts.state is not None:  # a server's weights may be of an earlier run, vLLM's are the start
+        if (
+            sampler.shared or parts.state is not None
+        ):  # a server's weights may be of an earlier run, vLLM's are the start
             await sampler.sync(0)
         else:
             await sampler.check(0)

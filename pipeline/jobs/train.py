@@ -19,6 +19,7 @@ from ...manifests.files.storage import remove, unfinished, write_new
 from ...manifests.fingerprint import differences, fingerprint
 from ...manifests.shards import expand, read_places
 from ...models.engines.base import EngineDead, Prompt, RequestError
+from ...models.engines.context import image_tokens
 from ...models.engines.hf.model_adapter import PreparedPrompt
 from ...models.engines.loading import model_identity
 from ...models.reader import QuizReader, ReaderConfig
@@ -31,6 +32,7 @@ from ...trainer.evaluation.ability import ability_of, cautions
 from ...trainer.log import RunLog, Sink, TensorBoard, WandB
 from ...trainer.loop import TrainingRun, train
 from ...trainer.losses import ClipRange
+from ...trainer.memory import check_memory
 from ...trainer.policy.critic import CriticConfig
 from ...trainer.policy.fsdp import restore_optimizer
 from ...trainer.policy.optimizer import build_optimizer
@@ -82,6 +84,8 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
     mark, resumed = fingerprint(semantic), _look(out, semantic, fresh)
     parts = load_policy(recipe, resumed[0] if resumed else None, distributed)
     say(parts.learning)
+    for line in check_memory(recipe, parts.policy, image_tokens(parts.grid), distributed):
+        say(line)
     rewards = await build_reward_manager(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
     grader: QuizReader | None = None
     sampler: Sampler | None = None

@@ -29,7 +29,6 @@ from capipe.trainer.policy.state import load_optimizer, load_weights, state_of, 
 
 from .policies import random_model
 
-
 STATE = {"weight.a": torch.arange(3.0)}
 
 
@@ -143,7 +142,7 @@ def test_one_counts_when_its_state_is_on_disk(tmp_path: Path, monkeypatch: pytes
     state = Future()
     writer.save(Facts(2, "mark", {}), STATE, write)
     state.set_exception(OSError("no space left"))
-    with pytest.raises(RunFailed, match="a checkpoint could not be written .no space left"):
+    with pytest.raises(RunFailed, match=r"a checkpoint could not be written .no space left"):
         writer.finish()
     assert checkpoints(tmp_path) == [made]
     writer.finish()

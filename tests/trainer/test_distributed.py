@@ -99,7 +99,11 @@ def work(folder: str, name: str, sharded: bool) -> None:
 
 
 def hand_over_states(
-    folder: Path, config: UpdateConfig, distributed: Distributed, policy: DecoderPolicy, optimizer: torch.optim.Optimizer
+    folder: Path,
+    config: UpdateConfig,
+    distributed: Distributed,
+    policy: DecoderPolicy,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Write this run's state, each process its own shards; read that of the single process, which is the same."""
     state = state_tensors(policy, optimizer)
@@ -176,8 +180,9 @@ def test_several_processes_equal_one(tmp_path: Path, name: str, sharded: bool, n
     for key in ("loss", "norm", "entropy", "value_loss"):
         assert found["report"][key] == pytest.approx(getattr(report, key), rel=1e-9, abs=1e-12)
     again = policy_of(CONFIGS[name])
-    load_weights(tmp_path / "several", again) if sharded else None
-    assert not sharded or all(torch.equal(weight, found["weights"][key]) for key, weight in weights(again).items())
+    placed(again, ALONE)
+    load_weights(tmp_path / "several", again)
+    assert all(torch.equal(weight, found["weights"][key]) for key, weight in weights(again).items())
     assert found["report"]["tokens"] == report.tokens and found["report"]["unscored"] == report.unscored
 
 

@@ -68,7 +68,7 @@ def keep_rounded(model: nn.Module, dtype: torch.dtype | None) -> None:
 def frozen_copy(
     model: Model, dtype: torch.dtype | None, device: torch.device | str | None = None, entirely: bool = False
 ) -> Model:
-    """Frozen copy, its matrices in ``dtype`` as by :func:`keep_rounded` (with ``entirely``: all weights), on ``device``.
+    """Frozen copy on ``device``, its matrices in ``dtype`` as by :func:`keep_rounded`, with ``entirely`` all weights.
 
     Each weight is cast on its way, so that at no time a second one of the same size is in memory.
     """

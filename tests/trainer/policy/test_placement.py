@@ -1,4 +1,4 @@
-"""Where weights are and in which type: frozen ones rounded to what they are computed in, copies where they are needed."""
+"""Where weights are and in which type: frozen ones as they are computed with, copies where they are needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ MODELS = ("captioner", "blip2", "vit-gpt2")
 
 
 def recipe(model: str = "captioner", **settings: Any) -> Recipe:
-    return Recipe.model_validate({**SETTINGS, "model": f"tiny/{model}", "dtype": "bfloat16", "prompt": words(model), **settings})
+    return Recipe.model_validate(
+        {**SETTINGS, "model": f"tiny/{model}", "dtype": "bfloat16", "prompt": words(model), **settings}
+    )
 
 
 def words(model: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from capipe.models.engines.base import GenerationRequest, ImageInput, Prompt, Sampling
 from capipe.models.engines.hf.engine import TransformersEngine
 from capipe.trainer.build import build_policy, computed_in
-from capipe.trainer.policy.batch import Group, pack
+from capipe.trainer.policy.batch import Batch, Group, pack
 from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.recipe import Recipe
 from capipe.trainer.sampler import build_sampler
@@ -24,6 +24,14 @@ from .test_decoder import gradients
 FAMILIES = ("qwen2.5", "qwen3")
 
 
+def packed_groups(policy: DecoderPolicy, family: str) -> Batch:
+    made = groups(policy, family)
+    for group in made:
+        if group.prompt.image is not None:
+            object.__setattr__(group.prompt.image, "patches", group.prompt.image.patches.float())
+    return pack(made)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_float32_but_for_rounding(family: str, checkpointing: bool) -> None:
@@ -32,14 +40,11 @@ def test_gradients_are_those_of_float32_but_for_rounding(family: str, checkpoint
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    made = groups(policies[0], family)
-    for group in made:
-        if group.prompt.image is not None:
-            object.__setattr__(group.prompt.image, "patches", group.prompt.image.patches.float())
+    batch = packed_groups(policies[0], family)
     found = []
     for policy in policies:
         policy.zero_grad()
-        scores = policy(pack(made))
+        scores = policy(batch)
         assert scores.logp.dtype == scores.entropy.dtype == torch.float32
         (scores.logp * torch.linspace(-1, 1, len(scores.logp))).sum().backward()
         found.append((scores.logp.detach(), gradients(policy)))
