@@ -7,6 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
 from capipe.models.tiny.world.corpus import write_corpus
 from capipe.models.tiny.world.scenes import Split
@@ -26,6 +29,12 @@ def quizzed(folder: Path, count: int, split: Split, seed: int) -> None:
     capipe("ingest", folder / "corpus", "--out", folder / "shards")
     quizzes = ("--import", folder / "set.jsonl", "--screen", "none")
     capipe("qa", "--shards", folder / "shards", "--out", folder / "qa", *quizzes)
+
+
+def same_state(*checkpoints: Path) -> bool:
+    """Whether two checkpoints hold the same state, to the bit; their files' headers may be in another order."""
+    one, two = (load_file(next((checkpoint / "state").iterdir())) for checkpoint in checkpoints)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def weights(checkpoint: Path) -> bytes:
