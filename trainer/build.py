@@ -305,7 +305,8 @@ def model_weights(parts: PolicyParts) -> dict[str, Tensor]:
 
     A collective call for all processes; the first alone gets them, the others nothing.
     """
-    model, found = parts.policy.model, {}
+    model: Any = parts.policy.model
+    found: dict[str, Tensor] = {}
     names: dict[int, str] = {}  # of the model's own weights, by id(): tied ones stay one
     weights = merged_weights(model) if has_adapter(model) else model.state_dict(keep_vars=True).items()
     for name, weight in weights:

@@ -85,10 +85,10 @@ class CheckpointWriter:
             self._distributed.wait()  # the folder is there, and what a kill left in it is not
         elif not first:
             return final
+        if first and write_model is not None:
+            write_model(partial)
         self._state = save_state(partial / STATE_FOLDER, state, self._distributed)
         if first:
-            if write_model is not None:
-                write_model(partial)
             self._thread = threading.Thread(target=self._complete, args=(partial, final, facts), name="checkpoint")
             self._thread.start()
         return final

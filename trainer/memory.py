@@ -24,7 +24,7 @@ from .recipe import Recipe
 
 CONTEXT = 1.5e9  # CUDA's context, kernels and communication buffers: assumed
 WASTE = 0.05  # of the update's memory, lost to the allocator's fragments: assumed
-CHUNKS = 5  # tensors of a chunk of logits at once: logits, log-probabilities, probabilities, two gradients
+CHUNKS = 5  # tensors of a chunk of logits at once: probabilities, gradients, two products for entropy's, factors
 GB = 1e9
 INNER = ("intermediate_size", "ffn_dim", "n_inner")  # names of an MLP's width
 
@@ -33,7 +33,7 @@ INNER = ("intermediate_size", "ffn_dim", "n_inner")  # names of an MLP's width
 class ModelSize:
     """Weights by what becomes of them, and the shapes that activations follow from.
 
-    ``matrices``: of ``learning`` or ``frozen``, those that a copy keeps in the computing type (:func:`.cast_at_use`).
+    ``matrices``: of ``learning`` or ``frozen``, those that a copy keeps in the computing type (``cast_at_use``).
     ``layer``, ``rest``: weights of a decoder layer, and of the unit that FSDP2 splits last (embeddings, head, norms).
     """
 
@@ -165,7 +165,7 @@ def estimate(size: ModelSize, recipe: Recipe, layout: Layout) -> Memory:
     layers = layout.columns * 4 * size.width * size.layers, layout.columns * kept * 4 / 3 + cast
     if not recipe.gradient_checkpointing:
         layers = (layout.columns * kept + cast) * size.layers, layout.columns * kept / 3
-    head = size.vocabulary * size.width * ((2 if half else 0) + 4)
+    head = size.vocabulary * size.width * (2 + 4 + 4 if half else 4)  # rounded; its gradient, and a chunk's
     engine = rollout.gpu_memory * layout.card if rollout.engine == "vllm" else 0
     always = {"weights": weights, "moments": moments, "reference": reference, "sampler's copy": copied}
     beside = {"context": CONTEXT, "engine": 0 if rollout.sleep else engine}

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from ...errors import BadInput
 from ..distributed import Distributed
@@ -60,7 +61,7 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], distributed: Distrib
     ``distributed.writers`` until the future ends.
     """
     _expect_one_process()
-    future: Future[Any] = dcp.async_save(  # type: ignore[assignment]
+    future: Future[Any] = async_save(  # type: ignore[assignment]
         dict(tensors),
         storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
         planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
@@ -102,7 +103,7 @@ def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     try:
         _expect_one_process()
         # Each process reads what it needs; there is nothing to agree upon.
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         raise _unreadable(folder, next(iter(error.failures.values()))[0]) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

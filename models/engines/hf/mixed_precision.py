@@ -7,7 +7,7 @@ product is the same to the last bit, in half the memory.
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,11 @@ def head_product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, rou
     """Logits (rows, vocabulary), of a head's inputs (rows, width) and its ``weight`` (vocabulary, width).
 
     With ``rounded``, the matrix in bfloat16, inputs are rounded as well and products are summed up in float32, which
-    the result is in; without it everything is computed in the weights' own type.
+    the result is in; without it everything is computed in the weights' own type. Gradients are the trainer's business.
     """
     if rounded is None:
         return functional.linear(hidden, weight, bias)
-    logits = cast(Tensor, _RoundedProduct.apply(hidden, weight, rounded))
+    logits = rounded_matmul(hidden.to(rounded.dtype), rounded.t())
     return logits if bias is None else logits + bias.float()
 
 
@@ -36,25 +36,6 @@ def rounded_matmul(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
-
-
-class _RoundedProduct(torch.autograd.Function):
-    """``hidden @ weight.T`` with bfloat16 factors and float32 sums, gradients included."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rounded: Tensor) -> Tensor:
-        inputs = hidden.to(rounded.dtype)
-        ctx.save_for_backward(inputs, rounded)
-        ctx.types = hidden.dtype, weight.dtype
-        return rounded_matmul(inputs, rounded.t())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        inputs, rounded = ctx.saved_tensors
-        gradient = gradients[0].to(rounded.dtype)
-        of_hidden = rounded_matmul(gradient, rounded).to(ctx.types[0]) if ctx.needs_input_grad[0] else None
-        of_weight = rounded_matmul(gradient.t(), inputs).to(ctx.types[1]) if ctx.needs_input_grad[1] else None
-        return of_hidden, of_weight, None
 
 
 def keep_rounded(model: nn.Module, dtype: torch.dtype | None) -> None:
