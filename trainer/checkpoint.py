@@ -66,12 +66,21 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
 
-    def save(self, facts: Facts, state: Mapping[str, Tensor], write_model: Callable[[Path], None] | None) -> Path:
+    def save(
+        self,
+        facts: Facts,
+        state: Mapping[str, Tensor],
+        write_model: Callable[[Path], None] | None,
+        best: int | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> Path:
         """Copy ``state`` and begin to write it; returns the folder's name to be. :meth:`finish` waits for it.
 
-        ``write_model``: writes files for other programs into the checkpoint, before this returns. A collective call for
-        all processes if weights are sharded, else of use in the first alone. Raises as :meth:`finish`, of the
-        checkpoint before.
+        ``write_model``: writes files for other programs into the checkpoint, before this returns. ``best``: step of a
+        checkpoint to keep besides the newest. ``then``: called in the first process once the checkpoint counts.
+
+        A collective call for all processes if weights are sharded, else of use in the first alone. Raises as
+        :meth:`finish`, of the checkpoint before.
         """
         self.finish()
         first, final = self._distributed.first, folder_of(self.run, facts.step)
@@ -89,7 +98,8 @@ class CheckpointWriter:
             write_model(partial)
         self._state = save_state(partial / STATE_FOLDER, state, self._distributed)
         if first:
-            self._thread = threading.Thread(target=self._complete, args=(partial, final, facts), name="checkpoint")
+            arguments = (partial, final, facts, best, then)
+            self._thread = threading.Thread(target=self._complete, args=arguments, name="checkpoint")
             self._thread.start()
         return final
 
@@ -104,7 +114,9 @@ class CheckpointWriter:
         if failed is not None:
             raise RunFailed(f"{self.run}: a checkpoint could not be written ({_reason(failed)})") from failed
 
-    def _complete(self, partial: Path, final: Path, facts: Facts) -> None:
+    def _complete(
+        self, partial: Path, final: Path, facts: Facts, best: int | None, then: Callable[[], None] | None
+    ) -> None:
         assert self._state is not None
         try:
             self._state.result()  # in the first process: those of all processes are on disk
@@ -116,8 +128,11 @@ class CheckpointWriter:
                 remove(final)
             partial.rename(final)
             sync(self.run)
+            if then is not None:
+                then()
             for old in checkpoints(self.run)[: -self.keep]:
-                remove(old)
+                if best is None or old != folder_of(self.run, best):
+                    remove(old)
         except BaseException as error:  # of a thread: raised by finish()
             self._failed = error
 

@@ -154,6 +154,17 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000010", "step-000011"]
 
 
+def test_the_best_is_kept_besides_them_and_noted_once_it_is_complete(tmp_path: Path) -> None:
+    writer, noted = CheckpointWriter(tmp_path, keep=1), []
+    for step in (1, 2, 3):
+        writer.save(
+            Facts(step, "mark", {}), STATE, write, best=1, then=lambda: noted.append(len(checkpoints(tmp_path)))
+        )
+    writer.finish()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000001", "step-000003"]
+    assert noted == [1, 2, 3]  # with the new one, before an old one goes
+
+
 def test_another_recipe_does_not_go_on_from_it(tmp_path: Path) -> None:
     made = save(tmp_path, Facts(1, "mark", {}), write, STATE)
     with pytest.raises(ArtifactMismatch, match=r"another recipe.*--fresh"):

@@ -71,7 +71,7 @@ class DecoderPolicy(nn.Module):
     def model_bytes(self) -> int:
         """Size of the model's weights as a file, in the computing type."""
         weights = sum(weight.numel() for weight in self.model.parameters())
-        return weights * (4 if self.dtype is None else 2)
+        return int(weights) * (4 if self.dtype is None else 2)
 
     def forward(self, batch: Batch) -> Scores:
         """Score all completion tokens of ``batch``."""

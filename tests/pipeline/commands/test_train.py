@@ -47,11 +47,12 @@ def test_a_run_trains_and_its_checkpoint_captions(recipe: Path, training_data: P
 ADAPTER = ("trained.lora={rank: 4, dropout: 0.1}", "algorithm.kl=0.05", "optimizer.lr=1e-3", "dtype=bfloat16")
 
 
+LAST = ("model_files=last",)
 CRITIC = ("algorithm.loss=ppo", "algorithm.critic={rate: 20}", "algorithm.kl=0.05")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sets", [(), CRITIC, pytest.param(ADAPTER, marks=needs_peft)])
+@pytest.mark.parametrize("sets", [(), CRITIC, LAST, pytest.param(ADAPTER, marks=needs_peft)])
 async def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     recipe: Path, tmp_path: Path, sets: tuple[str, ...]
 ) -> None:
@@ -66,6 +67,7 @@ async def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     parts = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
         await run_training(loaded, parts, fresh=False, say=stops)
+    assert (parts / "step-000002/config.json").exists() == (sets is not LAST)
     said: list[str] = []
     last = await run_training(loaded, parts, fresh=False, say=said.append)
     assert f"going on from {parts / 'step-000002'}" in said
