@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from capipe.errors import ArtifactMismatch, BadInput, RunFailed
+from capipe.models.engines.model_folder import resolve_model
 from capipe.trainer import checkpoint
 from capipe.trainer.checkpoint import (
     FACTS,
@@ -80,6 +81,8 @@ def test_training_goes_on_while_its_state_is_written_and_comes_back_to_the_bit(t
 def test_nothing_in_it_is_unpickled(tmp_path: Path) -> None:
     made = save(tmp_path, Facts(1, "mark", {}), None, STATE)
     assert {path.suffix for path in made.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    with pytest.raises(BadInput, match=r"no config.json; name the last or the best checkpoint"):  # it is no model
+        resolve_model(str(made))
 
 
 @pytest.mark.parametrize("damage", ["of others", "cut", "gone", "no tensors"])

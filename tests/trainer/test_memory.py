@@ -12,11 +12,13 @@ from torch import nn
 from capipe.errors import BadInput
 from capipe.models.engines.context import text_room
 from capipe.trainer.build import build_policy, freeze, load_policy
+from capipe.trainer.distributed import ALONE
 from capipe.trainer.memory import (
     GB,
     Layout,
     Memory,
     ModelSize,
+    check_memory,
     estimate,
     largest_columns,
     refuse_too_large,
@@ -77,6 +79,21 @@ def test_an_adapter_has_few_moments_and_no_reference() -> None:
     parts.pictures.close()
     memory = estimate(size_of(parts.policy.model), settings, Layout())
     assert memory.update["reference"] == 0 and 0 < memory.update["moments"] < 0.2 * memory.update["weights"]
+
+
+def test_a_run_says_what_it_needs_and_is_refused_by_a_gpu_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe()
+    parts = load_policy(settings)
+    parts.pictures.close()
+    (line,) = check_memory(settings, parts.policy, 64, ALONE)
+    assert line.startswith("memory of a process by arithmetic, GB: update ")
+    monkeypatch.setattr(DecoderPolicy, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2_000_000_000))
+    _, warning = check_memory(settings, parts.policy, 64, ALONE)  # some 1.5 GB are CUDA's own
+    assert warning.startswith("warning: by arithmetic a step needs ")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10_000_000))
+    with pytest.raises(BadInput, match=r"for each GPU of 0\.0 GB"):
+        check_memory(settings, parts.policy, 64, ALONE)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -11,6 +11,7 @@ import torch
 
 from capipe.models.engines.base import GenerationRequest, ImageInput, Prompt, Sampling
 from capipe.models.engines.hf.engine import TransformersEngine
+from capipe.models.engines.hf.mixed_precision import frozen_copy
 from capipe.trainer.build import build_policy, computed_in
 from capipe.trainer.policy.batch import Batch, Group, pack
 from capipe.trainer.policy.decoder import DecoderPolicy
@@ -52,6 +53,17 @@ def test_gradients_are_those_of_float32_but_for_rounding(family: str, checkpoint
     assert 0 < (rounded - exact).abs().mean() < 0.05
     assert torch.cosine_similarity(gradient, expected, dim=0) > 0.99
     assert gradient.dtype == torch.float32 and {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reference_kept_in_bfloat16_computes_the_same_bits(family: str) -> None:
+    model = random_model(family).float()
+    batch = packed_groups(DecoderPolicy(model, [IMAGE]), family)
+    halved = frozen_copy(model, torch.bfloat16)
+    assert {weight.dtype for weight in halved.parameters()} == {torch.float32, torch.bfloat16}
+    with torch.no_grad():
+        exact, same = (DecoderPolicy(each, [IMAGE], dtype=torch.bfloat16)(batch).logp for each in (model, halved))
+    assert torch.equal(exact, same) and exact.isfinite().all()
 
 
 def test_auto_is_what_the_device_is_good_at() -> None:
