@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -14,64 +12,37 @@ from typing import Any
 
 import torch
 
-from ..errors import CapipeError, RunFailed
-from ..manifests.files.storage import write_new
+from ..errors import RunFailed
 from ..models.engines.base import EngineDead
-from ..models.reader import QuizReader
-from .build import PolicyParts, rate, value_weights, write_policy
-from .checkpoint import Facts, checkpoints, folder_of, save, step_of
-from .dataset import Example, PromptSampler
-from .distributed import Agreed
+from .checkpoint import checkpoints, folder_of, step_of
+from .dataset import PromptSampler
 from .evaluation.validation import validate
-from .log import ACCURACY, VALIDATION, Best, Clock, RunLog, best_validated, progress_line, read_steps, write_best
+from .log import ACCURACY, VALIDATION, Best, Clock, best_validated, progress_line, read_steps, write_best
 from .metrics import UpdateMetrics
 from .policy.batch import Group
-from .policy.fsdp import optimizer_state
+from .policy.optimizer import rate
 from .preflight import template_warnings
 from .recipe import Recipe
-from .rewards.base import RewardManager
-from .sampling.rollouts import Demonstrations, Rollout, Rollouts
-from .sampling.sampler import Sampler
+from .sampling.rollouts import Rollout
 from .step_metrics import raised_alarm, refill_metrics, step_metrics
-from .update import Updater, is_tied
-
-FAILURE = "failure.log"  # traceback of the error that ended a run
-
-
-@dataclass
-class TrainingRun:
-    """A run with all its parts; ``step``: the next step. ``demonstrations``: given captions, instead of rollouts."""
-
-    recipe: Recipe
-    out: Path
-    fingerprint: str
-    examples: Sequence[Example]
-    held_out: Sequence[Example]
-    parts: PolicyParts
-    sampler: Sampler
-    rollouts: Rollouts
-    rewards: RewardManager
-    validation_reader: QuizReader | None
-    updater: Updater
-    log: RunLog
-    say: Callable[[str], None]
-    reward_reader: dict[str, str | None] | None = None  # name and digest of the quiz reader, for `capipe eval`
-    step: int = 0
-    alarms: dict[str, int] = field(default_factory=dict)  # consecutive steps that raised an alarm, by name
-    template_rewards: dict[str, float] = field(default_factory=dict)  # mean reward of a generic caption, by reward
-    demonstrations: Demonstrations | None = None
-    next_rollout: Rollout | Exception | None = None  # the next step's, or its error, if it ran during the last update
-    unlogged: dict[str, Any] | None = None  # metrics of the completed step, until they are logged
-    best: Best | None = None  # the best checkpoint by validation; known to the first process
-    stopping: bool = False  # after a signal: finish the step, write a checkpoint, end
+from .training_run import TrainingRun, checkpoint, ended_by
+from .update import is_tied
 
 
 async def train(run: TrainingRun) -> Path:
     """Train to the recipe's last step, or until ``run.stopping``; returns the last checkpoint, --out without any.
 
-    Raises RunFailed on an alarm, after a checkpoint. An error in a step ends the run with a checkpoint of the last
-    completed step, if its weights are still there: CapipeErrors are raised as they are, others as RunFailed.
+    Raises RunFailed on an alarm, after a checkpoint, which is complete by then, however this ends. An error in a step
+    ends the run with a checkpoint of the last completed step, if its weights are still there: CapipeErrors are raised
+    as they are, others as RunFailed.
     """
+    try:
+        return await _train(run)
+    finally:
+        run.checkpoints.finish()
+
+
+async def _train(run: TrainingRun) -> Path:
     recipe, distributed = run.recipe, run.parts.distributed
     last = folder_of(run.out, run.step) if run.step else run.out
     if distributed.first:
@@ -82,7 +53,7 @@ async def train(run: TrainingRun) -> Path:
                 write_best(run.out, run.best)
         while run.step < recipe.steps:
             if distributed.most(int(run.stopping)):  # agreed by all, as processes get signals at different moments
-                return last if run.step == 0 or last == folder_of(run.out, run.step) else checkpoint(run)
+                return last if run.step in (0, run.model_step) else checkpoint(run, True)
             try:
                 last, alarm = await _complete_step(run, last)
             except EngineDead:
@@ -92,7 +63,7 @@ async def train(run: TrainingRun) -> Path:
             if alarm:
                 raise RunFailed(f"step {run.step}: {alarm}; {last} is as far as it came, and --out has the captions")
     except Exception as error:
-        reported = _ended_by(run, error, last)
+        reported = ended_by(run, error, last)
         if reported is error:
             raise
         raise reported from error
@@ -123,7 +94,7 @@ async def _complete_step(run: TrainingRun, last: Path) -> tuple[Path, str | None
         run.unlogged = None
     improved = bool(distributed.most(int(improved)))
     if _saves(recipe, run.step) or alarm or improved:
-        last = checkpoint(run)
+        last = checkpoint(run, bool(alarm) or improved or run.step == recipe.steps)
     return last, alarm
 
 
@@ -298,62 +269,3 @@ async def _validate(run: TrainingRun) -> bool:
         return False
     run.best = Best(run.step, value)
     return True
-
-
-def checkpoint(run: TrainingRun) -> Path:
-    """Write a checkpoint; a collective call, as no process may hold all weights."""
-    facts = Facts(run.step, run.fingerprint, {"alarms": run.alarms, "reader": run.reward_reader})
-    state = optimizer_state(run.parts.policy, run.updater.optimizer)
-    head = value_weights(run.parts)
-    best = run.best
-    if run.parts.distributed.first:
-        kept = None if best is None else best.step
-        save(run.out, facts, lambda folder: write_policy(run.parts, folder, head), state, best=kept)
-        if best is not None:
-            write_best(run.out, best)
-    run.parts.distributed.wait()
-    return folder_of(run.out, run.step)
-
-
-def _ended_by(run: TrainingRun, error: Exception, last: Path) -> Exception:
-    """The error that ends a run after ``error`` in a step: one line, with what the same command goes on from."""
-    together = run.parts.distributed.count == 1 or isinstance(error, Agreed)  # all processes are here
-    cause = error.error if isinstance(error, Agreed) else error
-    kept = _kept(run, last, together)
-    if isinstance(cause, CapipeError):
-        run.say(kept)
-        return cause
-    if cause is None:
-        return RunFailed(f"another process failed and says why; {kept}")
-    if isinstance(cause, EngineDead):
-        return RunFailed(f"{cause}; {kept}")
-    rank = run.parts.distributed.rank
-    file = run.out / (FAILURE if rank == 0 else f"{rank}-{FAILURE}")
-    with suppress(OSError):
-        write_new(file, "".join(traceback.format_exception(cause)).encode(errors="backslashreplace"))
-    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
-    when = f"after step {run.step}" if run.unlogged is not None else f"step {run.step + 1}"
-    return RunFailed(f"{when}: {reason} ({file} has the traceback); {kept}")
-
-
-def _kept(run: TrainingRun, last: Path, together: bool) -> str:
-    """Write a checkpoint of the last completed step, if that is possible; says what the same command goes on from.
-
-    It is not possible where an update has changed weights and was not completed, or where other processes, whose part
-    of the weights it needs, are elsewhere.
-    """
-    if run.step and last != folder_of(run.out, run.step) and together and not run.updater.incomplete:
-        try:
-            if run.unlogged is not None:
-                run.log.step(run.step - 1, run.unlogged)
-            last = checkpoint(run)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return f"no checkpoint of step {run.step} could be written ({reason}); {_goes_on(run, last)}"
-    return _goes_on(run, last)
-
-
-def _goes_on(run: TrainingRun, last: Path) -> str:
-    if last == run.out:
-        return "there is no checkpoint yet: the same command starts over"
-    return f"the same command goes on from {last}"

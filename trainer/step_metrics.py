@@ -10,7 +10,7 @@ from .distributed import Distributed
 from .evaluation.text_statistics import loops
 from .metrics import Metrics, UpdateMetrics
 from .policy.batch import Group
-from .recipe import AlarmConfig
+from .recipe_sections import AlarmConfig
 
 
 def step_metrics(

@@ -19,21 +19,25 @@ from ...manifests.files.storage import remove, unfinished, write_new
 from ...manifests.fingerprint import differences, fingerprint
 from ...manifests.shards import expand, read_places
 from ...models.engines.base import EngineDead, Prompt, RequestError
+from ...models.engines.context import image_tokens
 from ...models.engines.hf.model_adapter import PreparedPrompt
 from ...models.engines.loading import model_identity
 from ...models.reader import QuizReader, ReaderConfig
 from ...models.scorers.loading import ScorerConfig, scorer_identity
-from ...trainer.build import PolicyParts, build_optimizer, build_policy, whole_policy
-from ...trainer.checkpoint import Facts, newest, optimizer_state
+from ...trainer.build import PolicyParts, load_policy, place_policy
+from ...trainer.checkpoint import CheckpointWriter, Facts, is_model_folder, newest, older_optimizer_state
 from ...trainer.dataset import ExampleList, load_captioned, load_examples
 from ...trainer.distributed import join
 from ...trainer.evaluation.ability import ability_of, cautions
 from ...trainer.log import BEST, RunLog, Sink, TensorBoard, WandB
-from ...trainer.loop import FAILURE, TrainingRun, train
+from ...trainer.loop import train
 from ...trainer.losses import ClipRange
+from ...trainer.memory import check_memory
 from ...trainer.policy.critic import CriticConfig
 from ...trainer.policy.fsdp import restore_optimizer
+from ...trainer.policy.optimizer import build_optimizer
 from ...trainer.policy.packing_check import check_packing
+from ...trainer.policy.state import load_optimizer
 from ...trainer.preflight import IMAGES, ability, controls, floors, refuse_reader, refuse_templates
 from ...trainer.recipe import Recipe
 from ...trainer.rewards.base import RewardManager
@@ -42,6 +46,7 @@ from ...trainer.rewards.image_text import BlipRewardConfig, ClipRewardConfig, It
 from ...trainer.rewards.quiz import QuizReward, load_reader
 from ...trainer.sampling.rollouts import Demonstrations, Rollouts, RolloutSampling
 from ...trainer.sampling.sampler import Sampler, build_sampler
+from ...trainer.training_run import FAILURE, TrainingRun
 from ...trainer.update import UpdateConfig, Updater
 from ..runners.interrupts import interrupts
 from ..runners.interrupts import say as say_at_once
@@ -78,8 +83,10 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         _trained_on(recipe): training.fingerprint,
     }
     mark, resumed = fingerprint(semantic), _look(out, semantic, fresh)
-    parts = build_policy(recipe, resumed[0] if resumed else None, distributed)
+    parts = load_policy(recipe, resumed[0] if resumed else None, distributed)
     say(parts.learning)
+    for line in check_memory(recipe, parts.policy, image_tokens(parts.grid), distributed):
+        say(line)
     rewards = await build_reward_manager(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
     grader: QuizReader | None = None
     sampler: Sampler | None = None
@@ -98,13 +105,19 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         distributed.wait()
         start = resumed[1].step if resumed else 0
         shown = Prompt(recipe.prompt, await parts.pictures.of(training.examples[0]))
+        # Before weights are rounded or split: in float32, and in any one process.
+        packing = check_packing(parts.policy, _prepare(parts, recipe.rollout.max_tokens)(shown), recipe.model)
+        place_policy(recipe, parts)
         sampler = await build_sampler(recipe, parts, out, shown)
-        packing = check_packing(whole_policy(parts), _prepare(parts, recipe.rollout.max_tokens)(shown), recipe.model)
         run = _assemble(recipe, out, mark, training, held_out, parts, sampler, rewards, grader, start, say)
         run.reward_reader = None if rewarding is None else asdict(rewarding)
         if resumed:
-            restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(resumed[0]))
+            if parts.state is not None:
+                load_optimizer(parts.state, parts.policy, run.updater.optimizer)
+            else:
+                restore_optimizer(parts.policy, run.updater.optimizer, older_optimizer_state(resumed[0]))
             run.step, run.alarms = resumed[1].step, dict(resumed[1].figures.get("alarms", {}))
+            run.model_step = run.step if is_model_folder(resumed[0]) else 0
             say(f"going on from {resumed[0]}")
         if recipe.preflight:
             say(packing.line())
@@ -296,6 +309,7 @@ def _assemble(
         log=log,
         say=say,
         demonstrations=given,
+        checkpoints=CheckpointWriter(out, parts.distributed),
     )
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from capipe.errors import BadInput
 from capipe.pipeline.chain.recipe import load_chain_recipe
-from capipe.trainer.build import rate
 from capipe.trainer.losses import Correction
-from capipe.trainer.recipe import OptimizerConfig, Recipe, load_recipe
+from capipe.trainer.policy.optimizer import rate
+from capipe.trainer.recipe import Recipe, load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
+from capipe.trainer.recipe_sections import OptimizerConfig
 
 TEXT = """
 model: tiny/captioner

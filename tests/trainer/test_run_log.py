@@ -30,7 +30,7 @@ from capipe.trainer.log import (
 )
 from capipe.trainer.metrics import UpdateMetrics
 from capipe.trainer.policy.batch import Group, RewardResult
-from capipe.trainer.recipe import AlarmConfig
+from capipe.trainer.recipe_sections import AlarmConfig
 from capipe.trainer.step_metrics import raised_alarm, step_metrics
 
 

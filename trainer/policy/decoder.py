@@ -41,7 +41,8 @@ class DecoderPolicy(nn.Module):
 
     ``banned``: ids with no probability, the same as in sampling: image placeholder ids.
     ``value_head``: predicts its captions' rewards, for losses with a critic.
-    ``dtype``: autocast dtype of the body, None for the weights' own; logits and everything after them are float32.
+    ``dtype``: autocast dtype of the body and of the head's factors, None for the weights' own; logits and everything
+    after them are float32.
     """
 
     def __init__(
@@ -71,6 +72,11 @@ class DecoderPolicy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def model_bytes(self) -> int:
+        """Size of the model's weights as a file, in the computing type."""
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        return int(weights) * (4 if self.dtype is None else 2)
+
     def forward(self, batch: Batch) -> Scores:
         """Score all completion tokens of ``batch``."""
         # Each weight is used once: cached casts would only hold a second set of weights during the pass.
@@ -79,7 +85,13 @@ class DecoderPolicy(nn.Module):
         states, head, bias = self.before_head(hidden)
         banned = self.get_buffer("banned")
         logp, entropy = token_scores(
-            states, head, batch.targets, temperature=self.temperature, banned=banned, bias=bias
+            states,
+            head,
+            batch.targets,
+            temperature=self.temperature,
+            banned=banned,
+            bias=bias,
+            dtype=self.dtype,
         )
         return Scores(logp, entropy, None if self.value_head is None else self.value_head(hidden))
 

@@ -27,6 +27,7 @@ from .beam_search import BeamSearch, Step
 from .captioner_adapter import adapter_of, barred_ids
 from .kv_cache import select_rows
 from .logits_processors import LogitsProcessors
+from .mixed_precision import head_product
 from .model_adapter import PreparedImage, PreparedPrompt
 from .prefix_tree import Level, Segment, plan, unshared
 from .token_picker import ReferenceNoise, TokenPicker, tempered_logits, token_logprobs
@@ -94,13 +95,15 @@ class BatchedLM:
         self._end_ids = end_ids
         self.max_model_len = max_model_len
         self.share_prefixes = share_prefixes
-        # Autocast dtype, for a model in training whose weights are float32; its head computes in float32, as the
-        # trainer's.
+        # Autocast dtype, for a model in training whose weights are float32; its head has factors of this type and sums
+        # in float32, as the trainer's.
         self.computes_in: torch.dtype | None = None
+        self._rounded_head: Tensor | None = None  # the head's matrix in that type, for a batch's tokens
         self._barred = torch.tensor(barred_ids(model), dtype=torch.long, device=model.device)
 
     def precision(self) -> torch.autocast:
         """The autocast context of a batch; casts of weights are kept for all of its tokens."""
+        self._rounded_head = None
         return torch.autocast(self._model.device.type, self.computes_in, enabled=self.computes_in is not None)
 
     def prepare(self, prompt: Prompt, images: dict[str, PreparedImage] | None = None) -> PreparedPrompt:
@@ -184,8 +187,12 @@ class BatchedLM:
             return logits
         hidden = family.body(**inputs).last_hidden_state[:, -1].float()
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 logits would be the largest error of all
-            logits = family.head(hidden)
-        return logits
+            return family.head(hidden, self._head_product)
+
+    def _head_product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._rounded_head is None and self.computes_in is not None:
+            self._rounded_head = weight.to(self.computes_in)
+        return head_product(hidden, weight, bias, self._rounded_head)
 
     @torch.inference_mode()
     def decode(
@@ -226,6 +233,7 @@ class BatchedLM:
                 else:
                     going.append(index)
             if not going:
+                self._rounded_head = None
                 return drawn
             processors.append(tokens)
             if len(going) < len(alive):

@@ -22,7 +22,7 @@ from capipe.models.engines.vllm.weight_sync import Precision
 from capipe.trainer.build import freeze
 from capipe.trainer.distributed import ALONE
 from capipe.trainer.policy.decoder import DecoderPolicy
-from capipe.trainer.recipe import RolloutConfig, TrainedConfig
+from capipe.trainer.recipe_sections import RolloutConfig, TrainedConfig
 from capipe.trainer.sampling.weight_sync_check import WeightSyncCheck, tolerance
 from capipe.trainer.sampling.weight_transfer.base import PolicyModel
 from capipe.trainer.sampling.weight_transfer.direct import open_direct

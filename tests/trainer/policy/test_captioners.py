@@ -18,12 +18,14 @@ from capipe.models.engines.hf.captioner_adapter import barred_ids, vision_model
 from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, load_model
 from capipe.models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
 from capipe.models.engines.model_folder import image_grid
-from capipe.trainer.build import build_optimizer, build_policy, parts_of, value_weights, write_policy
+from capipe.trainer.build import build_policy, parts_of, value_weights, write_policy
 from capipe.trainer.policy import blip2, encoder_decoder
 from capipe.trainer.policy.batch import Group, RewardResult, pack
 from capipe.trainer.policy.captioner import CaptionerPolicy
 from capipe.trainer.policy.critic import CriticConfig, ValueHead
-from capipe.trainer.recipe import OptimizerConfig, Recipe
+from capipe.trainer.policy.optimizer import build_optimizer
+from capipe.trainer.recipe import Recipe
+from capipe.trainer.recipe_sections import OptimizerConfig
 from capipe.trainer.update import UpdateConfig, Updater
 
 from ...models.captioners import HIDDEN, IMAGE, KINDS, SIDE, START, VOCABULARY, random_captioner, write_captioner

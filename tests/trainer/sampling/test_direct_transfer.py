@@ -12,7 +12,7 @@ import torch
 from capipe.models.engines.router import connect_servers
 from capipe.models.engines.vllm.weight_sync import Precision
 from capipe.trainer.distributed import ALONE, Distributed
-from capipe.trainer.recipe import RolloutConfig
+from capipe.trainer.recipe_sections import RolloutConfig
 from capipe.trainer.sampling.weight_transfer.base import PolicyModel
 from capipe.trainer.sampling.weight_transfer.direct import open_direct
 

@@ -24,7 +24,7 @@ from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.policy.fsdp import shard
 from capipe.trainer.policy.lora import LoRAConfig, insert_adapter, merged_weights
 from capipe.trainer.policy.weights import learning_names, weight_shapes, whole_weights
-from capipe.trainer.recipe import RolloutConfig, TrainedConfig
+from capipe.trainer.recipe_sections import RolloutConfig, TrainedConfig
 from capipe.trainer.sampling.sampler import Sampler, Sleeper
 from capipe.trainer.sampling.weight_sync_check import WeightSyncCheck, tolerance
 from capipe.trainer.sampling.weight_transfer import folder as folder_transfer

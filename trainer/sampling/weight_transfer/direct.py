@@ -18,7 +18,7 @@ from ....models.engines.http.server import server_urls
 from ....models.engines.loading import vllm_runs
 from ....models.engines.vllm.weight_sync import Trained
 from ...distributed import Distributed
-from ...recipe import RolloutConfig
+from ...recipe_sections import RolloutConfig
 from .base import PolicyModel
 
 Result = TypeVar("Result")
