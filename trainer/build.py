@@ -64,8 +64,8 @@ READERS = (
 class PolicyParts:
     """The model in training and its dependents. ``preparing``: not shared with the engine's thread.
 
-    ``sampled``: the whole model that captions are sampled from, or that is handed to the rollout engine: the policy's
-    own, or a copy (:func:`place_policy`); None in processes that need none. ``folder``: the folder that tokenizer and
+    ``sampled``: the whole model that the transformers engine samples from: the policy's own, or a copy
+    (:func:`place_policy`); None if another engine samples and weights are split. ``folder``: that tokenizer and
     image processor are from, and the weights, unless ``state`` has newer ones.
     """
 
@@ -176,18 +176,15 @@ def _reference(recipe: Recipe, parts: PolicyParts) -> DecoderPolicy:
 
 
 def _sampled(recipe: Recipe, parts: PolicyParts) -> Any:
-    """The model that captions are sampled from, or that is handed to another engine (:class:`PolicyParts`).
+    """The model that captions are sampled from by the transformers engine (:class:`PolicyParts`).
 
-    A copy, in the type that the policy computes in, if the policy's own weights are split or change while captions are
-    sampled: on the device for the transformers engine; in main memory, in the first process, for any other.
+    A copy, on the device and in the type that the policy computes in, if the policy's own weights are split or change
+    while captions are sampled. Other engines get the policy's weights (:mod:`.sampling.weight_transfer`).
     """
-    policy = parts.policy
-    own = recipe.rollout.engine == "transformers"
-    if not (parts.distributed.sharded or (recipe.rollout.overlap and own)):
-        return policy.model
-    if own:
-        return frozen_copy(policy.model, policy.dtype)
-    return frozen_copy(policy.model, policy.dtype, "cpu", entirely=True) if parts.distributed.first else None
+    policy, own = parts.policy, recipe.rollout.engine == "transformers"
+    if parts.distributed.sharded or (recipe.rollout.overlap and own):
+        return frozen_copy(policy.model, policy.dtype) if own else None
+    return policy.model
 
 
 def refuse_large_images(recipe: Recipe, grid: ImageGrid) -> None:
@@ -322,14 +319,12 @@ def model_weights(parts: PolicyParts) -> dict[str, Tensor]:
 def write_model(parts: PolicyParts, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write configuration and weights, in the computing type and with an adapter merged in, and nothing else.
 
-    ``weights``: those of :func:`model_weights`; by default those of ``parts.sampled``.
+    ``weights``: those of :func:`model_weights`, which are gathered if they are not given.
     """
     model = parts.policy.model
     config = language_model(model).config.get_text_config()
     implementation = config._attn_implementation
-    if weights is None and parts.sampled is model:
-        weights = model_weights(parts)
-    (parts.sampled if weights is None else model).save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder, state_dict=model_weights(parts) if weights is None else weights)
     config._attn_implementation = implementation
 
 

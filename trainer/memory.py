@@ -63,7 +63,7 @@ class ModelSize:
 class Memory:
     """Bytes on a GPU in each phase of a step, by part; ``fixed`` parts do not depend on captions' lengths.
 
-    ``host``: main memory of a node: copies for the rollout engine, and a checkpoint on its way to disk.
+    ``host``: main memory of a node: a checkpoint on its way to disk.
     """
 
     update: dict[str, float]
@@ -180,10 +180,8 @@ def estimate(size: ModelSize, recipe: Recipe, layout: Layout) -> Memory:
         "head": head,
     }
     update["allocator"] = WASTE * (sum(update.values()) - update["engine"] - CONTEXT)
-    host = {
-        "sampler's copy": computed * size.weights if sharded and not own else 0,
-        "checkpoint": 2 * 12 * size.learning / shards * (layout.local if sharded else 1),  # tensors, then files of them
-    }
+    # Tensors, then files of them.
+    host = {"checkpoint": 2 * 12 * size.learning / shards * (layout.local if sharded else 1)}
     return Memory(
         update=update,
         optimizer={**always, **beside, "gradients": gradients, "AdamW's step": gradients},

@@ -6,7 +6,6 @@ a URL, gets each step's weights (:mod:`.weight_transfer`); then a probe checks t
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +27,7 @@ from ...models.engines.vllm.config import VLLMOptions
 from ...models.engines.vllm.engine import VLLMEngine, start_vllm_engine
 from ...models.engines.vllm.environment import allow_handles
 from ...models.engines.vllm.weight_sync import Trained
-from ..build import PolicyParts
+from ..build import PolicyParts, empty_cache
 from ..distributed import Distributed, alone_on
 from ..policy.fsdp import copy_weights
 from ..recipe import Recipe
@@ -89,7 +88,7 @@ class Sampler:
 
     async def _wake(self, part: Literal["weights", "kv_cache"]) -> None:
         if self.sleeps and isinstance(self.engine, Sleeper):
-            release_memory(self.device)
+            empty_cache(self.device)
             await self.engine.wake(part)
 
     async def check(self, step: int) -> float | None:
@@ -106,32 +105,23 @@ class Sampler:
         await self.engine.aclose()
 
 
-def release_memory(device: torch.device) -> None:
-    """Return a GPU's memory that torch keeps for itself, which another process on it cannot take."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 async def build_sampler(recipe: Recipe, parts: PolicyParts, out: Path, shown: Prompt) -> Sampler:
     """Start the rollout engine of ``recipe.rollout``; ``shown``: the probe's prompt.
 
     Raises BadInput if vLLM is not installed or no server answers, RunFailed if the engine has other weights.
     """
     rollout, model = recipe.rollout, parts.sampled
-    separate = model is not None and model is not parts.policy.model
-    copy = partial(copy_weights, parts.policy, model) if separate else None
     if rollout.engine == "transformers":
+        copy = None if model is parts.policy.model else partial(copy_weights, parts.policy, model)
         return Sampler(_transformers(recipe, parts), parts.distributed, copy)
     device = parts.policy.device
     refuse_direct(rollout, device)
     if rollout.engine == "vllm":
-        release_memory(device)  # vLLM takes a share of what is free
+        empty_cache(device)  # vLLM takes a share of what is free
     engine = _vllm(recipe, parts) if rollout.engine == "vllm" else await _connected(recipe, parts)
     try:
         sampler = await _connect(recipe, parts, engine, out, shown)
-        sampler.copy = copy  # for the checkpoints
-        if sampler.everything:  # a server may hold other weights, from an earlier run
+        if sampler.everything:  # a server may hold other weights, from an earlier run, and vLLM older ones
             await sampler.sync(0)
         else:
             await sampler.check(0)
@@ -173,7 +163,7 @@ async def _connect(recipe: Recipe, parts: PolicyParts, engine: Engine, out: Path
         transfer=transfer,
         probe=probe,
         sleeps=rollout.sleep,
-        everything=servers,
+        everything=servers or parts.state is not None,  # vLLM was loaded from the start's folder
         device=policy.device,
     )
 

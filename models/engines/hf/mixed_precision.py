@@ -46,20 +46,18 @@ def keep_rounded(model: nn.Module, dtype: torch.dtype | None) -> None:
             weight.data = weight.data.to(dtype)
 
 
-def frozen_copy(
-    model: Model, dtype: torch.dtype | None, device: torch.device | str | None = None, entirely: bool = False
-) -> Model:
-    """Frozen copy on ``device``, its matrices in ``dtype`` as by :func:`keep_rounded`, with ``entirely`` all weights.
+def frozen_copy(model: Model, dtype: torch.dtype | None) -> Model:
+    """Frozen copy on the same device, its matrices in ``dtype`` as by :func:`keep_rounded`.
 
     Each weight is cast on its way, so that at no time a second one of the same size is in memory.
     """
     matrices = cast_at_use(model)
     weights: dict[int, Any] = {}
     for weight in model.parameters():
-        kind = dtype if dtype is not None and (entirely or id(weight) in matrices) else weight.dtype
-        copied = weight.detach().to(device or weight.device, kind, copy=True)
+        kind = dtype if dtype is not None and id(weight) in matrices else weight.dtype
+        copied = weight.detach().to(kind, copy=True)
         weights[id(weight)] = nn.Parameter(copied, requires_grad=False)
-    return deepcopy(model, weights).to(device)
+    return deepcopy(model, weights)
 
 
 def cast_at_use(model: nn.Module) -> set[int]:
