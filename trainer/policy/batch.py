@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...models.engines.base import Completion
 from ...models.engines.hf.model_adapter import PreparedPrompt
-from .tree_attention import Tree, make_tree
+from .tree import Tree, lay_out
+
+if TYPE_CHECKING:
+    from .padded_tree import PaddedTree
 
 
 @dataclass
@@ -49,17 +53,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some groups as one packed input; columns: ``[prompt | completion 1 | ...]``, see :class:`.tree_attention.Tree`.
+    """Some groups as one packed input: a flat row, or padded rows (:mod:`.padded_tree`).
 
-    ``ids``: (groups, columns); ``positions``: (axes, groups, columns); ``predicts``: (tokens,), for each completion
-    token the index, in the flattened hidden states (groups x columns), of the state that predicts it; ``targets``,
+    ``ids``: (rows, columns); ``positions``: (axes, rows, columns); ``predicts``: (tokens,), for each completion
+    token the index, in the flattened hidden states (rows x columns), of the state that predicts it; ``targets``,
     ``row``: (tokens,), the token and the index of its completion; ``lengths``: (completions,).
     """
 
     prompts: list[PreparedPrompt]
     ids: Tensor
     positions: Tensor
-    tree: Tree
+    tree: Tree | PaddedTree
     predicts: Tensor
     targets: Tensor
     row: Tensor
@@ -67,57 +71,52 @@ class Batch:
 
 
 def pack(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:
-    """Pack groups into one batch, with all their completions; groups may differ in all lengths.
+    """Pack groups into one flat row, with all their completions; groups may differ in all lengths.
 
+    The last token of a completion predicts nothing and has no column.
     Raises ValueError if a group has no completion, or an empty one.
     """
     if any(not group.completions or min(len(item.token_ids) for item in group.completions) < 1 for group in groups):
         raise ValueError("a group without completions, or with one that has no token, cannot be packed")
-    prefix = max(len(group.prompt.ids) for group in groups)
-    branches = max(len(group.completions) for group in groups)
-    length = (
-        max(len(completion.token_ids) for group in groups for completion in group.completions) - 1
-    )  # the last token predicts nothing
-    columns = prefix + branches * length
-    axes = groups[0].prompt.positions.shape[0]
-    ids = torch.zeros(len(groups), columns, dtype=torch.long)
-    positions = torch.zeros(axes, len(groups), columns, dtype=torch.long)
-    inside = torch.zeros(len(groups), prefix, dtype=torch.bool)
+    tree = lay_out([(len(group.prompt.ids), [len(c.token_ids) - 1 for c in group.completions]) for group in groups])
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
     predicts: list[Tensor] = []
-    for number, group in enumerate(groups):
-        at = prefix - len(group.prompt.ids)
-        inside[number, at:], ids[number, at:prefix] = True, group.prompt.ids
-        positions[:, number, at:prefix] = group.prompt.positions
-        for branch, completion in enumerate(group.completions):
-            start, read = prefix + branch * length, len(completion.token_ids) - 1
-            ids[number, start : start + read] = torch.tensor(completion.token_ids[:-1], dtype=torch.long)
-            positions[:, number, start : start + read] = group.prompt.next_position + torch.arange(read)
-            places = torch.cat([torch.tensor([prefix - 1]), torch.arange(start, start + read)])
-            predicts.append(places + number * columns)
+    for group, span in zip(groups, tree.spans, strict=True):
+        ids.append(group.prompt.ids)
+        positions.append(group.prompt.positions)
+        last = torch.tensor([span.branch_start - 1])  # predicts the first token of every completion
+        for completion, start in zip(group.completions, span.branch_starts(), strict=True):
+            own = torch.arange(len(completion.token_ids) - 1)
+            ids.append(torch.tensor(completion.token_ids[:-1], dtype=torch.long))
+            positions.append((group.prompt.next_position + own).expand(len(group.prompt.positions), -1))
+            predicts += [last, start + own]
+    return Batch(
+        [group.prompt for group in groups],
+        torch.cat(ids)[None].to(device),
+        torch.cat(positions, dim=1)[:, None].to(device),
+        tree,
+        torch.cat(predicts).to(device),
+        *flat_targets(groups, device),
+    )
+
+
+def flat_targets(groups: Sequence[Group], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of all completions, the index of each token's completion, and the completions' lengths."""
     completions = [completion for group in groups for completion in group.completions]
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
     targets = torch.tensor([token for completion in completions for token in completion.token_ids])
     row = torch.arange(len(completions)).repeat_interleave(lengths)
-    return Batch(
-        [group.prompt for group in groups],
-        ids.to(device),
-        positions.to(device),
-        make_tree(inside.to(device), branches, length),
-        torch.cat(predicts).to(device),
-        targets.to(device),
-        row.to(device),
-        lengths.to(device),
-    )
+    return targets.to(device), row.to(device), lengths.to(device)
 
 
 def micro_batches(groups: Sequence[Group], budget: int) -> list[list[Group]]:
-    """Micro-batches of groups of similar size, each within ``budget`` packed columns, or a single group.
+    """Micro-batches of groups, each within ``budget`` packed columns, or a single group.
 
-    Longest first, so that running out of memory fails at once. The sort is stable.
+    Largest first, so that running out of memory fails at once. The sort is stable.
     """
-    ordered = sorted(groups, key=_columns, reverse=True)
     batches: list[list[Group]] = []
-    for group in ordered:
+    for group in sorted(groups, key=_columns, reverse=True):
         if batches and packed_columns([*batches[-1], group]) <= budget:
             batches[-1].append(group)
         else:
@@ -126,12 +125,9 @@ def micro_batches(groups: Sequence[Group], budget: int) -> list[list[Group]]:
 
 
 def packed_columns(groups: Sequence[Group]) -> int:
-    """Number of tokens in a packed batch, including padding."""
-    prefix = max(len(group.prompt.ids) for group in groups)
-    branches = max(len(group.completions) for group in groups)
-    length = max(len(completion.token_ids) for group in groups for completion in group.completions)
-    return len(groups) * (prefix + branches * (length - 1))
+    """Number of columns of a packed batch."""
+    return sum(map(_columns, groups))
 
 
 def _columns(group: Group) -> int:
-    return packed_columns([group])
+    return len(group.prompt.ids) + group.tokens() - len(group.completions)

@@ -13,6 +13,7 @@ from ...models.engines.hf.captioner_adapter import put_in
 from ...models.engines.hf.model_adapter import PreparedPrompt
 from .batch import Batch
 from .captioner import CaptionerPolicy, whole_logps
+from .tree_attention import no_mask
 
 
 class Blip2Policy(CaptionerPolicy):
@@ -25,6 +26,7 @@ class Blip2Policy(CaptionerPolicy):
         out = self.base(
             inputs_embeds=put_in(embedded, batch.ids == model.config.image_token_id, seen),
             position_ids=batch.positions[0],
+            attention_mask=no_mask(batch.ids.device),
             use_cache=False,
             tree=batch.tree,
         )

@@ -20,7 +20,7 @@ from ...models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
 from .batch import Batch
 from .critic import ValueHead
 from .token_logprobs import token_scores
-from .tree_attention import NAME
+from .tree_attention import NAME, no_mask
 
 
 class Scores(NamedTuple):
@@ -80,13 +80,14 @@ class DecoderPolicy(nn.Module):
         return Scores(logp, entropy, None if self.value_head is None else self.value_head(hidden))
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states (groups, columns, width)."""
+        """Last hidden states (rows, columns, width)."""
         seen = self.look(batch.prompts)
         vision = {} if seen is None else {"mm_encoder_outputs": {"image": seen}}
         out = self.base(
             input_ids=batch.ids,
             position_ids=batch.positions,
             use_cache=False,
+            attention_mask=no_mask(batch.ids.device),
             tree=batch.tree,
             **vision,
         )

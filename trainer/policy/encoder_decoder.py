@@ -1,13 +1,12 @@
 """Policy of encoder-decoders (ViT-GPT2, BLIP): a group's captions are packed into one row, as in :mod:`.decoder`.
 
-Cross-attention to the image needs no tree, since every token of a group attends to the same states: their keys and
+Cross-attention needs no tree, since every token of a group attends to the states of the same image: their keys and
 values are computed once per group, not once per caption. :func:`reference_logps` is the slow reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from ...models.engines.hf.captioner_adapter import is_blip, language_model
 from ...models.engines.hf.model_adapter import PreparedPrompt
 from .batch import Batch
 from .captioner import CaptionerPolicy, whole_logps
-from .tree_attention import Tree, dense_mask
+from .tree import Tree, dense_mask
+from .tree_attention import image_columns, no_mask
 
 
 class EncoderDecoderPolicy(CaptionerPolicy):
@@ -30,23 +30,40 @@ class EncoderDecoderPolicy(CaptionerPolicy):
             super().attend(implementation)
 
     def hidden(self, batch: Batch) -> Tensor:
+        assert isinstance(batch.tree, Tree)
+        seen = self.look(batch.prompts)
+        embedded = self.base.get_input_embeddings()(batch.ids)  # given ids, GPT-2 would warn about padding
+        if is_blip(self.model):
+            return self._by_group(embedded, batch, seen)
         out = self.base(
-            inputs_embeds=self.base.get_input_embeddings()(batch.ids),  # given ids, GPT-2 would warn about padding
+            inputs_embeds=embedded,
             position_ids=batch.positions[0],
-            encoder_hidden_states=self.look(batch.prompts),
+            attention_mask=no_mask(embedded.device),
+            encoder_hidden_states=seen.flatten(0, 1)[None],
+            encoder_attention_mask=image_columns(batch.tree, embedded.device),
             use_cache=False,
-            **self._beside(batch.tree),
+            tree=batch.tree,
         )
         states: Tensor = out.last_hidden_state
         return states
 
-    def _beside(self, tree: Tree) -> dict[str, Any]:
-        """Attention pattern of the packed row, as the decoder's arguments."""
-        if not is_blip(self.model):
-            return {"tree": tree}
-        sees, like = dense_mask(tree), language_model(self.model).get_input_embeddings().weight
-        mask = torch.zeros(sees.shape, dtype=like.dtype, device=like.device).masked_fill(~sees, _LEAST)
-        return {"attention_mask": mask, "is_decoder": True}
+    def _by_group(self, embedded: Tensor, batch: Batch, seen: Tensor) -> Tensor:
+        """Hidden states of BLIP's decoder, whose own attention code only takes masks: one forward pass per group."""
+        assert isinstance(batch.tree, Tree)
+        states: list[Tensor] = []
+        for span, image in zip(batch.tree.spans, seen.split(1), strict=True):
+            own = slice(span.start, span.end)
+            sees = dense_mask(span).to(embedded.device)[None, None]
+            out = self.base(
+                inputs_embeds=embedded[:, own].clone(),  # BLIP adds positions in place
+                position_ids=batch.positions[0, :, own],
+                encoder_hidden_states=image,
+                attention_mask=torch.zeros_like(sees, dtype=embedded.dtype).masked_fill(~sees, _LEAST),
+                is_decoder=True,
+                use_cache=False,
+            )
+            states.append(out.last_hidden_state)
+        return torch.cat(states, dim=1)
 
     def before_head(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         lm = language_model(self.model)

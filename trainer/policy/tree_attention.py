@@ -1,14 +1,13 @@
-"""Attention over a prompt and its completions packed into one row: each completion attends to the prompt and itself.
+"""Attention over a flat row of prompts and completions: each completion attends to its prompt and to itself.
 
-A row is ``[prompt | completion 1 | completion 2 | ...]``, so that everything except attention (nine tenths of the work
-of a large model) is computed once for the prompt, with gradients, in one ordinary forward pass: gradient checkpointing,
-DDP and FSDP work as usual. Registered with transformers under :data:`NAME`; without a tree (an engine that samples from
-the model in training) it is :func:`...models.engines.hf.folded_attention.folded_attention`.
+Everything except attention (nine tenths of the work of a large model) is computed once for the prompt, with gradients,
+in one ordinary forward pass without padding: gradient checkpointing, DDP and FSDP work as usual. Registered with
+transformers under :data:`NAME`; without a tree (an engine that samples from the model in training) it is
+:func:`...models.engines.hf.folded_attention.folded_attention`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,56 +18,15 @@ from transformers.masking_utils import sdpa_mask
 
 from ...errors import BadInput
 from ...models.engines.hf.folded_attention import folded_attention
+from .attention_kernels import Attended, FlashCPUKernel, Kernel, MathKernel, States
+from .flash_varlen import flash_varlen_runs, varlen_tree
+from .padded_tree import PaddedTree, padded_attention
+from .tree import Run, Span, Tree
 
 NAME = "capipe_tree"
-# Arguments of transformers for attention other than full attention; a tree's masks do not support them.
+# Arguments of transformers for attention other than full attention, which a tree does not support.
 NOT_PACKED = ("sliding_window", "softcap", "s_aux")
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Layout of packed rows: ``prefix`` columns of prompt, then ``branches`` times ``length`` columns.
-
-    ``prefix_mask``: bool (rows, 1, prefix, prefix); ``branch_mask``: bool (rows x branches, 1, length, prefix +
-    length); true if a query may attend to a key.
-    """
-
-    prefix: int
-    branches: int
-    length: int
-    prefix_mask: Tensor
-    branch_mask: Tensor
-
-
-def make_tree(inside: Tensor, branches: int, length: int) -> Tree:
-    """Layout and masks of packed rows. ``inside``: bool (rows, prefix), false on the left padding of shorter prompts.
-
-    Completions are padded on the right, where the causal mask hides the padding from real tokens.
-    """
-    rows, prefix = inside.shape
-    # A padding position attends to itself, since a softmax over nothing is NaN.
-    itself = torch.eye(prefix, dtype=torch.bool, device=inside.device)
-    prefix_mask = (inside[:, None, :] & _causal(prefix, inside) | itself)[:, None]
-    before = inside[:, None, None, :].expand(rows, branches, length, prefix)
-    own = _causal(length, inside).expand(rows, branches, length, length)
-    return Tree(prefix, branches, length, prefix_mask, torch.cat([before, own], dim=-1).flatten(0, 1)[:, None])
-
-
-def dense_mask(tree: Tree) -> Tensor:
-    """The tree as one dense mask, bool (rows, 1, columns, columns), for attention that takes a single mask."""
-    rows, p, n = len(tree.prefix_mask), tree.prefix, tree.length
-    columns = p + tree.branches * n
-    mask = tree.prefix_mask.new_zeros(rows, 1, columns, columns)
-    mask[:, :, :p, :p] = tree.prefix_mask
-    of_branches = tree.branch_mask.unflatten(0, (rows, tree.branches))
-    for branch in range(tree.branches):
-        own = slice(p + branch * n, p + (branch + 1) * n)
-        mask[:, :, own, :p], mask[:, :, own, own] = of_branches[:, branch].split([p, n], dim=-1)
-    return mask
-
-
-def _causal(size: int, like: Tensor) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
+FLASH_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def tree_attention(
@@ -78,7 +36,7 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    tree: Tree | None = None,
+    tree: Tree | PaddedTree | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -87,37 +45,116 @@ def tree_attention(
 
     Returns (rows, columns, heads, head width), transformers' format, and no weights.
     """
-    if tree is not None and (unknown := [name for name in NOT_PACKED if kwargs.get(name) is not None]):
+    if tree is None:
+        if attention_mask is not None and attention_mask.dtype == torch.long:
+            return across_images(query, key, value, attention_mask.flatten().tolist(), scaling), None
+        return folded_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    unknown = [name for name in NOT_PACKED if kwargs.get(name) is not None] + ["dropout"] * (dropout > 0)
+    if unknown:
         raise BadInput(
             f"{type(module).__name__} attends with {', '.join(unknown)}, which packing captions side by side does not "
             "know; train a model with full attention in all layers"
         )
-    if tree is None:
-        return folded_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    (own_q, q), (own_k, k), (own_v, v) = (_split(states, tree) for states in (query, key, value))
-    options: Any = {"scale": scaling, "dropout_p": dropout}
-    of_prefix = functional.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=tree.prefix_mask, **options)
-    if not tree.length:
-        return of_prefix.transpose(1, 2).contiguous(), None
-    k, v = (torch.cat([_to_branches(old, tree), new], dim=2) for old, new in ((own_k, k), (own_v, v)))
-    of_branches = functional.scaled_dot_product_attention(q, k, v, attn_mask=tree.branch_mask, **options)
-    back = of_branches.unflatten(0, (-1, tree.branches)).permute(0, 1, 3, 2, 4).flatten(1, 2)
-    return torch.cat([of_prefix.transpose(1, 2), back], dim=1), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(tree, PaddedTree):
+        return padded_attention(query, key, value, tree, scale), None
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves what rotary positions made in float32
+    if flash_varlen_runs(value):
+        return varlen_tree(query, key, value, tree, scale), None
+    with torch.autocast(value.device.type, enabled=False):  # float32 within the kernel stays float32
+        out: Tensor = _TreeAttention.apply(query, key, value, tree, scale)
+    return out, None
 
 
-def _split(states: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-    """(rows, heads, columns, width) -> (rows, heads, prefix, width), (rows x branches, heads, length, width)."""
-    own, rest = states[:, :, : tree.prefix], states[:, :, tree.prefix :]
-    branches = rest.unflatten(2, (tree.branches, tree.length)).permute(0, 2, 1, 3, 4)
-    return own, branches.flatten(0, 1)
+def across_images(query: Tensor, key: Tensor, value: Tensor, columns: list[int], scaling: float | None) -> Tensor:
+    """Attention from a flat row to its groups' images: group i's ``columns[i]`` queries to the i-th share of the keys.
+
+    All (1, heads, columns, head width); returns (1, columns, heads, head width).
+    """
+    states = key.shape[2] // len(columns)
+    parts = zip(query.split(columns, dim=2), key.split(states, dim=2), value.split(states, dim=2), strict=True)
+    seen = [functional.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in parts]
+    return torch.cat(seen, dim=2).transpose(1, 2)
 
 
-def _to_branches(states: Tensor, tree: Tree) -> Tensor:
-    """The prompt's keys or values, repeated for each of its branches."""
-    return states[:, None].expand(-1, tree.branches, -1, -1, -1).flatten(0, 1)
+def no_mask(device: torch.device) -> Tensor:
+    """A mask that transformers passes on as it is, instead of building one of columns x columns; never read."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def image_columns(tree: Tree, device: torch.device) -> Tensor:
+    """Columns of each group, in the form of a mask, which transformers hands to attention across images."""
+    return torch.tensor([span.end - span.start for span in tree.spans], device=device).view(1, 1, 1, -1)
+
+
+def kernel_for(states: Tensor) -> Kernel:
+    """The kernel for a device and type."""
+    return FlashCPUKernel() if states.device.type == "cpu" and states.dtype in FLASH_TYPES else MathKernel()
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Tree attention by slices of the flat row: prompts and branches causally, then branches over their prompt."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float) -> Tensor:
+        kernel, states = kernel_for(value), States(query, key, value)
+        exact = torch.promote_types(query.dtype, torch.float32)
+        out = query.new_empty(query.transpose(1, 2).shape, dtype=exact)
+        whole = Attended(out.transpose(1, 2), query.new_empty(query.shape[:3], dtype=exact))
+        for run in tree.runs:
+            own = kernel.forward(States(*(_of(part, run) for part in states)), True, scale)
+            for part, found in zip(whole, own, strict=True):
+                _of(part, run).copy_(found)
+        for span in tree.branching:
+            merge(_after(whole, span), kernel.forward(_across(states, span), False, scale))
+        ctx.save_for_backward(*states, out, whole.lse)
+        ctx.tree, ctx.scale = tree, scale
+        return out.to(query.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        kernel, states, whole = kernel_for(value), States(query, key, value), Attended(out.transpose(1, 2), lse)
+        grad = grads[0].transpose(1, 2)
+        sums = States(*(torch.empty_like(part, dtype=lse.dtype) for part in states))
+        for run in ctx.tree.runs:
+            own = States(*(_of(part, run) for part in states)), Attended(*(_of(part, run) for part in whole))
+            for part, found in zip(sums, kernel.backward(_of(grad, run), *own, True, ctx.scale), strict=True):
+                _of(part, run).copy_(found)
+        for span in ctx.tree.branching:
+            across = _across(states, span), _after(whole, span)
+            more = kernel.backward(grad[:, :, _branches(span)], *across, False, ctx.scale)
+            for part, found in zip(_across(sums, span), more, strict=True):
+                part += found
+        return *(total.to(part.dtype) for total, part in zip(sums, states, strict=True)), None, None
+
+
+def _branches(span: Span) -> slice:
+    return slice(span.branch_start, span.end)
+
+
+def _across(states: States, span: Span) -> States:
+    """Views of a group's branches as queries, and of its prompt as keys and values."""
+    prompt = slice(span.start, span.branch_start)
+    return States(states.query[:, :, _branches(span)], states.key[:, :, prompt], states.value[:, :, prompt])
+
+
+def _after(whole: Attended, span: Span) -> Attended:
+    """Views of what a group's branches attended to."""
+    return Attended(whole.out[:, :, _branches(span)], whole.lse[:, :, _branches(span)])
+
+
+def merge(own: Attended, other: Attended) -> None:
+    """Make ``own``, in place, the attention over its keys and those of ``other`` together."""
+    total = torch.logaddexp(own.lse, other.lse)
+    own.out.mul_((own.lse - total).exp_()[..., None]).add_(other.out * (other.lse - total).exp_()[..., None])
+    own.lse.copy_(total)
+
+
+def _of(states: Tensor, run: Run) -> Tensor:
+    """A run's columns of (1, heads, columns, ...) as a view (sequences, heads, columns of a sequence, ...)."""
+    own: Tensor = states[0, :, run.start : run.end].unflatten(1, (run.count, run.length))
+    return own.transpose(0, 1)
 
 
 AttentionInterface.register(NAME, tree_attention)

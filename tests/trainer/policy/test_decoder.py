@@ -8,6 +8,7 @@ from torch import Tensor
 
 from capipe.trainer.policy.batch import Group, micro_batches, pack, packed_columns
 from capipe.trainer.policy.decoder import DecoderPolicy, pick, reference_logps
+from capipe.trainer.policy.padded_tree import pack_padded
 
 from ..policies import IMAGE, VIDEO, groups, random_model
 
@@ -59,6 +60,30 @@ def test_single_precision_is_within_the_bound(family: str) -> None:
     fast.mean().backward()
     assert (fast - plain).abs().max() < 1e-5
     assert (gradients(policy) - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_flat_row_equals_padded_rows(family: str) -> None:
+    policy = DecoderPolicy(random_model(family), BANNED)
+    made = groups(policy, family)
+    found = []
+    for batch in (pack(made), pack_padded(made)):
+        scores = policy(batch)
+        (scores.logp.sum() + scores.entropy.sum()).backward()
+        found.append((scores.logp.detach(), gradients(policy)))
+        policy.zero_grad()
+    (logp, gradient), (padded_logp, padded_gradient) = found
+    assert (logp - padded_logp).abs().max() < 1e-6
+    assert (gradient - padded_gradient).norm() / gradient.norm() < 1e-6
+
+
+def test_nothing_is_padded() -> None:
+    policy = DecoderPolicy(random_model("qwen2.5"), BANNED)
+    made = groups(policy, "qwen2.5")
+    batch, tokens = pack(made), sum(len(g.prompt.ids) + g.tokens() for g in made)
+    completions = sum(len(g.completions) for g in made)
+    assert batch.ids.shape == (1, packed_columns(made)) == (1, tokens - completions)  # the last token predicts nothing
+    assert policy.hidden(batch).shape[1] == batch.ids.shape[1] < pack_padded(made).ids.numel()
 
 
 def test_micro_batches_sum_to_the_whole() -> None:
