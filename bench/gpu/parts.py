@@ -34,9 +34,10 @@ from capipe.models.engines.base import Completion, GenerationRequest, ImageInput
 from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, speed_up
 from capipe.models.engines.sampling import kernel_runs_on, vision_ids
 from capipe.models.images.grid import ImageGrid
-from capipe.trainer.policy.batch import Group, RewardResult
+from capipe.trainer.policy.batch import Group, RewardResult, pack
 from capipe.trainer.policy.decoder import DecoderPolicy
 from capipe.trainer.policy.packing_check import check_packing
+from capipe.trainer.policy.tree_attention import tree_attention
 from capipe.trainer.update import UpdateConfig, Updater
 
 TEXT = "describe the image in detail."
@@ -152,6 +153,9 @@ def check_guard(options: argparse.Namespace, save: Save) -> None:
         started = wait()
         check = check_packing(policy, prompt, "random weights")
         save(**{name: {**dataclasses.asdict(check), "holds": check.holds, "seconds": round(wait() - started, 3)}})
+    completions = [Completion("", tuple(range(length)), "length", length) for length in (options.caption, 7, 1)]
+    tree = pack([Group("tree", "tree", prompt, completions)]).tree
+    save(attention=attention_errors(tree, model.config.get_text_config()))
     policy = DecoderPolicy(model, vision_ids(model.config))
     policy.attend("sdpa")  # every caption sees those before it in its row
     try:
@@ -160,6 +164,26 @@ def check_guard(options: argparse.Namespace, save: Save) -> None:
         save(refuses_plain_attention=True, message=str(error))
     else:
         save(refuses_plain_attention=False)
+
+
+def attention_errors(tree: Any, text: Any) -> dict[str, float]:
+    """Relative errors of attention over a packed row in bfloat16, of its output and gradients, against float32."""
+    generator = torch.Generator().manual_seed(0)
+    width = text.hidden_size // text.num_attention_heads
+
+    def normal(heads: int) -> torch.Tensor:
+        return torch.randn(1, heads, tree.columns, width, generator=generator).to(device_of(), torch.bfloat16)
+
+    states = [normal(heads) for heads in (text.num_attention_heads, *[text.num_key_value_heads] * 2)]
+    grad = normal(text.num_attention_heads).transpose(1, 2)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [state.to(dtype).requires_grad_() for state in states]
+        out, _ = tree_attention(None, *inputs, None, tree=tree)
+        results.append([out, *torch.autograd.grad(out, inputs, grad.to(dtype))])
+    names = ("output", "query", "key", "value")
+    pairs = zip(names, *([tensor.float() for tensor in side] for side in results), strict=True)
+    return {name: round(float((rough - exact).norm() / exact.norm()), 6) for name, rough, exact in pairs}
 
 
 def train_capipe(options: argparse.Namespace, save: Save) -> None:

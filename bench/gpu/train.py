@@ -67,7 +67,7 @@ def run_part(name: str, words: Sequence[str], limit: float, out: Path, environ: 
 def summary(results: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON object of all parts; ``ratios`` once both trainers have timed steps."""
     device = results.get("device", {}).get("name", "unknown")
-    report: dict[str, Any] = {"name": "gpu_train", "device": device, "dry_run": device == "cpu", **settings}
+    report: dict[str, Any] = {"name": "gpu_train", "device": device, **settings}
     sides = [results.get(side, {}) for side in ("trl", "capipe")]
     if all(side.get("steps") for side in sides):
         seconds = [{name: side[f"{name}_s"] for name in ("step", "rollout", "update")} for side in sides]
@@ -104,7 +104,8 @@ def measure(options: argparse.Namespace, target: Path | None) -> dict[str, Any]:
         named = ("image_tokens", "caption", "group", "images", "steps", "rows", "rounds")
         words = ["--folder", str(folder / "model")]
         words += [word for key in named for word in (f"--{key.replace('_', '-')}", str(getattr(options, key)))]
-        settings = {key: getattr(options, key) for key in (*named, "layers", "small")} | {"carried": carries}
+        settings = {key: getattr(options, key) for key in ("dry_run", *named, "layers", "small")}
+        settings["carried"] = carries
         for part in options.parts:
             peak = options.peak_tflops * 1e12 if options.peak_tflops else None
             peak = peak or arithmetic.peak_of(results.get("device", {}).get("name", ""))
@@ -141,7 +142,8 @@ def main() -> None:
         sys.exit(f"{' and '.join(missing)} not found by {sys.executable}; set PYTHON to an interpreter that has them")
     import torch
 
-    if not torch.cuda.is_available():
+    options.dry_run = not torch.cuda.is_available()
+    if options.dry_run:
         print("no CUDA device: a dry run with a small model, whose seconds say nothing", flush=True)
         dry(options)
     out = os.environ.get("OUT")
