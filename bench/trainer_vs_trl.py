@@ -1,10 +1,13 @@
 """Training step of capipe and of TRL's GRPOTrainer: same random model, images, group size, lengths and optimizer.
 
-Each side samples captions of a fixed length with its own transformers engine, scores them by the same function and
-makes one on-policy AdamW step; a step is timed from sampling to the weight update. Rounds alternate in one process.
+Each side samples captions of given lengths with its own transformers engine, scores them by the same function and
+makes one on-policy AdamW step; a step is timed from sampling to the weight update. Sides alternate in one process,
+with one thread each, then with two (``@2``), for which capipe samples as `capipe train` does on two cores. ``ragged``:
+log-normal lengths (mean 64, sigma 0.5, cut at 256), the same row by row on both sides.
 
 Also measured: the parts of our step (``rollout``, ``update``), and a lower bound of the update: :class:`Floor`, once
 after each of our updates. ``update_floor_share`` is floor ÷ update: the share of our update that no trainer could save.
+``columns_per_token``: positions that the decoder computed in an update ÷ tokens of its prompts and captions.
 
     python bench/trainer_vs_trl.py [--rounds 3] [--steps 6]
 """
@@ -18,7 +21,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +35,53 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _common import alternate, quotient, report, version
 
-from capipe.models.engines.base import Completion, GenerationRequest, ImageInput, Prompt, Sampling
-from capipe.models.engines.hf.batched_lm import BatchedLM
+from capipe.models.engines.base import Completion, Engine, GenerationRequest, ImageInput, Prompt, Sampling
 from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, load_model
 from capipe.models.engines.sampling import vision_ids
 from capipe.models.images.grid import ImageGrid
+from capipe.models.shared_weights import share
 from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.policy.decoder import DecoderPolicy
+from capipe.trainer.rollout_processes import ModelSource, ProcessEngine
 from capipe.trainer.update import UpdateConfig, Updater
 
 MODEL = "tiny/captioner"  # its architecture and tokenizer; the weights are random
 TEXT = "describe the image in detail."
 GROUP, IMAGES, LR = 8, 4, 1e-4
 PARTS = ("rollout", "update", "floor")
-SETTINGS = {"16:64": (112, 64), "144:64": (336, 64), "144:128": (336, 128)}  # image tokens : caption tokens
+LONGEST, MEAN, SIGMA = 256, 64, 0.5  # of ragged lengths
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``pixels``: of an image's side; ``length``: of every caption in tokens, None for ragged ones."""
+
+    pixels: int
+    length: int | None
+    threads: int = 1
+
+    @property
+    def limit(self) -> int:
+        return self.length or LONGEST
+
+    def lengths(self, step: int) -> list[int]:
+        """Lengths of a step's captions, image by image."""
+        if self.length is not None:
+            return [self.length] * (GROUP * IMAGES)
+        drawn = np.random.default_rng(step).lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, GROUP * IMAGES)
+        return [int(length) for length in drawn.round().clip(1, LONGEST)]
+
+
+# Image tokens : caption tokens @ threads.
+SETTINGS = {
+    "16:64": Setting(112, 64),
+    "144:64": Setting(336, 64),
+    "144:128": Setting(336, 128),
+    "144:ragged": Setting(336, None),
+    "16:64@2": Setting(112, 64, 2),
+    "144:64@2": Setting(336, 64, 2),
+    "144:128@2": Setting(336, 128, 2),
+}
 
 
 def random_model(folder: Path) -> None:
@@ -79,48 +117,67 @@ def distinct(tokens: list[int] | tuple[int, ...]) -> float:
 class Ours:
     """Engine, fast path and updater, combined as in `capipe train`."""
 
-    def __init__(self, folder: Path, pixels: int, length: int) -> None:
+    def __init__(self, folder: Path, setting: Setting) -> None:
         model = load_model(str(folder), sees=True, dtype="float32", device="cpu")
-        grid = ImageGrid(28, 56 * 56, pixels * pixels)
+        grid = ImageGrid(28, 56 * 56, setting.pixels**2)
         self.policy = DecoderPolicy(model, vision_ids(model.config))
-        lm, self.preparing = (endless(batched_lm(model, str(folder), grid)) for _ in range(2))
-        self.engine = TransformersEngine(lm, grid, GROUP * IMAGES)
-        self.images = [ImageInput(f"{number}", pixels=picture) for number, picture in enumerate(pictures(pixels))]
+        self.preparing = batched_lm(model, str(folder), grid)
+        self.engine: Engine
+        if setting.threads > 1:
+            source = ModelSource(str(folder), "random", grid, share(model), None, GROUP * IMAGES)
+            self.engine = ProcessEngine(source, self.preparing, setting.threads)
+        else:
+            self.engine = TransformersEngine(batched_lm(model, str(folder), grid), grid, GROUP * IMAGES)
+        seen = enumerate(pictures(setting.pixels))
+        self.images = [ImageInput(f"{number}", pixels=picture) for number, picture in seen]
         learning = [weight for weight in self.policy.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=LR)
-        self.updater = Updater(self.policy, optimizer, UpdateConfig(loss="dapo", limit=length))
-        self.floor = Floor(folder)
-        self.length, self.number = length, 0
+        self.updater = Updater(self.policy, optimizer, UpdateConfig(loss="dapo", limit=setting.limit))
+        self.floor = Floor(folder) if setting.length is not None else None
+        self.setting, self.columns, self.tokens = setting, 0, 0
+        self.policy.base.language_model.layers[0].register_forward_pre_hook(self._count_columns, with_kwargs=True)
 
     def steps(self, count: int) -> dict[str, float]:
         """Median seconds of a step, of its parts and of the floor, after one warm-up step."""
         taken = asyncio.run(self._steps(count))
-        return {name: statistics.median(step[name] for step in taken[1:]) for name in ("step", *PARTS)}
+        return {name: statistics.median(step[name] for step in taken[1:]) for name in taken[0]}
 
     async def _steps(self, count: int) -> list[dict[str, float]]:
         taken = []
-        for _ in range(count):
+        for number in range(count):
+            lengths = self.setting.lengths(number)
             started = time.perf_counter()
-            groups = await asyncio.gather(*(self._group(image) for image in self.images))
+            groups = await self._groups(number, lengths)
             sampled = time.perf_counter()
+            self.columns = 0
             result = self.updater.update(groups)
             done = time.perf_counter()
-            assert result.skipped is None and result.tokens == GROUP * IMAGES * self.length
+            assert result.skipped is None and result.tokens == sum(lengths)
+            self.tokens = result.tokens + sum(len(group.prompt.ids) for group in groups)
             parts = {"step": done - started, "rollout": sampled - started, "update": done - sampled}
-            taken.append({**parts, "floor": self.floor.seconds(groups)})
+            taken.append(parts | ({"floor": self.floor.seconds(groups)} if self.floor else {}))
         await self.engine.aclose()
         return taken
 
-    async def _group(self, image: ImageInput) -> Group:
-        self.number += 1
+    async def _groups(self, step: int, lengths: list[int]) -> list[Group]:
+        shares = [lengths[start : start + GROUP] for start in range(0, GROUP * IMAGES, GROUP)]
+        seed = step * GROUP * IMAGES
+        return await asyncio.gather(*(self._group(*pair, seed) for pair in zip(self.images, shares, strict=True)))
+
+    async def _group(self, image: ImageInput, lengths: list[int], seed: int) -> Group:
         prompt = Prompt(TEXT, image)
-        requests = [
-            GenerationRequest(prompt, Sampling(1.0, 1.0, self.length, self.number * GROUP + member), logprobs=True)
-            for member in range(GROUP)
+        samplings = [
+            Sampling(1.0, 1.0, length, seed + member, min_tokens=length) for member, length in enumerate(lengths)
         ]
+        requests = [GenerationRequest(prompt, sampling, logprobs=True) for sampling in samplings]
         completions: list[Completion] = await asyncio.gather(*map(self.engine.generate, requests))
         rewards = [RewardResult(distinct(completion.token_ids)) for completion in completions]
         return Group(image.uid, image.uid, self.preparing.prepare(prompt), completions, rewards)
+
+    def _count_columns(self, layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if self.policy.training:  # not while sampling
+            states = inputs[0] if inputs else named["hidden_states"]
+            self.columns += states.shape[0] * states.shape[1]
 
 
 class Floor:
@@ -162,32 +219,31 @@ class Floor:
         return time.perf_counter() - started
 
 
-def capipe_steps(folder: Path, pixels: int, length: int, count: int, parts: dict[str, list[float]]) -> float:
-    """Median seconds of one of our steps; those of its parts are appended to ``parts``."""
-    medians = Ours(folder, pixels, length).steps(count)
+def capipe_steps(folder: Path, setting: Setting, count: int, parts: dict[str, list[float]]) -> float:
+    """Median seconds of one of our steps; those of its parts, and columns per token, are appended to ``parts``."""
+    torch.set_num_threads(setting.threads)
+    ours = Ours(folder, setting)
+    medians = ours.steps(count)
     for name in PARTS:
-        parts[name].append(medians[name])
+        if name in medians:
+            parts[name].append(medians[name])
+    parts["columns_per_token"].append(ours.columns / ours.tokens)
     return medians["step"]
 
 
-def endless(lm: BatchedLM) -> BatchedLM:
-    """Disable the end tokens: only its length ends a caption."""
-    lm._end_ids = frozenset()
-    return lm
-
-
-def trl_steps(folder: Path, pixels: int, length: int, count: int) -> float:
+def trl_steps(folder: Path, setting: Setting, count: int) -> float:
     """Median seconds of a step of TRL's trainer; its set-up before the first step is not counted."""
+    torch.set_num_threads(setting.threads)
     from datasets import Dataset
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     processor: Any = AutoProcessor.from_pretrained(folder, padding_side="left")
     processor.tokenizer.padding_side = "left"
-    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": pixels * pixels}
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": setting.pixels**2}
     rows = {
         "prompt": [[{"role": "user", "content": TEXT}]] * IMAGES,
-        "image": [Image.fromarray(picture) for picture in pictures(pixels)],
+        "image": [Image.fromarray(picture) for picture in pictures(setting.pixels)],
     }
 
     def reward(completion_ids: list[list[int]], **rest: Any) -> list[float]:
@@ -206,18 +262,45 @@ def trl_steps(folder: Path, pixels: int, length: int, count: int) -> float:
         config = GRPOConfig(
             output_dir=out, use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, report_to="none",
             save_strategy="no", per_device_train_batch_size=GROUP * IMAGES, num_generations=GROUP,
-            max_completion_length=length, num_iterations=1, beta=0.0, temperature=1.0, loss_type="dapo",
+            max_completion_length=setting.limit, num_iterations=1, beta=0.0, temperature=1.0, loss_type="dapo",
             learning_rate=LR, lr_scheduler_type="constant", max_steps=count, logging_steps=10**6, disable_tqdm=True,
             dataloader_num_workers=0, remove_unused_columns=False, use_vllm=False, seed=0,
-            generation_kwargs={"min_new_tokens": length, "suppress_tokens": barred(folder)},
+            generation_kwargs={"suppress_tokens": barred(folder)},
         )  # fmt: skip
+        model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model.generate = partial(ForcedLengths(setting, processor.tokenizer.eos_token_id).generate, model.generate)
         trainer = GRPOTrainer(
-            model=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
-            reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(rows), processing_class=processor,
-            callbacks=[Clock()],
+            model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict(rows),
+            processing_class=processor, callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
     return statistics.median(taken[1:])
+
+
+class ForcedLengths:
+    """Ends each row of a batch at its length, by an end token as its last: a processor of TRL's logits."""
+
+    def __init__(self, setting: Setting, end: int) -> None:
+        self._setting, self._end = setting, end
+        self._step = -1
+        self._prompt = 0
+        self._lengths = torch.zeros(0)
+
+    def generate(self, generate: Any, *arguments: Any, **options: Any) -> Any:
+        """The model's ``generate`` with the next step's lengths."""
+        self._step += 1
+        self._prompt = options["input_ids"].shape[1]
+        self._lengths = torch.tensor(self._setting.lengths(self._step))
+        out = generate(*arguments, **options, logits_processor=[self])
+        assert out.shape == (GROUP * IMAGES, self._prompt + int(self._lengths.max()))
+        return out
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ends = self._lengths <= ids.shape[1] - self._prompt + 1
+        scores[:, self._end] = float("-inf")
+        scores[ends] = float("-inf")
+        scores[ends, self._end] = 0.0
+        return scores
 
 
 def barred(folder: Path) -> list[int]:
@@ -231,39 +314,45 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1, help="both sides'; more are no faster at this size")
+    parser.add_argument("--only", nargs="*", choices=SETTINGS, default=list(SETTINGS), help="settings, all by default")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     figures: dict[str, list[float]] = {}
     ratios: dict[str, float] = {}
     shares: dict[str, float] = {}
+    columns: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_model(folder)
-        for setting, (pixels, length) in SETTINGS.items():
-            parts: dict[str, list[float]] = {name: [] for name in PARTS}
-            run = (folder, pixels, length, options.steps)
-            sides = {
-                f"{setting} trl": lambda _, run=run: trl_steps(*run),
-                f"{setting} capipe": lambda _, run=run, parts=parts: capipe_steps(*run, parts),
-            }
-            timings = alternate(sides, options.rounds)
-            figures |= timings | {f"{setting} {name}": values for name, values in parts.items()}
-            shares[setting] = quotient(parts["floor"], parts["update"])
-            ratios[setting] = quotient(timings[f"{setting} trl"], timings[f"{setting} capipe"])
+        for named in options.only:
+            setting = SETTINGS[named]
+            parts: dict[str, list[float]] = {name: [] for name in (*PARTS, "columns_per_token")}
+            timings = alternate(sides(folder, named, options.steps, parts), options.rounds)
+            columns[named] = round(max(parts.pop("columns_per_token")), 3)
+            figures |= timings | {f"{named} {name}": values for name, values in parts.items() if values}
+            if setting.length is not None and setting.threads == 1:
+                shares[named] = quotient(parts["floor"], parts["update"])
+            ratios[named] = quotient(timings[f"{named} trl"], timings[f"{named} capipe"])
     report(
         "trainer_vs_trl",
         figures,
-        ratio=ratios["144:64"],
+        ratio=ratios.get("144:64"),
         ratios=ratios,
         update_floor_share=shares,
+        columns_per_token=columns,
         unit="s/step",
         group=GROUP,
         images=IMAGES,
-        threads=options.threads,
         versions={name: version(name) for name in ("transformers", "trl", "torch")},
     )
+
+
+def sides(folder: Path, named: str, steps: int, parts: dict[str, list[float]]) -> dict[str, Callable[[int], float]]:
+    setting = SETTINGS[named]
+    return {
+        f"{named} trl": lambda _: trl_steps(folder, setting, steps),
+        f"{named} capipe": lambda _: capipe_steps(folder, setting, steps, parts),
+    }
 
 
 if __name__ == "__main__":
