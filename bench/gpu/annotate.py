@@ -132,6 +132,7 @@ class Bench:
         side = FACTOR * round(options.image_tokens**0.5)
         command = [sys.executable, "-c", THROUGHPUT, "--model", str(self.model)]
         command += ["--backend", "vllm-chat", "--dataset-name", "random-mm", "--num-prompts", str(options.images)]
+        command += ["--dataset-path", "none"]  # without one, vLLM 0.32 leaves the images out
         command += ["--random-input-len", str(self.text), "--random-output-len", str(options.caption)]
         command += ["--random-mm-base-items-per-request", "1", "--random-mm-num-mm-items-range-ratio", "0"]
         command += ["--random-mm-limit-mm-per-prompt", '{"image": 1}']
@@ -146,6 +147,8 @@ class Bench:
         measured = json.loads((self.folder / f"vllm-{number}.json").read_text())
         per_request = measured["total_num_tokens"] / options.images
         prompt = int(prompts[1]) / options.images
+        if prompt < options.image_tokens:
+            sys.exit(f"vllm bench throughput: prompts of {prompt:.0f} tokens, without their images")
         self.counted |= {"vllm_caption_tokens": per_request - prompt, "vllm_prompt_tokens": prompt}
         return float(rate[1])
 
