@@ -79,10 +79,10 @@ def bytes_per_logit(vocab: int, top_p: float | None) -> dict[str, float]:
         step.in_torch()
     kernel = 2 * 4 * step.logits.numel()  # float32, each loaded and stored
     if top_p is not None:
-        from capipe.models.engines.sampling import _scaled
+        from capipe.models.engines.sampling import scaled
 
         with Traffic() as cut:
-            _scaled(step.logits, step.temperatures, step.top_ps, step.barred)
+            scaled(step.logits, step.temperatures, step.top_ps, step.barred)
         kernel += cut.moved
     sides = {"torch": torch_code.moved, "kernel": kernel}
     return {side: round(moved / step.logits.numel(), 1) for side, moved in sides.items()}

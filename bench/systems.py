@@ -97,7 +97,10 @@ def found(out: Path) -> dict[str, Any]:
 
 
 def logged(run: Path) -> dict[str, float]:
-    """From a run's log: mean rewards over its first and last fifth, last and largest KL divergence."""
+    """From a run's log: mean rewards over its first and last fifth, last and largest KL divergence (k3, nats a token).
+
+    Runs of versions that logged the loss's own estimator have no divergence here.
+    """
     entries = updates(run)
     part = max(1, len(entries) // 5)
     first, last = entries[:part], entries[-part:]
@@ -108,8 +111,8 @@ def logged(run: Path) -> dict[str, float]:
         for when, some in (("first", first), ("last", last))
         if all(entry.get(name) is not None for entry in some)
     }
-    kl = [entry["kl"] for entry in entries if entry.get("kl") is not None]
-    return {**rewards, **({"kl last": kl[-1], "kl most": max(kl)} if kl else {})}
+    k3 = [entry["kl"] for entry in entries if entry.get("kl") is not None and "steps_skipped" in entry]
+    return {**rewards, **({"k3 last": k3[-1], "k3 most": max(k3)} if k3 else {})}
 
 
 def measure(name: str, row: Row, table: str, data: Path, out: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from capipe.models.images.grid import ImageGrid
 from capipe.models.shared_weights import share
 from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.policy.decoder import DecoderPolicy
-from capipe.trainer.rollout_processes import ModelSource, ProcessEngine
+from capipe.trainer.sampling.processes import ModelSource, ProcessEngine
 from capipe.trainer.update import UpdateConfig, Updater
 
 MODEL = "tiny/captioner"  # its architecture and tokenizer; the weights are random

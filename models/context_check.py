@@ -80,7 +80,7 @@ async def caption_tokens(reader: QuizReader, caption: str, question: Question) -
 
 
 async def _tokens(reader: QuizReader, caption: str, question: Question) -> int:
-    text = caption_prompt(caption, reader.config.abstain) + _put(question)
+    text = caption_prompt(caption, reader.config.abstain, reader.config.prompt) + _put(question)
     counted = await reader.engine.count_tokens(Prompt(text))
     return by_bytes(text) + FRAME if counted is None else counted
 
@@ -156,6 +156,6 @@ def by_bytes(text: str) -> int:
 
 def room_of(context: int, config: ReaderConfig, questions: Sequence[Question], count: Count) -> int:
     """Like :func:`room`, for a reader that is not started yet; it is unknown whether it thinks first."""
-    prompts = (caption_prompt("", config.abstain) + _put(question) for question in questions)
+    prompts = (caption_prompt("", config.abstain, config.prompt) + _put(question) for question in questions)
     beside = max(map(count, prompts), default=0)
     return context - beside - FRAME - _answer(config)

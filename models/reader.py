@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
@@ -32,7 +33,20 @@ from .engines.base import (
     Thought,
 )
 from .engines.thinking import after_thought, thinks
-from .quiz import ABSTAIN, Question, caption_prompt, image_prompt, letters, parse_letter, put, rotations, shuffles
+from .quiz import (
+    ABSTAIN,
+    PromptStyle,
+    Question,
+    abstains_last,
+    answer_prefix,
+    caption_prompt,
+    image_prompt,
+    letters,
+    parse_letter,
+    put,
+    rotations,
+    shuffles,
+)
 
 Order = tuple[int, ...]
 Place = int | None  # index of a letter
@@ -48,7 +62,7 @@ class ReaderConfig(Growing):
     """Settings for asking questions and reading answers. All of them change outcomes, so all are in fingerprints."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    later = ("thought_tokens", "thought_temperature")
+    later = ("thought_tokens", "thought_temperature", "prompt")
 
     presentations: int | None = Field(
         None, ge=1, description="orders in which each question is put; all cyclic ones (or 4 shuffled) by default"
@@ -75,6 +89,8 @@ class ReaderConfig(Growing):
     thought_temperature: float = Field(
         THOUGHT_TEMPERATURE, ge=0, description="choose: of that thought; greedy ones tend to go in circles"
     )
+
+    prompt: PromptStyle = Field("own", description="own, or caprl: with examples, the option to abstain last")
 
     @property
     def answer_tokens(self) -> int:
@@ -144,31 +160,51 @@ class QuizReader:
 
     async def read(self, caption: str | None, questions: Sequence[Question]) -> list[Reading]:
         """Answers from ``caption`` alone; None asks the questions blind."""
-        return await self._ask(caption_prompt(caption, self.config.abstain), None, questions)
+        return await self._ask(self._about(caption), questions)
 
     async def look(self, image: ImageInput | None, questions: Sequence[Question]) -> list[Reading]:
         """Answers from the image, or to the same prompt without it: both arms have the same options."""
-        return await self._ask(image_prompt(self.config.abstain), image, questions)
+        return await self._ask(Prompt(image_prompt(self.config.abstain, self.config.prompt), image), questions)
 
     def orders(self, question: Question) -> list[Order]:
         """The orders in which ``question`` is asked, abstaining among the choices."""
-        choices, count = len(question.options) + 1, self.config.presentations
+        moved, count = self._moved(question), self.config.presentations
         if self.config.orders == "cyclic":
-            return rotations(choices, count)
-        return shuffles(choices, count or 4, f"{self.config.seed}/{question.id}")
+            orders = rotations(moved, count)
+        else:
+            orders = shuffles(moved, count or 4, f"{self.config.seed}/{question.id}")
+        return [self._whole(order, question) for order in orders]
+
+    def shuffled(self, question: Question, rng: Random) -> Order:
+        """A random order of the choices."""
+        moved = self._moved(question)
+        return self._whole(tuple(rng.sample(range(moved), moved)), question)
+
+    def _moved(self, question: Question) -> int:
+        """How many of the choices change places."""
+        return len(question.options) + (not abstains_last(self.config.prompt))
+
+    def _whole(self, order: Order, question: Question) -> Order:
+        return order if len(order) > len(question.options) else (*order, len(question.options))
+
+    def _about(self, caption: str | None) -> Prompt:
+        """What is asked about a caption (None: blind), without the question."""
+        text = caption_prompt(caption, self.config.abstain, self.config.prompt)
+        return Prompt(text, answer_prefix=answer_prefix(self.config.prompt))
 
     async def answer(self, caption: str | None, asked: Sequence[tuple[Question, Order]]) -> list[Answer]:
         """Answers from ``caption`` alone (None: blind) to questions, each in the one order given with it.
 
         Raises ValueError for an order that is no permutation of its question's choices.
         """
-        replies = await self._answers(caption_prompt(caption, self.config.abstain), None, asked)
+        replies = await self._answers(self._about(caption), asked)
         return [reply.answer for reply in replies]
 
-    async def _answers(
-        self, beginning: str, image: ImageInput | None, asked: Sequence[tuple[Question, Order]]
-    ) -> list[_Reply]:
-        prompts = [Prompt(beginning + put(question, order, self.config.abstain), image) for question, order in asked]
+    async def _answers(self, beginning: Prompt, asked: Sequence[tuple[Question, Order]]) -> list[_Reply]:
+        prompts = [
+            replace(beginning, text=beginning.text + put(question, order, self.config.abstain))
+            for question, order in asked
+        ]
         numbers: Counter[str] = Counter()
         waiting = []
         for (question, order), prompt in zip(asked, prompts, strict=True):
@@ -180,12 +216,12 @@ class QuizReader:
                 raise outcome
         return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
-    async def _ask(self, beginning: str, image: ImageInput | None, questions: Sequence[Question]) -> list[Reading]:
+    async def _ask(self, beginning: Prompt, questions: Sequence[Question]) -> list[Reading]:
         orders = [self.orders(question) for question in questions]
         asked = [
             (question, order) for question, its_orders in zip(questions, orders, strict=True) for order in its_orders
         ]
-        replies = iter(await self._answers(beginning, image, asked))
+        replies = iter(await self._answers(beginning, asked))
         readings = []
         for question, its_orders in zip(questions, orders, strict=True):
             mine = [next(replies) for _ in its_orders]
@@ -217,9 +253,10 @@ class QuizReader:
         Transient errors are ignored.
         """
         question = Question("Is one and one two?", ("Yes", "No"), 0)
-        text = caption_prompt(None, self.config.abstain) + put(question, (0, 1, 2), self.config.abstain)
+        asked = self._about(None)
+        text = asked.text + put(question, (0, 1, 2), self.config.abstain)
         try:
-            await self._place(Prompt(text), 3, self.config.seed)
+            await self._place(replace(asked, text=text), 3, self.config.seed)
         except RequestError as error:
             if error.final:
                 raise BadInput(f"the reader cannot answer: {error}") from error
@@ -233,7 +270,7 @@ class QuizReader:
         config, thought = self.config, None
         if thinking:
             sampling = Sampling(config.thought_temperature, 1.0, config.thought_tokens, seed)
-            prompt, thought = await after_thought(self.engine, prompt, sampling)
+            prompt, thought = await self._thought(prompt, sampling)
         scores = await self.engine.choose(ChoiceRequest(prompt, letters(choices)))
         return _Placed(best_place(scores, config.least_mass), thought, instead_of_letters(scores))
 
@@ -241,13 +278,22 @@ class QuizReader:
         """The position of the letter that a sampled answer names, and the thought before it."""
         config = self.config
         sampling = Sampling(config.temperature, 1.0, config.max_tokens, seed)
+        if thinking and prompt.answer_prefix:  # it thinks before the answer begins
+            prompt, before = await self._thought(prompt, replace(sampling, max_tokens=config.thought_tokens))
+            answer = await self.engine.generate(GenerationRequest(prompt, sampling))
+            return _Placed(parse_letter(answer.text, choices), before, _shown(answer.text))
         room = replace(sampling, max_tokens=config.thought_tokens + config.max_tokens) if thinking else sampling
         answer = await self.engine.generate(GenerationRequest(prompt, room))
         thought = answer.thought
         if thought is not None and not answer.text:  # truncated before the answer
             closed = replace(prompt, thought=thought.text)
             answer = await self.engine.generate(GenerationRequest(closed, sampling))
-        return _Placed(parse_letter(answer.text, choices), thought, repr(answer.text.strip()[:LONGEST_INSTEAD]))
+        return _Placed(parse_letter(answer.text, choices), thought, _shown(answer.text))
+
+    async def _thought(self, prompt: Prompt, sampling: Sampling) -> tuple[Prompt, Thought | None]:
+        """:func:`~.engines.thinking.after_thought`, with the beginning of the answer after the thought."""
+        asked, thought = await after_thought(self.engine, replace(prompt, answer_prefix=""), sampling)
+        return replace(asked, answer_prefix=prompt.answer_prefix), thought
 
     def _count_read(self, index: Place, instead: str) -> None:
         """Log where no answer at all names an option: a few may be the model's fault, all of them a wrong setting."""
@@ -271,6 +317,10 @@ class QuizReader:
         self.cut += not thought.closed
         if not thought.closed and self.cut in TOLD_AT:
             logger.warning("%d of %d thoughts of the reader were cut at their limit", self.cut, self.thoughts)
+
+
+def _shown(answer: str) -> str:
+    return repr(answer.strip()[:LONGEST_INSTEAD])
 
 
 def best_place(scores: ChoiceScores, least_mass: float) -> int | None:

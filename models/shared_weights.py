@@ -68,7 +68,8 @@ def _views(shared: SharedWeights) -> dict[str, Tensor]:
     storage = torch.UntypedStorage.from_file(shared.path, shared=True, nbytes=shared.size)
     views = {}
     for name, place in shared.places.items():
-        whole = torch.empty(0, dtype=place.dtype).set_(storage)  # type: ignore[call-overload]
+        whole = torch.empty(0, dtype=place.dtype)
+        whole.set_(storage)  # type: ignore[arg-type]
         first, count = place.start // whole.element_size(), torch.Size(place.shape).numel()
         views[name] = whole[first : first + count].view(place.shape)
     return views

@@ -6,6 +6,7 @@ advantage is 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,17 @@ def advantages(rewards: Tensor, baseline: Baseline) -> Tensor:
     if baseline == "group_std":
         return centred / (rewards[scored].std() + EPSILON)
     return centred
+
+
+def best_only(rewards: Tensor) -> Tensor:
+    """1 for a group's best completion, 0 for the others, (completions,): rejection sampling (RAFT, arXiv 2304.06767).
+
+    The first of several best ones. A group with fewer than two scored completions, or with all scores equal, has none.
+    """
+    chosen = torch.zeros_like(rewards)
+    if not tied(rewards):
+        chosen[rewards.nan_to_num(nan=-math.inf).argmax()] = 1.0
+    return chosen
 
 
 def tied(rewards: Tensor) -> bool:

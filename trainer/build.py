@@ -1,15 +1,13 @@
-"""Builds the parts of a run from its recipe: policy, optimizer, learning rate, model files of a checkpoint."""
+"""Builds the policy of a run from its recipe, places it in memory, and writes its model files."""
 
 from __future__ import annotations
 
-import copy
-import math
+import gc
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from ..models.engines.context import image_tokens, text_room
 from ..models.engines.hf.batched_lm import BatchedLM
 from ..models.engines.hf.captioner_adapter import barred_ids, is_blip2, is_captioner, language_model
 from ..models.engines.hf.engine import batched_lm, load_model
+from ..models.engines.hf.mixed_precision import frozen_copy, keep_rounded
 from ..models.engines.model_folder import image_grid, resolve_model
 from ..models.images.grid import ImageGrid
 from .distributed import ALONE, Distributed
@@ -33,7 +32,7 @@ from .policy.captioner import parts_of as captioner_parts
 from .policy.critic import ValueHead
 from .policy.decoder import DecoderPolicy
 from .policy.encoder_decoder import EncoderDecoderPolicy
-from .policy.fsdp import shard, whole
+from .policy.fsdp import copy_weights, shard, whole
 from .policy.lora import (
     FOLDER,
     LoRAConfig,
@@ -46,7 +45,9 @@ from .policy.lora import (
     save_adapter,
 )
 from .policy.packing_check import refuse_unknown_layers
-from .recipe import OptimizerConfig, Recipe, TrainedConfig
+from .policy.state import load_weights, state_of
+from .recipe import Recipe
+from .recipe_sections import TrainedConfig
 
 VALUE_HEAD = "critic/value_head.safetensors"  # in a subfolder: beside the weights, vLLM would load it as one of them
 READERS = (
@@ -63,8 +64,9 @@ READERS = (
 class PolicyParts:
     """The model in training and its dependents. ``preparing``: not shared with the engine's thread.
 
-    ``sampled``: the whole model that captions are sampled from: the policy's own, or a copy if the policy is sharded or
-    updated while captions are sampled. ``folder``: the folder it was loaded from.
+    ``sampled``: the whole model that captions are sampled from, or that is handed to the rollout engine: the policy's
+    own, or a copy (:func:`place_policy`); None in processes that need none. ``folder``: the folder that tokenizer and
+    image processor are from, and the weights, unless ``state`` has newer ones.
     """
 
     policy: DecoderPolicy
@@ -76,15 +78,29 @@ class PolicyParts:
     folder: Path
     distributed: Distributed
     learning: str  # which parts are trained, in words
+    state: Path | None = None  # of a checkpoint that training goes on from
 
 
 def build_policy(recipe: Recipe, weights: Path | None = None, distributed: Distributed = ALONE) -> PolicyParts:
-    """Load ``recipe.model``, or its checkpoint ``weights``, and freeze the parts that are not trained.
+    """Load ``recipe.model``, or its checkpoint ``weights``, freeze what is not trained, and place it in memory.
 
     Raises BadInput for models and prompts that the trainer does not support.
     """
+    parts = load_policy(recipe, weights, distributed)
+    place_policy(recipe, parts)
+    return parts
+
+
+def load_policy(recipe: Recipe, weights: Path | None = None, distributed: Distributed = ALONE) -> PolicyParts:
+    """Load the policy whole and in float32, without reference and copies: as :func:`place_policy` wants it.
+
+    ``weights``: a checkpoint; its weights are loaded here if they are a Hugging Face folder (as older ones all are),
+    else by :func:`place_policy`. Raises BadInput for models and prompts that the trainer does not support.
+    """
     start = resolve_model(recipe.model)
-    folder = weights or start
+    state = None if weights is None else state_of(weights)
+    before = weights if state is None else None
+    folder = before or start
     grid = image_grid(folder, recipe.min_pixels, recipe.max_pixels)
     if grid is None:
         raise BadInput(f"{recipe.model}: reads text only; training captions takes a vision-language model")
@@ -95,41 +111,83 @@ def build_policy(recipe: Recipe, weights: Path | None = None, distributed: Distr
         need_peft()
     of_model = folder if lora is None else start  # an adapter does not change the base weights
     model: Any = load_model(str(of_model), sees=True, called=recipe.model, dtype="float32", device=recipe.device)
-    dtype = computed_in(recipe.dtype, model.device)
-    banned, kind = barred_ids(model), policy_class(model, recipe)
-    policy_of = partial(kind, banned=banned, temperature=recipe.rollout.temperature, dtype=dtype)
-    reference = None
-    if recipe.algorithm.kl and lora is None:
-        frozen = (
-            copy.deepcopy(model)
-            if weights is None
-            else load_model(str(start), sees=True, dtype="float32", device=recipe.device)
-        )
-        reference = _scorer(policy_of(frozen.requires_grad_(False)))
+    kind = policy_class(model, recipe)
     learning = freeze(model, recipe.trained)
     if lora is not None:
-        learning += f", {adapt(model, recipe, lora, weights)}"
+        learning += f", {adapt(model, recipe, lora, before)}"
+    policy = kind(
+        model,
+        barred_ids(model),
+        recipe.rollout.temperature,
+        value_head(recipe, model, before),
+        computed_in(recipe.dtype, model.device),
+    )
+    preparing = batched_lm(model, str(folder), grid, template_args=recipe.template_args)
+    pictures = Pictures(grid, recipe.rollout.decoders, lossless="://" in recipe.rollout.engine)
+    return PolicyParts(policy, model, grid, preparing, pictures, None, folder, distributed, learning, state)
+
+
+def place_policy(recipe: Recipe, parts: PolicyParts) -> None:
+    """Make the reference and the sampler's copy, keep frozen weights in the computing type, split and load weights.
+
+    In place; a collective call for all processes. The allocator's cache is emptied, as vLLM measures free memory.
+    """
+    policy, distributed = parts.policy, parts.distributed
+    model, mesh = policy.model, distributed.mesh
+    if recipe.algorithm.kl:
+        if recipe.trained.lora is not None:
+            parts.reference = _scorer(policy, without_adapter=True)
+        else:
+            frozen = _reference(recipe, parts)
+            if distributed.sharded:
+                shard(frozen, mesh, frozen=True)
+            parts.reference = _scorer(frozen)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = policy_of(model, value_head=value_head(recipe, model, weights))
-    if recipe.algorithm.kl and lora is not None:
-        reference = _scorer(policy, without_adapter=True)
-    apart = distributed.sharded or (recipe.rollout.overlap and recipe.rollout.engine == "transformers")
-    sampled = copy.deepcopy(model).requires_grad_(False) if apart else model
+    keep_rounded(model, policy.dtype)
+    parts.sampled = _sampled(recipe, parts)
     if distributed.sharded:
-        shard(policy)
-    preparing = batched_lm(sampled, str(folder), grid, template_args=recipe.template_args)
-    pictures = Pictures(grid, recipe.rollout.decoders, lossless="://" in recipe.rollout.engine)
-    return PolicyParts(policy, sampled, grid, preparing, pictures, reference, folder, distributed, learning)
+        shard(policy, mesh)
+    if parts.state is not None:
+        load_weights(parts.state, policy)
+        if parts.sampled is not model:
+            copy_weights(policy, parts.sampled)
+    empty_cache(policy.device)
 
 
-def whole_policy(parts: PolicyParts) -> DecoderPolicy:
-    """The policy; if it is sharded, a policy of the unsharded copy, which a single process can use."""
+def empty_cache(device: torch.device) -> None:
+    """Give memory that is no longer used back to the device, for other processes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _reference(recipe: Recipe, parts: PolicyParts) -> DecoderPolicy:
+    """A frozen policy with the weights that training started from."""
     policy = parts.policy
-    if not parts.distributed.sharded:
-        return policy
+    start = resolve_model(recipe.model)
+    if parts.folder == start:
+        model: Any = frozen_copy(policy.model, policy.dtype)
+    else:
+        model = load_model(str(start), sees=True, dtype="float32", device=recipe.device).requires_grad_(False)
+        keep_rounded(model, policy.dtype)
     banned = policy.get_buffer("banned").tolist()
-    return type(policy)(parts.sampled, banned=banned, temperature=policy.temperature, dtype=policy.dtype)
+    return type(policy)(model, banned=banned, temperature=policy.temperature, dtype=policy.dtype)
+
+
+def _sampled(recipe: Recipe, parts: PolicyParts) -> Any:
+    """The model that captions are sampled from, or that is handed to another engine (:class:`PolicyParts`).
+
+    A copy, in the type that the policy computes in, if the policy's own weights are split or change while captions are
+    sampled: on the device for the transformers engine; in main memory, in the first process, for any other.
+    """
+    policy = parts.policy
+    own = recipe.rollout.engine == "transformers"
+    if not (parts.distributed.sharded or (recipe.rollout.overlap and own)):
+        return policy.model
+    if own:
+        return frozen_copy(policy.model, policy.dtype)
+    return frozen_copy(policy.model, policy.dtype, "cpu", entirely=True) if parts.distributed.first else None
 
 
 def refuse_large_images(recipe: Recipe, grid: ImageGrid) -> None:
@@ -162,7 +220,7 @@ def policy_class(model: Any, recipe: Recipe) -> type[DecoderPolicy]:
     if not hasattr(model, "model") or not hasattr(model.model, "visual"):
         raise BadInput(
             f"{recipe.model}: {type(model).__name__} is no captioner that the trainer knows "
-            "(Qwen-VL, BLIP, BLIP-2 with OPT, ViT-GPT2)"
+            "(Qwen-VL, Qwen3.5, BLIP, BLIP-2 with OPT, ViT-GPT2)"
         )
     return DecoderPolicy
 
@@ -237,60 +295,59 @@ def parts_of(model: Any) -> dict[str, list[nn.Parameter]]:
     return {"vision": vision, "projector": list(projector.values()), "llm": llm}
 
 
-def build_optimizer(policy: DecoderPolicy, config: OptimizerConfig, head_rate: float = 1.0) -> torch.optim.Optimizer:
-    """AdamW over the trainable weights, with weight decay on matrices only.
-
-    ``scale`` of a parameter group: factor on :func:`rate`; ``head_rate``: that of the value head.
-    """
-    head = {id(weight) for weight in (policy.value_head.parameters() if policy.value_head else ())}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for weight in policy.parameters():
-        if weight.requires_grad:
-            decay = config.weight_decay if weight.ndim >= 2 else 0.0
-            groups.setdefault((decay, head_rate if id(weight) in head else 1.0), []).append(weight)
-    described = [
-        {"params": weights, "weight_decay": decay, "scale": scale} for (decay, scale), weights in groups.items()
-    ]
-    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas)
-
-
-def rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of ``step``, counted from 0."""
-    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    left = 1 - min(1.0, max(0, step - config.warmup) / max(1, steps - config.warmup))
-    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.schedule]
-    return config.lr * warm * shape
-
-
 def value_weights(parts: PolicyParts) -> dict[str, Tensor]:
     """Unsharded weights of the value head, empty without one; a collective call for all processes."""
     head = parts.policy.value_head
     return {} if head is None else {name: whole(weight) for name, weight in head.state_dict().items()}
 
 
-def write_model(parts: PolicyParts, folder: Path) -> None:
-    """Write weights (with an adapter merged in) and configuration only."""
-    model = parts.sampled
+def model_weights(parts: PolicyParts) -> dict[str, Tensor]:
+    """Whole weights under the base model's names, an adapter merged in, in main memory and the computing type.
+
+    A collective call for all processes; the first alone gets them, the others nothing.
+    """
+    model: Any = parts.policy.model
+    found: dict[str, Tensor] = {}
+    names: dict[int, str] = {}  # of the model's own weights, by id(): tied ones stay one
+    weights = merged_weights(model) if has_adapter(model) else model.state_dict(keep_vars=True).items()
+    for name, weight in weights:
+        known = names.setdefault(id(weight), name) if isinstance(weight, nn.Parameter) else name
+        gathered = whole(weight.detach()) if known == name else None
+        if parts.distributed.first:
+            dtype = parts.policy.dtype if weight.is_floating_point() else None
+            found[name] = found[known] if gathered is None else gathered.to("cpu", dtype)
+    return found
+
+
+def write_model(parts: PolicyParts, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write configuration and weights, in the computing type and with an adapter merged in, and nothing else.
+
+    ``weights``: those of :func:`model_weights`; by default those of ``parts.sampled``.
+    """
+    model = parts.policy.model
     config = language_model(model).config.get_text_config()
     implementation = config._attn_implementation
-    # Merged weights go to main memory, as a GPU may have no room for a second set.
-    merged = dict(merged_weights(model, "cpu")) if has_adapter(model) else None
-    model.save_pretrained(folder, state_dict=merged)
+    if weights is None and parts.sampled is model:
+        weights = model_weights(parts)
+    (parts.sampled if weights is None else model).save_pretrained(folder, state_dict=weights)
     config._attn_implementation = implementation
 
 
-def write_policy(parts: PolicyParts, folder: Path, values: dict[str, Tensor]) -> None:
+def write_policy(
+    parts: PolicyParts, folder: Path, values: dict[str, Tensor], weights: dict[str, Tensor] | None = None
+) -> None:
     """Write the policy as a Hugging Face folder: weights in safetensors, original tokenizer and processor.
 
-    An adapter is merged into the weights, so that any engine can load them, and also saved separately to resume its
-    training. ``values``: weights of the value head, saved separately.
+    An adapter is merged into the weights, so that any engine can load them, and also saved separately, as peft's tools
+    read it. ``values``: weights of the value head, saved separately; ``weights``: as of :func:`write_model`.
     """
     from transformers import AutoProcessor
 
-    write_model(parts, folder)
-    if has_adapter(parts.sampled):
-        save_adapter(parts.sampled, folder / FOLDER)
-    if is_captioner(parts.sampled):  # some of these have no processor
+    model = parts.policy.model
+    write_model(parts, folder, weights)
+    if has_adapter(model):
+        save_adapter(model, folder / FOLDER)
+    if is_captioner(model):  # some of these have no processor
         copy_readers(parts.folder, folder)
     else:
         AutoProcessor.from_pretrained(str(parts.folder), trust_remote_code=False).save_pretrained(folder)

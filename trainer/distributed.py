@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..models.child_processes import follow
 
@@ -39,13 +40,27 @@ TORCHRUN = {
 BUCKET = 1 << 25  # weights per all-reduce of gradients: 128 MB of float32
 
 
+class Agreed(Exception):
+    """An error that all processes raise at the same place. ``error``: this process's own, None for another's."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__(str(error) if error is not None else "another process failed")
+        self.error = error
+
+
 @dataclass(frozen=True)
 class Distributed:
-    """``rank`` of ``count`` processes; ``sharded``: FSDP2 shards the weights and sums the gradients."""
+    """``rank`` of ``count`` processes; ``sharded``: FSDP2 shards the weights and sums the gradients.
+
+    ``mesh``: processes as (nodes, processes of a node), if weights are sharded within a node and replicated between
+    nodes. ``writers``: the group in which checkpoints are written, beside the training's own collective calls.
+    """
 
     rank: int = 0
     count: int = 1
     sharded: bool = False
+    mesh: DeviceMesh | None = None
+    writers: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -92,6 +107,23 @@ class Distributed:
             size += weight.numel()
         if bucket:
             _sum_bucket(bucket)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raise an error of the body in all processes, as :class:`Agreed`: else the others would wait for this one.
+
+        A single process raises the error itself. The body has no collective calls.
+        """
+        if self.count == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as own:
+            error = own
+        if self.most(int(error is not None)):
+            raise Agreed(error) from error
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -146,4 +178,18 @@ def join(sharded: bool) -> Distributed:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    return Distributed(dist.get_rank(), count, sharded)
+    mesh = nodes_mesh(count, int(os.environ.get("LOCAL_WORLD_SIZE", count))) if sharded else None
+    return Distributed(dist.get_rank(), count, sharded, mesh, dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def nodes_mesh(count: int, local: int) -> DeviceMesh | None:
+    """Mesh (nodes, processes of a node) of ``count`` processes, ``local`` of them on this node; None for one node.
+
+    Also None for nodes of one process, which can split nothing, and for nodes of unequal sizes: then weights are
+    sharded over all processes. A collective call, as `torchrun` tells a process its own node's size only.
+    """
+    sizes = torch.tensor([local, -local], device=_device())
+    dist.all_reduce(sizes, dist.ReduceOp.MAX)
+    if int(sizes.sum()) or local in (1, count):
+        return None
+    return init_device_mesh(_device().type, (count // local, local), mesh_dim_names=("nodes", "local"))

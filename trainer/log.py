@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:  # reading logs must not import torch
     from .policy.batch import Group
 
 STEPS, CAPTIONS, TIMES = "steps.jsonl", "captions.jsonl", "times.jsonl"
+BEST = "best.json"  # names the best checkpoint by validation
+VALIDATION, ACCURACY = "validation/", "accuracy"  # prefix of validation metrics; the one that checkpoints compete in
+BEFORE = -1  # step of a validation before the first
 SECONDS = "seconds/"  # prefix of the names of times
 
 
@@ -99,17 +103,21 @@ class Clock:
 
 def progress_line(step: int, steps: int, metrics: Mapping[str, Any], clock: Clock) -> str:
     """One line about a step, for the terminal."""
-    reward = "none" if metrics["reward"] is None else f"{metrics['reward']:.3f}"
     skipped = f" skipped: {metrics['skipped']}" if metrics["skipped"] else ""
+    shared = f"entropy {metrics['entropy']:.2f} norm {metrics['norm']:.2f}"
+    tokens = f"tokens {metrics['tokens_per_caption']:.0f}"
+    if metrics["captions"] and metrics["reward"] is None and not metrics["unscored_share"]:  # nothing is ever scored
+        return f"step {step}/{steps} loss {metrics['loss']:.3f} {tokens} {shared} {clock.total():.1f} s{skipped}"
+    reward = "none" if metrics["reward"] is None else f"{metrics['reward']:.3f}"
+    refilled = f" refilled {metrics['refilled']}" if "refilled" in metrics else ""
     return (
-        f"step {step}/{steps} reward {reward} tokens {metrics['tokens_per_caption']:.0f} "
-        f"entropy {metrics['entropy']:.2f} norm {metrics['norm']:.2f} tied {metrics['tied']}/{metrics['groups']} "
+        f"step {step}/{steps} reward {reward} {tokens} {shared} tied {metrics['tied']}/{metrics['groups']}{refilled} "
         f"{clock.total():.1f} s{skipped}"
     )
 
 
 class RunLog:
-    """JSON lines in ``folder``. A resumed run truncates the log to the step it resumes from.
+    """JSON lines in ``folder``, truncated to the step that a run resumes from; empty where a run starts.
 
     Every process logs its own captions; only the first logs metrics.
     """
@@ -120,7 +128,7 @@ class RunLog:
         captions = CAPTIONS if self._first else f"captions-{rank}.jsonl"
         self._files = {STEPS: folder / STEPS, TIMES: folder / TIMES, CAPTIONS: folder / captions}
         for file in self._files.values() if self._first else [folder / captions]:
-            _cut(file, start)
+            _cut(file, start or BEFORE)
         self._sinks = sinks
 
     def step(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
@@ -135,9 +143,11 @@ class RunLog:
         for sink in self._sinks:
             sink.write(step, numbers)
 
-    def captions(self, step: int, groups: Sequence[Group]) -> None:
-        """Log every caption of a step with its rewards and their details."""
-        self._append(CAPTIONS, [entry for group in groups for entry in _entries(step, group)])
+    def captions(self, step: int, groups: Sequence[Group], replaced: Sequence[Group] = ()) -> None:
+        """Log every caption of a step with its rewards and their details; last those of ``replaced`` groups."""
+        entries = [entry for group in groups for entry in _entries(step, group)]
+        entries += [{**entry, "replaced": True} for group in replaced for entry in _entries(step, group)]
+        self._append(CAPTIONS, entries)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -150,6 +160,7 @@ class RunLog:
 
 
 def _entries(step: int, group: Group) -> list[dict[str, Any]]:
+    advantages = group.advantages.tolist() or [0.0] * len(group.completions)  # none were assigned to a replaced group
     return [
         {
             "step": step,
@@ -163,8 +174,45 @@ def _entries(step: int, group: Group) -> list[dict[str, Any]]:
             "details": reward.details,
             "advantage": advantage,
         }
-        for caption, reward, advantage in zip(group.completions, group.rewards, group.advantages.tolist(), strict=True)
+        for caption, reward, advantage in zip(group.completions, group.rewards, advantages, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validated checkpoint: after ``step`` steps, ``metric`` of validation was ``value``."""
+
+    step: int
+    value: float
+    metric: str = ACCURACY
+
+    def __post_init__(self) -> None:
+        """Validate values read from a file. Raises TypeError for other types than we write."""
+        if not (isinstance(self.step, int) and isinstance(self.value, int | float) and isinstance(self.metric, str)):
+            raise TypeError("step, value or metric are of another kind")
+
+    def line(self) -> str:
+        return f"step-{self.step:06d} (validation {self.metric} {self.value:.3f})"
+
+
+def best_validated(entries: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> Best | None:
+    """The best of the checkpoints after ``steps`` by a run's log, the first of equals; None if none was validated."""
+    name = VALIDATION + ACCURACY
+    values = {entry["step"] + 1: entry[name] for entry in entries if name in entry}
+    known = [Best(step, float(value)) for step in steps if (value := values.get(step)) is not None]
+    return max(known, key=lambda best: (best.value, -best.step), default=None)
+
+
+def write_best(folder: Path, best: Best) -> None:
+    write_new(folder / BEST, json.dumps(asdict(best), sort_keys=True).encode())
+
+
+def read_best(folder: Path) -> Best | None:
+    """The best checkpoint that ``folder`` names; None without one, or if the file is not ours."""
+    try:
+        return Best(**bounded_json.load(folder / BEST))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def read_steps(folder: Path) -> list[dict[str, Any]]:

@@ -17,14 +17,17 @@ from ..manifests.import_path import load_object
 
 Aggregation = Literal["sequence", "token", "constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
+CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+Captions = Literal["sampled", "best", "given"]
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Completion tokens of some rows, all (tokens,).
 
-    ``logp``: log-probability under the policy, with its gradient; ``old``: under the policy that sampled them;
-    ``advantages``: per token; ``row``: index of a token's completion, 0 to ``rows`` - 1.
+    ``logp``: log-probability under the policy, with its gradient; ``old``: before the update, or when they were sampled
+    if nothing corrects for the difference; ``advantages``: per token; ``row``: index of a token's completion, 0 to
+    ``rows`` - 1.
     """
 
     logp: Tensor
@@ -67,7 +70,10 @@ def cispo(tokens: Tokens, clip: ClipRange) -> Tensor:
 
 
 def policy_gradient(tokens: Tokens, clip: ClipRange) -> Tensor:
-    """-A log p, the actor's part of A2C (arXiv 1602.01783); for tokens sampled from the policy itself. (tokens,)."""
+    """-A log p, the actor's part of A2C (arXiv 1602.01783). (tokens,).
+
+    For tokens sampled from the policy itself: ``old`` is not used. Others need :func:`correction_weights`.
+    """
     return -tokens.advantages * tokens.logp
 
 
@@ -77,10 +83,15 @@ def _pessimistic(ratio: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A policy loss: its value per token, (tokens,), and how tokens are averaged."""
+    """A policy loss: its value per token, (tokens,), and how tokens are averaged.
+
+    ``captions`` it is computed on: all ``sampled`` ones, with their advantages; only the ``best`` of each group; or
+    those ``given`` in an artifact, without rollouts and rewards. Advantages of the last two are 1.
+    """
 
     of_token: Callable[[Tokens, ClipRange], Tensor]
     aggregation: Aggregation
+    captions: Captions = "sampled"
 
 
 LOSSES: dict[str, PolicyLoss] = {
@@ -91,6 +102,9 @@ LOSSES: dict[str, PolicyLoss] = {
     "cispo": PolicyLoss(cispo, "token"),
     "ppo": PolicyLoss(clipped, "token"),
     "a2c": PolicyLoss(policy_gradient, "token"),
+    # With advantages of 1 the policy gradient's loss is the negative log-likelihood.
+    "best_of_n": PolicyLoss(policy_gradient, "token", "best"),  # RAFT, arXiv 2304.06767
+    "sft": PolicyLoss(policy_gradient, "token", "given"),
 }
 
 
@@ -131,8 +145,12 @@ def kl_tokens(logp: Tensor, ref: Tensor, estimator: KLEstimator) -> Tensor:
     """Estimates of KL(policy || reference) from each sampled token, (tokens,) (Schulman 2020, "Approximating KL").
 
     As values: k1 = log p - log q is unbiased, k2 = k1² / 2 has low variance, k3 = q/p - 1 - log q/p has both properties
-    and is never negative. As losses, without a ratio (arXiv 2402.03300 eq. 4): on average k2 has the gradient of
-    KL(policy || reference), k3 that of KL(reference || policy), and k1 none: it is a diagnostic.
+    and is never negative. k2 is close to the divergence only where that is small; far from the reference it is several
+    times as large. So logs and alarms take k3. As losses, without a ratio (arXiv 2402.03300 eq. 4): on average k2 has
+    the gradient of KL(policy || reference), k3 that of KL(reference || policy), and k1 none: it is a diagnostic.
+    These are gradients of each token's divergence given the tokens before it. That a token also decides which states
+    follow, and how far from the reference these are, has no part in them; it has in a penalty in the reward
+    (k1 per token, :func:`.policy.critic.token_rewards`), whose expectation is the divergence of whole completions.
     """
     difference = logp - ref
     if estimator == "k1":
@@ -140,6 +158,44 @@ def kl_tokens(logp: Tensor, ref: Tensor, estimator: KLEstimator) -> Tensor:
     if estimator == "k2":
         return difference.square() / 2
     return torch.expm1(-difference) + difference
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Correction for captions that something else than the policy sampled: another engine, older weights.
+
+    ``mode``: a weight per token or per sequence (completion), truncated at ``cap`` or set to 0 above it.
+    """
+
+    mode: CorrectionMode = "sequence_mask"
+    cap: float = 3.0
+
+    @property
+    def by_sequence(self) -> bool:
+        return self.mode in ("sequence_truncate", "sequence_mask")
+
+
+def correction_weights(
+    logp: Tensor, sampled: Tensor, row: Tensor, rows: int, correction: Correction
+) -> tuple[Tensor, Tensor]:
+    """Importance weights of tokens (tokens,), and which ratios were above the cap: (rows,) by sequence, else (tokens,).
+
+    ``logp``: log-probability (tokens,) under the policy before the update; ``sampled``: under the distribution that the
+    tokens were sampled from; ``row``, ``rows``: as in :class:`Tokens`. The ratio is exp(logp - sampled) of a token, or
+    the product of a completion's, which all of its tokens get. The policy loss is multiplied by the weights, the terms
+    of KL, value and entropy are not. Truncated importance sampling (Ionides 2008; for rollouts Yao et al. 2025, "Your
+    Efficient RL Framework Secretly Brings You Off-Policy RL Training"); the modes of TRL's
+    ``vllm_importance_sampling_mode``, its default cap, and no lower bound.
+    """
+    difference = logp - sampled
+    if correction.by_sequence:
+        difference = torch.zeros(rows, dtype=difference.dtype, device=difference.device).index_add(0, row, difference)
+    ratio = difference.exp()
+    capped = ratio > correction.cap
+    weights = ratio.clamp(max=correction.cap)
+    if correction.mode in ("token_mask", "sequence_mask"):
+        weights = ratio.masked_fill(capped, 0.0)
+    return (weights[row] if correction.by_sequence else weights), capped
 
 
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:

@@ -4,169 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ..errors import BadInput
-from ..manifests.configuration import Growing
 from ..manifests.files.redaction import identity_of
 from ..manifests.import_path import is_import_path, source_digest
 from ..models.tiny.world.prompts import DENSE
-from .advantages import Baseline
-from .losses import LOSSES, KLEstimator, find_loss
-from .policy.lora import LoRAConfig
+from .losses import Correction, find_loss
 from .recipe_file import find_recipe, first_problem, read_recipe
+from .recipe_sections import (
+    AlarmConfig,
+    AlgorithmConfig,
+    DataConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    Section,
+    TrainedConfig,
+    ValidationConfig,
+)
 from .rewards.kinds import RewardEntry
 from .rewards.quiz import QuizRewardConfig
 
-
-class Section(Growing):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(Section):
-    """Images, and for a quiz the questions about them."""
-
-    shards: str = Field(description="folder, glob or URL of image shards")
-    questions: str | None = Field(
-        None, description="artifact of questions, or the folder of a `capipe qa`; without a quiz none are needed"
-    )
-    fingerprint: str | None = Field(
-        None, description="of the questions, or without them of the images, where it must be this one"
-    )
-    images: int | None = Field(None, ge=1, description="use the first so many images; all by default")
-
-
-class RolloutConfig(Section):
-    """Sampling of captions."""
-
-    images: int = Field(16, ge=1, description="images per step, over all processes")
-    group: int = Field(8, ge=2, description="captions per image")
-    max_tokens: int = Field(256, ge=1, description="longest caption")
-    temperature: float = Field(1.0, gt=0)
-    decoders: int = Field(1, ge=1, description="image decoding processes")
-    engine: str = Field(
-        "transformers",
-        pattern=r"^(transformers|vllm|https?://\S+(,\s*https?://\S+)*)$",
-        description="the rollout engine: transformers, vllm, or URLs of vLLM servers, separated by commas",
-    )
-    overlap: bool = Field(
-        False, description="sample the next step's captions during the update by this one's, a step off-policy"
-    )
-    gpu_memory: float = Field(0.4, gt=0, le=1, description="vllm: its share of the GPU, which the policy needs as well")
-    sleep: bool = Field(False, description="vllm: it gives its GPU memory back while the policy learns")
-    sync_folder: str | None = Field(
-        None, description="vllm and servers: where they read new weights; in --out by default"
-    )
-    probe: float | None = Field(
-        None, gt=0, description="how far a synced engine's log-probabilities may be off; 0.001 on CPUs, 0.1 on GPUs"
-    )
-
-    @model_validator(mode="after")
-    def _sampled_soundly(self) -> RolloutConfig:
-        if self.overlap and self.temperature != 1:
-            raise ValueError("overlap takes the log-probabilities of sampling, which engines report for temperature 1")
-        if self.sleep and (self.engine != "vllm" or self.overlap):
-            raise ValueError("sleep is for engine vllm, and an engine cannot sleep that is to overlap")
-        return self
-
-
-def _known_loss(name: str) -> str:
-    find_loss(name)
-    return name
-
-
-class AlgorithmConfig(Section):
-    """Advantages and loss (docs/architecture.md, trainer)."""
-
-    loss: Annotated[str, AfterValidator(_known_loss)] = Field(
-        "grpo", description=f"{', '.join(LOSSES)}, or the import path of another: package.module:name"
-    )
-    baseline: Baseline = Field("group_std", description="the baseline of a caption's reward, without a critic")
-    critic: CriticSection | None = None
-    epochs: int = Field(1, ge=1, description="times that an update goes over a step's captions")
-    minibatches: int = Field(1, ge=1, description="optimiser steps that each time is cut into")
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.2, ge=0)
-    cap: float = Field(5.0, gt=0, description="cispo: largest weight of a token")
-    kl: float = Field(
-        0.0, ge=0, description="weight of the divergence from the model trained from; 0 loads no reference"
-    )
-    estimator: KLEstimator = Field(
-        "k3", description="k2 pulls as KL(policy, start) does, k3 as KL(start, policy); k1 on average not at all"
-    )
-    entropy: float = Field(0.0, description="weight of an entropy bonus")
-    mask_truncated: bool = Field(False, description="captions cut at the limit neither reward nor punish")
-
-
-class CriticSection(Section):
-    """A value head on the policy's last hidden states gives the advantages (PPO, A2C), instead of the group."""
-
-    gamma: float = Field(1.0, gt=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1, description="lambda of GAE; 1: returns minus values")
-    weight: float = Field(0.5, gt=0, description="of the value loss")
-    rate: float = Field(
-        1.0, gt=0, description="times the optimizer's learning rate, for the head: it starts from nothing, at 0"
-    )
-    clip: float | None = Field(None, gt=0, description="how far a value may move in an update")
-    whiten: bool = Field(True, description="give a step's advantages mean 0 and standard deviation 1")
-    hidden: int | None = Field(
-        None, ge=1, description="a head of two layers, the first so wide after a LayerNorm; a linear one by default"
-    )
-    detach: bool = Field(False, description="the value loss changes the head alone, not the policy under it")
-
-
-class TrainedConfig(Section):
-    """Which parts learn. CapRL's paper does not say; the default is the language model alone."""
-
-    vision: bool = False
-    projector: bool = False
-    llm: bool = Field(True, description="all of its weights, or with `lora` the adapter in their place")
-    lora: LoRAConfig | None = None
-
-
-class OptimizerConfig(Section):
-    lr: float = Field(1e-6, gt=0)
-    warmup: int = Field(20, ge=0, description="steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-
-
-class ValidationConfig(Section):
-    """Greedy captions of held-out images, graded by a reader that is not the reward's, whatever it is called."""
-
-    later = ("template_args", "mode")
-
-    shards: str
-    questions: str
-    reader: str = "tiny/holdout-reader"
-    engine: str = "auto"
-    mode: Literal["choose", "sampled"] = Field("choose", description="as a quiz's, of this reader")
-    every: int = Field(25, ge=1, description="steps")
-    images: int = Field(64, ge=1, description="the first so many")
-    template_args: dict[str, Any] = Field({}, description="as a quiz's, of this reader")
-
-
-class AlarmConfig(Section):
-    """Where a run is stopped: shares of a step's captions, and the divergence from the start."""
-
-    truncated: float = Field(0.6, gt=0, le=1, description="captions cut at their limit")
-    repeating: float = Field(0.5, gt=0, le=1, description="captions that loop")
-    kl: float = Field(50.0, gt=0, description="mean per caption, where a reference is loaded")
-    unscored: float = Field(0.5, gt=0, le=1, description="captions without a score")
-    mismatch: float = Field(
-        0.3, gt=0, description="mean distance per token, in nats, of the policy from the rollout engine"
-    )
-    patience: int = Field(3, ge=1, description="steps in a row before an alarm ends the run")
+LARGE = 2 << 30  # bytes of a model's files, from which on not every checkpoint has them
 
 
 class Recipe(Section):
     """All settings of a run."""
 
-    later = ("template_args", "max_pixels", "min_pixels")
+    later = ("template_args", "max_pixels", "min_pixels", "model_files")
 
     model: str = Field(description="where training starts: a bundled model, a folder or a hub id")
     prompt: str = Field(DENSE[0], description="empty for models that read none, or nothing but the image")
@@ -178,7 +45,7 @@ class Recipe(Section):
     )
     min_pixels: int | None = Field(None, ge=1, description="smallest image area; its processor's by default")
     data: DataConfig
-    rewards: tuple[RewardEntry, ...] = Field(min_length=1)
+    rewards: tuple[RewardEntry, ...] = Field((), description="at least one, but none for sft")
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     trained: TrainedConfig = TrainedConfig()
@@ -187,6 +54,11 @@ class Recipe(Section):
     alarms: AlarmConfig = AlarmConfig()
     steps: int = Field(100, ge=1)
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    model_files: Literal["auto", "every", "last"] = Field(
+        "auto",
+        description="checkpoints that are Hugging Face folders, which engines load: every one, or the last and the "
+        "best; auto: every one of models up to 2 GiB",
+    )
     budget: int = Field(16384, ge=1, description="packed tokens in one forward pass")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of computation, weights are float32; auto: bfloat16 (autocast) on CUDA, float32 on a CPU"
@@ -194,7 +66,9 @@ class Recipe(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     gradient_checkpointing: bool = False
     parallel: Literal["replicated", "sharded"] = Field(
-        "replicated", description="under torchrun: weights whole in every process (DDP), or split over them (FSDP2)"
+        "replicated",
+        description="under torchrun: weights whole in every process (DDP), or split over those of a node (FSDP2) and "
+        "replicated between nodes",
     )
     preflight: bool = Field(
         True,
@@ -212,14 +86,16 @@ class Recipe(Section):
         if not (self.trained.vision or self.trained.projector or self.trained.llm or self.trained.lora):
             raise ValueError("no part of the model is trained")
         self._sound_adapter()
+        self._sound_captions()
         if self.algorithm.loss in ("ppo", "a2c") and self.algorithm.critic is None:
             raise ValueError(f"{self.algorithm.loss} takes its advantages from a value head: add `critic: {{}}`")
         if self.algorithm.loss == "a2c" and self.algorithm.epochs * self.algorithm.minibatches > 1:
             raise ValueError(
                 "a2c makes one step of captions that the policy itself sampled: epochs and minibatches are 1"
             )
-        if self.algorithm.kl and self.algorithm.estimator == "k1":
-            raise ValueError("estimator k1 has no gradient on average, so kl would do nothing: take k2 or k3")
+        self._sound_group()
+        self._sound_divergence()
+        self._sound_correction()
         quiz = next((reward for reward in self.rewards if isinstance(reward, QuizRewardConfig)), None)
         if quiz is not None and self.data.questions is None:
             raise ValueError("a quiz asks questions: add data.questions, the folder of a `capipe qa`")
@@ -227,6 +103,47 @@ class Recipe(Section):
         if quiz is not None and self.validation is not None and quiz.reader == self.validation.reader != "":
             raise ValueError("the validation's reader is the reward's: it must be one that was never a reward")
         return self
+
+    def _sound_divergence(self) -> None:
+        algorithm = self.algorithm
+        if algorithm.kl and algorithm.kl_in == "loss" and algorithm.estimator == "k1":
+            raise ValueError("estimator k1 has no gradient on average, so kl would do nothing: take k2 or k3")
+        if algorithm.kl_in == "reward" and "estimator" in algorithm.model_fields_set and algorithm.estimator != "k1":
+            raise ValueError("kl_in reward takes log p - log q of each token (k1): leave algorithm.estimator out")
+
+    def correction(self) -> Correction | None:
+        """The correction for captions that something else than the policy's own modules sampled."""
+        mode = self.algorithm.correction
+        own = self.rollout.engine == "transformers" and not self.rollout.overlap
+        if mode == "none" or (mode == "auto" and (own or find_loss(self.algorithm.loss).captions != "sampled")):
+            return None
+        return Correction("sequence_mask" if mode == "auto" else mode, self.algorithm.correction_cap)
+
+    def _sound_correction(self) -> None:
+        rollout, corrected = self.rollout, self.correction() is not None
+        if self.algorithm.loss == "a2c" and rollout.overlap and not corrected:
+            raise ValueError(
+                "a2c takes captions as the policy's own, and with rollout.overlap they are of older weights: set "
+                "algorithm.correction to auto, or overlap to false"
+            )
+        if (corrected or rollout.overlap) and not rollout.reports_logprobs:
+            raise ValueError(
+                f"captions of {rollout.engine} are weighted by the log-probabilities of their sampling, which it "
+                f"reports for temperature 1, not for {rollout.temperature:g}: set rollout.temperature to 1 or "
+                "rollout.engine to transformers" + ("" if rollout.overlap else ", or algorithm.correction to none")
+            )
+
+    def _sound_group(self) -> None:
+        if self.rollout.group > 1:
+            return
+        if self.algorithm.critic is None:
+            raise ValueError(
+                "rollout.group: a single caption has no others to be compared with; take 2 or more, or add a critic"
+            )
+        if any(reward.normalise for reward in self.rewards):
+            raise ValueError(
+                "rollout.group: `normalise` is within an image's captions, and 1 would always be 0: leave it out"
+            )
 
     def _sound_adapter(self) -> None:
         trained = self.trained
@@ -237,12 +154,47 @@ class Recipe(Section):
         if self.parallel == "sharded":
             raise ValueError("trained.lora: an adapter is too small to be split; set parallel: replicated")
 
+    def every_is_model(self, size: int) -> bool:
+        """Whether every checkpoint of a model of ``size`` bytes is a Hugging Face folder."""
+        return self.model_files == "every" or (self.model_files == "auto" and size <= LARGE)
+
+    def _sound_captions(self) -> None:
+        """What goes with a loss on sampled captions, on the best ones, or on given ones."""
+        loss, algorithm = find_loss(self.algorithm.loss), self.algorithm
+        name = algorithm.loss
+        if loss.captions != "sampled" and algorithm.critic is not None:
+            raise ValueError(f"{name} imitates captions, for which a critic has no use: leave algorithm.critic out")
+        if loss.captions != "sampled" and algorithm.correction not in ("auto", "none"):
+            raise ValueError(f"{name} imitates captions whoever sampled them: leave algorithm.correction out")
+        if loss.captions != "sampled" and algorithm.kl and algorithm.kl_in == "reward":
+            raise ValueError(f"{name} imitates captions, which a penalty in the reward would choose: set kl_in to loss")
+        if self.rollout.refill and algorithm.critic is not None:
+            raise ValueError("rollout.refill: with a critic a group of equal scores has a gradient; set it to 0")
+        if loss.captions != "given":
+            if not self.rewards:
+                raise ValueError(f"rewards: {name} needs at least one reward to score captions by")
+            if self.data.captions is not None or self.data.prompt_name is not None:
+                raise ValueError(f"data.captions are for loss sft, {name} samples its own: leave them out")
+            return
+        if self.data.captions is None:
+            raise ValueError(f"{name} imitates captions: add data.captions, the folder of a `capipe annotate`")
+        unused = {
+            "rewards": bool(self.rewards),
+            "data.questions": self.data.questions is not None,
+            "rollout.refill": self.rollout.refill > 0,
+            "rollout.overlap": self.rollout.overlap,
+            "rollout.temperature": self.rollout.temperature != 1,
+            "algorithm.kl": algorithm.kl > 0,
+        }
+        if wrong := next((key for key, is_set in unused.items() if is_set), None):
+            raise ValueError(f"{name} samples and scores nothing: leave {wrong} out")
+
     def semantic(self) -> dict[str, Any]:
         """Settings that determine the weights, with the code of imported rewards and losses; not location or speed."""
-        fast: Any = {"budget", "device", "gradient_checkpointing", "parallel", "save_every", "wandb"}
+        fast: Any = {"budget", "device", "gradient_checkpointing", "model_files", "parallel", "save_every", "wandb"}
         if self.rollout.overlap:
             fast -= {"save_every"}  # no rollout overlaps a checkpoint, so its interval matters
-        rollout = {"decoders", "engine", "gpu_memory", "sleep", "sync_folder", "probe"}
+        rollout = {"decoders", "processes", "engine", "gpu_memory", "sleep", "sync", "sync_folder", "probe"}
         rewards = {"__all__": {"batch", "cache", "device"}}
         left_out: Any = {**dict.fromkeys(fast, True), "rollout": rollout, "rewards": rewards, "alarms": {"mismatch"}}
         semantic: dict[str, Any] = identity_of(self.model_dump(mode="json", exclude=left_out))

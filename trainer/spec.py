@@ -10,6 +10,7 @@ TRAIN = StageSpec(
     {
         "shards": (SHARDS,),
         "questions": ("questions",),
+        "captions": ("captions",),
         "validation-shards": (SHARDS,),
         "validation-questions": ("questions",),
         "model": (CHECKPOINT,),

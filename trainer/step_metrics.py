@@ -8,16 +8,18 @@ from typing import Any
 
 from .distributed import Distributed
 from .evaluation.text_statistics import loops
-from .metrics import Metrics
+from .metrics import Metrics, UpdateMetrics
 from .policy.batch import Group
-from .recipe import AlarmConfig
-from .update import UpdateMetrics
+from .recipe_sections import AlarmConfig
 
 
 def step_metrics(
     groups: Sequence[Group], update: UpdateMetrics, rewards: Sequence[str], distributed: Distributed
 ) -> dict[str, Any]:
-    """Means over a step's captions of all processes, and the update's metrics. ``rewards``: names of components."""
+    """Means over a step's captions of all processes, and the update's metrics. ``rewards``: names of components.
+
+    Without rewards no caption counts as unscored.
+    """
     metrics = caption_metrics(groups, rewards).over(distributed)
     captions, scored = metrics.count("tokens_per_caption"), metrics.count("reward")
     means = {f"reward/{name}": metrics.mean(f"reward/{name}") for name in rewards}
@@ -27,11 +29,28 @@ def step_metrics(
         "tokens_per_caption": metrics.mean("tokens_per_caption") or 0.0,
         "truncated": metrics.mean("truncated") or 0.0,
         "repeating": metrics.mean("repeating") or 0.0,
-        "unscored_share": 1 - scored / captions if captions else 1.0,
+        "unscored_share": (1 - scored / captions if captions else 1.0) if rewards else 0.0,
         "captions": captions,
         "captions_failed": int(metrics.total("captions_failed")),
         "failure": next((reason for group in groups for reason in group.failures), None),  # in this process
         **asdict(update),
+    }
+
+
+def refill_metrics(replaced: Sequence[Group], distributed: Distributed) -> dict[str, Any]:
+    """Replaced groups of all processes: their number, and the mean reward of their captions, in no other mean."""
+    metrics = Metrics(["refilled", "refilled/reward", "captions_failed"])
+    metrics.extend("refilled", [1.0] * len(replaced))
+    results = [result for group in replaced for result in group.rewards]
+    metrics.extend("refilled/reward", [result.score for result in results if result.score is not None])
+    metrics.extend("captions_failed", [len(group.failures) for group in replaced])
+    metrics = metrics.over(distributed)
+    reward = metrics.mean("refilled/reward")
+    return {
+        "refilled": int(metrics.total("refilled")),
+        **({} if reward is None else {"refilled/reward": reward}),
+        "captions_failed": int(metrics.total("captions_failed")),
+        "failure": next((reason for group in replaced for reason in group.failures), None),
     }
 
 

@@ -7,6 +7,7 @@ Stages, the quiz reader and rewards use :class:`Engine` only. Three implementati
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from ..images.grid import ImageGrid
 
 FinishReason = Literal["stop", "length"]
+LARGEST_SHARE = 1 - 2**-24  # of barred ids; float32 rounds to 1 where they have nearly everything
 PromptKey = tuple[str | None, str, str | None, str, str | None]
 
 
@@ -54,14 +56,21 @@ class EngineDead(Exception):
 class Sampling:
     """Sampling parameters of a completion. ``temperature=0`` is greedy.
 
-    Samples are a pure function of ``(seed, position)``: the same request gives the same text in any batch. Raises
-    ValueError for numbers that no engine can sample with.
+    Samples are a pure function of ``(seed, position)``: the same request gives the same text in any batch.
+    ``repetition_penalty``: logits of tokens in prompt and answer are divided by it, or multiplied where negative
+    (CTRL, arXiv 1909.05858 §4.1); ``beams``: width of a beam search, 1 for none; ``no_repeat_ngram``: n-grams of this
+    size occur once, 0 for no such rule; ``min_tokens``: the answer does not end before. An engine that does not support
+    one of these says so (:class:`Selective`). Raises ValueError for numbers that no engine can sample with.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 256
     seed: int = 0
+    repetition_penalty: float = 1.0
+    beams: int = 1
+    no_repeat_ngram: int = 0
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -70,6 +79,16 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise ValueError(f"repetition_penalty must be a positive number, 1 for none, not {self.repetition_penalty}")
+        if self.beams < 1 or self.no_repeat_ngram < 0:
+            raise ValueError("beams must be at least 1 and no_repeat_ngram at least 0")
+        if self.beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"beams {self.beams}: a search takes the likeliest text; set temperature to 0, or beams to 1"
+            )
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), not {self.min_tokens}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +130,9 @@ class Prompt:
 class GenerationRequest:
     """``logprobs``: fill Completion.logprobs, the log-probability of each sampled token under the untempered model.
 
+    Ids that are never sampled (those of pixels) have no part of the probability. ``tempered``: under the distribution
+    that was sampled from instead, with its temperature and nucleus. vLLM and servers report the former alone: they
+    reject such a request, unless both are the same.
     ``json_schema``: as JSON text; an engine that ``guides`` constrains decoding to JSON of this schema, in its order of
     properties, and takes log-probabilities among the allowed tokens. Others ignore it.
     """
@@ -118,7 +140,22 @@ class GenerationRequest:
     prompt: Prompt
     sampling: Sampling = Sampling()
     logprobs: bool = False
+    tempered: bool = False
     json_schema: str | None = None
+
+    def refuse_tempered(self, engine: str) -> None:
+        """Raise Rejected if log-probabilities are wanted that ``engine`` does not report."""
+        sampling = self.sampling
+        if self.logprobs and self.tempered and (sampling.temperature not in (0, 1) or sampling.top_p < 1):
+            raise Rejected(f"{engine} reports log-probabilities of the untempered model only")
+
+
+def among_allowed(logprob: float, barred: Iterable[float]) -> float:
+    """Log-probability among the ids that may be sampled, from that among all ids and those of the barred ids.
+
+    log p - log(1 - sum of the barred ids' probabilities).
+    """
+    return logprob - math.log1p(-min(sum(map(math.exp, barred)), LARGEST_SHARE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +189,12 @@ class ChoiceRequest:
 
     prompt: Prompt
     choices: tuple[str, ...]
+
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        """The choices as the model would write them: with a space before, where the answer has begun without one."""
+        begun = self.prompt.answer_prefix
+        return tuple(f" {choice}" for choice in self.choices) if begun and not begun[-1].isspace() else self.choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,3 +243,17 @@ class Engine(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """An engine that does not support every way of sampling."""
+
+    def unsupported(self, sampling: Sampling) -> str | None:
+        """Why requests with ``sampling`` would fail, and what to do; None where they would not."""
+        ...
+
+
+def unsupported(engine: Engine, sampling: Sampling) -> str | None:
+    """Why the engine would refuse requests with ``sampling``; None for one that does not say."""
+    return engine.unsupported(sampling) if isinstance(engine, Selective) else None

@@ -19,9 +19,10 @@ from ...manifests.import_path import import_object, is_import_path
 from ..bundled import resolve as resolve_bundled
 from ..images.grid import ImageGrid
 from ..own_code import NEEDS_CODE, reason_in_words
-from .base import Engine
+from .base import Engine, Sampling
 from .captioner_registry import kind_of
 from .context import context_length
+from .decoding import no_extensions
 from .model_folder import content_digest, folder_digest, image_grid, resolve_model
 from .vllm.arguments import in_words, refuse_ours
 
@@ -276,6 +277,18 @@ def vllm_runs() -> bool:
         logger.warning("vLLM is installed but does not import (%s: %s)", type(error).__name__, error)
         return False
     return not current_platform.is_unspecified()
+
+
+def check_servers(config: EngineConfig, sampling: Sampling) -> None:
+    """Ask the servers of ``config`` what they are, where ``sampling`` needs more than OpenAI's fields. Raises BadInput.
+
+    Engines of other kinds are known without asking.
+    """
+    from .http.server import takes_extensions
+
+    why = no_extensions(sampling) if config.is_http else None
+    if why is not None and not takes_extensions(config.kind, config.model):
+        raise BadInput(why)
 
 
 def model_identity(model: str, kind: str = "auto") -> ModelIdentity:

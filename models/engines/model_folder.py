@@ -29,7 +29,10 @@ def resolve_model(name: str) -> Path:
         raise BadInput(str(error)) from error
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(f"{name}: the folder has no config.json; name the one of a Hugging Face model")
+            fix = "name the one of a Hugging Face model"
+            if (path / "trainer.json").is_file():
+                fix = "name the last or the best checkpoint of the run, or train with model_files: every"
+            raise BadInput(f"{name}: the folder has no config.json; {fix}")
         return path.resolve()
     named = hub_name(name)
     if path.exists() or named is None:

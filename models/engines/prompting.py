@@ -109,6 +109,12 @@ class PromptEncoder:
             raise Rejected(f"not a single token in this model's vocabulary: {', '.join(map(repr, split))}")
         return [tokens[0] for tokens in ids]
 
+    @property
+    def end_id(self) -> int | None:
+        """The tokenizer's own token for the end of a text, if it has one."""
+        end = self._tokenizer.eos_token_id
+        return end if isinstance(end, int) else None
+
     def text_ids(self, text: str) -> list[int]:
         """The ids of a plain text, as if the model had written it."""
         return self._tokens(self._plain(text))

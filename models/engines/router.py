@@ -9,14 +9,15 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...errors import BadInput
 from ..images.grid import ImageGrid
-from .base import ChoiceRequest, ChoiceScores, Completion, Engine, EngineDead, GenerationRequest, Prompt
+from .base import ChoiceRequest, ChoiceScores, Completion, Engine, EngineDead, GenerationRequest, Prompt, Sampling
 from .http.answers import SentAway, Unavailable
 from .http.engine import THOUGHT_PROBE, HTTPEngine, HTTPOptions, connect_http_engine
 from .http.server import NoAnswer, NotReady, common_model, none_answers
+from .vllm.weight_sync import Precision
 
 ATTEMPTS = 2  # at one server, before another one is tried
 CROWDED = 1.5  # how many times as loaded as the least loaded server one may be before its images go there
@@ -88,6 +89,10 @@ class EngineRouter:
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         return await self._route(request.prompt, lambda engine: engine.choose(request))
 
+    def unsupported(self, sampling: Sampling) -> str | None:
+        live = (engine.unsupported(sampling) for _, engine in self._live())
+        return next((why for why in live if why is not None), None)
+
     async def thinks(self) -> bool:
         """Asks any one server, since all serve one model."""
         return await self._route(THOUGHT_PROBE, lambda engine: engine.thinks())
@@ -95,13 +100,62 @@ class EngineRouter:
     async def count_tokens(self, prompt: Prompt) -> int | None:
         return None
 
-    async def reload(self, folder: Path) -> None:
-        """New weights for all servers at once, excluded ones included. Raises EngineDead where one is gone."""
+    async def precision(self) -> Precision:
+        """What all servers compute in. Raises EngineDead, and BadInput where they differ."""
+        found = await asyncio.gather(*(engine.precision() for engine in self._all()))
+        if len(set(found)) > 1:
+            pairs = ", ".join(f"{server.options.url} {one}" for server, one in zip(self._servers, found, strict=True))
+            raise BadInput(f"the servers compute in different types ({pairs}); start all with the same --dtype")
+        return found[0]
+
+    async def reload(self, folder: Path, everything: bool = True) -> None:
+        """New weights for all servers at once, excluded ones included. Raises EngineDead where one is gone.
+
+        A server that was excluded may have been started anew, and gets all weights.
+        """
+        engines = self._all()
+        await asyncio.gather(
+            *(
+                engine.reload(folder, everything or bool(server.out))
+                for server, engine in zip(self._servers, engines, strict=True)
+            )
+        )
+        self._take_all_back()
+
+    async def workers(self) -> int:
+        """Worker processes of all servers together. Raises EngineDead."""
+        return sum(await self._workers())
+
+    async def weight_update(self, command: str, **arguments: Any) -> None:
+        """A command of vLLM's own weight transfer for all servers. Raises EngineDead.
+
+        Their workers are numbered through, behind the one that sends.
+        """
+        each = [dict(arguments) for _ in self._servers]
+        if command == "init_weight_transfer_engine":
+            offset = arguments["init_info"]["rank_offset"]
+            for mine, count in zip(each, await self._workers(), strict=True):
+                mine["init_info"] = {**arguments["init_info"], "rank_offset": offset}
+                offset += count
+        engines = zip(self._all(), each, strict=True)
+        await asyncio.gather(*(engine.weight_update(command, **mine) for engine, mine in engines))
+
+    async def forget(self) -> None:
+        """Empty all servers' caches. Raises EngineDead."""
+        await asyncio.gather(*(engine.forget() for engine in self._all()))
+        self._take_all_back()
+
+    async def _workers(self) -> list[int]:
+        return await asyncio.gather(*(engine.workers() for engine in self._all()))
+
+    def _all(self) -> list[HTTPEngine]:
+        """All servers' engines, which new weights need. Raises EngineDead."""
         absent = [server.options.url for server in self._servers if server.engine is None]
         if absent:
             raise EngineDead(f"{', '.join(absent)}: no server answers, and all need the new weights")
-        engines = [server.engine for server in self._servers if server.engine is not None]
-        await asyncio.gather(*(engine.reload(folder) for engine in engines))
+        return [server.engine for server in self._servers if server.engine is not None]
+
+    def _take_all_back(self) -> None:
         for server in self._servers:
             if server.out:
                 self._take_back(server)

@@ -95,8 +95,8 @@ def apply(
 
     if top_ps is None:
         return add_noise(logits, seeds, positions, temperatures, barred, overwrite)
-    scaled = _scaled(logits, temperatures, top_ps, barred)
-    return add_noise(scaled, seeds, positions, (temperatures > 0).float(), overwrite=True)
+    tempered = scaled(logits, temperatures, top_ps, barred)
+    return add_noise(tempered, seeds, positions, (temperatures > 0).float(), overwrite=True)
 
 
 def apply_in_torch(
@@ -116,18 +116,32 @@ def with_noise(
     logits: Tensor, noise: Tensor, temperatures: Tensor, top_ps: Tensor | None, barred: Tensor | None = None
 ) -> Tensor:
     """Like :func:`apply_in_torch`, with precomputed noise ``(rows, vocab)``."""
-    scaled = _scaled(logits, temperatures, top_ps, barred)
-    return torch.where((temperatures <= 0)[:, None], scaled, scaled + noise)
+    tempered = scaled(logits, temperatures, top_ps, barred)
+    return torch.where((temperatures <= 0)[:, None], tempered, tempered + noise)
 
 
-def _scaled(logits: Tensor, temperatures: Tensor, top_ps: Tensor | None, barred: Tensor | None) -> Tensor:
-    """A new float32 matrix to add the noise to. Rows of temperature 0 are unchanged."""
+NO_TOKEN = -1  # padding before a row's first token
+
+
+def penalise_(logits: Tensor, history: Tensor, penalties: Tensor) -> None:
+    """Divide the logits of tokens in each row's history by its penalty, or multiply where negative; in place.
+
+    ``history``: (rows, tokens), padded by NO_TOKEN, the last one a token; ``penalties``: (rows,). CTRL, arXiv
+    1909.05858 §4.1, with the sign rule of transformers and vLLM.
+    """
+    seen = torch.where(history == NO_TOKEN, history[:, -1:], history)  # a token may count twice: once is written
+    scores, factors = logits.gather(1, seen), penalties[:, None].to(logits.dtype)
+    logits.scatter_(1, seen, torch.where(scores < 0, scores * factors, scores / factors))
+
+
+def scaled(logits: Tensor, temperatures: Tensor, top_ps: Tensor | None = None, barred: Tensor | None = None) -> Tensor:
+    """The logits that are sampled from, a new float32 matrix. Rows of temperature 0 are unchanged."""
     greedy = temperatures <= 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
+    tempered = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
     if barred is not None:
-        columns = scaled.index_select(1, barred).masked_fill_(~greedy[:, None], -math.inf)
-        scaled.index_copy_(1, barred, columns)
-    return scaled if top_ps is None else _keep_nucleus(scaled, torch.where(greedy, 1.0, top_ps))
+        columns = tempered.index_select(1, barred).masked_fill_(~greedy[:, None], -math.inf)
+        tempered.index_copy_(1, barred, columns)
+    return tempered if top_ps is None else _keep_nucleus(tempered, torch.where(greedy, 1.0, top_ps))
 
 
 def _keep_nucleus(logits: Tensor, top_ps: Tensor) -> Tensor:

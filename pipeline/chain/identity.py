@@ -96,7 +96,8 @@ def _trained(stage: ChainStage) -> dict[str, Any]:
     """The meaning of a training recipe, without the locations of its data: those are inputs."""
     assert stage.recipe is not None
     semantic = stage.recipe.semantic()
-    semantic["data"] = {key: v for key, v in semantic["data"].items() if key not in ("shards", "questions")}
+    paths = ("shards", "questions", "captions")
+    semantic["data"] = {key: v for key, v in semantic["data"].items() if key not in paths}
     if semantic["validation"] is not None:
         kept = {key: v for key, v in semantic["validation"].items() if key not in ("shards", "questions")}
         semantic["validation"] = kept

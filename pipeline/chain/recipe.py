@@ -291,6 +291,7 @@ class _Reader:
 TRAINS_ON = {
     "shards": "data.shards",
     "questions": "data.questions",
+    "captions": "data.captions",
     "validation-shards": "validation.shards",
     "validation-questions": "validation.questions",
     "model": "model",
@@ -299,7 +300,11 @@ TRAINS_ON = {
 
 def _own_data(recipe: Recipe, inputs: Mapping[str, Any]) -> dict[str, tuple[Source, ...]]:
     """Data named by the training recipe itself: it is external."""
-    named = {"shards": recipe.data.shards, "questions": recipe.data.questions}
+    named = {
+        "shards": recipe.data.shards,
+        "questions": recipe.data.questions,
+        "captions": recipe.data.captions,
+    }
     if recipe.validation is not None:
         named |= {"validation-shards": recipe.validation.shards, "validation-questions": recipe.validation.questions}
     return {role: (Source(path=path),) for role, path in named.items() if path is not None and role not in inputs}

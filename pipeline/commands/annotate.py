@@ -51,6 +51,7 @@ class AnnotateOptions:
     samples: Annotated[int, typer.Option(help="Captions per prompt and image.")] = 1
     system: Annotated[str | None, typer.Option(help="System message.")] = None
     sampling: o.SamplingOptions
+    decoding: o.DecodingOptions
     max_attempts: Annotated[
         int, typer.Option(help="Attempts per caption that fails the quality gate, the first included.")
     ] = 3
@@ -77,8 +78,7 @@ def check(options: AnnotateOptions) -> AnnotateConfig:
     from ...stages.annotate.quality_gate import QualityGateConfig
     from ..jobs.annotate import parse_prompts
 
-    options.captioner.check()
-    return o.validated(
+    config = o.validated(
         AnnotateConfig,
         prompts=parse_prompts(options.prompt),
         samples=options.samples,
@@ -86,7 +86,10 @@ def check(options: AnnotateOptions) -> AnnotateConfig:
         max_attempts=options.max_attempts,
         health=o.validated(QualityGateConfig, **settings(options.quality)),
         **settings(options.sampling),
+        **settings(options.decoding),
     )
+    options.captioner.check(config.sampling)
+    return config
 
 
 @flattened
@@ -99,7 +102,7 @@ def annotate(options: AnnotateOptions) -> None:
     prompts = chosen_prompts(options.prompt, options.model, options.engine, options.system)
     config = config.model_copy(update={"prompts": prompts})
     placement = options.captioner.placement()
-    setup = options.captioner.setup(placement, config.room, options.trace)
+    setup = options.captioner.setup(placement, config.room, options.trace, config.sampling)
     stage = AnnotateStage(config, setup, options.model, options.pack)
     job = plan(stage, options.shards, options.out, **options.run.plan_options(options.retry))
     code = run_job(job, placement)

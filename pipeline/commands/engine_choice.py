@@ -15,6 +15,7 @@ from .key_values import second_model
 from .options import EngineOptions, RunOptions
 
 if TYPE_CHECKING:
+    from ...models.engines.base import Sampling
     from ...models.engines.loading import EngineConfig
 
 _OF_IMAGES = ("min_pixels", "max_pixels")
@@ -47,12 +48,12 @@ class EngineChoice:
         settings = second_model(option, self.settings, given, same=same, sees=sees)
         return EngineChoice(model, engine or self.engine, settings, self.gpus, self.run, sees, option)
 
-    def check(self) -> None:
+    def check(self, sampling: Sampling | None = None) -> None:
         """Raises BadInput for settings that no engine of this kind accepts, Missing if the adapter does not exist."""
         from ...models.engines.lora import check_adapter
 
         self.run.check(self.engine, self.gpus, self.settings["tensor_parallel_size"])
-        self._config(None)
+        self._config(None, sampling)
         if self.settings["adapter"]:
             check_adapter(self.settings["adapter"])
 
@@ -60,15 +61,22 @@ class EngineChoice:
         """Placement of its workers. Raises BadInput."""
         return self.run.placement(self.engine, self.gpus, self.settings["tensor_parallel_size"])
 
-    def setup(self, place: Placement, room: int | None, trace: Path | None = None) -> EngineSetup:
-        """The setup for workers; ``room``: tokens beside an image, None for the full context. Raises BadInput."""
-        from ...models.engines.loading import vllm_runs
+    def setup(
+        self, place: Placement, room: int | None, trace: Path | None = None, sampling: Sampling | None = None
+    ) -> EngineSetup:
+        """The setup for workers; ``room``: tokens beside an image, None for the full context.
 
-        config = self._config(room)
+        ``sampling``: what the engine must support. Raises BadInput.
+        """
+        from ...models.engines.loading import check_servers, vllm_runs
+
+        config = self._config(room, sampling)
+        if sampling is not None:
+            check_servers(config, sampling)
         if config.engine_args and config.kind == "auto" and place.ray is None and not vllm_runs():
             option = self.option or "--engine-arg"
             raise BadInput(f"{option}: is for vLLM, which does not run here; `capipe doctor` says why")
-        workers = self.settings["decode_workers"] or default_decode_workers(len(place.gpus))
+        workers = self.settings["decode_workers"] or default_decode_workers(place)
         return EngineSetup(config, decode_workers=workers if self.sees else 0, trace=trace)
 
     def refuse_own(self, why: str) -> None:
@@ -81,14 +89,16 @@ class EngineChoice:
             if self.settings[name]:
                 raise BadInput(f"{option}: {why}")
 
-    def _config(self, room: int | None) -> EngineConfig:
+    def _config(self, room: int | None, sampling: Sampling | None = None) -> EngineConfig:
+        from ...models.engines.decoding import engine_kind
         from ...models.engines.loading import EngineConfig
         from ...models.engines.vllm.arguments import check_engine_args
 
         unused = ("decode_workers", *(() if self.sees else _OF_IMAGES))
         settings = {name: value for name, value in self.settings.items() if name not in unused}
         try:
-            config = EngineConfig(kind=self.engine, model=self.model, room=room, **settings)
+            kind = self.engine if sampling is None else engine_kind(self.engine, sampling)
+            config = EngineConfig(kind=kind, model=self.model, room=room, **settings)
             check_engine_args(config.engine_args)
         except BadInput as error:
             raise BadInput(f"{self.option}: {error}") if self.option else error from None

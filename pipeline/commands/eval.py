@@ -52,6 +52,7 @@ class EvalOptions:
     prompt: Annotated[list[str] | None, typer.Option(help="As for annotate; may be repeated.")] = None
     samples: Annotated[int, typer.Option(help="Captions per prompt and image (k).")] = 4
     sampling: CaptionerSampling
+    decoding: o.DecodingOptions
     reading: o.ReaderOptions
     reader_arg: Annotated[
         list[str] | None,
@@ -110,8 +111,6 @@ def check(options: EvalOptions) -> EvalConfigs:
         raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
     if options.model is None:
         options.captioner.refuse_own("--captions has no captioner: give it to the reader, by --reader-arg")
-    else:
-        options.captioner.check()
     options.grader.check()
     prompts = parse_prompts(options.prompt)
     refuse_controls([prompt.name for prompt in prompts])
@@ -121,7 +120,10 @@ def check(options: EvalOptions) -> EvalConfigs:
         samples=options.samples,
         max_attempts=1,  # the captioner's first output is measured
         **settings(options.sampling),
+        **settings(options.decoding),
     )
+    if options.model is not None:
+        options.captioner.check(annotate.sampling)
     generic = {} if options.generic is None else {"generic": options.generic}
     presentations = options.reading.presentations
     grade = o.validated(GradeConfig, presentations=presentations, controls=options.controls, **generic)
@@ -151,9 +153,10 @@ def evaluate(options: EvalOptions) -> None:
     longest = (
         captioning.max_tokens if captions is None else captions.setting("semantic", "annotate", "max_tokens", kind=int)
     )
-    reads = ReaderConfig(presentations=config.grade.presentations, mode=mode)
+    style = options.reading.reader_prompt
+    reads = ReaderConfig(presentations=config.grade.presentations, mode=mode, prompt=style)
     setup = options.grader.setup(placement, quiz_room(longest, reads.answer_tokens))
-    grading = GradeStage(config.grade, setup, mode, asked_of(questions))
+    grading = GradeStage(config.grade, setup, mode, asked_of(questions), prompt=style)
     codes = [Exit.OK]
     if captions is None:
         check_limit(grading, captioning.max_tokens)
@@ -210,7 +213,8 @@ def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifac
 
     captioner = options.captioner
     placement = captioner.placement()
-    stage = AnnotateStage(config, captioner.setup(placement, config.room), captioner.model)
+    setup = captioner.setup(placement, config.room, sampling=config.sampling)
+    stage = AnnotateStage(config, setup, captioner.model)
     out = str(options.out / CAPTIONED)
     code = run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), placement)
     if code is Exit.INTERRUPTED:

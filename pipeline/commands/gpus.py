@@ -8,6 +8,8 @@ from functools import cache
 
 from ...errors import BadInput
 from ...terminal import print_err
+from ..runners.decoders import AUTO, decoders_of
+from ..runners.placement import Placement
 
 
 def visible_gpus(option: str | None) -> list[str]:
@@ -23,10 +25,11 @@ def visible_gpus(option: str | None) -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def default_decode_workers(gpus: int) -> int:
-    """Decoding processes per engine: the cores divided among engines, minus one for each engine, at most 16."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(16, cores // max(1, gpus) - 1))
+def default_decode_workers(place: Placement) -> int:
+    """Decoding processes per engine, from this machine's cores; on a cluster from those of each worker's machine."""
+    if place.ray is not None:
+        return AUTO
+    return decoders_of(len(os.sched_getaffinity(0)), len(place.gpus))
 
 
 def gpu_groups(names: Sequence[str], size: int) -> tuple[str, ...]:

@@ -33,7 +33,9 @@ EngineName = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float16.")]
 Gpus = Annotated[str | None, typer.Option(help="GPUs to use, e.g. 0,1; all by default; none for CPU.")]
-DecodeWorkers = Annotated[int | None, typer.Option(help="Image decoding processes per engine.")]
+DecodeWorkers = Annotated[
+    int | None, typer.Option(min=1, help="Image decoding processes per engine; a machine's cores ÷ engines by default.")
+]
 Workers = Annotated[int | None, typer.Option(help="Processes; one per core by default.")]
 AllowHost = Annotated[
     list[str] | None,
@@ -52,6 +54,17 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """Rules for captions, beside their sampling, named as in AnnotateConfig."""
+
+    beams: Annotated[int, typer.Option(help="Width of a beam search, by transformers; 1 is none.")] = 1
+    no_repeat_ngram: Annotated[
+        int, typer.Option(help="No n-gram of so many tokens occurs twice, by transformers; 0 is no rule.")
+    ] = 0
+    min_tokens: Annotated[int, typer.Option(help="Shortest caption in tokens.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReaderOptions:
     """Options for answering quiz questions with a model."""
 
@@ -62,6 +75,10 @@ class ReaderOptions:
             help="Answers as the likeliest letter, or read from sampled text (servers without log-probabilities)."
         ),
     ] = None
+    reader_prompt: Annotated[
+        Literal["own", "caprl"],
+        typer.Option(help="caprl: about captions with two worked examples; the option to abstain is always last."),
+    ] = "own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +194,7 @@ class ScorerOptions:
 
     def decoders(self, place: Placement) -> int:
         """Number of decoding processes per worker."""
-        return self.decode_workers or default_decode_workers(len(place.gpus))
+        return self.decode_workers or default_decode_workers(place)
 
 
 def validated(kind: type[Config], **values: Any) -> Config:
@@ -186,6 +203,8 @@ def validated(kind: type[Config], **values: Any) -> Config:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # options that do not go together
+            raise BadInput(first["msg"].removeprefix("Value error, ")) from None
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise BadInput(f"{option}: {first['msg']} (got {first['input']!r})") from None
 

@@ -27,6 +27,9 @@ class WriterSampling(o.SamplingOptions):
 
     temperature: Annotated[float, typer.Option(help="Of the writer; 0 is greedy.")] = 0.7
     max_tokens: Annotated[int, typer.Option(help="Longest answer of the writer in tokens.")] = 2048
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides logits of the writer's tokens in prompt and answer; 1 is none.")
+    ] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +122,6 @@ def check(options: QaOptions) -> QaConfigs:
         raise BadInput("--screen-arg: --screen none has nobody screen; leave one of them out")
     if options.model is None:
         options.writer.refuse_own("--import has no writer: give it to who screens, by --screen-arg")
-    else:
-        options.writer.check()
     if screen is not None:
         options.screener.check()
     if options.import_ is not None and not 0 <= options.distractors < MOST_OPTIONS:
@@ -135,6 +136,8 @@ def check(options: QaOptions) -> QaConfigs:
         max_attempts=options.max_attempts,
         **settings(options.sampling),
     )
+    if options.model is not None:
+        options.writer.check(write.sampling)
     return QaConfigs(write, screen)
 
 
@@ -167,7 +170,7 @@ def write_questions(options: QaOptions, config: QuestionsConfig, out: str) -> Ex
     from ..jobs.qa import QuestionsStage, engine_guides
 
     placement = options.writer.placement()
-    setup = options.writer.setup(placement, config.room)
+    setup = options.writer.setup(placement, config.room, sampling=config.sampling)
     guided = engine_guides(setup.engine) if options.guided is None else options.guided
     stage = QuestionsStage(config, setup, options.writer.model, guided)
     return run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), placement)
@@ -201,8 +204,9 @@ def screen_config(options: ScreenOptions, reader: o.ReaderOptions) -> ScreenConf
     from ...stages.questions.screen import PRESETS
 
     if options.screen == "none":
-        if reader.reader_mode is not None:
-            raise BadInput("--reader-mode: --screen none has nobody screen; leave one of them out")
+        if reader.reader_mode is not None or reader.reader_prompt != "own":
+            option = "--reader-prompt" if reader.reader_mode is None else "--reader-mode"
+            raise BadInput(f"{option}: --screen none has nobody screen; leave one of them out")
         return None
     if options.screen not in PRESETS:
         raise BadInput(f"--screen {options.screen!r}: there are {', '.join(PRESETS)} and none")
@@ -211,7 +215,7 @@ def screen_config(options: ScreenOptions, reader: o.ReaderOptions) -> ScreenConf
         bounds["image_min"], bounds["image_inclusive"] = o.parse_bound("--with-image", options.with_image, ">")
     if options.without_image is not None:
         bounds["text_max"], bounds["text_inclusive"] = o.parse_bound("--without-image", options.without_image, "<")
-    reads: dict[str, Any] = {}
+    reads: dict[str, Any] = {"prompt": reader.reader_prompt}
     if reader.presentations is not None:
         if reader.presentations < 1:
             raise BadInput(f"--presentations {reader.presentations}: at least 1")

@@ -14,7 +14,7 @@ from ...manifests.files import bounded_json
 from ...manifests.files.allowed import read_log
 from ...manifests.files.outside import Refused, open_local
 from ...manifests.manifest import ShardRecord
-from ...trainer.log import SECONDS, STEPS, TIMES
+from ...trainer.log import SECONDS, STEPS, TIMES, read_best
 from .discover import RUN
 from .throughput import rows_of_input, throughput
 
@@ -120,7 +120,8 @@ def _lines(path: Path) -> int:
 class RunState:
     """A training run after ``step`` of ``steps`` steps. ``rate``: steps per second.
 
-    ``reward``: mean of the last step's captions; ``tokens``: their mean length; ``validation``: latest metrics.
+    ``reward``: mean of the last step's captions; ``tokens``: their mean length; ``validation``: latest metrics;
+    ``best``: the best checkpoint by validation, with its metric.
     """
 
     step: int
@@ -132,6 +133,7 @@ class RunState:
     rate: float | None
     eta: float | None
     idle: float | None
+    best: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -194,6 +196,7 @@ def run_state(run: Path) -> RunState:
         rate=None if rate is None or ended else round(rate, 5),
         eta=round((steps - done) / rate, 1) if rate and steps is not None and not ended else None,
         idle=idle,
+        best=best.line() if (best := read_best(run)) else None,
     )
 
 

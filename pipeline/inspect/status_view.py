@@ -160,6 +160,8 @@ def run_lines(name: str, run: RunState) -> Iterator[tuple[str, str]]:
     yield f"{name}: training, step {run.step}/{run.steps or '?'}{reward}{tokens}{kept}", ""
     if run.rate is not None:
         yield f"  {1 / run.rate:.1f} s a step, ETA {clock(run.eta)}{_idle(run.idle)}", "cyan"
+    if run.best:
+        yield f"  best checkpoint: {run.best}", ""
     if run.validation:
         yield "  validation: " + ", ".join(f"{key} {value:.3f}" for key, value in run.validation.items()), ""
 

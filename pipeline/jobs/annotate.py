@@ -58,7 +58,7 @@ class AnnotateStage:
         return {**self.setup.semantic(), "annotate": self.config.model_dump(mode="json"), "pack": self.pack}
 
     async def load(self) -> AnnotateProcessor:
-        loaded = await self.setup.load()
+        loaded = await (await self.setup.load()).check_sampling(self.config.sampling)
         try:
             await check_prompts(loaded.engine, self.config)
         except BaseException:

@@ -27,6 +27,8 @@ from ...models.engines.base import (
     Prompt,
     Refused,
     RequestError,
+    Sampling,
+    unsupported,
 )
 from ...models.engines.chat_templates import check_template
 from ...models.engines.http.server import served_model
@@ -134,6 +136,13 @@ class LoadedEngine:
             raise
         return self
 
+    async def check_sampling(self, sampling: Sampling) -> LoadedEngine:
+        """Check that the engine can sample so; if not, closes it and raises BadInput."""
+        if (why := unsupported(self.engine, sampling)) is not None:
+            await self.aclose()
+            raise BadInput(why)
+        return self
+
     async def image(self, row: Row) -> ImageInput | ImageProblem:
         """A row's image in the form that its engine expects, or its problem."""
         assert row.image is not None and row.uid is not None and self._pool is not None
@@ -208,6 +217,9 @@ class CountingEngine:
     def _answered(self) -> None:
         self._refusals.over()
         answered()
+
+    def unsupported(self, sampling: Sampling) -> str | None:
+        return unsupported(self._inner, sampling)
 
     async def thinks(self) -> bool:
         return await thinks(self._inner)

@@ -20,6 +20,7 @@ from ...models.scorers.clip import ClipScorer, load_clip
 from ...models.scorers.clip_source import clip_place
 from ...models.scorers.lm_scores import load_text_scorer
 from ...models.scorers.loading import ScorerConfig, scorer_identity
+from ...stages.annotate.captioner import AnnotateConfig
 from ...trainer.evaluation.compare import EvaluationRun
 from ...trainer.evaluation.evaluate import evaluate
 from ...trainer.evaluation.results import Caution, Comparison, EvaluationReport
@@ -119,6 +120,8 @@ def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]
         "reader": f"{reader}, {_presented(graded.setting('semantic', 'grade', kind=dict).get('presentations'))}",
         "reader identity": fingerprint({"model": graded.setting("semantic", "model", kind=str), "asked": asked})[:16],
     }
+    if "prompt" in asked:
+        facts["reader prompt"] = asked["prompt"]
     for role in ("questions", "captions"):
         facts[role] = f"{graded.setting('run', role, kind=str)}@{graded.setting('semantic', role, kind=str)[:12]}"
     facts["shards"] = graded.setting("run", "shards", kind=str)
@@ -127,6 +130,7 @@ def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]
         model = captions.setting("semantic", "model", kind=str)[:12]
         facts |= {"captioner": f"{captions.setting('run', 'model', kind=str)}@{model}"}
         facts |= {"temperature": named.get("temperature"), "captions per prompt": named.get("samples")}
+        facts |= {name: named[name] for name in AnnotateConfig.later if name in named}
         facts |= {f"prompt {name}": text for name, text in captions.prompts()}
     return {**facts, "generic caption": graded.setting("semantic", "grade", "generic", kind=str)}
 

@@ -11,7 +11,7 @@ from ...models.context_check import check_asked, room
 from ...models.engines.base import Engine
 from ...models.engines.context import quiz_room
 from ...models.engines.loading import EngineConfig, ModelIdentity, model_identity
-from ...models.quiz import Question
+from ...models.quiz import PromptStyle, Question
 from ...models.reader import QuizReader, ReaderConfig
 from ...stages.questions import grade
 from ...stages.questions.grade import GradeConfig, Grader
@@ -34,6 +34,7 @@ class GradeStage:
     mode: Literal["choose", "sampled"] = "choose"
     asked: tuple[Question, ...] = ()
     longest: int = 0
+    prompt: PromptStyle = "own"
     name: str = "grade"
 
     def semantic(self) -> dict[str, Any]:
@@ -45,7 +46,7 @@ class GradeStage:
 
     @property
     def reader(self) -> ReaderConfig:
-        return ReaderConfig(presentations=self.config.presentations, mode=self.mode)
+        return ReaderConfig(presentations=self.config.presentations, mode=self.mode, prompt=self.prompt)
 
     @property
     def engine(self) -> EngineConfig:

@@ -48,7 +48,8 @@ class QuestionsStage:
         return {**self.setup.semantic(), "questions": config, "prompt": self.config.prompt.text, "guided": self.guided}
 
     async def load(self) -> QuestionsProcessor:
-        return QuestionsProcessor(self, await self.setup.load())
+        loaded = await (await self.setup.load()).check_sampling(self.config.sampling)
+        return QuestionsProcessor(self, loaded)
 
 
 class QuestionsProcessor(SidecarProcessor):

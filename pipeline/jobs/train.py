@@ -19,29 +19,34 @@ from ...manifests.files.storage import remove, unfinished, write_new
 from ...manifests.fingerprint import differences, fingerprint
 from ...manifests.shards import expand, read_places
 from ...models.engines.base import EngineDead, Prompt, RequestError
+from ...models.engines.context import image_tokens
 from ...models.engines.hf.model_adapter import PreparedPrompt
 from ...models.engines.loading import model_identity
 from ...models.reader import QuizReader, ReaderConfig
 from ...models.scorers.loading import ScorerConfig, scorer_identity
-from ...trainer.build import PolicyParts, build_optimizer, build_policy, whole_policy
-from ...trainer.checkpoint import Facts, newest, optimizer_state
-from ...trainer.dataset import ExampleList, load_examples
+from ...trainer.build import PolicyParts, load_policy, place_policy
+from ...trainer.checkpoint import CheckpointWriter, Facts, is_model_folder, newest, older_optimizer_state
+from ...trainer.dataset import ExampleList, load_captioned, load_examples
 from ...trainer.distributed import join
 from ...trainer.evaluation.ability import ability_of, cautions
-from ...trainer.log import RunLog, Sink, TensorBoard, WandB
-from ...trainer.loop import TrainingRun, train
+from ...trainer.log import BEST, RunLog, Sink, TensorBoard, WandB
+from ...trainer.loop import train
 from ...trainer.losses import ClipRange
+from ...trainer.memory import check_memory
 from ...trainer.policy.critic import CriticConfig
 from ...trainer.policy.fsdp import restore_optimizer
+from ...trainer.policy.optimizer import build_optimizer
 from ...trainer.policy.packing_check import check_packing
+from ...trainer.policy.state import load_optimizer
 from ...trainer.preflight import IMAGES, ability, controls, floors, refuse_reader, refuse_templates
 from ...trainer.recipe import Recipe
 from ...trainer.rewards.base import RewardManager
 from ...trainer.rewards.build import build_reward_manager
 from ...trainer.rewards.image_text import BlipRewardConfig, ClipRewardConfig, ItmRewardConfig
 from ...trainer.rewards.quiz import QuizReward, load_reader
-from ...trainer.rollouts import Rollouts, RolloutSampling
-from ...trainer.sampler import Sampler, build_sampler
+from ...trainer.sampling.rollouts import Demonstrations, Rollouts, RolloutSampling
+from ...trainer.sampling.sampler import Sampler, build_sampler
+from ...trainer.training_run import FAILURE, TrainingRun
 from ...trainer.update import UpdateConfig, Updater
 from ..runners.interrupts import interrupts
 from ..runners.interrupts import say as say_at_once
@@ -75,11 +80,13 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         **({} if rewarding is None else {"reader": rewarding.digest or rewarding.name}),
         "model": model_identity(recipe.model, "").digest,
         **_scorers(recipe),
-        ("images" if recipe.data.questions is None else "questions"): training.fingerprint,
+        _trained_on(recipe): training.fingerprint,
     }
     mark, resumed = fingerprint(semantic), _look(out, semantic, fresh)
-    parts = build_policy(recipe, resumed[0] if resumed else None, distributed)
+    parts = load_policy(recipe, resumed[0] if resumed else None, distributed)
     say(parts.learning)
+    for line in check_memory(recipe, parts.policy, image_tokens(parts.grid), distributed):
+        say(line)
     rewards = await build_reward_manager(recipe.rewards, parts.preparing.encoder.decode, recipe.rollout.max_tokens)
     grader: QuizReader | None = None
     sampler: Sampler | None = None
@@ -98,13 +105,19 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         distributed.wait()
         start = resumed[1].step if resumed else 0
         shown = Prompt(recipe.prompt, await parts.pictures.of(training.examples[0]))
+        # Before weights are rounded or split: in float32, and in any one process.
+        packing = check_packing(parts.policy, _prepare(parts, recipe.rollout.max_tokens)(shown), recipe.model)
+        place_policy(recipe, parts)
         sampler = await build_sampler(recipe, parts, out, shown)
-        packing = check_packing(whole_policy(parts), _prepare(parts, recipe.rollout.max_tokens)(shown), recipe.model)
         run = _assemble(recipe, out, mark, training, held_out, parts, sampler, rewards, grader, start, say)
         run.reward_reader = None if rewarding is None else asdict(rewarding)
         if resumed:
-            restore_optimizer(parts.policy, run.updater.optimizer, optimizer_state(resumed[0]))
+            if parts.state is not None:
+                load_optimizer(parts.state, parts.policy, run.updater.optimizer)
+            else:
+                restore_optimizer(parts.policy, run.updater.optimizer, older_optimizer_state(resumed[0]))
             run.step, run.alarms = resumed[1].step, dict(resumed[1].figures.get("alarms", {}))
+            run.model_step = run.step if is_model_folder(resumed[0]) else 0
             say(f"going on from {resumed[0]}")
         if recipe.preflight:
             say(packing.line())
@@ -114,6 +127,8 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
                 last = await train(run)
             if run.step < recipe.steps:
                 say(f"stopped after step {run.step} of {recipe.steps}; run the same command to go on")
+            if run.best is not None:
+                say(f"best checkpoint: {run.best.line()}")
             say(f"checkpoint: {last if run.step else 'none yet'}")
             return last
         finally:
@@ -127,6 +142,13 @@ async def run_training(recipe: Recipe, out: Path, *, fresh: bool, say: Say) -> P
         await rewards.aclose()
         if grader is not None:
             await grader.engine.aclose()
+
+
+def _trained_on(recipe: Recipe) -> str:
+    """What the training data's fingerprint is of."""
+    if recipe.data.captions is not None:
+        return "captions"
+    return "images" if recipe.data.questions is None else "questions"
 
 
 def _scorers(recipe: Recipe) -> dict[str, Any]:
@@ -153,7 +175,11 @@ def _quiet(line: str) -> None:
 def _read(recipe: Recipe) -> list[str]:
     """Inputs that the output must not overwrite: data, and a model that an earlier run may have written there."""
     shards = [recipe.data.shards, *([] if recipe.validation is None else [recipe.validation.shards])]
-    questions = [recipe.data.questions, None if recipe.validation is None else recipe.validation.questions]
+    questions = [
+        recipe.data.questions,
+        recipe.data.captions,
+        None if recipe.validation is None else recipe.validation.questions,
+    ]
     local = [recipe.model] if Path(recipe.model).is_dir() else []
     places = [url for pattern in shards for url in read_places(pattern, expand(pattern))]
     return [*places, *(path for path in questions if path is not None), *local]
@@ -161,8 +187,12 @@ def _read(recipe: Recipe) -> list[str]:
 
 def load_data(recipe: Recipe) -> tuple[ExampleList, ExampleList | None]:
     """Training and validation data. Raises BadInput if an image is in both."""
-    asked = None if recipe.data.questions is None else question_artifact(recipe.data.questions).url
-    training = load_examples(recipe.data.shards, asked, recipe.data.fingerprint)
+    data = recipe.data
+    if data.captions is not None:
+        training = load_captioned(data.shards, data.captions, data.prompt_name, data.fingerprint)
+    else:
+        asked = None if data.questions is None else question_artifact(data.questions).url
+        training = load_examples(data.shards, asked, data.fingerprint)
     if recipe.validation is None:
         return training, None
     held_out = load_examples(recipe.validation.shards, question_artifact(recipe.validation.questions).url)
@@ -201,7 +231,7 @@ def _claim(out: Path, semantic: dict[str, Any], fresh: bool) -> None:
     """Make ``out`` this run's folder; with ``fresh``, checkpoints of an earlier run are removed."""
     out.mkdir(parents=True, exist_ok=True)
     if fresh:
-        for path in out.glob(f"{MARK}*"):
+        for path in [*out.glob(f"{MARK}*"), *out.glob(BEST), *out.glob(f"*{FAILURE}")]:
             remove(path)
     write_new(out / RUN, json.dumps(semantic, indent=1, sort_keys=True).encode())
 
@@ -220,7 +250,14 @@ def _assemble(
     say: Say,
 ) -> TrainingRun:
     rollout, algorithm = recipe.rollout, recipe.algorithm
-    sampling = RolloutSampling(recipe.prompt, rollout.group, rollout.max_tokens, rollout.temperature, recipe.seed)
+    sampling = RolloutSampling(
+        recipe.prompt,
+        rollout.group,
+        rollout.max_tokens,
+        rollout.temperature,
+        recipe.seed,
+        logprobs=rollout.reports_logprobs,
+    )
     config = UpdateConfig(
         loss=algorithm.loss,
         baseline=algorithm.baseline,
@@ -229,7 +266,9 @@ def _assemble(
         minibatches=algorithm.minibatches,
         clip=ClipRange(algorithm.clip_low, algorithm.clip_high, algorithm.cap),
         kl=algorithm.kl,
+        kl_in=algorithm.kl_in,
         estimator=algorithm.estimator,
+        correction=recipe.correction(),
         entropy=algorithm.entropy,
         limit=rollout.max_tokens,
         budget=recipe.budget,
@@ -241,7 +280,17 @@ def _assemble(
     validated = held_out.examples[: recipe.validation.images] if held_out and recipe.validation else ()
     sinks = _sinks(recipe, out) if parts.distributed.first else []
     log = RunLog(out, start, sinks, parts.distributed.rank)
-    words = ("images", "left out") if recipe.data.questions is None else ("images with questions", "without")
+    words = {"images": ("images", "left out")}.get(kind := _trained_on(recipe), (f"images with {kind}", "without"))
+    prepare = _prepare(parts, rollout.max_tokens)
+    given = None
+    if recipe.data.captions is not None:
+        thinking = parts.preparing.encoder.thinking
+        if thinking is not None and thinking.begun:
+            raise BadInput(
+                f"{recipe.model}: its chat template begins a thought, which given captions do not have; switch it off "
+                "by template_args, e.g. {enable_thinking: false}"
+            )
+        given = Demonstrations(prepare, parts.pictures, recipe.prompt, parts.preparing.caption_ids, rollout.max_tokens)
     examples = training.examples[: recipe.data.images]
     cut = f" (the first {len(examples)} are used)" if len(examples) < len(training.examples) else ""
     say(f"{len(training.examples)} {words[0]}{cut}, {training.without} {words[1]}; {len(validated)} to validate on")
@@ -253,12 +302,14 @@ def _assemble(
         held_out=validated,
         parts=parts,
         sampler=sampler,
-        rollouts=Rollouts(sampler.engine, _prepare(parts, rollout.max_tokens), parts.pictures, sampling),
+        rollouts=Rollouts(sampler.engine, prepare, parts.pictures, sampling),
         rewards=rewards,
         validation_reader=grader,
         updater=updater,
         log=log,
         say=say,
+        demonstrations=given,
+        checkpoints=CheckpointWriter(out, parts.distributed),
     )
 
 

@@ -200,6 +200,8 @@ def _training(name: str, run: Path) -> Training:
         "Tokens a caption": [_line(entries, "tokens_per_caption", "tokens")],
         "Shares of captions": [_line(entries, "truncated", "cut"), _line(entries, "repeating", "looping")],
     }
+    if not any(entry.get("reward") is not None for entry in entries):  # captions were given, not scored
+        charts["Loss"] = [_line(entries, "loss", "nats a token")]
     checked = [(entry["step"] + 1, validation_of(entry)) for entry in entries if validation_of(entry)]
     for key in sorted({key for _, figures in checked for key in figures}):
         points = [(float(step), figures[key]) for step, figures in checked if key in figures]

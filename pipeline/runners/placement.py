@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...manifests.artifact import Artifact
 from ...manifests.shards import InputShard
+from .decoders import decoders_of, settled
 from .inline import run_inline
 from .local import ProcessWorkerPool
 from .messages import Event
@@ -28,7 +30,7 @@ class Placement:
     ) -> JobResult:
         """Do the shards here; returns when all are committed or quarantined, or on Ctrl-C."""
         if not (artifact.folder.is_shared and all(shard.is_shared for shard in shards)):
-            return run_inline(stage, artifact, report, shards)
+            return run_inline(settled(stage, decoders_of(len(os.sched_getaffinity(0)), 1)), artifact, report, shards)
         if self.ray is None or not shards:
             return Scheduler(ProcessWorkerPool(stage, artifact, self.gpus), artifact, report).run(shards)
         with cluster(self.ray) as size:

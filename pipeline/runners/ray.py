@@ -49,10 +49,11 @@ class RayCluster:
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """Number of a run's workers on a cluster, and GPUs per worker."""
+    """Number of a run's workers on a cluster, GPUs per worker, and machines."""
 
     workers: int
     gpus: int
+    machines: int = 1
 
 
 def ray_cluster(address: str | None, workers: int | None, gpu: bool, gpus_each: int = 1) -> RayCluster:
@@ -162,7 +163,8 @@ def cluster_size(config: RayCluster, gpus: Sequence[int]) -> ClusterSize:
         raise BadInput(
             f"--tensor-parallel {per_worker}: no machine of the cluster has so many GPUs (most: {max(gpus, default=0)})"
         )
-    return ClusterSize(config.workers or room or max(1, len(gpus)), per_worker if room else 0)
+    machines = max(1, len(gpus))
+    return ClusterSize(config.workers or room or machines, per_worker if room else 0, machines)
 
 
 class RayWorkerHandle:
@@ -202,7 +204,7 @@ class RayWorkerPool:
         import ray
 
         self._stage, self._artifact, self._report = stage, artifact.attach(), report
-        self.size = size.workers
+        self.size, self._size = size.workers, size
         self._class = ray.remote(num_cpus=1, num_gpus=size.gpus, max_restarts=0, scheduling_strategy="SPREAD")(
             RayWorker
         )
@@ -210,7 +212,9 @@ class RayWorkerPool:
         self._last_started = time.monotonic()
 
     def start(self, slot: int) -> RayWorkerHandle:
-        actor: Any = self._class.remote(DriverContext.current())
+        actor: Any = self._class.remote(
+            DriverContext.current(), self._size.workers, self._size.gpus, self._size.machines
+        )
         self._handles.append(RayWorkerHandle(actor))
         actor.work.remote(self._stage, self._artifact)
         return self._handles[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ... import __version__
 from ...models.engines.http.api_key import HOSTS_VARIABLE
 from ...terminal import escape_logs
+from .decoders import decoders_of, settled
 
 if TYPE_CHECKING:
     from ...manifests.artifact import Artifact
@@ -75,14 +77,18 @@ class ListChannel:
 
 
 class RayWorker:
-    """An asynchronous actor: answers the runner's calls while :meth:`work` runs."""
+    """An asynchronous actor: answers the runner's calls while :meth:`work` runs.
 
-    def __init__(self, driver: DriverContext) -> None:
+    ``workers``, ``gpus``, ``machines``: as of :class:`.ray.ClusterSize`.
+    """
+
+    def __init__(self, driver: DriverContext, workers: int = 1, gpus: int = 0, machines: int = 1) -> None:
         escape_logs()
         for name in SAME_EVERYWHERE:  # Ray sets its own number of threads
             os.environ.pop(name, None)
         os.environ.update(driver.environment)
         self._driver = driver
+        self._cluster = workers, gpus, machines
         self._channel = ListChannel()
         self._working: asyncio.Task[WorkerFailed | None] | None = None
 
@@ -94,6 +100,7 @@ class RayWorker:
         try:
             failure = await self._problem(artifact)
             if failure is None:
+                stage = settled(stage, self._decoders())
                 self._working = asyncio.create_task(work_or_failure(stage, artifact, self._channel))
                 failure = await self._working
         except asyncio.CancelledError:  # by leave(); the engine is closed
@@ -103,6 +110,14 @@ class RayWorker:
         if failure is not None:
             self._channel.send(failure)
         self._channel.send(None)
+
+    def _decoders(self) -> int:
+        """Decoding processes beside this actor's engine: its machine's processors divided among the actors there."""
+        import ray
+
+        own = ray.get_runtime_context().get_node_id()
+        machine: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == own), {})
+        return decoders_of(int(machine.get("CPU", 1)), actors_on(int(machine.get("GPU", 0)), *self._cluster))
 
     async def hello(self) -> list[ActorName]:
         """Name of the actor's machine and GPUs; returns as soon as the actor has a machine."""
@@ -141,6 +156,11 @@ class RayWorker:
             text = f"{artifact.url}: {where} does not see what was begun there; give --out a folder that all machines"
             return WorkerFailed(f"{text} of the cluster share, or an object store", 2, final=True)
         return None
+
+
+def actors_on(machine_gpus: int, workers: int, gpus: int, machines: int) -> int:
+    """The most actors on a machine with so many GPUs; Ray spreads those without GPUs evenly."""
+    return min(workers, machine_gpus // gpus) if gpus else math.ceil(workers / machines)
 
 
 async def _is_visible(artifact: Artifact) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
+from ...manifests.configuration import Growing
 from ...manifests.shards import Row
 from ...manifests.status import Status
 from ...models.engines.base import (
@@ -29,10 +30,11 @@ from .wrapping import find_wrapper
 _SEVERITY = [Status.ENGINE_ERROR, Status.REFUSED, Status.DEGENERATE, Status.EMPTY, Status.TRUNCATED, Status.OK]
 
 
-class AnnotateConfig(BaseModel):
+class AnnotateConfig(Growing):
     """Options of captioning. All of them affect the captions, so all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("beams", "no_repeat_ngram", "min_tokens")
 
     prompts: tuple[NamedPrompt, ...] = Field(min_length=1, description="what to ask about every image")
     samples: int = Field(1, ge=1, description="captions per prompt and image")
@@ -46,6 +48,26 @@ class AnnotateConfig(BaseModel):
         0.7, gt=0, description="least temperature of a re-roll: a greedy one would repeat itself"
     )
     health: QualityGateConfig = QualityGateConfig()
+    beams: int = Field(1, ge=1, description="width of a beam search; re-rolls are sampled without one")
+    no_repeat_ngram: int = Field(0, ge=0, description="no n-gram of so many tokens occurs twice; 0 is no rule")
+    min_tokens: int = Field(0, ge=0, description="shortest caption in tokens of the model")
+
+    @model_validator(mode="after")
+    def _decodable(self) -> AnnotateConfig:
+        _ = self.sampling  # raises ValueError
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of first attempts, without a seed."""
+        return Sampling(
+            self.temperature,
+            self.top_p,
+            self.max_tokens,
+            beams=self.beams,
+            no_repeat_ngram=self.no_repeat_ngram,
+            min_tokens=self.min_tokens,
+        )
 
     @property
     def room(self) -> int:
@@ -116,10 +138,12 @@ class Annotator:
         return check_caption(completion.text, completion.finish_reason, self.config.health, completion.thought)
 
     def _sampling(self, uid: str, prompt: NamedPrompt, k: int, attempt: int) -> Sampling:
-        first = Sampling(self.config.temperature, self.config.top_p, self.config.max_tokens)
-        temperature = first.temperature if attempt == 1 else max(first.temperature, self.config.reroll_temperature)
+        first = self.config.sampling
         seed = derive_seed(self.config.seed, uid, prompt.prompt_id, k, attempt)
-        return replace(first, temperature=temperature, seed=seed)
+        if attempt == 1:
+            return replace(first, seed=seed)
+        temperature = max(first.temperature, self.config.reroll_temperature)
+        return replace(first, temperature=temperature, seed=seed, beams=1)
 
 
 def derive_seed(seed: int, uid: str, prompt_id: str, sample: int, attempt: int) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
+from ...manifests.configuration import Growing
 from ...manifests.shards import Row
 from ...manifests.status import Status
 from ...models.engines.base import (
@@ -37,10 +38,11 @@ MOST_FAILURES = 100  # braces in one answer that do not start an object
 _KEY = re.compile(r'"question"\s*:')
 
 
-class QuestionsConfig(BaseModel):
+class QuestionsConfig(Growing):
     """Options of the writer. All of them affect the questions, so all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("repetition_penalty",)
 
     per_image: int = Field(5, ge=1, le=20, description="questions asked for per image, in one request")
     fewest: int = Field(1, ge=1, description="ask again while there are fewer usable ones")
@@ -50,6 +52,7 @@ class QuestionsConfig(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(2048, ge=1, description="longest answer: all questions of one request")
     seed: int = Field(0, description="seed of all sampling, combined with the image's uid")
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="of tokens in prompt and answer")
 
     @field_validator("kinds")
     @classmethod
@@ -61,6 +64,11 @@ class QuestionsConfig(BaseModel):
     @property
     def prompt(self) -> NamedPrompt:
         return NamedPrompt("questions", writing_prompt(self.per_image, self.kinds))
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of first requests, without a seed."""
+        return Sampling(self.temperature, self.top_p, self.max_tokens, repetition_penalty=self.repetition_penalty)
 
     @property
     def room(self) -> int:
@@ -105,7 +113,7 @@ class QuestionWriter:
         config = self.config
         seed = derive_seed(config.seed, image.uid, config.prompt.prompt_id, 0, attempt)
         temperature = config.temperature if attempt == 1 else max(config.temperature, 0.7)  # greedy repeats itself
-        sampling = Sampling(temperature, config.top_p, config.max_tokens, seed)
+        sampling = replace(config.sampling, temperature=temperature, seed=seed)
         schema = writing_schema(config.per_image, config.kinds) if self.guided else None
         return GenerationRequest(Prompt(config.prompt.text, image), sampling, json_schema=schema)
 

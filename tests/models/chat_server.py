@@ -29,6 +29,7 @@ class Double:
     def __init__(self, answers: Callable[[int, dict[str, Any]], Answer | None], owner: str = "vllm") -> None:
         self.answers, self.owner = answers, owner
         self.model, self.status = "captioner", 200  # what /models tells
+        self.workers = 1  # what vLLM's /get_world_size tells
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
@@ -43,7 +44,7 @@ class Double:
 
             def do_GET(self) -> None:
                 listed = [{"id": double.model, "owned_by": double.owner}, {"id": "other"}]
-                self.reply(double.status, {}, {"data": listed})
+                self.reply(double.status, {}, {"data": listed, "world_size": double.workers})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])) or "{}")

@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 from collections import Counter
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ import pytest
 from capipe.models.engines.base import (
     ChoiceRequest,
     ChoiceScores,
+    Completion,
     EngineDead,
     GenerationRequest,
     ImageInput,
+    Prompt,
     RequestError,
+    Thought,
 )
 from capipe.models.engines.hf.engine import TransformersEngine
+from capipe.models.engines.loading import EngineConfig, load_engine
 from capipe.models.quiz import ABSTAIN, Question, caption_prompt, image_prompt, rotations
 from capipe.models.reader import QuizReader, ReaderConfig, Reading, best_place
 
@@ -129,6 +134,76 @@ async def test_fewer_presentations_and_shuffled_orders() -> None:
     shuffled, other = reader(Scripted(), orders="shuffled"), reader(Scripted(), orders="shuffled", seed=1)
     assert len(shuffled.orders(COLOR)) == 4
     assert shuffled.orders(COLOR) == reader(Scripted(), orders="shuffled").orders(COLOR) != other.orders(COLOR)
+
+
+async def test_caprls_prompt_has_examples_a_begun_answer_and_the_option_to_abstain_last() -> None:
+    engine = Scripted(lambda request: knows(request, "blue"))
+    asked = reader(engine, prompt="caprl")
+    (reading,) = await asked.read("A blue star.", [COLOR])
+    assert (reading.chosen, reading.right) == ((1, 1, 1), 3), "each of three options in every place"
+    for each in engine.choices:
+        examples, _, question = each.prompt.text.rpartition("<caption>\nA blue star.\n</caption>\n\n")
+        assert re.findall(r"^The answer is ([A-K])$", examples, re.MULTILINE) == ["B", "E"]
+        assert examples.count("<caption>") == 2 and examples.count(f"E. {ABSTAIN}") == 2
+        assert options_of(each.prompt)[ABSTAIN] == "D" and question.startswith("Question: What color")
+        assert (each.prompt.answer_prefix, each.choices) == ("The answer is", ("A", "B", "C", "D"))
+        assert each.continuations == (" A", " B", " C", " D")
+    places = Counter(options_of(each.prompt)["blue"] for each in engine.choices)
+    assert places == {"A": 1, "B": 1, "C": 1}
+
+
+async def test_caprls_prompt_in_all_its_uses() -> None:
+    """Blind with a begun answer, too; about an image without one, in one instruction for both arms."""
+    engine = Scripted(lambda request: pick(request, "A"), lambda request: " B")
+    asked = reader(engine, prompt="caprl", orders="shuffled", presentations=4)
+    assert all(order[-1] == 3 and sorted(order) == [0, 1, 2, 3] for order in asked.orders(COLOR))
+    assert {asked.shuffled(COLOR, Random(seed))[-1] for seed in range(20)} == {3}
+    await asked.read(None, [COLOR])
+    assert {each.prompt.answer_prefix for each in engine.choices} == {"The answer is"}
+    engine.choices.clear()
+    await asked.look(IMAGE, [COLOR])
+    await asked.look(None, [COLOR])
+    assert {each.prompt.answer_prefix for each in engine.choices} == {""}
+    assert all(each.prompt.text.startswith(image_prompt(style="caprl")) for each in engine.choices)
+    (sampled,) = await reader(engine, prompt="caprl", mode="sampled").read("A star.", [COUNT])
+    assert sampled.scored == 2 and {each.prompt.answer_prefix for each in engine.generations} == {"The answer is"}
+
+
+@pytest.mark.parametrize("mode", ["choose", "sampled"])
+async def test_a_model_thinks_before_the_answer_is_begun(mode: str) -> None:
+    class Thinking(Scripted):
+        async def thinks(self) -> bool:
+            return True
+
+    def written(request: GenerationRequest) -> str | Completion:
+        if request.prompt.thought is None:
+            assert request.prompt.answer_prefix == ""
+            return Completion("B", (), "stop", 3, thought=Thought("It is blue.", True))
+        assert (request.prompt.thought, request.prompt.answer_prefix) == ("It is blue.", "The answer is")
+        return " B"
+
+    engine = Thinking(lambda request: pick(request, "B"), written)
+    (reading,) = await reader(engine, prompt="caprl", mode=mode).read("A star.", [COUNT])
+    assert reading.scored == 2 and reading.cut == 0
+    assert all(each.prompt.thought == "It is blue." and each.prompt.answer_prefix for each in engine.choices)
+
+
+async def test_a_choice_after_a_begun_answer_is_the_letter_with_its_space() -> None:
+    engine = await load_engine(EngineConfig("transformers", "tiny/reader", device="cpu"))
+    assert isinstance(engine, TransformersEngine)
+    prompt = Prompt("Say a letter.", answer_prefix="The answer is")
+    scores = (await engine.choose(ChoiceRequest(prompt, ("A", "B")))).logprobs
+    prefix = engine.lm.prefill([engine.lm.prepare(prompt)])
+    spaced = engine.lm.encoder.choice_ids((" A", " B"))
+    assert scores == pytest.approx(prefix.logits[0].log_softmax(dim=-1)[spaced].tolist(), abs=1e-5)
+    assert spaced != engine.lm.encoder.choice_ids(("A", "B"))
+    await engine.aclose()
+
+
+def test_the_prompt_is_in_a_configuration_only_where_it_is_not_our_own() -> None:
+    assert (
+        "prompt" not in ReaderConfig().model_dump() and ReaderConfig(prompt="caprl").model_dump()["prompt"] == "caprl"
+    )
 
 
 # --- what counts as an answer ----------------------------------------------------------------------------------------

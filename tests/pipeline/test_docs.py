@@ -35,7 +35,7 @@ TARGET = re.compile(r"(?:^|[`\s])make ([a-z][a-z-]*)")
 #: Options of other programs that pages name outside of command lines.
 FOREIGN = {"--train-data", "--dataset-type", "--data_path", "--image_folder", "--no-deps", "--dev-mode"}
 FOREIGN |= {"--worker-extension-cls", "--import-mode", "--structured-outputs-config", "--tensor-parallel-size"}
-FOREIGN |= {"--gres", "--data-parallel-size"}
+FOREIGN |= {"--gres", "--data-parallel-size", "--weight-transfer-config"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

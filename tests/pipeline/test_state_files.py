@@ -86,11 +86,10 @@ def test_a_training_runs_files_are_put_in_place_through_no_link(tmp_path: Path, 
     (out / "step-000003").symlink_to(victim)
 
     def write(folder: Path) -> None:
-        folder.mkdir()
         (folder / "model").write_text("m")
 
-    save(out, Facts(3, "mark", {}), write, {"step": torch.tensor(1)}, keep=1)
-    save(out, Facts(4, "mark", {}), write, {"step": torch.tensor(1)}, keep=1)
+    save(out, Facts(3, "mark", {}), write, {"step.a": torch.ones(1)}, keep=1)
+    save(out, Facts(4, "mark", {}), write, {"step.a": torch.ones(1)}, keep=1)
     assert [each.name for each in checkpoints(out)] == ["step-000004"]
     assert [each.name for each in victim.iterdir()] == [FACTS] and (victim / FACTS).read_text() == "kept"
     (out / "log").mkdir()

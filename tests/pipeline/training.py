@@ -7,6 +7,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+
 from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
 from capipe.models.tiny.world.corpus import write_corpus
 from capipe.models.tiny.world.scenes import Split
@@ -26,6 +30,21 @@ def quizzed(folder: Path, count: int, split: Split, seed: int) -> None:
     capipe("ingest", folder / "corpus", "--out", folder / "shards")
     quizzes = ("--import", folder / "set.jsonl", "--screen", "none")
     capipe("qa", "--shards", folder / "shards", "--out", folder / "qa", *quizzes)
+
+
+def state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's state, whole, of however many processes it is."""
+    reader = HuggingFaceStorageReader(str(checkpoint / "state"))
+    sizes = {name: value.size for name, value in reader.read_metadata().state_dict_metadata.items()}
+    tensors = {name: torch.zeros(size) for name, size in sizes.items()}
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def same_state(*checkpoints: Path) -> bool:
+    """Whether two checkpoints hold the same state, to the bit; their files' headers may be in another order."""
+    one, two = map(state, checkpoints)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def weights(checkpoint: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Small random policies of both families, and groups for them."""
+"""Small random policies of three families, and groups for them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,20 @@ from capipe.models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
 from capipe.trainer.policy.batch import Group
 from capipe.trainer.policy.decoder import DecoderPolicy
 
+from ..models.hybrids import random_hybrid
+
 VOCABULARY, IMAGE, VIDEO, START, END = 60, 55, 56, 57, 58
-PATCH_VALUES = {"qwen2.5": 3 * 2 * 14 * 14, "qwen3": 3 * 2 * 16 * 16}
+PATCH_VALUES = {"qwen2.5": 3 * 2 * 14 * 14, "qwen3": 3 * 2 * 16 * 16, "qwen3.5": 3 * 2 * 16 * 16}
+IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 
 
 def random_model(family: str, seed: int = 0, layers: int = 2) -> Any:
-    """A Qwen-VL of 32 wide with heads that share keys, in float64 so that only mistakes are seen."""
+    """A Qwen-VL of 32 wide with heads that share keys, in float64 so that only mistakes are seen.
+
+    "qwen3.5" has three layers, and computes its delta rule in float32.
+    """
+    if family == "qwen3.5":
+        return random_hybrid(IDS, seed=seed, vocab_size=VOCABULARY).double()
     torch.manual_seed(seed)
     text: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -34,12 +42,6 @@ def random_model(family: str, seed: int = 0, layers: int = 2) -> Any:
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
         "initializer_range": 0.3,
-    }
-    ids = {
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": START,
-        "vision_end_token_id": END,
     }
     if family == "qwen3":
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
@@ -54,7 +56,7 @@ def random_model(family: str, seed: int = 0, layers: int = 2) -> Any:
             "initializer_range": 0.3,
         }
         text = {**text, "head_dim": 8, "rope_parameters": rope}
-        config = Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, **IDS)
         return Qwen3VLForConditionalGeneration(config).double()
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     vision = {
@@ -66,7 +68,7 @@ def random_model(family: str, seed: int = 0, layers: int = 2) -> Any:
         "fullatt_block_indexes": [1],
         "initializer_range": 0.3,
     }
-    config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision, **ids)
+    config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision, **IDS)
     return Qwen2_5_VLForConditionalGeneration(config).double()
 
 

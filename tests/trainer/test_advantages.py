@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from capipe.trainer.advantages import RewardTerm, advantages, combine, gae, normalised, tied
+from capipe.trainer.advantages import RewardTerm, advantages, best_only, combine, gae, normalised, tied
 
 NAN = math.nan
 
@@ -61,3 +61,16 @@ def test_with_lambda_one_returns_are_discounted_sums_whatever_the_values() -> No
     for values in (torch.zeros(1, 3), torch.randn(1, 3)):
         _, returns = gae(rewards, values, torch.tensor([3]), 0.5, 1.0)
         assert returns[0].tolist() == pytest.approx([1 + 1 + 1, 2 + 2, 4], abs=1e-5)
+
+
+def test_the_best_of_a_group_is_one_caption_or_none() -> None:
+    cases = [
+        ([0.2, 0.9, 0.9], [0, 1, 0]),  # the first of equals
+        ([NAN, 0.1, 0.4], [0, 0, 1]),
+        ([-3.0, NAN, -2.0], [0, 0, 1]),
+        ([0.5, 0.5, 0.5], [0, 0, 0]),  # none is better than the others
+        ([NAN, 0.5, NAN], [0, 0, 0]),  # nothing to compare with
+        ([NAN, NAN], [0, 0]),
+    ]
+    for scores, chosen in cases:
+        assert best_only(torch.tensor(scores)).tolist() == chosen

@@ -14,9 +14,9 @@ from capipe.models.engines.model_folder import image_grid, resolve_model
 from capipe.models.images.decode import ImageLimits, decode_rgb
 from capipe.models.images.grid import ImageGrid
 from capipe.models.tiny.world.corpus import samples
-from capipe.trainer import sampler
 from capipe.trainer.build import build_policy, refuse_large_images
 from capipe.trainer.recipe import Recipe, load_recipe
+from capipe.trainer.sampling import sampler
 
 MODEL = "tiny/captioner"
 QWEN = ImageGrid(28, 3136, 12845056)  # Qwen2.5-VL's own limits

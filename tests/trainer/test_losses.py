@@ -35,7 +35,7 @@ EXPECTED: dict[str, float] = {
     "ppo": sum(CLIPPED) / 5,
     "gspo": (-FIRST + 2 * max(SECOND, 0.8)) / 2,
     "cispo": (1.5 * 0.5 + math.exp(-0.1) * 2.1 + 0.5 - 2 * math.exp(-1) * 2.5 - 2 * math.exp(0.1) * 2.9) / 5,
-    "a2c": (0.5 + 2.1 + 0.5 - 2 * 2.5 - 2 * 2.9) / 5,
+    **dict.fromkeys(("a2c", "best_of_n", "sft"), (0.5 + 2.1 + 0.5 - 2 * 2.5 - 2 * 2.9) / 5),
 }
 
 
@@ -51,7 +51,7 @@ SLOPES: dict[str, tuple[list[float], list[float]]] = {  # with the advantages, a
     **dict.fromkeys(("grpo", "dr_grpo", "dapo", "ppo"), (HELD, RATIOS)),
     "gspo": ([FIRST] * 3 + [0.0] * 2, [FIRST] * 3 + [SECOND] * 2),
     "cispo": ([1.5, *RATIOS[1:]], [1.5, *RATIOS[1:]]),
-    "a2c": ([1.0] * 5, [1.0] * 5),
+    **dict.fromkeys(("a2c", "best_of_n", "sft"), ([1.0] * 5, [1.0] * 5)),
 }
 
 

@@ -26,11 +26,11 @@ def test_means_are_sums_over_counts() -> None:
     metrics.extend("loss", [1.0, 0.5])
     metrics.add("loss", 3.0, 2.0)
     assert (metrics.total("loss"), metrics.count("loss"), metrics.mean("loss")) == (4.5, 4, 1.125)
-    assert metrics.mean("kl") is None and metrics.finite()
+    assert metrics.mean("kl") is None
     with pytest.raises(KeyError):
         metrics.add("typo", 1.0)
-    metrics.add("kl", float("nan"))
-    assert not metrics.finite()
+    metrics.include(metrics)
+    assert (metrics.total("loss"), metrics.count("loss"), metrics.mean("kl")) == (9.0, 8, None)
 
 
 def test_processes_add_up_all_metrics_at_once() -> None:

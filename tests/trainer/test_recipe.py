@@ -9,9 +9,11 @@ import pytest
 
 from capipe.errors import BadInput
 from capipe.pipeline.chain.recipe import load_chain_recipe
-from capipe.trainer.build import rate
-from capipe.trainer.recipe import OptimizerConfig, Recipe, load_recipe
+from capipe.trainer.losses import Correction
+from capipe.trainer.policy.optimizer import rate
+from capipe.trainer.recipe import Recipe, load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
+from capipe.trainer.recipe_sections import OptimizerConfig
 
 TEXT = """
 model: tiny/captioner
@@ -36,11 +38,20 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
     assert load_recipe(recipe).steps == 3
 
 
+def test_a_critic_stands_in_for_an_images_other_captions(recipe: Path) -> None:
+    alone = ["rollout.group=1", "algorithm.critic={}"]
+    assert load_recipe(recipe, alone).rollout.group == 1
+    length = "rewards=[{kind: length, free: 2, most: 9, normalise: true}]"
+    with pytest.raises(BadInput, match="`normalise` is within an image's captions"):
+        load_recipe(recipe, [*alone, length, "validation=null", "data.questions=null"])
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("rollout.gruop=4", r"rollout\.gruop: Extra inputs.*no such key"),
-        ("rollout.group=1", r"rollout\.group: .*greater than or equal to 2 \(got 1\)"),
+        ("rollout.group=0", r"rollout\.group: .*greater than or equal to 1 \(got 0\)"),
+        ("rollout.group=1", r"rollout\.group: a single caption has no others to be compared with; .*add a critic"),
         ("rewards.0.kind=beauty", "rewards.0"),
         ("rewards.5.weight=1", "entries 0 to 1"),
         ("nonsense", "section.key=value"),
@@ -53,6 +64,19 @@ def test_a_recipe_is_read_with_its_overrides(recipe: Path) -> None:
         ("trained.lora.rank=0", r"trained\.lora\.rank"),
         ("dtype=float16", "dtype: "),
         ("algorithm={kl: 0.1, estimator: k1}", "k1 has no gradient on average"),
+        ("algorithm={kl: 0.1, kl_in: reward, estimator: k3}", r"log p - log q .* leave algorithm\.estimator out"),
+        ("algorithm.correction=sometimes", "algorithm.correction"),
+        ("algorithm.correction_cap=0", r"algorithm\.correction_cap"),
+        ("rewards=[]", "rewards: grpo needs at least one reward to score captions by$"),
+        ("data.captions=c", r"data\.captions are for loss sft, grpo samples its own"),
+        ("algorithm.loss=sft", r"sft imitates captions: add data\.captions, the folder of a `capipe annotate`$"),
+        ("algorithm={loss: best_of_n, critic: {}}", r"best_of_n imitates captions, .*: leave algorithm\.critic out$"),
+        (
+            "algorithm={loss: best_of_n, correction: token_mask}",
+            r"sampled them: leave algorithm\.correction out",
+        ),
+        ("algorithm={loss: best_of_n, kl: 0.1, kl_in: reward}", r"best_of_n imitates captions, .* set kl_in to loss"),
+        ("rollout.refill=-1", r"rollout\.refill: .*greater than or equal to 0"),
         ("data.questions=null", "a quiz asks questions: add data.questions"),
         ("rewards=[{kind: phrases, phrases: [], patterns: []}]", r"rewards\.0\.phrases: phrases and patterns are both"),
         (
@@ -72,6 +96,37 @@ def test_what_cannot_be_meant_is_refused_in_one_line(recipe: Path, override: str
 def test_without_a_quiz_no_questions_are_needed(recipe: Path) -> None:
     made = load_recipe(recipe, ["data.questions=null", "rewards=[{kind: itm, model: tiny/itm}]"])
     assert made.data.questions is None and made.rewards[0].kind == "itm"
+
+
+GIVEN = ["rewards=[]", "data={shards: a, captions: c}", "algorithm.loss=sft"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("rewards=[{kind: length}]", "rewards"),
+        ("data.questions=b", "data.questions"),
+        ("rollout.refill=1", "rollout.refill"),
+        ("rollout.overlap=true", "rollout.overlap"),
+        ("rollout.temperature=0.7", "rollout.temperature"),
+        ("algorithm.kl=0.1", "algorithm.kl"),
+    ],
+)
+def test_given_captions_need_no_rollouts_and_no_rewards(recipe: Path, override: str, key: str) -> None:
+    made = load_recipe(recipe, GIVEN)
+    assert made.rewards == () and made.data.captions == "c"
+    assert load_recipe(recipe, [*GIVEN, "data.prompt_name=dense"]).semantic() != made.semantic()
+    with pytest.raises(BadInput, match=f"sft samples and scores nothing: leave {key} out$"):
+        load_recipe(recipe, [*GIVEN, override])
+
+
+def test_dynamic_sampling_is_part_of_what_a_run_is_only_where_it_is_used(recipe: Path) -> None:
+    first = load_recipe(recipe).semantic()
+    assert "refill" not in first["rollout"] and "captions" not in first["data"]  # as of runs from before these keys
+    assert load_recipe(recipe, ["rollout.refill=0"]).semantic() == first
+    assert load_recipe(recipe, ["rollout.refill=2"]).semantic() != first
+    with pytest.raises(BadInput, match=r"rollout\.refill: with a critic"):
+        load_recipe(recipe, ["rollout.refill=2", "algorithm={loss: ppo, critic: {}}"])
 
 
 def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
@@ -141,6 +196,53 @@ def test_the_judge_of_the_run_is_not_the_reward(recipe: Path) -> None:
     recipe.write_text(TEXT + "validation: {shards: c, questions: d, reader: tiny/reader}\n")
     with pytest.raises(BadInput, match="never a reward"):
         load_recipe(recipe)
+
+
+def test_a_correction_is_made_where_another_engine_or_older_weights_sample(recipe: Path) -> None:
+    def correction(*overrides: str) -> Correction | None:
+        return load_recipe(recipe, overrides).correction()
+
+    assert correction() is None and correction("rollout.temperature=0.7") is None
+    for sampled in ("rollout.engine=vllm", "rollout.engine=http://a", "rollout.overlap=true"):
+        assert correction(sampled) == Correction("sequence_mask", 3.0)  # TRL's defaults
+        assert correction(sampled, "algorithm.correction=none") is None
+    assert correction("algorithm.correction=token_truncate", "algorithm.correction_cap=2") == Correction(
+        "token_truncate", 2.0
+    )
+    assert correction("rollout.overlap=true", "rollout.temperature=0.7") is not None  # transformers reports all
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.engine=vllm"], "reports for temperature 1, not for 0.7.*or algorithm.correction to none$"),
+        (
+            ["rollout={engine: vllm, overlap: true, temperature: 0.7}", "algorithm.correction=none"],
+            "or .* transformers$",
+        ),
+    ],
+)
+def test_log_probabilities_of_another_temperature_are_not_taken_for_those_of_sampling(
+    recipe: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        load_recipe(recipe, ["rollout.temperature=0.7", *overrides])
+    made = load_recipe(recipe, ["rollout={engine: vllm, temperature: 0.7}", "algorithm.correction=none"])
+    assert not made.rollout.reports_logprobs  # so none are kept, and the mismatch is unknown
+
+
+def test_a2c_takes_no_captions_of_older_weights_for_its_own(recipe: Path) -> None:
+    a2c = ["algorithm={loss: a2c, critic: {}}", "rollout.overlap=true"]
+    assert load_recipe(recipe, a2c).correction() is not None
+    with pytest.raises(BadInput, match=r"a2c takes captions .* set algorithm\.correction to auto"):
+        load_recipe(recipe, [*a2c, "algorithm.correction=none"])
+
+
+def test_keys_added_later_leave_the_fingerprint_as_it_was(recipe: Path) -> None:
+    settings = load_recipe(recipe).semantic()["algorithm"]
+    assert not {"kl_in", "correction", "correction_cap"} & settings.keys()
+    changed = load_recipe(recipe, ["algorithm={kl_in: reward, correction: none, correction_cap: 2}"]).semantic()
+    assert {"kl_in", "correction", "correction_cap"} <= changed["algorithm"].keys()
 
 
 def test_an_adapter_is_not_split(recipe: Path) -> None:

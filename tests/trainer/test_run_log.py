@@ -15,11 +15,23 @@ from capipe.errors import BadInput
 from capipe.models.engines.base import Completion
 from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.trainer.distributed import ALONE
-from capipe.trainer.log import CAPTIONS, TIMES, RunLog, TensorBoard, WandB, read_steps
+from capipe.trainer.log import (
+    BEST,
+    CAPTIONS,
+    TIMES,
+    Best,
+    RunLog,
+    TensorBoard,
+    WandB,
+    best_validated,
+    read_best,
+    read_steps,
+    write_best,
+)
+from capipe.trainer.metrics import UpdateMetrics
 from capipe.trainer.policy.batch import Group, RewardResult
-from capipe.trainer.recipe import AlarmConfig
+from capipe.trainer.recipe_sections import AlarmConfig
 from capipe.trainer.step_metrics import raised_alarm, step_metrics
-from capipe.trainer.update import UpdateMetrics
 
 
 class Kept:
@@ -64,6 +76,43 @@ def test_a_resumed_run_cuts_off_what_came_after_its_checkpoint(tmp_path: Path) -
     again.step(2, {"reward": 9})
     assert [(each["step"], each["reward"]) for each in read_steps(tmp_path)] == [(0, 0), (1, 1), (2, 9)]
     assert [json.loads(line)["step"] for line in (tmp_path / TIMES).read_text().splitlines()] == [0, 1]
+
+
+def test_captions_of_replaced_groups_are_marked(tmp_path: Path) -> None:
+    captions = [Completion("a star", (1, 2), "stop", 2)] * 2
+    groups = [Group(key, key, None, captions, [RewardResult(0.5)] * 2) for key in ("kept", "tied")]  # type: ignore[arg-type]
+    groups[0].advantages = torch.tensor([1.5, -1.5])
+    RunLog(tmp_path, 0).captions(0, groups[:1], groups[1:])
+    entries = [json.loads(line) for line in (tmp_path / CAPTIONS).read_text().splitlines()]
+    assert [(entry["key"], entry["advantage"], entry.get("replaced")) for entry in entries] == [
+        ("kept", 1.5, None),
+        ("kept", -1.5, None),
+        ("tied", 0.0, True),
+        ("tied", 0.0, True),
+    ]
+
+
+def test_the_best_checkpoint_is_the_first_of_the_best_validated_ones(tmp_path: Path) -> None:
+    accuracies = {-1: 0.95, 4: 0.3, 9: 0.8, 14: 0.9, 19: 0.8}  # by the last completed step
+    entries: list[dict[str, Any]] = [{"step": step, "validation/accuracy": each} for step, each in accuracies.items()]
+    entries.append({"step": 24, "validation/failed": 4})
+    assert best_validated(entries, [5, 10, 20, 25]) == Best(10, 0.8)  # no checkpoint after 15 steps, none before all
+    assert best_validated(entries, [25]) is None and best_validated([], [5]) is None
+    assert read_best(tmp_path) is None
+    write_best(tmp_path, Best(10, 0.8))
+    assert json.loads((tmp_path / BEST).read_text()) == {"step": 10, "metric": "accuracy", "value": 0.8}
+    assert read_best(tmp_path) == Best(10, 0.8)
+    for other in ("{", "[]", '{"step": "../x", "value": 1}', '{"step": 1, "value": 1, "more": 1}'):
+        (tmp_path / BEST).write_text(other)
+        assert read_best(tmp_path) is None
+
+
+def test_a_run_that_starts_has_no_validation_of_an_earlier_one(tmp_path: Path) -> None:
+    RunLog(tmp_path, 0).step(-1, {"validation/accuracy": 0.5})
+    RunLog(tmp_path, 3)
+    assert len(read_steps(tmp_path)) == 1
+    RunLog(tmp_path, 0)
+    assert read_steps(tmp_path) == []
 
 
 def test_times_are_in_a_file_of_their_own(tmp_path: Path) -> None:

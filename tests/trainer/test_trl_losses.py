@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from capipe.trainer.advantages import Baseline, advantages
-from capipe.trainer.losses import LOSSES, ClipRange, Tokens, Totals, kl_tokens, token_weights
+from capipe.trainer.losses import (
+    LOSSES,
+    ClipRange,
+    Correction,
+    CorrectionMode,
+    PolicyLoss,
+    Tokens,
+    Totals,
+    correction_weights,
+    kl_tokens,
+    token_weights,
+)
 
 MEND = "to compare with TRL: pip install --no-deps trl==1.16.0 accelerate"
 pytest.importorskip("accelerate", reason=MEND)
@@ -206,3 +217,71 @@ def test_advantages_are_those_of_trl(make: Make, baseline: Baseline, case: str) 
     scores = torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
     expected = torch.cat([advantages(group, baseline) for group in scores.split(4)])
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)  # TRL's are float32
+
+
+# --- correction of rollouts -------------------------------------------------------------------------------------------
+
+MODES: tuple[CorrectionMode, ...] = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+CUT = 1.4  # some ratios above it, by token and by completion
+
+
+def sampling_logps(batch: Padded) -> Tensor:
+    """Log-probabilities when sampled, some way from those before the update, ``batch.old``."""
+    noise = torch.Generator().manual_seed(3)
+    apart = torch.tensor([0.1, -0.05, 0.0, 0.2, -0.1, 0.4, 0.02, -0.3], dtype=torch.float64)[:, None]
+    return batch.old - apart - 0.1 * torch.randn(ROWS, LONGEST, generator=noise, dtype=torch.float64)
+
+
+def rollout_of(trainer: Any, batch: Padded, sampled: Tensor) -> dict[str, Any]:
+    """TRL's own rollout step as if vLLM had sampled: tokens and log-probabilities are given, all else is its own."""
+    lengths = batch.mask.sum(1).tolist()
+    kept = [row[:length].tolist() for row, length in zip(sampled, lengths, strict=True)]
+    tokens = [[1] * length for length in lengths]
+    completions = [[{"role": "assistant", "content": "a"}]] * ROWS
+    trainer.use_vllm = True  # only now: a trainer that is made so starts vLLM
+    trainer._generate = lambda prompts: ([[1]] * ROWS, tokens, None, completions, kept, {}, None, None)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (batch.old, None, None)
+    found: dict[str, Any] = trainer._generate_and_score_completions([{"prompt": "describe the image"}] * ROWS)
+    return found
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("mode", MODES)
+def test_corrections_are_those_of_trl(
+    make: Make, batch: Padded, monkeypatch: pytest.MonkeyPatch, mode: CorrectionMode, name: str
+) -> None:
+    """The weights, and loss and gradient with them; old log-probabilities are the policy's own on both sides."""
+    trainer = make(
+        epsilon=CLIP.low,
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_max=CUT,
+        per_device_train_batch_size=ROWS,
+        **OPTIONS[name],
+    )
+    inside, lengths = batch.mask.bool(), batch.mask.sum(1)
+    row = torch.arange(ROWS).repeat_interleave(lengths)
+    sampled = sampling_logps(batch).float().double()  # TRL keeps them as float32
+    ratio = rollout_of(trainer, batch, sampled)["importance_sampling_ratio"]
+    weights, capped = correction_weights(batch.old[inside], sampled[inside], row, ROWS, Correction(mode, CUT))
+    torch.testing.assert_close(weights, ratio.expand_as(batch.mask)[inside], rtol=1e-6, atol=1e-12)
+    assert 0 < capped.sum() < len(capped)
+
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda model, given: compute(model, {**given, "importance_sampling_ratio": ratio})
+    expected, slope = theirs(trainer, batch, 1, on_policy=False)
+    of_token = LOSSES[name].of_token
+
+    def corrected(tokens: Tokens, clip: ClipRange) -> Tensor:
+        return of_token(tokens, clip) * weights
+
+    monkeypatch.setitem(LOSSES, name, PolicyLoss(corrected, LOSSES[name].aggregation))
+    value, gradient = ours(name, batch, 0.0, 1, on_policy=False)
+    assert value == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(gradient, slope, rtol=1e-6, atol=1e-12)
+
+
+def test_trl_corrects_as_we_do_by_default(make: Make) -> None:
+    trainer = make()
+    assert trainer.vllm_importance_sampling_correction and trainer.vllm_importance_sampling_clip_min is None
+    theirs = Correction(trainer.vllm_importance_sampling_mode, trainer.vllm_importance_sampling_clip_max)
+    assert theirs == Correction()

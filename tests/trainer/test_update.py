@@ -10,10 +10,11 @@ import torch
 
 from capipe.models.engines.base import Completion
 from capipe.trainer.losses import LOSSES
+from capipe.trainer.metrics import UpdateMetrics
 from capipe.trainer.policy.batch import Group, RewardResult, pack
 from capipe.trainer.policy.critic import CriticConfig, ValueHead, token_rewards
-from capipe.trainer.policy.decoder import DecoderPolicy
-from capipe.trainer.update import UpdateConfig, UpdateMetrics, Updater, scores_of
+from capipe.trainer.policy.decoder import DecoderPolicy, reference_logps
+from capipe.trainer.update import UpdateConfig, Updater, scores_of
 
 from .policies import IMAGE, groups, random_model
 
@@ -48,7 +49,7 @@ def after(scores: list[list[float | None]], config: UpdateConfig | None = None) 
     return weights(policy) - before, report
 
 
-@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.captions == "sampled"])
 def test_better_captions_get_likelier(loss: str) -> None:
     policy, updater = make(UpdateConfig(loss=loss, limit=8))
     made = scored(policy, [[1.0, 0.0, 0.0]])
@@ -142,6 +143,63 @@ def test_divergence_holds_the_policy_back() -> None:
         make(config)
 
 
+# --- imitation: of the best captions, of given ones -------------------------------------------------------------------
+
+
+def change_by_hand(rows: list[tuple[int, int]], weight_of: float) -> torch.Tensor:
+    """A plain SGD step on ``weight_of`` times the summed negative log-likelihood of completions (group, number)."""
+    policy = DecoderPolicy(random_model(FAMILY), [IMAGE])
+    before, made = weights(policy), groups(policy, FAMILY)
+    for group, number in rows:
+        tokens = made[group].completions[number].token_ids
+        (-reference_logps(policy, made[group].prompt, tokens).sum() * weight_of).backward()
+    torch.optim.SGD(policy.parameters(), lr=0.01).step()
+    return weights(policy) - before
+
+
+@pytest.mark.parametrize("config", [{}, {"minibatches": 1, "epochs": 1, "budget": 1}])
+def test_the_best_caption_of_each_group_is_imitated(config: dict[str, Any]) -> None:
+    """The likelihood's gradient by another way, a caption at a time; a tied group has no best one."""
+    scores: list[list[float | None]] = [[0.1, 0.5, 0.5], [0.2, 0.9], [0.3, 0.3, 0.3], [None]]
+    change, report = after(scores, UpdateConfig(loss="best_of_n", max_norm=1e9, **config))
+    by_hand = change_by_hand([(0, 1), (1, 1)], 1 / (3 + 5))  # the first of equals; a mean over their tokens
+    assert torch.allclose(change, by_hand, atol=1e-7) and by_hand.abs().max() > 1e-3
+    assert (report.tokens, report.tied, report.unscored, report.skipped) == (8, 2, 1, None)
+
+
+def test_given_captions_are_imitated_without_scores() -> None:
+    policy, updater = make(UpdateConfig(loss="sft", max_norm=1e9))
+    before, made = weights(policy), groups(policy, FAMILY)[:2]
+    report = updater.update(made)
+    rows = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert torch.allclose(weights(policy) - before, change_by_hand(rows, 1 / 18), atol=1e-7)
+    assert (report.tokens, report.tied, report.unscored, report.mismatch) == (18, 0, 0, None)
+
+
+@pytest.mark.parametrize("loss", ["best_of_n", "sft"])
+def test_imitation_in_several_steps_gets_there(loss: str) -> None:
+    policy, updater = make(UpdateConfig(loss=loss, epochs=2, minibatches=2, max_norm=1e9))
+    made = scored(policy, [[1.0, 0.0, 0.0], [0.0, 1.0]]) if loss == "best_of_n" else groups(policy, FAMILY)[:2]
+    losses = [updater.update(made).loss for _ in range(4)]
+    assert losses[-1] < losses[0] and not updater.incomplete
+
+
+def test_an_update_that_breaks_off_after_a_step_is_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, updater = make(UpdateConfig(minibatches=2, max_norm=1e9))
+    made = scored(updater.policy, SCORES[:2])
+    steps = iter([updater.optimizer.step, None])
+    monkeypatch.setattr(updater.optimizer, "step", lambda: next(steps)())  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        updater.update(made)
+    assert updater.incomplete
+    monkeypatch.undo()
+    monkeypatch.setattr(updater, "_losses", None)
+    updater.incomplete = False
+    with pytest.raises(TypeError):
+        updater.update(made)
+    assert not updater.incomplete  # nothing had changed
+
+
 # --- several steps, older captions, value heads -----------------------------------------------------------------------
 
 
@@ -172,6 +230,20 @@ def test_a_critic_tells_better_from_worse_without_a_group() -> None:
     assert report.skipped is None and change[:first].mean() > 0
 
 
+def test_a_critic_learns_from_one_caption_an_image() -> None:
+    """As VLRM does: nothing is tied, and the better caption gets likelier."""
+    config = UpdateConfig(loss="a2c", critic=CriticConfig(lam=1.0, whiten=False, detach=True), max_norm=1e9)
+    policy, updater = with_critic(config)
+    made = scored(policy, [[1.0], [0.0]])
+    for group in made:
+        group.completions, group.rewards = group.completions[:1], group.rewards[:1]
+    before = policy(pack(made)).logp.detach()
+    report = updater.update(made)
+    change = policy(pack(made)).logp.detach() - before
+    assert (report.tied, report.groups, report.skipped) == (0, 2, None)
+    assert change[: made[0].completions[0].n_tokens].mean() > 0
+
+
 def test_an_unscored_caption_teaches_the_value_head_nothing() -> None:
     config = UpdateConfig(loss="a2c", critic=CriticConfig(whiten=False), max_norm=1e9)
     policy, updater = with_critic(config)
@@ -196,7 +268,9 @@ def test_several_steps_remember_who_drew_the_captions() -> None:
 
 
 def test_minibatches_take_every_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, updater = make(UpdateConfig(minibatches=2, max_norm=1e9, kl=1e-9), reference=lambda batch: torch.zeros(1))
+    policy, updater = make(
+        UpdateConfig(minibatches=2, max_norm=1e9, kl=1e-9), reference=lambda batch: torch.zeros(len(batch.row))
+    )
     seen: list[str] = []
     step = updater.step
     monkeypatch.setattr(updater, "step", lambda part: seen.extend(group.uid for group in part) or step(part))  # type: ignore[func-returns-value]
@@ -217,35 +291,3 @@ def test_captions_of_older_weights_are_weighed_by_how_they_were_drawn() -> None:
         ]
     report = updater.update(made, off_policy=True)
     assert report.ratio_min == pytest.approx(math.exp(-0.1), rel=1e-5)
-
-
-# --- how far the sampler is from the policy ---------------------------------------------------------------------------
-
-
-def drawn_apart(policy: DecoderPolicy, gap: float) -> list[Group]:
-    """Groups whose captions another sampler drew, ``gap`` away from the policy; of the first, one kept nothing."""
-    made = scored(policy, SCORES[:2])
-    for group in made:
-        rows = policy(pack([group])).logp.detach().split([each.n_tokens for each in group.completions])
-        signs = [1 if number % 2 else -1 for number in range(len(rows))]
-        group.completions = [
-            Completion(each.text, each.token_ids, "stop", each.n_tokens, tuple((row + sign * gap).tolist()))
-            for each, row, sign in zip(group.completions, rows, signs, strict=True)
-        ]
-    first = made[0].completions[0]
-    made[0].completions[0] = Completion(first.text, first.token_ids, "stop", first.n_tokens)
-    return made
-
-
-@pytest.mark.parametrize("config", [UpdateConfig(budget=1), UpdateConfig(epochs=2)])
-def test_the_distance_from_the_sampler_is_of_the_policy_before_it_changed(config: UpdateConfig) -> None:
-    policy, updater = make(config)
-    report = updater.update(drawn_apart(policy, 0.25))
-    assert report.skipped is None and report.mismatch == pytest.approx(0.25, rel=1e-4)
-
-
-def test_where_nothing_was_kept_or_kept_at_another_temperature_the_distance_is_unknown() -> None:
-    policy, updater = make()
-    assert updater.update(scored(policy, SCORES)).mismatch is None
-    policy.temperature = 0.7
-    assert updater.update(drawn_apart(policy, 0.25)).mismatch is None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import BadInput
-from ...models.quiz import KINDS
+from ...models.quiz import KINDS, abstains_last
 from ...models.tiny.world.grade import grade, parse
 from ...models.tiny.world.scenes import Scene
 from ...stages.questions.grade import CONTROLS
@@ -54,7 +54,8 @@ def evaluate(
     caption; ``logps``: of each caption's tokens under a language model, by text; ``where``: name of the rows in errors;
     ``warnings``: warnings known already. Raises BadInput without rows, without questions, or without a scored answer.
     """
-    tally = _Tally(ranks=ranks or {}, cosines=cosines or {}, logps=logps or {})
+    last = abstains_last(settings.get("reader prompt", "own"))
+    tally = _Tally(ranks=ranks or {}, cosines=cosines or {}, logps=logps or {}, last=last)
     for row in rows:
         tally.add(row, where)
     tally.check(where)
@@ -146,6 +147,7 @@ class _Tally:
     ranks: Mapping[tuple[str, str], int] = field(default_factory=dict)
     cosines: Mapping[tuple[str, str], float] = field(default_factory=dict)
     logps: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    last: bool = False  # the option to abstain is always the last one
     rows: int = 0
     questions: int = 0
     unscored: int = 0
@@ -220,7 +222,7 @@ class _Tally:
         self.ratios.add((name, "abstained", ""), image, mean([answer.abstention for answer in answers]))
         tally = self.systems[name]
         for answer in answers:
-            places = places_of_answer(question.options, question.answer, len(answer.chosen))
+            places = places_of_answer(question.options, question.answer, len(answer.chosen), self.last)
             hits = [None if chosen is None else chosen == question.answer for chosen in answer.chosen]
             tally.places.add(places, hits)
             for position, chosen in zip(places, answer.chosen, strict=True):

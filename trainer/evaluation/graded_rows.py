@@ -108,9 +108,12 @@ def mean(values: Sequence[float]) -> float:
 
 
 @cache
-def places_of_answer(options: int, answer: int, presentations: int) -> tuple[int, ...]:
-    """Position of the right option in each presentation. Raises ValueError for an impossible number of them."""
-    orders = rotations(options + 1, presentations)
+def places_of_answer(options: int, answer: int, presentations: int, last: bool = False) -> tuple[int, ...]:
+    """Position of the right option in each presentation; ``last``: the option to abstain does not change places.
+
+    Raises ValueError for an impossible number of presentations.
+    """
+    orders = rotations(options if last else options + 1, presentations)
     if len(orders) != presentations or not 0 <= answer < options:
         raise ValueError(f"{presentations} presentations of option {answer} of {options}")
     return tuple(order.index(answer) for order in orders)

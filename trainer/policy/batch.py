@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...models.engines.base import Completion
 from ...models.engines.hf.model_adapter import PreparedPrompt
-from .tree import Tree, lay_out
-
-if TYPE_CHECKING:
-    from .padded_tree import PaddedTree
+from .tree import PaddedTree, Tree, lay_out
 
 
 @dataclass

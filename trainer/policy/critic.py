@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,9 @@ def _first_layer(width: int, hidden: int) -> nn.Module:
 class Targets:
     """Training targets of a group's completion tokens, all float32 (tokens,).
 
-    ``old``, ``values``: log-probability and value when sampled; ``returns``: targets of the values; ``scored``: 1 if
-    the completion has a score, else 0.
+    ``old``: log-probability that ratios are taken against; ``values``: before the update; ``returns``: targets of the
+    values; ``scored``: 1 if the completion has a score, else 0; ``weights``: corrections for whoever sampled, None
+    without one; ``reference``: log-probability under the reference, None without one.
     """
 
     old: Tensor
@@ -67,12 +69,26 @@ class Targets:
     advantages: Tensor
     returns: Tensor
     scored: Tensor
+    weights: Tensor | None = None
+    reference: Tensor | None = None
 
 
-def token_rewards(group: Group, scores: Tensor) -> tuple[Tensor, Tensor]:
+def joined(targets: Sequence[Targets]) -> Targets:
+    """Targets of several groups as one."""
+
+    def column(name: str) -> Tensor | None:
+        parts = [getattr(target, name) for target in targets]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Targets(**{each.name: column(each.name) for each in fields(Targets)})  # type: ignore[arg-type]
+
+
+def token_rewards(group: Group, scores: Tensor, penalties: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Reward of each token of a group's completions, and whether its completion was scored, both (tokens,).
 
-    ``scores``: (completions,), NaN if unscored.
+    ``scores``: (completions,), NaN if unscored. ``penalties``: (tokens,), taken off beside the score: of a KL term in
+    the reward, beta (log p - log q) of each token (arXiv 1909.08593 eq. 2; TRL's PPO until 2024). An unscored
+    completion has neither.
     Per-token rewards stay at their tokens; the rest of a completion's score goes to its last token.
     """
     earned, scored = [], []
@@ -85,15 +101,23 @@ def token_rewards(group: Group, scores: Tensor) -> tuple[Tensor, Tensor]:
             row[-1] += score - float(row.sum())
         earned.append(row)
         scored.append(torch.full_like(row, float(known)))
-    return torch.cat(earned), torch.cat(scored)
+    rewards, known_tokens = torch.cat(earned), torch.cat(scored)
+    return (rewards if penalties is None else rewards - penalties.to(rewards) * known_tokens), known_tokens
 
 
-def targets_of(group: Group, scores: Tensor, old: Tensor, values: Tensor, config: CriticConfig) -> Targets:
-    """GAE over a group's completions; ``old``, ``values``: (tokens,), detached; ``scores`` as in :func:`token_rewards`.
+def targets_of(
+    group: Group,
+    scores: Tensor,
+    old: Tensor,
+    values: Tensor,
+    config: CriticConfig,
+    penalties: Tensor | None = None,
+) -> Targets:
+    """GAE over a group's completions; ``old``, ``values``: (tokens,), detached.
 
-    An unscored completion has advantages of 0.
+    ``scores``, ``penalties``: as in :func:`token_rewards`. An unscored completion has advantages of 0.
     """
-    earned, scored = (tensor.to(values) for tensor in token_rewards(group, scores))
+    earned, scored = (tensor.to(values) for tensor in token_rewards(group, scores, penalties))
     lengths = torch.tensor([len(completion.token_ids) for completion in group.completions], device=values.device)
     rewards, expected = (
         pad_sequence(list(tensor.split(lengths.tolist())), batch_first=True) for tensor in (earned, values)

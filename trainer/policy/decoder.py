@@ -1,4 +1,4 @@
-"""Policy of decoder VLMs (Qwen2.5-VL, Qwen3-VL): log-probabilities of packed completions.
+"""Policy of decoder VLMs (Qwen2.5-VL, Qwen3-VL, Qwen3.5): log-probabilities of packed completions.
 
 The vision encoder processes each image once, the decoder each prompt once (with gradients), the head only the states
 that predict completion tokens. :func:`reference_logps` is the slow reference: transformers' own forward pass, one
@@ -19,6 +19,8 @@ from torch.nn import functional
 from ...models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
 from .batch import Batch
 from .critic import ValueHead
+from .fused_norm import fuse_norms
+from .recurrent_tree import follow_trees
 from .token_logprobs import token_scores
 from .tree_attention import NAME, no_mask
 
@@ -39,7 +41,8 @@ class DecoderPolicy(nn.Module):
 
     ``banned``: ids with no probability, the same as in sampling: image placeholder ids.
     ``value_head``: predicts its captions' rewards, for losses with a critic.
-    ``dtype``: autocast dtype of the body, None for the weights' own; logits and everything after them are float32.
+    ``dtype``: autocast dtype of the body and of the head's factors, None for the weights' own; logits and everything
+    after them are float32.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class DecoderPolicy(nn.Module):
         self.temperature = temperature
         self.register_buffer("banned", torch.tensor(sorted(banned), dtype=torch.long), persistent=False)
         self.attend(NAME)
+        fuse_norms(model)
+        follow_trees(model)
         model.config.use_cache = False
 
     def attend(self, implementation: str) -> None:
@@ -67,6 +72,11 @@ class DecoderPolicy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def model_bytes(self) -> int:
+        """Size of the model's weights as a file, in the computing type."""
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        return int(weights) * (4 if self.dtype is None else 2)
+
     def forward(self, batch: Batch) -> Scores:
         """Score all completion tokens of ``batch``."""
         # Each weight is used once: cached casts would only hold a second set of weights during the pass.
@@ -75,7 +85,13 @@ class DecoderPolicy(nn.Module):
         states, head, bias = self.before_head(hidden)
         banned = self.get_buffer("banned")
         logp, entropy = token_scores(
-            states, head, batch.targets, temperature=self.temperature, banned=banned, bias=bias
+            states,
+            head,
+            batch.targets,
+            temperature=self.temperature,
+            banned=banned,
+            bias=bias,
+            dtype=self.dtype,
         )
         return Scores(logp, entropy, None if self.value_head is None else self.value_head(hidden))
 

@@ -1,4 +1,4 @@
-"""Weights sharded over the training processes (FSDP2), and gathered for sampling and saving."""
+"""Weights sharded over the training processes (FSDP2, HSDP), and gathered for sampling and saving."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from .decoder import DecoderPolicy
@@ -18,11 +19,15 @@ from .decoder import DecoderPolicy
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(policy: DecoderPolicy) -> None:
-    """Shard the weights of ``policy`` over all processes, in place: each layer, then the rest as one unit."""
+def shard(policy: DecoderPolicy, mesh: DeviceMesh | None = None, frozen: bool = False) -> None:
+    """Shard the weights of ``policy`` in place: each layer, then the rest as one unit.
+
+    Over all processes, or over the second dimension of ``mesh`` (nodes, processes of a node), and replicated over the
+    first. ``frozen``: no backward pass follows, so that the last unit is split again after the forward pass, too.
+    """
     for layer in layers_of(policy):
-        fully_shard(layer)
-    fully_shard(policy)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh, reshard_after_forward=True if frozen else None)
 
 
 def layers_of(policy: DecoderPolicy) -> list[Any]:
@@ -38,10 +43,16 @@ def whole(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_weights(policy: DecoderPolicy, to: Any) -> None:
-    """Copy the policy's weights to the model ``to`` of the same architecture."""
-    mine = dict(to.named_parameters())
+    """Copy the policy's weights that learn to the model ``to`` of the same architecture, in its type and place.
+
+    A collective call for all processes; None for those without such a model.
+    """
+    theirs = {} if to is None else dict(to.named_parameters())
     for name, weight in policy.model.named_parameters():
-        mine[name].copy_(whole(weight))
+        if weight.requires_grad:
+            gathered = whole(weight)
+            if to is not None:
+                theirs[name].copy_(gathered)
 
 
 def optimizer_state(policy: DecoderPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

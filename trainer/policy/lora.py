@@ -123,7 +123,7 @@ def merged_weights(model: nn.Module, device: str | None = None) -> Iterator[tupl
     Adapted weights are new tensors, on ``device`` if given; the others are the model's own.
     """
     layers = _layers(model)
-    for name, weight in model.state_dict().items():
+    for name, weight in model.state_dict(keep_vars=True).items():
         if ".lora_" in name:
             continue
         owner, inside, rest = name.partition(".base_layer.")

@@ -1,8 +1,9 @@
 """Check that a model supports packing: packed captions must get the same log-probabilities as single ones.
 
-The tree of :mod:`.tree_attention` implements full causal attention only. Sliding windows, recurrent states, attention
-sinks or capped scores would be ignored, or would leak one caption into the next, and training would continue with wrong
-log-probabilities. So such models are refused by their configuration, and the others are tested.
+The tree of :mod:`.tree_attention` implements full causal attention only, :mod:`.recurrent_tree` the gated delta layers
+of Qwen3.5. Sliding windows, other recurrent states, attention sinks or capped scores would be ignored, or would leak
+one caption into the next, and training would continue with wrong log-probabilities. So such models are refused by their
+configuration, and the others are tested.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch import Tensor
 from ...errors import BadInput
 from ...models.engines.base import Completion
 from ...models.engines.hf.captioner_adapter import language_model
-from ...models.engines.hf.model_adapter import PreparedPrompt
+from ...models.engines.hf.model_adapter import HYBRIDS, PreparedPrompt
 from . import blip2, decoder, encoder_decoder
 from .batch import Group, pack
 from .blip2 import Blip2Policy
 from .decoder import DecoderPolicy
 from .encoder_decoder import EncoderDecoderPolicy
 
-FULL = "full_attention"
+FULL, RECURRENT = "full_attention", "linear_attention"
 COMPLETIONS, TOKENS = 3, 12
 EXACT, AUTOCAST = 1e-3, 0.1  # nats: limit on the largest difference in float32, and on the mean under autocast
 
@@ -35,7 +36,8 @@ def unknown_layers(model: Any) -> str | None:
     lm = language_model(model)
     config = lm.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None and (other := sorted({kind for kind in kinds if kind != FULL})):
+    known = {FULL, RECURRENT} if getattr(config, "model_type", None) in HYBRIDS else {FULL}
+    if kinds is not None and (other := sorted({*kinds} - known)):
         return f"layers of {' and '.join(other)}"
     if kinds is None and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return "attention within a sliding window"
@@ -54,7 +56,8 @@ def refuse_unknown_layers(model: Any, called: str) -> None:
     if (layers := unknown_layers(model)) is not None:
         raise BadInput(
             f"{called}: {type(model).__name__} has {layers}, which the trainer's packing of captions does not know; "
-            "train a model with full attention in all layers (Qwen2.5-VL, Qwen3-VL, BLIP, BLIP-2 with OPT, ViT-GPT2)"
+            "train a model with full attention in all layers (Qwen2.5-VL, Qwen3-VL, BLIP, BLIP-2 with OPT, ViT-GPT2) "
+            "or Qwen3.5"
         )
 
 

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .batch import Batch, Group, flat_targets
-
-
-@dataclass(frozen=True)
-class PaddedTree:
-    """Layout of padded rows: ``prefix`` columns of prompt, then ``branches`` times ``length`` columns.
-
-    ``prefix_mask``: bool (rows, 1, prefix, prefix); ``branch_mask``: bool (rows x branches, 1, length, prefix +
-    length); true if a query may attend to a key.
-    """
-
-    prefix: int
-    branches: int
-    length: int
-    prefix_mask: Tensor
-    branch_mask: Tensor
+from .tree import PaddedTree
 
 
 def pack_padded(groups: Sequence[Group], device: torch.device | str = "cpu") -> Batch:

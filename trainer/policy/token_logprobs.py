@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from ...models.engines.hf.mixed_precision import head_product, rounded_matmul
 
 CHUNK_LOGITS = 1 << 26  # per chunk: 256 MB of float32
 LEAST = -1e30  # logit of a banned id: its probability is 0, and 0 times its logarithm is 0, not NaN
@@ -23,6 +24,7 @@ class _Options:
     temperature: float
     banned: Tensor | None
     rows: int  # of a chunk
+    rounded: Tensor | None  # the head's matrix in the type of the product's factors
 
 
 def token_scores(
@@ -33,14 +35,17 @@ def token_scores(
     temperature: float = 1.0,
     banned: Tensor | None = None,
     bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, both float32 (tokens,), with gradients.
 
     ``hidden``: (tokens, width), inputs of the head; ``weight``: (vocabulary, width), the head's; ``targets``:
-    (tokens,); ``banned``: ids that are never sampled and so have no probability; ``bias``: (vocabulary,), the head's.
+    (tokens,); ``banned``: ids that are never sampled and so have no probability; ``bias``: (vocabulary,), the head's;
+    ``dtype``: of the factors of the head's products, whose sums are float32.
     """
-    options = _Options(temperature, banned, max(1, chunk_logits // len(weight)))
+    rounded = None if dtype is None else weight.detach().to(dtype)  # once, not for every chunk
+    options = _Options(temperature, banned, max(1, chunk_logits // len(weight)), rounded)
     logp, entropy = _TokenScores.apply(hidden, weight, bias, targets, options)
     return logp, entropy
 
@@ -76,10 +81,16 @@ class _TokenScores(torch.autograd.Function):
             chances = kept[0] if kept else _softmax(rows, weight, bias, ids, options)[2]
             of_logp, of_entropy = (None if grad is None else grad[own] for grad in grads)
             of_logits = _logits_gradient(chances, ids, entropy[own], of_logp, of_entropy).div_(options.temperature)
-            of_logits = of_logits.to(weight.dtype)
-            of_hidden[own] = of_logits @ weight
-            if of_weight is not None:
-                of_weight.addmm_(of_logits.T, rows)
+            if options.rounded is not None:
+                factor = of_logits.to(options.rounded.dtype)
+                of_hidden[own] = rounded_matmul(factor, options.rounded)
+                if of_weight is not None:
+                    of_weight += rounded_matmul(factor.T, rows.to(factor.dtype))
+            else:
+                of_logits = of_logits.to(weight.dtype)
+                of_hidden[own] = of_logits @ weight
+                if of_weight is not None:
+                    of_weight.addmm_(of_logits.T, rows)
             if of_bias is not None:
                 of_bias += of_logits.sum(dim=0)
         return of_hidden, of_weight, of_bias, None, None
@@ -89,7 +100,7 @@ def _softmax(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of the targets and entropies, (rows,), and all probabilities, (rows, vocabulary)."""
-    logits = functional.linear(hidden, weight, bias).float()
+    logits = head_product(hidden, weight, bias, options.rounded).float()
     if options.temperature != 1:
         logits.div_(options.temperature)
     if options.banned is not None and len(options.banned):

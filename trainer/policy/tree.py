@@ -95,6 +95,22 @@ class Tree:
         return list(branches), list(prompts)
 
 
+@dataclass(frozen=True)
+class PaddedTree:
+    """Layout of padded rows, see :mod:`.padded_tree`.
+
+    ``prefix`` columns of prompt, then ``branches`` times ``length`` columns.
+    ``prefix_mask``: bool (rows, 1, prefix, prefix); ``branch_mask``: bool (rows x branches, 1, length, prefix +
+    length); true if a query may attend to a key.
+    """
+
+    prefix: int
+    branches: int
+    length: int
+    prefix_mask: Tensor
+    branch_mask: Tensor
+
+
 def lay_out(sizes: Sequence[tuple[int, Sequence[int]]]) -> Tree:
     """Tree of groups, each given by its prompt's columns and those of its branches."""
     spans: list[Span] = []

@@ -20,8 +20,8 @@ from ...errors import BadInput
 from ...models.engines.hf.folded_attention import folded_attention
 from .attention_kernels import Attended, FlashCPUKernel, Kernel, MathKernel, States
 from .flash_varlen import flash_varlen_runs, varlen_tree
-from .padded_tree import PaddedTree, padded_attention
-from .tree import Run, Span, Tree
+from .padded_tree import padded_attention
+from .tree import PaddedTree, Run, Span, Tree
 
 NAME = "capipe_tree"
 # Arguments of transformers for attention other than full attention, which a tree does not support.

@@ -11,7 +11,7 @@ from pydantic import Field
 from ...models.engines.base import Completion, Engine
 from ...models.engines.context import quiz_room
 from ...models.engines.loading import EngineConfig, load_engine
-from ...models.quiz import Question
+from ...models.quiz import PromptStyle, Question
 from ...models.reader import THOUGHT_TOKENS, Order, QuizReader, ReaderConfig
 from ..dataset import Example
 from .base import RewardConfig, RewardContext, RewardSpec, Scored
@@ -20,7 +20,7 @@ from .base import RewardConfig, RewardContext, RewardSpec, Scored
 class QuizRewardConfig(RewardConfig):
     """``sampled``: as CapRL (arXiv 2509.22647 eq. 1-3); ``rotated``: every question in every cyclic order."""
 
-    later = ("template_args", "thought_tokens", "mode")
+    later = ("template_args", "thought_tokens", "mode", "reader_prompt")
 
     kind: Literal["quiz"] = "quiz"
     reader: str = Field("tiny/reader", description="who answers: a bundled model, a folder, a hub id")
@@ -41,6 +41,10 @@ class QuizRewardConfig(RewardConfig):
     )
     thought_tokens: int = Field(
         THOUGHT_TOKENS, ge=1, description="longest thought of a reader that thinks before each answer"
+    )
+    reader_prompt: PromptStyle = Field(
+        "own",
+        description="caprl: two worked examples, the answer begun, the option to abstain last and not shuffled",
     )
 
 
@@ -77,9 +81,7 @@ class QuizReward:
         count = self.config.questions
         if self.config.presentations == "sampled":
             questions = [rng.choice(example.questions) for _ in range(count or len(example.questions))]
-            return [
-                (item, tuple(rng.sample(range(len(item.options) + 1), len(item.options) + 1))) for item in questions
-            ]
+            return [(item, self.reader.shuffled(item, rng)) for item in questions]
         chosen = (
             example.questions if count is None else rng.sample(example.questions, min(count, len(example.questions)))
         )
@@ -91,7 +93,7 @@ class QuizReward:
 
 def reader_config(config: QuizRewardConfig) -> ReaderConfig:
     """Reader settings of the reward; options in all orders."""
-    return ReaderConfig(mode=config.mode, thought_tokens=config.thought_tokens)
+    return ReaderConfig(mode=config.mode, thought_tokens=config.thought_tokens, prompt=config.reader_prompt)
 
 
 async def load_reader(

@@ -34,6 +34,7 @@ from .base import RewardConfig, RewardSpec, Scored
 from .image_cache import KEPT, ImageCache
 
 CAPTIONS_KEPT = 1024
+OfImage = tuple[str, str]  # an image's uid and a caption
 MOST = 32  # captions per batch; results are returned after each batch
 
 
@@ -65,20 +66,23 @@ class _Asked:
     caption: str
 
 
-def seed_of(caption: str, number: int) -> int:
-    """Seed (63 bits) of a caption's ``number``-th generated image; depends on these two only."""
-    return int.from_bytes(hashlib.sha256(f"{_hash(caption)}:{number}".encode()).digest()[:8], "big") >> 1
+def seed_of(uid: str, number: int) -> int:
+    """Seed (63 bits) of the ``number``-th image that is generated from any caption of image ``uid``.
+
+    Captions of one image start from the same noise (common random numbers): their differences vary less.
+    """
+    return int.from_bytes(hashlib.sha256(f"{uid}:{number}".encode()).digest()[:8], "big") >> 1
 
 
-def _hash(caption: str) -> str:
-    return hashlib.sha256(caption.encode()).hexdigest()
+def _hash(caption: OfImage) -> str:
+    return hashlib.sha256("\0".join(caption).encode()).hexdigest()
 
 
 class ReconstructionReward:
     """Mean similarity of ``samples`` generated images; ``details``: each similarity and the mean's standard error.
 
-    Feature vectors of generated images are cached by the caption's hash. ``identity``: text of all settings that
-    determine these vectors, for cache files that outlive the run.
+    Feature vectors of generated images are cached by the image's uid and the caption's hash. ``identity``: text of all
+    settings that determine these vectors, for cache files that outlive the run.
     """
 
     metrics = ("se",)
@@ -103,8 +107,8 @@ class ReconstructionReward:
     def _similarities(self, asked: Sequence[_Asked]) -> list[list[float]]:
         """Similarities of each caption's generated images with its image. Runs on the batcher's thread."""
         originals = self._vectors_of_images({request.uid: request.pixels for request in asked})
-        drawn = self._vectors_of_captions(list(dict.fromkeys(request.caption for request in asked)))
-        return [(drawn[request.caption] @ originals[request.uid]).tolist() for request in asked]
+        drawn = self._vectors_of_captions(list(dict.fromkeys((request.uid, request.caption) for request in asked)))
+        return [(drawn[request.uid, request.caption] @ originals[request.uid]).tolist() for request in asked]
 
     def _vectors_of_images(self, pixels: dict[str, Pixels]) -> dict[str, Tensor]:
         known = {uid: cached for uid in pixels if (cached := self._originals.get(uid)) is not None}
@@ -116,20 +120,20 @@ class ReconstructionReward:
             self._originals.put(uid, known[uid])
         return known
 
-    def _vectors_of_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+    def _vectors_of_captions(self, captions: Sequence[OfImage]) -> dict[OfImage, Tensor]:
         """Feature vectors (samples, width) of each caption's generated images; uncached ones are generated."""
-        known = {text: kept for text in captions if (kept := self._kept(text)) is not None}
-        new = [text for text in captions if text not in known]
+        known = {caption: kept for caption in captions if (kept := self._kept(caption)) is not None}
+        new = [caption for caption in captions if caption not in known]
         count = self._config.samples
-        wanted = [(text, seed_of(text, number)) for text in new for number in range(count)]
+        wanted = [(text, seed_of(uid, number)) for uid, text in new for number in range(count)]
         if wanted:
             vectors = self._net.vectors(self._painter.paint(wanted)).cpu()
             known |= zip(new, vectors.split(count), strict=True)
-        for text in new:
-            self._keep(text, known[text])
+        for caption in new:
+            self._keep(caption, known[caption])
         return known
 
-    def _kept(self, caption: str) -> Tensor | None:
+    def _kept(self, caption: OfImage) -> Tensor | None:
         key = _hash(caption)
         vectors = self._drawn.get(key)
         if vectors is None and (file := self._file(caption)) is not None and file.is_file():
@@ -140,14 +144,14 @@ class ReconstructionReward:
             self._drawn.put(key, vectors)
         return vectors
 
-    def _keep(self, caption: str, vectors: Tensor) -> None:
+    def _keep(self, caption: OfImage, vectors: Tensor) -> None:
         self._drawn.put(_hash(caption), vectors)
         if (file := self._file(caption)) is not None:
             data = io.BytesIO()
             np.save(data, vectors.numpy())
             write_new(file, data.getvalue())
 
-    def _file(self, caption: str) -> Path | None:
+    def _file(self, caption: OfImage) -> Path | None:
         if self._config.cache is None:
             return None
         name = hashlib.sha256(f"{self._identity}:{_hash(caption)}".encode()).hexdigest()

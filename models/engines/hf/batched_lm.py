@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import (
     Cache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
 )
@@ -24,17 +23,17 @@ from transformers import (
 from ..base import ImageInput, Prompt, Sampling
 from ..context import too_long
 from ..prompting import PromptEncoder
-from ..sampling import apply, fold_seed, gumbel_noise, kernel_runs_on, with_noise
+from .beam_search import BeamSearch, Step
 from .captioner_adapter import adapter_of, barred_ids
 from .kv_cache import select_rows
+from .logits_processors import LogitsProcessors
+from .mixed_precision import head_product
 from .model_adapter import PreparedImage, PreparedPrompt
 from .prefix_tree import Level, Segment, plan, unshared
+from .token_picker import ReferenceNoise, TokenPicker, tempered_logits, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
-
-
-NOISE_VALUES, MOST_AHEAD = 1 << 18, 16  # noise computed at once, in values and in tokens; overhead for a small model
 
 
 @dataclass
@@ -42,14 +41,18 @@ class Prefix:
     """Prefilled prompts, padded to a common length, also between tokens. Decoding consumes the cache.
 
     ``logits``: float32 ``(prompts, vocab)`` after the last token; ``mask``: ``(prompts, length)``, 0 on padding.
-    ``lengths``: tokens without padding.
+    ``ids``: each prompt's own, without padding.
     """
 
     logits: Tensor
     cache: Cache
     mask: Tensor
     next_positions: Tensor
-    lengths: list[int]
+    ids: list[Tensor]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class SequenceRow:
     prompt: int
     sampling: Sampling
     logprobs: bool
+    tempered: bool = False  # log-probabilities under the distribution sampled from
 
 
 @dataclass
@@ -91,13 +95,15 @@ class BatchedLM:
         self._end_ids = end_ids
         self.max_model_len = max_model_len
         self.share_prefixes = share_prefixes
-        # Autocast dtype, for a model in training whose weights are float32; its head computes in float32, as the
-        # trainer's.
+        # Autocast dtype, for a model in training whose weights are float32; its head has factors of this type and sums
+        # in float32, as the trainer's.
         self.computes_in: torch.dtype | None = None
+        self._rounded_head: Tensor | None = None  # the head's matrix in that type, for a batch's tokens
         self._barred = torch.tensor(barred_ids(model), dtype=torch.long, device=model.device)
 
     def precision(self) -> torch.autocast:
         """The autocast context of a batch; casts of weights are kept for all of its tokens."""
+        self._rounded_head = None
         return torch.autocast(self._model.device.type, self.computes_in, enabled=self.computes_in is not None)
 
     def prepare(self, prompt: Prompt, images: dict[str, PreparedImage] | None = None) -> PreparedPrompt:
@@ -113,6 +119,14 @@ class BatchedLM:
             raise too_long(len(ids), self.max_model_len)
         positions = self.family.positions(ids, image)
         return PreparedPrompt(ids, positions, int(positions.max()) + 1, image)
+
+    def caption_ids(self, text: str) -> list[int]:
+        """The ids of a caption as if the model had written it, with the token that ends it.
+
+        That is the tokenizer's own end where it ends the model's texts, as of chat models, else the first that does.
+        """
+        own = self.encoder.end_id
+        return [*self.encoder.text_ids(text), own if own in self._end_ids else min(self._end_ids)]
 
     def _prepare_image(self, image: ImageInput, images: dict[str, PreparedImage]) -> PreparedImage:
         if image.uid not in images:
@@ -138,7 +152,7 @@ class BatchedLM:
             vision = self.family.vision(prompts, level, seen, places)
             logits = self._forward(ids.to(device), mask, positions.to(device), cache, vision=vision)
         next_positions = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-        return Prefix(logits, cache, mask, next_positions, [len(prompt.ids) for prompt in prompts])
+        return Prefix(logits, cache, mask, next_positions, [prompt.ids for prompt in prompts])
 
     def _plan(self, prompts: Sequence[PreparedPrompt]) -> list[Level]:
         if not (self.share_prefixes and self.family.shares) or len(prompts) == 1:
@@ -173,8 +187,12 @@ class BatchedLM:
             return logits
         hidden = family.body(**inputs).last_hidden_state[:, -1].float()
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 logits would be the largest error of all
-            logits = family.head(hidden)
-        return logits
+            return family.head(hidden, self._head_product)
+
+    def _head_product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._rounded_head is None and self.computes_in is not None:
+            self._rounded_head = weight.to(self.computes_in)
+        return head_product(hidden, weight, bias, self._rounded_head)
 
     @torch.inference_mode()
     def decode(
@@ -183,17 +201,26 @@ class BatchedLM:
         rows: Sequence[SequenceRow],
         ended: Callable[[int, SampledTokens], None] = lambda row, drawn: None,
     ) -> list[SampledTokens]:
-        """Sample every row to its end; rows leave the batch as they finish, and ``ended`` is called for each then."""
-        drawn = [SampledTokens() for _ in rows]
+        """Sample every row to its end; rows leave the batch as they finish, and ``ended`` is called for each then.
+
+        Raises ValueError for rows with different numbers of beams.
+        """
         limits = [min(row.sampling.max_tokens, self.max_model_len - prefix.lengths[row.prompt]) for row in rows]
+        processors = self._processors(prefix, rows)
+        if any(row.sampling.beams > 1 for row in rows):
+            return self._search(prefix, rows, limits, processors, ended)
+        drawn = [SampledTokens() for _ in rows]
         alive = list(range(len(rows)))
-        picker = _Picker([row.sampling for row in rows], self._model.device)
+        picker = TokenPicker([row.sampling for row in rows], self._model.device)
         at = torch.tensor([row.prompt for row in rows], device=self._model.device)
         logits, mask, positions = self._bar(prefix.logits[at]), prefix.mask[at], prefix.next_positions[at]
         select_rows(prefix.cache, at)
         while True:
-            tokens = picker.pick(logits, alive, len(drawn[alive[0]].token_ids))
-            scores = _scores(logits, tokens) if any(rows[row].logprobs for row in alive) else None
+            position = len(drawn[alive[0]].token_ids)
+            tokens = picker.pick(processors(logits, position), alive, position)
+            scores = None
+            if any(rows[row].logprobs for row in alive):
+                scores = token_logprobs(tempered_logits(logits, [_tempering(rows[row]) for row in alive]), tokens)
             for index, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
                 drawn[row].token_ids.append(token)
                 drawn[row].stopped = token in self._end_ids
@@ -206,10 +233,13 @@ class BatchedLM:
                 else:
                     going.append(index)
             if not going:
+                self._rounded_head = None
                 return drawn
+            processors.append(tokens)
             if len(going) < len(alive):
                 kept = torch.tensor(going, device=self._model.device)
                 select_rows(prefix.cache, kept)
+                processors.select(kept)
                 tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
                 alive = [alive[index] for index in going]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
@@ -217,15 +247,63 @@ class BatchedLM:
             logits = self._bar(self._forward(tokens[:, None], mask, places, prefix.cache))
             positions = positions + 1
 
+    def _search(
+        self,
+        prefix: Prefix,
+        rows: Sequence[SequenceRow],
+        limits: list[int],
+        processors: LogitsProcessors,
+        ended: Callable[[int, SampledTokens], None],
+    ) -> list[SampledTokens]:
+        """:meth:`decode` by beams: every running beam is a row of the cache, and follows the beam that it continues."""
+        (width,) = {row.sampling.beams for row in rows}
+        search = BeamSearch(limits, width, self._end_ids)
+        found = [SampledTokens() for _ in rows]
+        at = torch.tensor([row.prompt for row in rows], device=self._model.device)
+        logits, mask, positions = prefix.logits[at], prefix.mask[at], prefix.next_positions[at]
+        select_rows(prefix.cache, at)
+        while True:
+            step = self._advanced(search, processors, logits)
+            for row in step.done:
+                best = search.beams[row].finished[0]
+                path = best.last.path()
+                found[row] = SampledTokens([node.token for node in path], [node.logprob for node in path], best.stopped)
+                ended(row, found[row])
+            if not len(step.rows):
+                return found
+            select_rows(prefix.cache, step.rows)
+            processors.select(step.rows)
+            processors.append(step.tokens)
+            mask = torch.cat([mask[step.rows], mask.new_ones(len(step.rows), 1)], dim=1)
+            positions = positions[step.rows]
+            places = positions.expand(self.family.axes, -1)[..., None]
+            logits = self._forward(step.tokens[:, None], mask, places, prefix.cache)
+            positions = positions + 1
+
+    def _advanced(self, search: BeamSearch, processors: LogitsProcessors, logits: Tensor) -> Step:
+        """One step of a search. As in transformers, rules are applied to log-probabilities, which are of all tokens."""
+        logprobs = self._bar(processors(logits.log_softmax(dim=-1), search.position))
+        return search.advance(logprobs, self._bar(logits))
+
+    def _processors(self, prefix: Prefix, rows: Sequence[SequenceRow]) -> LogitsProcessors:
+        prompts = [prefix.ids[row.prompt] for row in rows]
+        return LogitsProcessors([row.sampling for row in rows], prompts, sorted(self._end_ids), self._model.device)
+
     def _bar(self, logits: Tensor) -> Tensor:
         """``logits`` (rows, vocab) with -inf for ids that are never sampled, such as those of pixels; in place."""
         return logits.index_fill_(1, self._barred, -math.inf)
 
     @torch.inference_mode()
-    def generate_reference(self, prompt: PreparedPrompt, sampling: Sampling) -> SampledTokens:
+    def generate_reference(self, prompt: PreparedPrompt, sampling: Sampling, tempered: bool = False) -> SampledTokens:
         """Slow reference for prefill and decode: ``generate`` of transformers, one prompt, nothing shared or padded."""
         config = GenerationConfig(
             do_sample=False,
+            num_beams=sampling.beams,
+            early_stopping=False,
+            length_penalty=1.0,
+            repetition_penalty=sampling.repetition_penalty,
+            no_repeat_ngram_size=sampling.no_repeat_ngram,
+            min_new_tokens=sampling.min_tokens,
             max_new_tokens=min(sampling.max_tokens, self.max_model_len - len(prompt.ids)),
             eos_token_id=sorted(self._end_ids),
             pad_token_id=min(self._end_ids),
@@ -233,10 +311,16 @@ class BatchedLM:
             return_dict_in_generate=True,
         )
         barred = [SuppressTokensLogitsProcessor(self._barred.tolist(), self._model.device)] if len(self._barred) else []
-        noise = LogitsProcessorList([*barred, _ReferenceNoise(len(prompt.ids), sampling)])
+        noise = LogitsProcessorList([*barred, ReferenceNoise(len(prompt.ids), sampling)])
         out = self.family.generate(prompt, config, noise)
         tokens = out.sequences[0, len(prompt.ids) :]
-        scores = _scores(self._bar(torch.cat(out.logits).float()), tokens)
+        if sampling.beams > 1:
+            steps = zip(out.logits, out.beam_indices[0].tolist(), tokens, strict=False)  # it goes on beside the best
+            logits = torch.stack([step[beam] for step, beam, _ in steps])
+        else:
+            logits = torch.cat(out.logits)
+        samplings = [sampling if tempered else None] * len(tokens)
+        scores = token_logprobs(tempered_logits(self._bar(logits.float()), samplings), tokens)
         return SampledTokens(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
 
 
@@ -253,66 +337,6 @@ def _padded(prompts: Sequence[PreparedPrompt], level: Sequence[Segment]) -> tupl
     return ids, mask, positions
 
 
-class _Picker:
-    """The next token of each row: the argmax, after adding noise where a row samples. Rows may leave, but not join."""
-
-    def __init__(self, samplings: list[Sampling], device: torch.device) -> None:
-        self._greedy = all(sampling.temperature == 0 for sampling in samplings)
-        self._cut = any(sampling.top_p < 1 for sampling in samplings)
-        self._seeds = torch.tensor([fold_seed(sampling.seed) for sampling in samplings], device=device)
-        self._temperatures = torch.tensor([sampling.temperature for sampling in samplings], device=device)
-        self._top_ps = torch.tensor([sampling.top_p for sampling in samplings], device=device)
-        self._rows: list[int] = []
-        self._at = torch.zeros(0, dtype=torch.long)
-        self._first = 0
-        self._noise = torch.zeros(0)  # (tokens ahead, rows, vocab), from token ``_first`` on
-
-    def pick(self, logits: Tensor, rows: list[int], position: int) -> Tensor:
-        """Tokens ``(rows,)`` from ``logits`` ``(rows, vocab)``; all rows have sampled ``position`` tokens so far."""
-        if self._greedy:
-            return logits.argmax(dim=-1)
-        if rows != self._rows:
-            self._keep(rows)
-        temperatures = self._temperatures[self._at]
-        top_ps = self._top_ps[self._at] if self._cut else None
-        if kernel_runs_on(logits.device):  # the kernel computes noise while adding it: no need to look ahead
-            positions = torch.full_like(self._at, position)
-            return apply(logits, self._seeds[self._at], positions, temperatures, top_ps).argmax(dim=-1)
-        if not self._first <= position < self._first + len(self._noise):
-            self._look_ahead(position, logits.shape[-1])
-        return with_noise(logits, self._noise[position - self._first], temperatures, top_ps).argmax(dim=-1)
-
-    def _keep(self, rows: list[int]) -> None:
-        if len(self._noise):
-            places = {row: index for index, row in enumerate(self._rows)}
-            self._noise = self._noise[:, [places[row] for row in rows]]
-        self._rows, self._at = list(rows), torch.tensor(rows, device=self._seeds.device)
-
-    def _look_ahead(self, position: int, vocab_size: int) -> None:
-        """Precompute the noise of the rows' next tokens: it does not depend on what is sampled."""
-        rows, device = len(self._rows), self._seeds.device
-        ahead = min(max(1, NOISE_VALUES // (rows * vocab_size)), MOST_AHEAD)
-        places = torch.arange(position, position + ahead, device=device).repeat_interleave(rows)
-        noise = gumbel_noise(self._seeds[self._at].repeat(ahead), places, vocab_size, device)
-        self._first, self._noise = position, noise.unflatten(0, (ahead, rows))
-
-
-class _ReferenceNoise(LogitsProcessor):
-    """The same noise, for transformers' own generation loop."""
-
-    def __init__(self, prompt_length: int, sampling: Sampling) -> None:
-        self._prompt_length = prompt_length
-        self._sampling = sampling
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        sampling, device = self._sampling, scores.device
-        position = torch.tensor([input_ids.shape[1] - self._prompt_length], device=device)
-        seed = torch.tensor([fold_seed(sampling.seed)], device=device)
-        temperature = torch.tensor([sampling.temperature], device=device)
-        return apply(scores, seed, position, temperature, torch.tensor([sampling.top_p], device=device))
-
-
-def _scores(logits: Tensor, tokens: Tensor) -> list[float]:
-    """Log-probability of each row's token under the untempered model."""
-    scores: list[float] = logits.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()
-    return scores
+def _tempering(row: SequenceRow) -> Sampling | None:
+    """The row's sampling, if its log-probabilities are of the distribution that it is sampled from."""
+    return row.sampling if row.tempered else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import Cache
 
 from ....errors import BadInput
@@ -19,7 +20,7 @@ from ..captioner_registry import KINDS
 from ..prompting import rgb_pixels
 from ..sampling import vision_ids
 from .kv_cache import CrossCache, new_cache
-from .model_adapter import ChatAdapter, ModelAdapter, PreparedImage, PreparedPrompt, image_parts
+from .model_adapter import ChatAdapter, ModelAdapter, PreparedImage, PreparedPrompt, Product, image_parts
 from .prefix_tree import Level
 
 if TYPE_CHECKING:
@@ -189,10 +190,11 @@ class CaptionerAdapter:
     def look(self, images: Sequence[PreparedImage]) -> Tensor:
         return encode_images(self._model, images)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        head = self.lm.cls if is_blip(self._model) else self.lm.lm_head
-        logits: Tensor = head(hidden)
-        return logits
+    def head(self, hidden: Tensor, product: Product = functional.linear) -> Tensor:
+        if not is_blip(self._model):
+            return product(hidden, self.lm.lm_head.weight, self.lm.lm_head.bias)
+        head = self.lm.cls.predictions
+        return product(head.transform(hidden), head.decoder.weight, head.decoder.bias)
 
 
 class Blip2Adapter(CaptionerAdapter):

@@ -32,8 +32,8 @@ from ..prompting import CaptionerEncoder, PromptEncoder
 from .batched_lm import BatchedLM, SampledTokens, SequenceRow
 from .captioner_adapter import check_parts, end_ids, is_captioner, start_id
 from .folded_attention import fold_heads
-from .kv_cache import new_cache, stateful_layers
-from .model_adapter import PreparedImage, PreparedPrompt
+from .kv_cache import is_recurrent, new_cache, stateful_layers
+from .model_adapter import HYBRIDS, PreparedImage, PreparedPrompt
 from .patch_embedding import multiply_patches
 from .window_attention import batch_windows
 
@@ -113,7 +113,7 @@ class TransformersEngine:
         """Slow reference for :meth:`generate`, for tests: transformers' own loop, one request, nothing shared."""
 
         def run() -> Completion:
-            drawn = self.lm.generate_reference(self.lm.prepare(request.prompt), request.sampling)
+            drawn = self.lm.generate_reference(self.lm.prepare(request.prompt), request.sampling, request.tempered)
             return self._completion(drawn, request.logprobs)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
@@ -174,7 +174,7 @@ class TransformersEngine:
         prompt = known.prompts[key]
         if isinstance(prompt, RequestError):
             return prompt
-        choices = request.choices if isinstance(request, ChoiceRequest) else ()
+        choices = request.continuations if isinstance(request, ChoiceRequest) else ()
         try:
             if choices not in known.choices:
                 known.choices[choices] = self.lm.encoder.choice_ids(choices)
@@ -197,6 +197,18 @@ class TransformersEngine:
         return [EngineDead(self._dead)] * len(ready)
 
     def _compute(self, ready: Sequence[_Ready]) -> list[Answer]:
+        """Answer a batch, in parts of requests with the same number of beams."""
+        parts: dict[int, list[int]] = {}
+        for at, item in enumerate(ready):
+            request = item.job.request
+            beams = request.sampling.beams if isinstance(request, GenerationRequest) else 1
+            parts.setdefault(beams, []).append(at)
+        answers: dict[int, Answer] = {}
+        for places in parts.values():
+            answers |= zip(places, self._compute_part([ready[at] for at in places]), strict=True)
+        return [answers[at] for at in range(len(ready))]
+
+    def _compute_part(self, ready: Sequence[_Ready]) -> list[Answer]:
         distinct = {item.key: item.prompt for item in ready}
         index_of = {key: index for index, key in enumerate(distinct)}
         prefix = self.lm.prefill(list(distinct.values()))
@@ -205,7 +217,7 @@ class TransformersEngine:
         for at, item in enumerate(ready):
             request = item.job.request
             if isinstance(request, GenerationRequest):
-                rows[at] = SequenceRow(index_of[item.key], request.sampling, request.logprobs)
+                rows[at] = SequenceRow(index_of[item.key], request.sampling, request.logprobs, request.tempered)
             else:
                 scores = prefix.logits[index_of[item.key]].log_softmax(dim=-1)[item.choice_ids]
                 answers[at] = ChoiceScores(tuple(scores.tolist()))
@@ -244,7 +256,8 @@ def _refusal(error: Exception) -> Exception:
 
 
 def _room(job: _Job) -> float:
-    return CHOICE_ROOM if isinstance(job.request, ChoiceRequest) else 1.0
+    """A request's share of a batch: each of its beams is a row."""
+    return CHOICE_ROOM if isinstance(job.request, ChoiceRequest) else float(job.request.sampling.beams)
 
 
 def _settle(job: _Job, outcome: Answer | Exception) -> None:
@@ -303,13 +316,17 @@ def speed_up(model: PreTrainedModel, sees: bool) -> None:
 
 
 def _refuse_states(model: PreTrainedModel, path: str) -> None:
-    """Raise BadInput for a model whose layers keep a running state, from which a batch's rows cannot be selected."""
+    """Raise BadInput for a model whose layers keep a running state, unless its prompts may be padded.
+
+    A recurrent layer reads padding, and a batch's rows can be selected from some states alone.
+    """
     config = model.config.get_text_config()
-    if stateful_layers(new_cache(config, growing=False)):
+    cache = new_cache(config, growing=False)
+    if stateful_layers(cache) or (is_recurrent(cache) and config.model_type not in HYBRIDS):
         kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
         raise BadInput(
             f"{path}: {type(model).__name__} has layers that keep a running state ({', '.join(kinds) or 'recurrent'}), "
-            "which the transformers engine does not support; take --engine vllm, or the URL of a server"
+            "which the transformers engine supports for Qwen3.5 alone; take --engine vllm, or the URL of a server"
         )
 
 

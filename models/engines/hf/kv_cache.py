@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 LEAST_ROOM = 64  # tokens; or a quarter of the current length, where that is more
 
@@ -52,11 +52,21 @@ def _enlarged(states: Tensor, size: int) -> Tensor:
 
 
 def new_cache(config: Any, growing: bool) -> DynamicCache:
-    """An empty cache for a text model's ``config``; ``growing`` where all of its layers have full attention."""
+    """An empty cache for a text model's ``config``; ``growing`` where all of its layers have full attention.
+
+    Beside recurrent layers, those of full attention grow, too.
+    """
     cache = DynamicCache(config=config)
-    if growing:
-        cache.layers = [KVCacheLayer() for _ in cache.layers]
+    hybrid = is_recurrent(cache)
+    cache.layers = [
+        KVCacheLayer() if growing or (hybrid and type(layer) is DynamicLayer) else layer for layer in cache.layers
+    ]
     return cache
+
+
+def is_recurrent(cache: Cache) -> bool:
+    """Whether some of a cache's layers keep a running state."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
 class CrossCache(EncoderDecoderCache):
@@ -71,12 +81,12 @@ class CrossCache(EncoderDecoderCache):
 
 
 def stateful_layers(cache: Cache) -> list[str]:
-    """The classes of a cache's layers from which :func:`select_rows` cannot select rows, as they keep a running state.
+    """The classes of a cache's layers from which :func:`select_rows` cannot select rows.
 
-    transformers' layers that keep one beside keys and values would silently select rows of the latter alone.
+    Those that keep a running state beside keys and values: transformers would silently select rows of the latter alone.
     """
-    kinds = {type(layer) for layer in cache.layers}
-    running = {kind for kind in kinds if any(base.__name__.startswith("LinearAttention") for base in kind.__mro__)}
+    kinds = {type(layer) for layer in cache.layers} - {LinearAttentionLayer}
+    running = {kind for kind in kinds if issubclass(kind, LinearAttentionCacheLayerMixin)}
     return sorted(kind.__name__ for kind in kinds if kind in running or not hasattr(kind, "batch_select_indices"))
 
 
@@ -89,5 +99,15 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
     for layer in cache.layers:
         if isinstance(layer, KVCacheLayer):
             layer.select(rows)
+        elif type(layer) is LinearAttentionLayer:
+            _select_states(layer, rows)
         else:
             layer.batch_select_indices(rows)
+
+
+def _select_states(layer: LinearAttentionLayer, rows: Tensor) -> None:
+    """Select rows of a recurrent layer's states, (rows, heads, key width, value width), and convolution windows."""
+    for states in (layer.conv_states, layer.recurrent_states):
+        for index, state in states.items():
+            if state is not None:
+                states[index] = state.index_select(0, rows)

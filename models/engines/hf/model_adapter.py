@@ -6,13 +6,14 @@ models are in :mod:`.captioner_adapter`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import Cache
 
 from ..base import ImageInput
@@ -22,6 +23,15 @@ from .prefix_tree import Level
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+# Text models of attention and gated delta layers whose prompts may be padded on the left. The model zeroes the input of
+# such columns; without biases their keys and values are 0, the convolution reads them as its own zeros before a prompt,
+# and a state of 0 stays 0, as 0 decays to 0 and each update is a multiple of its key. Padding after a token would decay
+# that token's state: so nothing is shared.
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text")
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,8 @@ class ModelAdapter(Protocol):
         """
         ...
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Last hidden states (rows, width) -> logits (rows, vocab)."""
+    def head(self, hidden: Tensor, product: Product = functional.linear) -> Tensor:
+        """Last hidden states (rows, width) -> logits (rows, vocab); ``product``: of its inputs, matrix and bias."""
         ...
 
     def generate(self, prompt: PreparedPrompt, config: GenerationConfig, processors: LogitsProcessorList) -> Any:
@@ -162,9 +172,9 @@ class ChatAdapter:
         inputs = {"input_ids": ids, "position_ids": positions if self._has_axes else positions[0]}
         return inputs if vision is None else {**inputs, "mm_encoder_outputs": {"image": vision}}
 
-    def head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._model.get_output_embeddings()(hidden)
-        return logits
+    def head(self, hidden: Tensor, product: Product = functional.linear) -> Tensor:
+        head: Any = self._model.get_output_embeddings()
+        return product(hidden, head.weight, head.bias)
 
     def generate(self, prompt: PreparedPrompt, config: GenerationConfig, processors: LogitsProcessorList) -> Any:
         model: Any = self._model

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from ....manifests.files.redaction import redacted, without_known
-from ..base import ChoiceScores, Completion, FinishReason, Refused, Rejected, RequestError, Thought
+from ..base import ChoiceScores, Completion, FinishReason, Refused, Rejected, RequestError, Thought, among_allowed
 from ..thinking import OPENING, split_thought
 
 #: Finish reasons for an answer truncated at its limit, and for one that was aborted. All others are regular ends.
@@ -68,12 +68,15 @@ class SentAway(Unavailable):
 # --- completions -----------------------------------------------------------------------------------------------------
 
 
-def read_completion(answer: dict[str, Any], *, logprobs: bool, token_ids: bool) -> Completion:
-    """The answer's text and the thought before it. Raises RequestError, or Refused where it was declined."""
+def read_completion(answer: dict[str, Any], logprobs: bool, token_ids: bool, barred: Sequence[int] = ()) -> Completion:
+    """The answer's text and the thought before it. Raises RequestError, or Refused where it was declined.
+
+    ``barred``: ids that were never sampled, whose probability goes to the others; the answer reports it.
+    """
     choice = first_choice(answer)
     message = _message(choice)
     reason = finish_reason(choice, message)
-    steps = tuple(_number(step, "logprob") for step in _steps(choice)) if logprobs else None
+    steps = tuple(_logprob(step, barred) for step in _steps(choice)) if logprobs else None
     n_tokens = _count(answer)
     ids = _token_ids(choice, n_tokens) if token_ids else ()
     if n_tokens is None:
@@ -235,6 +238,23 @@ def _steps(choice: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise RequestError(NO_LOGPROBS, final=True)
     return steps
+
+
+def _logprob(step: dict[str, Any], barred: Sequence[int]) -> float:
+    """The token's log-probability, among the ids that are not ``barred``."""
+    logprob = _number(step, "logprob")
+    if not barred:
+        return logprob
+    reported = step.get("top_logprobs")
+    entries = [entry for entry in reported if isinstance(entry, dict)] if isinstance(reported, list) else []
+    known = {str(entry.get("token")): entry for entry in entries}
+    if missing := [token for token in barred if f"token_id:{token}" not in known]:
+        raise RequestError(
+            f"the server does not report the log-probability of token {missing[0]}, as vLLM does for "
+            "`logprob_token_ids`: without it those of the sampling distribution are unknown",
+            final=True,
+        )
+    return among_allowed(logprob, (_number(known[f"token_id:{token}"], "logprob") for token in barred))
 
 
 def _number(step: dict[str, Any], name: str) -> float:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,9 +28,9 @@ from ..base import (
     RequestError,
     Sampling,
 )
+from ..decoding import refused_by_server, server_fields
 from ..plain_text import plain_for_servers, plain_prompt
 from ..thinking import Tags
-from ..vllm.weight_sync import EXTENSION, RELOAD
 from .answers import (
     NO_LOGPROBS,
     SentAway,
@@ -44,11 +42,12 @@ from .answers import (
     retry_after,
 )
 from .exchange import exchange
-from .fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField
+from .fields import ALTERNATIVES, REPORTED_CHOICES, Fields, UntakenField, response_format
 from .images import data_url, shown
 from .limits import MOST, AdaptiveLimit, Limiter, room_for_connections
 from .server import (
     CONNECT_SECONDS,
+    EXTENDED_SERVERS,
     Connections,
     base_url,
     chosen_model,
@@ -57,10 +56,10 @@ from .server import (
     models,
     no_answer,
 )
+from .trained import TrainedServer
 
 LONGEST_BACKOFF_SECONDS = 15.0
 THOUGHT_PROBE, PROBE_TOKENS = Prompt("Is one and one two? Answer with yes or no."), 256
-EXTENDED_SERVERS = ("vllm", "sglang")  # as named in /v1/models: they take more than OpenAI's fields
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Setback:
     wait: float | None = None
 
 
-class HTTPEngine:
+class HTTPEngine(TrainedServer):
     """Implements :class:`~.engine.Engine`; made by :func:`connect_http_engine`."""
 
     guides = True  # otherwise the server refuses the request, which fails it
@@ -117,7 +116,7 @@ class HTTPEngine:
         self.context = context
         self.model = model
         self.load = 0  # requests in flight, queued and between two attempts
-        self._options = options
+        self._options: HTTPOptions = options
         self._connections = connections
         self._extended = extended
         self._fields = Fields(options.url)
@@ -132,9 +131,10 @@ class HTTPEngine:
         return self._limiter.limit
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        request = replace(request, prompt=await shown(request.prompt))
+        request.refuse_tempered("a server")
+        request, options = replace(request, prompt=await shown(request.prompt)), self._options
         answer = await self._post(lambda: self._generation(request))
-        return read_completion(answer, logprobs=request.logprobs, token_ids=self._options.token_ids)
+        return read_completion(answer, request.logprobs, options.token_ids, options.barred)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         request = replace(request, prompt=await shown(request.prompt))
@@ -168,6 +168,9 @@ class HTTPEngine:
         self._unconnected = 0
         self._limiter.reopen()
 
+    def unsupported(self, sampling: Sampling) -> str | None:
+        return refused_by_server(sampling, self._extended)
+
     async def thinks(self) -> bool:
         """Whether the server's model thinks before it answers: probed once, as servers do not expose templates."""
         asked = self._thinks = self._thinks or asyncio.create_task(self._thinks_before(THOUGHT_PROBE))
@@ -184,36 +187,6 @@ class HTTPEngine:
     async def count_tokens(self, prompt: Prompt) -> int | None:
         return None
 
-    async def reload(self, folder: Path) -> None:
-        """Make the server read new weights from a folder that it can access, and drop what the old ones computed.
-
-        For an idle vLLM server in development mode with :class:`..vllm.weight_sync.WeightSync` in its workers. Raises
-        EngineDead.
-        """
-        await self._command("collective_rpc", {"method": RELOAD, "args": [str(folder)]})
-        emptied = await self._command("reset_prefix_cache")
-        await self._command("reset_mm_cache")
-        await self._command("reset_encoder_cache")
-        if b"true" not in emptied.content:
-            raise EngineDead(f"{self._options.url}: its prefix cache is in use and could not be emptied")
-
-    async def _command(self, name: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        """One of the server's own commands, which are outside the protocol's root."""
-        url = base_url(self._options.url).removesuffix("v1/") + name
-        try:
-            with self._connections.pool() as client:
-                response = await exchange(client, "POST", url, self._options.timeout_s, body)
-        except (httpx.HTTPError, RequestError) as error:
-            raise EngineDead(f"{url}: {type(error).__name__}: {error}") from error
-        if response.status_code == httpx.codes.NOT_FOUND:
-            raise EngineDead(
-                f"{url}: no such command; start the server with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls "
-                f"{EXTENSION}"
-            )
-        if not response.is_success:
-            raise EngineDead(f"{url}: HTTP {response.status_code}: {read_complaint(response).message}")
-        return response
-
     async def aclose(self) -> None:
         await self._connections.aclose()
 
@@ -223,8 +196,11 @@ class HTTPEngine:
         sampling = request.sampling
         body = self._body(request.prompt, sampling.max_tokens, sampling.temperature)
         body |= {"top_p": sampling.top_p, "seed": sampling.seed, "logprobs": request.logprobs}
+        if request.logprobs and self._options.barred:  # a server reports probabilities among all ids, these included
+            body |= {"logprob_token_ids": list(self._options.barred), "return_tokens_as_token_ids": True}
+        body |= server_fields(sampling, self._extended)
         if request.json_schema is not None:
-            body["response_format"] = _response_format(request.json_schema)
+            body["response_format"] = response_format(request.json_schema)
         return body
 
     def _choice(self, request: ChoiceRequest) -> dict[str, Any]:
@@ -380,16 +356,3 @@ async def connect_http_engine(options: HTTPOptions) -> HTTPEngine:
         await connections.aclose()
         raise
     return HTTPEngine(options, connections, model, served[model] in EXTENDED_SERVERS, model_context(response, model))
-
-
-def _response_format(json_schema: str) -> dict[str, Any]:
-    """OpenAI's response format for a schema. Raises RequestError for text that is not JSON.
-
-    The allowed white space is the server's own setting (vLLM: ``--structured-outputs-config``); the protocol has no
-    field for it, and a weak model may fill its answer with it.
-    """
-    try:
-        schema = json.loads(json_schema)
-    except ValueError as error:
-        raise RequestError(f"the JSON schema is not JSON: {error}") from error
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}

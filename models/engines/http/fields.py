@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ REMEDIES: Mapping[str, str] = {
     "top_p": "give --top-p 1: it is then left out",
     "response_format": "add --no-guided",
     "chat_template_kwargs": "leave --template-arg out",
+    "min_tokens": "leave --min-tokens out",
+    "repetition_penalty": "leave --repetition-penalty out",
     "mm_processor_kwargs": "leave --min-pixels and --max-pixels out",
 }
 
@@ -126,3 +129,16 @@ def blamed_fields(sent: Mapping[str, Any], complaint: Complaint) -> list[str]:
 
 def _spare(name: str, value: Any) -> bool:
     return name == "seed" or (name in DEFAULTS and DEFAULTS[name] == value and value is not None)
+
+
+def response_format(json_schema: str) -> dict[str, Any]:
+    """OpenAI's response format for a schema. Raises RequestError for text that is not JSON.
+
+    The allowed white space is the server's own setting (vLLM: ``--structured-outputs-config``); the protocol has no
+    field for it, and a weak model may fill its answer with it.
+    """
+    try:
+        schema = json.loads(json_schema)
+    except ValueError as error:
+        raise RequestError(f"the JSON schema is not JSON: {error}") from error
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}

@@ -18,6 +18,7 @@ from .exchange import exchange, run_apart
 
 CONNECT_SECONDS = 10.0
 POOL = 8  # connections per pool
+EXTENDED_SERVERS = ("vllm", "sglang")  # as named in /v1/models: they take more than OpenAI's fields
 
 
 class NoAnswer(BadInput):
@@ -135,6 +136,14 @@ def served_context(option: str, model: str = "") -> int | None:
     """
     contexts = [model_context(response, chosen) for response, chosen in _asked(option, model).values()]
     return min((length for length in contexts if length is not None), default=None)
+
+
+def takes_extensions(option: str, model: str = "") -> bool:
+    """Whether all servers of ``option`` that answer take more than OpenAI's fields. Raises BadInput."""
+    answers = _asked(option, model).items()
+    return all(
+        listed_models(response, base_url(url))[chosen] in EXTENDED_SERVERS for url, (response, chosen) in answers
+    )
 
 
 def _asked(option: str, model: str) -> dict[str, tuple[httpx.Response, str]]:

@@ -28,7 +28,8 @@ class VLLMOptions:
     """``concurrency``: sequences in the running batch. ``gpu_memory_utilization``: a share of the GPU's memory, 0 to 1.
 
     ``engine_args``: the user's own, by vLLM's names; they override ours. ``trained``: the model is being trained, in
-    this process: it receives new weights, may sleep on a GPU, and reserves no core for itself.
+    this process: it receives new weights, may sleep on a GPU, and reserves no core for itself. ``transfer``: vLLM's
+    own way of sending them (:mod:`.weight_transfer`), None where they come through a folder.
     """
 
     path: str
@@ -39,6 +40,7 @@ class VLLMOptions:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     trained: bool = False
+    transfer: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,6 +87,7 @@ def _arguments(options: VLLMOptions, on_cpu: bool, concurrency: int) -> dict[str
     if options.trained:
         arguments |= {"worker_extension_cls": EXTENSION, "enable_sleep_mode": not on_cpu}
         arguments |= {} if on_cpu else {"max_num_batched_tokens": TRAINED_BATCH_TOKENS}
+        arguments |= {} if options.transfer is None else {"weight_transfer_config": {"backend": options.transfer}}
     if options.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"  # otherwise vLLM may use Ray, whose worker this process may be
     if on_cpu:  # compiling makes nothing faster here, and costs ten to twenty seconds at every start

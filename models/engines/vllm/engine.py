@@ -7,9 +7,11 @@ import gc
 import itertools
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...child_processes import spawned_follow
 from ...images.grid import ImageGrid
@@ -23,15 +25,19 @@ from ..base import (
     PromptKey,
     Rejected,
     RequestError,
+    Sampling,
+    among_allowed,
 )
 from ..chat_templates import open_encoder
 from ..context import too_long
+from ..decoding import no_search
 from ..prompting import PromptEncoder, rgb_pixels
+from ..sampling import vision_ids
 from .config import VLLMOptions, engine_config
 from .cpu_affinity import bound_cores, move_off, move_to
 from .device_holders import device_holders
 from .environment import prepare_environment
-from .weight_sync import RELOAD
+from .weight_sync import PRECISION, RELOAD, Precision
 
 if TYPE_CHECKING:
     from psutil import Process  # type: ignore[import-untyped]
@@ -59,13 +65,17 @@ class VLLMEngine:
         cores: set[int],
         on_cpu: bool,
         context: int,
+        barred: Sequence[int] = (),
+        second_runner: bool = False,
     ) -> None:
         self.grid = grid
+        self._barred = barred  # ids that are never sampled
         self.context = context
         self.concurrency = concurrency
         self._llm: AsyncLLM | None = llm  # None once it is closed
         self._processes = processes
         self._on_cpu = on_cpu
+        self._second_runner = second_runner
         self._cores = cores  # the cores of this process before
         self._encoder = encoder
         self._numbers = itertools.count()
@@ -75,16 +85,20 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        from .sampling import extra_args
+        from .sampling import parameters
 
+        request.refuse_tempered("vLLM")
+        if (why := self.unsupported(request.sampling)) is not None:
+            raise Rejected(why, final=True)
         schema = request.json_schema
+        # vLLM reports probabilities among all ids, before those that are never sampled are barred.
+        barred = list(self._barred) if request.logprobs and request.sampling.temperature > 0 else []
         # The grammar's mask is applied before our noise, and what it forbids is -inf, which no noise can lift.
         guide = None if schema is None else StructuredOutputsParams(json=_with_form(schema))
         params = SamplingParams(
-            temperature=0.0,
-            max_tokens=request.sampling.max_tokens,
-            logprobs=0 if request.logprobs else None,  # the sampled token's own only
-            extra_args=extra_args(request.sampling),
+            **parameters(request.sampling, self._second_runner),
+            logprobs=0 if request.logprobs and not barred else None,  # the sampled token's own only
+            logprob_token_ids=barred or None,
             structured_outputs=guide,
         )
         output = await self._run(request.prompt, params)
@@ -92,7 +106,10 @@ class VLLMEngine:
         logprobs: tuple[float, ...] | None = None
         if request.logprobs:
             assert output.logprobs is not None
-            logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
+            logprobs = tuple(
+                among_allowed(step[token].logprob, (step[other].logprob for other in barred))
+                for step, token in zip(output.logprobs, ids, strict=True)
+            )
         # Guided JSON is an answer from its first token on, even where the template has opened a thought.
         text, thought = self._encoder.answer(ids) if schema is None else (self._encoder.decode(ids), None)
         return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs, thought)
@@ -100,11 +117,14 @@ class VLLMEngine:
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         from vllm import SamplingParams
 
-        ids = self._encoder.choice_ids(request.choices)
+        ids = self._encoder.choice_ids(request.continuations)
         params = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=ids)
         output = await self._run(request.prompt, params)
         assert output.logprobs is not None
         return ChoiceScores(tuple(output.logprobs[0][token].logprob for token in ids))
+
+    def unsupported(self, sampling: Sampling) -> str | None:
+        return no_search(sampling, "vLLM")
 
     async def thinks(self) -> bool:
         return self._encoder.thinking is not None
@@ -112,32 +132,56 @@ class VLLMEngine:
     async def count_tokens(self, prompt: Prompt) -> int | None:
         return len(self._encoder.encode(prompt))
 
-    async def reload(self, folder: Path) -> None:
-        """Read new weights of the same model from a Hugging Face folder, and drop what the old ones computed.
+    async def precision(self) -> Precision:
+        """What the engine computes in. Raises EngineDead."""
+        with _or_dead("vLLM does not say what it computes in"):
+            (answer, *_) = await self._alive().collective_rpc(PRECISION)
+            return Precision(**answer)
 
-        For an engine that was started as ``trained``, while it is idle. Raises EngineDead. The caller must check that
-        the new weights are in place: vLLM has been seen to report success and answer with others.
+    async def reload(self, folder: Path, everything: bool = True) -> None:
+        """Read new weights of the same model from a folder, and drop what the old ones computed.
+
+        ``everything``: or only those that training changes (:mod:`.weight_sync`). For an engine that was started as
+        ``trained``, while it is idle. Raises EngineDead. The caller must check that the new weights are in place: vLLM
+        has been seen to report success and answer with others.
         """
-        llm = self._alive()
-        try:
-            await llm.collective_rpc(RELOAD, args=(str(folder),))
-            emptied = await llm.reset_prefix_cache()
-            await llm.reset_mm_cache()
-            await llm.reset_encoder_cache()
-        except Exception as error:
-            raise EngineDead(f"vLLM took no new weights from {folder}: {type(error).__name__}: {error}") from error
+        with _or_dead(f"vLLM took no new weights from {folder}"):
+            await self._alive().collective_rpc(RELOAD, args=(str(folder), everything))
+        await self.forget()
+
+    async def weight_update(self, command: str, **arguments: Any) -> None:
+        """A command of vLLM's own weight transfer. Raises EngineDead."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+        requests = {
+            "init_weight_transfer_engine": WeightTransferInitRequest,
+            "update_weights": WeightTransferUpdateRequest,
+        }
+        with _or_dead(f"vLLM took no new weights ({command})"):
+            call = getattr(self._alive(), command)
+            await (call(requests[command](**arguments)) if command in requests else call())
+
+    async def forget(self) -> None:
+        """Empty the caches that older weights filled. Raises EngineDead."""
+        with _or_dead("vLLM's caches could not be emptied for new weights"):
+            emptied = await self._alive().reset_prefix_cache()
+            await self._alive().reset_mm_cache()
+            await self._alive().reset_encoder_cache()
         if not emptied:
             raise EngineDead("vLLM's prefix cache is in use and could not be emptied for new weights")
 
     async def sleep(self) -> None:
-        """Free the GPU's memory: weights go to main memory, the cache is dropped. Does nothing on a CPU."""
+        """Free the GPU's memory, weights included: all of them are needed anew. Does nothing on a CPU."""
         if not self._on_cpu:
-            await self._alive().sleep(level=1)
+            with _or_dead("vLLM did not give its memory back"):
+                await self._alive().sleep(level=2)
 
-    async def wake(self) -> None:
-        """Take the memory back, before the next request. Does nothing where it is awake."""
-        if not self._on_cpu and await self._alive().is_sleeping():
-            await self._alive().wake_up()
+    async def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory back: for the weights, and after they are loaded, for the cache. Nothing where it is awake."""
+        if not self._on_cpu:
+            with _or_dead(f"vLLM did not wake ({part}); lower rollout.gpu_memory if memory is short"):
+                if await self._alive().is_sleeping():
+                    await self._alive().wake_up(tags=[part])
 
     def _alive(self) -> AsyncLLM:
         if self._llm is None:
@@ -225,6 +269,17 @@ class VLLMEngine:
         )
 
 
+@contextmanager
+def _or_dead(what: str) -> Iterator[None]:
+    """Raise EngineDead for any error of vLLM's."""
+    try:
+        yield
+    except EngineDead:
+        raise
+    except Exception as error:
+        raise EngineDead(f"{what}: {type(error).__name__}: {error}") from error
+
+
 @lru_cache(maxsize=16)
 def _with_form(schema: str) -> str:
     """The schema with the JSON's format added. Raises RequestError for text that is no JSON object."""
@@ -282,7 +337,8 @@ def _launch(options: VLLMOptions, config: VllmConfig, concurrency: int, encoder:
         move_off(bound_cores(pids), [os.getpid(), *pids])
     on_cpu = config.device_config.device_type == "cpu"
     context = int(config.model_config.max_model_len)  # as determined by vLLM
-    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context)
+    barred, second_runner = vision_ids(config.model_config.hf_config), bool(config.use_v2_model_runner)
+    return VLLMEngine(llm, encoder, options.grid, concurrency, processes, cores, on_cpu, context, barred, second_runner)
 
 
 def _vllm_processes() -> list[Process]:

@@ -25,3 +25,8 @@ def prepare_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # here; children read the variable
+
+
+def allow_handles() -> None:
+    """Let vLLM pickle what it sends to its own engine process, as CUDA's memory handles need; before it starts."""
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunnerProcessor
 
 from ..base import Sampling
-from ..sampling import apply, fold_seed, kernel_runs_on, vision_ids
+from ..sampling import apply, fold_seed, kernel_runs_on, penalise_, vision_ids
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,11 +28,29 @@ if TYPE_CHECKING:
 EXTRA_KEY = "capipe_sampling"
 
 
-def extra_args(sampling: Sampling) -> dict[str, Any] | None:
-    """The ``extra_args`` of :class:`vllm.SamplingParams` for ``sampling``; None for a greedy request."""
+def parameters(sampling: Sampling, second_runner: bool) -> dict[str, Any]:
+    """Arguments of :class:`vllm.SamplingParams` for ``sampling``.
+
+    The first runner applies its penalties after our noise, which they must not scale: there our processor applies them.
+    """
+    ours = sampling.temperature > 0 and not second_runner
+    return {
+        "temperature": 0.0,
+        "max_tokens": sampling.max_tokens,
+        "min_tokens": sampling.min_tokens,
+        "repetition_penalty": 1.0 if ours else sampling.repetition_penalty,
+        "extra_args": extra_args(sampling, sampling.repetition_penalty if ours else 1.0),
+    }
+
+
+def extra_args(sampling: Sampling, penalty: float = 1.0) -> dict[str, Any] | None:
+    """The ``extra_args`` of :class:`vllm.SamplingParams` for ``sampling``; None for a greedy request.
+
+    ``penalty``: for repetition, by our processor.
+    """
     if sampling.temperature == 0:
         return None
-    return {EXTRA_KEY: [fold_seed(sampling.seed), sampling.temperature, sampling.top_p]}
+    return {EXTRA_KEY: [fold_seed(sampling.seed), sampling.temperature, sampling.top_p, penalty]}
 
 
 def processor_path(second_runner: bool) -> str:
@@ -40,9 +58,9 @@ def processor_path(second_runner: bool) -> str:
     return f"{__name__}:{(SecondRunnerGumbel if second_runner else FirstRunnerGumbel).__name__}"
 
 
-def _parameters(params: SamplingParams) -> tuple[int, float, float] | None:
+def _parameters(params: SamplingParams) -> tuple[int, float, float, float] | None:
     carried = (params.extra_args or {}).get(EXTRA_KEY)
-    return None if carried is None else (int(carried[0]), float(carried[1]), float(carried[2]))
+    return None if carried is None else (int(carried[0]), *(float(value) for value in carried[1:4]))  # type: ignore[return-value]
 
 
 def _barred(vllm_config: VllmConfig, device: torch.device) -> Tensor:
@@ -52,11 +70,16 @@ def _barred(vllm_config: VllmConfig, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class _SampledRow:
-    """A sampling request in the batch. ``drawn`` is vLLM's own running list of its output tokens."""
+    """A sampling request in the batch. ``drawn`` is vLLM's own running list of its output tokens.
+
+    ``penalty``: for repetition of the tokens of ``prompt`` and those drawn.
+    """
 
     seed: int
     temperature: float
     top_p: float
+    penalty: float
+    prompt: list[int]
     drawn: list[int]
 
 
@@ -85,7 +108,7 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
         # Counted at each step instead of kept: a preempted request returns with what it had sampled.
         positions = torch.tensor([len(row.drawn) for row in self._drawing.values()], device=self._device)
         drawn = apply(
-            logits[self._rows],  # a copy
+            self._penalised(logits[self._rows]),  # a copy
             self._seeds,
             positions,
             self._temperatures,
@@ -99,7 +122,16 @@ class FirstRunnerGumbel(FirstRunnerProcessor):
     @staticmethod
     def _new(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _SampledRow | None:
         parameters = _parameters(params)
-        return None if parameters is None else _SampledRow(*parameters, output_ids)
+        return None if parameters is None else _SampledRow(*parameters, prompt_ids or [], output_ids)
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        """The sampling rows' logits with their penalties for repetition, in place."""
+        for row, sampled in zip(logits, self._drawing.values(), strict=True):
+            seen = sorted({*sampled.prompt, *sampled.drawn}) if sampled.penalty != 1 else []
+            if seen:
+                penalty = torch.tensor([sampled.penalty], device=self._device)
+                penalise_(row[None], torch.tensor([seen], device=self._device), penalty)
+        return logits
 
     def _rebuild(self) -> None:
         drawing = self._drawing.values()
@@ -134,7 +166,7 @@ class SecondRunnerGumbel(SecondRunnerProcessor):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         parameters = _parameters(sampling_params)
-        seed, temperature, top_p = parameters or (0, 0.0, 1.0)
+        seed, temperature, top_p, _ = parameters or (0, 0.0, 1.0, 1.0)  # vLLM's penalties come before this runner's
         before = self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx]
         self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx] = seed, temperature, top_p
         self._stale |= before != (self._seeds[req_idx], self._temperatures[req_idx], self._top_ps[req_idx])

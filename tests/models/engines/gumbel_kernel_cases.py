@@ -8,7 +8,7 @@ from torch import Tensor
 
 from capipe.models.engines.base import Sampling
 from capipe.models.engines.gumbel_kernel import BLOCK, TOLERANCE, add_noise
-from capipe.models.engines.hf.batched_lm import _Picker
+from capipe.models.engines.hf.token_picker import TokenPicker
 from capipe.models.engines.sampling import apply, apply_in_torch, gumbel_noise, kernel_runs_on
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,7 +98,7 @@ def test_no_rows() -> None:
 
 def test_the_transformers_engine_picks_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     samplings = [Sampling(0.0 if row == 2 else 0.8, 0.9 if row == 3 else 1.0, 9, row << 40) for row in range(5)]
-    kernel, torch_alone = _Picker(samplings, DEVICE), _Picker(samplings, DEVICE)
+    kernel, torch_alone = TokenPicker(samplings, DEVICE), TokenPicker(samplings, DEVICE)
     rows = list(range(5))
     for position in range(8):
         rows = rows[:1] + rows[2:] if position in (3, 6) else rows  # one leaves the batch

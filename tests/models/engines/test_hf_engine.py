@@ -39,7 +39,7 @@ def mixed(pictures: Sequence[ImageInput]) -> list[GenerationRequest]:
     for index, image in enumerate(pictures[:5]):
         for prompt in (Prompt(PLAIN, image), Prompt(DETAILED, image, answer_prefix="The image")):
             sampling = Sampling([0.0, 1.0, 0.7][index % 3], [1.0, 0.8][index % 2], 6 + 9 * (index % 2), seed=index)
-            requests.append(GenerationRequest(prompt, sampling, logprobs=True))
+            requests.append(GenerationRequest(prompt, sampling, logprobs=True, tempered=index % 2 == 1))
     requests += [GenerationRequest(Prompt(PLAIN, pictures[0]), Sampling(1.0, 1.0, 12, seed)) for seed in range(4)]
     requests.append(GenerationRequest(Prompt("A text.", system="Answer."), Sampling(max_tokens=8), logprobs=True))
     return requests
@@ -55,6 +55,27 @@ async def test_batches_equal_the_slow_twin(reference: TransformersEngine, pictur
         assert (completion.logprobs is None) == (not request.logprobs)
         if completion.logprobs is not None:
             assert completion.logprobs == pytest.approx(slow.logprobs, abs=1e-4)
+
+
+async def test_log_probabilities_are_of_the_model_or_of_what_was_sampled_from(
+    reference: TransformersEngine, pictures: list[ImageInput]
+) -> None:
+    """Of the first token, from the prompt's logits: all ids but the barred, their temperature, the nucleus."""
+    lm, prompt = reference.lm, Prompt(PLAIN, pictures[0])
+    logits = lm.prefill([lm.prepare(prompt)]).logits[0].clone()
+    barred = vision_ids(lm._model.config)
+    logits[barred] = -torch.inf
+    sampled = [Sampling(1.7, top_p, 1, seed) for top_p in (1.0, 0.6) for seed in range(8)]
+    for tempered in (False, True):
+        for sampling in sampled:
+            found = await reference.generate(GenerationRequest(prompt, sampling, True, tempered))
+            assert found.logprobs is not None
+            chances = (logits / 1.7).softmax(0) if tempered else logits.softmax(0)
+            if tempered and sampling.top_p < 1:
+                order = chances.argsort(descending=True)
+                kept = order[: int((chances[order].cumsum(0) < sampling.top_p).sum()) + 1]
+                chances = chances / chances[kept].sum()
+            assert found.logprobs[0] == pytest.approx(float(chances[found.token_ids[0]].log()), abs=1e-4)
 
 
 async def test_each_distinct_prompt_and_image_is_computed_once(
@@ -129,6 +150,20 @@ async def test_the_end_of_turn_token_is_reported(reference: TransformersEngine, 
     assert "<|" not in whole.text
     cut = await reference.generate(GenerationRequest(request.prompt, Sampling(max_tokens=whole.n_tokens - 1)))
     assert (cut.finish_reason, cut.token_ids) == ("length", whole.token_ids[:-1])
+
+
+async def test_a_given_captions_ids_are_those_that_the_model_writes(
+    reference: TransformersEngine, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [GenerationRequest(Prompt(PLAIN, image), Sampling(max_tokens=80)) for image in pictures[:4]]
+    for written in await asyncio.gather(*map(reference.generate, requests)):
+        assert written.finish_reason == "stop" and reference.lm.caption_ids(written.text) == list(written.token_ids)
+    own = reference.lm.encoder.end_id
+    assert own is not None
+    monkeypatch.setattr(reference.lm, "_end_ids", frozenset({own, own - 1}))
+    assert reference.lm.caption_ids("A star.")[-1] == own  # of several ends the tokenizer's
+    monkeypatch.setattr(reference.lm, "_end_ids", frozenset({40, 41}))
+    assert reference.lm.caption_ids("A star.")[-1] == 40  # where the model does not end at it, one at which it does
 
 
 async def test_choices_are_read_from_the_whole_distribution(

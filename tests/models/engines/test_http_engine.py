@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from capipe.models.engines.base import (
     Prompt,
     RequestError,
     Sampling,
+    unsupported,
 )
 from capipe.models.engines.http.engine import connect_http_engine
 from capipe.models.engines.http.server import base_url, served_model
+from capipe.models.engines.vllm.weight_sync import Precision
 
 from ...conftest import photo
 from ..chat_server import ASK, Answer, Double, ask, completion, options, serving
@@ -67,6 +71,27 @@ async def test_a_plain_openai_server_gets_no_foreign_fields() -> None:
     }  # fmt: skip
     refused = await ask(double, GenerationRequest(Prompt("Describe.", answer_prefix="I")))
     assert "neither vLLM nor SGLang" in str(refused)
+
+
+async def test_only_vllm_and_sglang_are_sent_a_penalty_and_a_least_length() -> None:
+    sampling = Sampling(max_tokens=7, repetition_penalty=1.05, min_tokens=4)
+    double = Double(lambda n, body: completion("x"))
+    await ask(double, GenerationRequest(Prompt("Describe."), sampling))
+    assert (double.bodies[0]["repetition_penalty"], double.bodies[0]["min_tokens"]) == (1.05, 4)
+    other = Double(lambda n, body: completion("x"), owner="somebody")
+    refused = await ask(other, GenerationRequest(Prompt("Describe."), sampling))
+    assert "--min-tokens 4: the server is neither vLLM nor SGLang" in str(refused) and not other.bodies
+
+
+async def test_no_server_searches_by_beams() -> None:
+    double = Double(lambda n, body: completion("x"))
+    refused = await ask(double, GenerationRequest(Prompt("Describe."), Sampling(beams=5)))
+    assert "--beams 5: a server does not decode so; give --engine transformers" in str(refused) and not double.bodies
+    with serving(double) as url:
+        engine = await connect_http_engine(options(url))
+        assert unsupported(engine, Sampling(min_tokens=4)) is None
+        assert "--no-repeat-ngram 2" in str(unsupported(engine, Sampling(no_repeat_ngram=2)))
+        await engine.aclose()
 
 
 async def test_a_schema_goes_in_openais_form() -> None:
@@ -231,7 +256,20 @@ async def test_new_weights_are_read_and_all_caches_emptied() -> None:
     double = Double(lambda n, body: (200, {}, {"success": True}))
     await reload(double)
     assert double.paths == ["/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
-    assert double.bodies[0] == {"method": "capipe_reload", "args": ["/shared/weights"]}
+    assert double.bodies[0] == {"method": "capipe_reload", "args": ["/shared/weights", True]}
+
+
+async def test_a_server_says_what_it_computes_in() -> None:
+    types = {"weights": "bfloat16", "head": "float32"}
+    for content in ({"results": [types]}, {"results": []}, {"results": ["no such method"]}):
+        with serving(Double(lambda n, body, content=content: (200, {}, content))) as url:  # type: ignore[misc]
+            engine = await connect_http_engine(options(url))
+            if content == {"results": [types]}:
+                assert await engine.precision() == Precision("bfloat16", "float32")
+            else:
+                with pytest.raises(EngineDead, match="does not say what it computes in"):
+                    await engine.precision()
+            await engine.aclose()
 
 
 @pytest.mark.parametrize(
@@ -249,13 +287,22 @@ async def test_a_server_without_new_weights_is_no_engine_any_more(answer: Answer
 
 async def test_training_gets_ids_and_bars_what_stands_for_pixels() -> None:
     _, _, content = completion(" a dog.")
-    content["choices"][0] |= {"token_ids": [3, 4, 5, 6], "logprobs": {"content": [{"logprob": -0.5}] * 4}}
+    reported = [{"token": "token_id:7", "logprob": math.log(0.2)}, {"token": "token_id:9", "logprob": math.log(0.05)}]
+    steps = [{"logprob": math.log(0.3), "top_logprobs": [{"token": "token_id:3", "logprob": -1.2}, *reported]}] * 4
+    content["choices"][0] |= {"token_ids": [3, 4, 5, 6], "logprobs": {"content": steps}}
     double = Double(lambda n, body: (200, {}, content))
     request = GenerationRequest(Prompt("Describe."), Sampling(1.0), logprobs=True)
     found = await ask(double, request, token_ids=True, barred=(7, 9))
-    assert found.token_ids == (3, 4, 5, 6) and found.logprobs == (-0.5,) * 4
+    assert found.token_ids == (3, 4, 5, 6)
+    assert found.logprobs == pytest.approx([math.log(0.3 / 0.75)] * 4)  # what the barred had is the others'
+    assert double.bodies[0]["logprob_token_ids"] == [7, 9] and double.bodies[0]["return_tokens_as_token_ids"] is True
     assert double.bodies[0]["return_token_ids"] is True
     assert double.bodies[0]["logit_bias"] == {"7": -100.0, "9": -100.0}
+    steps[0]["top_logprobs"].pop()
+    unreported = await ask(Double(lambda n, body: (200, {}, content)), request, token_ids=True, barred=(7, 9))
+    assert isinstance(unreported, RequestError) and unreported.final and "of token 9" in str(unreported)
+    tempered = await ask(double, replace(request, sampling=Sampling(0.7), tempered=True), token_ids=True)
+    assert isinstance(tempered, RequestError) and "untempered model only" in str(tempered)
     del content["choices"][0]["token_ids"]
     refused = await ask(Double(lambda n, body: (200, {}, content)), request, token_ids=True)
     assert isinstance(refused, RequestError) and "does not return token ids" in str(refused)

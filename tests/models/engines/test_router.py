@@ -292,7 +292,23 @@ async def test_new_weights_go_to_all_and_a_server_without_them_is_not_asked() ->
             sent = len(other.bodies)
             assert await ask_all(engine, 20) == ["x"] * 20
             assert len(other.bodies) == sent  # it is back, but nobody knows with which weights
-            await engine.reload(Path("weights"))
+            await engine.reload(Path("weights"), everything=False)
+            # One that was gone may have been started anew, and needs the frozen weights, too.
+            told = [[body["args"] for body in double.bodies if "args" in body] for double in (one, other)]
+            assert [each[-1] for each in told] == [["weights", False], ["weights", True]]
             assert await ask_all(engine, 20) == ["x"] * 20
             assert len(other.bodies) > sent + 4
             await engine.aclose()
+
+
+async def test_servers_of_different_types_are_refused() -> None:
+    def computing(dtype: str) -> Double:
+        types = {"weights": dtype, "head": "float32"}
+        return Double(lambda n, body: short((200, {}, {"results": [types]})))
+
+    with serving(computing("float32")) as first, serving(computing("bfloat16")) as second:
+        engine = await connect_servers(quick(), [first, second], all_needed=True)
+        assert isinstance(engine, EngineRouter)
+        with pytest.raises(BadInput, match=r"compute in different types .* start all with the same --dtype"):
+            await engine.precision()
+        await engine.aclose()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +17,10 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from capipe.models.engines.base import Sampling
-from capipe.models.engines.sampling import apply
-from capipe.models.engines.vllm.sampling import FirstRunnerGumbel, SecondRunnerGumbel, extra_args
+from capipe.models.engines.base import GenerationRequest, Prompt, Rejected, Sampling
+from capipe.models.engines.sampling import apply, penalise_
+from capipe.models.engines.vllm.engine import VLLMEngine
+from capipe.models.engines.vllm.sampling import FirstRunnerGumbel, SecondRunnerGumbel, extra_args, parameters
 
 CPU = torch.device("cpu")
 VOCAB, IMAGE = 50, 20
@@ -44,6 +47,30 @@ def expected(logits: torch.Tensor, rows: list[tuple[Sampling, int]]) -> torch.Te
             )
         )
     return torch.cat(outcome)
+
+
+async def test_log_probabilities_are_among_the_ids_that_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM reports those of all ids, before ours bars any: their share is asked for and goes to the others."""
+    encoder: Any = SimpleNamespace(answer=lambda ids: ("", None))
+    engine = VLLMEngine(None, encoder, None, 1, [], set(), True, 100, [IMAGE, IMAGE + 1])  # type: ignore[arg-type]
+    asked: list[SamplingParams] = []
+    shares = {3: 0.3, IMAGE: 0.25, IMAGE + 1: 0.15}
+
+    async def run(prompt: Prompt, params: SamplingParams) -> Any:
+        asked.append(params)
+        listed = [3, *(params.logprob_token_ids or [])]
+        step = {token: SimpleNamespace(logprob=math.log(shares[token])) for token in listed}
+        return SimpleNamespace(token_ids=[3, 3], logprobs=[step, step], finish_reason="length")
+
+    monkeypatch.setattr(engine, "_run", run)
+    request = GenerationRequest(Prompt("Describe."), Sampling(1.0), logprobs=True, tempered=True)
+    drawn = await engine.generate(request)
+    assert drawn.logprobs == pytest.approx([math.log(0.3 / 0.6)] * 2)
+    assert asked[0].logprob_token_ids == [IMAGE, IMAGE + 1] and asked[0].logprobs is None
+    greedy = await engine.generate(GenerationRequest(Prompt("Describe."), logprobs=True))  # vLLM's own: bars nothing
+    assert greedy.logprobs == pytest.approx([math.log(0.3)] * 2) and asked[1].logprob_token_ids is None
+    with pytest.raises(Rejected, match="untempered model only"):
+        await engine.generate(replace(request, sampling=Sampling(0.7)))
 
 
 def first_runner() -> FirstRunnerGumbel:
@@ -158,3 +185,21 @@ def test_what_was_sent_stays_as_it_was_sent() -> None:
     in_use = processor._on_device
     processor.add_request(0, params(Sampling(0.4, 1.0, 9, 8)))  # while the device may still be reading
     assert [column.item() for column in in_use] == [3, pytest.approx(0.7), pytest.approx(0.9)]
+
+
+def test_a_penalty_scales_logits_and_not_the_noise() -> None:
+    """The first runner's penalties come after its processors, so a sampling request carries its own there."""
+    sampling = Sampling(0.7, 1.0, 9, 5, repetition_penalty=1.5, min_tokens=2)
+    ours, theirs = parameters(sampling, False), parameters(sampling, True)
+    assert (ours["repetition_penalty"], theirs["repetition_penalty"]) == (1.0, 1.5)
+    assert ours["min_tokens"] == theirs["min_tokens"] == 2
+    assert parameters(Sampling(repetition_penalty=1.5), False)["repetition_penalty"] == 1.5  # greedy: no noise
+    processor, plain, logits = first_runner(), Sampling(1.0, 1.0, 9, 8), torch.randn(3, VOCAB)
+    rows = [(Sampling(), []), (sampling, [7, 3]), (plain, [1])]
+    added = [(at, SamplingParams(**parameters(one, False)), [2, 7, 7], drawn) for at, (one, drawn) in enumerate(rows)]
+    processor.update_state(BatchUpdate(3, [], added, []))
+    penalised = logits.clone()
+    penalise_(penalised[1:2], torch.tensor([[2, 3, 7]]), torch.tensor([1.5]))
+    wanted = expected(penalised, [(one, len(drawn)) for one, drawn in rows])
+    assert torch.equal(processor.apply(logits.clone()), wanted)
+    assert not torch.equal(penalised, logits)

@@ -72,6 +72,17 @@ def test_a_sound_chain_is_resolved_by_role(tmp_path: Path) -> None:
     assert lines["train"] == f"train tiny-caprl --set validation=null --set steps=7 {trained} --out {at}/train"
 
 
+def test_a_captioner_imitates_what_another_stage_wrote(tmp_path: Path) -> None:
+    config = {"recipe": "tiny-sft", "set": {"validation": None}}
+    tuned = {"stage": "train", "inputs": {"shards": "shards", "captions": "captions"}, "config": config}
+    chain = chain_of(tmp_path, stages={**PLAIN, "captions": CAPTIONS, "tuned": tuned})
+    assert not check_chain(chain).problems
+    at = tmp_path / "out"
+    words = " ".join(arguments(chain, chain.stage("tuned"), at))
+    given = f"--set data.shards={at}/shards --set data.captions={at}/captions"
+    assert words == f"train tiny-sft --set validation=null {given} --out {at}/tuned"
+
+
 def test_a_path_is_no_option(tmp_path: Path) -> None:
     photos = {"photos": {"stage": "ingest", "inputs": {"sources": {"path": "--fresh"}}}}
     chain = chain_of(tmp_path, stages=photos)
@@ -173,7 +184,7 @@ def test_what_an_ingest_may_open_stands_in_its_recipe(tmp_path: Path) -> None:
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     lines = refusals(
-        tmp_path, "stages.captions.config.beams=4", "stages.marks.inputs.shards=gone", "stages.eval.stage=x"
+        tmp_path, "stages.captions.config.beam-width=4", "stages.marks.inputs.shards=gone", "stages.eval.stage=x"
     )
     assert len(lines) == 3
 
@@ -246,9 +257,11 @@ def test_training_recipes_of_chains_are_the_bundled_ones() -> None:
 
 
 def test_a_refused_chain_writes_nothing(tmp_path: Path) -> None:
-    path = written(tmp_path, {**PLAIN, "captions": {**CAPTIONS, "config": {"model": "tiny/captioner", "beams": 4}}})
+    path = written(
+        tmp_path, {**PLAIN, "captions": {**CAPTIONS, "config": {"model": "tiny/captioner", "beam-width": 4}}}
+    )
     line = one_line(capipe("run", path, "--out", tmp_path / "out", code=2))
-    assert "stages.captions.config.beams" in line and not (tmp_path / "out").exists()
+    assert "stages.captions.config.beam-width" in line and not (tmp_path / "out").exists()
     outside = json.dumps({"path": str(tmp_path / "gone")})
     path = written(tmp_path, PLAIN)
     sets = ("--set", f"stages.shards.inputs.sources={outside}")

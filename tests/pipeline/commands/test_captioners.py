@@ -41,6 +41,21 @@ def test_a_captioner_without_prompts_annotates(shards: Path, tmp_path: Path) -> 
     assert "leave it out" in annotate(shards, model, tmp_path / "other", "--max-pixels", 100, code=2)
 
 
+def test_captions_are_found_by_beams(shards: Path, tmp_path: Path) -> None:
+    """As VLRM evaluates: by transformers where nothing else is said, in the configuration, refused for others."""
+    model, rules = write_captioner(tmp_path / "model", "blip2"), ("--no-repeat-ngram", 2, "--min-tokens", 4)
+    annotate(shards, model, tmp_path / "out", "--beams", 5, *rules)
+    captions = [caption for row in table(tmp_path / "out") for caption in row["captions"]]
+    assert len(captions) == 4 and all(4 <= caption["n_tokens"] <= 8 for caption in captions)
+    line = annotate(shards, model, tmp_path / "out", "--beams", 3, *rules, code=2)
+    assert "annotate.beams: 5 -> 3" in line
+    other = ("annotate", "--shards", shards, "--model", model, "--out", tmp_path / "other")
+    refused = capipe(*other, "--engine", "vllm", "--beams", 5, code=2)
+    assert "--beams 5: vLLM does not decode so; give --engine transformers" in one_line(refused)
+    assert "set temperature to 0" in one_line(capipe(*other, "--beams", 5, "--temperature", 1, code=2))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_chat_model_is_asked_with_words(shards: Path, tmp_path: Path) -> None:
     model = Path("tiny/captioner")
     assert "asked with words" in annotate(shards, model, tmp_path / "out", "--prompt", "none", code=2)

@@ -53,11 +53,11 @@ def test_more_gpus_than_there_are() -> None:
 
 
 def test_on_a_cluster_each_worker_has_so_many_of_one_machine() -> None:
-    assert cluster_size(RayCluster("a:1", gpus_each=2), [8, 8, 3]) == ClusterSize(9, 2)
-    assert cluster_size(RayCluster("a:1", workers=3, gpus_each=4), [8, 8]) == ClusterSize(3, 4)
-    assert cluster_size(RayCluster("a:1"), [8, 0]) == ClusterSize(8, 1)
-    assert cluster_size(RayCluster("a:1", gpu=False), [8, 8]) == ClusterSize(2, 0)
-    assert cluster_size(RayCluster("a:1"), [0, 0]) == ClusterSize(2, 0)
+    assert cluster_size(RayCluster("a:1", gpus_each=2), [8, 8, 3]) == ClusterSize(9, 2, 3)
+    assert cluster_size(RayCluster("a:1", workers=3, gpus_each=4), [8, 8]) == ClusterSize(3, 4, 2)
+    assert cluster_size(RayCluster("a:1"), [8, 0]) == ClusterSize(8, 1, 2)
+    assert cluster_size(RayCluster("a:1", gpu=False), [8, 8]) == ClusterSize(2, 0, 2)
+    assert cluster_size(RayCluster("a:1"), [0, 0]) == ClusterSize(2, 0, 2)
     with pytest.raises(BadInput, match=r"--tensor-parallel 4: no machine of the cluster has so many GPUs \(most: 2\)"):
         cluster_size(RayCluster("a:1", gpus_each=4), [2, 2])
 

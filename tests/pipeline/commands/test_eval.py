@@ -83,6 +83,29 @@ def test_runs_with_different_readers_are_not_compared(quizzed: Path) -> None:
     assert "no captions named 'none such'" in one_line(unknown)
 
 
+def test_the_readers_prompt_may_be_caprls(quizzed: Path) -> None:
+    """In the configuration, and the option to abstain in no place but the last.
+
+    The bundled readers were trained on our own prompt alone, and have letters with a space before them up to F: asked
+    so, they name no option, which is said.
+    """
+    records = map(json.loads, (quizzed / "set.jsonl").read_text().splitlines())
+    (quizzed / "few.jsonl").write_text("\n".join(json.dumps(each) for each in records if len(each["options"]) < 6))
+    shards, qa = ("--shards", quizzed / "shards"), quizzed / "few-qa"
+    capipe("qa", *shards, "--out", qa, "--import", quizzed / "few.jsonl", "--screen", "none")
+    asked = ("eval", *shards, "--questions", qa, *READER, "--captions", quizzed / "plain/captions")
+    out = quizzed / "caprl"
+    unread = capipe(*asked, "--out", out, "--reader-prompt", "caprl", code=2).stderr
+    assert "no answer names an option" in unread
+    assert Artifact.open(str(out / "graded")).setting("semantic", "reader", kind=dict)["prompt"] == "caprl"
+    graded = [row for row in table(out / "graded") if row["questions"]]
+    for row in graded:
+        options = {question["id"]: question["options"] for question in row["questions"]}
+        answers = [answer for caption in row["captions"] for answer in caption["answers"]]
+        assert answers and all(len(answer["chosen"]) == options[answer["id"]] for answer in answers)
+    assert len(graded) > 3 and "reader.prompt" in one_line(capipe(*asked, "--out", out, code=2))
+
+
 def test_a_second_run_only_reports(quizzed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (quizzed / "plain").rglob("*.parquet")}
     plain = ("--prompt", "plain", "--samples", 2, "--temperature", 1, "--max-tokens", 200)

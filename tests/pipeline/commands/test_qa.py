@@ -184,6 +184,8 @@ def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[CorpusSample
         (("--model", "tiny/teacher", "--without-image", ">0.5"), "--without-image"),
         (("--model", "tiny/teacher", "--without-image", "<2"), "--without-image"),
         (("--model", "tiny/teacher", "--per-image", "0"), "--per-image"),
+        (("--model", "tiny/teacher", "--repetition-penalty", "0"), "--repetition-penalty"),
+        (("--model", "tiny/teacher", "--screen", "none", "--reader-prompt", "caprl"), "--reader-prompt: --screen none"),
         (("--model", "tiny/teacher", "--presentations", "0"), "--presentations"),
         (("--model", "tiny/reader", "--engine", "transformers"), "reads text only"),
     ],

@@ -19,6 +19,7 @@ from ..training import steps, weights
 
 pytestmark = pytest.mark.slow
 
+WRITTEN = ["frozen-00000.safetensors", "learning-00000.safetensors"]
 SETS = ("steps=2", "rollout.images=2", "validation.every=2")
 
 
@@ -35,12 +36,14 @@ def train(recipe: Path, out: Path, *changes: str, code: int = 0) -> str:
 
 
 async def test_a_step_ahead_is_off_policy_and_resumes_exactly(recipe: Path, tmp_path: Path) -> None:
-    loaded = load_recipe(recipe, ["rollout.overlap=true", "optimizer.lr=1e-3", "steps=5", "save_every=3"])
+    changes = ["rollout.overlap=true", "rollout.temperature=0.8", "optimizer.lr=1e-3", "steps=5", "save_every=3"]
+    loaded = load_recipe(recipe, changes)
     whole = await run_training(loaded, tmp_path / "whole", fresh=False, say=lambda line: None)
     done = [line for line in steps(tmp_path / "whole") if "loss" in line]
-    spread = [line["ratio_max"] - line["ratio_min"] for line in done]
-    assert spread[0] < 1e-6 and spread[3] < 1e-6  # the first of all, and the first after a checkpoint
-    assert min(spread[1], spread[2], spread[4]) > 1e-3  # the others' captions are of weights one step older
+    weights_apart = [abs(line["correction"] - 1) for line in done]
+    assert weights_apart[0] < 1e-5 and weights_apart[3] < 1e-5  # the first of all, and the first after a checkpoint
+    assert min(weights_apart[at] for at in (1, 2, 4)) > 1e-3  # the others' captions are of weights one step older
+    assert min(done[at]["mismatch"] for at in (1, 2, 4)) > 1e-3
 
     def stops(line: str) -> None:
         if line.startswith("step 4/"):
@@ -74,7 +77,8 @@ def test_a_server_draws_captions_and_gets_each_steps_weights(
         train(recipe, tmp_path / "first", f"rollout.engine={url}", "optimizer.lr=1e-3")
         # Another run from the start: the server still has the first one's weights until the run gives it its own.
         train(recipe, tmp_path / "second", f"rollout.engine={url}", f"rollout.sync_folder={tmp_path / 'shared'}")
-    assert (tmp_path / "first/sampling/model.safetensors").exists() and (tmp_path / "shared/config.json").exists()
+    for folder in ("first/sampling", "shared"):  # all weights before the first caption, the frozen tower's only then
+        assert sorted(file.name for file in (tmp_path / folder).iterdir()) == WRITTEN
     for run in ("first", "second"):
         found = [line for line in steps(tmp_path / run) if "loss" in line]
         assert len(found) == 2 and all(0 <= line["probe"] < 1e-3 for line in found)
@@ -85,8 +89,10 @@ def test_a_server_draws_captions_and_gets_each_steps_weights(
     [
         ("rollout.engine=sglang", "rollout.engine: "),
         ("rollout.engine=http://127.0.0.1:9/v1", "no server answers"),
-        ("rollout={overlap: true, temperature: 0.7}", "for temperature 1"),
+        ("rollout={engine: vllm, temperature: 0.7}", "for temperature 1"),
         ("rollout.sleep=true", "sleep is for engine vllm"),
+        ("rollout={engine: vllm, sync: direct}", "the policy is on the cpu; set rollout.sync: folder"),
+        ("rollout.sync=direct", "direct is for engine vllm and servers"),
     ],
 )
 def test_engines_that_cannot_be_meant_are_refused(recipe: Path, tmp_path: Path, change: str, says: str) -> None:

@@ -107,6 +107,43 @@ def test_the_other_systems_train_at_the_bundled_models_scale(name: str, training
     assert {row["status"] for row in table(tmp_path / "captions")} <= {"ok", "filtered"}
 
 
+@pytest.mark.parametrize("name", ["tiny-best-of-n", "tiny-sft"])
+def test_captions_are_imitated_by_the_bundled_recipes(name: str, training_data: Path, tmp_path: Path) -> None:
+    """Two small steps of each recipe as it is bundled; the checkpoint captions."""
+    shards, held = training_data / "train/shards", training_data / "held"
+    sets = [f"data.shards={shards}", f"validation.shards={held / 'shards'}", f"validation.questions={held / 'qa'}"]
+    sets += ["rollout.images=3", "steps=2", "save_every=2", "optimizer.warmup=0"]
+    annotate = ("--engine", "transformers", "--max-tokens", 60)
+    if name == "tiny-sft":
+        prompts = ("--prompt", "dense", "--prompt", "short")
+        given = ("--shards", shards, "--out", tmp_path / "given", "--model", "tiny/captioner", "--max-tokens", 200)
+        capipe("annotate", *given, "--engine", "transformers", *prompts)
+        sets.append(f"data.captions={tmp_path / 'given'}")
+    else:
+        sets += [f"data.questions={training_data / 'train/qa'}", "rollout.group=3"]
+    out, flags = tmp_path / "run", [word for each in sets for word in ("--set", each)]
+    done = capipe("train", name, "--out", out, *flags)
+    logged = [line for line in steps(out) if "loss" in line]
+    assert len(logged) == 2 and all(line["loss"] > 0 and line["unscored"] == 0 for line in logged)
+    if name == "tiny-sft":
+        assert "8 images with captions, 0 without; 4 to validate on" in done.stdout and "step 2/2 loss " in done.stdout
+        assert not (out / "captions.jsonl").exists() and all(line["reward"] is None for line in logged)
+        assert "captions" in json.loads((out / "run.json").read_text())
+        other = ("--set", "data.prompt_name=short")
+        assert "data.prompt_name" in one_line(capipe("train", name, "--out", out, *flags, *other, code=2))
+    else:
+        entries = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
+        for step in (0, 1):
+            groups: dict[str, list[tuple[float, float]]] = {}
+            for entry in (entry for entry in entries if entry["step"] == step):
+                groups.setdefault(entry["key"], []).append((entry["advantage"], entry["score"]))
+            for captions in groups.values():
+                chosen = [score for advantage, score in captions if advantage]
+                assert chosen in ([], [max(score for _, score in captions)])
+    capipe("annotate", "--shards", shards, "--out", tmp_path / "captions", "--model", out / "step-000002", *annotate)
+    assert {row["status"] for row in table(tmp_path / "captions")} <= {"ok", "filtered"}
+
+
 def test_a_reward_and_a_loss_of_the_users_own_train(alone: Path, tmp_path: Path) -> None:
     """As they stand in docs/extending.md."""
     (reward,), (loss,) = EXAMPLES["A reward"], EXAMPLES["A loss"]

@@ -17,6 +17,7 @@ from capipe.manifests.schema import ANNOTATE
 from capipe.pipeline.inspect.chain_state import ChainState, StageState, save_chain
 from capipe.pipeline.inspect.status import run_state, state
 from capipe.pipeline.inspect.status_view import Overview, follow, lines, overview
+from capipe.trainer.log import Best, write_best
 
 from ..conftest import capipe
 from ..looking import caption, write_captions, write_images, write_run
@@ -76,12 +77,14 @@ def test_rows_in_journals_count_and_a_line_being_written_does_not(folder: Path) 
 
 def test_a_folder_of_artifacts_and_what_is_damaged_in_it(folder: Path) -> None:
     write_run(folder / "run", 10, 7)
+    write_best(folder / "run", Best(5, 0.75))
     (folder / "other/_capipe").mkdir(parents=True)
     (folder / "other/_capipe/config.json").write_text('{"half')
     view = overview(str(folder))
     text = told(view)
     assert list(view.artifacts) == ["shards", "captions"] and not view.complete
     assert "run: training, step 7/10, reward 0.320, 16.0 tokens a caption, no checkpoint yet" in text
+    assert "  best checkpoint: step-000005 (validation accuracy 0.750)" in text
     assert "2.0 s a step, ETA 0:06" in text and "validation: plain 0.560" in text
     assert "other: " in text and "unreadable" in text
     found = json.loads(capipe("status", folder, "--json").stdout)

@@ -24,6 +24,7 @@ from capipe.pipeline.report.charts import Line, line_chart
 from capipe.pipeline.report.demo import lines
 from capipe.pipeline.report.facts import SHARDS, gather, sampled
 from capipe.pipeline.report.page import write_report
+from capipe.trainer.log import Best, write_best
 
 from ..conftest import capipe, one_line, table
 from ..looking import words, write_captions, write_chain, write_images, write_run
@@ -88,9 +89,17 @@ def evaluated(folder: Path) -> None:
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_chain(tmp_path_factory.mktemp("report") / "chain", [12, 9])
     evaluated(folder)
+    write_best(folder / "run", Best(5, 0.75))
     stages = [StageState("images", "ingest", "shards", artifacts=["shards"], arguments=["capipe", "ingest", "/a/b c"])]
     save_chain(folder, ChainState("my recipe", "2026-01-01T00:00:00Z", "", stages))
     return folder
+
+
+def test_a_run_without_rewards_has_a_curve_of_its_loss(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 2, 0)
+    lines = [json.dumps({"step": step, "reward": None, "loss": 1.0 - step / 10}) + "\n" for step in range(2)]
+    (tmp_path / "run/steps.jsonl").write_text("".join(lines))
+    assert "Loss" in read(tmp_path).text
 
 
 def test_the_whole_chain_is_told(chain: Path) -> None:
@@ -100,7 +109,8 @@ def test_the_whole_chain_is_told(chain: Path) -> None:
     rows = [row["status"] for row in table(chain / "filtered/shards")]
     assert f"{rows.count('ok')} ok" in text and f"{rows.count('filtered')} filtered" in text
     assert "2 of 2 shards" in text and "from shards" in text
-    assert "Step 7 of 10" in text and "Validation: plain" in text
+    assert "Step 7 of 10" in text and "Validation: plain" in text and "Loss" not in text
+    assert "best checkpoint step-000005 (validation accuracy 0.750)" in text
     assert re.search(r"Quiz accuracy of “plain” captions\s+\d+\.\d → \d+\.\d %", text)
     assert "eval-trained (after training run)" in text
     assert "filtered: clip_score > 0.4" in text and "truncated" in text

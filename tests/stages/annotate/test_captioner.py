@@ -111,6 +111,24 @@ async def test_json_is_a_fault_where_the_prompt_does_not_ask_for_it() -> None:
     assert [(c["status"], c["attempts"]) for c in row["captions"]] == [("degenerate", 3), ("ok", 1)]
 
 
+async def test_a_re_roll_of_a_search_is_sampled() -> None:
+    """Another search would find the same caption; the other rules hold for it, too."""
+    engine = Scripted(lambda request: "")
+    rules = {"beams": 5, "no_repeat_ngram": 2, "min_tokens": 4}
+    await Annotator(engine, "m", config("plain", max_attempts=2, **rules)).annotate(ROW, IMAGE)
+    first, second = (request.sampling for request in engine.requests)
+    assert (first.beams, first.temperature) == (5, 0.0) and (second.beams, second.temperature) == (1, 0.7)
+    assert [(each.no_repeat_ngram, each.min_tokens) for each in (first, second)] == [(2, 4)] * 2
+
+
+def test_rules_of_decoding_are_in_the_configuration_only_where_they_are_set() -> None:
+    """Artifacts of before these options keep their fingerprints."""
+    assert not {"beams", "no_repeat_ngram", "min_tokens"} & config("plain").model_dump().keys()
+    assert config("plain", beams=5).model_dump()["beams"] == 5
+    with pytest.raises(ValueError, match="set temperature to 0"):
+        config("plain", beams=5, temperature=1.0)
+
+
 async def test_samples_differ_in_seed_only_and_seeds_depend_on_the_image_alone() -> None:
     engine = Scripted(lambda request: "A dog.")
     row = await Annotator(engine, "m", config("plain", samples=3, temperature=1.0)).annotate(ROW, IMAGE)

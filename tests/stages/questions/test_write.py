@@ -281,3 +281,11 @@ async def test_all_rows_fit_the_columns() -> None:
     table.validate(full=True)
     assert table.to_pylist() == rows
     assert [each["status"] for each in rows] == ["ok", "empty", "engine_error", "corrupt"]
+
+
+async def test_a_penalty_for_repetition_reaches_the_engine_and_is_configured_only_where_it_is_set() -> None:
+    made = writer("{}", "{}", max_attempts=2, temperature=0.1, repetition_penalty=1.05)
+    await made.write(ROW, IMAGE)
+    assert [each.sampling.repetition_penalty for each in engine_of(made).generations] == [1.05, 1.05]
+    assert "repetition_penalty" not in QuestionsConfig().model_dump()
+    assert made.config.model_dump()["repetition_penalty"] == 1.05

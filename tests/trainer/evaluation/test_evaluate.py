@@ -95,6 +95,14 @@ def test_places_of_the_right_option_show_a_biased_reader() -> None:
     assert partly.by_place == (PositionAccuracy(0, 1, 1), PositionAccuracy(1, 1, 1))
 
 
+def test_places_where_the_option_to_abstain_is_always_last() -> None:
+    """Two presentations of two options then put each in both places, and abstaining in neither."""
+    asked, always_first = [question("q", 2, 0), question("r", 2, 1)], {"q": [0, 1], "r": [0, 1]}
+    rows = [row("a", asked, [caption("plain", "A.", always_first)])]
+    quiz = system(evaluate(rows, {**SETTINGS, "reader prompt": "caprl"}, resamples=50), "plain").quiz
+    assert quiz.by_place == (PositionAccuracy(0, 2, 2), PositionAccuracy(1, 0, 2))
+
+
 def test_engine_errors_are_excluded_and_other_faults_are_graded() -> None:
     asked = [question("q")]
     wrong = {"q": [1, 1, 1]}

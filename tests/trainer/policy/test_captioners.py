@@ -18,12 +18,14 @@ from capipe.models.engines.hf.captioner_adapter import barred_ids, vision_model
 from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, load_model
 from capipe.models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
 from capipe.models.engines.model_folder import image_grid
-from capipe.trainer.build import build_optimizer, build_policy, parts_of, value_weights, write_policy
+from capipe.trainer.build import build_policy, parts_of, value_weights, write_policy
 from capipe.trainer.policy import blip2, encoder_decoder
 from capipe.trainer.policy.batch import Group, RewardResult, pack
 from capipe.trainer.policy.captioner import CaptionerPolicy
 from capipe.trainer.policy.critic import CriticConfig, ValueHead
-from capipe.trainer.recipe import OptimizerConfig, Recipe
+from capipe.trainer.policy.optimizer import build_optimizer
+from capipe.trainer.recipe import Recipe
+from capipe.trainer.recipe_sections import OptimizerConfig
 from capipe.trainer.update import UpdateConfig, Updater
 
 from ...models.captioners import HIDDEN, IMAGE, KINDS, SIDE, START, VOCABULARY, random_captioner, write_captioner
@@ -137,18 +139,23 @@ def test_parts_are_all_of_the_model(kind: str) -> None:
         )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_captions_are_drawn_with_the_policys_log_probabilities(kind: str, tmp_path: Path) -> None:
+async def test_captions_are_drawn_with_the_policys_log_probabilities(
+    kind: str, temperature: float, tmp_path: Path
+) -> None:
     folder = write_captioner(tmp_path / kind, kind)
     model: Any = load_model(str(folder), sees=True, dtype="float32", device="cpu")
-    kept = type(policy_of(kind))(model, barred_ids(model)).train()
+    kept = type(policy_of(kind))(model, barred_ids(model), temperature).train()
     lm = batched_lm(model, str(folder), image_grid(folder))
     engine = TransformersEngine(lm, image_grid(folder), 8)
     kept.eval()  # as an update leaves it
     text = "" if kind == "vit-gpt2" else "a red"
     prompts = [Prompt(text, picture(seed)) for seed in range(2)]
     draws = [
-        GenerationRequest(each, Sampling(1.0, 1.0, 3 * seed + 4, seed), True) for each in prompts for seed in range(4)
+        GenerationRequest(each, Sampling(temperature, 1.0, 3 * seed + 4, seed), True, tempered=True)
+        for each in prompts
+        for seed in range(4)
     ]
     drawn = await asyncio.gather(*map(engine.generate, draws))
     await engine.aclose()

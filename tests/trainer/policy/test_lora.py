@@ -23,7 +23,8 @@ from capipe.trainer.policy.lora import (
     merged_weights,
     save_adapter,
 )
-from capipe.trainer.recipe import Recipe, TrainedConfig
+from capipe.trainer.recipe import Recipe
+from capipe.trainer.recipe_sections import TrainedConfig
 from capipe.trainer.update import UpdateConfig, Updater
 
 from ..policies import IMAGE, groups, random_model

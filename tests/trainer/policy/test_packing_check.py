@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from capipe.errors import BadInput
-from capipe.models.bundled import folder_of
 from capipe.models.engines.base import Completion
-from capipe.models.engines.hf.kv_cache import new_cache, stateful_layers
 from capipe.models.engines.hf.model_adapter import PreparedPrompt
-from capipe.models.engines.loading import EngineConfig, load_engine
 from capipe.trainer.build import policy_class
 from capipe.trainer.policy.batch import Group, pack
 from capipe.trainer.policy.decoder import DecoderPolicy, reference_logps
 from capipe.trainer.policy.packing_check import PackingCheck, check_packing, random_completions, unknown_layers
-from capipe.trainer.weight_sync_check import WeightSyncCheck
+from capipe.trainer.sampling.weight_sync_check import WeightSyncCheck
 
 from ...models.captioners import KINDS, random_captioner
 from ..policies import IMAGE, VIDEO, image, prompt, random_model
 from .test_captioners import groups as captioner_groups
 from .test_captioners import policy_of
-
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 
 
 def sliding() -> Any:
@@ -38,18 +32,23 @@ def sliding() -> Any:
     return Qwen2_5_VLForConditionalGeneration(config).double()
 
 
-def hybrid() -> Any:
-    """A Qwen3.5: a layer of gated deltas and one of full attention."""
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "max_position_embeddings": 256,
-        "layer_types": ["linear_attention", "full_attention"], "rope_parameters": ROPE, "initializer_range": 0.3,
-    }  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
-    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 57, "vision_end_token_id": 58}
-    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **ids)).float()
+def other_hybrid() -> Any:
+    """A Qwen3-Next: its gated delta layers are others than Qwen3.5's."""
+    return Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=4, num_experts=4,
+            layer_types=["linear_attention", "full_attention"],
+        )
+    )  # fmt: skip
+
+
+def unaware() -> DecoderPolicy:
+    """A Qwen3.5 whose gated delta layers read a packed row as one text."""
+    policy = DecoderPolicy(random_model("qwen3.5").float(), (IMAGE, VIDEO))
+    for layer in policy.base.language_model.layers:
+        vars(getattr(layer, "linear_attn", layer)).pop("forward", None)
+    return policy
 
 
 def words(length: int = 6) -> PreparedPrompt:
@@ -63,7 +62,7 @@ class Recipe:
         engine = "transformers"
 
 
-@pytest.mark.parametrize(("make", "named"), [(sliding, "sliding_attention"), (hybrid, "linear_attention")])
+@pytest.mark.parametrize(("make", "named"), [(sliding, "sliding_attention"), (other_hybrid, "linear_attention")])
 def test_layers_that_packing_does_not_know_are_refused(make: Any, named: str) -> None:
     with pytest.raises(BadInput, match=f"mine: Qwen.* has layers of {named}, which the trainer's packing") as told:
         policy_class(make(), Recipe())  # type: ignore[arg-type]
@@ -110,7 +109,7 @@ def test_attention_refuses_what_its_tree_leaves_out() -> None:
     assert reference_logps(policy, words(), (1, 2, 3)).shape == (3,)  # without a tree it may
 
 
-@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "qwen3.5"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_packing_that_holds_passes(family: str, dtype: torch.dtype | None) -> None:
     policy = DecoderPolicy(random_model(family).float(), (IMAGE, VIDEO), dtype=dtype)
@@ -129,7 +128,7 @@ def test_packing_holds_for_captioners(kind: str) -> None:
 
 
 def test_a_running_state_is_found_out_in_the_last_caption() -> None:
-    policy = DecoderPolicy(hybrid(), (IMAGE, VIDEO))
+    policy = unaware()
     completions = random_completions(policy)
     policy.requires_grad_(False)
     packed = policy(pack([Group("a", "a", words(), completions)])).logp.split(12)
@@ -153,25 +152,10 @@ def test_no_number_is_no_agreement() -> None:
 
 @pytest.mark.parametrize("leaks", [False, True])
 def test_the_probe_packs_a_text_behind_itself(leaks: bool) -> None:
-    policy = DecoderPolicy(hybrid() if leaks else random_model("qwen2.5").float())
+    policy = unaware() if leaks else DecoderPolicy(random_model("qwen2.5").float())
     tokens = tuple(range(10, 30))
     with torch.no_grad():
         logprobs = tuple(reference_logps(policy, words(), tokens).tolist())
     written = Completion("", tokens, "stop", len(tokens), logprobs)
     probe = WeightSyncCheck(None, words(), policy, 1e-3)  # type: ignore[arg-type]
     assert (probe.difference(written) > 0.05) == leaks and (leaks or probe.difference(written) < 1e-4)
-
-
-def test_a_cache_of_running_states_is_known() -> None:
-    assert stateful_layers(new_cache(hybrid().config.get_text_config(), growing=False)) == ["LinearAttentionLayer"]
-    for model in (sliding(), random_model("qwen3")):
-        assert stateful_layers(new_cache(model.config.get_text_config(), growing=False)) == []
-
-
-async def test_the_transformers_engine_refuses_what_it_cannot_draw_with(tmp_path: Path) -> None:
-    for file in folder_of("captioner").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    hybrid().save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match=r"running state \(linear_attention\), which .* take --engine vllm") as told:
-        await load_engine(EngineConfig("transformers", str(tmp_path), device="cpu"))
-    assert "\n" not in str(told.value)

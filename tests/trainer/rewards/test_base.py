@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -14,7 +15,7 @@ from capipe.trainer.advantages import RewardTerm
 from capipe.trainer.dataset import Example
 from capipe.trainer.preflight import Floors, floors, refuse_templates
 from capipe.trainer.rewards.base import Reward, RewardManager, Scored
-from capipe.trainer.rewards.quiz import QuizReward, QuizRewardConfig
+from capipe.trainer.rewards.quiz import QuizReward, QuizRewardConfig, reader_config
 from capipe.trainer.rewards.text import (
     BoilerplateConfig,
     BoilerplateReward,
@@ -64,6 +65,15 @@ async def test_questions_are_drawn_with_replacement_and_shuffled_as_in_the_paper
     orders = {order for question, order in reward.presentations(TASK, "one") if question is COLOR}
     assert len(orders) > 4  # not the cyclic ones alone
     assert reward.presentations(TASK, "one") == reward.presentations(TASK, "one") != reward.presentations(TASK, "two")
+
+
+async def test_caprls_prompt_shuffles_all_options_but_the_last() -> None:
+    config = QuizRewardConfig(presentations="sampled", questions=50, reader_prompt="caprl")
+    reward = QuizReward(QuizReader(Scripted(choose=reads), reader_config(config)), config)
+    asked = reward.presentations(TASK, "one")
+    assert all(order[-1] == len(question.options) for question, order in asked)
+    assert len({order for question, order in asked if question is COLOR}) == math.factorial(len(COLOR.options))
+    assert "reader_prompt" not in QuizRewardConfig().model_dump() and config.model_dump()["reader_prompt"] == "caprl"
 
 
 async def test_fewer_questions_are_drawn_anew_for_each_caption() -> None:

@@ -91,7 +91,7 @@ async def test_it_is_the_mean_similarity_of_seeded_pictures(reward: Reconstructi
         views = decode_preprocessed(example.read(), preprocesses=(net.preprocess(),), limits=ImageLimits())
         assert isinstance(views, tuple)
         original = net.vectors_of_pixels([views[0]])[0]
-        drawn = torch.cat([painter.paint([(text, seed_of(text, number))]) for number in range(3)])
+        drawn = torch.cat([painter.paint([(text, seed_of(example.uid, number))]) for number in range(3)])
         own = (net.vectors(drawn) @ original).tolist()
         assert scored.details["similarities"] == pytest.approx(own, abs=1e-4)
         assert scored.value == pytest.approx(mean(own), abs=1e-4)
@@ -105,16 +105,40 @@ async def test_what_was_drawn_is_not_drawn_again(
     first = await asyncio.gather(
         *(reward.score(example, caption(text), f"{n}") for n, (example, text) in enumerate(same))
     )
-    assert [text for text, _ in painted] == ["a red star"] * 3 and len({seed for _, seed in painted}) == 3
-    assert first[0] == first[1] != first[2]  # the same pictures, another image
+    assert [text for text, _ in painted] == ["a red star"] * 6 and len({seed for _, seed in painted}) == 6
+    assert first[0] == first[1] != first[2]  # the same caption of another image has pictures of its own
     again = await reward.score(shown[0], caption("a red star"), "later")
-    assert again == first[0] and len(painted) == 3
+    assert again == first[0] and len(painted) == 6
 
 
-def test_seeds_are_of_the_caption_and_the_number() -> None:
-    assert seed_of("a", 0) == 7632815167033889520  # on every machine, in every run
-    assert len({seed_of(text, number) for text in ("a", "b", "a ") for number in range(4)}) == 12
+def test_seeds_are_of_the_image_and_the_number() -> None:
+    assert seed_of("a", 0) == 534123617537517294  # on every machine, in every run
+    assert len({seed_of(uid, number) for uid in ("a", "b", "a ") for number in range(4)}) == 12
     assert all(0 <= seed_of("a", number) < 2**63 for number in range(50))
+
+
+async def test_captions_of_an_image_start_from_the_same_noise(
+    reward: ReconstructionReward, shown: list[Example], painted: list[tuple[str, int]]
+) -> None:
+    """Common random numbers: equal over an image's captions, other ones for each number and each image."""
+    asked = [(example, text) for example in shown[:2] for text in ("a red star", "a blue star", "two stars")]
+    await asyncio.gather(*(reward.score(example, caption(text), "d") for example, text in asked))
+    noise = [[seed_of(example.uid, number) for number in range(3)] for example in shown[:2]]
+    for text in ("a red star", "a blue star", "two stars"):
+        assert sorted(seed for drawn, seed in painted if drawn == text) == sorted([*noise[0], *noise[1]])
+    assert len({*noise[0], *noise[1]}) == 6
+
+
+def test_the_same_noise_makes_differences_of_captions_vary_less(reward: ReconstructionReward) -> None:
+    """Variance of the difference of two captions' similarities over noise, common to both or each its own."""
+    painter, net, seeds = reward._painter, reward._net, range(24)
+
+    def similarities(text: str) -> Tensor:
+        return net.vectors(painter.paint([(text, seed) for seed in seeds])) @ target
+
+    target = net.vectors(painter.paint([("a red star", 99)]))[0]
+    one, other = similarities("a red star"), similarities("a red star on the left")
+    assert float((one - other).var()) < 0.5 * float(one.var() + other.var())
 
 
 async def test_a_folder_keeps_what_was_drawn_for_later_runs(

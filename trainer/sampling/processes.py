@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models.engines.base import (
+from ...models.engines.base import (
     ChoiceRequest,
     ChoiceScores,
     Completion,
@@ -22,12 +22,14 @@ from ..models.engines.base import (
     Prompt,
     PromptKey,
 )
-from ..models.engines.hf.batched_lm import BatchedLM
-from ..models.engines.hf.engine import TransformersEngine, batched_lm, load_model
-from ..models.images.grid import ImageGrid
-from ..models.shared_weights import SharedWeights, attach
-from ..models.worker_process import Worker
-from .policy.lora import LoRAConfig, insert_adapter
+from ...models.engines.hf.batched_lm import BatchedLM
+from ...models.engines.hf.engine import TransformersEngine, batched_lm, load_model
+from ...models.images.grid import ImageGrid
+from ...models.shared_weights import SharedWeights, attach, can_share, share
+from ...models.worker_process import Worker
+from ..build import PolicyParts
+from ..policy.lora import LoRAConfig, insert_adapter
+from ..recipe import Recipe
 
 Request = GenerationRequest | ChoiceRequest
 Answer = Completion | ChoiceScores
@@ -56,8 +58,43 @@ class ModelSource:
         return TransformersEngine(lm, self.grid, self.concurrency)
 
 
+@dataclass(frozen=True)
+class Cores:
+    """How a CPU's threads are shared: ``processes`` that sample, 0 for the training process alone, and ``update``'s."""
+
+    processes: int
+    update: int
+
+
+def cores_of(recipe: Recipe, device: torch.device, threads: int) -> Cores:
+    """The shares of ``threads``: all for one phase after the other, or with overlap half for each."""
+    rollout = recipe.rollout
+    if rollout.engine != "transformers" or device.type != "cpu" or not can_share():
+        return Cores(0, threads)
+    half = threads // 2
+    processes = rollout.processes
+    if processes is None:
+        processes = 0 if threads == 1 else half if rollout.overlap else threads
+    return Cores(processes, max(1, threads - processes) if rollout.overlap else threads)
+
+
+def start_processes(recipe: Recipe, parts: PolicyParts, count: int, concurrency: int) -> ProcessEngine:
+    """Processes that sample from ``parts.sampled``, whose weights move to shared memory."""
+    source = ModelSource(
+        str(parts.folder),
+        recipe.model,
+        parts.grid,
+        share(parts.sampled),
+        parts.policy.dtype,
+        concurrency,
+        recipe.trained.lora,
+        recipe.template_args,
+    )
+    return ProcessEngine(source, parts.preparing, count)
+
+
 class AnsweringProcess:
-    """The function of a :class:`..models.worker_process.Worker`: answers to a list of requests, in order."""
+    """The function of a :class:`...models.worker_process.Worker`: answers to a list of requests, in order."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
@@ -79,7 +116,7 @@ class AnsweringProcess:
 
 
 class ProcessEngine:
-    """Implements :class:`..models.engines.base.Engine` over ``count`` processes. ``lm``: for counting tokens only.
+    """Implements :class:`...models.engines.base.Engine` over ``count`` processes. ``lm``: for counting tokens only.
 
     Requests made together are split by prompt, in turn: the same requests always meet in the same batch, so a resumed
     run samples the same captions to the last bit.

@@ -16,13 +16,16 @@ from capipe.models.quiz import Question
 from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.trainer.advantages import RewardTerm
 from capipe.trainer.dataset import Example
+from capipe.trainer.distributed import ALONE
 from capipe.trainer.evaluation.validation import validate
 from capipe.trainer.images import Pictures
+from capipe.trainer.policy.batch import Group
 from capipe.trainer.rewards.base import RewardManager, Scored
-from capipe.trainer.rollouts import Rollouts, RolloutSampling
+from capipe.trainer.sampling.rollouts import Demonstrations, Rollouts, RolloutSampling
+from capipe.trainer.step_metrics import refill_metrics
 
-from ..scripted import Scripted, knows
-from .rewards.test_judge import examples, jpeg
+from ...scripted import Scripted, knows
+from ..rewards.test_judge import examples, jpeg
 
 SAMPLING = RolloutSampling("Describe.", 3, 20, 0.9, seed=5)
 
@@ -127,3 +130,68 @@ async def test_a_caption_that_fails_in_validation_is_left_out_and_counted(two: l
     assert (found.tokens, found.truncated) == (2, 1) and "reason" not in found.metrics()
     none = await validate(asked, [RequestError("gone"), RequestError("too")], reader)
     assert none.metrics() == {"images": 0, "failed": 2} and none.reason == "gone"
+
+
+# --- groups of further images, given captions -------------------------------------------------------------------------
+
+
+def equal_for(*colors: bytes) -> Any:
+    """Captions of three lengths, but of one length for these images."""
+
+    def writes_of(request: GenerationRequest) -> Completion:
+        image = request.prompt.image
+        assert image is not None and image.encoded is not None
+        count = 1 if image.encoded in colors else 1 + request.sampling.seed % 5
+        return Completion("a", (1,) * count, "stop", count, (0.0,) * count)
+
+    return writes_of
+
+
+def differ(group: Group) -> bool:
+    return len({reward.score for reward in group.rewards}) > 1
+
+
+async def test_tied_groups_are_replaced_round_by_round(tmp_path: Path) -> None:
+    files = {"one": jpeg("red"), "two": jpeg("blue"), "three": jpeg("green"), "four": jpeg("white")}
+    one, two, three, four = examples(tmp_path / "a.tar", **files)
+    engine = Scripted(generate=equal_for(files["one"], files["three"]))
+    rollouts = Rollouts(engine, prepared, Pictures(None), replace(SAMPLING, group=8))
+    rewards = RewardManager({"length": Lengths()}, {"length": RewardTerm()})
+    groups = await rollouts.collect([(one, 0), (two, 0)], 0, rewards)
+    assert [differ(group) for group in groups] == [False, True]
+    further = [[(three, 0), (four, 0), (two, 1)], [(one, 1), (one, 2), (one, 3)]]
+    refilled = await rollouts.refill(groups, further, 0, rewards, lambda group: not differ(group))
+    assert [group.key for group in refilled.groups] == ["four", "two"] and refilled.groups[1] is groups[1]
+    assert [group.key for group in refilled.replaced] == ["one", "three"]
+    assert len(engine.generations) == 4 * 8  # the second place needed none
+    bounded = await rollouts.refill(
+        groups, [place[:1] for place in further], 0, rewards, lambda group: not differ(group)
+    )
+    assert [group.key for group in bounded.groups] == ["three", "two"]  # tied still, and the rounds are over
+
+
+async def test_groups_that_failed_are_not_refilled(two: list[Example]) -> None:
+    reward, failing = Lengths(), Scripted(generate=lambda request: RequestError("gone"))
+    rewards = RewardManager({"length": reward}, {"length": RewardTerm()})
+    rollouts = Rollouts(failing, prepared, Pictures(None), SAMPLING)
+    groups = await rollouts.collect([(two[0], 0)], 0, rewards)
+    kept = await rollouts.refill(groups, [[(two[1], 0)]], 0, rewards, lambda group: True)
+    assert kept.groups == groups and kept.replaced == [] and len(failing.generations) == 3
+    good = await Rollouts(Scripted(generate=writes), prepared, Pictures(None), SAMPLING).collect(
+        [(two[0], 0)], 0, rewards
+    )
+    tried = await rollouts.refill(good, [[(two[1], 0)]], 0, rewards, lambda group: True)
+    assert tried.groups == good  # a replacement without captions takes no place, but its failures count
+    metrics = refill_metrics(tried.replaced, ALONE)
+    assert (metrics["refilled"], metrics["captions_failed"], metrics["failure"]) == (1, 3, "gone")
+
+
+async def test_given_captions_are_completions_unless_they_are_too_long(two: list[Example]) -> None:
+    given = [replace(two[0], captions=("ab", "abcdef")), replace(two[1], captions=("abc",))]
+    ids = lambda text: [*text.encode(), 0]  # noqa: E731
+    first, second = await Demonstrations(prepared, Pictures(None), "Describe.", ids, 4).collect(given)
+    assert [caption.token_ids for caption in first.completions] == [(97, 98, 0)]
+    assert first.failures == ["a caption of 7 tokens is longer than rollout.max_tokens"]
+    assert [(caption.text, caption.finish_reason, caption.n_tokens) for caption in second.completions] == [
+        ("abc", "stop", 4)
+    ]

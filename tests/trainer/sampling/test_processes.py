@@ -27,8 +27,7 @@ from capipe.models.engines.base import (
 from capipe.models.engines.hf.engine import TransformersEngine, batched_lm, load_model
 from capipe.models.engines.model_folder import image_grid
 from capipe.models.shared_weights import share
-from capipe.trainer.rollout_processes import ModelSource, ProcessEngine
-
+from capipe.trainer.sampling.processes import ModelSource, ProcessEngine
 
 pytestmark = pytest.mark.slow  # each process imports transformers
 
