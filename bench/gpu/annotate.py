@@ -93,9 +93,10 @@ def prompt_tokens(model: Path, image_tokens: int) -> tuple[int, int]:
 
 def caption_tokens(out: Path) -> list[int]:
     """Tokens of every caption of an artifact; exits if a row has none."""
-    import pyarrow.parquet as pq
+    from capipe.manifests.files.storage import Folder, read_parquet
 
-    rows = [row for file in sorted(out.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    files = sorted(path.name for path in out.glob("*.parquet"))
+    rows = [row for name in files for row in read_parquet(Folder(str(out)), name).to_pylist()]
     if any(len(row["captions"] or []) != 1 for row in rows):
         sys.exit(f"{out}: rows without a caption: {rows[0]}")
     return [row["captions"][0]["n_tokens"] for row in rows]
