@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from capipe.trainer.log import read_steps
 
+ENGINE_READY = "engine ready after"
 COST = "cost.json"  # CPU seconds of the command that finished a run
 
 
@@ -22,6 +25,24 @@ def capipe(log: Path, *words: str) -> float:
         subprocess.run([sys.executable, "-m", "capipe.pipeline", *words], check=True, stdout=file, stderr=file)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def working_seconds(command: Sequence[str], out: Path, **environment: str) -> tuple[float, float]:
+    """Seconds of a command from its engine being ready to the last commit in ``out``, and all its other seconds."""
+    started, ready, said = time.time(), 0.0, []
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if ENGINE_READY in line:
+                ready = time.time()
+    whole = time.time() - started
+    if process.returncode or not ready:
+        sys.exit(f"{' '.join(command[:4])} ended with {process.returncode}:\n{''.join(said[-15:])}")
+    working = (out / "_capipe/manifest.jsonl").stat().st_mtime - ready
+    return working, whole - working
 
 
 def train(recipe: str, out: Path, steps: int | None = None, sets: Sequence[str] = ()) -> Path:

@@ -12,11 +12,8 @@ the ratio. That both made the same bytes is checked in every round.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
@@ -24,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from _common import alternate, quotient, report, version
 from _corpus import rendered_shards
+from _runs import working_seconds
 
-ENGINE_READY = "engine ready after"
 SIDES = {"local": ["--runner", "local", "--gpus", "none"], "ray": ["--runner", "ray", "--ray-workers", "1"]}
 
 
@@ -34,21 +31,7 @@ def run(shards: Path, out: Path, engine: str, side: str) -> tuple[float, float]:
     command = [sys.executable, "-m", "capipe.pipeline", "annotate", "--shards", str(shards), "--out", str(out)]
     command += ["--model", "tiny/captioner", "--engine", engine, "--prompt", "short", "--max-tokens", "100"]
     command += ["--decode-workers", "1", *SIDES[side]]
-    environ = {**os.environ, "RAY_TMPDIR": str(out.parent)}  # not a cluster that already runs here
-    started, ready, said = time.time(), 0.0, []
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ
-    ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            said.append(line)
-            if ENGINE_READY in line:
-                ready = time.time()
-    whole = time.time() - started
-    if process.returncode or not ready:
-        sys.exit(f"capipe annotate ended with {process.returncode}:\n{''.join(said[-15:])}")
-    working = (out / "_capipe/manifest.jsonl").stat().st_mtime - ready
-    return working, whole - working
+    return working_seconds(command, out, RAY_TMPDIR=str(out.parent))  # not a cluster that already runs here
 
 
 def same(one: Path, other: Path) -> None:

@@ -13,12 +13,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, cast
 
-import pyarrow as pa
-
 _CHUNK = 1 << 20
 _IN_MEMORY = 64 << 20  # bytes of a copy kept in memory before it moves to a temporary file
 _NAME = re.compile(r"(?<=[^/])\.(?:tar(?:\.(?:gz|bz2|xz|zst|zstd))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
-_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
 class Digest(Protocol):
@@ -33,7 +30,16 @@ class _Reader(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+def _damage() -> tuple[type[Exception], ...]:
+    """What readers raise on damaged data."""
+    import pyarrow as pa
+
+    return (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+
+
 def _zstd(stream: Any) -> _Reader:
+    import pyarrow as pa
+
     return cast(_Reader, pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd"))
 
 
@@ -168,7 +174,7 @@ class Unpacked:
             if self._source is None:
                 self._source = self._reader(self._buffered)
             return self._source.read(size)
-        except _DAMAGE as error:
+        except _damage() as error:
             if self._packed.error is not None:
                 raise self._packed.error from None
             self.fault = " ".join(str(error).split()) or type(error).__name__

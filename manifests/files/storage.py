@@ -20,16 +20,18 @@ import stat
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from ...errors import ArtifactMismatch, BadInput
 from .names import linked_parent
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 PRIVATE = "_capipe"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -192,11 +194,16 @@ def open_parquet(url: str) -> pq.ParquetFile:
     refuse_irregular(Path(path))
     if any("\ud800" <= c <= "\udfff" for c in path):
         return parquet_of(Path(path).read_bytes())
+    import pyarrow.parquet as pq
+
     return pq.ParquetFile(path)
 
 
 def parquet_of(data: bytes) -> pq.ParquetFile:
     """A Parquet file from bytes in memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     return pq.ParquetFile(pa.BufferReader(data))
 
 

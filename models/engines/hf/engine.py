@@ -302,12 +302,17 @@ def load_model(
     auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     loader: Any = auto if captioner is None else getattr(transformers, captioner.architecture)
     model: PreTrainedModel = load_weights(loader, path, dtype=kind, called=called or path).to(where).eval()
+    speed_up(model, sees)
+    return model
+
+
+def speed_up(model: PreTrainedModel, sees: bool) -> None:
+    """Replace slow parts of a loaded model by faster ones with the same results."""
     fold_heads(model)
     if sees:
         visual = getattr(model.base_model, "visual", None)
         multiply_patches(visual)
         batch_windows(visual)
-    return model
 
 
 def _refuse_states(model: PreTrainedModel, path: str) -> None:
