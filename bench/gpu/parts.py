@@ -36,8 +36,8 @@ from capipe.models.engines.sampling import kernel_runs_on, vision_ids
 from capipe.models.images.grid import ImageGrid
 from capipe.trainer.policy.batch import Group, RewardResult, pack
 from capipe.trainer.policy.decoder import DecoderPolicy
+from capipe.trainer.policy.packing.attention import tree_attention
 from capipe.trainer.policy.packing_check import check_packing
-from capipe.trainer.policy.tree_attention import tree_attention
 from capipe.trainer.update import UpdateConfig, Updater
 
 TEXT = "describe the image in detail."

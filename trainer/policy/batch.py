@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...models.engines.base import Completion
 from ...models.engines.hf.model_adapter import PreparedPrompt
-from .tree import PaddedTree, Tree, lay_out
+from .packing.tree import PaddedTree, Tree, lay_out
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some groups as one packed input: a flat row, or padded rows (:mod:`.padded_tree`).
+    """Some groups as one packed input: a flat row, or padded rows (:mod:`.packing.padded`).
 
     ``ids``: (rows, columns); ``positions``: (axes, rows, columns); ``predicts``: (tokens,), for each completion
     token the index, in the flattened hidden states (rows x columns), of the state that predicts it; ``targets``,

@@ -13,7 +13,7 @@ from ...models.engines.hf.captioner_adapter import put_in
 from ...models.engines.hf.model_adapter import PreparedPrompt
 from .batch import Batch
 from .captioner import CaptionerPolicy, whole_logps
-from .tree_attention import no_mask
+from .packing.attention import no_mask
 
 
 class Blip2Policy(CaptionerPolicy):

@@ -20,9 +20,9 @@ from ...models.engines.hf.model_adapter import PreparedImage, PreparedPrompt
 from .batch import Batch
 from .critic import ValueHead
 from .fused_norm import fuse_norms
-from .recurrent_tree import follow_trees
+from .packing.attention import NAME, no_mask
+from .packing.recurrent import follow_trees
 from .token_logprobs import token_scores
-from .tree_attention import NAME, no_mask
 
 
 class Scores(NamedTuple):

@@ -15,8 +15,8 @@ from ...models.engines.hf.captioner_adapter import is_blip, language_model
 from ...models.engines.hf.model_adapter import PreparedPrompt
 from .batch import Batch
 from .captioner import CaptionerPolicy, whole_logps
-from .tree import Tree, dense_mask
-from .tree_attention import image_columns, no_mask
+from .packing.attention import image_columns, no_mask
+from .packing.tree import Tree, dense_mask
 
 
 class EncoderDecoderPolicy(CaptionerPolicy):

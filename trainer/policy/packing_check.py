@@ -1,9 +1,9 @@
 """Check that a model supports packing: packed captions must get the same log-probabilities as single ones.
 
-The tree of :mod:`.tree_attention` implements full causal attention only, :mod:`.recurrent_tree` the gated delta layers
-of Qwen3.5. Sliding windows, other recurrent states, attention sinks or capped scores would be ignored, or would leak
-one caption into the next, and training would continue with wrong log-probabilities. So such models are refused by their
-configuration, and the others are tested.
+The tree of :mod:`.packing.attention` implements full causal attention only, :mod:`.packing.recurrent` the gated delta
+layers of Qwen3.5. Sliding windows, other recurrent states, attention sinks or capped scores would be ignored, or would
+leak one caption into the next, and training would continue with wrong log-probabilities. So such models are refused by
+their configuration, and the others are tested.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from capipe.errors import BadInput
 from capipe.models.engines.base import Completion
 from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.trainer.build import policy_class
-from capipe.trainer.policy import tree_attention
 from capipe.trainer.policy.batch import Batch, Group, pack
 from capipe.trainer.policy.decoder import DecoderPolicy, reference_logps
+from capipe.trainer.policy.packing import attention
 from capipe.trainer.policy.packing_check import PackingCheck, check_packing, random_completions, unknown_layers
 from capipe.trainer.sampling.weight_sync_check import WeightSyncCheck
 
@@ -160,8 +160,8 @@ def test_a_small_leak_is_found_in_half_precision() -> None:
 
 def test_in_half_precision_its_own_kernels_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
-    attend = tree_attention.kernel_for
-    monkeypatch.setattr(tree_attention, "kernel_for", lambda value: seen.append(value.dtype) or attend(value))
+    attend = attention.kernel_for
+    monkeypatch.setattr(attention, "kernel_for", lambda value: seen.append(value.dtype) or attend(value))
     policy = DecoderPolicy(random_model("qwen2.5").float(), (IMAGE, VIDEO), dtype=torch.bfloat16)
     check_packing(policy, words(), "mine")
     assert set(seen) == {torch.float32, torch.bfloat16}

@@ -1,6 +1,6 @@
 """Gated delta layers over packed prompts and completions: each completion continues the state at its prompt's end.
 
-The counterpart of :mod:`.tree_attention` for Qwen3.5's recurrent layers (Yang et al., Gated Delta Networks, 2024).
+The counterpart of :mod:`.attention` for Qwen3.5's recurrent layers (Yang et al., Gated Delta Networks, 2024).
 Projections are computed on the flat row. The convolution and the recurrence run over prompts first, then over
 completions from their prompt's state and its last columns, with gradients through both: prompts are padded on the left,
 where a state of zeros reads columns of zeros as nothing, completions on the right, after everything that counts.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from capipe.trainer.policy import flash_varlen, tree_attention
-from capipe.trainer.policy.attention_kernels import Attended, FlashCPUKernel, MathKernel, States
-from capipe.trainer.policy.flash_varlen import Starts, varlen_tree
-from capipe.trainer.policy.tree import Tree, dense_mask, lay_out
+from capipe.trainer.policy.packing import attention, flash_varlen
+from capipe.trainer.policy.packing.flash_varlen import Starts, varlen_tree
+from capipe.trainer.policy.packing.kernels import Attended, FlashCPUKernel, MathKernel, States
+from capipe.trainer.policy.packing.tree import Tree, dense_mask, lay_out
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 TREES = {
@@ -61,11 +61,11 @@ def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("kernel", [MathKernel, FlashCPUKernel])
 def test_slices_equal_a_dense_mask(tree: Tree, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree_attention, "kernel_for", lambda value: kernel())
+    monkeypatch.setattr(attention, "kernel_for", lambda value: kernel())
     made = states(tree)
 
     def attend() -> Tensor:
-        return tree_attention.tree_attention(None, *made, None, tree=tree, scaling=0.3)[0]
+        return attention.tree_attention(None, *made, None, tree=tree, scaling=0.3)[0]
 
     assert_close(with_gradients(attend, made), expected(tree, made))
 
@@ -123,7 +123,7 @@ def test_half_precision_is_close() -> None:
     exact = [tensor.detach().double().requires_grad_() for tensor in made]
 
     def attend() -> Tensor:
-        return tree_attention.tree_attention(None, *made, None, tree=TREES["ragged"], scaling=0.3)[0]
+        return attention.tree_attention(None, *made, None, tree=TREES["ragged"], scaling=0.3)[0]
 
     found, wanted = with_gradients(attend, made), expected(TREES["ragged"], exact)
     assert found[0].dtype == torch.bfloat16

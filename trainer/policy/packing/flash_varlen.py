@@ -1,7 +1,7 @@
 """Tree attention on CUDA: two calls of PyTorch's flash kernels for sequences of unequal length, whatever the layout.
 
 The first attends causally within every prompt and branch, the second from all branches to their prompts; the parts are
-merged by log-sum-exp as in :mod:`.tree_attention`. The kernels read grouped heads without repeating keys. Written
+merged by log-sum-exp as in :mod:`.attention`. The kernels read grouped heads without repeating keys. Written
 against torch 2.11 to 2.13. Not run on a GPU yet; layout, merging and gradients are tested with plain attention in the
 kernels' place.
 """

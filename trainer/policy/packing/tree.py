@@ -97,7 +97,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class PaddedTree:
-    """Layout of padded rows, see :mod:`.padded_tree`.
+    """Layout of padded rows, see :mod:`.padded`.
 
     ``prefix`` columns of prompt, then ``branches`` times ``length`` columns.
     ``prefix_mask``: bool (rows, 1, prefix, prefix); ``branch_mask``: bool (rows x branches, 1, length, prefix +

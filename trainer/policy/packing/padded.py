@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .batch import Batch, Group, flat_targets
+from ..batch import Batch, Group, flat_targets
 from .tree import PaddedTree
 
 
@@ -63,7 +63,7 @@ def _causal(size: int, like: Tensor) -> Tensor:
 
 
 def padded_attention(query: Tensor, key: Tensor, value: Tensor, tree: PaddedTree, scale: float) -> Tensor:
-    """As :func:`.tree_attention.tree_attention`; the prompt's keys are copied to every branch."""
+    """As :func:`.attention.tree_attention`; the prompt's keys are copied to every branch."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

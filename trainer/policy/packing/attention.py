@@ -16,11 +16,11 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ...errors import BadInput
-from ...models.engines.hf.folded_attention import folded_attention
-from .attention_kernels import Attended, FlashCPUKernel, Kernel, MathKernel, States
+from ....errors import BadInput
+from ....models.engines.hf.folded_attention import folded_attention
 from .flash_varlen import flash_varlen_runs, varlen_tree
-from .padded_tree import padded_attention
+from .kernels import Attended, FlashCPUKernel, Kernel, MathKernel, States
+from .padded import padded_attention
 from .tree import PaddedTree, Run, Span, Tree
 
 NAME = "capipe_tree"

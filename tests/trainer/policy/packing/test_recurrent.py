@@ -14,11 +14,11 @@ from capipe.trainer.policy.batch import Group, pack
 from capipe.trainer.policy.decoder import DecoderPolicy, reference_logps
 from capipe.trainer.policy.fsdp import layers_of
 from capipe.trainer.policy.lora import LoRAConfig, adapter_weights, insert_adapter
-from capipe.trainer.policy.recurrent_tree import CHUNK
+from capipe.trainer.policy.packing.recurrent import CHUNK
 from capipe.trainer.recipe_sections import TrainedConfig
 
-from ...models.hybrids import random_hybrid
-from ..policies import IDS, IMAGE, VIDEO, VOCABULARY, completion, groups, prompt, random_model
+from ....models.hybrids import random_hybrid
+from ...policies import IDS, IMAGE, VIDEO, VOCABULARY, completion, groups, prompt, random_model
 
 BANNED = (IMAGE, VIDEO)
 
