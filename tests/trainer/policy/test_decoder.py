@@ -8,7 +8,7 @@ from torch import Tensor
 
 from capipe.trainer.policy.batch import Group, micro_batches, pack, packed_columns
 from capipe.trainer.policy.decoder import DecoderPolicy, pick, reference_logps
-from capipe.trainer.policy.packing.padded import pack_padded
+from capipe.trainer.policy.padded_batch import pack_padded
 
 from ..policies import IMAGE, VIDEO, groups, random_model
 

@@ -3,7 +3,7 @@
 Everything except attention (nine tenths of the work of a large model) is computed once for the prompt, with gradients,
 in one ordinary forward pass without padding: gradient checkpointing, DDP and FSDP work as usual. Registered with
 transformers under :data:`NAME`; without a tree (an engine that samples from the model in training) it is
-:func:`...models.engines.hf.folded_attention.folded_attention`.
+:func:`....models.engines.hf.folded_attention.folded_attention`.
 """
 
 from __future__ import annotations
