@@ -42,6 +42,8 @@ from capipe.models.images.grid import ImageGrid
 from capipe.models.shared_weights import share
 from capipe.trainer.policy.batch import Group, RewardResult
 from capipe.trainer.policy.decoder import DecoderPolicy
+from capipe.trainer.policy.optimizer import build_optimizer
+from capipe.trainer.recipe_sections import OptimizerConfig
 from capipe.trainer.sampling.processes import ModelSource, ProcessEngine
 from capipe.trainer.update import UpdateConfig, Updater
 
@@ -130,8 +132,7 @@ class Ours:
             self.engine = TransformersEngine(batched_lm(model, str(folder), grid), grid, GROUP * IMAGES)
         seen = enumerate(pictures(setting.pixels))
         self.images = [ImageInput(f"{number}", pixels=picture) for number, picture in seen]
-        learning = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(learning, lr=LR)
+        optimizer = build_optimizer(self.policy, OptimizerConfig(lr=LR))
         self.updater = Updater(self.policy, optimizer, UpdateConfig(loss="dapo", limit=setting.limit))
         self.floor = Floor(folder) if setting.length is not None else None
         self.setting, self.columns, self.tokens = setting, 0, 0

@@ -24,7 +24,7 @@ from ..manifests.files import bounded_json
 from ..manifests.files.storage import remove, sync
 from .distributed import ALONE, Distributed
 from .policy.state import FOLDER as STATE_FOLDER
-from .policy.state import save_state
+from .policy.state import save_state, sort_headers
 
 FACTS = "trainer.json"
 OLDER_STATE = "trainer.pt"  # the optimizer's state in older checkpoints, all of which are Hugging Face folders
@@ -120,6 +120,7 @@ class CheckpointWriter:
         assert self._state is not None
         try:
             self._state.result()  # in the first process: those of all processes are on disk
+            sort_headers(partial / STATE_FOLDER)
             (partial / FACTS).write_text(json.dumps(asdict(facts), sort_keys=True))
             for file in partial.rglob("*"):
                 sync(file)

@@ -40,7 +40,9 @@ def build_optimizer(policy: DecoderPolicy, config: OptimizerSettings, head_rate:
     described = [
         {"params": weights, "weight_decay": decay, "scale": scale} for (decay, scale), weights in groups.items()
     ]
-    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas)
+    # On a CPU the step of each weight is a dozen small operations unless they are fused.
+    on_cpu = not any(hasattr(weight, "full_tensor") or weight.device.type != "cpu" for weight in policy.parameters())
+    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, fused=on_cpu or None)
 
 
 def rate(config: OptimizerSettings, step: int, steps: int) -> float:

@@ -7,6 +7,7 @@ processes, each what it needs. The files are safetensors, which hold tensors and
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -69,6 +70,20 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], distributed: Distrib
         no_dist=not distributed.sharded,
     )
     return future
+
+
+def sort_headers(folder: Path) -> None:
+    """Sort the headers of the state's files, in place: the library writes them in another order each time.
+
+    A header is JSON behind its length in 8 bytes (safetensors' format); offsets of tensors do not count it.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("r+b") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.dumps(json.loads(stream.read(size)), sort_keys=True, separators=(",", ":")).encode()
+            if len(header) <= size:  # a library that writes it shorter keeps its own order
+                stream.seek(8)
+                stream.write(header.ljust(size))
 
 
 def load_weights(folder: Path, policy: DecoderPolicy) -> None:

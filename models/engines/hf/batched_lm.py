@@ -173,7 +173,7 @@ class BatchedLM:
         seen = self.family.look(list(images.values())) if images else None
         return seen, {uid: index for index, uid in enumerate(images)}
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, vision: Any = None) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache, vision: Any = None) -> Tensor:
         family = self.family
         inputs = {
             **family.inputs(ids, positions, cache, vision),
@@ -212,15 +212,17 @@ class BatchedLM:
         drawn = [SampledTokens() for _ in rows]
         alive = list(range(len(rows)))
         picker = TokenPicker([row.sampling for row in rows], self._model.device)
+        tempering = [row.sampling if row.tempered else None for row in rows]
         at = torch.tensor([row.prompt for row in rows], device=self._model.device)
         logits, mask, positions = self._bar(prefix.logits[at]), prefix.mask[at], prefix.next_positions[at]
         select_rows(prefix.cache, at)
+        masked = self.family.needs_mask or not bool(mask.all())  # else each token's mask is checked, and left out
         while True:
             position = len(drawn[alive[0]].token_ids)
             tokens = picker.pick(processors(logits, position), alive, position)
             scores = None
             if any(rows[row].logprobs for row in alive):
-                scores = token_logprobs(tempered_logits(logits, [_tempering(rows[row]) for row in alive]), tokens)
+                scores = token_logprobs(tempered_logits(logits, [tempering[row] for row in alive]), tokens)
             for index, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
                 drawn[row].token_ids.append(token)
                 drawn[row].stopped = token in self._end_ids
@@ -244,7 +246,7 @@ class BatchedLM:
                 alive = [alive[index] for index in going]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             places = positions.expand(self.family.axes, -1)[..., None]
-            logits = self._bar(self._forward(tokens[:, None], mask, places, prefix.cache))
+            logits = self._bar(self._forward(tokens[:, None], mask if masked else None, places, prefix.cache))
             positions = positions + 1
 
     def _search(
@@ -335,8 +337,3 @@ def _padded(prompts: Sequence[PreparedPrompt], level: Sequence[Segment]) -> tupl
         ids[row, at:], mask[row, at:] = prompt.ids[segment.start : segment.end], 1
         positions[:, row, at:] = prompt.positions[:, segment.start : segment.end]
     return ids, mask, positions
-
-
-def _tempering(row: SequenceRow) -> Sampling | None:
-    """The row's sampling, if its log-probabilities are of the distribution that it is sampled from."""
-    return row.sampling if row.tempered else None

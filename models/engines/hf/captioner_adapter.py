@@ -160,6 +160,7 @@ class CaptionerAdapter:
     """Code shared by captioners: images of one size, positions on one axis."""
 
     axes = 1
+    needs_mask = True
     shares = True
 
     def __init__(self, model: Any, image_processor: Any) -> None:

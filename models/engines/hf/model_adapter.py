@@ -62,12 +62,13 @@ class PreparedPrompt:
 class ModelAdapter(Protocol):
     """``lm``: the model that predicts tokens; ``body``: the same up to its last hidden states, the input of ``head``.
 
-    ``axes``: of positions; ``shares``: whether prefixes that prompts share may be computed once, with padding between
-    tokens.
+    ``axes``: of positions; ``needs_mask``: even where nothing is padded; ``shares``: whether prefixes that prompts
+    share may be computed once, with padding between tokens.
     """
 
     axes: int
     shares: bool
+    needs_mask: bool
     lm: Any
     body: Any
 
@@ -115,6 +116,8 @@ class ModelAdapter(Protocol):
 
 class ChatAdapter:
     """Causal language models, and the Qwen-VL family, whose positions have three axes (time, height, width)."""
+
+    needs_mask = False
 
     def __init__(self, model: PreTrainedModel, image_processor: BaseImageProcessor | None) -> None:
         self.lm = self._model = model

@@ -75,12 +75,16 @@ class ReferenceNoise(LogitsProcessor):
 
 def tempered_logits(logits: Tensor, samplings: Sequence[Sampling | None]) -> Tensor:
     """``logits`` as they were sampled from, for rows that report log-probabilities of that; None for the others."""
-    chosen = [sampling or Sampling() for sampling in samplings]
-    if all(sampling.temperature in (0, 1) and sampling.top_p == 1 for sampling in chosen):
+    if all(sampling is None or _is_plain(sampling) for sampling in samplings):
         return logits
+    chosen = [sampling or Sampling() for sampling in samplings]
     temperatures = torch.tensor([sampling.temperature for sampling in chosen], device=logits.device)
     top_ps = torch.tensor([sampling.top_p for sampling in chosen], device=logits.device)
     return scaled(logits, temperatures, top_ps if bool((top_ps < 1).any()) else None)
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    return sampling.temperature in (0, 1) and sampling.top_p == 1
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> list[float]:

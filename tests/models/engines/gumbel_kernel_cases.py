@@ -105,5 +105,5 @@ def test_the_transformers_engine_picks_the_same_tokens(monkeypatch: pytest.Monke
         logits = random_logits(len(rows), 300, seed=position)
         ours = kernel.pick(logits, rows, position)
         with monkeypatch.context() as patch:
-            patch.setattr("capipe.models.engines.hf.batched_lm.kernel_runs_on", lambda device: False)
+            patch.setattr("capipe.models.engines.hf.token_picker.kernel_runs_on", lambda device: False)
             assert torch.equal(ours, torch_alone.pick(logits, rows, position))

@@ -22,7 +22,7 @@ from capipe.pipeline.jobs.train import run_training
 from capipe.trainer import loop
 from capipe.trainer.checkpoint import checkpoints
 from capipe.trainer.evaluation.validation import Validation
-from capipe.trainer.log import read_best
+from capipe.trainer.log import RunLog, read_best
 from capipe.trainer.recipe import load_recipe
 from capipe.trainer.sampling.rollouts import Rollout
 from capipe.trainer.sampling.sampler import Sampler
@@ -112,7 +112,7 @@ PLACES: list[tuple[type, str, int, Exception, int, str]] = [
     (Rollout, "__init__", 3, ValueError("odd"), 2, r"^step 3: ValueError: odd"),
     (Rollout, "__init__", 3, EngineDead("vLLM has died"), 2, r"^vLLM has died; the same command goes on from"),
     (Sampler, "sync", 2, OSError(28, "No space left on device"), 2, r"^after step 2: OSError: .*No space left"),
-    (loop.RunLog, "captions", 3, OSError("disk"), 3, r"^after step 3: OSError: disk"),
+    (RunLog, "captions", 3, OSError("disk"), 3, r"^after step 3: OSError: disk"),
 ]
 
 

@@ -262,7 +262,7 @@ def work(folder: str) -> None:
 @pytest.mark.slow
 def test_split_weights_are_scored_and_sent_as_whole_ones(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "capipe.tests.trainer.test_weight_transfer", str(tmp_path)]
+    command = [*torchrun, "-m", "capipe.tests.trainer.sampling.test_weight_transfer", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
