@@ -52,7 +52,7 @@ def state_tensors(policy: DecoderPolicy, optimizer: torch.optim.Optimizer) -> di
         tensors[WEIGHT + name] = weight.detach()
         for key, value in optimizer.state.get(weight, {}).items():
             tensors[f"{key}.{name}"] = value.reshape(1) if value.ndim == 0 else value
-    return tensors
+    return dict(sorted(tensors.items()))  # an optimizer that was restored has its entries in another order
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], distributed: Distributed) -> Future[Any]:

@@ -146,7 +146,7 @@ async def test_a_schema_is_kept_to(vllm_engine: Engine, pictures: list[ImageInpu
         (' {"color": "red", "n": []}', False),
     ],
 )
-def test_guided_json_has_a_space_or_none(text: str, accepted: bool) -> None:
+async def test_guided_json_has_a_space_or_none(text: str, accepted: bool) -> None:
     import llguidance
     import llguidance.hf
     from transformers import AutoTokenizer
