@@ -139,7 +139,9 @@ def test_a_full_disk_ends_the_run_and_harms_nothing(
     with pytest.raises(RunFailed, match="no space left"):
         ingest(photos, out=out, shard_size=shard_size, workers=workers)
     done = len(Artifact.open(str(out)).committed())
-    assert done < shards and (done > 0) == (shards > 1)
+    assert done < shards
+    if workers == 0:  # two workers may fill it before either has committed anything
+        assert (done > 0) == (shards > 1)
     assert not (out / "_capipe/tmp").exists()
     assert verify(str(out)).faults == []
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
