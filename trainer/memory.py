@@ -61,15 +61,11 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a GPU in each phase of a step, by part; ``fixed`` parts do not depend on captions' lengths.
-
-    ``host``: main memory of a node: a checkpoint on its way to disk.
-    """
+    """Bytes on a GPU in each phase of a step, by part; ``fixed`` parts do not depend on captions' lengths."""
 
     update: dict[str, float]
     optimizer: dict[str, float]
     rollout: dict[str, float]
-    host: dict[str, float]
     fixed: float
 
     @property
@@ -180,13 +176,10 @@ def estimate(size: ModelSize, recipe: Recipe, layout: Layout) -> Memory:
         "head": head,
     }
     update["allocator"] = WASTE * (sum(update.values()) - update["engine"] - CONTEXT)
-    # Tensors, then files of them.
-    host = {"checkpoint": 2 * 12 * size.learning / shards * (layout.local if sharded else 1)}
     return Memory(
         update=update,
         optimizer={**always, **beside, "gradients": gradients, "AdamW's step": gradients},
         rollout={**always, **beside, "engine": engine},
-        host=host,
         fixed=sum(always.values()) + gradients,
     )
 
