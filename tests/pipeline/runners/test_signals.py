@@ -117,12 +117,16 @@ def test_what_a_scripts_shell_starts_hears_an_interrupt() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize(("number", "code", "processes"), [*((*each, 0) for each in SIGNALS), (signal.SIGTERM, 143, 2)])
 def test_training_ends_with_a_checkpoint(
-    watched: Run, recipe: Path, tmp_path: Path, number: signal.Signals, code: int
+    watched: Run, recipe: Path, tmp_path: Path, number: signal.Signals, code: int, processes: int
 ) -> None:
-    """Of a step that is none of `save_every`; going on, it comes to the weights of a run that nobody stopped."""
-    out, command = tmp_path / "run", ["train", recipe, "--set", "steps=6", "--set", "save_every=6"]
+    """Of a step that is none of `save_every`; going on, it comes to the weights of a run that nobody stopped.
+
+    Processes that sample captions get the signal, too, and are gone with the run.
+    """
+    sets = ("steps=6", "save_every=6", f"rollout.processes={processes}")
+    out, command = tmp_path / "run", ["train", recipe, *(word for each in sets for word in ("--set", each))]
     run = watched(*command, "--out", out)
     until(run, lambda: "step 1/6" in run.said)
     os.killpg(run.process.pid, number)
