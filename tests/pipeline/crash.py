@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
@@ -41,6 +41,13 @@ class Trial:
     leftovers: list[str]
 
 
+class _Seconds(NamedTuple):
+    """What a run takes here: until its first request, and from then on."""
+
+    startup: float
+    work: float
+
+
 def crash_trial(
     folder: Path, *, kills: int, shards: int, images: int, engine: str, concurrency: int, seed: int
 ) -> Trial:
@@ -50,9 +57,7 @@ def crash_trial(
     _run("ingest", folder / "corpus", "--out", folder / "shards", "--shard-size", images)
     options = ["annotate", "--shards", folder / "shards", "--model", "tiny/captioner", "--engine", engine]
     options += ["--prompt", "short", "--max-tokens", 64, "--concurrency", concurrency]
-    started = time.monotonic()
-    _run(*options, "--out", folder / "alone", "--trace", folder / "alone.trace")
-    alone = time.monotonic() - started
+    alone = _left_alone([*options, "--out", folder / "alone", "--trace", folder / "alone.trace"], folder)
     again = [*options, "--out", folder / "killed", "--trace", folder / "killed.trace"]
     killed = 0
     while killed < kills:
@@ -71,7 +76,19 @@ def crash_trial(
     )
 
 
-def _killed(command: list[Any], rng: random.Random, alone: float, kills: int, folder: Path) -> bool:
+def _left_alone(command: list[Any], folder: Path) -> _Seconds:
+    """Let a run end by itself."""
+    began = time.monotonic()
+    process = subprocess.Popen([*_COMMAND, *map(str, command)], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not _lines(folder / "alone.trace"):
+        time.sleep(0.01)
+    working = time.monotonic()
+    if process.wait():
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return _Seconds(working - began, time.monotonic() - working)
+
+
+def _killed(command: list[Any], rng: random.Random, alone: _Seconds, kills: int, folder: Path) -> bool:
     """Start, kill the process group at a random moment; False if it was done before that.
 
     One moment in five lies anywhere in the start-up; the others in the work, short enough that it outlasts all kills.
@@ -79,13 +96,13 @@ def _killed(command: list[Any], rng: random.Random, alone: float, kills: int, fo
     before = _lines(folder / "killed.trace")
     process = subprocess.Popen([*_COMMAND, *map(str, command)], start_new_session=True, stderr=subprocess.DEVNULL)
     early = rng.random() < 0.2
-    deadline = time.monotonic() + (rng.uniform(0, 10) if early else alone)
+    deadline = time.monotonic() + (rng.uniform(0, alone.startup) if early else 10 * alone.startup + 60)
     while not early and process.poll() is None and _lines(folder / "killed.trace") == before:
-        if time.monotonic() > deadline + 60:
+        if time.monotonic() > deadline:
             break
-        time.sleep(0.05)
+        time.sleep(0.01)
     if not early:
-        deadline = time.monotonic() + rng.uniform(0, 0.8 * alone / kills)
+        deadline = time.monotonic() + rng.uniform(0, 0.8 * alone.work / kills)
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     if process.poll() is not None:

@@ -165,6 +165,7 @@ def test_a_machine_is_lost_while_writing_a_quiz(cluster: Any, shards: Path, quiz
 def test_a_machine_is_lost_while_grading(cluster: Any, shards: Path, alone: Path, quiz: Path, tmp_path: Path) -> None:
     command: list[object] = ["eval", "--shards", f"{shards}/{{00000..00003}}.tar", "--questions", quiz]
     command += ["--captions", alone, "--reader", "tiny/holdout-reader", "--engine", "transformers"]
+    command += ["--presentations", 8, "--concurrency", 1]  # long enough that a worker is lost in the middle of it
     capipe(*command, "--out", tmp_path / "alone")
     with_a_loss(cluster, command, tmp_path / "out", lambda: lose_a_machine(cluster), tmp_path / "out/graded")
     same_shards(tmp_path / "out/graded", tmp_path / "alone/graded")
