@@ -136,7 +136,7 @@ class Ours:
         self.updater = Updater(self.policy, optimizer, UpdateConfig(loss="dapo", limit=setting.limit))
         self.floor = Floor(folder) if setting.length is not None else None
         self.setting, self.columns, self.tokens = setting, 0, 0
-        self.policy.base.language_model.layers[0].register_forward_pre_hook(self._count_columns, with_kwargs=True)
+        self.policy.base.language_model.layers[0].mlp.register_forward_pre_hook(self._count_columns)
 
     def steps(self, count: int) -> dict[str, float]:
         """Median seconds of a step, of its parts and of the floor, after one warm-up step."""
@@ -173,12 +173,12 @@ class Ours:
         requests = [GenerationRequest(prompt, sampling, logprobs=True) for sampling in samplings]
         completions: list[Completion] = await asyncio.gather(*map(self.engine.generate, requests))
         rewards = [RewardResult(distinct(completion.token_ids)) for completion in completions]
-        return Group(image.uid, image.uid, self.preparing.prepare(prompt), completions, rewards)
+        known = self.engine.prepared(prompt) if isinstance(self.engine, TransformersEngine) else None
+        return Group(image.uid, image.uid, known or self.preparing.prepare(prompt), completions, rewards)
 
-    def _count_columns(self, layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _count_columns(self, mlp: Any, inputs: tuple[Any, ...]) -> None:
         if self.policy.training:  # not while sampling
-            states = inputs[0] if inputs else named["hidden_states"]
-            self.columns += states.shape[0] * states.shape[1]
+            self.columns += inputs[0].shape[:-1].numel()
 
 
 class Floor:

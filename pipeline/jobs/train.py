@@ -18,8 +18,9 @@ from ...manifests.files.redaction import redacted_data
 from ...manifests.files.storage import remove, unfinished, write_new
 from ...manifests.fingerprint import differences, fingerprint
 from ...manifests.shards import expand, read_places
-from ...models.engines.base import EngineDead, Prompt, RequestError
+from ...models.engines.base import Engine, EngineDead, Prompt, RequestError
 from ...models.engines.context import image_tokens
+from ...models.engines.hf.engine import TransformersEngine
 from ...models.engines.hf.model_adapter import PreparedPrompt
 from ...models.engines.loading import model_identity
 from ...models.reader import QuizReader, ReaderConfig
@@ -281,7 +282,7 @@ def _assemble(
     sinks = _sinks(recipe, out) if parts.distributed.first else []
     log = RunLog(out, start, sinks, parts.distributed.rank)
     words = {"images": ("images", "left out")}.get(kind := _trained_on(recipe), (f"images with {kind}", "without"))
-    prepare = _prepare(parts, rollout.max_tokens)
+    prepare = _prepare(parts, rollout.max_tokens, sampler.engine)
     given = None
     if recipe.data.captions is not None:
         thinking = parts.preparing.encoder.thinking
@@ -313,13 +314,14 @@ def _assemble(
     )
 
 
-def _prepare(parts: PolicyParts, max_tokens: int) -> Callable[[Prompt], PreparedPrompt]:
+def _prepare(parts: PolicyParts, max_tokens: int, engine: Engine | None = None) -> Callable[[Prompt], PreparedPrompt]:
     """Prepare prompts for the policy; refuses one that leaves no room for a full caption: neither is truncated."""
     room = parts.preparing.max_model_len
 
     def prepare(prompt: Prompt) -> PreparedPrompt:
-        try:
-            prepared = parts.preparing.prepare(prompt)
+        try:  # an engine in this process has just done so
+            known = engine.prepared(prompt) if isinstance(engine, TransformersEngine) else None
+            prepared = known or parts.preparing.prepare(prompt)
         except RequestError as error:
             raise BadInput(f"{error}; change the recipe's prompt") from None
         if len(prepared.ids) + max_tokens > room:

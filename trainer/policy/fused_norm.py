@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 EXACT = (torch.float32, torch.float64)
 
@@ -17,8 +16,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        width = hidden.shape[-1]
-        inverse = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
+        inverse = _inverse(hidden, eps)
         ctx.save_for_backward(hidden, weight, inverse)
         out: Tensor = (hidden * inverse).mul_(weight)
         return out
@@ -36,6 +34,12 @@ class _RMSNorm(torch.autograd.Function):
         return spread.mul_(inverse).addcmul_(hidden, along), of_weight, None
 
 
+def _inverse(hidden: Tensor, eps: float) -> Tensor:
+    """1 / r of each column, (..., 1); it reads the states once, where torch's rms_norm squares a copy of them."""
+    inverse: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+    return inverse.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
+
+
 class FusedNorm:
     """A module's forward pass, computed by :class:`_RMSNorm`; by ``plain``, its own, in half precision."""
 
@@ -45,8 +49,8 @@ class FusedNorm:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype != self._norm.weight.dtype or hidden_states.dtype not in EXACT:
             return self._plain(hidden_states)
-        if not torch.is_grad_enabled():  # while sampling, in fewer calls
-            return functional.rms_norm(hidden_states, (hidden_states.shape[-1],), self._norm.weight, self._eps)
+        if not torch.is_grad_enabled():  # while sampling
+            return (hidden_states * _inverse(hidden_states, self._eps)).mul_(self._norm.weight)
         out: Tensor = _RMSNorm.apply(hidden_states, self._norm.weight, self._eps)
         return out
 

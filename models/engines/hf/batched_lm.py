@@ -31,6 +31,7 @@ from .mixed_precision import head_product
 from .model_adapter import PreparedImage, PreparedPrompt
 from .prefix_tree import Level, Segment, plan, unshared
 from .token_picker import ReferenceNoise, TokenPicker, tempered_logits, token_logprobs
+from .token_step import TokenStep, steps_by_token
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
@@ -150,7 +151,7 @@ class BatchedLM:
             ids, own, positions = _padded(prompts, level)
             mask = torch.cat([mask[parents] * follows[:, None], own.to(device)], dim=1)
             vision = self.family.vision(prompts, level, seen, places)
-            logits = self._forward(ids.to(device), mask, positions.to(device), cache, vision=vision)
+            logits = self.forward(ids.to(device), mask, positions.to(device), cache, vision=vision)
         next_positions = torch.tensor([prompt.next_position for prompt in prompts], device=device)
         return Prefix(logits, cache, mask, next_positions, [prompt.ids for prompt in prompts])
 
@@ -173,7 +174,8 @@ class BatchedLM:
         seen = self.family.look(list(images.values())) if images else None
         return seen, {uid: index for index, uid in enumerate(images)}
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache, vision: Any = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache, vision: Any = None) -> Tensor:
+        """Logits (rows, vocab), float32, after the last of ``ids`` (rows, width)."""
         family = self.family
         inputs = {
             **family.inputs(ids, positions, cache, vision),
@@ -213,11 +215,9 @@ class BatchedLM:
         alive = list(range(len(rows)))
         picker = TokenPicker([row.sampling for row in rows], self._model.device)
         tempering = [row.sampling if row.tempered else None for row in rows]
-        at = torch.tensor([row.prompt for row in rows], device=self._model.device)
-        logits, mask, positions = self._bar(prefix.logits[at]), prefix.mask[at], prefix.next_positions[at]
-        select_rows(prefix.cache, at)
-        masked = self.family.needs_mask or not bool(mask.all())  # else each token's mask is checked, and left out
+        logits, following = self._begin(prefix, rows)
         while True:
+            logits = self._bar(logits)
             position = len(drawn[alive[0]].token_ids)
             tokens = picker.pick(processors(logits, position), alive, position)
             scores = None
@@ -240,14 +240,17 @@ class BatchedLM:
             processors.append(tokens)
             if len(going) < len(alive):
                 kept = torch.tensor(going, device=self._model.device)
-                select_rows(prefix.cache, kept)
+                following.select(kept)
                 processors.select(kept)
-                tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
-                alive = [alive[index] for index in going]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            places = positions.expand(self.family.axes, -1)[..., None]
-            logits = self._bar(self._forward(tokens[:, None], mask if masked else None, places, prefix.cache))
-            positions = positions + 1
+                tokens, alive = tokens[kept], [alive[index] for index in going]
+            logits = following(tokens)
+
+    def _begin(self, prefix: Prefix, rows: Sequence[SequenceRow]) -> tuple[Tensor, NextLogits]:
+        """Logits of each row's first token, and what computes those of the following ones."""
+        at = torch.tensor([row.prompt for row in rows], device=self._model.device)
+        following = NextLogits(self, prefix.cache, prefix.mask, prefix.next_positions)
+        following.select(at)
+        return prefix.logits[at], following
 
     def _search(
         self,
@@ -261,9 +264,7 @@ class BatchedLM:
         (width,) = {row.sampling.beams for row in rows}
         search = BeamSearch(limits, width, self._end_ids)
         found = [SampledTokens() for _ in rows]
-        at = torch.tensor([row.prompt for row in rows], device=self._model.device)
-        logits, mask, positions = prefix.logits[at], prefix.mask[at], prefix.next_positions[at]
-        select_rows(prefix.cache, at)
+        logits, following = self._begin(prefix, rows)
         while True:
             step = self._advanced(search, processors, logits)
             for row in step.done:
@@ -273,14 +274,10 @@ class BatchedLM:
                 ended(row, found[row])
             if not len(step.rows):
                 return found
-            select_rows(prefix.cache, step.rows)
+            following.select(step.rows)
             processors.select(step.rows)
             processors.append(step.tokens)
-            mask = torch.cat([mask[step.rows], mask.new_ones(len(step.rows), 1)], dim=1)
-            positions = positions[step.rows]
-            places = positions.expand(self.family.axes, -1)[..., None]
-            logits = self._forward(step.tokens[:, None], mask, places, prefix.cache)
-            positions = positions + 1
+            logits = following(step.tokens)
 
     def _advanced(self, search: BeamSearch, processors: LogitsProcessors, logits: Tensor) -> Step:
         """One step of a search. As in transformers, rules are applied to log-probabilities, which are of all tokens."""
@@ -324,6 +321,41 @@ class BatchedLM:
         samplings = [sampling if tempered else None] * len(tokens)
         scores = token_logprobs(tempered_logits(self._bar(logits.float()), samplings), tokens)
         return SampledTokens(tokens.tolist(), scores, stopped=int(tokens[-1]) in self._end_ids)
+
+
+class NextLogits:
+    """Logits after the newest tokens of a batch, whose prompts are in ``cache``. Rows may leave, repeat or move.
+
+    By :class:`.token_step.TokenStep` where that knows the model, else by the model's own forward pass, the slow twin.
+    """
+
+    def __init__(self, lm: BatchedLM, cache: Cache, mask: Tensor, positions: Tensor) -> None:
+        """``mask``: (rows, prompt); ``positions``: of each row's first token, (rows,)."""
+        self._lm, self._cache, self._positions = lm, cache, positions
+        # Where nothing is padded no token needs a mask: each would be checked, and left out.
+        self._mask = mask if lm.family.needs_mask or not bool(mask.all()) else None
+        decoder = getattr(lm.family.body, "language_model", lm.family.body)
+        known = lm.computes_in is None and lm.family.shares and steps_by_token(decoder)
+        self._step = TokenStep(decoder, lm.family.axes, positions) if known else None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, (rows,) of indices, in this order; indices may repeat."""
+        select_rows(self._cache, rows)
+        self._positions = self._positions[rows]
+        if self._mask is not None:
+            self._mask = self._mask[rows]
+        if self._step is not None:
+            self._step.select(rows)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(rows, vocab), float32, after ``tokens`` (rows,)."""
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        if self._step is not None:
+            return self._lm.family.head(self._step(tokens, self._mask, self._cache.layers)).float()
+        places = self._positions.expand(self._lm.family.axes, -1)[..., None]
+        self._positions = self._positions + 1
+        return self._lm.forward(tokens[:, None], self._mask, places, self._cache)
 
 
 def _padded(prompts: Sequence[PreparedPrompt], level: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:

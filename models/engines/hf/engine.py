@@ -84,6 +84,7 @@ class TransformersEngine:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="capipe-transformers")
         self._batcher: asyncio.Task[None] | None = None
         self._dead: str | None = None
+        self._latest: dict[int, tuple[Prompt, PreparedPrompt]] = {}  # of the latest batch, by id()
         self._loop: asyncio.AbstractEventLoop
 
     async def generate(self, request: GenerationRequest) -> Completion:
@@ -100,6 +101,11 @@ class TransformersEngine:
     async def count_tokens(self, prompt: Prompt) -> int | None:
         ids = await asyncio.get_running_loop().run_in_executor(self._thread, self.lm.encoder.encode, prompt)
         return len(ids)
+
+    def prepared(self, prompt: Prompt) -> PreparedPrompt | None:
+        """What the latest batch prepared for this very object, if it was among its prompts: a trainer reads it, too."""
+        given, prepared = self._latest.get(id(prompt), (None, None))
+        return prepared if given is prompt else None
 
     async def aclose(self) -> None:
         """Let the running batch finish, fail waiting requests, free the thread."""
@@ -158,7 +164,9 @@ class TransformersEngine:
         """One outcome per job, in order. Runs on the worker thread."""
         known = _Known()
         prepared = [self._prepare(job, known) for job in jobs]
-        answers = iter(self._answers([item for item in prepared if isinstance(item, _Ready)]))
+        ready = [item for item in prepared if isinstance(item, _Ready)]
+        self._latest = {id(item.job.request.prompt): (item.job.request.prompt, item.prompt) for item in ready}
+        answers = iter(self._answers(ready))
         return [next(answers) if isinstance(item, _Ready) else item for item in prepared]
 
     def _prepare(self, job: _Job, known: _Known) -> _Ready | Exception:

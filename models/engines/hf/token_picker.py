@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 from ..base import Sampling
 from ..sampling import apply, fold_seed, gumbel_noise, kernel_runs_on, scaled, with_noise
 
-NOISE_VALUES, MOST_AHEAD = 1 << 18, 16  # noise computed at once, in values and in tokens; overhead for a small model
+NOISE_VALUES, MOST_AHEAD = 1 << 16, 16  # noise computed at once: few calls for a small model, within a core's cache
 
 
 class TokenPicker:

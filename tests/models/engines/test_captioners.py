@@ -108,14 +108,14 @@ async def test_what_pads_begins_or_stands_for_pixels_is_never_drawn(
 ) -> None:
     barred = barred_ids(engine.lm._model)
     assert barred == sorted({PAD, START} | ({IMAGE} if "Blip2" in type(engine.lm._model).__name__ else set()))
-    forward = type(engine.lm)._forward
+    forward = type(engine.lm).forward
 
     def eager(lm: Any, *arguments: Any, **vision: Any) -> torch.Tensor:
         logits = forward(lm, *arguments, **vision)
         logits[:, barred] = logits.max() + 50
         return logits
 
-    monkeypatch.setattr(type(engine.lm), "_forward", eager)
+    monkeypatch.setattr(type(engine.lm), "forward", eager)
     request = [GenerationRequest(Prompt("", picture(0)), Sampling(1.0, 1.0, 30, seed), True) for seed in range(40)]
     drawn = await asyncio.gather(*map(engine.generate, request))
     tokens = [token for each in drawn for token in each.token_ids]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from capipe.models.engines.base import (
     RequestError,
     Sampling,
 )
-from capipe.models.engines.hf.batched_lm import BatchedLM
+from capipe.models.engines.hf.batched_lm import BatchedLM, NextLogits
 from capipe.models.engines.hf.engine import TransformersEngine
 from capipe.models.engines.hf.model_adapter import PreparedPrompt
 from capipe.models.engines.loading import EngineConfig, load_engine
@@ -105,14 +105,14 @@ async def test_whoever_ends_first_is_answered_first(
     reference: TransformersEngine, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reward may begin while the rest of the batch still draws: here the rest waits for the first answer."""
-    answered, forward, waited = threading.Event(), BatchedLM._forward, []
+    answered, following, waited = threading.Event(), NextLogits.__call__, []
 
-    def held(lm: BatchedLM, ids: torch.Tensor, *rest: Any, **vision: Any) -> torch.Tensor:
-        if tuple(ids.shape) == (1, 1):
+    def held(logits: NextLogits, tokens: torch.Tensor) -> torch.Tensor:
+        if len(tokens) == 1:
             waited.append(answered.wait(timeout=60))
-        return forward(lm, ids, *rest, **vision)
+        return following(logits, tokens)
 
-    monkeypatch.setattr(BatchedLM, "_forward", held)
+    monkeypatch.setattr(NextLogits, "__call__", held)
     prompt = Prompt(PLAIN, pictures[0])
     rest = asyncio.create_task(reference.generate(GenerationRequest(prompt, Sampling(max_tokens=4))))
     first = await reference.generate(GenerationRequest(prompt, Sampling(max_tokens=2)))
@@ -125,15 +125,19 @@ async def test_what_stands_for_pixels_is_never_drawn(
     reference: TransformersEngine, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thousand tokens of a model that wants nothing else: drawn, they would ask for pixels that are not there."""
-    barred, forward = vision_ids(reference.lm._model.config), BatchedLM._forward
+    barred = vision_ids(reference.lm._model.config)
     assert reference.lm._model.config.image_token_id in barred
 
-    def eager(lm: BatchedLM, *arguments: Any, **vision: Any) -> torch.Tensor:
-        logits = forward(lm, *arguments, **vision)
-        logits[:, barred] = logits.max() + 50
-        return logits
+    def eager(made: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*arguments: Any, **vision: Any) -> torch.Tensor:
+            logits = made(*arguments, **vision)
+            logits[:, barred] = logits.max() + 50
+            return logits
 
-    monkeypatch.setattr(BatchedLM, "_forward", eager)
+        return make
+
+    monkeypatch.setattr(BatchedLM, "forward", eager(BatchedLM.forward))
+    monkeypatch.setattr(NextLogits, "__call__", eager(NextLogits.__call__))
     request = [GenerationRequest(Prompt(PLAIN, pictures[0]), Sampling(1.0, 1.0, 40, seed), True) for seed in range(120)]
     drawn = await asyncio.gather(*map(reference.generate, request))
     tokens = [token for each in drawn for token in each.token_ids]
@@ -296,3 +300,19 @@ async def test_sampling_refuses_what_no_engine_can_do() -> None:
     for wrong in ({"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"max_tokens": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Sampling(**wrong)  # type: ignore[arg-type]
+
+
+async def test_the_latest_batch_gives_away_what_it_prepared(
+    reference: TransformersEngine, pictures: list[ImageInput]
+) -> None:
+    """A trainer scores captions after the very prompts that they were sampled from: one preparation does for both."""
+    prompt, same = (Prompt(PLAIN, pictures[0]) for _ in range(2))
+    await reference.generate(GenerationRequest(prompt, Sampling(max_tokens=2)))
+    known = reference.prepared(prompt)
+    assert known is not None and reference.prepared(same) is None
+    fresh = reference.lm.prepare(prompt)
+    assert known.image is not None and fresh.image is not None
+    assert torch.equal(known.ids, fresh.ids) and torch.equal(known.positions, fresh.positions)
+    assert torch.equal(known.image.patches, fresh.image.patches) and known.next_position == fresh.next_position
+    await reference.generate(GenerationRequest(same, Sampling(max_tokens=2)))
+    assert reference.prepared(prompt) is None

@@ -57,13 +57,13 @@ def small_qwen2(**changes: Any) -> BatchedLM:
 def passes(lm: BatchedLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The ids' shapes that went through the model since."""
     shapes: list[tuple[int, ...]] = []
-    forward = lm._forward
+    forward = lm.forward
 
     def counted(ids: torch.Tensor, *args: Any, **vision: Any) -> torch.Tensor:
         shapes.append(tuple(ids.shape))
         return forward(ids, *args, **vision)
 
-    monkeypatch.setattr(lm, "_forward", counted)
+    monkeypatch.setattr(lm, "forward", counted)
     return shapes
 
 
