@@ -129,7 +129,8 @@ class Ours:
             source = ModelSource(str(folder), "random", grid, share(model), None, GROUP * IMAGES)
             self.engine = ProcessEngine(source, self.preparing, setting.threads)
         else:
-            self.engine = TransformersEngine(batched_lm(model, str(folder), grid), grid, GROUP * IMAGES)
+            lm = batched_lm(model, str(folder), grid)
+            self.engine = TransformersEngine(lm, grid, GROUP * IMAGES, keep_prepared=True)
         seen = enumerate(pictures(setting.pixels))
         self.images = [ImageInput(f"{number}", pixels=picture) for number, picture in seen]
         optimizer = build_optimizer(self.policy, OptimizerConfig(lr=LR))

@@ -104,8 +104,9 @@ class Clock:
 def progress_line(step: int, steps: int, metrics: Mapping[str, Any], clock: Clock) -> str:
     """One line about a step, for the terminal."""
     skipped = f" skipped: {metrics['skipped']}" if metrics["skipped"] else ""
-    shared = f"entropy {metrics['entropy']:.2f} norm {metrics['norm']:.2f}"
-    shared += f" kl {metrics['kl']:.3g}" if metrics["kl"] else ""  # nats a token, k3
+    shared = f"norm {metrics['norm']:.2f}"
+    shared += f" entropy {metrics['entropy']:.2f}" if metrics["entropy"] is not None else ""
+    shared += f" kl {metrics['kl']:.3g}" if metrics["kl"] is not None else ""  # nats a token, k3
     shared += f" mismatch {metrics['mismatch']:.1g}" if metrics["mismatch"] is not None else ""
     tokens = f"tokens {metrics['tokens_per_caption']:.0f}"
     if metrics["captions"] and metrics["reward"] is None and not metrics["unscored_share"]:  # nothing is ever scored

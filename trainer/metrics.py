@@ -86,7 +86,8 @@ class UpdateMetrics:
     """Metrics of an update, all of its optimizer steps, over all processes.
 
     ``loss``: mean over the steps; ``norm``: the largest; ``entropy``, ``kl``, ``value_loss``: means over the tokens
-    computed; ``kl``: k3, whatever the loss takes. ``tokens``, ``tied``, ``unscored``, ``groups``: of the rollout, once.
+    computed, None where none was, and without a KL term or a critic; ``kl``: k3, whatever the loss takes. ``tokens``,
+    ``tied``, ``unscored``, ``groups``: of the rollout, once.
     ``skipped``: reason for steps that changed no weights, ``steps_skipped`` of ``steps``.
     ``mismatch``: mean of |log-probability when sampled - the policy's|, before the update, over the tokens computed;
     None if none was kept. ``correction``: mean weight of a token, and ``capped``: completions (by token modes: tokens)
@@ -95,9 +96,9 @@ class UpdateMetrics:
 
     loss: float
     norm: float
-    entropy: float
-    kl: float
-    value_loss: float
+    entropy: float | None
+    kl: float | None
+    value_loss: float | None
     ratio_min: float
     ratio_max: float
     tokens: int
@@ -125,9 +126,9 @@ def update_metrics(steps: Sequence[OptimizerStep], epochs: int, sampling: Metric
     return UpdateMetrics(
         loss=metrics.total("loss") / len(steps),
         norm=max(norms, default=steps[-1].norm),
-        entropy=metrics.mean("entropy") or 0.0,
-        kl=metrics.mean("kl") or 0.0,
-        value_loss=metrics.mean("value_loss") or 0.0,
+        entropy=metrics.mean("entropy"),
+        kl=metrics.mean("kl"),
+        value_loss=metrics.mean("value_loss"),
         ratio_min=ratios.low,
         ratio_max=ratios.high,
         # Every epoch has each group once.

@@ -79,7 +79,7 @@ def raised_alarm(metrics: dict[str, Any], config: AlarmConfig, counts: dict[str,
     if metrics["captions_failed"] and not metrics["captions"]:
         reason = metrics["failure"] or "another process has the reasons"
         return f"all {metrics['captions_failed']} captions of the step failed: {reason}"
-    kl_per_caption = metrics["kl"] * metrics["tokens_per_caption"]
+    kl_per_caption = (metrics["kl"] or 0.0) * metrics["tokens_per_caption"]
     checks = {
         "truncated": (metrics["truncated"], config.truncated, "of the captions are cut at their limit"),
         "repeating": (metrics["repeating"], config.repeating, "of the captions loop"),

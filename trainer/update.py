@@ -297,8 +297,10 @@ class Updater:
         tokens = weight * len(losses.logp)
         metrics.add("loss", weight * float(losses.total.detach()))
         metrics.add("entropy", weight * float(losses.entropy), tokens)
-        metrics.add("kl", weight * float(losses.kl), tokens)
-        metrics.add("value_loss", weight * float(losses.value_loss), tokens)
+        if self.config.kl:
+            metrics.add("kl", weight * float(losses.kl), tokens)
+        if self.config.critic is not None:
+            metrics.add("value_loss", weight * float(losses.value_loss), tokens)
 
     @torch.no_grad()
     def _fix_targets(self, groups: Sequence[Group]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from capipe.models.engines.base import Completion
+from capipe.trainer.log import Clock, progress_line
 from capipe.trainer.losses import Correction, CorrectionMode
 from capipe.trainer.policy.batch import Group, pack
 from capipe.trainer.policy.critic import token_rewards
@@ -92,12 +94,23 @@ def test_the_divergence_that_is_reported_is_k3(where: dict[str, Any]) -> None:
     assert report.kl == pytest.approx(math.exp(-2) - 1 + 2, rel=1e-4)
 
 
+def test_what_was_not_measured_is_none_not_zero() -> None:
+    policy, updater = make()
+    report = updater.update(scored(policy, SCORES))
+    assert (report.kl, report.value_loss) == (None, None) and report.entropy is not None and report.entropy > 0
+    report = updater.update(scored(policy, [[0.5, 0.5, 0.5]]))  # tied: nothing is computed
+    assert (report.kl, report.value_loss, report.entropy) == (None, None, None)
+    figures = {**dataclasses.asdict(report), "captions": 3, "reward": 0.5, "unscored_share": 0, "tokens_per_caption": 4}
+    assert "kl" not in (line := progress_line(1, 2, figures, Clock())) and "entropy" not in line
+    assert " kl 0 " in progress_line(1, 2, {**figures, "kl": 0.0}, Clock())
+
+
 def test_a_divergence_beyond_all_numbers_is_reported_and_stops_no_step() -> None:
     """k3 grows as q/p does: a token that the reference finds far likelier is enough; what is learnt is finite."""
     config = UpdateConfig(max_norm=1e9, kl=1e-6, estimator="k2")
     policy, updater = make(config, reference=lambda batch: policy(batch).logp.detach() + 100)
     report = updater.update(scored(policy, [[1.0, 0.0, 0.5]]))
-    assert math.isinf(report.kl) and report.skipped is None
+    assert report.kl is not None and math.isinf(report.kl) and report.skipped is None
 
 
 def test_a_divergence_in_the_reward_is_part_of_the_score_before_the_baseline() -> None:

@@ -140,7 +140,7 @@ def _transformers(recipe: Recipe, parts: PolicyParts) -> Engine:
         return start_processes(recipe, parts, cores.processes, concurrency)
     lm = batched_lm(parts.sampled, str(parts.folder), parts.grid, template_args=recipe.template_args)
     lm.computes_in = parts.policy.dtype
-    return TransformersEngine(lm, parts.grid, concurrency)
+    return TransformersEngine(lm, parts.grid, concurrency, keep_prepared=True)
 
 
 async def _connect(recipe: Recipe, parts: PolicyParts, engine: Engine, out: Path, shown: Prompt) -> Sampler:

@@ -75,8 +75,10 @@ class TransformersEngine:
 
     guides = False
 
-    def __init__(self, lm: BatchedLM, grid: ImageGrid | None, concurrency: int) -> None:
+    def __init__(self, lm: BatchedLM, grid: ImageGrid | None, concurrency: int, keep_prepared: bool = False) -> None:
+        """``keep_prepared``: the latest batch's prompts and patches stay in memory, for :meth:`prepared`."""
         self.lm = lm
+        self._keep_prepared = keep_prepared
         self.grid = grid
         self.concurrency = concurrency
         self.context: int | None = lm.max_model_len
@@ -103,7 +105,7 @@ class TransformersEngine:
         return len(ids)
 
     def prepared(self, prompt: Prompt) -> PreparedPrompt | None:
-        """What the latest batch prepared for this very object, if it was among its prompts: a trainer reads it, too."""
+        """What the latest batch prepared for this very object, if kept: a trainer scores what was sampled after it."""
         given, prepared = self._latest.get(id(prompt), (None, None))
         return prepared if given is prompt else None
 
@@ -163,9 +165,11 @@ class TransformersEngine:
     def _outcomes(self, jobs: Sequence[_Job]) -> list[Answer | Exception]:
         """One outcome per job, in order. Runs on the worker thread."""
         known = _Known()
+        self._latest = {}
         prepared = [self._prepare(job, known) for job in jobs]
         ready = [item for item in prepared if isinstance(item, _Ready)]
-        self._latest = {id(item.job.request.prompt): (item.job.request.prompt, item.prompt) for item in ready}
+        if self._keep_prepared:
+            self._latest = {id(item.job.request.prompt): (item.job.request.prompt, item.prompt) for item in ready}
         answers = iter(self._answers(ready))
         return [next(answers) if isinstance(item, _Ready) else item for item in prepared]
 

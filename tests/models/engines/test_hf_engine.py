@@ -308,11 +308,16 @@ async def test_the_latest_batch_gives_away_what_it_prepared(
     """A trainer scores captions after the very prompts that they were sampled from: one preparation does for both."""
     prompt, same = (Prompt(PLAIN, pictures[0]) for _ in range(2))
     await reference.generate(GenerationRequest(prompt, Sampling(max_tokens=2)))
-    known = reference.prepared(prompt)
-    assert known is not None and reference.prepared(same) is None
-    fresh = reference.lm.prepare(prompt)
-    assert known.image is not None and fresh.image is not None
-    assert torch.equal(known.ids, fresh.ids) and torch.equal(known.positions, fresh.positions)
-    assert torch.equal(known.image.patches, fresh.image.patches) and known.next_position == fresh.next_position
-    await reference.generate(GenerationRequest(same, Sampling(max_tokens=2)))
-    assert reference.prepared(prompt) is None
+    assert reference.prepared(prompt) is None  # nothing outlives its batch, unless asked for
+    engine = TransformersEngine(reference.lm, reference.grid, 8, keep_prepared=True)
+    try:
+        await engine.generate(GenerationRequest(prompt, Sampling(max_tokens=2)))
+        known, fresh = engine.prepared(prompt), reference.lm.prepare(prompt)
+        assert known is not None and engine.prepared(same) is None
+        assert known.image is not None and fresh.image is not None
+        assert torch.equal(known.ids, fresh.ids) and torch.equal(known.positions, fresh.positions)
+        assert torch.equal(known.image.patches, fresh.image.patches) and known.next_position == fresh.next_position
+        await engine.generate(GenerationRequest(same, Sampling(max_tokens=2)))
+        assert engine.prepared(prompt) is None
+    finally:
+        await engine.aclose()
