@@ -108,6 +108,7 @@ class Worker:
         self.concluded = asyncio.Event()
         self.commit_lock = asyncio.Lock()
         self.tasks: set[asyncio.Task[None]] = set()
+        self.conclusions: set[asyncio.Task[None]] = set()  # those of the tasks that commit a shard
         self.runs: set[ShardRun] = set()
         self.failed = asyncio.Event()
         self.failure: BaseException | None = None
@@ -117,7 +118,10 @@ class Worker:
         self.starved = False  # no shard is available at the moment
 
     async def run(self) -> None:
-        """Process shards to the end; raises the error that ended the worker, after all its tasks are done."""
+        """Process shards to the end; raises the error that ended the worker, after all its tasks are done.
+
+        Finished shards are committed before that: a commit runs in a thread, which a cancelled task would leave behind.
+        """
         pulse = asyncio.create_task(self._pulse())
         feeder = asyncio.create_task(self._feed())
         failed = asyncio.create_task(self.failed.wait())
@@ -130,7 +134,7 @@ class Worker:
                     self._settle_all(self.streak.over())  # the streak ends with the input
                     await self._until_settled(failed)
         finally:
-            for task in (feeder, failed, pulse, *self.tasks):
+            for task in (feeder, failed, pulse, *(self.tasks - self.conclusions)):
                 task.cancel()
             await asyncio.gather(feeder, failed, pulse, *self.tasks, return_exceptions=True)
             for run in self.runs:
@@ -212,10 +216,11 @@ class Worker:
         self._start(self._process(run, readable))
         return True
 
-    def _start(self, coroutine: Any) -> None:
+    def _start(self, coroutine: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     async def _process(self, run: ShardRun, rows: Sequence[Row]) -> None:
         answers = counting_answers()
@@ -269,7 +274,8 @@ class Worker:
             self.concluded.set()  # commits later, but leaves room for others
         else:
             run.pending = -1  # settled: only one task may conclude it
-            self._start(self._conclude(run))
+            self.conclusions.add(task := self._start(self._conclude(run)))
+            task.add_done_callback(self.conclusions.discard)
 
     async def _conclude(self, run: ShardRun) -> None:
         """Commit a finished shard, or report an unreadable one; its journal is kept for the retry."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from capipe.errors import RunFailed
 from capipe.manifests.artifact import Artifact
+from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.shards import Row, expand, join
 from capipe.manifests.status import Status
 from capipe.models.engines.base import GenerationRequest, ImageInput, Prompt, Refused, Rejected, RequestError
@@ -22,6 +24,7 @@ from capipe.pipeline.runners import circuit_breaker, worker
 from capipe.pipeline.runners.circuit_breaker import ErrorStreak, Refusals, general_reason
 from capipe.pipeline.runners.inline import run_inline
 from capipe.pipeline.runners.messages import Event, Pulse
+from capipe.pipeline.runners.shard_run import ShardRun
 from capipe.stages.annotate.captioner import AnnotateConfig
 from capipe.stages.annotate.prompts import NamedPrompt
 
@@ -160,6 +163,25 @@ def test_it_ends_at_any_time_and_keeps_what_was_good(shards: Callable[[int], Pat
     run(folder, alone, Captions(well))
     assert again.engine is not None and sorted(again.engine.asked) == list(range(100, 400))
     assert same(out, alone)
+
+
+def test_a_commit_that_is_under_way_ends_before_the_run_does(
+    shards: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs in a thread: one left behind would write into an artifact that is closed, and that another may hold."""
+    folder, out, commit = shards(400), tmp_path / "out", ShardRun.commit
+
+    def slow(run: ShardRun, processor: Any) -> ShardRecord:
+        time.sleep(0.5)  # the 200 rows of the streak are refused meanwhile
+        return commit(run, processor)
+
+    monkeypatch.setattr(ShardRun, "commit", slow)
+    with pytest.raises(RunFailed, match="200 rows in a row"):
+        run(folder, out, Captions(lambda number: well(number) if number < 100 else refuse(number)))
+    committed = sorted(Artifact.open(str(out)).committed())
+    assert committed == ["00000", "00001", "00002"]
+    time.sleep(1)
+    assert sorted(Artifact.open(str(out)).committed()) == committed
 
 
 def test_a_streak_that_a_good_row_breaks_is_recorded(shards: Callable[[int], Path], tmp_path: Path) -> None:
