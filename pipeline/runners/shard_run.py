@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
+from ...manifests.files.locks import UNLIMITED, Patience
 from ...manifests.manifest import ShardRecord
 from ...manifests.shards import Row, RowReader
 from ...manifests.status import Status
@@ -64,8 +65,8 @@ class ShardRun:
         """Whether all rows are read and none is in the pipeline: ready to commit, or to report as failed."""
         return self.total is not None and self.pending == 0
 
-    def commit(self, processor: Commits) -> ShardRecord:
-        """Write and publish the shard (blocking: runs in a thread)."""
+    def commit(self, processor: Commits, patience: Patience = UNLIMITED) -> ShardRecord:
+        """Write and publish the shard (blocking: runs in a thread). ``patience``: with another process that commits."""
         assert self.total is not None
         name, tar = self.shard.name, processor.writes_tar
         with self.artifact.begin(name, processor.schema, tar=tar, claim=self.claim) as shard:
@@ -78,7 +79,8 @@ class ShardRun:
             else:
                 for index in range(self.total):
                     shard.write(self.rows[index])
-            record = shard.commit(rows_in=self.total, input_info=self.reader.info, started=self.started)
+            info = self.reader.info
+            record = shard.commit(rows_in=self.total, input_info=info, started=self.started, patience=patience)
         self.journal.delete()
         return record
 
