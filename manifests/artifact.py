@@ -20,12 +20,13 @@ from .files import bounded_json
 from .files.locks import LockHeld, Patience
 from .files.names import checked_name, name_problem
 from .files.overwriting import refuse_overwriting
-from .files.redaction import identity_of, redacted, redacted_data
+from .files.redaction import identity_of, redacted_data
 from .files.storage import PRIVATE, Folder, NotAFile, clear, expecting, parquet_file
 from .fingerprint import canonical, differences, encodable, fingerprint
 from .journal import Journal
 from .manifest import Manifest, ShardRecord
 from .object_store.log import ATTEMPTS
+from .sharing import quarantine
 from .sharing.claims import Claims
 from .sharing.guard import GUARD, guard
 from .sharing.output_lock import LOCK, OutputLock
@@ -33,7 +34,6 @@ from .sharing.owners import OWNERS
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
-QUARANTINE = f"{PRIVATE}/quarantine"
 _LEAVING = Patience(seconds=2.0)  # for a last cleaning up, which the next run does as well
 T = TypeVar("T")
 
@@ -377,24 +377,14 @@ class Artifact:
 
     def quarantine(self, shard: str, reason: str) -> None:
         """Record that a shard failed, and why; the next run tries it again."""
-        entry = {"shard": shard, "error": redacted(reason)}
-        self.folder.write(f"{QUARANTINE}/{shard}.json", encodable(json.dumps(entry, ensure_ascii=False)).encode())
+        quarantine.put(self.folder, shard, reason)
 
     def quarantined(self) -> dict[str, str]:
         """Quarantined shards with their errors."""
-        errors = {}
-        for name in self.folder.names(QUARANTINE):
-            file = f"{QUARANTINE}/{name}"
-            try:
-                entry = bounded_json.load_from(self.folder, file)
-                errors[str(entry["shard"])] = str(entry["error"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                text = f"{self.url}/{file}: not a quarantined shard ({error}); remove the file to have it tried again"
-                raise ArtifactMismatch(text) from None
-        return errors
+        return quarantine.read(self.folder)
 
     def is_quarantined(self, shard: str) -> bool:
-        return self.folder.exists(f"{QUARANTINE}/{shard}.json")
+        return quarantine.holds(self.folder, shard)
 
     def release_quarantine(self) -> None:
-        self.folder.remove(QUARANTINE)
+        self.folder.remove(quarantine.QUARANTINE)

@@ -12,6 +12,7 @@ from ..errors import ArtifactMismatch
 from .files import bounded_json
 from .files.names import name_problem
 from .files.storage import Folder
+from .files.store_errors import StoreUnavailable
 from .fingerprint import canonical
 from .manifest import check_files
 
@@ -76,6 +77,8 @@ def left_by_earlier(folder: Folder, file: str) -> tuple[list[str], str]:
     try:
         config = bounded_json.load_from(folder, file)
         extras, generation = config["run"].get("extras", []), str(config.get("generation", ""))
+    except StoreUnavailable:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [], ""
     problem = next(filter(None, map(name_problem, extras if isinstance(extras, list) else [])), None)

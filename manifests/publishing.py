@@ -48,7 +48,7 @@ def retract(folder: Folder, generation: str, record: ShardRecord) -> None:
     if folder.is_local:
         manifest.append(folder, record.retraction())
         return
-    line, before = manifest.written(record.retraction()), last(folder, record.shard)
+    line, before = manifest.written(record.retraction()), _entry_of(folder, record)
     standing = commits.retract(folder, record.shard, Note(generation=generation), lambda _: line, before)
     if standing.line != line:
         raise _replaced(folder, record.shard)
@@ -71,10 +71,8 @@ def _publish_to_store(
     if over is None:
         entry = commits.commit(folder, record.shard, uploads, note, lambda before: _line(folder, record, before))
     else:
-        before = last(folder, record.shard)
-        if before is None or manifest.of_entry(folder, before).files != over.files:
-            raise _replaced(folder, record.shard)
-        entry = commits.replace_committed(folder, record.shard, uploads, note, manifest.written(record), before)
+        line = manifest.written(record)
+        entry = commits.replace_committed(folder, record.shard, uploads, note, line, _entry_of(folder, over))
     standing = manifest.of_entry(folder, entry)
     if standing.fingerprint != record.fingerprint:
         text = f"{folder.url}: shard {record.shard} was committed by another configuration meanwhile"
@@ -89,6 +87,14 @@ def _line(folder: Folder, record: ShardRecord, before: Entry | None) -> bytes:
     replaces = () if before is None else manifest.of_entry(folder, before).replaces
     stats: Mapping[str, Any] = {**record.stats, REPLACES: list(replaces)} if replaces else record.stats
     return manifest.written(replace(record, stats=stats))
+
+
+def _entry_of(folder: Folder, record: ShardRecord) -> Entry:
+    """The entry of a committed shard. Raises ArtifactMismatch if it is not the newest one any more."""
+    entry = last(folder, record.shard)
+    if entry is None or manifest.of_entry(folder, entry).files != record.files:
+        raise _replaced(folder, record.shard)
+    return entry
 
 
 def _replaced(folder: Folder, shard: str) -> ArtifactMismatch:

@@ -19,6 +19,7 @@ from .artifact import Artifact
 from .files.compressed import tar_stem
 from .files.patterns import braced, is_pattern
 from .files.storage import expecting, open_parquet, parquet_of, refuse_irregular
+from .files.store_errors import StoreUnavailable
 from .files.stores import filesystem
 from .manifest import ShardRecord
 from .samples import Sample, read_samples, sidecars
@@ -65,10 +66,12 @@ class Companion:
         return expecting(open_parquet(self.url), self.rows, self.url)
 
     def read(self) -> bytes:
-        """The file's bytes. Raises ArtifactMismatch if they are not the committed ones."""
+        """The file's bytes. Raises ArtifactMismatch if they are not the committed ones, StoreUnavailable."""
         fs, path = filesystem(self.url)
         try:
             data = fs.read(path)
+        except StoreUnavailable:
+            raise
         except OSError as error:
             text = f"{self.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
             raise ArtifactMismatch(text) from None

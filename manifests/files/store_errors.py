@@ -28,12 +28,16 @@ _PASSING_ERRNOS = frozenset({errno.EBUSY, errno.EREMOTEIO, errno.ECONNRESET, err
 _PASSING_ERRNOS |= {errno.ETIMEDOUT, errno.EPIPE, errno.EAGAIN}
 
 
+class StoreUnavailable(OSError):
+    """A store that does not answer, or only by passing errors, after all tries: not the fault of the one object."""
+
+
 def translated(error: BaseException, url: str) -> OSError | None:
     """A store's error as an OSError of the nearest kind with its URL; None if it is no error of a store."""
     if not (isinstance(error, OSError) or is_of_a_library(error)):
         return None
-    if isinstance(error, OSError) and error.filename == url:
-        return error
+    if isinstance(error, OSError) and (error.filename == url or str(error.filename).startswith("/")):
+        return error  # the latter: of a local file that was to be uploaded
     reason, code = _reason(error), http_code(error)
     if isinstance(error, FileNotFoundError) or code in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
         return FileNotFoundError(errno.ENOENT, reason, url)
@@ -42,9 +46,8 @@ def translated(error: BaseException, url: str) -> OSError | None:
     if isinstance(error, PermissionError) or code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         return PermissionError(errno.EACCES, reason, url)
     number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-    kind = OSError(number, reason, url)
-    kind.__cause__ = error  # its HTTP code is asked for later
-    return kind
+    kind = StoreUnavailable if is_passing(error) else OSError
+    return kind(number, reason, url)
 
 
 def is_of_a_library(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from ...errors import CapipeError
 from ..files import bounded_json
 from ..files.locks import UNLIMITED, LockHeld, Patience
 from ..files.storage import PRIVATE, Folder, clear, create, write_new
+from ..files.store_errors import StoreUnavailable
 from .guard import guard
 from .owners import Owner, Presence, lives, read_owner
 
@@ -61,6 +62,8 @@ def _claim(folder: Folder, shard: str) -> dict[str, Any]:
         claim = bounded_json.load_from(folder, _name(shard))
         token = _TOKEN.fullmatch(claim["token"])
         return claim if token is not None and token[1] == claim["run"] else {}
+    except StoreUnavailable:
+        raise
     except (OSError, ValueError, TypeError, KeyError):
         return {}
 

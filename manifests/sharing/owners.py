@@ -22,6 +22,7 @@ from typing import Any
 
 from ..files import bounded_json
 from ..files.storage import PRIVATE, Folder, open_own, write_new
+from ..files.store_errors import StoreUnavailable
 from ..files.tar import printable
 
 LEASE_SECONDS = 60.0  # without a heartbeat, before a run on another machine counts as dead
@@ -157,6 +158,8 @@ def read_owner(folder: Folder, run: str) -> Owner | None:
     try:
         card: Any = bounded_json.load_from(folder, f"{PRIVATE}/{OWNERS}/{run}.json")
         owner = Owner(**card)
+    except StoreUnavailable:
+        raise
     except (OSError, ValueError, TypeError):
         return None
     texts = isinstance(owner.host, str), *(isinstance(value, str | None) for value in (owner.machine, owner.born))

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from ...errors import ArtifactMismatch, BadInput
 from ...manifests.artifact import Artifact
+from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.files.stores import filesystem
 from ...manifests.schema import BASE, SCORE, check
 from ...manifests.shards import Companion, InputShard
@@ -114,6 +115,8 @@ def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) ->
         with companion.open() as parquet:
             check(parquet.schema_arrow, schema, companion.url)
             return parquet.read(columns=list(dict.fromkeys(columns)), use_threads=False)
+    except StoreUnavailable:
+        raise
     except (OSError, pa.ArrowException) as error:
         text = f"{companion.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
         raise ArtifactMismatch(text) from None

@@ -11,6 +11,7 @@ import pyarrow as pa
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.locks import UNLIMITED, Patience
+from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.manifest import ShardRecord
 from ...manifests.shards import Row, RowReader
 from ...manifests.status import Status
@@ -88,5 +89,7 @@ class ShardRun:
         """Read the input's rows again. An OSError here concerns the input, so it fails this shard, not the run."""
         try:
             yield from RowReader(self.shard)
+        except StoreUnavailable:
+            raise
         except OSError as error:
             raise CapipeError(f"{self.shard.url}: {error}") from error

@@ -24,6 +24,7 @@ import pyarrow as pa
 from ...errors import CapipeError, RunFailed
 from ...manifests.artifact import Artifact
 from ...manifests.files.locks import LockHeld, Patience
+from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.shards import Row
 from ...manifests.sharing.claims import ClaimLost
 from ...manifests.status import Status
@@ -186,6 +187,8 @@ class Worker:
                         return
                 count += len(batch)
             run.total = count
+        except StoreUnavailable as error:  # nor could any other shard be read
+            self._fail(error)
         except (OSError, CapipeError, pa.ArrowException) as error:
             run.failure = str(error) if isinstance(error, CapipeError) else f"{run.shard.url}: {error}"
             run.total = count
@@ -332,8 +335,10 @@ def _take(rows: Iterator[Row], count: int) -> list[Row]:
 
 
 def disk_text(error: OSError, where: str | None = None) -> str:
-    """One-line message about a disk that cannot be written (or read), with the fix."""
-    where = where or error.filename or "the disk"
+    """One-line message about a disk or store that cannot be written (or read), with the fix. ``where``: its folder, for
+    errors that do not name an object of a store."""
+    named = str(error.filename or "")
+    where = named if "://" in named else where or named or "the disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}: no space left; free some and run the same command: it resumes where it was"
     return f"{where}: {error.strerror or error}; fix that and run the same command: it resumes where it was"
