@@ -92,7 +92,8 @@ def http_code(error: BaseException) -> int | None:
     for cause in causes(error):
         answered = _response(cause).get("ResponseMetadata", {}).get("HTTPStatusCode")
         response = getattr(getattr(cause, "response", None), "status_code", None)
-        for code in (answered, getattr(cause, "status", None), response, getattr(cause, "code", None)):
+        other = getattr(cause, "code", None) if type(cause).__module__.startswith("gcsfs") else None
+        for code in (answered, getattr(cause, "status", None), response, other):
             number = int(code) if isinstance(code, str) and code.isdigit() else code
             if isinstance(number, int) and number >= HTTPStatus.BAD_REQUEST:
                 return number

@@ -13,6 +13,8 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from http import HTTPStatus
 from typing import Any, BinaryIO, TypeVar, cast
@@ -38,12 +40,26 @@ _S3_RETRIES = {"retries": {"mode": "standard", "total_max_attempts": 3}}
 _S3_TRIES = 2
 
 
+_at_most: ContextVar[float] = ContextVar("capipe_store_patience", default=float("inf"))
+
+
 def patience() -> float:
     """Seconds for which passing errors of one operation are tried again: :data:`PATIENCE`, or of the environment."""
     try:
-        return max(0.0, float(os.environ.get(PATIENCE_VARIABLE, PATIENCE)))
+        asked = max(0.0, float(os.environ.get(PATIENCE_VARIABLE, PATIENCE)))
     except ValueError:
-        return PATIENCE
+        asked = PATIENCE
+    return min(asked, _at_most.get())
+
+
+@contextmanager
+def impatient(seconds: float) -> Iterator[None]:
+    """In this thread have less patience: somebody waits for what is read, and can do without."""
+    token = _at_most.set(seconds)
+    try:
+        yield
+    finally:
+        _at_most.reset(token)
 
 
 class Store:
