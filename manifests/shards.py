@@ -244,7 +244,7 @@ def _refuse_namesakes(shards: list[InputShard]) -> None:
         by_name[shard.name] = shard.url
 
 
-class _SizedDigest:
+class SizedDigest:
     """sha256 that also counts bytes."""
 
     def __init__(self) -> None:
@@ -263,7 +263,7 @@ class RowReader:
 
     def __init__(self, shard: InputShard) -> None:
         self.shard = shard
-        self._digest = _SizedDigest()
+        self._digest = SizedDigest()
         self._open: list[int] = []
 
     @property

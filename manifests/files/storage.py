@@ -210,8 +210,8 @@ def read_parquet(folder: Folder, name: str, columns: Sequence[str] | None = None
 
 
 def parquet_file(folder: Folder, name: str) -> pq.ParquetFile:
-    """A Parquet file of ours, opened by :func:`open_parquet`."""
-    return open_parquet(str(folder.local(name)) if folder.is_local else f"{folder.url}/{name}")
+    """A Parquet file of ours, opened as by :func:`open_parquet`."""
+    return open_parquet(str(folder.local(name))) if folder.is_local else parquet_of(folder.read_bytes(name))
 
 
 def open_parquet(url: str) -> pq.ParquetFile:
