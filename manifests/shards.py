@@ -12,16 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import ArtifactMismatch, BadInput
 from .artifact import Artifact
 from .files.compressed import tar_stem
 from .files.patterns import braced, is_pattern
 from .files.storage import expecting, open_parquet, parquet_of, refuse_irregular
+from .files.store_errors import StoreUnavailable
+from .files.stores import filesystem
 from .manifest import ShardRecord
 from .samples import Sample, read_samples, sidecars
 from .sidecars import MAX_BYTES, MAX_OWN_BYTES, read_sidecars
@@ -67,10 +66,12 @@ class Companion:
         return expecting(open_parquet(self.url), self.rows, self.url)
 
     def read(self) -> bytes:
-        """The file's bytes. Raises ArtifactMismatch if they are not the committed ones."""
-        fs, path = url_to_fs(self.url)
+        """The file's bytes. Raises ArtifactMismatch if they are not the committed ones, StoreUnavailable."""
+        fs, path = filesystem(self.url)
         try:
-            data: bytes = fs.cat_file(path)
+            data = fs.read(path)
+        except StoreUnavailable:
+            raise
         except OSError as error:
             text = f"{self.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
             raise ArtifactMismatch(text) from None
@@ -95,10 +96,10 @@ class InputShard:
         return not self.url.startswith("memory:")
 
     def open(self) -> BinaryIO:
-        fs, path = url_to_fs(self.url)
-        if self.record is not None and isinstance(fs, LocalFileSystem):
+        fs, path = filesystem(self.url)
+        if self.record is not None and fs.is_local:
             refuse_irregular(Path(path))
-        return fs.open(path, "rb")  # type: ignore[no-any-return]
+        return fs.open(path)
 
     def listing(self) -> pq.ParquetFile:
         """The Parquet beside a tar of ours. Raises ArtifactMismatch if its rows differ from the manifest."""
@@ -111,7 +112,7 @@ class InputShard:
         Raises ArtifactMismatch if this is not the tar that ``made`` came from: by size, or by our manifest.
         """
         if self.record is None:
-            fs, path = url_to_fs(self.url)
+            fs, path = filesystem(self.url)
             if fs.size(path) != made.input["bytes"]:
                 raise self._changed()
             return False
@@ -147,7 +148,7 @@ def expand(pattern: str) -> list[InputShard]:
 
     Raises BadInput if a named shard is missing, nothing matches, or two shards have the same name.
     """
-    fs, path = _filesystem(pattern)
+    fs, path = filesystem(pattern)
     if is_pattern(pattern):
         urls = [url for part in braced(pattern) for url in _glob(part)]
     elif fs.isdir(path):
@@ -198,13 +199,6 @@ def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[In
     return joined
 
 
-def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        return url_to_fs(url)  # type: ignore[no-any-return]
-    except (ValueError, ImportError) as error:
-        raise BadInput(f"{url}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
-
-
 def _artifact_shards(artifact: Artifact) -> list[InputShard]:
     records = artifact.committed()
     missing = next((r.shard for r in records.values() if f"{r.shard}.tar" not in r.files), None)
@@ -234,13 +228,12 @@ def _shards(urls: list[str]) -> list[InputShard]:
 
 def _glob(url: str) -> list[str]:
     """URLs matching ``url``, sorted. A name without wildcards must exist: a gap in a range is an error."""
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     if not any(c in url for c in "*?["):
         if not fs.exists(path):
             raise BadInput(f"{url}: no such shard; narrow the pattern to those that exist, or restore it")
         return [url]
-    paths = sorted(str(p) for p in fs.glob(path))
-    return [fs.unstrip_protocol(p) if "://" in url else p for p in paths]
+    return [fs.unstrip(found) if "://" in url else found for found in sorted(fs.glob(path))]
 
 
 def _refuse_namesakes(shards: list[InputShard]) -> None:
@@ -251,7 +244,7 @@ def _refuse_namesakes(shards: list[InputShard]) -> None:
         by_name[shard.name] = shard.url
 
 
-class _SizedDigest:
+class SizedDigest:
     """sha256 that also counts bytes."""
 
     def __init__(self) -> None:
@@ -270,7 +263,7 @@ class RowReader:
 
     def __init__(self, shard: InputShard) -> None:
         self.shard = shard
-        self._digest = _SizedDigest()
+        self._digest = SizedDigest()
         self._open: list[int] = []
 
     @property

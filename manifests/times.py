@@ -1,8 +1,8 @@
 """Creation and commit times of an artifact, in the only file with times: all other files are equal for identical runs.
 
-Locally ``_capipe/times.jsonl``, a line for the artifact and one for each commit; object stores cannot append, so there
-each line is an object of its own in ``_capipe/times.d/``. The last line about a shard counts. No digest covers it, and
-no row depends on it: without it the times are unknown.
+Locally ``_capipe/times.jsonl``, a line for the artifact and one for each commit. Object stores cannot append: there the
+artifact's line is an object, and a commit's times are in the note beside its record (:mod:`.object_store.log`). The
+last line about a shard counts. No digest covers them, and no row depends on them: without them the times are unknown.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from .files import bounded_json
 from .files.storage import PRIVATE, Folder, append_line
+from .object_store.log import Note
 
 LINES = f"{PRIVATE}/times.jsonl"
-OBJECTS = f"{PRIVATE}/times.d"
+CREATED = f"{PRIVATE}/times.d/artifact.json"  # in a store
+_OLDER = f"{PRIVATE}/times.d/shards"  # an object for each shard, of artifacts from before the notes
+_LONGEST = 1 << 16  # bytes of a line
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,27 @@ class Times:
 
 
 def note_created(folder: Folder) -> None:
-    _append(folder, "artifact", {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    line = json.dumps({"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}, sort_keys=True).encode()
+    if folder.is_local:
+        append_line(folder.to_write(LINES), line)
+    else:
+        folder.write(CREATED, line)
 
 
 def note_shard(folder: Folder, shard: str, started: float) -> None:
-    """Record the times of a shard that is committed right afterwards; ``started`` in epoch seconds, as the end."""
+    """Record the times of a shard that is committed right afterwards in a local folder; ``started`` in epoch seconds,
+    as the end."""
     ended = time.time()
     spent = round(ended - started, 3)
-    _append(folder, f"shards/{shard}", {"shard": shard, "started": started, "ended": ended, "seconds": spent})
+    entry = {"shard": shard, "started": started, "ended": ended, "seconds": spent}
+    append_line(folder.to_write(LINES), json.dumps(entry, sort_keys=True).encode())
 
 
-def read(folder: Folder) -> Times:
-    """All recorded times. Unreadable lines are skipped: nothing depends on them."""
+def read(folder: Folder, notes: Mapping[str, Note] | None = None) -> Times:
+    """All recorded times; ``notes``: of a store's commits, by shard. Unreadable lines are skipped: nothing depends on
+    them."""
     created, seconds = "", {}
-    for line in _lines(folder):
+    for line in _lines(folder) if folder.is_local else _objects(folder):
         try:
             entry = bounded_json.parse(line)
             if "shard" in entry:
@@ -51,19 +60,24 @@ def read(folder: Folder) -> Times:
                 created = str(entry["created"])
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
+    seconds |= {shard: note.seconds for shard, note in (notes or {}).items() if note.attempt}
     return Times(created, seconds)
 
 
-def _append(folder: Folder, name: str, entry: Mapping[str, Any]) -> None:
-    line = json.dumps(entry, sort_keys=True).encode()
-    if folder.is_local:
-        append_line(folder.to_write(LINES), line)
-    else:
-        folder.write(f"{OBJECTS}/{name}.json", line)
+def created(folder: Folder) -> str:
+    """When the artifact was created, ISO 8601 in UTC; "" if unknown. Reads no more than it has to."""
+    try:
+        with folder.open(LINES if folder.is_local else CREATED) as file:
+            entry = bounded_json.parse(file.readline(_LONGEST))
+        return str(entry["created"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 def _lines(folder: Folder) -> list[bytes]:
-    if folder.is_local:
-        return folder.read_bytes(LINES).split(b"\n")[:-1] if folder.exists(LINES) else []
-    names = ["artifact.json", *(f"shards/{name}" for name in folder.names(f"{OBJECTS}/shards"))]
-    return [folder.read_bytes(f"{OBJECTS}/{name}") for name in names if folder.exists(f"{OBJECTS}/{name}")]
+    return folder.read_bytes(LINES).split(b"\n")[:-1] if folder.exists(LINES) else []
+
+
+def _objects(folder: Folder) -> list[bytes]:
+    paths = [folder.full(CREATED), *(folder.full(f"{_OLDER}/{name}") for name in folder.marks(_OLDER))]
+    return list(folder.fs.read_all(paths).values())

@@ -1,9 +1,9 @@
 """Transaction for one shard: everything is written and synced under scratch names, renamed, then added to the manifest.
 
 If several workers may have the same shard, the steps from the first rename to the manifest line run under a lock, after
-a check of the claim (:mod:`.claims`). Crashes: before the renames nothing of the shard is visible; between them, or
-before the manifest line, files without a line remain, which readers ignore and which are replaced when the shard is
-redone. A shard that replaces a committed one uses :mod:`.replacing`.
+a check of the claim (:mod:`.sharing.claims`). Crashes: before the renames nothing of the shard is visible; between
+them, or before the manifest line, files without a line remain, which readers ignore and which are replaced when the
+shard is redone. A shard that replaces a committed one uses :mod:`.replacing`. In a store: :mod:`.object_store.commits`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import RunFailed
-from . import manifest, replacing, times
-from .claims import holding, scratch_of
+from . import manifest
+from .files.locks import UNLIMITED, Patience
 from .files.names import checked_name
 from .files.redaction import redacted_row
 from .files.storage import Folder, clear, create, scratch_name, write_synced
 from .files.tar import TarWriter
 from .manifest import ShardRecord
+from .publishing import publish
+from .sharing.claims import holding, scratch_of
 from .status import Status
 
 ROW_GROUP = 1000
@@ -49,10 +51,11 @@ class ShardTransaction:
         claim: str | None = None,
         replaces: Sequence[str] = (),
         over: ShardRecord | None = None,
+        generation: str = "",
     ) -> None:
         self.shard, self._folder, self._fingerprint, self._schema = shard, folder, fingerprint, schema
         self._claim, self._scratch = claim, new_scratch(folder, scratch_of(claim), shard)
-        self._replaces, self._over = replaces, over
+        self._replaces, self._over, self._generation = replaces, over, generation
         self._counts: Counter[str] = Counter()
         self._keys: set[str] = set()
         self._rows: list[Mapping[str, Any]] = []
@@ -94,12 +97,14 @@ class ShardTransaction:
         started: float | None = None,
         stats: Mapping[str, Any] | None = None,
         beside: Mapping[str, bytes] | None = None,
+        patience: Patience = UNLIMITED,
     ) -> ShardRecord:
         """Publish the shard. ``rows_in`` rows must have been written: conservation of rows is asserted here.
 
         ``input_info`` needs a ``digest``; ``started`` (epoch seconds) overrides the start time; ``stats`` go into the
-        manifest; ``beside``: more files of the shard, by name.
-        Raises ClaimLost, and publishes nothing, if the shard now belongs to another worker.
+        manifest; ``beside``: more files of the shard, by name; ``patience``: with another process that commits.
+        Returns the record that stands, in a store perhaps another writer's. Publishes nothing and raises ClaimLost if
+        the shard now belongs to another worker, or LockHeld if the patience ends.
         """
         if sum(self._counts.values()) != rows_in:
             text = f"shard {self.shard}: {rows_in} rows in, {sum(self._counts.values())} rows out"
@@ -108,7 +113,7 @@ class ShardTransaction:
         self._finish_files()
         for name, data in (beside or {}).items():
             self._add_file(name, data)
-        with holding(self._folder, self.shard, self._claim):
+        with holding(self._folder, self.shard, self._claim, patience):
             return self._publish(input_info, stats)
 
     def _publish(self, input_info: Mapping[str, Any], stats: Mapping[str, Any] | None) -> ShardRecord:
@@ -122,14 +127,8 @@ class ShardTransaction:
             fingerprint=self._fingerprint,
             stats=dict(stats or {}),
         )
-        times.note_shard(self._folder, self.shard, self._started)
-        if self._over is not None:
-            replacing.replace(self._folder, self._scratch, self._over, record)
-            return record
-        for name in self._files:
-            self._folder.publish(self._scratch / scratch_name(name), name)
-        manifest.append(self._folder, record)
-        return record
+        files = {name: self._scratch / scratch_name(name) for name in self._files}
+        return publish(self._folder, self._generation, files, record, self._started, self._over)
 
     def _finish_files(self) -> None:
         if self._tar is not None and self._tar_file is not None:

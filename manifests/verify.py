@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
+import io
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -18,10 +20,12 @@ from .files import bounded_json
 from .files.allowed import Allowed
 from .files.names import checked_name
 from .files.outside import Refused
+from .files.storage import Folder
+from .files.store_errors import StoreUnavailable
 from .manifest import ShardRecord, made_of
-from .samples import read_samples
+from .samples import Sample, read_samples
 from .schema import check
-from .shards import ROWS, uid_of
+from .shards import ROWS, SizedDigest, uid_of
 from .status import Status
 
 _UNKNOWN = ArtifactSpec("", "")
@@ -48,6 +52,8 @@ def verify(url: str, images: Sequence[str] = (), specs: Mapping[str, ArtifactSpe
     by stage; for any other stage, rows must match the input and extra columns are not checked.
     """
     artifact = Artifact.open(url)
+    if not artifact.folder.is_local:
+        artifact = replace(artifact, folder=_ReadOnce(artifact.folder))
     spec = specs.get(artifact.stage, _UNKNOWN)
     report = VerifyReport()
     keys = _KeySet()
@@ -56,14 +62,21 @@ def verify(url: str, images: Sequence[str] = (), specs: Mapping[str, ArtifactSpe
     source = _source(artifact, report, Allowed(url, tuple(images)))
     before = {} if source is None else source.committed()
     replaced = {shard: {*record.replaces} - {*record.current} for shard, record in before.items()}
-    for record in artifact.committed().values():
+    records = artifact.committed()
+    for record in records.values():
         report.shards += 1
         report.rows.update(record.rows)
-        faults = list(_files(artifact, record.files, report))
+        if isinstance(artifact.folder, _ReadOnce):
+            artifact.folder.keep(record)
+        tar = f"{record.shard}.tar"
+        faults = list(_files(artifact, {name: file for name, file in record.files.items() if name != tar}, report))
         if not faults:
             faults = list(_readable(artifact, record, spec))
-        if not faults:
-            faults = list(_content(artifact, record))
+        rows = None if faults else artifact.table(record.shard, _ROW).to_pylist()
+        if tar in record.files:
+            faults += _tar(artifact, record, rows, report)
+        if rows is not None:
+            faults += _content(artifact, record, rows)
             _unique_keys(artifact, record, spec, keys, report)
             if any(_is_older(entry, replaced) for entry in made_of(record)):
                 text = "rows of its input were done again since; its command does these again, too"
@@ -72,8 +85,33 @@ def verify(url: str, images: Sequence[str] = (), specs: Mapping[str, ArtifactSpe
                 faults += _conservation(artifact, record, spec, source)
         report.faults += [f"{artifact.url}/{fault}" for fault in faults]
     report.faults += [f"{artifact.url}/{fault}" for fault in _finals(artifact, report)]
-    _leftovers(artifact, report)
+    _leftovers(artifact, records, report)
     return report
+
+
+class _ReadOnce(Folder):
+    """A store's folder in which a shard's files, other than its tar, are read once and kept until the next shard."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.__dict__.update(folder.__dict__)
+        self._kept: dict[str, bytes | None] = {}
+
+    def keep(self, record: ShardRecord) -> None:
+        self._kept = {name: None for name in record.files if not name.endswith(".tar")}
+
+    def read_bytes(self, name: str) -> bytes:
+        data = self._kept.get(name)
+        if data is None:
+            data = super().read_bytes(name)
+            if name in self._kept:
+                self._kept[name] = data
+        return data
+
+    def open(self, name: str) -> BinaryIO:
+        return io.BytesIO(self.read_bytes(name)) if name in self._kept else super().open(name)
+
+    def size(self, name: str) -> int:
+        return len(self.read_bytes(name)) if name in self._kept else super().size(name)
 
 
 class _KeySet:
@@ -92,24 +130,29 @@ class _KeySet:
 
 def _files(artifact: Artifact, files: Mapping[str, Mapping[str, Any]], report: VerifyReport) -> Iterator[str]:
     for name, expected in files.items():
-        digest, size = hashlib.sha256(), 0
+        read = SizedDigest()
         try:
-            if (actual := artifact.folder.size(name)) != expected["bytes"]:
-                yield f"{name}: {actual} bytes, {expected['bytes']} were committed"
-                continue
             with artifact.folder.open(name) as file:
                 while data := file.read(_CHUNK):
-                    digest.update(data)
-                    size += len(data)
+                    read.update(data)
         except FileNotFoundError:
             yield f"{name}: missing, though its shard is committed"
             continue
+        except StoreUnavailable:
+            raise
         except OSError as error:
             yield f"{name}: cannot be read ({error})"
             continue
-        report.bytes += size
-        if digest.hexdigest() != expected["sha256"]:
-            yield f"{name}: its sha256 is not the one that was committed"
+        report.bytes += read.size
+        yield from _bytes(name, read, expected)
+
+
+def _bytes(name: str, read: SizedDigest, expected: Mapping[str, Any]) -> Iterator[str]:
+    """Faults unless a file has the committed bytes."""
+    if read.size != expected["bytes"]:
+        yield f"{name}: {read.size} bytes, {expected['bytes']} were committed"
+    elif read.hexdigest() != expected["sha256"]:
+        yield f"{name}: its sha256 is not the one that was committed"
 
 
 def _finals(artifact: Artifact, report: VerifyReport) -> Iterator[str]:
@@ -157,15 +200,12 @@ def _readable(artifact: Artifact, record: ShardRecord, spec: ArtifactSpec) -> It
         yield from (f"{name}: has no column {column}" for column in sorted(missing))
 
 
-def _content(artifact: Artifact, record: ShardRecord) -> Iterator[str]:
+def _content(artifact: Artifact, record: ShardRecord, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     name = f"{record.shard}.parquet"
-    rows = artifact.table(record.shard, _ROW).to_pylist()
     counts = Counter(row["status"] for row in rows)
     if counts != Counter(record.rows):
         yield f"{name}: rows by status {dict(counts)}, the manifest says {dict(record.rows)}"
     yield from _stats(artifact, f"{record.shard}_stats.json", counts)
-    if f"{record.shard}.tar" in record.files:
-        yield from _tar(artifact, record, [row for row in rows if row["status"] == Status.OK])
     loose = f"_capipe/parts/{record.shard}.jsonl"
     if loose in record.files:
         yield from _loose_images(artifact, loose, {row["key"]: row["uid"] for row in rows})
@@ -182,19 +222,43 @@ def _stats(artifact: Artifact, name: str, counts: Counter[str]) -> Iterator[str]
         yield f"{name}: its counts are not those of the Parquet"
 
 
-def _tar(artifact: Artifact, record: ShardRecord, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Faults unless the tar has exactly the ok rows, in order, with the same members, each image matching its uid."""
-    name, shapes = f"{record.shard}.tar", set()
-    with artifact.folder.open(name) as stream:
-        for sample, row in itertools.zip_longest(read_samples(stream), rows):
-            if sample is None or row is None or sample.key != row["key"]:
-                actual, wanted = sample and sample.key, row and row["key"]
-                yield f"{name}: holds {actual!r} where the Parquet has {wanted!r}"
-                return
-            image = sample.image()
-            if image is None or image.data is None or uid_of(image.data) != row["uid"]:
-                yield f"{name}: the image of {sample.key!r} is not that of its uid ({sample.error or 'other bytes'})"
-            shapes.add(frozenset(ext for ext, member in sample.members.items() if member is not image))
+def _tar(
+    artifact: Artifact, record: ShardRecord, rows: Sequence[Mapping[str, Any]] | None, report: VerifyReport
+) -> list[str]:
+    """Faults of a tar, which is read once. ``rows``: of its Parquet, if that is sound; else only its bytes count."""
+    name, read = f"{record.shard}.tar", SizedDigest()
+    faults: list[str] = []
+    try:
+        with artifact.folder.open(name) as stream:
+            if rows is None:
+                while data := stream.read(_CHUNK):
+                    read.update(data)
+            else:
+                samples = read_samples(stream, digest=read)
+                faults += _samples(name, samples, [row for row in rows if row["status"] == Status.OK])
+                collections.deque(samples, maxlen=0)  # to its end, for the checksum
+    except FileNotFoundError:
+        return [f"{name}: missing, though its shard is committed"]
+    except StoreUnavailable:
+        raise
+    except OSError as error:
+        return [f"{name}: cannot be read ({error})"]
+    report.bytes += read.size
+    return list(_bytes(name, read, record.files[name])) or faults
+
+
+def _samples(name: str, samples: Iterator[Sample], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Faults unless a tar has exactly the ok rows, in order, with the same members, each image matching its uid."""
+    shapes = set()
+    for sample, row in itertools.zip_longest(samples, rows):
+        if sample is None or row is None or sample.key != row["key"]:
+            actual, wanted = sample and sample.key, row and row["key"]
+            yield f"{name}: holds {actual!r} where the Parquet has {wanted!r}"
+            return
+        image = sample.image()
+        if image is None or image.data is None or uid_of(image.data) != row["uid"]:
+            yield f"{name}: the image of {sample.key!r} is not that of its uid ({sample.error or 'other bytes'})"
+        shapes.add(frozenset(ext for ext, member in sample.members.items() if member is not image))
     if len(shapes) > 1:
         yield f"{name}: samples differ in their members {sorted(sorted(s) for s in shapes)}"
 
@@ -281,11 +345,11 @@ def _identity(artifact: Artifact, shard: str, key: str) -> pa.Table:
     return pa.table({"key": table.column(key), "uid": table.column("uid")})
 
 
-def _leftovers(artifact: Artifact, report: VerifyReport) -> None:
+def _leftovers(artifact: Artifact, records: Mapping[str, ShardRecord], report: VerifyReport) -> None:
     scratch = artifact.folder.private("tmp")
     for path in sorted(scratch.glob("*")) if scratch.is_dir() else []:
         report.faults.append(f"{path}: a temporary file was left behind; run the same command again to clear it")
-    known = {name for record in artifact.committed().values() for name in record.files}
+    known = {name for record in records.values() for name in record.files}
     for name in artifact.folder.names():
         if name.endswith((".tar", ".parquet", "_stats.json")) and name not in known:
             report.notes.append(f"{artifact.url}/{name}: of a shard that is not committed; the next run replaces it")

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from .storing import StoreProxy, proxied
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for commands, too: tiny models are no faster with two, and often slower
 
@@ -119,3 +121,10 @@ def s3() -> Iterator[str]:
         fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
         yield "s3://bucket"
     server.stop()
+
+
+@pytest.fixture
+def store(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreProxy]:
+    """The same server behind a proxy that misbehaves on request; the address that boto reads is the proxy's."""
+    with proxied(monkeypatch, os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        yield proxy

@@ -12,10 +12,9 @@ from functools import lru_cache
 from random import Random
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from ..errors import ArtifactMismatch, BadInput
 from ..manifests.artifact import Artifact
+from ..manifests.files.stores import filesystem
 from ..manifests.fingerprint import fingerprint
 from ..manifests.shards import InputShard, Row, RowReader, expand, input_artifact, join, uid_of
 from ..manifests.status import Status
@@ -43,8 +42,8 @@ class Example:
 
     def read(self) -> bytes:
         """Encoded image. Raises ArtifactMismatch if the tar changed since it was listed."""
-        fs, path = url_to_fs(self.url)
-        data: bytes = fs.cat_file(path, self.offset, self.offset + self.size)
+        fs, path = filesystem(self.url)
+        data = fs.read(path, self.offset, self.offset + self.size)
         if uid_of(data) != self.uid:
             raise ArtifactMismatch(f"{self.url}: {self.key!r} is not the image that was listed; the tar has changed")
         return data

@@ -19,15 +19,13 @@ import shutil
 import stat
 import uuid
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
-
-import fsspec
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from ...errors import ArtifactMismatch, BadInput
 from .names import linked_parent
+from .stores import etag, filesystem, stamp
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,48 +45,79 @@ class Folder:
     """A folder given by path or fsspec URL. Names are relative to it, with ``/``."""
 
     def __init__(self, url: str) -> None:
-        try:
-            self.fs, self.path = cast(tuple[fsspec.AbstractFileSystem, str], url_to_fs(url.rstrip("/") or url))
-        except (ValueError, ImportError) as error:
-            raise BadInput(f"{url}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
+        self.fs, self.path = filesystem(url.rstrip("/") or url)
         self.url = url.rstrip("/") or url
-        self.is_local = isinstance(self.fs, LocalFileSystem)
-        self.is_shared = self.is_local or "memory" not in _protocols(self.fs)  # visible to other processes
+        self.is_local = self.fs.is_local
+        self.is_shared = "memory" not in self.fs.protocols  # visible to other processes
 
     def full(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
 
     def exists(self, name: str = "") -> bool:
-        return bool(self.fs.exists(self.full(name)))
+        return self.fs.exists(self.full(name))
 
     def names(self, folder: str = "") -> list[str]:
         """Names of the files and folders directly in ``folder`` (sorted, without path); empty if it does not exist."""
-        self.fs.invalidate_cache()
+        if not self.is_local:
+            return sorted(self.stamps(folder))
         try:
-            entries = self.fs.ls(self.full(folder), detail=False)
-        except FileNotFoundError:
+            return sorted(os.listdir(self.local(folder)))  # noqa: PTH208  (names alone: there may be a million)
+        except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def stamps(self, folder: str = "") -> dict[str, float]:
+        """The same, each with its last change by the file system's clock, in epoch seconds (0 for folders in a store).
+        One listing."""
+        try:
+            entries = self.fs.listed(self.full(folder))
+        except FileNotFoundError:
+            return {}
         here = self.full(folder).rstrip("/")
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != here)
+        by_path = {str(entry["name"]).rstrip("/"): stamp(entry) for entry in entries}
+        return {path.rsplit("/", 1)[-1]: time for path, time in by_path.items() if path != here}
+
+    def marks(self, folder: str) -> dict[str, str]:
+        """The files directly in a folder of a store, each with its ETag ("" if the store has none). One listing."""
+        try:
+            entries = self.fs.listed(self.full(folder))
+        except FileNotFoundError:
+            return {}
+        files = (entry for entry in entries if entry.get("type") != "directory")
+        return {str(entry["name"]).rsplit("/", 1)[-1]: etag(entry) for entry in files}
+
+    @cached_property
+    def is_conditional(self) -> bool:
+        """True if the store creates an object only where there is none, as one step; found out by trying it."""
+        if self.is_local or not self.fs.may_create:
+            return False
+        probe = self.full(f"{PRIVATE}/probe/{uuid.uuid4().hex}")
+        try:
+            return self.fs.create(b"1", probe) and not self.fs.create(b"2", probe)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EINVAL):
+                raise
+            return False
+        finally:
+            self.fs.remove_file(probe)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises OSError if there is none, or a pipe or device in its place."""
         if self.is_local:
             refuse_irregular(self.local(name))
-        return cast(BinaryIO, self.fs.open(self.full(name), "rb"))
+        return self.fs.open(self.full(name))
 
     def read_bytes(self, name: str) -> bytes:
+        if not self.is_local:
+            return self.fs.read(self.full(name))
         with self.open(name) as file:
             return file.read()
 
     def size(self, name: str) -> int:
-        return int(self.fs.size(self.full(name)))
+        return self.fs.size(self.full(name))
 
     def make(self) -> None:
-        """Create the folder, if the file system has folders."""
-        self.fs.makedirs(self.path, exist_ok=True)
-        if self.is_local:
-            self.local("").mkdir(parents=True, exist_ok=True)
+        """Create the folder, if the file system has folders. Raises BadInput if its bucket does not exist."""
+        self.fs.make_folder(self.path)
 
     def local(self, name: str) -> Path:
         """The local path of ``name``; only valid if :attr:`is_local`."""
@@ -99,7 +128,7 @@ class Folder:
         if self.is_local:
             return self.local(f"{PRIVATE}/{name}")
         cache = Path(os.environ.get("CAPIPE_CACHE", Path.home() / ".cache" / "capipe"))
-        return cache / hashlib.sha256(self.url.encode()).hexdigest()[:32] / name
+        return cache / hashlib.sha256(self.fs.url(self.path).encode()).hexdigest()[:32] / name
 
     def to_write(self, name: str) -> Path:
         """The local path of ``name``, for writing or removing. Raises BadInput if one of its folders is a link."""
@@ -128,7 +157,7 @@ class Folder:
             scratch.replace(target)
             sync(target.parent)
         else:
-            self.fs.put_file(str(scratch), self.full(name))
+            self.fs.put(str(scratch), self.full(name))
             scratch.unlink()
 
     def publish_tree(self, scratch: Path, name: str) -> None:
@@ -141,32 +170,37 @@ class Folder:
             scratch.replace(target)
             sync(target.parent)
         else:
-            self.remove(name)
-            self.fs.put(f"{scratch}/", f"{self.full(name)}/", recursive=True)
+            files = (path for path in scratch.rglob("*") if path.is_file())
+            self.fs.put_all({str(path): self.full(f"{name}/{path.relative_to(scratch).as_posix()}") for path in files})
             clear(scratch)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file, visible in one step."""
+        """Write a small file, visible in one step; replaces an older one."""
+        if not self.is_local:
+            self.fs.write(data, self.full(name))
+            return
         scratch = self.private_folder("tmp") / f"{scratch_name(name)}.{uuid.uuid4().hex[:8]}"
         write_synced(scratch, data)
         self.publish(scratch, name)
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with its contents, if it exists; a link itself, not its target."""
-        if not self.is_local:
-            if self.exists(name):
-                self.fs.rm(self.full(name), recursive=True)
-            return
-        remove(self.to_write(name))
+        if self.is_local:
+            remove(self.to_write(name))
+        else:
+            self.fs.remove(self.full(name))
+
+    def remove_file(self, name: str) -> None:
+        """:meth:`remove` for what is no folder: one request to a store."""
+        if self.is_local:
+            remove(self.to_write(name))
+        else:
+            self.fs.remove_file(self.full(name))
 
 
 def scratch_name(name: str) -> str:
     """A file's name while it is being written: scratch folders have no subfolders."""
     return name.replace("/", "+")
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def read_parquet(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -176,8 +210,8 @@ def read_parquet(folder: Folder, name: str, columns: Sequence[str] | None = None
 
 
 def parquet_file(folder: Folder, name: str) -> pq.ParquetFile:
-    """A Parquet file of ours, opened by :func:`open_parquet`."""
-    return open_parquet(str(folder.local(name)) if folder.is_local else f"{folder.url}/{name}")
+    """A Parquet file of ours, opened as by :func:`open_parquet`."""
+    return open_parquet(str(folder.local(name))) if folder.is_local else parquet_of(folder.read_bytes(name))
 
 
 def open_parquet(url: str) -> pq.ParquetFile:
@@ -188,9 +222,9 @@ def open_parquet(url: str) -> pq.ParquetFile:
     in one of nine runs of `verify` that had printed "clean"). So Arrow itself opens local files, and a remote file, or
     one whose name is not UTF-8, is loaded into memory.
     """
-    fs, path = (None, url) if "://" not in url else url_to_fs(url)
-    if fs is not None and not isinstance(fs, LocalFileSystem):
-        return parquet_of(fs.cat_file(path))
+    fs, path = (None, url) if "://" not in url else filesystem(url)
+    if fs is not None and not fs.is_local:
+        return parquet_of(fs.read(path))
     refuse_irregular(Path(path))
     if any("\ud800" <= c <= "\udfff" for c in path):
         return parquet_of(Path(path).read_bytes())

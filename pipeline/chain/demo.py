@@ -51,7 +51,7 @@ def run_demo(out: Path, images: int, engine: str, train_steps: int, say: Callabl
     if code != Exit.OK:
         return code, out
     _verify(out, say)
-    return code, write_report(out)
+    return code, Path(write_report(out))
 
 
 def _verify(out: Path, say: Callable[[str], None]) -> None:

@@ -14,12 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
 from ...manifests.files.patterns import braced
 from ...manifests.files.redaction import without_secrets
+from ...manifests.files.stores import filesystem
 from ...manifests.fingerprint import canonical
 from ...manifests.import_path import is_import_path
 from ...models.bundled import PREFIX, resolve
@@ -205,10 +204,7 @@ def _entry(path: Path, name: str) -> list[Any]:
 
 def _remote_files(url: str) -> Iterator[list[Any]]:
     for pattern in braced(url):
-        try:
-            fs, path = url_to_fs(pattern)
-        except (ValueError, ImportError) as error:
-            raise BadInput(f"{url}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
-        files = fs.glob(path, detail=True) if any(c in path for c in "*?[") else fs.find(path, detail=True)
+        fs, path = filesystem(pattern)
+        files = fs.glob(path) if any(c in path for c in "*?[") else fs.find(path)
         for name, facts in sorted(files.items()):
             yield [without_secrets(str(name)), facts.get("size"), str(facts.get("ETag") or facts.get("mtime") or "")]

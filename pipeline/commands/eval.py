@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,7 +40,7 @@ class EvalOptions:
 
     shards: o.Shards
     questions: Annotated[str, typer.Option(help="Folder of `capipe qa`, or an artifact of questions.")]
-    out: Annotated[Path, typer.Option("--out", help="Folder for captions, grades and the report.")]
+    out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for captions, grades and the report.")]
     reader: Annotated[
         str, typer.Option(help="Model that answers from captions: tiny/holdout-reader, a folder or an id.")
     ]
@@ -167,7 +166,7 @@ def evaluate(options: EvalOptions) -> None:
     )
     warnings = [*lengths.cautions, *rewarded_by(captions, grading)]
     say_warnings(warnings)
-    graded = str(options.out / GRADED)
+    graded = f"{options.out.rstrip('/')}/{GRADED}"
     grading = grading.with_room(lengths.longest)
     beside = {screen.QUESTIONS: questions, grade.CAPTIONS: captions}
     job = plan(grading, options.shards, graded, beside=beside, **options.run.plan_options(options.retry))
@@ -189,7 +188,7 @@ def report(options: EvalOptions, graded: str, warnings: Sequence[Caution]) -> No
     write_report(figures, options.out)
     show(figures)
     say_warnings(figures.warnings)
-    print_line(f"report: {options.out / 'report.md'}")
+    print_line(f"report: {options.out.rstrip('/')}/report.md")
 
 
 def check_measures(options: EvalOptions) -> None:
@@ -215,7 +214,7 @@ def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifac
     placement = captioner.placement()
     setup = captioner.setup(placement, config.room, sampling=config.sampling)
     stage = AnnotateStage(config, setup, captioner.model)
-    out = str(options.out / CAPTIONED)
+    out = f"{options.out.rstrip('/')}/{CAPTIONED}"
     code = run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), placement)
     if code is Exit.INTERRUPTED:
         raise typer.Exit(code)
@@ -223,23 +222,23 @@ def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifac
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of a `capipe eval`.")],
-    second: Annotated[Path, typer.Argument(help="Folder of another one, on the same questions with the same reader.")],
+    first: Annotated[str, typer.Argument(help="Folder (or URL) of a `capipe eval`.")],
+    second: Annotated[str, typer.Argument(help="Folder of another one, on the same questions with the same reader.")],
     first_system: Annotated[
         str | None, typer.Option(help="Prompt (or control) of the first; its first prompt.")
     ] = None,
     second_system: Annotated[str | None, typer.Option(help="The same of the second.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for comparison.md and comparison.json.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder for comparison.md and comparison.json.")] = None,
 ) -> None:
     """Compare two evaluations: the difference in quiz accuracy, by a paired bootstrap over images."""
     from ...trainer.evaluation.compare import compare as compared
     from ..jobs.eval import run_of, write_report
 
-    comparison = compared(run_of(first / GRADED, first_system), run_of(second / GRADED, second_system))
+    comparison = compared(run_of(first, GRADED, first_system), run_of(second, GRADED, second_system))
     show(comparison)
     if out is not None:
         write_report(comparison, out, "comparison")
-        print_line(f"comparison: {out / 'comparison.md'}")
+        print_line(f"comparison: {out.rstrip('/')}/comparison.md")
 
 
 def show(value: EvaluationReport | Comparison) -> None:

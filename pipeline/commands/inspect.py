@@ -16,7 +16,7 @@ from .run_job import Exit
 
 def status(
     folder: Annotated[
-        str, typer.Argument(help="An artifact (or its URL), a training run, or a folder of them, as a chain's is.")
+        str, typer.Argument(help="An artifact, a training run, or a folder (or URL) of them, as a chain's is.")
     ],
     live: Annotated[bool, typer.Option("--live", help="Update until all is done; Ctrl-C ends it.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates of --live.")] = 2.0,
@@ -42,7 +42,7 @@ def status(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A chain's folder, or any folder with artifacts.")],
+    folder: Annotated[str, typer.Argument(help="A chain's folder, or any folder (or URL) with artifacts.")],
     out: Annotated[Path | None, typer.Option("--out", help="File to write; report.html in the folder.")] = None,
     images: Images = None,
 ) -> None:
@@ -53,7 +53,7 @@ def report(
 
 
 def view(
-    folder: Annotated[Path, typer.Argument(help="A folder with artifacts, at any depth.")],
+    folder: Annotated[str, typer.Argument(help="A folder (or URL) with artifacts, at any depth.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8642,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     token: Annotated[str | None, typer.Option(help="Token to ask for; a random one by default, in the link.")] = None,

@@ -15,6 +15,7 @@ from ...errors import CapipeError
 from ...manifests.files.allowed import Allowed, open_place, stamp_of
 from ...manifests.files.compressed import plain
 from ...manifests.files.outside import Refused, is_url
+from ...manifests.files.stores import impatient
 from ...manifests.files.tar import printable
 from ...manifests.samples import read_samples
 from ...manifests.status import Status
@@ -24,6 +25,7 @@ from ...stages.reading.faults import read_problem
 from .shard_join import ShardJoin, ShardName
 
 OPEN_TARS = 16
+PATIENCE = 1.0  # seconds for passing errors of a store
 LIMITS = ImageLimits(min_side=1)
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -138,8 +140,9 @@ class RowImages:
         """An image; None if it is missing, or the tar's size is not ``size``. Raises Refused for a tar that is not a
         regular file, or in an unreachable store."""
         try:
-            tar = self._tar(location, size)
-            return None if tar is None else tar.read(key)
+            with impatient(PATIENCE):
+                tar = self._tar(location, size)
+                return None if tar is None else tar.read(key)
         except ValueError:  # replaced meanwhile
             return None
         except Exception as error:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...manifests import times
 from ...manifests.artifact import Artifact
 from ...manifests.files import bounded_json
 from ...manifests.files.allowed import read_log
@@ -63,7 +62,7 @@ def state_of(artifact: Artifact) -> State:
     total = None if recorded is None else int(recorded)
     done, journaled = len(records) == total, _journaled(artifact)
     rows_total = None if done else _rows_total(artifact, records, total)
-    speed, spent = throughput(artifact, records, journaled, rows_total), times.read(artifact.folder).seconds
+    speed, spent = throughput(artifact, records, journaled, rows_total), artifact.seconds()
     return State(
         stage=artifact.stage,
         fingerprint=artifact.fingerprint,

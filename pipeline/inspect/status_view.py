@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ...errors import CapipeError
+from ...manifests.files.outside import is_url
 from ...terminal import escaped
 from ..runners.progress import clock
 from .chain_state import DONE, FAILED, STOPPED, ChainState, StageState
@@ -65,10 +66,9 @@ def _stage_json(stage: StageState) -> dict[str, Any]:
 
 def overview(url: str) -> Overview:
     """Read a folder or URL. Raises BadInput if it holds nothing of capipe."""
-    folder = Path(url)
-    if "://" in url or not folder.is_dir():
+    if not is_url(url) and not Path(url).is_dir():
         return Overview(url, True, artifacts={HERE: state(url)})
-    contents = find(folder)
+    contents = find(url)
     view = Overview(url, _alone(contents), chain=contents.chain, damaged=dict(contents.damaged))
     for name, artifact in contents.artifacts.items():
         try:

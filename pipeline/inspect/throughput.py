@@ -1,7 +1,8 @@
-"""Rate and time left of a run, from its files' modification times: from any machine, without a lock."""
+"""Rate and time left of a run, from its files' modification times (in a store: from the notes of its commits)."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,7 +34,7 @@ class Throughput:
 def rows_of_input(artifact: Artifact) -> int | None:
     """Rows of the whole input; None unless it is an artifact that can be opened from here."""
     url = artifact.config["run"].get("shards")
-    if not isinstance(url, str) or "://" in url:
+    if not isinstance(url, str):
         return None
     try:
         source = Artifact.open(Allowed(artifact.url).place(url))
@@ -46,9 +47,7 @@ def rows_of_input(artifact: Artifact) -> int | None:
 
 def throughput(artifact: Artifact, records: Sequence[ShardRecord], journaled: int, total: int | None) -> Throughput:
     """Throughput of an artifact. ``journaled``: finished rows of uncommitted shards; ``total``: expected rows."""
-    if not artifact.folder.is_local:
-        return Throughput()
-    moments = _moments(artifact, records, journaled)
+    moments = _moments(artifact, records, journaled) if artifact.folder.is_local else _noted(artifact, records)
     if not moments:
         return Throughput()
     rate = _rate(moments)
@@ -75,6 +74,13 @@ def _moments(artifact: Artifact, records: Sequence[ShardRecord], journaled: int)
             known = [(start, 0)]
         known += [(max(times), journaled)] if times else []
     return known or [(time, 0) for time in [_modified(artifact, LINES)] if time is not None]
+
+
+def _noted(artifact: Artifact, records: Sequence[ShardRecord]) -> list[tuple[float, int]]:
+    """Times of a store's commits, as their writers noted them."""
+    notes = artifact.manifest.notes
+    times = ((notes[record.shard].ended, record.count) for record in records if record.shard in notes)
+    return heapq.nlargest(WINDOW, (moment for moment in times if moment[0]))[::-1]
 
 
 def _modified(artifact: Artifact, name: str) -> float | None:

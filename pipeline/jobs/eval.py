@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
 from ...manifests.files.allowed import Allowed
 from ...manifests.files.outside import Refused
-from ...manifests.files.storage import write_new
+from ...manifests.files.storage import Folder, write_new
 from ...manifests.fingerprint import fingerprint
 from ...manifests.shards import RowReader, expand
 from ...models.hub import HubName, snapshot
@@ -97,10 +96,11 @@ def _gallery(graded: Artifact, scorer: ClipScorer | BlipScorer) -> tuple[Gallery
     return gallery_of(images, {image for image, _ in captions}, scorer), captions
 
 
-def run_of(folder: Path, system: str | None) -> EvaluationRun:
-    """A graded artifact as one side of a comparison."""
-    graded = Artifact.open(str(folder))
-    return EvaluationRun(str(folder.parent), rows_of(graded), settings(graded, Allowed(str(folder))), system)
+def run_of(folder: str, name: str, system: str | None) -> EvaluationRun:
+    """The graded artifact of this ``name`` in an evaluation's folder, as one side of a comparison."""
+    folder = folder.rstrip("/")
+    graded = Artifact.open(f"{folder}/{name}")
+    return EvaluationRun(folder, rows_of(graded), settings(graded, Allowed(graded.url)), system)
 
 
 def rows_of(graded: Artifact) -> Iterator[dict[str, Any]]:
@@ -148,8 +148,12 @@ def _presented(presentations: int | None) -> str:
     return "all cyclic orders" if presentations is None else f"{presentations} cyclic orders"
 
 
-def write_report(value: EvaluationReport | Comparison, folder: Path, name: str = "report") -> None:
-    """Write ``name``.json and ``name``.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_new(folder / f"{name}.json", to_json(value).encode())
-    write_new(folder / f"{name}.md", to_markdown(value).encode())
+def write_report(value: EvaluationReport | Comparison, url: str, name: str = "report") -> None:
+    """Write ``name``.json and ``name``.md into a folder."""
+    folder = Folder(url)
+    folder.make()
+    for file, text in ((f"{name}.json", to_json(value)), (f"{name}.md", to_markdown(value))):
+        if folder.is_local:
+            write_new(folder.local(file), text.encode())
+        else:
+            folder.write(file, text.encode())

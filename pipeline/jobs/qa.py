@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from ...errors import BadInput
+from ...manifests.files.stores import filesystem
 from ...manifests.schema import QUESTIONS, SCREEN
 from ...manifests.shards import InputShard, Row, RowReader
 from ...manifests.status import Status
@@ -233,12 +232,12 @@ def image_names(shard: InputShard) -> Iterator[ImageNames]:
 
 def _digest(path: str) -> str:
     """sha256 over a question set's files."""
-    fs, inner = url_to_fs(path)
+    fs, inner = filesystem(path)
     if not fs.exists(inner):
         raise BadInput(f"{path}: no such file or folder; --import takes a question set (JSON, JSONL, Parquet, CSV)")
     digest = hashlib.sha256()
     for name in sorted(fs.find(inner)):
-        with fs.open(name, "rb") as file:
+        with fs.open(name) as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from fsspec.core import url_to_fs
 
 from ...errors import ArtifactMismatch, BadInput
 from ...manifests.artifact import Artifact
+from ...manifests.files.store_errors import StoreUnavailable
+from ...manifests.files.stores import filesystem
 from ...manifests.schema import BASE, SCORE, check
 from ...manifests.shards import Companion, InputShard
 from ...manifests.status import Status
@@ -114,6 +115,8 @@ def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) ->
         with companion.open() as parquet:
             check(parquet.schema_arrow, schema, companion.url)
             return parquet.read(columns=list(dict.fromkeys(columns)), use_threads=False)
+    except StoreUnavailable:
+        raise
     except (OSError, pa.ArrowException) as error:
         text = f"{companion.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
         raise ArtifactMismatch(text) from None
@@ -125,7 +128,7 @@ def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) 
     scores = next(c.url for c in shard.companions if c.name == SCORES)
     hint = "give --shards those that were scored, or score these"
     if shard.record is None:
-        fs, path = url_to_fs(shard.url)
+        fs, path = filesystem(shard.url)
         if scored_bytes is not None and fs.size(path) != scored_bytes:
             raise BadInput(f"{scores}: made of another tar than {shard.url} (its size differs); {hint}")
         return

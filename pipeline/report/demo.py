@@ -59,13 +59,13 @@ def _gain(contents: Found, evaluations: list[Evaluation]) -> list[str]:
     gain = gain_of(evaluations)
     if gain is None or contents.chain is None or contents.chain.stage("train") is None:  # left by an earlier run
         return []
-    pairs = caption_pairs(ShardJoin(contents.artifacts), gain, RowImages(Allowed(str(contents.root))), 1)
+    pairs = caption_pairs(ShardJoin(contents.artifacts), gain, RowImages(Allowed(contents.root)), 1)
     captions = [
         line
         for pair in pairs
         for line in (f"  {_file(0)} before: {pair.before.text}", f"  {_file(0)} after: {pair.after.text}")
     ]
-    steps = len(read_steps(contents.root / "train"))
+    steps = len(read_steps(Path(contents.root) / "train"))
     oracle = gain.before.accuracies["oracle"]
     accuracies = f"{gain.accuracy_before:.2f} -> {gain.accuracy_after:.2f}"
     return [*captions, f"training: quiz accuracy {accuracies} in {steps} steps (oracle captions {oracle:.2f})"]

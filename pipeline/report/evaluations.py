@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from ...errors import BadInput, CapipeError
+from ...manifests.files.storage import Folder
 from ...stages.export.provenance import last_part, public
 from ...stages.questions.grade import CONTROLS
 from ...trainer.evaluation.bootstrap import Estimate
@@ -114,9 +114,9 @@ class _Report:
     warnings: tuple[_Caution, ...] = ()
 
 
-def _evaluation(name: str, folder: Path, runs: Sequence[str]) -> Evaluation:
+def _evaluation(name: str, folder: str, runs: Sequence[str]) -> Evaluation:
     try:
-        report = TypeAdapter(_Report).validate_json((folder / EVALUATION).read_bytes())
+        report = TypeAdapter(_Report).validate_json(Folder(folder).read_bytes(EVALUATION))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files import bounded_json
+from ...manifests.files.outside import is_url
 from ...stages.export.provenance import last_part, public
 from ...stages.filter.select import Rule, SelectConfig
 from ...stages.filter.spec import SELECTION
@@ -101,7 +102,8 @@ class Facts:
 def gather(contents: Found) -> Facts:
     """Collect all data except images and captions."""
     recipe = contents.chain.recipe if contents.chain else None
-    facts = Facts(recipe or last_part(str(contents.root.resolve())), damaged=dict(contents.damaged))
+    root = contents.root if is_url(contents.root) else str(Path(contents.root).resolve())
+    facts = Facts(recipe or last_part(root), damaged=dict(contents.damaged))
     for name, artifact in contents.artifacts.items():
         try:
             facts.links.append(_link(contents, name, artifact))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...manifests.files.allowed import Allowed
-from ...manifests.files.storage import write_new
+from ...manifests.files.outside import is_url
+from ...manifests.files.storage import Folder, write_new
 from ..inspect.discover import find
 from ..inspect.images import RowImages, refusals
 from ..inspect.shard_join import ShardJoin
@@ -26,17 +27,19 @@ REPORT = "report.html"
 
 
 def write_report(
-    folder: Path, out: Path | None = None, images: Sequence[str] = (), say: Callable[[str], None] = lambda _: None
-) -> Path:
-    """Write the report of a chain's folder, or of any folder with artifacts; returns its path.
+    folder: str | Path,
+    out: Path | None = None,
+    images: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Write the report of a chain's folder, or of any folder (or URL) with artifacts; returns its path or URL.
 
     ``out`` is ``folder/report.html`` by default and is replaced in one step. ``images``: folders and URLs below which
     tars named by manifests may be read; images elsewhere are left out, as reported by the page and a line to ``say``.
     Raises BadInput if the folder holds nothing of capipe.
     """
-    target = folder / REPORT if out is None else out
     contents = find(folder)
-    join, row_images = ShardJoin(contents.artifacts), RowImages(Allowed(str(folder), tuple(images)))
+    join, row_images = ShardJoin(contents.artifacts), RowImages(Allowed(contents.root, tuple(images)))
     facts, shown, lost = gather(contents), gallery(join, row_images), losses(join, row_images)
     bars, gain = quiz_bars(facts.evaluations), gain_of(facts.evaluations)
     pairs = caption_pairs(join, gain, row_images) if gain is not None else []
@@ -60,8 +63,12 @@ def write_report(
         losses=lost,
         packages=_common([origin.packages for origin in facts.origins]),
     )
+    if out is None and is_url(contents.root):
+        Folder(contents.root).write(REPORT, page)
+        return f"{contents.root}/{REPORT}"
+    target = Path(contents.root, REPORT) if out is None else out
     write_new(target, page)
-    return target
+    return str(target)
 
 
 def _common(packages: list[dict[str, str]]) -> dict[str, str]:

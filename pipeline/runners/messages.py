@@ -75,7 +75,7 @@ class DoneElsewhere:
 
 @dataclass(frozen=True)
 class Note:
-    """A notice for the user. Sent by runners, not workers."""
+    """A notice for the user."""
 
     text: str
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ...errors import RunFailed
 from ...manifests.artifact import Artifact
+from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.manifest import ShardRecord
 from .interrupts import interrupts
 from .messages import Event, Pulse, ShardDone, ShardFailed
@@ -82,11 +83,14 @@ def run_pool_job(
 
 
 def _write(task: Task, *, write: ShardWriter[Task], artifact: Artifact) -> Sequence[ShardRecord]:
-    """Write a task's shards in a worker process. Most output errors (a brief outage of a store) are worth a retry."""
+    """Write a task's shards in a worker process. An error of the output ends the run, since others would meet it, too;
+    so does a store that does not answer. Another error concerns this task's input, and is worth a retry."""
     try:
         written = write(task, artifact=artifact)
     except OSError as error:
-        if error.errno in FATAL_ERRNOS:
+        folder = artifact.folder.fs.url(artifact.folder.path)
+        of_the_output = str(error.filename or "").startswith(f"{folder}/")
+        if of_the_output or error.errno in FATAL_ERRNOS or isinstance(error, StoreUnavailable):
             raise RunFailed(disk_text(error, artifact.url)) from error
         raise
     return [written] if isinstance(written, ShardRecord) else written

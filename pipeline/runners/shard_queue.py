@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ...manifests.artifact import Artifact
-from ...manifests.manifest import ShardRecord, Tail
+from ...manifests.files.locks import NOTICE_SECONDS, LockHeld
+from ...manifests.manifest import ShardRecord
 from ...manifests.shards import InputShard
 from .messages import Assignment, DoneElsewhere, Event, Note
 
 MAX_FAILURES = 3  # failures of a shard before it is quarantined
 LOOK_SECONDS = 2.0  # between checks of shards that other processes hold
+_PATIENCE = 0.5  # seconds until a claim is tried again whose guard another process holds
+_LISTING_SHARE = 0.05  # of the time may go into listing what others have committed in a store
 
 
 @dataclass
@@ -37,10 +40,14 @@ class ShardQueue:
         self._assigned: dict[str, InputShard] = {}  # assigned, no result yet
         self._elsewhere: dict[str, InputShard] = {}  # claimed by another process that shares the folder
         self._failures: Counter[str] = Counter()
-        self._tail = Tail(artifact.folder) if artifact.shared else None
-        self._committed: dict[str, ShardRecord] = {}  # by other processes
+        self._committed: dict[str, ShardRecord] = {}  # by other processes, if the folder is shared
         self._looked = 0.0
+        self._list_after = 0.0
+        self._held_since = self._try_after = 0.0
         self._waiting = ""
+        if artifact.shared and artifact.claims is not None and not artifact.folder.is_local and shards:
+            # Runs begin at different shards: each claim of one that is done already costs requests.
+            self._queue.rotate(-(int(artifact.claims.owner.run, 16) % len(shards)))
 
     @property
     def empty(self) -> bool:
@@ -49,12 +56,23 @@ class ShardQueue:
 
     def next(self) -> Assignment | None:
         """The next shard to do; None if none is free at the moment."""
+        if time.monotonic() < self._try_after:
+            return None
         self._look()
+        self._read_news()
         while self._queue:
             shard = self._queue.popleft()
+            if self._is_known(shard):
+                continue
             token = None
             if self._artifact.claims is not None:
-                token = self._artifact.claims.take(shard.name)
+                try:
+                    token = self._artifact.claims.take(shard.name)
+                except LockHeld as held:
+                    self._queue.appendleft(shard)
+                    self._report_held(held)
+                    return None
+                self._held_since = 0.0
                 if token is None:
                     self._elsewhere[shard.name] = shard
                     continue
@@ -72,14 +90,26 @@ class ShardQueue:
             self._looked = time.monotonic()
             self._queue.extend(self._elsewhere.values())
             self._elsewhere.clear()
-            self._read_tail()
-            self._queue = deque(shard for shard in self._queue if not self._is_known(shard))
+
+    def _read_news(self) -> None:
+        """Read what others have committed; in a store from time to time, as listing it takes long."""
+        if not self._artifact.shared:
+            return
+        local, started = self._artifact.folder.is_local, time.monotonic()
+        if not local and started < self._list_after:
+            return
+        self._committed |= {record.shard: record for record in self._artifact.manifest.news()}
+        ended = time.monotonic()
+        self._list_after = ended + max(LOOK_SECONDS, (ended - started) / _LISTING_SHARE)
 
     def _is_over(self, shard: InputShard) -> bool:
         """Whether another process committed or quarantined a shard before we claimed it."""
-        if self._tail is None:
+        if not self._artifact.shared:
             return False
-        self._read_tail()
+        if self._artifact.folder.is_local:
+            self._read_news()
+        elif (record := self._artifact.manifest.find(shard.name)) is not None:
+            self._committed[shard.name] = record
         if self._is_known(shard):
             return True
         if self._artifact.is_quarantined(shard.name):
@@ -87,16 +117,20 @@ class ShardQueue:
             return True
         return False
 
-    def _read_tail(self) -> None:
-        if self._tail is not None:
-            self._committed |= {record.shard: record for record in self._tail.news()}
-
     def _is_known(self, shard: InputShard) -> bool:
         """Whether another process committed a queued shard; reported once, since the shard then leaves the queue."""
         record = self._committed.get(shard.name)
         if record is not None:
             self._report(DoneElsewhere(record))
         return record is not None
+
+    def _report_held(self, held: LockHeld) -> None:
+        """Wait for a process that holds the guard for long; it may be stopped."""
+        now = time.monotonic()
+        self._held_since, self._try_after = self._held_since or now, now + _PATIENCE
+        if now - self._held_since > NOTICE_SECONDS and held.waiting != self._waiting:
+            self._waiting = held.waiting
+            self._report(Note(held.waiting))
 
     def _report_waiting(self) -> None:
         if not self._elsewhere or self._assigned or self._artifact.claims is None:
@@ -116,7 +150,7 @@ class ShardQueue:
         claims = self._artifact.claims
         if claims is not None:
             claims.release(shard)  # a worker that is still alive cannot commit it from here on
-        record = self._artifact.committed().get(shard)
+        record = self._artifact.manifest.find(shard)
         if record is None:
             self.failed(shard, reason)
         else:

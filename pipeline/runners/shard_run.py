@@ -10,6 +10,8 @@ import pyarrow as pa
 
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
+from ...manifests.files.locks import UNLIMITED, Patience
+from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.manifest import ShardRecord
 from ...manifests.shards import Row, RowReader
 from ...manifests.status import Status
@@ -64,8 +66,8 @@ class ShardRun:
         """Whether all rows are read and none is in the pipeline: ready to commit, or to report as failed."""
         return self.total is not None and self.pending == 0
 
-    def commit(self, processor: Commits) -> ShardRecord:
-        """Write and publish the shard (blocking: runs in a thread)."""
+    def commit(self, processor: Commits, patience: Patience = UNLIMITED) -> ShardRecord:
+        """Write and publish the shard (blocking: runs in a thread). ``patience``: with another process that commits."""
         assert self.total is not None
         name, tar = self.shard.name, processor.writes_tar
         with self.artifact.begin(name, processor.schema, tar=tar, claim=self.claim) as shard:
@@ -78,7 +80,8 @@ class ShardRun:
             else:
                 for index in range(self.total):
                     shard.write(self.rows[index])
-            record = shard.commit(rows_in=self.total, input_info=self.reader.info, started=self.started)
+            info = self.reader.info
+            record = shard.commit(rows_in=self.total, input_info=info, started=self.started, patience=patience)
         self.journal.delete()
         return record
 
@@ -86,5 +89,7 @@ class ShardRun:
         """Read the input's rows again. An OSError here concerns the input, so it fails this shard, not the run."""
         try:
             yield from RowReader(self.shard)
+        except StoreUnavailable:
+            raise
         except OSError as error:
             raise CapipeError(f"{self.shard.url}: {error}") from error

@@ -23,12 +23,14 @@ import pyarrow as pa
 
 from ...errors import CapipeError, RunFailed
 from ...manifests.artifact import Artifact
-from ...manifests.claims import ClaimLost
+from ...manifests.files.locks import LockHeld, Patience
+from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.shards import Row
+from ...manifests.sharing.claims import ClaimLost
 from ...manifests.status import Status
 from ...models.engines.base import EngineDead
 from .circuit_breaker import ErrorStreak, counting_answers
-from .messages import Assignment, Event, Pulse, Ready, ShardDone, ShardFailed, ShardLost
+from .messages import Assignment, Event, Note, Pulse, Ready, ShardDone, ShardFailed, ShardLost
 from .row_window import Window
 from .shard_run import ShardRun
 
@@ -189,6 +191,8 @@ class Worker:
                         return
                 count += len(batch)
             run.total = count
+        except StoreUnavailable as error:  # nor could any other shard be read
+            self._fail(error)
         except (OSError, CapipeError, pa.ArrowException) as error:
             run.failure = str(error) if isinstance(error, CapipeError) else f"{run.shard.url}: {error}"
             run.total = count
@@ -283,13 +287,15 @@ class Worker:
         try:
             if run.failure is None:
                 async with self.commit_lock:
-                    record = await asyncio.to_thread(run.commit, self.processor)
+                    record = await asyncio.to_thread(run.commit, self.processor, self._patience())
                 self._send_pulse()
                 self.channel.send(ShardDone(record))
             else:
                 self.channel.send(ShardFailed(run.shard.name, run.failure))
         except ClaimLost:
             self.channel.send(ShardLost(run.shard.name))
+        except LockHeld:  # a stop was requested while another process held the guard: the journal has the rows
+            pass
         except (OSError, RunFailed) as error:
             self._fail(error)
         except Exception as error:  # fails this shard alone
@@ -301,6 +307,15 @@ class Worker:
             self.committing -= 1
             self.concluded.set()
             self._end_streak_if_idle()
+
+    def _patience(self) -> Patience:
+        """With another process that commits: until a stop is requested; a long wait is reported. For a thread."""
+        loop = asyncio.get_running_loop()
+
+        def say(line: str) -> None:
+            loop.call_soon_threadsafe(self.channel.send, Note(line))
+
+        return Patience(stopped=self.channel.stopping.is_set, say=say)
 
     def _fail(self, error: BaseException) -> None:
         if self.failure is None:
@@ -326,8 +341,10 @@ def _take(rows: Iterator[Row], count: int) -> list[Row]:
 
 
 def disk_text(error: OSError, where: str | None = None) -> str:
-    """One-line message about a disk that cannot be written (or read), with the fix."""
-    where = where or error.filename or "the disk"
+    """One-line message about a disk or store that cannot be written (or read), with the fix. ``where``: its folder, for
+    errors that do not name an object of a store."""
+    named = str(error.filename or "")
+    where = named if "://" in named else where or named or "the disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}: no space left; free some and run the same command: it resumes where it was"
     return f"{where}: {error.strerror or error}; fix that and run the same command: it resumes where it was"

@@ -12,9 +12,12 @@ from typing import Any
 from ...errors import BadInput
 from ...manifests.artifact import CONFIG
 from ...manifests.files.allowed import Allowed
+from ...manifests.files.outside import is_url
+from ...manifests.files.storage import Folder
 from ...manifests.manifest import LINES
+from ...manifests.object_store.log import OBJECTS
 from ...models.images.formats import HEAD_BYTES, sniff
-from ..inspect.discover import Found, find
+from ..inspect.discover import HERE, Found, find
 from ..inspect.images import Cache, RowImages, small_jpeg
 from ..inspect.shard_join import ShardJoin, ShardName
 from ..report.facts import models_of
@@ -23,6 +26,7 @@ from .table import Arrays, Table, Unknown
 
 _LOOK = 1.0  # seconds between two checks of the manifests
 _WALK = 10.0  # seconds between two scans of the folders
+_REMOTE = 30  # in a store it is that much rarer
 _THUMBNAIL = 256  # pixels
 _TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
@@ -30,16 +34,19 @@ _TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 class Library:
     """Artifacts, tables and images of the viewer; thread-safe."""
 
-    def __init__(self, root: Path, images: Sequence[str] = ()) -> None:
-        """``images``: folders and URLs below which tars may be read. Raises BadInput if ``root`` has no artifact."""
-        self.root = root
+    def __init__(self, root: str | Path, images: Sequence[str] = ()) -> None:
+        """``root``: a folder or URL. ``images``: folders and URLs below which tars may be read. Raises BadInput if
+        ``root`` has no artifact."""
+        self.root = str(root).rstrip("/") or "/"
+        self._remote = is_url(self.root)
         self._lock = threading.Lock()
-        self._images = RowImages(Allowed(str(root), tuple(images)))
+        self._images = RowImages(Allowed(self.root, tuple(images)))
         self._small: Cache[tuple[str, str], bytes] = Cache(64 << 20, len)
         self._arrays: Arrays = Cache(512 << 20, lambda array: int(array.nbytes))
         self._tables: dict[str, Table] = {}
         self._found, self._join, self._stamps = self._walk()
-        self._walked = self._looked = time.monotonic()
+        self._walked = time.monotonic()
+        self._look_after = self._next_look(self._walked)
         if not self._found.artifacts:
             raise BadInput(f"{root}: no artifact that could be read in it; `capipe status` says what is there")
 
@@ -49,10 +56,13 @@ class Library:
         return contents, ShardJoin(contents.artifacts), stamps
 
     def _stamp(self, name: str) -> object:
+        """Changes with each commit."""
+        if self._remote:
+            return Folder(self.root if name == HERE else f"{self.root}/{name}").marks(OBJECTS)
         stamps = []
         for file in (LINES, CONFIG):
             try:
-                stat = (self.root / name / file).stat()
+                stat = Path(self.root, name, file).stat()
                 stamps.append((stat.st_mtime_ns, stat.st_size))
             except OSError:
                 stamps.append((0, 0))
@@ -62,10 +72,10 @@ class Library:
         """Reload if there are new commits."""
         with self._lock:
             now = time.monotonic()
-            if now - self._looked < _LOOK:
+            if now < self._look_after:
                 return
             changed = any(self._stamp(name) != stamp for name, stamp in self._stamps.items())
-            if changed or now - self._walked > _WALK:
+            if changed or now - self._walked > _WALK * (_REMOTE if self._remote else 1):
                 try:
                     self._found, self._join, self._stamps = self._walk()
                 except BadInput:  # the folder is being moved or emptied: keep the last state
@@ -73,7 +83,12 @@ class Library:
                 else:
                     self._tables = {}
                 self._walked = now
-            self._looked = time.monotonic()
+            self._look_after = self._next_look(now)
+
+    def _next_look(self, started: float) -> float:
+        """Looking into a store takes requests, and more of them for more shards."""
+        now = time.monotonic()
+        return now + (max(_LOOK * _REMOTE, _REMOTE * (now - started)) if self._remote else _LOOK)
 
     # --- artifacts ---------------------------------------------------------------------------------------------------
 
@@ -101,7 +116,7 @@ class Library:
             )
         damaged = {**contents.damaged, **join.damaged}
         return {
-            "folder": self.root.resolve().name,
+            "folder": self.root.rpartition("/")[2] if self._remote else Path(self.root).resolve().name,
             "artifacts": entries,
             "start": _start(entries),
             "damaged": damaged,

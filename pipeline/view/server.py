@@ -19,7 +19,7 @@ from .library import Library
 _SHORTEST = 16  # characters of a token
 
 
-def serve(folder: Path, host: str, port: int, token: str | None, images: Sequence[str] = ()) -> None:
+def serve(folder: str | Path, host: str, port: int, token: str | None, images: Sequence[str] = ()) -> None:
     """Serve until Ctrl-C. ``token``: from :func:`chosen_token`; ``images``: see :class:`.library.Library`.
 
     Raises BadInput if the folder has no artifact, or the address cannot be bound.

@@ -11,6 +11,7 @@ from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.allowed import Allowed
 from ...manifests.files.outside import Refused
+from ...manifests.files.stores import impatient
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
@@ -71,7 +72,8 @@ def _find(url: str, wanted: str | None, beside: str) -> Artifact | str:
     other = refused = False
     for location in dict.fromkeys((url, moved)):
         try:
-            candidate = Artifact.open(Allowed(beside).place(location))
+            with impatient(1.0):
+                candidate = Artifact.open(Allowed(beside).place(location))
         except Refused:
             refused = True
             continue

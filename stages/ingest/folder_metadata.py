@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from ...errors import BadInput
 from ...manifests.files.outside import ANYWHERE, Reach, is_url, refusal
+from ...manifests.files.stores import filesystem
 from ...manifests.sidecars import jsonable
 from ...manifests.status import Status
 from ..reading.bounded_rows import TOO_DEEP
@@ -201,8 +200,8 @@ def _is_file(path: str, inside: Reach) -> bool:
     """True if there is a file inside its folder: a link that leaves the folder is an item with that error."""
     if "://" not in path:
         return Path(path).is_file() and refusal(path, inside) is None
-    fs, inner = url_to_fs(path)
-    return bool(fs.isfile(inner))
+    fs, inner = filesystem(path)
+    return fs.isfile(inner)
 
 
 def _jsonable(row: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -15,11 +15,10 @@ from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
-from fsspec.core import url_to_fs
-
 from ...errors import BadInput
 from ...manifests.files.compressed import tar_stem
 from ...manifests.files.outside import ANYWHERE, Reach, is_url, refusal, source_folder
+from ...manifests.files.stores import filesystem
 from ...manifests.samples import (
     IMAGE_EXTENSIONS,
     META_EXTENSIONS,
@@ -129,18 +128,15 @@ def _is_of_tars(src: str) -> bool:
 def _exists(src: str) -> bool:
     if "://" not in src:
         return os.path.lexists(src)
-    try:
-        fs, path = url_to_fs(src)
-    except (ValueError, ImportError) as error:
-        raise BadInput(f"{src}: this kind of path cannot be opened ({error}); install its fsspec driver") from None
-    return bool(fs.exists(path))
+    fs, path = filesystem(src)
+    return fs.exists(path)
 
 
 def _is_folder(src: str) -> bool:
     if "://" not in src:
         return Path(src).is_dir()
-    fs, path = url_to_fs(src)
-    return bool(fs.isdir(path))
+    fs, path = filesystem(src)
+    return fs.isdir(path)
 
 
 def _dataset(src: str, columns: Columns, reach: Reach, inside: Reach = ANYWHERE) -> Iterator[ItemRef]:
@@ -156,8 +152,8 @@ def _listed(src: str) -> list[str]:
     """Sorted names of a folder's direct entries."""
     if "://" not in src:
         return sorted(entry.name for entry in os.scandir(src))
-    fs, path = url_to_fs(src)
-    return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False))
+    fs, path = filesystem(src)
+    return sorted(str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in fs.listed(path))
 
 
 def _holds_tars(src: str, names: Sequence[str]) -> bool:
@@ -197,8 +193,8 @@ def _single_file(src: str, reach: Reach, follow_links: bool) -> Iterator[ItemRef
     """
     root, _, name = src.rpartition("/")
     if "://" in src:
-        fs, path = url_to_fs(src)
-        return iter([FileRef(root, name, int(fs.size(path)), own=True)])
+        fs, path = filesystem(src)
+        return iter([FileRef(root, name, fs.size(path), own=True)])
     root = "/" if src.startswith("/") and not root else root
     others = (other for other in _sidecar_names(name) if other != name and Path(join(root, other)).is_file())
     sizes = {file: _local_entry(join(root, file)) for file in (name, *others)}
@@ -251,8 +247,8 @@ def _local_entry(path: str) -> Entry:
 
 
 def _remote_folder(src: str, inside: Reach) -> Iterator[ItemRef]:
-    fs, path = url_to_fs(src)
-    listing = fs.find(path, detail=True)
+    fs, path = filesystem(src)
+    listing = fs.find(path)
     prefix = len(path.rstrip("/")) + 1
     folders: dict[str, dict[str, Entry]] = defaultdict(dict)
     for full, info in sorted(listing.items()):

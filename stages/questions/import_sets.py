@@ -15,11 +15,11 @@ from itertools import chain
 from typing import Any
 
 import pyarrow as pa
-from fsspec.core import url_to_fs
 
 from ...errors import BadInput
 from ...manifests.files.outside import ANYWHERE, Outside, Reach, Refused, is_url, open_local, source_folder
 from ...manifests.files.storage import open_parquet
+from ...manifests.files.stores import filesystem
 from ...manifests.shards import uid_of
 from ...manifests.sidecars import jsonable, repaired
 from ...models.images.formats import HEAD_BYTES, ImageProblem, sniff
@@ -73,13 +73,13 @@ def read_question_set(path: str) -> Iterator[QuestionRecord]:
 
 def _files(path: str) -> list[str]:
     try:
-        fs, inner = url_to_fs(path)
+        fs, inner = filesystem(path)
         if fs.isfile(inner):
             files = [path]
         elif fs.isdir(inner):
             names = sorted(str(name) for name in fs.find(inner))
             names = [name for name in names if _extension(name) in EXTENSIONS]
-            files = [fs.unstrip_protocol(name) if "://" in path else name for name in names]
+            files = [fs.unstrip(name) if "://" in path else name for name in names]
             _refuse_others(path, files)
         else:
             raise BadInput(f"{path}: no such file or folder; name a question set ({', '.join(EXTENSIONS)})")

@@ -7,18 +7,14 @@ such file is permanent.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from http import HTTPStatus
 
+from ...manifests.files.store_errors import PASSING_CODES, causes, is_of_a_library
 from ...manifests.status import Status
 from ...models.images.formats import ImageProblem
 
-#: Transient HTTP errors, as are all from 500 on. Other codes from 400 on are permanent.
-PASSING_CODES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 #: Operating system errors caused by the name itself, which no mount will fix.
 _OF_THE_NAME = frozenset({errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL})
-#: Storage client libraries; some of their errors are not OSErrors.
-_REMOTE = ("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "httpx", "huggingface_hub", "requests", "s3fs")
 
 
 def read_problem(error: BaseException) -> ImageProblem | None:
@@ -30,21 +26,13 @@ def read_problem(error: BaseException) -> ImageProblem | None:
     reason = f"cannot be read: {_reason(error)}"
     if isinstance(error, OSError):
         return ImageProblem(Status.UNSUPPORTED if error.errno in _OF_THE_NAME else Status.READ_ERROR, reason)
-    if isinstance(error, MemoryError | ImportError) or type(error).__module__.partition(".")[0] in _REMOTE:
+    if isinstance(error, MemoryError | ImportError) or is_of_a_library(error):
         return ImageProblem(Status.READ_ERROR, reason)  # ImportError: the fsspec driver is missing
     return None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and its causes: fsspec reports any failure of a URL as a missing file, and keeps the cause."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
 def _http_code(error: BaseException) -> int | None:
-    for cause in _chain(error):
+    for cause in causes(error):
         for code in (getattr(cause, "status", None), getattr(getattr(cause, "response", None), "status_code", None)):
             if isinstance(code, int) and code >= HTTPStatus.BAD_REQUEST:
                 return code

@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import fsspec
-
 from ...manifests.files.outside import ANYWHERE, Reach, Refused, check, check_below, is_url, open_local
+from ...manifests.files.stores import StoreFile, filesystem
 from ...manifests.files.tar import MAX_MEMBER_BYTES
 from ...manifests.status import Status
 from ...models.images.formats import HEAD_BYTES, ImageProblem, sniff
@@ -25,7 +24,8 @@ def open_binary(path: str) -> BinaryIO:
     """Open a path or URL given by the user; local files without fsspec."""
     if not is_url(path):
         return cast(BinaryIO, open(path, "rb"))  # noqa: PTH123
-    return cast(BinaryIO, fsspec.open(path, "rb").open())
+    fs, inner = filesystem(path)
+    return fs.open(inner)
 
 
 def read_file(name: str, root: str = "", reach: Reach | None = ANYWHERE) -> tuple[bytes | None, ImageProblem | None]:
@@ -88,7 +88,8 @@ def _opened(name: str, root: str, reach: Reach | None, limit: int) -> BinaryIO |
         return answer.data, answer.size, answer.whole
     if scheme in ("file", "local"):
         return open_local(rest, reach)
-    return cast(BinaryIO, fsspec.open(f"{scheme}://{rest}", "rb").open())
+    fs, path = filesystem(f"{scheme}://{rest}")
+    return fs.open(path)
 
 
 def _read(file: BinaryIO, limit: int) -> _Read:
@@ -108,9 +109,10 @@ def _read(file: BinaryIO, limit: int) -> _Read:
 
 def _size(file: BinaryIO) -> int | None:
     """Size of an open file; None if the server does not report it and the stream is not seekable."""
-    reported = getattr(file, "size", 0)
-    if reported is None or isinstance(file, io.BufferedReader):
-        return None if reported is None else os.fstat(file.fileno()).st_size
+    if isinstance(file, StoreFile):
+        return file.size
+    if isinstance(file, io.BufferedReader):
+        return os.fstat(file.fileno()).st_size
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     return size

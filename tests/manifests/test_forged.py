@@ -16,11 +16,11 @@ import pytest
 from capipe.errors import CapipeError
 from capipe.manifests import manifest
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.claims import living
 from capipe.manifests.files.storage import Folder
 from capipe.manifests.fingerprint import canonical, fingerprint
 from capipe.manifests.schema import INGEST
 from capipe.manifests.shards import RowReader, expand
+from capipe.manifests.sharing.owners import living
 from capipe.manifests.verify import verify
 
 VALUES: list[Any] = [None, True, -1, 0, 1.5, 1e400, "", "..", "../victim", "a/b", "\ud800", "::", "x" * 5000]

@@ -61,9 +61,9 @@ def test_without_its_times_an_artifact_is_whole(tmp_path: Path) -> None:
 
 def test_a_bucket_has_them_too(s3: str) -> None:
     write(f"{s3}/out", "00000", "00001")
-    found = times.read(Folder(f"{s3}/out"))
-    assert found.created.endswith("Z") and set(found.seconds) == {"00000", "00001"}
-    assert Artifact.open(f"{s3}/out").created == found.created
+    artifact = Artifact.open(f"{s3}/out")
+    assert artifact.created.endswith("Z") and times.read(artifact.folder).created == artifact.created
+    assert set(artifact.seconds()) == {"00000", "00001"}
 
 
 def test_folders_from_before_times_had_a_file_tell_theirs(tmp_path: Path) -> None:

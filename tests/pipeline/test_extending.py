@@ -81,7 +81,7 @@ def test_a_stage_in_a_chain(
     capipe(*chain)
     assert [row["mood"] is None for row in table(tmp_path / "out/moods")] == [False] * 3 + [True] + [False] * 2 + [True]
     assert "done before" in capipe(*chain).stderr
-    assert "mood" in write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "mood" in Path(write_report(tmp_path / "out")).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("example", ["An export format"], indirect=True)

@@ -111,5 +111,5 @@ def test_an_evaluations_report_is_put_in_place_through_no_link(
     for name in ("report.json", "report.md"):
         (tmp_path / name).symlink_to(outside)
         monkeypatch.setattr(f"capipe.pipeline.jobs.eval.to_{'json' if name.endswith('n') else 'markdown'}", str)
-    write_report(EvaluationReport, tmp_path)  # type: ignore[arg-type]  # what is written does not matter here
+    write_report(EvaluationReport, str(tmp_path))  # type: ignore[arg-type]  # what is written does not matter here
     assert outside.read_text() == "kept" and (tmp_path / "report.md").read_text() == str(EvaluationReport)

@@ -11,10 +11,10 @@ import pytest
 from capipe.errors import ArtifactMismatch, BadInput
 from capipe.manifests import times
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.claims import living
 from capipe.manifests.files import bounded_json
 from capipe.manifests.files.storage import Folder
 from capipe.manifests.journal import Journal, _checksum
+from capipe.manifests.sharing.owners import living
 from capipe.manifests.verify import verify
 from capipe.models.model_json import read_json
 from capipe.pipeline.inspect.chain_state import load_chain

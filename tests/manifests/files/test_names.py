@@ -17,7 +17,6 @@ import pytest
 from capipe.errors import ArtifactMismatch, BadInput
 from capipe.manifests import manifest, replacing
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.claims import Claims, living
 from capipe.manifests.files.allowed import Allowed
 from capipe.manifests.files.names import checked_name, linked_parent, name_problem
 from capipe.manifests.files.outside import Refused
@@ -26,6 +25,8 @@ from capipe.manifests.fingerprint import canonical
 from capipe.manifests.journal import Journal
 from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import INGEST
+from capipe.manifests.sharing.claims import Claims
+from capipe.manifests.sharing.owners import living
 from capipe.manifests.verify import verify
 
 SEMANTIC = {"model": "m"}

@@ -91,7 +91,7 @@ def served(tmp_path: Path) -> None:
 
 
 def pictures_in(folder: Path, *images: str) -> tuple[int, str]:
-    page = write_report(folder, images=images).read_text()
+    page = Path(write_report(folder, images=images)).read_text()
     return page.count("data:image/jpeg"), page
 
 

@@ -69,7 +69,7 @@ class Page(HTMLParser):
 
 
 def read(folder: Path, out: Path | None = None) -> Page:
-    page = Page(write_report(folder, out).read_text(encoding="utf-8"))
+    page = Page(Path(write_report(folder, out)).read_text(encoding="utf-8"))
     assert page.open == []
     return page
 
@@ -78,7 +78,7 @@ def evaluated(folder: Path) -> None:
     """The evaluations' own reports, as `capipe eval` writes them."""
     for name in ("eval", "eval-trained"):
         graded = Artifact.open(str(folder / name / "graded"))
-        write_evaluation(report_on(graded), folder / name)
+        write_evaluation(report_on(graded), str(folder / name))
         report = json.loads((folder / name / "report.json").read_text())
         captioner = "run/step-000010@1" if name == "eval-trained" else "tiny/captioner@2"
         report["settings"]["captioner"] = f"/somewhere/{captioner}" if "run" in captioner else captioner
@@ -311,7 +311,7 @@ def test_a_link_in_its_place_is_replaced_and_never_followed(tmp_path: Path, name
     outside = tmp_path / "outside.html"
     outside.write_text("mine")
     (tmp_path / "given" / name).symlink_to(outside)
-    made = write_report(tmp_path / "given")
+    made = Path(write_report(tmp_path / "given"))
     assert outside.read_text() == "mine" and not made.is_symlink() and made.read_text().startswith("<!doctype html>")
     assert {each.name for each in (tmp_path / "given").iterdir()} <= {"shards", "report.html", name}
 
@@ -320,4 +320,4 @@ def test_what_a_killed_report_left_is_cleared(tmp_path: Path) -> None:
     write_images(tmp_path / "shards", [2])
     left = tmp_path / f".report.html.{'0' * 16}.partial"
     left.write_text("half")
-    assert write_report(tmp_path).stat().st_size > 1000 and not left.exists()
+    assert Path(write_report(tmp_path)).stat().st_size > 1000 and not left.exists()

@@ -96,7 +96,7 @@ def test_what_needs_the_folder_for_itself_is_refused(shards: Path, tmp_path: Pat
     assert "another capipe process is writing here (process" in one_line(done)
     first.close()
     done = capipe(*common, "--out", "memory://out", "--share", code=2)
-    assert "--share needs a file system that has locks" in one_line(done)
+    assert "--share needs a file system with locks, or a store with conditional creation" in one_line(done)
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def test_the_report_opens_without_an_error(page: Any, chain: Path, tmp_path: Pat
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
     page.emulate_media(color_scheme=scheme)
-    page.goto(write_report(chain, tmp_path / "report.html").as_uri())
+    page.goto(Path(write_report(chain, tmp_path / "report.html")).as_uri())
     assert page.title().endswith("capipe") and page.locator("section").count() >= 5
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from capipe.errors import ArtifactMismatch, BadInput
-from capipe.manifests import claims as claims_module
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.claims import LEASE_SECONDS, ClaimLost, Claims, living
 from capipe.manifests.files.storage import Folder
 from capipe.manifests.journal import Journal
-from capipe.manifests.manifest import LINES, Tail
+from capipe.manifests.manifest import LINES, Manifest
 from capipe.manifests.schema import INGEST
+from capipe.manifests.sharing import owners
+from capipe.manifests.sharing.claims import ClaimLost, Claims
+from capipe.manifests.sharing.owners import LEASE_SECONDS, living
 from capipe.manifests.verify import verify
 
 SEMANTIC = {"model": "m"}
@@ -72,7 +73,7 @@ def test_a_shard_is_claimed_once(tmp_path: Path) -> None:
 
 def test_a_claim_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
     code = (
-        "import signal; from capipe.manifests.claims import *; from capipe.manifests.files.storage import Folder\n"
+        "import signal; from capipe.manifests.sharing.claims import *\n"
         f"folder = Folder({str(tmp_path)!r}); token = Claims(folder).take('00000')\n"
         "folder.private(scratch_of(token)).mkdir(parents=True)\n"
         "print(token, flush=True); signal.pause()"
@@ -105,7 +106,7 @@ def test_a_claim_cut_short_is_nobodys(tmp_path: Path) -> None:
 
 
 def test_a_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(owners, "BEAT_SECONDS", 0.05)
     mine, other = Claims(Folder(str(tmp_path))), Claims(Folder(str(tmp_path)))
     card = tmp_path / f"_capipe/owners/{mine.owner.run}.json"
     assert mine.take("00000") is not None
@@ -161,7 +162,7 @@ def test_processes_share_shards_and_the_manifest(tmp_path: Path) -> None:
     first = shared(tmp_path)
     for name in names[::3]:
         abroad(tmp_path, age=2 * LEASE_SECONDS, shard=name)  # left by a dead job
-    tail = Tail(first.folder)
+    tail = Manifest(first.folder)
     with ProcessPoolExecutor(
         3, get_context("fork")
     ) as pool:  # spawned ones would import this file by its folder's name
@@ -265,8 +266,8 @@ def test_the_last_process_drops_the_journal_of_one_that_was_killed_after_its_com
     assert [path.name for path in (tmp_path / "_capipe/journal").iterdir()] == ["00001.jsonl"]
 
 
-def test_object_stores_are_not_shared() -> None:
-    with pytest.raises(BadInput, match="--share needs a file system that has locks"):
+def test_a_file_system_that_others_do_not_see_is_not_shared() -> None:
+    with pytest.raises(BadInput, match="--share needs a file system with locks, or a store with conditional creation"):
         Artifact.create("memory://shared", "test", SEMANTIC, {}, share=True)
 
 

@@ -1,0 +1,1 @@
+"""Artifacts in object stores: commits by conditional creation, without locks, renames or appends."""
