@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class ExportOptions:
     """Options of `capipe export`."""
 
-    artifact: Annotated[str, typer.Argument(help="Final shards; or any artifact that has tars.")]
+    artifact: Annotated[str, typer.Argument(help="Final shards, an index; or any artifact that has tars.")]
     out: o.Out
     format: Annotated[
         str, typer.Option(help="webdataset, parquet, llava, folder, messages, or the import path of your own.")
@@ -44,6 +44,7 @@ class ExportOptions:
     link: Annotated[
         bool, typer.Option("--link", help="webdataset: hard-link tars instead of copying. Never edit either side then.")
     ] = False
+    images: o.Images = None
     workers: o.Workers = None
     fresh: o.Fresh = False
 
@@ -76,6 +77,7 @@ def export(options: ExportOptions) -> None:
         image_extension=options.image_extension,
         shard_size=options.shard_size,
         link=options.link,
+        images=options.images or (),
         workers=options.workers,
         fresh=options.fresh,
     )

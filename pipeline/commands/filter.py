@@ -10,7 +10,7 @@ import typer
 
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
-from ...terminal import print_err
+from ...terminal import print_err, print_line
 from ..runners.placement import Placement
 from ..runners.pool_job import job_session
 from ..runners.progress import Progress
@@ -62,8 +62,15 @@ class FilterOptions:
         str, typer.Option(help="Caption to write: re (new), org (original), auto (new where there are any).")
     ] = "auto"
     shard_size: Annotated[int, typer.Option(help="Kept rows per final shard; input shards stay whole.")] = 10_000
+    index: Annotated[
+        bool, typer.Option("--index", help="Copy no image: write rows alone, over the original tars, for `export`.")
+    ] = False
     marks: Annotated[str | None, typer.Option(help="Marks of `capipe dedup`: rows not ok there are not kept.")] = None
     workers: Annotated[int | None, typer.Option(help="Processes that copy; one per core by default.")] = None
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would be kept and its bytes, copied or as an index; write nothing."),
+    ] = False
     scorer_options: o.ScorerOptions
     retry: o.Retry = False
     run: FilterRunOptions
@@ -85,8 +92,8 @@ def check(options: FilterOptions) -> SelectConfig:
             )
         options.scorer_options.check(options.run)
     ranked = {} if options.by is None else {"by": options.by}
-    text, size = options.text, options.shard_size
-    return o.validated(SelectConfig, keep=options.keep, top=options.top, text=text, shard_size=size, **ranked)
+    given = {"keep": options.keep, "top": options.top, "text": options.text, "shard_size": options.shard_size}
+    return o.validated(SelectConfig, **given, index=options.index, **ranked)
 
 
 @flattened
@@ -95,6 +102,9 @@ def filter_(options: FilterOptions) -> None:
     config = check(options)
     marks = None if options.marks is None else Artifact.open(options.marks)
     out, scores = options.out.rstrip("/"), options.scores
+    if options.dry_run:
+        _preview(scores or f"{out}/scores", options.shards, config, marks)
+        return
     if scores is None:
         scores = f"{out}/scores"
         scored = score_step(options, scores)
@@ -106,6 +116,17 @@ def filter_(options: FilterOptions) -> None:
     artifact = Artifact.open(scores)
     final = f"{out}/shards"
     raise typer.Exit(select_step(artifact, options.shards, final, config, marks, options.workers, options.run.fresh))
+
+
+def _preview(scores: str, shards: str, config: SelectConfig, marks: Artifact | None) -> None:
+    """Print a selection's plan. Raises BadInput if there are no scores yet: they are not made here."""
+    from ..jobs.select import preview_select
+
+    if not Artifact.exists(scores):
+        raise BadInput(f"{scores}: no scores yet, by which --dry-run would select; score first, without --dry-run")
+    selection, costs = preview_select(Artifact.open(scores), shards, config, marks)
+    print_line(selection.line())
+    print_line(costs.line())
 
 
 def score_setup(options: FilterOptions, place: Placement) -> ScoreSetup:
@@ -158,6 +179,7 @@ def select_step(
 
     plan = plan_select(scores, shards, out, config, marks=marks, workers=workers, fresh=fresh)
     print_err(plan.selection.line())
+    print_err(plan.costs.line())
     if warning := plan.selection.warning():
         print_err(f"warning: {warning}")
     before = sum(task.rows for task in plan.tasks) - sum(task.rows for task in plan.todo)

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ...stages.export.parquet import JSON, URL
 from ...stages.export.plan import ExportTask, as_they_are, of_size
 from ...stages.export.source import column_of, image_extensions
 from ...stages.export.write import STAGE, ExportConfig, export_shards
+from ...stages.filter.index import is_index
 from ..runners.messages import Event
 from ..runners.pool import worker_count
 from ..runners.pool_job import run_pool_job
@@ -43,6 +44,7 @@ class ExportPlan:
     todo: list[ExportTask]
     workers: int
     link: bool
+    images: tuple[str, ...]
 
     @property
     def shards(self) -> int:
@@ -69,13 +71,15 @@ def plan_export(
     image_extension: str = "auto",
     shard_size: int | None = None,
     link: bool = False,
+    images: Sequence[str] = (),
     workers: int | None = None,
     fresh: bool = False,
 ) -> ExportPlan:
     """Check the source, choose the images' extension, lock the output. Raises CapipeError; then nothing was written.
 
     ``image_extension``: auto (a single one if they differ), keep, or an extension. ``shard_size``: maximum number of
-    pairs per shard; None for the source's own shards.
+    pairs per shard; None for the source's own shards. ``images``: folders and URLs below which an index's tars may be
+    read.
     """
     writer = writer_class(format, "--format")
     source = Artifact.open(url)
@@ -84,7 +88,7 @@ def plan_export(
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
     elif format != "parquet":
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
-    extension = _extension(source, shards, image_extension) if format == "webdataset" else None
+    extension = _extension(source, shards, image_extension, images) if format == "webdataset" else None
     config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)
     if link:
         _check_link(source, out, config)
@@ -107,7 +111,7 @@ def plan_export(
         artifact.close()
         raise
     count = worker_count(workers, artifact.folder.is_shared and source.folder.is_shared)
-    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)), link)
+    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)), link, tuple(images))
 
 
 def _complete(source: Artifact) -> list[ShardRecord]:
@@ -118,7 +122,7 @@ def _complete(source: Artifact) -> list[ShardRecord]:
         text = f"{source.url}: {len(records)} of {'?' if total is None else total} shards are committed"
         raise BadInput(f"{text}; run its stage ({source.stage}) to the end first")
     tarless = next((r.shard for r in records if f"{r.shard}.tar" not in r.files), None)
-    if tarless is not None or not records:
+    if (tarless is not None and not is_index(source)) or not records:
         text = f"{source.url}: an artifact of stage {source.stage!r} without tars" + (
             f" (shard {tarless})" if tarless else ""
         )
@@ -154,7 +158,7 @@ def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
-def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | None:
+def _extension(source: Artifact, shards: list[ShardRecord], wish: str, images: Sequence[str]) -> str | None:
     """The extension for all images, or None if they keep theirs.
 
     If they differ, `datasets` rejects the tars, or silently reads null for every image with another extension than the
@@ -167,7 +171,7 @@ def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | 
         return wish
     present: set[str] = set()
     for record in shards:
-        present |= image_extensions(source, record)
+        present |= image_extensions(source, record, images)
         if len(present) > 1:
             break
     return None if len(present) == 1 and present <= set(EXTENSIONS) else EXTENSIONS[0]
@@ -178,6 +182,8 @@ def _check_link(source: Artifact, out: str, config: ExportConfig) -> None:
         why = "tars are rewritten to name images alike" if config.image_extension else "tars are written anew"
         why = why if config.format == "webdataset" else "only webdataset has tars"
         raise BadInput(f"--link: {why}, so nothing can be linked; leave it out, or use --image-extension keep")
+    if is_index(source):
+        raise BadInput(f"--link: {source.url} is an index, which has no tars to link; leave it out to copy")
     if not source.folder.is_local or "://" in out:
         raise BadInput("--link: links are within one local file system; leave it out to copy")
 
@@ -215,15 +221,15 @@ def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
 
 def execute_export(plan: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Export uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
-    write = functools.partial(_write_shards, source=plan.source, config=plan.config, link=plan.link)
+    write = functools.partial(_write_shards, source=plan.source, config=plan.config, link=plan.link, images=plan.images)
     return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
 
 
 def _write_shards(
-    task: ExportTask, source: Artifact, config: ExportConfig, link: bool, artifact: Artifact
+    task: ExportTask, source: Artifact, config: ExportConfig, link: bool, images: Sequence[str], artifact: Artifact
 ) -> list[ShardRecord]:
     try:
-        return export_shards(task, source, artifact, config, link=link)
+        return export_shards(task, source, artifact, config, link=link, images=images)
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise BadInput("--link: the shards and --out are on different file systems; leave it out to copy") from None

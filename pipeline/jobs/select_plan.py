@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec.core import url_to_fs
+from rich.filesize import decimal
 
 from ...errors import ArtifactMismatch, BadInput
 from ...manifests.artifact import Artifact
@@ -55,6 +56,34 @@ class ShardPlan:
         if (asked.keep is None and asked.top is None) or sum(self.kept) < self.candidates:
             return None
         return f"{asked.shown}: keeps all {self.candidates:,} candidates; raise the threshold to sort some out"
+
+
+@dataclass(frozen=True)
+class SelectCosts:
+    """Estimated bytes of a selection: ``images`` of the kept rows, if copied, and ``rows``, which an index has, too."""
+
+    images: int
+    rows: int
+
+    def line(self) -> str:
+        images, rows = decimal(self.images), decimal(self.rows)
+        return f"to write: about {images} of images and {rows} of rows; with --index the rows alone"
+
+
+#: Size of a selection's Parquet relative to that of its scores, of which it has a few more columns; see bench/index.py
+ROWS_TO_SCORES = 1.3
+
+
+def costs(shards: Sequence[InputShard], scores: Artifact, plan: ShardPlan) -> SelectCosts:
+    """Estimate from manifests alone: an image is as large as others of its shard."""
+    scored, images, rows = scores.committed(), 0.0, 0
+    for shard, kept, size in zip(shards, plan.kept, plan.sizes, strict=True):
+        record = scored[shard.name]
+        tar = shard.record.files[f"{shard.name}.tar"] if shard.record is not None else record.input
+        samples = shard.record.rows.get(Status.OK, 0) if shard.record is not None else size
+        images += int(tar.get("bytes") or 0) * kept / max(1, samples)
+        rows += int(record.files[f"{shard.name}.parquet"]["bytes"])
+    return SelectCosts(round(images), round(rows * ROWS_TO_SCORES))
 
 
 def plan_shards(shards: Sequence[InputShard], scores: Artifact, config: SelectConfig) -> ShardPlan:

@@ -60,9 +60,16 @@ class ExportTask:
 
 
 def _whole(source: Artifact, record: ShardRecord) -> dict[str, Any]:
-    tar = record.files[f"{record.shard}.tar"]
-    rows = record.files[listing(record.shard)]["sha256"]
-    return {"url": f"{source.url}/{record.shard}.tar", "digest": tar["sha256"], "bytes": tar["bytes"], "rows": rows}
+    """Entry for a whole source shard: by its tar, or by its listing if it is of an index."""
+    tar, rows = f"{record.shard}.tar", listing(record.shard)
+    name = tar if tar in record.files else rows
+    file = record.files[name]
+    return {
+        "url": f"{source.url}/{name}",
+        "digest": file["sha256"],
+        "bytes": file["bytes"],
+        "rows": record.files[rows]["sha256"],
+    }
 
 
 def as_they_are(records: Sequence[ShardRecord]) -> list[ExportTask]:

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from ...errors import BadInput
+from ...manifests.configuration import Growing
 from ...manifests.schema import SCORE
 from ...manifests.shards import Row
 from ...manifests.sidecars import encode_meta
@@ -43,10 +44,11 @@ def aliases(text: Text) -> dict[str, str]:
     return {name: f"{text}_{name}" for name in _SHARED}
 
 
-class SelectConfig(BaseModel):
+class SelectConfig(Growing):
     """Options of selection and packing; all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("index",)
 
     keep: str | None = Field(
         None, description="condition over the columns of the scores; see stages/filter/expression.py"
@@ -57,6 +59,7 @@ class SelectConfig(BaseModel):
     text: Literal["auto", "re", "org"] = Field(
         "auto", description="the caption to write: new, original; auto takes the new ones where the scores have any"
     )
+    index: bool = Field(False, description="write no tars: rows alone, over the original ones")
 
     @field_validator("keep")
     @classmethod
