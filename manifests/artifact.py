@@ -315,19 +315,22 @@ class Artifact:
         claim: str | None = None,
         over: ShardRecord | None = None,
     ) -> ShardTransaction:
-        """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim.
-
+        """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim;
         ``over``: the committed version to replace, which stays until the commit.
         """
-        if self._retracted is None:
-            self._retracted = manifest.retracted(self.folder)
-        before = self._retracted.get(shard)
-        replaces = over.versions if over is not None else before.replaces if before is not None else ()
-        return ShardTransaction(self.folder, self.fingerprint, shard, schema, tar, claim, replaces, over)
+        replaces, folder = self._replaced(shard, over), self.folder
+        return ShardTransaction(folder, self.fingerprint, shard, schema, tar, claim, replaces, over)
 
-    def begin_files(self, shard: str) -> FileTransaction:
-        """Start a shard of files written one by one (for an export); nothing is visible before its commit."""
-        return FileTransaction(self.folder, self.fingerprint, shard)
+    def begin_files(self, shard: str, over: ShardRecord | None = None) -> FileTransaction:
+        """Start a shard of files written one by one (for an export), as :meth:`begin`."""
+        return FileTransaction(self.folder, self.fingerprint, shard, self._replaced(shard, over), over)
+
+    def _replaced(self, shard: str, over: ShardRecord | None) -> Sequence[str]:
+        """sha256 of the versions that a new one of a shard replaces."""
+        if self._retracted is None and over is None:
+            self._retracted = manifest.retracted(self.folder)
+        before = (self._retracted or {}).get(shard)
+        return over.versions if over is not None else before.replaces if before is not None else ()
 
     def journal(self, shard: str) -> Journal:
         return Journal(self.folder.private_to_write(f"journal/{checked_name(shard)}.jsonl"), self.fingerprint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +25,22 @@ _CHUNK = 1 << 20
 
 
 class FileTransaction:
-    """Context manager: create files, ``commit`` once; leaving without a commit removes every trace."""
+    """Context manager: create files, ``commit`` once; leaving without a commit removes every trace.
 
-    def __init__(self, folder: Folder, fingerprint: str, shard: str) -> None:
+    ``over``: the committed version to replace. Files that the new one lacks are removed first, then the old version is
+    retracted: a crash leaves a shard that the same command writes again, and no file that nobody lists.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        fingerprint: str,
+        shard: str,
+        replaces: Sequence[str] = (),
+        over: ShardRecord | None = None,
+    ) -> None:
         self.shard, self._folder, self._fingerprint = shard, folder, fingerprint
+        self._replaces, self._over = replaces, over
         self._scratch = new_scratch(folder, "tmp", shard)
         self._files: dict[str, dict[str, Any]] = {}
         self._trees: list[str] = []
@@ -92,6 +104,12 @@ class FileTransaction:
         self, *, rows: Mapping[str, int], input_info: Mapping[str, Any], stats: Mapping[str, Any] | None = None
     ) -> ShardRecord:
         """Publish the shard. ``rows``: row counts by status; ``input_info`` needs a ``digest``."""
+        if self._over is not None:
+            for name in self._over.files.keys() - self._files.keys():
+                self._folder.remove(name)
+            manifest.append(self._folder, self._over.retraction())
+        if self._replaces:
+            stats = {**(stats or {}), manifest.REPLACES: list(self._replaces)}
         self.publish()
         record = ShardRecord(
             shard=self.shard,

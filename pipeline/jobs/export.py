@@ -7,7 +7,7 @@ import functools
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,10 +17,12 @@ from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
 from ...manifests.status import Status
+from ...manifests.withdrawal.applied import NOTE, Withdrawal, apply
+from ...manifests.withdrawal.uid_set import UidSet
 from ...stages.export.card import CardWords
 from ...stages.export.formats import writer_class
 from ...stages.export.parquet import JSON, URL
-from ...stages.export.plan import ExportTask, as_they_are, of_size
+from ...stages.export.plan import ExportTask, as_before, as_they_are, of_size
 from ...stages.export.source import column_of, image_extensions
 from ...stages.export.write import STAGE, ExportConfig, export_shards
 from ...stages.filter.index import is_index
@@ -45,6 +47,7 @@ class ExportPlan:
     workers: int
     link: bool
     images: tuple[str, ...]
+    withdrawal: Withdrawal
 
     @property
     def shards(self) -> int:
@@ -72,6 +75,7 @@ def plan_export(
     shard_size: int | None = None,
     link: bool = False,
     images: Sequence[str] = (),
+    drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
 ) -> ExportPlan:
@@ -79,7 +83,8 @@ def plan_export(
 
     ``image_extension``: auto (a single one if they differ), keep, or an extension. ``shard_size``: maximum number of
     pairs per shard; None for the source's own shards. ``images``: folders and URLs below which an index's tars may be
-    read.
+    read. ``drop``: withdrawn images; on an existing export only shards with images that are newly listed, here or in
+    the source, are written again.
     """
     writer = writer_class(format, "--format")
     source = Artifact.open(url)
@@ -88,11 +93,16 @@ def plan_export(
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
     elif format != "parquet":
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
-    extension = _extension(source, shards, image_extension, images) if format == "webdataset" else None
+    before = None if fresh or (drop is None and NOTE not in source.config["run"]) else _before(out, source)
+    extension = None
+    if format == "webdataset" and before is not None and image_extension == "auto":
+        extension = before.setting("semantic", "export", kind=dict).get("image_extension")
+    elif format == "webdataset":
+        extension = _extension(source, shards, image_extension, images)
     config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)
     if link:
         _check_link(source, out, config)
-    tasks = as_they_are(shards) if shard_size is None else of_size(source, shards, shard_size)
+    tasks = _tasks(source, shards, shard_size, before)
     run = {
         "shards": url,
         "shards_total": sum(len(task.pieces) for task in tasks),
@@ -105,13 +115,31 @@ def plan_export(
         semantic["columns"] = [URL, JSON]
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=[url])
     try:
+        withdrawal = apply(artifact, drop)
         artifact.release_quarantine()
-        todo = _todo(artifact, source, tasks)
+        todo = _todo(artifact, source, tasks, withdrawal.touched)
     except CapipeError:
         artifact.close()
         raise
     count = worker_count(workers, artifact.folder.is_shared and source.folder.is_shared)
-    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)), link, tuple(images))
+    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)), link, tuple(images), withdrawal)
+
+
+def _before(out: str, source: Artifact) -> Artifact | None:
+    """The export in ``out``, if it was made of ``source``."""
+    artifact = Artifact.open(out) if Artifact.exists(out) else None
+    made_of_it = artifact is not None and artifact.config["semantic"].get("input") == source.fingerprint
+    return artifact if made_of_it and artifact is not None and artifact.stage == STAGE else None
+
+
+def _tasks(
+    source: Artifact, shards: list[ShardRecord], shard_size: int | None, before: Artifact | None
+) -> list[ExportTask]:
+    """The tasks of an export, with the bounds of shards made ``before``, if all of them are there."""
+    if shard_size is None:
+        return as_they_are(shards)
+    kept = None if before is None else as_before(shards, list(before.committed().values()))
+    return kept or of_size(source, shards, shard_size)
 
 
 def _complete(source: Artifact) -> list[ShardRecord]:
@@ -188,8 +216,9 @@ def _check_link(source: Artifact, out: str, config: ExportConfig) -> None:
         raise BadInput("--link: links are within one local file system; leave it out to copy")
 
 
-def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask]) -> list[ExportTask]:
-    """Tasks with uncommitted pieces, reduced to these pieces."""
+def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask], touched: Collection[str]) -> list[ExportTask]:
+    """Tasks with pieces to write, reduced to these: uncommitted ones, those of rows that were redone or withdrawn in
+    the source since, and those that a longer list touched."""
     committed = artifact.committed()
     todo = []
     for task in tasks:
@@ -198,14 +227,29 @@ def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask]) -> list
             record = committed.pop(piece.shard, None)
             if record is None:
                 missing.append(piece)
-            elif _without_urls(record.input) != _without_urls(task.made_of(source, piece)):
+                continue
+            made_of_now = task.made_of(source, piece)
+            changed = _without_urls(record.input) != _without_urls(made_of_now)
+            if changed and not _is_repaired(record.input, made_of_now, task.sources):
                 shards = ", ".join(source_record.shard for source_record in task.sources)
                 raise _changed(artifact, f"shard {shards} of {source.url} changed")
+            if changed or piece.shard in touched:
+                missing.append(replace(piece, over=record))
         if missing:
             todo.append(replace(task, pieces=tuple(missing)))
     if committed:
         raise _changed(artifact, f"{source.url} has no shard {min(committed)} any more")
     return todo
+
+
+def _is_repaired(old: Mapping[str, Any], new: Mapping[str, Any], sources: Sequence[ShardRecord]) -> bool:
+    """True if a piece is of the same rows as before, of source shards of which some rows were redone since."""
+    olds, news = (entry.get("shards") or [{**entry, "name": sources[0].shard}] for entry in (old, new))
+    versions = {record.shard: {*record.versions} for record in sources}
+    same = [[part.get(key) for key in ("name", "from", "to")] for part in olds] == [
+        [part.get(key) for key in ("name", "from", "to")] for part in news
+    ]
+    return same and all({part["digest"], part["rows"]} <= versions[part["name"]] for part in olds)
 
 
 def _without_urls(input_info: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,12 +286,16 @@ def finish(plan: ExportPlan, words: CardWords) -> list[str] | None:
         return None
     notes = list(_notes(plan.artifact, plan.config))
     write_files(plan.artifact, plan.source, words, plan.config.format, notes)
+    plan.withdrawal.conclude()
     return notes
 
 
 def _notes(artifact: Artifact, config: ExportConfig) -> Iterator[str]:
     """Notes for users of the export, one sentence each; they are also on the card."""
     sums: Counter[str] = Counter()
+    withdrawn = sum(record.rows.get(Status.WITHDRAWN, 0) for record in artifact.committed().values())
+    if withdrawn:
+        yield f"{withdrawn:,} rows are withdrawn: of these images the uid alone is left."
     for record in artifact.committed().values():
         sums.update({name: n for name, n in record.stats.items() if isinstance(n, int)})
     if config.image_extension is not None:

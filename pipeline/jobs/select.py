@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +27,12 @@ from ...manifests.files.storage import PRIVATE
 from ...manifests.fingerprint import canonical
 from ...manifests.manifest import ShardRecord
 from ...manifests.schema import SCORE, SELECT
-from ...manifests.shards import InputShard, RowReader, expand, input_artifact, join, read_places
+from ...manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ...manifests.status import Status
 from ...manifests.transaction import ShardTransaction
+from ...manifests.withdrawal.applied import NOTE, Withdrawal, applied, apply
+from ...manifests.withdrawal.rows import WithdrawingReader, blank, is_withdrawn
+from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.index import ListedRows, TarFacts
 from ...stages.filter.select import (
     STAGE,
@@ -49,6 +53,7 @@ from .select_plan import MARKS, SCORES, SelectCosts, ShardPlan, costs, ok_uids, 
 
 UIDS = f"{PRIVATE}/uids.npy"
 _START_OVER = "use another --out, or --fresh to start over"
+Listed = tuple[dict[str, Any], int]  # an input shard's entry for the manifest, and the number of its rows that are kept
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class SelectPlan:
 
     selection: ShardPlan
     costs: SelectCosts
+    withdrawal: Withdrawal
     artifact: Artifact
     tasks: list[GroupTask]
     todo: list[GroupTask]
@@ -90,28 +96,32 @@ def plan_select(
     config: SelectConfig,
     *,
     marks: Artifact | None = None,
+    drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
 ) -> SelectPlan:
     """Select rows, lock ``out`` and find the shards left to write. Raises CapipeError; then nothing was written.
 
-    ``marks``: an artifact with a row for each input row; rows that are not ok there are not kept.
+    ``marks``: an artifact with a row for each input row; rows that are not ok there are not kept. ``drop``: withdrawn
+    images. If only these grew since ``out`` was made, the threshold of ``top`` and the bounds of the final shards stay:
+    withdrawal takes rows out and lets none in.
     """
     sidecars, shards = _joined(scores, pattern, marks)
     reads = read_places(pattern, shards, sidecars.values())
     refuse_overwriting(out, reads)
     _refuse_another_stage(out)
-    selection = plan_shards(shards, scores, config)
-    tars = tar_facts(shards, scores) if config.index else {}
-    tasks = _tasks(shards, selection, tars)
     source = input_artifact(pattern)
-    semantic = {
+    made_of = {
         "select": config.model_dump(mode="json"),
-        "text": selection.rule.text,
-        "threshold": selection.rule.threshold_text,
         "input": source.fingerprint if source else None,
         **{name: artifact.fingerprint for name, artifact in sidecars.items()},
     }
+    before = None if fresh or (drop is None and NOTE not in scores.config["run"]) else _before(out, made_of)
+    threshold = None if before is None else before.config["semantic"]["threshold"]
+    selection = plan_shards(shards, scores, config, drop or EMPTY, threshold)
+    tars = tar_facts(shards, scores) if config.index else {}
+    tasks = _tasks(shards, selection, tars, before)
+    semantic = {**made_of, "text": selection.rule.text, "threshold": selection.rule.threshold_text}
     run = {
         "shards": pattern,
         "shards_total": len(tasks),
@@ -123,22 +133,27 @@ def plan_select(
     }
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
     try:
+        withdrawal = apply(artifact, drop)
         artifact.release_quarantine()
-        todo = _todo(artifact, tasks)
+        todo = _todo(artifact, tasks, withdrawal.touched)
     except CapipeError:
         artifact.close()
         raise
     shared = artifact.folder.is_shared and all(shard.is_shared for shard in shards)
     count = min(worker_count(workers, shared), len(todo))
-    return SelectPlan(selection, costs(shards, scores, selection), artifact, tasks, todo, count)
+    return SelectPlan(selection, costs(shards, scores, selection), withdrawal, artifact, tasks, todo, count)
 
 
 def preview_select(
-    scores: Artifact, pattern: str, config: SelectConfig, marks: Artifact | None = None
+    scores: Artifact,
+    pattern: str,
+    config: SelectConfig,
+    marks: Artifact | None = None,
+    drop: UidSet | None = None,
 ) -> tuple[ShardPlan, SelectCosts]:
-    """What :func:`plan_select` would select, and its costs. Writes nothing. Raises CapipeError."""
+    """What :func:`plan_select` would select in a new folder, and its costs. Writes nothing. Raises CapipeError."""
     _, shards = _joined(scores, pattern, marks)
-    selection = plan_shards(shards, scores, config)
+    selection = plan_shards(shards, scores, config, drop or EMPTY)
     return selection, costs(shards, scores, selection)
 
 
@@ -156,6 +171,15 @@ def _refuse_another_stage(out: str) -> None:
         raise BadInput(f"{out}: holds an artifact of stage {stage!r}; choose another --out")
 
 
+def _before(out: str, made_of: Mapping[str, Any]) -> Artifact | None:
+    """The selection in ``out``, if it was made of the same things by the same options."""
+    if not Artifact.exists(out):
+        return None
+    artifact = Artifact.open(out)
+    same = all(artifact.config["semantic"].get(name) == value for name, value in made_of.items())
+    return artifact if same else None
+
+
 def tar_facts(shards: Sequence[InputShard], scores: Artifact) -> dict[str, TarFacts]:
     """Facts about the shards' tars, by shard; their bytes are not read."""
     scored = scores.committed()
@@ -169,8 +193,11 @@ def _digest_of(tars: Mapping[str, TarFacts]) -> dict[str, Any]:
     return {"count": len(tars), "bytes": total, "digest": hashlib.sha256(canonical(marks).encode()).hexdigest()}
 
 
-def _tasks(shards: Sequence[InputShard], selection: ShardPlan, tars: Mapping[str, TarFacts]) -> list[GroupTask]:
-    size = selection.rule.config.shard_size
+def _tasks(
+    shards: Sequence[InputShard], selection: ShardPlan, tars: Mapping[str, TarFacts], before: Artifact | None
+) -> list[GroupTask]:
+    """Final shards with the bounds of those made ``before``, if all of them are there."""
+    bounds = None if before is None else _bounds(before, [shard.name for shard in shards])
     return [
         GroupTask(
             f"{index:05d}",
@@ -179,18 +206,27 @@ def _tasks(shards: Sequence[InputShard], selection: ShardPlan, tars: Mapping[str
             sum(selection.kept[at] for at in run),
             tuple(tars[shards[at].name] for at in run) if tars else (),
         )
-        for index, run in enumerate(group(selection.kept, size))
+        for index, run in enumerate(bounds or group(selection.kept, selection.rule.config.shard_size))
     ]
 
 
-def _todo(artifact: Artifact, tasks: Sequence[GroupTask]) -> list[GroupTask]:
-    """Tasks not committed, or outdated: rows were redone since, or shards were added.
+def _bounds(before: Artifact, shards: Sequence[str]) -> list[range] | None:
+    """Runs of input shards of a selection's final shards; None if these are not of all ``shards``."""
+    runs = [[entry["name"] for entry in record.input["shards"]] for record in before.committed().values()]
+    if [name for run in runs for name in run] != list(shards):
+        return None
+    ends = list(itertools.accumulate(map(len, runs), initial=0))
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _todo(artifact: Artifact, tasks: Sequence[GroupTask], touched: Collection[str]) -> list[GroupTask]:
+    """Tasks not committed, or outdated: rows were redone or withdrawn since (``touched``), or shards were added.
 
     Raises ArtifactMismatch if a committed one has other inputs.
     """
     committed = artifact.committed()
     present = {shard.name: shard for task in tasks for shard in task.shards}
-    repaired = {name for name, record in committed.items() if _is_repaired(artifact, record, present)}
+    repaired = {name for name, record in committed.items() if _is_repaired(artifact, record, present)} | {*touched}
     todo = []
     for task in tasks:
         record = committed.pop(task.shard, None)
@@ -225,12 +261,13 @@ def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:
     """Write and commit one final shard, in a worker process. Keeps one input shard's scores in memory."""
     input_keys = [_scores(shard, ["key"]).column("key").to_pylist() for shard in task.shards]
     keys = final_keys([shard.name for shard in task.shards], input_keys)
+    uids = applied(artifact)
     with artifact.begin(task.shard, SELECT, tar=not task.tars, over=task.over) as out:
         if task.tars:
             parts = zip(task.shards, keys, task.tars, strict=True)
-            written = [_list(shard, names, rule, out, tar) for shard, names, tar in parts]
+            written = [_list(shard, names, rule, out, uids, tar) for shard, names, tar in parts]
         else:
-            written = [_copy(shard, names, rule, out) for shard, names in zip(task.shards, keys, strict=True)]
+            written = [_copy(shard, names, rule, out, uids) for shard, names in zip(task.shards, keys, strict=True)]
         if sum(kept for _, kept in written) != task.kept:
             raise ArtifactMismatch(f"{task.shards[0].companions[0].url}: the scores changed while they were read")
         inputs = [{"name": shard.name, **info} for shard, (info, _) in zip(task.shards, written, strict=True)]
@@ -243,11 +280,11 @@ def _scores(shard: InputShard, columns: list[str]) -> pa.Table:
     return read_columns(companion, SCORE, columns)  # the row reader checks that it is the committed file
 
 
-def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction) -> tuple[dict[str, Any], int]:
+def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction, uids: UidSet) -> Listed:
     """Copy an input shard's rows, the kept ones with their samples; returns the reader's info and the kept count."""
-    reader, kept, named = RowReader(shard), 0, _named_terms(shard, keys, rule)
+    reader, kept, named = WithdrawingReader(shard, uids), 0, _named_terms(shard, keys, rule)
     for source, (key, term) in zip(reader, named, strict=True):  # the reader first: at its end it checks the tar
-        final = _final(source.beside, key, term, shard, rule)
+        final = _final(source.beside, key, term, shard, rule, uids)
         sample = members(source, final)
         if final["status"] == Status.OK and sample is None:
             raise ArtifactMismatch(f"{shard.url}: {source.key!r} has scores, but no image ({source.error})")
@@ -256,13 +293,11 @@ def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction)
     return reader.info, kept
 
 
-def _list(
-    shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction, tar: TarFacts
-) -> tuple[dict[str, Any], int]:
+def _list(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction, uids: UidSet, tar: TarFacts) -> Listed:
     """The same rows for an index, without samples; the shard's tar is not opened."""
     reader, kept, named = ListedRows(shard, tar), 0, _named_terms(shard, keys, rule)
     for beside, (key, term) in zip(reader, named, strict=True):
-        final = _final(beside, key, term, shard, rule)
+        final = _final(beside, key, term, shard, rule, uids)
         kept += final["status"] == Status.OK
         out.write(final)
     return reader.info, kept
@@ -275,9 +310,11 @@ def _named_terms(shard: InputShard, keys: list[str], rule: Rule) -> Iterator[tup
 
 
 def _final(
-    beside: Mapping[str, Mapping[str, Any]], key: str, term: int, shard: InputShard, rule: Rule
+    beside: Mapping[str, Mapping[str, Any]], key: str, term: int, shard: InputShard, rule: Rule, uids: UidSet
 ) -> dict[str, Any]:
     row = beside[SCORES]
+    if is_withdrawn(row["uid"], beside.values(), uids):
+        row = blank(row)
     status, error = selection_status(row, beside.get(MARKS), rule, term)
     return final_row(row, status, error, key, shard.name, rule.text)
 

@@ -23,6 +23,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.schema import BASE, SCORE, check
 from ...manifests.shards import Companion, InputShard
 from ...manifests.status import Status
+from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.expression import kind_of, shown_value
 from ...stages.filter.select import Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
 
@@ -86,9 +87,16 @@ def costs(shards: Sequence[InputShard], scores: Artifact, plan: ShardPlan) -> Se
     return SelectCosts(round(images), round(rows * ROWS_TO_SCORES))
 
 
-def plan_shards(shards: Sequence[InputShard], scores: Artifact, config: SelectConfig) -> ShardPlan:
+def plan_shards(
+    shards: Sequence[InputShard],
+    scores: Artifact,
+    config: SelectConfig,
+    uids: UidSet = EMPTY,
+    threshold: str | None = None,
+) -> ShardPlan:
     """Decide about all rows of ``shards``, each joined with its scores (and marks).
 
+    ``uids``: withdrawn images; ``threshold``: that of ``top``, if it was decided before.
     Raises BadInput if the scores are of other images, or if nothing would be kept.
     """
     committed = scores.committed()
@@ -96,19 +104,22 @@ def plan_shards(shards: Sequence[InputShard], scores: Artifact, config: SelectCo
     counted, sizes, candidates, ranked = [], [], 0, []
     for shard, (table, marks) in zip(shards, _tables(shards, rule.columns), strict=True):
         _check_images(shard, table, committed[shard.name].input.get("bytes"))
-        decision = decide(table, marks, rule)
+        decision = decide(table, marks, rule, uids.mask(table.column("uid")))
         sizes.append(len(table))
         candidates += int(decision.candidate.sum())
         counted.append(int(decision.eligible.sum()))
         if decision.by is not None:
             ranked.append(decision.by[decision.eligible])
     if not sum(counted):
-        raise _nothing(shards, rule)
+        raise _nothing(shards, rule, uids)
     kept = counted
     if config.top is not None:
         values = np.concatenate(ranked)
         ranked.clear()
-        rule = replace(rule, threshold=top_threshold(values, config.top))
+        if threshold is None:
+            rule = replace(rule, threshold=top_threshold(values, config.top))
+        else:
+            rule = Rule.of(config, rule.text, threshold)
         above = values >= rule.precision(rule.threshold or 0.0)
         kept = [int(part.sum()) for part in np.split(above, np.cumsum(counted)[:-1])]
     return ShardPlan(rule, kept, sizes, candidates, sum(counted))
@@ -170,7 +181,7 @@ def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) 
     raise BadInput(f"{scores}: its rows are not those of {shard.url}, by key and uid ({where}); {hint}")
 
 
-def _nothing(shards: Sequence[InputShard], rule: Rule) -> BadInput:
+def _nothing(shards: Sequence[InputShard], rule: Rule, uids: UidSet) -> BadInput:
     """The error if no row is kept: shows the values of the candidates' columns, which are read again for it."""
     named = {column.name: column.shown for column in (rule.keep.columns if rule.keep else ())}
     if rule.by is not None:
@@ -178,7 +189,7 @@ def _nothing(shards: Sequence[InputShard], rule: Rule) -> BadInput:
 
     def gather(of: Callable[[Decision], Any], name: str) -> list[pa.ChunkedArray]:
         return [
-            table.column(name).filter(pa.array(of(decide(table, marks, rule))))
+            table.column(name).filter(pa.array(of(decide(table, marks, rule, uids.mask(table.column("uid"))))))
             for table, marks in _tables(shards, [*rule.columns, name])
         ]
 

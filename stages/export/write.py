@@ -23,10 +23,13 @@ from ...manifests.files.storage import open_parquet
 from ...manifests.files.tar import written_size
 from ...manifests.manifest import ShardRecord
 from ...manifests.transaction import ROW_GROUP, shard_stats
+from ...manifests.withdrawal.applied import applied
+from ...manifests.withdrawal.rows import without
+from ...manifests.withdrawal.uid_set import UidSet
 from ..filter.index import is_index
 from .formats import writer_class
 from .plan import ExportTask, Piece
-from .source import Pair, committed_listing, copy, listing, pairs
+from .source import Pair, column_of, committed_listing, copy, listing, pairs
 from .webdataset import copy_tar
 from .writer import ShardWriter
 
@@ -60,9 +63,14 @@ def export_shards(
 
     ``images``: folders and URLs below which an index's tars may be read.
     """
-    if task.copied:
+    if task.copied and not _is_touched(source, task.sources[0], applied(artifact)):
         return [_whole(task, source, artifact, config, link, images)]
     return _cut(task, source, artifact, config, images)
+
+
+def _is_touched(source: Artifact, record: ShardRecord, uids: UidSet) -> bool:
+    """True if rows of a source shard are to be withdrawn."""
+    return bool(len(uids) and uids.mask(pa.array(column_of(source, record, "uid"), pa.string())).any())
 
 
 def _whole(
@@ -70,7 +78,7 @@ def _whole(
 ) -> ShardRecord:
     """Export one source shard; its listing is copied and, if nothing is renamed, its tar."""
     record, size = task.sources[0], 0
-    with artifact.begin_files(record.shard) as out:
+    with artifact.begin_files(record.shard, task.pieces[0].over) as out:
         for name in (listing(record.shard), f"{record.shard}_stats.json"):
             copy(source, record, name, out)
         if config.format == "webdataset" and config.image_extension is None and f"{record.shard}.tar" in record.files:
@@ -108,14 +116,16 @@ def _cut(
 
     Nothing is committed before the last byte of the source has been read and verified.
     """
+    uids = applied(artifact)
     with ExitStack() as stack:
         outputs = [stack.enter_context(_Part(piece, artifact, config)) for piece in task.pieces]
         offset = 0
         for record in task.sources:
             with committed_listing(source, record) as listed:
                 for batch in listed.iter_batches(ROW_GROUP, use_threads=False):
+                    rows = without(batch, uids)
                     for part in outputs:
-                        part.list(batch, offset)
+                        part.list(rows, offset)
                     offset += batch.num_rows
         for part in outputs:
             part.end_listing()
@@ -123,6 +133,8 @@ def _cut(
         for record in task.sources:
             with committed_listing(source, record) as listed:
                 for pair in pairs(source, record, listed, images):
+                    if pair.row["uid"] in uids:
+                        continue
                     for part in outputs:
                         part.add(pair, offset + pair.index)
             offset += record.count
@@ -139,7 +151,7 @@ class _Part:
         self._stack = ExitStack()
 
     def __enter__(self) -> _Part:
-        self._out = self._stack.enter_context(self._artifact.begin_files(self._piece.shard))
+        self._out = self._stack.enter_context(self._artifact.begin_files(self._piece.shard, self._piece.over))
         self._listing = self._stack.enter_context(ExitStack())
         self._parquet: pq.ParquetWriter | None = None
         return self

@@ -153,12 +153,15 @@ class Decision:
         return mask
 
 
-def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule) -> Decision:
-    """Decide on the rows of ``table``, which has at least :attr:`Rule.columns`; ``marks``: dedup statuses, if any."""
+def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule, withdrawn: Mask | None = None) -> Decision:
+    """Decide on the rows of ``table``, which has at least :attr:`Rule.columns`; ``marks``: dedup statuses, if any;
+    ``withdrawn``: rows of withdrawn images."""
     candidate = _where(pc.equal(table.column("status"), str(Status.OK)))
     candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
     if marks is not None:
         candidate &= np.fromiter((mark == Status.OK for mark in marks), bool, len(marks))
+    if withdrawn is not None:
+        candidate &= ~withdrawn
     keep = rule.keep
     failed = np.full(len(table), -1, np.int32) if keep is None else keep.failures(table)
     return Decision(candidate, failed, None if rule.by is None else scores_of(table, rule.by))
