@@ -318,20 +318,27 @@ class Artifact:
         claim: str | None = None,
         over: ShardRecord | None = None,
     ) -> ShardTransaction:
-        """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim.
-
+        """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim;
         ``over``: the committed version to replace, which stays until the commit.
         """
-        if self._retracted is None and self.folder.is_local:  # a store's commit finds out for itself
+        return ShardTransaction(
+            *(self.folder, self.fingerprint, shard, schema, tar, claim),
+            *(self._replaced(shard, over), over, self.generation),
+        )
+
+    def begin_files(self, shard: str, over: ShardRecord | None = None) -> FileTransaction:
+        """Start a shard of files written one by one (for an export), as :meth:`begin`."""
+        replaces = self._replaced(shard, over)
+        return FileTransaction(self.folder, self.fingerprint, shard, replaces, over, self.generation)
+
+    def _replaced(self, shard: str, over: ShardRecord | None) -> Sequence[str]:
+        """sha256 of the versions that a new one of a shard replaces; a store's commit finds out for itself."""
+        if over is not None:
+            return over.versions
+        if self._retracted is None and self.folder.is_local:
             self._retracted = self.manifest.retracted()
         before = (self._retracted or {}).get(shard)
-        replaces = over.versions if over is not None else before.replaces if before is not None else ()
-        place = self.folder, self.fingerprint, shard, schema, tar, claim
-        return ShardTransaction(*place, replaces, over, self.generation)
-
-    def begin_files(self, shard: str) -> FileTransaction:
-        """Start a shard of files written one by one (for an export); nothing is visible before its commit."""
-        return FileTransaction(self.folder, self.fingerprint, shard, self.generation)
+        return before.replaces if before is not None else ()
 
     def journal(self, shard: str) -> Journal:
         return Journal(self.folder.private_to_write(f"journal/{checked_name(shard)}.jsonl"), self.fingerprint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from ..errors import ArtifactMismatch
 from .files.names import checked_name
 from .files.storage import Folder, clear, sync
-from .manifest import ShardRecord
+from .manifest import REPLACES, ShardRecord
 from .publishing import publish
 from .transaction import HashedFile, new_scratch
 
@@ -25,10 +25,22 @@ _CHUNK = 1 << 20
 
 
 class FileTransaction:
-    """Context manager: create files, ``commit`` once; leaving without a commit removes every trace."""
+    """Context manager: create files, ``commit`` once; leaving without a commit removes every trace.
 
-    def __init__(self, folder: Folder, fingerprint: str, shard: str, generation: str = "") -> None:
-        self.shard, self._folder, self._fingerprint, self._generation = shard, folder, fingerprint, generation
+    ``over``: the committed version to replace, which stays until the commit.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        fingerprint: str,
+        shard: str,
+        replaces: Sequence[str] = (),
+        over: ShardRecord | None = None,
+        generation: str = "",
+    ) -> None:
+        self.shard, self._folder, self._fingerprint = shard, folder, fingerprint
+        self._replaces, self._over, self._generation = replaces, over, generation
         self._scratch = new_scratch(folder, "tmp", shard)
         self._files: dict[str, dict[str, Any]] = {}
         self._trees: list[str] = []
@@ -100,6 +112,8 @@ class FileTransaction:
         """Publish the shard. ``rows``: row counts by status; ``input_info`` needs a ``digest``. Returns the record that
         stands, in a store perhaps another writer's."""
         self._publish_trees()
+        if self._replaces:
+            stats = {**(stats or {}), REPLACES: list(self._replaces)}
         record = ShardRecord(
             shard=self.shard,
             rows=dict(sorted(rows.items())),
@@ -109,7 +123,7 @@ class FileTransaction:
             stats=dict(stats or {}),
         )
         files = {name: self._scratch / name for name in self._files}
-        return publish(self._folder, self._generation, files, record, self._started)
+        return publish(self._folder, self._generation, files, record, self._started, self._over)
 
     def __enter__(self) -> FileTransaction:
         return self

@@ -16,12 +16,13 @@ from pathlib import Path
 from ..errors import ArtifactMismatch
 from . import manifest
 from .files import bounded_json
+from .files.names import checked_name
 from .files.storage import Folder, clear, scratch_name, sync, write_synced
 from .files.tar import printable
 from .manifest import ShardRecord
 
 REDO = "redo"
-_LINE = "line.json"  # retraction of the old version and line of the new one; written last
+_LINE = "line.json"  # retraction of the old version, line of the new one, files only the old one has; written last
 
 
 def replace(folder: Folder, files: Mapping[str, Path], old: ShardRecord, new: ShardRecord) -> None:
@@ -31,8 +32,8 @@ def replace(folder: Folder, files: Mapping[str, Path], old: ShardRecord, new: Sh
     aside.mkdir()
     for name in new.files:
         files[name].replace(aside / scratch_name(name))
-    lines = [asdict(old.retraction()), asdict(new)]
-    write_synced(aside / f"{_LINE}.new", json.dumps(lines, sort_keys=True).encode())
+    note = [asdict(old.retraction()), asdict(new), sorted(old.files.keys() - new.files.keys())]
+    write_synced(aside / f"{_LINE}.new", json.dumps(note, sort_keys=True).encode())
     (aside / f"{_LINE}.new").replace(aside / _LINE)
     sync(aside)
     _carry_out(folder, aside)
@@ -54,7 +55,9 @@ def finish(folder: Folder) -> None:
 def _carry_out(folder: Folder, aside: Path) -> None:
     """Complete a replacement. May be interrupted and repeated at any point: a file missing here was already moved."""
     try:
-        old, new = (manifest.record_of(line) for line in bounded_json.load(aside / _LINE))
+        *lines, gone = bounded_json.load(aside / _LINE)
+        old, new = (manifest.record_of(line) for line in lines)
+        gone = [checked_name(name) for name in gone]
         if not old.shard == new.shard == aside.name:
             raise ValueError(f"lines of the shards {printable(old.shard)} and {printable(new.shard)}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -64,6 +67,8 @@ def _carry_out(folder: Folder, aside: Path) -> None:
     for name in new.files:
         if (aside / scratch_name(name)).exists():
             folder.publish(aside / scratch_name(name), name)
+    for name in gone:
+        folder.remove(name)
     manifest.append(folder, new)
     (aside / _LINE).unlink()
     clear(aside)

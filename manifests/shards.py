@@ -203,8 +203,10 @@ def _artifact_shards(artifact: Artifact) -> list[InputShard]:
     records = artifact.committed()
     missing = next((r.shard for r in records.values() if f"{r.shard}.tar" not in r.files), None)
     if missing is not None:
-        text = f"{artifact.url}: an artifact of stage {artifact.stage!r} without tars; point --shards at its images"
-        raise BadInput(text)
+        kind, advice = f"artifact of stage {artifact.stage!r}", "point --shards at its images"
+        if artifact.stage == "select":
+            kind, advice = "index", f"`capipe export` reads it; other commands take {artifact.config['run']['shards']}"
+        raise BadInput(f"{artifact.url}: an {kind} without tars: {advice}")
     if not records:
         raise BadInput(f"{artifact.url}: no shard is committed there yet; run its stage to the end first")
     return [InputShard(name, f"{artifact.url}/{name}.tar", record) for name, record in records.items()]
@@ -333,7 +335,7 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
 
 def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
     """Rows joined with their companion's rows. Raises ArtifactMismatch if the two are not of the same images."""
-    beside = _companion_rows(companion)
+    beside = companion_rows(companion)
     for row in rows:
         other = next(beside, None)
         if other is None or (other["key"], other["uid"]) != (row.key, row.uid):
@@ -347,7 +349,8 @@ def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
         raise ArtifactMismatch(f"{companion.url}: has more rows than its shard; give --shards those it was made of")
 
 
-def _companion_rows(companion: Companion) -> Iterator[dict[str, Any]]:
+def companion_rows(companion: Companion) -> Iterator[dict[str, Any]]:
+    """A companion's rows, in order. Raises ArtifactMismatch if they are not the committed ones."""
     with expecting(parquet_of(companion.read()), companion.rows, companion.url) as parquet:
         for batch in parquet.iter_batches(1000, use_threads=False):
             yield from batch.to_pylist()

@@ -18,6 +18,7 @@ class Status(StrEnum):
     DUPLICATE = "duplicate"  # a key that the shard already has, or (dedup) a copy of another image
     CONTAMINATED = "contaminated"
     UNSAFE = "unsafe"
+    WITHDRAWN = "withdrawn"  # its uid is on a list of images that may not be used: an opt-out, a takedown
     EMPTY = "empty"  # the model wrote nothing
     DEGENERATE = "degenerate"  # loops, `!!!!`, boilerplate
     REFUSED = "refused"

@@ -15,7 +15,7 @@ from ..manifests.artifact_spec import ArtifactSpec
 Condition = Callable[[Mapping[str, Any], frozenset[str]], bool]
 
 #: Kinds of folders, used in ``inputs`` and ``products``.
-PICTURES, SHARDS, FINAL, CHECKPOINT = "pictures", "shards", "final", "model"
+PICTURES, SHARDS, FINAL, INDEX, CHECKPOINT = "pictures", "shards", "final", "index", "model"
 ANYTHING = (PICTURES, SHARDS, FINAL)  # every kind that holds images
 
 
@@ -58,10 +58,11 @@ class StageSpec:
     """Specification of a stage. ``name``: command name. ``command``: its function, or the function's import path.
 
     ``inputs``: options that take outputs of other stages, with the accepted kinds. ``products``: kind -> folder below
-    --out; a kind in ``optional`` is produced only with the switch named there. ``outputs``: artifacts, the main one
-    last. ``rows``: the input whose rows the stage processes, empty if it creates them. ``selects``: the stage may drop
-    rows. ``check``: raises BadInput for invalid options before a chain starts: a function of the option values by
-    parameter name, or the import path of a function whose parameters are the command's option groups.
+    --out; a kind in ``optional`` is produced only with the switch named there, one in ``unless`` only without it.
+    ``outputs``: artifacts, the main one last. ``rows``: the input whose rows the stage processes, empty if it creates
+    them. ``selects``: the stage may drop rows. ``check``: raises BadInput for invalid options before a chain starts: a
+    function of the option values by parameter name, or the import path of a function whose parameters are the command's
+    option groups.
     """
 
     name: str
@@ -72,6 +73,7 @@ class StageSpec:
     parts: tuple[OutputFolder, ...] = (OutputFolder(""),)
     rows: str = SHARDS
     optional: Mapping[str, str] = field(default_factory=dict)
+    unless: Mapping[str, str] = field(default_factory=dict)
     selects: bool = False
     check: str | Callable[[Mapping[str, Any]], object] | None = None
 

@@ -273,9 +273,7 @@ class TarWriter:
     def add(self, name: str, data: bytes) -> int:
         """Append a file; returns the byte offset of its header (for an index of the tar)."""
         at = self.size
-        info = tarfile.TarInfo(name)
-        info.size, info.mode, info.mtime = len(data), 0o644, 0
-        self._write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+        self._write(_header(name, len(data)))
         self._write(data)
         self._write(bytes(_padded(len(data)) - len(data)))
         return at
@@ -289,3 +287,14 @@ class TarWriter:
         self._stream.write(data)
         self._digest.update(data)
         self.size += len(data)
+
+
+def written_size(name: str, size: int) -> int:
+    """Bytes that :class:`TarWriter` writes for a member of ``size`` bytes."""
+    return len(_header(name, size)) + _padded(size)
+
+
+def _header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size, 0o644, 0
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")

@@ -85,6 +85,7 @@ def show_plan(chain: Chain, out: Path, state: ChainState | None, absent: list[st
     """Print the plan: each stage with its state, rows, cost and command line; then the totals."""
     from .estimate import estimate
     from .plan import arguments, look, outside, shown_command
+    from .selection_bytes import selection_bytes
 
     planned = look(chain, out, state, outside(chain))
     estimates = estimate(chain, planned, out, state)
@@ -92,6 +93,8 @@ def show_plan(chain: Chain, out: Path, state: ChainState | None, absent: list[st
     for number, stage in enumerate(chain.stages, start=1):
         say(_line(number, len(chain.stages), planned[stage.name], estimates[stage.name]))
         say(f"    $ {shown_command(stage, arguments(chain, stage, out))}")
+        if line := selection_bytes(chain, stage, planned[stage.name], estimates[stage.name], out):
+            say(f"    {line}")
     for line in _sums(planned, estimates):
         say(line)
     for line in absent:

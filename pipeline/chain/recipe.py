@@ -106,8 +106,11 @@ class ChainStage:
 
     def product(self, kind: str) -> str | None:
         """Folder of its product of this kind, relative to the chain's; None if it has none."""
-        products, switch = self.command.spec.products, self.command.spec.optional.get(kind)
+        spec = self.command.spec
+        products, switch, contrary = spec.products, spec.optional.get(kind), spec.unless.get(kind)
         if kind not in products or (switch is not None and not self.config.get(switch)):
+            return None
+        if contrary is not None and self.config.get(contrary):
             return None
         if kind == CHECKPOINT:
             from ...trainer.checkpoint import folder_of
@@ -319,6 +322,9 @@ def _unfit(maker: ChainStage, wanted: Sequence[str]) -> str:
     if not wanted:
         return f"no stage makes this; write {{path: ...}} instead of {maker.name!r}"
     products = maker.command.spec.products
+    contrary = next((switch for kind, switch in maker.command.spec.unless.items() if kind in wanted), None)
+    if contrary is not None:
+        return f"stage {maker.name} writes no tars with {contrary}: true; leave that out, or name the shards it reads"
     switch = next((switch for kind, switch in maker.command.spec.optional.items() if kind in wanted), None)
     if switch is not None:
         what = next(iter(products))

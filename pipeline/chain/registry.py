@@ -17,7 +17,7 @@ from .options import Option, options_of
 #: Options that affect speed, placement or logging, and never the rows. Engines are handled separately: see
 #: :func:`.identity.meaning`.
 SPEED = keys(
-    "workers concurrency gpus gpu-memory decode-workers timeout trace max-model-len link "
+    "workers concurrency gpus gpu-memory decode-workers timeout trace max-model-len link images "
     "runner ray-address ray-workers share tensor-parallel"
 )
 ENGINES = keys("engine screen-engine reader-engine")

@@ -60,6 +60,7 @@ class AnnotateOptions:
     pack: Annotated[bool, typer.Option(help="Also write tars with the images (bytes as they came) and captions.")] = (
         False
     )
+    drop: o.Drop = None
     retry: o.Retry = False
     trace: Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.")] = None
     run: o.RunOptions
@@ -95,17 +96,23 @@ def check(options: AnnotateOptions) -> AnnotateConfig:
 @flattened
 def annotate(options: AnnotateOptions) -> None:
     """Caption every image of the shards; one row out for every row in, failures included."""
+    from ...manifests.schema import ANNOTATE
+    from ...stages.annotate.captioner import passed_on
     from ..jobs.annotate import AnnotateStage, chosen_prompts
     from ..jobs.engine import plan
+    from ..jobs.withdraw import withdraw
 
-    config = check(options)
+    config, drop = check(options), o.dropped(options.drop)
     prompts = chosen_prompts(options.prompt, options.model, options.engine, options.system)
     config = config.model_copy(update={"prompts": prompts})
     placement = options.captioner.placement()
     setup = options.captioner.setup(placement, config.room, options.trace, config.sampling)
     stage = AnnotateStage(config, setup, options.model, options.pack)
     job = plan(stage, options.shards, options.out, **options.run.plan_options(options.retry))
-    code = run_job(job, placement)
+    withdrawal = withdraw(job.artifact, drop, ANNOTATE, passed_on)
+    code = Exit.INTERRUPTED if withdrawal is None else run_job(job, placement)
+    if withdrawal is not None and (line := withdrawal.line()):
+        print_err(line)
     if job.todo and code is not Exit.INTERRUPTED:
         _warn_of_shared(options.out)
     raise typer.Exit(code)

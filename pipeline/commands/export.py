@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class ExportOptions:
     """Options of `capipe export`."""
 
-    artifact: Annotated[str, typer.Argument(help="Final shards; or any artifact that has tars.")]
+    artifact: Annotated[str, typer.Argument(help="Final shards, an index; or any artifact that has tars.")]
     out: o.Out
     format: Annotated[
         str, typer.Option(help="webdataset, parquet, llava, folder, messages, or the import path of your own.")
@@ -44,6 +44,8 @@ class ExportOptions:
     link: Annotated[
         bool, typer.Option("--link", help="webdataset: hard-link tars instead of copying. Never edit either side then.")
     ] = False
+    images: o.Images = None
+    drop: o.Drop = None
     workers: o.Workers = None
     fresh: o.Fresh = False
 
@@ -67,7 +69,7 @@ def export(options: ExportOptions) -> None:
     from ..runners.pool_job import job_session
     from ..runners.progress import Progress
 
-    words = check(options)
+    words, drop = check(options), o.dropped(options.drop)
     plan = plan_export(
         options.artifact,
         options.out,
@@ -76,6 +78,8 @@ def export(options: ExportOptions) -> None:
         image_extension=options.image_extension,
         shard_size=options.shard_size,
         link=options.link,
+        images=options.images or (),
+        drop=drop,
         workers=options.workers,
         fresh=options.fresh,
     )
@@ -87,6 +91,8 @@ def export(options: ExportOptions) -> None:
             outcome = execute_export(plan, report, stop)
         for note in finish(plan, words) or []:
             print_err(note)
+        if line := plan.withdrawal.line():
+            print_err(line)
     finally:
         plan.artifact.close()
     raise typer.Exit(conclude(options.out, outcome.interrupted, progress.finished_line()))

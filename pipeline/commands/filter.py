@@ -10,7 +10,7 @@ import typer
 
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
-from ...terminal import print_err
+from ...terminal import print_err, print_line
 from ..runners.placement import Placement
 from ..runners.pool_job import job_session
 from ..runners.progress import Progress
@@ -19,6 +19,7 @@ from .option_groups import flattened
 from .run_job import Exit, conclude, run_job
 
 if TYPE_CHECKING:
+    from ...manifests.withdrawal.uid_set import UidSet
     from ...stages.filter.select import SelectConfig
     from ..jobs.score import ScoreSetup
 
@@ -62,8 +63,16 @@ class FilterOptions:
         str, typer.Option(help="Caption to write: re (new), org (original), auto (new where there are any).")
     ] = "auto"
     shard_size: Annotated[int, typer.Option(help="Kept rows per final shard; input shards stay whole.")] = 10_000
+    index: Annotated[
+        bool, typer.Option("--index", help="Copy no image: write rows alone, over the original tars, for `export`.")
+    ] = False
     marks: Annotated[str | None, typer.Option(help="Marks of `capipe dedup`: rows not ok there are not kept.")] = None
+    drop: o.Drop = None
     workers: Annotated[int | None, typer.Option(help="Processes that copy; one per core by default.")] = None
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would be kept and its bytes, copied or as an index; write nothing."),
+    ] = False
     scorer_options: o.ScorerOptions
     retry: o.Retry = False
     run: FilterRunOptions
@@ -85,8 +94,8 @@ def check(options: FilterOptions) -> SelectConfig:
             )
         options.scorer_options.check(options.run)
     ranked = {} if options.by is None else {"by": options.by}
-    text, size = options.text, options.shard_size
-    return o.validated(SelectConfig, keep=options.keep, top=options.top, text=text, shard_size=size, **ranked)
+    given = {"keep": options.keep, "top": options.top, "text": options.text, "shard_size": options.shard_size}
+    return o.validated(SelectConfig, **given, index=options.index, **ranked)
 
 
 @flattened
@@ -94,18 +103,32 @@ def filter_(options: FilterOptions) -> None:
     """Score captions and select rows by the scores: final shards, a row for every input row, and a report."""
     config = check(options)
     marks = None if options.marks is None else Artifact.open(options.marks)
+    drop = o.dropped(options.drop)
     out, scores = options.out.rstrip("/"), options.scores
+    if options.dry_run:
+        _preview(scores or f"{out}/scores", options.shards, config, marks, drop)
+        return
     if scores is None:
         scores = f"{out}/scores"
-        scored = score_step(options, scores)
+        scored = score_step(options, scores, drop)
         if scored is not Exit.OK:  # missing scores would be missing in the final shards
             raise typer.Exit(scored)
         if options.run.share:  # selection runs in one process, and takes seconds
             print_err(f"scored; to select: the same command without --share, or with --scores {scores}")
             raise typer.Exit(scored)
-    artifact = Artifact.open(scores)
-    final = f"{out}/shards"
-    raise typer.Exit(select_step(artifact, options.shards, final, config, marks, options.workers, options.run.fresh))
+    artifact, final, fresh = Artifact.open(scores), f"{out}/shards", options.run.fresh
+    raise typer.Exit(select_step(artifact, options.shards, final, config, marks, options.workers, fresh, drop))
+
+
+def _preview(scores: str, shards: str, config: SelectConfig, marks: Artifact | None, drop: UidSet | None) -> None:
+    """Print a selection's plan. Raises BadInput if there are no scores yet: they are not made here."""
+    from ..jobs.select import preview_select
+
+    if not Artifact.exists(scores):
+        raise BadInput(f"{scores}: no scores yet, by which --dry-run would select; score first, without --dry-run")
+    selection, costs = preview_select(Artifact.open(scores), shards, config, marks, drop)
+    print_line(selection.line())
+    print_line(costs.line())
 
 
 def score_setup(options: FilterOptions, place: Placement) -> ScoreSetup:
@@ -119,14 +142,16 @@ def score_setup(options: FilterOptions, place: Placement) -> ScoreSetup:
     return ScoreSetup(scorers, scorer.decoders(place), options.safety)
 
 
-def score_step(options: FilterOptions, out: str) -> Exit:
+def score_step(options: FilterOptions, out: str, drop: UidSet | None = None) -> Exit:
     """Score the captions of the shards and of the annotate artifact joined with them into the artifact ``out``.
 
     Loads no model if everything is scored. Scores by other models, or of other captions, are refused and not replaced.
     """
-    from ...stages.filter.score import CAPTIONS
+    from ...manifests.schema import SCORE
+    from ...stages.filter.score import CAPTIONS, passed_on
     from ..jobs.engine import plan
     from ..jobs.score import ScoreStage
+    from ..jobs.withdraw import withdraw
 
     placement = options.run.placement("", options.scorer_options.gpus)
     beside = {}
@@ -137,6 +162,8 @@ def score_step(options: FilterOptions, out: str) -> Exit:
             raise BadInput(f"{text}; --captions takes one of `capipe annotate`")
     stage = ScoreStage(score_setup(options, placement))
     job = plan(stage, options.shards, out, beside=beside, retry=options.retry, share=options.run.share)
+    if withdraw(job.artifact, drop, SCORE, passed_on) is None:
+        return Exit.INTERRUPTED
     return run_job(job, placement)
 
 
@@ -148,6 +175,7 @@ def select_step(
     marks: Artifact | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    drop: UidSet | None = None,
 ) -> Exit:
     """Select from ``shards`` by their scores into the artifact ``out``; its report and uid list are written last.
 
@@ -156,8 +184,9 @@ def select_step(
     from ..jobs.select import execute_select, plan_select, write_uids
     from ..report.filter import write_filter_report
 
-    plan = plan_select(scores, shards, out, config, marks=marks, workers=workers, fresh=fresh)
+    plan = plan_select(scores, shards, out, config, marks=marks, drop=drop, workers=workers, fresh=fresh)
     print_err(plan.selection.line())
+    print_err(plan.costs.line())
     if warning := plan.selection.warning():
         print_err(f"warning: {warning}")
     before = sum(task.rows for task in plan.tasks) - sum(task.rows for task in plan.todo)
@@ -169,6 +198,9 @@ def select_step(
         if len(plan.artifact.committed()) == len(plan.tasks):
             print_err(f"report: {write_filter_report(plan.artifact, plan.selection.rule, plan.shards)}")
             write_uids(plan.artifact)
+            plan.withdrawal.conclude()
+            if line := plan.withdrawal.line():
+                print_err(line)
     finally:
         plan.artifact.close()
     return conclude(out, outcome.interrupted, progress.finished_line())

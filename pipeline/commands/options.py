@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,9 @@ from ..runners.placement import Placement
 from ..runners.ray import ray_cluster
 from .gpus import default_decode_workers, gpu_groups, visible_gpus
 from .key_values import FIELDS, engine_args, key_values
+
+if TYPE_CHECKING:
+    from ...manifests.withdrawal.uid_set import UidSet
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -27,6 +30,14 @@ Images = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) of the artifact to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: remove what another configuration left in --out.")]
+Drop = Annotated[
+    str | None,
+    typer.Option(
+        "--drop",
+        metavar="FILE",
+        help="Uids of withdrawn images, one per line, or FILE.parquet[:COLUMN]: their rows become withdrawn.",
+    ),
+]
 Retry = Annotated[bool, typer.Option(help="Do rows again that ended in engine_error.")]
 EngineName = Annotated[
     str, typer.Option(help="auto, vllm, transformers, URLs of servers, or the import path of your own.")
@@ -195,6 +206,13 @@ class ScorerOptions:
     def decoders(self, place: Placement) -> int:
         """Number of decoding processes per worker."""
         return self.decode_workers or default_decode_workers(place)
+
+
+def dropped(given: str | None) -> UidSet | None:
+    """The list of ``--drop``. Raises BadInput."""
+    from ...manifests.withdrawal.uid_set import read_uids
+
+    return None if given is None else read_uids(given)
 
 
 def validated(kind: type[Config], **values: Any) -> Config:

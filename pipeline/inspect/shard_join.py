@@ -17,6 +17,7 @@ from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.files.compressed import tar_stem
 from ...manifests.files.tar import unsafe_name
 from ...manifests.manifest import ShardRecord
+from ...stages.filter.index import is_index
 from ..specs import artifact_spec
 
 
@@ -62,14 +63,20 @@ class ShardJoin:
         self._tars: dict[str, ShardName] = {}
         # Roots first: an export's tar may be identical to the tar of the selection that it copied.
         for name, shard, record in sorted(self._all(), key=lambda item: not self._spec(item[0]).own_rows):
-            if f"{shard}.tar" in record.files:
-                self._tars.setdefault(str(record.files[f"{shard}.tar"]["sha256"]), ShardName(name, shard))
+            if (mark := self._mark(name, shard, record)) is not None:
+                self._tars.setdefault(mark, ShardName(name, shard))
         self._same: dict[str, list[ShardName]] = defaultdict(list)
         for name, shard, _ in self._all():
             self._same[self.identity(ShardName(name, shard))].append(ShardName(name, shard))
 
     def _spec(self, name: str) -> ArtifactSpec:
         return artifact_spec(self.artifacts[name].stage)
+
+    def _mark(self, name: str, shard: str, record: ShardRecord) -> str | None:
+        """Hash of a shard's tar, or of its Parquet if it is of an index: what an export names as its input."""
+        if f"{shard}.tar" in record.files:
+            return str(record.files[f"{shard}.tar"]["sha256"])
+        return str(record.files[f"{shard}.parquet"]["sha256"]) if is_index(self.artifacts[name]) else None
 
     def _all(self) -> Iterator[tuple[str, str, ShardRecord]]:
         return ((name, shard, record) for name, shards in self.records.items() for shard, record in shards.items())
@@ -78,11 +85,11 @@ class ShardJoin:
         return self.records[shard_name.artifact][shard_name.shard]
 
     def identity(self, shard_name: ShardName, _depth: int = 8) -> str:
-        """Hash of the tar with a shard's rows; a unique name if it cannot be traced."""
+        """Hash of the tar with a shard's rows, of the Parquet of an index; a unique name if it cannot be traced."""
         record, artifact = self.record(shard_name), self.artifacts[shard_name.artifact]
-        own = record.files.get(f"{shard_name.shard}.tar")
         if self._spec(shard_name.artifact).own_rows or "shards" in record.input:  # an export with other shard bounds
-            return str(own["sha256"]) if own else f"{artifact.fingerprint}/{shard_name.shard}"
+            mark = self._mark(shard_name.artifact, shard_name.shard, record)
+            return mark or f"{artifact.fingerprint}/{shard_name.shard}"
         digest = str(record.input.get("digest"))
         source = self._tars.get(digest)
         if source is None and "url" in record.input:
@@ -129,9 +136,19 @@ class ShardJoin:
 
     def _tars_of(self, source: Mapping[str, Any]) -> Iterator[Tar]:
         known = self._tars.get(str(source.get("digest")))
-        if known is not None:
-            yield self._own(known)
+        if known is not None and f"{known.shard}.tar" not in self.record(known).files:  # of an index
+            for original in self._inputs(known):
+                yield from self._known(original)
+                yield from _named(original)
+            return
+        yield from self._known(source)
         yield from _named(source)
+
+    def _known(self, source: Mapping[str, Any]) -> Iterator[Tar]:
+        """The tar of these bytes in one of the artifacts."""
+        known = self._tars.get(str(source.get("digest")))
+        if known is not None and f"{known.shard}.tar" in self.record(known).files:
+            yield self._own(known)
 
     def selected_from(self, shard_name: ShardName) -> ShardName | None:
         """The select shard that an export copied; the shard itself if it is one; else None."""

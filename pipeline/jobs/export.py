@@ -7,7 +7,7 @@ import functools
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,12 +17,15 @@ from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
 from ...manifests.status import Status
+from ...manifests.withdrawal.applied import NOTE, Withdrawal, apply
+from ...manifests.withdrawal.uid_set import UidSet
 from ...stages.export.card import CardWords
 from ...stages.export.formats import writer_class
 from ...stages.export.parquet import JSON, URL
-from ...stages.export.plan import ExportTask, as_they_are, of_size
+from ...stages.export.plan import ExportTask, as_before, as_they_are, of_size
 from ...stages.export.source import column_of, image_extensions
 from ...stages.export.write import STAGE, ExportConfig, export_shards
+from ...stages.filter.index import is_index
 from ..runners.messages import Event
 from ..runners.pool import worker_count
 from ..runners.pool_job import run_pool_job
@@ -43,6 +46,8 @@ class ExportPlan:
     todo: list[ExportTask]
     workers: int
     link: bool
+    images: tuple[str, ...]
+    withdrawal: Withdrawal
 
     @property
     def shards(self) -> int:
@@ -69,13 +74,17 @@ def plan_export(
     image_extension: str = "auto",
     shard_size: int | None = None,
     link: bool = False,
+    images: Sequence[str] = (),
+    drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
 ) -> ExportPlan:
     """Check the source, choose the images' extension, lock the output. Raises CapipeError; then nothing was written.
 
     ``image_extension``: auto (a single one if they differ), keep, or an extension. ``shard_size``: maximum number of
-    pairs per shard; None for the source's own shards.
+    pairs per shard; None for the source's own shards. ``images``: folders and URLs below which an index's tars may be
+    read. ``drop``: withdrawn images; on an existing export only shards with images that are newly listed, here or in
+    the source, are written again.
     """
     writer = writer_class(format, "--format")
     source = Artifact.open(url)
@@ -84,11 +93,16 @@ def plan_export(
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
     elif format != "parquet":
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
-    extension = _extension(source, shards, image_extension) if format == "webdataset" else None
+    before = None if fresh or (drop is None and NOTE not in source.config["run"]) else _before(out, source)
+    extension = None
+    if format == "webdataset" and before is not None and image_extension == "auto":
+        extension = before.setting("semantic", "export", kind=dict).get("image_extension")
+    elif format == "webdataset":
+        extension = _extension(source, shards, image_extension, images)
     config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)
     if link:
         _check_link(source, out, config)
-    tasks = as_they_are(shards) if shard_size is None else of_size(source, shards, shard_size)
+    tasks = _tasks(source, shards, shard_size, before)
     run = {
         "shards": url,
         "shards_total": sum(len(task.pieces) for task in tasks),
@@ -101,13 +115,31 @@ def plan_export(
         semantic["columns"] = [URL, JSON]
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=[url])
     try:
+        withdrawal = apply(artifact, drop)
         artifact.release_quarantine()
-        todo = _todo(artifact, source, tasks)
+        todo = _todo(artifact, source, tasks, withdrawal.touched)
     except CapipeError:
         artifact.close()
         raise
     count = worker_count(workers, artifact.folder.is_shared and source.folder.is_shared)
-    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)), link)
+    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)), link, tuple(images), withdrawal)
+
+
+def _before(out: str, source: Artifact) -> Artifact | None:
+    """The export in ``out``, if it was made of ``source``."""
+    artifact = Artifact.open(out) if Artifact.exists(out) else None
+    made_of_it = artifact is not None and artifact.config["semantic"].get("input") == source.fingerprint
+    return artifact if made_of_it and artifact is not None and artifact.stage == STAGE else None
+
+
+def _tasks(
+    source: Artifact, shards: list[ShardRecord], shard_size: int | None, before: Artifact | None
+) -> list[ExportTask]:
+    """The tasks of an export, with the bounds of shards made ``before``, if all of them are there."""
+    if shard_size is None:
+        return as_they_are(shards)
+    kept = None if before is None else as_before(shards, list(before.committed().values()))
+    return kept or of_size(source, shards, shard_size)
 
 
 def _complete(source: Artifact) -> list[ShardRecord]:
@@ -118,7 +150,7 @@ def _complete(source: Artifact) -> list[ShardRecord]:
         text = f"{source.url}: {len(records)} of {'?' if total is None else total} shards are committed"
         raise BadInput(f"{text}; run its stage ({source.stage}) to the end first")
     tarless = next((r.shard for r in records if f"{r.shard}.tar" not in r.files), None)
-    if tarless is not None or not records:
+    if (tarless is not None and not is_index(source)) or not records:
         text = f"{source.url}: an artifact of stage {source.stage!r} without tars" + (
             f" (shard {tarless})" if tarless else ""
         )
@@ -154,7 +186,7 @@ def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
-def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | None:
+def _extension(source: Artifact, shards: list[ShardRecord], wish: str, images: Sequence[str]) -> str | None:
     """The extension for all images, or None if they keep theirs.
 
     If they differ, `datasets` rejects the tars, or silently reads null for every image with another extension than the
@@ -167,7 +199,7 @@ def _extension(source: Artifact, shards: list[ShardRecord], wish: str) -> str | 
         return wish
     present: set[str] = set()
     for record in shards:
-        present |= image_extensions(source, record)
+        present |= image_extensions(source, record, images)
         if len(present) > 1:
             break
     return None if len(present) == 1 and present <= set(EXTENSIONS) else EXTENSIONS[0]
@@ -178,12 +210,15 @@ def _check_link(source: Artifact, out: str, config: ExportConfig) -> None:
         why = "tars are rewritten to name images alike" if config.image_extension else "tars are written anew"
         why = why if config.format == "webdataset" else "only webdataset has tars"
         raise BadInput(f"--link: {why}, so nothing can be linked; leave it out, or use --image-extension keep")
+    if is_index(source):
+        raise BadInput(f"--link: {source.url} is an index, which has no tars to link; leave it out to copy")
     if not source.folder.is_local or "://" in out:
         raise BadInput("--link: links are within one local file system; leave it out to copy")
 
 
-def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask]) -> list[ExportTask]:
-    """Tasks with uncommitted pieces, reduced to these pieces."""
+def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask], touched: Collection[str]) -> list[ExportTask]:
+    """Tasks with pieces to write, reduced to these: uncommitted ones, those of rows that were redone or withdrawn in
+    the source since, and those that a longer list touched."""
     committed = artifact.committed()
     todo = []
     for task in tasks:
@@ -192,14 +227,29 @@ def _todo(artifact: Artifact, source: Artifact, tasks: list[ExportTask]) -> list
             record = committed.pop(piece.shard, None)
             if record is None:
                 missing.append(piece)
-            elif _without_urls(record.input) != _without_urls(task.made_of(source, piece)):
+                continue
+            made_of_now = task.made_of(source, piece)
+            changed = _without_urls(record.input) != _without_urls(made_of_now)
+            if changed and not _is_repaired(record.input, made_of_now, task.sources):
                 shards = ", ".join(source_record.shard for source_record in task.sources)
                 raise _changed(artifact, f"shard {shards} of {source.url} changed")
+            if changed or piece.shard in touched:
+                missing.append(replace(piece, over=record))
         if missing:
             todo.append(replace(task, pieces=tuple(missing)))
     if committed:
         raise _changed(artifact, f"{source.url} has no shard {min(committed)} any more")
     return todo
+
+
+def _is_repaired(old: Mapping[str, Any], new: Mapping[str, Any], sources: Sequence[ShardRecord]) -> bool:
+    """True if a piece is of the same rows as before, of source shards of which some rows were redone since."""
+    olds, news = (entry.get("shards") or [{**entry, "name": sources[0].shard}] for entry in (old, new))
+    versions = {record.shard: {*record.versions} for record in sources}
+    same = [[part.get(key) for key in ("name", "from", "to")] for part in olds] == [
+        [part.get(key) for key in ("name", "from", "to")] for part in news
+    ]
+    return same and all({part["digest"], part["rows"]} <= versions[part["name"]] for part in olds)
 
 
 def _without_urls(input_info: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,15 +265,15 @@ def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
 
 def execute_export(plan: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Export uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
-    write = functools.partial(_write_shards, source=plan.source, config=plan.config, link=plan.link)
+    write = functools.partial(_write_shards, source=plan.source, config=plan.config, link=plan.link, images=plan.images)
     return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
 
 
 def _write_shards(
-    task: ExportTask, source: Artifact, config: ExportConfig, link: bool, artifact: Artifact
+    task: ExportTask, source: Artifact, config: ExportConfig, link: bool, images: Sequence[str], artifact: Artifact
 ) -> list[ShardRecord]:
     try:
-        return export_shards(task, source, artifact, config, link=link)
+        return export_shards(task, source, artifact, config, link=link, images=images)
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise BadInput("--link: the shards and --out are on different file systems; leave it out to copy") from None
@@ -236,12 +286,16 @@ def finish(plan: ExportPlan, words: CardWords) -> list[str] | None:
         return None
     notes = list(_notes(plan.artifact, plan.config))
     write_files(plan.artifact, plan.source, words, plan.config.format, notes)
+    plan.withdrawal.conclude()
     return notes
 
 
 def _notes(artifact: Artifact, config: ExportConfig) -> Iterator[str]:
     """Notes for users of the export, one sentence each; they are also on the card."""
     sums: Counter[str] = Counter()
+    withdrawn = sum(record.rows.get(Status.WITHDRAWN, 0) for record in artifact.committed().values())
+    if withdrawn:
+        yield f"{withdrawn:,} rows are withdrawn: of these images the uid alone is left."
     for record in artifact.committed().values():
         sums.update({name: n for name, n in record.stats.items() if isinstance(n, int)})
     if config.image_extension is not None:

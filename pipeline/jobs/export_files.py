@@ -25,7 +25,9 @@ from ...stages.export.llava import DATASET_INFO, dataset_info
 from ...stages.export.provenance import chain
 from ...stages.export.source import PARTS
 from ...stages.export.webdataset import SIZES
+from ...stages.export.write import TAR_BYTES
 from ...stages.export.writer import LooseWriter, ShardWriter, part_file
+from ...stages.filter.index import is_index
 
 CARD = "README.md"
 
@@ -68,7 +70,10 @@ def _card(
     statistics = Statistics()
     for record in records:
         statistics.add(artifact.parquet(record.shard))
-    size = sum(int(record.files[f"{record.shard}.tar"]["bytes"]) for record in source.committed().values())
+    if is_index(source):
+        size = sum(int(record.stats[TAR_BYTES]) for record in records)
+    else:
+        size = sum(int(record.files[f"{record.shard}.tar"]["bytes"]) for record in source.committed().values())
     shards = sum(bool(record.stats["samples"]) for record in records)
     contents = Contents(format, shards, size, _images(records), notes)
     return render(words, contents, statistics, chain(source))

@@ -2,7 +2,8 @@
 
 One task is one final shard, made of whole input shards and written by one process. First only the scores are read
 (:mod:`.select_plan`): this gives the kept rows, the exact threshold, and the input shards of each final one. Then
-images are copied. No model is loaded in either part; another threshold only costs the copying.
+images are copied, or an index over the original tars is written, which reads none of them. No model is loaded in either
+part; another threshold only costs the copying.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +27,13 @@ from ...manifests.files.storage import PRIVATE
 from ...manifests.fingerprint import canonical
 from ...manifests.manifest import ShardRecord
 from ...manifests.schema import SCORE, SELECT
-from ...manifests.shards import InputShard, RowReader, expand, input_artifact, join, read_places
+from ...manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ...manifests.status import Status
 from ...manifests.transaction import ShardTransaction
+from ...manifests.withdrawal.applied import NOTE, Withdrawal, applied, apply
+from ...manifests.withdrawal.rows import WithdrawingReader, blank, is_withdrawn
+from ...manifests.withdrawal.uid_set import EMPTY, UidSet
+from ...stages.filter.index import ListedRows, TarFacts
 from ...stages.filter.select import (
     STAGE,
     Rule,
@@ -43,23 +49,26 @@ from ..runners.messages import Event
 from ..runners.pool import worker_count
 from ..runners.pool_job import run_pool_job
 from ..runners.shard_queue import JobResult
-from .select_plan import MARKS, SCORES, ShardPlan, ok_uids, plan_shards, read_columns
+from .select_plan import MARKS, SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
 
 UIDS = f"{PRIVATE}/uids.npy"
 _START_OVER = "use another --out, or --fresh to start over"
+Listed = tuple[dict[str, Any], int]  # an input shard's entry for the manifest, and the number of its rows that are kept
 
 
 @dataclass(frozen=True)
 class GroupTask:
     """One final shard: its input shards in order, their number of rows, and how many of these are kept.
 
-    ``over``: the committed shard that it replaces, made before some of these rows were redone.
+    ``tars``: for an index, facts about the tars of its input shards. ``over``: the committed shard that it replaces,
+    made before some of these rows were redone.
     """
 
     shard: str
     shards: tuple[InputShard, ...]
     rows: int
     kept: int
+    tars: tuple[TarFacts, ...] = ()
     over: ShardRecord | None = None
 
 
@@ -68,6 +77,8 @@ class SelectPlan:
     """A selection before its first image is read: the locked output and the final shards left to write."""
 
     selection: ShardPlan
+    costs: SelectCosts
+    withdrawal: Withdrawal
     artifact: Artifact
     tasks: list[GroupTask]
     todo: list[GroupTask]
@@ -85,47 +96,73 @@ def plan_select(
     config: SelectConfig,
     *,
     marks: Artifact | None = None,
+    drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
 ) -> SelectPlan:
     """Select rows, lock ``out`` and find the shards left to write. Raises CapipeError; then nothing was written.
 
-    ``marks``: an artifact with a row for each input row; rows that are not ok there are not kept.
+    ``marks``: an artifact with a row for each input row; rows that are not ok there are not kept. ``drop``: withdrawn
+    images. If only these grew since ``out`` was made, the threshold of ``top`` and the bounds of the final shards stay:
+    withdrawal takes rows out and lets none in.
     """
-    if scores.stage != "score":
-        raise BadInput(f"{scores.url}: an artifact of stage {scores.stage!r}; give --scores those of `capipe filter`")
-    sidecars = {SCORES: scores} | ({MARKS: marks} if marks is not None else {})
-    shards = join(expand(pattern), sidecars)
+    sidecars, shards = _joined(scores, pattern, marks)
     reads = read_places(pattern, shards, sidecars.values())
     refuse_overwriting(out, reads)
     _refuse_another_stage(out)
-    selection = plan_shards(shards, scores, config)
-    tasks = _tasks(shards, selection)
     source = input_artifact(pattern)
-    semantic = {
+    made_of = {
         "select": config.model_dump(mode="json"),
-        "text": selection.rule.text,
-        "threshold": selection.rule.threshold_text,
         "input": source.fingerprint if source else None,
         **{name: artifact.fingerprint for name, artifact in sidecars.items()},
     }
+    before = None if fresh or (drop is None and NOTE not in scores.config["run"]) else _before(out, made_of)
+    threshold = None if before is None else before.config["semantic"]["threshold"]
+    selection = plan_shards(shards, scores, config, drop or EMPTY, threshold)
+    tars = tar_facts(shards, scores) if config.index else {}
+    tasks = _tasks(shards, selection, tars, before)
+    semantic = {**made_of, "text": selection.rule.text, "threshold": selection.rule.threshold_text}
     run = {
         "shards": pattern,
         "shards_total": len(tasks),
         "candidates": selection.candidates,
         "eligible": selection.eligible,
         "kept": sum(selection.kept),
+        **({"tars": _digest_of(tars)} if config.index else {}),
         **{name: artifact.url for name, artifact in sidecars.items()},
     }
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
     try:
+        withdrawal = apply(artifact, drop)
         artifact.release_quarantine()
-        todo = _todo(artifact, tasks)
+        todo = _todo(artifact, tasks, withdrawal.touched)
     except CapipeError:
         artifact.close()
         raise
     shared = artifact.folder.is_shared and all(shard.is_shared for shard in shards)
-    return SelectPlan(selection, artifact, tasks, todo, min(worker_count(workers, shared), len(todo)))
+    count = min(worker_count(workers, shared), len(todo))
+    return SelectPlan(selection, costs(shards, scores, selection), withdrawal, artifact, tasks, todo, count)
+
+
+def preview_select(
+    scores: Artifact,
+    pattern: str,
+    config: SelectConfig,
+    marks: Artifact | None = None,
+    drop: UidSet | None = None,
+) -> tuple[ShardPlan, SelectCosts]:
+    """What :func:`plan_select` would select in a new folder, and its costs. Writes nothing. Raises CapipeError."""
+    _, shards = _joined(scores, pattern, marks)
+    selection = plan_shards(shards, scores, config, drop or EMPTY)
+    return selection, costs(shards, scores, selection)
+
+
+def _joined(scores: Artifact, pattern: str, marks: Artifact | None) -> tuple[dict[str, Artifact], list[InputShard]]:
+    """Sidecars by name, and the shards joined with them."""
+    if scores.stage != "score":
+        raise BadInput(f"{scores.url}: an artifact of stage {scores.stage!r}; give --scores those of `capipe filter`")
+    sidecars = {SCORES: scores} | ({MARKS: marks} if marks is not None else {})
+    return sidecars, join(expand(pattern), sidecars)
 
 
 def _refuse_another_stage(out: str) -> None:
@@ -134,27 +171,62 @@ def _refuse_another_stage(out: str) -> None:
         raise BadInput(f"{out}: holds an artifact of stage {stage!r}; choose another --out")
 
 
-def _tasks(shards: Sequence[InputShard], selection: ShardPlan) -> list[GroupTask]:
-    size = selection.rule.config.shard_size
+def _before(out: str, made_of: Mapping[str, Any]) -> Artifact | None:
+    """The selection in ``out``, if it was made of the same things by the same options."""
+    if not Artifact.exists(out):
+        return None
+    artifact = Artifact.open(out)
+    same = all(artifact.config["semantic"].get(name) == value for name, value in made_of.items())
+    return artifact if same else None
+
+
+def tar_facts(shards: Sequence[InputShard], scores: Artifact) -> dict[str, TarFacts]:
+    """Facts about the shards' tars, by shard; their bytes are not read."""
+    scored = scores.committed()
+    return {shard.name: TarFacts.of(shard, scored[shard.name]) for shard in shards}
+
+
+def _digest_of(tars: Mapping[str, TarFacts]) -> dict[str, Any]:
+    """The tars of an index as a whole, for its configuration; each has its own sha256 in the manifest."""
+    marks = [[name, tar.sha256] for name, tar in tars.items()]
+    total = sum(tar.bytes for tar in tars.values())
+    return {"count": len(tars), "bytes": total, "digest": hashlib.sha256(canonical(marks).encode()).hexdigest()}
+
+
+def _tasks(
+    shards: Sequence[InputShard], selection: ShardPlan, tars: Mapping[str, TarFacts], before: Artifact | None
+) -> list[GroupTask]:
+    """Final shards with the bounds of those made ``before``, if all of them are there."""
+    bounds = None if before is None else _bounds(before, [shard.name for shard in shards])
     return [
         GroupTask(
             f"{index:05d}",
             tuple(shards[at] for at in run),
             sum(selection.sizes[at] for at in run),
             sum(selection.kept[at] for at in run),
+            tuple(tars[shards[at].name] for at in run) if tars else (),
         )
-        for index, run in enumerate(group(selection.kept, size))
+        for index, run in enumerate(bounds or group(selection.kept, selection.rule.config.shard_size))
     ]
 
 
-def _todo(artifact: Artifact, tasks: Sequence[GroupTask]) -> list[GroupTask]:
-    """Tasks not committed, or outdated: rows were redone since, or shards were added.
+def _bounds(before: Artifact, shards: Sequence[str]) -> list[range] | None:
+    """Runs of input shards of a selection's final shards; None if these are not of all ``shards``."""
+    runs = [[entry["name"] for entry in record.input["shards"]] for record in before.committed().values()]
+    if [name for run in runs for name in run] != list(shards):
+        return None
+    ends = list(itertools.accumulate(map(len, runs), initial=0))
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _todo(artifact: Artifact, tasks: Sequence[GroupTask], touched: Collection[str]) -> list[GroupTask]:
+    """Tasks not committed, or outdated: rows were redone or withdrawn since (``touched``), or shards were added.
 
     Raises ArtifactMismatch if a committed one has other inputs.
     """
     committed = artifact.committed()
     present = {shard.name: shard for task in tasks for shard in task.shards}
-    repaired = {name for name, record in committed.items() if _is_repaired(artifact, record, present)}
+    repaired = {name for name, record in committed.items() if _is_repaired(artifact, record, present)} | {*touched}
     todo = []
     for task in tasks:
         record = committed.pop(task.shard, None)
@@ -189,11 +261,16 @@ def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:
     """Write and commit one final shard, in a worker process. Keeps one input shard's scores in memory."""
     input_keys = [_scores(shard, ["key"]).column("key").to_pylist() for shard in task.shards]
     keys = final_keys([shard.name for shard in task.shards], input_keys)
-    with artifact.begin(task.shard, SELECT, tar=True, over=task.over) as out:
-        copied = [_copy(shard, names, rule, out) for shard, names in zip(task.shards, keys, strict=True)]
-        if sum(kept for _, kept in copied) != task.kept:
+    uids = applied(artifact)
+    with artifact.begin(task.shard, SELECT, tar=not task.tars, over=task.over) as out:
+        if task.tars:
+            parts = zip(task.shards, keys, task.tars, strict=True)
+            written = [_list(shard, names, rule, out, uids, tar) for shard, names, tar in parts]
+        else:
+            written = [_copy(shard, names, rule, out, uids) for shard, names in zip(task.shards, keys, strict=True)]
+        if sum(kept for _, kept in written) != task.kept:
             raise ArtifactMismatch(f"{task.shards[0].companions[0].url}: the scores changed while they were read")
-        inputs = [{"name": shard.name, **info} for shard, (info, _) in zip(task.shards, copied, strict=True)]
+        inputs = [{"name": shard.name, **info} for shard, (info, _) in zip(task.shards, written, strict=True)]
         digest = hashlib.sha256(canonical([entry["digest"] for entry in inputs]).encode()).hexdigest()
         return out.commit(rows_in=task.rows, input_info={"digest": digest, "shards": inputs})
 
@@ -203,20 +280,43 @@ def _scores(shard: InputShard, columns: list[str]) -> pa.Table:
     return read_columns(companion, SCORE, columns)  # the row reader checks that it is the committed file
 
 
-def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction) -> tuple[dict[str, Any], int]:
+def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction, uids: UidSet) -> Listed:
     """Copy an input shard's rows, the kept ones with their samples; returns the reader's info and the kept count."""
-    failed = [-1] * len(keys) if rule.keep is None else rule.keep.failures(_scores(shard, rule.columns)).tolist()
-    reader, kept = RowReader(shard), 0
-    for source, key, term in zip(reader, keys, failed, strict=True):  # the reader first: at its end it checks the tar
-        row = source.beside[SCORES]
-        status, error = selection_status(row, source.beside.get(MARKS), rule, term)
-        final = final_row(row, status, error, key, shard.name, rule.text)
+    reader, kept, named = WithdrawingReader(shard, uids), 0, _named_terms(shard, keys, rule)
+    for source, (key, term) in zip(reader, named, strict=True):  # the reader first: at its end it checks the tar
+        final = _final(source.beside, key, term, shard, rule, uids)
         sample = members(source, final)
-        if status == Status.OK and sample is None:
+        if final["status"] == Status.OK and sample is None:
             raise ArtifactMismatch(f"{shard.url}: {source.key!r} has scores, but no image ({source.error})")
-        kept += status == Status.OK
+        kept += final["status"] == Status.OK
         out.write(final, sample)
     return reader.info, kept
+
+
+def _list(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction, uids: UidSet, tar: TarFacts) -> Listed:
+    """The same rows for an index, without samples; the shard's tar is not opened."""
+    reader, kept, named = ListedRows(shard, tar), 0, _named_terms(shard, keys, rule)
+    for beside, (key, term) in zip(reader, named, strict=True):
+        final = _final(beside, key, term, shard, rule, uids)
+        kept += final["status"] == Status.OK
+        out.write(final)
+    return reader.info, kept
+
+
+def _named_terms(shard: InputShard, keys: list[str], rule: Rule) -> Iterator[tuple[str, int]]:
+    """For each row its key in the final shard, and the term of ``keep`` that it fails, else -1."""
+    failed = [-1] * len(keys) if rule.keep is None else rule.keep.failures(_scores(shard, rule.columns)).tolist()
+    return zip(keys, failed, strict=True)
+
+
+def _final(
+    beside: Mapping[str, Mapping[str, Any]], key: str, term: int, shard: InputShard, rule: Rule, uids: UidSet
+) -> dict[str, Any]:
+    row = beside[SCORES]
+    if is_withdrawn(row["uid"], beside.values(), uids):
+        row = blank(row)
+    status, error = selection_status(row, beside.get(MARKS), rule, term)
+    return final_row(row, status, error, key, shard.name, rule.text)
 
 
 def write_uids(artifact: Artifact) -> None:

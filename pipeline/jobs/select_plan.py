@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.filesize import decimal
 
 from ...errors import ArtifactMismatch, BadInput
 from ...manifests.artifact import Artifact
@@ -23,6 +24,7 @@ from ...manifests.files.stores import filesystem
 from ...manifests.schema import BASE, SCORE, check
 from ...manifests.shards import Companion, InputShard
 from ...manifests.status import Status
+from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.expression import kind_of, shown_value
 from ...stages.filter.select import Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
 
@@ -58,9 +60,44 @@ class ShardPlan:
         return f"{asked.shown}: keeps all {self.candidates:,} candidates; raise the threshold to sort some out"
 
 
-def plan_shards(shards: Sequence[InputShard], scores: Artifact, config: SelectConfig) -> ShardPlan:
+@dataclass(frozen=True)
+class SelectCosts:
+    """Estimated bytes of a selection: ``images`` of the kept rows, if copied, and ``rows``, which an index has, too."""
+
+    images: int
+    rows: int
+
+    def line(self) -> str:
+        images, rows = decimal(self.images), decimal(self.rows)
+        return f"to write: about {images} of images and {rows} of rows; with --index the rows alone"
+
+
+#: Size of a selection's Parquet relative to that of its scores, of which it has a few more columns; see bench/index.py
+ROWS_TO_SCORES = 1.3
+
+
+def costs(shards: Sequence[InputShard], scores: Artifact, plan: ShardPlan) -> SelectCosts:
+    """Estimate from manifests alone: an image is as large as others of its shard."""
+    scored, images, rows = scores.committed(), 0.0, 0
+    for shard, kept, size in zip(shards, plan.kept, plan.sizes, strict=True):
+        record = scored[shard.name]
+        tar = shard.record.files[f"{shard.name}.tar"] if shard.record is not None else record.input
+        samples = shard.record.rows.get(Status.OK, 0) if shard.record is not None else size
+        images += int(tar.get("bytes") or 0) * kept / max(1, samples)
+        rows += int(record.files[f"{shard.name}.parquet"]["bytes"])
+    return SelectCosts(round(images), round(rows * ROWS_TO_SCORES))
+
+
+def plan_shards(
+    shards: Sequence[InputShard],
+    scores: Artifact,
+    config: SelectConfig,
+    uids: UidSet = EMPTY,
+    threshold: str | None = None,
+) -> ShardPlan:
     """Decide about all rows of ``shards``, each joined with its scores (and marks).
 
+    ``uids``: withdrawn images; ``threshold``: that of ``top``, if it was decided before.
     Raises BadInput if the scores are of other images, or if nothing would be kept.
     """
     committed = scores.committed()
@@ -68,19 +105,22 @@ def plan_shards(shards: Sequence[InputShard], scores: Artifact, config: SelectCo
     counted, sizes, candidates, ranked = [], [], 0, []
     for shard, (table, marks) in zip(shards, _tables(shards, rule.columns), strict=True):
         _check_images(shard, table, committed[shard.name].input.get("bytes"))
-        decision = decide(table, marks, rule)
+        decision = decide(table, marks, rule, uids.mask(table.column("uid")))
         sizes.append(len(table))
         candidates += int(decision.candidate.sum())
         counted.append(int(decision.eligible.sum()))
         if decision.by is not None:
             ranked.append(decision.by[decision.eligible])
     if not sum(counted):
-        raise _nothing(shards, rule)
+        raise _nothing(shards, rule, uids)
     kept = counted
     if config.top is not None:
         values = np.concatenate(ranked)
         ranked.clear()
-        rule = replace(rule, threshold=top_threshold(values, config.top))
+        if threshold is None:
+            rule = replace(rule, threshold=top_threshold(values, config.top))
+        else:
+            rule = Rule.of(config, rule.text, threshold)
         above = values >= rule.precision(rule.threshold or 0.0)
         kept = [int(part.sum()) for part in np.split(above, np.cumsum(counted)[:-1])]
     return ShardPlan(rule, kept, sizes, candidates, sum(counted))
@@ -144,7 +184,7 @@ def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) 
     raise BadInput(f"{scores}: its rows are not those of {shard.url}, by key and uid ({where}); {hint}")
 
 
-def _nothing(shards: Sequence[InputShard], rule: Rule) -> BadInput:
+def _nothing(shards: Sequence[InputShard], rule: Rule, uids: UidSet) -> BadInput:
     """The error if no row is kept: shows the values of the candidates' columns, which are read again for it."""
     named = {column.name: column.shown for column in (rule.keep.columns if rule.keep else ())}
     if rule.by is not None:
@@ -152,7 +192,7 @@ def _nothing(shards: Sequence[InputShard], rule: Rule) -> BadInput:
 
     def gather(of: Callable[[Decision], Any], name: str) -> list[pa.ChunkedArray]:
         return [
-            table.column(name).filter(pa.array(of(decide(table, marks, rule))))
+            table.column(name).filter(pa.array(of(decide(table, marks, rule, uids.mask(table.column("uid"))))))
             for table, marks in _tables(shards, [*rule.columns, name])
         ]
 

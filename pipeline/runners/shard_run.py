@@ -13,8 +13,10 @@ from ...manifests.artifact import Artifact
 from ...manifests.files.locks import UNLIMITED, Patience
 from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.manifest import ShardRecord
-from ...manifests.shards import Row, RowReader
+from ...manifests.shards import Row
 from ...manifests.status import Status
+from ...manifests.withdrawal.applied import applied
+from ...manifests.withdrawal.rows import WithdrawingReader
 from .messages import Assignment
 
 
@@ -33,7 +35,7 @@ class ShardRun:
     def __init__(self, artifact: Artifact, assignment: Assignment) -> None:
         self.artifact, self.started = artifact, time.time()
         self.shard, self.claim = assignment.shard, assignment.claim
-        self.reader = RowReader(self.shard)
+        self.reader = self._read()
         self.journal = artifact.journal(self.shard.name)
         self.rows: dict[int, dict[str, Any]] = {}
         self.total: int | None = None  # known when the shard has been read to its end
@@ -85,10 +87,13 @@ class ShardRun:
         self.journal.delete()
         return record
 
+    def _read(self) -> WithdrawingReader:
+        return WithdrawingReader(self.shard, applied(self.artifact))
+
     def _sources(self) -> Iterator[Row]:
         """Read the input's rows again. An OSError here concerns the input, so it fails this shard, not the run."""
         try:
-            yield from RowReader(self.shard)
+            yield from self._read()
         except StoreUnavailable:
             raise
         except OSError as error:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from ...manifests.artifact import Artifact
 from ...manifests.fingerprint import canonical
-from ...manifests.manifest import ShardRecord
+from ...manifests.manifest import ShardRecord, made_of
 from ...manifests.status import Status
 from ..filter.select import group
 from .source import column_of, listing
@@ -22,11 +22,12 @@ from .source import column_of, listing
 
 @dataclass(frozen=True)
 class Piece:
-    """A shard to write: rows ``start`` to ``stop`` of its task."""
+    """A shard to write: rows ``start`` to ``stop`` of its task. ``over``: the committed version that it replaces."""
 
     shard: str
     start: int
     stop: int
+    over: ShardRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,16 @@ class ExportTask:
 
 
 def _whole(source: Artifact, record: ShardRecord) -> dict[str, Any]:
-    tar = record.files[f"{record.shard}.tar"]
-    rows = record.files[listing(record.shard)]["sha256"]
-    return {"url": f"{source.url}/{record.shard}.tar", "digest": tar["sha256"], "bytes": tar["bytes"], "rows": rows}
+    """Entry for a whole source shard: by its tar, or by its listing if it is of an index."""
+    tar, rows = f"{record.shard}.tar", listing(record.shard)
+    name = tar if tar in record.files else rows
+    file = record.files[name]
+    return {
+        "url": f"{source.url}/{name}",
+        "digest": file["sha256"],
+        "bytes": file["bytes"],
+        "rows": record.files[rows]["sha256"],
+    }
 
 
 def as_they_are(records: Sequence[ShardRecord]) -> list[ExportTask]:
@@ -82,6 +90,36 @@ def of_size(source: Artifact, records: Sequence[ShardRecord], size: int) -> list
         tasks.append(ExportTask(tuple(sources), pieces, copied=False))
         number += len(pieces)
     return tasks
+
+
+def as_before(records: Sequence[ShardRecord], exported: Sequence[ShardRecord]) -> list[ExportTask] | None:
+    """Tasks with the bounds of an earlier export's shards (``exported``), which rows that were withdrawn since do not
+    move; None unless these are made of all rows of ``records``."""
+    tasks: list[ExportTask] = []
+    sources = {record.shard: record for record in records}
+    for shard in sorted(exported, key=lambda record: (len(record.shard), record.shard)):  # numbers of any length
+        entries = made_of(shard)
+        spans = [(sources.get(entry["name"]), entry.get("from"), entry.get("to")) for entry in entries]
+        if any(record is None or start is None or stop is None for record, start, stop in spans):
+            return None
+        parts = [record for record, _, _ in spans if record is not None]
+        start, length = entries[0]["from"], sum(entry["to"] - entry["from"] for entry in entries)
+        if start and tasks and tasks[-1].sources == (parts[0],):  # a later part of the same source shard
+            pieces = (*tasks[-1].pieces, Piece(shard.shard, start, start + length))
+            tasks[-1] = replace(tasks[-1], pieces=pieces)
+        else:
+            tasks.append(ExportTask(tuple(parts), (Piece(shard.shard, start, start + length),), copied=False))
+    return tasks if _covers(tasks, records) else None
+
+
+def _covers(tasks: Sequence[ExportTask], records: Sequence[ShardRecord]) -> bool:
+    """True if tasks have every row of the source shards once."""
+    for task in tasks:
+        bounds = [0, *(piece.stop for piece in task.pieces)]
+        rows = sum(record.count for record in task.sources)
+        if [piece.start for piece in task.pieces] != bounds[:-1] or bounds[-1] != rows:
+            return False
+    return [record.shard for task in tasks for record in task.sources] == [record.shard for record in records]
 
 
 def _pairs(record: ShardRecord) -> int:

@@ -1,9 +1,12 @@
-"""Export input: the listing of a finished shard and its tar's samples, read row by row and verified."""
+"""Export input: the listing of a finished shard and its samples, read row by row and verified.
+
+The samples are in the shard's tar or, if it is of an index, in the original tars (:mod:`..filter.index`).
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ from ...manifests.manifest import ShardRecord
 from ...manifests.samples import Sample, read_samples
 from ...manifests.status import Status
 from ..annotate.captioner import chosen_caption
+from ..filter.index import indexed_extensions, indexed_samples, is_index
 
 PARTS = "_capipe/parts"  # per-shard parts of the files that span all shards
 
@@ -96,11 +100,17 @@ def caption_of(row: Mapping[str, Any]) -> str:
     return row.get("text") or ""
 
 
-def pairs(source: Artifact, record: ShardRecord, listed: pq.ParquetFile) -> Iterator[Pair]:
+def pairs(source: Artifact, record: ShardRecord, listed: pq.ParquetFile, images: Sequence[str] = ()) -> Iterator[Pair]:
     """Pairs of one shard with this listing. Iterate to the end: only then are the tar's bytes verified.
 
+    ``images``: folders and URLs below which an index's tars may be read.
     Raises ArtifactMismatch if tar and listing disagree, or the tar differs from the committed one.
     """
+    if is_index(source):
+        where = f"{source.url}/{listing(record.shard)}"
+        for index, row, sample in indexed_samples(source, record, ok_rows(listed), images):
+            yield _pair(index, row, sample, where)
+        return
     name, digest = f"{record.shard}.tar", hashlib.sha256()
     where = f"{source.url}/{name}"
     with source.folder.open(name) as stream:
@@ -126,11 +136,13 @@ def _pair(index: int, row: Mapping[str, Any], sample: Sample | None, where: str)
     return Pair(index, row, sample, image.data, extension, text)
 
 
-def image_extensions(source: Artifact, record: ShardRecord) -> set[str]:
+def image_extensions(source: Artifact, record: ShardRecord, images: Sequence[str] = ()) -> set[str]:
     """Extensions of a shard's image members: from its listing if it has formats, else from the tar's headers."""
     if not record.rows.get(Status.OK):
         return set()
     with committed_listing(source, record) as listed:
+        if is_index(source):
+            return indexed_extensions(source, record, ok_rows(listed), images)
         names = listed.schema_arrow.names
     if "format" in names:
         return set(column_of(source, record, "format", pairs_only=True))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ...manifests.artifact_spec import ArtifactSpec
-from ..stage_spec import FINAL, SHARDS, Output, OutputFolder, StageSpec, keys
+from ..stage_spec import FINAL, INDEX, SHARDS, Output, OutputFolder, StageSpec, keys
 
 EXPORTED = ArtifactSpec("export", "final shards", copies=True, repeated=".*")
 
 EXPORT = StageSpec(
     "export",
     "capipe.pipeline.commands.export:export",
-    {"artifact": (SHARDS,)},
+    {"artifact": (SHARDS, INDEX)},
     {FINAL: ""},
     (Output(EXPORTED),),
     (OutputFolder("", without=keys("title license language")), OutputFolder(None)),

@@ -7,8 +7,9 @@ artifact like any other: resumable, verifiable, and (as webdataset) an input.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,15 +20,21 @@ from ...manifests.artifact import Artifact
 from ...manifests.configuration import Growing
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import open_parquet
+from ...manifests.files.tar import written_size
 from ...manifests.manifest import ShardRecord
 from ...manifests.transaction import ROW_GROUP, shard_stats
+from ...manifests.withdrawal.applied import applied
+from ...manifests.withdrawal.rows import without
+from ...manifests.withdrawal.uid_set import UidSet
+from ..filter.index import is_index
 from .formats import writer_class
 from .plan import ExportTask, Piece
-from .source import Pair, committed_listing, copy, listing, pairs
+from .source import Pair, column_of, committed_listing, copy, listing, pairs
 from .webdataset import copy_tar
 from .writer import ShardWriter
 
 STAGE = "export"
+TAR_BYTES = "tar_bytes"  # key of a shard's statistics: see _with_size
 
 
 class ExportConfig(Growing):
@@ -44,29 +51,57 @@ class ExportConfig(Growing):
 
 
 def export_shards(
-    task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, *, link: bool = False
+    task: ExportTask,
+    source: Artifact,
+    artifact: Artifact,
+    config: ExportConfig,
+    *,
+    link: bool = False,
+    images: Sequence[str] = (),
 ) -> list[ShardRecord]:
-    """Write and commit the task's shards. Raises ArtifactMismatch if the source differs from its manifest."""
-    return [_whole(task, source, artifact, config, link)] if task.copied else _cut(task, source, artifact, config)
+    """Write and commit the task's shards. Raises ArtifactMismatch if the source differs from its manifest.
+
+    ``images``: folders and URLs below which an index's tars may be read.
+    """
+    if task.copied and not _is_touched(source, task.sources[0], applied(artifact)):
+        return [_whole(task, source, artifact, config, link, images)]
+    return _cut(task, source, artifact, config, images)
 
 
-def _whole(task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, link: bool) -> ShardRecord:
+def _is_touched(source: Artifact, record: ShardRecord, uids: UidSet) -> bool:
+    """True if rows of a source shard are to be withdrawn."""
+    return bool(len(uids) and uids.mask(pa.array(column_of(source, record, "uid"), pa.string())).any())
+
+
+def _whole(
+    task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, link: bool, images: Sequence[str]
+) -> ShardRecord:
     """Export one source shard; its listing is copied and, if nothing is renamed, its tar."""
-    record = task.sources[0]
-    with artifact.begin_files(record.shard) as out:
+    record, size = task.sources[0], 0
+    with artifact.begin_files(record.shard, task.pieces[0].over) as out:
         for name in (listing(record.shard), f"{record.shard}_stats.json"):
             copy(source, record, name, out)
-        if config.format == "webdataset" and config.image_extension is None:
+        if config.format == "webdataset" and config.image_extension is None and f"{record.shard}.tar" in record.files:
             stats = copy_tar(source, record, out, link=link)
         else:
             with (
                 open_parquet(str(out.path(listing(record.shard)))) as listed,
                 _writer(config, out, record.shard, listed.schema_arrow) as writer,
             ):
-                for pair in pairs(source, record, listed):
+                for pair in pairs(source, record, listed, images):
                     writer.add(pair)
-                stats = writer.finish()
+                    size += _tar_size(pair)
+                stats = _with_size(writer.finish(), source, size)
         return out.commit(rows=record.rows, input_info=task.made_of(source, task.pieces[0]), stats=stats)
+
+
+def _tar_size(pair: Pair) -> int:
+    return sum(written_size(member.name, member.size) for member in pair.sample.members.values())
+
+
+def _with_size(stats: dict[str, Any], source: Artifact, size: int) -> dict[str, Any]:
+    """Statistics of a shard of an index's pairs, with the size that they would have as a tar."""
+    return {**stats, TAR_BYTES: size} if is_index(source) else stats
 
 
 def _writer(config: ExportConfig, out: FileTransaction, shard: str, rows: pa.Schema) -> ShardWriter:
@@ -74,26 +109,32 @@ def _writer(config: ExportConfig, out: FileTransaction, shard: str, rows: pa.Sch
     return writer_class(config.format).for_shard(out, shard, rows, config.image_extension)
 
 
-def _cut(task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig) -> list[ShardRecord]:
+def _cut(
+    task: ExportTask, source: Artifact, artifact: Artifact, config: ExportConfig, images: Sequence[str]
+) -> list[ShardRecord]:
     """Merge several shards, or split one: the listings first, then the pairs, each read once and in order.
 
     Nothing is committed before the last byte of the source has been read and verified.
     """
+    uids = applied(artifact)
     with ExitStack() as stack:
         outputs = [stack.enter_context(_Part(piece, artifact, config)) for piece in task.pieces]
         offset = 0
         for record in task.sources:
             with committed_listing(source, record) as listed:
                 for batch in listed.iter_batches(ROW_GROUP, use_threads=False):
+                    rows = without(batch, uids)
                     for part in outputs:
-                        part.list(batch, offset)
+                        part.list(rows, offset)
                     offset += batch.num_rows
         for part in outputs:
             part.end_listing()
         offset = 0
         for record in task.sources:
             with committed_listing(source, record) as listed:
-                for pair in pairs(source, record, listed):
+                for pair in pairs(source, record, listed, images):
+                    if pair.row["uid"] in uids:
+                        continue
                     for part in outputs:
                         part.add(pair, offset + pair.index)
             offset += record.count
@@ -106,10 +147,11 @@ class _Part:
     def __init__(self, piece: Piece, artifact: Artifact, config: ExportConfig) -> None:
         self._piece, self._config, self._artifact = piece, config, artifact
         self._rows: Counter[str] = Counter()
+        self._size = 0
         self._stack = ExitStack()
 
     def __enter__(self) -> _Part:
-        self._out = self._stack.enter_context(self._artifact.begin_files(self._piece.shard))
+        self._out = self._stack.enter_context(self._artifact.begin_files(self._piece.shard, self._piece.over))
         self._listing = self._stack.enter_context(ExitStack())
         self._parquet: pq.ParquetWriter | None = None
         return self
@@ -146,7 +188,8 @@ class _Part:
     def add(self, pair: Pair, row: int) -> None:
         if self._piece.start <= row < self._piece.stop:
             self._writer.add(pair)
+            self._size += _tar_size(pair)
 
     def commit(self, task: ExportTask, source: Artifact) -> ShardRecord:
-        stats = self._writer.finish()
+        stats = _with_size(self._writer.finish(), source, self._size)
         return self._out.commit(rows=self._rows, input_info=task.made_of(source, self._piece), stats=stats)

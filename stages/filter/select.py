@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from ...errors import BadInput
+from ...manifests.configuration import Growing
 from ...manifests.schema import SCORE
 from ...manifests.shards import Row
 from ...manifests.sidecars import encode_meta
@@ -43,10 +44,11 @@ def aliases(text: Text) -> dict[str, str]:
     return {name: f"{text}_{name}" for name in _SHARED}
 
 
-class SelectConfig(BaseModel):
+class SelectConfig(Growing):
     """Options of selection and packing; all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later = ("index",)
 
     keep: str | None = Field(
         None, description="condition over the columns of the scores; see stages/filter/expression.py"
@@ -57,6 +59,7 @@ class SelectConfig(BaseModel):
     text: Literal["auto", "re", "org"] = Field(
         "auto", description="the caption to write: new, original; auto takes the new ones where the scores have any"
     )
+    index: bool = Field(False, description="write no tars: rows alone, over the original ones")
 
     @field_validator("keep")
     @classmethod
@@ -150,12 +153,15 @@ class Decision:
         return mask
 
 
-def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule) -> Decision:
-    """Decide on the rows of ``table``, which has at least :attr:`Rule.columns`; ``marks``: dedup statuses, if any."""
+def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule, withdrawn: Mask | None = None) -> Decision:
+    """Decide on the rows of ``table``, which has at least :attr:`Rule.columns`; ``marks``: dedup statuses, if any;
+    ``withdrawn``: rows of withdrawn images."""
     candidate = _where(pc.equal(table.column("status"), str(Status.OK)))
     candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
     if marks is not None:
         candidate &= np.fromiter((mark == Status.OK for mark in marks), bool, len(marks))
+    if withdrawn is not None:
+        candidate &= ~withdrawn
     keep = rule.keep
     failed = np.full(len(table), -1, np.int32) if keep is None else keep.failures(table)
     return Decision(candidate, failed, None if rule.by is None else scores_of(table, rule.by))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.schema import SCORE, SELECT
-from ..stage_spec import SHARDS, Output, OutputFolder, StageSpec, keys
+from ..stage_spec import INDEX, SHARDS, Output, OutputFolder, StageSpec, keys
 from .select import STAGE
 
 SCORES = ArtifactSpec("score", "captions scored against their images", SCORE, shown="scores", histograms=True)
@@ -22,12 +22,14 @@ FILTER = StageSpec(
     "filter",
     "capipe.pipeline.commands.filter:filter_",
     {"shards": (SHARDS,), "captions": ("captions",), "scores": ("scores",), "marks": ("marks",)},
-    {SHARDS: "shards", "scores": "scores"},
+    {SHARDS: "shards", INDEX: "shards", "scores": "scores"},
     (
         Output(SCORES, "scores", lambda config, inputs: "scores" not in inputs),
         Output(SELECTION, "shards"),
     ),
-    (OutputFolder("scores", without=keys("keep top by text shard-size marks")), OutputFolder("shards")),
+    (OutputFolder("scores", without=keys("keep top by text shard-size index marks")), OutputFolder("shards")),
+    optional={INDEX: "index"},
+    unless={SHARDS: "index"},
     selects=True,
     check="capipe.pipeline.commands.filter:check",
 )

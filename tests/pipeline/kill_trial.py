@@ -53,6 +53,7 @@ def commands(data: Path) -> dict[str, list[object]]:
     """Every command that writes, without its --out, on what :func:`prepare` made."""
     shards, captions = data / "shards", data / "captions"
     annotate = ["annotate", "--shards", shards, "--model", "tiny/captioner", "--prompt", "short", "--max-tokens", 24]
+    select = ["filter", "--shards", shards, "--captions", captions, "--clip", "tiny/clip", "--top", 0.5]
     export = ["export", shards, "--title", "Pictures", "--format"]
     return {
         "ingest": ["ingest", data / "corpus", "--shard-size", 8],
@@ -61,8 +62,10 @@ def commands(data: Path) -> dict[str, list[object]]:
         "qa": ["qa", "--shards", shards, "--import", data / "quiz/set.jsonl", "--screen", "none"],
         "annotate": [*annotate, *TINY],
         "annotate --pack": [*annotate, *TINY, "--pack"],
-        "filter": ["filter", "--shards", shards, "--captions", captions, "--clip", "tiny/clip", "--top", 0.5],
+        "filter": select,
+        "filter --index": [*select, "--index", "--shard-size", 8],
         **{f"export {form}": [*export, form] for form in FORMATS},
+        "export an index": ["export", data / "index/shards", "--title", "Pictures", "--format", "parquet"],
         "train": ["train", data / "recipe.yaml"],
         "run": ["run", data / "chain.yaml"],
     }
@@ -74,6 +77,7 @@ def prepare(data: Path, images: int, seed: int) -> None:
     capipe("ingest", data / "corpus", "--out", data / "shards", "--shard-size", 8)
     quizzed(data / "quiz", 8, "train", seed)
     capipe(*commands(data)["annotate"], "--out", data / "captions")
+    capipe(*commands(data)["filter --index"], "--out", data / "index")
     recipe = {
         "model": "tiny/captioner",
         "prompt": "Describe the image.",

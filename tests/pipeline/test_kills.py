@@ -20,7 +20,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["ingest", "annotate --pack", "export folder", "export messages", "train", "run"])
+KILLED = ["ingest", "annotate --pack", "export folder", "export messages", "export an index", "train", "run"]
+
+
+@pytest.mark.parametrize("name", KILLED)
 def test_killed_commands_end_in_the_same_bytes(data: Path, name: str) -> None:
     trial = kill_trial(data, name, 2, seed=5)
     assert (trial.kills, trial.differing, trial.faults) == (2, [], [])

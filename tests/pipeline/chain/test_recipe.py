@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.filesize import decimal
 
 from capipe.errors import BadInput, Problems
 from capipe.pipeline.chain.command import show_plan
@@ -17,6 +18,7 @@ from capipe.pipeline.chain.validate import check_chain
 from capipe.trainer.recipe import load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
 
+from ...stages.scored import foreign_shards
 from ..chains import PLAIN, chain_of, written
 from ..conftest import capipe, one_line
 
@@ -254,6 +256,30 @@ def test_training_recipes_of_chains_are_the_bundled_ones() -> None:
         for stage in load_chain_recipe(RECIPES / f"{name}.yaml").stages:
             if stage.recipe is not None:
                 assert load_recipe(Path(stage.config["recipe"])).model == stage.recipe.model
+
+
+def test_an_index_is_for_export_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And its plan says what it saves, where the tars are there to be measured."""
+    shards = foreign_shards(tmp_path / "crawl", [4, 4])
+    chosen = {"stage": "filter", "inputs": {"shards": {"path": str(shards)}}, "config": {"clip": "tiny/clip"}}
+    stages = {
+        "chosen": {**chosen, "expects": 8},
+        "final": {"stage": "export", "inputs": {"artifact": "chosen"}},
+        "again": {"stage": "annotate", "inputs": {"shards": "chosen"}, "config": {"model": "tiny/captioner"}},
+    }
+    index, without = "stages.chosen.config.index=true", "stages.again=null"
+    assert refusals(tmp_path, stages=stages) == []
+    (line,) = refusals(tmp_path, index, stages=stages)
+    assert "again.inputs.shards: stage chosen writes no tars with index: true; leave that out" in line
+    chain = chain_of(tmp_path, index, without, stages=stages)
+    assert arguments(chain, chain.stage("final"), tmp_path)[1] == f"{tmp_path}/chosen/shards"
+    size = decimal(sum(path.stat().st_size for path in shards.iterdir()))
+    show_plan(chain, tmp_path / "out", None, [], print)
+    told = f"writes an index: about 1.3 kB of rows; without index: true it would copy at most {size} of images as well"
+    assert f"    {told}\n" in capsys.readouterr().out
+    show_plan(chain_of(tmp_path, without, stages=stages), tmp_path / "out", None, [], print)
+    told = f"copies at most {size} of images; with index: true it would write about 1.3 kB of rows alone"
+    assert f"    {told}\n" in capsys.readouterr().out
 
 
 def test_a_refused_chain_writes_nothing(tmp_path: Path) -> None:

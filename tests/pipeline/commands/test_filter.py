@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,28 @@ def test_scores_that_are_not_there(shards: Path, tmp_path: Path, monkeypatch: py
     assert "name what is to score" in refusal(monkeypatch, "--shards", shards)
     both = ("--scores", tmp_path / "scores", "--clip", "tiny/clip")
     assert "scored already" in refusal(monkeypatch, "--shards", shards, *both)
+
+
+def test_an_index_and_what_it_saves(shards: Path, tmp_path: Path) -> None:
+    """A dry run tells both costs and writes nothing; the index is verified, shown and exported like copied shards."""
+    asked = ["filter", "--shards", shards, "--scores", tmp_path / "scores", "--keep", "clip_score > 0.1"]
+    told = capipe(*asked, "--out", tmp_path / "out", "--dry-run").stdout.splitlines()
+    assert len(told) == 2 and "16 candidates are kept" in told[0] and not (tmp_path / "out").exists()
+    costs = r"to write: about [\d.]+ kB of images and [\d.]+ kB of rows; with --index the rows alone"
+    assert re.fullmatch(costs, told[1])
+    assert told[1] in capipe(*asked, "--out", tmp_path / "out", "--index").stderr
+    index = tmp_path / "out/shards"
+    assert not [*index.glob("*.tar")] and "clean" in capipe("verify", index).stdout
+    assert "1/1 shards committed" in capipe("status", index).stdout
+    capipe("export", index, "--out", tmp_path / "final", "--format", "folder")
+    assert "clean" in capipe("verify", tmp_path / "final").stdout
+    capipe("report", tmp_path / "out", "--out", tmp_path / "page.html")
+    assert "data:image/jpeg" in (tmp_path / "page.html").read_text()
+
+
+def test_a_dry_run_scores_nothing(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(monkeypatch, "--shards", shards, "--clip", "tiny/clip", "--dry-run")
+    assert "no scores yet, by which --dry-run would select" in said and not (tmp_path / "out").exists()
 
 
 def test_no_model_is_near(shards: Path, tmp_path: Path) -> None:

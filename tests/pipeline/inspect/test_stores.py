@@ -108,6 +108,4 @@ def test_verification_reads_each_object_once(store: StoreProxy, url: str) -> Non
     data[len(data) // 2] ^= 1
     fs.write(bytes(data), path)
     forget_stores()
-    assert verify(f"{url}/shards").faults == [
-        f"{url}/shards/00001.tar: its sha256 is not the one that was committed"
-    ]
+    assert verify(f"{url}/shards").faults == [f"{url}/shards/00001.tar: its sha256 is not the one that was committed"]
