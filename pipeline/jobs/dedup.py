@@ -19,7 +19,7 @@ from ...stages.dedup import marks as dedup
 from ...stages.dedup.embeddings import check_embeddings, near_embeddings
 from ...stages.dedup.hash_sets import HashSet, read_hash_set
 from ...stages.dedup.marks import DedupConfig
-from ...stages.dedup.near_hashes import Indices
+from ...stages.dedup.near.work import NearSearch
 from ...stages.ingest.shard import IngestTask, pending
 from ...stages.ingest.shard import plan as cut
 from ...stages.ingest.sources import open_sources, source_places
@@ -27,6 +27,7 @@ from ..runners.messages import Event, Pulse, ShardDone
 from ..runners.pool import worker_count
 from ..runners.pool_job import ShardWriter, run_pool_job
 from ..runners.shard_queue import JobResult
+from .near_search import open_work, remove_work, run_search
 
 HASHES, AGAINST, MARKED = "hashes", "against", "marked"
 Task = TypeVar("Task", InputShard, IngestTask)
@@ -147,7 +148,15 @@ def mark(
             return artifact, JobResult()
         reference_set = read_hash_set(against, references) if against is not None else None
         hash_set = read_hash_set(hashes, names)
-        marks = dedup.find_marks(hash_set, reference_set, plan.config, _near_embeddings(plan, hash_set, artifact))
+        search = NearSearch(hash_set, reference_set, plan.config.radius)
+        work = open_work(artifact, search, {"hashes": grouped, "against": semantic["against"]})
+        try:
+            near = run_search(search, work, plan.workers, report, stop)
+        finally:
+            work.close()
+        if near is None:
+            return artifact, JobResult(interrupted=True)
+        marks = dedup.find_marks(hash_set, reference_set, plan.config, near, _near_embeddings(plan, hash_set, artifact))
         for shard in shards:
             name, digests = shard.name, {c.name: c.sha256 for c in shard.companions}
             if name not in done and not stop.is_set():
@@ -155,13 +164,15 @@ def mark(
                 record = dedup.mark_shard(name, records[name], marks, artifact, info, committed.get(name))
                 report(Pulse(rows=record.rows))
                 report(ShardDone(record))
+        if not stop.is_set():
+            remove_work(artifact)
     except BaseException:
         artifact.close()
         raise
     return artifact, JobResult(interrupted=stop.is_set())
 
 
-def _near_embeddings(plan: DedupPlan, hash_set: HashSet, artifact: Artifact) -> tuple[Indices, Indices] | None:
+def _near_embeddings(plan: DedupPlan, hash_set: HashSet, artifact: Artifact) -> dedup.Pairs | None:
     """Pairs of duplicate files by their embeddings; the number of files without one is noted in the artifact."""
     if plan.embeddings is None or plan.config.cosine is None:
         return None

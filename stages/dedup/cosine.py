@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import BadInput
-from .near_hashes import Indices
+from .arrays import Indices
 
 Vectors = npt.NDArray[np.float16]  # (n, width), of any non-zero length
 Floats = npt.NDArray[np.float32]

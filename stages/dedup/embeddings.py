@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from ...errors import ArtifactMismatch, BadInput
 from ...manifests.artifact import Artifact
 from ...manifests.schema import EMBEDDING_COLUMN, embedding_width
+from .arrays import Indices
 from .cosine import Vectors, near_vectors
 from .hash_sets import HashSet
-from .near_hashes import Indices
 
 _BATCH = 1000  # rows per batch
 

@@ -1,19 +1,16 @@
-"""Groups of duplicates: candidates from hashes, confirmed pairs joined by union-find, one keeper per group.
+"""Groups of duplicates: pairs joined by union-find, one keeper per group.
 
 Pure functions of the images' contents, sorted by uid; so the order of shards and rows does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from .near_hashes import Indices, near_pairs
-
-U64 = npt.NDArray[np.uint64]
+from .arrays import U64, Indices
 
 
 @dataclass(frozen=True)
@@ -54,49 +51,46 @@ def lookalikes(contents: Contents) -> Indices:
     return first
 
 
-def candidates(contents: Contents, radius: int) -> tuple[Indices, Indices]:
-    """All pairs ``i < j`` whose hashes are within ``radius``, each once, in order.
+class Components:
+    """Connected components of ``count`` nodes, joined block by block (union-find on arrays). A component's root is its
+    lowest node."""
 
-    Compares whole images with each other, and with the centres of the others, which finds cropped copies.
-    """
-    return _collected(
-        len(contents),
-        (
-            (np.minimum(i, j)[i != j], np.maximum(i, j)[i != j])
-            for right in (contents.phash, contents.inner)
-            for i, j in near_pairs(contents.phash, right, radius)
-        ),
-    )
+    def __init__(self, count: int) -> None:
+        self._parents = np.arange(count, dtype=np.int64)
 
+    def join(self, left: Indices, right: Indices) -> None:
+        """Join nodes ``left[k]`` and ``right[k]``."""
+        while True:
+            a, b = self.roots(left), self.roots(right)
+            apart = a != b
+            if not apart.any():
+                return
+            left, right = np.minimum(a[apart], b[apart]), np.maximum(a[apart], b[apart])
+            np.minimum.at(self._parents, right, left)
+            ends = np.unique(right)
+            while True:  # each step halves the way to the root
+                above = self._parents[self._parents[ends]]
+                if (above == self._parents[ends]).all():
+                    break
+                self._parents[ends] = above
 
-def candidates_between(contents: Contents, others: Contents, radius: int) -> tuple[Indices, Indices]:
-    """All pairs of a file and one of ``others`` whose hashes are within ``radius``, each once, in order."""
-    sides = ((contents.phash, others.phash), (contents.phash, others.inner), (contents.inner, others.phash))
-    return _collected(len(others), (pair for left, right in sides for pair in near_pairs(left, right, radius)))
-
-
-def _collected(width: int, blocks: Iterator[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
-    codes = [np.unique(i * width + j) for i, j in blocks]
-    if not codes:
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    distinct = np.unique(np.concatenate(codes))
-    return distinct // width, distinct % width
+    def roots(self, nodes: Indices) -> Indices:
+        """The root of each node's component."""
+        roots = self._parents[nodes]
+        while True:
+            above = self._parents[roots]
+            if (above == roots).all():
+                break
+            roots = above
+        self._parents[nodes] = roots
+        return roots
 
 
 def connected(count: int, left: Indices, right: Indices) -> Indices:
-    """Connected components (union-find) of ``count`` files under pairs ``(left[k], right[k])``: root of each file."""
-    parents = list(range(count))
-
-    def root(node: int) -> int:
-        while parents[node] != node:
-            parents[node] = parents[parents[node]]
-            node = parents[node]
-        return node
-
-    for i, j in zip(left.tolist(), right.tolist(), strict=True):
-        a, b = root(i), root(j)
-        parents[max(a, b)] = min(a, b)
-    return np.fromiter((root(node) for node in range(count)), dtype=np.int64, count=count)
+    """Connected components of ``count`` files under pairs ``(left[k], right[k])``: the lowest file of each one's."""
+    components = Components(count)
+    components.join(left, right)
+    return components.roots(np.arange(count))
 
 
 def keepers(contents: Contents, groups: Indices) -> Indices:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +13,12 @@ import pyarrow.compute as pc
 
 from ...manifests.artifact import Artifact
 from ...manifests.schema import HASHES, check
-from .confirm import same_picture
+from .arrays import Indices
 from .groups import Contents
-from .near_hashes import Indices
 from .perceptual_hash import SIGNATURE_BYTES, Signatures
 
 _NUMBERS = ["uid", "phash", "inner", "look", "width", "height"]
 _BATCH = 1000  # rows of signatures per read: 6 MB
-_PAIRS = 4096  # pairs of signatures per batch: 50 MB
 
 
 @dataclass(frozen=True)
@@ -61,24 +57,6 @@ class HashSet:
                 lowest[index] = min(lowest.get(index, (name, shard)), (name, shard))
         return lowest
 
-    def signatures(self, files: Indices, scratch: Path) -> Signatures:
-        """Signatures ``(len(files), SIGNATURE_BYTES)``, memory-mapped at ``scratch``: they may exceed memory."""
-        if not len(files):
-            return np.empty((0, SIGNATURE_BYTES), dtype=np.uint8)
-        out: Signatures = np.memmap(scratch, dtype=np.uint8, mode="w+", shape=(len(files), SIGNATURE_BYTES))
-        order = np.argsort(self.first[files])
-        wanted = self.first[files][order]
-        for number, shard in enumerate(self.shards):
-            low, high = np.searchsorted(wanted, self.starts[number : number + 2])
-            if low == high:
-                continue
-            at = self.starts[number]
-            for batch in _signature_batches(self.artifact, shard):
-                end = low + np.searchsorted(wanted[low:high], at + len(batch))
-                out[order[low:end]] = batch[wanted[low:end] - at]
-                low, at = end, at + len(batch)
-        return out
-
 
 def read_hash_set(artifact: Artifact, shards: Sequence[str]) -> HashSet:
     """Read all columns but keys and signatures. Raises ArtifactMismatch if a file is not of this stage."""
@@ -91,20 +69,6 @@ def read_hash_set(artifact: Artifact, shards: Sequence[str]) -> HashSet:
     starts = np.concatenate([[0], np.cumsum([len(part[5]) for part in parts])]).astype(np.int64)
     contents = Contents(distinct, pixels[first], phash[first], inner[first], look[first])
     return HashSet(artifact, tuple(shards), contents, counts, rows, starts, np.flatnonzero(has_file)[first])
-
-
-def confirmed(left: HashSet, i: Indices, right: HashSet, j: Indices) -> npt.NDArray[np.bool_]:
-    """True for pairs of files ``(i[k], j[k])`` whose signatures show the same image, ``(k,)``."""
-    same = np.zeros(len(i), dtype=bool)
-    with tempfile.TemporaryDirectory(prefix="capipe-dedup-") as folder:
-        files_i, at_i = np.unique(i, return_inverse=True)
-        files_j, at_j = np.unique(j, return_inverse=True)
-        ours = left.signatures(files_i, Path(folder) / "left")
-        theirs = right.signatures(files_j, Path(folder) / "right")
-        for start in range(0, len(i), _PAIRS):
-            part = slice(start, start + _PAIRS)
-            same[part] = same_picture(ours[at_i[part]], theirs[at_j[part]])
-    return same
 
 
 def hash_rows(artifact: Artifact, shard: str, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -127,10 +91,15 @@ def _numbers(artifact: Artifact, shard: str) -> tuple[Any, ...]:
     return uids, pixels, *hashes, sound.to_numpy().astype(bool)
 
 
-def _signature_batches(artifact: Artifact, shard: str) -> Iterator[Signatures]:
+def signature_batches(artifact: Artifact, shard: str) -> Iterator[Signatures]:
+    """The signatures of a shard's rows, in order; those of rows without one have no meaning."""
     with artifact.parquet(shard) as file:
         for batch in file.iter_batches(_BATCH, columns=["signature"], use_threads=False):
-            column = batch.column(0)
-            data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-            end = (column.offset + len(column)) * SIGNATURE_BYTES
-            yield data[column.offset * SIGNATURE_BYTES : end].reshape(-1, SIGNATURE_BYTES)
+            yield signatures_of(batch.column(0))
+
+
+def signatures_of(column: pa.Array) -> Signatures:
+    """Signatures ``(n, SIGNATURE_BYTES)`` of a column, without a copy."""
+    data = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+    end = (column.offset + len(column)) * SIGNATURE_BYTES
+    return data[column.offset * SIGNATURE_BYTES : end].reshape(-1, SIGNATURE_BYTES)

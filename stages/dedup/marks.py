@@ -24,13 +24,14 @@ from ...models.images.formats import ImageProblem
 from ..ingest.shard import IngestConfig, IngestTask
 from ..ingest.source_refs import Handles
 from ..reading.faults import read_problem
-from .groups import Contents, candidates, candidates_between, connected, keepers, lookalikes
-from .hash_sets import HashSet, confirmed, hash_rows
-from .near_hashes import Indices
+from .arrays import Indices
+from .groups import connected, keepers, lookalikes
+from .hash_sets import HashSet, hash_rows
 from .perceptual_hash import DECODED_SIDE, looks
 
 STAGE, HASH_STAGE = "dedup", "hash"
 LIMITS = ImageLimits(min_side=1)  # small images: ingest has rejected them, or they are accepted
+Pairs = tuple[Indices, Indices]
 REFERENCES = IngestConfig(shard_size=1000)  # how a reference set is cut into tasks
 
 
@@ -118,19 +119,24 @@ def find_marks(
     hashed: HashSet,
     references: HashSet | None,
     config: DedupConfig,
-    embedded: tuple[Indices, Indices] | None = None,
+    near: Pairs,
+    embedded: Pairs | None = None,
 ) -> Marks:
     """Group the images. Groups and keepers do not depend on the order of the shards.
 
-    ``embedded``: pairs of files that are copies by their embeddings.
+    ``near``: what :class:`~.near.work.NearSearch` found; ``embedded``: files that are copies by their embeddings.
     """
     contents = hashed.contents
-    left, right = _copies(hashed, config.radius)
-    if embedded is not None:
-        left, right = np.concatenate([left, embedded[0]]), np.concatenate([right, embedded[1]])
-    groups = connected(len(contents), left, right)
+    first = lookalikes(contents)
+    alike = np.flatnonzero(first != np.arange(len(first)))
+    left, right = near
+    files = right < len(contents)
+    joined = [(left[files], right[files]), (alike, first[alike]), *([embedded] if embedded is not None else [])]
+    groups = connected(len(contents), *(np.concatenate([pairs[side] for pairs in joined]) for side in (0, 1)))
     keeper = keepers(contents, groups)
-    matched = _matches(hashed, references, config.radius, keeper) if references is not None else {}
+    matched = {}
+    if references is not None:
+        matched = _matches(hashed, references, keeper, (left[~files], right[~files] - len(contents)))
     frequent = np.flatnonzero(hashed.counts > config.placeholder)
     placeholders: dict[int, int] = {}
     for file in frequent.tolist():
@@ -142,26 +148,13 @@ def find_marks(
     return Marks(hashed, keeper, hashed.first_keys(named), matched, placeholders)
 
 
-def _copies(hashed: HashSet, radius: int) -> tuple[Indices, Indices]:
-    """Pairs of files that show the same image: enough of them to connect every group."""
-    first = lookalikes(hashed.contents)
-    distinct = np.unique(first)
-    i, j = candidates(hashed.contents.take(distinct), radius)
-    i, j = distinct[i], distinct[j]
-    same = confirmed(hashed, i, hashed, j)
-    alike = np.flatnonzero(first != np.arange(len(first)))
-    return np.concatenate([i[same], alike]), np.concatenate([j[same], first[alike]])
-
-
-def _matches(hashed: HashSet, references: HashSet, radius: int, keeper: Indices) -> dict[int, str]:
+def _matches(hashed: HashSet, references: HashSet, keeper: Indices, near: Pairs) -> dict[int, str]:
     """Reference image that each group repeats; the one with the lowest uid of several."""
-    i, j = _between(hashed.contents, references.contents, radius)
-    same = confirmed(hashed, i, references, j)
     _, of_file, of_reference = np.intersect1d(
         hashed.contents.uids, references.contents.uids, assume_unique=True, return_indices=True
     )
-    groups = keeper[np.concatenate([i[same], of_file])]
-    matches = np.concatenate([j[same], of_reference])
+    groups = keeper[np.concatenate([near[0], of_file])]
+    matches = np.concatenate([near[1], of_reference])
     lowest: dict[int, int] = {}
     for group, reference in zip(groups.tolist(), matches.tolist(), strict=True):
         lowest[group] = min(lowest.get(group, reference), reference)
@@ -169,13 +162,6 @@ def _matches(hashed: HashSet, references: HashSet, radius: int, keeper: Indices)
     wanted[list(lowest.values())] = True
     sources = references.first_keys(wanted, "source")
     return {group: sources[reference][0] for group, reference in lowest.items()}
-
-
-def _between(contents: Contents, others: Contents, radius: int) -> tuple[Indices, Indices]:
-    """Candidates among files and references. One of several lookalikes is enough: they are one group."""
-    mine, theirs = np.unique(lookalikes(contents)), np.unique(lookalikes(others))
-    i, j = candidates_between(contents.take(mine), others.take(theirs), radius)
-    return mine[i], theirs[j]
 
 
 def mark_shard(

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .perceptual_hash import CHROMA, LUMA, Signatures
-from .registration import Bools, Floats, displacement, fitted, gain, halved, is_crop, warped
+from ..arrays import Bools, Floats
+from ..perceptual_hash import CHROMA, LUMA, Signatures
+from .slow_registration import displacement, fitted, gain, halved, is_crop, warped
 
 HOPELESS = 40.0  # levels of 255: mean difference above which no crop of this size can explain the difference
 LARGEST_CROP = 0.045  # fraction of a side, cropped at either end
 ALIGNED = 0.004  # fraction of a side: tolerance of frames for inexact fits
 
-_NOISE = np.float32(10)  # levels of 255 that a copy may differ by in flat areas
-_BUSY = np.float32(0.15)  # plus this fraction of the local range of levels
-_MIXED = np.float32(0.6)  # fraction of the neighbours' clipping loss that a mixed cell may have lost
-_RIM = 2  # cells along the edges, which a crop changes: their filters end at the edge
+NOISE = np.float32(10)  # levels of 255 that a copy may differ by in flat areas
+BUSY = np.float32(0.15)  # plus this fraction of the local range of levels
+MIXED = np.float32(0.6)  # fraction of the neighbours' clipping loss that a mixed cell may have lost
+RIM = 2  # cells along the edges, which a crop changes: their filters end at the edge
 _PAIRS = 128  # per batch: some 100 MB
 
 
@@ -41,7 +42,7 @@ class _Pictures:
 
 def same_picture(a: Signatures, b: Signatures) -> Bools:
     """True for pairs ``(a[i], b[i])`` that show the same image, ``(n,)``. Symmetric."""
-    a, b = _ordered(a, b)
+    a, b = ordered(a, b)
     parts = [
         _same(_pictures(a[start : start + _PAIRS]), _pictures(b[start : start + _PAIRS]))
         for start in range(0, len(a), _PAIRS)
@@ -49,7 +50,7 @@ def same_picture(a: Signatures, b: Signatures) -> Bools:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
 
-def _ordered(a: Signatures, b: Signatures) -> tuple[Signatures, Signatures]:
+def ordered(a: Signatures, b: Signatures) -> tuple[Signatures, Signatures]:
     """Sort each pair, so that the result does not depend on the order of the arguments."""
     first = (a != b).argmax(axis=1)
     rows = np.arange(len(a))
@@ -68,9 +69,9 @@ def _same(a: _Pictures, b: _Pictures) -> Bools:
 
 def _same_cropped(a: _Pictures, b: _Pictures) -> Bools:
     fit = fitted(a.luma, b.luma)
-    rgb, inside = warped(b.rgb, fit, _RIM)
+    rgb, inside = warped(b.rgb, fit, RIM)
     rgb = np.clip(rgb, 0, 255)
-    difference = _difference(a, _Pictures(rgb, _luma(rgb)), inside & _FRAMED)
+    difference = _difference(a, _Pictures(rgb, _luma(rgb)), inside & FRAMED)
     same: Bools = (difference <= 1) & is_crop(fit, ALIGNED) & (displacement(fit) <= LARGEST_CROP)
     return same
 
@@ -86,9 +87,9 @@ def _difference(a: _Pictures, b: _Pictures, inside: Bools) -> Floats:
     apart *= inside[:, None]
     (luma, chroma), (luma_l, chroma_l), (luma_r, chroma_r) = (_opponents(plane) for plane in (apart, left, right))
     busy = np.minimum(_range(luma_l), _range(luma_r))
-    in_luma = np.abs(_mean_of_four(luma)) / (_NOISE + _BUSY * _mean_of_four(busy))
+    in_luma = np.abs(_mean_of_four(luma)) / (NOISE + BUSY * _mean_of_four(busy))
     colourful = np.minimum(_length(_range(chroma_l)), _length(_range(chroma_r)))
-    by_cell: Floats = _length(chroma) / (_NOISE + _BUSY * colourful)
+    by_cell: Floats = _length(chroma) / (NOISE + BUSY * colourful)
     in_chroma = _mean_of_four(by_cell.repeat(2, axis=1).repeat(2, axis=2))
     worst: Floats = np.sqrt(in_luma**2 + in_chroma**2).max(axis=(1, 2))
     return worst
@@ -99,7 +100,7 @@ def _lost(rgb: Floats) -> Floats:
     excess = np.maximum(rgb - 255, 0)
     if not excess.any():
         return excess
-    lost: Floats = _MIXED * np.maximum(_extreme(excess, np.maximum) - excess, 0)
+    lost: Floats = MIXED * np.maximum(_extreme(excess, np.maximum) - excess, 0)
     return lost
 
 
@@ -147,7 +148,7 @@ def _pictures(signatures: Signatures) -> _Pictures:
     values = signatures.astype(np.float32)
     luma = values[:, : LUMA**2].reshape(-1, LUMA, LUMA)
     chroma = values[:, LUMA**2 :].reshape(-1, 2, CHROMA, CHROMA) - np.float32(128)
-    blue, red = (_BETWEEN @ chroma[:, k] @ _BETWEEN.T for k in (0, 1))
+    blue, red = (BETWEEN @ chroma[:, k] @ BETWEEN.T for k in (0, 1))
     channels = luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue
     rgb: Floats = np.stack(channels, axis=1).astype(np.float32)
     return _Pictures(rgb, luma)
@@ -161,5 +162,5 @@ def _between() -> Floats:
     return out
 
 
-_BETWEEN = _between()
-_FRAMED = np.pad(np.ones((LUMA - 2 * _RIM, LUMA - 2 * _RIM), dtype=bool), _RIM)
+BETWEEN = _between()
+FRAMED = np.pad(np.ones((LUMA - 2 * RIM, LUMA - 2 * RIM), dtype=bool), RIM)

@@ -9,16 +9,15 @@ After Lucas and Kanade, "An Iterative Image Registration Technique" (IJCAI 1981)
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
+from ..arrays import Bools, Floats
 
 CLIPPED = 235.0  # luma of 255: brighter cells may be clipped, so they are ignored in brightness estimates
 GAIN = 4 / 3  # largest brightness change, up or down
-_STARTS = (0.0, -0.04, 0.04)  # initial stretches of the search: none, and a crop of either image
-_COARSE_STEPS, _FINE_STEPS = 5, 2
-_LARGEST = 0.08  # bound of a stretch or shift
+STARTS = (0.0, -0.04, 0.04)  # initial stretches of the search: none, and a crop of either image
+COARSE_STEPS, FINE_STEPS = 5, 2
+LARGEST = 0.08  # bound of a stretch or shift
+LARGEST_STEP = 0.02
 
 
 def fitted(a: Floats, b: Floats) -> Floats:
@@ -26,15 +25,15 @@ def fitted(a: Floats, b: Floats) -> Floats:
     coarse_a, coarse_b = halved(a), halved(b)
     best: Floats = np.zeros((len(a), 4), np.float32)
     error: Floats = np.full(len(a), np.inf, np.float32)
-    for stretch in _STARTS:
+    for stretch in STARTS:
         fit: Floats = np.zeros((len(a), 4), np.float32)
         fit[:, [0, 2]] = stretch
-        for _ in range(_COARSE_STEPS):
+        for _ in range(COARSE_STEPS):
             fit = _step(coarse_a, coarse_b, fit)
         trial_error = _error(coarse_a, coarse_b, fit)
         better = trial_error < error
         best[better], error[better] = fit[better], trial_error[better]
-    for _ in range(_FINE_STEPS):
+    for _ in range(FINE_STEPS):
         best = _step(a, b, best)
     return best
 
@@ -112,7 +111,7 @@ def _step(a: Floats, b: Floats, fit: Floats) -> Floats:
     curvature += damping[:, None, None] * np.eye(4, dtype=np.float32)
     wanted = (weighted * apart.reshape(count, -1, 1)).sum(axis=1)
     step = np.linalg.solve(curvature, wanted[..., None])[..., 0]
-    moved: Floats = np.clip(fit + np.clip(step, -0.02, 0.02), -_LARGEST, _LARGEST).astype(np.float32)
+    moved: Floats = np.clip(fit + np.clip(step, -LARGEST_STEP, LARGEST_STEP), -LARGEST, LARGEST).astype(np.float32)
     return moved
 
 

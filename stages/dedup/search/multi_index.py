@@ -1,8 +1,9 @@
-"""All pairs of 64-bit hashes within a Hamming radius, exactly, in bounded memory (multi-index hashing, pigeonhole).
+"""The slow twin of :mod:`.near_hashes`: all pairs of 64-bit hashes within a Hamming radius, by multi-index hashing.
 
 A hash has four bands of 16 bits. Two hashes that differ in at most ``radius`` bits differ in at most ``radius // 4``
 bits in at least one band; so a hash's partners are found by flipping up to that many bits of each band and looking the
 result up in a table of that band. For a radius below 4 no bit is flipped: partners share a whole band.
+Time grows with the square of the number of hashes.
 After Norouzi, Punjani and Fleet, "Fast Search in Hamming Space with Multi-Index Hashing" (CVPR 2012).
 """
 
@@ -12,10 +13,9 @@ from collections.abc import Iterator
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
-U64 = npt.NDArray[np.uint64]
-Indices = npt.NDArray[np.int64]
+from ..arrays import NONE, U64, Bools, Indices
+from ..groups import Contents
 
 BANDS, BITS = 4, 16
 PAIRS_AT_ONCE = 1 << 21  # per batch: some 100 MB
@@ -38,6 +38,35 @@ def near_pairs(left: U64, right: U64, radius: int) -> Iterator[tuple[Indices, In
                     yield i[first], j[first]
 
 
+def candidates(contents: Contents, radius: int) -> tuple[Indices, Indices]:
+    """All pairs ``i < j`` whose hashes are within ``radius``, each once, in order.
+
+    Compares whole images with each other, and with the centres of the others, which finds cropped copies.
+    """
+    return _collected(
+        len(contents),
+        (
+            (np.minimum(i, j)[i != j], np.maximum(i, j)[i != j])
+            for right in (contents.phash, contents.inner)
+            for i, j in near_pairs(contents.phash, right, radius)
+        ),
+    )
+
+
+def candidates_between(contents: Contents, others: Contents, radius: int) -> tuple[Indices, Indices]:
+    """All pairs of a file and one of ``others`` whose hashes are within ``radius``, each once, in order."""
+    sides = ((contents.phash, others.phash), (contents.phash, others.inner), (contents.inner, others.phash))
+    return _collected(len(others), (pair for left, right in sides for pair in near_pairs(left, right, radius)))
+
+
+def _collected(width: int, blocks: Iterator[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
+    codes = [np.unique(i * width + j) for i, j in blocks]
+    if not codes:
+        return NONE, NONE
+    distinct = np.unique(np.concatenate(codes))
+    return distinct // width, distinct % width
+
+
 def _band(hashes: U64, band: int) -> Indices:
     return ((hashes >> np.uint64(BITS * band)) & np.uint64((1 << BITS) - 1)).astype(np.int64)
 
@@ -47,7 +76,7 @@ def _masks(bits: int) -> list[int]:
     return [sum(1 << b for b in chosen) for n in range(bits + 1) for chosen in combinations(range(BITS), n)]
 
 
-def _first_found(apart: U64, band: int, bits: int) -> npt.NDArray[np.bool_]:
+def _first_found(apart: U64, band: int, bits: int) -> Bools:
     """True for pairs not found by an earlier band. Within a band a pair is found under one mask only."""
     new = np.ones(len(apart), dtype=bool)
     for earlier in range(band):
