@@ -159,7 +159,7 @@ def _parts(given: str) -> tuple[str, str | None]:
 
 def _of_text(url: str) -> Iterator[Packed]:
     fs, path = filesystem(url)
-    with fs.open(path, "rb") as file:
+    with fs.open(path) as file:
         for chunk, number in _chunks(url, file):
             yield _of_lines(url, chunk, number)
 

@@ -115,7 +115,8 @@ class _Search:
                 counts += np.bincount(owners[first], minlength=len(counts))
                 full = counts > DENSE * runs.lengths
                 if full.any():
-                    yield Found(*map(table.restored, runs.chains(full)), dense=True)
+                    left, right = runs.chains(full)
+                    yield Found(table.restored(left), table.restored(right), dense=True)
                     counts[full] = 0
                     runs.close(full)
 
