@@ -45,6 +45,7 @@ class DedupPlan:
     out: str
     workers: int
     fresh: bool
+    marked: str = MARKED  # folder of the marks in ``out``
 
 
 def plan_dedup(
@@ -56,6 +57,7 @@ def plan_dedup(
     embeddings: str | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    marked: str = MARKED,
 ) -> DedupPlan:
     """Check shards, reference sets and embeddings. Raises BadInput; nothing is written."""
     inputs = expand(shards)
@@ -65,11 +67,11 @@ def plan_dedup(
         check_embeddings(embedded, [shard.name for shard in inputs])
     open_sources(against, follow_links=True)  # raises if a set contains no images
     reads = [*read_places(shards, inputs, () if embedded is None else [embedded]), *source_places(against)]
-    for name in (HASHES, AGAINST, MARKED):
+    for name in (HASHES, AGAINST, marked):
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
     shared = all(shard.is_shared for shard in inputs) and not any(url.startswith("memory:") for url in (out, *against))
     count = worker_count(workers, shared)
-    return DedupPlan(config, shards, inputs, tuple(against), embedded, out.rstrip("/"), count, fresh)
+    return DedupPlan(config, shards, inputs, tuple(against), embedded, out.rstrip("/"), count, fresh, marked)
 
 
 def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, JobResult]:
@@ -85,7 +87,7 @@ def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threadin
                 artifact.retract(committed.pop(shard.name))
         return [shard for shard in plan.shards if shard.name not in committed]
 
-    artifact, tasks = _open(f"{plan.out}/{HASHES}", semantic, run, todo, plan.fresh)
+    artifact, tasks = open_first_pass(f"{plan.out}/{HASHES}", semantic, run, todo, plan.fresh)
     result = _hash(artifact, tasks, dedup.hash_shard, lambda task: task.name, plan.workers, report, stop)
     return artifact, result
 
@@ -97,7 +99,7 @@ def hash_references(
     # Links may lead anywhere: only hashes of a reference set are kept.
     tasks = list(cut(open_sources(plan.against, follow_links=True), dedup.REFERENCES))
     run = {"sources": list(plan.against), "shards_total": len(tasks)}
-    artifact, todo = _open(
+    artifact, todo = open_first_pass(
         f"{plan.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), plan.fresh
     )
     result = _hash(artifact, todo, dedup.hash_references, lambda task: task.shard, plan.workers, report, stop)
@@ -133,7 +135,7 @@ def mark(
         semantic["embeddings"] = plan.embeddings.fingerprint
         grouped += dedup.digest_of(plan.embeddings, names)
     run = {"shards": plan.pattern, "shards_total": len(names), "sources": list(plan.against)}
-    artifact = Artifact.create(f"{plan.out}/{MARKED}", dedup.STAGE, semantic, run, fresh=plan.fresh)
+    artifact = Artifact.create(f"{plan.out}/{plan.marked}", dedup.STAGE, semantic, run, fresh=plan.fresh)
     try:
         committed, records = artifact.committed(), hashes.committed()
         shards = join(plan.shards, {"embeddings": plan.embeddings} if plan.embeddings is not None else {})
@@ -181,32 +183,34 @@ def _near_embeddings(plan: DedupPlan, hash_set: HashSet, artifact: Artifact) -> 
     return left, right
 
 
-def _open(
+def open_first_pass(
     url: str,
     semantic: Mapping[str, object],
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
     fresh: bool,
+    stage: str = dedup.HASH_STAGE,
 ) -> tuple[Artifact, list[Task]]:
-    """The artifact of hashes and its missing tasks. ``fresh`` only starts over if the images differ: another radius
-    does not require hashing all images again."""
+    """The artifact of a first pass and its missing tasks. ``fresh`` only starts over if the images differ: another
+    radius does not require hashing all images again."""
     try:
-        return _create(url, semantic, run, todo, fresh=False)
+        return _create(url, stage, semantic, run, todo, fresh=False)
     except ArtifactMismatch:
         if not fresh:
             raise
-    return _create(url, semantic, run, todo, fresh=True)
+    return _create(url, stage, semantic, run, todo, fresh=True)
 
 
 def _create(
     url: str,
+    stage: str,
     semantic: Mapping[str, object],
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
     *,
     fresh: bool,
 ) -> tuple[Artifact, list[Task]]:
-    artifact = Artifact.create(url, dedup.HASH_STAGE, semantic, run, fresh=fresh)
+    artifact = Artifact.create(url, stage, semantic, run, fresh=fresh)
     try:
         artifact.release_quarantine()
         return artifact, todo(artifact)
