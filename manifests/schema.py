@@ -65,7 +65,7 @@ TEXTS = pa.schema(
         *BASE,
         pa.field("text", pa.string()),  # normalized; null if there is none
         pa.field("digest", pa.binary(16)),  # of that
-        pa.field("bands", pa.binary()),  # keys of its MinHash bands, 8 bytes each; see stages/dedup/texts/bands.py
+        pa.field("signature", pa.binary(512)),  # MinHash, 256 numbers of 16 bits; see stages/dedup/texts/bands.py
     ]
 )
 

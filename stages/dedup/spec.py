@@ -51,7 +51,7 @@ DEDUP = StageSpec(
         OutputFolder("hashes", keys("shards")),
         OutputFolder("against", keys("against")),
         OutputFolder("images", without=keys("texts captions text-threshold per-text marks")),
-        OutputFolder("texts", keys("shards texts captions text-threshold")),
+        OutputFolder("texts", keys("shards texts captions")),
         OutputFolder("marked"),
     ),
     check="capipe.pipeline.commands.dedup:check",

@@ -6,7 +6,6 @@ those of marks by texts. Each is resumed independently.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +87,6 @@ def read(plan: TextPlan, report: Callable[[Event], None], stop: threading.Event)
     semantic = {
         "input": source.fingerprint if source else None,
         "captions": plan.captions.fingerprint if plan.captions else None,
-        "threshold": plan.config.text_threshold,
         "shingles": [LETTERS, DENSE_LETTERS, MOST_CHARACTERS],
         "minhash": {"slots": SLOTS, "rensa": require_rensa().RMinHash.ALGORITHM_VERSION},
     }
@@ -108,8 +106,9 @@ def read(plan: TextPlan, report: Callable[[Event], None], stop: threading.Event)
 
     artifact, tasks = open_first_pass(f"{plan.out}/{TEXTS}", semantic, run, todo, plan.fresh, TEXT_STAGE)
     try:
-        write = functools.partial(read_texts, threshold=plan.config.text_threshold)
-        result = run_pool_job(tasks, write, artifact, plan.workers, report, stop, shard_name=lambda task: task.name)
+        result = run_pool_job(
+            tasks, read_texts, artifact, plan.workers, report, stop, shard_name=lambda task: task.name
+        )
     except BaseException:
         artifact.close()
         raise

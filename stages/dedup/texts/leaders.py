@@ -7,7 +7,8 @@ no two leaders that were compared are near each other, and a dense cluster costs
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,12 @@ import numpy as np
 
 from ..arrays import NONE, U64, Floats, Indices
 from ..groups import Components
+from .bands import SLOTS, Signatures
 from .shingles import Shingles, jaccard
 
 PER_BAND = 100  # leaders with one key that a text is compared with
 _CACHED = 10_000  # leaders whose shingles are kept
+_DEVIATIONS = 4  # of the agreement of signatures: one pair of 30,000 at the threshold is taken for too different
 _CHECK_EVERY = 1000  # texts between looks at `stopped`
 
 
@@ -45,7 +48,7 @@ class Meetings:
     @classmethod
     def of(cls, bands: Iterable[U64]) -> Meetings:
         """``bands``: the keys of all texts in each band, ``(n,)``. Keeps one band in memory, and what meets."""
-        texts, keys, numbered = [NONE], [NONE], 0
+        texts, keys, numbered = list[Indices](), list[Indices](), 0
         for band in bands:
             order = np.argsort(band, kind="stable")
             ordered = band[order]
@@ -55,43 +58,50 @@ class Meetings:
             shared[:-1] |= same
             first = np.ones(len(band), dtype=bool)
             first[1:] = ~same
-            texts.append(order[shared])
-            keys.append(numbered + np.cumsum(first[shared]) - 1)
-            numbered += int(first[shared].sum())
+            texts.append(_small(order[shared], len(band)))
+            here = np.cumsum(first[shared])
+            keys.append(_small(here + (numbered - 1), numbered + len(band)))
+            numbered += int(here[-1]) if len(here) else 0
         return cls(np.concatenate(texts), np.concatenate(keys))
 
 
+def _small(numbers: Indices, most: int) -> Indices:
+    """Numbers up to ``most`` in half the memory, if possible."""
+    return numbers.astype(np.int32) if most < 1 << 31 else numbers  # type: ignore[return-value]
+
+
 def group_texts(
-    count: int,
     priority: Indices,
     meetings: Meetings,
+    signatures: Signatures,
     shingles: Callable[[int], Shingles],
     threshold: float,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Leaders | None:
-    """Group ``count`` texts; None if ``stopped`` says so.
+    """Group texts; None if ``stopped`` says so.
 
-    ``priority``: position of each text in the order, ``(count,)``. ``shingles``: of a text by its number.
+    ``priority``: position of each text in the order, ``(n,)``. ``signatures``: ``(n, SLOTS)``. ``shingles``: of a text
+    by its number. Texts whose signatures say that they are too different are not compared.
     """
-    leader, similarity = np.arange(count), np.ones(count, dtype=np.float32)
-    cached, crowded = _Cache(shingles), 0
-    for number, (text, keys, by_key) in enumerate(_in_order(count, priority, meetings)):
+    leader, similarity = np.arange(len(priority)), np.ones(len(priority), dtype=np.float32)
+    known, cached, crowded = _LeadersByKey(meetings), _Cache(shingles), 0
+    least = _least_agreement(threshold)
+    for number, (text, keys) in enumerate(_in_order(priority, meetings)):
         if number % _CHECK_EVERY == 0 and stopped():
             return None
-        own = shingles(text)
+        others = known.of(keys)
+        agreement = (signatures[others] == signatures[text]).sum(axis=1)
         nearest, best = text, 0.0
-        for other in {other: None for key in keys for other in by_key[key]}:
-            near = _near(own, cached(other), threshold)
-            if near > best or (near == best > 0 and priority[other] < priority[nearest]):
-                nearest, best = other, near
+        if len(others := others[agreement >= least]):
+            own = shingles(text)
+            for other in others[np.argsort(priority[others])].tolist():
+                near = _near(own, cached(other), threshold)
+                if near > best:
+                    nearest, best = other, near
         if nearest != text:
             leader[text], similarity[text] = nearest, best
-            continue
-        full = [key for key in keys if len(by_key[key]) >= PER_BAND]
-        crowded += bool(full)
-        for key in keys:
-            if len(by_key[key]) < PER_BAND:
-                by_key[key].append(text)
+        else:
+            crowded += not known.add(keys, text)
     return Leaders(leader, similarity, crowded)
 
 
@@ -110,24 +120,49 @@ def slow_group_texts(priority: Indices, texts: Sequence[Shingles], threshold: fl
     return Leaders(leader, similarity)
 
 
-def _in_order(
-    count: int, priority: Indices, meetings: Meetings
-) -> Iterator[tuple[int, list[int], defaultdict[int, list[int]]]]:
-    """Texts that meet others, by component and priority, with their keys and the leaders by key of their component."""
-    components = Components(count)
+class _LeadersByKey:
+    """Leaders that have a key, at most :data:`PER_BAND` of one. Arrays: there may be some thirty keys of each text."""
+
+    def __init__(self, meetings: Meetings) -> None:
+        sizes = np.bincount(meetings.keys) if len(meetings.keys) else NONE
+        self._most = np.minimum(sizes, PER_BAND).astype(np.int32)
+        self._starts = np.cumsum(self._most, dtype=np.int64) - self._most
+        self._held = np.zeros(len(sizes), dtype=np.int32)
+        self._leaders = np.zeros(int(self._most.sum()), dtype=meetings.texts.dtype)
+
+    def of(self, keys: Indices) -> Indices:
+        """Leaders that have one of the keys, each once."""
+        held = self._held[keys]
+        ends = np.cumsum(held)
+        if not len(ends) or not ends[-1]:
+            return NONE
+        return np.unique(self._leaders[np.repeat(self._starts[keys] - ends + held, held) + np.arange(ends[-1])])
+
+    def add(self, keys: Indices, leader: int) -> bool:
+        """Add a leader with these keys, each once. False if there is no room under one of them."""
+        free = keys[self._held[keys] < self._most[keys]]
+        self._leaders[self._starts[free] + self._held[free]] = leader
+        self._held[free] += 1
+        return len(free) == len(keys)
+
+
+def _in_order(priority: Indices, meetings: Meetings) -> Iterator[tuple[int, Indices]]:
+    """Texts that meet others, by component and priority, with their keys."""
+    components = Components(len(priority))
     same = meetings.keys[1:] == meetings.keys[:-1]
     components.join(meetings.texts[:-1][same], meetings.texts[1:][same])
-    roots = components.roots(np.arange(count))
-    order = np.lexsort((meetings.keys, priority[meetings.texts], roots[meetings.texts]))
+    roots = components.roots(np.arange(len(priority)))
+    order = np.lexsort((priority[meetings.texts], roots[meetings.texts]))
     texts, keys = meetings.texts[order], meetings.keys[order]
     starts = np.flatnonzero(np.diff(texts, prepend=-1))
     ends = np.append(starts[1:], len(texts))[: len(starts)]
-    root, by_key = -1, defaultdict[int, list[int]](list)
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        text = int(texts[start])
-        if roots[text] != root:
-            root, by_key = int(roots[text]), defaultdict(list)
-        yield text, keys[start:end].tolist(), by_key
+        yield int(texts[start]), keys[start:end]
+
+
+def _least_agreement(threshold: float) -> float:
+    """Slots in which signatures agree if the Jaccard index is the threshold, less four standard deviations."""
+    return SLOTS * threshold - _DEVIATIONS * math.sqrt(SLOTS * threshold * (1 - threshold))
 
 
 def _near(one: Shingles, other: Shingles, threshold: float) -> float:

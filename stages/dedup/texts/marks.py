@@ -23,7 +23,7 @@ from ..arrays import Bools, Indices
 from ..hash_sets import hash_rows
 from .bands import Bands
 from .leaders import Leaders, Meetings, group_texts
-from .text_set import TextFile, TextSet, band_keys
+from .text_set import TextFile, TextSet, read_signatures
 
 COLUMNS = pa.schema([*DEDUP, *TEXT_MARKS])
 
@@ -41,12 +41,13 @@ def find_leaders(texts: TextSet, threshold: float, stopped: Callable[[], bool]) 
     """Group all texts; None if ``stopped`` says so. Does not depend on the order of the shards."""
     bands = Bands.of(threshold)
     with tempfile.TemporaryDirectory(prefix="capipe-dedup-") as folder:
-        meetings = Meetings.of(band_keys(texts, bands, Path(folder) / "bands"))
+        signatures, keys = read_signatures(texts, bands, Path(folder))
+        meetings = Meetings.of(keys)
         wanted: Bools = np.zeros(len(texts), dtype=bool)
         wanted[meetings.texts] = True
         with (Path(folder) / "texts").open("w+b") as scratch:
             shingles = TextFile(texts, wanted, scratch)
-            return group_texts(len(texts), texts.priority, meetings, shingles, threshold, stopped)
+            return group_texts(texts.priority, meetings, signatures, shingles, threshold, stopped)
 
 
 @dataclass(frozen=True)

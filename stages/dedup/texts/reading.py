@@ -15,7 +15,7 @@ from ....manifests.schema import TEXTS
 from ....manifests.shards import ROWS, Companion, InputShard, RowReader, companion_rows
 from ....manifests.status import Status
 from ...annotate.captioner import chosen_caption
-from .bands import Bands
+from .bands import sign
 from .shingles import normalized, shingles
 
 STAGE = "text"
@@ -34,26 +34,25 @@ class TextRow:
     text: str | None
 
 
-def read_texts(task: InputShard, artifact: Artifact, threshold: float) -> ShardRecord:
+def read_texts(task: InputShard, artifact: Artifact) -> ShardRecord:
     """Normalize and sign the texts of one shard; write and commit. At most 1000 texts are in memory."""
-    bands, rows = Bands.of(threshold), 0
-    source = text_rows(task)
+    source, rows = text_rows(task), 0
     with artifact.begin(task.name, TEXTS) as out:
         while batch := list(islice(source.rows, _BATCH)):
-            for row in _signed(batch, bands):
+            for row in _signed(batch):
                 out.write(row)
             rows += len(batch)
         return out.commit(rows_in=rows, input_info=source.info())
 
 
-def _signed(batch: Sequence[TextRow], bands: Bands) -> Iterator[dict[str, Any]]:
+def _signed(batch: Sequence[TextRow]) -> Iterator[dict[str, Any]]:
     texts = [normalized(row.text) if row.status == Status.OK and row.text is not None else "" for row in batch]
     present = [text for text in texts if text]
-    keys = iter(bands.keys([shingles(text) for text in present]).astype("<u8"))
+    signatures = iter(sign([shingles(text) for text in present]).astype("<u2"))
     for row, text in zip(batch, texts, strict=True):
         out: dict[str, Any] = {"key": row.key, "uid": row.uid, "status": row.status, "error": row.error}
         if text:
-            out |= {"text": text, "digest": digest_of_text(text), "bands": next(keys).tobytes()}
+            out |= {"text": text, "digest": digest_of_text(text), "signature": next(signatures).tobytes()}
         yield out
 
 

@@ -16,7 +16,7 @@ from ....errors import ArtifactMismatch
 from ....manifests.artifact import Artifact
 from ....manifests.status import Status
 from ..arrays import U64, Bools, Indices
-from .bands import Bands
+from .bands import SLOTS, Bands, Signatures
 from .shingles import Shingles, shingles
 
 
@@ -88,14 +88,16 @@ def _part(texts: Artifact, marks: Artifact, shard: str) -> tuple[npt.NDArray[np.
     return np.array(digests, "S16"), np.array(uids, "S16"), np.asarray(taken.to_numpy(), dtype=bool)
 
 
-def band_keys(texts: TextSet, bands: Bands, scratch: Path) -> U64:
-    """Keys of all texts by band, ``(bands, texts)``, in a scratch file."""
-    shape = bands.count, max(1, len(texts))
-    keys: U64 = np.memmap(scratch, dtype=np.uint64, mode="w+", shape=shape)[:, : len(texts)]
-    for chosen, column in texts.tables("bands"):
+def read_signatures(texts: TextSet, bands: Bands, scratch: Path) -> tuple[Signatures, U64]:
+    """Signatures of all texts, and their keys by band, ``(bands, texts)``: scratch files in the folder ``scratch``."""
+    count = max(1, len(texts))
+    signatures: Signatures = np.memmap(scratch / "signatures", dtype=np.uint16, mode="w+", shape=(count, SLOTS))
+    keys: U64 = np.memmap(scratch / "keys", dtype=np.uint64, mode="w+", shape=(bands.count, count))
+    for chosen, column in texts.tables("signature"):
         if len(chosen):
-            keys[:, chosen] = np.frombuffer(b"".join(column.to_pylist()), dtype="<u8").reshape(-1, bands.count).T
-    return keys
+            read = np.frombuffer(b"".join(column.to_pylist()), dtype="<u2").reshape(-1, SLOTS)
+            signatures[chosen], keys[:, chosen] = read, bands.keys(read).T
+    return np.asarray(signatures[: len(texts)]), np.asarray(keys[:, : len(texts)])
 
 
 class TextFile:

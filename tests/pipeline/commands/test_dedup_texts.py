@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from ...conftest import photo, tar_bytes
 from ...stages.copies import copies
 from ...stages.scored import write_scores
 from ..conftest import capipe, one_line, table
+from ..dedup_crash import contents, leftovers
+from ..killing import committed, run_killed
 
 pytest.importorskip("rensa", reason="the extra 'dedup' is not installed")
 
@@ -105,10 +109,11 @@ def test_rows_beyond_per_text_are_duplicates(shards: Path, tmp_path: Path) -> No
     assert near["error"].startswith(f"a text like (by {near['text_similarity']:.2f}) that of {near['duplicate_of']}: ")
     same = next(row for row in rows.values() if row["text_rank"] == 2 and row["text_rows"] == 2)
     assert same["error"] == f"the same text as {same['duplicate_of']}: row 2 of 2, 1 are kept"
-    refused = one_line(capipe("dedup", "--shards", shards, "--out", out, "--texts", "--per-text", 2, code=2))
-    assert "texts.per_text: 1 -> 2" in refused and "--fresh" in refused
+    others = ["--texts", "--per-text", 2, "--text-threshold", 0.79]
+    refused = one_line(capipe("dedup", "--shards", shards, "--out", out, *others, code=2))
+    assert "texts.per_text: 1 -> 2" in refused and "texts.text_threshold: 0.8 -> 0.79" in refused
     before = {path: path.stat().st_mtime_ns for path in (out / "texts").rglob("*") if path.is_file()}
-    capipe("dedup", "--shards", shards, "--out", out, "--texts", "--per-text", 2, "--fresh")
+    capipe("dedup", "--shards", shards, "--out", out, *others, "--fresh")
     assert [row["text_rank"] for row in table(out / "marked") if row["status"] != "ok"] == [3, 3]
     assert before == {path: path.stat().st_mtime_ns for path in (out / "texts").rglob("*") if path.is_file()}
 
@@ -179,7 +184,9 @@ def test_filter_keeps_by_columns_of_the_marks(shards: Path, tmp_path: Path) -> N
     final = {row["source_key"]: row for row in table(tmp_path / "out/shards")}
     marks = rows_of(tmp_path / "dedup/marked")
     ranks = {key: marks[key]["text_rank"] for key in marks}
-    assert {key for key, row in final.items() if row["status"] == "ok"} == {k for k, rank in ranks.items() if rank in (1, 2)}
+    assert {key for key, row in final.items() if row["status"] == "ok"} == {
+        k for k, rank in ranks.items() if rank in (1, 2)
+    }
     assert final["000010000"]["error"] == "text_rank <= 2: text_rank is 3"
     assert final["000000003"]["error"] == "text_rank <= 2: text_rank is missing"
     page = (tmp_path / "out/shards/_capipe/report.html").read_text()
@@ -240,3 +247,34 @@ def test_without_rensa_texts_are_refused_with_the_fix(shards: Path, tmp_path: Pa
     path = os.pathsep.join([str(tmp_path / "hidden"), os.environ.get("PYTHONPATH", "")])
     options = ["--shards", shards, "--out", tmp_path / "out", "--texts"]
     assert "pip install 'capipe[dedup]'" in one_line(capipe("dedup", *options, code=2, PYTHONPATH=path))
+
+
+def test_other_captions_are_refused_until_fresh(shards: Path, tmp_path: Path) -> None:
+    capipe("dedup", "--shards", shards, "--out", tmp_path / "images")
+    write_captions(shards, tmp_path / "captions", "a photo of a thing")
+    command = ["dedup", "--shards", shards, "--captions", tmp_path / "captions", "--marks", tmp_path / "images/marked"]
+    capipe(*command, "--out", tmp_path / "out")
+    before = {row["text_group"] for row in table(tmp_path / "out/marked")}
+    shutil.rmtree(tmp_path / "captions")
+    write_captions(shards, tmp_path / "captions", "another thing")
+    assert "changed since this output was made" in one_line(capipe(*command, "--out", tmp_path / "out", code=2))
+    assert {row["text_group"] for row in table(tmp_path / "out/marked")} == before
+    capipe(*command, "--out", tmp_path / "out", "--fresh")
+    after = {row["text_group"] for row in table(tmp_path / "out/marked")}
+    assert len(after - {None}) == 1 and not after & before - {None}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    shards = shards_of(tmp_path / "in", [TEXTS[number % 2] for number in range(12)])
+    command = [sys.executable, "-m", "capipe.pipeline", "dedup", "--shards", shards, "--texts", "--per-text", 2]
+    command += ["--workers", 1]
+    capipe(*command[3:], "--out", tmp_path / "alone")
+    moments = run_killed(
+        [*command, "--out", tmp_path / "killed"], tmp_path / "killed", committed(tmp_path / "alone"), 4, 3
+    )
+    assert len(moments) >= 3, "the runs were over too soon to be killed"
+    for name in ("hashes", "images", "texts", "marked"):
+        assert contents(tmp_path / "alone" / name) == contents(tmp_path / "killed" / name) != {}
+        assert "clean" in capipe("verify", tmp_path / "killed" / name).stdout
+    assert leftovers(tmp_path / "killed/marked") == leftovers(tmp_path / "killed/texts") == []

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from capipe.errors import BadInput
-from capipe.stages.dedup.arrays import NONE, Indices
+from capipe.stages.dedup.arrays import Indices
 from capipe.stages.dedup.texts import leaders
-from capipe.stages.dedup.texts.bands import RECALL, SLOTS, Bands, require_rensa
+from capipe.stages.dedup.texts.bands import RECALL, SLOTS, Bands, require_rensa, sign
 from capipe.stages.dedup.texts.leaders import Leaders, Meetings, group_texts, slow_group_texts
 from capipe.stages.dedup.texts.shingles import Shingles, jaccard, normalized, shingles
 
 pytest.importorskip("rensa", reason="the extra 'dedup' is not installed")
 
-KEYS = ["22d882d3b0d070cf", "d33b48383275fd5b", "e3595fee7724a9fe", "5813594afed39944"]
+SIGNED = [[57, 25706, 59170, 19749], [45351, 47079, 6580, 61548]]
 WORDS = "".join(chr(code) for code in range(97, 123))
 
 
@@ -44,8 +44,13 @@ def corpus(seed: int, texts: int, copies: int) -> list[Shingles]:
 
 
 def grouped(texts: Sequence[Shingles], threshold: float, priority: Indices) -> Leaders:
-    keys = Bands.of(threshold).keys(texts)
-    found = group_texts(len(texts), priority, Meetings.of(keys.T), texts.__getitem__, threshold)
+    return by(Bands.of(threshold), texts, threshold, priority)
+
+
+def by(bands: Bands, texts: Sequence[Shingles], threshold: float, priority: Indices) -> Leaders:
+    signatures = sign(texts)
+    meetings = Meetings.of(bands.keys(signatures).T)
+    found = group_texts(priority, meetings, signatures, texts.__getitem__, threshold)
     assert found is not None
     return found
 
@@ -74,10 +79,8 @@ def test_equal_to_every_pair_compared_where_bands_miss_none(seed: int) -> None:
     """With bands of two slots of 256, pairs from 0.8 on meet but for one in 10^56."""
     texts = corpus(seed, 80, 240)
     priority = np.random.default_rng(seed).permutation(len(texts))
-    meetings = Meetings.of(Bands(SLOTS // 2, 2).keys(texts).T)
-    found = group_texts(len(texts), priority, meetings, texts.__getitem__, 0.8)
-    slow = slow_group_texts(priority, texts, 0.8)
-    assert found is not None and found.leader.tolist() == slow.leader.tolist()
+    found, slow = by(Bands(SLOTS // 2, 2), texts, 0.8, priority), slow_group_texts(priority, texts, 0.8)
+    assert found.leader.tolist() == slow.leader.tolist()
     assert found.similarity.tolist() == slow.similarity.tolist()
     assert (slow.leader != np.arange(len(texts))).sum() > 20
 
@@ -115,26 +118,33 @@ def test_texts_that_agree_in_part_with_too_many_are_counted(monkeypatch: pytest.
     rng = random.Random(4)
     words = sentence(rng, 30)
     texts = [shingles(" ".join([*words, *sentence(rng, 12)])) for _ in range(200)]
-    meetings = Meetings.of(Bands(SLOTS, 1).keys(texts).T)
-    with mock.patch.object(leaders, "_near", wraps=leaders._near) as compared:
-        found = group_texts(200, np.arange(200), meetings, texts.__getitem__, 0.95)
-    assert found is not None and found.leader.tolist() == list(range(200)) and 150 < found.crowded < 200
-    assert compared.call_count < 200 * 199 / 2
+    found = by(Bands(SLOTS, 1), texts, 0.95, np.arange(200))
+    assert found.leader.tolist() == list(range(200)) and 150 < found.crowded < 200
+    monkeypatch.setattr(leaders, "PER_BAND", 200)
+    assert by(Bands(SLOTS, 1), texts, 0.95, np.arange(200)).crowded == 0
+
+
+def test_texts_whose_signatures_differ_too_much_are_not_compared() -> None:
+    rng = random.Random(4)
+    words = sentence(rng, 30)
+    texts = [shingles(" ".join([*words, *sentence(rng, 30)])) for _ in range(100)]
+    with mock.patch.object(leaders, "jaccard", wraps=jaccard) as compared:
+        by(Bands(SLOTS, 1), texts, 0.8, np.arange(100))
+    assert compared.call_count < 50, "each pair agrees in a band, and in a third of the slots"
 
 
 def test_few_texts() -> None:
-    for count in (0, 1):
-        texts = [shingles("a dog")] * count
-        found = grouped(texts, 0.8, np.arange(count)) if count else group_texts(
-            0, NONE, Meetings.of([np.empty(0, dtype=np.uint64)] * 3), texts.__getitem__, 0.8
-        )  # fmt: skip
-        assert found is not None and found.leader.tolist() == list(range(count))
+    for count in (0, 1, 2):
+        found = grouped([shingles("a dog"), shingles("a cat")][:count], 0.8, np.arange(count))
+        assert found.leader.tolist() == list(range(count))
 
 
 def test_a_stop_is_heeded() -> None:
     texts = corpus(7, 30, 90)
-    meetings = Meetings.of(Bands.of(0.8).keys(texts).T)
-    assert group_texts(len(texts), np.arange(len(texts)), meetings, texts.__getitem__, 0.8, lambda: True) is None
+    signatures = sign(texts)
+    meetings = Meetings.of(Bands.of(0.8).keys(signatures).T)
+    priority = np.arange(len(texts))
+    assert group_texts(priority, meetings, signatures, texts.__getitem__, 0.8, lambda: True) is None
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.55, 0.7, 0.8, 0.95, 1.0])
@@ -147,21 +157,21 @@ def test_bands_reach_the_recall_with_most_rows(threshold: float) -> None:
 
 
 def test_texts_agree_in_a_slot_with_the_probability_of_the_jaccard_index() -> None:
-    """Bands of one slot: 256 trials a pair; a hundred pairs."""
+    """256 slots a pair; a hundred pairs."""
     rng = random.Random(9)
     errors = []
     for _ in range(100):
         words = sentence(rng, 15)
         pair = [shingles(" ".join(words)), shingles(" ".join([*words[:12], *sentence(rng, 3)]))]
-        keys = Bands(SLOTS, 1).keys(pair)
-        errors.append(float((keys[0] == keys[1]).mean()) - jaccard(*pair))
+        one, other = sign(pair)
+        errors.append(float((one == other).mean()) - jaccard(*pair))
     assert abs(float(np.mean(errors))) < 0.012 and float(np.std(errors)) < 0.06
 
 
-def test_keys_are_the_same_everywhere() -> None:
+def test_signatures_are_the_same_everywhere() -> None:
     """They are in files: another version of the library that gives others must not pass unseen."""
-    keys = Bands.of(0.8).keys([shingles("a dog sleeps on a sofa"), shingles("一只猫")])
-    assert [f"{key:016x}" for key in keys[:, :2].ravel().tolist()] == KEYS
+    signatures = sign([shingles("a dog sleeps on a sofa"), shingles("一只猫")])
+    assert signatures[:, :4].tolist() == SIGNED
 
 
 def test_without_rensa_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
