@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from ....errors import ArtifactMismatch
 from ....manifests.artifact import Artifact
+from ....manifests.schema import DEDUP, TEXTS, check
 from ....manifests.status import Status
 from ..arrays import U64, Bools, Indices
 from .bands import SLOTS, Bands, Signatures
@@ -77,8 +78,7 @@ def read_text_set(texts: Artifact, marks: Artifact, shards: Sequence[str]) -> Te
 
 def _part(texts: Artifact, marks: Artifact, shard: str) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.bytes_], Bools]:
     """Digests and uids of a shard's rows, and the mask of those that take part."""
-    table = texts.table(shard, ["key", "uid", "digest"])
-    marked = marks.table(shard, ["key", "uid", "status"])
+    table, marked = _columns(texts, shard, TEXTS, "digest"), _columns(marks, shard, DEDUP, "status")
     if not all(table[name].equals(marked[name]) for name in ("key", "uid")):
         text = f"{texts.url}/{shard}.parquet: its rows are not those of {marks.url}, by key and uid"
         raise ArtifactMismatch(f"{text}; give captions and marks that were made of these --shards")
@@ -86,6 +86,13 @@ def _part(texts: Artifact, marks: Artifact, shard: str) -> tuple[npt.NDArray[np.
     digests = pc.fill_null(table["digest"], pa.scalar(b"\0" * 16, pa.binary(16))).to_pylist()
     uids = [bytes.fromhex(uid) if uid else b"" for uid in table["uid"].to_pylist()]
     return np.array(digests, "S16"), np.array(uids, "S16"), np.asarray(taken.to_numpy(), dtype=bool)
+
+
+def _columns(artifact: Artifact, shard: str, schema: pa.Schema, column: str) -> pa.Table:
+    """Key, uid and another column. Raises ArtifactMismatch unless the file has the columns of ``schema``."""
+    with artifact.parquet(shard) as parquet:
+        check(parquet.schema_arrow, schema, f"{artifact.url}/{shard}.parquet")
+        return parquet.read(columns=["key", "uid", column], use_threads=False)
 
 
 def read_signatures(texts: TextSet, bands: Bands, scratch: Path) -> tuple[Signatures, U64]:

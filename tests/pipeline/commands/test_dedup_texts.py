@@ -18,7 +18,7 @@ from capipe.manifests.status import Status
 
 from ...conftest import photo, tar_bytes
 from ...stages.copies import copies
-from ...stages.scored import write_scores
+from ...stages.scored import write_marks, write_scores
 from ..conftest import capipe, one_line, table
 from ..dedup_crash import contents, leftovers
 from ..killing import committed, run_killed
@@ -238,6 +238,9 @@ def test_artifacts_that_do_not_fit_are_refused(shards: Path, tmp_path: Path) -> 
     assert "'dedup'" in one_line(capipe(*command, "--captions", marks, code=2))
     refused = one_line(capipe(*command, "--captions", captions, "--marks", marks, code=2))
     assert "its rows are not those of" in refused and str(marks) in refused
+    write_marks(shards, tmp_path / "poor", lambda index, row: {})
+    refused = one_line(capipe(*command, "--captions", captions, "--marks", tmp_path / "poor", "--fresh", code=2))
+    assert "poor/00000.parquet: column 'sha256' is missing" in refused
     assert not (tmp_path / "out/marked/00000.parquet").exists()
 
 
