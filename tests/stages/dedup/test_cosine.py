@@ -9,9 +9,9 @@ import pytest
 
 from capipe.errors import BadInput
 from capipe.stages.dedup import cosine as module
+from capipe.stages.dedup.arrays import Indices
 from capipe.stages.dedup.cosine import Vectors, near_vectors, require_faiss, spanning
 from capipe.stages.dedup.groups import connected
-from capipe.stages.dedup.near_hashes import Indices
 
 
 def every_pair(vectors: Vectors, cosine: float) -> tuple[Indices, Indices]:

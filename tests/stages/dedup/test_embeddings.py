@@ -13,6 +13,7 @@ from capipe.errors import ArtifactMismatch, BadInput
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import BASE, EMBEDDING_COLUMN, embedding
 from capipe.manifests.shards import expand
+from capipe.stages.dedup.arrays import NONE
 from capipe.stages.dedup.embeddings import check_embeddings, near_embeddings, read_embeddings
 from capipe.stages.dedup.hash_sets import HashSet, read_hash_set
 from capipe.stages.dedup.marks import DedupConfig, find_marks, hash_shard
@@ -64,7 +65,7 @@ def test_pictures_with_near_embeddings_are_one_group(hashed: HashSet, tmp_path: 
     file = by_key(hashed)
     for cosine, joined in ((0.97, True), (0.99, False)):
         i, j, skipped = near_embeddings(artifact, hashed, cosine)
-        marks = find_marks(hashed, None, DedupConfig(cosine=cosine), (i, j))
+        marks = find_marks(hashed, None, DedupConfig(cosine=cosine), (NONE, NONE), (i, j))
         assert (marks.keeper[file["0"]] == marks.keeper[file["1"]]) is np.bool_(joined)
         assert len(set(marks.keeper.tolist())) == (4 if joined else 5) and skipped == 1
 
