@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,22 @@ class DedupOptions:
     cosine: Annotated[
         float | None, typer.Option(help="Cosine from which embeddings are those of copies; 0.96 by default.")
     ] = None
+    against_embeddings: Annotated[
+        list[str] | None,
+        typer.Option(help="Embeddings of a reference set by the same model: images near one of them leak; repeatable."),
+    ] = None
+    keeper: Annotated[
+        str,
+        typer.Option(
+            metavar="WHICH",
+            help="Image of a group to keep: the largest; the nearest to or the farthest from the centroid of its cell "
+            "of embeddings; or a column of --scores, the highest.",
+        ),
+    ] = "largest"
+    scores: Annotated[
+        str | None, typer.Option(help="Artifact with these shards' rows and the column that --keeper names.")
+    ] = None
+    gpus: o.Gpus = None
     texts: Annotated[bool, typer.Option("--texts", help="Group near-duplicates of the shards' own texts, too.")] = False
     captions: Annotated[
         str | None, typer.Option(help="Artifact of `capipe annotate` whose captions to group, instead of --texts.")
@@ -66,17 +83,54 @@ class DedupOptions:
 
 def check(options: DedupOptions) -> DedupConfig:
     """The config for marking duplicates by images. Does not access the data. Raises BadInput."""
-    from ...stages.dedup.cosine import require_faiss
+    from ...stages.dedup.embeddings.backends import FAISS, require_faiss
     from ...stages.dedup.marks import DedupConfig
 
     cosine = options.cosine
     if options.embeddings is not None:
-        require_faiss()
+        if FAISS in devices(options):
+            require_faiss()
         cosine = COSINE if cosine is None else cosine
     elif cosine is not None:
         raise BadInput(f"--cosine {cosine:g}: compares embeddings; name them with --embeddings, or leave it out")
+    elif options.against_embeddings:
+        text = f"--against-embeddings {options.against_embeddings[0]}: are compared with embeddings"
+        raise BadInput(f"{text}; name those of the images with --embeddings, or leave it out")
+    _check_keeper(options)
     check_texts(options)
-    return o.validated(DedupConfig, radius=options.radius, placeholder=options.placeholder, cosine=cosine)
+    limits = {"radius": options.radius, "placeholder": options.placeholder}
+    return o.validated(DedupConfig, **limits, cosine=cosine, keeper=options.keeper)
+
+
+def _check_keeper(options: DedupOptions) -> None:
+    """Raises BadInput unless what ``--keeper`` needs is given, and nothing else."""
+    from ...stages.dedup.marks import FARTHEST, LARGEST, NEAREST
+
+    by_column = options.keeper not in (LARGEST, NEAREST, FARTHEST)
+    if by_column and options.scores is None:
+        text = f"--keeper {options.keeper}: neither {LARGEST}, {NEAREST} nor {FARTHEST}"
+        raise BadInput(f"{text}, hence a column; name the artifact that has it with --scores")
+    if options.scores is not None and not by_column:
+        raise BadInput(
+            f"--scores {options.scores}: --keeper {options.keeper} reads no column; name one, or leave it out"
+        )
+    if options.keeper in (NEAREST, FARTHEST) and options.embeddings is None:
+        raise BadInput(f"--keeper {options.keeper}: needs embeddings; name them with --embeddings")
+
+
+def devices(options: DedupOptions) -> tuple[str, ...]:
+    """Where embeddings are compared: on GPUs by torch, else on CPUs by faiss."""
+    from ...stages.dedup.embeddings.backends import FAISS
+    from .gpus import visible_gpus
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = visible.split(",") if visible else None
+    names = [name for name in visible_gpus(options.gpus) if name]
+    if numbers is not None and (unknown := [name for name in names if name not in numbers]):
+        raise BadInput(
+            f"--gpus {unknown[0]}: CUDA_VISIBLE_DEVICES={visible} hides it; name one of these, or leave it out"
+        )
+    return tuple(f"cuda:{numbers.index(name) if numbers else name}" for name in names) or (FAISS,)
 
 
 def check_texts(options: DedupOptions) -> TextConfig | None:
@@ -93,14 +147,20 @@ def check_texts(options: DedupOptions) -> TextConfig | None:
         return None
     if options.texts and options.captions is not None:
         raise BadInput("--texts and --captions: only one kind of text is compared in a run; leave one of them out")
-    by_images = (options.against, options.embeddings, options.cosine)
-    plain = DedupOptions.radius == options.radius and DedupOptions.placeholder == options.placeholder
-    if options.marks is not None and not (plain and by_images == (None, None, None)):
-        text = "--radius, --placeholder, --against, --embeddings and --cosine decided about images when these were made"
-        raise BadInput(f"--marks: {text}; leave them out")
+    if options.marks is not None and (given := _decides_images(options)):
+        raise BadInput(f"--marks: {given} decides about images, as was done when these were made; leave it out")
     require_rensa()
     threshold = TEXT_THRESHOLD if options.text_threshold is None else options.text_threshold
     return o.validated(TextConfig, text_threshold=threshold, per_text=options.per_text)
+
+
+def _decides_images(options: DedupOptions) -> str | None:
+    """An option that is not as it is by default, of those that decide which images are duplicates."""
+    names = ("against", "radius", "placeholder", "embeddings", "cosine", "against_embeddings", "keeper", "scores")
+    for name in names:
+        if getattr(options, name) != getattr(DedupOptions, name, None):
+            return "--" + name.replace("_", "-")
+    return None
 
 
 @flattened
@@ -126,6 +186,9 @@ def _by_images(options: DedupOptions, artifacts: list[Artifact], marked: str = "
         check(options),
         against=options.against or (),
         embeddings=options.embeddings,
+        against_embeddings=options.against_embeddings or (),
+        scores=options.scores,
+        devices=devices(options) if options.embeddings is not None else (),
         workers=options.workers,
         fresh=options.fresh,
         marked=marked,

@@ -9,7 +9,7 @@ from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.schema import DEDUP as MARK_COLUMNS
 from ...manifests.schema import HASHES as HASH_COLUMNS
 from ...manifests.schema import TEXTS as TEXT_COLUMNS
-from ..stage_spec import ANYTHING, SHARDS, Output, OutputFolder, StageSpec, keys
+from ..stage_spec import ANYTHING, MARKED, SHARDS, Output, OutputFolder, StageSpec, keys
 
 
 def _of_texts(config: Mapping[str, Any], inputs: frozenset[str]) -> bool:
@@ -24,9 +24,10 @@ MARKS = ArtifactSpec("dedup", "repeats marked", MARK_COLUMNS, repeated="sha256|p
 EMBED = StageSpec(
     "embed",
     "capipe.pipeline.commands.embed:embed",
-    {"shards": (SHARDS,)},
+    {"shards": (SHARDS,), "marks": MARKED},
     {"embeddings": ""},
     (Output(EMBEDDINGS),),
+    skips="marks",
     check="capipe.pipeline.commands.embed:check",
 )
 DEDUP = StageSpec(
@@ -36,6 +37,8 @@ DEDUP = StageSpec(
         "shards": (SHARDS,),
         "against": ANYTHING,
         "embeddings": ("embeddings",),
+        "against-embeddings": ("embeddings",),
+        "scores": ("scores",),
         "captions": ("captions",),
         "marks": ("marks",),
     },

@@ -10,9 +10,10 @@ from typing import Any
 
 from ....manifests.artifact import Artifact
 from ....manifests.files.storage import expecting, parquet_of
+from ....manifests.joining.companion import Companion
 from ....manifests.manifest import ShardRecord
 from ....manifests.schema import TEXTS
-from ....manifests.shards import ROWS, Companion, InputShard, RowReader, companion_rows
+from ....manifests.shards import ROWS, InputShard, RowReader
 from ....manifests.status import Status
 from ...annotate.captioner import chosen_caption
 from .bands import sign
@@ -111,5 +112,5 @@ def _listed(listed: Companion) -> Iterator[TextRow]:
 
 
 def _captions(companion: Companion) -> Iterator[TextRow]:
-    for row in companion_rows(companion):
+    for row in companion:
         yield TextRow(row["key"], row["uid"], row["status"], row["error"], chosen_caption(row))

@@ -33,13 +33,14 @@ TEXTS = [
 ]
 
 
-def shards_of(folder: Path, texts: Sequence[Sequence[str | None]] = TEXTS, first: int = 0) -> Path:
+def shards_of(folder: Path, texts: Sequence[Sequence[str | None]] = TEXTS, odd: tuple[int, int] | None = None) -> Path:
+    """Shards with these texts; ``odd``: a row with another image."""
     folder.mkdir()
     for number, own in enumerate(texts):
         members: dict[str, bytes] = {}
         for index, text in enumerate(own):
             key = f"{number:05}{index:04}"
-            members[f"{key}.png"] = photo(first + 100 * number + index, (40, 30), "PNG")
+            members[f"{key}.png"] = photo(100 * number + index + 5000 * (odd == (number, index)), (40, 30), "PNG")
             if text is not None:
                 members[f"{key}.txt"] = text.encode()
         (folder / f"{number:05}.tar").write_bytes(tar_bytes(members))
@@ -230,7 +231,7 @@ def test_options_that_do_not_fit_are_refused(shards: Path, tmp_path: Path, optio
 
 def test_artifacts_that_do_not_fit_are_refused(shards: Path, tmp_path: Path) -> None:
     write_captions(shards, tmp_path / "captions", "a dog")
-    other = shards_of(tmp_path / "other", first=1000)
+    other = shards_of(tmp_path / "other", odd=(1, 3))
     capipe("dedup", "--shards", other, "--out", tmp_path / "theirs")
     command = ["dedup", "--shards", shards, "--out", tmp_path / "out"]
     marks, captions = tmp_path / "theirs/marked", tmp_path / "captions"
