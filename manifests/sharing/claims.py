@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...errors import CapipeError
@@ -34,26 +35,34 @@ class ClaimLost(CapipeError):
     """The shard now belongs to another worker; this worker's version must not be committed."""
 
 
-@contextmanager
-def holding(folder: Folder, shard: str, token: str | None, patience: Patience = UNLIMITED) -> Iterator[None]:
-    """Commit inside this context: the claim cannot change. ``token`` None: no claims.
+@dataclass(frozen=True)
+class Claim:
+    """A worker's claim. ``shard``: its name, that of the first one if a task writes several."""
 
-    Raises ClaimLost if the token is outdated, LockHeld if the ``patience`` ends. A store has no locks; there the claim
+    shard: str
+    token: str
+
+
+@contextmanager
+def holding(folder: Folder, claim: Claim | None, patience: Patience = UNLIMITED) -> Iterator[None]:
+    """Commit inside this context: the claim cannot change. None: no claims.
+
+    Raises ClaimLost if its token is outdated, LockHeld if the ``patience`` ends. A store has no locks; there the claim
     is only checked.
     """
-    if token is None:
+    if claim is None:
         yield
         return
     with guard(folder, patience):
-        if _claim(folder, shard).get("token") != token:
-            text = f"{folder.url}: shard {shard} was given to another worker; this one was thought to be dead"
+        if _claim(folder, claim.shard).get("token") != claim.token:
+            text = f"{folder.url}: shard {claim.shard} was given to another worker; this one was thought to be dead"
             raise ClaimLost(f"{text}, and commits nothing")
         yield
 
 
-def scratch_of(token: str | None) -> str:
+def scratch_of(claim: Claim | None) -> str:
     """The private folder where a shard is written before its commit: one for each claim."""
-    return "tmp" if token is None else f"tmp/{token}"
+    return "tmp" if claim is None else f"tmp/{claim.token}"
 
 
 def _claim(folder: Folder, shard: str) -> dict[str, Any]:
@@ -146,7 +155,7 @@ class _Files:
                 return False
             write_new(path, data)
             if claim:
-                clear(self._folder.private_to_write(scratch_of(claim["token"])))
+                clear(self._folder.private_to_write(scratch_of(Claim(shard, claim["token"]))))
             return True
 
     def release(self, shards: dict[str, str]) -> None:

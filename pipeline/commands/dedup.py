@@ -43,8 +43,7 @@ class DedupOptions:
     cosine: Annotated[
         float | None, typer.Option(help="Cosine from which embeddings are those of copies; 0.96 by default.")
     ] = None
-    workers: o.Workers = None
-    fresh: o.Fresh = False
+    run: o.TaskOptions
 
 
 def check(options: DedupOptions) -> DedupConfig:
@@ -52,6 +51,7 @@ def check(options: DedupOptions) -> DedupConfig:
     from ...stages.dedup.cosine import require_faiss
     from ...stages.dedup.marks import DedupConfig
 
+    options.run.check()
     cosine = options.cosine
     if options.embeddings is not None:
         require_faiss()
@@ -73,8 +73,9 @@ def dedup(options: DedupOptions) -> None:
         config,
         against=options.against or (),
         embeddings=options.embeddings,
-        workers=options.workers,
-        fresh=options.fresh,
+        workers=options.run.workers,
+        fresh=options.run.fresh,
+        cluster=options.run.cluster_of_tasks(),
     )
     artifacts: list[Artifact] = []
     try:

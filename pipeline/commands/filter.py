@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ...manifests.withdrawal.uid_set import UidSet
     from ...stages.filter.select import SelectConfig
     from ..jobs.score import ScoreSetup
+    from ..runners.ray.cluster import RayCluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ def check(options: FilterOptions) -> SelectConfig:
             )
         options.scorer_options.check(options.run)
     ranked = {} if options.by is None else {"by": options.by}
+    options.run.check_runner(options.workers)
     given = {"keep": options.keep, "top": options.top, "text": options.text, "shard_size": options.shard_size}
     return o.validated(SelectConfig, **given, index=options.index, **ranked)
 
@@ -117,7 +119,9 @@ def filter_(options: FilterOptions) -> None:
             print_err(f"scored; to select: the same command without --share, or with --scores {scores}")
             raise typer.Exit(scored)
     artifact, final, fresh = Artifact.open(scores), f"{out}/shards", options.run.fresh
-    raise typer.Exit(select_step(artifact, options.shards, final, config, marks, options.workers, fresh, drop))
+    cluster = options.run.cluster_of_tasks()
+    code = select_step(artifact, options.shards, final, config, marks, options.workers, fresh, drop, cluster)
+    raise typer.Exit(code)
 
 
 def _preview(scores: str, shards: str, config: SelectConfig, marks: Artifact | None, drop: UidSet | None) -> None:
@@ -176,6 +180,7 @@ def select_step(
     workers: int | None = None,
     fresh: bool = False,
     drop: UidSet | None = None,
+    cluster: RayCluster | None = None,
 ) -> Exit:
     """Select from ``shards`` by their scores into the artifact ``out``; its report and uid list are written last.
 
@@ -184,7 +189,9 @@ def select_step(
     from ..jobs.select import execute_select, plan_select, write_uids
     from ..report.filter import write_filter_report
 
-    plan = plan_select(scores, shards, out, config, marks=marks, drop=drop, workers=workers, fresh=fresh)
+    plan = plan_select(
+        *(scores, shards, out, config), marks=marks, drop=drop, workers=workers, fresh=fresh, cluster=cluster
+    )
     print_err(plan.selection.line())
     print_err(plan.costs.line())
     if warning := plan.selection.warning():

@@ -24,9 +24,11 @@ from ...stages.ingest.shard import IngestTask, pending
 from ...stages.ingest.shard import plan as cut
 from ...stages.ingest.sources import open_sources, source_places
 from ..runners.messages import Event, Pulse, ShardDone
-from ..runners.pool import worker_count
-from ..runners.pool_job import ShardWriter, run_pool_job
+from ..runners.placement import TaskPlacement, task_placement
+from ..runners.pool_job import local_paths, run_pool_job
+from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
+from ..runners.task_worker import ShardWriter
 from .near_search import open_work, remove_work, run_search
 
 HASHES, AGAINST, MARKED = "hashes", "against", "marked"
@@ -43,8 +45,13 @@ class DedupPlan:
     against: tuple[str, ...]
     embeddings: Artifact | None
     out: str
-    workers: int
+    placement: TaskPlacement
     fresh: bool
+
+    @property
+    def reads(self) -> list[str]:
+        """Local paths of the images."""
+        return local_paths([*(shard.url for shard in self.shards[:1]), *self.against])
 
 
 def plan_dedup(
@@ -56,6 +63,7 @@ def plan_dedup(
     embeddings: str | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    cluster: RayCluster | None = None,
 ) -> DedupPlan:
     """Check shards, reference sets and embeddings. Raises BadInput; nothing is written."""
     inputs = expand(shards)
@@ -68,8 +76,8 @@ def plan_dedup(
     for name in (HASHES, AGAINST, MARKED):
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
     shared = all(shard.is_shared for shard in inputs) and not any(url.startswith("memory:") for url in (out, *against))
-    count = worker_count(workers, shared)
-    return DedupPlan(config, shards, inputs, tuple(against), embedded, out.rstrip("/"), count, fresh)
+    placement = task_placement(workers, shared, cluster)
+    return DedupPlan(config, shards, inputs, tuple(against), embedded, out.rstrip("/"), placement, fresh)
 
 
 def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, JobResult]:
@@ -86,7 +94,7 @@ def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threadin
         return [shard for shard in plan.shards if shard.name not in committed]
 
     artifact, tasks = _open(f"{plan.out}/{HASHES}", semantic, run, todo, plan.fresh)
-    result = _hash(artifact, tasks, dedup.hash_shard, lambda task: task.name, plan.workers, report, stop)
+    result = _hash(artifact, tasks, dedup.hash_shard, lambda task: task.name, plan, report, stop)
     return artifact, result
 
 
@@ -100,7 +108,7 @@ def hash_references(
     artifact, todo = _open(
         f"{plan.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), plan.fresh
     )
-    result = _hash(artifact, todo, dedup.hash_references, lambda task: task.shard, plan.workers, report, stop)
+    result = _hash(artifact, todo, dedup.hash_references, lambda task: task.shard, plan, report, stop)
     rows = [record.rows for record in artifact.committed().values()]
     if len(rows) == len(tasks) and not any(statuses.get("ok") for statuses in rows):
         artifact.close()
@@ -151,7 +159,7 @@ def mark(
         search = NearSearch(hash_set, reference_set, plan.config.radius)
         work = open_work(artifact, search, {"hashes": grouped, "against": semantic["against"]})
         try:
-            near = run_search(search, work, plan.workers, report, stop)
+            near = run_search(search, work, plan.placement, report, stop)
         finally:
             work.close()
         if near is None:
@@ -220,12 +228,14 @@ def _hash(
     tasks: Iterable[Task],
     hash_images: ShardWriter[Task],
     shard_name: Callable[[Task], str],
-    workers: int,
+    plan: DedupPlan,
     report: Callable[[Event], None],
     stop: threading.Event,
 ) -> JobResult:
     try:
-        return run_pool_job(tasks, hash_images, artifact, workers, report, stop, shard_name=shard_name)
+        return run_pool_job(
+            *(tasks, hash_images, artifact, plan.placement, report, stop), shard_name=shard_name, reads=plan.reads
+        )
     except BaseException:
         artifact.close()
         raise

@@ -27,8 +27,9 @@ from ...stages.export.source import column_of, image_extensions
 from ...stages.export.write import STAGE, ExportConfig, export_shards
 from ...stages.filter.index import is_index
 from ..runners.messages import Event
-from ..runners.pool import worker_count
-from ..runners.pool_job import run_pool_job
+from ..runners.placement import TaskPlacement, task_placement
+from ..runners.pool_job import local_paths, run_pool_job
+from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
 from .export_files import extras, write_files
 
@@ -44,7 +45,7 @@ class ExportPlan:
     artifact: Artifact
     tasks: list[ExportTask]
     todo: list[ExportTask]
-    workers: int
+    placement: TaskPlacement
     link: bool
     images: tuple[str, ...]
     withdrawal: Withdrawal
@@ -78,6 +79,7 @@ def plan_export(
     drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    cluster: RayCluster | None = None,
 ) -> ExportPlan:
     """Check the source, choose the images' extension, lock the output. Raises CapipeError; then nothing was written.
 
@@ -121,8 +123,9 @@ def plan_export(
     except CapipeError:
         artifact.close()
         raise
-    count = worker_count(workers, artifact.folder.is_shared and source.folder.is_shared)
-    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)), link, tuple(images), withdrawal)
+    shared = artifact.folder.is_shared and source.folder.is_shared
+    placement = task_placement(workers, shared, cluster).at_most(len(todo))
+    return ExportPlan(config, source, artifact, tasks, todo, placement, link, tuple(images), withdrawal)
 
 
 def _before(out: str, source: Artifact) -> Artifact | None:
@@ -266,7 +269,12 @@ def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
 def execute_export(plan: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Export uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
     write = functools.partial(_write_shards, source=plan.source, config=plan.config, link=plan.link, images=plan.images)
-    return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
+    return run_pool_job(
+        *(plan.todo, write, plan.artifact, plan.placement, report, stop),
+        shard_name=lambda task: task.shard,
+        shards=lambda task: [piece.shard for piece in task.pieces],
+        reads=local_paths([plan.source.url, *plan.images]),
+    )
 
 
 def _write_shards(

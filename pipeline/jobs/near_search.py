@@ -15,6 +15,7 @@ from ...manifests.files.storage import PRIVATE
 from ...stages.dedup.marks import Pairs
 from ...stages.dedup.near.work import STAGE, NearSearch, Step
 from ..runners.messages import Event, Note, ShardDone, ShardFailed
+from ..runners.placement import TaskPlacement
 from ..runners.pool_job import run_pool_job
 
 _FOLDER = f"{PRIVATE}/{STAGE}"
@@ -39,13 +40,13 @@ def remove_work(marks: Artifact) -> None:
 
 
 def run_search(
-    search: NearSearch, work: Artifact, workers: int, report: Callable[[Event], None], stop: threading.Event
+    search: NearSearch, work: Artifact, placement: TaskPlacement, report: Callable[[Event], None], stop: threading.Event
 ) -> Pairs | None:
     """The pairs that the search found, None if it was stopped. Raises RunFailed if a task keeps failing."""
     for step in search.steps(work):
-        some = workers if step.seconds > _WORTH_PROCESSES else 0
+        where = placement if step.seconds > _WORTH_PROCESSES else placement.here()
         result = run_pool_job(
-            step.todo, step.write, work, some, _noted(step, report), stop, shard_name=lambda task: str(task.name)
+            step.todo, step.write, work, where, _noted(step, report), stop, shard_name=lambda task: str(task.name)
         )
         if result.quarantined:
             name, error = next(iter(result.quarantined.items()))

@@ -46,8 +46,9 @@ from ...stages.filter.select import (
     uid_list,
 )
 from ..runners.messages import Event
-from ..runners.pool import worker_count
-from ..runners.pool_job import run_pool_job
+from ..runners.placement import TaskPlacement, task_placement
+from ..runners.pool_job import local_paths, run_pool_job
+from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
 from .select_plan import MARKS, SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
 
@@ -82,7 +83,7 @@ class SelectPlan:
     artifact: Artifact
     tasks: list[GroupTask]
     todo: list[GroupTask]
-    workers: int
+    placement: TaskPlacement
 
     @property
     def shards(self) -> list[InputShard]:
@@ -99,6 +100,7 @@ def plan_select(
     drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    cluster: RayCluster | None = None,
 ) -> SelectPlan:
     """Select rows, lock ``out`` and find the shards left to write. Raises CapipeError; then nothing was written.
 
@@ -140,8 +142,8 @@ def plan_select(
         artifact.close()
         raise
     shared = artifact.folder.is_shared and all(shard.is_shared for shard in shards)
-    count = min(worker_count(workers, shared), len(todo))
-    return SelectPlan(selection, costs(shards, scores, selection), withdrawal, artifact, tasks, todo, count)
+    placement = task_placement(workers, shared, cluster).at_most(len(todo))
+    return SelectPlan(selection, costs(shards, scores, selection), withdrawal, artifact, tasks, todo, placement)
 
 
 def preview_select(
@@ -254,7 +256,12 @@ def _is_repaired(artifact: Artifact, record: ShardRecord, present: Mapping[str, 
 def execute_select(plan: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Write uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
     write = functools.partial(write_group, rule=plan.selection.rule)
-    return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
+    reads = local_paths([shard.url for shard in plan.shards[:1]])
+    return run_pool_job(
+        *(plan.todo, write, plan.artifact, plan.placement, report, stop),
+        shard_name=lambda task: task.shard,
+        reads=reads,
+    )
 
 
 def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:

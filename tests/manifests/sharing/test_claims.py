@@ -75,7 +75,7 @@ def test_a_claim_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
     code = (
         "import signal; from capipe.manifests.sharing.claims import *\n"
         f"folder = Folder({str(tmp_path)!r}); token = Claims(folder).take('00000')\n"
-        "folder.private(scratch_of(token)).mkdir(parents=True)\n"
+        "folder.private(scratch_of(Claim('00000', token))).mkdir(parents=True)\n"
         "print(token, flush=True); signal.pause()"
     )
     mine = Claims(Folder(str(tmp_path)))

@@ -14,6 +14,7 @@ import pytest
 from capipe.errors import RunFailed
 from capipe.manifests.artifact import Artifact
 from capipe.pipeline.runners.messages import Event, Pulse, ShardDone, ShardFailed
+from capipe.pipeline.runners.placement import TaskPlacement
 from capipe.pipeline.runners.pool_job import run_pool_job
 from capipe.pipeline.runners.shard_queue import JobResult
 
@@ -65,7 +66,8 @@ def run(
             stop.set()
 
     tasks = [(str(number), action) for number, action in enumerate(actions)]
-    result = run_pool_job(tasks, writers.write, artifact, workers, report, stop, shard_name=lambda task: task[0])
+    where = TaskPlacement(workers)
+    result = run_pool_job(tasks, writers.write, artifact, where, report, stop, shard_name=lambda task: task[0])
     return result, events
 
 

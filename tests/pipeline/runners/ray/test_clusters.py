@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from capipe.manifests.artifact import Artifact
-from capipe.pipeline.runners import ray_worker
-from capipe.pipeline.runners.ray_worker import DriverContext, RayWorker
+from capipe.pipeline.runners.ray import actor
+from capipe.pipeline.runners.ray.actor import DriverContext, RayWorker
 
-from ..conftest import COMMAND, CaptionServer, capipe, one_line, table
-from ..sharing import CAPTIONS, IMAGES, lines, rendered, same_shards, wait_until
+from ...conftest import COMMAND, CaptionServer, capipe, one_line, table
+from ...sharing import CAPTIONS, IMAGES, lines, rendered, same_shards, wait_until
 
 STORE = 80 * 2**20
 SLOWLY = [*CAPTIONS, "--prompt", "dense", "--max-tokens", "160", "--concurrency", "4"]  # there is a middle to it
@@ -210,7 +210,7 @@ def test_without_a_cluster_one_is_started_on_loopback(shards: Path, alone: Path,
 
 
 async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_worker, "VISIBLE_SECONDS", 1)
+    monkeypatch.setattr(actor, "VISIBLE_SECONDS", 1)
     monkeypatch.setattr(os, "environ", {**os.environ})  # an actor's becomes its driver's
     artifact = Artifact.create(str(tmp_path / "out"), "test", {}, {})
     artifact.close()
