@@ -267,15 +267,17 @@ class Artifact:
         for name in ("journal", replacing.REDO):
             clear(self.folder.private_to_write(name))
 
-    def close(self) -> None:
-        """Release the lock and clean up; safe to call twice. Never waits long for another process."""
+    def close(self) -> bool:
+        """Release the lock and clean up; safe to call twice. Never waits long for another process. Returns whether no
+        other one was writing any more."""
+        last = False
         if self._lock is None:
-            return
+            return last
         if self.claims is not None:
             self.claims.close()
             self.claims = None
         with suppress(LockHeld), guard(self.folder, _LEAVING) if self.shared else nullcontext():
-            if self._lock.is_last():  # otherwise other processes are still working
+            if last := self._lock.is_last():  # otherwise other processes are still working
                 self._lock.clear()
                 if self.shared:  # a process killed since we started may have left the journal of a committed shard
                     with suppress(ArtifactMismatch):  # of a damaged manifest, which its readers report
@@ -286,6 +288,7 @@ class Artifact:
                         folder.rmdir()
         self._lock.close()
         self._lock = None
+        return last
 
     def attach(self) -> Artifact:
         """The same artifact for a worker process of the run that holds the lock, which need not read the manifest."""

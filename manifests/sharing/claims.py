@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from .owners import Owner, Presence, lives, read_owner
 
 CLAIMS = "claims"
 PATIENCE = Patience(seconds=0.5)  # of a run's main loop, which has other things to do; it tries again
+_WAIT = 0.5  # seconds until a claim that another run has is tried again
 _TOKEN = re.compile(r"([0-9a-f]{16})-[0-9]{1,18}")  # run id, and a number unique within the run
 
 
@@ -79,6 +81,21 @@ def _claim(folder: Folder, shard: str) -> dict[str, Any]:
 
 def _name(shard: str) -> str:
     return f"{PRIVATE}/{CLAIMS}/{shard}.json"
+
+
+@contextmanager
+def alone(claims: Claims | None, name: str) -> Iterator[None]:
+    """Do the body while no other run that shares the folder does what has this name. None: no other run is there."""
+    while claims is not None:
+        with contextlib.suppress(LockHeld):
+            if claims.take(name) is not None:
+                break
+        time.sleep(_WAIT)
+    try:
+        yield
+    finally:
+        if claims is not None:
+            claims.release(name)
 
 
 class _Place(Protocol):

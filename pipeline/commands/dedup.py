@@ -20,6 +20,7 @@ from .run_job import Exit, conclude
 
 if TYPE_CHECKING:
     from ...stages.dedup.marks import DedupConfig
+    from ..jobs.dedup import DedupPlan
 
 COSINE = 0.96
 
@@ -75,8 +76,17 @@ def dedup(options: DedupOptions) -> None:
         embeddings=options.embeddings,
         workers=options.run.workers,
         fresh=options.run.fresh,
+        share=options.run.share,
         cluster=options.run.cluster_of_tasks(),
     )
+    with plan.placement.connected():
+        code = _steps(options, plan)
+    raise typer.Exit(code)
+
+
+def _steps(options: DedupOptions, plan: DedupPlan) -> Exit:
+    from ..jobs import dedup as steps
+
     artifacts: list[Artifact] = []
     try:
         code = _step("hash", len(plan.shards), artifacts, lambda *args: steps.hash_images(plan, *args))
@@ -91,7 +101,7 @@ def dedup(options: DedupOptions) -> None:
     finally:
         for artifact in artifacts:
             artifact.close()
-    raise typer.Exit(code)
+    return code
 
 
 def _step(name: str, total: int | None, artifacts: list[Artifact], run: Callable[..., tuple[Artifact, Any]]) -> Exit:

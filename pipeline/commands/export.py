@@ -82,6 +82,7 @@ def export(options: ExportOptions) -> None:
         drop=drop,
         workers=options.run.workers,
         fresh=options.run.fresh,
+        share=options.run.share,
         cluster=options.run.cluster_of_tasks(),
     )
     done = plan.artifact.committed().values()

@@ -10,6 +10,7 @@ import typer
 
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
+from ...manifests.sharing.claims import alone
 from ...terminal import print_err, print_line
 from ..runners.placement import Placement
 from ..runners.pool_job import job_session
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from ...manifests.withdrawal.uid_set import UidSet
     from ...stages.filter.select import SelectConfig
     from ..jobs.score import ScoreSetup
-    from ..runners.ray.cluster import RayCluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,7 @@ def check(options: FilterOptions) -> SelectConfig:
         options.scorer_options.check(options.run)
     ranked = {} if options.by is None else {"by": options.by}
     options.run.check_runner(options.workers)
+    options.run.refuse_taking_back(fresh=options.run.fresh)
     given = {"keep": options.keep, "top": options.top, "text": options.text, "shard_size": options.shard_size}
     return o.validated(SelectConfig, **given, index=options.index, **ranked)
 
@@ -115,13 +116,12 @@ def filter_(options: FilterOptions) -> None:
         scored = score_step(options, scores, drop)
         if scored is not Exit.OK:  # missing scores would be missing in the final shards
             raise typer.Exit(scored)
-        if options.run.share:  # selection runs in one process, and takes seconds
-            print_err(f"scored; to select: the same command without --share, or with --scores {scores}")
-            raise typer.Exit(scored)
-    artifact, final, fresh = Artifact.open(scores), f"{out}/shards", options.run.fresh
-    cluster = options.run.cluster_of_tasks()
-    code = select_step(artifact, options.shards, final, config, marks, options.workers, fresh, drop, cluster)
-    raise typer.Exit(code)
+    artifact, final = Artifact.open(scores), f"{out}/shards"
+    raise typer.Exit(
+        select_step(
+            artifact, options.shards, final, config, marks, options.workers, options.run.fresh, drop, options.run
+        )
+    )
 
 
 def _preview(scores: str, shards: str, config: SelectConfig, marks: Artifact | None, drop: UidSet | None) -> None:
@@ -180,7 +180,7 @@ def select_step(
     workers: int | None = None,
     fresh: bool = False,
     drop: UidSet | None = None,
-    cluster: RayCluster | None = None,
+    run: o.RunnerOptions | None = None,
 ) -> Exit:
     """Select from ``shards`` by their scores into the artifact ``out``; its report and uid list are written last.
 
@@ -189,8 +189,15 @@ def select_step(
     from ..jobs.select import execute_select, plan_select, write_uids
     from ..report.filter import write_filter_report
 
+    run = run or o.RunnerOptions()
     plan = plan_select(
-        *(scores, shards, out, config), marks=marks, drop=drop, workers=workers, fresh=fresh, cluster=cluster
+        *(scores, shards, out, config),
+        marks=marks,
+        drop=drop,
+        workers=workers,
+        fresh=fresh,
+        share=run.share,
+        cluster=run.cluster_of_tasks(),
     )
     print_err(plan.selection.line())
     print_err(plan.costs.line())
@@ -203,8 +210,9 @@ def select_step(
         with job_session(progress) as (report, stop):
             outcome = execute_select(plan, report, stop)
         if len(plan.artifact.committed()) == len(plan.tasks):
-            print_err(f"report: {write_filter_report(plan.artifact, plan.selection.rule, plan.shards)}")
-            write_uids(plan.artifact)
+            with alone(plan.artifact.claims, "report"):
+                print_err(f"report: {write_filter_report(plan.artifact, plan.selection.rule, plan.shards)}")
+                write_uids(plan.artifact)
             plan.withdrawal.conclude()
             if line := plan.withdrawal.line():
                 print_err(line)

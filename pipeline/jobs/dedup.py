@@ -6,14 +6,16 @@ a row for every row of the shards. Each is resumed independently.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.overwriting import refuse_overwriting
+from ...manifests.manifest import ShardRecord
 from ...manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ...stages.dedup import marks as dedup
 from ...stages.dedup.embeddings import check_embeddings, near_embeddings
@@ -23,9 +25,9 @@ from ...stages.dedup.near.work import NearSearch
 from ...stages.ingest.shard import IngestTask, pending
 from ...stages.ingest.shard import plan as cut
 from ...stages.ingest.sources import open_sources, source_places
-from ..runners.messages import Event, Pulse, ShardDone
+from ..runners.messages import Event
 from ..runners.placement import TaskPlacement, task_placement
-from ..runners.pool_job import local_paths, run_pool_job
+from ..runners.pool_job import local_paths, refuse_taking_back, run_pool_job
 from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
 from ..runners.task_worker import ShardWriter
@@ -47,6 +49,7 @@ class DedupPlan:
     out: str
     placement: TaskPlacement
     fresh: bool
+    share: bool
 
     @property
     def reads(self) -> list[str]:
@@ -63,6 +66,7 @@ def plan_dedup(
     embeddings: str | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    share: bool = False,
     cluster: RayCluster | None = None,
 ) -> DedupPlan:
     """Check shards, reference sets and embeddings. Raises BadInput; nothing is written."""
@@ -77,7 +81,7 @@ def plan_dedup(
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
     shared = all(shard.is_shared for shard in inputs) and not any(url.startswith("memory:") for url in (out, *against))
     placement = task_placement(workers, shared, cluster)
-    return DedupPlan(config, shards, inputs, tuple(against), embedded, out.rstrip("/"), placement, fresh)
+    return DedupPlan(config, shards, inputs, tuple(against), embedded, out.rstrip("/"), placement, fresh, share)
 
 
 def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, JobResult]:
@@ -90,10 +94,11 @@ def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threadin
         committed = artifact.committed()
         for shard in plan.shards:
             if shard.name in committed and shard.is_repaired(committed[shard.name]):
+                refuse_taking_back(artifact, f"{shard.url}: some of its rows were done again since")
                 artifact.retract(committed.pop(shard.name))
         return [shard for shard in plan.shards if shard.name not in committed]
 
-    artifact, tasks = _open(f"{plan.out}/{HASHES}", semantic, run, todo, plan.fresh)
+    artifact, tasks = _open(f"{plan.out}/{HASHES}", semantic, run, todo, plan)
     result = _hash(artifact, tasks, dedup.hash_shard, lambda task: task.name, plan, report, stop)
     return artifact, result
 
@@ -105,9 +110,7 @@ def hash_references(
     # Links may lead anywhere: only hashes of a reference set are kept.
     tasks = list(cut(open_sources(plan.against, follow_links=True), dedup.REFERENCES))
     run = {"sources": list(plan.against), "shards_total": len(tasks)}
-    artifact, todo = _open(
-        f"{plan.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), plan.fresh
-    )
+    artifact, todo = _open(f"{plan.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), plan)
     result = _hash(artifact, todo, dedup.hash_references, lambda task: task.shard, plan, report, stop)
     rows = [record.rows for record in artifact.committed().values()]
     if len(rows) == len(tasks) and not any(statuses.get("ok") for statuses in rows):
@@ -141,7 +144,8 @@ def mark(
         semantic["embeddings"] = plan.embeddings.fingerprint
         grouped += dedup.digest_of(plan.embeddings, names)
     run = {"shards": plan.pattern, "shards_total": len(names), "sources": list(plan.against)}
-    artifact = Artifact.create(f"{plan.out}/{MARKED}", dedup.STAGE, semantic, run, fresh=plan.fresh)
+    url = f"{plan.out}/{MARKED}"
+    artifact = Artifact.create(url, dedup.STAGE, semantic, run, fresh=plan.fresh, share=plan.share)
     try:
         committed, records = artifact.committed(), hashes.committed()
         shards = join(plan.shards, {"embeddings": plan.embeddings} if plan.embeddings is not None else {})
@@ -151,33 +155,60 @@ def mark(
         if removed := sorted(set(committed) - set(names)):
             text = f"{artifact.url}: holds marks of shard {removed[0]}, which --shards does not name"
             raise ArtifactMismatch(f"{text}; name all of them, or use --fresh to start over")
-        done = {name: record for name, record in committed.items() if record.input.get("grouped") == grouped}
-        if len(done) == len(names):
+        if len(_marked(artifact, grouped)) == len(names):
             return artifact, JobResult()
+        if committed and any(record.input.get("grouped") != grouped for record in committed.values()):
+            refuse_taking_back(artifact, f"{hashes.url}: images were added or done again since")
         reference_set = read_hash_set(against, references) if against is not None else None
         hash_set = read_hash_set(hashes, names)
         search = NearSearch(hash_set, reference_set, plan.config.radius)
         work = open_work(artifact, search, {"hashes": grouped, "against": semantic["against"]})
         try:
-            near = run_search(search, work, plan.placement, report, stop)
+            if len(done := _marked(artifact, grouped)) < len(names):  # by another process that shares the folder
+                near = run_search(search, work, plan.placement, report, stop)
+                if near is None:
+                    return artifact, JobResult(interrupted=True)
+                found = _near_embeddings(plan, hash_set, artifact)
+                marks = dedup.find_marks(hash_set, reference_set, plan.config, near, found)
+                todo = [shard for shard in shards if shard.name not in done]
+                info = _infos(shards, grouped)
+                write = functools.partial(_mark_shard, marks=marks, hashed=records, info=info, over=committed)
+                where = plan.placement.here()
+                job = run_pool_job(todo, write, artifact, where, report, stop, shard_name=lambda shard: shard.name)
+                if job.interrupted or job.quarantined:
+                    return artifact, job
+            remove_work(artifact, work)
         finally:
             work.close()
-        if near is None:
-            return artifact, JobResult(interrupted=True)
-        marks = dedup.find_marks(hash_set, reference_set, plan.config, near, _near_embeddings(plan, hash_set, artifact))
-        for shard in shards:
-            name, digests = shard.name, {c.name: c.sha256 for c in shard.companions}
-            if name not in done and not stop.is_set():
-                info = {"grouped": grouped, "companions": digests}
-                record = dedup.mark_shard(name, records[name], marks, artifact, info, committed.get(name))
-                report(Pulse(rows=record.rows))
-                report(ShardDone(record))
-        if not stop.is_set():
-            remove_work(artifact)
     except BaseException:
         artifact.close()
         raise
     return artifact, JobResult(interrupted=stop.is_set())
+
+
+def _marked(artifact: Artifact, grouped: str) -> set[str]:
+    """Shards whose marks depend on everything that they depend on now."""
+    return {name for name, record in artifact.committed().items() if record.input.get("grouped") == grouped}
+
+
+def _infos(shards: Sequence[InputShard], grouped: str) -> dict[str, dict[str, Any]]:
+    """What the manifest notes of the input of each shard of marks."""
+    return {
+        shard.name: {"grouped": grouped, "companions": {c.name: c.sha256 for c in shard.companions}} for shard in shards
+    }
+
+
+def _mark_shard(
+    shard: InputShard,
+    *,
+    marks: dedup.Marks,
+    hashed: Mapping[str, ShardRecord],
+    info: Mapping[str, Mapping[str, Any]],
+    over: Mapping[str, ShardRecord],
+    artifact: Artifact,
+) -> ShardRecord:
+    name = shard.name
+    return dedup.mark_shard(name, hashed[name], marks, artifact, info[name], over.get(name))
 
 
 def _near_embeddings(plan: DedupPlan, hash_set: HashSet, artifact: Artifact) -> dedup.Pairs | None:
@@ -194,14 +225,14 @@ def _open(
     semantic: Mapping[str, object],
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
-    fresh: bool,
+    plan: DedupPlan,
 ) -> tuple[Artifact, list[Task]]:
     """The artifact of hashes and its missing tasks. ``fresh`` only starts over if the images differ: another radius
     does not require hashing all images again."""
     try:
-        return _create(url, semantic, run, todo, fresh=False)
+        return _create(url, semantic, run, todo, share=plan.share)
     except ArtifactMismatch:
-        if not fresh:
+        if not plan.fresh:
             raise
     return _create(url, semantic, run, todo, fresh=True)
 
@@ -212,11 +243,13 @@ def _create(
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
     *,
-    fresh: bool,
+    fresh: bool = False,
+    share: bool = False,
 ) -> tuple[Artifact, list[Task]]:
-    artifact = Artifact.create(url, dedup.HASH_STAGE, semantic, run, fresh=fresh)
+    artifact = Artifact.create(url, dedup.HASH_STAGE, semantic, run, fresh=fresh, share=share)
     try:
-        artifact.release_quarantine()
+        if not share:
+            artifact.release_quarantine()
         return artifact, todo(artifact)
     except CapipeError:
         artifact.close()

@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
+from ...manifests.sharing.claims import alone
 from ...manifests.status import Status
 from ...manifests.withdrawal.applied import NOTE, Withdrawal, apply
 from ...manifests.withdrawal.uid_set import UidSet
@@ -79,6 +80,7 @@ def plan_export(
     drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    share: bool = False,
     cluster: RayCluster | None = None,
 ) -> ExportPlan:
     """Check the source, choose the images' extension, lock the output. Raises CapipeError; then nothing was written.
@@ -115,10 +117,11 @@ def plan_export(
     semantic: dict[str, Any] = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
     if format == "parquet":  # exports older than these columns are not resumed: all files must have the same columns
         semantic["columns"] = [URL, JSON]
-    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=[url])
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=[url])
     try:
         withdrawal = apply(artifact, drop)
-        artifact.release_quarantine()
+        if not share:
+            artifact.release_quarantine()
         todo = _todo(artifact, source, tasks, withdrawal.touched)
     except CapipeError:
         artifact.close()
@@ -293,7 +296,8 @@ def finish(plan: ExportPlan, words: CardWords) -> list[str] | None:
     if len(plan.artifact.committed()) < plan.shards:
         return None
     notes = list(_notes(plan.artifact, plan.config))
-    write_files(plan.artifact, plan.source, words, plan.config.format, notes)
+    with alone(plan.artifact.claims, "extras"):
+        write_files(plan.artifact, plan.source, words, plan.config.format, notes)
     plan.withdrawal.conclude()
     return notes
 

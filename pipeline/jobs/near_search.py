@@ -27,16 +27,20 @@ def open_work(marks: Artifact, search: NearSearch, made_from: Mapping[str, Any])
     """The working artifact: that of a killed run, or a new one if images or options are others now."""
     url, semantic = f"{marks.url}/{_FOLDER}", {**made_from, **search.config}
     try:
-        work = Artifact.create(url, STAGE, semantic, {})
+        work = Artifact.create(url, STAGE, semantic, {}, share=marks.shared)
     except ArtifactMismatch:
+        if marks.shared:
+            raise
         work = Artifact.create(url, STAGE, semantic, {}, fresh=True)
-    work.release_quarantine()
+    if not work.shared:
+        work.release_quarantine()
     return work
 
 
-def remove_work(marks: Artifact) -> None:
-    """Remove the working artifact."""
-    marks.folder.remove(_FOLDER)
+def remove_work(marks: Artifact, work: Artifact) -> None:
+    """Close and remove the working artifact, unless another process that shares the folder still reads it."""
+    if work.close():
+        marks.folder.remove(_FOLDER)
 
 
 def run_search(

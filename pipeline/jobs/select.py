@@ -47,7 +47,7 @@ from ...stages.filter.select import (
 )
 from ..runners.messages import Event
 from ..runners.placement import TaskPlacement, task_placement
-from ..runners.pool_job import local_paths, run_pool_job
+from ..runners.pool_job import local_paths, refuse_taking_back, run_pool_job
 from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
 from .select_plan import MARKS, SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
@@ -100,6 +100,7 @@ def plan_select(
     drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    share: bool = False,
     cluster: RayCluster | None = None,
 ) -> SelectPlan:
     """Select rows, lock ``out`` and find the shards left to write. Raises CapipeError; then nothing was written.
@@ -133,10 +134,11 @@ def plan_select(
         **({"tars": _digest_of(tars)} if config.index else {}),
         **{name: artifact.url for name, artifact in sidecars.items()},
     }
-    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
         withdrawal = apply(artifact, drop)
-        artifact.release_quarantine()
+        if not share:
+            artifact.release_quarantine()
         todo = _todo(artifact, tasks, withdrawal.touched)
     except CapipeError:
         artifact.close()
@@ -236,6 +238,7 @@ def _todo(artifact: Artifact, tasks: Sequence[GroupTask], touched: Collection[st
         if task.shard in repaired or names != [shard.name for shard in task.shards]:
             todo.append(replace(task, over=record))
     for record in committed.values():  # fewer rows are kept now
+        refuse_taking_back(artifact, f"{artifact.url}: fewer shards are selected now")
         artifact.retract(record)
         for name in record.files:
             artifact.folder.remove(name)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
+from ...errors import BadInput
 from ...manifests.artifact import Artifact
 from .interrupts import interrupts
 from .messages import Assignment, Event, Pulse, ShardDone, ShardFailed, ShardLost, ShardTask
@@ -80,6 +81,12 @@ def run_pool_job(
             return Scheduler(pool, artifact, report, stop).run(todo, made_careful)
     queue = ShardQueue(artifact, report, todo, made_careful)
     return _run_here(queue, write, artifact, placement.processes, report, stop)
+
+
+def refuse_taking_back(artifact: Artifact, why: str) -> None:
+    """Raise BadInput where committed shards are to be taken back, which other processes may be adding to."""
+    if artifact.shared:
+        raise BadInput(f"{why}; run the command once without --share, which takes the shards made of it back")
 
 
 def local_paths(places: Iterable[str]) -> list[str]:

@@ -148,9 +148,9 @@ class ShardQueue(Generic[AnyUnit]):
 
     def _is_known(self, unit: AnyUnit) -> bool:
         """Whether other processes committed a queued shard; reported once, since the shard then leaves the queue."""
-        records = [self._committed.get(shard) for shard in _shards_of(unit)]
-        known = [record for record in records if record is not None]
-        if len(known) < len(records):
+        shards = _shards_of(unit)
+        known = [self._committed[shard] for shard in shards if shard in self._committed]
+        if len(known) < len(shards) or any(record == self._before.get(record.shard) for record in known):
             return False
         for record in known:
             self._report(DoneElsewhere(record))

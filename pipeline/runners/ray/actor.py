@@ -142,7 +142,7 @@ class RayWorker:
         return await self._channel.fetch()
 
     async def send_order(self, order: Any) -> None:
-        """See :data:`.scheduler.Order`."""
+        """See :data:`..scheduler.Order`."""
         if order == "stop":
             self._channel.stopping.set()
             order = None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from capipe.errors import BadInput
-from capipe.pipeline.runners import ray as ray_runner
+from capipe.pipeline.runners.ray import cluster as ray_runner
 from capipe.pipeline.runners.ray import folders
 from capipe.pipeline.runners.ray.cluster import ray_cluster
 from capipe.pipeline.runners.ray.folders import (
