@@ -270,15 +270,15 @@ class Artifact:
     def close(self) -> bool:
         """Release the lock and clean up; safe to call twice. Never waits long for another process. Returns whether no
         other one was writing any more."""
-        last = False
-        if self._lock is None:
+        lock, last, self._lock = self._lock, False, None
+        if lock is None:
             return last
         if self.claims is not None:
             self.claims.close()
             self.claims = None
         with suppress(LockHeld), guard(self.folder, _LEAVING) if self.shared else nullcontext():
-            if last := self._lock.is_last():  # otherwise other processes are still working
-                self._lock.clear()
+            if last := lock.is_last():  # otherwise other processes are still working
+                lock.clear()
                 if self.shared:  # a process killed since we started may have left the journal of a committed shard
                     with suppress(ArtifactMismatch):  # of a damaged manifest, which its readers report
                         self._drop_journals()
@@ -286,8 +286,8 @@ class Artifact:
                     folder = self.folder.private(name)
                     if folder.is_dir() and not any(folder.iterdir()):
                         folder.rmdir()
-        self._lock.close()
-        self._lock = None
+            lock.close()  # still under the guard: of two that leave at once, the second is the last
+        lock.close()
         return last
 
     def attach(self) -> Artifact:

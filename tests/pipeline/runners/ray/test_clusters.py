@@ -21,8 +21,8 @@ from capipe.pipeline.runners.ray.actor import DriverContext, RayWorker
 
 from ...conftest import COMMAND, CaptionServer, capipe, one_line, table
 from ...sharing import CAPTIONS, IMAGES, lines, rendered, same_shards, wait_until
+from .clusters import three_machines
 
-STORE = 80 * 2**20
 SLOWLY = [*CAPTIONS, "--prompt", "dense", "--max-tokens", "160", "--concurrency", "4"]  # there is a middle to it
 
 
@@ -69,15 +69,7 @@ def test_without_ray_a_line_says_how_to_get_it(shards: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """Three machines with room for one worker each."""
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # before it is imported: loopback alone
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
-    for _ in range(2):
-        made.add_node(num_cpus=1, object_store_memory=STORE)
-    yield made
-    made.shutdown()
+    yield from three_machines()
 
 
 @pytest.fixture(scope="module")
