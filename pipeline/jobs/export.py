@@ -18,7 +18,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
 from ...manifests.sharing.claims import alone
 from ...manifests.status import Status
-from ...manifests.withdrawal.applied import NOTE, Withdrawal, apply
+from ...manifests.withdrawal.applied import Withdrawal, apply, has_withdrawn
 from ...manifests.withdrawal.uid_set import UidSet
 from ...stages.export.card import CardWords
 from ...stages.export.formats import writer_class
@@ -32,7 +32,7 @@ from ..runners.placement import TaskPlacement, task_placement
 from ..runners.pool_job import local_paths, run_pool_job
 from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
-from .export_files import extras, write_files
+from .export_files import FINALS, extras, write_files
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the extensions that OpenCLIP reads
 
@@ -97,7 +97,7 @@ def plan_export(
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
     elif format != "parquet":
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
-    before = None if fresh or (drop is None and NOTE not in source.config["run"]) else _before(out, source)
+    before = None if fresh or (drop is None and not has_withdrawn(source)) else _before(out, source)
     extension = None
     if format == "webdataset" and before is not None and image_extension == "auto":
         extension = before.setting("semantic", "export", kind=dict).get("image_extension")
@@ -123,6 +123,8 @@ def plan_export(
         if not share:
             artifact.release_quarantine()
         todo = _todo(artifact, source, tasks, withdrawal.touched)
+        if todo and artifact.config["run"].get(FINALS) is not None:
+            artifact.note(**{FINALS: None})  # the card and the lists of all rows will be older than the shards
     except CapipeError:
         artifact.close()
         raise

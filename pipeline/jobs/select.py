@@ -30,10 +30,11 @@ from ...manifests.schema import SCORE, SELECT
 from ...manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ...manifests.status import Status
 from ...manifests.transaction import ShardTransaction
-from ...manifests.withdrawal.applied import NOTE, Withdrawal, applied, apply
+from ...manifests.withdrawal.applied import Withdrawal, applied, apply, has_withdrawn
 from ...manifests.withdrawal.rows import WithdrawingReader, blank, is_withdrawn
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.index import ListedRows, TarFacts
+from ...stages.filter.marked import MARKS
 from ...stages.filter.select import (
     STAGE,
     Rule,
@@ -50,7 +51,7 @@ from ..runners.placement import TaskPlacement, task_placement
 from ..runners.pool_job import local_paths, refuse_taking_back, run_pool_job
 from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
-from .select_plan import MARKS, SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
+from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
 
 UIDS = f"{PRIVATE}/uids.npy"
 _START_OVER = "use another --out, or --fresh to start over"
@@ -119,7 +120,7 @@ def plan_select(
         "input": source.fingerprint if source else None,
         **{name: artifact.fingerprint for name, artifact in sidecars.items()},
     }
-    before = None if fresh or (drop is None and NOTE not in scores.config["run"]) else _before(out, made_of)
+    before = None if fresh or (drop is None and not has_withdrawn(scores)) else _before(out, made_of)
     threshold = None if before is None else before.config["semantic"]["threshold"]
     selection = plan_shards(shards, scores, config, drop or EMPTY, threshold)
     tars = tar_facts(shards, scores) if config.index else {}

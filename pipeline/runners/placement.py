@@ -53,9 +53,9 @@ class TaskPlacement:
         """In this process: for files that no other one can see, or for tasks not worth starting one."""
         return TaskPlacement(0)
 
-    def at_most(self, tasks: int) -> TaskPlacement:
-        """No more processes than tasks."""
-        return replace(self, processes=min(self.processes, tasks))
+    def at_most(self, processes: int | None) -> TaskPlacement:
+        """No more processes of this machine than these."""
+        return self if processes is None else replace(self, processes=min(self.processes, processes))
 
     @contextmanager
     def connected(self) -> Iterator[None]:
