@@ -12,10 +12,12 @@ from capipe.pipeline import cli
 from capipe.pipeline.jobs import near_search
 from capipe.pipeline.runners import pool_job
 from capipe.pipeline.runners.task_worker import ShardWriter, TaskJob
+from capipe.stages.dedup.embeddings import cells
 from capipe.stages.dedup.near import table_search
 
 SECONDS = 0.7
 AS_OF = 30_000  # hashes: the number of tables is chosen for so many
+PAIRS = 300  # of embeddings per task
 
 
 def slowly(task: Any, /, *, write: ShardWriter[Any], artifact: Artifact) -> Any:
@@ -28,9 +30,10 @@ def slow_job(write: ShardWriter[Any], reads: Sequence[str]) -> TaskJob:
 
 
 def main() -> None:
-    """The command line of `capipe`, with every step of the search for near hashes on the cluster, and many tables."""
+    """The command line of `capipe`, with every step of the searches on the cluster, and many tables and tasks of cells."""
     plan = table_search.plan
     table_search.plan = lambda count, *more: plan(AS_OF, *more)
+    cells.WORK = PAIRS
     near_search._WORTH_PROCESSES = 0.0
     pool_job.TaskJob = slow_job  # type: ignore[misc, assignment]
     cli.main()

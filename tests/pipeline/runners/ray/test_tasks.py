@@ -48,17 +48,22 @@ def start(cluster: Any, *parts: object) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env={**os.environ})
 
 
-def with_a_loss(cluster: Any, lose: Callable[[], None], watched: Path, committed: int, *parts: object) -> str:
-    """Run a command on the cluster, lose something once so much is committed; returns stdout when it has ended."""
+def with_a_loss(
+    cluster: Any, lose: Callable[[], None], watched: Path, committed: int, *parts: object, prefix: str = ""
+) -> None:
+    """Run a command on the cluster, lose something once so many shards of this prefix are committed, and let it end."""
     process = start(cluster, *parts)
-    wait_until(lambda: process.poll() is not None or len(lines(watched)) >= committed)
+
+    def reached() -> bool:
+        return sum(line.startswith(prefix) for line in lines(watched)) >= committed
+
+    wait_until(lambda: process.poll() is not None or reached())
     assert process.poll() is None, process.communicate()[1]
     lose()
     stdout, stderr = process.communicate(timeout=280)
     assert process.returncode == 0, stderr
     assert "a worker of the cluster was lost" in stderr and "another worker takes over" in stderr, stderr
     assert "(pid=" not in stdout and len(stdout.splitlines()) <= 3, stdout  # result lines, nothing of Ray's
-    return stdout
 
 
 def lose_a_machine(cluster: Any) -> Callable[[], None]:
@@ -90,6 +95,18 @@ def test_a_machine_is_lost_while_finding_duplicates(
     with_a_loss(cluster, lose_a_machine(cluster), out / watched, committed, *words)
     for part in ("hashes", "against", "marked"):
         same_shards(out / part, marked / part)
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_while_comparing_embeddings(cluster: Any, shards: Path, tmp_path: Path) -> None:
+    capipe("embed", "--shards", shards, "--clip", "tiny/clip", "--out", tmp_path / "embedded")
+    words = ["dedup", "--shards", shards, "--embeddings", tmp_path / "embedded", "--cosine", 0.9, "--gpus", "none"]
+    capipe(*words, "--out", tmp_path / "alone")
+    out = tmp_path / "out"
+    work = out / "hashes/_capipe/near-embeddings-work"
+    with_a_loss(cluster, lose_a_machine(cluster), work, 1, *words, "--out", out, prefix="edges")
+    for part in ("hashes", "marked", "hashes/_capipe/near-embeddings"):
+        same_shards(out / part, tmp_path / "alone" / part)
 
 
 @pytest.fixture(scope="module")
