@@ -30,7 +30,7 @@ def slow_job(write: ShardWriter[Any], reads: Sequence[str]) -> TaskJob:
 
 
 def main() -> None:
-    """The command line of `capipe`, with every step of the searches on the cluster, and many tables and tasks of cells."""
+    """The command line of `capipe`, with every step of the searches on the cluster, in many tasks."""
     plan = table_search.plan
     table_search.plan = lambda count, *more: plan(AS_OF, *more)
     cells.WORK = PAIRS

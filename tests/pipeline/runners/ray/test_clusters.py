@@ -201,6 +201,12 @@ def test_without_a_cluster_one_is_started_on_loopback(shards: Path, alone: Path,
     Path(folder).rmdir()  # nothing is left of the cluster
 
 
+def other_folder(tmp_path: Path) -> Artifact:
+    artifact = Artifact.create(str(tmp_path / "other"), "test", {}, {})
+    artifact.close()
+    return artifact
+
+
 async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actor, "VISIBLE_SECONDS", 1)
     monkeypatch.setattr(os, "environ", {**os.environ})  # an actor's becomes its driver's
@@ -211,5 +217,8 @@ async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, mo
     failure = await RayWorker(DriverContext.current())._problem(artifact)
     assert failure is not None and failure.final and failure.exit_code == 2
     assert "does not see what was begun there; give --out a folder that all machines" in failure.reason
+    unseen = await RayWorker(DriverContext.current())._problem(other_folder(tmp_path), ["/", f"{tmp_path}/photos"])
+    assert unseen is not None and unseen.final and unseen.exit_code == 2
+    assert unseen.reason.startswith(f"{tmp_path}/photos: ") and "does not see it; have it in a folder" in unseen.reason
     other = await RayWorker(DriverContext("0.0.0", str(tmp_path), {}))._problem(artifact)
     assert other is not None and "and 0.0.0 was started; install that there, too" in other.reason
