@@ -20,7 +20,7 @@ from ...stages.dedup.embeddings.work import EmbeddingSearch, NearFiles, read_fou
 from ...stages.dedup.marks import Pairs
 from ...stages.dedup.near.work import STAGE, NearSearch
 from ...stages.dedup.steps import Step
-from ..runners.messages import Event, Note, ShardDone, ShardFailed
+from ..runners.messages import DoneElsewhere, Event, Note, ShardDone, ShardFailed, ShardLost, WorkerFailed
 from ..runners.placement import TaskPlacement
 from ..runners.pool_job import run_pool_job
 
@@ -132,9 +132,9 @@ def _noted(step: Step, report: Callable[[Event], None]) -> Callable[[Event], Non
 
     def note(event: Event) -> None:
         nonlocal done, last
-        if isinstance(event, ShardFailed):
+        if isinstance(event, ShardFailed | ShardLost | WorkerFailed | Note):
             report(event)
-        if isinstance(event, ShardDone):
+        if isinstance(event, ShardDone | DoneElsewhere):
             done += 1
             if time.monotonic() - last > _NOTE_SECONDS:
                 last = time.monotonic()

@@ -62,7 +62,9 @@ def with_a_loss(
     lose()
     stdout, stderr = process.communicate(timeout=280)
     assert process.returncode == 0, stderr
-    assert "a worker of the cluster was lost" in stderr and "another worker takes over" in stderr, stderr
+    assert "a worker of the cluster was lost" in stderr, stderr
+    # One that was lost before its first task is one that could not start.
+    assert "another worker takes over" in stderr or "another one is tried there" in stderr, stderr
     assert "(pid=" not in stdout and len(stdout.splitlines()) <= 3, stdout  # result lines, nothing of Ray's
 
 
