@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from ...errors import CapipeError
 from ..files import bounded_json
-from ..files.locks import UNLIMITED, LockHeld, Patience
+from ..files.locks import NOTICE_SECONDS, UNLIMITED, LockHeld, Patience
 from ..files.storage import PRIVATE, Folder, clear, create, write_new
 from ..files.store_errors import StoreUnavailable
 from .guard import guard
@@ -84,18 +84,32 @@ def _name(shard: str) -> str:
 
 
 @contextmanager
-def alone(claims: Claims | None, name: str) -> Iterator[None]:
-    """Do the body while no other run that shares the folder does what has this name. None: no other run is there."""
-    while claims is not None:
-        with contextlib.suppress(LockHeld):
-            if claims.take(name) is not None:
-                break
+def alone(claims: Claims | None, name: str, patience: Patience = UNLIMITED) -> Iterator[None]:
+    """Do the body while no other run that shares the folder does what has this name. None: no other run is there.
+
+    A long wait is reported. Raises LockHeld if the ``patience`` ends.
+    """
+    started, said = time.monotonic(), False
+    while claims is not None and not _taken(claims, name):
+        held = LockHeld(claims.where, str(claims.holder(name) or "another process"))
+        waited = time.monotonic() - started
+        if patience.stopped() or waited > patience.seconds:
+            raise held
+        if waited > NOTICE_SECONDS and not said:
+            said = True
+            patience.say(held.waiting)
         time.sleep(_WAIT)
     try:
         yield
     finally:
         if claims is not None:
             claims.release(name)
+
+
+def _taken(claims: Claims, name: str) -> bool:
+    with contextlib.suppress(LockHeld):
+        return claims.take(name) is not None
+    return False
 
 
 class _Place(Protocol):
@@ -117,6 +131,11 @@ class Claims:
         self._folder, self._count = folder, itertools.count()
         self._tokens: dict[str, str] = {}
         self._place: _Place = _Files(folder, self.presence) if folder.is_local else _Objects(folder, self.presence)
+
+    @property
+    def where(self) -> str:
+        """The folder, for messages."""
+        return self._folder.url
 
     def take(self, shard: str) -> str | None:
         """Claim a shard; returns the claim's token, or None if a living run has it.

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ...errors import ArtifactMismatch, RunFailed
 from ...manifests.artifact import Artifact
+from ...manifests.files.locks import LockHeld, Patience
 from ...manifests.files.storage import PRIVATE
 from ...manifests.sharing.claims import alone
 from ...stages.dedup.embeddings.work import STAGE as EMBEDDINGS
@@ -68,7 +69,10 @@ def run_steps(
     stop: threading.Event,
 ) -> bool:
     """Run the tasks of one step after another; False if it was stopped. Raises RunFailed if a task keeps failing."""
-    for step in steps:
+    patience = Patience(stopped=stop.is_set, say=lambda line: report(Note(line)))
+    for step in _one_by_one(steps, work, patience):
+        if step is None:
+            return False
         where = placement.at_most(step.processes) if step.seconds > _WORTH_PROCESSES else placement.here()
         result = run_pool_job(
             step.todo, step.write, work, where, _noted(step, report), stop, shard_name=lambda task: str(task.name)
@@ -79,6 +83,22 @@ def run_steps(
         if result.interrupted:
             return False
     return True
+
+
+def _one_by_one(steps: Iterable[Step], work: Artifact, patience: Patience) -> Iterator[Step | None]:
+    """The steps. What is done between them, in this process, one of those that share the folder does at a time; None:
+    a stop was requested while another one did it."""
+    left = iter(steps)
+    while True:
+        try:
+            with alone(work.claims, "between-steps", patience):
+                step = next(left, None)
+        except LockHeld:
+            yield None
+            return
+        if step is None:
+            return
+        yield step
 
 
 def near_files(
