@@ -22,7 +22,7 @@ from ...manifests.withdrawal.rows import REASON
 from ...manifests.withdrawal.uid_set import UidSet
 from ...stages.export.source import check_digest, committed_listing
 from ..runners.interrupts import interrupts
-from ..runners.pool import worker_count
+from ..runners.placement import task_placement
 from ..runners.pool_job import run_pool_job
 
 PassedOn = Callable[[Row], dict[str, Any]]  # a stage's output row for an input row that it did not process
@@ -40,10 +40,10 @@ def withdraw(artifact: Artifact, uids: UidSet | None, schema: pa.Schema, passed_
         if not tasks:
             return withdrawal
         write = functools.partial(_rewrite, schema=schema, passed_on=passed_on)
-        count, stop = min(worker_count(None, artifact.folder.is_shared), len(tasks)), threading.Event()
+        placement, stop = task_placement(None, artifact.folder.is_shared).at_most(len(tasks)), threading.Event()
         with interrupts(stop.set):
             result = run_pool_job(
-                tasks, write, artifact, count, lambda event: None, stop, shard_name=lambda record: record.shard
+                tasks, write, artifact, placement, lambda event: None, stop, shard_name=lambda record: record.shard
             )
         if result.interrupted:
             artifact.close()
