@@ -266,7 +266,7 @@ def test_the_figures_in_the_comments_of_caprl_5m_are_those_of_its_plan() -> None
     show_plan(load_chain_recipe(Path("caprl-5m")), Path("nowhere"), None, [], told.append)
     plan = "\n".join(told)
     assert "$ torchrun --standalone --nproc-per-node 8 -m capipe.pipeline train caprl-released" in plan
-    total = re.search(r"59\.6 h, .*, (\d+\.\d) GPU-hours", plan)
+    total = re.search(r"56\.2 h, .*, (\d+\.\d) GPU-hours", plan)
     assert total is not None and total[1] == "473.9" and f"  {total[1]}#" in comments
     for rows, rate, gpu_hours in [
         ("4,000,000", "896", "9.9"),
