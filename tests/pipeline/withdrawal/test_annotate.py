@@ -1,4 +1,4 @@
-"""Withdrawal from captions, beside the images or packed with them: no model is asked, other rows keep what they have."""
+"""Withdrawal from captions, beside images or packed with them: no model is asked, other rows keep what they have."""
 
 from __future__ import annotations
 
