@@ -63,9 +63,19 @@ DEDUP = pa.schema(
 EMBEDDING_COLUMN = "image_embedding"
 
 
-def embedding(width: int) -> pa.Schema:
-    """Schema of embeddings, one row per row of the shards; null if an image has none. ``width``: vector dimension."""
-    return pa.schema([*BASE, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), width))])
+#: Columns of the safety detector, of embeddings and of scores; null if none ran.
+SAFETY = [
+    pa.field("unsafe", pa.float32()),  # its highest score over its unsafe classes
+    pa.field("unsafe_labels", pa.list_(pa.string())),
+]
+
+
+def embedding(width: int, safety: bool = False) -> pa.Schema:
+    """Schema of embeddings, one row per row of the shards; null if an image has none.
+
+    ``width``: vector dimension; ``safety``: with the safety detector's columns.
+    """
+    return pa.schema([*BASE, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), width)), *(SAFETY if safety else ())])
 
 
 def embedding_width(actual: pa.Schema, where: str) -> int:
@@ -201,8 +211,7 @@ SCORE = pa.schema(
         *BASE,
         *_scored("re"),
         *_scored("org"),
-        pa.field("unsafe", pa.float32()),  # the safety detector's highest score over its unsafe classes
-        pa.field("unsafe_labels", pa.list_(pa.string())),
+        *SAFETY,
     ]
 )
 #: Final shards: a row for every row of the scores. Only ``ok`` rows have a sample in the tar.

@@ -49,6 +49,12 @@ class FilterOptions:
     safety: Annotated[bool, typer.Option("--safety", help="Also look for nudity (column unsafe); needs nudenet.")] = (
         False
     )
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            help="Embeddings of `capipe embed` by the same --clip, in place of its vision encoder; for --safety, too."
+        ),
+    ] = None
     scores: Annotated[str | None, typer.Option(help="Scores of an earlier run, instead of any models.")] = None
     keep: Annotated[
         str | None,
@@ -66,7 +72,7 @@ class FilterOptions:
     index: Annotated[
         bool, typer.Option("--index", help="Copy no image: write rows alone, over the original tars, for `export`.")
     ] = False
-    marks: Annotated[str | None, typer.Option(help="Marks of `capipe dedup`: rows not ok there are not kept.")] = None
+    marks: o.Marks = None
     drop: o.Drop = None
     workers: Annotated[int | None, typer.Option(help="Processes that copy; one per core by default.")] = None
     dry_run: Annotated[
@@ -85,8 +91,13 @@ def check(options: FilterOptions) -> SelectConfig:
     if options.by is not None and options.top is None:
         raise BadInput(f"--by {options.by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
     models = options.clip is not None or options.itm is not None
-    if options.scores is not None and (models or options.captions is not None or options.safety):
-        raise BadInput("--scores: these are scored already; leave out --captions, --clip, --itm and --safety")
+    scored_from = models or options.captions is not None or options.embeddings is not None
+    if options.scores is not None and (scored_from or options.safety):
+        raise BadInput(
+            "--scores: these are scored already; leave out --captions, --clip, --itm, --embeddings and --safety"
+        )
+    if options.embeddings is not None and options.clip is None:
+        raise BadInput("--embeddings: they are the image side of a CLIP's scores; name it by --clip")
     if options.scores is None:
         if not models:
             raise BadInput(
@@ -148,9 +159,9 @@ def score_step(options: FilterOptions, out: str, drop: UidSet | None = None) -> 
     Loads no model if everything is scored. Scores by other models, or of other captions, are refused and not replaced.
     """
     from ...manifests.schema import SCORE
-    from ...stages.filter.score import CAPTIONS, passed_on
+    from ...stages.filter.score import CAPTIONS, EMBEDDINGS, passed_on
     from ..jobs.engine import plan
-    from ..jobs.score import ScoreStage
+    from ..jobs.score import ScoreStage, with_embeddings
     from ..jobs.withdraw import withdraw
 
     placement = options.run.placement("", options.scorer_options.gpus)
@@ -160,7 +171,11 @@ def score_step(options: FilterOptions, out: str, drop: UidSet | None = None) -> 
         if captions.stage != "annotate":
             text = f"{options.captions}: an artifact of stage {captions.stage!r}"
             raise BadInput(f"{text}; --captions takes one of `capipe annotate`")
-    stage = ScoreStage(score_setup(options, placement))
+    setup = score_setup(options, placement)
+    if options.embeddings is not None:
+        beside[EMBEDDINGS] = Artifact.open(options.embeddings)
+        setup = with_embeddings(setup, beside[EMBEDDINGS])
+    stage = ScoreStage(setup)
     job = plan(stage, options.shards, out, beside=beside, retry=options.retry, share=options.run.share)
     if withdraw(job.artifact, drop, SCORE, passed_on) is None:
         return Exit.INTERRUPTED

@@ -34,6 +34,7 @@ from ...manifests.withdrawal.applied import Withdrawal, applied, apply, has_with
 from ...manifests.withdrawal.rows import WithdrawingReader, blank, is_withdrawn
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.index import ListedRows, TarFacts
+from ...stages.filter.marked import MARKS
 from ...stages.filter.select import (
     STAGE,
     Rule,
@@ -49,7 +50,7 @@ from ..runners.messages import Event
 from ..runners.pool import worker_count
 from ..runners.pool_job import run_pool_job
 from ..runners.shard_queue import JobResult
-from .select_plan import MARKS, SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
+from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
 
 UIDS = f"{PRIVATE}/uids.npy"
 _START_OVER = "use another --out, or --fresh to start over"

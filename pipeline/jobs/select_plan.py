@@ -21,14 +21,16 @@ from ...errors import ArtifactMismatch, BadInput
 from ...manifests.artifact import Artifact
 from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.files.stores import filesystem
+from ...manifests.joining.companion import Companion
 from ...manifests.schema import BASE, SCORE, check
-from ...manifests.shards import Companion, InputShard
+from ...manifests.shards import InputShard
 from ...manifests.status import Status
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.expression import kind_of, shown_value
+from ...stages.filter.marked import MARKS
 from ...stages.filter.select import Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
 
-SCORES, MARKS = "scores", "marks"  # companions by name
+SCORES = "scores"  # name of the scores in a row's ``beside``
 _IDENTITY = ["key", "uid"]
 _BASE = pa.schema(BASE)
 
@@ -154,7 +156,7 @@ def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) ->
     try:
         with companion.open() as parquet:
             check(parquet.schema_arrow, schema, companion.url)
-            return parquet.read(columns=list(dict.fromkeys(columns)), use_threads=False)
+            return companion.table(parquet, list(dict.fromkeys(columns)))
     except StoreUnavailable:
         raise
     except (OSError, pa.ArrowException) as error:

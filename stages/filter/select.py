@@ -28,6 +28,7 @@ from ...manifests.status import Status
 from ...models.images.formats import Header, read_header
 from .conditions import Mask
 from .expression import Expression, kind_of, parse, shown_value, unknown_column
+from .marked import marked_status, standing
 
 STAGE = "select"
 Text = Literal["re", "org"]
@@ -159,7 +160,7 @@ def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule, withdrawn: 
     candidate = _where(pc.equal(table.column("status"), str(Status.OK)))
     candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
     if marks is not None:
-        candidate &= np.fromiter((mark == Status.OK for mark in marks), bool, len(marks))
+        candidate &= standing(marks)
     if withdrawn is not None:
         candidate &= ~withdrawn
     keep = rule.keep
@@ -228,13 +229,10 @@ def selection_status(
     row: Mapping[str, Any], mark: Mapping[str, Any] | None, rule: Rule, failed: int
 ) -> tuple[str, str | None]:
     """Status and error of a scored row, by the same rule as :func:`decide`, which gives ``failed``."""
-    if row["status"] != Status.OK:
-        return row["status"], row["error"]
-    if mark is not None and mark["status"] != Status.OK:
-        return mark["status"], mark["error"]
-    reason = _rejected(row, rule, failed)
+    status, error = marked_status(row["status"], row["error"], mark)
+    reason = _rejected(row, rule, failed) if status == Status.OK else None
     if reason is None:
-        return str(Status.OK), row["error"]
+        return status, error
     return str(Status.FILTERED), "; ".join(part for part in (reason, row["error"]) if part)
 
 
