@@ -133,3 +133,16 @@ def test_the_whole_command(foreign: Path, tmp_path: Path) -> None:
     assert contents(out / "scores") == contents(tmp_path / "anew/scores")
     assert rows(out / "shards") == rows(tmp_path / "anew/shards")
     assert "absent; 2 uids" in capipe("verify", out, "--absent", drop).stdout
+
+
+def test_scores_in_a_bucket(foreign: Path, tmp_path: Path, s3: str) -> None:
+    scores = write_scores(foreign, f"{s3}/scores")
+    gone = [uids_of(foreign)[0], uids_of(foreign)[-1]]
+    before = {name: record.files for name, record in scores.committed().items()}
+    artifact = Artifact.create(scores.url, "score", {"seed": 0}, {"shards": str(foreign)})
+    withdrawal = withdraw(artifact, UidSet.of(gone, "list"), SCORE, passed_on)
+    artifact.close()
+    after = {name: record.files for name, record in Artifact.open(scores.url).committed().items()}
+    assert withdrawal is not None and {name for name in after if after[name] != before[name]} == {"00000", "00003"}
+    report = prove_absent(scores.url, UidSet.of(gone))
+    assert report.faults == [] and report.rows == 2
