@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,22 +44,75 @@ class DedupOptions:
     cosine: Annotated[
         float | None, typer.Option(help="Cosine from which embeddings are those of copies; 0.96 by default.")
     ] = None
+    against_embeddings: Annotated[
+        list[str] | None,
+        typer.Option(help="Embeddings of a reference set by the same model: images near one of them leak; repeatable."),
+    ] = None
+    keeper: Annotated[
+        str,
+        typer.Option(
+            metavar="WHICH",
+            help="Image of a group to keep: the largest; the nearest to or the farthest from the centroid of its cell "
+            "of embeddings; or a column of --scores, the highest.",
+        ),
+    ] = "largest"
+    scores: Annotated[
+        str | None, typer.Option(help="Artifact with these shards' rows and the column that --keeper names.")
+    ] = None
+    gpus: o.Gpus = None
     workers: o.Workers = None
     fresh: o.Fresh = False
 
 
 def check(options: DedupOptions) -> DedupConfig:
     """The config for marking duplicates. Does not access the data. Raises BadInput."""
-    from ...stages.dedup.cosine import require_faiss
+    from ...stages.dedup.embeddings.backends import FAISS, require_faiss
     from ...stages.dedup.marks import DedupConfig
 
     cosine = options.cosine
     if options.embeddings is not None:
-        require_faiss()
+        if FAISS in devices(options):
+            require_faiss()
         cosine = COSINE if cosine is None else cosine
     elif cosine is not None:
         raise BadInput(f"--cosine {cosine:g}: compares embeddings; name them with --embeddings, or leave it out")
-    return o.validated(DedupConfig, radius=options.radius, placeholder=options.placeholder, cosine=cosine)
+    elif options.against_embeddings:
+        text = f"--against-embeddings {options.against_embeddings[0]}: are compared with embeddings"
+        raise BadInput(f"{text}; name those of the images with --embeddings, or leave it out")
+    _check_keeper(options)
+    limits = {"radius": options.radius, "placeholder": options.placeholder}
+    return o.validated(DedupConfig, **limits, cosine=cosine, keeper=options.keeper)
+
+
+def _check_keeper(options: DedupOptions) -> None:
+    """Raises BadInput unless what ``--keeper`` needs is given, and nothing else."""
+    from ...stages.dedup.marks import FARTHEST, LARGEST, NEAREST
+
+    by_column = options.keeper not in (LARGEST, NEAREST, FARTHEST)
+    if by_column and options.scores is None:
+        text = f"--keeper {options.keeper}: neither {LARGEST}, {NEAREST} nor {FARTHEST}"
+        raise BadInput(f"{text}, hence a column; name the artifact that has it with --scores")
+    if options.scores is not None and not by_column:
+        raise BadInput(
+            f"--scores {options.scores}: --keeper {options.keeper} reads no column; name one, or leave it out"
+        )
+    if options.keeper in (NEAREST, FARTHEST) and options.embeddings is None:
+        raise BadInput(f"--keeper {options.keeper}: needs embeddings; name them with --embeddings")
+
+
+def devices(options: DedupOptions) -> tuple[str, ...]:
+    """Where embeddings are compared: on GPUs by torch, else on CPUs by faiss."""
+    from ...stages.dedup.embeddings.backends import FAISS
+    from .gpus import visible_gpus
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = visible.split(",") if visible else None
+    names = [name for name in visible_gpus(options.gpus) if name]
+    if numbers is not None and (unknown := [name for name in names if name not in numbers]):
+        raise BadInput(
+            f"--gpus {unknown[0]}: CUDA_VISIBLE_DEVICES={visible} hides it; name one of these, or leave it out"
+        )
+    return tuple(f"cuda:{numbers.index(name) if numbers else name}" for name in names) or (FAISS,)
 
 
 @flattened
@@ -73,6 +127,9 @@ def dedup(options: DedupOptions) -> None:
         config,
         against=options.against or (),
         embeddings=options.embeddings,
+        against_embeddings=options.against_embeddings or (),
+        scores=options.scores,
+        devices=devices(options) if options.embeddings is not None else (),
         workers=options.workers,
         fresh=options.fresh,
     )

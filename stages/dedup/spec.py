@@ -23,7 +23,13 @@ EMBED = StageSpec(
 DEDUP = StageSpec(
     "dedup",
     "capipe.pipeline.commands.dedup:dedup",
-    {"shards": (SHARDS,), "against": ANYTHING, "embeddings": ("embeddings",)},
+    {
+        "shards": (SHARDS,),
+        "against": ANYTHING,
+        "embeddings": ("embeddings",),
+        "against-embeddings": ("embeddings",),
+        "scores": ("scores",),
+    },
     {"marks": "marked"},
     (
         Output(HASHES, "hashes"),
