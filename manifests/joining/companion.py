@@ -23,7 +23,7 @@ from ..files.stores import filesystem
 from ..schema import EMBEDDING_COLUMN
 
 SELECTION = "select"  # stage of artifacts whose shards are made of several input shards
-_SOURCE = ("source_shard", "source_key")  # their columns that name a row's origin
+_SOURCE = ("key", "source_shard", "source_key")  # their columns of a row and its origin
 _BATCH = 1000
 Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
