@@ -181,8 +181,8 @@ def select_step(
 
     Loads no model. Raises CapipeError before anything is written if the input cannot be used.
     """
-    from ..jobs.select import execute_select, plan_select, write_uids
-    from ..report.filter import write_filter_report
+    from ..jobs.select import REPORT, execute_select, plan_select, write_last
+    from ..report.filter import filter_report
 
     plan = plan_select(scores, shards, out, config, marks=marks, drop=drop, workers=workers, fresh=fresh)
     print_err(plan.selection.line())
@@ -196,8 +196,8 @@ def select_step(
         with job_session(progress) as (report, stop):
             outcome = execute_select(plan, report, stop)
         if len(plan.artifact.committed()) == len(plan.tasks):
-            print_err(f"report: {write_filter_report(plan.artifact, plan.selection.rule, plan.shards)}")
-            write_uids(plan.artifact)
+            write_last(plan.artifact, lambda: filter_report(plan.artifact, plan.selection.rule, plan.shards))
+            print_err(f"report: {plan.artifact.url}/{REPORT}")
             plan.withdrawal.conclude()
             if line := plan.withdrawal.line():
                 print_err(line)

@@ -32,6 +32,7 @@ from ..runners.pool_job import run_pool_job
 from ..runners.shard_queue import JobResult
 from .export_files import extras, write_files
 
+CHECKED = "checked"  # key of the facts about a run: the options and the source of which keys and extensions are known
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the extensions that OpenCLIP reads
 
 
@@ -89,14 +90,19 @@ def plan_export(
     writer = writer_class(format, "--format")
     source = Artifact.open(url)
     shards = _complete(source)
-    if shard_size is not None:
+    digest, standing = source.manifest_digest(), None if fresh else _before(out, source)
+    asked = {"format": format, "shard_size": shard_size, "image_extension": image_extension, "of": digest}
+    checked = standing is not None and standing.config["run"].get(CHECKED) == asked  # its rows are not read again
+    if checked:
+        pass
+    elif shard_size is not None:
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
     elif format != "parquet":
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
-    before = None if fresh or (drop is None and NOTE not in source.config["run"]) else _before(out, source)
+    before = None if drop is None and NOTE not in source.config["run"] else standing
     extension = None
-    if format == "webdataset" and before is not None and image_extension == "auto":
-        extension = before.setting("semantic", "export", kind=dict).get("image_extension")
+    if format == "webdataset" and image_extension == "auto" and standing is not None and (checked or before):
+        extension = standing.setting("semantic", "export", kind=dict).get("image_extension")
     elif format == "webdataset":
         extension = _extension(source, shards, image_extension, images)
     config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)
@@ -106,7 +112,8 @@ def plan_export(
     run = {
         "shards": url,
         "shards_total": sum(len(task.pieces) for task in tasks),
-        "input_manifest": source.manifest_digest(),
+        "input_manifest": digest,
+        CHECKED: asked,
         "extras": extras(writer),
         "card": asdict(words),
     }
