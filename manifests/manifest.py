@@ -8,15 +8,15 @@ shard back before it is redone.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import ArtifactMismatch
 from .files import bounded_json
+from .files.growing_lines import GrowingLines
 from .files.names import checked_name
 from .files.redaction import redacted_data
 from .files.storage import PRIVATE, Folder, NotAFile, append_line
@@ -29,7 +29,6 @@ from .status import Status
 
 LINES = f"{PRIVATE}/manifest.jsonl"
 CHECKSUM = "checksum"  # key of a line: checksum over its other keys
-_TAIL = 256  # bytes before those not read yet, by which a file that grew is told from one that was rewritten
 REPLACES = "replaces"  # key of ``stats``: see ShardRecord.replaces
 
 
@@ -203,11 +202,12 @@ class _Lines:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._lock = threading.RLock()
+        self._file = GrowingLines(folder, LINES)
         self._reading = 0  # how often it was begun anew
         self._clear()
 
     def _clear(self) -> None:
-        self._seen, self._stamp, self._count, self._tail = 0, (0, 0, 0), 0, b""
+        self._count = 0
         self._reading += 1
         self._order: list[ShardRecord] = []
         self._records: dict[str, ShardRecord] = {}
@@ -247,7 +247,13 @@ class _Lines:
             return new, (self._reading, len(self._order))
 
     def _read(self) -> None:
-        lines = self._new_lines()
+        try:
+            lines, anew = self._file.read()
+        except NotAFile as error:
+            where = f"{self._folder.url}/{LINES}"
+            raise ArtifactMismatch(f"{where}: {error.strerror}; restore it, or clear the folder") from None
+        if anew:
+            self._clear()
         for line in lines:
             self._count += 1
             try:
@@ -255,40 +261,12 @@ class _Lines:
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 where = f"{self._folder.url}/{LINES}:{self._count}"
                 self._clear()
+                self._file.forget()
                 raise _malformed(where, error) from None
             if record is not None:
                 self._records[record.shard] = record
                 self._order.append(record)
                 self._sorted = None
-
-    def _new_lines(self) -> list[bytes]:
-        """Whole lines after those seen; after the last newline is nothing, or a torn line."""
-        folder = self._folder
-        if not folder.is_local:
-            return folder.read_bytes(LINES).split(b"\n")[:-1] if folder.exists(LINES) else []
-        try:
-            with folder.open(LINES) as file:
-                status = os.fstat(file.fileno())
-                stamp = status.st_ino, status.st_size, status.st_mtime_ns
-                if stamp == self._stamp:
-                    return []
-                if stamp[0] != self._stamp[0] or status.st_size <= self._stamp[1] or not self._continues(file):
-                    self._clear()
-                file.seek(self._seen)
-                data = file.read()
-        except FileNotFoundError:
-            self._clear()
-            return []
-        except NotAFile as error:
-            raise ArtifactMismatch(f"{folder.url}/{LINES}: {error.strerror}; restore it, or clear the folder") from None
-        whole = data[: data.rfind(b"\n") + 1]
-        self._seen, self._stamp, self._tail = self._seen + len(whole), stamp, (self._tail + whole)[-_TAIL:]
-        return whole.split(b"\n")[:-1]
-
-    def _continues(self, file: BinaryIO) -> bool:
-        """True if the last bytes that were read are still there."""
-        file.seek(self._seen - len(self._tail))
-        return file.read(len(self._tail)) == self._tail
 
 
 #: What the artifacts open in this process have read, so that two of one folder read its lines once.

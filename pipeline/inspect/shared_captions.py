@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 
 from ...manifests.artifact import Artifact
 from ...manifests.status import Status
+from .sampled import sampled
 
 SHARED = 20  # images that may share a caption: similar images get the same short captions
+SHARDS = 256  # of an artifact, to look at
 _BLOCK = 64 << 20
 _TEXTS = 1 << 16
 _ROWS = 10_000  # read at a time
@@ -48,6 +50,16 @@ class SharedCaptions:
             return f"one caption stands under {self.times} of {self.seen} images: {shown!r}"
         shared = f"{self.texts} captions stand under more than {SHARED} images each"
         return f"{shared}, {self.images} times in all; the commonest under {self.times} of {self.seen}: {shown!r}"
+
+
+def warning(artifact: Artifact, most: int = SHARDS) -> str | None:
+    """A line if many images have the same caption, in at most so many of the committed shards. Raises as
+    :func:`shared_captions`."""
+    shards = list(artifact.committed())
+    seen = sampled(shards, most)
+    shared = shared_captions(artifact, seen)
+    where = f" (counted in {len(seen)} of {len(shards)} shards)" if len(seen) < len(shards) else ""
+    return None if shared is None else f"{shared}{where}"
 
 
 def shared_captions(artifact: Artifact, shards: Sequence[str]) -> SharedCaptions | None:

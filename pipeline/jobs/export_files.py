@@ -19,6 +19,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import read_parquet
 from ...manifests.manifest import ShardRecord
+from ...stages import last_files
 from ...stages.export import energon
 from ...stages.export.card import CardWords, Contents, render
 from ...stages.export.card_statistics import Statistics
@@ -30,7 +31,6 @@ from ...stages.export.webdataset import SIZES
 from ...stages.export.write import TAR_BYTES
 from ...stages.export.writer import LooseWriter, ShardWriter, part_file
 from ...stages.filter.index import is_index
-from . import last_files
 
 CARD = "README.md"
 

@@ -33,6 +33,7 @@ from ...manifests.transaction import ShardTransaction
 from ...manifests.withdrawal.applied import NOTE, Withdrawal, applied, apply
 from ...manifests.withdrawal.rows import WithdrawingReader, blank, is_withdrawn
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
+from ...stages import last_files
 from ...stages.filter import saved_plan
 from ...stages.filter.index import ListedRows, TarFacts
 from ...stages.filter.select import (
@@ -50,7 +51,6 @@ from ..runners.messages import Event
 from ..runners.pool import worker_count
 from ..runners.pool_job import run_pool_job
 from ..runners.shard_queue import JobResult
-from . import last_files
 from .select_plan import MARKS, SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
 
 UIDS, REPORT = f"{PRIVATE}/uids.npy", f"{PRIVATE}/report.html"

@@ -21,9 +21,9 @@ from ...manifests.artifact_spec import RowPart
 from ...manifests.status import QuestionStatus, Status
 from ...stages.questions.grade import CONTROLS
 from ..inspect.images import RowImages
+from ..inspect.sampled import sampled
 from ..inspect.shard_join import ShardJoin, ShardName
 from ..specs import artifact_spec
-from .facts import sampled
 from .render import cut, data_uri
 
 IMAGES = 12

@@ -19,6 +19,7 @@ from ...manifests.shards import InputShard
 from .select import SelectConfig
 
 PLAN = f"{PRIVATE}/plan.json"
+_DECIDING = {"keep", "top", "by", "text"}  # the other options are about the files to write
 _RULES = 1  # to be raised if the same input is decided in another way
 
 
@@ -26,7 +27,8 @@ def decided_by(
     shards: Sequence[InputShard], config: SelectConfig, uids: str, threshold: str | None = None
 ) -> str | None:
     """Digest of what decides a plan; None if not all of it is known. ``uids``: digest of the withdrawn ones."""
-    digest = hashlib.sha256(canonical([_RULES, config.model_dump(mode="json"), uids, threshold]).encode())
+    options = config.model_dump(mode="json", include=_DECIDING)
+    digest = hashlib.sha256(canonical([_RULES, options, uids, threshold]).encode())
     for shard in shards:
         if shard.record is None:
             return None

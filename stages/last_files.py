@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from ... import __version__
-from ...manifests.artifact import Artifact
-from ...manifests.fingerprint import canonical
+from .. import __version__
+from ..manifests.artifact import Artifact
+from ..manifests.fingerprint import canonical
 
 MADE_OF = "finals_of"
 _READ = 1 << 20  # bytes of a file whose hash is compared: of a larger one, an index, the size is
