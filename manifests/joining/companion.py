@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...errors import ArtifactMismatch
+from ...errors import DamagedShard
 from ..artifact import Artifact
 from ..files.storage import expecting, open_parquet, parquet_of
 from ..files.store_errors import StoreUnavailable
@@ -56,10 +56,10 @@ class Companion:
             raise
         except OSError as error:
             text = f"{self.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
-            raise ArtifactMismatch(text) from None
+            raise DamagedShard(text) from None
         if hashlib.sha256(data).hexdigest() != self.sha256:
             text = f"{self.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
-            raise ArtifactMismatch(text)
+            raise DamagedShard(text)
         return data
 
     def table(self, parquet: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
