@@ -53,6 +53,7 @@ class Companion:
     """A sidecar's Parquet for one shard, read along with it: same rows, same order.
 
     ``rows``: row count by its manifest. ``replaces``: sha256 of its earlier versions, before some rows were redone.
+    ``copy``: a local copy of one in a store, "" without.
     """
 
     name: str
@@ -60,14 +61,15 @@ class Companion:
     sha256: str
     rows: int
     replaces: tuple[str, ...] = ()
+    copy: str = ""
 
     def open(self) -> pq.ParquetFile:
         """The file, not read; its checksum is not compared. Raises ArtifactMismatch if it has other rows, OSError."""
-        return expecting(open_parquet(self.url), self.rows, self.url)
+        return expecting(open_parquet(self.copy or self.url), self.rows, self.url)
 
     def read(self) -> bytes:
         """The file's bytes. Raises ArtifactMismatch if they are not the committed ones, StoreUnavailable."""
-        fs, path = filesystem(self.url)
+        fs, path = filesystem(self.copy or self.url)
         try:
             data = fs.read(path)
         except StoreUnavailable:
@@ -79,6 +81,13 @@ class Companion:
             text = f"{self.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
             raise ArtifactMismatch(text)
         return data
+
+    def copied(self, folder: Path, file: str) -> Companion:
+        """The same, to be read several times: one in a store is copied to ``folder``."""
+        if "://" not in self.url:
+            return self
+        (folder / file).write_bytes(self.read())
+        return replace(self, copy=str(folder / file))
 
 
 @dataclass(frozen=True)
