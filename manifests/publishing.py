@@ -71,8 +71,10 @@ def _publish_to_store(
     if over is None:
         entry = commits.commit(folder, record.shard, uploads, note, lambda before: _line(folder, record, before))
     else:
-        line = manifest.written(record)
-        entry = commits.replace_committed(folder, record.shard, uploads, note, line, _entry_of(folder, over))
+        line, before = manifest.written(record), _entry_of(folder, over)
+        for name in over.files.keys() - record.files.keys():  # first: after the commit nothing lists them any more
+            folder.remove_file(name)
+        entry = commits.replace_committed(folder, record.shard, uploads, note, line, before)
     standing = manifest.of_entry(folder, entry)
     if standing.fingerprint != record.fingerprint:
         text = f"{folder.url}: shard {record.shard} was committed by another configuration meanwhile"

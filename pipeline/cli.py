@@ -92,11 +92,25 @@ def _end_with(line: str) -> None:
 
 @app.command()
 def verify(
-    artifact: Annotated[str, typer.Argument(help="Folder or URL of an artifact.")], images: Images = None
+    artifact: Annotated[str, typer.Argument(help="Folder or URL of an artifact; with --absent, of anything.")],
+    images: Images = None,
+    absent: Annotated[
+        str | None,
+        typer.Option(
+            "--absent",
+            metavar="FILE",
+            help="Instead: prove that no image of these uids is there. A list as of --drop: one uid per line, or "
+            "FILE.parquet[:COLUMN].",
+        ),
+    ] = None,
 ) -> None:
     """Re-read every checksum, count and key of an artifact, and compare its rows with its input's."""
     from .inspect.verify import verify as check
 
+    if absent is not None:
+        if images:
+            raise typer.BadParameter("--images is where other tars may be read, and --absent reads none; leave it out")
+        raise typer.Exit(_verify_absent(artifact, absent))
     report = check(artifact, images or ())
     for note in report.notes:
         print_line(f"note: {note}")
@@ -106,6 +120,25 @@ def verify(
     verdict = f"{len(report.faults)} faults" if report.faults else "clean"
     print_line(f"{artifact}: {verdict}; {report.shards} shards, {report.bytes:,} bytes, {rows}")
     raise typer.Exit(Exit.UNRESOLVED if report.faults else Exit.OK)
+
+
+def _verify_absent(folder: str, given: str) -> Exit:
+    from ..manifests.withdrawal.uid_set import read_uids
+    from .inspect.verify import verify_absent
+
+    uids = read_uids(given)
+    report, notes = verify_absent(folder, uids)
+    for note in notes:
+        print_line(f"note: {note}")
+    for fault in report.faults:
+        print_line(f"fault: {fault}")
+    if report.more:
+        print_line(f"fault: … and {report.more:,} more")
+    count = len(report.faults) + report.more
+    verdict = f"{count:,} faults" if count else "absent"
+    read = f"{report.files:,} files, {report.bytes:,} bytes, {report.rows:,} withdrawn rows of them"
+    print_line(f"{folder}: {verdict}; {len(uids):,} uids in {given}; {read}")
+    return Exit.UNRESOLVED if count else Exit.OK
 
 
 @app.command()

@@ -170,8 +170,12 @@ class Folder:
             scratch.replace(target)
             sync(target.parent)
         else:
-            files = (path for path in scratch.rglob("*") if path.is_file())
-            self.fs.put_all({str(path): self.full(f"{name}/{path.relative_to(scratch).as_posix()}") for path in files})
+            paths = (path for path in scratch.rglob("*") if path.is_file())
+            files = {str(path): self.full(f"{name}/{path.relative_to(scratch).as_posix()}") for path in paths}
+            older = [path for path in self.fs.find(self.full(name)) if path not in {*files.values()}]
+            self.fs.put_all(files)
+            for path in older:
+                self.fs.remove_file(path)
             clear(scratch)
 
     def write(self, name: str, data: bytes) -> None:

@@ -40,6 +40,13 @@ def applied(artifact: Artifact) -> UidSet:
     return _read(artifact.url, note["sha256"])
 
 
+def has_withdrawn(artifact: Artifact) -> bool:
+    """True if rows of an artifact are withdrawn: by a list of its own, or since they are in its input."""
+    return NOTE in artifact.config["run"] or any(
+        record.rows.get(Status.WITHDRAWN) for record in artifact.committed().values()
+    )
+
+
 @lru_cache(maxsize=8)
 def _read(url: str, sha256: str) -> UidSet:
     uids = _stored(Folder(url))

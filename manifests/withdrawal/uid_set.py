@@ -93,9 +93,13 @@ class UidSet:
         found[np.flatnonzero(usable)] = np.where(valid, self._places(packed), -1)
         return found
 
+    def holds(self, packed: Packed) -> Mask:
+        """(n,) True for each of ``packed`` (16 bytes each) in the set."""
+        return self._places(packed) >= 0
+
     def missing_in(self, other: UidSet) -> UidSet:
         """The uids that ``other`` lacks."""
-        return UidSet(self.packed[other._places(self.packed) < 0], self.source)
+        return UidSet(self.packed[~other.holds(self.packed)], self.source)
 
     def shown(self, count: int = 1) -> list[str]:
         """The first uids as text."""
@@ -147,6 +151,11 @@ def read_uids(given: str) -> UidSet:
         raise BadInput(f"{file}: cannot be read as a list of uids ({error}); {_HINT}") from None
     packed = np.concatenate([EMPTY.packed, *found])
     return UidSet(np.unique(packed), given, len(packed))
+
+
+def list_file(given: str) -> str:
+    """The file of a list, without the name of a column."""
+    return _parts(given)[0]
 
 
 def _parts(given: str) -> tuple[str, str | None]:

@@ -21,6 +21,7 @@ from ...manifests.files.redaction import without_secrets
 from ...manifests.files.stores import filesystem
 from ...manifests.fingerprint import canonical
 from ...manifests.import_path import is_import_path
+from ...manifests.withdrawal.uid_set import list_file
 from ...models.bundled import PREFIX, resolve
 from ...models.engines.model_folder import folder_digest
 from ...models.engines.vllm.arguments import changing_rows
@@ -28,7 +29,7 @@ from ...stages.annotate.prompts import parse_prompt
 from ..commands.key_values import FIELDS, key_values, second_model
 from .options import KEY_VALUES, SET
 from .recipe import ChainStage
-from .registry import ENGINES, MODELS, SPEED
+from .registry import ENGINES, MODELS, SPEED, WITHDRAWING
 
 #: Fields of an engine's configuration that do not affect rows.
 SPEED_FIELDS = frozenset(field for key, (field, _) in FIELDS.items() if key in SPEED)
@@ -46,7 +47,8 @@ def meaning(stage: ChainStage) -> dict[str, Any]:
     """A stage's options that affect its rows, by key: models by identity, prompts by their text."""
     if stage.recipe is not None:
         return {"recipe": _trained(stage)}
-    options = {key: value for key, value in stage.config.items() if value is not None and key not in SPEED}
+    left_out = SPEED | {WITHDRAWING}
+    options = {key: value for key, value in stage.config.items() if value is not None and key not in left_out}
     meanings = {key: _meant(key, value) for key, value in options.items() if key not in ENGINES}
     meanings = {key: value for key, value in meanings.items() if value or key not in KEY_VALUES}  # only speed settings
     return meanings | _engines(stage, options)
@@ -155,6 +157,16 @@ def contents(artifact: Artifact) -> str:
         for r in artifact.committed().values()
     ]
     return digest([artifact.fingerprint, records])
+
+
+def withdrawal(stage: ChainStage, changed: Mapping[str, str]) -> str | None:
+    """Identity of what is withdrawn from a stage's output: by a list of its own, and in ``changed`` outputs of other
+    stages that it reads; None if there is nothing."""
+    given = stage.config.get(WITHDRAWING)
+    if given is None and not changed:
+        return None
+    file = None if given is None else list_file(str(given))
+    return digest([None if file is None else [given, list(_files(file))], dict(changed)])
 
 
 def product(folder: Path, places: Sequence[str]) -> str | None:

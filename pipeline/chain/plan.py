@@ -17,10 +17,11 @@ from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.redaction import redacted_data
 from ..inspect.chain_state import ChainState, StageState
-from .identity import changed_keys, digest, identity, meaning, product
+from .identity import changed_keys, digest, identity, meaning, product, withdrawal
 from .options import SET
 from .recipe import TRAINS_ON, Chain, ChainStage, Source, kind_between
 
+WITHDRAWN = "withdrawn"  # part of a stage's digests that belongs to no folder: a change of it clears none
 Verdict = Literal["done", "to do", "goes on", "changed", "edited"]
 
 
@@ -37,6 +38,7 @@ class Planned:
     verdict: Verdict
     why: str = ""
     product: str | None = field(default=None, repr=False)  # identity of its current output, if it is done
+    origin: str | None = field(default=None, repr=False)  # the same before rows were withdrawn from it
 
     @property
     def settled(self) -> bool:
@@ -75,8 +77,9 @@ def inspect_outputs(
     if waits_for:
         verdict: Verdict = "changed" if begun else "to do"
         return Planned(stage, mark, None, verdict, f"its input {waits_for[0]}" if begun else "")
-    products = {name: before[name].product for name in stage.needs}
-    parts = _parts(stage, meant, inputs, products)
+    parts = _parts(stage, meant, inputs, {name: before[name].origin for name in stage.needs})
+    if (withdrawn := _withdrawn(stage, before)) is not None:
+        parts[WITHDRAWN] = withdrawn
     if known is None or not begun:
         return Planned(stage, mark, parts, "to do")
     if known.begun != parts:
@@ -90,7 +93,9 @@ def inspect_outputs(
         raise ArtifactMismatch(text) from None
     if now is None:
         return Planned(stage, mark, parts, "to do", "its output is gone")
-    return Planned(stage, mark, parts, "done" if now == known.product else "edited", product=now)
+    if now != known.product:
+        return Planned(stage, mark, parts, "edited", product=now, origin=now)
+    return Planned(stage, mark, parts, "done", product=now, origin=known.origin or now)
 
 
 def _outside(path: str) -> str:
@@ -122,6 +127,17 @@ def _parts(
         )
         for part in stage.command.spec.parts
     }
+
+
+def _withdrawn(stage: ChainStage, before: Mapping[str, Planned]) -> str | None:
+    """Identity of what is withdrawn from a stage's rows, here or in its inputs; None if nothing is.
+
+    Such stages run again on what they have, which costs the rows touched; a model is not trained anew.
+    """
+    if stage.recipe is not None or not stage.command.spec.outputs:
+        return None
+    changed = {name: plan.product for name in stage.needs if (plan := before[name]).product != plan.origin}
+    return withdrawal(stage, {name: product for name, product in changed.items() if product is not None})
 
 
 def _why(stage: ChainStage, known: StageState, mark: str) -> str:

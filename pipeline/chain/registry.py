@@ -20,6 +20,8 @@ SPEED = keys(
     "workers concurrency gpus gpu-memory decode-workers timeout trace max-model-len link images "
     "runner ray-address ray-workers share tensor-parallel"
 )
+#: Options that take rows out after they were made: of no stage's meaning. See :func:`.plan.inspect_outputs`.
+WITHDRAWING = "drop"
 ENGINES = keys("engine screen-engine reader-engine")
 MODELS = keys("model screen-model reader clip itm cosine language-model")
 

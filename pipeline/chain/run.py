@@ -116,7 +116,7 @@ class _Run:
                 code = self._stage(stage, plan, known)
                 if known.state != DONE:
                     return code
-                planned[stage.name] = replace(plan, verdict="done", product=known.product)
+                planned[stage.name] = replace(plan, verdict="done", product=known.product, origin=known.origin)
         save_chain(self.folder, self.state)  # some stages may have been found done
         return Exit.OK
 
@@ -139,7 +139,8 @@ class _Run:
                 hint = f"restore it, or remove {self.folder / stage.out} to have stage {stage.name} done again"
                 raise ArtifactMismatch(f"{path}: not what stage {stage.name} made, and not sound: {faults[0]}; {hint}")
             self.say(f"{path}: changed since stage {stage.name} was done, but sound: its dependents are done again")
-            self._known(stage).product = product(self.folder, places(stage))
+            known = self._known(stage)
+            known.product, known.origin = product(self.folder, places(stage)), None
 
     def _refuse_strangers(self, read: Iterable[str]) -> None:
         """Raise BadInput if a stage would write into a folder with other files, or over data in ``read``."""
@@ -182,6 +183,7 @@ class _Run:
         known.state = DONE if code == Exit.OK else STOPPED if code in CODES else FAILED
         if known.state == DONE:
             known.product = product(self.folder, places(stage))
+            known.origin = known.origin or known.product
             self._measure(stage, known)
         elif known.state == FAILED:
             known.error = redacted(last_words or _exit_text(code))
@@ -200,9 +202,9 @@ class _Run:
             for part in stage.command.spec.parts:
                 if part.name in stale and part.folder is not None:
                     self._clear(stage, part.folder)
-            whole = not known.begun or all(
-                part.name in stale for part in stage.command.spec.parts if part.folder is not None
-            )
+            folders = {part.name for part in stage.command.spec.parts if part.folder is not None}
+            whole = not known.begun or folders <= stale
+            known.origin = None if not known.begun or folders & stale else known.origin or known.product
             known.seconds = 0.0 if whole else None
             if whole:
                 known.measured = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import BadInput, Missing
 from ...manifests.import_path import is_import_path
+from ...manifests.withdrawal.uid_set import list_file
 from ...models.bundled import PREFIX
 from ...models.engines.model_folder import resolve_model
 from ...models.hub import HUB_ID, hub_name, is_cached
@@ -17,6 +18,7 @@ from ...stages.stage_spec import CHECKPOINT
 from ..commands.stage_check import check_of
 from .identity import is_there
 from .recipe import Chain, ChainStage, Source
+from .registry import WITHDRAWING
 
 
 @dataclass
@@ -46,6 +48,8 @@ def _checks(chain: Chain, stage: ChainStage) -> Iterator[tuple[str, Callable[[],
     yield "config", lambda: _options(chain, stage)
     for key, name, look in _models(stage):
         yield f"config.{key}", lambda name=name, look=look: look(name)  # type: ignore[misc]
+    if (given := stage.config.get(WITHDRAWING)) is not None:
+        yield f"config.{WITHDRAWING}", lambda: _file(list_file(given))
     for role, sources in stage.inputs.items():
         for source in sources:
             if source.path is not None:
@@ -54,8 +58,12 @@ def _checks(chain: Chain, stage: ChainStage) -> Iterator[tuple[str, Callable[[],
 
 def _data(source: Source) -> None:
     assert source.path is not None
-    if not is_there(source.path):
-        raise Missing(f"{source.path}: nothing is there; put the data there, or name where it is")
+    _file(source.path)
+
+
+def _file(path: str) -> None:
+    if not is_there(path):
+        raise Missing(f"{path}: nothing is there; put the data there, or name where it is")
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

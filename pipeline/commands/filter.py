@@ -181,10 +181,12 @@ def select_step(
 
     Loads no model. Raises CapipeError before anything is written if the input cannot be used.
     """
-    from ..jobs.select import execute_select, plan_select, write_uids
-    from ..report.filter import write_filter_report
+    from ..jobs.select import UIDS, execute_select, plan_select, write_uids
+    from ..report.filter import REPORT, write_filter_report
 
     plan = plan_select(scores, shards, out, config, marks=marks, drop=drop, workers=workers, fresh=fresh)
+    for name in (REPORT, UIDS) if plan.todo else ():  # older than the shards from now on
+        plan.artifact.folder.remove(name)
     print_err(plan.selection.line())
     print_err(plan.costs.line())
     if warning := plan.selection.warning():

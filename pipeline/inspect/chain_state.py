@@ -31,7 +31,8 @@ class StageState:
     hold capipe artifacts, the main one last. ``digest``: hash of command, configuration and its inputs' digests.
     ``seconds``: run time so far; None if unknown (after a kill).
     The rest is for `capipe run` only. ``begun``: digests, by part, of the settings its folder was begun with.
-    ``product``: digest of its finished output, None until then. ``measured``: rows and seconds of its last whole run.
+    ``product``: digest of its finished output, None until then; ``origin``: the same before rows were withdrawn from
+    it, of which its dependents are made. ``measured``: rows and seconds of its last whole run.
     """
 
     name: str
@@ -48,6 +49,7 @@ class StageState:
     error: str | None = None
     begun: dict[str, str] = field(default_factory=dict)
     product: str | None = None
+    origin: str | None = None
     measured: dict[str, float] | None = None
 
 

@@ -1,4 +1,4 @@
-"""`capipe verify`: checks of an artifact against its manifest and its stage's schema."""
+"""`capipe verify`: checks of an artifact against its manifest and its stage's schema, and of what is not there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from ...manifests import verify as verification
 from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
 from ...manifests.verify import VerifyReport
+from ...manifests.withdrawal.absent import AbsentReport, prove_absent
+from ...manifests.withdrawal.uid_set import UidSet
 from ...stages.export.source import committed_listing, ok_rows
 from ...stages.filter.index import indexed_samples, is_index
 from ..specs import ARTIFACTS
@@ -36,3 +38,11 @@ def _tars(index: Artifact, record: ShardRecord, images: Sequence[str]) -> Iterat
                 pass
     except (CapipeError, OSError, KeyError, pa.ArrowException) as error:
         yield str(error)
+
+
+def verify_absent(url: str, uids: UidSet) -> tuple[AbsentReport, list[str]]:
+    """:func:`.prove_absent`, with notes on what a folder names and does not hold."""
+    report = prove_absent(url, uids)
+    if not Artifact.exists(url) or not is_index(index := Artifact.open(url)):
+        return report, []
+    return report, [f"{url}: an index, whose rows were read; the tars in {index.config['run']['shards']} were not"]

@@ -17,7 +17,7 @@ from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
 from ...manifests.status import Status
-from ...manifests.withdrawal.applied import NOTE, Withdrawal, apply
+from ...manifests.withdrawal.applied import Withdrawal, apply, has_withdrawn
 from ...manifests.withdrawal.uid_set import UidSet
 from ...stages.export.card import CardWords
 from ...stages.export.formats import writer_class
@@ -30,7 +30,7 @@ from ..runners.messages import Event
 from ..runners.pool import worker_count
 from ..runners.pool_job import run_pool_job
 from ..runners.shard_queue import JobResult
-from .export_files import extras, write_files
+from .export_files import FINALS, extras, write_files
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the extensions that OpenCLIP reads
 
@@ -93,7 +93,7 @@ def plan_export(
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
     elif format != "parquet":
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
-    before = None if fresh or (drop is None and NOTE not in source.config["run"]) else _before(out, source)
+    before = None if fresh or (drop is None and not has_withdrawn(source)) else _before(out, source)
     extension = None
     if format == "webdataset" and before is not None and image_extension == "auto":
         extension = before.setting("semantic", "export", kind=dict).get("image_extension")
@@ -118,6 +118,8 @@ def plan_export(
         withdrawal = apply(artifact, drop)
         artifact.release_quarantine()
         todo = _todo(artifact, source, tasks, withdrawal.touched)
+        if todo and artifact.config["run"].get(FINALS) is not None:
+            artifact.note(**{FINALS: None})  # the card and the lists of all rows will be older than the shards
     except CapipeError:
         artifact.close()
         raise

@@ -30,6 +30,7 @@ from ...stages.export.writer import LooseWriter, ShardWriter, part_file
 from ...stages.filter.index import is_index
 
 CARD = "README.md"
+FINALS = "finals"  # key of a configuration's facts about the run: size and sha256 of these files; None if they are old
 
 
 def extras(writer: type[ShardWriter]) -> list[str]:
@@ -51,7 +52,7 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
             with files.writing(writer.listed) as file:
                 for piece in writer.joined(_parts(artifact, records)):
                     file.write(piece)
-        artifact.note(finals=files.publish())
+        artifact.note(**{FINALS: files.publish()})
 
 
 def _write(files: FileTransaction, name: str, data: bytes) -> None:

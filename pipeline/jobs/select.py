@@ -30,7 +30,7 @@ from ...manifests.schema import SCORE, SELECT
 from ...manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ...manifests.status import Status
 from ...manifests.transaction import ShardTransaction
-from ...manifests.withdrawal.applied import NOTE, Withdrawal, applied, apply
+from ...manifests.withdrawal.applied import Withdrawal, applied, apply, has_withdrawn
 from ...manifests.withdrawal.rows import WithdrawingReader, blank, is_withdrawn
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.index import ListedRows, TarFacts
@@ -116,7 +116,7 @@ def plan_select(
         "input": source.fingerprint if source else None,
         **{name: artifact.fingerprint for name, artifact in sidecars.items()},
     }
-    before = None if fresh or (drop is None and NOTE not in scores.config["run"]) else _before(out, made_of)
+    before = None if fresh or (drop is None and not has_withdrawn(scores)) else _before(out, made_of)
     threshold = None if before is None else before.config["semantic"]["threshold"]
     selection = plan_shards(shards, scores, config, drop or EMPTY, threshold)
     tars = tar_facts(shards, scores) if config.index else {}
