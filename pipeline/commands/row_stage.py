@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
-from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -84,7 +83,7 @@ class RowStageOptions:
     engine: o.EngineName = "auto"
     engine_options: o.EngineOptions
     retry: o.Retry = False
-    trace: Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.")] = None
+    trace: o.Trace = None
     run: o.RunOptions
 
     @property
