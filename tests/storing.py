@@ -42,7 +42,7 @@ class StoreProxy:
                 proxy.requests.append((self.command, self.path))
                 fate = proxy.fate(self.command, self.path, self.headers)
                 if fate in ("hang", "late"):
-                    proxy.released.wait(60)
+                    proxy.released.wait(60 if fate == "hang" else 300)
                     fate = "reset" if fate == "hang" else None
                 if isinstance(fate, int):
                     self.refuse(fate)
