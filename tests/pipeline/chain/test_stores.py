@@ -42,7 +42,6 @@ def test_what_stays_local_is_refused_elsewhere(s3: str, tmp_path: Path, monkeypa
         ["run", recipe, "--out", url],
         ["train", "tiny-caprl", "--out", url],
         ["render", "--out", url],
-        ["demo", "--out", url],
         ["report", ".", "--out", f"{url}/report.html"],
     ):
         said = one_line(capipe(*words, code=2))
@@ -53,6 +52,7 @@ def test_what_stays_local_is_refused_elsewhere(s3: str, tmp_path: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["recipe.yaml"]
 
 
+@pytest.mark.slow
 def test_a_chain_in_a_bucket(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shards are those of a local run, a change is followed, and another place is refused."""
     monkeypatch.chdir(tmp_path)
