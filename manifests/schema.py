@@ -59,13 +59,44 @@ DEDUP = pa.schema(
     ]
 )
 
+#: What `capipe dedup` keeps of a text between its passes over texts.
+TEXTS = pa.schema(
+    [
+        *BASE,
+        pa.field("text", pa.string()),  # normalized; null if there is none
+        pa.field("digest", pa.binary(16)),  # of that
+        pa.field("signature", pa.binary(512)),  # MinHash, 256 numbers of 16 bits; see stages/dedup/texts/bands.py
+    ]
+)
+
+#: Columns of marks by texts; null in rows that are not ok by their images, and in rows without a text.
+TEXT_MARKS = pa.schema(
+    [
+        pa.field("text_group", pa.string()),  # digest of the text around which the group is
+        pa.field("text_similarity", pa.float32()),  # Jaccard index of the row's text and that one
+        pa.field("text_copies", pa.int32()),  # rows with an equal text, this one included
+        pa.field("text_rows", pa.int32()),  # rows of the group
+        pa.field("text_rank", pa.int32()),  # of the row in its group, from 1
+    ]
+)
+
 #: Embedding column that `capipe dedup --embeddings` compares.
 EMBEDDING_COLUMN = "image_embedding"
 
 
-def embedding(width: int) -> pa.Schema:
-    """Schema of embeddings, one row per row of the shards; null if an image has none. ``width``: vector dimension."""
-    return pa.schema([*BASE, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), width))])
+#: Columns of the safety detector, of embeddings and of scores; null if none ran.
+SAFETY = [
+    pa.field("unsafe", pa.float32()),  # its highest score over its unsafe classes
+    pa.field("unsafe_labels", pa.list_(pa.string())),
+]
+
+
+def embedding(width: int, safety: bool = False) -> pa.Schema:
+    """Schema of embeddings, one row per row of the shards; null if an image has none.
+
+    ``width``: vector dimension; ``safety``: with the safety detector's columns.
+    """
+    return pa.schema([*BASE, pa.field(EMBEDDING_COLUMN, pa.list_(pa.float16(), width)), *(SAFETY if safety else ())])
 
 
 def embedding_width(actual: pa.Schema, where: str) -> int:
@@ -201,8 +232,7 @@ SCORE = pa.schema(
         *BASE,
         *_scored("re"),
         *_scored("org"),
-        pa.field("unsafe", pa.float32()),  # the safety detector's highest score over its unsafe classes
-        pa.field("unsafe_labels", pa.list_(pa.string())),
+        *SAFETY,
     ]
 )
 #: Final shards: a row for every row of the scores. Only ``ok`` rows have a sample in the tar.

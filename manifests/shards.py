@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import ArtifactMismatch, BadInput
+from ..errors import ArtifactMismatch, BadInput, CapipeError
 from .artifact import Artifact
 from .files.compressed import tar_stem
 from .files.patterns import braced, is_pattern
-from .files.storage import expecting, open_parquet, parquet_of, refuse_irregular
-from .files.store_errors import StoreUnavailable
+from .files.storage import expecting, open_parquet, refuse_irregular
 from .files.stores import filesystem
+from .joining.companion import Companion, companions_of
 from .manifest import ShardRecord
 from .samples import Sample, read_samples, sidecars
 from .sidecars import MAX_BYTES, MAX_OWN_BYTES, read_sidecars
@@ -49,48 +50,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Companion:
-    """A sidecar's Parquet for one shard, read along with it: same rows, same order.
-
-    ``rows``: row count by its manifest. ``replaces``: sha256 of its earlier versions, before some rows were redone.
-    ``copy``: a local copy of one in a store, "" without.
-    """
-
-    name: str
-    url: str
-    sha256: str
-    rows: int
-    replaces: tuple[str, ...] = ()
-    copy: str = ""
-
-    def open(self) -> pq.ParquetFile:
-        """The file, not read; its checksum is not compared. Raises ArtifactMismatch if it has other rows, OSError."""
-        return expecting(open_parquet(self.copy or self.url), self.rows, self.url)
-
-    def read(self) -> bytes:
-        """The file's bytes. Raises ArtifactMismatch if they are not the committed ones, StoreUnavailable."""
-        fs, path = filesystem(self.copy or self.url)
-        try:
-            data = fs.read(path)
-        except StoreUnavailable:
-            raise
-        except OSError as error:
-            text = f"{self.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
-            raise ArtifactMismatch(text) from None
-        if hashlib.sha256(data).hexdigest() != self.sha256:
-            text = f"{self.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
-            raise ArtifactMismatch(text)
-        return data
-
-    def copied(self, folder: Path, file: str) -> Companion:
-        """The same, to be read several times: one in a store is copied to ``folder``."""
-        if "://" not in self.url:
-            return self
-        (folder / file).write_bytes(self.read())
-        return replace(self, copy=str(folder / file))
-
-
-@dataclass(frozen=True)
 class InputShard:
     """A tar to read. ``record``: its manifest line if it belongs to an artifact of ours."""
 
@@ -114,6 +73,12 @@ class InputShard:
         """The Parquet beside a tar of ours. Raises ArtifactMismatch if its rows differ from the manifest."""
         url = self.url.removesuffix(".tar") + ".parquet"
         return expecting(open_parquet(url), 0 if self.record is None else self.record.count, url)
+
+    def statuses(self) -> list[str]:
+        """The status of each row in that Parquet. Raises as :meth:`listing`."""
+        with self.listing() as parquet:
+            statuses: list[str] = parquet.read(columns=["status"], use_threads=False).column("status").to_pylist()
+        return statuses
 
     def is_repaired(self, made: ShardRecord) -> bool:
         """True if some of its rows were redone since ``made`` was made from it; the others are unchanged.
@@ -189,23 +154,40 @@ def input_artifact(pattern: str) -> Artifact | None:
 def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[InputShard]:
     """The shards joined with rows of artifacts, by the names used in :attr:`Row.beside`.
 
-    Raises BadInput if an artifact lacks a shard; that its rows are of the same images is checked when they are read.
+    Raises BadInput if an artifact lacks a shard, ArtifactMismatch if one has another number of rows or the first begins
+    with another image; the other rows are compared when they are read.
     """
     joined = []
-    committed = {name: artifact.committed() for name, artifact in artifacts.items()}
+    sidecars = {name: companions_of(name, artifact) for name, artifact in artifacts.items()}
     for shard in shards:
         companions = []
         for name, artifact in artifacts.items():
-            record = committed[name].get(shard.name)
-            if record is None:
+            companion = sidecars[name].get(shard.name)
+            if companion is None:
                 raise BadInput(
                     f"{artifact.url}: has no shard {shard.name} for {shard.url}; finish its run, or narrow --shards"
                 )
-            file = f"{shard.name}.parquet"
-            digest = str(record.files[file]["sha256"])
-            companions.append(Companion(name, f"{artifact.url}/{file}", digest, record.count, record.replaces))
+            count = companion.rows if shard.record is None or companion.part is not None else shard.record.count
+            if companion.rows != count:
+                text = f"{companion.url}: {companion.rows:,} rows, and {count:,} in {shard.url}"
+                raise ArtifactMismatch(f"{text}; it was not made of these shards: give --shards those it was made of")
+            companions.append(companion)
         joined.append(replace(shard, companions=tuple(companions)))
+    for shard in joined[:1]:
+        _refuse_other_images(shard)
     return joined
+
+
+def _refuse_other_images(shard: InputShard) -> None:
+    """Raise ArtifactMismatch if a sidecar begins with another image. Damaged files are found when they are read."""
+    try:
+        row = next(iter(RowReader(replace(shard, companions=()))), None)
+        begins = [(companion, companion.first()) for companion in shard.companions]
+    except (CapipeError, OSError, pa.ArrowException):
+        return
+    for companion, first in begins:
+        if row is not None and first != (row.key, row.uid):
+            raise _other_image(companion, row, first)
 
 
 def _artifact_shards(artifact: Artifact) -> list[InputShard]:
@@ -344,25 +326,22 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
 
 def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:
     """Rows joined with their companion's rows. Raises ArtifactMismatch if the two are not of the same images."""
-    beside = companion_rows(companion)
+    beside = iter(companion)
     for row in rows:
         other = next(beside, None)
         if other is None or (other["key"], other["uid"]) != (row.key, row.uid):
-            actual = "nothing" if other is None else f"{other['key']!r}"
-            actual += " of another image" if other is not None and other["key"] == row.key else ""
-            text = f"{companion.url}: row {row.key!r} expected, {actual} found; it was not made of these shards"
-            raise ArtifactMismatch(f"{text}: give --shards those it was made of")
+            raise _other_image(companion, row, None if other is None else (other["key"], other["uid"]))
         row.beside[companion.name] = other
         yield row
     if next(beside, None) is not None:
         raise ArtifactMismatch(f"{companion.url}: has more rows than its shard; give --shards those it was made of")
 
 
-def companion_rows(companion: Companion) -> Iterator[dict[str, Any]]:
-    """A companion's rows, in order. Raises ArtifactMismatch if they are not the committed ones."""
-    with expecting(parquet_of(companion.read()), companion.rows, companion.url) as parquet:
-        for batch in parquet.iter_batches(1000, use_threads=False):
-            yield from batch.to_pylist()
+def _other_image(companion: Companion, row: Row, found: tuple[str, str | None] | None) -> ArtifactMismatch:
+    actual = "nothing" if found is None else f"{found[0]!r}"
+    actual += " of another image" if found is not None and found[0] == row.key else ""
+    text = f"{companion.url}: row {row.key!r} expected, {actual} found; it was not made of these shards"
+    return ArtifactMismatch(f"{text}: give --shards those it was made of")
 
 
 def _parquet(shard: InputShard, columns: list[str]) -> Iterator[list[dict[str, Any]]]:

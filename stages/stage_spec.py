@@ -17,6 +17,7 @@ Condition = Callable[[Mapping[str, Any], frozenset[str]], bool]
 #: Kinds of folders, used in ``inputs`` and ``products``.
 PICTURES, SHARDS, FINAL, INDEX, CHECKPOINT = "pictures", "shards", "final", "index", "model"
 ANYTHING = (PICTURES, SHARDS, FINAL)  # every kind that holds images
+MARKED = ("marks", INDEX)  # every kind by whose statuses rows of shards are left out
 
 
 def keys(text: str) -> frozenset[str]:
@@ -60,9 +61,9 @@ class StageSpec:
     ``inputs``: options that take outputs of other stages, with the accepted kinds. ``products``: kind -> folder below
     --out; a kind in ``optional`` is produced only with the switch named there, one in ``unless`` only without it.
     ``outputs``: artifacts, the main one last. ``rows``: the input whose rows the stage processes, empty if it creates
-    them. ``selects``: the stage may drop rows. ``check``: raises BadInput for invalid options before a chain starts: a
-    function of the option values by parameter name, or the import path of a function whose parameters are the command's
-    option groups.
+    them. ``selects``: the stage may drop rows. ``skips``: the input whose rows that are not ok cost nothing, or empty.
+    ``check``: raises BadInput for invalid options before a chain starts: a function of the option values by parameter
+    name, or the import path of a function whose parameters are the command's option groups.
     """
 
     name: str
@@ -75,6 +76,7 @@ class StageSpec:
     optional: Mapping[str, str] = field(default_factory=dict)
     unless: Mapping[str, str] = field(default_factory=dict)
     selects: bool = False
+    skips: str = ""
     check: str | Callable[[Mapping[str, Any]], object] | None = None
 
     def folders(self, config: Mapping[str, Any], inputs: frozenset[str]) -> list[str]:

@@ -37,14 +37,13 @@ def distinct_texts(pairs: Sequence[Pair]) -> dict[str, int]:
     return {text: number for number, text in enumerate(dict.fromkeys(pair.text for pair in pairs))}
 
 
-class Scorer(Protocol):
-    """``name``: prefix of its columns; ``preprocess``: how its input pixels are made."""
+class PairScorer(Protocol):
+    """Scores pairs of an image and a text. ``name``: prefix of its columns."""
 
     name: str
-    preprocess: Preprocess
 
-    def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
-        """Vision encoder output (n, ...) for n distinct images, preprocessed by ``preprocess``."""
+    def encode_images(self, pixels: Sequence[npt.NDArray[Any]]) -> Tensor:
+        """Vision encoder output (n, ...) for n distinct images, in the form that it reads."""
         ...
 
     def tokenize(self, texts: Sequence[str]) -> Any:
@@ -57,6 +56,12 @@ class Scorer(Protocol):
         ``tokens``: the result of ``tokenize`` for ``distinct_texts(pairs)``, where that was done before.
         """
         ...
+
+
+class Scorer(PairScorer, Protocol):
+    """A scorer of pixels. ``preprocess``: how they are made of an image."""
+
+    preprocess: Preprocess
 
 
 def device_and_type(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -191,7 +196,7 @@ def ask_captions(captions: Sequence[tuple[int, str]]) -> AskedCaptions:
 
 
 def score_asked(
-    scorer: Scorer, pixels: Sequence[Pixels], asked: AskedCaptions, tokens: Any = None
+    scorer: PairScorer, pixels: Sequence[npt.NDArray[Any]], asked: AskedCaptions, tokens: Any = None
 ) -> list[CaptionScore]:
     """Scores of the requested captions; every image is encoded once and every distinct pair scored once."""
     scores = scorer.score(scorer.encode_images(pixels), asked.pairs, tokens)

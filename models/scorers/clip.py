@@ -39,6 +39,11 @@ class ClipScorer:
         self._trims = _ends_early(model) and _trimming_changes_nothing(model, tokenizer)
 
     @property
+    def device(self) -> torch.device:
+        device: torch.device = self._device
+        return device
+
+    @property
     def width(self) -> int:
         """Width of a feature vector."""
         return self.encode_images([np.zeros((self.preprocess.height, self.preprocess.width, 3), dtype=np.uint8)]).shape[

@@ -7,7 +7,7 @@ with the source that it states.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import CapipeError
@@ -17,6 +17,7 @@ from ...manifests.samples import IMAGE_EXTENSIONS
 from ..inspect.chain_state import ChainState
 from .plan import Planned, artifact_folders, committed_rows, located
 from .recipe import Chain, ChainStage, Source
+from .skipped import has_marks, worked_on
 
 MACHINE = "machine"  # the unit of rates measured here, unless the recipe names another
 _SHARD = 10_000  # ingest's default
@@ -46,7 +47,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rows into a stage (``rows``) and out of it (``leaves``), None if unknown; ``at_most…``: it is an upper bound."""
+    """Rows into a stage (``rows``) and out of it (``leaves``), None if unknown; ``at_most…``: it is an upper bound.
+
+    Rows that its marks leave out are not among ``rows``, as they cost nothing, but leave it.
+    """
 
     rows: int | None
     at_most_in: bool
@@ -67,6 +71,8 @@ def estimate(
         if planned[stage.name].settled and (counts := _main(stage, folder)) is not None:
             rows, at_most, fewer = sum(counts.values()), False, False
             leaves = counts.get("ok", 0) if stage.command.spec.selects else rows
+        elif has_marks(stage):
+            rows, at_most = _left(chain, stage, estimates, planned, folder)
         cost = _cost(stage, rows, known.measured if known else None)
         estimates[stage.name] = Estimate(rows, at_most, leaves, fewer, cost)
     return estimates
@@ -98,6 +104,23 @@ def _rows(chain: Chain, stage: ChainStage, before: Mapping[str, Estimate]) -> tu
             return None, False
         total += count
     return total, at_most
+
+
+def _left(
+    chain: Chain, stage: ChainStage, before: Mapping[str, Estimate], planned: Mapping[str, Planned], folder: Path
+) -> tuple[int | None, bool]:
+    """Number of rows that marks leave to a stage, and whether it is an upper bound.
+
+    Counted if the marks are made; else what the recipe expects, or all rows.
+    """
+    rows, at_most = _rows(chain, replace(stage, expects=None), before)
+    marks = stage.inputs[stage.command.spec.skips]
+    if rows is not None and all(source.stage is None or planned[source.stage].settled for source in marks):
+        left = worked_on(chain, stage, rows, folder)
+        if left is not None:
+            part = any(source.first for source in stage.inputs.get(stage.command.spec.rows, ()))
+            return left, at_most or part
+    return (rows, True) if stage.expects is None else (stage.expects, False)
 
 
 def _counted(source: Source) -> int | None:

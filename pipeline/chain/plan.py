@@ -189,10 +189,7 @@ def named_inputs(stage: ChainStage) -> dict[str, str]:
 
 def arguments(chain: Chain, stage: ChainStage, folder: Path) -> list[str]:
     """The command line of a stage, without options for resuming."""
-    placed = {
-        role: [_place(chain, stage, role, source, folder) for source in sources]
-        for role, sources in stage.inputs.items()
-    }
+    placed = {role: places_of(chain, stage, role, folder) for role in stage.inputs}
     options, merged = stage.command.options, dict(stage.config)
     if stage.recipe is not None:
         own = [f"{TRAINS_ON[role]}={urls[0]}" for role, urls in placed.items()]
@@ -221,6 +218,11 @@ def started_command(stage: ChainStage, words: Sequence[str]) -> list[str]:
 
 def _torchrun(processes: int) -> list[str]:
     return ["--standalone", "--nproc-per-node", str(processes), "-m", "capipe.pipeline"]
+
+
+def places_of(chain: Chain, stage: ChainStage, role: str, folder: Path) -> list[str]:
+    """Current or future locations of a stage's inputs of one role."""
+    return [_place(chain, stage, role, source, folder) for source in stage.inputs.get(role, ())]
 
 
 def _place(chain: Chain, stage: ChainStage, role: str, source: Source, folder: Path) -> str:

@@ -6,8 +6,9 @@
 
 An input is the name of another stage, ``{stage: photos, first: 3}`` for its first three shards, or ``{path: ...}`` for
 external data, relative to the working directory of `capipe run`. Keys of ``config`` are the command's long options. A
-stage may also have ``out`` (its folder in the chain's; its name by default), ``expects`` (the number of input rows, if
-it cannot be counted), ``rate`` (:class:`Rate`) and, for training with torchrun, ``processes``.
+stage may also have ``out`` (its folder in the chain's; its name by default), ``expects`` (the number of input rows, or
+of those that its marks leave to it, if it cannot be counted), ``rate`` (:class:`Rate`) and, for training with torchrun,
+``processes``.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ from .plan import (
     written,
 )
 from .recipe import Chain, ChainStage
+from .skipped import has_marks, worked_on
 
 Say = Callable[[str], None]
 
@@ -256,6 +257,8 @@ class _Run:
             rows = sum((committed_rows(located(stage, self.folder, known.artifacts[-1])) or {}).values())
         else:
             rows = int(stage.config.get("images") or 0)
+        if has_marks(stage):
+            rows = worked_on(self.chain, stage, rows, self.folder) or 0
         if rows and known.seconds:
             known.measured = {"rows": rows, "seconds": known.seconds}
 

@@ -50,6 +50,7 @@ def _checks(chain: Chain, stage: ChainStage) -> Iterator[tuple[str, Callable[[],
         yield f"config.{key}", lambda name=name, look=look: look(name)  # type: ignore[misc]
     if (given := stage.config.get(WITHDRAWING)) is not None:
         yield f"config.{WITHDRAWING}", lambda: _file(list_file(given))
+    yield "inputs.embeddings", lambda: _same_clip(chain, stage)
     for role, sources in stage.inputs.items():
         for source in sources:
             if source.path is not None:
@@ -106,6 +107,22 @@ def _base_model(chain: Chain, stage: ChainStage, key: str) -> str | None:
         return name if isinstance(name, str) else None
     source = stage.inputs[key][0]
     return source.path if source.stage is None else _base_model(chain, chain.stage(source.stage), "model")
+
+
+def _same_clip(chain: Chain, stage: ChainStage) -> None:
+    """Raise BadInput if a stage that scores takes embeddings that another stage makes with another CLIP.
+
+    Compared by name, before either has run; the command itself compares the models' identities.
+    """
+    for source in stage.inputs.get("embeddings", ()):
+        if source.stage is None or "clip" not in stage.command.options:
+            continue
+        maker = chain.stage(source.stage)
+        for key in ("clip", "dtype"):
+            ours, theirs = stage.config.get(key), maker.config.get(key)
+            if ours != theirs:
+                text = f"stage {maker.name} embeds with {key}: {theirs}, and this scores with {key}: {ours}"
+                raise BadInput(f"{text}; write the same in both, or leave out the embeddings")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

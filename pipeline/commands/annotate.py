@@ -56,6 +56,7 @@ class AnnotateOptions:
     ] = 3
     quality: QualityGateOptions
     engine_options: o.EngineOptions
+    marks: o.Marks = None
     pack: Annotated[bool, typer.Option(help="Also write tars with the images (bytes as they came) and captions.")] = (
         False
     )
@@ -98,6 +99,7 @@ def annotate(options: AnnotateOptions) -> None:
     from ...manifests.schema import ANNOTATE
     from ...stages.annotate.captioner import passed_on
     from ..jobs.annotate import AnnotateStage, chosen_prompts
+    from ..jobs.artifacts import marks_beside
     from ..jobs.engine import plan
     from ..jobs.withdraw import withdraw
 
@@ -107,7 +109,8 @@ def annotate(options: AnnotateOptions) -> None:
     placement = options.captioner.placement()
     setup = options.captioner.setup(placement, config.room, options.trace, config.sampling)
     stage = AnnotateStage(config, setup, options.model, options.pack)
-    job = plan(stage, options.shards, options.out, **options.run.plan_options(options.retry))
+    beside = marks_beside(options.marks)
+    job = plan(stage, options.shards, options.out, beside=beside, **options.run.plan_options(options.retry))
     withdrawal = withdraw(job.artifact, drop, ANNOTATE, passed_on)
     code = Exit.INTERRUPTED if withdrawal is None else run_job(job, placement)
     if withdrawal is not None and (line := withdrawal.line()):

@@ -19,6 +19,10 @@ class EmbedOptions:
     shards: o.Shards
     out: o.Out
     clip: Annotated[str, typer.Option(help="tiny/clip, a folder, ARCHITECTURE:PRETRAINED of open_clip, or a hub id.")]
+    safety: Annotated[
+        bool, typer.Option("--safety", help="Also look for nudity (columns unsafe, unsafe_labels); needs nudenet.")
+    ] = False
+    marks: o.Marks = None
     scorer_options: o.ScorerOptions
     retry: o.Retry = False
     run: o.RunOptions
@@ -31,14 +35,17 @@ def check(options: EmbedOptions) -> None:
 
 @flattened
 def embed(options: EmbedOptions) -> None:
-    """Compute CLIP image embeddings, one row per input row, for `capipe dedup --embeddings` and other uses."""
+    """Compute CLIP image embeddings, one row per input row, for `capipe dedup`, `capipe filter` and other uses."""
     from ...models.scorers.loading import ScorerConfig
+    from ..jobs.artifacts import marks_beside
     from ..jobs.engine import plan
     from ..jobs.score import EmbedStage, ScoreSetup
 
     check(options)
     scorer = options.scorer_options
     placement = options.run.placement("", scorer.gpus)
-    setup = ScoreSetup((ScorerConfig("clip", options.clip, scorer.dtype),), scorer.decoders(placement))
-    job = plan(EmbedStage(setup), options.shards, options.out, **options.run.plan_options(options.retry))
+    clip = ScorerConfig("clip", options.clip, scorer.dtype)
+    setup = ScoreSetup((clip,), scorer.decoders(placement), options.safety)
+    runs, beside = options.run.plan_options(options.retry), marks_beside(options.marks)
+    job = plan(EmbedStage(setup), options.shards, options.out, beside=beside, **runs)
     raise typer.Exit(run_job(job, placement))

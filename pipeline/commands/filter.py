@@ -49,11 +49,17 @@ class FilterOptions:
     safety: Annotated[bool, typer.Option("--safety", help="Also look for nudity (column unsafe); needs nudenet.")] = (
         False
     )
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            help="Embeddings of `capipe embed` by the same --clip, in place of its vision encoder; for --safety, too."
+        ),
+    ] = None
     scores: Annotated[str | None, typer.Option(help="Scores of an earlier run, instead of any models.")] = None
     keep: Annotated[
         str | None,
         typer.Option(
-            help="What to keep: a condition over the columns of the scores, e.g. 'clip_score > 0.28 and "
+            help="What to keep: a condition over the columns of scores and --marks, e.g. 'clip_score > 0.28 and "
             '(itm_score_min >= 0.5 or language == "en")\'. A missing value keeps nothing.'
         ),
     ] = None
@@ -66,7 +72,7 @@ class FilterOptions:
     index: Annotated[
         bool, typer.Option("--index", help="Copy no image: write rows alone, over the original tars, for `export`.")
     ] = False
-    marks: Annotated[str | None, typer.Option(help="Marks of `capipe dedup`: rows not ok there are not kept.")] = None
+    marks: o.Marks = None
     drop: o.Drop = None
     workers: Annotated[int | None, typer.Option(help="Processes that copy; one per core by default.")] = None
     dry_run: Annotated[
@@ -80,13 +86,18 @@ class FilterOptions:
 
 def check(options: FilterOptions) -> SelectConfig:
     """The config for selection. Does not access models or data. Raises BadInput."""
-    from ...stages.filter.select import SelectConfig
+    from ...stages.filter.select import Rule, SelectConfig
 
     if options.by is not None and options.top is None:
         raise BadInput(f"--by {options.by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
     models = options.clip is not None or options.itm is not None
-    if options.scores is not None and (models or options.captions is not None or options.safety):
-        raise BadInput("--scores: these are scored already; leave out --captions, --clip, --itm and --safety")
+    scored_from = models or options.captions is not None or options.embeddings is not None
+    if options.scores is not None and (scored_from or options.safety):
+        raise BadInput(
+            "--scores: these are scored already; leave out --captions, --clip, --itm, --embeddings and --safety"
+        )
+    if options.embeddings is not None and options.clip is None:
+        raise BadInput("--embeddings: they are the image side of a CLIP's scores; name it by --clip")
     if options.scores is None:
         if not models:
             raise BadInput(
@@ -95,7 +106,11 @@ def check(options: FilterOptions) -> SelectConfig:
         options.scorer_options.check(options.run)
     ranked = {} if options.by is None else {"by": options.by}
     given = {"keep": options.keep, "top": options.top, "text": options.text, "shard_size": options.shard_size}
-    return o.validated(SelectConfig, **given, index=options.index, **ranked)
+    config = o.validated(SelectConfig, **given, index=options.index, **ranked)
+    columns = Rule.of(config, "re").mark_columns
+    if columns and options.marks is None:
+        raise BadInput(f"--keep: {columns[0]} is a column of the marks of `capipe dedup`; name them with --marks")
+    return config
 
 
 @flattened
@@ -148,9 +163,9 @@ def score_step(options: FilterOptions, out: str, drop: UidSet | None = None) -> 
     Loads no model if everything is scored. Scores by other models, or of other captions, are refused and not replaced.
     """
     from ...manifests.schema import SCORE
-    from ...stages.filter.score import CAPTIONS, passed_on
+    from ...stages.filter.score import CAPTIONS, EMBEDDINGS, passed_on
     from ..jobs.engine import plan
-    from ..jobs.score import ScoreStage
+    from ..jobs.score import ScoreStage, with_embeddings
     from ..jobs.withdraw import withdraw
 
     placement = options.run.placement("", options.scorer_options.gpus)
@@ -160,7 +175,11 @@ def score_step(options: FilterOptions, out: str, drop: UidSet | None = None) -> 
         if captions.stage != "annotate":
             text = f"{options.captions}: an artifact of stage {captions.stage!r}"
             raise BadInput(f"{text}; --captions takes one of `capipe annotate`")
-    stage = ScoreStage(score_setup(options, placement))
+    setup = score_setup(options, placement)
+    if options.embeddings is not None:
+        beside[EMBEDDINGS] = Artifact.open(options.embeddings)
+        setup = with_embeddings(setup, beside[EMBEDDINGS])
+    stage = ScoreStage(setup)
     job = plan(stage, options.shards, out, beside=beside, retry=options.retry, share=options.run.share)
     if withdraw(job.artifact, drop, SCORE, passed_on) is None:
         return Exit.INTERRUPTED

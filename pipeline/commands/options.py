@@ -51,6 +51,14 @@ Drop = Annotated[
         help="Uids of withdrawn images, one per line, or FILE.parquet[:COLUMN]: their rows become withdrawn.",
     ),
 ]
+Marks = Annotated[
+    str | None,
+    typer.Option(
+        "--marks",
+        help="Marks of `capipe dedup`, or a selection of `capipe filter`: rows not ok there are left out, with that "
+        "status.",
+    ),
+]
 Retry = Annotated[bool, typer.Option(help="Do rows again that ended in engine_error.")]
 EngineName = Annotated[
     str, typer.Option(help="auto, vllm, transformers, URLs of servers, or the import path of your own.")

@@ -83,6 +83,7 @@ class QaOptions:
         ),
     ] = None
     engine_options: o.EngineOptions
+    marks: o.Marks = None
     retry: o.Retry = False
     run: o.RunOptions
 
@@ -166,6 +167,7 @@ def qa(options: QaOptions) -> None:
 
 def write_questions(options: QaOptions, config: QuestionsConfig, out: str) -> Exit:
     """Write questions with a model into an artifact."""
+    from ..jobs.artifacts import marks_beside
     from ..jobs.engine import plan
     from ..jobs.qa import QuestionsStage, engine_guides
 
@@ -173,13 +175,15 @@ def write_questions(options: QaOptions, config: QuestionsConfig, out: str) -> Ex
     setup = options.writer.setup(placement, config.room, sampling=config.sampling)
     guided = engine_guides(setup.engine) if options.guided is None else options.guided
     stage = QuestionsStage(config, setup, options.writer.model, guided)
-    return run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), placement)
+    beside, runs = marks_beside(options.marks), options.run.plan_options(options.retry)
+    return run_job(plan(stage, options.shards, out, beside=beside, **runs), placement)
 
 
 def import_questions(options: QaOptions, out: str) -> Exit:
     """Import a set into an artifact; records that match no image of the shards are listed beside it."""
     from ...manifests.files.storage import PRIVATE
     from ...manifests.shards import expand
+    from ..jobs.artifacts import marks_beside
     from ..jobs.engine import plan
     from ..jobs.qa import ImportStage, unmatched_lines
 
@@ -188,7 +192,7 @@ def import_questions(options: QaOptions, out: str) -> Exit:
     refused = stage.refused()  # reads the whole set: its errors are found before anything is written
     strangers = stage.unmatched()
     runs = options.run.plan_options(options.retry)
-    job = plan(stage, options.shards, out, also_read=[options.import_], **runs)
+    job = plan(stage, options.shards, out, beside=marks_beside(options.marks), also_read=[options.import_], **runs)
     job.artifact.folder.write(f"{PRIVATE}/unmatched.jsonl", unmatched_lines(strangers))
     if strangers:
         first = strangers[0]

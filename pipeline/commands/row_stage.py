@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from ...errors import BadInput
 from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.schema import BASE
-from ...stages.stage_spec import CHECKPOINT, SHARDS, Output, StageSpec
+from ...stages.stage_spec import CHECKPOINT, MARKED, SHARDS, Output, StageSpec
+from ..jobs.artifacts import marks_beside
 from ..jobs.engine import EngineSetup, plan
 from ..jobs.row_stage import RowFunction, RowStage
 from ..specs import ARTIFACTS, STAGES
@@ -52,8 +53,8 @@ def row_stage(
 
     _sign(command, function, options)
     output = Output(ArtifactSpec(name, label or name, schema))
-    inputs = {"shards": (SHARDS,), "model": (CHECKPOINT,)}
-    return StageSpec(name, command, inputs, {name: ""}, (output,), check=check)
+    inputs = {"shards": (SHARDS,), "model": (CHECKPOINT,), "marks": MARKED}
+    return StageSpec(name, command, inputs, {name: ""}, (output,), skips="marks", check=check)
 
 
 def _sign(command: Callable[..., None], function: RowFunction, options: type[BaseModel]) -> None:
@@ -82,6 +83,7 @@ class RowStageOptions:
     model: Annotated[str, typer.Option(help="A bundled model, a folder, or a Hugging Face id.")]
     engine: o.EngineName = "auto"
     engine_options: o.EngineOptions
+    marks: o.Marks = None
     retry: o.Retry = False
     trace: o.Trace = None
     run: o.RunOptions
@@ -99,5 +101,6 @@ def _run(options: RowStageOptions, stage: Callable[[EngineSetup], RowStage]) -> 
     _check(options)
     placement = options.choice.placement()
     setup = options.choice.setup(placement, None, options.trace)
-    job = plan(stage(setup), options.shards, options.out, **options.run.plan_options(options.retry))
+    beside = marks_beside(options.marks)
+    job = plan(stage(setup), options.shards, options.out, beside=beside, **options.run.plan_options(options.retry))
     raise typer.Exit(run_job(job, placement))

@@ -32,6 +32,14 @@ def question_artifact(url: str) -> Artifact:
     return artifact
 
 
+def marks_beside(url: str | None) -> dict[str, Artifact]:
+    """Marks by their name in a row's ``beside``; empty without any. Raises BadInput."""
+    from ...manifests.artifact import Artifact
+    from ...stages.filter.marked import MARKS
+
+    return {} if url is None else {MARKS: Artifact.open(url)}
+
+
 def captions_artifact(url: str) -> Artifact:
     """Existing captions. Raises BadInput if the artifact is of another stage."""
     from ...manifests.artifact import Artifact

@@ -11,14 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.overwriting import refuse_overwriting
 from ...manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ...stages.dedup import marks as dedup
-from ...stages.dedup.embeddings import check_embeddings, near_embeddings
+from ...stages.dedup.arrays import Numbers
+from ...stages.dedup.embeddings.reading import check_embeddings, check_same_space, read_references
+from ...stages.dedup.embeddings.work import EmbeddingSearch, NearFiles
 from ...stages.dedup.hash_sets import HashSet, read_hash_set
-from ...stages.dedup.marks import DedupConfig
+from ...stages.dedup.keeper_column import check_column, read_column
+from ...stages.dedup.marks import FARTHEST, NEAREST, DedupConfig
 from ...stages.dedup.near.work import NearSearch
 from ...stages.ingest.shard import IngestTask, pending
 from ...stages.ingest.shard import plan as cut
@@ -27,7 +32,7 @@ from ..runners.messages import Event, Pulse, ShardDone
 from ..runners.pool import worker_count
 from ..runners.pool_job import ShardWriter, run_pool_job
 from ..runners.shard_queue import JobResult
-from .near_search import open_work, remove_work, run_search
+from .near_search import near_files, open_work, remove_work, run_search
 
 HASHES, AGAINST, MARKED = "hashes", "against", "marked"
 Task = TypeVar("Task", InputShard, IngestTask)
@@ -35,16 +40,25 @@ Task = TypeVar("Task", InputShard, IngestTask)
 
 @dataclass(frozen=True)
 class DedupPlan:
-    """A dedup run before its first image. ``against``: reference sets, possibly none."""
+    """A dedup run before its first image. ``against``: reference sets, possibly none.
+
+    ``embeddings``: of the images, ``width`` numbers each, and ``references``, those of reference sets; ``scores``: has
+    the column by which keepers are chosen; ``devices``: compare embeddings.
+    """
 
     config: DedupConfig
     pattern: str
     shards: list[InputShard]
     against: tuple[str, ...]
     embeddings: Artifact | None
+    width: int
+    references: tuple[Artifact, ...]
+    scores: Artifact | None
+    devices: tuple[str, ...]
     out: str
     workers: int
     fresh: bool
+    marked: str = MARKED  # folder of the marks in ``out``
 
 
 def plan_dedup(
@@ -54,22 +68,35 @@ def plan_dedup(
     *,
     against: Sequence[str] = (),
     embeddings: str | None = None,
+    against_embeddings: Sequence[str] = (),
+    scores: str | None = None,
+    devices: Sequence[str] = (),
     workers: int | None = None,
     fresh: bool = False,
+    marked: str = MARKED,
 ) -> DedupPlan:
     """Check shards, reference sets and embeddings. Raises BadInput; nothing is written."""
     inputs = expand(shards)
-    embedded = None
+    names = [shard.name for shard in inputs]
+    embedded, width, scored = None, 0, None
+    references = tuple(Artifact.open(url) for url in against_embeddings)
     if embeddings is not None:
         embedded = Artifact.open(embeddings)
-        check_embeddings(embedded, [shard.name for shard in inputs])
+        width = check_embeddings(embedded, names)
+        for reference in references:
+            check_same_space(embedded, width, reference)
+    if scores is not None:
+        scored = Artifact.open(scores)
+        check_column(scored, names, config.keeper)
     open_sources(against, follow_links=True)  # raises if a set contains no images
-    reads = [*read_places(shards, inputs, () if embedded is None else [embedded]), *source_places(against)]
-    for name in (HASHES, AGAINST, MARKED):
+    companions = [artifact for artifact in (embedded, scored, *references) if artifact is not None]
+    reads = [*read_places(shards, inputs, companions), *source_places(against)]
+    for name in (HASHES, AGAINST, marked):
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
     shared = all(shard.is_shared for shard in inputs) and not any(url.startswith("memory:") for url in (out, *against))
     count = worker_count(workers, shared)
-    return DedupPlan(config, shards, inputs, tuple(against), embedded, out.rstrip("/"), count, fresh)
+    given = (tuple(against), embedded, width, references, scored, tuple(devices))
+    return DedupPlan(config, shards, inputs, *given, out.rstrip("/"), count, fresh, marked)
 
 
 def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, JobResult]:
@@ -85,7 +112,7 @@ def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threadin
                 artifact.retract(committed.pop(shard.name))
         return [shard for shard in plan.shards if shard.name not in committed]
 
-    artifact, tasks = _open(f"{plan.out}/{HASHES}", semantic, run, todo, plan.fresh)
+    artifact, tasks = open_first_pass(f"{plan.out}/{HASHES}", semantic, run, todo, plan.fresh)
     result = _hash(artifact, tasks, dedup.hash_shard, lambda task: task.name, plan.workers, report, stop)
     return artifact, result
 
@@ -97,7 +124,7 @@ def hash_references(
     # Links may lead anywhere: only hashes of a reference set are kept.
     tasks = list(cut(open_sources(plan.against, follow_links=True), dedup.REFERENCES))
     run = {"sources": list(plan.against), "shards_total": len(tasks)}
-    artifact, todo = _open(
+    artifact, todo = open_first_pass(
         f"{plan.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), plan.fresh
     )
     result = _hash(artifact, todo, dedup.hash_references, lambda task: task.shard, plan.workers, report, stop)
@@ -124,19 +151,22 @@ def mark(
     names = [shard.name for shard in plan.shards]
     references = sorted(against.committed()) if against is not None else []
     semantic = {
-        "dedup": plan.config.model_dump(mode="json"),
+        "dedup": plan.config.semantic(),
         "input": hashes.config["semantic"]["input"],
         "against": dedup.digest_of(against, references) if against is not None else None,
     }
     grouped = dedup.digest_of(hashes, names)  # digest of everything that marks depend on beside the configuration
-    if plan.embeddings is not None:
-        semantic["embeddings"] = plan.embeddings.fingerprint
-        grouped += dedup.digest_of(plan.embeddings, names)
+    companions = _companions(plan)
+    for name, artifact in companions.items():
+        semantic[name] = artifact.fingerprint
+        grouped += dedup.digest_of(artifact, names)
+    if plan.references:
+        semantic["against_embeddings"] = [_digest(artifact) for artifact in plan.references]
     run = {"shards": plan.pattern, "shards_total": len(names), "sources": list(plan.against)}
-    artifact = Artifact.create(f"{plan.out}/{MARKED}", dedup.STAGE, semantic, run, fresh=plan.fresh)
+    artifact = Artifact.create(f"{plan.out}/{plan.marked}", dedup.STAGE, semantic, run, fresh=plan.fresh)
     try:
         committed, records = artifact.committed(), hashes.committed()
-        shards = join(plan.shards, {"embeddings": plan.embeddings} if plan.embeddings is not None else {})
+        shards = join(plan.shards, companions)
         for shard in shards:
             if shard.name in committed:
                 shard.has_repaired_companions(committed[shard.name])  # raises if they are different ones
@@ -154,9 +184,9 @@ def mark(
             near = run_search(search, work, plan.workers, report, stop)
         finally:
             work.close()
-        if near is None:
+        marks = None if near is None else _grouped(plan, hash_set, reference_set, near, artifact, report, stop)
+        if marks is None:
             return artifact, JobResult(interrupted=True)
-        marks = dedup.find_marks(hash_set, reference_set, plan.config, near, _near_embeddings(plan, hash_set, artifact))
         for shard in shards:
             name, digests = shard.name, {c.name: c.sha256 for c in shard.companions}
             if name not in done and not stop.is_set():
@@ -172,41 +202,82 @@ def mark(
     return artifact, JobResult(interrupted=stop.is_set())
 
 
-def _near_embeddings(plan: DedupPlan, hash_set: HashSet, artifact: Artifact) -> dedup.Pairs | None:
-    """Pairs of duplicate files by their embeddings; the number of files without one is noted in the artifact."""
+def _companions(plan: DedupPlan) -> dict[str, Artifact]:
+    """Artifacts with a row for every row of the shards that marks depend on."""
+    given = {"embeddings": plan.embeddings, "scores": plan.scores}
+    return {name: artifact for name, artifact in given.items() if artifact is not None}
+
+
+def _digest(artifact: Artifact) -> str:
+    return dedup.digest_of(artifact, sorted(artifact.committed()))
+
+
+def _grouped(
+    plan: DedupPlan,
+    hash_set: HashSet,
+    reference_set: HashSet | None,
+    near: dedup.Pairs,
+    marked: Artifact,
+    report: Callable[[Event], None],
+    stop: threading.Event,
+) -> dedup.Marks | None:
+    """The groups of what is near by hashes and by embeddings, None if the search was stopped."""
     if plan.embeddings is None or plan.config.cosine is None:
+        preference = _preference(plan, hash_set, None)
+        return dedup.find_marks(hash_set, reference_set, plan.config, near, preference=preference)
+    made_from = {
+        "hashes": dedup.digest_of(hash_set.artifact, hash_set.shards),
+        "embeddings": dedup.digest_of(plan.embeddings, hash_set.shards),
+        "against": [_digest(artifact) for artifact in plan.references],
+    }
+    references = read_references(plan.references) if plan.references else None
+    search = EmbeddingSearch(hash_set, plan.embeddings, references, plan.width, plan.config.cosine, plan.devices)
+    files = len(hash_set.contents)
+    embedded = near_files(search, hash_set.artifact, files, made_from, plan.workers, report, stop)
+    if embedded is None:
         return None
-    left, right, skipped = near_embeddings(plan.embeddings, hash_set, plan.config.cosine)
-    artifact.note(embeddings=plan.embeddings.url, embeddings_skipped=skipped)
-    return left, right
+    marked.note(embeddings=plan.embeddings.url, embeddings_skipped=int(np.isnan(embedded.similar).sum()))
+    preference = _preference(plan, hash_set, embedded)
+    return dedup.find_marks(hash_set, reference_set, plan.config, near, embedded, references, preference)
 
 
-def _open(
+def _preference(plan: DedupPlan, hash_set: HashSet, embedded: NearFiles | None) -> Numbers | None:
+    """What the keeper of a group has most of, for each file; None for its pixels alone."""
+    if plan.scores is not None:
+        return read_column(plan.scores, hash_set, plan.config.keeper)
+    if embedded is not None and plan.config.keeper in (NEAREST, FARTHEST):
+        return embedded.similar if plan.config.keeper == NEAREST else -embedded.similar
+    return None
+
+
+def open_first_pass(
     url: str,
     semantic: Mapping[str, object],
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
     fresh: bool,
+    stage: str = dedup.HASH_STAGE,
 ) -> tuple[Artifact, list[Task]]:
-    """The artifact of hashes and its missing tasks. ``fresh`` only starts over if the images differ: another radius
-    does not require hashing all images again."""
+    """The artifact of a first pass and its missing tasks. ``fresh`` only starts over if the images differ: another
+    radius does not require hashing all images again."""
     try:
-        return _create(url, semantic, run, todo, fresh=False)
+        return _create(url, stage, semantic, run, todo, fresh=False)
     except ArtifactMismatch:
         if not fresh:
             raise
-    return _create(url, semantic, run, todo, fresh=True)
+    return _create(url, stage, semantic, run, todo, fresh=True)
 
 
 def _create(
     url: str,
+    stage: str,
     semantic: Mapping[str, object],
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
     *,
     fresh: bool,
 ) -> tuple[Artifact, list[Task]]:
-    artifact = Artifact.create(url, dedup.HASH_STAGE, semantic, run, fresh=fresh)
+    artifact = Artifact.create(url, stage, semantic, run, fresh=fresh)
     try:
         artifact.release_quarantine()
         return artifact, todo(artifact)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import pyarrow.parquet as pq
-
 from ...errors import BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
@@ -371,18 +369,12 @@ def _read_in_vain(artifact: Artifact, record: ShardRecord, shard: InputShard) ->
     if not record.rows.get(Status.READ_ERROR):
         return False
     own = [row["status"] for row in artifact.read_rows(record.shard)]
-    listed = [] if shard.record is None else [shard.listing]
-    inputs = [_statuses(opened) for opened in (*listed, *(companion.open for companion in shard.companions))]
+    inputs = [] if shard.record is None else [shard.statuses()]
+    inputs += [companion.statuses() for companion in shard.companions]
     return any(
         status == Status.READ_ERROR and Status.READ_ERROR not in before
         for status, *before in zip(own, *inputs, strict=True)
     )
-
-
-def _statuses(opened: Callable[[], pq.ParquetFile]) -> list[str]:
-    with opened() as parquet:
-        statuses: list[str] = parquet.read(columns=["status"], use_threads=False).column("status").to_pylist()
-    return statuses
 
 
 def resolved_rows(artifact: Artifact, shard: str) -> dict[int, dict[str, Any]]:

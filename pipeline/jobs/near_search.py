@@ -1,19 +1,24 @@
-"""The search for near images as pool jobs: tables, then signatures, then confirmation, with results in a working
-artifact inside the marks, which is removed when all marks are written.
+"""The searches for near images as pool jobs, step by step, with results in working artifacts.
+
+That for near hashes (tables, then signatures, then confirmation) is inside the marks, and removed when all marks are
+written. That for near embeddings (parts, centroids, cells) is inside the hashes, where also what it found is kept.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ...errors import ArtifactMismatch, RunFailed
 from ...manifests.artifact import Artifact
 from ...manifests.files.storage import PRIVATE
+from ...stages.dedup.embeddings.work import STAGE as EMBEDDINGS
+from ...stages.dedup.embeddings.work import EmbeddingSearch, NearFiles, read_found, write_found
 from ...stages.dedup.marks import Pairs
-from ...stages.dedup.near.work import STAGE, NearSearch, Step
+from ...stages.dedup.near.work import STAGE, NearSearch
+from ...stages.dedup.steps import Step
 from ..runners.messages import Event, Note, ShardDone, ShardFailed
 from ..runners.pool_job import run_pool_job
 
@@ -24,13 +29,17 @@ _NOTE_SECONDS = 10.0
 
 def open_work(marks: Artifact, search: NearSearch, made_from: Mapping[str, Any]) -> Artifact:
     """The working artifact: that of a killed run, or a new one if images or options are others now."""
-    url, semantic = f"{marks.url}/{_FOLDER}", {**made_from, **search.config}
+    return resumed(f"{marks.url}/{_FOLDER}", STAGE, {**made_from, **search.config})
+
+
+def resumed(url: str, stage: str, semantic: Mapping[str, Any]) -> Artifact:
+    """An artifact of intermediate results, for writing: the existing one, or a new one if that was made of others."""
     try:
-        work = Artifact.create(url, STAGE, semantic, {})
+        artifact = Artifact.create(url, stage, semantic, {})
     except ArtifactMismatch:
-        work = Artifact.create(url, STAGE, semantic, {}, fresh=True)
-    work.release_quarantine()
-    return work
+        artifact = Artifact.create(url, stage, semantic, {}, fresh=True)
+    artifact.release_quarantine()
+    return artifact
 
 
 def remove_work(marks: Artifact) -> None:
@@ -42,8 +51,19 @@ def run_search(
     search: NearSearch, work: Artifact, workers: int, report: Callable[[Event], None], stop: threading.Event
 ) -> Pairs | None:
     """The pairs that the search found, None if it was stopped. Raises RunFailed if a task keeps failing."""
-    for step in search.steps(work):
-        some = workers if step.seconds > _WORTH_PROCESSES else 0
+    return search.result(work) if run_steps(search.steps(work), work, workers, report, stop) else None
+
+
+def run_steps(
+    steps: Iterable[Step],
+    work: Artifact,
+    workers: int,
+    report: Callable[[Event], None],
+    stop: threading.Event,
+) -> bool:
+    """Run the tasks of one step after another; False if it was stopped. Raises RunFailed if a task keeps failing."""
+    for step in steps:
+        some = min(workers, step.processes or workers) if step.seconds > _WORTH_PROCESSES else 0
         result = run_pool_job(
             step.todo, step.write, work, some, _noted(step, report), stop, shard_name=lambda task: str(task.name)
         )
@@ -51,8 +71,51 @@ def run_search(
             name, error = next(iter(result.quarantined.items()))
             raise RunFailed(f"{work.url}: {name} failed: {error}; run the same command to try it again")
         if result.interrupted:
+            return False
+    return True
+
+
+def near_files(
+    search: EmbeddingSearch,
+    hashes: Artifact,
+    files: int,
+    made_from: Mapping[str, Any],
+    workers: int,
+    report: Callable[[Event], None],
+    stop: threading.Event,
+) -> NearFiles | None:
+    """The files that are near by their embeddings, None if it was stopped. What was found before at this threshold, or
+    at a lower one, is not searched for again. Raises RunFailed if a task keeps failing."""
+    url = f"{hashes.url}/{PRIVATE}/{EMBEDDINGS}"
+    semantic = {**made_from, **search.config}
+    if (kept := _kept(url, semantic, files)) is not None:
+        return kept
+    work = resumed(f"{url}-work", EMBEDDINGS, semantic)
+    try:
+        if not run_steps(search.steps(work), work, workers, report, stop):
             return None
-    return search.result(work)
+        found = search.result(work)
+    finally:
+        work.close()
+    artifact = resumed(url, EMBEDDINGS, semantic)
+    write_found(found, artifact)
+    artifact.close()
+    hashes.folder.remove(f"{PRIVATE}/{EMBEDDINGS}-work")
+    return found
+
+
+def _kept(url: str, semantic: Mapping[str, Any], files: int) -> NearFiles | None:
+    """What an earlier search found at this threshold or a lower one, if it depends on the same otherwise."""
+    try:
+        before = Artifact.open(url).config["semantic"].get("cosine") if Artifact.exists(url) else None
+        if not isinstance(before, float) or before > semantic["cosine"]:
+            return None
+        artifact = Artifact.create(url, EMBEDDINGS, {**semantic, "cosine": before}, {})
+    except ArtifactMismatch:
+        return None
+    found = read_found(artifact, files)
+    artifact.close()
+    return None if found is None else found.reaching(semantic["cosine"])
 
 
 def _noted(step: Step, report: Callable[[Event], None]) -> Callable[[Event], None]:

@@ -6,46 +6,62 @@ import asyncio
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from ...manifests.schema import EMBEDDING_COLUMN, SCORE, embedding
+from ...errors import BadInput
+from ...manifests.artifact import Artifact
+from ...manifests.fingerprint import differences
+from ...manifests.schema import EMBEDDING_COLUMN, SCORE, embedding, embedding_width
 from ...manifests.shards import Row
 from ...manifests.status import Status
 from ...models.halving import OF_DEVICES, by_halves
-from ...models.images.decode import ImageLimits, Pixels
+from ...models.images.decode import ImageLimits
 from ...models.images.decode_pool import DecodePool
 from ...models.images.formats import ImageProblem
 from ...models.images.preprocess import Preprocess, decode_preprocessed
-from ...models.scorers.base import computing_threads, device_and_type
+from ...models.scorers.base import Scorer, computing_threads, device_and_type
 from ...models.scorers.clip import load_clip
 from ...models.scorers.loading import ScorerConfig, load_scorer, scorer_identity
+from ...models.scorers.stored import StoredClip
 from ...stages.filter.score import (
     CHUNK,
+    EMBEDDINGS,
     CaptionScorer,
     PreparedRows,
     SafetyDetector,
     SeenRow,
     captions_of,
     passed_on,
+    safety_columns,
     unscored,
 )
 from ..runners.circuit_breaker import answered
 
-Views = tuple[Pixels, ...]
+Views = tuple[npt.NDArray[Any], ...]  # pixels, or a stored vector
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Embeddings in place of a CLIP's vision encoder. ``safety``: they have the safety detector's columns, too."""
+
+    width: int
+    safety: bool
 
 
 @dataclass(frozen=True)
 class ScoreSetup:
-    """The scorer models, and how they get images; picklable."""
+    """The scorer models, and how they get images; picklable. ``stored``: what they take from embeddings instead."""
 
     scorers: tuple[ScorerConfig, ...]
     decode_workers: int
     safety: bool = False
     limits: ImageLimits = field(default_factory=ImageLimits)
+    stored: StoredImages | None = None
 
     def provenance(self) -> dict[str, Any]:
         return {"models": {scorer.kind: scorer.model for scorer in self.scorers}}
@@ -56,6 +72,29 @@ class ScoreSetup:
             "safety": self.safety,
             "limits": [self.limits.max_image_pixels, self.limits.min_side, self.limits.max_aspect],
         }
+
+
+def with_embeddings(setup: ScoreSetup, embeddings: Artifact) -> ScoreSetup:
+    """The setup that takes the image side of its CLIP, and safety if it is there, from ``embeddings``.
+
+    Raises BadInput unless they are by the same CLIP, compared by the identity that fingerprints cover.
+    """
+    if embeddings.stage != EmbedStage.name:
+        text = f"{embeddings.url}: an artifact of stage {embeddings.stage!r}"
+        raise BadInput(f"{text}; --embeddings takes one of `capipe embed`")
+    clips = tuple(scorer for scorer in setup.scorers if scorer.kind == "clip")
+    theirs = embeddings.config["semantic"]
+    for key, value in ScoreSetup(clips, setup.decode_workers, limits=setup.limits).semantic().items():
+        changes = differences({key: theirs.get(key)}, {key: value}) if key != "safety" else []
+        if changes:
+            text = f"{embeddings.url}: embedded by another model than --clip {clips[0].model}, or in another way"
+            raise BadInput(f"{text} ({changes[0]}); name that one, or leave out --embeddings")
+    shard = next(iter(embeddings.committed()), None)
+    if shard is None:
+        raise BadInput(f"{embeddings.url}: no shard is committed there yet; finish its run")
+    with embeddings.parquet(shard) as parquet:
+        width = embedding_width(parquet.schema_arrow, f"{embeddings.url}/{shard}.parquet")
+    return replace(setup, stored=StoredImages(width, bool(theirs.get("safety"))))
 
 
 @dataclass(frozen=True)
@@ -69,6 +108,7 @@ class ScoreStage:
         return self.setup.semantic()
 
     async def load(self) -> ScoreProcessor:
+        """Raises BadInput if embeddings have another width than their model."""
         return ScoreProcessor(self.setup)
 
 
@@ -95,7 +135,9 @@ class ImageTextProcessor(Generic[Prepared]):
         self._computers, threads = computing_threads(devices, CHUNKS_COMPUTED)
         self.window = (self._computers + 3) * CHUNK
         in_flight = (self._computers + 1) * CHUNK
-        self._pool: DecodePool[Views] = DecodePool(setup.decode_workers, decode, in_flight=in_flight)
+        self._pool: DecodePool[Views] | None = None
+        if preprocesses:
+            self._pool = DecodePool(setup.decode_workers, decode, in_flight=in_flight)
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="capipe-prepare")
         self._threads = ThreadPoolExecutor(self._computers, "capipe-score", torch.set_num_threads, (threads,))
         self._decoding = self._computing = 0
@@ -104,7 +146,7 @@ class ImageTextProcessor(Generic[Prepared]):
         out = {row.index: finished for row in rows if (finished := self.unasked(row)) is not None}
         asked = [row for row in rows if row.index not in out]
         distinct = {row.uid: row for row in asked}  # an image shared by several rows is decoded once
-        decoded = dict(zip(distinct, await asyncio.gather(*map(self._decode, distinct.values())), strict=True))
+        decoded = dict(zip(distinct, await asyncio.gather(*map(self.views, distinct.values())), strict=True))
         seen = {uid: views for uid, views in decoded.items() if not isinstance(views, ImageProblem)}
         numbers = {uid: number for number, uid in enumerate(seen)}
         for row in asked:
@@ -174,8 +216,11 @@ class ImageTextProcessor(Generic[Prepared]):
     def passed_on(self, row: Row) -> dict[str, Any]:
         raise NotImplementedError
 
-    async def _decode(self, row: Row) -> Views | ImageProblem:
+    async def views(self, row: Row) -> Views | ImageProblem:
+        """What the models get of a row's image, or its problem."""
         assert row.image is not None
+        if self._pool is None:
+            return ()
         self._decoding += 1
         try:
             return await self._pool.decode(row.image)
@@ -189,7 +234,8 @@ class ImageTextProcessor(Generic[Prepared]):
         return {"decoding": self._decoding, "in_engine": self._computing, "concurrency": self._computers * CHUNK}
 
     async def aclose(self) -> None:
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
         self._preparer.shutdown()
         self._threads.shutdown()
 
@@ -200,13 +246,22 @@ class ScoreProcessor(ImageTextProcessor[PreparedRows]):
     schema = SCORE
 
     def __init__(self, setup: ScoreSetup) -> None:
-        safety: SafetyDetector | None = None
-        if setup.safety:
-            from ...models.scorers.safety import NudeNetDetector
+        stored = setup.stored
+        stored_safety = setup.safety and stored is not None and stored.safety
+        scorers = tuple(_loaded(config, stored) for config in setup.scorers)
+        safety = _detector() if setup.safety and not stored_safety else None
+        self._scorer = CaptionScorer(scorers, safety, stored_safety)
+        super().__init__(tuple(how for how in self._scorer.preprocesses if how is not None), setup)
 
-            safety = NudeNetDetector()
-        self._scorer = CaptionScorer(tuple(load_scorer(config) for config in setup.scorers), safety)
-        super().__init__(self._scorer.preprocesses, setup)
+    async def views(self, row: Row) -> Views | ImageProblem:
+        decoded = await super().views(row)
+        if isinstance(decoded, ImageProblem) or EMBEDDINGS not in row.beside:
+            return decoded
+        vector = row.beside[EMBEDDINGS][EMBEDDING_COLUMN]
+        if vector is None:
+            return ImageProblem(Status.ENGINE_ERROR, "it has no embedding; run `capipe embed` again with --retry")
+        pixels = iter(decoded)
+        return tuple(vector if how is None else next(pixels) for how in self._scorer.preprocesses)
 
     def unasked(self, row: Row) -> dict[str, Any] | None:
         return unscored(row)
@@ -224,9 +279,27 @@ class ScoreProcessor(ImageTextProcessor[PreparedRows]):
         return passed_on(row)
 
 
+def _detector() -> SafetyDetector:
+    """Raises BadInput where its package is missing."""
+    from ...models.scorers.safety import NudeNetDetector
+
+    return NudeNetDetector()
+
+
+def _loaded(config: ScorerConfig, stored: StoredImages | None) -> Scorer | StoredClip:
+    """A scorer; a CLIP reads embeddings, if there are any. Raises BadInput if they are of another width."""
+    if config.kind != "clip" or stored is None:
+        return load_scorer(config)
+    clip = StoredClip(load_clip(config.model, config.dtype, config.device))
+    if clip.width != stored.width:
+        text = f"--embeddings: of {stored.width} numbers each, and {config.model} has {clip.width}"
+        raise BadInput(f"{text}; embed the images again, or leave out --embeddings")
+    return clip
+
+
 @dataclass(frozen=True)
 class EmbedStage:
-    """Image embeddings by a CLIP, for `capipe dedup --embeddings`; picklable."""
+    """Image embeddings by a CLIP, for `capipe dedup` and `capipe filter`; picklable."""
 
     setup: ScoreSetup
     name: str = "embed"
@@ -239,13 +312,14 @@ class EmbedStage:
 
 
 class EmbedProcessor(ImageTextProcessor[Sequence[Subject]]):
-    """The loaded stage: unit vectors of the vision encoder in half precision."""
+    """The loaded stage: unit vectors of the vision encoder in half precision, and the safety detector's columns."""
 
     def __init__(self, setup: ScoreSetup) -> None:
         (config,) = setup.scorers
         self._clip = load_clip(config.model, config.dtype, config.device)
-        self.schema = embedding(self._clip.width)
-        super().__init__((self._clip.preprocess,), setup)
+        self._safety = _detector() if setup.safety else None
+        self.schema = embedding(self._clip.width, setup.safety)
+        super().__init__((self._clip.preprocess, *((self._safety.preprocess,) if self._safety else ())), setup)
 
     def unasked(self, row: Row) -> dict[str, Any] | None:
         return None
@@ -254,8 +328,12 @@ class EmbedProcessor(ImageTextProcessor[Sequence[Subject]]):
         return subjects
 
     def compute(self, prepared: Sequence[Subject], images: Sequence[Views]) -> list[dict[str, Any]]:
-        vectors = self._clip.encode_images([pixels for (pixels,) in images]).half().tolist()
-        return [{**self.passed_on(row), EMBEDDING_COLUMN: vectors[number]} for row, number in prepared]
+        vectors = self._clip.encode_images([views[0] for views in images]).half().tolist()
+        columns: list[dict[str, Any]] = [{EMBEDDING_COLUMN: vector} for vector in vectors]
+        if self._safety is not None:
+            for own, labels in zip(columns, self._safety.detect([views[1] for views in images]), strict=True):
+                own |= safety_columns(labels)
+        return [{**self.passed_on(row), **columns[number]} for row, number in prepared]
 
     def passed_on(self, row: Row) -> dict[str, Any]:
         return {"key": row.key, "uid": row.uid, "status": str(row.status), "error": row.error}

@@ -34,6 +34,7 @@ from ...manifests.withdrawal.applied import Withdrawal, applied, apply, has_with
 from ...manifests.withdrawal.rows import WithdrawingReader, blank, is_withdrawn
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.index import ListedRows, TarFacts
+from ...stages.filter.marked import MARKS
 from ...stages.filter.select import (
     STAGE,
     Rule,
@@ -49,7 +50,7 @@ from ..runners.messages import Event
 from ..runners.pool import worker_count
 from ..runners.pool_job import run_pool_job
 from ..runners.shard_queue import JobResult
-from .select_plan import MARKS, SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
+from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns, with_marks
 
 UIDS = f"{PRIVATE}/uids.npy"
 _START_OVER = "use another --out, or --fresh to start over"
@@ -312,7 +313,9 @@ def _list(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction,
 
 def _named_terms(shard: InputShard, keys: list[str], rule: Rule) -> Iterator[tuple[str, int]]:
     """For each row its key in the final shard, and the term of ``keep`` that it fails, else -1."""
-    failed = [-1] * len(keys) if rule.keep is None else rule.keep.failures(_scores(shard, rule.columns)).tolist()
+    failed = [-1] * len(keys)
+    if rule.keep is not None:
+        failed = rule.keep.failures(with_marks(_scores(shard, rule.columns), shard, rule.mark_columns)).tolist()
     return zip(keys, failed, strict=True)
 
 

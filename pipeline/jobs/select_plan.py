@@ -21,15 +21,27 @@ from ...errors import ArtifactMismatch, BadInput
 from ...manifests.artifact import Artifact
 from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.files.stores import filesystem
+from ...manifests.joining.companion import Companion
 from ...manifests.manifest import ShardRecord
 from ...manifests.schema import BASE, SCORE, check
-from ...manifests.shards import Companion, InputShard
+from ...manifests.shards import InputShard
 from ...manifests.status import Status
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.expression import kind_of, shown_value
-from ...stages.filter.select import Decision, Rule, Scores, SelectConfig, Text, decide, scores_of, top_threshold
+from ...stages.filter.marked import MARKS
+from ...stages.filter.select import (
+    MARK_TYPES,
+    Decision,
+    Rule,
+    Scores,
+    SelectConfig,
+    Text,
+    decide,
+    scores_of,
+    top_threshold,
+)
 
-SCORES, MARKS = "scores", "marks"  # companions by name
+SCORES = "scores"  # name of the scores in a row's ``beside``
 _IDENTITY = ["key", "uid"]
 _NEW = "re_length"  # column that is null without a new caption
 _BASE = pa.schema(BASE)
@@ -144,7 +156,7 @@ def _counted(
 ) -> _Counts | None:
     """Read the scores once; None if there is a new caption, where there were to be original ones alone."""
     eligible, sizes, ranked, candidates = [], [], [], 0
-    for shard, (table, marks) in zip(shards, _tables(shards, [*rule.columns, _NEW]), strict=True):
+    for shard, (table, marks) in zip(shards, _tables(shards, [*rule.columns, _NEW], rule.mark_columns), strict=True):
         if org_alone and table.column(_NEW).null_count < len(table):
             return None
         _check_images(shard, table, committed[shard.name].input.get("bytes"))
@@ -157,8 +169,10 @@ def _counted(
     return _Counts(rule, eligible, sizes, ranked, candidates)
 
 
-def _tables(shards: Sequence[InputShard], columns: list[str]) -> Iterator[tuple[pa.Table, list[str] | None]]:
-    """Each shard's scores, with the requested columns, key and uid, and the statuses of its marks."""
+def _tables(
+    shards: Sequence[InputShard], columns: list[str], mark_columns: list[str] | None = None
+) -> Iterator[tuple[pa.Table, list[str] | None]]:
+    """Each shard's scores, with the requested columns, key and uid, those of its marks, and the statuses there."""
     for shard in shards:
         beside = {companion.name: companion for companion in shard.companions}
         table = read_columns(beside[SCORES], SCORE, [*_IDENTITY, *columns])
@@ -166,7 +180,27 @@ def _tables(shards: Sequence[InputShard], columns: list[str]) -> Iterator[tuple[
         if marks is not None and not _same_images(table, marks):
             text = f"{beside[MARKS].url}: its rows are not those of {beside[SCORES].url}, by key and uid"
             raise BadInput(f"{text}; give --marks what was made of these shards")
-        yield table, None if marks is None else marks.column("status").to_pylist()
+        yield (
+            with_marks(table, shard, mark_columns or []),
+            None if marks is None else marks.column("status").to_pylist(),
+        )
+
+
+def with_marks(scores: pa.Table, shard: InputShard, columns: list[str]) -> pa.Table:
+    """Scores with columns of the shard's marks. Raises BadInput if it has no marks, or if they have no such column."""
+    if not columns:
+        return scores
+    marks = next((companion for companion in shard.companions if companion.name == MARKS), None)
+    if marks is None:
+        raise BadInput(f"--keep: {columns[0]} is a column of the marks of `capipe dedup`; name them with --marks")
+    try:
+        table = read_columns(marks, pa.schema([(name, MARK_TYPES[name]) for name in columns]), columns)
+    except ArtifactMismatch as error:
+        hint = "; `capipe dedup` writes it with --texts or --captions" if columns[0].startswith("text_") else ""
+        raise BadInput(f"--keep: {error}{hint}") from None
+    for name in columns:
+        scores = scores.append_column(name, table.column(name))
+    return scores
 
 
 def _same_images(one: pa.Table, other: pa.Table) -> bool:
@@ -178,7 +212,7 @@ def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) ->
     try:
         with companion.open() as parquet:
             check(parquet.schema_arrow, schema, companion.url)
-            return parquet.read(columns=list(dict.fromkeys(columns)), use_threads=False)
+            return companion.table(parquet, list(dict.fromkeys(columns)))
     except StoreUnavailable:
         raise
     except (OSError, pa.ArrowException) as error:
@@ -217,7 +251,10 @@ def _nothing(shards: Sequence[InputShard], rule: Rule, uids: UidSet) -> BadInput
     def gather(of: Callable[[Decision], Any], name: str) -> list[pa.ChunkedArray]:
         return [
             table.column(name).filter(pa.array(of(decide(table, marks, rule, uids.mask(table.column("uid"))))))
-            for table, marks in _tables(shards, [*rule.columns, name])
+            for table, marks in _tables(
+                *(shards, [*rule.columns, *([] if name in MARK_TYPES else [name])]),
+                list(dict.fromkeys([*rule.mark_columns, *([name] if name in MARK_TYPES else [])])),
+            )
         ]
 
     statuses = Counter(status for part in gather(lambda d: ~d.candidate, "status") for status in part.to_pylist())

@@ -17,6 +17,7 @@ from ...manifests.shards import Row
 from ...manifests.status import Status
 from ...manifests.withdrawal.applied import applied
 from ...manifests.withdrawal.rows import WithdrawingReader
+from ...stages.filter.marked import MarkedReader
 from .messages import Assignment
 
 
@@ -87,8 +88,8 @@ class ShardRun:
         self.journal.delete()
         return record
 
-    def _read(self) -> WithdrawingReader:
-        return WithdrawingReader(self.shard, applied(self.artifact))
+    def _read(self) -> MarkedReader:
+        return MarkedReader(WithdrawingReader(self.shard, applied(self.artifact)))
 
     def _sources(self) -> Iterator[Row]:
         """Read the input's rows again. An OSError here concerns the input, so it fails this shard, not the run."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import U64, Indices
+from .arrays import U64, Indices, Numbers
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,11 @@ def connected(count: int, left: Indices, right: Indices) -> Indices:
     return components.roots(np.arange(count))
 
 
-def keepers(contents: Contents, groups: Indices) -> Indices:
-    """For each file the keeper of its group, ``(n,)``: most pixels, then lowest uid."""
-    order = np.lexsort((np.arange(len(groups)), -contents.pixels, groups))
+def keepers(contents: Contents, groups: Indices, preference: Numbers | None = None) -> Indices:
+    """For each file the keeper of its group, ``(n,)``: highest ``preference`` (``(n,)``; NaN is the lowest), then most
+    pixels, then lowest uid."""
+    disliked = np.zeros(len(groups)) if preference is None else -preference  # NaN is sorted last
+    order = np.lexsort((np.arange(len(groups)), -contents.pixels, disliked, groups))
     ordered = groups[order]
     starts = np.ones(len(order), dtype=bool)
     starts[1:] = ordered[1:] != ordered[:-1]

@@ -24,7 +24,9 @@ from ...models.images.formats import ImageProblem
 from ..ingest.shard import IngestConfig, IngestTask
 from ..ingest.source_refs import Handles
 from ..reading.faults import read_problem
-from .arrays import Indices
+from .arrays import Indices, Numbers
+from .embeddings.reading import ReferenceVectors
+from .embeddings.work import NearFiles
 from .groups import connected, keepers, lookalikes
 from .hash_sets import HashSet, hash_rows
 from .perceptual_hash import DECODED_SIDE, looks
@@ -32,6 +34,7 @@ from .perceptual_hash import DECODED_SIDE, looks
 STAGE, HASH_STAGE = "dedup", "hash"
 LIMITS = ImageLimits(min_side=1)  # small images: ingest has rejected them, or they are accepted
 Pairs = tuple[Indices, Indices]
+LARGEST, NEAREST, FARTHEST = "largest", "nearest", "farthest"  # choices of a keeper; any other is a column's name
 REFERENCES = IngestConfig(shard_size=1000)  # how a reference set is cut into tasks
 
 
@@ -43,6 +46,12 @@ class DedupConfig(BaseModel):
     radius: int = Field(7, ge=0, le=15, description="bits of 64 in which the hashes of two copies may differ")
     placeholder: int = Field(100, ge=1, description="the same bytes in more rows than this are a placeholder")
     cosine: float | None = Field(None, ge=0.5, le=1, description="embeddings this near each other are of copies, too")
+    keeper: str = Field(LARGEST, description="which of a group is kept: largest, nearest, farthest, or by a column")
+
+    def semantic(self) -> dict[str, Any]:
+        """What fingerprints cover; an option that is newer than outputs, only where it is used."""
+        used = self.model_dump(mode="json")
+        return {key: value for key, value in used.items() if (key, value) != ("keeper", LARGEST)}
 
 
 # --- first pass: one shard's images -----------------------------------------------------------------------------------
@@ -120,23 +129,28 @@ def find_marks(
     references: HashSet | None,
     config: DedupConfig,
     near: Pairs,
-    embedded: Pairs | None = None,
+    embedded: NearFiles | None = None,
+    embedded_references: ReferenceVectors | None = None,
+    preference: Numbers | None = None,
 ) -> Marks:
     """Group the images. Groups and keepers do not depend on the order of the shards.
 
-    ``near``: what :class:`~.near.work.NearSearch` found; ``embedded``: files that are copies by their embeddings.
+    ``near``: what :class:`~.near.work.NearSearch` found; ``embedded``: what is near by embeddings; ``preference``: of
+    each file, see :func:`.groups.keepers`.
     """
     contents = hashed.contents
     first = lookalikes(contents)
     alike = np.flatnonzero(first != np.arange(len(first)))
     left, right = near
     files = right < len(contents)
-    joined = [(left[files], right[files]), (alike, first[alike]), *([embedded] if embedded is not None else [])]
+    joined = [(left[files], right[files]), (alike, first[alike]), *_pairs(embedded)]
     groups = connected(len(contents), *(np.concatenate([pairs[side] for pairs in joined]) for side in (0, 1)))
-    keeper = keepers(contents, groups)
+    keeper = keepers(contents, groups, preference)
     matched = {}
+    if embedded is not None and embedded_references is not None:
+        matched = _near_references(embedded, embedded_references, keeper)
     if references is not None:
-        matched = _matches(hashed, references, keeper, (left[~files], right[~files] - len(contents)))
+        matched |= _matches(hashed, references, keeper, (left[~files], right[~files] - len(contents)))
     frequent = np.flatnonzero(hashed.counts > config.placeholder)
     placeholders: dict[int, int] = {}
     for file in frequent.tolist():
@@ -146,6 +160,20 @@ def find_marks(
     named[keeper[keeper != np.arange(len(contents))]] = True
     named[hashed.counts > 1] = True
     return Marks(hashed, keeper, hashed.first_keys(named), matched, placeholders)
+
+
+def _pairs(embedded: NearFiles | None) -> list[Pairs]:
+    return [] if embedded is None else [(embedded.edges.left, embedded.edges.right)]
+
+
+def _near_references(embedded: NearFiles, references: ReferenceVectors, keeper: Indices) -> dict[int, str]:
+    """Reference image whose embedding is nearest to one of the group's; of equally near ones the lowest uid."""
+    matches, nearest = embedded.matches, dict[int, int]()
+    order = np.lexsort((matches.right, -matches.cosine))
+    for group, reference in zip(keeper[matches.left[order]].tolist(), matches.right[order].tolist(), strict=True):
+        nearest.setdefault(group, reference)
+    names = references.names(np.unique(np.fromiter(nearest.values(), dtype=np.int64)))
+    return {group: names[reference] for group, reference in nearest.items()}
 
 
 def _matches(hashed: HashSet, references: HashSet, keeper: Indices, near: Pairs) -> dict[int, str]:

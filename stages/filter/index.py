@@ -25,7 +25,7 @@ from ...manifests.files.storage import parquet_of
 from ...manifests.files.tar import Member
 from ...manifests.manifest import ShardRecord
 from ...manifests.samples import Sample, read_samples
-from ...manifests.shards import OPEN, ROWS, InputShard, Row, companion_rows, to_row
+from ...manifests.shards import OPEN, ROWS, InputShard, Row, to_row
 from ...manifests.sidecars import MAX_BYTES, MAX_OWN_BYTES
 from ...manifests.status import Status
 from ...models.images.formats import HEAD_BYTES, ImageProblem, sniff
@@ -83,7 +83,7 @@ class ListedRows:
     def __iter__(self) -> Iterator[dict[str, dict[str, Any]]]:
         """Rows of the sidecars by name. Raises ArtifactMismatch if these are not of the same images."""
         names = [companion.name for companion in self.shard.companions]
-        for index, rows in enumerate(zip(*map(companion_rows, self.shard.companions), strict=True)):
+        for index, rows in enumerate(zip(*self.shard.companions, strict=True)):
             if len({(row["key"], row["uid"]) for row in rows}) > 1:
                 urls = " and ".join(companion.url for companion in self.shard.companions)
                 raise ArtifactMismatch(f"{urls}: row {index} is of another image; give what was made of these shards")

@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ...manifests.schema import SAFETY
 from ...manifests.shards import Row
 from ...manifests.status import Status
 from ...models.images.decode import Pixels
 from ...models.images.preprocess import Preprocess
 from ...models.scorers.base import AskedCaptions, CaptionScore, Scorer, ask_captions, distinct_texts, score_asked
 from ...models.scorers.sentences import split_sentences
+from ...models.scorers.stored import StoredClip
 from ..annotate.captioner import chosen_caption
 from .ngrams import repeated_share, words_of
 
-CAPTIONS = "captions"  # name of the annotate artifact in a row's ``beside``
+CAPTIONS, EMBEDDINGS = "captions", "embeddings"  # names of artifacts of annotate and embed in a row's ``beside``
 CHUNK = 64
 NEW, ORIGINAL = "re", "org"
 
@@ -54,14 +56,18 @@ class PreparedRows:
 
 @dataclass(frozen=True)
 class CaptionScorer:
-    """Scores chunks of rows with all scorers. An image has one view per scorer, then the detector's."""
+    """Scores chunks of rows with all scorers. An image has one view per scorer, then the detector's.
 
-    scorers: tuple[Scorer, ...]
+    ``stored_safety``: the detector's columns are taken from the row's embeddings.
+    """
+
+    scorers: tuple[Scorer | StoredClip, ...]
     safety: SafetyDetector | None = None
+    stored_safety: bool = False
 
     @property
-    def preprocesses(self) -> tuple[Preprocess, ...]:
-        """Preprocessing of each view."""
+    def preprocesses(self) -> tuple[Preprocess | None, ...]:
+        """Preprocessing of each view; None for a stored vector."""
         seen = tuple(scorer.preprocess for scorer in self.scorers)
         return seen if self.safety is None else (*seen, self.safety.preprocess)
 
@@ -70,9 +76,16 @@ class CaptionScorer:
         asked = [(number, prefix) for number, seen in enumerate(rows) for prefix in seen.captions]
         captions = ask_captions([(rows[number].image, rows[number].captions[prefix]) for number, prefix in asked])
         texts = list(distinct_texts(captions.pairs))
-        described_rows = [{**described(seen.row, seen.captions), "status": str(Status.OK)} for seen in rows]
+        described_rows = [{**self._described(seen), "status": str(Status.OK)} for seen in rows]
         tokens = [scorer.tokenize(texts) for scorer in self.scorers]
         return PreparedRows([seen.image for seen in rows], described_rows, asked, captions, tokens)
+
+    def _described(self, seen: SeenRow) -> dict[str, Any]:
+        out = described(seen.row, seen.captions)
+        if self.stored_safety:
+            stored = seen.row.beside[EMBEDDINGS]
+            out |= {field.name: stored[field.name] for field in SAFETY}
+        return out
 
     def score(self, rows: PreparedRows, images: Sequence[tuple[Pixels, ...]]) -> list[dict[str, Any]]:
         """Output rows. A NaN or infinite score makes its row an ``engine_error``, to be retried."""
@@ -85,8 +98,7 @@ class CaptionScorer:
         if self.safety is not None:
             labels_by_image = self.safety.detect([views[-1] for views in images])
             for image, row in zip(rows.images, out, strict=True):
-                labels = labels_by_image[image]
-                row |= {"unsafe": max(labels.values(), default=0.0), "unsafe_labels": sorted(labels)}
+                row |= safety_columns(labels_by_image[image])
         return out
 
     def reason(self, row: SeenRow, image: tuple[Pixels, ...], error: Exception) -> str:
@@ -102,6 +114,11 @@ class CaptionScorer:
             except Exception as own:
                 return f"{scorer.name} cannot score {subject}: {type(own).__name__}: {own}"
         return f"{type(error).__name__}: {error}"
+
+
+def safety_columns(labels: Mapping[str, float]) -> dict[str, Any]:
+    """Columns for the labels that a safety detector found, with their scores."""
+    return {"unsafe": max(labels.values(), default=0.0), "unsafe_labels": sorted(labels)}
 
 
 def _enter(row: dict[str, Any], scorer: str, prefix: str, score: CaptionScore) -> None:
@@ -125,12 +142,13 @@ def captions_of(row: Row) -> dict[str, str]:
 
 
 def unscored(row: Row) -> dict[str, Any] | None:
-    """Output row if there is nothing to score, or captioning failed; None otherwise."""
+    """Output row if there is nothing to score, or captioning or embedding failed; None otherwise."""
     if row.status is not Status.OK:
         return passed_on(row)
     beside = row.beside.get(CAPTIONS)
-    if beside is not None and beside["status"] != Status.OK:
-        return {**passed_on(row), "status": beside["status"], "error": beside["error"]}
+    for other in (beside, row.beside.get(EMBEDDINGS)):
+        if other is not None and other["status"] != Status.OK:
+            return {**passed_on(row), "status": other["status"], "error": other["error"]}
     wanted = NEW if beside is not None else ORIGINAL
     if wanted in captions_of(row):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.schema import SCORE, SELECT
-from ..stage_spec import INDEX, SHARDS, Output, OutputFolder, StageSpec, keys
+from ..stage_spec import INDEX, MARKED, SHARDS, Output, OutputFolder, StageSpec, keys
 from .select import STAGE
 
 SCORES = ArtifactSpec("score", "captions scored against their images", SCORE, shown="scores", histograms=True)
@@ -21,7 +21,13 @@ SELECTION = ArtifactSpec(
 FILTER = StageSpec(
     "filter",
     "capipe.pipeline.commands.filter:filter_",
-    {"shards": (SHARDS,), "captions": ("captions",), "scores": ("scores",), "marks": ("marks",)},
+    {
+        "shards": (SHARDS,),
+        "captions": ("captions",),
+        "embeddings": ("embeddings",),
+        "scores": ("scores",),
+        "marks": MARKED,
+    },
     {SHARDS: "shards", INDEX: "shards", "scores": "scores"},
     (
         Output(SCORES, "scores", lambda config, inputs: "scores" not in inputs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.schema import GRADE, QUESTIONS, SCREEN
 from ..annotate.spec import CAPTIONS
-from ..stage_spec import CHECKPOINT, SHARDS, Output, OutputFolder, StageSpec, keys
+from ..stage_spec import CHECKPOINT, MARKED, SHARDS, Output, OutputFolder, StageSpec, keys
 
 WRITTEN = ArtifactSpec("questions", "quiz questions written", QUESTIONS, shown="questions")
 SCREENED = ArtifactSpec("screen", "questions screened", SCREEN, shown="screened questions")
@@ -20,7 +20,7 @@ GRADED = ArtifactSpec(
 QA = StageSpec(
     "qa",
     "capipe.pipeline.commands.qa:qa",
-    {"shards": (SHARDS,), "import": (), "model": (CHECKPOINT,), "screen-model": (CHECKPOINT,)},
+    {"shards": (SHARDS,), "import": (), "model": (CHECKPOINT,), "screen-model": (CHECKPOINT,), "marks": MARKED},
     {"questions": ""},
     (
         Output(WRITTEN, "written"),
@@ -35,6 +35,7 @@ QA = StageSpec(
         ),
         OutputFolder("screened"),
     ),
+    skips="marks",
     check="capipe.pipeline.commands.qa:check",
 )
 EVAL = StageSpec(

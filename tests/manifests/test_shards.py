@@ -15,6 +15,7 @@ import pytest
 
 from capipe.errors import ArtifactMismatch, BadInput
 from capipe.manifests.artifact import Artifact
+from capipe.manifests.joining.companion import companions_of
 from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import BASE, INGEST
 from capipe.manifests.shards import InputShard, Row, RowReader, expand, join, uid_of
@@ -269,12 +270,33 @@ def test_without_sidecars_nothing_changes(tmp_path: Path) -> None:
     ids=["another order", "another image", "too few", "none", "too many"],
 )
 def test_a_sidecar_of_other_images_is_refused(tmp_path: Path, rows: list[tuple[str, str]], reason: str) -> None:
-    shard = joined(tmp_path, {"right": noted(tmp_path / "right"), "notes": noted(tmp_path / "notes", rows)})
+    """While it is read; most of it is refused before that, at the start."""
+    shard = joined(tmp_path, {"right": noted(tmp_path / "right")})
+    notes = companions_of("notes", noted(tmp_path / "notes", rows))["00000"]
+    shard = replace(shard, companions=(*shard.companions, notes))
     with pytest.raises(ArtifactMismatch) as caught:
         list(RowReader(shard))
     line = str(caught.value)
     assert line.startswith(f"{tmp_path}/notes/00000.parquet: ") and reason in line
     assert "give --shards those it was made of" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([("0", IMAGES[1][1]), IMAGES[1], IMAGES[2]], "row '0' expected, '0' of another image found"),
+        ([IMAGES[1], IMAGES[0], IMAGES[2]], "row '0' expected, '1' found"),
+        (IMAGES[:2], "2 rows, and 3 in "),
+        ([*IMAGES, ("3", uid_of(photo(3)))], "4 rows, and 3 in "),
+    ],
+)
+def test_a_sidecar_of_other_images_is_refused_at_the_start(
+    tmp_path: Path, rows: list[tuple[str, str]], reason: str
+) -> None:
+    with pytest.raises(ArtifactMismatch) as caught:
+        joined(tmp_path, {"right": noted(tmp_path / "right"), "notes": noted(tmp_path / "notes", rows)})
+    line = str(caught.value)
+    assert line.startswith(f"{tmp_path}/notes/00000.parquet: {reason}") and "\n" not in line
 
 
 def test_a_sidecar_without_the_shard_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +24,10 @@ def embed(
     rows: int | None = None,
     uid: Callable[[str | None], str | None] = lambda uid: uid,
     schema: pa.Schema | None = None,
+    scorers: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Embeddings for the rows of ``like``, by key; those not in ``vectors`` have none."""
-    artifact = Artifact.create(str(out), "embed", {}, {})
+    """Embeddings for the rows of ``like``, by key; those not in ``vectors`` have none. ``scorers``: the tower."""
+    artifact = Artifact.create(str(out), "embed", {} if scorers is None else {"scorers": scorers}, {})
     for shard in shards or sorted(like.committed()):
         source = like.read_rows(shard)[:rows]
         with artifact.begin(shard, schema or embedding(width)) as written:

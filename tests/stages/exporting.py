@@ -105,10 +105,16 @@ def kept(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def export(
-    source: Path, out: Path | str, format: str = "webdataset", *, license: str = "cc-by-4.0", **options: Any
+    source: Path | str,
+    out: Path | str,
+    format: str = "webdataset",
+    *,
+    license: str = "cc-by-4.0",
+    words: CardWords | None = None,
+    **options: Any,
 ) -> list[str] | None:
-    """Run an export to its end in this process; returns its notes."""
-    words = CardWords("Rendered scenes", license)
+    """Run an export to its end in this process; returns its notes. ``words``: of the card, instead of ``license``."""
+    words = words or CardWords("Rendered scenes", license)
     made = plan_export(str(source), str(out), format, words, **{"workers": 0, **options})
     try:
         execute_export(made, lambda event: None, threading.Event())

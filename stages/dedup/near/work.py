@@ -6,8 +6,7 @@ on with the tasks that are missing, and nothing passes through the memory of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from ....manifests.artifact import Artifact
 from ....manifests.manifest import ShardRecord
 from ..arrays import NONE, Indices
 from ..hash_sets import HashSet
+from ..steps import Step, step
 from . import partition
 from .confirm_task import JOINED_COLUMNS, ConfirmTask, write_joined
 from .files import all_numbers
@@ -26,20 +26,6 @@ from .table_search import VALUES, estimate, table_tasks, write_table, write_valu
 
 STAGE = "near"
 _CONFIRMED, _COPIED = 1000, 50_000  # pairs, and signatures, per second: a guess
-
-
-@dataclass(frozen=True)
-class Step:
-    """Tasks that do not depend on each other; ``todo`` are those that are not committed.
-
-    ``write``: writes and commits a task's shard. ``seconds``: estimated time of all on one core.
-    """
-
-    name: str
-    todo: Sequence[Any]
-    total: int
-    write: Callable[..., ShardRecord]
-    seconds: float
 
 
 class NearSearch:
@@ -62,7 +48,7 @@ class NearSearch:
         """The steps in order. The tasks of one must be committed before the next is asked for."""
         if VALUES not in artifact.committed():
             write_values(self._values, artifact)
-        yield _step("tables searched", self._tables, write_table, estimate(self._values.hashes, self._radius), artifact)
+        yield step("tables searched", self._tables, write_table, estimate(self._values.hashes, self._radius), artifact)
         if PLAN not in artifact.committed():
             divide(self._values, [task.name for task in self._tables], self._rows(), artifact)
         number, looks = all_numbers(artifact, PLAN, PLAN_COLUMNS)
@@ -70,10 +56,10 @@ class NearSearch:
         needed = {name: records[needed_of(name)] for name in np.unique(looks).tolist()}
         copies = [self._copying(name, record) for name, record in needed.items()]
         signatures = sum(record.count for record in needed.values())
-        yield _step("signatures copied", copies, write_looks, signatures / _COPIED, artifact)
+        yield step("signatures copied", copies, write_looks, signatures / _COPIED, artifact)
         tasks = [self._confirming(task, looks[number == task].tolist()) for task in np.unique(number).tolist()]
         pairs = sum(records[candidates_of(task.number)].count for task in tasks)
-        yield _step("candidates confirmed", tasks, write_joined, (signatures + pairs) / _CONFIRMED, artifact)
+        yield step("candidates confirmed", tasks, write_joined, (signatures + pairs) / _CONFIRMED, artifact)
 
     def result(self, artifact: Artifact) -> tuple[Indices, Indices]:
         """Pairs of nodes: files that show the same image, enough of them to connect each group; and a file of each
@@ -111,10 +97,3 @@ def looks_of(number: int) -> str:
 def joined_of(task: int) -> str:
     """Shard with what a task joined."""
     return f"joined-{task:06}"
-
-
-def _step(
-    name: str, tasks: Sequence[Any], write: Callable[..., ShardRecord], seconds: float, artifact: Artifact
-) -> Step:
-    committed = artifact.committed()
-    return Step(name, [task for task in tasks if task.name not in committed], len(tasks), write, seconds)

@@ -79,9 +79,8 @@ class _Search:
                 yield from self._long(segment[starts[at] : starts[at] + lengths[at]], table, original, dense)
             short = (lengths > 1) & (lengths <= LONG)
             if short.any():
-                hashes = segment[np.repeat(short, lengths)]
-                labels = self.labels(original(hashes))() if self.labels is not None else None
-                yield from self._short(ShortRuns(hashes, lengths[short], labels), table, dense)
+                labels = self.labels(original(segment))() if self.labels is not None else None
+                yield from self._short(ShortRuns(segment, starts[short], lengths[short], labels), table, dense)
 
     def all_of(self, run: U64, width: int, restore: Restore) -> Iterator[tuple[U64, U64]]:
         """All near pairs of a run whose hashes differ in ``width`` low bits, by what costs least."""

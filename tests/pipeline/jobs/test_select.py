@@ -249,7 +249,10 @@ def test_marks_are_kept_out_with_their_reason(foreign: Path, tmp_path: Path) -> 
     assert {row["error"] for row in found if row["status"] == "duplicate"} == {"repeats 00000/0001"}
     with pytest.raises(ArtifactMismatch, match=r"marks: .* -> null"):
         select(scores, foreign, tmp_path / "out", keep="clip_score < 0.5")
-    others = write_marks(foreign_shards(tmp_path / "x", SIZES[::-1], "o{shard}{row:03d}"), tmp_path / "other", repeated)
+    others = write_marks(foreign_shards(tmp_path / "x", SIZES, "o{shard}{row:03d}"), tmp_path / "others", repeated)
+    with pytest.raises(ArtifactMismatch, match="row '0000' expected, 'o0000' found; it was not made of these shards"):
+        select(scores, foreign, tmp_path / "new", marks=others, keep="clip_score < 0.5")
+    others = write_marks(foreign_shards(tmp_path / "y", [SIZES[0], *SIZES[:0:-1]]), tmp_path / "other", repeated)
     with pytest.raises(BadInput, match="give --marks what was made of these shards"):
         select(scores, foreign, tmp_path / "new", marks=others, keep="clip_score < 0.5")
 
@@ -279,9 +282,9 @@ def test_scores_of_other_images_are_refused(foreign: Path, ours: Path, tmp_path:
         select(scores, foreign, tmp_path / "out", keep="clip_score > 0")
     (foreign / "00001.tar").write_bytes(before)
     mine = write_scores(ours, tmp_path / "mine")
-    again = tmp_path / "again"
-    ingest(tmp_path / "broken", *sorted((tmp_path / "theirs").glob("*.tar"))[::-1], out=again, shard_size=9)
-    said = r"00000.parquet: its rows are not those of .*00000.tar, by key and uid \(row 0, '000000', is another image"
+    again, tars = tmp_path / "again", sorted((tmp_path / "theirs").glob("*.tar"))
+    ingest(tars[0], *tars[:0:-1], tmp_path / "broken", out=again, shard_size=9)
+    said = r"00001.parquet: its rows are not those of .*00001.tar, by key and uid \(row 1, '\d+', is another image"
     with pytest.raises(BadInput, match=said):
         select(mine, again, tmp_path / "out", keep="clip_score > 0")
     assert not (tmp_path / "out").exists()

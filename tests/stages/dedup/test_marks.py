@@ -14,17 +14,17 @@ from capipe.manifests.artifact import Artifact
 from capipe.manifests.files.tar import TarWriter
 from capipe.manifests.shards import expand
 from capipe.models.images.decode import ImageLimits, Thumbnail, thumbnail
-from capipe.stages.dedup.confirm import same_picture
-from capipe.stages.dedup.groups import Contents, connected, keepers, lookalikes
+from capipe.stages.dedup.groups import Contents, keepers
 from capipe.stages.dedup.hash_sets import read_hash_set
 from capipe.stages.dedup.marks import DedupConfig, find_marks, hash_shard, mark_shard
-from capipe.stages.dedup.near_hashes import near_pairs
 from capipe.stages.dedup.perceptual_hash import DECODED_SIDE, Looks, looks
+from capipe.stages.dedup.signatures.confirm import same_picture
 
 from ...conftest import photo
 from ...models.images.test_decode import encode, scene
 from ...profiles import PERMUTED, PROPHOTO, SRGB_CURVE, muted, rgb_profile, stored
 from ..copies import COPIES, NEAR, copies, originals
+from ..near import searched
 
 Rows = dict[str, dict[str, Any]]
 
@@ -48,7 +48,8 @@ def marked(shards: Path, out: Path, **config: Any) -> Rows:
     found = expand(str(shards))
     for shard in found:
         hash_shard(shard, hashes)
-    groups = find_marks(read_hash_set(hashes, [each.name for each in found]), None, DedupConfig(**config))
+    hashed, options = read_hash_set(hashes, [each.name for each in found]), DedupConfig(**config)
+    groups = find_marks(hashed, None, options, searched(out / "near", hashed, radius=options.radius))
     for name, record in hashes.committed().items():
         mark_shard(name, record, groups, marks)
     rows = {row["key"]: row for shard in marks.committed() for row in marks.read_rows(shard)}
@@ -156,42 +157,10 @@ def test_equal_keys_in_two_shards_are_two_rows(tmp_path: Path) -> None:
     out = Artifact.create(str(tmp_path / "marked"), "dedup", {}, {})
     for shard in expand(str(shards)):
         hash_shard(shard, hashes)
-    marks = find_marks(read_hash_set(hashes, ["00000", "00001"]), None, DedupConfig())
+    hashed = read_hash_set(hashes, ["00000", "00001"])
+    marks = find_marks(hashed, None, DedupConfig(), searched(tmp_path / "near", hashed))
     statuses = [mark_shard(name, record, marks, out).rows for name, record in hashes.committed().items()]
     assert statuses == [{"ok": 1}, {"duplicate": 1}]
-
-
-@pytest.mark.parametrize("radius", [0, 3, 4, 7, 9])
-def test_near_pairs_are_those_of_comparing_all_with_all(radius: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capipe.stages.dedup.near_hashes.PAIRS_AT_ONCE", 50)
-    rng = np.random.default_rng(radius)
-    left = rng.integers(0, 1 << 63, 200, dtype=np.uint64)
-    right = left[rng.integers(0, 200, 150)].copy()
-    for at in range(150):
-        for bit in rng.choice(64, rng.integers(0, 12), replace=False):
-            right[at] ^= np.uint64(1) << np.uint64(bit)
-    found = [
-        (i, j) for block in near_pairs(left, right, radius) for i, j in zip(*map(np.ndarray.tolist, block), strict=True)
-    ]
-    apart = np.bitwise_count(left[:, None] ^ right[None])
-    assert len(found) == len(set(found)) and set(found) == set(
-        zip(*map(np.ndarray.tolist, np.nonzero(apart <= radius)), strict=True)
-    )
-    assert len(found) >= 5
-
-
-def test_groups_are_chains_of_pairs() -> None:
-    groups = connected(7, np.array([5, 1, 3]), np.array([3, 6, 1]))
-    assert groups.tolist() == [0, 1, 2, 1, 4, 1, 1]
-
-
-def test_lookalikes_need_every_number_alike() -> None:
-    numbers = np.array([1, 1, 1, 2], dtype=np.uint64)
-    other = np.array([1, 2, 1, 1], dtype=np.uint64)
-    contents = Contents(
-        np.array([b"a", b"b", b"c", b"d"], dtype="S16"), np.ones(4, dtype=np.int64), numbers, other, other
-    )
-    assert lookalikes(contents).tolist() == [0, 1, 0, 3]
 
 
 def seen(data: bytes) -> Looks:
