@@ -120,7 +120,7 @@ class Manifest:
                 return [record for record in self._lines.news() if not record.retracted]
         new = []
         for record in self.committed().values():
-            mark = record.shard, str(record.files[f"{record.shard}.parquet"]["sha256"])
+            mark = record.shard, ",".join(str(file["sha256"]) for file in record.files.values())
             if mark not in self._told:
                 self._told.add(mark)
                 new.append(record)

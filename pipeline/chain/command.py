@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from ...errors import BadInput, Problems
 from ...manifests.files.outside import is_url
 from ...terminal import print_err, print_line
 from ..commands import options as o
+from ..commands.option_groups import flattened, settings
 from ..commands.run_job import Exit
 from ..runners.interrupts import CODES, say
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 
 
+@flattened
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with stages, or the name of a bundled one: tiny.")],
     out: Annotated[
@@ -39,13 +42,16 @@ def run(
     ] = None,
     allow_host: o.AllowHost = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")] = False,
+    *,
+    runner: o.RunnerOptions,
 ) -> None:
     """Run a chain of commands: finished stages are kept, changed ones run again with their dependents."""
     from ...models.engines.http.api_key import allow
     from ..inspect.chain_state import load_chain
 
     allow(allow_host or [])
-    chain, absent = checked(recipe, overrides or [])
+    runner.check_runner()
+    chain, absent = checked(recipe, overrides or [], runner)
     if artifacts is not None:
         chain = chain.stored_at(_store(artifacts))
     if dry_run:
@@ -69,14 +75,19 @@ def _store(url: str) -> str:
     return folder.url
 
 
-def checked(recipe: Path, overrides: list[str]) -> tuple[Chain, list[str]]:
-    """The chain, and a list of missing inputs, models or data. Raises Problems with all errors."""
+def checked(recipe: Path, overrides: list[str], runner: o.RunnerOptions | None = None) -> tuple[Chain, list[str]]:
+    """The chain, and a list of missing inputs, models or data. Raises Problems with all errors.
+
+    ``runner``: for the stages that have such options, unless the recipe says where one runs.
+    """
     from ...models.engines.http.api_key import check_recipe_hosts
     from ...trainer.recipe_file import engines_of
     from .recipe import load_chain_recipe
     from .validate import check_chain
 
     chain = load_chain_recipe(recipe, overrides)
+    if runner is not None:
+        chain = _run_by(chain, runner)
     result = check_chain(chain)
     for stage in chain.stages:
         asked = stage.config if stage.recipe is None else stage.recipe.model_dump()
@@ -87,6 +98,19 @@ def checked(recipe: Path, overrides: list[str]) -> tuple[Chain, list[str]]:
     if result.problems:
         raise Problems([*result.problems, *result.absent])
     return chain, result.absent
+
+
+def _run_by(chain: Chain, runner: o.RunnerOptions) -> Chain:
+    """The chain with options for where its stages run."""
+    named = {name.replace("_", "-"): value for name, value in settings(runner).items()}
+    own = {name: value for name, value in named.items() if value != getattr(o.RunnerOptions(), name.replace("-", "_"))}
+    stages = [
+        stage
+        if "runner" in stage.config
+        else replace(stage, config={**{k: v for k, v in own.items() if k in stage.command.options}, **stage.config})
+        for stage in chain.stages
+    ]
+    return replace(chain, stages=tuple(stages))
 
 
 def run_checked(chain: Chain, out: Path) -> int:

@@ -187,7 +187,7 @@ class _Run:
         known.state, known.error, known.started = RUNNING, None, now()
         self._save()
         words = [*known.arguments]
-        if going_on and known_option(stage, "retry"):
+        if going_on and known_option(stage, "retry") and not stage.config.get("share"):
             words.append("--retry")
         self.say(f"$ {shown_command(stage, words)}")
         started = time.monotonic()

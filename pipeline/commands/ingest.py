@@ -13,7 +13,7 @@ from ...errors import BadInput
 from ...models.tiny.world.scenes import Split
 from ...terminal import print_line
 from .option_groups import flattened, settings
-from .options import Fresh, Out, Workers, local_path, validated
+from .options import Out, TaskOptions, local_path, validated
 from .run_job import conclude
 
 if TYPE_CHECKING:
@@ -101,14 +101,14 @@ class IngestOptions:
     ]
     out: Out
     sharding: ShardOptions
-    workers: Workers = None
-    fresh: Fresh = False
+    run: TaskOptions
 
 
 def check(options: IngestOptions) -> IngestConfig:
     """The stage's config. Does not access the data. Raises BadInput."""
     from ...stages.ingest.shard import IngestConfig
 
+    options.run.check()
     return validated(IngestConfig, **settings(options.sharding))
 
 
@@ -120,7 +120,15 @@ def ingest(options: IngestOptions) -> None:
     from ..runners.progress import Progress
 
     config = check(options)
-    plan = plan_ingest(options.sources, options.out, config, workers=options.workers, fresh=options.fresh)
+    run = options.run
+    cluster = run.cluster_of_tasks()
+    plan = plan_ingest(
+        *(options.sources, options.out, config),
+        workers=run.workers,
+        fresh=run.fresh,
+        share=run.share,
+        cluster=cluster,
+    )
     progress = Progress("ingest", None, len(plan.artifact.committed()), ready=time.monotonic())
     try:
         with job_session(progress) as (report, stop):

@@ -47,8 +47,9 @@ from ...stages.filter.select import (
     uid_list,
 )
 from ..runners.messages import Event
-from ..runners.pool import worker_count
-from ..runners.pool_job import run_pool_job
+from ..runners.placement import TaskPlacement, task_placement
+from ..runners.pool_job import local_paths, refuse_taking_back, run_pool_job
+from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
 from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns, with_marks
 
@@ -83,7 +84,7 @@ class SelectPlan:
     artifact: Artifact
     tasks: list[GroupTask]
     todo: list[GroupTask]
-    workers: int
+    placement: TaskPlacement
 
     @property
     def shards(self) -> list[InputShard]:
@@ -100,6 +101,8 @@ def plan_select(
     drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    share: bool = False,
+    cluster: RayCluster | None = None,
 ) -> SelectPlan:
     """Select rows, lock ``out`` and find the shards left to write. Raises CapipeError; then nothing was written.
 
@@ -132,17 +135,18 @@ def plan_select(
         **({"tars": _digest_of(tars)} if config.index else {}),
         **{name: artifact.url for name, artifact in sidecars.items()},
     }
-    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
         withdrawal = apply(artifact, drop)
-        artifact.release_quarantine()
+        if not share:
+            artifact.release_quarantine()
         todo = _todo(artifact, tasks, withdrawal.touched)
     except CapipeError:
         artifact.close()
         raise
     shared = artifact.folder.is_shared and all(shard.is_shared for shard in shards)
-    count = min(worker_count(workers, shared), len(todo))
-    return SelectPlan(selection, costs(shards, scores, selection), withdrawal, artifact, tasks, todo, count)
+    placement = task_placement(workers, shared, cluster).at_most(len(todo))
+    return SelectPlan(selection, costs(shards, scores, selection), withdrawal, artifact, tasks, todo, placement)
 
 
 def preview_select(
@@ -235,6 +239,7 @@ def _todo(artifact: Artifact, tasks: Sequence[GroupTask], touched: Collection[st
         if task.shard in repaired or names != [shard.name for shard in task.shards]:
             todo.append(replace(task, over=record))
     for record in committed.values():  # fewer rows are kept now
+        refuse_taking_back(artifact, f"{artifact.url}: fewer shards are selected now")
         artifact.retract(record)
         for name in record.files:
             artifact.folder.remove(name)
@@ -255,7 +260,12 @@ def _is_repaired(artifact: Artifact, record: ShardRecord, present: Mapping[str, 
 def execute_select(plan: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Write uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
     write = functools.partial(write_group, rule=plan.selection.rule)
-    return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
+    reads = local_paths([shard.url for shard in plan.shards[:1]])
+    return run_pool_job(
+        *(plan.todo, write, plan.artifact, plan.placement, report, stop),
+        shard_name=lambda task: task.shard,
+        reads=reads,
+    )
 
 
 def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:

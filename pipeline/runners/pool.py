@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Generic, TypeVar
 
 from ...errors import CapipeError, RunFailed
@@ -36,15 +36,17 @@ class Failed(Generic[Task]):
     details: str = ""
 
 
-def worker_count(requested: int | None, shared: bool) -> int:
-    """Processes for :func:`run_pool`: one per core by default, 0 where other processes cannot see the files."""
-    if not shared:
-        return 0
-    return requested if requested is not None else len(os.sched_getaffinity(0))
+class Wait(Enum):
+    """In place of a task: none is free at the moment, but there may be one later."""
+
+    WAIT = "wait"
+
+
+WAIT = Wait.WAIT
 
 
 def run_pool(
-    tasks: Iterable[Task],
+    tasks: Iterable[Task | Wait],
     function: Callable[[Task], Result],
     workers: int,
     stop: threading.Event | None = None,
@@ -52,8 +54,9 @@ def run_pool(
 ) -> Iterator[Done[Task, Result] | Failed[Task]]:
     """Run ``function`` on every task in ``workers`` processes; yields results in the order of completion.
 
-    The next task is taken from ``tasks`` only when a worker is free. A task that raised or whose worker died is retried
-    at once, up to :data:`ATTEMPTS` times in all; a :class:`CapipeError` is raised once the running tasks are finished.
+    The next task is taken from ``tasks`` only when a worker is free; :data:`WAIT` there: it is asked for again later.
+    A task that raised or whose worker died is retried at once, up to :data:`ATTEMPTS` times in all; a
+    :class:`CapipeError` is raised once the running tasks are finished.
     ``careful``: maps a task whose worker died to the task to retry.
     Once ``stop`` is set no task is started or retried, and running tasks are finished.
     ``workers=0`` runs everything in this process, for files that other processes cannot see.
@@ -70,9 +73,13 @@ def run_pool(
 
 
 def _run_here(
-    tasks: Iterable[Task], function: Callable[[Task], Result], stop: threading.Event
+    tasks: Iterable[Task | Wait], function: Callable[[Task], Result], stop: threading.Event
 ) -> Iterator[Done[Task, Result] | Failed[Task]]:
     for task in tasks:
+        if isinstance(task, Wait):
+            if stop.wait(_POLL_SECONDS):
+                return
+            continue
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 outcome: Done[Task, Result] | Failed[Task] = Done(task, function(task))
@@ -109,17 +116,18 @@ class _Pool(Generic[Task, Result]):
         self._idle: list[Worker[Task, Result]] = []
 
     def run(
-        self, tasks: Iterator[Task], workers: int, stop: threading.Event
+        self, tasks: Iterator[Task | Wait], workers: int, stop: threading.Event
     ) -> Iterator[Done[Task, Result] | Failed[Task]]:
         fatal: CapipeError | None = None
         while True:
+            waiting = False
             while not stop.is_set() and fatal is None and len(self._running) < workers:
-                try:
-                    task = next(tasks)
-                except StopIteration:
+                task = next(tasks, None)
+                waiting = isinstance(task, Wait)
+                if task is None or isinstance(task, Wait):
                     break
                 self._start(task, 1)
-            if not self._running:
+            if not self._running and not waiting:
                 break
             for attempt in readable(self._running, _POLL_SECONDS):
                 if not attempt.ready:

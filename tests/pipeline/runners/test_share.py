@@ -200,3 +200,42 @@ def test_one_captioner_is_killed_and_the_other_makes_all(shards: Path, alone: Pa
     both[0].wait()
     ended(both[1])
     same_shards(out, alone)
+
+
+@pytest.fixture(scope="module")
+def scores(shards: Path) -> Path:
+    capipe("filter", "--shards", shards, "--clip", "tiny/clip", "--out", shards.parent / "scored")
+    return shards.parent / "scored/scores"
+
+
+def commands(shards: Path, scores: Path) -> dict[str, tuple[list[object], list[str]]]:
+    """Commands without a model, with the artifacts that each writes."""
+    return {
+        "ingest": (["ingest", shards.parent / "corpus", "--shard-size", 4], [""]),
+        "dedup": (["dedup", "--shards", shards, "--against", shards / "00000.tar"], ["hashes", "against", "marked"]),
+        "filter": (["filter", "--shards", shards, "--scores", scores, "--top", 0.6, "--shard-size", 4], ["shards"]),
+        "export": (["export", shards, "--shard-size", 4], [""]),
+    }
+
+
+@pytest.mark.parametrize("name", ["ingest", "dedup", "filter", "export"])
+def test_two_commands_without_a_model_share_the_work(shards: Path, scores: Path, tmp_path: Path, name: str) -> None:
+    """Every shard is committed once, and what is over all shards is there."""
+    words, parts = commands(shards, scores)[name]
+    capipe(*words, "--out", tmp_path / "alone")
+    line = [*COMMAND, *map(str, words), "--out", str(tmp_path / "out"), "--share", "--workers", "1"]
+    both = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        ended(process)
+    for part in parts:
+        same_shards(tmp_path / "out" / part, tmp_path / "alone" / part)
+    made = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert made >= {path.name for path in (tmp_path / "alone").rglob("*")} - {"claims"}
+
+
+def test_shards_that_others_may_be_adding_to_are_not_taken_back(shards: Path, tmp_path: Path) -> None:
+    words = ["dedup", "--shards", f"{shards}/{{00000..00001}}.tar", "--out", tmp_path / "out"]
+    capipe(*words)
+    more = ["dedup", "--shards", f"{shards}/{{00000..00002}}.tar", "--out", tmp_path / "out", "--share"]
+    assert "run the command once without --share" in one_line(capipe(*more, code=2))
+    assert one_line(capipe(*words, "--share", "--fresh", code=2)).startswith("capipe: --fresh: takes committed shards")
