@@ -66,6 +66,11 @@ class ShardTransaction:
         self._parquet_file = HashedFile(self._path("parquet"))
         self._parquet = pq.ParquetWriter(self._parquet_file, schema, compression="zstd")
 
+    @property
+    def scratch(self) -> Path:
+        """A local folder that is there until the end of the transaction."""
+        return self._scratch
+
     def _path(self, extension: str) -> Path:
         return self._scratch / f"{self.shard}.{extension}"
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...errors import BadInput, Problems
+from ...manifests.files.outside import is_url
 from ...terminal import print_err, print_line
 from ..commands import options as o
 from ..commands.option_groups import flattened, settings
@@ -28,10 +29,16 @@ REPORT = "report.html"
 @flattened
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with stages, or the name of a bundled one: tiny.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the chain; each stage has one inside it.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the chain; each stage has one inside it.", parser=o.local_path)
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="stages.NAME.config.KEY=value; stages.NAME=null leaves one out; may be repeated."),
+    ] = None,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Store for the artifacts, e.g. s3://bucket/chain; --out keeps the rest."),
     ] = None,
     allow_host: o.AllowHost = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")] = False,
@@ -45,12 +52,27 @@ def run(
     allow(allow_host or [])
     runner.check_runner()
     chain, absent = checked(recipe, overrides or [], runner)
+    if artifacts is not None:
+        chain = chain.stored_at(_store(artifacts))
     if dry_run:
         show_plan(chain, out, load_chain(out), absent, print_line)
         return
     if absent:
         raise Problems(absent)
     raise typer.Exit(run_checked(chain, out))
+
+
+def _store(url: str) -> str:
+    """The URL without a slash at its end. Raises BadInput if no run could write there, or `--out` is the place."""
+    from ...manifests.files.storage import Folder
+
+    if not is_url(url):
+        raise BadInput(f"--artifacts {url}: not a URL; a local folder is given by --out alone")
+    folder = Folder(url)
+    if folder.is_local or not folder.is_shared:
+        raise BadInput(f"--artifacts {url}: no store that every stage can open; give s3://bucket/folder, or the like")
+    folder.make()
+    return folder.url
 
 
 def checked(recipe: Path, overrides: list[str], runner: o.RunnerOptions | None = None) -> tuple[Chain, list[str]]:

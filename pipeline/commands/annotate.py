@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -63,7 +62,7 @@ class AnnotateOptions:
     )
     drop: o.Drop = None
     retry: o.Retry = False
-    trace: Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.")] = None
+    trace: o.Trace = None
     run: o.RunOptions
 
     @property

@@ -13,7 +13,7 @@ from ...errors import BadInput
 from ...models.tiny.world.scenes import Split
 from ...terminal import print_line
 from .option_groups import flattened, settings
-from .options import Out, TaskOptions, validated
+from .options import Out, TaskOptions, local_path, validated
 from .run_job import conclude
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 class RenderOptions:
     """Options of `capipe render`."""
 
-    out: Annotated[Path, typer.Option("--out", help="Folder for the images, their alt texts and their ground truth.")]
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for the images, their alt texts and their ground truth.", parser=local_path),
+    ]
     images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 400
     split: Annotated[str, typer.Option(help="Split of scenes: train or heldout; no scene is in both.")] = "train"
     seed: Annotated[int, typer.Option(help="Seed of all sampling.")] = 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
 
 from ...errors import BadInput
+from ...manifests.files.outside import is_url
 from ..runners.placement import Placement
 from ..runners.ray.cluster import RayCluster, ray_cluster
 from .gpus import default_decode_workers, gpu_groups, visible_gpus
@@ -28,6 +30,17 @@ Images = Annotated[
         help="Where else tars may be read that a manifest names; local ones and the store given are; may be repeated.",
     ),
 ]
+
+
+def local_path(given: str) -> Path:
+    """Parser of options that name what is written locally. Raises BadInput for a URL: as a path it would be a folder
+    named ``s3:``."""
+    if is_url(str(given)):
+        raise BadInput(f"{given}: models, logs and single files are written to local disks alone; give a local path")
+    return Path(given)
+
+
+Trace = Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.", parser=local_path)]
 Out = Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) of the artifact to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: remove what another configuration left in --out.")]
 Drop = Annotated[

@@ -280,20 +280,27 @@ def execute_select(plan: SelectPlan, report: Callable[[Event], None], stop: thre
 
 def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:
     """Write and commit one final shard, in a worker process. Keeps one input shard's scores in memory."""
-    input_keys = [_scores(shard, ["key"]).column("key").to_pylist() for shard in task.shards]
-    keys = final_keys([shard.name for shard in task.shards], input_keys)
     uids = applied(artifact)
     with artifact.begin(task.shard, SELECT, tar=not task.tars, over=task.over) as out:
+        shards = [_copied(shard, out) for shard in task.shards]
+        input_keys = [_scores(shard, ["key"]).column("key").to_pylist() for shard in shards]
+        keys = final_keys([shard.name for shard in shards], input_keys)
         if task.tars:
-            parts = zip(task.shards, keys, task.tars, strict=True)
+            parts = zip(shards, keys, task.tars, strict=True)
             written = [_list(shard, names, rule, out, uids, tar) for shard, names, tar in parts]
         else:
-            written = [_copy(shard, names, rule, out, uids) for shard, names in zip(task.shards, keys, strict=True)]
+            written = [_copy(shard, names, rule, out, uids) for shard, names in zip(shards, keys, strict=True)]
         if sum(kept for _, kept in written) != task.kept:
             raise ArtifactMismatch(f"{task.shards[0].companions[0].url}: the scores changed while they were read")
         inputs = [{"name": shard.name, **info} for shard, (info, _) in zip(task.shards, written, strict=True)]
         digest = hashlib.sha256(canonical([entry["digest"] for entry in inputs]).encode()).hexdigest()
         return out.commit(rows_in=task.rows, input_info={"digest": digest, "shards": inputs})
+
+
+def _copied(shard: InputShard, out: ShardTransaction) -> InputShard:
+    """The shard with local copies of companions in a store, which are read several times here, until the commit."""
+    copies = [c.copied(out.scratch, f"{c.name}-{shard.name}.parquet") for c in shard.companions]
+    return replace(shard, companions=tuple(copies))
 
 
 def _scores(shard: InputShard, columns: list[str]) -> pa.Table:
