@@ -60,7 +60,7 @@ class FilterOptions:
     keep: Annotated[
         str | None,
         typer.Option(
-            help="What to keep: a condition over the columns of the scores, e.g. 'clip_score > 0.28 and "
+            help="What to keep: a condition over the columns of scores and --marks, e.g. 'clip_score > 0.28 and "
             '(itm_score_min >= 0.5 or language == "en")\'. A missing value keeps nothing.'
         ),
     ] = None
@@ -87,7 +87,7 @@ class FilterOptions:
 
 def check(options: FilterOptions) -> SelectConfig:
     """The config for selection. Does not access models or data. Raises BadInput."""
-    from ...stages.filter.select import SelectConfig
+    from ...stages.filter.select import Rule, SelectConfig
 
     if options.by is not None and options.top is None:
         raise BadInput(f"--by {options.by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
@@ -109,7 +109,11 @@ def check(options: FilterOptions) -> SelectConfig:
     options.run.check_runner(options.workers)
     options.run.refuse_taking_back(fresh=options.run.fresh)
     given = {"keep": options.keep, "top": options.top, "text": options.text, "shard_size": options.shard_size}
-    return o.validated(SelectConfig, **given, index=options.index, **ranked)
+    config = o.validated(SelectConfig, **given, index=options.index, **ranked)
+    columns = Rule.of(config, "re").mark_columns
+    if columns and options.marks is None:
+        raise BadInput(f"--keep: {columns[0]} is a column of the marks of `capipe dedup`; name them with --marks")
+    return config
 
 
 @flattened

@@ -63,6 +63,7 @@ class DedupPlan:
     placement: TaskPlacement
     fresh: bool
     share: bool
+    marked: str = MARKED  # folder of the marks in ``out``
 
     @property
     def reads(self) -> list[str]:
@@ -84,6 +85,7 @@ def plan_dedup(
     fresh: bool = False,
     share: bool = False,
     cluster: RayCluster | None = None,
+    marked: str = MARKED,
 ) -> DedupPlan:
     """Check shards, reference sets and embeddings. Raises BadInput; nothing is written."""
     inputs = expand(shards)
@@ -101,12 +103,12 @@ def plan_dedup(
     open_sources(against, follow_links=True)  # raises if a set contains no images
     companions = [artifact for artifact in (embedded, scored, *references) if artifact is not None]
     reads = [*read_places(shards, inputs, companions), *source_places(against)]
-    for name in (HASHES, AGAINST, MARKED):
+    for name in (HASHES, AGAINST, marked):
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
     shared = all(shard.is_shared for shard in inputs) and not any(url.startswith("memory:") for url in (out, *against))
     placement = task_placement(workers, shared, cluster)
     given = (tuple(against), embedded, width, references, scored, tuple(devices))
-    return DedupPlan(config, shards, inputs, *given, out.rstrip("/"), placement, fresh, share)
+    return DedupPlan(config, shards, inputs, *given, out.rstrip("/"), placement, fresh, share, marked)
 
 
 def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, JobResult]:
@@ -123,7 +125,7 @@ def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threadin
                 artifact.retract(committed.pop(shard.name))
         return [shard for shard in plan.shards if shard.name not in committed]
 
-    artifact, tasks = _open(f"{plan.out}/{HASHES}", semantic, run, todo, plan)
+    artifact, tasks = open_first_pass(f"{plan.out}/{HASHES}", semantic, run, todo, plan.fresh, plan.share)
     result = _hash(artifact, tasks, dedup.hash_shard, lambda task: task.name, plan, report, stop)
     return artifact, result
 
@@ -135,7 +137,9 @@ def hash_references(
     # Links may lead anywhere: only hashes of a reference set are kept.
     tasks = list(cut(open_sources(plan.against, follow_links=True), dedup.REFERENCES))
     run = {"sources": list(plan.against), "shards_total": len(tasks)}
-    artifact, todo = _open(f"{plan.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), plan)
+    artifact, todo = open_first_pass(
+        f"{plan.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), plan.fresh, plan.share
+    )
     result = _hash(artifact, todo, dedup.hash_references, lambda task: task.shard, plan, report, stop)
     rows = [record.rows for record in artifact.committed().values()]
     if len(rows) == len(tasks) and not any(statuses.get("ok") for statuses in rows):
@@ -172,7 +176,7 @@ def mark(
     if plan.references:
         semantic["against_embeddings"] = [_digest(artifact) for artifact in plan.references]
     run = {"shards": plan.pattern, "shards_total": len(names), "sources": list(plan.against)}
-    url = f"{plan.out}/{MARKED}"
+    url = f"{plan.out}/{plan.marked}"
     artifact = Artifact.create(url, dedup.STAGE, semantic, run, fresh=plan.fresh, share=plan.share)
     try:
         committed, records = artifact.committed(), hashes.committed()
@@ -286,25 +290,28 @@ def _preference(plan: DedupPlan, hash_set: HashSet, embedded: NearFiles | None) 
     return None
 
 
-def _open(
+def open_first_pass(
     url: str,
     semantic: Mapping[str, object],
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
-    plan: DedupPlan,
+    fresh: bool,
+    share: bool,
+    stage: str = dedup.HASH_STAGE,
 ) -> tuple[Artifact, list[Task]]:
-    """The artifact of hashes and its missing tasks. ``fresh`` only starts over if the images differ: another radius
-    does not require hashing all images again."""
+    """The artifact of a first pass and its missing tasks. ``fresh`` only starts over if the images differ: another
+    radius does not require hashing all images again."""
     try:
-        return _create(url, semantic, run, todo, share=plan.share)
+        return _create(url, stage, semantic, run, todo, share=share)
     except ArtifactMismatch:
-        if not plan.fresh:
+        if not fresh:
             raise
-    return _create(url, semantic, run, todo, fresh=True)
+    return _create(url, stage, semantic, run, todo, fresh=True)
 
 
 def _create(
     url: str,
+    stage: str,
     semantic: Mapping[str, object],
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
@@ -312,7 +319,7 @@ def _create(
     fresh: bool = False,
     share: bool = False,
 ) -> tuple[Artifact, list[Task]]:
-    artifact = Artifact.create(url, dedup.HASH_STAGE, semantic, run, fresh=fresh, share=share)
+    artifact = Artifact.create(url, stage, semantic, run, fresh=fresh, share=share)
     try:
         if not share:
             artifact.release_quarantine()

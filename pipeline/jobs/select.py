@@ -51,7 +51,7 @@ from ..runners.placement import TaskPlacement, task_placement
 from ..runners.pool_job import local_paths, refuse_taking_back, run_pool_job
 from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
-from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
+from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns, with_marks
 
 UIDS = f"{PRIVATE}/uids.npy"
 _START_OVER = "use another --out, or --fresh to start over"
@@ -316,7 +316,9 @@ def _list(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction,
 
 def _named_terms(shard: InputShard, keys: list[str], rule: Rule) -> Iterator[tuple[str, int]]:
     """For each row its key in the final shard, and the term of ``keep`` that it fails, else -1."""
-    failed = [-1] * len(keys) if rule.keep is None else rule.keep.failures(_scores(shard, rule.columns)).tolist()
+    failed = [-1] * len(keys)
+    if rule.keep is not None:
+        failed = rule.keep.failures(with_marks(_scores(shard, rule.columns), shard, rule.mark_columns)).tolist()
     return zip(keys, failed, strict=True)
 
 

@@ -28,7 +28,7 @@ from ...manifests.status import Status
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.expression import kind_of, shown_value
 from ...stages.filter.marked import MARKS
-from ...stages.filter.select import Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
+from ...stages.filter.select import MARK_TYPES, Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
 
 SCORES = "scores"  # name of the scores in a row's ``beside``
 _IDENTITY = ["key", "uid"]
@@ -105,7 +105,7 @@ def plan_shards(
     committed = scores.committed()
     rule = Rule.of(config, _text(shards, config))
     counted, sizes, candidates, ranked = [], [], 0, []
-    for shard, (table, marks) in zip(shards, _tables(shards, rule.columns), strict=True):
+    for shard, (table, marks) in zip(shards, _tables(shards, rule.columns, rule.mark_columns), strict=True):
         _check_images(shard, table, committed[shard.name].input.get("bytes"))
         decision = decide(table, marks, rule, uids.mask(table.column("uid")))
         sizes.append(len(table))
@@ -135,8 +135,10 @@ def _text(shards: Sequence[InputShard], config: SelectConfig) -> Text:
     return "re" if any(table.column("re_length").null_count < len(table) for table, _ in tables) else "org"
 
 
-def _tables(shards: Sequence[InputShard], columns: list[str]) -> Iterator[tuple[pa.Table, list[str] | None]]:
-    """Each shard's scores, with the requested columns, key and uid, and the statuses of its marks."""
+def _tables(
+    shards: Sequence[InputShard], columns: list[str], mark_columns: list[str] | None = None
+) -> Iterator[tuple[pa.Table, list[str] | None]]:
+    """Each shard's scores, with the requested columns, key and uid, those of its marks, and the statuses there."""
     for shard in shards:
         beside = {companion.name: companion for companion in shard.companions}
         table = read_columns(beside[SCORES], SCORE, [*_IDENTITY, *columns])
@@ -144,7 +146,27 @@ def _tables(shards: Sequence[InputShard], columns: list[str]) -> Iterator[tuple[
         if marks is not None and not _same_images(table, marks):
             text = f"{beside[MARKS].url}: its rows are not those of {beside[SCORES].url}, by key and uid"
             raise BadInput(f"{text}; give --marks what was made of these shards")
-        yield table, None if marks is None else marks.column("status").to_pylist()
+        yield (
+            with_marks(table, shard, mark_columns or []),
+            None if marks is None else marks.column("status").to_pylist(),
+        )
+
+
+def with_marks(scores: pa.Table, shard: InputShard, columns: list[str]) -> pa.Table:
+    """Scores with columns of the shard's marks. Raises BadInput if it has no marks, or if they have no such column."""
+    if not columns:
+        return scores
+    marks = next((companion for companion in shard.companions if companion.name == MARKS), None)
+    if marks is None:
+        raise BadInput(f"--keep: {columns[0]} is a column of the marks of `capipe dedup`; name them with --marks")
+    try:
+        table = read_columns(marks, pa.schema([(name, MARK_TYPES[name]) for name in columns]), columns)
+    except ArtifactMismatch as error:
+        hint = "; `capipe dedup` writes it with --texts or --captions" if columns[0].startswith("text_") else ""
+        raise BadInput(f"--keep: {error}{hint}") from None
+    for name in columns:
+        scores = scores.append_column(name, table.column(name))
+    return scores
 
 
 def _same_images(one: pa.Table, other: pa.Table) -> bool:
@@ -195,7 +217,10 @@ def _nothing(shards: Sequence[InputShard], rule: Rule, uids: UidSet) -> BadInput
     def gather(of: Callable[[Decision], Any], name: str) -> list[pa.ChunkedArray]:
         return [
             table.column(name).filter(pa.array(of(decide(table, marks, rule, uids.mask(table.column("uid"))))))
-            for table, marks in _tables(shards, [*rule.columns, name])
+            for table, marks in _tables(
+                *(shards, [*rule.columns, *([] if name in MARK_TYPES else [name])]),
+                list(dict.fromkeys([*rule.mark_columns, *([name] if name in MARK_TYPES else [])])),
+            )
         ]
 
     statuses = Counter(status for part in gather(lambda d: ~d.candidate, "status") for status in part.to_pylist())

@@ -101,7 +101,9 @@ def _counts(artifact: Artifact) -> tuple[Counter[str], Counter[str]]:
 
 def _charts(artifact: Artifact, rule: Rule) -> list[Markup]:
     """Histograms of the scores, of other numeric columns in the rule, and of ``unsafe``."""
+    of_marks = {*rule.mark_columns}  # the final shards do not have these
     used = [column.name for column in (rule.keep.columns if rule.keep else ()) if column.kind == "number"]
+    used = [name for name in used if name not in of_marks]
     used += [rule.by] if rule.by else []
     names = [*_SCORES, *(re.sub("^(re|org)_", "", name) for name in used), "unsafe"]
     return list(map(histogram_chart, histograms(artifact, list(dict.fromkeys(names)), rule.bounds())))
