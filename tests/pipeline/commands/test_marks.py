@@ -154,3 +154,15 @@ def test_questions_are_written_about_what_marks_leave(
     capipe(*words("qa", shards, tmp_path / "out", server, *options))
     rows = table(tmp_path / "out/written")
     assert Counter(row["status"] for row in rows)["duplicate"] == 4 and server.requests == 13
+
+
+@pytest.mark.slow
+def test_actors_of_a_cluster_leave_out_the_same_rows(
+    shards: Path, marks: Path, tmp_path: Path, server: CaptionServer
+) -> None:
+    pytest.importorskip("ray")
+    capipe(*words("annotate", shards, tmp_path / "alone", server, "--marks", marks))
+    ray = ("--runner", "ray", "--ray-address", "local", "--ray-workers", 2)
+    capipe(*words("annotate", shards, tmp_path / "out", server, "--marks", marks, *ray))
+    same_shards(tmp_path / "out", tmp_path / "alone")
+    assert server.requests == 2 * 13
