@@ -319,8 +319,7 @@ class Artifact:
         over: ShardRecord | None = None,
     ) -> ShardTransaction:
         """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim, if
-        not that of :meth:`under`; ``over``: the committed version to replace, which stays until the commit.
-        """
+        not that of :meth:`under`; ``over``: the committed version to replace, which stays until the commit."""
         of_worker = self._claim if claim is None else Claim(shard, claim)
         return ShardTransaction(
             *(self.folder, self.fingerprint, shard, schema, tar, of_worker),
@@ -329,8 +328,8 @@ class Artifact:
 
     def begin_files(self, shard: str, over: ShardRecord | None = None) -> FileTransaction:
         """Start a shard of files written one by one (for an export), as :meth:`begin`."""
-        replaces = self._replaced(shard, over)
-        return FileTransaction(self.folder, self.fingerprint, shard, replaces, over, self.generation, self._claim)
+        versions = self._replaced(shard, over), over
+        return FileTransaction(self.folder, self.fingerprint, shard, *versions, self.generation, self._claim)
 
     def _replaced(self, shard: str, over: ShardRecord | None) -> Sequence[str]:
         """sha256 of the versions that a new one of a shard replaces; a store's commit finds out for itself."""
@@ -338,8 +337,7 @@ class Artifact:
             return over.versions
         if self._retracted is None and self.folder.is_local:
             self._retracted = self.manifest.retracted()
-        before = (self._retracted or {}).get(shard)
-        return before.replaces if before is not None else ()
+        return before.replaces if (before := (self._retracted or {}).get(shard)) is not None else ()
 
     def journal(self, shard: str) -> Journal:
         return Journal(self.folder.private_to_write(f"journal/{checked_name(shard)}.jsonl"), self.fingerprint)
