@@ -208,20 +208,23 @@ def scores(shards: Path) -> Path:
     return shards.parent / "scored/scores"
 
 
-def commands(shards: Path, scores: Path) -> dict[str, tuple[list[object], list[str]]]:
-    """Commands without a model, with the artifacts that each writes."""
+def command_of(name: str, shards: Path, request: pytest.FixtureRequest) -> tuple[list[object], list[str]]:
+    """A command without a model, with the artifacts that it writes."""
+    scores = request.getfixturevalue("scores") if name == "filter" else ""
     return {
         "ingest": (["ingest", shards.parent / "corpus", "--shard-size", 4], [""]),
         "dedup": (["dedup", "--shards", shards, "--against", shards / "00000.tar"], ["hashes", "against", "marked"]),
         "filter": (["filter", "--shards", shards, "--scores", scores, "--top", 0.6, "--shard-size", 4], ["shards"]),
         "export": (["export", shards, "--shard-size", 4], [""]),
-    }
+    }[name]
 
 
-@pytest.mark.parametrize("name", ["ingest", "dedup", "filter", "export"])
-def test_two_commands_without_a_model_share_the_work(shards: Path, scores: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["ingest", "dedup", pytest.param("filter", marks=pytest.mark.slow), "export"])
+def test_two_commands_without_a_model_share_the_work(
+    shards: Path, tmp_path: Path, name: str, request: pytest.FixtureRequest
+) -> None:
     """Every shard is committed once, and what is over all shards is there."""
-    words, parts = commands(shards, scores)[name]
+    words, parts = command_of(name, shards, request)
     capipe(*words, "--out", tmp_path / "alone")
     line = [*COMMAND, *map(str, words), "--out", str(tmp_path / "out"), "--share", "--workers", "1"]
     both = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(2)]
