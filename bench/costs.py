@@ -71,7 +71,7 @@ def main() -> None:
     results = {result["name"]: result for result in read}
     if not results:
         sys.exit(__doc__)
-    print("| step | exponent |", " | ".join(IMAGES), "|\n|---|---:|", "---:|" * len(IMAGES), sep="")
+    print(f"| step | exponent | {' | '.join(IMAGES)} |", f"|---|---:|{'---:|' * len(IMAGES)}", sep="\n")
     for title, exponent, costs in rows(results):
         print(f"| {title} | {exponent:.2f} |", " | ".join(map(shown, costs)), "|")
 
