@@ -50,7 +50,6 @@ from capipe.models.images.decode import ImageLimits, Thumbnail, thumbnail
 from capipe.models.tiny.world.corpus import samples
 from capipe.pipeline.jobs.dedup import DedupPlan, mark
 from capipe.stages.dedup.arrays import U64, Indices
-from capipe.stages.dedup.groups import connected
 from capipe.stages.dedup.marks import DedupConfig
 from capipe.stages.dedup.near.files import all_numbers
 from capipe.stages.dedup.near.table_search import PAIR_COLUMNS, table_tasks, write_table, write_values
