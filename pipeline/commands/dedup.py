@@ -22,6 +22,8 @@ from .run_job import Exit, conclude
 if TYPE_CHECKING:
     from ...stages.dedup.marks import DedupConfig
     from ...stages.dedup.texts.marks import TextConfig
+    from ..jobs.dedup import DedupPlan
+    from ..jobs.texts.mark import TextPlan
 
 COSINE, TEXT_THRESHOLD = 0.96, 0.8
 IMAGES = "images"  # folder of the marks by images, if those by texts come on top
@@ -77,8 +79,7 @@ class DedupOptions:
     marks: Annotated[
         str | None, typer.Option(help="Marks of an earlier run, to which those by texts are added; no image is read.")
     ] = None
-    workers: o.Workers = None
-    fresh: o.Fresh = False
+    run: o.TaskOptions
 
 
 def check(options: DedupOptions) -> DedupConfig:
@@ -86,6 +87,7 @@ def check(options: DedupOptions) -> DedupConfig:
     from ...stages.dedup.embeddings.backends import FAISS, require_faiss
     from ...stages.dedup.marks import DedupConfig
 
+    options.run.check()
     cosine = options.cosine
     if options.embeddings is not None:
         if FAISS in devices(options):
@@ -119,10 +121,15 @@ def _check_keeper(options: DedupOptions) -> None:
 
 
 def devices(options: DedupOptions) -> tuple[str, ...]:
-    """Where embeddings are compared: on GPUs by torch, else on CPUs by faiss."""
+    """Where embeddings are compared: on this machine's GPUs by torch, else, and on a cluster, on CPUs by faiss."""
     from ...stages.dedup.embeddings.backends import FAISS
     from .gpus import visible_gpus
 
+    if options.run.runner == "ray":
+        if options.gpus not in (None, "none"):
+            text = f"--gpus {options.gpus}: on a Ray cluster embeddings are compared on its cores"
+            raise BadInput(f"{text}; leave it out, or use --runner local")
+        return (FAISS,)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     numbers = visible.split(",") if visible else None
     names = [name for name in visible_gpus(options.gpus) if name]
@@ -189,10 +196,19 @@ def _by_images(options: DedupOptions, artifacts: list[Artifact], marked: str = "
         against_embeddings=options.against_embeddings or (),
         scores=options.scores,
         devices=devices(options) if options.embeddings is not None else (),
-        workers=options.workers,
-        fresh=options.fresh,
+        workers=options.run.workers,
+        fresh=options.run.fresh,
+        share=options.run.share,
+        cluster=options.run.cluster_of_tasks(),
         marked=marked,
     )
+    with plan.placement.connected():
+        return _image_steps(plan, artifacts)
+
+
+def _image_steps(plan: DedupPlan, artifacts: list[Artifact]) -> Exit:
+    from ..jobs import dedup as steps
+
     code = _step("hash", len(plan.shards), artifacts, lambda *args: steps.hash_images(plan, *args))
     if code is Exit.OK and plan.against:
         code = _step("hash", None, artifacts, lambda *args: steps.hash_references(plan, *args))
@@ -215,9 +231,19 @@ def _by_texts(options: DedupOptions, config: TextConfig, artifacts: list[Artifac
         config,
         captions=options.captions,
         marks=options.marks,
-        workers=options.workers,
-        fresh=options.fresh,
+        workers=options.run.workers,
+        fresh=options.run.fresh,
+        share=options.run.share,
+        cluster=options.run.cluster_of_tasks(),
     )
+    with plan.placement.connected():
+        return _text_steps(options, plan, artifacts)
+
+
+def _text_steps(options: DedupOptions, plan: TextPlan, artifacts: list[Artifact]) -> Exit:
+    """Marks of images, unless --marks says which, then texts on top."""
+    from ..jobs.texts import mark as steps
+
     marks, code = plan.marks, Exit.OK
     if marks is None:
         code = _by_images(options, artifacts, IMAGES)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ....errors import ArtifactMismatch, BadInput
 from ....manifests.artifact import Artifact
 from ....manifests.files.overwriting import refuse_overwriting
+from ....manifests.manifest import ShardRecord
 from ....manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ....stages.dedup.marks import STAGE, digest_of
 from ....stages.dedup.texts.bands import SLOTS, require_rensa
@@ -22,9 +23,10 @@ from ....stages.dedup.texts.reading import CAPTIONS, read_texts
 from ....stages.dedup.texts.reading import STAGE as TEXT_STAGE
 from ....stages.dedup.texts.shingles import DENSE_LETTERS, LETTERS, MOST_CHARACTERS
 from ....stages.dedup.texts.text_set import read_text_set
-from ...runners.messages import Event, Pulse, ShardDone
-from ...runners.pool import worker_count
-from ...runners.pool_job import run_pool_job
+from ...runners.messages import Event
+from ...runners.placement import TaskPlacement, task_placement
+from ...runners.pool_job import local_paths, refuse_taking_back, run_pool_job
+from ...runners.ray.cluster import RayCluster
 from ...runners.shard_queue import JobResult
 from ..dedup import MARKED, open_first_pass
 
@@ -43,8 +45,9 @@ class TextPlan:
     captions: Artifact | None
     marks: Artifact | None
     out: str
-    workers: int
+    placement: TaskPlacement
     fresh: bool
+    share: bool
 
 
 def plan_texts(
@@ -56,6 +59,8 @@ def plan_texts(
     marks: str | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    share: bool = False,
+    cluster: RayCluster | None = None,
 ) -> TextPlan:
     """Check shards, captions and marks. Raises BadInput; nothing is written."""
     inputs = expand(shards)
@@ -69,8 +74,8 @@ def plan_texts(
     for name in (TEXTS, MARKED):
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
     shared = all(shard.is_shared for shard in inputs) and not out.startswith("memory:")
-    count = worker_count(workers, shared)
-    return TextPlan(config, shards, inputs, written, marked, out.rstrip("/"), count, fresh)
+    placement = task_placement(workers, shared, cluster)
+    return TextPlan(config, shards, inputs, written, marked, out.rstrip("/"), placement, fresh, share)
 
 
 def _opened(url: str, stage: str, option: str) -> Artifact:
@@ -101,13 +106,15 @@ def read(plan: TextPlan, report: Callable[[Event], None], stop: threading.Event)
             if record is None:
                 continue
             if shard.has_repaired_companions(record) if shard.companions else shard.is_repaired(record):
+                refuse_taking_back(artifact, f"{shard.url}: some of its rows were done again since")
                 artifact.retract(committed.pop(shard.name))
         return [shard for shard in plan.shards if shard.name not in committed]
 
-    artifact, tasks = open_first_pass(f"{plan.out}/{TEXTS}", semantic, run, todo, plan.fresh, TEXT_STAGE)
+    artifact, tasks = open_first_pass(f"{plan.out}/{TEXTS}", semantic, run, todo, plan.fresh, plan.share, TEXT_STAGE)
     try:
+        reads = local_paths([shard.url for shard in plan.shards[:1]])
         result = run_pool_job(
-            tasks, read_texts, artifact, plan.workers, report, stop, shard_name=lambda task: task.name
+            *(tasks, read_texts, artifact, plan.placement, report, stop), shard_name=lambda task: task.name, reads=reads
         )
     except BaseException:
         artifact.close()
@@ -129,7 +136,7 @@ def mark(
     }
     run = {"shards": plan.pattern, "shards_total": len(names), "texts": texts.url, "marks": marks.url}
     grouped = digest_of(texts, names) + digest_of(marks, names)  # of everything that marks depend on
-    artifact = Artifact.create(f"{plan.out}/{MARKED}", STAGE, semantic, run, fresh=plan.fresh)
+    artifact = Artifact.create(f"{plan.out}/{MARKED}", STAGE, semantic, run, fresh=plan.fresh, share=plan.share)
     try:
         committed, records = artifact.committed(), marks.committed()
         if removed := sorted(set(committed) - set(names)):
@@ -138,22 +145,26 @@ def mark(
         done = {name for name, record in committed.items() if record.input.get("grouped") == grouped}
         if len(done) == len(names):
             return artifact, JobResult()
+        if len(done) < len(committed):
+            refuse_taking_back(artifact, f"{texts.url}: texts were added or read again since")
         text_set = read_text_set(texts, marks, names)
         leaders = find_leaders(text_set, plan.config.text_threshold, stop.is_set)
         if leaders is None:
             return artifact, JobResult(interrupted=True)
         artifact.note(texts_distinct=len(text_set), texts_crowded=leaders.crowded)
         found = TextMarks.of(text_set, leaders, marks, plan.config)
-        for number, name in enumerate(names):
-            if name not in done and not stop.is_set():
-                old = committed.get(name)
-                record = mark_texts(number, records[name], marks, found, artifact, {"grouped": grouped}, old)
-                report(Pulse(rows=record.rows))
-                report(ShardDone(record))
+
+        def write(number: int, artifact: Artifact) -> ShardRecord:
+            name = names[number]
+            return mark_texts(number, records[name], marks, found, artifact, {"grouped": grouped}, committed.get(name))
+
+        todo = [number for number, name in enumerate(names) if name not in done]
+        where = plan.placement.here()
+        job = run_pool_job(todo, write, artifact, where, report, stop, shard_name=lambda number: names[number])
     except BaseException:
         artifact.close()
         raise
-    return artifact, JobResult(interrupted=stop.is_set())
+    return artifact, job
 
 
 def warning(artifact: Artifact) -> str | None:
