@@ -14,8 +14,8 @@ Also measured: candidates confirmed per second by their signatures, by both vers
 
     python bench/dedup.py --sizes 300000 1000000 3000000 10000000 --images 1000000 [--rounds 1] [--embeddings 100000]
 
-Keys: `speedup_1m`, `core_minutes_10m`, `growth_1m_to_10m` (core-seconds) are the worst of both kinds, null for sizes that
-were not measured. 10 M take 6 core-minutes and 1 M images 8 GB of disk.
+Keys: `speedup_1m`, `core_minutes_10m`, `growth_1m_to_10m` (core-seconds) are the worst of both kinds, null for sizes
+that were not measured. 10 M take 6 core-minutes and 1 M images 8 GB of disk.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ from capipe.stages.dedup.cosine import near_vectors
 from capipe.stages.dedup.groups import connected
 from capipe.stages.dedup.marks import DedupConfig
 from capipe.stages.dedup.near.files import all_numbers
-from capipe.stages.dedup.near.hash_values import FILE, HashValues
 from capipe.stages.dedup.near.table_search import PAIR_COLUMNS, table_tasks, write_table, write_values
 from capipe.stages.dedup.perceptual_hash import DECODED_SIDE, SIGNATURE_BYTES, Signatures, looks
 from capipe.stages.dedup.search.multi_index import near_pairs
@@ -109,12 +108,9 @@ def searched(kind: str, count: int, former: bool) -> dict[str, float]:
 
 def _by_tables(hashes: U64) -> tuple[Indices, Indices]:
     """Near pairs, as positions in the hashes, by the tasks of the command."""
-    nodes = np.arange(len(hashes))
-    kinds = np.full(len(hashes), FILE, dtype=np.uint8)
-    values = HashValues(hashes, kinds, np.arange(len(hashes) + 1), nodes, kinds, np.empty((2, 0), dtype=np.int64))
     with tempfile.TemporaryDirectory() as folder:
         work = Artifact.create(f"{folder}/work", "near", {}, {})
-        write_values(values, work)
+        write_values(hashes, work)
         tasks = table_tasks(hashes, RADIUS)
         for number, task in enumerate(tasks):
             write_table(task, work)

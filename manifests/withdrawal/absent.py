@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import BadInput, CapipeError
-from ..artifact import Artifact
+from ..artifact import CONFIG, Artifact
 from ..files import bounded_json
 from ..files.compressed import tar_stem
 from ..files.storage import PRIVATE, Folder, parquet_file
@@ -37,7 +37,7 @@ from .uid_set import DIGITS, UidSet
 MOST_FAULTS = 20  # lines; the others are counted
 _CHUNK = 1 << 20
 _ROWS, _IMAGES = 10_000, 100  # rows of a Parquet file held at a time; those with embedded images
-_PARTS = f"{PRIVATE}/parts/"
+_PARTS, _REDO = f"{PRIVATE}/parts/", f"/{PRIVATE}/{REDO}/"
 _KEYS = ("key", "uid")
 
 
@@ -68,7 +68,6 @@ def prove_absent(url: str, uids: UidSet) -> AbsentReport:
     folder, report = Folder(url), AbsentReport()
     if not folder.fs.isdir(folder.path):
         raise BadInput(f"{url}: no such folder; --absent looks into an export, or any other folder of shards")
-    report.add(_unfinished(folder))
     for name in _files(folder, report):
         report.files += 1
         try:
@@ -95,19 +94,14 @@ def _files(folder: Folder, report: AbsentReport) -> Iterator[str]:
             yield f"{place}/{name}".removeprefix(root)
 
 
-def _unfinished(folder: Folder) -> Iterator[str]:
+def _unfinished(artifact: Artifact) -> Iterator[str]:
     """Faults of an artifact whose last command has something left to do: its files over all shards are older."""
-    if not Artifact.exists(folder.url):
-        return
-    artifact = Artifact.open(folder.url)
     run, again = artifact.config["run"], "run the command that writes it to its end"
     note = run.get(NOTE)
     if isinstance(note, dict) and note.get("checked") is not True:
-        yield f"{folder.url}: a withdrawal was begun there and is not finished; {again}"
+        yield f"a withdrawal was begun there and is not finished; {again}"
     if "extras" in run and run.get("finals") is None:
-        yield f"{folder.url}: its card and lists are not written yet; {again}"
-    if artifact.folder.private(REDO).is_dir() and any(artifact.folder.private(REDO).iterdir()):
-        yield f"{folder.url}: a shard is half replaced; {again}"
+        yield f"its card and lists are not written yet; {again}"
 
 
 class _File:
@@ -130,10 +124,13 @@ class _File:
                 yield from self._of_parquet(parquet)
         elif head.startswith(b"\x93NUMPY"):
             yield from self._of_array()
-        elif self.name.startswith(_PARTS) and self.name.endswith(".jsonl"):
-            yield from self._of_lines(self._withdrawn_keys(self.name.removeprefix(_PARTS).removesuffix(".jsonl")))
         elif self.name.endswith(".jsonl"):
-            yield from self._of_lines(frozenset())
+            place, parts, shard = self.name.removesuffix(".jsonl").rpartition(_PARTS)
+            yield from self._of_lines(self._withdrawn_keys(place + shard) if parts else frozenset())
+        elif self.name == CONFIG or self.name.endswith(f"/{CONFIG}"):
+            yield from _unfinished(Artifact.open(f"{self.folder.url}/{self.name}".removesuffix(f"/{CONFIG}")))
+        if _REDO in f"/{self.name}":
+            yield "is of a shard that is half replaced; run the command that writes it to its end"
 
     def _of_tar(self, stream: BinaryIO) -> Iterator[str]:
         keys = self._withdrawn_keys(tar_stem(self.name) or "")

@@ -41,7 +41,7 @@ def _tars(index: Artifact, record: ShardRecord, images: Sequence[str]) -> Iterat
 
 
 def verify_absent(url: str, uids: UidSet) -> tuple[AbsentReport, list[str]]:
-    """:func:`.prove_absent`, with notes on what a folder names and does not hold."""
+    """Search a folder for listed images, with notes on what a folder names and does not hold."""
     report = prove_absent(url, uids)
     if not Artifact.exists(url) or not is_index(index := Artifact.open(url)):
         return report, []

@@ -323,8 +323,8 @@ def plan(
         word = "--fresh" if fresh else "--retry"
         raise BadInput(f"{word}: takes committed shards back, which others may be adding to; run it without --share")
     beside = beside or {}
-    shards = join(expand(pattern), beside)
     source = input_artifact(pattern)
+    shards = join(expand(pattern, source), beside)
     semantic = {**stage.semantic(), "input": source.fingerprint if source else None}
     semantic |= {name: artifact.fingerprint for name, artifact in beside.items()}
     run = {

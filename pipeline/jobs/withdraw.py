@@ -6,12 +6,13 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from ...errors import ArtifactMismatch, CapipeError
 from ...manifests.artifact import Artifact
+from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.manifest import REPLACES, ShardRecord
 from ...manifests.samples import Sample, read_samples
 from ...manifests.shards import Row
@@ -22,9 +23,10 @@ from ...manifests.withdrawal.rows import REASON
 from ...manifests.withdrawal.uid_set import UidSet
 from ...stages.export.source import check_digest, committed_listing
 from ..runners.interrupts import interrupts
-from ..runners.pool import worker_count
+from ..runners.placement import task_placement
 from ..runners.pool_job import run_pool_job
 
+WORTH_PROCESSES = 4  # shards to rewrite; fewer are done sooner than processes start
 PassedOn = Callable[[Row], dict[str, Any]]  # a stage's output row for an input row that it did not process
 
 
@@ -40,10 +42,11 @@ def withdraw(artifact: Artifact, uids: UidSet | None, schema: pa.Schema, passed_
         if not tasks:
             return withdrawal
         write = functools.partial(_rewrite, schema=schema, passed_on=passed_on)
-        count, stop = min(worker_count(None, artifact.folder.is_shared), len(tasks)), threading.Event()
+        some = len(tasks) if len(tasks) >= WORTH_PROCESSES else 0
+        placement, stop = task_placement(None, artifact.folder.is_shared).at_most(some), threading.Event()
         with interrupts(stop.set):
             result = run_pool_job(
-                tasks, write, artifact, count, lambda event: None, stop, shard_name=lambda record: record.shard
+                tasks, write, artifact, placement, lambda event: None, stop, shard_name=lambda record: record.shard
             )
         if result.interrupted:
             artifact.close()
@@ -63,9 +66,19 @@ def _rewrite(record: ShardRecord, schema: pa.Schema, passed_on: PassedOn, artifa
         with artifact.begin(record.shard, schema, over=record) as out:
             return _copy(record, passed_on, artifact, out, None)
     digest = hashlib.sha256()
-    with artifact.begin(record.shard, schema, tar=True, over=record) as out, artifact.folder.open(name) as stream:
+    with _opened(artifact, name) as stream, artifact.begin(record.shard, schema, tar=True, over=record) as out:
         samples = read_samples(stream, digest=digest)
         return _copy(record, passed_on, artifact, out, _Samples(samples, digest, record, artifact))
+
+
+def _opened(artifact: Artifact, name: str) -> BinaryIO:
+    try:
+        return artifact.folder.open(name)
+    except StoreUnavailable:
+        raise
+    except OSError as error:
+        text = f"{artifact.url}/{name}: cannot be read ({error.strerror or error}), and its shard has withdrawn images"
+        raise ArtifactMismatch(f"{text}; restore it, or run the command with --fresh") from None
 
 
 class _Samples:

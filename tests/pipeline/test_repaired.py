@@ -28,6 +28,7 @@ from capipe.stages.filter.marked import MARKS
 from capipe.stages.filter.select import SelectConfig
 
 from ..conftest import photo
+from ..stages.exporting import export
 from ..stages.ingesting import ingest, rows
 from ..stages.scored import write_scores
 
@@ -266,3 +267,20 @@ def test_final_shards_follow(listed: Path, tmp_path: Path, size: int) -> None:
     assert select(scores, "final") == select(alone, "final alone") != before
     same = {name for name, time in times.items() if (tmp_path / "final" / name).stat().st_mtime_ns == time}
     assert ("00000.tar" in same) == (size < 20)
+
+
+def test_an_export_follows_unless_its_cuts_would_move(listed: Path, tmp_path: Path) -> None:
+    """Only the shard of the mended row is written again; one that would hold other rows is refused."""
+    shards, out, cut = tmp_path / "shards", tmp_path / "out", tmp_path / "cut"
+    ingest(listed, out=shards, shard_size=3)
+    export(shards, out)
+    export(shards, cut, shard_size=2)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    mend(listed, 4)
+    ingest(listed, out=shards, shard_size=3)
+    export(shards, out)
+    assert verify(str(out)).faults == [] and len([row for row in rows(out) if row["status"] == "ok"]) == 8
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert {name for name in after if after[name] != before[name]} == {"00001.tar"}
+    with pytest.raises(ArtifactMismatch, match="since this export was made; use another --out, or --fresh"):
+        export(shards, cut, shard_size=2)

@@ -13,7 +13,7 @@ from capipe.manifests.withdrawal.uid_set import UidSet
 from capipe.pipeline.inspect.verify import verify
 
 UNKNOWN = "0" * 31 + "1"
-PRIVATE = ("manifest.jsonl", "times.jsonl", "lock", "config.json")  # they tell the history, too
+PRIVATE = ("manifest.jsonl", "times.jsonl", "lock", "guard", "config.json")  # they tell the history, too
 
 # The n-th time that something becomes visible or goes (a rename, a removal, a manifest line) is where a process dies;
 # another one then ends its work. Both are forks of one that has imported everything and done nothing yet, and each n

@@ -109,9 +109,9 @@ def test_a_parquet_without_uids_is_refused(
 
 
 def test_a_missing_list_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="uids.txt: no such file; --drop takes a list of uids, one per line"):
+    with pytest.raises(BadInput, match=r"uids\.txt: no such file; --drop takes a list of uids, one per line"):
         read_uids(f"{tmp_path}/uids.txt")
-    with pytest.raises(BadInput, match="cannot be read as a list of uids"):
+    with pytest.raises(BadInput, match=r"cannot be read as a list of uids"):
         read_uids(written(tmp_path, b"no parquet", "list.parquet"))
 
 
