@@ -1,8 +1,9 @@
 """Cost of CLIP scores from stored embeddings (`capipe filter --embeddings`) and with the vision encoder.
 
-Both sides are the work of a worker on the same shards: reading tars, scoring original captions, committing; the encoder's
-side also decodes. Core-seconds are those of this process and of its decoders. Alternating rounds; ``ratio`` is the
-encoder's core-seconds over those of embeddings, the median over rounds; ``largest_difference`` that of the scores.
+Both sides are the work of a worker on the same shards: reading tars, scoring original captions, committing; the
+encoder's side also decodes. Core-seconds are those of this process and of its decoders. Alternating rounds; ``ratio``
+is the encoder's core-seconds over those of embeddings, the median over rounds; ``largest_difference`` that of the
+scores.
 
     python bench/embedded_scores.py [--images 512] [--shards 2] [--rounds 3] [--clip tiny/clip]
 """
