@@ -320,9 +320,8 @@ class Artifact:
     ) -> ShardTransaction:
         """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim, if
         not that of :meth:`under`; ``over``: the committed version to replace, which stays until the commit."""
-        of_worker = self._claim if claim is None else Claim(shard, claim)
         return ShardTransaction(
-            *(self.folder, self.fingerprint, shard, schema, tar, of_worker),
+            *(self.folder, self.fingerprint, shard, schema, tar, Claim(shard, claim) if claim else self._claim),
             *(self._replaced(shard, over), over, self.generation),
         )
 

@@ -125,7 +125,8 @@ class Manifest:
         if self._log is None:
             with self._lock:
                 new, self._seen_lines = self._lines.since(*self._seen_lines)
-            return [record for record in new if not record.retracted]
+            last_lines = {record.shard: record for record in new}
+            return [record for record in last_lines.values() if not record.retracted]
         new = []
         for record in self.committed().values():
             mark = record.shard, ",".join(str(file["sha256"]) for file in record.files.values())

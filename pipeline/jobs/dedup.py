@@ -205,7 +205,11 @@ def mark(
                 info = _infos(shards, grouped)
                 write = functools.partial(_mark_shard, marks=marks, hashed=records, info=info, over=committed)
                 where = plan.placement.here()
-                job = run_pool_job(todo, write, artifact, where, report, stop, shard_name=lambda shard: shard.name)
+                job = run_pool_job(
+                    *(todo, write, artifact, where, report, stop),
+                    shard_name=lambda shard: shard.name,
+                    over=lambda shard: [committed.get(shard.name)],
+                )
                 if job.interrupted or job.quarantined:
                     return artifact, job
             remove_work(artifact, work)
@@ -340,7 +344,10 @@ def _hash(
 ) -> JobResult:
     try:
         return run_pool_job(
-            *(tasks, hash_images, artifact, plan.placement, report, stop), shard_name=shard_name, reads=plan.reads
+            *(tasks, hash_images, artifact, plan.placement, report, stop),
+            shard_name=shard_name,
+            over=lambda task: [task.made] if isinstance(task, IngestTask) else [],
+            reads=plan.reads,
         )
     except BaseException:
         artifact.close()

@@ -286,6 +286,7 @@ def execute_export(plan: ExportPlan, report: Callable[[Event], None], stop: thre
         *(plan.todo, write, plan.artifact, plan.placement, report, stop),
         shard_name=lambda task: task.shard,
         shards=lambda task: [piece.shard for piece in task.pieces],
+        over=lambda task: [piece.over for piece in task.pieces],
         reads=local_paths([plan.source.url, *plan.images]),
     )
 

@@ -71,6 +71,7 @@ def execute_ingest(plan: IngestPlan, report: Callable[[Event], None], stop: thre
         report,
         stop,
         shard_name=lambda task: task.shard,
+        over=lambda task: [task.made],
         careful=lambda task: replace(task, careful=True),
         reads=plan.reads,
     )

@@ -274,6 +274,7 @@ def execute_select(plan: SelectPlan, report: Callable[[Event], None], stop: thre
     return run_pool_job(
         *(plan.todo, write, plan.artifact, plan.placement, report, stop),
         shard_name=lambda task: task.shard,
+        over=lambda task: [task.over],
         reads=reads,
     )
 

@@ -46,7 +46,9 @@ def withdraw(artifact: Artifact, uids: UidSet | None, schema: pa.Schema, passed_
         placement, stop = task_placement(None, artifact.folder.is_shared).at_most(some), threading.Event()
         with interrupts(stop.set):
             result = run_pool_job(
-                tasks, write, artifact, placement, lambda event: None, stop, shard_name=lambda record: record.shard
+                *(tasks, write, artifact, placement, lambda event: None, stop),
+                shard_name=lambda record: record.shard,
+                over=lambda record: [record],
             )
         if result.interrupted:
             artifact.close()

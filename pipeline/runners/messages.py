@@ -22,11 +22,12 @@ AnyUnit = TypeVar("AnyUnit", bound=Unit)
 @dataclass(frozen=True)
 class ShardTask:
     """A task of a job without a model. ``name``: under which it is claimed and quarantined; ``shards``: those it
-    commits; ``work``: for the function that does it."""
+    commits; ``work``: for the function that does it; ``over``: the committed versions that it replaces."""
 
     name: str
     shards: tuple[str, ...]
     work: Any
+    over: tuple[ShardRecord, ...] = ()
 
 
 @dataclass(frozen=True)

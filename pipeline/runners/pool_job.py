@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
+from ...manifests.manifest import ShardRecord
 from .interrupts import interrupts
 from .messages import Assignment, Event, Pulse, ShardDone, ShardFailed, ShardLost, ShardTask
 from .placement import TaskPlacement
@@ -52,20 +53,23 @@ def run_pool_job(
     *,
     shard_name: Callable[[Task], str],
     shards: Callable[[Task], Sequence[str]] | None = None,
+    over: Callable[[Task], Sequence[ShardRecord | None]] = lambda task: (),
     careful: Callable[[Task], Task] | None = None,
     reads: Sequence[str] = (),
 ) -> JobResult:
     """Write every task's shards into ``artifact``. Returns when all are committed or quarantined, or ``stop`` is set.
 
     ``shard_name``: name under which a task is claimed and quarantined; ``shards``: those that it commits, that one by
-    default. ``careful``: maps a task whose worker died to the task to try next. ``reads``: local paths of the input,
+    default; ``over``: the committed versions that it replaces: any other one is the work of another process, and done.
+    ``careful``: maps a task whose worker died to the task to try next. ``reads``: local paths of the input,
     which each machine of a cluster must see. Tasks are read only as workers are free, and must be picklable.
     """
 
     def units() -> Iterator[ShardTask]:
         for task in tasks:
             name = shard_name(task)
-            yield ShardTask(name, tuple(shards(task)) if shards is not None else (name,), task)
+            replaced = tuple(record for record in over(task) if record is not None)
+            yield ShardTask(name, tuple(shards(task)) if shards is not None else (name,), task, replaced)
 
     def made_careful(unit: ShardTask) -> ShardTask:
         return unit if careful is None else replace(unit, work=careful(unit.work))

@@ -54,7 +54,6 @@ class ShardQueue(Generic[AnyUnit]):
         self._elsewhere: dict[str, AnyUnit] = {}  # claimed by another process that shares the folder
         self._failures: Counter[str] = Counter()
         self._committed: dict[str, ShardRecord] = {}  # by other processes, if the folder is shared
-        self._before = artifact.committed() if self._source is not None else {}  # tasks may replace these
         self._looked = 0.0
         self._list_after = 0.0
         self._held_since = self._try_after = 0.0
@@ -150,7 +149,7 @@ class ShardQueue(Generic[AnyUnit]):
         """Whether other processes committed a queued shard; reported once, since the shard then leaves the queue."""
         shards = _shards_of(unit)
         known = [self._committed[shard] for shard in shards if shard in self._committed]
-        if len(known) < len(shards) or any(record == self._before.get(record.shard) for record in known):
+        if len(known) < len(shards) or any(record in _replaced_by(unit) for record in known):
             return False
         for record in known:
             self._report(DoneElsewhere(record))
@@ -187,7 +186,7 @@ class ShardQueue(Generic[AnyUnit]):
         unit, records = self._assigned[shard], []
         for name in _shards_of(unit):
             record = self._artifact.manifest.find(name)
-            if record is None or record == self._before.get(name):
+            if record is None or record in _replaced_by(unit):
                 return None
             records.append(record)
         self.done(shard)
@@ -219,6 +218,10 @@ class ShardQueue(Generic[AnyUnit]):
         if self._artifact.claims is not None:
             self._artifact.claims.release(shard)
         return self._assigned.pop(shard)
+
+
+def _replaced_by(unit: Unit) -> tuple[ShardRecord, ...]:
+    return unit.over if isinstance(unit, ShardTask) else ()
 
 
 def _shards_of(unit: Unit) -> tuple[str, ...]:

@@ -160,7 +160,11 @@ def mark(
 
         todo = [number for number, name in enumerate(names) if name not in done]
         where = plan.placement.here()
-        job = run_pool_job(todo, write, artifact, where, report, stop, shard_name=lambda number: names[number])
+        job = run_pool_job(
+            *(todo, write, artifact, where, report, stop),
+            shard_name=lambda number: names[number],
+            over=lambda number: [committed.get(names[number])],
+        )
     except BaseException:
         artifact.close()
         raise

@@ -162,5 +162,14 @@ def test_a_task_that_was_taken_over_is_no_failure(
 def test_a_replacement_is_made_in_a_shared_folder_too(writers: ModuleType, shared: Artifact) -> None:
     """The version that stands there is the old one, and not what another run just made."""
     run(writers, shared, 0, "commit")
-    result, events = run(writers, shared, 0, "one")
-    assert result == JobResult() and [type(event) for event in events] == [Pulse, ShardDone]
+    events: list[Event] = []
+    common = (writers.write, shared, TaskPlacement(0), events.append, threading.Event())
+    before = [shared.committed()["0"]]
+    run_pool_job([("0", "one")], *common, shard_name=lambda task: task[0], over=lambda task: before)
+    assert [type(event) for event in events] == [Pulse, ShardDone]
+    events.clear()
+    late = Artifact.create(shared.url, "test", {}, {}, share=True)
+    common = (writers.write, late, TaskPlacement(0), events.append, threading.Event())
+    run_pool_job([("0", "one")], *common, shard_name=lambda task: task[0])  # not known to who planned this
+    late.close()
+    assert [type(event) for event in events] == [DoneElsewhere]
