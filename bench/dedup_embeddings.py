@@ -41,6 +41,7 @@ from _common import report, version
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import EMBEDDING_COLUMN, HASHES, embedding
 from capipe.pipeline.jobs.near_search import run_steps
+from capipe.pipeline.runners.placement import TaskPlacement
 from capipe.stages.dedup.embeddings.backends import FAISS
 from capipe.stages.dedup.embeddings.forest import Vectors, cosines, reach
 from capipe.stages.dedup.embeddings.work import STAGE, EmbeddingSearch
@@ -165,7 +166,7 @@ def measured(folder: Path, count: int, workers: int, shape: Shape) -> dict[str, 
             seconds[step.name] = round(core_seconds() - before, 1)
             before = core_seconds()
 
-    assert run_steps(timed(), work, workers, lambda event: None, threading.Event())
+    assert run_steps(timed(), work, TaskPlacement(workers), lambda event: None, threading.Event())
     found = search.result(work)
     groups = connected(count, found.edges.left, found.edges.right)
     cores, wall = core_seconds() - cores, time.monotonic() - begun

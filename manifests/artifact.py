@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -376,13 +375,17 @@ class Artifact:
         name = f"{checked_name(shard)}.parquet"
         file = parquet_file(self.folder, name)
         if self._rows.get(shard) != file.metadata.num_rows:  # not known yet, or committed again since
-            self._rows = {record.shard: record.count for record in self.manifest.committed().values()}
+            self._learn_rows(shard)
         return expecting(file, self._rows.get(shard, 0), f"{self.url}/{name}")
+
+    def _learn_rows(self, shard: str) -> None:
+        """Read the row count of a shard; in a store those of all, as one listing tells."""
+        record = self.manifest.find(shard) if self.folder.is_local else self.committed().get(shard)
+        self._rows[shard] = 0 if record is None else record.count
 
     def manifest_digest(self) -> str:
         """sha256 over the committed records without their times: readers with the same digest saw the same shards."""
-        records = [asdict(replace(record, seconds=None)) for record in self.committed().values()]
-        return hashlib.sha256(canonical(records).encode()).hexdigest()
+        return manifest.digest_of(self.committed().values())
 
     def quarantine(self, shard: str, reason: str) -> None:
         """Record that a shard failed, and why; the next run tries it again."""

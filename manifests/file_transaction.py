@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from ..errors import ArtifactMismatch
+from ..errors import DamagedShard
 from .files.names import checked_name
 from .files.storage import Folder, clear, sync
 from .manifest import REPLACES, ShardRecord
@@ -138,4 +138,4 @@ class FileTransaction:
 def _compare(actual: str, expected: str, where: str) -> None:
     if actual != expected:
         text = f"{where}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
-        raise ArtifactMismatch(text)
+        raise DamagedShard(text)

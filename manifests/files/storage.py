@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from ...errors import ArtifactMismatch, BadInput
+from ...errors import BadInput, DamagedShard
 from .locks import wait_for
 from .names import linked_parent
 from .stores import etag, filesystem, stamp
@@ -255,7 +255,7 @@ def expecting(parquet: pq.ParquetFile, rows: int, where: str) -> pq.ParquetFile:
     if problem is None:
         return parquet
     parquet.close()
-    raise ArtifactMismatch(f"{where}: {problem}; restore it, or run its stage again with --fresh")
+    raise DamagedShard(f"{where}: {problem}; restore it, or run its stage again with --fresh")
 
 
 def _oversize(footer: pq.FileMetaData, rows: int) -> str | None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...errors import ArtifactMismatch
+from ...errors import DamagedShard
 from ..artifact import Artifact
 from ..files.outside import is_url
 from ..files.storage import expecting, open_parquet, parquet_of
@@ -25,7 +25,7 @@ from ..files.stores import filesystem
 from ..schema import EMBEDDING_COLUMN
 
 SELECTION = "select"  # stage of artifacts whose shards are made of several input shards
-_SOURCE = ("source_shard", "source_key")  # their columns that name a row's origin
+_SOURCE = ("key", "source_shard", "source_key")  # their columns of a row and its origin
 _BATCH = 1000
 Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
@@ -60,10 +60,10 @@ class Companion:
             raise
         except OSError as error:
             text = f"{self.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
-            raise ArtifactMismatch(text) from None
+            raise DamagedShard(text) from None
         if hashlib.sha256(data).hexdigest() != self.sha256:
             text = f"{self.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
-            raise ArtifactMismatch(text)
+            raise DamagedShard(text)
         return data
 
     def copied(self, folder: Path, file: str) -> Companion:

@@ -123,11 +123,10 @@ def annotate(options: AnnotateOptions) -> None:
 def _warn_of_shared(out: str) -> None:
     """Warn on stderr if many images have the same caption."""
     from ...manifests.artifact import Artifact
-    from ..inspect.shared_captions import shared_captions
+    from ..inspect.shared_captions import warning
 
-    artifact = Artifact.open(out)
     try:
-        shared = shared_captions(artifact, list(artifact.committed()))
+        shared = warning(Artifact.open(out))
     except (OSError, ValueError) as error:  # everything is committed; `capipe verify` finds such errors
         print_err(f"warning: captions that images share were not counted: {error}")
         return

@@ -205,8 +205,8 @@ def select_step(
 
     Loads no model. Raises CapipeError before anything is written if the input cannot be used.
     """
-    from ..jobs.select import UIDS, execute_select, plan_select, write_uids
-    from ..report.filter import REPORT, write_filter_report
+    from ..jobs.select import REPORT, UIDS, execute_select, plan_select, write_last
+    from ..report.filter import filter_report
 
     run = run or o.RunnerOptions()
     plan = plan_select(
@@ -232,8 +232,8 @@ def select_step(
             outcome = execute_select(plan, report, stop)
         if len(plan.artifact.committed()) == len(plan.tasks):
             with alone(plan.artifact.claims, "report"):
-                print_err(f"report: {write_filter_report(plan.artifact, plan.selection.rule, plan.shards)}")
-                write_uids(plan.artifact)
+                write_last(plan.artifact, lambda: filter_report(plan.artifact, plan.selection.rule, plan.shards))
+                print_err(f"report: {plan.artifact.url}/{REPORT}")
             plan.withdrawal.conclude()
             if line := plan.withdrawal.line():
                 print_err(line)

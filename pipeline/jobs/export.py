@@ -20,6 +20,7 @@ from ...manifests.sharing.claims import alone
 from ...manifests.status import Status
 from ...manifests.withdrawal.applied import Withdrawal, apply, has_withdrawn
 from ...manifests.withdrawal.uid_set import UidSet
+from ...stages import last_files
 from ...stages.export.card import CardWords
 from ...stages.export.formats import writer_class
 from ...stages.export.parquet import JSON, URL
@@ -32,8 +33,9 @@ from ..runners.placement import TaskPlacement, task_placement
 from ..runners.pool_job import local_paths, run_pool_job
 from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
-from .export_files import FINALS, extras, write_files
+from .export_files import extras, write_files
 
+CHECKED = "checked"  # key of the facts about a run: the options and the source of which keys and extensions are known
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the extensions that OpenCLIP reads
 
 
@@ -93,14 +95,19 @@ def plan_export(
     writer = writer_class(format, "--format")
     source = Artifact.open(url)
     shards = _complete(source)
-    if shard_size is not None:
+    digest, standing = source.manifest_digest(), None if fresh else _before(out, source)
+    asked = {"format": format, "shard_size": shard_size, "image_extension": image_extension, "of": digest}
+    checked = standing is not None and standing.config["run"].get(CHECKED) == asked  # its rows are not read again
+    if checked:
+        pass
+    elif shard_size is not None:
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
     elif format != "parquet":
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
-    before = None if fresh or (drop is None and not has_withdrawn(source)) else _before(out, source)
+    before = None if drop is None and not has_withdrawn(source) else standing
     extension = None
-    if format == "webdataset" and before is not None and image_extension == "auto":
-        extension = before.setting("semantic", "export", kind=dict).get("image_extension")
+    if format == "webdataset" and image_extension == "auto" and standing is not None and (checked or before):
+        extension = standing.setting("semantic", "export", kind=dict).get("image_extension")
     elif format == "webdataset":
         extension = _extension(source, shards, image_extension, images)
     config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)
@@ -110,7 +117,8 @@ def plan_export(
     run = {
         "shards": url,
         "shards_total": sum(len(task.pieces) for task in tasks),
-        "input_manifest": source.manifest_digest(),
+        "input_manifest": digest,
+        CHECKED: asked,
         "extras": extras(writer),
         "card": asdict(words),
     }
@@ -123,8 +131,8 @@ def plan_export(
         if not share:
             artifact.release_quarantine()
         todo = _todo(artifact, source, tasks, withdrawal.touched)
-        if todo and artifact.config["run"].get(FINALS) is not None:
-            artifact.note(**{FINALS: None})  # the card and the lists of all rows will be older than the shards
+        if todo:
+            last_files.outdate(artifact)
     except CapipeError:
         artifact.close()
         raise

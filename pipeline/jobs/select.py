@@ -23,7 +23,7 @@ import pyarrow as pa
 from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.overwriting import refuse_overwriting
-from ...manifests.files.storage import PRIVATE
+from ...manifests.files.storage import PRIVATE, Folder
 from ...manifests.fingerprint import canonical
 from ...manifests.manifest import ShardRecord
 from ...manifests.schema import SCORE, SELECT
@@ -33,6 +33,8 @@ from ...manifests.transaction import ShardTransaction
 from ...manifests.withdrawal.applied import Withdrawal, applied, apply, has_withdrawn
 from ...manifests.withdrawal.rows import WithdrawingReader, blank, is_withdrawn
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
+from ...stages import last_files
+from ...stages.filter import saved_plan
 from ...stages.filter.index import ListedRows, TarFacts
 from ...stages.filter.marked import MARKS
 from ...stages.filter.select import (
@@ -53,7 +55,7 @@ from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
 from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns, with_marks
 
-UIDS = f"{PRIVATE}/uids.npy"
+UIDS, REPORT = f"{PRIVATE}/uids.npy", f"{PRIVATE}/report.html"
 _START_OVER = "use another --out, or --fresh to start over"
 Listed = tuple[dict[str, Any], int]  # an input shard's entry for the manifest, and the number of its rows that are kept
 
@@ -110,11 +112,11 @@ def plan_select(
     images. If only these grew since ``out`` was made, the threshold of ``top`` and the bounds of the final shards stay:
     withdrawal takes rows out and lets none in.
     """
-    sidecars, shards = _joined(scores, pattern, marks)
+    source = input_artifact(pattern)
+    sidecars, shards = _joined(scores, pattern, marks, source)
     reads = read_places(pattern, shards, sidecars.values())
     refuse_overwriting(out, reads)
     _refuse_another_stage(out)
-    source = input_artifact(pattern)
     made_of = {
         "select": config.model_dump(mode="json"),
         "input": source.fingerprint if source else None,
@@ -122,7 +124,12 @@ def plan_select(
     }
     before = None if fresh or (drop is None and not has_withdrawn(scores)) else _before(out, made_of)
     threshold = None if before is None else before.config["semantic"]["threshold"]
-    selection = plan_shards(shards, scores, config, drop or EMPTY, threshold)
+    digest = saved_plan.decided_by(shards, config, (drop or EMPTY).sha256, threshold)
+    saved = None if fresh else saved_plan.read(Folder(out), digest)
+    if saved is None:
+        selection = plan_shards(shards, scores, config, drop or EMPTY, threshold)
+    else:
+        selection = ShardPlan.of_json(config, saved)
     tars = tar_facts(shards, scores) if config.index else {}
     tasks = _tasks(shards, selection, tars, before)
     semantic = {**made_of, "text": selection.rule.text, "threshold": selection.rule.threshold_text}
@@ -137,6 +144,7 @@ def plan_select(
     }
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
+        saved_plan.write(artifact.folder, digest, selection.as_json())
         withdrawal = apply(artifact, drop)
         if not share:
             artifact.release_quarantine()
@@ -157,17 +165,19 @@ def preview_select(
     drop: UidSet | None = None,
 ) -> tuple[ShardPlan, SelectCosts]:
     """What :func:`plan_select` would select in a new folder, and its costs. Writes nothing. Raises CapipeError."""
-    _, shards = _joined(scores, pattern, marks)
+    _, shards = _joined(scores, pattern, marks, input_artifact(pattern))
     selection = plan_shards(shards, scores, config, drop or EMPTY)
     return selection, costs(shards, scores, selection)
 
 
-def _joined(scores: Artifact, pattern: str, marks: Artifact | None) -> tuple[dict[str, Artifact], list[InputShard]]:
-    """Sidecars by name, and the shards joined with them."""
+def _joined(
+    scores: Artifact, pattern: str, marks: Artifact | None, source: Artifact | None
+) -> tuple[dict[str, Artifact], list[InputShard]]:
+    """Sidecars by name, and the shards joined with them. ``source``: the artifact that the pattern names, if any."""
     if scores.stage != "score":
         raise BadInput(f"{scores.url}: an artifact of stage {scores.stage!r}; give --scores those of `capipe filter`")
     sidecars = {SCORES: scores} | ({MARKS: marks} if marks is not None else {})
-    return sidecars, join(expand(pattern), sidecars)
+    return sidecars, join(expand(pattern, source), sidecars)
 
 
 def _refuse_another_stage(out: str) -> None:
@@ -339,8 +349,21 @@ def _final(
     return final_row(row, status, error, key, shard.name, rule.text)
 
 
-def write_uids(artifact: Artifact) -> None:
-    """Write DataComp's list of kept uids, the last file of a complete selection."""
+def write_last(artifact: Artifact, report: Callable[[], bytes]) -> None:
+    """Write the last files of a complete selection, unless they are there: its ``report``, and DataComp's list of kept
+    uids."""
+    run = artifact.config["run"]
+    digest = last_files.digest_of(artifact, [run["scores"], run["candidates"], run["kept"]])
+    if last_files.are_there(artifact, digest):
+        return
+    files = {REPORT: report(), UIDS: _uids(artifact)}
+    for name, data in files.items():
+        artifact.folder.write(name, data)
+    sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    last_files.note(artifact, digest, sums)
+
+
+def _uids(artifact: Artifact) -> bytes:
     data = io.BytesIO()
     np.save(data, uid_list(ok_uids(artifact)), allow_pickle=False)
-    artifact.folder.write(UIDS, data.getvalue())
+    return data.getvalue()

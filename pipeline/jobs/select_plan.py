@@ -66,6 +66,17 @@ class ShardPlan:
         counts = f"{sum(self.kept):,} of {self.candidates:,} candidates are kept"
         return f"select ({rule.config.shown}): {counts}, {sum(self.sizes):,} rows in all{threshold}"
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the options."""
+        decided = {"text": self.rule.text, "threshold": self.rule.threshold_text}
+        return {**{name: value for name, value in vars(self).items() if name != "rule"}, **decided}
+
+    @classmethod
+    def of_json(cls, config: SelectConfig, plan: Mapping[str, Any]) -> ShardPlan:
+        """The plan with these options of which ``plan`` is :meth:`as_json`."""
+        counts = {name: value for name, value in plan.items() if name not in ("text", "threshold")}
+        return cls(Rule.of(config, plan["text"], plan["threshold"]), **counts)
+
     def warning(self) -> str | None:
         """A one-line warning if the conditions filter nothing out."""
         asked = self.rule.config

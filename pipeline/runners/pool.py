@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
-from ...errors import CapipeError, RunFailed
+from ...errors import CapipeError, DamagedShard, RunFailed
 from ...models.worker_process import Worker, WorkerDiedError, readable
 from ...terminal import print_err
 
@@ -29,11 +29,13 @@ class Done(Generic[Task, Result]):
 
 @dataclass(frozen=True, slots=True)
 class Failed(Generic[Task]):
-    """A task that failed :data:`ATTEMPTS` times. ``error``: last reason, one line; ``details``: its traceback."""
+    """A task that failed :data:`ATTEMPTS` times. ``error``: last reason, one line; ``details``: its traceback;
+    ``final``: another attempt cannot succeed."""
 
     task: Task
     error: str
     details: str = ""
+    final: bool = False
 
 
 class Wait(Enum):
@@ -55,7 +57,8 @@ def run_pool(
     """Run ``function`` on every task in ``workers`` processes; yields results in the order of completion.
 
     The next task is taken from ``tasks`` only when a worker is free; :data:`WAIT` there: it is asked for again later.
-    A task that raised or whose worker died is retried at once, up to :data:`ATTEMPTS` times in all; a
+    A task that raised or whose worker died is retried at once, up to :data:`ATTEMPTS` times in all, and not after a
+    :class:`DamagedShard`; any other
     :class:`CapipeError` is raised once the running tasks are finished.
     ``careful``: maps a task whose worker died to the task to retry.
     Once ``stop`` is set no task is started or retried, and running tasks are finished.
@@ -83,6 +86,9 @@ def _run_here(
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 outcome: Done[Task, Result] | Failed[Task] = Done(task, function(task))
+                break
+            except DamagedShard as error:
+                outcome = Failed(task, str(error), final=True)
                 break
             except CapipeError:
                 raise
@@ -138,7 +144,8 @@ class _Pool(Generic[Task, Result]):
                 except CapipeError as error:  # the others finish: killed, they would leave their temporary files
                     fatal = fatal or error
                     continue
-                if isinstance(outcome, Failed) and attempt.number < ATTEMPTS and not stop.is_set() and fatal is None:
+                again = attempt.number < ATTEMPTS and not stop.is_set() and fatal is None
+                if isinstance(outcome, Failed) and not outcome.final and again:
                     _warn(outcome, attempt.number)
                     self._start(outcome.task, attempt.number + 1)
                 else:
@@ -175,6 +182,8 @@ class _Pool(Generic[Task, Result]):
             attempt.worker.kill()
             self._running.remove(attempt)
             return Failed(self._careful(attempt.task), f"its worker process died: {death}")
+        except DamagedShard as error:
+            outcome = Failed(attempt.task, str(error), final=True)
         except CapipeError:
             self._release(attempt)
             raise

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from capipe.errors import BadInput, Problems
 from capipe.pipeline.chain.command import checked, show_plan
 from capipe.pipeline.chain.plan import arguments, look
-from capipe.pipeline.chain.recipe import load_chain_recipe
+from capipe.pipeline.chain.recipe import Source, load_chain_recipe
 from capipe.pipeline.chain.validate import check_chain
 from capipe.pipeline.commands.options import RunnerOptions
 from capipe.trainer.recipe import load_recipe
@@ -266,14 +266,32 @@ def test_the_figures_in_the_comments_of_caprl_5m_are_those_of_its_plan() -> None
     show_plan(load_chain_recipe(Path("caprl-5m")), Path("nowhere"), None, [], told.append)
     plan = "\n".join(told)
     assert "$ torchrun --standalone --nproc-per-node 8 -m capipe.pipeline train caprl-released" in plan
-    total = re.search(r"56\.2 h, .*, (\d+\.\d) GPU-hours", plan)
-    assert total is not None and total[1] == "473.9" and f"  {total[1]}#" in comments
+    total = re.search(r"54\.1 h, .*, (\d+\.\d) GPU-hours", plan)
+    assert total is not None and total[1] == "457.2" and f"  {total[1]}#" in comments
     for rows, rate, gpu_hours in [
         ("4,000,000", "896", "9.9"),
         ("230,400", "2.133", "270.0"),
         ("3,000,000", "96", "69.4"),
+        ("3,000,000", "1,800", "3.7"),
     ]:
         assert re.search(rf"{rows} / {rate} a second = .* on \d GPUs, {gpu_hours} GPU-hours", plan)
+
+
+def test_no_image_of_the_web_is_paid_twice_in_caprl_5m() -> None:
+    """One stage looks at all of them; scores take what it wrote; captions are for what is selected, uncopied."""
+    chain = load_chain_recipe(Path("caprl-5m"))
+    reads = [stage for stage in chain.stages if Source(stage="web") in stage.inputs.get("shards", ())]
+    assert [stage.name for stage in reads if stage.command.name == "embed"] == ["web-embeddings"]
+    for stage in reads:
+        if stage.command.name == "filter":
+            assert stage.inputs["embeddings"] == (Source(stage="web-embeddings"),) and "itm" not in stage.config
+            assert stage.config["clip"] == chain.stage("web-embeddings").config["clip"]
+    assert chain.stage("web-embeddings").config["safety"] and chain.stage("web-kept").config["index"]
+    assert chain.stage("captions-web").inputs["marks"] == (Source(stage="web-kept"),)
+    assert arguments(chain, chain.stage("captions-web"), Path("out"))[1:5] == [
+        *("--shards", "out/web", "--model"),
+        "out/train/step-001800",
+    ]
 
 
 def test_training_recipes_of_chains_are_the_bundled_ones() -> None:

@@ -107,8 +107,11 @@ def test_a_machine_is_lost_while_comparing_embeddings(cluster: Any, shards: Path
     out = tmp_path / "out"
     work = out / "hashes/_capipe/near-embeddings-work"
     with_a_loss(cluster, lose_a_machine(cluster), work, 1, *words, "--out", out, prefix="edges")
-    for part in ("hashes", "marked", "hashes/_capipe/near-embeddings"):
+    for part in ("hashes", "marked"):
         same_shards(out / part, tmp_path / "alone" / part)
+    for name in ("found.parquet", "similar.parquet"):
+        kept = Path("hashes/_capipe/near-embeddings", name)
+        assert (out / kept).read_bytes() == (tmp_path / "alone" / kept).read_bytes()
 
 
 @pytest.fixture(scope="module")
