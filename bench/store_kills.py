@@ -62,13 +62,16 @@ def main() -> None:
 
 
 def trial(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    whole, killed = (command(scratch / name, asked) for name in ("whole", "killed"))
+    (scratch / "whole").mkdir()
+    (scratch / "killed").mkdir()
+    # Rows name their pictures' and models' paths: these are relative to folders of their own, and so the same ones.
+    whole, killed = (command(name, asked) for name in ("whole", "killed"))
     started = time.monotonic()
-    subprocess.run(whole, check=True, stdout=sys.stderr)
+    subprocess.run(whole, check=True, stdout=sys.stderr, cwd=scratch / "whole")
     seconds = time.monotonic() - started
     total, rng, at = commits("whole"), random.Random(asked.seed), []
     for target in sorted(rng.randrange(total) for _ in range(asked.kills)):
-        process = subprocess.Popen(killed, start_new_session=True, stdout=sys.stderr)
+        process = subprocess.Popen(killed, start_new_session=True, stdout=sys.stderr, cwd=scratch / "killed")
         while process.poll() is None and commits("killed") < target:
             time.sleep(0.05)
         time.sleep(rng.uniform(0, WITHIN_SECONDS))
@@ -76,8 +79,8 @@ def trial(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             at.append(commits("killed"))
-    subprocess.run(killed, check=True, stdout=sys.stderr)
-    state = load_chain(scratch / "whole")
+    subprocess.run(killed, check=True, stdout=sys.stderr, cwd=scratch / "killed")
+    state = load_chain(scratch / "whole/out")
     assert state is not None
     names = [name for stage in state.stages for name in stage.artifacts]
     digests = {run: {name: shards(f"s3://bucket/{run}/{name}") for name in names} for run in ("whole", "killed")}
@@ -97,9 +100,9 @@ def trial(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def command(out: Path, asked: argparse.Namespace) -> list[str]:
+def command(name: str, asked: argparse.Namespace) -> list[str]:
     sets = [word for each in overrides(asked.images, "transformers", asked.train_steps) for word in ("--set", each)]
-    words = ["run", str(RECIPE), "--out", str(out), "--artifacts", f"s3://bucket/{out.name}", *sets]
+    words = ["run", str(RECIPE), "--out", "out", "--artifacts", f"s3://bucket/{name}", *sets]
     return [sys.executable, "-m", "capipe.pipeline", *words]
 
 

@@ -61,8 +61,15 @@ class OutputLock:
         return True
 
     def is_last(self) -> bool:
-        """True if no other run writes there any more."""
-        return (not self._shared or self._locked(fcntl.LOCK_EX)) and not self._others()
+        """True if no other run writes there any more; this one must not, either. Of two that end at once in a store,
+        where no guard orders them, at least one is the last: a run leaves before it looks again."""
+        if self.presence is None:
+            return (not self._shared or self._locked(fcntl.LOCK_EX)) and not self._others()
+        if not self._others():
+            return True
+        own = self.presence.owner
+        self.presence.close()
+        return all(owner == own for owner in living(self._folder))
 
     def clear(self) -> None:
         """Remove leftovers of dead runs; no other run may be at work."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from capipe.models.child_processes import descendants, end
+from capipe.models.child_processes import descendants, end, first_words
 from capipe.models.engines.vllm.device_holders import device_holders, orphaned_engines
 from capipe.models.engines.vllm.environment import prepare_environment
 
@@ -96,3 +96,11 @@ def test_vllm_spawns_whatever_the_environment_says(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     prepare_environment()
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+def test_what_a_killed_process_leaves_is_removed_without_a_word() -> None:
+    """multiprocessing's tracker would warn after the command's last line, which is to be the reason of its end."""
+    code = f"{first_words()} import multiprocessing, os; kept = multiprocessing.get_context('spawn').Semaphore()"
+    command = [sys.executable, "-c", f"{code}; os.kill(os.getpid(), 9)"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)  # until the tracker has ended, too
+    assert process.returncode == -signal.SIGKILL and process.stderr == ""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from capipe.manifests.object_store.log import COPY, MANY, OBJECTS
 from capipe.manifests.schema import INGEST
 from capipe.manifests.sharing import owners
 from capipe.manifests.sharing.claims import ClaimLost
-from capipe.manifests.sharing.owners import LEASE_SECONDS, OWNERS
+from capipe.manifests.sharing.output_lock import OutputLock
+from capipe.manifests.sharing.owners import LEASE_SECONDS, OWNERS, Owner
 from capipe.manifests.verify import verify
 
 from ...storing import StoreProxy
@@ -340,3 +342,24 @@ def test_a_range_is_read_by_one_request(store: StoreProxy, s3: str, tmp_path: Pa
     store.requests.clear()
     assert folder.fs.read(folder.full("file"), 10, 13) == bytes([10, 11, 12])
     assert folder.fs.read(folder.full("file")) == bytes(range(100)) and len(store.requests) == 2
+
+
+def test_of_two_runs_that_end_at_once_one_is_the_last(s3: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Both look, see the other, and leave: no guard orders them. What the last one is to do is then done."""
+    url = f"{s3}/{tmp_path.name}"
+    runs = [opened(url, share=True) for _ in range(2)]
+    met, ended = threading.Barrier(2), list[bool]()
+    look = OutputLock._others
+
+    def others(lock: OutputLock) -> list[Owner]:
+        found = look(lock)
+        met.wait(20)
+        return found
+
+    monkeypatch.setattr(OutputLock, "_others", others)
+    threads = [threading.Thread(target=lambda run=run: ended.append(run.close())) for run in runs]  # type: ignore[misc]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(ended) == 2 and any(ended) and objects(url, OWNERS) == []
