@@ -31,6 +31,10 @@ class ArtifactMismatch(CapipeError):
     """An output folder of another configuration, or one with files that contradict its manifest (exit 2)."""
 
 
+class DamagedShard(ArtifactMismatch):
+    """A shard of the input whose files contradict its manifest. A job of many quarantines it, and does the others."""
+
+
 class RunFailed(CapipeError):
     """A run that cannot continue although its input is valid: a dead engine, a full disk (exit 3)."""
 

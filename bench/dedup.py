@@ -12,10 +12,10 @@ The whole pass (--images) runs the command's job on hashes of made-up images: re
 hashes, a tenth of them copies (half of those cropped), a twentieth pairs of near hashes that show something else.
 Also measured: candidates confirmed per second by their signatures, by both versions, and images hashed per second.
 
-    python bench/dedup.py --sizes 300000 1000000 3000000 10000000 --images 1000000 [--rounds 1] [--embeddings 100000]
+    python bench/dedup.py --sizes 300000 1000000 3000000 10000000 --images 1000000 [--rounds 1]
 
-Keys: `speedup_1m`, `core_minutes_10m`, `growth_1m_to_10m` (core-seconds) are the worst of both kinds, null for sizes that
-were not measured. 10 M take 6 core-minutes and 1 M images 8 GB of disk.
+Keys: `speedup_1m`, `core_minutes_10m`, `growth_1m_to_10m` (core-seconds) are the worst of both kinds, null for sizes
+that were not measured. 10 M take 6 core-minutes and 1 M images 8 GB of disk.
 """
 
 from __future__ import annotations
@@ -50,11 +50,8 @@ from capipe.models.images.decode import ImageLimits, Thumbnail, thumbnail
 from capipe.models.tiny.world.corpus import samples
 from capipe.pipeline.jobs.dedup import DedupPlan, mark
 from capipe.stages.dedup.arrays import U64, Indices
-from capipe.stages.dedup.cosine import near_vectors
-from capipe.stages.dedup.groups import connected
 from capipe.stages.dedup.marks import DedupConfig
 from capipe.stages.dedup.near.files import all_numbers
-from capipe.stages.dedup.near.hash_values import FILE, HashValues
 from capipe.stages.dedup.near.table_search import PAIR_COLUMNS, table_tasks, write_table, write_values
 from capipe.stages.dedup.perceptual_hash import DECODED_SIDE, SIGNATURE_BYTES, Signatures, looks
 from capipe.stages.dedup.search.multi_index import near_pairs
@@ -109,12 +106,9 @@ def searched(kind: str, count: int, former: bool) -> dict[str, float]:
 
 def _by_tables(hashes: U64) -> tuple[Indices, Indices]:
     """Near pairs, as positions in the hashes, by the tasks of the command."""
-    nodes = np.arange(len(hashes))
-    kinds = np.full(len(hashes), FILE, dtype=np.uint8)
-    values = HashValues(hashes, kinds, np.arange(len(hashes) + 1), nodes, kinds, np.empty((2, 0), dtype=np.int64))
     with tempfile.TemporaryDirectory() as folder:
         work = Artifact.create(f"{folder}/work", "near", {}, {})
-        write_values(values, work)
+        write_values(hashes, work)
         tasks = table_tasks(hashes, RADIUS)
         for number, task in enumerate(tasks):
             write_table(task, work)
@@ -253,20 +247,6 @@ def _write_shard(
         out.commit(rows={"ok": count}, input_info={"digest": ""})
 
 
-def embedded(count: int, width: int = 512) -> dict[str, float]:
-    """CPU seconds of finding near embeddings among ``count``, a tenth of them planted, and the share found."""
-    rng = np.random.default_rng(0)
-    planted = count // 10
-    vectors = rng.standard_normal((count, width), dtype=np.float32).astype(np.float16)
-    vectors[-planted:] = vectors[:planted] + 0.2 * rng.standard_normal((planted, width), dtype=np.float32)
-    started = time.process_time()
-    left, right = (np.concatenate(chunks) for chunks in zip(*near_vectors(vectors, 0.96), strict=True))
-    seconds = time.process_time() - started
-    groups = connected(count, left, right)
-    share = float((groups[-planted:] == groups[:planted]).mean())
-    return {"vectors": count, "cpu_seconds": round(seconds, 1), "found": round(share, 4)}
-
-
 def looked_at_per_second(count: int = 200, size: int = 512) -> float:
     """Images of ``size`` pixels a side that one process hashes per second."""
     images = [sample.image for sample in samples(count, "heldout", 3, size=size)]
@@ -284,7 +264,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000, help="images of the whole second pass; 0 for none")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--one", nargs=3, metavar=("KIND", "HASHES", "VERSION"), help="one search, figures as JSON")
-    parser.add_argument("--embeddings", type=int, nargs="*", default=[], help="so many vectors of 512; needs faiss")
     options = parser.parse_args()
     if options.one is not None:
         kind, count, side = options.one
@@ -331,7 +310,6 @@ def main() -> None:
         signature_bytes=SIGNATURE_BYTES,
         pairs_confirmed_per_core_second=confirmed_per_second(),
         images_hashed_per_core_second=round(looked_at_per_second()),
-        embeddings=[embedded(count) for count in options.embeddings],
     )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -27,7 +26,7 @@ from .journal import Journal
 from .manifest import Manifest, ShardRecord
 from .object_store.log import ATTEMPTS
 from .sharing import quarantine
-from .sharing.claims import Claims
+from .sharing.claims import Claim, Claims
 from .sharing.guard import GUARD, guard
 from .sharing.output_lock import LOCK, OutputLock
 from .sharing.owners import OWNERS
@@ -47,6 +46,7 @@ class Artifact:
     claims: Claims | None = None  # assignment of shards, if several workers may take the same one
     shared: bool = False
     _lock: OutputLock | None = None
+    _claim: Claim | None = None  # of the worker that writes
     _retracted: dict[str, ShardRecord] | None = None  # read from the manifest when the first shard is begun
     _rows: dict[str, int] = field(default_factory=dict, repr=False)  # row counts, as last read from the manifest
     _manifest: Manifest | None = field(default=None, repr=False)  # of this process
@@ -266,23 +266,18 @@ class Artifact:
         for name in ("journal", replacing.REDO):
             clear(self.folder.private_to_write(name))
 
-    def _generation_before(self) -> str:
-        """Generation of what an earlier run left; "" if its configuration is unreadable."""
-        try:
-            return str(bounded_json.load_from(self.folder, CONFIG).get("generation", ""))
-        except (OSError, ValueError, AttributeError):
-            return ""
-
-    def close(self) -> None:
-        """Release the lock and clean up; safe to call twice. Never waits long for another process."""
-        if self._lock is None:
-            return
+    def close(self) -> bool:
+        """Release the lock and clean up; safe to call twice. Never waits long for another process. Returns whether no
+        other one was writing any more."""
+        lock, last, self._lock = self._lock, False, None
+        if lock is None:
+            return last
         if self.claims is not None:
             self.claims.close()
             self.claims = None
         with suppress(LockHeld), guard(self.folder, _LEAVING) if self.shared else nullcontext():
-            if self._lock.is_last():  # otherwise other processes are still working
-                self._lock.clear()
+            if last := lock.is_last():  # otherwise other processes are still working
+                lock.clear()
                 if self.shared:  # a process killed since we started may have left the journal of a committed shard
                     with suppress(ArtifactMismatch):  # of a damaged manifest, which its readers report
                         self._drop_journals()
@@ -290,14 +285,19 @@ class Artifact:
                     folder = self.folder.private(name)
                     if folder.is_dir() and not any(folder.iterdir()):
                         folder.rmdir()
-        self._lock.close()
-        self._lock = None
+            lock.close()  # still under the guard: of two that leave at once, the second is the last
+        lock.close()
+        return last
 
     def attach(self) -> Artifact:
         """The same artifact for a worker process of the run that holds the lock, which need not read the manifest."""
         if self._retracted is None:
             self._retracted = {} if not self.folder.is_local else self.manifest.retracted()
         return Artifact(Folder(self.url), self.config, _retracted=self._retracted)
+
+    def under(self, claim: Claim | None) -> Artifact:
+        """The same artifact for a task: its commits need the claim, if there is one."""
+        return self if claim is None else replace(self, _claim=claim)
 
     def committed(self) -> dict[str, ShardRecord]:
         """The committed shards by name. Raises ArtifactMismatch if one belongs to another configuration."""
@@ -318,18 +318,18 @@ class Artifact:
         claim: str | None = None,
         over: ShardRecord | None = None,
     ) -> ShardTransaction:
-        """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim;
-        ``over``: the committed version to replace, which stays until the commit.
-        """
+        """Start writing a shard; nothing is visible before its commit. ``claim``: the token of the worker's claim, if
+        not that of :meth:`under`; ``over``: the committed version to replace, which stays until the commit."""
+        of_worker = self._claim if claim is None else Claim(shard, claim)
         return ShardTransaction(
-            *(self.folder, self.fingerprint, shard, schema, tar, claim),
+            *(self.folder, self.fingerprint, shard, schema, tar, of_worker),
             *(self._replaced(shard, over), over, self.generation),
         )
 
     def begin_files(self, shard: str, over: ShardRecord | None = None) -> FileTransaction:
         """Start a shard of files written one by one (for an export), as :meth:`begin`."""
-        replaces = self._replaced(shard, over)
-        return FileTransaction(self.folder, self.fingerprint, shard, replaces, over, self.generation)
+        versions = self._replaced(shard, over), over
+        return FileTransaction(self.folder, self.fingerprint, shard, *versions, self.generation, self._claim)
 
     def _replaced(self, shard: str, over: ShardRecord | None) -> Sequence[str]:
         """sha256 of the versions that a new one of a shard replaces; a store's commit finds out for itself."""
@@ -337,8 +337,7 @@ class Artifact:
             return over.versions
         if self._retracted is None and self.folder.is_local:
             self._retracted = self.manifest.retracted()
-        before = (self._retracted or {}).get(shard)
-        return before.replaces if before is not None else ()
+        return before.replaces if (before := (self._retracted or {}).get(shard)) is not None else ()
 
     def journal(self, shard: str) -> Journal:
         return Journal(self.folder.private_to_write(f"journal/{checked_name(shard)}.jsonl"), self.fingerprint)
@@ -374,13 +373,17 @@ class Artifact:
         name = f"{checked_name(shard)}.parquet"
         file = parquet_file(self.folder, name)
         if self._rows.get(shard) != file.metadata.num_rows:  # not known yet, or committed again since
-            self._rows = {record.shard: record.count for record in self.manifest.committed().values()}
+            self._learn_rows(shard)
         return expecting(file, self._rows.get(shard, 0), f"{self.url}/{name}")
+
+    def _learn_rows(self, shard: str) -> None:
+        """Read the row count of a shard; in a store those of all, as one listing tells."""
+        record = self.manifest.find(shard) if self.folder.is_local else self.committed().get(shard)
+        self._rows[shard] = 0 if record is None else record.count
 
     def manifest_digest(self) -> str:
         """sha256 over the committed records without their times: readers with the same digest saw the same shards."""
-        records = [asdict(replace(record, seconds=None)) for record in self.committed().values()]
-        return hashlib.sha256(canonical(records).encode()).hexdigest()
+        return manifest.digest_of(self.committed().values())
 
     def quarantine(self, shard: str, reason: str) -> None:
         """Record that a shard failed, and why; the next run tries it again."""

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from ..errors import ArtifactMismatch
+from ..errors import DamagedShard
 from .files.names import checked_name
 from .files.storage import Folder, clear, sync
 from .manifest import REPLACES, ShardRecord
 from .publishing import publish
+from .sharing.claims import Claim, holding, scratch_of
 from .transaction import HashedFile, new_scratch
 
 _CHUNK = 1 << 20
@@ -38,10 +39,11 @@ class FileTransaction:
         replaces: Sequence[str] = (),
         over: ShardRecord | None = None,
         generation: str = "",
+        claim: Claim | None = None,
     ) -> None:
         self.shard, self._folder, self._fingerprint = shard, folder, fingerprint
         self._replaces, self._over, self._generation = replaces, over, generation
-        self._scratch = new_scratch(folder, "tmp", shard)
+        self._claim, self._scratch = claim, new_scratch(folder, scratch_of(claim), shard)
         self._files: dict[str, dict[str, Any]] = {}
         self._trees: list[str] = []
         self._started = time.time()
@@ -110,8 +112,7 @@ class FileTransaction:
         self, *, rows: Mapping[str, int], input_info: Mapping[str, Any], stats: Mapping[str, Any] | None = None
     ) -> ShardRecord:
         """Publish the shard. ``rows``: row counts by status; ``input_info`` needs a ``digest``. Returns the record that
-        stands, in a store perhaps another writer's."""
-        self._publish_trees()
+        stands, in a store perhaps another writer's. Raises ClaimLost if the shard now belongs to another worker."""
         if self._replaces:
             stats = {**(stats or {}), REPLACES: list(self._replaces)}
         record = ShardRecord(
@@ -123,16 +124,18 @@ class FileTransaction:
             stats=dict(stats or {}),
         )
         files = {name: self._scratch / name for name in self._files}
-        return publish(self._folder, self._generation, files, record, self._started, self._over)
+        with holding(self._folder, self._claim):
+            self._publish_trees()
+            return publish(self._folder, self._generation, files, record, self._started, self._over)
 
     def __enter__(self) -> FileTransaction:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        clear(self._scratch)
+        clear(self._scratch if self._claim is None else self._scratch.parent)
 
 
 def _compare(actual: str, expected: str, where: str) -> None:
     if actual != expected:
         text = f"{where}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
-        raise ArtifactMismatch(text)
+        raise DamagedShard(text)

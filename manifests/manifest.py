@@ -8,14 +8,15 @@ shard back before it is redone.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ..errors import ArtifactMismatch
 from .files import bounded_json
+from .files.growing_lines import GrowingLines
 from .files.names import checked_name
 from .files.redaction import redacted_data
 from .files.storage import PRIVATE, Folder, NotAFile, append_line
@@ -73,6 +74,11 @@ class ShardRecord:
         """Both: the versions that a replacement supersedes."""
         return (*self.replaces, *self.current)
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Its fields by name, not copied."""
+        return dict(vars(self))
+
     def retraction(self) -> ShardRecord:
         """The line that retracts this shard; it records what the next version replaces."""
         return replace(self, rows={}, files={}, input={}, retracted=True, stats={REPLACES: list(self.versions)})
@@ -94,7 +100,8 @@ class Manifest:
         self._folder, self._generation = folder, generation
         self._lock = threading.Lock()
         self._log = None if folder.is_local else Log(folder)
-        self._lines = _Lines(folder)
+        self._lines = _lines_of(folder)
+        self._seen_lines = (0, 0)  # a reading of the lines, and how many of them :meth:`news` has returned
         self._before: dict[str, ShardRecord] | None = None  # those from before a copy
         self._entries: dict[str, tuple[Entry, ShardRecord]] = {}
         self._told: set[tuple[str, str]] = set()
@@ -117,10 +124,11 @@ class Manifest:
         """Commits since the last call, by any process; all of them the first time."""
         if self._log is None:
             with self._lock:
-                return [record for record in self._lines.news() if not record.retracted]
+                new, self._seen_lines = self._lines.since(*self._seen_lines)
+            return [record for record in new if not record.retracted]
         new = []
         for record in self.committed().values():
-            mark = record.shard, str(record.files[f"{record.shard}.parquet"]["sha256"])
+            mark = record.shard, ",".join(str(file["sha256"]) for file in record.files.values())
             if mark not in self._told:
                 self._told.add(mark)
                 new.append(record)
@@ -129,12 +137,19 @@ class Manifest:
     def find(self, shard: str) -> ShardRecord | None:
         """The committed shard of this name, without a listing."""
         if self._log is None:
-            return self.committed().get(shard)
+            with self._lock:
+                record = self._lines.find(shard) or self._older().get(shard)
+            return None if record is None or record.retracted else record
         entry = last(self._folder, shard)
         if entry is None or not is_whole(entry, self._generation):
             return None
         record = of_entry(self._folder, entry)
         return None if record.retracted else record
+
+    def latest(self, count: int) -> list[ShardRecord]:
+        """Up to ``count`` shards committed last, oldest first. For a local folder."""
+        with self._lock:
+            return self._lines.latest(count)
 
     def finish(self) -> None:
         """Complete commits of a store that a crash interrupted, and let later readers read less. For writers."""
@@ -144,14 +159,20 @@ class Manifest:
             self._log.copy()
 
     def _read(self) -> dict[str, ShardRecord]:
+        before = self._older()
+        if self._log is None:
+            newer = self._lines.by_name()
+            return dict(newer) if not before else _in_order({**before, **newer})
+        return _in_order({**before, **self._of_entries(self._log)})
+
+    def _older(self) -> dict[str, ShardRecord]:
         if self._before is None:
             self._before = self._copied_before()
-        newer = self._lines.read() if self._log is None else self._of_entries(self._log)
-        return dict(sorted({**self._before, **newer}.items()))
+        return self._before
 
     def _copied_before(self) -> dict[str, ShardRecord]:
         if self._log is not None:
-            return _Lines(self._folder).read()
+            return dict(_Lines(self._folder).by_name())
         entries = [
             parse_entry(self._folder, name, self._folder.read_bytes(f"{OBJECTS}/{name}"))
             for name in self._folder.names(OBJECTS)
@@ -176,20 +197,63 @@ class Manifest:
 
 
 class _Lines:
-    """``manifest.jsonl``, parsed as far as it was read; read anew if it did anything but grow."""
+    """``manifest.jsonl``, parsed as far as it was read; read anew if it did anything but grow. Thread-safe."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
+        self._lock = threading.RLock()
+        self._file = GrowingLines(folder, LINES)
+        self._reading = 0  # how often it was begun anew
         self._clear()
 
     def _clear(self) -> None:
-        self._seen, self._stamp, self._count, self._untold = 0, (0, 0, 0), 0, 0
+        self._count = 0
+        self._reading += 1
         self._order: list[ShardRecord] = []
         self._records: dict[str, ShardRecord] = {}
+        self._sorted: dict[str, ShardRecord] | None = None
 
-    def read(self) -> dict[str, ShardRecord]:
-        """The last line about each shard."""
-        lines = self._new_lines()
+    def by_name(self) -> Mapping[str, ShardRecord]:
+        """The last line about each shard, in name order."""
+        with self._lock:
+            self._read()
+            if self._sorted is None:
+                self._sorted = _in_order(self._records)
+            return self._sorted
+
+    def find(self, shard: str) -> ShardRecord | None:
+        """The last line about a shard."""
+        with self._lock:
+            self._read()
+            return self._records.get(shard)
+
+    def latest(self, count: int) -> list[ShardRecord]:
+        """The newest ``count`` committed shards in the order of their lines."""
+        with self._lock:
+            self._read()
+            newest: dict[str, ShardRecord] = {}
+            for record in reversed(self._order):
+                if len(newest) == count:
+                    break
+                if self._records[record.shard] is record and not record.retracted:
+                    newest[record.shard] = record
+            return list(newest.values())[::-1]
+
+    def since(self, reading: int, count: int) -> tuple[list[ShardRecord], tuple[int, int]]:
+        """Lines after the first ``count`` of a reading, and both numbers of now."""
+        with self._lock:
+            self._read()
+            new = self._order[count if reading == self._reading else 0 :]
+            return new, (self._reading, len(self._order))
+
+    def _read(self) -> None:
+        try:
+            lines, anew = self._file.read()
+        except NotAFile as error:
+            where = f"{self._folder.url}/{LINES}"
+            raise ArtifactMismatch(f"{where}: {error.strerror}; restore it, or clear the folder") from None
+        if anew:
+            self._clear()
         for line in lines:
             self._count += 1
             try:
@@ -197,41 +261,31 @@ class _Lines:
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 where = f"{self._folder.url}/{LINES}:{self._count}"
                 self._clear()
+                self._file.forget()
                 raise _malformed(where, error) from None
             if record is not None:
                 self._records[record.shard] = record
                 self._order.append(record)
-        return self._records
+                self._sorted = None
 
-    def news(self) -> list[ShardRecord]:
-        """Lines since the last call."""
-        self.read()
-        new, self._order = self._order, []
-        return new
 
-    def _new_lines(self) -> list[bytes]:
-        """Whole lines after those seen; after the last newline is nothing, or a torn line."""
-        folder = self._folder
-        if not folder.is_local:
-            return folder.read_bytes(LINES).split(b"\n")[:-1] if folder.exists(LINES) else []
-        try:
-            with folder.open(LINES) as file:
-                status = os.fstat(file.fileno())
-                stamp = status.st_ino, status.st_size, status.st_mtime_ns
-                if stamp == self._stamp:
-                    return []
-                if stamp[0] != self._stamp[0] or status.st_size <= self._stamp[1]:
-                    self._clear()
-                file.seek(self._seen)
-                data = file.read()
-        except FileNotFoundError:
-            self._clear()
-            return []
-        except NotAFile as error:
-            raise ArtifactMismatch(f"{folder.url}/{LINES}: {error.strerror}; restore it, or clear the folder") from None
-        whole = data[: data.rfind(b"\n") + 1]
-        self._seen, self._stamp = self._seen + len(whole), stamp
-        return whole.split(b"\n")[:-1]
+#: What the artifacts open in this process have read, so that two of one folder read its lines once.
+_READ: WeakValueDictionary[str, _Lines] = WeakValueDictionary()
+_READ_LOCK = threading.Lock()
+
+
+def _lines_of(folder: Folder) -> _Lines:
+    if not folder.is_local:
+        return _Lines(folder)
+    with _READ_LOCK:
+        lines = _READ.get(folder.path)
+        if lines is None:
+            lines = _READ[folder.path] = _Lines(folder)
+        return lines
+
+
+def _in_order(records: Mapping[str, ShardRecord]) -> dict[str, ShardRecord]:
+    return dict(sorted(records.items()))
 
 
 def of_entry(folder: Folder, entry: Entry) -> ShardRecord:
@@ -251,7 +305,7 @@ def _malformed(where: str, error: Exception) -> ArtifactMismatch:
 
 def written(record: ShardRecord) -> bytes:
     """A line of the manifest, without its newline."""
-    entry = {k: v for k, v in asdict(record).items() if v or k not in ("retracted", "seconds")}
+    entry = {k: v for k, v in record.entry.items() if v or k not in ("retracted", "seconds")}
     entry["input"] = redacted_data(entry["input"])
     return canonical({**entry, CHECKSUM: _checksum(entry)}).encode()
 
@@ -260,9 +314,18 @@ def parsed(line: bytes) -> ShardRecord:
     """Raises ValueError, TypeError or KeyError if the line is not as it was written. Older lines have no checksum."""
     entry = bounded_json.parse(line)
     checksum = entry.pop(CHECKSUM, None)
-    if checksum not in (None, _checksum(entry)):
+    if checksum is not None and not is_as_written(line, checksum) and checksum != _checksum(entry):
         raise ValueError("its checksum does not fit")
     return record_of(entry)
+
+
+def is_as_written(line: bytes, checksum: object) -> bool:
+    """True if a line's bytes are those of :func:`written` with this checksum, which is its first key; that the checksum
+    fits is then known without writing its values again. The slow twin is :func:`_checksum`."""
+    head = f'{{"{CHECKSUM}":"{checksum}",'.encode(errors="replace")
+    if not line.startswith(head) or b"NaN" in line or b"Infinity" in line:  # which no line of ours has
+        return False
+    return _short(b"{" + line[len(head) :]) == checksum
 
 
 def record_of(entry: Mapping[str, Any]) -> ShardRecord:
@@ -274,7 +337,21 @@ def record_of(entry: Mapping[str, Any]) -> ShardRecord:
 
 
 def _checksum(entry: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical(entry).encode()).hexdigest()[:16]
+    return _short(canonical(entry).encode())
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def digest_of(records: Iterable[ShardRecord]) -> str:
+    """sha256 over records without their times, as of the canonical JSON of their list."""
+    digest, before = hashlib.sha256(b"["), b""
+    for record in records:
+        digest.update(before + canonical({**record.entry, "seconds": None}).encode())
+        before = b","
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _check(record: ShardRecord) -> None:

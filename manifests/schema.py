@@ -59,6 +59,27 @@ DEDUP = pa.schema(
     ]
 )
 
+#: What `capipe dedup` keeps of a text between its passes over texts.
+TEXTS = pa.schema(
+    [
+        *BASE,
+        pa.field("text", pa.string()),  # normalized; null if there is none
+        pa.field("digest", pa.binary(16)),  # of that
+        pa.field("signature", pa.binary(512)),  # MinHash, 256 numbers of 16 bits; see stages/dedup/texts/bands.py
+    ]
+)
+
+#: Columns of marks by texts; null in rows that are not ok by their images, and in rows without a text.
+TEXT_MARKS = pa.schema(
+    [
+        pa.field("text_group", pa.string()),  # digest of the text around which the group is
+        pa.field("text_similarity", pa.float32()),  # Jaccard index of the row's text and that one
+        pa.field("text_copies", pa.int32()),  # rows with an equal text, this one included
+        pa.field("text_rows", pa.int32()),  # rows of the group
+        pa.field("text_rank", pa.int32()),  # of the row in its group, from 1
+    ]
+)
+
 #: Embedding column that `capipe dedup --embeddings` compares.
 EMBEDDING_COLUMN = "image_embedding"
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import ArtifactMismatch, BadInput, CapipeError
+from ..errors import ArtifactMismatch, BadInput, CapipeError, DamagedShard
 from .artifact import Artifact
 from .files.compressed import tar_stem
 from .files.patterns import braced, is_pattern
@@ -117,11 +117,14 @@ def uid_of(image: bytes) -> str:
     return hashlib.sha256(image).hexdigest()[:32]
 
 
-def expand(pattern: str) -> list[InputShard]:
+def expand(pattern: str, artifact: Artifact | None = None) -> list[InputShard]:
     """The shards that ``pattern`` names: an artifact or folder, a glob, ``{000..099}.tar``, one tar; any fsspec URL.
 
+    ``artifact``: the one that the pattern names, if it is open already; its manifest is then not read again.
     Raises BadInput if a named shard is missing, nothing matches, or two shards have the same name.
     """
+    if artifact is not None and not is_pattern(pattern):
+        return _artifact_shards(artifact)
     fs, path = filesystem(pattern)
     if is_pattern(pattern):
         urls = [url for part in braced(pattern) for url in _glob(part)]
@@ -298,7 +301,7 @@ class RowReader:
         expected = record.files[f"{self.shard.name}.tar"]["sha256"]
         if self._digest.hexdigest() != expected:
             text = f"{self.shard.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
-            raise ArtifactMismatch(text)
+            raise DamagedShard(text)
 
 
 def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
@@ -313,15 +316,15 @@ def _listed_rows(shard: InputShard, samples: Iterator[Sample]) -> Iterator[Row]:
                 if sample is None or sample.key != row.key:
                     actual = "nothing" if sample is None else f"{sample.key!r}"
                     text = f"{shard.url}: row {row.key!r} expected, {actual} found; the tar does not fit its Parquet"
-                    raise ArtifactMismatch(f"{text}, restore both (`capipe verify` lists what is damaged)")
+                    raise DamagedShard(f"{text}, restore both (`capipe verify` lists what is damaged)")
                 row = to_row(index, sample, MAX_OWN_BYTES)
                 if row.uid != listed["uid"]:
-                    raise ArtifactMismatch(f"{shard.url}: the image of {row.key!r} is not the one that was ingested")
+                    raise DamagedShard(f"{shard.url}: the image of {row.key!r} is not the one that was ingested")
                 row.text, row.error = listed.get("text", row.text), listed["error"]  # final shards contain captions
             yield row
             index += 1
     if next(samples, None) is not None:
-        raise ArtifactMismatch(f"{shard.url}: has samples that its Parquet does not list; restore both")
+        raise DamagedShard(f"{shard.url}: has samples that its Parquet does not list; restore both")
 
 
 def _with_companion(rows: Iterator[Row], companion: Companion) -> Iterator[Row]:

@@ -66,12 +66,14 @@ def read(folder: Folder, notes: Mapping[str, Note] | None = None) -> Times:
 
 def created(folder: Folder) -> str:
     """When the artifact was created, ISO 8601 in UTC; "" if unknown. Reads no more than it has to."""
-    try:
-        with folder.open(LINES if folder.is_local else CREATED) as file:
-            entry = bounded_json.parse(file.readline(_LONGEST))
-        return str(entry["created"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
+    for name in (LINES,) if folder.is_local else (CREATED, LINES):
+        try:
+            with folder.open(name) as file:
+                entry = bounded_json.parse(file.readline(_LONGEST))
+            return str(entry["created"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return ""
 
 
 def _lines(folder: Folder) -> list[bytes]:
@@ -79,5 +81,7 @@ def _lines(folder: Folder) -> list[bytes]:
 
 
 def _objects(folder: Folder) -> list[bytes]:
-    paths = [folder.full(CREATED), *(folder.full(f"{_OLDER}/{name}") for name in folder.marks(_OLDER))]
-    return list(folder.fs.read_all(paths).values())
+    """Lines of a store's folder; ``LINES`` is there if it was copied from a local one."""
+    names = [LINES, CREATED, *(f"{_OLDER}/{name}" for name in folder.marks(_OLDER))]
+    read = folder.fs.read_all(map(folder.full, names))
+    return [line for data in read.values() for line in data.splitlines()]

@@ -32,7 +32,7 @@ from .files.storage import Folder, clear, create, scratch_name, write_synced
 from .files.tar import TarWriter
 from .manifest import ShardRecord
 from .publishing import publish
-from .sharing.claims import holding, scratch_of
+from .sharing.claims import Claim, holding, scratch_of
 from .status import Status
 
 ROW_GROUP = 1000
@@ -48,7 +48,7 @@ class ShardTransaction:
         shard: str,
         schema: pa.Schema,
         tar: bool,
-        claim: str | None = None,
+        claim: Claim | None = None,
         replaces: Sequence[str] = (),
         over: ShardRecord | None = None,
         generation: str = "",
@@ -65,6 +65,11 @@ class ShardTransaction:
         self._tar = TarWriter(self._tar_file) if self._tar_file else None
         self._parquet_file = HashedFile(self._path("parquet"))
         self._parquet = pq.ParquetWriter(self._parquet_file, schema, compression="zstd")
+
+    @property
+    def scratch(self) -> Path:
+        """A local folder that is there until the end of the transaction."""
+        return self._scratch
 
     def _path(self, extension: str) -> Path:
         return self._scratch / f"{self.shard}.{extension}"
@@ -113,7 +118,7 @@ class ShardTransaction:
         self._finish_files()
         for name, data in (beside or {}).items():
             self._add_file(name, data)
-        with holding(self._folder, self.shard, self._claim, patience):
+        with holding(self._folder, self._claim, patience):
             return self._publish(input_info, stats)
 
     def _publish(self, input_info: Mapping[str, Any], stats: Mapping[str, Any] | None) -> ShardRecord:

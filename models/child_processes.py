@@ -21,6 +21,9 @@ from ..terminal import escape_logs
 
 GRACE_SECONDS = 2.0  # for descendants of a killed process to end by themselves (death signal, closed pipes)
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+#: A worker that was killed leaves semaphores to multiprocessing's tracker, which removes them, and says so afterwards:
+#: after the command's last line, which is to be the reason of its end.
+_TRACKER = "ignore:resource_tracker:UserWarning"
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked process must not load anything
 _spawned_command = multiprocessing.spawn.get_command_line
 
@@ -48,6 +51,7 @@ def begin(parent: int) -> None:
     """Set up a child process; called by the code of :func:`first_words`."""
     follow(parent)
     escape_logs()
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), _TRACKER]))
     multiprocessing.spawn.get_command_line = _following_command
 
 

@@ -29,7 +29,7 @@ from .child_processes import first_words
 
 _BOOT = "from capipe.models.worker_process import run_worker; run_worker(int(sys.argv[1]))"
 # One thread each: there are already as many workers as cores.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -150,7 +150,7 @@ class Worker(Generic[Task, Result]):
     """
 
     def __init__(self, function: Callable[[Task], Result]) -> None:
-        self._process = WorkerProcess(answer_tasks, "capipe-task-worker", _ENVIRONMENT)
+        self._process = WorkerProcess(answer_tasks, "capipe-task-worker", ONE_THREAD)
         self._socket = self._process.socket
         with contextlib.suppress(OSError):  # it may already be dead, which receiving shows
             self._socket.send(function)

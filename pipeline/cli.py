@@ -24,7 +24,7 @@ from ..manifests.import_path import is_import_path
 from ..terminal import escape_logs, escaped, print_err, print_line
 from .chain import command
 from .commands import eval, inspect
-from .commands.options import Images
+from .commands.options import Images, local_path
 from .commands.run_job import LAST_WORDS, Exit
 from .runners.worker import disk_text
 from .specs import STAGES, command_of, stage_spec
@@ -143,7 +143,7 @@ def _verify_absent(folder: str, given: str) -> Exit:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to fill.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder to fill.", parser=local_path)] = Path("demo"),
     images: Annotated[int, typer.Option(min=3, help="Rendered images.")] = 400,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
     train_steps: Annotated[int, typer.Option(min=0, help="Steps of training; 0 trains nothing.")] = 12,

@@ -16,9 +16,8 @@ import fsspec
 import pytest
 
 ERRORS = {403: "AccessDenied", 404: "NoSuchBucket", 500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}
-Fate = (
-    int | str | None
-)  # an HTTP status; "reset": before the request is done; "lost": after; "hang"; None: as moto says
+#: An HTTP status; "reset": before the request is done; "lost": after; "hang"; "late": when released; None: as moto says
+Fate = int | str | None
 
 
 class StoreProxy:
@@ -42,9 +41,9 @@ class StoreProxy:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 proxy.requests.append((self.command, self.path))
                 fate = proxy.fate(self.command, self.path, self.headers)
-                if fate == "hang":
-                    proxy.released.wait(60)
-                    fate = "reset"
+                if fate in ("hang", "late"):
+                    proxy.released.wait(60 if fate == "hang" else 300)
+                    fate = "reset" if fate == "hang" else None
                 if isinstance(fate, int):
                     self.refuse(fate)
                 elif fate == "reset":

@@ -25,6 +25,9 @@ _HARMFUL = re.compile(  # characters that some file system rejects or maps to an
 )
 _ANY_BUT_PLAIN = re.compile(r"[^a-z0-9_]|^[cpanl](?=(?:on|rn|ux|ul|om[0-9]|pt[0-9])$)")
 _ANY = re.compile(".", re.DOTALL)
+#: Names of letters, digits and ``_.-`` alone, as most are, which have no problem: found out first, as manifests name a
+#: hundred thousand files. At most four parts of at most 200 characters.
+_SURELY_SOUND = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}){0,3}")
 _ELSEWHERE = re.compile(r"/|~[^/]*/|~$|[A-Za-z]:/|[A-Za-z]:$")  # relative to the root, a home folder, a drive
 
 
@@ -32,6 +35,11 @@ def name_problem(name: object) -> str | None:
     """Why ``name`` is not a valid name of a file below a folder (``a.tar``, ``images/00000/a.jpg``), or None."""
     if not isinstance(name, str):
         return f"a name is {type(name).__name__}, not text"
+    return None if _SURELY_SOUND.fullmatch(name) else unusual_name_problem(name)
+
+
+def unusual_name_problem(name: str) -> str | None:
+    """:func:`name_problem` for any text, by every rule: the slow twin of the test for plain names."""
     shown = printable(name[:80])
     if not name:
         return "a name is empty"

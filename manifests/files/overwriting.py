@@ -19,8 +19,9 @@ def refuse_overwriting(out: str, read: Iterable[str]) -> None:
     Patterns are resolved by the caller: the inputs are the files that they match.
     """
     target = _resolved(out)
+    folders: dict[Path, Path] = {}
     for source in read:
-        for location in _places(source):
+        for location in _places(source, folders):
             if location == target:
                 raise _refusal(out, "is", source)
             if _is_within(location, target):
@@ -35,13 +36,22 @@ def _refusal(out: str, relation: str, source: str) -> BadInput:
     return BadInput(f"{out}: {said}; choose another --out")
 
 
-def _places(source: str) -> Iterator[str]:
-    """Locations of ``source``: its name in the resolved parent folder, and the target if that name is a link."""
-    yield _resolved(source)
+def _places(source: str, folders: dict[Path, Path]) -> Iterator[str]:
+    """Locations of ``source``: its name in the resolved parent folder, and the target if that name is a link.
+
+    ``folders``: those resolved before, since a hundred thousand tars may be in one.
+    """
     path = _local_path(source)
+    if path is None or path.endswith(".."):
+        yield _resolved(source)
     if path is not None:
         named = Path(path).absolute()
-        yield str(named.parent.resolve() / named.name)
+        if named.parent not in folders:
+            folders[named.parent] = named.parent.resolve()
+        place = folders[named.parent] / named.name
+        yield str(place)
+        if place.is_symlink():
+            yield str(place.resolve())
 
 
 def _resolved(url: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -23,7 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from ...errors import ArtifactMismatch, BadInput
+from ...errors import BadInput, DamagedShard
+from .locks import wait_for
 from .names import linked_parent
 from .stores import etag, filesystem, stamp
 
@@ -255,7 +255,7 @@ def expecting(parquet: pq.ParquetFile, rows: int, where: str) -> pq.ParquetFile:
     if problem is None:
         return parquet
     parquet.close()
-    raise ArtifactMismatch(f"{where}: {problem}; restore it, or run its stage again with --fresh")
+    raise DamagedShard(f"{where}: {problem}; restore it, or run its stage again with --fresh")
 
 
 def _oversize(footer: pq.FileMetaData, rows: int) -> str | None:
@@ -345,7 +345,7 @@ def append_line(path: Path, line: bytes, *, durable: bool = False) -> None:
     """
     handle = open_own(path)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        wait_for(handle, str(path))
         sound = _sound_end(handle, os.lseek(handle, 0, os.SEEK_END))
         try:
             os.ftruncate(handle, sound)

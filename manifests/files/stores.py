@@ -144,7 +144,7 @@ class Store:
                 if error.errno != errno.EINVAL:
                     raise
                 return cast(bytes, self.call("cat_file", path))
-        return cast(bytes, self.call("cat_file", path, start or None, end))
+        return cast(bytes, self.call("cat_file", path, start=start or None, end=end))
 
     def read_all(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Bytes of many small files, many requests at a time; those that are gone are left out."""

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...errors import ArtifactMismatch
+from ...errors import DamagedShard
 from ..artifact import Artifact
+from ..files.outside import is_url
 from ..files.storage import expecting, open_parquet, parquet_of
 from ..files.store_errors import StoreUnavailable
 from ..files.stores import filesystem
 from ..schema import EMBEDDING_COLUMN
 
 SELECTION = "select"  # stage of artifacts whose shards are made of several input shards
-_SOURCE = ("source_shard", "source_key")  # their columns that name a row's origin
+_SOURCE = ("key", "source_shard", "source_key")  # their columns of a row and its origin
 _BATCH = 1000
 Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
@@ -33,7 +35,8 @@ class Companion:
     """A sidecar's Parquet for one shard, read along with it: same rows, same order.
 
     ``rows``: row count by its manifest. ``replaces``: sha256 of its earlier versions, before some rows were redone.
-    ``part``: only the rows of this input shard, under their keys there; None for all rows.
+    ``part``: only the rows of this input shard, under their keys there; None for all rows. ``copy``: a local copy of
+    one in a store, "" without.
     """
 
     name: str
@@ -42,25 +45,33 @@ class Companion:
     rows: int
     replaces: tuple[str, ...] = ()
     part: str | None = None
+    copy: str = ""
 
     def open(self) -> pq.ParquetFile:
         """The file, not read; its checksum is not compared. Raises ArtifactMismatch if it has other rows, OSError."""
-        return expecting(open_parquet(self.url), self.rows, self.url)
+        return expecting(open_parquet(self.copy or self.url), self.rows, self.url)
 
     def read(self) -> bytes:
         """The file's bytes. Raises ArtifactMismatch if they are not the committed ones, StoreUnavailable."""
-        fs, path = filesystem(self.url)
+        fs, path = filesystem(self.copy or self.url)
         try:
             data = fs.read(path)
         except StoreUnavailable:
             raise
         except OSError as error:
             text = f"{self.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
-            raise ArtifactMismatch(text) from None
+            raise DamagedShard(text) from None
         if hashlib.sha256(data).hexdigest() != self.sha256:
             text = f"{self.url}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
-            raise ArtifactMismatch(text)
+            raise DamagedShard(text)
         return data
+
+    def copied(self, folder: Path, file: str) -> Companion:
+        """The same, to be read several times: one in a store is copied to ``folder``."""
+        if not is_url(self.url):
+            return self
+        (folder / file).write_bytes(self.read())
+        return replace(self, copy=str(folder / file))
 
     def table(self, parquet: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
         """Some columns of the sidecar in its opened file."""

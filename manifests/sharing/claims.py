@@ -13,13 +13,15 @@ import contextlib
 import itertools
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...errors import CapipeError
 from ..files import bounded_json
-from ..files.locks import UNLIMITED, LockHeld, Patience
+from ..files.locks import NOTICE_SECONDS, UNLIMITED, LockHeld, Patience
 from ..files.storage import PRIVATE, Folder, clear, create, write_new
 from ..files.store_errors import StoreUnavailable
 from .guard import guard
@@ -27,6 +29,7 @@ from .owners import Owner, Presence, lives, read_owner
 
 CLAIMS = "claims"
 PATIENCE = Patience(seconds=0.5)  # of a run's main loop, which has other things to do; it tries again
+_WAIT = 0.5  # seconds until a claim that another run has is tried again
 _TOKEN = re.compile(r"([0-9a-f]{16})-[0-9]{1,18}")  # run id, and a number unique within the run
 
 
@@ -34,26 +37,34 @@ class ClaimLost(CapipeError):
     """The shard now belongs to another worker; this worker's version must not be committed."""
 
 
-@contextmanager
-def holding(folder: Folder, shard: str, token: str | None, patience: Patience = UNLIMITED) -> Iterator[None]:
-    """Commit inside this context: the claim cannot change. ``token`` None: no claims.
+@dataclass(frozen=True)
+class Claim:
+    """A worker's claim. ``shard``: its name, that of the first one if a task writes several."""
 
-    Raises ClaimLost if the token is outdated, LockHeld if the ``patience`` ends. A store has no locks; there the claim
+    shard: str
+    token: str
+
+
+@contextmanager
+def holding(folder: Folder, claim: Claim | None, patience: Patience = UNLIMITED) -> Iterator[None]:
+    """Commit inside this context: the claim cannot change. None: no claims.
+
+    Raises ClaimLost if its token is outdated, LockHeld if the ``patience`` ends. A store has no locks; there the claim
     is only checked.
     """
-    if token is None:
+    if claim is None:
         yield
         return
     with guard(folder, patience):
-        if _claim(folder, shard).get("token") != token:
-            text = f"{folder.url}: shard {shard} was given to another worker; this one was thought to be dead"
+        if _claim(folder, claim.shard).get("token") != claim.token:
+            text = f"{folder.url}: shard {claim.shard} was given to another worker; this one was thought to be dead"
             raise ClaimLost(f"{text}, and commits nothing")
         yield
 
 
-def scratch_of(token: str | None) -> str:
+def scratch_of(claim: Claim | None) -> str:
     """The private folder where a shard is written before its commit: one for each claim."""
-    return "tmp" if token is None else f"tmp/{token}"
+    return "tmp" if claim is None else f"tmp/{claim.token}"
 
 
 def _claim(folder: Folder, shard: str) -> dict[str, Any]:
@@ -70,6 +81,35 @@ def _claim(folder: Folder, shard: str) -> dict[str, Any]:
 
 def _name(shard: str) -> str:
     return f"{PRIVATE}/{CLAIMS}/{shard}.json"
+
+
+@contextmanager
+def alone(claims: Claims | None, name: str, patience: Patience = UNLIMITED) -> Iterator[None]:
+    """Do the body while no other run that shares the folder does what has this name. None: no other run is there.
+
+    A long wait is reported. Raises LockHeld if the ``patience`` ends.
+    """
+    started, said = time.monotonic(), False
+    while claims is not None and not _taken(claims, name):
+        held = LockHeld(claims.where, str(claims.holder(name) or "another process"))
+        waited = time.monotonic() - started
+        if patience.stopped() or waited > patience.seconds:
+            raise held
+        if waited > NOTICE_SECONDS and not said:
+            said = True
+            patience.say(held.waiting)
+        time.sleep(_WAIT)
+    try:
+        yield
+    finally:
+        if claims is not None:
+            claims.release(name)
+
+
+def _taken(claims: Claims, name: str) -> bool:
+    with contextlib.suppress(LockHeld):
+        return claims.take(name) is not None
+    return False
 
 
 class _Place(Protocol):
@@ -91,6 +131,11 @@ class Claims:
         self._folder, self._count = folder, itertools.count()
         self._tokens: dict[str, str] = {}
         self._place: _Place = _Files(folder, self.presence) if folder.is_local else _Objects(folder, self.presence)
+
+    @property
+    def where(self) -> str:
+        """The folder, for messages."""
+        return self._folder.url
 
     def take(self, shard: str) -> str | None:
         """Claim a shard; returns the claim's token, or None if a living run has it.
@@ -146,7 +191,7 @@ class _Files:
                 return False
             write_new(path, data)
             if claim:
-                clear(self._folder.private_to_write(scratch_of(claim["token"])))
+                clear(self._folder.private_to_write(scratch_of(Claim(shard, claim["token"]))))
             return True
 
     def release(self, shards: dict[str, str]) -> None:

@@ -6,7 +6,6 @@ more than the plain model's, and nothing depends on which adapters an engine can
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput, Missing, RunFailed
+from ...manifests.files.locks import wait_for
 from ...manifests.files.storage import clear, open_own
 from ..model_json import read_json
 from ..own_code import ask_nothing
@@ -90,7 +90,7 @@ def _locked(folder: Path) -> Iterator[None]:
             f"{folder.parent}: cannot be written ({error}); set {CACHE_VARIABLE} to another folder"
         ) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for(lock, str(folder))
         yield
     finally:
         os.close(lock)

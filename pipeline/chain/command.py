@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...errors import BadInput, Problems
+from ...manifests.files.outside import is_url
 from ...terminal import print_err, print_line
 from ..commands import options as o
+from ..commands.option_groups import flattened, settings
 from ..commands.run_job import Exit
 from ..runners.interrupts import CODES, say
 
@@ -23,22 +26,34 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 
 
+@flattened
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with stages, or the name of a bundled one: tiny.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the chain; each stage has one inside it.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the chain; each stage has one inside it.", parser=o.local_path)
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="stages.NAME.config.KEY=value; stages.NAME=null leaves one out; may be repeated."),
     ] = None,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Store for the artifacts, e.g. s3://bucket/chain; --out keeps the rest."),
+    ] = None,
     allow_host: o.AllowHost = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")] = False,
+    *,
+    runner: o.RunnerOptions,
 ) -> None:
     """Run a chain of commands: finished stages are kept, changed ones run again with their dependents."""
     from ...models.engines.http.api_key import allow
     from ..inspect.chain_state import load_chain
 
     allow(allow_host or [])
-    chain, absent = checked(recipe, overrides or [])
+    runner.check_runner()
+    chain, absent = checked(recipe, overrides or [], runner)
+    if artifacts is not None:
+        chain = chain.stored_at(_store(artifacts))
     if dry_run:
         show_plan(chain, out, load_chain(out), absent, print_line)
         return
@@ -47,14 +62,32 @@ def run(
     raise typer.Exit(run_checked(chain, out))
 
 
-def checked(recipe: Path, overrides: list[str]) -> tuple[Chain, list[str]]:
-    """The chain, and a list of missing inputs, models or data. Raises Problems with all errors."""
+def _store(url: str) -> str:
+    """The URL without a slash at its end. Raises BadInput if no run could write there, or `--out` is the place."""
+    from ...manifests.files.storage import Folder
+
+    if not is_url(url):
+        raise BadInput(f"--artifacts {url}: not a URL; a local folder is given by --out alone")
+    folder = Folder(url)
+    if folder.is_local or not folder.is_shared:
+        raise BadInput(f"--artifacts {url}: no store that every stage can open; give s3://bucket/folder, or the like")
+    folder.make()
+    return folder.url
+
+
+def checked(recipe: Path, overrides: list[str], runner: o.RunnerOptions | None = None) -> tuple[Chain, list[str]]:
+    """The chain, and a list of missing inputs, models or data. Raises Problems with all errors.
+
+    ``runner``: for the stages that have such options, unless the recipe says where one runs.
+    """
     from ...models.engines.http.api_key import check_recipe_hosts
     from ...trainer.recipe_file import engines_of
     from .recipe import load_chain_recipe
     from .validate import check_chain
 
     chain = load_chain_recipe(recipe, overrides)
+    if runner is not None:
+        chain = _run_by(chain, runner)
     result = check_chain(chain)
     for stage in chain.stages:
         asked = stage.config if stage.recipe is None else stage.recipe.model_dump()
@@ -65,6 +98,19 @@ def checked(recipe: Path, overrides: list[str]) -> tuple[Chain, list[str]]:
     if result.problems:
         raise Problems([*result.problems, *result.absent])
     return chain, result.absent
+
+
+def _run_by(chain: Chain, runner: o.RunnerOptions) -> Chain:
+    """The chain with options for where its stages run."""
+    named = {name.replace("_", "-"): value for name, value in settings(runner).items()}
+    own = {name: value for name, value in named.items() if value != getattr(o.RunnerOptions(), name.replace("-", "_"))}
+    stages = [
+        stage
+        if "runner" in stage.config
+        else replace(stage, config={**{k: v for k, v in own.items() if k in stage.command.options}, **stage.config})
+        for stage in chain.stages
+    ]
+    return replace(chain, stages=tuple(stages))
 
 
 def run_checked(chain: Chain, out: Path) -> int:

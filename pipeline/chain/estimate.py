@@ -15,7 +15,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.files.storage import open_parquet
 from ...manifests.samples import IMAGE_EXTENSIONS
 from ..inspect.chain_state import ChainState
-from .plan import Planned, artifact_folders, committed_rows
+from .plan import Planned, artifact_folders, committed_rows, located
 from .recipe import Chain, ChainStage, Source
 from .skipped import has_marks, worked_on
 
@@ -80,7 +80,7 @@ def estimate(
 
 def _main(stage: ChainStage, folder: Path) -> dict[str, int] | None:
     places = artifact_folders(stage)
-    return committed_rows(folder, places[-1]) if places else None
+    return committed_rows(located(stage, folder, places[-1])) if places else None
 
 
 def _rows(chain: Chain, stage: ChainStage, before: Mapping[str, Estimate]) -> tuple[int | None, bool]:

@@ -18,6 +18,7 @@ from ...errors import BadInput
 from ...manifests.artifact import Artifact
 from ...manifests.files.patterns import braced
 from ...manifests.files.redaction import without_secrets
+from ...manifests.files.storage import Folder
 from ...manifests.files.stores import filesystem
 from ...manifests.fingerprint import canonical
 from ...manifests.import_path import is_import_path
@@ -169,14 +170,14 @@ def withdrawal(stage: ChainStage, changed: Mapping[str, str]) -> str | None:
     return digest([None if file is None else [given, list(_files(file))], dict(changed)])
 
 
-def product(folder: Path, places: Sequence[str]) -> str | None:
-    """Identity of a stage's output in these places; None if one of them is missing. Raises ArtifactMismatch."""
+def product(places: Sequence[str]) -> str | None:
+    """Identity of a stage's output in these folders or URLs; None if one of them is missing. Raises
+    ArtifactMismatch."""
     identities = []
-    for name in places:
-        path = folder / name
-        if not path.exists():
+    for place in places:
+        if not Folder(place).exists():
             return None
-        identities.append(identity(str(path)))
+        identities.append(identity(place))
     return digest(identities)
 
 

@@ -87,9 +87,9 @@ def inspect_outputs(
     if known.product is None:
         return Planned(stage, mark, parts, "goes on", f"it was {known.state}")
     try:
-        now = product(folder, places(stage))
+        now = product(outputs(stage, folder))
     except ArtifactMismatch as error:
-        text = f"{error}; in a chain: remove {folder / stage.out} to have stage {stage.name} done again"
+        text = f"{error}; in a chain: remove {located(stage, folder, stage.out)} to have stage {stage.name} done again"
         raise ArtifactMismatch(text) from None
     if now is None:
         return Planned(stage, mark, parts, "to do", "its output is gone")
@@ -158,6 +158,16 @@ def places(stage: ChainStage) -> list[str]:
     return [stage.product(kind) or stage.out for kind in stage.command.spec.products]
 
 
+def located(stage: ChainStage, folder: Path, name: str) -> str:
+    """Where a stage writes ``name``: in the chain's ``folder``, or below the URL of its artifacts."""
+    return f"{stage.store}/{name}" if stage.store else str(folder / name)
+
+
+def outputs(stage: ChainStage, folder: Path) -> list[str]:
+    """Locations of :func:`places`."""
+    return [located(stage, folder, name) for name in places(stage)]
+
+
 def artifact_folders(stage: ChainStage) -> list[str]:
     """Folders for artifacts, relative to the chain's, the main one last."""
     folders = stage.command.spec.folders(stage.config, frozenset(stage.inputs))
@@ -188,7 +198,7 @@ def arguments(chain: Chain, stage: ChainStage, folder: Path) -> list[str]:
         merged |= {role: urls if options[role].many else urls[0] for role, urls in placed.items()}
     ordered = sorted(options.values(), key=lambda option: not option.positional)
     words = [word for option in ordered for word in option.words(merged.get(option.name))]
-    return [stage.command.name, *words, "--out", str(folder / stage.out)]
+    return [stage.command.name, *words, "--out", located(stage, folder, stage.out)]
 
 
 def shown_command(stage: ChainStage, words: Sequence[str]) -> str:
@@ -224,7 +234,7 @@ def _place(chain: Chain, stage: ChainStage, role: str, source: Source, folder: P
     else:
         maker = chain.stage(source.stage)
         kind = kind_between(maker, stage.command.spec.inputs[role])
-        url = str(folder / (maker.product(kind or "") or maker.out))
+        url = located(maker, folder, maker.product(kind or "") or maker.out)
     if source.first is None:
         return url
     return f"{url.rstrip('/')}/{{{0:05d}..{source.first - 1:05d}}}.tar"
@@ -237,17 +247,18 @@ def trustworthy(stage: ChainStage, folder: Path) -> list[str]:
 
     faults = []
     for sub in artifact_folders(stage):
+        url = located(stage, folder, sub)
         try:
-            faults += [f"{folder / sub}: {fault}" for fault in verify(str(folder / sub)).faults]
+            faults += [f"{url}: {fault}" for fault in verify(url).faults]
         except CapipeError as error:
             faults.append(str(error))
     return faults
 
 
-def committed_rows(folder: Path, place: str) -> dict[str, int] | None:
+def committed_rows(url: str) -> dict[str, int] | None:
     """Row counts by status of an artifact, None if there is no readable one."""
     try:
-        records = Artifact.open(str(folder / place)).committed().values()
+        records = Artifact.open(url).committed().values()
     except CapipeError:
         return None
     counts: dict[str, int] = {}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,7 +87,8 @@ class _File(_Section):
 @dataclass(frozen=True)
 class ChainStage:
     """A resolved stage. ``expects``: number of input rows; ``recipe``: the training recipe of a train stage;
-    ``processes``: number of torchrun processes for training."""
+    ``processes``: number of torchrun processes for training; ``store``: URL that ``out`` is below, "" for the chain's
+    folder."""
 
     name: str
     command: Command
@@ -98,6 +99,7 @@ class ChainStage:
     rate: Rate | None = None
     recipe: Recipe | None = field(default=None, repr=False)
     processes: int | None = None
+    store: str = ""
 
     @property
     def needs(self) -> list[str]:
@@ -123,11 +125,18 @@ class ChainStage:
 
 @dataclass(frozen=True)
 class Chain:
-    """A whole recipe, with the stages sorted so that each follows its inputs."""
+    """A whole recipe, with the stages sorted so that each follows its inputs. ``store``: URL for artifacts, "" if they
+    are in the chain's folder like everything else."""
 
     name: str
     file: Path
     stages: tuple[ChainStage, ...]
+    store: str = ""
+
+    def stored_at(self, url: str) -> Chain:
+        """The chain with its artifacts below a URL. Models, logs of training and loose images stay in its folder."""
+        stages = (replace(stage, store=url if stage.command.spec.outputs else "") for stage in self.stages)
+        return replace(self, stages=tuple(stages), store=url)
 
     def stage(self, name: str) -> ChainStage:
         return next(stage for stage in self.stages if stage.name == name)

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ...errors import ArtifactMismatch, BadInput
 from ...manifests.files.names import linked_parent
 from ...manifests.files.overwriting import refuse_overwriting
 from ...manifests.files.redaction import redacted
-from ...manifests.files.storage import remove
+from ...manifests.files.storage import Folder, remove
 from ...models.child_processes import follow
 from ..commands.run_job import LAST_WORDS, Exit
 from ..inspect.chain_state import (
@@ -33,6 +34,7 @@ from ..inspect.chain_state import (
     WAITING,
     ChainState,
     StageState,
+    copy_chain,
     load_chain,
     now,
     save_chain,
@@ -46,10 +48,11 @@ from .plan import (
     artifact_folders,
     committed_rows,
     inspect_outputs,
+    located,
     look,
     named_inputs,
+    outputs,
     outside,
-    places,
     shown_command,
     started_command,
     trustworthy,
@@ -70,7 +73,11 @@ def run_chain(chain: Chain, folder: Path, say: Say) -> int:
 
 def _state(chain: Chain, folder: Path) -> ChainState:
     """The chain's state with the recipe's stages: known ones unchanged, new ones waiting."""
-    old = load_chain(folder) or ChainState(chain.name, now(), now())
+    store = redacted(chain.store)
+    old = load_chain(folder) or ChainState(chain.name, now(), now(), store=store)
+    if old.store != store:
+        where = f"at {old.store}; give that as --artifacts" if old.store else "in it; leave --artifacts out"
+        raise BadInput(f"{folder}: this chain's artifacts are {where}, or choose another --out")
     stages = []
     for stage in chain.stages:
         known = old.stage(stage.name)
@@ -79,7 +86,7 @@ def _state(chain: Chain, folder: Path) -> ChainState:
         if known.state == RUNNING:  # not running any more: this process has the lock
             known.state, known.seconds = STOPPED, None
         stages.append(known)
-    return ChainState(chain.name, old.started, now(), stages, old.made)
+    return ChainState(chain.name, old.started, now(), stages, old.made, store)
 
 
 @dataclass
@@ -98,7 +105,7 @@ class _Run:
         self._refuse_strangers(data)
         for stage in self.chain.stages:
             self._describe(stage, planned[stage.name])
-        save_chain(self.folder, self.state)
+        self._save()
         total = len(self.chain.stages)
         with interrupts(self._stop):
             for number, stage in enumerate(self.chain.stages, start=1):
@@ -118,11 +125,18 @@ class _Run:
                 if known.state != DONE:
                     return code
                 planned[stage.name] = replace(plan, verdict="done", product=known.product, origin=known.origin)
-        save_chain(self.folder, self.state)  # some stages may have been found done
+        self._save()  # some stages may have been found done
         return Exit.OK
 
     def _stop(self) -> None:
         self.stopping = True
+
+    def _save(self) -> None:
+        """Save the state, with a copy beside the artifacts for `status` and `report` there; nothing depends on it."""
+        save_chain(self.folder, self.state)
+        if self.chain.store:
+            with suppress(OSError):
+                copy_chain(Folder(self.chain.store), self.state)
 
     def _known(self, stage: ChainStage) -> StageState:
         known = self.state.stage(stage.name)
@@ -134,24 +148,25 @@ class _Run:
         for stage in self.chain.stages:
             if planned[stage.name].verdict != "edited":
                 continue
-            path = self.folder / places(stage)[-1]
+            url = outputs(stage, self.folder)[-1]
             faults = trustworthy(stage, self.folder)
             if faults:
-                hint = f"restore it, or remove {self.folder / stage.out} to have stage {stage.name} done again"
-                raise ArtifactMismatch(f"{path}: not what stage {stage.name} made, and not sound: {faults[0]}; {hint}")
-            self.say(f"{path}: changed since stage {stage.name} was done, but sound: its dependents are done again")
+                whole = located(stage, self.folder, stage.out)
+                hint = f"restore it, or remove {whole} to have stage {stage.name} done again"
+                raise ArtifactMismatch(f"{url}: not what stage {stage.name} made, and not sound: {faults[0]}; {hint}")
+            self.say(f"{url}: changed since stage {stage.name} was done, but sound: its dependents are done again")
             known = self._known(stage)
-            known.product, known.origin = product(self.folder, places(stage)), None
+            known.product, known.origin = product(outputs(stage, self.folder)), None
 
     def _refuse_strangers(self, read: Iterable[str]) -> None:
         """Raise BadInput if a stage would write into a folder with other files, or over data in ``read``."""
         read = list(read)
         for stage in self.chain.stages:
-            path = self.folder / stage.out
-            refuse_overwriting(str(path), read)
-            if stage.out not in self.state.made and path.exists() and (not path.is_dir() or any(path.iterdir())):
-                text = f"{path}: holds something that this chain did not make"
-                raise BadInput(f"{text}; move it away, or choose another --out")
+            url = located(stage, self.folder, stage.out)
+            refuse_overwriting(url, read)
+            if stage.out not in self.state.made and _is_taken(Folder(url)):
+                text = f"{url}: holds something that this chain did not make"
+                raise BadInput(f"{text}; move it away, or choose another --{'artifacts' if stage.store else 'out'}")
 
     def _describe(self, stage: ChainStage, plan: Planned) -> None:
         """Update a stage's entry in the state file. The inputs recorded at its start stay unchanged."""
@@ -170,9 +185,9 @@ class _Run:
         """Run one stage until it ends or fails."""
         going_on = self._begin(stage, plan, known)
         known.state, known.error, known.started = RUNNING, None, now()
-        save_chain(self.folder, self.state)
+        self._save()
         words = [*known.arguments]
-        if going_on and known_option(stage, "retry"):
+        if going_on and known_option(stage, "retry") and not stage.config.get("share"):
             words.append("--retry")
         self.say(f"$ {shown_command(stage, words)}")
         started = time.monotonic()
@@ -183,12 +198,12 @@ class _Run:
             code = Exit.INTERRUPTED
         known.state = DONE if code == Exit.OK else STOPPED if code in CODES else FAILED
         if known.state == DONE:
-            known.product = product(self.folder, places(stage))
+            known.product = product(outputs(stage, self.folder))
             known.origin = known.origin or known.product
             self._measure(stage, known)
         elif known.state == FAILED:
             known.error = redacted(last_words or _exit_text(code))
-        save_chain(self.folder, self.state)
+        self._save()
         if known.state == FAILED:
             hint = "fix that, and run the same command to resume"
             self.say(f"capipe: stage {stage.name} failed (exit code {code}): {known.error}; {hint}")
@@ -216,8 +231,16 @@ class _Run:
         return going_on
 
     def _clear(self, stage: ChainStage, sub: str) -> None:
+        if stage.out not in self.state.made:
+            return
+        if stage.store:
+            folder = Folder(f"{stage.store}/{stage.out}/{sub}".rstrip("/"))
+            if folder.names():
+                self.say(f"removing {folder.url}, which was made of something else")
+                folder.fs.remove(folder.path)
+            return
         path = self.folder / stage.out / sub
-        if stage.out in self.state.made and path.exists():
+        if path.exists():
             link = linked_parent(self.folder, str(path.relative_to(self.folder) / "-"))
             if link is not None:
                 raise BadInput(
@@ -231,7 +254,7 @@ class _Run:
         if stage.recipe is not None:
             rows = stage.recipe.steps * stage.recipe.rollout.images
         elif known.artifacts:
-            rows = sum((committed_rows(self.folder, known.artifacts[-1]) or {}).values())
+            rows = sum((committed_rows(located(stage, self.folder, known.artifacts[-1])) or {}).values())
         else:
             rows = int(stage.config.get("images") or 0)
         if has_marks(stage):
@@ -271,6 +294,13 @@ class _Run:
             process.send_signal(signal.SIGINT)
             process.wait()
             return Exit.INTERRUPTED
+
+
+def _is_taken(folder: Folder) -> bool:
+    """True if anything is there: a file, or a folder that is not empty."""
+    if folder.is_local and Path(folder.path).is_dir():
+        return bool(folder.names())
+    return folder.exists()
 
 
 def known_option(stage: ChainStage, name: str) -> bool:

@@ -12,7 +12,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.shards import expand
 from ...stages.stage_spec import INDEX, SHARDS
 from .estimate import Estimate
-from .plan import Planned
+from .plan import Planned, located
 from .recipe import Chain, ChainStage, Source
 
 ROW_BYTES = 160  # of a row of an index, compressed, with a caption of 30 words and its scores: bench/index.py
@@ -43,8 +43,9 @@ def _tar_bytes(chain: Chain, stage: ChainStage, folder: Path) -> int | None:
 
 
 def _made(chain: Chain, source: Source, folder: Path) -> str | None:
-    product = chain.stage(source.stage or "").product(SHARDS)
-    return None if product is None else str(folder / product)
+    maker = chain.stage(source.stage or "")
+    product = maker.product(SHARDS)
+    return None if product is None else located(maker, folder, product)
 
 
 def _size(place: str, first: int | None) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -63,7 +62,7 @@ class AnnotateOptions:
     )
     drop: o.Drop = None
     retry: o.Retry = False
-    trace: Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.")] = None
+    trace: o.Trace = None
     run: o.RunOptions
 
     @property
@@ -124,11 +123,10 @@ def annotate(options: AnnotateOptions) -> None:
 def _warn_of_shared(out: str) -> None:
     """Warn on stderr if many images have the same caption."""
     from ...manifests.artifact import Artifact
-    from ..inspect.shared_captions import shared_captions
+    from ..inspect.shared_captions import warning
 
-    artifact = Artifact.open(out)
     try:
-        shared = shared_captions(artifact, list(artifact.committed()))
+        shared = warning(Artifact.open(out))
     except (OSError, ValueError) as error:  # everything is committed; `capipe verify` finds such errors
         print_err(f"warning: captions that images share were not counted: {error}")
         return

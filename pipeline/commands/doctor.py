@@ -104,6 +104,7 @@ def _libraries() -> Iterator[Check]:
         ("s3fs", "capipe[s3]", there),
         ("gcsfs", "gcsfs", there),
         ("faiss", "capipe[dedup]", "for embeddings"),
+        ("rensa", "capipe[dedup]", "to find near-duplicate texts"),
         ("diffusers", "capipe[diffusion]", "for the reconstruction reward"),
         ("peft", "capipe[lora]", "to train adapters"),
         ("ray", "capipe[ray]", "to run stages on a cluster"),

@@ -74,6 +74,7 @@ class EvalOptions:
         bool, typer.Option(help="Grade blind, empty, generic, self-oracle and oracle captions, too.")
     ] = True
     engine_options: o.EngineOptions
+    marks: o.Marks = None
     retry: o.Retry = False
     run: o.RunOptions
 
@@ -108,6 +109,8 @@ def check(options: EvalOptions) -> EvalConfigs:
 
     if (options.model is None) == (options.captions is None):
         raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
+    if options.captions is not None and options.marks is not None:
+        raise BadInput("--marks: these captions are there already; leave it out")
     if options.model is None:
         options.captioner.refuse_own("--captions has no captioner: give it to the reader, by --reader-arg")
     options.grader.check()
@@ -208,6 +211,7 @@ def check_measures(options: EvalOptions) -> None:
 def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifact]:
     """Write the captions to grade. Raises Exit if interrupted."""
     from ..jobs.annotate import AnnotateStage
+    from ..jobs.artifacts import marks_beside
     from ..jobs.engine import plan
 
     captioner = options.captioner
@@ -215,7 +219,8 @@ def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifac
     setup = captioner.setup(placement, config.room, sampling=config.sampling)
     stage = AnnotateStage(config, setup, captioner.model)
     out = f"{options.out.rstrip('/')}/{CAPTIONED}"
-    code = run_job(plan(stage, options.shards, out, **options.run.plan_options(options.retry)), placement)
+    beside, runs = marks_beside(options.marks), options.run.plan_options(options.retry)
+    code = run_job(plan(stage, options.shards, out, beside=beside, **runs), placement)
     if code is Exit.INTERRUPTED:
         raise typer.Exit(code)
     return code, captions_artifact(out)

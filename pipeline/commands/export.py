@@ -46,8 +46,7 @@ class ExportOptions:
     ] = False
     images: o.Images = None
     drop: o.Drop = None
-    workers: o.Workers = None
-    fresh: o.Fresh = False
+    run: o.TaskOptions
 
 
 def check(options: ExportOptions) -> CardWords:
@@ -56,6 +55,7 @@ def check(options: ExportOptions) -> CardWords:
     from ...stages.export.formats import writer_class
     from ..jobs.export import check_extension
 
+    options.run.check()
     writer_class(options.format, "--format")
     check_extension(options.image_extension)
     title = options.title or options.out.rstrip("/").rpartition("/")[2]
@@ -80,8 +80,10 @@ def export(options: ExportOptions) -> None:
         link=options.link,
         images=options.images or (),
         drop=drop,
-        workers=options.workers,
-        fresh=options.fresh,
+        workers=options.run.workers,
+        fresh=options.run.fresh,
+        share=options.run.share,
+        cluster=options.run.cluster_of_tasks(),
     )
     done = plan.artifact.committed().values()
     before = sum(record.count for record in done)

@@ -10,6 +10,7 @@ import typer
 
 from ...errors import BadInput
 from ...manifests.artifact import Artifact
+from ...manifests.sharing.claims import alone
 from ...terminal import print_err, print_line
 from ..runners.placement import Placement
 from ..runners.pool_job import job_session
@@ -59,7 +60,7 @@ class FilterOptions:
     keep: Annotated[
         str | None,
         typer.Option(
-            help="What to keep: a condition over the columns of the scores, e.g. 'clip_score > 0.28 and "
+            help="What to keep: a condition over the columns of scores and --marks, e.g. 'clip_score > 0.28 and "
             '(itm_score_min >= 0.5 or language == "en")\'. A missing value keeps nothing.'
         ),
     ] = None
@@ -86,7 +87,7 @@ class FilterOptions:
 
 def check(options: FilterOptions) -> SelectConfig:
     """The config for selection. Does not access models or data. Raises BadInput."""
-    from ...stages.filter.select import SelectConfig
+    from ...stages.filter.select import Rule, SelectConfig
 
     if options.by is not None and options.top is None:
         raise BadInput(f"--by {options.by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
@@ -105,8 +106,14 @@ def check(options: FilterOptions) -> SelectConfig:
             )
         options.scorer_options.check(options.run)
     ranked = {} if options.by is None else {"by": options.by}
+    options.run.check_runner(options.workers)
+    options.run.refuse_taking_back(fresh=options.run.fresh)
     given = {"keep": options.keep, "top": options.top, "text": options.text, "shard_size": options.shard_size}
-    return o.validated(SelectConfig, **given, index=options.index, **ranked)
+    config = o.validated(SelectConfig, **given, index=options.index, **ranked)
+    columns = Rule.of(config, "re").mark_columns
+    if columns and options.marks is None:
+        raise BadInput(f"--keep: {columns[0]} is a column of the marks of `capipe dedup`; name them with --marks")
+    return config
 
 
 @flattened
@@ -124,11 +131,12 @@ def filter_(options: FilterOptions) -> None:
         scored = score_step(options, scores, drop)
         if scored is not Exit.OK:  # missing scores would be missing in the final shards
             raise typer.Exit(scored)
-        if options.run.share:  # selection runs in one process, and takes seconds
-            print_err(f"scored; to select: the same command without --share, or with --scores {scores}")
-            raise typer.Exit(scored)
-    artifact, final, fresh = Artifact.open(scores), f"{out}/shards", options.run.fresh
-    raise typer.Exit(select_step(artifact, options.shards, final, config, marks, options.workers, fresh, drop))
+    artifact, final = Artifact.open(scores), f"{out}/shards"
+    raise typer.Exit(
+        select_step(
+            artifact, options.shards, final, config, marks, options.workers, options.run.fresh, drop, options.run
+        )
+    )
 
 
 def _preview(scores: str, shards: str, config: SelectConfig, marks: Artifact | None, drop: UidSet | None) -> None:
@@ -191,15 +199,25 @@ def select_step(
     workers: int | None = None,
     fresh: bool = False,
     drop: UidSet | None = None,
+    run: o.RunnerOptions | None = None,
 ) -> Exit:
     """Select from ``shards`` by their scores into the artifact ``out``; its report and uid list are written last.
 
     Loads no model. Raises CapipeError before anything is written if the input cannot be used.
     """
-    from ..jobs.select import UIDS, execute_select, plan_select, write_uids
-    from ..report.filter import REPORT, write_filter_report
+    from ..jobs.select import REPORT, UIDS, execute_select, plan_select, write_last
+    from ..report.filter import filter_report
 
-    plan = plan_select(scores, shards, out, config, marks=marks, drop=drop, workers=workers, fresh=fresh)
+    run = run or o.RunnerOptions()
+    plan = plan_select(
+        *(scores, shards, out, config),
+        marks=marks,
+        drop=drop,
+        workers=workers,
+        fresh=fresh,
+        share=run.share,
+        cluster=run.cluster_of_tasks(),
+    )
     for name in (REPORT, UIDS) if plan.todo else ():  # older than the shards from now on
         plan.artifact.folder.remove(name)
     print_err(plan.selection.line())
@@ -213,8 +231,9 @@ def select_step(
         with job_session(progress) as (report, stop):
             outcome = execute_select(plan, report, stop)
         if len(plan.artifact.committed()) == len(plan.tasks):
-            print_err(f"report: {write_filter_report(plan.artifact, plan.selection.rule, plan.shards)}")
-            write_uids(plan.artifact)
+            with alone(plan.artifact.claims, "report"):
+                write_last(plan.artifact, lambda: filter_report(plan.artifact, plan.selection.rule, plan.shards))
+                print_err(f"report: {plan.artifact.url}/{REPORT}")
             plan.withdrawal.conclude()
             if line := plan.withdrawal.line():
                 print_err(line)

@@ -13,7 +13,7 @@ from ...errors import BadInput
 from ...models.tiny.world.scenes import Split
 from ...terminal import print_line
 from .option_groups import flattened, settings
-from .options import Fresh, Out, Workers, validated
+from .options import Out, TaskOptions, local_path, validated
 from .run_job import conclude
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 class RenderOptions:
     """Options of `capipe render`."""
 
-    out: Annotated[Path, typer.Option("--out", help="Folder for the images, their alt texts and their ground truth.")]
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for the images, their alt texts and their ground truth.", parser=local_path),
+    ]
     images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 400
     split: Annotated[str, typer.Option(help="Split of scenes: train or heldout; no scene is in both.")] = "train"
     seed: Annotated[int, typer.Option(help="Seed of all sampling.")] = 0
@@ -98,14 +101,14 @@ class IngestOptions:
     ]
     out: Out
     sharding: ShardOptions
-    workers: Workers = None
-    fresh: Fresh = False
+    run: TaskOptions
 
 
 def check(options: IngestOptions) -> IngestConfig:
     """The stage's config. Does not access the data. Raises BadInput."""
     from ...stages.ingest.shard import IngestConfig
 
+    options.run.check()
     return validated(IngestConfig, **settings(options.sharding))
 
 
@@ -117,7 +120,15 @@ def ingest(options: IngestOptions) -> None:
     from ..runners.progress import Progress
 
     config = check(options)
-    plan = plan_ingest(options.sources, options.out, config, workers=options.workers, fresh=options.fresh)
+    run = options.run
+    cluster = run.cluster_of_tasks()
+    plan = plan_ingest(
+        *(options.sources, options.out, config),
+        workers=run.workers,
+        fresh=run.fresh,
+        share=run.share,
+        cluster=cluster,
+    )
     progress = Progress("ingest", None, len(plan.artifact.committed()), ready=time.monotonic())
     try:
         with job_session(progress) as (report, stop):

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ...terminal import print_err, print_line
-from .options import Images
+from .options import Images, local_path
 from .run_job import Exit
 
 
@@ -43,7 +43,9 @@ def status(
 
 def report(
     folder: Annotated[str, typer.Argument(help="A chain's folder, or any folder (or URL) with artifacts.")],
-    out: Annotated[Path | None, typer.Option("--out", help="File to write; report.html in the folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write; report.html in the folder.", parser=local_path)
+    ] = None,
     images: Images = None,
 ) -> None:
     """Write the results of a chain as one HTML file: counts, curves, quiz, scores, images, provenance."""

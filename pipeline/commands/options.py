@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
 
 from ...errors import BadInput
+from ...manifests.files.outside import is_url
 from ..runners.placement import Placement
-from ..runners.ray import ray_cluster
+from ..runners.ray.cluster import RayCluster, ray_cluster
 from .gpus import default_decode_workers, gpu_groups, visible_gpus
 from .key_values import FIELDS, engine_args, key_values
 
@@ -28,6 +30,17 @@ Images = Annotated[
         help="Where else tars may be read that a manifest names; local ones and the store given are; may be repeated.",
     ),
 ]
+
+
+def local_path(given: str) -> Path:
+    """Parser of options that name what is written locally. Raises BadInput for a URL: as a path it would be a folder
+    named ``s3:``."""
+    if is_url(str(given)):
+        raise BadInput(f"{given}: models, logs and single files are written to local disks alone; give a local path")
+    return Path(given)
+
+
+Trace = Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.", parser=local_path)]
 Out = Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) of the artifact to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: remove what another configuration left in --out.")]
 Drop = Annotated[
@@ -143,8 +156,8 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Options for the placement of a job, its workers, and restarting."""
+class RunnerOptions:
+    """Options for the machines of a job, and for other commands on the same output."""
 
     runner: Annotated[
         Literal["local", "ray"], typer.Option(help="Processes of this machine, or actors of a Ray cluster.")
@@ -154,11 +167,53 @@ class RunOptions:
         typer.Option(help="HOST:PORT of a Ray head, auto, or local; what is running, else local, by default."),
     ] = None
     ray_workers: Annotated[
-        int | None, typer.Option(help="Ray actors; one per GPU by default, or per machine without any.")
+        int | None,
+        typer.Option(help="Ray actors; by default one per GPU, or machine without any, and per core without a model."),
     ] = None
     share: Annotated[bool, typer.Option("--share", help="Let other processes with --share work on the same --out.")] = (
         False
     )
+
+    def check_runner(self, workers: int | None = None) -> None:
+        """Raises BadInput for options of the other runner; ``workers``: of --workers, where a command has it."""
+        if self.runner == "local":
+            if self.ray_address is not None or self.ray_workers is not None:
+                option = "--ray-address" if self.ray_address is not None else "--ray-workers"
+                raise BadInput(f"{option}: only means something with --runner ray")
+        elif workers is not None:
+            raise BadInput(f"--workers {workers}: processes of this machine; with --runner ray, give --ray-workers")
+
+    def refuse_taking_back(self, **words: bool) -> None:
+        """Raises BadInput for an option that takes shards back which others may be adding to."""
+        given = next((word for word, is_given in words.items() if is_given), None)
+        if self.share and given is not None:
+            text = f"--{given}: takes committed shards back, which others may be adding to; run it without --share"
+            raise BadInput(text)
+
+    def cluster_of_tasks(self) -> RayCluster | None:
+        """The cluster for tasks without a model: one actor per core. Raises BadInput."""
+        if self.runner == "local":
+            return None
+        return ray_cluster(self.ray_address, self.ray_workers, gpu=False, cores=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(RunnerOptions):
+    """Options for the machines of a job without a model, and for restarting."""
+
+    workers: Workers = None
+    fresh: Fresh = False
+
+    def check(self) -> None:
+        """Raises BadInput for options that contradict each other."""
+        self.check_runner(self.workers)
+        self.refuse_taking_back(fresh=self.fresh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(RunnerOptions):
+    """Options for the placement of a job, its workers, and restarting."""
+
     fresh: Fresh = False
 
     def check(self, engine: str, gpus: str | None, tensor_parallel: int = 1) -> None:
@@ -167,10 +222,8 @@ class RunOptions:
 
         if engine:
             check_kind(engine)
+        self.check_runner()
         if self.runner == "local":
-            if self.ray_address is not None or self.ray_workers is not None:
-                option = "--ray-address" if self.ray_address is not None else "--ray-workers"
-                raise BadInput(f"{option}: only means something with --runner ray")
             return
         if gpus not in (None, "none"):
             raise BadInput(f"--gpus {gpus}: a Ray cluster hands out its GPUs itself; give --ray-workers N to use fewer")

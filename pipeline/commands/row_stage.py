@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
-from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -86,7 +85,7 @@ class RowStageOptions:
     engine_options: o.EngineOptions
     marks: o.Marks = None
     retry: o.Retry = False
-    trace: Annotated[Path | None, typer.Option(help="Append a line per engine request to this file.")] = None
+    trace: o.Trace = None
     run: o.RunOptions
 
     @property

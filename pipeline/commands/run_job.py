@@ -12,6 +12,7 @@ from ...stages.ingest.shard import STAGE as INGEST
 from ...terminal import print_err, print_line
 from ..inspect.status import State, state
 from ..inspect.status_view import artifact_lines
+from ..jobs.artifacts import marks_line
 from ..jobs.engine import StagePlan, execute
 from ..runners.interrupts import say
 from ..runners.placement import Placement
@@ -34,6 +35,8 @@ class Exit(IntEnum):
 def run_job(made: StagePlan, workplace: Placement) -> Exit:
     """Execute a plan with a progress display, release its output, and print the result."""
     try:
+        if made.todo and (line := marks_line(made.shards)):
+            print_err(line)
         progress = progress_of(made)
         with progress.shown(Console(stderr=True)) as report:
             outcome = execute(made, report, workplace)

@@ -15,7 +15,7 @@ from .run_job import Exit
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a bundled one, e.g. tiny-caprl.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and logs.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints and logs.", parser=o.local_path)],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     max_pixels: Annotated[
         int | None, typer.Option(help="Largest image area the model sees; the recipe's max_pixels by default.")

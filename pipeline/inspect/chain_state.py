@@ -15,8 +15,10 @@ from typing import Any
 from ...errors import BadInput
 from ...manifests.files import bounded_json
 from ...manifests.files.names import checked_name
+from ...manifests.files.outside import is_url
 from ...manifests.files.redaction import redacted_data
-from ...manifests.files.storage import write_new
+from ...manifests.files.storage import Folder, write_new
+from ...manifests.files.store_errors import StoreUnavailable
 
 FILE = "chain.json"
 FORMAT = 1
@@ -55,13 +57,15 @@ class StageState:
 
 @dataclass
 class ChainState:
-    """A whole chain; each stage comes after its inputs. ``made``: folders that it created."""
+    """A whole chain; each stage comes after its inputs. ``made``: folders that it created. ``store``: URL of its
+    artifacts, "" if they are in its folder; nothing is opened there for a state that was read."""
 
     recipe: str
     started: str
     updated: str
     stages: list[StageState] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
+    store: str = ""
 
     def stage(self, name: str) -> StageState | None:
         return next((stage for stage in self.stages if stage.name == name), None)
@@ -72,13 +76,16 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def load_chain(folder: Path) -> ChainState | None:
-    """State of the chain in ``folder``; None without one. Raises BadInput if the file is damaged."""
-    file = folder / FILE
+def load_chain(folder: Path | str) -> ChainState | None:
+    """State of the chain in a folder, or beside its artifacts in a store; None without one. Raises BadInput if the
+    file is damaged."""
+    file, url = f"{folder}/{FILE}", str(folder)
     try:
-        loaded = bounded_json.load(file)
+        loaded = bounded_json.load_from(Folder(url), FILE) if is_url(url) else bounded_json.load(Path(file))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except StoreUnavailable:
+        raise
     except (OSError, ValueError) as error:
         raise _damaged(file, str(error)) from None
     if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
@@ -102,14 +109,22 @@ def save_chain(folder: Path, state: ChainState) -> None:
     """Replace the file atomically and durably (fsync)."""
     state.updated = now()
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **redacted_data(asdict(state))}, indent=1, ensure_ascii=False)
-    write_new(folder / FILE, text.encode())
+    write_new(folder / FILE, _written(state))
+
+
+def copy_chain(folder: Folder, state: ChainState) -> None:
+    """Write a copy of the file beside the artifacts in a store."""
+    folder.write(FILE, _written(state))
+
+
+def _written(state: ChainState) -> bytes:
+    return json.dumps({"format": FORMAT, **redacted_data(asdict(state))}, indent=1, ensure_ascii=False).encode()
 
 
 def _check(state: ChainState) -> None:
     """Validate a loaded state. Raises TypeError for a value of the wrong type, ValueError for a folder outside the
     chain's."""
-    texts = [state.recipe, state.started, state.updated]
+    texts = [state.recipe, state.started, state.updated, state.store]
     for stage in state.stages:
         texts += [stage.name, stage.stage, *stage.arguments, *stage.inputs.values(), stage.digest, stage.state]
     folders = [*state.made, *(folder for stage in state.stages for folder in (stage.out, *stage.artifacts))]
@@ -125,5 +140,5 @@ def _known(kind: type[Any], loaded: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in loaded.items() if key in names}
 
 
-def _damaged(file: Path, reason: str) -> BadInput:
+def _damaged(file: str, reason: str) -> BadInput:
     return BadInput(f"{file}: not a chain's state ({reason}); restore it, or give capipe run another --out")

@@ -77,6 +77,10 @@ def find(root: str | Path) -> Found:
         _find_remote(contents)
     else:
         _find_local(contents, Path(root))
+    try:
+        contents.chain = load_chain(contents.root)
+    except CapipeError as error:
+        contents.damaged[chain_state.FILE] = str(error)
     if contents.empty:
         raise BadInput(f"{root}: no artifact, training run or chain of capipe in it; check the path")
     contents.artifacts = _ordered(contents)
@@ -88,10 +92,6 @@ def _find_local(contents: Found, root: Path) -> None:
         raise BadInput(f"{root}: no such folder; give one with artifacts of capipe in it")
     for name, folder in _folders(root, HERE, DEPTH):
         _look(contents, name, folder)
-    try:
-        contents.chain = load_chain(root)
-    except CapipeError as error:
-        contents.damaged[chain_state.FILE] = str(error)
 
 
 def _folders(folder: Path, name: str, depth: int) -> Iterator[tuple[str, Path]]:

@@ -47,7 +47,7 @@ def rows_of_input(artifact: Artifact) -> int | None:
 
 def throughput(artifact: Artifact, records: Sequence[ShardRecord], journaled: int, total: int | None) -> Throughput:
     """Throughput of an artifact. ``journaled``: finished rows of uncommitted shards; ``total``: expected rows."""
-    moments = _moments(artifact, records, journaled) if artifact.folder.is_local else _noted(artifact, records)
+    moments = _moments(artifact, journaled) if artifact.folder.is_local else _noted(artifact, records)
     if not moments:
         return Throughput()
     rate = _rate(moments)
@@ -56,14 +56,13 @@ def throughput(artifact: Artifact, records: Sequence[ShardRecord], journaled: in
     return Throughput(rate, eta, moments[-1][0])
 
 
-def _moments(artifact: Artifact, records: Sequence[ShardRecord], journaled: int) -> list[tuple[float, int]]:
-    """Times and counts of finished rows, in order: each commit with its Parquet's time, then journals."""
+def _moments(artifact: Artifact, journaled: int) -> list[tuple[float, int]]:
+    """Times and counts of finished rows, in order: the last commits with their Parquets' times, then journals."""
     known = []
-    for record in records:
-        for name in record.files:
-            if name == f"{record.shard}.parquet" and (time := _modified(artifact, name)) is not None:
-                known.append((time, record.count))
-    known = sorted(known)[-WINDOW:]
+    for record in artifact.manifest.latest(WINDOW):  # the others' files are not looked at: there may be many
+        time = _modified(artifact, f"{record.shard}.parquet")
+        known += [] if time is None else [(time, record.count)]
+    known.sort()
     if journaled:
         folder = artifact.folder.private("journal")
         times = [

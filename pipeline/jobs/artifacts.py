@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...errors import BadInput
 
 if TYPE_CHECKING:
     from ...manifests.artifact import Artifact
+    from ...manifests.shards import InputShard
 
 WRITTEN, SCREENED = "written", "screened"  # the two artifacts in --out
 
@@ -38,6 +41,33 @@ def marks_beside(url: str | None) -> dict[str, Artifact]:
     from ...stages.filter.marked import MARKS
 
     return {} if url is None else {MARKS: Artifact.open(url)}
+
+
+def marks_line(shards: Sequence[InputShard]) -> str | None:
+    """How many rows the marks of ``shards`` leave to a stage, for users; by manifests alone.
+
+    None without marks, or if they are a selection one of whose files is about further shards, too.
+    """
+    from ...manifests.artifact import Artifact
+    from ...manifests.joining.companion import companions_of
+    from ...manifests.status import Status
+    from ...stages.filter.marked import MARKS
+
+    marks = next((c for shard in shards[:1] for c in shard.companions if c.name == MARKS), None)
+    if marks is None:
+        return None
+    artifact, asked = Artifact.open(marks.url.rpartition("/")[0]), {shard.name for shard in shards}
+    about = companions_of(MARKS, artifact)
+    used = {about[name].url for name in asked}
+    if any(companion.url in used for name, companion in about.items() if name not in asked):
+        return None
+    rows: Counter[str] = Counter()
+    for name, record in artifact.committed().items():
+        if f"{artifact.url}/{name}.parquet" in used:
+            rows.update(record.rows)
+    left = rows.pop(Status.OK, 0)
+    out = ", ".join(f"{count:,} {status}" for status, count in sorted(rows.items()))
+    return f"marks: {left:,} of {left + rows.total():,} rows are left to do ({out or 'none is left out'})"
 
 
 def captions_artifact(url: str) -> Artifact:

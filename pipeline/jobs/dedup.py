@@ -6,16 +6,18 @@ a row for every row of the shards. Each is resumed independently.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.overwriting import refuse_overwriting
+from ...manifests.manifest import ShardRecord
 from ...manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ...stages.dedup import marks as dedup
 from ...stages.dedup.arrays import Numbers
@@ -28,10 +30,12 @@ from ...stages.dedup.near.work import NearSearch
 from ...stages.ingest.shard import IngestTask, pending
 from ...stages.ingest.shard import plan as cut
 from ...stages.ingest.sources import open_sources, source_places
-from ..runners.messages import Event, Pulse, ShardDone
-from ..runners.pool import worker_count
-from ..runners.pool_job import ShardWriter, run_pool_job
+from ..runners.messages import Event
+from ..runners.placement import TaskPlacement, task_placement
+from ..runners.pool_job import local_paths, refuse_taking_back, run_pool_job
+from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
+from ..runners.task_worker import ShardWriter
 from .near_search import near_files, open_work, remove_work, run_search
 
 HASHES, AGAINST, MARKED = "hashes", "against", "marked"
@@ -56,8 +60,15 @@ class DedupPlan:
     scores: Artifact | None
     devices: tuple[str, ...]
     out: str
-    workers: int
+    placement: TaskPlacement
     fresh: bool
+    share: bool
+    marked: str = MARKED  # folder of the marks in ``out``
+
+    @property
+    def reads(self) -> list[str]:
+        """Local paths of the images."""
+        return local_paths([*(shard.url for shard in self.shards[:1]), *self.against])
 
 
 def plan_dedup(
@@ -72,6 +83,9 @@ def plan_dedup(
     devices: Sequence[str] = (),
     workers: int | None = None,
     fresh: bool = False,
+    share: bool = False,
+    cluster: RayCluster | None = None,
+    marked: str = MARKED,
 ) -> DedupPlan:
     """Check shards, reference sets and embeddings. Raises BadInput; nothing is written."""
     inputs = expand(shards)
@@ -89,12 +103,12 @@ def plan_dedup(
     open_sources(against, follow_links=True)  # raises if a set contains no images
     companions = [artifact for artifact in (embedded, scored, *references) if artifact is not None]
     reads = [*read_places(shards, inputs, companions), *source_places(against)]
-    for name in (HASHES, AGAINST, MARKED):
+    for name in (HASHES, AGAINST, marked):
         refuse_overwriting(f"{out.rstrip('/')}/{name}", reads)
     shared = all(shard.is_shared for shard in inputs) and not any(url.startswith("memory:") for url in (out, *against))
-    count = worker_count(workers, shared)
+    placement = task_placement(workers, shared, cluster)
     given = (tuple(against), embedded, width, references, scored, tuple(devices))
-    return DedupPlan(config, shards, inputs, *given, out.rstrip("/"), count, fresh)
+    return DedupPlan(config, shards, inputs, *given, out.rstrip("/"), placement, fresh, share, marked)
 
 
 def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threading.Event) -> tuple[Artifact, JobResult]:
@@ -107,11 +121,12 @@ def hash_images(plan: DedupPlan, report: Callable[[Event], None], stop: threadin
         committed = artifact.committed()
         for shard in plan.shards:
             if shard.name in committed and shard.is_repaired(committed[shard.name]):
+                refuse_taking_back(artifact, f"{shard.url}: some of its rows were done again since")
                 artifact.retract(committed.pop(shard.name))
         return [shard for shard in plan.shards if shard.name not in committed]
 
-    artifact, tasks = _open(f"{plan.out}/{HASHES}", semantic, run, todo, plan.fresh)
-    result = _hash(artifact, tasks, dedup.hash_shard, lambda task: task.name, plan.workers, report, stop)
+    artifact, tasks = open_first_pass(f"{plan.out}/{HASHES}", semantic, run, todo, plan.fresh, plan.share)
+    result = _hash(artifact, tasks, dedup.hash_shard, lambda task: task.name, plan, report, stop)
     return artifact, result
 
 
@@ -122,10 +137,10 @@ def hash_references(
     # Links may lead anywhere: only hashes of a reference set are kept.
     tasks = list(cut(open_sources(plan.against, follow_links=True), dedup.REFERENCES))
     run = {"sources": list(plan.against), "shards_total": len(tasks)}
-    artifact, todo = _open(
-        f"{plan.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), plan.fresh
+    artifact, todo = open_first_pass(
+        f"{plan.out}/{AGAINST}", {}, run, lambda artifact: list(pending(tasks, artifact)), plan.fresh, plan.share
     )
-    result = _hash(artifact, todo, dedup.hash_references, lambda task: task.shard, plan.workers, report, stop)
+    result = _hash(artifact, todo, dedup.hash_references, lambda task: task.shard, plan, report, stop)
     rows = [record.rows for record in artifact.committed().values()]
     if len(rows) == len(tasks) and not any(statuses.get("ok") for statuses in rows):
         artifact.close()
@@ -161,7 +176,8 @@ def mark(
     if plan.references:
         semantic["against_embeddings"] = [_digest(artifact) for artifact in plan.references]
     run = {"shards": plan.pattern, "shards_total": len(names), "sources": list(plan.against)}
-    artifact = Artifact.create(f"{plan.out}/{MARKED}", dedup.STAGE, semantic, run, fresh=plan.fresh)
+    url = f"{plan.out}/{plan.marked}"
+    artifact = Artifact.create(url, dedup.STAGE, semantic, run, fresh=plan.fresh, share=plan.share)
     try:
         committed, records = artifact.committed(), hashes.committed()
         shards = join(plan.shards, companions)
@@ -171,33 +187,59 @@ def mark(
         if removed := sorted(set(committed) - set(names)):
             text = f"{artifact.url}: holds marks of shard {removed[0]}, which --shards does not name"
             raise ArtifactMismatch(f"{text}; name all of them, or use --fresh to start over")
-        done = {name: record for name, record in committed.items() if record.input.get("grouped") == grouped}
-        if len(done) == len(names):
+        if len(_marked(artifact, grouped)) == len(names):
             return artifact, JobResult()
+        if committed and any(record.input.get("grouped") != grouped for record in committed.values()):
+            refuse_taking_back(artifact, f"{hashes.url}: images were added or done again since")
         reference_set = read_hash_set(against, references) if against is not None else None
         hash_set = read_hash_set(hashes, names)
         search = NearSearch(hash_set, reference_set, plan.config.radius)
         work = open_work(artifact, search, {"hashes": grouped, "against": semantic["against"]})
         try:
-            near = run_search(search, work, plan.workers, report, stop)
+            if len(done := _marked(artifact, grouped)) < len(names):  # by another process that shares the folder
+                near = run_search(search, work, plan.placement, report, stop)
+                marks = None if near is None else _grouped(plan, hash_set, reference_set, near, artifact, report, stop)
+                if marks is None:
+                    return artifact, JobResult(interrupted=True)
+                todo = [shard for shard in shards if shard.name not in done]
+                info = _infos(shards, grouped)
+                write = functools.partial(_mark_shard, marks=marks, hashed=records, info=info, over=committed)
+                where = plan.placement.here()
+                job = run_pool_job(todo, write, artifact, where, report, stop, shard_name=lambda shard: shard.name)
+                if job.interrupted or job.quarantined:
+                    return artifact, job
+            remove_work(artifact, work)
         finally:
             work.close()
-        marks = None if near is None else _grouped(plan, hash_set, reference_set, near, artifact, report, stop)
-        if marks is None:
-            return artifact, JobResult(interrupted=True)
-        for shard in shards:
-            name, digests = shard.name, {c.name: c.sha256 for c in shard.companions}
-            if name not in done and not stop.is_set():
-                info = {"grouped": grouped, "companions": digests}
-                record = dedup.mark_shard(name, records[name], marks, artifact, info, committed.get(name))
-                report(Pulse(rows=record.rows))
-                report(ShardDone(record))
-        if not stop.is_set():
-            remove_work(artifact)
     except BaseException:
         artifact.close()
         raise
     return artifact, JobResult(interrupted=stop.is_set())
+
+
+def _marked(artifact: Artifact, grouped: str) -> set[str]:
+    """Shards whose marks depend on everything that they depend on now."""
+    return {name for name, record in artifact.committed().items() if record.input.get("grouped") == grouped}
+
+
+def _infos(shards: Sequence[InputShard], grouped: str) -> dict[str, dict[str, Any]]:
+    """What the manifest notes of the input of each shard of marks."""
+    return {
+        shard.name: {"grouped": grouped, "companions": {c.name: c.sha256 for c in shard.companions}} for shard in shards
+    }
+
+
+def _mark_shard(
+    shard: InputShard,
+    *,
+    marks: dedup.Marks,
+    hashed: Mapping[str, ShardRecord],
+    info: Mapping[str, Mapping[str, Any]],
+    over: Mapping[str, ShardRecord],
+    artifact: Artifact,
+) -> ShardRecord:
+    name = shard.name
+    return dedup.mark_shard(name, hashed[name], marks, artifact, info[name], over.get(name))
 
 
 def _companions(plan: DedupPlan) -> dict[str, Artifact]:
@@ -231,7 +273,7 @@ def _grouped(
     references = read_references(plan.references) if plan.references else None
     search = EmbeddingSearch(hash_set, plan.embeddings, references, plan.width, plan.config.cosine, plan.devices)
     files = len(hash_set.contents)
-    embedded = near_files(search, hash_set.artifact, files, made_from, plan.workers, report, stop)
+    embedded = near_files(search, hash_set.artifact, files, made_from, plan.placement, report, stop)
     if embedded is None:
         return None
     marked.note(embeddings=plan.embeddings.url, embeddings_skipped=int(np.isnan(embedded.similar).sum()))
@@ -248,34 +290,39 @@ def _preference(plan: DedupPlan, hash_set: HashSet, embedded: NearFiles | None) 
     return None
 
 
-def _open(
+def open_first_pass(
     url: str,
     semantic: Mapping[str, object],
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
     fresh: bool,
+    share: bool,
+    stage: str = dedup.HASH_STAGE,
 ) -> tuple[Artifact, list[Task]]:
-    """The artifact of hashes and its missing tasks. ``fresh`` only starts over if the images differ: another radius
-    does not require hashing all images again."""
+    """The artifact of a first pass and its missing tasks. ``fresh`` only starts over if the images differ: another
+    radius does not require hashing all images again."""
     try:
-        return _create(url, semantic, run, todo, fresh=False)
+        return _create(url, stage, semantic, run, todo, share=share)
     except ArtifactMismatch:
         if not fresh:
             raise
-    return _create(url, semantic, run, todo, fresh=True)
+    return _create(url, stage, semantic, run, todo, fresh=True)
 
 
 def _create(
     url: str,
+    stage: str,
     semantic: Mapping[str, object],
     run: Mapping[str, object],
     todo: Callable[[Artifact], list[Task]],
     *,
-    fresh: bool,
+    fresh: bool = False,
+    share: bool = False,
 ) -> tuple[Artifact, list[Task]]:
-    artifact = Artifact.create(url, dedup.HASH_STAGE, semantic, run, fresh=fresh)
+    artifact = Artifact.create(url, stage, semantic, run, fresh=fresh, share=share)
     try:
-        artifact.release_quarantine()
+        if not share:
+            artifact.release_quarantine()
         return artifact, todo(artifact)
     except CapipeError:
         artifact.close()
@@ -287,12 +334,14 @@ def _hash(
     tasks: Iterable[Task],
     hash_images: ShardWriter[Task],
     shard_name: Callable[[Task], str],
-    workers: int,
+    plan: DedupPlan,
     report: Callable[[Event], None],
     stop: threading.Event,
 ) -> JobResult:
     try:
-        return run_pool_job(tasks, hash_images, artifact, workers, report, stop, shard_name=shard_name)
+        return run_pool_job(
+            *(tasks, hash_images, artifact, plan.placement, report, stop), shard_name=shard_name, reads=plan.reads
+        )
     except BaseException:
         artifact.close()
         raise

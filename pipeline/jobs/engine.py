@@ -41,6 +41,7 @@ from ...models.images.decode_pool import DecodePool, check_for_server, grid_deco
 from ...models.images.formats import ImageProblem
 from ...models.images.grid import ImageGrid
 from ...models.reader import QuizReader, ReaderConfig
+from ...stages.filter.marked import unaffected
 from ..runners.circuit_breaker import Refusals, answered
 from ..runners.inline import run_inline
 from ..runners.messages import Event
@@ -322,8 +323,8 @@ def plan(
         word = "--fresh" if fresh else "--retry"
         raise BadInput(f"{word}: takes committed shards back, which others may be adding to; run it without --share")
     beside = beside or {}
-    shards = join(expand(pattern), beside)
     source = input_artifact(pattern)
+    shards = join(expand(pattern, source), beside)
     semantic = {**stage.semantic(), "input": source.fingerprint if source else None}
     semantic |= {name: artifact.fingerprint for name, artifact in beside.items()}
     run = {
@@ -359,6 +360,8 @@ def _todo(artifact: Artifact, shards: list[InputShard], retry: bool) -> list[Inp
         if again or repaired or (not artifact.shared and _read_in_vain(artifact, record, shard)):
             open_rows = set(record.input.get(OPEN, ()))
             kept = resolved_rows(artifact, record.shard)
+            if record.input.get("companions", {}) != {each.name: each.sha256 for each in shard.companions}:
+                kept = unaffected(kept, [companion.statuses() for companion in shard.companions])
             artifact.reopen(record, {index: row for index, row in kept.items() if index not in open_rows})
             del committed[shard.name]
     return [shard for shard in shards if shard.name not in committed]

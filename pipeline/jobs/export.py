@@ -16,9 +16,11 @@ import numpy as np
 from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.manifest import ShardRecord
+from ...manifests.sharing.claims import alone
 from ...manifests.status import Status
 from ...manifests.withdrawal.applied import Withdrawal, apply, has_withdrawn
 from ...manifests.withdrawal.uid_set import UidSet
+from ...stages import last_files
 from ...stages.export.card import CardWords
 from ...stages.export.formats import writer_class
 from ...stages.export.parquet import JSON, URL
@@ -27,11 +29,13 @@ from ...stages.export.source import column_of, image_extensions
 from ...stages.export.write import STAGE, ExportConfig, export_shards
 from ...stages.filter.index import is_index
 from ..runners.messages import Event
-from ..runners.pool import worker_count
-from ..runners.pool_job import run_pool_job
+from ..runners.placement import TaskPlacement, task_placement
+from ..runners.pool_job import local_paths, run_pool_job
+from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
-from .export_files import FINALS, extras, write_files
+from .export_files import extras, write_files
 
+CHECKED = "checked"  # key of the facts about a run: the options and the source of which keys and extensions are known
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # the extensions that OpenCLIP reads
 
 
@@ -44,7 +48,7 @@ class ExportPlan:
     artifact: Artifact
     tasks: list[ExportTask]
     todo: list[ExportTask]
-    workers: int
+    placement: TaskPlacement
     link: bool
     images: tuple[str, ...]
     withdrawal: Withdrawal
@@ -78,6 +82,8 @@ def plan_export(
     drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    share: bool = False,
+    cluster: RayCluster | None = None,
 ) -> ExportPlan:
     """Check the source, choose the images' extension, lock the output. Raises CapipeError; then nothing was written.
 
@@ -89,14 +95,19 @@ def plan_export(
     writer = writer_class(format, "--format")
     source = Artifact.open(url)
     shards = _complete(source)
-    if shard_size is not None:
+    digest, standing = source.manifest_digest(), None if fresh else _before(out, source)
+    asked = {"format": format, "shard_size": shard_size, "image_extension": image_extension, "of": digest}
+    checked = standing is not None and standing.config["run"].get(CHECKED) == asked  # its rows are not read again
+    if checked:
+        pass
+    elif shard_size is not None:
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
     elif format != "parquet":
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
-    before = None if fresh or (drop is None and not has_withdrawn(source)) else _before(out, source)
+    before = None if drop is None and not has_withdrawn(source) else standing
     extension = None
-    if format == "webdataset" and before is not None and image_extension == "auto":
-        extension = before.setting("semantic", "export", kind=dict).get("image_extension")
+    if format == "webdataset" and image_extension == "auto" and standing is not None and (checked or before):
+        extension = standing.setting("semantic", "export", kind=dict).get("image_extension")
     elif format == "webdataset":
         extension = _extension(source, shards, image_extension, images)
     config = ExportConfig(format=format, image_extension=extension, shard_size=shard_size)
@@ -106,25 +117,28 @@ def plan_export(
     run = {
         "shards": url,
         "shards_total": sum(len(task.pieces) for task in tasks),
-        "input_manifest": source.manifest_digest(),
+        "input_manifest": digest,
+        CHECKED: asked,
         "extras": extras(writer),
         "card": asdict(words),
     }
     semantic: dict[str, Any] = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
     if format == "parquet":  # exports older than these columns are not resumed: all files must have the same columns
         semantic["columns"] = [URL, JSON]
-    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=[url])
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=[url])
     try:
         withdrawal = apply(artifact, drop)
-        artifact.release_quarantine()
+        if not share:
+            artifact.release_quarantine()
         todo = _todo(artifact, source, tasks, withdrawal.touched)
-        if todo and artifact.config["run"].get(FINALS) is not None:
-            artifact.note(**{FINALS: None})  # the card and the lists of all rows will be older than the shards
+        if todo:
+            last_files.outdate(artifact)
     except CapipeError:
         artifact.close()
         raise
-    count = worker_count(workers, artifact.folder.is_shared and source.folder.is_shared)
-    return ExportPlan(config, source, artifact, tasks, todo, min(count, len(todo)), link, tuple(images), withdrawal)
+    shared = artifact.folder.is_shared and source.folder.is_shared
+    placement = task_placement(workers, shared, cluster).at_most(len(todo))
+    return ExportPlan(config, source, artifact, tasks, todo, placement, link, tuple(images), withdrawal)
 
 
 def _before(out: str, source: Artifact) -> Artifact | None:
@@ -268,7 +282,12 @@ def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
 def execute_export(plan: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Export uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
     write = functools.partial(_write_shards, source=plan.source, config=plan.config, link=plan.link, images=plan.images)
-    return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
+    return run_pool_job(
+        *(plan.todo, write, plan.artifact, plan.placement, report, stop),
+        shard_name=lambda task: task.shard,
+        shards=lambda task: [piece.shard for piece in task.pieces],
+        reads=local_paths([plan.source.url, *plan.images]),
+    )
 
 
 def _write_shards(
@@ -287,7 +306,8 @@ def finish(plan: ExportPlan, words: CardWords) -> list[str] | None:
     if len(plan.artifact.committed()) < plan.shards:
         return None
     notes = list(_notes(plan.artifact, plan.config))
-    write_files(plan.artifact, plan.source, words, plan.config.format, notes)
+    with alone(plan.artifact.claims, "extras"):
+        write_files(plan.artifact, plan.source, words, plan.config.format, notes)
     plan.withdrawal.conclude()
     return notes
 

@@ -1,6 +1,7 @@
 """Files over all shards of an export: indexes, sizes, the list of conversations, the card.
 
-They are rewritten from the committed shards on every run, so their bytes do not depend on earlier runs.
+They are written from the committed shards alone, so their bytes do not depend on earlier runs; and not again while
+everything that goes into them is the same.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import BinaryIO
 
 import pyarrow.compute as pc
@@ -17,12 +19,13 @@ from ...manifests.artifact import Artifact
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import read_parquet
 from ...manifests.manifest import ShardRecord
+from ...stages import last_files
 from ...stages.export import energon
 from ...stages.export.card import CardWords, Contents, render
 from ...stages.export.card_statistics import Statistics
 from ...stages.export.formats import writer_class
 from ...stages.export.llava import DATASET_INFO, dataset_info
-from ...stages.export.provenance import chain
+from ...stages.export.provenance import Step, chain
 from ...stages.export.source import PARTS
 from ...stages.export.webdataset import SIZES
 from ...stages.export.write import TAR_BYTES
@@ -30,7 +33,6 @@ from ...stages.export.writer import LooseWriter, ShardWriter, part_file
 from ...stages.filter.index import is_index
 
 CARD = "README.md"
-FINALS = "finals"  # key of a configuration's facts about the run: size and sha256 of these files; None if they are old
 
 
 def extras(writer: type[ShardWriter]) -> list[str]:
@@ -39,10 +41,15 @@ def extras(writer: type[ShardWriter]) -> list[str]:
 
 
 def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: str, notes: Sequence[str]) -> None:
-    """Write the files over all shards; each appears as a whole, the one that completes an index last."""
-    records = list(artifact.committed().values())
+    """Write the files over all shards, unless they are there; each appears as a whole, the one that completes an index
+    last."""
+    records, steps = list(artifact.committed().values()), chain(source)
+    facts = [format, asdict(words), list(notes), [asdict(step) for step in steps], _source_size(source, records)]
+    digest = last_files.digest_of(artifact, facts)
+    if last_files.are_there(artifact, digest):
+        return
     with artifact.begin_files("extras") as files:
-        _write(files, CARD, _card(artifact, source, words, format, records, notes).encode())
+        _write(files, CARD, _card(artifact, source, words, format, records, notes, steps).encode())
         if format == "webdataset":
             _write_webdataset(artifact, records, files)
         if format == "messages":
@@ -52,7 +59,7 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
             with files.writing(writer.listed) as file:
                 for piece in writer.joined(_parts(artifact, records)):
                     file.write(piece)
-        artifact.note(**{FINALS: files.publish()})
+        last_files.note(artifact, digest, files.publish())
 
 
 def _write(files: FileTransaction, name: str, data: bytes) -> None:
@@ -67,17 +74,23 @@ def _card(
     format: str,
     records: Sequence[ShardRecord],
     notes: Sequence[str],
+    steps: Sequence[Step],
 ) -> str:
     statistics = Statistics()
     for record in records:
-        statistics.add(artifact.parquet(record.shard))
-    if is_index(source):
-        size = sum(int(record.stats[TAR_BYTES]) for record in records)
-    else:
-        size = sum(int(record.files[f"{record.shard}.tar"]["bytes"]) for record in source.committed().values())
+        with artifact.parquet(record.shard) as parquet:
+            statistics.add(parquet)
+    size = _source_size(source, records)
     shards = sum(bool(record.stats["samples"]) for record in records)
     contents = Contents(format, shards, size, _images(records), notes)
-    return render(words, contents, statistics, chain(source))
+    return render(words, contents, statistics, steps)
+
+
+def _source_size(source: Artifact, records: Sequence[ShardRecord]) -> int:
+    """Bytes of the source's tars, or of what an index's pairs would be as tars."""
+    if is_index(source):
+        return sum(int(record.stats[TAR_BYTES]) for record in records)
+    return sum(int(record.files[f"{record.shard}.tar"]["bytes"]) for record in source.committed().values())
 
 
 def _images(records: Sequence[ShardRecord]) -> Counter[str]:

@@ -14,8 +14,9 @@ from ...stages.ingest.shard import plan as cut
 from ...stages.ingest.source_refs import ItemRef
 from ...stages.ingest.sources import open_sources, source_places
 from ..runners.messages import Event
-from ..runners.pool import worker_count
-from ..runners.pool_job import run_pool_job
+from ..runners.placement import TaskPlacement, task_placement
+from ..runners.pool_job import local_paths, run_pool_job
+from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
 
 
@@ -26,19 +27,28 @@ class IngestPlan:
     config: IngestConfig
     artifact: Artifact
     items: Iterator[ItemRef]
-    workers: int
+    placement: TaskPlacement
+    reads: tuple[str, ...]  # local paths of the sources
 
 
 def plan_ingest(
-    sources: Sequence[str], out: str, config: IngestConfig, *, workers: int | None = None, fresh: bool = False
+    sources: Sequence[str],
+    out: str,
+    config: IngestConfig,
+    *,
+    workers: int | None = None,
+    fresh: bool = False,
+    share: bool = False,
+    cluster: RayCluster | None = None,
 ) -> IngestPlan:
     """Check the sources and lock the output. Raises CapipeError; then nothing was written."""
     reads = source_places(sources) + ([config.image_folder] if config.image_folder is not None else [])
     items = open_sources(sources, config.columns, config.image_key, config.reach, config.follow_links)
     semantic, run = config.model_dump(mode="json"), {"sources": list(sources)}
-    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
-        artifact.release_quarantine()
+        if not share:
+            artifact.release_quarantine()
         if any(source.startswith("hf://") for source in sources):
             from ...stages.ingest import huggingface  # imports the `datasets` package, which takes seconds
 
@@ -47,7 +57,8 @@ def plan_ingest(
         artifact.close()
         raise
     shared = artifact.folder.is_shared and not any(source.startswith("memory:") for source in sources)
-    return IngestPlan(config, artifact, items, worker_count(workers, shared))
+    placement = task_placement(workers, shared, cluster)
+    return IngestPlan(config, artifact, items, placement, tuple(local_paths(reads)))
 
 
 def execute_ingest(plan: IngestPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
@@ -56,11 +67,12 @@ def execute_ingest(plan: IngestPlan, report: Callable[[Event], None], stop: thre
         _tasks(plan),
         functools.partial(ingest_shard, config=plan.config),
         plan.artifact,
-        plan.workers,
+        plan.placement,
         report,
         stop,
         shard_name=lambda task: task.shard,
         careful=lambda task: replace(task, careful=True),
+        reads=plan.reads,
     )
 
 

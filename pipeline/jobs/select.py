@@ -23,7 +23,7 @@ import pyarrow as pa
 from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.overwriting import refuse_overwriting
-from ...manifests.files.storage import PRIVATE
+from ...manifests.files.storage import PRIVATE, Folder
 from ...manifests.fingerprint import canonical
 from ...manifests.manifest import ShardRecord
 from ...manifests.schema import SCORE, SELECT
@@ -33,6 +33,8 @@ from ...manifests.transaction import ShardTransaction
 from ...manifests.withdrawal.applied import Withdrawal, applied, apply, has_withdrawn
 from ...manifests.withdrawal.rows import WithdrawingReader, blank, is_withdrawn
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
+from ...stages import last_files
+from ...stages.filter import saved_plan
 from ...stages.filter.index import ListedRows, TarFacts
 from ...stages.filter.marked import MARKS
 from ...stages.filter.select import (
@@ -47,12 +49,13 @@ from ...stages.filter.select import (
     uid_list,
 )
 from ..runners.messages import Event
-from ..runners.pool import worker_count
-from ..runners.pool_job import run_pool_job
+from ..runners.placement import TaskPlacement, task_placement
+from ..runners.pool_job import local_paths, refuse_taking_back, run_pool_job
+from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
-from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns
+from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns, with_marks
 
-UIDS = f"{PRIVATE}/uids.npy"
+UIDS, REPORT = f"{PRIVATE}/uids.npy", f"{PRIVATE}/report.html"
 _START_OVER = "use another --out, or --fresh to start over"
 Listed = tuple[dict[str, Any], int]  # an input shard's entry for the manifest, and the number of its rows that are kept
 
@@ -83,7 +86,7 @@ class SelectPlan:
     artifact: Artifact
     tasks: list[GroupTask]
     todo: list[GroupTask]
-    workers: int
+    placement: TaskPlacement
 
     @property
     def shards(self) -> list[InputShard]:
@@ -100,6 +103,8 @@ def plan_select(
     drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
+    share: bool = False,
+    cluster: RayCluster | None = None,
 ) -> SelectPlan:
     """Select rows, lock ``out`` and find the shards left to write. Raises CapipeError; then nothing was written.
 
@@ -107,11 +112,11 @@ def plan_select(
     images. If only these grew since ``out`` was made, the threshold of ``top`` and the bounds of the final shards stay:
     withdrawal takes rows out and lets none in.
     """
-    sidecars, shards = _joined(scores, pattern, marks)
+    source = input_artifact(pattern)
+    sidecars, shards = _joined(scores, pattern, marks, source)
     reads = read_places(pattern, shards, sidecars.values())
     refuse_overwriting(out, reads)
     _refuse_another_stage(out)
-    source = input_artifact(pattern)
     made_of = {
         "select": config.model_dump(mode="json"),
         "input": source.fingerprint if source else None,
@@ -119,7 +124,12 @@ def plan_select(
     }
     before = None if fresh or (drop is None and not has_withdrawn(scores)) else _before(out, made_of)
     threshold = None if before is None else before.config["semantic"]["threshold"]
-    selection = plan_shards(shards, scores, config, drop or EMPTY, threshold)
+    digest = saved_plan.decided_by(shards, config, (drop or EMPTY).sha256, threshold)
+    saved = None if fresh else saved_plan.read(Folder(out), digest)
+    if saved is None:
+        selection = plan_shards(shards, scores, config, drop or EMPTY, threshold)
+    else:
+        selection = ShardPlan.of_json(config, saved)
     tars = tar_facts(shards, scores) if config.index else {}
     tasks = _tasks(shards, selection, tars, before)
     semantic = {**made_of, "text": selection.rule.text, "threshold": selection.rule.threshold_text}
@@ -132,17 +142,19 @@ def plan_select(
         **({"tars": _digest_of(tars)} if config.index else {}),
         **{name: artifact.url for name, artifact in sidecars.items()},
     }
-    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, reads=reads)
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
+        saved_plan.write(artifact.folder, digest, selection.as_json())
         withdrawal = apply(artifact, drop)
-        artifact.release_quarantine()
+        if not share:
+            artifact.release_quarantine()
         todo = _todo(artifact, tasks, withdrawal.touched)
     except CapipeError:
         artifact.close()
         raise
     shared = artifact.folder.is_shared and all(shard.is_shared for shard in shards)
-    count = min(worker_count(workers, shared), len(todo))
-    return SelectPlan(selection, costs(shards, scores, selection), withdrawal, artifact, tasks, todo, count)
+    placement = task_placement(workers, shared, cluster).at_most(len(todo))
+    return SelectPlan(selection, costs(shards, scores, selection), withdrawal, artifact, tasks, todo, placement)
 
 
 def preview_select(
@@ -153,17 +165,19 @@ def preview_select(
     drop: UidSet | None = None,
 ) -> tuple[ShardPlan, SelectCosts]:
     """What :func:`plan_select` would select in a new folder, and its costs. Writes nothing. Raises CapipeError."""
-    _, shards = _joined(scores, pattern, marks)
+    _, shards = _joined(scores, pattern, marks, input_artifact(pattern))
     selection = plan_shards(shards, scores, config, drop or EMPTY)
     return selection, costs(shards, scores, selection)
 
 
-def _joined(scores: Artifact, pattern: str, marks: Artifact | None) -> tuple[dict[str, Artifact], list[InputShard]]:
-    """Sidecars by name, and the shards joined with them."""
+def _joined(
+    scores: Artifact, pattern: str, marks: Artifact | None, source: Artifact | None
+) -> tuple[dict[str, Artifact], list[InputShard]]:
+    """Sidecars by name, and the shards joined with them. ``source``: the artifact that the pattern names, if any."""
     if scores.stage != "score":
         raise BadInput(f"{scores.url}: an artifact of stage {scores.stage!r}; give --scores those of `capipe filter`")
     sidecars = {SCORES: scores} | ({MARKS: marks} if marks is not None else {})
-    return sidecars, join(expand(pattern), sidecars)
+    return sidecars, join(expand(pattern, source), sidecars)
 
 
 def _refuse_another_stage(out: str) -> None:
@@ -235,6 +249,7 @@ def _todo(artifact: Artifact, tasks: Sequence[GroupTask], touched: Collection[st
         if task.shard in repaired or names != [shard.name for shard in task.shards]:
             todo.append(replace(task, over=record))
     for record in committed.values():  # fewer rows are kept now
+        refuse_taking_back(artifact, f"{artifact.url}: fewer shards are selected now")
         artifact.retract(record)
         for name in record.files:
             artifact.folder.remove(name)
@@ -255,25 +270,37 @@ def _is_repaired(artifact: Artifact, record: ShardRecord, present: Mapping[str, 
 def execute_select(plan: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Write uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
     write = functools.partial(write_group, rule=plan.selection.rule)
-    return run_pool_job(plan.todo, write, plan.artifact, plan.workers, report, stop, shard_name=lambda task: task.shard)
+    reads = local_paths([shard.url for shard in plan.shards[:1]])
+    return run_pool_job(
+        *(plan.todo, write, plan.artifact, plan.placement, report, stop),
+        shard_name=lambda task: task.shard,
+        reads=reads,
+    )
 
 
 def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:
     """Write and commit one final shard, in a worker process. Keeps one input shard's scores in memory."""
-    input_keys = [_scores(shard, ["key"]).column("key").to_pylist() for shard in task.shards]
-    keys = final_keys([shard.name for shard in task.shards], input_keys)
     uids = applied(artifact)
     with artifact.begin(task.shard, SELECT, tar=not task.tars, over=task.over) as out:
+        shards = [_copied(shard, out) for shard in task.shards]
+        input_keys = [_scores(shard, ["key"]).column("key").to_pylist() for shard in shards]
+        keys = final_keys([shard.name for shard in shards], input_keys)
         if task.tars:
-            parts = zip(task.shards, keys, task.tars, strict=True)
+            parts = zip(shards, keys, task.tars, strict=True)
             written = [_list(shard, names, rule, out, uids, tar) for shard, names, tar in parts]
         else:
-            written = [_copy(shard, names, rule, out, uids) for shard, names in zip(task.shards, keys, strict=True)]
+            written = [_copy(shard, names, rule, out, uids) for shard, names in zip(shards, keys, strict=True)]
         if sum(kept for _, kept in written) != task.kept:
             raise ArtifactMismatch(f"{task.shards[0].companions[0].url}: the scores changed while they were read")
         inputs = [{"name": shard.name, **info} for shard, (info, _) in zip(task.shards, written, strict=True)]
         digest = hashlib.sha256(canonical([entry["digest"] for entry in inputs]).encode()).hexdigest()
         return out.commit(rows_in=task.rows, input_info={"digest": digest, "shards": inputs})
+
+
+def _copied(shard: InputShard, out: ShardTransaction) -> InputShard:
+    """The shard with local copies of companions in a store, which are read several times here, until the commit."""
+    copies = [c.copied(out.scratch, f"{c.name}-{shard.name}.parquet") for c in shard.companions]
+    return replace(shard, companions=tuple(copies))
 
 
 def _scores(shard: InputShard, columns: list[str]) -> pa.Table:
@@ -306,7 +333,9 @@ def _list(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction,
 
 def _named_terms(shard: InputShard, keys: list[str], rule: Rule) -> Iterator[tuple[str, int]]:
     """For each row its key in the final shard, and the term of ``keep`` that it fails, else -1."""
-    failed = [-1] * len(keys) if rule.keep is None else rule.keep.failures(_scores(shard, rule.columns)).tolist()
+    failed = [-1] * len(keys)
+    if rule.keep is not None:
+        failed = rule.keep.failures(with_marks(_scores(shard, rule.columns), shard, rule.mark_columns)).tolist()
     return zip(keys, failed, strict=True)
 
 
@@ -320,8 +349,21 @@ def _final(
     return final_row(row, status, error, key, shard.name, rule.text)
 
 
-def write_uids(artifact: Artifact) -> None:
-    """Write DataComp's list of kept uids, the last file of a complete selection."""
+def write_last(artifact: Artifact, report: Callable[[], bytes]) -> None:
+    """Write the last files of a complete selection, unless they are there: its ``report``, and DataComp's list of kept
+    uids."""
+    run = artifact.config["run"]
+    digest = last_files.digest_of(artifact, [run["scores"], run["candidates"], run["kept"]])
+    if last_files.are_there(artifact, digest):
+        return
+    files = {REPORT: report(), UIDS: _uids(artifact)}
+    for name, data in files.items():
+        artifact.folder.write(name, data)
+    sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    last_files.note(artifact, digest, sums)
+
+
+def _uids(artifact: Artifact) -> bytes:
     data = io.BytesIO()
     np.save(data, uid_list(ok_uids(artifact)), allow_pickle=False)
-    artifact.folder.write(UIDS, data.getvalue())
+    return data.getvalue()

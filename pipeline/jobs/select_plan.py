@@ -8,7 +8,7 @@ for each shard.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,16 +22,28 @@ from ...manifests.artifact import Artifact
 from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.files.stores import filesystem
 from ...manifests.joining.companion import Companion
+from ...manifests.manifest import ShardRecord
 from ...manifests.schema import BASE, SCORE, check
 from ...manifests.shards import InputShard
 from ...manifests.status import Status
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.expression import kind_of, shown_value
 from ...stages.filter.marked import MARKS
-from ...stages.filter.select import Decision, Rule, SelectConfig, Text, decide, scores_of, top_threshold
+from ...stages.filter.select import (
+    MARK_TYPES,
+    Decision,
+    Rule,
+    Scores,
+    SelectConfig,
+    Text,
+    decide,
+    scores_of,
+    top_threshold,
+)
 
 SCORES = "scores"  # name of the scores in a row's ``beside``
 _IDENTITY = ["key", "uid"]
+_NEW = "re_length"  # column that is null without a new caption
 _BASE = pa.schema(BASE)
 
 
@@ -53,6 +65,17 @@ class ShardPlan:
         threshold = f", threshold {rule.config.by} >= {rule.threshold_text}" if rule.by else ""
         counts = f"{sum(self.kept):,} of {self.candidates:,} candidates are kept"
         return f"select ({rule.config.shown}): {counts}, {sum(self.sizes):,} rows in all{threshold}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the options."""
+        decided = {"text": self.rule.text, "threshold": self.rule.threshold_text}
+        return {**{name: value for name, value in vars(self).items() if name != "rule"}, **decided}
+
+    @classmethod
+    def of_json(cls, config: SelectConfig, plan: Mapping[str, Any]) -> ShardPlan:
+        """The plan with these options of which ``plan`` is :meth:`as_json`."""
+        counts = {name: value for name, value in plan.items() if name not in ("text", "threshold")}
+        return cls(Rule.of(config, plan["text"], plan["threshold"]), **counts)
 
     def warning(self) -> str | None:
         """A one-line warning if the conditions filter nothing out."""
@@ -103,40 +126,64 @@ def plan_shards(
     Raises BadInput if the scores are of other images, or if nothing would be kept.
     """
     committed = scores.committed()
-    rule = Rule.of(config, _text(shards, config))
-    counted, sizes, candidates, ranked = [], [], 0, []
-    for shard, (table, marks) in zip(shards, _tables(shards, rule.columns), strict=True):
-        _check_images(shard, table, committed[shard.name].input.get("bytes"))
-        decision = decide(table, marks, rule, uids.mask(table.column("uid")))
-        sizes.append(len(table))
-        candidates += int(decision.candidate.sum())
-        counted.append(int(decision.eligible.sum()))
-        if decision.by is not None:
-            ranked.append(decision.by[decision.eligible])
-    if not sum(counted):
+    texts: tuple[Text, ...] = ("org", "re") if config.text == "auto" else (config.text,)
+    for text in texts:  # one pass, from the first new caption on another
+        counts = _counted(shards, Rule.of(config, text), committed, uids, org_alone=text == "org" and len(texts) > 1)
+        if counts is not None:
+            break
+    assert counts is not None
+    rule, kept = counts.rule, counts.eligible
+    if not sum(kept):
         raise _nothing(shards, rule, uids)
-    kept = counted
     if config.top is not None:
-        values = np.concatenate(ranked)
-        ranked.clear()
+        values = np.concatenate(counts.ranked)
+        counts.ranked.clear()
         if threshold is None:
             rule = replace(rule, threshold=top_threshold(values, config.top))
         else:
             rule = Rule.of(config, rule.text, threshold)
         above = values >= rule.precision(rule.threshold or 0.0)
-        kept = [int(part.sum()) for part in np.split(above, np.cumsum(counted)[:-1])]
-    return ShardPlan(rule, kept, sizes, candidates, sum(counted))
+        kept = [int(part.sum()) for part in np.split(above, np.cumsum(counts.eligible)[:-1])]
+    return ShardPlan(rule, kept, counts.sizes, counts.candidates, sum(counts.eligible))
 
 
-def _text(shards: Sequence[InputShard], config: SelectConfig) -> Text:
-    if config.text != "auto":
-        return config.text
-    tables = _tables(shards, ["re_length"])
-    return "re" if any(table.column("re_length").null_count < len(table) for table, _ in tables) else "org"
+@dataclass(frozen=True)
+class _Counts:
+    """What a pass over the scores found; ``eligible`` and ``sizes`` by shard, ``ranked``: the scores of `top`."""
+
+    rule: Rule
+    eligible: list[int]
+    sizes: list[int]
+    ranked: list[Scores]
+    candidates: int
 
 
-def _tables(shards: Sequence[InputShard], columns: list[str]) -> Iterator[tuple[pa.Table, list[str] | None]]:
-    """Each shard's scores, with the requested columns, key and uid, and the statuses of its marks."""
+def _counted(
+    shards: Sequence[InputShard],
+    rule: Rule,
+    committed: Mapping[str, ShardRecord],
+    uids: UidSet,
+    org_alone: bool,
+) -> _Counts | None:
+    """Read the scores once; None if there is a new caption, where there were to be original ones alone."""
+    eligible, sizes, ranked, candidates = [], [], [], 0
+    for shard, (table, marks) in zip(shards, _tables(shards, [*rule.columns, _NEW], rule.mark_columns), strict=True):
+        if org_alone and table.column(_NEW).null_count < len(table):
+            return None
+        _check_images(shard, table, committed[shard.name].input.get("bytes"))
+        decision = decide(table, marks, rule, uids.mask(table.column("uid")))
+        sizes.append(len(table))
+        candidates += int(decision.candidate.sum())
+        eligible.append(int(decision.eligible.sum()))
+        if decision.by is not None:
+            ranked.append(decision.by[decision.eligible])
+    return _Counts(rule, eligible, sizes, ranked, candidates)
+
+
+def _tables(
+    shards: Sequence[InputShard], columns: list[str], mark_columns: list[str] | None = None
+) -> Iterator[tuple[pa.Table, list[str] | None]]:
+    """Each shard's scores, with the requested columns, key and uid, those of its marks, and the statuses there."""
     for shard in shards:
         beside = {companion.name: companion for companion in shard.companions}
         table = read_columns(beside[SCORES], SCORE, [*_IDENTITY, *columns])
@@ -144,7 +191,27 @@ def _tables(shards: Sequence[InputShard], columns: list[str]) -> Iterator[tuple[
         if marks is not None and not _same_images(table, marks):
             text = f"{beside[MARKS].url}: its rows are not those of {beside[SCORES].url}, by key and uid"
             raise BadInput(f"{text}; give --marks what was made of these shards")
-        yield table, None if marks is None else marks.column("status").to_pylist()
+        yield (
+            with_marks(table, shard, mark_columns or []),
+            None if marks is None else marks.column("status").to_pylist(),
+        )
+
+
+def with_marks(scores: pa.Table, shard: InputShard, columns: list[str]) -> pa.Table:
+    """Scores with columns of the shard's marks. Raises BadInput if it has no marks, or if they have no such column."""
+    if not columns:
+        return scores
+    marks = next((companion for companion in shard.companions if companion.name == MARKS), None)
+    if marks is None:
+        raise BadInput(f"--keep: {columns[0]} is a column of the marks of `capipe dedup`; name them with --marks")
+    try:
+        table = read_columns(marks, pa.schema([(name, MARK_TYPES[name]) for name in columns]), columns)
+    except ArtifactMismatch as error:
+        hint = "; `capipe dedup` writes it with --texts or --captions" if columns[0].startswith("text_") else ""
+        raise BadInput(f"--keep: {error}{hint}") from None
+    for name in columns:
+        scores = scores.append_column(name, table.column(name))
+    return scores
 
 
 def _same_images(one: pa.Table, other: pa.Table) -> bool:
@@ -195,7 +262,10 @@ def _nothing(shards: Sequence[InputShard], rule: Rule, uids: UidSet) -> BadInput
     def gather(of: Callable[[Decision], Any], name: str) -> list[pa.ChunkedArray]:
         return [
             table.column(name).filter(pa.array(of(decide(table, marks, rule, uids.mask(table.column("uid"))))))
-            for table, marks in _tables(shards, [*rule.columns, name])
+            for table, marks in _tables(
+                *(shards, [*rule.columns, *([] if name in MARK_TYPES else [name])]),
+                list(dict.fromkeys([*rule.mark_columns, *([name] if name in MARK_TYPES else [])])),
+            )
         ]
 
     statuses = Counter(status for part in gather(lambda d: ~d.candidate, "status") for status in part.to_pylist())

@@ -23,7 +23,7 @@ from ...manifests.withdrawal.rows import REASON
 from ...manifests.withdrawal.uid_set import UidSet
 from ...stages.export.source import check_digest, committed_listing
 from ..runners.interrupts import interrupts
-from ..runners.pool import worker_count
+from ..runners.placement import task_placement
 from ..runners.pool_job import run_pool_job
 
 WORTH_PROCESSES = 4  # shards to rewrite; fewer are done sooner than processes start
@@ -42,11 +42,11 @@ def withdraw(artifact: Artifact, uids: UidSet | None, schema: pa.Schema, passed_
         if not tasks:
             return withdrawal
         write = functools.partial(_rewrite, schema=schema, passed_on=passed_on)
-        count = 0 if len(tasks) < WORTH_PROCESSES else min(worker_count(None, artifact.folder.is_shared), len(tasks))
-        stop = threading.Event()
+        some = len(tasks) if len(tasks) >= WORTH_PROCESSES else 0
+        placement, stop = task_placement(None, artifact.folder.is_shared).at_most(some), threading.Event()
         with interrupts(stop.set):
             result = run_pool_job(
-                tasks, write, artifact, count, lambda event: None, stop, shard_name=lambda record: record.shard
+                tasks, write, artifact, placement, lambda event: None, stop, shard_name=lambda record: record.shard
             )
         if result.interrupted:
             artifact.close()

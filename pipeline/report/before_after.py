@@ -8,10 +8,10 @@ from typing import Any
 
 from ..inspect.discover import HERE
 from ..inspect.images import RowImages
+from ..inspect.sampled import sampled
 from ..inspect.shard_join import ShardJoin, ShardName
 from .evaluations import Gain
 from .examples import head
-from .facts import sampled
 from .render import cut, data_uri
 
 PAIRS = 4  # images

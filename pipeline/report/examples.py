@@ -21,9 +21,9 @@ from ...manifests.artifact_spec import RowPart
 from ...manifests.status import QuestionStatus, Status
 from ...stages.questions.grade import CONTROLS
 from ..inspect.images import RowImages
+from ..inspect.sampled import sampled
 from ..inspect.shard_join import ShardJoin, ShardName
 from ..specs import artifact_spec
-from .facts import sampled
 from .render import cut, data_uri
 
 IMAGES = 12
@@ -239,7 +239,7 @@ def _losses(join: ShardJoin, images: RowImages, name: str, artifact: Artifact, m
                 chosen[index] = reason
         wanted = {"key", "error", "re_caption", "org_caption", "text", "source_shard", "source_key"}
         columns = [column for column in parquet.schema_arrow.names if column in wanted]
-        rows = parquet.read(columns=columns, use_threads=False).take(list(chosen)).to_pylist()
+        rows = parquet.read(columns=columns, use_threads=False).take(pa.array(chosen, pa.int64())).to_pylist()
         for row, reason in zip(rows, chosen.values(), strict=True):
             image = data_uri(images.of(join, ShardName(name, shard), row))
             caption = row.get("re_caption") or row.get("org_caption") or row.get("text")

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ...errors import CapipeError
 from ...manifests.artifact import Artifact
@@ -22,13 +22,13 @@ from ...stages.filter.select import Rule, SelectConfig
 from ...stages.filter.spec import SELECTION
 from ..inspect.discover import Found
 from ..inspect.histograms import Histogram, histograms
-from ..inspect.shared_captions import shared_captions
+from ..inspect.sampled import sampled
+from ..inspect.shared_captions import warning
 from ..inspect.status import RunState, State, read_metrics, run_state, state_of, validation_of
 from ..specs import artifact_spec
 from .charts import Line
 from .evaluations import Evaluation, read_evaluations
 
-Item = TypeVar("Item")
 SHARDS = 32  # of an artifact, read for histograms
 _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_min")] + ["length", "unsafe"]
 
@@ -114,7 +114,7 @@ def gather(contents: Found) -> Facts:
         try:
             if artifact_spec(artifact.stage).histograms:
                 facts.scores.append(_scores(name, artifact))
-            elif artifact_spec(artifact.stage).shown == "captions" and (shared := _shared(artifact)):
+            elif artifact_spec(artifact.stage).shown == "captions" and (shared := warning(artifact, SHARDS)):
                 facts.shared[name] = shared
         except (CapipeError, OSError, ValueError, KeyError) as error:
             part = "scores" if artifact_spec(artifact.stage).histograms else "captions"
@@ -128,25 +128,9 @@ def gather(contents: Found) -> Facts:
     return facts
 
 
-def sampled(items: Sequence[Item], count: int) -> list[Item]:
-    """At most ``count`` items, evenly spaced, including the first."""
-    if len(items) <= count:
-        return list(items)
-    return [items[number * len(items) // count] for number in range(count)]
-
-
 def _link(contents: Found, name: str, artifact: Artifact) -> Link:
     label = artifact_spec(artifact.stage).label
     return Link(name, artifact.stage, label, state_of(artifact), contents.parents(name), models_of(artifact))
-
-
-def _shared(artifact: Artifact) -> str | None:
-    """Warning if many images have the same caption in an artifact's sampled shards."""
-    shards = list(artifact.committed())
-    seen = sampled(shards, SHARDS)
-    shared = shared_captions(artifact, seen)
-    where = f" (counted in {len(seen)} of {len(shards)} shards)" if len(seen) < len(shards) else ""
-    return None if shared is None else f"{shared}{where}"
 
 
 def models_of(artifact: Artifact) -> tuple[str, ...]:

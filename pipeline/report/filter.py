@@ -17,7 +17,6 @@ from markupsafe import Markup
 
 from ...manifests.artifact import Artifact
 from ...manifests.files.compressed import plain
-from ...manifests.files.storage import PRIVATE
 from ...manifests.samples import read_samples
 from ...manifests.shards import InputShard
 from ...manifests.status import Status
@@ -29,7 +28,6 @@ from .charts import histogram_chart
 from .examples import failed_condition
 from .render import cut, data_uri, render
 
-REPORT = f"{PRIVATE}/report.html"
 SAMPLES = 12  # of kept rows, and of filtered rows
 _CONDITIONS = 20  # the most frequent ones
 _TITLES = {Status.OK: "Kept", Status.FILTERED: "Filtered"}
@@ -57,11 +55,11 @@ class Sample:
     captions: Sequence[ScoredCaption]
 
 
-def write_filter_report(artifact: Artifact, rule: Rule, shards: Sequence[InputShard]) -> str:
-    """Write the report of a complete selection from ``shards``; returns its path or URL."""
+def filter_report(artifact: Artifact, rule: Rule, shards: Sequence[InputShard]) -> bytes:
+    """The report of a complete selection from ``shards``."""
     statuses, conditions = _counts(artifact)
     run = artifact.config["run"]
-    page = render(
+    return render(
         "filter.html.j2",
         title="What was kept",
         settings=_settings(artifact, rule),
@@ -72,8 +70,6 @@ def write_filter_report(artifact: Artifact, rule: Rule, shards: Sequence[InputSh
         charts=_charts(artifact, rule),
         sides=_sides(artifact, shards),
     )
-    artifact.folder.write(REPORT, page)
-    return f"{artifact.url}/{REPORT}"
 
 
 def _settings(artifact: Artifact, rule: Rule) -> dict[str, str]:
@@ -101,7 +97,9 @@ def _counts(artifact: Artifact) -> tuple[Counter[str], Counter[str]]:
 
 def _charts(artifact: Artifact, rule: Rule) -> list[Markup]:
     """Histograms of the scores, of other numeric columns in the rule, and of ``unsafe``."""
+    of_marks = {*rule.mark_columns}  # the final shards do not have these
     used = [column.name for column in (rule.keep.columns if rule.keep else ()) if column.kind == "number"]
+    used = [name for name in used if name not in of_marks]
     used += [rule.by] if rule.by else []
     names = [*_SCORES, *(re.sub("^(re|org)_", "", name) for name in used), "unsafe"]
     return list(map(histogram_chart, histograms(artifact, list(dict.fromkeys(names)), rule.bounds())))

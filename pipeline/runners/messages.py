@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
 from ...manifests.manifest import ShardRecord
-from ...manifests.shards import InputShard
+
+
+class Unit(Protocol):
+    """What a worker is given to do: an input shard, or a task."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyUnit = TypeVar("AnyUnit", bound=Unit)
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """A shard to do. ``claim``: in a shared folder, the token that must still be valid at commit."""
+class ShardTask:
+    """A task of a job without a model. ``name``: under which it is claimed and quarantined; ``shards``: those it
+    commits; ``work``: for the function that does it."""
 
-    shard: InputShard
+    name: str
+    shards: tuple[str, ...]
+    work: Any
+
+
+@dataclass(frozen=True)
+class Assignment(Generic[AnyUnit]):
+    """A shard, or task, to do. ``claim``: in a shared folder, the token that must still be valid at commit."""
+
+    shard: AnyUnit
     claim: str | None = None
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The model is loaded and rows are accepted."""
+    """The model is loaded and rows are accepted. None: there is no model, and only its tasks can end the worker."""
 
-    seconds: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,14 @@ class Pulse:
 @dataclass(frozen=True)
 class ShardDone:
     record: ShardRecord
+
+
+@dataclass(frozen=True)
+class TaskDone:
+    """A task's shards are committed."""
+
+    task: str
+    records: Sequence[ShardRecord]
 
 
 @dataclass(frozen=True)
@@ -89,4 +117,4 @@ class WorkerFailed:
     final: bool
 
 
-Event = Ready | Want | Pulse | ShardDone | ShardFailed | ShardLost | WorkerFailed | DoneElsewhere | Note
+Event = Ready | Want | Pulse | ShardDone | TaskDone | ShardFailed | ShardLost | WorkerFailed | DoneElsewhere | Note

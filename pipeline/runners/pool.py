@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Generic, TypeVar
 
-from ...errors import CapipeError, RunFailed
+from ...errors import CapipeError, DamagedShard, RunFailed
 from ...models.worker_process import Worker, WorkerDiedError, readable
 from ...terminal import print_err
 
@@ -29,22 +29,26 @@ class Done(Generic[Task, Result]):
 
 @dataclass(frozen=True, slots=True)
 class Failed(Generic[Task]):
-    """A task that failed :data:`ATTEMPTS` times. ``error``: last reason, one line; ``details``: its traceback."""
+    """A task that failed :data:`ATTEMPTS` times. ``error``: last reason, one line; ``details``: its traceback;
+    ``final``: another attempt cannot succeed."""
 
     task: Task
     error: str
     details: str = ""
+    final: bool = False
 
 
-def worker_count(requested: int | None, shared: bool) -> int:
-    """Processes for :func:`run_pool`: one per core by default, 0 where other processes cannot see the files."""
-    if not shared:
-        return 0
-    return requested if requested is not None else len(os.sched_getaffinity(0))
+class Wait(Enum):
+    """In place of a task: none is free at the moment, but there may be one later."""
+
+    WAIT = "wait"
+
+
+WAIT = Wait.WAIT
 
 
 def run_pool(
-    tasks: Iterable[Task],
+    tasks: Iterable[Task | Wait],
     function: Callable[[Task], Result],
     workers: int,
     stop: threading.Event | None = None,
@@ -52,8 +56,10 @@ def run_pool(
 ) -> Iterator[Done[Task, Result] | Failed[Task]]:
     """Run ``function`` on every task in ``workers`` processes; yields results in the order of completion.
 
-    The next task is taken from ``tasks`` only when a worker is free. A task that raised or whose worker died is retried
-    at once, up to :data:`ATTEMPTS` times in all; a :class:`CapipeError` is raised once the running tasks are finished.
+    The next task is taken from ``tasks`` only when a worker is free; :data:`WAIT` there: it is asked for again later.
+    A task that raised or whose worker died is retried at once, up to :data:`ATTEMPTS` times in all, and not after a
+    :class:`DamagedShard`; any other
+    :class:`CapipeError` is raised once the running tasks are finished.
     ``careful``: maps a task whose worker died to the task to retry.
     Once ``stop`` is set no task is started or retried, and running tasks are finished.
     ``workers=0`` runs everything in this process, for files that other processes cannot see.
@@ -70,12 +76,19 @@ def run_pool(
 
 
 def _run_here(
-    tasks: Iterable[Task], function: Callable[[Task], Result], stop: threading.Event
+    tasks: Iterable[Task | Wait], function: Callable[[Task], Result], stop: threading.Event
 ) -> Iterator[Done[Task, Result] | Failed[Task]]:
     for task in tasks:
+        if isinstance(task, Wait):
+            if stop.wait(_POLL_SECONDS):
+                return
+            continue
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 outcome: Done[Task, Result] | Failed[Task] = Done(task, function(task))
+                break
+            except DamagedShard as error:
+                outcome = Failed(task, str(error), final=True)
                 break
             except CapipeError:
                 raise
@@ -109,17 +122,18 @@ class _Pool(Generic[Task, Result]):
         self._idle: list[Worker[Task, Result]] = []
 
     def run(
-        self, tasks: Iterator[Task], workers: int, stop: threading.Event
+        self, tasks: Iterator[Task | Wait], workers: int, stop: threading.Event
     ) -> Iterator[Done[Task, Result] | Failed[Task]]:
         fatal: CapipeError | None = None
         while True:
+            waiting = False
             while not stop.is_set() and fatal is None and len(self._running) < workers:
-                try:
-                    task = next(tasks)
-                except StopIteration:
+                task = next(tasks, None)
+                waiting = isinstance(task, Wait)
+                if task is None or isinstance(task, Wait):
                     break
                 self._start(task, 1)
-            if not self._running:
+            if not self._running and not waiting:
                 break
             for attempt in readable(self._running, _POLL_SECONDS):
                 if not attempt.ready:
@@ -130,7 +144,8 @@ class _Pool(Generic[Task, Result]):
                 except CapipeError as error:  # the others finish: killed, they would leave their temporary files
                     fatal = fatal or error
                     continue
-                if isinstance(outcome, Failed) and attempt.number < ATTEMPTS and not stop.is_set() and fatal is None:
+                again = attempt.number < ATTEMPTS and not stop.is_set() and fatal is None
+                if isinstance(outcome, Failed) and not outcome.final and again:
                     _warn(outcome, attempt.number)
                     self._start(outcome.task, attempt.number + 1)
                 else:
@@ -167,6 +182,8 @@ class _Pool(Generic[Task, Result]):
             attempt.worker.kill()
             self._running.remove(attempt)
             return Failed(self._careful(attempt.task), f"its worker process died: {death}")
+        except DamagedShard as error:
+            outcome = Failed(attempt.task, str(error), final=True)
         except CapipeError:
             self._release(attempt)
             raise

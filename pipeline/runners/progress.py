@@ -47,7 +47,8 @@ class Progress:
     def update(self, event: Event) -> None:
         if isinstance(event, Ready):
             self.ready = self.ready or time.monotonic()
-            self.notes.append(f"engine ready after {event.seconds:.1f} s")
+            if event.seconds is not None:
+                self.notes.append(f"engine ready after {event.seconds:.1f} s")
         elif isinstance(event, Pulse):
             self.rows.update(event.rows)
             self.recalled += event.recalled

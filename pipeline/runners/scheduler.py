@@ -1,30 +1,50 @@
 """Scheduler: assigns shards to workers one by one, replaces workers that die, drains on Ctrl-C.
 
 It never touches a row, and works with any :class:`WorkerPool`: local processes (:mod:`.local`) or actors on a cluster
-(:mod:`.ray`). It tracks the shards assigned to each worker, so a death loses nothing: the shards go to the next worker,
-which reads their finished rows from the journals. A slot whose workers exit before they finish a row is retried, then
-abandoned; the other slots go on (:mod:`.worker_slots`).
+(:mod:`.ray.pool`). It tracks the shards assigned to each worker, so a death loses nothing: the shards go to the next
+worker, which reads their finished rows from the journals. A slot whose workers exit before they finish a row is
+retried, then abandoned; the other slots go on (:mod:`.worker_slots`).
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ...errors import CapipeError, RunFailed
 from ...manifests.artifact import Artifact
-from ...manifests.shards import InputShard
+from ...manifests.manifest import ShardRecord
 from .interrupts import interrupts
-from .messages import Assignment, Event, Note, Pulse, Ready, ShardDone, ShardFailed, ShardLost, Want, WorkerFailed
+from .messages import (
+    AnyUnit,
+    Assignment,
+    Event,
+    Note,
+    Pulse,
+    Ready,
+    ShardDone,
+    ShardFailed,
+    ShardLost,
+    TaskDone,
+    Want,
+    WorkerFailed,
+)
 from .shard_queue import JobResult, ShardQueue
 from .worker_slots import WorkerSlots
 
 POLL_SECONDS = 0.5  # longest delay before a stop request is noticed
+AHEAD = 64  # shards read ahead to know how many workers have something to do
 
 # A shard; "wait": none available now; "stop": drain; "leave": close the engine and exit; None: no more shards.
-Order = Assignment | Literal["wait", "stop", "leave"] | None
+Order = Assignment[Any] | Literal["wait", "stop", "leave"] | None
+
+
+class PoolLost(RunFailed):
+    """All workers are out of reach, for good; the message says why."""
 
 
 class WorkerHandle(Protocol):
@@ -50,7 +70,7 @@ class WorkerHandle(Protocol):
 
 
 class WorkerPool(Protocol):
-    """Starts workers and receives their events. ``size``: number of slots, one worker each."""
+    """Starts workers and receives their events. ``size``: number of slots, one worker each. Raises PoolLost."""
 
     size: int
 
@@ -75,25 +95,36 @@ class _Member:
 
 
 class Scheduler:
-    """Runs shards through a pool of workers. ``report`` gets every event."""
+    """Runs shards through a pool of workers. ``report`` gets every event. ``stop``: set to have it drain; by the first
+    signal, if it is not given."""
 
-    def __init__(self, pool: WorkerPool, artifact: Artifact, report: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        artifact: Artifact,
+        report: Callable[[Event], None],
+        stop: threading.Event | None = None,
+    ) -> None:
         self._pool, self._artifact, self._report = pool, artifact, report
         self._members: list[_Member] = []
         self._slots = WorkerSlots(pool.size)
-        self._stop_requested = self._stopping = False
+        self._signals = interrupts if stop is None else nullcontext
+        self._stop = stop or threading.Event()
+        self._stopping = False
 
-    def run(self, shards: Sequence[InputShard]) -> JobResult:
-        """Work until all shards are committed or quarantined, or Ctrl-C. Raises CapipeError when it cannot go on."""
-        self._queue = ShardQueue(self._artifact, self._report, shards)
-        if not shards:
-            return self._queue.result
-        with interrupts(self._request_stop):
+    def run(self, shards: Iterable[AnyUnit], careful: Callable[[AnyUnit], AnyUnit] | None = None) -> JobResult:
+        """Work until all shards are committed or quarantined, or Ctrl-C. Raises CapipeError when it cannot go on.
+
+        ``careful``: see :class:`.shard_queue.ShardQueue`.
+        """
+        self._queue: ShardQueue[Any] = ShardQueue(self._artifact, self._report, shards, careful)
+        with self._signals(self._stop.set):
             try:
-                for _ in range(min(self._pool.size, len(shards))):
-                    self._start_in_unused_slot()
+                self._start_workers(AHEAD if self._queue.streams else self._pool.size)
                 while self._members or self._slots.retry_at:
                     self._round()
+            except PoolLost as lost:
+                self._conclude(lost)
             except CapipeError:
                 for member in self._members:  # all at once, so that each has the same time for it
                     member.handle.dismiss()
@@ -105,6 +136,12 @@ class Scheduler:
         self._queue.result.interrupted = self._stopping
         return self._queue.result
 
+    def _start_workers(self, most: int) -> None:
+        """Start workers in unused slots for the shards that the others leave, of the next ``most``."""
+        idle = sum(not member.shards for member in self._members)
+        for _ in range(self._queue.ahead(most) - idle):
+            self._start_in_unused_slot()
+
     def _start(self, slot: int) -> None:
         self._members.append(_Member(self._pool.start(slot), slot))
 
@@ -113,7 +150,7 @@ class Scheduler:
             self._start(slot)
 
     def _round(self) -> None:
-        if self._stop_requested and not self._stopping:
+        if self._stop.is_set() and not self._stopping:  # a signal handler may interrupt a half-sent message
             self._drain()
         if self._is_over:
             self._slots.retry_at.clear()
@@ -130,6 +167,8 @@ class Scheduler:
                 self._handle(member, event)
         for member in self._members:
             self._assign(member)
+        if not self._stopping and self._queue.streams:
+            self._start_workers(AHEAD)
         self._release_unstarted()
 
     def _handle(self, member: _Member, event: Event) -> None:
@@ -149,8 +188,13 @@ class Scheduler:
         elif isinstance(event, ShardDone):
             member.shards.remove(event.record.shard)
             self._queue.done(event.record.shard)
+        elif isinstance(event, TaskDone):
+            member.shards.remove(event.task)
+            self._queue.done(event.task)
+            self._report_done(event.records)
+            return
         elif isinstance(event, Ready):
-            member.ready = True
+            member.ready, member.made_progress = True, event.seconds is None
         elif isinstance(event, Pulse) and sum(event.rows.values()) > event.recalled:
             member.made_progress = True
             self._slots.succeeded(member.slot)
@@ -193,8 +237,7 @@ class Scheduler:
         else:
             self._report(WorkerFailed(reason, 0, final=False))
         for shard in member.shards:
-            if (record := self._queue.abandoned(shard, reason)) is not None:
-                self._report(ShardDone(record))
+            self._report_done(self._queue.abandoned(shard, reason))
         if member.made_progress and not self._queue.empty:
             self._start(member.slot)
 
@@ -213,8 +256,20 @@ class Scheduler:
                 raise RunFailed(f"{reason}; {tries} on {name} ended before they finished a row, {last}")
         self._report(Note(f"{name} is given up, as {tries} ended there before they finished a row: {reason}"))
 
-    def _request_stop(self) -> None:
-        self._stop_requested = True  # the main loop acts on it: a signal handler may interrupt a half-sent message
+    def _report_done(self, records: Iterable[ShardRecord]) -> None:
+        for record in records:
+            self._report(ShardDone(record))
+
+    def _conclude(self, lost: PoolLost) -> None:
+        """After the loss of the pool: its workers commit nothing more. Raises it unless all was committed before."""
+        left = 0
+        for shard in [shard for member in self._members for shard in member.shards]:
+            records = self._queue.taken_back(shard)
+            left += records is None
+            self._report_done(records or ())
+        self._members.clear()
+        if not self._stopping and (left or not self._queue.empty):
+            raise lost
 
     def _drain(self) -> None:
         """Let the rows in the engines finish, and start nothing more."""

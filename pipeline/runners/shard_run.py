@@ -13,7 +13,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.files.locks import UNLIMITED, Patience
 from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.manifest import ShardRecord
-from ...manifests.shards import Row
+from ...manifests.shards import InputShard, Row
 from ...manifests.status import Status
 from ...manifests.withdrawal.applied import applied
 from ...manifests.withdrawal.rows import WithdrawingReader
@@ -33,7 +33,7 @@ class Commits(Protocol):
 class ShardRun:
     """A shard in progress: reader, journal and finished rows."""
 
-    def __init__(self, artifact: Artifact, assignment: Assignment) -> None:
+    def __init__(self, artifact: Artifact, assignment: Assignment[InputShard]) -> None:
         self.artifact, self.started = artifact, time.time()
         self.shard, self.claim = assignment.shard, assignment.claim
         self.reader = self._read()

@@ -42,7 +42,7 @@ UNREAD = frozenset(  # set before any model runs
     {Status.CORRUPT, Status.MISSING, Status.READ_ERROR, Status.UNSUPPORTED, Status.TOO_SMALL, Status.TOO_LARGE}
 )
 
-Answer = Assignment | Literal["wait"] | None  # a shard; none at the moment; no more shards
+Answer = Assignment[Any] | Literal["wait"] | None  # a shard; none at the moment; no more shards
 
 
 class Processor(Protocol):

@@ -30,6 +30,7 @@ _TEXTS = 3  # to show in a row, including joined artifacts'
 _LISTED = 6  # texts and numbers shown in a row by default
 _NUMBERS = tuple(map(re.compile, ("re_.*_score", "re_.*_score_min", "org_.*_score", "(.*_)?right_.*")))
 _MOST_COLUMNS = 24
+_MOST_SHARDS = 2000  # offered to jump to; any other's name may be typed
 
 Id = Annotated[str, Query(alias="a", max_length=40)]
 Shard = Annotated[str, Query(max_length=1000)]
@@ -157,7 +158,7 @@ def _columns(table: Table) -> dict[str, Any]:
         {"name": name, "artifact": column.artifact, "kind": _kind(column.flat.type), "prose": column.flat.prose}
         for name, column in table.columns.items()
     ]
-    shards = [{"name": shard, "rows": table.counts[shard]} for shard in table.shards]
+    shards = [{"name": shard, "rows": table.counts[shard]} for shard in table.shards[:_MOST_SHARDS]]
     return {"name": table.name, "columns": listed, "shown": default_columns(table), "shards": shards}
 
 

@@ -6,6 +6,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .table import Arrays, Table, Unknown
 _LOOK = 1.0  # seconds between two checks of the manifests
 _WALK = 10.0  # seconds between two scans of the folders
 _REMOTE = 30  # in a store it is that much rarer
+_SHARE = 10  # times as long as a reload took: until the next
 _THUMBNAIL = 256  # pixels
 _TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
@@ -55,6 +57,15 @@ class Library:
         stamps = {name: self._stamp(name) for name in contents.artifacts}  # first: later changes are noticed next time
         return contents, ShardJoin(contents.artifacts), stamps
 
+    def _reload(self, changed: bool) -> None:
+        """Look for artifacts, and read their manifests anew if one has ``changed`` or come or gone. Raises BadInput."""
+        if not changed:
+            before, self._found = self._found, find(self.root)
+            if self._found.artifacts.keys() == before.artifacts.keys():
+                return
+        self._found, self._join, self._stamps = self._walk()
+        self._tables = {}
+
     def _stamp(self, name: str) -> object:
         """Changes with each commit."""
         if self._remote:
@@ -76,19 +87,17 @@ class Library:
                 return
             changed = any(self._stamp(name) != stamp for name, stamp in self._stamps.items())
             if changed or now - self._walked > _WALK * (_REMOTE if self._remote else 1):
-                try:
-                    self._found, self._join, self._stamps = self._walk()
-                except BadInput:  # the folder is being moved or emptied: keep the last state
-                    pass
-                else:
-                    self._tables = {}
+                with suppress(BadInput):  # the folder is being moved or emptied: keep the last state
+                    self._reload(changed)
                 self._walked = now
             self._look_after = self._next_look(now)
 
     def _next_look(self, started: float) -> float:
-        """Looking into a store takes requests, and more of them for more shards."""
+        """Looking into a store takes requests, and reading manifests time: more of both for more shards."""
         now = time.monotonic()
-        return now + (max(_LOOK * _REMOTE, _REMOTE * (now - started)) if self._remote else _LOOK)
+        if self._remote:
+            return now + max(_LOOK * _REMOTE, _REMOTE * (now - started))
+        return now + max(_LOOK, _SHARE * (now - started))
 
     # --- artifacts ---------------------------------------------------------------------------------------------------
 

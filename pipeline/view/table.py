@@ -56,12 +56,17 @@ class Table:
         self.shards = list(join.records[name])
         self.counts = {shard: record.count for shard, record in join.records[name].items()}
         self._index = {shard: number for number, shard in enumerate(self.shards)}
-        self._beside = {
-            shard: {other.artifact: other for other in reversed(join.beside(ShardName(name, shard)))}
-            for shard in self.shards
-        }
+        self._joined: dict[str, dict[str, ShardName]] = {}
         self._fitting: dict[tuple[ShardName, ShardName], bool] = {}
         self._stamps: dict[str, str] = {}
+
+    def _beside(self, shard: str) -> dict[str, ShardName]:
+        """Shards of other artifacts with the same rows, by artifact."""
+        known = self._joined.get(shard)
+        if known is None:
+            others = reversed(self.join.beside(ShardName(self.name, shard)))
+            known = self._joined[shard] = {other.artifact: other for other in others}
+        return known
 
     @property
     def rows(self) -> int:
@@ -77,7 +82,7 @@ class Table:
         """Digest of a shard's rows and the rows joined to it."""
         self.number(shard)
         if shard not in self._stamps:
-            places = [ShardName(self.name, shard), *self._beside[shard].values()]
+            places = [ShardName(self.name, shard), *self._beside(shard).values()]
             self._stamps[shard] = _hashed([f"{part.artifact}={self._digest(part)}" for part in places])
         return self._stamps[shard]
 
@@ -119,7 +124,7 @@ class Table:
         """Artifacts with rows in this table, this one first, each with a few of its shards."""
         sources: dict[str, list[ShardName]] = {self.name: [ShardName(self.name, shard) for shard in self.shards[:3]]}
         for shard in self.shards:
-            for artifact, shard_name in self._beside[shard].items():
+            for artifact, shard_name in self._beside(shard).items():
                 if len(places := sources.setdefault(artifact, [])) < 3:
                     places.append(shard_name)
         order = {name: number for number, name in enumerate(self.join.records)}
@@ -175,7 +180,7 @@ class Table:
             raise Unreadable(f"{shard}.parquet cannot be read ({reason}); `capipe verify` says what is wrong") from None
 
     def _others(self, shard: str, artifact: str, columns: list[Column]) -> dict[str, pa.Array]:
-        shard_name = self._beside[shard].get(artifact)
+        shard_name = self._beside(shard).get(artifact)
         try:
             if shard_name is not None and self._fits(ShardName(self.name, shard), shard_name):
                 return self._made(shard_name, columns)
@@ -236,7 +241,7 @@ class Table:
         own = ShardName(self.name, shard)
         self.row_name(shard, row)
         rows = {self.name: self._row(own, row)}
-        for artifact, shard_name in self._beside[shard].items():
+        for artifact, shard_name in self._beside(shard).items():
             try:
                 if self._fits(own, shard_name):
                     rows[artifact] = self._row(shard_name, row)

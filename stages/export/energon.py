@@ -20,7 +20,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import yaml
 
-from ...errors import ArtifactMismatch
+from ...errors import DamagedShard
 from ...manifests.files.tar import BLOCK, scan
 from ...manifests.samples import split_name
 
@@ -78,7 +78,7 @@ def index_tar(stream: BinaryIO, where: str) -> TarIndex:
     index, end = TarIndex(), 0
     for member in scan(stream):
         if member.problem is not None:
-            raise ArtifactMismatch(f"{where}: {member.problem}; `capipe verify` says what else is wrong")
+            raise DamagedShard(f"{where}: {member.problem}; `capipe verify` says what else is wrong")
         key, part = split_name(member.name)
         if not index.keys or index.keys[-1] != key:
             index.keys.append(key)

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...errors import ArtifactMismatch
+from ...errors import DamagedShard
 from ...manifests.artifact import Artifact
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import expecting, parquet_file, parquet_of
@@ -78,7 +78,7 @@ def check_digest(found: str, record: ShardRecord, name: str, source: Artifact) -
     """Raise ArtifactMismatch if a file of the source's shard differs from the committed one."""
     if found != record.files[name]["sha256"]:
         text = f"{source.url}/{name}: its bytes are not those its manifest lists; `capipe verify` says what is wrong"
-        raise ArtifactMismatch(text)
+        raise DamagedShard(text)
 
 
 def ok_rows(listed: pq.ParquetFile) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -118,7 +118,7 @@ def pairs(source: Artifact, record: ShardRecord, listed: pq.ParquetFile, images:
         for index, row in ok_rows(listed):
             yield _pair(index, row, next(samples, None), where)
         if next(samples, None) is not None:
-            raise ArtifactMismatch(f"{where}: has samples that its Parquet does not list; restore both")
+            raise DamagedShard(f"{where}: has samples that its Parquet does not list; restore both")
     check_digest(digest.hexdigest(), record, name, source)
 
 
@@ -127,12 +127,12 @@ def _pair(index: int, row: Mapping[str, Any], sample: Sample | None, where: str)
     if sample is None or sample.key != row["key"] or image is None or image.data is None:
         actual = "nothing" if sample is None else f"{sample.key!r} ({sample.error or 'another sample'})"
         text = f"{where}: row {row['key']!r} expected, {actual} found; the tar does not fit its Parquet"
-        raise ArtifactMismatch(f"{text}, restore both (`capipe verify` lists what is damaged)")
+        raise DamagedShard(f"{text}, restore both (`capipe verify` lists what is damaged)")
     extension = next(ext for ext, member in sample.members.items() if member is image)
     txt = sample.members.get("txt")
     text = ((txt.data if txt else None) or b"").decode("utf-8", "replace")
     if text != caption_of(row):
-        raise ArtifactMismatch(f"{where}: the caption of {row['key']!r} is not the one its Parquet lists; restore both")
+        raise DamagedShard(f"{where}: the caption of {row['key']!r} is not the one its Parquet lists; restore both")
     return Pair(index, row, sample, image.data, extension, text)
 
 

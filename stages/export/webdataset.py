@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...errors import ArtifactMismatch
+from ...errors import DamagedShard
 from ...manifests.artifact import Artifact
 from ...manifests.file_transaction import FileTransaction
 from ...manifests.files.storage import open_parquet
@@ -89,7 +89,7 @@ def _indexed(out: FileTransaction, shard: str, where: str) -> dict[str, Any]:
         keys = [row["key"] for _, row in ok_rows(listed)]
     if index.keys != keys:
         text = f"{where}: its samples are not the ok rows of its Parquet"
-        raise ArtifactMismatch(f"{text}; `capipe verify` says what is wrong")
+        raise DamagedShard(f"{text}; `capipe verify` says what is wrong")
     _write_index(shard, index, out)
     images = Counter(part for _, part, _, _ in index.parts if part not in ("txt", "json"))
     return {"samples": len(index.keys), "images": dict(sorted(images.items()))}

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...errors import ArtifactMismatch
+from ...errors import ArtifactMismatch, DamagedShard
 from ...manifests.artifact import Artifact
 from ...manifests.files.allowed import Allowed, open_place, split
 from ...manifests.files.compressed import plain
@@ -154,7 +154,7 @@ def _location(index: Artifact, entry: Mapping[str, Any], allowed: Allowed) -> st
 
 def _changed(index: Artifact, where: str, how: str) -> ArtifactMismatch:
     text = f"{where}: changed since {index.url}, an index over it, was made ({how})"
-    return ArtifactMismatch(f"{text}; restore it, or score and select anew")
+    return DamagedShard(f"{text}; restore it, or score and select anew")
 
 
 def _as_final(source: Row, row: Mapping[str, Any]) -> Sample:

@@ -18,6 +18,8 @@ from ...manifests.status import Status
 from .conditions import Mask
 
 MARKS = "marks"  # name of the marks in a row's ``beside``
+#: Statuses that rows have by marks alone, not by a fault of their image or of a model.
+LEFT_OUT = frozenset({Status.DUPLICATE, Status.CONTAMINATED, Status.UNSAFE, Status.FILTERED, Status.WITHDRAWN})
 
 
 def is_left_out(mark: str) -> bool:
@@ -35,6 +37,15 @@ def marked_status(status: str, error: str | None, mark: Mapping[str, Any] | None
     if status == Status.OK and mark is not None and is_left_out(mark["status"]):
         return mark["status"], mark["error"]
     return status, error
+
+
+def unaffected(rows: Mapping[int, dict[str, Any]], sidecars: Sequence[Sequence[str]]) -> dict[int, dict[str, Any]]:
+    """Of a stage's ``rows``, by index, those that other statuses in its sidecars than before cannot have changed.
+
+    These are the ok rows of images that none of them leaves out now. A row that is not ok may have been left out.
+    """
+    ok = {index: row for index, row in rows.items() if row["status"] == Status.OK}
+    return {index: row for index, row in ok.items() if not any(each[index] in LEFT_OUT for each in sidecars)}
 
 
 class Rows(Protocol):

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from ...errors import BadInput
 from ...manifests.configuration import Growing
-from ...manifests.schema import SCORE
+from ...manifests.schema import DEDUP, SCORE, TEXT_MARKS
 from ...manifests.shards import Row
 from ...manifests.sidecars import encode_meta
 from ...manifests.status import Status
@@ -35,9 +35,14 @@ Text = Literal["re", "org"]
 Scores = npt.NDArray[np.floating[Any]]
 
 _TYPES: dict[str, pa.DataType] = {field.name: field.type for field in SCORE}
+#: Columns of dedup marks, by which rows may be kept, too.
+MARK_TYPES: dict[str, pa.DataType] = {
+    field.name: field.type for field in (*DEDUP, *TEXT_MARKS) if field.name not in _TYPES
+}
 #: Unprefixed names in expressions, of the caption that is written: ``clip_score`` for ``re_clip_score`` or ``org_…``.
 _SHARED = tuple(name.removeprefix("re_") for name in _TYPES if name.startswith("re_"))
 _NAMES = [*_SHARED, *_TYPES]
+_KEEP_TYPES = {**_TYPES, **MARK_TYPES}
 
 
 def aliases(text: Text) -> dict[str, str]:
@@ -52,7 +57,7 @@ class SelectConfig(Growing):
     later = ("index",)
 
     keep: str | None = Field(
-        None, description="condition over the columns of the scores; see stages/filter/expression.py"
+        None, description="condition over the columns of scores and marks; see stages/filter/expression.py"
     )
     top: float | None = Field(None, gt=0, le=1, description="fraction to keep of the candidates that `keep` leaves")
     by: str = Field("clip_score", description="column by which `top` ranks")
@@ -66,7 +71,7 @@ class SelectConfig(Growing):
     @classmethod
     def _keep_is_an_expression(cls, keep: str | None) -> str | None:
         if keep is not None:
-            parse(keep, _TYPES, aliases("re"))
+            parse(keep, _KEEP_TYPES, aliases("re"))
         return keep
 
     @field_validator("by")
@@ -98,7 +103,7 @@ class Rule:
     @classmethod
     def of(cls, config: SelectConfig, text: Text, threshold: str | None = None) -> Rule:
         """Rule of a config; ``threshold`` as in :attr:`threshold_text`."""
-        keep = None if config.keep is None else parse(config.keep, _TYPES, aliases(text))
+        keep = None if config.keep is None else parse(config.keep, _KEEP_TYPES, aliases(text))
         rule = cls(config, text, keep)
         return rule if threshold is None else replace(rule, threshold=float(rule.precision(threshold)))
 
@@ -119,10 +124,19 @@ class Rule:
 
     @property
     def columns(self) -> list[str]:
-        """Columns needed for the decision."""
+        """Columns of the scores needed for the decision."""
         used = {"status": None, f"{self.text}_length": None}
-        used |= {column.name: None for column in (self.keep.columns if self.keep else ())}
+        used |= {name: None for name in self._kept_by if name in _TYPES}
         return list(used | ({self.by: None} if self.by else {}))
+
+    @property
+    def mark_columns(self) -> list[str]:
+        """Columns of the marks needed for it, beside their status."""
+        return [name for name in self._kept_by if name in MARK_TYPES]
+
+    @property
+    def _kept_by(self) -> list[str]:
+        return [column.name for column in (self.keep.columns if self.keep else ())]
 
     def bounds(self) -> list[tuple[str, float]]:
         """Columns and the numbers that they are compared with, for plots."""
@@ -155,8 +169,8 @@ class Decision:
 
 
 def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule, withdrawn: Mask | None = None) -> Decision:
-    """Decide on the rows of ``table``, which has at least :attr:`Rule.columns`; ``marks``: dedup statuses, if any;
-    ``withdrawn``: rows of withdrawn images."""
+    """Decide on the rows of ``table``, which has at least :attr:`Rule.columns` and :attr:`Rule.mark_columns`;
+    ``marks``: dedup statuses, if any; ``withdrawn``: rows of withdrawn images."""
     candidate = _where(pc.equal(table.column("status"), str(Status.OK)))
     candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
     if marks is not None:
@@ -230,7 +244,7 @@ def selection_status(
 ) -> tuple[str, str | None]:
     """Status and error of a scored row, by the same rule as :func:`decide`, which gives ``failed``."""
     status, error = marked_status(row["status"], row["error"], mark)
-    reason = _rejected(row, rule, failed) if status == Status.OK else None
+    reason = _rejected({**(mark or {}), **row}, rule, failed) if status == Status.OK else None
     if reason is None:
         return status, error
     return str(Status.FILTERED), "; ".join(part for part in (reason, row["error"]) if part)

@@ -41,7 +41,13 @@ QA = StageSpec(
 EVAL = StageSpec(
     "eval",
     "capipe.pipeline.commands.eval:evaluate",
-    {"shards": (SHARDS,), "questions": ("questions",), "captions": ("captions",), "model": (CHECKPOINT,)},
+    {
+        "shards": (SHARDS,),
+        "questions": ("questions",),
+        "captions": ("captions",),
+        "model": (CHECKPOINT,),
+        "marks": MARKED,
+    },
     {"evaluation": ""},
     (
         Output(CAPTIONS, "captions", lambda config, inputs: "captions" not in inputs),
@@ -58,5 +64,6 @@ EVAL = StageSpec(
         OutputFolder("graded", without=keys("clip cosine language-model")),
         OutputFolder(None),
     ),
+    skips="marks",
     check="capipe.pipeline.commands.eval:check",
 )

@@ -54,9 +54,9 @@ def crash_trial(folder: Path, *, kills: int, shards: int, images: int, seed: int
         moments=moments,
         shards=total,
         statuses=dict(report.rows),
-        equal=all(_contents(alone / name) == _contents(killed / name) for name in _ARTIFACTS),
+        equal=all(contents(alone / name) == contents(killed / name) for name in _ARTIFACTS),
         faults=[fault for name in _ARTIFACTS for fault in verify(str(killed / name)).faults],
-        leftovers=[name for artifact in _ARTIFACTS for name in _leftovers(killed / artifact)],
+        leftovers=[name for artifact in _ARTIFACTS for name in leftovers(killed / artifact)],
     )
 
 
@@ -81,14 +81,14 @@ def _run(*arguments: Any) -> None:
     subprocess.run([*_COMMAND, *map(str, arguments)], check=True, stderr=quiet, stdout=quiet)
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     """The files that say nothing of when they were written, and the fingerprint."""
     found = {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
     config = json.loads((folder / "_capipe/config.json").read_text())
     return {**found, "fingerprint": config["fingerprint"].encode()}
 
 
-def _leftovers(folder: Path) -> list[str]:
+def leftovers(folder: Path) -> list[str]:
     known = {"config.json", "manifest.jsonl", "times.jsonl", "lock"}
     return [path.name for path in (folder / "_capipe").rglob("*") if path.is_file() and path.name not in known]
 

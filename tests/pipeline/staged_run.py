@@ -28,7 +28,7 @@ from capipe.models.images.decode_pool import DecodePool
 from capipe.pipeline.runners import worker_slots
 from capipe.pipeline.runners.placement import Placement
 from capipe.pipeline.runners.progress import Progress
-from capipe.pipeline.runners.ray import RayCluster
+from capipe.pipeline.runners.ray.cluster import RayCluster
 from capipe.pipeline.runners.worker import RowByRow
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "uid", "status", "error")])

@@ -24,6 +24,7 @@ from capipe.pipeline.jobs.dedup import hash_images, mark, plan_dedup
 from capipe.pipeline.jobs.engine import execute, plan
 from capipe.pipeline.runners.placement import Placement
 from capipe.stages.dedup.marks import DedupConfig
+from capipe.stages.filter.marked import MARKS
 from capipe.stages.filter.select import SelectConfig
 
 from ..conftest import photo
@@ -36,11 +37,16 @@ DRAWS: Iterator[int] = itertools.count()  # no draw comes twice, so a row that w
 
 @dataclass(frozen=True)
 class Drawing:
-    """A stage that gives each image a number that was never given before. ``fails``: uids of which it makes errors."""
+    """A stage that gives each image a number that was never given before.
+
+    ``fails``: uids of which it makes errors; ``heeds``: rows that are not ok beside get none, as where captions are
+    scored.
+    """
 
     chunk: int = 1
     fails: frozenset[tuple[str, str]] = field(default=frozenset())
     name: str = "drawing"
+    heeds: bool = False
     setup: None = None
 
     def semantic(self) -> dict[str, Any]:
@@ -55,13 +61,17 @@ class DrawingProcessor:
     writes_tar, window = False, 8
 
     def __init__(self, stage: Drawing) -> None:
-        self.chunk, self._fails = stage.chunk, dict(stage.fails)
+        self.chunk, self._fails, self._heeds = stage.chunk, dict(stage.fails), stage.heeds
 
     async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         out = [{**self.passed_on(row), "draw": next(DRAWS)} for row in rows]
         for row in out:
             if row["uid"] in self._fails:
                 row |= {"status": self._fails[row["uid"]], "error": "once", "draw": None}
+        for row, source in zip(out, rows, strict=True):
+            for beside in source.beside.values():
+                if self._heeds and beside["status"] != Status.OK:
+                    row |= {"status": beside["status"], "error": beside["error"], "draw": None}
         return out
 
     def passed_on(self, row: Row) -> dict[str, Any]:
@@ -197,6 +207,37 @@ def test_marks_follow(listed: Path, tmp_path: Path) -> None:
     assert dedup() == ["00000", "00001", "00002", "00003"] and dedup() == []
     found = {row["key"]: row for row in rows(marks / "marked")}
     assert len(found) == 10 and found["000011"]["duplicate_of"] == "000000"
+
+
+def test_rows_that_marks_give_back_are_done_and_those_they_take_are_not_kept(listed: Path, tmp_path: Path) -> None:
+    """Images that come later change groups, and with them which copy is left out; what reads the result follows."""
+    shards, marks, out, second = (tmp_path / name for name in ("shards", "marks", "out", "second"))
+    ingest(listed, out=shards, shard_size=3)
+
+    def marked(*left_out: str) -> list[str]:
+        artifact = Artifact.create(str(marks), "dedup", {}, {})
+        for name in ("00000", "00001", "00002"):
+            made = [row for row in rows(shards) if row["key"].startswith(name)]
+            with artifact.begin(name, pa.schema(BASE), over=artifact.committed().get(name)) as writer:
+                for row in made:
+                    own = {key: row[key] for key in ("key", "uid", "status", "error")}
+                    writer.write({**own, "status": "duplicate", "error": "again"} if row["key"] in left_out else own)
+                writer.commit(rows_in=3, input_info={"digest": "d"})
+        artifact.close()
+        done = draw(shards, out, beside={MARKS: marks})
+        assert draw(shards, second, Drawing(name="second", heeds=True), {"first": out}) == done
+        return done
+
+    assert marked("000002", "000012") == ["00000", "00001", "00002"] and marked("000002", "000012") == []
+    before = [draws(out), draws(second)]
+    for each in before:
+        assert [key for key, number in each.items() if number is None] == ["000001", "000002", "000011", "000012"]
+    assert marked("000000", "000012") == ["00000"]
+    for made, was in zip((out, second), before, strict=True):
+        now = draws(made)
+        assert now.pop("000000") is None and was.pop("000000") is not None
+        assert now.pop("000002") is not None and was.pop("000002") is None
+        assert now == was and next(row["error"] for row in rows(made)) == "again"
 
 
 @pytest.mark.parametrize("size", [2, 3, 20])

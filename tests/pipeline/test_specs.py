@@ -10,6 +10,7 @@ from capipe.pipeline.chain.options import options_of
 from capipe.pipeline.jobs import annotate, grade, qa, score
 from capipe.pipeline.specs import ARTIFACTS, STAGES, command_of
 from capipe.stages.dedup import marks
+from capipe.stages.dedup.texts import reading
 from capipe.stages.export import write
 from capipe.stages.filter import select
 from capipe.stages.ingest import shard
@@ -32,7 +33,15 @@ def test_an_engine_stage_writes_the_columns_of_its_spec(stage: Any, processor: A
 
 
 def test_every_artifact_has_a_spec() -> None:
-    named = {shard.STAGE, marks.STAGE, marks.HASH_STAGE, select.STAGE, write.STAGE, score.EmbedStage.name}
+    named = {
+        shard.STAGE,
+        marks.STAGE,
+        marks.HASH_STAGE,
+        reading.STAGE,
+        select.STAGE,
+        write.STAGE,
+        score.EmbedStage.name,
+    }
     assert named | {"annotate", "questions", "screen", "grade", "score"} == ARTIFACTS.keys()
 
 

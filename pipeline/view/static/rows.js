@@ -35,7 +35,7 @@ export async function showRows(facts, body, card = rowCard, columns = undefined,
 }
 
 function tools(facts) {
-  const names = facts.shards.slice(0, 2000).map((each) => make("option", { value: each.name }, `${number(each.rows)} rows`));
+  const names = facts.shards.map((each) => make("option", { value: each.name }, `${number(each.rows)} rows`));
   const field = make("input", { type: "text", list: "shards", value: state.shard, placeholder: facts.shards[0]?.name ?? "", "aria-label": "Go to shard" });
   field.addEventListener("change", () => jump({ shard: field.value, row: "" }));
   return make("p", { class: "tools" }, make("label", {}, "Shard ", field), make("datalist", { id: "shards" }, ...names));

@@ -20,7 +20,7 @@ from .backends import Backend, unit
 from .forest import Vectors
 
 ALL_UP_TO = 50_000  # vectors compared all with all: one cell
-PROBES = 8
+PROBES = 12
 REACH = 0.1  # visited are cells whose border is this near, for a vector of length 1
 PER_CENTROID = 64  # vectors that k-means sees
 MOST_SEEN = 1 << 19  # and of all: 1 GB of 512 numbers each

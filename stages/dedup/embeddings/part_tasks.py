@@ -16,7 +16,7 @@ from .backends import backend_of, unit
 from .cells import assign, cell_count, is_seen
 from .forest import Vectors
 from .raw_files import Arrays, read_array, write_arrays
-from .reading import Part, read_part
+from .reading import ShardGroup, read_part
 
 CENTROIDS = "centroids"
 ROW_COLUMNS = pa.schema([("node", pa.int64())])
@@ -30,7 +30,7 @@ class PartTask:
     """``name``: of the shard to write; ``files``: number of files; ``device``: see :func:`.backends.backend_of`."""
 
     name: str
-    part: Part
+    part: ShardGroup
     files: int
     device: str
 

@@ -1,4 +1,4 @@
-"""Intermediate arrays as raw files beside a table: of them tasks read ranges, of vectors grouped by cell for instance."""
+"""Intermediate arrays as raw files beside a table: tasks read ranges of them, such as the vectors of some cells."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _UID = 32  # hex digits
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardGroup:
     """Shards whose embeddings are read by one task. ``number``: among all parts; ``hashes``: the artifact that has the
     rows of these shards, with their keys and uids; None for references, which have no other rows."""
 
@@ -89,13 +89,15 @@ def check_same_space(embeddings: Artifact, width: int, reference: Artifact) -> N
         raise BadInput(f"{text} than {embeddings.url}; {fix}")
 
 
-def parts_of_files(artifact: Artifact, hashed: HashSet, width: int) -> list[tuple[Part, Indices]]:
+def parts_of_files(artifact: Artifact, hashed: HashSet, width: int) -> list[tuple[ShardGroup, Indices]]:
     """The parts of the files' embeddings, each with the file of each of its rows."""
     shards = [(artifact, shard) for shard in hashed.shards]
     return _parts(shards, hashed.starts, hashed.rows, width, 0, hashed.artifact)
 
 
-def parts_of_references(references: ReferenceVectors, width: int, first: int, files: int) -> list[tuple[Part, Indices]]:
+def parts_of_references(
+    references: ReferenceVectors, width: int, first: int, files: int
+) -> list[tuple[ShardGroup, Indices]]:
     """The parts of references, from number ``first`` on, each with its rows' nodes: images are numbered after files."""
     nodes = np.where(references.rows >= 0, references.rows + files, -1)
     return _parts(references.shards, references.starts, nodes, width, first, None)
@@ -108,13 +110,13 @@ def _parts(
     width: int,
     first: int,
     hashes: Artifact | None,
-) -> list[tuple[Part, Indices]]:
-    most, parts, begin = max(1, PART_BYTES // (2 * width)), list[tuple[Part, Indices]](), 0
+) -> list[tuple[ShardGroup, Indices]]:
+    most, parts, begin = max(1, PART_BYTES // (2 * width)), list[tuple[ShardGroup, Indices]](), 0
     for end in range(1, len(shards) + 1):
         full = end == len(shards) or starts[end + 1] - starts[begin] > most
         if full or shards[end][0] is not shards[begin][0]:
             names = tuple(shard for _, shard in shards[begin:end])
-            part = Part(first + len(parts), shards[begin][0].attach(), names, hashes and hashes.attach(), width)
+            part = ShardGroup(first + len(parts), shards[begin][0].attach(), names, hashes and hashes.attach(), width)
             parts.append((part, rows[starts[begin] : starts[end]]))
             begin = end
     return parts
@@ -133,7 +135,7 @@ def read_references(artifacts: Sequence[Artifact]) -> ReferenceVectors:
     return ReferenceVectors(shards, rows, starts, len(distinct))
 
 
-def read_part(part: Part, nodes: Indices) -> tuple[Indices, Vectors]:
+def read_part(part: ShardGroup, nodes: Indices) -> tuple[Indices, Vectors]:
     """The distinct nodes with a usable vector in a part, ascending, and the vectors. ``nodes``: of each row.
 
     Not usable is what is missing, has a NaN or an infinity, or is all zeros. Raises ArtifactMismatch unless the rows
@@ -152,7 +154,7 @@ def read_part(part: Part, nodes: Indices) -> tuple[Indices, Vectors]:
     return distinct, np.concatenate(vectors)[first]
 
 
-def _shard_vectors(part: Part, shard: str) -> Iterator[tuple[npt.NDArray[np.bool_], Vectors]]:
+def _shard_vectors(part: ShardGroup, shard: str) -> Iterator[tuple[npt.NDArray[np.bool_], Vectors]]:
     """Batch by batch, the mask of rows with a usable vector, and these vectors."""
     where = f"{part.artifact.url}/{shard}.parquet"
     rows = None if part.hashes is None else part.hashes.table(shard, ["key", "uid"])

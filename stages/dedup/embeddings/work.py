@@ -35,7 +35,7 @@ from .part_tasks import (
     write_seen,
 )
 from .raw_files import read_array
-from .reading import PART_BYTES, Part, ReferenceVectors, parts_of_files, parts_of_references
+from .reading import PART_BYTES, ReferenceVectors, ShardGroup, parts_of_files, parts_of_references
 
 STAGE = "near-embeddings"
 FOUND, SIMILAR = "found", "similar"
@@ -141,7 +141,7 @@ class EmbeddingSearch:
             total = counts if not len(total) else total + counts
         return total
 
-    def _of_part(self, name: str, part: Part) -> PartTask:
+    def _of_part(self, name: str, part: ShardGroup) -> PartTask:
         return PartTask(name, part, self._files, self._devices[part.number % len(self._devices)])
 
     def _of_cells(self, number: int, chosen: cells.CellRange) -> CellTask:

@@ -107,9 +107,12 @@ def shared(values: HashValues) -> Bools:
 
 
 def _blocks(values: HashValues, tables: Sequence[str], artifact: Artifact) -> Iterator[tuple[Indices, Indices, Bools]]:
+    """Near hashes whose images are candidates, and dense runs, of which only some are."""
     for table in tables:
         for left, right, dense in read_numbers(artifact, table, PAIR_COLUMNS.names):
-            yield np.searchsorted(values.hashes, left), np.searchsorted(values.hashes, right), dense
+            one, other = (np.searchsorted(values.hashes, side) for side in (left, right))
+            wanted = dense | are_compared(values.kinds[one], values.kinds[other])
+            yield one[wanted], other[wanted], dense[wanted]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from ..arrays import U64
 from ..search.near_hashes import near_of_table
 from ..search.tables import BITS, Table, plan, sample_of, seconds
 from .files import ROWS, Block, read_numbers, write_numbers
-from .hash_values import HashValues, Kinds, are_compared
 
 VALUES = "values"
-VALUE_COLUMNS = pa.schema([("hash", pa.uint64()), ("kinds", pa.uint8())])
+VALUE_COLUMNS = pa.schema([("hash", pa.uint64())])
 PAIR_COLUMNS = pa.schema([("left", pa.uint64()), ("right", pa.uint64()), ("dense", pa.bool_())])
-PART = 1 << 25  # hashes per task: 600 MB while they are searched
+PART = 1 << 25  # hashes per task: 500 MB while they are searched
 _PER_TASK = 0.03  # seconds to read the hashes and to commit
 
 
@@ -35,12 +34,9 @@ class TableTask:
     radius: int
 
 
-def write_values(values: HashValues, artifact: Artifact) -> ShardRecord:
+def write_values(hashes: U64, artifact: Artifact) -> ShardRecord:
     """Commit the hashes that all tasks read."""
-    blocks: Iterator[Block] = (
-        {"hash": values.hashes[start : start + ROWS], "kinds": values.kinds[start : start + ROWS]}
-        for start in range(0, len(values), ROWS)
-    )
+    blocks: Iterator[Block] = ({"hash": hashes[start : start + ROWS]} for start in range(0, len(hashes), ROWS))
     return write_numbers(artifact, VALUES, VALUE_COLUMNS, blocks)
 
 
@@ -62,25 +58,19 @@ def estimate(hashes: U64, radius: int) -> float:
 
 def write_table(task: TableTask, artifact: Artifact) -> ShardRecord:
     """Search one part of a table; write and commit its pairs and dense runs."""
-    hashes, kinds = _selected(task, artifact)
-    return write_numbers(artifact, task.name, PAIR_COLUMNS, _found(task, hashes, kinds))
+    found = near_of_table(_selected(task, artifact), task.table, task.radius, in_place=True)
+    blocks: Iterator[Block] = (
+        {"left": left, "right": right, "dense": np.full(len(left), dense)} for left, right, dense in found if len(left)
+    )
+    return write_numbers(artifact, task.name, PAIR_COLUMNS, blocks)
 
 
-def _selected(task: TableTask, artifact: Artifact) -> tuple[U64, Kinds]:
-    hashes, kinds = [np.empty(0, dtype=np.uint64)], [np.empty(0, dtype=np.uint8)]
-    for block, of_block in read_numbers(artifact, VALUES, VALUE_COLUMNS.names):
-        mine = slice(None)
-        if task.parts > 1:
-            mine = task.table.part_of(block, task.parts) == task.part
-        hashes.append(block[mine])
-        kinds.append(of_block[mine])
-    return np.concatenate(hashes), np.concatenate(kinds)
-
-
-def _found(task: TableTask, hashes: U64, kinds: Kinds) -> Iterator[Block]:
-    for left, right, dense in near_of_table(hashes, task.table, task.radius):
-        if not dense:
-            wanted = are_compared(*(kinds[np.searchsorted(hashes, side)] for side in (left, right)))
-            left, right = left[wanted], right[wanted]
-        if len(left):
-            yield {"left": left, "right": right, "dense": np.full(len(left), dense)}
+def _selected(task: TableTask, artifact: Artifact) -> U64:
+    """The hashes whose keys fall in the part."""
+    hashes = np.empty(artifact.committed()[VALUES].count, dtype=np.uint64)
+    count = 0
+    for (block,) in read_numbers(artifact, VALUES, VALUE_COLUMNS.names):
+        mine = block if task.parts == 1 else block[task.table.part_of(block, task.parts) == task.part]
+        hashes[count : count + len(mine)] = mine
+        count += len(mine)
+    return hashes[:count]

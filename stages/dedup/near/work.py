@@ -47,7 +47,7 @@ class NearSearch:
     def steps(self, artifact: Artifact) -> Iterator[Step]:
         """The steps in order. The tasks of one must be committed before the next is asked for."""
         if VALUES not in artifact.committed():
-            write_values(self._values, artifact)
+            write_values(self._values.hashes, artifact)
         yield step("tables searched", self._tables, write_table, estimate(self._values.hashes, self._radius), artifact)
         if PLAN not in artifact.committed():
             divide(self._values, [task.name for task in self._tables], self._rows(), artifact)

@@ -39,9 +39,13 @@ class Found(NamedTuple):
     dense: bool = False
 
 
-def near_of_table(hashes: U64, table: Table, radius: int) -> Iterator[Found]:
-    """Pairs of distinct ``hashes`` within ``radius`` that this table is the first to find, and its dense runs."""
-    yield from _Search(radius).by_table(hashes, table, _unchanged, dense=True)
+def near_of_table(hashes: U64, table: Table, radius: int, *, in_place: bool = False) -> Iterator[Found]:
+    """Pairs of distinct ``hashes`` within ``radius`` that this table is the first to find, and its dense runs.
+
+    ``in_place``: the memory of ``hashes`` is used, which saves as much.
+    """
+    arranged = table.arranged(hashes, hashes if in_place else None)
+    yield from _Search(radius).of_arranged(arranged, table, _unchanged, dense=True)
 
 
 def near_in_cluster(hashes: U64, radius: int, labels: Labels | None = None) -> Iterator[Found]:
@@ -64,9 +68,11 @@ class _Search:
     radius: int
     labels: Labels | None = None
 
-    def by_table(self, hashes: U64, table: Table, restore: Restore, *, dense: bool = False) -> Iterator[Found]:
-        """Near pairs that ``table`` is the first to find, in the layout of ``hashes``. ``dense``: report dense runs."""
-        arranged = table.arranged(hashes)
+    def of_arranged(self, arranged: U64, table: Table, restore: Restore, *, dense: bool = False) -> Iterator[Found]:
+        """Near pairs that ``table`` is the first to find, in the layout before it. ``dense``: report dense runs.
+
+        ``arranged``: hashes in the layout of the table; they are sorted in place.
+        """
         arranged.sort()
 
         def original(part: U64) -> U64:
@@ -91,7 +97,7 @@ class _Search:
             yield from self._all_with_all(run)
             return
         for table in tables:
-            for left, right, _ in self.by_table(run, table, restore):
+            for left, right, _ in self.of_arranged(table.arranged(run), table, restore):
                 yield left, right
 
     def _long(self, run: U64, table: Table, original: Restore, dense: bool) -> Iterator[Found]:

@@ -40,8 +40,8 @@ def run_starts(segment: U64, rest: int) -> Indices:
 class ShortRuns:
     """Runs of about the same length side by side, so that each pair within them is compared once.
 
-    ``hashes``: of a segment; ``starts`` and ``lengths`` (below 65,536): of the runs that are searched; ``labels``: of the
-    hashes, equal ones are not compared.
+    ``hashes``: of a segment; ``starts`` and ``lengths`` (below 65,536): of the runs that are searched; ``labels``: of
+    the hashes, equal ones are not compared.
     """
 
     def __init__(self, hashes: U64, starts: Indices, lengths: Indices, labels: Indices | None = None) -> None:
@@ -117,7 +117,9 @@ class ShortRuns:
         apart = self._apart[:count]
         np.bitwise_xor(others, self._batch.hashes[row], out=apart.reshape(others.shape))
         bits = np.bitwise_count(apart, out=self._bits[:count])
-        (flat,) = np.less_equal(bits, radius, out=self._is_near[:count]).nonzero()  # faster than in two dimensions
+        flat: Indices = np.less_equal(bits, radius, out=self._is_near[:count]).nonzero()[
+            0
+        ]  # faster than in two dimensions
         return flat
 
     def _pairs(self, near: list[tuple[int, Indices]]) -> Pairs:

@@ -42,13 +42,14 @@ class Table:
         """Number of bits below the key in an arranged hash."""
         return self.width - sum(self.edges[block + 1] - self.edges[block] for block in self.chosen)
 
-    def arranged(self, hashes: U64) -> U64:
-        """Move the bits of the key above the other ``width`` low bits, so that hashes sort by it. A copy."""
-        return _moved(hashes, self._moves)
+    def arranged(self, hashes: U64, out: U64 | None = None) -> U64:
+        """Move the bits of the key above the other ``width`` low bits, so that hashes sort by it. A copy, or ``out``,
+        which may be ``hashes``."""
+        return _moved(hashes, self._moves, np.empty_like(hashes) if out is None else out)
 
     def restored(self, arranged: U64) -> U64:
         """The inverse of :meth:`arranged`."""
-        return _moved(arranged, [(to, first, size) for first, to, size in self._moves])
+        return _moved(arranged, [(to, first, size) for first, to, size in self._moves], np.empty_like(arranged))
 
     def is_first(self, left: U64, right: U64) -> Bools:
         """True where this is the first table in which two near hashes have the same key: the first equal blocks are
@@ -150,17 +151,19 @@ def _tables(width: int, radius: int, chosen: int) -> list[Table]:
     return [Table(width, edges, which) for which in combinations(range(blocks), chosen)]
 
 
-def _moved(hashes: U64, moves: list[tuple[int, int, int]]) -> U64:
-    out = np.empty_like(hashes)
+def _moved(hashes: U64, moves: list[tuple[int, int, int]], out: U64) -> U64:
+    made, bits = (np.empty(min(_AT_ONCE, len(hashes)), dtype=np.uint64) for _ in range(2))
     for start in range(0, len(hashes), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        taken, made = hashes[part], out[part]
-        made[...] = 0
+        taken = hashes[part]
+        into, some = made[: len(taken)], bits[: len(taken)]
+        into[...] = 0
         for first, to, size in moves:
-            bits = taken & np.uint64((1 << first + size) - (1 << first))
+            np.bitwise_and(taken, np.uint64((1 << first + size) - (1 << first)), out=some)
             if to > first:
-                np.left_shift(bits, np.uint64(to - first), out=bits)
+                np.left_shift(some, np.uint64(to - first), out=some)
             elif to < first:
-                np.right_shift(bits, np.uint64(first - to), out=bits)
-            np.bitwise_or(made, bits, out=made)
+                np.right_shift(some, np.uint64(first - to), out=some)
+            np.bitwise_or(into, some, out=into)
+        out[part] = into
     return out

@@ -183,11 +183,11 @@ def test_a_note_of_a_forged_redo_is_refused(made: Path) -> None:
     aside.mkdir(parents=True)
     bad = {**asdict(record), "files": {"../file": {"bytes": 4, "sha256": "0" * 64}}}
     (aside / "..+file").write_text("evil")
-    (aside / replacing._LINE).write_text(json.dumps([asdict(record.retraction()), bad]))
+    (aside / replacing._LINE).write_text(json.dumps([asdict(record.retraction()), bad, []]))
     with pytest.raises(ArtifactMismatch, match="climbs out"):
         make(made)
     other = replace(record, shard="00001", files={"00001.parquet": {"bytes": 1, "sha256": "0" * 64}})
-    (aside / replacing._LINE).write_text(json.dumps([asdict(other.retraction()), asdict(other)]))
+    (aside / replacing._LINE).write_text(json.dumps([asdict(other.retraction()), asdict(other), []]))
     with pytest.raises(ArtifactMismatch, match="lines of the shards 00001"):
         make(made)
     assert list(manifest.read(Folder(str(made)))) == ["00000"]

@@ -331,3 +331,12 @@ def test_an_artifact_from_before_notes_is_read_and_gone_on_with(s3: str, tmp_pat
     artifact.close()
     assert again.replaces == record.current and Artifact.open(url).committed() == {"00000": again}
     assert verify(url).faults == [] and os.environ["AWS_ENDPOINT_URL"]
+
+
+def test_a_range_is_read_by_one_request(store: StoreProxy, s3: str, tmp_path: Path) -> None:
+    """A training run reads single images from tars."""
+    folder = Folder(f"{s3}/{tmp_path.name}")
+    folder.write("file", bytes(range(100)))
+    store.requests.clear()
+    assert folder.fs.read(folder.full("file"), 10, 13) == bytes([10, 11, 12])
+    assert folder.fs.read(folder.full("file")) == bytes(range(100)) and len(store.requests) == 2

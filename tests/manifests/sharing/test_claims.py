@@ -17,12 +17,14 @@ import pytest
 
 from capipe.errors import ArtifactMismatch, BadInput
 from capipe.manifests.artifact import Artifact
+from capipe.manifests.files.locks import LockHeld, Patience
 from capipe.manifests.files.storage import Folder
 from capipe.manifests.journal import Journal
 from capipe.manifests.manifest import LINES, Manifest
 from capipe.manifests.schema import INGEST
+from capipe.manifests.sharing import claims as claims_module
 from capipe.manifests.sharing import owners
-from capipe.manifests.sharing.claims import ClaimLost, Claims
+from capipe.manifests.sharing.claims import ClaimLost, Claims, alone
 from capipe.manifests.sharing.owners import LEASE_SECONDS, living
 from capipe.manifests.verify import verify
 
@@ -75,7 +77,7 @@ def test_a_claim_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
     code = (
         "import signal; from capipe.manifests.sharing.claims import *\n"
         f"folder = Folder({str(tmp_path)!r}); token = Claims(folder).take('00000')\n"
-        "folder.private(scratch_of(token)).mkdir(parents=True)\n"
+        "folder.private(scratch_of(Claim('00000', token))).mkdir(parents=True)\n"
         "print(token, flush=True); signal.pause()"
     )
     mine = Claims(Folder(str(tmp_path)))
@@ -298,3 +300,21 @@ def test_on_an_object_store_claims_fence_a_runs_own_workers(s3: str) -> None:
     commit(artifact, "00000", again)
     artifact.close()
     assert verify(f"{s3}/fenced").faults == [] and artifact.folder.names("_capipe/claims") == []
+
+
+def test_one_at_a_time_does_what_is_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims_module, "NOTICE_SECONDS", 0.0)
+    mine, other = Claims(Folder(str(tmp_path))), Claims(Folder(str(tmp_path)))
+    said: list[str] = []
+    with alone(mine, "extras"):
+        with alone(other, "another"):
+            pass
+        with pytest.raises(LockHeld), alone(other, "extras", Patience(seconds=0.7, say=said.append)):
+            pass
+        with pytest.raises(LockHeld), alone(other, "extras", Patience(stopped=lambda: True)):
+            pass
+    assert len(said) == 1 and f"waiting for {mine.owner}" in said[0]
+    with alone(other, "extras"), alone(None, "extras"):
+        assert mine.take("extras") is None
+    mine.close()
+    other.close()

@@ -33,6 +33,7 @@ def changed(folder: Path, stages: dict[str, Any], *overrides: str) -> set[str]:
 
 FILTER = of_outside("filter", {"clip": "tiny/clip", "keep": "clip_score > 0.2"}, shards="a", captions="b")
 DEDUP = of_outside("dedup", {}, shards="a")
+TEXTS = of_outside("dedup", {"texts": True}, shards="a")
 QA = of_outside("qa", {"model": "tiny/teacher", "engine": "transformers"}, shards="a")
 EVAL = of_outside("eval", {"model": "tiny/captioner", "reader": "tiny/reader"}, shards="a", questions="b")
 ANNOTATE = of_outside("annotate", {"model": "tiny/captioner", "prompt": ["plain"]}, shards="a")
@@ -47,10 +48,14 @@ NOTHING: set[str] = set()
         (FILTER, "inputs.marks={path: c}", {"shards"}),
         (FILTER, "config.clip=tiny/eval-clip", {"scores", "shards"}),
         (FILTER, "config.workers=3", NOTHING),
+        (DEDUP, "config.radius=3", {"images", "marked"}),
+        (DEDUP, "inputs.against={path: d}", {"against", "images", "marked"}),
+        (DEDUP, "config.texts=true", {"texts", "marked"}),
+        (TEXTS, "config.radius=3", {"images", "marked"}),
+        (TEXTS, "config.text-threshold=0.9", {"marked"}),
+        (TEXTS, "config.per-text=2", {"marked"}),
         (FILTER, "config.drop=uids.txt", NOTHING),
         (ANNOTATE, "config.drop=uids.txt", NOTHING),
-        (DEDUP, "config.radius=3", {"marked"}),
-        (DEDUP, "inputs.against={path: d}", {"against", "marked"}),
         (QA, "config.screen=caprl", {"screened"}),
         (QA, "config.screen-model=tiny/captioner", {"screened"}),
         (QA, "config.seed=3", {"written", "screened"}),

@@ -11,10 +11,11 @@ import pytest
 from rich.filesize import decimal
 
 from capipe.errors import BadInput, Problems
-from capipe.pipeline.chain.command import show_plan
-from capipe.pipeline.chain.plan import arguments
-from capipe.pipeline.chain.recipe import load_chain_recipe
+from capipe.pipeline.chain.command import checked, show_plan
+from capipe.pipeline.chain.plan import arguments, look
+from capipe.pipeline.chain.recipe import Source, load_chain_recipe
 from capipe.pipeline.chain.validate import check_chain
+from capipe.pipeline.commands.options import RunnerOptions
 from capipe.trainer.recipe import load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
 
@@ -83,6 +84,30 @@ def test_a_captioner_imitates_what_another_stage_wrote(tmp_path: Path) -> None:
     words = " ".join(arguments(chain, chain.stage("tuned"), at))
     given = f"--set data.shards={at}/shards --set data.captions={at}/captions"
     assert words == f"train tiny-sft --set validation=null {given} --out {at}/tuned"
+
+
+def test_a_runner_is_given_to_every_stage_that_has_one(tmp_path: Path) -> None:
+    """Except where the recipe says so itself; a stage's rows do not depend on it."""
+    stages = {**WHOLE, "better": {**WHOLE["better"], "config": {"runner": "local"}}}
+    ray = RunnerOptions(runner="ray", ray_address="head:6379", share=True)
+    chain, _ = checked(written(tmp_path, stages), [], ray)
+    words = {stage.name: arguments(chain, stage, tmp_path / "out") for stage in chain.stages}
+    given = ["--runner", "ray", "--ray-address", "head:6379", "--share"]
+    have = {name for name, line in words.items() if all(word in line for word in given)}
+    assert have == words.keys() - {"pictures", "train", "better"} and "marks" in have and "final" in have
+    assert not {"ray", "--share"} & {*words["pictures"], *words["train"], *words["better"]}
+    plain = look(chain_of(tmp_path, stages=stages), tmp_path / "out", None, {})
+    assert {name: stage.digest for name, stage in plain.items()} == {
+        name: stage.digest for name, stage in look(chain, tmp_path / "out", None, {}).items()
+    }
+
+
+def test_processes_of_a_recipe_are_none_of_a_cluster(tmp_path: Path) -> None:
+    recipe = written(tmp_path, {**PLAIN, "final": {**PLAIN["final"], "config": {"workers": 3}}})
+    line = one_line(capipe("run", recipe, "--out", tmp_path / "out", "--runner", "ray", code=2))
+    assert "--workers 3: processes of this machine; with --runner ray, give --ray-workers" in line
+    line = one_line(capipe("run", recipe, "--out", tmp_path / "out", "--ray-workers", 3, code=2))
+    assert line.startswith("capipe: --ray-workers: only means something with --runner ray")
 
 
 def test_a_path_is_no_option(tmp_path: Path) -> None:
@@ -241,14 +266,32 @@ def test_the_figures_in_the_comments_of_caprl_5m_are_those_of_its_plan() -> None
     show_plan(load_chain_recipe(Path("caprl-5m")), Path("nowhere"), None, [], told.append)
     plan = "\n".join(told)
     assert "$ torchrun --standalone --nproc-per-node 8 -m capipe.pipeline train caprl-released" in plan
-    total = re.search(r"59\.6 h, .*, (\d+\.\d) GPU-hours", plan)
-    assert total is not None and total[1] == "473.9" and f"  {total[1]}#" in comments
+    total = re.search(r"54\.1 h, .*, (\d+\.\d) GPU-hours", plan)
+    assert total is not None and total[1] == "457.2" and f"  {total[1]}#" in comments
     for rows, rate, gpu_hours in [
         ("4,000,000", "896", "9.9"),
         ("230,400", "2.133", "270.0"),
         ("3,000,000", "96", "69.4"),
+        ("3,000,000", "1,800", "3.7"),
     ]:
         assert re.search(rf"{rows} / {rate} a second = .* on \d GPUs, {gpu_hours} GPU-hours", plan)
+
+
+def test_no_image_of_the_web_is_paid_twice_in_caprl_5m() -> None:
+    """One stage looks at all of them; scores take what it wrote; captions are for what is selected, uncopied."""
+    chain = load_chain_recipe(Path("caprl-5m"))
+    reads = [stage for stage in chain.stages if Source(stage="web") in stage.inputs.get("shards", ())]
+    assert [stage.name for stage in reads if stage.command.name == "embed"] == ["web-embeddings"]
+    for stage in reads:
+        if stage.command.name == "filter":
+            assert stage.inputs["embeddings"] == (Source(stage="web-embeddings"),) and "itm" not in stage.config
+            assert stage.config["clip"] == chain.stage("web-embeddings").config["clip"]
+    assert chain.stage("web-embeddings").config["safety"] and chain.stage("web-kept").config["index"]
+    assert chain.stage("captions-web").inputs["marks"] == (Source(stage="web-kept"),)
+    assert arguments(chain, chain.stage("captions-web"), Path("out"))[1:5] == [
+        *("--shards", "out/web", "--model"),
+        "out/train/step-001800",
+    ]
 
 
 def test_training_recipes_of_chains_are_the_bundled_ones() -> None:

@@ -19,7 +19,7 @@ from capipe.pipeline.commands.key_values import FIELDS
 from capipe.pipeline.commands.option_groups import settings
 from capipe.pipeline.jobs.engine import EngineSetup
 from capipe.pipeline.runners.placement import Placement
-from capipe.pipeline.runners.ray import ClusterSize, RayCluster, cluster_size
+from capipe.pipeline.runners.ray.cluster import ClusterSize, RayCluster, cluster_size
 
 from ..chains import chain_of
 from ..conftest import capipe, one_line, table

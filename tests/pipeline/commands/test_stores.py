@@ -74,6 +74,7 @@ def test_it_begins_to_reset_in_the_middle(
     assert verify(out).faults == [] and server.requests <= 8
 
 
+@pytest.mark.slow
 def test_a_store_that_throttles(
     store: StoreProxy, photos: Path, s3: str, tmp_path: Path, server: CaptionServer, monkeypatch: Any
 ) -> None:

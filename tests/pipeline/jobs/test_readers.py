@@ -156,7 +156,7 @@ def test_a_source_that_fails_at_the_commit_is_its_own_shards_fault(
                     raise trouble
                 yield replace(row, uid="another") if again else row
 
-    monkeypatch.setattr("capipe.pipeline.runners.shard_run.RowReader", Reader)
+    monkeypatch.setattr("capipe.manifests.withdrawal.rows.RowReader", Reader)
     out = f"memory://captions-{reason[:5]}"
     outcome = into_memory(packed, server, out)
     assert list(outcome.quarantined) == ["00001"] and reason in outcome.quarantined["00001"]

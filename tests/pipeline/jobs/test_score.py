@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from capipe.errors import BadInput
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
 from capipe.models.images.decode import Pixels
 from capipe.models.images.preprocess import Preprocess
 from capipe.models.scorers.base import Pair
 from capipe.models.scorers.loading import ScorerConfig
+from capipe.models.scorers.stored import ROUNDING
 from capipe.pipeline.jobs import score as scoring
-from capipe.pipeline.jobs.score import EmbedProcessor, ScoreProcessor, ScoreSetup
-from capipe.stages.filter.score import CAPTIONS
+from capipe.pipeline.jobs.score import EmbedProcessor, ScoreProcessor, ScoreSetup, StoredImages
+from capipe.stages.filter.score import CAPTIONS, EMBEDDINGS
 
 from ...conftest import photo
 
@@ -136,3 +140,89 @@ async def test_a_devices_fault_is_nobodys_row(processor: ScoreProcessor, delicat
     with pytest.raises(type(error)):
         await processor.process([row(n, "A poison." if n == 3 else "A cat.") for n in range(6)])
     assert delicate.batches == [3]
+
+
+def stored(index: int, vector: list[float] | None, **more: Any) -> Row:
+    """A row with its embedding beside it, and an image that nobody can decode."""
+    made = row(index, "A cat.", image=b"no image %d" % index)
+    array = None if vector is None else np.array(vector, dtype=np.float16)
+    made.beside[EMBEDDINGS] = {"status": "ok", "error": None, "image_embedding": array, **more}
+    return made
+
+
+class Texts:
+    """The text side of a CLIP of width 2: long captions to one axis, short ones to the other."""
+
+    name, preprocess, width, device = "clip", Preprocess(8, 8), 2, torch.device("cpu")
+
+    def encode_images(self, pixels: Sequence[Pixels]) -> Tensor:
+        raise AssertionError("the vision encoder saw an image")
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor([[1.0, 0.0] if len(text) > 6 else [0.0, 1.0] for text in texts])
+
+    def tokenize(self, texts: Sequence[str]) -> list[str]:
+        return list(texts)
+
+    def score(self, images: Tensor, pairs: Sequence[Pair], tokens: Any = None) -> list[float]:
+        return [float(images[pair.image] @ self.encode_texts([pair.text])[0]) for pair in pairs]
+
+
+async def processed(setup: ScoreSetup, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    made = ScoreProcessor(setup)
+    try:
+        return await made.process(rows)
+    finally:
+        await made.aclose()
+
+
+async def test_stored_embeddings_are_scored_without_a_look_at_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "load_clip", lambda *named: Texts())
+    rows = [stored(0, [0.6, 0.8]), stored(1, [0.0, 1.0]), stored(2, None), stored(3, [3.0, 4.0]), stored(4, [1.0])]
+    rows.append(stored(5, None, status="corrupt"))
+    out = await processed(replace(SETUP, stored=StoredImages(2, safety=False)), rows)
+    assert [each["status"] for each in out] == ["ok", "ok", *["engine_error"] * 3, "corrupt"]
+    assert out[0]["org_clip_score"] == pytest.approx(0.8, abs=ROUNDING) and out[1]["org_clip_score"] == 1.0
+    assert "it has no embedding; run `capipe embed` again with --retry" in out[2]["error"]
+    assert "its embedding is no unit vector; embed it again" in out[3]["error"]
+    assert "its embedding has 1 numbers, not 2; embed it again" in out[4]["error"]
+    with pytest.raises(BadInput, match="--embeddings: of 8 numbers each, and none has 2; embed the images again"):
+        ScoreProcessor(replace(SETUP, stored=StoredImages(8, safety=False)))
+
+
+class Detector:
+    preprocess = Preprocess(4, 4)
+
+    def detect(self, pixels: Sequence[Pixels]) -> list[dict[str, float]]:
+        return [{"B": 0.25, "A": 0.5} for _ in pixels]
+
+
+async def test_safety_is_looked_for_once(delicate: Delicate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `embed`, and by `filter` where `embed` did not; the same columns, from whichever looked."""
+    monkeypatch.setattr(scoring, "_detector", Detector)
+    embedder = EmbedProcessor(replace(SETUP, safety=True))
+    try:
+        (made,) = await embedder.process([row(0, "A cat.")])
+    finally:
+        await embedder.aclose()
+    assert embedder.schema.names[-2:] == ["unsafe", "unsafe_labels"]
+    found = {"unsafe": 0.5, "unsafe_labels": ["A", "B"]}
+    assert {name: made[name] for name in found} == found
+    (plain,) = await processed(replace(SETUP, safety=True), [row(0, "A cat.")])
+    assert {name: plain[name] for name in found} == found
+
+    monkeypatch.setattr(scoring, "load_clip", lambda *named: Texts())
+    own = replace(SETUP, safety=True, stored=StoredImages(2, safety=False))  # embed did not look: filter does
+    seen = row(0, "A cat.")
+    seen.beside[EMBEDDINGS] = stored(0, [1.0, 0.0]).beside[EMBEDDINGS]
+    (out,) = await processed(own, [seen])
+    assert {name: out[name] for name in found} == found and out["status"] == "ok"
+
+    def nobody() -> Detector:
+        raise AssertionError("a detector was loaded")
+
+    monkeypatch.setattr(scoring, "_detector", nobody)
+    taken = {"unsafe": 0.75, "unsafe_labels": ["X"]}
+    both = replace(own, stored=StoredImages(2, safety=True))
+    (out,) = await processed(both, [stored(0, [1.0, 0.0], **taken)])
+    assert {name: out[name] for name in taken} == taken and out["status"] == "ok"

@@ -9,8 +9,8 @@ import pytest
 from capipe.pipeline.commands.gpus import default_decode_workers
 from capipe.pipeline.runners.decoders import AUTO, decoders_of, settled
 from capipe.pipeline.runners.placement import Placement
-from capipe.pipeline.runners.ray import RayCluster
-from capipe.pipeline.runners.ray_worker import actors_on
+from capipe.pipeline.runners.ray.actor import actors_on
+from capipe.pipeline.runners.ray.cluster import RayCluster
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ def test_a_worker_that_never_gets_a_machine_is_not_waited_for(artifact: Artifact
 
 def test_draining_hands_out_nothing_more(artifact: Artifact) -> None:
     pool = ScriptedPool(1, good)
-    scheduler = Scheduler(pool, artifact, lambda event: isinstance(event, ShardDone) and scheduler._request_stop())
+    scheduler = Scheduler(pool, artifact, lambda event: isinstance(event, ShardDone) and scheduler._stop.set())
     assert scheduler.run(shards(5)).interrupted
     assert "stop" in pool.workers[0].orders and len(pool.workers[0].orders) <= 4
 

@@ -209,6 +209,7 @@ def test_an_artifact_being_written_shows_what_is_committed_and_a_refresh_shows_m
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(library_module, "_LOOK", 0.0)
+    monkeypatch.setattr(library_module, "_SHARE", 0.0)
     write_images(tmp_path / "shards", [4, 4, 4])
     write_captions(tmp_path / "shards", tmp_path / "captions", only=1)
     (tmp_path / "captions/00001.parquet").write_bytes(b"half a file")  # renamed into place, not committed yet

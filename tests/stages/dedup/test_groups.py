@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from capipe.stages.dedup.groups import Components, Contents, connected, lookalikes
+from capipe.stages.dedup.groups import Components, Contents, connected, keepers, lookalikes
 
 
 def plainly_connected(count: int, left: list[int], right: list[int]) -> list[int]:
@@ -53,3 +53,13 @@ def test_lookalikes_need_every_number_alike() -> None:
         np.array([b"a", b"b", b"c", b"d"], dtype="S16"), np.ones(4, dtype=np.int64), numbers, other, other
     )
     assert lookalikes(contents).tolist() == [0, 1, 0, 3]
+
+
+def test_the_keeper_has_the_highest_preference_then_most_pixels_then_the_lowest_uid() -> None:
+    hashes = np.zeros(6, dtype=np.uint64)
+    contents = Contents(np.zeros(6, dtype="S16"), np.array([5, 9, 9, 1, 2, 2]), hashes, hashes, hashes)
+    groups = np.array([0, 0, 0, 3, 3, 3])
+    assert keepers(contents, groups).tolist() == [1, 1, 1, 4, 4, 4]
+    nan = np.nan
+    assert keepers(contents, groups, np.array([0.5, nan, 0.5, nan, nan, -9])).tolist() == [2, 2, 2, 5, 5, 5]
+    assert keepers(contents, groups, np.array([0.6, 0.1, 0.5, nan, nan, nan])).tolist() == [0, 0, 0, 4, 4, 4]

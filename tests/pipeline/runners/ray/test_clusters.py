@@ -16,13 +16,13 @@ import psutil
 import pytest
 
 from capipe.manifests.artifact import Artifact
-from capipe.pipeline.runners import ray_worker
-from capipe.pipeline.runners.ray_worker import DriverContext, RayWorker
+from capipe.pipeline.runners.ray import actor
+from capipe.pipeline.runners.ray.actor import DriverContext, RayWorker
 
-from ..conftest import COMMAND, CaptionServer, capipe, one_line, table
-from ..sharing import CAPTIONS, IMAGES, lines, rendered, same_shards, wait_until
+from ...conftest import COMMAND, CaptionServer, capipe, one_line, table
+from ...sharing import CAPTIONS, IMAGES, lines, rendered, same_shards, wait_until
+from .clusters import three_machines
 
-STORE = 80 * 2**20
 SLOWLY = [*CAPTIONS, "--prompt", "dense", "--max-tokens", "160", "--concurrency", "4"]  # there is a middle to it
 
 
@@ -69,15 +69,7 @@ def test_without_ray_a_line_says_how_to_get_it(shards: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """Three machines with room for one worker each."""
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # before it is imported: loopback alone
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
-    for _ in range(2):
-        made.add_node(num_cpus=1, object_store_memory=STORE)
-    yield made
-    made.shutdown()
+    yield from three_machines()
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +201,14 @@ def test_without_a_cluster_one_is_started_on_loopback(shards: Path, alone: Path,
     Path(folder).rmdir()  # nothing is left of the cluster
 
 
+def other_folder(tmp_path: Path) -> Artifact:
+    artifact = Artifact.create(str(tmp_path / "other"), "test", {}, {})
+    artifact.close()
+    return artifact
+
+
 async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_worker, "VISIBLE_SECONDS", 1)
+    monkeypatch.setattr(actor, "VISIBLE_SECONDS", 1)
     monkeypatch.setattr(os, "environ", {**os.environ})  # an actor's becomes its driver's
     artifact = Artifact.create(str(tmp_path / "out"), "test", {}, {})
     artifact.close()
@@ -219,5 +217,8 @@ async def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path: Path, mo
     failure = await RayWorker(DriverContext.current())._problem(artifact)
     assert failure is not None and failure.final and failure.exit_code == 2
     assert "does not see what was begun there; give --out a folder that all machines" in failure.reason
+    unseen = await RayWorker(DriverContext.current())._problem(other_folder(tmp_path), ["/", f"{tmp_path}/photos"])
+    assert unseen is not None and unseen.final and unseen.exit_code == 2
+    assert unseen.reason.startswith(f"{tmp_path}/photos: ") and "does not see it; have it in a folder" in unseen.reason
     other = await RayWorker(DriverContext("0.0.0", str(tmp_path), {}))._problem(artifact)
     assert other is not None and "and 0.0.0 was started; install that there, too" in other.reason

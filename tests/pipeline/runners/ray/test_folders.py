@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from capipe.errors import BadInput
-from capipe.pipeline.runners import ray as ray_runner
-from capipe.pipeline.runners import ray_folders
-from capipe.pipeline.runners.ray import ray_cluster
-from capipe.pipeline.runners.ray_folders import (
+from capipe.pipeline.runners.ray import cluster as ray_runner
+from capipe.pipeline.runners.ray import folders
+from capipe.pipeline.runners.ray.cluster import ray_cluster
+from capipe.pipeline.runners.ray.folders import (
     SOCKET_BYTES,
     listener_problem,
     listeners,
@@ -143,12 +143,12 @@ def test_an_own_folder_is_private_and_has_room_for_sockets(tmp_path: Path, monke
     try:
         for place, parent in ((str(long), Path("/tmp")), ("/nowhere", Path("/tmp")), ("/tmp", Path("/tmp"))):
             monkeypatch.setenv("RAY_TMPDIR", place)
-            monkeypatch.setattr(ray_folders.tempfile, "tempdir", place)
+            monkeypatch.setattr(folders.tempfile, "tempdir", place)
             folder = private_folder()
             try:
                 found = folder.stat()
                 assert folder.parent == parent and stat.S_IMODE(found.st_mode) == 0o700 and found.st_uid == os.getuid()
-                assert len(str(folder)) + len(ray_folders._SOCKET) - len("/ray-12345678") <= SOCKET_BYTES
+                assert len(str(folder)) + len(folders._SOCKET) - len("/ray-12345678") <= SOCKET_BYTES
             finally:
                 folder.rmdir()
     finally:

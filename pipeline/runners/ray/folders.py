@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...errors import BadInput
+from ....errors import BadInput
 
 CONNECT_SECONDS = 5.0
 MAX_NOTE_BYTES = 512

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ... import __version__
-from ...models.engines.http.api_key import HOSTS_VARIABLE
-from ...terminal import escape_logs
-from .decoders import decoders_of, settled
+from .... import __version__
+from ....models.engines.http.api_key import HOSTS_VARIABLE
+from ....terminal import escape_logs
+from ..decoders import decoders_of, settled
 
 if TYPE_CHECKING:
-    from ...manifests.artifact import Artifact
-    from .messages import Event, WorkerFailed
-    from .worker import Answer, Stage
+    from ....manifests.artifact import Artifact
+    from ..messages import Event, WorkerFailed
+    from ..task_worker import Job
+    from ..worker import Answer
 
 VISIBLE_SECONDS = 10.0  # wait for a folder that another machine just created to appear here
 # Copied from the driver. Thread counts change the order of sums, and so their last bits; hosts are the user's choice.
@@ -26,7 +27,7 @@ SAME_EVERYWHERE = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", HOSTS_VARIABLE)
 
 @dataclass(frozen=True)
 class ActorName:
-    """An actor's machine and GPUs, for messages. Read by :mod:`.ray` alone."""
+    """An actor's machine and GPUs, for messages. Read by :mod:`.pool` alone."""
 
     name: str
 
@@ -40,9 +41,10 @@ class DriverContext:
     environment: Mapping[str, str]
 
     @classmethod
-    def current(cls) -> DriverContext:
+    def current(cls, more: Mapping[str, str] | None = None) -> DriverContext:
+        """``more``: variables that decide over those of this process."""
         environment = {name: os.environ[name] for name in SAME_EVERYWHERE if name in os.environ}
-        return cls(__version__, os.getcwd(), environment)  # noqa: PTH109  (a string, to be used on another machine)
+        return cls(__version__, os.getcwd(), {**environment, **(more or {})})  # noqa: PTH109  (a string, to be used on another machine)
 
 
 class ListChannel:
@@ -56,7 +58,7 @@ class ListChannel:
         self._asked = False  # without an answer other than "wait"
 
     async def next_shard(self) -> Answer:
-        from .messages import Want
+        from ..messages import Want
 
         if not self._asked:
             self.send(Want())
@@ -79,7 +81,7 @@ class ListChannel:
 class RayWorker:
     """An asynchronous actor: answers the runner's calls while :meth:`work` runs.
 
-    ``workers``, ``gpus``, ``machines``: as of :class:`.ray.ClusterSize`.
+    ``workers``, ``gpus``, ``machines``: as of :class:`.cluster.ClusterSize`.
     """
 
     def __init__(self, driver: DriverContext, workers: int = 1, gpus: int = 0, machines: int = 1) -> None:
@@ -92,16 +94,20 @@ class RayWorker:
         self._channel = ListChannel()
         self._working: asyncio.Task[WorkerFailed | None] | None = None
 
-    async def work(self, stage: Stage, artifact: Artifact) -> None:
-        """Process shards until there are no more; the last event is None."""
-        from .local import work_or_failure
-        from .messages import WorkerFailed
+    async def work(self, job: Job, artifact: Artifact) -> None:
+        """Do shards or tasks until there are no more; the last event is None."""
+        from ..local import work_or_failure
+        from ..messages import WorkerFailed
+        from ..task_worker import TaskJob
 
         try:
-            failure = await self._problem(artifact)
+            failure = await self._problem(artifact, job.reads if isinstance(job, TaskJob) else ())
             if failure is None:
-                stage = settled(stage, self._decoders())
-                self._working = asyncio.create_task(work_or_failure(stage, artifact, self._channel))
+                if isinstance(job, TaskJob):
+                    work = job.work(artifact, self._channel)
+                else:
+                    work = work_or_failure(settled(job, self._decoders()), artifact, self._channel)
+                self._working = asyncio.create_task(work)
                 failure = await self._working
         except asyncio.CancelledError:  # by leave(); the engine is closed
             failure = None
@@ -136,15 +142,18 @@ class RayWorker:
         return await self._channel.fetch()
 
     async def send_order(self, order: Any) -> None:
-        """See :data:`.scheduler.Order`."""
+        """See :data:`..scheduler.Order`."""
         if order == "stop":
             self._channel.stopping.set()
             order = None
         self._channel.answers.put_nowait(order)
 
-    async def _problem(self, artifact: Artifact) -> WorkerFailed | None:
-        """Reason that this machine cannot work for the run, if any: another version of capipe, an unshared folder."""
-        from .messages import WorkerFailed
+    async def _problem(self, artifact: Artifact, reads: Sequence[str] = ()) -> WorkerFailed | None:
+        """Reason that this machine cannot work for the run, if any: another version of capipe, an unshared folder.
+
+        ``reads``: local paths that must exist here.
+        """
+        from ..messages import WorkerFailed
 
         where = os.uname().nodename
         if __version__ != self._driver.version:
@@ -155,6 +164,10 @@ class RayWorker:
         if not await _is_visible(artifact):
             text = f"{artifact.url}: {where} does not see what was begun there; give --out a folder that all machines"
             return WorkerFailed(f"{text} of the cluster share, or an object store", 2, final=True)
+        unseen = next((path for path in reads if not os.path.exists(path)), None)  # noqa: PTH110
+        if unseen is not None:
+            text = f"{unseen}: {where} does not see it; have it in a folder that all machines of the cluster share"
+            return WorkerFailed(f"{text}, or in an object store", 2, final=True)
         return None
 
 
@@ -165,8 +178,8 @@ def actors_on(machine_gpus: int, workers: int, gpus: int, machines: int) -> int:
 
 async def _is_visible(artifact: Artifact) -> bool:
     """Whether this machine can read the artifact of the run."""
-    from ...errors import CapipeError
-    from ...manifests.artifact import Artifact
+    from ....errors import CapipeError
+    from ....manifests.artifact import Artifact
 
     for _ in range(round(VISIBLE_SECONDS)):
         try:
