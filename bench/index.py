@@ -1,9 +1,9 @@
 """An index of N rows: `capipe filter --index` on scores of N images, then read back by DuckDB and Polars.
 
-The scores are synthetic, with captions of some 30 words; the tars are sparse files of the recorded sizes, as an index
-opens none. Each step is a process of its own; memory is the sum over its process tree, sampled every 50 ms. All readers
-count the selected rows, average a score and count the captions with a word; their answers must be equal, and equal to
-what the command reported.
+The scores are synthetic, with captions of some 30 words; the tars have their first image, by which they are recognized,
+and are sparse files of the recorded sizes: nothing else of them is read. Each step is a process of its own; memory is
+the sum over its process tree, sampled every 50 ms. All readers count the selected rows, average a score and count the
+captions with a word; their answers must be equal, and equal to what the command reported.
 
     python bench/index.py [--rows 100000] [--shard 10000] [--keep FOLDER]
 
@@ -33,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _common import report, version
 
 from capipe.manifests.artifact import Artifact
+from capipe.manifests.files.tar import TarWriter
 from capipe.manifests.schema import SCORE
+from capipe.manifests.shards import uid_of
 from capipe.manifests.transaction import ROW_GROUP, shard_stats
 
 IMAGE_BYTES = 250_000  # of a web image; the tars have this size per row
@@ -136,12 +138,14 @@ def build(folder: Path, rows: int, size: int) -> None:
     (folder / "tars").mkdir(parents=True, exist_ok=True)
     for number in range(total):
         count, shard = min(size, rows - number * size), f"{number:05d}"
+        first = rng.bytes(1000)
         with (folder / f"tars/{shard}.tar").open("wb") as tar:
+            TarWriter(tar).add(f"{shard}{0:05d}.jpg", first)
             tar.truncate(count * IMAGE_BYTES)
         words = vocabulary[np.minimum(np.searchsorted(edges, rng.random((count, WORDS))), 1999)]
         columns = {
             "key": [f"{shard}{row:05d}" for row in range(count)],
-            "uid": [rng.bytes(16).hex() for _ in range(count)],
+            "uid": [uid_of(first), *(rng.bytes(16).hex() for _ in range(count - 1))],
             "status": ["ok"] * count,
             "re_caption": [" ".join(row) + "." for row in words],
             "re_length": pa.array([WORDS] * count, pa.int32()),

@@ -85,6 +85,9 @@ class Withdrawal:
         """What the list withdrew, for users; None without a list."""
         if not self.uids.source:
             return None
+        if self.artifact.config["run"][NOTE]["checked"] is not True:
+            text = "shards with its images are left; fix what is said about them, and run the same command again"
+            return f"{self.uids.source}: not all of it is withdrawn: {text}"
         rows, found = matched(self.artifact, self.uids)
         unknown = len(self.uids) - found
         text = f"withdrawn: {rows:,} rows, by {found:,} of the {len(self.uids):,} uids in {self.uids.source}"

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from ...errors import ArtifactMismatch, CapipeError
+from ...errors import CapipeError, DamagedShard
 from ...manifests.artifact import Artifact
 from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.manifest import REPLACES, ShardRecord
@@ -80,7 +80,7 @@ def _opened(artifact: Artifact, name: str) -> BinaryIO:
         raise
     except OSError as error:
         text = f"{artifact.url}/{name}: cannot be read ({error.strerror or error}), and its shard has withdrawn images"
-        raise ArtifactMismatch(f"{text}; restore it, or run the command with --fresh") from None
+        raise DamagedShard(f"{text}; restore it, or run the command with --fresh") from None
 
 
 class _Samples:
@@ -93,7 +93,7 @@ class _Samples:
         sample: Sample | None = next(self._samples, None)
         if sample is None or sample.key != key:
             where = f"{self._artifact.url}/{self._record.shard}.tar"
-            raise ArtifactMismatch(f"{where}: holds no {key!r} where its Parquet lists it; restore both")
+            raise DamagedShard(f"{where}: holds no {key!r} where its Parquet lists it; restore both")
         return {extension: member.data or b"" for extension, member in sample.members.items()}
 
     def end(self) -> None:
