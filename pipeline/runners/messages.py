@@ -84,8 +84,11 @@ class TaskDone:
 
 @dataclass(frozen=True)
 class ShardFailed:
+    """``final``: another attempt cannot succeed (a damaged input)."""
+
     shard: str
     reason: str
+    final: bool = False
 
 
 @dataclass(frozen=True)

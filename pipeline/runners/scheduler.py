@@ -33,7 +33,7 @@ from .messages import (
     Want,
     WorkerFailed,
 )
-from .shard_queue import JobResult, ShardQueue
+from .shard_queue import MAX_FAILURES, JobResult, ShardQueue
 from .worker_slots import WorkerSlots
 
 POLL_SECONDS = 0.5  # longest delay before a stop request is noticed
@@ -176,7 +176,7 @@ class Scheduler:
             member.wants += 1
         elif isinstance(event, ShardFailed):
             member.shards.remove(event.shard)
-            self._queue.failed(event.shard, event.reason)
+            self._queue.failed(event.shard, event.reason, 1 if event.final else MAX_FAILURES)
         elif isinstance(event, ShardLost):
             member.shards.remove(event.shard)
             self._queue.lost(event.shard)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from ...errors import CapipeError, RunFailed
+from ...errors import CapipeError, DamagedShard, RunFailed
 from ...manifests.artifact import Artifact
 from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.manifest import ShardRecord
@@ -69,6 +69,9 @@ class TaskJob:
             name = assignment.shard.name
             try:
                 records = await self._written(assignment, artifact)
+            except DamagedShard as error:
+                channel.send(ShardFailed(name, str(error), final=True))
+                continue
             except CapipeError as error:
                 return WorkerFailed(str(error), error.exit_code, final=True)
             except Exception as error:  # raised by the stage

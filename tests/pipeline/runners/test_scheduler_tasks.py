@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from capipe.errors import DamagedShard
 from capipe.manifests.artifact import Artifact
+from capipe.manifests.manifest import ShardRecord
 from capipe.manifests.schema import INGEST
 from capipe.manifests.shards import InputShard
 from capipe.pipeline.runners.messages import (
@@ -15,6 +19,7 @@ from capipe.pipeline.runners.messages import (
     Event,
     Ready,
     ShardDone,
+    ShardFailed,
     ShardTask,
     TaskDone,
     Want,
@@ -22,8 +27,11 @@ from capipe.pipeline.runners.messages import (
 )
 from capipe.pipeline.runners.scheduler import AHEAD, PoolLost, Scheduler
 from capipe.pipeline.runners.shard_queue import JobResult
+from capipe.pipeline.runners.task_worker import TaskJob
 
 from .test_scheduler import Answer, ScriptedHandle, ScriptedPool, done, record, run, shards
+
+_NUMBERS = itertools.count()
 
 
 @pytest.fixture
@@ -87,6 +95,45 @@ def test_a_task_whose_worker_died_is_done_with_care_at_once(artifact: Artifact) 
     assert [event.reason for event in events if isinstance(event, WorkerFailed)] == [
         "the worker process died (exit code -9)"
     ]
+
+
+def test_a_task_whose_input_is_damaged_is_quarantined_at_once(artifact: Artifact) -> None:
+    given: list[str] = []
+
+    def answer(assignment: Assignment[ShardTask]) -> list[Event | None]:
+        name = assignment.shard.name
+        given.append(name)
+        if name == "00000":
+            return [ShardFailed(name, "its bytes are others", final=True), Want()]
+        return finished(assignment)
+
+    pool = ScriptedPool(1, lambda: TaskHandle(answer))
+    result = Scheduler(pool, artifact, lambda event: None).run(iter([task(0), task(1)]))
+    assert given == ["00000", "00001"] and result.quarantined == {"00000": "its bytes are others"}
+
+
+def test_a_worker_reports_a_damaged_input_and_goes_on(artifact: Artifact) -> None:
+    class Channel:
+        def __init__(self) -> None:
+            self.stopping, self.sent = asyncio.Event(), list[Event]()
+            self.tasks = [Assignment(task(0)), Assignment(task(1)), None]
+
+        async def next_shard(self) -> Assignment[ShardTask] | None:
+            return self.tasks.pop(0)
+
+        def send(self, event: Event) -> None:
+            self.sent.append(event)
+
+    channel = Channel()
+    assert asyncio.run(TaskJob(_damaged).work(artifact, channel)) is None
+    assert [event for event in channel.sent if isinstance(event, ShardFailed)] == [
+        ShardFailed("00000", "00000: torn", final=True),
+        ShardFailed("00001", "00001: torn", final=True),
+    ]
+
+
+def _damaged(work: str, *, artifact: Artifact) -> ShardRecord:
+    raise DamagedShard(f"{next(_NUMBERS):05d}: torn")
 
 
 class LostPool(ScriptedPool):
