@@ -40,8 +40,8 @@ def run_starts(segment: U64, rest: int) -> Indices:
 class ShortRuns:
     """Runs of about the same length side by side, so that each pair within them is compared once.
 
-    ``hashes``: of a segment; ``starts`` and ``lengths`` (below 65,536): of the runs that are searched; ``labels``: of the
-    hashes, equal ones are not compared.
+    ``hashes``: of a segment; ``starts`` and ``lengths`` (below 65,536): of the runs that are searched; ``labels``: of
+    the hashes, equal ones are not compared.
     """
 
     def __init__(self, hashes: U64, starts: Indices, lengths: Indices, labels: Indices | None = None) -> None:
