@@ -1,8 +1,8 @@
 """Perceptual hashes: two 64-bit hashes to find candidate pairs, and a signature to confirm them.
 
 A pHash ignores colour and small details: scenes that differ in one object have the same one. So a candidate pair counts
-only if the signatures agree (:mod:`.confirm`): the image's luma in 64x64 cells and its chroma in 32x32, each cell
-filtered by a triangle two cells wide. Thus cells vary smoothly as the image moves, and their values under a small crop
+only if the signatures agree (:mod:`.signatures.confirm`): the image's luma in 64x64 cells and its chroma in 32x32, each
+cell filtered by a triangle two cells wide. Thus cells vary smoothly as the image moves, and their values under a small crop
 can be interpolated.
 """
 
