@@ -2,8 +2,8 @@
 
 A pHash ignores colour and small details: scenes that differ in one object have the same one. So a candidate pair counts
 only if the signatures agree (:mod:`.signatures.confirm`): the image's luma in 64x64 cells and its chroma in 32x32, each
-cell filtered by a triangle two cells wide. Thus cells vary smoothly as the image moves, and their values under a small crop
-can be interpolated.
+cell filtered by a triangle two cells wide. Thus cells vary smoothly as the image moves, and their values under a small
+crop can be interpolated.
 """
 
 from __future__ import annotations
