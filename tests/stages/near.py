@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import HASHES
-from capipe.stages.dedup.arrays import U64, Indices
+from capipe.stages.dedup.arrays import U64, Bools, Indices
 from capipe.stages.dedup.groups import connected, lookalikes
 from capipe.stages.dedup.hash_sets import HashSet, read_hash_set
 from capipe.stages.dedup.marks import Pairs
@@ -41,14 +41,26 @@ def searched_slowly(hashed: HashSet, references: HashSet | None = None, radius: 
     count = len(hashed.contents)
     mine = np.unique(lookalikes(hashed.contents))
     i, j = candidates(hashed.contents.take(mine), radius)
-    same = same_picture(signatures(hashed, mine[i]), signatures(hashed, mine[j]))
+    same = _judged(signatures(hashed, mine[i]), signatures(hashed, mine[j]))
     left, right = mine[i][same], mine[j][same]
     if references is not None:
         theirs = np.unique(lookalikes(references.contents))
         i, j = candidates_between(hashed.contents.take(mine), references.contents.take(theirs), radius)
-        same = same_picture(signatures(hashed, mine[i]), signatures(references, theirs[j]))
+        same = _judged(signatures(hashed, mine[i]), signatures(references, theirs[j]))
         left, right = np.append(left, mine[i][same]), np.append(right, count + theirs[j][same])
     return left, right
+
+
+def _judged(a: Signatures, b: Signatures) -> Bools:
+    """The slow judgement of each pair, made once for equal pairs."""
+    numbers: dict[bytes, int] = {}
+    places = np.array(
+        [numbers.setdefault(one.tobytes() + other.tobytes(), len(numbers)) for one, other in zip(a, b, strict=True)]
+    )
+    if not len(places):
+        return np.zeros(0, dtype=bool)
+    first = np.unique(places, return_index=True)[1]
+    return same_picture(a[first], b[first])[places]
 
 
 def outcome(pairs: Pairs, count: int) -> tuple[list[int], dict[int, int]]:

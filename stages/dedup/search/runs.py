@@ -117,9 +117,8 @@ class ShortRuns:
         apart = self._apart[:count]
         np.bitwise_xor(others, self._batch.hashes[row], out=apart.reshape(others.shape))
         bits = np.bitwise_count(apart, out=self._bits[:count])
-        flat: Indices = np.less_equal(bits, radius, out=self._is_near[:count]).nonzero()[
-            0
-        ]  # faster than in two dimensions
+        near = np.less_equal(bits, radius, out=self._is_near[:count])
+        flat: Indices = near.nonzero()[0]  # faster than in two dimensions
         return flat
 
     def _pairs(self, near: list[tuple[int, Indices]]) -> Pairs:
