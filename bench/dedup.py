@@ -53,6 +53,7 @@ from capipe.manifests.shards import InputShard
 from capipe.models.images.decode import ImageLimits, Thumbnail, thumbnail
 from capipe.models.tiny.world.corpus import samples
 from capipe.pipeline.jobs.dedup import DedupPlan, mark
+from capipe.pipeline.runners.messages import Event, Note
 from capipe.stages.dedup.arrays import U64, Indices
 from capipe.stages.dedup.marks import DedupConfig
 from capipe.stages.dedup.near.files import all_numbers
@@ -167,7 +168,7 @@ def whole_pass(images: int) -> dict[str, Any]:
         plan = DedupPlan(DedupConfig(), folder, shards, (), None, f"{folder}/out", WORKERS, False)
         hashes = Artifact.open(f"{folder}/out/hashes")
         started, busy = time.perf_counter(), _busy()
-        marks, _ = mark(plan, hashes, None, lambda event: print(event, file=sys.stderr), threading.Event())
+        marks, _ = mark(plan, hashes, None, _noted, threading.Event())
         seconds, busy = time.perf_counter() - started, _busy() - busy
         rows: dict[str, int] = {}
         for record in marks.committed().values():
@@ -177,13 +178,17 @@ def whole_pass(images: int) -> dict[str, Any]:
         hashes.close()
     if rows.get("duplicate", 0) < 0.95 * copies:
         sys.exit(f"of {copies} copies only {rows.get('duplicate', 0)} are marked")
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-    figures = {"minutes": seconds / 60, "core_minutes": busy / 60, "peak_mib": peak}
+    figures = {"minutes": seconds / 60, "core_minutes": busy / 60}
     rounded = {name: round(value, 2) for name, value in figures.items()}
     return {"images": images, **rounded, "workers": WORKERS, "copies": copies, "rows": rows}
 
 
 WORKERS = 2
+
+
+def _noted(event: Event) -> None:
+    if isinstance(event, Note):
+        print(event.text, file=sys.stderr, flush=True)
 
 
 def _busy() -> float:
