@@ -232,7 +232,7 @@ class Artifact:
         return True
 
     def note(self, **facts: Any) -> None:
-        """Add facts about the run to ``config.json``. Raises ArtifactMismatch if another run has started over meanwhile."""
+        """Add facts about the run to ``config.json``. Raises ArtifactMismatch if another run started over meanwhile."""
         if not self.folder.is_local:
             standing = Artifact.open(self.url)
             if (standing.fingerprint, standing.generation) != (self.fingerprint, self.generation):
