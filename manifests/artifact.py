@@ -232,8 +232,7 @@ class Artifact:
         return True
 
     def note(self, **facts: Any) -> None:
-        """Add facts about the run to ``config.json``; they are not in the fingerprint. Raises ArtifactMismatch if
-        another run has started over in the same place of a store meanwhile."""
+        """Add facts about the run to ``config.json``. Raises ArtifactMismatch if another run started over meanwhile."""
         if not self.folder.is_local:
             standing = Artifact.open(self.url)
             if (standing.fingerprint, standing.generation) != (self.fingerprint, self.generation):
@@ -246,11 +245,9 @@ class Artifact:
         if not self.folder.private("journal").is_dir():
             return
         folder, committed = self.folder.private_folder("journal"), self.committed()
-        for path in folder.glob("*.jsonl"):
-            if path.stem in committed:
+        for path in [*folder.glob("*.jsonl"), *folder.glob("*.new")]:  # the latter: never renamed to its final name
+            if path.suffix == ".new" or path.stem in committed:
                 path.unlink()
-        for path in folder.glob("*.new"):  # started, never renamed to its final name
-            path.unlink()
 
     def _erase(self) -> None:
         """Remove the output of earlier runs: files named by the manifest or by the configuration's ``extras``, and the

@@ -120,6 +120,7 @@ def test_a_selection_reads_scores_once_to_plan_and_once_to_write(store: StorePro
         write_group(task, plan.selection.rule, plan.artifact)
     plan.artifact.close()
     assert len(plan.todo) == 2 and verify(f"{url}/again").faults == []
-    for shard, times in (("00000", 3), ("00001", 2)):  # the first one also says which captions are to be written
+    # The first one also says whether it fits the shards, and which captions are to be written.
+    for shard, times in (("00000", 4), ("00001", 2)):
         assert store.count("GET", f"/filtered/scores/{shard}.parquet") == times
     assert store.count("GET", "/shards/00001.tar") == 1
