@@ -165,7 +165,8 @@ def _decides_images(options: DedupOptions) -> str | None:
     """An option that is not as it is by default, of those that decide which images are duplicates."""
     names = ("against", "radius", "placeholder", "embeddings", "cosine", "against_embeddings", "keeper", "scores")
     for name in names:
-        if getattr(options, name) != getattr(DedupOptions, name, None):
+        value = getattr(options, name)
+        if value not in (getattr(DedupOptions, name, None), [], ()):  # a repeatable option that is not given is a list
             return "--" + name.replace("_", "-")
     return None
 

@@ -149,7 +149,7 @@ def test_embeddings_group_what_hashes_do_not(shards: Path, tmp_path: Path) -> No
     assert rows["000000002"]["group"] != rows["000010000"]["group"]
     strange = embed(tmp_path / "strange", hashes, axes, 8, uid=lambda uid: uid[::-1] if uid else None)
     refused = one_line(capipe(*options, strange.url, "--fresh", code=2))
-    assert str(tmp_path / "strange") in refused and "embeddings of other images" in refused
+    assert str(tmp_path / "strange") in refused and "it was not made of these shards" in refused
 
 
 def test_embeddings_that_are_none_are_refused(shards: Path, tmp_path: Path) -> None:

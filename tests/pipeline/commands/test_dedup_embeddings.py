@@ -181,7 +181,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(made: Path, tmp_path: Pa
     assert not out.exists()
     turned_round = scores(tmp_path / "turned", made, {}, backwards=True)
     by_column = [*plain, "--keeper", "clip_score", "--scores", turned_round]
-    assert "its rows are not those of the images" in one_line(capipe(*by_column, code=2))
+    assert "it was not made of these shards" in one_line(capipe(*by_column, code=2))
 
 
 @pytest.mark.slow

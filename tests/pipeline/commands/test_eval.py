@@ -129,6 +129,5 @@ def test_what_does_not_fit_is_refused(quizzed: Path, tmp_path: Path) -> None:
     (other / "000000.jpg").unlink()
     capipe("ingest", other, "--out", tmp_path / "other-shards", "--shard-size", 100)
     assert not (tmp_path / "out").exists()
-    capipe(*common, "--shards", tmp_path / "other-shards", "--questions", qa, *captions, code=1)
-    reasons = Artifact.open(str(tmp_path / "out/graded")).quarantined()
-    assert "give --shards those it was made of" in reasons["00000"]
+    refused = refusal("--shards", tmp_path / "other-shards", "--questions", qa, *captions)
+    assert "give --shards those it was made of" in refused and not (tmp_path / "out").exists()
