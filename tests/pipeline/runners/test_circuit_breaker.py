@@ -171,9 +171,9 @@ def test_a_commit_that_is_under_way_ends_before_the_run_does(
     """It runs in a thread: one left behind would write into an artifact that is closed, and that another may hold."""
     folder, out, commit = shards(400), tmp_path / "out", ShardRun.commit
 
-    def slow(run: ShardRun, processor: Any) -> ShardRecord:
+    def slow(run: ShardRun, *arguments: Any) -> ShardRecord:
         time.sleep(0.5)  # the 200 rows of the streak are refused meanwhile
-        return commit(run, processor)
+        return commit(run, *arguments)
 
     monkeypatch.setattr(ShardRun, "commit", slow)
     with pytest.raises(RunFailed, match="200 rows in a row"):
