@@ -176,7 +176,7 @@ def join(shards: list[InputShard], artifacts: Mapping[str, Artifact]) -> list[In
                 raise ArtifactMismatch(f"{text}; it was not made of these shards: give --shards those it was made of")
             companions.append(companion)
         joined.append(replace(shard, companions=tuple(companions)))
-    for shard in joined[:1]:
+    for shard in joined[:1] if artifacts else ():
         _refuse_other_images(shard)
     return joined
 
