@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from ..conftest import photo
 from .fork_server import ForkServer
 
 COMMAND = [sys.executable, "-m", "capipe.pipeline"]
@@ -156,3 +157,16 @@ def recipe(training_data: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+@pytest.fixture
+def foreign_tars(make_tar: Callable[..., Path], tmp_path: Path) -> Path:
+    """Three foreign tars of six images with text, one of them no image at all."""
+    for number in range(3):
+        members = {}
+        for i in range(6):
+            key = f"{number:05}{i:04}"
+            members[f"{key}.jpg"] = photo(10 * number + i) if i != 4 else b"<!DOCTYPE html><html></html>"
+            members[f"{key}.txt"] = f"alt {i}".encode()
+        make_tar(members, f"in/{number:05}.tar")
+    return tmp_path / "in"

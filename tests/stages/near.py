@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,12 @@ def searched(
     folder: Path, hashed: HashSet, references: HashSet | None = None, radius: int = 7
 ) -> tuple[Indices, Indices]:
     """All steps of the search, one task after another."""
-    search = NearSearch(hashed, references, radius)
-    work = Artifact.create(str(folder), STAGE, search.config, {})
+    return all_steps(NearSearch(hashed, references, radius), folder, STAGE)
+
+
+def all_steps(search: Any, folder: Path, stage: str) -> Any:
+    """The result of a search by tasks, here one after another."""
+    work = Artifact.create(str(folder), stage, search.config, {})
     try:
         for step in search.steps(work):
             for task in step.todo:

@@ -18,6 +18,8 @@ from capipe.stages.dedup.embeddings.work import STAGE, EmbeddingSearch, NearFile
 from capipe.stages.dedup.groups import connected
 from capipe.stages.dedup.hash_sets import HashSet, read_hash_set
 
+from .near import all_steps
+
 
 def clustered(count: int, centers: int, width: int, spread: float, seed: int) -> Vectors:
     """Vectors around random directions, of other lengths each: cosines within a cluster lie around the bound."""
@@ -103,11 +105,5 @@ def searched(
     with embeddings.parquet(hashed.shards[0]) as file:
         width = file.schema_arrow.field("image_embedding").type.list_size
     search = EmbeddingSearch(hashed, embeddings, references, width, cosine, [device])
-    work = Artifact.create(str(folder), STAGE, search.config, {})
-    try:
-        for step in search.steps(work):
-            for task in step.todo:
-                step.write(task, artifact=work.attach())
-        return search.result(work)
-    finally:
-        work.close()
+    found: NearFiles = all_steps(search, folder, STAGE)
+    return found

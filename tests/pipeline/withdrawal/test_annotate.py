@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,20 +16,10 @@ from ...conftest import photo
 from ..conftest import CaptionServer, capipe, one_line, table
 from ..withdrawing import UNKNOWN, contents, is_clean, killed_at_steps, listed, marks, touched
 
-MakeTar = Callable[..., Path]
-
 
 @pytest.fixture
-def shards(make_tar: MakeTar, tmp_path: Path) -> Path:
-    """Three foreign tars of six images with text, one of them no image at all."""
-    for number in range(3):
-        members = {}
-        for i in range(6):
-            key = f"{number:05}{i:04}"
-            members[f"{key}.jpg"] = photo(10 * number + i) if i != 4 else b"<!DOCTYPE html><html></html>"
-            members[f"{key}.txt"] = f"alt {i}".encode()
-        make_tar(members, f"in/{number:05}.tar")
-    return tmp_path / "in"
+def shards(foreign_tars: Path) -> Path:
+    return foreign_tars
 
 
 GONE = [uid_of(photo(11)), uid_of(photo(13)), UNKNOWN]
