@@ -15,11 +15,7 @@ Also measured: candidates confirmed per second by their signatures, by both vers
     python bench/dedup.py --sizes 300000 1000000 3000000 10000000 --images 1000000 [--rounds 1]
 
 Keys: `speedup_1m`, `core_minutes_10m`, `growth_1m_to_10m` (core-seconds) are the worst of both kinds, null for sizes
-<<<<<<< HEAD
-that were not measured. 10 M take 6 core-minutes and 1 M images 8 GB of disk.
-=======
 that were not measured. 10 M take 4 core-minutes, and 1 M images 8 GB of disk.
->>>>>>> dedup
 """
 
 from __future__ import annotations
