@@ -3,14 +3,14 @@
 A cost grows from the largest measured size by the measured exponent, or by 1 if that is smaller: fixed costs make small
 runs look better than large ones will be. A benchmark whose result is not given is left out.
 
-    python bench/costs.py RESULT...      # files whose last line is a result: of scaling.py, ingest.py, dedup.py
+    python bench/costs.py RESULT...      # files whose last line is a result: of scaling.py, stages/ingest.py, dedup.py
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,10 @@ def shown(seconds: float) -> str:
 
 
 def main() -> None:
-    read = (json.loads(Path(file).read_text().splitlines()[-1]) for file in sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", metavar="RESULT", nargs="+", type=Path, help="file whose last line is a result")
+    read = (json.loads(file.read_text().splitlines()[-1]) for file in parser.parse_args().results)
     results = {result["name"]: result for result in read}
-    if not results:
-        sys.exit(__doc__)
     print(f"| step | exponent | {' | '.join(IMAGES)} |", f"|---|---:|{'---:|' * len(IMAGES)}", sep="\n")
     for title, exponent, costs in rows(results):
         print(f"| {title} | {exponent:.2f} |", " | ".join(map(shown, costs)), "|")

@@ -2,7 +2,7 @@
 
 Embeddings are stored as unit vectors in half precision. Rounding moves such a vector by at most 2^-11 of its length, so
 a cosine differs by at most :data:`ROUNDING` from that of the encoder's own vector; seen were 4e-5 at most
-(``bench/embedded_scores.py``).
+(``bench/stages/embedded_scores.py``).
 """
 
 from __future__ import annotations

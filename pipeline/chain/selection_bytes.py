@@ -15,7 +15,7 @@ from .estimate import Estimate
 from .plan import Planned, located
 from .recipe import Chain, ChainStage, Source
 
-ROW_BYTES = 160  # of a row of an index, compressed, with a caption of 30 words and its scores: bench/index.py
+ROW_BYTES = 160  # of a row of an index, compressed, with a caption of 30 words and its scores: bench/stages/index.py
 
 
 def selection_bytes(chain: Chain, stage: ChainStage, planned: Planned, estimate: Estimate, folder: Path) -> str | None:

@@ -97,7 +97,7 @@ class SelectCosts:
         return f"to write: about {images} of images and {rows} of rows; with --index the rows alone"
 
 
-#: Size of a selection's Parquet relative to that of its scores, of which it has a few more columns; see bench/index.py
+#: Size of a selection's Parquet relative to that of its scores, with a few more columns; bench/stages/index.py
 ROWS_TO_SCORES = 1.3
 
 

@@ -85,7 +85,7 @@ def long_files(root: Path) -> list[str]:
 
 def full_folders(root: Path) -> list[str]:
     counts: dict[Path, int] = defaultdict(int)
-    for path in modules(root).values():
+    for path in [*modules(root).values(), *(root / "bench").rglob("*.py")]:
         counts[path.parent] += 1
     return [f"{folder}: {count} files" for folder, count in counts.items() if folder != root and count > MOST_FILES]
 

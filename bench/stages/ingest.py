@@ -5,7 +5,7 @@ its sha256. Both decode every image in full: img2dataset with OpenCV at full siz
 img2dataset has its fastest options: no resize, no re-encoding, no EXIF, no monitoring. Times are of the whole command,
 start-up included; for `without_startup` and CPU time, each side's time for two images is subtracted.
 
-    python bench/ingest.py [--images 3000] [--rounds 3]
+    python bench/stages/ingest.py [--images 3000] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from _common import PEERS, alternate, capipe_command, peer_python, quotient, report, run_timed, version
 

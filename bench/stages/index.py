@@ -5,7 +5,7 @@ and are sparse files of the recorded sizes: nothing else of them is read. Each s
 the sum over its process tree, sampled every 50 ms. All readers count the selected rows, average a score and count the
 captions with a word; their answers must be equal, and equal to what the command reported.
 
-    python bench/index.py [--rows 100000] [--shard 10000] [--keep FOLDER]
+    python bench/stages/index.py [--rows 100000] [--shard 10000] [--keep FOLDER]
 
 A million rows take some 150 core-seconds in all, growing with the rows; ``--rows 10000000 --shard 10000`` is the
 size at which memory is to be stated. DuckDB and Polars are in the extra `dev`.
@@ -28,7 +28,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from _common import report, version
 

@@ -11,9 +11,9 @@ The artifacts are written by a process of their own. The figures are of the sear
 processes as cores, with their results on disk. `peak_mib`: of the process that hands out tasks, and of the largest
 worker.
 
-    python bench/dedup_embeddings.py [--sizes 20000 200000] [--workers 2] [--folder SCRATCH]
-    python bench/dedup_embeddings.py --sizes 1000000 5000000       # 5 GB and 25 GB of scratch
-    python bench/dedup_embeddings.py --sizes 60000 --per-cluster 60000 --noise 5 --isotropic    # no structure at all
+    python bench/stages/dedup_embeddings.py [--sizes 20000 200000] [--workers 2] [--folder SCRATCH]
+    python bench/stages/dedup_embeddings.py --sizes 1000000 5000000       # 5 GB and 25 GB of scratch
+    python bench/stages/dedup_embeddings.py --sizes 60000 --per-cluster 60000 --noise 5 --isotropic  # no structure
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from _common import report, version
 

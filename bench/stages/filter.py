@@ -11,7 +11,7 @@ Three sides compute the CLIP and ITM scores of every image's new and original ca
 Torch uses all cores on each side, its default. Rounds alternate; the figures are images per second, the ratios medians
 over the rounds.
 
-    python bench/filter.py [--images 1024] [--shards 4] [--rounds 5]
+    python bench/stages/filter.py [--images 1024] [--shards 4] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from _common import report, version
 from _corpus import rendered_shards

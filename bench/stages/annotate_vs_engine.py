@@ -6,7 +6,7 @@ Both are timed from the first request to the last result (a commit on our side),
 because the speed of a shared machine drifts; the prefix cache is emptied between them. The ratio is the median over the
 rounds.
 
-    python bench/annotate_vs_engine.py [--images 1000] [--shards 5] [--rounds 12]
+    python bench/stages/annotate_vs_engine.py [--images 1000] [--shards 5] [--rounds 12]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from _common import report, version
 from _corpus import rendered_shards

@@ -5,7 +5,7 @@ encoder's side also decodes. Core-seconds are those of this process and of its d
 is the encoder's core-seconds over those of embeddings, the median over rounds; ``largest_difference`` that of the
 scores.
 
-    python bench/embedded_scores.py [--images 512] [--shards 2] [--rounds 3] [--clip tiny/clip]
+    python bench/stages/embedded_scores.py [--images 512] [--shards 2] [--rounds 3] [--clip tiny/clip]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from _common import alternate, report, version
 from _corpus import rendered_shards

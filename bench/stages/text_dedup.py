@@ -8,7 +8,7 @@ which many resemble many. The search against all pairs compared (`slow`) is meas
 
 CPU seconds of one process; images are not read. Each size in its own process.
 
-    python bench/text_dedup.py [--sizes 20000 60000] [--rounds 1]      # docs/benchmarks.md: --sizes 100000 300000
+    python bench/stages/text_dedup.py [--sizes 20000 60000] [--rounds 1]  # docs/benchmarks.md: --sizes 100000 300000
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from _common import alternate, report, version
 

@@ -4,7 +4,7 @@ The whole command, with the bundled captioner on vLLM, over 10 and over 300 shar
 are from the engine being ready to the last commit; memory is the sampled peak of all processes together (resident,
 shared pages counted once).
 
-    python bench/annotate_shards.py [--small 10] [--large 300] [--images 100] [--rounds 2]
+    python bench/stages/annotate_shards.py [--small 10] [--large 300] [--images 100] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from statistics import median
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from _common import alternate, capipe_command, report, version
 from _corpus import rendered_shards
