@@ -273,8 +273,7 @@ class Artifact:
             self.claims.close()
             self.claims = None
         with suppress(LockHeld), guard(self.folder, _LEAVING) if self.shared else nullcontext():
-            if last := lock.is_last():  # otherwise other processes are still working
-                lock.clear()
+            if last := lock.clear_if_last():  # otherwise other processes are still working
                 if self.shared:  # a process killed since we started may have left the journal of a committed shard
                     with suppress(ArtifactMismatch):  # of a damaged manifest, which its readers report
                         self._drop_journals()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ..files import bounded_json
 from ..files.storage import Folder, scratch_name
-from .log import ATTEMPTS, Entry, Note, last
+from .log import ATTEMPTS, Entry, Log, Note, last
 
 _CHUNK = 1 << 20
 
@@ -49,9 +49,7 @@ def commit(
     before = last(folder, shard) if not folder.is_conditional else None
     aside = {name: place for name, file in files.items() if (place := _upload(folder, name, file, attempt)) is not None}
     entry = _decide(folder, shard, replace(note, attempt=attempt, objects=aside), line, before)
-    if entry.note.attempt != attempt and aside:
-        folder.remove(f"{ATTEMPTS}/{attempt}")
-    return finish(folder, entry) if entry.note.objects else entry
+    return _finished(folder, entry, attempt, files, aside)
 
 
 def retract(
@@ -72,9 +70,25 @@ def replace_committed(
         if not _same(folder, name, file):
             aside[name] = _put_aside(folder, name, file, attempt)
     entry = _decide(folder, shard, replace(note, attempt=attempt, objects=aside), lambda _: line, before)
+    return _finished(folder, entry, attempt, files, aside)
+
+
+def _finished(
+    folder: Folder, entry: Entry, attempt: str, files: Mapping[str, Upload], aside: Mapping[str, str]
+) -> Entry:
+    """Finish the commit that stands, ours or not. Ours may lack the files aside, if the attempt was taken for dead."""
     if entry.note.attempt != attempt and aside:
         folder.remove(f"{ATTEMPTS}/{attempt}")
-    return finish(folder, entry) if entry.note.objects else entry
+    if not entry.note.objects:
+        return entry
+    try:
+        return finish(folder, entry)
+    except FileNotFoundError:
+        if entry.note.attempt != attempt:
+            raise
+    for name, place in aside.items():
+        folder.fs.put(str(files[name].path), folder.full(place))
+    return finish(folder, entry)
 
 
 def finish(folder: Folder, entry: Entry) -> Entry:
@@ -101,12 +115,27 @@ def finish_all(folder: Folder, entries: Sequence[Entry], generation: str) -> Non
             finish(folder, entry)
 
 
-def clear_attempts(folder: Folder) -> None:
-    """Remove what dead attempts left: their files aside, and uploads that were begun and not completed. No other run
-    may be at work."""
-    folder.remove(ATTEMPTS)
-    for path, upload in folder.fs.unfinished_uploads(folder.path):
-        folder.fs.abort_upload(path, upload)
+@dataclass(frozen=True)
+class Leftovers:
+    """What unfinished commits have left by now: ``attempts`` with files aside, and ``uploads`` (path and id)."""
+
+    attempts: tuple[str, ...]
+    uploads: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, folder: Folder) -> Leftovers:
+        """Those in a store at this moment."""
+        return cls(tuple(folder.names(ATTEMPTS)), tuple(folder.fs.unfinished_uploads(folder.path)))
+
+    def remove(self, folder: Folder) -> None:
+        """Remove them, except for the files of an entry, whose commit is still to be finished. The runs that made them
+        must have ended."""
+        named = {entry.note.attempt for entry in Log(folder).read() if entry.note.objects} if self.attempts else set()
+        for attempt in self.attempts:
+            if attempt not in named:
+                folder.remove(f"{ATTEMPTS}/{attempt}")
+        for path, upload in self.uploads:
+            folder.fs.abort_upload(path, upload)
 
 
 def _decide(

@@ -6,12 +6,14 @@ decides; it ends with its process, so it is never stale. Runs on other machines 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+from dataclasses import dataclass
 
 from ...errors import BadInput
 from ..files.storage import PRIVATE, Folder, clear, open_own
-from ..object_store.commits import clear_attempts
+from ..object_store.commits import Leftovers
 from .claims import CLAIMS
 from .owners import OWNERS, Owner, Presence, living
 
@@ -31,14 +33,15 @@ class OutputLock:
         except BaseException:
             self.close()
             raise
-        if self.alone:
-            self.clear()
 
     def _acquired(self) -> bool:
         alone = self._locked(fcntl.LOCK_EX)
+        left = _Left.of(self._folder) if alone else None
         if not self._folder.is_local and self._folder.is_shared:
             self.presence = Presence(self._folder, shares=self._shared)
         others = self._others()
+        if left is not None and not others:  # while the lock is exclusive
+            left.remove(self._folder)
         if self._shared:
             refused = not self._locked(fcntl.LOCK_SH) or any(not other.shares for other in others)
         else:
@@ -60,9 +63,16 @@ class OutputLock:
             return False
         return True
 
-    def is_last(self) -> bool:
-        """True if no other run writes there any more; this one must not, either. Of two that end at once in a store,
-        where no guard orders them, at least one is the last: a run leaves before it looks again."""
+    def clear_if_last(self) -> bool:
+        """Remove what dead runs have left if no other run writes there any more; this one must not, either. Returns
+        whether it is so. Of two that end at once in a store, where no guard orders them, at least one is the last: a
+        run leaves before it looks again."""
+        left = _Left.of(self._folder)
+        if last := self._is_last():
+            left.remove(self._folder)
+        return last
+
+    def _is_last(self) -> bool:
         if self.presence is None:
             return (not self._shared or self._locked(fcntl.LOCK_EX)) and not self._others()
         if not self._others():
@@ -70,20 +80,6 @@ class OutputLock:
         own = self.presence.owner
         self.presence.close()
         return all(owner == own for owner in living(self._folder))
-
-    def clear(self) -> None:
-        """Remove leftovers of dead runs; no other run may be at work."""
-        clear(self._folder.private_to_write("tmp"))
-        if self._folder.is_local:
-            for name in (CLAIMS, OWNERS):
-                clear(self._folder.private_to_write(name))
-            return
-        self._folder.remove(f"{PRIVATE}/{CLAIMS}")
-        own = None if self.presence is None else f"{self.presence.owner.run}.json"
-        for name in self._folder.names(f"{PRIVATE}/{OWNERS}"):
-            if name != own:
-                self._folder.remove_file(f"{PRIVATE}/{OWNERS}/{name}")
-        clear_attempts(self._folder)
 
     def close(self) -> None:
         """Release the lock; safe to call twice."""
@@ -93,3 +89,30 @@ class OutputLock:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What runs have left in a folder: to be listed before it is asked who lives. Whoever comes later is not in it, so
+    nothing of theirs is removed."""
+
+    names: tuple[str, ...]  # of claims and of runs' cards
+    commits: Leftovers | None  # in a store
+
+    @classmethod
+    def of(cls, folder: Folder) -> _Left:
+        folders = [f"{PRIVATE}/{CLAIMS}", f"{PRIVATE}/{OWNERS}"]
+        names = tuple(f"{place}/{name}" for place in folders for name in folder.names(place))
+        return cls(names, None if folder.is_local else Leftovers.of(folder))
+
+    def remove(self, folder: Folder) -> None:
+        """Remove it; no run that was there at the listing may be at work."""
+        clear(folder.private_to_write("tmp"))
+        for name in self.names:
+            folder.remove_file(name)
+        if self.commits is not None:
+            self.commits.remove(folder)
+            return
+        for name in (CLAIMS, OWNERS):
+            with contextlib.suppress(OSError):  # not empty, or not there
+                folder.private(name).rmdir()
