@@ -28,8 +28,8 @@ from capipe.manifests.shards import ROWS
 from capipe.manifests.transaction import ROW_GROUP, shard_stats
 from capipe.models.engines.loading import EngineConfig
 from capipe.pipeline.jobs.annotate import AnnotateStage, parse_prompts
-from capipe.pipeline.jobs.engine import EngineSetup, StagePlan, plan
 from capipe.pipeline.jobs.export import plan_export
+from capipe.pipeline.jobs.rows.engine import EngineSetup, StagePlan, plan
 from capipe.stages.annotate.captioner import AnnotateConfig
 from capipe.stages.export.card import CardWords
 from capipe.stages.export.energon import index_tar

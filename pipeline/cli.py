@@ -24,7 +24,7 @@ from ..manifests.import_path import is_import_path
 from ..terminal import escape_logs, escaped, print_err, print_line
 from .chain import command
 from .commands import eval, inspect
-from .commands.options import Images, local_path
+from .commands.options.shared import Images, local_path
 from .commands.run_job import LAST_WORDS, Exit
 from .runners.worker import disk_text
 from .specs import STAGES, command_of, stage_spec

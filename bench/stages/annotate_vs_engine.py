@@ -32,7 +32,7 @@ from capipe.models.engines.vllm.engine import VLLMEngine
 from capipe.models.images.decode import ImageLimits
 from capipe.models.images.decode_pool import DecodePool, grid_decoder
 from capipe.pipeline.jobs.annotate import AnnotateProcessor, AnnotateStage
-from capipe.pipeline.jobs.engine import EngineSetup, LoadedEngine, plan
+from capipe.pipeline.jobs.rows.engine import EngineSetup, LoadedEngine, plan
 from capipe.pipeline.runners.inline import DirectChannel
 from capipe.pipeline.runners.worker import Worker
 from capipe.stages.annotate.captioner import AnnotateConfig

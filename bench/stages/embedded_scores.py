@@ -27,7 +27,7 @@ from _corpus import rendered_shards
 
 from capipe.manifests.artifact import Artifact
 from capipe.models.scorers.loading import ScorerConfig
-from capipe.pipeline.jobs.engine import EngineStage, plan
+from capipe.pipeline.jobs.rows.engine import EngineStage, plan
 from capipe.pipeline.jobs.score import EmbedStage, ScoreSetup, ScoreStage, with_embeddings
 from capipe.pipeline.runners.inline import DirectChannel
 from capipe.pipeline.runners.worker import Worker

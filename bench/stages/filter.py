@@ -52,7 +52,7 @@ from capipe.models.scorers.loading import ScorerConfig
 from capipe.models.scorers.sentences import split_sentences
 from capipe.models.tiny.world.captions import dense_caption
 from capipe.models.tiny.world.corpus import samples
-from capipe.pipeline.jobs.engine import plan
+from capipe.pipeline.jobs.rows.engine import plan
 from capipe.pipeline.jobs.score import ScoreProcessor, ScoreSetup, ScoreStage
 from capipe.pipeline.runners.inline import DirectChannel
 from capipe.pipeline.runners.worker import Worker

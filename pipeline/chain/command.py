@@ -12,8 +12,8 @@ import typer
 from ...errors import BadInput, Problems
 from ...manifests.files.outside import is_url
 from ...terminal import print_err, print_line
-from ..commands import options as o
-from ..commands.option_groups import flattened, settings
+from ..commands.options import shared as o
+from ..commands.options.groups import flattened, settings
 from ..commands.run_job import Exit
 from ..runners.interrupts import CODES, say
 

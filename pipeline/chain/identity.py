@@ -27,7 +27,7 @@ from ...models.bundled import PREFIX, resolve
 from ...models.engines.model_folder import folder_digest
 from ...models.engines.vllm.arguments import changing_rows
 from ...stages.annotate.prompts import parse_prompt
-from ..commands.key_values import FIELDS, key_values, second_model
+from ..commands.options.key_values import FIELDS, key_values, second_model
 from .options import KEY_VALUES, SET
 from .recipe import ChainStage
 from .registry import ENGINES, MODELS, SPEED, WITHDRAWING

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...terminal import print_err
-from . import options as o
-from .engine_choice import EngineChoice
-from .option_groups import flattened, settings
+from .options import shared as o
+from .options.engine_choice import EngineChoice
+from .options.groups import flattened, settings
 from .run_job import Exit, run_job
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def annotate(options: AnnotateOptions) -> None:
     from ...stages.annotate.captioner import passed_on
     from ..jobs.annotate import AnnotateStage, chosen_prompts
     from ..jobs.artifacts import marks_beside
-    from ..jobs.engine import plan
+    from ..jobs.rows.engine import plan
     from ..jobs.withdraw import withdraw
 
     config, drop = check(options), o.dropped(options.drop)

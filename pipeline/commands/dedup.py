@@ -15,8 +15,8 @@ from ...manifests.artifact import Artifact
 from ...terminal import print_err
 from ..runners.pool_job import job_session
 from ..runners.progress import Progress
-from . import options as o
-from .option_groups import flattened
+from .options import shared as o
+from .options.groups import flattened
 from .run_job import Exit, conclude
 
 if TYPE_CHECKING:

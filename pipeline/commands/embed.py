@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from . import options as o
-from .option_groups import flattened
+from .options import shared as o
+from .options.groups import flattened
 from .run_job import run_job
 
 
@@ -38,7 +38,7 @@ def embed(options: EmbedOptions) -> None:
     """Compute CLIP image embeddings, one row per input row, for `capipe dedup`, `capipe filter` and other uses."""
     from ...models.scorers.loading import ScorerConfig
     from ..jobs.artifacts import marks_beside
-    from ..jobs.engine import plan
+    from ..jobs.rows.engine import plan
     from ..jobs.score import EmbedStage, ScoreSetup
 
     check(options)

@@ -13,9 +13,9 @@ from rich.console import Console
 from ...errors import BadInput
 from ...terminal import print_err, print_line
 from ..jobs.artifacts import captions_artifact, question_artifact, refuse_controls
-from . import options as o
-from .engine_choice import EngineChoice
-from .option_groups import flattened, settings
+from .options import shared as o
+from .options.engine_choice import EngineChoice
+from .options.groups import flattened, settings
 from .run_job import Exit, run_job
 
 if TYPE_CHECKING:
@@ -140,9 +140,16 @@ def evaluate(options: EvalOptions) -> None:
     from ...models.reader import ReaderConfig
     from ...stages.questions import grade, screen
     from ..jobs.annotate import chosen_prompts
-    from ..jobs.engine import plan
     from ..jobs.grade import GradeStage
-    from ..jobs.reader_checks import asked_of, caption_texts, check_captions, check_limit, oracle_texts, rewarded_by
+    from ..jobs.rows.engine import plan
+    from ..jobs.rows.reader_checks import (
+        asked_of,
+        caption_texts,
+        check_captions,
+        check_limit,
+        oracle_texts,
+        rewarded_by,
+    )
 
     config = check(options)
     questions = question_artifact(options.questions)
@@ -212,7 +219,7 @@ def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifac
     """Write the captions to grade. Raises Exit if interrupted."""
     from ..jobs.annotate import AnnotateStage
     from ..jobs.artifacts import marks_beside
-    from ..jobs.engine import plan
+    from ..jobs.rows.engine import plan
 
     captioner = options.captioner
     placement = captioner.placement()

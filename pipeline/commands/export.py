@@ -11,8 +11,8 @@ import typer
 
 from ...errors import BadInput
 from ...terminal import print_err
-from . import options as o
-from .option_groups import flattened
+from .options import shared as o
+from .options.groups import flattened
 from .run_job import conclude
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from ...terminal import print_err, print_line
 from ..runners.placement import Placement
 from ..runners.pool_job import job_session
 from ..runners.progress import Progress
-from . import options as o
-from .option_groups import flattened
+from .options import shared as o
+from .options.groups import flattened
 from .run_job import Exit, conclude, run_job
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def score_step(options: FilterOptions, out: str, drop: UidSet | None = None) -> 
     """
     from ...manifests.schema import SCORE
     from ...stages.filter.score import CAPTIONS, EMBEDDINGS, passed_on
-    from ..jobs.engine import plan
+    from ..jobs.rows.engine import plan
     from ..jobs.score import ScoreStage, with_embeddings
     from ..jobs.withdraw import withdraw
 

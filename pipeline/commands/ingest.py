@@ -12,8 +12,8 @@ import typer
 from ...errors import BadInput
 from ...models.tiny.world.scenes import Split
 from ...terminal import print_line
-from .option_groups import flattened, settings
-from .options import Out, TaskOptions, local_path, validated
+from .options.groups import flattened, settings
+from .options.shared import Out, TaskOptions, local_path, validated
 from .run_job import conclude
 
 if TYPE_CHECKING:

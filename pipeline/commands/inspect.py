@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ...terminal import print_err, print_line
-from .options import Images, local_path
+from .options.shared import Images, local_path
 from .run_job import Exit
 
 

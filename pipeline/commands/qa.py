@@ -11,9 +11,9 @@ from ...errors import BadInput
 from ...terminal import print_err
 from ..jobs.artifacts import SCREENED, WRITTEN
 from ..runners.placement import Placement
-from . import options as o
-from .engine_choice import EngineChoice
-from .option_groups import flattened, settings
+from .options import shared as o
+from .options.engine_choice import EngineChoice
+from .options.groups import flattened, settings
 from .run_job import Exit, run_job
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ def qa(options: QaOptions) -> None:
     """Write quiz questions about every image, or import them, and keep those answerable only with the image."""
     from ...manifests.artifact import Artifact
     from ...stages.questions.screen import QUESTIONS
-    from ..jobs.engine import plan
     from ..jobs.qa import ScreenStage
+    from ..jobs.rows.engine import plan
 
     config = check(options)
     screener = options.screener
@@ -168,8 +168,8 @@ def qa(options: QaOptions) -> None:
 def write_questions(options: QaOptions, config: QuestionsConfig, out: str) -> Exit:
     """Write questions with a model into an artifact."""
     from ..jobs.artifacts import marks_beside
-    from ..jobs.engine import plan
     from ..jobs.qa import QuestionsStage, engine_guides
+    from ..jobs.rows.engine import plan
 
     placement = options.writer.placement()
     setup = options.writer.setup(placement, config.room, sampling=config.sampling)
@@ -184,8 +184,8 @@ def import_questions(options: QaOptions, out: str) -> Exit:
     from ...manifests.files.storage import PRIVATE
     from ...manifests.shards import expand
     from ..jobs.artifacts import marks_beside
-    from ..jobs.engine import plan
     from ..jobs.qa import ImportStage, unmatched_lines
+    from ..jobs.rows.engine import plan
 
     assert options.import_ is not None
     stage = ImportStage(options.import_, tuple(expand(options.shards)), options.distractors, options.sampling.seed)

@@ -18,12 +18,12 @@ from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.schema import BASE
 from ...stages.stage_spec import CHECKPOINT, MARKED, SHARDS, Output, StageSpec
 from ..jobs.artifacts import marks_beside
-from ..jobs.engine import EngineSetup, plan
-from ..jobs.row_stage import RowFunction, RowStage
+from ..jobs.rows.engine import EngineSetup, plan
+from ..jobs.rows.row_stage import RowFunction, RowStage
 from ..specs import ARTIFACTS, STAGES
-from . import options as o
-from .engine_choice import EngineChoice
-from .option_groups import call, single_options
+from .options import shared as o
+from .options.engine_choice import EngineChoice
+from .options.groups import call, single_options
 from .run_job import run_job
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")

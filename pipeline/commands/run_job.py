@@ -13,7 +13,7 @@ from ...terminal import print_err, print_line
 from ..inspect.status import State, state
 from ..inspect.status_view import artifact_lines
 from ..jobs.artifacts import marks_line
-from ..jobs.engine import StagePlan, execute
+from ..jobs.rows.engine import StagePlan, execute
 from ..runners.interrupts import say
 from ..runners.placement import Placement
 from ..runners.progress import Progress

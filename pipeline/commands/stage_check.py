@@ -7,7 +7,7 @@ from typing import Any
 
 from ...manifests.import_path import import_object
 from ...stages.stage_spec import StageSpec
-from .option_groups import call
+from .options.groups import call
 
 
 def check_of(spec: StageSpec) -> Callable[[Mapping[str, Any]], object] | None:

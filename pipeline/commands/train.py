@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...terminal import print_line
-from . import options as o
+from .options import shared as o
 from .run_job import Exit
 
 

@@ -20,7 +20,7 @@ from ...models.images.formats import ImageProblem
 from ...stages.annotate.captioner import AnnotateConfig, Annotator, chosen_caption, passed_on
 from ...stages.annotate.prompts import NamedPrompt, parse_prompt
 from ..runners.worker import RowByRow
-from .engine import EngineSetup, LoadedEngine
+from .rows.engine import EngineSetup, LoadedEngine
 
 
 def chosen_prompts(

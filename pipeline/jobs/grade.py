@@ -15,8 +15,8 @@ from ...models.quiz import PromptStyle, Question
 from ...models.reader import QuizReader, ReaderConfig
 from ...stages.questions import grade
 from ...stages.questions.grade import GradeConfig, Grader
-from .engine import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
-from .reader_checks import too_long
+from .rows.engine import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
+from .rows.reader_checks import too_long
 
 ROWS = 4  # rows in progress beyond those that fill the engine
 

@@ -26,7 +26,7 @@ from ...stages.questions.match import Found, ImageNames, QuestionIndex, Unmatche
 from ...stages.questions.screen import ScreenConfig, Screener
 from ...stages.questions.write import QuestionsConfig, QuestionWriter
 from ..runners.worker import RowByRow
-from .engine import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
+from .rows.engine import REQUESTS_PER_ROW, EngineSetup, LoadedEngine, SidecarProcessor
 
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\[.*\]|\d+")  # details that differ between reasons of one kind
 

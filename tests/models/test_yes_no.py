@@ -1,4 +1,4 @@
-"""Yes-or-no questions: what is asked, that a preference for a letter cancels, and that what failed is None, never no."""
+"""Yes-or-no questions: what is asked, that a preference for a letter cancels, and that what failed is None, not no."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from capipe.pipeline.inspect.status import state
 from capipe.pipeline.inspect.verify import verify
 from capipe.pipeline.jobs.artifacts import captions_artifact, question_artifact
 from capipe.pipeline.jobs.eval import settings
-from capipe.pipeline.jobs.reader_checks import rewarded_by
+from capipe.pipeline.jobs.rows.reader_checks import rewarded_by
 from capipe.pipeline.report.page import write_report
 from capipe.pipeline.view.library import Library
 from capipe.stages.export import provenance

@@ -17,7 +17,7 @@ from capipe.pipeline.commands.filter import select_step
 from capipe.pipeline.commands.run_job import Exit
 from capipe.pipeline.inspect import throughput
 from capipe.pipeline.inspect.status_view import overview
-from capipe.pipeline.jobs.engine import plan
+from capipe.pipeline.jobs.rows.engine import plan
 from capipe.pipeline.report.page import write_report
 from capipe.stages.filter.saved_plan import PLAN
 from capipe.stages.filter.select import SelectConfig

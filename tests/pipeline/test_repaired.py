@@ -21,7 +21,7 @@ from capipe.manifests.status import Status
 from capipe.pipeline.commands.filter import select_step
 from capipe.pipeline.inspect.verify import verify
 from capipe.pipeline.jobs.dedup import hash_images, mark, plan_dedup
-from capipe.pipeline.jobs.engine import execute, plan
+from capipe.pipeline.jobs.rows.engine import execute, plan
 from capipe.pipeline.runners.placement import Placement
 from capipe.stages.dedup.marks import DedupConfig
 from capipe.stages.filter.marked import MARKS

@@ -15,7 +15,7 @@ from capipe.pipeline.chain.command import checked, show_plan
 from capipe.pipeline.chain.plan import arguments, look
 from capipe.pipeline.chain.recipe import Source, load_chain_recipe
 from capipe.pipeline.chain.validate import check_chain
-from capipe.pipeline.commands.options import RunnerOptions
+from capipe.pipeline.commands.options.shared import RunnerOptions
 from capipe.trainer.recipe import load_recipe
 from capipe.trainer.recipe_file import RECIPES, bundled
 

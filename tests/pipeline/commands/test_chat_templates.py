@@ -13,7 +13,7 @@ from capipe.models.bundled import folder_of
 from capipe.models.engines.base import Prompt
 from capipe.models.engines.hf.engine import TransformersEngine
 from capipe.models.engines.loading import EngineConfig
-from capipe.pipeline.jobs.engine import EngineSetup
+from capipe.pipeline.jobs.rows.engine import EngineSetup
 
 from ...conftest import photo
 from ...models.folders import copied, own_template, thinking_reader

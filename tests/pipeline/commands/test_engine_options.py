@@ -13,11 +13,11 @@ from capipe.manifests.artifact import Artifact
 from capipe.models.engines.loading import EngineConfig
 from capipe.pipeline.chain.identity import meaning
 from capipe.pipeline.chain.validate import check_chain
-from capipe.pipeline.commands import options as o
 from capipe.pipeline.commands.gpus import gpu_groups
-from capipe.pipeline.commands.key_values import FIELDS
-from capipe.pipeline.commands.option_groups import settings
-from capipe.pipeline.jobs.engine import EngineSetup
+from capipe.pipeline.commands.options import shared as o
+from capipe.pipeline.commands.options.groups import settings
+from capipe.pipeline.commands.options.key_values import FIELDS
+from capipe.pipeline.jobs.rows.engine import EngineSetup
 from capipe.pipeline.runners.placement import Placement
 from capipe.pipeline.runners.ray.cluster import ClusterSize, RayCluster, cluster_size
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from capipe.errors import BadInput
-from capipe.pipeline.commands.key_values import engine_args, key_values, second_model
+from capipe.pipeline.commands.options.key_values import engine_args, key_values, second_model
 
 FIRST = {
     "gpu_memory_utilization": 0.9,

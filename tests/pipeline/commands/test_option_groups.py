@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from capipe.pipeline.chain.options import options_of
-from capipe.pipeline.commands.option_groups import call, flattened, settings
+from capipe.pipeline.commands.options.groups import call, flattened, settings
 
 if TYPE_CHECKING:
     from fractions import Fraction

@@ -16,9 +16,9 @@ from capipe.models.engines.base import Completion, GenerationRequest, RequestErr
 from capipe.models.engines.hf.engine import TransformersEngine
 from capipe.models.engines.loading import EngineConfig, ModelIdentity, model_identity, same_model
 from capipe.models.quiz import Question
-from capipe.pipeline.jobs.engine import EngineSetup
 from capipe.pipeline.jobs.grade import GradeStage
-from capipe.pipeline.jobs.reader_checks import check_captions, check_limit
+from capipe.pipeline.jobs.rows.engine import EngineSetup
+from capipe.pipeline.jobs.rows.reader_checks import check_captions, check_limit
 from capipe.pipeline.jobs.train import run_training
 from capipe.stages.questions.grade import GradeConfig
 from capipe.trainer.recipe import load_recipe

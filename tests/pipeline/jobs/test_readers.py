@@ -98,7 +98,7 @@ def into_memory(packed: Path, server: CaptionServer, out: str) -> JobResult:
     """Annotate the shards inside this process, packed."""
     from capipe.models.engines.loading import EngineConfig
     from capipe.pipeline.jobs.annotate import AnnotateStage
-    from capipe.pipeline.jobs.engine import EngineSetup, execute, plan
+    from capipe.pipeline.jobs.rows.engine import EngineSetup, execute, plan
     from capipe.pipeline.runners.placement import Placement
     from capipe.stages.annotate.captioner import AnnotateConfig
     from capipe.stages.annotate.prompts import parse_prompt

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ...errors import BadInput, CapipeError
-from ...manifests.artifact import Artifact
-from ...manifests.manifest import ShardRecord
-from ...manifests.shards import OPEN, InputShard, Row, expand, input_artifact, join, read_places
-from ...manifests.status import Status
-from ...models.engines.base import (
+from ....errors import BadInput, CapipeError
+from ....manifests.artifact import Artifact
+from ....manifests.manifest import ShardRecord
+from ....manifests.shards import OPEN, InputShard, Row, expand, input_artifact, join, read_places
+from ....manifests.status import Status
+from ....models.engines.base import (
     ChoiceRequest,
     ChoiceScores,
     Completion,
@@ -28,26 +28,26 @@ from ...models.engines.base import (
     Sampling,
     unsupported,
 )
-from ...models.engines.chat_templates import check_template
-from ...models.engines.http.server import served_model
-from ...models.engines.loading import EngineConfig, load_engine, model_identity
-from ...models.engines.lora import check_adapter
-from ...models.engines.model_folder import folder_digest, image_grid, resolve_model
-from ...models.engines.router import home_of
-from ...models.engines.thinking import thinks
-from ...models.engines.vllm.arguments import changing_rows
-from ...models.images.decode import ImageLimits, Pixels
-from ...models.images.decode_pool import DecodePool, check_for_server, grid_decoder
-from ...models.images.formats import ImageProblem
-from ...models.images.grid import ImageGrid
-from ...models.reader import QuizReader, ReaderConfig
-from ...stages.filter.marked import unaffected
-from ..runners.circuit_breaker import Refusals, answered
-from ..runners.inline import run_inline
-from ..runners.messages import Event
-from ..runners.placement import Placement
-from ..runners.shard_queue import JobResult
-from ..runners.worker import RowByRow, Stage
+from ....models.engines.chat_templates import check_template
+from ....models.engines.http.server import served_model
+from ....models.engines.loading import EngineConfig, load_engine, model_identity
+from ....models.engines.lora import check_adapter
+from ....models.engines.model_folder import folder_digest, image_grid, resolve_model
+from ....models.engines.router import home_of
+from ....models.engines.thinking import thinks
+from ....models.engines.vllm.arguments import changing_rows
+from ....models.images.decode import ImageLimits, Pixels
+from ....models.images.decode_pool import DecodePool, check_for_server, grid_decoder
+from ....models.images.formats import ImageProblem
+from ....models.images.grid import ImageGrid
+from ....models.reader import QuizReader, ReaderConfig
+from ....stages.filter.marked import unaffected
+from ...runners.circuit_breaker import Refusals, answered
+from ...runners.inline import run_inline
+from ...runners.messages import Event
+from ...runners.placement import Placement
+from ...runners.shard_queue import JobResult
+from ...runners.worker import RowByRow, Stage
 
 Got = TypeVar("Got")
 

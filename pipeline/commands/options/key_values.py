@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import BadInput
-from ...manifests.files.bounded_json import MAX_NESTING, is_deeper
+from ....errors import BadInput
+from ....manifests.files.bounded_json import MAX_NESTING, is_deeper
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 TEMPLATE = "template"  # section of a second model's options for its chat template

@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
-from ...errors import RunFailed
-from ...manifests.shards import Row
-from ...manifests.status import Status
-from ...models.engines.base import Engine, ImageInput, Refused, RequestError
-from ...models.images.formats import ImageProblem
+from ....errors import RunFailed
+from ....manifests.shards import Row
+from ....manifests.status import Status
+from ....models.engines.base import Engine, ImageInput, Refused, RequestError
+from ....models.images.formats import ImageProblem
 from .engine import EngineSetup, LoadedEngine, SidecarProcessor
 
 #: Returns the columns of one row, from its image and the options. They may include ``status`` and ``error``.

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 from pydantic import BaseModel, ValidationError
 
-from ...errors import BadInput
-from ...manifests.files.outside import is_url
-from ..runners.placement import Placement
-from ..runners.ray.cluster import RayCluster, ray_cluster
-from .gpus import default_decode_workers, gpu_groups, visible_gpus
+from ....errors import BadInput
+from ....manifests.files.outside import is_url
+from ...runners.placement import Placement
+from ...runners.ray.cluster import RayCluster, ray_cluster
+from ..gpus import default_decode_workers, gpu_groups, visible_gpus
 from .key_values import FIELDS, engine_args, key_values
 
 if TYPE_CHECKING:
-    from ...manifests.withdrawal.uid_set import UidSet
+    from ....manifests.withdrawal.uid_set import UidSet
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -218,7 +218,7 @@ class RunOptions(RunnerOptions):
 
     def check(self, engine: str, gpus: str | None, tensor_parallel: int = 1) -> None:
         """Raises BadInput for conflicting placements; ``engine``: empty for scorers, which have none."""
-        from ...models.engines.loading import check_kind
+        from ....models.engines.loading import check_kind
 
         if engine:
             check_kind(engine)
@@ -259,7 +259,7 @@ class ScorerOptions:
 
     def check(self, run: RunOptions) -> None:
         """Raises BadInput."""
-        from ...models.engines.loading import check_dtype
+        from ....models.engines.loading import check_dtype
 
         run.check("", self.gpus)
         check_dtype(self.dtype)
@@ -271,7 +271,7 @@ class ScorerOptions:
 
 def dropped(given: str | None) -> UidSet | None:
     """The list of ``--drop``. Raises BadInput."""
-    from ...manifests.withdrawal.uid_set import read_uids
+    from ....manifests.withdrawal.uid_set import read_uids
 
     return None if given is None else read_uids(given)
 

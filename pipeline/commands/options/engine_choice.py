@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import BadInput
-from ..jobs.engine import EngineSetup
-from ..runners.placement import Placement
-from .gpus import default_decode_workers
+from ....errors import BadInput
+from ...jobs.rows.engine import EngineSetup
+from ...runners.placement import Placement
+from ..gpus import default_decode_workers
 from .key_values import second_model
-from .options import EngineOptions, RunOptions
+from .shared import EngineOptions, RunOptions
 
 if TYPE_CHECKING:
-    from ...models.engines.base import Sampling
-    from ...models.engines.loading import EngineConfig
+    from ....models.engines.base import Sampling
+    from ....models.engines.loading import EngineConfig
 
 _OF_IMAGES = ("min_pixels", "max_pixels")
 
@@ -50,7 +50,7 @@ class EngineChoice:
 
     def check(self, sampling: Sampling | None = None) -> None:
         """Raises BadInput for settings that no engine of this kind accepts, Missing if the adapter does not exist."""
-        from ...models.engines.lora import check_adapter
+        from ....models.engines.lora import check_adapter
 
         self.run.check(self.engine, self.gpus, self.settings["tensor_parallel_size"])
         self._config(None, sampling)
@@ -68,7 +68,7 @@ class EngineChoice:
 
         ``sampling``: what the engine must support. Raises BadInput.
         """
-        from ...models.engines.loading import check_servers, vllm_runs
+        from ....models.engines.loading import check_servers, vllm_runs
 
         config = self._config(room, sampling)
         if sampling is not None:
@@ -90,9 +90,9 @@ class EngineChoice:
                 raise BadInput(f"{option}: {why}")
 
     def _config(self, room: int | None, sampling: Sampling | None = None) -> EngineConfig:
-        from ...models.engines.decoding import engine_kind
-        from ...models.engines.loading import EngineConfig
-        from ...models.engines.vllm.arguments import check_engine_args
+        from ....models.engines.decoding import engine_kind
+        from ....models.engines.loading import EngineConfig
+        from ....models.engines.vllm.arguments import check_engine_args
 
         unused = ("decode_workers", *(() if self.sees else _OF_IMAGES))
         settings = {name: value for name, value in self.settings.items() if name not in unused}

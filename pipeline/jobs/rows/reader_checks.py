@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...errors import BadInput
-from ...manifests.artifact import Artifact
-from ...models.context_check import context_of, counter_of, room_of, telling
-from ...models.engines.loading import EngineConfig, ModelIdentity, same_model
-from ...models.quiz import Question, self_oracle
-from ...models.reader import ReaderConfig
-from ...stages.questions.grade import kept_questions
-from ...trainer.evaluation.results import Caution
+from ....errors import BadInput
+from ....manifests.artifact import Artifact
+from ....models.context_check import context_of, counter_of, room_of, telling
+from ....models.engines.loading import EngineConfig, ModelIdentity, same_model
+from ....models.quiz import Question, self_oracle
+from ....models.reader import ReaderConfig
+from ....stages.questions.grade import kept_questions
+from ....trainer.evaluation.results import Caution
 
 MOST_TOO_LONG = 0.1  # share of the captions; a single one is always accepted
 
@@ -120,7 +120,7 @@ def rewarded_by(captions: Artifact, stage: Asking) -> list[Caution]:
 
     Nothing is known about captioners that are not checkpoints of ours, or that were moved to a server.
     """
-    from ...trainer.checkpoint import FACTS, read_facts
+    from ....trainer.checkpoint import FACTS, read_facts
 
     captioner = captions.config["run"].get("model")
     if not isinstance(captioner, str) or not (Path(captioner).expanduser() / FACTS).is_file():

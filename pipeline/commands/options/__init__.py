@@ -1,0 +1,1 @@
+"""Options that several commands share, and how option groups become a command line."""
