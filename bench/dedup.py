@@ -50,6 +50,7 @@ from capipe.models.images.decode import ImageLimits, Thumbnail, thumbnail
 from capipe.models.tiny.world.corpus import samples
 from capipe.pipeline.jobs.dedup import DedupPlan, mark
 from capipe.pipeline.runners.messages import Event, Note
+from capipe.pipeline.runners.placement import TaskPlacement
 from capipe.stages.dedup.arrays import U64, Indices
 from capipe.stages.dedup.marks import DedupConfig
 from capipe.stages.dedup.near.files import all_numbers
@@ -161,7 +162,21 @@ def whole_pass(images: int) -> dict[str, Any]:
     """Wall and core-seconds of the second pass over so many images, with the workers of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         shards, copies = _write_hashes(f"{folder}/out/hashes", images)
-        plan = DedupPlan(DedupConfig(), folder, shards, (), None, f"{folder}/out", WORKERS, False)
+        plan = DedupPlan(
+            config=DedupConfig(),
+            pattern=folder,
+            shards=shards,
+            against=(),
+            embeddings=None,
+            width=0,
+            references=(),
+            scores=None,
+            devices=(),
+            out=f"{folder}/out",
+            placement=TaskPlacement(WORKERS),
+            fresh=False,
+            share=False,
+        )
         hashes = Artifact.open(f"{folder}/out/hashes")
         started, busy = time.perf_counter(), _busy()
         marks, _ = mark(plan, hashes, None, _noted, threading.Event())

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from ..errors import ArtifactMismatch
 from .files import bounded_json
-from .files.growing_lines import GrowingLines
+from .files.growing_lines import GrowingLines, collector_paused
 from .files.names import checked_name
 from .files.redaction import redacted_data
 from .files.storage import PRIVATE, Folder, NotAFile, append_line
@@ -255,6 +255,10 @@ class _Lines:
             raise ArtifactMismatch(f"{where}: {error.strerror}; restore it, or clear the folder") from None
         if anew:
             self._clear()
+        with collector_paused():
+            self._add(lines)
+
+    def _add(self, lines: Iterable[bytes]) -> None:
         for line in lines:
             self._count += 1
             try:
@@ -286,7 +290,7 @@ def _lines_of(folder: Folder) -> _Lines:
 
 
 def _in_order(records: Mapping[str, ShardRecord]) -> dict[str, ShardRecord]:
-    return dict(sorted(records.items()))
+    return {name: records[name] for name in sorted(records)}  # by items would make as many tuples, and garbage of them
 
 
 def of_entry(folder: Folder, entry: Entry) -> ShardRecord:

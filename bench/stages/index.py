@@ -46,6 +46,7 @@ WORD = "w0042"  # of a vocabulary of 2,000 with Zipf's frequencies
 _READERS = {
     "duckdb": """
 import duckdb
+duckdb.sql("SET enable_progress_bar = false")
 sums = f"count(*), avg(re_clip_score), count(*) filter (caption like '%{word}%')"
 query = f"select {sums} from read_parquet('{folder}/*.parquet') where status = 'ok'"
 print(*duckdb.sql(query).fetchall()[0])
@@ -208,7 +209,7 @@ def _usage(process: psutil.Process) -> tuple[float, float]:
 
 
 def _answer(said: str) -> tuple[int, str, int]:
-    count, mean, with_word = said.split()
+    count, mean, with_word = said.splitlines()[-1].split()  # a library's warnings come before
     return int(count), f"{float(mean):.6f}", int(with_word)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 from .storage import Folder
@@ -49,3 +52,16 @@ class GrowingLines:
         """True if the last bytes that were read are still there."""
         file.seek(self._seen - len(self._tail))
         return file.read(len(self._tail)) == self._tail
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the search for garbage while many lines become objects that are all kept: it would walk through them again
+    and again, and find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -70,7 +70,8 @@ def overview(url: str) -> Overview:
         return Overview(url, True, artifacts={HERE: state(url)})
     contents = find(url)
     view = Overview(url, _alone(contents), chain=contents.chain, damaged=dict(contents.damaged))
-    for name, artifact in contents.artifacts.items():
+    for name in list(contents.artifacts):
+        artifact = contents.artifacts.pop(name)  # of many shards, it takes some hundred megabytes
         try:
             view.artifacts[name] = state_of(artifact)
         except (CapipeError, OSError) as error:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from ...manifests.artifact import Artifact
+from ...manifests.files.growing_lines import collector_paused
 from ...manifests.fingerprint import canonical
 from ...manifests.manifest import ShardRecord, made_of
 from ...manifests.status import Status
@@ -75,7 +76,8 @@ def _whole(source: Artifact, record: ShardRecord) -> dict[str, Any]:
 
 def as_they_are(records: Sequence[ShardRecord]) -> list[ExportTask]:
     """One task per shard of the source."""
-    return [ExportTask((record,), (Piece(record.shard, 0, record.count),)) for record in records]
+    with collector_paused():
+        return [ExportTask((record,), (Piece(record.shard, 0, record.count),)) for record in records]
 
 
 def of_size(source: Artifact, records: Sequence[ShardRecord], size: int) -> list[ExportTask]:
