@@ -67,7 +67,15 @@ def _publish_to_store(
         for name, file in record.files.items()
     }
     ended = time.time()
-    note = Note(generation=generation, started=started, ended=ended, seconds=round(ended - started, 3))
+    worker, gpus = times.this_worker()
+    note = Note(
+        generation=generation,
+        started=started,
+        ended=ended,
+        seconds=round(ended - started, 3),
+        worker=worker,
+        gpus=gpus,
+    )
     if over is None:
         entry = commits.commit(folder, record.shard, uploads, note, lambda before: _line(folder, record, before))
     else:

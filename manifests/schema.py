@@ -16,6 +16,15 @@ BASE = [
     pa.field("error", pa.string()),
 ]
 
+#: What a row cost, of stages that ask an engine; null if nothing was asked, or if the engine does not say.
+USAGE = [
+    pa.field("prompt_tokens", pa.int64()),  # of all requests, images included, whether or not computed before
+    pa.field("image_tokens", pa.int64()),  # those of them that stand for the image
+    pa.field("output_tokens", pa.int64()),  # generated: rejected attempts and thoughts included
+]
+#: Columns that artifacts of earlier versions lack: readers take them as null.
+LATER = frozenset(field.name for field in USAGE)
+
 INGEST = pa.schema(
     [
         *BASE,
@@ -125,7 +134,7 @@ CAPTION = pa.struct(
     ]
 )
 
-ANNOTATE = pa.schema([*BASE, pa.field("text", pa.string()), pa.field("captions", pa.list_(CAPTION))])
+ANNOTATE = pa.schema([*BASE, pa.field("text", pa.string()), pa.field("captions", pa.list_(CAPTION)), *USAGE])
 
 QUESTION_FIELDS = [
     pa.field("id", pa.string()),  # hash of its content; null if nothing could be parsed
@@ -148,6 +157,7 @@ QUESTIONS = pa.schema(
         pa.field("finish_reason", pa.string()),
         pa.field("n_tokens", pa.int32()),
         pa.field("attempts", pa.int32()),
+        *USAGE,
     ]
 )
 
@@ -162,7 +172,9 @@ SCREENED_QUESTION = pa.struct(
         pa.field("text_accuracy", pa.float32()),
     ]
 )
-SCREEN = pa.schema([*BASE, pa.field("questions", pa.list_(SCREENED_QUESTION)), pa.field("screener", pa.string())])
+SCREEN = pa.schema(
+    [*BASE, pa.field("questions", pa.list_(SCREENED_QUESTION)), pa.field("screener", pa.string()), *USAGE]
+)
 
 GRADED_QUESTION = pa.struct(
     [
@@ -200,6 +212,7 @@ GRADE = pa.schema(
         pa.field("questions", pa.list_(GRADED_QUESTION)),
         pa.field("captions", pa.list_(GRADED_CAPTION)),
         pa.field("scene", pa.string()),  # ground truth as JSON, if the image contains it
+        *USAGE,
     ]
 )
 
@@ -247,9 +260,12 @@ SELECT = pa.schema(
 
 
 def check(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
-    """Raise :class:`ArtifactMismatch` unless ``actual`` has every expected column with the expected type."""
+    """Raise :class:`ArtifactMismatch` unless ``actual`` has every expected column with the expected type; those of
+    :data:`LATER` may be missing."""
     for field in expected:
         position = actual.get_field_index(field.name)
+        if position < 0 and field.name in LATER:
+            continue
         if position < 0:
             raise ArtifactMismatch(f"{where}: column {field.name!r} is missing; it was not written by this stage")
         if actual.field(position).type != field.type:

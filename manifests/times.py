@@ -8,9 +8,14 @@ last line about a shard counts. No digest covers them, and no row depends on the
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Mapping
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 from .files import bounded_json
 from .files.storage import PRIVATE, Folder, append_line
@@ -23,11 +28,54 @@ _LONGEST = 1 << 16  # bytes of a line
 
 
 @dataclass(frozen=True)
+class Span:
+    """Work on a shard, from its first row to its commit, in epoch seconds. ``worker``: the process that did it, by a
+    random name; ``gpus``: how many it had, 0 on a CPU."""
+
+    worker: str
+    gpus: int
+    started: float
+    ended: float
+
+
+@dataclass(frozen=True)
 class Times:
-    """``created``: ISO 8601 in UTC, empty if unknown. ``seconds``: by shard, from first row to commit."""
+    """``created``: ISO 8601 in UTC, empty if unknown. ``seconds``: by shard, from first row to commit. ``spans``: all
+    recorded work, shards that were done again included; those of older artifacts are not known."""
 
     created: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+
+
+@cache
+def this_worker() -> tuple[str, int]:
+    """Random name of this process, and the number of its GPUs: each worker sees its own alone."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return uuid.uuid4().hex[:8], len([device for device in seen.split(",") if device.strip() not in ("", "-1")])
+
+
+def device_seconds(spans: Iterable[Span]) -> tuple[float, float]:
+    """Seconds of GPUs, and of workers without one: for each worker, the time in which it worked on any shard, times its
+    GPUs. Loading a model, before a worker's first row, is not part of it."""
+    by_worker: dict[tuple[str, int], list[Span]] = defaultdict(list)
+    for span in spans:
+        by_worker[span.worker, span.gpus].append(span)
+    on_gpus = on_cpus = 0.0
+    for (_, gpus), own in by_worker.items():
+        seconds = _covered(own)
+        on_gpus += gpus * seconds
+        on_cpus += 0.0 if gpus else seconds
+    return on_gpus, on_cpus
+
+
+def _covered(spans: Iterable[Span]) -> float:
+    """Length of the union of spans: a worker has several shards open at a time."""
+    total, end = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.started):
+        total += max(0.0, span.ended - max(span.started, end))
+        end = max(end, span.ended)
+    return total
 
 
 def note_created(folder: Folder) -> None:
@@ -43,25 +91,34 @@ def note_shard(folder: Folder, shard: str, started: float) -> None:
     as the end."""
     ended = time.time()
     spent = round(ended - started, 3)
-    entry = {"shard": shard, "started": started, "ended": ended, "seconds": spent}
+    worker, gpus = this_worker()
+    entry = {"shard": shard, "started": started, "ended": ended, "seconds": spent, "worker": worker, "gpus": gpus}
     append_line(folder.to_write(LINES), json.dumps(entry, sort_keys=True).encode())
 
 
 def read(folder: Folder, notes: Mapping[str, Note] | None = None) -> Times:
     """All recorded times; ``notes``: of a store's commits, by shard. Unreadable lines are skipped: nothing depends on
     them."""
-    created, seconds = "", {}
+    created, seconds, spans = "", dict[str, float](), list[Span]()
     for line in _lines(folder) if folder.is_local else _objects(folder):
         try:
             entry = bounded_json.parse(line)
             if "shard" in entry:
                 seconds[str(entry["shard"])] = float(entry["seconds"])
+                if "worker" in entry:
+                    spans.append(_span(entry))
             else:
                 created = str(entry["created"])
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    seconds |= {shard: note.seconds for shard, note in (notes or {}).items() if note.attempt}
-    return Times(created, seconds)
+    by_note = {shard: note for shard, note in (notes or {}).items() if note.attempt}
+    seconds |= {shard: note.seconds for shard, note in by_note.items()}
+    spans += [Span(note.worker, note.gpus, note.started, note.ended) for note in by_note.values() if note.worker]
+    return Times(created, seconds, tuple(spans))
+
+
+def _span(entry: Mapping[str, Any]) -> Span:
+    return Span(str(entry["worker"]), int(entry["gpus"]), float(entry["started"]), float(entry["ended"]))
 
 
 def created(folder: Folder) -> str:

@@ -40,6 +40,8 @@ class Note:
     started: float = 0.0
     ended: float = 0.0
     seconds: float = 0.0
+    worker: str = ""
+    gpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def _check(note: Note) -> None:
         raise TypeError("its objects, generation or attempt are of another type")
     if not (_ATTEMPT.fullmatch(note.attempt) or (note.attempt == "" and not note.objects)):
         raise ValueError("its attempt is no id")
-    if not all(type(value) in (int, float) for value in (note.started, note.ended, note.seconds)):
+    if not all(type(value) in (int, float) for value in (note.started, note.ended, note.seconds, note.gpus)):
         raise TypeError("its times are no numbers")
     for name, place in note.objects.items():
         checked_name(name)

@@ -173,6 +173,8 @@ class Completion:
     ``thought``: the thought before the answer, which is not part of ``text``; its tokens are among the others. HTTP
     servers do not return token ids: there ``token_ids`` is empty and ``n_tokens`` is the server's own count, None where
     it does not count.
+    ``prompt_tokens``: of the whole prompt, whether or not a part of it was computed before; ``image_tokens``: how many
+    of them stand for the image. None where a server does not say, or where no token stands for the image.
     """
 
     text: str
@@ -181,6 +183,8 @@ class Completion:
     n_tokens: int | None
     logprobs: tuple[float, ...] | None = None
     thought: Thought | None = None
+    prompt_tokens: int | None = field(default=None, compare=False)
+    image_tokens: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +205,14 @@ class ChoiceRequest:
 class ChoiceScores:
     """Log-probabilities, parallel to the request's choices. ``None`` where a server did not report that choice.
 
-    ``first``: the most likely first token, whether it is a choice or not, where known.
+    ``first``: the most likely first token, whether it is a choice or not, where known. ``prompt_tokens``,
+    ``image_tokens``: as of :class:`Completion`.
     """
 
     logprobs: tuple[float | None, ...]
     first: str = ""
+    prompt_tokens: int | None = field(default=None, compare=False)
+    image_tokens: int | None = field(default=None, compare=False)
 
     @property
     def best(self) -> int | None:

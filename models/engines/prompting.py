@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,10 @@ class PromptEncoder:
         if len(self._recent) > CACHED_PROMPTS:
             self._recent.popitem(last=False)
         return ids
+
+    def image_tokens(self, ids: Sequence[int]) -> int | None:
+        """How many ids of an expanded prompt stand for its image; None where none ever does."""
+        return None if self._image_token_id is None else ids.count(self._image_token_id)
 
     def _encoded(self, prompt: Prompt) -> list[int]:
         if prompt.image is not None and self._image_token_id is None:

@@ -42,20 +42,25 @@ def run(
     ] = None,
     allow_host: o.AllowHost = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost; write nothing.")] = False,
+    price: o.Price = None,
     *,
     runner: o.RunnerOptions,
 ) -> None:
     """Run a chain of commands: finished stages are kept, changed ones run again with their dependents."""
     from ...models.engines.http.api_key import allow
     from ..inspect.chain_state import load_chain
+    from ..inspect.costs import parse_prices
 
     allow(allow_host or [])
+    if price and not dry_run:
+        raise BadInput("--price: belongs to --dry-run; what a run did cost is in `capipe report --price`")
+    prices = parse_prices(price or [])
     runner.check_runner()
     chain, absent = checked(recipe, overrides or [], runner)
     if artifacts is not None:
         chain = chain.stored_at(_store(artifacts))
     if dry_run:
-        show_plan(chain, out, load_chain(out), absent, print_line)
+        show_plan(chain, out, load_chain(out), absent, print_line, prices)
         return
     if absent:
         raise Problems(absent)
@@ -127,9 +132,17 @@ def run_checked(chain: Chain, out: Path) -> int:
     return code
 
 
-def show_plan(chain: Chain, out: Path, state: ChainState | None, absent: list[str], say: Callable[[str], None]) -> None:
-    """Print the plan: each stage with its state, rows, cost and command line; then the totals."""
-    from .estimate import estimate
+def show_plan(
+    chain: Chain,
+    out: Path,
+    state: ChainState | None,
+    absent: list[str],
+    say: Callable[[str], None],
+    prices: Mapping[str, float] | None = None,
+) -> None:
+    """Print the plan: each stage with its state, rows, cost and command line; then the totals. ``prices``: of an hour
+    of a unit."""
+    from .estimate import estimate, token_line
     from .plan import arguments, look, outside, shown_command
     from .selection_bytes import selection_bytes
 
@@ -137,17 +150,19 @@ def show_plan(chain: Chain, out: Path, state: ChainState | None, absent: list[st
     estimates = estimate(chain, planned, out, state)
     say(f"chain {chain.name} ({chain.file}): {len(chain.stages)} stages into {out}")
     for number, stage in enumerate(chain.stages, start=1):
-        say(_line(number, len(chain.stages), planned[stage.name], estimates[stage.name]))
+        say(_line(number, len(chain.stages), planned[stage.name], estimates[stage.name], prices or {}))
         say(f"    $ {shown_command(stage, arguments(chain, stage, out))}")
         if line := selection_bytes(chain, stage, planned[stage.name], estimates[stage.name], out):
             say(f"    {line}")
-    for line in _sums(planned, estimates):
+        if line := token_line(stage, out):
+            say(f"    {line}")
+    for line in _sums(planned, estimates, prices or {}):
         say(line)
     for line in absent:
         say(f"not there yet: {line}")
 
 
-def _line(number: int, total: int, planned: Planned, estimate: Estimate) -> str:
+def _line(number: int, total: int, planned: Planned, estimate: Estimate, prices: Mapping[str, float]) -> str:
     stage = planned.stage
     why = f" ({planned.why})" if planned.why else ""
     line = f"{number}/{total} {stage.name}: {stage.command.name}, {planned.verdict}{why}"
@@ -157,10 +172,10 @@ def _line(number: int, total: int, planned: Planned, estimate: Estimate) -> str:
         line += f"; {'at most ' if estimate.at_most_in else ''}{estimate.rows:,} rows"
     if planned.settled:
         return line
-    return f"{line}; {estimate.cost.line(estimate.rows or 0) if estimate.cost else 'cost unknown'}"
+    return f"{line}; {estimate.cost.line(estimate.rows or 0, prices) if estimate.cost else 'cost unknown'}"
 
 
-def _sums(planned: Mapping[str, Planned], estimates: Mapping[str, Estimate]) -> list[str]:
+def _sums(planned: Mapping[str, Planned], estimates: Mapping[str, Estimate], prices: Mapping[str, float]) -> list[str]:
     """Stages left to do, and their cost as far as it is known."""
     from .estimate import MACHINE, shown
 
@@ -173,6 +188,12 @@ def _sums(planned: Mapping[str, Planned], estimates: Mapping[str, Estimate]) -> 
         units = dict.fromkeys(cost.unit for cost in costs if cost.unit != MACHINE)
         sums = [f", {sum(c.device_hours for c in costs if c.unit == unit):,.1f} {unit}-hours" for unit in units]
         lines.append(f"cost, one stage after the other: {shown(sum(c.hours for c in costs))}{''.join(sums)}")
+        priced = [price for cost in costs if (price := cost.price(prices)) is not None]
+        if priced:
+            rest = len(costs) - len(priced)
+            lines.append(
+                f"price: {sum(priced):,.2f}" + (f", without {rest} stages on units without one" if rest else "")
+            )
     unknown = [name for name in left if estimates[name].cost is None]
     if unknown:
         lines.append(f"cost unknown of: {', '.join(unknown)}; a rate: in the recipe, or one run, tells it")

@@ -15,6 +15,7 @@ from ...manifests.artifact import Artifact
 from ...manifests.files.storage import open_parquet
 from ...manifests.samples import IMAGE_EXTENSIONS
 from ..inspect.chain_state import ChainState
+from ..inspect.costs import stage_cost
 from .plan import Planned, artifact_folders, committed_rows, located
 from .recipe import Chain, ChainStage, Source
 from .skipped import has_marks, worked_on
@@ -37,12 +38,20 @@ class Cost:
     def device_hours(self) -> float:
         return self.hours * self.devices
 
-    def line(self, rows: int) -> str:
+    def price(self, prices: Mapping[str, float]) -> float | None:
+        """Its price, by those of an hour of a unit; None if its unit has none."""
+        return self.device_hours * prices[self.unit] if self.unit in prices else None
+
+    def line(self, rows: int, prices: Mapping[str, float] | None = None) -> str:
         text = f"{rows:,} / {self.rate:,.4g} a second = {shown(self.hours)}"
         if self.unit == MACHINE:
             return f"{text}; {self.source}"
         many = "s" if self.devices > 1 else ""
-        return f"{text} on {self.devices} {self.unit}{many}, {self.device_hours:,.1f} {self.unit}-hours; {self.source}"
+        text += f" on {self.devices} {self.unit}{many}, {self.device_hours:,.1f} {self.unit}-hours"
+        price = self.price(prices or {})
+        if price is not None and rows:
+            text += f" at {price:,.2f}, {price / rows * 1e6:,.2f} per million rows"
+        return f"{text}; {self.source}"
 
 
 @dataclass(frozen=True)
@@ -154,6 +163,21 @@ def _cost(stage: ChainStage, rows: int | None, measured: Mapping[str, float] | N
     else:
         return None
     return Cost(rate, devices, unit, rows / rate / 3600, source)
+
+
+def token_line(stage: ChainStage, folder: Path) -> str:
+    """Tokens that a row cost so far, by the stage's artifacts in this folder; empty if there are none."""
+    costs = []
+    for place in artifact_folders(stage):
+        url = located(stage, folder, place)
+        if Artifact.exists(url) and (cost := stage_cost(stage.name, Artifact.open(url))) is not None:
+            costs.append(cost)
+    parts = []
+    for column, what in (("prompt_tokens", "prompt"), ("image_tokens", "image"), ("output_tokens", "output")):
+        means = [mean for cost in costs if (mean := cost.per_row(column)) is not None]
+        if means:
+            parts.append(f"{sum(means):,.1f} {what}")
+    return f"a row cost {', '.join(parts)} tokens so far" if parts else ""
 
 
 def shown(hours: float) -> str:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ...terminal import print_err, print_line
-from .options.shared import Images, local_path
+from .options.shared import Images, Price, local_path
 from .run_job import Exit
 
 
@@ -47,11 +47,13 @@ def report(
         Path | None, typer.Option("--out", help="File to write; report.html in the folder.", parser=local_path)
     ] = None,
     images: Images = None,
+    price: Price = None,
 ) -> None:
-    """Write the results of a chain as one HTML file: counts, curves, quiz, scores, images, provenance."""
+    """Write the results of a chain as one HTML file: counts, costs, curves, quiz, scores, images, provenance."""
+    from ..inspect.costs import parse_prices
     from ..report.page import write_report
 
-    print_line(write_report(folder, out, images or (), print_err))
+    print_line(write_report(folder, out, images or (), print_err, parse_prices(price or [])))
 
 
 def view(

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from ...errors import BadInput
 from ...manifests.artifact_spec import ArtifactSpec
-from ...manifests.schema import BASE
+from ...manifests.schema import BASE, USAGE
 from ...stages.stage_spec import CHECKPOINT, MARKED, SHARDS, Output, StageSpec
 from ..jobs.artifacts import marks_beside
 from ..jobs.rows.engine import EngineSetup, plan
@@ -37,11 +37,13 @@ def row_stage(
     ``function``: returns the ``columns`` of one row, beside key, uid, status and error; its docstring is the command's
     help. ``options``: the command's own options, covered by the fingerprint. ``label``: description of the rows, for
     reports.
-    Raises BadInput if the name is that of another stage.
+    Raises BadInput if the name is that of another stage, or a column one that every such stage has.
     """
     if not _NAME.fullmatch(name) or name in STAGES or name in ARTIFACTS:
         raise BadInput(f"stage {name!r}: taken, or no name; use small letters, digits, - and _")
-    schema = pa.schema([*BASE, *columns])
+    if taken := {column.name for column in columns} & {column.name for column in (*BASE, *USAGE)}:
+        raise BadInput(f"stage {name!r}: every engine stage has a column {min(taken)!r}; give yours another name")
+    schema = pa.schema([*BASE, *columns, *USAGE])
 
     def command(**kwargs: Any) -> None:
         own = o.validated(options, **{key: kwargs.pop(key) for key in options.model_fields})

@@ -19,8 +19,7 @@ from ...models.engines.model_folder import resolve_model
 from ...models.images.formats import ImageProblem
 from ...stages.annotate.captioner import AnnotateConfig, Annotator, chosen_caption, passed_on
 from ...stages.annotate.prompts import NamedPrompt, parse_prompt
-from ..runners.worker import RowByRow
-from .rows.engine import EngineSetup, LoadedEngine
+from .rows.engine import EngineRows, EngineSetup, LoadedEngine
 
 
 def chosen_prompts(
@@ -82,7 +81,7 @@ async def check_prompts(engine: Engine, config: AnnotateConfig) -> None:
             raise BadInput(f"--prompt {prompt.name}: {too_long(tokens, engine.context)}, or a shorter prompt")
 
 
-class AnnotateProcessor(RowByRow):
+class AnnotateProcessor(EngineRows):
     """The loaded stage: decodes in the pool, captions with the engine."""
 
     schema = ANNOTATE

@@ -20,6 +20,7 @@ from ...manifests.files.outside import is_url
 from ...stages.export.provenance import last_part, public
 from ...stages.filter.select import Rule, SelectConfig
 from ...stages.filter.spec import SELECTION
+from ..inspect.costs import StageCost, stage_cost
 from ..inspect.discover import Found
 from ..inspect.histograms import Histogram, histograms
 from ..inspect.sampled import sampled
@@ -86,6 +87,7 @@ class Facts:
     trainings: list[Training] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     scores: list[Scores] = field(default_factory=list)
+    costs: list[StageCost] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
     commands: list[tuple[str, str, str]] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
@@ -108,7 +110,9 @@ def gather(contents: Found) -> Facts:
         try:
             facts.links.append(_link(contents, name, artifact))
             facts.origins.append(_origin(name, artifact))
-        except (CapipeError, OSError, ValueError) as error:
+            if (cost := stage_cost(name, artifact)) is not None:
+                facts.costs.append(cost)
+        except (CapipeError, OSError, ValueError, KeyError, TypeError) as error:
             facts.damaged[name] = str(error)
             continue
         try:

@@ -7,7 +7,7 @@ committed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ...manifests.files.allowed import Allowed
@@ -31,11 +31,13 @@ def write_report(
     out: Path | None = None,
     images: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
+    prices: Mapping[str, float] | None = None,
 ) -> str:
     """Write the report of a chain's folder, or of any folder (or URL) with artifacts; returns its path or URL.
 
     ``out`` is ``folder/report.html`` by default and is replaced in one step. ``images``: folders and URLs below which
     tars named by manifests may be read; images elsewhere are left out, as reported by the page and a line to ``say``.
+    ``prices``: of an hour of a GPU or core.
     Raises BadInput if the folder holds nothing of capipe.
     """
     contents = find(folder)
@@ -50,6 +52,7 @@ def write_report(
         "page.html.j2",
         title=facts.title,
         facts=facts,
+        prices=prices or {},
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         charts=[
             (training, [line_chart(title, lines, "step") for title, lines in training.charts.items()])

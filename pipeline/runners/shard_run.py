@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -12,7 +12,8 @@ from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files.locks import UNLIMITED, Patience
 from ...manifests.files.store_errors import StoreUnavailable
-from ...manifests.manifest import ShardRecord
+from ...manifests.manifest import ASKED, TOKENS, ShardRecord
+from ...manifests.schema import USAGE
 from ...manifests.shards import InputShard, Row
 from ...manifests.status import Status
 from ...manifests.withdrawal.applied import applied
@@ -84,7 +85,10 @@ class ShardRun:
                 for index in range(self.total):
                     shard.write(self.rows[index])
             info = self.reader.info
-            record = shard.commit(rows_in=self.total, input_info=info, started=self.started, patience=patience)
+            stats = token_sums(self.rows.values())
+            record = shard.commit(
+                rows_in=self.total, input_info=info, started=self.started, stats=stats, patience=patience
+            )
         self.journal.delete()
         return record
 
@@ -99,3 +103,16 @@ class ShardRun:
             raise
         except OSError as error:
             raise CapipeError(f"{self.shard.url}: {error}") from error
+
+
+def token_sums(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a shard cost, for its manifest line: the sum of each column of :data:`USAGE`, and of how many rows it is the
+    sum; nothing for a stage that asks no engine."""
+    asked = [row for row in rows if any(row.get(field.name) is not None for field in USAGE)]
+    if not asked:
+        return {}
+    sums: dict[str, Any] = {ASKED: len(asked)}
+    for field in USAGE:
+        known = [row[field.name] for row in asked if row.get(field.name) is not None]
+        sums[field.name] = [sum(known), len(known)]
+    return {TOKENS: sums}

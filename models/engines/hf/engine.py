@@ -232,12 +232,12 @@ class TransformersEngine:
                 rows[at] = SequenceRow(index_of[item.key], request.sampling, request.logprobs, request.tempered)
             else:
                 scores = prefix.logits[index_of[item.key]].log_softmax(dim=-1)[item.choice_ids]
-                answers[at] = ChoiceScores(tuple(scores.tolist()))
+                answers[at] = ChoiceScores(tuple(scores.tolist()), **self._prompt_counts(item.prompt))
         places = list(rows)
 
         def ended(row: int, drawn: SampledTokens) -> None:
             at = places[row]
-            answers[at] = self._completion(drawn, rows[at].logprobs)
+            answers[at] = self._completion(drawn, rows[at].logprobs, ready[at].prompt)
             # The caller of this request need not wait for the rest of the batch.
             self._loop.call_soon_threadsafe(_settle, ready[at].job, answers[at])
 
@@ -245,7 +245,7 @@ class TransformersEngine:
             self.lm.decode(prefix, list(rows.values()), ended)
         return [answers[at] for at in range(len(ready))]
 
-    def _completion(self, drawn: SampledTokens, logprobs: bool) -> Completion:
+    def _completion(self, drawn: SampledTokens, logprobs: bool, prompt: PreparedPrompt) -> Completion:
         text, thought = self.lm.encoder.answer(drawn.token_ids)
         return Completion(
             text=text,
@@ -254,7 +254,12 @@ class TransformersEngine:
             n_tokens=len(drawn.token_ids),
             logprobs=tuple(drawn.logprobs) if logprobs else None,
             thought=thought,
+            **self._prompt_counts(prompt),
         )
+
+    def _prompt_counts(self, prompt: PreparedPrompt) -> dict[str, int | None]:
+        image = 0 if prompt.image is None else self.lm.encoder.image_tokens(prompt.ids.tolist())
+        return {"prompt_tokens": len(prompt.ids), "image_tokens": image}
 
 
 def _refusal(error: Exception) -> Exception:

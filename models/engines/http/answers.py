@@ -82,7 +82,7 @@ def read_completion(answer: dict[str, Any], logprobs: bool, token_ids: bool, bar
     if n_tokens is None:
         n_tokens = len(ids or steps or ()) or None
     text, thought = _answer(message, reason)
-    return Completion(text, ids, reason, n_tokens, steps, thought)
+    return Completion(text, ids, reason, n_tokens, steps, thought, **prompt_counts(answer))
 
 
 def first_choice(answer: dict[str, Any]) -> dict[str, Any]:
@@ -176,9 +176,19 @@ def _written(text: str) -> str:
 
 def _count(answer: dict[str, Any]) -> int | None:
     """Number of tokens the server counted, None where it does not say."""
+    return _counted(answer.get("usage"), "completion_tokens")
+
+
+def prompt_counts(answer: dict[str, Any]) -> dict[str, int | None]:
+    """Tokens of the prompt and of its image, as the server counted them; few say how many are the image's."""
     usage = answer.get("usage")
-    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and count >= 0 else None
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    return {"prompt_tokens": _counted(usage, "prompt_tokens"), "image_tokens": _counted(details, "image_tokens")}
+
+
+def _counted(counts: Any, name: str) -> int | None:
+    count = counts.get(name) if isinstance(counts, dict) else None
+    return count if type(count) is int and count >= 0 else None
 
 
 def _token_ids(choice: dict[str, Any], count: int | None) -> tuple[int, ...]:
@@ -214,7 +224,7 @@ def read_choice(answer: dict[str, Any], choices: Sequence[str]) -> ChoiceScores:
     scores = tuple(_log_sum(value for token, value in tokens.items() if _bare(token) == letter) for letter in choices)
     if _reasoning(message) and all(score is None for score in scores):
         raise RequestError(THINKS, final=True)
-    return ChoiceScores(scores, said)
+    return ChoiceScores(scores, said, **prompt_counts(answer))
 
 
 def _bare(token: Any) -> str:

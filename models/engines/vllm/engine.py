@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
+PromptCounts = tuple[int | None, int | None]  # tokens of a prompt, and those that stand for its image
 CLOSING_SECONDS = 20.0
 # Separators are regular expressions: one space or none after ":" and ",", and no other white space between values.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -101,7 +102,7 @@ class VLLMEngine:
             logprob_token_ids=barred or None,
             structured_outputs=guide,
         )
-        output = await self._run(request.prompt, params)
+        output, counts = await self._run(request.prompt, params)
         ids = list(output.token_ids)
         logprobs: tuple[float, ...] | None = None
         if request.logprobs:
@@ -112,16 +113,17 @@ class VLLMEngine:
             )
         # Guided JSON is an answer from its first token on, even where the template has opened a thought.
         text, thought = self._encoder.answer(ids) if schema is None else (self._encoder.decode(ids), None)
-        return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs, thought)
+        return Completion(text, tuple(ids), output.finish_reason, len(ids), logprobs, thought, *counts)
 
     async def choose(self, request: ChoiceRequest) -> ChoiceScores:
         from vllm import SamplingParams
 
         ids = self._encoder.choice_ids(request.continuations)
         params = SamplingParams(temperature=0.0, max_tokens=1, logprob_token_ids=ids)
-        output = await self._run(request.prompt, params)
+        output, (prompt_tokens, image_tokens) = await self._run(request.prompt, params)
         assert output.logprobs is not None
-        return ChoiceScores(tuple(output.logprobs[0][token].logprob for token in ids))
+        logprobs = tuple(output.logprobs[0][token].logprob for token in ids)
+        return ChoiceScores(logprobs, prompt_tokens=prompt_tokens, image_tokens=image_tokens)
 
     def unsupported(self, sampling: Sampling) -> str | None:
         return no_search(sampling, "vLLM")
@@ -207,8 +209,9 @@ class VLLMEngine:
         del llm
         gc.collect()  # it is in reference cycles, and its destructor complains when it first runs at interpreter exit
 
-    async def _run(self, prompt: Prompt, params: SamplingParams) -> CompletionOutput:
-        """Send one request and wait for its end. Raises RequestError or EngineDead, nothing else."""
+    async def _run(self, prompt: Prompt, params: SamplingParams) -> tuple[CompletionOutput, PromptCounts]:
+        """Send one request and wait for its end: the answer, and the tokens of the prompt. Raises RequestError or
+        EngineDead, nothing else."""
         llm = self._alive()
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
@@ -231,7 +234,13 @@ class VLLMEngine:
         if completion is None or completion.finish_reason not in ("stop", "length"):
             reason = "nothing" if completion is None else completion.finish_reason
             raise self._failure(llm, f"vLLM ended the request early: {reason}")
-        return completion
+        return completion, self._counted(prompt, outputs[-1].prompt_token_ids)
+
+    def _counted(self, prompt: Prompt, ids: Sequence[int] | None) -> PromptCounts:
+        """``ids``: of the prompt with its image's placeholder expanded, as vLLM reports them."""
+        if ids is None:
+            return None, None
+        return len(ids), 0 if prompt.image is None else self._encoder.image_tokens(ids)
 
     async def _rendered(self, llm: AsyncLLM, prompt: Prompt) -> Any:
         """The prompt as vLLM takes it; concurrent requests with the same prompt (a group's captions) share it.

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound=BaseModel)
 
 Shards = Annotated[str, typer.Option(help="Folder, glob, {00000..00099}.tar or fsspec URL of WebDataset tars.")]
+Price = Annotated[
+    list[str] | None,
+    typer.Option(metavar="UNIT=AMOUNT", help="Price of an hour: GPU=2.50, core=0.04; may be repeated."),
+]
 Images = Annotated[
     list[str] | None,
     typer.Option(

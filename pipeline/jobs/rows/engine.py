@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from ....errors import BadInput, CapipeError
 from ....manifests.artifact import Artifact
@@ -16,15 +14,8 @@ from ....manifests.manifest import ShardRecord
 from ....manifests.shards import OPEN, InputShard, Row, expand, input_artifact, join, read_places
 from ....manifests.status import Status
 from ....models.engines.base import (
-    ChoiceRequest,
-    ChoiceScores,
-    Completion,
     Engine,
-    GenerationRequest,
     ImageInput,
-    Prompt,
-    Refused,
-    RequestError,
     Sampling,
     unsupported,
 )
@@ -33,8 +24,6 @@ from ....models.engines.http.server import served_model
 from ....models.engines.loading import EngineConfig, load_engine, model_identity
 from ....models.engines.lora import check_adapter
 from ....models.engines.model_folder import folder_digest, image_grid, resolve_model
-from ....models.engines.router import home_of
-from ....models.engines.thinking import thinks
 from ....models.engines.vllm.arguments import changing_rows
 from ....models.images.decode import ImageLimits, Pixels
 from ....models.images.decode_pool import DecodePool, check_for_server, grid_decoder
@@ -42,14 +31,13 @@ from ....models.images.formats import ImageProblem
 from ....models.images.grid import ImageGrid
 from ....models.reader import QuizReader, ReaderConfig
 from ....stages.filter.marked import unaffected
-from ...runners.circuit_breaker import Refusals, answered
 from ...runners.inline import run_inline
 from ...runners.messages import Event
 from ...runners.placement import Placement
 from ...runners.shard_queue import JobResult
 from ...runners.worker import RowByRow, Stage
-
-Got = TypeVar("Got")
+from .counting_engine import CountingEngine, TracedEngine
+from .usage import counted
 
 REQUESTS_PER_ROW = 25  # for a row with a quiz: five questions in five orders
 
@@ -173,82 +161,14 @@ class LoadedEngine:
         await self.engine.aclose()
 
 
-class CountingEngine:
-    """An engine with counters for the progress display and the circuit breaker.
+class EngineRows(RowByRow):
+    """Rows that cost tokens, with columns of how many."""
 
-    Also raises RunFailed: if the engine permanently refuses one request after another.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._inner = engine
-        self.grid, self.guides, self.context = engine.grid, engine.guides, engine.context
-        self.busy = self.tokens = self.requests = 0
-        self._refusals = Refusals()
-
-    @property
-    def concurrency(self) -> int:
-        return self._inner.concurrency
-
-    async def generate(self, request: GenerationRequest) -> Completion:
-        completion = await self._counted(self._inner.generate(request), request.prompt)
-        self.tokens += completion.n_tokens or 0
-        return completion
-
-    async def choose(self, request: ChoiceRequest) -> ChoiceScores:
-        return await self._counted(self._inner.choose(request), request.prompt)
-
-    async def _counted(self, asked: Awaitable[Got], prompt: Prompt) -> Got:
-        self.busy += 1
-        self.requests += 1
-        try:
-            got = await asked
-        except Refused:  # also an answer, if not the desired one
-            self._answered()
-            raise
-        except RequestError as error:
-            self._refusals.failed(error, home_of(prompt))
-            raise
-        finally:
-            self.busy -= 1
-        self._answered()
-        return got
-
-    def _answered(self) -> None:
-        self._refusals.over()
-        answered()
-
-    def unsupported(self, sampling: Sampling) -> str | None:
-        return unsupported(self._inner, sampling)
-
-    async def thinks(self) -> bool:
-        return await thinks(self._inner)
-
-    async def count_tokens(self, prompt: Prompt) -> int | None:
-        return await self._inner.count_tokens(prompt)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
+    async def process(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [await counted(self.process_row, row) for row in rows]
 
 
-class TracedEngine(CountingEngine):
-    """Logs each generation to a file before sending it to the engine: uid, seed, temperature, prompt."""
-
-    def __init__(self, engine: Engine, path: Path) -> None:
-        super().__init__(engine)
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-
-    async def generate(self, request: GenerationRequest) -> Completion:
-        image, sampling = request.prompt.image, request.sampling
-        entry = [image.uid if image else None, sampling.seed, sampling.temperature, request.prompt.text]
-        os.write(self._handle, json.dumps(entry).encode() + b"\n")
-        return await self._inner.generate(request)
-
-    async def aclose(self) -> None:
-        os.close(self._handle)
-        await super().aclose()
-
-
-class SidecarProcessor(RowByRow):
+class SidecarProcessor(EngineRows):
     """Common parts of processors that write no tars: their engine, and the number of rows in progress.
 
     ``rows``: their number for an engine of a given concurrency, which changes while a server's capacity is explored.

@@ -19,7 +19,8 @@ from capipe.models.engines.base import GenerationRequest, ImageInput, Prompt, Re
 from capipe.models.engines.loading import EngineConfig
 from capipe.models.images.formats import ImageProblem
 from capipe.pipeline.jobs.annotate import AnnotateProcessor, AnnotateStage
-from capipe.pipeline.jobs.rows.engine import CountingEngine, EngineSetup, LoadedEngine
+from capipe.pipeline.jobs.rows.counting_engine import CountingEngine
+from capipe.pipeline.jobs.rows.engine import EngineSetup, LoadedEngine
 from capipe.pipeline.runners import circuit_breaker, worker
 from capipe.pipeline.runners.circuit_breaker import ErrorStreak, Refusals, general_reason
 from capipe.pipeline.runners.inline import run_inline

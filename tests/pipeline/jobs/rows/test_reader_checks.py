@@ -23,8 +23,8 @@ from capipe.pipeline.jobs.train import run_training
 from capipe.stages.questions.grade import GradeConfig
 from capipe.trainer.recipe import load_recipe
 
-from ...readers import copied, deaf, prefers_a
-from ..conftest import capipe, one_line, table
+from ....readers import copied, deaf, prefers_a
+from ...conftest import capipe, one_line, table
 
 QUICK = ("steps=1", "rollout.images=2", "save_every=1", "validation=null", "rewards.1.weight=0")
 ASKED = (Question("What color is the star?", ("red", "blue", "green"), 0),)
