@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,14 @@ def test_vllm_gives_the_same_probabilities(corpus: Path, answered: Path, tmp_pat
 def test_kills_change_no_byte(corpus: Path, answered: Path, tmp_path: Path) -> None:
     command = [*COMMAND, "ask", "--shards", corpus, "--out", tmp_path / "out", "--ask", "all", "--ask", STAR, *TEACHER]
     run_killed(command, tmp_path / "out", 2, 3, seed=4, within=1.0)
+    same_shards(tmp_path / "out", answered)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(corpus: Path, answered: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, "ask", "--shards", corpus, "--out", tmp_path / "out", "--ask", "all", "--ask", STAR, *TEACHER]
+    both = [subprocess.Popen([*map(str, command), "--share"], stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
     same_shards(tmp_path / "out", answered)
 
 
