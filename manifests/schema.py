@@ -204,6 +204,26 @@ GRADE = pa.schema(
 )
 
 
+#: The captions of an evaluation, checked sentence by sentence.
+CHECKED = pa.schema(
+    [
+        *BASE,
+        pa.field(
+            "captions",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("name", pa.string()),  # an annotate caption's name, or oracle, generic
+                        pa.field("text", pa.string()),
+                        pa.field("sentences", pa.list_(pa.float32())),  # probability of each; null without an answer
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
 def _scored(prefix: str) -> list[pa.Field]:
     """Columns for one caption of an image. Long captions have scores by sentence beside that of the first window."""
     scores = [
@@ -233,6 +253,21 @@ SCORE = pa.schema(
         *_scored("re"),
         *_scored("org"),
         *SAFETY,
+    ]
+)
+#: Truth of captions by sentence: probabilities by a vision-language model; null without that caption, or without an answer.
+SENTENCES = pa.schema(
+    [
+        *BASE,
+        *(
+            field
+            for prefix in ("re", "org")
+            for field in (
+                pa.field(f"{prefix}_vlm_min", pa.float32()),  # of its least likely sentence
+                pa.field(f"{prefix}_vlm_mean", pa.float32()),  # over its sentences
+                pa.field(f"{prefix}_vlm_lowest", pa.int32()),  # index of the sentence with the minimum
+            )
+        ),
     ]
 )
 #: Final shards: a row for every row of the scores. Only ``ok`` rows have a sample in the tar.
