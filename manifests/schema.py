@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pyarrow as pa
 
 from ..errors import ArtifactMismatch
@@ -110,6 +112,15 @@ def embedding_width(actual: pa.Schema, where: str) -> int:
             return int(kind.list_size)
         problem = f"{kind}, not a fixed_size_list<float16>"
     raise ArtifactMismatch(f"{where}: column {EMBEDDING_COLUMN!r} is {problem}; --embeddings takes an artifact with it")
+
+
+#: Columns of `capipe ask` begin with this; the name of the question follows.
+ASK_COLUMN = "ask_"
+
+
+def asked(names: Iterable[str]) -> pa.Schema:
+    """Schema of answers to yes-or-no questions of these names: the probability of yes, null if it was not scored."""
+    return pa.schema([*BASE, *(pa.field(f"{ASK_COLUMN}{name}", pa.float32()) for name in names)])
 
 
 CAPTION = pa.struct(

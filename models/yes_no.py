@@ -56,7 +56,7 @@ class YesNoConfig(BaseModel):
     least_mass: float = Field(
         0.01, ge=0, lt=1, description="choose: letters less likely than this together are no answer at all"
     )
-    seed: int = Field(0, description="source of sampled answers and thoughts, with each question")
+    seed: int = Field(0, description="source of sampled answers and thoughts, with image and question")
     thought_tokens: int = Field(THOUGHT_TOKENS, ge=1, description="longest thought of a model that thinks first")
     thought_temperature: float = Field(THOUGHT_TEMPERATURE, ge=0, description="choose: of that thought")
 
@@ -125,7 +125,7 @@ class YesNoReader:
         """Log-odds of yes by the letters' log-probabilities, or what stands in place of a letter."""
         if thinking:
             config = self.config
-            seed = seed_of(f"{config.seed}/{prompt.text}")
+            seed = seed_of(f"{config.seed}/{_uid(prompt)}/{prompt.text}")
             sampling = Sampling(config.thought_temperature, 1.0, config.thought_tokens, seed)
             prompt, _ = await after_thought(self.engine, prompt, sampling)
         scores = await self.engine.choose(ChoiceRequest(prompt, tuple(LETTERS[: len(order)])))
@@ -136,7 +136,7 @@ class YesNoReader:
         """Log-odds of yes by the letters of sampled answers, or the first answer if none has a letter."""
         config = self.config
         room = config.max_tokens + (config.thought_tokens if thinking else 0)
-        seeds = [seed_of(f"{config.seed}/{number}/{prompt.text}") for number in range(config.samples)]
+        seeds = [seed_of(f"{config.seed}/{_uid(prompt)}/{number}/{prompt.text}") for number in range(config.samples)]
         requests = [GenerationRequest(prompt, Sampling(config.temperature, 1.0, room, seed)) for seed in seeds]
         outcomes = await asyncio.gather(*map(self.engine.generate, requests), return_exceptions=True)
         for outcome in outcomes:
@@ -174,6 +174,10 @@ def log_odds(scores: ChoiceScores, yes: int, least_mass: float) -> float | None:
 def sigmoid(odds: float) -> float:
     """The probability of given log-odds."""
     return 1.0 / (1.0 + math.exp(-odds)) if odds >= 0 else math.exp(odds) / (1.0 + math.exp(odds))
+
+
+def _uid(prompt: Prompt) -> str:
+    return prompt.image.uid if prompt.image is not None else ""
 
 
 def _failed(question: str, error: RequestError) -> YesNo:

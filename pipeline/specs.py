@@ -9,6 +9,7 @@ from ..errors import BadInput
 from ..manifests.artifact_spec import ArtifactSpec
 from ..manifests.import_path import import_object, is_import_path
 from ..stages.annotate.spec import ANNOTATE
+from ..stages.ask.spec import ASK
 from ..stages.dedup.spec import DEDUP, EMBED
 from ..stages.export.spec import EXPORT
 from ..stages.filter.spec import FILTER
@@ -19,7 +20,7 @@ from ..trainer.spec import TRAIN
 
 #: Stages by name, in the order of `capipe --help`.
 STAGES: Mapping[str, StageSpec] = {
-    spec.name: spec for spec in (RENDER, INGEST, EMBED, DEDUP, QA, TRAIN, ANNOTATE, FILTER, EXPORT, EVAL)
+    spec.name: spec for spec in (RENDER, INGEST, EMBED, DEDUP, QA, TRAIN, ANNOTATE, ASK, FILTER, EXPORT, EVAL)
 }
 #: Artifact specs by the stage named in ``config.json``.
 ARTIFACTS: Mapping[str, ArtifactSpec] = {

@@ -257,3 +257,19 @@ class Selective(Protocol):
 def unsupported(engine: Engine, sampling: Sampling) -> str | None:
     """Why the engine would refuse requests with ``sampling``; None for one that does not say."""
     return engine.unsupported(sampling) if isinstance(engine, Selective) else None
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """An engine that may compute the requests that wait together as one batch.
+
+    Sums in another order differ in their last digits, so where ``batches``, those of log-probabilities depend on which
+    requests these are.
+    """
+
+    batches: bool
+
+
+def batches(engine: Engine) -> bool:
+    """Whether the last digits of the engine's log-probabilities depend on the requests that wait together."""
+    return isinstance(engine, Batching) and engine.batches

@@ -27,6 +27,7 @@ from ...models.bundled import PREFIX, resolve
 from ...models.engines.model_folder import folder_digest
 from ...models.engines.vllm.arguments import changing_rows
 from ...stages.annotate.prompts import parse_prompt
+from ...stages.ask.questions import parse_questions
 from ..commands.options.key_values import FIELDS, key_values, second_model
 from .options import KEY_VALUES, SET
 from .recipe import ChainStage
@@ -52,6 +53,8 @@ def meaning(stage: ChainStage) -> dict[str, Any]:
     options = {key: value for key, value in stage.config.items() if value is not None and key not in left_out}
     meanings = {key: _meant(key, value) for key, value in options.items() if key not in ENGINES}
     meanings = {key: value for key, value in meanings.items() if value or key not in KEY_VALUES}  # only speed settings
+    if stage.command.name == "ask":
+        meanings["ask"] = [asdict(question) for question in parse_questions(options["ask"])]
     return meanings | _engines(stage, options)
 
 

@@ -11,7 +11,7 @@ from ...terminal import print_err
 from .options import shared as o
 from .options.engine_choice import EngineChoice
 from .options.groups import flattened, settings
-from .run_job import Exit, run_job
+from .run_job import Exit, run_withdrawing
 
 if TYPE_CHECKING:
     from ...stages.annotate.captioner import AnnotateConfig
@@ -101,7 +101,6 @@ def annotate(options: AnnotateOptions) -> None:
     from ..jobs.annotate import AnnotateStage, chosen_prompts
     from ..jobs.artifacts import marks_beside
     from ..jobs.rows.engine import plan
-    from ..jobs.withdraw import withdraw
 
     config, drop = check(options), o.dropped(options.drop)
     prompts = chosen_prompts(options.prompt, options.model, options.engine, options.system)
@@ -111,10 +110,7 @@ def annotate(options: AnnotateOptions) -> None:
     stage = AnnotateStage(config, setup, options.model, options.pack)
     beside = marks_beside(options.marks)
     job = plan(stage, options.shards, options.out, beside=beside, **options.run.plan_options(options.retry))
-    withdrawal = withdraw(job.artifact, drop, ANNOTATE, passed_on)
-    code = Exit.INTERRUPTED if withdrawal is None else run_job(job, placement)
-    if withdrawal is not None and (line := withdrawal.line()):
-        print_err(line)
+    code = run_withdrawing(job, placement, drop, ANNOTATE, passed_on)
     if job.todo and code is not Exit.INTERRUPTED:
         _warn_of_shared(options.out)
     raise typer.Exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -17,6 +18,12 @@ from ..jobs.rows.engine import StagePlan, execute
 from ..runners.interrupts import say
 from ..runners.placement import Placement
 from ..runners.progress import Progress
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ...manifests.withdrawal.uid_set import UidSet
+    from ..jobs.withdraw import PassedOn
 
 LONGEST_REASON = 200  # characters of a row's reason on the console
 LAST_WORDS = "CAPIPE_LAST_WORDS"  # environment variable: file for the last message of a command in a chain
@@ -43,6 +50,19 @@ def run_job(made: StagePlan, workplace: Placement) -> Exit:
     finally:
         made.artifact.close()
     return conclude(made.artifact.url, outcome.interrupted, progress.finished_line())
+
+
+def run_withdrawing(
+    made: StagePlan, placement: Placement, drop: UidSet | None, schema: pa.Schema, passed_on: PassedOn
+) -> Exit:
+    """:func:`run_job` of a stage with ``--drop``: rows of listed images are withdrawn from committed shards first."""
+    from ..jobs.withdraw import withdraw
+
+    withdrawal = withdraw(made.artifact, drop, schema, passed_on)
+    code = Exit.INTERRUPTED if withdrawal is None else run_job(made, placement)
+    if withdrawal is not None and (line := withdrawal.line()):
+        print_err(line)
+    return code
 
 
 def progress_of(made: StagePlan) -> Progress:

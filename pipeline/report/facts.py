@@ -17,6 +17,7 @@ from ...errors import CapipeError
 from ...manifests.artifact import Artifact
 from ...manifests.files import bounded_json
 from ...manifests.files.outside import is_url
+from ...manifests.schema import ASK_COLUMN
 from ...stages.export.provenance import last_part, public
 from ...stages.filter.select import Rule, SelectConfig
 from ...stages.filter.spec import SELECTION
@@ -166,13 +167,27 @@ def _scores(name: str, artifact: Artifact) -> Scores:
     shards = list(artifact.committed())
     seen = sampled(shards, SHARDS)
     rule = rule_of(artifact)
-    return Scores(name, histograms(artifact, _SCORES, rule.bounds() if rule else [], seen), len(seen), len(shards))
+    names = [*_SCORES, *_asked(artifact, seen)]
+    return Scores(name, histograms(artifact, names, rule.bounds() if rule else [], seen), len(seen), len(shards))
+
+
+def _asked(artifact: Artifact, shards: Sequence[str]) -> list[str]:
+    """Columns with answers to questions of `capipe ask`."""
+    if not shards:
+        return []
+    with artifact.parquet(shards[0]) as parquet:
+        return [name for name in parquet.schema_arrow.names if name.startswith(ASK_COLUMN)]
 
 
 def _informative(scores: list[Scores]) -> list[Scores]:
-    """Scores of selections, which have thresholds; other scores only if there is no selection."""
-    selected = [item for item in scores if any(histogram.bounds for histogram in item.histograms)]
-    return [item for item in selected or scores if item.histograms]
+    """Scores of selections, which have thresholds; of others only those that no selection has."""
+    known = {h.name for item in scores if _selects(item) for h in item.histograms}
+    left = [item for item in scores if _selects(item) or known.isdisjoint(h.name for h in item.histograms)]
+    return [item for item in left if item.histograms]
+
+
+def _selects(scores: Scores) -> bool:
+    return any(histogram.bounds for histogram in scores.histograms)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

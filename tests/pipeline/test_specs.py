@@ -42,7 +42,7 @@ def test_every_artifact_has_a_spec() -> None:
         write.STAGE,
         score.EmbedStage.name,
     }
-    assert named | {"annotate", "questions", "screen", "grade", "score"} == ARTIFACTS.keys()
+    assert named | {"annotate", "ask", "questions", "screen", "grade", "score"} == ARTIFACTS.keys()
 
 
 @pytest.mark.parametrize("spec", STAGES.values(), ids=lambda spec: spec.name)

@@ -74,6 +74,7 @@ class TransformersEngine:
     """Implements :class:`~.engine.Engine`. Requests that wait together share a batch and the prompts' prefixes."""
 
     guides = False
+    batches = True
 
     def __init__(self, lm: BatchedLM, grid: ImageGrid | None, concurrency: int, keep_prepared: bool = False) -> None:
         """``keep_prepared``: the latest batch's prompts and patches stay in memory, for :meth:`prepared`."""

@@ -60,6 +60,12 @@ Marks = Annotated[
     ),
 ]
 Retry = Annotated[bool, typer.Option(help="Do rows again that ended in engine_error.")]
+ReaderMode = Annotated[
+    Literal["choose", "sampled"] | None,
+    typer.Option(
+        help="Answers as the likeliest letter, or read from sampled text (servers without log-probabilities)."
+    ),
+]
 EngineName = Annotated[
     str, typer.Option(help="auto, vllm, transformers, URLs of servers, or the import path of your own.")
 ]
@@ -101,12 +107,7 @@ class ReaderOptions:
     """Options for answering quiz questions with a model."""
 
     presentations: Annotated[int | None, typer.Option(help="Orders of options per question; all by default.")] = None
-    reader_mode: Annotated[
-        Literal["choose", "sampled"] | None,
-        typer.Option(
-            help="Answers as the likeliest letter, or read from sampled text (servers without log-probabilities)."
-        ),
-    ] = None
+    reader_mode: ReaderMode = None
     reader_prompt: Annotated[
         Literal["own", "caprl"],
         typer.Option(help="caprl: about captions with two worked examples; the option to abstain is always last."),

@@ -26,6 +26,7 @@ from ....models.engines.base import (
     Refused,
     RequestError,
     Sampling,
+    batches,
     unsupported,
 )
 from ....models.engines.chat_templates import check_template
@@ -182,6 +183,7 @@ class CountingEngine:
     def __init__(self, engine: Engine) -> None:
         self._inner = engine
         self.grid, self.guides, self.context = engine.grid, engine.guides, engine.context
+        self.batches = batches(engine)
         self.busy = self.tokens = self.requests = 0
         self._refusals = Refusals()
 
