@@ -266,7 +266,7 @@ SCORE = pa.schema(
         *SAFETY,
     ]
 )
-#: Truth of captions by sentence: probabilities by a vision-language model; null without that caption, or without an answer.
+#: Truth of captions by sentence, as probabilities by a vision-language model; null without that caption, or an answer.
 SENTENCES = pa.schema(
     [
         *BASE,

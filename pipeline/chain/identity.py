@@ -72,7 +72,7 @@ def _meant(key: str, value: Any) -> Any:
 
 def _arguments(key: str, assignments: Sequence[str]) -> dict[str, Any]:
     """The key=value options that affect rows, regardless of order and of those that only affect speed."""
-    if key not in ("engine-arg", "screen-arg", "reader-arg"):
+    if key not in ("engine-arg", "screen-arg", "reader-arg", "vlm-arg"):
         return key_values(f"--{key}", assignments)
     options = second_model(f"--{key}", {}, assignments, same=True)
     rows = {name: value for name, value in options.items() if name not in SPEED_FIELDS}

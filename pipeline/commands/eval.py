@@ -16,6 +16,7 @@ from ..jobs.artifacts import captions_artifact, question_artifact, refuse_contro
 from .options import shared as o
 from .options.engine_choice import EngineChoice
 from .options.groups import flattened, settings
+from .options.vlm import VlmOptions
 from .run_job import Exit, run_job
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.questions.grade import GradeConfig
     from ...trainer.evaluation.results import Caution, Comparison, EvaluationReport
+    from ..jobs.rows.sentences import CheckStage
 
-CAPTIONED, GRADED = "captions", "graded"  # the artifacts in --out; the report is beside them
+CAPTIONED, GRADED, CHECKED = "captions", "graded", "checked"  # the artifacts in --out; the report is beside them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class EvalOptions:
             "may be repeated.",
         ),
     ] = None
+    sentences: VlmOptions
     generic: Annotated[str | None, typer.Option(help="A caption that fits any image, to be graded as a floor.")] = None
     clip: Annotated[
         str | None,
@@ -89,6 +92,11 @@ class EvalOptions:
         option, values = "--reader-arg", self.reader_arg
         return self.captioner.second(self.reader, self.reader_engine, option, values, same=False, sees=False)
 
+    @property
+    def checker(self) -> EngineChoice | None:
+        """The model that checks sentences, if any."""
+        return self.sentences.choice(self.captioner)
+
 
 @dataclass(frozen=True)
 class EvalConfigs:
@@ -114,6 +122,8 @@ def check(options: EvalOptions) -> EvalConfigs:
     if options.model is None:
         options.captioner.refuse_own("--captions has no captioner: give it to the reader, by --reader-arg")
     options.grader.check()
+    if (checker := options.checker) is not None:
+        checker.check()
     prompts = parse_prompts(options.prompt)
     refuse_controls([prompt.name for prompt in prompts])
     annotate = o.validated(
@@ -154,6 +164,7 @@ def evaluate(options: EvalOptions) -> None:
     config = check(options)
     questions = question_artifact(options.questions)
     check_measures(options)
+    checking = sentence_stage(options, config.grade)
     prompts = chosen_prompts(options.prompt, options.model, options.engine)
     captioning = config.annotate.model_copy(update={"prompts": prompts})
     placement = options.grader.placement()
@@ -183,9 +194,42 @@ def evaluate(options: EvalOptions) -> None:
     codes.append(run_job(job, placement))
     if codes[-1] is Exit.INTERRUPTED:
         raise typer.Exit(codes[-1])
+    if checking is not None:
+        codes.append(check_sentences(options, checking, captions))
+        if codes[-1] is Exit.INTERRUPTED:
+            raise typer.Exit(codes[-1])
     if Artifact.open(graded).committed():  # otherwise the reason why no shard was graded has been printed
         report(options, graded, warnings)
     raise typer.Exit(max(codes))
+
+
+def sentence_stage(options: EvalOptions, config: GradeConfig) -> CheckStage | None:
+    """The stage that checks captions sentence by sentence; None if no model for that is named.
+
+    Raises BadInput if the model cannot be used; a server may still be started while captions are written.
+    """
+    from ...stages.questions.check import CheckConfig
+    from ..jobs.rows.sentences import CheckStage, sentence_room
+
+    if (checker := options.checker) is None:
+        return None
+    asks = options.sentences.config
+    setup = checker.setup(checker.placement(), sentence_room(asks))
+    stage = CheckStage(CheckConfig(reader=asks, controls=config), setup)
+    if not setup.engine.is_http:
+        stage.semantic()
+    return stage
+
+
+def check_sentences(options: EvalOptions, stage: CheckStage, captions: Artifact) -> Exit:
+    """Check the captions sentence by sentence."""
+    from ...stages.questions.grade import CAPTIONS
+    from ..jobs.rows.engine import plan
+
+    assert options.checker is not None
+    runs = options.run.plan_options(options.retry)
+    job = plan(stage, options.shards, f"{options.out.rstrip('/')}/{CHECKED}", beside={CAPTIONS: captions}, **runs)
+    return run_job(job, options.checker.placement())
 
 
 def report(options: EvalOptions, graded: str, warnings: Sequence[Caution]) -> None:
@@ -194,7 +238,8 @@ def report(options: EvalOptions, graded: str, warnings: Sequence[Caution]) -> No
     from ..jobs.eval import EvaluationModels, report_on, write_report
 
     models = EvaluationModels(options.clip, options.cosine, options.language_model)
-    figures = report_on(Artifact.open(graded), models, warnings)
+    checked = None if options.checker is None else Artifact.open(f"{options.out.rstrip('/')}/{CHECKED}")
+    figures = report_on(Artifact.open(graded), models, warnings, checked)
     write_report(figures, options.out)
     show(figures)
     say_warnings(figures.warnings)
