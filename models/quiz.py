@@ -20,6 +20,8 @@ FEWEST_OPTIONS, MOST_OPTIONS = 2, 10
 MOST_WRITTEN = 6  # options of a question that a model writes; imported ones may have more
 ABSTAIN = "Cannot tell"  # the option added to every presentation, with an image, a caption or neither
 KINDS = ("object", "color", "shape", "size", "material", "position", "count", "text", "background", "action", "other")
+ABSENT = "absent"  # kind of a question whether a thing is there that is not; never one of those that a writer names
+YES_NO = ("Yes", "No")
 
 READ_CAPTION = (
     "Answer the question from the caption alone, with the letter of one option. "
@@ -45,6 +47,13 @@ WRITE = (
     '{{"questions": [{{"kind": "...", "question": "...", "options": ["...", "..."], "answer": "the right option"}}]}}. '
     "Kinds: {kinds}."
 )
+#: Absent things are asked about as in POPE (arXiv 2305.10355), whose hardest ones, too, are those that one expects.
+NAME_ABSENT = (
+    "Name {count} things that are not in the image, though somebody who knows the rest of it would expect to see them. "
+    'Give each in one to four words, with its article, as in "a dog". '
+    'Reply in JSON: {{"things": ["...", "..."]}}.'
+)
+ASK_ABSENT = "Is there {thing} in the image?"
 
 # A letter on its own: "B", "B.", "(B)", "B) red", "The answer is B". Not "Because", "A red circle", "e.g." or "C'est",
 # nor the first of several: "A, B".
@@ -80,6 +89,11 @@ class Question:
             raise ValueError(f"two options are alike: {sorted(folded)}")
         if not 0 <= self.answer < len(self.options):
             raise ValueError(f"the answer is option {self.answer} of {len(self.options)}")
+
+    @property
+    def asks_absent(self) -> bool:
+        """Whether it asks for a thing that is not there. A caption that does not mention the thing is not wrong."""
+        return self.kind == ABSENT and fold(self.options[self.answer]) == fold(YES_NO[1])
 
     @property
     def id(self) -> str:
@@ -228,6 +242,25 @@ def writing_schema(count: int, kinds: tuple[str, ...] = KINDS) -> str:
         "type": "object",
         "properties": {"questions": questions},
         "required": ["questions"],
+        "additionalProperties": False,
+    }
+    return json.dumps(schema)
+
+
+def absent_prompt(count: int) -> str:
+    """The prompt that asks for ``count`` things that the image before it does not show."""
+    return NAME_ABSENT.format(count=count)
+
+
+@cache
+def absent_schema(count: int) -> str:
+    """The JSON schema of the answer to :func:`absent_prompt`, as text, for guided decoding."""
+    text = {"type": "string", "minLength": 1, "maxLength": 60}
+    things = {"type": "array", "items": text, "minItems": 1, "maxItems": count}
+    schema = {
+        "type": "object",
+        "properties": {"things": things},
+        "required": ["things"],
         "additionalProperties": False,
     }
     return json.dumps(schema)

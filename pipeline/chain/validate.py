@@ -141,7 +141,7 @@ def _models(stage: ChainStage) -> Iterator[tuple[str, str, Callable[[str], None]
             yield "recipe", stage.recipe.validation.reader, _model
         return
     config = stage.config
-    asked_of = {"model": "engine", "screen-model": "screen-engine", "reader": "reader-engine"}
+    asked_of = {"model": "engine", "screen-model": "screen-engine", "reader": "reader-engine", "vlm": "vlm-engine"}
     for key, engine in asked_of.items():
         kind = config.get(engine) or config.get("engine") or ""
         if config.get(key) is not None and "://" not in kind and not is_import_path(kind):  # no local model to check

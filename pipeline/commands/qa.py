@@ -66,6 +66,12 @@ class QaOptions:
     screen_model: Annotated[str | None, typer.Option(help="Model that screens; the writer by default.")] = None
     screen_engine: Annotated[str | None, typer.Option(help="Its engine; the writer's kind by default.")] = None
     per_image: Annotated[int, typer.Option(help="Questions asked for per image.")] = 5
+    absent: Annotated[
+        int,
+        typer.Option(
+            help="Further questions per image about things that are not in it, answered no; named by the writer."
+        ),
+    ] = 0
     fewest: Annotated[int, typer.Option(help="Ask again while an image has fewer usable ones.")] = 1
     max_attempts: Annotated[int, typer.Option(help="Requests per image, the first included.")] = 3
     sampling: WriterSampling
@@ -130,9 +136,14 @@ def check(options: QaOptions) -> QaConfigs:
         raise BadInput(
             f"--distractors {options.distractors}: 0 to leave open-ended questions alone, or up to {most} wrong options"
         )
+    if options.absent and options.model is None:
+        raise BadInput(
+            f"--absent {options.absent}: the writer names absent things, and --import has none; leave it out"
+        )
     write = o.validated(
         QuestionsConfig,
         per_image=options.per_image,
+        absent=options.absent,
         fewest=options.fewest,
         max_attempts=options.max_attempts,
         **settings(options.sampling),

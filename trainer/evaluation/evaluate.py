@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import BadInput
-from ...models.quiz import KINDS, abstains_last
+from ...models.quiz import ABSENT, KINDS, abstains_last
 from ...models.scorers.sentence_truth import TRUE_FROM
 from ...models.scorers.sentences import split_sentences
 from ...models.tiny.world.grade import grade, is_true, parse
@@ -137,6 +137,7 @@ class _SystemTally:
                 PositionAccuracy(index, self.right[index], self.scored[index]) for index in sorted(self.scored)
             ),
             unscored=self.unscored,
+            invented=figure("invented"),
         )
         measures = ("precision", "recall", "hallucinated", "chair_i", "chair_s", "wrong")
         truth = Truth(self.graded, *(figure(measure) for measure in measures)) if self.graded else None
@@ -236,6 +237,9 @@ class _Tally:
         self.ratios.add((name, "accuracy", question.kind), image, accuracy)
         self.ratios.add((name, "best", ""), image, max(answer.accuracy for answer in answers))
         self.ratios.add((name, "abstained", ""), image, mean([answer.abstention for answer in answers]))
+        if question.kind == ABSENT:
+            said = [(answer.scored - answer.right - answer.abstained) / answer.scored for answer in answers]
+            self.ratios.add((name, "invented", ""), image, mean(said))
         tally = self.systems[name]
         for answer in answers:
             places = places_of_answer(question.options, question.answer, len(answer.chosen), self.last)

@@ -70,6 +70,7 @@ class Quiz:
     by_kind: dict[str, Estimate]
     by_place: tuple[PositionAccuracy, ...]
     unscored: int
+    invented: Estimate = NOTHING  # answers that an absent thing is there, among questions about such things
 
 
 @dataclass(frozen=True)

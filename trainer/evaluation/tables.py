@@ -132,20 +132,25 @@ def _method(value: EvaluationReport | Comparison) -> str:
 
 
 def _quiz_grid(report: EvaluationReport) -> Grid:
+    absent = any(system.quiz.invented.n for system in report.systems)
     rows = [
         (
             system.name,
             _percent(system.quiz.accuracy),
             f"{_percent(system.quiz.best)} of {system.samples}" if system.samples > 1 else NONE,
             _percent(system.quiz.abstained, interval=False),
+            *([_percent(system.quiz.invented)] if absent else []),
             str(system.quiz.accuracy.n),
             str(system.quiz.unscored),
             _excluded(system),
         )
         for system in report.systems
     ]
-    header = ("system", "right %", "best %", "cannot tell %", "questions", "unscored", "excluded")
+    invented = ["invented %"] if absent else []
+    header = ("system", "right %", "best %", "cannot tell %", *invented, "questions", "unscored", "excluded")
     note = f"{_counts(report)} Best: of several captions of an image, the one from which a question is answered best."
+    if absent:
+        note += " Invented: of questions about things that are not there, those answered as if they were."
     return Grid("Quiz", header, tuple(rows), note)
 
 
