@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +16,9 @@ from capipe.models.engines.base import ChoiceRequest, Completion, EngineDead, Re
 from capipe.models.engines.prompting import PromptEncoder
 from capipe.models.tiny.train.texts.hard_negatives import plant_addition
 from capipe.models.tiny.world.corpus import samples
+from capipe.models.yes_no import sigmoid
 from capipe.trainer.dataset import Example
+from capipe.trainer.rewards.base import RewardContext
 from capipe.trainer.rewards.kinds import BUILT_IN
 from capipe.trainer.rewards.verified import (
     VerifiedReward,
@@ -71,7 +73,7 @@ def of_words(text: str) -> float:
 
 
 @pytest.fixture
-def made(encoder: PromptEncoder) -> Iterator[Callable[..., VerifiedReward]]:
+async def made(encoder: PromptEncoder) -> AsyncIterator[Callable[..., VerifiedReward]]:
     rewards: list[VerifiedReward] = []
 
     def make(engine: Any, **settings: Any) -> VerifiedReward:
@@ -80,7 +82,7 @@ def made(encoder: PromptEncoder) -> Iterator[Callable[..., VerifiedReward]]:
 
     yield make
     for reward in rewards:
-        asyncio.run(reward.aclose())
+        await reward.aclose()
 
 
 def written(encoder: PromptEncoder, text: str) -> Completion:
@@ -144,7 +146,7 @@ async def test_each_wrong_sentence_is_charged_to_the_token_that_ends_it(
     text = "A red star is here. A unicorn is there. The background is white. Another unicorn sleeps."
     caption = written(encoder, text)
     scored = await made(believes(of_words)).score(example, caption, "d")
-    cost = penalty(1 / (1 + 2.718281828459045**6), config())  # both letters are given, three nats apart each way
+    cost = penalty(sigmoid(FALSE), config())
     assert scored.value == pytest.approx(-2 * cost, abs=1e-3)
     assert (scored.details["sentences"], scored.details["wrong"], scored.details["lacking"]) == (4, 2, 0)
     charged = [place for place, value in enumerate(scored.per_token) if value]
@@ -201,7 +203,7 @@ async def test_true_captions_beat_wrong_and_empty_ones_by_who_knows_the_scene(
     rendered = list(samples(8, "heldout", seed=9))
     plain = examples(tmp_path / "b.tar", **{f"n{number}": sample.image for number, sample in enumerate(rendered)})
     scenes = {each.uid: sample.scene for each, sample in zip(plain, rendered, strict=True)}
-    reward = made(SceneEngine(scenes), words=10)
+    reward = made(SceneEngine(scenes), least=0)
     for number, each in enumerate(plain):
         planted = plant_addition(scenes[each.uid], Random(number))
         true, wrong, generic = [
@@ -230,20 +232,13 @@ async def test_a_bundled_model_checks_sentences(encoder: PromptEncoder, tmp_path
     (sample,) = samples(1, "heldout", seed=4)
     (each,) = examples(tmp_path / "c.tar", one=sample.image)
     asked = VerifiedRewardConfig(model="tiny/teacher", engine="transformers", least=2)
-    reward = await build_verified_reward(asked, _Context(encoder))  # type: ignore[arg-type]
+    reward = await build_verified_reward(asked, RewardContext(encoder.decode, 60))
     try:
         scored = await reward.score(each, written(encoder, "There is a star. There is a circle."), "d")
     finally:
         await reward.aclose()
     assert scored.value is not None and -2 <= scored.value <= 0
     assert len(scored.details["probabilities"]) == 2 and len(scored.per_token) > 2
-
-
-class _Context:
-    caption_tokens = 60
-
-    def __init__(self, encoder: PromptEncoder) -> None:
-        self.decode = encoder.decode
 
 
 def test_it_is_a_kind_of_reward_that_a_generic_caption_must_not_win() -> None:
