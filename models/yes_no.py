@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,6 +36,9 @@ CHECK = (
 )
 OPTIONS = ("Yes", "No")
 ORDERS = ((0, 1), (1, 0))  # option by place
+Order = tuple[int, ...]
+Odds = float | str | RequestError  # log-odds of yes, what came in place of an answer, or the error of its request
+Got = TypeVar("Got")
 _SURE = 30.0  # greatest log-odds of one order: the other one still counts in the mean
 
 
@@ -89,60 +92,60 @@ class YesNoReader:
 
     async def ask(self, image: ImageInput, questions: Sequence[str]) -> list[YesNo]:
         """Probabilities of yes, parallel to the questions; one that occurs twice is asked once."""
-        distinct = list(dict.fromkeys(questions))
-        outcomes = await asyncio.gather(*(self._one(image, text) for text in distinct), return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        answers = {answer.question: answer for answer in outcomes if not isinstance(answer, BaseException)}
+        distinct, orders = list(dict.fromkeys(questions)), ORDERS[: self.config.orders]
+        asked = [(prompt_of(image, text, order), order) for text in distinct for order in orders]
+        odds = await self._odds(asked)
+        parts = (odds[start : start + len(orders)] for start in range(0, len(odds), len(orders)))
+        answers = {text: _answer(text, part) for text, part in zip(distinct, parts, strict=True)}
         return [answers[text] for text in questions]
 
     async def check(self, image: ImageInput, statements: Sequence[str]) -> list[YesNo]:
         """Probabilities that statements (sentences of a caption) are true of the image, parallel to them."""
         return await self.ask(image, [CHECK.format(text=one_line(text)) for text in statements])
 
-    async def _one(self, image: ImageInput, question: str) -> YesNo:
-        prompts = [prompt_of(image, question, order) for order in ORDERS[: self.config.orders]]
-        answered = self._chosen if self.config.mode == "choose" else self._sampled
+    async def _odds(self, asked: Sequence[tuple[Prompt, Order]]) -> list[Odds]:
+        """Of each prompt the log-odds of yes, or what stands in their place.
+
+        All are asked at once, so that engines can share what they have in common. For the same reason a model that
+        thinks first does so about all of them before the first is answered.
+        """
         try:
             thinking = await thinks(self.engine)
-            odds = await asyncio.gather(
-                *(answered(prompt, order, thinking) for prompt, order in zip(prompts, ORDERS, strict=False)),
-                return_exceptions=True,
-            )
         except RequestError as error:
-            return _failed(question, error)
-        for outcome in odds:
-            if isinstance(outcome, RequestError):
-                return _failed(question, outcome)
-            if isinstance(outcome, BaseException):
-                raise outcome
-        known = [outcome for outcome in odds if isinstance(outcome, float)]
-        instead = next((outcome for outcome in odds if isinstance(outcome, str)), "")
-        return YesNo(question, None if instead else sigmoid(sum(known) / len(known)), instead=instead)
-
-    async def _chosen(self, prompt: Prompt, order: Sequence[int], thinking: bool) -> float | str:
-        """Log-odds of yes by the letters' log-probabilities, or what stands in place of a letter."""
+            return [error] * len(asked)
+        if self.config.mode == "sampled":
+            return await _gathered(self._sampled(prompt, order, thinking) for prompt, order in asked)
+        prompts: Sequence[Prompt | RequestError] = [prompt for prompt, _ in asked]
         if thinking:
-            config = self.config
-            seed = seed_of(f"{config.seed}/{_uid(prompt)}/{prompt.text}")
-            sampling = Sampling(config.thought_temperature, 1.0, config.thought_tokens, seed)
-            prompt, _ = await after_thought(self.engine, prompt, sampling)
+            prompts = await _gathered(self._after_thought(prompt) for prompt, _ in asked)
+        return await _gathered(self._chosen(prompt, order) for prompt, (_, order) in zip(prompts, asked, strict=True))
+
+    async def _after_thought(self, prompt: Prompt) -> Prompt:
+        config = self.config
+        seed = seed_of(f"{config.seed}/{_uid(prompt)}/{prompt.text}")
+        sampling = Sampling(config.thought_temperature, 1.0, config.thought_tokens, seed)
+        return (await after_thought(self.engine, prompt, sampling))[0]
+
+    async def _chosen(self, prompt: Prompt | RequestError, order: Order) -> float | str:
+        """Log-odds of yes by the letters' log-probabilities, or what stands in place of a letter."""
+        if isinstance(prompt, RequestError):
+            raise prompt
         scores = await self.engine.choose(ChoiceRequest(prompt, tuple(LETTERS[: len(order)])))
         odds = log_odds(scores, order.index(0), self.config.least_mass)
         return instead_of_letters(scores) if odds is None else odds
 
-    async def _sampled(self, prompt: Prompt, order: Sequence[int], thinking: bool) -> float | str:
+    async def _sampled(self, prompt: Prompt, order: Order, thinking: bool) -> float | str:
         """Log-odds of yes by the letters of sampled answers, or the first answer if none has a letter."""
         config = self.config
         room = config.max_tokens + (config.thought_tokens if thinking else 0)
         seeds = [seed_of(f"{config.seed}/{_uid(prompt)}/{number}/{prompt.text}") for number in range(config.samples)]
         requests = [GenerationRequest(prompt, Sampling(config.temperature, 1.0, room, seed)) for seed in seeds]
-        outcomes = await asyncio.gather(*map(self.engine.generate, requests), return_exceptions=True)
+        outcomes = await _gathered(map(self.engine.generate, requests))
+        texts = []
         for outcome in outcomes:
-            if isinstance(outcome, BaseException):
+            if isinstance(outcome, RequestError):
                 raise outcome
-        texts = [outcome.text for outcome in outcomes if not isinstance(outcome, BaseException)]
+            texts.append(outcome.text)
         places = [place for text in texts if (place := parse_letter(text, len(order))) is not None]
         if not places:
             return repr(texts[0].strip()[:80])
@@ -150,7 +153,27 @@ class YesNoReader:
         return math.log((yes + 0.5) / (len(places) - yes + 0.5))  # half an answer each: no share is certain
 
 
-def prompt_of(image: ImageInput, question: str, order: Sequence[int]) -> Prompt:
+async def _gathered(waiting: Iterable[Awaitable[Got]]) -> list[Got | RequestError]:
+    """Results or failed requests, in order; other errors are raised, after all have ended."""
+    results: list[Got | RequestError] = []
+    for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+        if isinstance(outcome, BaseException) and not isinstance(outcome, RequestError):
+            raise outcome
+        results.append(outcome)
+    return results
+
+
+def _answer(question: str, odds: Sequence[Odds]) -> YesNo:
+    """The answer by all orders; without one of them there is none, as a preference for a letter would not cancel."""
+    errors = [outcome for outcome in odds if isinstance(outcome, RequestError)]
+    if errors:  # a refusal would come again, but not what else failed
+        return _failed(question, min(errors, key=lambda error: isinstance(error, Refused)))
+    instead = next((outcome for outcome in odds if isinstance(outcome, str)), "")
+    known = [outcome for outcome in odds if isinstance(outcome, float)]
+    return YesNo(question, None if instead else sigmoid(sum(known) / len(known)), instead=instead)
+
+
+def prompt_of(image: ImageInput, question: str, order: Order) -> Prompt:
     """A yes-or-no question with its two lettered options in ``order`` (option by place)."""
     lines = [f"{letter}. {OPTIONS[option]}" for letter, option in zip(LETTERS, order, strict=False)]
     return Prompt(ASK + "\n".join([f"Question: {one_line(question)}", *lines, ""]), image)

@@ -49,6 +49,8 @@ def parse_questions(options: Sequence[str]) -> tuple[NamedQuestion, ...]:
     Sorted by name: the order of the options decides nothing. Raises BadInput.
     """
     questions = [question for option in options for question in _parsed(option)]
+    if not questions:
+        raise BadInput(f"--ask: no question is given; there are {', '.join(NAMED)}, and {ALL} for all of these")
     taken: dict[str, NamedQuestion] = {}
     for question in questions:
         before = taken.setdefault(question.name.lower(), question)

@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 import pytest
 
-from capipe.models.engines.base import ChoiceRequest, ChoiceScores, EngineDead, GenerationRequest, Refused, RequestError
+from capipe.models.engines.base import (
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    EngineDead,
+    GenerationRequest,
+    Refused,
+    RequestError,
+    Thought,
+)
 from capipe.models.yes_no import CHECK, YesNo, YesNoConfig, YesNoReader, log_odds, sigmoid
 
 from ..scripted import IMAGE, Scripted, options_of
@@ -95,3 +104,41 @@ def test_an_unreported_letter_has_what_the_other_leaves() -> None:
     assert log_odds(ChoiceScores((None, math.log(0.9))), 0, 0.01) == pytest.approx(-math.log(9))
     assert log_odds(ChoiceScores((None, None)), 0, 0.01) is None
     assert log_odds(ChoiceScores((0.0, -math.inf)), 0, 0.01) == 30.0 and sigmoid(-1000.0) == 0.0
+
+
+class Thinking(Scripted):
+    """A model that thinks first; its thought about the lost question does not come."""
+
+    async def thinks(self) -> bool:
+        return True
+
+
+async def test_a_model_thinks_about_all_questions_before_it_answers_the_first() -> None:
+    """Engines answer what waits together in one batch; an answer that waits for its own thought would come alone."""
+    order: list[str] = []
+
+    def thought(request: GenerationRequest) -> Completion | Exception:
+        order.append("thought")
+        if "lost" in request.prompt.text:
+            return RequestError("connection reset")
+        said = Thought(f"about {request.prompt.text[-12:-2]}", closed=True)
+        return Completion("A", (), "stop", 3, thought=said)
+
+    def scores(request: ChoiceRequest) -> list[float]:
+        order.append("answer")
+        assert request.prompt.thought is not None and request.prompt.thought.startswith("about ")
+        return believes(1.3, 2.0)(request)
+
+    engine = Thinking(scores, thought)
+    fine, lost = await YesNoReader(engine, YesNoConfig()).ask(IMAGE, [QUESTION, "Is it lost?"])
+    assert order == ["thought"] * 4 + ["answer"] * 2
+    assert fine.probability == pytest.approx(sigmoid(1.3)) and lost == YesNo("Is it lost?", None, "connection reset")
+    assert len({request.sampling.seed for request in engine.generations}) == 4
+
+
+async def test_a_refusal_in_one_order_does_not_hide_a_failure_in_the_other() -> None:
+    def scores(request: ChoiceRequest) -> Exception:
+        return Refused("no") if options_of(request.prompt)["Yes"] == "A" else RequestError("busy")
+
+    (answer,) = await YesNoReader(Scripted(scores), YesNoConfig()).ask(IMAGE, [QUESTION])
+    assert answer == YesNo(QUESTION, None, "busy")

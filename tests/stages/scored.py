@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from capipe.manifests.artifact import Artifact
-from capipe.manifests.schema import BASE, SCORE
+from capipe.manifests.schema import BASE, SCORE, asked
 from capipe.manifests.shards import Row, RowReader, expand
 
 from ..conftest import photo, tar_bytes
@@ -81,3 +81,10 @@ def _write(artifact: Artifact, shards: Path | str, values: Values, schema: Any) 
                 number += 1
             out.commit(rows_in=number - start, input_info=reader.info)
     artifact.close()
+
+
+def write_answers(shards: Path | str, out: Path | str, names: Sequence[str], values: Values) -> Artifact:
+    """Answers to yes-or-no questions of these names; ``values``: by column."""
+    artifact = Artifact.create(str(out), "ask", {"questions": list(names)}, {"shards": str(shards)})
+    _write(artifact, shards, values, asked(names))
+    return artifact

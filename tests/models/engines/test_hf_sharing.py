@@ -17,6 +17,7 @@ from capipe.models.engines.hf.prefix_tree import Segment
 from capipe.models.engines.model_folder import resolve_model
 from capipe.models.engines.prompting import PromptEncoder
 from capipe.models.quiz import Question, caption_prompt, image_prompt, put, rotations
+from capipe.models.yes_no import ORDERS, YesNoConfig, YesNoReader, prompt_of, sigmoid
 
 from ..conftest import DETAILED, MODEL, PLAIN
 
@@ -173,3 +174,32 @@ async def test_an_image_is_preprocessed_once_for_its_prompts(
     prompts = [*quiz(image_prompt(), pictures[0])[:6], *quiz(image_prompt(), pictures[1])[:6]]
     await asyncio.gather(*(reference.choose(ChoiceRequest(prompt, ("A", "B"))) for prompt in prompts))
     assert len(made) == 2
+
+
+async def test_questions_about_an_image_encode_it_once_and_change_nothing(
+    reference: TransformersEngine, pictures: list[ImageInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Yes-or-no questions in both orders; the slow twin asks each in each order by itself, with nothing shared."""
+    lm, encoded = reference.lm, list[int]()
+    questions = [f"Is there a {what} anywhere?" for what in ("star", "circle", "red square", "sign", "word", "cross")]
+    look = lm.family.look
+
+    def counted(images: Any) -> Any:
+        encoded.append(len(images))
+        return look(images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm.family, "look", counted)
+        shapes = passes(lm, patch)
+        answers = await YesNoReader(reference, YesNoConfig(least_mass=0)).ask(pictures[0], questions)
+    assert encoded == [1] and len(shapes) > 1
+    prompts = [[prompt_of(pictures[0], question, order) for order in ORDERS] for question in questions]
+    whole = sum(len(lm.prepare(prompt).ids) for pair in prompts for prompt in pair)
+    assert sum(rows * width for rows, width in shapes) < whole / 2
+    monkeypatch.setattr(lm, "share_prefixes", False)
+    for answer, pair in zip(answers, prompts, strict=True):
+        scores = [(await reference.choose(ChoiceRequest(prompt, ("A", "B")))).logprobs for prompt in pair]
+        yes_first, no_first = ([value for value in both if value is not None] for both in scores)
+        odds = (yes_first[0] - yes_first[1] + no_first[1] - no_first[0]) / 2
+        assert answer.probability == pytest.approx(sigmoid(odds), abs=1e-5)
+    assert len({answer.probability for answer in answers}) > 1

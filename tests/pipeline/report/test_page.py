@@ -26,6 +26,7 @@ from capipe.pipeline.report.facts import SHARDS, gather, sampled
 from capipe.pipeline.report.page import write_report
 from capipe.trainer.log import Best, write_best
 
+from ...stages.scored import clip, write_answers
 from ..conftest import capipe, one_line, table
 from ..looking import words, write_captions, write_chain, write_images, write_run
 
@@ -321,3 +322,13 @@ def test_what_a_killed_report_left_is_cleared(tmp_path: Path) -> None:
     left = tmp_path / f".report.html.{'0' * 16}.partial"
     left.write_text("half")
     assert Path(write_report(tmp_path)).stat().st_size > 1000 and not left.exists()
+
+
+def test_answers_to_questions_are_shown_beside_a_selection_by_other_scores(chain: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(chain, tmp_path / "chain"))
+    before = read(folder).text
+    assert "filtered/shards, all rows" in before and "filtered/scores, all rows" not in before
+    write_answers(folder / "shards", folder / "answers", ["star"], lambda index, row: {"ask_star": clip(index)})
+    text = read(folder).text
+    assert "answers, all rows that have them" in text and text.count("ask_star") > 1
+    assert "filtered/shards, all rows" in text and "filtered/scores, all rows" not in text
