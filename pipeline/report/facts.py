@@ -166,7 +166,8 @@ def _scores(name: str, artifact: Artifact) -> Scores:
     shards = list(artifact.committed())
     seen = sampled(shards, SHARDS)
     rule = rule_of(artifact)
-    return Scores(name, histograms(artifact, _SCORES, rule.bounds() if rule else [], seen), len(seen), len(shards))
+    names = [*_SCORES, *(rule.config.joined_numbers if rule else ())]
+    return Scores(name, histograms(artifact, names, rule.bounds() if rule else [], seen), len(seen), len(shards))
 
 
 def _informative(scores: list[Scores]) -> list[Scores]:

@@ -73,14 +73,24 @@ def filter_report(artifact: Artifact, rule: Rule, shards: Sequence[InputShard]) 
 
 
 def _settings(artifact: Artifact, rule: Rule) -> dict[str, str]:
+    semantic, run = artifact.config["semantic"], artifact.config["run"]
+    joined = {name: f"{run[name]} ({semantic[name][:12]})" for name in sorted(semantic) if name.startswith("scores-")}
+    missing = (f"{count:,} of {run['candidates']:,} candidates in {label}" for label, count in _missing(run))
     settings = {
         "conditions": rule.config.shown,
         "threshold": f"{rule.config.by} >= {rule.threshold_text}" if rule.by else None,
         "captions written": SERIES[rule.text],
-        "scores": f"{artifact.config['run']['scores']} ({artifact.config['semantic']['scores'][:12]})",
+        "scores": f"{run['scores']} ({semantic['scores'][:12]})",
+        **joined,
+        "without a value": "; ".join(missing) or None,
         "fingerprint": artifact.fingerprint[:12],
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _missing(run: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Joined sources that lack values of candidates, and of how many."""
+    return sorted((label, count) for label, count in (run.get("missing") or {}).items() if count)
 
 
 def _counts(artifact: Artifact) -> tuple[Counter[str], Counter[str]]:
@@ -96,12 +106,12 @@ def _counts(artifact: Artifact) -> tuple[Counter[str], Counter[str]]:
 
 
 def _charts(artifact: Artifact, rule: Rule) -> list[Markup]:
-    """Histograms of the scores, of other numeric columns in the rule, and of ``unsafe``."""
+    """Histograms of the scores, of other numeric columns in the rule, of joined ones, and of ``unsafe``."""
     of_marks = {*rule.mark_columns}  # the final shards do not have these
     used = [column.name for column in (rule.keep.columns if rule.keep else ()) if column.kind == "number"]
     used = [name for name in used if name not in of_marks]
     used += [rule.by] if rule.by else []
-    names = [*_SCORES, *(re.sub("^(re|org)_", "", name) for name in used), "unsafe"]
+    names = [*_SCORES, *(re.sub("^(re|org)_", "", name) for name in used), *rule.config.joined_numbers, "unsafe"]
     return list(map(histogram_chart, histograms(artifact, list(dict.fromkeys(names)), rule.bounds())))
 
 
