@@ -86,12 +86,8 @@ class UidSet:
 
     def places(self, uids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
         """(n,) index in :attr:`packed` of each of ``uids`` (text, null allowed), -1 if it is not in the set."""
-        column = uids.combine_chunks() if isinstance(uids, pa.ChunkedArray) else uids
-        usable = np.array(pc.fill_null(pc.equal(pc.binary_length(column), DIGITS), False), dtype=bool)
-        packed, valid = pack(_digits_of(column.filter(pa.array(usable))))
-        found = np.full(len(column), -1, dtype=np.int64)
-        found[np.flatnonzero(usable)] = np.where(valid, self._places(packed), -1)
-        return found
+        packed, valid = packed_of(uids.combine_chunks() if isinstance(uids, pa.ChunkedArray) else uids)
+        return np.where(valid, self._places(packed), -1)
 
     def holds(self, packed: Packed) -> Mask:
         """(n,) True for each of ``packed`` (16 bytes each) in the set."""
@@ -121,6 +117,15 @@ def pack(digits: npt.NDArray[np.uint8]) -> tuple[Packed, Mask]:
     valid: Mask = (values != _INVALID).all(axis=1)
     halves = (values[:, 0::2] << 4) | (values[:, 1::2] & 15)
     return np.ascontiguousarray(halves).view("S16").reshape(-1), valid
+
+
+def packed_of(column: pa.Array) -> tuple[Packed, Mask]:
+    """(n,) texts, null allowed, as n values of 16 bytes, and which of them are uids; the others are zeros."""
+    usable = np.array(pc.fill_null(pc.equal(pc.binary_length(column), DIGITS), False), dtype=bool)
+    digits, whole = pack(_digits_of(column.filter(pa.array(usable))))
+    packed, valid = np.zeros(len(column), "S16"), np.zeros(len(column), bool)
+    packed[usable], valid[usable] = digits, whole
+    return packed, valid
 
 
 def _digits_of(column: pa.Array) -> npt.NDArray[np.uint8]:

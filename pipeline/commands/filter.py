@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,7 @@ from ...errors import BadInput
 from ...manifests.artifact import Artifact
 from ...manifests.sharing.claims import alone
 from ...terminal import print_err, print_line
+from ..runners.interrupts import STOPPED
 from ..runners.placement import Placement
 from ..runners.pool_job import job_session
 from ..runners.progress import Progress
@@ -22,6 +25,7 @@ from .run_job import Exit, conclude, run_job
 if TYPE_CHECKING:
     from ...manifests.withdrawal.uid_set import UidSet
     from ...stages.filter.select import SelectConfig
+    from ..jobs.joined.sources import Chosen, Joined, Sources
     from ..jobs.score import ScoreSetup
 
 
@@ -56,11 +60,18 @@ class FilterOptions:
             help="Embeddings of `capipe embed` by the same --clip, in place of its vision encoder; for --safety, too."
         ),
     ] = None
-    scores: Annotated[str | None, typer.Option(help="Scores of an earlier run, instead of any models.")] = None
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PLACE",
+            help="What is scored already: by an earlier run, `capipe ask` or another stage, or in Parquet of your own "
+            "with uid, or shard and key. May be repeated; NAME_ is put before its columns.",
+        ),
+    ] = None
     keep: Annotated[
         str | None,
         typer.Option(
-            help="What to keep: a condition over the columns of scores and --marks, e.g. 'clip_score > 0.28 and "
+            help="What to keep: a condition over the columns of all scores and --marks, e.g. 'clip_score > 0.28 and "
             '(itm_score_min >= 0.5 or language == "en")\'. A missing value keeps nothing.'
         ),
     ] = None
@@ -85,69 +96,159 @@ class FilterOptions:
     run: FilterRunOptions
 
 
-def check(options: FilterOptions) -> SelectConfig:
-    """The config for selection. Does not access models or data. Raises BadInput."""
-    from ...stages.filter.select import Rule, SelectConfig
+def check(options: FilterOptions) -> None:
+    """Raise BadInput for options that do not go together. Does not access models or data.
+
+    With --scores, an unknown column may be one of theirs: it is refused when they are opened.
+    """
+    from ...stages.filter.expression import UnknownColumn
 
     if options.by is not None and options.top is None:
         raise BadInput(f"--by {options.by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
-    models = options.clip is not None or options.itm is not None
-    scored_from = models or options.captions is not None or options.embeddings is not None
-    if options.scores is not None and (scored_from or options.safety):
-        raise BadInput(
-            "--scores: these are scored already; leave out --captions, --clip, --itm, --embeddings and --safety"
-        )
     if options.embeddings is not None and options.clip is None:
         raise BadInput("--embeddings: they are the image side of a CLIP's scores; name it by --clip")
-    if options.scores is None:
-        if not models:
-            raise BadInput(
-                "name what is to score: --clip and --itm (tiny/clip, tiny/itm), or --scores of an earlier run"
-            )
+    models = _models(options)
+    if not models and not options.scores:
+        raise BadInput("name what is to score: --clip and --itm (tiny/clip, tiny/itm), or --scores of an earlier run")
+    if models:
         options.scorer_options.check(options.run)
-    ranked = {} if options.by is None else {"by": options.by}
     options.run.check_runner(options.workers)
     options.run.refuse_taking_back(fresh=options.run.fresh)
+    try:
+        select_config(options)
+    except UnknownColumn:
+        if not options.scores:
+            raise
+
+
+def select_config(options: FilterOptions, columns: Mapping[str, str] | None = None) -> SelectConfig:
+    """The config for selection. ``columns``: those joined to the scores', with Arrow's names of their types.
+
+    Raises UnknownColumn for a name in --keep or --by that is none, BadInput.
+    """
+    from ...stages.filter.select import Rule, SelectConfig
+
+    ranked = {} if options.by is None else {"by": options.by}
     given = {"keep": options.keep, "top": options.top, "text": options.text, "shard_size": options.shard_size}
-    config = o.validated(SelectConfig, **given, index=options.index, **ranked)
-    columns = Rule.of(config, "re").mark_columns
-    if columns and options.marks is None:
-        raise BadInput(f"--keep: {columns[0]} is a column of the marks of `capipe dedup`; name them with --marks")
+    config = o.validated(SelectConfig, **given, index=options.index, columns=dict(columns or {}), **ranked)
+    marked = Rule.of(config, "re").mark_columns
+    if marked and options.marks is None:
+        raise BadInput(f"--keep: {marked[0]} is a column of the marks of `capipe dedup`; name them with --marks")
     return config
+
+
+def _models(options: FilterOptions) -> dict[str, str]:
+    """The scorers named by the options, by kind."""
+    named = {"clip": options.clip, "itm": options.itm}
+    return {kind: model for kind, model in named.items() if model is not None}
 
 
 @flattened
 def filter_(options: FilterOptions) -> None:
     """Score captions and select rows by the scores: final shards, a row for every input row, and a report."""
-    config = check(options)
+    check(options)
     marks = None if options.marks is None else Artifact.open(options.marks)
-    drop = o.dropped(options.drop)
-    out, scores = options.out.rstrip("/"), options.scores
+    drop, out = o.dropped(options.drop), options.out.rstrip("/")
+    plan = plan_scores(options, out)
     if options.dry_run:
-        _preview(scores or f"{out}/scores", options.shards, config, marks, drop)
+        _preview(plan, options.shards, marks, drop)
         return
-    if scores is None:
-        scores = f"{out}/scores"
-        scored = score_step(options, scores, drop)
+    if plan.makes:
+        scored = score_step(options, plan.scores, drop)
         if scored is not Exit.OK:  # missing scores would be missing in the final shards
             raise typer.Exit(scored)
-    artifact, final = Artifact.open(scores), f"{out}/shards"
-    raise typer.Exit(
-        select_step(
-            artifact, options.shards, final, config, marks, options.workers, options.run.fresh, drop, options.run
-        )
-    )
+    scores = Artifact.open(plan.scores)
+    joined = plan.joined(scores, options.shards, out, drop, options.run.share)
+    if joined is None:
+        print_err(STOPPED)
+        raise typer.Exit(Exit.INTERRUPTED)
+    run = options.run
+    where = (scores, options.shards, f"{out}/shards", plan.config, marks, options.workers, run.fresh, drop, run, joined)
+    raise typer.Exit(select_step(*where))
 
 
-def _preview(scores: str, shards: str, config: SelectConfig, marks: Artifact | None, drop: UidSet | None) -> None:
+@dataclass(frozen=True)
+class ScorePlan:
+    """``scores``: place of the main scores, which this run ``makes`` or not; ``chosen``: columns of other sources."""
+
+    scores: str
+    makes: bool
+    chosen: Chosen
+    config: SelectConfig
+
+    def joined(
+        self, scores: Artifact, shards: str, folder: str, drop: UidSet | None, share: bool = False
+    ) -> list[Joined] | None:
+        """The other sources as sidecars; tables are joined in ``folder``. None if stopped."""
+        from ..jobs.joined.tables import join_tables
+
+        return join_tables(self.chosen, scores, shards, folder, drop, share)
+
+
+def plan_scores(options: FilterOptions, out: str) -> ScorePlan:
+    """What is scored already, what this run scores, and which columns the selection has. Raises CapipeError.
+
+    Opens artifacts and tables, and loads no model.
+    """
+    from ...stages.filter.expression import names_in
+    from ...stages.filter.joined import scored_columns
+    from ..jobs.joined.sources import choose, joined_names, open_sources, refuse_other_captions
+
+    sources = open_sources(options.scores or [])
+    makes = scores_itself(options, sources)
+    if makes:
+        sources, place = sources.without_main(), f"{out}/scores"
+        scored = scored_columns({"scorers": _models(options), "safety": options.safety})
+        captions = None if options.captions is None else Artifact.open(options.captions).fingerprint
+    else:
+        assert sources.main is not None and sources.main.scores is not None
+        place, captions = sources.main.place, sources.main.captions
+        scored = joined_names(sources.main.scores)
+    refuse_other_captions(captions, sources)
+    mentioned = names_in(options.keep or "") | {options.by or ""}
+    chosen = choose(sources, mentioned, (place, scored), options.marks is not None)
+    return ScorePlan(place, makes, chosen, select_config(options, chosen.types))
+
+
+def scores_itself(options: FilterOptions, sources: Sources) -> bool:
+    """True if this run makes the main scores, of captions alone if no model is named.
+
+    Raises BadInput if a model's scores are there already, or if no captions to write are named.
+    """
+    scorers, named = sources.scorers, [*_models(options), *(["safety"] if options.safety else [])]
+    for kind in named:
+        if kind in scorers:
+            text = f"--scores {scorers[kind]}: scored already by --{kind}; leave that out"
+            raise BadInput(f"{text}, or write --scores NAME={scorers[kind]} to have both")
+    if named:
+        return True
+    if sources.main is not None:
+        if options.captions is not None:
+            text = f"--captions {options.captions}: those of --scores {sources.main.place} are scored already"
+            raise BadInput(f"{text} and will be written; leave it out, or name what is to score")
+        return False
+    named_scores = next((one for one in sources.others if one.scores is not None), None)
+    if named_scores is not None and options.captions is None:
+        text = f"--scores {named_scores.name}={named_scores.place}: scores with a name give no captions to write"
+        raise BadInput(f"{text}; give some without a name, or --captions")
+    return True
+
+
+def _preview(plan: ScorePlan, shards: str, marks: Artifact | None, drop: UidSet | None) -> None:
     """Print a selection's plan. Raises BadInput if there are no scores yet: they are not made here."""
     from ..jobs.select import preview_select
 
-    if not Artifact.exists(scores):
-        raise BadInput(f"{scores}: no scores yet, by which --dry-run would select; score first, without --dry-run")
-    selection, costs = preview_select(Artifact.open(scores), shards, config, marks, drop)
-    print_line(selection.line())
-    print_line(costs.line())
+    if not Artifact.exists(plan.scores):
+        text = f"{plan.scores}: no scores yet, by which --dry-run would select"
+        raise BadInput(f"{text}; score first, without --dry-run")
+    scores = Artifact.open(plan.scores)
+    with tempfile.TemporaryDirectory() as folder:  # for tables, which a selection joins in its --out
+        joined = plan.joined(scores, shards, folder, drop)
+        if joined is None:
+            raise typer.Exit(Exit.INTERRUPTED)
+        selection, costs = preview_select(scores, shards, plan.config, marks, drop, joined)
+    for line in (selection.line(), *selection.missing_lines(), costs.line()):
+        print_line(line)
 
 
 def score_setup(options: FilterOptions, place: Placement) -> ScoreSetup:
@@ -156,8 +257,7 @@ def score_setup(options: FilterOptions, place: Placement) -> ScoreSetup:
     from ..jobs.score import ScoreSetup
 
     scorer = options.scorer_options
-    named = (("clip", options.clip), ("itm", options.itm))
-    scorers = tuple(ScorerConfig(kind, model, scorer.dtype) for kind, model in named if model is not None)
+    scorers = tuple(ScorerConfig(kind, model, scorer.dtype) for kind, model in _models(options).items())
     return ScoreSetup(scorers, scorer.decoders(place), options.safety)
 
 
@@ -200,6 +300,7 @@ def select_step(
     fresh: bool = False,
     drop: UidSet | None = None,
     run: o.RunnerOptions | None = None,
+    joined: Sequence[Joined] = (),
 ) -> Exit:
     """Select from ``shards`` by their scores into the artifact ``out``; its report and uid list are written last.
 
@@ -212,6 +313,7 @@ def select_step(
     plan = plan_select(
         *(scores, shards, out, config),
         marks=marks,
+        joined=joined,
         drop=drop,
         workers=workers,
         fresh=fresh,
@@ -221,6 +323,8 @@ def select_step(
     for name in (REPORT, UIDS) if plan.todo else ():  # older than the shards from now on
         plan.artifact.folder.remove(name)
     print_err(plan.selection.line())
+    for line in plan.selection.missing_lines():
+        print_err(line)
     print_err(plan.costs.line())
     if warning := plan.selection.warning():
         print_err(f"warning: {warning}")

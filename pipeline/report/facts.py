@@ -7,6 +7,7 @@ and listed in ``damaged``.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,16 +168,17 @@ def _scores(name: str, artifact: Artifact) -> Scores:
     shards = list(artifact.committed())
     seen = sampled(shards, SHARDS)
     rule = rule_of(artifact)
-    names = [*_SCORES, *_asked(artifact, seen)]
+    names = list(dict.fromkeys([*_SCORES, *_answered(artifact, seen), *(rule.config.joined_numbers if rule else ())]))
     return Scores(name, histograms(artifact, names, rule.bounds() if rule else [], seen), len(seen), len(shards))
 
 
-def _asked(artifact: Artifact, shards: Sequence[str]) -> list[str]:
-    """Columns with answers to questions of `capipe ask`."""
+def _answered(artifact: Artifact, shards: Sequence[str]) -> list[str]:
+    """Columns with answers of a vision-language model: to questions of `capipe ask`, about sentences."""
     if not shards:
         return []
     with artifact.parquet(shards[0]) as parquet:
-        return [name for name in parquet.schema_arrow.names if name.startswith(ASK_COLUMN)]
+        names: list[str] = parquet.schema_arrow.names
+    return [name for name in names if name.startswith(ASK_COLUMN) or re.fullmatch("(re|org)_vlm_(min|mean)", name)]
 
 
 def _informative(scores: list[Scores]) -> list[Scores]:

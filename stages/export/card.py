@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ...manifests.schema import SCORE
 from .card_statistics import Column, Statistics, Tally, bars, histogram
 from .formats import writer_class
 from .provenance import Step, public
@@ -190,10 +191,15 @@ def _scores(statistics: Statistics) -> str:
         )
         rows.append([f"`{name}`", f"{tally.count:,}", *figures, f"{column.others.count:,}"])
     head = ["kept pairs", "scored", "mean", "5 %", "median", "95 %", "others scored"]
-    shown = [
-        _bars(f"`{n}`", c, "{:.2f} to {:.2f}".format) for n, c in used.items() if n.endswith("_score") or n == "unsafe"
-    ]
+    plain = {name for name in SCORE.names if not name.endswith(("_score", "unsafe"))}  # others of the same captions
+    drawn = {name: column for name, column in used.items() if name not in plain}
+    shown = [_bars(f"`{name}`", column, _span(column)) for name, column in drawn.items()]
     return "\n\n".join([table(head, rows), *shown])
+
+
+def _span(column: Column) -> Callable[[float, float], str]:
+    """How the steps of its histogram are written."""
+    return "{:.2f} to {:.2f}".format if column.kept.width < 1 else "{:,.0f} to {:,.0f}".format
 
 
 def _words(low: float, high: float) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ...manifests.artifact_spec import ArtifactSpec
 from ...manifests.schema import SCORE, SELECT
 from ..stage_spec import INDEX, MARKED, SHARDS, Output, OutputFolder, StageSpec, keys
+from .joined import STAGE as JOIN
 from .select import STAGE
 
 SCORES = ArtifactSpec("score", "captions scored against their images", SCORE, shown="scores", histograms=True)
@@ -18,6 +22,14 @@ SELECTION = ArtifactSpec(
     repeated=".*",
 )
 
+JOINED = ArtifactSpec(JOIN, "a table of the user's own joined with images")
+
+
+def _makes_scores(config: Mapping[str, Any], inputs: frozenset[str]) -> bool:
+    """Without scores as input, and where a model adds to those."""
+    return "scores" not in inputs or any(config.get(model) for model in ("clip", "itm", "safety"))
+
+
 FILTER = StageSpec(
     "filter",
     "capipe.pipeline.commands.filter:filter_",
@@ -30,12 +42,14 @@ FILTER = StageSpec(
     },
     {SHARDS: "shards", INDEX: "shards", "scores": "scores"},
     (
-        Output(SCORES, "scores", lambda config, inputs: "scores" not in inputs),
+        Output(SCORES, "scores", _makes_scores),
+        Output(JOINED, "joined", lambda config, inputs: False),  # below it, one for each table: no folder of a chain's
         Output(SELECTION, "shards"),
     ),
-    (OutputFolder("scores", without=keys("keep top by text shard-size index marks")), OutputFolder("shards")),
+    (OutputFolder("scores", without=keys("keep top by text shard-size index marks scores")), OutputFolder("shards")),
     optional={INDEX: "index"},
     unless={SHARDS: "index"},
+    named=frozenset({"scores"}),
     selects=True,
     check="capipe.pipeline.commands.filter:check",
 )
