@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,14 +19,19 @@ from ..runners.placement import Placement
 from ..runners.pool_job import job_session
 from ..runners.progress import Progress
 from .options import shared as o
+from .options.engine_choice import EngineChoice
 from .options.groups import flattened
+from .options.vlm import VlmOptions
 from .run_job import Exit, conclude, run_job
+from .sentences import COLUMNS, FOLDER, check_sentences, refuse_others
 
 if TYPE_CHECKING:
     from ...manifests.withdrawal.uid_set import UidSet
     from ...stages.filter.select import SelectConfig
     from ..jobs.joined.sources import Chosen, Joined, Sources
     from ..jobs.score import ScoreSetup
+
+EMPTY: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ class FilterOptions:
     itm: Annotated[
         str | None, typer.Option(help="BLIP or BLIP-2 for image-text matching: tiny/itm, a folder or a hub id.")
     ] = None
+    sentences: VlmOptions
     safety: Annotated[bool, typer.Option("--safety", help="Also look for nudity (column unsafe); needs nudenet.")] = (
         False
     )
@@ -95,6 +101,13 @@ class FilterOptions:
     retry: o.Retry = False
     run: FilterRunOptions
 
+    @property
+    def checker(self) -> EngineChoice | None:
+        """The model that checks sentences, if any."""
+        scorer = self.scorer_options
+        engine = o.EngineOptions(dtype=scorer.dtype, gpus=scorer.gpus, decode_workers=scorer.decode_workers)
+        return self.sentences.choice(EngineChoice.of("", "auto", engine, self.run))
+
 
 def check(options: FilterOptions) -> None:
     """Raise BadInput for options that do not go together. Does not access models or data.
@@ -107,21 +120,24 @@ def check(options: FilterOptions) -> None:
         raise BadInput(f"--by {options.by}: ranks nothing without --top; give a fraction, e.g. --top 0.3")
     if options.embeddings is not None and options.clip is None:
         raise BadInput("--embeddings: they are the image side of a CLIP's scores; name it by --clip")
-    models = _models(options)
-    if not models and not options.scores:
-        raise BadInput("name what is to score: --clip and --itm (tiny/clip, tiny/itm), or --scores of an earlier run")
+    models, checker = _models(options), options.checker
+    if not models and checker is None and not options.scores:
+        text = "name what is to score: --clip and --itm (tiny/clip, tiny/itm), --vlm, or --scores of an earlier run"
+        raise BadInput(text)
+    if checker is not None:
+        checker.check()
     if models:
         options.scorer_options.check(options.run)
     options.run.check_runner(options.workers)
     options.run.refuse_taking_back(fresh=options.run.fresh)
     try:
-        select_config(options)
+        select_config(options, COLUMNS if checker is not None else EMPTY)
     except UnknownColumn:
         if not options.scores:
             raise
 
 
-def select_config(options: FilterOptions, columns: Mapping[str, str] | None = None) -> SelectConfig:
+def select_config(options: FilterOptions, columns: Mapping[str, str] = EMPTY) -> SelectConfig:
     """The config for selection. ``columns``: those joined to the scores', with Arrow's names of their types.
 
     Raises UnknownColumn for a name in --keep or --by that is none, BadInput.
@@ -130,7 +146,7 @@ def select_config(options: FilterOptions, columns: Mapping[str, str] | None = No
 
     ranked = {} if options.by is None else {"by": options.by}
     given = {"keep": options.keep, "top": options.top, "text": options.text, "shard_size": options.shard_size}
-    config = o.validated(SelectConfig, **given, index=options.index, columns=dict(columns or {}), **ranked)
+    config = o.validated(SelectConfig, **given, index=options.index, columns=dict(columns), **ranked)
     marked = Rule.of(config, "re").mark_columns
     if marked and options.marks is None:
         raise BadInput(f"--keep: {marked[0]} is a column of the marks of `capipe dedup`; name them with --marks")
@@ -149,7 +165,11 @@ def filter_(options: FilterOptions) -> None:
     check(options)
     marks = None if options.marks is None else Artifact.open(options.marks)
     drop, out = o.dropped(options.drop), options.out.rstrip("/")
-    plan = plan_scores(options, out)
+    plan = plan_scores(options, out, COLUMNS if options.checker is not None else EMPTY)
+    if options.checker is not None:
+        _sentences(options, f"{out}/{FOLDER}", drop)
+        options = replace(options, scores=[*(options.scores or []), f"{out}/{FOLDER}"])
+        plan = plan_scores(options, out)
     if options.dry_run:
         _preview(plan, options.shards, marks, drop)
         return
@@ -165,6 +185,19 @@ def filter_(options: FilterOptions) -> None:
     run = options.run
     where = (scores, options.shards, f"{out}/shards", plan.config, marks, options.workers, run.fresh, drop, run, joined)
     raise typer.Exit(select_step(*where))
+
+
+def _sentences(options: FilterOptions, out: str, drop: UidSet | None) -> None:
+    """Check captions sentence by sentence into the artifact ``out``. Raises Exit if not all could be checked."""
+    assert options.checker is not None
+    if options.dry_run:
+        if not Artifact.exists(out):
+            raise BadInput(f"{out}: no sentences are checked yet, as --vlm asks; run it first, without --dry-run")
+        return
+    where = (options.shards, out, captions_beside(options), drop, options.retry)
+    code = check_sentences(options.checker, options.sentences.config, *where)
+    if code is not Exit.OK:  # as missing scores
+        raise typer.Exit(code)
 
 
 @dataclass(frozen=True)
@@ -185,10 +218,10 @@ class ScorePlan:
         return join_tables(self.chosen, scores, shards, folder, drop, share)
 
 
-def plan_scores(options: FilterOptions, out: str) -> ScorePlan:
+def plan_scores(options: FilterOptions, out: str, columns: Mapping[str, str] = EMPTY) -> ScorePlan:
     """What is scored already, what this run scores, and which columns the selection has. Raises CapipeError.
 
-    Opens artifacts and tables, and loads no model.
+    Opens artifacts and tables, and loads no model. ``columns``: those that this run will join, with their types.
     """
     from ...stages.filter.expression import names_in
     from ...stages.filter.joined import scored_columns
@@ -205,9 +238,13 @@ def plan_scores(options: FilterOptions, out: str) -> ScorePlan:
         place, captions = sources.main.place, sources.main.captions
         scored = joined_names(sources.main.scores)
     refuse_other_captions(captions, sources)
+    if options.checker is not None and not makes:
+        refuse_others(options.captions, captions, place)
     mentioned = names_in(options.keep or "") | {options.by or ""}
     chosen = choose(sources, mentioned, (place, scored), options.marks is not None)
-    return ScorePlan(place, makes, chosen, select_config(options, chosen.types))
+    if twice := sorted({*chosen.types} & {*columns}):
+        raise BadInput(f"--vlm: {twice[0]} is in what --scores names, too; leave one of them out")
+    return ScorePlan(place, makes, chosen, select_config(options, {**chosen.types, **columns}))
 
 
 def scores_itself(options: FilterOptions, sources: Sources) -> bool:
@@ -223,7 +260,7 @@ def scores_itself(options: FilterOptions, sources: Sources) -> bool:
     if named:
         return True
     if sources.main is not None:
-        if options.captions is not None:
+        if options.captions is not None and options.checker is None:
             text = f"--captions {options.captions}: those of --scores {sources.main.place} are scored already"
             raise BadInput(f"{text} and will be written; leave it out, or name what is to score")
         return False
@@ -267,18 +304,13 @@ def score_step(options: FilterOptions, out: str, drop: UidSet | None = None) -> 
     Loads no model if everything is scored. Scores by other models, or of other captions, are refused and not replaced.
     """
     from ...manifests.schema import SCORE
-    from ...stages.filter.score import CAPTIONS, EMBEDDINGS, passed_on
+    from ...stages.filter.score import EMBEDDINGS, passed_on
     from ..jobs.rows.engine import plan
     from ..jobs.score import ScoreStage, with_embeddings
     from ..jobs.withdraw import withdraw
 
     placement = options.run.placement("", options.scorer_options.gpus)
-    beside = {}
-    if options.captions is not None:
-        captions = beside[CAPTIONS] = Artifact.open(options.captions)
-        if captions.stage != "annotate":
-            text = f"{options.captions}: an artifact of stage {captions.stage!r}"
-            raise BadInput(f"{text}; --captions takes one of `capipe annotate`")
+    beside = captions_beside(options)
     setup = score_setup(options, placement)
     if options.embeddings is not None:
         beside[EMBEDDINGS] = Artifact.open(options.embeddings)
@@ -288,6 +320,19 @@ def score_step(options: FilterOptions, out: str, drop: UidSet | None = None) -> 
     if withdraw(job.artifact, drop, SCORE, passed_on) is None:
         return Exit.INTERRUPTED
     return run_job(job, placement)
+
+
+def captions_beside(options: FilterOptions) -> dict[str, Artifact]:
+    """The new captions by their name in a row's ``beside``; empty without any. Raises BadInput."""
+    from ...stages.filter.score import CAPTIONS
+
+    if options.captions is None:
+        return {}
+    captions = Artifact.open(options.captions)
+    if captions.stage != "annotate":
+        text = f"{options.captions}: an artifact of stage {captions.stage!r}"
+        raise BadInput(f"{text}; --captions takes one of `capipe annotate`")
+    return {CAPTIONS: captions}
 
 
 def select_step(

@@ -204,7 +204,7 @@ def _caption(row: Mapping[str, Any], prefix: str) -> ScoredCaption:
         {
             scorer: _sentence(text, index, row[f"{prefix}_sentences"])
             for scorer, index in lowest.items()
-            if index is not None
+            if isinstance(index, int)  # a joined column may be anything
         },
     )
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...manifests.artifact_spec import ArtifactSpec
-from ...manifests.schema import SCORE, SELECT
+from ...manifests.schema import SCORE, SELECT, SENTENCES
 from ..stage_spec import INDEX, MARKED, SHARDS, Output, OutputFolder, StageSpec, keys
 from .joined import STAGE as JOIN
 from .select import STAGE
 
 SCORES = ArtifactSpec("score", "captions scored against their images", SCORE, shown="scores", histograms=True)
+CHECKED = ArtifactSpec("sentences", "captions checked sentence by sentence", SENTENCES, histograms=True)
 SELECTION = ArtifactSpec(
     STAGE,
     "rows selected for the final shards",
@@ -42,11 +43,19 @@ FILTER = StageSpec(
     },
     {SHARDS: "shards", INDEX: "shards", "scores": "scores"},
     (
+        Output(CHECKED, "sentences", lambda config, inputs: "vlm" in config),
         Output(SCORES, "scores", _makes_scores),
         Output(JOINED, "joined", lambda config, inputs: False),  # below it, one for each table: no folder of a chain's
         Output(SELECTION, "shards"),
     ),
-    (OutputFolder("scores", without=keys("keep top by text shard-size index marks scores")), OutputFolder("shards")),
+    (
+        OutputFolder("sentences", only=keys("shards captions vlm vlm-engine vlm-mode vlm-arg dtype")),
+        OutputFolder(
+            "scores",
+            without=keys("keep top by text shard-size index marks scores vlm vlm-engine vlm-mode vlm-arg"),
+        ),
+        OutputFolder("shards"),
+    ),
     optional={INDEX: "index"},
     unless={SHARDS: "index"},
     named=frozenset({"scores"}),

@@ -8,6 +8,7 @@ import pytest
 
 from capipe.pipeline.chain.options import options_of
 from capipe.pipeline.jobs import annotate, grade, qa, score
+from capipe.pipeline.jobs.rows import sentences
 from capipe.pipeline.specs import ARTIFACTS, STAGES, command_of
 from capipe.stages.dedup import marks
 from capipe.stages.dedup.texts import reading
@@ -26,6 +27,8 @@ from capipe.stages.stage_spec import StageSpec
         (qa.ScreenStage, qa.ScreenProcessor),
         (grade.GradeStage, grade.GradeProcessor),
         (score.ScoreStage, score.ScoreProcessor),
+        (sentences.SentenceStage, sentences.SentenceProcessor),
+        (sentences.CheckStage, sentences.CheckProcessor),
     ],
 )
 def test_an_engine_stage_writes_the_columns_of_its_spec(stage: Any, processor: Any) -> None:
