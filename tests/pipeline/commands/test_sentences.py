@@ -18,10 +18,13 @@ from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
 from capipe.models.tiny.world.corpus import CorpusSample, write_corpus
 from capipe.models.yes_no import sigmoid
 from capipe.pipeline.inspect.verify import verify
+from capipe.pipeline.jobs.train import run_training
 from capipe.pipeline.runners import local
+from capipe.trainer.recipe import load_recipe
 
-from ...oracle.scene_engine import SURE, UNLIKELY
+from ...oracle.scene_engine import SURE, UNLIKELY, make_engine
 from ..conftest import capipe, one_line, table
+from ..training import steps, weights
 
 IMAGES, SEED = 10, 61
 ROOT = Path(__file__).resolve().parents[3]  # on the path of forked commands
@@ -143,7 +146,7 @@ def test_scores_that_are_there_are_joined_and_those_of_other_captions_refused(
     keep = ("--keep", "vlm_min > 0.5 and clip_score > -1")
     done = capipe("filter", *shards, *scored, "--out", out, *VLM, *keep, code=2)
     assert "name by --captions those that" in one_line(done)
-    other = {key: ("A star.", None) for key in texts(samples)}
+    other = dict.fromkeys(texts(samples), ("A star.", None))
     others = write_captions(folder / "shards", tmp_path / "others", other, "dense2")
     done = capipe("filter", *shards, *scored, "--captions", others, "--out", out, *VLM, *keep, code=2)
     assert "--vlm is to check the same" in one_line(done) and not out.exists()
@@ -223,7 +226,7 @@ def test_absent_things_are_written_and_screened(corpus: tuple[Path, list[CorpusS
 def test_the_bundled_teacher_checks_sentences(
     corpus: tuple[Path, list[CorpusSample]], captions: Path, tmp_path: Path
 ) -> None:
-    """In a process of its own, on pixels, resumed to the same bytes: shapes alone, its answers are measured elsewhere."""
+    """In a process of its own, on pixels, twice to the same bytes; how well it answers is measured elsewhere."""
     folder, _ = corpus
     bytes_of = []
     for name in ("one", "two"):
@@ -235,3 +238,25 @@ def test_the_bundled_teacher_checks_sentences(
         assert len(rows) == IMAGES
         assert all(0 <= row["re_vlm_min"] <= row["re_vlm_mean"] <= 1 for row in rows)
     assert bytes_of[0] == bytes_of[1]
+
+
+@pytest.mark.slow
+async def test_a_captioner_learns_by_the_quiz_and_by_who_knows_what_is_true(recipe: Path, tmp_path: Path) -> None:
+    engine = f"{make_engine.__module__}:make_engine"
+    rewards = [
+        {"kind": "quiz", "engine": "transformers"},
+        {"kind": "verified", "model": "8/train/3", "engine": engine, "words": 10, "least": 2, "weight": 0.2},
+        {"kind": "length", "free": 40, "most": 60},
+    ]
+    sets = [f"rewards={json.dumps(rewards)}", "steps=2", "save_every=2", "validation=null"]
+    said: list[str] = []
+    ends = [
+        await run_training(load_recipe(recipe, sets), tmp_path / name, fresh=False, say=said.append)
+        for name in ("one", "two")
+    ]
+    assert weights(ends[0]) == weights(ends[1]), "which captions ended together decides nothing"
+    for line in steps(tmp_path / "one"):
+        assert line["reward/verified"] <= 0 <= line["reward/verified_wrong"] <= line["reward/verified_sentences"]
+    (preflight,) = {line for line in said if line.startswith("preflight: verified")}
+    means = dict(part.split() for part in preflight.removeprefix("preflight: verified: ").split(", "))
+    assert float(means["true"]) > float(means["generic"]) and float(means["true"]) > float(means["empty"]) == -1
