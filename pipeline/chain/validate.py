@@ -78,11 +78,12 @@ def _options(chain: Chain, stage: ChainStage) -> None:
     values = _values(chain, stage)
     check(values)
     if "prompt" in stage.command.options:
-        from ..jobs.annotate import chosen_prompts
+        from ..jobs.rows.prompts import chosen_prompts
 
         model = _base_model(chain, stage, "model")
         here = None if model is None or _is_hub_id(model) else model
-        chosen_prompts(values.get("prompt"), here, values.get("engine", "auto"), values.get("system"))
+        prompts, fallbacks = values.get("prompt"), values.get("fallback_prompt")
+        chosen_prompts(prompts, fallbacks, here, values.get("engine", "auto"), values.get("system"))
 
 
 def _values(chain: Chain, stage: ChainStage) -> dict[str, Any]:

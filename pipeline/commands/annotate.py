@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...errors import CapipeError
 from ...terminal import print_err
 from .options import shared as o
 from .options.engine_choice import EngineChoice
@@ -41,12 +42,7 @@ class AnnotateOptions:
     out: o.Out
     model: Annotated[str, typer.Option(help="tiny/captioner, a folder, or a Hugging Face id.")]
     engine: o.EngineName = "auto"
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="plain, short, dense, caprl, none (the image alone), name=text or name=@file; may be repeated."
-        ),
-    ] = None
+    asking: o.PromptOptions
     samples: Annotated[int, typer.Option(help="Captions per prompt and image.")] = 1
     system: Annotated[str | None, typer.Option(help="System message.")] = None
     sampling: o.SamplingOptions
@@ -77,11 +73,13 @@ def check(options: AnnotateOptions) -> AnnotateConfig:
     """
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.annotate.quality_gate import QualityGateConfig
-    from ..jobs.annotate import parse_prompts
+    from ..jobs.rows.prompts import parse_prompts
 
+    asking = options.asking
+    chosen = parse_prompts(asking.prompt, asking.fallback_prompt)
     config = o.validated(
         AnnotateConfig,
-        prompts=parse_prompts(options.prompt),
+        **chosen.settings(asking.field_bytes),
         samples=options.samples,
         system=options.system,
         max_attempts=options.max_attempts,
@@ -98,16 +96,21 @@ def annotate(options: AnnotateOptions) -> None:
     """Caption every image of the shards; one row out for every row in, failures included."""
     from ...manifests.schema import ANNOTATE
     from ...stages.annotate.captioner import passed_on
-    from ..jobs.annotate import AnnotateStage, chosen_prompts
+    from ..jobs.annotate import AnnotateStage
     from ..jobs.artifacts import marks_beside
     from ..jobs.rows.engine import plan
+    from ..jobs.rows.prompts import check_longest, chosen_prompts
     from ..jobs.withdraw import withdraw
 
     config, drop = check(options), o.dropped(options.drop)
-    prompts = chosen_prompts(options.prompt, options.model, options.engine, options.system)
-    config = config.model_copy(update={"prompts": prompts})
+    asking = options.asking
+    chosen = chosen_prompts(asking.prompt, asking.fallback_prompt, options.model, options.engine, options.system)
+    config = config.model_copy(update=chosen.settings(asking.field_bytes))
     placement = options.captioner.placement()
     setup = options.captioner.setup(placement, config.room, options.trace, config.sampling)
+    check_longest(config, setup.engine)
+    for line in chosen.lines():
+        print_err(line)
     stage = AnnotateStage(config, setup, options.model, options.pack)
     beside = marks_beside(options.marks)
     job = plan(stage, options.shards, options.out, beside=beside, **options.run.plan_options(options.retry))
@@ -115,9 +118,24 @@ def annotate(options: AnnotateOptions) -> None:
     code = Exit.INTERRUPTED if withdrawal is None else run_job(job, placement)
     if withdrawal is not None and (line := withdrawal.line()):
         print_err(line)
-    if job.todo and code is not Exit.INTERRUPTED:
-        _warn_of_shared(options.out)
+    if code is not Exit.INTERRUPTED:
+        say_fallbacks(options.out)
+        if job.todo:
+            _warn_of_shared(options.out)
     raise typer.Exit(code)
+
+
+def say_fallbacks(out: str) -> None:
+    """Print on stderr how many captions are by fallbacks of prompts with fields."""
+    from ...manifests.artifact import Artifact
+    from ..inspect.fallbacks import fallback_lines
+
+    try:
+        lines = fallback_lines(Artifact.open(out))
+    except (OSError, ValueError, CapipeError) as error:  # everything is committed; `capipe verify` finds such errors
+        lines = [f"warning: captions by fallbacks were not counted: {error}"]
+    for line in lines:
+        print_err(line)
 
 
 def _warn_of_shared(out: str) -> None:
