@@ -83,7 +83,8 @@ def _options(chain: Chain, stage: ChainStage) -> None:
         model = _base_model(chain, stage, "model")
         here = None if model is None or _is_hub_id(model) else model
         prompts, fallbacks = values.get("prompt"), values.get("fallback_prompt")
-        chosen_prompts(prompts, fallbacks, here, values.get("engine", "auto"), values.get("system"))
+        beside = None if values.get("captions") else ()  # they may not be written yet
+        chosen_prompts(prompts, fallbacks, here, values.get("engine", "auto"), values.get("system"), beside)
 
 
 def _values(chain: Chain, stage: ChainStage) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...errors import CapipeError
+from ...errors import BadInput, CapipeError
 from ...terminal import print_err
 from .options import shared as o
 from .options.engine_choice import EngineChoice
@@ -43,6 +43,9 @@ class AnnotateOptions:
     model: Annotated[str, typer.Option(help="tiny/captioner, a folder, or a Hugging Face id.")]
     engine: o.EngineName = "auto"
     asking: o.PromptOptions
+    captions: Annotated[
+        str | None, typer.Option(help="Captions of `capipe annotate` that {captions.NAME} in a prompt may name, too.")
+    ] = None
     samples: Annotated[int, typer.Option(help="Captions per prompt and image.")] = 1
     system: Annotated[str | None, typer.Option(help="System message.")] = None
     sampling: o.SamplingOptions
@@ -73,10 +76,12 @@ def check(options: AnnotateOptions) -> AnnotateConfig:
     """
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.annotate.quality_gate import QualityGateConfig
-    from ..jobs.rows.prompts import parse_prompts
+    from ..jobs.rows.prompts import parse_prompts, taken_from
 
     asking = options.asking
-    chosen = parse_prompts(asking.prompt, asking.fallback_prompt)
+    chosen = parse_prompts(asking.prompt, asking.fallback_prompt, () if options.captions is None else None)
+    if options.captions is not None and not taken_from(chosen.prompts):
+        raise BadInput("--captions: no prompt takes {captions.NAME} of it; leave it out")
     config = o.validated(
         AnnotateConfig,
         **chosen.settings(asking.field_bytes),
@@ -99,20 +104,22 @@ def annotate(options: AnnotateOptions) -> None:
     from ..jobs.annotate import AnnotateStage
     from ..jobs.artifacts import marks_beside
     from ..jobs.rows.engine import plan
-    from ..jobs.rows.prompts import check_longest, chosen_prompts
+    from ..jobs.rows.prompts import Given, check_longest, chosen_prompts
     from ..jobs.withdraw import withdraw
 
     config, drop = check(options), o.dropped(options.drop)
-    asking = options.asking
-    chosen = chosen_prompts(asking.prompt, asking.fallback_prompt, options.model, options.engine, options.system)
-    config = config.model_copy(update=chosen.settings(asking.field_bytes))
+    given = Given.of(options.captions)
+    asking, model, engine = options.asking, options.model, options.engine
+    chosen = chosen_prompts(asking.prompt, asking.fallback_prompt, model, engine, options.system, given.names)
+    settled = {**chosen.settings(asking.field_bytes), "given_tokens": given.tokens}
+    config = config.model_copy(update=settled)
     placement = options.captioner.placement()
     setup = options.captioner.setup(placement, config.room, options.trace, config.sampling)
     check_longest(config, setup.engine)
     for line in chosen.lines():
         print_err(line)
     stage = AnnotateStage(config, setup, options.model, options.pack)
-    beside = marks_beside(options.marks)
+    beside = {**marks_beside(options.marks), **given.beside}
     job = plan(stage, options.shards, options.out, beside=beside, **options.run.plan_options(options.retry))
     withdrawal = withdraw(job.artifact, drop, ANNOTATE, passed_on)
     code = Exit.INTERRUPTED if withdrawal is None else run_job(job, placement)

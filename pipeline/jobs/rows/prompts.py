@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....errors import BadInput
+from ....manifests.artifact import Artifact
 from ....manifests.import_path import is_import_path
 from ....models.context_check import BYTES_PER_TOKEN, FRAME, context_of, counter_of
 from ....models.engines.base import Engine, ImageInput, Prompt, RequestError
@@ -14,7 +15,7 @@ from ....models.engines.captioner_registry import check_prompt, kind_of
 from ....models.engines.context import image_tokens, too_long
 from ....models.engines.loading import EngineConfig
 from ....models.engines.model_folder import image_grid, resolve_model
-from ....stages.annotate.captioner import AnnotateConfig
+from ....stages.annotate.captioner import CAPTIONS, AnnotateConfig
 from ....stages.annotate.prompts import (
     FALLBACK,
     NAMED,
@@ -25,6 +26,7 @@ from ....stages.annotate.prompts import (
     with_fallbacks,
 )
 from ....stages.annotate.templates import caption_names, fields, resembling, without_fields
+from ..artifacts import captions_artifact
 
 FIELD_BYTES = "--field-bytes"
 
@@ -60,6 +62,28 @@ class ChosenPrompts:
                 known = "fields are {text}, {meta.KEY} and {captions.NAME}"
                 lines.append(f"warning: --prompt {prompt.name}: {', '.join(alike)} stays as it is; {known}")
         return lines
+
+
+@dataclass(frozen=True)
+class Given:
+    """Captions that exist already and that prompts may take. ``tokens``: the longest, in tokens of their model."""
+
+    artifact: Artifact | None = None
+    names: frozenset[str] = frozenset()
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, url: str | None) -> Given:
+        """Those of an artifact, if one is named. Raises BadInput if it is of another stage."""
+        if url is None:
+            return cls()
+        artifact = captions_artifact(url)
+        tokens = artifact.setting("semantic", "annotate", "max_tokens", kind=int)
+        return cls(artifact, frozenset(name for name, _ in artifact.prompts()), tokens)
+
+    @property
+    def beside(self) -> dict[str, Artifact]:
+        return {} if self.artifact is None else {CAPTIONS: self.artifact}
 
 
 def has_fields(prompt: NamedPrompt) -> bool:
