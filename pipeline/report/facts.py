@@ -24,6 +24,7 @@ from ..inspect.discover import Found
 from ..inspect.fallbacks import fallback_lines
 from ..inspect.histograms import Histogram, histograms
 from ..inspect.sampled import sampled
+from ..inspect.screening import screening_lines
 from ..inspect.shared_captions import warning
 from ..inspect.status import RunState, State, read_metrics, run_state, state_of, validation_of
 from ..specs import artifact_spec
@@ -121,8 +122,10 @@ def gather(contents: Found) -> Facts:
                 if shared := warning(artifact, SHARDS):
                     facts.shared[name] = shared
                 facts.notes[name] = fallback_lines(artifact, SHARDS)
+            elif artifact_spec(artifact.stage).shown == "screened questions":
+                facts.notes[name] = screening_lines(artifact, SHARDS)
         except (CapipeError, OSError, ValueError, KeyError) as error:
-            part = "scores" if artifact_spec(artifact.stage).histograms else "captions"
+            part = "scores" if artifact_spec(artifact.stage).histograms else artifact_spec(artifact.stage).shown
             facts.damaged[f"{name} ({part})"] = str(error)
     facts.scores = _informative(facts.scores)
     facts.trainings = [_training(name, run) for name, run in contents.runs.items()]
