@@ -171,10 +171,12 @@ def test_a_chain_knows_prompts_with_fields_and_their_fallbacks(shards: Path, tmp
     recipe = tmp_path / "chain.yaml"
     recipe.write_text(json.dumps({"stages": {"captions": stage}}))
     capipe("run", recipe, "--out", tmp_path / "out", "--dry-run")
-    config["fallback-prompt"] = "other=Describe it."
-    recipe.write_text(json.dumps({"stages": {"captions": stage}}))
-    done = capipe("run", recipe, "--out", tmp_path / "out", "--dry-run", code=2)
-    assert "--fallback-prompt other: is never asked" in done.stderr
+    for key, value, says in (
+        ("fallback-prompt", "other=Describe it.", "--fallback-prompt other: is never asked"),
+        ("field-bytes", 5000, "lower --field-bytes"),
+    ):
+        recipe.write_text(json.dumps({"stages": {"captions": {**stage, "config": {**config, key: value}}}}))
+        assert says in capipe("run", recipe, "--out", tmp_path / "out", "--dry-run", code=2).stderr
 
 
 def test_the_bundled_captioner_captions_them_all(shards: Path, tmp_path: Path) -> None:

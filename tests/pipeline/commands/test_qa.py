@@ -85,7 +85,7 @@ def test_a_second_run_does_nothing_and_another_configuration_is_refused(
     refused = capipe(*command, "--without-image", "<=0.5", code=2)
     assert "screen.text_max: 0.0 -> 0.5" in one_line(refused)
     assert "screen.guess_margin: 0.25 -> 0.3" in one_line(capipe(*command, "--guess-margin", 0.3, code=2))
-    assert "screen.blind: 'both' -> " in one_line(capipe(*command, "--blind", "abstain", code=2))
+    assert 'screen.blind: "both" -> ' in one_line(capipe(*command, "--blind", "abstain", code=2))
     write_lines(file, records(samples[:5]))
     assert "imported" in one_line(capipe(*command, code=2))
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
