@@ -171,8 +171,11 @@ SCREENED_QUESTION = pa.struct(
         pa.field("without_image", ANSWERS),
         pa.field("image_accuracy", pa.float32()),  # share of presentations answered correctly, null if unscored
         pa.field("text_accuracy", pa.float32()),
+        pa.field("guessed", ANSWERS),  # without the image and without the option to abstain; null if it was not asked
+        pa.field("guess_accuracy", pa.float32()),
     ]
 )
+LATER_FIELDS = frozenset({"guessed", "guess_accuracy"})  # of structs: artifacts of earlier versions have none of them
 SCREEN = pa.schema([*BASE, pa.field("questions", pa.list_(SCREENED_QUESTION)), pa.field("screener", pa.string())])
 
 GRADED_QUESTION = pa.struct(
@@ -293,11 +296,24 @@ SELECT = pa.schema(
 
 
 def check(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
-    """Raise :class:`ArtifactMismatch` unless ``actual`` has every expected column with the expected type."""
+    """Raise :class:`ArtifactMismatch` unless ``actual`` has every expected column with the expected type.
+
+    Of structs, :data:`LATER_FIELDS` may be missing.
+    """
     for field in expected:
         position = actual.get_field_index(field.name)
         if position < 0:
             raise ArtifactMismatch(f"{where}: column {field.name!r} is missing; it was not written by this stage")
-        if actual.field(position).type != field.type:
-            actual_type = actual.field(position).type
+        actual_type = actual.field(position).type
+        if actual_type != field.type and not _is_earlier(actual_type, field.type):
             raise ArtifactMismatch(f"{where}: column {field.name!r} is {actual_type}, expected {field.type}")
+
+
+def _is_earlier(actual: pa.DataType, expected: pa.DataType) -> bool:
+    """True if a list of structs lacks nothing but fields that were added later, and has no others."""
+    if not (pa.types.is_list(actual) and pa.types.is_list(expected)):
+        return False
+    have, want = actual.value_type, expected.value_type
+    if not (pa.types.is_struct(have) and pa.types.is_struct(want)):
+        return False
+    return [*have] == [field for field in want if field.name not in LATER_FIELDS]

@@ -29,6 +29,7 @@ READ_CAPTION = (
 )
 READ_NOTHING = 'Answer the question with the letter of one option. If you do not know, choose "{abstain}".'
 LOOK = 'Answer the question about the image with the letter of one option. If you cannot know, choose "{abstain}".'
+GUESS = "Answer the question about the image with the letter of one option."  # the same, without that option
 #: How a reader is asked. ``own``: by the instructions above, with the option to abstain among the others. ``caprl``: in
 #: the manner of CapRL's reward (arXiv 2509.22647, Fig. 15): two worked examples before the caption, the option to
 #: abstain last, and the answer begun for the model; about an image, as in its curation, by a plain instruction.
@@ -129,12 +130,12 @@ def shuffles(choices: int, count: int, seed: str) -> list[tuple[int, ...]]:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def put(question: Question, order: Sequence[int], abstain: str = ABSTAIN) -> str:
-    """The question with its lettered options in ``order``; choice ``len(options)`` is to abstain.
+def put(question: Question, order: Sequence[int], abstain: str | None = ABSTAIN) -> str:
+    """The question with its lettered options in ``order``; choice ``len(options)`` is to abstain, without it if None.
 
     Raises ValueError where ``order`` is no permutation of the choices.
     """
-    choices = (*question.options, abstain)
+    choices = question.options if abstain is None else (*question.options, abstain)
     if sorted(order) != list(range(len(choices))):
         raise ValueError(f"the order {tuple(order)} is none of {len(choices)} choices")
     pairs = zip(letters(len(choices)), order, strict=True)
@@ -211,9 +212,11 @@ def abstains_last(style: PromptStyle) -> bool:
     return style == "caprl"
 
 
-def image_prompt(abstain: str = ABSTAIN, style: PromptStyle = "own") -> str:
-    """The prompt before a question to a model that sees the image, or is to answer as if it did."""
-    return (LOOK.format(abstain=abstain) if style == "own" else LOOK_PLAINLY) + "\n\n"
+def image_prompt(abstain: str | None = ABSTAIN, style: PromptStyle = "own") -> str:
+    """The prompt before a question to a model that sees the image, or is to answer as if it did; None: it has to."""
+    if style == "caprl":
+        return f"{LOOK_PLAINLY}\n\n"
+    return (GUESS if abstain is None else LOOK.format(abstain=abstain)) + "\n\n"
 
 
 def writing_prompt(count: int, kinds: Sequence[str] = KINDS) -> str:

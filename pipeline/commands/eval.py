@@ -50,7 +50,7 @@ class EvalOptions:
     captions: Annotated[str | None, typer.Option(help="Artifact of captions made before.")] = None
     engine: o.EngineName = "auto"
     reader_engine: Annotated[str | None, typer.Option(help="The reader's; the captioner's kind by default.")] = None
-    prompt: Annotated[list[str] | None, typer.Option(help="As for annotate; may be repeated.")] = None
+    asking: o.PromptOptions
     samples: Annotated[int, typer.Option(help="Captions per prompt and image (k).")] = 4
     sampling: CaptionerSampling
     decoding: o.DecodingOptions
@@ -113,7 +113,7 @@ def check(options: EvalOptions) -> EvalConfigs:
     """
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.questions.grade import GradeConfig
-    from ..jobs.annotate import parse_prompts
+    from ..jobs.rows.prompts import parse_prompts
 
     if (options.model is None) == (options.captions is None):
         raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
@@ -124,11 +124,11 @@ def check(options: EvalOptions) -> EvalConfigs:
     options.grader.check()
     if (checker := options.checker) is not None:
         checker.check()
-    prompts = parse_prompts(options.prompt)
-    refuse_controls([prompt.name for prompt in prompts])
+    chosen = parse_prompts(options.asking.prompt, options.asking.fallback_prompt)
+    refuse_controls([prompt.name for prompt in chosen.prompts])
     annotate = o.validated(
         AnnotateConfig,
-        prompts=prompts,
+        **chosen.settings(options.asking.field_bytes),
         samples=options.samples,
         max_attempts=1,  # the captioner's first output is measured
         **settings(options.sampling),
@@ -149,9 +149,9 @@ def evaluate(options: EvalOptions) -> None:
     from ...models.engines.context import quiz_room
     from ...models.reader import ReaderConfig
     from ...stages.questions import grade, screen
-    from ..jobs.annotate import chosen_prompts
     from ..jobs.grade import GradeStage
     from ..jobs.rows.engine import plan
+    from ..jobs.rows.prompts import chosen_prompts
     from ..jobs.rows.reader_checks import (
         asked_of,
         caption_texts,
@@ -165,8 +165,9 @@ def evaluate(options: EvalOptions) -> None:
     questions = question_artifact(options.questions)
     check_measures(options)
     checking = sentence_stage(options, config.grade)
-    prompts = chosen_prompts(options.prompt, options.model, options.engine)
-    captioning = config.annotate.model_copy(update={"prompts": prompts})
+    asking = options.asking
+    chosen = chosen_prompts(asking.prompt, asking.fallback_prompt, options.model, options.engine)
+    captioning = config.annotate.model_copy(update=chosen.settings(asking.field_bytes))
     placement = options.grader.placement()
     mode = options.reading.reader_mode or "choose"
     captions = None if options.captions is None else captions_artifact(options.captions)
@@ -180,6 +181,8 @@ def evaluate(options: EvalOptions) -> None:
     codes = [Exit.OK]
     if captions is None:
         check_limit(grading, captioning.max_tokens)
+        for line in chosen.lines():
+            print_err(line)
         code, captions = caption(options, captioning)
         codes.append(code)
     lengths = check_captions(
@@ -265,16 +268,20 @@ def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifac
     from ..jobs.annotate import AnnotateStage
     from ..jobs.artifacts import marks_beside
     from ..jobs.rows.engine import plan
+    from ..jobs.rows.prompts import check_longest
+    from .annotate import say_fallbacks
 
     captioner = options.captioner
     placement = captioner.placement()
     setup = captioner.setup(placement, config.room, sampling=config.sampling)
+    check_longest(config, setup.engine)
     stage = AnnotateStage(config, setup, captioner.model)
     out = f"{options.out.rstrip('/')}/{CAPTIONED}"
     beside, runs = marks_beside(options.marks), options.run.plan_options(options.retry)
     code = run_job(plan(stage, options.shards, out, beside=beside, **runs), placement)
     if code is Exit.INTERRUPTED:
         raise typer.Exit(code)
+    say_fallbacks(out)
     return code, captions_artifact(out)
 
 

@@ -25,6 +25,7 @@ from ...trainer.evaluation.evaluate import evaluate
 from ...trainer.evaluation.results import Caution, Comparison, EvaluationReport
 from ...trainer.evaluation.retrieval import Gallery, cosines_of, gallery_of, ranks_of
 from ...trainer.evaluation.tables import to_json, to_markdown
+from ..inspect.fallbacks import fallbacks_of
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,9 @@ def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]
         model = captions.setting("semantic", "model", kind=str)[:12]
         facts |= {"captioner": f"{captions.setting('run', 'model', kind=str)}@{model}"}
         facts |= {"temperature": named.get("temperature"), "captions per prompt": named.get("samples")}
-        facts |= {name: named[name] for name in AnnotateConfig.later if name in named}
+        facts |= {name: named[name] for name in AnnotateConfig.later if name in named and name != "fallbacks"}
         facts |= {f"prompt {name}": text for name, text in captions.prompts()}
+        facts |= {f"fallback prompt {prompt.name}": prompt.text for prompt in fallbacks_of(captions)}
     return {**facts, "generic caption": graded.setting("semantic", "grade", "generic", kind=str)}
 
 

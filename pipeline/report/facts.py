@@ -23,8 +23,10 @@ from ...stages.export.provenance import last_part, public
 from ...stages.filter.select import Rule, SelectConfig
 from ...stages.filter.spec import SELECTION
 from ..inspect.discover import Found
+from ..inspect.fallbacks import fallback_lines
 from ..inspect.histograms import Histogram, histograms
 from ..inspect.sampled import sampled
+from ..inspect.screening import screening_lines
 from ..inspect.shared_captions import warning
 from ..inspect.status import RunState, State, read_metrics, run_state, state_of, validation_of
 from ..specs import artifact_spec
@@ -81,7 +83,8 @@ class Origin:
 
 @dataclass
 class Facts:
-    """All data. ``commands``: stage, state and command of a chain; ``shared``: captions shared by many images."""
+    """All data. ``commands``: stage, state and command of a chain; ``shared``: captions shared by many images;
+    ``notes``: lines about an artifact's rows."""
 
     title: str
     links: list[Link] = field(default_factory=list)
@@ -92,6 +95,7 @@ class Facts:
     commands: list[tuple[str, str, str]] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def first(self, *stages: str) -> Link | None:
         """First artifact of these stages."""
@@ -116,10 +120,14 @@ def gather(contents: Found) -> Facts:
         try:
             if artifact_spec(artifact.stage).histograms:
                 facts.scores.append(_scores(name, artifact))
-            elif artifact_spec(artifact.stage).shown == "captions" and (shared := warning(artifact, SHARDS)):
-                facts.shared[name] = shared
+            elif artifact_spec(artifact.stage).shown == "captions":
+                if shared := warning(artifact, SHARDS):
+                    facts.shared[name] = shared
+                facts.notes[name] = fallback_lines(artifact, SHARDS)
+            elif artifact_spec(artifact.stage).shown == "screened questions":
+                facts.notes[name] = screening_lines(artifact, SHARDS)
         except (CapipeError, OSError, ValueError, KeyError) as error:
-            part = "scores" if artifact_spec(artifact.stage).histograms else "captions"
+            part = "scores" if artifact_spec(artifact.stage).histograms else artifact_spec(artifact.stage).shown
             facts.damaged[f"{name} ({part})"] = str(error)
     facts.scores = _informative(facts.scores)
     facts.trainings = [_training(name, run) for name, run in contents.runs.items()]

@@ -32,7 +32,8 @@ QA = StageSpec(
         OutputFolder(
             "written",
             without=keys(
-                "screen screen-model screen-engine screen-arg with-image without-image presentations reader-mode"
+                "screen screen-model screen-engine screen-arg with-image without-image blind guess-margin "
+                "presentations reader-mode reader-prompt"
             ),
         ),
         OutputFolder("screened"),
