@@ -94,13 +94,18 @@ class Question:
     @property
     def asks_absent(self) -> bool:
         """Whether it asks for a thing that is not there. A caption that does not mention the thing is not wrong."""
-        return self.kind == ABSENT and fold(self.options[self.answer]) == fold(YES_NO[1])
+        return asks_absent(self.kind, self.options, self.answer)
 
     @property
     def id(self) -> str:
         """16 hex digits of a hash of the question's content; the order of the options counts, the kind does not."""
         content = json.dumps([self.text, self.options, self.answer], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def asks_absent(kind: str | None, options: Sequence[str], answer: int | None) -> bool:
+    """Whether a question of this kind, with the right option at ``answer``, asks for a thing that is not there."""
+    return kind == ABSENT and answer is not None and fold(options[answer]) == fold(YES_NO[1])
 
 
 def fold(text: str) -> str:

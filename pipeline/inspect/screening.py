@@ -11,7 +11,7 @@ from ...stages.questions.screen_counts import count_screened
 from .sampled import sampled
 
 _ROWS = 1000  # read at a time
-_READ = frozenset({"status", "options", *OUTCOMES})
+_READ = frozenset({"kind", "answer", "status", "options", *OUTCOMES})
 
 
 def screening_lines(artifact: Artifact, most: int | None = None) -> list[str]:

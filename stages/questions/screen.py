@@ -68,8 +68,14 @@ class ScreenConfig(Growing):
         """True if so many answers are right without the image that the question is refused."""
         return not _above(-share, -self.text_max, self.text_inclusive)
 
-    def guess_leaks(self, share: float, options: int) -> bool:
-        """The same for forced guesses among so many options."""
+    def guess_leaks(self, share: float, options: int, absent: bool = False) -> bool:
+        """The same for forced guesses among so many options.
+
+        ``absent``: the question is whether a thing is there that is not. Whoever has to guess denies what nobody
+        mentioned: it may be guessed, only not known.
+        """
+        if absent:
+            return False
         if self.guess_margin is None:
             return self.leaks(share)
         return not _above(-share, -(1 / options + self.guess_margin), True)
@@ -188,8 +194,11 @@ def _leak(arms: Arms, config: ScreenConfig) -> tuple[QuestionStatus, str] | None
     if without is not None and config.leaks(share_right(without)):
         reason = f"right in {without.right} of {len(without.chosen)} presentations without the image"
         return QuestionStatus.LEAKED, reason
-    if guess is not None and config.guess_leaks(share_right(guess), len(guess.question.options)):
-        chance = f"chance is 1 in {len(guess.question.options)}"
+    if guess is None:
+        return None
+    asked, options = guess.question, len(guess.question.options)
+    if config.guess_leaks(share_right(guess), options, asked.asks_absent):
+        chance = f"chance is 1 in {options}"
         reason = f"right in {guess.right} of {len(guess.chosen)} forced guesses without the image, {chance}"
         return QuestionStatus.LEAKED, reason
     return None

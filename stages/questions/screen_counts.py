@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...manifests.status import QuestionStatus
+from ...models.quiz import asks_absent
 from .screen import ScreenConfig
 
 #: Arms by what they ask for, in the words of a report.
@@ -55,5 +56,6 @@ def _refusing(entry: Mapping[str, Any], config: ScreenConfig) -> Iterator[str]:
     blind, guess = entry["text_accuracy"], entry.get("guess_accuracy")
     if blind is not None and config.leaks(blind):
         yield ABSTAINING
-    if guess is not None and config.guess_leaks(guess, len(entry["options"])):
+    absent = asks_absent(entry.get("kind"), entry["options"], entry.get("answer"))
+    if guess is not None and config.guess_leaks(guess, len(entry["options"]), absent):
         yield GUESSING

@@ -11,18 +11,19 @@ import pytest
 from capipe.manifests.schema import QUESTIONS, SCREEN
 from capipe.manifests.shards import Row
 from capipe.manifests.status import Status
-from capipe.models.engines.base import Completion, GenerationRequest, Refused, RequestError
-from capipe.models.quiz import ABSENT, KINDS, Question, absent_prompt, absent_schema, writing_prompt
+from capipe.models.engines.base import ChoiceRequest, Completion, GenerationRequest, Refused, RequestError
+from capipe.models.quiz import ABSENT, ABSTAIN, KINDS, Question, absent_prompt, absent_schema, writing_prompt
 from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.models.tiny.world.grade import is_true
 from capipe.models.tiny.world.scenes import scenes
 from capipe.stages.questions.absent import absent_questions
 from capipe.stages.questions.screen import PRESETS, Screener
+from capipe.stages.questions.screen_counts import GUESSING, count_screened
 from capipe.stages.questions.validate import RawQuestion, checked
 from capipe.stages.questions.write import QuestionsConfig, QuestionWriter
 
 from ...oracle.scene_engine import SceneEngine, absent_things
-from ...scripted import IMAGE, Scripted
+from ...scripted import IMAGE, Scripted, knows
 
 ROW = Row(0, "k", IMAGE.uid, Status.OK, None, b"image", "jpg")
 WRITTEN = json.dumps(
@@ -125,6 +126,29 @@ async def test_screening_keeps_what_is_absent_and_nothing_else() -> None:
         denies = _Denying({IMAGE.uid: scene})
         out = await Screener(QuizReader(denies, ReaderConfig()), "m", PRESETS["strict"]).screen(given, IMAGE)
         assert [entry["status"] for entry in out["questions"]] == ["leaked", "leaked", "unsupported"]
+
+
+async def test_a_forced_guess_may_be_no() -> None:
+    """Who has to guess denies what nobody mentioned; of other questions that is a leak."""
+    (scene,) = scenes("heldout", 1, seed=3)
+    seen: set[str] = set()
+    entries = [checked(entry, seen) for entry in named(json.dumps(absent_things(scene, 1)))]
+    entries.append(checked(RawQuestion("Is it dark in the image?", ["Yes", "No"], "No", "other"), seen))
+    questions = {"key": "k", "uid": IMAGE.uid, "status": "ok", "error": None, "questions": entries}
+    given = Row(0, "k", IMAGE.uid, Status.OK, None, b"image", "jpg", beside={"questions": questions})
+
+    def chooses(request: ChoiceRequest) -> list[float]:
+        return (
+            knows(request, "No")
+            if request.prompt.image is not None or ABSTAIN not in request.prompt.text
+            else (knows(request, ABSTAIN))
+        )
+
+    reader = QuizReader(Scripted(chooses), ReaderConfig())
+    out = await Screener(reader, "m", PRESETS["strict"]).screen(given, IMAGE)
+    assert [entry["status"] for entry in out["questions"]] == ["ok", "leaked"]
+    counts = count_screened(out["questions"], PRESETS["strict"])
+    assert (counts.kept, counts.refused[GUESSING]) == (1, 1)
 
 
 class _Denying(SceneEngine):
