@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from ...models.context_check import statement_tokens
-from ...models.engines.base import Completion, Engine, EngineDead, ImageInput
+from ...models.engines.base import Completion, Engine, EngineDead, ImageInput, batches
 from ...models.engines.context import image_tokens, quiz_room
 from ...models.engines.loading import EngineConfig, load_engine
 from ...models.engines.thinking import thinks
@@ -80,7 +82,9 @@ class VerifiedRewardConfig(RewardConfig):
 class VerifiedReward:
     """Minus the penalties of a caption's sentences, each charged to the token that ends it, and of those it lacks.
 
-    A sentence is asked about once for an image, whatever captions have it.
+    A sentence is asked about once for an image, whatever captions have it. On a CPU an engine that batches what waits
+    together gets one sentence at a time: which captions wait depends on timing, the last digits of probabilities on the
+    batch, and the weights of a run that is repeated on both.
     """
 
     metrics = ("sentences", "wrong", "lacking")
@@ -90,6 +94,8 @@ class VerifiedReward:
         self._decode = decode
         self._pictures = Pictures(engine.grid)
         self._asked: LRUCache[tuple[str, str], asyncio.Task[YesNo]] = LRUCache(KEPT)
+        alone = batches(engine) and config.mode == "choose" and not torch.cuda.is_available()
+        self._turn: AbstractAsyncContextManager[object] = asyncio.Lock() if alone else nullcontext()
 
     async def score(self, example: Example, caption: Completion, sample_id: str) -> Scored:
         config, spans = self.config, sentence_spans(caption.text)
@@ -136,7 +142,8 @@ class VerifiedReward:
         return answer
 
     async def _check(self, image: ImageInput, sentence: str) -> YesNo:
-        (answer,) = await self.reader.check(image, [sentence])
+        async with self._turn:
+            (answer,) = await self.reader.check(image, [sentence])
         return answer
 
     def _charged(self, caption: Completion, ends: Sequence[int], costs: Sequence[float]) -> tuple[float, ...]:
