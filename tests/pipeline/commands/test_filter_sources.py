@@ -307,3 +307,32 @@ def test_no_model_is_near(shards: Path) -> None:
     command = [sys.executable, "-c", code, *map(str, options("--out", "out"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "loaded: []" in done.stdout and "shards committed" in done.stdout
+
+
+def test_images_without_captions_are_selected_before_they_get_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--text none`: by what was asked about the images alone; the index then says which of them to caption."""
+    monkeypatch.chdir(tmp_path)
+    pictures = [row.image for row in images(foreign_shards(tmp_path / "theirs", [6]))]
+    (tmp_path / "photos").mkdir()
+    for number, picture in enumerate(pictures):
+        (tmp_path / f"photos/{number}.jpg").write_bytes(picture or b"")
+    (tmp_path / "photos/6.jpg").write_bytes(b"\xff\xd8\xff")
+    ingest(tmp_path / "photos", out=tmp_path / "ours")
+    write_columns(tmp_path / "ours", "asked", {"ask_collage": pa.float32()}, lambda i, row: {"ask_collage": i / 7})
+    words = ["filter", "--shards", "ours", "--scores", "asked", "--keep", "ask_collage < 0.5"]
+    refused = capipe(*words, "--out", "with", code=2)
+    assert "no row has a org_caption to write and is not marked" in one_line(refused)
+    for name, index in (("copied", []), ("index", ["--index"])):
+        capipe(*words, "--text", "none", *index, "--out", name)
+        found = verify(str(tmp_path / name / "shards"))
+        assert found.faults == []
+    rows = table(tmp_path / "copied/shards")
+    assert rows == table(tmp_path / "index/shards")
+    assert [row["status"] for row in rows] == ["ok"] * 4 + ["filtered"] * 2 + ["corrupt"]
+    assert {row["caption"] for row in rows} == {None}
+    with tarfile.open(tmp_path / "copied/shards/00000.tar") as tar:
+        assert {name.partition(".")[2] for name in tar.getnames()} == {"jpg", "png", "webp", "json"}
+    capipe("export", "index/shards", "--out", "final", "--license", "mit", "--format", "webdataset")
+    assert verify(str(tmp_path / "final")).faults == []
