@@ -315,8 +315,10 @@ def final_row(
 
 
 def members(source: Row, row: Mapping[str, Any]) -> dict[str, bytes] | None:
-    """Tar members of a final row: unchanged image bytes, the caption if there is one, the rest as JSON; None unless it
-    is ok."""
+    """Tar members of a final row: unchanged image bytes, the caption, the rest as JSON; None unless it is ok.
+
+    Loaders expect a caption of every sample: if none is written, it is empty.
+    """
     if row["status"] != Status.OK or source.image is None:
         return None
     header = read_header(source.image)
@@ -328,8 +330,7 @@ def members(source: Row, row: Mapping[str, Any]) -> dict[str, bytes] | None:
         meta = encode_meta(source.meta or {}, ours)
     except RecursionError:
         meta = encode_meta({}, ours)
-    text = {} if row["caption"] is None else {"txt": row["caption"].encode()}
-    return {extension: source.image, **text, "json": meta}
+    return {extension: source.image, "txt": (row["caption"] or "").encode(), "json": meta}
 
 
 def _decimal(value: Any) -> Any:

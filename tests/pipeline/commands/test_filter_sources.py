@@ -333,6 +333,6 @@ def test_images_without_captions_are_selected_before_they_get_any(
     assert [row["status"] for row in rows] == ["ok"] * 4 + ["filtered"] * 2 + ["corrupt"]
     assert {row["caption"] for row in rows} == {None}
     with tarfile.open(tmp_path / "copied/shards/00000.tar") as tar:
-        assert {name.partition(".")[2] for name in tar.getnames()} == {"jpg", "png", "webp", "json"}
+        assert {name.partition(".")[2] for name in tar.getnames()} == {"jpg", "png", "webp", "txt", "json"}
     capipe("export", "index/shards", "--out", "final", "--license", "mit", "--format", "webdataset")
     assert verify(str(tmp_path / "final")).faults == []
