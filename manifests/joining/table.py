@@ -272,7 +272,7 @@ def read_table(table: ParquetTable, columns: Sequence[str]) -> SortedTable:
                     values = joined_values(batch.column(name), pa.large_string())
                     kept.append(values if count == len(batch) else values.filter(pa.array(used)))
                 filled, row = filled + count, row + len(batch)
-    if _changes(table.files) != table.changes:
+    if _changes(table.files) != table.changes or not all(parts.values()):
         raise _changed(table)
     return _sorted(table, ids[:filled], parts)
 

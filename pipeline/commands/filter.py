@@ -84,7 +84,10 @@ class FilterOptions:
     top: Annotated[float | None, typer.Option(help="Fraction to keep of what --keep leaves, best first.")] = None
     by: Annotated[str | None, typer.Option(help="Column by which --top ranks; clip_score by default.")] = None
     text: Annotated[
-        str, typer.Option(help="Caption to write: re (new), org (original), auto (new where there are any).")
+        str,
+        typer.Option(
+            help="Caption to write: re (new), org (original), auto (new where there are any), none (images alone)."
+        ),
     ] = "auto"
     shard_size: Annotated[int, typer.Option(help="Kept rows per final shard; input shards stay whole.")] = 10_000
     index: Annotated[

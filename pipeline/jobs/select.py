@@ -378,7 +378,8 @@ def write_last(artifact: Artifact, report: Callable[[], bytes]) -> None:
     """Write the last files of a complete selection, unless they are there: its ``report``, and DataComp's list of kept
     uids."""
     run = artifact.config["run"]
-    digest = last_files.digest_of(artifact, [run["scores"], run["candidates"], run["kept"]])
+    shown = [run[name] for name in ("scores", "candidates", "kept", "missing") if name in run]
+    digest = last_files.digest_of(artifact, shown)
     if last_files.are_there(artifact, digest):
         return
     files = {REPORT: report(), UIDS: _uids(artifact)}

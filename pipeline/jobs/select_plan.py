@@ -29,6 +29,7 @@ from ...stages.filter.expression import kind_of, shown_value
 from ...stages.filter.joined import Source
 from ...stages.filter.select import (
     MARK_TYPES,
+    NO_TEXT,
     Decision,
     Rule,
     Scores,
@@ -251,7 +252,8 @@ def _nothing(shards: Sequence[InputShard], rule: Rule, uids: UidSet, sources: Se
     candidates = sum(len(part) for part in gather(lambda d: d.candidate, "status"))
     if not candidates:
         left = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items())) or "none at all"
-        text = f"no row has a {rule.text}_caption to write and is not marked (rows by status: {left})"
+        what = "an image" if rule.text == NO_TEXT else f"a {rule.text}_caption to write"
+        text = f"no row has {what} and is not marked (rows by status: {left})"
         return BadInput(f"{shards[0].companions[0].url} and the rest: {text}; nothing can be kept")
     ranges = "; ".join(f"{shown} {_range(list(gather(lambda d: d.candidate, name)))}" for name, shown in named.items())
     return BadInput(f"{rule.config.shown}: keeps none of {candidates:,} candidates; among them {ranges}")

@@ -80,7 +80,7 @@ def _settings(artifact: Artifact, rule: Rule) -> dict[str, str]:
     settings = {
         "conditions": rule.config.shown,
         "threshold": f"{rule.config.by} >= {rule.threshold_text}" if rule.by else None,
-        "captions written": SERIES[rule.text],
+        "captions written": SERIES.get(rule.text, "none"),
         "scores": f"{run['scores']} ({semantic['scores'][:12]})",
         **joined,
         "without a value": "; ".join(missing) or None,

@@ -34,7 +34,8 @@ from .joined import SHARED, joined_aliases
 from .marked import marked_status, standing
 
 STAGE = "select"
-Text = Literal["re", "org"]
+Text = Literal["re", "org", "none"]
+NO_TEXT: Text = "none"  # images are selected, whether or not they have captions, and none is written
 Scores = npt.NDArray[np.floating[Any]]
 
 _TYPES: dict[str, pa.DataType] = {field.name: field.type for field in SCORE}
@@ -47,8 +48,12 @@ _NOT_IN_JSON = frozenset({"key", "status", "error", "caption", "source_shard", "
 
 
 def aliases(text: Text, joined: Collection[str] = ()) -> dict[str, str]:
-    """Unprefixed column names, mapped to those of the caption that is written; also of ``joined`` columns."""
-    return {name: f"{text}_{name}" for name in SHARED} | joined_aliases(joined, text)
+    """Unprefixed column names, mapped to those of the caption that is written; also of ``joined`` columns.
+
+    If none is written, they are the original one's.
+    """
+    prefix = "org" if text == NO_TEXT else text
+    return {name: f"{prefix}_{name}" for name in SHARED} | joined_aliases(joined, prefix)
 
 
 class SelectConfig(Growing):
@@ -63,8 +68,9 @@ class SelectConfig(Growing):
     top: float | None = Field(None, gt=0, le=1, description="fraction to keep of the candidates that `keep` leaves")
     by: str = Field("clip_score", description="column by which `top` ranks")
     shard_size: int = Field(10_000, ge=1, description="kept rows per final shard; a single input shard may have more")
-    text: Literal["auto", "re", "org"] = Field(
-        "auto", description="the caption to write: new, original; auto takes the new ones where the scores have any"
+    text: Literal["auto", "re", "org", "none"] = Field(
+        "auto",
+        description="the caption to write: new, original, none; auto takes the new ones where the scores have any",
     )
     index: bool = Field(False, description="write no tars: rows alone, over the original ones")
     columns: dict[str, str] = Field({}, description="columns joined to those of the scores, with their Arrow types")
@@ -142,9 +148,13 @@ class Rule:
     @property
     def columns(self) -> list[str]:
         """Columns of the scores needed for the decision."""
-        used = {"status": None, f"{self.text}_length": None}
+        used: dict[str, None] = dict.fromkeys(["status", *self._caption_length])
         used |= dict.fromkeys([*self._kept_by, *([self.by] if self.by else [])])
         return [name for name in used if name in _TYPES and name not in self.config.columns]
+
+    @property
+    def _caption_length(self) -> list[str]:
+        return [] if self.text == NO_TEXT else [f"{self.text}_length"]
 
     @property
     def mark_columns(self) -> list[str]:
@@ -193,8 +203,10 @@ class Decision:
 def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule, withdrawn: Mask | None = None) -> Decision:
     """Decide on the rows of ``table``, which has at least :attr:`Rule.columns` and :attr:`Rule.mark_columns`;
     ``marks``: dedup statuses, if any; ``withdrawn``: rows of withdrawn images."""
-    candidate = _where(pc.equal(table.column("status"), str(Status.OK)))
-    candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
+    usable = [str(status) for status in (Status.OK, Status.EMPTY) if _usable(status, rule)]
+    candidate = _where(pc.is_in(table.column("status"), value_set=pa.array(usable)))
+    if rule.text != NO_TEXT:
+        candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
     if marks is not None:
         candidate &= standing(marks)
     if withdrawn is not None:
@@ -202,6 +214,11 @@ def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule, withdrawn: 
     keep = rule.keep
     failed = np.full(len(table), -1, np.int32) if keep is None else keep.failures(table)
     return Decision(candidate, failed, None if rule.by is None else scores_of(table, rule.by))
+
+
+def _usable(status: str, rule: Rule) -> bool:
+    """True for a scored row that may be kept: without a caption only if none is written."""
+    return status == Status.OK or (status == Status.EMPTY and rule.text == NO_TEXT)
 
 
 def _where(column: pa.ChunkedArray) -> Mask:
@@ -265,15 +282,18 @@ def selection_status(
     row: Mapping[str, Any], mark: Mapping[str, Any] | None, rule: Rule, failed: int
 ) -> tuple[str, str | None]:
     """Status and error of a scored row, by the same rule as :func:`decide`, which gives ``failed``."""
-    status, error = marked_status(row["status"], row["error"], mark)
+    own, note = row["status"], row["error"]
+    if own != Status.OK and _usable(own, rule):
+        own, note = str(Status.OK), None
+    status, error = marked_status(own, note, mark)
     reason = _rejected({**(mark or {}), **row}, rule, failed) if status == Status.OK else None
     if reason is None:
         return status, error
-    return str(Status.FILTERED), "; ".join(part for part in (reason, row["error"]) if part)
+    return str(Status.FILTERED), "; ".join(part for part in (reason, note) if part)
 
 
 def _rejected(row: Mapping[str, Any], rule: Rule, failed: int) -> str | None:
-    if not row[f"{rule.text}_length"]:
+    if rule.text != NO_TEXT and not row[f"{rule.text}_length"]:
         return f"{rule.text}_caption is missing: there is nothing to write"
     if failed >= 0 and rule.keep is not None:
         return rule.keep.reason(failed, row)
@@ -288,14 +308,17 @@ def _rejected(row: Mapping[str, Any], rule: Rule, failed: int) -> str | None:
 def final_row(
     row: Mapping[str, Any], status: str, error: str | None, key: str, shard: str, text: Text
 ) -> dict[str, Any]:
-    """Row of the final shards from a scored row. ``caption`` is set if the row is ok."""
-    caption = row[f"{text}_caption"] if status == Status.OK else None
+    """Row of the final shards from a scored row. ``caption`` is set if the row is ok, unless none is written."""
+    caption = row[f"{text}_caption"] if status == Status.OK and text != NO_TEXT else None
     own = {"key": key, "status": status, "error": error, "caption": caption}
     return {**row, **own, "source_shard": shard, "source_key": row["key"]}
 
 
 def members(source: Row, row: Mapping[str, Any]) -> dict[str, bytes] | None:
-    """Tar members of a final row: unchanged image bytes, the caption, the rest as JSON; None unless it is ok."""
+    """Tar members of a final row: unchanged image bytes, the caption, the rest as JSON; None unless it is ok.
+
+    Loaders expect a caption of every sample: if none is written, it is empty.
+    """
     if row["status"] != Status.OK or source.image is None:
         return None
     header = read_header(source.image)
@@ -307,7 +330,7 @@ def members(source: Row, row: Mapping[str, Any]) -> dict[str, bytes] | None:
         meta = encode_meta(source.meta or {}, ours)
     except RecursionError:
         meta = encode_meta({}, ours)
-    return {extension: source.image, "txt": row["caption"].encode(), "json": meta}
+    return {extension: source.image, "txt": (row["caption"] or "").encode(), "json": meta}
 
 
 def _decimal(value: Any) -> Any:

@@ -13,7 +13,7 @@ from capipe.pipeline.specs import ARTIFACTS, STAGES, command_of
 from capipe.stages.dedup import marks
 from capipe.stages.dedup.texts import reading
 from capipe.stages.export import write
-from capipe.stages.filter import select
+from capipe.stages.filter import joined, select
 from capipe.stages.ingest import shard
 from capipe.stages.stage_spec import StageSpec
 
@@ -44,6 +44,7 @@ def test_every_artifact_has_a_spec() -> None:
         select.STAGE,
         write.STAGE,
         score.EmbedStage.name,
+        joined.STAGE,
     }
     others = {"annotate", "ask", "questions", "screen", "grade", "checked", "score", "sentences", "join"}
     assert named | others == ARTIFACTS.keys()

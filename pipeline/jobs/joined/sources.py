@@ -18,7 +18,6 @@ from ....stages.filter.select import MARK_TYPES, STAGE
 from .columns import SCORES
 
 SCORE_STAGE = "score"
-SENTENCE_STAGE = "sentences"
 _NAMED = re.compile(r"([A-Za-z_]\w*)=(.+)", re.ASCII | re.DOTALL)
 _IDENTITY = frozenset(field.name for field in BASE)
 
@@ -47,10 +46,8 @@ class Opened:
 
     @property
     def captions(self) -> str | None:
-        """Fingerprint of the new captions that it has scores of, whole or by sentence; None without any."""
-        if not isinstance(self.origin, Artifact) or self.origin.stage not in (SCORE_STAGE, SENTENCE_STAGE):
-            return None
-        found = self.origin.config["semantic"].get("captions")
+        """Fingerprint of the new captions that its columns are about; None without any."""
+        found = self.origin.config["semantic"].get("captions") if isinstance(self.origin, Artifact) else None
         return found if isinstance(found, str) else None
 
     def offer(self) -> Offer:
@@ -147,11 +144,11 @@ def choose(sources: Sources, mentioned: Collection[str], main: tuple[str, Iterab
 
 
 def refuse_other_captions(captions: str | None, sources: Sources) -> None:
-    """Raise BadInput if unnamed scores are of other new captions than ``captions``, by fingerprints of their runs."""
+    """Raise BadInput if an unnamed source is about other new captions than ``captions``, by their fingerprints."""
     for one in sources.others:
         if not one.name and one.captions not in (None, captions):
             text = f"--scores {one.place}: of other new captions than are to be written"
-            raise BadInput(f"{text}; give --captions the same, or give these scores a name: NAME={one.place}")
+            raise BadInput(f"{text}; give --captions the same, or give this source a name: NAME={one.place}")
 
 
 def joined(chosen: Chosen, artifacts: Sequence[Artifact]) -> list[Joined]:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from ....errors import ArtifactMismatch, BadInput
@@ -169,21 +168,19 @@ def _write(
 def joined_rows(
     listed: pa.Table, shard: str, table: SortedTable, kinds: Mapping[str, pa.DataType], withdrawn: UidSet
 ) -> list[dict[str, Any]]:
-    """A row for each row of a shard (``listed``, its columns of every artifact), with the table's values of ok ones."""
+    """A row for each row of a shard (``listed``: what all artifacts have of it), with the values of its image."""
     keys, uids = (listed.column(name).combine_chunks() for name in ("key", "uid"))
     places = table.places(shard, keys, uids)
-    ok = np.array([status == Status.OK for status in listed.column("status").to_pylist()], dtype=bool)
-    places[~ok] = -1
     gone = withdrawn.mask(uids)
     values = [table.values(name, places).cast(kind).to_pylist() for name, kind in kinds.items()]
     rows = []
     for index, row in enumerate(listed.to_pylist()):
         if gone[index] or row["status"] == Status.WITHDRAWN:
             row |= {"status": str(Status.WITHDRAWN), "error": REASON}
-        elif ok[index] and places[index] < 0:
-            row |= {"status": str(Status.MISSING), "error": f"no row of the table is of its {' and '.join(table.by)}"}
-        elif ok[index]:
+        elif places[index] >= 0:
             row |= {name: column[index] for name, column in zip(kinds, values, strict=True)}
+        elif row["status"] == Status.OK:
+            row |= {"status": str(Status.MISSING), "error": f"no row of the table is of its {' and '.join(table.by)}"}
         rows.append(row)
     return rows
 
