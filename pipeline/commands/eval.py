@@ -194,16 +194,19 @@ def evaluate(options: EvalOptions) -> None:
     grading = grading.with_room(lengths.longest)
     beside = {screen.QUESTIONS: questions, grade.CAPTIONS: captions}
     job = plan(grading, options.shards, graded, beside=beside, **options.run.plan_options(options.retry))
-    codes.append(run_job(job, placement))
-    if codes[-1] is Exit.INTERRUPTED:
-        raise typer.Exit(codes[-1])
+    codes.append(finished(run_job(job, placement)))
     if checking is not None:
-        codes.append(check_sentences(options, checking, captions))
-        if codes[-1] is Exit.INTERRUPTED:
-            raise typer.Exit(codes[-1])
+        codes.append(finished(check_sentences(options, checking, captions)))
     if Artifact.open(graded).committed():  # otherwise the reason why no shard was graded has been printed
         report(options, graded, warnings)
     raise typer.Exit(max(codes))
+
+
+def finished(code: Exit) -> Exit:
+    """The code of a step that was not interrupted. Raises Exit for one that was."""
+    if code is Exit.INTERRUPTED:
+        raise typer.Exit(code)
+    return code
 
 
 def sentence_stage(options: EvalOptions, config: GradeConfig) -> CheckStage | None:

@@ -11,7 +11,7 @@ import pytest
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE
-from capipe.manifests.shards import RowReader, expand
+from capipe.manifests.shards import RowReader, expand, uid_of
 from capipe.models.scorers.sentences import split_sentences
 from capipe.models.tiny.train.texts.hard_negatives import plant_addition
 from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
@@ -60,11 +60,11 @@ def captions(corpus: tuple[Path, list[CorpusSample]]) -> Path:
 
 
 def texts(samples: list[CorpusSample]) -> dict[str, tuple[str, int | None]]:
-    """By key: the caption, and the index of its wrong sentence."""
+    """By uid: the caption, and the index of its wrong sentence."""
     found = {}
     for number, sample in enumerate(samples):
         planted = plant_addition(sample.scene, Random(number))
-        found[sample.key] = (planted.text, planted.sentence) if number % 2 else (planted.original, None)
+        found[uid_of(sample.image)] = (planted.text, planted.sentence) if number % 2 else (planted.original, None)
     return found
 
 
@@ -75,7 +75,7 @@ def write_captions(shards: Path, out: Path, given: dict[str, tuple[str, int | No
         rows = list(RowReader(shard))
         with artifact.begin(shard.name, ANNOTATE) as writer:
             for row in rows:
-                text, status = given.get(row.key, (None, 0))[0], str(row.status)
+                text, status = given.get(row.uid or "", (None, 0))[0], str(row.status)
                 said = [] if text is None else [{"name": name, "text": text, "n_tokens": 20, "status": "ok"}]
                 base = {"key": row.key, "uid": row.uid, "status": status, "error": row.error, "text": row.text}
                 writer.write({**base, "captions": said})
@@ -103,8 +103,9 @@ def test_rows_are_kept_by_their_least_true_sentence_and_another_threshold_loads_
     out, expected = tmp_path / "out", texts(samples)
     common = ["filter", "--shards", folder / "shards", "--captions", captions, "--out", out, *VLM]
     capipe(*common, "--keep", "vlm_min > 0.5")
-    rows = {row["key"]: row for row in table(out / "sentences")}
-    assert list(rows) == [row["key"] for row in table(folder / "shards")]
+    checked = table(out / "sentences")
+    assert [row["key"] for row in checked] == [row["key"] for row in table(folder / "shards")]
+    rows = {row["uid"]: row for row in checked}
     for key, (text, wrong) in expected.items():
         row, count = rows[key], len(split_sentences(text))
         assert row["status"] == "ok" and row["re_vlm_min"] == pytest.approx(TRUE if wrong is None else 1 - TRUE)
@@ -113,10 +114,10 @@ def test_rows_are_kept_by_their_least_true_sentence_and_another_threshold_loads_
         assert row["re_vlm_mean"] == pytest.approx((right * TRUE + (count - right) * (1 - TRUE)) / count)
     assert [row["status"] for key, row in rows.items() if key not in expected] == ["unsupported"]
     final = table(out / "shards")
-    assert {row["key"] for row in final if row["status"] == "ok"} == {
+    assert {row["uid"] for row in final if row["status"] == "ok"} == {
         key for key, (_, wrong) in expected.items() if wrong is None
     }
-    (rejected,) = [row for row in final if row["key"] == "000001"]
+    (rejected,) = [row for row in final if row["uid"] == uid_of(samples[1].image)]
     assert rejected["status"] == "filtered" and "vlm_min is 0.04" in rejected["error"]
     report = (out / "shards/_capipe/report.html").read_text()
     assert "re_vlm_min" in report and "vlm_min 0.04" in report
@@ -198,8 +199,8 @@ def test_an_evaluation_shows_true_sentences_by_the_model_and_by_the_scene(
     assert "Sentences" in done.stdout and "## Sentences" in (tmp_path / "out/report.md").read_text()
     assert report["settings"]["sentences"].startswith(MODEL) and verify(str(tmp_path / "out/checked")).faults == []
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/checked").glob("*.parquet")}
-    again = ("--generic", "Something else.")  # a control: another text to check, so another configuration
-    assert "check.generic" in one_line(capipe("eval", *given, "--out", tmp_path / "out", *reader, *VLM, *again, code=2))
+    again = ("--vlm-mode", "sampled")
+    assert "check.mode" in one_line(capipe("eval", *given, "--out", tmp_path / "out", *reader, *VLM, *again, code=2))
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/checked").glob("*.parquet")}
 
 
