@@ -29,8 +29,8 @@ from ..files.storage import open_parquet, oversized_group, parquet_of
 from ..files.store_errors import StoreUnavailable
 from ..files.stores import filesystem
 from ..files.tar import printable
-from ..withdrawal.uid_set import Mask, Packed, packed_of
 from .columns import is_text, joined_columns, joined_values
+from .packed_uids import HINT, Mask, Packed, packed_of
 
 IDENTITY = ("shard", "key", "uid")  # columns that identify a row; a table is joined by all of them that it has
 MAX_ROWS = (1 << 31) - 1
@@ -38,7 +38,6 @@ _BATCH = 1 << 16
 _CHUNK = 1 << 22
 _SUFFIX = ".parquet"
 _NEEDED = "it needs a column `uid`, or `shard` and `key`, to be joined with images"
-_UID = "a uid is the first 32 hex digits of the sha256 of an image's bytes"
 
 
 @dataclass(frozen=True)
@@ -306,7 +305,7 @@ def _refuse_no_uid(url: str, column: pa.Array, row: int) -> None:
         first = int(np.argmax(bad))
         value = text[first].as_py()
         shown = printable(value[:60]) + ("…" if len(value) > 60 else "")
-        raise BadInput(f"{url}: row {row + first} of column 'uid' is no uid ({shown!r}); {_UID}")
+        raise BadInput(f"{url}: row {row + first} of column 'uid' is no uid ({shown!r}); {HINT}")
 
 
 def _sorted(table: ParquetTable, ids: Packed, parts: dict[str, list[pa.Array]]) -> SortedTable:

@@ -371,8 +371,8 @@ def select_step(
     for name in (REPORT, UIDS) if plan.todo else ():  # older than the shards from now on
         plan.artifact.folder.remove(name)
     print_err(plan.selection.line())
-    for line in plan.selection.missing_lines():
-        print_err(line)
+    for missing in plan.selection.missing_lines():
+        print_err(missing)
     print_err(plan.costs.line())
     if warning := plan.selection.warning():
         print_err(f"warning: {warning}")

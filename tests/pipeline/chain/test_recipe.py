@@ -160,7 +160,6 @@ def test_a_path_is_no_option(tmp_path: Path) -> None:
             r"captions\.config: --gpus 0: a Ray cluster hands",
         ),
         ("stages.filtered.config.dtype=int4", r"filtered\.config: dtype 'int4' is none of auto"),
-        ("stages.filtered.inputs.scores={path: a}", r"filtered\.config: --scores: these are scored already"),
         ("stages.questions.config.screen-arg=dtype=int4", r"questions\.config: --screen-arg: dtype 'int4' is none of"),
         (
             "stages.questions.config={model: a, screen: none, screen-arg: a=1}",

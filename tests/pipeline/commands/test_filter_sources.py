@@ -64,14 +64,15 @@ def options(*more: object, keep: str = KEEP) -> list[object]:
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:
-    """What a refused command says, run in this process: a line on stderr."""
+    """What a refused command says, run in this process: its last line, beside what it was doing."""
     said = io.StringIO()
     monkeypatch.setattr(sys, "argv", ["capipe", *map(str, words), "--out", "out"])
     monkeypatch.setattr(sys, "stderr", said)
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 2 and said.getvalue().count("\n") == 1, said.getvalue()
-    return said.getvalue()
+    lines = said.getvalue().splitlines()
+    assert ended.value.code == 2 and [line.startswith("capipe: ") for line in lines].index(True) == len(lines) - 1
+    return lines[-1]
 
 
 def test_a_condition_over_three_sources(shards: Path, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_an_index_and_its_export_have_the_columns(shards: Path, tmp_path: Path) 
     capipe(*options("--out", "index", "--index"))
     assert table(tmp_path / "index/shards") == table(tmp_path / "copied/shards")
     for name in ("copied", "index"):
-        capipe("export", f"{name}/shards", "--out", f"of-{name}", "--format", "webdataset", "--license", "mit")
+        capipe("export", f"{name}/shards", "--out", f"of-{name}", "--license", "mit", "--title", "Same")
     assert members(tmp_path / "of-index") == members(tmp_path / "of-copied") != {}
     cards = [(tmp_path / f"of-{name}/README.md").read_text().partition("## Provenance") for name in ("copied", "index")]
     assert cards[0][0] == cards[1][0]
