@@ -96,7 +96,7 @@ def _prompts(values: Mapping[str, Any], model: str | None, checked: object) -> N
     if here is None or "://" in engine or is_import_path(engine) or not isinstance(config, AnnotateConfig):
         return
     config = config.model_copy(update=chosen.settings(config.field_bytes))
-    limits = {name: values.get(name) for name in ("max_model_len", "min_pixels", "max_pixels")}
+    limits: dict[str, Any] = {name: values.get(name) for name in ("max_model_len", "min_pixels", "max_pixels")}
     check_longest(config, EngineConfig(kind=engine, model=here, **limits))
 
 

@@ -115,8 +115,8 @@ def annotate(options: AnnotateOptions) -> None:
     placement = options.captioner.placement()
     setup = options.captioner.setup(placement, config.room, options.trace, config.sampling)
     check_longest(config, setup.engine)
-    for line in chosen.lines():
-        print_err(line)
+    for note in chosen.lines():
+        print_err(note)
     stage = AnnotateStage(config, setup, options.model, options.pack)
     beside = {**marks_beside(options.marks), **given.beside}
     job = plan(stage, options.shards, options.out, beside=beside, **options.run.plan_options(options.retry))

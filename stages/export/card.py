@@ -236,17 +236,18 @@ def _step(number: int, step: Step) -> Iterator[str]:
     lines = [f"- {name}: {plain(str(public(value)))}" for name, value in facts if value]
     packages = ", ".join(f"{name} {version}" for name, version in step.config.get("packages", {}).items())
     yield "\n".join([f"- fingerprint: `{step.fingerprint}`", *lines, f"- packages: {plain(packages)}"])
-    for prompt in _prompts(semantic):
-        yield f"Prompt {plain(str(prompt.get('name', '')))}:\n\n" + fenced(str(prompt["text"]), "text")
+    for title, prompt in _prompts(semantic):
+        yield f"{title} {plain(str(prompt.get('name', '')))}:\n\n" + fenced(str(prompt["text"]), "text")
     yield fenced(json.dumps(public(semantic), indent=1, ensure_ascii=False), "json")
 
 
-def _prompts(value: Any) -> Iterator[Mapping[str, Any]]:
-    """All prompts in a configuration, at any depth: objects with a text in a list called prompts."""
+def _prompts(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All prompts in a configuration, at any depth, with a title: objects with a text in a list of one of two names."""
+    titles = {"prompts": "Prompt", "fallbacks": "Fallback prompt"}
     if isinstance(value, Mapping):
         for name, item in value.items():
-            if name == "prompts" and isinstance(item, list):
-                yield from (p for p in item if isinstance(p, Mapping) and "text" in p)
+            if name in titles and isinstance(item, list):
+                yield from ((titles[name], p) for p in item if isinstance(p, Mapping) and "text" in p)
             else:
                 yield from _prompts(item)
 

@@ -126,10 +126,13 @@ class Screener:
 
     async def _arms(self, image: ImageInput, questions: Sequence[Question]) -> list[Arms]:
         """All questions in all arms, one arm after the other: engines share the beginning of an arm's prompts."""
-        nothing: list[Reading | None] = [None] * len(questions)
+        blind: Sequence[Reading | None] = [None] * len(questions)
+        guessed = blind
         seen = await self.reader.look(image, questions)
-        blind = await self.reader.look(None, questions) if self.config.abstains else nothing
-        guessed = await self.reader.guess(questions) if self.config.guesses else nothing
+        if self.config.abstains:
+            blind = await self.reader.look(None, questions)
+        if self.config.guesses:
+            guessed = await self.reader.guess(questions)
         return [Arms(*readings) for readings in zip(seen, blind, guessed, strict=True)]
 
 

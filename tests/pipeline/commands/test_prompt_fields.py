@@ -67,7 +67,7 @@ def test_metadata_and_a_fallback_of_ones_own(shards: Path, tmp_path: Path, serve
     template = 'titled=Title: {meta.title}. Reply in JSON: {"caption": "..."}'
     annotate(shards, out, server, "--prompt", template, "--fallback-prompt", "titled=No title. What is it?")
     rest = '. Reply in JSON: {"caption": "..."}'
-    assert sorted(server.prompts) == ["No title. What is it?"] * 4 + [f'Title: ["a", 1]{rest}', f"Title: A star{rest}"]
+    assert sorted(server.prompts) == ["No title. What is it?"] * 4 + [f"Title: A star{rest}", f'Title: ["a", 1]{rest}']
     config = Artifact.open(str(out)).config["semantic"]["annotate"]
     assert config["fallbacks"] == [{"name": "titled", "text": "No title. What is it?"}]
 
