@@ -27,10 +27,11 @@ from capipe.manifests.schema import ANNOTATE, CAPTION, INGEST, SCORE
 from capipe.manifests.shards import ROWS
 from capipe.manifests.transaction import ROW_GROUP, shard_stats
 from capipe.models.engines.loading import EngineConfig
-from capipe.pipeline.jobs.annotate import AnnotateStage, parse_prompts
+from capipe.pipeline.jobs.annotate import AnnotateStage
 from capipe.pipeline.jobs.export import plan_export
 from capipe.pipeline.jobs.rows.engine import EngineSetup, StagePlan, plan
 from capipe.stages.annotate.captioner import AnnotateConfig
+from capipe.stages.annotate.prompts import parse_prompt
 from capipe.stages.export.card import CardWords
 from capipe.stages.export.energon import index_tar
 from capipe.stages.export.source import PARTS
@@ -92,7 +93,7 @@ def build(folder: Path, shards: int, size: int, tars: int | None = None) -> None
 
 def annotate(folder: Path, out: str) -> StagePlan:
     """A plan of `capipe annotate` over the images, with the bundled captioner."""
-    config = AnnotateConfig(prompts=parse_prompts(["short"]))
+    config = AnnotateConfig(prompts=(parse_prompt("short"),))
     setup = EngineSetup(EngineConfig("transformers", MODEL), decode_workers=1)
     return plan(AnnotateStage(config, setup, MODEL), f"{folder}/images", f"{folder}/{out}")
 

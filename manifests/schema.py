@@ -129,7 +129,7 @@ ASK_COLUMN = "ask_"
 
 def asked(names: Iterable[str]) -> pa.Schema:
     """Schema of answers to yes-or-no questions of these names: the probability of yes, null if it was not scored."""
-    return pa.schema([*BASE, *(pa.field(f"{ASK_COLUMN}{name}", pa.float32()) for name in names)])
+    return pa.schema([*BASE, *(pa.field(f"{ASK_COLUMN}{name}", pa.float32()) for name in names), *USAGE])
 
 
 CAPTION = pa.struct(
@@ -181,8 +181,11 @@ SCREENED_QUESTION = pa.struct(
         pa.field("without_image", ANSWERS),
         pa.field("image_accuracy", pa.float32()),  # share of presentations answered correctly, null if unscored
         pa.field("text_accuracy", pa.float32()),
+        pa.field("guessed", ANSWERS),  # without the image and without the option to abstain; null if it was not asked
+        pa.field("guess_accuracy", pa.float32()),
     ]
 )
+LATER_FIELDS = frozenset({"guessed", "guess_accuracy"})  # of structs: artifacts of earlier versions have none of them
 SCREEN = pa.schema(
     [*BASE, pa.field("questions", pa.list_(SCREENED_QUESTION)), pa.field("screener", pa.string()), *USAGE]
 )
@@ -228,6 +231,26 @@ GRADE = pa.schema(
 )
 
 
+#: The captions of an evaluation, checked sentence by sentence.
+CHECKED = pa.schema(
+    [
+        *BASE,
+        pa.field(
+            "captions",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("name", pa.string()),  # an annotate caption's name, or oracle, generic
+                        pa.field("text", pa.string()),
+                        pa.field("sentences", pa.list_(pa.float32())),  # probability of each; null without an answer
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
 def _scored(prefix: str) -> list[pa.Field]:
     """Columns for one caption of an image. Long captions have scores by sentence beside that of the first window."""
     scores = [
@@ -259,6 +282,21 @@ SCORE = pa.schema(
         *SAFETY,
     ]
 )
+#: Truth of captions by sentence, as probabilities by a vision-language model; null without that caption, or an answer.
+SENTENCES = pa.schema(
+    [
+        *BASE,
+        *(
+            field
+            for prefix in ("re", "org")
+            for field in (
+                pa.field(f"{prefix}_vlm_min", pa.float32()),  # of its least likely sentence
+                pa.field(f"{prefix}_vlm_mean", pa.float32()),  # over its sentences
+                pa.field(f"{prefix}_vlm_lowest", pa.int32()),  # index of the sentence with the minimum
+            )
+        ),
+    ]
+)
 #: Final shards: a row for every row of the scores. Only ``ok`` rows have a sample in the tar.
 SELECT = pa.schema(
     [
@@ -271,14 +309,26 @@ SELECT = pa.schema(
 
 
 def check(actual: pa.Schema, expected: pa.Schema, where: str) -> None:
-    """Raise :class:`ArtifactMismatch` unless ``actual`` has every expected column with the expected type; those of
-    :data:`LATER` may be missing."""
+    """Raise :class:`ArtifactMismatch` unless ``actual`` has every expected column with the expected type.
+
+    Columns of :data:`LATER` may be missing, and of structs :data:`LATER_FIELDS`.
+    """
     for field in expected:
         position = actual.get_field_index(field.name)
         if position < 0 and field.name in LATER:
             continue
         if position < 0:
             raise ArtifactMismatch(f"{where}: column {field.name!r} is missing; it was not written by this stage")
-        if actual.field(position).type != field.type:
-            actual_type = actual.field(position).type
+        actual_type = actual.field(position).type
+        if actual_type != field.type and not _is_earlier(actual_type, field.type):
             raise ArtifactMismatch(f"{where}: column {field.name!r} is {actual_type}, expected {field.type}")
+
+
+def _is_earlier(actual: pa.DataType, expected: pa.DataType) -> bool:
+    """True if a list of structs lacks nothing but fields that were added later, and has no others."""
+    if not (pa.types.is_list(actual) and pa.types.is_list(expected)):
+        return False
+    have, want = actual.value_type, expected.value_type
+    if not (pa.types.is_struct(have) and pa.types.is_struct(want)):
+        return False
+    return [*have] == [field for field in want if field.name not in LATER_FIELDS]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import BadInput
-from .engines.base import Prompt
+from .engines.base import Engine, ImageInput, Prompt
 from .engines.http.server import served_context
 from .engines.loading import EngineConfig
 from .engines.model_folder import resolve_model
@@ -21,8 +21,9 @@ from .engines.plain_text import plain_text
 from .engines.thinking import thinks
 from .model_json import read_json
 from .own_code import reason_in_words
-from .quiz import Question, caption_prompt, put
+from .quiz import Question, caption_prompt, one_line, put
 from .reader import QuizReader, ReaderConfig
+from .yes_no import CHECK, ORDERS, prompt_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,6 +97,13 @@ async def tokens_for(reader: QuizReader, most: int, texts: Sequence[str], count:
     ours = sum(count(text) for text in texts)
     hidden = await reader.engine.count_tokens(Prompt("A")) is None
     return most if hidden or not ours else math.ceil(most * max(1.0, theirs / ours))
+
+
+async def statement_tokens(engine: Engine, statement: str) -> int:
+    """Tokens of the prompt by which a statement about an image is checked (:mod:`.yes_no`), without the image."""
+    text = prompt_of(ImageInput(""), CHECK.format(text=one_line(statement)), ORDERS[0]).text
+    counted = await engine.count_tokens(Prompt(text))
+    return by_bytes(text) + FRAME if counted is None else counted
 
 
 async def check_asked(reader: QuizReader, name: str, questions: Sequence[Question]) -> None:

@@ -20,6 +20,8 @@ FEWEST_OPTIONS, MOST_OPTIONS = 2, 10
 MOST_WRITTEN = 6  # options of a question that a model writes; imported ones may have more
 ABSTAIN = "Cannot tell"  # the option added to every presentation, with an image, a caption or neither
 KINDS = ("object", "color", "shape", "size", "material", "position", "count", "text", "background", "action", "other")
+ABSENT = "absent"  # kind of a question whether a thing is there that is not; never one of those that a writer names
+YES_NO = ("Yes", "No")
 
 READ_CAPTION = (
     "Answer the question from the caption alone, with the letter of one option. "
@@ -27,6 +29,7 @@ READ_CAPTION = (
 )
 READ_NOTHING = 'Answer the question with the letter of one option. If you do not know, choose "{abstain}".'
 LOOK = 'Answer the question about the image with the letter of one option. If you cannot know, choose "{abstain}".'
+GUESS = "Answer the question about the image with the letter of one option."  # the same, without that option
 #: How a reader is asked. ``own``: by the instructions above, with the option to abstain among the others. ``caprl``: in
 #: the manner of CapRL's reward (arXiv 2509.22647, Fig. 15): two worked examples before the caption, the option to
 #: abstain last, and the answer begun for the model; about an image, as in its curation, by a plain instruction.
@@ -45,6 +48,13 @@ WRITE = (
     '{{"questions": [{{"kind": "...", "question": "...", "options": ["...", "..."], "answer": "the right option"}}]}}. '
     "Kinds: {kinds}."
 )
+#: Absent things are asked about as in POPE (arXiv 2305.10355), whose hardest ones, too, are those that one expects.
+NAME_ABSENT = (
+    "Name {count} things that are not in the image, though somebody who knows the rest of it would expect to see them. "
+    'Give each in one to four words, with its article, as in "a dog". '
+    'Reply in JSON: {{"things": ["...", "..."]}}.'
+)
+ASK_ABSENT = "Is there {thing} in the image?"
 
 # A letter on its own: "B", "B.", "(B)", "B) red", "The answer is B". Not "Because", "A red circle", "e.g." or "C'est",
 # nor the first of several: "A, B".
@@ -82,10 +92,20 @@ class Question:
             raise ValueError(f"the answer is option {self.answer} of {len(self.options)}")
 
     @property
+    def asks_absent(self) -> bool:
+        """Whether it asks for a thing that is not there. A caption that does not mention the thing is not wrong."""
+        return asks_absent(self.kind, self.options, self.answer)
+
+    @property
     def id(self) -> str:
         """16 hex digits of a hash of the question's content; the order of the options counts, the kind does not."""
         content = json.dumps([self.text, self.options, self.answer], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def asks_absent(kind: str | None, options: Sequence[str], answer: int | None) -> bool:
+    """Whether a question of this kind, with the right option at ``answer``, asks for a thing that is not there."""
+    return kind == ABSENT and answer is not None and fold(options[answer]) == fold(YES_NO[1])
 
 
 def fold(text: str) -> str:
@@ -115,12 +135,12 @@ def shuffles(choices: int, count: int, seed: str) -> list[tuple[int, ...]]:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def put(question: Question, order: Sequence[int], abstain: str = ABSTAIN) -> str:
-    """The question with its lettered options in ``order``; choice ``len(options)`` is to abstain.
+def put(question: Question, order: Sequence[int], abstain: str | None = ABSTAIN) -> str:
+    """The question with its lettered options in ``order``; choice ``len(options)`` is to abstain, without it if None.
 
     Raises ValueError where ``order`` is no permutation of the choices.
     """
-    choices = (*question.options, abstain)
+    choices = question.options if abstain is None else (*question.options, abstain)
     if sorted(order) != list(range(len(choices))):
         raise ValueError(f"the order {tuple(order)} is none of {len(choices)} choices")
     pairs = zip(letters(len(choices)), order, strict=True)
@@ -197,9 +217,11 @@ def abstains_last(style: PromptStyle) -> bool:
     return style == "caprl"
 
 
-def image_prompt(abstain: str = ABSTAIN, style: PromptStyle = "own") -> str:
-    """The prompt before a question to a model that sees the image, or is to answer as if it did."""
-    return (LOOK.format(abstain=abstain) if style == "own" else LOOK_PLAINLY) + "\n\n"
+def image_prompt(abstain: str | None = ABSTAIN, style: PromptStyle = "own") -> str:
+    """The prompt before a question to a model that sees the image, or is to answer as if it did; None: it has to."""
+    if style == "caprl":
+        return f"{LOOK_PLAINLY}\n\n"
+    return (GUESS if abstain is None else LOOK.format(abstain=abstain)) + "\n\n"
 
 
 def writing_prompt(count: int, kinds: Sequence[str] = KINDS) -> str:
@@ -228,6 +250,25 @@ def writing_schema(count: int, kinds: tuple[str, ...] = KINDS) -> str:
         "type": "object",
         "properties": {"questions": questions},
         "required": ["questions"],
+        "additionalProperties": False,
+    }
+    return json.dumps(schema)
+
+
+def absent_prompt(count: int) -> str:
+    """The prompt that asks for ``count`` things that the image before it does not show."""
+    return NAME_ABSENT.format(count=count)
+
+
+@cache
+def absent_schema(count: int) -> str:
+    """The JSON schema of the answer to :func:`absent_prompt`, as text, for guided decoding."""
+    text = {"type": "string", "minLength": 1, "maxLength": 60}
+    things = {"type": "array", "items": text, "minItems": 1, "maxItems": count}
+    schema = {
+        "type": "object",
+        "properties": {"things": things},
+        "required": ["things"],
         "additionalProperties": False,
     }
     return json.dumps(schema)

@@ -163,26 +163,30 @@ class QuizReader:
         return await self._ask(self._about(caption), questions)
 
     async def look(self, image: ImageInput | None, questions: Sequence[Question]) -> list[Reading]:
-        """Answers from the image, or to the same prompt without it: both arms have the same options."""
+        """Answers from the image, or to the same prompt without it: both have the same options."""
         return await self._ask(Prompt(image_prompt(self.config.abstain, self.config.prompt), image), questions)
 
-    def orders(self, question: Question) -> list[Order]:
-        """The orders in which ``question`` is asked, abstaining among the choices."""
-        moved, count = self._moved(question), self.config.presentations
+    async def guess(self, questions: Sequence[Question]) -> list[Reading]:
+        """Answers to the prompt of :meth:`look` without an image and without the option to abstain."""
+        return await self._ask(Prompt(image_prompt(None, self.config.prompt)), questions, abstains=False)
+
+    def orders(self, question: Question, abstains: bool = True) -> list[Order]:
+        """The orders in which ``question`` is asked, abstaining among the choices unless ``abstains`` is false."""
+        moved, count = self._moved(question, abstains), self.config.presentations
         if self.config.orders == "cyclic":
             orders = rotations(moved, count)
         else:
             orders = shuffles(moved, count or 4, f"{self.config.seed}/{question.id}")
-        return [self._whole(order, question) for order in orders]
+        return [self._whole(order, question) if abstains else order for order in orders]
 
     def shuffled(self, question: Question, rng: Random) -> Order:
         """A random order of the choices."""
         moved = self._moved(question)
         return self._whole(tuple(rng.sample(range(moved), moved)), question)
 
-    def _moved(self, question: Question) -> int:
+    def _moved(self, question: Question, abstains: bool = True) -> int:
         """How many of the choices change places."""
-        return len(question.options) + (not abstains_last(self.config.prompt))
+        return len(question.options) + (abstains and not abstains_last(self.config.prompt))
 
     def _whole(self, order: Order, question: Question) -> Order:
         return order if len(order) > len(question.options) else (*order, len(question.options))
@@ -200,11 +204,11 @@ class QuizReader:
         replies = await self._answers(self._about(caption), asked)
         return [reply.answer for reply in replies]
 
-    async def _answers(self, beginning: Prompt, asked: Sequence[tuple[Question, Order]]) -> list[_Reply]:
-        prompts = [
-            replace(beginning, text=beginning.text + put(question, order, self.config.abstain))
-            for question, order in asked
-        ]
+    async def _answers(
+        self, beginning: Prompt, asked: Sequence[tuple[Question, Order]], abstains: bool = True
+    ) -> list[_Reply]:
+        abstain = self.config.abstain if abstains else None
+        prompts = [replace(beginning, text=beginning.text + put(question, order, abstain)) for question, order in asked]
         numbers: Counter[str] = Counter()
         waiting = []
         for (question, order), prompt in zip(asked, prompts, strict=True):
@@ -216,12 +220,12 @@ class QuizReader:
                 raise outcome
         return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
-    async def _ask(self, beginning: Prompt, questions: Sequence[Question]) -> list[Reading]:
-        orders = [self.orders(question) for question in questions]
+    async def _ask(self, beginning: Prompt, questions: Sequence[Question], abstains: bool = True) -> list[Reading]:
+        orders = [self.orders(question, abstains) for question in questions]
         asked = [
             (question, order) for question, its_orders in zip(questions, orders, strict=True) for order in its_orders
         ]
-        replies = iter(await self._answers(beginning, asked))
+        replies = iter(await self._answers(beginning, asked, abstains))
         readings = []
         for question, its_orders in zip(questions, orders, strict=True):
             mine = [next(replies) for _ in its_orders]

@@ -61,9 +61,10 @@ class StageSpec:
     ``inputs``: options that take outputs of other stages, with the accepted kinds. ``products``: kind -> folder below
     --out; a kind in ``optional`` is produced only with the switch named there, one in ``unless`` only without it.
     ``outputs``: artifacts, the main one last. ``rows``: the input whose rows the stage processes, empty if it creates
-    them. ``selects``: the stage may drop rows. ``skips``: the input whose rows that are not ok cost nothing, or empty.
-    ``check``: raises BadInput for invalid options before a chain starts: a function of the option values by parameter
-    name, or the import path of a function whose parameters are the command's option groups.
+    them. ``named``: inputs whose sources may have a name of their own. ``selects``: the stage may drop rows. ``skips``:
+    the input whose rows that are not ok cost nothing, or empty. ``check``: raises BadInput for invalid options before a
+    chain starts: a function of the option values by parameter name, or the import path of a function whose parameters
+    are the command's option groups.
     """
 
     name: str
@@ -75,6 +76,7 @@ class StageSpec:
     rows: str = SHARDS
     optional: Mapping[str, str] = field(default_factory=dict)
     unless: Mapping[str, str] = field(default_factory=dict)
+    named: frozenset[str] = frozenset()
     selects: bool = False
     skips: str = ""
     check: str | Callable[[Mapping[str, Any]], object] | None = None

@@ -259,11 +259,15 @@ def expecting(parquet: pq.ParquetFile, rows: int, where: str) -> pq.ParquetFile:
 
 
 def _oversize(footer: pq.FileMetaData, rows: int) -> str | None:
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    actual = max(footer.num_rows, sum(group.num_rows for group in groups))
+    actual = max(footer.num_rows, sum(footer.row_group(at).num_rows for at in range(footer.num_row_groups)))
     if footer.num_rows != rows or actual != rows:
         return f"{actual} rows, {rows} in the manifest"
-    for group in groups:
+    return oversized_group(footer)
+
+
+def oversized_group(footer: pq.FileMetaData) -> str | None:
+    """A row group that is not read, as it would not fit in memory; None if there is none."""
+    for group in map(footer.row_group, range(footer.num_row_groups)):
         values = max((group.column(number).num_values for number in range(group.num_columns)), default=0)
         if group.total_byte_size > MAX_GROUP_BYTES or values > MAX_GROUP_VALUES:
             return f"a row group of {group.total_byte_size} bytes and {values} values in a column"

@@ -26,13 +26,14 @@ from ..files.compressed import tar_stem
 from ..files.storage import PRIVATE, Folder, parquet_file
 from ..files.store_errors import StoreUnavailable
 from ..files.tar import BLOCK, Member, printable, scan
+from ..joining.packed_uids import DIGITS
 from ..replacing import REDO
 from ..samples import split_name
 from ..shards import uid_of
 from ..status import Status
 from .applied import NOTE
 from .rows import KEPT
-from .uid_set import DIGITS, UidSet
+from .uid_set import UidSet
 
 MOST_FAULTS = 20  # lines; the others are counted
 _CHUNK = 1 << 20

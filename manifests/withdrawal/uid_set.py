@@ -20,29 +20,14 @@ from ...errors import BadInput
 from ..files.storage import open_parquet
 from ..files.stores import filesystem
 from ..files.tar import printable
+from ..joining.packed_uids import DIGITS, HINT, Mask, Packed, digits_of, pack, packed_of
 
-DIGITS = 32  # hex digits of a uid
 COLUMN = "uid"
 _SUFFIX = ".parquet"
 _BLOCK = 4 << 20  # bytes read at a time
 _LONGEST = 4096  # bytes of a line
 _WHITESPACE = np.frombuffer(b" \t\r\v\f", np.uint8)
 _MARK = b"\xef\xbb\xbf"  # UTF-8's byte-order mark
-_INVALID = 255
-_HINT = "a uid is the first 32 hex digits of the sha256 of an image's bytes"
-
-Packed = npt.NDArray[np.bytes_]  # of 16 bytes each
-Mask = npt.NDArray[np.bool_]
-
-
-def _digit_values() -> npt.NDArray[np.uint8]:
-    values = np.full(256, _INVALID, np.uint8)
-    for digits in (b"0123456789abcdef", b"0123456789ABCDEF"):
-        values[np.frombuffer(digits, np.uint8)] = np.arange(16)
-    return values
-
-
-_VALUES = _digit_values()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,12 +71,8 @@ class UidSet:
 
     def places(self, uids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
         """(n,) index in :attr:`packed` of each of ``uids`` (text, null allowed), -1 if it is not in the set."""
-        column = uids.combine_chunks() if isinstance(uids, pa.ChunkedArray) else uids
-        usable = np.array(pc.fill_null(pc.equal(pc.binary_length(column), DIGITS), False), dtype=bool)
-        packed, valid = pack(_digits_of(column.filter(pa.array(usable))))
-        found = np.full(len(column), -1, dtype=np.int64)
-        found[np.flatnonzero(usable)] = np.where(valid, self._places(packed), -1)
-        return found
+        packed, valid = packed_of(uids.combine_chunks() if isinstance(uids, pa.ChunkedArray) else uids)
+        return np.where(valid, self._places(packed), -1)
 
     def holds(self, packed: Packed) -> Mask:
         """(n,) True for each of ``packed`` (16 bytes each) in the set."""
@@ -115,24 +96,6 @@ class UidSet:
 EMPTY = UidSet(np.empty(0, "S16"))
 
 
-def pack(digits: npt.NDArray[np.uint8]) -> tuple[Packed, Mask]:
-    """(n, 32) ASCII hex digits as n values of 16 bytes, and which of them are valid."""
-    values = _VALUES[digits]
-    valid: Mask = (values != _INVALID).all(axis=1)
-    halves = (values[:, 0::2] << 4) | (values[:, 1::2] & 15)
-    return np.ascontiguousarray(halves).view("S16").reshape(-1), valid
-
-
-def _digits_of(column: pa.Array) -> npt.NDArray[np.uint8]:
-    """(n, 32) characters of an array of texts without null, all of 32 bytes."""
-    text = column.cast(pa.string())
-    if not len(text):
-        return np.empty((0, DIGITS), np.uint8)
-    _, offsets, values = text.buffers()
-    bounds = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
-    return np.frombuffer(values, np.uint8)[bounds[0] : bounds[-1]].reshape(-1, DIGITS)
-
-
 # --- reading lists ----------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +111,7 @@ def read_uids(given: str) -> UidSet:
     except FileNotFoundError:
         raise BadInput(f"{file}: no such file; --drop takes a list of uids, one per line, or a Parquet file") from None
     except (OSError, pa.ArrowException, ValueError, ImportError) as error:
-        raise BadInput(f"{file}: cannot be read as a list of uids ({error}); {_HINT}") from None
+        raise BadInput(f"{file}: cannot be read as a list of uids ({error}); {HINT}") from None
     packed = np.concatenate([EMPTY.packed, *found])
     return UidSet(np.unique(packed), given, len(packed))
 
@@ -238,11 +201,11 @@ def _of_parquet(url: str, column: str) -> Iterator[Packed]:
 def _of_column(url: str, column: str, values: pa.Array, row: int) -> Packed:
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise BadInput(f"{url}: column {column!r} is of {kind}, not of text; {_HINT}")
+        raise BadInput(f"{url}: column {column!r} is of {kind}, not of text; {HINT}")
     text = pc.utf8_trim_whitespace(values.cast(pa.string()))
     used = pc.fill_null(pc.not_equal(text, ""), False)
     whole = pc.equal(pc.binary_length(text), DIGITS)
-    packed, valid = pack(_digits_of(text.filter(pc.and_(used, whole))))
+    packed, valid = pack(digits_of(text.filter(pc.and_(used, whole))))
     bad = np.array(pc.and_not(used, pc.fill_null(whole, False)), dtype=bool)
     bad[np.flatnonzero(np.array(pc.fill_null(whole, False), dtype=bool))[~valid]] = True
     if bad.any():
@@ -253,4 +216,4 @@ def _of_column(url: str, column: str, values: pa.Array, row: int) -> Packed:
 
 def _refuse(url: str, where: str, text: bytes) -> NoReturn:
     shown = printable(text[:60].decode("utf-8", "replace")) + ("…" if len(text) > 60 else "")
-    raise BadInput(f"{url}: {where} is no uid ({shown!r}); {_HINT}")
+    raise BadInput(f"{url}: {where} is no uid ({shown!r}); {HINT}")

@@ -15,14 +15,24 @@ def split_sentences(text: str) -> list[str]:
 
     Abbreviations and initials ("Dr. Who", "J. S. Bach") do not end one, nor does a point inside a number.
     """
-    parts: list[str] = []
+    return [text[start:end] for start, end in sentence_spans(text)]
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end in ``text`` of each of its sentences (:func:`split_sentences`)."""
+    spans: list[tuple[int, int]] = []
     start = 0
     for end in _END.finditer(text):
-        head = text[start : end.start()]
-        closing = text[end.start() : end.end()].rstrip()
-        if "\n" not in end[0] and _ABBREVIATION.search(head):
+        if "\n" not in end[0] and _ABBREVIATION.search(text[start : end.start()]):
             continue
-        parts.append(head + closing)
+        spans.append((start, end.start() + len(end[0].rstrip())))
         start = end.end()
-    parts.append(text[start:])
-    return [part.strip() for part in parts if part.strip()]
+    spans.append((start, len(text)))
+    return [stripped for span in spans if (stripped := _stripped(text, *span))[0] < stripped[1]]
+
+
+def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without white space at its ends."""
+    piece = text[start:end]
+    start += len(piece) - len(piece.lstrip())
+    return start, start + len(piece.strip())

@@ -26,7 +26,7 @@ from ...manifests.withdrawal.uid_set import list_file
 from ...models.bundled import PREFIX, resolve
 from ...models.engines.model_folder import folder_digest
 from ...models.engines.vllm.arguments import changing_rows
-from ...stages.annotate.prompts import parse_prompt
+from ...stages.annotate.prompts import parse_fallback, parse_prompt
 from ...stages.ask.questions import parse_questions
 from ..commands.options.key_values import FIELDS, key_values, second_model
 from .options import KEY_VALUES, SET
@@ -63,6 +63,8 @@ def _meant(key: str, value: Any) -> Any:
         return model_meaning(value)
     if key == "prompt":
         return [asdict(parse_prompt(text)) for text in value]
+    if key == "fallback-prompt":
+        return [asdict(parse_fallback(text)) for text in value]
     if key == "adapter":
         return model_meaning(value)
     if key in KEY_VALUES:
@@ -72,7 +74,7 @@ def _meant(key: str, value: Any) -> Any:
 
 def _arguments(key: str, assignments: Sequence[str]) -> dict[str, Any]:
     """The key=value options that affect rows, regardless of order and of those that only affect speed."""
-    if key not in ("engine-arg", "screen-arg", "reader-arg"):
+    if key not in ("engine-arg", "screen-arg", "reader-arg", "vlm-arg"):
         return key_values(f"--{key}", assignments)
     options = second_model(f"--{key}", {}, assignments, same=True)
     rows = {name: value for name, value in options.items() if name not in SPEED_FIELDS}

@@ -107,7 +107,7 @@ def _outside(path: str) -> str:
 
 def _named(source: Source, before: Mapping[str, Planned], data: Mapping[str, str]) -> list[Any]:
     of = before[source.stage].digest if source.stage is not None else data[source.path or ""]
-    return [of, source.first]
+    return [of, source.first, *([] if source.name is None else [source.name])]
 
 
 def _parts(
@@ -182,7 +182,7 @@ def written(stage: ChainStage) -> dict[str, Any]:
 def named_inputs(stage: ChainStage) -> dict[str, str]:
     """Inputs by role: the stages they come from, or paths."""
     return {
-        role: ",".join(source.stage or redacted_data(source.path or "") for source in sources)
+        role: ",".join(named_place(source, source.stage or redacted_data(source.path or "")) for source in sources)
         for role, sources in stage.inputs.items()
     }
 
@@ -221,8 +221,14 @@ def _torchrun(processes: int) -> list[str]:
 
 
 def places_of(chain: Chain, stage: ChainStage, role: str, folder: Path) -> list[str]:
-    """Current or future locations of a stage's inputs of one role."""
-    return [_place(chain, stage, role, source, folder) for source in stage.inputs.get(role, ())]
+    """Current or future locations of a stage's inputs of one role, after their names if they have any."""
+    sources = stage.inputs.get(role, ())
+    return [named_place(source, _place(chain, stage, role, source, folder)) for source in sources]
+
+
+def named_place(source: Source, place: str) -> str:
+    """A source's place as options take it."""
+    return place if source.name is None else f"{source.name}={place}"
 
 
 def _place(chain: Chain, stage: ChainStage, role: str, source: Source, folder: Path) -> str:

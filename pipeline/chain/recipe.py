@@ -5,10 +5,10 @@
       captions: {stage: annotate, inputs: {shards: photos}, config: {model: tiny/captioner, prompt: [plain, dense]}}
 
 An input is the name of another stage, ``{stage: photos, first: 3}`` for its first three shards, or ``{path: ...}`` for
-external data, relative to the working directory of `capipe run`. Keys of ``config`` are the command's long options. A
-stage may also have ``out`` (its folder in the chain's; its name by default), ``expects`` (the number of input rows, or
-of those that its marks leave to it, if it cannot be counted), ``rate`` (:class:`Rate`) and, for training with torchrun,
-``processes``.
+external data, relative to the working directory of `capipe run`. A source of the columns of a filter's ``scores`` may
+have a name: ``{stage: asked, as: big}``. Keys of ``config`` are the command's long options. A stage may also have
+``out`` (its folder in the chain's; its name by default), ``expects`` (the number of input rows, or of those that its
+marks leave to it, if it cannot be counted), ``rate`` (:class:`Rate`) and, for training with torchrun, ``processes``.
 """
 
 from __future__ import annotations
@@ -49,11 +49,16 @@ class Rate(_Section):
 
 
 class Source(_Section):
-    """Source of an input: another stage, or an external path. ``first``: use only this many shards, from the start."""
+    """Source of an input: another stage, or an external path.
+
+    ``first``: use only this many shards, from the start. ``name``: what its columns are called after, where several
+    sources give columns.
+    """
 
     stage: str | None = None
     path: str | None = Field(None, min_length=1)
     first: int | None = Field(None, ge=1)
+    name: str | None = Field(None, alias="as", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Source:
@@ -215,6 +220,8 @@ class _Reader:
             for source in sources:
                 if source.first is not None and not set(command.spec.inputs[role]) & set(_SELECTED):
                     self.say(where, "first: is for shards alone; leave it out")
+                if source.name is not None and role not in command.spec.named:
+                    self.say(where, "as: is for sources of columns alone, a filter's scores; leave it out")
                 if source.stage is not None and source.stage not in self.entries:
                     known = ", ".join(other for other in self.entries if other != name)
                     hint = f"there are {known}; data from outside is written {{path: {source.stage}}}"

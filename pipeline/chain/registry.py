@@ -22,8 +22,8 @@ SPEED = keys(
 )
 #: Options that take rows out after they were made: of no stage's meaning. See :func:`.plan.inspect_outputs`.
 WITHDRAWING = "drop"
-ENGINES = keys("engine screen-engine reader-engine")
-MODELS = keys("model screen-model reader clip itm cosine language-model")
+ENGINES = keys("engine screen-engine reader-engine vlm-engine")
+MODELS = keys("model screen-model reader clip itm vlm cosine language-model")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,28 @@ def _options(chain: Chain, stage: ChainStage) -> None:
     if check is None:
         return
     values = _values(chain, stage)
-    check(values)
+    checked = check(values)
     if "prompt" in stage.command.options:
-        from ..jobs.annotate import chosen_prompts
+        _prompts(values, _base_model(chain, stage, "model"), checked)
 
-        model = _base_model(chain, stage, "model")
-        here = None if model is None or _is_hub_id(model) else model
-        chosen_prompts(values.get("prompt"), here, values.get("engine", "auto"), values.get("system"))
+
+def _prompts(values: Mapping[str, Any], model: str | None, checked: object) -> None:
+    """Check prompts against their model, if it is local. ``checked``: what the command's own check returned."""
+    from ...models.engines.loading import EngineConfig
+    from ...stages.annotate.captioner import AnnotateConfig
+    from ..jobs.rows.prompts import check_longest, chosen_prompts
+
+    here = None if model is None or _is_hub_id(model) else model
+    engine: str = values.get("engine", "auto")
+    beside = None if values.get("captions") else ()  # they may not be written yet
+    prompts, fallbacks = values.get("prompt"), values.get("fallback_prompt")
+    chosen = chosen_prompts(prompts, fallbacks, here, engine, values.get("system"), beside)
+    config = getattr(checked, "annotate", checked)  # eval has it beside another one
+    if here is None or "://" in engine or is_import_path(engine) or not isinstance(config, AnnotateConfig):
+        return
+    config = config.model_copy(update=chosen.settings(config.field_bytes))
+    limits: dict[str, Any] = {name: values.get(name) for name in ("max_model_len", "min_pixels", "max_pixels")}
+    check_longest(config, EngineConfig(kind=engine, model=here, **limits))
 
 
 def _values(chain: Chain, stage: ChainStage) -> dict[str, Any]:
@@ -141,7 +156,7 @@ def _models(stage: ChainStage) -> Iterator[tuple[str, str, Callable[[str], None]
             yield "recipe", stage.recipe.validation.reader, _model
         return
     config = stage.config
-    asked_of = {"model": "engine", "screen-model": "screen-engine", "reader": "reader-engine"}
+    asked_of = {"model": "engine", "screen-model": "screen-engine", "reader": "reader-engine", "vlm": "vlm-engine"}
     for key, engine in asked_of.items():
         kind = config.get(engine) or config.get("engine") or ""
         if config.get(key) is not None and "://" not in kind and not is_import_path(kind):  # no local model to check

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...errors import BadInput, CapipeError
 from ...terminal import print_err
 from .options import shared as o
 from .options.engine_choice import EngineChoice
@@ -41,11 +42,9 @@ class AnnotateOptions:
     out: o.Out
     model: Annotated[str, typer.Option(help="tiny/captioner, a folder, or a Hugging Face id.")]
     engine: o.EngineName = "auto"
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="plain, short, dense, caprl, none (the image alone), name=text or name=@file; may be repeated."
-        ),
+    asking: o.PromptOptions
+    captions: Annotated[
+        str | None, typer.Option(help="Captions of `capipe annotate` that {captions.NAME} in a prompt may name, too.")
     ] = None
     samples: Annotated[int, typer.Option(help="Captions per prompt and image.")] = 1
     system: Annotated[str | None, typer.Option(help="System message.")] = None
@@ -77,11 +76,15 @@ def check(options: AnnotateOptions) -> AnnotateConfig:
     """
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.annotate.quality_gate import QualityGateConfig
-    from ..jobs.annotate import parse_prompts
+    from ..jobs.rows.prompts import parse_prompts, taken_from
 
+    asking = options.asking
+    chosen = parse_prompts(asking.prompt, asking.fallback_prompt, () if options.captions is None else None)
+    if options.captions is not None and not taken_from(chosen.prompts):
+        raise BadInput("--captions: no prompt takes {captions.NAME} of it; leave it out")
     config = o.validated(
         AnnotateConfig,
-        prompts=parse_prompts(options.prompt),
+        **chosen.settings(asking.field_bytes),
         samples=options.samples,
         system=options.system,
         max_attempts=options.max_attempts,
@@ -98,22 +101,44 @@ def annotate(options: AnnotateOptions) -> None:
     """Caption every image of the shards; one row out for every row in, failures included."""
     from ...manifests.schema import ANNOTATE
     from ...stages.annotate.captioner import passed_on
-    from ..jobs.annotate import AnnotateStage, chosen_prompts
+    from ..jobs.annotate import AnnotateStage
     from ..jobs.artifacts import marks_beside
     from ..jobs.rows.engine import plan
+    from ..jobs.rows.prompts import Given, check_longest, chosen_prompts
 
     config, drop = check(options), o.dropped(options.drop)
-    prompts = chosen_prompts(options.prompt, options.model, options.engine, options.system)
-    config = config.model_copy(update={"prompts": prompts})
+    given = Given.of(options.captions)
+    asking, model, engine = options.asking, options.model, options.engine
+    chosen = chosen_prompts(asking.prompt, asking.fallback_prompt, model, engine, options.system, given.names)
+    settled = {**chosen.settings(asking.field_bytes), "given_tokens": given.tokens}
+    config = config.model_copy(update=settled)
     placement = options.captioner.placement()
     setup = options.captioner.setup(placement, config.room, options.trace, config.sampling)
+    check_longest(config, setup.engine)
+    for note in chosen.lines():
+        print_err(note)
     stage = AnnotateStage(config, setup, options.model, options.pack)
-    beside = marks_beside(options.marks)
+    beside = {**marks_beside(options.marks), **given.beside}
     job = plan(stage, options.shards, options.out, beside=beside, **options.run.plan_options(options.retry))
     code = run_withdrawing(job, placement, drop, ANNOTATE, passed_on)
-    if job.todo and code is not Exit.INTERRUPTED:
-        _warn_of_shared(options.out)
+    if code is not Exit.INTERRUPTED:
+        say_fallbacks(options.out)
+        if job.todo:
+            _warn_of_shared(options.out)
     raise typer.Exit(code)
+
+
+def say_fallbacks(out: str) -> None:
+    """Print on stderr how many captions are by fallbacks of prompts with fields."""
+    from ...manifests.artifact import Artifact
+    from ..inspect.fallbacks import fallback_lines
+
+    try:
+        lines = fallback_lines(Artifact.open(out))
+    except (OSError, ValueError, CapipeError) as error:  # everything is committed; `capipe verify` finds such errors
+        lines = [f"warning: captions by fallbacks were not counted: {error}"]
+    for line in lines:
+        print_err(line)
 
 
 def _warn_of_shared(out: str) -> None:

@@ -16,6 +16,7 @@ from ..jobs.artifacts import captions_artifact, question_artifact, refuse_contro
 from .options import shared as o
 from .options.engine_choice import EngineChoice
 from .options.groups import flattened, settings
+from .options.vlm import VlmOptions
 from .run_job import Exit, run_job
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.questions.grade import GradeConfig
     from ...trainer.evaluation.results import Caution, Comparison, EvaluationReport
+    from ..jobs.rows.sentences import CheckStage
 
-CAPTIONED, GRADED = "captions", "graded"  # the artifacts in --out; the report is beside them
+CAPTIONED, GRADED, CHECKED = "captions", "graded", "checked"  # the artifacts in --out; the report is beside them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class EvalOptions:
     captions: Annotated[str | None, typer.Option(help="Artifact of captions made before.")] = None
     engine: o.EngineName = "auto"
     reader_engine: Annotated[str | None, typer.Option(help="The reader's; the captioner's kind by default.")] = None
-    prompt: Annotated[list[str] | None, typer.Option(help="As for annotate; may be repeated.")] = None
+    asking: o.PromptOptions
     samples: Annotated[int, typer.Option(help="Captions per prompt and image (k).")] = 4
     sampling: CaptionerSampling
     decoding: o.DecodingOptions
@@ -61,6 +63,7 @@ class EvalOptions:
             "may be repeated.",
         ),
     ] = None
+    sentences: VlmOptions
     generic: Annotated[str | None, typer.Option(help="A caption that fits any image, to be graded as a floor.")] = None
     clip: Annotated[
         str | None,
@@ -89,6 +92,11 @@ class EvalOptions:
         option, values = "--reader-arg", self.reader_arg
         return self.captioner.second(self.reader, self.reader_engine, option, values, same=False, sees=False)
 
+    @property
+    def checker(self) -> EngineChoice | None:
+        """The model that checks sentences, if any."""
+        return self.sentences.choice(self.captioner)
+
 
 @dataclass(frozen=True)
 class EvalConfigs:
@@ -105,7 +113,7 @@ def check(options: EvalOptions) -> EvalConfigs:
     """
     from ...stages.annotate.captioner import AnnotateConfig
     from ...stages.questions.grade import GradeConfig
-    from ..jobs.annotate import parse_prompts
+    from ..jobs.rows.prompts import parse_prompts
 
     if (options.model is None) == (options.captions is None):
         raise BadInput("give either --model, a captioner to evaluate, or --captions, what one has written")
@@ -114,11 +122,13 @@ def check(options: EvalOptions) -> EvalConfigs:
     if options.model is None:
         options.captioner.refuse_own("--captions has no captioner: give it to the reader, by --reader-arg")
     options.grader.check()
-    prompts = parse_prompts(options.prompt)
-    refuse_controls([prompt.name for prompt in prompts])
+    if (checker := options.checker) is not None:
+        checker.check()
+    chosen = parse_prompts(options.asking.prompt, options.asking.fallback_prompt)
+    refuse_controls([prompt.name for prompt in chosen.prompts])
     annotate = o.validated(
         AnnotateConfig,
-        prompts=prompts,
+        **chosen.settings(options.asking.field_bytes),
         samples=options.samples,
         max_attempts=1,  # the captioner's first output is measured
         **settings(options.sampling),
@@ -139,9 +149,9 @@ def evaluate(options: EvalOptions) -> None:
     from ...models.engines.context import quiz_room
     from ...models.reader import ReaderConfig
     from ...stages.questions import grade, screen
-    from ..jobs.annotate import chosen_prompts
     from ..jobs.grade import GradeStage
     from ..jobs.rows.engine import plan
+    from ..jobs.rows.prompts import chosen_prompts
     from ..jobs.rows.reader_checks import (
         asked_of,
         caption_texts,
@@ -154,8 +164,10 @@ def evaluate(options: EvalOptions) -> None:
     config = check(options)
     questions = question_artifact(options.questions)
     check_measures(options)
-    prompts = chosen_prompts(options.prompt, options.model, options.engine)
-    captioning = config.annotate.model_copy(update={"prompts": prompts})
+    checking = sentence_stage(options, config.grade)
+    asking = options.asking
+    chosen = chosen_prompts(asking.prompt, asking.fallback_prompt, options.model, options.engine)
+    captioning = config.annotate.model_copy(update=chosen.settings(asking.field_bytes))
     placement = options.grader.placement()
     mode = options.reading.reader_mode or "choose"
     captions = None if options.captions is None else captions_artifact(options.captions)
@@ -169,6 +181,8 @@ def evaluate(options: EvalOptions) -> None:
     codes = [Exit.OK]
     if captions is None:
         check_limit(grading, captioning.max_tokens)
+        for line in chosen.lines():
+            print_err(line)
         code, captions = caption(options, captioning)
         codes.append(code)
     lengths = check_captions(
@@ -180,12 +194,48 @@ def evaluate(options: EvalOptions) -> None:
     grading = grading.with_room(lengths.longest)
     beside = {screen.QUESTIONS: questions, grade.CAPTIONS: captions}
     job = plan(grading, options.shards, graded, beside=beside, **options.run.plan_options(options.retry))
-    codes.append(run_job(job, placement))
-    if codes[-1] is Exit.INTERRUPTED:
-        raise typer.Exit(codes[-1])
+    codes.append(finished(run_job(job, placement)))
+    if checking is not None:
+        codes.append(finished(check_sentences(options, checking, captions)))
     if Artifact.open(graded).committed():  # otherwise the reason why no shard was graded has been printed
         report(options, graded, warnings)
     raise typer.Exit(max(codes))
+
+
+def finished(code: Exit) -> Exit:
+    """The code of a step that was not interrupted. Raises Exit for one that was."""
+    if code is Exit.INTERRUPTED:
+        raise typer.Exit(code)
+    return code
+
+
+def sentence_stage(options: EvalOptions, config: GradeConfig) -> CheckStage | None:
+    """The stage that checks captions sentence by sentence; None if no model for that is named.
+
+    Raises BadInput if the model cannot be used; a server may still be started while captions are written.
+    """
+    from ...stages.questions.check import CheckConfig
+    from ..jobs.rows.sentences import CheckStage, sentence_room
+
+    if (checker := options.checker) is None:
+        return None
+    asks = options.sentences.config
+    setup = checker.setup(checker.placement(), sentence_room(asks))
+    stage = CheckStage(CheckConfig(reader=asks, controls=config), setup)
+    if not setup.engine.is_http:
+        stage.semantic()
+    return stage
+
+
+def check_sentences(options: EvalOptions, stage: CheckStage, captions: Artifact) -> Exit:
+    """Check the captions sentence by sentence."""
+    from ...stages.questions.grade import CAPTIONS
+    from ..jobs.rows.engine import plan
+
+    assert options.checker is not None
+    runs = options.run.plan_options(options.retry)
+    job = plan(stage, options.shards, f"{options.out.rstrip('/')}/{CHECKED}", beside={CAPTIONS: captions}, **runs)
+    return run_job(job, options.checker.placement())
 
 
 def report(options: EvalOptions, graded: str, warnings: Sequence[Caution]) -> None:
@@ -194,7 +244,8 @@ def report(options: EvalOptions, graded: str, warnings: Sequence[Caution]) -> No
     from ..jobs.eval import EvaluationModels, report_on, write_report
 
     models = EvaluationModels(options.clip, options.cosine, options.language_model)
-    figures = report_on(Artifact.open(graded), models, warnings)
+    checked = None if options.checker is None else Artifact.open(f"{options.out.rstrip('/')}/{CHECKED}")
+    figures = report_on(Artifact.open(graded), models, warnings, checked)
     write_report(figures, options.out)
     show(figures)
     say_warnings(figures.warnings)
@@ -220,16 +271,20 @@ def caption(options: EvalOptions, config: AnnotateConfig) -> tuple[Exit, Artifac
     from ..jobs.annotate import AnnotateStage
     from ..jobs.artifacts import marks_beside
     from ..jobs.rows.engine import plan
+    from ..jobs.rows.prompts import check_longest
+    from .annotate import say_fallbacks
 
     captioner = options.captioner
     placement = captioner.placement()
     setup = captioner.setup(placement, config.room, sampling=config.sampling)
+    check_longest(config, setup.engine)
     stage = AnnotateStage(config, setup, captioner.model)
     out = f"{options.out.rstrip('/')}/{CAPTIONED}"
     beside, runs = marks_beside(options.marks), options.run.plan_options(options.retry)
     code = run_job(plan(stage, options.shards, out, beside=beside, **runs), placement)
     if code is Exit.INTERRUPTED:
         raise typer.Exit(code)
+    say_fallbacks(out)
     return code, captions_artifact(out)
 
 

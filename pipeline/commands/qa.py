@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ...errors import BadInput
+from ...errors import BadInput, CapipeError
 from ...terminal import print_err
 from ..jobs.artifacts import SCREENED, WRITTEN
 from ..runners.placement import Placement
@@ -37,7 +37,10 @@ class ScreenOptions:
     """Criteria for keeping questions."""
 
     screen: Annotated[
-        str, typer.Option(help="strict (right in all orders with the image, in none without), caprl, or none.")
+        str,
+        typer.Option(
+            help="strict (right in all orders with the image, in none without, not guessed either), caprl, or none."
+        ),
     ] = "strict"
     with_image: Annotated[str | None, typer.Option(help="Bound on accuracy with the image, e.g. '>=1' or '>0.75'.")] = (
         None
@@ -45,6 +48,16 @@ class ScreenOptions:
     without_image: Annotated[str | None, typer.Option(help="Bound on accuracy without it, e.g. '<=0' or '<0.25'.")] = (
         None
     )
+    blind: Annotated[
+        Literal["abstain", "guess", "both"] | None,
+        typer.Option(
+            help="Asked without the image: with the option to abstain, without it (a forced guess), or both; both if "
+            "--screen is strict, guess if it is caprl, by default."
+        ),
+    ] = None
+    guess_margin: Annotated[
+        float | None, typer.Option(help="Share of forced guesses that may be right above chance; 0.25 if strict.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +79,12 @@ class QaOptions:
     screen_model: Annotated[str | None, typer.Option(help="Model that screens; the writer by default.")] = None
     screen_engine: Annotated[str | None, typer.Option(help="Its engine; the writer's kind by default.")] = None
     per_image: Annotated[int, typer.Option(help="Questions asked for per image.")] = 5
+    absent: Annotated[
+        int,
+        typer.Option(
+            help="Further questions per image about things that are not in it, answered no; named by the writer."
+        ),
+    ] = 0
     fewest: Annotated[int, typer.Option(help="Ask again while an image has fewer usable ones.")] = 1
     max_attempts: Annotated[int, typer.Option(help="Requests per image, the first included.")] = 3
     sampling: WriterSampling
@@ -130,9 +149,14 @@ def check(options: QaOptions) -> QaConfigs:
         raise BadInput(
             f"--distractors {options.distractors}: 0 to leave open-ended questions alone, or up to {most} wrong options"
         )
+    if options.absent and options.model is None:
+        raise BadInput(
+            f"--absent {options.absent}: the writer names absent things, and --import has none; leave it out"
+        )
     write = o.validated(
         QuestionsConfig,
         per_image=options.per_image,
+        absent=options.absent,
         fewest=options.fewest,
         max_attempts=options.max_attempts,
         **settings(options.sampling),
@@ -162,7 +186,23 @@ def qa(options: QaOptions) -> None:
     stage = ScreenStage(config.screen, setup, screener.model)
     beside = {QUESTIONS: Artifact.open(written)}
     job = plan(stage, options.shards, screened, beside=beside, **options.run.plan_options(options.retry))
-    raise typer.Exit(max(code, run_job(job, placement)))
+    ended = run_job(job, placement)
+    if ended is not Exit.INTERRUPTED:
+        say_screening(screened)
+    raise typer.Exit(max(code, ended))
+
+
+def say_screening(out: str) -> None:
+    """Print on stderr what each arm of screening refused."""
+    from ...manifests.artifact import Artifact
+    from ..inspect.screening import screening_lines
+
+    try:
+        lines = screening_lines(Artifact.open(out))
+    except (OSError, ValueError, CapipeError) as error:  # everything is committed; `capipe verify` finds such errors
+        lines = [f"warning: what screening refused was not counted: {error}"]
+    for line in lines:
+        print_err(line)
 
 
 def write_questions(options: QaOptions, config: QuestionsConfig, out: str) -> Exit:
@@ -208,9 +248,14 @@ def screen_config(options: ScreenOptions, reader: o.ReaderOptions) -> ScreenConf
     from ...stages.questions.screen import PRESETS
 
     if options.screen == "none":
-        if reader.reader_mode is not None or reader.reader_prompt != "own":
-            option = "--reader-prompt" if reader.reader_mode is None else "--reader-mode"
-            raise BadInput(f"{option}: --screen none has nobody screen; leave one of them out")
+        given = {
+            "--reader-mode": reader.reader_mode is not None,
+            "--reader-prompt": reader.reader_prompt != "own",
+            "--blind": options.blind is not None,
+            "--guess-margin": options.guess_margin is not None,
+        }
+        if unused := [option for option, is_given in given.items() if is_given]:
+            raise BadInput(f"{unused[0]}: --screen none has nobody screen; leave one of them out")
         return None
     if options.screen not in PRESETS:
         raise BadInput(f"--screen {options.screen!r}: there are {', '.join(PRESETS)} and none")
@@ -219,6 +264,8 @@ def screen_config(options: ScreenOptions, reader: o.ReaderOptions) -> ScreenConf
         bounds["image_min"], bounds["image_inclusive"] = o.parse_bound("--with-image", options.with_image, ">")
     if options.without_image is not None:
         bounds["text_max"], bounds["text_inclusive"] = o.parse_bound("--without-image", options.without_image, "<")
+    config = PRESETS[options.screen]
+    bounds |= _blind_arms(options, config)
     reads: dict[str, Any] = {"prompt": reader.reader_prompt}
     if reader.presentations is not None:
         if reader.presentations < 1:
@@ -226,5 +273,21 @@ def screen_config(options: ScreenOptions, reader: o.ReaderOptions) -> ScreenConf
         reads["presentations"] = reader.presentations
     if reader.reader_mode is not None:
         reads["mode"] = reader.reader_mode
-    config = PRESETS[options.screen]
     return config.model_copy(update={**bounds, "reader": config.reader.model_copy(update=reads)})
+
+
+def _blind_arms(options: ScreenOptions, preset: ScreenConfig) -> dict[str, Any]:
+    """Settings of the arms without the image. Raises BadInput for one that no arm would use."""
+    blind, margin = options.blind or preset.blind, options.guess_margin
+    if margin is not None and blind == "abstain":
+        raise BadInput(f"--guess-margin {margin}: nothing is guessed with --blind abstain; leave one of them out")
+    if margin is not None and not 0 <= margin <= 1:
+        raise BadInput(f"--guess-margin {margin}: a share from 0 to 1")
+    if margin is None and blind != "abstain":
+        margin = preset.guess_margin
+    if options.without_image is not None and blind == "guess" and margin is not None:
+        raise BadInput(
+            f"--without-image {options.without_image!r}: forced guesses are bounded by --guess-margin, and there is no "
+            "other arm; leave it out, or give --blind both"
+        )
+    return {"blind": blind, "guess_margin": margin}

@@ -61,13 +61,13 @@ def _columns(name: str) -> dict[str, str]:
 
 
 def _ranges(artifact: Artifact, shards: Sequence[str], columns: list[str]) -> dict[str, tuple[float, float]]:
-    """Minimum and maximum of each column that has values."""
+    """Minimum and maximum of each column that has values, unless they are farther apart than numbers go."""
     ranges: dict[str, tuple[float, float]] = {}
     for column, values in _values(artifact, shards, columns):
         if len(values):
             low, high = ranges.get(column, (np.inf, -np.inf))
             ranges[column] = min(low, float(values.min())), max(high, float(values.max()))
-    return ranges
+    return {column: (low, high) for column, (low, high) in ranges.items() if np.isfinite(high - low)}
 
 
 def _values(

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import BadInput
-from ...manifests.import_path import is_import_path
 from ...manifests.schema import ANNOTATE
 from ...manifests.shards import Row
 from ...manifests.sidecars import encode_meta
 from ...manifests.status import Status
-from ...models.engines.base import Engine, ImageInput, Prompt, RequestError
-from ...models.engines.captioner_registry import check_prompt, kind_of
-from ...models.engines.context import too_long
-from ...models.engines.model_folder import resolve_model
 from ...models.images.formats import ImageProblem
 from ...stages.annotate.captioner import AnnotateConfig, Annotator, chosen_caption, passed_on
-from ...stages.annotate.prompts import NamedPrompt, parse_prompt
 from .rows.engine import EngineRows, EngineSetup, LoadedEngine
-
-
-def chosen_prompts(
-    options: Sequence[str] | None, model: str | None, engine: str, system: str | None = None
-) -> tuple[NamedPrompt, ...]:
-    """Prompts of ``--prompt``; by default the plain one, or none for captioners that are not chat models.
-
-    Raises BadInput for a prompt that the model does not support; prompts for a server's model are not checked here.
-    """
-    if model is None or "://" in engine or is_import_path(engine):
-        return parse_prompts(options)
-    path = resolve_model(model)
-    prompts = parse_prompts(options, "plain" if kind_of(path) is None else "none")
-    for prompt in prompts:
-        check_prompt(model, path, prompt.text, system)
-    return prompts
-
-
-def parse_prompts(options: Sequence[str] | None, default: str = "plain") -> tuple[NamedPrompt, ...]:
-    """Prompts of ``--prompt``, for any model. Raises BadInput."""
-    return tuple(parse_prompt(option) for option in options or [default])
+from .rows.prompts import check_prompts
 
 
 @dataclass(frozen=True)
@@ -64,21 +36,6 @@ class AnnotateStage:
             await loaded.aclose()
             raise
         return AnnotateProcessor(self, loaded)
-
-
-async def check_prompts(engine: Engine, config: AnnotateConfig) -> None:
-    """Raise BadInput for a prompt that can work with no image: once, before the first image.
-
-    A server refuses such a prompt request by request; the run then ends after a number of them
-    (:mod:`..runners.circuit_breaker`).
-    """
-    for prompt in config.prompts:
-        try:
-            tokens = await engine.count_tokens(Prompt(prompt.text, ImageInput("probe"), config.system))
-        except RequestError as error:
-            raise BadInput(f"--prompt {prompt.name}: {error}") from error
-        if tokens is not None and engine.context is not None and tokens >= engine.context:
-            raise BadInput(f"--prompt {prompt.name}: {too_long(tokens, engine.context)}, or a shorter prompt")
 
 
 class AnnotateProcessor(EngineRows):

@@ -25,6 +25,7 @@ from ...trainer.evaluation.evaluate import evaluate
 from ...trainer.evaluation.results import Caution, Comparison, EvaluationReport
 from ...trainer.evaluation.retrieval import Gallery, cosines_of, gallery_of, ranks_of
 from ...trainer.evaluation.tables import to_json, to_markdown
+from ..inspect.fallbacks import fallbacks_of
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,15 @@ def load_cosine(name: str) -> ClipScorer | BlipScorer:
 
 
 def report_on(
-    graded: Artifact, judges: EvaluationModels = EvaluationModels(), warnings: Sequence[Caution] = ()
+    graded: Artifact,
+    judges: EvaluationModels = EvaluationModels(),
+    warnings: Sequence[Caution] = (),
+    checked: Artifact | None = None,
 ) -> EvaluationReport:
     """Metrics of a graded artifact, including those of the given models. Raises BadInput if it has no rows.
 
-    ``warnings``: known problems, in addition to those that the metrics show.
+    ``warnings``: known problems, in addition to those that the metrics show; ``checked``: the captions, checked
+    sentence by sentence.
     """
     facts, more = settings(graded), dict[str, Any]()
     if judges.clip is not None:
@@ -69,7 +74,27 @@ def report_on(
         texts = sorted({text for _, text in _captions(graded)})
         more["logps"] = dict(zip(texts, load_text_scorer(judges.language_model).logps(texts), strict=True))
         facts["language model"] = judges.language_model
+    if checked is not None:
+        more["truths"] = _truths(checked)
+        facts["sentences"] = _checked_by(checked)
     return evaluate(rows_of(graded), facts, where=graded.url, warnings=warnings, **more)
+
+
+def _truths(checked: Artifact) -> dict[tuple[str, str], list[float | None]]:
+    """Probabilities of each caption's sentences, by the image's uid and the caption's text."""
+    return {
+        (row["uid"], caption["text"]): caption["sentences"]
+        for row in rows_of(checked)
+        for caption in row["captions"]
+        if row["uid"] is not None
+    }
+
+
+def _checked_by(checked: Artifact) -> str:
+    """The model that checked sentences, with its identity and how it was asked."""
+    model = f"{checked.setting('run', 'model', kind=str)}@{checked.setting('semantic', 'model', kind=str)[:12]}"
+    asked = checked.setting("semantic", "check", kind=dict)
+    return f"{model}, {asked.get('mode')}"
 
 
 def _identified(kind: str, model: str) -> str:
@@ -130,8 +155,9 @@ def settings(graded: Artifact, allowed: Allowed | None = None) -> dict[str, Any]
         model = captions.setting("semantic", "model", kind=str)[:12]
         facts |= {"captioner": f"{captions.setting('run', 'model', kind=str)}@{model}"}
         facts |= {"temperature": named.get("temperature"), "captions per prompt": named.get("samples")}
-        facts |= {name: named[name] for name in AnnotateConfig.later if name in named}
+        facts |= {name: named[name] for name in AnnotateConfig.later if name in named and name != "fallbacks"}
         facts |= {f"prompt {name}": text for name, text in captions.prompts()}
+        facts |= {f"fallback prompt {prompt.name}": prompt.text for prompt in fallbacks_of(captions)}
     return {**facts, "generic caption": graded.setting("semantic", "grade", "generic", kind=str)}
 
 

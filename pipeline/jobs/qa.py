@@ -44,7 +44,10 @@ class QuestionsStage:
     def semantic(self) -> dict[str, Any]:
         """Settings covered by the fingerprint; ``guided`` is one, since guided and free answers differ."""
         config = self.config.model_dump(mode="json")
-        return {**self.setup.semantic(), "questions": config, "prompt": self.config.prompt.text, "guided": self.guided}
+        prompts = {"prompt": self.config.prompt.text}
+        if self.config.absent:
+            prompts["absent_prompt"] = self.config.absent_prompt.text
+        return {**self.setup.semantic(), "questions": config, **prompts, "guided": self.guided}
 
     async def load(self) -> QuestionsProcessor:
         loaded = await (await self.setup.load()).check_sampling(self.config.sampling)

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from ...errors import ArtifactMismatch, BadInput, CapipeError
 from ...manifests.artifact import Artifact
@@ -26,7 +25,7 @@ from ...manifests.files.overwriting import refuse_overwriting
 from ...manifests.files.storage import PRIVATE, Folder
 from ...manifests.fingerprint import canonical
 from ...manifests.manifest import ShardRecord
-from ...manifests.schema import SCORE, SELECT
+from ...manifests.schema import SCORE
 from ...manifests.shards import InputShard, expand, input_artifact, join, read_places
 from ...manifests.status import Status
 from ...manifests.transaction import ShardTransaction
@@ -36,6 +35,7 @@ from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages import last_files
 from ...stages.filter import saved_plan
 from ...stages.filter.index import ListedRows, TarFacts
+from ...stages.filter.joined import Source, joined_row
 from ...stages.filter.marked import MARKS
 from ...stages.filter.select import (
     STAGE,
@@ -53,7 +53,9 @@ from ..runners.placement import TaskPlacement, task_placement
 from ..runners.pool_job import local_paths, refuse_taking_back, run_pool_job
 from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
-from .select_plan import SCORES, SelectCosts, ShardPlan, costs, ok_uids, plan_shards, read_columns, with_marks
+from .joined.columns import SCORES, companion_of, deciding_columns, read_columns
+from .joined.sources import Joined
+from .select_plan import SelectCosts, ShardPlan, costs, ok_uids, plan_shards
 
 UIDS, REPORT = f"{PRIVATE}/uids.npy", f"{PRIVATE}/report.html"
 _START_OVER = "use another --out, or --fresh to start over"
@@ -87,6 +89,7 @@ class SelectPlan:
     tasks: list[GroupTask]
     todo: list[GroupTask]
     placement: TaskPlacement
+    sources: tuple[Source, ...] = ()
 
     @property
     def shards(self) -> list[InputShard]:
@@ -100,6 +103,7 @@ def plan_select(
     config: SelectConfig,
     *,
     marks: Artifact | None = None,
+    joined: Sequence[Joined] = (),
     drop: UidSet | None = None,
     workers: int | None = None,
     fresh: bool = False,
@@ -108,12 +112,14 @@ def plan_select(
 ) -> SelectPlan:
     """Select rows, lock ``out`` and find the shards left to write. Raises CapipeError; then nothing was written.
 
-    ``marks``: an artifact with a row for each input row; rows that are not ok there are not kept. ``drop``: withdrawn
-    images. If only these grew since ``out`` was made, the threshold of ``top`` and the bounds of the final shards stay:
-    withdrawal takes rows out and lets none in.
+    ``marks``: an artifact with a row for each input row; rows that are not ok there are not kept. ``joined``: further
+    sources of columns, those of ``config.columns`` among them. ``drop``: withdrawn images. If only these grew since
+    ``out`` was made, the threshold of ``top`` and the bounds of the final shards stay: withdrawal takes rows out and
+    lets none in.
     """
     source = input_artifact(pattern)
-    sidecars, shards = _joined(scores, pattern, marks, source)
+    sidecars, shards = _with_sidecars(scores, pattern, marks, source, joined)
+    sources = tuple(one.source for one in joined)
     reads = read_places(pattern, shards, sidecars.values())
     refuse_overwriting(out, reads)
     _refuse_another_stage(out)
@@ -127,7 +133,7 @@ def plan_select(
     digest = saved_plan.decided_by(shards, config, (drop or EMPTY).sha256, threshold)
     saved = None if fresh else saved_plan.read(Folder(out), digest)
     if saved is None:
-        selection = plan_shards(shards, scores, config, drop or EMPTY, threshold)
+        selection = plan_shards(shards, scores, config, drop or EMPTY, threshold, sources)
     else:
         selection = ShardPlan.of_json(config, saved)
     tars = tar_facts(shards, scores) if config.index else {}
@@ -139,6 +145,7 @@ def plan_select(
         "candidates": selection.candidates,
         "eligible": selection.eligible,
         "kept": sum(selection.kept),
+        **({"missing": dict(selection.missing)} if joined else {}),
         **({"tars": _digest_of(tars)} if config.index else {}),
         **{name: artifact.url for name, artifact in sidecars.items()},
     }
@@ -154,7 +161,8 @@ def plan_select(
         raise
     shared = artifact.folder.is_shared and all(shard.is_shared for shard in shards)
     placement = task_placement(workers, shared, cluster).at_most(len(todo))
-    return SelectPlan(selection, costs(shards, scores, selection), withdrawal, artifact, tasks, todo, placement)
+    estimated = costs(shards, scores, selection)
+    return SelectPlan(selection, estimated, withdrawal, artifact, tasks, todo, placement, sources)
 
 
 def preview_select(
@@ -163,20 +171,24 @@ def preview_select(
     config: SelectConfig,
     marks: Artifact | None = None,
     drop: UidSet | None = None,
+    joined: Sequence[Joined] = (),
 ) -> tuple[ShardPlan, SelectCosts]:
     """What :func:`plan_select` would select in a new folder, and its costs. Writes nothing. Raises CapipeError."""
-    _, shards = _joined(scores, pattern, marks, input_artifact(pattern))
-    selection = plan_shards(shards, scores, config, drop or EMPTY)
+    _, shards = _with_sidecars(scores, pattern, marks, input_artifact(pattern), joined)
+    sources = [one.source for one in joined]
+    selection = plan_shards(shards, scores, config, drop or EMPTY, sources=sources)
     return selection, costs(shards, scores, selection)
 
 
-def _joined(
-    scores: Artifact, pattern: str, marks: Artifact | None, source: Artifact | None
+def _with_sidecars(
+    scores: Artifact, pattern: str, marks: Artifact | None, source: Artifact | None, joined: Sequence[Joined]
 ) -> tuple[dict[str, Artifact], list[InputShard]]:
     """Sidecars by name, and the shards joined with them. ``source``: the artifact that the pattern names, if any."""
     if scores.stage != "score":
         raise BadInput(f"{scores.url}: an artifact of stage {scores.stage!r}; give --scores those of `capipe filter`")
-    sidecars = {SCORES: scores} | ({MARKS: marks} if marks is not None else {})
+    sidecars = {SCORES: scores} | {one.source.name: one.artifact for one in joined}
+    if marks is not None:
+        sidecars[MARKS] = marks
     return sidecars, join(expand(pattern, source), sidecars)
 
 
@@ -269,7 +281,7 @@ def _is_repaired(artifact: Artifact, record: ShardRecord, present: Mapping[str, 
 
 def execute_select(plan: SelectPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
     """Write uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
-    write = functools.partial(write_group, rule=plan.selection.rule)
+    write = functools.partial(write_group, rule=plan.selection.rule, sources=plan.sources)
     reads = local_paths([shard.url for shard in plan.shards[:1]])
     return run_pool_job(
         *(plan.todo, write, plan.artifact, plan.placement, report, stop),
@@ -279,18 +291,18 @@ def execute_select(plan: SelectPlan, report: Callable[[Event], None], stop: thre
     )
 
 
-def write_group(task: GroupTask, rule: Rule, artifact: Artifact) -> ShardRecord:
+def write_group(task: GroupTask, rule: Rule, sources: Sequence[Source], artifact: Artifact) -> ShardRecord:
     """Write and commit one final shard, in a worker process. Keeps one input shard's scores in memory."""
-    uids = applied(artifact)
-    with artifact.begin(task.shard, SELECT, tar=not task.tars, over=task.over) as out:
+    uids, decided = applied(artifact), _Decided(rule, sources, rule.schema.names)
+    with artifact.begin(task.shard, rule.schema, tar=not task.tars, over=task.over) as out:
         shards = [_copied(shard, out) for shard in task.shards]
-        input_keys = [_scores(shard, ["key"]).column("key").to_pylist() for shard in shards]
+        input_keys = [_keys(shard) for shard in shards]
         keys = final_keys([shard.name for shard in shards], input_keys)
         if task.tars:
             parts = zip(shards, keys, task.tars, strict=True)
-            written = [_list(shard, names, rule, out, uids, tar) for shard, names, tar in parts]
+            written = [_list(shard, names, decided, out, uids, tar) for shard, names, tar in parts]
         else:
-            written = [_copy(shard, names, rule, out, uids) for shard, names in zip(shards, keys, strict=True)]
+            written = [_copy(shard, names, decided, out, uids) for shard, names in zip(shards, keys, strict=True)]
         if sum(kept for _, kept in written) != task.kept:
             raise ArtifactMismatch(f"{task.shards[0].companions[0].url}: the scores changed while they were read")
         inputs = [{"name": shard.name, **info} for shard, (info, _) in zip(task.shards, written, strict=True)]
@@ -304,16 +316,44 @@ def _copied(shard: InputShard, out: ShardTransaction) -> InputShard:
     return replace(shard, companions=tuple(copies))
 
 
-def _scores(shard: InputShard, columns: list[str]) -> pa.Table:
-    companion = next(companion for companion in shard.companions if companion.name == SCORES)
-    return read_columns(companion, SCORE, columns)  # the row reader checks that it is the committed file
+def _keys(shard: InputShard) -> list[str]:
+    table = read_columns(companion_of(shard, SCORES), SCORE, ["key"])
+    keys: list[str] = table.column("key").to_pylist()  # the row reader checks that it is the committed file
+    return keys
 
 
-def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction, uids: UidSet) -> Listed:
+@dataclass(frozen=True)
+class _Decided:
+    """What decides about rows when they are written: as when they were planned."""
+
+    rule: Rule
+    sources: Sequence[Source]
+    names: Sequence[str]  # of all columns
+
+    def terms(self, shard: InputShard, keys: list[str]) -> Iterator[tuple[str, int]]:
+        """For each row its key in the final shard, and the term of ``keep`` that it fails, else -1."""
+        failed = [-1] * len(keys)
+        if self.rule.keep is not None:
+            failed = self.rule.keep.failures(deciding_columns(shard, self.rule, self.sources)).tolist()
+        return zip(keys, failed, strict=True)
+
+    def final(
+        self, beside: Mapping[str, Mapping[str, Any]], key: str, term: int, shard: InputShard, uids: UidSet
+    ) -> dict[str, Any]:
+        """The row of the final shard, of the rows of all sidecars."""
+        row = joined_row(beside[SCORES], beside, self.sources)
+        if is_withdrawn(row["uid"], beside.values(), uids):
+            row = blank(row)
+        status, error = selection_status(row, beside.get(MARKS), self.rule, term)
+        final = final_row(row, status, error, key, shard.name, self.rule.text)
+        return {name: final[name] for name in self.names}
+
+
+def _copy(shard: InputShard, keys: list[str], decided: _Decided, out: ShardTransaction, uids: UidSet) -> Listed:
     """Copy an input shard's rows, the kept ones with their samples; returns the reader's info and the kept count."""
-    reader, kept, named = WithdrawingReader(shard, uids), 0, _named_terms(shard, keys, rule)
+    reader, kept, named = WithdrawingReader(shard, uids), 0, decided.terms(shard, keys)
     for source, (key, term) in zip(reader, named, strict=True):  # the reader first: at its end it checks the tar
-        final = _final(source.beside, key, term, shard, rule, uids)
+        final = decided.final(source.beside, key, term, shard, uids)
         sample = members(source, final)
         if final["status"] == Status.OK and sample is None:
             raise ArtifactMismatch(f"{shard.url}: {source.key!r} has scores, but no image ({source.error})")
@@ -322,39 +362,24 @@ def _copy(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction,
     return reader.info, kept
 
 
-def _list(shard: InputShard, keys: list[str], rule: Rule, out: ShardTransaction, uids: UidSet, tar: TarFacts) -> Listed:
+def _list(
+    shard: InputShard, keys: list[str], decided: _Decided, out: ShardTransaction, uids: UidSet, tar: TarFacts
+) -> Listed:
     """The same rows for an index, without samples; the shard's tar is not opened."""
-    reader, kept, named = ListedRows(shard, tar), 0, _named_terms(shard, keys, rule)
+    reader, kept, named = ListedRows(shard, tar), 0, decided.terms(shard, keys)
     for beside, (key, term) in zip(reader, named, strict=True):
-        final = _final(beside, key, term, shard, rule, uids)
+        final = decided.final(beside, key, term, shard, uids)
         kept += final["status"] == Status.OK
         out.write(final)
     return reader.info, kept
-
-
-def _named_terms(shard: InputShard, keys: list[str], rule: Rule) -> Iterator[tuple[str, int]]:
-    """For each row its key in the final shard, and the term of ``keep`` that it fails, else -1."""
-    failed = [-1] * len(keys)
-    if rule.keep is not None:
-        failed = rule.keep.failures(with_marks(_scores(shard, rule.columns), shard, rule.mark_columns)).tolist()
-    return zip(keys, failed, strict=True)
-
-
-def _final(
-    beside: Mapping[str, Mapping[str, Any]], key: str, term: int, shard: InputShard, rule: Rule, uids: UidSet
-) -> dict[str, Any]:
-    row = beside[SCORES]
-    if is_withdrawn(row["uid"], beside.values(), uids):
-        row = blank(row)
-    status, error = selection_status(row, beside.get(MARKS), rule, term)
-    return final_row(row, status, error, key, shard.name, rule.text)
 
 
 def write_last(artifact: Artifact, report: Callable[[], bytes]) -> None:
     """Write the last files of a complete selection, unless they are there: its ``report``, and DataComp's list of kept
     uids."""
     run = artifact.config["run"]
-    digest = last_files.digest_of(artifact, [run["scores"], run["candidates"], run["kept"]])
+    shown = [run[name] for name in ("scores", "candidates", "kept", "missing") if name in run]
+    digest = last_files.digest_of(artifact, shown)
     if last_files.are_there(artifact, digest):
         return
     files = {REPORT: report(), UIDS: _uids(artifact)}

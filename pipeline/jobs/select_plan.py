@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.filesize import decimal
 
-from ...errors import ArtifactMismatch, BadInput
+from ...errors import BadInput
 from ...manifests.artifact import Artifact
-from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.files.stores import filesystem
 from ...manifests.joining.companion import Companion
 from ...manifests.manifest import ShardRecord
-from ...manifests.schema import BASE, SCORE, check
 from ...manifests.shards import InputShard
 from ...manifests.status import Status
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
 from ...stages.filter.expression import kind_of, shown_value
-from ...stages.filter.marked import MARKS
+from ...stages.filter.joined import Source
 from ...stages.filter.select import (
     MARK_TYPES,
+    NO_TEXT,
     Decision,
     Rule,
     Scores,
@@ -40,18 +39,26 @@ from ...stages.filter.select import (
     scores_of,
     top_threshold,
 )
+from .joined.columns import (
+    BASE_SCHEMA,
+    IDENTITY,
+    SCORES,
+    ShardColumns,
+    companion_of,
+    read_columns,
+    read_shard,
+    same_images,
+)
 
-SCORES = "scores"  # name of the scores in a row's ``beside``
-_IDENTITY = ["key", "uid"]
 _NEW = "re_length"  # column that is null without a new caption
-_BASE = pa.schema(BASE)
 
 
 @dataclass(frozen=True)
 class ShardPlan:
     """``kept``: number of kept rows of each input shard under ``rule``; the other counts are over all shards.
 
-    ``eligible``: candidates that satisfy `keep` and that `top` can rank.
+    ``eligible``: candidates that satisfy `keep` and that `top` can rank. ``missing``: by label of a joined source, the
+    candidates without any value of it.
     """
 
     rule: Rule
@@ -59,6 +66,7 @@ class ShardPlan:
     sizes: list[int]
     candidates: int
     eligible: int
+    missing: Mapping[str, int] = field(default_factory=dict)
 
     def line(self) -> str:
         rule = self.rule
@@ -76,6 +84,14 @@ class ShardPlan:
         """The plan with these options of which ``plan`` is :meth:`as_json`."""
         counts = {name: value for name, value in plan.items() if name not in ("text", "threshold")}
         return cls(Rule.of(config, plan["text"], plan["threshold"]), **counts)
+
+    def missing_lines(self) -> list[str]:
+        """For each joined source that has not a value of every candidate, how many it has none of."""
+        return [
+            f"{label}: has no value of {count:,} of {self.candidates:,} candidates; no condition on one is true of them"
+            for label, count in self.missing.items()
+            if count
+        ]
 
     def warning(self) -> str | None:
         """A one-line warning if the conditions filter nothing out."""
@@ -119,8 +135,9 @@ def plan_shards(
     config: SelectConfig,
     uids: UidSet = EMPTY,
     threshold: str | None = None,
+    sources: Sequence[Source] = (),
 ) -> ShardPlan:
-    """Decide about all rows of ``shards``, each joined with its scores (and marks).
+    """Decide about all rows of ``shards``, each joined with its scores, other ``sources`` of columns, and marks.
 
     ``uids``: withdrawn images; ``threshold``: that of ``top``, if it was decided before.
     Raises BadInput if the scores are of other images, or if nothing would be kept.
@@ -128,13 +145,14 @@ def plan_shards(
     committed = scores.committed()
     texts: tuple[Text, ...] = ("org", "re") if config.text == "auto" else (config.text,)
     for text in texts:  # one pass, from the first new caption on another
-        counts = _counted(shards, Rule.of(config, text), committed, uids, org_alone=text == "org" and len(texts) > 1)
+        org_alone = text == "org" and len(texts) > 1
+        counts = _counted(shards, Rule.of(config, text), committed, uids, org_alone, sources)
         if counts is not None:
             break
     assert counts is not None
     rule, kept = counts.rule, counts.eligible
     if not sum(kept):
-        raise _nothing(shards, rule, uids)
+        raise _nothing(shards, rule, uids, sources)
     if config.top is not None:
         values = np.concatenate(counts.ranked)
         counts.ranked.clear()
@@ -144,18 +162,23 @@ def plan_shards(
             rule = Rule.of(config, rule.text, threshold)
         above = values >= rule.precision(rule.threshold or 0.0)
         kept = [int(part.sum()) for part in np.split(above, np.cumsum(counts.eligible)[:-1])]
-    return ShardPlan(rule, kept, counts.sizes, counts.candidates, sum(counts.eligible))
+    missing = {source.label: counts.missing[source.name] for source in sources}
+    return ShardPlan(rule, kept, counts.sizes, counts.candidates, sum(counts.eligible), missing)
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """What a pass over the scores found; ``eligible`` and ``sizes`` by shard, ``ranked``: the scores of `top`."""
+    """What a pass over the scores found; ``eligible`` and ``sizes`` by shard, ``ranked``: the scores of `top`.
+
+    ``missing``: by joined source, candidates without a value of it.
+    """
 
     rule: Rule
     eligible: list[int]
     sizes: list[int]
     ranked: list[Scores]
     candidates: int
+    missing: Mapping[str, int]
 
 
 def _counted(
@@ -164,77 +187,35 @@ def _counted(
     committed: Mapping[str, ShardRecord],
     uids: UidSet,
     org_alone: bool,
+    sources: Sequence[Source],
 ) -> _Counts | None:
     """Read the scores once; None if there is a new caption, where there were to be original ones alone."""
     eligible, sizes, ranked, candidates = [], [], [], 0
-    for shard, (table, marks) in zip(shards, _tables(shards, [*rule.columns, _NEW], rule.mark_columns), strict=True):
+    missing: Counter[str] = Counter()
+    for shard in shards:
+        seen = read_shard(shard, [*rule.columns, _NEW], rule.mark_columns, sources)
+        table = seen.table
         if org_alone and table.column(_NEW).null_count < len(table):
             return None
         _check_images(shard, table, committed[shard.name].input.get("bytes"))
-        decision = decide(table, marks, rule, uids.mask(table.column("uid")))
+        decision = _decided(seen, rule, uids)
         sizes.append(len(table))
         candidates += int(decision.candidate.sum())
+        missing.update({name: int((decision.candidate & rows).sum()) for name, rows in seen.missing.items()})
         eligible.append(int(decision.eligible.sum()))
         if decision.by is not None:
             ranked.append(decision.by[decision.eligible])
-    return _Counts(rule, eligible, sizes, ranked, candidates)
+    return _Counts(rule, eligible, sizes, ranked, candidates, missing)
 
 
-def _tables(
-    shards: Sequence[InputShard], columns: list[str], mark_columns: list[str] | None = None
-) -> Iterator[tuple[pa.Table, list[str] | None]]:
-    """Each shard's scores, with the requested columns, key and uid, those of its marks, and the statuses there."""
-    for shard in shards:
-        beside = {companion.name: companion for companion in shard.companions}
-        table = read_columns(beside[SCORES], SCORE, [*_IDENTITY, *columns])
-        marks = read_columns(beside[MARKS], _BASE, [*_IDENTITY, "status"]) if MARKS in beside else None
-        if marks is not None and not _same_images(table, marks):
-            text = f"{beside[MARKS].url}: its rows are not those of {beside[SCORES].url}, by key and uid"
-            raise BadInput(f"{text}; give --marks what was made of these shards")
-        yield (
-            with_marks(table, shard, mark_columns or []),
-            None if marks is None else marks.column("status").to_pylist(),
-        )
-
-
-def with_marks(scores: pa.Table, shard: InputShard, columns: list[str]) -> pa.Table:
-    """Scores with columns of the shard's marks. Raises BadInput if it has no marks, or if they have no such column."""
-    if not columns:
-        return scores
-    marks = next((companion for companion in shard.companions if companion.name == MARKS), None)
-    if marks is None:
-        raise BadInput(f"--keep: {columns[0]} is a column of the marks of `capipe dedup`; name them with --marks")
-    try:
-        table = read_columns(marks, pa.schema([(name, MARK_TYPES[name]) for name in columns]), columns)
-    except ArtifactMismatch as error:
-        hint = "; `capipe dedup` writes it with --texts or --captions" if columns[0].startswith("text_") else ""
-        raise BadInput(f"--keep: {error}{hint}") from None
-    for name in columns:
-        scores = scores.append_column(name, table.column(name))
-    return scores
-
-
-def _same_images(one: pa.Table, other: pa.Table) -> bool:
-    return all(one.column(name).equals(other.column(name)) for name in _IDENTITY)
-
-
-def read_columns(companion: Companion, schema: pa.Schema, columns: list[str]) -> pa.Table:
-    """Some columns of a sidecar, after a check of its schema. Its checksum, which needs all columns, is not checked."""
-    try:
-        with companion.open() as parquet:
-            check(parquet.schema_arrow, schema, companion.url)
-            return companion.table(parquet, list(dict.fromkeys(columns)))
-    except StoreUnavailable:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        text = f"{companion.url}: cannot be read ({error}); restore it, or run its stage again with --fresh"
-        raise ArtifactMismatch(text) from None
+def _decided(seen: ShardColumns, rule: Rule, uids: UidSet) -> Decision:
+    return decide(seen.table, seen.marks, rule, uids.mask(seen.table.column("uid")) | seen.withdrawn)
 
 
 def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) -> None:
     """Raise BadInput unless the scores are of this shard's images: by key and uid if a Parquet lists them, else by the
     tar's size (then each row is compared when its image is read)."""
-    scores = next(c.url for c in shard.companions if c.name == SCORES)
+    scores = companion_of(shard, SCORES).url
     hint = "give --shards those that were scored, or score these"
     if shard.record is None:
         fs, path = filesystem(shard.url)
@@ -242,8 +223,8 @@ def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) 
             raise BadInput(f"{scores}: made of another tar than {shard.url} (its size differs); {hint}")
         return
     url = shard.url.removesuffix(".tar") + ".parquet"
-    listed = read_columns(Companion("images", url, "", shard.record.count), _BASE, _IDENTITY)
-    if _same_images(table, listed):
+    listed = read_columns(Companion("images", url, "", shard.record.count), BASE_SCHEMA, IDENTITY)
+    if same_images(table, listed):
         return
     where = f"{len(table)} rows, {len(listed)} there"
     for index, (ours, theirs) in enumerate(zip(table.to_pylist(), listed.to_pylist(), strict=False)):
@@ -253,28 +234,28 @@ def _check_images(shard: InputShard, table: pa.Table, scored_bytes: int | None) 
     raise BadInput(f"{scores}: its rows are not those of {shard.url}, by key and uid ({where}); {hint}")
 
 
-def _nothing(shards: Sequence[InputShard], rule: Rule, uids: UidSet) -> BadInput:
+def _nothing(shards: Sequence[InputShard], rule: Rule, uids: UidSet, sources: Sequence[Source]) -> BadInput:
     """The error if no row is kept: shows the values of the candidates' columns, which are read again for it."""
     named = {column.name: column.shown for column in (rule.keep.columns if rule.keep else ())}
     if rule.by is not None:
         named.setdefault(rule.by, rule.config.by)
 
-    def gather(of: Callable[[Decision], Any], name: str) -> list[pa.ChunkedArray]:
-        return [
-            table.column(name).filter(pa.array(of(decide(table, marks, rule, uids.mask(table.column("uid"))))))
-            for table, marks in _tables(
-                *(shards, [*rule.columns, *([] if name in MARK_TYPES else [name])]),
-                list(dict.fromkeys([*rule.mark_columns, *([name] if name in MARK_TYPES else [])])),
-            )
-        ]
+    def gather(of: Callable[[Decision], Any], name: str) -> Iterator[pa.ChunkedArray]:
+        marked = name in MARK_TYPES and name not in rule.config.columns
+        columns = [*rule.columns, *([] if marked or name in rule.config.columns else [name])]
+        mark_columns = list(dict.fromkeys([*rule.mark_columns, *([name] if marked else [])]))
+        for shard in shards:
+            seen = read_shard(shard, columns, mark_columns, sources)
+            yield seen.table.column(name).filter(pa.array(of(_decided(seen, rule, uids))))
 
     statuses = Counter(status for part in gather(lambda d: ~d.candidate, "status") for status in part.to_pylist())
     candidates = sum(len(part) for part in gather(lambda d: d.candidate, "status"))
     if not candidates:
         left = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items())) or "none at all"
-        text = f"no row has a {rule.text}_caption to write and is not marked (rows by status: {left})"
+        what = "an image" if rule.text == NO_TEXT else f"a {rule.text}_caption to write"
+        text = f"no row has {what} and is not marked (rows by status: {left})"
         return BadInput(f"{shards[0].companions[0].url} and the rest: {text}; nothing can be kept")
-    ranges = "; ".join(f"{shown} {_range(gather(lambda d: d.candidate, name))}" for name, shown in named.items())
+    ranges = "; ".join(f"{shown} {_range(list(gather(lambda d: d.candidate, name)))}" for name, shown in named.items())
     return BadInput(f"{rule.config.shown}: keeps none of {candidates:,} candidates; among them {ranges}")
 
 

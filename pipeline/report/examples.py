@@ -31,7 +31,7 @@ LOST = 3  # examples for each reason
 _ROWS = 256  # of a shard, to choose images from
 _SHARDS = 8  # of an artifact, to count reasons in
 _INFORMATIVE = ("answers", "screened questions", "scores", "captions", "questions")  # beside the original text
-_SCORES = re.compile(r"(re|org)_(clip|itm)_score(_min)?|unsafe|ask_\w+")
+_SCORES = re.compile(r"(re|org)_(clip|itm)_score(_min)?|(re|org)_vlm_min|unsafe|ask_\w+")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and listed in ``damaged``.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,10 @@ from ...stages.filter.select import Rule, SelectConfig
 from ...stages.filter.spec import SELECTION
 from ..inspect.costs import StageCost, stage_cost
 from ..inspect.discover import Found
+from ..inspect.fallbacks import fallback_lines
 from ..inspect.histograms import Histogram, histograms
 from ..inspect.sampled import sampled
+from ..inspect.screening import screening_lines
 from ..inspect.shared_captions import warning
 from ..inspect.status import RunState, State, read_metrics, run_state, state_of, validation_of
 from ..specs import artifact_spec
@@ -81,7 +84,8 @@ class Origin:
 
 @dataclass
 class Facts:
-    """All data. ``commands``: stage, state and command of a chain; ``shared``: captions shared by many images."""
+    """All data. ``commands``: stage, state and command of a chain; ``shared``: captions shared by many images;
+    ``notes``: lines about an artifact's rows."""
 
     title: str
     links: list[Link] = field(default_factory=list)
@@ -93,6 +97,7 @@ class Facts:
     commands: list[tuple[str, str, str]] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def first(self, *stages: str) -> Link | None:
         """First artifact of these stages."""
@@ -119,10 +124,14 @@ def gather(contents: Found) -> Facts:
         try:
             if artifact_spec(artifact.stage).histograms:
                 facts.scores.append(_scores(name, artifact))
-            elif artifact_spec(artifact.stage).shown == "captions" and (shared := warning(artifact, SHARDS)):
-                facts.shared[name] = shared
+            elif artifact_spec(artifact.stage).shown == "captions":
+                if shared := warning(artifact, SHARDS):
+                    facts.shared[name] = shared
+                facts.notes[name] = fallback_lines(artifact, SHARDS)
+            elif artifact_spec(artifact.stage).shown == "screened questions":
+                facts.notes[name] = screening_lines(artifact, SHARDS)
         except (CapipeError, OSError, ValueError, KeyError) as error:
-            part = "scores" if artifact_spec(artifact.stage).histograms else "captions"
+            part = "scores" if artifact_spec(artifact.stage).histograms else artifact_spec(artifact.stage).shown
             facts.damaged[f"{name} ({part})"] = str(error)
     facts.scores = _informative(facts.scores)
     facts.trainings = [_training(name, run) for name, run in contents.runs.items()]
@@ -171,16 +180,17 @@ def _scores(name: str, artifact: Artifact) -> Scores:
     shards = list(artifact.committed())
     seen = sampled(shards, SHARDS)
     rule = rule_of(artifact)
-    names = [*_SCORES, *_asked(artifact, seen)]
+    names = list(dict.fromkeys([*_SCORES, *_answered(artifact, seen), *(rule.config.joined_numbers if rule else ())]))
     return Scores(name, histograms(artifact, names, rule.bounds() if rule else [], seen), len(seen), len(shards))
 
 
-def _asked(artifact: Artifact, shards: Sequence[str]) -> list[str]:
-    """Columns with answers to questions of `capipe ask`."""
+def _answered(artifact: Artifact, shards: Sequence[str]) -> list[str]:
+    """Columns with answers of a vision-language model: to questions of `capipe ask`, about sentences."""
     if not shards:
         return []
     with artifact.parquet(shards[0]) as parquet:
-        return [name for name in parquet.schema_arrow.names if name.startswith(ASK_COLUMN)]
+        names: list[str] = parquet.schema_arrow.names
+    return [name for name in names if name.startswith(ASK_COLUMN) or re.fullmatch("(re|org)_vlm_(min|mean)", name)]
 
 
 def _informative(scores: list[Scores]) -> list[Scores]:

@@ -32,6 +32,7 @@ SAMPLES = 12  # of kept rows, and of filtered rows
 _CONDITIONS = 20  # the most frequent ones
 _TITLES = {Status.OK: "Kept", Status.FILTERED: "Filtered"}
 _SCORES = [f"{scorer}_score{part}" for scorer in ("clip", "itm") for part in ("", "_mean", "_min")]
+_CHECKED = ["vlm_min", "vlm_mean"]  # joined, if a vision-language model checked sentences
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,24 @@ def filter_report(artifact: Artifact, rule: Rule, shards: Sequence[InputShard]) 
 
 
 def _settings(artifact: Artifact, rule: Rule) -> dict[str, str]:
+    semantic, run = artifact.config["semantic"], artifact.config["run"]
+    joined = {name: f"{run[name]} ({semantic[name][:12]})" for name in sorted(semantic) if name.startswith("scores-")}
+    missing = (f"{count:,} of {run['candidates']:,} candidates in {label}" for label, count in _missing(run))
     settings = {
         "conditions": rule.config.shown,
         "threshold": f"{rule.config.by} >= {rule.threshold_text}" if rule.by else None,
-        "captions written": SERIES[rule.text],
-        "scores": f"{artifact.config['run']['scores']} ({artifact.config['semantic']['scores'][:12]})",
+        "captions written": SERIES.get(rule.text, "none"),
+        "scores": f"{run['scores']} ({semantic['scores'][:12]})",
+        **joined,
+        "without a value": "; ".join(missing) or None,
         "fingerprint": artifact.fingerprint[:12],
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _missing(run: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Joined sources that lack values of candidates, and of how many."""
+    return sorted((label, count) for label, count in (run.get("missing") or {}).items() if count)
 
 
 def _counts(artifact: Artifact) -> tuple[Counter[str], Counter[str]]:
@@ -96,12 +107,12 @@ def _counts(artifact: Artifact) -> tuple[Counter[str], Counter[str]]:
 
 
 def _charts(artifact: Artifact, rule: Rule) -> list[Markup]:
-    """Histograms of the scores, of other numeric columns in the rule, and of ``unsafe``."""
+    """Histograms of the scores, of other numeric columns in the rule, of joined ones, and of ``unsafe``."""
     of_marks = {*rule.mark_columns}  # the final shards do not have these
     used = [column.name for column in (rule.keep.columns if rule.keep else ()) if column.kind == "number"]
     used = [name for name in used if name not in of_marks]
     used += [rule.by] if rule.by else []
-    names = [*_SCORES, *(re.sub("^(re|org)_", "", name) for name in used), "unsafe"]
+    names = [*_SCORES, *(re.sub("^(re|org)_", "", name) for name in used), *rule.config.joined_numbers, "unsafe"]
     return list(map(histogram_chart, histograms(artifact, list(dict.fromkeys(names)), rule.bounds())))
 
 
@@ -184,8 +195,8 @@ def _sample(row: Mapping[str, Any], image: str | None) -> Sample:
 def _caption(row: Mapping[str, Any], prefix: str) -> ScoredCaption:
     """One caption of a row with its scores and its lowest sentences."""
     text = row[f"{prefix}_caption"]
-    scores = {name: row[f"{prefix}_{name}"] for name in _SCORES}
-    lowest = {scorer: row[f"{prefix}_{scorer}_lowest"] for scorer in ("clip", "itm")}
+    scores = {name: row.get(f"{prefix}_{name}") for name in [*_SCORES, *_CHECKED]}
+    lowest = {scorer: row.get(f"{prefix}_{scorer}_lowest") for scorer in ("clip", "itm", "vlm")}
     return ScoredCaption(
         SERIES[prefix],
         cut(text),
@@ -193,7 +204,7 @@ def _caption(row: Mapping[str, Any], prefix: str) -> ScoredCaption:
         {
             scorer: _sentence(text, index, row[f"{prefix}_sentences"])
             for scorer, index in lowest.items()
-            if index is not None
+            if isinstance(index, int)  # a joined column may be anything
         },
     )
 

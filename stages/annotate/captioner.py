@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -22,11 +24,14 @@ from ...models.engines.base import (
     RequestError,
     Sampling,
 )
-from ...models.engines.context import text_room
-from .prompts import NamedPrompt
+from ...models.engines.context import OTHER_VOCABULARY, text_room
+from .prompts import NamedPrompt, asking_order
 from .quality_gate import GateResult, QualityGateConfig, check_caption
+from .row_prompt import Asked, RowValues, Unasked, kth
+from .templates import fields, without_fields
 from .wrapping import find_wrapper
 
+CAPTIONS = "captions"  # name of the companion artifact whose captions prompts may take
 _SEVERITY = [Status.ENGINE_ERROR, Status.REFUSED, Status.DEGENERATE, Status.EMPTY, Status.TRUNCATED, Status.OK]
 
 
@@ -34,7 +39,7 @@ class AnnotateConfig(Growing):
     """Options of captioning. All of them affect the captions, so all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    later = ("beams", "no_repeat_ngram", "min_tokens")
+    later = ("beams", "no_repeat_ngram", "min_tokens", "fallbacks", "field_bytes", "given_tokens")
 
     prompts: tuple[NamedPrompt, ...] = Field(min_length=1, description="what to ask about every image")
     samples: int = Field(1, ge=1, description="captions per prompt and image")
@@ -51,6 +56,11 @@ class AnnotateConfig(Growing):
     beams: int = Field(1, ge=1, description="width of a beam search; re-rolls are sampled without one")
     no_repeat_ngram: int = Field(0, ge=0, description="no n-gram of so many tokens occurs twice; 0 is no rule")
     min_tokens: int = Field(0, ge=0, description="shortest caption in tokens of the model")
+    fallbacks: tuple[NamedPrompt, ...] = Field(
+        (), description="asked instead of the prompt of the same name where the row lacks a field of it"
+    )
+    field_bytes: int = Field(1024, ge=64, description="longest value of the row in a prompt, in bytes of UTF-8")
+    given_tokens: int = Field(0, ge=0, description="longest caption in tokens of the model that wrote the given ones")
 
     @model_validator(mode="after")
     def _decodable(self) -> AnnotateConfig:
@@ -72,7 +82,39 @@ class AnnotateConfig(Growing):
     @property
     def room(self) -> int:
         """Context tokens for a prompt and its caption, without the image."""
-        return text_room([(self.system or "") + prompt.text for prompt in self.prompts], self.max_tokens)
+        asked = [
+            ((self.system or "") + without_fields(each.text), each.text) for each in (*self.prompts, *self.fallbacks)
+        ]
+        return max(text_room([text], self.max_tokens) + self.value_tokens(template) for text, template in asked)
+
+    @property
+    def caption_tokens(self) -> int:
+        """Tokens of the longest caption that a later prompt may take."""
+        return max(self.max_tokens, OTHER_VOCABULARY * self.given_tokens)
+
+    def value_tokens(self, template: str, bytes_per_token: int = 1) -> int:
+        """Upper bound on the tokens of a row's values in a template, in a text of so many bytes a token.
+
+        A caption read as a prompt has a few tokens more than were written: spaces in what could pass for a tag.
+        """
+        of_row, of_caption = math.ceil(self.field_bytes / bytes_per_token), math.ceil(1.25 * self.caption_tokens)
+        return sum(of_caption if field.kind == "captions" else of_row for field in fields(template))
+
+
+class _Made(NamedTuple):
+    """A caption, and why it is not ok."""
+
+    caption: dict[str, Any]
+    reason: str | None
+
+
+class _Tried(NamedTuple):
+    """The last of several attempts. ``words``: text of a refusal."""
+
+    completion: Completion | None
+    words: str
+    result: GateResult
+    attempts: int
 
 
 @dataclass(frozen=True)
@@ -85,53 +127,72 @@ class Annotator:
 
     async def annotate(self, row: Row, image: ImageInput) -> dict[str, Any]:
         """Output row for a readable image. Raises only EngineDead; a failed request is a status."""
-        captions = []
-        reasons: list[str] = []
-        for prompt in self.config.prompts:  # sequentially: later prompts reuse the image from the prefix cache
+        earlier = given_captions(row)
+        made: dict[int, list[_Made]] = {}
+        for index in self._order:  # sequentially: later prompts reuse the image from the prefix cache
+            prompt = self.config.prompts[index]
+            made[index] = []
             for k in range(self.config.samples):
-                caption, reason = await self._caption(image, prompt, k)
-                captions.append(caption)
-                if reason is not None:
-                    reasons.append(f"{caption['name']}: {reason}")
+                values = RowValues(row, kth(earlier, k), self.config.field_bytes, self.config.caption_tokens)
+                made[index].append(await self._caption(image, values.asked(prompt, self._fallback(prompt)), prompt, k))
+            earlier[prompt.name] = [each.caption for each in made[index]]
+        all_made = [each for index in sorted(made) for each in made[index]]
+        captions = [each.caption for each in all_made]
+        reasons = [f"{each.caption['name']}: {each.reason}" for each in all_made if each.reason is not None]
         status = min((Status(c["status"]) for c in captions), key=_SEVERITY.index)
         error = "; ".join(reasons) or row.error
         return {**passed_on(row), "status": str(status), "error": error, "captions": captions}
 
-    async def _caption(self, image: ImageInput, prompt: NamedPrompt, k: int) -> tuple[dict[str, Any], str | None]:
-        """One caption, resampled until it passes the gate or attempts run out (the last is kept, with its fault)."""
-        completion: Completion | None = None
-        words = ""  # text of a refusal
-        verdict = GateResult(Status.ENGINE_ERROR, "not tried")
-        attempt = 0
-        while attempt < self.config.max_attempts:
-            attempt += 1
-            sampling = self._sampling(image.uid, prompt, k, attempt)
-            request = GenerationRequest(Prompt(prompt.text, image, self.config.system), sampling)
-            try:
-                completion = await self.engine.generate(request)
-            except Refused as error:  # final: not resampled
-                completion, words, verdict = None, error.words, GateResult(Status.REFUSED, str(error))
-                break
-            except RequestError as error:  # the engine has retried already; `--retry` is for a later run
-                completion, verdict = None, GateResult(Status.ENGINE_ERROR, str(error))
-                break
-            verdict = self._judged(completion, prompt)
-            if verdict.status is Status.OK:
-                break
-        name = prompt.name if self.config.samples == 1 else f"{prompt.name}#{k}"
+    @cached_property
+    def _order(self) -> list[int]:
+        """Indices of the prompts in the order in which they are asked. Names of no prompt are given captions'."""
+        return asking_order(self.config.prompts, None)
+
+    def _fallback(self, prompt: NamedPrompt) -> NamedPrompt | None:
+        return next((each for each in self.config.fallbacks if each.name == prompt.name), None)
+
+    async def _caption(self, image: ImageInput, asked: Asked | Unasked, prompt: NamedPrompt, k: int) -> _Made:
+        """The ``k``-th caption of a prompt; without a text if there is nothing to ask."""
+        if isinstance(asked, Unasked):
+            tried = _Tried(None, "", GateResult(asked.status, asked.reason), 0)
+        else:
+            prompt = asked.prompt
+            tried = await self._tried(image, asked, k)
+        completion = tried.completion
         caption = {
-            "name": name,
-            "text": completion.text.strip() if completion else words.strip() or None,
+            "name": prompt.name if self.config.samples == 1 else f"{prompt.name}#{k}",
+            "text": completion.text.strip() if completion else tried.words.strip() or None,
             "model": self.model,
             "prompt_id": prompt.prompt_id,
             "finish_reason": completion.finish_reason if completion else None,
             "n_tokens": completion.n_tokens if completion else None,
-            "attempts": attempt,
-            "status": str(verdict.status),
+            "attempts": tried.attempts,
+            "status": str(tried.result.status),
         }
-        return caption, verdict.reason
+        return _Made(caption, tried.result.reason)
+
+    async def _tried(self, image: ImageInput, asked: Asked, k: int) -> _Tried:
+        """A caption, resampled until it passes the gate or attempts run out (the last is kept, with its fault)."""
+        completion: Completion | None = None
+        result = GateResult(Status.ENGINE_ERROR, "not tried")
+        attempt = 0
+        while attempt < self.config.max_attempts:
+            attempt += 1
+            sampling = self._sampling(image.uid, asked.prompt, k, attempt)
+            request = GenerationRequest(Prompt(asked.text, image, self.config.system), sampling)
+            try:
+                completion = await self.engine.generate(request)
+            except Refused as error:  # final: not resampled
+                return _Tried(None, error.words, GateResult(Status.REFUSED, str(error)), attempt)
+            except RequestError as error:  # the engine has retried already; `--retry` is for a later run
+                return _Tried(None, "", GateResult(Status.ENGINE_ERROR, str(error)), attempt)
+            result = self._judged(completion, asked.prompt)
+            if result.status is Status.OK:
+                break
+        return _Tried(completion, "", result, attempt)
 
     def _judged(self, completion: Completion, prompt: NamedPrompt) -> GateResult:
+        """``prompt``: as written, since a row's values ask for no JSON."""
         wrapper = find_wrapper(completion.text, json_wanted="json" in prompt.text.lower())
         if wrapper is not None:
             return GateResult(Status.DEGENERATE, wrapper)
@@ -167,3 +228,12 @@ def passed_on(row: Row) -> dict[str, Any]:
 def chosen_caption(row: Mapping[str, Any]) -> str:
     """The caption written as ``txt`` to training tars: the first ok one, else the empty string."""
     return next((c["text"] for c in row["captions"] or [] if c["status"] == Status.OK), "")
+
+
+def given_captions(row: Row) -> dict[str, list[dict[str, Any]]]:
+    """Captions of a companion artifact, those of one prompt under its name, in the order of its samples."""
+    given: dict[str, list[dict[str, Any]]] = {}
+    for caption in row.beside.get(CAPTIONS, {}).get("captions") or []:
+        if caption["status"] in _SEVERITY:
+            given.setdefault(caption["name"].partition("#")[0], []).append(caption)
+    return given

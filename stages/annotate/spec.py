@@ -11,7 +11,7 @@ CAPTIONS = ArtifactSpec("annotate", "captions written", COLUMNS, shown="captions
 ANNOTATE = StageSpec(
     "annotate",
     "capipe.pipeline.commands.annotate:annotate",
-    {"shards": (SHARDS,), "model": (CHECKPOINT,), "marks": MARKED},
+    {"shards": (SHARDS,), "model": (CHECKPOINT,), "captions": ("captions",), "marks": MARKED},
     {"captions": "", SHARDS: ""},
     (Output(CAPTIONS),),
     optional={SHARDS: "pack"},

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ...manifests.schema import SCORE
 from .card_statistics import Column, Statistics, Tally, bars, histogram
 from .formats import writer_class
 from .provenance import Step, public
@@ -190,10 +191,15 @@ def _scores(statistics: Statistics) -> str:
         )
         rows.append([f"`{name}`", f"{tally.count:,}", *figures, f"{column.others.count:,}"])
     head = ["kept pairs", "scored", "mean", "5 %", "median", "95 %", "others scored"]
-    shown = [
-        _bars(f"`{n}`", c, "{:.2f} to {:.2f}".format) for n, c in used.items() if n.endswith("_score") or n == "unsafe"
-    ]
+    plain = {name for name in SCORE.names if not name.endswith(("_score", "unsafe"))}  # others of the same captions
+    drawn = {name: column for name, column in used.items() if name not in plain}
+    shown = [_bars(f"`{name}`", column, _span(column)) for name, column in drawn.items()]
     return "\n\n".join([table(head, rows), *shown])
+
+
+def _span(column: Column) -> Callable[[float, float], str]:
+    """How the steps of its histogram are written."""
+    return "{:.2f} to {:.2f}".format if column.kept.width < 1 else "{:,.0f} to {:,.0f}".format
 
 
 def _words(low: float, high: float) -> str:
@@ -230,17 +236,18 @@ def _step(number: int, step: Step) -> Iterator[str]:
     lines = [f"- {name}: {plain(str(public(value)))}" for name, value in facts if value]
     packages = ", ".join(f"{name} {version}" for name, version in step.config.get("packages", {}).items())
     yield "\n".join([f"- fingerprint: `{step.fingerprint}`", *lines, f"- packages: {plain(packages)}"])
-    for prompt in _prompts(semantic):
-        yield f"Prompt {plain(str(prompt.get('name', '')))}:\n\n" + fenced(str(prompt["text"]), "text")
+    for title, prompt in _prompts(semantic):
+        yield f"{title} {plain(str(prompt.get('name', '')))}:\n\n" + fenced(str(prompt["text"]), "text")
     yield fenced(json.dumps(public(semantic), indent=1, ensure_ascii=False), "json")
 
 
-def _prompts(value: Any) -> Iterator[Mapping[str, Any]]:
-    """All prompts in a configuration, at any depth: objects with a text in a list called prompts."""
+def _prompts(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All prompts in a configuration, at any depth, with a title: objects with a text in a list of one of two names."""
+    titles = {"prompts": "Prompt", "fallbacks": "Fallback prompt"}
     if isinstance(value, Mapping):
         for name, item in value.items():
-            if name == "prompts" and isinstance(item, list):
-                yield from (p for p in item if isinstance(p, Mapping) and "text" in p)
+            if name in titles and isinstance(item, list):
+                yield from ((titles[name], p) for p in item if isinstance(p, Mapping) and "text" in p)
             else:
                 yield from _prompts(item)
 

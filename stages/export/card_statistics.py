@@ -12,17 +12,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ...manifests.schema import SELECT
 from ...manifests.status import Status
 from .source import caption_of
 
 EXAMPLES = 3
 _BARS = 12  # rows of a histogram
 _BAR = 24  # characters of the longest bar
+_FARTHEST = 10_000  # bins from zero on: wider ones take the place of more
 
 
 @dataclass
 class Tally:
-    """Histogram with bins of ``width``: exact for word counts, to a hundredth for scores."""
+    """Histogram with bins of ``width``: exact for word counts, to a hundredth for scores, coarser for large numbers."""
 
     width: float
     bins: Counter[int] = field(default_factory=Counter)
@@ -31,6 +33,12 @@ class Tally:
     def add(self, value: float) -> None:
         self.bins[math.floor(value / self.width + 1e-4)] += 1  # 0.39 is 0.38999999 as a 32-bit float
         self.total += value
+
+    def widen(self) -> None:
+        """Make every ten bins one."""
+        before, self.bins, self.width = self.bins, Counter(), self.width * 10
+        for bin_, count in before.items():
+            self.bins[bin_ // 10] += count
 
     @property
     def count(self) -> int:
@@ -52,7 +60,7 @@ class Tally:
 
 @dataclass
 class Column:
-    """Histograms of a numeric column, separately for kept and other rows."""
+    """Histograms of a numeric column with the same bins, separately for kept and other rows."""
 
     kept: Tally
     others: Tally
@@ -60,6 +68,13 @@ class Column:
     @classmethod
     def of(cls, width: float) -> Column:
         return cls(Tally(width), Tally(width))
+
+    def add(self, value: float, kept: bool) -> None:
+        """Count a finite number. Its size decides the bins: columns of users are of any unit."""
+        while abs(value) / self.kept.width > _FARTHEST:
+            self.kept.widen()
+            self.others.widen()
+        (self.kept if kept else self.others).add(value)
 
 
 @dataclass
@@ -84,7 +99,7 @@ class Statistics:
 
     def add(self, parquet: pq.ParquetFile) -> None:
         """Count one shard's listing."""
-        scores = [f.name for f in parquet.schema_arrow if pa.types.is_floating(f.type)]
+        scores = [field.name for field in parquet.schema_arrow if _is_score(field, parquet.schema_arrow)]
         texts = [name for name in _TEXTS if name in parquet.schema_arrow.names]
         for name in scores:
             self.scores.setdefault(name, Column.of(0.01))
@@ -98,8 +113,7 @@ class Statistics:
         for name in scores:
             value = row[name]
             if value is not None and math.isfinite(value):
-                column = self.scores[name]
-                (column.kept if kept else column.others).add(value)
+                self.scores[name].add(value, kept)
         if not kept:
             return
         caption = caption_of(row)
@@ -115,6 +129,13 @@ class Statistics:
 
 
 _TEXTS = ("caption", "captions", "text", "re_caption", "re_language", "org_language")
+
+
+def _is_score(field: pa.Field, schema: pa.Schema) -> bool:
+    """True for floats, and for integers that were joined to a selection: its own ones count words and sentences."""
+    if pa.types.is_integer(field.type):
+        return "source_shard" in schema.names and field.name not in SELECT.names
+    return bool(pa.types.is_floating(field.type))
 
 
 def _language(row: Mapping[str, Any], caption: str) -> str | None:

@@ -65,7 +65,7 @@ class Column:
     def values(self, table: pa.Table) -> Values:
         column = table.column(self.name).combine_chunks()
         if pa.types.is_integer(column.type):
-            return column.cast(pa.float64())
+            return column.cast(pa.float64(), safe=False)  # integers of more than 53 bits are rounded
         if pa.types.is_floating(column.type):
             return _known(column, pc.invert(pc.is_nan(column)))
         return column

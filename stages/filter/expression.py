@@ -59,6 +59,10 @@ _MENDS |= dict.fromkeys("\"'", "a text ends with the quote it began with")
 _PIECES = "an expression has columns, numbers, quoted texts, < <= > >= == != + - * /, in (…), is null, and, or, not"
 
 
+class UnknownColumn(BadInput):
+    """A condition, or an option, names a column that does not exist, as far as is known (exit 2)."""
+
+
 @dataclass(frozen=True)
 class Expression:
     """A parsed expression. ``terms``: its conjuncts, in the order in which they are reported as reasons."""
@@ -99,19 +103,31 @@ class Expression:
 def parse(text: str, types: Mapping[str, pa.DataType], aliases: Mapping[str, str] | None = None) -> Expression:
     """Parse a condition over columns of the given Arrow types; ``aliases``: further names of columns.
 
-    Raises BadInput, with a one-line message, for anything else.
+    Raises UnknownColumn for a name that is neither, and BadInput, with a one-line message, for anything else.
     """
     return Expression(text, tuple(conjuncts(_Parser(text, types, aliases or {}).condition())))
 
 
+def names_in(text: str) -> set[str]:
+    """All names in a condition, whether or not there are such columns; the text need not be valid."""
+    return {token.value for token in _tokens(text) if token.kind == "name"}
+
+
 def shown_value(value: Any) -> str:
-    """A value formatted for a reason: floats in shortest float32 form, long texts truncated."""
+    """A value formatted for a reason: floats that are 32-bit ones in their shortest form, long texts truncated."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "missing"
     if isinstance(value, float):
-        return str(np.float32(value))
+        return str(shortest(value))
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def shortest(value: float) -> float | np.float32:
+    """A finite number as a 32-bit float if it is exactly one, whose decimals are fewer; else unchanged."""
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    return single if float(single) == value else value
 
 
 def unknown_column(name: str, known: list[str]) -> str:
@@ -160,9 +176,9 @@ class _Parser:
         self._at += 1
         return token.value
 
-    def _fail(self, problem: str) -> NoReturn:
+    def _fail(self, problem: str, kind: type[BadInput] = BadInput) -> NoReturn:
         shown = self._text if len(self._text) <= 200 else self._text[:199] + "…"
-        raise BadInput(f"--keep {shown!r}: {problem}")
+        raise kind(f"--keep {shown!r}: {problem}")
 
     def _unexpected(self, wanted: str = _PIECES) -> NoReturn:
         token = self._next
@@ -338,7 +354,7 @@ class _Parser:
             self._fail(f"{name}(…) is a call, and nothing can be called here; {_PIECES}")
         column = self._aliases.get(name, name)
         if column not in self._types:
-            self._fail(unknown_column(name, [*self._aliases, *self._types]))
+            self._fail(unknown_column(name, [*self._aliases, *self._types]), UnknownColumn)
         return Column(column, name, kind_of(self._types[column]))
 
 

@@ -19,7 +19,7 @@ from ...manifests.shards import InputShard
 from .select import SelectConfig
 
 PLAN = f"{PRIVATE}/plan.json"
-_DECIDING = {"keep", "top", "by", "text"}  # the other options are about the files to write
+_DECIDING = {"keep", "top", "by", "text", "columns"}  # the other options are about the files to write
 _RULES = 1  # to be raised if the same input is decided in another way
 
 

@@ -143,17 +143,22 @@ def captions_of(row: Row) -> dict[str, str]:
 
 def unscored(row: Row) -> dict[str, Any] | None:
     """Output row if there is nothing to score, or captioning or embedding failed; None otherwise."""
+    fate = status_unscored(row)
+    return None if fate is None else {**passed_on(row), "status": fate[0], "error": fate[1]}
+
+
+def status_unscored(row: Row) -> tuple[str, str | None] | None:
+    """Status and error of a row with nothing to score, or whose captioning or embedding failed; None otherwise."""
     if row.status is not Status.OK:
-        return passed_on(row)
+        return str(row.status), row.error
     beside = row.beside.get(CAPTIONS)
     for other in (beside, row.beside.get(EMBEDDINGS)):
         if other is not None and other["status"] != Status.OK:
-            return {**passed_on(row), "status": other["status"], "error": other["error"]}
+            return other["status"], other["error"]
     wanted = NEW if beside is not None else ORIGINAL
     if wanted in captions_of(row):
         return None
-    text = "the new caption is empty" if beside is not None else "no caption came with the image"
-    return {**passed_on(row), "status": str(Status.EMPTY), "error": text}
+    return str(Status.EMPTY), "the new caption is empty" if beside is not None else "no caption came with the image"
 
 
 def passed_on(row: Row) -> dict[str, Any]:

@@ -8,30 +8,34 @@ have a score. Every row is written out, rejected ones with their scores and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ...errors import BadInput
 from ...manifests.configuration import Growing
-from ...manifests.schema import DEDUP, SCORE, TEXT_MARKS
+from ...manifests.joining.columns import TYPES as JOINED_TYPES
+from ...manifests.schema import DEDUP, SCORE, SELECT, TEXT_MARKS
 from ...manifests.shards import Row
 from ...manifests.sidecars import encode_meta
 from ...manifests.status import Status
 from ...models.images.formats import Header, read_header
 from .conditions import Mask
-from .expression import Expression, kind_of, parse, shown_value, unknown_column
+from .expression import Expression, UnknownColumn, kind_of, parse, shortest, shown_value, unknown_column
+from .joined import SHARED, joined_aliases
 from .marked import marked_status, standing
 
 STAGE = "select"
-Text = Literal["re", "org"]
+Text = Literal["re", "org", "none"]
+NO_TEXT: Text = "none"  # images are selected, whether or not they have captions, and none is written
 Scores = npt.NDArray[np.floating[Any]]
 
 _TYPES: dict[str, pa.DataType] = {field.name: field.type for field in SCORE}
@@ -39,22 +43,24 @@ _TYPES: dict[str, pa.DataType] = {field.name: field.type for field in SCORE}
 MARK_TYPES: dict[str, pa.DataType] = {
     field.name: field.type for field in (*DEDUP, *TEXT_MARKS) if field.name not in _TYPES
 }
-#: Unprefixed names in expressions, of the caption that is written: ``clip_score`` for ``re_clip_score`` or ``org_…``.
-_SHARED = tuple(name.removeprefix("re_") for name in _TYPES if name.startswith("re_"))
-_NAMES = [*_SHARED, *_TYPES]
-_KEEP_TYPES = {**_TYPES, **MARK_TYPES}
+#: Columns of a row that are not in its sample's JSON: they are in the tar otherwise, or of no use to a loader.
+_NOT_IN_JSON = frozenset({"key", "status", "error", "caption", "source_shard", "source_key"})
 
 
-def aliases(text: Text) -> dict[str, str]:
-    """Unprefixed column names, mapped to those of the caption that is written."""
-    return {name: f"{text}_{name}" for name in _SHARED}
+def aliases(text: Text, joined: Collection[str] = ()) -> dict[str, str]:
+    """Unprefixed column names, mapped to those of the caption that is written; also of ``joined`` columns.
+
+    If none is written, they are the original one's.
+    """
+    prefix = "org" if text == NO_TEXT else text
+    return {name: f"{prefix}_{name}" for name in SHARED} | joined_aliases(joined, prefix)
 
 
 class SelectConfig(Growing):
     """Options of selection and packing; all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    later = ("index",)
+    later = ("index", "columns")
 
     keep: str | None = Field(
         None, description="condition over the columns of scores and marks; see stages/filter/expression.py"
@@ -62,27 +68,43 @@ class SelectConfig(Growing):
     top: float | None = Field(None, gt=0, le=1, description="fraction to keep of the candidates that `keep` leaves")
     by: str = Field("clip_score", description="column by which `top` ranks")
     shard_size: int = Field(10_000, ge=1, description="kept rows per final shard; a single input shard may have more")
-    text: Literal["auto", "re", "org"] = Field(
-        "auto", description="the caption to write: new, original; auto takes the new ones where the scores have any"
+    text: Literal["auto", "re", "org", "none"] = Field(
+        "auto",
+        description="the caption to write: new, original, none; auto takes the new ones where the scores have any",
     )
     index: bool = Field(False, description="write no tars: rows alone, over the original ones")
+    columns: dict[str, str] = Field({}, description="columns joined to those of the scores, with their Arrow types")
 
-    @field_validator("keep")
-    @classmethod
-    def _keep_is_an_expression(cls, keep: str | None) -> str | None:
-        if keep is not None:
-            parse(keep, _KEEP_TYPES, aliases("re"))
-        return keep
+    @model_validator(mode="after")
+    def _names_known_columns(self) -> SelectConfig:
+        """Raises UnknownColumn for an unknown name in `keep` or `by`, BadInput for anything else that is wrong."""
+        if unusable := [kind for kind in self.columns.values() if kind not in JOINED_TYPES]:
+            raise BadInput(f"columns: no type of a joined column is called {unusable[0]!r}")
+        if self.keep is not None:
+            parse(self.keep, self.types, aliases("re", self.columns))
+        names = {**_TYPES, **self.joined_types}
+        column = aliases("re", self.columns).get(self.by, self.by)
+        if column not in names:
+            known = [*aliases("re", self.columns), *names]
+            raise UnknownColumn(f"--by {self.by}: {unknown_column(self.by, known)}")
+        if kind_of(names[column]) != "number":
+            raise BadInput(f"--by {self.by}: not a number; name a column of scores")
+        return self
 
-    @field_validator("by")
-    @classmethod
-    def _by_is_a_number(cls, by: str) -> str:
-        column = aliases("re").get(by, by)
-        if column not in _TYPES:
-            raise BadInput(f"--by {by}: {unknown_column(by, _NAMES)}")
-        if kind_of(_TYPES[column]) != "number":
-            raise BadInput(f"--by {by}: not a number; name a column of scores")
-        return by
+    @property
+    def joined_types(self) -> dict[str, pa.DataType]:
+        """Arrow types of the joined columns."""
+        return {name: JOINED_TYPES[kind] for name, kind in self.columns.items()}
+
+    @property
+    def joined_numbers(self) -> list[str]:
+        """Joined columns that are numbers."""
+        return [name for name, kind in self.joined_types.items() if kind_of(kind) == "number"]
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Columns that a condition may name, without their shorter names: of scores and marks, and joined ones."""
+        return {**_TYPES, **MARK_TYPES, **self.joined_types}
 
     @property
     def shown(self) -> str:
@@ -103,13 +125,13 @@ class Rule:
     @classmethod
     def of(cls, config: SelectConfig, text: Text, threshold: str | None = None) -> Rule:
         """Rule of a config; ``threshold`` as in :attr:`threshold_text`."""
-        keep = None if config.keep is None else parse(config.keep, _KEEP_TYPES, aliases(text))
+        keep = None if config.keep is None else parse(config.keep, config.types, aliases(text, config.columns))
         rule = cls(config, text, keep)
         return rule if threshold is None else replace(rule, threshold=float(rule.precision(threshold)))
 
     def precision(self, number: float | str) -> np.floating[Any]:
         """Cast a number to the precision of the column that ``top`` ranks by."""
-        single = self.by is not None and pa.types.is_float32(_TYPES[self.by])
+        single = self.by is not None and pa.types.is_float32(self.config.types[self.by])
         return np.float32(number) if single else np.float64(number)
 
     @property
@@ -120,23 +142,33 @@ class Rule:
     @property
     def by(self) -> str | None:
         """Column by which ``top`` ranks; None without ``top``."""
-        return None if self.config.top is None else aliases(self.text).get(self.config.by, self.config.by)
+        asked = self.config
+        return None if asked.top is None else aliases(self.text, asked.columns).get(asked.by, asked.by)
 
     @property
     def columns(self) -> list[str]:
         """Columns of the scores needed for the decision."""
-        used = {"status": None, f"{self.text}_length": None}
-        used |= {name: None for name in self._kept_by if name in _TYPES}
-        return list(used | ({self.by: None} if self.by else {}))
+        used: dict[str, None] = dict.fromkeys(["status", *self._caption_length])
+        used |= dict.fromkeys([*self._kept_by, *([self.by] if self.by else [])])
+        return [name for name in used if name in _TYPES and name not in self.config.columns]
+
+    @property
+    def _caption_length(self) -> list[str]:
+        return [] if self.text == NO_TEXT else [f"{self.text}_length"]
 
     @property
     def mark_columns(self) -> list[str]:
         """Columns of the marks needed for it, beside their status."""
-        return [name for name in self._kept_by if name in MARK_TYPES]
+        return [name for name in self._kept_by if name in MARK_TYPES and name not in self.config.columns]
 
     @property
     def _kept_by(self) -> list[str]:
         return [column.name for column in (self.keep.columns if self.keep else ())]
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Columns of the final shards: joined ones at the end."""
+        return pa.schema([*SELECT, *(pa.field(*column) for column in self.config.joined_types.items())])
 
     def bounds(self) -> list[tuple[str, float]]:
         """Columns and the numbers that they are compared with, for plots."""
@@ -171,8 +203,10 @@ class Decision:
 def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule, withdrawn: Mask | None = None) -> Decision:
     """Decide on the rows of ``table``, which has at least :attr:`Rule.columns` and :attr:`Rule.mark_columns`;
     ``marks``: dedup statuses, if any; ``withdrawn``: rows of withdrawn images."""
-    candidate = _where(pc.equal(table.column("status"), str(Status.OK)))
-    candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
+    usable = [str(status) for status in (Status.OK, Status.EMPTY) if _usable(status, rule)]
+    candidate = _where(pc.is_in(table.column("status"), value_set=pa.array(usable)))
+    if rule.text != NO_TEXT:
+        candidate &= _where(pc.greater(table.column(f"{rule.text}_length"), 0))
     if marks is not None:
         candidate &= standing(marks)
     if withdrawn is not None:
@@ -180,6 +214,11 @@ def decide(table: pa.Table, marks: Sequence[str] | None, rule: Rule, withdrawn: 
     keep = rule.keep
     failed = np.full(len(table), -1, np.int32) if keep is None else keep.failures(table)
     return Decision(candidate, failed, None if rule.by is None else scores_of(table, rule.by))
+
+
+def _usable(status: str, rule: Rule) -> bool:
+    """True for a scored row that may be kept: without a caption only if none is written."""
+    return status == Status.OK or (status == Status.EMPTY and rule.text == NO_TEXT)
 
 
 def _where(column: pa.ChunkedArray) -> Mask:
@@ -191,7 +230,7 @@ def scores_of(table: pa.Table, name: str) -> Scores:
     """A numeric column with NaN for null: floats unchanged, integers as float64."""
     column = table.column(name)
     if pa.types.is_integer(column.type):
-        column = column.cast(pa.float64())
+        column = column.cast(pa.float64(), safe=False)
     scores: Scores = column.combine_chunks().to_numpy(zero_copy_only=False)
     return scores
 
@@ -243,15 +282,18 @@ def selection_status(
     row: Mapping[str, Any], mark: Mapping[str, Any] | None, rule: Rule, failed: int
 ) -> tuple[str, str | None]:
     """Status and error of a scored row, by the same rule as :func:`decide`, which gives ``failed``."""
-    status, error = marked_status(row["status"], row["error"], mark)
+    own, note = row["status"], row["error"]
+    if own != Status.OK and _usable(own, rule):
+        own, note = str(Status.OK), None
+    status, error = marked_status(own, note, mark)
     reason = _rejected({**(mark or {}), **row}, rule, failed) if status == Status.OK else None
     if reason is None:
         return status, error
-    return str(Status.FILTERED), "; ".join(part for part in (reason, row["error"]) if part)
+    return str(Status.FILTERED), "; ".join(part for part in (reason, note) if part)
 
 
 def _rejected(row: Mapping[str, Any], rule: Rule, failed: int) -> str | None:
-    if not row[f"{rule.text}_length"]:
+    if rule.text != NO_TEXT and not row[f"{rule.text}_length"]:
         return f"{rule.text}_caption is missing: there is nothing to write"
     if failed >= 0 and rule.keep is not None:
         return rule.keep.reason(failed, row)
@@ -266,33 +308,36 @@ def _rejected(row: Mapping[str, Any], rule: Rule, failed: int) -> str | None:
 def final_row(
     row: Mapping[str, Any], status: str, error: str | None, key: str, shard: str, text: Text
 ) -> dict[str, Any]:
-    """Row of the final shards from a scored row. ``caption`` is set if the row is ok."""
-    caption = row[f"{text}_caption"] if status == Status.OK else None
+    """Row of the final shards from a scored row. ``caption`` is set if the row is ok, unless none is written."""
+    caption = row[f"{text}_caption"] if status == Status.OK and text != NO_TEXT else None
     own = {"key": key, "status": status, "error": error, "caption": caption}
     return {**row, **own, "source_shard": shard, "source_key": row["key"]}
 
 
 def members(source: Row, row: Mapping[str, Any]) -> dict[str, bytes] | None:
-    """Tar members of a final row: unchanged image bytes, the caption, the rest as JSON; None unless it is ok."""
+    """Tar members of a final row: unchanged image bytes, the caption, the rest as JSON; None unless it is ok.
+
+    Loaders expect a caption of every sample: if none is written, it is empty.
+    """
     if row["status"] != Status.OK or source.image is None:
         return None
     header = read_header(source.image)
     extension = header.format if isinstance(header, Header) else source.format
-    ours = {name: _decimal(row[name]) for name in _TYPES if name not in ("key", "status", "error")}
+    ours = {name: _decimal(value) for name, value in row.items() if name not in _NOT_IN_JSON}
     # Without nulls: `datasets` infers a column's type from the first samples, and would infer the null type.
     ours = {name: value for name, value in ours.items() if value is not None and value != []}
     try:
         meta = encode_meta(source.meta or {}, ours)
     except RecursionError:
         meta = encode_meta({}, ours)
-    return {extension: source.image, "txt": row["caption"].encode(), "json": meta}
+    return {extension: source.image, "txt": (row["caption"] or "").encode(), "json": meta}
 
 
 def _decimal(value: Any) -> Any:
-    """A float32 as its shortest round-trip decimal; None for NaN and infinity, which JSON lacks."""
+    """A float as its shortest round-trip decimal; None for NaN and infinity, which JSON lacks."""
     if not isinstance(value, float):
         return value
-    return float(str(np.float32(value))) if math.isfinite(value) else None
+    return float(str(shortest(value))) if math.isfinite(value) else None
 
 
 def uid_list(uids: Iterable[str]) -> npt.NDArray[np.void]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...manifests.artifact_spec import ArtifactSpec
-from ...manifests.schema import GRADE, QUESTIONS, SCREEN
+from ...manifests.schema import CHECKED, GRADE, QUESTIONS, SCREEN
 from ..annotate.spec import CAPTIONS
 from ..stage_spec import CHECKPOINT, MARKED, SHARDS, Output, OutputFolder, StageSpec, keys
 
@@ -16,6 +16,8 @@ GRADED = ArtifactSpec(
     shown="answers",
     repeated="questions|(caption|status|tokens)_.*",
 )
+
+CHECKED_CAPTIONS = ArtifactSpec("checked", "captions checked sentence by sentence", CHECKED, repeated="caption_.*")
 
 QA = StageSpec(
     "qa",
@@ -30,7 +32,8 @@ QA = StageSpec(
         OutputFolder(
             "written",
             without=keys(
-                "screen screen-model screen-engine screen-arg with-image without-image presentations reader-mode"
+                "screen screen-model screen-engine screen-arg with-image without-image blind guess-margin "
+                "presentations reader-mode reader-prompt"
             ),
         ),
         OutputFolder("screened"),
@@ -51,6 +54,7 @@ EVAL = StageSpec(
     {"evaluation": ""},
     (
         Output(CAPTIONS, "captions", lambda config, inputs: "captions" not in inputs),
+        Output(CHECKED_CAPTIONS, "checked", lambda config, inputs: "vlm" in config),
         Output(GRADED, "graded"),
     ),
     (
@@ -58,10 +62,14 @@ EVAL = StageSpec(
             "captions",
             without=keys(
                 "questions reader reader-engine reader-arg reader-mode presentations generic controls clip cosine "
-                "language-model captions"
+                "language-model captions vlm vlm-engine vlm-mode vlm-arg"
             ),
         ),
-        OutputFolder("graded", without=keys("clip cosine language-model")),
+        OutputFolder("graded", without=keys("clip cosine language-model vlm vlm-engine vlm-mode vlm-arg")),
+        OutputFolder(
+            "checked",
+            without=keys("reader reader-engine reader-arg reader-mode presentations clip cosine language-model"),
+        ),
         OutputFolder(None),
     ),
     skips="marks",

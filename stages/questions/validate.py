@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...manifests.status import QuestionStatus
-from ...models.quiz import ABSTAIN, FEWEST_OPTIONS, KINDS, LETTERS, MOST_OPTIONS, Question, fold
+from ...models.quiz import ABSENT, ABSTAIN, FEWEST_OPTIONS, KINDS, LETTERS, MOST_OPTIONS, Question, fold
 
 MAX_CHARS = 2_000  # of a question or an option; longer ones are refused, and stored truncated
 
@@ -128,12 +128,12 @@ def checked(entry: RawQuestion, seen: set[str], most: int = MOST_OPTIONS) -> dic
 
 
 def kind_of(kind: object) -> str:
-    """One of ``quiz.KINDS``, synonyms resolved; "other" for anything else."""
+    """One of ``quiz.KINDS`` or ``ABSENT``, synonyms resolved; "other" for anything else."""
     if not isinstance(kind, str) or len(kind) > MAX_CHARS:
         return "other"
     word = " ".join(re.split(r"[\s_-]+", kind.strip().lower()))
     word = _SYNONYMS.get(word, word)
-    return word if word in KINDS else "other"
+    return word if word in (*KINDS, ABSENT) else "other"
 
 
 def abstains(option: str) -> bool:

@@ -27,10 +27,11 @@ from ...models.engines.base import (
     Sampling,
 )
 from ...models.engines.context import text_room
-from ...models.quiz import KINDS, MOST_WRITTEN, writing_prompt, writing_schema
+from ...models.quiz import KINDS, MOST_WRITTEN, absent_prompt, absent_schema, writing_prompt, writing_schema
 from ..annotate.captioner import derive_seed
 from ..annotate.prompts import NamedPrompt
 from ..annotate.quality_gate import nothing_written
+from .absent import absent_questions
 from .layouts import faulty, read_question
 from .validate import RawQuestion, checked
 
@@ -42,7 +43,7 @@ class QuestionsConfig(Growing):
     """Options of the writer. All of them affect the questions, so all of them are in the fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    later = ("repetition_penalty",)
+    later = ("repetition_penalty", "absent")
 
     per_image: int = Field(5, ge=1, le=20, description="questions asked for per image, in one request")
     fewest: int = Field(1, ge=1, description="ask again while there are fewer usable ones")
@@ -53,6 +54,7 @@ class QuestionsConfig(Growing):
     max_tokens: int = Field(2048, ge=1, description="longest answer: all questions of one request")
     seed: int = Field(0, description="seed of all sampling, combined with the image's uid")
     repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="of tokens in prompt and answer")
+    absent: int = Field(0, ge=0, le=20, description="questions per image about things that are not there; 0 for none")
 
     @field_validator("kinds")
     @classmethod
@@ -66,14 +68,19 @@ class QuestionsConfig(Growing):
         return NamedPrompt("questions", writing_prompt(self.per_image, self.kinds))
 
     @property
+    def absent_prompt(self) -> NamedPrompt:
+        return NamedPrompt("absent", absent_prompt(self.absent))
+
+    @property
     def sampling(self) -> Sampling:
         """Of first requests, without a seed."""
         return Sampling(self.temperature, self.top_p, self.max_tokens, repetition_penalty=self.repetition_penalty)
 
     @property
     def room(self) -> int:
-        """Context tokens for the prompt and its answer, without the image."""
-        return text_room([self.prompt.text], self.max_tokens)
+        """Context tokens for a prompt and its answer, without the image."""
+        texts = [self.prompt.text, *([self.absent_prompt.text] if self.absent else [])]
+        return text_room(texts, self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,27 @@ class QuestionWriter:
             out["raw"].append(completion.text)
             out["questions"] += [checked(entry, seen, MOST_WRITTEN) for entry in written_questions(completion)]
             if len(seen) >= self.config.fewest:
-                return out
+                break
         if not seen:
             reason = f"no usable question in {out['attempts']} attempts"
             return {**out, "status": str(Status.EMPTY), "error": reason}
-        return out
+        return await self._with_absent(out, image, seen) if self.config.absent else out
+
+    async def _with_absent(self, out: dict[str, Any], image: ImageInput, seen: set[str]) -> dict[str, Any]:
+        """The row with questions about absent things, by a request of their own, which is not repeated."""
+        try:
+            completion = await self.engine.generate(self._absent_request(image))
+        except Refused as error:
+            return {**out, "raw": [*out["raw"], error.words] if error.words else out["raw"]}
+        except RequestError as error:
+            return {**out, "status": str(Status.ENGINE_ERROR), "error": str(error)}
+        entries = [checked(entry, seen, MOST_WRITTEN) for entry in absent_questions(completion, self.config.absent)]
+        return {
+            **out,
+            "n_tokens": _added(out["n_tokens"], completion.n_tokens),
+            "raw": [*out["raw"], completion.text],
+            "questions": [*out["questions"], *entries],
+        }
 
     def _request(self, image: ImageInput, attempt: int) -> GenerationRequest:
         config = self.config
@@ -116,6 +139,13 @@ class QuestionWriter:
         sampling = replace(config.sampling, temperature=temperature, seed=seed)
         schema = writing_schema(config.per_image, config.kinds) if self.guided else None
         return GenerationRequest(Prompt(config.prompt.text, image), sampling, json_schema=schema)
+
+    def _absent_request(self, image: ImageInput) -> GenerationRequest:
+        config = self.config
+        seed = derive_seed(config.seed, image.uid, config.absent_prompt.prompt_id, 0, 1)
+        schema = absent_schema(config.absent) if self.guided else None
+        prompt = Prompt(config.absent_prompt.text, image)
+        return GenerationRequest(prompt, replace(config.sampling, seed=seed), json_schema=schema)
 
 
 def passed_on(row: Row) -> dict[str, Any]:

@@ -119,6 +119,20 @@ def test_a_question_is_put_in_its_order_with_the_abstaining_choice_among_the_opt
     assert put(COLOR, (2, 3, 0, 1), "No idea").splitlines()[2] == "B. No idea"
 
 
+def test_a_question_without_the_option_to_abstain_has_its_own_options_alone() -> None:
+    assert put(COLOR, (2, 0, 1), None).splitlines() == [
+        "Question: What color is the star?",
+        "A. green",
+        "B. red",
+        "C. blue",
+    ]
+    for order in ((0, 1, 2, 3), (0, 1), (0, 1, 3)):
+        with pytest.raises(ValueError, match="is none of 3 choices"):
+            put(COLOR, order, None)
+    assert image_prompt(None) + "x" == image_prompt().replace(f' If you cannot know, choose "{ABSTAIN}".', "") + "x"
+    assert ABSTAIN not in image_prompt(None) and image_prompt(None, "caprl") == image_prompt(style="caprl")
+
+
 def test_ten_options_are_put_with_eleven_letters() -> None:
     ten = Question("Which?", tuple(f"option {number}" for number in range(MOST_OPTIONS)), 9)
     lines = put(ten, (10, *range(10))).splitlines()

@@ -105,6 +105,40 @@ async def test_both_arms_are_put_in_the_same_words_and_only_the_image_differs(op
         assert abstain in options_of(each.prompt) and each.prompt.text.startswith(image_prompt(abstain))
 
 
+@pytest.mark.parametrize("options", [{}, {"prompt": "caprl"}, {"orders": "shuffled", "presentations": 4}])
+async def test_a_forced_guess_has_no_image_no_option_to_abstain_and_otherwise_the_same_prompt(options: Any) -> None:
+    engine = Scripted(lambda request: pick(request, "A"))
+    asked = reader(engine, **options)
+    await asked.look(None, [COLOR, COUNT])
+    blind, engine.choices = engine.choices, []
+    color, count = await asked.guess([COLOR, COUNT])
+    assert all(each.prompt.image is None and not each.prompt.answer_prefix for each in engine.choices)
+    assert all(
+        ABSTAIN not in each.prompt.text and len(options_of(each.prompt)) == len(each.choices) for each in engine.choices
+    )
+    assert {each.choices for each in engine.choices} == {("A", "B", "C"), ("A", "B")}
+
+    def question(request: ChoiceRequest) -> str:
+        return request.prompt.text.partition("Question: ")[2].partition("\n")[0]
+
+    assert {question(each) for each in engine.choices} == {question(each) for each in blind}
+    assert (color.abstained, count.abstained) == (0, 0) and color.scored == len(color.chosen)
+    if "orders" not in options:
+        assert (color.chosen, count.chosen) == ((0, 1, 2), (0, 1)), "who always says A is right at chance"
+    assert not {each.prompt.text for each in engine.choices} & {each.prompt.text for each in blind}
+
+
+async def test_a_forced_guess_is_sampled_with_seeds_of_its_own() -> None:
+    engine = Scripted(generate=lambda request: options_of(request.prompt).get("blue", "no idea"))
+    asked = reader(engine, mode="sampled", orders="shuffled", presentations=4, temperature=0.1)
+    (seen,) = await asked.look(None, [COLOR])
+    (guessed,) = await asked.guess([COLOR])
+    assert seen.chosen == guessed.chosen == (1,) * 4
+    assert len({each.sampling.seed for each in engine.generations}) == 8
+    (none,) = await asked.guess([COUNT])
+    assert none.chosen == (None,) * 4 and none.accuracy is None and none.instead == "'no idea'"
+
+
 async def test_the_abstaining_option_stands_everywhere_and_each_choice_once_in_every_place() -> None:
     engine = Scripted(lambda request: pick(request, "A"))
     (reading,) = await reader(engine).look(IMAGE, [COLOR])
@@ -315,12 +349,22 @@ async def test_asked_together_or_one_by_one_the_choices_are_the_same(
     """The captioner is no reader, so its mass on letters may be next to nothing; its preferences are its own."""
     asked = reader(reference, least_mass=0)
     questions = [COLOR, COUNT, TRICKY]
-    subjects: list[tuple[bool, Any]] = [(True, pictures[0]), (False, "A red star at the top left."), (False, "")]
     together = await asyncio.gather(
-        *(asked.look(what, questions) if sees else asked.read(what, questions) for sees, what in subjects)
+        asked.look(pictures[0], questions),
+        asked.read("A red star at the top left.", questions),
+        asked.read("", questions),
+        asked.look(None, questions),
+        asked.guess(questions),
     )
-    for (sees, what), readings in zip(subjects, together, strict=True):
+    for readings in together[:-1]:
         assert [each.scored for each in readings] == [4, 3, 4]
-        for question, reading in zip(questions, readings, strict=True):
-            (alone,) = await (asked.look(what, [question]) if sees else asked.read(what, [question]))
-            assert alone == reading
+    assert [each.scored for each in together[-1]] == [3, 2, 3]
+    for place, question in enumerate(questions):
+        alone = [
+            *await asked.look(pictures[0], [question]),
+            *await asked.read("A red star at the top left.", [question]),
+            *await asked.read("", [question]),
+            *await asked.look(None, [question]),
+            *await asked.guess([question]),
+        ]
+        assert alone == [readings[place] for readings in together]

@@ -28,12 +28,14 @@ COMMAND = [sys.executable, "-m", "capipe.pipeline"]
 class CaptionServer:
     """Speaks just enough of the OpenAI protocol. ``fails(n, image)`` decides the n-th request's fate by a status code.
 
-    0 means: never answer. ``requests`` counts them all. ``says``: the caption, where it is not to be each image's own.
+    0 means: never answer. ``requests`` counts them all, ``prompts`` are their texts. ``says``: the caption, where it is
+    not to be each image's own.
     """
 
     def __init__(self) -> None:
         self.fails: Callable[[int, bytes], int] = lambda number, image: 200
         self.requests = 0
+        self.prompts: list[str] = []
         self.says: str | None = None
         self.released = threading.Event()
         server = self
@@ -46,9 +48,11 @@ class CaptionServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                image = base64.b64decode(body["messages"][-1]["content"][0]["image_url"]["url"].partition(",")[2])
+                content = body["messages"][-1]["content"]  # the image, then the text
+                image = base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])
                 with server.lock:
                     server.requests += 1
+                    server.prompts.append(content[1]["text"])
                     code = server.fails(server.requests, image)
                 if code == 0:
                     server.released.wait()

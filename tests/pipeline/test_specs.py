@@ -8,11 +8,12 @@ import pytest
 
 from capipe.pipeline.chain.options import options_of
 from capipe.pipeline.jobs import annotate, grade, qa, score
+from capipe.pipeline.jobs.rows import sentences
 from capipe.pipeline.specs import ARTIFACTS, STAGES, command_of
 from capipe.stages.dedup import marks
 from capipe.stages.dedup.texts import reading
 from capipe.stages.export import write
-from capipe.stages.filter import select
+from capipe.stages.filter import joined, select
 from capipe.stages.ingest import shard
 from capipe.stages.stage_spec import StageSpec
 
@@ -26,6 +27,8 @@ from capipe.stages.stage_spec import StageSpec
         (qa.ScreenStage, qa.ScreenProcessor),
         (grade.GradeStage, grade.GradeProcessor),
         (score.ScoreStage, score.ScoreProcessor),
+        (sentences.SentenceStage, sentences.SentenceProcessor),
+        (sentences.CheckStage, sentences.CheckProcessor),
     ],
 )
 def test_an_engine_stage_writes_the_columns_of_its_spec(stage: Any, processor: Any) -> None:
@@ -41,8 +44,10 @@ def test_every_artifact_has_a_spec() -> None:
         select.STAGE,
         write.STAGE,
         score.EmbedStage.name,
+        joined.STAGE,
     }
-    assert named | {"annotate", "ask", "questions", "screen", "grade", "score"} == ARTIFACTS.keys()
+    others = {"annotate", "ask", "questions", "screen", "grade", "checked", "score", "sentences", "join"}
+    assert named | others == ARTIFACTS.keys()
 
 
 @pytest.mark.parametrize("spec", STAGES.values(), ids=lambda spec: spec.name)

@@ -56,9 +56,11 @@ def plain(index: int, row: Row) -> dict[str, Any]:
     }
 
 
-def write_scores(shards: Path | str, out: Path | str, values: Values = plain, seed: int = 0) -> Artifact:
+def write_scores(
+    shards: Path | str, out: Path | str, values: Values = plain, seed: int = 0, **semantic: Any
+) -> Artifact:
     """A score artifact for shards. ``values`` of the index among all rows and the row; they may set its status, too."""
-    artifact = Artifact.create(str(out), "score", {"seed": seed}, {"shards": str(shards)})
+    artifact = Artifact.create(str(out), "score", {"seed": seed, **semantic}, {"shards": str(shards)})
     _write(artifact, shards, values, SCORE)
     return artifact
 
@@ -66,6 +68,15 @@ def write_scores(shards: Path | str, out: Path | str, values: Values = plain, se
 def write_marks(shards: Path | str, out: Path | str, values: Values) -> Artifact:
     artifact = Artifact.create(str(out), "dedup", {}, {})
     _write(artifact, shards, values, pa.schema(BASE))
+    return artifact
+
+
+def write_columns(
+    shards: Path | str, out: Path | str, columns: Mapping[str, pa.DataType], values: Values, stage: str = "ask"
+) -> Artifact:
+    """An artifact of another stage with such columns, as `capipe ask` writes them."""
+    artifact = Artifact.create(str(out), stage, {"columns": sorted(columns)}, {"shards": str(shards)})
+    _write(artifact, shards, values, pa.schema([*BASE, *(pa.field(*column) for column in columns.items())]))
     return artifact
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import BadInput
-from ...models.quiz import KINDS, abstains_last
-from ...models.tiny.world.grade import grade, parse
+from ...models.quiz import ABSENT, KINDS, abstains_last
+from ...models.scorers.sentence_truth import TRUE_FROM
+from ...models.scorers.sentences import split_sentences
+from ...models.tiny.world.grade import grade, is_true, parse
 from ...models.tiny.world.scenes import Scene
 from ...stages.questions.grade import CONTROLS
 from .ability import BLIND, ORACLE, SELF_ORACLE, Ability, PositionCounts, cautions
@@ -22,6 +24,7 @@ from .results import (
     PositionAccuracy,
     Quiz,
     Retrieval,
+    Sentences,
     ShownAnswer,
     ShownCaption,
     System,
@@ -31,6 +34,7 @@ from .results import (
 from .text_statistics import TextTally
 
 EXAMPLES = 3  # images whose captions the report shows
+SENTENCE_MEASURES = ("true", "wrong", "probability", "scene_true", "scene_wrong", "agreement")
 _UNTRUE = (SELF_ORACLE, "empty", BLIND)  # controls without statements of their own to compare with the truth
 
 
@@ -42,6 +46,7 @@ def evaluate(
     gallery: int = 0,
     cosines: Mapping[tuple[str, str], float] | None = None,
     logps: Mapping[str, Sequence[float]] | None = None,
+    truths: Mapping[tuple[str, str], Sequence[float | None]] | None = None,
     where: str = "the graded rows",
     warnings: Sequence[Caution] = (),
     resamples: int = RESAMPLES,
@@ -51,11 +56,12 @@ def evaluate(
 
     ``settings``: JSON-ready facts shown in the report (model, reader, fingerprints); ``ranks``: by uid and caption,
     from :mod:`.retrieval`; ``gallery``: its number of images; ``cosines``: of caption and image features, by uid and
-    caption; ``logps``: of each caption's tokens under a language model, by text; ``where``: name of the rows in errors;
-    ``warnings``: warnings known already. Raises BadInput without rows, without questions, or without a scored answer.
+    caption; ``logps``: of each caption's tokens under a language model, by text; ``truths``: how likely each sentence
+    is true, None without an answer, by uid and caption; ``where``: name of the rows in errors; ``warnings``: warnings
+    known already. Raises BadInput without rows, without questions, or without a scored answer.
     """
     last = abstains_last(settings.get("reader prompt", "own"))
-    tally = _Tally(ranks=ranks or {}, cosines=cosines or {}, logps=logps or {}, last=last)
+    tally = _Tally(ranks=ranks or {}, cosines=cosines or {}, logps=logps or {}, truths=truths or {}, last=last)
     for row in rows:
         tally.add(row, where)
     tally.check(where)
@@ -107,6 +113,8 @@ class _SystemTally:
     unscored: int = 0
     graded: int = 0  # captions compared with a scene
     ranked: int = 0  # captions with a rank in the gallery
+    checked: int = 0  # captions of which every sentence has an answer by the model that checks them
+    unanswered: int = 0  # captions with a sentence without one
     excluded: Counter[str] = field(default_factory=Counter)
     right: Counter[int] = field(default_factory=Counter)  # presentations, by position of the right option
     scored: Counter[int] = field(default_factory=Counter)
@@ -129,15 +137,21 @@ class _SystemTally:
                 PositionAccuracy(index, self.right[index], self.scored[index]) for index in sorted(self.scored)
             ),
             unscored=self.unscored,
+            invented=figure("invented"),
         )
-        measures = ("precision", "recall", "hallucinated", "chair_i", "chair_s")
+        measures = ("precision", "recall", "hallucinated", "chair_i", "chair_s", "wrong")
         truth = Truth(self.graded, *(figure(measure) for measure in measures)) if self.graded else None
         text = self.text.statistics() if name != "blind" else None
         recall = {k: figure(f"recall@{k}") for k in RECALL_AT}
         retrieval = Retrieval(gallery, self.ranked, recall) if self.ranked else None
+        sentences = None
+        if self.checked or self.unanswered:
+            by_sentence = [figure(f"sentence_{measure}") for measure in SENTENCE_MEASURES]
+            sentences = Sentences(self.checked, self.unanswered, *by_sentence)
         scores = Judged(figure("cosine"), figure("logp"))
         judged = None if scores == Judged(NOTHING, NOTHING) else scores
-        return System(name, self.samples, self.captions, dict(self.excluded), quiz, truth, text, retrieval, judged)
+        excluded = dict(self.excluded)
+        return System(name, self.samples, self.captions, excluded, quiz, truth, text, retrieval, judged, sentences)
 
 
 @dataclass
@@ -147,6 +161,7 @@ class _Tally:
     ranks: Mapping[tuple[str, str], int] = field(default_factory=dict)
     cosines: Mapping[tuple[str, str], float] = field(default_factory=dict)
     logps: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    truths: Mapping[tuple[str, str], Sequence[float | None]] = field(default_factory=dict)
     last: bool = False  # the option to abstain is always the last one
     rows: int = 0
     questions: int = 0
@@ -205,6 +220,8 @@ class _Tally:
                 self.ratios.add((name, "cosine", ""), image, cosine)
             if (logp := self.logps.get(caption.text)) and name != "blind":
                 self.ratios.add((name, "logp", ""), image, sum(logp), len(logp))
+            if (truths := self.truths.get((graded.image, caption.text))) is not None:
+                self._add_sentences(name, caption.text, truths, graded.scene, image)
             if graded.scene is not None and name not in _UNTRUE:
                 tally.graded += 1
                 self._add_truth(name, caption.text, graded.scene, image)
@@ -220,6 +237,9 @@ class _Tally:
         self.ratios.add((name, "accuracy", question.kind), image, accuracy)
         self.ratios.add((name, "best", ""), image, max(answer.accuracy for answer in answers))
         self.ratios.add((name, "abstained", ""), image, mean([answer.abstention for answer in answers]))
+        if question.kind == ABSENT:
+            said = [(answer.scored - answer.right - answer.abstained) / answer.scored for answer in answers]
+            self.ratios.add((name, "invented", ""), image, mean(said))
         tally = self.systems[name]
         for answer in answers:
             places = places_of_answer(question.options, question.answer, len(answer.chosen), self.last)
@@ -240,6 +260,29 @@ class _Tally:
         self.ratios.add((name, "hallucinated", ""), image, graded.hallucinated)
         self.ratios.add((name, "chair_i", ""), image, graded.hallucinated, mentioned)
         self.ratios.add((name, "chair_s", ""), image, graded.hallucinated > 0)
+        self.ratios.add((name, "wrong", ""), image, stated - graded.correct.total())
+
+    def _add_sentences(
+        self, name: str, text: str, truths: Sequence[float | None], scene: Scene | None, image: int
+    ) -> None:
+        """Count one caption's sentences by the model that checked them, and beside it by its scene, if known."""
+        known = [value for value in truths if value is not None]
+        sentences = split_sentences(text)
+        if len(known) != len(sentences):
+            self.systems[name].unanswered += 1
+            return
+        self.systems[name].checked += 1
+        holds = [value >= TRUE_FROM for value in known]
+        self.ratios.add((name, "sentence_true", ""), image, sum(holds), len(holds))
+        self.ratios.add((name, "sentence_wrong", ""), image, len(holds) - sum(holds))
+        self.ratios.add((name, "sentence_probability", ""), image, sum(known), len(known))
+        if scene is None:
+            return
+        truly = [is_true(scene, sentence) for sentence in sentences]
+        pairs = [(held, true) for held, true in zip(holds, truly, strict=True) if true is not None]
+        self.ratios.add((name, "sentence_scene_true", ""), image, sum(true for _, true in pairs), len(pairs))
+        self.ratios.add((name, "sentence_scene_wrong", ""), image, sum(not true for _, true in pairs))
+        self.ratios.add((name, "sentence_agreement", ""), image, sum(held == true for held, true in pairs), len(pairs))
 
 
 def _example(name: str, graded: GradedImage) -> ShownCaption:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from ...errors import BadInput
-from .bootstrap import Estimate
+from .bootstrap import NOTHING, Estimate
 from .text_statistics import TextStatistics
 
 
@@ -70,6 +70,7 @@ class Quiz:
     by_kind: dict[str, Estimate]
     by_place: tuple[PositionAccuracy, ...]
     unscored: int
+    invented: Estimate = NOTHING  # answers that an absent thing is there, among questions about such things
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Truth:
     hallucinated: Estimate  # objects and signs not in the scene, per caption
     chair_i: Estimate  # share of mentioned objects and signs not in the scene
     chair_s: Estimate  # share of captions with any of these
+    wrong: Estimate = NOTHING  # stated attributes that are false, per caption
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,30 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Sentences:
+    """Captions checked sentence by sentence by a vision-language model, which is right itself only so far.
+
+    ``captions``: those with an answer about every sentence; ``unanswered``: others, in no figure. A sentence is true
+    from a probability of 0.5. By the scene, where it is known, a sentence counts if it states anything recognised.
+    """
+
+    captions: int
+    unanswered: int
+    true: Estimate  # share of sentences, the precision of DCScore with sentences as its units
+    wrong: Estimate  # sentences that are not true, per caption
+    probability: Estimate  # mean over sentences
+    scene_true: Estimate  # share of sentences by the scene
+    scene_wrong: Estimate  # per caption, by the scene
+    agreement: Estimate  # share of sentences of which model and scene say the same
+
+
+@dataclass(frozen=True)
 class System:
     """Figures of one prompt's captions, or of one control.
 
     ``samples``: largest number of captions of an image. ``excluded``: captions in no figure, by status. ``truth``: None
-    without known scenes or captions to compare with them; ``text``: None for blind; ``retrieval``, ``judged``: None
-    without such a model.
+    without known scenes or captions to compare with them; ``text``: None for blind; ``retrieval``, ``judged``,
+    ``sentences``: None without such a model.
     """
 
     name: str
@@ -126,6 +146,7 @@ class System:
     text: TextStatistics | None
     retrieval: Retrieval | None = None
     judged: Judged | None = None
+    sentences: Sentences | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ...models.scorers.sentence_truth import TRUE_FROM
 from ...terminal import escaped
 from .bootstrap import Estimate
 from .evaluate import kinds_in_order
@@ -49,6 +50,7 @@ def terminal(value: EvaluationReport | Comparison) -> list[Table]:
         for grid in (
             _quiz_grid(value),
             _truth_grid(value),
+            _sentence_grid(value),
             _retrieval_grid(value),
             _judged_grid(value),
             _text_grid(value),
@@ -76,6 +78,7 @@ def _report_page(report: EvaluationReport) -> Iterator[str]:
     for grid in (
         _quiz_grid(report),
         _truth_grid(report),
+        _sentence_grid(report),
         _retrieval_grid(report),
         _judged_grid(report),
         _text_grid(report),
@@ -129,20 +132,25 @@ def _method(value: EvaluationReport | Comparison) -> str:
 
 
 def _quiz_grid(report: EvaluationReport) -> Grid:
+    absent = any(system.quiz.invented.n for system in report.systems)
     rows = [
         (
             system.name,
             _percent(system.quiz.accuracy),
             f"{_percent(system.quiz.best)} of {system.samples}" if system.samples > 1 else NONE,
             _percent(system.quiz.abstained, interval=False),
+            *([_percent(system.quiz.invented)] if absent else []),
             str(system.quiz.accuracy.n),
             str(system.quiz.unscored),
             _excluded(system),
         )
         for system in report.systems
     ]
-    header = ("system", "right %", "best %", "cannot tell %", "questions", "unscored", "excluded")
+    invented = ["invented %"] if absent else []
+    header = ("system", "right %", "best %", "cannot tell %", *invented, "questions", "unscored", "excluded")
     note = f"{_counts(report)} Best: of several captions of an image, the one from which a question is answered best."
+    if absent:
+        note += " Invented: of questions about things that are not there, those answered as if they were."
     return Grid("Quiz", header, tuple(rows), note)
 
 
@@ -152,6 +160,7 @@ def _truth_grid(report: EvaluationReport) -> Grid:
             system.name,
             _percent(truth.precision),
             _percent(truth.recall),
+            _number(truth.wrong.value, 2),
             _number(truth.hallucinated.value, 2),
             _percent(truth.chair_i),
             _percent(truth.chair_s),
@@ -160,12 +169,34 @@ def _truth_grid(report: EvaluationReport) -> Grid:
         for system in report.systems
         if (truth := system.truth) is not None
     ]
-    header = ("system", "precision %", "recall %", "made up", "chair_i %", "chair_s %", "captions")
+    header = ("system", "precision %", "recall %", "wrong", "made up", "chair_i %", "chair_s %", "captions")
     note = (
-        "Against the scenes. Precision and recall: of attributes. Made up: things and signs per caption that are not "
-        "there; chair_i: their share of those mentioned; chair_s: share of captions with any."
+        "Against the scenes. Precision and recall: of attributes. Wrong: false attributes per caption. Made up: things "
+        "and signs per caption that are not there; chair_i: their share of those mentioned; chair_s: share of captions "
+        "with any."
     )
     return Grid("Truth", header, tuple(rows), note)
+
+
+def _sentence_grid(report: EvaluationReport) -> Grid:
+    checked = [(system.name, system.sentences) for system in report.systems if system.sentences is not None]
+    by_scene = any(entry.scene_true.n for _, entry in checked)
+    rows = []
+    for name, entry in checked:
+        cells = [name, _percent(entry.true), _interval(entry.wrong, 2), _number(entry.probability.value, 3)]
+        if by_scene:
+            agreement = _percent(entry.agreement, interval=False)
+            cells += [_percent(entry.scene_true), _interval(entry.scene_wrong, 2), agreement]
+        rows.append((*cells, str(entry.true.n), str(entry.captions), str(entry.unanswered)))
+    scene = ("true by scene %", "wrong by scene", "agreement %") if by_scene else ()
+    header = ("system", "true %", "wrong", "probability", *scene, "sentences", "captions", "unanswered")
+    note = (
+        f"By a vision-language model, which Settings name: a sentence is true from a probability of {TRUE_FROM:g}. "
+        "Wrong: other sentences, per caption. Unanswered: captions with a sentence without an answer, in no figure."
+    )
+    if by_scene:
+        note += " By scene: exactly, where a sentence states anything known; agreement: sentences judged alike."
+    return Grid("Sentences", header, tuple(rows), note)
 
 
 def _retrieval_grid(report: EvaluationReport) -> Grid:

@@ -12,12 +12,13 @@ from pydantic_core import CoreSchema, core_schema
 
 from ...manifests.import_path import load_object
 from ..recipe_file import first_problem
-from . import image_text, judge, naturalness, quiz, reconstruction, text, token_penalties
+from . import image_text, judge, naturalness, quiz, reconstruction, text, token_penalties, verified
 from .base import RewardConfig, RewardSpec
 
 BUILT_IN: dict[str, RewardSpec] = {
     "quiz": quiz.SPEC,
     "judge": judge.SPEC,
+    "verified": verified.SPEC,
     "clip": image_text.CLIP,
     "blip": image_text.BLIP,
     "itm": image_text.ITM,

@@ -20,7 +20,7 @@ from .base import RewardConfig, RewardContext, RewardSpec, Scored
 class QuizRewardConfig(RewardConfig):
     """``sampled``: as CapRL (arXiv 2509.22647 eq. 1-3); ``rotated``: every question in every cyclic order."""
 
-    later = ("template_args", "thought_tokens", "mode", "reader_prompt")
+    later = ("template_args", "thought_tokens", "mode", "reader_prompt", "absent")
 
     kind: Literal["quiz"] = "quiz"
     reader: str = Field("tiny/reader", description="who answers: a bundled model, a folder, a hub id")
@@ -45,6 +45,11 @@ class QuizRewardConfig(RewardConfig):
     reader_prompt: PromptStyle = Field(
         "own",
         description="caprl: two worked examples, the answer begun, the option to abstain last and not shuffled",
+    )
+    absent: Literal["unsaid", "answered"] = Field(
+        "unsaid",
+        description="questions about things that are not in the image (kind absent); unsaid: right unless the caption "
+        "says that the thing is there, so no answer is right, too; answered: right if the reader says no",
     )
 
 
@@ -73,7 +78,8 @@ class QuizReward:
             details["errors"] = errors[:1]
         if len(known) < self.config.least_scored * len(asked):
             return Scored(None, details)
-        return Scored(sum(answer == question.answer for question, answer in known) / len(known), details)
+        right = sum(is_right(question, answer, self.config.absent) for question, answer in known)
+        return Scored(right / len(known), details)
 
     def presentations(self, example: Example, sample_id: str) -> list[tuple[Question, Order]]:
         """Questions for a caption, each with an order of its options."""
@@ -89,6 +95,13 @@ class QuizReward:
 
     async def aclose(self) -> None:
         await self.reader.engine.aclose()
+
+
+def is_right(question: Question, choice: int, absent: Literal["unsaid", "answered"]) -> bool:
+    """Whether a choice speaks for the caption; ``len(question.options)`` is to abstain. ``absent``: see the config."""
+    return choice == question.answer or (
+        absent == "unsaid" and question.asks_absent and choice == len(question.options)
+    )
 
 
 def reader_config(config: QuizRewardConfig) -> ReaderConfig:

@@ -137,6 +137,17 @@ def grade(scene: Scene, caption: str) -> Grade:
     return Grade(result.stated, result.correct, result.expected, result.recalled, hallucinated)
 
 
+def is_true(scene: Scene, sentence: str) -> bool | None:
+    """Whether everything that one sentence states of ``scene`` is true; None for a sentence that states nothing known.
+
+    A thing or a sign that is merely named is a statement, too: it is there, or it is not.
+    """
+    if parse(sentence) == Facts():
+        return None
+    result = grade(scene, sentence)
+    return result.correct == result.stated and not result.hallucinated
+
+
 def match(claims: tuple[ThingClaim, ...], scene: Scene) -> list[int | None]:
     """Match each claim to the index of a thing of the scene, each thing once: by place first, then by similarity.
 

@@ -86,6 +86,29 @@ AllowHost = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """What a captioner is asked."""
+
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="plain, short, dense, caprl, none (the image alone), name=text or name=@file; may be repeated. In a "
+            "text {text}, {meta.KEY} and {captions.NAME} stand for the row's text, metadata and an earlier caption."
+        ),
+    ] = None
+    fallback_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TEXT",
+            help="Asked instead of prompt NAME where a row lacks one of its fields; plain by default; may be repeated.",
+        ),
+    ] = None
+    field_bytes: Annotated[
+        int, typer.Option(help="Longest {text} or {meta.KEY} in a prompt, in bytes of UTF-8; longer ones are cut.")
+    ] = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """Sampling options of a model."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from capipe.models.scorers.sentences import split_sentences
+from capipe.models.scorers.sentences import sentence_spans, split_sentences
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,12 @@ def test_sentences_are_cut_where_a_reader_would(text: str, sentences: list[str])
 def test_nothing_but_blanks_is_lost() -> None:
     text = 'One. Two! "Three?" Four…\nFive. 6 dogs. Mr. Seven (eight). nine.'
     assert "".join(split_sentences(text)).replace(" ", "") == text.replace(" ", "").replace("\n", "")
+
+
+def test_spans_are_where_the_sentences_stand() -> None:
+    text = '  One. "Two!"  \n\n - three\nNo. 4 is (four).  '
+    assert [text[start:end] for start, end in sentence_spans(text)] == ["One.", '"Two!"', "- three", "No. 4 is (four)."]
+    assert sentence_spans(" \n") == []
 
 
 def test_a_long_text_is_cut_in_linear_time() -> None:

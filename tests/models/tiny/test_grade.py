@@ -5,8 +5,9 @@ from random import Random
 
 import pytest
 
+from capipe.models.scorers.sentences import split_sentences
 from capipe.models.tiny.world.captions import dense_caption, short_caption
-from capipe.models.tiny.world.grade import Facts, Grade, SignClaim, ThingClaim, grade, parse, total
+from capipe.models.tiny.world.grade import Facts, Grade, SignClaim, ThingClaim, grade, is_true, parse, total
 from capipe.models.tiny.world.scenes import COLORS, WORDS, Scene, Sign, Thing, scenes
 
 RED = Thing("top left", "circle", "red", "large")
@@ -129,3 +130,19 @@ def test_grades_add_up() -> None:
     one = grade(SCENE, TOLD)
     assert total([one, one]).stated["color"] == 4
     assert total([]) == Grade()
+
+
+def test_a_sentence_is_true_if_all_that_it_states_is() -> None:
+    assert all(is_true(SCENE, sentence) for sentence in split_sentences(TOLD))
+    for sentence in (
+        "A red star in the center.",
+        "There are three shapes.",
+        'A sign reads "OPEN".',
+        "A cross.",
+        "A sign.",
+    ):
+        assert is_true(replace(SCENE, sign=None) if sentence == "A sign." else SCENE, sentence) is False
+    assert is_true(SCENE, "A star is in the center.") and is_true(SCENE, "A sign is there.")
+    assert is_true(SCENE, "Several things on a plain background.") is None and is_true(SCENE, "") is None
+    wrong = "A large red circle in the top left and a small blue star in the top right."
+    assert is_true(SCENE, wrong) is False, "one wrong place among eight true attributes"

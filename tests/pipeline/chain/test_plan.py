@@ -46,6 +46,8 @@ NOTHING: set[str] = set()
     [
         (FILTER, "config.keep=clip_score > 0.3", {"shards"}),
         (FILTER, "inputs.marks={path: c}", {"shards"}),
+        (FILTER, "inputs.scores=[{path: c}]", {"shards"}),
+        (FILTER, "inputs.scores=[{path: c, as: d}]", {"shards"}),
         (FILTER, "config.clip=tiny/eval-clip", {"scores", "shards"}),
         (FILTER, "config.workers=3", NOTHING),
         (DEDUP, "config.radius=3", {"images", "marked"}),

@@ -160,7 +160,6 @@ def test_a_path_is_no_option(tmp_path: Path) -> None:
             r"captions\.config: --gpus 0: a Ray cluster hands",
         ),
         ("stages.filtered.config.dtype=int4", r"filtered\.config: dtype 'int4' is none of auto"),
-        ("stages.filtered.inputs.scores={path: a}", r"filtered\.config: --scores: these are scored already"),
         ("stages.questions.config.screen-arg=dtype=int4", r"questions\.config: --screen-arg: dtype 'int4' is none of"),
         (
             "stages.questions.config={model: a, screen: none, screen-arg: a=1}",
@@ -338,3 +337,24 @@ def test_a_refused_chain_writes_nothing(tmp_path: Path) -> None:
     planned = capipe("run", path, "--out", tmp_path / "out", *sets, "--dry-run").stdout
     assert "not there yet: " in planned and "2/4 shards: ingest, to do; rows unknown" in planned
     assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_several_sources(tmp_path: Path) -> None:
+    """As a list of stages and places, with names for their columns; only those of scores may have one."""
+    sources = ["filtered", {"stage": "marks", "as": "m"}, {"path": "mine.parquet", "as": "mine"}]
+    best = {"stage": "filter", "inputs": {"shards": "shards", "scores": sources}, "config": {"keep": "mine_x > 1"}}
+    stages = {
+        **WHOLE,
+        "marks": {"stage": "filter", "inputs": WHOLE["filtered"]["inputs"], "config": {"clip": "tiny/clip"}},
+    }
+    stages["marks"]["inputs"] = {"shards": "shards"}
+    stages["filtered"] = {**WHOLE["filtered"], "inputs": {"shards": "shards", "captions": "captions"}}
+    chain = chain_of(tmp_path, stages={**stages, "best": best})
+    words = arguments(chain, chain.stage("best"), tmp_path / "out")
+    given = [words[at + 1] for at, word in enumerate(words) if word == "--scores"]
+    assert given == [f"{tmp_path}/out/filtered/scores", f"m={tmp_path}/out/marks/scores", "mine=mine.parquet"]
+    wrong = {**best, "inputs": {**best["inputs"], "shards": {"stage": "shards", "as": "s"}}}
+    said = refusals(tmp_path, stages={**stages, "best": wrong})
+    assert any("stages.best.inputs.shards: as: is for sources of columns alone" in line for line in said)
+    named = {**best, "inputs": {**best["inputs"], "scores": {"stage": "filtered", "as": "a b"}}}
+    assert any("String should match pattern" in line for line in refusals(tmp_path, stages={**stages, "best": named}))

@@ -131,3 +131,16 @@ def test_what_does_not_fit_is_refused(quizzed: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     refused = refusal("--shards", tmp_path / "other-shards", "--questions", qa, *captions)
     assert "give --shards those it was made of" in refused and not (tmp_path / "out").exists()
+
+
+def test_captions_by_prompts_with_the_row_in_them_are_graded(quizzed: Path) -> None:
+    template = "A page says: {text}. Describe the image in detail."
+    prompt = ("--prompt", f"named={template}", "--fallback-prompt", "named=Describe the image in detail.")
+    evaluate(
+        quizzed, "named", "--model", "tiny/captioner", *prompt, "--samples", 1, "--max-tokens", 60, "--no-controls"
+    )
+    report = json.loads((quizzed / "named/report.json").read_text())
+    assert report["settings"]["prompt named"] == template
+    assert report["settings"]["fallback prompt named"] == "Describe the image in detail."
+    ids = {caption["prompt_id"] for row in table(quizzed / "named/captions") for caption in row["captions"]}
+    assert len(ids) == 1 and [system["name"] for system in report["systems"]] == ["named"]

@@ -57,7 +57,7 @@ def test_from_scores_to_final_shards(shards: Path, tmp_path: Path) -> None:
         (["--top", "0"], "--top: Input should be greater than 0"),
         (["--by", "clip_score"], "--by clip_score: ranks nothing without --top"),
         (["--top", "0.5", "--by", "language"], "--by language: not a number"),
-        (["--text", "new"], "--text: Input should be 'auto', 're' or 'org'"),
+        (["--text", "new"], "--text: Input should be 'auto', 're', 'org' or 'none'"),
         (["--shard-size", "0"], "--shard-size"),
         (["--marks", "nowhere"], "nowhere: not an artifact"),
     ],

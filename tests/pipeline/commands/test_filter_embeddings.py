@@ -86,8 +86,11 @@ def test_embeddings_that_do_not_fit_are_refused_in_a_line(
     write_scores(shards, tmp_path / "scores")
     line = refusal(monkeypatch, *common, tmp_path / "scores", "--clip", "tiny/clip")
     assert "an artifact of stage 'score'; --embeddings takes one of `capipe embed`" in line
-    scored = ("--scores", tmp_path, "--embeddings", embedded)
-    assert "scored already" in refusal(monkeypatch, "--shards", shards, "--out", tmp_path / "out", *scored)
+    scored = ("--scores", tmp_path / "scores", "--embeddings", embedded)
+    line = refusal(monkeypatch, "--shards", shards, "--out", tmp_path / "out", *scored)
+    assert "name it by --clip" in line
+    line = refusal(monkeypatch, "--shards", shards, "--out", tmp_path / "out", *scored, "--clip", "tiny/clip")
+    assert "scored already" in line
     others = write_shards(tmp_path / "others", list(samples(26, "heldout", seed=52)), 13)
     other = ("--shards", others, "--out", tmp_path / "out", "--clip", "tiny/clip", "--embeddings", embedded)
     assert "found; it was not made of these shards" in refusal(monkeypatch, *other)

@@ -13,6 +13,7 @@ import pytest
 from capipe.manifests.artifact import Artifact
 from capipe.models.tiny.train.texts.quiz import quiz, sample_asked
 from capipe.models.tiny.world.corpus import CorpusSample, write_corpus
+from capipe.pipeline.inspect.screening import screening_lines
 from capipe.pipeline.inspect.verify import verify
 
 from ...conftest import photo
@@ -51,7 +52,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 def test_questions_are_written_and_screened(corpus: tuple[Path, list[CorpusSample]], tmp_path: Path) -> None:
     shards, _ = corpus
     out = tmp_path / "qa"
-    capipe("qa", "--shards", shards, "--out", out, *TEACHER, "--per-image", 3)
+    said = capipe("qa", "--shards", shards, "--out", out, *TEACHER, "--per-image", 3).stderr
     written, screened = table(out / "written"), table(out / "screened")
     assert [row["key"] for row in written] == [row["key"] for row in screened] == [r["key"] for r in table(shards)]
     assert written[-1]["status"] == screened[-1]["status"] == "corrupt" and screened[-1]["questions"] == []
@@ -64,6 +65,9 @@ def test_questions_are_written_and_screened(corpus: tuple[Path, list[CorpusSampl
             orders = len(entry["options"]) + 1
             assert entry["with_image"] == [entry["answer"]] * orders and entry["image_accuracy"] == 1
             assert len(entry["without_image"]) == orders and entry["answer"] not in entry["without_image"]
+            assert len(entry["guessed"]) == orders - 1 and entry["guess_accuracy"] <= 1 / (orders - 1) + 0.25 + 1e-4
+    (line,) = screening_lines(Artifact.open(str(out / "screened")))
+    assert line in said and f"screening kept {sum(entry['status'] == 'ok' for entry in entries)} of" in line
     for name in ("written", "screened"):
         assert verify(str(out / name)).faults == []
 
@@ -80,6 +84,8 @@ def test_a_second_run_does_nothing_and_another_configuration_is_refused(
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
     refused = capipe(*command, "--without-image", "<=0.5", code=2)
     assert "screen.text_max: 0.0 -> 0.5" in one_line(refused)
+    assert "screen.guess_margin: 0.25 -> 0.3" in one_line(capipe(*command, "--guess-margin", 0.3, code=2))
+    assert 'screen.blind: "both" -> ' in one_line(capipe(*command, "--blind", "abstain", code=2))
     write_lines(file, records(samples[:5]))
     assert "imported" in one_line(capipe(*command, code=2))
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
@@ -182,6 +188,14 @@ def test_wrong_gold_is_found_by_the_screen(corpus: tuple[Path, list[CorpusSample
         (("--model", "tiny/teacher", "--screen", "loose"), "strict, caprl"),
         (("--model", "tiny/teacher", "--with-image", "1"), "--with-image"),
         (("--model", "tiny/teacher", "--without-image", ">0.5"), "--without-image"),
+        (("--model", "tiny/teacher", "--blind", "abstain", "--guess-margin", "0.1"), "--guess-margin 0.1: nothing is"),
+        (("--model", "tiny/teacher", "--guess-margin", "2"), "--guess-margin 2.0: a share"),
+        (
+            ("--model", "tiny/teacher", "--blind", "guess", "--without-image", "<=0.5"),
+            "--without-image '<=0.5': forced",
+        ),
+        (("--model", "tiny/teacher", "--screen", "none", "--blind", "both"), "--blind: --screen none"),
+        (("--model", "tiny/teacher", "--screen", "none", "--guess-margin", "0.1"), "--guess-margin: --screen none"),
         (("--model", "tiny/teacher", "--without-image", "<2"), "--without-image"),
         (("--model", "tiny/teacher", "--per-image", "0"), "--per-image"),
         (("--model", "tiny/teacher", "--repetition-penalty", "0"), "--repetition-penalty"),

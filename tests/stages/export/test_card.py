@@ -69,7 +69,8 @@ def test_captions_stay_text_whatever_is_in_them(tmp_path: Path, format: str) -> 
 
 def test_a_hostile_title_and_prompt(tmp_path: Path) -> None:
     prompt = "Describe.\n```\n# Not a heading\n<b>````</b>"
-    semantic = {"annotate": {"prompts": [{"name": "a|b", "text": prompt}]}, "input": None}
+    asked = {"prompts": [{"name": "a|b", "text": prompt}], "fallbacks": [{"name": "a|b", "text": f"Else: {prompt}"}]}
+    semantic = {"annotate": asked, "input": None}
     artifact = Artifact.create(str(tmp_path / "a<b>c"), "select", semantic, {"shards_total": 1})
     with artifact.begin("00000", SELECT, tar=True) as shard:
         row = {"key": "k", "uid": "0" * 32, "status": "ok", "error": None, "caption": "c"}
@@ -79,7 +80,7 @@ def test_a_hostile_title_and_prompt(tmp_path: Path) -> None:
     export(tmp_path / "a<b>c", tmp_path / "out")
     tokens = parsed(tmp_path / "out/README.md")
     fences = [token.content for token in tokens if token.type == "fence"]
-    assert prompt + "\n" in fences
+    assert {prompt + "\n", f"Else: {prompt}\n"} <= {*fences}
     assert any(json.loads(text).get("annotate") for text in fences if text.startswith("{"))
     assert not {token.type for token in inline(tokens)} & {"html_inline"}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from capipe.models.engines.base import ChoiceRequest, Completion, EngineDead, RequestError
-from capipe.models.quiz import Question
+from capipe.models.quiz import ABSENT, Question
 from capipe.models.reader import QuizReader, ReaderConfig
 from capipe.trainer.advantages import RewardTerm
 from capipe.trainer.dataset import Example
@@ -165,3 +165,21 @@ async def test_preflight_refuses_what_a_template_can_win() -> None:
     assert paid.generic == pytest.approx(4 / 7) and paid.blind == 0
     with pytest.raises(Exception, match=r"generic caption earns 0\.57.*screen the questions"):
         refuse_templates(paid)
+
+
+async def test_a_caption_that_does_not_mention_an_absent_thing_is_right_about_it() -> None:
+    dog = Question("Is there a dog in the image?", ("Yes", "No"), 1, ABSENT)
+    task = Example("u" * 32, "k", "memory://x.tar", 0, 1, (dog,))
+
+    def believes(request: ChoiceRequest) -> list[float]:
+        text = request.prompt.text.partition("<caption>")[2].partition("</caption>")[0]
+        return knows(request, *(["Yes"] if "a dog" in text else ["No"] if "no dog" in text else []))
+
+    values = {}
+    for rule in ("unsaid", "answered"):
+        reward = QuizReward(QuizReader(Scripted(choose=believes), ReaderConfig()), QuizRewardConfig(absent=rule))  # type: ignore[arg-type]
+        values[rule] = [
+            (await reward.score(task, caption(text), "d")).value for text in ("There is a dog.", "a cat", "no dog")
+        ]
+    assert values == {"unsaid": [0, 1, 1], "answered": [0, 0, 1]}
+    assert "absent" not in QuizRewardConfig().model_dump(), "runs of before keep their fingerprint"

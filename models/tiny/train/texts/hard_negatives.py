@@ -12,7 +12,7 @@ from random import Random
 
 from ....scorers.sentences import split_sentences
 from ...world.captions import dense_caption, sample_style, short_caption, thing_phrase, where_phrase
-from ...world.grade import grade
+from ...world.grade import is_true
 from ...world.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, WORDS, Scene, Sign, Thing
 from .caption_augmentation import OMITTED_SHARES, retold, sample_omitted
 
@@ -119,8 +119,7 @@ def sentence_pair(scene: Scene, rng: Random) -> tuple[str, str]:
 
 def holds(scene: Scene, text: str) -> bool:
     """Whether everything that :mod:`...world.grade` recognises in ``text`` is true of the scene."""
-    result = grade(scene, text)
-    return result.stated == result.correct and not result.hallucinated
+    return is_true(scene, text) is not False
 
 
 def addition(scene: Scene, rng: Random) -> str:
