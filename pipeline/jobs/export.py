@@ -36,7 +36,7 @@ from ..runners.placement import TaskPlacement, task_placement
 from ..runners.pool_job import local_paths, run_pool_job
 from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
-from .export_captions import Appending, execute_appending, listing_schema, open_sets, settle
+from .export_captions import Appending, execute_appending, listing_schema, open_sets, require, settle
 from .export_files import extras, write_files
 
 CHECKED = "checked"  # key of the facts about a run: the options and the source of which keys and extensions are known
@@ -110,7 +110,7 @@ def plan_export(
         pass
     elif shard_size is not None:
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
-    elif format != "parquet":
+    elif format not in ("parquet", LANCE):
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
     before = None if drop is None and not has_withdrawn(source) else standing
     extension = None
@@ -140,6 +140,8 @@ def plan_export(
     try:
         if format == LANCE:
             refuse_foreign(artifact.folder)
+            if drop is not None:
+                require(artifact, sets)
         withdrawal = apply(artifact, drop)
         if not share:
             artifact.release_quarantine()

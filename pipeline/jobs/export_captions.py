@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,32 +65,44 @@ def open_sets(given: Sequence[str], format: str, source: Artifact, shards: Seque
     return [fitted(entry, source, first) for entry in sets]
 
 
+def require(artifact: Artifact, given: Sequence[CaptionSet], names: Collection[str] | None = None) -> None:
+    """Raises BadInput unless captions are given again that shards to be written need: all, or those of these names."""
+    needed = {str(entry["name"]) for entry in artifact.config["run"].get(APPENDED, ())} if names is None else {*names}
+    if missing := sorted(needed - {entry.name for entry in given}):
+        text = f"{artifact.url}: shards are to be written that have columns of the captions {', '.join(missing)}"
+        raise BadInput(f"{text}; give these again: --append-captions {missing[0]}=ARTIFACT")
+
+
 def settle(artifact: Artifact, given: Sequence[CaptionSet], rows: pa.Schema, writes: bool) -> Appending:
     """Note the sets of a locked artifact. ``rows``: schema of its listings; ``writes``: shards are to be written.
 
     Raises BadInput for a name that other captions have, and if captions are needed that were not given again.
     """
     noted: list[Mapping[str, Any]] = list(artifact.config["run"].get(APPENDED, ()))
-    known = {entry["name"]: entry["fingerprint"] for entry in noted}
+    known = {str(entry["name"]): position for position, entry in enumerate(noted)}
+    new = [entry for entry in given if entry.name not in known]
+    sets = [*noted, *(entry.facts for entry in new)]
     for entry in given:
-        if known.get(entry.name, entry.artifact.fingerprint) != entry.artifact.fingerprint:
-            text = f"{artifact.url}: has columns of other captions under the name {entry.name}"
-            raise BadInput(f"{text}; name these otherwise: --append-captions NAME={entry.artifact.url}")
-    new = [entry.facts for entry in given if entry.name not in known]
-    appending = Appending(tuple(given), (*noted, *new))
+        if entry not in new and noted[known[entry.name]]["fingerprint"] != entry.artifact.fingerprint:
+            _refuse_complete(artifact, entry)
+            sets[known[entry.name]] = entry.facts
+    appending = Appending(tuple(given), tuple(sets))
     check_columns(rows, appending.sets)
     if new and artifact.shared and artifact.committed():
         text = f"{artifact.url}: other processes may be adding shards without these captions"
         raise BadInput(f"{text}; run the command once without --share")
-    at_hand = {entry.name for entry in given}
     lacking = {name for record in appending.todo(artifact) for name in appending.lacks(record)}
-    needed = {*map(str, known)} if writes else lacking
-    if missing := sorted(needed - at_hand):
-        text = f"{artifact.url}: shards are to be written that have columns of the captions {', '.join(missing)}"
-        raise BadInput(f"{text}; give these again: --append-captions {missing[0]}=ARTIFACT")
-    if new:
-        artifact.note(**{APPENDED: list(appending.sets)})
+    require(artifact, given, {*known} if writes else lacking)
+    if sets != noted:
+        artifact.note(**{APPENDED: sets})
     return appending
+
+
+def _refuse_complete(artifact: Artifact, other: CaptionSet) -> None:
+    """Raises BadInput if all shards have columns of a name that other captions are to have."""
+    if all(other.name in record.stats.get(APPENDED, {}) for record in artifact.committed().values()):
+        text = f"{artifact.url}: has columns of other captions under the name {other.name}"
+        raise BadInput(f"{text}; name these otherwise: --append-captions NAME={other.artifact.url}")
 
 
 def listing_schema(source: Artifact, record: ShardRecord) -> pa.Schema:

@@ -12,6 +12,8 @@ from capipe.manifests.withdrawal.absent import prove_absent
 from capipe.manifests.withdrawal.uid_set import UidSet
 from capipe.pipeline.inspect.verify import verify
 
+from ..stages.exporting import VERSIONED
+
 UNKNOWN = "0" * 31 + "1"
 PRIVATE = ("manifest.jsonl", "times.jsonl", "lock", "guard", "config.json")  # they tell the history, too
 
@@ -92,7 +94,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in PRIVATE
+        if path.is_file() and path.name not in PRIVATE and path.parent.name not in VERSIONED
     }
 
 
