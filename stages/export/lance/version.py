@@ -82,7 +82,7 @@ def read_table(folder: Folder, place: Path) -> Table:
     try:
         table = lance.dataset(str(place))
         fragments = _fragments(table)
-        message = table.read_transaction(table.version).transaction_properties.get("lance.commit.message", "")
+        message = _message(table.read_transaction(table.version))
         numbers = [entry["version"] for entry in table.versions() if entry["version"] != table.version]
         older = {number: _names(_fragments(lance.dataset(str(place), version=number))) for number in numbers}
     except (OSError, ValueError, RuntimeError) as error:
@@ -90,6 +90,12 @@ def read_table(folder: Folder, place: Path) -> Table:
     schema = table.schema
     ours = message.startswith(_MESSAGE)
     return Table(table.version, columns_digest(schema), _metadata(schema), fragments, ours, older)
+
+
+def _message(transaction: Any) -> str:
+    """Message of a commit; empty without any."""
+    known = transaction.transaction_properties if transaction is not None else None
+    return str((known or {}).get("lance.commit.message", ""))
 
 
 def _fragments(table: Any) -> tuple[dict[str, Any], ...]:
