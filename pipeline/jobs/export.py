@@ -25,6 +25,7 @@ from ...stages.export.card import CardWords
 from ...stages.export.formats import writer_class
 from ...stages.export.lance.schema import FORMAT as LANCE
 from ...stages.export.lance.schema import STORAGE
+from ...stages.export.lance.version import NOTE as TABLE_VERSION
 from ...stages.export.lance.version import refuse_foreign
 from ...stages.export.parquet import JSON, URL
 from ...stages.export.plan import ExportTask, as_before, as_they_are, of_size
@@ -139,7 +140,7 @@ def plan_export(
     artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
         if format == LANCE:
-            refuse_foreign(artifact.folder)
+            refuse_foreign(artifact.folder, artifact.config["run"].get(TABLE_VERSION))
             if drop is not None:
                 require(artifact, sets)
         withdrawal = apply(artifact, drop)

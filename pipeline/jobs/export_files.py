@@ -10,7 +10,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -54,8 +54,7 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
     sets = list(artifact.config["run"].get(APPENDED, ()))
     facts = [format, asdict(words), list(notes), [asdict(step) for step in steps], _source_size(source, records), sets]
     digest = last_files.digest_of(artifact, facts)
-    table = _Table.of(artifact, records, words, steps, sets) if format == LANCE else None
-    if last_files.are_there(artifact, digest) and (table is None or table.is_there()):
+    if last_files.are_there(artifact, digest) and (format != LANCE or _has_version(artifact)):
         return
     with artifact.begin_files("extras") as files:
         contents, statistics = _contents(artifact, source, format, records, notes, sets)
@@ -70,12 +69,12 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
                 for piece in writer.joined(_parts(artifact, records)):
                     file.write(piece)
         _write_croissant(artifact, files, records, words, contents, summary(contents, statistics, steps), steps)
-        old = [] if table is None else table.commit(files)
+        more, old = _commit_table(artifact, files, records, words, steps, sets) if format == LANCE else ({}, [])
         published = files.publish()
         for name in old:
             artifact.folder.remove_file(name)
         finals = {name: file for name, file in published.items() if not version.is_version_file(name)}
-        last_files.note(artifact, digest, finals)
+        last_files.note(artifact, digest, finals, **more)
 
 
 def _write(files: FileTransaction, name: str, data: bytes) -> None:
@@ -107,38 +106,31 @@ def _listing_schema(artifact: Artifact, records: Sequence[ShardRecord]) -> pa.Sc
         return parquet.schema_arrow
 
 
-@dataclass(frozen=True)
-class _Table:
-    """The Lance table that an export's committed shards make."""
+def _has_version(artifact: Artifact) -> bool:
+    """True if the latest version of a Lance table is the one that was noted."""
+    number = artifact.config["run"].get(version.NOTE)
+    return isinstance(number, int) and version.is_latest(artifact.folder, number)
 
-    artifact: Artifact
-    schema: pa.Schema
-    fragments: Sequence[Mapping[str, Any]]
 
-    @classmethod
-    def of(
-        cls,
-        artifact: Artifact,
-        records: Sequence[ShardRecord],
-        words: CardWords,
-        steps: Sequence[Step],
-        sets: Sequence[dict[str, Any]],
-    ) -> _Table:
-        """Raises ArtifactMismatch if a shard has other columns than the others."""
-        made_by = [{"stage": step.stage, "name": step.name, "fingerprint": step.fingerprint} for step in steps]
-        about = {**asdict(words), "fingerprint": artifact.fingerprint, "provenance": made_by}
-        schema = full_schema(_listing_schema(artifact, records), sets)
-        return cls(artifact, described(schema, about, sets), version.planned(artifact, records, schema))
+def _commit_table(
+    artifact: Artifact,
+    files: FileTransaction,
+    records: Sequence[ShardRecord],
+    words: CardWords,
+    steps: Sequence[Step],
+    sets: Sequence[dict[str, Any]],
+) -> tuple[dict[str, Any], list[str]]:
+    """Add the version of a Lance table that the committed shards make to the files to publish, unless it is there.
 
-    def is_there(self) -> bool:
-        """True if the latest version is this, and none is left that names files which are gone."""
-        return version.is_latest(self.artifact.folder, self.schema, self.fragments)
-
-    def commit(self, files: FileTransaction) -> list[str]:
-        """Add a version to the files to publish; returns version files to remove afterwards."""
-        return version.commit_version(
-            files, self.artifact.folder, self.schema, self.fragments, self.artifact.fingerprint
-        )
+    Returns what is to be noted, and version files to remove once it is published. Raises ArtifactMismatch if a shard
+    has other columns than the others.
+    """
+    made_by = [{"stage": step.stage, "name": step.name, "fingerprint": step.fingerprint} for step in steps]
+    about = {**asdict(words), "fingerprint": artifact.fingerprint, "provenance": made_by}
+    schema = described(full_schema(_listing_schema(artifact, records), sets), about, sets)
+    fragments = version.planned(artifact, records, schema)
+    number, old = version.commit_version(files, artifact.folder, schema, fragments, artifact.fingerprint)
+    return {version.NOTE: number}, old
 
 
 def _write_croissant(

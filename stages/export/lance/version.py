@@ -25,6 +25,8 @@ from ....manifests.manifest import ShardRecord
 from .schema import DATA, METADATA, TABLE, columns_digest, fragment_file
 
 VERSIONS, TRANSACTIONS = f"{TABLE}/_versions", f"{TABLE}/_transactions"
+_MANIFEST = ".manifest"
+NOTE = "table_version"  # key of a configuration's facts about the run: the version committed last
 _MESSAGE = "capipe"  # first word of our commits' messages
 _FACTS = ("path", "fields", "column_indices", "file_major_version", "file_minor_version")  # of a data file
 
@@ -115,17 +117,22 @@ def _metadata(schema: pa.Schema) -> Any:
     return bounded_json.parse((schema.metadata or {}).get(METADATA, b"null"))
 
 
-def refuse_foreign(folder: Folder) -> None:
-    """Raises BadInput if the latest version of a table is somebody else's, which a commit would undo."""
+def refuse_foreign(folder: Folder, noted: int | None) -> None:
+    """Raises BadInput if a table's latest version is somebody else's, which a commit would undo. ``noted``: our last."""
+    if noted is not None and is_latest(folder, noted):
+        return
     with TemporaryDirectory() as place:
         _refuse_foreign(folder, read_table(folder, Path(place)))
 
 
-def is_latest(folder: Folder, schema: pa.Schema, fragments: Sequence[Mapping[str, Any]]) -> bool:
-    """True if the latest version is just this, and none before it names data files that are gone."""
-    with TemporaryDirectory() as place:
-        table = read_table(folder, Path(place))
-    return table.is_of(schema, fragments) and all(names <= _names(fragments) for names in table.older.values())
+def is_latest(folder: Folder, number: int) -> bool:
+    """True if a table has this version and no later one. One listing."""
+    names = [name for name in folder.names(VERSIONS) if name.endswith(_MANIFEST)]
+    return f"{VERSIONS}/{min(names, default='')}" == _version_file(number)  # numbered backwards
+
+
+def _version_file(number: int) -> str:
+    return f"{VERSIONS}/{2**64 - 1 - number:020d}{_MANIFEST}"
 
 
 def _refuse_foreign(folder: Folder, table: Table) -> None:
@@ -136,10 +143,11 @@ def _refuse_foreign(folder: Folder, table: Table) -> None:
 
 def commit_version(
     files: FileTransaction, folder: Folder, schema: pa.Schema, fragments: Sequence[Mapping[str, Any]], fingerprint: str
-) -> list[str]:
+) -> tuple[int, list[str]]:
     """Commit a new version of the table into a transaction, unless the latest one is just that.
 
-    Returns version files to remove once it is published: those of versions that name data files which are gone.
+    Returns its number, and version files to remove once it is published: those of versions that name data files which
+    are gone.
     """
     import lance
     from lance.fragment import FragmentMetadata
@@ -151,25 +159,25 @@ def commit_version(
     if not before.is_of(schema, fragments):
         numbered = [{"id": number, **fragment} for number, fragment in enumerate(fragments)]
         listed = [FragmentMetadata.from_json(json.dumps(fragment)) for fragment in numbered]
-        lance.LanceDataset.commit(
+        number = lance.LanceDataset.commit(
             str(place),
             lance.LanceOperation.Overwrite(schema, listed),
             read_version=before.number or None,
             enable_v2_manifest_paths=True,
             commit_message=f"{_MESSAGE} {fingerprint}",
-        )
+        ).version
         for name in sorted(set(_copied(place)) - old, key=lambda name: name.startswith(VERSIONS)):  # that one last
             files.adopt(name)
         older = {**before.older, before.number: _names(before.fragments)}
     else:
-        older = dict(before.older)
-    gone = [number for number, names in older.items() if not names <= _names(fragments)]
-    return [name for name in sorted(old) for number in gone if _is_of_version(name, number)]
+        number, older = before.number, dict(before.older)
+    gone = [version for version, names in older.items() if not names <= _names(fragments)]
+    return int(number), [name for name in sorted(old) if any(_is_of_version(name, version) for version in gone)]
 
 
 def _is_of_version(name: str, number: int) -> bool:
     """True for the files of a version, by the names that Lance gives them."""
-    return name == f"{VERSIONS}/{2**64 - 1 - number:020d}.manifest" or name.startswith(f"{TRANSACTIONS}/{number - 1}-")
+    return name == _version_file(number) or name.startswith(f"{TRANSACTIONS}/{number - 1}-")
 
 
 def _copied(place: Path) -> Iterator[str]:
@@ -195,4 +203,5 @@ def faults(artifact: Artifact, records: Sequence[ShardRecord], schema: pa.Schema
     if not table.number:
         yield f"{TABLE}: has no version; run the same command again"
     elif table.ours and not table.is_of(schema, fragments):
-        yield f"{TABLE}: version {table.number} is not of the committed shards; run the same command again"
+        text = f"{TABLE}: version {table.number} is not of the committed shards"
+        yield f"{text}; remove its _versions, and run the same command again"
