@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from typing import Any
 
 import pyarrow as pa
@@ -35,6 +36,7 @@ _CONTEXT: dict[str, Any] = {
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
     "examples": {"@id": "cr:examples", "@type": "@json"},
+    "equivalentProperty": "cr:equivalentProperty",
     "extract": "cr:extract",
     "field": "cr:field",
     "fileProperty": "cr:fileProperty",
@@ -53,6 +55,7 @@ _CONTEXT: dict[str, Any] = {
     "regex": "cr:regex",
     "repeated": "cr:repeated",
     "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
     "sc": "https://schema.org/",
     "separator": "cr:separator",
     "source": "cr:source",
@@ -133,23 +136,27 @@ def _objects(files: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]
 
 def _file_sets(what: Described, tars: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Sets of files that record sets are made of, and of those that no manifest lists one by one."""
-    yield _file_set(LISTINGS, "parquet", "*.parquet", excludes=["*/*"])
+    listings = [name for name in what.files if name.endswith(".parquet")]
+    yield _file_set(LISTINGS, "parquet", _patterns(name for name in listings if "/" not in name))
     if what.data is not None:
-        yield _file_set("data-files", "parquet", "data/*.parquet")
+        yield _file_set("data-files", "parquet", _patterns(name for name in listings if "/" in name))
     if tars:
         within = [{"@id": name} for name in tars]
         yield {**_file_set("images", "", [f"*.{extension}" for extension in what.images]), "containedIn": within}
-        yield {**_file_set("captions", "txt", "*.txt"), "containedIn": within}
     if what.format in ("llava", "messages", "folder"):
         yield _file_set("images", "", "images/*")
     if what.format == "lance":
         yield _file_set("table", "", "train.lance/*")
 
 
-def _file_set(id_: str, kind: str, includes: str | list[str], excludes: Sequence[str] = ()) -> dict[str, Any]:
-    encoding = {"": "application/octet-stream", "txt": "text/plain"}.get(kind) or _ENCODINGS[kind]
-    rest = {"excludes": list(excludes)} if excludes else {}
-    return {"@type": "cr:FileSet", "@id": id_, "name": id_, "encodingFormat": encoding, "includes": includes, **rest}
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Patterns that match files of these names and none elsewhere: in Croissant's, `*` matches folders, too."""
+    return sorted({re.sub("[0-9]", "[0-9]", escape(name)) for name in names})
+
+
+def _file_set(id_: str, kind: str, includes: str | list[str]) -> dict[str, Any]:
+    encoding = _ENCODINGS.get(kind, "application/octet-stream")
+    return {"@type": "cr:FileSet", "@id": id_, "name": id_, "encodingFormat": encoding, "includes": includes}
 
 
 def _records(id_: str, fields: Iterable[dict[str, Any]], key: str = "key") -> dict[str, Any]:
@@ -163,18 +170,19 @@ def _pairs(what: Described, tars: Sequence[str]) -> Iterator[dict[str, Any]]:
         image = _field(PAIRS, "image", "sc:ImageObject", "data-files", {"column": "image"}, {"jsonPath": "bytes"})
         yield _records(PAIRS, [image, *columns])
     if tars:
-        yield _records(PAIRS, _of_tars(what.images))
+        yield _records(PAIRS, _of_tars(what))
 
 
-def _of_tars(images: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Fields of samples in tars: images and captions are joined by the part of the file's name before its extension."""
-    ending = "|".join(map(re.escape, images))
-    names = {"fileProperty": "filename"}
-    yield _field(PAIRS, "key", "sc:Text", "images", names, {"regex": rf"^(.+)\.(?:{ending})$"})
+def _of_tars(what: Described) -> Iterator[dict[str, Any]]:
+    """Fields of samples in tars: an image is joined with its listing by its name without the extension."""
+    ending = "|".join(map(re.escape, what.images))
+    name = {"fileProperty": "fullpath"}
+    key = _field(PAIRS, "key", "sc:Text", "images", name, {"regex": rf"^(.+)\.(?:{ending})$"})
+    listed = [column for column in ("uid", "caption") if column in what.rows.names]
+    yield {**key, "references": _source(LISTINGS, {"column": "key"})}
     yield _field(PAIRS, "image", "sc:ImageObject", "images", {"fileProperty": "content"})
-    joined = _field(PAIRS, "caption_key", "sc:Text", "captions", names, {"regex": r"^(.+)\.txt$"})
-    yield {**joined, "references": {"field": {"@id": f"{PAIRS}/key"}}}
-    yield _field(PAIRS, "caption", "sc:Text", "captions", {"fileProperty": "content"})
+    for column in listed:
+        yield _field(PAIRS, column, "sc:Text", LISTINGS, {"column": column})
 
 
 def _columns(schema: pa.Schema, records: str, files: str) -> Iterator[dict[str, Any]]:
@@ -205,5 +213,9 @@ def _field(
     extract: Mapping[str, str],
     transform: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    source = {"fileSet": {"@id": files}, "extract": extract, **({"transform": transform} if transform else {})}
+    source = {**_source(files, extract), **({"transform": transform} if transform else {})}
     return {"@type": "cr:Field", "@id": f"{records}/{name}", "name": name, "dataType": kind, "source": source}
+
+
+def _source(files: str, extract: Mapping[str, str]) -> dict[str, Any]:
+    return {"fileSet": {"@id": files}, "extract": extract}

@@ -169,7 +169,7 @@ def _join(captions: CaptionSet, artifact: Artifact, record: ShardRecord, shards:
     uids = rows["uid"].to_pylist()
     texts: dict[str, list[str | None]] = {column: [None] * len(uids) for column in captions.columns.values()}
     where = captions.artifact.url
-    if not captions.direct and len(origin) < len(_ORIGIN):
+    if not captions.direct and (len(origin) < len(_ORIGIN) or rows[_ORIGIN[0]].null_count):
         text = f"--append-captions {where}: captions of other shards than were exported"
         raise BadInput(f"{text}; caption these: capipe annotate --shards {artifact.config['run'].get('shards', '…')}")
     wanted = _places(rows, shards, captions.direct)

@@ -44,9 +44,13 @@ class Table:
     older: Mapping[int, frozenset[str]] = field(default_factory=dict)  # data files of the versions before it
 
     def is_of(self, schema: pa.Schema, fragments: Sequence[Mapping[str, Any]]) -> bool:
-        """True if this version has just these columns, facts and fragments."""
-        found = (self.columns, self.metadata, list(self.fragments))
-        return self.number > 0 and found == (columns_digest(schema), _metadata(schema), [*map(_facts, fragments)])
+        """True if this version has just these columns, metadata and fragments."""
+        return self.has(schema, fragments) and self.metadata == _metadata(schema)
+
+    def has(self, schema: pa.Schema, fragments: Sequence[Mapping[str, Any]]) -> bool:
+        """True if this version has just these columns and fragments."""
+        found = (self.columns, list(self.fragments))
+        return self.number > 0 and found == (columns_digest(schema), [*map(_facts, fragments)])
 
 
 def planned(artifact: Artifact, records: Sequence[ShardRecord], schema: pa.Schema) -> list[dict[str, Any]]:
@@ -72,15 +76,13 @@ def read_table(folder: Folder, place: Path) -> Table:
     """The latest version. ``place``: an empty folder for the copy, which then is a table without data."""
     import lance
 
-    copied = 0
-    for part in (VERSIONS, TRANSACTIONS):
-        for name in folder.names(part):
-            target = place / part.removeprefix(f"{TABLE}/") / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(folder.read_bytes(f"{part}/{name}"))
-            copied += part == VERSIONS
-    if not copied:
+    names = [f"{VERSIONS}/{name}" for name in folder.names(VERSIONS) if name.endswith(_MANIFEST)]
+    if not names:
         return Table()
+    for name in [*names, *(f"{TRANSACTIONS}/{name}" for name in folder.names(TRANSACTIONS))]:
+        target = place / name.removeprefix(f"{TABLE}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(folder.read_bytes(name))
     try:
         table = lance.dataset(str(place))
         fragments = _fragments(table)
@@ -97,7 +99,7 @@ def read_table(folder: Folder, place: Path) -> Table:
 def _message(transaction: Any) -> str:
     """Message of a commit; empty without any."""
     known = transaction.transaction_properties if transaction is not None else None
-    return str((known or {}).get("lance.commit.message", ""))
+    return str((known or {}).get("__lance_commit_message", ""))
 
 
 def _fragments(table: Any) -> tuple[dict[str, Any], ...]:
@@ -118,7 +120,7 @@ def _metadata(schema: pa.Schema) -> Any:
 
 
 def refuse_foreign(folder: Folder, noted: int | None) -> None:
-    """Raises BadInput if a table's latest version is somebody else's, which a commit would undo. ``noted``: our last."""
+    """Raises BadInput if a table's latest version is somebody else's, that a commit would undo. ``noted``: our last."""
     if noted is not None and is_latest(folder, noted):
         return
     with TemporaryDirectory() as place:
@@ -181,9 +183,9 @@ def _is_of_version(name: str, number: int) -> bool:
 
 
 def _copied(place: Path) -> Iterator[str]:
-    """Names of the version files in a copy."""
+    """Names of the version files in a copy, without Lance's hint which is the latest, a file that would be replaced."""
     for path in place.rglob("*"):
-        if path.is_file():
+        if path.suffix in (_MANIFEST, ".txn"):
             yield f"{TABLE}/{path.relative_to(place).as_posix()}"
 
 
@@ -202,6 +204,6 @@ def faults(artifact: Artifact, records: Sequence[ShardRecord], schema: pa.Schema
         return
     if not table.number:
         yield f"{TABLE}: has no version; run the same command again"
-    elif table.ours and not table.is_of(schema, fragments):
+    elif table.ours and not table.has(schema, fragments):
         text = f"{TABLE}: version {table.number} is not of the committed shards"
         yield f"{text}; remove its _versions, and run the same command again"

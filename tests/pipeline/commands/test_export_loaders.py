@@ -346,7 +346,7 @@ def test_a_first_image_that_is_a_webp_is_no_video(tmp_path: Path, hub: Callable[
     checked([(row["key"], row["caption"], row["image"]) for row in hub(str(tmp_path / "out"))], source)
 
 
-def decoded(batch: Any) -> list[tuple[str, str, bytes]]:
+def decoded(batch: Any, **options: Any) -> list[tuple[str, str, bytes]]:
     """A batch as a training loop wants it: at module level, for worker processes."""
     return [(row["key"], row["caption"], row["image"]) for row in batch.to_pylist()]
 
