@@ -186,9 +186,9 @@ def _captions(statistics: Statistics) -> str:
 def _appended(sets: Sequence[Mapping[str, Any]]) -> str:
     """Columns of captions that were appended, with their models and prompts."""
     rows = [
-        (f"`{plain(column)}`", plain(str(entry["model"])), f"`{entry['fingerprint']}`")
+        (f"`{re.sub('[^A-Za-z0-9_]', '', column)}`", plain(str(entry["model"])), f"`{entry['fingerprint']}`")
         for entry in sets
-        for column in entry["columns"]
+        for column, _ in entry["columns"]
     ]
     parts = [table(["column", "model", "fingerprint of its captions"], rows)]
     for entry in sets:

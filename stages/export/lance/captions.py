@@ -53,8 +53,8 @@ class CaptionSet:
         """What is noted of them, in the form of JSON."""
         run = self.artifact.config["run"]
         about = {"model": public(run.get("model")), "prompts": [list(pair) for pair in self.artifact.prompts()]}
-        names = {column: name for name, column in self.columns.items()}
-        return {"name": self.name, "fingerprint": self.artifact.fingerprint, "columns": names, **about}
+        columns = [[column, name] for name, column in self.columns.items()]  # in the table's order
+        return {"name": self.name, "fingerprint": self.artifact.fingerprint, "columns": columns, **about}
 
 
 def open_set(given: str) -> CaptionSet:
@@ -79,7 +79,7 @@ def check_columns(rows: pa.Schema, sets: Sequence[Mapping[str, Any]]) -> None:
     """Raises BadInput if two columns of a table would have one name. ``sets``: facts on all appended captions."""
     taken = dict.fromkeys(table_schema(rows).names, "the table's own")
     for entry in sets:
-        for column, caption in entry["columns"].items():
+        for column, caption in entry["columns"]:
             if column in taken:
                 text = f"--append-captions: the column {column} of caption {caption!r} is there already"
                 raise BadInput(f"{text} ({taken[column]}); name these otherwise: --append-captions NAME=ARTIFACT")
@@ -88,7 +88,7 @@ def check_columns(rows: pa.Schema, sets: Sequence[Mapping[str, Any]]) -> None:
 
 def full_schema(rows: pa.Schema, sets: Sequence[Mapping[str, Any]]) -> pa.Schema:
     """A table's columns, with those of all appended captions."""
-    return with_captions(table_schema(rows), [column for entry in sets for column in entry["columns"]])
+    return with_captions(table_schema(rows), [column for entry in sets for column, _ in entry["columns"]])
 
 
 def fitted(captions: CaptionSet, source: Artifact, record: ShardRecord) -> CaptionSet:

@@ -66,7 +66,7 @@ def planned(artifact: Artifact, records: Sequence[ShardRecord], schema: pa.Schem
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactMismatch(f"{artifact.url}/{name}: cannot be read ({error}); use --fresh") from None
         if found != columns_digest(schema):
-            text = f"{artifact.url}: shard {record.shard} has other columns than the first one"
+            text = f"{artifact.url}/{name}: of other columns than the first shard has"
             raise ArtifactMismatch(f"{text}; run the stage that made its source again with --fresh")
         fragments.append({"physical_rows": rows, "files": files})
     return fragments
@@ -200,7 +200,7 @@ def faults(artifact: Artifact, records: Sequence[ShardRecord], schema: pa.Schema
         table = read_table(artifact.folder, place)
         fragments = planned(artifact, records, schema)
     except ArtifactMismatch as error:
-        yield str(error)
+        yield str(error).removeprefix(f"{artifact.url}/")
         return
     if not table.number:
         yield f"{TABLE}: has no version; run the same command again"

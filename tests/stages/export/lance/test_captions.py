@@ -60,7 +60,8 @@ def test_columns_are_added_and_images_stay_where_they_are(tmp_path: Path) -> Non
     assert verify(str(out)).faults == []
     assert table_of(out, version=1).equals(rows)  # readers of the version before are not disturbed
     (about,) = json.loads(table.schema.metadata[METADATA])["appended"]
-    assert about["columns"] == {"caption_short": "short", "caption_dense": "dense"} and about["model"] == "captioner"
+    assert about["columns"] == [["caption_short", "short"], ["caption_dense", "dense"]]
+    assert about["model"] == "captioner"
     card = (out / "README.md").read_text()
     assert "## Further captions" in card and "`caption_dense`" in card and "Write a dense caption." in card
 
