@@ -85,7 +85,8 @@ def marks(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 def touched(before: dict[str, tuple[int, int, int]], after: dict[str, tuple[int, int, int]]) -> set[str]:
     """Shards (numbers) with a file that is new, gone or another one."""
-    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    names = [name for name in before | after if not {*VERSIONED} & {*name.split("/")}]  # which have random numbers
+    changed = {name for name in names if before.get(name) != after.get(name)}
     return {shard for name in changed for shard in re.findall(r"(?<!\d)(\d{5})(?!\d)", name)[:1]}
 
 
