@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +46,7 @@ class FileTransaction:
         self._claim, self._scratch = claim, new_scratch(folder, scratch_of(claim), shard)
         self._files: dict[str, dict[str, Any]] = {}
         self._trees: list[str] = []
+        self._kept: set[str] = set()
         self._started = time.time()
 
     def path(self, name: str) -> Path:
@@ -78,14 +79,29 @@ class FileTransaction:
         self.adopt(name)
         _compare(str(self._files[name]["sha256"]), sha256, str(source))
 
-    def adopt(self, name: str) -> None:
-        """Add a file that other code wrote to :meth:`path`."""
+    def adopt(self, name: str, named: Callable[[str], str] | None = None) -> str:
+        """Add a file that other code wrote to :meth:`path`; returns its name, which ``named`` makes of its sha256."""
         path, digest = self.path(name), hashlib.sha256()
         with path.open("rb") as file:
             while data := file.read(_CHUNK):
                 digest.update(data)
         sync(path)
+        if named is not None:
+            name = named(digest.hexdigest())
+            path = path.replace(self.path(name))
         self._files[name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return name
+
+    @property
+    def written(self) -> Mapping[str, Mapping[str, Any]]:
+        """Size and sha256 of the files so far, by name."""
+        return self._files
+
+    def keep(self, name: str) -> None:
+        """Leave a file of the version that is replaced where it is, untouched, as a file of the new one, too."""
+        assert self._over is not None
+        self._files[name] = dict(self._over.files[name])
+        self._kept.add(name)
 
     def tree(self, name: str) -> Path:
         """A folder to fill with loose files, published as a whole. The manifest does not list its files."""
@@ -113,8 +129,9 @@ class FileTransaction:
     ) -> ShardRecord:
         """Publish the shard. ``rows``: row counts by status; ``input_info`` needs a ``digest``. Returns the record that
         stands, in a store perhaps another writer's. Raises ClaimLost if the shard now belongs to another worker."""
-        if self._replaces:
-            stats = {**(stats or {}), REPLACES: list(self._replaces)}
+        current = {str(file["sha256"]) for file in self._files.values()}
+        if replaces := [digest for digest in self._replaces if digest not in current]:
+            stats = {**(stats or {}), REPLACES: replaces}
         record = ShardRecord(
             shard=self.shard,
             rows=dict(sorted(rows.items())),
@@ -123,7 +140,7 @@ class FileTransaction:
             fingerprint=self._fingerprint,
             stats=dict(stats or {}),
         )
-        files = {name: self._scratch / name for name in self._files}
+        files = {name: self._scratch / name for name in self._files if name not in self._kept}
         with holding(self._folder, self._claim):
             self._publish_trees()
             return publish(self._folder, self._generation, files, record, self._started, self._over)

@@ -26,7 +26,7 @@ def publish(
     over: ShardRecord | None = None,
 ) -> ShardRecord:
     """Commit a shard. ``files``: its finished, synced files by name; ``started``: epoch seconds; ``over``: the
-    committed version that it replaces.
+    committed version that it replaces, of which files may stay that are not among ``files``.
 
     Returns the record that stands: in a store another writer may have committed the shard first. Raises ClaimLost if
     the shard was taken back meanwhile.
@@ -63,8 +63,8 @@ def _publish_to_store(
     over: ShardRecord | None,
 ) -> ShardRecord:
     uploads = {
-        name: commits.Upload(files[name], int(file["bytes"]), str(file["sha256"]))
-        for name, file in record.files.items()
+        name: commits.Upload(path, int(record.files[name]["bytes"]), str(record.files[name]["sha256"]))
+        for name, path in files.items()
     }
     ended = time.time()
     worker, gpus = times.this_worker()

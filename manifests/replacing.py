@@ -26,12 +26,13 @@ _LINE = "line.json"  # retraction of the old version, line of the new one, files
 
 
 def replace(folder: Folder, files: Mapping[str, Path], old: ShardRecord, new: ShardRecord) -> None:
-    """Publish ``new``, with its finished ``files`` by name, in place of ``old``."""
+    """Publish ``new``, with its finished ``files`` by name, in place of ``old``; files of both that are not among these
+    stay as they are."""
     aside = folder.private_to_write(f"{REDO}/{new.shard}")
     clear(aside)
     aside.mkdir()
-    for name in new.files:
-        files[name].replace(aside / scratch_name(name))
+    for name, path in files.items():
+        path.replace(aside / scratch_name(name))
     note = [asdict(old.retraction()), asdict(new), sorted(old.files.keys() - new.files.keys())]
     write_synced(aside / f"{_LINE}.new", json.dumps(note, sort_keys=True).encode())
     (aside / f"{_LINE}.new").replace(aside / _LINE)

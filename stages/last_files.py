@@ -39,9 +39,9 @@ def _is(artifact: Artifact, name: str, file: Mapping[str, Any]) -> bool:
         return False
 
 
-def note(artifact: Artifact, digest: str, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Record files that were written, with ``bytes`` and ``sha256`` by name."""
-    artifact.note(**{FINALS: files, MADE_OF: digest})
+def note(artifact: Artifact, digest: str, files: Mapping[str, Mapping[str, Any]], **more: Any) -> None:
+    """Record files that were written, with ``bytes`` and ``sha256`` by name, and ``more`` facts about the run."""
+    artifact.note(**{FINALS: files, MADE_OF: digest, **more})
 
 
 def outdate(artifact: Artifact) -> None:

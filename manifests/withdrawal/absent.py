@@ -1,17 +1,20 @@
 """Proof that withdrawn images are gone from a folder: every file in it is read once, whatever lists it.
 
-Files are told by their first bytes, not by their names. Of a tar every member is hashed, of a Parquet file every row
-with a uid and every embedded image, of any other file all bytes. What belongs to a withdrawn row without being its
-image is found by its key: members of a tar and lines of an export beside the shard's Parquet.
+Files are told by their first bytes, those of Lance by their last, not by their names. Of a tar every member is hashed,
+of a Parquet or Lance file every row with a uid and every embedded image, of any other file all bytes. What belongs to a
+withdrawn row without being its image is found by its key: members of a tar and lines of an export beside the shard's
+Parquet.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -40,6 +43,7 @@ _CHUNK = 1 << 20
 _ROWS, _IMAGES = 10_000, 100  # rows of a Parquet file held at a time; those with embedded images
 _PARTS, _REDO = f"{PRIVATE}/parts/", f"/{PRIVATE}/{REDO}/"
 _KEYS = ("key", "uid")
+_LANCE, _VERSION = b"LANC", ".manifest"  # last bytes of Lance's files, also of a table's versions, which hold no row
 
 
 @dataclass
@@ -115,7 +119,9 @@ class _File:
         with self.folder.open(self.name) as stream:
             head = stream.read(BLOCK)
             self.report.bytes += self.folder.size(self.name)
-            if head[257:262] == b"ustar" or tar_stem(self.name) is not None:
+            if self._is_lance(stream, head):
+                yield from self._of_lance(stream)
+            elif head[257:262] == b"ustar" or tar_stem(self.name) is not None:
                 stream.seek(0)
                 yield from self._of_tar(stream)
             elif not head.startswith(b"PAR1"):
@@ -165,11 +171,42 @@ class _File:
             yield f"is the image {uid}"
 
     def _of_parquet(self, parquet: pq.ParquetFile) -> Iterator[str]:
-        schema, row = parquet.schema_arrow, 0
-        images = [(column.name, path) for column in schema for path in _binaries(column)]
+        schema = parquet.schema_arrow
+        rows = _IMAGES if _embedded(schema) else _ROWS
+        yield from self._of_batches(schema, lambda: parquet.iter_batches(rows, use_threads=False))
+
+    def _is_lance(self, stream: BinaryIO, head: bytes) -> bool:
+        """True for a data file of Lance. The stream stays behind the head."""
+        if self.name.endswith(_VERSION):
+            return False
+        stream.seek(-min(len(_LANCE), len(head)), os.SEEK_END)
+        tail = stream.read()
+        stream.seek(len(head))
+        return tail == _LANCE
+
+    def _of_lance(self, stream: BinaryIO) -> Iterator[str]:
+        """Faults of a data file of a Lance table, which its library reads from a local disk."""
+        try:
+            from lance.file import LanceFileReader
+        except ImportError:
+            yield "a Lance file, which cannot be read without pylance; pip install 'capipe[lance]'"
+            return
+        with NamedTemporaryFile(suffix=".lance") as copy:
+            if not self.folder.is_local:
+                stream.seek(0)
+                shutil.copyfileobj(stream, copy)
+                copy.flush()
+            path = str(self.folder.local(self.name).absolute()) if self.folder.is_local else copy.name
+            reader = LanceFileReader(path)
+            yield from self._of_batches(
+                reader.metadata().schema, lambda: reader.read_all(batch_size=_IMAGES).to_batches()
+            )
+
+    def _of_batches(self, schema: pa.Schema, batches: Callable[[], Iterable[pa.RecordBatch]]) -> Iterator[str]:
+        images, row = _embedded(schema), 0
         if "uid" not in schema.names and not images:
             return
-        for batch in parquet.iter_batches(_IMAGES if images else _ROWS, use_threads=False):
+        for batch in batches():
             if "uid" in schema.names:
                 yield from self._of_rows(batch, row)
             for name, path in images:
@@ -239,6 +276,11 @@ def _key(entry: Mapping[str, Any]) -> Any:
     """Key of an export's entry, by the names that its formats give it."""
     key = entry.get("id", entry.get("key"))
     return key if isinstance(key, str) else None
+
+
+def _embedded(schema: pa.Schema) -> list[tuple[str, tuple[str, ...]]]:
+    """Columns with binary fields, and the paths of these."""
+    return [(column.name, path) for column in schema for path in _binaries(column)]
 
 
 def _binaries(column: pa.Field) -> list[tuple[str, ...]]:

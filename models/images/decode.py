@@ -14,7 +14,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -245,6 +245,18 @@ def _undecodable(error: Exception) -> ImageProblem:
     if "out of memory" in str(error):  # Pillow's message for failed allocations of libjpeg and zlib
         return ImageProblem(Status.READ_ERROR, f"cannot be decoded now: {error}")
     return ImageProblem(Status.CORRUPT, f"cannot be decoded: {error or type(error).__name__}")
+
+
+def upright_header(data: bytes) -> Header | ImageProblem:
+    """Format and size of an image as it is shown: upright. Decoded only where a PNG's metadata may rotate it."""
+    header = read_header(data)
+    if isinstance(header, ImageProblem) or (header.format == "png" and not may_be_turned(data)):
+        return header
+    try:
+        turned = _orientation(_OPENERS[header.format](data)) >= 5
+    except DECODE_ERRORS as error:
+        return _undecodable(error)
+    return replace(header, width=header.height, height=header.width) if turned else header
 
 
 def _orientation(image: ImageFile) -> int:

@@ -17,7 +17,8 @@ from typer.models import ArgumentInfo, OptionInfo
 SET = "set"  # option of train
 #: Options that are key=value on the command line; a recipe may use a mapping instead.
 KEY_VALUES = frozenset({SET, "engine-arg", "template-arg", "screen-arg", "reader-arg", "vlm-arg"})
-_OURS = ("out", "fresh", "retry", "allow_host", "dry_run")  # set by the chain, or by the user who starts it
+#: Set by the chain, or by the user who starts it; captions are appended to what is there.
+_OURS = ("out", "fresh", "retry", "allow_host", "dry_run", "append_captions")
 
 
 @dataclass(frozen=True)

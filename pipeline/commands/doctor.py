@@ -105,6 +105,7 @@ def _libraries() -> Iterator[Check]:
         ("gcsfs", "gcsfs", there),
         ("faiss", "capipe[dedup]", "for embeddings"),
         ("rensa", "capipe[dedup]", "to find near-duplicate texts"),
+        ("lance", "capipe[lance]", "to export Lance tables"),
         ("diffusers", "capipe[diffusion]", "for the reconstruction reward"),
         ("peft", "capipe[lora]", "to train adapters"),
         ("ray", "capipe[ray]", "to run stages on a cluster"),

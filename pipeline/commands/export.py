@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,7 +27,7 @@ class ExportOptions:
     artifact: Annotated[str, typer.Argument(help="Final shards, an index; or any artifact that has tars.")]
     out: o.Out
     format: Annotated[
-        str, typer.Option(help="webdataset, parquet, llava, folder, messages, or the import path of your own.")
+        str, typer.Option(help="webdataset, parquet, lance, llava, folder, messages, or the import path of your own.")
     ] = "webdataset"
     license: Annotated[str, typer.Option(help="The Hub's identifier, such as cc-by-4.0; other by default.")] = "other"
     title: Annotated[str | None, typer.Option(help="Of the card; the name of --out by default.")] = None
@@ -34,6 +35,10 @@ class ExportOptions:
         list[str] | None,
         typer.Option(help="ISO 639 code for the card; by default what the scores found. May be repeated."),
     ] = None
+    creator: Annotated[
+        list[str] | None, typer.Option(help="Who made the dataset, for its citation. May be repeated.")
+    ] = None
+    published: Annotated[str | None, typer.Option(metavar="YYYY-MM-DD", help="Date, for its citation.")] = None
     image_extension: Annotated[
         str,
         typer.Option(help="webdataset: auto (one name for all images where theirs differ), keep, jpg, png or webp."),
@@ -44,6 +49,14 @@ class ExportOptions:
     link: Annotated[
         bool, typer.Option("--link", help="webdataset: hard-link tars instead of copying. Never edit either side then.")
     ] = False
+    append_captions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]ARTIFACT",
+            help="lance: captions by `capipe annotate` to add as columns NAME_…; images are not written again. May be "
+            "repeated.",
+        ),
+    ] = None
     images: o.Images = None
     drop: o.Drop = None
     run: o.TaskOptions
@@ -56,10 +69,16 @@ def check(options: ExportOptions) -> CardWords:
     from ..jobs.export import check_extension
 
     options.run.check()
-    writer_class(options.format, "--format")
+    writer_class(options.format, "--format").check()
     check_extension(options.image_extension)
     title = options.title or options.out.rstrip("/").rpartition("/")[2]
-    return CardWords(title, checked_license(options.license), checked_languages(options.language or []))
+    return CardWords(
+        title,
+        checked_license(options.license),
+        checked_languages(options.language or []),
+        tuple(options.creator or ()),
+        checked_date(options.published),
+    )
 
 
 @flattened
@@ -80,6 +99,7 @@ def export(options: ExportOptions) -> None:
         link=options.link,
         images=options.images or (),
         drop=drop,
+        captions=options.append_captions or (),
         workers=options.run.workers,
         fresh=options.run.fresh,
         share=options.run.share,
@@ -104,6 +124,13 @@ def checked_license(name: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
         raise BadInput(f"--license {name!r}: write the Hub's identifier in small letters, such as cc-by-4.0, or other")
     return name
+
+
+def checked_date(text: str | None) -> str | None:
+    try:
+        return text and date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise BadInput(f"--published {text!r}: write a date as YYYY-MM-DD") from None
 
 
 def checked_languages(codes: list[str]) -> tuple[str, ...]:

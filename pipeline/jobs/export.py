@@ -23,6 +23,10 @@ from ...manifests.withdrawal.uid_set import UidSet
 from ...stages import last_files
 from ...stages.export.card import CardWords
 from ...stages.export.formats import writer_class
+from ...stages.export.lance.schema import FORMAT as LANCE
+from ...stages.export.lance.schema import STORAGE
+from ...stages.export.lance.version import NOTE as TABLE_VERSION
+from ...stages.export.lance.version import refuse_foreign
 from ...stages.export.parquet import JSON, URL
 from ...stages.export.plan import ExportTask, as_before, as_they_are, of_size
 from ...stages.export.source import column_of, image_extensions
@@ -33,6 +37,7 @@ from ..runners.placement import TaskPlacement, task_placement
 from ..runners.pool_job import local_paths, run_pool_job
 from ..runners.ray.cluster import RayCluster
 from ..runners.shard_queue import JobResult
+from .export_captions import Appending, execute_appending, listing_schema, open_sets, require, settle
 from .export_files import extras, write_files
 
 CHECKED = "checked"  # key of the facts about a run: the options and the source of which keys and extensions are known
@@ -52,6 +57,7 @@ class ExportPlan:
     link: bool
     images: tuple[str, ...]
     withdrawal: Withdrawal
+    appending: Appending
 
     @property
     def shards(self) -> int:
@@ -80,6 +86,7 @@ def plan_export(
     link: bool = False,
     images: Sequence[str] = (),
     drop: UidSet | None = None,
+    captions: Sequence[str] = (),
     workers: int | None = None,
     fresh: bool = False,
     share: bool = False,
@@ -90,11 +97,13 @@ def plan_export(
     ``image_extension``: auto (a single one if they differ), keep, or an extension. ``shard_size``: maximum number of
     pairs per shard; None for the source's own shards. ``images``: folders and URLs below which an index's tars may be
     read. ``drop``: withdrawn images; on an existing export only shards with images that are newly listed, here or in
-    the source, are written again.
+    the source, are written again. ``captions``: artifacts of captions whose columns a Lance table is to get.
     """
     writer = writer_class(format, "--format")
+    writer.check()
     source = Artifact.open(url)
     shards = _complete(source)
+    sets = open_sets(captions, format, source, shards)
     digest, standing = source.manifest_digest(), None if fresh else _before(out, source)
     asked = {"format": format, "shard_size": shard_size, "image_extension": image_extension, "of": digest}
     checked = standing is not None and standing.config["run"].get(CHECKED) == asked  # its rows are not read again
@@ -102,7 +111,7 @@ def plan_export(
         pass
     elif shard_size is not None:
         _refuse_repeated_keys(source, shards, "--shard-size", pairs_only=False)
-    elif format != "parquet":
+    elif format not in ("parquet", LANCE):
         _refuse_repeated_keys(source, shards, format, pairs_only=True)
     before = None if drop is None and not has_withdrawn(source) else standing
     extension = None
@@ -123,22 +132,32 @@ def plan_export(
         "card": asdict(words),
     }
     semantic: dict[str, Any] = {"input": source.fingerprint, "export": config.model_dump(mode="json")}
+    if format == LANCE:
+        semantic["storage"] = STORAGE
     if format == "parquet":  # exports older than these columns are not resumed: all files must have the same columns
         semantic["columns"] = [URL, JSON]
-    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=[url])
+    reads = [url, *(entry.artifact.url for entry in sets)]
+    artifact = Artifact.create(out, STAGE, semantic, run, fresh=fresh, share=share, reads=reads)
     try:
+        if format == LANCE:
+            refuse_foreign(artifact.folder, artifact.config["run"].get(TABLE_VERSION))
+            if drop is not None:
+                require(artifact, sets)
         withdrawal = apply(artifact, drop)
         if not share:
             artifact.release_quarantine()
         todo = _todo(artifact, source, tasks, withdrawal.touched)
-        if todo:
+        appending = Appending()
+        if format == LANCE:
+            appending = settle(artifact, sets, listing_schema(source, shards[0]), writes=bool(todo))
+        if todo or appending.todo(artifact):
             last_files.outdate(artifact)
     except CapipeError:
         artifact.close()
         raise
     shared = artifact.folder.is_shared and source.folder.is_shared
-    placement = task_placement(workers, shared, cluster).at_most(len(todo))
-    return ExportPlan(config, source, artifact, tasks, todo, placement, link, tuple(images), withdrawal)
+    placement = task_placement(workers, shared, cluster)
+    return ExportPlan(config, source, artifact, tasks, todo, placement, link, tuple(images), withdrawal, appending)
 
 
 def _before(out: str, source: Artifact) -> Artifact | None:
@@ -280,15 +299,19 @@ def _changed(artifact: Artifact, what: str) -> ArtifactMismatch:
 
 
 def execute_export(plan: ExportPlan, report: Callable[[Event], None], stop: threading.Event) -> JobResult:
-    """Export uncommitted shards; returns when all are committed or quarantined, or ``stop`` is set."""
+    """Export uncommitted shards, then append captions. Returns when all are done or quarantined, or ``stop`` is set."""
     write = functools.partial(_write_shards, source=plan.source, config=plan.config, link=plan.link, images=plan.images)
-    return run_pool_job(
-        *(plan.todo, write, plan.artifact, plan.placement, report, stop),
+    result = run_pool_job(
+        *(plan.todo, write, plan.artifact, plan.placement.at_most(len(plan.todo)), report, stop),
         shard_name=lambda task: task.shard,
         shards=lambda task: [piece.shard for piece in task.pieces],
         over=lambda task: [piece.over for piece in task.pieces],
         reads=local_paths([plan.source.url, *plan.images]),
     )
+    if not result.interrupted and plan.appending.sets:
+        more = execute_appending(plan.appending, plan.artifact, plan.placement, report, stop)
+        result = JobResult({**result.quarantined, **more.quarantined}, more.interrupted)
+    return result
 
 
 def _write_shards(
@@ -304,7 +327,7 @@ def _write_shards(
 
 def finish(plan: ExportPlan, words: CardWords) -> list[str] | None:
     """Once every shard is committed, write the files over all shards; returns notes for users, else None."""
-    if len(plan.artifact.committed()) < plan.shards:
+    if len(plan.artifact.committed()) < plan.shards or plan.appending.todo(plan.artifact):
         return None
     notes = list(_notes(plan.artifact, plan.config))
     with alone(plan.artifact.claims, "extras"):

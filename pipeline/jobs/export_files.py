@@ -9,22 +9,29 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...manifests.artifact import Artifact
 from ...manifests.file_transaction import FileTransaction
-from ...manifests.files.storage import read_parquet
+from ...manifests.files.storage import PRIVATE, read_parquet
 from ...manifests.manifest import ShardRecord
 from ...stages import last_files
 from ...stages.export import energon
-from ...stages.export.card import CardWords, Contents, render
+from ...stages.export.card import CardWords, Contents, render, summary
 from ...stages.export.card_statistics import Statistics
+from ...stages.export.croissant import CROISSANT, Described, croissant
 from ...stages.export.formats import writer_class
+from ...stages.export.lance import version
+from ...stages.export.lance.captions import APPENDED, full_schema
+from ...stages.export.lance.schema import FORMAT as LANCE
+from ...stages.export.lance.schema import described, features
 from ...stages.export.llava import DATASET_INFO, dataset_info
+from ...stages.export.parquet import training_schema
 from ...stages.export.provenance import Step, chain
 from ...stages.export.source import PARTS
 from ...stages.export.webdataset import SIZES
@@ -37,19 +44,21 @@ CARD = "README.md"
 
 def extras(writer: type[ShardWriter]) -> list[str]:
     """Files of an export that belong to no shard; `--fresh` removes them, too."""
-    return [CARD, *writer.extras]
+    return [CARD, CROISSANT, *writer.extras]
 
 
 def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: str, notes: Sequence[str]) -> None:
     """Write the files over all shards, unless they are there; each appears as a whole, the one that completes an index
     last."""
     records, steps = list(artifact.committed().values()), chain(source)
-    facts = [format, asdict(words), list(notes), [asdict(step) for step in steps], _source_size(source, records)]
+    sets = list(artifact.config["run"].get(APPENDED, ()))
+    facts = [format, asdict(words), list(notes), [asdict(step) for step in steps], _source_size(source, records), sets]
     digest = last_files.digest_of(artifact, facts)
-    if last_files.are_there(artifact, digest):
+    if last_files.are_there(artifact, digest) and (format != LANCE or _has_version(artifact)):
         return
     with artifact.begin_files("extras") as files:
-        _write(files, CARD, _card(artifact, source, words, format, records, notes, steps).encode())
+        contents, statistics = _contents(artifact, source, format, records, notes, sets)
+        _write(files, CARD, render(words, contents, statistics, steps).encode())
         if format == "webdataset":
             _write_webdataset(artifact, records, files)
         if format == "messages":
@@ -59,7 +68,13 @@ def write_files(artifact: Artifact, source: Artifact, words: CardWords, format: 
             with files.writing(writer.listed) as file:
                 for piece in writer.joined(_parts(artifact, records)):
                     file.write(piece)
-        last_files.note(artifact, digest, files.publish())
+        _write_croissant(artifact, files, records, words, contents, summary(contents, statistics, steps), steps)
+        more, old = _commit_table(artifact, files, records, words, steps, sets) if format == LANCE else ({}, [])
+        published = files.publish()
+        for name in old:
+            artifact.folder.remove_file(name)
+        finals = {name: file for name, file in published.items() if not version.is_version_file(name)}
+        last_files.note(artifact, digest, finals, **more)
 
 
 def _write(files: FileTransaction, name: str, data: bytes) -> None:
@@ -67,23 +82,73 @@ def _write(files: FileTransaction, name: str, data: bytes) -> None:
         file.write(data)
 
 
-def _card(
+def _contents(
     artifact: Artifact,
     source: Artifact,
-    words: CardWords,
     format: str,
     records: Sequence[ShardRecord],
     notes: Sequence[str],
-    steps: Sequence[Step],
-) -> str:
+    sets: Sequence[Mapping[str, Any]],
+) -> tuple[Contents, Statistics]:
+    """What the card is about, with its statistics."""
     statistics = Statistics()
     for record in records:
         with artifact.parquet(record.shard) as parquet:
             statistics.add(parquet)
     size = _source_size(source, records)
     shards = sum(bool(record.stats["samples"]) for record in records)
-    contents = Contents(format, shards, size, _images(records), notes)
-    return render(words, contents, statistics, steps)
+    columns = features(full_schema(_listing_schema(artifact, records), sets)) if format == LANCE else ()
+    return Contents(format, shards, size, _images(records), notes, columns, sets), statistics
+
+
+def _listing_schema(artifact: Artifact, records: Sequence[ShardRecord]) -> pa.Schema:
+    with artifact.parquet(records[0].shard) as parquet:
+        return parquet.schema_arrow
+
+
+def _has_version(artifact: Artifact) -> bool:
+    """True if the latest version of a Lance table is the one that was noted."""
+    number = artifact.config["run"].get(version.NOTE)
+    return isinstance(number, int) and version.is_latest(artifact.folder, number)
+
+
+def _commit_table(
+    artifact: Artifact,
+    files: FileTransaction,
+    records: Sequence[ShardRecord],
+    words: CardWords,
+    steps: Sequence[Step],
+    sets: Sequence[dict[str, Any]],
+) -> tuple[dict[str, Any], list[str]]:
+    """Add the version of a Lance table that the committed shards make to the files to publish, unless it is there.
+
+    Returns what is to be noted, and version files to remove once it is published. Raises ArtifactMismatch if a shard
+    has other columns than the others.
+    """
+    made_by = [{"stage": step.stage, "name": step.name, "fingerprint": step.fingerprint} for step in steps]
+    about = {**asdict(words), "fingerprint": artifact.fingerprint, "provenance": made_by}
+    schema = described(full_schema(_listing_schema(artifact, records), sets), about, sets)
+    fragments = version.planned(artifact, records, schema)
+    number, old = version.commit_version(files, artifact.folder, schema, fragments, artifact.fingerprint)
+    return {version.NOTE: number}, old
+
+
+def _write_croissant(
+    artifact: Artifact,
+    files: FileTransaction,
+    records: Sequence[ShardRecord],
+    words: CardWords,
+    contents: Contents,
+    text: str,
+    steps: Sequence[Step],
+) -> None:
+    """Write the Croissant metadata of all published files but this one."""
+    rows = _listing_schema(artifact, records)
+    listed = {name: file for record in records for name, file in record.files.items()} | dict(files.written)
+    public = {name: file for name, file in listed.items() if not name.startswith(f"{PRIVATE}/")}
+    data = training_schema(rows) if contents.format == "parquet" else None
+    what = Described(contents.format, text, public, rows, data, list(contents.images))
+    _write(files, CROISSANT, croissant(words, what, steps))
 
 
 def _source_size(source: Artifact, records: Sequence[ShardRecord]) -> int:

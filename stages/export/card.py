@@ -33,18 +33,23 @@ class CardWords:
     title: str
     license: str
     languages: tuple[str, ...] = ()
+    creators: tuple[str, ...] = ()
+    published: str | None = None  # date, YYYY-MM-DD
 
 
 @dataclass(frozen=True)
 class Contents:
     """Contents of the export. ``shards``: number of those with pairs; ``bytes``: total size of their source tars;
-    ``images``: counts by extension in tars; ``notes``: sentences to read before use."""
+    ``images``: counts by extension in tars; ``notes``: sentences to read before use; ``columns``: features for
+    `datasets`, where it would not find them out; ``appended``: facts on captions that were appended as columns."""
 
     format: str
     shards: int
     bytes: int
     images: Mapping[str, int]
     notes: Sequence[str] = ()
+    columns: Sequence[Any] = ()
+    appended: Sequence[Mapping[str, Any]] = ()
 
 
 def render(words: CardWords, contents: Contents, statistics: Statistics, steps: Sequence[Step]) -> str:
@@ -52,13 +57,15 @@ def render(words: CardWords, contents: Contents, statistics: Statistics, steps: 
     header = card_data(words, contents, statistics)
     parts = [
         f"# {plain(words.title)}",
-        _summary(contents, statistics, steps),
+        "\n\n".join([summary(contents, statistics, steps), *map(plain, contents.notes)]),
         "## Loading\n\n" + _loading(contents),
         "## Rows\n\n" + _rows(contents, statistics),
         "## Captions\n\n" + _captions(statistics),
+        *(["## Further captions\n\n" + _appended(contents.appended)] if contents.appended else []),
         *(["## Scores\n\n" + _scores(statistics)] if any(_counted(c) for c in statistics.scores.values()) else []),
         "## Provenance\n\n" + _provenance(steps),
         "## Licence\n\n" + _licence(words),
+        *(["## Citation\n\n" + fenced(citation(words), "bibtex")] if words.creators or words.published else []),
     ]
     card = DatasetCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     if card.data.to_dict() != header.to_dict():
@@ -80,7 +87,7 @@ def card_data(words: CardWords, contents: Contents, statistics: Statistics) -> D
         size_categories=[size_category(statistics.pairs)],
         tags=["image-captioning", "capipe"],
         configs=[data] if path else None,
-        dataset_info=_tar_features(contents) if contents.format == "webdataset" else None,
+        dataset_info=_dataset_info(contents),
     )
 
 
@@ -91,12 +98,18 @@ def _data_files(contents: Contents) -> str | list[str]:
     return writer_class(contents.format).data_files
 
 
-def _tar_features(contents: Contents) -> dict[str, Any]:
+def _dataset_info(contents: Contents) -> dict[str, Any] | None:
+    """Features of a sample, where `datasets` needs to be told them."""
+    columns = _tar_features(contents) if contents.format == "webdataset" else list(contents.columns)
+    return {"config_name": "default", "features": columns} if columns else None
+
+
+def _tar_features(contents: Contents) -> list[dict[str, str]]:
     """Explicit features of a sample: `datasets` would infer them from the first five, and fail on the first later row
     whose JSON has text where those had null."""
     names = [(extension, "image") for extension in contents.images]
     names += [("txt", "string"), ("json", "json"), ("__key__", "string"), ("__url__", "string")]
-    return {"config_name": "default", "features": [{"name": name, "dtype": dtype} for name, dtype in names]}
+    return [{"name": name, "dtype": dtype} for name, dtype in names]
 
 
 def size_category(count: int) -> str:
@@ -126,14 +139,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _summary(contents: Contents, statistics: Statistics, steps: Sequence[Step]) -> str:
+def summary(contents: Contents, statistics: Statistics, steps: Sequence[Step]) -> str:
+    """What the export is, in some sentences."""
     unit, name = (1e9, "GB") if contents.bytes >= 1e9 else (1e6, "MB")
     text = f"{statistics.pairs:,} pairs of image and caption in {contents.shards:,} shards"
     text += f" ({contents.bytes / unit:,.2f} {name} as tars), made with capipe."
     text += " Image bytes are those that were collected, never re-encoded"
     converted = any(step.config is not None and step.config["semantic"].get("convert") is True for step in steps)
-    text += ", but for PNGs whose JSON names an `original_format`." if converted else "."
-    return "\n\n".join([text, *map(plain, contents.notes)])
+    return text + (", but for PNGs whose JSON names an `original_format`." if converted else ".")
 
 
 def _loading(contents: Contents) -> str:
@@ -168,6 +181,20 @@ def _captions(statistics: Statistics) -> str:
     examples = [(plain(key), plain(_cut(caption))) for key, caption in statistics.examples]
     if examples:
         parts.append("| key | caption |\n| --- | --- |\n" + "\n".join(f"| {key} | {text} |" for key, text in examples))
+    return "\n\n".join(parts)
+
+
+def _appended(sets: Sequence[Mapping[str, Any]]) -> str:
+    """Columns of captions that were appended, with their models and prompts."""
+    rows = [
+        (f"`{re.sub('[^A-Za-z0-9_]', '', column)}`", plain(str(entry["model"])), f"`{entry['fingerprint']}`")
+        for entry in sets
+        for column, _ in entry["columns"]
+    ]
+    parts = [table(["column", "model", "fingerprint of its captions"], rows)]
+    for entry in sets:
+        for name, text in entry["prompts"]:
+            parts.append(f"Prompt {plain(name)} of {plain(str(entry['name']))}:\n\n" + fenced(text, "text"))
     return "\n\n".join(parts)
 
 
@@ -250,6 +277,23 @@ def _prompts(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield from ((titles[name], p) for p in item if isinstance(p, Mapping) and "text" in p)
             else:
                 yield from _prompts(item)
+
+
+def citation(words: CardWords) -> str:
+    """BibTeX entry of the dataset."""
+    key = re.sub(r"[^a-z0-9]+", "-", words.title.lower()).strip("-") or "dataset"
+    entries = {
+        "title": words.title,
+        "author": " and ".join(words.creators),
+        "year": (words.published or "")[:4],
+        "note": "made with capipe",
+    }
+    lines = [f"  {name} = {{{_unbraced(value)}}}" for name, value in entries.items() if value]
+    return f"@misc{{{key},\n" + ",\n".join(lines) + "\n}"
+
+
+def _unbraced(text: str) -> str:
+    return " ".join(re.sub(r"[{}\\\\]", " ", text).split())
 
 
 def _licence(words: CardWords) -> str:

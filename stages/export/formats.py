@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ...errors import BadInput
 from ...manifests.import_path import import_object, is_import_path
 from .folder import FolderWriter
+from .lance.writer import LanceWriter
 from .llava import LlavaWriter, MessagesWriter
 from .parquet import TrainingParquet
 from .webdataset import RewrittenTar
@@ -18,6 +19,7 @@ FORMATS: Mapping[str, type[ShardWriter]] = {
     "llava": LlavaWriter,
     "folder": FolderWriter,
     "messages": MessagesWriter,
+    "lance": LanceWriter,
 }
 
 

@@ -19,7 +19,7 @@ GROUP_BYTES = 32 << 20
 
 _IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
 URL, JSON = "url", "json"  # columns of the image's metadata
-_LEFT_OUT = ("status", "error", "image", "caption")  # every row is ok; the last two are columns of the export itself
+LEFT_OUT = ("status", "error", "image", "caption")  # every row is ok; the last two are columns of the export itself
 
 
 def training_file(shard: str) -> str:
@@ -31,7 +31,7 @@ def training_schema(rows: pa.Schema) -> pa.Schema:
     decode the image. Of the JSON, whose keys and types vary from row to row, only ``url`` is a separate column."""
     import datasets
 
-    rest = [pa.field(field.name, field.type) for field in rows if field.name not in _LEFT_OUT]
+    rest = [pa.field(field.name, field.type) for field in rows if field.name not in LEFT_OUT]
     known = {field.name for field in rest}
     extra = [pa.field(name, pa.string()) for name in (URL, JSON) if name not in known]
     plain = pa.schema([pa.field("image", _IMAGE), pa.field("caption", pa.string()), *rest, *extra])
@@ -68,7 +68,7 @@ datasets.load_dataset("parquet", data_files="path/data/*.parquet", split="train"
     def add(self, pair: Pair) -> None:
         image = {"bytes": pair.image, "path": f"{pair.row['key']}.{pair.extension}"}
         row = {name: pair.row[name] for name in self._names if name != "caption"}
-        self._group.append({**_metadata(pair), **row, "image": image, "caption": pair.caption})
+        self._group.append({**metadata_of(pair), **row, "image": image, "caption": pair.caption})
         self._samples, self._size = self._samples + 1, self._size + len(pair.image)
         if len(self._group) >= GROUP_ROWS or self._size >= GROUP_BYTES:
             self._flush()
@@ -88,7 +88,7 @@ datasets.load_dataset("parquet", data_files="path/data/*.parquet", split="train"
         return {"samples": self._samples}
 
 
-def _metadata(pair: Pair) -> dict[str, str | None]:
+def metadata_of(pair: Pair) -> dict[str, str | None]:
     """JSON of a sample as in the tar, and its ``url`` if that is a text."""
     member = pair.sample.members.get("json")
     meta = decode_meta(member.data if member else None, [])

@@ -13,7 +13,7 @@ EXPORT = StageSpec(
     {"artifact": (SHARDS, INDEX)},
     {FINAL: ""},
     (Output(EXPORTED),),
-    (OutputFolder("", without=keys("title license language")), OutputFolder(None)),
+    (OutputFolder("", without=keys("title license language creator published")), OutputFolder(None)),
     rows="artifact",
     check="capipe.pipeline.commands.export:check",
 )

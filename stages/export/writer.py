@@ -42,6 +42,11 @@ class ShardWriter(ABC):
         """Writer of a shard. ``rows``: schema of its listing; ``extension``: for all images, if it is to be uniform."""
         return cls(out, shard)
 
+    @classmethod
+    def check(cls) -> None:
+        """Raise BadInput if the format cannot be written here, as where a package is missing."""
+        return
+
     @abstractmethod
     def add(self, pair: Pair) -> None: ...
 

@@ -27,7 +27,7 @@ from .forked import COMMAND, ForkedInterpreter, can_fork, import_all, run_entry_
 
 _Popen: Any = subprocess.Popen
 ROOT = Path(__file__).resolve().parents[2]
-OWN_INTERPRETER = ("vllm", "ray")  # words of commands that start processes which a fork would confuse
+OWN_INTERPRETER = ("vllm", "ray", "lance")  # words of commands with processes or threads that a fork would confuse
 #: Variables, or beginnings of them, that no import of a command reads. Loading vLLM or Ray sets some for its processes,
 #: and they stay set in the process of the tests.
 READ_LATE = ("CAPIPE_CACHE", "PYTEST_CURRENT_TEST", "AWS_", "RAY_", *environment.REQUIRED, *environment.ENVIRONMENT)

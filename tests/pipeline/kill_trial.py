@@ -25,14 +25,15 @@ import yaml
 from capipe.models.tiny.world.corpus import write_corpus
 from capipe.pipeline.inspect.verify import verify
 
+from ..stages.exporting import VERSIONED
 from .conftest import COMMAND, capipe
 from .leftovers import Watched
 from .training import quizzed
 
 # Who is at work and since when; a summary writer's own files have times in their names.
-NOT_COMPARED = {"lock", "guard", "times.jsonl", "tensorboard", "chain.json", ".chain.lock"}
+NOT_COMPARED = {"lock", "guard", "times.jsonl", "tensorboard", "chain.json", ".chain.lock", *VERSIONED}
 NO_ARTIFACTS = {"train", "run"}
-FORMATS = ("webdataset", "parquet", "llava", "folder", "messages")
+FORMATS = ("webdataset", "parquet", "lance", "llava", "folder", "messages")
 OUT = "out"
 TINY = ("--engine", "transformers", "--concurrency", "8")
 

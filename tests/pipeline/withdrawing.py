@@ -12,6 +12,8 @@ from capipe.manifests.withdrawal.absent import prove_absent
 from capipe.manifests.withdrawal.uid_set import UidSet
 from capipe.pipeline.inspect.verify import verify
 
+from ..stages.exporting import VERSIONED
+
 UNKNOWN = "0" * 31 + "1"
 PRIVATE = ("manifest.jsonl", "times.jsonl", "lock", "guard", "config.json")  # they tell the history, too
 
@@ -83,7 +85,8 @@ def marks(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 def touched(before: dict[str, tuple[int, int, int]], after: dict[str, tuple[int, int, int]]) -> set[str]:
     """Shards (numbers) with a file that is new, gone or another one."""
-    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    names = [name for name in before | after if not {*VERSIONED} & {*name.split("/")}]  # which have random numbers
+    changed = {name for name in names if before.get(name) != after.get(name)}
     return {shard for name in changed for shard in re.findall(r"(?<!\d)(\d{5})(?!\d)", name)[:1]}
 
 
@@ -92,7 +95,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in PRIVATE
+        if path.is_file() and path.name not in PRIVATE and path.parent.name not in VERSIONED
     }
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from capipe.manifests.artifact import Artifact
 from capipe.manifests.schema import ANNOTATE, SELECT
@@ -15,6 +17,9 @@ from capipe.manifests.sidecars import encode_meta
 from capipe.models.tiny.world.corpus import Format, samples
 from capipe.pipeline.jobs.export import execute_export, finish, plan_export
 from capipe.stages.export.card import CardWords
+
+#: Folders of a Lance table whose files hold a time and a random id.
+VERSIONED = ("_versions", "_transactions")
 
 SELECTION = {"keep": "re_clip_score > 0.28", "scores": "0" * 64}
 
@@ -30,11 +35,12 @@ def final_shards(
     meta: Callable[[int], dict[str, Any]] = lambda index: {},
     empty: Sequence[int] = (),
     total: int | None = None,
+    origin: Callable[[int, int], tuple[str, str]] | None = None,
 ) -> Path:
     """An artifact of stage select: in every shard one row in six is filtered and one is corrupt, the others are ok.
 
     ``formats`` take turns image by image; all rows of the shards in ``empty`` are filtered; ``total``: shards the run
-    says there are to be. ``meta``: what came with an image as JSON.
+    says there are to be. ``meta``: what came with an image as JSON; ``origin``: shard and key before the selection.
     """
     run = {"shards_total": shards if total is None else total, "model": "/home/somebody/models/clip"}
     artifact = Artifact.create(str(folder), "select", SELECTION, run)
@@ -47,6 +53,8 @@ def final_shards(
                 row, members = _row(
                     key(number, index), index, choice.image, caption(index, choice.caption), fmt, meta(index)
                 )
+                if origin is not None:
+                    row["source_shard"], row["source_key"] = origin(number, index)
                 if number in empty:
                     row["status"], members = "filtered", None
                 shard.write(row, members)
@@ -121,3 +129,66 @@ def export(
         return finish(made, words)
     finally:
         made.artifact.close()
+
+
+def captions_of(
+    source: Path,
+    folder: Path,
+    *,
+    prompts: Sequence[str] = ("dense",),
+    samples: int = 1,
+    shards: Mapping[str, Sequence[tuple[str, str | None]]] | None = None,
+    of: str | None = None,
+    failed: Container[str] = (),
+    total: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """What ``annotate`` writes about the rows of ``source``: every text names its prompt, its row and the seed.
+
+    ``shards``: key and uid of the rows by shard, if they are others; ``of``: the fingerprint of what was captioned;
+    ``failed``: keys of rows for which the model wrote nothing; ``total``: shards that there are to be.
+    """
+    origin = Artifact.open(str(source))
+    if shards is None:
+        rows = {shard: origin.read_rows(shard) for shard in origin.committed()}
+        shards = {shard: [(row["key"], row["uid"]) for row in found] for shard, found in rows.items()}
+    asked = {"prompts": [{"name": name, "text": f"Write a {name} caption."} for name in prompts], "samples": samples}
+    semantic = {"input": of or origin.fingerprint, "annotate": {**asked, "seed": seed}}
+    run = {"shards": str(source), "shards_total": total or len(shards), "model": "/somewhere/models/captioner"}
+    artifact = Artifact.create(str(folder), "annotate", semantic, run)
+    for name, rows_of_shard in shards.items():
+        write_captions(artifact, name, rows_of_shard, prompts, samples, failed, seed)
+    artifact.close()
+    return folder
+
+
+def write_captions(
+    artifact: Artifact,
+    shard: str,
+    rows: Sequence[tuple[str, str | None]],
+    prompts: Sequence[str],
+    samples: int = 1,
+    failed: Container[str] = (),
+    seed: int = 0,
+) -> None:
+    """Commit a shard of captions."""
+    names = [name if samples == 1 else f"{name}#{k}" for name in prompts for k in range(samples)]
+    with artifact.begin(shard, ANNOTATE) as out:
+        for key, uid in rows:
+            status = "corrupt" if uid is None else "empty" if key in failed else "ok"
+            texts = [] if uid is None else [{"name": n, "text": text_of(n, key, seed), "status": status} for n in names]
+            out.write({"key": key, "uid": uid, "status": status, "error": None, "text": None, "captions": texts}, None)
+        out.commit(rows_in=len(rows), input_info={"digest": shard})
+
+
+def text_of(name: str, key: str, seed: int = 0) -> str:
+    """The caption that :func:`captions_of` writes."""
+    return f"{name} of {key}" + (f" by seed {seed}" if seed else "")
+
+
+def table_of(folder: Path, version: int | None = None) -> pa.Table:
+    """All rows of an export's Lance table, as pylance reads them."""
+    import lance
+
+    found: pa.Table = lance.dataset(str(folder / "train.lance"), version=version).to_table()
+    return found

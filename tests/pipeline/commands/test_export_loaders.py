@@ -305,3 +305,62 @@ def test_energon_reads_it(mixed: dict[str, Path]) -> None:
         caption = sample.caption[0] if isinstance(sample.caption, list) else sample.caption
         found.append((sample.__key__[0].rsplit("/", 1)[-1], caption, to_pil_image(sample.image[0])))
     checked(found, mixed["final"])
+
+
+def test_pylance(mixed: dict[str, Path]) -> None:
+    import io
+
+    import lance
+    from PIL import Image
+
+    rows = lance.dataset(str(mixed["lance"] / "train.lance")).to_table(columns=["key", "caption", "image"]).to_pylist()
+    checked([(row["key"], row["caption"], Image.open(io.BytesIO(row["image"]))) for row in rows], mixed["final"])
+    assert {row["key"]: row["image"] for row in rows} == tar_images(mixed["webdataset"])
+
+
+@functools.cache
+def tar_images(folder: Path) -> dict[str, bytes]:
+    import webdataset
+
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    return dict(webdataset.WebDataset(tars, shardshuffle=False).to_tuple("__key__", "jpg"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_lance(mixed: dict[str, Path], hub: Callable[..., Any], streaming: bool) -> None:
+    """As it is on the Hub, by the card; and the bytes of each image are those in the tars, of whatever format."""
+    import datasets
+
+    rows = hub(str(mixed["lance"]), streaming=streaming)
+    assert rows.features["image"] == datasets.Image()
+    checked([(row["key"], row["caption"], row["image"]) for row in rows], mixed["final"])
+    raw = rows.cast_column("image", datasets.Image(decode=False))
+    assert {row["key"]: row["image"]["bytes"] for row in raw} == tar_images(mixed["webdataset"])
+    scores = {row["key"]: row["re_clip_score"] for row in rows}
+    assert scores == {key: row["re_clip_score"] for key, row in kept(mixed["final"]).items()}
+
+
+def test_a_first_image_that_is_a_webp_is_no_video(tmp_path: Path, hub: Callable[..., Any]) -> None:
+    source = final_shards(tmp_path / "final", formats=("webp", "jpg"), shards=1)
+    export(source, tmp_path / "out", "lance")
+    checked([(row["key"], row["caption"], row["image"]) for row in hub(str(tmp_path / "out"))], source)
+
+
+def decoded(batch: Any, **options: Any) -> list[tuple[str, str, bytes]]:
+    """A batch as a training loop wants it: at module level, for worker processes."""
+    return [(row["key"], row["caption"], row["image"]) for row in batch.to_pylist()]
+
+
+def test_torch_reads_lance_in_batches(mixed: dict[str, Path]) -> None:
+    import io
+
+    import torch
+    from lance.torch.data import LanceDataset
+    from PIL import Image
+
+    table = str(mixed["lance"] / "train.lance")
+    batches = LanceDataset(table, batch_size=4, columns=["key", "caption", "image"], to_tensor_fn=decoded)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=0)
+    found = [sample for batch in loader for sample in batch]
+    checked([(key, caption, Image.open(io.BytesIO(data))) for key, caption, data in found], mixed["final"])
+    assert {key: data for key, _, data in found} == tar_images(mixed["webdataset"])

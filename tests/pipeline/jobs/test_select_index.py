@@ -24,13 +24,13 @@ from capipe.pipeline.jobs.select import preview_select
 from capipe.stages.export.formats import FORMATS
 from capipe.stages.filter.select import SelectConfig
 
-from ...stages.exporting import export
+from ...stages.exporting import VERSIONED, export
 from ...stages.ingesting import ingest, rows
 from ...stages.scored import clip, foreign_shards, plain, write_marks, write_scores
 
 KEEP = "clip_score > 0.4"
 #: Files of an export that name the artifact it was made of; all others are of pairs and rows.
-OF_SOURCE = {"README.md", "config.json", "manifest.jsonl", "times.jsonl", "lock"}
+OF_SOURCE = {"README.md", "croissant.json", "config.json", "manifest.jsonl", "times.jsonl", "lock"}
 
 
 @pytest.fixture
@@ -62,7 +62,9 @@ def both(shards: Path, tmp_path: Path, **config: Any) -> tuple[Path, Path]:
 
 
 def contents(folder: Path, *left_out: str) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in {*OF_SOURCE, *left_out}]
+    left_out = (*left_out, *OF_SOURCE)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name not in VERSIONED]
+    paths = [path for path in files if path.name not in left_out]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

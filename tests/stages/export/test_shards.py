@@ -20,7 +20,7 @@ from capipe.pipeline.inspect.shard_join import ShardJoin, ShardName
 from capipe.stages.export.formats import FORMATS
 from capipe.stages.filter.select import STAGE
 
-from ..exporting import captioned, export, final_shards, rows_of
+from ..exporting import VERSIONED, captioned, export, final_shards, rows_of, table_of
 from .test_formats import tar_images
 
 
@@ -28,7 +28,7 @@ def files(folder: Path) -> dict[str, bytes]:
     """Every file but the one that holds times and the lock, a manifest's lines in order."""
     found = {}
     for path in folder.rglob("*"):
-        if path.is_file() and path.name not in ("times.jsonl", "lock"):
+        if path.is_file() and path.name not in ("times.jsonl", "lock") and path.parent.name not in VERSIONED:
             data = path.read_bytes()
             name = str(path.relative_to(folder))
             found[name] = b"".join(sorted(data.splitlines())) if path.name == "manifest.jsonl" else data
@@ -58,6 +58,8 @@ def test_rows_are_those_of_the_source(tmp_path: Path, format: str, size: int, ex
             assert {k: d for k, (_, d) in tar_images(out).items()} == {k: d for k, (_, d) in tar_images(source).items()}
         case "parquet":
             assert [pq.ParquetFile(path).metadata.num_rows for path in sorted((out / "data").iterdir())] == expected
+        case "lance":
+            assert len(table_of(out)) == 16
         case "llava":
             assert len(json.loads((out / "llava.json").read_bytes())) == 16
         case "folder":

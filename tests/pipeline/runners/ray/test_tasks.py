@@ -133,7 +133,7 @@ def test_a_machine_is_lost_while_selecting(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["webdataset", "parquet"])
+@pytest.mark.parametrize("format", ["webdataset", "parquet", "lance"])
 def test_a_machine_is_lost_while_exporting(cluster: Any, shards: Path, tmp_path: Path, format: str) -> None:
     words = ["export", shards, "--format", format, "--shard-size", 4]
     capipe(*words, "--out", tmp_path / "alone")
