@@ -9,12 +9,13 @@ import pyarrow as pa
 from ...errors import CapipeError
 from ...manifests import verify as verification
 from ...manifests.artifact import Artifact
+from ...manifests.joining.index_tars import is_index
 from ...manifests.manifest import ShardRecord
 from ...manifests.verify import VerifyReport
 from ...manifests.withdrawal.absent import AbsentReport, prove_absent
 from ...manifests.withdrawal.uid_set import UidSet
 from ...stages.export.source import committed_listing, ok_rows
-from ...stages.filter.index import indexed_samples, is_index
+from ...stages.filter.index import indexed_samples
 from ..specs import ARTIFACTS
 
 

@@ -19,6 +19,7 @@ from rich.filesize import decimal
 
 from ...errors import ArtifactMismatch, BadInput
 from ...manifests.artifact import Artifact
+from ...manifests.expressions.parser import kind_of, shown_value
 from ...manifests.files.store_errors import StoreUnavailable
 from ...manifests.files.stores import filesystem
 from ...manifests.joining.companion import Companion
@@ -27,7 +28,6 @@ from ...manifests.schema import BASE, SCORE, check
 from ...manifests.shards import InputShard
 from ...manifests.status import Status
 from ...manifests.withdrawal.uid_set import EMPTY, UidSet
-from ...stages.filter.expression import kind_of, shown_value
 from ...stages.filter.marked import MARKS
 from ...stages.filter.select import (
     MARK_TYPES,

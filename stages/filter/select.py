@@ -21,13 +21,13 @@ from pydantic import ConfigDict, Field, field_validator
 
 from ...errors import BadInput
 from ...manifests.configuration import Growing
+from ...manifests.expressions.conditions import Mask
+from ...manifests.expressions.parser import Expression, kind_of, parse, shown_value, unknown_column
 from ...manifests.schema import DEDUP, SCORE, TEXT_MARKS
 from ...manifests.shards import Row
 from ...manifests.sidecars import encode_meta
 from ...manifests.status import Status
 from ...models.images.formats import Header, read_header
-from .conditions import Mask
-from .expression import Expression, kind_of, parse, shown_value, unknown_column
 from .marked import marked_status, standing
 
 STAGE = "select"
@@ -57,7 +57,7 @@ class SelectConfig(Growing):
     later = ("index",)
 
     keep: str | None = Field(
-        None, description="condition over the columns of scores and marks; see stages/filter/expression.py"
+        None, description="condition over the columns of scores and marks; see manifests/expressions/parser.py"
     )
     top: float | None = Field(None, gt=0, le=1, description="fraction to keep of the candidates that `keep` leaves")
     by: str = Field("clip_score", description="column by which `top` ranks")
