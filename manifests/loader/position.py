@@ -85,7 +85,9 @@ class Position:
             numbers = [state[name] for name in ("epoch", "delivered", "batch_size", "streams")]
         except (KeyError, TypeError):
             raise BadInput(f"the state is none of a data set of capipe's; {_RESTART}") from None
-        if version != VERSION or not isinstance(theirs, Mapping):
+        if not isinstance(theirs, Mapping):
+            raise BadInput(f"the state is none of a data set of capipe's; {_RESTART}")
+        if version != VERSION:
             raise BadInput(f"the state is of version {version!r}, and this is {VERSION}; {_RESTART}")
         if changes := differences(theirs, settings):
             raise BadInput(f"the state is of another data set or order ({'; '.join(changes)}); {_RESTART}")

@@ -27,8 +27,8 @@ _USABLE = [Status.OK, Status.EMPTY, Status.DEGENERATE, Status.REFUSED, Status.TR
 class Query:
     """What is read of every shard. ``places``: the sidecar of each column of ``where`` and of ``columns``.
 
-    ``captions``: where those of each name of the mix are; ``columns``: those in a sample's scores by the name there, with
-    their ``types``.
+    ``captions``: where those of each name of the mix are; ``columns``: those in a sample's scores by the name there,
+    with their ``types``.
     """
 
     where: Expression | None

@@ -95,10 +95,8 @@ def _loaded(
             source = plan.sources[shard]
             table, counts = selected_rows(source, plan.query)
             if counts.selected != selected[shard]:
-                text = (
-                    f"{source.url}: {counts.selected:,} rows selected, {plan.counts[shard].selected:,} counted before"
-                )
-                raise DamagedShard(f"{text}; its sidecars changed since: open the data set anew")
+                found = f"{counts.selected:,} rows selected, {selected[shard]:,} counted before"
+                raise DamagedShard(f"{source.url}: {found}; its sidecars changed since: open the data set anew")
             for row, loaded in zip(wanted, load(source, table.take(wanted).to_pylist()), strict=True):
                 yield first + row - start, source, loaded
         first += stop - start
