@@ -17,7 +17,7 @@ from capipe.manifests.artifact import Artifact
 
 from ...conftest import photo, tar_bytes
 from ...stages.ingesting import ingest
-from ...stages.scored import foreign_shards, plain, write_scores
+from ...stages.scored import plain, write_scores
 from .captioned import ROWS, Captioned, ingested, joined, loaded, write_captions
 
 
@@ -29,11 +29,6 @@ def opened(data: Captioned, **options: Any) -> Any:
 def own(tmp_path: Path) -> Captioned:
     """Data that a test may damage."""
     return ingested(tmp_path / "own")
-
-
-@pytest.fixture
-def foreign(tmp_path: Path) -> Captioned:
-    return joined(tmp_path, foreign_shards(tmp_path / "theirs", [5, 4]))
 
 
 def one_line(error: pytest.ExceptionInfo[BaseException]) -> None:
@@ -195,9 +190,9 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Change an image: the last member of a tar is not one."""
+    """Change the first image of a tar."""
     data = bytearray(path.read_bytes())
-    data[1500] ^= 1
+    data[700] ^= 1
     path.write_bytes(data)
 
 
@@ -247,15 +242,13 @@ def test_unsafe_names_and_links_are_never_samples(tmp_path: Path) -> None:
     assert sorted(each["key"] for each in samples) == ["c", "d"] and opened(data).counts.left_out == 2
 
 
-def test_an_image_that_cannot_be_decoded(foreign: Captioned, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
     images = {"a.jpg": photo(0), "b.jpg": photo(1)[:300]}
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/00000.tar").write_bytes(tar_bytes(images))
     data = joined(tmp_path / "of-broken", tmp_path / "broken")
     assert len(list(opened(data))) == 2
-    with pytest.raises(
-        DamagedShard, match=r"00000\.tar: the image of 'b' cannot be decoded .*; leave it out by where="
-    ):
+    with pytest.raises(DamagedShard, match=r"00000\.tar: the image of 'b' cannot be decoded .*; leave it out by"):
         list(opened(data, decode="array"))
     with pytest.raises(ZeroDivisionError):
         list(opened(data, decode=lambda image: 1 // 0))

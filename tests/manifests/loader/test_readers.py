@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from itertools import islice
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
 import capipe
+from capipe.manifests.loader.dataset import ImageCaptions
 
 from ...stages.scored import clip
 from .captioned import ROWS, Captioned, keys
@@ -21,9 +23,9 @@ from .captioned import ROWS, Captioned, keys
 MIX = {"re": 0.7, "org": 0.3}
 
 
-def opened(data: Captioned, **options: object) -> capipe.manifests.loader.dataset.ImageCaptions:
-    given = {"captions": data.captions, "scores": data.scores, "mix": MIX, "columns": ["clip_score"], **options}
-    return capipe.open_dataset(data.shards, **given)
+def opened(data: Captioned, **options: Any) -> ImageCaptions:
+    given: dict[str, Any] = {"captions": data.captions, "scores": data.scores, "mix": MIX, "columns": ["clip_score"]}
+    return capipe.open_dataset(data.shards, **{**given, **options})
 
 
 def test_datasets(data: Captioned) -> None:
