@@ -206,7 +206,7 @@ def test_places_of_images_are_for_an_index(foreign: Captioned) -> None:
         capipe.open_dataset(foreign.shards, captions=foreign.captions, images="elsewhere")
 
 
-def test_a_folder_without_its_captions_of_images(foreign: Captioned, tmp_path: Path) -> None:
+def test_no_image_has_a_caption(foreign: Captioned, tmp_path: Path) -> None:
     write_captions(foreign.shards, tmp_path / "none", lambda index, name: True)
     with pytest.raises(BadInput, match=r"no row of 32 is selected: 0 have no usable image .* 32 have no caption of"):
         capipe.open_dataset(foreign.shards, captions=tmp_path / "none")
