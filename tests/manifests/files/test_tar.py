@@ -233,8 +233,8 @@ def test_members_whose_names_are_wanted_are_read_and_others_skipped(packed: bool
     """Everything but the bytes of the others is as in a full reading; also where nothing can be skipped by seeking."""
     files = [(f"{i}.{kind}", os.urandom(i * 300)) for i in range(5) for kind in ("bin", "txt")]
     data = tar_bytes([*files, ("../up.bin", b"x"), ("cut.bin", bytes(3000))])[:-2000]
-    stream = io.BytesIO(gzip.compress(data) if packed else data)
-    whole = list(scan(io.BytesIO(data), read_data=True))
-    some = list(scan(stream, read_data=lambda name: name.endswith(".bin")))
+    stored = gzip.compress(data) if packed else data
+    whole = list(scan(io.BytesIO(stored), read_data=True))
+    some = list(scan(io.BytesIO(stored), read_data=lambda name: name.endswith(".bin")))
     wanted = [replace(member, data=member.data if member.name.endswith(".bin") else None) for member in whole]
     assert some == wanted and sum(member.data is not None for member in some) == 5
