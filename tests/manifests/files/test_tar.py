@@ -232,7 +232,8 @@ def test_written_tars_are_the_same_bytes_every_time_and_open_everywhere() -> Non
 def test_members_whose_names_are_wanted_are_read_and_others_skipped(packed: bool) -> None:
     """Everything but the bytes of the others is as in a full reading; also where nothing can be skipped by seeking."""
     files = [(f"{i}.{kind}", os.urandom(i * 300)) for i in range(5) for kind in ("bin", "txt")]
-    data = tar_bytes([*files, ("../up.bin", b"x"), ("cut.bin", bytes(3000))])[:-2000]
+    whole_tar = tar_bytes([*files, ("../up.bin", b"x"), ("cut.bin", b"c" * 3000)])
+    data = whole_tar[: whole_tar.rindex(b"c") - 500]
     stored = gzip.compress(data) if packed else data
     whole = list(scan(io.BytesIO(stored), read_data=True))
     some = list(scan(io.BytesIO(stored), read_data=lambda name: name.endswith(".bin")))
