@@ -126,8 +126,8 @@ def _selected(
     if query.where is not None:
         kept &= query.where.mask(pa.table({name: tables[query.places[name]][name] for name in query.conditions}))
     selected = kept & present(list(captions.values()))
-    numbers = [size, size - int(usable.sum()), int(usable.sum() - kept.sum()), int(kept.sum() - selected.sum())]
-    return captions, selected, RowCounts(*numbers, int(selected.sum()))
+    numbers = [size - int(usable.sum()), int(usable.sum() - kept.sum()), int(kept.sum() - selected.sum())]
+    return captions, selected, RowCounts(size, *numbers, int(selected.sum()))
 
 
 def _mask(column: pa.ChunkedArray) -> Mask:
